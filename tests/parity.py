@@ -1,0 +1,984 @@
+"""Compare the trainer with recorded reference numbers.
+
+    python tests/parity.py DIR [NAME…]
+
+DIR holds fixture folders (or is one). Every `X.json` in a fixture folder describes one fixture: the
+settings it ran with (`env`), its tolerances and facts; the arrays lie beside it in `X.safetensors`. One
+line is printed per fixture (`folder/X ok max_err=…`, `folder/X FAIL …`, `folder/X skip …`) and a summary
+at the end; the exit status is 0 only when nothing failed. NAME (a folder, or folder/X; shell patterns
+work) selects fixtures.
+
+Nothing is computed here that the trainer computes: a checker loads inputs, calls the trainer's own
+functions and compares. A new mechanism adds one function and one row of `CHECKERS`; fixtures of one
+folder are told apart by the keys of their JSON, never by file name, so other sets of the same schema run
+unchanged.
+"""
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import importlib
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import types
+from functools import cached_property
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only add noise and contention
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import train_gpt as tg  # noqa: E402
+
+# What the reference used for every setting a fixture does not name, unless a facts.json beside it says so.
+# Settings that only concern paths, logging and launching are left out.
+REFERENCE_DEFAULTS = """
+    ADAM_EPS=1e-8 ADAM_WD=0.02 ATTN_CLIP_SIGMAS=13 ATTN_OUT_GATE_ENABLED=0 ATTN_OUT_GATE_SRC=proj
+    BETA1=0.9 BETA2=0.95 CASEOPS_ENABLED=0 EMA_DECAY=0.9965 EMBED_BITS=8 EMBED_CLIP_SIGMAS=20
+    EMBED_WD=0.085 ENABLE_LOOPING_AT=0.35 EVAL_SEQ_LEN=2048 EVAL_STRIDE=64 GATED_ATTN_ENABLED=0
+    GATED_ATTN_QUANT_GATE=0 GATE_WINDOW=12 GLOBAL_TTT_BATCH_SEQS=32 GLOBAL_TTT_CHUNK_TOKENS=32768
+    GLOBAL_TTT_EPOCHS=1 GLOBAL_TTT_GRAD_CLIP=1 GLOBAL_TTT_LR=0.001 GLOBAL_TTT_MOMENTUM=0.9
+    GLOBAL_TTT_RESPECT_DOC_BOUNDARIES=1 GLOBAL_TTT_WARMUP_CHUNKS=0 GLOBAL_TTT_WARMUP_START_LR=0
+    GPTQ_CALIBRATION_BATCHES=16 GRAD_CLIP_NORM=0.3 ITERATIONS=20000 LN_SCALE=1 LOGIT_SOFTCAP=30 LOOP_END=5
+    LOOP_START=3 LQER_ASYM_ENABLED=1 LQER_ASYM_GROUP=64 LQER_ENABLED=1 LQER_FACTOR_BITS=4 LQER_RANK=4
+    LQER_TOP_K=3 MATRIX_BITS=6 MATRIX_CLIP_SIGMAS=12.85 MATRIX_LR=0.026 MAX_WALLCLOCK_SECONDS=600 MIN_LR=0
+    MLP_CLIP_SIGMAS=10 MLP_MULT=4 MODEL_DIM=512 MUON_BACKEND_STEPS=5 MUON_MOMENTUM=0.97
+    MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500 MUON_ROW_NORMALIZE=1 MUON_WD=0.095
+    NUM_HEADS=8 NUM_KV_HEADS=4 NUM_LAYERS=11 NUM_LOOPS=2 PARALLEL_FINAL_LANE=mean PARALLEL_START_LAYER=8
+    PHASED_TTT_NUM_PHASES=1 PHASED_TTT_PREFIX_DOCS=2000 QK_GAIN_INIT=5 ROPE_BASE=10000 ROPE_DIMS=16
+    ROPE_YARN=0 SCALAR_LR=0.02 SEED=1337 SKIP_GATES_ENABLED=1 SMEAR_GATE_ENABLED=0
+    SPARSE_ATTN_GATE_ENABLED=0 SPARSE_ATTN_GATE_SCALE=1 TIED_EMBED_LR=0.03 TIE_EMBEDDINGS=1
+    TRAIN_BATCH_TOKENS=786432 TRAIN_SEQ_LEN=2048 TTT_BATCH_SIZE=64 TTT_BETA1=0 TTT_BETA2=0.999
+    TTT_CHUNK_SIZE=48 TTT_ENABLED=1 TTT_EVAL_SEQ_LEN=2048 TTT_GRAD_STEPS=1 TTT_K_LORA=1 TTT_LORA_ALPHA=144
+    TTT_LORA_LR=0.0001 TTT_LORA_RANK=96 TTT_MLP_LORA=1 TTT_OPTIMIZER=adam TTT_O_LORA=1 TTT_WARM_START_A=1
+    TTT_WEIGHT_DECAY=1 VAL_BATCH_TOKENS=524288 VAL_DOC_FRACTION=1 VOCAB_SIZE=8192 WARMDOWN_FRAC=0.75
+    WARMUP_STEPS=20 XSA_LAST_N=11
+"""
+PATH_SETTINGS = ("DATA_PATH", "TOKENIZER_PATH")  # relative to the fixture folder
+
+
+class Skip(Exception):
+    """The fixture does not concern this trainer; the message says why."""
+
+
+@dataclasses.dataclass
+class Fixture:
+    """One `X.json` with its arrays, and what has been compared so far."""
+
+    folder: Path
+    stem: str
+    meta: dict
+    defaults: dict
+    max_err: float = 0.0
+    compared: int = 0
+    failures: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder.name}/{self.stem}"
+
+    @cached_property
+    def arrays(self) -> dict[str, torch.Tensor]:
+        path = self.folder / f"{self.stem}.safetensors"
+        return load_file(path) if path.exists() else {}
+
+    def sibling(self, stem: str) -> Fixture:
+        """Another fixture of the same folder (for weights or Hessians stored once)."""
+        meta = json.loads((self.folder / f"{stem}.json").read_text())
+        return Fixture(self.folder, stem, meta, self.defaults)
+
+    def group_raw(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Arrays named `prefix.<rest>`, by <rest>."""
+        return {k[len(prefix) + 1:]: v for k, v in self.arrays.items() if k.startswith(prefix + ".")}
+
+    def group(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The same with float16 upcast, as the conventions of the fixtures say."""
+        return {k: v.float() if v.dtype == torch.float16 else v for k, v in self.group_raw(prefix).items()}
+
+    def tolerance(self, *keys: str, **otherwise: float) -> dict[str, float]:
+        """The tolerance stored under the first of `keys` that has numbers, else `otherwise`."""
+        table = self.meta.get("tolerance", {})
+        for key in keys:
+            entry = table
+            for part in key.split("/"):
+                entry = entry.get(part, {}) if isinstance(entry, dict) else {}
+            numbers = {k: v for k, v in entry.items() if not isinstance(v, (str, dict))} if isinstance(
+                entry, dict) else {}
+            if numbers:
+                return numbers
+        return otherwise
+
+    def settings(self, **overrides) -> tg.Settings:
+        """Reference defaults, then the fixture's `env`, then `overrides`, as the trainer's settings."""
+        known = {field.name.upper() for field in dataclasses.fields(tg.Settings)}
+        env = {k: str(v) for k, v in self.defaults.items() if k in known and "<computed" not in str(v)}
+        env.update({k: str(v) for k, v in EXACT_ARITHMETIC.items() if k in known})
+        env.update({k: str(v) for k, v in self.meta.get("env", {}).items()})
+        for key in PATH_SETTINGS:
+            if key in env:
+                env[key] = str(self.folder / env[key])
+        if "EVAL_STRIDE" not in self.meta.get("env", {}) and "EVAL_SEQ_LEN" in env:
+            stride = min(int(env["EVAL_STRIDE"]), int(env["EVAL_SEQ_LEN"]))  # these fixtures do not slide
+            env["EVAL_STRIDE"] = str(stride)
+        env.update({k: str(v) for k, v in overrides.items()})
+        return tg.Settings.from_env(env)
+
+    def fail(self, text: str) -> None:
+        self.failures.append(text)
+
+    def close(self, what: str, got, want, *, atol=0.0, rtol=0.0, rtol_of_max_abs=0.0) -> None:
+        """|got - want| <= atol + rtol·|want| + rtol_of_max_abs·max|want|, in every entry."""
+        got, want = _float64(got), _float64(want)
+        self.compared += 1
+        if got.shape != want.shape:
+            return self.fail(f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
+        if not want.numel():
+            return None
+        error = (got - want).abs()
+        if not torch.isfinite(error).all():
+            return self.fail(f"{what}: {int((~torch.isfinite(error)).sum())} entries are not finite")
+        self.max_err = max(self.max_err, float(error.max()))
+        excess = error - (atol + rtol * want.abs() + rtol_of_max_abs * float(want.abs().max()))
+        if float(excess.max()) > 0:
+            at = int(excess.argmax())
+            mine, theirs, off = (float(x.flatten()[at]) for x in (got, want, error))
+            self.fail(f"{what}: {mine:.9g}, expected {theirs:.9g} (error {off:.3g}; "
+                      f"{int((excess > 0).sum())} of {want.numel()} out of bounds)")
+
+    def equal(self, what: str, got, want) -> None:
+        """Exact equality of integers, bytes, texts, lists or arrays."""
+        self.compared += 1
+        if _is_array(got) or _is_array(want):
+            got, want = _tensor(got), _tensor(want)
+            if got.shape != want.shape:
+                return self.fail(f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
+            differ = (got.double() != want.double()).flatten()
+            if differ.any():
+                at = int(differ.int().argmax())
+                self.fail(f"{what}: {got.flatten()[at].item()} at {at}, expected {want.flatten()[at].item()} "
+                          f"({int(differ.sum())} of {differ.numel()} differ)")
+        elif got != want:
+            self.fail(f"{what}: {_short(got)}, expected {_short(want)}")
+        return None
+
+    def mostly_equal(self, what: str, got, want, share=0.995, apart=3) -> None:
+        """Quantised integers: at least `share` equal, none more than `apart` apart (rounding ties ripple)."""
+        got, want = _float64(got), _float64(want)
+        self.compared += 1
+        if got.shape != want.shape:
+            return self.fail(f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
+        same, worst = float((got == want).double().mean()), float((got - want).abs().max())
+        if same < share or worst > apart:
+            self.fail(f"{what}: {100 * same:.2f} % of the integers equal, largest difference {worst:g}")
+        return None
+
+
+def _is_array(value) -> bool:
+    return isinstance(value, (torch.Tensor, np.ndarray))
+
+
+def _tensor(value) -> torch.Tensor:
+    """A tensor of any array, list or number (uint16 arrays are widened, torch barely knows them)."""
+    if isinstance(value, np.ndarray) and value.dtype == np.uint16:
+        value = value.astype(np.int64)
+    return value.detach().cpu() if isinstance(value, torch.Tensor) else torch.as_tensor(np.asarray(value))
+
+
+def _float64(value) -> torch.Tensor:
+    return _tensor(value).double()
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+# --------------------------------------------------------------------------------------------------
+# Pieces the checkers share
+# --------------------------------------------------------------------------------------------------
+# Where the trainer has a choice, that of the reference runs.
+EXACT_ARITHMETIC = {"ATTN_BACKEND": "plain", "COMPUTE_DTYPE": "float32", "MUON_DTYPE": "float32",
+                    "COMPILE": "0", "FUSED_CE_ENABLED": "0"}
+
+
+def load_model(fx: Fixture, s: tg.Settings, params: dict[str, torch.Tensor]) -> tg.GPT:
+    """The trainer's model with the stored parameters; their names must be exactly the model's."""
+    torch.manual_seed(0)
+    model = tg.GPT(s)
+    with torch.no_grad():
+        views = tg.field_views(dict(model.named_parameters()))
+        fx.equal("parameter names", sorted(views), sorted(params))
+        for name, value in params.items():
+            fx.equal(f"shape of {name}", tuple(views[name].shape), tuple(value.shape))
+            views[name].copy_(value)
+    return model
+
+
+def field_grads(model: tg.GPT) -> dict[str, torch.Tensor]:
+    """Gradients under the field's names; a parameter without gradient counts as zero."""
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    return tg.field_views(grads)
+
+
+def checked_plan(fx: Fixture, s: tg.Settings, looping: bool = True):
+    """The layer plan, compared with the stored execution order."""
+    plan = tg.layer_plan(s, looping)
+    fx.equal("encoder order", list(plan.encoder), fx.meta["encoder_indices"])
+    fx.equal("decoder order", list(plan.decoder), fx.meta["decoder_indices"])
+    return plan
+
+
+def checksums(fx: Fixture, what: str, got: dict, want: dict[str, list], rel: float) -> None:
+    """Compare (sum, sum of squares) of every tensor; `rel` bounds the difference as a share of its size."""
+    fx.equal(f"{what} names", sorted(got), sorted(want))
+    for name in sorted(set(got) & set(want)):
+        value = _float64(got[name])
+        total, squares = want[name]
+        bound, unit = math.sqrt(value.numel() * squares) or 1.0, squares or 1.0  # |total| <= bound
+        fx.close(f"{what} {name} sum / {bound:g}", value.sum() / bound, total / bound, atol=rel)
+        fx.close(f"{what} {name} squares / {unit:g}", (value ** 2).sum() / unit, squares / unit, atol=2 * rel)
+
+
+def shard_files(fx: Fixture, pattern: str) -> list[Path]:
+    """Sorted files of a pattern like `shards/fineweb_train_*.bin` relative to the fixture folder."""
+    files = sorted(fx.folder.glob(pattern))
+    if not files:
+        raise FileNotFoundError(f"no shard matches {fx.folder.name}/{pattern}")
+    return files
+
+
+# --------------------------------------------------------------------------------------------------
+# The model
+# --------------------------------------------------------------------------------------------------
+def check_gpt_forward(fx: Fixture) -> None:
+    """Logits, losses, gradients, trace and rotary tables of a forward (packed with segments; plain rows)."""
+    if "packed.input_ids" not in fx.arrays:
+        raise Skip("other architecture")
+    s = fx.settings()
+    model = load_model(fx, s, fx.group("param"))
+    plan = checked_plan(fx, s, fx.meta["looping_active"])
+    fx.equal("number of parameters", sum(p.numel() for p in model.parameters()), fx.meta["model_params"])
+    fx.equal("skip rows", model.skip_weights.shape[0], fx.meta["num_skip_weights"])
+    packed, batched = fx.group("packed"), fx.group("batched")
+    layout = tg.Layout(packed["cu_seqlens"], fx.meta["max_seqlen"])
+    check_logits(fx, "packed", model, plan, layout, {k: v[None] for k, v in packed.items()})
+    check_logits(fx, "batched", model, plan, None, batched)
+    if "logits_after_longer_call" in batched:  # the reference kept the rotary table of its longest call
+        model.rope_length = packed["input_ids"].numel()
+        logits = model.logits(model.hidden(batched["input_ids"], plan))
+        fx.close("batched logits after a longer call", logits, batched["logits_after_longer_call"],
+                 **fx.tolerance("logits", atol=5e-5, rtol=1e-5))
+        model.rope_length = 0
+    check_trace(fx, model, plan, layout, packed["input_ids"][None])
+    check_rotary(fx, model)
+    if fx.group("grad"):
+        model.zero_grad()
+        ids, targets = packed["input_ids"][None], packed["target_ids"][None]
+        model.losses(ids, targets, plan, layout).mean().backward()
+        check_grads(fx, field_grads(model), fx.group("grad"), fx.tolerance("grad", rtol_of_max_abs=1e-4))
+
+
+def check_logits(fx: Fixture, what: str, model, plan, layout, arrays: dict) -> None:
+    """Logits and mean loss of one input; `losses` must agree with the stored loss through its own path."""
+    with torch.no_grad():
+        logits = model.logits(model.hidden(arrays["input_ids"], plan, layout))
+        losses = model.losses(arrays["input_ids"], arrays["target_ids"], plan, layout)
+    fx.close(f"{what} logits", logits, arrays["logits"], **fx.tolerance("logits", atol=5e-5, rtol=1e-5))
+    fx.close(f"{what} loss", losses.mean(), arrays["loss"].flatten()[0], **fx.tolerance("loss", atol=1e-5))
+
+
+def check_trace(fx: Fixture, model, plan, layout, ids) -> None:
+    """Stored intermediate values, in order of execution, through the forward's tap."""
+    want = fx.group("trace")
+    if not want:
+        return
+    seen: dict[str, list] = {}
+
+    def tap(kind: str, layer: int, x: torch.Tensor) -> None:
+        seen.setdefault(kind, []).append((layer, x.detach()[0]))
+
+    with torch.no_grad():
+        model.logits(model.hidden(ids, plan, layout, tap=tap))
+    tolerance = fx.tolerance("trace", "logits", atol=5e-5, rtol=1e-5)
+    for kind, stored in want.items():
+        if kind == "order":
+            fx.equal("execution order", [layer for layer, _ in seen["attn_in"]], stored.tolist())
+            continue
+        got = torch.stack([x for _, x in seen[kind]])
+        got = got[0] if stored.dim() == 2 else got
+        fx.close(f"trace {kind}", got[..., : stored.shape[-2], :], stored, **tolerance)
+
+
+def check_rotary(fx: Fixture, model) -> None:
+    """Rotary tables stored as `rotary.cos_len<T>` / `rotary.sin_len<T>`."""
+    for name, stored in fx.group("rotary").items():
+        kind, length = re.fullmatch(r"(cos|sin)_len(\d+)", name).groups()
+        cos, sin = model.rope(int(length), torch.device("cpu"))
+        got = (cos if kind == "cos" else sin).reshape(int(length), -1)
+        fx.close(f"rotary {name}", got, stored, **fx.tolerance("rotary", atol=2e-6))
+
+
+def check_grads(fx: Fixture, got: dict, want: dict, tolerance: dict) -> None:
+    """Gradient of every stored parameter, relative to the largest entry of that gradient."""
+    for name, stored in want.items():
+        if name in got:
+            fx.close(f"gradient of {name}", got[name], stored, **tolerance)
+        else:
+            fx.fail(f"gradient of {name}: no such parameter")
+
+
+# --------------------------------------------------------------------------------------------------
+# Adapters
+# --------------------------------------------------------------------------------------------------
+def check_ttt_forward(fx: Fixture) -> None:
+    """Per-row adapters: losses, gradients of every adapter matrix, and what a reset leaves."""
+    s, want = fx.settings(), fx.arrays
+    model = load_model(fx, s, fx.group("param"))
+    plan = checked_plan(fx, s, fx.meta["looping_active"])
+    ids, targets = want["input_ids"], want["target_ids"]
+    adapter = tg.Adapter(s, plan, ids.shape[0])
+    lora = fx.group("lora")
+    with torch.no_grad():
+        views = adapter.field_views()
+        fx.equal("adapter names", sorted(views), sorted(fx.meta["lora_params"]))
+        for name, value in lora.items():
+            views[name].copy_(value)
+    losses = model.losses(ids, targets, plan, adapter=adapter)
+    (losses * want["loss_weights"]).sum().backward()
+    tolerance = fx.tolerance("per_token_loss", atol=5e-5)
+    fx.close("per-token loss", losses, want["per_token_loss"], **tolerance)
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in adapter.parameters()]
+    adapter.reset()
+    with torch.no_grad():
+        again = model.losses(ids, targets, plan, adapter=adapter)
+        fx.close("per-token loss after reset", again, want["per_token_loss_after_reset"], **tolerance)
+        check_reset(fx, adapter.field_views(), lora)
+        for parameter, grad in zip(adapter.parameters(), grads, strict=True):
+            parameter.copy_(grad)  # gradients by name: put in the parameters' place, read by views
+        tolerance = fx.tolerance("lora_grad", rtol_of_max_abs=1e-4)
+        check_grads(fx, adapter.field_views(), fx.group("lora_grad"), tolerance)
+
+
+def check_reset(fx: Fixture, views: dict, before: dict) -> None:
+    """After a reset B is zero and A kept (warm start) or redrawn within ±1/sqrt(in)."""
+    for name, value in before.items():
+        now = views[name]
+        if name.endswith(".B"):
+            fx.equal(f"{name} after reset", now.abs().max().item(), 0.0)
+        elif fx.meta["reset"]["A_unchanged"]:
+            fx.equal(f"{name} kept by reset", now, value)
+        else:
+            bound = 1 / math.sqrt(now.shape[-1])
+            fx.equal(f"{name} redrawn by reset", bool((now != value).any()), True)
+            fx.equal(f"{name} within ±1/sqrt(in)", 0.9 * bound < float(now.abs().max()) <= bound, True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Optimiser
+# --------------------------------------------------------------------------------------------------
+def check_muon(fx: Fixture) -> None:
+    """Newton–Schulz alone, or whole Muon steps, in every stored precision."""
+    if "cases" in fx.meta:
+        return check_newton_schulz(fx)
+    config = dict(fx.meta["config"])
+    config["steps"] = config.pop("backend_steps")
+    grads = fx.group("grad")
+    for precision, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
+        tolerance = fx.tolerance(f"{precision}.*", atol=5e-6 if precision == "f32" else 6e-3)
+        for bank, start in fx.group("init").items():
+            p, buf = start.clone(), torch.zeros_like(start, dtype=dtype)
+            for k, at in enumerate(fx.meta["schedule"]):
+                tg.muon_update(p, grads[bank][k], buf, **at, **config)
+                stored = fx.arrays.get(f"{precision}.step{k}.{bank}")
+                if stored is not None:
+                    fx.close(f"{precision} step {k} {bank}", p, stored, **tolerance)
+            stored = fx.arrays[f"{precision}.momentum_buffer.{bank}"]
+            fx.equal(f"{precision} buffer dtype", buf.dtype, dtype)
+            fx.close(f"{precision} momentum of {bank}", buf, stored,
+                     **(tolerance if precision == "f32" else {"rtol_of_max_abs": 2e-2}))
+
+
+def check_newton_schulz(fx: Fixture) -> None:
+    for case in fx.meta["cases"]:
+        name = case["name"]
+        key = f"{name}.G" if f"{name}.G" in fx.arrays else f"{name.rsplit('_steps', 1)[0]}.G"
+        for precision, dtype in (("f64", torch.float64), ("f32", torch.float32), ("bf16", torch.bfloat16)):
+            G = fx.arrays[key].to(dtype)
+            got = tg.orthogonalise(G, steps=case["steps"], dtype=dtype)
+            fx.equal(f"{name} dtype", got.dtype, dtype)
+            default = {"f64": 1e-9, "f32": 5e-5, "bf16": 0.06}[precision]
+            fx.close(f"{name} {precision}", got, fx.arrays[f"{name}.out_{precision}"],
+                     **fx.tolerance(precision, atol=default))
+
+
+# --------------------------------------------------------------------------------------------------
+# Quantisation
+# --------------------------------------------------------------------------------------------------
+def check_gptq(fx: Fixture) -> None:
+    """One matrix, the small packings, or a whole model; told apart by what the JSON holds."""
+    if "cases" in fx.meta:
+        check_gptq_weights(fx)
+    elif "meta" not in fx.meta:
+        check_packing(fx)
+    elif "env" in fx.meta:
+        check_gptq_model(fx, fx)
+    else:  # only what differs from a sibling is stored, and the note says how it was made
+        sibling, changes = re.search(r"as \S+/(\S+) but (.*?)[;.]", fx.meta["note"]).groups()
+        overrides = dict(pair.split("=") for pair in re.findall(r"\w+=\w+", changes))
+        check_gptq_model(fx, fx.sibling(sibling), **overrides)
+
+
+def check_gptq_weights(fx: Fixture) -> None:
+    for name, case in fx.meta["cases"].items():
+        W, H, Q, scale = (fx.arrays[f"{name}.{key}"] for key in ("W", "H", "Q", "scale"))
+        W = W.float()
+        fx.equal(f"{name} scale", tg.row_scales(W, case["bits"], case["clip_sigmas"]), scale)
+        got = tg.gptq(W, H, scale, case["bits"], block=case["block_size"])
+        fx.equal(f"{name} integer type", got.dtype, torch.int8)
+        live = scale != 0  # a zero scale makes the integers meaningless: they restore to 0
+        fx.mostly_equal(f"{name} integers", got[live], Q[live])
+        if "hessian_weighted_err" in case:
+            error = W.double() - got.double() * scale.double()[:, None]
+            fx.close(f"{name} Hessian-weighted error", ((error @ H.double()) * error).sum(),
+                     case["hessian_weighted_err"], rtol=0.01)
+
+
+def check_packing(fx: Fixture) -> None:
+    """Per-row int8 gates and the low-rank factors, symmetric and asymmetric: exact integers and scales."""
+    for key in sorted({k.rsplit(".", 1)[0] for k in fx.arrays if k.endswith((".w", ".qA"))}):
+        stored = fx.group(key)
+        if "w" in stored:
+            got = dict(zip(("q", "scale"), tg.quantise_rows(stored["w"], 8), strict=True))
+        else:
+            pack, kind = key.split(".")
+            factors, number = fx.group(pack), int(re.search(r"\d+$", kind).group())
+            pack_factors = tg.lqer_asym if kind.startswith("asym") else tg.lqer_sym
+            packed = pack_factors(factors["A"], factors["B"], number)
+            got = dict(zip(("qA", "sA", "qB", "sB"), packed, strict=True))
+        for part, value in got.items():
+            fx.equal(f"{key} {part}", value, stored[part])
+
+
+def check_gptq_model(fx: Fixture, base: Fixture, **overrides) -> None:
+    """Hessians, routing, integers, scales, factors restored weights; `base` holds weights and Hessians."""
+    s = base.settings(**overrides)
+    model = load_model(fx, s, base.group("param"))
+    plan = checked_plan(base, s, base.meta["looping_active"])
+    stored = {name: symmetric(upper) for name, upper in base.group("hessian_upper").items()}
+    stored.update({name: stored[source] for name, source in base.meta["hessian_alias"].items()})
+    if fx is base:
+        check_hessians(fx, s, model, plan, stored)
+    weights = {k: v.detach() for k, v in tg.matrix_views(dict(model.named_parameters())).items()}
+    done = tg.quantise(s, weights, stored)
+    kinds = fx.meta["meta"]
+    for name, kind in kinds.items():
+        fx.equal(f"routing of {name}", done.meta.get(name), kind)
+    for key, want in fx.group_raw("quant").items():
+        compare_quantised(fx, key, done.tensors.get(key), want)
+    restored = tg.dequantise(done)
+    stored = check_dequantise(fx, base)
+    for name, want in stored.items():
+        mine, theirs = ((_float64(x) - _float64(weights[name])).norm() for x in (restored[name], want))
+        share = 0.03 if "lqer" in kinds[name] else 0.01
+        fx.close(f"error left in {name}", mine, theirs, atol=1e-5, rtol=share)
+    check_repairs(fx, done.tensors, stored_quant(fx, base))
+    if fx is base:
+        check_quantised_loss(fx, model, plan, stored, restored)
+
+
+def check_dequantise(fx: Fixture, base: Fixture) -> dict[str, torch.Tensor]:
+    """The stored integers, scales and factors restored by the trainer, against stored weights and totals."""
+    stored = tg.dequantise(tg.Quantised(tensors=stored_quant(fx, base), meta=fx.meta["meta"]))
+    for name, facts in fx.meta["dequant_stats"].items():
+        value = _float64(stored[name])
+        fx.close(f"dequantised {name} sum", value.sum(), facts["sum"], atol=1e-4, rtol=1e-6)
+        fx.close(f"dequantised {name} sum of squares", (value ** 2).sum(), facts["sumsq"], rtol=1e-6)
+    for name, want in fx.group("dequant").items():
+        fx.close(f"dequantised {name}", stored[name], want, atol=1e-6)
+    return stored
+
+
+def check_hessians(fx: Fixture, s, model, plan, stored: dict) -> None:
+    """Sum of XᵀX over all positions of the calibration rows, divided by the number of batches."""
+    tap = tg.HessianTap(s)
+    with torch.no_grad():
+        for ids in fx.arrays["calibration.input_ids"]:
+            model.logits(model.hidden(ids, plan, tap=tap))
+            tap.add_batch()
+    hessians = tap.finish()
+    tolerance = fx.tolerance("hessian", rtol=1e-4)["rtol"]
+    for name, want in stored.items():
+        fx.close(f"Hessian of {name}", hessians[name], want, rtol_of_max_abs=tolerance)
+
+
+def stored_quant(fx: Fixture, base: Fixture) -> dict[str, torch.Tensor]:
+    """All stored tensors of the quantised model; only the factors of another fixture are its own."""
+    shared = {k: v for k, v in base.group_raw("quant").items() if ".lq" not in k or fx is base}
+    return {**shared, **fx.group_raw("quant")}
+
+
+def check_repairs(fx: Fixture, got: dict, want: dict) -> None:
+    """Products of the low-rank factors. Signs of singular vectors are arbitrary and the asymmetric grid is
+    not symmetric, so the factors may differ; but the trainer's product must hold all of the stored one."""
+    for name, kind in fx.meta["meta"].items():
+        if "+" not in kind:
+            continue
+        mine, theirs = (repair_of(tensors, name, kind) for tensors in (got, want))
+        share = (mine * theirs).sum() / (theirs * theirs).sum()
+        fx.close(f"share of the stored repair of {name}", share, 1.0, atol=0.05 if "asym" in kind else 0.01)
+
+
+def repair_of(tensors: dict, name: str, kind: str) -> torch.Tensor:
+    """What the factors add: the restored matrix with them minus the one without."""
+    own = {k: v for k, v in tensors.items() if k.startswith(name + ".")}
+    bare = {k: v for k, v in own.items() if ".lq" not in k}
+    return _float64(tg.dequantise(tg.Quantised(own, {name: kind}))[name]) - _float64(
+        tg.dequantise(tg.Quantised(bare, {name: kind}))[name])
+
+
+def check_quantised_loss(fx: Fixture, model, plan, stored: dict, restored: dict) -> None:
+    """Loss of the model before quantising, with the stored restored weights, and with the trainer's own."""
+    ids, targets = fx.arrays["eval.input_ids"], fx.arrays["eval.target_ids"]
+    before, after = (float(fx.arrays[f"eval.loss_{when}"][0]) for when in ("before", "after_quant"))
+    with torch.no_grad():
+        fx.close("loss before", model.losses(ids, targets, plan).mean(), before, atol=1e-5)
+        views = tg.matrix_views(dict(model.named_parameters()))
+        for what, tensors, atol in (("stored", stored, 2e-5), ("own", restored, 2e-2)):
+            for name, value in tensors.items():
+                views[name].copy_(value)
+            fx.close(f"loss with {what} weights", model.losses(ids, targets, plan).mean(), after, atol=atol)
+
+
+def compare_quantised(fx: Fixture, key: str, got, want) -> None:
+    """One stored tensor of the quantised model; factor signs are arbitrary: there only shapes agree."""
+    if got is None:
+        return fx.fail(f"{key}: missing")
+    part = key.rsplit(".", 1)[-1]
+    fx.equal(f"{key} type", got.dtype, want.dtype)
+    if part.startswith("lq"):
+        fx.equal(f"{key} shape", tuple(got.shape), tuple(want.shape))
+    elif part == "q":
+        fx.mostly_equal(key, got, want)
+    else:
+        fx.equal(key, got, want)
+    return None
+
+
+def symmetric(upper: torch.Tensor) -> torch.Tensor:
+    """A symmetric matrix from its upper triangle, stored row by row."""
+    n = (math.isqrt(8 * upper.numel() + 1) - 1) // 2
+    H = torch.zeros(n, n)
+    H[torch.triu_indices(n, n).unbind()] = upper
+    return H + H.triu(1).T
+
+
+# --------------------------------------------------------------------------------------------------
+# Data
+# --------------------------------------------------------------------------------------------------
+def check_loader(fx: Fixture) -> None:
+    """Segment bounds, the document-packed stream or the shuffled stream."""
+    if "cases" in fx.meta:
+        for k, case in enumerate(fx.meta["cases"]):
+            bos = np.array(case["bos_positions"], dtype=np.int64)
+            total, limit, bucket = case["total_len"], case["max_doc_len"], case["bucket"]
+            got, longest = tg.segment_bounds(bos, total, limit, bucket=bucket)
+            fx.equal(f"case {k} bounds", got, fx.arrays[f"case{k}"])
+            fx.equal(f"case {k} longest", int(longest), case["max_seqlen"])
+    elif "files_of_rank" in fx.meta:
+        check_shuffled(fx)
+    else:
+        check_docpack(fx)
+
+
+def check_docpack(fx: Fixture) -> None:
+    meta, want = fx.meta, fx.arrays
+    tokens = meta["global_tokens"] // (meta["world_size"] * meta["grad_accum_steps"])
+    files = shard_files(fx, meta["files"].split()[0])
+    fx.equal("tokens per shard", [len(tg.read_shard(f)) for f in files], meta["shard_tokens"])
+    stream = tg.DocPackStream(files, world_size=meta["world_size"], rank=meta["rank"], tokens=tokens,
+                              max_len=meta["train_seq_len"])
+    for k in range(meta["batches"]):
+        batch = stream.next()
+        fx.equal(f"batch {k} inputs", batch.x, want["inputs"][k][None])
+        fx.equal(f"batch {k} targets", batch.y, want["targets"][k][None])
+        bounds = want["cu_seqlens"][k][: int(want["cu_seqlens_len"][k])]
+        fx.equal(f"batch {k} bounds", batch.cu_seqlens, bounds)
+        fx.equal(f"batch {k} longest", int(batch.max_seqlen), int(want["max_seqlen"][k]))
+    fx.equal("index type", batch.x.dtype, torch.int64)
+
+
+def check_shuffled(fx: Fixture) -> None:
+    meta, want = fx.meta, fx.arrays
+    length = meta["train_seq_len"]
+    seqs = meta["global_tokens"] // (meta["world_size"] * meta["grad_accum_steps"]) // length
+    files = shard_files(fx, re.sub(r"\d+\.bin$", "*.bin", meta["files_of_rank"][0]))
+    stream = tg.ShuffledStream(files, world_size=meta["world_size"], rank=meta["rank"], seqs=seqs,
+                               seq_len=length)
+    for k in range(meta["batches"]):
+        batch = stream.next()
+        fx.equal(f"batch {k} inputs", batch.x, want["inputs"][k])
+        fx.equal(f"batch {k} targets", batch.y, want["targets"][k])
+        fx.equal(f"batch {k} has no segments", batch.cu_seqlens, None)
+    fx.equal("order", np.array(stream.order)[: len(want["order"])], want["order"])
+
+
+def check_bpb(fx: Fixture) -> None:
+    """Byte tables of a SentencePiece model, and byte counts of whole texts."""
+    meta, want = fx.meta, fx.arrays
+    table = tg.ByteTable.from_sentencepiece(fx.folder / meta["model"], meta["vocab_size"])
+    fx.equal("base bytes", table.base, want["base_bytes"])
+    fx.equal("leading space", table.lead, want["has_leading_space"])
+    fx.equal("boundary", table.boundary, want["is_boundary"])
+    ids, offsets = want["ids"].numpy(), want["offsets"].tolist()
+    stream = table.count(ids[:-1], ids[1:])
+    fx.equal("bytes of the stream", stream, want["stream_bytes"])
+    fx.equal("total of the stream", int(stream.sum()), meta["stream_total"])
+    for k, (begin, end) in enumerate(itertools.pairwise(offsets)):
+        got = table.count(ids[begin:end - 1], ids[begin + 1:end])
+        fx.equal(f"bytes of text {k}", got, want["bytes"][begin + 1:end])
+        fx.equal(f"total of text {k}", int(got.sum()), meta["texts"][k]["total"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+def check_train_trajectory(fx: Fixture) -> None:
+    """Training steps from stored batches: losses, gradient norms, schedules, averaged and final weights."""
+    for record, dtype in (("f32muon", "float32"), ("bf16muon", "bfloat16")):
+        want = fx.meta["records"][record]
+        got = train_run(fx, fx.settings(MUON_DTYPE=dtype, GRAD_ACCUM_STEPS=fx.meta["grad_accum_steps"]), want)
+        fx.close(f"{record} first loss", got["micro_loss"][0], want["micro_loss"][0],
+                 **fx.tolerance("first step loss", atol=1e-5))
+        loss_tolerance = fx.tolerance(f"step_loss/{record}", atol=1e-4 if record == "f32muon" else 1e-2)
+        for key in ("micro_loss", "step_loss"):
+            fx.close(f"{record} {key}", got[key], want[key], **loss_tolerance)
+        fx.close(f"{record} grad norm", got["grad_norm"], want["grad_norm"],
+                 **fx.tolerance(f"grad_norm/{record}", rtol=1e-4 if record == "f32muon" else 1e-2))
+        fx.close(f"{record} learning rate", got["lr"], want["lr"], rtol=1e-9)
+        fx.close(f"{record} momentum", got["momentum"], want["momentum"], rtol=1e-9)
+        for kind in ("ema", "final"):
+            stored = fx.group(f"{record}.{kind}")
+            for name, value in stored.items():
+                fx.close(f"{record} {kind} {name}", got[kind][name], value,
+                         **fx.tolerance(f"{kind}/{record}", f"ema/{record}", atol=5e-4))
+            if not stored:  # bfloat16 sums depend on the machine: only the totals are stored
+                checksums(fx, f"{record} {kind}", got[kind], want[f"{kind}_checksums"], 1e-2)
+
+
+def train_run(fx: Fixture, s: tg.Settings, want: dict) -> dict:
+    """Drive the trainer over the stored batches as its own loop does; everything it returned, per step."""
+    accum = fx.meta["grad_accum_steps"]
+    model = load_model(fx, s, fx.group("param"))
+    trainer = tg.Trainer(s, tg.World(), model)
+    got = {key: [] for key in ("micro_loss", "step_loss", "grad_norm", "lr", "momentum")}
+    for step in range(s.iterations):
+        share, momentum = tg.lr_share(s, step / s.iterations), tg.muon_momentum(s, step)
+        looping = step / s.iterations >= s.enable_looping_at
+        plan = tg.layer_plan(s, looping)
+        fx.equal(f"loops at step {step}", looping, want["looping"][step * accum])  # stored per micro-batch
+        batches = [stored_batch(fx, k) for k in range(step * accum, (step + 1) * accum)]
+        losses = [float(trainer.micro_step(batch, plan)) for batch in batches]
+        got["micro_loss"] += losses
+        got["step_loss"].append(sum(losses) / accum)
+        got["grad_norm"].append(float(trainer.update(share, momentum)))
+        got["lr"].append(s.matrix_lr * share)
+        got["momentum"].append(momentum)
+    got["final"] = tg.field_views({n: p.detach() for n, p in model.named_parameters()})
+    got["ema"] = tg.field_views(trainer.ema)
+    return got
+
+
+def stored_batch(fx: Fixture, k: int):
+    """Micro-batch k: n + 1 tokens give n inputs and n targets."""
+    row, bounds = fx.arrays["batches"][k].long(), fx.arrays["cu_seqlens"][k]
+    return tg.Batch(row[None, :-1], row[None, 1:], bounds, int(bounds.diff().max()))
+
+
+# --------------------------------------------------------------------------------------------------
+# Scoring
+# --------------------------------------------------------------------------------------------------
+def check_ttt_phased_eval(fx: Fixture) -> None:
+    """Score-then-adapt evaluation of a whole stream, or the plain packed evaluation (`results`)."""
+    if "results" in fx.meta:
+        return check_eval_val(fx)
+    s, meta = fx.settings(), fx.meta
+    model = load_model(fx, s, fx.group("param"))
+    checked_plan(fx, s)
+    val, seen, final = validation_stream(fx, s), Seen(fx), meta["final"]
+    fx.equal("tokens of the stream", len(val.tokens), meta["val_tokens"])
+    fx.equal("documents", np.stack([val.documents.start, val.documents.length], 1), fx.arrays["docs"])
+    val.documents = val.documents.sample(s.val_doc_fraction, s.seed)
+    result = tg.PhasedTTT(s, tg.World(), model, val, trace=seen).run()
+    fx.equal("tokens scored", result.tokens, int(final["token_count"]))
+    fx.equal("bytes scored", int(result.byte_sum), int(final["byte_sum"]))
+    fx.close("loss", result.loss, final["val_loss"], **fx.tolerance("final.val_bpb", rtol=1e-5))
+    fx.close("bits per byte", result.bpb, final["val_bpb"], **fx.tolerance("final.val_bpb", rtol=1e-5))
+    seen.compare()
+    got = tg.field_views({n: p.detach() for n, p in model.named_parameters()})
+    for name, want in fx.group("final_param").items():
+        fx.close(f"final {name}", got[name], want, **fx.tolerance("final_param", atol=5e-5))
+
+
+class Seen:
+    """The evaluation's trace: hands out the stored adapters, records chunks, optimiser steps and phases."""
+
+    def __init__(self, fx: Fixture):
+        self.fx, self.events = fx, {"chunk": [], "lora": [], "sgd_step": [], "phase": []}
+
+    def __call__(self, event: str, **values) -> None:
+        if event == "lora":
+            self.feed(values["adapter"])
+            values = {"rows": next(iter(values["adapter"].parameters())).shape[1]}
+        elif event == "chunk":
+            values = {k: _tensor(v).clone() if _is_array(v) else v for k, v in values.items()}
+        elif event == "phase":
+            model = values.pop("model")
+            values["params"] = {n: p.detach().clone() for n, p in model.named_parameters()}
+            values["chunks"] = len(self.events["chunk"])
+        self.events[event].append(values)
+
+    def feed(self, adapter) -> None:
+        """Write the stored A values of the adapter set that the reference created at this point."""
+        k = len(self.events["lora"])
+        stored = self.fx.group(f"lora_init.{k}")
+        if not stored:
+            return self.fx.fail(f"adapter set {k} was created, which the reference did not do")
+        with torch.no_grad():
+            views = adapter.field_views()
+            self.fx.equal(f"names of adapter set {k}", {n for n in views if n.endswith(".A")}, set(stored))
+            for name, value in stored.items():
+                views[name].copy_(value)
+        return None
+
+    def compare(self) -> None:
+        """Everything recorded, against the fixture."""
+        fx, meta, chunks = self.fx, self.fx.meta, self.events["chunk"]
+        fx.equal("adapter rows", [e["rows"] for e in self.events["lora"]], [e["bsz"] for e in meta["loras"]])
+        fx.equal("number of chunks", len(chunks), len(fx.arrays["chunk_records"]))
+        columns = meta["chunk_records_columns"]
+        sums = dict.fromkeys(("loss_sum", "byte_sum", "token_count"), 0.0)
+        for k, (chunk, record) in enumerate(zip(chunks, fx.arrays["chunk_records"].tolist(), strict=False)):
+            sums = {key: sums[key] + chunk["tokens" if key == "token_count" else key] for key in sums}
+            self.compare_chunk(k, chunk, sums, dict(zip(columns, record, strict=True)))
+        fx.equal("number of SGD steps", len(self.events["sgd_step"]), len(meta["sgd_steps"]))
+        for k, (got, want) in enumerate(zip(self.events["sgd_step"], meta["sgd_steps"], strict=False)):
+            fx.close(f"SGD step {k} loss", got["loss"], want["loss"], rtol=1e-5)
+            fx.close(f"SGD step {k} norm", got["grad_norm"], want["grad_norm"], rtol=1e-4)
+            fx.close(f"SGD step {k} lr", got["lr"], want["lr"], atol=1e-9)
+            fx.equal(f"SGD step {k} tokens", int(got["n_tokens"]), want["n_tokens"])
+        fx.equal("number of phases", len(self.events["phase"]), len(meta["phases"]))
+        for k, (got, want) in enumerate(zip(self.events["phase"], meta["phases"], strict=False)):
+            fx.equal(f"phase {k} chunks before", got["chunks"], want["after_chunk_record"])
+            if _is_array(got["tokens"]):
+                fx.equal(f"phase {k} tokens", got["tokens"], fx.arrays[f"phase{k}.sgd_tokens"])
+            else:
+                fx.equal(f"phase {k} number of tokens", got["tokens"], want["n_sgd_tokens"])
+            checksums(fx, f"phase {k}", tg.field_views(got["params"]), want["param_checksums"], 2e-5)
+
+    def compare_chunk(self, k: int, got: dict, sums: dict, record: dict) -> None:
+        fx, tolerance = self.fx, self.fx.tolerance("chunk_records loss_sum", rtol=1e-5)
+        fx.close(f"chunk {k} loss so far", sums["loss_sum"], record["loss_sum"], **tolerance)
+        for key in ("byte_sum", "token_count"):
+            fx.equal(f"chunk {k} {key} so far", sums[key], record[key])
+        fx.equal(f"chunk {k} row width", got["width"], int(record["context_size"]))
+        for key, mine in (("offsets", got["offsets"]), ("lens", got["counts"])):
+            stored = fx.arrays[f"chunk_{key}"][k]  # -1 where a short group has no row
+            fx.equal(f"chunk {k} {key}", mine, stored[: len(mine)])
+            fx.equal(f"chunk {k} rows", int((stored >= 0).sum()), len(mine))
+        for key in ("x", "y"):
+            if f"chunk{k}.{key}" in fx.arrays:
+                fx.equal(f"chunk {k} {key}", got[key], fx.arrays[f"chunk{k}.{key}"])
+        if f"chunk{k}.per_token_loss" in fx.arrays:
+            fx.close(f"chunk {k} losses", got["losses"], fx.arrays[f"chunk{k}.per_token_loss"], atol=5e-5)
+
+
+def validation_stream(fx: Fixture, s: tg.Settings) -> types.SimpleNamespace:
+    """The fixture's validation shards as the trainer's scorers take them: tokens, target_bytes, documents.
+
+    The stream is cut to k·EVAL_SEQ_LEN + 1 tokens, which the reference did and the trainer does not; and the
+    byte sidecar counts only with CASEOPS_ENABLED, while the trainer uses it wherever it exists.
+    """
+    folder = fx.meta["env"]["DATA_PATH"]
+    shards = [f for f in shard_files(fx, f"{folder}/fineweb_val_*.bin") if "_bytes_" not in f.name]
+    tokens = np.concatenate([tg.read_shard(f) for f in shards])
+    tokens = tokens[:(len(tokens) - 1) // s.eval_seq_len * s.eval_seq_len + 1]
+    if s.caseops_enabled:
+        sidecars = [tg.read_shard(f) for f in shard_files(fx, f"{folder}/fineweb_val_bytes_*.bin")]
+        nbytes = np.concatenate(sidecars)[1:len(tokens)].astype(np.int64)
+    else:
+        nbytes = tg.ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size).count(tokens[:-1], tokens[1:])
+    return types.SimpleNamespace(tokens=tokens, target_bytes=nbytes, documents=tg.Documents(tokens))
+
+
+def check_eval_val(fx: Fixture) -> None:
+    """Packed rows of whole sequences, document segments inside each: sums of one rank's share.
+
+    The reference drops a rank's incomplete last row; the trainer's scorer drops nothing. So the rows the
+    reference did score are pushed through the trainer's segments, model and byte counts here.
+    """
+    source = fx.sibling(re.search(r"(\S+)\.safetensors", fx.meta["weights"]).group(1))
+    s = fx.settings()
+    model, plan = load_model(fx, s, source.group("param")), tg.layer_plan(s, True)
+    val = validation_stream(fx, s)
+    tokens, nbytes = _tensor(val.tokens), _tensor(val.target_bytes)
+    for rank_name, want in fx.meta["results"].items():
+        world, rank = (int(n) for n in re.fullmatch(r"ws(\d+)_rank(\d+)", rank_name).groups())
+        row = s.val_batch_tokens // (world * (8 // world))  # the reference makes 8 // world micro-batches
+        begin, end = (s.eval_seq_len * (want["total_seqs"] * r // world) for r in (rank, rank + 1))
+        sums = np.zeros(3)
+        for at in range(begin, end - row + 1, row):
+            x, y = tokens[at:at + row], tokens[at + 1:at + row + 1]
+            bounds, longest = tg.segment_bounds((x == tg.BOS).nonzero()[:, 0].numpy(), row, s.eval_seq_len)
+            layout = tg.Layout(torch.as_tensor(bounds), int(longest))
+            with torch.no_grad():
+                losses = model.losses(x[None], y[None], plan, layout)
+            sums += [float(losses.double().sum()), row, float(nbytes[at:at + row].sum())]
+        fx.equal(f"{rank_name} tokens", sums[1], want["token_count"])
+        fx.equal(f"{rank_name} bytes", sums[2], want["byte_sum"])
+        tolerance = fx.tolerance("val_bpb", rtol=5e-6)
+        fx.close(f"{rank_name} loss", sums[0] / sums[1], want["val_loss"], **tolerance)
+        fx.close(f"{rank_name} bits per byte", sums[0] / math.log(2) / sums[2], want["val_bpb"], **tolerance)
+
+
+def check_sliding_eval(fx: Fixture) -> None:
+    """Windows and scored ranges of the sliding evaluation, and the byte total (the model is an older one)."""
+    env, tokens = fx.meta["env"], fx.arrays["val_tokens"].numpy()
+    total = len(tokens) - 1
+    windows = tg.sliding_windows(total, env["EVAL_SEQ_LEN"], env["EVAL_STRIDE"])
+    want, final = fx.arrays["windows"], fx.meta["final"]
+    fx.equal("number of windows", len(windows), fx.meta["n_windows"])
+    fx.equal("windows", np.array([[begin, end, first, end] for begin, end, first in windows]), want)
+    fx.equal("tokens scored", sum(end - first for _, end, first in windows), int(final["token_count"]))
+    base, lead, boundary = (fx.arrays[k].numpy() for k in ("base_bytes", "has_leading_space", "is_boundary"))
+    table = tg.ByteTable(base, lead.astype(bool), boundary.astype(bool))
+    fx.equal("bytes scored", int(table.count(tokens[:-1], tokens[1:]).sum()), int(final["byte_sum"]))
+
+
+# --------------------------------------------------------------------------------------------------
+# Case operators
+# --------------------------------------------------------------------------------------------------
+def check_caseops(fx: Fixture) -> None:
+    """Text transform, and tokens with their byte counts as the preparation script writes them."""
+    try:
+        caseops = importlib.import_module("data.caseops")
+    except ModuleNotFoundError:
+        raise Skip("data/caseops.py is not there yet") from None
+    if "rows" in fx.meta:
+        return check_caseops_strings(fx, caseops)
+    return check_caseops_sidecar(fx)
+
+
+def check_caseops_strings(fx: Fixture, caseops) -> None:
+    for row in fx.meta["rows"]:
+        fx.equal(f"encoding of {_short(row['text'])}", caseops.encode(row["text"]), row["encoded"])
+        fx.equal(f"decoding of {_short(row['encoded'])}", caseops.decode(row["encoded"]), row["text"])
+    for row in fx.meta["decode_only"]:
+        try:
+            got = caseops.decode(row["encoded"])
+        except ValueError:
+            got = "error"
+        want = "error" if row.get("error") else row["decoded"]
+        fx.equal(f"decoding of {_short(row['encoded'])}", got, want)
+
+
+def check_caseops_sidecar(fx: Fixture) -> None:
+    """Tokens and bytes of original text per token, for documents and for the shards made of them."""
+    tokens = importlib.import_module("data.tokens")
+    if not any(hasattr(tokens, name) for name in ("caseops", "original_bytes")):
+        raise Skip("data/tokens.py does not count bytes of transformed text yet")
+    tokenizer = tokens.Tokenizer((fx.folder / fx.meta["model"]).read_bytes(), "caseops")
+    offsets = fx.arrays["offsets"].tolist()
+    for k, (document, begin, end) in enumerate(zip(fx.meta["docs"], offsets[:-1], offsets[1:], strict=True)):
+        ids, nbytes, _ = tokenizer.encode([document["text"]])
+        fx.equal(f"document {k} tokens", ids, fx.arrays["tokens"][begin:end])
+        fx.equal(f"document {k} bytes", nbytes, fx.arrays["bytes"][begin:end])
+        fx.equal(f"document {k} total", int(nbytes.sum()), document["sidecar_total"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Which checker serves which fixture; the first matching pattern of `folder/X` wins
+# --------------------------------------------------------------------------------------------------
+def not_yet(fx: Fixture) -> None:
+    raise Skip("mechanism not in the trainer yet")
+
+
+CHECKERS = (
+    ("gpt_forward*/*", check_gpt_forward),
+    ("ttt_forward*/*", check_ttt_forward),
+    ("muon*/*", check_muon),
+    ("gptq_percentile*/*", not_yet),
+    ("gptq*/*", check_gptq),
+    ("loader*/*", check_loader),
+    ("bpb*/*", check_bpb),
+    ("train_trajectory*/*", check_train_trajectory),
+    ("ttt_phased_eval*/*", check_ttt_phased_eval),
+    ("sliding_eval*/*", check_sliding_eval),
+    ("caseops*/*", check_caseops),
+    ("*", not_yet),
+)
+
+
+def run(fx: Fixture) -> str:
+    """Check one fixture; 'ok …', 'FAIL …' or 'skip …'. No exception leaves this function."""
+    checker = next(check for pattern, check in CHECKERS if fnmatch.fnmatch(fx.name, pattern))
+    try:
+        if not fx.failures:
+            checker(fx)
+        if not fx.compared:
+            fx.fail("nothing was compared")
+    except Skip as reason:
+        return f"skip ({reason})"
+    except Exception as error:  # noqa: BLE001 - a broken fixture or a broken trainer must not hide the others
+        fx.fail(f"{type(error).__name__}: {error}")
+    if fx.failures:
+        more = f" (and {len(fx.failures) - 1} more)" if len(fx.failures) > 1 else ""
+        return f"FAIL {' '.join(fx.failures[0].split())}{more}"
+    return f"ok max_err={fx.max_err:.3g}"
+
+
+def find_fixtures(root: Path, names: list[str]) -> list[Fixture]:
+    """All fixtures of `root`: JSON files of its folders, or of `root` itself if it is a fixture folder."""
+    facts = next((p for p in (root / "facts.json", root.parent / "facts.json") if p.exists()), None)
+    defaults = json.loads(facts.read_text())["env_settings"] if facts else dict(
+        pair.split("=") for pair in REFERENCE_DEFAULTS.split())
+    found = []
+    for path in sorted(root.glob("*.json")) + sorted(root.glob("*/*.json")):
+        fx = Fixture(path.parent, path.stem, {}, defaults)
+        if names and not any(fnmatch.fnmatch(t, n) for n in names for t in (fx.folder.name, fx.name)):
+            continue
+        try:
+            fx.meta = json.loads(path.read_text())
+        except ValueError as error:
+            fx.meta = {"fixture": fx.name}
+            fx.fail(f"{path.name} is not JSON: {error}")
+        if path.parent != root or "fixture" in fx.meta:  # facts.json and the like are no fixtures
+            found.append(fx)
+    return found
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0].startswith("-"):
+        print(__doc__)
+        return 2
+    torch.set_num_threads(1)
+    root, counts = Path(os.path.abspath(argv[0])), {"ok": 0, "FAIL": 0, "skip": 0}
+    fixtures = find_fixtures(root, argv[1:])
+    for fx in fixtures:
+        verdict = run(fx)
+        counts[verdict.split()[0]] += 1
+        print(fx.name, verdict, flush=True)
+    print(f"{counts['ok']} passed, {counts['FAIL']} failed, {counts['skip']} skipped")
+    if not fixtures:
+        print(f"no fixture in {argv[0]}" + (f" matches {argv[1:]}" if argv[1:] else ""), file=sys.stderr)
+    return int(counts["FAIL"] > 0 or not fixtures)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

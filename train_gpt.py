@@ -1,0 +1,3499 @@
+"""train_gpt.py: one script that trains, quantises, packs and scores a depth-recurrent GPT (Parameter Golf).
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py        # the competition run, on 8 H100
+    python train_gpt.py --help                                   # every setting: default, range, meaning
+    python train_gpt.py --check                                  # everything that can be checked without training
+
+600 s of training produce averaged weights; GPTQ rounds them to int6; the packed artifact and this script together
+stay under 16,000,000 bytes; the artifact is read back and scored in bits per byte (BPB), first by sliding windows,
+then by score-first test-time training (TTT). Environment variables are the only configuration.
+
+Chapters   1 Settings      2 Run: world, clocks, log   3 Data         4 Model         5 Adapter
+           6 Kernels       7 Optimiser                 8 Training     9 Quantise     10 Pack
+          11 Score        12 Adapt                    13 Checks      14 Main
+
+Shape letters: B rows, T tokens, D model width, H query heads, K key/value heads, V vocabulary, L layers,
+R x C a weight matrix (out, in), S executed layer slots (a looped layer has several).
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import hashlib
+import importlib
+import inspect
+import io
+import json
+import lzma
+import math
+import os
+import platform
+import queue
+import random
+import shutil
+import struct
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Callable, Mapping, NamedTuple, Optional, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+try:
+    import brotli
+except ImportError as error:      # before anything is spent: nothing can be packed or read without it
+    raise SystemExit("error: the package brotli is missing: pip install -r requirements.txt") from error
+try:
+    import triton
+    import triton.language as tl
+except ImportError:               # the plain twins are complete without it
+    triton = None
+
+ARTIFACT_LIMIT = 16_000_000   # bytes: this script as shipped + the packed model
+BOS = 1                       # begins every document, in every tokenizer of the field
+RMS_EPS = 1.1920929e-07       # float32 machine epsilon
+LN2 = math.log(2.0)
+LEAKY_SLOPE = 0.5             # of the squared LeakyReLU in the MLP
+
+
+class UserError(Exception):
+    """A mistake the user can fix: its text carries the value, the bound and the remedy, and is shown alone."""
+
+
+# ============================================================================================================
+# 1  Settings: one frozen table, read once from the environment
+# ============================================================================================================
+
+def knob(default, doc, lo=None, hi=None, choices=None, group=None):
+    """A setting: default (its type is the setting's type), meaning with unit, inclusive bounds or choices."""
+    return field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, choices=choices, group=group))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of the script. The environment name is the field's name in capitals."""
+    # --- run
+    run_id: str = knob("", "name of the run (default: date and a random tag)", group="run")
+    seed: int = knob(1337, "seed of weights, adapters and data order", 0)
+    artifact_dir: str = knob("", "folder of the run's files (default: runs/<RUN_ID>)")
+    max_wallclock_seconds: float = knob(600.0, "training budget in s, calibration to artifact included; 0: ITERATIONS", 0)
+    eval_max_seconds: float = knob(600.0, "evaluation budget in s; the log warns when it is passed", 0)
+    iterations: int = knob(20000, "most optimiser steps; with MAX_WALLCLOCK_SECONDS=0 also the schedule's length", 0)
+    train_log_every: int = knob(500, "steps between two progress lines (the first ten steps are always shown)", 0)
+    val_loss_every: int = knob(0, "steps between two validations during training, step 0 included; 0: none", 0)
+    eval_only_path: str = knob("", "averaged weights (.pt) to quantise, pack and score without training")
+    eval_only_quantized_path: str = knob("", "artifact (.ptz) to score, nothing else")
+    quantize_only: bool = knob(False, "stop when the artifact is written")
+    prequant_only: bool = knob(False, "stop after scoring the averaged weights")
+    # --- device
+    attn_backend: str = knob("auto", "attention kernels", choices=("auto", "fa3", "fa4", "torch", "plain"), group="device")
+    compile: str = knob("auto", "torch.compile; auto: on a GPU", choices=("auto", "0", "1"))
+    compute_dtype: str = knob("auto", "activations; auto: bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
+    muon_dtype: str = knob("auto", "Muon's arithmetic and traffic; auto: as activations",
+                           choices=("auto", "float32", "bfloat16"))
+    fused_ce_enabled: bool = knob(True, "fused cross-entropy kernel on a GPU")
+    # --- data
+    data_dir: str = knob("./data/", "folder that the next two default to", group="data")
+    data_path: str = knob("", "folder with fineweb_train_*.bin and fineweb_val_*.bin")
+    tokenizer_path: str = knob("", "SentencePiece model of the shards")
+    vocab_size: int = knob(8192, "tokens in the vocabulary", 2, 65536)
+    caseops_enabled: bool = knob(True, "shards of the CaseOps tokenizer; needs the byte sidecar")
+    train_loader: str = knob("stream", "stream: every target once; docpack: as the field's records; shuffled: windows",
+                             choices=("stream", "docpack", "shuffled"))
+    train_batch_tokens: int = knob(786432, "tokens of one optimiser step, over all ranks", 1)
+    train_seq_len: int = knob(2048, "documents are cut to this many tokens in training", 2)
+    grad_accum_steps: int = knob(0, "micro-batches of a step and rank; 0: 8 / number of ranks", 0)
+    val_batch_tokens: int = knob(524288, "tokens of a scoring batch, over 8 micro-batches", 8)
+    val_doc_fraction: float = knob(1.0, "share of the validation documents to score (below 1: not a result)", 0, 1)
+    # --- model
+    num_layers: int = knob(11, "physical layers", 1, 256, group="model")
+    model_dim: int = knob(512, "width", 8)
+    num_heads: int = knob(8, "query heads", 1)
+    num_kv_heads: int = knob(4, "key/value heads", 1)
+    mlp_mult: float = knob(4.0, "hidden units of the MLP per channel", 0.01)
+    tie_embeddings: bool = knob(True, "the input embedding is the output projection")
+    logit_softcap: float = knob(30.0, "logits are cap * tanh(z / cap)", 1e-3)
+    ln_scale: bool = knob(True, "block inputs are scaled by 1 / sqrt(layer + 1)")
+    rope_base: float = knob(10000.0, "rotary base", 1)
+    rope_dims: int = knob(16, "rotated channels of a head; 0: all", 0)
+    rope_yarn: bool = knob(False, "rescale the rotary base beyond TRAIN_SEQ_LEN (NTK scaling)")
+    qk_gain_init: float = knob(5.0, "initial gain of the normalised queries, per head")
+    xsa_last_n: int = knob(11, "last layers whose attention output is made orthogonal to its own value", 0)
+    num_loops: int = knob(2, "extra passes over layers LOOP_START..LOOP_END", 0)
+    loop_start: int = knob(3, "first layer of the loop", 0)
+    loop_end: int = knob(5, "last layer of the loop", 0)
+    enable_looping_at: float = knob(0.35, "share of the training budget after which loops run", 0, 1)
+    parallel_start_layer: int = knob(8, "decoder layers from here on run as two lanes; 0: none", 0)
+    parallel_final_lane: str = knob("mean", "which lane is read at the end", choices=("mean", "mlp", "attn"))
+    skip_gates_enabled: bool = knob(True, "gate the U-Net skips")
+    gate_window: int = knob(12, "channels that the smear and attention gates read", 1)
+    smear_gate_enabled: bool = knob(True, "mix the previous token's embedding in, never across a BOS")
+    sparse_attn_gate_enabled: bool = knob(True, "gate each head by GATE_WINDOW channels of the block input")
+    sparse_attn_gate_scale: float = knob(0.5, "slope of that gate")
+    sparse_attn_gate_init_std: float = knob(0.0, "initial spread of that gate's weights", 0)
+    gated_attn_enabled: bool = knob(False, "gate each head by the whole block input instead")
+    gated_attn_init_std: float = knob(0.01, "initial spread of that gate's weights", 0)
+    attn_out_gate_enabled: bool = knob(False, "gate each head by 2 sigmoid of GATE_WINDOW channels instead")
+    attn_out_gate_src: str = knob("proj", "what that gate reads: the block input or the raw queries", choices=("proj", "q"))
+    tied_embed_init_std: float = knob(0.005, "initial spread of the embedding", 0)
+    # --- optimiser
+    matrix_lr: float = knob(0.026, "Muon's learning rate", 0, group="optimiser")
+    tied_embed_lr: float = knob(0.03, "AdamW's learning rate of the tied embedding", 0)
+    embed_lr: float = knob(0.6, "AdamW's learning rate of an untied input embedding", 0)
+    head_lr: float = knob(0.008, "AdamW's learning rate of an untied output head", 0)
+    scalar_lr: float = knob(0.02, "AdamW's learning rate of scales, gates and mixes", 0)
+    beta1: float = knob(0.9, "AdamW", 0, 0.999999)
+    beta2: float = knob(0.99, "AdamW", 0, 0.999999)
+    adam_eps: float = knob(1e-8, "AdamW", 0)
+    adam_wd: float = knob(0.02, "decoupled weight decay of scales, gates and mixes", 0)
+    embed_wd: float = knob(0.085, "decoupled weight decay of the embedding", 0)
+    muon_wd: float = knob(0.095, "decoupled weight decay of the matrices", 0)
+    muon_momentum: float = knob(0.97, "momentum after its warm-up", 0, 0.999999)
+    muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", 0, 0.999999)
+    muon_momentum_warmup_steps: int = knob(1500, "steps of the momentum's warm-up", 0)
+    muon_backend_steps: int = knob(5, "Newton-Schulz iterations (more than 5 run as 5)", 1)
+    muon_row_normalize: bool = knob(True, "normalise each row of the update before Newton-Schulz")
+    grad_clip_norm: float = knob(0.3, "largest norm of the gradient; 0: no clipping", 0)
+    grad_clip_mode: str = knob("global", "clip the averaged gradient, or each rank's own as the field's records do",
+                               choices=("global", "per_rank"))
+    warmup_steps: int = knob(20, "compile and warm-up steps on random tokens, undone before training", 0)
+    warmdown_frac: float = knob(0.85, "last share of the budget over which the learning rate falls linearly", 0, 1)
+    min_lr: float = knob(0.1, "lowest learning rate, as a share of the peak", 0, 1)
+    ema_decay: float = knob(0.9965, "averaging of the weights, per step", 0, 0.999999)
+    # --- quantise and pack
+    matrix_bits: int = knob(6, "bits of the matrices", 2, 8, group="quantise")
+    embed_bits: int = knob(7, "bits of the embedding", 2, 8)
+    matrix_clip_sigmas: float = knob(12.85, "range of the codes in standard deviations of a row: other matrices", 0.1)
+    attn_clip_sigmas: float = knob(13.0, "the same for attention matrices", 0.1)
+    mlp_clip_sigmas: float = knob(11.5, "the same for MLP matrices", 0.1)
+    embed_clip_sigmas: float = knob(14.0, "the same for the embedding", 0.1)
+    gated_attn_quant_gate: bool = knob(True, "store attention gates as int8 per row, not float16")
+    gptq_calibration_batches: int = knob(16, "training micro-batches behind the Hessians, over all ranks", 1)
+    gptq_reserve_seconds: str = knob("auto", "training seconds kept for Hessians, GPTQ and packing; auto: rehearsed")
+    lqer_enabled: bool = knob(True, "low-rank repair of the largest rounding errors")
+    lqer_rank: int = knob(4, "its rank", 1)
+    lqer_top_k: int = knob(3, "how many matrices get it", 0)
+    lqer_factor_bits: int = knob(4, "bits of its symmetric form", 2, 8)
+    lqer_asym_enabled: bool = knob(True, "asymmetric form: 2-bit and 4-bit factors")
+    lqer_asym_group: int = knob(64, "values that share a scale in the 4-bit factor", 1)
+    compressor: str = knob("ans", "entropy stage of the codes: ans (our own coder) or brotli", choices=("ans", "brotli"))
+    # --- score
+    eval_seq_len: int = knob(2048, "window of the sliding evaluation, in tokens", 2, group="score")
+    eval_stride: int = knob(64, "tokens between two windows of one document", 1)
+    sliding_window_enabled: bool = knob(True, "score the artifact by sliding windows")
+    ttt_enabled: bool = knob(True, "score the artifact with score-first test-time training")
+    ttt_eval_seq_len: int = knob(2048, "context of TTT, in tokens", 2)
+    ttt_chunk_size: int = knob(48, "tokens scored between two adapter steps", 1)
+    ttt_batch_size: int = knob(64, "documents adapted side by side", 1)
+    ttt_lora_rank: int = knob(80, "rank of the adapters", 1)
+    ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank", 0)
+    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", 0)
+    ttt_q_lora: bool = knob(True, "adapt queries")
+    ttt_k_lora: bool = knob(True, "adapt keys")
+    ttt_v_lora: bool = knob(True, "adapt values")
+    ttt_o_lora: bool = knob(True, "adapt the attention output (from the block input)")
+    ttt_mlp_lora: bool = knob(True, "adapt the MLP")
+    ttt_optimizer: str = knob("adam", "optimiser of the adapters", choices=("adam", "sgd"))
+    ttt_beta1: float = knob(0.0, "AdamW's first moment, or SGD's momentum", 0, 0.999999)
+    ttt_beta2: float = knob(0.99, "AdamW's second moment", 0, 0.999999)
+    ttt_weight_decay: float = knob(0.5, "weight decay of the adapters", 0)
+    ttt_grad_steps: int = knob(1, "adapter steps per chunk", 1)
+    ttt_warm_start_a: bool = knob(True, "keep A from document to document (B always restarts at 0)")
+    phased_ttt_prefix_docs: int = knob(2500, "documents that adapt the base weights once they are scored", 0)
+    phased_ttt_num_phases: int = knob(3, "in how many phases", 1)
+    global_ttt_lr: float = knob(0.001, "SGD on the base weights: peak learning rate", 0)
+    global_ttt_momentum: float = knob(0.9, "its momentum", 0, 0.999999)
+    global_ttt_epochs: int = knob(1, "passes over the documents already scored", 1)
+    global_ttt_chunk_tokens: int = knob(32768, "tokens of one step of its learning rate", 2)
+    global_ttt_batch_seqs: int = knob(32, "sequences of one batch", 1)
+    global_ttt_grad_clip: float = knob(1.0, "largest gradient norm; 0: no clipping", 0)
+    global_ttt_respect_doc_boundaries: bool = knob(True, "no attention across documents there")
+    global_ttt_warmup_chunks: int = knob(0, "chunks of linear warm-up", 0)
+    global_ttt_warmup_start_lr: float = knob(0.0, "learning rate at its start", 0)
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> "Settings":
+        """Read and check every setting; a name that nothing reads stops the run with the nearest right one."""
+        env = {k: v for k, v in env.items() if k not in NO_EFFECT}
+        for old, (new, translate) in ALIASES.items():
+            if old in env and new not in env:
+                env[new] = translate(env[old])
+            env.pop(old, None)
+        known = {f.name.upper(): f for f in fields(cls)}
+        for name in env:
+            if name not in known and (nearest := looks_like_ours(name, known)) is not None:
+                raise UserError(f"unknown setting {name}={env[name]}: the nearest known one is {nearest} "
+                                "(python train_gpt.py --help lists all)")
+        if env.get("COMPRESSOR") == "pergroup":
+            env["COMPRESSOR"] = "ans"     # the field's per-group lrzip; the built-in coder replaces the binary
+        s = cls(**{f.name: parse_setting(f, env[name]) for name, f in known.items() if env.get(name, "") != ""})
+        s.check_consistency()
+        return s
+
+    def check_consistency(self) -> None:
+        """Refuse settings that contradict each other; single values were checked when they were read."""
+        def refuse_if(bad, text):
+            if bad:
+                raise UserError(text)
+        d, h, k = self.model_dim, self.num_heads, self.num_kv_heads
+        refuse_if(d % h, f"MODEL_DIM={d} is not divisible by NUM_HEADS={h}: choose a multiple of {h}")
+        refuse_if(h % k, f"NUM_HEADS={h} is not divisible by NUM_KV_HEADS={k}: choose a divisor of {h}")
+        refuse_if((d // h) % 2, f"MODEL_DIM/NUM_HEADS={d // h} is odd: rotary embedding needs an even head width")
+        refuse_if(self.rope_dims % 2 or self.rope_dims > d // h,
+                  f"ROPE_DIMS={self.rope_dims} must be even and at most the head width {d // h}")
+        refuse_if(self.gate_window > d, f"GATE_WINDOW={self.gate_window} exceeds MODEL_DIM={d}: lower it")
+        refuse_if(self.num_loops and not self.loop_start <= self.loop_end < self.num_layers,
+                  f"LOOP_START={self.loop_start} and LOOP_END={self.loop_end} must satisfy "
+                  f"LOOP_START <= LOOP_END < NUM_LAYERS={self.num_layers} (or set NUM_LOOPS=0)")
+        gates = self.sparse_attn_gate_enabled + self.gated_attn_enabled + self.attn_out_gate_enabled
+        refuse_if(gates > 1, "more than one attention gate is on: keep one of SPARSE_ATTN_GATE_ENABLED, "
+                             "GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED and set the others to 0")
+        refuse_if(self.eval_stride > self.eval_seq_len,
+                  f"EVAL_STRIDE={self.eval_stride} exceeds EVAL_SEQ_LEN={self.eval_seq_len}: targets would be missed")
+        refuse_if(self.ttt_chunk_size > self.ttt_eval_seq_len,
+                  f"TTT_CHUNK_SIZE={self.ttt_chunk_size} exceeds TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}: lower it")
+        refuse_if(bool(self.eval_only_path) and bool(self.eval_only_quantized_path),
+                  "EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH are both set: keep one")
+        if self.gptq_reserve_seconds != "auto":
+            refuse_if(not is_number(self.gptq_reserve_seconds) or float(self.gptq_reserve_seconds) < 0,
+                      f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds} must be a number of seconds >= 0, or auto")
+            refuse_if(0 < self.max_wallclock_seconds <= float(self.gptq_reserve_seconds),
+                      f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds} leaves nothing of "
+                      f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g} to train in: lower it")
+
+    def batch_shape(self, world_size: int) -> tuple[int, int]:
+        """(micro-batches per step and rank, tokens of one micro-batch), checked against the number of ranks."""
+        accum = self.grad_accum_steps or max(1, 8 // world_size)
+        parts = world_size * accum
+        if self.train_batch_tokens % parts:
+            raise UserError(f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not divisible by {world_size} ranks x "
+                            f"{accum} micro-batches = {parts}: choose a multiple, or set GRAD_ACCUM_STEPS")
+        tokens = self.train_batch_tokens // parts
+        if self.train_loader == "shuffled" and tokens % self.train_seq_len:
+            raise UserError(f"a micro-batch of {tokens} tokens is not a multiple of TRAIN_SEQ_LEN={self.train_seq_len}: "
+                            f"with TRAIN_LOADER=shuffled TRAIN_BATCH_TOKENS must be a multiple of "
+                            f"{parts * self.train_seq_len}")
+        return accum, tokens
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def hidden_dim(self) -> int:
+        return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def shards(self) -> Path:
+        name = f"fineweb10B_sp{self.vocab_size}"
+        caseops = (f"{name}_caseops/datasets/datasets/{name}_lossless_caps_caseops_v1_reserved")
+        return Path(self.data_path or Path(self.data_dir) / "datasets" / (caseops if self.caseops_enabled else name))
+
+    @property
+    def tokenizer(self) -> Path:
+        caseops = (f"datasets/fineweb10B_sp{self.vocab_size}_caseops/datasets/tokenizers/"
+                   f"fineweb_{self.vocab_size}_bpe_lossless_caps_caseops_v1_reserved.model")
+        plain = f"tokenizers/fineweb_{self.vocab_size}_bpe.model"
+        return Path(self.tokenizer_path or Path(self.data_dir) / (caseops if self.caseops_enabled else plain))
+
+    def as_env(self) -> dict:
+        """Every setting under its environment name, JSON types."""
+        return {f.name.upper(): getattr(self, f.name) for f in fields(self)}
+
+    def changed(self) -> dict:
+        """The settings that differ from their defaults."""
+        return {f.name.upper(): getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+
+# Settings of the field's commands that have no counterpart here, and why; they are accepted and named in the log.
+NO_EFFECT = {
+    "CONTROL_TENSOR_NAME_PATTERNS": "roles are given by a table, not by substrings of names",
+    "ROPE_TRAIN_SEQ_LEN": "no script of the lineage uses it; TRAIN_SEQ_LEN is the length that counts",
+    "TTT_EVAL_BATCHES": "no script of the lineage uses it",
+}
+ALIASES = {   # old name -> (setting, translation of its value)
+    "PHASED_TTT_ENABLED": ("TTT_ENABLED", str),
+    "TTT_EVAL_ONLY": ("SLIDING_WINDOW_ENABLED", lambda v: str(int(v != "1"))),
+}
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OUR_PREFIXES = (
+    "ADAM_ AGREE_ ASYM_LOGIT_ ATTN_ AWQ_ BIGRAM_ EMBED_ EVAL_ GATED_ GLOBAL_TTT_ GPTQ_ GRAD_CLIP_ LOGIT_ LOOP_ LQER_ "
+    "MATRIX_ MLP_ MUON_ NGRAM_ PARALLEL_ PHASED_ PREQUANT_ QK_GAIN_ ROPE_ SKIP_ SMEAR_ SPARSE_ TIED_ TOKEN_ TRAIN_ TTT_ "
+    "VAL_ VE_ WARMDOWN_ WARMUP_ WITHIN_ WORD_ XSA_").split()
+
+
+def is_number(text: str) -> bool:
+    """True when float() reads it as a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def parse_setting(f, text: str):
+    """The typed value of one setting; UserError with value, bound and remedy when it is not one."""
+    name, meta, kind = f.name.upper(), f.metadata, type(f.default)
+    if kind is bool:
+        if text not in ("0", "1"):
+            raise UserError(f"{name}={text} must be 0 or 1")
+        return text == "1"
+    if kind is str:
+        if meta["choices"] and text not in meta["choices"]:
+            raise UserError(f"{name}={text} must be one of {', '.join(meta['choices'])}")
+        return text
+    if not is_number(text) or (kind is int and float(text) != int(float(text))):
+        raise UserError(f"{name}={text} must be {'a whole number' if kind is int else 'a number'}")
+    value = kind(float(text))
+    lo, hi = meta["lo"], meta["hi"]
+    if (lo is not None and value < lo) or (hi is not None and value > hi):
+        bound = f"at least {lo}" if hi is None else f"between {lo} and {hi}"
+        raise UserError(f"{name}={text} is out of range: it must be {bound}")
+    return value
+
+
+def looks_like_ours(name: str, known: Mapping) -> Optional[str]:
+    """The nearest known setting when `name` must have been meant for this script, else None."""
+    if name in LAUNCHER or not name.isupper():
+        return None
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.84)
+    if close or name.startswith(tuple(OUR_PREFIXES)):
+        return (close or difflib.get_close_matches(name, known, n=1, cutoff=0.0))[0]
+    return None
+
+
+def print_help() -> None:
+    """Every setting with default, range and meaning."""
+    print(__doc__.split("Chapters")[0])
+    for f in fields(Settings):
+        meta = f.metadata
+        if meta["group"]:
+            print(f"\n{meta['group'].upper()}")
+        bounds = "|".join(meta["choices"]) if meta["choices"] else " ".join(
+            f"{sign} {b:g}" for sign, b in ((">=", meta["lo"]), ("<=", meta["hi"])) if b is not None)
+        default = int(f.default) if isinstance(f.default, bool) else f.default
+        print(f"  {f.name.upper():34} {default!s:>10}  {meta['doc']}" + (f"  [{bounds}]" if bounds else ""))
+    print("\nACCEPTED OLD NAMES\n" + "\n".join(f"  {old:34} read as {new}" for old, (new, _) in ALIASES.items()))
+    print("\n".join(f"  {old:34} no effect: {why}" for old, why in NO_EFFECT.items()))
+
+
+# ============================================================================================================
+# 2  Run: world, clocks, log
+# ============================================================================================================
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of this run; one rank is the same code. Collectives are no-ops when size is 1."""
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def join(cls, env: Mapping[str, str]) -> "World":
+        """Join the launcher's process group: NCCL (and gloo for host values) on GPUs, gloo on a CPU."""
+        rank, size, local = (int(env.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            if local >= torch.cuda.device_count():
+                raise UserError(f"LOCAL_RANK={local} but this machine has {torch.cuda.device_count()} GPUs: "
+                                "lower --nproc_per_node")
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        if size > 1:
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        return cls(rank, size, device)
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum of x over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def agree(self, value: float) -> float:
+        """Rank 0's value on every rank (through host memory, so the GPU queue is not drained)."""
+        if self.size == 1:
+            return value
+        box = torch.tensor([value], dtype=torch.float64)
+        dist.broadcast(box, 0)
+        return box.item()
+
+    def share_bytes(self, data: Optional[bytes]) -> bytes:
+        """Rank 0's bytes on every rank, so that only its node needs the file."""
+        if self.size == 1:
+            return data
+        size = int(self.agree(len(data) if self.main else 0))
+        box = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.main else torch.empty(size, dtype=torch.uint8)
+        dist.broadcast(box, 0)
+        return box.numpy().tobytes()
+
+    def gather(self, value) -> list:
+        """[value of rank 0, value of rank 1, …] on every rank."""
+        if self.size == 1:
+            return [value]
+        box = [None] * self.size
+        dist.all_gather_object(box, value)
+        return box
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            self.agree(0.0)
+
+    def leave(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Item indices per rank, longest first to the least loaded: the same split on every rank, by arithmetic."""
+    load, share = [0.0] * ranks, [[] for _ in range(ranks)]
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        r = load.index(min(load))
+        load[r] += costs[i]
+        share[r].append(i)
+    return share
+
+
+class Clock:
+    """Seconds since its start against a budget. Training: every step, calibration, GPTQ, packing, to the artifact on
+    disk. Evaluation: from opening the artifact to the last byte scored. `excluded` collects compile seconds."""
+
+    def __init__(self, budget: float = 0.0, now: Callable[[], float] = time.perf_counter):
+        self.now, self.budget, self.excluded = now, budget, 0.0
+        self.start = now()
+
+    def elapsed(self) -> float:
+        return self.now() - self.start - self.excluded
+
+    @contextlib.contextmanager
+    def exclude(self):
+        """Time spent inside is not charged, but kept in `excluded` for the log."""
+        begin = self.now()
+        yield
+        self.excluded += self.now() - begin
+
+
+def sync(device: torch.device) -> None:
+    """Wait for the GPU; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file completely or not at all: temporary name in the same folder, flushed, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temp, path)
+    except BaseException as error:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temp)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path} ({len(data):,} bytes): {error.strerror}; free space or set "
+                            "ARTIFACT_DIR to another disk") from error
+        raise
+
+
+class Run:
+    """The run's folder and its one voice: text to train.log and the screen, JSON lines to metrics.jsonl."""
+
+    def __init__(self, s: Settings, world: World):
+        name = s.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
+        self.world, self.id = world, world.share_bytes(name.encode()).decode()
+        self.dir = Path(s.artifact_dir or Path("runs") / self.id)
+        self.summary: dict = {}
+        self.live = sys.stdout.isatty() and world.main
+        self.text = self.metrics = None
+        if world.main:
+            try:
+                self.dir.mkdir(parents=True, exist_ok=True)
+                self.text = open(self.dir / "train.log", "w", encoding="utf-8", buffering=1)
+                self.metrics = open(self.dir / "metrics.jsonl", "w", encoding="utf-8", buffering=1)
+            except OSError as error:
+                raise UserError(f"cannot write into ARTIFACT_DIR={self.dir}: {error.strerror}; choose another folder") \
+                    from error
+
+    def log(self, event: str, quiet: bool = False, **values) -> None:
+        """One line `event key=value …` on the screen and in train.log, one object in metrics.jsonl; rank 0 only."""
+        if not self.world.main:
+            return
+        self.metrics.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")
+        line = " ".join([event, *(f"{k}={human(v)}" for k, v in values.items())])
+        self.text.write(line + "\n")
+        if not quiet:
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """A line on the screen only (clears a live progress line first)."""
+        if self.world.main:
+            print(("\r\033[K" if self.live else "") + line, flush=True)
+
+    def progress(self, line: str) -> None:
+        """Overwrite the live line on a terminal; nothing elsewhere."""
+        if self.live:
+            print("\r\033[K" + line[:shutil.get_terminal_size().columns - 1], end="", flush=True)
+
+    def save(self, name: str, data: bytes) -> Path:
+        """Write a file of the run atomically (call on rank 0)."""
+        write_atomic(self.dir / name, data)
+        return self.dir / name
+
+    def finish(self) -> None:
+        if self.world.main:
+            self.save("summary.json", json.dumps(self.summary, indent=1).encode())
+            self.text.close()
+            self.metrics.close()
+
+
+def human(value) -> str:
+    """A value as the log shows it: floats with five significant digits at most six decimals."""
+    if isinstance(value, float):
+        return f"{value:.6f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:.1f}"
+    return str(value).replace(" ", "_") if isinstance(value, str) else json.dumps(value).replace(" ", "")
+
+
+# ============================================================================================================
+# 3  Data: shards, training streams, validation documents, bytes per token
+# ============================================================================================================
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256    # 256 little-endian int32, then uint16 tokens
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Tokens of one shard, (N,) uint16, mapped not loaded. UserError on a missing, foreign or truncated file."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER)
+    except OSError as error:
+        raise UserError(f"cannot read shard {path}: {error.strerror}; fetch or build the data again") from error
+    if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        found = header[:2].tolist()
+        raise UserError(f"{path} is no token shard: it starts with {found}, expected [{SHARD_MAGIC}, {SHARD_VERSION}]; "
+                        "fetch or build the data again")
+    expected = 4 * SHARD_HEADER + 2 * int(header[2])
+    if size != expected:
+        raise UserError(f"{path} has {size:,} bytes but its header promises {expected:,} ({int(header[2]):,} tokens): "
+                        "it is truncated or damaged; fetch or build it again")
+    if header[2] < 2:
+        raise UserError(f"{path} holds {int(header[2])} tokens: at least 2 are needed; fetch or build the data again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
+
+
+def list_shards(folder: Path, kind: str) -> list[Path]:
+    """Sorted `fineweb_<kind>_*.bin` of a folder; kind is train, val or val_bytes. UserError when there is none."""
+    found = sorted(p for p in Path(folder).glob(f"fineweb_{kind}_*.bin") if kind != "val" or "_bytes_" not in p.name)
+    if not found:
+        what = "does not exist" if not Path(folder).is_dir() else f"has no fineweb_{kind}_*.bin"
+        raise UserError(f"DATA_PATH={folder} {what}: see data/README.md to fetch or build shards, or set DATA_PATH")
+    return found
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Documents of a packed row: cu_seqlens (n,) int32 starts, then the total (repeated as padding); max_seqlen tokens."""
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+
+class Batch(NamedTuple):
+    """x, y (b, T) int64 inputs and targets; segment bounds of a packed row (or None) and the longest piece."""
+    x: Tensor
+    y: Tensor
+    cu_seqlens: Optional[Tensor]
+    max_seqlen: int
+
+    def to(self, device: torch.device) -> "Batch":
+        """A copy on the device; from pinned memory without waiting."""
+        def move(t):
+            return t if t is None or device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
+        return Batch(move(self.x), move(self.y), move(self.cu_seqlens), self.max_seqlen)
+
+    def layout(self, cap: int) -> Optional[Layout]:
+        """Document layout with the fixed bound `cap` on a piece's length, so that compiled graphs are reused."""
+        return None if self.cu_seqlens is None else Layout(self.cu_seqlens, cap)
+
+
+def segment_bounds(bos: np.ndarray, total: int, max_len: int, bucket: int = 64) -> tuple[np.ndarray, int]:
+    """Starts of the attention segments of a row of `total` tokens, then `total` up to a multiple of `bucket` entries.
+
+    A segment begins at 0, at every BOS position, and every max_len tokens (0: never) inside a document.
+    Returns (cu_seqlens int32, longest segment).
+    """
+    starts = np.unique(np.concatenate([[0], np.asarray(bos, dtype=np.int64)]))
+    lengths = np.diff(np.append(starts, total))
+    if max_len > 0:
+        pieces = -(-lengths // max_len)
+        within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        starts = np.repeat(starts, pieces) + within * max_len
+        lengths = np.diff(np.append(starts, total))
+    padded = -(-(len(starts) + 1) // bucket) * bucket
+    bounds = np.full(padded, total, dtype=np.int32)
+    bounds[:len(starts)] = starts
+    return bounds, int(lengths.max())
+
+
+def packed_batch(tokens: np.ndarray, max_len: int) -> Batch:
+    """n + 1 consecutive tokens as one packed row of n inputs and targets, segmented by document."""
+    t = torch.from_numpy(tokens.astype(np.int64))
+    bounds, longest = segment_bounds(np.flatnonzero(tokens[:-1] == BOS), len(tokens) - 1, max_len)
+    return Batch(t[None, :-1], t[None, 1:], torch.from_numpy(bounds), longest)
+
+
+class TokenStream:
+    """All shards as one endless stream: every target is trained on exactly once per epoch, in order, for any number of
+    ranks. `position` (tokens consumed over all ranks) is the whole state."""
+
+    def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int):
+        self.shards = [read_shard(f) for f in files]
+        self.ends = np.cumsum([len(x) for x in self.shards])
+        self.world_size, self.rank, self.tokens, self.max_len, self.position = world_size, rank, tokens, max_len, 0
+        if self.ends[-1] < tokens + 1:
+            raise UserError(f"{self.ends[-1]:,} training tokens are fewer than one micro-batch of {tokens + 1:,}: "
+                            "lower TRAIN_BATCH_TOKENS or add shards")
+
+    @property
+    def epoch(self) -> float:
+        return self.position / int(self.ends[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """count tokens from the stream position start, wrapping at the end of the last shard."""
+        parts, total = [], int(self.ends[-1])
+        while count > 0:
+            start %= total
+            i = int(np.searchsorted(self.ends, start, side="right"))
+            begin = start - (int(self.ends[i - 1]) if i else 0)
+            part = self.shards[i][begin:begin + count]
+            parts.append(np.asarray(part))
+            start, count = start + len(part), count - len(part)
+        return np.concatenate(parts)
+
+    def next(self) -> Batch:
+        begin = self.position + self.rank * self.tokens
+        self.position += self.world_size * self.tokens
+        return packed_batch(self.read(begin, self.tokens + 1), self.max_len)
+
+
+class DocPackStream:
+    """The field's loader: ranks cut one span of (tokens + 1) x world_size from the current shard, whose rest is dropped
+    when it is shorter. `tokens` counts one micro-batch of one rank."""
+
+    def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int):
+        self.shards = [read_shard(f) for f in files]
+        self.world_size, self.rank, self.tokens, self.max_len = world_size, rank, tokens, max_len
+        self.span, self.shard, self.passed = (tokens + 1) * world_size, -1, 0
+        self.first = [int(np.argmax(x == BOS)) for x in self.shards]
+        if all(f + self.span > len(x) for f, x in zip(self.first, self.shards)):
+            raise UserError(f"no training shard holds {self.span:,} tokens after its first BOS: lower "
+                            "TRAIN_BATCH_TOKENS or use TRAIN_LOADER=stream")
+        self.advance()
+
+    @property
+    def epoch(self) -> float:
+        return self.passed / len(self.shards)
+
+    def advance(self) -> None:
+        self.shard, self.passed = (self.shard + 1) % len(self.shards), self.passed + 1
+        self.cursor = self.first[self.shard]
+
+    def next(self) -> Batch:
+        while self.cursor + self.span > len(self.shards[self.shard]):
+            self.advance()
+        begin = self.cursor + self.rank * (self.tokens + 1)
+        self.cursor += self.span
+        return packed_batch(np.asarray(self.shards[self.shard][begin:begin + self.tokens + 1]), self.max_len)
+
+
+class ShuffledStream:
+    """Windows of seq_len tokens in random order; rank r owns files r, r + world_size, … . `order` lists what was taken
+    as (index of the file in the sorted list, first token)."""
+
+    def __init__(self, files, *, world_size: int, rank: int, seqs: int, seq_len: int):
+        self.owned = list(range(rank, len(files), world_size))
+        if not self.owned:
+            raise UserError(f"rank {rank} owns no training shard: {len(files)} shards for {world_size} ranks; use "
+                            "TRAIN_LOADER=stream")
+        self.shards = {i: read_shard(files[i]) for i in self.owned}
+        self.seqs, self.seq_len, self.order = seqs, seq_len, []
+        self.rng = np.random.Generator(np.random.PCG64(rank))
+        self.total = sum((len(x) - 1) // seq_len for x in self.shards.values())
+        if self.total == 0:
+            raise UserError(f"no training shard of rank {rank} holds {seq_len + 1} tokens: lower TRAIN_SEQ_LEN")
+        self.starts = {i: self.draw(i) for i in self.owned}
+
+    @property
+    def epoch(self) -> float:
+        return len(self.order) / self.total
+
+    def draw(self, i: int) -> list[int]:
+        """A fresh permutation of the windows of file i, from a random phase."""
+        n, length = len(self.shards[i]), self.seq_len
+        most = min(length - 1, max(0, n - length - 1))
+        phase = int(self.rng.integers(most + 1)) if most > 0 else 0
+        count = (n - 1 - phase) // length
+        return (phase + self.rng.permutation(count) * length).tolist()
+
+    def take(self) -> np.ndarray:
+        left = np.array([len(self.starts[i]) for i in self.owned], dtype=np.float64)
+        if left.sum() == 0:
+            self.starts = {i: self.draw(i) for i in self.owned}
+            left = np.array([len(self.starts[i]) for i in self.owned], dtype=np.float64)
+        i = self.owned[int(self.rng.choice(len(self.owned), p=left / left.sum()))]
+        start = self.starts[i].pop()
+        self.order.append((i, start))
+        return np.asarray(self.shards[i][start:start + self.seq_len + 1])
+
+    def next(self) -> Batch:
+        t = torch.from_numpy(np.stack([self.take() for _ in range(self.seqs)]).astype(np.int64))
+        return Batch(t[:, :-1], t[:, 1:], None, self.seq_len)
+
+
+def open_train_stream(s: Settings, world: World, tokens: int):
+    """The training stream that TRAIN_LOADER names, for micro-batches of `tokens` tokens."""
+    files = list_shards(s.shards, "train")
+    common = dict(world_size=world.size, rank=world.rank)
+    if s.train_loader == "shuffled":
+        return ShuffledStream(files, **common, seqs=tokens // s.train_seq_len, seq_len=s.train_seq_len)
+    kind = TokenStream if s.train_loader == "stream" else DocPackStream
+    return kind(files, **common, tokens=tokens, max_len=s.train_seq_len)
+
+
+class Prefetch:
+    """Reads batches ahead in one thread and copies them to the device; the order is the stream's own."""
+
+    def __init__(self, stream, device: torch.device, depth: int = 3):
+        self.stream, self.device = stream, device
+        self.queue: queue.Queue = queue.Queue(depth)
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+
+    def work(self) -> None:
+        while not self.stop.is_set():
+            try:
+                item = self.stream.next().to(self.device)
+            except BaseException as error:   # handed to the training thread, which raises it
+                item = error
+            while not self.stop.is_set():
+                with contextlib.suppress(queue.Full):
+                    self.queue.put(item, timeout=0.1)
+                    break
+            if isinstance(item, BaseException):
+                return
+
+    def next(self) -> Batch:
+        item = self.queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        self.stop.set()
+        self.thread.join()
+
+
+@dataclass(frozen=True)
+class ByteTable:
+    """UTF-8 bytes behind each token. base (V) int16; lead (V): the piece begins with a space; boundary (V): control,
+    unknown or unused, after which a leading space is not counted."""
+    base: np.ndarray
+    lead: np.ndarray
+    boundary: np.ndarray
+
+    @classmethod
+    def from_sentencepiece(cls, path: Path, vocab_size: int) -> "ByteTable":
+        sp = load_tokenizer(path)
+        if sp.vocab_size() != vocab_size:
+            raise UserError(f"tokenizer {path} has {sp.vocab_size()} tokens but VOCAB_SIZE={vocab_size}: set VOCAB_SIZE "
+                            "or TOKENIZER_PATH to the pair the shards were made with")
+        base, lead = np.zeros(vocab_size, np.int16), np.zeros(vocab_size, bool)
+        boundary = np.zeros(vocab_size, bool)
+        for i in range(vocab_size):
+            if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
+                boundary[i] = True
+            elif sp.is_byte(i):
+                base[i] = 1
+            else:
+                piece = sp.id_to_piece(i)
+                lead[i] = piece.startswith("\u2581")
+                base[i] = len(piece.removeprefix("\u2581").encode())   # only the first U+2581 stands for a space
+        return cls(base, lead, boundary)
+
+    def count(self, prev: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """Bytes (int64) of each target token after its previous token."""
+        return self.base[target].astype(np.int64) + (self.lead[target] & ~self.boundary[prev])
+
+
+def load_tokenizer(path: Path):
+    """The SentencePiece model at path; UserError when it is missing or damaged."""
+    import sentencepiece
+    if not Path(path).is_file():
+        raise UserError(f"TOKENIZER_PATH={path} does not exist: see data/README.md, or set TOKENIZER_PATH")
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model ({str(error)[:80]}): fetch it again") from error
+
+
+class Documents:
+    """Documents of a token stream: each runs from its BOS to, and including, the next BOS (its last target).
+    start, length (n,) int64; document d predicts length - 1 targets from inputs start … start + length - 2."""
+
+    def __init__(self, tokens: np.ndarray):
+        starts = np.flatnonzero(tokens == BOS)
+        lengths = np.diff(np.append(starts, len(tokens) - 1)) + 1
+        keep = lengths > 1                      # a BOS that ends the stream predicts nothing
+        self.start, self.length = starts[keep], lengths[keep]
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def sample(self, fraction: float, seed: int) -> "Documents":
+        """A random share of the documents, in stream order."""
+        if fraction < 1:
+            keep = sorted(random.Random(seed).sample(range(len(self)), max(1, round(len(self) * fraction))))
+            self.start, self.length = self.start[keep], self.length[keep]
+        return self
+
+
+class Validation:
+    """The validation stream: tokens (N,) uint16, bytes of every target (N - 1,) int64, documents, byte rule used."""
+
+    def __init__(self, s: Settings):
+        files = list_shards(s.shards, "val")
+        self.tokens = np.concatenate([read_shard(f) for f in files])
+        check_tokens(self.tokens, s.vocab_size, files[0])
+        sidecars = [f.with_name(f.name.replace("fineweb_val_", "fineweb_val_bytes_")) for f in files]
+        if all(f.exists() for f in sidecars):
+            self.rule, sizes = "sidecar", [read_shard(f) for f in sidecars]
+            for f, tokens, counts in zip(sidecars, files, sizes):
+                if len(counts) != len(read_shard(tokens)):
+                    raise UserError(f"{f} has {len(counts):,} entries for {len(read_shard(tokens)):,} tokens: the byte "
+                                    "sidecar belongs to other shards; fetch or build both again")
+            self.target_bytes = np.concatenate(sizes)[1:].astype(np.int64)
+        elif s.caseops_enabled:
+            raise UserError(f"CASEOPS_ENABLED=1 needs the byte sidecar {sidecars[0]}: fetch it, or set "
+                            "CASEOPS_ENABLED=0 for a plain tokenizer")
+        else:
+            self.rule = "table"
+            table = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
+            self.target_bytes = table.count(self.tokens[:-1], self.tokens[1:])
+        self.documents = Documents(self.tokens).sample(s.val_doc_fraction, s.seed)
+        if self.target_bytes.sum() == 0:
+            raise UserError(f"the validation targets of {files[0]} count 0 bytes: the byte sidecar is damaged")
+
+    def text_bytes(self, s: Settings) -> bytes:
+        """The validation text as UTF-8, decoded document by document."""
+        sp = load_tokenizer(s.tokenizer)
+        pieces = (self.tokens[a + 1:a + n].tolist() for a, n in zip(self.documents.start, self.documents.length))
+        return "\n".join(sp.decode([t for t in piece if t != BOS]) for piece in pieces).encode()
+
+
+def check_tokens(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
+    """Refuse a token file without documents, not starting with one, or with ids beyond the vocabulary."""
+    if not (tokens == BOS).any():
+        raise UserError(f"{path} holds no BOS (id {BOS}): documents cannot be told apart; build the shards again with a "
+                        "BOS before every document")
+    if tokens[0] != BOS:
+        raise UserError(f"{path} starts with token {int(tokens[0])}, not BOS (id {BOS}): its first document is cut; "
+                        "build the shards again")
+    if tokens.max() >= vocab_size:
+        at = int(np.argmax(tokens >= vocab_size))
+        raise UserError(f"{path} holds token {int(tokens[at])} at position {at} but VOCAB_SIZE={vocab_size}: the shards "
+                        "were made with another tokenizer; set VOCAB_SIZE and TOKENIZER_PATH to its own")
+
+
+# ============================================================================================================
+# 4  Model: one forward for training, scoring and adaptation
+# ============================================================================================================
+
+# Role of every parameter; a parameter without a row stops the run. embed, head, small: AdamW; matrix: Muon.
+ROLES = {
+    "tok_emb": "embed", "lm_head": "head", "qo_bank": "matrix", "kv_bank": "matrix", "mlp_up_bank": "matrix",
+    "mlp_down_bank": "matrix", "attn_scale": "small", "mlp_scale": "small", "resid_mix": "small", "q_gain": "small",
+    "attn_gate_w": "small", "attn_gate_proj": "small", "skip_weights": "small", "skip_gates": "small",
+    "parallel_post_lambdas": "small", "parallel_resid_lambdas": "small", "smear_gate": "small", "smear_lambda": "small",
+}
+# The field's names: one tensor per layer, where ours are stacked.
+PER_LAYER = {"attn_scale": "attn_scale", "mlp_scale": "mlp_scale", "resid_mix": "resid_mix", "q_gain": "attn.q_gain",
+             "attn_gate_w": "attn.attn_gate_w", "attn_gate_proj": "attn.attn_gate_proj.weight"}
+WHOLE = {"tok_emb": "tok_emb.weight", "lm_head": "lm_head.weight", "smear_gate": "smear_gate.weight"}
+BANKS = {   # bank -> field's names of its first and second half (or of all its layers)
+    "qo_bank": ("attn.c_q.weight", "attn.proj.weight"), "kv_bank": ("attn.c_k.weight", "attn.c_v.weight"),
+    "mlp_up_bank": ("mlp.fc.weight",), "mlp_down_bank": ("mlp.proj.weight",)}
+
+
+def field_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under the field's names (`blocks.3.attn.q_gain`, `tok_emb.weight`, …), as views."""
+    views = {}
+    for name, p in params.items():
+        if name in PER_LAYER:
+            views.update({f"blocks.{i}.{PER_LAYER[name]}": p[i] for i in range(len(p))})
+        else:
+            views[WHOLE.get(name, name)] = p
+    return views
+
+
+def matrix_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """field_views with the weight banks split into one matrix per layer (`blocks.3.mlp.fc.weight`), as views."""
+    views = field_views(params)
+    for bank, halves in BANKS.items():
+        if bank in views:
+            stack = views.pop(bank)
+            layers = len(stack) // len(halves)
+            views.update({f"blocks.{i}.{name}": stack[h * layers + i]
+                          for h, name in enumerate(halves) for i in range(layers)})
+    return views
+
+
+class Plan(NamedTuple):
+    """Order in which the layers run: encoder outputs are pushed, decoder layers pop them as skips."""
+    encoder: tuple[int, ...]
+    decoder: tuple[int, ...]
+
+    @property
+    def slots(self) -> int:
+        return len(self.encoder) + len(self.decoder)
+
+
+def layer_plan(s: Settings, looping: bool) -> Plan:
+    """0 1 2 | 3 4 5 | 3 4 5 | 3 4 5 | 6 … 10 when looping, else 0 … 10; cut in halves."""
+    order = tuple(range(s.num_layers))
+    if looping and s.num_loops:
+        loop = order[s.loop_start:s.loop_end + 1]
+        order = order[:s.loop_start] + loop * (s.num_loops + 1) + order[s.loop_end + 1:]
+    return Plan(order[:len(order) // 2], order[len(order) // 2:])
+
+
+class LayerWeights(NamedTuple):
+    """One layer's weights in the activations' dtype, unbound from the stacked parameters."""
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    up: Tensor
+    down: Tensor
+    attn_scale: Tensor
+    mlp_scale: Tensor
+    resid_mix: Tensor
+    q_gain: Tensor
+    post: Tensor
+    resid: Tensor
+    gate: Optional[Tensor]
+
+
+class Pass(NamedTuple):
+    """What one forward carries from layer to layer."""
+    layers: list[LayerWeights]
+    x0: Tensor
+    rope: tuple[Tensor, Tensor]
+    layout: Optional[Layout]
+    adapter: Optional["BoundAdapter"]
+    tap: Optional[Callable]
+
+
+def rms(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis; no learned scale."""
+    return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of the first 2 x (table width) channels. x (B, T, heads, D)."""
+    cos, sin = (t[:, None, :].to(x.dtype) for t in rope)
+    half = cos.size(-1)
+    u, w, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    return torch.cat((u * cos + w * sin, w * cos - u * sin, rest), dim=-1)
+
+
+def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: y (B, T, H, D) minus its projection on the same position's value v (B, T, K, D)."""
+    direction = F.normalize(v, dim=-1, eps=1e-12)[:, :, :, None]
+    grouped = y.unflatten(2, (v.size(2), -1))
+    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
+
+
+def parameter_shapes(s: Settings) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter, by name; what is off has no parameter."""
+    d, layers, plan = s.model_dim, s.num_layers, layer_plan(s, True)
+    skips = min(len(plan.encoder), len(plan.decoder))
+    shapes = dict(
+        tok_emb=(s.vocab_size, d), qo_bank=(2 * layers, d, d), kv_bank=(2 * layers, s.kv_dim, d),
+        mlp_up_bank=(layers, s.hidden_dim, d), mlp_down_bank=(layers, d, s.hidden_dim),
+        attn_scale=(layers, d), mlp_scale=(layers, d), resid_mix=(layers, 2, d), q_gain=(layers, s.num_heads),
+        skip_weights=(skips, d), parallel_post_lambdas=(layers, 2, 2), parallel_resid_lambdas=(layers, 2))
+    if not s.tie_embeddings:
+        shapes["lm_head"] = (s.vocab_size, d)
+    if s.skip_gates_enabled:
+        shapes["skip_gates"] = (skips, d)
+    if s.smear_gate_enabled:
+        shapes.update(smear_gate=(1, s.gate_window), smear_lambda=(1,))
+    if s.gated_attn_enabled or s.sparse_attn_gate_enabled:
+        shapes["attn_gate_w"] = (layers, s.num_heads, d if s.gated_attn_enabled else s.gate_window)
+    if s.attn_out_gate_enabled:
+        shapes["attn_gate_proj"] = (layers, s.num_heads, s.gate_window)
+    return shapes
+
+
+class GPT(nn.Module):
+    """The depth-recurrent GPT. Parameters are stacked over layers and kept in float32; `compute_dtype` is the
+    activations'. Every forward takes a Plan, so recurrence is an argument, not a state."""
+
+    def __init__(self, s: Settings, generator: Optional[torch.Generator] = None):
+        super().__init__()
+        self.s, self.compute_dtype, self.rope_length = s, torch.float32, 0
+        self.mlp_kernel = self.ce_kernel = None      # None: the fused kernels where they can run
+        for name, shape in parameter_shapes(s).items():
+            setattr(self, name, nn.Parameter(torch.zeros(shape)))
+        self.init_weights(generator)
+
+    @torch.no_grad()
+    def init_weights(self, generator: Optional[torch.Generator]) -> None:
+        """Orthogonal inputs, zero outputs: every block starts as the identity. Seeded by the generator."""
+        s, layers = self.s, self.s.num_layers
+        self.tok_emb.normal_(0, s.tied_embed_init_std, generator=generator)
+        inputs = (*self.qo_bank[:layers], *self.kv_bank, *self.mlp_up_bank)
+        for matrix in inputs:
+            nn.init.orthogonal_(matrix, generator=generator)
+        for name, value in (("attn_scale", 1), ("mlp_scale", 1), ("q_gain", s.qk_gain_init), ("skip_weights", 1),
+                            ("parallel_post_lambdas", 1), ("parallel_resid_lambdas", 1.1)):
+            getattr(self, name).fill_(value)
+        self.resid_mix[:, 0] = 1
+        if hasattr(self, "attn_gate_w"):
+            std = s.gated_attn_init_std if s.gated_attn_enabled else s.sparse_attn_gate_init_std
+            self.attn_gate_w.normal_(0, std, generator=generator)
+
+    # --- pieces
+
+    def layer_weights(self) -> list[LayerWeights]:
+        """Unbind each stacked parameter once: its gradient is then one stack, not a sum of full-size zeros."""
+        def unbind(p):
+            return p.to(self.compute_dtype).unbind(0)
+        n = self.s.num_layers
+        qo, kv = unbind(self.qo_bank), unbind(self.kv_bank)
+        gate = getattr(self, "attn_gate_w", getattr(self, "attn_gate_proj", None))
+        gates = [None] * n if gate is None else unbind(gate)
+        rest = [unbind(p) for p in (self.mlp_up_bank, self.mlp_down_bank, self.attn_scale, self.mlp_scale, self.resid_mix,
+                                    self.q_gain, self.parallel_post_lambdas, self.parallel_resid_lambdas)]
+        return [LayerWeights(qo[i], kv[i], kv[n + i], qo[n + i], *(r[i] for r in rest), gates[i]) for i in range(n)]
+
+    def rope(self, length: int, device) -> tuple[Tensor, Tensor]:
+        """cos and sin (length, R/2) float32; the base grows with lengths beyond TRAIN_SEQ_LEN when ROPE_YARN is on."""
+        s, dims, table = self.s, self.s.rope_dims or self.s.head_dim, max(length, self.rope_length)
+        base = s.rope_base
+        if s.rope_yarn and table > s.train_seq_len:
+            base *= (table / s.train_seq_len) ** (dims / (dims - 2))
+        inverse = 1.0 / (base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims))
+        angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] * inverse
+        return angle.cos(), angle.sin()
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Normalised embeddings (B, T, D), each smeared with the previous token's unless it is a BOS."""
+        e = F.embedding(ids, self.tok_emb).to(self.compute_dtype)
+        if self.s.smear_gate_enabled:
+            gate = torch.sigmoid(F.linear(e[:, 1:, :self.s.gate_window], self.smear_gate.to(e.dtype)))
+            gate = gate * self.smear_lambda.to(e.dtype) * (ids[:, 1:, None] != BOS)
+            e = torch.cat((e[:, :1], e[:, 1:] + gate * e[:, :-1]), dim=1)
+        return rms(e)
+
+    def attend(self, c: Pass, i: int, slot: int, n: Tensor) -> Tensor:
+        """Attention branch of layer i on its normalised input n (B, T, D)."""
+        s, w = self.s, c.layers[i]
+        heads = (n.size(0), n.size(1), -1, s.head_dim)
+        q_raw = project(n, w.q, c.adapter, "q", slot)
+        k = rotate(rms(project(n, w.k, c.adapter, "k", slot).view(heads)), c.rope)
+        v = project(n, w.v, c.adapter, "v", slot).view(heads)
+        q = rotate(rms(q_raw.view(heads)), c.rope) * w.q_gain[:, None]
+        y = attention(q, k, v, c.layout)
+        if i >= s.num_layers - s.xsa_last_n:
+            y = remove_own_value(y, v)
+        if w.gate is not None:
+            y = y * self.head_gate(w.gate, n, q_raw)[..., None]
+        y = y.flatten(2)
+        if c.tap is not None:
+            c.tap("attn_in", i, n)
+            c.tap("heads", i, y)
+        out = F.linear(y, w.o)
+        if c.adapter is not None:
+            out = c.adapter.add(out, "o", slot, n)     # reads the block input, not the heads
+        if c.tap is not None:
+            c.tap("attn_out", i, out)
+        return out
+
+    def head_gate(self, weight: Tensor, n: Tensor, q_raw: Tensor) -> Tensor:
+        """Gate of every head, (B, T, H)."""
+        s = self.s
+        if s.attn_out_gate_enabled:
+            source = n if s.attn_out_gate_src == "proj" else q_raw
+            return 2 * torch.sigmoid(F.linear(source[..., :s.gate_window], weight))
+        if s.gated_attn_enabled:
+            return torch.sigmoid(F.linear(n, weight))
+        return torch.sigmoid(s.sparse_attn_gate_scale * F.linear(n[..., :s.gate_window], weight))
+
+    def feed_forward(self, c: Pass, i: int, slot: int, n: Tensor) -> Tensor:
+        """MLP branch of layer i on its normalised input n (B, T, D)."""
+        w = c.layers[i]
+        if c.tap is None:
+            out = leaky_square_mlp(n.flatten(0, 1), w.up, w.down, LEAKY_SLOPE, self.mlp_kernel).view(n.shape)
+        else:
+            hidden = F.leaky_relu(F.linear(n, w.up), LEAKY_SLOPE).square()
+            out = F.linear(hidden, w.down)
+            for kind, x in (("mlp_in", n), ("mlp_act", hidden), ("mlp_out", out)):
+                c.tap(kind, i, x)
+        return out if c.adapter is None else c.adapter.add(out, "mlp", slot, n)
+
+    def block(self, c: Pass, i: int, slot: int, x: Tensor) -> Tensor:
+        """Layer i on the one residual stream."""
+        w, f = c.layers[i], self.depth_scale(i)
+        x = w.resid_mix[0] * x + w.resid_mix[1] * c.x0
+        x = x + w.attn_scale * self.attend(c, i, slot, rms(x) * f)
+        return x + w.mlp_scale * self.feed_forward(c, i, slot, rms(x) * f)
+
+    def lanes(self, c: Pass, i: int, slot: int, lane0: Tensor, lane1: Tensor) -> tuple[Tensor, Tensor]:
+        """Layer i on two lanes: attention reads lane 0, the MLP lane 1, both write to both."""
+        w, f = c.layers[i], self.depth_scale(i)
+        mixed = w.resid_mix[0] * lane0 + w.resid_mix[1] * c.x0
+        a = w.attn_scale * self.attend(c, i, slot, rms(mixed) * f)
+        b = w.mlp_scale * self.feed_forward(c, i, slot, rms(lane1) * f)
+        return tuple(w.resid[j] * lane + w.post[0, j] * a + w.post[1, j] * b for j, lane in enumerate((lane0, lane1)))
+
+    def depth_scale(self, i: int) -> float:
+        return 1 / math.sqrt(i + 1) if self.s.ln_scale else 1.0
+
+    def merge_skip(self, j: int, x: Tensor, skip: Tensor) -> Tensor:
+        """U-Net skip number j into the stream x; a gate of 1 keeps the stream."""
+        skip = self.skip_weights[j].to(x.dtype) * skip
+        if not self.s.skip_gates_enabled:
+            return x + skip
+        return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[j].to(x.dtype)))
+
+    # --- the forward
+
+    def hidden(self, ids: Tensor, plan: Plan, layout: Optional[Layout] = None, adapter: Optional["Adapter"] = None,
+               tap: Optional[Callable] = None) -> Tensor:
+        """Final normalised hidden state (B, T, D) of tokens ids (B, T). layout: documents of a packed row (None: each
+        row is one causal sequence). adapter: low-rank deltas. tap(kind, layer, x) sees the activations."""
+        s = self.s
+        x = self.embed(ids)
+        c = Pass(self.layer_weights(), x, self.rope(ids.size(1), ids.device), layout,
+                 None if adapter is None else adapter.bind(x.dtype), tap)
+        skips, lane0, lane1 = [], None, None
+        for slot, i in enumerate(plan.encoder):
+            x = self.block(c, i, slot, x)
+            skips.append(x)
+        for j, i in enumerate(plan.decoder):
+            slot = len(plan.encoder) + j
+            parallel = 0 < s.parallel_start_layer <= i
+            if parallel and lane0 is None:
+                lane0 = lane1 = x
+            if skips and j < len(self.skip_weights):
+                skip = skips.pop()
+                if parallel:
+                    lane0 = self.merge_skip(j, lane0, skip)
+                elif lane0 is None:
+                    x = self.merge_skip(j, x, skip)
+            if parallel:
+                lane0, lane1 = self.lanes(c, i, slot, lane0, lane1)
+            elif lane0 is None:      # once lanes run, a layer of the one stream could no longer reach the output
+                x = self.block(c, i, slot, x)
+        if lane0 is not None:
+            x = {"mean": 0.5 * (lane0 + lane1), "mlp": lane1, "attn": lane0}[s.parallel_final_lane]
+        out = rms(x)
+        if tap is not None:
+            for kind, value in (("x0", c.x0), ("pre_final_norm", x), ("head_in", out)):
+                tap(kind, -1, value)
+        return out
+
+    def raw_logits(self, hidden: Tensor, adapter: Optional["Adapter"] = None) -> Tensor:
+        """Logits (B, T, V) before the soft cap."""
+        weight = self.tok_emb if self.s.tie_embeddings else self.lm_head
+        z = F.linear(hidden, weight.to(hidden.dtype))
+        return z if adapter is None else adapter.bind(hidden.dtype).add(z, "head", 0, hidden)
+
+    def logits(self, hidden: Tensor, adapter: Optional["Adapter"] = None) -> Tensor:
+        """Soft-capped logits (B, T, V) float32."""
+        cap = self.s.logit_softcap
+        return cap * torch.tanh(self.raw_logits(hidden, adapter).float() / cap)
+
+    def losses(self, ids: Tensor, targets: Tensor, plan: Plan, layout: Optional[Layout] = None,
+               adapter: Optional["Adapter"] = None, tap: Optional[Callable] = None) -> Tensor:
+        """Cross-entropy of every target in nats, (B, T) float32."""
+        z = self.raw_logits(self.hidden(ids, plan, layout, adapter, tap), adapter)
+        return capped_ce(z.flatten(0, 1), targets.flatten(), self.s.logit_softcap, self.ce_kernel).view(targets.shape)
+
+    forward = losses
+
+    def flops_per_token(self, plan: Plan, context: float) -> float:
+        """Multiply-adds x 2 of one token's forward: matrices of the executed layers, head, attention over `context`."""
+        s = self.s
+        matrices = 2 * s.model_dim ** 2 + 2 * s.kv_dim * s.model_dim + 2 * s.hidden_dim * s.model_dim
+        attention_cost = 2 * s.model_dim * context
+        return 2 * (plan.slots * (matrices + attention_cost) + s.vocab_size * s.model_dim)
+
+
+def project(x: Tensor, weight: Tensor, adapter: Optional["BoundAdapter"], kind: str, slot: int) -> Tensor:
+    """x (B, T, in), weight (out, in) -> (B, T, out), plus the adapter's delta for this slot when there is one."""
+    y = F.linear(x, weight)
+    return y if adapter is None else adapter.add(y, kind, slot, x)
+
+
+# ============================================================================================================
+# 5  Adapter: low-rank deltas, one set per row of the batch
+# ============================================================================================================
+
+class BoundAdapter(NamedTuple):
+    """An Adapter unbound for one forward: A and B per kind and slot."""
+    a: dict
+    b: dict
+    scale: float
+
+    def add(self, y: Tensor, kind: str, slot: int, x: Tensor) -> Tensor:
+        """y (B, T, out) + scale * x A' B' for x (B, T, in); y itself when this kind is not adapted."""
+        if kind not in self.a:
+            return y
+        return y + self.scale * torch.bmm(torch.bmm(x, self.a[kind][slot].mT), self.b[kind][slot].mT)
+
+
+class Adapter(nn.Module):
+    """Low-rank adapters for `rows` documents side by side: per kind A (S, rows, r, in) uniform(±1/sqrt(in)) and
+    B (S, rows, out, r) zero, so a fresh adapter changes nothing. S counts executed slots; the head has one."""
+
+    FIELD = {"q": "q_loras", "k": "k_loras", "v": "v_loras", "o": "o_loras", "mlp": "mlp_loras", "head": "lm_head_lora"}
+
+    def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu", generator: Optional[torch.Generator] = None):
+        super().__init__()
+        self.scale, self.rank, self.warm, self.generator = s.ttt_lora_alpha / s.ttt_lora_rank, s.ttt_lora_rank, \
+            s.ttt_warm_start_a, generator
+        outs = {"q": s.model_dim, "k": s.kv_dim, "v": s.kv_dim, "o": s.model_dim, "mlp": s.model_dim}
+        kinds = {k: (plan.slots, out) for k, out in outs.items() if getattr(s, f"ttt_{k}_lora")}
+        kinds["head"] = (1, s.vocab_size)
+        self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
+        for kind, (slots, out) in kinds.items():
+            self.a[kind] = nn.Parameter(torch.empty(slots, rows, self.rank, s.model_dim, device=device))
+            self.b[kind] = nn.Parameter(torch.zeros(slots, rows, out, self.rank, device=device))
+        self.draw_a()
+
+    @torch.no_grad()
+    def draw_a(self) -> None:
+        """Fresh A. Drawn on the CPU, so that every device starts from the same numbers."""
+        for a in self.a.values():
+            fresh = torch.empty(a.shape).uniform_(-1, 1, generator=self.generator) / math.sqrt(a.size(-1))
+            a.copy_(fresh)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Start new documents: B back to zero; A kept (warm start) or drawn anew."""
+        for b in self.b.values():
+            b.zero_()
+        if not self.warm:
+            self.draw_a()
+
+    def bind(self, dtype: torch.dtype) -> BoundAdapter:
+        return BoundAdapter(*({k: p.to(dtype).unbind(0) for k, p in side.items()} for side in (self.a, self.b)), self.scale)
+
+    def field_views(self) -> dict[str, Tensor]:
+        """Parameters under the field's names, as views: `q_loras.<slot>.A` (rows, r, in), `.B`, `lm_head_lora.A`."""
+        views = {}
+        for side, tensors in (("A", self.a), ("B", self.b)):
+            for kind, p in tensors.items():
+                names = [f"{self.FIELD[kind]}.{slot}.{side}" for slot in range(len(p))]
+                views.update(zip([f"lm_head_lora.{side}"] if kind == "head" else names, p.unbind(0)))
+        return views
+
+
+# ============================================================================================================
+# 6  Kernels: each beside its plain twin
+# ============================================================================================================
+
+FUSED: bool | None = None   # None: Triton for CUDA tensors where it is installed · True, False: forced (tests)
+HALF = (torch.bfloat16, torch.float16)
+
+
+def use_triton(wanted: bool | None, sensible: bool) -> bool:
+    """Is the Triton kernel to run? `wanted` (a caller) beats FUSED (the module) beats `sensible` (this input)."""
+    wanted = FUSED if wanted is None else wanted
+    if wanted and triton is None:
+        raise UserError("kernel=True or FUSED=True asks for Triton, which is not installed: `pip install triton`, "
+                        "or leave it None to use the plain PyTorch twin")
+    return (sensible and triton is not None) if wanted is None else wanted
+
+
+if triton is not None:
+    @triton.jit
+    def ce_forward_kernel(logits_ptr, targets_ptr, loss_ptr, lse_ptr, cap, V, BLOCK: tl.constexpr):
+        """One row a program: loss and log Σ exp of s = cap·tanh(x/cap) - cap = -2·cap·sigmoid(-2x/cap).
+
+        The shift by cap cancels in the loss and saves tanh's two tails; the running maximum keeps any cap exact.
+        """
+        row = tl.program_id(0).to(tl.int64)             # N·V passes 2**31 at 262,144 tokens of 8,192
+        logits_ptr += row * V
+        peak, total = -float("inf"), 0.0
+        for start in range(0, V, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            x = tl.load(logits_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
+            s = tl.where(cols < V, -2 * cap / (1 + tl.exp(x * (2 / cap))), -float("inf"))
+            new_peak = tl.maximum(peak, tl.max(s, 0))
+            total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(s - new_peak), 0)
+            peak = new_peak
+        lse = peak + tl.log(total)
+        x = tl.load(logits_ptr + tl.load(targets_ptr + row)).to(tl.float32)
+        tl.store(lse_ptr + row, lse)
+        tl.store(loss_ptr + row, lse + 2 * cap / (1 + tl.exp(x * (2 / cap))))
+
+    @triton.jit
+    def ce_backward_kernel(logits_ptr, targets_ptr, lse_ptr, dloss_ptr, grad_ptr, cap, V, BLOCK: tl.constexpr):
+        """grad = dloss · (softmax(s) - onehot) · ds/dx, with ds/dx = 1 - tanh² = 4u(1 - u), u = sigmoid(-2x/cap)."""
+        row = tl.program_id(0).to(tl.int64)
+        target, lse, dloss = tl.load(targets_ptr + row), tl.load(lse_ptr + row), tl.load(dloss_ptr + row)
+        for start in range(0, V, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            x = tl.load(logits_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
+            u = 1 / (1 + tl.exp(x * (2 / cap)))
+            p = tl.exp(-2 * cap * u - lse) - tl.where(cols == target, 1.0, 0.0)
+            grad = dloss * p * (4 * u * (1 - u))
+            tl.store(grad_ptr + row * V + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < V)
+
+    @triton.jit
+    def mlp_kernel(a_ptr, b_ptr, h_ptr, out_ptr, M, N, K, b_stride_k, b_stride_n, slope, BACKWARD: tl.constexpr,
+                   KEEP_H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                   GROUP: tl.constexpr):
+        """out = act(A@B), writing A@B to h if KEEP_H · BACKWARD: out = (A@B)·act'(h). A (M,K), B (K,N), h, out (M,N).
+
+        Programs run down GROUP row tiles before the next column tile, so that A and B tiles are met again in L2.
+        """
+        pid, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
+        first = pid // (GROUP * tiles_n) * GROUP
+        height = min(tiles_m - first, GROUP)
+        tile_m = first + pid % (GROUP * tiles_n) % height
+        tile_n = pid % (GROUP * tiles_n) // height
+        rows, cols = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
+        inner = tl.arange(0, BK)
+        # Out-of-range rows and columns wrap round and are never stored: only the K loop needs a mask.
+        a_ptrs = a_ptr + (rows % M).to(tl.int64)[:, None] * K + inner[None, :]
+        b_ptrs = b_ptr + inner[:, None] * b_stride_k + (cols % N)[None, :] * b_stride_n
+        acc = tl.zeros((BM, BN), dtype=tl.float32)
+        for k in range(0, K, BK):
+            a = tl.load(a_ptrs, mask=inner[None, :] < K - k, other=0.0)
+            b = tl.load(b_ptrs, mask=inner[:, None] < K - k, other=0.0)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
+            a_ptrs += BK
+            b_ptrs += BK * b_stride_k
+        at = rows.to(tl.int64)[:, None] * N + cols[None, :]
+        inside = (rows < M)[:, None] & (cols < N)[None, :]
+        if BACKWARD:
+            h = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            out = acc * tl.where(h > 0, 2 * h, 2 * slope * slope * h)
+        else:
+            if KEEP_H:
+                tl.store(h_ptr + at, acc.to(h_ptr.dtype.element_ty), mask=inside)
+            leaky = tl.where(acc > 0, acc, slope * acc)
+            out = leaky * leaky
+        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+# --- softcapped cross-entropy
+
+def ce_launch(V: int) -> dict:
+    """Block and warps for rows of V logits: up to 8,192 a row is one trip, 32 values a thread."""
+    block = min(triton.next_power_of_2(V), 8192)
+    return dict(BLOCK=block, num_warps=min(8, max(1, block // 256)))
+
+
+@torch.library.custom_op("golf::capped_ce", mutates_args=())
+def ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """logits (N, V), targets (N) int64 -> losses (N) float32, and log Σ exp of the shifted logits (N) float32."""
+    N, V = logits.shape
+    loss, lse = torch.empty(N, device=logits.device, dtype=torch.float32), torch.empty_like(loss)
+    if N:
+        ce_forward_kernel[(N,)](logits.contiguous(), targets.contiguous(), loss, lse, cap, V, **ce_launch(V))
+    return loss, lse
+
+
+@ce_forward.register_fake
+def _(logits, targets, cap):
+    return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
+
+
+@torch.library.custom_op("golf::capped_ce_backward", mutates_args=())
+def ce_backward(dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, cap: float) -> Tensor:
+    """dloss (N) -> gradient (N, V) in the dtype of the logits; the softmax is recomputed from logits and lse."""
+    N, V = logits.shape
+    grad = torch.empty((N, V), device=logits.device, dtype=logits.dtype)
+    if N:
+        ce_backward_kernel[(N,)](logits.contiguous(), targets.contiguous(), lse, dloss.contiguous(), grad, cap, V,
+                                 **ce_launch(V))
+    return grad
+
+
+@ce_backward.register_fake
+def _(dloss, logits, targets, lse, cap):
+    return logits.new_empty(logits.shape)
+
+
+def ce_save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2], output[1])
+    ctx.cap = inputs[2]
+
+
+def ce_autograd(ctx, dloss, dlse):
+    logits, targets, lse = ctx.saved_tensors
+    return ce_backward(dloss, logits, targets, lse, ctx.cap), None, None
+
+
+ce_forward.register_autograd(ce_autograd, setup_context=ce_save)
+
+
+def capped_ce(logits: Tensor, targets: Tensor, cap: float, kernel: bool | None = None) -> Tensor:
+    """Cross-entropy of cap·tanh(logits/cap): logits (N, V) bf16 or f32, targets (N) int64 -> losses (N) float32.
+
+    The fused kernel reads the logits once and writes no softmax; the plain twin makes four (N, V) passes.
+    """
+    if use_triton(kernel, logits.is_cuda):
+        return ce_forward(logits, targets, float(cap))[0]
+    return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
+
+
+# --- leaky-ReLU² MLP
+
+# 128×256 tiles hold 128 accumulators a thread, 3 stages 144 KB of an H100's 227 KB of shared memory. Fixed, not
+# autotuned: the choice would depend on timing, and with it the last bits of a run.
+MLP_TILE = dict(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3)
+
+
+def mlp_launch(a: Tensor, b: Tensor, h: Tensor, out: Tensor, slope: float, backward: bool, keep_h: bool):
+    """Run mlp_kernel on A = a (M, K) contiguous and B = b (K, N) of any strides."""
+    (M, K), N = a.shape, b.shape[1]
+    tiles = triton.cdiv(M, MLP_TILE["BM"]) * triton.cdiv(N, MLP_TILE["BN"])
+    if tiles:
+        mlp_kernel[(tiles,)](a, b, h, out, M, N, K, *b.stride(), slope, BACKWARD=backward, KEEP_H=keep_h, **MLP_TILE)
+
+
+@torch.library.custom_op("golf::mlp_up", mutates_args=())
+def mlp_up(x: Tensor, up: Tensor, slope: float, keep_h: bool) -> tuple[Tensor, Tensor]:
+    """x (N, d), up (m, d) -> h = x @ upᵀ (N, m), or (0, m) unless keep_h, and a = leaky_relu(h, slope)² (N, m)."""
+    N, m = x.shape[0], up.shape[0]
+    h, a = x.new_empty(N if keep_h else 0, m), x.new_empty(N, m)
+    mlp_launch(x.contiguous(), up.mT, h, a, slope, backward=False, keep_h=keep_h)
+    return h, a
+
+
+@mlp_up.register_fake
+def _(x, up, slope, keep_h):
+    N, m = x.shape[0], up.shape[0]
+    return x.new_empty(N if keep_h else 0, m), x.new_empty(N, m)
+
+
+@torch.library.custom_op("golf::mlp_dh", mutates_args=())
+def mlp_dh(dy: Tensor, down: Tensor, h: Tensor, slope: float) -> Tensor:
+    """dy (N, d), down (d, m), h (N, m) -> dh = (dy @ down) · act'(h) (N, m)."""
+    dh = torch.empty_like(h)
+    mlp_launch(dy.contiguous(), down, h, dh, slope, backward=True, keep_h=False)
+    return dh
+
+
+@mlp_dh.register_fake
+def _(dy, down, h, slope):
+    return torch.empty_like(h)
+
+
+class LeakySquareMLP(torch.autograd.Function):
+    """The whole MLP as one node, because dh = (dy @ down) · act'(h) is only fused where dy is at hand.
+
+    Both h and a are kept for backward: 8 passes over an (N, m) matrix a layer (write h, a, dh; read a twice, h once,
+    dh twice). Keeping h alone halves the memory and costs a ninth (a written again); keeping a alone loses h's sign.
+    """
+    @staticmethod
+    def forward(ctx, x, up, down, slope):
+        h, a = mlp_up(x, up, slope, True)
+        ctx.save_for_backward(x, up, down, h, a)
+        ctx.slope = slope
+        return a @ down.mT
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, up, down, h, a = ctx.saved_tensors
+        need_x, need_up, need_down, _ = ctx.needs_input_grad        # adaptation freezes the weights: skip theirs
+        dh = mlp_dh(dy, down, h, ctx.slope) if need_x or need_up else None
+        return dh @ up if need_x else None, dh.mT @ x if need_up else None, dy.mT @ a if need_down else None, None
+
+
+def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, kernel: bool | None = None) -> Tensor:
+    """leaky_relu(x @ upᵀ, slope)² @ downᵀ: x (N, d), up (m, d), down (d, m) of one dtype -> (N, d).
+
+    Triton fuses the activation into the matrix product before it; bf16 in and out, sums in float32. The remaining
+    products are cuBLAS's, which nothing beats at these shapes.
+    """
+    if not use_triton(kernel, x.is_cuda and x.dtype in HALF):
+        return F.leaky_relu(x @ up.mT, slope).square() @ down.mT
+    if torch.is_grad_enabled() and (x.requires_grad or up.requires_grad or down.requires_grad):
+        return LeakySquareMLP.apply(x, up, down, float(slope))
+    return mlp_up(x, up, float(slope), False)[1] @ down.mT
+
+
+# --- attention
+
+ATTENTION = "plain"         # the backend `attention` uses: the caller sets it to what resolve_attention returns
+FLASH: dict = {}            # backend name -> its imported module, filled by resolve_attention
+MODULES = {"fa3": ("flash_attn_interface", "flash_attn_3.flash_attn_interface"),
+           "fa4": ("flash_attn.cute.interface",), "torch": ("torch.nn.attention.varlen",), "plain": ()}
+INSTALL = {"fa3": "pip install flash-attn-3 --index-url https://download.pytorch.org/whl/cu130  (a Hopper GPU)",
+           "fa4": "pip install --pre 'flash-attn-4[cu13]'  (a Hopper or Blackwell GPU)",
+           "torch": "pip install 'torch>=2.13' with CUDA  (an Ampere GPU or newer)"}
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, layout=None, window: int | None = None) -> Tensor:
+    """Causal attention inside documents: q (B, T, H, D), k, v (B, T', K, D), H a multiple of K -> (B, T, H, D).
+
+    layout None: each row is one document; T' > T means that the queries are the last T of T' positions (cached
+    keys). Otherwise the rows, laid end to end, are cut at layout.cu_seqlens (int32, padded at its end with the
+    total), and no document is longer than layout.max_seqlen. A query sees its last `window` keys, itself included.
+    Raises UserError if layout and cached keys meet, if T' < T, or if window < 1.
+    """
+    if k.shape[1] < q.shape[1] or (layout is not None and k.shape[1] != q.shape[1]):
+        raise UserError(f"attention got {q.shape[1]} queries and {k.shape[1]} keys a row: packed documents need as "
+                        "many keys as queries, plain rows at least as many; pass layout=None with cached keys")
+    if window is not None and window < 1:
+        raise UserError(f"attention window is {window}, must be at least 1; use None for no window")
+    # Flash kernels exist in half precision on CUDA only; float32 (parity, tests) takes the exact road.
+    name = ATTENTION if q.is_cuda and q.dtype in HALF else "plain"
+    cu, longest = (None, k.shape[1]) if layout is None else (layout.cu_seqlens, layout.max_seqlen)
+    return BACKENDS[name](q, k, v, cu, longest, -1 if window is None else window - 1)
+
+
+# Every backend: q (B, T, H, D), k, v (B, T', K, D), cu (n + 1) int32 or None, longest key sequence, keys seen to
+# the left (-1: all) -> (B, T, H, D). Causal masks are aligned bottom-right in all of them.
+def attend_fa3(q, k, v, cu, longest, left):
+    """FlashAttention-3: registers its own custom ops, so torch.compile traces it as it is."""
+    if cu is None:
+        y = FLASH["fa3"].flash_attn_func(q, k, v, causal=True, window_size=(left, -1))
+    else:
+        y = FLASH["fa3"].flash_attn_varlen_func(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu, cu,
+                                                longest, longest, causal=True, window_size=(left, -1))
+    return (y[0] if isinstance(y, tuple) else y).view(q.shape)      # early releases return (y, lse)
+
+
+def attend_fa4(q, k, v, cu, longest, left):
+    """FlashAttention-4, behind our own custom op: its Python cannot be traced."""
+    if cu is None:
+        return fa4_forward(q, k, v, None, longest, left)[0]
+    return fa4_forward(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu, longest, left)[0].view(q.shape)
+
+
+def attend_torch(q, k, v, cu, longest, left):
+    """PyTorch's own kernels: SDPA where a row is a plain causal square, else the FlashAttention-2 inside varlen."""
+    (B, T, H, _), keys = q.shape, k.shape[1]
+    if cu is None and left < 0 and T == keys:
+        return attend_plain(q, k, v, cu, longest, left)
+    cu_q, cu_k = (torch.arange(B + 1, device=q.device, dtype=torch.int32) * n if cu is None else cu for n in (T, keys))
+    y = FLASH["torch"].varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_q, cu_k,
+                                   T if cu is None else longest, longest, window_size=(left, 0),
+                                   enable_gqa=H != k.shape[2])
+    return y.view(q.shape)
+
+
+def attend_plain(q, k, v, cu, longest, left):
+    """The twin the others are held to: SDPA on any device and dtype, document by document where rows are packed."""
+    shape = q.shape
+    if cu is None:
+        return plain_rows(q, k, v, left)
+    q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))
+    bounds = cu.tolist()                                # the padding at its end is segments of length zero
+    parts = [plain_rows(q[:, a:b], k[:, a:b], v[:, a:b], left) for a, b in zip(bounds, bounds[1:]) if b > a]
+    return torch.cat(parts, dim=1).view(shape)
+
+
+BACKENDS = {"fa3": attend_fa3, "fa4": attend_fa4, "torch": attend_torch, "plain": attend_plain}
+
+
+def causal_mask(T: int, keys: int, left: int, device) -> Tensor:
+    """(T, keys) bool: key j is seen by query i, which stands at position i + keys - T."""
+    back = torch.arange(keys - T, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    return (back >= 0) & (back <= left) if left >= 0 else back >= 0
+
+
+def plain_rows(q, k, v, left: int) -> Tensor:
+    """Rows that are one document each: q (B, T, H, D), k, v (B, T', K, D) -> (B, T, H, D), through SDPA."""
+    T, keys = q.shape[1], k.shape[1]
+    square = left < 0 and T == keys                     # SDPA's is_causal is aligned top-left: right for squares
+    mask = None if square else causal_mask(T, keys, left, q.device)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=q.shape[1] != k.shape[1])
+    return y.transpose(1, 2)
+
+
+# FlashAttention-4 has no custom ops of its own (its issue #2154), and PyTorch 2.13's activate_flash_attention_impl
+# unpacks two results where its present releases return five: so its two inner functions are called by keyword.
+def fa4_call(name: str, *tensors, cu, longest, left):
+    """_flash_attn_fwd or _flash_attn_bwd, with those of our options that the installed release knows."""
+    function = getattr(FLASH["fa4"], name)
+    options = dict(causal=True, window_size_left=None if left < 0 else left, cu_seqlens_q=cu, cu_seqlens_k=cu,
+                   max_seqlen_q=None if cu is None else longest, max_seqlen_k=None if cu is None else longest,
+                   return_lse=True)
+    return function(*tensors, **{key: value for key, value in options.items() if key in parameter_names(function)})
+
+
+@functools.cache
+def parameter_names(function) -> frozenset[str]:
+    """Once a function, not once a call: inspecting a signature takes longer than launching a kernel."""
+    return frozenset(inspect.signature(function).parameters)
+
+
+@torch.library.custom_op("golf::fa4", mutates_args=())
+def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, longest: int, left: int) -> tuple[Tensor, Tensor]:
+    """Rows q (B, T, H, D) and cu None, or packed q (N, H, D) -> y like q, and log Σ exp (B, H, T) or (H, N)."""
+    y, lse = fa4_call("_flash_attn_fwd", q, k, v, cu=cu, longest=longest, left=left)[:2]
+    return y.contiguous(), lse.contiguous()
+
+
+@fa4_forward.register_fake
+def _(q, k, v, cu, longest, left):
+    *rows, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((*rows, H, T), dtype=torch.float32)
+
+
+@torch.library.custom_op("golf::fa4_backward", mutates_args=())
+def fa4_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu: Tensor | None,
+                 longest: int, left: int) -> list[Tensor]:
+    """dy, q, y (…, H, D), k, v (…, K, D) -> dq, dk, dv."""
+    grads = fa4_call("_flash_attn_bwd", q, k, v, y, dy.contiguous(), lse, cu=cu, longest=longest, left=left)
+    return [g.contiguous() for g in grads[:3]]
+
+
+@fa4_backward.register_fake
+def _(dy, q, k, v, y, lse, cu, longest, left):
+    return [x.new_empty(x.shape) for x in (q, k, v)]
+
+
+def fa4_save(ctx, inputs, output):
+    q, k, v, cu, ctx.longest, ctx.left = inputs
+    ctx.save_for_backward(q, k, v, *output, cu)
+
+
+def fa4_autograd(ctx, dy, dlse):
+    return *fa4_backward(dy, *ctx.saved_tensors, ctx.longest, ctx.left), None, None, None
+
+
+fa4_forward.register_autograd(fa4_autograd, setup_context=fa4_save)
+
+
+def attention_probe(backend, device, keys: int, cu: list[int] | None, left: int) -> list[Tensor]:
+    """y, dq, dk, dv (flat) of a fixed small bf16 problem, 128 queries, 8 query and 4 key heads of 64."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v, dy = (torch.randn(1, T, heads, 64, generator=random).to(device, torch.bfloat16)
+                   for T, heads in ((128, 8), (keys, 4), (keys, 4), (128, 8)))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    cu = None if cu is None else torch.tensor(cu, dtype=torch.int32, device=device)
+    y = backend(*leaves, cu, keys, left)
+    return [x.detach().float().flatten() for x in (y, *torch.autograd.grad(y, leaves, dy))]
+
+
+def attention_fault(name: str, device: torch.device) -> str:
+    """Why backend `name` cannot run on `device`, in one line; empty if it passed its self-test.
+
+    The self-test holds forward and backward to the plain twin, packed (with a padded end), with cached keys and with
+    a window, through torch.compile without graph breaks: whatever the model will meet is met here first.
+    """
+    if name == "plain":
+        return ""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return f"needs a CUDA GPU, the device is {device}"
+    try:
+        for at, module in enumerate(MODULES[name]):
+            try:
+                FLASH[name] = importlib.import_module(module)
+                break
+            except ModuleNotFoundError:
+                if at + 1 == len(MODULES[name]):
+                    raise
+        backend = torch.compile(BACKENDS[name], fullgraph=True, dynamic=False, backend="aot_eager")
+        for problem in ((128, [0, 40, 41, 128, 128], -1), (128, None, -1), (192, None, -1), (128, [0, 40, 128], 15)):
+            pairs = zip(attention_probe(backend, device, *problem), attention_probe(attend_plain, device, *problem))
+            error = max(float((got - want).norm() / want.norm()) for got, want in pairs)
+            if not error < 0.03:                        # bf16 gives 0.005; NaN fails too
+                return f"differs from the plain twin by {error:.1%} (bound 3%) at keys, cu, left = {problem}"
+    except Exception as fault:                          # third-party kernels fail in every way there is
+        return f"{type(fault).__name__}: {(str(fault).strip() or 'no message').splitlines()[0][:160]}"
+    return ""
+
+
+def resolve_attention(choice: str, device) -> tuple[str, str]:
+    """ATTN_BACKEND 'auto', 'fa3', 'fa4', 'torch' or 'plain' -> (the backend that runs on `device`, why in one line).
+
+    Auto takes the first that passes attention_fault. Raises UserError for an unknown choice, or a forced one that
+    cannot run. The caller stores the name in ATTENTION.
+    """
+    if choice not in ("auto", *BACKENDS):
+        raise UserError(f"ATTN_BACKEND={choice} is unknown; choose one of auto, {', '.join(BACKENDS)}")
+    passed_over = []
+    for name in BACKENDS if choice == "auto" else (choice,):
+        fault = attention_fault(name, torch.device(device))
+        if not fault:
+            why = "forced" if choice == name else "first that passed its self-test" if name != "plain" else "last resort"
+            return name, "; ".join((f"attention {name} ({why})", *passed_over))
+        passed_over.append(f"not {name}: {fault}")
+    raise UserError(f"ATTN_BACKEND={choice} cannot run here: {fault}. Install it with `{INSTALL[choice]}`, "
+                    "or set ATTN_BACKEND=auto")
+
+
+# ============================================================================================================
+# 7  Optimiser: Muon for the banks, AdamW for the rest
+# ============================================================================================================
+
+POLAR_EXPRESS = (   # (a, b, c) of X <- aX + (bA + cA^2)X with A = XX', one triple per iteration
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
+
+
+def orthogonalise(g: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Each matrix of g (…, R, C) with its singular values pushed towards 1 (they end in 0.86 … 1.14), in `dtype`."""
+    x = g.to(dtype)
+    tall = x.size(-2) > x.size(-1)
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in POLAR_EXPRESS[:steps]:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def muon_direction(g: Tensor, buf: Tensor, momentum: float, steps: int, nesterov: bool, row_normalize: bool) -> Tensor:
+    """Orthogonalised update of matrices g (n, R, C), in buf's dtype; buf is updated in place."""
+    g = g.to(buf.dtype)
+    buf.mul_(momentum).add_(g)
+    u = g.add(buf, alpha=momentum) if nesterov else buf
+    if row_normalize:
+        u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    return orthogonalise(u, steps, buf.dtype)
+
+
+def muon_apply(p: Tensor, u: Tensor, lr: float, weight_decay: float) -> None:
+    """Decoupled decay, then the step of matrices p (n, R, C) along u; tall matrices take a longer one."""
+    p.mul_(1 - lr * weight_decay).add_(u.to(p.dtype), alpha=-lr * math.sqrt(max(1, p.size(-2) / p.size(-1))))
+
+
+@torch.no_grad()
+def muon_update(p: Tensor, g: Tensor, buf: Tensor, *, lr: float, momentum: float, weight_decay: float, steps: int = 5,
+                nesterov: bool = True, row_normalize: bool = True) -> None:
+    """One Muon step on p (n, R, C), each matrix on its own; the arithmetic is in the dtype of buf."""
+    muon_apply(p, muon_direction(g, buf, momentum, steps, nesterov, row_normalize), lr, weight_decay)
+
+
+class Optimiser:
+    """Owns all gradient traffic. Each rank orthogonalises its share of every bank:
+    reduce-scatter of all banks -> norm and clip of the averaged gradient -> direction of the own matrices, gathered while
+    the next bank is worked on -> every rank applies the same update. Small gradients travel as one tensor."""
+
+    def __init__(self, s: Settings, world: World, params: Mapping[str, nn.Parameter], dtype: torch.dtype):
+        self.s, self.world, self.dtype = s, world, dtype
+        if strangers := [n for n in params if n not in ROLES]:
+            raise UserError(f"parameters {strangers} have no role: add a row to ROLES")
+        by_role = {role: [p for n, p in params.items() if ROLES[n] == role] for role in set(ROLES.values())}
+        self.banks = sorted(by_role["matrix"], key=lambda p: -p.numel())
+        self.small = by_role["embed"] + by_role["head"] + by_role["small"]
+        embed_lr = s.tied_embed_lr if s.tie_embeddings else s.embed_lr
+        groups = [dict(params=by_role[role], lr=lr, peak=lr, weight_decay=wd) for role, lr, wd in (
+            ("embed", embed_lr, s.embed_wd), ("head", s.head_lr, s.embed_wd), ("small", s.scalar_lr, s.adam_wd))]
+        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=(s.beta1, s.beta2), eps=s.adam_eps,
+                                      fused=world.device.type == "cuda")
+        self.share = [-(-len(p) // world.size) for p in self.banks]    # matrices per rank, the last ranks' padded
+        self.momentum = [torch.zeros(n, *p.shape[1:], dtype=dtype, device=p.device)
+                         for n, p in zip(self.share, self.banks)]
+
+    @torch.no_grad()
+    def step(self, lr_share: float, momentum: float) -> Tensor:
+        """Reduce, clip, update, and clear the gradients. Returns the norm before clipping (a tensor: no waiting)."""
+        s = self.s
+        for p in (*self.banks, *self.small):      # a plan may leave rows unused, never a whole tensor
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        norm = self.clip_own() if s.grad_clip_mode == "per_rank" else None
+        shards = self.reduce()
+        if norm is None:
+            norm = self.clip_average(shards)
+        gathered = []
+        for i, (g, buf) in enumerate(zip(shards, self.momentum)):
+            u = muon_direction(g, buf, momentum, s.muon_backend_steps, True, s.muon_row_normalize)
+            gathered.append(self.gather(u, len(self.banks[i])))
+        for group in self.adam.param_groups:
+            group["lr"] = group["peak"] * lr_share
+        self.adam.step()
+        for p, (u, work) in zip(self.banks, gathered):
+            if work is not None:
+                work.wait()
+            muon_apply(p, u[:len(p)], s.matrix_lr * lr_share, s.muon_wd)
+        for p in (*self.banks, *self.small):
+            p.grad = None
+        return norm
+
+    def reduce(self) -> list[Tensor]:
+        """Averaged gradients: this rank's matrices of every bank (returned), and all small ones (in place)."""
+        size = self.world.size
+        if size == 1:
+            return [p.grad for p in self.banks]
+        shards, works = [], []
+        for p, n in zip(self.banks, self.share):
+            full = torch.zeros(n * size, *p.shape[1:], dtype=self.dtype, device=p.device)
+            full[:len(p)] = p.grad
+            shards.append(torch.empty(n, *p.shape[1:], dtype=self.dtype, device=p.device))
+            works.append(dist.reduce_scatter_tensor(shards[-1], full, async_op=True))
+        flat = torch.cat([p.grad.flatten() for p in self.small])
+        dist.all_reduce(flat)
+        for p, g in zip(self.small, flat.div_(size).split([p.numel() for p in self.small])):
+            p.grad.copy_(g.view_as(p))
+        for work, shard in zip(works, shards):
+            work.wait()
+            shard.div_(size)
+        return shards
+
+    def clip_average(self, shards: list[Tensor]) -> Tensor:
+        """Clip the averaged gradient by its global norm, which is returned."""
+        own = sum(g.float().square().sum() for g in shards)
+        norm = (self.world.total(own) + sum(p.grad.square().sum() for p in self.small)).sqrt()
+        if self.s.grad_clip_norm > 0:
+            scale = (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1)
+            torch._foreach_mul_(shards + [p.grad for p in self.small], scale)
+        return norm
+
+    def clip_own(self) -> Tensor:
+        """Clip this rank's own gradient before it is averaged: what the field's records do. A rank with an unusual batch
+        then counts for less, and the norm of the average is smaller than the bound."""
+        norm = torch.cat([p.grad.flatten().norm()[None] for p in (*self.banks, *self.small)]).norm()
+        if self.s.grad_clip_norm > 0:
+            scale = (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1)
+            torch._foreach_mul_([p.grad for p in (*self.banks, *self.small)], scale)
+        return norm
+
+    def gather(self, u: Tensor, count: int):
+        """(all ranks' directions, the pending work or None)."""
+        if self.world.size == 1:
+            return u, None
+        full = torch.empty(len(u) * self.world.size, *u.shape[1:], dtype=u.dtype, device=u.device)
+        return full, dist.all_gather_into_tensor(full, u.contiguous(), async_op=True)
+
+
+# ============================================================================================================
+# 8  Training: schedule, warm-up and rewind, average, loop
+# ============================================================================================================
+
+def lr_share(s: Settings, progress: float) -> float:
+    """Learning rate as a share of its peak: flat, then linear over the last WARMDOWN_FRAC, never below MIN_LR."""
+    if s.warmdown_frac <= 0 or progress < 1 - s.warmdown_frac:
+        return 1.0
+    return max((1 - progress) / s.warmdown_frac, s.min_lr)
+
+
+def muon_momentum(s: Settings, step: int) -> float:
+    """Momentum at a step: linear warm-up over MUON_MOMENTUM_WARMUP_STEPS."""
+    f = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
+    return (1 - f) * s.muon_momentum_warmup_start + f * s.muon_momentum
+
+
+def pick_dtype(choice: str, device: torch.device, default: Optional[torch.dtype] = None) -> torch.dtype:
+    """The dtype a setting names; auto: `default`, else bfloat16 on a GPU and float32 on a CPU."""
+    if choice == "auto":
+        return default or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return getattr(torch, choice)
+
+
+def compiled(s: Settings, device: torch.device, fn: Callable, **options) -> Callable:
+    """fn through torch.compile where COMPILE asks for it (auto: on a GPU)."""
+    wanted = s.compile == "1" or (s.compile == "auto" and device.type == "cuda")
+    return torch.compile(fn, **options) if wanted else fn
+
+
+class Trainer:
+    """Model, optimiser and average: one train step, used by warm-up and training alike."""
+
+    def __init__(self, s: Settings, world: World, model: GPT):
+        self.s, self.world, self.model = s, world, model
+        self.accum, self.tokens = s.batch_shape(world.size)
+        self.losses = compiled(s, world.device, model.losses, fullgraph=True)
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Forget optimiser state and average: training starts from the model's present weights."""
+        dtype = pick_dtype(self.s.muon_dtype, self.world.device, self.model.compute_dtype)
+        self.optimiser = Optimiser(self.s, self.world, dict(self.model.named_parameters()), dtype)
+        self.ema = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+
+    def micro_step(self, batch: Batch, plan: Plan) -> Tensor:
+        """Forward and backward of one micro-batch; returns its mean loss (nats per token)."""
+        if batch.cu_seqlens is not None and self.losses is not self.model.losses:
+            torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
+        loss = self.losses(batch.x, batch.y, plan, batch.layout(self.s.train_seq_len)).mean()
+        (loss / self.accum).backward()
+        return loss.detach()
+
+    def update(self, lr: float, momentum: float) -> Tensor:
+        """Optimiser step and weight average; returns the gradient norm before clipping."""
+        norm = self.optimiser.step(lr, momentum)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.model.parameters()],
+                                 1 - self.s.ema_decay)
+        return norm
+
+    def warm_up(self) -> float:
+        """Compile and run every graph on random tokens, then undo it. Returns the seconds it took."""
+        s, world, clock = self.s, self.world, Clock()
+        before = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        generator = torch.Generator().manual_seed(s.seed + world.rank)
+        for plan in dict.fromkeys((layer_plan(s, False), layer_plan(s, True))):
+            for _ in range(s.warmup_steps):
+                for _ in range(self.accum):
+                    self.micro_step(self.random_batch(generator), plan)
+                self.update(1.0, s.muon_momentum)
+        with torch.no_grad():
+            for n, p in self.model.named_parameters():
+                p.copy_(before[n])
+        self.rewind()
+        sync(world.device)
+        return clock.elapsed()
+
+    def random_batch(self, generator: torch.Generator) -> Batch:
+        """A micro-batch of random tokens shaped as the loader's."""
+        s = self.s
+        if s.train_loader == "shuffled":
+            t = torch.randint(s.vocab_size, (self.tokens // s.train_seq_len, s.train_seq_len + 1), generator=generator)
+            return Batch(t[:, :-1], t[:, 1:], None, s.train_seq_len).to(self.world.device)
+        tokens = torch.randint(2, s.vocab_size, (self.tokens + 1,), generator=generator).numpy()
+        tokens[::max(2, s.train_seq_len // 2)] = BOS
+        return packed_batch(tokens, s.train_seq_len).to(self.world.device)
+
+
+class Progress:
+    """Where training is: the numbers of a progress line, and its text."""
+
+    def __init__(self, s: Settings, world: World, model: GPT, plans: Mapping[bool, Plan], budget: float):
+        self.s, self.world, self.budget = s, world, budget
+        # backward costs twice the forward; documents make attention cost at most half the window on average
+        self.flops = {k: 3 * model.flops_per_token(p, s.train_seq_len / 2) for k, p in plans.items()}
+        self.peak = peak_flops(world.device)
+        self.last, self.before = (0, 0.0), (0, 0.0)
+
+    def values(self, step: int, elapsed: float, looping: bool) -> dict:
+        """ms per step (since the last line, and mean), tokens/s, model FLOP utilisation, budget used and time left."""
+        steps, seconds = step - self.last[0], max(elapsed - self.last[1], 1e-9)
+        self.last = (step, elapsed)
+        rate = self.s.train_batch_tokens * steps / seconds
+        used = elapsed / self.budget if self.budget else step / max(self.s.iterations, 1)
+        out = {"ms": 1e3 * seconds / max(steps, 1), "ms_mean": 1e3 * elapsed / step, "tok_s": round(rate),
+               "elapsed": elapsed, "used": min(used, 1.0), "eta": elapsed * (1 / max(used, 1e-9) - 1)}
+        if self.peak:
+            out["mfu"] = rate * self.flops[looping] / (self.peak * self.world.size)
+        return out
+
+
+def peak_flops(device: torch.device) -> float:
+    """Dense bfloat16 FLOP/s of the GPU by its name; 0 when unknown or on a CPU."""
+    if device.type != "cuda":
+        return 0.0
+    name = torch.cuda.get_device_name(device)
+    table = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12,
+             "L40": 181e12, "RTX 4090": 165e12}
+    return next((flops for part, flops in table.items() if part in name), 0.0)
+
+
+def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float, validate: Callable) -> dict:
+    """The training loop. Stops at ITERATIONS or when the next step would pass MAX_WALLCLOCK_SECONDS - reserve.
+    `validate(label)` scores the current weights off the clock. Returns what the summary needs, and the stream."""
+    plans = {looping: layer_plan(s, looping) for looping in (False, True)}
+    budget = s.max_wallclock_seconds - reserve if s.max_wallclock_seconds else 0.0
+    if s.max_wallclock_seconds and budget <= 0:
+        raise UserError(f"quantising and packing need {reserve:.1f} s, which leaves nothing of MAX_WALLCLOCK_SECONDS="
+                        f"{s.max_wallclock_seconds:g} to train in: raise it or set GPTQ_RESERVE_SECONDS")
+    source = open_train_stream(s, world, trainer.tokens)
+    stream, progress = Prefetch(source, world.device), Progress(s, world, trainer.model, plans, budget)
+    world.barrier()
+    clock, step, step_seconds, before, shown = Clock(s.max_wallclock_seconds), 0, 0.0, 0.0, 0.0
+    while True:
+        if s.val_loss_every and step % s.val_loss_every == 0:
+            with clock.exclude():
+                validate(step)
+        elapsed = world.agree(clock.elapsed())
+        step_seconds, before = max(elapsed - before, 0.9 * step_seconds) if step else 0.0, elapsed
+        if step >= s.iterations or (budget and elapsed + step_seconds > budget):
+            break
+        done = min(elapsed / budget, 1.0) if budget else step / s.iterations
+        looping = done >= s.enable_looping_at and s.num_loops > 0
+        loss = sum(trainer.micro_step(stream.next(), plans[looping]) for _ in range(trainer.accum)) / trainer.accum
+        norm = trainer.update(lr_share(s, done), muon_momentum(s, step))
+        step += 1
+        if budget and budget - elapsed < 10 * step_seconds:
+            sync(world.device)            # near the end the host must not run ahead of the GPU
+        if step <= 10 or (s.train_log_every and step % s.train_log_every == 0):
+            report_step(run, progress, step, world.total(loss.clone()).item() / world.size, norm.item(),
+                        lr_share(s, done), clock.elapsed(), looping)
+        elif run.live and elapsed - shown > 0.5:
+            shown = elapsed
+            run.progress(f"step {step} loss {loss.item():.4f} {elapsed:.0f}/{budget or s.iterations:.0f}")
+    sync(world.device)
+    stream.close()
+    seconds = clock.elapsed()
+    run.log("train_end", steps=step, seconds=seconds, step_ms=1e3 * seconds / max(step, 1), epochs=source.epoch,
+            tokens=step * s.train_batch_tokens)
+    return {"steps": step, "step_ms": 1e3 * seconds / max(step, 1), "clock": clock, "stream": source}
+
+
+def report_step(run: Run, progress: Progress, step: int, loss: float, norm: float, lr: float, elapsed: float,
+                looping: bool) -> None:
+    """One progress line; a loss that is no number stops the run."""
+    values = progress.values(step, elapsed, looping)
+    run.log("train", quiet=True, step=step, loss=loss, norm=norm, lr=lr, looping=looping, **values)
+    mfu = f" mfu {values['mfu']:.0%}" if "mfu" in values else ""
+    run.say(f"step {step:5d}  loss {loss:7.4f}  {values['ms']:7.1f} ms/step (mean {values['ms_mean']:.1f})  "
+            f"{values['tok_s']:,} tok/s{mfu}  {values['used']:4.0%} of budget, {values['eta']:.0f} s left"
+            + ("  looping" if looping else ""))
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {loss} at step {step}: lower MATRIX_LR or SCALAR_LR, or raise WARMUP_STEPS's "
+                        "float32 checks with COMPUTE_DTYPE=float32")
+
+
+# ============================================================================================================
+# 9  Quantise: Hessians, GPTQ, low-rank repair
+# ============================================================================================================
+
+SMALL_TENSOR = 65536      # tensors of at most this many elements are stored as float16
+
+
+class HessianTap:
+    """A forward's tap that sums x'x of every matrix input: H (C, C) per matrix, each visit of a looped layer counted."""
+
+    INPUTS = {"attn_in": ("attn.c_q.weight",), "heads": ("attn.proj.weight",), "mlp_in": ("mlp.fc.weight",),
+              "mlp_act": ("mlp.proj.weight",)}
+
+    def __init__(self, s: Settings):
+        self.head = "tok_emb.weight" if s.tie_embeddings else "lm_head.weight"
+        self.sums: dict[str, Tensor] = {}
+        self.batches = 0
+
+    def __call__(self, kind: str, layer: int, x: Tensor) -> None:
+        names = (self.head,) if kind == "head_in" else tuple(
+            f"blocks.{layer}.{name}" for name in self.INPUTS.get(kind, ()))
+        for name in names:
+            flat = x.detach().flatten(0, -2).float()
+            if name in self.sums:
+                self.sums[name].addmm_(flat.mT, flat)
+            else:
+                self.sums[name] = flat.mT @ flat
+
+    def add_batch(self) -> None:
+        self.batches += 1
+
+    def finish(self, world: World = World()) -> dict[str, Tensor]:
+        """Mean over all ranks' batches; c_k and c_v share c_q's."""
+        batches = world.total(torch.tensor(float(self.batches), device=world.device)).item()
+        means = {name: world.total(h).div_(batches) for name, h in self.sums.items()}
+        for name in [n for n in means if n.endswith("attn.c_q.weight")]:
+            for other in ("c_k", "c_v"):
+                means[name.replace("c_q", other)] = means[name]
+        return means
+
+
+@torch.no_grad()
+def calibrate(s: Settings, world: World, model: GPT, next_batch: Callable[[], Batch]) -> dict[str, Tensor]:
+    """Hessians over GPTQ_CALIBRATION_BATCHES training micro-batches, shared out over the ranks, loops on."""
+    tap, plan = HessianTap(s), layer_plan(s, True)
+    for _ in range(-(-s.gptq_calibration_batches // world.size)):
+        batch = next_batch().to(world.device)
+        model.hidden(batch.x, plan, batch.layout(s.train_seq_len), tap=tap)
+        tap.add_batch()
+    return tap.finish(world)
+
+
+def row_scales(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
+    """fp16 step of every row of w (…, R, C): clip_sigmas standard deviations span the codes."""
+    top = 2 ** (bits - 1) - 1
+    return (clip_sigmas * w.float().std(dim=-1) / top).clamp_min(1e-10).half()
+
+
+def hessian_factor(h: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
+    """For H (n, C, C): the columns' order (by falling diagonal), upper U with U'U = inverse of the damped H in that
+    order, and the dead columns. Factorised once: H reversed = L L', so H = F F' with F upper, and U = inverse of F."""
+    h = h.clone()
+    diag = h.diagonal(dim1=-2, dim2=-1)          # a view: writing it writes h
+    dead = diag == 0
+    diag[dead] = 1
+    diag += damp * diag.mean(dim=-1, keepdim=True)
+    order = diag.argsort(dim=-1, descending=True, stable=True)
+    back = order.flip(-1)
+    picked = torch.stack([m[o][:, o] for m, o in zip(h, back)])
+    factor = torch.linalg.cholesky(picked).flip(-2, -1)
+    eye = torch.eye(h.size(-1), dtype=h.dtype, device=h.device).expand_as(factor)
+    return order, torch.linalg.solve_triangular(factor, eye, upper=True), dead
+
+
+@torch.no_grad()
+def gptq(w: Tensor, h: Tensor, scale: Tensor, bits: int, damp: float = 0.01, block: int = 128) -> Tensor:
+    """Codes (…, R, C) int8 of w under the Hessians h (…, C, C) with steps scale (…, R): columns are rounded in the order
+    of falling diagonal, and each column's error is passed on to those still to come (Frantar et al. 2022)."""
+    shape, top, tile = w.shape, 2 ** (bits - 1) - 1, 16
+    w, h = w.float().reshape(-1, *shape[-2:]), h.float().reshape(-1, *h.shape[-2:])
+    step = scale.float().reshape(len(w), 1, -1).clamp_min(1e-30)
+    order, u, dead = hessian_factor(h, damp)
+    w = w.masked_fill(dead[:, None], 0)
+    t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R): a column is contiguous
+    unit = u / u.diagonal(dim1=-2, dim2=-1)[..., None]           # rows scaled to a unit diagonal
+    codes, columns = torch.empty_like(t), t.size(1)
+    for begin in range(0, columns, block):
+        end = min(begin + block, columns)
+        error = torch.empty_like(t[:, begin:end])
+        for left in range(begin, end, tile):
+            right = min(left + tile, end)
+            for j in range(left, right):
+                q = (t[:, j:j + 1] / step).round().clamp_(-top, top)
+                codes[:, j:j + 1] = q
+                e = t[:, j:j + 1] - q * step
+                error[:, j - begin:j - begin + 1] = e
+                if j + 1 < right:
+                    t[:, j + 1:right] -= unit[:, j, j + 1:right, None] * e
+            t[:, right:end] -= unit[:, left:right, right:end].mT @ error[:, left - begin:right - begin]
+        t[:, end:] -= unit[:, begin:end, end:].mT @ error
+    inverse = order.argsort(dim=-1)
+    out = torch.stack([c[o].mT for c, o in zip(codes, inverse)])
+    return out.to(torch.int8).reshape(shape)
+
+
+def quantise_rows(w: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """w (R, C) -> int8 codes and fp16 steps (R): the largest magnitude of a row gets the largest code."""
+    top = 2 ** (bits - 1) - 1
+    scale = (w.float().abs().amax(dim=1) / top).clamp_min(1e-10).half()
+    return divide_round(w, scale[:, None], -top, top), scale
+
+
+def divide_round(w: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """round(w / scale) to int8 in [low, high], halves to even; 0 where the fp16 scale is 0."""
+    scale = scale.float()
+    return torch.where(scale > 0, w.float() / scale, 0.0).round().clamp(low, high).to(torch.int8)
+
+
+def lqer_sym(a: Tensor, b: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Factors a (R, k), b (k, C) with one step per row of each: (qA, sA (R), qB, sB (k))."""
+    return (*quantise_rows(a, bits), *quantise_rows(b, bits))
+
+
+def lqer_asym(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """a (R, k) in 2 bits with one step, b (k, C) in 4 bits with a step per `group` values: (qA, sA (1), qB, sB (n))."""
+    scale_a = (a.float().abs().amax() / 1.5).clamp_min(1e-10).half()[None]
+    flat = b.float().reshape(-1, group)
+    scale_b = (flat.abs().amax(dim=1) / 7.5).clamp_min(1e-10).half()
+    qb = divide_round(flat, scale_b[:, None], -8, 7).view(b.shape)
+    return divide_round(a, scale_a, -2, 1), scale_a, qb, scale_b
+
+
+@torch.no_grad()
+def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best rank-r factors a (R, r) = U S, b (r, C) = V' of an error matrix, from the smaller Gram matrix in float64."""
+    e = error.double()
+    if e.size(0) < e.size(1):
+        u = torch.linalg.eigh(e @ e.mT).eigenvectors[:, -rank:].flip(1)
+        sv = (u.mT @ e).norm(dim=1)
+        return (u * sv).float(), ((u.mT @ e) / sv.clamp_min(1e-300)[:, None]).float()
+    v = torch.linalg.eigh(e.mT @ e).eigenvectors[:, -rank:].flip(1)
+    return (e @ v).float(), v.mT.float().contiguous()
+
+
+@dataclass
+class Quantised:
+    """A quantised model: flat tensors (`<name>.q`, `.scale`, `.gq`, `.gs`, `.lqA…`, or `<name>` itself as fp16) and how
+    each parameter is stored."""
+    tensors: dict[str, Tensor]
+    meta: dict[str, str]
+
+
+def storage_of(s: Settings, name: str, w: Tensor) -> tuple:
+    """How a tensor is stored: ("gate",), ("half",) or ("gptq", bits, clip_sigmas)."""
+    if s.gated_attn_quant_gate and name.endswith("attn_gate_w") and w.dim() == 2 and 32 <= w.numel() <= 8192:
+        return ("gate",)
+    if w.numel() <= SMALL_TENSOR:
+        return ("half",)
+    if name in ("tok_emb.weight", "lm_head.weight"):
+        return ("gptq", s.embed_bits, s.embed_clip_sigmas)
+    clip = s.mlp_clip_sigmas if ".mlp." in name else s.attn_clip_sigmas if ".attn." in name else s.matrix_clip_sigmas
+    return ("gptq", s.matrix_bits, clip)
+
+
+@torch.no_grad()
+def quantise(s: Settings, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor], world: World = World(),
+             coarser: float = 1.0) -> Quantised:
+    """Quantise weights (matrix_views names). GPTQ matrices are shared out over the ranks, equal shapes as one batch;
+    every rank returns the whole model. `coarser` multiplies all steps (the size fitter's one degree of freedom)."""
+    out = Quantised({}, {})
+    jobs: dict[tuple, list[str]] = {}
+    for name, w in weights.items():
+        kind, *how = storage_of(s, name, w)
+        if kind == "gptq":
+            jobs.setdefault((*how, tuple(w.shape)), []).append(name)
+            out.meta[name] = f"gptq (int{how[0]})"
+        elif kind == "gate":
+            out.tensors[name + ".gq"], out.tensors[name + ".gs"] = (t.cpu() for t in quantise_rows(w))
+            out.meta[name] = "gate_int8_row"
+        else:
+            out.tensors[name], out.meta[name] = w.half().cpu(), "passthrough (float16)"
+    names = [(key, name) for key, group in jobs.items() for name in group]
+    costs = [key[-1][1] ** 3 / 3 + key[-1][0] * key[-1][1] ** 2 for key, _ in names]
+    mine = [names[i] for i in sorted(share_out(costs, world.size)[world.rank])]
+    done: dict[str, tuple] = {}
+    for bits, clip, shape in dict.fromkeys(key for key, _ in mine):
+        group = [name for key, name in mine if key == (bits, clip, shape)]
+        w = torch.stack([weights[n].float() for n in group])
+        h = torch.stack([hessians[n] if n in hessians else torch.eye(shape[1], device=w.device) for n in group])
+        scale = row_scales(w, bits, clip * coarser)
+        codes = gptq(w, h, scale, bits)
+        errors = (w - codes * scale[..., None].float()).flatten(1).norm(dim=1).tolist()
+        done.update(zip(group, zip(codes.cpu(), scale.cpu(), errors)))
+    for part in world.gather(done):
+        done.update(part)
+    for _, name in names:
+        out.tensors[name + ".q"], out.tensors[name + ".scale"], _ = done[name]
+    if s.lqer_enabled:
+        repair(s, out, weights, {name: done[name][2] for _, name in names})
+    return out
+
+
+def repair(s: Settings, out: Quantised, weights: Mapping[str, Tensor], errors: Mapping[str, float]) -> None:
+    """LQER: add low-rank factors of the rounding error to the LQER_TOP_K matrices with the largest one."""
+    for name in sorted(errors, key=lambda n: -errors[n])[:s.lqer_top_k]:
+        w = weights[name].float()
+        codes, scale = (out.tensors[name + end].to(w.device) for end in (".q", ".scale"))
+        a, b = low_rank(w - codes * scale[:, None].float(), s.lqer_rank)
+        if s.lqer_asym_enabled and b.numel() % s.lqer_asym_group == 0:
+            parts, ends, label = lqer_asym(a, b, s.lqer_asym_group), ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a"), "lqer_asym"
+        else:
+            parts, ends, label = lqer_sym(a, b, s.lqer_factor_bits), ("lqA", "lqAs", "lqB", "lqBs"), "lqer"
+        out.tensors.update({f"{name}.{end}": part.cpu() for end, part in zip(ends, parts)})
+        out.meta[name] += "+" + label
+
+
+def dequantise(q: Quantised) -> dict[str, Tensor]:
+    """The float32 weights that a quantised model stands for, by name."""
+    weights, t = {}, q.tensors
+    for name in q.meta:
+        if name in t:
+            weights[name] = t[name].float()
+        elif name + ".gq" in t:
+            weights[name] = t[name + ".gq"] * t[name + ".gs"].float()[:, None]
+        else:
+            w = t[name + ".q"] * t[name + ".scale"].float()[:, None]
+            if name + ".lqA_a" in t:
+                b = t[name + ".lqB_a"].float()
+                steps = t[name + ".lqBs_a"].float()[:, None]
+                w = w + (t[name + ".lqA_a"] * t[name + ".lqAs_a"].float()) @ (b.view(len(steps), -1) * steps).view(b.shape)
+            elif name + ".lqA" in t:
+                w = w + (t[name + ".lqA"] * t[name + ".lqAs"].float()[:, None]) @ (
+                    t[name + ".lqB"] * t[name + ".lqBs"].float()[:, None])
+            weights[name] = w
+    return weights
+
+
+@torch.no_grad()
+def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str) -> None:
+    """Copy weights (matrix_views names) into the model; UserError when names or shapes are another configuration's."""
+    views = matrix_views({n: p.data for n, p in model.named_parameters()})
+    wrong = sorted(set(views) ^ set(weights)) or [n for n in views if views[n].shape != weights[n].shape]
+    if wrong:
+        raise UserError(f"{origin} does not fit the model that the settings describe: {len(wrong)} tensors differ "
+                        f"({', '.join(wrong[:3])}…); use the settings it was made with")
+    for name, view in views.items():
+        view.copy_(weights[name])
+
+
+# ============================================================================================================
+# 10  Pack: the artifact is one file of checked streams, without pickle
+# ============================================================================================================
+
+# --- container
+
+MAGIC, ARTIFACT_VERSION = b"\x93PGOLF\r\n", 1  # a high byte and a line end: text-mode copies are noticed at once
+PREFIX = struct.Struct("<8sHI8s")              # magic, version, bytes of JSON, digest of the JSON
+
+
+def digest_of(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=8).digest()
+
+
+def artifact_to_bytes(header: dict, streams: Mapping[str, bytes]) -> bytes:
+    """One file: PREFIX, JSON {"header", "streams": [[name, bytes, digest], …]}, the streams end to end. Equal arguments
+    give equal bytes."""
+    table = [[name, len(data), digest_of(data).hex()] for name, data in streams.items()]
+    text = json.dumps({"header": header, "streams": table}, sort_keys=True, allow_nan=False, separators=(",", ":")).encode()
+    return b"".join([PREFIX.pack(MAGIC, ARTIFACT_VERSION, len(text), digest_of(text)), text, *streams.values()])
+
+
+def artifact_from_bytes(blob: bytes, origin: str) -> tuple[dict, dict[str, bytes]]:
+    """The (header, streams) that artifact_to_bytes was given; UserError for anything foreign, cut or altered. Nothing is
+    allocated beyond the blob's own size."""
+    def refuse(what):
+        raise UserError(f"{origin}: {what}; copy it again from where it was written, or write it again")
+
+    if blob[:8] != MAGIC or len(blob) < PREFIX.size:
+        refuse(f"is no artifact of this trainer (starts with {blob[:8]!r}, not {MAGIC!r}) or is cut off")
+    _, version, length, digest = PREFIX.unpack(blob[:PREFIX.size])
+    if version != ARTIFACT_VERSION:
+        refuse(f"has format version {version}, this script reads {ARTIFACT_VERSION}")
+    at, left = PREFIX.size + length, len(blob) - PREFIX.size - length
+    if left < 0:
+        refuse(f"is cut off: the header needs {length} bytes, {length + left} are left")
+    if digest_of(text := blob[PREFIX.size:at]) != digest:
+        refuse("has a damaged header (checksum)")
+    try:
+        root = json.loads(text)
+        header, table = dict(root["header"]), [(str(name), int(n), str(d)) for name, n, d in root["streams"]]
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        refuse(f"has a header that cannot be read ({type(error).__name__})")
+    if (promised := sum(n for _, n, _ in table)) != left or any(n < 0 for _, n, _ in table):
+        refuse(f"has {left} bytes of streams, its header promises {promised}: cut off or grown")
+    streams = {}
+    for name, n, digest in table:
+        streams[name], at = blob[at:at + n], at + n
+        if digest_of(streams[name]).hex() != digest:
+            refuse(f"has a damaged stream {name!r} ({n} bytes, checksum)")
+    return header, streams
+
+
+# --- bytes
+PIECE = 1 << 20  # compressed in parallel; weight codes have no matches that a longer window would find
+
+
+def byte_shuffle(data, stride):
+    """bytes -> same length: all bytes at positions 0 mod stride, then 1 mod stride, …"""
+    return b"".join(data[i::stride] for i in range(stride))
+
+
+def byte_unshuffle(data, stride):
+    """Inverse of byte_shuffle."""
+    out, begin = bytearray(len(data)), 0
+    for i in range(stride):
+        end = begin + len(range(i, len(data), stride))
+        out[i::stride], begin = data[begin:end], end
+    return bytes(out)
+
+
+def brotli_pack(data, stride=1, workers=None):
+    """bytes -> bytes. stride: bytes per item (2 for float16). workers: threads (brotli releases the GIL)."""
+    data = byte_shuffle(data, stride)
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        packed = list(pool.map(lambda at: brotli.compress(data[at:at + PIECE], quality=11, lgwin=24),
+                               range(0, len(data), PIECE)))
+    return struct.pack(f"<{len(packed)}I", *map(len, packed)) + b"".join(packed)
+
+
+def brotli_unpack(blob, size, stride=1):
+    """Inverse of brotli_pack for `size` bytes of data. UserError if the blob holds anything else; whatever it
+    claims, no piece is expanded much beyond its share of `size`."""
+    count, pieces = -(-size // PIECE), []
+    try:
+        at = 4 * count
+        for i, length in enumerate(struct.unpack_from(f"<{count}I", blob)):
+            share = min(PIECE, size - i * PIECE)
+            pieces.append(brotli.Decompressor().process(blob[at:at + length], output_buffer_limit=share + 1))
+            at += length
+            if len(pieces[-1]) != share:
+                raise struct.error(f"piece {i} is not {share} bytes")
+        if at != len(blob):
+            raise struct.error(f"{at} bytes expected")
+    except (struct.error, brotli.error) as error:
+        raise UserError(f"compressed stream ({len(blob)} bytes, for {size}): {error}: damaged or written "
+                        "with other settings; write the file again") from error
+    return byte_unshuffle(b"".join(pieces), stride)
+
+
+# --- scales
+
+OCTAVE, SCALE_BIAS = 16, 80  # scale = 2^((code - 80) / 16): 2^-13 … 2^2.9, 4.4 % apart
+OCTAVE_STEPS = np.array([2.0 ** (k / OCTAVE) for k in range(OCTAVE)], dtype=np.float32)
+
+
+def scale_to_code(scale):
+    """Scales (any shape, >= 0) -> int8. Saturates at both ends; 0, an empty row, gets the smallest scale, so
+    dividing by it is safe. Quantise with code_to_scale(code), never with scale itself: nothing is lost then."""
+    scale = np.asarray(scale, dtype=np.float64)
+    if not np.isfinite(scale).all() or (scale < 0).any():
+        raise UserError(f"scales must be finite and >= 0, found {scale.min()} to {scale.max()}; "
+                        "the weights have diverged: lower the learning rates or take an earlier checkpoint")
+    code = np.rint(OCTAVE * np.log2(np.maximum(scale, 1e-9))) + SCALE_BIAS
+    return code.clip(-128, 127).astype(np.int8)
+
+
+def code_to_scale(code):
+    """int8 -> float32, the same bits on every machine: 16 constants and an exact shift of the exponent."""
+    exponent, step = np.divmod(np.asarray(code).astype(np.int32) - SCALE_BIAS, OCTAVE)
+    return np.ldexp(OCTAVE_STEPS[step], exponent)
+
+
+# --- contexts
+
+# A context says how large a code is expected to be, in eighths of an octave: for rows 7 octaves upwards from
+# an rms of 1/4, for columns 1.5 octaves to either side.
+ROW_LEVELS, COLUMN_REACH, UNIT = 56, 12, OCTAVE // 8
+
+
+def code_level(codes, axis=None):
+    """log2 of the rms of codes along an axis -> int8, even 16ths of an octave. Side information: store it."""
+    power = np.mean(np.square(codes, dtype=np.float32), axis=axis, dtype=np.float64)
+    return (UNIT * np.rint(OCTAVE / UNIT / 2 * np.log2(np.maximum(power, 1 / 16)))).astype(np.int8)
+
+
+def scale_contexts(level, rows, columns):
+    """(row_ctx (R), col_ctx (C)) of one tensor from what the decoder has, by integers alone.
+
+    level: code_level of the whole tensor. rows (R), columns (C): sizes of their codes against each other,
+    integers in 16ths of an octave: minus the stored step codes where steps were set apart from the weights'
+    spread (large step, small codes), a measured code_level, or zeros where nothing is known.
+    """
+    rows, columns = (np.asarray(x).astype(np.int32) for x in (rows, columns))
+    rows, columns = (x - np.sort(x)[len(x) // 2] for x in (rows, columns))
+    row_ctx = (rows + int(level) + 2 * OCTAVE) // UNIT
+    return row_ctx.clip(0, ROW_LEVELS - 1), (columns // UNIT).clip(-COLUMN_REACH, COLUMN_REACH) + COLUMN_REACH
+
+
+# --- codes
+
+# rANS (Duda 2013; interleaved as in Giesen 2014). A lane is one state; it codes a row, and all lanes go
+# through the columns together. Rows of all tensors with equal C are stacked, and lanes live on from batch to
+# batch: Python's loop is (rows / lanes) x columns long whatever the number of tensors, a lane costs 4 bytes.
+PROB_BITS, LOW, LANES, MAX_CONTEXTS = 12, 1 << 16, 1024, 256
+PROB_ONE = 1 << PROB_BITS
+ESCAPES = (128, 127)  # uint8 codes standing for even and odd ones listed apart: a trellis walks on parity
+CODES_HEAD = struct.Struct("<HHII")  # lanes, K, listed codes, bytes of (tables, listed codes) packed
+
+
+def equal_widths(sides):
+    """Tensors by C. Yields tensor numbers (T), owner (R) in 0…T-1, row_ctx (R), col_ctx (C, T)."""
+    widths = [len(columns) for _, columns in sides]
+    for ids in ([i for i, w in enumerate(widths) if w == width] for width in sorted(set(widths))):
+        rows, columns = zip(*(sides[i] for i in ids))
+        yield (ids, np.repeat(np.arange(len(ids)), [len(r) for r in rows]),
+               np.concatenate(rows).astype(np.int32), np.stack(columns, 1).astype(np.int32))
+
+
+def count_contexts(sides, trellis):
+    """K; UserError unless all contexts are in 0…MAX_CONTEXTS-1, or half of that with a trellis."""
+    low, high = min(int(min(r) + min(c)) for r, c in sides), max(int(max(r) + max(c)) for r, c in sides)
+    if low < 0 or high + 1 << (trellis is not None) > MAX_CONTEXTS:
+        raise UserError(f"contexts {low} to {high} given, 0 to {MAX_CONTEXTS - 1} allowed (half with a "
+                        "trellis); use coarser levels")
+    return high + 1 << (trellis is not None)
+
+
+def frequency_tables(counts):
+    """Counts (K, 256) of codes as uint8 -> frequencies (K, 256), PROB_ONE per context, and rare (K, 256)
+    bool: codes listed apart, since a slot costs the others 1 / PROB_ONE and listing about a byte a piece."""
+    total = counts.sum(1, keepdims=True)
+    rare = (counts > 0) & (6 * PROB_ONE * counts < total)
+    rare[:, ESCAPES] = True
+    kept = np.where(rare, 0, counts)
+    for parity, escape in enumerate(ESCAPES):
+        kept[:, escape] = (counts * rare)[:, parity::2].sum(1)
+    kept[:, 0] += total[:, 0] == 0  # a context that nobody uses gets a full table too
+    freq = np.maximum(kept * PROB_ONE // kept.sum(1, keepdims=True), kept > 0)
+    for c, f in zip(kept, freq):
+        while (excess := f.sum() - PROB_ONE) != 0:
+            step = -1 if excess > 0 else 1
+            gain = c * np.log2(np.maximum(f + step, 1) / np.maximum(f, 1))  # bits won by moving one slot
+            f[np.where((c > 0) & (f + step > 0), gain, -np.inf).argmax()] += step
+    return freq, rare
+
+
+def next_state(state, codes, trellis):
+    """Next trellis states (n) from states (n) and codes (n): only the parity of a code counts."""
+    return trellis.take(state << 1 | codes & 1)
+
+
+def rans_encode(lanes, index, freq, start):
+    """Push a batch, last column first. lanes (n) uint32 in place; index (C, n) into freq, start; returns words."""
+    freq, start, x, words = freq.take(index), start.take(index), lanes.copy(), []
+    for f, s in zip(freq[::-1], start[::-1]):
+        full = np.flatnonzero(x >> 32 - PROB_BITS >= f)
+        words.append((x[full] & 0xFFFF).astype("<u2"))
+        x[full] >>= 16
+        quotient = x // f
+        x = (quotient << PROB_BITS) + (x - quotient * f) + s
+    lanes[:] = x
+    return words
+
+
+def rans_decode(lanes, words, slots, table, trellis):
+    """Pop a batch. lanes (n) uint32 in place; words (W) uint16 not yet read; slots (C, n) uint32, where a
+    context begins in table (code << 24 | frequency - 1 << 12 | slot - start). Returns codes (C, n) uint8 and
+    words read."""
+    codes, x, read, state = np.empty(slots.shape, np.uint8), lanes.copy(), 0, np.zeros(lanes.size, np.uint8)
+    for j, slot in enumerate(slots):
+        if trellis is not None:
+            slot += (state & np.uint32(1)) << PROB_BITS
+        entry = table.take(slot + (x & PROB_ONE - 1))
+        codes[j] = entry >> 24
+        x = ((entry >> PROB_BITS & PROB_ONE - 1) + 1) * (x >> PROB_BITS) + (entry & PROB_ONE - 1)
+        low = np.flatnonzero(x < LOW)
+        if low.size > words.size - read:
+            raise UserError("weight codes end too soon: damaged or other settings; write the file again")
+        x[low] = x[low] << 16 | words[read:read + low.size]
+        read += low.size
+        if trellis is not None:
+            state = next_state(state, codes[j], trellis)
+    lanes[:] = x
+    return codes, read
+
+
+def encode_codes(codes, sides, trellis=None):
+    """Codes [int8 (R, C), …] -> bytes. sides [(row_ctx (R), col_ctx (C)), …]: the context of a code is the
+    sum of its two, 0…255; nothing may be empty. trellis: uint8 (states, 2), next state by parity of the code;
+    rows start in state 0, and the state's low bit doubles the contexts (then 0…127)."""
+    count, lanes = count_contexts(sides, trellis), min(LANES, 1 + (sum(c.size for c in codes) >> 14))
+    batches = []  # (C, n) uint16: context << 8 | code as uint8
+    for ids, owner, rows, columns in equal_widths(sides):
+        stack = np.concatenate([codes[i] for i in ids]).view(np.uint8)
+        for part in (slice(at, at + lanes) for at in range(0, len(rows), lanes)):
+            context, symbols = columns[:, owner[part]] + rows[part], np.ascontiguousarray(stack[part].T)
+            if trellis is not None:
+                context, state = 2 * context, np.zeros(symbols.shape[1], np.uint8)
+                for j, symbol in enumerate(symbols):
+                    context[j] += state & 1
+                    state = next_state(state, symbol, trellis)
+            batches.append((context << 8 | symbols).astype(np.uint16))
+    counts = sum(np.bincount(b.ravel(), minlength=count << 8) for b in batches)
+    freq, rare = frequency_tables(counts.reshape(count, 256))
+    listed = b"".join(b[rare.take(b)].astype(np.uint8).tobytes() for b in batches)
+    alias = np.where(rare, np.tile(ESCAPES, 128), np.arange(256)) + 256 * np.arange(count)[:, None]
+    pushed, start = (a.astype(np.uint32).take(alias) for a in (freq, np.cumsum(freq, 1) - freq))
+    states, words = np.full(lanes, LOW, np.uint32), []
+    for batch in reversed(batches):
+        words += rans_encode(states[:batch.shape[1]], batch, pushed, start)
+    front = brotli_pack(byte_shuffle(freq.astype("<u2").tobytes(), 2) + listed)
+    head = CODES_HEAD.pack(lanes, count, len(listed), len(front))
+    return b"".join([head, front, states.astype("<u4").tobytes(), *(w.tobytes() for w in reversed(words))])
+
+
+def decode_codes(blob, sides, trellis=None):
+    """Inverse of encode_codes -> [int8 (R, C), …]. UserError if sides or trellis are not the encoder's or the
+    blob is damaged: all words must be used up and all states be back where the encoder began."""
+    def check(good, what):
+        if not good:
+            raise UserError(f"weight codes: {what}: damaged or other settings; write the file again")
+
+    count, size, out = count_contexts(sides, trellis), sum(len(r) * len(c) for r, c in sides), {}
+    lanes, stored, n_listed, n_front = CODES_HEAD.unpack(blob[:CODES_HEAD.size].ljust(CODES_HEAD.size, b"\0"))
+    front, rest = CODES_HEAD.size + n_front, len(blob) - CODES_HEAD.size - n_front - 4 * lanes
+    check(0 < lanes <= LANES and stored == count and n_listed <= size and rest >= 0 and rest % 2 == 0,
+          f"header {lanes, stored, n_listed, n_front} for {count} contexts, {size} codes, {len(blob)} bytes")
+    raw = brotli_unpack(blob[CODES_HEAD.size:front], 512 * count + n_listed)
+    freq = np.frombuffer(byte_unshuffle(raw[:512 * count], 2), "<u2").astype(np.int64)
+    check((freq.reshape(count, 256).sum(1) == PROB_ONE).all(), f"a table does not sum to {PROB_ONE}")
+    slot_owner = np.repeat(np.arange(freq.size), freq)  # context << 8 | code
+    offset = np.arange(slot_owner.size) - (np.cumsum(freq) - freq)[slot_owner]
+    table = ((slot_owner & 255) << 24 | freq[slot_owner] - 1 << PROB_BITS | offset).astype(np.uint32)
+    listed = np.frombuffer(raw, np.uint8)[512 * count:]
+    states = np.frombuffer(blob, "<u4", lanes, front).astype(np.uint32)
+    words = np.frombuffer(blob, "<u2", offset=len(blob) - rest)
+    for ids, owner, rows, columns in equal_widths(sides):
+        stack = np.empty((len(rows), len(columns)), np.uint8)
+        for part in (slice(at, at + lanes) for at in range(0, len(rows), lanes)):
+            context = columns[:, owner[part]] + rows[part]
+            slots = context.astype(np.uint32) << PROB_BITS + (trellis is not None)
+            symbols, read = rans_decode(states[:slots.shape[1]], words, slots, table, trellis)
+            marked = (symbols == ESCAPES[0]) | (symbols == ESCAPES[1])
+            check((n := np.count_nonzero(marked)) <= listed.size, "a listed code is missing")
+            symbols[marked], listed, words = listed[:n], listed[n:], words[read:]
+            stack[part] = symbols.T
+        out.update((i, stack[owner == t].view(np.int8)) for t, i in enumerate(ids))
+    check(not words.size and not listed.size and (states == LOW).all(), "states do not return to the start")
+    return [out[i] for i in range(len(sides))]
+
+
+# --- the model in the container
+
+COLUMN_STREAM, CODE_STREAM, HALF_STREAM, BYTE_STREAM = "columns", "codes", "half", "bytes"
+
+
+def architecture(s: Settings) -> dict:
+    """The settings that give a weight its meaning; an artifact is only read under the same ones."""
+    groups = [f.metadata["group"] for f in fields(s)]
+    begin = groups.index("model")
+    end = next(i for i in range(begin + 1, len(groups)) if groups[i])
+    names = [f.name for f in fields(s)[begin:end] if "init" not in f.name and f.name != "enable_looping_at"]
+    return {n.upper(): getattr(s, n) for n in ["vocab_size", "train_seq_len", *names]}
+
+
+def stored_tensors(s: Settings, meta: Mapping[str, str]) -> list[tuple[str, str, tuple]]:
+    """(key, dtype, shape) of every tensor of a Quantised model, in file order, from settings and `meta` alone."""
+    out = []
+    for name, w in matrix_views({n: torch.empty(shape, device="meta") for n, shape in parameter_shapes(s).items()}).items():
+        shape, how = tuple(w.shape), meta[name]
+        if how.startswith("gptq"):
+            out += [(name + ".q", "int8", shape), (name + ".scale", "half", shape[:1])]
+            r, (rows, columns), groups = s.lqer_rank, shape, shape[1] * s.lqer_rank // s.lqer_asym_group
+            if how.endswith("+lqer_asym"):
+                out += [(name + ".lqA_a", "int8", (rows, r)), (name + ".lqAs_a", "half", (1,)),
+                        (name + ".lqB_a", "int8", (r, columns)), (name + ".lqBs_a", "half", (groups,))]
+            elif how.endswith("+lqer"):
+                out += [(name + ".lqA", "int8", (rows, r)), (name + ".lqAs", "half", (rows,)),
+                        (name + ".lqB", "int8", (r, columns)), (name + ".lqBs", "half", (r,))]
+        elif how == "gate_int8_row":
+            out += [(name + ".gq", "int8", shape), (name + ".gs", "half", shape[:1])]
+        else:
+            out.append((name, "half", shape))
+    return out
+
+
+def pack_model(s: Settings, q: Quantised) -> bytes:
+    """A quantised model as the bytes of an artifact."""
+    entries = stored_tensors(s, q.meta)
+    codes = [q.tensors[key].numpy() for key, *_ in entries if key.endswith(".q")]
+    streams = {}
+    if s.compressor == "ans" and codes:
+        levels = [code_level(c, axis=0) for c in codes]
+        streams[COLUMN_STREAM] = brotli_pack(b"".join(x.tobytes() for x in levels))
+        streams[CODE_STREAM] = encode_codes(codes, [code_contexts(c.shape, x) for c, x in zip(codes, levels)])
+    else:
+        streams[CODE_STREAM] = brotli_pack(b"".join(c.tobytes() for c in codes))
+    for stream, kind, stride in ((HALF_STREAM, "half", 2), (BYTE_STREAM, "int8", 1)):
+        part = [q.tensors[key].numpy().tobytes() for key, dtype, _ in entries if dtype == kind and not key.endswith(".q")]
+        streams[stream] = brotli_pack(b"".join(part), stride)
+    header = {"architecture": architecture(s), "compressor": s.compressor, "meta": compact_meta(q.meta),
+              "storage": {n: getattr(s, n) for n in ("lqer_rank", "lqer_asym_group")}}
+    return artifact_to_bytes(header, streams)
+
+
+def compact_meta(meta: Mapping[str, str]) -> dict[str, list[str]]:
+    """How tensors are stored -> their names: shorter than the reverse, since few ways serve many tensors."""
+    ways: dict[str, list[str]] = {}
+    for name, how in meta.items():
+        ways.setdefault(how, []).append(name)
+    return ways
+
+
+def code_contexts(shape: tuple, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Contexts of a code matrix: the rms of its columns, which is stored; rows all have the same by construction."""
+    return scale_contexts(np.median(columns).astype(np.int8), np.zeros(shape[0], np.int8), columns)
+
+
+def unpack_model(s: Settings, blob: bytes, origin: str) -> Quantised:
+    """The Quantised model of an artifact's bytes; UserError when it is damaged or another configuration's."""
+    header, streams = artifact_from_bytes(blob, origin)
+    mine, theirs = architecture(s), header.get("architecture", {})
+    wrong = [f"{k}={theirs.get(k)} there, {v} here" for k, v in mine.items() if theirs.get(k) != v]
+    if wrong:
+        raise UserError(f"{origin} is an artifact of another configuration: {'; '.join(wrong[:4])}"
+                        + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "") + "; use the settings it was made with")
+    s = dataclasses.replace(s, **header["storage"])
+    q = Quantised({}, {name: how for how, names in header["meta"].items() for name in names})
+    entries = stored_tensors(s, q.meta)
+    shapes = [shape for key, _, shape in entries if key.endswith(".q")]
+    if header["compressor"] == "ans" and shapes:
+        columns = np.frombuffer(brotli_unpack(streams[COLUMN_STREAM], sum(c for _, c in shapes)), np.int8)
+        levels = np.split(columns, np.cumsum([c for _, c in shapes])[:-1])
+        codes = decode_codes(streams[CODE_STREAM], [code_contexts(shape, x) for shape, x in zip(shapes, levels)])
+    else:
+        flat = np.frombuffer(brotli_unpack(streams[CODE_STREAM], sum(r * c for r, c in shapes)), np.int8)
+        codes = [x.reshape(shape) for x, shape in zip(np.split(flat, np.cumsum([r * c for r, c in shapes])[:-1]), shapes)]
+    q.tensors.update({key: torch.from_numpy(np.ascontiguousarray(c)) for key, c in zip(
+        [key for key, *_ in entries if key.endswith(".q")], codes)})
+    for stream, kind, stride, dtype in ((HALF_STREAM, "half", 2, "<f2"), (BYTE_STREAM, "int8", 1, "i1")):
+        part = [(key, shape) for key, how, shape in entries if how == kind and not key.endswith(".q")]
+        sizes = [math.prod(shape) for _, shape in part]
+        flat = np.frombuffer(brotli_unpack(streams[stream], stride * sum(sizes), stride), dtype).copy()
+        for (key, shape), piece in zip(part, np.split(flat, np.cumsum(sizes)[:-1])):
+            q.tensors[key] = torch.from_numpy(piece.reshape(shape))
+    return q
+
+
+def self_extracting(source: bytes) -> bytes:
+    """A script that runs `source` from its compressed form: what a record may ship. Bytes stand in a latin-1 string, so
+    only five of them need an escape; linecache is filled so that Triton and tracebacks still find the lines."""
+    packed = lzma.compress(source, format=lzma.FORMAT_RAW, filters=SCRIPT_FILTERS)
+    for byte, escape in ((b"\\", b"\\\\"), (b'"', b'\\"'), (b"\n", b"\\n"), (b"\r", b"\\r"), (b"\0", b"\\x00")):
+        packed = packed.replace(byte, escape)
+    return (b"# coding: latin-1\nimport lzma,linecache\ns=lzma.decompress(\"" + packed + b"\".encode('latin-1'),3,None,"
+            + repr(SCRIPT_FILTERS).encode() + b").decode()\nn=__file__+'#'\n"
+            b"linecache.cache[n]=(len(s),None,s.splitlines(True),n)\nexec(compile(s,n,'exec'))\n")
+
+
+SCRIPT_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "pb": 0, "dict_size": 1 << 20}]
+
+
+def code_bytes() -> int:
+    """Size of the script that is running, as shipped."""
+    return Path(__file__).stat().st_size
+
+
+def check_size(artifact: int, limit: int = ARTIFACT_LIMIT) -> int:
+    """Artifact plus script in bytes; UserError when it is over the limit."""
+    total = artifact + code_bytes()
+    if total > limit:
+        raise UserError(f"artifact {artifact:,} + script {code_bytes():,} = {total:,} bytes is {total - limit:,} over the "
+                        f"limit of {limit:,}: raise the *_CLIP_SIGMAS, or ship the self-extracting script")
+    return total
+
+
+def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, Tensor],
+                    hessians: Mapping[str, Tensor]) -> bytes:
+    """Quantise and pack with the settings' steps; while the total is over the limit, with coarser ones. Every rank
+    returns the artifact's bytes. A size that no step reaches is a UserError."""
+    coarser, codes = 1.0, sum(w.numel() for n, w in weights.items() if storage_of(s, n, w)[0] == "gptq")
+    for _ in range(8):
+        q = quantise(s, weights, hessians, world, coarser)
+        blob = world.share_bytes(pack_model(s, q) if world.main else None)
+        over = len(blob) + code_bytes() - ARTIFACT_LIMIT
+        run.log("pack", bytes=len(blob), code_bytes=code_bytes(), total=len(blob) + code_bytes(), coarser=coarser)
+        if over <= 0:
+            return blob
+        # one bit per code is one doubling of the step; 2 KB to spare
+        coarser *= 2 ** (8 * (over + 2048) / max(codes, 1) / 0.97)
+        if coarser > 16:
+            break
+    check_size(len(blob))
+    raise AssertionError("unreachable: check_size raises")
+
+
+# ============================================================================================================
+# 11  Score: the ledger and sliding windows
+# ============================================================================================================
+
+class Score(NamedTuple):
+    """Sums over scored targets: nats, bytes, targets."""
+    loss_sum: float
+    byte_sum: float
+    tokens: int
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.tokens
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte: the one formula."""
+        return self.loss_sum / LN2 / self.byte_sum
+
+
+@dataclass(frozen=True)
+class Booked:
+    """Validation tokens whose every target is on the books. Training on validation data takes nothing else."""
+    tokens: np.ndarray
+
+
+class Ledger:
+    """The books of one evaluation: every validation target's loss, once. Booking one twice, missing one, or asking for
+    the tokens of a document that is not booked raises."""
+
+    def __init__(self, val: Validation, device: torch.device):
+        self.val, n = val, len(val.tokens) - 1
+        self.loss = torch.zeros(n, device=device)
+        self.count = torch.zeros(n, dtype=torch.int32, device=device)
+        self.expected = np.zeros(n, dtype=bool)
+        for start, length in zip(val.documents.start, val.documents.length):
+            self.expected[start:start + length - 1] = True
+
+    def book(self, positions: Tensor, losses: Tensor) -> None:
+        """Enter the losses (n,) of the targets after input positions (n,)."""
+        if self.count.device.type == "cpu" and self.count[positions].any():
+            raise RuntimeError(f"target {int(positions[self.count[positions] > 0][0])} is scored twice")
+        self.count.index_add_(0, positions, torch.ones_like(positions, dtype=torch.int32))
+        self.loss[positions] = losses.detach().float()
+
+    def booked(self, documents: np.ndarray, world: World) -> Booked:
+        """The tokens of these documents, if all ranks together have scored every target of theirs."""
+        count = world.total(self.count.clone()).cpu().numpy()
+        spans = [(int(self.val.documents.start[d]), int(self.val.documents.length[d])) for d in documents]
+        for start, length in spans:
+            if not (count[start:start + length - 1] == 1).all():
+                raise RuntimeError(f"the document at {start} is not wholly scored: training on it would break the rules")
+        return Booked(np.concatenate([self.val.tokens[a:a + n] for a, n in spans]))
+
+    def close(self, world: World) -> Score:
+        """Sum over ranks; raises unless every expected target, and no other, was scored exactly once."""
+        count, loss = world.total(self.count).cpu().numpy(), world.total(self.loss.double()).cpu().numpy()
+        wrong = np.flatnonzero(count != self.expected)
+        if len(wrong):
+            raise RuntimeError(f"coverage is broken: {len(wrong):,} targets, the first at {wrong[0]}, were scored "
+                               f"{count[wrong[0]]} times instead of {int(self.expected[wrong[0]])}")
+        return Score(float(loss.sum()), float(self.val.target_bytes[self.expected].sum()), int(self.expected.sum()))
+
+
+def sliding_windows(total: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
+    """Windows over `total` positions as (begin, end, first scored position): the first scores all it sees, every later
+    one its last `stride` positions; each position is scored once. A document within one window takes one pass."""
+    windows, begin = [(0, min(seq_len, total), 0)], stride
+    while begin + seq_len - stride < total:
+        windows.append((begin, min(begin + seq_len, total), begin + seq_len - stride))
+        begin += stride
+    return windows
+
+
+class Row(NamedTuple):
+    """One packed forward of the scorer: windows as absolute (begin, end, first scored) positions."""
+    windows: list[tuple[int, int, int]]
+    tokens: int
+
+
+def pack_rows(windows: list[tuple[int, int, int]], capacity: int) -> list[Row]:
+    """Windows, longest first, filled one after the other into rows of at most `capacity` tokens."""
+    rows, current, used = [], [], 0
+    for w in sorted(windows, key=lambda w: w[0] - w[1]):
+        if used + w[1] - w[0] > capacity and current:
+            rows.append(Row(current, used))
+            current, used = [], 0
+        current.append(w)
+        used += w[1] - w[0]
+    return rows + [Row(current, used)] if current else rows
+
+
+class Scorer:
+    """Scores a model on validation documents: packed rows, no attention across documents."""
+
+    def __init__(self, s: Settings, world: World, model: GPT):
+        self.s, self.world, self.model = s, world, model
+        self.losses = compiled(s, world.device, model.losses, fullgraph=True)
+        self.fixed = self.losses is not model.losses      # compiled graphs want one row length
+        self.capacity = max(s.eval_seq_len, s.val_batch_tokens // 8)
+
+    @torch.no_grad()
+    def windows(self, val: Validation, stride: int, looping: bool = True) -> Score:
+        """Score every document by windows of EVAL_SEQ_LEN at this stride."""
+        s, ledger = self.s, Ledger(val, self.world.device)
+        windows = [(a + b, a + e, a + f) for a, n in zip(val.documents.start.tolist(), val.documents.length.tolist())
+                   for b, e, f in sliding_windows(n - 1, s.eval_seq_len, stride)]
+        rows, plan = pack_rows(windows, self.capacity), layer_plan(s, looping)
+        for i in share_out([r.tokens for r in rows], self.world.size)[self.world.rank]:
+            self.score_row(rows[i], val, plan, ledger)
+        return ledger.close(self.world)
+
+    def score_row(self, row: Row, val: Validation, plan: Plan, ledger: Ledger) -> None:
+        """One forward; book the scored part of each window."""
+        lengths = np.array([e - b for b, e, _ in row.windows])
+        at = np.concatenate([np.arange(b, e) for b, e, _ in row.windows])
+        scored = np.concatenate([np.arange(b, e) >= f for b, e, f in row.windows])
+        pad = self.capacity - len(at) if self.fixed else 0
+        bounds = np.append(np.concatenate([[0], np.cumsum(lengths)]), len(at) + pad).astype(np.int32)
+        ids = np.pad(val.tokens[at].astype(np.int64), (0, pad))
+        targets = np.pad(val.tokens[at + 1].astype(np.int64), (0, pad))
+        x, y, cu = (torch.from_numpy(a).to(self.world.device) for a in (ids[None], targets[None], bounds))
+        if self.fixed:
+            torch._dynamo.mark_dynamic(cu, 0)
+        layout = Layout(cu, max(self.s.eval_seq_len, pad) if self.fixed else int(lengths.max()))
+        losses = self.losses(x, y, plan, layout)[0, :len(at)]
+        keep = torch.from_numpy(scored).to(losses.device)
+        ledger.book(torch.from_numpy(at).to(losses.device)[keep], losses[keep])
+
+
+# ============================================================================================================
+# 12  Adapt: score-first test-time training
+# ============================================================================================================
+
+@dataclass(frozen=True)
+class Scored:
+    """A chunk already on the books: adapt() takes nothing else, so it cannot see ahead. losses (B, W) with their graph;
+    W positions of context end at the chunk's end; `again` recomputes them after a step."""
+    losses: Tensor
+    again: Callable[[], Tensor]
+
+
+class ChunkWindow(NamedTuple):
+    """Chunk c of a batch of documents: per row the first input (relative to the document), the first scored column,
+    the number of scored columns (0: the document has ended); W columns."""
+    begin: np.ndarray
+    offset: np.ndarray
+    count: np.ndarray
+    width: int
+
+
+def chunk_window(targets: np.ndarray, c: int, chunk: int, window: int) -> ChunkWindow:
+    """Rows end at the chunk's end and reach back at most `window` inputs. targets (B,): targets per document."""
+    end = np.minimum((c + 1) * chunk, targets)
+    count = np.maximum(end - c * chunk, 0)
+    begin = np.where(count > 0, np.maximum(end - window, 0), 0)
+    return ChunkWindow(begin, np.where(count > 0, c * chunk - begin, 0), count, min((c + 1) * chunk, window))
+
+
+class PhasedTTT:
+    """Score-first phased test-time training. Documents of similar length form groups, the longest first; each document
+    has its own adapter, scored chunk by chunk and adapted only by chunks already booked; at each phase boundary the
+    base weights are trained on whole documents that are booked. Groups between two boundaries are shared out over the
+    ranks by predicted cost. trace(event, **values) observes: lora, chunk, sgd_step, phase."""
+
+    def __init__(self, s: Settings, world: World, model: GPT, val: Validation, trace: Optional[Callable] = None):
+        self.s, self.world, self.model, self.val, self.trace = s, world, model, val, trace
+        self.plan = layer_plan(s, True)
+        self.losses = compiled(s, world.device, model.losses, dynamic=True)
+        self.ledger = Ledger(val, world.device)
+        self.created = 0
+        by_length = np.argsort(val.documents.length, kind="stable")
+        size = s.ttt_batch_size
+        self.groups = [by_length[i:i + size] for i in range(0, len(by_length), size)]
+
+    def rounds(self) -> list[tuple[list[int], int]]:
+        """(groups, documents that the phase after them trains on; 0: none), groups as indices by ascending length."""
+        s, out, current, done, phase = self.s, [], [], 0, 0
+        bounds = [s.phased_ttt_prefix_docs * (i + 1) // s.phased_ttt_num_phases for i in range(s.phased_ttt_num_phases)]
+        longest = [int(self.val.documents.length[g].max()) for g in self.groups]
+        for g in sorted(range(len(self.groups)), key=lambda g: -longest[g]):
+            current.append(g)
+            done += len(self.groups[g])
+            if s.phased_ttt_prefix_docs and phase < len(bounds) and done >= bounds[phase]:
+                out.append((current, bounds[phase]))
+                current, phase = [], phase + 1
+        return out + [(current, 0)] if current else out
+
+    def cost(self, g: int) -> float:
+        """Predicted token-passes of a group."""
+        n, chunk = self.val.documents.length[self.groups[g]].max() - 1, self.s.ttt_chunk_size
+        ends = np.minimum(np.arange(1, -(-n // chunk) + 1) * chunk, self.s.ttt_eval_seq_len)
+        return float(len(self.groups[g]) * ends.sum())
+
+    def run(self) -> Score:
+        """Score every document once. The model's weights end as the last phase left them."""
+        finished: list[int] = []
+        adapter = self.new_adapter(self.s.ttt_batch_size)
+        for groups, prefix in self.rounds():
+            share = share_out([self.cost(g) for g in groups], self.world.size)[self.world.rank]
+            for i in sorted(share):
+                g = groups[i]
+                full = len(self.groups[g]) == self.s.ttt_batch_size
+                self.adapt_group(g, adapter if full else self.new_adapter(len(self.groups[g])))
+            finished += groups
+            if prefix:
+                documents = np.concatenate([self.groups[g] for g in sorted(finished)])[:prefix]
+                self.global_phase(self.ledger.booked(documents, self.world))
+                adapter = self.new_adapter(self.s.ttt_batch_size)
+        return self.ledger.close(self.world)
+
+    def new_adapter(self, rows: int) -> Adapter:
+        generator = torch.Generator().manual_seed(self.s.seed + self.created)
+        self.created += 1
+        adapter = Adapter(self.s, self.plan, rows, self.world.device, generator)
+        if self.trace:
+            self.trace("lora", adapter=adapter)
+        return adapter
+
+    def optimiser(self, adapter: Adapter) -> torch.optim.Optimizer:
+        s, params = self.s, list(adapter.parameters())
+        if s.ttt_optimizer == "sgd":
+            return torch.optim.SGD(params, lr=s.ttt_lora_lr, momentum=s.ttt_beta1, weight_decay=s.ttt_weight_decay)
+        return torch.optim.AdamW(params, lr=s.ttt_lora_lr, betas=(s.ttt_beta1, s.ttt_beta2), eps=1e-10,
+                                 weight_decay=s.ttt_weight_decay, fused=self.world.device.type == "cuda")
+
+    def adapt_group(self, g: int, adapter: Adapter) -> None:
+        """Score a group's documents chunk by chunk; after each chunk adapt those that have another one."""
+        if not self.s.ttt_warm_start_a:
+            adapter.generator.manual_seed(self.s.seed * 1_000_003 + g)   # the same draw on whichever rank this runs
+        adapter.reset()
+        optimiser, chunk = self.optimiser(adapter), self.s.ttt_chunk_size
+        starts = self.val.documents.start[self.groups[g]]
+        targets = self.val.documents.length[self.groups[g]] - 1
+        for c in range(-(-int(targets.max()) // chunk)):
+            later = torch.from_numpy(targets > (c + 1) * chunk).to(self.world.device)
+            with torch.set_grad_enabled(bool((targets > (c + 1) * chunk).any())):
+                scored = self.score_chunk(starts, chunk_window(targets, c, chunk, self.s.ttt_eval_seq_len), adapter)
+                if torch.is_grad_enabled():
+                    self.adapt(adapter, optimiser, scored, later)
+
+    def score_chunk(self, starts: np.ndarray, w: ChunkWindow, adapter: Adapter) -> Scored:
+        """One forward over the context; book the chunk's losses before anything can learn from them."""
+        column = np.arange(w.width)
+        valid = (column < (w.offset + w.count)[:, None])
+        at = np.where(valid, (starts + w.begin)[:, None] + column, 0)
+        tokens, device = self.val.tokens, self.world.device
+        x = torch.from_numpy(np.where(valid, tokens[at], 0).astype(np.int64)).to(device)
+        y = torch.from_numpy(np.where(valid, tokens[at + 1], 0).astype(np.int64)).to(device)
+
+        def forward() -> Tensor:
+            return self.losses(x, y, self.plan, None, adapter)
+
+        losses = forward()
+        counted = valid & (column >= w.offset[:, None])
+        keep = torch.from_numpy(counted).to(device)
+        self.ledger.book(torch.from_numpy(at[counted]).to(device), losses[keep])
+        if self.trace:
+            self.trace("chunk", x=x, y=y, losses=losses.detach(), offsets=w.offset, counts=w.count, width=w.width,
+                       loss_sum=losses.detach()[keep].double().sum().item(),
+                       byte_sum=int(self.val.target_bytes[at[counted]].sum()), tokens=int(counted.sum()))
+        return Scored(losses, forward)
+
+    def adapt(self, adapter: Adapter, optimiser: torch.optim.Optimizer, scored: Scored, later: Tensor) -> None:
+        """TTT_GRAD_STEPS steps on the mean loss of the chunk just scored, of documents that have a later one."""
+        losses = scored.losses
+        for step in range(self.s.ttt_grad_steps):
+            if step:
+                losses = scored.again()
+            optimiser.zero_grad(set_to_none=True)
+            (losses[:, -self.s.ttt_chunk_size:].mean(dim=1) * later).sum().backward(inputs=list(adapter.parameters()))
+            optimiser.step()
+
+    # --- the base weights
+
+    def global_phase(self, booked: Booked) -> None:
+        """SGD on all base weights over documents already scored; the learning rate falls as a cosine over chunks."""
+        s, tokens = self.s, booked.tokens
+        chunks = -(-(len(tokens) - 1) // s.global_ttt_chunk_tokens)
+        params = list(self.model.parameters())
+        velocity = [torch.zeros_like(p) for p in params]
+        for c in range(chunks - 1):            # as published, the last chunk is left out
+            part = tokens[c * s.global_ttt_chunk_tokens:(c + 1) * s.global_ttt_chunk_tokens + 1]
+            rows = (len(part) - 1) // s.eval_seq_len
+            lr = self.global_lr(c, chunks)
+            for _ in range(s.global_ttt_epochs):
+                for r in range(0, rows, s.global_ttt_batch_seqs):
+                    n = min(s.global_ttt_batch_seqs, rows - r) * s.eval_seq_len
+                    self.global_step(part[r * s.eval_seq_len:r * s.eval_seq_len + n + 1], params, velocity, lr)
+        if self.trace:
+            self.trace("phase", model=self.model, tokens=len(tokens))
+
+    def global_lr(self, c: int, chunks: int) -> float:
+        """Learning rate of chunk c: linear warm-up, then a cosine to the last chunk."""
+        s, warm = self.s, self.s.global_ttt_warmup_chunks
+        if c < warm:
+            f = c / max(warm - 1, 1)
+            return s.global_ttt_warmup_start_lr + f * (s.global_ttt_lr - s.global_ttt_warmup_start_lr)
+        return s.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * (c - warm) / max(chunks - 1 - warm, 1)))
+
+    def global_step(self, tokens: np.ndarray, params: list, velocity: list, lr: float) -> None:
+        """One momentum step on a run of tokens, cut at documents and shared out over the ranks."""
+        s, world, total = self.s, self.world, len(tokens) - 1
+        pieces = self.global_pieces(tokens)
+        share = share_out([len(p) for p in pieces], world.size)[world.rank]
+        loss = torch.zeros((), device=world.device)
+        grads = [torch.zeros_like(p) for p in params]
+        if share:
+            if s.global_ttt_respect_doc_boundaries:
+                batch = join_pieces([pieces[i] for i in sorted(share)], s.eval_seq_len).to(world.device)
+            else:
+                t = torch.from_numpy(np.stack([pieces[i] for i in sorted(share)]).astype(np.int64))
+                batch = Batch(t[:, :-1], t[:, 1:], None, s.eval_seq_len).to(world.device)
+            loss = self.model.losses(batch.x, batch.y, self.plan, batch.layout(batch.max_seqlen)).sum() / total
+            got = torch.autograd.grad(loss, params, allow_unused=True)
+            grads = [z if g is None else g for z, g in zip(grads, got)]
+        with torch.no_grad():
+            for g in (grads if world.size > 1 else ()):
+                world.total(g)
+            norm = torch.stack([g.norm() for g in grads]).norm()
+            if s.global_ttt_grad_clip > 0:
+                torch._foreach_mul_(grads, (s.global_ttt_grad_clip / (norm + 1e-6)).clamp(max=1))
+            torch._foreach_mul_(velocity, s.global_ttt_momentum)
+            torch._foreach_add_(velocity, grads)
+            torch._foreach_add_(params, velocity, alpha=-lr)
+        if self.trace:
+            self.trace("sgd_step", loss=world.total(loss.detach().clone()).item(), n_tokens=total,
+                       grad_norm=norm.item(), lr=lr)
+
+    def global_pieces(self, tokens: np.ndarray) -> list[np.ndarray]:
+        """Runs of n + 1 tokens (n targets) that see nothing of each other: documents, or rows of EVAL_SEQ_LEN."""
+        total = len(tokens) - 1
+        if not self.s.global_ttt_respect_doc_boundaries:
+            return [tokens[i:i + self.s.eval_seq_len + 1] for i in range(0, total, self.s.eval_seq_len)]
+        starts = np.unique(np.append(0, np.flatnonzero(tokens[:-1] == BOS)))
+        return [tokens[a:b + 1] for a, b in zip(starts, np.append(starts[1:], total))]
+
+
+def join_pieces(pieces: list[np.ndarray], max_len: int) -> Batch:
+    """Pieces of n + 1 tokens as one packed row; each piece starts a segment, cut every max_len tokens."""
+    lengths = np.array([len(p) - 1 for p in pieces])
+    x = torch.from_numpy(np.concatenate([p[:-1] for p in pieces]).astype(np.int64))
+    y = torch.from_numpy(np.concatenate([p[1:] for p in pieces]).astype(np.int64))
+    bounds, longest = segment_bounds(np.cumsum(lengths) - lengths, int(lengths.sum()), max_len)
+    return Batch(x[None], y[None], torch.from_numpy(bounds), longest)
+
+
+# ============================================================================================================
+# 13  Checks: everything that can go wrong is tried before the first step
+# ============================================================================================================
+
+class Finding(NamedTuple):
+    """One line of --check."""
+    ok: bool
+    what: str
+    detail: str
+
+
+def check_train_shards(s: Settings) -> str:
+    """Headers of all training shards, and the first million tokens of the first one."""
+    files = list_shards(s.shards, "train")
+    shards = [read_shard(f) for f in files]
+    check_tokens(np.asarray(shards[0][:1_000_000]), s.vocab_size, files[0])
+    for f, tokens in zip(files, shards):
+        if not (tokens[:1_000_000] == BOS).any():
+            raise UserError(f"{f} holds no BOS (id {BOS}) among its first tokens: build the shards again")
+    return f"{len(files)} shards, {sum(map(len, shards)):,} tokens"
+
+
+def check_validation(s: Settings) -> str:
+    """The whole validation set: headers, BOS, ids, sidecar."""
+    val = Validation(s)
+    return (f"{len(val.tokens) - 1:,} targets, {len(val.documents):,} documents, {int(val.target_bytes.sum()):,} bytes "
+            f"by {val.rule}")
+
+
+def check_tokenizer(s: Settings) -> str:
+    """The tokenizer loads and has VOCAB_SIZE tokens."""
+    ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
+    return f"{s.tokenizer.name}, {s.vocab_size} tokens"
+
+
+def check_disk(folder: Path, need: int) -> str:
+    """The folder can be written and really has `need` bytes: they are reserved, then given back."""
+    probe = folder / f".space.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(probe, "wb") as f:
+            os.posix_fallocate(f.fileno(), 0, need)
+    except OSError as error:
+        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+        raise UserError(f"ARTIFACT_DIR={folder} cannot take {need:,} bytes ({error.strerror}; {free:,} free): free space "
+                        "or set ARTIFACT_DIR to another disk") from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    return f"{need:,} bytes free"
+
+
+def check_world(s: Settings, world: World) -> str:
+    """Batch shape for this number of ranks."""
+    accum, tokens = s.batch_shape(world.size)
+    return f"{world.size} ranks x {accum} micro-batches of {tokens:,} tokens"
+
+
+def check_attention(s: Settings, world: World) -> str:
+    name, why = resolve_attention(s.attn_backend, world.device)
+    return f"{name} ({why})"
+
+
+def disk_need(s: Settings) -> int:
+    """Bytes a run may write: weights, artifact, logs."""
+    return 4 * sum(math.prod(shape) for shape in parameter_shapes(s).values()) + 2 * ARTIFACT_LIMIT + (8 << 20)
+
+
+def run_checks(s: Settings, world: World, folder: Path) -> list[Finding]:
+    """Every check that applies to the mode, in the order a user would fix them."""
+    scoring_only = bool(s.eval_only_quantized_path)
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("device", lambda: torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else
+            f"CPU, {torch.get_num_threads()} threads"),
+        ("attention", lambda: check_attention(s, world)), ("batch", lambda: check_world(s, world)),
+        ("disk", lambda: check_disk(folder, disk_need(s))), ("validation shards", lambda: check_validation(s)),
+        ("tokenizer", lambda: check_tokenizer(s))]
+    if not scoring_only:
+        checks.insert(4, ("training shards", lambda: check_train_shards(s)))
+    findings = []
+    for what, check in checks:
+        try:
+            findings.append(Finding(True, what, check()))
+        except UserError as error:
+            findings.append(Finding(False, what, str(error)))
+    return findings
+
+
+def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
+    """Dry run of everything that follows training, at full size on random weights: calibrate, quantise, pack, read back,
+    score, adapt. Whatever is missing fails here, before the clock starts. Returns the training seconds to reserve."""
+    model, generator = trainer.model, torch.Generator().manual_seed(s.seed)
+    with torch.no_grad():
+        weights = {n: (torch.randn(p.shape, generator=generator) * 0.02).to(p.device)
+                   for n, p in model.named_parameters()}
+    batch, one = trainer.random_batch(generator), dataclasses.replace(s, gptq_calibration_batches=world.size)
+    calibrate(one, world, model, lambda: batch)               # the first pass allocates; the second is timed
+    sync(world.device)
+    clock = Clock()
+    hessians = calibrate(one, world, model, lambda: batch)
+    sync(world.device)
+    seconds = clock.elapsed() * -(-s.gptq_calibration_batches // world.size)
+    clock = Clock()
+    q = quantise(s, matrix_views(weights), hessians, world)
+    packing = Clock()
+    blob = world.share_bytes(pack_model(s, q) if world.main else None)
+    reserve = world.agree(1.0 + 1.25 * (seconds + clock.elapsed()))
+    back = dequantise(unpack_model(s, blob, "the rehearsal's artifact"))
+    if any(not torch.equal(back[n], w) for n, w in dequantise(q).items()):
+        raise RuntimeError("the packed model does not read back as it was written")
+    if s.ttt_enabled:
+        rehearse_adapter(s, world, model)
+    run.log("rehearsal", calibrate_s=seconds, quantise_s=packing.start - clock.start, pack_s=packing.elapsed(),
+            random_artifact_bytes=len(blob), reserve_s=reserve)
+    return reserve
+
+
+def rehearse_adapter(s: Settings, world: World, model: GPT) -> None:
+    """One adapter step on random tokens: forward, backward, optimiser."""
+    plan = layer_plan(s, True)
+    adapter = Adapter(s, plan, 2, world.device)
+    x = torch.randint(2, s.vocab_size, (2, s.ttt_chunk_size), device=world.device)
+    model.losses(x, x, plan, None, adapter).mean().backward(inputs=list(adapter.parameters()))
+
+
+# ============================================================================================================
+# 14  Main
+# ============================================================================================================
+
+def set_up(s: Settings, world: World) -> None:
+    """Seeds, arithmetic, attention backend: once per process."""
+    torch.manual_seed(s.seed)
+    torch.set_float32_matmul_precision("high" if world.device.type == "cuda" else "highest")
+    if world.size > 1 and world.device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    global ATTENTION
+    ATTENTION = resolve_attention(s.attn_backend, world.device)[0]
+
+
+def build_model(s: Settings, world: World) -> GPT:
+    """The seeded model on this rank's device: every rank draws the same weights."""
+    model = GPT(s, torch.Generator().manual_seed(s.seed)).to(world.device)
+    model.compute_dtype = pick_dtype(s.compute_dtype, world.device)
+    if not s.fused_ce_enabled:
+        model.ce_kernel = False
+    return model
+
+
+def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
+    """What runs, where: into the log before anything else."""
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    run.log("start", run_id=run.id, device=device, world_size=world.size, torch=torch.__version__,
+            python=platform.python_version(), dtype=str(model.compute_dtype), attention=ATTENTION,
+            parameters=sum(p.numel() for p in model.parameters()))
+    run.log("changed_settings", quiet=True, **{k: v for k, v in s.changed().items() if not k.endswith(("_PATH", "_DIR"))})
+    ignored = {k: NO_EFFECT[k] for k in NO_EFFECT if k in os.environ}
+    if ignored:
+        run.log("settings_without_effect", **ignored)
+    source = Path(__file__).read_bytes()
+    run.log("code", bytes=len(source), compressed=len(self_extracting(source)), sha256=hashlib.sha256(source).hexdigest())
+    if world.main:
+        run.text.write(source.decode("latin-1" if source.startswith(b"# coding: latin-1") else "utf-8") + "\n" + "=" * 100 + "\n")
+    run.summary.update(seed=s.seed, world_size=world.size, device=device, compliant=s.val_doc_fraction == 1,
+                       settings=s.as_env(), code_bytes=code_bytes(), torch=torch.__version__,
+                       model_params=sum(p.numel() for p in model.parameters()))
+
+
+def save_weights(run: Run, model: GPT) -> None:
+    """The averaged weights, the moment training ends: whatever fails later, they are on disk."""
+    if run.world.main:
+        box = io.BytesIO()
+        torch.save({"architecture": architecture(model.s), "weights": {n: p.detach().cpu() for n, p in
+                                                                      field_views(dict(model.named_parameters())).items()}}, box)
+        run.save("final_model.pt", box.getvalue())
+
+
+def read_weights(path: str, model: GPT) -> None:
+    """Averaged weights saved by an earlier run into the model."""
+    try:
+        box = torch.load(path, map_location="cpu", weights_only=True)
+        weights, theirs = box["weights"], box["architecture"]
+    except FileNotFoundError as error:
+        raise UserError(f"EVAL_ONLY_PATH={path} does not exist: give a run's final_model.pt") from error
+    except Exception as error:    # torch.load raises many types for a damaged or foreign file
+        raise UserError(f"EVAL_ONLY_PATH={path} holds no averaged weights of this script ({type(error).__name__})") from error
+    wrong = {k: (theirs.get(k), v) for k, v in architecture(model.s).items() if theirs.get(k) != v}
+    if wrong:
+        raise UserError(f"EVAL_ONLY_PATH={path} is another configuration's: "
+                        + "; ".join(f"{k}={a} there, {b} here" for k, (a, b) in list(wrong.items())[:4]))
+    views = field_views({n: p.data for n, p in model.named_parameters()})
+    for name, view in views.items():
+        view.copy_(weights[name])
+
+
+def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> tuple[Clock, Callable]:
+    """Warm-up, rehearsal, training: the model ends as its average, saved. Returns the training clock and the source of
+    calibration batches; with EVAL_ONLY_PATH the weights come from there."""
+    if s.eval_only_path:
+        read_weights(s.eval_only_path, model)
+        stream = open_train_stream(s, world, s.batch_shape(world.size)[1])
+        return Clock(s.max_wallclock_seconds), stream.next
+    trainer = Trainer(s, world, model)
+    run.log("warm_up", seconds=trainer.warm_up())
+    rehearsed = rehearse(s, world, run, trainer)
+    reserve = rehearsed if s.gptq_reserve_seconds == "auto" else float(s.gptq_reserve_seconds)
+
+    def validate(step: int) -> None:
+        score = Scorer(s, world, model).windows(val, s.eval_seq_len, looping=step > 0)
+        run.log("validation", step=step, val_loss=score.loss, val_bpb=score.bpb)
+        if step == 0:
+            run.summary["untrained_val_bpb"] = score.bpb
+
+    done = train(s, world, run, trainer, reserve, validate)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            p.copy_(trainer.ema[n])
+    save_weights(run, model)
+    run.summary.update(steps=done["steps"], step_ms=done["step_ms"])
+    return done["clock"], done["stream"].next
+
+
+def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next_batch: Callable) -> bytes:
+    """Calibrate, quantise, pack and write the artifact, all on the training clock. Returns its bytes on every rank."""
+    begin = clock.elapsed()
+    hessians = calibrate(s, world, model, next_batch)
+    sync(world.device)
+    calibrated = clock.elapsed()
+    weights = matrix_views({n: p.detach() for n, p in model.named_parameters()})
+    blob = quantise_to_fit(s, world, run, weights, hessians)
+    if world.main:
+        run.save("final_model.int6.ptz", blob)
+    world.barrier()
+    seconds = clock.elapsed()
+    run.log("artifact", bytes=len(blob), total=check_size(len(blob)), calibrate_s=calibrated - begin,
+            quantise_and_pack_s=seconds - calibrated, train_seconds=seconds)
+    if s.max_wallclock_seconds and seconds > s.max_wallclock_seconds and not s.eval_only_path:
+        run.log("warning", text=f"training, calibration and packing took {seconds:.1f} s of {s.max_wallclock_seconds:g}: "
+                                "raise GPTQ_RESERVE_SECONDS or set it to auto")
+    run.summary.update(artifact_bytes=len(blob), total_bytes=len(blob) + code_bytes(), train_seconds=seconds)
+    return blob
+
+
+def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validation, blob: bytes) -> None:
+    """The evaluation: open the artifact, score its weights by plain windows, sliding windows and TTT."""
+    clock = Clock(s.eval_max_seconds)
+    load_weights(model, dequantise(unpack_model(s, blob, "the artifact")), "the artifact")
+    scorer, final = Scorer(s, world, model), None
+    with clock.exclude():        # a diagnostic
+        plain = scorer.windows(val, s.eval_seq_len)
+    run.log("score_quantized", val_loss=plain.loss, val_bpb=plain.bpb)
+    run.summary["quantized_val_bpb"], final = plain.bpb, plain
+    if s.sliding_window_enabled:
+        final = scorer.windows(val, s.eval_stride)
+        run.log("score_sliding", val_loss=final.loss, val_bpb=final.bpb, elapsed=clock.elapsed())
+        run.summary["sliding_val_bpb"] = final.bpb
+    if s.ttt_enabled:
+        final = PhasedTTT(s, world, model, val).run()
+        run.log("score_ttt", val_loss=final.loss, val_bpb=final.bpb, elapsed=clock.elapsed())
+    seconds = clock.elapsed()
+    if s.eval_max_seconds and seconds > s.eval_max_seconds:
+        run.log("warning", text=f"evaluation took {seconds:.1f} s of EVAL_MAX_SECONDS={s.eval_max_seconds:g}")
+    run.log("coverage", targets=final.tokens, bytes=int(final.byte_sum), documents=len(val.documents), complete=True)
+    run.summary.update(val_bpb=final.bpb, val_loss=final.loss, eval_seconds=seconds, tokens_scored=final.tokens,
+                       bytes_scored=int(final.byte_sum), byte_rule=val.rule)
+
+
+TEXT_BASELINE_LIMIT = 8 << 20     # bytes of validation text that general-purpose compressors are run on for comparison
+
+
+def text_baselines(s: Settings, val: Validation) -> dict[str, float]:
+    """Bits per byte of general-purpose compressors on the same validation text, when it is short enough to wait for."""
+    if val.target_bytes.sum() > TEXT_BASELINE_LIMIT:
+        return {}
+    text = val.text_bytes(s)
+    return {"brotli-11": 8 * len(brotli.compress(text, quality=11)) / len(text),
+            "xz -9e": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)}
+
+
+def closing_block(s: Settings, world: World, run: Run, val: Validation) -> None:
+    """Every score, size and time, and one last line that is easy to grep."""
+    summary = run.summary
+    rows = [("untrained", "untrained_val_bpb"), ("averaged weights", "prequant_val_bpb"),
+            ("quantised", "quantized_val_bpb"), ("sliding windows", "sliding_val_bpb")]
+    run.say("\n" + "-" * 72)
+    for label, key in rows:
+        if key in summary:
+            run.say(f"{label:28} {summary[key]:10.5f} BPB")
+    if s.ttt_enabled and "val_bpb" in summary:
+        run.say(f"{'test-time training':28} {summary['val_bpb']:10.5f} BPB")
+    if world.main:
+        for label, bpb in text_baselines(s, val).items():
+            run.say(f"{label + ' on the same text':28} {bpb:10.5f} bits per byte")
+            summary[label.replace(" ", "").replace("-", "_") + "_bpb"] = bpb
+    run.say(f"{'artifact + script':28} {summary.get('artifact_bytes', 0):,} + {code_bytes():,} = "
+            f"{summary.get('total_bytes', 0):,} of {ARTIFACT_LIMIT:,} bytes")
+    if not summary["compliant"]:
+        run.say("NON-COMPLIANT: VAL_DOC_FRACTION is below 1, so this is not a result")
+    run.say("-" * 72)
+    keys = ("val_bpb", "sliding_val_bpb", "quantized_val_bpb", "total_bytes", "steps", "train_seconds", "eval_seconds",
+            "tokens_scored", "seed")
+    run.log("final", **{k: summary[k] for k in keys if k in summary})
+
+
+def pipeline(s: Settings, world: World, run: Run) -> None:
+    """train -> average -> quantise -> pack -> read back -> score: the whole story."""
+    model = build_model(s, world)
+    log_start(s, world, run, model)
+    for finding in run_checks(s, world, run.dir):
+        run.log("check", what=finding.what, detail=finding.detail)
+        if not finding.ok:
+            raise UserError(finding.detail)
+    val = Validation(s)
+    if s.eval_only_quantized_path:
+        blob = world.share_bytes(read_file(s.eval_only_quantized_path, "EVAL_ONLY_QUANTIZED_PATH") if world.main else None)
+        run.summary.update(artifact_bytes=len(blob), total_bytes=check_size(len(blob)))
+    else:
+        clock, next_batch = learn(s, world, run, model, val)
+        blob = b"" if s.prequant_only else compress(s, world, run, model, clock, next_batch)
+        if not s.quantize_only:
+            score = Scorer(s, world, model).windows(val, s.eval_seq_len)
+            run.log("score_prequant", val_loss=score.loss, val_bpb=score.bpb)
+            run.summary["prequant_val_bpb"] = score.bpb
+    if not (s.quantize_only or s.prequant_only):
+        score_artifact(s, world, run, model, val, blob)
+    closing_block(s, world, run, val)
+    run.finish()
+
+
+def read_file(path: str, setting: str) -> bytes:
+    """A file named by a setting."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{setting}={path} cannot be read: {error.strerror}") from error
+
+
+def check_command(which: str) -> int:
+    """--check: one line per finding; 1 when something is wrong. --check settings needs no data."""
+    s = Settings.from_env(os.environ)
+    s.batch_shape(int(os.environ.get("WORLD_SIZE", 1)))
+    print(f"ok    settings: {len(s.changed())} differ from the defaults")
+    if which == "settings":
+        return 0
+    world = World.join({})
+    findings = run_checks(s, world, Path(s.artifact_dir or "runs"))
+    for f in findings:
+        print(f"{'ok   ' if f.ok else 'FAIL '} {f.what}: {f.detail}")
+    return int(any(not f.ok for f in findings))
+
+
+def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
+    """Entry: 0 when all went well, 1 when --check found something, 2 on a user's mistake."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        if "--help" in argv or "-h" in argv:
+            print_help()
+            return 0
+        if argv[:1] == ("--check",) or list(argv[:1]) == ["--check"]:
+            return check_command(argv[1] if len(argv) > 1 else "")
+        if argv:
+            raise UserError(f"unknown argument {argv[0]}: settings come from the environment; see --help")
+        s = Settings.from_env(os.environ)
+        world = World.join(os.environ)
+        set_up(s, world)
+        run = Run(s, world)
+        pipeline(s, world, run)
+        world.leave()
+        return 0
+    except UserError as error:
+        if rank:
+            time.sleep(2)         # rank 0 says it, unless it alone did not see the mistake
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code) if code else sys.exit(0)     # a failed rank must not wait for the others in a collective
