@@ -507,6 +507,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
+        os.chmod(temp, 0o644)
         os.replace(temp, path)
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
@@ -1425,7 +1426,7 @@ def ce_launch(V: int) -> dict:
 def ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """logits (N, V), targets (N) int64 -> losses (N) float32, and log Σ exp of the shifted logits (N) float32."""
     N, V = logits.shape
-    loss, lse = torch.empty(N, device=logits.device, dtype=torch.float32), torch.empty_like(loss)
+    loss, lse = (torch.empty(N, device=logits.device, dtype=torch.float32) for _ in range(2))
     if N:
         ce_forward_kernel[(N,)](logits.contiguous(), targets.contiguous(), loss, lse, cap, V, **ce_launch(V))
     return loss, lse
@@ -1914,6 +1915,11 @@ def muon_momentum(s: Settings, step: int) -> float:
     return (1 - f) * s.muon_momentum_warmup_start + f * s.muon_momentum
 
 
+def looping_at(s: Settings, progress: float) -> bool:
+    """Whether the loop's extra passes run at this share of the training budget."""
+    return s.num_loops > 0 and progress >= s.enable_looping_at
+
+
 def pick_dtype(choice: str, device: torch.device, default: Optional[torch.dtype] = None) -> torch.dtype:
     """The dtype a setting names; auto: `default`, else bfloat16 on a GPU and float32 on a CPU."""
     if choice == "auto":
@@ -2040,7 +2046,7 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
         if step >= s.iterations or (budget and elapsed + step_seconds > budget):
             break
         done = min(elapsed / budget, 1.0) if budget else step / s.iterations
-        looping = done >= s.enable_looping_at and s.num_loops > 0
+        looping = looping_at(s, done)
         loss = sum(trainer.micro_step(stream.next(), plans[looping]) for _ in range(trainer.accum)) / trainer.accum
         norm = trainer.update(lr_share(s, done), muon_momentum(s, step))
         step += 1
@@ -2377,6 +2383,7 @@ def artifact_from_bytes(blob: bytes, origin: str) -> tuple[dict, dict[str, bytes
 
 
 # --- bytes
+
 PIECE = 1 << 20  # compressed in parallel; weight codes have no matches that a longer window would find
 
 
@@ -2423,34 +2430,11 @@ def brotli_unpack(blob, size, stride=1):
     return byte_unshuffle(b"".join(pieces), stride)
 
 
-# --- scales
-
-OCTAVE, SCALE_BIAS = 16, 80  # scale = 2^((code - 80) / 16): 2^-13 … 2^2.9, 4.4 % apart
-OCTAVE_STEPS = np.array([2.0 ** (k / OCTAVE) for k in range(OCTAVE)], dtype=np.float32)
-
-
-def scale_to_code(scale):
-    """Scales (any shape, >= 0) -> int8. Saturates at both ends; 0, an empty row, gets the smallest scale, so
-    dividing by it is safe. Quantise with code_to_scale(code), never with scale itself: nothing is lost then."""
-    scale = np.asarray(scale, dtype=np.float64)
-    if not np.isfinite(scale).all() or (scale < 0).any():
-        raise UserError(f"scales must be finite and >= 0, found {scale.min()} to {scale.max()}; "
-                        "the weights have diverged: lower the learning rates or take an earlier checkpoint")
-    code = np.rint(OCTAVE * np.log2(np.maximum(scale, 1e-9))) + SCALE_BIAS
-    return code.clip(-128, 127).astype(np.int8)
-
-
-def code_to_scale(code):
-    """int8 -> float32, the same bits on every machine: 16 constants and an exact shift of the exponent."""
-    exponent, step = np.divmod(np.asarray(code).astype(np.int32) - SCALE_BIAS, OCTAVE)
-    return np.ldexp(OCTAVE_STEPS[step], exponent)
-
-
 # --- contexts
 
 # A context says how large a code is expected to be, in eighths of an octave: for rows 7 octaves upwards from
 # an rms of 1/4, for columns 1.5 octaves to either side.
-ROW_LEVELS, COLUMN_REACH, UNIT = 56, 12, OCTAVE // 8
+OCTAVE, ROW_LEVELS, COLUMN_REACH, UNIT = 16, 56, 12, 2
 
 
 def code_level(codes, axis=None):
@@ -2463,8 +2447,8 @@ def scale_contexts(level, rows, columns):
     """(row_ctx (R), col_ctx (C)) of one tensor from what the decoder has, by integers alone.
 
     level: code_level of the whole tensor. rows (R), columns (C): sizes of their codes against each other,
-    integers in 16ths of an octave: minus the stored step codes where steps were set apart from the weights'
-    spread (large step, small codes), a measured code_level, or zeros where nothing is known.
+    integers in 16ths of an octave: minus the stored step codes (widen int8 before negating) where steps were
+    set apart from the weights' spread, a measured code_level, or zeros where nothing is known.
     """
     rows, columns = (np.asarray(x).astype(np.int32) for x in (rows, columns))
     rows, columns = (x - np.sort(x)[len(x) // 2] for x in (rows, columns))
@@ -2526,7 +2510,7 @@ def next_state(state, codes, trellis):
 
 
 def rans_encode(lanes, index, freq, start):
-    """Push a batch, last column first. lanes (n) uint32 in place; index (C, n) into freq, start; returns words."""
+    """Push a batch, last column first. lanes (n) uint32 in place, index (C, n) into freq, start -> words."""
     freq, start, x, words = freq.take(index), start.take(index), lanes.copy(), []
     for f, s in zip(freq[::-1], start[::-1]):
         full = np.flatnonzero(x >> 32 - PROB_BITS >= f)
@@ -2539,13 +2523,12 @@ def rans_encode(lanes, index, freq, start):
 
 
 def rans_decode(lanes, words, slots, table, trellis):
-    """Pop a batch. lanes (n) uint32 in place; words (W) uint16 not yet read; slots (C, n) uint32, where a
-    context begins in table (code << 24 | frequency - 1 << 12 | slot - start). Returns codes (C, n) uint8 and
-    words read."""
+    """Pop a batch. lanes (n) uint32 in place, words (W) uint16 not yet read, slots (C, n) uint32: where a
+    context begins in table (code << 24 | frequency - 1 << 12 | slot - start) -> codes (C, n), words read."""
     codes, x, read, state = np.empty(slots.shape, np.uint8), lanes.copy(), 0, np.zeros(lanes.size, np.uint8)
     for j, slot in enumerate(slots):
         if trellis is not None:
-            slot += (state & np.uint32(1)) << PROB_BITS
+            slot += (state & 1).astype(np.uint32) << PROB_BITS
         entry = table.take(slot + (x & PROB_ONE - 1))
         codes[j] = entry >> 24
         x = ((entry >> PROB_BITS & PROB_ONE - 1) + 1) * (x >> PROB_BITS) + (entry & PROB_ONE - 1)
@@ -3060,7 +3043,7 @@ class PhasedTTT:
                     n = min(s.global_ttt_batch_seqs, rows - r) * s.eval_seq_len
                     self.global_step(part[r * s.eval_seq_len:r * s.eval_seq_len + n + 1], params, velocity, lr)
         if self.trace:
-            self.trace("phase", model=self.model, tokens=len(tokens))
+            self.trace("phase", model=self.model, tokens=tokens)
 
     def global_lr(self, c: int, chunks: int) -> float:
         """Learning rate of chunk c: linear warm-up, then a cosine to the last chunk."""
@@ -3460,8 +3443,9 @@ def check_command(which: str) -> int:
     print(f"ok    settings: {len(s.changed())} differ from the defaults")
     if which == "settings":
         return 0
-    world = World.join({})
-    findings = run_checks(s, world, Path(s.artifact_dir or "runs"))
+    findings = run_checks(s, World.join({}), Path(s.artifact_dir or "runs"))
+    if which == "data":
+        findings = [f for f in findings if f.what in ("training shards", "validation shards", "tokenizer")]
     for f in findings:
         print(f"{'ok   ' if f.ok else 'FAIL '} {f.what}: {f.detail}")
     return int(any(not f.ok for f in findings))
