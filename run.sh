@@ -52,7 +52,9 @@ install() {
     "$PYTHON" -m pip install -q --disable-pip-version-check $list || die "pip could not install the packages above"
 }
 
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}     # a spinning thread only slows the others on a shared machine
+# On a shared CPU a spinning thread only slows the others, and freed activations are better kept than faulted in again.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-33554432} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-17179869184}
 
 case "${1:-}" in
 test)

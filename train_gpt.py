@@ -2,12 +2,11 @@
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py        # the competition run, on 8 H100
     python train_gpt.py --help                                   # every setting: default, range, meaning
-    python train_gpt.py --check                                  # everything that can be checked without training
+    python train_gpt.py --check                                  # all that can be checked without training
 
-600 s of training produce averaged weights; GPTQ rounds them to int6; the packed artifact and this script together
-stay under 16,000,000 bytes; the artifact is read back and scored in bits per byte (BPB), first by sliding windows,
-then by score-first test-time training (TTT). Environment variables are the only configuration.
-
+600 s of training produce averaged weights; GPTQ rounds them to int6; the packed artifact and this script stay
+under 16,000,000 bytes together; the artifact is read back and scored in bits per byte (BPB), first by sliding
+windows, then by score-first test-time training (TTT). Environment variables are the only configuration.
 Chapters   1 Settings      2 Run: world, clocks, log   3 Data         4 Model         5 Adapter
            6 Kernels       7 Optimiser                 8 Training     9 Quantise     10 Pack
           11 Score        12 Adapt                    13 Checks      14 Main
@@ -39,11 +38,12 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Callable, Mapping, NamedTuple, Optional, Sequence
+from typing import Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ LEAKY_SLOPE = 0.5             # of the squared LeakyReLU in the MLP
 
 
 class UserError(Exception):
-    """A mistake the user can fix: its text carries the value, the bound and the remedy, and is shown alone."""
+    """A mistake the user can fix: its text carries value, bound and remedy, and is shown alone."""
 
 
 # ============================================================================================================
@@ -78,6 +78,7 @@ class UserError(Exception):
 
 def knob(default, doc, lo=None, hi=None, choices=None, group=None):
     """A setting: default (its type is the setting's type), meaning with unit, inclusive bounds or choices."""
+    choices = choices and tuple(choices.split())
     return field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, choices=choices, group=group))
 
 
@@ -88,21 +89,20 @@ class Settings:
     run_id: str = knob("", "name of the run (default: date and a random tag)", group="run")
     seed: int = knob(1337, "seed of weights, adapters and data order", 0)
     artifact_dir: str = knob("", "folder of the run's files (default: runs/<RUN_ID>)")
-    max_wallclock_seconds: float = knob(600.0, "training budget in s, calibration to artifact included; 0: ITERATIONS", 0)
+    max_wallclock_seconds: float = knob(600.0, "training budget in s, artifact included; 0: ITERATIONS", 0)
     eval_max_seconds: float = knob(600.0, "evaluation budget in s; the log warns when it is passed", 0)
-    iterations: int = knob(20000, "most optimiser steps; with MAX_WALLCLOCK_SECONDS=0 also the schedule's length", 0)
-    train_log_every: int = knob(500, "steps between two progress lines (the first ten steps are always shown)", 0)
-    val_loss_every: int = knob(0, "steps between two validations during training, step 0 included; 0: none", 0)
+    iterations: int = knob(20000, "most optimiser steps; without a time budget the schedule's length", 0)
+    train_log_every: int = knob(500, "steps between progress lines (the first ten always show)", 0)
+    val_loss_every: int = knob(0, "steps between validations in training, step 0 included; 0: none", 0)
     eval_only_path: str = knob("", "averaged weights (.pt) to quantise, pack and score without training")
     eval_only_quantized_path: str = knob("", "artifact (.ptz) to score, nothing else")
     quantize_only: bool = knob(False, "stop when the artifact is written")
     prequant_only: bool = knob(False, "stop after scoring the averaged weights")
     # --- device
-    attn_backend: str = knob("auto", "attention kernels", choices=("auto", "fa3", "fa4", "torch", "plain"), group="device")
-    compile: str = knob("auto", "torch.compile; auto: on a GPU", choices=("auto", "0", "1"))
-    compute_dtype: str = knob("auto", "activations; auto: bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
-    muon_dtype: str = knob("auto", "Muon's arithmetic and traffic; auto: as activations",
-                           choices=("auto", "float32", "bfloat16"))
+    attn_backend: str = knob("auto", "attention", choices="auto fa3 fa4 torch plain", group="device")
+    compile: str = knob("auto", "torch.compile; auto: on a GPU", choices="auto 0 1")
+    compute_dtype: str = knob("auto", "activations; auto: bfloat16 on a GPU", choices="auto float32 bfloat16")
+    muon_dtype: str = knob("auto", "Muon and its traffic; auto: as above", choices="auto float32 bfloat16")
     fused_ce_enabled: bool = knob(True, "fused cross-entropy kernel on a GPU")
     # --- data
     data_dir: str = knob("./data/", "folder that the next two default to", group="data")
@@ -110,13 +110,13 @@ class Settings:
     tokenizer_path: str = knob("", "SentencePiece model of the shards")
     vocab_size: int = knob(8192, "tokens in the vocabulary", 2, 65536)
     caseops_enabled: bool = knob(True, "shards of the CaseOps tokenizer; needs the byte sidecar")
-    train_loader: str = knob("stream", "stream: every target once; docpack: as the field's records; shuffled: windows",
-                             choices=("stream", "docpack", "shuffled"))
+    train_loader: str = knob("stream", "stream: each target once; docpack: as the field; shuffled: windows",
+                             choices="stream docpack shuffled")
     train_batch_tokens: int = knob(786432, "tokens of one optimiser step, over all ranks", 1)
     train_seq_len: int = knob(2048, "documents are cut to this many tokens in training", 2)
     grad_accum_steps: int = knob(0, "micro-batches of a step and rank; 0: 8 / number of ranks", 0)
     val_batch_tokens: int = knob(524288, "tokens of a scoring batch, over 8 micro-batches", 8)
-    val_doc_fraction: float = knob(1.0, "share of the validation documents to score (below 1: not a result)", 0, 1)
+    val_doc_fraction: float = knob(1.0, "share of the validation documents (below 1: no result)", 0, 1)
     # --- model
     num_layers: int = knob(11, "physical layers", 1, 256, group="model")
     model_dim: int = knob(512, "width", 8)
@@ -136,7 +136,7 @@ class Settings:
     loop_end: int = knob(5, "last layer of the loop", 0)
     enable_looping_at: float = knob(0.35, "share of the training budget after which loops run", 0, 1)
     parallel_start_layer: int = knob(8, "decoder layers from here on run as two lanes; 0: none", 0)
-    parallel_final_lane: str = knob("mean", "which lane is read at the end", choices=("mean", "mlp", "attn"))
+    parallel_final_lane: str = knob("mean", "which lane is read at the end", choices="mean mlp attn")
     skip_gates_enabled: bool = knob(True, "gate the U-Net skips")
     gate_window: int = knob(12, "channels that the smear and attention gates read", 1)
     smear_gate_enabled: bool = knob(True, "mix the previous token's embedding in, never across a BOS")
@@ -146,7 +146,7 @@ class Settings:
     gated_attn_enabled: bool = knob(False, "gate each head by the whole block input instead")
     gated_attn_init_std: float = knob(0.01, "initial spread of that gate's weights", 0)
     attn_out_gate_enabled: bool = knob(False, "gate each head by 2 sigmoid of GATE_WINDOW channels instead")
-    attn_out_gate_src: str = knob("proj", "what that gate reads: the block input or the raw queries", choices=("proj", "q"))
+    attn_out_gate_src: str = knob("proj", "it reads the block input or raw queries", choices="proj q")
     tied_embed_init_std: float = knob(0.005, "initial spread of the embedding", 0)
     # --- optimiser
     matrix_lr: float = knob(0.026, "Muon's learning rate", 0, group="optimiser")
@@ -166,29 +166,29 @@ class Settings:
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations (more than 5 run as 5)", 1)
     muon_row_normalize: bool = knob(True, "normalise each row of the update before Newton-Schulz")
     grad_clip_norm: float = knob(0.3, "largest norm of the gradient; 0: no clipping", 0)
-    grad_clip_mode: str = knob("global", "clip the averaged gradient, or each rank's own as the field's records do",
-                               choices=("global", "per_rank"))
+    grad_clip_mode: str = knob("global", "clip the average, or each rank's own as the field's records do",
+                               choices="global per_rank")
     warmup_steps: int = knob(20, "compile and warm-up steps on random tokens, undone before training", 0)
-    warmdown_frac: float = knob(0.85, "last share of the budget over which the learning rate falls linearly", 0, 1)
+    warmdown_frac: float = knob(0.85, "last share of the budget, of falling learning rate", 0, 1)
     min_lr: float = knob(0.1, "lowest learning rate, as a share of the peak", 0, 1)
     ema_decay: float = knob(0.9965, "averaging of the weights, per step", 0, 0.999999)
     # --- quantise and pack
     matrix_bits: int = knob(6, "bits of the matrices", 2, 8, group="quantise")
     embed_bits: int = knob(7, "bits of the embedding", 2, 8)
-    matrix_clip_sigmas: float = knob(12.85, "range of the codes in standard deviations of a row: other matrices", 0.1)
+    matrix_clip_sigmas: float = knob(12.85, "range of the codes in standard deviations of a row", 0.1)
     attn_clip_sigmas: float = knob(13.0, "the same for attention matrices", 0.1)
     mlp_clip_sigmas: float = knob(11.5, "the same for MLP matrices", 0.1)
     embed_clip_sigmas: float = knob(14.0, "the same for the embedding", 0.1)
     gated_attn_quant_gate: bool = knob(True, "store attention gates as int8 per row, not float16")
     gptq_calibration_batches: int = knob(16, "training micro-batches behind the Hessians, over all ranks", 1)
-    gptq_reserve_seconds: str = knob("auto", "training seconds kept for Hessians, GPTQ and packing; auto: rehearsed")
+    gptq_reserve_seconds: str = knob("auto", "training seconds kept for chapters 9, 10; auto: rehearsed")
     lqer_enabled: bool = knob(True, "low-rank repair of the largest rounding errors")
     lqer_rank: int = knob(4, "its rank", 1)
     lqer_top_k: int = knob(3, "how many matrices get it", 0)
     lqer_factor_bits: int = knob(4, "bits of its symmetric form", 2, 8)
     lqer_asym_enabled: bool = knob(True, "asymmetric form: 2-bit and 4-bit factors")
     lqer_asym_group: int = knob(64, "values that share a scale in the 4-bit factor", 1)
-    compressor: str = knob("ans", "entropy stage of the codes: ans (our own coder) or brotli", choices=("ans", "brotli"))
+    compressor: str = knob("ans", "entropy stage: ans (our coder) or brotli", choices="ans brotli")
     # --- score
     eval_seq_len: int = knob(2048, "window of the sliding evaluation, in tokens", 2, group="score")
     eval_stride: int = knob(64, "tokens between two windows of one document", 1)
@@ -205,7 +205,7 @@ class Settings:
     ttt_v_lora: bool = knob(True, "adapt values")
     ttt_o_lora: bool = knob(True, "adapt the attention output (from the block input)")
     ttt_mlp_lora: bool = knob(True, "adapt the MLP")
-    ttt_optimizer: str = knob("adam", "optimiser of the adapters", choices=("adam", "sgd"))
+    ttt_optimizer: str = knob("adam", "optimiser of the adapters", choices="adam sgd")
     ttt_beta1: float = knob(0.0, "AdamW's first moment, or SGD's momentum", 0, 0.999999)
     ttt_beta2: float = knob(0.99, "AdamW's second moment", 0, 0.999999)
     ttt_weight_decay: float = knob(0.5, "weight decay of the adapters", 0)
@@ -224,8 +224,8 @@ class Settings:
     global_ttt_warmup_start_lr: float = knob(0.0, "learning rate at its start", 0)
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str]) -> "Settings":
-        """Read and check every setting; a name that nothing reads stops the run with the nearest right one."""
+    def from_env(cls, env: Mapping[str, str]) -> Settings:
+        """Read and check every setting; a name nothing reads stops the run with the nearest right one."""
         env = {k: v for k, v in env.items() if k not in NO_EFFECT}
         for old, (new, translate) in ALIASES.items():
             if old in env and new not in env:
@@ -237,8 +237,8 @@ class Settings:
                 raise UserError(f"unknown setting {name}={env[name]}: the nearest known one is {nearest} "
                                 "(python train_gpt.py --help lists all)")
         if env.get("COMPRESSOR") == "pergroup":
-            env["COMPRESSOR"] = "ans"     # the field's per-group lrzip; the built-in coder replaces the binary
-        s = cls(**{f.name: parse_setting(f, env[name]) for name, f in known.items() if env.get(name, "") != ""})
+            env["COMPRESSOR"] = "ans"     # the field's per-group lrzip: our coder replaces the binary
+        s = cls(**{f.name: parse_setting(f, env[name]) for name, f in known.items() if env.get(name)})
         s.check_consistency()
         return s
 
@@ -250,7 +250,7 @@ class Settings:
         d, h, k = self.model_dim, self.num_heads, self.num_kv_heads
         refuse_if(d % h, f"MODEL_DIM={d} is not divisible by NUM_HEADS={h}: choose a multiple of {h}")
         refuse_if(h % k, f"NUM_HEADS={h} is not divisible by NUM_KV_HEADS={k}: choose a divisor of {h}")
-        refuse_if((d // h) % 2, f"MODEL_DIM/NUM_HEADS={d // h} is odd: rotary embedding needs an even head width")
+        refuse_if((d // h) % 2, f"MODEL_DIM/NUM_HEADS={d // h} is odd: rotary embedding needs it even")
         refuse_if(self.rope_dims % 2 or self.rope_dims > d // h,
                   f"ROPE_DIMS={self.rope_dims} must be even and at most the head width {d // h}")
         refuse_if(self.gate_window > d, f"GATE_WINDOW={self.gate_window} exceeds MODEL_DIM={d}: lower it")
@@ -261,32 +261,31 @@ class Settings:
         refuse_if(gates > 1, "more than one attention gate is on: keep one of SPARSE_ATTN_GATE_ENABLED, "
                              "GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED and set the others to 0")
         refuse_if(self.eval_stride > self.eval_seq_len,
-                  f"EVAL_STRIDE={self.eval_stride} exceeds EVAL_SEQ_LEN={self.eval_seq_len}: targets would be missed")
+                  f"EVAL_STRIDE={self.eval_stride} exceeds EVAL_SEQ_LEN={self.eval_seq_len}: lower it")
         refuse_if(self.ttt_chunk_size > self.ttt_eval_seq_len,
-                  f"TTT_CHUNK_SIZE={self.ttt_chunk_size} exceeds TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}: lower it")
+                  f"TTT_CHUNK_SIZE={self.ttt_chunk_size} exceeds TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}")
         refuse_if(bool(self.eval_only_path) and bool(self.eval_only_quantized_path),
                   "EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH are both set: keep one")
-        if self.gptq_reserve_seconds != "auto":
-            refuse_if(not is_number(self.gptq_reserve_seconds) or float(self.gptq_reserve_seconds) < 0,
-                      f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds} must be a number of seconds >= 0, or auto")
-            refuse_if(0 < self.max_wallclock_seconds <= float(self.gptq_reserve_seconds),
-                      f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds} leaves nothing of "
+        if (reserve := self.gptq_reserve_seconds) != "auto":
+            refuse_if(not is_number(reserve) or float(reserve) < 0,
+                      f"GPTQ_RESERVE_SECONDS={reserve} must be a number of seconds >= 0, or auto")
+            refuse_if(0 < self.max_wallclock_seconds <= float(reserve),
+                      f"GPTQ_RESERVE_SECONDS={reserve} leaves nothing of "
                       f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g} to train in: lower it")
 
     def batch_shape(self, world_size: int) -> tuple[int, int]:
-        """(micro-batches per step and rank, tokens of one micro-batch), checked against the number of ranks."""
+        """(micro-batches per step and rank, tokens of one micro-batch), checked against the ranks."""
         accum = self.grad_accum_steps or max(1, 8 // world_size)
         parts = world_size * accum
-        if self.train_batch_tokens % parts:
-            raise UserError(f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not divisible by {world_size} ranks x "
-                            f"{accum} micro-batches = {parts}: choose a multiple, or set GRAD_ACCUM_STEPS")
-        tokens = self.train_batch_tokens // parts
+        tokens, rest = divmod(self.train_batch_tokens, parts)
+        if rest:
+            raise UserError(f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not divisible by {world_size} "
+                            f"ranks x {accum} micro-batches = {parts}: choose a multiple or GRAD_ACCUM_STEPS")
         if self.train_loader == "shuffled" and tokens % self.train_seq_len:
-            raise UserError(f"a micro-batch of {tokens} tokens is not a multiple of TRAIN_SEQ_LEN={self.train_seq_len}: "
-                            f"with TRAIN_LOADER=shuffled TRAIN_BATCH_TOKENS must be a multiple of "
-                            f"{parts * self.train_seq_len}")
+            raise UserError(f"a micro-batch of {tokens} tokens is no multiple of TRAIN_SEQ_LEN="
+                            f"{self.train_seq_len}: with TRAIN_LOADER=shuffled TRAIN_BATCH_TOKENS must be a "
+                            f"multiple of {parts * self.train_seq_len}")
         return accum, tokens
-
     @property
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
@@ -302,8 +301,9 @@ class Settings:
     @property
     def shards(self) -> Path:
         name = f"fineweb10B_sp{self.vocab_size}"
-        caseops = (f"{name}_caseops/datasets/datasets/{name}_lossless_caps_caseops_v1_reserved")
-        return Path(self.data_path or Path(self.data_dir) / "datasets" / (caseops if self.caseops_enabled else name))
+        if self.caseops_enabled:
+            name = f"{name}_caseops/datasets/datasets/{name}_lossless_caps_caseops_v1_reserved"
+        return Path(self.data_path or Path(self.data_dir) / "datasets" / name)
 
     @property
     def tokenizer(self) -> Path:
@@ -318,10 +318,10 @@ class Settings:
 
     def changed(self) -> dict:
         """The settings that differ from their defaults."""
-        return {f.name.upper(): getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {k: v for (k, v), f in zip(self.as_env().items(), fields(self)) if v != f.default}
 
 
-# Settings of the field's commands that have no counterpart here, and why; they are accepted and named in the log.
+# Settings of the field's commands without a counterpart here, and why: accepted, and named in the log.
 NO_EFFECT = {
     "CONTROL_TENSOR_NAME_PATTERNS": "roles are given by a table, not by substrings of names",
     "ROPE_TRAIN_SEQ_LEN": "no script of the lineage uses it; TRAIN_SEQ_LEN is the length that counts",
@@ -333,9 +333,9 @@ ALIASES = {   # old name -> (setting, translation of its value)
 }
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OUR_PREFIXES = (
-    "ADAM_ AGREE_ ASYM_LOGIT_ ATTN_ AWQ_ BIGRAM_ EMBED_ EVAL_ GATED_ GLOBAL_TTT_ GPTQ_ GRAD_CLIP_ LOGIT_ LOOP_ LQER_ "
-    "MATRIX_ MLP_ MUON_ NGRAM_ PARALLEL_ PHASED_ PREQUANT_ QK_GAIN_ ROPE_ SKIP_ SMEAR_ SPARSE_ TIED_ TOKEN_ TRAIN_ TTT_ "
-    "VAL_ VE_ WARMDOWN_ WARMUP_ WITHIN_ WORD_ XSA_").split()
+    "ADAM_ AGREE_ ASYM_LOGIT_ ATTN_ AWQ_ BIGRAM_ EMBED_ EVAL_ GATED_ GLOBAL_TTT_ GPTQ_ GRAD_CLIP_ LOGIT_ "
+    "LOOP_ LQER_ MATRIX_ MLP_ MUON_ NGRAM_ PARALLEL_ PHASED_ PREQUANT_ QK_GAIN_ ROPE_ SKIP_ SMEAR_ SPARSE_ "
+    "TIED_ TOKEN_ TRAIN_ TTT_ VAL_ VE_ WARMDOWN_ WARMUP_ WITHIN_ WORD_ XSA_").split()
 
 
 def is_number(text: str) -> bool:
@@ -367,7 +367,7 @@ def parse_setting(f, text: str):
     return value
 
 
-def looks_like_ours(name: str, known: Mapping) -> Optional[str]:
+def looks_like_ours(name: str, known: Mapping) -> str | None:
     """The nearest known setting when `name` must have been meant for this script, else None."""
     if name in LAUNCHER or not name.isupper():
         return None
@@ -388,8 +388,11 @@ def print_help() -> None:
             f"{sign} {b:g}" for sign, b in ((">=", meta["lo"]), ("<=", meta["hi"])) if b is not None)
         default = int(f.default) if isinstance(f.default, bool) else f.default
         print(f"  {f.name.upper():34} {default!s:>10}  {meta['doc']}" + (f"  [{bounds}]" if bounds else ""))
-    print("\nACCEPTED OLD NAMES\n" + "\n".join(f"  {old:34} read as {new}" for old, (new, _) in ALIASES.items()))
-    print("\n".join(f"  {old:34} no effect: {why}" for old, why in NO_EFFECT.items()))
+    print("\nACCEPTED OLD NAMES")
+    for old, (new, _) in ALIASES.items():
+        print(f"  {old:34} read as {new}")
+    for old, why in NO_EFFECT.items():
+        print(f"  {old:34} no effect: {why}")
 
 
 # ============================================================================================================
@@ -404,9 +407,9 @@ class World:
     device: torch.device = torch.device("cpu")
 
     @classmethod
-    def join(cls, env: Mapping[str, str]) -> "World":
+    def join(cls, env: Mapping[str, str]) -> World:
         """Join the launcher's process group: NCCL (and gloo for host values) on GPUs, gloo on a CPU."""
-        rank, size, local = (int(env.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        rank, size, local = (int(env.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         device = torch.device("cpu")
         if torch.cuda.is_available():
             if local >= torch.cuda.device_count():
@@ -437,12 +440,12 @@ class World:
         dist.broadcast(box, 0)
         return box.item()
 
-    def share_bytes(self, data: Optional[bytes]) -> bytes:
+    def share_bytes(self, data: bytes | None) -> bytes:
         """Rank 0's bytes on every rank, so that only its node needs the file."""
         if self.size == 1:
             return data
         size = int(self.agree(len(data) if self.main else 0))
-        box = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.main else torch.empty(size, dtype=torch.uint8)
+        box = torch.frombuffer(bytearray(data if self.main else size), dtype=torch.uint8)
         dist.broadcast(box, 0)
         return box.numpy().tobytes()
 
@@ -464,7 +467,7 @@ class World:
 
 
 def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Item indices per rank, longest first to the least loaded: the same split on every rank, by arithmetic."""
+    """Item indices per rank, longest first to the least loaded: by arithmetic, so the same on every rank."""
     load, share = [0.0] * ranks, [[] for _ in range(ranks)]
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         r = load.index(min(load))
@@ -474,8 +477,8 @@ def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
 
 
 class Clock:
-    """Seconds since its start against a budget. Training: every step, calibration, GPTQ, packing, to the artifact on
-    disk. Evaluation: from opening the artifact to the last byte scored. `excluded` collects compile seconds."""
+    """Seconds since its start against a budget. Training: every step, calibration, GPTQ, packing, up to the
+    file on disk. Evaluation: from opening it to the last byte scored. `excluded`: seconds not charged."""
 
     def __init__(self, budget: float = 0.0, now: Callable[[], float] = time.perf_counter):
         self.now, self.budget, self.excluded = now, budget, 0.0
@@ -509,13 +512,11 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.fsync(f.fileno())
         os.chmod(temp, 0o644)
         os.replace(temp, path)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temp)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {path} ({len(data):,} bytes): {error.strerror}; free space or set "
-                            "ARTIFACT_DIR to another disk") from error
-        raise
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({len(data):,} bytes): {error.strerror}; free space or set "
+                        "ARTIFACT_DIR to another disk") from error
+    finally:
+        Path(temp).unlink(missing_ok=True)
 
 
 class Run:
@@ -534,11 +535,10 @@ class Run:
                 self.text = open(self.dir / "train.log", "w", encoding="utf-8", buffering=1)
                 self.metrics = open(self.dir / "metrics.jsonl", "w", encoding="utf-8", buffering=1)
             except OSError as error:
-                raise UserError(f"cannot write into ARTIFACT_DIR={self.dir}: {error.strerror}; choose another folder") \
-                    from error
+                raise UserError(f"cannot write into ARTIFACT_DIR={self.dir}: {error.strerror}") from error
 
     def log(self, event: str, quiet: bool = False, **values) -> None:
-        """One line `event key=value …` on the screen and in train.log, one object in metrics.jsonl; rank 0 only."""
+        """A line `event key=value …` on screen and in train.log, an object in metrics.jsonl; rank 0 only."""
         if not self.world.main:
             return
         self.metrics.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")
@@ -584,66 +584,64 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256    # 256 little-endi
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Tokens of one shard, (N,) uint16, mapped not loaded. UserError on a missing, foreign or truncated file."""
-    path = Path(path)
+    """Tokens of one shard, (N,) uint16, mapped not loaded. UserError when it is missing, foreign or cut."""
+    path, remedy = Path(path), "fetch or build the data again"
     try:
-        size = path.stat().st_size
-        header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER)
+        size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=SHARD_HEADER)
     except OSError as error:
-        raise UserError(f"cannot read shard {path}: {error.strerror}; fetch or build the data again") from error
+        raise UserError(f"cannot read shard {path}: {error.strerror}; {remedy}") from error
     if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        found = header[:2].tolist()
-        raise UserError(f"{path} is no token shard: it starts with {found}, expected [{SHARD_MAGIC}, {SHARD_VERSION}]; "
-                        "fetch or build the data again")
-    expected = 4 * SHARD_HEADER + 2 * int(header[2])
+        raise UserError(f"{path} is no token shard: it starts with {header[:2].tolist()}, expected "
+                        f"[{SHARD_MAGIC}, {SHARD_VERSION}]; {remedy}")
+    count = int(header[2])
+    expected = 4 * SHARD_HEADER + 2 * count
     if size != expected:
-        raise UserError(f"{path} has {size:,} bytes but its header promises {expected:,} ({int(header[2]):,} tokens): "
-                        "it is truncated or damaged; fetch or build it again")
-    if header[2] < 2:
-        raise UserError(f"{path} holds {int(header[2])} tokens: at least 2 are needed; fetch or build the data again")
+        raise UserError(f"{path} has {size:,} bytes but its header promises {expected:,} ({count:,} tokens): "
+                        f"it is truncated or damaged; {remedy}")
+    if count < 2:
+        raise UserError(f"{path} holds {count} tokens: at least 2 are needed; {remedy}")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
-
-
 def list_shards(folder: Path, kind: str) -> list[Path]:
-    """Sorted `fineweb_<kind>_*.bin` of a folder; kind is train, val or val_bytes. UserError when there is none."""
-    found = sorted(p for p in Path(folder).glob(f"fineweb_{kind}_*.bin") if kind != "val" or "_bytes_" not in p.name)
+    """Sorted `fineweb_<kind>_*.bin` of a folder; kind is train, val or val_bytes. UserError when none."""
+    folder = Path(folder)
+    found = sorted(folder.glob(f"fineweb_{kind}_*.bin"))
+    found = [p for p in found if kind != "val" or "_bytes_" not in p.name]
     if not found:
-        what = "does not exist" if not Path(folder).is_dir() else f"has no fineweb_{kind}_*.bin"
-        raise UserError(f"DATA_PATH={folder} {what}: see data/README.md to fetch or build shards, or set DATA_PATH")
+        what = f"has no fineweb_{kind}_*.bin" if folder.is_dir() else "does not exist"
+        raise UserError(f"DATA_PATH={folder} {what}: data/README.md says how to fetch or build shards")
     return found
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Documents of a packed row: cu_seqlens (n,) int32 starts, then the total (repeated as padding); max_seqlen tokens."""
+    """Documents of a packed row: cu_seqlens (n,) int32 starts, then the total as padding; longest piece.
+    isolate: a segment that begins inside a document is not smeared with the token packed before it either."""
     cu_seqlens: Tensor
     max_seqlen: int
+    isolate: bool = False
 
 
 class Batch(NamedTuple):
-    """x, y (b, T) int64 inputs and targets; segment bounds of a packed row (or None) and the longest piece."""
+    """x, y (B, T) int64 inputs and targets; segment bounds of a packed row (or None), its longest piece."""
     x: Tensor
     y: Tensor
-    cu_seqlens: Optional[Tensor]
+    cu_seqlens: Tensor | None
     max_seqlen: int
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> Batch:
         """A copy on the device; from pinned memory without waiting."""
         def move(t):
             return t if t is None or device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
         return Batch(move(self.x), move(self.y), move(self.cu_seqlens), self.max_seqlen)
 
-    def layout(self, cap: int) -> Optional[Layout]:
-        """Document layout with the fixed bound `cap` on a piece's length, so that compiled graphs are reused."""
+    def layout(self, cap: int) -> Layout | None:
+        """Document layout; `cap` bounds a piece's length and is fixed, so that compiled graphs are reused."""
         return None if self.cu_seqlens is None else Layout(self.cu_seqlens, cap)
 
 
 def segment_bounds(bos: np.ndarray, total: int, max_len: int, bucket: int = 64) -> tuple[np.ndarray, int]:
-    """Starts of the attention segments of a row of `total` tokens, then `total` up to a multiple of `bucket` entries.
-
-    A segment begins at 0, at every BOS position, and every max_len tokens (0: never) inside a document.
-    Returns (cu_seqlens int32, longest segment).
-    """
+    """Attention segments of a row of `total` tokens: (cu_seqlens int32, longest segment). A segment starts at
+    0, at each BOS, every max_len (0: never) tokens of a document; padded with `total` to whole `bucket`s."""
     starts = np.unique(np.concatenate([[0], np.asarray(bos, dtype=np.int64)]))
     lengths = np.diff(np.append(starts, total))
     if max_len > 0:
@@ -665,16 +663,17 @@ def packed_batch(tokens: np.ndarray, max_len: int) -> Batch:
 
 
 class TokenStream:
-    """All shards as one endless stream: every target is trained on exactly once per epoch, in order, for any number of
-    ranks. `position` (tokens consumed over all ranks) is the whole state."""
+    """All shards as one endless stream: every target is trained on once per epoch, in order, for any number
+    of ranks. `position` (tokens consumed over all ranks) is the whole state."""
 
     def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int):
         self.shards = [read_shard(f) for f in files]
         self.ends = np.cumsum([len(x) for x in self.shards])
-        self.world_size, self.rank, self.tokens, self.max_len, self.position = world_size, rank, tokens, max_len, 0
+        self.world_size, self.rank, self.tokens, self.max_len = world_size, rank, tokens, max_len
+        self.position = 0
         if self.ends[-1] < tokens + 1:
-            raise UserError(f"{self.ends[-1]:,} training tokens are fewer than one micro-batch of {tokens + 1:,}: "
-                            "lower TRAIN_BATCH_TOKENS or add shards")
+            raise UserError(f"{self.ends[-1]:,} training tokens are fewer than one micro-batch of "
+                            f"{tokens + 1:,}: lower TRAIN_BATCH_TOKENS or add shards")
 
     @property
     def epoch(self) -> float:
@@ -687,8 +686,8 @@ class TokenStream:
             start %= total
             i = int(np.searchsorted(self.ends, start, side="right"))
             begin = start - (int(self.ends[i - 1]) if i else 0)
-            part = self.shards[i][begin:begin + count]
-            parts.append(np.asarray(part))
+            part = np.asarray(self.shards[i][begin:begin + count])
+            parts.append(part)
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts)
 
@@ -699,8 +698,8 @@ class TokenStream:
 
 
 class DocPackStream:
-    """The field's loader: ranks cut one span of (tokens + 1) x world_size from the current shard, whose rest is dropped
-    when it is shorter. `tokens` counts one micro-batch of one rank."""
+    """The field's loader: ranks cut one span of (tokens + 1) x world_size from the current shard, whose rest
+    is dropped when it is shorter. `tokens` counts one micro-batch of one rank."""
 
     def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int):
         self.shards = [read_shard(f) for f in files]
@@ -729,20 +728,20 @@ class DocPackStream:
 
 
 class ShuffledStream:
-    """Windows of seq_len tokens in random order; rank r owns files r, r + world_size, … . `order` lists what was taken
-    as (index of the file in the sorted list, first token)."""
+    """Windows of seq_len tokens in random order; rank r owns files r, r + world_size, … . `order` lists what
+    was taken as (index of the file in the sorted list, first token)."""
 
     def __init__(self, files, *, world_size: int, rank: int, seqs: int, seq_len: int):
         self.owned = list(range(rank, len(files), world_size))
         if not self.owned:
-            raise UserError(f"rank {rank} owns no training shard: {len(files)} shards for {world_size} ranks; use "
-                            "TRAIN_LOADER=stream")
+            raise UserError(f"rank {rank} owns no training shard: {len(files)} shards for {world_size} "
+                            "ranks; use TRAIN_LOADER=stream")
         self.shards = {i: read_shard(files[i]) for i in self.owned}
         self.seqs, self.seq_len, self.order = seqs, seq_len, []
         self.rng = np.random.Generator(np.random.PCG64(rank))
         self.total = sum((len(x) - 1) // seq_len for x in self.shards.values())
         if self.total == 0:
-            raise UserError(f"no training shard of rank {rank} holds {seq_len + 1} tokens: lower TRAIN_SEQ_LEN")
+            raise UserError(f"no shard of rank {rank} holds {seq_len + 1} tokens: lower TRAIN_SEQ_LEN")
         self.starts = {i: self.draw(i) for i in self.owned}
 
     @property
@@ -758,10 +757,9 @@ class ShuffledStream:
         return (phase + self.rng.permutation(count) * length).tolist()
 
     def take(self) -> np.ndarray:
-        left = np.array([len(self.starts[i]) for i in self.owned], dtype=np.float64)
-        if left.sum() == 0:
+        if not any(self.starts.values()):
             self.starts = {i: self.draw(i) for i in self.owned}
-            left = np.array([len(self.starts[i]) for i in self.owned], dtype=np.float64)
+        left = np.array([len(self.starts[i]) for i in self.owned], dtype=np.float64)
         i = self.owned[int(self.rng.choice(len(self.owned), p=left / left.sum()))]
         start = self.starts[i].pop()
         self.order.append((i, start))
@@ -818,20 +816,19 @@ class Prefetch:
 
 @dataclass(frozen=True)
 class ByteTable:
-    """UTF-8 bytes behind each token. base (V) int16; lead (V): the piece begins with a space; boundary (V): control,
-    unknown or unused, after which a leading space is not counted."""
+    """UTF-8 bytes behind each token. base (V) int16; lead (V): the piece begins with a space; boundary (V):
+    control, unknown or unused, after which a leading space is not counted."""
     base: np.ndarray
     lead: np.ndarray
     boundary: np.ndarray
 
     @classmethod
-    def from_sentencepiece(cls, path: Path, vocab_size: int) -> "ByteTable":
+    def from_sentencepiece(cls, path: Path, vocab_size: int) -> ByteTable:
         sp = load_tokenizer(path)
         if sp.vocab_size() != vocab_size:
-            raise UserError(f"tokenizer {path} has {sp.vocab_size()} tokens but VOCAB_SIZE={vocab_size}: set VOCAB_SIZE "
-                            "or TOKENIZER_PATH to the pair the shards were made with")
-        base, lead = np.zeros(vocab_size, np.int16), np.zeros(vocab_size, bool)
-        boundary = np.zeros(vocab_size, bool)
+            raise UserError(f"tokenizer {path} has {sp.vocab_size()} tokens but VOCAB_SIZE={vocab_size}: set "
+                            "VOCAB_SIZE or TOKENIZER_PATH to the pair the shards were made with")
+        base, lead, boundary = (np.zeros(vocab_size, kind) for kind in (np.int16, bool, bool))
         for i in range(vocab_size):
             if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
                 boundary[i] = True
@@ -840,7 +837,7 @@ class ByteTable:
             else:
                 piece = sp.id_to_piece(i)
                 lead[i] = piece.startswith("\u2581")
-                base[i] = len(piece.removeprefix("\u2581").encode())   # only the first U+2581 stands for a space
+                base[i] = len(piece.removeprefix("\u2581").encode())   # only the first one stands for a space
         return cls(base, lead, boundary)
 
     def count(self, prev: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -856,12 +853,12 @@ def load_tokenizer(path: Path):
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model ({str(error)[:80]}): fetch it again") from error
+        raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model: {str(error)[:80]}") from error
 
 
 class Documents:
     """Documents of a token stream: each runs from its BOS to, and including, the next BOS (its last target).
-    start, length (n,) int64; document d predicts length - 1 targets from inputs start … start + length - 2."""
+    start, length (n,) int64; document d predicts length - 1 targets from as many inputs, from start on."""
 
     def __init__(self, tokens: np.ndarray):
         starts = np.flatnonzero(tokens == BOS)
@@ -872,7 +869,7 @@ class Documents:
     def __len__(self) -> int:
         return len(self.start)
 
-    def sample(self, fraction: float, seed: int) -> "Documents":
+    def sample(self, fraction: float, seed: int) -> Documents:
         """A random share of the documents, in stream order."""
         if fraction < 1:
             keep = sorted(random.Random(seed).sample(range(len(self)), max(1, round(len(self) * fraction))))
@@ -881,7 +878,7 @@ class Documents:
 
 
 class Validation:
-    """The validation stream: tokens (N,) uint16, bytes of every target (N - 1,) int64, documents, byte rule used."""
+    """The validation stream: tokens (N,) uint16, bytes of targets (N - 1,) int64, documents, byte rule."""
 
     def __init__(self, s: Settings):
         files = list_shards(s.shards, "val")
@@ -892,8 +889,8 @@ class Validation:
             self.rule, sizes = "sidecar", [read_shard(f) for f in sidecars]
             for f, tokens, counts in zip(sidecars, files, sizes):
                 if len(counts) != len(read_shard(tokens)):
-                    raise UserError(f"{f} has {len(counts):,} entries for {len(read_shard(tokens)):,} tokens: the byte "
-                                    "sidecar belongs to other shards; fetch or build both again")
+                    raise UserError(f"{f} has {len(counts):,} entries for {len(read_shard(tokens)):,} "
+                                    "tokens: the byte sidecar belongs to other shards; fetch both again")
             self.target_bytes = np.concatenate(sizes)[1:].astype(np.int64)
         elif s.caseops_enabled:
             raise UserError(f"CASEOPS_ENABLED=1 needs the byte sidecar {sidecars[0]}: fetch it, or set "
@@ -904,43 +901,43 @@ class Validation:
             self.target_bytes = table.count(self.tokens[:-1], self.tokens[1:])
         self.documents = Documents(self.tokens).sample(s.val_doc_fraction, s.seed)
         if self.target_bytes.sum() == 0:
-            raise UserError(f"the validation targets of {files[0]} count 0 bytes: the byte sidecar is damaged")
+            raise UserError(f"the validation targets of {files[0]} count 0 bytes: the sidecar is damaged")
 
     def text_bytes(self, s: Settings) -> bytes:
         """The validation text as UTF-8, decoded document by document."""
-        sp = load_tokenizer(s.tokenizer)
-        pieces = (self.tokens[a + 1:a + n].tolist() for a, n in zip(self.documents.start, self.documents.length))
+        sp, documents = load_tokenizer(s.tokenizer), zip(self.documents.start, self.documents.length)
+        pieces = (self.tokens[a + 1:a + n].tolist() for a, n in documents)
         return "\n".join(sp.decode([t for t in piece if t != BOS]) for piece in pieces).encode()
 
 
 def check_tokens(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
     """Refuse a token file without documents, not starting with one, or with ids beyond the vocabulary."""
     if not (tokens == BOS).any():
-        raise UserError(f"{path} holds no BOS (id {BOS}): documents cannot be told apart; build the shards again with a "
-                        "BOS before every document")
+        raise UserError(f"{path} holds no BOS (id {BOS}): documents cannot be told apart; build the shards "
+                        "again with a BOS before every document")
     if tokens[0] != BOS:
-        raise UserError(f"{path} starts with token {int(tokens[0])}, not BOS (id {BOS}): its first document is cut; "
-                        "build the shards again")
+        raise UserError(f"{path} starts with token {int(tokens[0])}, not BOS (id {BOS}): its first document "
+                        "is cut; build the shards again")
     if tokens.max() >= vocab_size:
         at = int(np.argmax(tokens >= vocab_size))
-        raise UserError(f"{path} holds token {int(tokens[at])} at position {at} but VOCAB_SIZE={vocab_size}: the shards "
-                        "were made with another tokenizer; set VOCAB_SIZE and TOKENIZER_PATH to its own")
+        raise UserError(f"{path} holds token {int(tokens[at])} at position {at} but VOCAB_SIZE={vocab_size}: "
+                        "another tokenizer made these shards; set VOCAB_SIZE and TOKENIZER_PATH to its own")
 
 
 # ============================================================================================================
 # 4  Model: one forward for training, scoring and adaptation
 # ============================================================================================================
 
-# Role of every parameter; a parameter without a row stops the run. embed, head, small: AdamW; matrix: Muon.
-ROLES = {
-    "tok_emb": "embed", "lm_head": "head", "qo_bank": "matrix", "kv_bank": "matrix", "mlp_up_bank": "matrix",
-    "mlp_down_bank": "matrix", "attn_scale": "small", "mlp_scale": "small", "resid_mix": "small", "q_gain": "small",
-    "attn_gate_w": "small", "attn_gate_proj": "small", "skip_weights": "small", "skip_gates": "small",
-    "parallel_post_lambdas": "small", "parallel_resid_lambdas": "small", "smear_gate": "small", "smear_lambda": "small",
-}
+# Role of every parameter; one without a role stops the run. embed, head, small: AdamW; matrix: Muon.
+ROLES = {name: role for role, names in {
+    "embed": "tok_emb", "head": "lm_head", "matrix": "qo_bank kv_bank mlp_up_bank mlp_down_bank",
+    "small": "attn_scale mlp_scale resid_mix q_gain attn_gate_w attn_gate_proj skip_weights skip_gates "
+             "parallel_post_lambdas parallel_resid_lambdas smear_gate smear_lambda",
+}.items() for name in names.split()}
 # The field's names: one tensor per layer, where ours are stacked.
-PER_LAYER = {"attn_scale": "attn_scale", "mlp_scale": "mlp_scale", "resid_mix": "resid_mix", "q_gain": "attn.q_gain",
-             "attn_gate_w": "attn.attn_gate_w", "attn_gate_proj": "attn.attn_gate_proj.weight"}
+PER_LAYER = {"attn_scale": "attn_scale", "mlp_scale": "mlp_scale", "resid_mix": "resid_mix",
+             "q_gain": "attn.q_gain", "attn_gate_w": "attn.attn_gate_w",
+             "attn_gate_proj": "attn.attn_gate_proj.weight"}
 WHOLE = {"tok_emb": "tok_emb.weight", "lm_head": "lm_head.weight", "smear_gate": "smear_gate.weight"}
 BANKS = {   # bank -> field's names of its first and second half (or of all its layers)
     "qo_bank": ("attn.c_q.weight", "attn.proj.weight"), "kv_bank": ("attn.c_k.weight", "attn.c_v.weight"),
@@ -959,7 +956,7 @@ def field_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def matrix_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """field_views with the weight banks split into one matrix per layer (`blocks.3.mlp.fc.weight`), as views."""
+    """field_views with the banks split into one matrix per layer (`blocks.3.mlp.fc.weight`), as views."""
     views = field_views(params)
     for bank, halves in BANKS.items():
         if bank in views:
@@ -989,21 +986,9 @@ def layer_plan(s: Settings, looping: bool) -> Plan:
     return Plan(order[:len(order) // 2], order[len(order) // 2:])
 
 
-class LayerWeights(NamedTuple):
-    """One layer's weights in the activations' dtype, unbound from the stacked parameters."""
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
-    up: Tensor
-    down: Tensor
-    attn_scale: Tensor
-    mlp_scale: Tensor
-    resid_mix: Tensor
-    q_gain: Tensor
-    post: Tensor
-    resid: Tensor
-    gate: Optional[Tensor]
+# One layer's weights in the activations' dtype, unbound from the stacked parameters; gate may be None.
+LayerWeights = namedtuple(
+    "LayerWeights", "q k v o up down attn_scale mlp_scale resid_mix q_gain post resid gate")
 
 
 class Pass(NamedTuple):
@@ -1011,9 +996,9 @@ class Pass(NamedTuple):
     layers: list[LayerWeights]
     x0: Tensor
     rope: tuple[Tensor, Tensor]
-    layout: Optional[Layout]
-    adapter: Optional["BoundAdapter"]
-    tap: Optional[Callable]
+    layout: Layout | None
+    adapter: BoundAdapter | None
+    tap: Callable | None
 
 
 def rms(x: Tensor) -> Tensor:
@@ -1062,7 +1047,7 @@ class GPT(nn.Module):
     """The depth-recurrent GPT. Parameters are stacked over layers and kept in float32; `compute_dtype` is the
     activations'. Every forward takes a Plan, so recurrence is an argument, not a state."""
 
-    def __init__(self, s: Settings, generator: Optional[torch.Generator] = None):
+    def __init__(self, s: Settings, generator: torch.Generator | None = None):
         super().__init__()
         self.s, self.compute_dtype, self.rope_length = s, torch.float32, 0
         self.mlp_kernel = self.ce_kernel = None      # None: the fused kernels where they can run
@@ -1071,15 +1056,14 @@ class GPT(nn.Module):
         self.init_weights(generator)
 
     @torch.no_grad()
-    def init_weights(self, generator: Optional[torch.Generator]) -> None:
+    def init_weights(self, generator: torch.Generator | None) -> None:
         """Orthogonal inputs, zero outputs: every block starts as the identity. Seeded by the generator."""
         s, layers = self.s, self.s.num_layers
         self.tok_emb.normal_(0, s.tied_embed_init_std, generator=generator)
-        inputs = (*self.qo_bank[:layers], *self.kv_bank, *self.mlp_up_bank)
-        for matrix in inputs:
+        for matrix in (*self.qo_bank[:layers], *self.kv_bank, *self.mlp_up_bank):
             nn.init.orthogonal_(matrix, generator=generator)
-        for name, value in (("attn_scale", 1), ("mlp_scale", 1), ("q_gain", s.qk_gain_init), ("skip_weights", 1),
-                            ("parallel_post_lambdas", 1), ("parallel_resid_lambdas", 1.1)):
+        for name, value in dict(attn_scale=1, mlp_scale=1, q_gain=s.qk_gain_init, skip_weights=1,
+                                parallel_post_lambdas=1, parallel_resid_lambdas=1.1).items():
             getattr(self, name).fill_(value)
         self.resid_mix[:, 0] = 1
         if hasattr(self, "attn_gate_w"):
@@ -1089,19 +1073,21 @@ class GPT(nn.Module):
     # --- pieces
 
     def layer_weights(self) -> list[LayerWeights]:
-        """Unbind each stacked parameter once: its gradient is then one stack, not a sum of full-size zeros."""
+        """Each stacked parameter is unbound once: its gradient is then one stack, not a sum of zeros."""
         def unbind(p):
             return p.to(self.compute_dtype).unbind(0)
         n = self.s.num_layers
         qo, kv = unbind(self.qo_bank), unbind(self.kv_bank)
         gate = getattr(self, "attn_gate_w", getattr(self, "attn_gate_proj", None))
         gates = [None] * n if gate is None else unbind(gate)
-        rest = [unbind(p) for p in (self.mlp_up_bank, self.mlp_down_bank, self.attn_scale, self.mlp_scale, self.resid_mix,
-                                    self.q_gain, self.parallel_post_lambdas, self.parallel_resid_lambdas)]
-        return [LayerWeights(qo[i], kv[i], kv[n + i], qo[n + i], *(r[i] for r in rest), gates[i]) for i in range(n)]
+        rest = [unbind(p) for p in (
+            self.mlp_up_bank, self.mlp_down_bank, self.attn_scale, self.mlp_scale, self.resid_mix,
+            self.q_gain, self.parallel_post_lambdas, self.parallel_resid_lambdas)]
+        return [LayerWeights(qo[i], kv[i], kv[n + i], qo[n + i], *(r[i] for r in rest), gates[i])
+                for i in range(n)]
 
     def rope(self, length: int, device) -> tuple[Tensor, Tensor]:
-        """cos and sin (length, R/2) float32; the base grows with lengths beyond TRAIN_SEQ_LEN when ROPE_YARN is on."""
+        """cos and sin (length, rope_dims/2) float32; ROPE_YARN: the base grows beyond TRAIN_SEQ_LEN."""
         s, dims, table = self.s, self.s.rope_dims or self.s.head_dim, max(length, self.rope_length)
         base = s.rope_base
         if s.rope_yarn and table > s.train_seq_len:
@@ -1110,12 +1096,16 @@ class GPT(nn.Module):
         angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] * inverse
         return angle.cos(), angle.sin()
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Tensor, layout: Layout | None) -> Tensor:
         """Normalised embeddings (B, T, D), each smeared with the previous token's unless it is a BOS."""
         e = F.embedding(ids, self.tok_emb).to(self.compute_dtype)
         if self.s.smear_gate_enabled:
+            follows = ids[:, 1:] != BOS
+            if layout is not None and layout.isolate:
+                starts = torch.zeros(ids.size(1) + 1, dtype=torch.bool, device=ids.device)
+                follows = follows & ~starts.index_fill(0, layout.cu_seqlens.long(), True)[1:-1]
             gate = torch.sigmoid(F.linear(e[:, 1:, :self.s.gate_window], self.smear_gate.to(e.dtype)))
-            gate = gate * self.smear_lambda.to(e.dtype) * (ids[:, 1:, None] != BOS)
+            gate = gate * self.smear_lambda.to(e.dtype) * follows[..., None]
             e = torch.cat((e[:, :1], e[:, 1:] + gate * e[:, :-1]), dim=1)
         return rms(e)
 
@@ -1178,7 +1168,7 @@ class GPT(nn.Module):
         mixed = w.resid_mix[0] * lane0 + w.resid_mix[1] * c.x0
         a = w.attn_scale * self.attend(c, i, slot, rms(mixed) * f)
         b = w.mlp_scale * self.feed_forward(c, i, slot, rms(lane1) * f)
-        return tuple(w.resid[j] * lane + w.post[0, j] * a + w.post[1, j] * b for j, lane in enumerate((lane0, lane1)))
+        return tuple(r * lane + pa * a + pb * b for r, lane, pa, pb in zip(w.resid, (lane0, lane1), *w.post))
 
     def depth_scale(self, i: int) -> float:
         return 1 / math.sqrt(i + 1) if self.s.ln_scale else 1.0
@@ -1192,12 +1182,11 @@ class GPT(nn.Module):
 
     # --- the forward
 
-    def hidden(self, ids: Tensor, plan: Plan, layout: Optional[Layout] = None, adapter: Optional["Adapter"] = None,
-               tap: Optional[Callable] = None) -> Tensor:
-        """Final normalised hidden state (B, T, D) of tokens ids (B, T). layout: documents of a packed row (None: each
-        row is one causal sequence). adapter: low-rank deltas. tap(kind, layer, x) sees the activations."""
-        s = self.s
-        x = self.embed(ids)
+    def hidden(self, ids: Tensor, plan: Plan, layout: Layout | None = None, adapter: Adapter | None = None,
+               tap: Callable | None = None) -> Tensor:
+        """Final normalised hidden state (B, T, D) of tokens ids (B, T). layout: documents of a packed row
+        (None: each row is causal). adapter: low-rank deltas. tap(kind, layer, x) sees the activations."""
+        s, x = self.s, self.embed(ids, layout)
         c = Pass(self.layer_weights(), x, self.rope(ids.size(1), ids.device), layout,
                  None if adapter is None else adapter.bind(x.dtype), tap)
         skips, lane0, lane1 = [], None, None
@@ -1217,7 +1206,7 @@ class GPT(nn.Module):
                     x = self.merge_skip(j, x, skip)
             if parallel:
                 lane0, lane1 = self.lanes(c, i, slot, lane0, lane1)
-            elif lane0 is None:      # once lanes run, a layer of the one stream could no longer reach the output
+            elif lane0 is None:      # once lanes run, the one stream no longer reaches the output
                 x = self.block(c, i, slot, x)
         if lane0 is not None:
             x = {"mean": 0.5 * (lane0 + lane1), "mlp": lane1, "attn": lane0}[s.parallel_final_lane]
@@ -1227,35 +1216,34 @@ class GPT(nn.Module):
                 tap(kind, -1, value)
         return out
 
-    def raw_logits(self, hidden: Tensor, adapter: Optional["Adapter"] = None) -> Tensor:
+    def raw_logits(self, hidden: Tensor, adapter: Adapter | None = None) -> Tensor:
         """Logits (B, T, V) before the soft cap."""
         weight = self.tok_emb if self.s.tie_embeddings else self.lm_head
         z = F.linear(hidden, weight.to(hidden.dtype))
         return z if adapter is None else adapter.bind(hidden.dtype).add(z, "head", 0, hidden)
 
-    def logits(self, hidden: Tensor, adapter: Optional["Adapter"] = None) -> Tensor:
+    def logits(self, hidden: Tensor, adapter: Adapter | None = None) -> Tensor:
         """Soft-capped logits (B, T, V) float32."""
         cap = self.s.logit_softcap
         return cap * torch.tanh(self.raw_logits(hidden, adapter).float() / cap)
 
-    def losses(self, ids: Tensor, targets: Tensor, plan: Plan, layout: Optional[Layout] = None,
-               adapter: Optional["Adapter"] = None, tap: Optional[Callable] = None) -> Tensor:
+    def losses(self, ids: Tensor, targets: Tensor, plan: Plan, layout: Layout | None = None,
+               adapter: Adapter | None = None, tap: Callable | None = None) -> Tensor:
         """Cross-entropy of every target in nats, (B, T) float32."""
-        z = self.raw_logits(self.hidden(ids, plan, layout, adapter, tap), adapter)
-        return capped_ce(z.flatten(0, 1), targets.flatten(), self.s.logit_softcap, self.ce_kernel).view(targets.shape)
+        z = self.raw_logits(self.hidden(ids, plan, layout, adapter, tap), adapter).flatten(0, 1)
+        return capped_ce(z, targets.flatten(), self.s.logit_softcap, self.ce_kernel).view(targets.shape)
 
     forward = losses
 
     def flops_per_token(self, plan: Plan, context: float) -> float:
-        """Multiply-adds x 2 of one token's forward: matrices of the executed layers, head, attention over `context`."""
+        """FLOPs of one token's forward: matrices of the executed layers, head, attention over `context`."""
         s = self.s
-        matrices = 2 * s.model_dim ** 2 + 2 * s.kv_dim * s.model_dim + 2 * s.hidden_dim * s.model_dim
-        attention_cost = 2 * s.model_dim * context
-        return 2 * (plan.slots * (matrices + attention_cost) + s.vocab_size * s.model_dim)
+        matrices = 2 * s.model_dim * (s.model_dim + s.kv_dim + s.hidden_dim)
+        return 2 * (plan.slots * (matrices + 2 * s.model_dim * context) + s.vocab_size * s.model_dim)
 
 
-def project(x: Tensor, weight: Tensor, adapter: Optional["BoundAdapter"], kind: str, slot: int) -> Tensor:
-    """x (B, T, in), weight (out, in) -> (B, T, out), plus the adapter's delta for this slot when there is one."""
+def project(x: Tensor, weight: Tensor, adapter: BoundAdapter | None, kind: str, slot: int) -> Tensor:
+    """x (B, T, in), weight (out, in) -> (B, T, out), plus the adapter's delta for this slot, if any."""
     y = F.linear(x, weight)
     return y if adapter is None else adapter.add(y, kind, slot, x)
 
@@ -1278,15 +1266,14 @@ class BoundAdapter(NamedTuple):
 
 
 class Adapter(nn.Module):
-    """Low-rank adapters for `rows` documents side by side: per kind A (S, rows, r, in) uniform(±1/sqrt(in)) and
-    B (S, rows, out, r) zero, so a fresh adapter changes nothing. S counts executed slots; the head has one."""
+    """Low-rank adapters for `rows` documents side by side: per kind A (S, rows, r, in) uniform(±1/sqrt(in))
+    and B (S, rows, out, r) zero: a fresh one changes nothing. S counts executed slots; the head has one."""
 
-    FIELD = {"q": "q_loras", "k": "k_loras", "v": "v_loras", "o": "o_loras", "mlp": "mlp_loras", "head": "lm_head_lora"}
-
-    def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu", generator: Optional[torch.Generator] = None):
+    def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu",
+                 generator: torch.Generator | None = None):
         super().__init__()
-        self.scale, self.rank, self.warm, self.generator = s.ttt_lora_alpha / s.ttt_lora_rank, s.ttt_lora_rank, \
-            s.ttt_warm_start_a, generator
+        self.scale, self.rank = s.ttt_lora_alpha / s.ttt_lora_rank, s.ttt_lora_rank
+        self.warm, self.generator = s.ttt_warm_start_a, generator
         outs = {"q": s.model_dim, "k": s.kv_dim, "v": s.kv_dim, "o": s.model_dim, "mlp": s.model_dim}
         kinds = {k: (plan.slots, out) for k, out in outs.items() if getattr(s, f"ttt_{k}_lora")}
         kinds["head"] = (1, s.vocab_size)
@@ -1300,8 +1287,7 @@ class Adapter(nn.Module):
     def draw_a(self) -> None:
         """Fresh A. Drawn on the CPU, so that every device starts from the same numbers."""
         for a in self.a.values():
-            fresh = torch.empty(a.shape).uniform_(-1, 1, generator=self.generator) / math.sqrt(a.size(-1))
-            a.copy_(fresh)
+            a.copy_(torch.empty(a.shape).uniform_(-1, 1, generator=self.generator) / math.sqrt(a.size(-1)))
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -1312,15 +1298,16 @@ class Adapter(nn.Module):
             self.draw_a()
 
     def bind(self, dtype: torch.dtype) -> BoundAdapter:
-        return BoundAdapter(*({k: p.to(dtype).unbind(0) for k, p in side.items()} for side in (self.a, self.b)), self.scale)
+        a, b = ({k: p.to(dtype).unbind(0) for k, p in side.items()} for side in (self.a, self.b))
+        return BoundAdapter(a, b, self.scale)
 
     def field_views(self) -> dict[str, Tensor]:
-        """Parameters under the field's names, as views: `q_loras.<slot>.A` (rows, r, in), `.B`, `lm_head_lora.A`."""
+        """Views under the field's names: `q_loras.<slot>.A` (rows, r, in), `.B`, `lm_head_lora.A`, …"""
         views = {}
         for side, tensors in (("A", self.a), ("B", self.b)):
             for kind, p in tensors.items():
-                names = [f"{self.FIELD[kind]}.{slot}.{side}" for slot in range(len(p))]
-                views.update(zip([f"lm_head_lora.{side}"] if kind == "head" else names, p.unbind(0)))
+                for slot, x in enumerate(p):
+                    views[("lm_head_lora" if kind == "head" else f"{kind}_loras.{slot}") + f".{side}"] = x
         return views
 
 
@@ -1328,16 +1315,16 @@ class Adapter(nn.Module):
 # 6  Kernels: each beside its plain twin
 # ============================================================================================================
 
-FUSED: bool | None = None   # None: Triton for CUDA tensors where it is installed · True, False: forced (tests)
+FUSED: bool | None = None   # None: Triton for CUDA tensors, if installed · True, False: forced (tests)
 HALF = (torch.bfloat16, torch.float16)
 
 
 def use_triton(wanted: bool | None, sensible: bool) -> bool:
-    """Is the Triton kernel to run? `wanted` (a caller) beats FUSED (the module) beats `sensible` (this input)."""
+    """Triton or not: `wanted` (the caller) beats FUSED (the module) beats `sensible` (the input)."""
     wanted = FUSED if wanted is None else wanted
     if wanted and triton is None:
-        raise UserError("kernel=True or FUSED=True asks for Triton, which is not installed: `pip install triton`, "
-                        "or leave it None to use the plain PyTorch twin")
+        raise UserError("kernel=True or FUSED=True asks for Triton, which is not installed: "
+                        "`pip install triton`, or leave it None to use the plain PyTorch twin")
     return (sensible and triton is not None) if wanted is None else wanted
 
 
@@ -1346,7 +1333,7 @@ if triton is not None:
     def ce_forward_kernel(logits_ptr, targets_ptr, loss_ptr, lse_ptr, cap, V, BLOCK: tl.constexpr):
         """One row a program: loss and log Σ exp of s = cap·tanh(x/cap) - cap = -2·cap·sigmoid(-2x/cap).
 
-        The shift by cap cancels in the loss and saves tanh's two tails; the running maximum keeps any cap exact.
+        The shift by cap cancels in the loss; the running maximum keeps any cap exact.
         """
         row = tl.program_id(0).to(tl.int64)             # N·V passes 2**31 at 262,144 tokens of 8,192
         logits_ptr += row * V
@@ -1364,8 +1351,9 @@ if triton is not None:
         tl.store(loss_ptr + row, lse + 2 * cap / (1 + tl.exp(x * (2 / cap))))
 
     @triton.jit
-    def ce_backward_kernel(logits_ptr, targets_ptr, lse_ptr, dloss_ptr, grad_ptr, cap, V, BLOCK: tl.constexpr):
-        """grad = dloss · (softmax(s) - onehot) · ds/dx, with ds/dx = 1 - tanh² = 4u(1 - u), u = sigmoid(-2x/cap)."""
+    def ce_backward_kernel(logits_ptr, targets_ptr, lse_ptr, dloss_ptr, grad_ptr, cap, V,
+                           BLOCK: tl.constexpr):
+        """grad = dloss · (softmax(s) - onehot) · ds/dx, where ds/dx = 4u(1 - u) for u = sigmoid(-2x/cap)."""
         row = tl.program_id(0).to(tl.int64)
         target, lse, dloss = tl.load(targets_ptr + row), tl.load(lse_ptr + row), tl.load(dloss_ptr + row)
         for start in range(0, V, BLOCK):
@@ -1377,22 +1365,24 @@ if triton is not None:
             tl.store(grad_ptr + row * V + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < V)
 
     @triton.jit
-    def mlp_kernel(a_ptr, b_ptr, h_ptr, out_ptr, M, N, K, b_stride_k, b_stride_n, slope, BACKWARD: tl.constexpr,
-                   KEEP_H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                   GROUP: tl.constexpr):
-        """out = act(A@B), writing A@B to h if KEEP_H · BACKWARD: out = (A@B)·act'(h). A (M,K), B (K,N), h, out (M,N).
+    def mlp_kernel(a_ptr, b_ptr, h_ptr, out_ptr, M, N, K, b_stride_k, b_stride_n, slope,
+                   BACKWARD: tl.constexpr, KEEP_H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                   BK: tl.constexpr, GROUP: tl.constexpr):
+        """A (M, K), B (K, N) -> out (M, N) = act(A@B), h = A@B if KEEP_H; if BACKWARD, out = (A@B)·act'(h).
 
-        Programs run down GROUP row tiles before the next column tile, so that A and B tiles are met again in L2.
+        Programs run down GROUP row tiles before the next column tile: tiles of A and B are met again in L2.
         """
         pid, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
         first = pid // (GROUP * tiles_n) * GROUP
         height = min(tiles_m - first, GROUP)
         tile_m = first + pid % (GROUP * tiles_n) % height
         tile_n = pid % (GROUP * tiles_n) // height
-        rows, cols = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
-        inner = tl.arange(0, BK)
-        # Out-of-range rows and columns wrap round and are never stored: only the K loop needs a mask.
-        a_ptrs = a_ptr + (rows % M).to(tl.int64)[:, None] * K + inner[None, :]
+        rows, cols, inner = tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+        # The tile's origin is one int64 scalar (M·N may pass 2**31), the rest int32: fewer registers.
+        below = M - tile_m * BM
+        origin = (tile_m * BM).to(tl.int64)
+        # Rows and columns out of range wrap round and are never stored: only the K loop needs a mask.
+        a_ptrs = a_ptr + origin * K + (rows % below)[:, None] * K + inner[None, :]
         b_ptrs = b_ptr + inner[:, None] * b_stride_k + (cols % N)[None, :] * b_stride_n
         acc = tl.zeros((BM, BN), dtype=tl.float32)
         for k in range(0, K, BK):
@@ -1401,8 +1391,10 @@ if triton is not None:
             acc = tl.dot(a, b, acc, input_precision="ieee")
             a_ptrs += BK
             b_ptrs += BK * b_stride_k
-        at = rows.to(tl.int64)[:, None] * N + cols[None, :]
-        inside = (rows < M)[:, None] & (cols < N)[None, :]
+        h_ptr += origin * N
+        out_ptr += origin * N
+        at = rows[:, None] * N + cols[None, :]
+        inside = (rows < below)[:, None] & (cols < N)[None, :]
         if BACKWARD:
             h = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
             out = acc * tl.where(h > 0, 2 * h, 2 * slope * slope * h)
@@ -1424,7 +1416,7 @@ def ce_launch(V: int) -> dict:
 
 @torch.library.custom_op("golf::capped_ce", mutates_args=())
 def ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """logits (N, V), targets (N) int64 -> losses (N) float32, and log Σ exp of the shifted logits (N) float32."""
+    """logits (N, V), targets (N) int64 -> losses (N) and log Σ exp of the shifted logits (N), float32."""
     N, V = logits.shape
     loss, lse = (torch.empty(N, device=logits.device, dtype=torch.float32) for _ in range(2))
     if N:
@@ -1439,12 +1431,12 @@ def _(logits, targets, cap):
 
 @torch.library.custom_op("golf::capped_ce_backward", mutates_args=())
 def ce_backward(dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, cap: float) -> Tensor:
-    """dloss (N) -> gradient (N, V) in the dtype of the logits; the softmax is recomputed from logits and lse."""
+    """dloss (N) -> gradient (N, V) in the logits' dtype; the softmax is recomputed from logits and lse."""
     N, V = logits.shape
     grad = torch.empty((N, V), device=logits.device, dtype=logits.dtype)
     if N:
-        ce_backward_kernel[(N,)](logits.contiguous(), targets.contiguous(), lse, dloss.contiguous(), grad, cap, V,
-                                 **ce_launch(V))
+        ce_backward_kernel[(N,)](logits.contiguous(), targets.contiguous(), lse, dloss.contiguous(), grad,
+                                 cap, V, **ce_launch(V))
     return grad
 
 
@@ -1467,9 +1459,9 @@ ce_forward.register_autograd(ce_autograd, setup_context=ce_save)
 
 
 def capped_ce(logits: Tensor, targets: Tensor, cap: float, kernel: bool | None = None) -> Tensor:
-    """Cross-entropy of cap·tanh(logits/cap): logits (N, V) bf16 or f32, targets (N) int64 -> losses (N) float32.
+    """Cross-entropy of cap·tanh(logits/cap): logits (N, V) bf16 or f32, targets (N) int64 -> (N) float32.
 
-    The fused kernel reads the logits once and writes no softmax; the plain twin makes four (N, V) passes.
+    The fused kernel reads the logits once and writes nothing of their size; the plain twin is float32.
     """
     if use_triton(kernel, logits.is_cuda):
         return ce_forward(logits, targets, float(cap))[0]
@@ -1478,8 +1470,8 @@ def capped_ce(logits: Tensor, targets: Tensor, cap: float, kernel: bool | None =
 
 # --- leaky-ReLU² MLP
 
-# 128×256 tiles hold 128 accumulators a thread, 3 stages 144 KB of an H100's 227 KB of shared memory. Fixed, not
-# autotuned: the choice would depend on timing, and with it the last bits of a run.
+# 128×256 tiles keep 128 accumulators a thread; 3 stages take 144 of an H100's 227 KB of shared memory. Fixed,
+# not autotuned: the choice would depend on timing, and the last bits of a run with it.
 MLP_TILE = dict(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3)
 
 
@@ -1488,12 +1480,13 @@ def mlp_launch(a: Tensor, b: Tensor, h: Tensor, out: Tensor, slope: float, backw
     (M, K), N = a.shape, b.shape[1]
     tiles = triton.cdiv(M, MLP_TILE["BM"]) * triton.cdiv(N, MLP_TILE["BN"])
     if tiles:
-        mlp_kernel[(tiles,)](a, b, h, out, M, N, K, *b.stride(), slope, BACKWARD=backward, KEEP_H=keep_h, **MLP_TILE)
+        mlp_kernel[(tiles,)](a, b, h, out, M, N, K, *b.stride(), slope, BACKWARD=backward, KEEP_H=keep_h,
+                             **MLP_TILE)
 
 
 @torch.library.custom_op("golf::mlp_up", mutates_args=())
 def mlp_up(x: Tensor, up: Tensor, slope: float, keep_h: bool) -> tuple[Tensor, Tensor]:
-    """x (N, d), up (m, d) -> h = x @ upᵀ (N, m), or (0, m) unless keep_h, and a = leaky_relu(h, slope)² (N, m)."""
+    """x (N, d), up (m, d) -> h = x @ upᵀ (N, m), or (0, m) unless keep_h, and a = leaky(h)² (N, m)."""
     N, m = x.shape[0], up.shape[0]
     h, a = x.new_empty(N if keep_h else 0, m), x.new_empty(N, m)
     mlp_launch(x.contiguous(), up.mT, h, a, slope, backward=False, keep_h=keep_h)
@@ -1522,8 +1515,9 @@ def _(dy, down, h, slope):
 class LeakySquareMLP(torch.autograd.Function):
     """The whole MLP as one node, because dh = (dy @ down) · act'(h) is only fused where dy is at hand.
 
-    Both h and a are kept for backward: 8 passes over an (N, m) matrix a layer (write h, a, dh; read a twice, h once,
-    dh twice). Keeping h alone halves the memory and costs a ninth (a written again); keeping a alone loses h's sign.
+    Both h and a are kept for backward: 8 passes over an (N, m) matrix (write h, a, dh; read h once, a and dh
+    twice), the least there is. Keeping h alone halves the memory held but writes a once more, a ninth pass;
+    keeping a alone loses the sign of h.
     """
     @staticmethod
     def forward(ctx, x, up, down, slope):
@@ -1535,16 +1529,17 @@ class LeakySquareMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, up, down, h, a = ctx.saved_tensors
-        need_x, need_up, need_down, _ = ctx.needs_input_grad        # adaptation freezes the weights: skip theirs
+        need_x, need_up, need_down, _ = ctx.needs_input_grad        # adaptation freezes the weights
         dh = mlp_dh(dy, down, h, ctx.slope) if need_x or need_up else None
-        return dh @ up if need_x else None, dh.mT @ x if need_up else None, dy.mT @ a if need_down else None, None
+        return (dh @ up if need_x else None, dh.mT @ x if need_up else None,
+                dy.mT @ a if need_down else None, None)
 
 
 def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, kernel: bool | None = None) -> Tensor:
     """leaky_relu(x @ upᵀ, slope)² @ downᵀ: x (N, d), up (m, d), down (d, m) of one dtype -> (N, d).
 
-    Triton fuses the activation into the matrix product before it; bf16 in and out, sums in float32. The remaining
-    products are cuBLAS's, which nothing beats at these shapes.
+    Triton fuses the activation (in backward, its derivative) into the matrix product before it: bf16 in and
+    out, sums in float32. The other products are cuBLAS's.
     """
     if not use_triton(kernel, x.is_cuda and x.dtype in HALF):
         return F.leaky_relu(x @ up.mT, slope).square() @ down.mT
@@ -1555,26 +1550,27 @@ def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, kernel: 
 
 # --- attention
 
-ATTENTION = "plain"         # the backend `attention` uses: the caller sets it to what resolve_attention returns
+ATTENTION = "plain"         # the backend in use: set it to the name that resolve_attention returns
 FLASH: dict = {}            # backend name -> its imported module, filled by resolve_attention
 MODULES = {"fa3": ("flash_attn_interface", "flash_attn_3.flash_attn_interface"),
            "fa4": ("flash_attn.cute.interface",), "torch": ("torch.nn.attention.varlen",), "plain": ()}
-INSTALL = {"fa3": "pip install flash-attn-3 --index-url https://download.pytorch.org/whl/cu130  (a Hopper GPU)",
-           "fa4": "pip install --pre 'flash-attn-4[cu13]'  (a Hopper or Blackwell GPU)",
-           "torch": "pip install 'torch>=2.13' with CUDA  (an Ampere GPU or newer)"}
+INSTALL = {"fa3": "FlashAttention 3's wheel for this torch and CUDA (Hopper)",
+           "fa4": "pip install flash-attn-4, see requirements.txt (Hopper or Blackwell)",
+           "torch": "pip install 'torch>=2.10' with CUDA (Ampere or newer)"}
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout=None, window: int | None = None) -> Tensor:
-    """Causal attention inside documents: q (B, T, H, D), k, v (B, T', K, D), H a multiple of K -> (B, T, H, D).
+    """Causal attention: q (B, T, H, D), k, v (B, T', K, D) with H a multiple of K -> (B, T, H, D).
 
-    layout None: each row is one document; T' > T means that the queries are the last T of T' positions (cached
-    keys). Otherwise the rows, laid end to end, are cut at layout.cu_seqlens (int32, padded at its end with the
-    total), and no document is longer than layout.max_seqlen. A query sees its last `window` keys, itself included.
-    Raises UserError if layout and cached keys meet, if T' < T, or if window < 1.
+    layout None: each row is one document; if T' > T, the queries are the last T of its T' positions (cached
+    keys). Otherwise the rows, laid end to end, are cut at layout.cu_seqlens (int32, its end padded with the
+    total) into documents of at most layout.max_seqlen, and nothing is seen across a cut. `window`: a query
+    sees that many keys at most, itself included. Raises UserError if T' < T, if a layout meets T' != T, or if
+    window < 1.
     """
     if k.shape[1] < q.shape[1] or (layout is not None and k.shape[1] != q.shape[1]):
-        raise UserError(f"attention got {q.shape[1]} queries and {k.shape[1]} keys a row: packed documents need as "
-                        "many keys as queries, plain rows at least as many; pass layout=None with cached keys")
+        raise UserError(f"attention got {q.shape[1]} queries and {k.shape[1]} keys a row: under a layout "
+                        "they must be equal, without one keys may be more; pass layout=None with cached keys")
     if window is not None and window < 1:
         raise UserError(f"attention window is {window}, must be at least 1; use None for no window")
     # Flash kernels exist in half precision on CUDA only; float32 (parity, tests) takes the exact road.
@@ -1583,8 +1579,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout=None, window: int | None =
     return BACKENDS[name](q, k, v, cu, longest, -1 if window is None else window - 1)
 
 
-# Every backend: q (B, T, H, D), k, v (B, T', K, D), cu (n + 1) int32 or None, longest key sequence, keys seen to
-# the left (-1: all) -> (B, T, H, D). Causal masks are aligned bottom-right in all of them.
+# Every backend: q (B, T, H, D), k, v (B, T', K, D), cu (n + 1) int32 or None, the longest key sequence, and
+# the keys before its own that a query sees (-1: all) -> (B, T, H, D). All align the causal mask bottom-right.
 def attend_fa3(q, k, v, cu, longest, left):
     """FlashAttention-3: registers its own custom ops, so torch.compile traces it as it is."""
     if cu is None:
@@ -1603,11 +1599,12 @@ def attend_fa4(q, k, v, cu, longest, left):
 
 
 def attend_torch(q, k, v, cu, longest, left):
-    """PyTorch's own kernels: SDPA where a row is a plain causal square, else the FlashAttention-2 inside varlen."""
+    """PyTorch's own kernels: SDPA for plain causal squares, else the FlashAttention-2 inside varlen_attn."""
     (B, T, H, _), keys = q.shape, k.shape[1]
     if cu is None and left < 0 and T == keys:
         return attend_plain(q, k, v, cu, longest, left)
-    cu_q, cu_k = (torch.arange(B + 1, device=q.device, dtype=torch.int32) * n if cu is None else cu for n in (T, keys))
+    rows = torch.arange(B + 1, device=q.device, dtype=torch.int32) if cu is None else None
+    cu_q, cu_k = (cu, cu) if rows is None else (rows * T, rows * keys)
     y = FLASH["torch"].varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_q, cu_k,
                                    T if cu is None else longest, longest, window_size=(left, 0),
                                    enable_gqa=H != k.shape[2])
@@ -1615,14 +1612,13 @@ def attend_torch(q, k, v, cu, longest, left):
 
 
 def attend_plain(q, k, v, cu, longest, left):
-    """The twin the others are held to: SDPA on any device and dtype, document by document where rows are packed."""
-    shape = q.shape
+    """The twin the others are held to: SDPA on any device and dtype, one document at a time where packed."""
     if cu is None:
         return plain_rows(q, k, v, left)
-    q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))
+    rows = [x.flatten(0, 1)[None] for x in (q, k, v)]
     bounds = cu.tolist()                                # the padding at its end is segments of length zero
-    parts = [plain_rows(q[:, a:b], k[:, a:b], v[:, a:b], left) for a, b in zip(bounds, bounds[1:]) if b > a]
-    return torch.cat(parts, dim=1).view(shape)
+    parts = [plain_rows(*(x[:, a:b] for x in rows), left) for a, b in zip(bounds, bounds[1:]) if b > a]
+    return torch.cat(parts, dim=1).view(q.shape)
 
 
 BACKENDS = {"fa3": attend_fa3, "fa4": attend_fa4, "torch": attend_torch, "plain": attend_plain}
@@ -1637,22 +1633,24 @@ def causal_mask(T: int, keys: int, left: int, device) -> Tensor:
 def plain_rows(q, k, v, left: int) -> Tensor:
     """Rows that are one document each: q (B, T, H, D), k, v (B, T', K, D) -> (B, T, H, D), through SDPA."""
     T, keys = q.shape[1], k.shape[1]
-    square = left < 0 and T == keys                     # SDPA's is_causal is aligned top-left: right for squares
+    square = left < 0 and T == keys                     # is_causal is aligned top-left
     mask = None if square else causal_mask(T, keys, left, q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=q.shape[1] != k.shape[1])
+    grouped = q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=grouped)
     return y.transpose(1, 2)
 
 
-# FlashAttention-4 has no custom ops of its own (its issue #2154), and PyTorch 2.13's activate_flash_attention_impl
-# unpacks two results where its present releases return five: so its two inner functions are called by keyword.
+# FlashAttention-4 registers no custom ops (its issue #2154), and PyTorch 2.13's activate_flash_attention_impl
+# unpacks two results where 4.0.0b36 returns five: so we call its two inner functions ourselves, by keyword.
 def fa4_call(name: str, *tensors, cu, longest, left):
     """_flash_attn_fwd or _flash_attn_bwd, with those of our options that the installed release knows."""
     function = getattr(FLASH["fa4"], name)
     options = dict(causal=True, window_size_left=None if left < 0 else left, cu_seqlens_q=cu, cu_seqlens_k=cu,
                    max_seqlen_q=None if cu is None else longest, max_seqlen_k=None if cu is None else longest,
                    return_lse=True)
-    return function(*tensors, **{key: value for key, value in options.items() if key in parameter_names(function)})
+    known = parameter_names(function)
+    return function(*tensors, **{key: value for key, value in options.items() if key in known})
 
 
 @functools.cache
@@ -1662,8 +1660,9 @@ def parameter_names(function) -> frozenset[str]:
 
 
 @torch.library.custom_op("golf::fa4", mutates_args=())
-def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, longest: int, left: int) -> tuple[Tensor, Tensor]:
-    """Rows q (B, T, H, D) and cu None, or packed q (N, H, D) -> y like q, and log Σ exp (B, H, T) or (H, N)."""
+def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, longest: int,
+                left: int) -> tuple[Tensor, Tensor]:
+    """Rows (B, T, H, D) with cu None, or packed (N, H, D) -> y like q, and log Σ exp (B, H, T) or (H, N)."""
     y, lse = fa4_call("_flash_attn_fwd", q, k, v, cu=cu, longest=longest, left=left)[:2]
     return y.contiguous(), lse.contiguous()
 
@@ -1710,40 +1709,52 @@ def attention_probe(backend, device, keys: int, cu: list[int] | None, left: int)
     return [x.detach().float().flatten() for x in (y, *torch.autograd.grad(y, leaves, dy))]
 
 
-def attention_fault(name: str, device: torch.device) -> str:
-    """Why backend `name` cannot run on `device`, in one line; empty if it passed its self-test.
+def self_test(name: str, device: torch.device) -> str:
+    """How a loaded backend fails, empty if it does not: forward and backward against the plain twin.
 
-    The self-test holds forward and backward to the plain twin, packed (with a padded end), with cached keys and with
-    a window, through torch.compile without graph breaks: whatever the model will meet is met here first.
+    Packed with a padded end, with a window, square, with cached keys; through torch.compile without graph
+    breaks. What the model would meet in its first step is met here, in seconds.
     """
+    backend = torch.compile(BACKENDS[name], fullgraph=True, dynamic=False, backend="aot_eager")
+    cuts = [0, 40, 41, 128, 128]
+    for problem in ((128, cuts, -1), (128, cuts, 15), (128, None, -1), (192, None, -1)):
+        with torch.enable_grad():
+            got, want = (attention_probe(f, device, *problem) for f in (backend, attend_plain))
+        error = max(float((a - b).norm() / b.norm()) for a, b in zip(got, want))
+        if not error < 0.03:                            # bf16 gives 0.005; NaN fails too
+            return f"differs from the plain twin by {error:.1%} (bound 3%) at keys, cu, left = {problem}"
+    return ""
+
+
+def import_first(modules: tuple[str, ...]):
+    """The first of `modules` that can be imported; else the error of the first."""
+    faults = []
+    for module in modules:
+        try:
+            return importlib.import_module(module)
+        except ImportError as fault:
+            faults.append(fault)
+    raise faults[0]
+
+
+def attention_fault(name: str, device: torch.device) -> str:
+    """Why backend `name` cannot run on `device`, in one line; empty if it can. Loads it into FLASH."""
     if name == "plain":
         return ""
     if device.type != "cuda" or not torch.cuda.is_available():
         return f"needs a CUDA GPU, the device is {device}"
     try:
-        for at, module in enumerate(MODULES[name]):
-            try:
-                FLASH[name] = importlib.import_module(module)
-                break
-            except ModuleNotFoundError:
-                if at + 1 == len(MODULES[name]):
-                    raise
-        backend = torch.compile(BACKENDS[name], fullgraph=True, dynamic=False, backend="aot_eager")
-        for problem in ((128, [0, 40, 41, 128, 128], -1), (128, None, -1), (192, None, -1), (128, [0, 40, 128], 15)):
-            pairs = zip(attention_probe(backend, device, *problem), attention_probe(attend_plain, device, *problem))
-            error = max(float((got - want).norm() / want.norm()) for got, want in pairs)
-            if not error < 0.03:                        # bf16 gives 0.005; NaN fails too
-                return f"differs from the plain twin by {error:.1%} (bound 3%) at keys, cu, left = {problem}"
+        FLASH[name] = import_first(MODULES[name])
+        return self_test(name, device)
     except Exception as fault:                          # third-party kernels fail in every way there is
         return f"{type(fault).__name__}: {(str(fault).strip() or 'no message').splitlines()[0][:160]}"
-    return ""
 
 
 def resolve_attention(choice: str, device) -> tuple[str, str]:
-    """ATTN_BACKEND 'auto', 'fa3', 'fa4', 'torch' or 'plain' -> (the backend that runs on `device`, why in one line).
+    """ATTN_BACKEND auto, fa3, fa4, torch or plain -> (the backend that runs on `device`, why in one line).
 
-    Auto takes the first that passes attention_fault. Raises UserError for an unknown choice, or a forced one that
-    cannot run. The caller stores the name in ATTENTION.
+    Auto takes the first without an attention_fault. Raises UserError for an unknown choice and for a forced
+    one that cannot run. The caller stores the name in ATTENTION.
     """
     if choice not in ("auto", *BACKENDS):
         raise UserError(f"ATTN_BACKEND={choice} is unknown; choose one of auto, {', '.join(BACKENDS)}")
@@ -1751,10 +1762,10 @@ def resolve_attention(choice: str, device) -> tuple[str, str]:
     for name in BACKENDS if choice == "auto" else (choice,):
         fault = attention_fault(name, torch.device(device))
         if not fault:
-            why = "forced" if choice == name else "first that passed its self-test" if name != "plain" else "last resort"
-            return name, "; ".join((f"attention {name} ({why})", *passed_over))
+            how = "chosen" if choice == "auto" else "forced"
+            return name, "; ".join((f"attention {name} ({how})", *passed_over))
         passed_over.append(f"not {name}: {fault}")
-    raise UserError(f"ATTN_BACKEND={choice} cannot run here: {fault}. Install it with `{INSTALL[choice]}`, "
+    raise UserError(f"ATTN_BACKEND={choice} cannot run here: {fault}. Install {INSTALL[choice]}, "
                     "or set ATTN_BACKEND=auto")
 
 
@@ -1771,7 +1782,7 @@ POLAR_EXPRESS = (   # (a, b, c) of X <- aX + (bA + cA^2)X with A = XX', one trip
 
 
 def orthogonalise(g: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Each matrix of g (…, R, C) with its singular values pushed towards 1 (they end in 0.86 … 1.14), in `dtype`."""
+    """Each matrix of g (…, R, C) with its singular values pushed to about 1 (0.86 … 1.14), in `dtype`."""
     x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
     if tall:
@@ -1783,7 +1794,8 @@ def orthogonalise(g: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16
     return x.mT if tall else x
 
 
-def muon_direction(g: Tensor, buf: Tensor, momentum: float, steps: int, nesterov: bool, row_normalize: bool) -> Tensor:
+def muon_direction(g: Tensor, buf: Tensor, momentum: float, steps: int, nesterov: bool,
+                   row_normalize: bool) -> Tensor:
     """Orthogonalised update of matrices g (n, R, C), in buf's dtype; buf is updated in place."""
     g = g.to(buf.dtype)
     buf.mul_(momentum).add_(g)
@@ -1799,16 +1811,16 @@ def muon_apply(p: Tensor, u: Tensor, lr: float, weight_decay: float) -> None:
 
 
 @torch.no_grad()
-def muon_update(p: Tensor, g: Tensor, buf: Tensor, *, lr: float, momentum: float, weight_decay: float, steps: int = 5,
-                nesterov: bool = True, row_normalize: bool = True) -> None:
+def muon_update(p: Tensor, g: Tensor, buf: Tensor, *, lr: float, momentum: float, weight_decay: float,
+                steps: int = 5, nesterov: bool = True, row_normalize: bool = True) -> None:
     """One Muon step on p (n, R, C), each matrix on its own; the arithmetic is in the dtype of buf."""
     muon_apply(p, muon_direction(g, buf, momentum, steps, nesterov, row_normalize), lr, weight_decay)
 
 
 class Optimiser:
-    """Owns all gradient traffic. Each rank orthogonalises its share of every bank:
-    reduce-scatter of all banks -> norm and clip of the averaged gradient -> direction of the own matrices, gathered while
-    the next bank is worked on -> every rank applies the same update. Small gradients travel as one tensor."""
+    """Owns all gradient traffic. Each rank orthogonalises its share of every bank: reduce-scatter of all
+    banks -> norm and clip of the averaged gradient -> direction of the own matrices, gathered while the next
+    bank is worked on -> every rank applies the same update. Small gradients travel as one tensor."""
 
     def __init__(self, s: Settings, world: World, params: Mapping[str, nn.Parameter], dtype: torch.dtype):
         self.s, self.world, self.dtype = s, world, dtype
@@ -1818,17 +1830,18 @@ class Optimiser:
         self.banks = sorted(by_role["matrix"], key=lambda p: -p.numel())
         self.small = by_role["embed"] + by_role["head"] + by_role["small"]
         embed_lr = s.tied_embed_lr if s.tie_embeddings else s.embed_lr
-        groups = [dict(params=by_role[role], lr=lr, peak=lr, weight_decay=wd) for role, lr, wd in (
-            ("embed", embed_lr, s.embed_wd), ("head", s.head_lr, s.embed_wd), ("small", s.scalar_lr, s.adam_wd))]
-        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=(s.beta1, s.beta2), eps=s.adam_eps,
-                                      fused=world.device.type == "cuda")
-        self.share = [-(-len(p) // world.size) for p in self.banks]    # matrices per rank, the last ranks' padded
+        rates = (("embed", embed_lr, s.embed_wd), ("head", s.head_lr, s.embed_wd),
+                 ("small", s.scalar_lr, s.adam_wd))
+        groups = [dict(params=by_role[role], lr=lr, peak=lr, weight_decay=wd) for role, lr, wd in rates]
+        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=(s.beta1, s.beta2),
+                                      eps=s.adam_eps, fused=world.device.type == "cuda")
+        self.share = [-(-len(p) // world.size) for p in self.banks]    # matrices per rank, the last padded
         self.momentum = [torch.zeros(n, *p.shape[1:], dtype=dtype, device=p.device)
                          for n, p in zip(self.share, self.banks)]
 
     @torch.no_grad()
     def step(self, lr_share: float, momentum: float) -> Tensor:
-        """Reduce, clip, update, and clear the gradients. Returns the norm before clipping (a tensor: no waiting)."""
+        """Reduce, clip, update, clear the gradients; the norm before clipping (a tensor: no waiting)."""
         s = self.s
         for p in (*self.banks, *self.small):      # a plan may leave rows unused, never a whole tensor
             if p.grad is None:
@@ -1853,7 +1866,7 @@ class Optimiser:
         return norm
 
     def reduce(self) -> list[Tensor]:
-        """Averaged gradients: this rank's matrices of every bank (returned), and all small ones (in place)."""
+        """Averaged gradients: this rank's matrices of every bank (returned), all small ones (in place)."""
         size = self.world.size
         if size == 1:
             return [p.grad for p in self.banks]
@@ -1882,8 +1895,8 @@ class Optimiser:
         return norm
 
     def clip_own(self) -> Tensor:
-        """Clip this rank's own gradient before it is averaged: what the field's records do. A rank with an unusual batch
-        then counts for less, and the norm of the average is smaller than the bound."""
+        """Clip this rank's own gradient before it is averaged, as the field's records do. A rank with an
+        unusual batch then counts for less, and the norm of the average is smaller than the bound."""
         norm = torch.cat([p.grad.flatten().norm()[None] for p in (*self.banks, *self.small)]).norm()
         if self.s.grad_clip_norm > 0:
             scale = (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1)
@@ -1903,7 +1916,7 @@ class Optimiser:
 # ============================================================================================================
 
 def lr_share(s: Settings, progress: float) -> float:
-    """Learning rate as a share of its peak: flat, then linear over the last WARMDOWN_FRAC, never below MIN_LR."""
+    """Share of the peak learning rate: flat, then linear over the last WARMDOWN_FRAC, at least MIN_LR."""
     if s.warmdown_frac <= 0 or progress < 1 - s.warmdown_frac:
         return 1.0
     return max((1 - progress) / s.warmdown_frac, s.min_lr)
@@ -1920,7 +1933,7 @@ def looping_at(s: Settings, progress: float) -> bool:
     return s.num_loops > 0 and progress >= s.enable_looping_at
 
 
-def pick_dtype(choice: str, device: torch.device, default: Optional[torch.dtype] = None) -> torch.dtype:
+def pick_dtype(choice: str, device: torch.device, default: torch.dtype | None = None) -> torch.dtype:
     """The dtype a setting names; auto: `default`, else bfloat16 on a GPU and float32 on a CPU."""
     if choice == "auto":
         return default or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -1985,7 +1998,8 @@ class Trainer:
         """A micro-batch of random tokens shaped as the loader's."""
         s = self.s
         if s.train_loader == "shuffled":
-            t = torch.randint(s.vocab_size, (self.tokens // s.train_seq_len, s.train_seq_len + 1), generator=generator)
+            shape = (self.tokens // s.train_seq_len, s.train_seq_len + 1)
+            t = torch.randint(s.vocab_size, shape, generator=generator)
             return Batch(t[:, :-1], t[:, 1:], None, s.train_seq_len).to(self.world.device)
         tokens = torch.randint(2, s.vocab_size, (self.tokens + 1,), generator=generator).numpy()
         tokens[::max(2, s.train_seq_len // 2)] = BOS
@@ -2000,10 +2014,10 @@ class Progress:
         # backward costs twice the forward; documents make attention cost at most half the window on average
         self.flops = {k: 3 * model.flops_per_token(p, s.train_seq_len / 2) for k, p in plans.items()}
         self.peak = peak_flops(world.device)
-        self.last, self.before = (0, 0.0), (0, 0.0)
+        self.last = (0, 0.0)
 
     def values(self, step: int, elapsed: float, looping: bool) -> dict:
-        """ms per step (since the last line, and mean), tokens/s, model FLOP utilisation, budget used and time left."""
+        """ms per step (since the last line; mean), tokens/s, model FLOP utilisation, budget, time left."""
         steps, seconds = step - self.last[0], max(elapsed - self.last[1], 1e-9)
         self.last = (step, elapsed)
         rate = self.s.train_batch_tokens * steps / seconds
@@ -2020,19 +2034,19 @@ def peak_flops(device: torch.device) -> float:
     if device.type != "cuda":
         return 0.0
     name = torch.cuda.get_device_name(device)
-    table = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12,
-             "L40": 181e12, "RTX 4090": 165e12}
+    table = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
+             "A100": 312e12, "L40": 181e12, "RTX 4090": 165e12}
     return next((flops for part, flops in table.items() if part in name), 0.0)
 
 
 def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float, validate: Callable) -> dict:
-    """The training loop. Stops at ITERATIONS or when the next step would pass MAX_WALLCLOCK_SECONDS - reserve.
-    `validate(label)` scores the current weights off the clock. Returns what the summary needs, and the stream."""
+    """The training loop, to ITERATIONS or until a step would pass MAX_WALLCLOCK_SECONDS - reserve;
+    validate(step) scores the weights off the clock. Returns the summary's numbers, clock and stream."""
     plans = {looping: layer_plan(s, looping) for looping in (False, True)}
     budget = s.max_wallclock_seconds - reserve if s.max_wallclock_seconds else 0.0
     if s.max_wallclock_seconds and budget <= 0:
-        raise UserError(f"quantising and packing need {reserve:.1f} s, which leaves nothing of MAX_WALLCLOCK_SECONDS="
-                        f"{s.max_wallclock_seconds:g} to train in: raise it or set GPTQ_RESERVE_SECONDS")
+        raise UserError(f"quantising and packing need {reserve:.1f} s, which leaves nothing of MAX_WALLCLOCK_"
+                        f"SECONDS={s.max_wallclock_seconds:g}: raise it or set GPTQ_RESERVE_SECONDS")
     source = open_train_stream(s, world, trainer.tokens)
     stream, progress = Prefetch(source, world.device), Progress(s, world, trainer.model, plans, budget)
     world.barrier()
@@ -2047,7 +2061,8 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
             break
         done = min(elapsed / budget, 1.0) if budget else step / s.iterations
         looping = looping_at(s, done)
-        loss = sum(trainer.micro_step(stream.next(), plans[looping]) for _ in range(trainer.accum)) / trainer.accum
+        losses = [trainer.micro_step(stream.next(), plans[looping]) for _ in range(trainer.accum)]
+        loss = sum(losses) / trainer.accum
         norm = trainer.update(lr_share(s, done), muon_momentum(s, step))
         step += 1
         if budget and budget - elapsed < 10 * step_seconds:
@@ -2061,13 +2076,14 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
     sync(world.device)
     stream.close()
     seconds = clock.elapsed()
-    run.log("train_end", steps=step, seconds=seconds, step_ms=1e3 * seconds / max(step, 1), epochs=source.epoch,
+    step_ms = 1e3 * seconds / max(step, 1)
+    run.log("train_end", steps=step, seconds=seconds, step_ms=step_ms, epochs=source.epoch,
             tokens=step * s.train_batch_tokens)
-    return {"steps": step, "step_ms": 1e3 * seconds / max(step, 1), "clock": clock, "stream": source}
+    return {"steps": step, "step_ms": step_ms, "clock": clock, "stream": source}
 
 
-def report_step(run: Run, progress: Progress, step: int, loss: float, norm: float, lr: float, elapsed: float,
-                looping: bool) -> None:
+def report_step(run: Run, progress: Progress, step: int, loss: float, norm: float, lr: float,
+                elapsed: float, looping: bool) -> None:
     """One progress line; a loss that is no number stops the run."""
     values = progress.values(step, elapsed, looping)
     run.log("train", quiet=True, step=step, loss=loss, norm=norm, lr=lr, looping=looping, **values)
@@ -2076,8 +2092,8 @@ def report_step(run: Run, progress: Progress, step: int, loss: float, norm: floa
             f"{values['tok_s']:,} tok/s{mfu}  {values['used']:4.0%} of budget, {values['eta']:.0f} s left"
             + ("  looping" if looping else ""))
     if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} at step {step}: lower MATRIX_LR or SCALAR_LR, or raise WARMUP_STEPS's "
-                        "float32 checks with COMPUTE_DTYPE=float32")
+        raise UserError(f"the loss is {loss} at step {step}: lower MATRIX_LR or SCALAR_LR, or look for the "
+                        "cause with COMPUTE_DTYPE=float32")
 
 
 # ============================================================================================================
@@ -2088,7 +2104,7 @@ SMALL_TENSOR = 65536      # tensors of at most this many elements are stored as 
 
 
 class HessianTap:
-    """A forward's tap that sums x'x of every matrix input: H (C, C) per matrix, each visit of a looped layer counted."""
+    """A forward's tap that sums x'x of every matrix input: H (C, C) per matrix, each visit counted."""
 
     INPUTS = {"attn_in": ("attn.c_q.weight",), "heads": ("attn.proj.weight",), "mlp_in": ("mlp.fc.weight",),
               "mlp_act": ("mlp.proj.weight",)}
@@ -2139,8 +2155,8 @@ def row_scales(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
 
 
 def hessian_factor(h: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
-    """For H (n, C, C): the columns' order (by falling diagonal), upper U with U'U = inverse of the damped H in that
-    order, and the dead columns. Factorised once: H reversed = L L', so H = F F' with F upper, and U = inverse of F."""
+    """For H (n, C, C): the columns' order (by falling diagonal), upper U with U'U = inverse of the damped H
+    in that order, the dead columns. H reversed = L L', so H = F F' with F upper, and U = inverse of F."""
     h = h.clone()
     diag = h.diagonal(dim1=-2, dim2=-1)          # a view: writing it writes h
     dead = diag == 0
@@ -2156,8 +2172,8 @@ def hessian_factor(h: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def gptq(w: Tensor, h: Tensor, scale: Tensor, bits: int, damp: float = 0.01, block: int = 128) -> Tensor:
-    """Codes (…, R, C) int8 of w under the Hessians h (…, C, C) with steps scale (…, R): columns are rounded in the order
-    of falling diagonal, and each column's error is passed on to those still to come (Frantar et al. 2022)."""
+    """Codes (…, R, C) int8 of w under the Hessians h (…, C, C), steps scale (…, R). Columns are rounded by
+    falling diagonal, each one's error passed on to those still to come (Frantar et al. 2022)."""
     shape, top, tile = w.shape, 2 ** (bits - 1) - 1, 16
     w, h = w.float().reshape(-1, *shape[-2:]), h.float().reshape(-1, *h.shape[-2:])
     step = scale.float().reshape(len(w), 1, -1).clamp_min(1e-30)
@@ -2204,7 +2220,7 @@ def lqer_sym(a: Tensor, b: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def lqer_asym(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a (R, k) in 2 bits with one step, b (k, C) in 4 bits with a step per `group` values: (qA, sA (1), qB, sB (n))."""
+    """a (R, k) in 2 bits, one step; b (k, C) in 4, a step per `group` values: (qA, sA (1), qB, sB (n))."""
     scale_a = (a.float().abs().amax() / 1.5).clamp_min(1e-10).half()[None]
     flat = b.float().reshape(-1, group)
     scale_b = (flat.abs().amax(dim=1) / 7.5).clamp_min(1e-10).half()
@@ -2214,7 +2230,7 @@ def lqer_asym(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor,
 
 @torch.no_grad()
 def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best rank-r factors a (R, r) = U S, b (r, C) = V' of an error matrix, from the smaller Gram matrix in float64."""
+    """Best a (R, r) = U S, b (r, C) = V' of an error matrix, by the smaller Gram matrix in float64."""
     e = error.double()
     if e.size(0) < e.size(1):
         u = torch.linalg.eigh(e @ e.mT).eigenvectors[:, -rank:].flip(1)
@@ -2226,8 +2242,7 @@ def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Quantised:
-    """A quantised model: flat tensors (`<name>.q`, `.scale`, `.gq`, `.gs`, `.lqA…`, or `<name>` itself as fp16) and how
-    each parameter is stored."""
+    """Flat tensors (`<name>.q`, `.scale`, `.gq`, `.gs`, `.lqA…`, or fp16 `<name>`); how each is stored."""
     tensors: dict[str, Tensor]
     meta: dict[str, str]
 
@@ -2240,15 +2255,16 @@ def storage_of(s: Settings, name: str, w: Tensor) -> tuple:
         return ("half",)
     if name in ("tok_emb.weight", "lm_head.weight"):
         return ("gptq", s.embed_bits, s.embed_clip_sigmas)
-    clip = s.mlp_clip_sigmas if ".mlp." in name else s.attn_clip_sigmas if ".attn." in name else s.matrix_clip_sigmas
+    clip = (s.mlp_clip_sigmas if ".mlp." in name else s.attn_clip_sigmas if ".attn." in name
+            else s.matrix_clip_sigmas)
     return ("gptq", s.matrix_bits, clip)
 
 
 @torch.no_grad()
-def quantise(s: Settings, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor], world: World = World(),
-             coarser: float = 1.0) -> Quantised:
-    """Quantise weights (matrix_views names). GPTQ matrices are shared out over the ranks, equal shapes as one batch;
-    every rank returns the whole model. `coarser` multiplies all steps (the size fitter's one degree of freedom)."""
+def quantise(s: Settings, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
+             world: World = World(), coarser: float = 1.0) -> Quantised:
+    """Quantise weights (matrix_views names). GPTQ matrices are shared out over the ranks, equal shapes as one
+    batch; every rank returns the whole model. `coarser` multiplies all steps, to fit the size."""
     out = Quantised({}, {})
     jobs: dict[tuple, list[str]] = {}
     for name, w in weights.items():
@@ -2268,7 +2284,8 @@ def quantise(s: Settings, weights: Mapping[str, Tensor], hessians: Mapping[str, 
     for bits, clip, shape in dict.fromkeys(key for key, _ in mine):
         group = [name for key, name in mine if key == (bits, clip, shape)]
         w = torch.stack([weights[n].float() for n in group])
-        h = torch.stack([hessians[n] if n in hessians else torch.eye(shape[1], device=w.device) for n in group])
+        eye = torch.eye(shape[1], device=w.device)
+        h = torch.stack([hessians.get(n, eye) for n in group])
         scale = row_scales(w, bits, clip * coarser)
         codes = gptq(w, h, scale, bits)
         errors = (w - codes * scale[..., None].float()).flatten(1).norm(dim=1).tolist()
@@ -2289,9 +2306,10 @@ def repair(s: Settings, out: Quantised, weights: Mapping[str, Tensor], errors: M
         codes, scale = (out.tensors[name + end].to(w.device) for end in (".q", ".scale"))
         a, b = low_rank(w - codes * scale[:, None].float(), s.lqer_rank)
         if s.lqer_asym_enabled and b.numel() % s.lqer_asym_group == 0:
-            parts, ends, label = lqer_asym(a, b, s.lqer_asym_group), ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a"), "lqer_asym"
+            label, ends = "lqer_asym", ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a")
+            parts = lqer_asym(a, b, s.lqer_asym_group)
         else:
-            parts, ends, label = lqer_sym(a, b, s.lqer_factor_bits), ("lqA", "lqAs", "lqB", "lqBs"), "lqer"
+            label, ends, parts = "lqer", ("lqA", "lqAs", "lqB", "lqBs"), lqer_sym(a, b, s.lqer_factor_bits)
         out.tensors.update({f"{name}.{end}": part.cpu() for end, part in zip(ends, parts)})
         out.meta[name] += "+" + label
 
@@ -2302,29 +2320,27 @@ def dequantise(q: Quantised) -> dict[str, Tensor]:
     for name in q.meta:
         if name in t:
             weights[name] = t[name].float()
-        elif name + ".gq" in t:
-            weights[name] = t[name + ".gq"] * t[name + ".gs"].float()[:, None]
-        else:
-            w = t[name + ".q"] * t[name + ".scale"].float()[:, None]
-            if name + ".lqA_a" in t:
-                b = t[name + ".lqB_a"].float()
-                steps = t[name + ".lqBs_a"].float()[:, None]
-                w = w + (t[name + ".lqA_a"] * t[name + ".lqAs_a"].float()) @ (b.view(len(steps), -1) * steps).view(b.shape)
-            elif name + ".lqA" in t:
-                w = w + (t[name + ".lqA"] * t[name + ".lqAs"].float()[:, None]) @ (
-                    t[name + ".lqB"] * t[name + ".lqBs"].float()[:, None])
-            weights[name] = w
+            continue
+        codes, steps = (name + end for end in ((".gq", ".gs") if name + ".gq" in t else (".q", ".scale")))
+        w = t[codes] * t[steps].float()[:, None]
+        if name + ".lqA_a" in t:
+            a = t[name + ".lqA_a"] * t[name + ".lqAs_a"].float()
+            b, steps = t[name + ".lqB_a"].float(), t[name + ".lqBs_a"].float()[:, None]
+            w = w + a @ (b.view(len(steps), -1) * steps).view(b.shape)
+        elif name + ".lqA" in t:
+            a, b = (t[f"{name}.lq{x}"] * t[f"{name}.lq{x}s"].float()[:, None] for x in "AB")
+            w = w + a @ b
+        weights[name] = w
     return weights
-
 
 @torch.no_grad()
 def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str) -> None:
-    """Copy weights (matrix_views names) into the model; UserError when names or shapes are another configuration's."""
+    """Copy weights (matrix_views names) into the model; UserError when names or shapes differ."""
     views = matrix_views({n: p.data for n, p in model.named_parameters()})
     wrong = sorted(set(views) ^ set(weights)) or [n for n in views if views[n].shape != weights[n].shape]
     if wrong:
-        raise UserError(f"{origin} does not fit the model that the settings describe: {len(wrong)} tensors differ "
-                        f"({', '.join(wrong[:3])}…); use the settings it was made with")
+        raise UserError(f"{origin} does not fit the model that the settings describe: {len(wrong)} tensors "
+                        f"differ ({', '.join(wrong[:3])}…); use the settings it was made with")
     for name, view in views.items():
         view.copy_(weights[name])
 
@@ -2335,8 +2351,8 @@ def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str) -> None
 
 # --- container
 
-MAGIC, ARTIFACT_VERSION = b"\x93PGOLF\r\n", 1  # a high byte and a line end: text-mode copies are noticed at once
-PREFIX = struct.Struct("<8sHI8s")              # magic, version, bytes of JSON, digest of the JSON
+MAGIC, ARTIFACT_VERSION = b"\x93PGOLF\r\n", 1    # a high byte and a line end: text-mode copies are noticed
+PREFIX = struct.Struct("<8sHI8s")                # magic, version, bytes of JSON, digest of the JSON
 
 
 def digest_of(data: bytes) -> bytes:
@@ -2344,16 +2360,17 @@ def digest_of(data: bytes) -> bytes:
 
 
 def artifact_to_bytes(header: dict, streams: Mapping[str, bytes]) -> bytes:
-    """One file: PREFIX, JSON {"header", "streams": [[name, bytes, digest], …]}, the streams end to end. Equal arguments
-    give equal bytes."""
+    """PREFIX, JSON {"header", "streams": [[name, bytes, digest], …]}, streams; equal input, equal bytes."""
     table = [[name, len(data), digest_of(data).hex()] for name, data in streams.items()]
-    text = json.dumps({"header": header, "streams": table}, sort_keys=True, allow_nan=False, separators=(",", ":")).encode()
-    return b"".join([PREFIX.pack(MAGIC, ARTIFACT_VERSION, len(text), digest_of(text)), text, *streams.values()])
+    text = json.dumps({"header": header, "streams": table}, sort_keys=True, allow_nan=False,
+                      separators=(",", ":")).encode()
+    prefix = PREFIX.pack(MAGIC, ARTIFACT_VERSION, len(text), digest_of(text))
+    return b"".join([prefix, text, *streams.values()])
 
 
 def artifact_from_bytes(blob: bytes, origin: str) -> tuple[dict, dict[str, bytes]]:
-    """The (header, streams) that artifact_to_bytes was given; UserError for anything foreign, cut or altered. Nothing is
-    allocated beyond the blob's own size."""
+    """The (header, streams) that artifact_to_bytes was given; UserError for anything foreign, cut or altered.
+    Nothing is allocated beyond the blob's own size."""
     def refuse(what):
         raise UserError(f"{origin}: {what}; copy it again from where it was written, or write it again")
 
@@ -2387,12 +2404,12 @@ def artifact_from_bytes(blob: bytes, origin: str) -> tuple[dict, dict[str, bytes
 PIECE = 1 << 20  # compressed in parallel; weight codes have no matches that a longer window would find
 
 
-def byte_shuffle(data, stride):
+def byte_shuffle(data: bytes, stride: int) -> bytes:
     """bytes -> same length: all bytes at positions 0 mod stride, then 1 mod stride, …"""
     return b"".join(data[i::stride] for i in range(stride))
 
 
-def byte_unshuffle(data, stride):
+def byte_unshuffle(data: bytes, stride: int) -> bytes:
     """Inverse of byte_shuffle."""
     out, begin = bytearray(len(data)), 0
     for i in range(stride):
@@ -2401,7 +2418,7 @@ def byte_unshuffle(data, stride):
     return bytes(out)
 
 
-def brotli_pack(data, stride=1, workers=None):
+def brotli_pack(data: bytes, stride: int = 1, workers: int | None = None) -> bytes:
     """bytes -> bytes. stride: bytes per item (2 for float16). workers: threads (brotli releases the GIL)."""
     data = byte_shuffle(data, stride)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
@@ -2410,7 +2427,7 @@ def brotli_pack(data, stride=1, workers=None):
     return struct.pack(f"<{len(packed)}I", *map(len, packed)) + b"".join(packed)
 
 
-def brotli_unpack(blob, size, stride=1):
+def brotli_unpack(blob: bytes, size: int, stride: int = 1) -> bytes:
     """Inverse of brotli_pack for `size` bytes of data. UserError if the blob holds anything else; whatever it
     claims, no piece is expanded much beyond its share of `size`."""
     count, pieces = -(-size // PIECE), []
@@ -2437,19 +2454,17 @@ def brotli_unpack(blob, size, stride=1):
 OCTAVE, ROW_LEVELS, COLUMN_REACH, UNIT = 16, 56, 12, 2
 
 
-def code_level(codes, axis=None):
+def code_level(codes: np.ndarray, axis: int | None = None) -> np.ndarray:
     """log2 of the rms of codes along an axis -> int8, even 16ths of an octave. Side information: store it."""
     power = np.mean(np.square(codes, dtype=np.float32), axis=axis, dtype=np.float64)
     return (UNIT * np.rint(OCTAVE / UNIT / 2 * np.log2(np.maximum(power, 1 / 16)))).astype(np.int8)
 
 
-def scale_contexts(level, rows, columns):
-    """(row_ctx (R), col_ctx (C)) of one tensor from what the decoder has, by integers alone.
-
-    level: code_level of the whole tensor. rows (R), columns (C): sizes of their codes against each other,
-    integers in 16ths of an octave: minus the stored step codes (widen int8 before negating) where steps were
-    set apart from the weights' spread, a measured code_level, or zeros where nothing is known.
-    """
+def scale_contexts(level: int, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(row_ctx (R), col_ctx (C)) of one tensor from what the decoder has, by integers alone. level:
+    code_level of the whole tensor. rows (R), columns (C): sizes of their codes against each other, integers
+    in 16ths of an octave: minus the stored step codes (widen int8 before negating) where steps were set apart
+    from the weights' spread, a measured code_level, or zeros where nothing is known."""
     rows, columns = (np.asarray(x).astype(np.int32) for x in (rows, columns))
     rows, columns = (x - np.sort(x)[len(x) // 2] for x in (rows, columns))
     row_ctx = (rows + int(level) + 2 * OCTAVE) // UNIT
@@ -2465,9 +2480,10 @@ PROB_BITS, LOW, LANES, MAX_CONTEXTS = 12, 1 << 16, 1024, 256
 PROB_ONE = 1 << PROB_BITS
 ESCAPES = (128, 127)  # uint8 codes standing for even and odd ones listed apart: a trellis walks on parity
 CODES_HEAD = struct.Struct("<HHII")  # lanes, K, listed codes, bytes of (tables, listed codes) packed
+Sides = tuple[np.ndarray, np.ndarray]  # row_ctx (R), col_ctx (C) of one code matrix
 
 
-def equal_widths(sides):
+def equal_widths(sides: Sequence[Sides]) -> Iterator[tuple]:
     """Tensors by C. Yields tensor numbers (T), owner (R) in 0…T-1, row_ctx (R), col_ctx (C, T)."""
     widths = [len(columns) for _, columns in sides]
     for ids in ([i for i, w in enumerate(widths) if w == width] for width in sorted(set(widths))):
@@ -2476,7 +2492,7 @@ def equal_widths(sides):
                np.concatenate(rows).astype(np.int32), np.stack(columns, 1).astype(np.int32))
 
 
-def count_contexts(sides, trellis):
+def count_contexts(sides: Sequence[Sides], trellis: np.ndarray | None) -> int:
     """K; UserError unless all contexts are in 0…MAX_CONTEXTS-1, or half of that with a trellis."""
     low, high = min(int(min(r) + min(c)) for r, c in sides), max(int(max(r) + max(c)) for r, c in sides)
     if low < 0 or high + 1 << (trellis is not None) > MAX_CONTEXTS:
@@ -2485,7 +2501,7 @@ def count_contexts(sides, trellis):
     return high + 1 << (trellis is not None)
 
 
-def frequency_tables(counts):
+def frequency_tables(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Counts (K, 256) of codes as uint8 -> frequencies (K, 256), PROB_ONE per context, and rare (K, 256)
     bool: codes listed apart, since a slot costs the others 1 / PROB_ONE and listing about a byte a piece."""
     total = counts.sum(1, keepdims=True)
@@ -2504,12 +2520,12 @@ def frequency_tables(counts):
     return freq, rare
 
 
-def next_state(state, codes, trellis):
+def next_state(state: np.ndarray, codes: np.ndarray, trellis: np.ndarray) -> np.ndarray:
     """Next trellis states (n) from states (n) and codes (n): only the parity of a code counts."""
     return trellis.take(state << 1 | codes & 1)
 
 
-def rans_encode(lanes, index, freq, start):
+def rans_encode(lanes: np.ndarray, index: np.ndarray, freq: np.ndarray, start: np.ndarray) -> list:
     """Push a batch, last column first. lanes (n) uint32 in place, index (C, n) into freq, start -> words."""
     freq, start, x, words = freq.take(index), start.take(index), lanes.copy(), []
     for f, s in zip(freq[::-1], start[::-1]):
@@ -2522,7 +2538,8 @@ def rans_encode(lanes, index, freq, start):
     return words
 
 
-def rans_decode(lanes, words, slots, table, trellis):
+def rans_decode(lanes: np.ndarray, words: np.ndarray, slots: np.ndarray, table: np.ndarray,
+                trellis: np.ndarray | None) -> tuple[np.ndarray, int]:
     """Pop a batch. lanes (n) uint32 in place, words (W) uint16 not yet read, slots (C, n) uint32: where a
     context begins in table (code << 24 | frequency - 1 << 12 | slot - start) -> codes (C, n), words read."""
     codes, x, read, state = np.empty(slots.shape, np.uint8), lanes.copy(), 0, np.zeros(lanes.size, np.uint8)
@@ -2543,7 +2560,8 @@ def rans_decode(lanes, words, slots, table, trellis):
     return codes, read
 
 
-def encode_codes(codes, sides, trellis=None):
+def encode_codes(codes: Sequence[np.ndarray], sides: Sequence[Sides],
+                 trellis: np.ndarray | None = None) -> bytes:
     """Codes [int8 (R, C), …] -> bytes. sides [(row_ctx (R), col_ctx (C)), …]: the context of a code is the
     sum of its two, 0…255; nothing may be empty. trellis: uint8 (states, 2), next state by parity of the code;
     rows start in state 0, and the state's low bit doubles the contexts (then 0…127)."""
@@ -2572,7 +2590,7 @@ def encode_codes(codes, sides, trellis=None):
     return b"".join([head, front, states.astype("<u4").tobytes(), *(w.tobytes() for w in reversed(words))])
 
 
-def decode_codes(blob, sides, trellis=None):
+def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: np.ndarray | None = None) -> list[np.ndarray]:
     """Inverse of encode_codes -> [int8 (R, C), …]. UserError if sides or trellis are not the encoder's or the
     blob is damaged: all words must be used up and all states be back where the encoder began."""
     def check(good, what):
@@ -2623,9 +2641,10 @@ def architecture(s: Settings) -> dict:
 
 
 def stored_tensors(s: Settings, meta: Mapping[str, str]) -> list[tuple[str, str, tuple]]:
-    """(key, dtype, shape) of every tensor of a Quantised model, in file order, from settings and `meta` alone."""
+    """(key, dtype, shape) of every tensor of a Quantised model in file order, from settings and `meta`."""
     out = []
-    for name, w in matrix_views({n: torch.empty(shape, device="meta") for n, shape in parameter_shapes(s).items()}).items():
+    blank = {name: torch.empty(shape, device="meta") for name, shape in parameter_shapes(s).items()}
+    for name, w in matrix_views(blank).items():
         shape, how = tuple(w.shape), meta[name]
         if how.startswith("gptq"):
             out += [(name + ".q", "int8", shape), (name + ".scale", "half", shape[:1])]
@@ -2655,7 +2674,8 @@ def pack_model(s: Settings, q: Quantised) -> bytes:
     else:
         streams[CODE_STREAM] = brotli_pack(b"".join(c.tobytes() for c in codes))
     for stream, kind, stride in ((HALF_STREAM, "half", 2), (BYTE_STREAM, "int8", 1)):
-        part = [q.tensors[key].numpy().tobytes() for key, dtype, _ in entries if dtype == kind and not key.endswith(".q")]
+        part = [q.tensors[key].numpy().tobytes() for key, dtype, _ in entries
+                if dtype == kind and not key.endswith(".q")]
         streams[stream] = brotli_pack(b"".join(part), stride)
     header = {"architecture": architecture(s), "compressor": s.compressor, "meta": compact_meta(q.meta),
               "storage": {n: getattr(s, n) for n in ("lqer_rank", "lqer_asym_group")}}
@@ -2670,32 +2690,37 @@ def compact_meta(meta: Mapping[str, str]) -> dict[str, list[str]]:
     return ways
 
 
-def code_contexts(shape: tuple, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Contexts of a code matrix: the rms of its columns, which is stored; rows all have the same by construction."""
+def code_contexts(shape: tuple, columns: np.ndarray) -> Sides:
+    """Contexts of a code matrix: the rms of its columns, which is stored; rows are alike by construction."""
     return scale_contexts(np.median(columns).astype(np.int8), np.zeros(shape[0], np.int8), columns)
+
+
+def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
+    """Refuse weights whose architecture() is not that of the settings."""
+    wrong = [f"{k}={theirs.get(k)} there, {v} here" for k, v in architecture(s).items() if theirs.get(k) != v]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise UserError(f"{what} of another configuration: {'; '.join(wrong[:4])}{more}; use the settings it "
+                        "was made with")
 
 
 def unpack_model(s: Settings, blob: bytes, origin: str) -> Quantised:
     """The Quantised model of an artifact's bytes; UserError when it is damaged or another configuration's."""
     header, streams = artifact_from_bytes(blob, origin)
-    mine, theirs = architecture(s), header.get("architecture", {})
-    wrong = [f"{k}={theirs.get(k)} there, {v} here" for k, v in mine.items() if theirs.get(k) != v]
-    if wrong:
-        raise UserError(f"{origin} is an artifact of another configuration: {'; '.join(wrong[:4])}"
-                        + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "") + "; use the settings it was made with")
+    check_architecture(s, header.get("architecture", {}), f"{origin} is an artifact")
     s = dataclasses.replace(s, **header["storage"])
     q = Quantised({}, {name: how for how, names in header["meta"].items() for name in names})
     entries = stored_tensors(s, q.meta)
-    shapes = [shape for key, _, shape in entries if key.endswith(".q")]
+    keys, shapes = ([e[i] for e in entries if e[0].endswith(".q")] for i in (0, 2))
     if header["compressor"] == "ans" and shapes:
         columns = np.frombuffer(brotli_unpack(streams[COLUMN_STREAM], sum(c for _, c in shapes)), np.int8)
         levels = np.split(columns, np.cumsum([c for _, c in shapes])[:-1])
-        codes = decode_codes(streams[CODE_STREAM], [code_contexts(shape, x) for shape, x in zip(shapes, levels)])
+        codes = decode_codes(streams[CODE_STREAM], [code_contexts(n, x) for n, x in zip(shapes, levels)])
     else:
-        flat = np.frombuffer(brotli_unpack(streams[CODE_STREAM], sum(r * c for r, c in shapes)), np.int8)
-        codes = [x.reshape(shape) for x, shape in zip(np.split(flat, np.cumsum([r * c for r, c in shapes])[:-1]), shapes)]
-    q.tensors.update({key: torch.from_numpy(np.ascontiguousarray(c)) for key, c in zip(
-        [key for key, *_ in entries if key.endswith(".q")], codes)})
+        sizes = [math.prod(shape) for shape in shapes]
+        flat = np.frombuffer(brotli_unpack(streams[CODE_STREAM], sum(sizes)), np.int8)
+        codes = [x.reshape(n) for x, n in zip(np.split(flat, np.cumsum(sizes)[:-1]), shapes)]
+    q.tensors.update({key: torch.from_numpy(np.array(c)) for key, c in zip(keys, codes)})
     for stream, kind, stride, dtype in ((HALF_STREAM, "half", 2, "<f2"), (BYTE_STREAM, "int8", 1, "i1")):
         part = [(key, shape) for key, how, shape in entries if how == kind and not key.endswith(".q")]
         sizes = [math.prod(shape) for _, shape in part]
@@ -2706,17 +2731,19 @@ def unpack_model(s: Settings, blob: bytes, origin: str) -> Quantised:
 
 
 def self_extracting(source: bytes) -> bytes:
-    """A script that runs `source` from its compressed form: what a record may ship. Bytes stand in a latin-1 string, so
-    only five of them need an escape; linecache is filled so that Triton and tracebacks still find the lines."""
+    """A script that runs `source` from its compressed form: what a record may ship. Bytes stand in a latin-1
+    string, so only five need an escape; linecache is filled so that Triton and tracebacks find the lines."""
     packed = lzma.compress(source, format=lzma.FORMAT_RAW, filters=SCRIPT_FILTERS)
-    for byte, escape in ((b"\\", b"\\\\"), (b'"', b'\\"'), (b"\n", b"\\n"), (b"\r", b"\\r"), (b"\0", b"\\x00")):
+    for byte, escape in zip((b"\\", b'"', b"\n", b"\r", b"\0"), (b"\\\\", b'\\"', b"\\n", b"\\r", b"\\x00")):
         packed = packed.replace(byte, escape)
-    return (b"# coding: latin-1\nimport lzma,linecache\ns=lzma.decompress(\"" + packed + b"\".encode('latin-1'),3,None,"
+    return (b"# coding: latin-1\nimport lzma,linecache\n"
+            b"s=lzma.decompress(\"" + packed + b"\".encode('latin-1'),3,None,"
             + repr(SCRIPT_FILTERS).encode() + b").decode()\nn=__file__+'#'\n"
             b"linecache.cache[n]=(len(s),None,s.splitlines(True),n)\nexec(compile(s,n,'exec'))\n")
 
 
-SCRIPT_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "pb": 0, "dict_size": 1 << 20}]
+SCRIPT_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "pb": 0,
+                   "dict_size": 1 << 20}]
 
 
 def code_bytes() -> int:
@@ -2724,33 +2751,34 @@ def code_bytes() -> int:
     return Path(__file__).stat().st_size
 
 
-def check_size(artifact: int, limit: int = ARTIFACT_LIMIT) -> int:
+def check_size(artifact: int) -> int:
     """Artifact plus script in bytes; UserError when it is over the limit."""
     total = artifact + code_bytes()
-    if total > limit:
-        raise UserError(f"artifact {artifact:,} + script {code_bytes():,} = {total:,} bytes is {total - limit:,} over the "
-                        f"limit of {limit:,}: raise the *_CLIP_SIGMAS, or ship the self-extracting script")
+    if total > ARTIFACT_LIMIT:
+        raise UserError(f"artifact {artifact:,} + script {code_bytes():,} = {total:,} bytes is "
+                        f"{total - ARTIFACT_LIMIT:,} over the limit of {ARTIFACT_LIMIT:,}: raise the *_CLIP_SIGMAS, or ship "
+                        "the self-extracting script")
     return total
 
 
 def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, Tensor],
                     hessians: Mapping[str, Tensor]) -> bytes:
-    """Quantise and pack with the settings' steps; while the total is over the limit, with coarser ones. Every rank
-    returns the artifact's bytes. A size that no step reaches is a UserError."""
+    """Quantise and pack with the settings' steps; while the total is over the limit, with coarser ones. Every
+    rank returns the artifact's bytes. A size that no step reaches is a UserError."""
     coarser, codes = 1.0, sum(w.numel() for n, w in weights.items() if storage_of(s, n, w)[0] == "gptq")
     for _ in range(8):
         q = quantise(s, weights, hessians, world, coarser)
         blob = world.share_bytes(pack_model(s, q) if world.main else None)
-        over = len(blob) + code_bytes() - ARTIFACT_LIMIT
-        run.log("pack", bytes=len(blob), code_bytes=code_bytes(), total=len(blob) + code_bytes(), coarser=coarser)
-        if over <= 0:
-            return blob
+        total = len(blob) + code_bytes()
+        run.log("pack", bytes=len(blob), code_bytes=code_bytes(), total=total, coarser=coarser)
+        if total <= ARTIFACT_LIMIT:
+            break
         # one bit per code is one doubling of the step; 2 KB to spare
-        coarser *= 2 ** (8 * (over + 2048) / max(codes, 1) / 0.97)
+        coarser *= 2 ** (8 * (total - ARTIFACT_LIMIT + 2048) / max(codes, 1) / 0.97)
         if coarser > 16:
             break
     check_size(len(blob))
-    raise AssertionError("unreachable: check_size raises")
+    return blob
 
 
 # ============================================================================================================
@@ -2775,13 +2803,13 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Booked:
-    """Validation tokens whose every target is on the books. Training on validation data takes nothing else."""
+    """Validation tokens whose every target is on the books; nothing else of them may be trained on."""
     tokens: np.ndarray
 
 
 class Ledger:
-    """The books of one evaluation: every validation target's loss, once. Booking one twice, missing one, or asking for
-    the tokens of a document that is not booked raises."""
+    """The books of one evaluation: every validation target's loss, once. Booking one twice, missing one, or
+    asking for the tokens of a document that is not booked raises."""
 
     def __init__(self, val: Validation, device: torch.device):
         self.val, n = val, len(val.tokens) - 1
@@ -2804,22 +2832,23 @@ class Ledger:
         spans = [(int(self.val.documents.start[d]), int(self.val.documents.length[d])) for d in documents]
         for start, length in spans:
             if not (count[start:start + length - 1] == 1).all():
-                raise RuntimeError(f"the document at {start} is not wholly scored: training on it would break the rules")
+                raise RuntimeError(f"the document at {start} is not wholly scored: training on it would "
+                                   "break the rules")
         return Booked(np.concatenate([self.val.tokens[a:a + n] for a, n in spans]))
 
     def close(self, world: World) -> Score:
         """Sum over ranks; raises unless every expected target, and no other, was scored exactly once."""
         count, loss = world.total(self.count).cpu().numpy(), world.total(self.loss.double()).cpu().numpy()
-        wrong = np.flatnonzero(count != self.expected)
-        if len(wrong):
-            raise RuntimeError(f"coverage is broken: {len(wrong):,} targets, the first at {wrong[0]}, were scored "
-                               f"{count[wrong[0]]} times instead of {int(self.expected[wrong[0]])}")
-        return Score(float(loss.sum()), float(self.val.target_bytes[self.expected].sum()), int(self.expected.sum()))
-
+        if len(wrong := np.flatnonzero(count != self.expected)):
+            at = wrong[0]
+            raise RuntimeError(f"coverage is broken: {len(wrong):,} targets, the first at {at}, were scored "
+                               f"{count[at]} times instead of {int(self.expected[at])}")
+        target_bytes = self.val.target_bytes[self.expected].sum()
+        return Score(float(loss.sum()), float(target_bytes), int(self.expected.sum()))
 
 def sliding_windows(total: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
-    """Windows over `total` positions as (begin, end, first scored position): the first scores all it sees, every later
-    one its last `stride` positions; each position is scored once. A document within one window takes one pass."""
+    """Windows over `total` positions as (begin, end, first scored position): the first scores all it sees,
+    later ones their last `stride` positions; each position once."""
     windows, begin = [(0, min(seq_len, total), 0)], stride
     while begin + seq_len - stride < total:
         windows.append((begin, min(begin + seq_len, total), begin + seq_len - stride))
@@ -2858,7 +2887,8 @@ class Scorer:
     def windows(self, val: Validation, stride: int, looping: bool = True) -> Score:
         """Score every document by windows of EVAL_SEQ_LEN at this stride."""
         s, ledger = self.s, Ledger(val, self.world.device)
-        windows = [(a + b, a + e, a + f) for a, n in zip(val.documents.start.tolist(), val.documents.length.tolist())
+        documents = zip(val.documents.start.tolist(), val.documents.length.tolist())
+        windows = [(a + b, a + e, a + f) for a, n in documents
                    for b, e, f in sliding_windows(n - 1, s.eval_seq_len, stride)]
         rows, plan = pack_rows(windows, self.capacity), layer_plan(s, looping)
         for i in share_out([r.tokens for r in rows], self.world.size)[self.world.rank]:
@@ -2877,7 +2907,7 @@ class Scorer:
         x, y, cu = (torch.from_numpy(a).to(self.world.device) for a in (ids[None], targets[None], bounds))
         if self.fixed:
             torch._dynamo.mark_dynamic(cu, 0)
-        layout = Layout(cu, max(self.s.eval_seq_len, pad) if self.fixed else int(lengths.max()))
+        layout = Layout(cu, max(self.s.eval_seq_len, pad) if self.fixed else int(lengths.max()), isolate=True)
         losses = self.losses(x, y, plan, layout)[0, :len(at)]
         keep = torch.from_numpy(scored).to(losses.device)
         ledger.book(torch.from_numpy(at).to(losses.device)[keep], losses[keep])
@@ -2889,15 +2919,15 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Scored:
-    """A chunk already on the books: adapt() takes nothing else, so it cannot see ahead. losses (B, W) with their graph;
-    W positions of context end at the chunk's end; `again` recomputes them after a step."""
+    """A chunk already on the books: adapt() takes nothing else, so it cannot see ahead. losses (B, W) with
+    their graph; W positions of context end at the chunk's end; `again` recomputes them after a step."""
     losses: Tensor
     again: Callable[[], Tensor]
 
 
 class ChunkWindow(NamedTuple):
-    """Chunk c of a batch of documents: per row the first input (relative to the document), the first scored column,
-    the number of scored columns (0: the document has ended); W columns."""
+    """Chunk c of a batch of documents: per row the first input (relative to the document), the first scored
+    column, the number of scored columns (0: the document has ended); W columns."""
     begin: np.ndarray
     offset: np.ndarray
     count: np.ndarray
@@ -2905,7 +2935,7 @@ class ChunkWindow(NamedTuple):
 
 
 def chunk_window(targets: np.ndarray, c: int, chunk: int, window: int) -> ChunkWindow:
-    """Rows end at the chunk's end and reach back at most `window` inputs. targets (B,): targets per document."""
+    """Rows end at the chunk's end and reach back at most `window` inputs. targets (B,): per document."""
     end = np.minimum((c + 1) * chunk, targets)
     count = np.maximum(end - c * chunk, 0)
     begin = np.where(count > 0, np.maximum(end - window, 0), 0)
@@ -2913,12 +2943,12 @@ def chunk_window(targets: np.ndarray, c: int, chunk: int, window: int) -> ChunkW
 
 
 class PhasedTTT:
-    """Score-first phased test-time training. Documents of similar length form groups, the longest first; each document
-    has its own adapter, scored chunk by chunk and adapted only by chunks already booked; at each phase boundary the
-    base weights are trained on whole documents that are booked. Groups between two boundaries are shared out over the
-    ranks by predicted cost. trace(event, **values) observes: lora, chunk, sgd_step, phase."""
+    """Score-first phased test-time training. Documents of similar length form groups, longest first, shared
+    out over the ranks by predicted cost; each document has its own adapter, scored chunk by chunk and adapted
+    only by booked chunks; at each phase boundary the base weights are trained on whole booked documents.
+    trace(event, **values) observes: lora, chunk, sgd_step, phase."""
 
-    def __init__(self, s: Settings, world: World, model: GPT, val: Validation, trace: Optional[Callable] = None):
+    def __init__(self, s: Settings, world: World, model: GPT, val: Validation, trace: Callable | None = None):
         self.s, self.world, self.model, self.val, self.trace = s, world, model, val, trace
         self.plan = layer_plan(s, True)
         self.losses = compiled(s, world.device, model.losses, dynamic=True)
@@ -2929,9 +2959,10 @@ class PhasedTTT:
         self.groups = [by_length[i:i + size] for i in range(0, len(by_length), size)]
 
     def rounds(self) -> list[tuple[list[int], int]]:
-        """(groups, documents that the phase after them trains on; 0: none), groups as indices by ascending length."""
+        """(groups by ascending length, documents that the phase after them trains on; 0: none)."""
         s, out, current, done, phase = self.s, [], [], 0, 0
-        bounds = [s.phased_ttt_prefix_docs * (i + 1) // s.phased_ttt_num_phases for i in range(s.phased_ttt_num_phases)]
+        phases = s.phased_ttt_num_phases
+        bounds = [s.phased_ttt_prefix_docs * (i + 1) // phases for i in range(phases)]
         longest = [int(self.val.documents.length[g].max()) for g in self.groups]
         for g in sorted(range(len(self.groups)), key=lambda g: -longest[g]):
             current.append(g)
@@ -2975,24 +3006,26 @@ class PhasedTTT:
     def optimiser(self, adapter: Adapter) -> torch.optim.Optimizer:
         s, params = self.s, list(adapter.parameters())
         if s.ttt_optimizer == "sgd":
-            return torch.optim.SGD(params, lr=s.ttt_lora_lr, momentum=s.ttt_beta1, weight_decay=s.ttt_weight_decay)
+            return torch.optim.SGD(params, lr=s.ttt_lora_lr, momentum=s.ttt_beta1,
+                                   weight_decay=s.ttt_weight_decay)
         return torch.optim.AdamW(params, lr=s.ttt_lora_lr, betas=(s.ttt_beta1, s.ttt_beta2), eps=1e-10,
                                  weight_decay=s.ttt_weight_decay, fused=self.world.device.type == "cuda")
 
     def adapt_group(self, g: int, adapter: Adapter) -> None:
         """Score a group's documents chunk by chunk; after each chunk adapt those that have another one."""
         if not self.s.ttt_warm_start_a:
-            adapter.generator.manual_seed(self.s.seed * 1_000_003 + g)   # the same draw on whichever rank this runs
+            adapter.generator.manual_seed(self.s.seed * 1_000_003 + g)   # the same draw on every rank
         adapter.reset()
         optimiser, chunk = self.optimiser(adapter), self.s.ttt_chunk_size
         starts = self.val.documents.start[self.groups[g]]
         targets = self.val.documents.length[self.groups[g]] - 1
         for c in range(-(-int(targets.max()) // chunk)):
-            later = torch.from_numpy(targets > (c + 1) * chunk).to(self.world.device)
-            with torch.set_grad_enabled(bool((targets > (c + 1) * chunk).any())):
-                scored = self.score_chunk(starts, chunk_window(targets, c, chunk, self.s.ttt_eval_seq_len), adapter)
-                if torch.is_grad_enabled():
-                    self.adapt(adapter, optimiser, scored, later)
+            later = targets > (c + 1) * chunk
+            with torch.set_grad_enabled(bool(later.any())):
+                window = chunk_window(targets, c, chunk, self.s.ttt_eval_seq_len)
+                scored = self.score_chunk(starts, window, adapter)
+                if later.any():
+                    self.adapt(adapter, optimiser, scored, torch.from_numpy(later).to(self.world.device))
 
     def score_chunk(self, starts: np.ndarray, w: ChunkWindow, adapter: Adapter) -> Scored:
         """One forward over the context; book the chunk's losses before anything can learn from them."""
@@ -3011,25 +3044,28 @@ class PhasedTTT:
         keep = torch.from_numpy(counted).to(device)
         self.ledger.book(torch.from_numpy(at[counted]).to(device), losses[keep])
         if self.trace:
-            self.trace("chunk", x=x, y=y, losses=losses.detach(), offsets=w.offset, counts=w.count, width=w.width,
+            self.trace("chunk", x=x, y=y, losses=losses.detach(), offsets=w.offset, counts=w.count,
+                       width=w.width,
                        loss_sum=losses.detach()[keep].double().sum().item(),
                        byte_sum=int(self.val.target_bytes[at[counted]].sum()), tokens=int(counted.sum()))
         return Scored(losses, forward)
 
-    def adapt(self, adapter: Adapter, optimiser: torch.optim.Optimizer, scored: Scored, later: Tensor) -> None:
-        """TTT_GRAD_STEPS steps on the mean loss of the chunk just scored, of documents that have a later one."""
+    def adapt(self, adapter: Adapter, optimiser: torch.optim.Optimizer, scored: Scored,
+              later: Tensor) -> None:
+        """TTT_GRAD_STEPS steps on the mean loss of the booked chunk, of documents that have a later one."""
         losses = scored.losses
         for step in range(self.s.ttt_grad_steps):
             if step:
                 losses = scored.again()
             optimiser.zero_grad(set_to_none=True)
-            (losses[:, -self.s.ttt_chunk_size:].mean(dim=1) * later).sum().backward(inputs=list(adapter.parameters()))
+            means = losses[:, -self.s.ttt_chunk_size:].mean(dim=1)
+            (means * later).sum().backward(inputs=list(adapter.parameters()))
             optimiser.step()
 
     # --- the base weights
 
     def global_phase(self, booked: Booked) -> None:
-        """SGD on all base weights over documents already scored; the learning rate falls as a cosine over chunks."""
+        """SGD on all base weights over booked documents; the learning rate falls as a cosine over chunks."""
         s, tokens = self.s, booked.tokens
         chunks = -(-(len(tokens) - 1) // s.global_ttt_chunk_tokens)
         params = list(self.model.parameters())
@@ -3040,8 +3076,8 @@ class PhasedTTT:
             lr = self.global_lr(c, chunks)
             for _ in range(s.global_ttt_epochs):
                 for r in range(0, rows, s.global_ttt_batch_seqs):
-                    n = min(s.global_ttt_batch_seqs, rows - r) * s.eval_seq_len
-                    self.global_step(part[r * s.eval_seq_len:r * s.eval_seq_len + n + 1], params, velocity, lr)
+                    begin, n = r * s.eval_seq_len, min(s.global_ttt_batch_seqs, rows - r) * s.eval_seq_len
+                    self.global_step(part[begin:begin + n + 1], params, velocity, lr)
         if self.trace:
             self.trace("phase", model=self.model, tokens=tokens)
 
@@ -3066,7 +3102,8 @@ class PhasedTTT:
             else:
                 t = torch.from_numpy(np.stack([pieces[i] for i in sorted(share)]).astype(np.int64))
                 batch = Batch(t[:, :-1], t[:, 1:], None, s.eval_seq_len).to(world.device)
-            loss = self.model.losses(batch.x, batch.y, self.plan, batch.layout(batch.max_seqlen)).sum() / total
+            loss = self.model.losses(batch.x, batch.y, self.plan, batch.layout(batch.max_seqlen)).sum()
+            loss = loss / total
             got = torch.autograd.grad(loss, params, allow_unused=True)
             grads = [z if g is None else g for z, g in zip(grads, got)]
         with torch.no_grad():
@@ -3083,7 +3120,7 @@ class PhasedTTT:
                        grad_norm=norm.item(), lr=lr)
 
     def global_pieces(self, tokens: np.ndarray) -> list[np.ndarray]:
-        """Runs of n + 1 tokens (n targets) that see nothing of each other: documents, or rows of EVAL_SEQ_LEN."""
+        """Runs of n + 1 tokens that see nothing of each other: documents, or rows of EVAL_SEQ_LEN targets."""
         total = len(tokens) - 1
         if not self.s.global_ttt_respect_doc_boundaries:
             return [tokens[i:i + self.s.eval_seq_len + 1] for i in range(0, total, self.s.eval_seq_len)]
@@ -3125,8 +3162,8 @@ def check_train_shards(s: Settings) -> str:
 def check_validation(s: Settings) -> str:
     """The whole validation set: headers, BOS, ids, sidecar."""
     val = Validation(s)
-    return (f"{len(val.tokens) - 1:,} targets, {len(val.documents):,} documents, {int(val.target_bytes.sum()):,} bytes "
-            f"by {val.rule}")
+    return (f"{len(val.tokens) - 1:,} targets, {len(val.documents):,} documents, "
+            f"{int(val.target_bytes.sum()):,} bytes by {val.rule}")
 
 
 def check_tokenizer(s: Settings) -> str:
@@ -3144,41 +3181,34 @@ def check_disk(folder: Path, need: int) -> str:
             os.posix_fallocate(f.fileno(), 0, need)
     except OSError as error:
         free = shutil.disk_usage(folder).free if folder.is_dir() else 0
-        raise UserError(f"ARTIFACT_DIR={folder} cannot take {need:,} bytes ({error.strerror}; {free:,} free): free space "
-                        "or set ARTIFACT_DIR to another disk") from error
+        raise UserError(f"ARTIFACT_DIR={folder} cannot take {need:,} bytes ({error.strerror}; {free:,} "
+                        "free): free space or set ARTIFACT_DIR to another disk") from error
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
     return f"{need:,} bytes free"
 
 
-def check_world(s: Settings, world: World) -> str:
-    """Batch shape for this number of ranks."""
-    accum, tokens = s.batch_shape(world.size)
-    return f"{world.size} ranks x {accum} micro-batches of {tokens:,} tokens"
-
-
-def check_attention(s: Settings, world: World) -> str:
-    name, why = resolve_attention(s.attn_backend, world.device)
-    return f"{name} ({why})"
-
-
 def disk_need(s: Settings) -> int:
     """Bytes a run may write: weights, artifact, logs."""
-    return 4 * sum(math.prod(shape) for shape in parameter_shapes(s).values()) + 2 * ARTIFACT_LIMIT + (8 << 20)
+    weights = sum(math.prod(shape) for shape in parameter_shapes(s).values())
+    return 4 * weights + 2 * ARTIFACT_LIMIT + (8 << 20)
 
 
 def run_checks(s: Settings, world: World, folder: Path) -> list[Finding]:
     """Every check that applies to the mode, in the order a user would fix them."""
-    scoring_only = bool(s.eval_only_quantized_path)
+    cuda = world.device.type == "cuda"
     checks: list[tuple[str, Callable[[], str]]] = [
-        ("device", lambda: torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else
-            f"CPU, {torch.get_num_threads()} threads"),
-        ("attention", lambda: check_attention(s, world)), ("batch", lambda: check_world(s, world)),
-        ("disk", lambda: check_disk(folder, disk_need(s))), ("validation shards", lambda: check_validation(s)),
-        ("tokenizer", lambda: check_tokenizer(s))]
-    if not scoring_only:
-        checks.insert(4, ("training shards", lambda: check_train_shards(s)))
+        ("device", lambda: torch.cuda.get_device_name(world.device) if cuda
+            else f"CPU, {torch.get_num_threads()} threads"),
+        ("attention", lambda: "{} ({})".format(*resolve_attention(s.attn_backend, world.device))),
+        ("batch", lambda: f"{world.size} ranks x " + "{} micro-batches of {:,} tokens".format(
+            *s.batch_shape(world.size))),
+        ("disk", lambda: check_disk(folder, disk_need(s))),
+        ("training shards", lambda: check_train_shards(s)),
+        ("validation shards", lambda: check_validation(s)), ("tokenizer", lambda: check_tokenizer(s))]
+    if s.eval_only_quantized_path:
+        checks = [c for c in checks if c[0] != "training shards"]
     findings = []
     for what, check in checks:
         try:
@@ -3189,8 +3219,8 @@ def run_checks(s: Settings, world: World, folder: Path) -> list[Finding]:
 
 
 def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
-    """Dry run of everything that follows training, at full size on random weights: calibrate, quantise, pack, read back,
-    score, adapt. Whatever is missing fails here, before the clock starts. Returns the training seconds to reserve."""
+    """Dry run of all that follows training, at full size on random weights, so that whatever is missing fails
+    before the clock starts. Returns the training seconds to reserve."""
     model, generator = trainer.model, torch.Generator().manual_seed(s.seed)
     with torch.no_grad():
         weights = {n: (torch.randn(p.shape, generator=generator) * 0.02).to(p.device)
@@ -3211,18 +3241,13 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     if any(not torch.equal(back[n], w) for n, w in dequantise(q).items()):
         raise RuntimeError("the packed model does not read back as it was written")
     if s.ttt_enabled:
-        rehearse_adapter(s, world, model)
-    run.log("rehearsal", calibrate_s=seconds, quantise_s=packing.start - clock.start, pack_s=packing.elapsed(),
-            random_artifact_bytes=len(blob), reserve_s=reserve)
+        plan = layer_plan(s, True)
+        adapter = Adapter(s, plan, 2, world.device)
+        x = torch.randint(2, s.vocab_size, (2, s.ttt_chunk_size), device=world.device)
+        model.losses(x, x, plan, None, adapter).mean().backward(inputs=list(adapter.parameters()))
+    run.log("rehearsal", calibrate_s=seconds, quantise_s=packing.start - clock.start,
+            pack_s=packing.elapsed(), random_artifact_bytes=len(blob), reserve_s=reserve)
     return reserve
-
-
-def rehearse_adapter(s: Settings, world: World, model: GPT) -> None:
-    """One adapter step on random tokens: forward, backward, optimiser."""
-    plan = layer_plan(s, True)
-    adapter = Adapter(s, plan, 2, world.device)
-    x = torch.randint(2, s.vocab_size, (2, s.ttt_chunk_size), device=world.device)
-    model.losses(x, x, plan, None, adapter).mean().backward(inputs=list(adapter.parameters()))
 
 
 # ============================================================================================================
@@ -3254,14 +3279,16 @@ def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
     run.log("start", run_id=run.id, device=device, world_size=world.size, torch=torch.__version__,
             python=platform.python_version(), dtype=str(model.compute_dtype), attention=ATTENTION,
             parameters=sum(p.numel() for p in model.parameters()))
-    run.log("changed_settings", quiet=True, **{k: v for k, v in s.changed().items() if not k.endswith(("_PATH", "_DIR"))})
-    ignored = {k: NO_EFFECT[k] for k in NO_EFFECT if k in os.environ}
-    if ignored:
+    changed = {k: v for k, v in s.changed().items() if not k.endswith(("_PATH", "_DIR"))}
+    run.log("changed_settings", quiet=True, **changed)
+    if ignored := {k: NO_EFFECT[k] for k in NO_EFFECT if k in os.environ}:
         run.log("settings_without_effect", **ignored)
     source = Path(__file__).read_bytes()
-    run.log("code", bytes=len(source), compressed=len(self_extracting(source)), sha256=hashlib.sha256(source).hexdigest())
+    run.log("code", bytes=len(source), compressed=len(self_extracting(source)),
+            sha256=hashlib.sha256(source).hexdigest())
     if world.main:
-        run.text.write(source.decode("latin-1" if source.startswith(b"# coding: latin-1") else "utf-8") + "\n" + "=" * 100 + "\n")
+        encoding = "latin-1" if source.startswith(b"# coding: latin-1") else "utf-8"
+        run.text.write(source.decode(encoding) + "\n" + "=" * 100 + "\n")
     run.summary.update(seed=s.seed, world_size=world.size, device=device, compliant=s.val_doc_fraction == 1,
                        settings=s.as_env(), code_bytes=code_bytes(), torch=torch.__version__,
                        model_params=sum(p.numel() for p in model.parameters()))
@@ -3270,9 +3297,9 @@ def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
 def save_weights(run: Run, model: GPT) -> None:
     """The averaged weights, the moment training ends: whatever fails later, they are on disk."""
     if run.world.main:
+        weights = {n: p.detach().cpu() for n, p in field_views(dict(model.named_parameters())).items()}
         box = io.BytesIO()
-        torch.save({"architecture": architecture(model.s), "weights": {n: p.detach().cpu() for n, p in
-                                                                      field_views(dict(model.named_parameters())).items()}}, box)
+        torch.save({"architecture": architecture(model.s), "weights": weights}, box)
         run.save("final_model.pt", box.getvalue())
 
 
@@ -3284,19 +3311,16 @@ def read_weights(path: str, model: GPT) -> None:
     except FileNotFoundError as error:
         raise UserError(f"EVAL_ONLY_PATH={path} does not exist: give a run's final_model.pt") from error
     except Exception as error:    # torch.load raises many types for a damaged or foreign file
-        raise UserError(f"EVAL_ONLY_PATH={path} holds no averaged weights of this script ({type(error).__name__})") from error
-    wrong = {k: (theirs.get(k), v) for k, v in architecture(model.s).items() if theirs.get(k) != v}
-    if wrong:
-        raise UserError(f"EVAL_ONLY_PATH={path} is another configuration's: "
-                        + "; ".join(f"{k}={a} there, {b} here" for k, (a, b) in list(wrong.items())[:4]))
-    views = field_views({n: p.data for n, p in model.named_parameters()})
-    for name, view in views.items():
+        raise UserError(f"EVAL_ONLY_PATH={path} holds no averaged weights of this script "
+                        f"({type(error).__name__})") from error
+    check_architecture(model.s, theirs, f"EVAL_ONLY_PATH={path} holds weights")
+    for name, view in field_views({n: p.data for n, p in model.named_parameters()}).items():
         view.copy_(weights[name])
 
 
 def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> tuple[Clock, Callable]:
-    """Warm-up, rehearsal, training: the model ends as its average, saved. Returns the training clock and the source of
-    calibration batches; with EVAL_ONLY_PATH the weights come from there."""
+    """Warm-up, rehearsal, training: the model ends as its average, saved. Returns the training clock and the
+    source of calibration batches; with EVAL_ONLY_PATH the weights come from there."""
     if s.eval_only_path:
         read_weights(s.eval_only_path, model)
         stream = open_train_stream(s, world, s.batch_shape(world.size)[1])
@@ -3322,7 +3346,7 @@ def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
 
 
 def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next_batch: Callable) -> bytes:
-    """Calibrate, quantise, pack and write the artifact, all on the training clock. Returns its bytes on every rank."""
+    """Calibrate, quantise, pack and write the artifact, on the training clock; its bytes on every rank."""
     begin = clock.elapsed()
     hessians = calibrate(s, world, model, next_batch)
     sync(world.device)
@@ -3336,8 +3360,8 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
     run.log("artifact", bytes=len(blob), total=check_size(len(blob)), calibrate_s=calibrated - begin,
             quantise_and_pack_s=seconds - calibrated, train_seconds=seconds)
     if s.max_wallclock_seconds and seconds > s.max_wallclock_seconds and not s.eval_only_path:
-        run.log("warning", text=f"training, calibration and packing took {seconds:.1f} s of {s.max_wallclock_seconds:g}: "
-                                "raise GPTQ_RESERVE_SECONDS or set it to auto")
+        run.log("warning", text=f"training, calibration and packing took {seconds:.1f} s of "
+                f"{s.max_wallclock_seconds:g}: raise GPTQ_RESERVE_SECONDS or set it to auto")
     run.summary.update(artifact_bytes=len(blob), total_bytes=len(blob) + code_bytes(), train_seconds=seconds)
     return blob
 
@@ -3346,11 +3370,11 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
     """The evaluation: open the artifact, score its weights by plain windows, sliding windows and TTT."""
     clock = Clock(s.eval_max_seconds)
     load_weights(model, dequantise(unpack_model(s, blob, "the artifact")), "the artifact")
-    scorer, final = Scorer(s, world, model), None
+    scorer = Scorer(s, world, model)
     with clock.exclude():        # a diagnostic
-        plain = scorer.windows(val, s.eval_seq_len)
-    run.log("score_quantized", val_loss=plain.loss, val_bpb=plain.bpb)
-    run.summary["quantized_val_bpb"], final = plain.bpb, plain
+        final = scorer.windows(val, s.eval_seq_len)
+    run.log("score_quantized", val_loss=final.loss, val_bpb=final.bpb)
+    run.summary["quantized_val_bpb"] = final.bpb
     if s.sliding_window_enabled:
         final = scorer.windows(val, s.eval_stride)
         run.log("score_sliding", val_loss=final.loss, val_bpb=final.bpb, elapsed=clock.elapsed())
@@ -3361,16 +3385,17 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
     seconds = clock.elapsed()
     if s.eval_max_seconds and seconds > s.eval_max_seconds:
         run.log("warning", text=f"evaluation took {seconds:.1f} s of EVAL_MAX_SECONDS={s.eval_max_seconds:g}")
-    run.log("coverage", targets=final.tokens, bytes=int(final.byte_sum), documents=len(val.documents), complete=True)
-    run.summary.update(val_bpb=final.bpb, val_loss=final.loss, eval_seconds=seconds, tokens_scored=final.tokens,
-                       bytes_scored=int(final.byte_sum), byte_rule=val.rule)
+    run.log("coverage", targets=final.tokens, bytes=int(final.byte_sum), documents=len(val.documents),
+            complete=True)
+    run.summary.update(val_bpb=final.bpb, val_loss=final.loss, eval_seconds=seconds,
+                       tokens_scored=final.tokens, bytes_scored=int(final.byte_sum), byte_rule=val.rule)
 
 
-TEXT_BASELINE_LIMIT = 8 << 20     # bytes of validation text that general-purpose compressors are run on for comparison
+TEXT_BASELINE_LIMIT = 8 << 20     # bytes of validation text that general-purpose compressors can manage
 
 
 def text_baselines(s: Settings, val: Validation) -> dict[str, float]:
-    """Bits per byte of general-purpose compressors on the same validation text, when it is short enough to wait for."""
+    """Bits per byte of general-purpose compressors on the validation text, when it is short enough."""
     if val.target_bytes.sum() > TEXT_BASELINE_LIMIT:
         return {}
     text = val.text_bytes(s)
@@ -3383,13 +3408,12 @@ def closing_block(s: Settings, world: World, run: Run, val: Validation) -> None:
     summary = run.summary
     rows = [("untrained", "untrained_val_bpb"), ("averaged weights", "prequant_val_bpb"),
             ("quantised", "quantized_val_bpb"), ("sliding windows", "sliding_val_bpb")]
+    if s.ttt_enabled:
+        rows.append(("test-time training", "val_bpb"))
     run.say("\n" + "-" * 72)
     for label, key in rows:
         if key in summary:
             run.say(f"{label:28} {summary[key]:10.5f} BPB")
-    if s.ttt_enabled and "val_bpb" in summary:
-        run.say(f"{'test-time training':28} {summary['val_bpb']:10.5f} BPB")
-    if world.main:
         for label, bpb in text_baselines(s, val).items():
             run.say(f"{label + ' on the same text':28} {bpb:10.5f} bits per byte")
             summary[label.replace(" ", "").replace("-", "_") + "_bpb"] = bpb
@@ -3398,8 +3422,8 @@ def closing_block(s: Settings, world: World, run: Run, val: Validation) -> None:
     if not summary["compliant"]:
         run.say("NON-COMPLIANT: VAL_DOC_FRACTION is below 1, so this is not a result")
     run.say("-" * 72)
-    keys = ("val_bpb", "sliding_val_bpb", "quantized_val_bpb", "total_bytes", "steps", "train_seconds", "eval_seconds",
-            "tokens_scored", "seed")
+    keys = ("val_bpb", "sliding_val_bpb", "quantized_val_bpb", "total_bytes", "steps", "train_seconds",
+            "eval_seconds", "tokens_scored", "seed")
     run.log("final", **{k: summary[k] for k in keys if k in summary})
 
 
@@ -3413,7 +3437,8 @@ def pipeline(s: Settings, world: World, run: Run) -> None:
             raise UserError(finding.detail)
     val = Validation(s)
     if s.eval_only_quantized_path:
-        blob = world.share_bytes(read_file(s.eval_only_quantized_path, "EVAL_ONLY_QUANTIZED_PATH") if world.main else None)
+        path = s.eval_only_quantized_path
+        blob = world.share_bytes(read_file(path, "EVAL_ONLY_QUANTIZED_PATH") if world.main else None)
         run.summary.update(artifact_bytes=len(blob), total_bytes=check_size(len(blob)))
     else:
         clock, next_batch = learn(s, world, run, model, val)
@@ -3458,7 +3483,7 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
         if "--help" in argv or "-h" in argv:
             print_help()
             return 0
-        if argv[:1] == ("--check",) or list(argv[:1]) == ["--check"]:
+        if list(argv[:1]) == ["--check"]:
             return check_command(argv[1] if len(argv) > 1 else "")
         if argv:
             raise UserError(f"unknown argument {argv[0]}: settings come from the environment; see --help")

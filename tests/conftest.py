@@ -1,0 +1,165 @@
+"""What the tests share: a tiny model's settings, made-up shards, and a way to run the script as a user would."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+import train_gpt as tg  # noqa: E402
+
+TINY = dict(
+    NUM_LAYERS=4,
+    MODEL_DIM=64,
+    NUM_HEADS=2,
+    NUM_KV_HEADS=1,
+    MLP_MULT=2,
+    VOCAB_SIZE=300,
+    LOOP_START=1,
+    LOOP_END=2,
+    NUM_LOOPS=1,
+    PARALLEL_START_LAYER=3,
+    XSA_LAST_N=4,
+    CASEOPS_ENABLED=0,
+    TRAIN_BATCH_TOKENS=1024,
+    GRAD_ACCUM_STEPS=1,
+    TRAIN_SEQ_LEN=64,
+    MAX_WALLCLOCK_SECONDS=0,
+    ITERATIONS=4,
+    WARMUP_STEPS=1,
+    EVAL_SEQ_LEN=64,
+    EVAL_STRIDE=16,
+    TTT_EVAL_SEQ_LEN=64,
+    TTT_BATCH_SIZE=4,
+    TTT_CHUNK_SIZE=16,
+    TTT_LORA_RANK=4,
+    TTT_LORA_ALPHA=8,
+    TTT_LORA_LR=0.01,
+    PHASED_TTT_PREFIX_DOCS=4,
+    PHASED_TTT_NUM_PHASES=2,
+    GLOBAL_TTT_CHUNK_TOKENS=64,
+    GLOBAL_TTT_BATCH_SEQS=2,
+    GPTQ_CALIBRATION_BATCHES=2,
+    MATRIX_BITS=6,
+    VAL_BATCH_TOKENS=2048,
+    EMA_DECAY=0.5,
+)
+
+
+def settings(**changes) -> tg.Settings:
+    """The tiny settings with some changed."""
+    return tg.Settings.from_env({k: str(v) for k, v in {**TINY, **changes}.items()})
+
+
+def sine_model(s: tg.Settings) -> tg.GPT:
+    """A model whose weights follow a formula, so that golden numbers do not hang on a random generator."""
+    model = tg.GPT(s)
+    with torch.no_grad():
+        for k, (_, p) in enumerate(sorted(model.named_parameters())):
+            wave = torch.sin(torch.arange(p.numel(), dtype=torch.float64) * (0.37 + 0.11 * k) + k).view(
+                p.shape
+            )
+            p.copy_(wave * (0.5 if p.dim() < 3 else p.shape[-1] ** -0.5))
+    return model
+
+
+def documents(count: int, seed: int, vocab: int = 300, lo: int = 5, hi: int = 150) -> np.ndarray:
+    """A token stream of `count` documents: BOS, then text that repeats itself enough to be learnable."""
+    rng, out = np.random.default_rng(seed), []
+
+    def words(n):  # few tokens are frequent, as in a language
+        return np.minimum(3 + rng.geometric(0.05, n), vocab - 1)
+
+    for _ in range(count):
+        body = np.resize(words(rng.integers(3, 12)), rng.integers(lo, hi))
+        out += [np.array([tg.BOS]), np.where(rng.random(len(body)) < 0.1, words(len(body)), body)]
+    return np.concatenate(out).astype(np.uint16)
+
+
+def write_shard(
+    path: Path, tokens: np.ndarray, magic: int = tg.SHARD_MAGIC, count: int | None = None
+) -> Path:
+    """A shard file; magic and count can be falsified."""
+    header = np.zeros(tg.SHARD_HEADER, "<i4")
+    header[:3] = magic, 1, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+    return path
+
+
+def make_data(folder: Path) -> Path:
+    """Training and validation shards with a byte sidecar, and a byte-fallback tokenizer of 300 tokens."""
+    import sentencepiece as spm
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(2):
+        write_shard(folder / f"fineweb_train_{i:06d}.bin", documents(60, i))
+    val = documents(14, 99)
+    write_shard(folder / "fineweb_val_000000.bin", val)
+    write_shard(folder / "fineweb_val_bytes_000000.bin", np.where(val == tg.BOS, 0, 2))
+    text = folder / "text.txt"
+    text.write_text("some words to train a tokenizer with " * 50)
+    spm.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def s(data) -> tg.Settings:
+    return settings(DATA_PATH=data, TOKENIZER_PATH=data / "tokenizer.model")
+
+
+def environment(data: Path, **changes) -> dict:
+    """The environment of a tiny run, free of the caller's own settings."""
+    own = {f.name.upper() for f in tg.fields(tg.Settings)}
+    base = {k: v for k, v in os.environ.items() if k not in own}
+    tiny = {
+        **TINY,
+        "DATA_PATH": data,
+        "TOKENIZER_PATH": data / "tokenizer.model",
+        "OMP_NUM_THREADS": 1,
+        **changes,
+    }
+    return {**base, **{k: str(v) for k, v in tiny.items()}}
+
+
+def run_script(
+    env: dict, *args: str, launcher: tuple = (), script: Path = ROOT / "train_gpt.py", timeout: float = 120
+):
+    """The script in a process of its own: (exit status, output)."""
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), *args],
+        env=env,
+        cwd=ROOT,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())

@@ -1,0 +1,531 @@
+"""Every kernel against its plain twin, forward and backward; without a GPU, Triton runs interpreted."""
+
+import os
+import time
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined, so before the import
+
+from conftest import tg as kernels
+
+from train_gpt import UserError, attention, capped_ce, leaky_square_mlp, resolve_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="needs triton (pip install triton)")
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
+
+
+class Layout(NamedTuple):
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+
+
+def packed(lengths, padding=0, device=DEVICE):
+    """Layout of documents of these lengths, with `padding` empty segments at the end."""
+    bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    cu = torch.tensor(bounds + [bounds[-1]] * padding, dtype=torch.int32, device=device)
+    return Layout(cu, max(lengths))
+
+
+@pytest.fixture(autouse=True)
+def interpreter_knows_bfloat16(monkeypatch):
+    """The interpreter keeps bf16 as uint16, and tl.dot multiplies those: widen the operands first."""
+    if kernels.triton is None or DEVICE == "cuda":
+        return
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    multiply = InterpreterBuilder.create_dot
+
+    def widened(handle):
+        if str(handle.dtype.scalar) != "bf16":
+            return handle
+        return type(handle)((handle.data.astype("uint32") << 16).view("float32"), kernels.tl.float32)
+
+    monkeypatch.setattr(
+        InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *rest: multiply(self, widened(a), widened(b), *rest),
+    )
+
+
+def random(*shapes, dtype=torch.float32, seed=0, device=DEVICE, grad=True):
+    generator = torch.Generator().manual_seed(seed)
+    draws = [torch.randn(*shape, generator=generator) for shape in shapes]
+    return [draw.to(device, dtype).requires_grad_(grad) for draw in draws]
+
+
+def gap(got, want):
+    """Relative error in the Frobenius norm."""
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
+
+
+def graded(function, leaves, dy):
+    """[value, gradients …] of function(*leaves) against the cotangent dy."""
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+
+
+# ------------------------------------------------------------------------ softcapped cross-entropy
+def ce_problem(N, V, dtype, scale=12.0):
+    (logits,) = random((N, V), dtype=dtype)
+    logits = (logits.detach() * scale).requires_grad_()
+    targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    dloss = torch.rand(N, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    return logits, targets, dloss
+
+
+@needs_triton
+@pytest.mark.parametrize("N, V", [(37, 8192), (5, 1000), (3, 1), (2, 20000), (1, 8193)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("cap", [30.0, 15.0, 200.0])
+def test_ce_kernel_is_its_twin(N, V, dtype, bound, cap):
+    logits, targets, dloss = ce_problem(N, V, dtype)
+    got = graded(lambda x: capped_ce(x, targets, cap, kernel=True), [logits], dloss)
+    want = graded(lambda x: capped_ce(x, targets, cap, kernel=False), [logits], dloss)
+    assert got[0].dtype == torch.float32 and got[1].dtype == dtype
+    if V == 1:
+        assert got[0].abs().max() < 1e-5 and got[1].abs().max() < 1e-5  # one token: no loss, no gradient
+        return
+    # float32 resolves logits of size cap to cap · 6e-8; the interpreter truncates to bf16 where a GPU rounds.
+    assert (got[0] - want[0]).abs().max() < 2e-5 * max(1, cap / 30)
+    assert gap(got[1], want[1]) < bound * (max(1, cap / 30) if dtype == torch.float32 else 1)
+
+
+@needs_triton
+def test_ce_saturated_logits_and_empty_batch():
+    """At ±1e4 every tail of tanh is met: no NaN, no gradient through a flat cap."""
+    logits = torch.tensor([[1e4, -1e4, 0.0, 3.0]], device=DEVICE).requires_grad_()
+    for target in range(4):
+        targets = torch.tensor([target], device=DEVICE)
+        one = torch.ones(1, device=DEVICE)
+        results = [
+            graded(lambda x: capped_ce(x, targets, 30.0, kernel=kernel), [logits], one)
+            for kernel in (True, False)
+        ]
+        for got, want in zip(*results):
+            assert torch.allclose(got, want, atol=1e-5)
+    assert capped_ce(logits[:0], targets[:0], 30.0, kernel=True).shape == (0,)
+
+
+@needs_triton
+def test_ce_kernel_through_torch_compile():
+    logits, targets, dloss = ce_problem(6, 1000, torch.float32)
+    compiled = torch.compile(
+        lambda x: capped_ce(x * 1.5, targets, 30.0, kernel=True), fullgraph=True, backend="aot_eager"
+    )
+    got = graded(compiled, [logits], dloss)
+    want = graded(lambda x: capped_ce(x * 1.5, targets, 30.0, kernel=False), [logits], dloss)
+    assert gap(got[0], want[0]) < 1e-6 and gap(got[1], want[1]) < 2e-6
+
+
+def test_ce_twin_is_the_definition():
+    logits, targets, _ = ce_problem(9, 50, torch.float32)
+    p = (30 * torch.tanh(logits / 30)).softmax(-1)
+    want = -p[torch.arange(9), targets].log()
+    assert torch.allclose(capped_ce(logits, targets, 30.0, kernel=False), want, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------- leaky-ReLU² MLP
+@needs_triton
+@pytest.mark.parametrize("N, d, m", [(130, 64, 256), (33, 40, 72), (1, 16, 300)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 3e-6), (torch.bfloat16, 1.2e-2)])
+@pytest.mark.parametrize("slope", [0.5, 0.3, 0.0])
+def test_mlp_kernel_is_its_twin(N, d, m, dtype, bound, slope):
+    x, up, down, dy = random((N, d), (m, d), (d, m), (N, d), dtype=dtype)
+    leaves = [x, up, down]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    got = graded(lambda *t: leaky_square_mlp(*t, slope, kernel=True), leaves, dy)
+    want = graded(lambda *t: leaky_square_mlp(*t, slope, kernel=False), exact, dy.double())
+    for a, b in zip(got, want):
+        assert a.dtype == dtype and (
+            gap(a, b) < bound or float((a - b).abs().max()) < 1e-5
+        )  # a zero gradient
+
+
+@needs_triton
+def test_mlp_without_gradient_keeps_no_h_and_frozen_weights_get_none():
+    x, up, down, dy = random((20, 32), (48, 32), (32, 48), (20, 32))
+    with torch.no_grad():
+        y = leaky_square_mlp(x, up, down, 0.5, kernel=True)
+    assert kernels.mlp_up(x, up, 0.5, False)[0].shape == (0, 48)
+    frozen = [up.detach(), down.detach()]
+    got = graded(lambda t: leaky_square_mlp(t, *frozen, 0.5, kernel=True), [x], dy)
+    want = graded(lambda t: leaky_square_mlp(t, *frozen, 0.5, kernel=False), [x], dy)
+    assert gap(y, want[0]) < 1e-6 and all(gap(a, b) < 1e-6 for a, b in zip(got, want))
+
+
+@needs_triton
+def test_mlp_kernel_through_torch_compile():
+    x, up, down, dy = random((20, 32), (48, 32), (32, 48), (20, 32))
+    compiled = torch.compile(
+        lambda *t: leaky_square_mlp(*t, 0.5, kernel=True) + 1, fullgraph=True, backend="aot_eager"
+    )
+    got = graded(compiled, [x, up, down], dy)
+    want = graded(lambda *t: leaky_square_mlp(*t, 0.5, kernel=False) + 1, [x, up, down], dy)
+    assert all(gap(a, b) < 2e-6 for a, b in zip(got, want))
+
+
+def test_forced_kernel_without_triton_names_the_remedy(monkeypatch):
+    monkeypatch.setattr(kernels, "triton", None)
+    x, up, down = random((2, 4), (6, 4), (4, 6))
+    with pytest.raises(UserError, match="pip install triton"):
+        leaky_square_mlp(x, up, down, 0.5, kernel=True)
+    assert leaky_square_mlp(x, up, down, 0.5).shape == (2, 4)  # unforced: the plain twin
+
+
+# ---------------------------------------------------------------------------------------- attention
+def reference(q, k, v, layout, window=None):
+    """Attention written as one masked softmax over all positions, in float64."""
+    (B, T, H, D), keys = q.shape, k.shape[1]
+    if layout is not None:
+        q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
+        position = torch.arange(q.shape[1], device=q.device)
+        doc = torch.bucketize(position, layout.cu_seqlens[1:].long(), right=True)
+    else:
+        doc = torch.zeros(keys, dtype=torch.long, device=q.device)
+    Nq, Nk = q.shape[1], k.shape[1]
+    back = torch.arange(Nk - Nq, Nk, device=q.device)[:, None] - torch.arange(Nk, device=q.device)
+    seen = (back >= 0) & (back < (window or Nk + 1)) & (doc[-Nq:, None] == doc)
+    k, v = (x.double().repeat_interleave(H // k.shape[2], 2) for x in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q.double(), k) * D**-0.5
+    p = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("bhij,bjhd->bihd", p, v).reshape(B, T, H, D)
+
+
+PROBLEMS = {  # queries, keys, document lengths, padding, window
+    "rows": (40, 40, None, 0, None),
+    "cached": (7, 40, None, 0, None),
+    "one query": (1, 33, None, 0, None),
+    "rows window": (40, 40, None, 0, 9),
+    "cached window": (7, 40, None, 0, 5),
+    "documents": (61, 61, [1, 30, 30], 0, None),
+    "padded end": (61, 61, [20, 41], 13, None),
+    "documents window": (61, 61, [20, 41], 2, 8),
+    "window 1": (12, 12, [5, 7], 1, 1),
+    "long": (1300, 1300, [1100, 200], 5, None),
+    "long window": (1300, 1300, [1300], 0, 600),
+}
+
+
+@pytest.mark.parametrize(
+    "dtype, bound", [(torch.float32, 2e-6), (torch.float64, 1e-13), (torch.bfloat16, 1e-2)]
+)
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("H, K", [(4, 4), (4, 2), (6, 1)])
+def test_plain_attention_is_the_masked_softmax(name, H, K, dtype, bound):
+    T, keys, lengths, padding, window = PROBLEMS[name]
+    layout = lengths and packed(lengths, padding)
+    B = 1 if lengths else 2
+    q, k, v, dy = random((B, T, H, 16), (B, keys, K, 16), (B, keys, K, 16), (B, T, H, 16), dtype=dtype)
+    got = graded(lambda *t: attention(*t, layout, window), [q, k, v], dy)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want = graded(lambda *t: reference(*t, layout, window), exact, dy.double())
+    for a, b in zip(got, want):
+        assert a.dtype == dtype and (
+            gap(a, b) < bound or float((a - b).abs().max()) < 1e-5
+        )  # a zero gradient
+
+
+def test_packed_gradient_by_finite_differences():
+    q, k, v = random((1, 9, 4, 3), (1, 9, 2, 3), (1, 9, 2, 3), dtype=torch.float64)
+    layout = packed([2, 7], 2)
+    assert torch.autograd.gradcheck(lambda *t: attention(*t, layout), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *t: attention(*t, layout, 3), (q, k, v))
+
+
+def test_documents_never_attend_across():
+    """Changing a document from its 11th token on leaves the others, and its first ten rows, bit-equal."""
+    layout = packed([30, 50, 20], 3)
+    q, k, v = random((1, 100, 4, 16), (1, 100, 2, 16), (1, 100, 2, 16), grad=False)
+    before = attention(q, k, v, layout)
+    k[:, 40:80] += 1e3
+    v[:, 40:80] -= 1e3
+    after = attention(q, k, v, layout)
+    unchanged = (before == after).all(-1).all(-1)[0]
+    assert unchanged[:40].all() and unchanged[80:].all() and not unchanged[40:80].any()
+
+
+def test_packed_gradients_stay_in_their_document():
+    layout = packed([30, 50, 20], 3)
+    q, k, v = random((1, 100, 4, 16), (1, 100, 2, 16), (1, 100, 2, 16))
+    for grad in torch.autograd.grad(attention(q, k, v, layout)[:, 30:80].square().sum(), (q, k, v)):
+        assert not grad[:, :30].any() and not grad[:, 80:].any() and grad[:, 30:80].any()
+
+
+def test_cached_keys_continue_the_row():
+    """The last 7 queries against all keys are the last 7 rows of the whole attention."""
+    q, k, v = random((2, 40, 4, 16), (2, 40, 2, 16), (2, 40, 2, 16), grad=False)
+    assert torch.allclose(attention(q, k, v)[:, -7:], attention(q[:, -7:], k, v), atol=1e-6)
+
+
+def test_attention_refuses_what_it_cannot_mean():
+    q, k, v = random((1, 10, 4, 16), (1, 12, 2, 16), (1, 12, 2, 16), grad=False)
+    with pytest.raises(UserError, match="10 queries and 12 keys"):
+        attention(q, k, v, packed([12]))
+    with pytest.raises(UserError, match="12 queries and 10 keys"):
+        attention(k, q, q)
+    with pytest.raises(UserError, match="window is 0"):
+        attention(q, k, v, None, 0)
+
+
+# Stand-ins with the released signatures, computing with the plain twin: they test our plumbing (keywords,
+# custom ops, fakes, autograd), not the kernels. Custom ops, because a loop over documents cannot be traced.
+@torch.library.custom_op("golf_test::documents", mutates_args=())
+def plain_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, left: int
+) -> torch.Tensor:
+    return kernels.attend_plain(q[None], k[None], v[None], cu, 0, left)[0].clone()
+
+
+@plain_forward.register_fake
+def _(q, k, v, cu, left):
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("golf_test::documents_backward", mutates_args=())
+def plain_backward(
+    dy: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, left: int
+) -> list[torch.Tensor]:
+    """By the formula, since autograd is off inside an operator. q (N, H, D), k, v (N, K, D)."""
+    (N, H, D), K = q.shape, k.shape[1]
+    document = torch.searchsorted(cu.unique(), torch.arange(N), right=True)
+    seen = kernels.causal_mask(N, N, left, q.device) & (document[:, None] == document)
+    q, dy = (x.view(N, K, H // K, D).permute(1, 2, 0, 3) for x in (q, dy))
+    k, v = (x.transpose(0, 1)[:, None] for x in (k, v))
+    p = (q @ k.mT * D**-0.5).masked_fill(~seen, -torch.inf).softmax(-1)
+    dp = dy @ v.mT
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * D**-0.5
+    dq = (ds @ k).permute(2, 0, 1, 3).reshape(N, H, D)
+    return [dq, (ds.mT @ q).sum(1).transpose(0, 1).contiguous(), (p.mT @ dy).sum(1).transpose(0, 1).contiguous()]
+
+
+@plain_backward.register_fake
+def _(dy, q, k, v, cu, left):
+    return [x.new_empty(x.shape) for x in (q, k, v)]
+
+
+def keep_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.left = inputs[4]
+
+
+plain_forward.register_autograd(
+    lambda ctx, dy: (*plain_backward(dy, *ctx.saved_tensors, ctx.left), None, None), setup_context=keep_inputs
+)
+
+
+def fake_fa3():
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, qv=None, window_size=(-1, -1)):
+        assert causal
+        return kernels.plain_rows(q, k, v, window_size[0])
+
+    def flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        seqused_q=None,
+        seqused_k=None,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+    ):
+        assert causal and cu_seqlens_q.dtype == torch.int32
+        return plain_forward(q, k, v, cu_seqlens_q, window_size[0])
+
+    return SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
+
+
+def fake_fa4(extra_results):
+    def bounds(q, k, cu):
+        (B, T), keys = q.shape[:2], k.shape[1]
+        assert cu is not None or T == keys  # the stand-in serves squares and documents
+        return torch.arange(B + 1, dtype=torch.int32) * T if cu is None else cu
+
+    def _flash_attn_fwd(
+        q,
+        k,
+        v,
+        qv=None,
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        max_seqlen_q=None,
+        causal=False,
+        window_size_left=None,
+        return_lse=False,
+    ):
+        assert causal and return_lse
+        left, cu = -1 if window_size_left is None else window_size_left, bounds(q, k, cu_seqlens_q)
+        flat = [x.flatten(0, -3) for x in (q, k, v)]
+        rows, T, H = q.shape[:-3], q.shape[-3], q.shape[-2]
+        y, lse = plain_forward(*flat, cu, left).view(q.shape), q.new_zeros(*rows, H, T).float()
+        return y, lse, *extra_results
+
+    def _flash_attn_bwd(
+        q,
+        k,
+        v,
+        out,
+        dout,
+        lse,
+        softmax_scale=None,
+        causal=False,
+        window_size_left=None,
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+    ):
+        assert causal and out.shape == dout.shape
+        left, cu = -1 if window_size_left is None else window_size_left, bounds(q, k, cu_seqlens_q)
+        grads = plain_backward(*(x.flatten(0, -3) for x in (dout, q, k, v)), cu, left)
+        return tuple(g.view(x.shape) for g, x in zip(grads, (q, k, v)))
+
+    return SimpleNamespace(_flash_attn_fwd=_flash_attn_fwd, _flash_attn_bwd=_flash_attn_bwd)
+
+
+@pytest.mark.parametrize("backend", ["fa3", "fa4 early", "fa4 now"])
+@pytest.mark.parametrize("name", ["rows", "rows window", "padded end", "documents window"])
+def test_flash_plumbing_with_stand_ins(name, backend, monkeypatch):
+    module = fake_fa3() if backend == "fa3" else fake_fa4((None,) * 3 if backend == "fa4 now" else ())
+    monkeypatch.setitem(kernels.FLASH, backend[:3], module)
+    T, keys, lengths, padding, window = PROBLEMS[name]
+    layout, left = lengths and packed(lengths, padding, "cpu"), -1 if window is None else window - 1
+    cu, longest = (layout.cu_seqlens, layout.max_seqlen) if layout else (None, keys)
+    q, k, v, dy = random((1, T, 4, 16), (1, keys, 2, 16), (1, keys, 2, 16), (1, T, 4, 16), device="cpu")
+    want = graded(lambda *t: reference(*t, layout, window), [q, k, v], dy)
+    door = kernels.BACKENDS[backend[:3]]
+    torch._dynamo.reset()
+    for function in (door, torch.compile(door, fullgraph=True, backend="aot_eager")):
+        got = graded(lambda *t: function(*t, cu, longest, left), [q, k, v], dy)
+        assert all(gap(a, b) < 2e-6 for a, b in zip(got, want))
+
+
+@pytest.mark.parametrize("name", ["cached", "rows window", "padded end", "documents window"])
+def test_torch_varlen_traces_without_graph_breaks(name, monkeypatch):
+    """No CUDA here: the forward is captured whole, the call then fails in the kernel, and only there."""
+    import torch.nn.attention.varlen as varlen
+
+    monkeypatch.setitem(kernels.FLASH, "torch", varlen)
+    T, keys, lengths, padding, window = PROBLEMS[name]
+    layout = lengths and packed(lengths, padding, "cpu")
+    cu, longest = (layout.cu_seqlens, layout.max_seqlen) if layout else (None, keys)
+    q, k, v = random((2 - bool(layout), T, 4, 16), *[(2 - bool(layout), keys, 2, 16)] * 2, device="cpu")
+    captured = []
+    compiled = torch.compile(
+        kernels.attend_torch,
+        fullgraph=True,
+        dynamic=False,
+        backend=lambda graph, _: captured.append(str(graph.code)) or graph,
+    )
+    with pytest.raises(Exception, match="_flash_attention_forward|FlashAttention|CPU"):
+        compiled(q, k, v, cu, longest, -1 if window is None else window - 1)
+    assert len(captured) == 1 and "varlen_attn" in captured[0]
+
+
+def test_self_test_passes_a_right_backend_and_names_a_wrong_one(monkeypatch):
+    """The stand-in passes; one that forgets the cuts between documents is caught."""
+    right = fake_fa3()
+
+    def across(q, k, v, *_, **__):
+        return kernels.plain_rows(q[None], k[None], v[None], -1)[0]
+
+    wrong = SimpleNamespace(flash_attn_func=right.flash_attn_func, flash_attn_varlen_func=across)
+    for module, verdict in ((right, ""), (wrong, "differs from the plain twin")):
+        torch._dynamo.reset()
+        monkeypatch.setitem(kernels.FLASH, "fa3", module)
+        fault = kernels.self_test("fa3", torch.device("cpu"))
+        assert fault.startswith(verdict) and bool(fault) == bool(verdict)
+
+
+def test_resolve_attention_says_why():
+    name, why = resolve_attention("auto", "cpu")
+    assert name == "plain" and "\n" not in why
+    assert all(f"not {other}: needs a CUDA GPU" in why for other in ("fa3", "fa4", "torch"))
+    assert resolve_attention("plain", "cpu") == ("plain", "attention plain (forced)")
+    with pytest.raises(UserError, match="ATTN_BACKEND=fa3 cannot run here.*FlashAttention 3"):
+        resolve_attention("fa3", "cpu")
+    with pytest.raises(UserError, match="ATTN_BACKEND=flash is unknown; choose one of auto, fa3"):
+        resolve_attention("flash", "cpu")
+
+
+# -------------------------------------------------------------------------------------- on a GPU only
+def document_lengths(total, longest=3072):
+    """Log-normal lengths like FineWeb's (median 400, mean about 900), cut at `longest`, filling `total`."""
+    draws = torch.randn(total // 100, generator=torch.Generator().manual_seed(0)).mul(1.1).add(6.0).exp()
+    lengths, filled = [], 0
+    for length in draws.clamp(8, longest).long().tolist():
+        lengths.append(min(length, total - filled))
+        filled += lengths[-1]
+        if filled == total:
+            return lengths
+
+
+def milliseconds(function, repeats=10):
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats * 1e3
+
+
+@needs_gpu
+def test_attention_backends_at_training_size(monkeypatch):
+    """B = 1, T = 98,304, 8 query and 4 key heads of 64, FineWeb-like documents: all that run agree."""
+    T = 98304
+    lengths = document_lengths(T)
+    layout = packed(lengths, -len(lengths) % 64)
+    q, k, v, dy = random((1, T, 8, 64), (1, T, 4, 64), (1, T, 4, 64), (1, T, 8, 64), dtype=torch.bfloat16)
+    monkeypatch.setattr(kernels, "ATTENTION", "plain")
+    want = graded(lambda *t: attention(*t, layout), [q, k, v], dy)
+    for name in kernels.BACKENDS:
+        fault = kernels.attention_fault(name, torch.device(DEVICE))
+        if fault:
+            print(f"{name:6} not here: {fault}")
+            continue
+        monkeypatch.setattr(kernels, "ATTENTION", name)
+        got = graded(lambda *t: attention(*t, layout), [q, k, v], dy)
+        errors = [gap(a, b) for a, b in zip(got, want)]
+        took = milliseconds(
+            lambda: graded(lambda *t: attention(*t, layout), [q, k, v], dy), 3 if name == "plain" else 10
+        )
+        shown = " ".join(f"{error:.4f}" for error in errors)
+        print(f"{name:6} {took:8.2f} ms forward + backward, errors y dq dk dv {shown}")
+        assert max(errors) < 0.02
+
+
+@needs_gpu
+@needs_triton
+def test_kernels_at_training_size(monkeypatch):
+    """The shapes of a micro-batch: 98,304 tokens, 512 wide, 4x MLP, 8,192 tokens of vocabulary."""
+    x, up, down, dy = random((98304, 512), (2048, 512), (512, 2048), (98304, 512), dtype=torch.bfloat16)
+    weights = [(w.detach() * 512**-0.5).requires_grad_() for w in (up, down)]
+    logits, targets, dloss = ce_problem(98304, 8192, torch.bfloat16, scale=4.0)
+
+    def mlp(*t, kernel=True):
+        return leaky_square_mlp(*t, 0.5, kernel=kernel)
+
+    def ce(t, kernel=True):
+        return capped_ce(t, targets, 30.0, kernel=kernel)
+
+    for call, leaves, cotangent, bound in ((mlp, [x, *weights], dy, 0.012), (ce, [logits], dloss, 0.004)):
+        twin = torch.compile(partial(call, kernel=False))
+        got, want = graded(call, leaves, cotangent), graded(twin, leaves, cotangent)
+        errors = [gap(a, b) for a, b in zip(got, want)]
+        fused, plain = (milliseconds(lambda: graded(f, leaves, cotangent)) for f in (call, twin))
+        print(f"{call.__name__}: Triton {fused:.2f} ms, compiled twin {plain:.2f} ms, errors {errors}")
+        assert max(errors) < bound
+    for BM, BN, num_stages in ((128, 256, 3), (128, 256, 4), (256, 128, 3), (128, 128, 3), (128, 128, 4)):
+        tile = dict(kernels.MLP_TILE, BM=BM, BN=BN, num_stages=num_stages)
+        monkeypatch.setattr(kernels, "MLP_TILE", tile)
+        print(f"{tile}: {milliseconds(lambda: graded(mlp, [x, *weights], dy)):.2f} ms")

@@ -1,0 +1,112 @@
+"""Shards, training streams, documents and bytes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import documents, tg, write_shard
+
+
+@pytest.fixture
+def shards(tmp_path):
+    return [
+        write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", documents(n, i)) for i, n in enumerate((9, 4, 7))
+    ]
+
+
+def test_stream_gives_every_target_once_per_epoch_for_any_number_of_ranks(shards):
+    whole = np.concatenate([tg.read_shard(f) for f in shards])
+    count = len(whole)
+    for ranks in (1, 2, 3):
+        streams = [
+            tg.TokenStream(shards, world_size=ranks, rank=r, tokens=32, max_len=16) for r in range(ranks)
+        ]
+        batches = [b for _ in range(-(-count // (32 * ranks)) + 1) for b in (s.next() for s in streams)]
+        x, y = (torch.cat([b[i][0] for b in batches])[:count].numpy() for i in (0, 1))
+        assert (x == whole).all() and (y == np.roll(whole, -1)).all()
+
+
+def test_stream_position_is_its_whole_state(shards):
+    a = tg.TokenStream(shards, world_size=2, rank=1, tokens=40, max_len=16)
+    for _ in range(7):
+        a.next()
+    b = tg.TokenStream(shards, world_size=2, rank=1, tokens=40, max_len=16)
+    b.position = a.position
+    for _ in range(20):
+        assert all(torch.equal(p, q) for p, q in zip(a.next()[:3], b.next()[:3]))
+
+
+def test_segments_start_at_documents_and_are_cut(shards):
+    batch = tg.TokenStream(shards, world_size=1, rank=0, tokens=256, max_len=16).next()
+    bounds = np.unique(batch.cu_seqlens.numpy())
+    assert bounds[0] == 0 and bounds[-1] == 256 and np.diff(bounds).max() <= 16 == batch.max_seqlen
+    assert set(np.flatnonzero(batch.x[0].numpy() == tg.BOS)) <= set(bounds)
+
+
+def test_docpack_span_that_ends_exactly_at_the_shards_end_is_used(tmp_path):
+    f = write_shard(tmp_path / "a.bin", np.append(tg.BOS, np.arange(4, 4 + 65)))  # two spans of 33
+    stream = tg.DocPackStream([f], world_size=1, rank=0, tokens=32, max_len=0)
+    first, second, again = (stream.next().x for _ in range(3))
+    assert first[0, 0] == tg.BOS and second[0, 0] == 4 + 32 and torch.equal(first, again)
+
+
+def test_shuffled_shard_barely_longer_than_a_window(tmp_path):
+    f = write_shard(tmp_path / "a.bin", np.append(tg.BOS, np.arange(4, 4 + 32)))
+    stream = tg.ShuffledStream([f], world_size=1, rank=0, seqs=1, seq_len=32)
+    assert [stream.next().x[0, 0].item() for _ in range(3)] == [tg.BOS] * 3
+
+
+def test_prefetch_keeps_the_order_and_hands_errors_over(shards):
+    plain = tg.TokenStream(shards, world_size=1, rank=0, tokens=32, max_len=16)
+    ahead = tg.Prefetch(
+        tg.TokenStream(shards, world_size=1, rank=0, tokens=32, max_len=16), torch.device("cpu")
+    )
+    assert all(torch.equal(plain.next().x, ahead.next().x) for _ in range(30))
+    ahead.close()
+
+    class Broken:
+        def next(self):
+            raise tg.UserError("the disk went away")
+
+    with pytest.raises(tg.UserError, match="went away"):
+        tg.Prefetch(Broken(), torch.device("cpu")).next()
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda f: f.write_bytes(f.read_bytes()[:-10]), "truncated"),
+        (lambda f: f.write_bytes(f.read_bytes()[:100]), "no token shard"),
+        (lambda f: write_shard(f, documents(3, 0), magic=7), "no token shard"),
+        (lambda f: write_shard(f, documents(3, 0), count=10**9), "truncated"),
+        (lambda f: f.unlink(), "cannot read"),
+    ],
+)
+def test_damaged_shards_are_refused(tmp_path, spoil, words):
+    f = write_shard(tmp_path / "x.bin", documents(3, 0))
+    spoil(f)
+    with pytest.raises(tg.UserError, match=words):
+        tg.read_shard(f)
+
+
+def test_documents_cover_the_stream():
+    tokens = documents(9, 5)
+    docs = tg.Documents(tokens)
+    covered = np.concatenate([np.arange(a, a + n - 1) for a, n in zip(docs.start, docs.length)])
+    assert (covered == np.arange(len(tokens) - 1)).all()
+    assert len(tg.Documents(np.append(tokens, tg.BOS))) == len(docs)  # a last BOS alone predicts nothing
+
+
+def test_validation_counts_bytes_by_sidecar_or_table(s, data, tmp_path):
+    val = tg.Validation(s)
+    assert val.rule == "sidecar" and val.target_bytes.sum() == 2 * (val.tokens[1:] != tg.BOS).sum()
+    for f in Path(data).glob("fineweb_val_0*.bin"):
+        (tmp_path / f.name).write_bytes(f.read_bytes())
+    table = tg.Validation(tg.dataclasses.replace(s, data_path=str(tmp_path)))
+    assert table.rule == "table"
+    with pytest.raises(tg.UserError, match="needs the byte sidecar"):
+        tg.Validation(tg.dataclasses.replace(s, data_path=str(tmp_path), caseops_enabled=True))
+    write_shard(tmp_path / "fineweb_val_bytes_000000.bin", val.tokens[:-3])
+    with pytest.raises(tg.UserError, match="belongs to other shards"):
+        tg.Validation(tg.dataclasses.replace(s, data_path=str(tmp_path)))

@@ -1,0 +1,117 @@
+"""The forward: causality, documents, adapters, recurrence. Its numbers are held by test_golden and the parity runner."""
+
+import pytest
+import torch
+from conftest import settings, sine_model, tg
+
+GATES = [
+    dict(),
+    dict(SPARSE_ATTN_GATE_ENABLED=0, GATED_ATTN_ENABLED=1),
+    dict(SPARSE_ATTN_GATE_ENABLED=0, ATTN_OUT_GATE_ENABLED=1, ATTN_OUT_GATE_SRC="q"),
+    dict(
+        SPARSE_ATTN_GATE_ENABLED=0,
+        SMEAR_GATE_ENABLED=0,
+        SKIP_GATES_ENABLED=0,
+        TIE_EMBEDDINGS=0,
+        PARALLEL_START_LAYER=0,
+    ),
+]
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(4, 300, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("changes", GATES)
+@pytest.mark.parametrize("looping", [False, True])
+def test_later_tokens_never_change_earlier_losses(changes, looping):
+    s = settings(**changes)
+    model, plan, x = sine_model(s), tg.layer_plan(s, looping), tokens(2, 33)
+    other = x.clone()
+    other[:, 20:] = tokens(2, 13, seed=1)
+    with torch.no_grad():
+        a, b = (model.losses(t[:, :-1], t[:, 1:], plan) for t in (x, other))
+    assert torch.equal(a[:, :19], b[:, :19]) and not torch.allclose(a[:, 19:], b[:, 19:])
+
+
+@pytest.mark.parametrize("changes", GATES)
+def test_packed_documents_score_as_if_alone(changes):
+    s = settings(**changes)
+    model, plan, x = sine_model(s), tg.layer_plan(s, True), tokens(1, 48)
+    x[0, [0, 17, 40]] = tg.BOS
+    y = x.roll(-1, 1)
+    layout = tg.Layout(torch.tensor([0, 17, 40, 48, 48, 48], dtype=torch.int32), 23)
+    with torch.no_grad():
+        packed = model.losses(x, y, plan, layout)
+        alone = [model.losses(x[:, a:b], y[:, a:b], plan) for a, b in ((0, 17), (17, 40), (40, 48))]
+    assert torch.allclose(packed, torch.cat(alone, 1), atol=2e-5)
+
+
+def test_fresh_adapter_changes_nothing_and_rows_are_independent():
+    s = settings()
+    model, plan, x = sine_model(s), tg.layer_plan(s, True), tokens(3, 20)
+    adapter = tg.Adapter(s, plan, 3, generator=torch.Generator().manual_seed(0))
+    y = x.roll(-1, 1)
+    base = model.losses(x, y, plan)
+    assert torch.equal(base, model.losses(x, y, plan, adapter=adapter))
+    for b in adapter.b.values():
+        b.data[:, 1] = 0.1
+    changed = (model.losses(x, y, plan, adapter=adapter) - base).abs().amax(1)
+    assert changed[1] > 1e-3 and changed[[0, 2]].max() < 1e-5
+    adapter.reset()
+    assert torch.equal(base, model.losses(x, y, plan, adapter=adapter))
+
+
+def test_every_adapter_kind_reaches_the_loss_and_can_be_switched_off():
+    s = settings(TTT_Q_LORA=0, TTT_V_LORA=0)
+    model, plan, x = sine_model(s), tg.layer_plan(s, True), tokens(2, 20)
+    adapter = tg.Adapter(s, plan, 2)
+    model.losses(x, x.roll(-1, 1), plan, adapter=adapter).sum().backward()
+    assert set(adapter.b) == {"k", "o", "mlp", "head"}
+    for b in adapter.b.values():
+        assert (b.grad.flatten(1).abs().amax(1) > 0).all()
+
+
+@pytest.mark.parametrize("looping", [False, True])
+def test_every_parameter_gets_a_gradient(looping):
+    s = settings()
+    model, x = sine_model(s), tokens(2, 20)
+    model.losses(x, x.roll(-1, 1), tg.layer_plan(s, looping)).mean().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_recurrence_is_an_argument():
+    s = settings()
+    model, x = sine_model(s), tokens(1, 20)
+    y = x.roll(-1, 1)
+    on, off = (tg.layer_plan(s, looping) for looping in (True, False))
+    first = model.losses(x, y, on)
+    assert not torch.allclose(first, model.losses(x, y, off), atol=1e-3)
+    assert torch.equal(first, model.losses(x, y, on))
+    assert (on.encoder + on.decoder, off.encoder + off.decoder) == ((0, 1, 2, 1, 2, 3), (0, 1, 2, 3))
+
+
+def test_taps_do_not_change_the_forward():
+    s = settings()
+    model, x, seen = sine_model(s), tokens(1, 20), []
+    y, plan = x.roll(-1, 1), tg.layer_plan(s, True)
+    with_tap = model.losses(x, y, plan, tap=lambda kind, layer, value: seen.append((kind, layer)))
+    assert torch.allclose(with_tap, model.losses(x, y, plan), atol=1e-6)
+    assert [layer for kind, layer in seen if kind == "attn_in"] == list(plan.encoder + plan.decoder)
+
+
+def test_same_seed_same_weights():
+    s = settings()
+    a, b = (tg.GPT(s, torch.Generator().manual_seed(7)) for _ in range(2))
+    c = tg.GPT(s, torch.Generator().manual_seed(8))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    assert not torch.equal(a.tok_emb, c.tok_emb)
+
+
+def test_bfloat16_activations_stay_close():
+    s = settings()
+    model, x = sine_model(s), tokens(2, 40)
+    y, plan = x.roll(-1, 1), tg.layer_plan(s, True)
+    exact = model.losses(x, y, plan)
+    model.compute_dtype = torch.bfloat16
+    assert (model.losses(x, y, plan) - exact).abs().mean() < 0.05

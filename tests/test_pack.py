@@ -1,0 +1,309 @@
+"""Pack: exact round trips, every damage refused, bounded cost."""
+
+import dataclasses
+import json
+import resource
+
+import brotli
+import numpy as np
+import pytest
+import torch
+from conftest import settings, sine_model
+from conftest import tg as pack
+
+UserError = pack.UserError
+
+TRELLIS = {4: (0o5, 0o2), 8: (0o13, 0o4), 64: (0o103, 0o24)}
+
+
+def trellis(states):
+    """Next-state table (states, 2) of PACKING.md: z0 = state & 1, z1 = parity of the code."""
+    h0, h1 = TRELLIS[states]
+    bits = states.bit_length() - 1
+    table = np.zeros((states, 2), np.uint8)
+    for s in range(states):
+        for z1 in range(2):
+            w = [s >> i & 1 for i in range(bits)] + [0]
+            new = [w[i] ^ (h0 >> i & s & 1) ^ (h1 >> i & z1 & 1) for i in range(1, bits + 1)]
+            table[s, z1] = sum(b << i for i, b in enumerate(new))
+    return table
+
+
+def gaussian(shapes, sigma, seed=0):
+    rng = np.random.default_rng(seed)
+    return [np.rint(sigma * rng.standard_normal(s)).clip(-127, 127).astype(np.int8) for s in shapes]
+
+
+def plain_sides(codes, contexts=3, seed=0):
+    rng = np.random.default_rng(seed)
+    return [(rng.integers(0, contexts, c.shape[0]), rng.integers(0, contexts, c.shape[1])) for c in codes]
+
+
+def entropy_bytes(codes):
+    n = np.bincount(np.concatenate([c.ravel() for c in codes]).view(np.uint8))
+    n = n[n > 0]
+    return -(n * np.log2(n / n.sum())).sum() / 8
+
+
+# ---- codes
+
+
+@pytest.mark.parametrize("walk", [None, 4, 8, 64])
+@pytest.mark.parametrize("sigma", [0, 0.1, 2.4, 4.5, 40, 400])
+def test_codes_round_trip(sigma, walk):
+    codes = gaussian([(5, 7), (64, 48), (1, 48), (48, 7), (3, 1), (1, 1)], sigma)
+    sides, walk = plain_sides(codes), walk and trellis(walk)
+    blob = pack.encode_codes(codes, sides, walk)
+    assert blob == pack.encode_codes(codes, sides, walk)
+    for a, b in zip(codes, pack.decode_codes(blob, sides, walk), strict=True):
+        assert b.dtype == np.int8 and np.array_equal(a, b)
+
+
+def test_codes_every_value_and_many_lanes():
+    rng = np.random.default_rng(1)
+    codes = [rng.integers(-128, 128, (1500, 96)).astype(np.int8), np.arange(-128, 128, dtype=np.int8)[None]]
+    heavy = np.rint(2.4 * rng.standard_t(2, (700, 96))).clip(-127, 127).astype(np.int8)  # many escapes
+    codes.append(heavy)
+    sides = plain_sides(codes)
+    for a, b in zip(codes, pack.decode_codes(pack.encode_codes(codes, sides), sides), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_codes_frozen_bytes():
+    """The format itself: a file written today must be read tomorrow, on any machine and numpy."""
+    blob = bytes.fromhex(
+        "01000300000000002d000000290000001fff05f88f94abe16e49506095001055b001a78143a4"
+        "362e3cdd000480c00266eb17d5061d98c72100c2b0381b"
+    )
+    codes = np.array([[0, 1, -1, 2], [5, 0, 0, -3]], np.int8)
+    sides = [(np.array([0, 1]), np.array([0, 0, 1, 0]))]
+    assert np.array_equal(pack.decode_codes(blob, sides)[0], codes)
+    assert pack.encode_codes([codes], sides)[-4:] == blob[-4:]  # brotli's bytes may differ by version
+
+
+def test_codes_near_entropy():
+    codes = gaussian([(2048, 512)], 2.4)
+    blob = pack.encode_codes(codes, [(np.zeros(2048, int), np.zeros(512, int))])
+    assert len(blob) < 1.0015 * entropy_bytes(codes) + 256
+
+
+def test_contexts_pay_for_a_scale_field():
+    rng = np.random.default_rng(3)
+    columns = np.exp2(0.5 * rng.standard_normal(512))
+    codes = [np.rint(2.4 * columns * rng.standard_normal((1024, 512))).clip(-127, 127).astype(np.int8)]
+    level, rows, cols = pack.code_level(codes[0]), np.zeros(1024, np.int8), pack.code_level(codes[0], 0)
+    flat = pack.encode_codes(codes, [pack.scale_contexts(level, rows, rows[:512])])
+    aware = pack.encode_codes(codes, [pack.scale_contexts(level, rows, cols)])
+    assert len(aware) + len(pack.brotli_pack(cols.tobytes())) < 0.97 * len(flat)
+
+
+def test_contexts_are_small_integers():
+    rng = np.random.default_rng(4)
+    for level in (-128, 0, 127):
+        rows, columns = rng.integers(-128, 128, 99), rng.integers(-128, 128, 9)
+        a, b = pack.scale_contexts(level, rows.astype(np.int8), columns.astype(np.int8))
+        assert a.min() >= 0 and b.min() >= 0 and 2 * (a.max() + b.max() + 1) <= pack.MAX_CONTEXTS
+
+
+def test_wrong_side_information_is_refused():
+    codes = gaussian([(64, 64), (32, 64)], 2.4)
+    sides = [pack.scale_contexts(21, np.arange(len(c)) % 40, np.zeros(64)) for c in codes]
+    blob = pack.encode_codes(codes, sides)
+    for wrong in (
+        [sides[1], sides[0]],
+        sides[:1],
+        [(s[0][::-1], s[1]) for s in sides],
+        [(s[0] + 1, s[1]) for s in sides],
+    ):
+        with pytest.raises(UserError):
+            pack.decode_codes(blob, wrong)
+    with pytest.raises(UserError):
+        pack.decode_codes(blob, sides, trellis(8))
+    with pytest.raises(UserError, match="contexts"):
+        pack.encode_codes(codes, [(s[0] + 200, s[1] + 200) for s in sides])
+
+
+def test_damaged_codes_never_do_worse_than_refuse():
+    codes = gaussian([(9, 32), (8, 16)], 2.4)
+    sides = plain_sides(codes)
+    blob, rng, refused = pack.encode_codes(codes, sides), np.random.default_rng(5), 0
+    for i in range(300):
+        bad = bytearray(blob)
+        if i % 3 == 0:
+            bad = bad[: rng.integers(len(bad))]
+        else:  # half of the hits go to the front, where sizes and tables live
+            bad[rng.integers(len(bad) if i % 3 == 1 else 64)] ^= 1 << rng.integers(8)
+        try:
+            out = pack.decode_codes(bytes(bad), sides)
+            assert [o.shape for o in out] == [c.shape for c in codes]
+        except UserError:
+            refused += 1
+    assert refused > 290  # what slips through (bits nobody reads) is the container's checksum to find
+
+
+# ---- bytes and scales
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", [0, 1, 5, 64, 1001])
+def test_byte_shuffle(size, stride):
+    data = np.random.default_rng(size).bytes(size)
+    assert pack.byte_unshuffle(pack.byte_shuffle(data, stride), stride) == data
+    assert pack.byte_shuffle(b"aAbBc", 2) == b"abcAB"
+
+
+@pytest.mark.parametrize("size", [0, 1, 70_000, pack.PIECE + 1])
+def test_brotli_pack(size):
+    data = np.random.default_rng(size).integers(0, 4, size, dtype=np.uint8).tobytes()
+    blob = pack.brotli_pack(data, 2)
+    assert pack.brotli_unpack(blob, size, 2) == data
+    for wrong in (size + 1, max(size - 1, 0), 3 * pack.PIECE):
+        if wrong != size:
+            with pytest.raises(UserError):
+                pack.brotli_unpack(blob, wrong, 2)
+    for cut in range(0, len(blob), 1 + len(blob) // 20):
+        with pytest.raises(UserError):
+            pack.brotli_unpack(blob[:cut] if size else b"x", size, 2)
+
+
+def test_brotli_bomb_stays_small():
+    bomb = brotli.compress(bytes(1 << 28), quality=1)
+    blob = len(bomb).to_bytes(4, "little") + bomb
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError):
+        pack.brotli_unpack(blob, 1000)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB: the bomb is 256 MiB
+
+
+# ---- container
+
+HEADER = {"settings": {"model_dim": 64, "name": "größe"}, "meta": [1, 2.5, None]}
+
+
+def craft(table, tail=b"", text=None):
+    """A file whose header checksum is right: what somebody would write on purpose."""
+    text = json.dumps({"header": {}, "streams": table}).encode() if text is None else text
+    return pack.PREFIX.pack(pack.MAGIC, pack.ARTIFACT_VERSION, len(text), pack.digest_of(text)) + text + tail
+
+
+CRAFTED = [
+    craft([["a", 1 << 60, "00"]]),
+    craft([["a", -5, "00"], ["b", 5, "00"]]),
+    craft([["a", 3, "zz"]], b"abc"),
+    craft([["a", "x", "00"]]),
+    craft([["a"]]),
+    craft(7),
+    craft(None),
+    craft([[1, 2, 3, 4]]),
+    craft([], b"x"),
+    craft([["a", 3, None]], b"abc"),
+    craft([], text=b"[" * 200_000),
+    craft([], text=b"\xff"),
+    craft([], text=b"[]"),
+    craft([], text=b""),
+    craft([], text=b'{"header": 5, "streams": []}'),
+    craft([], text=b'{"header": {}, "streams": [["a", 1e999, "00"]]}'),
+    craft([], text=b'{"header": {}, "streams": [["a", ' + b"9" * 5000 + b', "00"]]}'),
+    b"",
+    b"\x93",
+    pack.MAGIC,
+    pack.MAGIC.replace(b"\r\n", b"\n") + bytes(99),
+    b"PK\x03\x04" + bytes(99),
+    b"\x80\x04." + bytes(40),
+    b"\x89PNG\r\n\x1a\n" + bytes(50),
+    bytes(5000),
+    b"{}",
+]
+
+
+def small_artifact():
+    rng = np.random.default_rng(6)
+    streams = {"codes": rng.bytes(700), "scales": rng.bytes(90), "empty": b"", "small": rng.bytes(33)}
+    return pack.artifact_to_bytes(HEADER, streams), streams
+
+
+def test_artifact_round_trip():
+    blob, streams = small_artifact()
+    header, back = pack.artifact_from_bytes(blob, "a.ptz")
+    assert header == HEADER and back == streams and list(back) == list(streams)
+    assert blob == pack.artifact_to_bytes(dict(reversed(HEADER.items())), streams)
+    with pytest.raises(ValueError):
+        pack.artifact_to_bytes({"x": float("nan")}, streams)
+
+
+def test_damage_is_located():
+    blob = bytearray(small_artifact()[0])
+    blob[-40] ^= 1
+    with pytest.raises(UserError, match="a.ptz: has a damaged stream 'scales'"):
+        pack.artifact_from_bytes(bytes(blob), "a.ptz")
+
+
+def mutated(good, count):
+    """Mutated, cut, grown, foreign and crafted files, `count` in all."""
+    rng, cases = np.random.default_rng(7), list(CRAFTED)
+    cases += [good[:n] for n in range(0, len(good), 2)] + [good + rng.bytes(n) for n in (1, 2, 1000)]
+    while len(cases) < count:
+        bad, kind = bytearray(good), len(cases) % 5
+        at, to = sorted(rng.integers(0, len(good), 2))
+        if kind == 0:
+            bad[at] ^= 1 << rng.integers(8)
+        elif kind == 1:
+            bad[at : at + 8] = rng.bytes(len(bad[at : at + 8]))
+        elif kind == 2:
+            del bad[at : to + 1]
+        elif kind == 3:
+            bad[at:at] = good[at : to + 1]
+        else:  # inside prefix and header, where the sizes are
+            bad[rng.integers(22, 22 + 200)] = rng.integers(256)
+        if bytes(bad) != good:
+            cases.append(bytes(bad))
+    return cases
+
+
+def test_every_damaged_or_foreign_file_is_refused():
+    for case in mutated(small_artifact()[0], 2500):
+        with pytest.raises(UserError, match="again|write"):
+            pack.artifact_from_bytes(case, "a.ptz")
+
+
+# ---- the model
+
+
+@pytest.mark.parametrize("compressor", ["ans", "brotli"])
+@pytest.mark.parametrize(
+    "changes", [dict(), dict(LQER_ASYM_ENABLED=0), dict(LQER_ENABLED=0), dict(NUM_LOOPS=0)]
+)
+def test_a_model_is_read_back_bit_for_bit(monkeypatch, compressor, changes):
+    monkeypatch.setattr(pack, "SMALL_TENSOR", 1000)
+    s = settings(COMPRESSOR=compressor, **changes)
+    weights = pack.matrix_views({n: p.detach() for n, p in sine_model(s).named_parameters()})
+    q = pack.quantise(s, weights, {})
+    blob = pack.pack_model(s, q)
+    back = pack.unpack_model(s, blob, "test")
+    assert back.meta == q.meta and set(back.tensors) == set(q.tensors)
+    assert all(
+        torch.equal(back.tensors[k], v) and back.tensors[k].dtype == v.dtype for k, v in q.tensors.items()
+    )
+    assert blob == pack.pack_model(s, q)
+    with pytest.raises(UserError, match="another configuration: .*MODEL_DIM=64 there, 128 here"):
+        pack.unpack_model(dataclasses.replace(s, model_dim=128), blob, "test")
+
+
+def test_coarser_steps_until_it_fits(monkeypatch):
+    """The fitter: a limit 20 % below what the settings' steps give is met, and nothing over it is returned."""
+    monkeypatch.setattr(pack, "SMALL_TENSOR", 1000)
+    s = settings(LQER_ENABLED=0)
+    rng = torch.Generator().manual_seed(0)
+    weights = {
+        n: torch.randn(w.shape, generator=rng) * 0.02
+        for n, w in pack.matrix_views({n: p.detach() for n, p in sine_model(s).named_parameters()}).items()
+    }
+    log = []
+    run = type("Quiet", (), {"log": lambda self, event, **v: log.append(v)})()
+    whole = len(pack.quantise_to_fit(s, pack.World(), run, weights, {}))
+    monkeypatch.setattr(pack, "ARTIFACT_LIMIT", pack.code_bytes() + int(0.8 * whole))
+    fitted = pack.quantise_to_fit(s, pack.World(), run, weights, {})
+    assert len(fitted) + pack.code_bytes() <= pack.ARTIFACT_LIMIT and log[-1]["coarser"] > 1
+    monkeypatch.setattr(pack, "ARTIFACT_LIMIT", pack.code_bytes())
+    with pytest.raises(UserError, match="over the limit"):
+        pack.quantise_to_fit(s, pack.World(), run, weights, {})

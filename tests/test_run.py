@@ -1,0 +1,280 @@
+"""The script as a user runs it: end to end, the modes, several ranks, and every mistake it must name."""
+
+import hashlib
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from conftest import ROOT, documents, environment, run_script, summary, tg, write_shard
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+KEYS = (
+    "val_bpb val_loss sliding_val_bpb quantized_val_bpb prequant_val_bpb artifact_bytes code_bytes total_bytes steps "
+    "step_ms train_seconds eval_seconds tokens_scored bytes_scored seed world_size device compliant settings"
+).split()
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """One whole run: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    status, text = run_script(environment(data, ARTIFACT_DIR=folder, ITERATIONS=60, VAL_LOSS_EVERY=1000, MATRIX_LR=0.01, SCALAR_LR=0.005))
+    assert status == 0, text
+    return folder, text
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [e["loss"] for e in lines if e["event"] == "train"]
+
+
+def test_a_run_leaves_everything_behind(finished):
+    folder, text = finished
+    assert set(KEYS) <= set(summary(folder))
+    assert {f.name for f in folder.iterdir()} == {
+        "train.log",
+        "metrics.jsonl",
+        "summary.json",
+        "final_model.pt",
+        "final_model.int6.ptz",
+    }
+    assert text.strip().splitlines()[-1].startswith("final val_bpb=")
+    log = (folder / "train.log").read_text()
+    assert (ROOT / "train_gpt.py").read_text() in log and str(ROOT) not in log.replace(
+        (ROOT / "train_gpt.py").read_text(), ""
+    )
+    assert "brotli-11" in text and "xz -9e" in text and "untrained" in text
+
+
+def test_it_learns_and_the_books_agree(finished):
+    folder, _ = finished
+    result = summary(folder)
+    assert result["sliding_val_bpb"] < result["untrained_val_bpb"]
+    assert result["total_bytes"] == (folder / "final_model.int6.ptz").stat().st_size + result["code_bytes"]
+    assert result["val_loss"] / tg.LN2 * result["tokens_scored"] / result["bytes_scored"] == pytest.approx(
+        result["val_bpb"], rel=1e-9
+    )
+
+
+def test_eval_only_gives_the_same_scores(finished, data, tmp_path):
+    folder, _ = finished
+    whole = summary(folder)
+    for setting, name in (
+        ("EVAL_ONLY_QUANTIZED_PATH", "final_model.int6.ptz"),
+        ("EVAL_ONLY_PATH", "final_model.pt"),
+    ):
+        out = tmp_path / setting
+        status, text = run_script(environment(data, ARTIFACT_DIR=out, **{setting: folder / name}))
+        assert status == 0, text
+        assert summary(out)["quantized_val_bpb"] == pytest.approx(whole["quantized_val_bpb"], rel=3e-3)
+        if setting == "EVAL_ONLY_QUANTIZED_PATH":
+            assert {k: summary(out)[k] for k in ("val_bpb", "sliding_val_bpb", "quantized_val_bpb")} == {
+                k: whole[k] for k in ("val_bpb", "sliding_val_bpb", "quantized_val_bpb")
+            }
+            assert "prequant_val_bpb" not in summary(out) and "step " not in text
+        else:
+            assert summary(out)["prequant_val_bpb"] == pytest.approx(whole["prequant_val_bpb"], rel=1e-6)
+
+
+def test_quantize_only_stops_at_the_artifact(finished, data, tmp_path):
+    folder, _ = finished
+    status, text = run_script(
+        environment(data, ARTIFACT_DIR=tmp_path, QUANTIZE_ONLY=1, EVAL_ONLY_PATH=folder / "final_model.pt")
+    )
+    assert status == 0, text
+    assert (tmp_path / "final_model.int6.ptz").exists() and "val_bpb" not in summary(tmp_path)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_one_rank_two_ranks_and_two_nodes_agree(data, tmp_path):
+    same = dict(ITERATIONS=4, TTT_WARM_START_A=0, TRAIN_LOG_EVERY=1, WARMUP_STEPS=0, VAL_DOC_FRACTION=0.5, EVAL_STRIDE=32)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run_script(environment(data, ARTIFACT_DIR=one, GRAD_ACCUM_STEPS=2, **same))[0] == 0
+    assert (
+        run_script(environment(data, ARTIFACT_DIR=two, GRAD_ACCUM_STEPS=1, **same), launcher=TORCHRUN)[0] == 0
+    )
+    nodes, port = [tmp_path / "node0", tmp_path / "node1"], free_port()
+
+    def node(i):
+        launcher = (
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=2",
+            "--nproc_per_node=1",
+            f"--node_rank={i}",
+            "--rdzv_backend=c10d",
+            f"--rdzv_endpoint=127.0.0.1:{port}",
+            "--rdzv_id=t",
+        )
+        return run_script(
+            environment(data, ARTIFACT_DIR=nodes[i], GRAD_ACCUM_STEPS=1, **same), launcher=launcher
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        ended = list(pool.map(node, range(2)))
+    assert [status for status, _ in ended] == [0, 0], ended
+    joined = next(n for n in nodes if (n / "summary.json").exists())
+    for other in (two, joined):
+        assert summary(other)["world_size"] == 2
+        assert np.allclose(losses(one), losses(other), atol=1e-5)
+        for key in ("sliding_val_bpb", "quantized_val_bpb", "prequant_val_bpb", "val_bpb"):
+            assert summary(one)[key] == pytest.approx(summary(other)[key], abs=2e-4), key
+
+
+def refused(env, *words, args=(), script=ROOT / "train_gpt.py"):
+    """The run ends at once with one line that says it all."""
+    status, text = run_script(env, *args, script=script, timeout=30)
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(lines) == 1 and "Traceback" not in text, text
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def test_missing_data_and_wrong_settings(data, tmp_path):
+    refused(
+        environment(data, DATA_PATH=tmp_path / "nowhere", ARTIFACT_DIR=tmp_path),
+        "DATA_PATH",
+        "does not exist",
+    )
+    refused(environment(data, DATA_PATH=tmp_path, ARTIFACT_DIR=tmp_path), "no fineweb_train_")
+    refused(environment(data, ITERATOINS=3), "ITERATOINS=3", "ITERATIONS")
+    refused(environment(data, MODEL_DIM=63), "MODEL_DIM=63", "NUM_HEADS=2")
+    refused(environment(data, VOCAB_SIZE=299, ARTIFACT_DIR=tmp_path), "VOCAB_SIZE=299")
+    refused(environment(data, VOCAB_SIZE=400, ARTIFACT_DIR=tmp_path), "has 300 tokens but VOCAB_SIZE=400")
+    refused(environment(data, TOKENIZER_PATH=tmp_path / "no.model", ARTIFACT_DIR=tmp_path), "TOKENIZER_PATH")
+    refused(environment(data), "--wrong", args=("--wrong",))
+
+
+@pytest.mark.parametrize("file", ["fineweb_train_000001.bin", "fineweb_val_000000.bin"])
+@pytest.mark.parametrize(
+    "fault, words",
+    [("magic", "no token shard"), ("cut", "truncated"), ("bos", "no BOS"), ("ids", "VOCAB_SIZE=300")],
+)
+def test_bad_shards(data, tmp_path, file, fault, words):
+    if (file, fault) == ("fineweb_train_000001.bin", "ids"):
+        file = "fineweb_train_000000.bin"
+    shutil.copytree(data, tmp_path / "d")
+    bad, tokens = tmp_path / "d" / file, documents(20, 3)
+    if fault == "magic":
+        write_shard(bad, tokens, magic=1)
+    elif fault == "cut":
+        bad.write_bytes(bad.read_bytes()[:-8])
+    elif fault == "bos":
+        write_shard(bad, np.where(tokens == tg.BOS, 5, tokens))
+    else:
+        write_shard(bad, np.where(np.arange(len(tokens)) == 9, 5000, tokens))
+    refused(environment(data, DATA_PATH=tmp_path / "d", ARTIFACT_DIR=tmp_path / "r"), words, file)
+
+
+def test_no_space_left(data, tmp_path, monkeypatch):
+    def full(fd, offset, length):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tg.os, "posix_fallocate", full)
+    with pytest.raises(tg.UserError, match="ARTIFACT_DIR=.*No space left.*another disk"):
+        tg.check_disk(tmp_path, 1000)
+    refused(environment(data, ARTIFACT_DIR="/proc/nowhere"), "ARTIFACT_DIR")
+
+
+def test_a_flipped_byte_and_another_configuration(finished, data, tmp_path):
+    folder, _ = finished
+    good = (folder / "final_model.int6.ptz").read_bytes()
+    for at in (3, 30, len(good) // 2, len(good) - 1):
+        bad = bytearray(good)
+        bad[at] ^= 1
+        (tmp_path / "bad.ptz").write_bytes(bad)
+        refused(
+            environment(data, EVAL_ONLY_QUANTIZED_PATH=tmp_path / "bad.ptz", ARTIFACT_DIR=tmp_path / "r"),
+            "artifact",
+        )
+    refused(
+        environment(
+            data,
+            EVAL_ONLY_QUANTIZED_PATH=folder / "final_model.int6.ptz",
+            NUM_LOOPS=0,
+            ARTIFACT_DIR=tmp_path / "r",
+        ),
+        "another configuration",
+        "NUM_LOOPS=1 there, 0 here",
+    )
+    refused(
+        environment(data, EVAL_ONLY_PATH=folder / "final_model.pt", MLP_MULT=3, ARTIFACT_DIR=tmp_path / "r"),
+        "MLP_MULT=2.0 there, 3.0 here",
+    )
+    refused(
+        environment(data, EVAL_ONLY_PATH=folder / "train.log", ARTIFACT_DIR=tmp_path / "r"),
+        "no averaged weights",
+    )
+
+
+def test_check_reports_every_finding(data, tmp_path):
+    status, text = run_script(environment(data, ARTIFACT_DIR=tmp_path), "--check")
+    assert status == 0 and text.count("ok ") >= 7 and "FAIL" not in text
+    status, text = run_script(environment(data, ARTIFACT_DIR=tmp_path, DATA_PATH="nowhere"), "--check")
+    assert status == 1 and text.count("FAIL") == 2
+    assert run_script(environment(data, DATA_PATH="nowhere"), "--check", "settings")[0] == 0
+
+
+def test_weights_survive_a_crash_after_training(data, tmp_path):
+    crash = (
+        "import os, sys; sys.path.insert(0, '.'); import train_gpt as t\n"
+        "def boom(*a): raise RuntimeError('lost pod')\nt.calibrate = None\nreal = t.rehearse\n"
+        "t.rehearse = lambda *a: 0.0\nt.calibrate = boom\nsys.exit(t.main([]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", crash],
+        env=environment(data, ARTIFACT_DIR=tmp_path),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "lost pod" in done.stderr
+    status, text = run_script(
+        environment(data, ARTIFACT_DIR=tmp_path / "again", EVAL_ONLY_PATH=tmp_path / "final_model.pt")
+    )
+    assert status == 0 and "final val_bpb=" in text
+
+
+def test_the_self_extracting_script_is_the_script(finished, data, tmp_path):
+    folder, _ = finished
+    source = (ROOT / "train_gpt.py").read_bytes()
+    small = tmp_path / "train_gpt.py"
+    small.write_bytes(tg.self_extracting(source))
+    assert small.stat().st_size < len(source) / 3
+    out = tmp_path / "r"
+    status, text = run_script(
+        environment(data, ARTIFACT_DIR=out, EVAL_ONLY_QUANTIZED_PATH=folder / "final_model.int6.ptz"),
+        script=small,
+    )
+    assert status == 0, text
+    assert summary(out)["val_bpb"] == summary(folder)["val_bpb"]
+    assert summary(out)["code_bytes"] == small.stat().st_size
+    assert hashlib.sha256(small.read_bytes()).hexdigest() in text
+    look = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import runpy, inspect, sys\n"
+            f"m = runpy.run_path({str(small)!r})\nprint(inspect.getsource(m['rms']))",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert "def rms(" in look.stdout  # Triton and tracebacks read the source of what runs
+
+
+def test_an_artifact_over_the_limit_is_never_written(s, monkeypatch):
+    monkeypatch.setattr(tg, "ARTIFACT_LIMIT", tg.code_bytes() + 100)
+    with pytest.raises(tg.UserError, match="over the limit"):
+        tg.check_size(200)

@@ -1,0 +1,93 @@
+"""The ledger, windows, and the scorer."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import sine_model, tg
+
+
+@pytest.mark.parametrize("total", [1, 15, 16, 63, 64, 65, 80, 81, 200])
+@pytest.mark.parametrize("seq_len, stride", [(64, 16), (64, 64), (64, 1), (16, 5)])
+def test_windows_score_every_position_once(total, seq_len, stride):
+    windows = tg.sliding_windows(total, seq_len, stride)
+    scored = np.concatenate([np.arange(first, end) for _, end, first in windows])
+    assert (scored == np.arange(total)).all()
+    assert all(end - begin <= seq_len and begin <= first for begin, end, first in windows)
+    assert len(windows) == 1 if total <= seq_len else len(windows) > 1
+
+
+def test_rows_hold_every_window_and_respect_the_capacity():
+    windows = [(0, n, 0) for n in (5, 60, 64, 3, 33, 64, 1)]
+    rows = tg.pack_rows(windows, 64)
+    assert sorted(w for r in rows for w in r.windows) == sorted(windows)
+    assert all(sum(e - b for b, e, _ in r.windows) == r.tokens <= 64 for r in rows)
+
+
+def ledger(s):
+    val = tg.Validation(s)
+    return val, tg.Ledger(val, torch.device("cpu"))
+
+
+def test_a_target_is_booked_once(s):
+    val, books = ledger(s)
+    books.book(torch.arange(5), torch.ones(5))
+    with pytest.raises(RuntimeError, match="target 3 is scored twice"):
+        books.book(torch.tensor([3, 9]), torch.ones(2))
+
+
+def test_a_missing_target_breaks_the_coverage(s):
+    val, books = ledger(s)
+    n = len(val.tokens) - 1
+    books.book(torch.arange(n - 1), torch.ones(n - 1))
+    with pytest.raises(RuntimeError, match="coverage is broken: 1 targets"):
+        books.close(tg.World())
+
+
+def test_only_booked_documents_can_be_trained_on(s):
+    val, books = ledger(s)
+    a, n = int(val.documents.start[1]), int(val.documents.length[1])
+    books.book(torch.arange(a, a + n - 2), torch.ones(n - 2))
+    with pytest.raises(RuntimeError, match="not wholly scored"):
+        books.booked(np.array([1]), tg.World())
+    books.book(torch.tensor([a + n - 2]), torch.ones(1))
+    assert (books.booked(np.array([1]), tg.World()).tokens == val.tokens[a : a + n]).all()
+
+
+def test_bpb_is_bits_over_bytes():
+    score = tg.Score(8 * tg.LN2, 4.0, 2)
+    assert (score.bpb, score.loss) == (2.0, 4 * tg.LN2)
+
+
+@pytest.mark.parametrize("stride", [16, 64])
+def test_scorer_equals_document_by_document_windows(s, stride):
+    model, val = sine_model(s), tg.Validation(s)
+    got = tg.Scorer(s, tg.World(), model).windows(val, stride)
+    total, plan = 0.0, tg.layer_plan(s, True)
+    for a, n in zip(val.documents.start, val.documents.length):
+        doc = torch.from_numpy(val.tokens[a : a + n].astype(np.int64))
+        for b, e, f in tg.sliding_windows(n - 1, s.eval_seq_len, stride):
+            with torch.no_grad():
+                total += (
+                    model.losses(doc[None, b:e], doc[None, b + 1 : e + 1], plan)[0, f - b :]
+                    .double()
+                    .sum()
+                    .item()
+                )
+    assert got.tokens == len(val.tokens) - 1 and got.byte_sum == val.target_bytes.sum()
+    assert abs(got.loss_sum - total) < 1e-5 * total
+
+
+def test_scores_do_not_depend_on_what_is_packed_beside(s):
+    """Other documents later in the stream leave a document's losses bit-equal when its row is the same."""
+    model, val = sine_model(s), tg.Validation(s)
+    scorer, books = tg.Scorer(s, tg.World(), model), tg.Ledger(val, torch.device("cpu"))
+    windows = [(0, 40, 0), (40, 64, 40)]
+    plan = tg.layer_plan(s, True)
+    with torch.no_grad():
+        scorer.score_row(tg.Row(windows, 64), val, plan, books)
+        first = books.loss[:40].clone()
+        val.tokens = val.tokens.copy()
+        val.tokens[42:66] = 7
+        books = tg.Ledger(val, torch.device("cpu"))
+        scorer.score_row(tg.Row(windows, 64), val, plan, books)
+    assert torch.equal(first, books.loss[:40]) and books.loss[45:60].any()

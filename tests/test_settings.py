@@ -1,0 +1,77 @@
+"""Settings: names, bounds, contradictions, and the documented command of the record that the defaults follow."""
+
+import pytest
+from conftest import settings, tg
+
+# The run command of the record that the defaults follow, as its authors published it.
+RECORD_COMMAND = """VOCAB_SIZE=8192 CASEOPS_ENABLED=1 ITERATIONS=20000 MAX_WALLCLOCK_SECONDS=600 PHASED_TTT_ENABLED=1
+PHASED_TTT_PREFIX_DOCS=2500 PHASED_TTT_NUM_PHASES=3 EMBED_BITS=7 MATRIX_LR=0.026 MIN_LR=0.1 MLP_CLIP_SIGMAS=11.5
+ATTN_CLIP_SIGMAS=13.0 EMBED_CLIP_SIGMAS=14.0 GRAD_CLIP_NORM=0.3 TTT_CHUNK_SIZE=48 WARMUP_STEPS=20 MUON_BACKEND_STEPS=5
+GLOBAL_TTT_MOMENTUM=0.9 WARMDOWN_FRAC=0.85 BETA2=0.99 TTT_BETA2=0.99 TTT_WEIGHT_DECAY=0.5 TTT_LORA_RANK=80
+SPARSE_ATTN_GATE_SCALE=0.5 GPTQ_RESERVE_SECONDS=0.5 GPTQ_CALIBRATION_BATCHES=16 VAL_LOSS_EVERY=0 GATED_ATTN_QUANT_GATE=1
+SPARSE_ATTN_GATE_ENABLED=1 GATE_WINDOW=12 SMEAR_GATE_ENABLED=1 LQER_ENABLED=1 LQER_ASYM_ENABLED=1 LQER_RANK=4
+LQER_FACTOR_BITS=4 LQER_ASYM_GROUP=64 LQER_TOP_K=3 FUSED_CE_ENABLED=1 COMPRESSOR=pergroup NCCL_NET=Socket"""
+
+
+def test_the_records_command_works_verbatim_and_equals_the_defaults():
+    s = tg.Settings.from_env(dict(pair.split("=") for pair in RECORD_COMMAND.split()))
+    assert s.changed() == {
+        "GPTQ_RESERVE_SECONDS": "0.5"
+    }  # ours is measured, so that nothing ends after 600 s
+
+
+def test_full_size_model_has_the_published_parameters():
+    assert sum(map(tg.math.prod, tg.parameter_shapes(tg.Settings()).values())) == 35_945_671
+    assert tg.layer_plan(tg.Settings(), True) == ((0, 1, 2, 3, 4, 5, 3, 4), (5, 3, 4, 5, 6, 7, 8, 9, 10))
+
+
+@pytest.mark.parametrize(
+    "env, words",
+    [
+        ({"ITERATOINS": "5"}, ["ITERATOINS", "ITERATIONS"]),
+        ({"TTT_LORA_RANKS": "5"}, ["TTT_LORA_RANKS", "TTT_LORA_RANK"]),
+        ({"MATRIX_RATE": "5"}, ["MATRIX_RATE", "MATRIX_"]),
+        ({"MODEL_DIM": "510"}, ["MODEL_DIM=510", "NUM_HEADS=8", "multiple of 8"]),
+        ({"NUM_KV_HEADS": "3"}, ["NUM_KV_HEADS=3", "NUM_HEADS=8"]),
+        ({"LOOP_END": "11"}, ["LOOP_END=11", "NUM_LAYERS=11"]),
+        ({"ROPE_DIMS": "128"}, ["ROPE_DIMS=128", "64"]),
+        ({"BETA2": "1.5"}, ["BETA2=1.5", "0.999999"]),
+        ({"SEED": "-1"}, ["SEED=-1", "at least 0"]),
+        ({"SEED": "1.5"}, ["SEED=1.5", "whole number"]),
+        ({"MATRIX_LR": "fast"}, ["MATRIX_LR=fast", "number"]),
+        ({"MATRIX_LR": "nan"}, ["MATRIX_LR=nan", "number"]),
+        ({"TIE_EMBEDDINGS": "yes"}, ["TIE_EMBEDDINGS=yes", "0 or 1"]),
+        ({"COMPRESSOR": "zip"}, ["COMPRESSOR=zip", "ans"]),
+        ({"GATED_ATTN_ENABLED": "1"}, ["SPARSE_ATTN_GATE_ENABLED", "GATED_ATTN_ENABLED"]),
+        ({"EVAL_STRIDE": "4096"}, ["EVAL_STRIDE=4096", "EVAL_SEQ_LEN=2048"]),
+        ({"TTT_CHUNK_SIZE": "4096"}, ["TTT_CHUNK_SIZE=4096", "TTT_EVAL_SEQ_LEN=2048"]),
+        ({"GPTQ_RESERVE_SECONDS": "600"}, ["GPTQ_RESERVE_SECONDS=600", "MAX_WALLCLOCK_SECONDS=600"]),
+    ],
+)
+def test_bad_settings_name_value_bound_and_remedy(env, words):
+    with pytest.raises(tg.UserError) as caught:
+        tg.Settings.from_env(env)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["PATH", "HOME", "NCCL_NET", "PYTORCH_CUDA_ALLOC_CONF", "TRITON_CACHE_DIR", "RANK", "LANG"]
+)
+def test_other_programs_variables_pass(name):
+    assert tg.Settings.from_env({name: "x"}) == tg.Settings()
+
+
+def test_batch_must_divide_and_says_how():
+    with pytest.raises(tg.UserError, match="TRAIN_BATCH_TOKENS=1000 is not divisible by 3 ranks"):
+        settings(TRAIN_BATCH_TOKENS=1000).batch_shape(3)
+    with pytest.raises(tg.UserError, match="multiple of 64"):
+        settings(TRAIN_BATCH_TOKENS=100, TRAIN_LOADER="shuffled").batch_shape(1)
+    assert tg.Settings().batch_shape(8) == (1, 98304)
+    assert tg.Settings().batch_shape(1) == (8, 98304)
+
+
+def test_help_lists_every_setting(capsys):
+    assert tg.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {f.name.upper()} " in shown for f in tg.fields(tg.Settings))
