@@ -195,17 +195,29 @@ class Settings:
     sliding_window_enabled: bool = knob(True, "score the artifact by sliding windows")
     ttt_enabled: bool = knob(True, "score the artifact with score-first test-time training")
     ttt_eval_seq_len: int = knob(2048, "context of TTT, in tokens", 2)
+    ttt_kv_reuse: bool = knob(True, "keep earlier keys and values; 0: encode the context again and again")
+    ttt_shared_a: bool = knob(True, "one frozen A for all documents, only B is adapted")
+    ttt_doc_order: str = knob("stream", "what adapts what: the stream's order, or longest first as the field",
+                              choices="stream length")
     ttt_chunk_size: int = knob(48, "tokens scored between two adapter steps", 1)
+    ttt_short_score_first_enabled: bool = knob(True, "smaller chunks for groups of shorter documents")
+    ttt_short_score_first_steps: str = knob("8000:24", "longest document:chunk, …; beyond: TTT_CHUNK_SIZE")
+    ttt_short_doc_len: int = knob(2000, "the one step when TTT_SHORT_SCORE_FIRST_STEPS is empty", 1)
+    ttt_short_chunk_size: int = knob(24, "its chunk", 1)
     ttt_batch_size: int = knob(64, "documents adapted side by side", 1)
     ttt_lora_rank: int = knob(80, "rank of the adapters", 1)
     ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank", 0)
-    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", 0)
+    ttt_lora_lr: float = knob(8e-5, "learning rate of the adapters", 0)
     ttt_q_lora: bool = knob(True, "adapt queries")
     ttt_k_lora: bool = knob(True, "adapt keys")
     ttt_v_lora: bool = knob(True, "adapt values")
     ttt_o_lora: bool = knob(True, "adapt the attention output (from the block input)")
     ttt_mlp_lora: bool = knob(True, "adapt the MLP")
-    ttt_optimizer: str = knob("adam", "optimiser of the adapters", choices="adam sgd")
+    ttt_optimizer: str = knob("normalised", "adapters' steps: the gradient over its RMS, AdamW, or SGD",
+                              choices="normalised adam sgd")
+    ttt_local_lr_mult: float = knob(1.0, "factor on TTT_LORA_LR", 0)
+    ttt_mask: str = knob("", "adapters to leave out unless switched on by name",
+                         choices="all baseline_all no_q no_v no_qv")
     ttt_beta1: float = knob(0.0, "AdamW's first moment, or SGD's momentum", 0, 0.999999)
     ttt_beta2: float = knob(0.99, "AdamW's second moment", 0, 0.999999)
     ttt_weight_decay: float = knob(0.5, "weight decay of the adapters", 0)
@@ -231,6 +243,8 @@ class Settings:
             if old in env and new not in env:
                 env[new] = translate(env[old])
             env.pop(old, None)
+        for name in {"no_q": "Q", "no_v": "V", "no_qv": "QV"}.get(env.get("TTT_MASK", ""), ""):
+            env.setdefault(f"TTT_{name}_LORA", "0")
         known = {f.name.upper(): f for f in fields(cls)}
         for name in env:
             if name not in known and (nearest := looks_like_ours(name, known)) is not None:
@@ -266,6 +280,9 @@ class Settings:
                   f"TTT_CHUNK_SIZE={self.ttt_chunk_size} exceeds TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}")
         refuse_if(bool(self.eval_only_path) and bool(self.eval_only_quantized_path),
                   "EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH are both set: keep one")
+        largest = max(chunk for _, chunk in chunk_steps(self))
+        refuse_if(largest > self.ttt_eval_seq_len, f"a TTT chunk of {largest} tokens exceeds "
+                  f"TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}: lower the chunks")
         if (reserve := self.gptq_reserve_seconds) != "auto":
             refuse_if(not is_number(reserve) or float(reserve) < 0,
                       f"GPTQ_RESERVE_SECONDS={reserve} must be a number of seconds >= 0, or auto")
@@ -336,6 +353,19 @@ OUR_PREFIXES = (
     "ADAM_ AGREE_ ASYM_LOGIT_ ATTN_ AWQ_ BIGRAM_ EMBED_ EVAL_ GATED_ GLOBAL_TTT_ GPTQ_ GRAD_CLIP_ LOGIT_ "
     "LOOP_ LQER_ MATRIX_ MLP_ MUON_ NGRAM_ PARALLEL_ PHASED_ PREQUANT_ QK_GAIN_ ROPE_ SKIP_ SMEAR_ SPARSE_ "
     "TIED_ TOKEN_ TRAIN_ TTT_ VAL_ VE_ WARMDOWN_ WARMUP_ WITHIN_ WORD_ XSA_").split()
+
+
+def chunk_steps(s: Settings) -> list[tuple[float, int]]:
+    """(longest document of a group in tokens, chunk) by rising length; the last bound is infinite."""
+    steps = []
+    if s.ttt_short_score_first_enabled:
+        text = s.ttt_short_score_first_steps or f"{s.ttt_short_doc_len}:{s.ttt_short_chunk_size}"
+        for part in filter(None, text.replace("=", ":").replace(" ", "").split(",")):
+            bound, _, chunk = part.partition(":")
+            if not (bound.isdigit() and chunk.isdigit() and int(chunk)):
+                raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, as 256:8,2000:24")
+            steps.append((int(bound), int(chunk)))
+    return sorted(steps) + [(math.inf, s.ttt_chunk_size)]
 
 
 def is_number(text: str) -> bool:
@@ -999,6 +1029,7 @@ class Pass(NamedTuple):
     layout: Layout | None
     adapter: BoundAdapter | None
     tap: Callable | None
+    cache: KeyCache | None
 
 
 def rms(x: Tensor) -> Tensor:
@@ -1086,18 +1117,22 @@ class GPT(nn.Module):
         return [LayerWeights(qo[i], kv[i], kv[n + i], qo[n + i], *(r[i] for r in rest), gates[i])
                 for i in range(n)]
 
-    def rope(self, length: int, device) -> tuple[Tensor, Tensor]:
-        """cos and sin (length, rope_dims/2) float32; ROPE_YARN: the base grows beyond TRAIN_SEQ_LEN."""
-        s, dims, table = self.s, self.s.rope_dims or self.s.head_dim, max(length, self.rope_length)
+    def rope(self, length: int, device, start: int = 0) -> tuple[Tensor, Tensor]:
+        """cos, sin (length, R/2) float32 of positions start …; under ROPE_YARN the base grows with the end."""
+        s, dims, table = self.s, self.s.rope_dims or self.s.head_dim, max(start + length, self.rope_length)
         base = s.rope_base
         if s.rope_yarn and table > s.train_seq_len:
             base *= (table / s.train_seq_len) ** (dims / (dims - 2))
         inverse = 1.0 / (base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims))
-        angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] * inverse
+        at = torch.arange(start, start + length, dtype=torch.float32, device=device)
+        angle = at[:, None] * inverse
         return angle.cos(), angle.sin()
 
-    def embed(self, ids: Tensor, layout: Layout | None) -> Tensor:
-        """Normalised embeddings (B, T, D), each smeared with the previous token's unless it is a BOS."""
+    def embed(self, ids: Tensor, layout: Layout | None, before: Tensor | None = None) -> Tensor:
+        """Normalised embeddings (B, T, D), each smeared with the previous token's unless it is a BOS.
+        before (B, 1): the token ahead of ids."""
+        if before is not None:
+            ids = torch.cat((before, ids), dim=1)
         e = F.embedding(ids, self.tok_emb).to(self.compute_dtype)
         if self.s.smear_gate_enabled:
             follows = ids[:, 1:] != BOS
@@ -1107,7 +1142,7 @@ class GPT(nn.Module):
             gate = torch.sigmoid(F.linear(e[:, 1:, :self.s.gate_window], self.smear_gate.to(e.dtype)))
             gate = gate * self.smear_lambda.to(e.dtype) * follows[..., None]
             e = torch.cat((e[:, :1], e[:, 1:] + gate * e[:, :-1]), dim=1)
-        return rms(e)
+        return rms(e if before is None else e[:, 1:])
 
     def attend(self, c: Pass, i: int, slot: int, n: Tensor) -> Tensor:
         """Attention branch of layer i on its normalised input n (B, T, D)."""
@@ -1117,7 +1152,7 @@ class GPT(nn.Module):
         k = rotate(rms(project(n, w.k, c.adapter, "k", slot).view(heads)), c.rope)
         v = project(n, w.v, c.adapter, "v", slot).view(heads)
         q = rotate(rms(q_raw.view(heads)), c.rope) * w.q_gain[:, None]
-        y = attention(q, k, v, c.layout)
+        y = attention(q, *((k, v) if c.cache is None else c.cache.extend(slot, k, v)), c.layout)
         if i >= s.num_layers - s.xsa_last_n:
             y = remove_own_value(y, v)
         if w.gate is not None:
@@ -1183,12 +1218,14 @@ class GPT(nn.Module):
     # --- the forward
 
     def hidden(self, ids: Tensor, plan: Plan, layout: Layout | None = None, adapter: Adapter | None = None,
-               tap: Callable | None = None) -> Tensor:
+               tap: Callable | None = None, cache: KeyCache | None = None) -> Tensor:
         """Final normalised hidden state (B, T, D) of tokens ids (B, T). layout: documents of a packed row
-        (None: each row is causal). adapter: low-rank deltas. tap(kind, layer, x) sees the activations."""
-        s, x = self.s, self.embed(ids, layout)
-        c = Pass(self.layer_weights(), x, self.rope(ids.size(1), ids.device), layout,
-                 None if adapter is None else adapter.bind(x.dtype), tap)
+        (None: each row is causal). adapter: low-rank deltas. tap(kind, layer, x) sees the activations. cache:
+        the rows go on where it ends."""
+        s, start = self.s, 0 if cache is None else cache.position
+        x = self.embed(ids, layout, cache.last if start else None)
+        c = Pass(self.layer_weights(), x, self.rope(ids.size(1), ids.device, start), layout,
+                 None if adapter is None else adapter.bind(x.dtype), tap, cache)
         skips, lane0, lane1 = [], None, None
         for slot, i in enumerate(plan.encoder):
             x = self.block(c, i, slot, x)
@@ -1228,10 +1265,12 @@ class GPT(nn.Module):
         return cap * torch.tanh(self.raw_logits(hidden, adapter).float() / cap)
 
     def losses(self, ids: Tensor, targets: Tensor, plan: Plan, layout: Layout | None = None,
-               adapter: Adapter | None = None, tap: Callable | None = None) -> Tensor:
+               adapter: Adapter | None = None, tap: Callable | None = None,
+               cache: KeyCache | None = None) -> Tensor:
         """Cross-entropy of every target in nats, (B, T) float32."""
-        z = self.raw_logits(self.hidden(ids, plan, layout, adapter, tap), adapter).flatten(0, 1)
-        return capped_ce(z, targets.flatten(), self.s.logit_softcap, self.ce_kernel).view(targets.shape)
+        z = self.raw_logits(self.hidden(ids, plan, layout, adapter, tap, cache), adapter)
+        losses = capped_ce(z.flatten(0, 1), targets.flatten(), self.s.logit_softcap, self.ce_kernel)
+        return losses.view(targets.shape)
 
     forward = losses
 
@@ -1262,26 +1301,40 @@ class BoundAdapter(NamedTuple):
         """y (B, T, out) + scale * x A' B' for x (B, T, in); y itself when this kind is not adapted."""
         if kind not in self.a:
             return y
-        return y + self.scale * torch.bmm(torch.bmm(x, self.a[kind][slot].mT), self.b[kind][slot].mT)
+        a = self.a[kind][slot]
+        low = F.linear(x, a) if a.dim() == 2 else torch.bmm(x, a.mT)
+        return y + self.scale * torch.bmm(low, self.b[kind][slot].mT)
 
 
 class Adapter(nn.Module):
     """Low-rank adapters for `rows` documents side by side: per kind A (S, rows, r, in) uniform(±1/sqrt(in))
-    and B (S, rows, out, r) zero: a fresh one changes nothing. S counts executed slots; the head has one."""
+    and B (S, rows, out, r) zero: a fresh one changes nothing. S counts executed slots; the head has one.
+    With TTT_SHARED_A A is (S, r, in), the same for all documents, and frozen."""
 
     def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu",
                  generator: torch.Generator | None = None):
         super().__init__()
-        self.scale, self.rank = s.ttt_lora_alpha / s.ttt_lora_rank, s.ttt_lora_rank
-        self.warm, self.generator = s.ttt_warm_start_a, generator
+        self.scale, self.shared = s.ttt_lora_alpha / s.ttt_lora_rank, s.ttt_shared_a
+        self.warm, self.generator = s.ttt_warm_start_a or s.ttt_shared_a, generator
         outs = {"q": s.model_dim, "k": s.kv_dim, "v": s.kv_dim, "o": s.model_dim, "mlp": s.model_dim}
         kinds = {k: (plan.slots, out) for k, out in outs.items() if getattr(s, f"ttt_{k}_lora")}
         kinds["head"] = (1, s.vocab_size)
         self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
         for kind, (slots, out) in kinds.items():
-            self.a[kind] = nn.Parameter(torch.empty(slots, rows, self.rank, s.model_dim, device=device))
-            self.b[kind] = nn.Parameter(torch.zeros(slots, rows, out, self.rank, device=device))
+            shape = (slots, *(() if self.shared else (rows,)), s.ttt_lora_rank, s.model_dim)
+            self.a[kind] = nn.Parameter(torch.empty(shape, device=device), requires_grad=not self.shared)
+            self.b[kind] = nn.Parameter(torch.zeros(slots, rows, out, s.ttt_lora_rank, device=device))
         self.draw_a()
+
+    def trained(self) -> list[Tensor]:
+        """What a step changes."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def keep(self, rows: slice) -> None:
+        """Go on with these documents only (A is shared)."""
+        for kind, b in self.b.items():
+            self.b[kind] = nn.Parameter(b[:, rows].clone())
 
     @torch.no_grad()
     def draw_a(self) -> None:
@@ -1309,6 +1362,41 @@ class Adapter(nn.Module):
                 for slot, x in enumerate(p):
                     views[("lm_head_lora" if kind == "head" else f"{kind}_loras.{slot}") + f".{side}"] = x
         return views
+
+
+class KeyCache:
+    """Keys and values that the earlier chunks of B documents left behind, as computed then and cut from their
+    graph: per slot (B, P, K, D), the newest `limit` positions. position: tokens seen; last (B, 1) token."""
+
+    def __init__(self, limit: int):
+        self.limit, self.position, self.last = limit, 0, None
+        self.old: dict[int, tuple[Tensor, Tensor]] = {}
+        self.new: dict[int, tuple[Tensor, Tensor]] = {}
+        self.sealed: tuple[Tensor, dict] | None = None
+
+    def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values that a chunk's queries may see, the chunk's own last."""
+        self.new[slot] = (k.detach(), v.detach())
+        if slot not in self.old:
+            return k, v
+        return tuple(torch.cat(pair, dim=1) for pair in zip(self.old[slot], (k, v)))
+
+    def seal(self, ids: Tensor) -> None:
+        """The forward of the chunk with tokens ids (B, T) was scored: its keys are the ones to keep."""
+        self.sealed, self.new = (ids, self.new), {}
+
+    def advance(self) -> None:
+        """The chunk is over: its sealed keys join the old ones."""
+        ids, new = self.sealed
+        for slot, pair in new.items():
+            pairs = zip(self.old[slot], pair) if slot in self.old else ((x,) for x in pair)
+            self.old[slot] = tuple(torch.cat(parts, dim=1)[:, -self.limit:] for parts in pairs)
+        self.last, self.position, self.sealed = ids[:, -1:], self.position + ids.size(1), None
+
+    def keep(self, rows: slice) -> None:
+        """Go on with these documents only."""
+        self.old = {slot: tuple(x[rows].clone() for x in pair) for slot, pair in self.old.items()}
+        self.last = self.last[rows]
 
 
 # ============================================================================================================
@@ -2756,8 +2844,8 @@ def check_size(artifact: int) -> int:
     total = artifact + code_bytes()
     if total > ARTIFACT_LIMIT:
         raise UserError(f"artifact {artifact:,} + script {code_bytes():,} = {total:,} bytes is "
-                        f"{total - ARTIFACT_LIMIT:,} over the limit of {ARTIFACT_LIMIT:,}: raise the *_CLIP_SIGMAS, or ship "
-                        "the self-extracting script")
+                        f"{total - ARTIFACT_LIMIT:,} over the limit of {ARTIFACT_LIMIT:,}: raise the "
+                        "*_CLIP_SIGMAS, or ship the self-extracting script")
     return total
 
 
@@ -2920,8 +3008,9 @@ class Scorer:
 @dataclass(frozen=True)
 class Scored:
     """A chunk already on the books: adapt() takes nothing else, so it cannot see ahead. losses (B, W) with
-    their graph; W positions of context end at the chunk's end; `again` recomputes them after a step."""
+    their graph, the chunk's in the last columns; `again` recomputes them after a step."""
     losses: Tensor
+    chunk: int
     again: Callable[[], Tensor]
 
 
@@ -2935,100 +3024,183 @@ class ChunkWindow(NamedTuple):
 
 
 def chunk_window(targets: np.ndarray, c: int, chunk: int, window: int) -> ChunkWindow:
-    """Rows end at the chunk's end and reach back at most `window` inputs. targets (B,): per document."""
+    """Rows end at the chunk's end and reach back at most `window` inputs, or are the chunk alone (window 0).
+    targets (B,): per document."""
     end = np.minimum((c + 1) * chunk, targets)
     count = np.maximum(end - c * chunk, 0)
+    if not window:
+        return ChunkWindow(np.where(count > 0, c * chunk, 0), np.zeros_like(count), count, int(count.max()))
     begin = np.where(count > 0, np.maximum(end - window, 0), 0)
     return ChunkWindow(begin, np.where(count > 0, c * chunk - begin, 0), count, min((c + 1) * chunk, window))
 
 
-class PhasedTTT:
-    """Score-first phased test-time training. Documents of similar length form groups, longest first, shared
-    out over the ranks by predicted cost; each document has its own adapter, scored chunk by chunk and adapted
-    only by booked chunks; at each phase boundary the base weights are trained on whole booked documents.
-    trace(event, **values) observes: lora, chunk, sgd_step, phase."""
+class Round(NamedTuple):
+    """Groups of documents between which no state passes, in the order of work, and the documents on which the
+    base weights are trained once all of them are scored (none after the last round)."""
+    groups: list[np.ndarray]
+    train_on: np.ndarray | None
 
-    def __init__(self, s: Settings, world: World, model: GPT, val: Validation, trace: Callable | None = None):
-        self.s, self.world, self.model, self.val, self.trace = s, world, model, val, trace
-        self.plan = layer_plan(s, True)
+
+def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
+    """Documents by groups of TTT_BATCH_SIZE similar lengths, longest first, cut at the phase boundaries.
+
+    TTT_DOC_ORDER=stream: round i holds the i-th part of the stream's first documents, the last the rest: no
+    document is ever influenced by a later one. length: the longest documents of all come first, as in the
+    field; a phase then trains on the shortest groups scored so far."""
+    def grouped(documents):
+        order = documents[np.argsort(lengths[documents], kind="stable")]
+        return [order[i:i + s.ttt_batch_size] for i in range(0, len(order), s.ttt_batch_size)]
+
+    def longest_first(groups):
+        return sorted(groups, key=lambda g: -lengths[g].max())
+
+    phases = s.phased_ttt_num_phases if s.phased_ttt_prefix_docs else 0
+    bounds = [s.phased_ttt_prefix_docs * (i + 1) // phases for i in range(phases)]
+    everything, rounds, begin = np.arange(len(lengths)), [], 0
+    if s.ttt_doc_order == "stream":
+        for end in (b for b in bounds if begin < b <= len(lengths)):
+            rounds.append(Round(longest_first(grouped(everything[begin:end])), everything[:end]))
+            begin = end
+        return rounds + [Round(longest_first(grouped(everything[begin:])), None)]
+    current, done = [], []
+    for group in longest_first(grouped(everything)):
+        current.append(group)
+        done.append(group)
+        if len(rounds) < phases and sum(map(len, done)) >= bounds[len(rounds)]:
+            by_length = np.concatenate(sorted(done, key=lambda g: lengths[g].max()))
+            rounds.append(Round(current, by_length[:bounds[len(rounds)]]))
+            current = []
+    return rounds + [Round(current, None)]
+
+
+# What the watchdog gives up, in this order, when the evaluation would outlast its budget.
+GIVE_UP = ("nothing", "further phases on the base weights", "half of the adapter steps", "adaptation")
+
+
+class PhasedTTT:
+    """Score-first phased test-time training. Each document has its own adapter, scored chunk by chunk and
+    adapted only by booked chunks; at each phase boundary the base weights are trained on whole booked
+    documents. Groups are shared out over the ranks by predicted cost: no files, no locks, no races.
+    clock: the evaluation's, watched so that every target is scored in time. trace(event, **values) observes:
+    lora, chunk, sgd_step, phase, give_up."""
+
+    def __init__(self, s: Settings, world: World, model: GPT, val: Validation, trace: Callable | None = None,
+                 clock: Clock | None = None):
+        self.s, self.world, self.model, self.val = s, world, model, val
+        self.trace, self.clock = trace or (lambda event, **values: None), clock
+        self.plan, self.lengths = layer_plan(s, True), val.documents.length
         self.losses = compiled(s, world.device, model.losses, dynamic=True)
         self.ledger = Ledger(val, world.device)
-        self.created = 0
-        by_length = np.argsort(val.documents.length, kind="stable")
-        size = s.ttt_batch_size
-        self.groups = [by_length[i:i + size] for i in range(0, len(by_length), size)]
+        self.created = self.level = 0
+        self.kept: Adapter | None = None
 
-    def rounds(self) -> list[tuple[list[int], int]]:
-        """(groups by ascending length, documents that the phase after them trains on; 0: none)."""
-        s, out, current, done, phase = self.s, [], [], 0, 0
-        phases = s.phased_ttt_num_phases
-        bounds = [s.phased_ttt_prefix_docs * (i + 1) // phases for i in range(phases)]
-        longest = [int(self.val.documents.length[g].max()) for g in self.groups]
-        for g in sorted(range(len(self.groups)), key=lambda g: -longest[g]):
-            current.append(g)
-            done += len(self.groups[g])
-            if s.phased_ttt_prefix_docs and phase < len(bounds) and done >= bounds[phase]:
-                out.append((current, bounds[phase]))
-                current, phase = [], phase + 1
-        return out + [(current, 0)] if current else out
-
-    def cost(self, g: int) -> float:
-        """Predicted token-passes of a group."""
-        n, chunk = self.val.documents.length[self.groups[g]].max() - 1, self.s.ttt_chunk_size
+    def cost(self, group: np.ndarray, level: int = 0) -> float:
+        """Predicted token-passes of a group; a backward counts twice a forward."""
+        n = int(self.lengths[group].max()) - 1
+        if level == 3:
+            return float(len(group) * n)
+        if self.s.ttt_kv_reuse:
+            return 3.0 * len(group) * n
+        chunk = self.chunk_size(group, level)
         ends = np.minimum(np.arange(1, -(-n // chunk) + 1) * chunk, self.s.ttt_eval_seq_len)
-        return float(len(self.groups[g]) * ends.sum())
+        return 3.0 * len(group) * float(ends.sum())
+
+    def chunk_size(self, group: np.ndarray, level: int) -> int:
+        """Tokens between two steps: by the longest document; doubled when half of the steps are given up."""
+        longest = int(self.lengths[group].max())
+        chunk = next(chunk for bound, chunk in chunk_steps(self.s) if longest <= bound)
+        return min(2 * chunk, self.s.ttt_eval_seq_len) if level == 2 else chunk
 
     def run(self) -> Score:
         """Score every document once. The model's weights end as the last phase left them."""
-        finished: list[int] = []
-        adapter = self.new_adapter(self.s.ttt_batch_size)
-        for groups, prefix in self.rounds():
-            share = share_out([self.cost(g) for g in groups], self.world.size)[self.world.rank]
-            for i in sorted(share):
-                g = groups[i]
-                full = len(self.groups[g]) == self.s.ttt_batch_size
-                self.adapt_group(g, adapter if full else self.new_adapter(len(self.groups[g])))
-            finished += groups
-            if prefix:
-                documents = np.concatenate([self.groups[g] for g in sorted(finished)])[:prefix]
-                self.global_phase(self.ledger.booked(documents, self.world))
-                adapter = self.new_adapter(self.s.ttt_batch_size)
+        rounds = ttt_rounds(self.s, self.lengths)
+        todo = []
+        for r in rounds:
+            share = share_out([self.cost(g) for g in r.groups], self.world.size)[self.world.rank]
+            todo.append([r.groups[i] for i in sorted(share)])
+        begun, done = self.clock.elapsed() if self.clock else 0.0, 0.0
+        self.kept = None if self.s.ttt_shared_a else self.new_adapter(self.s.ttt_batch_size)
+        for r, mine in zip(rounds, todo):
+            while mine:
+                self.watch(begun, done, [g for groups in todo for g in groups])
+                group = mine.pop(0)
+                self.adapt_group(group)
+                done += self.cost(group, self.level)
+            self.level = max(self.world.gather(self.level))     # all ranks take part in a phase or none
+            if r.train_on is not None and self.level == 0:
+                self.global_phase(self.ledger.booked(r.train_on, self.world))
+                self.kept = None if self.s.ttt_shared_a else self.new_adapter(self.s.ttt_batch_size)
         return self.ledger.close(self.world)
 
+    def watch(self, begun: float, done: float, left: list[np.ndarray]) -> None:
+        """Give up as little as is needed for the predicted end to lie within EVAL_MAX_SECONDS."""
+        if self.clock is None or not self.clock.budget or not done:
+            return
+        now = self.clock.elapsed()
+        rate = (now - begun) / done
+        ends = [now + rate * sum(self.cost(g, level) for g in left) for level in range(len(GIVE_UP))]
+        level = next((i for i, end in enumerate(ends) if i >= self.level and end <= self.clock.budget), 3)
+        if level > self.level:
+            self.trace("give_up", what=", ".join(GIVE_UP[1:level + 1]), elapsed=now,
+                       predicted_end=ends[self.level])
+            self.level = level
+
     def new_adapter(self, rows: int) -> Adapter:
-        generator = torch.Generator().manual_seed(self.s.seed + self.created)
+        """An adapter whose A is its own draw; a shared A is the same draw for every document and rank."""
+        seed = self.s.seed + (0 if self.s.ttt_shared_a else self.created)
         self.created += 1
-        adapter = Adapter(self.s, self.plan, rows, self.world.device, generator)
-        if self.trace:
-            self.trace("lora", adapter=adapter)
+        adapter = Adapter(self.s, self.plan, rows, self.world.device, torch.Generator().manual_seed(seed))
+        self.trace("lora", adapter=adapter)
         return adapter
 
-    def optimiser(self, adapter: Adapter) -> torch.optim.Optimizer:
-        s, params = self.s, list(adapter.parameters())
+    def adapter_for(self, group: np.ndarray) -> Adapter:
+        """Reset for new documents: the kept one (its A stays warm) for a full group, else a fresh one."""
+        full = self.kept is not None and len(group) == self.s.ttt_batch_size
+        adapter = self.kept if full else self.new_adapter(len(group))
+        if not adapter.warm:      # the same draw on whichever rank this group falls to
+            adapter.generator.manual_seed(self.s.seed * 1_000_003 + int(group[0]))
+        adapter.reset()
+        return adapter
+
+    def optimiser(self, adapter: Adapter) -> torch.optim.Optimizer | None:
+        """AdamW or SGD over a group's adapters; none for the stateless rule."""
+        s, params, lr = self.s, adapter.trained(), self.s.ttt_lora_lr * self.s.ttt_local_lr_mult
+        if s.ttt_optimizer == "normalised":
+            return None
         if s.ttt_optimizer == "sgd":
-            return torch.optim.SGD(params, lr=s.ttt_lora_lr, momentum=s.ttt_beta1,
-                                   weight_decay=s.ttt_weight_decay)
-        return torch.optim.AdamW(params, lr=s.ttt_lora_lr, betas=(s.ttt_beta1, s.ttt_beta2), eps=1e-10,
+            return torch.optim.SGD(params, lr=lr, momentum=s.ttt_beta1, weight_decay=s.ttt_weight_decay)
+        return torch.optim.AdamW(params, lr=lr, betas=(s.ttt_beta1, s.ttt_beta2), eps=1e-10,
                                  weight_decay=s.ttt_weight_decay, fused=self.world.device.type == "cuda")
 
-    def adapt_group(self, g: int, adapter: Adapter) -> None:
+    def adapt_group(self, group: np.ndarray) -> None:
         """Score a group's documents chunk by chunk; after each chunk adapt those that have another one."""
-        if not self.s.ttt_warm_start_a:
-            adapter.generator.manual_seed(self.s.seed * 1_000_003 + g)   # the same draw on every rank
-        adapter.reset()
-        optimiser, chunk = self.optimiser(adapter), self.s.ttt_chunk_size
-        starts = self.val.documents.start[self.groups[g]]
-        targets = self.val.documents.length[self.groups[g]] - 1
+        s, level = self.s, self.level
+        cached, learns = s.ttt_kv_reuse or level == 3, level < 3
+        adapter = self.adapter_for(group) if learns else None
+        optimiser = self.optimiser(adapter) if learns else None
+        chunk = self.chunk_size(group, level)
+        cache = KeyCache(s.ttt_eval_seq_len - chunk) if cached else None
+        starts, targets = self.val.documents.start[group], self.lengths[group] - 1
         for c in range(-(-int(targets.max()) // chunk)):
+            if cached and c:
+                cache.advance()
+            ended = int(np.searchsorted(targets, c * chunk, side="right"))       # targets rise within a group
+            stateless = optimiser is None and (adapter is None or adapter.shared)
+            if cached and stateless and 4 * ended > len(targets):
+                rows = slice(ended, None)
+                starts, targets = starts[rows], targets[rows]
+                for keeper in (cache, adapter) if learns else (cache,):
+                    keeper.keep(rows)
             later = targets > (c + 1) * chunk
-            with torch.set_grad_enabled(bool(later.any())):
-                window = chunk_window(targets, c, chunk, self.s.ttt_eval_seq_len)
-                scored = self.score_chunk(starts, window, adapter)
-                if later.any():
+            with torch.set_grad_enabled(learns and bool(later.any())):
+                window = chunk_window(targets, c, chunk, 0 if cached else s.ttt_eval_seq_len)
+                scored = self.score_chunk(starts, window, adapter, cache)
+                if learns and later.any():
                     self.adapt(adapter, optimiser, scored, torch.from_numpy(later).to(self.world.device))
 
-    def score_chunk(self, starts: np.ndarray, w: ChunkWindow, adapter: Adapter) -> Scored:
-        """One forward over the context; book the chunk's losses before anything can learn from them."""
+    def score_chunk(self, starts: np.ndarray, w: ChunkWindow, adapter: Adapter | None,
+                    cache: KeyCache | None) -> Scored:
+        """One forward over the chunk and its context; its losses are booked before anything can learn."""
         column = np.arange(w.width)
         valid = (column < (w.offset + w.count)[:, None])
         at = np.where(valid, (starts + w.begin)[:, None] + column, 0)
@@ -3037,30 +3209,33 @@ class PhasedTTT:
         y = torch.from_numpy(np.where(valid, tokens[at + 1], 0).astype(np.int64)).to(device)
 
         def forward() -> Tensor:
-            return self.losses(x, y, self.plan, None, adapter)
+            return self.losses(x, y, self.plan, None, adapter, None, cache)
 
         losses = forward()
         counted = valid & (column >= w.offset[:, None])
         keep = torch.from_numpy(counted).to(device)
         self.ledger.book(torch.from_numpy(at[counted]).to(device), losses[keep])
-        if self.trace:
-            self.trace("chunk", x=x, y=y, losses=losses.detach(), offsets=w.offset, counts=w.count,
-                       width=w.width,
-                       loss_sum=losses.detach()[keep].double().sum().item(),
-                       byte_sum=int(self.val.target_bytes[at[counted]].sum()), tokens=int(counted.sum()))
-        return Scored(losses, forward)
+        if cache is not None:      # the keys of the forward that was scored, whatever the steps do
+            cache.seal(x)
+        self.trace("chunk", x=x, y=y, losses=losses.detach(), offsets=w.offset, counts=w.count, width=w.width,
+                   at=at, counted=counted)
+        return Scored(losses, int(w.count.max()), forward)
 
-    def adapt(self, adapter: Adapter, optimiser: torch.optim.Optimizer, scored: Scored,
+    def adapt(self, adapter: Adapter, optimiser: torch.optim.Optimizer | None, scored: Scored,
               later: Tensor) -> None:
         """TTT_GRAD_STEPS steps on the mean loss of the booked chunk, of documents that have a later one."""
-        losses = scored.losses
+        losses, trained = scored.losses, adapter.trained()
         for step in range(self.s.ttt_grad_steps):
             if step:
                 losses = scored.again()
-            optimiser.zero_grad(set_to_none=True)
-            means = losses[:, -self.s.ttt_chunk_size:].mean(dim=1)
-            (means * later).sum().backward(inputs=list(adapter.parameters()))
-            optimiser.step()
+            for p in trained:
+                p.grad = None
+            (losses[:, -scored.chunk:].mean(dim=1) * later).sum().backward(inputs=trained)
+            if optimiser is None:
+                lr = self.s.ttt_lora_lr * self.s.ttt_local_lr_mult
+                normalised_step(trained, lr, self.s.ttt_weight_decay)
+            else:
+                optimiser.step()
 
     # --- the base weights
 
@@ -3078,8 +3253,7 @@ class PhasedTTT:
                 for r in range(0, rows, s.global_ttt_batch_seqs):
                     begin, n = r * s.eval_seq_len, min(s.global_ttt_batch_seqs, rows - r) * s.eval_seq_len
                     self.global_step(part[begin:begin + n + 1], params, velocity, lr)
-        if self.trace:
-            self.trace("phase", model=self.model, tokens=tokens)
+        self.trace("phase", model=self.model, tokens=tokens)
 
     def global_lr(self, c: int, chunks: int) -> float:
         """Learning rate of chunk c: linear warm-up, then a cosine to the last chunk."""
@@ -3115,9 +3289,7 @@ class PhasedTTT:
             torch._foreach_mul_(velocity, s.global_ttt_momentum)
             torch._foreach_add_(velocity, grads)
             torch._foreach_add_(params, velocity, alpha=-lr)
-        if self.trace:
-            self.trace("sgd_step", loss=world.total(loss.detach().clone()).item(), n_tokens=total,
-                       grad_norm=norm.item(), lr=lr)
+        self.trace("sgd_step", loss=world.total(loss.detach().clone()), n_tokens=total, grad_norm=norm, lr=lr)
 
     def global_pieces(self, tokens: np.ndarray) -> list[np.ndarray]:
         """Runs of n + 1 tokens that see nothing of each other: documents, or rows of EVAL_SEQ_LEN targets."""
@@ -3126,6 +3298,15 @@ class PhasedTTT:
             return [tokens[i:i + self.s.eval_seq_len + 1] for i in range(0, total, self.s.eval_seq_len)]
         starts = np.unique(np.append(0, np.flatnonzero(tokens[:-1] == BOS)))
         return [tokens[a:b + 1] for a, b in zip(starts, np.append(starts[1:], total))]
+
+
+@torch.no_grad()
+def normalised_step(params: list[Tensor], lr: float, weight_decay: float) -> None:
+    """Steps of matrices (…, R, C) along their gradient over its RMS, matrix by matrix: no state. A matrix
+    without a gradient only decays."""
+    for p in params:
+        size = p.grad.square().mean(dim=(-2, -1), keepdim=True).sqrt()
+        p.mul_(1 - lr * weight_decay).sub_(p.grad / (size + 1e-12), alpha=lr)
 
 
 def join_pieces(pieces: list[np.ndarray], max_len: int) -> Batch:

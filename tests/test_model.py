@@ -63,7 +63,7 @@ def test_fresh_adapter_changes_nothing_and_rows_are_independent():
 
 
 def test_every_adapter_kind_reaches_the_loss_and_can_be_switched_off():
-    s = settings(TTT_Q_LORA=0, TTT_V_LORA=0)
+    s = settings(TTT_MASK="no_qv")
     model, plan, x = sine_model(s), tg.layer_plan(s, True), tokens(2, 20)
     adapter = tg.Adapter(s, plan, 2)
     model.losses(x, x.roll(-1, 1), plan, adapter=adapter).sum().backward()

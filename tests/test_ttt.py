@@ -6,6 +6,15 @@ import torch
 from conftest import settings, sine_model, tg
 
 
+EXACT = dict(ttt_kv_reuse=False, ttt_shared_a=False, ttt_optimizer="adam", ttt_doc_order="length")
+
+
+@pytest.fixture(params=["fast", "exact"])
+def s(request, s):
+    """Every test below holds for the default way of adapting and for the field's."""
+    return s if request.param == "fast" else changed(s, **EXACT)
+
+
 def run(s, val=None, trace=None):
     val = val or tg.Validation(s)
     ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), val, trace)
@@ -93,3 +102,79 @@ def test_learning_rate_of_the_base_weights():
     ttt = tg.PhasedTTT.__new__(tg.PhasedTTT)
     ttt.s = s
     assert np.allclose([ttt.global_lr(c, 5) for c in range(5)], [0.01, 0.1, 0.1, 0.05, 0.0])
+
+
+def test_cached_keys_are_the_full_forward(s):
+    """Chunk after chunk on cached keys, nothing learned: the losses of the documents scored whole."""
+    s = changed(s, ttt_kv_reuse=True, ttt_lora_lr=0.0, phased_ttt_prefix_docs=0, ttt_eval_seq_len=256)
+    fast, _ = run(s)
+    whole, _ = run(changed(s, ttt_kv_reuse=False))
+    assert torch.allclose(fast.ledger.loss, whole.ledger.loss, atol=3e-5)
+
+
+def test_cached_keys_end_at_the_window(s):
+    """Keys older than the window are dropped: a change before it leaves the losses beyond it alone."""
+    model, plan = sine_model(changed(s, num_loops=0, parallel_start_layer=0, smear_gate_enabled=False)), None
+    shallow = changed(model.s, num_layers=1, xsa_last_n=1, num_loops=0)
+    model, plan = sine_model(shallow), tg.layer_plan(shallow, False)
+    x = torch.randint(4, 300, (1, 64), generator=torch.Generator().manual_seed(0))
+    other = x.clone()
+    other[:, :8] = 9
+
+    def last_chunk(tokens):
+        cache = tg.KeyCache(16)
+        for c in range(0, 64, 8):
+            loss = model.losses(tokens[:, c:c + 8], tokens[:, c:c + 8], plan, cache=cache)
+            cache.seal(tokens[:, c:c + 8])
+            cache.advance()
+        assert cache.position == 64 and all(k.size(1) == 16 for k, _ in cache.old.values())
+        return loss
+    assert torch.equal(last_chunk(x), last_chunk(other))
+
+
+def test_a_documents_score_does_not_depend_on_its_group(s):
+    s = changed(s, ttt_warm_start_a=False, phased_ttt_prefix_docs=0, ttt_shared_a=True, ttt_kv_reuse=True,
+                ttt_optimizer="normalised")
+    a, _ = run(s)
+    b, _ = run(changed(s, ttt_batch_size=1))
+    assert torch.allclose(a.ledger.loss, b.ledger.loss, atol=1e-4)
+
+
+def test_in_stream_order_nothing_later_influences_an_earlier_document(s):
+    s = changed(s, ttt_doc_order="stream", ttt_shared_a=True, ttt_kv_reuse=True, ttt_optimizer="normalised")
+    val, other = tg.Validation(s), tg.Validation(s)
+    cut = int(val.documents.start[9])
+    other.tokens = val.tokens.copy()
+    other.tokens[cut + 1:] = np.where(val.tokens[cut + 1:] == tg.BOS, tg.BOS, 7)
+    a, b = (run(s, v)[0].ledger.loss for v in (val, other))
+    assert torch.equal(a[:cut], b[:cut]) and not torch.equal(a[cut:], b[cut:])
+
+
+def test_rounds_hold_every_document_once_and_train_on_scored_ones(s):
+    for order in ("stream", "length"):
+        rounds = tg.ttt_rounds(changed(s, ttt_doc_order=order), tg.Validation(s).documents.length)
+        assert sorted(np.concatenate([g for r in rounds for g in r.groups])) == list(range(14))
+        scored = set()
+        for r in rounds:
+            scored |= set(np.concatenate(r.groups))
+            assert r.train_on is None or set(r.train_on) <= scored
+        assert [r.train_on is None for r in rounds] == [False] * (len(rounds) - 1) + [True]
+
+
+def test_chunks_by_length():
+    s = settings(TTT_SHORT_SCORE_FIRST_STEPS="600=32, 100:4,", TTT_CHUNK_SIZE=48)
+    assert tg.chunk_steps(s) == [(100, 4), (600, 32), (float("inf"), 48)]
+    with pytest.raises(tg.UserError, match="TTT_SHORT_SCORE_FIRST_STEPS=600-3"):
+        settings(TTT_SHORT_SCORE_FIRST_STEPS="600-3")
+
+
+@pytest.mark.parametrize("budget, given_up", [(1e9, None), (0.5, "adaptation")])
+def test_the_watchdog_scores_everything_in_time(s, budget, given_up):
+    """A clock that runs a second per look: with half a second left everything is given up, nothing is skipped."""
+    ticks, events = iter(range(10**9)), []
+    clock = tg.Clock(budget, now=lambda: float(next(ticks)))
+    ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s),
+                       lambda event, **v: events.append((event, v)), clock)
+    assert ttt.run().tokens == len(ttt.val.tokens) - 1
+    what = [v["what"] for event, v in events if event == "give_up"]
+    assert (what == []) if given_up is None else what[-1].endswith(given_up)
