@@ -62,6 +62,7 @@ except ImportError:               # the plain twins are complete without it
     triton = None
 
 ARTIFACT_LIMIT = 16_000_000   # bytes: this script as shipped + the packed model
+CANONICAL_VAL_DOCS = 50_000   # documents of FineWeb's validation split
 BOS = 1                       # begins every document, in every tokenizer of the field
 RMS_EPS = 1.1920929e-07       # float32 machine epsilon
 LN2 = math.log(2.0)
@@ -110,8 +111,10 @@ class Settings:
     tokenizer_path: str = knob("", "SentencePiece model of the shards")
     vocab_size: int = knob(8192, "tokens in the vocabulary", 2, 65536)
     caseops_enabled: bool = knob(True, "shards of the CaseOps tokenizer; needs the byte sidecar")
-    train_loader: str = knob("stream", "stream: each target once; docpack: as the field; shuffled: windows",
-                             choices="stream docpack shuffled")
+    data_check: str = knob("quick", "checks of the data before training; full: every byte and every document",
+                           choices="quick full")
+    train_loader: str = knob("stream", "stream: every target once; the field's: docpack, shuffled, coprime",
+                             choices="stream docpack shuffled coprime")
     train_batch_tokens: int = knob(786432, "tokens of one optimiser step, over all ranks", 1)
     train_seq_len: int = knob(2048, "documents are cut to this many tokens in training", 2)
     grad_accum_steps: int = knob(0, "micro-batches of a step and rank; 0: 8 / number of ranks", 0)
@@ -202,8 +205,8 @@ class Settings:
     ttt_chunk_size: int = knob(48, "tokens scored between two adapter steps", 1)
     ttt_short_score_first_enabled: bool = knob(True, "smaller chunks for groups of shorter documents")
     ttt_short_score_first_steps: str = knob("8000:24", "longest document:chunk, …; beyond: TTT_CHUNK_SIZE")
-    ttt_short_doc_len: int = knob(2000, "the one step when TTT_SHORT_SCORE_FIRST_STEPS is empty", 1)
-    ttt_short_chunk_size: int = knob(24, "its chunk", 1)
+    ttt_short_doc_len: int = knob(2000, "the one step when TTT_SHORT_SCORE_FIRST_STEPS is empty", 0)
+    ttt_short_chunk_size: int = knob(24, "its chunk; 0: none", 0)
     ttt_batch_size: int = knob(64, "documents adapted side by side", 1)
     ttt_lora_rank: int = knob(80, "rank of the adapters", 1)
     ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank", 0)
@@ -252,7 +255,8 @@ class Settings:
                                 "(python train_gpt.py --help lists all)")
         if env.get("COMPRESSOR") == "pergroup":
             env["COMPRESSOR"] = "ans"     # the field's per-group lrzip: our coder replaces the binary
-        s = cls(**{f.name: parse_setting(f, env[name]) for name, f in known.items() if env.get(name)})
+        s = cls(**{f.name: parse_setting(f, env[name]) for name, f in known.items()
+                   if env.get(name) or (name in env and f.default and is_free_text(f))})
         s.check_consistency()
         return s
 
@@ -298,10 +302,10 @@ class Settings:
         if rest:
             raise UserError(f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not divisible by {world_size} "
                             f"ranks x {accum} micro-batches = {parts}: choose a multiple or GRAD_ACCUM_STEPS")
-        if self.train_loader == "shuffled" and tokens % self.train_seq_len:
+        if self.train_loader in WINDOWED and tokens % self.train_seq_len:
             raise UserError(f"a micro-batch of {tokens} tokens is no multiple of TRAIN_SEQ_LEN="
-                            f"{self.train_seq_len}: with TRAIN_LOADER=shuffled TRAIN_BATCH_TOKENS must be a "
-                            f"multiple of {parts * self.train_seq_len}")
+                            f"{self.train_seq_len}: with TRAIN_LOADER={self.train_loader} TRAIN_BATCH_TOKENS "
+                            f"must be a multiple of {parts * self.train_seq_len}")
         return accum, tokens
     @property
     def head_dim(self) -> int:
@@ -344,6 +348,7 @@ NO_EFFECT = {
     "ROPE_TRAIN_SEQ_LEN": "no script of the lineage uses it; TRAIN_SEQ_LEN is the length that counts",
     "TTT_EVAL_BATCHES": "no script of the lineage uses it",
 }
+WINDOWED = ("shuffled", "coprime")      # loaders of whole windows, without document bounds
 ALIASES = {   # old name -> (setting, translation of its value)
     "PHASED_TTT_ENABLED": ("TTT_ENABLED", str),
     "TTT_EVAL_ONLY": ("SLIDING_WINDOW_ENABLED", lambda v: str(int(v != "1"))),
@@ -359,13 +364,19 @@ def chunk_steps(s: Settings) -> list[tuple[float, int]]:
     """(longest document of a group in tokens, chunk) by rising length; the last bound is infinite."""
     steps = []
     if s.ttt_short_score_first_enabled:
-        text = s.ttt_short_score_first_steps or f"{s.ttt_short_doc_len}:{s.ttt_short_chunk_size}"
+        one = f"{s.ttt_short_doc_len}:{s.ttt_short_chunk_size}" if s.ttt_short_chunk_size else ""
+        text = s.ttt_short_score_first_steps or one
         for part in filter(None, text.replace("=", ":").replace(" ", "").split(",")):
             bound, _, chunk = part.partition(":")
-            if not (bound.isdigit() and chunk.isdigit() and int(chunk)):
+            if not (bound.isdigit() and chunk.isdigit() and int(bound) and int(chunk)):
                 raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, as 256:8,2000:24")
             steps.append((int(bound), int(chunk)))
     return sorted(steps) + [(math.inf, s.ttt_chunk_size)]
+
+
+def is_free_text(f) -> bool:
+    """Whether an empty value means something: not for numbers, flags and choices."""
+    return type(f.default) is str and not f.metadata["choices"]
 
 
 def is_number(text: str) -> bool:
@@ -800,12 +811,84 @@ class ShuffledStream:
         return Batch(t[:, :-1], t[:, 1:], None, self.seq_len)
 
 
+class CoprimeStream:
+    """Windows drawn from many shards at once: each shard is walked in blocks of seq_len by a stride coprime
+    to their number, shards are drawn by what they have left, more of them as training goes on. All ranks draw
+    the same batch, rank r takes every world_size-th window. windows: the last batch, (file, first token)."""
+
+    def __init__(self, files, *, world_size: int, rank: int, seqs: int, seq_len: int):
+        self.shards, self.windows, self.batches = [read_shard(f) for f in files], [], 0
+        self.world_size, self.rank, self.seqs, self.seq_len = world_size, rank, seqs, seq_len
+        seed = 0
+        for byte in "".join(str(f) for f in files).encode():
+            seed = (seed ^ byte) * 1099511628211 % 2 ** 64
+        self.rng = np.random.Generator(np.random.PCG64(seed))
+        self.blocks = [(len(x) - 1) // seq_len for x in self.shards]
+        self.eligible = np.flatnonzero(self.blocks)
+        if not len(self.eligible):
+            raise UserError(f"no training shard holds {seq_len + 1} tokens: lower TRAIN_SEQ_LEN")
+        self.walks: dict[int, list] = {}      # shard -> starts of its blocks still to come, the next one last
+
+    @property
+    def epoch(self) -> float:
+        return self.batches * self.seqs * self.world_size / sum(self.blocks)
+
+    def walk(self, i: int) -> list[int]:
+        """A fresh walk over the blocks of shard i: random phase, start and coprime stride; reversed."""
+        n = len(self.shards[i])
+        most = min(self.seq_len - 1, max(0, n - self.seq_len - 1))
+        phase = int(self.rng.integers(most + 1)) if most else 0
+        count = (n - 1 - phase) // self.seq_len
+        start = int(self.rng.integers(count)) if count > 1 else 0
+        stride = 1
+        while count > 1 and math.gcd(stride := int(self.rng.integers(1, count)), count) != 1:
+            pass
+        return [phase + (start + j * stride) % count * self.seq_len for j in reversed(range(count))]
+
+    def draw(self) -> list[tuple[int, int]]:
+        """The windows of one global batch, in order."""
+        size, progress = self.seqs * self.world_size, min(self.batches / 1800, 1.0)
+        left = np.array([max(len(self.walks[i]), 1) if i in self.walks else self.blocks[i]
+                         for i in self.eligible], np.float64)
+        p = left ** (0.9 - 0.4 * progress)
+        p /= p.sum()
+        low, high = (min(max(a, b * self.world_size), len(p), size) for a, b in ((8, 1), (32, 8)))
+        mixed = max(1, min(round(low + progress * (high - low)), len(p), size))
+        chosen = self.rng.choice(len(p), size=mixed, replace=False, p=p)
+        counts = 1 + (self.rng.multinomial(size - mixed, p[chosen] / p[chosen].sum()) if size > mixed else 0)
+        order = self.rng.permutation(mixed)
+        counts = np.broadcast_to(counts, mixed)[order]
+        buckets = [self.take(int(i), int(n)) for i, n in zip(self.eligible[chosen][order], counts)]
+        windows, active = [], list(range(mixed))
+        while active:
+            active = [active[k] for k in self.rng.permutation(len(active))]
+            windows += [buckets[b].pop() for b in active]
+            active = [b for b in active if buckets[b]]
+        return windows
+
+    def take(self, i: int, count: int) -> list[tuple[int, int]]:
+        """The next `count` blocks of shard i, shuffled."""
+        out = []
+        while len(out) < count:
+            if not self.walks.get(i):
+                self.walks[i] = self.walk(i)
+            out.append((i, self.walks[i].pop()))
+        return [out[k] for k in self.rng.permutation(count)] if count > 1 else out
+
+    def next(self) -> Batch:
+        self.windows, self.batches = self.draw(), self.batches + 1
+        mine = [self.shards[i][a:a + self.seq_len + 1] for i, a in self.windows[self.rank::self.world_size]]
+        t = torch.from_numpy(np.stack(mine).astype(np.int64))
+        return Batch(t[:, :-1], t[:, 1:], None, self.seq_len)
+
+
 def open_train_stream(s: Settings, world: World, tokens: int):
     """The training stream that TRAIN_LOADER names, for micro-batches of `tokens` tokens."""
     files = list_shards(s.shards, "train")
     common = dict(world_size=world.size, rank=world.rank)
-    if s.train_loader == "shuffled":
-        return ShuffledStream(files, **common, seqs=tokens // s.train_seq_len, seq_len=s.train_seq_len)
+    if s.train_loader in WINDOWED:
+        kind = ShuffledStream if s.train_loader == "shuffled" else CoprimeStream
+        return kind(files, **common, seqs=tokens // s.train_seq_len, seq_len=s.train_seq_len)
     kind = TokenStream if s.train_loader == "stream" else DocPackStream
     return kind(files, **common, tokens=tokens, max_len=s.train_seq_len)
 
@@ -1118,7 +1201,7 @@ class GPT(nn.Module):
                 for i in range(n)]
 
     def rope(self, length: int, device, start: int = 0) -> tuple[Tensor, Tensor]:
-        """cos, sin (length, R/2) float32 of positions start …; under ROPE_YARN the base grows with the end."""
+        """cos, sin (length, R/2) float32 of positions start …; with ROPE_YARN the base grows with the end."""
         s, dims, table = self.s, self.s.rope_dims or self.s.head_dim, max(start + length, self.rope_length)
         base = s.rope_base
         if s.rope_yarn and table > s.train_seq_len:
@@ -2085,7 +2168,7 @@ class Trainer:
     def random_batch(self, generator: torch.Generator) -> Batch:
         """A micro-batch of random tokens shaped as the loader's."""
         s = self.s
-        if s.train_loader == "shuffled":
+        if s.train_loader in WINDOWED:
             shape = (self.tokens // s.train_seq_len, s.train_seq_len + 1)
             t = torch.randint(s.vocab_size, shape, generator=generator)
             return Batch(t[:, :-1], t[:, 1:], None, s.train_seq_len).to(self.world.device)
@@ -3347,6 +3430,83 @@ def check_validation(s: Settings) -> str:
             f"{int(val.target_bytes.sum()):,} bytes by {val.rule}")
 
 
+def read_manifest(s: Settings) -> dict:
+    """The folder's manifest.json, written by the data tools; empty when there is none."""
+    path = s.shards / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+        return manifest if {"files", "fingerprint"} <= set(manifest) else {}
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): fetch or build the data again") from error
+
+
+def check_manifest(s: Settings) -> str:
+    """Files, sizes, tokenizer, split and overlap against the manifest; returns the data's fingerprint.
+    DATA_CHECK=full also reads every byte, and compares documents whose hashes are not stored."""
+    manifest, folder = read_manifest(s), s.shards
+    files = {e["name"]: e for e in manifest.get("files", ())}
+    present = {p.name: p for p in folder.glob("fineweb_*.bin")}
+    val_docs = sum(int((read_shard(p) == BOS).sum()) for p in list_shards(folder, "val"))
+    if manifest:
+        for name in sorted(set(files) ^ set(present)):
+            what = "is missing" if name in files else "is not listed"
+            raise UserError(f"{folder / name} {what}, says manifest.json: fetch or build the data again")
+        for name, entry in files.items():
+            check_file(present[name], entry, s.data_check == "full")
+        told, mine = manifest.get("tokenizer", {}).get("sha256"), s.tokenizer
+        if told and mine.is_file() and hashlib.sha256(mine.read_bytes()).hexdigest() != told:
+            raise UserError(f"TOKENIZER_PATH={mine} is not the tokenizer of {folder}: set it to its own")
+    canonical = manifest.get("split", {}).get("rule") == "first" or not (manifest or s.data_path)
+    if canonical and val_docs != CANONICAL_VAL_DOCS:
+        raise UserError(f"{folder} holds {val_docs:,} validation documents, the canonical split has "
+                        f"{CANONICAL_VAL_DOCS:,}: the rest may be trained on; fetch the data again")
+    check_overlap(s)
+    if manifest:
+        return manifest["fingerprint"][:16]
+    sizes = "".join(f"{name} {present[name].stat().st_size}\n" for name in sorted(present))
+    return f"sizes-{hashlib.sha256(sizes.encode()).hexdigest()[:16]} (no manifest.json)"
+
+
+def check_file(path: Path, entry: Mapping, full: bool) -> None:
+    """One file against its manifest entry: size, and with `full` its SHA-256."""
+    if path.stat().st_size != entry["size"]:
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes, the manifest says {entry['size']:,}: "
+                        "it is truncated or another file; fetch or build it again")
+    if full:
+        if hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest() != entry["sha256"]:
+            raise UserError(f"{path} is damaged, its SHA-256 is not the manifest's: fetch or build it again")
+
+
+def check_overlap(s: Settings) -> None:
+    """No validation document among the training documents, by the stored 64-bit hashes of their text; with
+    DATA_CHECK=full and no stored hashes, by hashes of their tokens."""
+    stored = [s.shards / f"document_hashes_{kind}.bin" for kind in ("train", "val")]
+    if all(p.is_file() for p in stored):
+        train_docs, val_docs = (np.fromfile(p, "<u8") for p in stored)
+        shared = np.flatnonzero(np.isin(train_docs, val_docs))
+        where = f"training document {shared[0]:,}" if len(shared) else ""
+    elif s.data_check == "full":
+        known = {h for f in list_shards(s.shards, "val") for _, h in document_hashes(read_shard(f))}
+        shared = [f"{f.name} at token {at:,}" for f in list_shards(s.shards, "train")
+                  for at, h in document_hashes(read_shard(f)) if h in known]
+        where = shared[0] if shared else ""
+    else:
+        return
+    if len(shared):
+        raise UserError(f"{len(shared):,} validation documents are in the training shards of {s.shards} "
+                        f"(first: {where}): a score on them is worth nothing; fetch or build the data again")
+
+
+def document_hashes(tokens: np.ndarray):
+    """(position of its BOS, 64-bit hash of the tokens after it) of every document with at least one token."""
+    starts, raw = np.flatnonzero(tokens == BOS), memoryview(np.ascontiguousarray(tokens)).cast("B")
+    for a, b in zip(starts.tolist(), np.append(starts[1:], len(tokens)).tolist()):
+        if b - a > 1:
+            yield a, hashlib.blake2b(raw[2 * a + 2:2 * b], digest_size=8).digest()
+
+
 def check_tokenizer(s: Settings) -> str:
     """The tokenizer loads and has VOCAB_SIZE tokens."""
     ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
@@ -3387,9 +3547,10 @@ def run_checks(s: Settings, world: World, folder: Path) -> list[Finding]:
             *s.batch_shape(world.size))),
         ("disk", lambda: check_disk(folder, disk_need(s))),
         ("training shards", lambda: check_train_shards(s)),
-        ("validation shards", lambda: check_validation(s)), ("tokenizer", lambda: check_tokenizer(s))]
+        ("validation shards", lambda: check_validation(s)), ("tokenizer", lambda: check_tokenizer(s)),
+        ("data fingerprint", lambda: check_manifest(s))]
     if s.eval_only_quantized_path:
-        checks = [c for c in checks if c[0] != "training shards"]
+        checks = [c for c in checks if c[0] not in ("training shards", "data fingerprint")]
     findings = []
     for what, check in checks:
         try:
@@ -3570,6 +3731,11 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
             complete=True)
     run.summary.update(val_bpb=final.bpb, val_loss=final.loss, eval_seconds=seconds,
                        tokens_scored=final.tokens, bytes_scored=int(final.byte_sum), byte_rule=val.rule)
+    decodable = read_manifest(s).get("decodable_val_bytes")
+    if decodable and s.val_doc_fraction == 1:     # normalising tokenizers lose bytes that the rule counts
+        run.summary["val_bpb_decodable"] = final.loss_sum / LN2 / decodable
+        run.log("honest_bytes", counted=int(final.byte_sum), decodable=decodable,
+                val_bpb_decodable=run.summary["val_bpb_decodable"])
 
 
 TEXT_BASELINE_LIMIT = 8 << 20     # bytes of validation text that general-purpose compressors can manage
@@ -3577,7 +3743,7 @@ TEXT_BASELINE_LIMIT = 8 << 20     # bytes of validation text that general-purpos
 
 def text_baselines(s: Settings, val: Validation) -> dict[str, float]:
     """Bits per byte of general-purpose compressors on the validation text, when it is short enough."""
-    if val.target_bytes.sum() > TEXT_BASELINE_LIMIT:
+    if s.caseops_enabled or val.target_bytes.sum() > TEXT_BASELINE_LIMIT:     # CaseOps text is transformed
         return {}
     text = val.text_bytes(s)
     return {"brotli-11": 8 * len(brotli.compress(text, quality=11)) / len(text),
@@ -3613,6 +3779,8 @@ def pipeline(s: Settings, world: World, run: Run) -> None:
     model = build_model(s, world)
     log_start(s, world, run, model)
     for finding in run_checks(s, world, run.dir):
+        if finding.what == "data fingerprint":
+            run.summary["data_fingerprint"] = finding.detail
         run.log("check", what=finding.what, detail=finding.detail)
         if not finding.ok:
             raise UserError(finding.detail)
@@ -3651,7 +3819,7 @@ def check_command(which: str) -> int:
         return 0
     findings = run_checks(s, World.join({}), Path(s.artifact_dir or "runs"))
     if which == "data":
-        findings = [f for f in findings if f.what in ("training shards", "validation shards", "tokenizer")]
+        findings = [f for f in findings if f.what not in ("device", "attention", "batch", "disk")]
     for f in findings:
         print(f"{'ok   ' if f.ok else 'FAIL '} {f.what}: {f.detail}")
     return int(any(not f.ok for f in findings))

@@ -15,6 +15,7 @@ unchanged.
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import importlib
@@ -205,8 +206,9 @@ def _short(value) -> str:
 # --------------------------------------------------------------------------------------------------
 # Where the trainer has a choice, that of the reference runs.
 # The reference's own way of adapting: full windows encoded anew, AdamW or SGD, longest documents first.
-EXACT_ARITHMETIC = {"TTT_KV_REUSE": 0, "TTT_SHARED_A": 0, "TTT_SHORT_SCORE_FIRST_ENABLED": 0, "TTT_DOC_ORDER": "length",
-                    "ATTN_BACKEND": "plain", "COMPUTE_DTYPE": "float32", "MUON_DTYPE": "float32",
+EXACT_ARITHMETIC = {"TTT_KV_REUSE": 0, "TTT_SHARED_A": 0, "TTT_SHORT_SCORE_FIRST_ENABLED": 0,
+                    "TTT_DOC_ORDER": "length", "ATTN_BACKEND": "plain", "COMPUTE_DTYPE": "float32",
+                    "MUON_DTYPE": "float32",
                     "COMPILE": "0", "FUSED_CE_ENABLED": "0"}
 
 
@@ -616,6 +618,49 @@ def check_docpack(fx: Fixture) -> None:
     fx.equal("index type", batch.x.dtype, torch.int64)
 
 
+def check_coprime(fx: Fixture) -> None:
+    """The coprime-stride stream; its seed hangs on the paths as given, so it is opened from the folder."""
+    meta, want = fx.meta, fx.arrays
+    jumps = {int(k.split()[-1]): n for k, n in meta["batches_built_jumps"].items()}
+    seqs = meta["global_tokens"] // (meta["world_size"] * meta["grad_accum_steps"]) // meta["seq_len"]
+    with moved_to(fx.folder):
+        files = sorted(Path().glob(meta["pattern"]))
+        shape = dict(world_size=meta["world_size"], seqs=seqs, seq_len=meta["seq_len"])
+        streams = [tg.CoprimeStream(files, rank=rank, **shape) for rank in range(meta["world_size"])]
+    fx.equal("tokens per shard", [len(x) for x in streams[0].shards], meta["shard_tokens"])
+    for k in range(meta["batches"]):
+        for rank, stream in enumerate(streams):
+            stream.batches = jumps.get(k, stream.batches)
+            fx.equal(f"batch {k} rank {rank} inputs", stream.next().x, want[f"inputs_rank{rank}"][k])
+        fx.equal(f"batch {k} windows", np.array(streams[0].windows), want["windows"][k])
+
+
+@contextlib.contextmanager
+def moved_to(folder: Path):
+    """Work in a folder (contextlib.chdir, which Python 3.10 lacks)."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def check_chunks(fx: Fixture) -> None:
+    """Chunk of a batch by its longest document."""
+    for name, case in fx.meta["cases"].items():
+        table = case.pop("chunk_for_longest_document_of_batch")
+        steps = tg.chunk_steps(fx.settings(**case))
+        got = {length: next(c for bound, c in steps if int(length) <= bound) for length in table}
+        fx.equal(name, list(got.values()), list(table.values()))
+    for text in fx.meta.get("rejected", ()):
+        try:
+            fx.settings(TTT_SHORT_SCORE_FIRST_ENABLED=1, TTT_SHORT_SCORE_FIRST_STEPS=text)
+            fx.fail(f"{text} was not refused")
+        except tg.UserError:
+            fx.compared += 1
+
+
 def check_shuffled(fx: Fixture) -> None:
     meta, want = fx.meta, fx.arrays
     length = meta["train_seq_len"]
@@ -924,6 +969,8 @@ CHECKERS = (
     ("gptq_percentile*/*", not_yet),
     ("gptq*/*", check_gptq),
     ("loader*/*", check_loader),
+    ("coprime_loader*/*", check_coprime),
+    ("short_doc_chunks*/*", check_chunks),
     ("bpb*/*", check_bpb),
     ("train_trajectory*/*", check_train_trajectory),
     ("ttt_phased_eval*/*", check_ttt_phased_eval),

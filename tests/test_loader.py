@@ -1,11 +1,14 @@
 """Shards, training streams, documents and bytes."""
 
+import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import documents, tg, write_shard
+from conftest import documents, settings, tg, write_shard
 
 
 @pytest.fixture
@@ -110,3 +113,79 @@ def test_validation_counts_bytes_by_sidecar_or_table(s, data, tmp_path):
     write_shard(tmp_path / "fineweb_val_bytes_000000.bin", val.tokens[:-3])
     with pytest.raises(tg.UserError, match="belongs to other shards"):
         tg.Validation(tg.dataclasses.replace(s, data_path=str(tmp_path)))
+
+
+# --- the data folder against its manifest
+
+
+def write_manifest(folder: Path, **changes) -> None:
+    """The manifest that the data tools would write, as far as the trainer reads it."""
+    files = [
+        dict(name=f.name, size=f.stat().st_size, sha256=hashlib.sha256(f.read_bytes()).hexdigest())
+        for f in sorted(folder.glob("fineweb_*.bin"))
+    ]
+    tokenizer = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
+    manifest = dict(files=files, fingerprint="f" * 64, tokenizer=dict(sha256=tokenizer), split=dict(rule="hash"))
+    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+
+
+@pytest.fixture
+def built(data, tmp_path):
+    """Settings and folder of a whole data set with its manifest."""
+    folder = tmp_path / "built"
+    shutil.copytree(data, folder)
+    write_manifest(folder)
+    return folder, settings(DATA_PATH=folder, TOKENIZER_PATH=folder / "tokenizer.model", DATA_CHECK="full")
+
+
+def test_a_good_folder_passes_and_names_its_fingerprint(built):
+    folder, s = built
+    assert tg.check_manifest(s) == "f" * 16
+    (folder / "manifest.json").unlink()
+    assert "no manifest.json" in tg.check_manifest(s)
+
+
+def plant(folder):
+    """One validation document among the training documents."""
+    val = np.array(tg.read_shard(folder / "fineweb_val_000000.bin"))
+    docs = tg.Documents(val)
+    a, n = int(docs.start[3]), int(docs.length[3])
+    train = np.array(tg.read_shard(folder / "fineweb_train_000001.bin"))
+    write_shard(folder / "fineweb_train_000001.bin", np.concatenate([train, val[a : a + n - 1]]))
+    write_manifest(folder)
+
+
+def flip(folder):
+    raw = bytearray((folder / "fineweb_train_000000.bin").read_bytes())
+    raw[1500] ^= 1
+    (folder / "fineweb_train_000000.bin").write_bytes(raw)
+
+
+def few(folder):
+    write_manifest(folder, split=dict(rule="first"))
+
+
+def hashes(folder):
+    for kind, values in (("train", [5, 6, 7]), ("val", [8, 6])):
+        np.array(values, "<u8").tofile(folder / f"document_hashes_{kind}.bin")
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (plant, "1 validation documents are in the training shards.*fineweb_train_000001.bin at token"),
+        (hashes, "1 validation documents are in the training shards.*training document 1"),
+        (flip, "fineweb_train_000000.bin is damaged, its SHA-256"),
+        (few, "14 validation documents, the canonical split has 50,000"),
+        (lambda f: (f / "fineweb_train_000001.bin").unlink(), "fineweb_train_000001.bin is missing"),
+        (lambda f: write_shard(f / "fineweb_train_000009.bin", documents(2, 1)), "000009.bin is not listed"),
+        (lambda f: write_shard(f / "fineweb_train_000001.bin", documents(2, 1)), "the manifest says"),
+        (lambda f: (f / "tokenizer.model").write_bytes(b"other"), "is not the tokenizer of"),
+        (lambda f: (f / "manifest.json").write_text("{"), "manifest.json is damaged"),
+    ],
+)
+def test_a_spoilt_folder_is_refused(built, spoil, words):
+    folder, s = built
+    spoil(folder)
+    with pytest.raises(tg.UserError, match=words):
+        tg.check_manifest(s)

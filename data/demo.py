@@ -1,0 +1,242 @@
+"""Make the demo corpus: real English from the Python installation itself, tokenised into shards.
+
+    python data/demo.py [--out DIR] [--vocab N]
+
+Documentation topics, docstrings and long comments of the standard library are cut into documents, cleaned of
+duplicates and of what is not prose, split by document hash, and written in the field's shard format with a
+tokenizer trained on the training part. Takes about ten seconds; a second call finds the folder complete.
+"""
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import os
+import re
+import shutil
+import sys
+import sysconfig
+import tempfile
+import textwrap
+import warnings
+from pathlib import Path
+
+if __package__ in (None, ""):        # run as a script: make `data` importable from anywhere
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np
+
+from data import tokens
+from data.shards import (
+    MANIFEST,
+    TOKENIZER,
+    TRAIN,
+    VAL,
+    VAL_BYTES,
+    DataError,
+    atomic_write,
+    hash_in_validation,
+    hex_hash,
+    read_manifest,
+    run_cli,
+    shard_name,
+    text_hash,
+    write_manifest,
+    write_shard,
+)
+
+SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "__pycache__",
+        "_bundled", "lib2to3", "pydoc_data", "turtledemo"}
+MIN_CHARACTERS, MAX_CHARACTERS = 200, 8000
+VAL_SHARE, VAL_BYTES_MAX = 0.035, 190_000   # little validation text, so that a CPU scores it in seconds
+
+
+def stdlib_files() -> list[Path]:
+    """Python files of the standard library worth reading, in a fixed order, relative to its folder."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for folder, names, files in os.walk(root):
+        names[:] = sorted(n for n in names if n not in SKIP)
+        found += [(Path(folder) / f).relative_to(root) for f in files if f.endswith(".py")]
+    return sorted(found, key=lambda p: p.as_posix())
+
+
+def input_key(vocab: int) -> str:
+    """Hash of everything the result depends on: names and sizes of the input files, this code, versions."""
+    spm = tokens.need("sentencepiece", "the demo corpus")
+    root = Path(sysconfig.get_paths()["stdlib"])
+    code = [(Path(__file__).parent / name).read_bytes() for name in ("demo.py", "tokens.py", "shards.py")]
+    parts = [code, sys.version_info[:3], vocab, getattr(spm, "__version__", "?")]
+    parts += [(p.as_posix(), (root / p).stat().st_size) for p in stdlib_files()]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def module_texts(source: str):
+    """Texts of one module: docstring, one per top-level class or function with all inside, comments."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # invalid escapes in other people's strings are not our concern
+        tree = ast.parse(source)
+    yield ast.get_docstring(tree) or ""
+    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    short = []
+    for top in (n for n in tree.body if isinstance(n, kinds)):
+        inside = [(n.name, ast.get_docstring(n)) for n in ast.walk(top) if isinstance(n, kinds)]
+        text = "\n\n".join(f"{name}: {doc}" for name, doc in inside if doc)
+        if len(text) >= MIN_CHARACTERS:
+            yield text
+        else:
+            short.append(text)
+    yield "\n\n".join(filter(None, short))
+    blocks = re.findall(r"(?:^[ \t]*#[^\n]*\n){3,}", source, flags=re.MULTILINE)
+    yield "\n\n".join(re.sub(r"^[ \t]*#+ ?", "", block, flags=re.MULTILINE).strip() for block in blocks)
+
+
+def raw_texts():
+    """All candidate texts in a fixed order."""
+    from pydoc_data.topics import topics
+    yield from (topics[name] for name in sorted(topics))
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for name in ("LICENSE.txt", "LICENSE"):
+        if (root / name).is_file():
+            yield (root / name).read_text(encoding="utf-8", errors="replace")
+    for path in stdlib_files():
+        try:
+            yield from module_texts((root / path).read_text(encoding="utf-8"))
+        except (SyntaxError, ValueError):   # a file for another Python version, or not UTF-8
+            continue
+
+
+def tidy(text: str) -> str:
+    """Drop interactive examples, rulers, trailing blanks and indentation; at most one empty line in a row."""
+    lines = [line.rstrip() for line in text.expandtabs().splitlines()]
+    lines = [line for line in lines if not re.match(r"\s*(>>>|\.\.\. |[-=*~_#+]{4,}\s*$)", line)]
+    return re.sub(r"\n{3,}", "\n\n", textwrap.dedent("\n".join(lines))).strip()
+
+
+def cut(text: str) -> list[str]:
+    """Split at paragraphs into pieces of at most about MAX_CHARACTERS."""
+    pieces = [""]
+    for paragraph in text.split("\n\n"):
+        if pieces[-1] and len(pieces[-1]) + len(paragraph) > MAX_CHARACTERS:
+            pieces.append("")
+        pieces[-1] += ("\n\n" if pieces[-1] else "") + paragraph
+    return pieces
+
+
+def is_prose(text: str) -> bool:
+    """Mostly letters and spaces, words of ordinary length, and some of the commonest English words."""
+    plain = sum(c.isalpha() or c.isspace() for c in text)
+    words = text.split()
+    common = sum(w.lower() in COMMON for w in words)
+    return plain >= 0.8 * len(text) and common >= 0.15 * len(words) and len(text) < 12 * len(words)
+
+
+COMMON = frozenset({
+    "the", "a", "an", "of", "to", "in", "is", "and", "or", "that", "be", "for", "it", "this", "with", "as",
+    "are", "if", "not", "by", "on", "from", "which", "will", "can", "may", "must", "should", "has", "have",
+    "was", "when", "then", "than", "but", "at", "all", "any", "its"})
+
+
+def documents() -> list[str]:
+    """The demo's documents, in order, near duplicates (equal first 150 letters and digits) dropped."""
+    kept, seen = [], set()
+    for text in raw_texts():
+        for piece in cut(tidy(text)):
+            key = re.sub(r"\W+", "", piece.lower())[:150]
+            if len(piece) < MIN_CHARACTERS or key in seen or not is_prose(piece):
+                continue
+            seen.add(key)
+            # a docstring may hold escapes for lone surrogates, which no UTF-8 text can
+            kept.append(piece.encode("utf-8", "replace").decode("utf-8"))
+    return kept
+
+
+def build(folder: Path, vocab: int, key: str) -> dict:
+    """Write the demo into an empty folder; returns the manifest."""
+    docs = documents()
+    sizes = [len(d.encode()) for d in docs]
+    if sum(sizes) < 300_000:
+        raise DataError(f"only {sum(sizes):,} bytes of prose in this Python installation (300,000 needed): "
+                        "its "
+                        "library has no docstrings; use another Python, or data/build.py on own texts")
+    share = min(VAL_SHARE, VAL_BYTES_MAX / sum(sizes))
+    sides = {TRAIN: [], VAL: []}
+    for doc in docs:
+        sides[VAL if hash_in_validation(text_hash(doc.encode()), share) else TRAIN].append(doc)
+    model = tokens.train_bpe(sides[TRAIN], vocab)
+    info = atomic_write(folder / TOKENIZER, model)
+    tokenizer, files = tokens.Tokenizer(model), []
+    for kind, side in sides.items():
+        ids, counts, _ = tokenizer.encode(side)
+        hashes = [text_hash(d.encode()) for d in side]
+        common = {"documents": len(side), "text_bytes": int(counts.sum(dtype=np.int64)),
+                  "first_document": hex_hash(hashes[0]), "last_document": hex_hash(hashes[-1])}
+        outputs = [(kind, ids)] + ([(VAL_BYTES, counts)] if kind == VAL else [])
+        for name, values in outputs:
+            file = shard_name(name, 0)
+            files.append({"name": file, "kind": name, **write_shard(folder / file, values), **common})
+        atomic_write(folder / f"document_hashes_{kind}.bin", np.array(hashes, dtype="<u8"))
+    return write_manifest(folder, {
+        "variant": "demo", "input_key": key, "files": files,
+        "tokenizer": tokenizer.describe(info),
+        "split": {"rule": "hash", "share": share},
+    })
+
+
+def is_complete(folder: Path, key: str) -> bool:
+    """True when `folder` holds this very demo, with every file in its full size."""
+    try:
+        manifest = read_manifest(folder)
+        if not manifest or manifest.get("input_key") != key:
+            return False
+        files = [*manifest["files"], {"name": TOKENIZER, "size": manifest["tokenizer"]["size"]}]
+        return all((folder / f["name"]).stat().st_size == f["size"] for f in files)
+    except (DataError, OSError, KeyError):
+        return False
+
+
+def make_demo(out, vocab: int = 1024) -> bool:
+    """Make the demo in folder `out` unless it is there already; returns True when it was made now.
+
+    The folder appears whole or not at all: it is built beside its place and renamed. Two calls at once are
+    safe.
+    """
+    out, key = Path(out), input_key(vocab)
+    if is_complete(out, key):
+        return False
+    if out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise DataError(f"{out} exists and is not a demo folder; choose another --out or move it away")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        made = temporary / "new"
+        made.mkdir()
+        build(made, vocab, key)
+        if out.exists():
+            out.rename(temporary / "old")
+        made.rename(out)
+    except OSError as error:
+        if not is_complete(out, key):       # unless another process was faster
+            raise DataError(f"cannot write the demo to {out}: {error.strerror}; try another --out") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return True
+
+
+def main(arguments=None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", default=str(Path(__file__).resolve().parent / "demo"), help="folder to make")
+    parser.add_argument("--vocab", type=int, default=1024, help="size of the tokenizer (default 1024)")
+    args = parser.parse_args(arguments)
+    made = make_demo(args.out, args.vocab)
+    manifest = read_manifest(args.out)
+    shown = {f["kind"]: f for f in manifest["files"]}
+    print(f"{'made' if made else 'found'} demo: " + "; ".join(
+        f"{kind} {shown[kind]['documents']:,} documents, {shown[kind]['tokens']:,} tokens, "
+        f"{shown[kind]['text_bytes']:,} bytes" for kind in (TRAIN, VAL)))
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,223 @@
+"""Shared core of the data tools: the shard format, the manifest, document hashes and the split rules.
+
+A shard is 256 little-endian int32 (magic 20240520, version 1, number of values, zeros) followed by that many
+little-endian uint16. Token shards and byte sidecars have the same layout. Every document starts with BOS (1).
+
+A data folder holds
+    fineweb_train_%06d.bin       training tokens
+    fineweb_val_%06d.bin         validation tokens
+    fineweb_val_bytes_%06d.bin   bytes of original text that each validation token stands for (BOS: 0)
+    tokenizer.model              SentencePiece model (the byte tokenizer has one too)
+    document_hashes_{train,val}.bin   uint64 per document, in order: hash of its original UTF-8 text
+    manifest.json                what is in the folder, with a SHA-256 of every file
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
+HEADER_BYTES = 4 * HEADER_INTS
+PAD, BOS, EOS, UNK = 0, 1, 2, 3      # the field's convention; ids below 4 are never text
+VAL_DOCS = 50_000                    # THE split: so many first documents are validation. Nowhere else.
+SHARD_TOKENS = 100_000_000           # tokens per training shard, as published
+MAX_VALUE = 2 ** 16 - 1
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = "parameter-golf-shards/1"
+TOKENIZER = "tokenizer.model"
+TRAIN, VAL, VAL_BYTES = "train", "val", "val_bytes"
+KINDS = (TRAIN, VAL, VAL_BYTES)
+_NAME = re.compile(r"fineweb_(train|val|val_bytes)_(\d+)\.bin$")
+
+
+class DataError(Exception):
+    """A mistake in data or arguments that a user can repair; the message says what, where and how."""
+
+
+def run_cli(main) -> None:
+    """Run `main()` as a command: a DataError becomes one line on stderr and exit status 2, Ctrl-C 130."""
+    try:
+        sys.exit(main())
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def need(module: str, purpose: str):
+    """Import an optional library, or raise a DataError that says how to get it."""
+    try:
+        return __import__(module, fromlist=["_"])
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise DataError(f"{purpose} needs the Python package {package}, which cannot be imported ({error}); "
+                        f"run: pip install {package}   (or: pip install -r data/requirements.txt)") from None
+
+
+# ----------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------
+def shard_name(kind: str, index: int) -> str:
+    """File name of shard `index` of `kind` (train, val or val_bytes)."""
+    if kind not in KINDS:
+        raise DataError(f"unknown kind of shard {kind!r}; known: {', '.join(KINDS)}")
+    return f"fineweb_{kind}_{index:06d}.bin"
+
+
+def parse_name(name: str):
+    """(kind, index) of a shard's file name, or None. A sidecar is never taken for validation tokens."""
+    match = _NAME.match(name)
+    return (match[1], int(match[2])) if match else None
+
+
+def list_shards(folder, kind: str) -> list[Path]:
+    """Shards of one kind in a folder, by index. Unlike a glob, `val` does not match the byte sidecars."""
+    found = [(parse_name(p.name), p) for p in Path(folder).iterdir()]
+    return [p for key, p in sorted((key, p) for key, p in found if key and key[0] == kind)]
+
+
+def atomic_write(path, *chunks) -> dict:
+    """Write bytes-like chunks to `path` by way of a temporary file; returns {"size", "sha256"}."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    digest, size = hashlib.sha256(), 0
+    try:
+        with open(temporary, "wb") as file:
+            for chunk in chunks:
+                view = memoryview(chunk).cast("B")
+                file.write(view)
+                digest.update(view)
+                size += len(view)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"cannot write {path.name}: {error.strerror}; free some space in, or the rights to, "
+                        f"the folder {path.parent}") from None
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def file_sha256(path) -> str:
+    """SHA-256 of a file, hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def header_bytes(count: int) -> np.ndarray:
+    """The 256 int32 in front of `count` values."""
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:3] = MAGIC, VERSION, count
+    return header
+
+
+def write_shard(path, values) -> dict:
+    """Write integers in [0, 65535] as a shard, atomically; returns {"size", "sha256", "tokens"}."""
+    values = np.asarray(values)
+    if values.size >= 2 ** 31:
+        raise DataError(f"{Path(path).name}: {values.size:,} values do not fit the header's int32; "
+                        "use smaller shards")
+    if values.dtype != np.dtype("<u2"):
+        if values.size and (values.min() < 0 or values.max() > MAX_VALUE):
+            raise DataError(f"{Path(path).name}: value outside 0..{MAX_VALUE} (min {values.min()}, max "
+                            f"{values.max()}); shards hold uint16")
+        values = values.astype("<u2")
+    info = atomic_write(path, header_bytes(values.size), np.ascontiguousarray(values))
+    return {**info, "tokens": int(values.size)}
+
+
+def read_shard(path) -> np.ndarray:
+    """Values of a shard as a read-only uint16 memory map; DataError for anything but a whole, valid shard."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4")
+    except OSError as error:
+        raise DataError(f"{path.name}: cannot be read ({error.strerror}); check that it exists and its "
+                        "permissions") from None
+    if header.size < HEADER_INTS:
+        raise DataError(f"{path.name}: {size} bytes, shorter than the {HEADER_BYTES}-byte header; "
+                        "fetch or build it again")
+    if header[0] != MAGIC or header[1] != VERSION:
+        raise DataError(f"{path.name}: byte 0: magic {header[0]}, version {header[1]}; expected {MAGIC}, "
+                        f"{VERSION}: not a token shard, or damaged; fetch or build it again")
+    count = int(header[2])
+    if count < 0 or size != HEADER_BYTES + 2 * count:
+        kind = "truncated" if size < HEADER_BYTES + 2 * count else "too long"
+        raise DataError(f"{path.name}: {kind}: the header promises {count:,} tokens = "
+                        f"{HEADER_BYTES + 2 * count:,} bytes, the file has {size:,}; fetch or build it again")
+    if count == 0:
+        return np.zeros(0, dtype="<u2")
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Documents
+# ----------------------------------------------------------------------------------------------------
+def text_hash(utf8: bytes) -> int:
+    """64-bit content hash of a document: BLAKE2b of its original UTF-8, 8 bytes long, as a little-endian int.
+    """
+    return int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "little")
+
+
+def hash_in_validation(value: int, share: float) -> bool:
+    """Split by content: True for a `share` of all 64-bit hashes. Equal documents always go to the same side.
+
+    The hash is scrambled first, so that the split is independent of other uses of its low or high bits.
+    """
+    return (value * 0x9E3779B97F4A7C15 % 2 ** 64) < int(share * 2 ** 64)
+
+
+def hex_hash(value: int) -> str:
+    """16 hexadecimal digits of a document hash, as the manifest shows it."""
+    return f"{int(value):016x}"
+
+
+# ----------------------------------------------------------------------------------------------------
+# Manifest
+# ----------------------------------------------------------------------------------------------------
+def fingerprint(files: list[dict], tokenizer_sha256: str | None) -> str:
+    """Identity of a data set: SHA-256 over the sorted lines "<sha256> <name>" of its shards and its
+    tokenizer.
+    """
+    lines = sorted(f"{f['sha256']} {f['name']}" for f in files if f.get("kind") in KINDS)
+    lines.append(f"{tokenizer_sha256 or '-'} {TOKENIZER}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def write_manifest(folder, manifest: dict) -> dict:
+    """Complete `manifest` with format and fingerprint and write it atomically; returns what was written."""
+    sha = (manifest.get("tokenizer") or {}).get("sha256")
+    manifest = {"format": MANIFEST_FORMAT, "fingerprint": fingerprint(manifest["files"], sha), **manifest}
+    atomic_write(Path(folder) / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=True) + "\n").encode())
+    return manifest
+
+
+def read_manifest(folder):
+    """The manifest of a folder, None where there is none; DataError where it cannot be understood."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{MANIFEST} in {folder} cannot be read ({error}); delete it and build or fetch "
+                        "again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+        shown = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise DataError(f"{MANIFEST} in {folder}: format {shown!r}, expected {MANIFEST_FORMAT!r}; another "
+                        "program "
+                        "or version made it: move it away and run data/check.py --write-manifest")
+    return manifest
