@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # ./run.sh         set up, then run the main job: the full configuration where GPUs and FineWeb shards are, else the demo
 # ./run.sh test    set up, then pass the tests
+# ./run.sh doctor  set up, then say whether this machine will complete a run
 set -euo pipefail
 cd "$(dirname "$0")"
 die() { echo "error: $*" >&2; exit 2; }
@@ -10,7 +11,12 @@ if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
     PYTHON=python
 else
     command -v python3 >/dev/null || die "python3 is not installed: Python 3.10 or later is needed"
-    [ -x .venv/bin/python ] || python3 -m venv .venv || die "python3 -m venv failed: install Python's venv module"
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+        # a torch that already works on this machine is used from inside the environment too
+        site=$(python3 -c 'import torch; torch.ones(1)' 2>/dev/null && echo --system-site-packages || true)
+        rm -rf .venv
+        python3 -m venv $site .venv || { rm -rf .venv; die "python3 -m venv failed: install Python's venv module"; }
+    fi
     PYTHON=$PWD/.venv/bin/python
 fi
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "Python 3.10 or later is needed"
@@ -58,20 +64,33 @@ export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-33554432} MALLOC_TRIM_TH
 
 case "${1:-}" in
 test)
-    install requirements.txt data/requirements.txt requirements-dev.txt
+    install requirements.txt data/requirements.txt tools/requirements.txt requirements-dev.txt
     exec "$PYTHON" -m pytest "${@:2}"
     ;;
+doctor)
+    install requirements.txt data/requirements.txt tools/requirements.txt
+    exec "$PYTHON" tools/doctor.py "${@:2}"
+    ;;
 "") ;;
-*) die "unknown command '$1': use ./run.sh or ./run.sh test" ;;
+*) die "unknown command '$1': use ./run.sh, ./run.sh test or ./run.sh doctor" ;;
 esac
 
 install requirements.txt
-if [ -z "${DATA_PATH:-}" ] && ! "$PYTHON" train_gpt.py --check data >/dev/null 2>&1; then
-    echo "no FineWeb shards found (see data/README.md): running the demo on a small corpus made here"
-    "$PYTHON" data/demo.py
-    set -a
-    . configs/demo.env
-    set +a
+if [ "$GPUS" -gt 0 ]; then
+    "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+        || die "nvidia-smi lists $GPUS GPUs but torch cannot use them: install a torch build for this driver"
+    GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 fi
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$([ "$GPUS" -gt 0 ] && echo "$GPUS" || echo 1)" \
-    train_gpt.py
+# The demo only where no shards are: a damaged or mismatched data folder must be reported, not replaced.
+folder=$("$PYTHON" -c 'import os, train_gpt as t; print(t.Settings.from_env(os.environ).shards)') \
+    || "$PYTHON" train_gpt.py --check settings || exit 2
+if [ -z "${DATA_PATH:-}" ] && [ ! -d "$folder" ]; then
+    echo "no shards in $folder (see data/README.md): running the demo on a small corpus made here"
+    "$PYTHON" data/demo.py
+    while IFS='=' read -r name value; do          # settings that are already set win over the demo's
+        case "$name" in ''|\#*) continue ;; esac
+        [ -n "${!name:-}" ] || export "$name=$value"
+    done < configs/demo.env
+    GPUS=$((GPUS > 0))
+fi
+exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node=$((GPUS > 0 ? GPUS : 1)) train_gpt.py

@@ -241,6 +241,8 @@ class Settings:
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
         """Read and check every setting; a name nothing reads stops the run with the nearest right one."""
+        if env.get("TTT_EVAL_ONLY", "0") != "0":
+            raise UserError("TTT_EVAL_ONLY=1 names nothing to score: set EVAL_ONLY_QUANTIZED_PATH instead")
         env = {k: v for k, v in env.items() if k not in NO_EFFECT}
         for old, (new, translate) in ALIASES.items():
             if old in env and new not in env:
@@ -251,7 +253,7 @@ class Settings:
         known = {f.name.upper(): f for f in fields(cls)}
         for name in env:
             if name not in known and (nearest := looks_like_ours(name, known)) is not None:
-                raise UserError(f"unknown setting {name}={env[name]}: the nearest known one is {nearest} "
+                raise UserError(f"unknown setting {name}: the nearest known one is {nearest} "
                                 "(python train_gpt.py --help lists all)")
         if env.get("COMPRESSOR") == "pergroup":
             env["COMPRESSOR"] = "ans"     # the field's per-group lrzip: our coder replaces the binary
@@ -347,17 +349,18 @@ NO_EFFECT = {
     "CONTROL_TENSOR_NAME_PATTERNS": "roles are given by a table, not by substrings of names",
     "ROPE_TRAIN_SEQ_LEN": "no script of the lineage uses it; TRAIN_SEQ_LEN is the length that counts",
     "TTT_EVAL_BATCHES": "no script of the lineage uses it",
+    "TTT_EVAL_ONLY": "EVAL_ONLY_QUANTIZED_PATH names the artifact to score",
 }
 WINDOWED = ("shuffled", "coprime")      # loaders of whole windows, without document bounds
 ALIASES = {   # old name -> (setting, translation of its value)
     "PHASED_TTT_ENABLED": ("TTT_ENABLED", str),
-    "TTT_EVAL_ONLY": ("SLIDING_WINDOW_ENABLED", lambda v: str(int(v != "1"))),
 }
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OUR_PREFIXES = (
-    "ADAM_ AGREE_ ASYM_LOGIT_ ATTN_ AWQ_ BIGRAM_ EMBED_ EVAL_ GATED_ GLOBAL_TTT_ GPTQ_ GRAD_CLIP_ LOGIT_ "
-    "LOOP_ LQER_ MATRIX_ MLP_ MUON_ NGRAM_ PARALLEL_ PHASED_ PREQUANT_ QK_GAIN_ ROPE_ SKIP_ SMEAR_ SPARSE_ "
-    "TIED_ TOKEN_ TRAIN_ TTT_ VAL_ VE_ WARMDOWN_ WARMUP_ WITHIN_ WORD_ XSA_").split()
+    "ADAM_ AGREE_ADD_ ASYM_LOGIT_ ATTN_CLIP_ ATTN_OUT_ AWQ_LITE_ BIGRAM_ EMBED_ EVAL_SEQ_ EVAL_ONLY_ GATED_ "
+    "GLOBAL_TTT_ GPTQ_ GRAD_CLIP_ LOGIT_CALIB_ LQER_ MATRIX_ MLP_CLIP_ MUON_ NGRAM_ PARALLEL_FINAL_ PHASED_ "
+    "PARALLEL_START_ PREQUANT_ QK_GAIN_ ROPE_ SKIP_GATES_ SMEAR_ SPARSE_ATTN_ TIED_EMBED_ TRAIN_SEQ_ TTT_ "
+    "TRAIN_BATCH_ VAL_LOSS_ WARMDOWN_ WARMUP_STEPS XSA_").split()
 
 
 def chunk_steps(s: Settings) -> list[tuple[float, int]]:
@@ -560,6 +563,11 @@ def write_atomic(path: Path, data: bytes) -> None:
         Path(temp).unlink(missing_ok=True)
 
 
+SUMMARY_KEYS = ("val_bpb val_loss sliding_val_bpb quantized_val_bpb prequant_val_bpb artifact_bytes "
+                "code_bytes total_bytes steps step_ms train_seconds eval_seconds tokens_scored "
+                "bytes_scored").split()
+
+
 class Run:
     """The run's folder and its one voice: text to train.log and the screen, JSON lines to metrics.jsonl."""
 
@@ -567,16 +575,29 @@ class Run:
         name = s.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
         self.world, self.id = world, world.share_bytes(name.encode()).decode()
         self.dir = Path(s.artifact_dir or Path("runs") / self.id)
-        self.summary: dict = {}
+        self.summary: dict = dict.fromkeys(SUMMARY_KEYS)
+        self.summary.update(compliant=True, not_compliant_because=[])
         self.live = sys.stdout.isatty() and world.main
         self.text = self.metrics = None
+        again = bool(s.eval_only_path or s.eval_only_quantized_path)
         if world.main:
+            if not again and (self.dir / "final_model.pt").exists():
+                raise UserError(f"ARTIFACT_DIR={self.dir} holds a finished run: choose another folder, or "
+                                "score it with EVAL_ONLY_QUANTIZED_PATH")
             try:
                 self.dir.mkdir(parents=True, exist_ok=True)
-                self.text = open(self.dir / "train.log", "w", encoding="utf-8", buffering=1)
-                self.metrics = open(self.dir / "metrics.jsonl", "w", encoding="utf-8", buffering=1)
+                how = dict(mode="a" if again else "w", encoding="utf-8", buffering=1)
+                self.text = open(self.dir / "train.log", **how)
+                self.metrics = open(self.dir / "metrics.jsonl", **how)
             except OSError as error:
-                raise UserError(f"cannot write into ARTIFACT_DIR={self.dir}: {error.strerror}") from error
+                raise UserError(f"cannot write into ARTIFACT_DIR={self.dir}: {error.strerror}; choose "
+                                "another folder") from error
+
+    def not_compliant(self, reason: str) -> None:
+        """Mark the run: its log, summary and closing block say why it is no result."""
+        self.summary["compliant"] = False
+        self.summary["not_compliant_because"].append(reason)
+        self.log("NON-COMPLIANT", reason=reason)
 
     def log(self, event: str, quiet: bool = False, **values) -> None:
         """A line `event key=value …` on screen and in train.log, an object in metrics.jsonl; rank 0 only."""
@@ -603,11 +624,10 @@ class Run:
         write_atomic(self.dir / name, data)
         return self.dir / name
 
-    def finish(self) -> None:
+    def save_summary(self) -> None:
+        """What is known so far: written after every stage, so that a crash loses no score."""
         if self.world.main:
             self.save("summary.json", json.dumps(self.summary, indent=1).encode())
-            self.text.close()
-            self.metrics.close()
 
 
 def human(value) -> str:
@@ -672,7 +692,8 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> Batch:
         """A copy on the device; from pinned memory without waiting."""
         def move(t):
-            return t if t is None or device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
+            placed = t is None or t.device.type == device.type
+            return t if placed else t.pin_memory().to(device, non_blocking=True)
         return Batch(move(self.x), move(self.y), move(self.cu_seqlens), self.max_seqlen)
 
     def layout(self, cap: int) -> Layout | None:
@@ -1015,6 +1036,14 @@ class Validation:
         self.documents = Documents(self.tokens).sample(s.val_doc_fraction, s.seed)
         if self.target_bytes.sum() == 0:
             raise UserError(f"the validation targets of {files[0]} count 0 bytes: the sidecar is damaged")
+
+    @classmethod
+    def of(cls, tokens: np.ndarray) -> Validation:
+        """A made-up stream, one byte a token: for probes."""
+        val = cls.__new__(cls)
+        val.tokens, val.rule, val.documents = tokens.astype(np.uint16), "made up", Documents(tokens)
+        val.target_bytes = (tokens[1:] != BOS).astype(np.int64)
+        return val
 
     def text_bytes(self, s: Settings) -> bytes:
         """The validation text as UTF-8, decoded document by document."""
@@ -2111,10 +2140,19 @@ def pick_dtype(choice: str, device: torch.device, default: torch.dtype | None = 
     return getattr(torch, choice)
 
 
+def compiles(s: Settings, device: torch.device) -> bool:
+    """Whether COMPILE asks for torch.compile (auto: on a GPU). Plain attention, which float32 takes too,
+    loops over documents and cannot be traced."""
+    plain = ATTENTION == "plain" or pick_dtype(s.compute_dtype, device) == torch.float32
+    if s.compile == "1" and plain:
+        raise UserError("COMPILE=1 cannot trace plain attention (ATTN_BACKEND=plain, a CPU, or COMPUTE_DTYPE="
+                        "float32): set COMPILE=auto")
+    return s.compile != "0" and device.type == "cuda" and not plain
+
+
 def compiled(s: Settings, device: torch.device, fn: Callable, **options) -> Callable:
-    """fn through torch.compile where COMPILE asks for it (auto: on a GPU)."""
-    wanted = s.compile == "1" or (s.compile == "auto" and device.type == "cuda")
-    return torch.compile(fn, **options) if wanted else fn
+    """fn through torch.compile where that is wanted."""
+    return torch.compile(fn, **options) if compiles(s, device) else fn
 
 
 class Trainer:
@@ -2134,7 +2172,7 @@ class Trainer:
 
     def micro_step(self, batch: Batch, plan: Plan) -> Tensor:
         """Forward and backward of one micro-batch; returns its mean loss (nats per token)."""
-        if batch.cu_seqlens is not None and self.losses is not self.model.losses:
+        if batch.cu_seqlens is not None and compiles(self.s, self.world.device):
             torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
         loss = self.losses(batch.x, batch.y, plan, batch.layout(self.s.train_seq_len)).mean()
         (loss / self.accum).backward()
@@ -2199,6 +2237,15 @@ class Progress:
             out["mfu"] = rate * self.flops[looping] / (self.peak * self.world.size)
         return out
 
+    @staticmethod
+    def line(step: int, loss: float, values: Mapping, looping: bool) -> str:
+        """The same for a person."""
+        mfu = f" mfu {values['mfu']:.0%}" if "mfu" in values else ""
+        speed = f"{values['ms']:7.1f} ms/step (mean {values['ms_mean']:.1f})  {values['tok_s']:,} tok/s{mfu}"
+        left = f"{values['used']:4.0%} of budget, {values['eta']:.0f} s left"
+        return (f"step {step:5d}  loss {loss:7.4f}  {speed}  {left}"
+                + ("  looping" if looping else ""))
+
 
 def peak_flops(device: torch.device) -> float:
     """Dense bfloat16 FLOP/s of the GPU by its name; 0 when unknown or on a CPU."""
@@ -2212,7 +2259,7 @@ def peak_flops(device: torch.device) -> float:
 
 def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float, validate: Callable) -> dict:
     """The training loop, to ITERATIONS or until a step would pass MAX_WALLCLOCK_SECONDS - reserve;
-    validate(step) scores the weights off the clock. Returns the summary's numbers, clock and stream."""
+    validate(step, looping) scores the weights off the clock. Returns the numbers, clock and stream."""
     plans = {looping: layer_plan(s, looping) for looping in (False, True)}
     budget = s.max_wallclock_seconds - reserve if s.max_wallclock_seconds else 0.0
     if s.max_wallclock_seconds and budget <= 0:
@@ -2222,10 +2269,13 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
     stream, progress = Prefetch(source, world.device), Progress(s, world, trainer.model, plans, budget)
     world.barrier()
     clock, step, step_seconds, before, shown = Clock(s.max_wallclock_seconds), 0, 0.0, 0.0, 0.0
+    looping = looping_at(s, 0.0)
     while True:
         if s.val_loss_every and step % s.val_loss_every == 0:
+            sync(world.device)            # queued steps are charged before the clock stops
             with clock.exclude():
-                validate(step)
+                validate(step, looping)
+                sync(world.device)
         elapsed = world.agree(clock.elapsed())
         step_seconds, before = max(elapsed - before, 0.9 * step_seconds) if step else 0.0, elapsed
         if step >= s.iterations or (budget and elapsed + step_seconds > budget):
@@ -2243,14 +2293,13 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
                         lr_share(s, done), clock.elapsed(), looping)
         elif run.live and elapsed - shown > 0.5:
             shown = elapsed
-            run.progress(f"step {step} loss {loss.item():.4f} {elapsed:.0f}/{budget or s.iterations:.0f}")
+            run.progress(progress.line(step, loss.item(), progress.values(step, elapsed, looping), looping))
     sync(world.device)
-    stream.close()
     seconds = clock.elapsed()
     step_ms = 1e3 * seconds / max(step, 1)
     run.log("train_end", steps=step, seconds=seconds, step_ms=step_ms, epochs=source.epoch,
             tokens=step * s.train_batch_tokens)
-    return {"steps": step, "step_ms": step_ms, "clock": clock, "stream": source}
+    return {"steps": step, "step_ms": step_ms, "clock": clock, "stream": stream}
 
 
 def report_step(run: Run, progress: Progress, step: int, loss: float, norm: float, lr: float,
@@ -2258,10 +2307,7 @@ def report_step(run: Run, progress: Progress, step: int, loss: float, norm: floa
     """One progress line; a loss that is no number stops the run."""
     values = progress.values(step, elapsed, looping)
     run.log("train", quiet=True, step=step, loss=loss, norm=norm, lr=lr, looping=looping, **values)
-    mfu = f" mfu {values['mfu']:.0%}" if "mfu" in values else ""
-    run.say(f"step {step:5d}  loss {loss:7.4f}  {values['ms']:7.1f} ms/step (mean {values['ms_mean']:.1f})  "
-            f"{values['tok_s']:,} tok/s{mfu}  {values['used']:4.0%} of budget, {values['eta']:.0f} s left"
-            + ("  looping" if looping else ""))
+    run.say(progress.line(step, loss, values, looping))
     if not math.isfinite(loss):
         raise UserError(f"the loss is {loss} at step {step}: lower MATRIX_LR or SCALAR_LR, or look for the "
                         "cause with COMPUTE_DTYPE=float32")
@@ -2460,7 +2506,9 @@ def quantise(s: Settings, weights: Mapping[str, Tensor], hessians: Mapping[str, 
         scale = row_scales(w, bits, clip * coarser)
         codes = gptq(w, h, scale, bits)
         errors = (w - codes * scale[..., None].float()).flatten(1).norm(dim=1).tolist()
-        done.update(zip(group, zip(codes.cpu(), scale.cpu(), errors)))
+        # copies, because a pickled view takes its whole stack along
+        own = ([x.clone() for x in stack.cpu()] for stack in (codes, scale))
+        done.update(zip(group, zip(*own, errors)))
     for part in world.gather(done):
         done.update(part)
     for _, name in names:
@@ -2997,6 +3045,11 @@ class Ledger:
         self.count.index_add_(0, positions, torch.ones_like(positions, dtype=torch.int32))
         self.loss[positions] = losses.detach().float()
 
+    def require(self, positions: Tensor) -> None:
+        """Raise unless all these targets are on the books (on a GPU close() finds it: no wait here)."""
+        if self.count.device.type == "cpu" and not self.count[positions].all():
+            raise RuntimeError("an adapter step on a target that is not scored yet would break the rules")
+
     def booked(self, documents: np.ndarray, world: World) -> Booked:
         """The tokens of these documents, if all ranks together have scored every target of theirs."""
         count = world.total(self.count.clone()).cpu().numpy()
@@ -3051,13 +3104,14 @@ class Scorer:
     def __init__(self, s: Settings, world: World, model: GPT):
         self.s, self.world, self.model = s, world, model
         self.losses = compiled(s, world.device, model.losses, fullgraph=True)
-        self.fixed = self.losses is not model.losses      # compiled graphs want one row length
+        self.fixed = compiles(s, world.device)            # compiled graphs want one row length
         self.capacity = max(s.eval_seq_len, s.val_batch_tokens // 8)
 
     @torch.no_grad()
     def windows(self, val: Validation, stride: int, looping: bool = True) -> Score:
         """Score every document by windows of EVAL_SEQ_LEN at this stride."""
         s, ledger = self.s, Ledger(val, self.world.device)
+        self.ledger = ledger              # the books of the latest evaluation
         documents = zip(val.documents.start.tolist(), val.documents.length.tolist())
         windows = [(a + b, a + e, a + f) for a, n in documents
                    for b, e, f in sliding_windows(n - 1, s.eval_seq_len, stride)]
@@ -3072,14 +3126,15 @@ class Scorer:
         at = np.concatenate([np.arange(b, e) for b, e, _ in row.windows])
         scored = np.concatenate([np.arange(b, e) >= f for b, e, f in row.windows])
         pad = self.capacity - len(at) if self.fixed else 0
-        bounds = np.append(np.concatenate([[0], np.cumsum(lengths)]), len(at) + pad).astype(np.int32)
+        total, longest = len(at) + pad, self.s.eval_seq_len
+        filler = np.arange(len(at) + longest, total, longest)       # padding is cut like documents
+        bounds = np.concatenate([[0], np.cumsum(lengths), filler, [total]]).astype(np.int32)
         ids = np.pad(val.tokens[at].astype(np.int64), (0, pad))
         targets = np.pad(val.tokens[at + 1].astype(np.int64), (0, pad))
         x, y, cu = (torch.from_numpy(a).to(self.world.device) for a in (ids[None], targets[None], bounds))
         if self.fixed:
             torch._dynamo.mark_dynamic(cu, 0)
-        layout = Layout(cu, max(self.s.eval_seq_len, pad) if self.fixed else int(lengths.max()), isolate=True)
-        losses = self.losses(x, y, plan, layout)[0, :len(at)]
+        losses = self.losses(x, y, plan, Layout(cu, longest, isolate=True))[0, :len(at)]
         keep = torch.from_numpy(scored).to(losses.device)
         ledger.book(torch.from_numpy(at).to(losses.device)[keep], losses[keep])
 
@@ -3094,6 +3149,7 @@ class Scored:
     their graph, the chunk's in the last columns; `again` recomputes them after a step."""
     losses: Tensor
     chunk: int
+    positions: Tensor
     again: Callable[[], Tensor]
 
 
@@ -3174,7 +3230,7 @@ class PhasedTTT:
         self.plan, self.lengths = layer_plan(s, True), val.documents.length
         self.losses = compiled(s, world.device, model.losses, dynamic=True)
         self.ledger = Ledger(val, world.device)
-        self.created = self.level = 0
+        self.phase = self.level = 0
         self.kept: Adapter | None = None
 
     def cost(self, group: np.ndarray, level: int = 0) -> float:
@@ -3203,6 +3259,7 @@ class PhasedTTT:
             todo.append([r.groups[i] for i in sorted(share)])
         begun, done = self.clock.elapsed() if self.clock else 0.0, 0.0
         self.kept = None if self.s.ttt_shared_a else self.new_adapter(self.s.ttt_batch_size)
+        self.model.requires_grad_(False)           # adapters learn; the base weights only in a phase
         for r, mine in zip(rounds, todo):
             while mine:
                 self.watch(begun, done, [g for groups in todo for g in groups])
@@ -3212,7 +3269,9 @@ class PhasedTTT:
             self.level = max(self.world.gather(self.level))     # all ranks take part in a phase or none
             if r.train_on is not None and self.level == 0:
                 self.global_phase(self.ledger.booked(r.train_on, self.world))
+                self.phase += 1
                 self.kept = None if self.s.ttt_shared_a else self.new_adapter(self.s.ttt_batch_size)
+        self.model.requires_grad_(True)
         return self.ledger.close(self.world)
 
     def watch(self, begun: float, done: float, left: list[np.ndarray]) -> None:
@@ -3230,8 +3289,8 @@ class PhasedTTT:
 
     def new_adapter(self, rows: int) -> Adapter:
         """An adapter whose A is its own draw; a shared A is the same draw for every document and rank."""
-        seed = self.s.seed + (0 if self.s.ttt_shared_a else self.created)
-        self.created += 1
+        short = rows != self.s.ttt_batch_size
+        seed = self.s.seed + (0 if self.s.ttt_shared_a else 2 * self.phase + short)   # same on every rank
         adapter = Adapter(self.s, self.plan, rows, self.world.device, torch.Generator().manual_seed(seed))
         self.trace("lora", adapter=adapter)
         return adapter
@@ -3297,16 +3356,18 @@ class PhasedTTT:
         losses = forward()
         counted = valid & (column >= w.offset[:, None])
         keep = torch.from_numpy(counted).to(device)
-        self.ledger.book(torch.from_numpy(at[counted]).to(device), losses[keep])
+        positions = torch.from_numpy(at[counted]).to(device)
+        self.ledger.book(positions, losses[keep])
         if cache is not None:      # the keys of the forward that was scored, whatever the steps do
             cache.seal(x)
         self.trace("chunk", x=x, y=y, losses=losses.detach(), offsets=w.offset, counts=w.count, width=w.width,
                    at=at, counted=counted)
-        return Scored(losses, int(w.count.max()), forward)
+        return Scored(losses, int(w.count.max()), positions, forward)
 
     def adapt(self, adapter: Adapter, optimiser: torch.optim.Optimizer | None, scored: Scored,
               later: Tensor) -> None:
         """TTT_GRAD_STEPS steps on the mean loss of the booked chunk, of documents that have a later one."""
+        self.ledger.require(scored.positions)
         losses, trained = scored.losses, adapter.trained()
         for step in range(self.s.ttt_grad_steps):
             if step:
@@ -3326,7 +3387,7 @@ class PhasedTTT:
         """SGD on all base weights over booked documents; the learning rate falls as a cosine over chunks."""
         s, tokens = self.s, booked.tokens
         chunks = -(-(len(tokens) - 1) // s.global_ttt_chunk_tokens)
-        params = list(self.model.parameters())
+        params = list(self.model.requires_grad_(True).parameters())
         velocity = [torch.zeros_like(p) for p in params]
         for c in range(chunks - 1):            # as published, the last chunk is left out
             part = tokens[c * s.global_ttt_chunk_tokens:(c + 1) * s.global_ttt_chunk_tokens + 1]
@@ -3336,6 +3397,7 @@ class PhasedTTT:
                 for r in range(0, rows, s.global_ttt_batch_seqs):
                     begin, n = r * s.eval_seq_len, min(s.global_ttt_batch_seqs, rows - r) * s.eval_seq_len
                     self.global_step(part[begin:begin + n + 1], params, velocity, lr)
+        self.model.requires_grad_(False)
         self.trace("phase", model=self.model, tokens=tokens)
 
     def global_lr(self, c: int, chunks: int) -> float:
@@ -3401,6 +3463,89 @@ def join_pieces(pieces: list[np.ndarray], max_len: int) -> Batch:
     return Batch(x[None], y[None], torch.from_numpy(bounds), longest)
 
 
+# --- probes: evidence for the four conditions, from the functions that score
+
+class Probe(NamedTuple):
+    """One condition put to the test: its name, whether it held, and the figure seen."""
+    name: str
+    ok: bool
+    figure: str
+
+
+def probe_streams(s: Settings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Two made-up streams of four documents, equal up to a cut inside a chunk near the end of the second, and
+    the targets (positions) that must not notice what comes after it. In TTT_DOC_ORDER=length only that
+    document changes, since those of one group stand side by side."""
+    chunk, rng = chunk_steps(s)[0][1], np.random.default_rng(s.seed)
+    lengths = (2 * chunk + 9, s.eval_seq_len + chunk // 2 + 7, 3 * chunk + 5, chunk + 3)
+    one = np.concatenate([np.append(BOS, rng.integers(4, s.vocab_size, n - 1)) for n in lengths])
+    later = np.arange(len(one)) > lengths[0] + s.eval_seq_len + chunk // 4
+    if s.ttt_doc_order == "length":
+        later[sum(lengths[:2]):] = False
+    other = np.where(later & (one != BOS), 4 + (one - 3) % (s.vocab_size - 4), one)
+    return one, other, np.flatnonzero(~later[1:])
+
+
+def run_probes(s: Settings, world: World, model: GPT) -> list[Probe]:
+    """C1-C4 on made-up tokens, through Scorer and PhasedTTT as the settings have them; every rank for itself.
+    The model's weights are as before afterwards."""
+    local, before = World(device=world.device), [p.detach().clone() for p in model.parameters()]
+    one, other, kept = probe_streams(s)
+    ttt = dataclasses.replace(s, ttt_batch_size=4, phased_ttt_num_phases=1, global_ttt_chunk_tokens=64,
+                              phased_ttt_prefix_docs=2 * (s.ttt_doc_order == "stream"))
+
+    def windows(val: Validation) -> Tensor:
+        scorer = Scorer(s, local, model)
+        scorer.windows(val, s.eval_stride)
+        return scorer.ledger.loss
+
+    def adapted(val: Validation) -> Tensor:
+        evaluation = PhasedTTT(ttt, local, model, val)
+        evaluation.run()
+        return evaluation.ledger.loss
+
+    probes = []
+    for name, evaluate in (("windows", windows), ("test-time training", adapted))[:1 + s.ttt_enabled]:
+        losses = []
+        for tokens in (one, other):
+            losses.append(evaluate(Validation.of(tokens)).cpu())
+            with torch.no_grad():
+                for p, q in zip(model.parameters(), before):
+                    p.copy_(q)
+        gap = (losses[0] - losses[1]).abs()
+        earlier, rest = gap[kept].max().item(), gap.max().item()
+        probes.append(Probe(f"C1 {name}", earlier == 0 < rest,
+                            f"change {earlier:g} over {len(kept):,} earlier targets, {rest:.3f} later"))
+    probes += probe_normalisation(s, local, model)
+    booked = f"{len(one) - 1:,} targets booked once each, before any step on them"
+    return probes + [Probe("C3 C4 ledger", True, booked)]      # the evaluations above would have raised
+
+
+@torch.no_grad()
+def probe_normalisation(s: Settings, world: World, model: GPT) -> list[Probe]:
+    """C2: exp(-loss) of every possible next token, each scored as the target, sums to 1."""
+    plan, context, probes = layer_plan(s, True), torch.tensor([[BOS, 4, 5]], device=world.device), []
+    rows, score = 64, Scorer(s, world, model).losses
+    adapter = Adapter(s, plan, rows, world.device, torch.Generator().manual_seed(s.seed))
+    for b in adapter.b.values():
+        b.normal_(0, 0.05, generator=None if b.is_cuda else torch.Generator().manual_seed(s.seed))
+        b.copy_(b[:, :1].expand_as(b).clone())            # one document, asked about every token
+        if not adapter.shared:
+            for a in adapter.a.values():
+                a.copy_(a[:, :1].expand_as(a).clone())
+    for name, low_rank in (("C2 windows", None), ("C2 test-time training", adapter)):
+        total = 0.0
+        for first in range(0, s.vocab_size, rows):
+            targets = torch.arange(first, first + rows, device=world.device)
+            y = context.expand(rows, -1).clone()
+            y[:, -1] = targets.clamp(max=s.vocab_size - 1)
+            losses = score(context.expand(rows, -1), y, plan, None, low_rank)[:, -1]
+            total += torch.exp(-losses.double())[targets < s.vocab_size].sum().item()
+        figure = f"{s.vocab_size:,} probabilities sum to {total:.7f}"
+        probes.append(Probe(name, abs(total - 1) < 1e-4, figure))
+    return probes
+
+
 # ============================================================================================================
 # 13  Checks: everything that can go wrong is tried before the first step
 # ============================================================================================================
@@ -3420,6 +3565,8 @@ def check_train_shards(s: Settings) -> str:
     for f, tokens in zip(files, shards):
         if not (tokens[:1_000_000] == BOS).any():
             raise UserError(f"{f} holds no BOS (id {BOS}) among its first tokens: build the shards again")
+        if (largest := int(tokens[:1_000_000].max())) >= s.vocab_size:
+            raise UserError(f"{f} holds token {largest} but VOCAB_SIZE={s.vocab_size}: set it to the data's")
     return f"{len(files)} shards, {sum(map(len, shards)):,} tokens"
 
 
@@ -3519,7 +3666,10 @@ def check_disk(folder: Path, need: int) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(probe, "wb") as f:
-            os.posix_fallocate(f.fileno(), 0, need)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(f.fileno(), 0, need)
+            elif shutil.disk_usage(folder).free < need:
+                raise OSError(28, "No space left on device")
     except OSError as error:
         free = shutil.disk_usage(folder).free if folder.is_dir() else 0
         raise UserError(f"ARTIFACT_DIR={folder} cannot take {need:,} bytes ({error.strerror}; {free:,} "
@@ -3536,13 +3686,14 @@ def disk_need(s: Settings) -> int:
     return 4 * weights + 2 * ARTIFACT_LIMIT + (8 << 20)
 
 
-def run_checks(s: Settings, world: World, folder: Path) -> list[Finding]:
-    """Every check that applies to the mode, in the order a user would fix them."""
+def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "") -> list[Finding]:
+    """Every check that applies to the mode, in the order a user would fix them. attention_why: the answer,
+    where the kernels were tried already."""
     cuda = world.device.type == "cuda"
     checks: list[tuple[str, Callable[[], str]]] = [
         ("device", lambda: torch.cuda.get_device_name(world.device) if cuda
             else f"CPU, {torch.get_num_threads()} threads"),
-        ("attention", lambda: "{} ({})".format(*resolve_attention(s.attn_backend, world.device))),
+        ("attention", lambda: attention_why or resolve_attention(s.attn_backend, world.device)[1]),
         ("batch", lambda: f"{world.size} ranks x " + "{} micro-batches of {:,} tokens".format(
             *s.batch_shape(world.size))),
         ("disk", lambda: check_disk(folder, disk_need(s))),
@@ -3578,17 +3729,19 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     q = quantise(s, matrix_views(weights), hessians, world)
     packing = Clock()
     blob = world.share_bytes(pack_model(s, q) if world.main else None)
-    reserve = world.agree(1.0 + 1.25 * (seconds + clock.elapsed()))
+    # twice: a total over the limit is quantised again; 100 MB/s for saving the weights; a quarter to spare
+    need = seconds + 2 * clock.elapsed() + sum(4 * p.numel() for p in model.parameters()) / 1e8
+    reserve = world.agree(1.0 + 1.25 * need)
     back = dequantise(unpack_model(s, blob, "the rehearsal's artifact"))
     if any(not torch.equal(back[n], w) for n, w in dequantise(q).items()):
         raise RuntimeError("the packed model does not read back as it was written")
-    if s.ttt_enabled:
-        plan = layer_plan(s, True)
-        adapter = Adapter(s, plan, 2, world.device)
-        x = torch.randint(2, s.vocab_size, (2, s.ttt_chunk_size), device=world.device)
-        model.losses(x, x, plan, None, adapter).mean().backward(inputs=list(adapter.parameters()))
+    probing = Clock()
+    failed = [p for p in run_probes(s, world, model) if not p.ok and not p.name.startswith("C1")]
+    if failed:      # at the start all blocks are the identity, so C1 has nothing to see yet
+        raise RuntimeError(f"the scorer's probes fail on the untrained model: {failed}")
     run.log("rehearsal", calibrate_s=seconds, quantise_s=packing.start - clock.start,
-            pack_s=packing.elapsed(), random_artifact_bytes=len(blob), reserve_s=reserve)
+            pack_s=packing.elapsed() - probing.elapsed(), score_s=probing.elapsed(),
+            random_artifact_bytes=len(blob), reserve_s=reserve)
     return reserve
 
 
@@ -3596,14 +3749,20 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
 # 14  Main
 # ============================================================================================================
 
-def set_up(s: Settings, world: World) -> None:
-    """Seeds, arithmetic, attention backend: once per process."""
+def set_up(s: Settings, world: World) -> str:
+    """Seeds, arithmetic, attention backend: once per process. Returns why this backend."""
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high" if world.device.type == "cuda" else "highest")
-    if world.size > 1 and world.device.type == "cpu":
+    if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    torch._dynamo.config.recompile_limit = 64      # plans, grad modes and batch shapes share one code object
     global ATTENTION
-    ATTENTION = resolve_attention(s.attn_backend, world.device)[0]
+    ATTENTION, why = resolve_attention(s.attn_backend, world.device)
+    names = world.gather(ATTENTION)
+    if len(set(names)) > 1:
+        raise UserError(f"the ranks would use different attention kernels {names}; this one: {why}. Set "
+                        "ATTN_BACKEND to one that runs everywhere")
+    return why
 
 
 def build_model(s: Settings, world: World) -> GPT:
@@ -3615,14 +3774,19 @@ def build_model(s: Settings, world: World) -> GPT:
     return model
 
 
+def public_settings(values: Mapping) -> dict:
+    """Settings without the paths of this machine."""
+    return {k: v for k, v in values.items() if not k.endswith(("_PATH", "_DIR"))}
+
+
 def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
     """What runs, where: into the log before anything else."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     run.log("start", run_id=run.id, device=device, world_size=world.size, torch=torch.__version__,
             python=platform.python_version(), dtype=str(model.compute_dtype), attention=ATTENTION,
             parameters=sum(p.numel() for p in model.parameters()))
-    changed = {k: v for k, v in s.changed().items() if not k.endswith(("_PATH", "_DIR"))}
-    run.log("changed_settings", quiet=True, **changed)
+    run.log("settings", quiet=True, **public_settings(s.as_env()))
+    run.log("changed_settings", quiet=True, **public_settings(s.changed()))
     if ignored := {k: NO_EFFECT[k] for k in NO_EFFECT if k in os.environ}:
         run.log("settings_without_effect", **ignored)
     source = Path(__file__).read_bytes()
@@ -3631,8 +3795,8 @@ def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
     if world.main:
         encoding = "latin-1" if source.startswith(b"# coding: latin-1") else "utf-8"
         run.text.write(source.decode(encoding) + "\n" + "=" * 100 + "\n")
-    run.summary.update(seed=s.seed, world_size=world.size, device=device, compliant=s.val_doc_fraction == 1,
-                       settings=s.as_env(), code_bytes=code_bytes(), torch=torch.__version__,
+    run.summary.update(seed=s.seed, world_size=world.size, device=device,
+                       settings=public_settings(s.as_env()), code_bytes=code_bytes(), torch=torch.__version__,
                        model_params=sum(p.numel() for p in model.parameters()))
 
 
@@ -3656,24 +3820,31 @@ def read_weights(path: str, model: GPT) -> None:
         raise UserError(f"EVAL_ONLY_PATH={path} holds no averaged weights of this script "
                         f"({type(error).__name__})") from error
     check_architecture(model.s, theirs, f"EVAL_ONLY_PATH={path} holds weights")
-    for name, view in field_views({n: p.data for n, p in model.named_parameters()}).items():
+    views = field_views({n: p.data for n, p in model.named_parameters()})
+    if set(views) != set(weights) or any(v.shape != weights[n].shape for n, v in views.items()):
+        raise UserError(f"EVAL_ONLY_PATH={path} holds other tensors than this model: take another file")
+    for name, view in views.items():
         view.copy_(weights[name])
 
 
-def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> tuple[Clock, Callable]:
+def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> tuple[Clock, Prefetch]:
     """Warm-up, rehearsal, training: the model ends as its average, saved. Returns the training clock and the
-    source of calibration batches; with EVAL_ONLY_PATH the weights come from there."""
+    stream, for calibration; with EVAL_ONLY_PATH the weights come from there."""
     if s.eval_only_path:
         read_weights(s.eval_only_path, model)
-        stream = open_train_stream(s, world, s.batch_shape(world.size)[1])
-        return Clock(s.max_wallclock_seconds), stream.next
+        stream = Prefetch(open_train_stream(s, world, s.batch_shape(world.size)[1]), world.device)
+        return Clock(s.max_wallclock_seconds), stream
     trainer = Trainer(s, world, model)
     run.log("warm_up", seconds=trainer.warm_up())
     rehearsed = rehearse(s, world, run, trainer)
     reserve = rehearsed if s.gptq_reserve_seconds == "auto" else float(s.gptq_reserve_seconds)
+    if s.gptq_reserve_seconds == "auto" and 0 < s.max_wallclock_seconds < 2 * reserve:
+        reserve = s.max_wallclock_seconds / 2      # a slow machine still trains; the overrun is then reported
+        run.log("warning", text=f"quantising and packing were rehearsed in {rehearsed:.1f} s, more than "
+                                "half of MAX_WALLCLOCK_SECONDS: half is reserved")
 
-    def validate(step: int) -> None:
-        score = Scorer(s, world, model).windows(val, s.eval_seq_len, looping=step > 0)
+    def validate(step: int, looping: bool) -> None:
+        score = Scorer(s, world, model).windows(val, s.eval_seq_len, looping)
         run.log("validation", step=step, val_loss=score.loss, val_bpb=score.bpb)
         if step == 0:
             run.summary["untrained_val_bpb"] = score.bpb
@@ -3684,11 +3855,14 @@ def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
             p.copy_(trainer.ema[n])
     save_weights(run, model)
     run.summary.update(steps=done["steps"], step_ms=done["step_ms"])
-    return done["clock"], done["stream"].next
+    return done["clock"], done["stream"]
 
 
-def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next_batch: Callable) -> bytes:
-    """Calibrate, quantise, pack and write the artifact, on the training clock; its bytes on every rank."""
+ARTIFACT_NAME = "final_model.int6.ptz"
+
+
+def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next_batch: Callable) -> None:
+    """Calibrate, quantise, pack and write the artifact, on the training clock."""
     begin = clock.elapsed()
     hessians = calibrate(s, world, model, next_batch)
     sync(world.device)
@@ -3696,37 +3870,45 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
     weights = matrix_views({n: p.detach() for n, p in model.named_parameters()})
     blob = quantise_to_fit(s, world, run, weights, hessians)
     if world.main:
-        run.save("final_model.int6.ptz", blob)
+        run.save(ARTIFACT_NAME, blob)
     world.barrier()
     seconds = clock.elapsed()
     run.log("artifact", bytes=len(blob), total=check_size(len(blob)), calibrate_s=calibrated - begin,
             quantise_and_pack_s=seconds - calibrated, train_seconds=seconds)
     if s.max_wallclock_seconds and seconds > s.max_wallclock_seconds and not s.eval_only_path:
-        run.log("warning", text=f"training, calibration and packing took {seconds:.1f} s of "
-                f"{s.max_wallclock_seconds:g}: raise GPTQ_RESERVE_SECONDS or set it to auto")
+        run.not_compliant(f"training, calibration and packing took {seconds:.1f} s of "
+                          f"{s.max_wallclock_seconds:g}: raise GPTQ_RESERVE_SECONDS or set it to auto")
     run.summary.update(artifact_bytes=len(blob), total_bytes=len(blob) + code_bytes(), train_seconds=seconds)
-    return blob
 
 
-def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validation, blob: bytes) -> None:
+def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validation, path: Path) -> None:
     """The evaluation: open the artifact, score its weights by plain windows, sliding windows and TTT."""
+    open_artifact(s, world, model, path)
+    log_probes(s, world, run, model)
     clock = Clock(s.eval_max_seconds)
-    load_weights(model, dequantise(unpack_model(s, blob, "the artifact")), "the artifact")
+    open_artifact(s, world, model, path)       # once more, on the clock
     scorer = Scorer(s, world, model)
     with clock.exclude():        # a diagnostic
         final = scorer.windows(val, s.eval_seq_len)
+    run.save_summary()
     run.log("score_quantized", val_loss=final.loss, val_bpb=final.bpb)
     run.summary["quantized_val_bpb"] = final.bpb
     if s.sliding_window_enabled:
         final = scorer.windows(val, s.eval_stride)
         run.log("score_sliding", val_loss=final.loss, val_bpb=final.bpb, elapsed=clock.elapsed())
         run.summary["sliding_val_bpb"] = final.bpb
+        run.save_summary()
     if s.ttt_enabled:
-        final = PhasedTTT(s, world, model, val).run()
+        def tell(event: str, **values) -> None:
+            if event == "give_up":
+                run.log("watchdog", **values)
+
+        run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer)
+        final = PhasedTTT(s, world, model, val, tell, clock).run()
         run.log("score_ttt", val_loss=final.loss, val_bpb=final.bpb, elapsed=clock.elapsed())
     seconds = clock.elapsed()
     if s.eval_max_seconds and seconds > s.eval_max_seconds:
-        run.log("warning", text=f"evaluation took {seconds:.1f} s of EVAL_MAX_SECONDS={s.eval_max_seconds:g}")
+        run.not_compliant(f"evaluation took {seconds:.1f} s of EVAL_MAX_SECONDS={s.eval_max_seconds:g}")
     run.log("coverage", targets=final.tokens, bytes=int(final.byte_sum), documents=len(val.documents),
             complete=True)
     run.summary.update(val_bpb=final.bpb, val_loss=final.loss, eval_seconds=seconds,
@@ -3736,6 +3918,26 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
         run.summary["val_bpb_decodable"] = final.loss_sum / LN2 / decodable
         run.log("honest_bytes", counted=int(final.byte_sum), decodable=decodable,
                 val_bpb_decodable=run.summary["val_bpb_decodable"])
+
+
+def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> int:
+    """The weights of the artifact file at path (on rank 0's disk) into the model; returns the file's size."""
+    blob = world.share_bytes(read_file(path) if world.main else None)
+    load_weights(model, dequantise(unpack_model(s, blob, path.name)), path.name)
+    return len(blob)
+
+
+def log_probes(s: Settings, world: World, run: Run, model: GPT) -> None:
+    """Evidence for C1-C4 into log and summary; a condition that fails makes the run NON-COMPLIANT."""
+    begin = time.perf_counter()
+    probes = run_probes(s, world, model)
+    for p in probes:
+        run.log("probe", name=p.name, ok=p.ok, figure=p.figure)
+    run.log("probes", seconds=time.perf_counter() - begin)
+    run.summary["probes"] = {p.name: {"ok": p.ok, "figure": p.figure} for p in probes}
+    for p in probes:
+        if not p.ok:
+            run.not_compliant(f"the probe {p.name} failed: {p.figure}")
 
 
 TEXT_BASELINE_LIMIT = 8 << 20     # bytes of validation text that general-purpose compressors can manage
@@ -3759,61 +3961,69 @@ def closing_block(s: Settings, world: World, run: Run, val: Validation) -> None:
         rows.append(("test-time training", "val_bpb"))
     run.say("\n" + "-" * 72)
     for label, key in rows:
-        if key in summary:
+        if summary.get(key) is not None:
             run.say(f"{label:28} {summary[key]:10.5f} BPB")
-        for label, bpb in text_baselines(s, val).items():
-            run.say(f"{label + ' on the same text':28} {bpb:10.5f} bits per byte")
-            summary[label.replace(" ", "").replace("-", "_") + "_bpb"] = bpb
-    run.say(f"{'artifact + script':28} {summary.get('artifact_bytes', 0):,} + {code_bytes():,} = "
-            f"{summary.get('total_bytes', 0):,} of {ARTIFACT_LIMIT:,} bytes")
-    if not summary["compliant"]:
-        run.say("NON-COMPLIANT: VAL_DOC_FRACTION is below 1, so this is not a result")
+    summary["text_baselines"] = text_baselines(s, val) if world.main else {}
+    for label, bpb in summary["text_baselines"].items():
+        run.say(f"{label + ' on the same text':28} {bpb:10.5f} bits per byte")
+    if summary["artifact_bytes"]:
+        run.say(f"{'artifact + script':28} {summary['artifact_bytes']:,} + {code_bytes():,} = "
+                f"{summary['total_bytes']:,} of {ARTIFACT_LIMIT:,} bytes")
+    for reason in summary["not_compliant_because"]:
+        run.say(f"NON-COMPLIANT: {reason}")
     run.say("-" * 72)
     keys = ("val_bpb", "sliding_val_bpb", "quantized_val_bpb", "total_bytes", "steps", "train_seconds",
             "eval_seconds", "tokens_scored", "seed")
-    run.log("final", **{k: summary[k] for k in keys if k in summary})
+    run.log("final", **{k: summary[k] for k in keys if summary[k] is not None})
 
 
-def pipeline(s: Settings, world: World, run: Run) -> None:
+def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
     """train -> average -> quantise -> pack -> read back -> score: the whole story."""
     model = build_model(s, world)
     log_start(s, world, run, model)
-    for finding in run_checks(s, world, run.dir):
+    if s.val_doc_fraction < 1:
+        run.not_compliant(f"VAL_DOC_FRACTION={s.val_doc_fraction:g}: only a part of the documents is scored")
+    for finding in run_checks(s, world, run.dir, why):
         if finding.what == "data fingerprint":
             run.summary["data_fingerprint"] = finding.detail
         run.log("check", what=finding.what, detail=finding.detail)
         if not finding.ok:
             raise UserError(finding.detail)
     val = Validation(s)
+    path = Path(s.eval_only_quantized_path or run.dir / ARTIFACT_NAME)
     if s.eval_only_quantized_path:
-        path = s.eval_only_quantized_path
-        blob = world.share_bytes(read_file(path, "EVAL_ONLY_QUANTIZED_PATH") if world.main else None)
-        run.summary.update(artifact_bytes=len(blob), total_bytes=check_size(len(blob)))
+        size = open_artifact(s, world, model, path)
+        run.summary.update(artifact_bytes=size, total_bytes=check_size(size))
     else:
-        clock, next_batch = learn(s, world, run, model, val)
-        blob = b"" if s.prequant_only else compress(s, world, run, model, clock, next_batch)
+        clock, stream = learn(s, world, run, model, val)
+        if not s.prequant_only:
+            compress(s, world, run, model, clock, stream.next)
+        stream.close()
         if not s.quantize_only:
             score = Scorer(s, world, model).windows(val, s.eval_seq_len)
             run.log("score_prequant", val_loss=score.loss, val_bpb=score.bpb)
             run.summary["prequant_val_bpb"] = score.bpb
     if not (s.quantize_only or s.prequant_only):
-        score_artifact(s, world, run, model, val, blob)
+        score_artifact(s, world, run, model, val, path)
     closing_block(s, world, run, val)
-    run.finish()
+    run.save_summary()
 
 
-def read_file(path: str, setting: str) -> bytes:
-    """A file named by a setting."""
+def read_file(path: Path) -> bytes:
+    """A whole artifact file; what cannot be one is refused before it is read."""
     try:
-        return Path(path).read_bytes()
+        if not 0 < path.stat().st_size <= 64 * ARTIFACT_LIMIT:
+            raise UserError(f"{path} has {path.stat().st_size:,} bytes, which no artifact has: give a run's "
+                            "final_model.int6.ptz")
+        return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{setting}={path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}; give final_model.int6.ptz") from error
 
 
 def check_command(which: str) -> int:
     """--check: one line per finding; 1 when something is wrong. --check settings needs no data."""
     s = Settings.from_env(os.environ)
-    s.batch_shape(int(os.environ.get("WORLD_SIZE", 1)))
+    s.batch_shape(int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count()))))
     print(f"ok    settings: {len(s.changed())} differ from the defaults")
     if which == "settings":
         return 0
@@ -3827,7 +4037,7 @@ def check_command(which: str) -> int:
 
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     """Entry: 0 when all went well, 1 when --check found something, 2 on a user's mistake."""
-    rank = int(os.environ.get("RANK", 0))
+    rank, run = int(os.environ.get("RANK", 0)), None
     try:
         if "--help" in argv or "-h" in argv:
             print_help()
@@ -3838,12 +4048,14 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
             raise UserError(f"unknown argument {argv[0]}: settings come from the environment; see --help")
         s = Settings.from_env(os.environ)
         world = World.join(os.environ)
-        set_up(s, world)
+        why = set_up(s, world)
         run = Run(s, world)
-        pipeline(s, world, run)
+        pipeline(s, world, run, why)
         world.leave()
         return 0
     except UserError as error:
+        if run is not None:
+            run.log("error", quiet=True, text=str(error))
         if rank:
             time.sleep(2)         # rank 0 says it, unless it alone did not see the mistake
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -76,7 +76,7 @@ def test_eval_only_gives_the_same_scores(finished, data, tmp_path):
             assert {k: summary(out)[k] for k in ("val_bpb", "sliding_val_bpb", "quantized_val_bpb")} == {
                 k: whole[k] for k in ("val_bpb", "sliding_val_bpb", "quantized_val_bpb")
             }
-            assert "prequant_val_bpb" not in summary(out) and "step " not in text
+            assert summary(out)["prequant_val_bpb"] is None and "ms/step" not in text
         else:
             assert summary(out)["prequant_val_bpb"] == pytest.approx(whole["prequant_val_bpb"], rel=1e-6)
 
@@ -87,7 +87,7 @@ def test_quantize_only_stops_at_the_artifact(finished, data, tmp_path):
         environment(data, ARTIFACT_DIR=tmp_path, QUANTIZE_ONLY=1, EVAL_ONLY_PATH=folder / "final_model.pt")
     )
     assert status == 0, text
-    assert (tmp_path / "final_model.int6.ptz").exists() and "val_bpb" not in summary(tmp_path)
+    assert (tmp_path / "final_model.int6.ptz").exists() and summary(tmp_path)["val_bpb"] is None
 
 
 def free_port():
@@ -97,7 +97,7 @@ def free_port():
 
 
 def test_one_rank_two_ranks_and_two_nodes_agree(data, tmp_path):
-    same = dict(ITERATIONS=4, TTT_WARM_START_A=0, TRAIN_LOG_EVERY=1, WARMUP_STEPS=0, VAL_DOC_FRACTION=0.5, EVAL_STRIDE=32)
+    same = dict(ITERATIONS=4, TRAIN_LOG_EVERY=1, WARMUP_STEPS=0, EVAL_STRIDE=32)
     one, two = tmp_path / "one", tmp_path / "two"
     assert run_script(environment(data, ARTIFACT_DIR=one, GRAD_ACCUM_STEPS=2, **same))[0] == 0
     assert (
@@ -115,10 +115,11 @@ def test_one_rank_two_ranks_and_two_nodes_agree(data, tmp_path):
             "--rdzv_backend=c10d",
             f"--rdzv_endpoint=127.0.0.1:{port}",
             "--rdzv_id=t",
+            "--local_addr=127.0.0.1",
         )
-        return run_script(
-            environment(data, ARTIFACT_DIR=nodes[i], GRAD_ACCUM_STEPS=1, **same), launcher=launcher
-        )
+        # on the loopback alone: resolving this machine's name can take a minute
+        env = environment(data, ARTIFACT_DIR=nodes[i], GRAD_ACCUM_STEPS=1, GLOO_SOCKET_IFNAME="lo", **same)
+        return run_script(env, launcher=launcher)
 
     with ThreadPoolExecutor(2) as pool:
         ended = list(pool.map(node, range(2)))
@@ -128,7 +129,7 @@ def test_one_rank_two_ranks_and_two_nodes_agree(data, tmp_path):
         assert summary(other)["world_size"] == 2
         assert np.allclose(losses(one), losses(other), atol=1e-5)
         for key in ("sliding_val_bpb", "quantized_val_bpb", "prequant_val_bpb", "val_bpb"):
-            assert summary(one)[key] == pytest.approx(summary(other)[key], abs=2e-4), key
+            assert summary(one)[key] == pytest.approx(summary(other)[key], abs=2e-5), key
 
 
 def refused(env, *words, args=(), script=ROOT / "train_gpt.py"):
@@ -147,7 +148,7 @@ def test_missing_data_and_wrong_settings(data, tmp_path):
         "does not exist",
     )
     refused(environment(data, DATA_PATH=tmp_path, ARTIFACT_DIR=tmp_path), "no fineweb_train_")
-    refused(environment(data, ITERATOINS=3), "ITERATOINS=3", "ITERATIONS")
+    refused(environment(data, ITERATOINS=3), "ITERATOINS", "ITERATIONS")
     refused(environment(data, MODEL_DIM=63), "MODEL_DIM=63", "NUM_HEADS=2")
     refused(environment(data, VOCAB_SIZE=299, ARTIFACT_DIR=tmp_path), "VOCAB_SIZE=299")
     refused(environment(data, VOCAB_SIZE=400, ARTIFACT_DIR=tmp_path), "has 300 tokens but VOCAB_SIZE=400")
@@ -195,7 +196,7 @@ def test_a_flipped_byte_and_another_configuration(finished, data, tmp_path):
         (tmp_path / "bad.ptz").write_bytes(bad)
         refused(
             environment(data, EVAL_ONLY_QUANTIZED_PATH=tmp_path / "bad.ptz", ARTIFACT_DIR=tmp_path / "r"),
-            "artifact",
+            "bad.ptz",
         )
     refused(
         environment(
@@ -219,9 +220,9 @@ def test_a_flipped_byte_and_another_configuration(finished, data, tmp_path):
 
 def test_check_reports_every_finding(data, tmp_path):
     status, text = run_script(environment(data, ARTIFACT_DIR=tmp_path), "--check")
-    assert status == 0 and text.count("ok ") >= 7 and "FAIL" not in text
+    assert status == 0 and text.count("ok ") >= 8 and "FAIL" not in text
     status, text = run_script(environment(data, ARTIFACT_DIR=tmp_path, DATA_PATH="nowhere"), "--check")
-    assert status == 1 and text.count("FAIL") == 2
+    assert status == 1 and text.count("FAIL") == 3
     assert run_script(environment(data, DATA_PATH="nowhere"), "--check", "settings")[0] == 0
 
 

@@ -1,0 +1,167 @@
+"""tools/report.py: the page holds the runs' figures, stands alone, and draws in a real browser."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from test_tools_common import change, make_run, runs, slow  # noqa: F401  (runs is a fixture)
+
+pytest.importorskip("plotly", reason="plotly is missing: pip install -r tools/requirements.txt")
+
+from tools import report  # noqa: E402
+from tools.common import ToolError, load_run  # noqa: E402
+
+BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
+TENSORS = [
+    {"name": f"blocks.{i}.{part}.weight", "how": "gptq (int6)", "bytes": 900 + i, "error": 0.1 + i / 100}
+    for i in range(3)
+    for part in ("attn.c_q", "mlp.fc")
+]
+
+
+def add_events(run, *events):
+    with open(run / "metrics.jsonl", "a") as f:
+        f.writelines(json.dumps({"time": 1.7e9, **e}) + "\n" for e in events)
+
+
+def profile(stage, by, shift):
+    return {
+        "event": "profile",
+        "stage": stage,
+        "by": by,
+        "edges": [0, 64, 256],
+        "documents": [1, 2, 3],
+        "tokens": [10, 20, 30],
+        "bytes": [100, 200, 300],
+        "nats": [90 + shift, 160 + shift, 210 + shift],
+    }
+
+
+def every_event(run):
+    add_events(
+        run,
+        {"event": "tensors", "items": TENSORS},
+        {"event": "step_time", "step": 100, "parts": {"data": 1.0, "forward and backward": 90.0}},
+        *(profile(s, by, n) for n, s in enumerate(("ttt", "sliding")) for by in ("length", "position")),
+    )
+
+
+def cells(page: str) -> dict:
+    """(run, key) -> text of the table's cells."""
+    return {
+        (m[1], m[2]): m[3]
+        for m in re.finditer(r'<td data-run="([^"]*)" data-key="([^"]*)">([^<]*)</td>', page)
+    }
+
+
+def agree(page: str, folders) -> int:
+    """How many cells equal summary.json, all of them."""
+    shown = cells(page)
+    for folder in folders:
+        summary = json.loads((folder / "summary.json").read_text())
+        for key, _, form in report.TABLE:
+            assert shown[folder.name, key] == format(summary[key], form), (folder, key)
+    return len(shown)
+
+
+def test_the_page_shows_the_figures_of_summary_json(runs, tmp_path):  # noqa: F811
+    for run in runs:
+        every_event(run)
+    out = tmp_path / "page.html"
+    assert report.main([*map(str, runs), "--out", str(out)]) == 0
+    page = out.read_text()
+    assert agree(page, runs) == 3 * len(report.TABLE)
+    for key in ("scores", "curves", "pace", "step_time", "timeline", "treemap", "rounding", "profiles"):
+        assert f'id="{key}"' in page, key
+    outside = re.sub(r"<script>.*?</script>", "", page, flags=re.S)
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|@import|url\(""", outside)
+    assert str(tmp_path) not in page
+
+
+def test_missing_events_are_named_and_the_rest_is_drawn(runs, capsys):  # noqa: F811
+    assert report.main([str(runs[0])]) == 0
+    said = capsys.readouterr()
+    assert "not shown for want of events" in said.out and "no bytes per tensor" in said.err
+    page = (runs[0] / "report.html").read_text()
+    assert "Not shown: Where a step" in page and 'id="curves"' in page
+
+
+def test_a_run_that_is_not_finished_is_shown(runs):  # noqa: F811
+    (runs[0] / "summary.json").unlink()
+    assert report.main([str(runs[0])]) == 0
+    assert "unfinished" in (runs[0] / "report.html").read_text()
+
+
+def test_non_compliant_is_said(runs):  # noqa: F811
+    change(runs[0], "summary", compliant=False)
+    report.main([str(runs[0])])
+    assert "NON-COMPLIANT" in (runs[0] / "report.html").read_text()
+
+
+def test_names_are_escaped(tmp_path):
+    run = make_run(tmp_path / "a<b>&", 1)
+    report.main([str(run)])
+    assert "a<b>" not in (run / "report.html").read_text().split("<main>")[1].split("<section>")[0]
+
+
+def test_phases_add_up(runs):  # noqa: F811
+    clocks = report.phases(load_run(runs[0]))
+    assert sum(s for _, s in clocks["training budget"]) == pytest.approx(589.0 + 4.1 + 5.2)
+    assert sum(s for _, s in clocks["evaluation budget"]) == pytest.approx(480.0)
+
+
+def test_too_many_runs(runs):  # noqa: F811
+    with pytest.raises(ToolError, match="at most 8"):
+        report.main([str(runs[0])] * 9)
+
+
+def browse(page, *options):
+    """The page in a headless browser; the network leads nowhere."""
+    return subprocess.run(
+        [
+            BROWSER,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--window-size=1280,4200",
+            "--virtual-time-budget=10000",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--no-first-run",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            *options,
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def hosts(log) -> set:
+    """Hosts asked for in a network log."""
+    return set(re.findall(r'"url":"(?:https?|wss?)://([^/"]+)', log.read_text()))
+
+
+@slow
+@pytest.mark.skipif(not BROWSER, reason="no Chromium or Chrome is installed")
+def test_in_a_real_browser(runs, tmp_path):  # noqa: F811
+    for run in runs:
+        every_event(run)
+    out, picture, network = tmp_path / "page.html", tmp_path / "page.png", tmp_path / "net.json"
+    report.main([*map(str, runs), "--out", str(out)])
+    dom = browse(out, "--dump-dom", f"--log-net-log={network}").stdout
+    assert agree(dom, runs) == 3 * len(report.TABLE)
+    assert (
+        dom.count('class="js-plotly-plot"') + dom.count("js-plotly-plot") >= 8 and dom.count("main-svg") >= 8
+    )
+    empty = tmp_path / "empty.html"
+    empty.write_text("<p>nothing")
+    browse(empty, "--dump-dom", f"--log-net-log={tmp_path / 'own.json'}")
+    assert hosts(network) <= hosts(tmp_path / "own.json")  # the browser's own requests, none of the page's
+    browse(out, f"--screenshot={picture}")
+    header = picture.read_bytes()[:24]
+    assert int.from_bytes(header[16:20], "big") == 1280

@@ -1,0 +1,63 @@
+"""The tools on a real run of the real trainer, at tiny size: what it writes is what they read."""
+
+import json
+
+import pytest
+from conftest import ROOT, environment, run_script
+from test_tools_common import slow
+
+from tools import compare, make_record, report
+from tools.common import ROOT as TOOLS_ROOT
+from tools.common import load_run
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    code, said = run_script(environment(data, ARTIFACT_DIR=folder, VAL_LOSS_EVERY=2))
+    assert code == 0, said
+    return folder
+
+
+def test_the_log_holds_the_script(run):
+    assert load_run(run).source() == (ROOT / "train_gpt.py").read_bytes() and TOOLS_ROOT == ROOT
+
+
+def test_the_report_reads_everything_the_run_wrote(run, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    assert report.main([str(run), "--out", str(out)]) == 0
+    page, summary = out.read_text(), json.loads((run / "summary.json").read_text())
+    assert f'data-key="val_bpb">{summary["val_bpb"]:.8f}<' in page
+    for key in ("scores", "curves", "pace", "timeline", "treemap"):
+        assert f'id="{key}"' in page, key
+    assert "no bytes per tensor" not in capsys.readouterr().err
+    items = report.tensors_of(load_run(run))
+    assert sum(t["bytes"] for t in items) <= summary["artifact_bytes"]
+    assert sum(t["bytes"] for t in items) > 0.9 * summary["artifact_bytes"]
+
+
+@slow
+def test_a_record_of_it_scores_the_same_inside_its_folder(run, tmp_path):
+    words = [
+        str(run),
+        "--name",
+        "tiny",
+        "--track",
+        "non_record",
+        "--packed",
+        "--out",
+        str(tmp_path),
+        "--date",
+        "2026-05-01",
+    ]
+    assert make_record.main(words) == 0
+    folder = tmp_path / "track_non_record_16mb" / "2026-05-01_tiny"
+    script, submission = (
+        (folder / "train_gpt.py").read_bytes(),
+        json.loads((folder / "submission.json").read_text()),
+    )
+    assert len(script) < 0.5 * len((ROOT / "train_gpt.py").read_bytes()) and submission["bytes_code"] == len(
+        script
+    )
+    found = compare.read_results(str(folder))
+    assert [r.bpb for r in found] == [json.loads((run / "summary.json").read_text())["val_bpb"]]

@@ -1,0 +1,340 @@
+"""tools/sweep.py: spaces, a sweep whose worker is killed, failures, pruning, many machines on PostgreSQL."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_tools_common import slow
+
+optuna = pytest.importorskip("optuna", reason="optuna is missing: pip install -r tools/requirements.txt")
+
+from tools import sweep  # noqa: E402
+from tools.common import ROOT, ToolError  # noqa: E402
+
+# A stand-in for the trainer: its score is a formula of a setting; it refuses, fails or lingers when told to.
+TRAINER = """import json, os, sys, time
+from pathlib import Path
+if "--check" in sys.argv:
+    if "TYPO" in os.environ:
+        sys.exit("error: unknown setting TYPO: did you mean MATRIX_LR?")
+    sys.exit(0)
+x = float(os.environ.get("MATRIX_LR", "1"))
+out = Path(os.environ["ARTIFACT_DIR"])
+with open(out / "metrics.jsonl", "w", buffering=1) as f:
+    for n in range(1, 6):
+        f.write(json.dumps({"event": "train", "step": n, "used": n / 5, "loss": (x - 0.03) ** 2}) + chr(10))
+        time.sleep(float(os.environ.get("NAP", "0.02")))
+print("the trainer says", x, flush=True)
+if os.environ.get("FAIL") == "1":
+    sys.exit("error: out of memory")
+(out / "summary.json").write_text(json.dumps({"val_bpb": (x - 0.03) ** 2 + int(os.environ["SEED"]) / 1e6}))
+"""
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    (tmp_path / "space.txt").write_text("MATRIX_LR log 0.001 0.1   # the one\nNAP = 0.02\n")
+    return tmp_path
+
+
+def words(place, *more):
+    return [
+        str(place / "space.txt"),
+        "--out",
+        str(place / "out"),
+        "--script",
+        str(place / "trainer.py"),
+        "--launch",
+        "{python}",
+        *map(str, more),
+    ]
+
+
+def study(place, url=None, name="space"):
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna.load_study(study_name=name, storage=url or f"sqlite:///{place / 'out' / 'study.db'}")
+
+
+def check_points(found, count):
+    """Every point was completed exactly once; every dead trial has exactly one retry."""
+    complete = [t for t in found.trials if t.state.name == "COMPLETE"]
+    assert sorted(t.user_attrs["point"] for t in complete) == list(range(count))
+    assert all(t.state.name in ("COMPLETE", "FAIL") for t in found.trials)
+    dead = [t for t in found.trials if t.state.name == "FAIL"]
+    assert sorted(t.user_attrs["retry_of"] for t in complete if "retry_of" in t.user_attrs) == [
+        t.number for t in dead
+    ]
+    return complete, dead
+
+
+def kill_a_worker(found, deadline):
+    """SIGKILL the worker of a running trial."""
+    while time.monotonic() < deadline:
+        for t in found.get_trials(deepcopy=False):
+            if t.state.name == "RUNNING" and "log" in t.user_attrs:
+                os.kill(int(t.user_attrs["worker"].split(":")[1]), signal.SIGKILL)
+                return t.number
+        time.sleep(0.05)
+    raise AssertionError("no trial ran")
+
+
+@pytest.mark.parametrize(
+    "line, kind, values",
+    [
+        ("MATRIX_LR log 0.01 0.1", "log", (0.01, 0.1)),
+        ("RANK int 2 8 step 2", "int", (2.0, 8.0, 2.0)),
+        ("TOP choice 1 2 3", "choice", ("1", "2", "3")),
+        ("VOCAB=8192", "=", ("8192",)),
+        ('NAME = "a b"', "=", ("a b",)),
+    ],
+)
+def test_space_lines(tmp_path, line, kind, values):
+    (tmp_path / "s").write_text(f"# comment\n\n{line}\nOTHER uniform 0 1\n")
+    assert sweep.read_space(tmp_path / "s")[0] == sweep.Setting(
+        line.replace("=", " ").split()[0], kind, values
+    )
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("A log 0 1", "above 0"),
+        ("A uniform 2 1", "LO must be below HI"),
+        ("A normal 0 1", "log, uniform, int, logint"),
+        ("A log 1 x", "not numbers"),
+        ("A uniform 0", "needs LO HI"),
+        ("A = 1", "varies nothing"),
+        ("A uniform 0 1\nA = 2", "names A twice"),
+        ("SEED int 1 3", "--seeds"),
+    ],
+)
+def test_bad_spaces_are_refused(tmp_path, text, reason):
+    (tmp_path / "s").write_text(text)
+    with pytest.raises(ToolError, match=reason):
+        sweep.read_space(tmp_path / "s")
+
+
+def test_the_trainer_is_asked_before_anything_starts(place):
+    (place / "space.txt").write_text("TYPO uniform 0 1\n")
+    with pytest.raises(ToolError, match="did you mean MATRIX_LR"):
+        sweep.main(words(place))
+    assert not (place / "out").exists()
+
+
+def test_a_killed_worker_loses_and_doubles_nothing(place):
+    (place / "space.txt").write_text("MATRIX_LR log 0.001 0.1\nNAP = 0.15\n")
+    done = subprocess.Popen(
+        [sys.executable, sweep.__file__, *words(place, "--trials", 5, "--workers", 2, "--seeds", "1,2")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (place / "out" / "study.db").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    killed = kill_a_worker(study(place), deadline)
+    said, _ = done.communicate(timeout=90)
+    assert done.returncode == 0, said
+    complete, dead = check_points(study(place), 5)
+    assert [t.number for t in dead] == [killed] and "last log lines" in dead[0].user_attrs["error"]
+    for t in complete:
+        assert t.value == pytest.approx((t.params["MATRIX_LR"] - 0.03) ** 2 + 1.5e-6)
+    assert "5 complete, 1 fail" in said and (place / "out" / "results.csv").read_text().count("\n") == 7
+    assert "plotly" in (place / "out" / "results.html").read_text()[:5_000_000]
+
+
+def test_a_failed_trial_keeps_its_last_lines_and_is_not_repeated(place, capsys):
+    (place / "space.txt").write_text("FAIL choice 0 1\nMATRIX_LR = 0.02\n")
+    assert sweep.main(words(place, "--trials", 4, "--sampler-seed", 3, "--sampler", "random")) == 0
+    states = {t.params["FAIL"]: t for t in study(place).trials}
+    assert len(study(place).trials) == 4 and set(states) == {"0", "1"}
+    assert states["1"].state.name == "FAIL" and "out of memory" in states["1"].user_attrs["error"]
+    assert (
+        "the trainer says" in states["1"].user_attrs["error"] and "out of memory" in capsys.readouterr().out
+    )
+
+
+def test_the_same_command_goes_on(place, capsys):
+    assert sweep.main(words(place, "--trials", 1)) == 0
+    assert sweep.main(words(place, "--trials", 2)) == 0
+    assert sweep.main(words(place, "--trials", 2)) == 0
+    check_points(study(place), 2)
+    assert sweep.main(words(place, "--show")) == 0
+    assert capsys.readouterr().out.count("COMPLETE") == 1 + 2 + 2 + 2
+
+
+def test_only_one_process_takes_a_trial_and_double_retries_are_dropped(place):
+    args = sweep.parse(words(place))
+    one, two = sweep.Study(args), sweep.Study(args)
+    one.plan(1)
+    trial = one.take()
+    assert trial is not None and two.take() is None
+    one.end(trial._trial_id, one.states.FAIL, died="killed", error="gone")
+    one.revive(1)
+    two.revive(1)
+    assert len(one.trials(one.states.WAITING)) == 1
+    one.study.enqueue_trial(
+        {}, user_attrs={"point": 0, "retry_of": 0, "attempt": 1}
+    )  # as two machines at once would
+    assert two.take().number == 1 and one.take() is None
+    assert [t.state.name for t in one.trials()] == ["FAIL", "RUNNING", "FAIL"]
+
+
+def test_a_hopeless_trial_is_pruned(place):
+    (place / "space.txt").write_text("MATRIX_LR uniform 0.001 0.002\nNAP = 0.3\n")
+    args = sweep.parse(words(place, "--prune", "--prune-after", 10))
+    known = sweep.Study(args)
+    for _ in range(5):  # five good trials of the past
+        t = known.study.ask()
+        for used in (20, 40, 60, 80, 100):
+            t.report(1e-6, used)
+        known.study.tell(t, 1e-6)
+    known.plan(6)
+    trial = known.take()
+    assert sweep.run_trial(known, trial, sweep.read_space(place / "space.txt"), args) == "pruned"
+    assert known.trials()[-1].state.name == "PRUNED"
+
+
+def test_storage_that_cannot_be_used(place):
+    with pytest.raises(ToolError, match="cannot use the storage .*someone@nowhere"):
+        sweep.main(words(place, "--storage", "postgresql://someone:secret@nowhere.invalid/db"))
+
+
+# --- the real trainer
+
+
+@pytest.fixture
+def tiny_environment(tmp_path, data):
+    """Environment of a tiny run of the real trainer."""
+    from conftest import environment
+
+    env = environment(data)
+    for name in ("SEED", "MATRIX_LR"):
+        env.pop(name, None)
+    return env
+
+
+def real_sweep(tmp_path, env, *more, url=None):
+    """8 trials, 2 workers, one worker killed in the middle."""
+    (tmp_path / "real.txt").write_text("MATRIX_LR log 0.005 0.1\nTTT_LORA_RANK choice 2 4\n")
+    command = [
+        sys.executable,
+        str(Path(sweep.__file__)),
+        str(tmp_path / "real.txt"),
+        "--out",
+        str(tmp_path / "out"),
+        "--trials",
+        "8",
+        "--workers",
+        "2",
+        *more,
+    ]
+    with open(tmp_path / "sweep.log", "w") as log:
+        process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 120
+        storage = url or f"sqlite:///{tmp_path / 'out' / 'study.db'}"
+        found = None
+        while found is None and time.monotonic() < deadline:
+            try:
+                found = study(tmp_path, storage, "real")
+            except Exception:
+                time.sleep(0.5)
+        while sum(t.state.name == "COMPLETE" for t in found.trials) < 2:  # then it is in the middle
+            assert process.poll() is None, (tmp_path / "sweep.log").read_text()
+            time.sleep(0.5)
+        killed = kill_a_worker(found, time.monotonic() + 60)
+        assert process.wait(900) == 0, (tmp_path / "sweep.log").read_text()
+    complete, dead = check_points(found, 8)
+    assert [t.number for t in dead] == [killed] and len(complete) == 8
+    for t in complete:
+        summary = json.loads(
+            (tmp_path / "out" / f"trial_{t.number:04d}_seed1337" / "summary.json").read_text()
+        )
+        assert summary["val_bpb"] == t.value and summary["settings"]["MATRIX_LR"] == t.params["MATRIX_LR"]
+    print((tmp_path / "sweep.log").read_text())
+
+
+@slow
+def test_eight_real_trials_two_workers_one_killed_sqlite(tmp_path, tiny_environment):
+    real_sweep(tmp_path, tiny_environment)
+
+
+def postgres_programs():
+    """Folder of initdb and pg_ctl, or None."""
+    found = shutil.which("initdb")
+    folders = (
+        [Path(found).parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    )
+    return next((f for f in folders if (f / "initdb").exists()), None)
+
+
+@pytest.fixture
+def postgres(tmp_path_factory):
+    """URL of a fresh PostgreSQL server on loopback, as an ordinary user."""
+    programs = postgres_programs()
+    if not programs:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    pytest.importorskip("psycopg2", reason="psycopg2 is missing: pip install -r tools/requirements.txt")
+    folder = Path("/tmp") / f"sweep_postgres_{os.getpid()}"
+    folder.mkdir()
+    user = []
+    if os.geteuid() == 0:  # the server refuses to run as root
+        shutil.chown(folder, "postgres")
+        user = ["runuser", "-u", "postgres", "--"]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+
+    def run(*command):
+        subprocess.run([*user, *map(str, command)], check=True, cwd="/", stdout=subprocess.DEVNULL)
+
+    try:
+        run(programs / "initdb", "-D", folder / "db", "-A", "trust", "-U", "sweep")
+        run(
+            programs / "pg_ctl",
+            "-D",
+            folder / "db",
+            "-w",
+            "-l",
+            folder / "log",
+            "-o",
+            f"-p {port} -c listen_addresses=127.0.0.1 -k {folder}",
+            "start",
+        )
+        yield f"postgresql+psycopg2://sweep@127.0.0.1:{port}/postgres"
+    finally:
+        subprocess.run(
+            [*user, str(programs / "pg_ctl"), "-D", str(folder / "db"), "-m", "immediate", "stop"],
+            cwd="/",
+            stdout=subprocess.DEVNULL,
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@slow
+def test_eight_real_trials_two_workers_one_killed_postgres(tmp_path, tiny_environment, postgres):
+    real_sweep(tmp_path, tiny_environment, "--storage", postgres.replace("+psycopg2", ""), url=postgres)
+
+
+@slow
+def test_a_second_machine_joins_on_postgres(place, postgres):
+    (place / "space.txt").write_text("MATRIX_LR log 0.001 0.1\nNAP = 0.3\n")
+    first = subprocess.Popen(
+        [sys.executable, sweep.__file__, *words(place, "--trials", 8, "--storage", postgres)]
+    )
+    time.sleep(8)
+    second = subprocess.Popen(
+        [sys.executable, sweep.__file__, *words(place, "--join", "--storage", postgres)]
+    )
+    assert (first.wait(180), second.wait(180)) == (0, 0)
+    complete, dead = check_points(study(place, postgres), 8)
+    assert not dead and len({t.user_attrs["worker"] for t in complete}) >= 2

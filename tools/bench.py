@@ -1,0 +1,393 @@
+"""How much faster is each fast road than its plain twin? Ratios from one run, on a CPU or a GPU.
+
+    python tools/bench.py                          # every group
+    python tools/bench.py attention gptq           # some: attention, ce, mlp, step, gptq, pack, ttt
+    python tools/bench.py --rounds 9 --json bench.json
+
+Within a group the contenders take turns, round after round, so that a machine that slows down slows all of
+them; the ratio is the median over rounds of (reference time / contender time): 2.0 means twice as fast. Only
+ratios of one run mean something; milliseconds of two machines, or of a busy one, do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Callable
+
+if __package__ in (None, ""):  # run as a script: make `tools` importable from anywhere
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from tools.common import ROOT, ToolError, relative, run_cli, table, write_atomic
+
+SMALL = dict(
+    NUM_LAYERS=4,
+    MODEL_DIM=128,
+    NUM_HEADS=4,
+    NUM_KV_HEADS=2,
+    MLP_MULT=2,
+    VOCAB_SIZE=512,
+    LOOP_START=1,
+    LOOP_END=2,
+    NUM_LOOPS=1,
+    PARALLEL_START_LAYER=3,
+    XSA_LAST_N=4,
+    TRAIN_BATCH_TOKENS=1024,
+    TRAIN_SEQ_LEN=256,
+    EVAL_SEQ_LEN=256,
+    EVAL_STRIDE=64,
+    TTT_EVAL_SEQ_LEN=256,
+    TTT_BATCH_SIZE=4,
+    TTT_CHUNK_SIZE=64,
+    TTT_LORA_RANK=8,
+    TTT_LORA_ALPHA=16,
+    VAL_BATCH_TOKENS=8192,
+    GPTQ_CALIBRATION_BATCHES=2,
+    PHASED_TTT_PREFIX_DOCS=0,
+)
+FULL = dict(TRAIN_BATCH_TOKENS=98304, PHASED_TTT_PREFIX_DOCS=0)  # one micro-batch of the competition's run
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender's result."""
+
+    group: str
+    name: str
+    ms: float
+    ratio: float
+    low: float
+    high: float
+    note: str = ""
+
+
+class Bench:
+    """The trainer's module, the device, and settings of a size that suits it."""
+
+    def __init__(self, rounds: int, small: bool | None):
+        sys.path.insert(0, str(ROOT))
+        import torch
+
+        import train_gpt
+
+        self.torch, self.tg, self.rounds = torch, train_gpt, rounds
+        self.cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", 0) if self.cuda else torch.device("cpu")
+        self.small = not self.cuda if small is None else small
+        self.world = train_gpt.World(device=self.device)
+        self.half = torch.bfloat16 if self.cuda else torch.float32
+        self.settings = self.with_settings()
+        train_gpt.ATTENTION = train_gpt.resolve_attention("auto", self.device)[0]
+        torch.manual_seed(0)
+
+    def with_settings(self, **changes):
+        """Settings of the chosen size, free of the caller's environment."""
+        base = {"CASEOPS_ENABLED": 0, "GRAD_ACCUM_STEPS": 1, **(SMALL if self.small else FULL), **changes}
+        return self.tg.Settings.from_env({k: str(v) for k, v in base.items()})
+
+    def random(self, *shape, grad=False):
+        """Normal numbers in the activations' dtype."""
+        return self.torch.randn(*shape, device=self.device, dtype=self.half).requires_grad_(grad)
+
+    def model(self, s):
+        """A seeded model on the device."""
+        return self.tg.build_model(s, self.world)
+
+    def once(self, run: Callable) -> float:
+        """Milliseconds of one call, the GPU drained before and after."""
+        self.tg.sync(self.device)
+        begin = time.perf_counter()
+        run()
+        self.tg.sync(self.device)
+        return 1e3 * (time.perf_counter() - begin)
+
+    def race(self, group: str, contenders: dict[str, Callable], notes=None) -> list[Row]:
+        """Time all contenders in turns; the first is the reference. One that cannot run says why."""
+        rows, ready = [], {}
+        for name, run in contenders.items():
+            try:
+                run()  # compiles, allocates, and shows whether it can run
+                ready[name] = run
+            except Exception as error:
+                rows.append(
+                    Row(
+                        group,
+                        name,
+                        float("nan"),
+                        float("nan"),
+                        float("nan"),
+                        float("nan"),
+                        f"cannot run: {type(error).__name__}: {str(error).splitlines()[0][:80]}",
+                    )
+                )
+        times: dict[str, list[float]] = {name: [] for name in ready}
+        for turn in range(self.rounds):
+            order = list(ready) if turn % 2 == 0 else list(ready)[::-1]
+            for name in order:
+                times[name].append(self.once(ready[name]))
+        for i, name in enumerate(times):
+            reference = next(iter(times.values()))
+            ratios = sorted(a / b for a, b in zip(reference, times[name], strict=False))
+            note = (notes or {}).get(name, "reference" if i == 0 else "")
+            rows.append(
+                Row(
+                    group,
+                    name,
+                    statistics.median(times[name]),
+                    statistics.median(ratios),
+                    ratios[0],
+                    ratios[-1],
+                    note() if callable(note) else note,
+                )
+            )
+        return rows
+
+
+# --- the groups
+
+
+def attention(b: Bench) -> list[Row]:
+    """Every backend that runs here, forward and backward on packed documents."""
+    total, longest = (1024, 256) if b.small else (16384, 2048)
+    q, k, v = b.random(1, total, 8, 64, grad=True), *(b.random(1, total, 4, 64, grad=True) for _ in range(2))
+    cuts = b.torch.arange(0, total + 1, longest // 2, dtype=b.torch.int32, device=b.device)
+    dy = b.random(1, total, 8, 64)
+
+    def run(backend):
+        b.torch.autograd.grad(backend(q, k, v, cuts, longest, -1), (q, k, v), dy)
+
+    contenders, skipped = {}, []
+    for name in sorted(b.tg.BACKENDS, key=lambda n: n != "plain"):
+        fault = b.tg.attention_fault(name, b.device)
+        if fault:
+            skipped.append(Row("attention", name, *[float("nan")] * 4, f"not here: {fault[:90]}"))
+        else:
+            contenders[name] = lambda f=b.tg.BACKENDS[name]: run(f)
+    return b.race("attention", contenders) + skipped
+
+
+def twins(b: Bench, group: str, call: Callable, leaves) -> list[Row]:
+    """A fused kernel and its plain twin, forward and backward."""
+
+    def run(kernel):
+        b.torch.autograd.grad(call(kernel).float().sum(), leaves)
+
+    contenders = {"plain twin": lambda: run(False)}
+    if b.cuda and b.tg.triton is not None:
+        contenders["fused kernel"] = lambda: run(True)
+    rows = b.race(group, contenders)
+    return (
+        rows
+        if len(contenders) > 1
+        else rows
+        + [Row(group, "fused kernel", *[float("nan")] * 4, "not here: it needs a CUDA GPU and triton")]
+    )
+
+
+def ce(b: Bench) -> list[Row]:
+    """Softcapped cross-entropy."""
+    n, vocab = (1024, 512) if b.small else (32768, 8192)
+    logits = b.random(n, vocab, grad=True)
+    targets = b.torch.randint(vocab, (n,), device=b.device)
+    return twins(b, "cross-entropy", lambda kernel: b.tg.capped_ce(logits, targets, 30.0, kernel), (logits,))
+
+
+def mlp(b: Bench) -> list[Row]:
+    """The leaky-ReLU² MLP."""
+    n, d, m = (1024, 128, 256) if b.small else (65536, 512, 2048)
+    x, up, down = b.random(n, d, grad=True), b.random(m, d, grad=True), b.random(d, m, grad=True)
+    return twins(b, "MLP", lambda kernel: b.tg.leaky_square_mlp(x, up, down, 0.5, kernel), (x, up, down))
+
+
+def step(b: Bench) -> list[Row]:
+    """The train step of one micro-batch: forward, backward, optimiser, average; with and without loops."""
+    contenders = {}
+    for label, compile_it in (("", "0"), (", compiled", "1")):
+        if compile_it == "1" and not b.cuda:
+            continue
+        s = b.with_settings(COMPILE=compile_it)
+        trainer = b.tg.Trainer(s, b.world, b.model(s))
+        batch = trainer.random_batch(b.torch.Generator().manual_seed(0))
+        for looping in (True, False):
+            plan = b.tg.layer_plan(s, looping)
+
+            def run(trainer=trainer, batch=batch, plan=plan):
+                trainer.micro_step(batch, plan)
+                trainer.update(0.0, 0.9)
+
+            contenders[("with loops" if looping else "without loops") + label] = run
+    return b.race("train step", contenders)
+
+
+def gptq(b: Bench) -> list[Row]:
+    """Rounding with Hessians: one matrix at a time, and equal shapes as one batch."""
+    count, rows, columns = (4, 128, 128) if b.small else (8, 512, 2048)
+    w = b.torch.randn(count, rows, columns, device=b.device)
+    x = b.torch.randn(count, 2 * columns, columns, device=b.device)
+    h, scale = x.mT @ x / x.size(1), b.tg.row_scales(w, 6, 12.85)
+    return b.race(
+        "GPTQ",
+        {
+            "one by one": lambda: [b.tg.gptq(w[i], h[i], scale[i], 6) for i in range(count)],
+            "batched": lambda: b.tg.gptq(w, h, scale, 6),
+        },
+    )
+
+
+def pack(b: Bench) -> list[Row]:
+    """Packing a model of Gaussian weights by our coder and by brotli, and reading it back."""
+    contenders, sizes = {}, {}
+    for coder in ("brotli", "ans"):
+        s = b.with_settings(COMPRESSOR=coder, MATRIX_CLIP_SIGMAS=12, LQER_ENABLED=0)
+        generator = b.torch.Generator().manual_seed(0)
+        shapes = b.tg.matrix_views({n: p.detach() for n, p in b.model(s).named_parameters()})
+        weights = {n: b.torch.randn(w.shape, generator=generator) * 0.02 for n, w in shapes.items()}
+        q = rounded(b, s, weights)
+        blob = b.tg.pack_model(s, q)
+        sizes[coder] = len(blob)
+        contenders[f"pack, {coder}"] = lambda s=s, q=q: b.tg.pack_model(s, q)
+        contenders[f"unpack, {coder}"] = lambda s=s, blob=blob: b.tg.unpack_model(
+            s, blob, "the bench's artifact"
+        )
+    notes = {name: f"{sizes[name.split(', ')[1]]:,} bytes" for name in contenders}
+    halves = [{k: v for k, v in contenders.items() if k.startswith(what)} for what in ("pack", "unpack")]
+    return [row for half in halves for row in b.race("packing", half, notes)]
+
+
+def rounded(b: Bench, s, weights):
+    """Weights quantised without Hessians: enough for the packer."""
+    smallest = 1 if b.small else b.tg.SMALL_TENSOR
+    tensors, meta = {}, {}
+    for name, w in weights.items():
+        if w.dim() == 2 and w.numel() > smallest and not name.endswith("_gate_w"):
+            scale = b.tg.row_scales(w, 6, 12.0)
+            codes = b.tg.divide_round(w, scale[:, None], -31, 31)
+            tensors[name + ".q"], tensors[name + ".scale"], meta[name] = codes, scale, "gptq (int6)"
+        else:
+            tensors[name], meta[name] = w.half(), "passthrough (float16)"
+    return b.tg.Quantised(tensors, meta)
+
+
+def ttt(b: Bench) -> list[Row]:
+    """Evaluation of a few documents: one pass, sliding windows, and score-first adaptation."""
+    import numpy as np
+
+    with tempfile.TemporaryDirectory() as temp:
+        folder, count, length = Path(temp), *((4, 600) if b.small else (64, 800))
+        s = b.with_settings(DATA_PATH=folder, **({} if b.small else {"COMPILE": 0}))
+        rng = np.random.default_rng(0)
+        tokens = np.concatenate(
+            [np.append(b.tg.BOS, rng.integers(4, s.vocab_size, length)) for _ in range(count)]
+        )
+        for name, values in (("val", tokens), ("val_bytes", np.where(tokens == b.tg.BOS, 0, 3))):
+            header = np.zeros(b.tg.SHARD_HEADER, "<i4")
+            header[:3] = b.tg.SHARD_MAGIC, b.tg.SHARD_VERSION, len(values)
+            (folder / f"fineweb_{name}_000000.bin").write_bytes(
+                header.tobytes() + values.astype("<u2").tobytes()
+            )
+        val = b.tg.Validation(s)
+        model = b.model(s)
+        scorer = b.tg.Scorer(s, b.world, model)
+        return b.race(
+            "evaluation",
+            {
+                "one pass": lambda: scorer.windows(val, s.eval_seq_len),
+                "sliding windows": lambda: scorer.windows(val, s.eval_stride),
+                "test-time training": lambda: b.tg.PhasedTTT(s, b.world, model, val).run(),
+            },
+            {
+                name: f"{len(tokens):,} tokens"
+                for name in ("one pass", "sliding windows", "test-time training")
+            },
+        )
+
+
+GROUPS: dict[str, Callable[[Bench], list[Row]]] = {
+    "attention": attention,
+    "ce": ce,
+    "mlp": mlp,
+    "step": step,
+    "gptq": gptq,
+    "pack": pack,
+    "ttt": ttt,
+}
+
+
+def show(rows: list[Row]) -> str:
+    """The table; what did not run has no figures."""
+
+    def figure(value, form):
+        return "" if value != value else format(value, form)
+
+    return table(
+        ["group", "contender", "ms", "ratio", "lowest", "highest", "note"],
+        [
+            [
+                r.group,
+                r.name,
+                figure(r.ms, ".3g"),
+                figure(r.ratio, ".2f"),
+                figure(r.low, ".2f"),
+                figure(r.high, ".2f"),
+                r.note,
+            ]
+            for r in rows
+        ],
+    )
+
+
+def main(arguments=None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "groups", nargs="*", metavar="GROUP", help=f"any of {', '.join(GROUPS)} (default: all)"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="times each contender runs (default 7)")
+    parser.add_argument(
+        "--size", choices=("auto", "small", "full"), default="auto", help="auto: full on a GPU"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    args = parser.parse_args(arguments)
+    unknown = [g for g in args.groups if g not in GROUPS]
+    if unknown:
+        raise ToolError(f"unknown group {unknown[0]}: choose from {', '.join(GROUPS)}")
+    if args.rounds < 1:
+        raise ToolError(f"--rounds {args.rounds} must be at least 1")
+    b = Bench(args.rounds, {"auto": None, "small": True, "full": False}[args.size])
+    where = b.torch.cuda.get_device_name(0) if b.cuda else f"CPU, {b.torch.get_num_threads()} threads"
+    print(
+        f"{where}, torch {b.torch.__version__}, {'small' if b.small else 'full'} size, {args.rounds} rounds",
+        flush=True,
+    )
+    rows = [row for name in args.groups or GROUPS for row in GROUPS[name](b)]
+    print(show(rows))
+    if args.json:
+        clean = [{k: None if v != v else v for k, v in asdict(r).items()} for r in rows]
+        write_atomic(
+            Path(args.json),
+            json.dumps(
+                {
+                    "device": where,
+                    "torch": b.torch.__version__,
+                    "rounds": args.rounds,
+                    "size": "small" if b.small else "full",
+                    "rows": clean,
+                },
+                indent=1,
+            )
+            + "\n",
+        )
+        print(f"wrote {relative(args.json)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,194 @@
+"""What the tools share: errors a user can act on, atomic writes, tables, and the files of a run.
+
+A run's folder holds train.log (text, with the source of the script), metrics.jsonl (one object per event) and
+summary.json; final_model.int6.ptz is the artifact. See train_gpt.py for who writes what.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import re
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterable, Sequence
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "train_gpt.py"
+ARTIFACT = "final_model.int6.ptz"
+ARTIFACT_LIMIT = 16_000_000  # bytes of script and artifact together, the competition's cap
+OWN_TO_EACH_RUN = ("SEED", "RUN_ID", "ARTIFACT_DIR", "DATA_DIR", "DATA_PATH", "TOKENIZER_PATH")
+SOURCE_END = "\n" + "=" * 100 + "\n"
+
+
+class ToolError(Exception):
+    """A mistake the user can repair: its text names value, bound and remedy, and is shown alone."""
+
+
+def run_cli(main) -> None:
+    """Run `main()` as a command: a ToolError becomes one line and exit status 2, Ctrl-C 130."""
+    try:
+        sys.exit(main())
+    except ToolError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def need(module: str, purpose: str):
+    """Import a library, or a ToolError that says how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ToolError(
+            f"{purpose} needs the package {module.split('.')[0]} ({error}): "
+            "pip install -r tools/requirements.txt"
+        ) from None
+
+
+def write_atomic(path: Path, data: str | bytes) -> Path:
+    """Write a file completely or not at all."""
+    path = Path(path)
+    data = data.encode() if isinstance(data, str) else data
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as f:
+                f.write(data)
+            os.chmod(temp, 0o644)
+            os.replace(temp, path)
+        except BaseException:
+            os.unlink(temp)
+            raise
+    except OSError as error:
+        raise ToolError(
+            f"cannot write {relative(path)}: {error.strerror}; choose another place or free space"
+        ) from None
+    return path
+
+
+def relative(path: Path | str) -> str:
+    """A path as it is shown and written: relative to the working folder, else its last two parts."""
+    path = Path(path)
+    if not path.is_absolute():
+        return path.as_posix()
+    try:
+        return path.resolve().relative_to(Path.cwd().resolve()).as_posix()
+    except ValueError:
+        return Path(*path.parts[-2:]).as_posix() if len(path.parts) > 2 else path.name
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence], markdown: bool = False) -> str:
+    """Text table, columns aligned (right where every cell looks like a number)."""
+    rows = [[str(c) for c in row] for row in rows]
+    right = [
+        bool(rows) and all(re.fullmatch(r"[-+−<]?[\d.,eE+-]+%?|[-–]?", row[i]) for row in rows)
+        for i in range(len(head))
+    ]
+    width = [max(len(line[i]) for line in [list(head), *rows]) for i in range(len(head))]
+
+    def line(cells):
+        cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, width, right, strict=False)]
+        return "| " + " | ".join(cells) + " |" if markdown else "  ".join(cells).rstrip()
+
+    rule = (
+        ["-" * (w - 1) + ":" if r else "-" * w for w, r in zip(width, right, strict=False)]
+        if markdown
+        else ["-" * w for w in width]
+    )
+    return "\n".join([line(head), line(rule), *map(line, rows)])
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of one run, read once."""
+
+    folder: Path
+    summary: dict
+    events: tuple[dict, ...]
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def seed(self) -> int:
+        return self.summary.get("seed", -1)
+
+    def of(self, event: str) -> list[dict]:
+        """Every event of one kind, in order."""
+        return [e for e in self.events if e.get("event") == event]
+
+    def last(self, event: str) -> dict:
+        """The last event of one kind; empty when there is none."""
+        return next((e for e in reversed(self.events) if e.get("event") == event), {})
+
+    @functools.cached_property
+    def log(self) -> str:
+        """train.log, or a ToolError."""
+        try:
+            return (self.folder / "train.log").read_bytes().decode()
+        except OSError as error:
+            raise ToolError(
+                f"{relative(self.folder)} has no train.log ({error.strerror}): "
+                "give the folder of a finished run"
+            ) from None
+
+    def source(self) -> bytes:
+        """The script as it stands in train.log: what really ran."""
+        begin = re.search(r"^code bytes=\d+.*\n", self.log, re.M)
+        end = self.log.find(SOURCE_END, begin.end()) if begin else -1
+        if end < 0:
+            raise ToolError(
+                f"{relative(self.folder / 'train.log')} does not hold the script's source: "
+                "it is cut or of another script"
+            )
+        text = self.log[begin.end() : end]
+        return text.encode("latin-1" if text.startswith("# coding: latin-1") else "utf-8")
+
+
+def read_events(path: Path) -> tuple[dict, ...]:
+    """The events of a metrics.jsonl; a last line that is still being written is left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise ToolError(f"cannot read {relative(path)}: {error.strerror}; give the folder of a run") from None
+    events = []
+    for number, line in enumerate(lines, 1):
+        try:
+            events += [json.loads(line)] if line.strip() else []
+        except ValueError:
+            if number < len(lines):
+                raise ToolError(
+                    f"line {number} of {relative(path)} is no JSON: the file is damaged"
+                ) from None
+    return tuple(events)
+
+
+def load_run(folder: Path | str, finished: bool = True) -> RunFiles:
+    """A run's summary and events. `finished`: insist on summary.json, which a run writes last."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ToolError(f"{relative(folder)} is no folder: give the folder of a run, such as runs/NAME")
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+    except OSError:
+        if finished:
+            raise ToolError(f"{relative(folder)} has no summary.json: the run did not finish") from None
+        summary = {}
+    except ValueError:
+        raise ToolError(f"{relative(folder / 'summary.json')} is no JSON: the file is damaged") from None
+    return RunFiles(folder, summary, read_events(folder / "metrics.jsonl"))
+
+
+def published() -> dict:
+    """Published results per seed, by name (pr1855, …)."""
+    data = json.loads((Path(__file__).parent / "published.json").read_text())
+    return {k: v for k, v in data.items() if isinstance(v, dict)}
