@@ -1,4 +1,4 @@
-"""What the tests share: a tiny model's settings, made-up shards, and a way to run the script as a user would."""
+"""What the tests share: a tiny model's settings, made-up shards, and the script run as a user would."""
 
 import json
 import os

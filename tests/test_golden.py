@@ -1,7 +1,7 @@
-"""Our own golden numbers: what the suite holds to when the public reference numbers are not beside the repository.
+"""Our own golden numbers: what the suite holds to where the public reference numbers are missing.
 
-They were written by this file (`python tests/test_golden.py`) from a version that passes tests/parity.py. Weights and
-tokens follow formulas, so no random generator is involved.
+They were written by this file (`python tests/test_golden.py`) from a version that passes tests/parity.py.
+Weights and tokens follow formulas, so no random generator is involved.
 """
 
 import json
@@ -43,7 +43,8 @@ def forward_numbers():
         losses.mean().backward()
         out[f"forward.{name}"] = checksum(losses.detach())
         out[f"gradient.{name}"] = [
-            sum(p.grad.double().square().sum().item() for p in model.parameters() if p.grad is not None) ** 0.5
+            sum(p.grad.double().square().sum().item() for p in model.parameters() if p.grad is not None)
+            ** 0.5
         ]
     return out
 

@@ -302,7 +302,7 @@ def plain_backward(
     dp = dy @ v.mT
     ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * D**-0.5
     dq = (ds @ k).permute(2, 0, 1, 3).reshape(N, H, D)
-    return [dq, (ds.mT @ q).sum(1).transpose(0, 1).contiguous(), (p.mT @ dy).sum(1).transpose(0, 1).contiguous()]
+    return [dq, *((x.sum(1).transpose(0, 1).contiguous()) for x in (ds.mT @ q, p.mT @ dy))]
 
 
 @plain_backward.register_fake

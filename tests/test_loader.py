@@ -125,7 +125,8 @@ def write_manifest(folder: Path, **changes) -> None:
         for f in sorted(folder.glob("fineweb_*.bin"))
     ]
     tokenizer = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
-    manifest = dict(files=files, fingerprint="f" * 64, tokenizer=dict(sha256=tokenizer), split=dict(rule="hash"))
+    manifest = dict(files=files, fingerprint="f" * 64, tokenizer=dict(sha256=tokenizer))
+    manifest["split"] = dict(rule="hash")
     (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
 
 

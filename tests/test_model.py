@@ -1,4 +1,4 @@
-"""The forward: causality, documents, adapters, recurrence. Its numbers are held by test_golden and the parity runner."""
+"""The forward: causality, documents, adapters, recurrence. Numbers: test_golden and the parity runner."""
 
 import pytest
 import torch

@@ -290,7 +290,7 @@ def test_a_model_is_read_back_bit_for_bit(monkeypatch, compressor, changes):
 
 
 def test_coarser_steps_until_it_fits(monkeypatch):
-    """The fitter: a limit 20 % below what the settings' steps give is met, and nothing over it is returned."""
+    """The fitter: a limit 20 % below what the settings' steps give is met; nothing over it is returned."""
     monkeypatch.setattr(pack, "SMALL_TENSOR", 1000)
     s = settings(LQER_ENABLED=0)
     rng = torch.Generator().manual_seed(0)

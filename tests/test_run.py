@@ -14,7 +14,8 @@ from conftest import ROOT, documents, environment, run_script, summary, tg, writ
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 KEYS = (
-    "val_bpb val_loss sliding_val_bpb quantized_val_bpb prequant_val_bpb artifact_bytes code_bytes total_bytes steps "
+    "val_bpb val_loss sliding_val_bpb quantized_val_bpb prequant_val_bpb artifact_bytes code_bytes "
+    "total_bytes steps "
     "step_ms train_seconds eval_seconds tokens_scored bytes_scored seed world_size device compliant settings"
 ).split()
 
@@ -23,7 +24,10 @@ KEYS = (
 def finished(data, tmp_path_factory):
     """One whole run: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("run")
-    status, text = run_script(environment(data, ARTIFACT_DIR=folder, ITERATIONS=60, VAL_LOSS_EVERY=1000, MATRIX_LR=0.01, SCALAR_LR=0.005))
+    rates = dict(MATRIX_LR=0.01, SCALAR_LR=0.005)
+    status, text = run_script(
+        environment(data, ARTIFACT_DIR=folder, ITERATIONS=60, VAL_LOSS_EVERY=1000, **rates)
+    )
     assert status == 0, text
     return folder, text
 
