@@ -289,6 +289,9 @@ class Settings:
         largest = max(chunk for _, chunk in chunk_steps(self))
         refuse_if(largest > self.ttt_eval_seq_len, f"a TTT chunk of {largest} tokens exceeds "
                   f"TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}: lower the chunks")
+        refuse_if(self.ttt_doc_order == "stream" and self.ttt_warm_start_a and not self.ttt_shared_a,
+                  "TTT_DOC_ORDER=stream forbids TTT_WARM_START_A=1 with TTT_SHARED_A=0: A would carry what "
+                  "later documents taught it to earlier ones; set TTT_WARM_START_A=0 or TTT_DOC_ORDER=length")
         if (reserve := self.gptq_reserve_seconds) != "auto":
             refuse_if(not is_number(reserve) or float(reserve) < 0,
                       f"GPTQ_RESERVE_SECONDS={reserve} must be a number of seconds >= 0, or auto")
@@ -665,6 +668,8 @@ def read_shard(path: Path) -> np.ndarray:
 def list_shards(folder: Path, kind: str) -> list[Path]:
     """Sorted `fineweb_<kind>_*.bin` of a folder; kind is train, val or val_bytes. UserError when none."""
     folder = Path(folder)
+    if kind == "val" and Validation.sealed:
+        raise RuntimeError(SEALED)
     found = sorted(folder.glob(f"fineweb_{kind}_*.bin"))
     found = [p for p in found if kind != "val" or "_bytes_" not in p.name]
     if not found:
@@ -1011,8 +1016,33 @@ class Documents:
         return self
 
 
+SEALED = "validation tokens are read while the model is made, outside of scoring: that would break the rules"
+
+
 class Validation:
-    """The validation stream: tokens (N,) uint16, bytes of targets (N - 1,) int64, documents, byte rule."""
+    """The validation stream: tokens (N,) uint16, bytes of targets (N - 1,) int64, documents, byte rule. While
+    a run trains, calibrates and packs it is sealed: only an open ledger gets at the tokens."""
+    sealed, ledgers = False, 0
+
+    @classmethod
+    @contextlib.contextmanager
+    def seal(cls):
+        """Inside, reading validation tokens raises unless a ledger is open."""
+        cls.sealed = True
+        try:
+            yield
+        finally:
+            cls.sealed = False
+
+    @property
+    def tokens(self) -> np.ndarray:
+        if self.sealed and not self.ledgers:
+            raise RuntimeError(SEALED)
+        return self.stream
+
+    @tokens.setter
+    def tokens(self, stream: np.ndarray) -> None:
+        self.stream = stream
 
     def __init__(self, s: Settings):
         files = list_shards(s.shards, "val")
@@ -1025,7 +1055,15 @@ class Validation:
                 if len(counts) != len(read_shard(tokens)):
                     raise UserError(f"{f} has {len(counts):,} entries for {len(read_shard(tokens)):,} "
                                     "tokens: the byte sidecar belongs to other shards; fetch both again")
+                if (at := np.flatnonzero((read_shard(tokens) == BOS) & (counts != 0))).size:
+                    raise UserError(f"{f} counts {int(counts[at[0]])} bytes for the BOS at position {at[0]}: "
+                                    "it is the sidecar of other shards; fetch both again")
             self.target_bytes = np.concatenate(sizes)[1:].astype(np.int64)
+            told = [e.get("text_bytes") for e in read_manifest(s).get("files", ())
+                    if e.get("kind") == "val_bytes"]
+            if told and None not in told and sum(told) != self.target_bytes.sum():
+                raise UserError(f"the sidecars of {s.shards} count {self.target_bytes.sum():,} bytes, the "
+                                f"manifest says {sum(told):,}: damaged or of other shards; fetch both again")
         elif s.caseops_enabled:
             raise UserError(f"CASEOPS_ENABLED=1 needs the byte sidecar {sidecars[0]}: fetch it, or set "
                             "CASEOPS_ENABLED=0 for a plain tokenizer")
@@ -1054,6 +1092,9 @@ class Validation:
 
 def check_tokens(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
     """Refuse a token file without documents, not starting with one, or with ids beyond the vocabulary."""
+    if tokens[0] == 0:
+        raise UserError(f"{path} starts with 0, not with BOS (id {BOS}): it is a byte sidecar, not tokens; "
+                        "build the shards again")
     if not (tokens == BOS).any():
         raise UserError(f"{path} holds no BOS (id {BOS}): documents cannot be told apart; build the shards "
                         "again with a BOS before every document")
@@ -2965,6 +3006,7 @@ SCRIPT_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "
                    "dict_size": 1 << 20}]
 
 
+@functools.cache
 def code_bytes() -> int:
     """Size of the script that is running, as shipped."""
     return Path(__file__).stat().st_size
@@ -3031,6 +3073,7 @@ class Ledger:
     asking for the tokens of a document that is not booked raises."""
 
     def __init__(self, val: Validation, device: torch.device):
+        val.ledgers += 1
         self.val, n = val, len(val.tokens) - 1
         self.loss = torch.zeros(n, device=device)
         self.count = torch.zeros(n, dtype=torch.int32, device=device)
@@ -3067,6 +3110,7 @@ class Ledger:
             at = wrong[0]
             raise RuntimeError(f"coverage is broken: {len(wrong):,} targets, the first at {at}, were scored "
                                f"{count[at]} times instead of {int(self.expected[at])}")
+        self.val.ledgers -= 1
         target_bytes = self.val.target_bytes[self.expected].sum()
         return Score(float(loss.sum()), float(target_bytes), int(self.expected.sum()))
 
@@ -3472,27 +3516,41 @@ class Probe(NamedTuple):
     figure: str
 
 
-def probe_streams(s: Settings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Two made-up streams of four documents, equal up to a cut inside a chunk near the end of the second, and
-    the targets (positions) that must not notice what comes after it. In TTT_DOC_ORDER=length only that
-    document changes, since those of one group stand side by side."""
-    chunk, rng = chunk_steps(s)[0][1], np.random.default_rng(s.seed)
-    lengths = (2 * chunk + 9, s.eval_seq_len + chunk // 2 + 7, 3 * chunk + 5, chunk + 3)
+def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
+    """Lengths of six documents, and two tokens of the fourth after which streams are made to differ: inside a
+    chunk in its middle, and inside its last one, beyond every window. The first two documents are a phase's.
+    Rows hold windows of later documents ahead of earlier ones: the first document's second window comes after
+    the fifth's, the second and third document after the sixth."""
+    longest, stride = max(s.eval_seq_len, s.ttt_eval_seq_len), s.eval_stride
+    chunk = next(size for bound, size in chunk_steps(s) if longest + 2 * stride <= bound)
+    chunks = (longest + stride) // chunk + 1
+    lengths = [s.eval_seq_len + stride // 4 + 1, s.eval_seq_len // 8 + 2, chunk + 3,
+               chunks * chunk + chunk // 2 + 1, s.eval_seq_len + stride // 2 + 1, chunk + 4]
+    return lengths, [n * chunk + chunk // 4 for n in (chunks // 2, chunks)]
+
+
+def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """A made-up stream, and for each cut one that differs in all that comes later and the targets (positions)
+    that must not notice. order=length: later are the document's own tokens and shorter documents' groups."""
+    (lengths, cuts), rng = probe_documents(s), np.random.default_rng(s.seed)
     one = np.concatenate([np.append(BOS, rng.integers(4, s.vocab_size, n - 1)) for n in lengths])
-    later = np.arange(len(one)) > lengths[0] + s.eval_seq_len + chunk // 4
-    if s.ttt_doc_order == "length":
-        later[sum(lengths[:2]):] = False
-    other = np.where(later & (one != BOS), 4 + (one - 3) % (s.vocab_size - 4), one)
-    return one, other, np.flatnonzero(~later[1:])
+    document, start, others = np.repeat(np.arange(6), lengths), sum(lengths[:3]), []
+    for cut in cuts:
+        later = np.arange(len(one)) > start + cut
+        if order == "length":
+            shorter = np.take(lengths, document) < sorted(lengths)[-2]
+            later = np.where(document == 3, later, shorter)
+        other = np.where(later & (one != BOS), 4 + (one - 3) % (s.vocab_size - 4), one)
+        others.append((other, np.flatnonzero(~later[:-1] & ~(later[1:] & (one[1:] != BOS)))))
+    return one, others
 
 
 def run_probes(s: Settings, world: World, model: GPT) -> list[Probe]:
     """C1-C4 on made-up tokens, through Scorer and PhasedTTT as the settings have them; every rank for itself.
     The model's weights are as before afterwards."""
     local, before = World(device=world.device), [p.detach().clone() for p in model.parameters()]
-    one, other, kept = probe_streams(s)
-    ttt = dataclasses.replace(s, ttt_batch_size=4, phased_ttt_num_phases=1, global_ttt_chunk_tokens=64,
-                              phased_ttt_prefix_docs=2 * (s.ttt_doc_order == "stream"))
+    ttt = dataclasses.replace(s, ttt_batch_size=2, phased_ttt_num_phases=1, phased_ttt_prefix_docs=2,
+                              global_ttt_chunk_tokens=s.eval_seq_len)
 
     def windows(val: Validation) -> Tensor:
         scorer = Scorer(s, local, model)
@@ -3504,46 +3562,58 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Probe]:
         evaluation.run()
         return evaluation.ledger.loss
 
-    probes = []
-    for name, evaluate in (("windows", windows), ("test-time training", adapted))[:1 + s.ttt_enabled]:
-        losses = []
-        for tokens in (one, other):
-            losses.append(evaluate(Validation.of(tokens)).cpu())
-            with torch.no_grad():
-                for p, q in zip(model.parameters(), before):
-                    p.copy_(q)
-        gap = (losses[0] - losses[1]).abs()
-        earlier, rest = gap[kept].max().item(), gap.max().item()
-        probes.append(Probe(f"C1 {name}", earlier == 0 < rest,
-                            f"change {earlier:g} over {len(kept):,} earlier targets, {rest:.3f} later"))
+    def evaluated(evaluate: Callable, tokens: np.ndarray) -> Tensor:
+        losses = evaluate(Validation.of(tokens)).cpu()
+        with torch.no_grad():
+            for p, q in zip(model.parameters(), before):
+                p.copy_(q)
+        return losses
+
+    probes, booked = [], 0
+    for name, evaluate, order in (("windows", windows, "stream"),
+                                  ("test-time training", adapted, s.ttt_doc_order))[:1 + s.ttt_enabled]:
+        one, others = probe_streams(s, order)
+        losses, seen = evaluated(evaluate, one), []
+        for other, kept in others:
+            gap = (evaluated(evaluate, other) - losses).abs()
+            seen.append((len(kept), gap[kept].max().item(), gap.max().item()))
+        counts, earlier, rest = zip(*seen)
+        booked += len(losses) * (1 + len(seen))
+        probes.append(Probe(f"C1 {name}", max(earlier) == 0 < min(rest),
+                            f"largest change {max(earlier):g} over {sum(counts):,} earlier targets, "
+                            f"{max(rest):.3f} over later ones"))
     probes += probe_normalisation(s, local, model)
-    booked = f"{len(one) - 1:,} targets booked once each, before any step on them"
-    return probes + [Probe("C3 C4 ledger", True, booked)]      # the evaluations above would have raised
+    figure = f"{booked:,} targets booked once each, before any step on them"
+    return probes + [Probe("C3 C4 ledger", True, figure)]      # the evaluations above would have raised
 
 
 @torch.no_grad()
 def probe_normalisation(s: Settings, world: World, model: GPT) -> list[Probe]:
-    """C2: exp(-loss) of every possible next token, each scored as the target, sums to 1."""
-    plan, context, probes = layer_plan(s, True), torch.tensor([[BOS, 4, 5]], device=world.device), []
-    rows, score = 64, Scorer(s, world, model).losses
-    adapter = Adapter(s, plan, rows, world.device, torch.Generator().manual_seed(s.seed))
-    for b in adapter.b.values():
-        b.normal_(0, 0.05, generator=None if b.is_cuda else torch.Generator().manual_seed(s.seed))
-        b.copy_(b[:, :1].expand_as(b).clone())            # one document, asked about every token
-        if not adapter.shared:
-            for a in adapter.a.values():
-                a.copy_(a[:, :1].expand_as(a).clone())
-    for name, low_rank in (("C2 windows", None), ("C2 test-time training", adapter)):
-        total = 0.0
-        for first in range(0, s.vocab_size, rows):
-            targets = torch.arange(first, first + rows, device=world.device)
-            y = context.expand(rows, -1).clone()
-            y[:, -1] = targets.clamp(max=s.vocab_size - 1)
-            losses = score(context.expand(rows, -1), y, plan, None, low_rank)[:, -1]
-            total += torch.exp(-losses.double())[targets < s.vocab_size].sum().item()
-        figure = f"{s.vocab_size:,} probabilities sum to {total:.7f}"
-        probes.append(Probe(name, abs(total - 1) < 1e-4, figure))
-    return probes
+    """C2: exp(-loss) of every possible next token, as the books have it, sums to 1: one short document per
+    token of the vocabulary, scored by windows and under an adapter that has learnt something."""
+    tokens = np.tile(np.array([BOS, 4, 5, 6]), s.vocab_size + 1)[:-3]
+    tokens[3::4] = np.arange(s.vocab_size)
+    val = Validation.of(tokens)
+    scorer = Scorer(s, world, model)
+    scorer.windows(val, s.eval_seq_len)
+    books = {"windows": scorer.ledger}
+    if s.ttt_enabled:
+        ttt, rows = PhasedTTT(s, world, model, val), min(256, s.vocab_size)
+        books["test-time training"], generator = ttt.ledger, torch.Generator().manual_seed(s.seed)
+        adapter = Adapter(s, ttt.plan, rows, world.device, generator)
+        for side in (adapter.b, adapter.a):
+            for p in side.values():          # every document has the same adapter
+                if p.dim() == 4:
+                    one = torch.empty(p[:, :1].shape).normal_(0, 0.05, generator=generator)
+                    p.copy_(one.to(p.device).expand_as(p))
+        for first in (*range(0, s.vocab_size - rows, rows), s.vocab_size - rows):
+            ttt.ledger.count.zero_()         # the last rows are asked about again
+            window = chunk_window(np.full(rows, 3), 0, 3, 0 if s.ttt_kv_reuse else s.ttt_eval_seq_len)
+            ttt.score_chunk(np.arange(first, first + rows) * 4, window, adapter,
+                            KeyCache(s.ttt_eval_seq_len) if s.ttt_kv_reuse else None)
+    totals = {name: torch.exp(-b.loss[2::4].double()).sum().item() for name, b in books.items()}
+    return [Probe(f"C2 {name}", abs(total - 1) < 1e-4, f"{s.vocab_size:,} probabilities sum to {total:.7f}")
+            for name, total in totals.items()]
 
 
 # ============================================================================================================
@@ -3573,8 +3643,22 @@ def check_train_shards(s: Settings) -> str:
 def check_validation(s: Settings) -> str:
     """The whole validation set: headers, BOS, ids, sidecar."""
     val = Validation(s)
+    if val.rule == "table":
+        check_byte_rule(s, val)
     return (f"{len(val.tokens) - 1:,} targets, {len(val.documents):,} documents, "
             f"{int(val.target_bytes.sum()):,} bytes by {val.rule}")
+
+
+def check_byte_rule(s: Settings, val: Validation, documents: int = 200) -> None:
+    """The table's count against the decoded text of the first documents: at most 1 % more (the published rule
+    takes three bytes for a U+2581 that is not a piece's first character)."""
+    sp, counted, text = load_tokenizer(s.tokenizer), 0, 0
+    for a, n in zip(val.documents.start[:documents].tolist(), val.documents.length.tolist()):
+        counted += int(val.target_bytes[a:a + n - 1].sum())
+        text += len(sp.decode([t for t in val.tokens[a + 1:a + n].tolist() if t != BOS]).encode())
+    if counted > 1.01 * text:
+        raise UserError(f"the first validation documents are {text:,} bytes of text, but the byte rule counts "
+                        f"{counted:,}: scores would be too good")
 
 
 def read_manifest(s: Settings) -> dict:
@@ -3621,6 +3705,10 @@ def check_file(path: Path, entry: Mapping, full: bool) -> None:
     if path.stat().st_size != entry["size"]:
         raise UserError(f"{path} has {path.stat().st_size:,} bytes, the manifest says {entry['size']:,}: "
                         "it is truncated or another file; fetch or build it again")
+    if (told := entry.get("text_bytes")) and entry.get("kind") == "val_bytes":
+        if (counted := int(read_shard(path).sum(dtype=np.int64))) != told:
+            raise UserError(f"{path} counts {counted:,} bytes, the manifest says {told:,}: "
+                            "scores would be wrong; fetch or build it again")
     if full:
         if hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest() != entry["sha256"]:
             raise UserError(f"{path} is damaged, its SHA-256 is not the manifest's: fetch or build it again")
@@ -3995,9 +4083,10 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
         size = open_artifact(s, world, model, path)
         run.summary.update(artifact_bytes=size, total_bytes=check_size(size))
     else:
-        clock, stream = learn(s, world, run, model, val)
-        if not s.prequant_only:
-            compress(s, world, run, model, clock, stream.next)
+        with Validation.seal():
+            clock, stream = learn(s, world, run, model, val)
+            if not s.prequant_only:
+                compress(s, world, run, model, clock, stream.next)
         stream.close()
         if not s.quantize_only:
             score = Scorer(s, world, model).windows(val, s.eval_seq_len)

@@ -76,6 +76,23 @@ def test_prefetch_keeps_the_order_and_hands_errors_over(shards):
         tg.Prefetch(Broken(), torch.device("cpu")).next()
 
 
+def test_spoilt_sidecars_are_refused(built):
+    folder, s = built
+    path = folder / "fineweb_val_bytes_000000.bin"
+    counts = np.array(tg.read_shard(path))
+    write_shard(path, counts[::-1])
+    with pytest.raises(tg.UserError, match="for the BOS at position"):
+        tg.Validation(s)
+    write_shard(path, counts)
+    files = [dict(name=path.name, kind="val_bytes", text_bytes=int(counts.sum()) + 1)]
+    write_manifest(folder, files=files)
+    with pytest.raises(tg.UserError, match="the manifest says"):
+        tg.Validation(s)
+    shutil.copy(path, folder / "fineweb_val_000000.bin")
+    with pytest.raises(tg.UserError, match="it is a byte sidecar"):
+        tg.Validation(s)
+
+
 @pytest.mark.parametrize(
     "spoil, words",
     [

@@ -1,0 +1,172 @@
+"""tools/audit.py: PASS on a good run, FAIL with the reason on every kind of bad one, one line on mistakes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, settings, tg
+
+from tools import audit
+from tools.common import ARTIFACT, ToolError, load_run
+
+SOURCE = (ROOT / "train_gpt.py").read_text()
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A whole tiny run (do not change it; see `run`)."""
+    folder = tmp_path_factory.mktemp("audit") / "run"
+    s = settings(DATA_PATH=data, TOKENIZER_PATH=data / "tokenizer.model", ARTIFACT_DIR=folder, ITERATIONS=2)
+    tg.pipeline(s, tg.World(), tg.Run(s, tg.World()), "test")
+    return folder
+
+
+@pytest.fixture
+def run(finished, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_PATH", str(data))
+    monkeypatch.setenv("TOKENIZER_PATH", str(data / "tokenizer.model"))
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def change(folder, **values):
+    path = folder / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def audited(folder, capsys, *args):
+    """(exit status, what was printed, the report)."""
+    status = audit.main([str(folder / ARTIFACT), *map(str, args)])
+    return status, capsys.readouterr().out, (folder / "audit.md").read_text()
+
+
+def test_a_good_run_passes_with_figures(run, capsys):
+    status, printed, report = audited(run, capsys)
+    assert status == 0, printed
+    assert "PASS  C1 windows: " in printed and "probabilities sum to 1.0000" in printed
+    assert printed.strip().splitlines()[-1].startswith("PASS: ")
+    for text in ("C1 test-time training", "878 scored of 878", "of 16,000,000 bytes", "s of 600 s",
+                 "data/check.py", "fingerprint"):
+        assert text in report, text
+    assert str(run.parent) not in report and len(report.splitlines()) < 80
+
+
+ATTENTION = "y = attention(q, *((k, v) if c.cache is None else c.cache.extend(slot, k, v))"
+ROUND = "rounds.append(Round(longest_first(grouped(everything[begin:end])), everything"
+BOOK = "        self.ledger.book(positions, losses[keep])\n"
+PLAN = "        rounds = ttt_rounds(self.s, self.lengths)\n"
+LOSS = "        return losses.view(targets.shape)\n"
+WINDOW = "        windows.append((begin, min(begin + seq_len, total), begin + seq_len - stride))\n"
+MUTANTS = {   # the line to change, what it becomes, the row that fails and why
+    "smear": ("follows = ids[:, 1:] != BOS", "layout, follows = None, ids[:, 1:] >= 0", "C1 windows: "),
+    "attention": (ATTENTION + ", c.layout)", ATTENTION + ")", "C1 windows: "),
+    "tilt": (LOSS, LOSS.replace("losses.view", "(losses - 0.1 * (targets.flatten() % 4 == 0)).view"), "C2 "),
+    "selection": (LOSS, LOSS.replace(")\n", ").clamp(max=4.0)\n"), "C2 "),
+    "unbooked": (BOOK, "", "probes: an adapter step on a target that is not scored"),
+    "twice": (BOOK, 2 * BOOK, "probes: target "),
+    "phase": (ROUND + "[:end]))", ROUND + "))", "probes: the document at "),
+    "ahead": (PLAN, PLAN + "        self.global_phase(Booked(self.val.tokens))\n", "C1 test-time training: "),
+    "tail": (WINDOW, WINDOW.replace("windows.append((", "windows += [(").replace("stride))", "stride)] * "
+                                                                              "(begin + seq_len <= total)"),
+             "probes: coverage is broken"),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_fails_with_the_reason(run, name, capsys):
+    """Judged by this repository's probes, though the script's own would find nothing."""
+    old, new, row = MUTANTS[name]
+    assert SOURCE.count(old) == 1, f"{name}: the line to change is gone"
+    lying = SOURCE.replace(old, new).replace("def run_probes(", "def run_probes_unused(", 1)
+    lying = lying.replace("def run_checks(", "def run_probes(*a):\n    return []\n\n\ndef run_checks(", 1)
+    script = run / "script.py"
+    script.write_text(lying)
+    status, printed, report = audited(run, capsys, script)
+    assert status == 1 and "FAIL: " in printed
+    failed = [line for line in printed.splitlines() if line.startswith("FAIL  ")]
+    assert any(line.startswith(f"FAIL  {row}") for line in failed), printed
+    assert "**FAIL**" in report and any(line.startswith("FAIL  the script that ran") for line in failed)
+
+
+def files_only(folder) -> dict:
+    """Rows of what the files say, by name; without the probes."""
+    opened = audit.open_audit(audit.argparse.Namespace(artifact=folder / ARTIFACT, script=None, full=False))
+    files = (audit.conditions_logged, audit.coverage, audit.budgets, audit.flags)
+    return {c.what: c for look in files for c in look(opened.run)} | {c.what: c for c in audit.sizes(opened)}
+
+
+@pytest.mark.parametrize("changes, row", [
+    (dict(tokens_scored=877), "every target scored once"),
+    (dict(tokens_scored=877), "targets of the validation shards"),
+    (dict(val_bpb=1.0), "arithmetic of the score"),
+    (dict(train_seconds=600.2), "training, calibration and packing"),
+    (dict(eval_seconds=700.0), "evaluation"), (dict(compliant=False), "the run calls itself compliant"),
+    (dict(not_compliant_because=["a reason"]), "the run calls itself compliant"),
+    (dict(artifact_bytes=5), "the artifact that the run counted"),
+    (dict(probes={"C1 windows": {"ok": False, "figure": "0.1"}}), "probes of the run itself")])
+def test_what_the_files_say(run, changes, row):
+    assert all(c.ok is not False for c in files_only(run).values())
+    change(run, **changes)
+    assert files_only(run)[row].ok is False
+
+
+def test_a_run_without_coverage_or_with_a_part_of_the_documents(run):
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.dumps(e) + "\n" for e in events if e["event"] != "coverage"]
+    (run / "metrics.jsonl").write_text("".join(lines))
+    change(run, settings={**load_run(run).summary["settings"], "VAL_DOC_FRACTION": 0.5})
+    rows = files_only(run)
+    assert rows["every target scored once"].ok is False and rows["whole validation set"].ok is False
+
+
+def test_an_artifact_over_the_limit(run, monkeypatch):
+    monkeypatch.setattr(audit, "ARTIFACT_LIMIT", 1000)
+    assert files_only(run)["artifact + script"].ok is False
+
+
+def test_bytes_that_are_not_the_datas(run, capsys):
+    said = load_run(run).summary
+    change(run, bytes_scored=said["bytes_scored"] + 7,
+           val_bpb=said["val_bpb"] * said["bytes_scored"] / (said["bytes_scored"] + 7))
+    status, printed, _ = audited(run, capsys)
+    assert status == 1 and "FAIL  bytes that the score divides by" in printed
+
+
+def test_an_artifact_alone(run, tmp_path, capsys, monkeypatch):
+    """Settings from the environment, the repository's script."""
+    for key, value in load_run(run).summary["settings"].items():
+        if not key.endswith(("_PATH", "_DIR")):
+            monkeypatch.setenv(key, str(int(value)) if isinstance(value, bool) else str(value))
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(run / ARTIFACT, alone)
+    status, printed, report = audited(alone, capsys)
+    assert status == 0 and "none beside the artifact" in report
+
+
+def test_mistakes_are_one_line(run, tmp_path):
+    def refused(*args, **env):
+        done = subprocess.run([sys.executable, str(ROOT / "tools/audit.py"), *map(str, args)], cwd=ROOT,
+                              capture_output=True, text=True, env={**os.environ, **env})
+        assert done.returncode == 2 and done.stderr.startswith("error: "), done
+        assert done.stderr.count("\n") == 1, done
+        return done.stderr
+
+    assert "does not exist" in refused(tmp_path / "none.ptz")
+    assert "does not exist" in refused(run / ARTIFACT, tmp_path / "none.py")
+    (tmp_path / "foreign.py").write_text("class UserError(Exception): pass\n")
+    assert "no script of this kind" in refused(run / ARTIFACT, tmp_path / "foreign.py")
+    (run / ARTIFACT).write_bytes((run / ARTIFACT).read_bytes()[:-9])
+    assert ARTIFACT in refused(run / ARTIFACT)
+
+
+def test_a_summary_without_settings(run):
+    change(run, settings=None)
+    path = run / "summary.json"
+    summary = json.loads(path.read_text())
+    del summary["settings"]
+    path.write_text(json.dumps(summary))
+    with pytest.raises(ToolError, match="did not finish"):
+        files_only(run)
