@@ -3657,7 +3657,7 @@ def check_byte_rule(s: Settings, val: Validation, documents: int = 200) -> None:
         counted += int(val.target_bytes[a:a + n - 1].sum())
         text += len(sp.decode([t for t in val.tokens[a + 1:a + n].tolist() if t != BOS]).encode())
     if counted > 1.01 * text:
-        raise UserError(f"the first validation documents are {text:,} bytes of text, but the byte rule counts "
+        raise UserError(f"the first documents are {text:,} bytes of text, but the byte rule counts "
                         f"{counted:,}: scores would be too good")
 
 

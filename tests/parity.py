@@ -25,7 +25,6 @@ import math
 import os
 import re
 import sys
-import types
 from functools import cached_property
 from pathlib import Path
 
@@ -852,7 +851,7 @@ class Seen:
             fx.close(f"chunk {k} losses", got["losses"], fx.arrays[f"chunk{k}.per_token_loss"], atol=5e-5)
 
 
-def validation_stream(fx: Fixture, s: tg.Settings) -> types.SimpleNamespace:
+def validation_stream(fx: Fixture, s: tg.Settings) -> tg.Validation:
     """The fixture's validation shards as the trainer's scorers take them: tokens, target_bytes, documents.
 
     The stream is cut to k·EVAL_SEQ_LEN + 1 tokens, which the reference did and the trainer does not; and the
@@ -867,7 +866,9 @@ def validation_stream(fx: Fixture, s: tg.Settings) -> types.SimpleNamespace:
         nbytes = np.concatenate(sidecars)[1:len(tokens)].astype(np.int64)
     else:
         nbytes = tg.ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size).count(tokens[:-1], tokens[1:])
-    return types.SimpleNamespace(tokens=tokens, target_bytes=nbytes, documents=tg.Documents(tokens))
+    val = tg.Validation.of(tokens)
+    val.target_bytes = nbytes
+    return val
 
 
 def check_eval_val(fx: Fixture) -> None:

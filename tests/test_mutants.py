@@ -402,9 +402,9 @@ def test_bytes_of_operators(shards_of):
     operators = (np.array(shards.read_shard(side)) == 0) & (np.array(shards.read_shard(val)) != tg.BOS)
     assert operators.sum() > 20
     spoil(side, lambda v: np.where(operators, 1, v))
-    with pytest.raises(tg.UserError, match="the documents have"):
+    with pytest.raises(tg.UserError, match="the manifest says"):
         tg.check_manifest(s)
-    with pytest.raises(tg.UserError, match="not the manifest's|the documents have"):
+    with pytest.raises(tg.UserError, match="not the manifest|the manifest says"):
         tg.check_manifest(dataclasses.replace(s, data_check="full"))
     manifest = folder / "manifest.json"
     manifest.unlink()                       # and on folders that come without one, token by token
