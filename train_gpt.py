@@ -1687,11 +1687,13 @@ def _(dloss, logits, targets, lse, cap):
 
 
 def ce_save(ctx, inputs, output):
+    """What the backward of the fused cross-entropy needs."""
     ctx.save_for_backward(*inputs[:2], output[1])
     ctx.cap = inputs[2]
 
 
 def ce_autograd(ctx, dloss, dlse):
+    """Gradient of the logits; targets and cap have none."""
     logits, targets, lse = ctx.saved_tensors
     return ce_backward(dloss, logits, targets, lse, ctx.cap), None, None
 
@@ -1882,7 +1884,7 @@ def plain_rows(q, k, v, left: int) -> Tensor:
     return y.transpose(1, 2)
 
 
-# FlashAttention-4 registers no custom ops (its issue #2154), and PyTorch 2.13's activate_flash_attention_impl
+# FlashAttention-4 registers no custom ops, and PyTorch 2.13's activate_flash_attention_impl
 # unpacks two results where 4.0.0b36 returns five: so we call its two inner functions ourselves, by keyword.
 def fa4_call(name: str, *tensors, cu, longest, left):
     """_flash_attn_fwd or _flash_attn_bwd, with those of our options that the installed release knows."""
@@ -1928,11 +1930,13 @@ def _(dy, q, k, v, y, lse, cu, longest, left):
 
 
 def fa4_save(ctx, inputs, output):
+    """What FlashAttention-4's backward needs."""
     q, k, v, cu, ctx.longest, ctx.left = inputs
     ctx.save_for_backward(q, k, v, *output, cu)
 
 
 def fa4_autograd(ctx, dy, dlse):
+    """Gradients of q, k and v."""
     return *fa4_backward(dy, *ctx.saved_tensors, ctx.longest, ctx.left), None, None, None
 
 
@@ -2616,6 +2620,7 @@ PREFIX = struct.Struct("<8sHI8s")                # magic, version, bytes of JSON
 
 
 def digest_of(data: bytes) -> bytes:
+    """64-bit checksum."""
     return hashlib.blake2b(data, digest_size=8).digest()
 
 
