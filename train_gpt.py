@@ -312,6 +312,7 @@ class Settings:
                             f"{self.train_seq_len}: with TRAIN_LOADER={self.train_loader} TRAIN_BATCH_TOKENS "
                             f"must be a multiple of {parts * self.train_seq_len}")
         return accum, tokens
+
     @property
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
@@ -665,6 +666,8 @@ def read_shard(path: Path) -> np.ndarray:
     if count < 2:
         raise UserError(f"{path} holds {count} tokens: at least 2 are needed; {remedy}")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
+
+
 def list_shards(folder: Path, kind: str) -> list[Path]:
     """Sorted `fineweb_<kind>_*.bin` of a folder; kind is train, val or val_bytes. UserError when none."""
     folder = Path(folder)
@@ -1802,94 +1805,85 @@ INSTALL = {"fa3": "FlashAttention 3's wheel for this torch and CUDA (Hopper)",
            "torch": "pip install 'torch>=2.10' with CUDA (Ampere or newer)"}
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, layout=None, window: int | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> Tensor:
     """Causal attention: q (B, T, H, D), k, v (B, T', K, D) with H a multiple of K -> (B, T, H, D).
 
     layout None: each row is one document; if T' > T, the queries are the last T of its T' positions (cached
     keys). Otherwise the rows, laid end to end, are cut at layout.cu_seqlens (int32, its end padded with the
-    total) into documents of at most layout.max_seqlen, and nothing is seen across a cut. `window`: a query
-    sees that many keys at most, itself included. Raises UserError if T' < T, if a layout meets T' != T, or if
-    window < 1.
+    total) into documents of at most layout.max_seqlen, and nothing is seen across a cut. Raises UserError if
+    T' < T or if a layout meets T' != T.
     """
     if k.shape[1] < q.shape[1] or (layout is not None and k.shape[1] != q.shape[1]):
         raise UserError(f"attention got {q.shape[1]} queries and {k.shape[1]} keys a row: under a layout "
                         "they must be equal, without one keys may be more; pass layout=None with cached keys")
-    if window is not None and window < 1:
-        raise UserError(f"attention window is {window}, must be at least 1; use None for no window")
     # Flash kernels exist in half precision on CUDA only; float32 (parity, tests) takes the exact road.
     name = ATTENTION if q.is_cuda and q.dtype in HALF else "plain"
     cu, longest = (None, k.shape[1]) if layout is None else (layout.cu_seqlens, layout.max_seqlen)
-    return BACKENDS[name](q, k, v, cu, longest, -1 if window is None else window - 1)
+    return BACKENDS[name](q, k, v, cu, longest)
 
 
-# Every backend: q (B, T, H, D), k, v (B, T', K, D), cu (n + 1) int32 or None, the longest key sequence, and
-# the keys before its own that a query sees (-1: all) -> (B, T, H, D). All align the causal mask bottom-right.
-def attend_fa3(q, k, v, cu, longest, left):
+# Every backend: q (B, T, H, D), k, v (B, T', K, D), cu (n + 1) int32 or None, the longest key sequence
+# -> (B, T, H, D). All align the causal mask bottom-right.
+def attend_fa3(q, k, v, cu, longest):
     """FlashAttention-3: registers its own custom ops, so torch.compile traces it as it is."""
     if cu is None:
-        y = FLASH["fa3"].flash_attn_func(q, k, v, causal=True, window_size=(left, -1))
+        y = FLASH["fa3"].flash_attn_func(q, k, v, causal=True)
     else:
         y = FLASH["fa3"].flash_attn_varlen_func(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu, cu,
-                                                longest, longest, causal=True, window_size=(left, -1))
+                                                longest, longest, causal=True)
     return (y[0] if isinstance(y, tuple) else y).view(q.shape)      # early releases return (y, lse)
 
 
-def attend_fa4(q, k, v, cu, longest, left):
+def attend_fa4(q, k, v, cu, longest):
     """FlashAttention-4, behind our own custom op: its Python cannot be traced."""
     if cu is None:
-        return fa4_forward(q, k, v, None, longest, left)[0]
-    return fa4_forward(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu, longest, left)[0].view(q.shape)
+        return fa4_forward(q, k, v, None, longest)[0]
+    return fa4_forward(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu, longest)[0].view(q.shape)
 
 
-def attend_torch(q, k, v, cu, longest, left):
+def attend_torch(q, k, v, cu, longest):
     """PyTorch's own kernels: SDPA for plain causal squares, else the FlashAttention-2 inside varlen_attn."""
     (B, T, H, _), keys = q.shape, k.shape[1]
-    if cu is None and left < 0 and T == keys:
-        return attend_plain(q, k, v, cu, longest, left)
+    if cu is None and T == keys:
+        return plain_rows(q, k, v)
     rows = torch.arange(B + 1, device=q.device, dtype=torch.int32) if cu is None else None
     cu_q, cu_k = (cu, cu) if rows is None else (rows * T, rows * keys)
     y = FLASH["torch"].varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_q, cu_k,
-                                   T if cu is None else longest, longest, window_size=(left, 0),
+                                   T if cu is None else longest, longest, window_size=(-1, 0),
                                    enable_gqa=H != k.shape[2])
     return y.view(q.shape)
 
 
-def attend_plain(q, k, v, cu, longest, left):
+def attend_plain(q, k, v, cu, longest):
     """The twin the others are held to: SDPA on any device and dtype, one document at a time where packed."""
     if cu is None:
-        return plain_rows(q, k, v, left)
+        return plain_rows(q, k, v)
     rows = [x.flatten(0, 1)[None] for x in (q, k, v)]
     bounds = cu.tolist()                                # the padding at its end is segments of length zero
-    parts = [plain_rows(*(x[:, a:b] for x in rows), left) for a, b in zip(bounds, bounds[1:]) if b > a]
+    parts = [plain_rows(*(x[:, a:b] for x in rows)) for a, b in zip(bounds, bounds[1:]) if b > a]
     return torch.cat(parts, dim=1).view(q.shape)
 
 
 BACKENDS = {"fa3": attend_fa3, "fa4": attend_fa4, "torch": attend_torch, "plain": attend_plain}
 
 
-def causal_mask(T: int, keys: int, left: int, device) -> Tensor:
-    """(T, keys) bool: key j is seen by query i, which stands at position i + keys - T."""
-    back = torch.arange(keys - T, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    return (back >= 0) & (back <= left) if left >= 0 else back >= 0
-
-
-def plain_rows(q, k, v, left: int) -> Tensor:
+def plain_rows(q, k, v) -> Tensor:
     """Rows that are one document each: q (B, T, H, D), k, v (B, T', K, D) -> (B, T, H, D), through SDPA."""
-    T, keys = q.shape[1], k.shape[1]
-    square = left < 0 and T == keys                     # is_causal is aligned top-left
-    mask = None if square else causal_mask(T, keys, left, q.device)
+    T, keys, mask = q.shape[1], k.shape[1], None
+    if T != keys:                                       # is_causal is aligned top-left
+        mask = torch.arange(keys - T, keys, device=q.device)[:, None] >= torch.arange(keys, device=q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=grouped)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return y.transpose(1, 2)
 
 
 # FlashAttention-4 registers no custom ops, and PyTorch 2.13's activate_flash_attention_impl
 # unpacks two results where 4.0.0b36 returns five: so we call its two inner functions ourselves, by keyword.
-def fa4_call(name: str, *tensors, cu, longest, left):
+def fa4_call(name: str, *tensors, cu, longest):
     """_flash_attn_fwd or _flash_attn_bwd, with those of our options that the installed release knows."""
     function = getattr(FLASH["fa4"], name)
-    options = dict(causal=True, window_size_left=None if left < 0 else left, cu_seqlens_q=cu, cu_seqlens_k=cu,
+    options = dict(causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu,
                    max_seqlen_q=None if cu is None else longest, max_seqlen_k=None if cu is None else longest,
                    return_lse=True)
     known = parameter_names(function)
@@ -1903,71 +1897,69 @@ def parameter_names(function) -> frozenset[str]:
 
 
 @torch.library.custom_op("golf::fa4", mutates_args=())
-def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, longest: int,
-                left: int) -> tuple[Tensor, Tensor]:
+def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
     """Rows (B, T, H, D) with cu None, or packed (N, H, D) -> y like q, and log Σ exp (B, H, T) or (H, N)."""
-    y, lse = fa4_call("_flash_attn_fwd", q, k, v, cu=cu, longest=longest, left=left)[:2]
+    y, lse = fa4_call("_flash_attn_fwd", q, k, v, cu=cu, longest=longest)[:2]
     return y.contiguous(), lse.contiguous()
 
 
 @fa4_forward.register_fake
-def _(q, k, v, cu, longest, left):
+def _(q, k, v, cu, longest):
     *rows, T, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((*rows, H, T), dtype=torch.float32)
 
 
 @torch.library.custom_op("golf::fa4_backward", mutates_args=())
 def fa4_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu: Tensor | None,
-                 longest: int, left: int) -> list[Tensor]:
+                 longest: int) -> list[Tensor]:
     """dy, q, y (…, H, D), k, v (…, K, D) -> dq, dk, dv."""
-    grads = fa4_call("_flash_attn_bwd", q, k, v, y, dy.contiguous(), lse, cu=cu, longest=longest, left=left)
+    grads = fa4_call("_flash_attn_bwd", q, k, v, y, dy.contiguous(), lse, cu=cu, longest=longest)
     return [g.contiguous() for g in grads[:3]]
 
 
 @fa4_backward.register_fake
-def _(dy, q, k, v, y, lse, cu, longest, left):
+def _(dy, q, k, v, y, lse, cu, longest):
     return [x.new_empty(x.shape) for x in (q, k, v)]
 
 
 def fa4_save(ctx, inputs, output):
     """What FlashAttention-4's backward needs."""
-    q, k, v, cu, ctx.longest, ctx.left = inputs
+    q, k, v, cu, ctx.longest = inputs
     ctx.save_for_backward(q, k, v, *output, cu)
 
 
 def fa4_autograd(ctx, dy, dlse):
     """Gradients of q, k and v."""
-    return *fa4_backward(dy, *ctx.saved_tensors, ctx.longest, ctx.left), None, None, None
+    return *fa4_backward(dy, *ctx.saved_tensors, ctx.longest), None, None
 
 
 fa4_forward.register_autograd(fa4_autograd, setup_context=fa4_save)
 
 
-def attention_probe(backend, device, keys: int, cu: list[int] | None, left: int) -> list[Tensor]:
+def attention_probe(backend, device, keys: int, cu: list[int] | None) -> list[Tensor]:
     """y, dq, dk, dv (flat) of a fixed small bf16 problem, 128 queries, 8 query and 4 key heads of 64."""
     random = torch.Generator().manual_seed(0)
     q, k, v, dy = (torch.randn(1, T, heads, 64, generator=random).to(device, torch.bfloat16)
                    for T, heads in ((128, 8), (keys, 4), (keys, 4), (128, 8)))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     cu = None if cu is None else torch.tensor(cu, dtype=torch.int32, device=device)
-    y = backend(*leaves, cu, keys, left)
+    y = backend(*leaves, cu, keys)
     return [x.detach().float().flatten() for x in (y, *torch.autograd.grad(y, leaves, dy))]
 
 
 def self_test(name: str, device: torch.device) -> str:
     """How a loaded backend fails, empty if it does not: forward and backward against the plain twin.
 
-    Packed with a padded end, with a window, square, with cached keys; through torch.compile without graph
+    Packed with a padded end, square, with cached keys; through torch.compile without graph
     breaks. What the model would meet in its first step is met here, in seconds.
     """
     backend = torch.compile(BACKENDS[name], fullgraph=True, dynamic=False, backend="aot_eager")
-    cuts = [0, 40, 41, 128, 128]
-    for problem in ((128, cuts, -1), (128, cuts, 15), (128, None, -1), (192, None, -1)):
+    for problem in ((128, [0, 40, 41, 128, 128]), (128, None), (192, None)):
         with torch.enable_grad():
             got, want = (attention_probe(f, device, *problem) for f in (backend, attend_plain))
         error = max(float((a - b).norm() / b.norm()) for a, b in zip(got, want))
         if not error < 0.03:                            # bf16 gives 0.005; NaN fails too
-            return f"differs from the plain twin by {error:.1%} (bound 3%) at keys, cu, left = {problem}"
+            return f"differs from the plain twin by {error:.1%} (bound 3%) at keys, cu = {problem}"
     return ""
 
 
@@ -2596,6 +2588,7 @@ def dequantise(q: Quantised) -> dict[str, Tensor]:
             w = w + a @ b
         weights[name] = w
     return weights
+
 
 @torch.no_grad()
 def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str) -> None:

@@ -160,7 +160,7 @@ def attention(b: Bench) -> list[Row]:
     dy = b.random(1, total, 8, 64)
 
     def run(backend):
-        b.torch.autograd.grad(backend(q, k, v, cuts, longest, -1), (q, k, v), dy)
+        b.torch.autograd.grad(backend(q, k, v, cuts, longest), (q, k, v), dy)
 
     contenders, skipped = {}, []
     for name in sorted(b.tg.BACKENDS, key=lambda n: n != "plain"):
