@@ -3,6 +3,7 @@
     python tools/bench.py                          # every group
     python tools/bench.py attention gptq           # some: attention, ce, mlp, step, gptq, pack, ttt
     python tools/bench.py --rounds 9 --json bench.json
+    python tools/bench.py --account --size full    # counted FLOPs, bytes, floors; measured too on a GPU
 
 Within a group the contenders take turns, round after round, so that a machine that slows down slows all of
 them; the ratio is the median over rounds of (reference time / contender time): 2.0 means twice as fast. Only
@@ -24,6 +25,7 @@ from typing import Callable
 if __package__ in (None, ""):  # run as a script: make `tools` importable from anywhere
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from tools.account import account
 from tools.common import ROOT, ToolError, relative, run_cli, table, write_atomic
 
 SMALL = dict(
@@ -354,6 +356,9 @@ def main(arguments=None) -> int:
     parser.add_argument(
         "--size", choices=("auto", "small", "full"), default="auto", help="auto: full on a GPU"
     )
+    parser.add_argument(
+        "--account", action="store_true", help="FLOPs, bytes and floors of every operator group instead"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     args = parser.parse_args(arguments)
     unknown = [g for g in args.groups if g not in GROUPS]
@@ -367,6 +372,9 @@ def main(arguments=None) -> int:
         f"{where}, torch {b.torch.__version__}, {'small' if b.small else 'full'} size, {args.rounds} rounds",
         flush=True,
     )
+    if args.account:
+        print(account(b, counts_only=not (b.cuda or b.small)))
+        return 0
     rows = [row for name in args.groups or GROUPS for row in GROUPS[name](b)]
     print(show(rows))
     if args.json:
