@@ -6,14 +6,10 @@
 Only maximal runs of ASCII letters change:
     all capitals, two or more letters      U+E002 + lower case            HTTP
     first letter capital, the rest lower   U+E001 + lower case            The, I
-    anything else with capitals            U+E001 in front if the first letter is a capital, U+E003 in front
-    of
-                                           every later capital, lower case   McDonald, iPhone
-A literal U+E001..U+E004 in the text is preceded by U+E004. All other characters stay. `decode(encode(s)) ==
-s` for every str, lone surrogates included.
-
-The work is a few array operations per text: dense ones to find capitals and operators, the rest only at those
-places.
+    anything else with capitals            U+E001 before a first letter that is a capital, U+E003 before every
+                                           later capital, all in lower case   McDonald, iPhone
+A literal U+E001..U+E004 in the text is preceded by U+E004. All other characters stay. `decode(encode(s))
+== s` for every str, lone surrogates included.
 """
 from __future__ import annotations
 
@@ -25,8 +21,7 @@ _CHUNK = 1 << 15                                          # characters worked on
 
 
 class CaseOpsError(ValueError):
-    """A text that no transformed text can look like: an operator with nothing to act on, or in a wrong place.
-    """
+    """A text that is no transformed text: an operator has nothing to act on, or is in a wrong place."""
 
 
 def encode(text: str) -> str:
@@ -69,8 +64,7 @@ def _chunks(text: str):
 
 
 def decode(text: str) -> str:
-    """Invert `encode`; also accepts unusual but unambiguous use of operators. Raises CaseOpsError otherwise.
-    """
+    """Invert `encode`; unusual but unambiguous use of operators is accepted, else CaseOpsError."""
     if text.isascii():
         return text
     units = _units(text)
@@ -112,9 +106,7 @@ def original_bytes(encoded: bytes) -> np.ndarray:
 
 
 def _units(text: str) -> np.ndarray:
-    """Characters as the narrowest unsigned integers: ASCII bytes, UTF-16, or code points if surrogates are
-    alone.
-    """
+    """Characters as unsigned integers: ASCII, UTF-16, or code points where surrogates stand alone."""
     if text.isascii():
         return np.frombuffer(text.encode("ascii"), np.uint8)
     try:
@@ -163,9 +155,7 @@ def _capital_operators(units: np.ndarray, capital: np.ndarray):
 
 
 def _resolve_escapes(at: np.ndarray, codes: np.ndarray):
-    """Split operators: (those that act, all to be dropped). (at, None) if an escape is not before an
-    operator.
-    """
+    """Split operators: (those that act, all to be dropped). (at, None) for an escape before no operator."""
     acts, drop, escape = [], [], None
     for position, code in zip(at.tolist(), codes.tolist(), strict=True):
         if escape is not None:
@@ -207,8 +197,7 @@ def _capitals(units: np.ndarray, at: np.ndarray, codes: np.ndarray):
 
 
 def _decode_spelled_out(text: str) -> str:
-    """Decode character by character: the definition of what operators mean, and the source of error messages.
-    """
+    """Decode character by character: the definition of what operators mean, and the source of messages."""
     out, in_word, capitals = [], False, False             # capitals: inside a word opened by ALLCAPS
     mode, following, escaped = None, False, False         # operators that wait for their letter
     for i, char in enumerate(text):

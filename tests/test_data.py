@@ -25,9 +25,8 @@ PARITY = ROOT.parent / "shared" / "parity"
 needs_parity = pytest.mark.skipif(not PARITY.exists(), reason="reference numbers not here")
 
 ODD = ["", " ", "  two  spaces  ", "\n\n\ttabs\tand\nlines \n", "literal \u2581 sign\u2581\u2581 again",
-       "\u2581", "NUL \0 inside", "\ue001 \ue004\ue002 operators", "<s> <unk> <0x41> </s>", "Ünïcödé 中文字 "
-                                                                                            "العربية "
-                                                                                  "\U0001f600",
+       "\u2581", "NUL \0 inside", "\ue001 \ue004\ue002 operators", "<s> <unk> <0x41> </s>",
+       "Ünïcödé 中文字 العربية \U0001f600",
        "e\u0301 \ufb01 \uff21 \u200b\u3000\u00a0", "The HTTP of McDonald's iPhone"]
 
 
@@ -35,8 +34,7 @@ def words(seed: int, count: int) -> str:
     """Made-up English-like text that is the same everywhere."""
     rng = np.random.default_rng(seed)
     stock = ("The river and a House of NASA were quiet; people, however, said nothing to McDonald about 1984 "
-             "or "
-             "\"why\" Zoë's café (near Main Street) had closed again.\n\nIt was late").split(" ")
+             "or \"why\" Zoë's café (near Main Street) had closed again.\n\nIt was late").split(" ")
     return " ".join(stock[i] for i in rng.integers(0, len(stock), count))
 
 
@@ -301,8 +299,8 @@ def test_first_documents_split_drops_training_copies(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("line, message", [
     (b"{not json}", "docs.jsonl, line 2: not JSON"), (b'{"body": "x"}', "no string 'text'.*--text-field"),
-    (b'{"text": "\xff"}', "line 2: .*--invalid replace"), (b'{"text": "\\ud800"}', "line 2: .*--invalid "
-                                                                                   "replace"),
+    (b'{"text": "\xff"}', "line 2: .*--invalid replace"),
+    (b'{"text": "\\ud800"}', "line 2: .*--invalid replace"),
     (b"[1]", "no string 'text'")])
 def test_bad_documents(line, message, tmp_path):
     path = tmp_path / "docs.jsonl"
@@ -383,8 +381,8 @@ FAULTS = {
     "first BOS gone": (lambda f: rewrite(f / VAL0, set_value(0, 50)), VAL0, "token 0: id 50 instead of BOS"),
     "one BOS gone": (lambda f: rewrite(f / VAL0, lambda v: set_value(np.flatnonzero(v == BOS)[2], 50)(v)), "",
                      "BOS tokens on the val side"),
-    "vocabulary": (lambda f: rewrite(f / VAL0, set_value(123, 340)), VAL0, "token 123: id 340 .* vocabulary "
-                                                                           "of 340"),
+    "vocabulary": (lambda f: rewrite(f / VAL0, set_value(123, 340)), VAL0,
+                   "token 123: id 340 .* vocabulary of 340"),
     "planted": (plant, "fineweb_train", "a training document that is a validation document"),
     "missing shard": (lambda f: (f / TRAIN1).unlink(), TRAIN1, "not there"),
     "foreign shard": (lambda f: shutil.copy(f / VAL0, f / TRAIN99), TRAIN99, "comes from elsewhere"),
