@@ -14,12 +14,21 @@ def test_every_group_runs_and_writes_json(tmp_path):
     assert bench.main(["--rounds", "1", "--size", "small", "--json", str(out)]) == 0
     found = json.loads(out.read_text())
     groups = {r["group"] for r in found["rows"]}
-    assert groups == {"attention", "cross-entropy", "MLP", "train step", "GPTQ", "packing", "evaluation"}
+    assert groups == {
+        "attention",
+        "cross-entropy",
+        "MLP",
+        "train step",
+        "GPTQ",
+        "packing",
+        "evaluation",
+        "CaseOps",
+    }
     for row in found["rows"]:
         assert "cannot run" not in row["note"], row
         if row["ms"] is not None:
             assert row["ms"] > 0 and math.isfinite(row["ratio"]) and row["low"] <= row["ratio"] <= row["high"]
-    assert [r["ratio"] for r in found["rows"] if r["note"] == "reference"] == [1.0] * 5
+    assert [r["ratio"] for r in found["rows"] if r["note"] == "reference"] == [1.0] * 7
 
 
 def test_a_contender_that_cannot_run_says_why():

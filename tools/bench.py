@@ -1,7 +1,7 @@
 """How much faster is each fast road than its plain twin? Ratios from one run, on a CPU or a GPU.
 
     python tools/bench.py                          # every group
-    python tools/bench.py attention gptq           # some: attention, ce, mlp, step, gptq, pack, ttt
+    python tools/bench.py attention gptq           # some: attention, ce, mlp, step, gptq, pack, ttt, caseops
     python tools/bench.py --rounds 9 --json bench.json
     python tools/bench.py --account --size full    # counted FLOPs, bytes, floors; measured too on a GPU
 
@@ -310,6 +310,57 @@ def ttt(b: Bench) -> list[Row]:
         )
 
 
+def caseops(b: Bench) -> list[Row]:
+    """The lossless case transform against a loop over characters, both ways, document by document."""
+    from pydoc_data.topics import topics
+
+    from data import caseops
+
+    texts = [topics[name] for name in sorted(topics)][:: 4 if b.small else 1]
+    encoded = [caseops.encode(text) for text in texts]
+    if [encode_by_character(text) for text in texts] != encoded:
+        raise ToolError("caseops.encode and the loop over characters differ: one of them is wrong")
+    size = sum(map(len, texts)) / len(texts)
+    rows = []
+    for way, loop, fast, given in (
+        ("encode", encode_by_character, caseops.encode, texts),
+        ("decode", caseops._decode_spelled_out, caseops.decode, encoded),
+    ):
+        rows += b.race(
+            "CaseOps",
+            {
+                f"{way}, by character": lambda loop=loop, given=given: list(map(loop, given)),
+                f"{way}, arrays": lambda fast=fast, given=given: list(map(fast, given)),
+            },
+            {f"{way}, arrays": f"{len(texts)} English documents, {size:,.0f} characters on average"},
+        )
+    return rows
+
+
+def encode_by_character(text: str) -> str:
+    """CaseOps as a plain loop over characters: what `caseops.encode` is measured against."""
+    out, i, n = [], 0, len(text)
+    while i < n:
+        if not ("a" <= text[i] <= "z" or "A" <= text[i] <= "Z"):
+            out.append("\ue004" + text[i] if "\ue001" <= text[i] <= "\ue004" else text[i])
+            i += 1
+            continue
+        end, capitals = i, 0
+        while end < n and ("a" <= text[end] <= "z" or "A" <= text[end] <= "Z"):
+            capitals += text[end] <= "Z"
+            end += 1
+        whole = capitals == end - i > 1
+        if whole:
+            out.append("\ue002")
+        for k in range(i, end):
+            if text[k] > "Z":
+                out.append(text[k])
+            else:
+                out.append(("" if whole else "\ue003" if k > i else "\ue001") + text[k].lower())
+        i = end
+    return "".join(out)
+
+
 GROUPS: dict[str, Callable[[Bench], list[Row]]] = {
     "attention": attention,
     "ce": ce,
@@ -318,6 +369,7 @@ GROUPS: dict[str, Callable[[Bench], list[Row]]] = {
     "gptq": gptq,
     "pack": pack,
     "ttt": ttt,
+    "caseops": caseops,
 }
 
 
