@@ -732,26 +732,45 @@ def packed_batch(tokens: np.ndarray, max_len: int) -> Batch:
     return Batch(t[None, :-1], t[None, 1:], torch.from_numpy(bounds), longest)
 
 
-class TokenStream:
+class Stream:
+    """Micro-batches of one rank, in an order the files fix. `batches` taken so far are the whole state."""
+    batches = 0
+
+    def next(self) -> Batch:
+        drawn, self.batches = self.draw(), self.batches + 1
+        return self.read(drawn)
+
+    def seek(self, batches: int) -> None:
+        """Go on exactly as if so many batches had been taken from a fresh stream; reads no tokens."""
+        if batches < self.batches:
+            raise ValueError(f"a stream at batch {self.batches} cannot go back to {batches}: open it again")
+        while self.batches < batches:
+            self.draw()
+            self.batches += 1
+
+
+class TokenStream(Stream):
     """All shards as one endless stream: every target is trained on once per epoch, in order, for any number
-    of ranks. `position` (tokens consumed over all ranks) is the whole state."""
+    of ranks."""
 
     def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int):
         self.shards = [read_shard(f) for f in files]
         self.ends = np.cumsum([len(x) for x in self.shards])
         self.world_size, self.rank, self.tokens, self.max_len = world_size, rank, tokens, max_len
-        self.position = 0
         if self.ends[-1] < tokens + 1:
             raise UserError(f"{self.ends[-1]:,} training tokens are fewer than one micro-batch of "
                             f"{tokens + 1:,}: lower TRAIN_BATCH_TOKENS or add shards")
 
     @property
     def epoch(self) -> float:
-        return self.position / int(self.ends[-1])
+        return self.batches * self.world_size * self.tokens / int(self.ends[-1])
 
-    def read(self, start: int, count: int) -> np.ndarray:
-        """count tokens from the stream position start, wrapping at the end of the last shard."""
-        parts, total = [], int(self.ends[-1])
+    def draw(self) -> int:
+        return (self.batches * self.world_size + self.rank) * self.tokens
+
+    def read(self, start: int) -> Batch:
+        """The batch at a position of the stream, which wraps at the end of the last shard."""
+        parts, total, count = [], int(self.ends[-1]), self.tokens + 1
         while count > 0:
             start %= total
             i = int(np.searchsorted(self.ends, start, side="right"))
@@ -759,47 +778,52 @@ class TokenStream:
             part = np.asarray(self.shards[i][begin:begin + count])
             parts.append(part)
             start, count = start + len(part), count - len(part)
-        return np.concatenate(parts)
-
-    def next(self) -> Batch:
-        begin = self.position + self.rank * self.tokens
-        self.position += self.world_size * self.tokens
-        return packed_batch(self.read(begin, self.tokens + 1), self.max_len)
+        return packed_batch(np.concatenate(parts), self.max_len)
 
 
-class DocPackStream:
+class DocPackStream(Stream):
     """The field's loader: ranks cut one span of (tokens + 1) x world_size from the current shard, whose rest
     is dropped when it is shorter. `tokens` counts one micro-batch of one rank."""
 
     def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int):
         self.shards = [read_shard(f) for f in files]
         self.world_size, self.rank, self.tokens, self.max_len = world_size, rank, tokens, max_len
-        self.span, self.shard, self.passed = (tokens + 1) * world_size, -1, 0
+        self.span, self.shard, self.passed = (tokens + 1) * world_size, 0, 0
         self.first = [int(np.argmax(x == BOS)) for x in self.shards]
         if all(f + self.span > len(x) for f, x in zip(self.first, self.shards)):
             raise UserError(f"no training shard holds {self.span:,} tokens after its first BOS: lower "
                             "TRAIN_BATCH_TOKENS or use TRAIN_LOADER=stream")
-        self.advance()
+        self.cursor = self.first[0]
 
     @property
     def epoch(self) -> float:
         return self.passed / len(self.shards)
 
-    def advance(self) -> None:
-        self.shard, self.passed = (self.shard + 1) % len(self.shards), self.passed + 1
-        self.cursor = self.first[self.shard]
-
-    def next(self) -> Batch:
+    def draw(self) -> tuple[int, int]:
         while self.cursor + self.span > len(self.shards[self.shard]):
-            self.advance()
+            self.shard, self.passed = (self.shard + 1) % len(self.shards), self.passed + 1
+            self.cursor = self.first[self.shard]
         begin = self.cursor + self.rank * (self.tokens + 1)
         self.cursor += self.span
-        return packed_batch(np.asarray(self.shards[self.shard][begin:begin + self.tokens + 1]), self.max_len)
+        return self.shard, begin
+
+    def read(self, drawn: tuple[int, int]) -> Batch:
+        shard, begin = drawn
+        return packed_batch(np.asarray(self.shards[shard][begin:begin + self.tokens + 1]), self.max_len)
 
 
-class ShuffledStream:
-    """Windows of seq_len tokens in random order; rank r owns files r, r + world_size, … . `order` lists what
-    was taken as (index of the file in the sorted list, first token)."""
+class WindowStream(Stream):
+    """What the streams of windows share. windows: the last batch, (index of the file, first token)."""
+    windows: Sequence[tuple[int, int]] = ()
+
+    def read(self, windows: Sequence[tuple[int, int]]) -> Batch:
+        rows = [self.shards[i][a:a + self.seq_len + 1] for i, a in windows]
+        t = torch.from_numpy(np.stack(rows).astype(np.int64))
+        return Batch(t[:, :-1], t[:, 1:], None, self.seq_len)
+
+
+class ShuffledStream(WindowStream):
+    """Windows of seq_len tokens in random order; rank r owns files r, r + world_size, … ."""
 
     def __init__(self, files, *, world_size: int, rank: int, seqs: int, seq_len: int):
         self.owned = list(range(rank, len(files), world_size))
@@ -807,18 +831,18 @@ class ShuffledStream:
             raise UserError(f"rank {rank} owns no training shard: {len(files)} shards for {world_size} "
                             "ranks; use TRAIN_LOADER=stream")
         self.shards = {i: read_shard(files[i]) for i in self.owned}
-        self.seqs, self.seq_len, self.order = seqs, seq_len, []
+        self.seqs, self.seq_len = seqs, seq_len
         self.rng = np.random.Generator(np.random.PCG64(rank))
         self.total = sum((len(x) - 1) // seq_len for x in self.shards.values())
         if self.total == 0:
             raise UserError(f"no shard of rank {rank} holds {seq_len + 1} tokens: lower TRAIN_SEQ_LEN")
-        self.starts = {i: self.draw(i) for i in self.owned}
+        self.starts = {i: self.shuffle(i) for i in self.owned}
 
     @property
     def epoch(self) -> float:
-        return len(self.order) / self.total
+        return self.batches * self.seqs / self.total
 
-    def draw(self, i: int) -> list[int]:
+    def shuffle(self, i: int) -> list[int]:
         """A fresh permutation of the windows of file i, from a random phase."""
         n, length = len(self.shards[i]), self.seq_len
         most = min(length - 1, max(0, n - length - 1))
@@ -826,27 +850,25 @@ class ShuffledStream:
         count = (n - 1 - phase) // length
         return (phase + self.rng.permutation(count) * length).tolist()
 
-    def take(self) -> np.ndarray:
+    def take(self) -> tuple[int, int]:
         if not any(self.starts.values()):
-            self.starts = {i: self.draw(i) for i in self.owned}
+            self.starts = {i: self.shuffle(i) for i in self.owned}
         left = np.array([len(self.starts[i]) for i in self.owned], dtype=np.float64)
         i = self.owned[int(self.rng.choice(len(self.owned), p=left / left.sum()))]
-        start = self.starts[i].pop()
-        self.order.append((i, start))
-        return np.asarray(self.shards[i][start:start + self.seq_len + 1])
+        return i, self.starts[i].pop()
 
-    def next(self) -> Batch:
-        t = torch.from_numpy(np.stack([self.take() for _ in range(self.seqs)]).astype(np.int64))
-        return Batch(t[:, :-1], t[:, 1:], None, self.seq_len)
+    def draw(self) -> list[tuple[int, int]]:
+        self.windows = [self.take() for _ in range(self.seqs)]
+        return self.windows
 
 
-class CoprimeStream:
+class CoprimeStream(WindowStream):
     """Windows drawn from many shards at once: each shard is walked in blocks of seq_len by a stride coprime
     to their number, shards are drawn by what they have left, more of them as training goes on. All ranks draw
-    the same batch, rank r takes every world_size-th window. windows: the last batch, (file, first token)."""
+    the same batch, rank r takes every world_size-th window; `windows` has those of all ranks."""
 
     def __init__(self, files, *, world_size: int, rank: int, seqs: int, seq_len: int):
-        self.shards, self.windows, self.batches = [read_shard(f) for f in files], [], 0
+        self.shards = [read_shard(f) for f in files]
         self.world_size, self.rank, self.seqs, self.seq_len = world_size, rank, seqs, seq_len
         seed = 0
         for byte in "".join(str(f) for f in files).encode():
@@ -875,7 +897,7 @@ class CoprimeStream:
         return [phase + (start + j * stride) % count * self.seq_len for j in reversed(range(count))]
 
     def draw(self) -> list[tuple[int, int]]:
-        """The windows of one global batch, in order."""
+        """This rank's part of one global batch."""
         size, progress = self.seqs * self.world_size, min(self.batches / 1800, 1.0)
         left = np.array([max(len(self.walks[i]), 1) if i in self.walks else self.blocks[i]
                          for i in self.eligible], np.float64)
@@ -893,7 +915,8 @@ class CoprimeStream:
             active = [active[k] for k in self.rng.permutation(len(active))]
             windows += [buckets[b].pop() for b in active]
             active = [b for b in active if buckets[b]]
-        return windows
+        self.windows = windows
+        return windows[self.rank::self.world_size]
 
     def take(self, i: int, count: int) -> list[tuple[int, int]]:
         """The next `count` blocks of shard i, shuffled."""
@@ -903,12 +926,6 @@ class CoprimeStream:
                 self.walks[i] = self.walk(i)
             out.append((i, self.walks[i].pop()))
         return [out[k] for k in self.rng.permutation(count)] if count > 1 else out
-
-    def next(self) -> Batch:
-        self.windows, self.batches = self.draw(), self.batches + 1
-        mine = [self.shards[i][a:a + self.seq_len + 1] for i, a in self.windows[self.rank::self.world_size]]
-        t = torch.from_numpy(np.stack(mine).astype(np.int64))
-        return Batch(t[:, :-1], t[:, 1:], None, self.seq_len)
 
 
 def open_train_stream(s: Settings, world: World, tokens: int):
@@ -923,10 +940,11 @@ def open_train_stream(s: Settings, world: World, tokens: int):
 
 
 class Prefetch:
-    """Reads batches ahead in one thread and copies them to the device; the order is the stream's own."""
+    """Reads batches ahead in one thread and copies them to the device; the order is the stream's own. epoch:
+    where the stream was at the batch handed out last."""
 
     def __init__(self, stream, device: torch.device, depth: int = 3):
-        self.stream, self.device = stream, device
+        self.stream, self.device, self.epoch = stream, device, 0.0
         self.queue: queue.Queue = queue.Queue(depth)
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self.work, daemon=True)
@@ -935,7 +953,7 @@ class Prefetch:
     def work(self) -> None:
         while not self.stop.is_set():
             try:
-                item = self.stream.next().to(self.device)
+                item = self.stream.next().to(self.device), self.stream.epoch
             except BaseException as error:   # handed to the training thread, which raises it
                 item = error
             while not self.stop.is_set():
@@ -949,7 +967,8 @@ class Prefetch:
         item = self.queue.get()
         if isinstance(item, BaseException):
             raise item
-        return item
+        batch, self.epoch = item
+        return batch
 
     def close(self) -> None:
         self.stop.set()
@@ -2302,8 +2321,8 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
     if s.max_wallclock_seconds and budget <= 0:
         raise UserError(f"quantising and packing need {reserve:.1f} s, which leaves nothing of MAX_WALLCLOCK_"
                         f"SECONDS={s.max_wallclock_seconds:g}: raise it or set GPTQ_RESERVE_SECONDS")
-    source = open_train_stream(s, world, trainer.tokens)
-    stream, progress = Prefetch(source, world.device), Progress(s, world, trainer.model, plans, budget)
+    stream = Prefetch(open_train_stream(s, world, trainer.tokens), world.device)
+    progress, epochs = Progress(s, world, trainer.model, plans, budget), 0
     world.barrier()
     clock, step, step_seconds, before, shown = Clock(s.max_wallclock_seconds), 0, 0.0, 0.0, 0.0
     looping = looping_at(s, 0.0)
@@ -2323,6 +2342,9 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
         loss = sum(losses) / trainer.accum
         norm = trainer.update(lr_share(s, done), muon_momentum(s, step))
         step += 1
+        if int(stream.epoch) > epochs:
+            epochs = int(stream.epoch)
+            run.log("epoch_end", epoch=epochs, step=step, tokens=step * s.train_batch_tokens)
         if budget and budget - elapsed < 10 * step_seconds:
             sync(world.device)            # near the end the host must not run ahead of the GPU
         if step <= 10 or (s.train_log_every and step % s.train_log_every == 0):
@@ -2334,7 +2356,7 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
     sync(world.device)
     seconds = clock.elapsed()
     step_ms = 1e3 * seconds / max(step, 1)
-    run.log("train_end", steps=step, seconds=seconds, step_ms=step_ms, epochs=source.epoch,
+    run.log("train_end", steps=step, seconds=seconds, step_ms=step_ms, epochs=stream.epoch,
             tokens=step * s.train_batch_tokens)
     return {"steps": step, "step_ms": step_ms, "clock": clock, "stream": stream}
 

@@ -30,14 +30,76 @@ def test_stream_gives_every_target_once_per_epoch_for_any_number_of_ranks(shards
         assert (x == whole).all() and (y == np.roll(whole, -1)).all()
 
 
-def test_stream_position_is_its_whole_state(shards):
-    a = tg.TokenStream(shards, world_size=2, rank=1, tokens=40, max_len=16)
-    for _ in range(7):
-        a.next()
-    b = tg.TokenStream(shards, world_size=2, rank=1, tokens=40, max_len=16)
-    b.position = a.position
-    for _ in range(20):
-        assert all(torch.equal(p, q) for p, q in zip(a.next()[:3], b.next()[:3]))
+WINDOWS = dict(seqs=3, seq_len=16)
+STREAMS = {
+    tg.TokenStream: dict(tokens=40, max_len=16),
+    tg.DocPackStream: dict(tokens=40, max_len=16),
+    tg.ShuffledStream: WINDOWS,
+    tg.CoprimeStream: WINDOWS,
+}
+
+
+def same(a: tg.Batch, b: tg.Batch) -> bool:
+    return all(p is q is None or torch.equal(p, q) for p, q in zip(a[:3], b[:3]))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("kind", STREAMS)
+def test_a_stream_goes_on_where_another_stopped(shards, kind, rank):
+    """Over several epochs the number of batches taken is the whole state."""
+    streams = [kind(shards, world_size=2, rank=rank, **STREAMS[kind]) for _ in range(5)]
+    batches = [streams[0].next() for _ in range(60)]
+    assert streams[0].epoch > 2
+    for taken, stream in zip((1, 14, 30, 57), streams[1:]):
+        assert not same(batches[taken], batches[taken + 1])
+        stream.seek(taken)
+        assert same(stream.next(), batches[taken]) and same(stream.next(), batches[taken + 1])
+        assert stream.batches == taken + 2
+    with pytest.raises(ValueError, match="cannot go back to 3"):
+        streams[0].seek(3)
+
+
+def test_stream_goes_on_with_another_number_of_ranks(shards):
+    one, two = (tg.TokenStream(shards, world_size=n, rank=n - 1, tokens=40, max_len=16) for n in (1, 2))
+    one.seek(10)
+    two.seek(5)
+    first, second = one.next(), one.next()
+    assert same(two.next(), second) and not same(first, second) and one.epoch == two.epoch
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_an_epoch_is_the_tokens_of_all_shards(shards, kind):
+    """It starts at 0 and grows by about a batch's share of the tokens."""
+    stream = kind(shards, world_size=1, rank=0, **STREAMS[kind])
+    total = sum(len(tg.read_shard(f)) for f in shards)
+    assert stream.epoch == 0
+    batch = stream.next().x.numel()
+    stream.seek(10 * total // batch)
+    assert 9 < stream.epoch < 12
+
+
+def test_the_end_of_an_epoch_is_logged(data):
+    s = settings(DATA_PATH=data, TRAIN_BATCH_TOKENS=2048, ITERATIONS=12)
+    events, world = [], tg.World()
+
+    class Log:
+        live = False
+
+        def log(self, event, **values):
+            events.append((event, values))
+
+        def say(self, text):
+            pass
+
+    trainer = tg.Trainer(s, world, tg.build_model(s, world))
+    done = tg.train(s, world, Log(), trainer, 0.0, lambda *_: None)
+    done["stream"].close()
+    total = sum(len(tg.read_shard(f)) for f in tg.list_shards(data, "train"))
+    ends = [v for event, v in events if event == "epoch_end"]
+    assert [v["epoch"] for v in ends] == [1, 2]
+    for v in ends:
+        assert 0 <= v["tokens"] - v["epoch"] * total < 2048 and v["tokens"] == 2048 * v["step"]
+    assert dict(events)["train_end"]["epochs"] == 12 * 2048 / total
 
 
 def test_segments_start_at_documents_and_are_cut(shards):
@@ -65,7 +127,8 @@ def test_prefetch_keeps_the_order_and_hands_errors_over(shards):
     ahead = tg.Prefetch(
         tg.TokenStream(shards, world_size=1, rank=0, tokens=32, max_len=16), torch.device("cpu")
     )
-    assert all(torch.equal(plain.next().x, ahead.next().x) for _ in range(30))
+    for _ in range(30):
+        assert torch.equal(plain.next().x, ahead.next().x) and ahead.epoch == plain.epoch
     ahead.close()
 
     class Broken:
