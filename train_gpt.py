@@ -1069,9 +1069,10 @@ class Validation:
     def __init__(self, s: Settings):
         files = list_shards(s.shards, "val")
         self.tokens = np.concatenate([read_shard(f) for f in files])
-        check_tokens(self.tokens, s.vocab_size, files[0])
+        for i, f in enumerate(files):
+            check_tokens(read_shard(f), s.vocab_size, f, first=i == 0)
         sidecars = [f.with_name(f.name.replace("fineweb_val_", "fineweb_val_bytes_")) for f in files]
-        if all(f.exists() for f in sidecars):
+        if any(f.exists() for f in sidecars):
             self.rule, sizes = "sidecar", [read_shard(f) for f in sidecars]
             for f, tokens, counts in zip(sidecars, files, sizes):
                 if len(counts) != len(read_shard(tokens)):
@@ -1112,15 +1113,16 @@ class Validation:
         return "\n".join(sp.decode([t for t in piece if t != BOS]) for piece in pieces).encode()
 
 
-def check_tokens(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
-    """Refuse a token file without documents, not starting with one, or with ids beyond the vocabulary."""
+def check_tokens(tokens: np.ndarray, vocab_size: int, path: Path, first: bool) -> None:
+    """Refuse a token file without documents, with ids beyond the vocabulary or, if it is the first of its
+    kind (published shards are cut anywhere), not starting with a document."""
     if tokens[0] == 0:
         raise UserError(f"{path} starts with 0, not with BOS (id {BOS}): it is a byte sidecar, not tokens; "
                         "build the shards again")
     if not (tokens == BOS).any():
         raise UserError(f"{path} holds no BOS (id {BOS}): documents cannot be told apart; build the shards "
                         "again with a BOS before every document")
-    if tokens[0] != BOS:
+    if first and tokens[0] != BOS:
         raise UserError(f"{path} starts with token {int(tokens[0])}, not BOS (id {BOS}): its first document "
                         "is cut; build the shards again")
     if tokens.max() >= vocab_size:
@@ -3648,25 +3650,36 @@ class Finding(NamedTuple):
 
 
 def check_train_shards(s: Settings) -> str:
-    """Headers of all training shards, and the first million tokens of the first one."""
+    """Headers of all training shards and the first million tokens of each; DATA_CHECK=full: all tokens."""
     files = list_shards(s.shards, "train")
     shards = [read_shard(f) for f in files]
-    check_tokens(np.asarray(shards[0][:1_000_000]), s.vocab_size, files[0])
-    for f, tokens in zip(files, shards):
-        if not (tokens[:1_000_000] == BOS).any():
-            raise UserError(f"{f} holds no BOS (id {BOS}) among its first tokens: build the shards again")
-        if (largest := int(tokens[:1_000_000].max())) >= s.vocab_size:
-            raise UserError(f"{f} holds token {largest} but VOCAB_SIZE={s.vocab_size}: set it to the data's")
+    for i, (f, tokens) in enumerate(zip(files, shards)):
+        check_tokens(tokens if s.data_check == "full" else tokens[:1_000_000], s.vocab_size, f, first=i == 0)
     return f"{len(files)} shards, {sum(map(len, shards)):,} tokens"
 
 
 def check_validation(s: Settings) -> str:
-    """The whole validation set: headers, BOS, ids, sidecar."""
+    """The whole validation set: headers, BOS, ids, sidecar, split."""
     val = Validation(s)
+    check_split(s, int((val.tokens == BOS).sum()))
     if val.rule == "table":
         check_byte_rule(s, val)
     return (f"{len(val.tokens) - 1:,} targets, {len(val.documents):,} documents, "
             f"{int(val.target_bytes.sum()):,} bytes by {val.rule}")
+
+
+def check_split(s: Settings, documents: int) -> None:
+    """The number of validation documents: canonical, or that of a manifest with a split of its own."""
+    manifest = read_manifest(s)
+    told = [e["documents"] for e in manifest.get("files", ()) if e.get("kind") == "val" and "documents" in e]
+    if told and sum(told) != documents:
+        raise UserError(f"the validation shards of {s.shards} hold {documents:,} documents (BOS tokens), the "
+                        f"manifest says {sum(told):,}: fetch or build the data again")
+    canonical = not manifest or manifest.get("split", {}).get("rule") == "first"
+    if canonical and documents != CANONICAL_VAL_DOCS:
+        raise UserError(f"{s.shards} holds {documents:,} validation documents, the canonical split has "
+                        f"{CANONICAL_VAL_DOCS:,}: the rest may be trained on; fetch the data again, or for a "
+                        f"corpus of your own: python data/check.py {s.shards} --custom --write-manifest")
 
 
 def check_byte_rule(s: Settings, val: Validation, documents: int = 200) -> None:
@@ -3694,12 +3707,11 @@ def read_manifest(s: Settings) -> dict:
 
 
 def check_manifest(s: Settings) -> str:
-    """Files, sizes, tokenizer, split and overlap against the manifest; returns the data's fingerprint.
-    DATA_CHECK=full also reads every byte, and compares documents whose hashes are not stored."""
+    """Files, sizes and tokenizer against the manifest, and overlap; returns the data's fingerprint.
+    DATA_CHECK=full also reads every byte."""
     manifest, folder = read_manifest(s), s.shards
     files = {e["name"]: e for e in manifest.get("files", ())}
     present = {p.name: p for p in folder.glob("fineweb_*.bin")}
-    val_docs = sum(int((read_shard(p) == BOS).sum()) for p in list_shards(folder, "val"))
     if manifest:
         for name in sorted(set(files) ^ set(present)):
             what = "is missing" if name in files else "is not listed"
@@ -3709,10 +3721,6 @@ def check_manifest(s: Settings) -> str:
         told, mine = manifest.get("tokenizer", {}).get("sha256"), s.tokenizer
         if told and mine.is_file() and hashlib.sha256(mine.read_bytes()).hexdigest() != told:
             raise UserError(f"TOKENIZER_PATH={mine} is not the tokenizer of {folder}: set it to its own")
-    canonical = manifest.get("split", {}).get("rule") == "first" or not (manifest or s.data_path)
-    if canonical and val_docs != CANONICAL_VAL_DOCS:
-        raise UserError(f"{folder} holds {val_docs:,} validation documents, the canonical split has "
-                        f"{CANONICAL_VAL_DOCS:,}: the rest may be trained on; fetch the data again")
     check_overlap(s)
     if manifest:
         return manifest["fingerprint"][:16]
@@ -3735,20 +3743,19 @@ def check_file(path: Path, entry: Mapping, full: bool) -> None:
 
 
 def check_overlap(s: Settings) -> None:
-    """No validation document among the training documents, by the stored 64-bit hashes of their text; with
-    DATA_CHECK=full and no stored hashes, by hashes of their tokens."""
+    """No validation document among the training documents, by the stored 64-bit hashes of their text; without
+    those by hashes of their tokens, in the shard next to the split or, with DATA_CHECK=full, in all."""
     stored = [s.shards / f"document_hashes_{kind}.bin" for kind in ("train", "val")]
     if all(p.is_file() for p in stored):
         train_docs, val_docs = (np.fromfile(p, "<u8") for p in stored)
         shared = np.flatnonzero(np.isin(train_docs, val_docs))
         where = f"training document {shared[0]:,}" if len(shared) else ""
-    elif s.data_check == "full":
-        known = {h for f in list_shards(s.shards, "val") for _, h in document_hashes(read_shard(f))}
-        shared = [f"{f.name} at token {at:,}" for f in list_shards(s.shards, "train")
-                  for at, h in document_hashes(read_shard(f)) if h in known]
-        where = shared[0] if shared else ""
     else:
-        return
+        known = {h for f in list_shards(s.shards, "val") for _, h in document_hashes(read_shard(f))}
+        searched = list_shards(s.shards, "train")[:None if s.data_check == "full" else 1]
+        shared = [f"{f.name} at token {at:,}" for f in searched for at, h in document_hashes(read_shard(f))
+                  if h in known]
+        where = shared[0] if shared else ""
     if len(shared):
         raise UserError(f"{len(shared):,} validation documents are in the training shards of {s.shards} "
                         f"(first: {where}): a score on them is worth nothing; fetch or build the data again")
@@ -3816,6 +3823,9 @@ def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "")
             findings.append(Finding(True, what, check()))
         except UserError as error:
             findings.append(Finding(False, what, str(error)))
+        except OSError as error:
+            findings.append(Finding(False, what, f"cannot read {error.filename}: {error.strerror}; check its "
+                                                 "permissions"))
     return findings
 
 

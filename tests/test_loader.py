@@ -1,14 +1,12 @@
 """Shards, training streams, documents and bytes."""
 
-import hashlib
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import documents, settings, tg, write_shard
+from conftest import documents, settings, tg, write_manifest, write_shard
 
 
 @pytest.fixture
@@ -198,18 +196,6 @@ def test_validation_counts_bytes_by_sidecar_or_table(s, data, tmp_path):
 # --- the data folder against its manifest
 
 
-def write_manifest(folder: Path, **changes) -> None:
-    """The manifest that the data tools would write, as far as the trainer reads it."""
-    files = [
-        dict(name=f.name, size=f.stat().st_size, sha256=hashlib.sha256(f.read_bytes()).hexdigest())
-        for f in sorted(folder.glob("fineweb_*.bin"))
-    ]
-    tokenizer = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
-    manifest = dict(files=files, fingerprint="f" * 64, tokenizer=dict(sha256=tokenizer))
-    manifest["split"] = dict(rule="hash")
-    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
-
-
 @pytest.fixture
 def built(data, tmp_path):
     """Settings and folder of a whole data set with its manifest."""
@@ -221,9 +207,19 @@ def built(data, tmp_path):
 
 def test_a_good_folder_passes_and_names_its_fingerprint(built):
     folder, s = built
-    assert tg.check_manifest(s) == "f" * 16
+    assert tg.check_manifest(s) == "f" * 16 and "14 documents" in tg.check_validation(s)
     (folder / "manifest.json").unlink()
     assert "no manifest.json" in tg.check_manifest(s)
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_few_validation_documents_are_not_the_canonical_split(built, manifest):
+    folder, s = built
+    write_manifest(folder, split=dict(rule="first"))
+    if not manifest:
+        (folder / "manifest.json").unlink()
+    with pytest.raises(tg.UserError, match="14 validation documents, the canonical split has 50,000"):
+        tg.check_validation(s)
 
 
 def plant(folder):
@@ -236,14 +232,26 @@ def plant(folder):
     write_manifest(folder)
 
 
+def near_the_split(folder):
+    """The first training shard begins with the last validation document."""
+    path = folder / "fineweb_train_000000.bin"
+    val = np.array(tg.read_shard(folder / "fineweb_val_000000.bin"))
+    last = val[int(np.flatnonzero(val == tg.BOS)[-1]) :]
+    write_shard(path, np.concatenate([last, tg.read_shard(path)]))
+    write_manifest(folder)
+
+
+def test_quick_checks_search_the_shard_next_to_the_split(built):
+    folder, s = built
+    near_the_split(folder)
+    with pytest.raises(tg.UserError, match="fineweb_train_000000.bin at token 0"):
+        tg.check_manifest(tg.dataclasses.replace(s, data_check="quick"))
+
+
 def flip(folder):
     raw = bytearray((folder / "fineweb_train_000000.bin").read_bytes())
     raw[1500] ^= 1
     (folder / "fineweb_train_000000.bin").write_bytes(raw)
-
-
-def few(folder):
-    write_manifest(folder, split=dict(rule="first"))
 
 
 def hashes(folder):
@@ -257,7 +265,6 @@ def hashes(folder):
         (plant, "1 validation documents are in the training shards.*fineweb_train_000001.bin at token"),
         (hashes, "1 validation documents are in the training shards.*training document 1"),
         (flip, "fineweb_train_000000.bin is damaged, its SHA-256"),
-        (few, "14 validation documents, the canonical split has 50,000"),
         (lambda f: (f / "fineweb_train_000001.bin").unlink(), "fineweb_train_000001.bin is missing"),
         (lambda f: write_shard(f / "fineweb_train_000009.bin", documents(2, 1)), "000009.bin is not listed"),
         (lambda f: write_shard(f / "fineweb_train_000001.bin", documents(2, 1)), "the manifest says"),

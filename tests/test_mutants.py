@@ -411,8 +411,8 @@ def test_bytes_of_operators(shards_of):
 
 
 def plain(folder):
-    """Without sidecar, manifest and stored hashes: bytes are counted by the tokenizer's table."""
-    for pattern in ("fineweb_val_bytes_*", "document_hashes*", "manifest.json"):
+    """Without sidecar and stored hashes: bytes are counted by the tokenizer's table."""
+    for pattern in ("fineweb_val_bytes_*", "document_hashes*"):
         for path in folder.glob(pattern):
             path.unlink()
 
