@@ -493,7 +493,7 @@ def main(arguments=None) -> int:
     size = sum(f["text_bytes"] for f in manifest["files"] if f["kind"] != VAL_BYTES)
     print(f"{manifest['variant']} in {seconds:.1f} s ({size / 1e6 / max(seconds, 1e-9):.1f} MB/s of text); "
           f"fingerprint {manifest['fingerprint'][:16]}")
-    print(f"next: python data/check.py {args.out}")
+    print(f"next: python {shards.in_shell(__file__, 'data', 'check.py')} {shards.in_shell(args.out)}")
     return 0
 
 

@@ -50,6 +50,7 @@ class Report:
     tokens: dict = field(default_factory=dict)
     counted_bytes: int = 0                              # by the sidecars
     decodable_bytes: int = 0                            # that the validation tokens determine
+    tokenizer: tokens.Tokenizer | None = None
 
     def add(self, file, position, message, remedy):
         """Add a finding; `file` may be a path, of which the name is shown."""
@@ -72,7 +73,7 @@ def check(folder, tokenizer=None, full: bool = True, custom: bool = False, allow
     data = open_shards(files, report)
     whole = not report.findings               # else counts would only say the same again, less clearly
     check_manifest(Path(folder), manifest, files, full, report)
-    model = load_tokenizer(Path(folder), tokenizer, manifest, report)
+    model = report.tokenizer = load_tokenizer(Path(folder), tokenizer, manifest, report)
     vocab = model.vocab_size if model else (manifest or {}).get("tokenizer", {}).get("vocab_size")
     if whole:
         check_split(manifest, data, custom, report)
@@ -428,7 +429,23 @@ def main(arguments=None) -> int:
         write_manifest(Path(args.folder), args.tokenizer)
     print(f"{len(report.findings)} findings" if report.findings else
           f"good: fingerprint {report.fingerprint or 'none (no manifest)'}")
+    if not report.findings:
+        tell_next(Path(args.folder), args.tokenizer, args.custom, report.tokenizer)
     return 1 if report.findings else 0
+
+
+def tell_next(folder: Path, path, custom: bool, tokenizer) -> None:
+    """Print the commands that come after a good check."""
+    shell = shards.in_shell
+    if custom and not (folder / MANIFEST).exists():
+        print(f"next: python {shell(__file__, 'data', 'check.py')} {shell(folder)} --custom --write-manifest"
+              + (f" --tokenizer {shell(path)}" if path else ""))
+    elif tokenizer:
+        env = (f"DATA_PATH={shell(folder)} TOKENIZER_PATH={shell(path or folder / TOKENIZER)} "
+               f"VOCAB_SIZE={tokenizer.vocab_size} CASEOPS_ENABLED={int(tokenizer.kind == tokens.CASEOPS)}")
+        train = shell(__file__, "train_gpt.py")
+        print(f"next: (set -a; . {shell(__file__, 'configs', 'demo.env')}; {env}; python {train})")
+        print(f"on GPUs: {env} torchrun --standalone --nproc_per_node=8 {train}")
 
 
 if __name__ == "__main__":

@@ -188,6 +188,7 @@ def main(arguments=None) -> int:
     count = sum(f["tokens"] for f in manifest["files"] if f["kind"] == TRAIN)
     print(f"{variant.name}: {count:,} training tokens in {out.name}; fingerprint "
           f"{manifest['fingerprint'][:16]}")
+    print(f"next: python {shards.in_shell(__file__, 'data', 'check.py')} {shards.in_shell(out)}")
     return 0
 
 

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -50,6 +51,13 @@ def run_cli(main) -> None:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+
+
+def in_shell(path, *inside) -> str:
+    """A path as a command of a shell started here needs it; with `inside`, of that file in the repository."""
+    if inside:
+        path = os.path.relpath(Path(path).resolve().parent.parent.joinpath(*inside))
+    return shlex.quote(str(path))
 
 
 def need(module: str, purpose: str):

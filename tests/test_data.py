@@ -531,8 +531,30 @@ def test_document_across_two_shards_is_seen(tmp_path):
     assert len(found) == 1 and found[0].startswith("fineweb_train_000000.bin, token 3")
 
 
-def test_write_manifest(copy):
+def test_each_command_prints_the_next_one(tmp_path):
+    """From a folder of texts to the trainer's own check with nothing but what was printed; names with spaces."""
+    texts = tmp_path / "my texts"
+    texts.mkdir()
+    for i, text in enumerate(corpus()[:60]):
+        (texts / f"{i}.txt").write_text(text)
+    command = f"{sys.executable} {ROOT}/data/build.py 'my texts' --out 'own data' --vocab 340 --caseops"
+    said = []
+    for _ in range(3):
+        env = {k: v for k, v in os.environ.items() if k.startswith(("PATH", "OMP", "HOME"))}
+        env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done
+        said.append(done.stdout)
+        command = next((li[6:] for li in done.stdout.splitlines() if li.startswith("next: ")), "")
+        command = command.replace("train_gpt.py", "train_gpt.py --check data")
+    assert "good: fingerprint" in said[1] and "VOCAB_SIZE=340 CASEOPS_ENABLED=1 torchrun" in said[1]
+    assert "ok    data fingerprint" in said[2] and "340 tokens" in said[2] and not command
+
+
+def test_write_manifest(copy, capsys):
     no_manifest(copy)
+    assert check.main([str(copy), "--custom"]) == 0
+    assert f"check.py {copy} --custom --write-manifest\n" in capsys.readouterr().out
     assert check.main([str(copy), "--custom", "--write-manifest"]) == 0
     assert not check.check(copy).findings and check.check(copy).fingerprint
 
