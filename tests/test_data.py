@@ -532,7 +532,7 @@ def test_document_across_two_shards_is_seen(tmp_path):
 
 
 def test_each_command_prints_the_next_one(tmp_path):
-    """From a folder of texts to the trainer's own check with nothing but what was printed; spaces in names."""
+    """From a folder of texts to the trainer's own check with nothing but what was printed."""
     texts = tmp_path / "my texts"
     texts.mkdir()
     for i, text in enumerate(corpus()[:60]):
