@@ -66,7 +66,6 @@ CANONICAL_VAL_DOCS = 50_000   # documents of FineWeb's validation split
 BOS = 1                       # begins every document, in every tokenizer of the field
 RMS_EPS = 1.1920929e-07       # float32 machine epsilon
 LN2 = math.log(2.0)
-LEAKY_SLOPE = 0.5             # of the squared LeakyReLU in the MLP
 
 
 class UserError(Exception):
@@ -117,6 +116,10 @@ class Settings:
                              choices="stream docpack shuffled coprime")
     train_batch_tokens: int = knob(786432, "tokens of one optimiser step, over all ranks", 1)
     train_seq_len: int = knob(2048, "documents are cut to this many tokens in training", 2)
+    train_seq_schedule: str = knob("", "progressive context: length@progress, …; the largest: TRAIN_SEQ_LEN")
+    train_seq_schedule_mode: str = knob("wallclock", "progress: of the budget, or of ITERATIONS",
+                                        choices="wallclock step")
+    seq_change_warmup_steps: int = knob(32, "steps of the learning rate's ramp after a change; 0: none", 0)
     grad_accum_steps: int = knob(0, "micro-batches of a step and rank; 0: 8 / number of ranks", 0)
     val_batch_tokens: int = knob(524288, "tokens of a scoring batch, over 8 micro-batches", 8)
     val_doc_fraction: float = knob(1.0, "share of the validation documents (below 1: no result)", 0, 1)
@@ -126,8 +129,10 @@ class Settings:
     num_heads: int = knob(8, "query heads", 1)
     num_kv_heads: int = knob(4, "key/value heads", 1)
     mlp_mult: float = knob(4.0, "hidden units of the MLP per channel", 0.01)
+    negative_slope: float = knob(0.5, "slope of the MLP's squared LeakyReLU below zero", 0, 1)
     tie_embeddings: bool = knob(True, "the input embedding is the output projection")
     logit_softcap: float = knob(30.0, "logits are cap * tanh(z / cap)", 1e-3)
+    asym_logit_rescale: bool = knob(False, "two caps, for positive and negative logits, used in evaluation")
     ln_scale: bool = knob(True, "block inputs are scaled by 1 / sqrt(layer + 1)")
     rope_base: float = knob(10000.0, "rotary base", 1)
     rope_dims: int = knob(16, "rotated channels of a head; 0: all", 0)
@@ -139,10 +144,23 @@ class Settings:
     loop_end: int = knob(5, "last layer of the loop", 0)
     enable_looping_at: float = knob(0.35, "share of the training budget after which loops run", 0, 1)
     parallel_start_layer: int = knob(8, "decoder layers from here on run as two lanes; 0: none", 0)
-    parallel_final_lane: str = knob("mean", "which lane is read at the end", choices="mean mlp attn")
+    parallel_lanes: str = knob("mixed", "lanes write to both; or stay apart, blended by a learned scalar",
+                               choices="mixed separate")
+    parallel_final_lane: str = knob("mean", "which mixed lane is read at the end", choices="mean mlp attn")
     skip_gates_enabled: bool = knob(True, "gate the U-Net skips")
+    skip_rows: str = knob("looped", "skips: half of the looped order, or of the physical layers",
+                          choices="looped physical")
+    skip_into_lanes: bool = knob(True, "skips that come after the lanes began join lane 0; 0: they are lost")
     gate_window: int = knob(12, "channels that the smear and attention gates read", 1)
-    smear_gate_enabled: bool = knob(True, "mix the previous token's embedding in, never across a BOS")
+    smear_gate_enabled: bool = knob(True, "mix the previous token's embedding in")
+    smear_gate_kind: str = knob("window", "one strength from GATE_WINDOW channels, added before the norm; or "
+                                "a constant gate per channel, blended after it", choices="window channels")
+    smear_gate_bos_fix: bool = knob(True, "never across a BOS")
+    bigram_vocab_size: int = knob(0, "rows of a hashed table of token pairs, added to the embedding", 0)
+    bigram_dim: int = knob(128, "its width", 1)
+    ve_enabled: bool = knob(False, "value embeddings: a second token table, added to values")
+    ve_dim: int = knob(128, "its width", 1)
+    ve_layers: str = knob("9,10", "layers whose values it is added to")
     sparse_attn_gate_enabled: bool = knob(True, "gate each head by GATE_WINDOW channels of the block input")
     sparse_attn_gate_scale: float = knob(0.5, "slope of that gate")
     sparse_attn_gate_init_std: float = knob(0.0, "initial spread of that gate's weights", 0)
@@ -168,12 +186,26 @@ class Settings:
     muon_momentum_warmup_steps: int = knob(1500, "steps of the momentum's warm-up", 0)
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations (more than 5 run as 5)", 1)
     muon_row_normalize: bool = knob(True, "normalise each row of the update before Newton-Schulz")
+    muon_coefficients: str = knob("polar", "Newton-Schulz: Polar Express, or one quintic for all iterations",
+                                  choices="polar quintic")
+    matrix_lr_early: float = knob(0.0, "MATRIX_LR of the layers before BANK_SPLIT; 0: no split", 0)
+    matrix_lr_late: float = knob(0.0, "MATRIX_LR of the others; 0: MATRIX_LR", 0)
+    bank_split: int = knob(5, "the first late layer", 0)
+    split_lr_target: str = knob("update", "what the split scales; as published the gradient, whose size Muon "
+                                "normalises away", choices="update gradient")
+    asym_logit_train: bool = knob(False, "train the two caps; as published nothing does")
     grad_clip_norm: float = knob(0.3, "largest norm of the gradient; 0: no clipping", 0)
     grad_clip_mode: str = knob("global", "clip the average, or each rank's own as the field's records do",
                                choices="global per_rank")
     warmup_steps: int = knob(20, "compile and warm-up steps on random tokens, undone before training", 0)
     warmdown_frac: float = knob(0.85, "last share of the budget, of falling learning rate", 0, 1)
     min_lr: float = knob(0.1, "lowest learning rate, as a share of the peak", 0, 1)
+    midrun_cap_schedule: str = knob("", "factors on the learning rate: factor@progress, … ")
+    recur_start_step: int = knob(0, "step at which loops begin; 0: by ENABLE_LOOPING_AT", 0)
+    late_qat_threshold: float = knob(0.0, "soft-round QAT of the projections of the bigram and value "
+                                     "embeddings begins below this share of the learning rate; 0: none", 0, 1)
+    late_qat_min_step: int = knob(2000, "and not before this step", 0)
+    late_qat_ramp_steps: int = knob(500, "steps in which its sharpness rises from 1 to 16", 1)
     ema_decay: float = knob(0.9965, "averaging of the weights, per step", 0, 0.999999)
     # --- quantise and pack
     matrix_bits: int = knob(6, "bits of the matrices", 2, 8, group="quantise")
@@ -244,10 +276,12 @@ class Settings:
         if env.get("TTT_EVAL_ONLY", "0") != "0":
             raise UserError("TTT_EVAL_ONLY=1 names nothing to score: set EVAL_ONLY_QUANTIZED_PATH instead")
         env = {k: v for k, v in env.items() if k not in NO_EFFECT}
-        for old, (new, translate) in ALIASES.items():
-            if old in env and new not in env:
-                env[new] = translate(env[old])
-            env.pop(old, None)
+        for name, (only, why) in ONLY.items():
+            if env.pop(name, only) not in (only, ""):
+                raise UserError(f"{name} can only be {only} here: {why}")
+        for old, (names, translate) in ALIASES.items():
+            for name, value in zip(names.split(), translate(env.pop(old)) if env.get(old) else ()):
+                env.setdefault(name, value)
         for name in {"no_q": "Q", "no_v": "V", "no_qv": "QV"}.get(env.get("TTT_MASK", ""), ""):
             env.setdefault(f"TTT_{name}_LORA", "0")
         known = {f.name.upper(): f for f in fields(cls)}
@@ -277,6 +311,12 @@ class Settings:
         refuse_if(self.num_loops and not self.loop_start <= self.loop_end < self.num_layers,
                   f"LOOP_START={self.loop_start} and LOOP_END={self.loop_end} must satisfy "
                   f"LOOP_START <= LOOP_END < NUM_LAYERS={self.num_layers} (or set NUM_LOOPS=0)")
+        refuse_if(self.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE=1 leaves no row for pairs: set 0, or more")
+        layers = self.ve_layers.replace(" ", "").split(",")
+        refuse_if(self.ve_enabled and not all(i.isdigit() and int(i) < self.num_layers for i in layers),
+                  f"VE_LAYERS={self.ve_layers} must be layers below NUM_LAYERS={self.num_layers}, as 9,10")
+        refuse_if(self.asym_logit_train and not self.asym_logit_rescale,
+                  "ASYM_LOGIT_TRAIN=1 has nothing to train: set ASYM_LOGIT_RESCALE=1")
         gates = self.sparse_attn_gate_enabled + self.gated_attn_enabled + self.attn_out_gate_enabled
         refuse_if(gates > 1, "more than one attention gate is on: keep one of SPARSE_ATTN_GATE_ENABLED, "
                              "GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED and set the others to 0")
@@ -312,6 +352,7 @@ class Settings:
                             f"{self.train_seq_len}: with TRAIN_LOADER={self.train_loader} TRAIN_BATCH_TOKENS "
                             f"must be a multiple of {parts * self.train_seq_len}")
         return accum, tokens
+
     @property
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
@@ -323,6 +364,11 @@ class Settings:
     @property
     def hidden_dim(self) -> int:
         return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def value_layers(self) -> tuple[int, ...]:
+        """VE_LAYERS as numbers."""
+        return tuple(int(i) for i in self.ve_layers.split(","))
 
     @property
     def shards(self) -> Path:
@@ -352,11 +398,51 @@ NO_EFFECT = {
     "CONTROL_TENSOR_NAME_PATTERNS": "roles are given by a table, not by substrings of names",
     "ROPE_TRAIN_SEQ_LEN": "no script of the lineage uses it; TRAIN_SEQ_LEN is the length that counts",
     "TTT_EVAL_BATCHES": "no script of the lineage uses it",
+    "MUON_BETA2": "no script of the lineage uses it",
+    "SWA_ENABLED": "the scripts that have it collect the sums and export the running average all the same",
+    "SWA_EVERY": "as SWA_ENABLED",
+    "COMPILE_SHAPE_WARMUP": "every pair of length and loop that training meets is always warmed up",
+    "COMPILE_SHAPE_WARMUP_ITERS": "WARMUP_STEPS", "COMPILE_SHAPE_WARMUP_LOOP_MODES": "always auto",
     "TTT_EVAL_ONLY": "EVAL_ONLY_QUANTIZED_PATH names the artifact to score",
 }
 WINDOWED = ("shuffled", "coprime")      # loaders of whole windows, without document bounds
-ALIASES = {   # old name -> (setting, translation of its value)
-    "PHASED_TTT_ENABLED": ("TTT_ENABLED", str),
+
+
+def same(value: str) -> list[str]:
+    """The translation of an old name that only changed: the value, for all settings it stands for."""
+    return [value] * 3
+
+
+def recurrence(layers: str) -> list[str]:
+    """RECUR_LAYERS, layers that run once more after the last of them, as first, last, extra passes."""
+    numbers = [int(i) for i in layers.split(",") if i.strip().isdigit()]
+    if not numbers or numbers != list(range(numbers[0], numbers[-1] + 1)):
+        raise UserError(f"RECUR_LAYERS={layers} must be consecutive layers, as 3,4,5")
+    return [str(numbers[0]), str(numbers[-1]), "1"]
+
+
+ALIASES = {   # old name -> (settings, their values from its)
+    "PHASED_TTT_ENABLED": ("TTT_ENABLED", same),
+    "RECUR_LAYERS": ("LOOP_START LOOP_END NUM_LOOPS", recurrence),
+    "MUONEQ_R": ("MUON_ROW_NORMALIZE", same),
+    "SDCLIP_K": ("MATRIX_CLIP_SIGMAS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS", same),
+    "SDCLIP_K_INT6": ("MATRIX_CLIP_SIGMAS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS", same),
+    "SDCLIP_K_EMBED": ("EMBED_CLIP_SIGMAS", same), "SDCLIP_K_INT8": ("EMBED_CLIP_SIGMAS", same),
+    "QUANT_CLIP_RANGE": ("MATRIX_BITS", lambda v: [str(int(v).bit_length() + 1)]),
+    "GPTQ_CALIB_SAMPLES": ("GPTQ_CALIBRATION_BATCHES", same),
+    "GPTQ_CALIB_BATCHES": ("GPTQ_CALIBRATION_BATCHES", same),
+    "GPTQ_RESERVE_MS": ("GPTQ_RESERVE_SECONDS", lambda v: [str(float(v) / 1e3)]),
+    "VAL_BATCH_SIZE": ("VAL_BATCH_TOKENS", same),
+}
+NOT_BUILT = "no published system of the lineage gained by anything else"
+ONLY = {   # settings of the field's commands that are built in, or left out: name -> (value, why)
+    **{name: ("0", NOT_BUILT) for name in (
+        "DTG_ENABLED GATED_ATTENTION LAWA_ENABLED LR_FLOOR MTP_NUM_HEADS MUON_HUBER_WD OPTROT_ENABLED "
+        "QAT_ENABLED SLOT_ENABLED TRIGRAM TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED "
+        "VALUE_RESIDUAL").split()},
+    **{name: ("1", "there is no other way") for name in ("GPTQ_ENABLED", "USE_GPTQ", "SDCLIP_ENABLED")},
+    "WARMDOWN_ITERS": ("0", "set WARMDOWN_FRAC to it over the steps you expect"),
+    "QK_GAIN_INIT_SCHEDULE": ("", NOT_BUILT),
 }
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OUR_PREFIXES = (
@@ -436,8 +522,10 @@ def print_help() -> None:
         default = int(f.default) if isinstance(f.default, bool) else f.default
         print(f"  {f.name.upper():34} {default!s:>10}  {meta['doc']}" + (f"  [{bounds}]" if bounds else ""))
     print("\nACCEPTED OLD NAMES")
-    for old, (new, _) in ALIASES.items():
-        print(f"  {old:34} read as {new}")
+    for old, (names, _) in ALIASES.items():
+        print(f"  {old:34} read as {names.replace(' ', ', ')}")
+    for name, (only, why) in ONLY.items():
+        print(f"  {name:34} only {only or 'empty'}: {why}")
     for old, why in NO_EFFECT.items():
         print(f"  {old:34} no effect: {why}")
 
@@ -1111,17 +1199,23 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
 # 4  Model: one forward for training, scoring and adaptation
 # ============================================================================================================
 
-# Role of every parameter; one without a role stops the run. embed, head, small: AdamW; matrix: Muon.
+# Role of every parameter; one without a role stops the run. embed, head, small, cap: AdamW; matrix: Muon.
 ROLES = {name: role for role, names in {
-    "embed": "tok_emb", "head": "lm_head", "matrix": "qo_bank kv_bank mlp_up_bank mlp_down_bank",
+    "embed": "tok_emb bigram_embed ve_embed", "head": "lm_head", "cap": "softcap_pos softcap_neg",
+    "matrix": "qo_bank kv_bank mlp_up_bank mlp_down_bank",
     "small": "attn_scale mlp_scale resid_mix q_gain attn_gate_w attn_gate_proj skip_weights skip_gates "
-             "parallel_post_lambdas parallel_resid_lambdas smear_gate smear_lambda",
+             "parallel_post_lambdas parallel_resid_lambdas lane_merge smear_gate smear_lambda "
+             "smear_channels bigram_proj bigram_scale ve_proj ve_scale ve_layer_scales",
 }.items() for name in names.split()}
 # The field's names: one tensor per layer, where ours are stacked.
-PER_LAYER = {"attn_scale": "attn_scale", "mlp_scale": "mlp_scale", "resid_mix": "resid_mix",
-             "q_gain": "attn.q_gain", "attn_gate_w": "attn.attn_gate_w",
-             "attn_gate_proj": "attn.attn_gate_proj.weight"}
-WHOLE = {"tok_emb": "tok_emb.weight", "lm_head": "lm_head.weight", "smear_gate": "smear_gate.weight"}
+PER_LAYER = {"attn_scale": "blocks.{}.attn_scale", "mlp_scale": "blocks.{}.mlp_scale",
+             "resid_mix": "blocks.{}.resid_mix", "q_gain": "blocks.{}.attn.q_gain",
+             "attn_gate_w": "blocks.{}.attn.attn_gate_w", "ve_layer_scales": "ve_layer_scales.{}",
+             "attn_gate_proj": "blocks.{}.attn.attn_gate_proj.weight"}
+WHOLE = {"tok_emb": "tok_emb.weight", "lm_head": "lm_head.weight", "smear_gate": "smear_gate.weight",
+         "smear_channels": "smear.gate", "bigram_embed": "bigram.embed.weight", "ve_scale": "ve_shared.scale",
+         "bigram_proj": "bigram.proj.weight", "bigram_scale": "bigram.scale",
+         "ve_embed": "ve_shared.embed.weight", "ve_proj": "ve_shared.proj.weight"}
 BANKS = {   # bank -> field's names of its first and second half (or of all its layers)
     "qo_bank": ("attn.c_q.weight", "attn.proj.weight"), "kv_bank": ("attn.c_k.weight", "attn.c_v.weight"),
     "mlp_up_bank": ("mlp.fc.weight",), "mlp_down_bank": ("mlp.proj.weight",)}
@@ -1132,7 +1226,7 @@ def field_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     views = {}
     for name, p in params.items():
         if name in PER_LAYER:
-            views.update({f"blocks.{i}.{PER_LAYER[name]}": p[i] for i in range(len(p))})
+            views.update({PER_LAYER[name].format(i): p[i] for i in range(len(p))})
         else:
             views[WHOLE.get(name, name)] = p
     return views
@@ -1183,6 +1277,7 @@ class Pass(NamedTuple):
     adapter: BoundAdapter | None
     tap: Callable | None
     cache: KeyCache | None
+    values: dict[int, Tensor]
 
 
 def rms(x: Tensor) -> Tensor:
@@ -1205,21 +1300,71 @@ def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
     return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
 
 
+def pair_rows(ids: Tensor, rows: int, follows: Tensor | None = None) -> Tensor:
+    """Row of a hashed table for each token of ids (B, T) and the one before it, where follows (1, T - 1) lets
+    them meet; the last row where nothing goes before. int32 arithmetic, wrapping."""
+    now = ids.int()
+    row = (36313 * now[:, 1:] ^ 27191 * now[:, :-1]) % (rows - 1)
+    row = row if follows is None else row.where(follows, rows - 1)
+    return F.pad(row, (1, 0), value=rows - 1).long()
+
+
+def look_up(ids: Tensor, table: Tensor, proj: Tensor | None, scale: Tensor, dtype: torch.dtype,
+            alpha: Tensor | None = None) -> Tensor:
+    """scale · proj table[ids]: ids (B, T), table (N, w), proj (out, w) or None -> (B, T, out). alpha: proj is
+    rounded softly, as training shortly before quantising does."""
+    x = F.embedding(ids, table).to(dtype)
+    if proj is not None:
+        x = F.linear(x, (proj if alpha is None else soft_round(proj, alpha)).to(dtype))
+    return x * scale.to(dtype)
+
+
+def soft_round(w: Tensor, alpha: Tensor) -> Tensor:
+    """w (R, C) near its six-bit grid, with a gradient: a sigmoid of slope alpha in place of each step. The
+    step of a row is its largest magnitude over 31, but at least 1/31."""
+    step = (w.abs().amax(dim=-1, keepdim=True) / 31).clamp_min(1 / 31)
+    z = w / step
+    low = z.floor()
+    return (low + torch.sigmoid(alpha * (z - low - 0.5))).clamp(-31, 31) * step
+
+
+def soft_cap(z: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
+    """cap · tanh(z / cap), with one cap for positive and one for negative z."""
+    cap = torch.where(z > 0, pos, neg)
+    return cap * torch.tanh(z / cap)
+
+
 def parameter_shapes(s: Settings) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter, by name; what is off has no parameter."""
     d, layers, plan = s.model_dim, s.num_layers, layer_plan(s, True)
-    skips = min(len(plan.encoder), len(plan.decoder))
+    skips = layers // 2 if s.skip_rows == "physical" else min(len(plan.encoder), len(plan.decoder))
     shapes = dict(
         tok_emb=(s.vocab_size, d), qo_bank=(2 * layers, d, d), kv_bank=(2 * layers, s.kv_dim, d),
         mlp_up_bank=(layers, s.hidden_dim, d), mlp_down_bank=(layers, d, s.hidden_dim),
         attn_scale=(layers, d), mlp_scale=(layers, d), resid_mix=(layers, 2, d), q_gain=(layers, s.num_heads),
-        skip_weights=(skips, d), parallel_post_lambdas=(layers, 2, 2), parallel_resid_lambdas=(layers, 2))
+        skip_weights=(skips, d))
+    if s.parallel_lanes == "mixed":
+        shapes.update(parallel_post_lambdas=(layers, 2, 2), parallel_resid_lambdas=(layers, 2))
+    elif 0 < s.parallel_start_layer < layers:
+        shapes["lane_merge"] = ()
     if not s.tie_embeddings:
         shapes["lm_head"] = (s.vocab_size, d)
     if s.skip_gates_enabled:
         shapes["skip_gates"] = (skips, d)
-    if s.smear_gate_enabled:
+    if s.smear_gate_enabled and s.smear_gate_kind == "window":
         shapes.update(smear_gate=(1, s.gate_window), smear_lambda=(1,))
+    elif s.smear_gate_enabled:
+        shapes["smear_channels"] = (d,)
+    for table, rows, width, out in (("bigram", s.bigram_vocab_size, s.bigram_dim, d),
+                                    ("ve", s.ve_enabled * s.vocab_size, s.ve_dim, s.kv_dim)):
+        if rows:
+            shapes.update({f"{table}_embed": (rows, width), f"{table}_scale": ()})
+            if width != out:
+                shapes[f"{table}_proj"] = (out, width)
+    if s.ve_enabled:
+        shapes["ve_layer_scales"] = (len(s.value_layers), 1)
+    if s.asym_logit_rescale:
+        shapes.update(softcap_pos=(), softcap_neg=())
     if s.gated_attn_enabled or s.sparse_attn_gate_enabled:
         shapes["attn_gate_w"] = (layers, s.num_heads, d if s.gated_attn_enabled else s.gate_window)
     if s.attn_out_gate_enabled:
@@ -1247,28 +1392,35 @@ class GPT(nn.Module):
         for matrix in (*self.qo_bank[:layers], *self.kv_bank, *self.mlp_up_bank):
             nn.init.orthogonal_(matrix, generator=generator)
         for name, value in dict(attn_scale=1, mlp_scale=1, q_gain=s.qk_gain_init, skip_weights=1,
-                                parallel_post_lambdas=1, parallel_resid_lambdas=1.1).items():
-            getattr(self, name).fill_(value)
+                                parallel_post_lambdas=1, parallel_resid_lambdas=1.1, lane_merge=0.5,
+                                bigram_scale=0.05, ve_scale=0.1, ve_layer_scales=1,
+                                softcap_pos=s.logit_softcap, softcap_neg=s.logit_softcap).items():
+            if hasattr(self, name):
+                getattr(self, name).fill_(value)
         self.resid_mix[:, 0] = 1
         if hasattr(self, "attn_gate_w"):
             std = s.gated_attn_init_std if s.gated_attn_enabled else s.sparse_attn_gate_init_std
             self.attn_gate_w.normal_(0, std, generator=generator)
+        if hasattr(self, "bigram_proj"):     # of table and projection one starts at 0: both would stay there
+            nn.init.orthogonal_(self.bigram_proj, generator=generator)
+        if s.ve_enabled:
+            self.ve_embed.normal_(0, 0.01, generator=generator)
 
     # --- pieces
 
     def layer_weights(self) -> list[LayerWeights]:
         """Each stacked parameter is unbound once: its gradient is then one stack, not a sum of zeros."""
-        def unbind(p):
-            return p.to(self.compute_dtype).unbind(0)
         n = self.s.num_layers
-        qo, kv = unbind(self.qo_bank), unbind(self.kv_bank)
-        gate = getattr(self, "attn_gate_w", getattr(self, "attn_gate_proj", None))
-        gates = [None] * n if gate is None else unbind(gate)
-        rest = [unbind(p) for p in (
-            self.mlp_up_bank, self.mlp_down_bank, self.attn_scale, self.mlp_scale, self.resid_mix,
-            self.q_gain, self.parallel_post_lambdas, self.parallel_resid_lambdas)]
-        return [LayerWeights(qo[i], kv[i], kv[n + i], qo[n + i], *(r[i] for r in rest), gates[i])
-                for i in range(n)]
+
+        def unbind(name):
+            p = getattr(self, name, None)
+            return [None] * n if p is None else p.to(self.compute_dtype).unbind(0)
+        qo, kv = unbind("qo_bank"), unbind("kv_bank")
+        gate = "attn_gate_w" if hasattr(self, "attn_gate_w") else "attn_gate_proj"
+        rest = [unbind(name) for name in (
+            "mlp_up_bank", "mlp_down_bank", "attn_scale", "mlp_scale", "resid_mix", "q_gain",
+            "parallel_post_lambdas", "parallel_resid_lambdas", gate)]
+        return [LayerWeights(qo[i], kv[i], kv[n + i], qo[n + i], *(r[i] for r in rest)) for i in range(n)]
 
     def rope(self, length: int, device, start: int = 0) -> tuple[Tensor, Tensor]:
         """cos, sin (length, R/2) float32 of positions start …; with ROPE_YARN the base grows with the end."""
@@ -1281,21 +1433,48 @@ class GPT(nn.Module):
         angle = at[:, None] * inverse
         return angle.cos(), angle.sin()
 
-    def embed(self, ids: Tensor, layout: Layout | None, before: Tensor | None = None) -> Tensor:
-        """Normalised embeddings (B, T, D), each smeared with the previous token's unless it is a BOS.
-        before (B, 1): the token ahead of ids."""
+    def embed(self, ids: Tensor, layout: Layout | None, before: Tensor | None = None,
+              alpha: Tensor | None = None) -> Tensor:
+        """Normalised embeddings (B, T, D), mixed with what belongs to the token before. before (B, 1): the
+        token ahead of ids."""
+        s, dtype = self.s, self.compute_dtype
         if before is not None:
             ids = torch.cat((before, ids), dim=1)
-        e = F.embedding(ids, self.tok_emb).to(self.compute_dtype)
-        if self.s.smear_gate_enabled:
-            follows = ids[:, 1:] != BOS
-            if layout is not None and layout.isolate:
-                starts = torch.zeros(ids.size(1) + 1, dtype=torch.bool, device=ids.device)
-                follows = follows & ~starts.index_fill(0, layout.cu_seqlens.long(), True)[1:-1]
-            gate = torch.sigmoid(F.linear(e[:, 1:, :self.s.gate_window], self.smear_gate.to(e.dtype)))
-            gate = gate * self.smear_lambda.to(e.dtype) * follows[..., None]
-            e = torch.cat((e[:, :1], e[:, 1:] + gate * e[:, :-1]), dim=1)
-        return rms(e if before is None else e[:, 1:])
+        follows = None                      # (1, T - 1): the token before is of the same segment
+        if layout is not None and layout.isolate:
+            starts = torch.zeros(ids.size(1) + 1, dtype=torch.bool, device=ids.device)
+            follows = ~starts.index_fill(0, layout.cu_seqlens.long(), True)[None, 1:-1]
+        x = F.embedding(ids, self.tok_emb).to(dtype)
+        if s.bigram_vocab_size:
+            rows, proj = pair_rows(ids, s.bigram_vocab_size, follows), getattr(self, "bigram_proj", None)
+            x = x + look_up(rows, self.bigram_embed, proj, self.bigram_scale, dtype, alpha)
+        if s.smear_gate_enabled and s.smear_gate_bos_fix:
+            inside = ids[:, 1:] != BOS
+            follows = inside if follows is None else inside & follows
+        if s.smear_gate_enabled and s.smear_gate_kind == "window":
+            x = rms(self.smear(x, follows))
+        elif s.smear_gate_enabled:
+            x = self.smear(rms(x), follows)
+        else:
+            x = rms(x)
+        return x if before is None else x[:, 1:]
+
+    def smear(self, x: Tensor, follows: Tensor | None) -> Tensor:
+        """x (B, T, D) with the previous token's mixed in where follows (B or 1, T - 1) allows it."""
+        s, last = self.s, x[:, :-1] if follows is None else x[:, :-1] * follows[..., None]
+        if s.smear_gate_kind == "channels":
+            gate = torch.sigmoid(self.smear_channels.to(x.dtype))
+            return (1 - gate) * x + gate * F.pad(last, (0, 0, 1, 0))
+        gate = torch.sigmoid(F.linear(x[:, 1:, :s.gate_window], self.smear_gate.to(x.dtype)))
+        return torch.cat((x[:, :1], x[:, 1:] + gate * self.smear_lambda.to(x.dtype) * last), dim=1)
+
+    def token_values(self, ids: Tensor, alpha: Tensor | None = None) -> dict[int, Tensor]:
+        """What the tokens ids (B, T) add to the values of a layer, (B, T, K·D), by layer."""
+        if not self.s.ve_enabled:
+            return {}
+        dtype, proj = self.compute_dtype, getattr(self, "ve_proj", None)
+        shared = look_up(ids, self.ve_embed, proj, self.ve_scale, dtype, alpha)
+        return {i: shared * scale for i, scale in zip(self.s.value_layers, self.ve_layer_scales.to(dtype))}
 
     def attend(self, c: Pass, i: int, slot: int, n: Tensor) -> Tensor:
         """Attention branch of layer i on its normalised input n (B, T, D)."""
@@ -1303,7 +1482,8 @@ class GPT(nn.Module):
         heads = (n.size(0), n.size(1), -1, s.head_dim)
         q_raw = project(n, w.q, c.adapter, "q", slot)
         k = rotate(rms(project(n, w.k, c.adapter, "k", slot).view(heads)), c.rope)
-        v = project(n, w.v, c.adapter, "v", slot).view(heads)
+        v = project(n, w.v, c.adapter, "v", slot)
+        v = (v + c.values[i] if i in c.values else v).view(heads)
         q = rotate(rms(q_raw.view(heads)), c.rope) * w.q_gain[:, None]
         y = attention(q, *((k, v) if c.cache is None else c.cache.extend(slot, k, v)), c.layout)
         if i >= s.num_layers - s.xsa_last_n:
@@ -1335,9 +1515,10 @@ class GPT(nn.Module):
         """MLP branch of layer i on its normalised input n (B, T, D)."""
         w = c.layers[i]
         if c.tap is None:
-            out = leaky_square_mlp(n.flatten(0, 1), w.up, w.down, LEAKY_SLOPE, self.mlp_kernel).view(n.shape)
+            flat = n.flatten(0, 1)
+            out = leaky_square_mlp(flat, w.up, w.down, self.s.negative_slope, self.mlp_kernel).view(n.shape)
         else:
-            hidden = F.leaky_relu(F.linear(n, w.up), LEAKY_SLOPE).square()
+            hidden = F.leaky_relu(F.linear(n, w.up), self.s.negative_slope).square()
             out = F.linear(hidden, w.down)
             for kind, x in (("mlp_in", n), ("mlp_act", hidden), ("mlp_out", out)):
                 c.tap(kind, i, x)
@@ -1351,11 +1532,13 @@ class GPT(nn.Module):
         return x + w.mlp_scale * self.feed_forward(c, i, slot, rms(x) * f)
 
     def lanes(self, c: Pass, i: int, slot: int, lane0: Tensor, lane1: Tensor) -> tuple[Tensor, Tensor]:
-        """Layer i on two lanes: attention reads lane 0, the MLP lane 1, both write to both."""
+        """Layer i on two lanes: attention reads lane 0, the MLP lane 1; each writes to both or to its own."""
         w, f = c.layers[i], self.depth_scale(i)
         mixed = w.resid_mix[0] * lane0 + w.resid_mix[1] * c.x0
         a = w.attn_scale * self.attend(c, i, slot, rms(mixed) * f)
         b = w.mlp_scale * self.feed_forward(c, i, slot, rms(lane1) * f)
+        if self.s.parallel_lanes == "separate":
+            return mixed + a, lane1 + b
         return tuple(r * lane + pa * a + pb * b for r, lane, pa, pb in zip(w.resid, (lane0, lane1), *w.post))
 
     def depth_scale(self, i: int) -> float:
@@ -1371,14 +1554,16 @@ class GPT(nn.Module):
     # --- the forward
 
     def hidden(self, ids: Tensor, plan: Plan, layout: Layout | None = None, adapter: Adapter | None = None,
-               tap: Callable | None = None, cache: KeyCache | None = None) -> Tensor:
+               tap: Callable | None = None, cache: KeyCache | None = None,
+               alpha: Tensor | None = None) -> Tensor:
         """Final normalised hidden state (B, T, D) of tokens ids (B, T). layout: documents of a packed row
         (None: each row is causal). adapter: low-rank deltas. tap(kind, layer, x) sees the activations. cache:
-        the rows go on where it ends."""
+        the rows go on where it ends. alpha: sharpness of soft rounding, in late training."""
         s, start = self.s, 0 if cache is None else cache.position
-        x = self.embed(ids, layout, cache.last if start else None)
+        x = self.embed(ids, layout, cache.last if start else None, alpha)
         c = Pass(self.layer_weights(), x, self.rope(ids.size(1), ids.device, start), layout,
-                 None if adapter is None else adapter.bind(x.dtype), tap, cache)
+                 None if adapter is None else adapter.bind(x.dtype), tap, cache,
+                 self.token_values(ids, alpha))
         skips, lane0, lane1 = [], None, None
         for slot, i in enumerate(plan.encoder):
             x = self.block(c, i, slot, x)
@@ -1386,19 +1571,23 @@ class GPT(nn.Module):
         for j, i in enumerate(plan.decoder):
             slot = len(plan.encoder) + j
             parallel = 0 < s.parallel_start_layer <= i
-            if parallel and lane0 is None:
+            if parallel and lane0 is None and s.parallel_lanes == "mixed":
                 lane0 = lane1 = x
             if skips and j < len(self.skip_weights):
                 skip = skips.pop()
-                if parallel:
-                    lane0 = self.merge_skip(j, lane0, skip)
-                elif lane0 is None:
+                if lane0 is None:
                     x = self.merge_skip(j, x, skip)
+                elif parallel and s.skip_into_lanes:
+                    lane0 = self.merge_skip(j, lane0, skip)
+            if parallel and lane0 is None:      # separate lanes begin with the skip in both
+                lane0 = lane1 = x
             if parallel:
                 lane0, lane1 = self.lanes(c, i, slot, lane0, lane1)
             elif lane0 is None:      # once lanes run, the one stream no longer reaches the output
                 x = self.block(c, i, slot, x)
-        if lane0 is not None:
+        if lane0 is not None and s.parallel_lanes == "separate":
+            x = torch.lerp(lane1, lane0, self.lane_merge.to(x.dtype))
+        elif lane0 is not None:
             x = {"mean": 0.5 * (lane0 + lane1), "mlp": lane1, "attn": lane0}[s.parallel_final_lane]
         out = rms(x)
         if tap is not None:
@@ -1412,17 +1601,28 @@ class GPT(nn.Module):
         z = F.linear(hidden, weight.to(hidden.dtype))
         return z if adapter is None else adapter.bind(hidden.dtype).add(z, "head", 0, hidden)
 
+    def caps(self) -> tuple[Tensor, Tensor]:
+        """The caps of positive and negative logits; without ASYM_LOGIT_TRAIN out of reach of any gradient."""
+        pair = self.softcap_pos, self.softcap_neg
+        return pair if self.s.asym_logit_train else tuple(cap.detach() for cap in pair)
+
     def logits(self, hidden: Tensor, adapter: Adapter | None = None) -> Tensor:
         """Soft-capped logits (B, T, V) float32."""
-        cap = self.s.logit_softcap
-        return cap * torch.tanh(self.raw_logits(hidden, adapter).float() / cap)
+        z, cap = self.raw_logits(hidden, adapter).float(), self.s.logit_softcap
+        return soft_cap(z, *self.caps()) if self.s.asym_logit_rescale else cap * torch.tanh(z / cap)
 
     def losses(self, ids: Tensor, targets: Tensor, plan: Plan, layout: Layout | None = None,
-               adapter: Adapter | None = None, tap: Callable | None = None,
-               cache: KeyCache | None = None) -> Tensor:
-        """Cross-entropy of every target in nats, (B, T) float32."""
-        z = self.raw_logits(self.hidden(ids, plan, layout, adapter, tap, cache), adapter)
-        losses = capped_ce(z.flatten(0, 1), targets.flatten(), self.s.logit_softcap, self.ce_kernel)
+               adapter: Adapter | None = None, tap: Callable | None = None, cache: KeyCache | None = None,
+               training: bool = False, alpha: Tensor | None = None) -> Tensor:
+        """Cross-entropy of every target in nats, (B, T) float32. training: as published, asymmetric caps
+        count in evaluation only."""
+        s, hidden = self.s, self.hidden(ids, plan, layout, adapter, tap, cache, alpha)
+        if s.asym_logit_rescale and (s.asym_logit_train or not training):
+            z = self.logits(hidden, adapter).flatten(0, 1)
+            losses = F.cross_entropy(z, targets.flatten(), reduction="none")
+        else:
+            z = self.raw_logits(hidden, adapter).flatten(0, 1)
+            losses = capped_ce(z, targets.flatten(), s.logit_softcap, self.ce_kernel)
         return losses.view(targets.shape)
 
     forward = losses
