@@ -326,6 +326,13 @@ class Settings:
                   f"TTT_CHUNK_SIZE={self.ttt_chunk_size} exceeds TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}")
         refuse_if(bool(self.eval_only_path) and bool(self.eval_only_quantized_path),
                   "EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH are both set: keep one")
+        longest = max(length for _, length in context_stages(self))
+        refuse_if(longest != self.train_seq_len, f"the longest stage of TRAIN_SEQ_SCHEDULE is {longest}, but "
+                  f"TRAIN_SEQ_LEN={self.train_seq_len}: make them equal")
+        refuse_if(bool(self.train_seq_schedule) and self.train_loader in WINDOWED,
+                  f"TRAIN_LOADER={self.train_loader} has windows of one length: TRAIN_SEQ_SCHEDULE needs "
+                  "stream or docpack")
+        schedule(self.midrun_cap_schedule, 1.0, float)
         largest = max(chunk for _, chunk in chunk_steps(self))
         refuse_if(largest > self.ttt_eval_seq_len, f"a TTT chunk of {largest} tokens exceeds "
                   f"TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}: lower the chunks")
@@ -347,6 +354,10 @@ class Settings:
         if rest:
             raise UserError(f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not divisible by {world_size} "
                             f"ranks x {accum} micro-batches = {parts}: choose a multiple or GRAD_ACCUM_STEPS")
+        for _, length in context_stages(self) if self.train_seq_schedule else ():
+            if tokens % length:
+                raise UserError(f"a micro-batch of {tokens} tokens is no multiple of {length}, a length of "
+                                "TRAIN_SEQ_SCHEDULE: change one of them")
         if self.train_loader in WINDOWED and tokens % self.train_seq_len:
             raise UserError(f"a micro-batch of {tokens} tokens is no multiple of TRAIN_SEQ_LEN="
                             f"{self.train_seq_len}: with TRAIN_LOADER={self.train_loader} TRAIN_BATCH_TOKENS "
@@ -464,6 +475,24 @@ def chunk_steps(s: Settings) -> list[tuple[float, int]]:
                 raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, as 256:8,2000:24")
             steps.append((int(bound), int(chunk)))
     return sorted(steps) + [(math.inf, s.ttt_chunk_size)]
+
+
+def schedule(text: str, otherwise, kind: type = int) -> list[tuple[float, float]]:
+    """Stages (progress at which it ends, value) of "value@progress, …", by rising progress; the last one goes
+    on to the end. Without text one stage of `otherwise`. UserError unless values and shares are above 0."""
+    stages = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        value, _, end = part.partition("@")
+        if not (is_number(value) and is_number(end) and kind(float(value)) > 0 and 0 < float(end) <= 1):
+            raise UserError(f"the stage {part} must be value@progress with 0 < progress <= 1, as 1024@0.1")
+        stages.append((float(end), kind(float(value))))
+    stages = sorted(stages) or [(1.0, otherwise)]
+    return stages if stages[-1][0] == 1 else stages + [(1.0, stages[-1][1])]
+
+
+def context_stages(s: Settings) -> list[tuple[float, int]]:
+    """Longest segment of training, by share of the budget."""
+    return schedule(s.train_seq_schedule, s.train_seq_len)
 
 
 def is_free_text(f) -> bool:
@@ -776,18 +805,21 @@ class Layout:
 
 
 class Batch(NamedTuple):
-    """x, y (B, T) int64 inputs and targets; segment bounds of a packed row (or None), its longest piece."""
+    """x, y (B, T) int64 inputs and targets; segment bounds of a packed row (or None), its longest piece, the
+    length it was cut at and the tokens it was made of."""
     x: Tensor
     y: Tensor
     cu_seqlens: Tensor | None
     max_seqlen: int
+    cut: int = 0
+    tokens: np.ndarray | None = None
 
     def to(self, device: torch.device) -> Batch:
         """A copy on the device; from pinned memory without waiting."""
         def move(t):
             placed = t is None or t.device.type == device.type
             return t if placed else t.pin_memory().to(device, non_blocking=True)
-        return Batch(move(self.x), move(self.y), move(self.cu_seqlens), self.max_seqlen)
+        return self._replace(x=move(self.x), y=move(self.y), cu_seqlens=move(self.cu_seqlens))
 
     def layout(self, cap: int) -> Layout | None:
         """Document layout; `cap` bounds a piece's length and is fixed, so that compiled graphs are reused."""
@@ -814,7 +846,7 @@ def packed_batch(tokens: np.ndarray, max_len: int) -> Batch:
     """n + 1 consecutive tokens as one packed row of n inputs and targets, segmented by document."""
     t = torch.from_numpy(tokens.astype(np.int64))
     bounds, longest = segment_bounds(np.flatnonzero(tokens[:-1] == BOS), len(tokens) - 1, max_len)
-    return Batch(t[None, :-1], t[None, 1:], torch.from_numpy(bounds), longest)
+    return Batch(t[None, :-1], t[None, 1:], torch.from_numpy(bounds), longest, max_len, tokens)
 
 
 class TokenStream:
@@ -1030,11 +1062,15 @@ class Prefetch:
             if isinstance(item, BaseException):
                 return
 
-    def next(self) -> Batch:
+    def next(self, cut: int = 0) -> Batch:
+        """The next batch; a packed one cut at `cut` tokens, also where it was read ahead with another."""
+        if cut and getattr(self.stream, "max_len", cut) != cut:
+            self.stream.max_len = cut
         item = self.queue.get()
         if isinstance(item, BaseException):
             raise item
-        return item
+        recut = cut and item.cut not in (0, cut)
+        return packed_batch(item.tokens, cut).to(self.device) if recut else item
 
     def close(self) -> None:
         self.stop.set()
@@ -2224,30 +2260,32 @@ POLAR_EXPRESS = (   # (a, b, c) of X <- aX + (bA + cA^2)X with A = XX', one trip
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
+COEFFICIENTS = {"polar": POLAR_EXPRESS, "quintic": 5 * ((3.4445, -4.7750, 2.0315),)}
 
 
-def orthogonalise(g: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def orthogonalise(g: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16,
+                  coefficients: Sequence[tuple] = POLAR_EXPRESS) -> Tensor:
     """Each matrix of g (…, R, C) with its singular values pushed to about 1 (0.86 … 1.14), in `dtype`."""
     x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for a, b, c in POLAR_EXPRESS[:steps]:
+    for a, b, c in coefficients[:steps]:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
 
 
 def muon_direction(g: Tensor, buf: Tensor, momentum: float, steps: int, nesterov: bool,
-                   row_normalize: bool) -> Tensor:
+                   row_normalize: bool, coefficients: Sequence[tuple] = POLAR_EXPRESS) -> Tensor:
     """Orthogonalised update of matrices g (n, R, C), in buf's dtype; buf is updated in place."""
     g = g.to(buf.dtype)
     buf.mul_(momentum).add_(g)
     u = g.add(buf, alpha=momentum) if nesterov else buf
     if row_normalize:
         u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    return orthogonalise(u, steps, buf.dtype)
+    return orthogonalise(u, steps, buf.dtype, coefficients)
 
 
 def muon_apply(p: Tensor, u: Tensor, lr: float, weight_decay: float) -> None:
@@ -2262,6 +2300,15 @@ def muon_update(p: Tensor, g: Tensor, buf: Tensor, *, lr: float, momentum: float
     muon_apply(p, muon_direction(g, buf, momentum, steps, nesterov, row_normalize), lr, weight_decay)
 
 
+def split_rates(s: Settings, bank: Tensor) -> Tensor | None:
+    """Factor on each matrix (n, 1, 1) of a bank by its layer, relative to MATRIX_LR; None without a split."""
+    if not s.matrix_lr_early:
+        return None
+    layers = torch.arange(len(bank), device=bank.device) % s.num_layers
+    early, late = s.matrix_lr_early / s.matrix_lr, (s.matrix_lr_late or s.matrix_lr) / s.matrix_lr
+    return torch.where(layers < s.bank_split, early, late)[:, None, None]
+
+
 class Optimiser:
     """Owns all gradient traffic. Each rank orthogonalises its share of every bank: reduce-scatter of all
     banks -> norm and clip of the averaged gradient -> direction of the own matrices, gathered while the next
@@ -2273,16 +2320,20 @@ class Optimiser:
             raise UserError(f"parameters {strangers} have no role: add a row to ROLES")
         by_role = {role: [p for n, p in params.items() if ROLES[n] == role] for role in set(ROLES.values())}
         self.banks = sorted(by_role["matrix"], key=lambda p: -p.numel())
-        self.small = by_role["embed"] + by_role["head"] + by_role["small"]
+        caps = by_role["cap"] if s.asym_logit_train else []
+        self.small = by_role["embed"] + by_role["head"] + by_role["small"] + caps
+        self.names = {p: n for n, p in params.items()}
         embed_lr = s.tied_embed_lr if s.tie_embeddings else s.embed_lr
         rates = (("embed", embed_lr, s.embed_wd), ("head", s.head_lr, s.embed_wd),
                  ("small", s.scalar_lr, s.adam_wd))
         groups = [dict(params=by_role[role], lr=lr, peak=lr, weight_decay=wd) for role, lr, wd in rates]
+        groups.append(dict(params=caps, lr=s.scalar_lr, peak=s.scalar_lr, weight_decay=0.0))
         self.adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=(s.beta1, s.beta2),
                                       eps=s.adam_eps, fused=world.device.type == "cuda")
         self.share = [-(-len(p) // world.size) for p in self.banks]    # matrices per rank, the last padded
         self.momentum = [torch.zeros(n, *p.shape[1:], dtype=dtype, device=p.device)
                          for n, p in zip(self.share, self.banks)]
+        self.split = [split_rates(s, p) for p in self.banks]
 
     @torch.no_grad()
     def step(self, lr_share: float, momentum: float) -> Tensor:
@@ -2297,18 +2348,42 @@ class Optimiser:
             norm = self.clip_average(shards)
         gathered = []
         for i, (g, buf) in enumerate(zip(shards, self.momentum)):
-            u = muon_direction(g, buf, momentum, s.muon_backend_steps, True, s.muon_row_normalize)
+            if self.split[i] is not None and s.split_lr_target == "gradient":
+                own = self.split[i][len(buf) * self.world.rank:][:len(buf)]
+                g[:len(own)] *= own
+            u = muon_direction(g, buf, momentum, s.muon_backend_steps, True, s.muon_row_normalize,
+                               COEFFICIENTS[s.muon_coefficients])
             gathered.append(self.gather(u, len(self.banks[i])))
         for group in self.adam.param_groups:
             group["lr"] = group["peak"] * lr_share
         self.adam.step()
-        for p, (u, work) in zip(self.banks, gathered):
+        for p, (u, work), split in zip(self.banks, gathered, self.split):
             if work is not None:
                 work.wait()
-            muon_apply(p, u[:len(p)], s.matrix_lr * lr_share, s.muon_wd)
+            u = u[:len(p)] if split is None or s.split_lr_target == "gradient" else u[:len(p)] * split
+            muon_apply(p, u, s.matrix_lr * lr_share, s.muon_wd)
         for p in (*self.banks, *self.small):
             p.grad = None
         return norm
+
+    def never_trained(self) -> list[str]:
+        """Parameters, or rows of them, that no gradient ever reached: AdamW's second moment or Muon's
+        momentum is still zero there."""
+        rank, own = self.world.rank, {}
+        for p, buf in zip(self.banks, self.momentum):
+            own[p] = [rank * len(buf) + i for i, row in enumerate(buf) if not row.any()]
+        for p in self.small:
+            state = self.adam.state.get(p, {}).get("exp_avg_sq", torch.zeros_like(p))
+            own[p] = [i for i, row in enumerate(state.reshape(len(p) if p.dim() else 1, -1)) if not row.any()]
+        found = {}
+        for part in self.world.gather({self.names[p]: rows for p, rows in own.items()}):
+            for name, rows in part.items():
+                found.setdefault(name, set()).update(rows)
+        count = {n: len(p) if p.dim() else 1 for p, n in self.names.items()}
+        found = {n: sorted(r for r in rows if r < count[n]) for n, rows in found.items()}
+        return [name if len(rows) == count[name] else f"{name} rows {', '.join(map(str, rows))}"
+                if len(rows) < 9 else f"{name}: {len(rows)} of {count[name]} rows"
+                for name, rows in found.items() if rows]
 
     def reduce(self) -> list[Tensor]:
         """Averaged gradients: this rank's matrices of every bank (returned), all small ones (in place)."""
@@ -2361,10 +2436,31 @@ class Optimiser:
 # ============================================================================================================
 
 def lr_share(s: Settings, progress: float) -> float:
-    """Share of the peak learning rate: flat, then linear over the last WARMDOWN_FRAC, at least MIN_LR."""
-    if s.warmdown_frac <= 0 or progress < 1 - s.warmdown_frac:
-        return 1.0
-    return max((1 - progress) / s.warmdown_frac, s.min_lr)
+    """Share of the peak learning rate: flat, then linear over the last WARMDOWN_FRAC, at least MIN_LR; never
+    above the value of the last point of MIDRUN_CAP_SCHEDULE that is passed (before: of its first)."""
+    flat = s.warmdown_frac <= 0 or progress < 1 - s.warmdown_frac
+    share = 1.0 if flat else max((1 - progress) / s.warmdown_frac, s.min_lr)
+    if not s.midrun_cap_schedule:
+        return share
+    points = schedule(s.midrun_cap_schedule, 1.0, float)
+    return min(share, [points[0][1], *(cap for at, cap in points[:-1] if at <= progress)][-1])
+
+
+def stage_at(stages: list[tuple[float, float]], progress: float):
+    """The value of the first stage that has not ended."""
+    return next(value for end, value in stages if min(progress, 1.0) <= end)
+
+
+def graphs_met(s: Settings) -> list[tuple[int, bool]]:
+    """Pairs (longest segment, looping) in the order in which training meets them."""
+    pairs, begin = [], 0.0
+    for end, length in context_stages(s):
+        both = s.recur_start_step > 0 and s.num_loops > 0
+        seen = (False, True) if both else (looping_at(s, math.nextafter(begin, 2) if begin else 0.0),
+                                           looping_at(s, end))
+        pairs += [(length, looping) for looping in seen]
+        begin = end
+    return list(dict.fromkeys(pairs))
 
 
 def muon_momentum(s: Settings, step: int) -> float:
@@ -2373,9 +2469,39 @@ def muon_momentum(s: Settings, step: int) -> float:
     return (1 - f) * s.muon_momentum_warmup_start + f * s.muon_momentum
 
 
-def looping_at(s: Settings, progress: float) -> bool:
-    """Whether the loop's extra passes run at this share of the training budget."""
-    return s.num_loops > 0 and progress >= s.enable_looping_at
+def looping_at(s: Settings, progress: float, step: int = 0) -> bool:
+    """Whether the loop's extra passes run at this share of the training budget, or this step."""
+    begun = step >= s.recur_start_step if s.recur_start_step else progress >= s.enable_looping_at
+    return s.num_loops > 0 and begun
+
+
+class Curriculum:
+    """What changes while training goes on: longest segment, loop, learning rate, soft rounding."""
+
+    def __init__(self, s: Settings):
+        self.s, self.stages, self.length = s, context_stages(s), 0
+        self.changed = self.rounding = None        # steps at which the length changed and rounding began
+
+    def at(self, step: int, progress: float) -> tuple[int, bool, float]:
+        """(longest segment, looping, share of the learning rate) of a step; they rise from call to call."""
+        s = self.s
+        by_step = s.train_seq_schedule_mode == "step"
+        length = stage_at(self.stages, step / max(s.iterations, 1) if by_step else progress)
+        if length != self.length:
+            self.changed, self.length = step or None, length
+        lr = lr_share(s, progress)
+        if self.changed is not None and s.seq_change_warmup_steps:
+            lr *= min((step - self.changed + 1) / s.seq_change_warmup_steps, 1.0)
+        return length, looping_at(s, progress, step), lr
+
+    def sharpness(self, steps: int, lr: float) -> float | None:
+        """Slope of soft rounding after so many steps, the last one at this share; None before it begins."""
+        s = self.s
+        if self.rounding is None and lr < s.late_qat_threshold and steps >= s.late_qat_min_step:
+            self.rounding = steps
+        if self.rounding is None:
+            return None
+        return 1 + 15 * min((steps - self.rounding) / s.late_qat_ramp_steps, 1.0)
 
 
 def pick_dtype(choice: str, device: torch.device, default: torch.dtype | None = None) -> torch.dtype:
@@ -2407,6 +2533,7 @@ class Trainer:
         self.s, self.world, self.model = s, world, model
         self.accum, self.tokens = s.batch_shape(world.size)
         self.losses = compiled(s, world.device, model.losses, fullgraph=True)
+        self.alpha: Tensor | None = None         # sharpness of soft rounding, once it has begun
         self.rewind()
 
     def rewind(self) -> None:
@@ -2419,7 +2546,8 @@ class Trainer:
         """Forward and backward of one micro-batch; returns its mean loss (nats per token)."""
         if batch.cu_seqlens is not None and compiles(self.s, self.world.device):
             torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
-        loss = self.losses(batch.x, batch.y, plan, batch.layout(self.s.train_seq_len)).mean()
+        layout = batch.layout(batch.cut or self.s.train_seq_len)
+        loss = self.losses(batch.x, batch.y, plan, layout, training=True, alpha=self.alpha).mean()
         (loss / self.accum).backward()
         return loss.detach()
 
@@ -2436,11 +2564,14 @@ class Trainer:
         s, world, clock = self.s, self.world, Clock()
         before = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         generator = torch.Generator().manual_seed(s.seed + world.rank)
-        for plan in dict.fromkeys((layer_plan(s, False), layer_plan(s, True))):
-            for _ in range(s.warmup_steps):
-                for _ in range(self.accum):
-                    self.micro_step(self.random_batch(generator), plan)
-                self.update(1.0, s.muon_momentum)
+        for length, looping in graphs_met(s):
+            for soft in (False, True)[:1 + (s.late_qat_threshold > 0)]:
+                self.set_sharpness(1.0 if soft else None)
+                for _ in range(s.warmup_steps):
+                    for _ in range(self.accum):
+                        self.micro_step(self.random_batch(generator, length), layer_plan(s, looping))
+                    self.update(1.0, s.muon_momentum)
+        self.set_sharpness(None)
         with torch.no_grad():
             for n, p in self.model.named_parameters():
                 p.copy_(before[n])
@@ -2448,8 +2579,12 @@ class Trainer:
         sync(world.device)
         return clock.elapsed()
 
-    def random_batch(self, generator: torch.Generator) -> Batch:
-        """A micro-batch of random tokens shaped as the loader's."""
+    def set_sharpness(self, alpha: float | None) -> None:
+        """Sharpness of soft rounding from now on; None: no rounding. A tensor: one graph for all of them."""
+        self.alpha = None if alpha is None else torch.tensor(alpha, device=self.world.device)
+
+    def random_batch(self, generator: torch.Generator, length: int = 0) -> Batch:
+        """A micro-batch of random tokens shaped as the loader's, cut at `length` (0: TRAIN_SEQ_LEN)."""
         s = self.s
         if s.train_loader in WINDOWED:
             shape = (self.tokens // s.train_seq_len, s.train_seq_len + 1)
@@ -2457,7 +2592,7 @@ class Trainer:
             return Batch(t[:, :-1], t[:, 1:], None, s.train_seq_len).to(self.world.device)
         tokens = torch.randint(2, s.vocab_size, (self.tokens + 1,), generator=generator).numpy()
         tokens[::max(2, s.train_seq_len // 2)] = BOS
-        return packed_batch(tokens, s.train_seq_len).to(self.world.device)
+        return packed_batch(tokens, length or s.train_seq_len).to(self.world.device)
 
 
 class Progress:
@@ -2514,6 +2649,7 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
     stream, progress = Prefetch(source, world.device), Progress(s, world, trainer.model, plans, budget)
     world.barrier()
     clock, step, step_seconds, before, shown = Clock(s.max_wallclock_seconds), 0, 0.0, 0.0, 0.0
+    curriculum = Curriculum(s)
     looping = looping_at(s, 0.0)
     while True:
         if s.val_loss_every and step % s.val_loss_every == 0:
@@ -2526,16 +2662,17 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
         if step >= s.iterations or (budget and elapsed + step_seconds > budget):
             break
         done = min(elapsed / budget, 1.0) if budget else step / s.iterations
-        looping = looping_at(s, done)
-        losses = [trainer.micro_step(stream.next(), plans[looping]) for _ in range(trainer.accum)]
+        length, looping, lr = curriculum.at(step, done)
+        losses = [trainer.micro_step(stream.next(length), plans[looping]) for _ in range(trainer.accum)]
         loss = sum(losses) / trainer.accum
-        norm = trainer.update(lr_share(s, done), muon_momentum(s, step))
+        norm = trainer.update(lr, muon_momentum(s, step))
         step += 1
+        trainer.set_sharpness(curriculum.sharpness(step, lr))
         if budget and budget - elapsed < 10 * step_seconds:
             sync(world.device)            # near the end the host must not run ahead of the GPU
         if step <= 10 or (s.train_log_every and step % s.train_log_every == 0):
             report_step(run, progress, step, world.total(loss.clone()).item() / world.size, norm.item(),
-                        lr_share(s, done), clock.elapsed(), looping)
+                        lr, clock.elapsed(), looping)
         elif run.live and elapsed - shown > 0.5:
             shown = elapsed
             run.progress(progress.line(step, loss.item(), progress.values(step, elapsed, looping), looping))
@@ -2544,6 +2681,9 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
     step_ms = 1e3 * seconds / max(step, 1)
     run.log("train_end", steps=step, seconds=seconds, step_ms=step_ms, epochs=source.epoch,
             tokens=step * s.train_batch_tokens)
+    trainer.set_sharpness(None)
+    if idle := trainer.optimiser.never_trained() if step else []:
+        run.log("never_trained", parameters=idle)
     return {"steps": step, "step_ms": step_ms, "clock": clock, "stream": stream}
 
 

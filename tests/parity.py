@@ -559,6 +559,107 @@ def check_muon(fx: Fixture) -> None:
                      **(tolerance if precision == "f32" else {"rtol_of_max_abs": 2e-2}))
 
 
+def check_split_lr(fx: Fixture) -> None:
+    """The factors by layer, and steps of the optimiser with and without the split of the gradient."""
+    given = dict(fx.meta["settings"])
+    env = dict(NUM_LAYERS=given.pop("num_layers"), MUON_MOMENTUM=given.pop("momentum"), MUON_ROW_NORMALIZE=0,
+               MUON_BACKEND_STEPS=given.pop("backend_steps"), MUON_WD=given.pop("weight_decay"), NUM_LOOPS=0,
+               SPLIT_LR_TARGET="gradient", MUON_COEFFICIENTS="quintic", MUON_DTYPE="bfloat16",
+               GRAD_CLIP_NORM=0, **{k: v for k, v in given.items() if k.isupper()})
+    for bank, want in fx.group("grad_multiplier").items():
+        got = tg.split_rates(fx.settings(**env), torch.zeros(len(want), 1, 1))
+        fx.close(f"factors of {bank}", got.flatten(), want, **fx.tolerance("grad_multiplier"))
+    for bank in {k.split(".")[1] for k in fx.arrays if k.startswith("after.")}:
+        for kind in ("with_split", "without_split"):
+            s = fx.settings(**{**env, **({} if kind == "with_split" else {"MATRIX_LR_EARLY": 0})})
+            p = torch.nn.Parameter(fx.arrays[f"before.{bank}"].float())
+            optimiser = tg.Optimiser(s, tg.World(), {bank: p, "q_gain": torch.nn.Parameter(torch.ones(1))},
+                                     torch.bfloat16)
+            for k in range(len([g for g in fx.arrays if re.fullmatch(rf"grad\d+.{bank}", g)])):
+                p.grad = fx.arrays[f"grad{k}.{bank}"].float()
+                optimiser.step(1.0, s.muon_momentum)
+            fx.close(f"{bank} {kind}", p, fx.arrays[f"after.{bank}.{kind}"], **fx.tolerance("after"))
+
+
+def check_soft_round_schedule(fx: Fixture) -> None:
+    """Sharpness of soft rounding by step; it begins at a step whose learning rate is below the threshold."""
+    begin = fx.meta["enabled_at_step"]
+    curriculum = tg.Curriculum(fx.settings(LATE_QAT_THRESHOLD=0.15))
+    for steps, lr in ((1999, 0.1), (begin - 1, 0.16)):
+        fx.equal(f"sharpness after {steps} steps", curriculum.sharpness(steps, lr), None)
+    for row in fx.meta["schedule"]:
+        got = curriculum.sharpness(row["step_after_increment"], 0.14)
+        fx.close(f"sharpness after {row['step_after_increment']} steps", got, row["alpha"], rtol=1e-9)
+
+
+def check_progressive_context(fx: Fixture) -> None:
+    """Stages, their lookup, refused texts, the learning rate's ramp, warm-up pairs, batches by cap."""
+    for name, case in fx.meta["schedules"].items():
+        stages = tg.schedule(case["schedule"], case["default_seq_len"])
+        fx.equal(f"{name} stages", [list(stage) for stage in stages], case["plan"])
+        for row in case["lookup"]:
+            for mode in ("", "step_mode_"):
+                got = tg.stage_at(stages, row[f"{mode}progress"])
+                fx.equal(f"{name} at {row[f'{mode}progress']}", got, row[f"{mode}seq_len"])
+    for text in fx.meta["rejected"]:
+        fx.equal(f"{text} is refused", refused(lambda text=text: tg.schedule(text, 1)), True)
+    for text, want in fx.meta["divisibility"].items():
+        tokens, world, accum, stages = text.split("/")
+        longest = max(length for _, length in tg.schedule(stages, 1))
+        s = dataclasses.replace(fx.settings(TRAIN_BATCH_TOKENS=tokens, GRAD_ACCUM_STEPS=accum),
+                                train_seq_schedule=stages, train_seq_len=longest)
+        if want == "ValueError":
+            fx.equal(f"{text} is refused", refused(lambda s=s, n=int(world): s.batch_shape(n)), True)
+        else:
+            fx.equal(text, s.batch_shape(int(world))[1], want)
+    for name, case in fx.meta["trajectories"].items():
+        env = {k: v for k, v in case.items() if k.isupper()}
+        s = fx.settings(**env, TRAIN_SEQ_SCHEDULE=case["schedule"], TRAIN_SEQ_LEN=case["default_seq_len"])
+        curriculum, changes, rows = tg.Curriculum(s), [], fx.arrays[f"{name}.trajectory"].tolist()
+        for before, (step, _, progress, length, lr) in zip([None, *rows], rows):
+            got = curriculum.at(int(step), progress)
+            fx.equal(f"{name} length at {step:g}", got[0], int(length))
+            fx.close(f"{name} learning rate at {step:g}", got[2], lr, **fx.tolerance("lr_scale"))
+            changes += [[int(step), got[0]]] if before and before[3] != got[0] else []
+        fx.equal(f"{name} changes", changes, case["changes"])
+    run = fx.meta["schedules"]["run"]
+    env = dict(TRAIN_SEQ_SCHEDULE=run["schedule"], TRAIN_SEQ_LEN=run["default_seq_len"])
+    for mode, more in (("auto", {}), ("inactive", {"NUM_LOOPS": 0}), ("active", {"ENABLE_LOOPING_AT": 0})):
+        got = [list(pair) for pair in tg.graphs_met(fx.settings(**env, **more))]
+        fx.equal(f"pairs warmed up, {mode}", got, fx.meta["compile_warmup_items"][mode])
+    check_capped_batches(fx, fx.meta["loader"])
+
+
+def refused(call) -> bool:
+    try:
+        call()
+    except tg.UserError:
+        return True
+    return False
+
+
+def check_capped_batches(fx: Fixture, facts: dict) -> None:
+    """Batches of the document-packed stream as the cap on a segment changes. The reference drops the two
+    batches that it has read ahead at each change; the trainer cuts them anew and drops nothing."""
+    for ranked, steps in facts["steps"].items():
+        world, rank = (int(n) for n in re.fullmatch(r"ws(\d+).rank(\d+)", ranked).groups())
+        stream = tg.DocPackStream(shard_files(fx, facts["shards"] + "fineweb_train_*.bin"), world_size=world,
+                                  rank=rank, tokens=facts["tokens_per_rank_and_step"], max_len=0)
+        for k, row in enumerate(steps):
+            ahead = 2 if k and row["cap"] != steps[k - 1]["cap"] else 0
+            for _ in range(ahead):
+                stream.next()
+            batch, want = stream.next(), fx.group_raw(f"{ranked}.step{k}")
+            tokens = batch.tokens
+            bounds, longest = tg.segment_bounds(np.flatnonzero(tokens[:-1] == tg.BOS), len(tokens) - 1,
+                                                row["cap"], bucket=facts["bucket"])
+            again = tg.packed_batch(tokens, row["cap"])
+            fx.equal(f"{ranked} step {k} longest", (longest, again.max_seqlen), (row["longest_segment"],) * 2)
+            fx.equal(f"{ranked} step {k} inputs", again.x, want["x"])
+            fx.equal(f"{ranked} step {k} targets", again.y, want["y"])
+            fx.equal(f"{ranked} step {k} bounds", bounds, want["cu_seqlens"])
+
+
 def check_newton_schulz(fx: Fixture) -> None:
     for case in fx.meta["cases"]:
         name = case["name"]
@@ -1119,6 +1220,9 @@ CHECKERS = (
     ("bigram_hash*/*", check_tables),
     ("value_embedding*/*", check_value_embedding),
     ("soft_round_qat*/*", check_soft_round),
+    ("soft_round_schedule*/*", check_soft_round_schedule),
+    ("split_lr*/*", check_split_lr),
+    ("progressive_context*/*", check_progressive_context),
     ("leaky_slope*/*", check_leaky),
     ("asym_logit_rescale*/*", check_asymmetric_cap),
     ("ttt_forward*/*", check_ttt_forward),
