@@ -214,12 +214,20 @@ class Settings:
     attn_clip_sigmas: float = knob(13.0, "the same for attention matrices", 0.1)
     mlp_clip_sigmas: float = knob(11.5, "the same for MLP matrices", 0.1)
     embed_clip_sigmas: float = knob(14.0, "the same for the embedding", 0.1)
+    quant_clip: str = knob("sigmas", "range of the codes: by those settings; or the best of five percentiles "
+                           "of a row, steps at least 1/31, as the early records", choices="sigmas percentile")
+    awq_lite_enabled: bool = knob(False, "finer codes for the columns that matter most")
+    awq_lite_bits: int = knob(8, "their bits", 2, 8)
+    awq_lite_group_size: int = knob(64, "columns of a group", 1)
+    awq_lite_group_top_k: int = knob(1, "groups, over all matrices", 1)
     gated_attn_quant_gate: bool = knob(True, "store attention gates as int8 per row, not float16")
     gptq_calibration_batches: int = knob(16, "training micro-batches behind the Hessians, over all ranks", 1)
     gptq_reserve_seconds: str = knob("auto", "training seconds kept for chapters 9, 10; auto: rehearsed")
     lqer_enabled: bool = knob(True, "low-rank repair of the largest rounding errors")
     lqer_rank: int = knob(4, "its rank", 1)
     lqer_top_k: int = knob(3, "how many matrices get it", 0)
+    lqer_scope: str = knob("all", "which matrices may get it", choices="all mlp attn embed")
+    lqer_gain_select: bool = knob(False, "choose them by the error it removes, not by the error there is")
     lqer_factor_bits: int = knob(4, "bits of its symmetric form", 2, 8)
     lqer_asym_enabled: bool = knob(True, "asymmetric form: 2-bit and 4-bit factors")
     lqer_asym_group: int = knob(64, "values that share a scale in the 4-bit factor", 1)
@@ -2803,6 +2811,73 @@ def gptq(w: Tensor, h: Tensor, scale: Tensor, bits: int, damp: float = 0.01, blo
     return out.to(torch.int8).reshape(shape)
 
 
+@torch.no_grad()
+def clip_search(w: Tensor, h: Tensor, bits: int, coarser: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(codes, fp16 steps (n, R)) of matrices w (n, R, C): of five percentiles of |row| as largest code, each
+    with a pass of GPTQ, the one with the least squared error. As published no step is below 1 / top."""
+    top, best = 2 ** (bits - 1) - 1, None
+    for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
+        scale = ((w.abs().quantile(share, dim=-1) / top).clamp_min(1 / top) * coarser).half()
+        codes = gptq(w, h, scale, bits)
+        error = (w - codes * scale[..., None].float()).square().mean(dim=(-2, -1))
+        if best is not None:
+            better = error < best[0]
+            codes = torch.where(better[:, None, None], codes, best[1])
+            error, scale = torch.minimum(error, best[0]), torch.where(better[:, None], scale, best[2])
+        best = error, codes, scale
+    return best[1:]
+
+
+@torch.no_grad()
+def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor], bits: tuple[int, int],
+                   fine: Tensor) -> Tensor:
+    """Codes (R, C) int8 of one matrix as gptq's, with the second steps and bits in the columns `fine` (C)."""
+    order, u, dead = (x[0] for x in hessian_factor(h.float()[None], 0.01))
+    t, codes = w.float().masked_fill(dead, 0)[:, order].mT.contiguous(), torch.empty_like(w.mT)
+    for j, column in enumerate(order.tolist()):
+        which = int(fine[column])
+        step, top = steps[which].float().clamp_min(1e-30), 2 ** (bits[which] - 1) - 1
+        codes[column] = q = (t[j] / step).round().clamp_(-top, top)
+        t[j + 1:] -= (u[j, j + 1:] / u[j, j])[:, None] * (t[j] - q * step)
+    return codes.mT.to(torch.int8).contiguous()
+
+
+def input_rms(s: Settings, name: str, h: Tensor, tokens: int = 1) -> Tensor:
+    """rms (C) of a matrix's input columns from its Hessian, a mean over micro-batches of so many tokens."""
+    slots = sum(layer_plan(s, True), ())
+    visits = slots.count(int(name.split(".")[1])) if name.startswith("blocks.") else 1
+    return (h.diagonal() / (visits * tokens)).sqrt()
+
+
+def group_scores(w: Tensor, rms: Tensor, size: int) -> Tensor:
+    """How much each whole group of `size` columns of w (R, C) moves the output: rms of input · mean |w|."""
+    return (rms * w.float().abs().mean(dim=0))[:len(rms) // size * size].view(-1, size).sum(dim=1)
+
+
+def protect(s: Settings, out: Quantised, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
+            names: Sequence[str]) -> None:
+    """AWQ-lite: the groups of columns with the highest scores of all matrices get codes of AWQ_LITE_BITS."""
+    size, scores = s.awq_lite_group_size, []
+    for name in names:
+        w = weights[name]
+        if name in hessians and storage_of(s, name, w)[1] < s.awq_lite_bits:
+            values = group_scores(w, input_rms(s, name, hessians[name]), size).tolist()
+            scores += [(value, name, i * size) for i, value in enumerate(values)]
+    chosen: dict[str, list[int]] = {}
+    for _, name, start in sorted(scores, key=lambda x: -x[0])[:s.awq_lite_group_top_k]:
+        chosen.setdefault(name, []).append(start)
+    for name, starts in chosen.items():
+        w, (_, bits, clip) = weights[name].float(), storage_of(s, name, weights[name])
+        fine = torch.isin(torch.arange(w.size(1)) // size * size, torch.tensor(starts))
+        high = row_scales(w, s.awq_lite_bits, clip)
+        steps = out.tensors[name + ".scale"].to(w.device), high
+        codes = gptq_protected(w, hessians[name], steps, (bits, s.awq_lite_bits), fine)
+        out.tensors.update({name + ".q": codes.cpu(), name + ".awqg_s_hi": high.cpu(),
+                            name + ".awqg_start": torch.tensor(starts, dtype=torch.int16),
+                            name + ".awqg_size": torch.tensor([size], dtype=torch.int16)})
+        out.meta[name] += f"+awqgrpint{s.awq_lite_bits}"
+
+
 def quantise_rows(w: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     """w (R, C) -> int8 codes and fp16 steps (R): the largest magnitude of a row gets the largest code."""
     top = 2 ** (bits - 1) - 1
@@ -2850,12 +2925,13 @@ class Quantised:
 
 
 def storage_of(s: Settings, name: str, w: Tensor) -> tuple:
-    """How a tensor is stored: ("gate",), ("half",) or ("gptq", bits, clip_sigmas)."""
+    """How a tensor is stored: ("gate",), ("half",) or ("gptq", bits, clip_sigmas). Tables that are looked up
+    and their projections have no Hessian: GPTQ then rounds each code by itself."""
     if s.gated_attn_quant_gate and name.endswith("attn_gate_w") and w.dim() == 2 and 32 <= w.numel() <= 8192:
         return ("gate",)
     if w.numel() <= SMALL_TENSOR:
         return ("half",)
-    if name in ("tok_emb.weight", "lm_head.weight"):
+    if name in ("tok_emb.weight", "lm_head.weight", "bigram.embed.weight", "ve_shared.embed.weight"):
         return ("gptq", s.embed_bits, s.embed_clip_sigmas)
     clip = (s.mlp_clip_sigmas if ".mlp." in name else s.attn_clip_sigmas if ".attn." in name
             else s.matrix_clip_sigmas)
@@ -2888,34 +2964,64 @@ def quantise(s: Settings, weights: Mapping[str, Tensor], hessians: Mapping[str, 
         w = torch.stack([weights[n].float() for n in group])
         eye = torch.eye(shape[1], device=w.device)
         h = torch.stack([hessians.get(n, eye) for n in group])
-        scale = row_scales(w, bits, clip * coarser)
-        codes = gptq(w, h, scale, bits)
-        errors = (w - codes * scale[..., None].float()).flatten(1).norm(dim=1).tolist()
+        if s.quant_clip == "percentile":
+            codes, scale = clip_search(w, h, bits, coarser)
+        else:
+            scale = row_scales(w, bits, clip * coarser)
+            codes = gptq(w, h, scale, bits)
         # copies, because a pickled view takes its whole stack along
         own = ([x.clone() for x in stack.cpu()] for stack in (codes, scale))
-        done.update(zip(group, zip(*own, errors)))
+        done.update(zip(group, zip(*own)))
     for part in world.gather(done):
         done.update(part)
     for _, name in names:
-        out.tensors[name + ".q"], out.tensors[name + ".scale"], _ = done[name]
+        out.tensors[name + ".q"], out.tensors[name + ".scale"] = done[name]
+    if s.awq_lite_enabled:
+        protect(s, out, weights, hessians, [name for _, name in names])
     if s.lqer_enabled:
-        repair(s, out, weights, {name: done[name][2] for _, name in names})
+        repair(s, out, weights, [name for _, name in names])
     return out
 
 
-def repair(s: Settings, out: Quantised, weights: Mapping[str, Tensor], errors: Mapping[str, float]) -> None:
-    """LQER: add low-rank factors of the rounding error to the LQER_TOP_K matrices with the largest one."""
-    for name in sorted(errors, key=lambda n: -errors[n])[:s.lqer_top_k]:
-        w = weights[name].float()
-        codes, scale = (out.tensors[name + end].to(w.device) for end in (".q", ".scale"))
-        a, b = low_rank(w - codes * scale[:, None].float(), s.lqer_rank)
-        if s.lqer_asym_enabled and b.numel() % s.lqer_asym_group == 0:
-            label, ends = "lqer_asym", ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a")
-            parts = lqer_asym(a, b, s.lqer_asym_group)
-        else:
-            label, ends, parts = "lqer", ("lqA", "lqAs", "lqB", "lqBs"), lqer_sym(a, b, s.lqer_factor_bits)
-        out.tensors.update({f"{name}.{end}": part.cpu() for end, part in zip(ends, parts)})
-        out.meta[name] += "+" + label
+def repair(s: Settings, out: Quantised, weights: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    """LQER: low-rank factors of the rounding error for the LQER_TOP_K matrices with the largest one, or with
+    LQER_GAIN_SELECT for those where they remove most of it."""
+    within = {"all": "", "mlp": ".mlp.", "attn": ".attn.", "embed": "tok_emb"}[s.lqer_scope]
+    back, found = dequantise(out), {}
+    errors = {n: weights[n].float() - back[n].to(weights[n].device) for n in names if within in n}
+    sizes = {n: e.norm().item() for n, e in errors.items()}
+    first = sorted(errors, key=lambda n: -sizes[n])
+    for name in first if s.lqer_gain_select else first[:s.lqer_top_k]:
+        label, parts = pack_factors(s, name, *low_rank(errors[name], s.lqer_rank))
+        left = (errors[name].cpu() - factors_of(parts, name)).norm().item() if s.lqer_gain_select else 0.0
+        found[name] = sizes[name] - left, label, parts
+    for name in sorted(found, key=lambda n: -found[n][0])[:s.lqer_top_k]:
+        gain, label, parts = found[name]
+        if gain > 0:
+            out.tensors.update(parts)
+            out.meta[name] += "+" + label
+
+
+def pack_factors(s: Settings, name: str, a: Tensor, b: Tensor) -> tuple[str, dict[str, Tensor]]:
+    """How the factors a (R, r), b (r, C) of a matrix are stored, and their tensors."""
+    if s.lqer_asym_enabled and b.numel() % s.lqer_asym_group == 0:
+        label, ends = "lqer_asym", ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a")
+        parts = lqer_asym(a, b, s.lqer_asym_group)
+    else:
+        label, ends, parts = "lqer", ("lqA", "lqAs", "lqB", "lqBs"), lqer_sym(a, b, s.lqer_factor_bits)
+    return label, {f"{name}.{end}": part.cpu() for end, part in zip(ends, parts)}
+
+
+def factors_of(t: Mapping[str, Tensor], name: str) -> Tensor | float:
+    """The product (R, C) of a matrix's stored factors; 0 where it has none."""
+    if name + ".lqA_a" in t:
+        a = t[name + ".lqA_a"] * t[name + ".lqAs_a"].float()
+        b, steps = t[name + ".lqB_a"].float(), t[name + ".lqBs_a"].float()[:, None]
+        return a @ (b.view(len(steps), -1) * steps).view(b.shape)
+    if name + ".lqA" in t:
+        a, b = (t[f"{name}.lq{x}"] * t[f"{name}.lq{x}s"].float()[:, None] for x in "AB")
+        return a @ b
+    return 0.0
 
 
 def dequantise(q: Quantised) -> dict[str, Tensor]:
@@ -2927,14 +3033,10 @@ def dequantise(q: Quantised) -> dict[str, Tensor]:
             continue
         codes, steps = (name + end for end in ((".gq", ".gs") if name + ".gq" in t else (".q", ".scale")))
         w = t[codes] * t[steps].float()[:, None]
-        if name + ".lqA_a" in t:
-            a = t[name + ".lqA_a"] * t[name + ".lqAs_a"].float()
-            b, steps = t[name + ".lqB_a"].float(), t[name + ".lqBs_a"].float()[:, None]
-            w = w + a @ (b.view(len(steps), -1) * steps).view(b.shape)
-        elif name + ".lqA" in t:
-            a, b = (t[f"{name}.lq{x}"] * t[f"{name}.lq{x}s"].float()[:, None] for x in "AB")
-            w = w + a @ b
-        weights[name] = w
+        for start in t.get(name + ".awqg_start", torch.empty(0)).tolist():
+            group = slice(start, start + int(t[name + ".awqg_size"]))
+            w[:, group] = t[codes][:, group] * t[name + ".awqg_s_hi"].float()[:, None]
+        weights[name] = w + factors_of(t, name)
     return weights
 
 @torch.no_grad()
@@ -3254,6 +3356,8 @@ def stored_tensors(s: Settings, meta: Mapping[str, str]) -> list[tuple[str, str,
         if how.startswith("gptq"):
             out += [(name + ".q", "int8", shape), (name + ".scale", "half", shape[:1])]
             r, (rows, columns), groups = s.lqer_rank, shape, shape[1] * s.lqer_rank // s.lqer_asym_group
+            if "+awqgrp" in how:
+                out.append((name + ".awqg_s_hi", "half", shape[:1]))
             if how.endswith("+lqer_asym"):
                 out += [(name + ".lqA_a", "int8", (rows, r)), (name + ".lqAs_a", "half", (1,)),
                         (name + ".lqB_a", "int8", (r, columns)), (name + ".lqBs_a", "half", (groups,))]
@@ -3283,7 +3387,8 @@ def pack_model(s: Settings, q: Quantised) -> bytes:
                 if dtype == kind and not key.endswith(".q")]
         streams[stream] = brotli_pack(b"".join(part), stride)
     header = {"architecture": architecture(s), "compressor": s.compressor, "meta": compact_meta(q.meta),
-              "storage": {n: getattr(s, n) for n in ("lqer_rank", "lqer_asym_group")}}
+              "storage": {n: getattr(s, n) for n in ("lqer_rank", "lqer_asym_group")},
+              "groups": {key: x.tolist() for key, x in q.tensors.items() if x.dtype == torch.int16}}
     return artifact_to_bytes(header, streams)
 
 
@@ -3315,6 +3420,7 @@ def unpack_model(s: Settings, blob: bytes, origin: str) -> Quantised:
     check_architecture(s, header.get("architecture", {}), f"{origin} is an artifact")
     s = dataclasses.replace(s, **header["storage"])
     q = Quantised({}, {name: how for how, names in header["meta"].items() for name in names})
+    q.tensors.update({key: torch.tensor(x, dtype=torch.int16) for key, x in header["groups"].items()})
     entries = stored_tensors(s, q.meta)
     keys, shapes = ([e[i] for e in entries if e[0].endswith(".q")] for i in (0, 2))
     if header["compressor"] == "ans" and shapes:

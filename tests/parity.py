@@ -705,6 +705,97 @@ def check_gptq_weights(fx: Fixture) -> None:
                      case["hessian_weighted_err"], rtol=0.01)
 
 
+def check_awq(fx: Fixture) -> None:
+    """Groups of columns with finer codes: one matrix, or the activations' rms behind the choice of groups."""
+    if "cases" not in fx.meta:
+        return check_input_rms(fx)
+    for name, case in fx.meta["cases"].items():
+        a, size = fx.group(name), case["group_size"]
+        w, h, bits, high = a["W"], a["H"], case["bits"], case["protected_bits"]
+        scores = tg.group_scores(w, a["act_rms"], size)
+        fx.close(f"{name} scores", scores, a["group_scores"], **fx.tolerance("group_scores"))
+        fx.equal(f"{name} best group", int(scores.argmax()) * size, case["best_group_by_score"])
+        steps = [tg.row_scales(w, n, case["clip_sigmas"]) for n in (bits, high)]
+        for step, key in zip(steps, ("scale", "scale_hi")):
+            fx.equal(f"{name} {key}", step, fx.arrays[f"{name}.{key}"])
+        fine = torch.isin(torch.arange(w.shape[1]) // size * size, torch.tensor(case["protected_starts"]))
+        codes = tg.gptq_protected(w, h, tuple(steps), (bits, high), fine)
+        fx.mostly_equal(f"{name} integers", codes, a["Q"], apart=1)
+        restored = codes * torch.where(fine, steps[1][:, None].float(), steps[0][:, None].float())
+        error = (w - restored).double()
+        fx.close(f"{name} error", ((error @ h.double()) * error).sum(), case["hessian_error"], rtol=0.01)
+    return None
+
+
+def check_input_rms(fx: Fixture) -> None:
+    """rms of the matrices' input columns over all positions and visits, from their Hessians."""
+    s = fx.settings()
+    model, plan = load_model(fx, s, fx.group("param")), checked_plan(fx, s, fx.meta["looping_active"])
+    tap, batches = tg.HessianTap(s), fx.arrays["calibration.input_ids"]
+    with torch.no_grad():
+        for ids in batches:
+            model.hidden(ids, plan, tap=tap)
+            tap.add_batch()
+    hessians = tap.finish()
+    for name, want in fx.group("act_rms").items():
+        fx.close(f"rms of {name}", tg.input_rms(s, name, hessians[name], batches[0].numel()), want,
+                 **fx.tolerance("act_rms"))
+
+
+def check_lqer_variants(fx: Fixture) -> None:
+    """A small model's tensors quantised as each variant has it: choice of groups and matrices, codes, steps,
+    factors."""
+    weights, inputs = fx.group("weight"), fx.group("inputs")
+    hessians, first = {n: x.T @ x / 2 for n, x in inputs.items()}, fx.meta["first_variant"]
+    for variant, case in fx.meta["variants"].items():
+        s = fx.settings(**case["env"], NUM_LOOPS=0, QUANT_ALLOCATION="hand", QUANT_TRELLIS=0)
+        done = tg.quantise(s, weights, hessians)
+        stored = {**fx.group_raw(f"{first}.quant"), **fx.group_raw(f"{variant}.quant")}
+        stored = {k: v for k, v in stored.items() if not re.search(r"\.(lq|awqg)", k) or k in done.tensors}
+        fx.equal(f"{variant} ways", done.meta, case["meta"])
+        fx.equal(f"{variant} tensors", sorted(done.tensors), sorted(stored))
+        for key in set(stored) & set(done.tensors):
+            compare_quantised(fx, f"{variant} {key}", done.tensors[key], stored[key])
+        restored = tg.dequantise(done)
+        for name, want in case["dequantised_error"].items():
+            got = (weights[name] - restored[name]).double().norm()
+            fx.close(f"{variant} error of {name}", got, want, atol=1e-6, rtol=0.01)
+        for name, kind in case["meta"].items():
+            if "lqer" in kind:
+                mine, theirs = (_float64(tg.factors_of(side, name)) for side in (done.tensors, stored))
+                share = (mine * theirs).sum() / (theirs * theirs).sum()
+                fx.close(f"{variant} share of the repair of {name}", share, 1.0, atol=0.05)
+
+
+def check_percentile(fx: Fixture) -> None:
+    """The search over five clips, with GPTQ under a Hessian or, without one, code by code."""
+    cases = fx.meta.get("cases") or {key.split(".")[0]: {"clip_range": 31} for key in fx.arrays}
+    for name, case in cases.items():
+        a = fx.group(name)
+        w, bits = a["W"][None], int(case["clip_range"]).bit_length() + 1
+        h = a.get("H", torch.eye(w.shape[-1]))[None]
+        codes, scale = (x[0] for x in tg.clip_search(w, h, bits))
+        fx.equal(f"{name} steps", scale, fx.arrays[f"{name}.scale"])
+        fx.mostly_equal(f"{name} integers", codes, a["Q"], apart=1, share=0.995 if "H" in a else 1)
+        if "mse" in case:
+            error = (w[0] - codes * scale[:, None].float()).square().mean()
+            fx.close(f"{name} squared error", error, case["mse"], rtol=0.01)
+
+
+def check_byte_shuffle(fx: Fixture) -> None:
+    """Shuffled bytes and back; the frames are the other formats' own, the artifact needs none."""
+    for key, want in fx.arrays.items():
+        name, *framed = key.split(".")
+        if len(framed) != 2:
+            continue
+        data, stride = fx.arrays[name].numpy().tobytes(), int(framed[1].removeprefix("stride"))
+        frame = b"BSHF" + stride.to_bytes(2 if framed[0] == "framed16" else 1, "little")
+        frame = b"" if framed[0] == "framed8" and len(data) < stride else frame
+        shuffled = tg.byte_shuffle(data, stride)
+        fx.equal(key, frame + shuffled, want.numpy().tobytes())
+        fx.equal(f"{key} back", tg.byte_unshuffle(shuffled, stride), data)
+
+
 def check_packing(fx: Fixture) -> None:
     """Per-row int8 gates and the low-rank factors, symmetric and asymmetric: exact integers and scales."""
     for key in sorted({k.rsplit(".", 1)[0] for k in fx.arrays if k.endswith((".w", ".qA"))}):
@@ -1215,6 +1306,10 @@ def not_yet(fx: Fixture) -> None:
     raise Skip("mechanism not in the trainer yet")
 
 
+def in_no_system(fx: Fixture) -> None:
+    raise Skip("belongs to none of the nine systems, so it is not in the trainer")
+
+
 CHECKERS = (
     ("gpt_forward*/*", check_gpt_forward),
     ("bigram_hash*/*", check_tables),
@@ -1227,7 +1322,13 @@ CHECKERS = (
     ("asym_logit_rescale*/*", check_asymmetric_cap),
     ("ttt_forward*/*", check_ttt_forward),
     ("muon*/*", check_muon),
-    ("gptq_percentile*/*", not_yet),
+    ("gptq_percentile*/*", check_percentile),
+    ("legacy_int6*/*", check_percentile),
+    ("awq_lite*/*", check_awq),
+    ("lqer_variants*/*", check_lqer_variants),
+    ("byte_shuffle*/*", check_byte_shuffle),
+    ("gated_xsa*/*", in_no_system),
+    ("grad_centralize_label_smooth*/*", in_no_system),
     ("gptq*/*", check_gptq),
     ("loader*/*", check_loader),
     ("coprime_loader*/*", check_coprime),
