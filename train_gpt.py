@@ -285,8 +285,10 @@ class Settings:
             raise UserError("TTT_EVAL_ONLY=1 names nothing to score: set EVAL_ONLY_QUANTIZED_PATH instead")
         env = {k: v for k, v in env.items() if k not in NO_EFFECT}
         for name, (only, why) in ONLY.items():
-            if env.pop(name, only) not in (only, ""):
-                raise UserError(f"{name} can only be {only} here: {why}")
+            value = env.pop(name, only)
+            if value not in (only, "") and not (is_number(value) and is_number(only)
+                                                and float(value) == float(only)):
+                raise UserError(f"{name}={value} is not to be had here, only {only or 'nothing'}: {why}")
         for old, (names, translate) in ALIASES.items():
             for name, value in zip(names.split(), translate(env.pop(old)) if env.get(old) else ()):
                 env.setdefault(name, value)
@@ -418,10 +420,13 @@ NO_EFFECT = {
     "ROPE_TRAIN_SEQ_LEN": "no script of the lineage uses it; TRAIN_SEQ_LEN is the length that counts",
     "TTT_EVAL_BATCHES": "no script of the lineage uses it",
     "MUON_BETA2": "no script of the lineage uses it",
-    "SWA_ENABLED": "the scripts that have it collect the sums and export the running average all the same",
-    "SWA_EVERY": "as SWA_ENABLED",
-    "COMPILE_SHAPE_WARMUP": "every pair of length and loop that training meets is always warmed up",
-    "COMPILE_SHAPE_WARMUP_ITERS": "WARMUP_STEPS", "COMPILE_SHAPE_WARMUP_LOOP_MODES": "always auto",
+    **dict.fromkeys(("SWA_ENABLED", "SWA_EVERY"), "the scripts that have it export the running average anyway"),
+    **dict.fromkeys("COMPILE_SHAPE_WARMUP COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_LOOP_MODES".split(),
+                    "every pair of length and loop that training meets is warmed up"),
+    **dict.fromkeys("GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS MUON_HUBER_DELTA TTT_HEARTBEAT_SECONDS "
+                    "TTT_OUTPUT_DIR TTT_SHORT_BETA2 TTT_SHORT_LORA_LR TTT_SHORT_LORA_RANK "
+                    "TTT_SHORT_WEIGHT_DECAY TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM".split(),
+                    "it belongs to something that is left out"),
     "TTT_EVAL_ONLY": "EVAL_ONLY_QUANTIZED_PATH names the artifact to score",
 }
 WINDOWED = ("shuffled", "coprime")      # loaders of whole windows, without document bounds
@@ -453,15 +458,18 @@ ALIASES = {   # old name -> (settings, their values from its)
     "GPTQ_RESERVE_MS": ("GPTQ_RESERVE_SECONDS", lambda v: [str(float(v) / 1e3)]),
     "VAL_BATCH_SIZE": ("VAL_BATCH_TOKENS", same),
 }
-NOT_BUILT = "no published system of the lineage gained by anything else"
-ONLY = {   # settings of the field's commands that are built in, or left out: name -> (value, why)
-    **{name: ("0", NOT_BUILT) for name in (
-        "DTG_ENABLED GATED_ATTENTION LAWA_ENABLED LR_FLOOR MTP_NUM_HEADS MUON_HUBER_WD OPTROT_ENABLED "
-        "QAT_ENABLED SLOT_ENABLED TRIGRAM TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED "
-        "VALUE_RESIDUAL").split()},
-    **{name: ("1", "there is no other way") for name in ("GPTQ_ENABLED", "USE_GPTQ", "SDCLIP_ENABLED")},
-    "WARMDOWN_ITERS": ("0", "set WARMDOWN_FRAC to it over the steps you expect"),
-    "QK_GAIN_INIT_SCHEDULE": ("", NOT_BUILT),
+LEFT_OUT = "left out: no published system gained by it"
+ONLY = {   # settings of the field's commands that have one value here -> (value, why)
+    **dict.fromkeys((
+        "DTG_ENABLED FORCE_STOP_STEP GATED_ATTENTION GLOBAL_TTT_DOC_LIMIT LAWA_ENABLED LR_FLOOR MTP_NUM_HEADS "
+        "MUON_HUBER_WD OPTROT_ENABLED QAT_ENABLED SLOT_ENABLED TRIGRAM TTT_DOC_LIMIT TTT_GRAD_STEPS_CLEAN "
+        "TTT_LORA_EMA_DECAY TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED VALUE_RESIDUAL").split(),
+        ("0", LEFT_OUT)),
+    **dict.fromkeys("GPTQ_ENABLED USE_GPTQ SDCLIP_ENABLED TTT_UPDATE_EVERY".split(), ("1", "built in")),
+    "GLOBAL_TTT_OPTIMIZER": ("sgd", LEFT_OUT), "QK_GAIN_INIT_SCHEDULE": ("", LEFT_OUT),
+    "GPTQ_BLOCK_SIZE": ("128", "it only changes the order of sums"),
+    "EMBEDDING_DIM": ("512", "embeddings are as wide as the model"),
+    "WARMDOWN_ITERS": ("0", "set WARMDOWN_FRAC to its share of the steps you expect"),
 }
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OUR_PREFIXES = (
