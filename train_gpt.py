@@ -420,11 +420,11 @@ NO_EFFECT = {
     "ROPE_TRAIN_SEQ_LEN": "no script of the lineage uses it; TRAIN_SEQ_LEN is the length that counts",
     "TTT_EVAL_BATCHES": "no script of the lineage uses it",
     "MUON_BETA2": "no script of the lineage uses it",
-    **dict.fromkeys(("SWA_ENABLED", "SWA_EVERY"), "the scripts that have it export the running average anyway"),
+    **dict.fromkeys(("SWA_ENABLED", "SWA_EVERY"), "scripts that have it export the running average anyway"),
     **dict.fromkeys("COMPILE_SHAPE_WARMUP COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_LOOP_MODES".split(),
                     "every pair of length and loop that training meets is warmed up"),
-    **dict.fromkeys("GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS MUON_HUBER_DELTA TTT_HEARTBEAT_SECONDS "
-                    "TTT_OUTPUT_DIR TTT_SHORT_BETA2 TTT_SHORT_LORA_LR TTT_SHORT_LORA_RANK "
+    **dict.fromkeys("GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS MUON_HUBER_DELTA TTT_OUTPUT_DIR "
+                    "TTT_HEARTBEAT_SECONDS TTT_SHORT_BETA2 TTT_SHORT_LORA_LR TTT_SHORT_LORA_RANK "
                     "TTT_SHORT_WEIGHT_DECAY TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM".split(),
                     "it belongs to something that is left out"),
     "TTT_EVAL_ONLY": "EVAL_ONLY_QUANTIZED_PATH names the artifact to score",
@@ -461,9 +461,10 @@ ALIASES = {   # old name -> (settings, their values from its)
 LEFT_OUT = "left out: no published system gained by it"
 ONLY = {   # settings of the field's commands that have one value here -> (value, why)
     **dict.fromkeys((
-        "DTG_ENABLED FORCE_STOP_STEP GATED_ATTENTION GLOBAL_TTT_DOC_LIMIT LAWA_ENABLED LR_FLOOR MTP_NUM_HEADS "
-        "MUON_HUBER_WD OPTROT_ENABLED QAT_ENABLED SLOT_ENABLED TRIGRAM TTT_DOC_LIMIT TTT_GRAD_STEPS_CLEAN "
-        "TTT_LORA_EMA_DECAY TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED VALUE_RESIDUAL").split(),
+        "DTG_ENABLED FORCE_STOP_STEP GATED_ATTENTION GLOBAL_TTT_DOC_LIMIT LAWA_ENABLED LR_FLOOR "
+        "MTP_NUM_HEADS MUON_HUBER_WD OPTROT_ENABLED QAT_ENABLED SLOT_ENABLED TRIGRAM TTT_DOC_LIMIT "
+        "TTT_GRAD_STEPS_CLEAN TTT_LORA_EMA_DECAY TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED "
+        "VALUE_RESIDUAL").split(),
         ("0", LEFT_OUT)),
     **dict.fromkeys("GPTQ_ENABLED USE_GPTQ SDCLIP_ENABLED TTT_UPDATE_EVERY".split(), ("1", "built in")),
     "GLOBAL_TTT_OPTIMIZER": ("sgd", LEFT_OUT), "QK_GAIN_INIT_SCHEDULE": ("", LEFT_OUT),
