@@ -66,7 +66,6 @@ CANONICAL_VAL_DOCS = 50_000   # documents of FineWeb's validation split
 BOS = 1                       # begins every document, in every tokenizer of the field
 RMS_EPS = 1.1920929e-07       # float32 machine epsilon
 LN2 = math.log(2.0)
-LEAKY_SLOPE = 0.5             # of the squared LeakyReLU in the MLP
 
 
 class UserError(Exception):
@@ -117,6 +116,10 @@ class Settings:
                              choices="stream docpack shuffled coprime")
     train_batch_tokens: int = knob(786432, "tokens of one optimiser step, over all ranks", 1)
     train_seq_len: int = knob(2048, "documents are cut to this many tokens in training", 2)
+    train_seq_schedule: str = knob("", "progressive context: length@progress, …; the largest: TRAIN_SEQ_LEN")
+    train_seq_schedule_mode: str = knob("wallclock", "progress: of the budget, or of ITERATIONS",
+                                        choices="wallclock step")
+    seq_change_warmup_steps: int = knob(32, "steps of the learning rate's ramp after a change; 0: none", 0)
     grad_accum_steps: int = knob(0, "micro-batches of a step and rank; 0: 8 / number of ranks", 0)
     val_batch_tokens: int = knob(524288, "tokens of a scoring batch, over 8 micro-batches", 8)
     val_doc_fraction: float = knob(1.0, "share of the validation documents (below 1: no result)", 0, 1)
@@ -126,8 +129,10 @@ class Settings:
     num_heads: int = knob(8, "query heads", 1)
     num_kv_heads: int = knob(4, "key/value heads", 1)
     mlp_mult: float = knob(4.0, "hidden units of the MLP per channel", 0.01)
+    negative_slope: float = knob(0.5, "slope of the MLP's squared LeakyReLU below zero", 0, 1)
     tie_embeddings: bool = knob(True, "the input embedding is the output projection")
     logit_softcap: float = knob(30.0, "logits are cap * tanh(z / cap)", 1e-3)
+    asym_logit_rescale: bool = knob(False, "two caps, for positive and negative logits, used in evaluation")
     ln_scale: bool = knob(True, "block inputs are scaled by 1 / sqrt(layer + 1)")
     rope_base: float = knob(10000.0, "rotary base", 1)
     rope_dims: int = knob(16, "rotated channels of a head; 0: all", 0)
@@ -139,10 +144,23 @@ class Settings:
     loop_end: int = knob(5, "last layer of the loop", 0)
     enable_looping_at: float = knob(0.35, "share of the training budget after which loops run", 0, 1)
     parallel_start_layer: int = knob(8, "decoder layers from here on run as two lanes; 0: none", 0)
-    parallel_final_lane: str = knob("mean", "which lane is read at the end", choices="mean mlp attn")
+    parallel_lanes: str = knob("mixed", "lanes write to both; or stay apart, blended by a learned scalar",
+                               choices="mixed separate")
+    parallel_final_lane: str = knob("mean", "which mixed lane is read at the end", choices="mean mlp attn")
     skip_gates_enabled: bool = knob(True, "gate the U-Net skips")
+    skip_rows: str = knob("looped", "skips: half of the looped order, or of the physical layers",
+                          choices="looped physical")
+    skip_into_lanes: bool = knob(True, "skips that come after the lanes began join lane 0; 0: they are lost")
     gate_window: int = knob(12, "channels that the smear and attention gates read", 1)
-    smear_gate_enabled: bool = knob(True, "mix the previous token's embedding in, never across a BOS")
+    smear_gate_enabled: bool = knob(True, "mix the previous token's embedding in")
+    smear_gate_kind: str = knob("window", "one strength from GATE_WINDOW channels, added before the norm; or "
+                                "a constant gate per channel, blended after it", choices="window channels")
+    smear_gate_bos_fix: bool = knob(True, "never across a BOS")
+    bigram_vocab_size: int = knob(0, "rows of a hashed table of token pairs, added to the embedding", 0)
+    bigram_dim: int = knob(128, "its width", 1)
+    ve_enabled: bool = knob(False, "value embeddings: a second token table, added to values")
+    ve_dim: int = knob(128, "its width", 1)
+    ve_layers: str = knob("9,10", "layers whose values it is added to")
     sparse_attn_gate_enabled: bool = knob(True, "gate each head by GATE_WINDOW channels of the block input")
     sparse_attn_gate_scale: float = knob(0.5, "slope of that gate")
     sparse_attn_gate_init_std: float = knob(0.0, "initial spread of that gate's weights", 0)
@@ -168,12 +186,26 @@ class Settings:
     muon_momentum_warmup_steps: int = knob(1500, "steps of the momentum's warm-up", 0)
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations (more than 5 run as 5)", 1)
     muon_row_normalize: bool = knob(True, "normalise each row of the update before Newton-Schulz")
+    muon_coefficients: str = knob("polar", "Newton-Schulz: Polar Express, or one quintic for all iterations",
+                                  choices="polar quintic")
+    matrix_lr_early: float = knob(0.0, "MATRIX_LR of the layers before BANK_SPLIT; 0: no split", 0)
+    matrix_lr_late: float = knob(0.0, "MATRIX_LR of the others; 0: MATRIX_LR", 0)
+    bank_split: int = knob(5, "the first late layer", 0)
+    split_lr_target: str = knob("update", "what the split scales; as published the gradient, whose size Muon "
+                                "normalises away", choices="update gradient")
+    asym_logit_train: bool = knob(False, "train the two caps; as published nothing does")
     grad_clip_norm: float = knob(0.3, "largest norm of the gradient; 0: no clipping", 0)
     grad_clip_mode: str = knob("global", "clip the average, or each rank's own as the field's records do",
                                choices="global per_rank")
     warmup_steps: int = knob(20, "compile and warm-up steps on random tokens, undone before training", 0)
     warmdown_frac: float = knob(0.85, "last share of the budget, of falling learning rate", 0, 1)
     min_lr: float = knob(0.1, "lowest learning rate, as a share of the peak", 0, 1)
+    midrun_cap_schedule: str = knob("", "factors on the learning rate: factor@progress, … ")
+    recur_start_step: int = knob(0, "step at which loops begin; 0: by ENABLE_LOOPING_AT", 0)
+    late_qat_threshold: float = knob(0.0, "soft-round QAT of the projections of the bigram and value "
+                                     "embeddings begins below this share of the learning rate; 0: none", 0, 1)
+    late_qat_min_step: int = knob(2000, "and not before this step", 0)
+    late_qat_ramp_steps: int = knob(500, "steps in which its sharpness rises from 1 to 16", 1)
     ema_decay: float = knob(0.9965, "averaging of the weights, per step", 0, 0.999999)
     # --- quantise and pack
     matrix_bits: int = knob(6, "bits of the matrices", 2, 8, group="quantise")
@@ -182,12 +214,20 @@ class Settings:
     attn_clip_sigmas: float = knob(13.0, "the same for attention matrices", 0.1)
     mlp_clip_sigmas: float = knob(11.5, "the same for MLP matrices", 0.1)
     embed_clip_sigmas: float = knob(14.0, "the same for the embedding", 0.1)
+    quant_clip: str = knob("sigmas", "range of the codes: by those settings; or the best of five percentiles "
+                           "of a row, steps at least 1/31, as the early records", choices="sigmas percentile")
+    awq_lite_enabled: bool = knob(False, "finer codes for the columns that matter most")
+    awq_lite_bits: int = knob(8, "their bits", 2, 8)
+    awq_lite_group_size: int = knob(64, "columns of a group", 1)
+    awq_lite_group_top_k: int = knob(1, "groups, over all matrices", 1)
     gated_attn_quant_gate: bool = knob(True, "store attention gates as int8 per row, not float16")
     gptq_calibration_batches: int = knob(16, "training micro-batches behind the Hessians, over all ranks", 1)
     gptq_reserve_seconds: str = knob("auto", "training seconds kept for chapters 9, 10; auto: rehearsed")
     lqer_enabled: bool = knob(True, "low-rank repair of the largest rounding errors")
     lqer_rank: int = knob(4, "its rank", 1)
     lqer_top_k: int = knob(3, "how many matrices get it", 0)
+    lqer_scope: str = knob("all", "which matrices may get it", choices="all mlp attn embed")
+    lqer_gain_select: bool = knob(False, "choose them by the error it removes, not by the error there is")
     lqer_factor_bits: int = knob(4, "bits of its symmetric form", 2, 8)
     lqer_asym_enabled: bool = knob(True, "asymmetric form: 2-bit and 4-bit factors")
     lqer_asym_group: int = knob(64, "values that share a scale in the 4-bit factor", 1)
@@ -244,10 +284,14 @@ class Settings:
         if env.get("TTT_EVAL_ONLY", "0") != "0":
             raise UserError("TTT_EVAL_ONLY=1 names nothing to score: set EVAL_ONLY_QUANTIZED_PATH instead")
         env = {k: v for k, v in env.items() if k not in NO_EFFECT}
-        for old, (new, translate) in ALIASES.items():
-            if old in env and new not in env:
-                env[new] = translate(env[old])
-            env.pop(old, None)
+        for name, (only, why) in ONLY.items():
+            value = env.pop(name, only)
+            if value not in (only, "") and not (is_number(value) and is_number(only)
+                                                and float(value) == float(only)):
+                raise UserError(f"{name}={value} is not to be had here, only {only or 'nothing'}: {why}")
+        for old, (names, translate) in ALIASES.items():
+            for name, value in zip(names.split(), translate(env.pop(old)) if env.get(old) else ()):
+                env.setdefault(name, value)
         for name in {"no_q": "Q", "no_v": "V", "no_qv": "QV"}.get(env.get("TTT_MASK", ""), ""):
             env.setdefault(f"TTT_{name}_LORA", "0")
         known = {f.name.upper(): f for f in fields(cls)}
@@ -277,6 +321,12 @@ class Settings:
         refuse_if(self.num_loops and not self.loop_start <= self.loop_end < self.num_layers,
                   f"LOOP_START={self.loop_start} and LOOP_END={self.loop_end} must satisfy "
                   f"LOOP_START <= LOOP_END < NUM_LAYERS={self.num_layers} (or set NUM_LOOPS=0)")
+        refuse_if(self.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE=1 leaves no row for pairs: set 0, or more")
+        layers = self.ve_layers.replace(" ", "").split(",")
+        refuse_if(self.ve_enabled and not all(i.isdigit() and int(i) < self.num_layers for i in layers),
+                  f"VE_LAYERS={self.ve_layers} must be layers below NUM_LAYERS={self.num_layers}, as 9,10")
+        refuse_if(self.asym_logit_train and not self.asym_logit_rescale,
+                  "ASYM_LOGIT_TRAIN=1 has nothing to train: set ASYM_LOGIT_RESCALE=1")
         gates = self.sparse_attn_gate_enabled + self.gated_attn_enabled + self.attn_out_gate_enabled
         refuse_if(gates > 1, "more than one attention gate is on: keep one of SPARSE_ATTN_GATE_ENABLED, "
                              "GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED and set the others to 0")
@@ -286,6 +336,13 @@ class Settings:
                   f"TTT_CHUNK_SIZE={self.ttt_chunk_size} exceeds TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}")
         refuse_if(bool(self.eval_only_path) and bool(self.eval_only_quantized_path),
                   "EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH are both set: keep one")
+        longest = max(length for _, length in context_stages(self))
+        refuse_if(longest != self.train_seq_len, f"the longest stage of TRAIN_SEQ_SCHEDULE is {longest}, but "
+                  f"TRAIN_SEQ_LEN={self.train_seq_len}: make them equal")
+        refuse_if(bool(self.train_seq_schedule) and self.train_loader in WINDOWED,
+                  f"TRAIN_LOADER={self.train_loader} has windows of one length: TRAIN_SEQ_SCHEDULE needs "
+                  "stream or docpack")
+        schedule(self.midrun_cap_schedule, 1.0, float)
         largest = max(chunk for _, chunk in chunk_steps(self))
         refuse_if(largest > self.ttt_eval_seq_len, f"a TTT chunk of {largest} tokens exceeds "
                   f"TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}: lower the chunks")
@@ -307,6 +364,10 @@ class Settings:
         if rest:
             raise UserError(f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not divisible by {world_size} "
                             f"ranks x {accum} micro-batches = {parts}: choose a multiple or GRAD_ACCUM_STEPS")
+        for _, length in context_stages(self) if self.train_seq_schedule else ():
+            if tokens % length:
+                raise UserError(f"a micro-batch of {tokens} tokens is no multiple of {length}, a length of "
+                                "TRAIN_SEQ_SCHEDULE: change one of them")
         if self.train_loader in WINDOWED and tokens % self.train_seq_len:
             raise UserError(f"a micro-batch of {tokens} tokens is no multiple of TRAIN_SEQ_LEN="
                             f"{self.train_seq_len}: with TRAIN_LOADER={self.train_loader} TRAIN_BATCH_TOKENS "
@@ -324,6 +385,11 @@ class Settings:
     @property
     def hidden_dim(self) -> int:
         return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def value_layers(self) -> tuple[int, ...]:
+        """VE_LAYERS as numbers."""
+        return tuple(int(i) for i in self.ve_layers.split(","))
 
     @property
     def shards(self) -> Path:
@@ -353,11 +419,58 @@ NO_EFFECT = {
     "CONTROL_TENSOR_NAME_PATTERNS": "roles are given by a table, not by substrings of names",
     "ROPE_TRAIN_SEQ_LEN": "no script of the lineage uses it; TRAIN_SEQ_LEN is the length that counts",
     "TTT_EVAL_BATCHES": "no script of the lineage uses it",
+    "MUON_BETA2": "no script of the lineage uses it",
+    **dict.fromkeys(("SWA_ENABLED", "SWA_EVERY"), "scripts that have it export the running average anyway"),
+    **dict.fromkeys("COMPILE_SHAPE_WARMUP COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_LOOP_MODES".split(),
+                    "every pair of length and loop that training meets is warmed up"),
+    **dict.fromkeys("GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS MUON_HUBER_DELTA TTT_OUTPUT_DIR "
+                    "TTT_HEARTBEAT_SECONDS TTT_SHORT_BETA2 TTT_SHORT_LORA_LR TTT_SHORT_LORA_RANK "
+                    "TTT_SHORT_WEIGHT_DECAY TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM".split(),
+                    "it belongs to something that is left out"),
     "TTT_EVAL_ONLY": "EVAL_ONLY_QUANTIZED_PATH names the artifact to score",
 }
 WINDOWED = ("shuffled", "coprime")      # loaders of whole windows, without document bounds
-ALIASES = {   # old name -> (setting, translation of its value)
-    "PHASED_TTT_ENABLED": ("TTT_ENABLED", str),
+
+
+def same(value: str) -> list[str]:
+    """The translation of an old name that only changed: the value, for all settings it stands for."""
+    return [value] * 3
+
+
+def recurrence(layers: str) -> list[str]:
+    """RECUR_LAYERS, layers that run once more after the last of them, as first, last, extra passes."""
+    numbers = [int(i) for i in layers.split(",") if i.strip().isdigit()]
+    if not numbers or numbers != list(range(numbers[0], numbers[-1] + 1)):
+        raise UserError(f"RECUR_LAYERS={layers} must be consecutive layers, as 3,4,5")
+    return [str(numbers[0]), str(numbers[-1]), "1"]
+
+
+ALIASES = {   # old name -> (settings, their values from its)
+    "PHASED_TTT_ENABLED": ("TTT_ENABLED", same),
+    "RECUR_LAYERS": ("LOOP_START LOOP_END NUM_LOOPS", recurrence),
+    "MUONEQ_R": ("MUON_ROW_NORMALIZE", same),
+    "SDCLIP_K": ("MATRIX_CLIP_SIGMAS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS", same),
+    "SDCLIP_K_INT6": ("MATRIX_CLIP_SIGMAS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS", same),
+    "SDCLIP_K_EMBED": ("EMBED_CLIP_SIGMAS", same), "SDCLIP_K_INT8": ("EMBED_CLIP_SIGMAS", same),
+    "QUANT_CLIP_RANGE": ("MATRIX_BITS", lambda v: [str(int(v).bit_length() + 1)]),
+    "GPTQ_CALIB_SAMPLES": ("GPTQ_CALIBRATION_BATCHES", same),
+    "GPTQ_CALIB_BATCHES": ("GPTQ_CALIBRATION_BATCHES", same),
+    "GPTQ_RESERVE_MS": ("GPTQ_RESERVE_SECONDS", lambda v: [str(float(v) / 1e3)]),
+    "VAL_BATCH_SIZE": ("VAL_BATCH_TOKENS", same),
+}
+LEFT_OUT = "left out: no published system gained by it"
+ONLY = {   # settings of the field's commands that have one value here -> (value, why)
+    **dict.fromkeys((
+        "DTG_ENABLED FORCE_STOP_STEP GATED_ATTENTION GLOBAL_TTT_DOC_LIMIT LAWA_ENABLED LR_FLOOR "
+        "MTP_NUM_HEADS MUON_HUBER_WD OPTROT_ENABLED QAT_ENABLED SLOT_ENABLED TRIGRAM TTT_DOC_LIMIT "
+        "TTT_GRAD_STEPS_CLEAN TTT_LORA_EMA_DECAY TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED "
+        "VALUE_RESIDUAL").split(),
+        ("0", LEFT_OUT)),
+    **dict.fromkeys("GPTQ_ENABLED USE_GPTQ SDCLIP_ENABLED TTT_UPDATE_EVERY".split(), ("1", "built in")),
+    "GLOBAL_TTT_OPTIMIZER": ("sgd", LEFT_OUT), "QK_GAIN_INIT_SCHEDULE": ("", LEFT_OUT),
+    "GPTQ_BLOCK_SIZE": ("128", "it only changes the order of sums"),
+    "EMBEDDING_DIM": ("512", "embeddings are as wide as the model"),
+    "WARMDOWN_ITERS": ("0", "set WARMDOWN_FRAC to its share of the steps you expect"),
 }
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OUR_PREFIXES = (
@@ -379,6 +492,24 @@ def chunk_steps(s: Settings) -> list[tuple[float, int]]:
                 raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, as 256:8,2000:24")
             steps.append((int(bound), int(chunk)))
     return sorted(steps) + [(math.inf, s.ttt_chunk_size)]
+
+
+def schedule(text: str, otherwise, kind: type = int) -> list[tuple[float, float]]:
+    """Stages (progress at which it ends, value) of "value@progress, …", by rising progress; the last one goes
+    on to the end. Without text one stage of `otherwise`. UserError unless values and shares are above 0."""
+    stages = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        value, _, end = part.partition("@")
+        if not (is_number(value) and is_number(end) and kind(float(value)) > 0 and 0 < float(end) <= 1):
+            raise UserError(f"the stage {part} must be value@progress with 0 < progress <= 1, as 1024@0.1")
+        stages.append((float(end), kind(float(value))))
+    stages = sorted(stages) or [(1.0, otherwise)]
+    return stages if stages[-1][0] == 1 else stages + [(1.0, stages[-1][1])]
+
+
+def context_stages(s: Settings) -> list[tuple[float, int]]:
+    """Longest segment of training, by share of the budget."""
+    return schedule(s.train_seq_schedule, s.train_seq_len)
 
 
 def is_free_text(f) -> bool:
@@ -437,8 +568,10 @@ def print_help() -> None:
         default = int(f.default) if isinstance(f.default, bool) else f.default
         print(f"  {f.name.upper():34} {default!s:>10}  {meta['doc']}" + (f"  [{bounds}]" if bounds else ""))
     print("\nACCEPTED OLD NAMES")
-    for old, (new, _) in ALIASES.items():
-        print(f"  {old:34} read as {new}")
+    for old, (names, _) in ALIASES.items():
+        print(f"  {old:34} read as {names.replace(' ', ', ')}")
+    for name, (only, why) in ONLY.items():
+        print(f"  {name:34} only {only or 'empty'}: {why}")
     for old, why in NO_EFFECT.items():
         print(f"  {old:34} no effect: {why}")
 
@@ -691,18 +824,21 @@ class Layout:
 
 
 class Batch(NamedTuple):
-    """x, y (B, T) int64 inputs and targets; segment bounds of a packed row (or None), its longest piece."""
+    """x, y (B, T) int64 inputs and targets; segment bounds of a packed row (or None), its longest piece, the
+    length it was cut at and the tokens it was made of."""
     x: Tensor
     y: Tensor
     cu_seqlens: Tensor | None
     max_seqlen: int
+    cut: int = 0
+    tokens: np.ndarray | None = None
 
     def to(self, device: torch.device) -> Batch:
         """A copy on the device; from pinned memory without waiting."""
         def move(t):
             placed = t is None or t.device.type == device.type
             return t if placed else t.pin_memory().to(device, non_blocking=True)
-        return Batch(move(self.x), move(self.y), move(self.cu_seqlens), self.max_seqlen)
+        return self._replace(x=move(self.x), y=move(self.y), cu_seqlens=move(self.cu_seqlens))
 
     def layout(self, cap: int) -> Layout | None:
         """Document layout; `cap` bounds a piece's length and is fixed, so that compiled graphs are reused."""
@@ -729,7 +865,7 @@ def packed_batch(tokens: np.ndarray, max_len: int) -> Batch:
     """n + 1 consecutive tokens as one packed row of n inputs and targets, segmented by document."""
     t = torch.from_numpy(tokens.astype(np.int64))
     bounds, longest = segment_bounds(np.flatnonzero(tokens[:-1] == BOS), len(tokens) - 1, max_len)
-    return Batch(t[None, :-1], t[None, 1:], torch.from_numpy(bounds), longest)
+    return Batch(t[None, :-1], t[None, 1:], torch.from_numpy(bounds), longest, max_len, tokens)
 
 
 class Stream:
@@ -963,12 +1099,16 @@ class Prefetch:
             if isinstance(item, BaseException):
                 return
 
-    def next(self) -> Batch:
+    def next(self, cut: int = 0) -> Batch:
+        """The next batch; a packed one cut at `cut` tokens, also where it was read ahead with another."""
+        if cut and getattr(self.stream, "max_len", cut) != cut:
+            self.stream.max_len = cut
         item = self.queue.get()
         if isinstance(item, BaseException):
             raise item
         batch, self.epoch = item
-        return batch
+        recut = cut and batch.cut not in (0, cut)
+        return packed_batch(batch.tokens, cut).to(self.device) if recut else batch
 
     def close(self) -> None:
         self.stop.set()
@@ -1135,17 +1275,23 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, path: Path, first: bool) -
 # 4  Model: one forward for training, scoring and adaptation
 # ============================================================================================================
 
-# Role of every parameter; one without a role stops the run. embed, head, small: AdamW; matrix: Muon.
+# Role of every parameter; one without a role stops the run. embed, head, small, cap: AdamW; matrix: Muon.
 ROLES = {name: role for role, names in {
-    "embed": "tok_emb", "head": "lm_head", "matrix": "qo_bank kv_bank mlp_up_bank mlp_down_bank",
+    "embed": "tok_emb bigram_embed ve_embed", "head": "lm_head", "cap": "softcap_pos softcap_neg",
+    "matrix": "qo_bank kv_bank mlp_up_bank mlp_down_bank",
     "small": "attn_scale mlp_scale resid_mix q_gain attn_gate_w attn_gate_proj skip_weights skip_gates "
-             "parallel_post_lambdas parallel_resid_lambdas smear_gate smear_lambda",
+             "parallel_post_lambdas parallel_resid_lambdas lane_merge smear_gate smear_lambda "
+             "smear_channels bigram_proj bigram_scale ve_proj ve_scale ve_layer_scales",
 }.items() for name in names.split()}
 # The field's names: one tensor per layer, where ours are stacked.
-PER_LAYER = {"attn_scale": "attn_scale", "mlp_scale": "mlp_scale", "resid_mix": "resid_mix",
-             "q_gain": "attn.q_gain", "attn_gate_w": "attn.attn_gate_w",
-             "attn_gate_proj": "attn.attn_gate_proj.weight"}
-WHOLE = {"tok_emb": "tok_emb.weight", "lm_head": "lm_head.weight", "smear_gate": "smear_gate.weight"}
+PER_LAYER = {"attn_scale": "blocks.{}.attn_scale", "mlp_scale": "blocks.{}.mlp_scale",
+             "resid_mix": "blocks.{}.resid_mix", "q_gain": "blocks.{}.attn.q_gain",
+             "attn_gate_w": "blocks.{}.attn.attn_gate_w", "ve_layer_scales": "ve_layer_scales.{}",
+             "attn_gate_proj": "blocks.{}.attn.attn_gate_proj.weight"}
+WHOLE = {"tok_emb": "tok_emb.weight", "lm_head": "lm_head.weight", "smear_gate": "smear_gate.weight",
+         "smear_channels": "smear.gate", "bigram_embed": "bigram.embed.weight", "ve_scale": "ve_shared.scale",
+         "bigram_proj": "bigram.proj.weight", "bigram_scale": "bigram.scale",
+         "ve_embed": "ve_shared.embed.weight", "ve_proj": "ve_shared.proj.weight"}
 BANKS = {   # bank -> field's names of its first and second half (or of all its layers)
     "qo_bank": ("attn.c_q.weight", "attn.proj.weight"), "kv_bank": ("attn.c_k.weight", "attn.c_v.weight"),
     "mlp_up_bank": ("mlp.fc.weight",), "mlp_down_bank": ("mlp.proj.weight",)}
@@ -1156,7 +1302,7 @@ def field_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     views = {}
     for name, p in params.items():
         if name in PER_LAYER:
-            views.update({f"blocks.{i}.{PER_LAYER[name]}": p[i] for i in range(len(p))})
+            views.update({PER_LAYER[name].format(i): p[i] for i in range(len(p))})
         else:
             views[WHOLE.get(name, name)] = p
     return views
@@ -1207,6 +1353,7 @@ class Pass(NamedTuple):
     adapter: BoundAdapter | None
     tap: Callable | None
     cache: KeyCache | None
+    values: dict[int, Tensor]
 
 
 def rms(x: Tensor) -> Tensor:
@@ -1229,21 +1376,71 @@ def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
     return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
 
 
+def pair_rows(ids: Tensor, rows: int, follows: Tensor | None = None) -> Tensor:
+    """Row of a hashed table for each token of ids (B, T) and the one before it, where follows (1, T - 1) lets
+    them meet; the last row where nothing goes before. int32 arithmetic, wrapping."""
+    now = ids.int()
+    row = (36313 * now[:, 1:] ^ 27191 * now[:, :-1]) % (rows - 1)
+    row = row if follows is None else row.where(follows, rows - 1)
+    return F.pad(row, (1, 0), value=rows - 1).long()
+
+
+def look_up(ids: Tensor, table: Tensor, proj: Tensor | None, scale: Tensor, dtype: torch.dtype,
+            alpha: Tensor | None = None) -> Tensor:
+    """scale · proj table[ids]: ids (B, T), table (N, w), proj (out, w) or None -> (B, T, out). alpha: proj is
+    rounded softly, as training shortly before quantising does."""
+    x = F.embedding(ids, table).to(dtype)
+    if proj is not None:
+        x = F.linear(x, (proj if alpha is None else soft_round(proj, alpha)).to(dtype))
+    return x * scale.to(dtype)
+
+
+def soft_round(w: Tensor, alpha: Tensor) -> Tensor:
+    """w (R, C) near its six-bit grid, with a gradient: a sigmoid of slope alpha in place of each step. The
+    step of a row is its largest magnitude over 31, but at least 1/31."""
+    step = (w.abs().amax(dim=-1, keepdim=True) / 31).clamp_min(1 / 31)
+    z = w / step
+    low = z.floor()
+    return (low + torch.sigmoid(alpha * (z - low - 0.5))).clamp(-31, 31) * step
+
+
+def soft_cap(z: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
+    """cap · tanh(z / cap), with one cap for positive and one for negative z."""
+    cap = torch.where(z > 0, pos, neg)
+    return cap * torch.tanh(z / cap)
+
+
 def parameter_shapes(s: Settings) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter, by name; what is off has no parameter."""
     d, layers, plan = s.model_dim, s.num_layers, layer_plan(s, True)
-    skips = min(len(plan.encoder), len(plan.decoder))
+    skips = layers // 2 if s.skip_rows == "physical" else min(len(plan.encoder), len(plan.decoder))
     shapes = dict(
         tok_emb=(s.vocab_size, d), qo_bank=(2 * layers, d, d), kv_bank=(2 * layers, s.kv_dim, d),
         mlp_up_bank=(layers, s.hidden_dim, d), mlp_down_bank=(layers, d, s.hidden_dim),
         attn_scale=(layers, d), mlp_scale=(layers, d), resid_mix=(layers, 2, d), q_gain=(layers, s.num_heads),
-        skip_weights=(skips, d), parallel_post_lambdas=(layers, 2, 2), parallel_resid_lambdas=(layers, 2))
+        skip_weights=(skips, d))
+    if s.parallel_lanes == "mixed":
+        shapes.update(parallel_post_lambdas=(layers, 2, 2), parallel_resid_lambdas=(layers, 2))
+    elif 0 < s.parallel_start_layer < layers:
+        shapes["lane_merge"] = ()
     if not s.tie_embeddings:
         shapes["lm_head"] = (s.vocab_size, d)
     if s.skip_gates_enabled:
         shapes["skip_gates"] = (skips, d)
-    if s.smear_gate_enabled:
+    if s.smear_gate_enabled and s.smear_gate_kind == "window":
         shapes.update(smear_gate=(1, s.gate_window), smear_lambda=(1,))
+    elif s.smear_gate_enabled:
+        shapes["smear_channels"] = (d,)
+    for table, rows, width, out in (("bigram", s.bigram_vocab_size, s.bigram_dim, d),
+                                    ("ve", s.ve_enabled * s.vocab_size, s.ve_dim, s.kv_dim)):
+        if rows:
+            shapes.update({f"{table}_embed": (rows, width), f"{table}_scale": ()})
+            if width != out:
+                shapes[f"{table}_proj"] = (out, width)
+    if s.ve_enabled:
+        shapes["ve_layer_scales"] = (len(s.value_layers), 1)
+    if s.asym_logit_rescale:
+        shapes.update(softcap_pos=(), softcap_neg=())
     if s.gated_attn_enabled or s.sparse_attn_gate_enabled:
         shapes["attn_gate_w"] = (layers, s.num_heads, d if s.gated_attn_enabled else s.gate_window)
     if s.attn_out_gate_enabled:
@@ -1271,28 +1468,35 @@ class GPT(nn.Module):
         for matrix in (*self.qo_bank[:layers], *self.kv_bank, *self.mlp_up_bank):
             nn.init.orthogonal_(matrix, generator=generator)
         for name, value in dict(attn_scale=1, mlp_scale=1, q_gain=s.qk_gain_init, skip_weights=1,
-                                parallel_post_lambdas=1, parallel_resid_lambdas=1.1).items():
-            getattr(self, name).fill_(value)
+                                parallel_post_lambdas=1, parallel_resid_lambdas=1.1, lane_merge=0.5,
+                                bigram_scale=0.05, ve_scale=0.1, ve_layer_scales=1,
+                                softcap_pos=s.logit_softcap, softcap_neg=s.logit_softcap).items():
+            if hasattr(self, name):
+                getattr(self, name).fill_(value)
         self.resid_mix[:, 0] = 1
         if hasattr(self, "attn_gate_w"):
             std = s.gated_attn_init_std if s.gated_attn_enabled else s.sparse_attn_gate_init_std
             self.attn_gate_w.normal_(0, std, generator=generator)
+        if hasattr(self, "bigram_proj"):     # of table and projection one starts at 0: both would stay there
+            nn.init.orthogonal_(self.bigram_proj, generator=generator)
+        if s.ve_enabled:
+            self.ve_embed.normal_(0, 0.01, generator=generator)
 
     # --- pieces
 
     def layer_weights(self) -> list[LayerWeights]:
         """Each stacked parameter is unbound once: its gradient is then one stack, not a sum of zeros."""
-        def unbind(p):
-            return p.to(self.compute_dtype).unbind(0)
         n = self.s.num_layers
-        qo, kv = unbind(self.qo_bank), unbind(self.kv_bank)
-        gate = getattr(self, "attn_gate_w", getattr(self, "attn_gate_proj", None))
-        gates = [None] * n if gate is None else unbind(gate)
-        rest = [unbind(p) for p in (
-            self.mlp_up_bank, self.mlp_down_bank, self.attn_scale, self.mlp_scale, self.resid_mix,
-            self.q_gain, self.parallel_post_lambdas, self.parallel_resid_lambdas)]
-        return [LayerWeights(qo[i], kv[i], kv[n + i], qo[n + i], *(r[i] for r in rest), gates[i])
-                for i in range(n)]
+
+        def unbind(name):
+            p = getattr(self, name, None)
+            return [None] * n if p is None else p.to(self.compute_dtype).unbind(0)
+        qo, kv = unbind("qo_bank"), unbind("kv_bank")
+        gate = "attn_gate_w" if hasattr(self, "attn_gate_w") else "attn_gate_proj"
+        rest = [unbind(name) for name in (
+            "mlp_up_bank", "mlp_down_bank", "attn_scale", "mlp_scale", "resid_mix", "q_gain",
+            "parallel_post_lambdas", "parallel_resid_lambdas", gate)]
+        return [LayerWeights(qo[i], kv[i], kv[n + i], qo[n + i], *(r[i] for r in rest)) for i in range(n)]
 
     def rope(self, length: int, device, start: int = 0) -> tuple[Tensor, Tensor]:
         """cos, sin (length, R/2) float32 of positions start …; with ROPE_YARN the base grows with the end."""
@@ -1305,21 +1509,48 @@ class GPT(nn.Module):
         angle = at[:, None] * inverse
         return angle.cos(), angle.sin()
 
-    def embed(self, ids: Tensor, layout: Layout | None, before: Tensor | None = None) -> Tensor:
-        """Normalised embeddings (B, T, D), each smeared with the previous token's unless it is a BOS.
-        before (B, 1): the token ahead of ids."""
+    def embed(self, ids: Tensor, layout: Layout | None, before: Tensor | None = None,
+              alpha: Tensor | None = None) -> Tensor:
+        """Normalised embeddings (B, T, D), mixed with what belongs to the token before. before (B, 1): the
+        token ahead of ids."""
+        s, dtype = self.s, self.compute_dtype
         if before is not None:
             ids = torch.cat((before, ids), dim=1)
-        e = F.embedding(ids, self.tok_emb).to(self.compute_dtype)
-        if self.s.smear_gate_enabled:
-            follows = ids[:, 1:] != BOS
-            if layout is not None and layout.isolate:
-                starts = torch.zeros(ids.size(1) + 1, dtype=torch.bool, device=ids.device)
-                follows = follows & ~starts.index_fill(0, layout.cu_seqlens.long(), True)[1:-1]
-            gate = torch.sigmoid(F.linear(e[:, 1:, :self.s.gate_window], self.smear_gate.to(e.dtype)))
-            gate = gate * self.smear_lambda.to(e.dtype) * follows[..., None]
-            e = torch.cat((e[:, :1], e[:, 1:] + gate * e[:, :-1]), dim=1)
-        return rms(e if before is None else e[:, 1:])
+        follows = None                      # (1, T - 1): the token before is of the same segment
+        if layout is not None and layout.isolate:
+            starts = torch.zeros(ids.size(1) + 1, dtype=torch.bool, device=ids.device)
+            follows = ~starts.index_fill(0, layout.cu_seqlens.long(), True)[None, 1:-1]
+        x = F.embedding(ids, self.tok_emb).to(dtype)
+        if s.bigram_vocab_size:
+            rows, proj = pair_rows(ids, s.bigram_vocab_size, follows), getattr(self, "bigram_proj", None)
+            x = x + look_up(rows, self.bigram_embed, proj, self.bigram_scale, dtype, alpha)
+        if s.smear_gate_enabled and s.smear_gate_bos_fix:
+            inside = ids[:, 1:] != BOS
+            follows = inside if follows is None else inside & follows
+        if s.smear_gate_enabled and s.smear_gate_kind == "window":
+            x = rms(self.smear(x, follows))
+        elif s.smear_gate_enabled:
+            x = self.smear(rms(x), follows)
+        else:
+            x = rms(x)
+        return x if before is None else x[:, 1:]
+
+    def smear(self, x: Tensor, follows: Tensor | None) -> Tensor:
+        """x (B, T, D) with the previous token's mixed in where follows (B or 1, T - 1) allows it."""
+        s, last = self.s, x[:, :-1] if follows is None else x[:, :-1] * follows[..., None]
+        if s.smear_gate_kind == "channels":
+            gate = torch.sigmoid(self.smear_channels.to(x.dtype))
+            return (1 - gate) * x + gate * F.pad(last, (0, 0, 1, 0))
+        gate = torch.sigmoid(F.linear(x[:, 1:, :s.gate_window], self.smear_gate.to(x.dtype)))
+        return torch.cat((x[:, :1], x[:, 1:] + gate * self.smear_lambda.to(x.dtype) * last), dim=1)
+
+    def token_values(self, ids: Tensor, alpha: Tensor | None = None) -> dict[int, Tensor]:
+        """What the tokens ids (B, T) add to the values of a layer, (B, T, K·D), by layer."""
+        if not self.s.ve_enabled:
+            return {}
+        dtype, proj = self.compute_dtype, getattr(self, "ve_proj", None)
+        shared = look_up(ids, self.ve_embed, proj, self.ve_scale, dtype, alpha)
+        return {i: shared * scale for i, scale in zip(self.s.value_layers, self.ve_layer_scales.to(dtype))}
 
     def attend(self, c: Pass, i: int, slot: int, n: Tensor) -> Tensor:
         """Attention branch of layer i on its normalised input n (B, T, D)."""
@@ -1327,7 +1558,8 @@ class GPT(nn.Module):
         heads = (n.size(0), n.size(1), -1, s.head_dim)
         q_raw = project(n, w.q, c.adapter, "q", slot)
         k = rotate(rms(project(n, w.k, c.adapter, "k", slot).view(heads)), c.rope)
-        v = project(n, w.v, c.adapter, "v", slot).view(heads)
+        v = project(n, w.v, c.adapter, "v", slot)
+        v = (v + c.values[i] if i in c.values else v).view(heads)
         q = rotate(rms(q_raw.view(heads)), c.rope) * w.q_gain[:, None]
         y = attention(q, *((k, v) if c.cache is None else c.cache.extend(slot, k, v)), c.layout)
         if i >= s.num_layers - s.xsa_last_n:
@@ -1359,9 +1591,10 @@ class GPT(nn.Module):
         """MLP branch of layer i on its normalised input n (B, T, D)."""
         w = c.layers[i]
         if c.tap is None:
-            out = leaky_square_mlp(n.flatten(0, 1), w.up, w.down, LEAKY_SLOPE, self.mlp_kernel).view(n.shape)
+            flat = n.flatten(0, 1)
+            out = leaky_square_mlp(flat, w.up, w.down, self.s.negative_slope, self.mlp_kernel).view(n.shape)
         else:
-            hidden = F.leaky_relu(F.linear(n, w.up), LEAKY_SLOPE).square()
+            hidden = F.leaky_relu(F.linear(n, w.up), self.s.negative_slope).square()
             out = F.linear(hidden, w.down)
             for kind, x in (("mlp_in", n), ("mlp_act", hidden), ("mlp_out", out)):
                 c.tap(kind, i, x)
@@ -1375,11 +1608,13 @@ class GPT(nn.Module):
         return x + w.mlp_scale * self.feed_forward(c, i, slot, rms(x) * f)
 
     def lanes(self, c: Pass, i: int, slot: int, lane0: Tensor, lane1: Tensor) -> tuple[Tensor, Tensor]:
-        """Layer i on two lanes: attention reads lane 0, the MLP lane 1, both write to both."""
+        """Layer i on two lanes: attention reads lane 0, the MLP lane 1; each writes to both or to its own."""
         w, f = c.layers[i], self.depth_scale(i)
         mixed = w.resid_mix[0] * lane0 + w.resid_mix[1] * c.x0
         a = w.attn_scale * self.attend(c, i, slot, rms(mixed) * f)
         b = w.mlp_scale * self.feed_forward(c, i, slot, rms(lane1) * f)
+        if self.s.parallel_lanes == "separate":
+            return mixed + a, lane1 + b
         return tuple(r * lane + pa * a + pb * b for r, lane, pa, pb in zip(w.resid, (lane0, lane1), *w.post))
 
     def depth_scale(self, i: int) -> float:
@@ -1395,14 +1630,16 @@ class GPT(nn.Module):
     # --- the forward
 
     def hidden(self, ids: Tensor, plan: Plan, layout: Layout | None = None, adapter: Adapter | None = None,
-               tap: Callable | None = None, cache: KeyCache | None = None) -> Tensor:
+               tap: Callable | None = None, cache: KeyCache | None = None,
+               alpha: Tensor | None = None) -> Tensor:
         """Final normalised hidden state (B, T, D) of tokens ids (B, T). layout: documents of a packed row
         (None: each row is causal). adapter: low-rank deltas. tap(kind, layer, x) sees the activations. cache:
-        the rows go on where it ends."""
+        the rows go on where it ends. alpha: sharpness of soft rounding, in late training."""
         s, start = self.s, 0 if cache is None else cache.position
-        x = self.embed(ids, layout, cache.last if start else None)
+        x = self.embed(ids, layout, cache.last if start else None, alpha)
         c = Pass(self.layer_weights(), x, self.rope(ids.size(1), ids.device, start), layout,
-                 None if adapter is None else adapter.bind(x.dtype), tap, cache)
+                 None if adapter is None else adapter.bind(x.dtype), tap, cache,
+                 self.token_values(ids, alpha))
         skips, lane0, lane1 = [], None, None
         for slot, i in enumerate(plan.encoder):
             x = self.block(c, i, slot, x)
@@ -1410,19 +1647,23 @@ class GPT(nn.Module):
         for j, i in enumerate(plan.decoder):
             slot = len(plan.encoder) + j
             parallel = 0 < s.parallel_start_layer <= i
-            if parallel and lane0 is None:
+            if parallel and lane0 is None and s.parallel_lanes == "mixed":
                 lane0 = lane1 = x
             if skips and j < len(self.skip_weights):
                 skip = skips.pop()
-                if parallel:
-                    lane0 = self.merge_skip(j, lane0, skip)
-                elif lane0 is None:
+                if lane0 is None:
                     x = self.merge_skip(j, x, skip)
+                elif parallel and s.skip_into_lanes:
+                    lane0 = self.merge_skip(j, lane0, skip)
+            if parallel and lane0 is None:      # separate lanes begin with the skip in both
+                lane0 = lane1 = x
             if parallel:
                 lane0, lane1 = self.lanes(c, i, slot, lane0, lane1)
             elif lane0 is None:      # once lanes run, the one stream no longer reaches the output
                 x = self.block(c, i, slot, x)
-        if lane0 is not None:
+        if lane0 is not None and s.parallel_lanes == "separate":
+            x = torch.lerp(lane1, lane0, self.lane_merge.to(x.dtype))
+        elif lane0 is not None:
             x = {"mean": 0.5 * (lane0 + lane1), "mlp": lane1, "attn": lane0}[s.parallel_final_lane]
         out = rms(x)
         if tap is not None:
@@ -1436,17 +1677,28 @@ class GPT(nn.Module):
         z = F.linear(hidden, weight.to(hidden.dtype))
         return z if adapter is None else adapter.bind(hidden.dtype).add(z, "head", 0, hidden)
 
+    def caps(self) -> tuple[Tensor, Tensor]:
+        """The caps of positive and negative logits; without ASYM_LOGIT_TRAIN out of reach of any gradient."""
+        pair = self.softcap_pos, self.softcap_neg
+        return pair if self.s.asym_logit_train else tuple(cap.detach() for cap in pair)
+
     def logits(self, hidden: Tensor, adapter: Adapter | None = None) -> Tensor:
         """Soft-capped logits (B, T, V) float32."""
-        cap = self.s.logit_softcap
-        return cap * torch.tanh(self.raw_logits(hidden, adapter).float() / cap)
+        z, cap = self.raw_logits(hidden, adapter).float(), self.s.logit_softcap
+        return soft_cap(z, *self.caps()) if self.s.asym_logit_rescale else cap * torch.tanh(z / cap)
 
     def losses(self, ids: Tensor, targets: Tensor, plan: Plan, layout: Layout | None = None,
-               adapter: Adapter | None = None, tap: Callable | None = None,
-               cache: KeyCache | None = None) -> Tensor:
-        """Cross-entropy of every target in nats, (B, T) float32."""
-        z = self.raw_logits(self.hidden(ids, plan, layout, adapter, tap, cache), adapter)
-        losses = capped_ce(z.flatten(0, 1), targets.flatten(), self.s.logit_softcap, self.ce_kernel)
+               adapter: Adapter | None = None, tap: Callable | None = None, cache: KeyCache | None = None,
+               training: bool = False, alpha: Tensor | None = None) -> Tensor:
+        """Cross-entropy of every target in nats, (B, T) float32. training: as published, asymmetric caps
+        count in evaluation only."""
+        s, hidden = self.s, self.hidden(ids, plan, layout, adapter, tap, cache, alpha)
+        if s.asym_logit_rescale and (s.asym_logit_train or not training):
+            z = self.logits(hidden, adapter).flatten(0, 1)
+            losses = F.cross_entropy(z, targets.flatten(), reduction="none")
+        else:
+            z = self.raw_logits(hidden, adapter).flatten(0, 1)
+            losses = capped_ce(z, targets.flatten(), s.logit_softcap, self.ce_kernel)
         return losses.view(targets.shape)
 
     forward = losses
@@ -2037,30 +2289,32 @@ POLAR_EXPRESS = (   # (a, b, c) of X <- aX + (bA + cA^2)X with A = XX', one trip
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
+COEFFICIENTS = {"polar": POLAR_EXPRESS, "quintic": 5 * ((3.4445, -4.7750, 2.0315),)}
 
 
-def orthogonalise(g: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def orthogonalise(g: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16,
+                  coefficients: Sequence[tuple] = POLAR_EXPRESS) -> Tensor:
     """Each matrix of g (…, R, C) with its singular values pushed to about 1 (0.86 … 1.14), in `dtype`."""
     x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for a, b, c in POLAR_EXPRESS[:steps]:
+    for a, b, c in coefficients[:steps]:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
 
 
 def muon_direction(g: Tensor, buf: Tensor, momentum: float, steps: int, nesterov: bool,
-                   row_normalize: bool) -> Tensor:
+                   row_normalize: bool, coefficients: Sequence[tuple] = POLAR_EXPRESS) -> Tensor:
     """Orthogonalised update of matrices g (n, R, C), in buf's dtype; buf is updated in place."""
     g = g.to(buf.dtype)
     buf.mul_(momentum).add_(g)
     u = g.add(buf, alpha=momentum) if nesterov else buf
     if row_normalize:
         u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    return orthogonalise(u, steps, buf.dtype)
+    return orthogonalise(u, steps, buf.dtype, coefficients)
 
 
 def muon_apply(p: Tensor, u: Tensor, lr: float, weight_decay: float) -> None:
@@ -2075,6 +2329,15 @@ def muon_update(p: Tensor, g: Tensor, buf: Tensor, *, lr: float, momentum: float
     muon_apply(p, muon_direction(g, buf, momentum, steps, nesterov, row_normalize), lr, weight_decay)
 
 
+def split_rates(s: Settings, bank: Tensor) -> Tensor | None:
+    """Factor on each matrix (n, 1, 1) of a bank by its layer, relative to MATRIX_LR; None without a split."""
+    if not s.matrix_lr_early:
+        return None
+    layers = torch.arange(len(bank), device=bank.device) % s.num_layers
+    early, late = s.matrix_lr_early / s.matrix_lr, (s.matrix_lr_late or s.matrix_lr) / s.matrix_lr
+    return torch.where(layers < s.bank_split, early, late)[:, None, None]
+
+
 class Optimiser:
     """Owns all gradient traffic. Each rank orthogonalises its share of every bank: reduce-scatter of all
     banks -> norm and clip of the averaged gradient -> direction of the own matrices, gathered while the next
@@ -2086,16 +2349,20 @@ class Optimiser:
             raise UserError(f"parameters {strangers} have no role: add a row to ROLES")
         by_role = {role: [p for n, p in params.items() if ROLES[n] == role] for role in set(ROLES.values())}
         self.banks = sorted(by_role["matrix"], key=lambda p: -p.numel())
-        self.small = by_role["embed"] + by_role["head"] + by_role["small"]
+        caps = by_role["cap"] if s.asym_logit_train else []
+        self.small = by_role["embed"] + by_role["head"] + by_role["small"] + caps
+        self.names = {p: n for n, p in params.items()}
         embed_lr = s.tied_embed_lr if s.tie_embeddings else s.embed_lr
         rates = (("embed", embed_lr, s.embed_wd), ("head", s.head_lr, s.embed_wd),
                  ("small", s.scalar_lr, s.adam_wd))
         groups = [dict(params=by_role[role], lr=lr, peak=lr, weight_decay=wd) for role, lr, wd in rates]
+        groups.append(dict(params=caps, lr=s.scalar_lr, peak=s.scalar_lr, weight_decay=0.0))
         self.adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=(s.beta1, s.beta2),
                                       eps=s.adam_eps, fused=world.device.type == "cuda")
         self.share = [-(-len(p) // world.size) for p in self.banks]    # matrices per rank, the last padded
         self.momentum = [torch.zeros(n, *p.shape[1:], dtype=dtype, device=p.device)
                          for n, p in zip(self.share, self.banks)]
+        self.split = [split_rates(s, p) for p in self.banks]
 
     @torch.no_grad()
     def step(self, lr_share: float, momentum: float) -> Tensor:
@@ -2110,18 +2377,42 @@ class Optimiser:
             norm = self.clip_average(shards)
         gathered = []
         for i, (g, buf) in enumerate(zip(shards, self.momentum)):
-            u = muon_direction(g, buf, momentum, s.muon_backend_steps, True, s.muon_row_normalize)
+            if self.split[i] is not None and s.split_lr_target == "gradient":
+                own = self.split[i][len(buf) * self.world.rank:][:len(buf)]
+                g[:len(own)] *= own
+            u = muon_direction(g, buf, momentum, s.muon_backend_steps, True, s.muon_row_normalize,
+                               COEFFICIENTS[s.muon_coefficients])
             gathered.append(self.gather(u, len(self.banks[i])))
         for group in self.adam.param_groups:
             group["lr"] = group["peak"] * lr_share
         self.adam.step()
-        for p, (u, work) in zip(self.banks, gathered):
+        for p, (u, work), split in zip(self.banks, gathered, self.split):
             if work is not None:
                 work.wait()
-            muon_apply(p, u[:len(p)], s.matrix_lr * lr_share, s.muon_wd)
+            u = u[:len(p)] if split is None or s.split_lr_target == "gradient" else u[:len(p)] * split
+            muon_apply(p, u, s.matrix_lr * lr_share, s.muon_wd)
         for p in (*self.banks, *self.small):
             p.grad = None
         return norm
+
+    def never_trained(self) -> list[str]:
+        """Parameters, or rows of them, that no gradient ever reached: AdamW's second moment or Muon's
+        momentum is still zero there."""
+        rank, own = self.world.rank, {}
+        for p, buf in zip(self.banks, self.momentum):
+            own[p] = [rank * len(buf) + i for i, row in enumerate(buf) if not row.any()]
+        for p in self.small:
+            state = self.adam.state.get(p, {}).get("exp_avg_sq", torch.zeros_like(p))
+            own[p] = [i for i, row in enumerate(state.reshape(len(p) if p.dim() else 1, -1)) if not row.any()]
+        found = {}
+        for part in self.world.gather({self.names[p]: rows for p, rows in own.items()}):
+            for name, rows in part.items():
+                found.setdefault(name, set()).update(rows)
+        count = {n: len(p) if p.dim() else 1 for p, n in self.names.items()}
+        found = {n: sorted(r for r in rows if r < count[n]) for n, rows in found.items()}
+        return [name if len(rows) == count[name] else f"{name} rows {', '.join(map(str, rows))}"
+                if len(rows) < 9 else f"{name}: {len(rows)} of {count[name]} rows"
+                for name, rows in found.items() if rows]
 
     def reduce(self) -> list[Tensor]:
         """Averaged gradients: this rank's matrices of every bank (returned), all small ones (in place)."""
@@ -2174,10 +2465,31 @@ class Optimiser:
 # ============================================================================================================
 
 def lr_share(s: Settings, progress: float) -> float:
-    """Share of the peak learning rate: flat, then linear over the last WARMDOWN_FRAC, at least MIN_LR."""
-    if s.warmdown_frac <= 0 or progress < 1 - s.warmdown_frac:
-        return 1.0
-    return max((1 - progress) / s.warmdown_frac, s.min_lr)
+    """Share of the peak learning rate: flat, then linear over the last WARMDOWN_FRAC, at least MIN_LR; never
+    above the value of the last point of MIDRUN_CAP_SCHEDULE that is passed (before: of its first)."""
+    flat = s.warmdown_frac <= 0 or progress < 1 - s.warmdown_frac
+    share = 1.0 if flat else max((1 - progress) / s.warmdown_frac, s.min_lr)
+    if not s.midrun_cap_schedule:
+        return share
+    points = schedule(s.midrun_cap_schedule, 1.0, float)
+    return min(share, [points[0][1], *(cap for at, cap in points[:-1] if at <= progress)][-1])
+
+
+def stage_at(stages: list[tuple[float, float]], progress: float):
+    """The value of the first stage that has not ended."""
+    return next(value for end, value in stages if min(progress, 1.0) <= end)
+
+
+def graphs_met(s: Settings) -> list[tuple[int, bool]]:
+    """Pairs (longest segment, looping) in the order in which training meets them."""
+    pairs, begin = [], 0.0
+    for end, length in context_stages(s):
+        both = s.recur_start_step > 0 and s.num_loops > 0
+        seen = (False, True) if both else (looping_at(s, math.nextafter(begin, 2) if begin else 0.0),
+                                           looping_at(s, end))
+        pairs += [(length, looping) for looping in seen]
+        begin = end
+    return list(dict.fromkeys(pairs))
 
 
 def muon_momentum(s: Settings, step: int) -> float:
@@ -2186,9 +2498,39 @@ def muon_momentum(s: Settings, step: int) -> float:
     return (1 - f) * s.muon_momentum_warmup_start + f * s.muon_momentum
 
 
-def looping_at(s: Settings, progress: float) -> bool:
-    """Whether the loop's extra passes run at this share of the training budget."""
-    return s.num_loops > 0 and progress >= s.enable_looping_at
+def looping_at(s: Settings, progress: float, step: int = 0) -> bool:
+    """Whether the loop's extra passes run at this share of the training budget, or this step."""
+    begun = step >= s.recur_start_step if s.recur_start_step else progress >= s.enable_looping_at
+    return s.num_loops > 0 and begun
+
+
+class Curriculum:
+    """What changes while training goes on: longest segment, loop, learning rate, soft rounding."""
+
+    def __init__(self, s: Settings):
+        self.s, self.stages, self.length = s, context_stages(s), 0
+        self.changed = self.rounding = None        # steps at which the length changed and rounding began
+
+    def at(self, step: int, progress: float) -> tuple[int, bool, float]:
+        """(longest segment, looping, share of the learning rate) of a step; they rise from call to call."""
+        s = self.s
+        by_step = s.train_seq_schedule_mode == "step"
+        length = stage_at(self.stages, step / max(s.iterations, 1) if by_step else progress)
+        if length != self.length:
+            self.changed, self.length = step or None, length
+        lr = lr_share(s, progress)
+        if self.changed is not None and s.seq_change_warmup_steps:
+            lr *= min((step - self.changed + 1) / s.seq_change_warmup_steps, 1.0)
+        return length, looping_at(s, progress, step), lr
+
+    def sharpness(self, steps: int, lr: float) -> float | None:
+        """Slope of soft rounding after so many steps, the last one at this share; None before it begins."""
+        s = self.s
+        if self.rounding is None and lr < s.late_qat_threshold and steps >= s.late_qat_min_step:
+            self.rounding = steps
+        if self.rounding is None:
+            return None
+        return 1 + 15 * min((steps - self.rounding) / s.late_qat_ramp_steps, 1.0)
 
 
 def pick_dtype(choice: str, device: torch.device, default: torch.dtype | None = None) -> torch.dtype:
@@ -2220,6 +2562,7 @@ class Trainer:
         self.s, self.world, self.model = s, world, model
         self.accum, self.tokens = s.batch_shape(world.size)
         self.losses = compiled(s, world.device, model.losses, fullgraph=True)
+        self.alpha: Tensor | None = None         # sharpness of soft rounding, once it has begun
         self.rewind()
 
     def rewind(self) -> None:
@@ -2232,7 +2575,8 @@ class Trainer:
         """Forward and backward of one micro-batch; returns its mean loss (nats per token)."""
         if batch.cu_seqlens is not None and compiles(self.s, self.world.device):
             torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
-        loss = self.losses(batch.x, batch.y, plan, batch.layout(self.s.train_seq_len)).mean()
+        layout = batch.layout(batch.cut or self.s.train_seq_len)
+        loss = self.losses(batch.x, batch.y, plan, layout, training=True, alpha=self.alpha).mean()
         (loss / self.accum).backward()
         return loss.detach()
 
@@ -2249,11 +2593,14 @@ class Trainer:
         s, world, clock = self.s, self.world, Clock()
         before = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         generator = torch.Generator().manual_seed(s.seed + world.rank)
-        for plan in dict.fromkeys((layer_plan(s, False), layer_plan(s, True))):
-            for _ in range(s.warmup_steps):
-                for _ in range(self.accum):
-                    self.micro_step(self.random_batch(generator), plan)
-                self.update(1.0, s.muon_momentum)
+        for length, looping in graphs_met(s):
+            for soft in (False, True)[:1 + (s.late_qat_threshold > 0)]:
+                self.set_sharpness(1.0 if soft else None)
+                for _ in range(s.warmup_steps):
+                    for _ in range(self.accum):
+                        self.micro_step(self.random_batch(generator, length), layer_plan(s, looping))
+                    self.update(1.0, s.muon_momentum)
+        self.set_sharpness(None)
         with torch.no_grad():
             for n, p in self.model.named_parameters():
                 p.copy_(before[n])
@@ -2261,8 +2608,12 @@ class Trainer:
         sync(world.device)
         return clock.elapsed()
 
-    def random_batch(self, generator: torch.Generator) -> Batch:
-        """A micro-batch of random tokens shaped as the loader's."""
+    def set_sharpness(self, alpha: float | None) -> None:
+        """Sharpness of soft rounding from now on; None: no rounding. A tensor: one graph for all of them."""
+        self.alpha = None if alpha is None else torch.tensor(alpha, device=self.world.device)
+
+    def random_batch(self, generator: torch.Generator, length: int = 0) -> Batch:
+        """A micro-batch of random tokens shaped as the loader's, cut at `length` (0: TRAIN_SEQ_LEN)."""
         s = self.s
         if s.train_loader in WINDOWED:
             shape = (self.tokens // s.train_seq_len, s.train_seq_len + 1)
@@ -2270,7 +2621,7 @@ class Trainer:
             return Batch(t[:, :-1], t[:, 1:], None, s.train_seq_len).to(self.world.device)
         tokens = torch.randint(2, s.vocab_size, (self.tokens + 1,), generator=generator).numpy()
         tokens[::max(2, s.train_seq_len // 2)] = BOS
-        return packed_batch(tokens, s.train_seq_len).to(self.world.device)
+        return packed_batch(tokens, length or s.train_seq_len).to(self.world.device)
 
 
 class Progress:
@@ -2327,6 +2678,7 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
     progress, epochs = Progress(s, world, trainer.model, plans, budget), 0
     world.barrier()
     clock, step, step_seconds, before, shown = Clock(s.max_wallclock_seconds), 0, 0.0, 0.0, 0.0
+    curriculum = Curriculum(s)
     looping = looping_at(s, 0.0)
     while True:
         if s.val_loss_every and step % s.val_loss_every == 0:
@@ -2339,11 +2691,12 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
         if step >= s.iterations or (budget and elapsed + step_seconds > budget):
             break
         done = min(elapsed / budget, 1.0) if budget else step / s.iterations
-        looping = looping_at(s, done)
-        losses = [trainer.micro_step(stream.next(), plans[looping]) for _ in range(trainer.accum)]
+        length, looping, lr = curriculum.at(step, done)
+        losses = [trainer.micro_step(stream.next(length), plans[looping]) for _ in range(trainer.accum)]
         loss = sum(losses) / trainer.accum
-        norm = trainer.update(lr_share(s, done), muon_momentum(s, step))
+        norm = trainer.update(lr, muon_momentum(s, step))
         step += 1
+        trainer.set_sharpness(curriculum.sharpness(step, lr))
         if int(stream.epoch) > epochs:
             epochs = int(stream.epoch)
             run.log("epoch_end", epoch=epochs, step=step, tokens=step * s.train_batch_tokens)
@@ -2351,7 +2704,7 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
             sync(world.device)            # near the end the host must not run ahead of the GPU
         if step <= 10 or (s.train_log_every and step % s.train_log_every == 0):
             report_step(run, progress, step, world.total(loss.clone()).item() / world.size, norm.item(),
-                        lr_share(s, done), clock.elapsed(), looping)
+                        lr, clock.elapsed(), looping)
         elif run.live and elapsed - shown > 0.5:
             shown = elapsed
             run.progress(progress.line(step, loss.item(), progress.values(step, elapsed, looping), looping))
@@ -2360,6 +2713,9 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
     step_ms = 1e3 * seconds / max(step, 1)
     run.log("train_end", steps=step, seconds=seconds, step_ms=step_ms, epochs=stream.epoch,
             tokens=step * s.train_batch_tokens)
+    trainer.set_sharpness(None)
+    if idle := trainer.optimiser.never_trained() if step else []:
+        run.log("never_trained", parameters=idle)
     return {"steps": step, "step_ms": step_ms, "clock": clock, "stream": stream}
 
 
@@ -2479,6 +2835,73 @@ def gptq(w: Tensor, h: Tensor, scale: Tensor, bits: int, damp: float = 0.01, blo
     return out.to(torch.int8).reshape(shape)
 
 
+@torch.no_grad()
+def clip_search(w: Tensor, h: Tensor, bits: int, coarser: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(codes, fp16 steps (n, R)) of matrices w (n, R, C): of five percentiles of |row| as largest code, each
+    with a pass of GPTQ, the one with the least squared error. As published no step is below 1 / top."""
+    top, best = 2 ** (bits - 1) - 1, None
+    for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
+        scale = ((w.abs().quantile(share, dim=-1) / top).clamp_min(1 / top) * coarser).half()
+        codes = gptq(w, h, scale, bits)
+        error = (w - codes * scale[..., None].float()).square().mean(dim=(-2, -1))
+        if best is not None:
+            better = error < best[0]
+            codes = torch.where(better[:, None, None], codes, best[1])
+            error, scale = torch.minimum(error, best[0]), torch.where(better[:, None], scale, best[2])
+        best = error, codes, scale
+    return best[1:]
+
+
+@torch.no_grad()
+def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor], bits: tuple[int, int],
+                   fine: Tensor) -> Tensor:
+    """Codes (R, C) int8 of one matrix as gptq's, with the second steps and bits in the columns `fine` (C)."""
+    order, u, dead = (x[0] for x in hessian_factor(h.float()[None], 0.01))
+    t, codes = w.float().masked_fill(dead, 0)[:, order].mT.contiguous(), torch.empty_like(w.mT)
+    for j, column in enumerate(order.tolist()):
+        which = int(fine[column])
+        step, top = steps[which].float().clamp_min(1e-30), 2 ** (bits[which] - 1) - 1
+        codes[column] = q = (t[j] / step).round().clamp_(-top, top)
+        t[j + 1:] -= (u[j, j + 1:] / u[j, j])[:, None] * (t[j] - q * step)
+    return codes.mT.to(torch.int8).contiguous()
+
+
+def input_rms(s: Settings, name: str, h: Tensor, tokens: int = 1) -> Tensor:
+    """rms (C) of a matrix's input columns from its Hessian, a mean over micro-batches of so many tokens."""
+    slots = sum(layer_plan(s, True), ())
+    visits = slots.count(int(name.split(".")[1])) if name.startswith("blocks.") else 1
+    return (h.diagonal() / (visits * tokens)).sqrt()
+
+
+def group_scores(w: Tensor, rms: Tensor, size: int) -> Tensor:
+    """How much each whole group of `size` columns of w (R, C) moves the output: rms of input · mean |w|."""
+    return (rms * w.float().abs().mean(dim=0))[:len(rms) // size * size].view(-1, size).sum(dim=1)
+
+
+def protect(s: Settings, out: Quantised, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
+            names: Sequence[str]) -> None:
+    """AWQ-lite: the groups of columns with the highest scores of all matrices get codes of AWQ_LITE_BITS."""
+    size, scores = s.awq_lite_group_size, []
+    for name in names:
+        w = weights[name]
+        if name in hessians and storage_of(s, name, w)[1] < s.awq_lite_bits:
+            values = group_scores(w, input_rms(s, name, hessians[name]), size).tolist()
+            scores += [(value, name, i * size) for i, value in enumerate(values)]
+    chosen: dict[str, list[int]] = {}
+    for _, name, start in sorted(scores, key=lambda x: -x[0])[:s.awq_lite_group_top_k]:
+        chosen.setdefault(name, []).append(start)
+    for name, starts in chosen.items():
+        w, (_, bits, clip) = weights[name].float(), storage_of(s, name, weights[name])
+        fine = torch.isin(torch.arange(w.size(1)) // size * size, torch.tensor(starts))
+        high = row_scales(w, s.awq_lite_bits, clip)
+        steps = out.tensors[name + ".scale"].to(w.device), high
+        codes = gptq_protected(w, hessians[name], steps, (bits, s.awq_lite_bits), fine)
+        out.tensors.update({name + ".q": codes.cpu(), name + ".awqg_s_hi": high.cpu(),
+                            name + ".awqg_start": torch.tensor(starts, dtype=torch.int16),
+                            name + ".awqg_size": torch.tensor([size], dtype=torch.int16)})
+        out.meta[name] += f"+awqgrpint{s.awq_lite_bits}"
+
+
 def quantise_rows(w: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     """w (R, C) -> int8 codes and fp16 steps (R): the largest magnitude of a row gets the largest code."""
     top = 2 ** (bits - 1) - 1
@@ -2526,12 +2949,13 @@ class Quantised:
 
 
 def storage_of(s: Settings, name: str, w: Tensor) -> tuple:
-    """How a tensor is stored: ("gate",), ("half",) or ("gptq", bits, clip_sigmas)."""
+    """How a tensor is stored: ("gate",), ("half",) or ("gptq", bits, clip_sigmas). Tables that are looked up
+    and their projections have no Hessian: GPTQ then rounds each code by itself."""
     if s.gated_attn_quant_gate and name.endswith("attn_gate_w") and w.dim() == 2 and 32 <= w.numel() <= 8192:
         return ("gate",)
     if w.numel() <= SMALL_TENSOR:
         return ("half",)
-    if name in ("tok_emb.weight", "lm_head.weight"):
+    if name in ("tok_emb.weight", "lm_head.weight", "bigram.embed.weight", "ve_shared.embed.weight"):
         return ("gptq", s.embed_bits, s.embed_clip_sigmas)
     clip = (s.mlp_clip_sigmas if ".mlp." in name else s.attn_clip_sigmas if ".attn." in name
             else s.matrix_clip_sigmas)
@@ -2564,34 +2988,64 @@ def quantise(s: Settings, weights: Mapping[str, Tensor], hessians: Mapping[str, 
         w = torch.stack([weights[n].float() for n in group])
         eye = torch.eye(shape[1], device=w.device)
         h = torch.stack([hessians.get(n, eye) for n in group])
-        scale = row_scales(w, bits, clip * coarser)
-        codes = gptq(w, h, scale, bits)
-        errors = (w - codes * scale[..., None].float()).flatten(1).norm(dim=1).tolist()
+        if s.quant_clip == "percentile":
+            codes, scale = clip_search(w, h, bits, coarser)
+        else:
+            scale = row_scales(w, bits, clip * coarser)
+            codes = gptq(w, h, scale, bits)
         # copies, because a pickled view takes its whole stack along
         own = ([x.clone() for x in stack.cpu()] for stack in (codes, scale))
-        done.update(zip(group, zip(*own, errors)))
+        done.update(zip(group, zip(*own)))
     for part in world.gather(done):
         done.update(part)
     for _, name in names:
-        out.tensors[name + ".q"], out.tensors[name + ".scale"], _ = done[name]
+        out.tensors[name + ".q"], out.tensors[name + ".scale"] = done[name]
+    if s.awq_lite_enabled:
+        protect(s, out, weights, hessians, [name for _, name in names])
     if s.lqer_enabled:
-        repair(s, out, weights, {name: done[name][2] for _, name in names})
+        repair(s, out, weights, [name for _, name in names])
     return out
 
 
-def repair(s: Settings, out: Quantised, weights: Mapping[str, Tensor], errors: Mapping[str, float]) -> None:
-    """LQER: add low-rank factors of the rounding error to the LQER_TOP_K matrices with the largest one."""
-    for name in sorted(errors, key=lambda n: -errors[n])[:s.lqer_top_k]:
-        w = weights[name].float()
-        codes, scale = (out.tensors[name + end].to(w.device) for end in (".q", ".scale"))
-        a, b = low_rank(w - codes * scale[:, None].float(), s.lqer_rank)
-        if s.lqer_asym_enabled and b.numel() % s.lqer_asym_group == 0:
-            label, ends = "lqer_asym", ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a")
-            parts = lqer_asym(a, b, s.lqer_asym_group)
-        else:
-            label, ends, parts = "lqer", ("lqA", "lqAs", "lqB", "lqBs"), lqer_sym(a, b, s.lqer_factor_bits)
-        out.tensors.update({f"{name}.{end}": part.cpu() for end, part in zip(ends, parts)})
-        out.meta[name] += "+" + label
+def repair(s: Settings, out: Quantised, weights: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    """LQER: low-rank factors of the rounding error for the LQER_TOP_K matrices with the largest one, or with
+    LQER_GAIN_SELECT for those where they remove most of it."""
+    within = {"all": "", "mlp": ".mlp.", "attn": ".attn.", "embed": "tok_emb"}[s.lqer_scope]
+    back, found = dequantise(out), {}
+    errors = {n: weights[n].float() - back[n].to(weights[n].device) for n in names if within in n}
+    sizes = {n: e.norm().item() for n, e in errors.items()}
+    first = sorted(errors, key=lambda n: -sizes[n])
+    for name in first if s.lqer_gain_select else first[:s.lqer_top_k]:
+        label, parts = pack_factors(s, name, *low_rank(errors[name], s.lqer_rank))
+        left = (errors[name].cpu() - factors_of(parts, name)).norm().item() if s.lqer_gain_select else 0.0
+        found[name] = sizes[name] - left, label, parts
+    for name in sorted(found, key=lambda n: -found[n][0])[:s.lqer_top_k]:
+        gain, label, parts = found[name]
+        if gain > 0:
+            out.tensors.update(parts)
+            out.meta[name] += "+" + label
+
+
+def pack_factors(s: Settings, name: str, a: Tensor, b: Tensor) -> tuple[str, dict[str, Tensor]]:
+    """How the factors a (R, r), b (r, C) of a matrix are stored, and their tensors."""
+    if s.lqer_asym_enabled and b.numel() % s.lqer_asym_group == 0:
+        label, ends = "lqer_asym", ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a")
+        parts = lqer_asym(a, b, s.lqer_asym_group)
+    else:
+        label, ends, parts = "lqer", ("lqA", "lqAs", "lqB", "lqBs"), lqer_sym(a, b, s.lqer_factor_bits)
+    return label, {f"{name}.{end}": part.cpu() for end, part in zip(ends, parts)}
+
+
+def factors_of(t: Mapping[str, Tensor], name: str) -> Tensor | float:
+    """The product (R, C) of a matrix's stored factors; 0 where it has none."""
+    if name + ".lqA_a" in t:
+        a = t[name + ".lqA_a"] * t[name + ".lqAs_a"].float()
+        b, steps = t[name + ".lqB_a"].float(), t[name + ".lqBs_a"].float()[:, None]
+        return a @ (b.view(len(steps), -1) * steps).view(b.shape)
+    if name + ".lqA" in t:
+        a, b = (t[f"{name}.lq{x}"] * t[f"{name}.lq{x}s"].float()[:, None] for x in "AB")
+        return a @ b
+    return 0.0
 
 
 def dequantise(q: Quantised) -> dict[str, Tensor]:
@@ -2603,14 +3057,10 @@ def dequantise(q: Quantised) -> dict[str, Tensor]:
             continue
         codes, steps = (name + end for end in ((".gq", ".gs") if name + ".gq" in t else (".q", ".scale")))
         w = t[codes] * t[steps].float()[:, None]
-        if name + ".lqA_a" in t:
-            a = t[name + ".lqA_a"] * t[name + ".lqAs_a"].float()
-            b, steps = t[name + ".lqB_a"].float(), t[name + ".lqBs_a"].float()[:, None]
-            w = w + a @ (b.view(len(steps), -1) * steps).view(b.shape)
-        elif name + ".lqA" in t:
-            a, b = (t[f"{name}.lq{x}"] * t[f"{name}.lq{x}s"].float()[:, None] for x in "AB")
-            w = w + a @ b
-        weights[name] = w
+        for start in t.get(name + ".awqg_start", torch.empty(0)).tolist():
+            group = slice(start, start + int(t[name + ".awqg_size"]))
+            w[:, group] = t[codes][:, group] * t[name + ".awqg_s_hi"].float()[:, None]
+        weights[name] = w + factors_of(t, name)
     return weights
 
 
@@ -2931,6 +3381,8 @@ def stored_tensors(s: Settings, meta: Mapping[str, str]) -> list[tuple[str, str,
         if how.startswith("gptq"):
             out += [(name + ".q", "int8", shape), (name + ".scale", "half", shape[:1])]
             r, (rows, columns), groups = s.lqer_rank, shape, shape[1] * s.lqer_rank // s.lqer_asym_group
+            if "+awqgrp" in how:
+                out.append((name + ".awqg_s_hi", "half", shape[:1]))
             if how.endswith("+lqer_asym"):
                 out += [(name + ".lqA_a", "int8", (rows, r)), (name + ".lqAs_a", "half", (1,)),
                         (name + ".lqB_a", "int8", (r, columns)), (name + ".lqBs_a", "half", (groups,))]
@@ -2960,7 +3412,8 @@ def pack_model(s: Settings, q: Quantised) -> bytes:
                 if dtype == kind and not key.endswith(".q")]
         streams[stream] = brotli_pack(b"".join(part), stride)
     header = {"architecture": architecture(s), "compressor": s.compressor, "meta": compact_meta(q.meta),
-              "storage": {n: getattr(s, n) for n in ("lqer_rank", "lqer_asym_group")}}
+              "storage": {n: getattr(s, n) for n in ("lqer_rank", "lqer_asym_group")},
+              "groups": {key: x.tolist() for key, x in q.tensors.items() if x.dtype == torch.int16}}
     return artifact_to_bytes(header, streams)
 
 
@@ -2992,6 +3445,7 @@ def unpack_model(s: Settings, blob: bytes, origin: str) -> Quantised:
     check_architecture(s, header.get("architecture", {}), f"{origin} is an artifact")
     s = dataclasses.replace(s, **header["storage"])
     q = Quantised({}, {name: how for how, names in header["meta"].items() for name in names})
+    q.tensors.update({key: torch.tensor(x, dtype=torch.int16) for key, x in header["groups"].items()})
     entries = stored_tensors(s, q.meta)
     keys, shapes = ([e[i] for e in entries if e[0].endswith(".q")] for i in (0, 2))
     if header["compressor"] == "ans" and shapes:

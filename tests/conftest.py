@@ -58,6 +58,29 @@ TINY = dict(
 )
 
 
+CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.env") if p.stem not in ("demo", "small"))
+
+
+def load_config(*names: str) -> dict:
+    """What a shell has in its environment after sourcing these configs/*.env one after the other."""
+    lines = [f". {ROOT}/configs/{name}.env" for name in names]
+    done = subprocess.run(["sh", "-ec", "\n".join(["set -a", *lines, "env -0"])], env={}, text=True,
+                          capture_output=True, check=True)
+    pairs = (entry.split("=", 1) for entry in done.stdout.split("\0") if entry)
+    return without_awaited({k: v for k, v in pairs if k not in ("PWD", "SHLVL", "_", "OLDPWD")})
+
+
+# Settings of the configurations whose mechanisms are still to come.
+AWAITED = ("NGRAM_", "TOKEN_ORDER", "TOKEN_THRESHOLD", "TOKEN_BOOST", "WITHIN_", "WORD_", "AGREE_")
+AWAITED += ("LOGIT_CALIB_", "PREQUANT_TTT_", "CORRECTOR_", "QUANT_ALLOCATION", "QUANT_TRELLIS")
+
+
+def without_awaited(env: dict) -> dict:
+    """Those settings that the script knows already, and all others."""
+    known = {f.name.upper() for f in tg.fields(tg.Settings)} | set(tg.NO_EFFECT)
+    return {k: v for k, v in env.items() if k in known or not k.startswith(AWAITED)}
+
+
 def settings(**changes) -> tg.Settings:
     """The tiny settings with some changed."""
     return tg.Settings.from_env({k: str(v) for k, v in {**TINY, **changes}.items()})

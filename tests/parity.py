@@ -263,7 +263,7 @@ def shard_files(fx: Fixture, pattern: str) -> list[Path]:
 def check_gpt_forward(fx: Fixture) -> None:
     """Logits, losses, gradients, trace and rotary tables of a forward (packed with segments; plain rows)."""
     if "packed.input_ids" not in fx.arrays:
-        raise Skip("other architecture")
+        return check_older_model(fx)
     s = fx.settings()
     model = load_model(fx, s, fx.group("param"))
     plan = checked_plan(fx, s, fx.meta["looping_active"])
@@ -286,6 +286,157 @@ def check_gpt_forward(fx: Fixture) -> None:
         ids, targets = packed["input_ids"][None], packed["target_ids"][None]
         model.losses(ids, targets, plan, layout).mean().backward()
         check_grads(fx, field_grads(model), fx.group("grad"), fx.tolerance("grad", rtol_of_max_abs=1e-4))
+
+
+def older_settings(fx: Fixture) -> tg.Settings:
+    """Settings of an older architecture: what its arrays hold is on, what its scripts always did is set."""
+    given = {k: int(v) if isinstance(v, bool) else v
+             for k, v in {**fx.meta.get("env", {}), **fx.meta.get("constructor", {})}.items()}
+    names = {"neg_slope": "NEGATIVE_SLOPE", "dtg": "DTG_ENABLED"}
+    env = {names.get(k, k.upper()): v for k, v in given.items()}
+    for foreign in ("MTP_LOSS_WEIGHT", "EMBEDDING_DIM", *(k for k in env if k.startswith("PREQUANT_"))):
+        env.pop(foreign, None)
+    smeared = "param.smear.gate" in fx.arrays
+    older = dict(NUM_LOOPS=0, PARALLEL_START_LAYER=0, PARALLEL_LANES="separate", SKIP_ROWS="physical",
+                 SKIP_GATES_ENABLED=int("param.skip_gates" in fx.arrays), SMEAR_GATE_ENABLED=int(smeared),
+                 SMEAR_GATE_KIND="channels", SMEAR_GATE_BOS_FIX=0, VE_ENABLED=1,
+                 SKIP_INTO_LANES=int("#1487" not in fx.meta["source"] if "source" in fx.meta else 1))
+    if "RECUR_LAYERS" in env:
+        older.pop("NUM_LOOPS")
+    defaults = {k: v for k, v in fx.defaults.items() if k not in ("NUM_LOOPS", "LOOP_START", "LOOP_END")}
+    return dataclasses.replace(fx, meta={"env": {**older, **env}}, defaults=defaults).settings()
+
+
+def check_older_model(fx: Fixture) -> None:
+    """Logits, loss and gradients of the architectures before the looped one, with and without recurrence."""
+    s = older_settings(fx)
+    model = tg.GPT(s)
+    views = (tg.field_views if "param.qo_bank" in fx.arrays else tg.matrix_views)(
+        {n: p.data for n, p in model.named_parameters()})
+    params = fx.group("param")
+    fx.equal("parameter names", sorted(views), sorted(params))
+    for name, value in params.items():
+        views[name].copy_(value)
+    ids, targets = fx.arrays["input_ids"], fx.arrays["target_ids"]
+    for mode, facts in fx.meta.get("modes", {"": {}}).items():
+        plan, prefix = tg.layer_plan(s, mode.endswith("_on")), mode + "." if mode else ""
+        if facts:
+            fx.equal(f"{mode} layers", list(plan.encoder + plan.decoder), facts["virtual_layers"])
+        check_logits(fx, mode or "model", model, plan, None, {
+            "input_ids": ids, "target_ids": targets, "logits": fx.arrays[prefix + "logits"],
+            "loss": fx.arrays[prefix + "loss"]})
+        model.zero_grad()
+        model.losses(ids, targets, plan).mean().backward()
+        check_grads(fx, field_grads(model), fx.group(prefix + "grad"), fx.tolerance("grad"))
+        dead = [i for i, g in enumerate(model.skip_weights.grad) if not g.any()]
+        fx.equal(f"{mode} dead skips", dead, facts.get("rows_of_skip_weights_with_zero_gradient", []))
+    check_older_pieces(fx, model, ids, targets)
+
+
+def check_older_pieces(fx: Fixture, model: tg.GPT, ids, targets) -> None:
+    """What the value embeddings add, the smear gate alone, and the loss under soft rounding."""
+    values = model.token_values(ids)
+    for layer, value in values.items():
+        for key in (f"value_embedding.layer{layer}", f"ve_layer{layer}"):
+            if key in fx.arrays:
+                fx.close(key, value, fx.arrays[key], **fx.tolerance("value_embedding", atol=1e-6))
+    if "smear.in" in fx.arrays:
+        fx.close("smear", model.smear(fx.arrays["smear.in"].float(), None), fx.arrays["smear.out"],
+                 **fx.tolerance("smear"))
+    for key in (k for k in fx.arrays if re.fullmatch(r"qat\.alpha\d+\.loss", k)):
+        alpha = float(re.search(r"\d+", key).group())
+        model.zero_grad()
+        loss = model.losses(ids, targets, tg.layer_plan(model.s, False), training=True,
+                            alpha=torch.tensor(alpha)).mean()
+        loss.backward()
+        fx.close(key, loss, fx.arrays[key][0], **fx.tolerance("loss"))
+        check_grads(fx, field_grads(model), fx.group(f"qat.alpha{alpha:g}.grad"), fx.tolerance("grad"))
+
+
+def check_tables(fx: Fixture) -> None:
+    """Hashed rows of token pairs and value embeddings alone: rows, output, gradients."""
+    for name, case in fx.meta.get("cases", {"": fx.meta}).items():
+        a = fx.group(name) if name else fx.group("") or {
+            k: v.float() if v.dtype == torch.float16 else v for k, v in fx.arrays.items()}
+        ids, rows = a["ids"], None
+        if "hash" in a:
+            ids = tg.pair_rows(a["ids"], case["bigram_vocab_size"])
+            fx.equal(f"{name} rows", ids, a["hash"])
+            table, rows = torch.zeros(case["bigram_vocab_size"], case["bigram_dim"]), a["used_rows"]
+            table[rows] = a["embed_used_rows"]
+        else:
+            table = a["embed"]
+        leaves = {"embed_used_rows": table, "proj": a.get("proj"), "scale": a["scale"]}
+        for leaf in filter(_is_array, leaves.values()):
+            leaf.requires_grad_()
+        out = tg.look_up(ids, table, leaves["proj"], a["scale"], torch.float32)
+        fx.close(f"{name} output", out, a["out"], **fx.tolerance("out"))
+        if "out_weight" in a:
+            (out * a["out_weight"]).sum().backward()
+            for leaf, value in leaves.items():
+                if f"grad.{leaf}" in a:
+                    grad = value.grad[rows] if leaf == "embed_used_rows" else value.grad
+                    fx.close(f"{name} gradient of {leaf}", grad, a[f"grad.{leaf}"], **fx.tolerance("grad"))
+
+
+def check_value_embedding(fx: Fixture) -> None:
+    (check_tables if "cases" in fx.meta else check_older_model)(fx)
+
+
+def check_soft_round(fx: Fixture) -> None:
+    """Softly rounded weights and their gradients, as the projections see them."""
+    for case in fx.meta["cases"]:
+        key, a = f"alpha{case['alpha']:g}", fx.group(f"alpha{case['alpha']:g}")
+        w, x = (fx.arrays[k].float().requires_grad_() for k in ("weight", "x"))
+        rounded = tg.soft_round(w, torch.tensor(case["alpha"]))
+        fx.close(f"{key} weight", rounded, a["weight_fake_quant"], **fx.tolerance("weight_fake_quant"))
+        out = x @ rounded.T
+        fx.close(f"{key} output", out, a["out"], atol=1e-5)
+        (out * fx.arrays["out_weight"].float()).sum().backward()
+        fx.close(f"{key} gradient of w", w.grad, a["grad_weight"], **fx.tolerance("grad"))
+        fx.close(f"{key} gradient of x", x.grad, a["grad_x"], **fx.tolerance("grad"))
+
+
+def check_leaky(fx: Fixture) -> None:
+    """The MLP and its gradients for every stored slope, through the model's own call."""
+    for slope in fx.meta["settings"]:
+        x, up, down = (fx.arrays[k].float().requires_grad_() for k in ("x", "up", "down"))
+        s = fx.settings(NEGATIVE_SLOPE=slope)
+        out = tg.leaky_square_mlp(x.flatten(0, 1), up, down, s.negative_slope).view(x.shape[:-1] + (-1,))
+        want = fx.group(f"slope{slope}")
+        fx.close(f"{slope} output", out, want["out"], **fx.tolerance("out"))
+        (out * fx.arrays["out_weight"].float()).sum().backward()
+        for name, leaf in (("x", x), ("up", up), ("down", down)):
+            fx.close(f"{slope} gradient of {name}", leaf.grad, want[f"grad.{name}"], **fx.tolerance("grad"))
+
+
+def check_asymmetric_cap(fx: Fixture) -> None:
+    """The two caps alone; in evaluation; and, as published, not in the training loss."""
+    pos, neg = (torch.tensor(float(fx.meta[f"softcap_{side}"])) for side in ("pos", "neg"))
+    for kind in fx.meta["facts"]:
+        want, z = fx.group(kind[:-1]), fx.arrays["z"].float().requires_grad_()
+        caps = [cap.clone().requires_grad_() for cap in (pos, neg)]
+        out = tg.soft_cap(z, *caps)
+        fx.close(f"{kind} function", out, want["function.out"], **fx.tolerance("function"))
+        (out * fx.arrays["z_weight"].float()).sum().backward()
+        for name, leaf in (("z", z), ("softcap_pos", caps[0]), ("softcap_neg", caps[1])):
+            fx.close(f"{kind} gradient of {name}", leaf.grad.reshape(want[f"function.grad.{name}"].shape),
+                     want[f"function.grad.{name}"], **fx.tolerance("function"))
+        env = {k: v for k, v in fx.meta["env"].items() if not k.startswith("NGRAM_")}
+        masked = fx.meta["smear_gate_bos_fix"][kind[:-1]] is True
+        s = dataclasses.replace(fx, meta={"env": {**env, "SMEAR_GATE_BOS_FIX": int(masked)}}).settings()
+        model = load_model(fx, s, fx.group("param"))
+        plan = tg.layer_plan(s, fx.meta["looping_active"])
+        ids, targets = fx.arrays["input_ids"], fx.arrays["target_ids"]
+        logits = model.logits(model.hidden(ids, plan))
+        fx.close(f"{kind} logits", logits, want["forward_logits"], **fx.tolerance("forward_logits"))
+        scored = model.losses(ids, targets, plan, adapter=tg.Adapter(s, plan, len(ids)))
+        fx.close(f"{kind} scored", scored, want["ttt_per_token_loss_with_zero_B"], **fx.tolerance("loss"))
+        loss = model.losses(ids, targets, plan, training=True).mean()
+        fx.close(f"{kind} training loss", loss, want["train_loss_eager_path"][0], **fx.tolerance("loss"))
+        loss.backward()
+        fx.equal(f"{kind} caps get a gradient", model.softcap_pos.grad is not None,
+                 fx.meta["facts"][kind]["train_loss_gives_gradient_to_caps"])
 
 
 def check_logits(fx: Fixture, what: str, model, plan, layout, arrays: dict) -> None:
@@ -408,6 +559,107 @@ def check_muon(fx: Fixture) -> None:
                      **(tolerance if precision == "f32" else {"rtol_of_max_abs": 2e-2}))
 
 
+def check_split_lr(fx: Fixture) -> None:
+    """The factors by layer, and steps of the optimiser with and without the split of the gradient."""
+    given = dict(fx.meta["settings"])
+    env = dict(NUM_LAYERS=given.pop("num_layers"), MUON_MOMENTUM=given.pop("momentum"), MUON_ROW_NORMALIZE=0,
+               MUON_BACKEND_STEPS=given.pop("backend_steps"), MUON_WD=given.pop("weight_decay"), NUM_LOOPS=0,
+               SPLIT_LR_TARGET="gradient", MUON_COEFFICIENTS="quintic", MUON_DTYPE="bfloat16",
+               GRAD_CLIP_NORM=0, **{k: v for k, v in given.items() if k.isupper()})
+    for bank, want in fx.group("grad_multiplier").items():
+        got = tg.split_rates(fx.settings(**env), torch.zeros(len(want), 1, 1))
+        fx.close(f"factors of {bank}", got.flatten(), want, **fx.tolerance("grad_multiplier"))
+    for bank in {k.split(".")[1] for k in fx.arrays if k.startswith("after.")}:
+        for kind in ("with_split", "without_split"):
+            s = fx.settings(**{**env, **({} if kind == "with_split" else {"MATRIX_LR_EARLY": 0})})
+            p = torch.nn.Parameter(fx.arrays[f"before.{bank}"].float())
+            optimiser = tg.Optimiser(s, tg.World(), {bank: p, "q_gain": torch.nn.Parameter(torch.ones(1))},
+                                     torch.bfloat16)
+            for k in range(len([g for g in fx.arrays if re.fullmatch(rf"grad\d+.{bank}", g)])):
+                p.grad = fx.arrays[f"grad{k}.{bank}"].float()
+                optimiser.step(1.0, s.muon_momentum)
+            fx.close(f"{bank} {kind}", p, fx.arrays[f"after.{bank}.{kind}"], **fx.tolerance("after"))
+
+
+def check_soft_round_schedule(fx: Fixture) -> None:
+    """Sharpness of soft rounding by step; it begins at a step whose learning rate is below the threshold."""
+    begin = fx.meta["enabled_at_step"]
+    curriculum = tg.Curriculum(fx.settings(LATE_QAT_THRESHOLD=0.15))
+    for steps, lr in ((1999, 0.1), (begin - 1, 0.16)):
+        fx.equal(f"sharpness after {steps} steps", curriculum.sharpness(steps, lr), None)
+    for row in fx.meta["schedule"]:
+        got = curriculum.sharpness(row["step_after_increment"], 0.14)
+        fx.close(f"sharpness after {row['step_after_increment']} steps", got, row["alpha"], rtol=1e-9)
+
+
+def check_progressive_context(fx: Fixture) -> None:
+    """Stages, their lookup, refused texts, the learning rate's ramp, warm-up pairs, batches by cap."""
+    for name, case in fx.meta["schedules"].items():
+        stages = tg.schedule(case["schedule"], case["default_seq_len"])
+        fx.equal(f"{name} stages", [list(stage) for stage in stages], case["plan"])
+        for row in case["lookup"]:
+            for mode in ("", "step_mode_"):
+                got = tg.stage_at(stages, row[f"{mode}progress"])
+                fx.equal(f"{name} at {row[f'{mode}progress']}", got, row[f"{mode}seq_len"])
+    for text in fx.meta["rejected"]:
+        fx.equal(f"{text} is refused", refused(lambda text=text: tg.schedule(text, 1)), True)
+    for text, want in fx.meta["divisibility"].items():
+        tokens, world, accum, stages = text.split("/")
+        longest = max(length for _, length in tg.schedule(stages, 1))
+        s = dataclasses.replace(fx.settings(TRAIN_BATCH_TOKENS=tokens, GRAD_ACCUM_STEPS=accum),
+                                train_seq_schedule=stages, train_seq_len=longest)
+        if want == "ValueError":
+            fx.equal(f"{text} is refused", refused(lambda s=s, n=int(world): s.batch_shape(n)), True)
+        else:
+            fx.equal(text, s.batch_shape(int(world))[1], want)
+    for name, case in fx.meta["trajectories"].items():
+        env = {k: v for k, v in case.items() if k.isupper()}
+        s = fx.settings(**env, TRAIN_SEQ_SCHEDULE=case["schedule"], TRAIN_SEQ_LEN=case["default_seq_len"])
+        curriculum, changes, rows = tg.Curriculum(s), [], fx.arrays[f"{name}.trajectory"].tolist()
+        for before, (step, _, progress, length, lr) in zip([None, *rows], rows):
+            got = curriculum.at(int(step), progress)
+            fx.equal(f"{name} length at {step:g}", got[0], int(length))
+            fx.close(f"{name} learning rate at {step:g}", got[2], lr, **fx.tolerance("lr_scale"))
+            changes += [[int(step), got[0]]] if before and before[3] != got[0] else []
+        fx.equal(f"{name} changes", changes, case["changes"])
+    run = fx.meta["schedules"]["run"]
+    env = dict(TRAIN_SEQ_SCHEDULE=run["schedule"], TRAIN_SEQ_LEN=run["default_seq_len"])
+    for mode, more in (("auto", {}), ("inactive", {"NUM_LOOPS": 0}), ("active", {"ENABLE_LOOPING_AT": 0})):
+        got = [list(pair) for pair in tg.graphs_met(fx.settings(**env, **more))]
+        fx.equal(f"pairs warmed up, {mode}", got, fx.meta["compile_warmup_items"][mode])
+    check_capped_batches(fx, fx.meta["loader"])
+
+
+def refused(call) -> bool:
+    try:
+        call()
+    except tg.UserError:
+        return True
+    return False
+
+
+def check_capped_batches(fx: Fixture, facts: dict) -> None:
+    """Batches of the document-packed stream as the cap on a segment changes. The reference drops the two
+    batches that it has read ahead at each change; the trainer cuts them anew and drops nothing."""
+    for ranked, steps in facts["steps"].items():
+        world, rank = (int(n) for n in re.fullmatch(r"ws(\d+).rank(\d+)", ranked).groups())
+        stream = tg.DocPackStream(shard_files(fx, facts["shards"] + "fineweb_train_*.bin"), world_size=world,
+                                  rank=rank, tokens=facts["tokens_per_rank_and_step"], max_len=0)
+        for k, row in enumerate(steps):
+            ahead = 2 if k and row["cap"] != steps[k - 1]["cap"] else 0
+            for _ in range(ahead):
+                stream.next()
+            batch, want = stream.next(), fx.group_raw(f"{ranked}.step{k}")
+            tokens = batch.tokens
+            bounds, longest = tg.segment_bounds(np.flatnonzero(tokens[:-1] == tg.BOS), len(tokens) - 1,
+                                                row["cap"], bucket=facts["bucket"])
+            again = tg.packed_batch(tokens, row["cap"])
+            fx.equal(f"{ranked} step {k} longest", (longest, again.max_seqlen), (row["longest_segment"],) * 2)
+            fx.equal(f"{ranked} step {k} inputs", again.x, want["x"])
+            fx.equal(f"{ranked} step {k} targets", again.y, want["y"])
+            fx.equal(f"{ranked} step {k} bounds", bounds, want["cu_seqlens"])
+
+
 def check_newton_schulz(fx: Fixture) -> None:
     for case in fx.meta["cases"]:
         name = case["name"]
@@ -451,6 +703,97 @@ def check_gptq_weights(fx: Fixture) -> None:
             error = W.double() - got.double() * scale.double()[:, None]
             fx.close(f"{name} Hessian-weighted error", ((error @ H.double()) * error).sum(),
                      case["hessian_weighted_err"], rtol=0.01)
+
+
+def check_awq(fx: Fixture) -> None:
+    """Groups of columns with finer codes: one matrix, or the activations' rms behind the choice of groups."""
+    if "cases" not in fx.meta:
+        return check_input_rms(fx)
+    for name, case in fx.meta["cases"].items():
+        a, size = fx.group(name), case["group_size"]
+        w, h, bits, high = a["W"], a["H"], case["bits"], case["protected_bits"]
+        scores = tg.group_scores(w, a["act_rms"], size)
+        fx.close(f"{name} scores", scores, a["group_scores"], **fx.tolerance("group_scores"))
+        fx.equal(f"{name} best group", int(scores.argmax()) * size, case["best_group_by_score"])
+        steps = [tg.row_scales(w, n, case["clip_sigmas"]) for n in (bits, high)]
+        for step, key in zip(steps, ("scale", "scale_hi")):
+            fx.equal(f"{name} {key}", step, fx.arrays[f"{name}.{key}"])
+        fine = torch.isin(torch.arange(w.shape[1]) // size * size, torch.tensor(case["protected_starts"]))
+        codes = tg.gptq_protected(w, h, tuple(steps), (bits, high), fine)
+        fx.mostly_equal(f"{name} integers", codes, a["Q"], apart=1)
+        restored = codes * torch.where(fine, steps[1][:, None].float(), steps[0][:, None].float())
+        error = (w - restored).double()
+        fx.close(f"{name} error", ((error @ h.double()) * error).sum(), case["hessian_error"], rtol=0.01)
+    return None
+
+
+def check_input_rms(fx: Fixture) -> None:
+    """rms of the matrices' input columns over all positions and visits, from their Hessians."""
+    s = fx.settings()
+    model, plan = load_model(fx, s, fx.group("param")), checked_plan(fx, s, fx.meta["looping_active"])
+    tap, batches = tg.HessianTap(s), fx.arrays["calibration.input_ids"]
+    with torch.no_grad():
+        for ids in batches:
+            model.hidden(ids, plan, tap=tap)
+            tap.add_batch()
+    hessians = tap.finish()
+    for name, want in fx.group("act_rms").items():
+        fx.close(f"rms of {name}", tg.input_rms(s, name, hessians[name], batches[0].numel()), want,
+                 **fx.tolerance("act_rms"))
+
+
+def check_lqer_variants(fx: Fixture) -> None:
+    """A small model's tensors quantised as each variant has it: choice of groups and matrices, codes, steps,
+    factors."""
+    weights, inputs = fx.group("weight"), fx.group("inputs")
+    hessians, first = {n: x.T @ x / 2 for n, x in inputs.items()}, fx.meta["first_variant"]
+    for variant, case in fx.meta["variants"].items():
+        s = fx.settings(**case["env"], NUM_LOOPS=0, QUANT_ALLOCATION="hand", QUANT_TRELLIS=0)
+        done = tg.quantise(s, weights, hessians)
+        stored = {**fx.group_raw(f"{first}.quant"), **fx.group_raw(f"{variant}.quant")}
+        stored = {k: v for k, v in stored.items() if not re.search(r"\.(lq|awqg)", k) or k in done.tensors}
+        fx.equal(f"{variant} ways", done.meta, case["meta"])
+        fx.equal(f"{variant} tensors", sorted(done.tensors), sorted(stored))
+        for key in set(stored) & set(done.tensors):
+            compare_quantised(fx, f"{variant} {key}", done.tensors[key], stored[key])
+        restored = tg.dequantise(done)
+        for name, want in case["dequantised_error"].items():
+            got = (weights[name] - restored[name]).double().norm()
+            fx.close(f"{variant} error of {name}", got, want, atol=1e-6, rtol=0.01)
+        for name, kind in case["meta"].items():
+            if "lqer" in kind:
+                mine, theirs = (_float64(tg.factors_of(side, name)) for side in (done.tensors, stored))
+                share = (mine * theirs).sum() / (theirs * theirs).sum()
+                fx.close(f"{variant} share of the repair of {name}", share, 1.0, atol=0.05)
+
+
+def check_percentile(fx: Fixture) -> None:
+    """The search over five clips, with GPTQ under a Hessian or, without one, code by code."""
+    cases = fx.meta.get("cases") or {key.split(".")[0]: {"clip_range": 31} for key in fx.arrays}
+    for name, case in cases.items():
+        a = fx.group(name)
+        w, bits = a["W"][None], int(case["clip_range"]).bit_length() + 1
+        h = a.get("H", torch.eye(w.shape[-1]))[None]
+        codes, scale = (x[0] for x in tg.clip_search(w, h, bits))
+        fx.equal(f"{name} steps", scale, fx.arrays[f"{name}.scale"])
+        fx.mostly_equal(f"{name} integers", codes, a["Q"], apart=1, share=0.995 if "H" in a else 1)
+        if "mse" in case:
+            error = (w[0] - codes * scale[:, None].float()).square().mean()
+            fx.close(f"{name} squared error", error, case["mse"], rtol=0.01)
+
+
+def check_byte_shuffle(fx: Fixture) -> None:
+    """Shuffled bytes and back; the frames are the other formats' own, the artifact needs none."""
+    for key, want in fx.arrays.items():
+        name, *framed = key.split(".")
+        if len(framed) != 2:
+            continue
+        data, stride = fx.arrays[name].numpy().tobytes(), int(framed[1].removeprefix("stride"))
+        frame = b"BSHF" + stride.to_bytes(2 if framed[0] == "framed16" else 1, "little")
+        frame = b"" if framed[0] == "framed8" and len(data) < stride else frame
+        shuffled = tg.byte_shuffle(data, stride)
+        fx.equal(key, frame + shuffled, want.numpy().tobytes())
+        fx.equal(f"{key} back", tg.byte_unshuffle(shuffled, stride), data)
 
 
 def check_packing(fx: Fixture) -> None:
@@ -965,11 +1308,29 @@ def not_yet(fx: Fixture) -> None:
     raise Skip("mechanism not in the trainer yet")
 
 
+def in_no_system(fx: Fixture) -> None:
+    raise Skip("belongs to none of the nine systems, so it is not in the trainer")
+
+
 CHECKERS = (
     ("gpt_forward*/*", check_gpt_forward),
+    ("bigram_hash*/*", check_tables),
+    ("value_embedding*/*", check_value_embedding),
+    ("soft_round_qat*/*", check_soft_round),
+    ("soft_round_schedule*/*", check_soft_round_schedule),
+    ("split_lr*/*", check_split_lr),
+    ("progressive_context*/*", check_progressive_context),
+    ("leaky_slope*/*", check_leaky),
+    ("asym_logit_rescale*/*", check_asymmetric_cap),
     ("ttt_forward*/*", check_ttt_forward),
     ("muon*/*", check_muon),
-    ("gptq_percentile*/*", not_yet),
+    ("gptq_percentile*/*", check_percentile),
+    ("legacy_int6*/*", check_percentile),
+    ("awq_lite*/*", check_awq),
+    ("lqer_variants*/*", check_lqer_variants),
+    ("byte_shuffle*/*", check_byte_shuffle),
+    ("gated_xsa*/*", in_no_system),
+    ("grad_centralize_label_smooth*/*", in_no_system),
     ("gptq*/*", check_gptq),
     ("loader*/*", check_loader),
     ("coprime_loader*/*", check_coprime),
