@@ -38,26 +38,13 @@ def test_the_report_reads_everything_the_run_wrote(run, tmp_path, capsys):
 
 @slow
 def test_a_record_of_it_scores_the_same_inside_its_folder(run, tmp_path):
-    words = [
-        str(run),
-        "--name",
-        "tiny",
-        "--track",
-        "non_record",
-        "--packed",
-        "--out",
-        str(tmp_path),
-        "--date",
-        "2026-05-01",
-    ]
+    words = [str(run), "--name", "tiny", "--track", "non_record", "--packed", "--out", str(tmp_path),
+             "--date", "2026-05-01"]
     assert make_record.main(words) == 0
     folder = tmp_path / "track_non_record_16mb" / "2026-05-01_tiny"
-    script, submission = (
-        (folder / "train_gpt.py").read_bytes(),
-        json.loads((folder / "submission.json").read_text()),
-    )
+    script, submission = ((folder / "train_gpt.py").read_bytes(),
+                          json.loads((folder / "submission.json").read_text()))
     assert len(script) < 0.5 * len((ROOT / "train_gpt.py").read_bytes()) and submission["bytes_code"] == len(
-        script
-    )
+        script)
     found = compare.read_results(str(folder))
     assert [r.bpb for r in found] == [json.loads((run / "summary.json").read_text())["val_bpb"]]
