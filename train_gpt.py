@@ -3804,7 +3804,7 @@ def check_disk(folder: Path, need: int) -> str:
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
-    return f"{need:,} bytes free"
+    return f"{need:,} bytes can be written"
 
 
 def disk_need(s: Settings) -> int:

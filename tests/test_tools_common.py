@@ -32,10 +32,9 @@ if __name__ == "__main__":
 """
 
 
-def made_summary(folder: Path, seed: int, score: float, size: int, code: int, settings: dict) -> dict:
+def made_summary(seed: int, score: float, size: int, code: int, settings: dict) -> dict:
     """summary.json of a full run on 8 H100."""
-    own = {"SEED": seed, "RUN_ID": "", "ARTIFACT_DIR": str(folder), "DATA_DIR": "./data/"}
-    data = {"DATA_PATH": "/mnt/data/shards", "TOKENIZER_PATH": "/mnt/data/tokenizer.model"}
+    own = {"SEED": seed, "RUN_ID": ""}
     budget = {"MAX_WALLCLOCK_SECONDS": 600.0, "EVAL_MAX_SECONDS": 600.0, "VAL_DOC_FRACTION": 1.0}
     scores = {"prequant_val_bpb": score + 0.005, "quantized_val_bpb": score + 0.013, "untrained_val_bpb": 3.4}
     scores.update(sliding_val_bpb=score + 0.01, val_bpb=score, val_loss=score * 2.188)
@@ -44,7 +43,7 @@ def made_summary(folder: Path, seed: int, score: float, size: int, code: int, se
     where = {"world_size": 8, "device": "NVIDIA H100 80GB HBM3", "torch": "2.9.1", "model_params": 35_944_602}
     covered = {"tokens_scored": 47_853_343, "bytes_scored": 151_080_891, "compliant": True, "seed": seed}
     changed = {"MATRIX_LR": 0.026, "SLIDING_WINDOW_ENABLED": True, **settings}
-    return {**scores, **sizes, **times, **where, **covered, "settings": {**own, **data, **budget, **changed}}
+    return {**scores, **sizes, **times, **where, **covered, "settings": {**own, **budget, **changed}}
 
 
 def made_events(s: dict, digest: str) -> list[dict]:
@@ -82,7 +81,7 @@ def make_run(folder: Path, seed: int, bpb: int = 60, size: int = 1000, script=SC
              **changes):
     """A run's folder as the trainer leaves it; its score is 1 + bpb / 1000; `changes` go into its summary."""
     folder.mkdir(parents=True)
-    summary = {**made_summary(folder, seed, 1 + bpb / 1000, size, len(script), settings or {}), **changes}
+    summary = {**made_summary(seed, 1 + bpb / 1000, size, len(script), settings or {}), **changes}
     digest = hashlib.sha256(script).hexdigest()
     stamped = [{"time": 1.7e9 + i, **e} for i, e in enumerate(made_events(summary, digest))]
     head = f"start run_id=x device=x\ncode bytes={len(script)} compressed=400 sha256={digest}\n"

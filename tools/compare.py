@@ -233,7 +233,8 @@ def describe(a: list[Result], b: list[Result], r: dict) -> str:
         lines += [
             f"paired on the shared seeds {', '.join(map(str, seeds))}: gain {gain:+.6f} BPB, p = {p:.3g}, "
             f"correlation {correlation:+.2f} (a pair only where both draw the same data and weights)"]
-    return "\n".join([*lines, "", *verdicts(a, b, r)])
+    warning = [text_warning(a, b), ""] if text_warning(a, b) else []
+    return "\n".join([*warning, *lines, "", *verdicts(a, b, r)])
 
 
 def verdicts(a: list[Result], b: list[Result], r: dict) -> list[str]:
@@ -245,8 +246,6 @@ def verdicts(a: list[Result], b: list[Result], r: dict) -> list[str]:
              f"loose reading (mean gain >= 0.005 nats, p < 0.01 of a gain):  {met[r['mean_rule']]}",
              f"leaderboard practice (p < 0.25 of a gain):                    {met[r['practice']]}"
              + ("" if r["practice"] else f"; {more_seeds(len(a), r['need_practice'])}")]
-    if warning := text_warning(a, b):
-        lines.append(warning)
     if small < 3:
         lines.append(f"note: {small} seeds on one side; the competition asks for 3")
     if 0 < r["bpb"].gain < 0.0005:

@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -46,7 +47,7 @@ HEALTHY = {
 }
 SLOW, FAR_TOO_SLOW = 0.9, 0.75  # shares of the above: below the first WARN, below the second FAIL
 LINK_GBPS, HOT_CELSIUS = 150, 83  # bus bandwidth of an all-reduce over NVLink; warm but not throttled
-HOST_BYTES_PER_RANK = 6 << 30
+HOST_BYTES_PER_RANK, REHEARSAL_SECONDS = 6 << 30, 45
 TINY = dict(NUM_LAYERS=4, MODEL_DIM=128, NUM_HEADS=2, NUM_KV_HEADS=1, MLP_MULT=2, VOCAB_SIZE=300,
             LOOP_START=1, LOOP_END=2, NUM_LOOPS=1, PARALLEL_START_LAYER=3, XSA_LAST_N=4, CASEOPS_ENABLED=0,
             TRAIN_BATCH_TOKENS=1024, GRAD_ACCUM_STEPS=1, TRAIN_SEQ_LEN=64, MAX_WALLCLOCK_SECONDS=0,
@@ -281,9 +282,11 @@ def check_attention() -> list[Finding]:
         name, why = tg.resolve_attention(os.environ.get("ATTN_BACKEND", "auto"), device)
     except tg.UserError as error:
         return [Finding(FAIL, "attention", brief(error), "ATTN_BACKEND=auto")]
-    slow = device.type == "cuda" and name in ("torch", "plain")
+    if device.type == "cpu":
+        return [Finding(OK, "attention", f"{name}; the others need a CUDA GPU")]
+    slow = name in ("torch", "plain")
     why = why.removeprefix(f"attention {name} ").strip()
-    return [Finding(WARN if slow else OK, "attention", brief(f"{name} {why}", 130),
+    return [Finding(WARN if slow else OK, "attention", f"{name} {why}",
                     "install flash-attn (requirements.txt): steps are slower without it" if slow else "")]
 
 
@@ -296,7 +299,7 @@ def trainer():
 
 
 def check_settings_and_data() -> list[Finding]:
-    """`train_gpt.py --check` with the present environment: one finding per line of it."""
+    """`train_gpt.py --check` with the present environment: one finding per line of it, a fault once."""
     done = subprocess.run([sys.executable, str(SCRIPT), "--check"], cwd=ROOT, capture_output=True, text=True,
                           timeout=120)
     out = []
@@ -305,7 +308,10 @@ def check_settings_and_data() -> list[Finding]:
         what, _, detail = rest.strip().partition(": ")
         if what not in ("device", "attention") and state in ("ok", "FAIL"):
             text, _, remedy = detail.partition("; ") if state == "FAIL" else (detail, "", "")
-            out.append(Finding(OK if state == "ok" else FAIL, what, text, remedy))
+            if "does not exist" in text and not gpu_rows():
+                remedy = "for the demo: python data/demo.py, then set -a; . configs/demo.env; set +a"
+            if text not in [f.found for f in out if f.state == FAIL]:
+                out.append(Finding(OK if state == "ok" else FAIL, what, text, remedy))
     if done.returncode == 2 or not out:
         said = (done.stderr.strip() or done.stdout.strip() or "no answer").splitlines()[-1]
         out.append(Finding(FAIL, "settings", brief(said.removeprefix("error: ")),
@@ -360,16 +366,16 @@ def check_rehearsal() -> list[Finding]:
         folder = Path(temp)
         own = {f.name.upper() for f in trainer().fields(trainer().Settings)}
         env = {k: v for k, v in os.environ.items() if k not in own}
-        env.update({k: str(v) for k, v in {**TINY, **tiny_data(folder)}.items()})
+        env.update({k: str(v) for k, v in {**TINY, **tiny_data(folder), "OMP_NUM_THREADS": 1}.items()})
         for name in ("ATTN_BACKEND", "COMPUTE_DTYPE"):
             if name in os.environ:
                 env[name] = os.environ[name]
         try:
             done = subprocess.run([sys.executable, str(SCRIPT)], env=env, cwd=ROOT, capture_output=True,
-                                  text=True, timeout=150)
+                                  text=True, timeout=REHEARSAL_SECONDS)
         except subprocess.TimeoutExpired:
-            return [Finding(FAIL, "rehearsal", "not done after 150 s",
-                            "the machine is very slow or hangs: take another")]
+            return [Finding(FAIL, "rehearsal", f"not done after {REHEARSAL_SECONDS} s",
+                            "the machine hangs or is very busy: end other programs, or take another")]
         seconds = time.perf_counter() - begin
         if done.returncode == 0 and (folder / "run" / "summary.json").is_file():
             return [Finding(OK, "rehearsal",
@@ -427,9 +433,9 @@ def main(arguments=None) -> int:
         paint = {OK: "\033[32m", WARN: "\033[33m", FAIL: "\033[31m"} if sys.stdout.isatty() else {}
         for f in findings:
             colour, plain = (paint[f.state], "\033[0m") if paint else ("", "")
-            print(f"{colour}{f.state:5}{plain}{f.what:28}{f.found}")
-            if f.remedy:
-                print(f"{'':33}-> {f.remedy}")
+            whole = {"width": 82, "break_long_words": False, "break_on_hyphens": False}
+            lines = textwrap.wrap(f.found, **whole) + textwrap.wrap(f.remedy, initial_indent="-> ", **whole)
+            print(f"{colour}{f.state:5}{plain}{f.what:28}" + ("\n" + 33 * " ").join(lines))
         print(
             f"\n{count[OK]} OK, {count[WARN]} WARN, {count[FAIL]} FAIL, {time.perf_counter() - begin:.0f} s: "
             + ("this machine will not complete a run as it is" if count[FAIL] else "ready"))

@@ -44,6 +44,7 @@ from tools.common import (
     STAGES,
     RunFiles,
     ToolError,
+    as_environment,
     load_run,
     published,
     relative,
@@ -56,7 +57,7 @@ TRACKS = {"record": "track_10min_16mb", "non_record": "track_non_record_16mb"}
 BUDGET_SECONDS, SEEDS_NEEDED, VAL_DOCUMENTS = 600.0, 3, 50_000
 UNLIKE_IS_FINE = {*OWN_TO_EACH_RUN, "TRAIN_LOG_EVERY", "EVAL_ONLY_PATH", "EVAL_ONLY_QUANTIZED_PATH"}
 ABSOLUTE = re.compile(r"(?<![\w.:/<])/(?:[\w.+@~-]+/)+[\w.+@~-]*")
-SOURCE_MARK = "[the source of train_gpt.py, which stands here in the log, is the file train_gpt.py beside it]"
+SOURCE_MARK = "[here the log holds the source of train_gpt.py: the file of that name has it, plain or packed]"
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def check_alike(runs: list[RunFiles]) -> bytes:
             pairs = ", ".join(f"{k}={theirs.get(k)} and {mine[k]}" for k in unlike[:4])
             refuse([first, run],
                    f"they ran different configurations ({pairs}): a mean comes from one configuration")
-        for key in ("world_size", "device", "tokens_scored", "bytes_scored", "torch"):
+        for key in ("world_size", "device", "tokens_scored", "bytes_scored", "torch", "data_fingerprint"):
             if run.summary.get(key) != first.summary.get(key):
                 refuse([first, run], f"{key} differs ({first.summary.get(key)} and {run.summary.get(key)}): "
                        "a mean comes from one kind of machine and one validation set")
@@ -249,13 +250,9 @@ def pack_script(source: bytes) -> bytes:
 # --- what is written
 
 
-def without_absolute(text: str, run: RunFiles) -> str:
+def without_absolute(text: str) -> str:
     """The text with every absolute path made relative: to the working folder, else its last part."""
     text = text.replace(str(Path.cwd()) + "/", "").replace(str(ROOT) + "/", "")
-    for key in OWN_TO_EACH_RUN:
-        value = str(run.summary["settings"].get(key, ""))
-        if value.startswith("/"):
-            text = text.replace(value, Path(value).name)
     return ABSOLUTE.sub(lambda m: m[0] if m[0].startswith("/dev/") else m[0].rstrip("/").rsplit("/", 1)[1],
                         text)
 
@@ -265,16 +262,16 @@ def clean_log(run: RunFiles) -> str:
     end = run.log.index(SOURCE_END)
     begin = re.search(r"^code bytes=\d+.*\n", run.log, re.M).end()
     head, tail = run.log[:begin], run.log[end + len(SOURCE_END) :]
-    return without_absolute(head, run) + SOURCE_MARK + SOURCE_END + without_absolute(tail, run)
+    return without_absolute(head) + SOURCE_MARK + SOURCE_END + without_absolute(tail)
 
 
-def clean_json(value, run: RunFiles):
+def clean_json(value):
     """A JSON value with relative paths."""
     if isinstance(value, dict):
-        return {k: clean_json(v, run) for k, v in value.items()}
+        return {k: clean_json(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [clean_json(v, run) for v in value]
-    return without_absolute(value, run) if isinstance(value, str) else value
+        return [clean_json(v) for v in value]
+    return without_absolute(value) if isinstance(value, str) else value
 
 
 def spread(values: list[float]) -> float:
@@ -285,30 +282,28 @@ def spread(values: list[float]) -> float:
 def submission(record: Record) -> dict:
     """submission.json with the keys of the field, made from the logs' figures."""
     args, runs, first = record.args, record.runs, record.runs[0].summary
-    start = record.runs[0].last("start")
-    losses, scores = record.values("val_loss"), record.values("val_bpb")
-    totals = [record.total(run) for run in runs]
+    losses, scores, sizes = (record.values(key) for key in ("val_loss", "val_bpb", "artifact_bytes"))
+
+    def seed_result(run: RunFiles) -> dict:
+        s = run.summary
+        return {"val_loss": s["val_loss"], "val_bpb": s["val_bpb"], "artifact_bytes": s["artifact_bytes"],
+                "total_bytes": record.total(run), "steps": s["steps"], "step_avg_ms": round(s["step_ms"], 2),
+                "train_time_s": round(s["train_seconds"], 2), "eval_time_s": round(s["eval_seconds"], 2)}
+
     return {"author": args.author, "github_id": args.github,
             "name": args.title or args.name.replace("_", " "), "blurb": args.blurb, "date": args.date,
             "track": record.track.removeprefix("track_"), "val_loss": round(statistics.fmean(losses), 8),
             "val_bpb": round(statistics.fmean(scores), 8), "val_loss_std": round(spread(losses), 8),
             "val_bpb_std": round(spread(scores), 8), "seeds": [run.seed for run in runs],
-            "seed_results": {str(run.seed): {"val_loss": run.summary["val_loss"],
-                                             "val_bpb": run.summary["val_bpb"],
-                                             "artifact_bytes": run.summary["artifact_bytes"],
-                                             "total_bytes": record.total(run), "steps": run.summary["steps"],
-                                             "step_avg_ms": round(run.summary["step_ms"], 2),
-                                             "train_time_s": round(run.summary["train_seconds"], 2),
-                                             "eval_time_s": round(run.summary["eval_seconds"], 2)}
-                             for run in runs},
-            "artifact_bytes_mean": round(statistics.fmean(record.values("artifact_bytes"))),
-            "artifact_bytes_max": max(record.values("artifact_bytes")), "bytes_code": len(record.script),
-            "bytes_total": max(totals),
+            "seed_results": {str(run.seed): seed_result(run) for run in runs},
+            "artifact_bytes_mean": round(statistics.fmean(sizes)), "artifact_bytes_max": max(sizes),
+            "bytes_code": len(record.script), "bytes_total": max(map(record.total, runs)),
             "train_steps_mean": round(statistics.fmean(record.values("steps")), 2),
             "step_avg_ms_mean": round(statistics.fmean(record.values("step_ms")), 2),
             "tokens_scored": first["tokens_scored"], "bytes_scored": first["bytes_scored"],
             "hardware": f"{first['world_size']} x {first['device']}",
-            "pytorch_version": first.get("torch", ""), "attention": start.get("attention", ""),
+            "pytorch_version": first.get("torch", ""),
+            "attention": runs[0].last("start").get("attention", ""),
             "compliant": all(record.values("compliant")),
             "code_sha256": hashlib.sha256(record.script).hexdigest()}
 
@@ -343,26 +338,21 @@ def lineage(record: Record) -> str:
 
 def compliance(record: Record) -> list[str]:
     """The evidence for the rules, as it stands in the logs."""
-    out = []
+    out, probes = [], {}
     for run in record.runs:
         c, s = run.last("coverage"), run.summary
-        out.append(
-            f"seed {run.seed}: {c['targets']:,} targets in {c.get('documents', 0):,} documents "
-            f"scored exactly once ({c['bytes']:,} bytes); training and packing {s['train_seconds']:.1f} s, "
-            f"evaluation {s['eval_seconds']:.1f} s; {record.total(run):,} of {ARTIFACT_LIMIT:,} bytes"
-        )
-        seen = set()
-        for e in run.events:
-            if e["event"] in ("evidence", "probe", "compliance") or re.fullmatch(r"c[1-4].*", e["event"]):
-                text = " ".join(f"{k}={v}" for k, v in e.items() if k not in ("event", "time"))
-                if text not in seen:
-                    out.append(f"seed {run.seed}, {e['event']}: {text}")
-                seen.add(text)
+        out.append(f"seed {run.seed}: {c['targets']:,} targets in {c.get('documents', 0):,} documents scored "
+                   f"exactly once ({c['bytes']:,} bytes); training and packing {s['train_seconds']:.1f} s, "
+                   f"evaluation {s['eval_seconds']:.1f} s; {record.total(run):,} of {ARTIFACT_LIMIT:,} bytes")
+        for e in run.of("probe"):
+            said = f"{e['name']}: {e['figure']}, {'holds' if e['ok'] else 'FAILED'}"
+            probes.setdefault(said, []).append(str(run.seed))
         out += [f"seed {run.seed}, warning in the log: {e.get('text', '')}" for e in run.of("warning")]
+        out += [f"seed {run.seed} is **NON-COMPLIANT**: {e.get('reason', '')}"
+                for e in run.of("NON-COMPLIANT")]
+    out += [f"probe {said} (seed {', '.join(seeds)})" for said, seeds in probes.items()]
     if not all(record.values("compliant")):
-        out.insert(
-            0, "**NON-COMPLIANT**: these runs used a mode that breaks the rules; they are a study, no result"
-        )
+        out.insert(0, "**NON-COMPLIANT**: not every run kept the rules; this is a study, no result")
     return out
 
 
@@ -405,31 +395,33 @@ def tables(record: Record, s: dict) -> list[str]:
 
 def readme(record: Record, checked: str) -> str:
     """README.md of the folder; every figure comes from the logs."""
-    s, data, args = submission(record), record.runs[0], record.args
-    shards = {e["what"]: e["detail"] for e in data.of("check")}
-    other = (
-        ""
-        if args.track == "record"
-        else (
-            "**Non-record track**: other hardware, data or budgets than the competition's; the score is not "
-            "comparable with its leaderboard.\n\n"
-        )
-    )
-    form = "self-extracting form" if record.script != record.source else "readable"
-    parts = [f"# {s['name']}", other + (args.blurb or "No description was given."),
-             f"**{s['val_bpb']:.5f} BPB** (mean of {len(record.runs)} seeds, standard deviation "
-             f"{s['val_bpb_std']:.5f}), {s['val_loss']:.5f} nats per token, "
-             f"at most {s['bytes_total']:,} bytes, on {s['hardware']}.", "## Results", *tables(record, s),
-             "## Lineage", lineage(record), "## Data",
-             f"Training: {shards.get('training shards', 'not logged')}. Validation: "
-             f"{shards.get('validation shards', 'not logged')}. "
-             f"Tokenizer: {shards.get('tokenizer', 'not logged')}.", "## Settings",
-             "Those that differ from the script's defaults:\n\n```\n"
-             + "\n".join(f"{k}={v}" for k, v in changed_settings(record).items()) + "\n```", "## Compliance",
-             "\n".join(f"- {line}" for line in compliance(record)), "## How to reproduce", reproduce(record),
-             f"`train_gpt.py` is the {form} script, {len(record.script):,} bytes, sha256 `{s['code_sha256']}`"
-             + (f"; the logs' readable source has sha256 `{hashlib.sha256(record.source).hexdigest()}`"
-                if record.script != record.source else "") + f". {checked}"]
+    s, args = submission(record), record.args
+    said = {e["what"]: e["detail"] for e in record.runs[0].of("check")}
+    train, val, tokenizer = (said.get(what, "not logged")
+                             for what in ("training shards", "validation shards", "tokenizer"))
+    data = f"Training: {train}. Validation: {val}. Tokenizer: {tokenizer}."
+    other = ("" if args.track == "record" else f"**Non-record track**, run on {s['hardware']}; trained on "
+             f"{train}, scored on {val}: not comparable with the competition's leaderboard.\n\n")
+    settings = "\n".join(f"{k}={v}" for k, v in changed_settings(record).items())
+    script = (f"`train_gpt.py` is the readable script, {len(record.script):,} bytes, "
+              f"sha256 `{s['code_sha256']}`.")
+    if record.script != record.source:
+        script = (script.replace("readable script", "self-extracting form of the script")
+                  + f" The source inside it, {len(record.source):,} bytes, which the logs name, has sha256 "
+                  f"`{hashlib.sha256(record.source).hexdigest()}`.")
+    parts = [
+        f"# {s['name']}",
+        other + (args.blurb or "No description was given."),
+        f"**{s['val_bpb']:.5f} BPB** (mean of {len(record.runs)} seeds, standard deviation "
+        f"{s['val_bpb_std']:.5f}), {s['val_loss']:.5f} nats per token, at most {s['bytes_total']:,} bytes, "
+        f"on {s['hardware']}.",
+        "## Results", *tables(record, s),
+        "## Lineage", lineage(record),
+        "## Data", data,
+        "## Settings", f"Those that differ from the script's defaults:\n\n```\n{settings}\n```",
+        "## Compliance", "\n".join(f"- {line}" for line in compliance(record)),
+        "## How to reproduce", reproduce(record), f"{script} {checked}",
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -438,10 +430,10 @@ def write_folder(record: Record, folder: Path, checked: str) -> None:
     write_atomic(folder / "train_gpt.py", record.script)
     for run in record.runs:
         write_atomic(folder / f"train_seed{run.seed}.log", clean_log(run))
-        events = "".join(json.dumps(clean_json(e, run)) + "\n" for e in run.events)
+        events = "".join(json.dumps(clean_json(e)) + "\n" for e in run.events)
         write_atomic(folder / f"metrics_seed{run.seed}.jsonl", events)
         write_atomic(folder / f"summary_seed{run.seed}.json",
-                     json.dumps(clean_json(run.summary, run), indent=1) + "\n")
+                     json.dumps(clean_json(run.summary), indent=1) + "\n")
     write_atomic(folder / "requirements.txt", (ROOT / "requirements.txt").read_bytes())
     write_atomic(folder / "submission.json", json.dumps(submission(record), indent=2,
                                                         ensure_ascii=False) + "\n")
@@ -459,17 +451,15 @@ def write_folder(record: Record, folder: Path, checked: str) -> None:
 
 
 def eval_environment(run: RunFiles, out: Path) -> dict:
-    """The run's settings for scoring its artifact again, data under absolute paths."""
-    s = run.summary["settings"]
-    env = {"OMP_WAIT_POLICY": "PASSIVE", **{k: v for k, v in os.environ.items() if k not in s}}
-    for key, value in s.items():
-        env[key] = str(int(value)) if isinstance(value, bool) else str(value)
-    for key in ("DATA_PATH", "TOKENIZER_PATH", "DATA_DIR"):
-        if s.get(key):
-            env[key] = str(Path(s[key]).resolve())
+    """The run's settings for scoring its artifact again. Logs hold no paths: where the data lie is taken from
+    the environment, as for a run in the present folder."""
+    env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **as_environment(run.summary["settings"])}
+    for key, usual in (("DATA_PATH", ""), ("TOKENIZER_PATH", ""), ("DATA_DIR", "data")):
+        if place := os.environ.get(key, usual):
+            env[key] = str(Path(place).resolve())
     path = str((run.folder / ARTIFACT).resolve())
     return {**env, "EVAL_ONLY_PATH": "", "EVAL_ONLY_QUANTIZED_PATH": path, "ARTIFACT_DIR": str(out),
-            "RUN_ID": "check"}
+            "RUN_ID": "check", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def run_inside(record: Record, folder: Path, run: RunFiles) -> str:
@@ -481,13 +471,13 @@ def run_inside(record: Record, folder: Path, run: RunFiles) -> str:
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as out:
         done = subprocess.run([sys.executable, *launcher, "train_gpt.py"], cwd=folder, capture_output=True,
-                              text=True, env={**eval_environment(run, Path(out)),
-                                              "PYTHONDONTWRITEBYTECODE": "1"})
+                              text=True, env=eval_environment(run, Path(out)))
         if done.returncode:
             lines = (done.stdout + done.stderr).strip().splitlines()
             last = [line for line in lines if line.startswith("error: ")][:1] or lines[-3:]
+            hint = "; set DATA_PATH and TOKENIZER_PATH as for the runs" if "_PATH=" in last[0] else ""
             raise ToolError(f"the packaged script failed inside its folder (exit status {done.returncode}): "
-                            f"{' | '.join(last)}")
+                            f"{' | '.join(last)}{hint}")
         again = json.loads((Path(out) / "summary.json").read_text())
     difference = again["val_bpb"] - run.summary["val_bpb"]
     if abs(difference) > tolerance or again["tokens_scored"] != run.summary["tokens_scored"]:
