@@ -92,6 +92,7 @@ def test_space_lines(tmp_path, line, kind, values):
                                           ("A normal 0 1", "log, uniform, int, logint"),
                                           ("A log 1 x", "not numbers"), ("A uniform 0", "needs LO HI"),
                                           ("A = 1", "varies nothing"),
+                                          ('A = "1', "line 1 .* No closing quotation"),
                                           ("A uniform 0 1\nA = 2", "names A twice"),
                                           ("SEED int 1 3", "--seeds")])
 def test_bad_spaces_are_refused(tmp_path, text, reason):

@@ -36,11 +36,15 @@ class ToolError(Exception):
 
 
 def run_cli(main) -> None:
-    """Run `main()` as a command: a ToolError becomes one line and exit status 2, Ctrl-C 130."""
+    """Run `main()` as a command: a ToolError or an OSError becomes one line and status 2, Ctrl-C 130."""
     try:
         sys.exit(main())
     except ToolError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        place = f" ({relative(error.filename)})" if error.filename else ""
+        print(f"error: {error.strerror}{place}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -540,8 +540,12 @@ def main(arguments=None) -> int:
     args = parser.parse_args(arguments)
     if args.track == "record" and args.skip_run:
         raise ToolError("--skip-run is refused in the record track: the packaged script must be seen to run")
-    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", args.date):
-        raise ToolError(f"--date {args.date} must be YYYY-MM-DD")
+    if args.nproc < 0:
+        raise ToolError(f"--nproc {args.nproc} must be at least 1, or 0 for as many as the runs had")
+    try:
+        args.date = datetime.date.fromisoformat(args.date).isoformat()
+    except ValueError:
+        raise ToolError(f"--date {args.date} must be a day as YYYY-MM-DD") from None
     folder = build(gather(args))
     print(f"made {relative(folder)}: " + ", ".join(sorted(p.name for p in folder.iterdir())))
     return 0

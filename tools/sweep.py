@@ -92,7 +92,10 @@ def read_space(path: Path) -> list[Setting]:
             f"cannot read the space {relative(path)}: {error.strerror}; see --help for its form") from None
     space = []
     for number, line in enumerate(lines, 1):
-        words = shlex.split(line.replace("=", " = ", 1), comments=True)
+        try:
+            words = shlex.split(line.replace("=", " = ", 1), comments=True)
+        except ValueError as error:
+            raise ToolError(f"line {number} of {relative(path)}: {error}") from None
         if words:
             space.append(read_setting(words, f"line {number} of {relative(path)}"))
     names = [s.name for s in space]
