@@ -147,6 +147,20 @@ def test_the_same_command_goes_on(place, capsys):
     assert capsys.readouterr().out.count("COMPLETE") == 1 + 2 + 2 + 2
 
 
+def test_two_machines_may_make_the_tables_at_once(place, monkeypatch):
+    args, real, calls = sweep.parse(words(place)), optuna.storages.RDBStorage, []
+
+    def late(*a, **k):
+        calls.append(1)
+        if len(calls) < 3:
+            raise RuntimeError("(sqlite3.OperationalError) table alembic_version already exists")
+        return real(*a, **k)
+
+    monkeypatch.setattr(optuna.storages, "RDBStorage", late)
+    monkeypatch.setattr(sweep.time, "sleep", lambda seconds: None)
+    assert sweep.Study(args).plan(2) == 2 and len(calls) == 3
+
+
 def test_only_one_process_takes_a_trial_and_double_retries_are_dropped(place):
     args = sweep.parse(words(place))
     one, two = sweep.Study(args), sweep.Study(args)

@@ -12,7 +12,6 @@ ratios of one run mean something; milliseconds of two machines, or of a busy one
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -26,7 +25,7 @@ if __package__ in (None, ""):  # run as a script: make `tools` importable from a
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from tools.account import account
-from tools.common import ROOT, ToolError, relative, run_cli, table, write_atomic
+from tools.common import ROOT, ToolError, command_line, relative, run_cli, table, write_atomic
 
 SMALL = dict(NUM_LAYERS=4, MODEL_DIM=128, NUM_HEADS=4, NUM_KV_HEADS=2, MLP_MULT=2, VOCAB_SIZE=512,
              LOOP_START=1, LOOP_END=2, NUM_LOOPS=1, PARALLEL_START_LAYER=3, XSA_LAST_N=4,
@@ -271,8 +270,7 @@ def show(rows: list[Row]) -> str:
 
 def main(arguments=None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("groups", nargs="*", metavar="GROUP",
                         help=f"any of {', '.join(GROUPS)} (default: all)")
     parser.add_argument("--rounds", type=int, default=7, help="times each contender runs (default 7)")

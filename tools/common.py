@@ -6,6 +6,7 @@ summary.json; final_model.int6.ptz is the artifact. See train_gpt.py for who wri
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
 import json
@@ -33,6 +34,11 @@ SOURCE_END = "\n" + "=" * 100 + "\n"
 
 class ToolError(Exception):
     """A mistake the user can repair: its text names value, bound and remedy, and is shown alone."""
+
+
+def command_line(text: str) -> argparse.ArgumentParser:
+    """A parser whose --help shows `text` as it stands."""
+    return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def run_cli(main) -> None:

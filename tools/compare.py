@@ -14,7 +14,6 @@ Exit status: 0 when the strict rule is met, 1 when it is not, 2 on a mistake.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -25,7 +24,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: make `tools` importable from anywhere
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from tools.common import ToolError, load_run, need, published, relative, run_cli, table
+from tools.common import ToolError, command_line, load_run, need, published, relative, run_cli, table
 
 RULE_NATS, RULE_P, PRACTICE_P = 0.005, 0.01, 0.25
 DEFAULT_RATIO = 2.18837  # nats per token / bits per byte of CaseOps SP8192 validation text (published logs)
@@ -60,9 +59,10 @@ class Verdict:
 def record_results(folder: Path) -> list[Result]:
     """The seeds of a record folder's submission.json."""
     try:
-        seeds = json.loads((folder / "submission.json").read_text())["seed_results"]
-        return [Result(f"{folder.name}/{seed}", int(seed), r["val_bpb"], r.get("val_loss"))
-                for seed, r in seeds.items()]
+        known = json.loads((folder / "submission.json").read_text())
+        text = known.get("bytes_scored")
+        return [Result(f"{folder.name}/{seed}", int(seed), r["val_bpb"], r.get("val_loss"), text)
+                for seed, r in known["seed_results"].items()]
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ToolError(
             f"{relative(folder / 'submission.json')} has no readable seed_results ({error})") from None
@@ -265,8 +265,7 @@ def list_published() -> str:
 
 def main(arguments=None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("a", nargs="*", metavar="A", help="results of the new system")
     parser.add_argument("--vs", nargs="+", metavar="B", default=[], help="results it is compared with")
     parser.add_argument("--list", action="store_true", help="show the published systems and stop")

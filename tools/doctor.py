@@ -13,7 +13,6 @@ Exit status: 0 when nothing failed, 1 when something did.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -31,7 +30,7 @@ from typing import Callable
 if __package__ in (None, ""):  # run as a script: make `tools` importable from anywhere
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from tools.common import ROOT, SCRIPT, ToolError, run_cli
+from tools.common import ROOT, SCRIPT, ToolError, command_line, run_cli
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 # What a healthy GPU gives: bfloat16 TFLOP/s on 4096 x 4096 x 4096, GB/s copying, boost clock in MHz.
@@ -415,8 +414,7 @@ def examine(quick: bool) -> list[Finding]:
 
 def main(arguments=None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true",
                         help="only what takes a few seconds: no speed, no rehearsal")
     parser.add_argument("--json", action="store_true", help="print JSON")

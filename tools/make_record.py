@@ -45,6 +45,7 @@ from tools.common import (
     RunFiles,
     ToolError,
     as_environment,
+    command_line,
     load_run,
     published,
     relative,
@@ -516,8 +517,7 @@ def build(record: Record) -> Path:
 
 def main(arguments=None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folders of finished runs")
     add("--name", required=True, help="short name, part of the folder's")

@@ -10,7 +10,6 @@ artifact and weights, read by the run's own script. What a run did not log is na
 
 from __future__ import annotations
 
-import argparse
 import html
 import importlib.util
 import math
@@ -32,6 +31,7 @@ from tools.common import (
     RunFiles,
     ToolError,
     as_environment,
+    command_line,
     load_run,
     need,
     relative,
@@ -546,8 +546,7 @@ def write_pngs(parts, folder: Path) -> list[Path]:
 
 def main(arguments=None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, finished or not")
     parser.add_argument("--out", help="the page (default: report.html in the first run's folder)")
     parser.add_argument("--title", default="", help="its title (default: what the runs' names share)")

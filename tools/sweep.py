@@ -42,7 +42,17 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: make `tools` importable from anywhere
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from tools.common import SCRIPT, ToolError, need, read_events, relative, run_cli, table, write_atomic
+from tools.common import (
+    SCRIPT,
+    ToolError,
+    command_line,
+    need,
+    read_events,
+    relative,
+    run_cli,
+    table,
+    write_atomic,
+)
 
 BEAT_SECONDS, GRACE_SECONDS, POLL_SECONDS = 10, 60, 0.5
 LOG_LINES, MAX_RESPAWNS = 12, 20
@@ -158,23 +168,31 @@ class Study:
         if not args.storage:
             Path(args.out).mkdir(parents=True, exist_ok=True)
         options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+        pruner = (self.optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=args.prune_after)
+                  if args.prune else self.optuna.pruners.NopPruner())
         try:
-            self.storage = self.optuna.storages.RDBStorage(
-                url, engine_kwargs=options, heartbeat_interval=BEAT_SECONDS, grace_period=args.grace
-            )
-            pruner = (self.optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=args.prune_after)
-                      if args.prune else self.optuna.pruners.NopPruner())
+            self.storage = self.open_storage(url, engine_kwargs=options, heartbeat_interval=BEAT_SECONDS,
+                                             grace_period=args.grace)
             make = self.optuna.create_study if create else self.optuna.load_study
             more = {"direction": "minimize", "load_if_exists": True} if create else {}
             self.study = make(study_name=args.study, storage=self.storage, pruner=pruner, **more)
             self.id = self.storage.get_study_id_from_name(args.study)
         except KeyError:
-            raise ToolError(
-                f"there is no study {args.study} in that storage: start it without --join or --show"
-            ) from None
+            raise ToolError(f"there is no study {args.study} in that storage: start it without --join or "
+                            "--show") from None
         except Exception as error:  # every database driver raises its own
             raise ToolError(f"cannot use the storage {hide_password(url)}: {type(error).__name__}: "
                             f"{str(error).splitlines()[0][:200]}") from None
+
+    def open_storage(self, url: str, **options):
+        """The database; tables that another process is making at this moment are waited for."""
+        for attempt in range(10):
+            try:
+                return self.optuna.storages.RDBStorage(url, **options)
+            except Exception as error:  # every database driver raises its own
+                if attempt == 9 or not re.search("already exists|duplicate key|locked", str(error)):
+                    raise
+                time.sleep(1)
 
     def sampler(self, number: int):
         """A trial's sampler: with --sampler-seed its draws hang on the trial's number, not on the worker."""
@@ -501,7 +519,7 @@ def results(args: argparse.Namespace) -> str:
 
 
 def plots(study: Study, args: argparse.Namespace) -> str:
-    """History, one panel per setting, and parallel coordinates, on one offline page."""
+    """History, and one panel per setting, on one offline page; later trials are darker."""
     go, sub = need("plotly.graph_objects", "sweep"), need("plotly.subplots", "sweep")
     done = [t for t in study.trials(study.states.COMPLETE)]
     names = sorted({n for t in done for n in t.params})
@@ -520,10 +538,9 @@ def plots(study: Study, args: argparse.Namespace) -> str:
     for i, name in enumerate(names):
         row, column = 2 + i // 3, 1 + i % 3
         have = [t for t in done if name in t.params]
+        shade = {"color": [t.number for t in have], "colorscale": [[0, "#93c5fd"], [1, "#1e3a8a"]]}
         fig.add_trace(go.Scatter(x=[t.params[name] for t in have], y=[t.value for t in have], mode="markers",
-                                 text=[f"trial {t.number}" for t in have],
-                                 marker={"color": [t.number for t in have], "colorscale": "Blues"}), row=row,
-                      col=column)
+                                 text=[f"trial {t.number}" for t in have], marker=shade), row=row, col=column)
         dist = have[0].distributions[name]
         if getattr(dist, "log", False):
             fig.update_xaxes(type="log", row=row, col=column)
@@ -534,8 +551,7 @@ def plots(study: Study, args: argparse.Namespace) -> str:
 
 def parse(arguments) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("space", help="text file with the settings to vary")
     add("--trials", type=int, default=20, help="points the study shall have in all (default 20)")
