@@ -148,17 +148,18 @@ def test_the_same_command_goes_on(place, capsys):
 
 
 def test_two_machines_may_make_the_tables_at_once(place, monkeypatch):
-    args, real, calls = sweep.parse(words(place)), optuna.storages.RDBStorage, []
+    calls = []
 
-    def late(*a, **k):
-        calls.append(1)
-        if len(calls) < 3:
-            raise RuntimeError("(sqlite3.OperationalError) table alembic_version already exists")
-        return real(*a, **k)
+    class Late(optuna.storages.RDBStorage):
+        def __init__(self, *a, **k):
+            calls.append(1)
+            if len(calls) < 3:
+                raise RuntimeError("(sqlite3.OperationalError) table alembic_version already exists")
+            super().__init__(*a, **k)
 
-    monkeypatch.setattr(optuna.storages, "RDBStorage", late)
+    monkeypatch.setattr(optuna.storages, "RDBStorage", Late)
     monkeypatch.setattr(sweep.time, "sleep", lambda seconds: None)
-    assert sweep.Study(args).plan(2) == 2 and len(calls) == 3
+    assert sweep.Study(sweep.parse(words(place))).plan(2) == 2 and len(calls) == 3
 
 
 def test_only_one_process_takes_a_trial_and_double_retries_are_dropped(place):
