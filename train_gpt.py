@@ -2563,6 +2563,7 @@ class Trainer:
         self.accum, self.tokens = s.batch_shape(world.size)
         self.losses = compiled(s, world.device, model.losses, fullgraph=True)
         self.alpha: Tensor | None = None         # sharpness of soft rounding, once it has begun
+        self.laps: dict[str, float] | None = None
         self.rewind()
 
     def rewind(self) -> None:
@@ -2571,21 +2572,33 @@ class Trainer:
         self.optimiser = Optimiser(self.s, self.world, dict(self.model.named_parameters()), dtype)
         self.ema = {n: p.detach().clone() for n, p in self.model.named_parameters()}
 
+    def lap(self, part: str) -> None:
+        """On a measured step (laps is a dict): wait for the GPU, charge the ms since the last lap to part."""
+        if self.laps is not None:
+            sync(self.world.device)
+            self.laps[part] = self.laps.get(part, 0.0) + 1e3 * self.watch.elapsed()
+            self.watch = Clock()
+
     def micro_step(self, batch: Batch, plan: Plan) -> Tensor:
         """Forward and backward of one micro-batch; returns its mean loss (nats per token)."""
+        self.lap("data")
         if batch.cu_seqlens is not None and compiles(self.s, self.world.device):
             torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
         layout = batch.layout(batch.cut or self.s.train_seq_len)
         loss = self.losses(batch.x, batch.y, plan, layout, training=True, alpha=self.alpha).mean()
+        self.lap("forward")
         (loss / self.accum).backward()
+        self.lap("backward")
         return loss.detach()
 
     def update(self, lr: float, momentum: float) -> Tensor:
         """Optimiser step and weight average; returns the gradient norm before clipping."""
         norm = self.optimiser.step(lr, momentum)
+        self.lap("optimiser")
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.model.parameters()],
                                  1 - self.s.ema_decay)
+        self.lap("average")
         return norm
 
     def warm_up(self) -> float:
@@ -2678,7 +2691,7 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
     progress, epochs = Progress(s, world, trainer.model, plans, budget), 0
     world.barrier()
     clock, step, step_seconds, before, shown = Clock(s.max_wallclock_seconds), 0, 0.0, 0.0, 0.0
-    curriculum = Curriculum(s)
+    curriculum, measured = Curriculum(s), [0.1, 0.5, 0.9]     # shares of training whose next step is timed
     looping = looping_at(s, 0.0)
     while True:
         if s.val_loss_every and step % s.val_loss_every == 0:
@@ -2692,6 +2705,10 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
             break
         done = min(elapsed / budget, 1.0) if budget else step / s.iterations
         length, looping, lr = curriculum.at(step, done)
+        if measured and done >= measured[0]:
+            measured.pop(0)
+            sync(world.device)
+            trainer.laps, trainer.watch = {}, Clock()
         losses = [trainer.micro_step(stream.next(length), plans[looping]) for _ in range(trainer.accum)]
         loss = sum(losses) / trainer.accum
         norm = trainer.update(lr, muon_momentum(s, step))
@@ -2700,6 +2717,9 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
         if int(stream.epoch) > epochs:
             epochs = int(stream.epoch)
             run.log("epoch_end", epoch=epochs, step=step, tokens=step * s.train_batch_tokens)
+        if trainer.laps:
+            run.log("step_time", quiet=True, step=step, looping=looping, parts=trainer.laps)
+            trainer.laps = None
         if budget and budget - elapsed < 10 * step_seconds:
             sync(world.device)            # near the end the host must not run ahead of the GPU
         if step <= 10 or (s.train_log_every and step % s.train_log_every == 0):
@@ -3504,10 +3524,13 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
     rank returns the artifact's bytes. A size that no step reaches is a UserError."""
     coarser, codes = 1.0, sum(w.numel() for n, w in weights.items() if storage_of(s, n, w)[0] == "gptq")
     for _ in range(8):
+        clock = Clock()
         q = quantise(s, weights, hessians, world, coarser)
+        quantised = clock.elapsed()
         blob = world.share_bytes(pack_model(s, q) if world.main else None)
         total = len(blob) + code_bytes()
-        run.log("pack", bytes=len(blob), code_bytes=code_bytes(), total=total, coarser=coarser)
+        run.log("pack", bytes=len(blob), code_bytes=code_bytes(), total=total, coarser=coarser,
+                quantise_s=quantised, pack_s=clock.elapsed() - quantised)
         if total <= ARTIFACT_LIMIT:
             break
         # one bit per code is one doubling of the step; 2 KB to spare
@@ -3542,6 +3565,9 @@ class Score(NamedTuple):
 class Booked:
     """Validation tokens whose every target is on the books; nothing else of them may be trained on."""
     tokens: np.ndarray
+
+
+PROFILE_EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 class Ledger:
@@ -3581,7 +3607,8 @@ class Ledger:
 
     def close(self, world: World) -> Score:
         """Sum over ranks; raises unless every expected target, and no other, was scored exactly once."""
-        count, loss = world.total(self.count).cpu().numpy(), world.total(self.loss.double()).cpu().numpy()
+        count = world.total(self.count).cpu().numpy()
+        self.total = loss = world.total(self.loss.double()).cpu().numpy()
         if len(wrong := np.flatnonzero(count != self.expected)):
             at = wrong[0]
             raise RuntimeError(f"coverage is broken: {len(wrong):,} targets, the first at {at}, were scored "
@@ -3589,6 +3616,20 @@ class Ledger:
         self.val.ledgers -= 1
         target_bytes = self.val.target_bytes[self.expected].sum()
         return Score(float(loss.sum()), float(target_bytes), int(self.expected.sum()))
+
+    def profiles(self) -> Iterator[dict]:
+        """After close(): documents, targets, bytes and nats in buckets that begin at PROFILE_EDGES, by length
+        of the document and by position in it."""
+        start, length = self.val.documents.start, self.val.documents.length - 1
+        cuts = start[:, None] + np.minimum(length[:, None], [*PROFILE_EDGES, 1 << 62])
+        sums = [np.diff(np.append(0, x.cumsum())[cuts]) for x in (self.val.target_bytes, self.total)]
+        parts = dict(zip(("tokens", "bytes", "nats"), (np.diff(cuts), *sums)))     # each (documents, buckets)
+        belongs = np.eye(len(PROFILE_EDGES), dtype=int)[np.searchsorted(PROFILE_EDGES, length, "right") - 1]
+        for by, documents, total in (("position", parts["tokens"] > 0, lambda x: x.sum(0)),
+                                     ("length", belongs, lambda x: x.sum(1) @ belongs)):
+            yield {"by": by, "edges": PROFILE_EDGES, "documents": documents.sum(0).tolist(),
+                   **{k: total(x).tolist() for k, x in parts.items()}}
+
 
 def sliding_windows(total: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
     """Windows over `total` positions as (begin, end, first scored position): the first scores all it sees,
@@ -4246,7 +4287,7 @@ def check_disk(folder: Path, need: int) -> str:
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
-    return f"{need:,} bytes free"
+    return f"{need:,} bytes can be written"
 
 
 def disk_need(s: Settings) -> int:
@@ -4286,7 +4327,7 @@ def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "")
 def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     """Dry run of all that follows training, at full size on random weights, so that whatever is missing fails
     before the clock starts. Returns the training seconds to reserve."""
-    model, generator = trainer.model, torch.Generator().manual_seed(s.seed)
+    begin, model, generator = Clock(), trainer.model, torch.Generator().manual_seed(s.seed)
     with torch.no_grad():
         weights = {n: (torch.randn(p.shape, generator=generator) * 0.02).to(p.device)
                    for n, p in model.named_parameters()}
@@ -4313,7 +4354,7 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
         raise RuntimeError(f"the scorer's probes fail on the untrained model: {failed}")
     run.log("rehearsal", calibrate_s=seconds, quantise_s=packing.start - clock.start,
             pack_s=packing.elapsed() - probing.elapsed(), score_s=probing.elapsed(),
-            random_artifact_bytes=len(blob), reserve_s=reserve)
+            random_artifact_bytes=len(blob), reserve_s=reserve, seconds=begin.elapsed())
     return reserve
 
 
@@ -4463,11 +4504,11 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
     with clock.exclude():        # a diagnostic
         final = scorer.windows(val, s.eval_seq_len)
     run.save_summary()
-    run.log("score_quantized", val_loss=final.loss, val_bpb=final.bpb)
+    log_score(run, "quantized", final, scorer.ledger, clock)
     run.summary["quantized_val_bpb"] = final.bpb
     if s.sliding_window_enabled:
         final = scorer.windows(val, s.eval_stride)
-        run.log("score_sliding", val_loss=final.loss, val_bpb=final.bpb, elapsed=clock.elapsed())
+        log_score(run, "sliding", final, scorer.ledger, clock)
         run.summary["sliding_val_bpb"] = final.bpb
         run.save_summary()
     if s.ttt_enabled:
@@ -4476,8 +4517,9 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
                 run.log("watchdog", **values)
 
         run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer)
-        final = PhasedTTT(s, world, model, val, tell, clock).run()
-        run.log("score_ttt", val_loss=final.loss, val_bpb=final.bpb, elapsed=clock.elapsed())
+        ttt = PhasedTTT(s, world, model, val, tell, clock)
+        final = ttt.run()
+        log_score(run, "ttt", final, ttt.ledger, clock)
     seconds = clock.elapsed()
     if s.eval_max_seconds and seconds > s.eval_max_seconds:
         run.not_compliant(f"evaluation took {seconds:.1f} s of EVAL_MAX_SECONDS={s.eval_max_seconds:g}")
@@ -4490,6 +4532,14 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
         run.summary["val_bpb_decodable"] = final.loss_sum / LN2 / decodable
         run.log("honest_bytes", counted=int(final.byte_sum), decodable=decodable,
                 val_bpb_decodable=run.summary["val_bpb_decodable"])
+
+
+def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) -> None:
+    """A stage's score, and off the clock its profiles."""
+    run.log(f"score_{stage}", val_loss=score.loss, val_bpb=score.bpb, elapsed=clock.elapsed())
+    with clock.exclude():
+        for profile in ledger.profiles():
+            run.log("profile", quiet=True, stage=stage, **profile)
 
 
 def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> int:

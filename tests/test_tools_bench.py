@@ -38,15 +38,13 @@ def test_a_contender_that_cannot_run_says_why():
         raise RuntimeError("no such kernel\nmore")
 
     rows = b.race("x", {"good": lambda: None, "bad": broken})
-    assert [r.name for r in rows] == ["bad", "good"] and rows[
-        0
-    ].note == "cannot run: RuntimeError: no such kernel"
+    assert [r.name for r in rows] == ["bad",
+                                      "good"] and rows[0].note == "cannot run: RuntimeError: no such kernel"
     assert "no such kernel" in bench.show(rows)
 
 
-@pytest.mark.parametrize(
-    "words, reason", [(["speed"], "unknown group speed"), (["--rounds", "0"], "at least 1")]
-)
+@pytest.mark.parametrize("words, reason", [(["speed"], "unknown group speed"),
+                                           (["--rounds", "0"], "at least 1")])
 def test_mistakes(words, reason):
     with pytest.raises(ToolError, match=reason):
         bench.main(words)
@@ -55,13 +53,9 @@ def test_mistakes(words, reason):
 def test_account_counts_what_the_formulas_say():
     b = bench.Bench(1, True)
     s, n = b.settings, 512
-    lines = {
-        line.name: line
-        for line in (
-            account.count(b.torch, case)
-            for case in account.train_cases(b.tg, b.torch, s, b.torch.device("meta"), n, 8)
-        )
-    }
+    lines = {line.name: line for line in (account.count(b.torch, case)
+                                          for case in account.train_cases(b.tg, b.torch, s, b.torch.device(
+                                              "meta"), n, 8))}
     d, m, v = s.model_dim, s.hidden_dim, s.vocab_size
     assert lines["MLP"].flops == 12 * n * d * m and lines["head product"].flops == 6 * n * d * v
     assert lines["Q, K, V projections"].flops == 6 * n * d * (d + 2 * s.kv_dim)
