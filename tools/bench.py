@@ -267,9 +267,10 @@ def caseops(b: Bench) -> list[Row]:
     rows = []
     for way, loop, fast, given in (("encode", encode_by_character, caseops.encode, texts),
                                    ("decode", caseops._decode_spelled_out, caseops.decode, encoded)):
-        rows += b.race("CaseOps", {f"{way}, by character": lambda loop=loop, given=given: list(map(loop, given)),
-                                   f"{way}, arrays": lambda fast=fast, given=given: list(map(fast, given))},
-                       {f"{way}, arrays": f"{len(texts)} English documents, {size:,.0f} characters on average"})
+        contenders = {f"{way}, by character": lambda loop=loop, given=given: list(map(loop, given)),
+                      f"{way}, arrays": lambda fast=fast, given=given: list(map(fast, given))}
+        note = f"{len(texts)} English documents, {size:,.0f} characters on average"
+        rows += b.race("CaseOps", contenders, {f"{way}, arrays": note})
     return rows
 
 
