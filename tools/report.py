@@ -139,7 +139,7 @@ def scores(page: Page):
     """BPB after each stage."""
     fig = page.figure(170 + 10 * len(page.runs))
     for run in page.runs:
-        have = [(label, run.summary[key]) for label, key in STAGES if run.summary.get(key) is not None]
+        have = [(label, run.summary[key]) for label, key in STAGES if key in run.summary]
         if have:
             page.add(fig, run, [v for _, v in have], [label for label, _ in have], cliponaxis=False,
                      mode="lines+markers" + ("" if page.many else "+text"), marker={"size": 11},
@@ -157,7 +157,7 @@ def curves(page: Page):
         train = run.of("train")
         page.add(fig, run, *series(train, "loss"), hovertemplate="step %{x}: %{y:.4f} nats")
         ends = [(0, "untrained_val_bpb"), (run.summary.get("steps", 0), "prequant_val_bpb")]
-        points = {n: run.summary[key] for n, key in ends if run.summary.get(key) is not None}
+        points = {n: run.summary[key] for n, key in ends if key in run.summary}
         points |= {e["step"]: e["val_bpb"] for e in run.of("validation")}
         steps = sorted(points)
         page.add(fig, run, steps, [points[n] for n in steps], 2, hovertemplate="step %{x}: %{y:.5f} BPB")
