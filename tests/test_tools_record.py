@@ -1,5 +1,6 @@
 """tools/make_record.py: good runs make a folder, and every bad case is refused with its reason."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 from test_tools_common import SCRIPT, change, make_run, runs  # noqa: F401  (runs is a fixture)
 
 from tools import make_record
-from tools.common import ARTIFACT, ToolError
+from tools.common import ARTIFACT, ROOT, ToolError
 
 KEYS = {"author", "github_id", "name", "blurb", "date", "track", "val_loss", "val_bpb", "val_loss_std",
         "val_bpb_std", "seeds", "seed_results", "artifact_bytes_mean", "artifact_bytes_max", "bytes_total",
@@ -134,6 +135,20 @@ def test_a_script_that_fails_inside_its_folder(runs, tmp_path, monkeypatch):  # 
     monkeypatch.setenv("BREAK", "1")
     with pytest.raises(ToolError, match="failed inside its folder .*BREAK is set"):
         make(runs, tmp_path / "records")
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "records").glob("track_*/2*")), ids=lambda p: p.name)
+def test_a_record_of_this_repository_is_whole(folder):
+    s = json.loads((folder / "submission.json").read_text())
+    assert hashlib.sha256((folder / "train_gpt.py").read_bytes()).hexdigest() == s["code_sha256"]
+    for seed, result in s["seed_results"].items():
+        summary = json.loads((folder / f"summary_seed{seed}.json").read_text())
+        assert summary["val_bpb"] == result["val_bpb"] and f"{result['val_bpb']:.8f}" in (
+            folder / "README.md").read_text()
+        assert f"final val_bpb={result['val_bpb']:.6f}" in (folder / f"train_seed{seed}.log").read_text()
+        events = map(json.loads, (folder / f"metrics_seed{seed}.jsonl").read_text().splitlines())
+        assert {"step_time", "profile", "final"} <= {event["event"] for event in events}
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 500_000
 
 
 def test_mistakes_end_with_status_2_and_one_line(tmp_path):

@@ -28,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -310,10 +311,10 @@ def submission(record: Record) -> dict:
 
 
 def changed_settings(record: Record) -> dict:
-    """The settings of the runs that differ from the script's defaults, as the log names them."""
-    logged = record.runs[0].last("changed_settings")
-    return {k: int(v) if isinstance(v, bool) else v for k, v in logged.items() if k.isupper()
-            and k not in OWN_TO_EACH_RUN}
+    """The settings of the runs that differ from the script's defaults, as the environment takes them."""
+    logged = {k: v for k, v in record.runs[0].last("changed_settings").items() if k.isupper()}
+    return {k: int(v) if isinstance(v, (bool, float)) and v == int(v) else v for k, v in logged.items()
+            if k not in OWN_TO_EACH_RUN}
 
 
 def lineage(record: Record) -> str:
@@ -361,6 +362,7 @@ def reproduce(record: Record) -> str:
     """The commands that repeat a run, and its evaluation."""
     first = record.runs[0].summary
     env = " ".join(f"{k}={v}" for k, v in changed_settings(record).items())
+    env = " \\\n    ".join(textwrap.wrap(env, 100, break_long_words=False, break_on_hyphens=False))
     world = first["world_size"]
     start = ("python train_gpt.py" if world == 1
              else f"torchrun --standalone --nproc_per_node={world} train_gpt.py")
@@ -385,7 +387,7 @@ def tables(record: Record, s: dict) -> list[str]:
     rows.append(["mean", f"{s['val_bpb']:.8f}", f"{s['val_loss']:.8f}", f"{s['train_steps_mean']:.0f}",
                  f"{s['step_avg_ms_mean']:.1f}",
                  *(f"{statistics.fmean(record.values(k)):.1f}" for k in ("train_seconds", "eval_seconds")),
-                 f"{s['artifact_bytes_mean']:,}", f"{max(map(record.total, record.runs)):,} (max)"])
+                 f"{s['artifact_bytes_mean']:,}", f"{statistics.fmean(map(record.total, record.runs)):,.0f}"])
     head = ["seed", "BPB", "nats/token", "steps", "ms/step", "train s", "eval s", "artifact",
             "artifact + script"]
     stages = [[label, *(f"{run.summary[key]:.5f}" for run in record.runs)]
@@ -400,10 +402,11 @@ def readme(record: Record, checked: str) -> str:
     said = {e["what"]: e["detail"] for e in record.runs[0].of("check")}
     train, val, tokenizer = (said.get(what, "not logged")
                              for what in ("training shards", "validation shards", "tokenizer"))
-    data = f"Training: {train}. Validation: {val}. Tokenizer: {tokenizer}."
+    data = (f"Training: {train}. Validation: {val}. Tokenizer: {tokenizer}. Fingerprint: "
+            f"{record.runs[0].summary.get('data_fingerprint', 'not logged')}.")
     other = ("" if args.track == "record" else f"**Non-record track**, run on {s['hardware']}; trained on "
              f"{train}, scored on {val}: not comparable with the competition's leaderboard.\n\n")
-    settings = "\n".join(f"{k}={v}" for k, v in changed_settings(record).items())
+    settings = ", ".join(f"`{k}={v}`" for k, v in changed_settings(record).items()) or "none"
     script = (f"`train_gpt.py` is the readable script, {len(record.script):,} bytes, "
               f"sha256 `{s['code_sha256']}`.")
     if record.script != record.source:
@@ -419,7 +422,7 @@ def readme(record: Record, checked: str) -> str:
         "## Results", *tables(record, s),
         "## Lineage", lineage(record),
         "## Data", data,
-        "## Settings", f"Those that differ from the script's defaults:\n\n```\n{settings}\n```",
+        "## Settings", f"Those that differ from the script's defaults: {settings}.",
         "## Compliance", "\n".join(f"- {line}" for line in compliance(record)),
         "## How to reproduce", reproduce(record), f"{script} {checked}",
     ]
