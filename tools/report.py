@@ -161,8 +161,8 @@ def curves(page: Page):
         points |= {e["step"]: e["val_bpb"] for e in run.of("validation")}
         steps = sorted(points)
         page.add(fig, run, steps, [points[n] for n in steps], 2, hovertemplate="step %{x}: %{y:.5f} BPB")
-        start = next((e["step"] for e in train if e.get("looping")), None)
-        if start and not all(e.get("looping") for e in train):
+        looped = [e["step"] for e in (*train, *run.of("step_time")) if e.get("looping")]
+        if (start := min(looped, default=0)) > 1:
             fig.add_vline(x=start, line={"color": page.colour[id(run)], "dash": "dot", "width": 1}, row=1,
                           col=1)
     fig.update_xaxes(title_text="step")
@@ -486,7 +486,7 @@ def sections(page: Page) -> list[tuple[str, str, str, object, str]]:
     return [
         ("scores", "Score by stage", "What quantising, windows and test-time training did to the score.",
          scores(page), "no run was scored"),
-        ("curves", "Learning curves", "A dotted line marks the step from which the loop's extra passes run.",
+        ("curves", "Learning curves", "A dotted line: the first logged step with the loop's extra passes.",
          curves(page), "no progress lines"),
         ("pace", "Learning rate and pace", "Step time from line to line, not the running mean: drift shows.",
          pace(page), "no progress lines"),
