@@ -62,6 +62,21 @@ install() {
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-33554432} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-17179869184}
 
+# The demo only where no shards are: a damaged or mismatched data folder must be reported, not replaced.
+no_shards() {
+    folder=$("$PYTHON" -c 'import os, train_gpt as t; print(t.Settings.from_env(os.environ).shards)') \
+        || "$PYTHON" train_gpt.py --check settings || exit 2
+    [ -z "${DATA_PATH:-}" ] && [ ! -d "$folder" ]
+}
+use_demo() {
+    echo "no shards in $folder (see data/README.md): $1 the demo on a small corpus made here"
+    "$PYTHON" data/demo.py
+    while IFS='=' read -r name value; do          # settings that are already set win over the demo's
+        case "$name" in ''|\#*) continue ;; esac
+        [ -n "${!name:-}" ] || export "$name=$value"
+    done < configs/demo.env
+}
+
 case "${1:-}" in
 test)
     install requirements.txt data/requirements.txt tools/requirements.txt requirements-dev.txt
@@ -69,6 +84,7 @@ test)
     ;;
 doctor)
     install requirements.txt data/requirements.txt tools/requirements.txt
+    if [ "$GPUS" -eq 0 ] && no_shards; then use_demo checking; fi
     exec "$PYTHON" tools/doctor.py "${@:2}"
     ;;
 "") ;;
@@ -81,16 +97,8 @@ if [ "$GPUS" -gt 0 ]; then
         || die "nvidia-smi lists $GPUS GPUs but torch cannot use them: install a torch build for this driver"
     GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 fi
-# The demo only where no shards are: a damaged or mismatched data folder must be reported, not replaced.
-folder=$("$PYTHON" -c 'import os, train_gpt as t; print(t.Settings.from_env(os.environ).shards)') \
-    || "$PYTHON" train_gpt.py --check settings || exit 2
-if [ -z "${DATA_PATH:-}" ] && [ ! -d "$folder" ]; then
-    echo "no shards in $folder (see data/README.md): running the demo on a small corpus made here"
-    "$PYTHON" data/demo.py
-    while IFS='=' read -r name value; do          # settings that are already set win over the demo's
-        case "$name" in ''|\#*) continue ;; esac
-        [ -n "${!name:-}" ] || export "$name=$value"
-    done < configs/demo.env
+if no_shards; then
+    use_demo running
     GPUS=$((GPUS > 0))
 fi
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node=$((GPUS > 0 ? GPUS : 1)) train_gpt.py

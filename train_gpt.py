@@ -793,6 +793,8 @@ def read_shard(path: Path) -> np.ndarray:
     if count < 2:
         raise UserError(f"{path} holds {count} tokens: at least 2 are needed; {remedy}")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
+
+
 def list_shards(folder: Path, kind: str) -> list[Path]:
     """Sorted `fineweb_<kind>_*.bin` of a folder; kind is train, val or val_bytes. UserError when none."""
     folder = Path(folder)
@@ -860,26 +862,45 @@ def packed_batch(tokens: np.ndarray, max_len: int) -> Batch:
     return Batch(t[None, :-1], t[None, 1:], torch.from_numpy(bounds), longest, max_len, tokens)
 
 
-class TokenStream:
+class Stream:
+    """Micro-batches of one rank, in an order the files fix. `batches` taken so far are the whole state."""
+    batches = 0
+
+    def next(self) -> Batch:
+        drawn, self.batches = self.draw(), self.batches + 1
+        return self.read(drawn)
+
+    def seek(self, batches: int) -> None:
+        """Go on exactly as if so many batches had been taken from a fresh stream; reads no tokens."""
+        if batches < self.batches:
+            raise ValueError(f"a stream at batch {self.batches} cannot go back to {batches}: open it again")
+        while self.batches < batches:
+            self.draw()
+            self.batches += 1
+
+
+class TokenStream(Stream):
     """All shards as one endless stream: every target is trained on once per epoch, in order, for any number
-    of ranks. `position` (tokens consumed over all ranks) is the whole state."""
+    of ranks."""
 
     def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int):
         self.shards = [read_shard(f) for f in files]
         self.ends = np.cumsum([len(x) for x in self.shards])
         self.world_size, self.rank, self.tokens, self.max_len = world_size, rank, tokens, max_len
-        self.position = 0
         if self.ends[-1] < tokens + 1:
             raise UserError(f"{self.ends[-1]:,} training tokens are fewer than one micro-batch of "
                             f"{tokens + 1:,}: lower TRAIN_BATCH_TOKENS or add shards")
 
     @property
     def epoch(self) -> float:
-        return self.position / int(self.ends[-1])
+        return self.batches * self.world_size * self.tokens / int(self.ends[-1])
 
-    def read(self, start: int, count: int) -> np.ndarray:
-        """count tokens from the stream position start, wrapping at the end of the last shard."""
-        parts, total = [], int(self.ends[-1])
+    def draw(self) -> int:
+        return (self.batches * self.world_size + self.rank) * self.tokens
+
+    def read(self, start: int) -> Batch:
+        """The batch at a position of the stream, which wraps at the end of the last shard."""
+        parts, total, count = [], int(self.ends[-1]), self.tokens + 1
         while count > 0:
             start %= total
             i = int(np.searchsorted(self.ends, start, side="right"))
@@ -887,47 +908,52 @@ class TokenStream:
             part = np.asarray(self.shards[i][begin:begin + count])
             parts.append(part)
             start, count = start + len(part), count - len(part)
-        return np.concatenate(parts)
-
-    def next(self) -> Batch:
-        begin = self.position + self.rank * self.tokens
-        self.position += self.world_size * self.tokens
-        return packed_batch(self.read(begin, self.tokens + 1), self.max_len)
+        return packed_batch(np.concatenate(parts), self.max_len)
 
 
-class DocPackStream:
+class DocPackStream(Stream):
     """The field's loader: ranks cut one span of (tokens + 1) x world_size from the current shard, whose rest
     is dropped when it is shorter. `tokens` counts one micro-batch of one rank."""
 
     def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int):
         self.shards = [read_shard(f) for f in files]
         self.world_size, self.rank, self.tokens, self.max_len = world_size, rank, tokens, max_len
-        self.span, self.shard, self.passed = (tokens + 1) * world_size, -1, 0
+        self.span, self.shard, self.passed = (tokens + 1) * world_size, 0, 0
         self.first = [int(np.argmax(x == BOS)) for x in self.shards]
         if all(f + self.span > len(x) for f, x in zip(self.first, self.shards)):
             raise UserError(f"no training shard holds {self.span:,} tokens after its first BOS: lower "
                             "TRAIN_BATCH_TOKENS or use TRAIN_LOADER=stream")
-        self.advance()
+        self.cursor = self.first[0]
 
     @property
     def epoch(self) -> float:
         return self.passed / len(self.shards)
 
-    def advance(self) -> None:
-        self.shard, self.passed = (self.shard + 1) % len(self.shards), self.passed + 1
-        self.cursor = self.first[self.shard]
-
-    def next(self) -> Batch:
+    def draw(self) -> tuple[int, int]:
         while self.cursor + self.span > len(self.shards[self.shard]):
-            self.advance()
+            self.shard, self.passed = (self.shard + 1) % len(self.shards), self.passed + 1
+            self.cursor = self.first[self.shard]
         begin = self.cursor + self.rank * (self.tokens + 1)
         self.cursor += self.span
-        return packed_batch(np.asarray(self.shards[self.shard][begin:begin + self.tokens + 1]), self.max_len)
+        return self.shard, begin
+
+    def read(self, drawn: tuple[int, int]) -> Batch:
+        shard, begin = drawn
+        return packed_batch(np.asarray(self.shards[shard][begin:begin + self.tokens + 1]), self.max_len)
 
 
-class ShuffledStream:
-    """Windows of seq_len tokens in random order; rank r owns files r, r + world_size, … . `order` lists what
-    was taken as (index of the file in the sorted list, first token)."""
+class WindowStream(Stream):
+    """What the streams of windows share. windows: the last batch, (index of the file, first token)."""
+    windows: Sequence[tuple[int, int]] = ()
+
+    def read(self, windows: Sequence[tuple[int, int]]) -> Batch:
+        rows = [self.shards[i][a:a + self.seq_len + 1] for i, a in windows]
+        t = torch.from_numpy(np.stack(rows).astype(np.int64))
+        return Batch(t[:, :-1], t[:, 1:], None, self.seq_len)
+
+
+class ShuffledStream(WindowStream):
+    """Windows of seq_len tokens in random order; rank r owns files r, r + world_size, … ."""
 
     def __init__(self, files, *, world_size: int, rank: int, seqs: int, seq_len: int):
         self.owned = list(range(rank, len(files), world_size))
@@ -935,18 +961,18 @@ class ShuffledStream:
             raise UserError(f"rank {rank} owns no training shard: {len(files)} shards for {world_size} "
                             "ranks; use TRAIN_LOADER=stream")
         self.shards = {i: read_shard(files[i]) for i in self.owned}
-        self.seqs, self.seq_len, self.order = seqs, seq_len, []
+        self.seqs, self.seq_len = seqs, seq_len
         self.rng = np.random.Generator(np.random.PCG64(rank))
         self.total = sum((len(x) - 1) // seq_len for x in self.shards.values())
         if self.total == 0:
             raise UserError(f"no shard of rank {rank} holds {seq_len + 1} tokens: lower TRAIN_SEQ_LEN")
-        self.starts = {i: self.draw(i) for i in self.owned}
+        self.starts = {i: self.shuffle(i) for i in self.owned}
 
     @property
     def epoch(self) -> float:
-        return len(self.order) / self.total
+        return self.batches * self.seqs / self.total
 
-    def draw(self, i: int) -> list[int]:
+    def shuffle(self, i: int) -> list[int]:
         """A fresh permutation of the windows of file i, from a random phase."""
         n, length = len(self.shards[i]), self.seq_len
         most = min(length - 1, max(0, n - length - 1))
@@ -954,27 +980,25 @@ class ShuffledStream:
         count = (n - 1 - phase) // length
         return (phase + self.rng.permutation(count) * length).tolist()
 
-    def take(self) -> np.ndarray:
+    def take(self) -> tuple[int, int]:
         if not any(self.starts.values()):
-            self.starts = {i: self.draw(i) for i in self.owned}
+            self.starts = {i: self.shuffle(i) for i in self.owned}
         left = np.array([len(self.starts[i]) for i in self.owned], dtype=np.float64)
         i = self.owned[int(self.rng.choice(len(self.owned), p=left / left.sum()))]
-        start = self.starts[i].pop()
-        self.order.append((i, start))
-        return np.asarray(self.shards[i][start:start + self.seq_len + 1])
+        return i, self.starts[i].pop()
 
-    def next(self) -> Batch:
-        t = torch.from_numpy(np.stack([self.take() for _ in range(self.seqs)]).astype(np.int64))
-        return Batch(t[:, :-1], t[:, 1:], None, self.seq_len)
+    def draw(self) -> list[tuple[int, int]]:
+        self.windows = [self.take() for _ in range(self.seqs)]
+        return self.windows
 
 
-class CoprimeStream:
+class CoprimeStream(WindowStream):
     """Windows drawn from many shards at once: each shard is walked in blocks of seq_len by a stride coprime
     to their number, shards are drawn by what they have left, more of them as training goes on. All ranks draw
-    the same batch, rank r takes every world_size-th window. windows: the last batch, (file, first token)."""
+    the same batch, rank r takes every world_size-th window; `windows` has those of all ranks."""
 
     def __init__(self, files, *, world_size: int, rank: int, seqs: int, seq_len: int):
-        self.shards, self.windows, self.batches = [read_shard(f) for f in files], [], 0
+        self.shards = [read_shard(f) for f in files]
         self.world_size, self.rank, self.seqs, self.seq_len = world_size, rank, seqs, seq_len
         seed = 0
         for byte in "".join(str(f) for f in files).encode():
@@ -1003,7 +1027,7 @@ class CoprimeStream:
         return [phase + (start + j * stride) % count * self.seq_len for j in reversed(range(count))]
 
     def draw(self) -> list[tuple[int, int]]:
-        """The windows of one global batch, in order."""
+        """This rank's part of one global batch."""
         size, progress = self.seqs * self.world_size, min(self.batches / 1800, 1.0)
         left = np.array([max(len(self.walks[i]), 1) if i in self.walks else self.blocks[i]
                          for i in self.eligible], np.float64)
@@ -1021,7 +1045,8 @@ class CoprimeStream:
             active = [active[k] for k in self.rng.permutation(len(active))]
             windows += [buckets[b].pop() for b in active]
             active = [b for b in active if buckets[b]]
-        return windows
+        self.windows = windows
+        return windows[self.rank::self.world_size]
 
     def take(self, i: int, count: int) -> list[tuple[int, int]]:
         """The next `count` blocks of shard i, shuffled."""
@@ -1031,12 +1056,6 @@ class CoprimeStream:
                 self.walks[i] = self.walk(i)
             out.append((i, self.walks[i].pop()))
         return [out[k] for k in self.rng.permutation(count)] if count > 1 else out
-
-    def next(self) -> Batch:
-        self.windows, self.batches = self.draw(), self.batches + 1
-        mine = [self.shards[i][a:a + self.seq_len + 1] for i, a in self.windows[self.rank::self.world_size]]
-        t = torch.from_numpy(np.stack(mine).astype(np.int64))
-        return Batch(t[:, :-1], t[:, 1:], None, self.seq_len)
 
 
 def open_train_stream(s: Settings, world: World, tokens: int):
@@ -1051,10 +1070,11 @@ def open_train_stream(s: Settings, world: World, tokens: int):
 
 
 class Prefetch:
-    """Reads batches ahead in one thread and copies them to the device; the order is the stream's own."""
+    """Reads batches ahead in one thread and copies them to the device; the order is the stream's own. epoch:
+    where the stream was at the batch handed out last."""
 
     def __init__(self, stream, device: torch.device, depth: int = 3):
-        self.stream, self.device = stream, device
+        self.stream, self.device, self.epoch = stream, device, 0.0
         self.queue: queue.Queue = queue.Queue(depth)
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self.work, daemon=True)
@@ -1063,7 +1083,7 @@ class Prefetch:
     def work(self) -> None:
         while not self.stop.is_set():
             try:
-                item = self.stream.next().to(self.device)
+                item = self.stream.next().to(self.device), self.stream.epoch
             except BaseException as error:   # handed to the training thread, which raises it
                 item = error
             while not self.stop.is_set():
@@ -1080,8 +1100,9 @@ class Prefetch:
         item = self.queue.get()
         if isinstance(item, BaseException):
             raise item
-        stale = cut and item.tokens is not None and item.cut != cut
-        return packed_batch(item.tokens, cut).to(self.device) if stale else item
+        batch, self.epoch = item
+        stale = cut and batch.tokens is not None and batch.cut != cut
+        return packed_batch(batch.tokens, cut).to(self.device) if stale else batch
 
     def close(self) -> None:
         self.stop.set()
@@ -1182,9 +1203,10 @@ class Validation:
     def __init__(self, s: Settings):
         files = list_shards(s.shards, "val")
         self.tokens = np.concatenate([read_shard(f) for f in files])
-        check_tokens(self.tokens, s.vocab_size, files[0])
+        for i, f in enumerate(files):
+            check_tokens(read_shard(f), s.vocab_size, f, first=i == 0)
         sidecars = [f.with_name(f.name.replace("fineweb_val_", "fineweb_val_bytes_")) for f in files]
-        if all(f.exists() for f in sidecars):
+        if any(f.exists() for f in sidecars):
             self.rule, sizes = "sidecar", [read_shard(f) for f in sidecars]
             for f, tokens, counts in zip(sidecars, files, sizes):
                 if len(counts) != len(read_shard(tokens)):
@@ -1225,15 +1247,16 @@ class Validation:
         return "\n".join(sp.decode([t for t in piece if t != BOS]) for piece in pieces).encode()
 
 
-def check_tokens(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
-    """Refuse a token file without documents, not starting with one, or with ids beyond the vocabulary."""
+def check_tokens(tokens: np.ndarray, vocab_size: int, path: Path, first: bool) -> None:
+    """Refuse a token file without documents, with ids beyond the vocabulary or, if it is the first of its
+    kind (published shards are cut anywhere), not starting with a document."""
     if tokens[0] == 0:
         raise UserError(f"{path} starts with 0, not with BOS (id {BOS}): it is a byte sidecar, not tokens; "
                         "build the shards again")
     if not (tokens == BOS).any():
         raise UserError(f"{path} holds no BOS (id {BOS}): documents cannot be told apart; build the shards "
                         "again with a BOS before every document")
-    if tokens[0] != BOS:
+    if first and tokens[0] != BOS:
         raise UserError(f"{path} starts with token {int(tokens[0])}, not BOS (id {BOS}): its first document "
                         "is cut; build the shards again")
     if tokens.max() >= vocab_size:
@@ -2048,94 +2071,85 @@ INSTALL = {"fa3": "FlashAttention 3's wheel for this torch and CUDA (Hopper)",
            "torch": "pip install 'torch>=2.10' with CUDA (Ampere or newer)"}
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, layout=None, window: int | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> Tensor:
     """Causal attention: q (B, T, H, D), k, v (B, T', K, D) with H a multiple of K -> (B, T, H, D).
 
     layout None: each row is one document; if T' > T, the queries are the last T of its T' positions (cached
     keys). Otherwise the rows, laid end to end, are cut at layout.cu_seqlens (int32, its end padded with the
-    total) into documents of at most layout.max_seqlen, and nothing is seen across a cut. `window`: a query
-    sees that many keys at most, itself included. Raises UserError if T' < T, if a layout meets T' != T, or if
-    window < 1.
+    total) into documents of at most layout.max_seqlen, and nothing is seen across a cut. Raises UserError if
+    T' < T or if a layout meets T' != T.
     """
     if k.shape[1] < q.shape[1] or (layout is not None and k.shape[1] != q.shape[1]):
         raise UserError(f"attention got {q.shape[1]} queries and {k.shape[1]} keys a row: under a layout "
                         "they must be equal, without one keys may be more; pass layout=None with cached keys")
-    if window is not None and window < 1:
-        raise UserError(f"attention window is {window}, must be at least 1; use None for no window")
     # Flash kernels exist in half precision on CUDA only; float32 (parity, tests) takes the exact road.
     name = ATTENTION if q.is_cuda and q.dtype in HALF else "plain"
     cu, longest = (None, k.shape[1]) if layout is None else (layout.cu_seqlens, layout.max_seqlen)
-    return BACKENDS[name](q, k, v, cu, longest, -1 if window is None else window - 1)
+    return BACKENDS[name](q, k, v, cu, longest)
 
 
-# Every backend: q (B, T, H, D), k, v (B, T', K, D), cu (n + 1) int32 or None, the longest key sequence, and
-# the keys before its own that a query sees (-1: all) -> (B, T, H, D). All align the causal mask bottom-right.
-def attend_fa3(q, k, v, cu, longest, left):
+# Every backend: q (B, T, H, D), k, v (B, T', K, D), cu (n + 1) int32 or None, the longest key sequence
+# -> (B, T, H, D). All align the causal mask bottom-right.
+def attend_fa3(q, k, v, cu, longest):
     """FlashAttention-3: registers its own custom ops, so torch.compile traces it as it is."""
     if cu is None:
-        y = FLASH["fa3"].flash_attn_func(q, k, v, causal=True, window_size=(left, -1))
+        y = FLASH["fa3"].flash_attn_func(q, k, v, causal=True)
     else:
         y = FLASH["fa3"].flash_attn_varlen_func(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu, cu,
-                                                longest, longest, causal=True, window_size=(left, -1))
+                                                longest, longest, causal=True)
     return (y[0] if isinstance(y, tuple) else y).view(q.shape)      # early releases return (y, lse)
 
 
-def attend_fa4(q, k, v, cu, longest, left):
+def attend_fa4(q, k, v, cu, longest):
     """FlashAttention-4, behind our own custom op: its Python cannot be traced."""
     if cu is None:
-        return fa4_forward(q, k, v, None, longest, left)[0]
-    return fa4_forward(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu, longest, left)[0].view(q.shape)
+        return fa4_forward(q, k, v, None, longest)[0]
+    return fa4_forward(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu, longest)[0].view(q.shape)
 
 
-def attend_torch(q, k, v, cu, longest, left):
+def attend_torch(q, k, v, cu, longest):
     """PyTorch's own kernels: SDPA for plain causal squares, else the FlashAttention-2 inside varlen_attn."""
     (B, T, H, _), keys = q.shape, k.shape[1]
-    if cu is None and left < 0 and T == keys:
-        return attend_plain(q, k, v, cu, longest, left)
+    if cu is None and T == keys:
+        return plain_rows(q, k, v)
     rows = torch.arange(B + 1, device=q.device, dtype=torch.int32) if cu is None else None
     cu_q, cu_k = (cu, cu) if rows is None else (rows * T, rows * keys)
     y = FLASH["torch"].varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_q, cu_k,
-                                   T if cu is None else longest, longest, window_size=(left, 0),
+                                   T if cu is None else longest, longest, window_size=(-1, 0),
                                    enable_gqa=H != k.shape[2])
     return y.view(q.shape)
 
 
-def attend_plain(q, k, v, cu, longest, left):
+def attend_plain(q, k, v, cu, longest):
     """The twin the others are held to: SDPA on any device and dtype, one document at a time where packed."""
     if cu is None:
-        return plain_rows(q, k, v, left)
+        return plain_rows(q, k, v)
     rows = [x.flatten(0, 1)[None] for x in (q, k, v)]
     bounds = cu.tolist()                                # the padding at its end is segments of length zero
-    parts = [plain_rows(*(x[:, a:b] for x in rows), left) for a, b in zip(bounds, bounds[1:]) if b > a]
+    parts = [plain_rows(*(x[:, a:b] for x in rows)) for a, b in zip(bounds, bounds[1:]) if b > a]
     return torch.cat(parts, dim=1).view(q.shape)
 
 
 BACKENDS = {"fa3": attend_fa3, "fa4": attend_fa4, "torch": attend_torch, "plain": attend_plain}
 
 
-def causal_mask(T: int, keys: int, left: int, device) -> Tensor:
-    """(T, keys) bool: key j is seen by query i, which stands at position i + keys - T."""
-    back = torch.arange(keys - T, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    return (back >= 0) & (back <= left) if left >= 0 else back >= 0
-
-
-def plain_rows(q, k, v, left: int) -> Tensor:
+def plain_rows(q, k, v) -> Tensor:
     """Rows that are one document each: q (B, T, H, D), k, v (B, T', K, D) -> (B, T, H, D), through SDPA."""
-    T, keys = q.shape[1], k.shape[1]
-    square = left < 0 and T == keys                     # is_causal is aligned top-left
-    mask = None if square else causal_mask(T, keys, left, q.device)
+    T, keys, mask = q.shape[1], k.shape[1], None
+    if T != keys:                                       # is_causal is aligned top-left
+        mask = torch.arange(keys - T, keys, device=q.device)[:, None] >= torch.arange(keys, device=q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=grouped)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return y.transpose(1, 2)
 
 
 # FlashAttention-4 registers no custom ops, and PyTorch 2.13's activate_flash_attention_impl
 # unpacks two results where 4.0.0b36 returns five: so we call its two inner functions ourselves, by keyword.
-def fa4_call(name: str, *tensors, cu, longest, left):
+def fa4_call(name: str, *tensors, cu, longest):
     """_flash_attn_fwd or _flash_attn_bwd, with those of our options that the installed release knows."""
     function = getattr(FLASH["fa4"], name)
-    options = dict(causal=True, window_size_left=None if left < 0 else left, cu_seqlens_q=cu, cu_seqlens_k=cu,
+    options = dict(causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu,
                    max_seqlen_q=None if cu is None else longest, max_seqlen_k=None if cu is None else longest,
                    return_lse=True)
     known = parameter_names(function)
@@ -2149,71 +2163,69 @@ def parameter_names(function) -> frozenset[str]:
 
 
 @torch.library.custom_op("golf::fa4", mutates_args=())
-def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, longest: int,
-                left: int) -> tuple[Tensor, Tensor]:
+def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
     """Rows (B, T, H, D) with cu None, or packed (N, H, D) -> y like q, and log Σ exp (B, H, T) or (H, N)."""
-    y, lse = fa4_call("_flash_attn_fwd", q, k, v, cu=cu, longest=longest, left=left)[:2]
+    y, lse = fa4_call("_flash_attn_fwd", q, k, v, cu=cu, longest=longest)[:2]
     return y.contiguous(), lse.contiguous()
 
 
 @fa4_forward.register_fake
-def _(q, k, v, cu, longest, left):
+def _(q, k, v, cu, longest):
     *rows, T, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((*rows, H, T), dtype=torch.float32)
 
 
 @torch.library.custom_op("golf::fa4_backward", mutates_args=())
 def fa4_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu: Tensor | None,
-                 longest: int, left: int) -> list[Tensor]:
+                 longest: int) -> list[Tensor]:
     """dy, q, y (…, H, D), k, v (…, K, D) -> dq, dk, dv."""
-    grads = fa4_call("_flash_attn_bwd", q, k, v, y, dy.contiguous(), lse, cu=cu, longest=longest, left=left)
+    grads = fa4_call("_flash_attn_bwd", q, k, v, y, dy.contiguous(), lse, cu=cu, longest=longest)
     return [g.contiguous() for g in grads[:3]]
 
 
 @fa4_backward.register_fake
-def _(dy, q, k, v, y, lse, cu, longest, left):
+def _(dy, q, k, v, y, lse, cu, longest):
     return [x.new_empty(x.shape) for x in (q, k, v)]
 
 
 def fa4_save(ctx, inputs, output):
     """What FlashAttention-4's backward needs."""
-    q, k, v, cu, ctx.longest, ctx.left = inputs
+    q, k, v, cu, ctx.longest = inputs
     ctx.save_for_backward(q, k, v, *output, cu)
 
 
 def fa4_autograd(ctx, dy, dlse):
     """Gradients of q, k and v."""
-    return *fa4_backward(dy, *ctx.saved_tensors, ctx.longest, ctx.left), None, None, None
+    return *fa4_backward(dy, *ctx.saved_tensors, ctx.longest), None, None
 
 
 fa4_forward.register_autograd(fa4_autograd, setup_context=fa4_save)
 
 
-def attention_probe(backend, device, keys: int, cu: list[int] | None, left: int) -> list[Tensor]:
+def attention_probe(backend, device, keys: int, cu: list[int] | None) -> list[Tensor]:
     """y, dq, dk, dv (flat) of a fixed small bf16 problem, 128 queries, 8 query and 4 key heads of 64."""
     random = torch.Generator().manual_seed(0)
     q, k, v, dy = (torch.randn(1, T, heads, 64, generator=random).to(device, torch.bfloat16)
                    for T, heads in ((128, 8), (keys, 4), (keys, 4), (128, 8)))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     cu = None if cu is None else torch.tensor(cu, dtype=torch.int32, device=device)
-    y = backend(*leaves, cu, keys, left)
+    y = backend(*leaves, cu, keys)
     return [x.detach().float().flatten() for x in (y, *torch.autograd.grad(y, leaves, dy))]
 
 
 def self_test(name: str, device: torch.device) -> str:
     """How a loaded backend fails, empty if it does not: forward and backward against the plain twin.
 
-    Packed with a padded end, with a window, square, with cached keys; through torch.compile without graph
+    Packed with a padded end, square, with cached keys; through torch.compile without graph
     breaks. What the model would meet in its first step is met here, in seconds.
     """
     backend = torch.compile(BACKENDS[name], fullgraph=True, dynamic=False, backend="aot_eager")
-    cuts = [0, 40, 41, 128, 128]
-    for problem in ((128, cuts, -1), (128, cuts, 15), (128, None, -1), (192, None, -1)):
+    for problem in ((128, [0, 40, 41, 128, 128]), (128, None), (192, None)):
         with torch.enable_grad():
             got, want = (attention_probe(f, device, *problem) for f in (backend, attend_plain))
         error = max(float((a - b).norm() / b.norm()) for a, b in zip(got, want))
         if not error < 0.03:                            # bf16 gives 0.005; NaN fails too
-            return f"differs from the plain twin by {error:.1%} (bound 3%) at keys, cu, left = {problem}"
+            return f"differs from the plain twin by {error:.1%} (bound 3%) at keys, cu = {problem}"
     return ""
 
 
@@ -2537,6 +2549,7 @@ class Trainer:
         self.accum, self.tokens = s.batch_shape(world.size)
         self.losses = compiled(s, world.device, model.losses, fullgraph=True)
         self.alpha: Tensor | None = None         # sharpness of soft rounding, once it has begun
+        self.laps: dict[str, float] | None = None
         self.rewind()
 
     def rewind(self) -> None:
@@ -2545,21 +2558,33 @@ class Trainer:
         self.optimiser = Optimiser(self.s, self.world, dict(self.model.named_parameters()), dtype)
         self.ema = {n: p.detach().clone() for n, p in self.model.named_parameters()}
 
+    def lap(self, part: str) -> None:
+        """On a measured step (laps is a dict): wait for the GPU, charge the ms since the last lap to part."""
+        if self.laps is not None:
+            sync(self.world.device)
+            self.laps[part] = self.laps.get(part, 0.0) + 1e3 * self.watch.elapsed()
+            self.watch = Clock()
+
     def micro_step(self, batch: Batch, plan: Plan) -> Tensor:
         """Forward and backward of one micro-batch; returns its mean loss (nats per token)."""
+        self.lap("data")
         if batch.cu_seqlens is not None and compiles(self.s, self.world.device):
             torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
         layout = batch.layout(batch.cut or self.s.train_seq_len)
         loss = self.losses(batch.x, batch.y, plan, layout, training=True, alpha=self.alpha).mean()
+        self.lap("forward")
         (loss / self.accum).backward()
+        self.lap("backward")
         return loss.detach()
 
     def update(self, lr: float, momentum: float) -> Tensor:
         """Optimiser step and weight average; returns the gradient norm before clipping."""
         norm = self.optimiser.step(lr, momentum)
+        self.lap("optimiser")
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.model.parameters()],
                                  1 - self.s.ema_decay)
+        self.lap("average")
         return norm
 
     def warm_up(self) -> float:
@@ -2648,11 +2673,11 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
     if s.max_wallclock_seconds and budget <= 0:
         raise UserError(f"quantising and packing need {reserve:.1f} s, which leaves nothing of MAX_WALLCLOCK_"
                         f"SECONDS={s.max_wallclock_seconds:g}: raise it or set GPTQ_RESERVE_SECONDS")
-    source = open_train_stream(s, world, trainer.tokens)
-    stream, progress = Prefetch(source, world.device), Progress(s, world, trainer.model, plans, budget)
+    stream = Prefetch(open_train_stream(s, world, trainer.tokens), world.device)
+    progress, epochs = Progress(s, world, trainer.model, plans, budget), 0
     world.barrier()
     clock, step, step_seconds, before, shown = Clock(s.max_wallclock_seconds), 0, 0.0, 0.0, 0.0
-    curriculum = Curriculum(s)
+    curriculum, measured = Curriculum(s), [0.1, 0.5, 0.9]     # shares of training whose next step is timed
     looping = looping_at(s, 0.0)
     while True:
         if s.val_loss_every and step % s.val_loss_every == 0:
@@ -2666,11 +2691,21 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
             break
         done = min(elapsed / budget, 1.0) if budget else step / s.iterations
         length, looping, lr = curriculum.at(step, done)
+        if measured and done >= measured[0]:
+            measured.pop(0)
+            sync(world.device)
+            trainer.laps, trainer.watch = {}, Clock()
         losses = [trainer.micro_step(stream.next(length), plans[looping]) for _ in range(trainer.accum)]
         loss = sum(losses) / trainer.accum
         norm = trainer.update(lr, muon_momentum(s, step))
         step += 1
         trainer.set_sharpness(curriculum.sharpness(step, lr))
+        if int(stream.epoch) > epochs:
+            epochs = int(stream.epoch)
+            run.log("epoch_end", epoch=epochs, step=step, tokens=step * s.train_batch_tokens)
+        if trainer.laps:
+            run.log("step_time", quiet=True, step=step, looping=looping, parts=trainer.laps)
+            trainer.laps = None
         if budget and budget - elapsed < 10 * step_seconds:
             sync(world.device)            # near the end the host must not run ahead of the GPU
         if step <= 10 or (s.train_log_every and step % s.train_log_every == 0):
@@ -2682,7 +2717,7 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
     sync(world.device)
     seconds = clock.elapsed()
     step_ms = 1e3 * seconds / max(step, 1)
-    run.log("train_end", steps=step, seconds=seconds, step_ms=step_ms, epochs=source.epoch,
+    run.log("train_end", steps=step, seconds=seconds, step_ms=step_ms, epochs=stream.epoch,
             tokens=step * s.train_batch_tokens)
     trainer.set_sharpness(None)
     if step and (idle := trainer.optimiser.never_trained()):
@@ -3033,6 +3068,7 @@ def dequantise(q: Quantised) -> dict[str, Tensor]:
             w[:, group] = t[codes][:, group] * t[name + ".awqg_s_hi"].float()[:, None]
         weights[name] = w + factors_of(t, name)
     return weights
+
 
 @torch.no_grad()
 def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str) -> None:
@@ -3474,10 +3510,13 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
     rank returns the artifact's bytes. A size that no step reaches is a UserError."""
     coarser, codes = 1.0, sum(w.numel() for n, w in weights.items() if storage_of(s, n, w)[0] == "gptq")
     for _ in range(8):
+        clock = Clock()
         q = quantise(s, weights, hessians, world, coarser)
+        quantised = clock.elapsed()
         blob = world.share_bytes(pack_model(s, q) if world.main else None)
         total = len(blob) + code_bytes()
-        run.log("pack", bytes=len(blob), code_bytes=code_bytes(), total=total, coarser=coarser)
+        run.log("pack", bytes=len(blob), code_bytes=code_bytes(), total=total, coarser=coarser,
+                quantise_s=quantised, pack_s=clock.elapsed() - quantised)
         if total <= ARTIFACT_LIMIT:
             break
         # one bit per code is one doubling of the step; 2 KB to spare
@@ -3512,6 +3551,9 @@ class Score(NamedTuple):
 class Booked:
     """Validation tokens whose every target is on the books; nothing else of them may be trained on."""
     tokens: np.ndarray
+
+
+PROFILE_EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 class Ledger:
@@ -3551,7 +3593,8 @@ class Ledger:
 
     def close(self, world: World) -> Score:
         """Sum over ranks; raises unless every expected target, and no other, was scored exactly once."""
-        count, loss = world.total(self.count).cpu().numpy(), world.total(self.loss.double()).cpu().numpy()
+        count = world.total(self.count).cpu().numpy()
+        self.total = loss = world.total(self.loss.double()).cpu().numpy()
         if len(wrong := np.flatnonzero(count != self.expected)):
             at = wrong[0]
             raise RuntimeError(f"coverage is broken: {len(wrong):,} targets, the first at {at}, were scored "
@@ -3559,6 +3602,20 @@ class Ledger:
         self.val.ledgers -= 1
         target_bytes = self.val.target_bytes[self.expected].sum()
         return Score(float(loss.sum()), float(target_bytes), int(self.expected.sum()))
+
+    def profiles(self) -> Iterator[dict]:
+        """After close(): documents, targets, bytes and nats in buckets that begin at PROFILE_EDGES, by length
+        of the document and by position in it."""
+        start, length = self.val.documents.start, self.val.documents.length - 1
+        cuts = start[:, None] + np.minimum(length[:, None], [*PROFILE_EDGES, 1 << 62])
+        sums = [np.diff(np.append(0, x.cumsum())[cuts]) for x in (self.val.target_bytes, self.total)]
+        parts = dict(zip(("tokens", "bytes", "nats"), (np.diff(cuts), *sums)))     # each (documents, buckets)
+        belongs = np.eye(len(PROFILE_EDGES), dtype=int)[np.searchsorted(PROFILE_EDGES, length, "right") - 1]
+        for by, documents, total in (("position", parts["tokens"] > 0, lambda x: x.sum(0)),
+                                     ("length", belongs, lambda x: x.sum(1) @ belongs)):
+            yield {"by": by, "edges": PROFILE_EDGES, "documents": documents.sum(0).tolist(),
+                   **{k: total(x).tolist() for k, x in parts.items()}}
+
 
 def sliding_windows(total: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
     """Windows over `total` positions as (begin, end, first scored position): the first scores all it sees,
@@ -4074,25 +4131,36 @@ class Finding(NamedTuple):
 
 
 def check_train_shards(s: Settings) -> str:
-    """Headers of all training shards, and the first million tokens of the first one."""
+    """Headers of all training shards and the first million tokens of each; DATA_CHECK=full: all tokens."""
     files = list_shards(s.shards, "train")
     shards = [read_shard(f) for f in files]
-    check_tokens(np.asarray(shards[0][:1_000_000]), s.vocab_size, files[0])
-    for f, tokens in zip(files, shards):
-        if not (tokens[:1_000_000] == BOS).any():
-            raise UserError(f"{f} holds no BOS (id {BOS}) among its first tokens: build the shards again")
-        if (largest := int(tokens[:1_000_000].max())) >= s.vocab_size:
-            raise UserError(f"{f} holds token {largest} but VOCAB_SIZE={s.vocab_size}: set it to the data's")
+    for i, (f, tokens) in enumerate(zip(files, shards)):
+        check_tokens(tokens if s.data_check == "full" else tokens[:1_000_000], s.vocab_size, f, first=i == 0)
     return f"{len(files)} shards, {sum(map(len, shards)):,} tokens"
 
 
 def check_validation(s: Settings) -> str:
-    """The whole validation set: headers, BOS, ids, sidecar."""
+    """The whole validation set: headers, BOS, ids, sidecar, split."""
     val = Validation(s)
+    check_split(s, int((val.tokens == BOS).sum()))
     if val.rule == "table":
         check_byte_rule(s, val)
     return (f"{len(val.tokens) - 1:,} targets, {len(val.documents):,} documents, "
             f"{int(val.target_bytes.sum()):,} bytes by {val.rule}")
+
+
+def check_split(s: Settings, documents: int) -> None:
+    """The number of validation documents: canonical, or that of a manifest with a split of its own."""
+    manifest = read_manifest(s)
+    told = [e["documents"] for e in manifest.get("files", ()) if e.get("kind") == "val" and "documents" in e]
+    if told and sum(told) != documents:
+        raise UserError(f"the validation shards of {s.shards} hold {documents:,} documents (BOS tokens), the "
+                        f"manifest says {sum(told):,}: fetch or build the data again")
+    canonical = not manifest or manifest.get("split", {}).get("rule") == "first"
+    if canonical and documents != CANONICAL_VAL_DOCS:
+        raise UserError(f"{s.shards} holds {documents:,} validation documents, the canonical split has "
+                        f"{CANONICAL_VAL_DOCS:,}: the rest may be trained on; fetch the data again, or for a "
+                        f"corpus of your own: python data/check.py {s.shards} --custom --write-manifest")
 
 
 def check_byte_rule(s: Settings, val: Validation, documents: int = 200) -> None:
@@ -4120,12 +4188,11 @@ def read_manifest(s: Settings) -> dict:
 
 
 def check_manifest(s: Settings) -> str:
-    """Files, sizes, tokenizer, split and overlap against the manifest; returns the data's fingerprint.
-    DATA_CHECK=full also reads every byte, and compares documents whose hashes are not stored."""
+    """Files, sizes and tokenizer against the manifest, and overlap; returns the data's fingerprint.
+    DATA_CHECK=full also reads every byte."""
     manifest, folder = read_manifest(s), s.shards
     files = {e["name"]: e for e in manifest.get("files", ())}
     present = {p.name: p for p in folder.glob("fineweb_*.bin")}
-    val_docs = sum(int((read_shard(p) == BOS).sum()) for p in list_shards(folder, "val"))
     if manifest:
         for name in sorted(set(files) ^ set(present)):
             what = "is missing" if name in files else "is not listed"
@@ -4135,10 +4202,6 @@ def check_manifest(s: Settings) -> str:
         told, mine = manifest.get("tokenizer", {}).get("sha256"), s.tokenizer
         if told and mine.is_file() and hashlib.sha256(mine.read_bytes()).hexdigest() != told:
             raise UserError(f"TOKENIZER_PATH={mine} is not the tokenizer of {folder}: set it to its own")
-    canonical = manifest.get("split", {}).get("rule") == "first" or not (manifest or s.data_path)
-    if canonical and val_docs != CANONICAL_VAL_DOCS:
-        raise UserError(f"{folder} holds {val_docs:,} validation documents, the canonical split has "
-                        f"{CANONICAL_VAL_DOCS:,}: the rest may be trained on; fetch the data again")
     check_overlap(s)
     if manifest:
         return manifest["fingerprint"][:16]
@@ -4161,20 +4224,19 @@ def check_file(path: Path, entry: Mapping, full: bool) -> None:
 
 
 def check_overlap(s: Settings) -> None:
-    """No validation document among the training documents, by the stored 64-bit hashes of their text; with
-    DATA_CHECK=full and no stored hashes, by hashes of their tokens."""
+    """No validation document among the training documents, by the stored 64-bit hashes of their text; without
+    those by hashes of their tokens, in the shard next to the split or, with DATA_CHECK=full, in all."""
     stored = [s.shards / f"document_hashes_{kind}.bin" for kind in ("train", "val")]
     if all(p.is_file() for p in stored):
         train_docs, val_docs = (np.fromfile(p, "<u8") for p in stored)
         shared = np.flatnonzero(np.isin(train_docs, val_docs))
         where = f"training document {shared[0]:,}" if len(shared) else ""
-    elif s.data_check == "full":
-        known = {h for f in list_shards(s.shards, "val") for _, h in document_hashes(read_shard(f))}
-        shared = [f"{f.name} at token {at:,}" for f in list_shards(s.shards, "train")
-                  for at, h in document_hashes(read_shard(f)) if h in known]
-        where = shared[0] if shared else ""
     else:
-        return
+        known = {h for f in list_shards(s.shards, "val") for _, h in document_hashes(read_shard(f))}
+        searched = list_shards(s.shards, "train")[:None if s.data_check == "full" else 1]
+        shared = [f"{f.name} at token {at:,}" for f in searched for at, h in document_hashes(read_shard(f))
+                  if h in known]
+        where = shared[0] if shared else ""
     if len(shared):
         raise UserError(f"{len(shared):,} validation documents are in the training shards of {s.shards} "
                         f"(first: {where}): a score on them is worth nothing; fetch or build the data again")
@@ -4211,7 +4273,7 @@ def check_disk(folder: Path, need: int) -> str:
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
-    return f"{need:,} bytes free"
+    return f"{need:,} bytes can be written"
 
 
 def disk_need(s: Settings) -> int:
@@ -4242,13 +4304,16 @@ def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "")
             findings.append(Finding(True, what, check()))
         except UserError as error:
             findings.append(Finding(False, what, str(error)))
+        except OSError as error:
+            findings.append(Finding(False, what, f"cannot read {error.filename}: {error.strerror}; check its "
+                                                 "permissions"))
     return findings
 
 
 def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     """Dry run of all that follows training, at full size on random weights, so that whatever is missing fails
     before the clock starts. Returns the training seconds to reserve."""
-    model, generator = trainer.model, torch.Generator().manual_seed(s.seed)
+    begin, model, generator = Clock(), trainer.model, torch.Generator().manual_seed(s.seed)
     with torch.no_grad():
         weights = {n: (torch.randn(p.shape, generator=generator) * 0.02).to(p.device)
                    for n, p in model.named_parameters()}
@@ -4275,7 +4340,7 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
         raise RuntimeError(f"the scorer's probes fail on the untrained model: {failed}")
     run.log("rehearsal", calibrate_s=seconds, quantise_s=packing.start - clock.start,
             pack_s=packing.elapsed() - probing.elapsed(), score_s=probing.elapsed(),
-            random_artifact_bytes=len(blob), reserve_s=reserve)
+            random_artifact_bytes=len(blob), reserve_s=reserve, seconds=begin.elapsed())
     return reserve
 
 
@@ -4425,11 +4490,11 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
     with clock.exclude():        # a diagnostic
         final = scorer.windows(val, s.eval_seq_len)
     run.save_summary()
-    run.log("score_quantized", val_loss=final.loss, val_bpb=final.bpb)
+    log_score(run, "quantized", final, scorer.ledger, clock)
     run.summary["quantized_val_bpb"] = final.bpb
     if s.sliding_window_enabled:
         final = scorer.windows(val, s.eval_stride)
-        run.log("score_sliding", val_loss=final.loss, val_bpb=final.bpb, elapsed=clock.elapsed())
+        log_score(run, "sliding", final, scorer.ledger, clock)
         run.summary["sliding_val_bpb"] = final.bpb
         run.save_summary()
     if s.ttt_enabled:
@@ -4438,8 +4503,9 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
                 run.log("watchdog", **values)
 
         run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer)
-        final = PhasedTTT(s, world, model, val, tell, clock).run()
-        run.log("score_ttt", val_loss=final.loss, val_bpb=final.bpb, elapsed=clock.elapsed())
+        ttt = PhasedTTT(s, world, model, val, tell, clock)
+        final = ttt.run()
+        log_score(run, "ttt", final, ttt.ledger, clock)
     seconds = clock.elapsed()
     if s.eval_max_seconds and seconds > s.eval_max_seconds:
         run.not_compliant(f"evaluation took {seconds:.1f} s of EVAL_MAX_SECONDS={s.eval_max_seconds:g}")
@@ -4452,6 +4518,14 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
         run.summary["val_bpb_decodable"] = final.loss_sum / LN2 / decodable
         run.log("honest_bytes", counted=int(final.byte_sum), decodable=decodable,
                 val_bpb_decodable=run.summary["val_bpb_decodable"])
+
+
+def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) -> None:
+    """A stage's score, and off the clock its profiles."""
+    run.log(f"score_{stage}", val_loss=score.loss, val_bpb=score.bpb, elapsed=clock.elapsed())
+    with clock.exclude():
+        for profile in ledger.profiles():
+            run.log("profile", quiet=True, stage=stage, **profile)
 
 
 def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> int:

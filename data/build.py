@@ -59,9 +59,7 @@ class Recipe:
 # ----------------------------------------------------------------------------------------------------
 @dataclass
 class Encoded:
-    """Documents of one batch, BOS in front of each: ids and bytes (n,) uint16; lengths, sizes, hashes per
-    document.
-    """
+    """Documents of one batch, BOS in front of each: ids and bytes (n,) uint16; the rest per document."""
     ids: np.ndarray
     bytes: np.ndarray
     lengths: np.ndarray              # int64, tokens
@@ -106,8 +104,7 @@ class Encoder:
         if wrong.size:
             i = int(wrong[0])
             raise DataError(f"{batch.file}, near item {batch.first + i}: the tokens account for {sums[i]:,} "
-                            "bytes of "
-                            f"{done.sizes[i]:,}; this tokenizer cannot be used")
+                            f"bytes of {done.sizes[i]:,}; this tokenizer cannot be used")
 
 
 _encoder = None
@@ -151,8 +148,7 @@ def encode_all(batches, model: bytes, recipe: Recipe, workers: int):
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise DataError("a worker process ended unexpectedly, probably for lack of memory; run the same "
-                        "command "
-                        "again to go on, with fewer --workers") from None
+                        "command again to go on, with fewer --workers") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -224,8 +220,7 @@ class Output:
             self.sides[VAL].add(part.select(is_val))
         if not is_val.all():
             train = part.select(~is_val)
-            # a training document with the text of a validation document would be a leak: equal hashes are
-            # dropped
+            # a training document with the text of a validation document would be a leak: it is dropped
             leak = np.isin(train.hashes, self.validation_hashes()) if self.recipe.split == "first" else None
             if leak is not None and leak.any():
                 self.counts["duplicates_of_validation"] += int(leak.sum())
@@ -255,8 +250,7 @@ class Output:
             np.savez(temporary, **arrays)
         except OSError as error:
             raise DataError(f"cannot save the state of the build: {error.strerror}; free some disk space and "
-                            "run "
-                            "the same command again") from None
+                            "run the same command again") from None
         os.replace(temporary, self.folder / "state.npz")
 
     def load(self) -> None:
@@ -279,12 +273,11 @@ class Output:
         for kind, side in self.sides.items():
             side.write(last=True)
             if not side.files:
-                remedy = (f"the split takes the first {shards.VAL_DOCS:,} documents; use --split hash for "
-                          "small "
-                          "corpora" if self.recipe.split == "first" else
-                          f"a share of {self.recipe.val_share:g} of {self.counts['documents']:,} documents; "
-                          "change "
-                          "--val-share or add documents")
+                remedy = (
+                    f"the split takes the first {shards.VAL_DOCS:,} documents; use --split hash for small "
+                    "corpora" if self.recipe.split == "first" else
+                    f"a share of {self.recipe.val_share:g} of {self.counts['documents']:,} documents; change "
+                    "--val-share or add documents")
                 raise DataError(f"no {'training' if kind == TRAIN else 'validation'} documents: {remedy}")
             hashes = np.concatenate(side.hashes).astype("<u8")
             shards.atomic_write(self.folder / f"document_hashes_{kind}.bin", hashes)
@@ -359,8 +352,7 @@ def finished(out: Path, key: str):
         return manifest
     if manifest or not (out / WORK).is_dir() and any(map(shards.parse_name, os.listdir(out))):
         raise DataError(f"{out} holds shards of another build (other inputs or settings); choose another "
-                        "--out or "
-                        "delete it")
+                        "--out or delete it")
     return None
 
 
@@ -426,8 +418,7 @@ def variant_name(tokenizer: tokens.Tokenizer) -> str:
 
 
 def decodable(out: Path, parts: list[dict], tokenizer: tokens.Tokenizer) -> int:
-    """Bytes of validation text that the tokens determine; less than text_bytes if the tokenizer normalises.
-    """
+    """Bytes of validation text that the tokens determine: not all if the tokenizer normalises."""
     val = [f for f in parts if f["kind"] == VAL]
     if tokenizer.lossless:
         return sum(f["text_bytes"] for f in val)
@@ -467,17 +458,15 @@ def parse(arguments=None):
     parser.add_argument("--split", choices=("hash", "first"), default="hash",
                         help=f"validation: by document hash, or the first {shards.VAL_DOCS:,} documents")
     parser.add_argument("--val-share", type=float, default=None,
-                        help="share of documents for validation with --split hash (0.01; 0.1 below 20 MB of "
-                             "input)")
+                        help="share of documents for validation with --split hash (0.01; below 20 MB: 0.1)")
     parser.add_argument("--text-field", default="text", help="JSON field or Parquet column (text)")
     parser.add_argument("--invalid", choices=("error", "replace"), default="error",
                         help="what to do with invalid Unicode: stop, or put U+FFFD")
     parser.add_argument("--field-bytes", action="store_true",
-                        help="normalising tokenizers: leave stripped white space uncounted, as published "
-                             "sidecars do")
+                        help="leave white space that a tokenizer strips uncounted, as published sidecars do")
     parser.add_argument("--shard-tokens", type=int, default=shards.SHARD_TOKENS, help="tokens per shard")
-    parser.add_argument("--tokenizer-mb", type=float, default=50, help="MB of text to train the tokenizer on "
-                                                                       "(50)")
+    parser.add_argument("--tokenizer-mb", type=float, default=50,
+                        help="MB of text to train the tokenizer on (50)")
     parser.add_argument("--snapshot-seconds", type=float, default=SNAPSHOT_SECONDS,
                         help=f"work that an interruption may cost ({SNAPSHOT_SECONDS:g} s)")
     parser.add_argument("--workers", type=int, default=usable_cores(), help="processes (all cores)")
@@ -504,7 +493,7 @@ def main(arguments=None) -> int:
     size = sum(f["text_bytes"] for f in manifest["files"] if f["kind"] != VAL_BYTES)
     print(f"{manifest['variant']} in {seconds:.1f} s ({size / 1e6 / max(seconds, 1e-9):.1f} MB/s of text); "
           f"fingerprint {manifest['fingerprint'][:16]}")
-    print(f"next: python data/check.py {args.out}")
+    print(f"next: python {shards.in_shell(__file__, 'data', 'check.py')} {shards.in_shell(args.out)}")
     return 0
 
 

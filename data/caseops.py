@@ -1,19 +1,14 @@
 """CaseOps: a lossless transform that moves capital letters of ASCII words into operator characters.
 
-    "The HTTP router of McDonald"  ->  "Tthe AHTTP..."   with operators instead of the capitals:
-    U+E001 + "the", U+E002 + "http", "router", "of", U+E001 + "mc" + U+E003 + "donald"
-
 Only maximal runs of ASCII letters change:
-    all capitals, two or more letters      U+E002 + lower case            HTTP
-    first letter capital, the rest lower   U+E001 + lower case            The, I
-    anything else with capitals            U+E001 in front if the first letter is a capital, U+E003 in front
-    of
-                                           every later capital, lower case   McDonald, iPhone
-A literal U+E001..U+E004 in the text is preceded by U+E004. All other characters stay. `decode(encode(s)) ==
-s` for every str, lone surrogates included.
+    all capitals, two or more letters      U+E002 + lower case                                HTTP
+    first letter capital, the rest lower   U+E001 + lower case                                The, I
+    anything else with capitals            lower case, U+E001 before a capital that begins    McDonald, iPhone
+                                           the word and U+E003 before every later one
+A literal U+E001..U+E004 in the text is preceded by U+E004. All other characters stay. decode(encode(s)) == s
+for every str, lone surrogates included.
 
-The work is a few array operations per text: dense ones to find capitals and operators, the rest only at those
-places.
+A text is searched once for capitals (or operators) as an array; all decisions are made at those few places.
 """
 from __future__ import annotations
 
@@ -22,11 +17,13 @@ import numpy as np
 OPERATORS = TITLE, ALLCAPS, CAPNEXT, ESCAPE = "\ue001", "\ue002", "\ue003", "\ue004"
 _TITLE, _ALLCAPS, _CAPNEXT, _ESCAPE = map(ord, OPERATORS)
 _CHUNK = 1 << 15                                          # characters worked on at once: the cache holds them
+_LETTER = np.zeros(0x110000, bool)                        # by code point: ASCII letters
+_LETTER[[*range(65, 91), *range(97, 123)]] = True
+_BEHIND = np.where(_LETTER, _CAPNEXT, _TITLE).astype(np.uint32)    # operator of a capital behind that one
 
 
 class CaseOpsError(ValueError):
-    """A text that no transformed text can look like: an operator with nothing to act on, or in a wrong place.
-    """
+    """A text that is no transformed text: an operator has nothing to act on, or is in a wrong place."""
 
 
 def encode(text: str) -> str:
@@ -38,24 +35,37 @@ def encode(text: str) -> str:
 
 def _encode(text: str) -> str:
     units = _units(text)
-    capital = units - 65 < 26            # unsigned arithmetic wraps round, so one comparison does
-    at, codes = _capital_operators(units, capital)
-    plain = text.isascii()
-    if not plain:
-        literal = np.flatnonzero(_is_operator(units))
-        if literal.size:
-            at, codes = np.append(at, literal), np.append(codes, np.full(literal.size, _ESCAPE))
-            order = at.argsort()
-            at, codes = at[order], codes[order]
+    at = (units - 65 < 26).nonzero()[0]      # unsigned arithmetic wraps round, so one comparison does
+    codes = _BEHIND[units[at - 1]]
+    units[at] |= 32
+    adjacent = np.zeros(at.size + 1, bool)   # to the capital before it
+    np.equal(at[1:], at[:-1] + 1, out=adjacent[1:-1])
+    if np.count_nonzero(adjacent):           # several times as fast as any()
+        at, codes = _join_capitals(units, at, codes, adjacent)
+    if not text.isascii() and any(map(text.__contains__, OPERATORS)):
+        literal = (units - _TITLE < 4).nonzero()[0]
+        at, codes = np.append(at, literal), np.append(codes, np.full(literal.size, _ESCAPE))
+        order = at.argsort()
+        at, codes = at[order], codes[order]
     if not at.size:
         return text
-    out = np.empty(units.size + at.size, np.uint32 if units.dtype == np.uint32 else np.uint16)
-    original = np.ones(out.size, bool)
     places = at + np.arange(at.size)
+    out = np.empty(units.size + at.size, np.uint32)
+    original = np.ones(out.size, bool)
     original[places] = False
+    out[original] = units
     out[places] = codes
-    out[original] = _units(text.lower()) if plain else units + capital * np.uint16(32)
     return _text(out)
+
+
+def _join_capitals(units: np.ndarray, at: np.ndarray, codes: np.ndarray, adjacent: np.ndarray):
+    """(positions, operators) with one operator for each word of capitals only."""
+    edges = (~adjacent).nonzero()[0]
+    begin, end = edges[:-1], edges[1:] - 1   # first and last of each stretch of capitals
+    whole = (end > begin) & (codes[begin] == _TITLE) & ~_LETTER[units[at[end] + 1]]
+    codes[begin[whole]] = _ALLCAPS
+    kept = ~(adjacent[:-1] & whole.repeat(end - begin + 1))
+    return at[kept], codes[kept]
 
 
 def _chunks(text: str):
@@ -69,26 +79,24 @@ def _chunks(text: str):
 
 
 def decode(text: str) -> str:
-    """Invert `encode`; also accepts unusual but unambiguous use of operators. Raises CaseOpsError otherwise.
-    """
+    """Invert `encode`; unusual but unambiguous use of operators is accepted, else CaseOpsError."""
     if text.isascii():
         return text
     units = _units(text)
-    at = np.flatnonzero(_is_operator(units))
+    at = (units - _TITLE < 4).nonzero()[0]
     if not at.size:
         return text
     codes, drop = units[at], at
-    if (codes == _ESCAPE).any():
+    if np.count_nonzero(codes == _ESCAPE):
         at, drop = _resolve_escapes(at, codes)
         codes = units[at]
     capital = None if drop is None else _capitals(units, at, codes)
     if capital is None:
         return _decode_spelled_out(text)
-    out = units.copy()
-    out[capital] &= 0xFFDF
-    keep = np.ones(units.size, bool)
-    keep[drop] = False
-    return _text(out[keep])
+    units[capital] &= ~np.uint32(32)
+    kept = np.ones(units.size, bool)
+    kept[drop] = False
+    return _text(units[kept])
 
 
 def original_bytes(encoded: bytes) -> np.ndarray:
@@ -112,60 +120,17 @@ def original_bytes(encoded: bytes) -> np.ndarray:
 
 
 def _units(text: str) -> np.ndarray:
-    """Characters as the narrowest unsigned integers: ASCII bytes, UTF-16, or code points if surrogates are
-    alone.
-    """
-    if text.isascii():
-        return np.frombuffer(text.encode("ascii"), np.uint8)
-    try:
-        return np.frombuffer(text.encode("utf-16-le"), "<u2")
-    except UnicodeEncodeError:
-        return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+    """Code points (n + 2,) uint32 of a text with a space at either end."""
+    return np.array([f" {text} "]).view(np.uint32)
 
 
 def _text(units: np.ndarray) -> str:
-    """Inverse of _units for 16- and 32-bit units."""
-    if units.dtype == np.uint32:
-        return units.tobytes().decode("utf-32-le", "surrogatepass")
-    return units.tobytes().decode("utf-16-le")
-
-
-def _is_letter(units: np.ndarray) -> np.ndarray:
-    """True for ASCII letters; unsigned arithmetic wraps round, so one comparison does."""
-    return (units | 32) - 97 < 26
-
-
-def _is_operator(units: np.ndarray) -> np.ndarray:
-    return units - np.asarray(_TITLE, units.dtype) < 4
-
-
-def _capital_operators(units: np.ndarray, capital: np.ndarray):
-    """(positions, operators) to insert in front of capitals."""
-    letter = np.zeros(units.size + 2, bool)               # with a non-letter at either end
-    np.logical_or(capital, units - 97 < 26, out=letter[1:-1])
-    pairs = capital[:-1] & capital[1:]
-    begin = np.flatnonzero(pairs > letter[:-3]) if units.size > 1 else np.zeros(0, np.int64)
-    if begin.size:
-        # words of capitals: those that begin with two, and whose stretch of capitals ends where the word does
-        last = capital.copy()
-        last[:-1] ^= pairs
-        ends = np.flatnonzero(last)
-        end = ends[np.searchsorted(ends, begin)]
-        whole = ~letter[end + 2]
-        begin, lengths = begin[whole], (end - begin)[whole]
-        shift = np.repeat(begin + 1 - np.cumsum(lengths) + lengths, lengths)
-        capital = capital.copy()
-        capital[shift + np.arange(shift.size)] = False
-    at = np.flatnonzero(capital)
-    codes = np.where(letter[at], _CAPNEXT, _TITLE)
-    codes[np.searchsorted(at, begin)] = _ALLCAPS
-    return at, codes
+    """Inverse of _units."""
+    return units.view(f"<U{units.size}").item()[1:-1]
 
 
 def _resolve_escapes(at: np.ndarray, codes: np.ndarray):
-    """Split operators: (those that act, all to be dropped). (at, None) if an escape is not before an
-    operator.
-    """
+    """Split operators: (those that act, all to be dropped). (at, None) for an escape before no operator."""
     acts, drop, escape = [], [], None
     for position, code in zip(at.tolist(), codes.tolist(), strict=True):
         if escape is not None:
@@ -185,30 +150,25 @@ def _resolve_escapes(at: np.ndarray, codes: np.ndarray):
 
 def _capitals(units: np.ndarray, at: np.ndarray, codes: np.ndarray):
     """Positions of the letters that acting operators turn into capitals; None if any operator is unusual."""
-    if not at.size:
-        return at
-    letter = _is_letter(units)
     first = at + 1
-    inside = letter[at - 1]
-    inside[0] &= at[0] > 0
     # each operator directly before a letter; CAPNEXT inside a word, the other two not
-    if first[-1] >= units.size or not letter[first].all() or ((codes == _CAPNEXT) != inside).any():
+    usual = _LETTER[units[first]] & ((codes == _CAPNEXT) == _LETTER[units[at - 1]])
+    if np.count_nonzero(usual) < at.size:
         return None
     run = first[codes == _ALLCAPS]
     if not run.size:
         return first
-    ends = np.append(np.flatnonzero(~letter), units.size)
-    stop = ends[np.searchsorted(ends, run)]
-    if (units.take(stop, mode="clip") == _CAPNEXT).any():   # then the capitals would go on behind it
+    ends = ((units | 32) - 97 >= 26).tobytes()              # of words; the space at the end of all is one
+    stop = np.array([ends.find(1, begin) for begin in run.tolist()])
+    if np.count_nonzero(units[stop] == _CAPNEXT):           # then the capitals would go on behind it
         return None
     lengths = stop - run
-    shift = np.repeat(run - np.cumsum(lengths) + lengths, lengths)
+    shift = np.repeat(run - lengths.cumsum() + lengths, lengths)
     return np.concatenate([first, shift + np.arange(shift.size)])
 
 
 def _decode_spelled_out(text: str) -> str:
-    """Decode character by character: the definition of what operators mean, and the source of error messages.
-    """
+    """Decode character by character: the definition of what operators mean, and the source of messages."""
     out, in_word, capitals = [], False, False             # capitals: inside a word opened by ALLCAPS
     mode, following, escaped = None, False, False         # operators that wait for their letter
     for i, char in enumerate(text):

@@ -50,6 +50,7 @@ class Report:
     tokens: dict = field(default_factory=dict)
     counted_bytes: int = 0                              # by the sidecars
     decodable_bytes: int = 0                            # that the validation tokens determine
+    tokenizer: tokens.Tokenizer | None = None
 
     def add(self, file, position, message, remedy):
         """Add a finding; `file` may be a path, of which the name is shown."""
@@ -59,10 +60,10 @@ class Report:
 def check(folder, tokenizer=None, full: bool = True, custom: bool = False, allow_overlap: int = 0) -> Report:
     """Check all there is in `folder`; never raises for faults of the data, they are in the report.
 
-    tokenizer: path of the model to check against (default: tokenizer.model in the folder). full: read all
-    tokens.
-    custom: without a manifest, accept another split than the published one. allow_overlap: training documents
-    equal to validation documents to put up with.
+    tokenizer: path of the model to check against (default: tokenizer.model in the folder).
+    full: read all tokens.
+    custom: without a manifest, accept another split than the published one.
+    allow_overlap: training documents equal to validation documents to put up with.
     """
     report = Report()
     files = find_files(Path(folder), report)
@@ -70,17 +71,20 @@ def check(folder, tokenizer=None, full: bool = True, custom: bool = False, allow
         return report
     manifest = load_manifest(Path(folder), report)
     data = open_shards(files, report)
+    whole = not report.findings               # else counts would only say the same again, less clearly
     check_manifest(Path(folder), manifest, files, full, report)
-    model = load_tokenizer(Path(folder), tokenizer, manifest, report)
+    model = report.tokenizer = load_tokenizer(Path(folder), tokenizer, manifest, report)
     vocab = model.vocab_size if model else (manifest or {}).get("tokenizer", {}).get("vocab_size")
-    check_split(manifest, data, custom, report)
+    if whole:
+        check_split(manifest, data, custom, report)
     for path, ids in data[VAL] + (data[TRAIN] if full else []):
         check_tokens(path, ids, vocab, report)
-    check_sidecars(data, model, manifest, full, report)
+    if whole:
+        check_sidecars(data, model, manifest, full, report)
     if full and not report.findings:
         check_hashes(Path(folder), data, model, report)
         check_overlap(data, allow_overlap, report)
-    finish(data, manifest, report)
+    finish(data, manifest, whole, report)
     return report
 
 
@@ -169,9 +173,8 @@ def load_tokenizer(folder: Path, path, manifest, report: Report):
     entry = (manifest or {}).get("tokenizer") or {}
     if entry.get("sha256") and shards.file_sha256(path) != entry["sha256"]:
         report.add(path, "", f"not the tokenizer the shards were made with ({model.vocab_size:,} pieces; the "
-                             "manifest "
-                   f"names one of {entry['vocab_size']:,} pieces with SHA-256 {entry['sha256'][:16]}…)",
-                   "use that one (TOKENIZER_PATH)")
+                   f"manifest names one of {entry['vocab_size']:,} pieces with SHA-256 "
+                   f"{entry['sha256'][:16]}…)", "use that one (TOKENIZER_PATH)")
         return None
     return model
 
@@ -184,15 +187,14 @@ def check_split(manifest, data: dict, custom: bool, report: Report) -> None:
     name = data[VAL][0][0] if data[VAL] else VAL
     if canonical and found != shards.VAL_DOCS:
         report.add(name, "", f"{found:,} validation documents (BOS tokens); the competition's split is the "
-                             "first "
-                   f"{shards.VAL_DOCS:,}: scores on anything else do not count, and the others may be in the "
-                   "training "
-                   "shards", f"{AGAIN}; for a corpus of your own use data/build.py or --custom")
+                   f"first {shards.VAL_DOCS:,}: scores on anything else do not count, and the others may be "
+                   "in the training shards",
+                   f"{AGAIN}; for a corpus of your own use data/build.py or --custom")
     variant = by_name((manifest or {}).get("variant", ""))
     count = sum(ids.size for _, ids in data[VAL])
     if canonical and variant and variant.val_targets and count - variant.val_targets not in (0, 1):
-        report.add(name, "", f"{count:,} validation tokens; published: {variant.val_targets:,} to be "
-                             "predicted", AGAIN)
+        report.add(name, "",
+                   f"{count:,} validation tokens; published: {variant.val_targets:,} to be predicted", AGAIN)
 
 
 def check_tokens(path: Path, ids: np.ndarray, vocab, report: Report) -> None:
@@ -211,16 +213,16 @@ def check_tokens(path: Path, ids: np.ndarray, vocab, report: Report) -> None:
         return
     # published training shards are cut anywhere, so only the first of each kind has to begin a document
     if ids[0] != BOS and index == 0:
-        report.add(path, "token 0", f"id {int(ids[0])} instead of BOS ({BOS}): the shard does not begin with "
-                                    "a document",
+        report.add(path, "token 0",
+                   f"id {int(ids[0])} instead of BOS ({BOS}): the shard does not begin with a document",
                    AGAIN)
     if vocab:
         highest = int(ids.max())
         if highest >= vocab:
             at = int(np.argmax(ids >= vocab))
-            report.add(path, f"token {at:,}", f"id {int(ids[at])} (highest: {highest}) is outside the "
-                                              "vocabulary of "
-                       f"{vocab:,}", "use the tokenizer the shards were made with, or build them again")
+            report.add(path, f"token {at:,}",
+                       f"id {int(ids[at])} (highest: {highest}) is outside the vocabulary of {vocab:,}",
+                       "use the tokenizer the shards were made with, or build them again")
 
 
 def check_sidecars(data: dict, model, manifest, full: bool, report: Report) -> None:
@@ -240,8 +242,7 @@ def check_sidecars(data: dict, model, manifest, full: bool, report: Report) -> N
         side, values = sidecars.pop(index)
         if values.size != ids.size:
             report.add(side, "", f"{values.size:,} values for the {ids.size:,} tokens of {path.name}: it "
-                                 "belongs to "
-                       "other shards", AGAIN)
+                       "belongs to other shards", AGAIN)
             continue
         if check_sidecar(path, ids, side, values, model, full, report):
             total = int(values.sum(dtype=np.int64))
@@ -257,9 +258,9 @@ def check_sidecar(path: Path, ids, side: Path, values, model, full: bool, report
     """One sidecar, value by value; True if it is good. Adds up the decodable bytes."""
     wrong = np.flatnonzero((ids == BOS) & (values != 0))
     if wrong.size:
-        report.add(side, f"token {int(wrong[0]):,}", f"{int(values[wrong[0]])} bytes for a BOS token: it "
-                                                     "belongs to "
-                   f"other tokens than those of {path.name}, or was exchanged with them", AGAIN)
+        report.add(side, f"token {int(wrong[0]):,}",
+                   f"{int(values[wrong[0]])} bytes for a BOS token: it belongs to other tokens than those of "
+                   f"{path.name}, or was exchanged with them", AGAIN)
         return False
     if not full or not model or int(ids.max()) >= model.vocab_size:
         return True
@@ -270,9 +271,9 @@ def check_sidecar(path: Path, ids, side: Path, values, model, full: bool, report
     wrong = np.flatnonzero(expected != values)
     if wrong.size:
         at = int(wrong[0])
-        report.add(side, f"token {at:,}", f"{int(values[at])} bytes for token {int(ids[at])}, which stands "
-                                          "for "
-                   f"{int(expected[at])} ({wrong.size:,} such): not the sidecar of {path.name}", AGAIN)
+        report.add(side, f"token {at:,}",
+                   f"{int(values[at])} bytes for token {int(ids[at])}, which stands for {int(expected[at])} "
+                   f"({wrong.size:,} such): not the sidecar of {path.name}", AGAIN)
         return False
     report.decodable_bytes += int(expected.sum())
     return True
@@ -285,26 +286,27 @@ def documents(ids: np.ndarray) -> list[np.ndarray]:
 
 
 def check_hashes(folder: Path, data: dict, model, report: Report) -> None:
-    """The stored hashes of validation texts against the decoded documents, and against those of training
-    texts.
-    """
+    """Stored hashes of validation texts against the decoded documents and the hashes of training texts."""
     stored = {kind: folder / f"document_hashes_{kind}.bin" for kind in (TRAIN, VAL)}
     if not all(p.is_file() for p in stored.values()):
         return
-    hashes = {kind: np.fromfile(p, "<u8") for kind, p in stored.items()}
+    try:
+        hashes = {kind: np.fromfile(p, "<u8") for kind, p in stored.items()}
+    except OSError as error:
+        report.add(error.filename, "", f"cannot be read ({error.strerror})", "check its permissions")
+        return
     if model and model.lossless:
         texts = [model.decode(d) for _, ids in data[VAL] for d in documents(ids)]
         found = np.array([shards.text_hash(t.encode("utf-8", "replace")) for t in texts], np.uint64)
         wrong = found != hashes[VAL] if found.size == hashes[VAL].size else np.ones(1, bool)
         if wrong.any():
-            report.add(stored[VAL], f"document {int(np.argmax(wrong)):,}", "the decoded text has another "
-                                                                           "hash than "
-                       "when the shards were made", AGAIN)
+            report.add(stored[VAL], f"document {int(np.argmax(wrong)):,}",
+                       "the decoded text has another hash than when the shards were made", AGAIN)
     both = np.flatnonzero(np.isin(hashes[TRAIN], hashes[VAL]))
     if both.size:
-        report.add(stored[TRAIN], f"document {int(both[0]):,}", f"{both.size:,} training documents are "
-                                                                "validation "
-                   "documents", "build the shards again: data/build.py keeps the sides apart")
+        report.add(stored[TRAIN], f"document {int(both[0]):,}",
+                   f"{both.size:,} training documents are validation documents",
+                   "build the shards again: data/build.py keeps the sides apart")
 
 
 def hash_documents(paths_and_ids):
@@ -355,13 +357,13 @@ def check_overlap(data: dict, allowed: int, report: Report) -> None:
     report.notes.append(f"overlap: {found:,} of the training documents are validation documents "
                         f"({size / 1e6 / seconds:,.0f} M tokens/s)")
     if found > allowed:
-        report.add(first[0], f"token {first[1]:,}", f"a training document that is a validation document "
-                                                    f"({found:,} in "
-                   "all)", "the split is wrong: scores would be too good; build or fetch the shards again "
-                   "(or accept so many with --allow-overlap)")
+        report.add(first[0], f"token {first[1]:,}",
+                   f"a training document that is a validation document ({found:,} in all)",
+                   "the split is wrong: scores would be too good; build or fetch the shards again (or accept "
+                   "so many with --allow-overlap)")
 
 
-def finish(data: dict, manifest, report: Report) -> None:
+def finish(data: dict, manifest, whole: bool, report: Report) -> None:
     """Counts, identity, and the comparison of byte rules."""
     for kind in (TRAIN, VAL):
         report.tokens[kind] = sum(ids.size for _, ids in data[kind])
@@ -370,17 +372,16 @@ def finish(data: dict, manifest, report: Report) -> None:
         expected = sum(f.get("documents", 0) for f in listed if f["kind"] == kind)
         found = sum(int((ids == BOS).sum()) for _, ids in data[kind])
         report.documents[kind] = found
-        if manifest and expected != found:
-            report.add(data[kind][0][0] if data[kind] else kind, "", f"{found:,} BOS tokens on the {kind} "
-                                                                     "side, but "
-                       f"{expected:,} documents in the manifest", AGAIN)
+        if manifest and whole and expected != found:
+            report.add(data[kind][0][0] if data[kind] else kind, "",
+                       f"{found:,} BOS tokens on the {kind} side, but {expected:,} documents in the manifest",
+                       AGAIN)
     report.fingerprint = (manifest or {}).get("fingerprint", "")
     counted, decodable = report.counted_bytes, report.decodable_bytes
     if counted and decodable:
-        report.notes.append(f"bytes: {counted:,} counted, {decodable:,} that the tokens determine" + (
-            "" if counted == decodable else f": by the field's rule scores are {counted / decodable - 1:.3%} "
-                                            "better "
-            "than by decodable bytes"))
+        better = f": the field's rule makes scores {counted / decodable - 1:.3%} better than decodable bytes"
+        report.notes.append(f"bytes: {counted:,} counted, {decodable:,} that the tokens determine"
+                            + (better if counted != decodable else ""))
 
 
 def write_manifest(folder: Path, tokenizer) -> None:
@@ -410,10 +411,10 @@ def main(arguments=None) -> int:
     parser.add_argument("--tokenizer", help="SentencePiece model (tokenizer.model in the folder)")
     parser.add_argument("--quick", action="store_true", help="only what need not read every token")
     parser.add_argument("--custom", action="store_true", help="without a manifest: not the published split")
-    parser.add_argument("--allow-overlap", type=int, default=0, help="training documents equal to validation "
-                                                                     "ones")
-    parser.add_argument("--write-manifest", action="store_true", help="make manifest.json if the folder is "
-                                                                      "good")
+    parser.add_argument("--allow-overlap", type=int, default=0, metavar="N",
+                        help="training documents equal to validation documents to put up with (0)")
+    parser.add_argument("--write-manifest", action="store_true",
+                        help="make manifest.json if the folder is good")
     args = parser.parse_args(arguments)
     report = check(args.folder, args.tokenizer, not args.quick, args.custom, args.allow_overlap)
     for finding in report.findings:
@@ -428,7 +429,23 @@ def main(arguments=None) -> int:
         write_manifest(Path(args.folder), args.tokenizer)
     print(f"{len(report.findings)} findings" if report.findings else
           f"good: fingerprint {report.fingerprint or 'none (no manifest)'}")
+    if not report.findings:
+        tell_next(Path(args.folder), args.tokenizer, args.custom, report.tokenizer)
     return 1 if report.findings else 0
+
+
+def tell_next(folder: Path, path, custom: bool, tokenizer) -> None:
+    """Print the commands that come after a good check."""
+    shell = shards.in_shell
+    if custom and not (folder / MANIFEST).exists():
+        print(f"next: python {shell(__file__, 'data', 'check.py')} {shell(folder)} --custom --write-manifest"
+              + (f" --tokenizer {shell(path)}" if path else ""))
+    elif tokenizer:
+        env = (f"DATA_PATH={shell(folder)} TOKENIZER_PATH={shell(path or folder / TOKENIZER)} "
+               f"VOCAB_SIZE={tokenizer.vocab_size} CASEOPS_ENABLED={int(tokenizer.kind == tokens.CASEOPS)}")
+        train = shell(__file__, "train_gpt.py")
+        print(f"next: (set -a; . {shell(__file__, 'configs', 'demo.env')}; {env}; python {train})")
+        print(f"on GPUs: {env} torchrun --standalone --nproc_per_node=8 {train}")
 
 
 if __name__ == "__main__":

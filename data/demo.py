@@ -157,8 +157,7 @@ def build(folder: Path, vocab: int, key: str) -> dict:
     sizes = [len(d.encode()) for d in docs]
     if sum(sizes) < 300_000:
         raise DataError(f"only {sum(sizes):,} bytes of prose in this Python installation (300,000 needed): "
-                        "its "
-                        "library has no docstrings; use another Python, or data/build.py on own texts")
+                        "its library has no docstrings; use another Python, or data/build.py on own texts")
     share = min(VAL_SHARE, VAL_BYTES_MAX / sum(sizes))
     sides = {TRAIN: [], VAL: []}
     for doc in docs:
@@ -198,8 +197,7 @@ def is_complete(folder: Path, key: str) -> bool:
 def make_demo(out, vocab: int = 1024) -> bool:
     """Make the demo in folder `out` unless it is there already; returns True when it was made now.
 
-    The folder appears whole or not at all: it is built beside its place and renamed. Two calls at once are
-    safe.
+    The folder appears whole or not at all, built beside its place and renamed. Two calls at once are safe.
     """
     out, key = Path(out), input_key(vocab)
     if is_complete(out, key):

@@ -49,8 +49,7 @@ class LocalHub:
 
 
 class Hub:
-    """A data set repository on the Hugging Face hub; the library does transfer, resumption and progress bars.
-    """
+    """A data set repository on the Hugging Face hub; its library transfers, resumes and shows progress."""
 
     def __init__(self, repository: str, work: Path):
         self.library = shards.need("huggingface_hub", "fetching shards")
@@ -79,19 +78,16 @@ class Hub:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403, 404):
             return DataError(f"{self.repository} on the hub: {kind} ({status}): {text}; check --repository, "
-                             "or log in "
-                             "with `hf auth login` if it is private")
+                             "or log in with `hf auth login` if it is private")
         if isinstance(error, OSError) and error.errno == 28:
             return DataError("no space left on the disk; free some, the same command then goes on")
         return DataError(f"the hub cannot be reached ({kind}: {text}); check the network (and "
-                         "HF_HUB_OFFLINE), then "
-                         "run the same command again; offline, use --hub FOLDER with a copy or data/build.py")
+                         "HF_HUB_OFFLINE), then run the same command again; offline, use --hub FOLDER with a "
+                         "copy or data/build.py")
 
 
 def plan(variant: Variant, remote: dict, train_shards: int) -> list[tuple]:
-    """(kind, path in the repository) to fetch, validation first. Raises DataError if the repository lacks
-    some.
-    """
+    """(kind, path in the repository) to fetch, validation first. DataError if the repository lacks some."""
     prefix = variant.folder + "/"
     names = {kind: [] for kind in shards.KINDS}
     for path in sorted(remote):
@@ -101,14 +97,12 @@ def plan(variant: Variant, remote: dict, train_shards: int) -> list[tuple]:
     wanted = names[TRAIN][:train_shards]
     if not names[VAL] or len(wanted) < train_shards:
         raise DataError(f"{variant.name}: the repository has {len(names[TRAIN])} training and "
-                        f"{len(names[VAL])} "
-                        f"validation shards in {variant.folder}; {train_shards} training shards were asked "
-                        "for: lower "
-                        "--train-shards or name another --repository")
+                        f"{len(names[VAL])} validation shards in {variant.folder}; {train_shards} training "
+                        "shards were asked for: lower --train-shards or name another --repository")
     if variant.sidecar and len(names[VAL_BYTES]) != len(names[VAL]):
         raise DataError(f"{variant.name}: {len(names[VAL_BYTES])} byte sidecars for {len(names[VAL])} "
-                        "validation "
-                        f"shards in {variant.folder}; a score needs them: name another --repository")
+                        f"validation shards in {variant.folder}; a score needs them: name another "
+                        "--repository")
     if variant.tokenizer not in remote:
         raise DataError(f"{variant.name}: no {variant.tokenizer} in it; name another --repository")
     return ([(VAL, p) for p in names[VAL]] + [(VAL_BYTES, p) for p in names[VAL_BYTES]]
@@ -138,9 +132,7 @@ def fetch(variant: Variant, out, source, train_shards: int, report=print) -> dic
 
 
 def describe(kind: str, path: Path) -> dict:
-    """Manifest entry of a shard; raises DataError if it is damaged (and then removes it, to be fetched
-    again).
-    """
+    """Manifest entry of a shard. DataError if it is damaged: then it is removed, to be fetched again."""
     try:
         values = shards.read_shard(path)
     except DataError:
@@ -186,8 +178,7 @@ def main(arguments=None) -> int:
         raise DataError(f"--train-shards {args.train_shards}: must be 1 or more")
     if not variant.repository:
         raise DataError(f"{variant.name} was announced but never put on the hub; make it from documents: "
-                        "python "
-                        "data/build.py DOCUMENTS --bytes --split first --out DIR")
+                        "python data/build.py DOCUMENTS --bytes --split first --out DIR")
     if args.repository and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repository):
         raise DataError(f"--repository {args.repository!r}: must look like owner/name")
     out = Path(args.out) if args.out else Path(__file__).resolve().parent / variant.name
@@ -197,6 +188,7 @@ def main(arguments=None) -> int:
     count = sum(f["tokens"] for f in manifest["files"] if f["kind"] == TRAIN)
     print(f"{variant.name}: {count:,} training tokens in {out.name}; fingerprint "
           f"{manifest['fingerprint'][:16]}")
+    print(f"next: python {shards.in_shell(__file__, 'data', 'check.py')} {shards.in_shell(out)}")
     return 0
 
 

@@ -15,8 +15,7 @@ from data.shards import DataError
 from data.wire import BYTE, CONTROL, NORMAL, USER_DEFINED, ModelSpec
 
 SPACE = "\u2581"
-# Printable ASCII in single-spaced words: copied as it is, except a last character that might combine with the
-# next
+# Printable ASCII in single-spaced words: copied, except a last character that might combine with the next one
 _PLAIN = re.compile(rb"[!-~]+(?: [!-~]+)*")
 
 
@@ -26,8 +25,7 @@ class Normaliser:
     def __init__(self, spec: ModelSpec):
         if not spec.escape_spaces or spec.space_as_suffix:
             raise DataError("tokenizer: spaces are treated in an unusual way (kept visible, or after words); "
-                            "use "
-                            "one trained with SentencePiece's defaults")
+                            "use one trained with SentencePiece's defaults")
         self.spec = spec
         size = int.from_bytes(spec.charsmap[:4], "little")
         self.units = np.frombuffer(spec.charsmap[4:4 + size], "<u4").tolist()
@@ -75,9 +73,7 @@ class Normaliser:
         return size, data[at:at + size]
 
     def normalise(self, data: bytes):
-        """UTF-8 -> (normalised UTF-8 with U+2581 as a space, int64 per byte + 1: where in `data` it comes
-        from).
-        """
+        """UTF-8 -> (normalised UTF-8 with U+2581 as a space, int64 per byte + 1: its origin in `data`)."""
         collapse, sign = self.spec.collapse_spaces, SPACE.encode()
         out, origin, at, after_space = bytearray(), [], 0, self.spec.collapse_spaces
         if self.spec.dummy_prefix and data:
@@ -106,9 +102,7 @@ class Normaliser:
         return self.strip(bytes(out), np.concatenate([*origin, [at]]).astype(np.int64))
 
     def strip(self, out: bytes, origin: np.ndarray):
-        """Remove trailing spaces; white space stripped in front belongs to no byte, the dummy prefix covers
-        none.
-        """
+        """Strip trailing spaces; space stripped in front belongs to no byte, the dummy prefix covers none."""
         if self.spec.collapse_spaces:
             kept = len(out.rstrip(b" "))
             out, origin = out[:kept], origin[:kept + 1]

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -50,6 +51,13 @@ def run_cli(main) -> None:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+
+
+def in_shell(path, *inside) -> str:
+    """A path as a command of a shell started here needs it; with `inside`, of that file in the repository."""
+    if inside:
+        path = os.path.relpath(Path(path).resolve().parent.parent.joinpath(*inside))
+    return shlex.quote(str(path))
 
 
 def need(module: str, purpose: str):
@@ -167,8 +175,7 @@ def read_shard(path) -> np.ndarray:
 # Documents
 # ----------------------------------------------------------------------------------------------------
 def text_hash(utf8: bytes) -> int:
-    """64-bit content hash of a document: BLAKE2b of its original UTF-8, 8 bytes long, as a little-endian int.
-    """
+    """64-bit content hash of a document: 8-byte BLAKE2b of its original UTF-8 as a little-endian int."""
     return int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "little")
 
 
@@ -189,9 +196,7 @@ def hex_hash(value: int) -> str:
 # Manifest
 # ----------------------------------------------------------------------------------------------------
 def fingerprint(files: list[dict], tokenizer_sha256: str | None) -> str:
-    """Identity of a data set: SHA-256 over the sorted lines "<sha256> <name>" of its shards and its
-    tokenizer.
-    """
+    """Identity of a data set: SHA-256 of the sorted lines "<sha256> <name>" of its shards, then its model."""
     lines = sorted(f"{f['sha256']} {f['name']}" for f in files if f.get("kind") in KINDS)
     lines.append(f"{tokenizer_sha256 or '-'} {TOKENIZER}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -218,6 +223,5 @@ def read_manifest(folder):
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
         shown = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise DataError(f"{MANIFEST} in {folder}: format {shown!r}, expected {MANIFEST_FORMAT!r}; another "
-                        "program "
-                        "or version made it: move it away and run data/check.py --write-manifest")
+                        "program or version made it: move it away and run data/check.py --write-manifest")
     return manifest

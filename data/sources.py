@@ -31,9 +31,7 @@ class Batch:
 
 
 def find_inputs(paths, skip=None) -> list[Path]:
-    """The input files named, or found in the folders named, in a fixed order; `skip` is a folder to leave
-    out.
-    """
+    """The input files named, or found in the folders named, in a fixed order; none in folder `skip`."""
     found = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -136,8 +134,7 @@ def parquet_batches(path: Path, field: str):
         with parquet.ParquetFile(path) as file:
             if field not in file.schema_arrow.names:
                 raise DataError(f"{path}: no column {field!r}; it has {', '.join(file.schema_arrow.names)}: "
-                                "name one "
-                                "with --text-field")
+                                "name one with --text-field")
             for part in file.iter_batches(batch_size=512, columns=[field]):
                 rows = part.column(0).to_pylist()
                 yield Batch(path.name, first, "text", rows)
@@ -150,8 +147,7 @@ def parquet_batches(path: Path, field: str):
 def texts_of(batch: Batch, field: str = "text", replace: bool = False):
     """(texts, number with invalid characters) of a batch; empty documents come as "".
 
-    Raises DataError for what is not a document. replace: put U+FFFD for invalid UTF-8 and lone surrogates
-    instead.
+    Raises DataError for what is not a document. replace: put U+FFFD for invalid UTF-8 and lone surrogates.
     """
     texts, repaired = [], 0
     for i, item in enumerate(batch.items):

@@ -4,10 +4,9 @@ Our own tokenizers are lossless: decoding the ids of a document gives exactly it
   * the identity normaliser, with white space neither collapsed nor stripped;
   * byte fallback, so that any character can be spelled;
   * no dummy prefix. SentencePiece's dummy prefix puts a space before a text and drops one when decoding,
-    which is
-    exact only for texts encoded in one go. But a text with a literal U+2581 (the sign SentencePiece uses for
-    a space) must be encoded in parts, as the library cannot tell the sign from a space; we spell the sign in
-    its three bytes, which decode to the sign itself.
+    which is exact only for texts encoded in one go. But a text with a literal U+2581 (the sign SentencePiece
+    uses for a space) must be encoded in parts, as the library cannot tell the sign from a space; we spell the
+    sign in its three bytes, which decode to the sign itself.
 Published tokenizers normalise: they collapse and strip white space and replace some characters, so their ids
 do not determine the text. They are supported with the field's byte account (see normalise.py).
 """
@@ -42,8 +41,7 @@ def train_bpe(texts, vocab_size: int, case_operators: bool = False, limit: int =
     low, high = BYTE_VOCAB + len(symbols) + 12, 16384
     if not low <= vocab_size <= high:
         raise DataError(f"vocabulary of {vocab_size}: must be {low}..{high}, of which {low - 12} are bytes, "
-                        "special "
-                        "ids and operators; for smaller ones use the byte tokenizer (vocabulary 260)")
+                        "special ids and operators; for smaller ones use the byte tokenizer (vocabulary 260)")
     spm = need("sentencepiece", "training a tokenizer")
     sentences = list(training_sentences(map(caseops.encode, texts) if case_operators else texts, limit))
     problem = ""
@@ -145,9 +143,7 @@ class Tokenizer:
         return CASEOPS if all(types.get(op) == USER_DEFINED for op in caseops.OPERATORS) else PLAIN
 
     def piece_bytes(self) -> np.ndarray:
-        """(V,) bytes of text per id: spaces included, 1 for byte tokens, 0 for special ids and case
-        operators.
-        """
+        """(V,) bytes of text per id: spaces included, 1 for byte tokens, 0 for special ids and operators."""
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
         for i, (name, kind) in enumerate(self.spec.pieces):
             if kind == BYTE:
@@ -157,11 +153,9 @@ class Tokenizer:
         return sizes
 
     def encode(self, texts: list[str]):
-        """texts -> (ids uint16, bytes uint16, tokens per text int64): all texts in a row, each with BOS in
-        front.
+        """texts -> (ids uint16, bytes uint16, tokens per text int64): in a row, each with BOS in front.
 
-        Texts must be free of lone surrogates. Raises DataError if the bytes of a text are not all accounted
-        for.
+        Texts must be free of lone surrogates. Raises DataError for bytes that are not accounted for.
         """
         if self.kind == BYTES:
             return encode_bytes(texts)
@@ -173,9 +167,7 @@ class Tokenizer:
                 np.concatenate([np.zeros(0, np.uint16), *(counts for _, counts in rows)]), lengths)
 
     def encode_words(self, words: list[str]):
-        """words -> (ids (n,) of all in a row, ids per word (W,)), int64. A word has at most one space, in
-        front.
-        """
+        """words -> (ids (n,) of all in a row, ids per word (W,)), int64. Words have spaces only in front."""
         if self.kind == CASEOPS:
             # NUL is no letter, so words joined by it do not touch
             joined = "\0".join(words)
@@ -189,9 +181,7 @@ class Tokenizer:
         return flat, np.array([len(ids) for ids in found], np.int64)
 
     def encode_with_sign(self, text: str) -> list[int]:
-        """Ids of a text that holds literal U+2581, which the library would read as a space: spell it in
-        bytes.
-        """
+        """Ids of a text with literal U+2581, which the library would read as a space: spelled in bytes."""
         first, *rest = text.split(SPACE)
         ids = self.spm.encode(first)
         for part in rest:
@@ -236,8 +226,7 @@ class Tokenizer:
 
 
 def encode_bytes(texts: list[str]):
-    """The byte tokenizer: BOS, then 4 + byte for every byte of UTF-8. Returns what Tokenizer.encode returns.
-    """
+    """The byte tokenizer: BOS, then 4 + byte for every byte of UTF-8. Returns what Tokenizer.encode does."""
     utf8 = [text.encode("utf-8") for text in texts]
     lengths = np.array([1 + len(b) for b in utf8], dtype=np.int64)
     joined = np.frombuffer(b"".join(b"\0" + b for b in utf8), np.uint8).astype(np.uint16)

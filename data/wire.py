@@ -43,9 +43,7 @@ def read_varint(data: bytes, at: int):
 
 
 def read_fields(data: bytes):
-    """(field number, value) pairs of a message: int for varints, bytes otherwise. Raises ValueError if
-    damaged.
-    """
+    """(field number, value) pairs of a message: int for varints, bytes otherwise. ValueError if damaged."""
     at = 0
     while at < len(data):
         key, at = read_varint(data, at)

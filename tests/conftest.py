@@ -1,5 +1,6 @@
 """What the tests share: a tiny model's settings, made-up shards, and the script run as a user would."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -144,7 +145,20 @@ def make_data(folder: Path) -> Path:
         unk_id=3,
         minloglevel=2,
     )
+    write_manifest(folder)
     return folder
+
+
+def write_manifest(folder: Path, **changes) -> None:
+    """The manifest that the data tools would write, as far as the trainer reads it."""
+    files = [
+        dict(name=f.name, size=f.stat().st_size, sha256=hashlib.sha256(f.read_bytes()).hexdigest())
+        for f in sorted(folder.glob("fineweb_*.bin"))
+    ]
+    tokenizer = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
+    manifest = dict(files=files, fingerprint="f" * 64, tokenizer=dict(sha256=tokenizer))
+    manifest["split"] = dict(rule="hash")
+    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
 
 
 @pytest.fixture(scope="session")

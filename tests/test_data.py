@@ -1,17 +1,21 @@
 """Data tools: demo, building shards, their checks, fetching; small, on a CPU, without network."""
+import contextlib
 import gzip
 import json
 import lzma
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import settings, tg
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -25,9 +29,8 @@ PARITY = ROOT.parent / "shared" / "parity"
 needs_parity = pytest.mark.skipif(not PARITY.exists(), reason="reference numbers not here")
 
 ODD = ["", " ", "  two  spaces  ", "\n\n\ttabs\tand\nlines \n", "literal \u2581 sign\u2581\u2581 again",
-       "\u2581", "NUL \0 inside", "\ue001 \ue004\ue002 operators", "<s> <unk> <0x41> </s>", "Ünïcödé 中文字 "
-                                                                                            "العربية "
-                                                                                  "\U0001f600",
+       "\u2581", "NUL \0 inside", "\ue001 \ue004\ue002 operators", "<s> <unk> <0x41> </s>",
+       "Ünïcödé 中文字 العربية \U0001f600",
        "e\u0301 \ufb01 \uff21 \u200b\u3000\u00a0", "The HTTP of McDonald's iPhone"]
 
 
@@ -35,8 +38,7 @@ def words(seed: int, count: int) -> str:
     """Made-up English-like text that is the same everywhere."""
     rng = np.random.default_rng(seed)
     stock = ("The river and a House of NASA were quiet; people, however, said nothing to McDonald about 1984 "
-             "or "
-             "\"why\" Zoë's café (near Main Street) had closed again.\n\nIt was late").split(" ")
+             "or \"why\" Zoë's café (near Main Street) had closed again.\n\nIt was late").split(" ")
     return " ".join(stock[i] for i in rng.integers(0, len(stock), count))
 
 
@@ -301,8 +303,8 @@ def test_first_documents_split_drops_training_copies(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("line, message", [
     (b"{not json}", "docs.jsonl, line 2: not JSON"), (b'{"body": "x"}', "no string 'text'.*--text-field"),
-    (b'{"text": "\xff"}', "line 2: .*--invalid replace"), (b'{"text": "\\ud800"}', "line 2: .*--invalid "
-                                                                                   "replace"),
+    (b'{"text": "\xff"}', "line 2: .*--invalid replace"),
+    (b'{"text": "\\ud800"}', "line 2: .*--invalid replace"),
     (b"[1]", "no string 'text'")])
 def test_bad_documents(line, message, tmp_path):
     path = tmp_path / "docs.jsonl"
@@ -368,69 +370,148 @@ def no_manifest(folder: Path) -> None:
         path.unlink()
 
 
+def swap(first: Path, second: Path) -> None:
+    """Exchange two files."""
+    first.rename(first.parent / "x")
+    second.rename(first)
+    (first.parent / "x").rename(second)
+
+
 TRAIN1, TRAIN99 = "fineweb_train_000001.bin", "fineweb_train_000099.bin"
 VAL0, SIDE0, SIDE1 = "fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin", "fineweb_val_bytes_000001.bin"
+VAL9 = "fineweb_val_000009.bin"
+# name: what to do to a folder; the file that data/check.py names, and its message; the trainer's message
 FAULTS = {
-    "truncated": (lambda f: os.truncate(f / VAL0, 2000), VAL0, "truncated: the header promises"),
-    "too short": (lambda f: os.truncate(f / VAL0, 100), VAL0, "shorter than the 1024-byte header"),
-    "magic": (lambda f: (f / VAL0).write_bytes(b"\0\0\0\0" + (f / VAL0).read_bytes()[4:]), VAL0, "magic 0"),
-    "other sidecar": (lambda f: shutil.copy(f / SIDE1, f / SIDE0), SIDE0, "belongs to other shards"),
-    "exchanged": (lambda f: (shutil.copy(f / VAL0, f / "x"), shutil.copy(f / SIDE0, f / VAL0),
-                             shutil.move(f / "x", f / SIDE0)), VAL0, "this is a byte sidecar"),
-    "sidecar value": (lambda f: rewrite(f / SIDE0, set_value(7, 99)), SIDE0, "token 7: 99 bytes for token"),
-    "no sidecar": (lambda f: (f / SIDE0).unlink(), SIDE0, "missing|not there"),
-    "no BOS": (lambda f: rewrite(f / VAL0, lambda v: v[v != BOS]), VAL0, "no BOS"),
-    "first BOS gone": (lambda f: rewrite(f / VAL0, set_value(0, 50)), VAL0, "token 0: id 50 instead of BOS"),
+    "truncated": (lambda f: os.truncate(f / VAL0, 2000), VAL0, "truncated: the header promises",
+                  f"{VAL0} has 2,000 bytes but its header promises .* truncated"),
+    "truncated training": (lambda f: os.truncate(f / TRAIN1, 2000), TRAIN1, "truncated: the header promises",
+                           f"{TRAIN1} has 2,000 bytes but its header promises .* truncated"),
+    "too short": (lambda f: os.truncate(f / VAL0, 100), VAL0, "shorter than the 1024-byte header",
+                  f"{VAL0} is no token shard"),
+    "magic": (lambda f: (f / VAL0).write_bytes(b"\0\0\0\0" + (f / VAL0).read_bytes()[4:]), VAL0, "magic 0",
+              f"{VAL0} is no token shard: it starts with .0, 1., expected"),
+    "swapped sidecars": (lambda f: swap(f / SIDE0, f / SIDE1), SIDE0, "belongs to other shards",
+                         f"{SIDE0} has .* entries for .* belongs to other shards"),
+    "sidecar for tokens": (lambda f: swap(f / VAL0, f / SIDE0), VAL0, "this is a byte sidecar",
+                           f"{VAL0} starts with 0, .* it is a byte sidecar"),
+    "sidecar globbed": (lambda f: shutil.copy(f / SIDE0, f / VAL9), VAL9, "this is a byte sidecar",
+                        f"{VAL9} starts with 0, .* it is a byte sidecar"),
+    "sidecar value": (lambda f: rewrite(f / SIDE0, set_value(7, 99)), SIDE0, "token 7: 99 bytes for token",
+                      "count .* bytes, the manifest says"),
+    "no sidecar": (lambda f: (f / SIDE0).unlink(), SIDE0, "missing|not there",
+                   f"cannot read shard .*{SIDE0}: No such file"),
+    "no BOS": (lambda f: rewrite(f / VAL0, lambda v: v[v != BOS]), VAL0, "no BOS", f"{VAL0} holds no BOS"),
+    "no BOS, training": (lambda f: rewrite(f / TRAIN1, lambda v: v[v != BOS]), TRAIN1, "no BOS",
+                         f"{TRAIN1} holds no BOS"),
+    "first BOS gone": (lambda f: rewrite(f / VAL0, set_value(0, 50)), VAL0, "token 0: id 50 instead of BOS",
+                       f"{VAL0} starts with token 50, not BOS"),
     "one BOS gone": (lambda f: rewrite(f / VAL0, lambda v: set_value(np.flatnonzero(v == BOS)[2], 50)(v)), "",
-                     "BOS tokens on the val side"),
-    "vocabulary": (lambda f: rewrite(f / VAL0, set_value(123, 340)), VAL0, "token 123: id 340 .* vocabulary "
-                                                                           "of 340"),
-    "planted": (plant, "fineweb_train", "a training document that is a validation document"),
-    "missing shard": (lambda f: (f / TRAIN1).unlink(), TRAIN1, "not there"),
-    "foreign shard": (lambda f: shutil.copy(f / VAL0, f / TRAIN99), TRAIN99, "comes from elsewhere"),
+                     "BOS tokens on the val side", "documents .BOS tokens., the manifest says"),
+    "vocabulary": (lambda f: rewrite(f / VAL0, set_value(123, 340)), VAL0,
+                   "token 123: id 340 .* vocabulary of 340",
+                   f"{VAL0} holds token 340 at position 123 but VOCAB_SIZE=340"),
+    "vocabulary, training": (lambda f: rewrite(f / TRAIN1, set_value(123, 340)), TRAIN1,
+                             "token 123: id 340 .* vocabulary of 340",
+                             f"{TRAIN1} holds token 340 at position 123 but VOCAB_SIZE=340"),
+    "planted": (plant, "fineweb_train", "a training document that is a validation document",
+                "bytes, the manifest says"),
+    "missing shard": (lambda f: (f / TRAIN1).unlink(), TRAIN1, "not there", f"{TRAIN1} is missing"),
+    "foreign shard": (lambda f: shutil.copy(f / VAL0, f / TRAIN99), TRAIN99, "comes from elsewhere",
+                      f"{TRAIN99} is not listed"),
     "tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(tokens.byte_model()), "tokenizer.model",
-                  "not the tokenizer the shards were made with"),
-    "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model", "missing"),
-    "empty": (lambda f: [p.unlink() for p in f.iterdir()], "", "no fineweb_train_"),
-    "manifest": (lambda f: (f / "manifest.json").write_text("{"), "manifest.json", "cannot be read"),
+                  "not the tokenizer the shards were made with", "has 260 tokens but VOCAB_SIZE=340"),
+    "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model", "missing",
+                     "TOKENIZER_PATH=.* does not exist"),
+    "empty": (lambda f: [p.unlink() for p in f.iterdir()], "", "no fineweb_train_", "has no fineweb_train_"),
+    "manifest": (lambda f: (f / "manifest.json").write_text("{"), "manifest.json", "cannot be read",
+                 "manifest.json is damaged"),
 }
+ONLY_BY_MANIFEST = {"missing shard", "foreign shard", "tokenizer", "no tokenizer", "manifest", "one BOS gone",
+                    "no sidecar"}
+
+
+def refusals(folder: Path, **changes) -> list[str]:
+    """What the trainer says about a folder of data before the first step."""
+    s = settings(DATA_PATH=folder, TOKENIZER_PATH=folder / "tokenizer.model", VOCAB_SIZE=340, **changes)
+    return [f.detail for f in tg.run_checks(s, tg.World(), folder.parent / "runs", "plain") if not f.ok]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("manifest", [True, False])
 def test_fault_is_found(fault, manifest, copy):
-    inject, file, message = FAULTS[fault]
+    inject, file, message, refusal = FAULTS[fault]
     if not manifest:
-        if fault in ("missing shard", "foreign shard", "tokenizer", "no tokenizer", "manifest",
-                     "one BOS gone", "no sidecar"):
+        if fault in ONLY_BY_MANIFEST:
             pytest.skip("only a manifest can tell")
         no_manifest(copy)
     assert not check.check(copy, custom=True).findings
+    assert not manifest or not refusals(copy)
     inject(copy)
-    import re
     found = [str(f) for f in check.check(copy, custom=True).findings]
     if fault == "planted" and manifest:             # then the file's hash gives it away first
         assert any("SHA-256 differs" in f or "bytes, the manifest says" in f for f in found)
     else:
         assert any(re.search(message, f) and f.startswith(file) for f in found), found
-    done = check.main([str(copy), "--custom"])
-    assert done == 1
+    assert check.main([str(copy), "--custom"]) == 1
+    if manifest:
+        said = refusals(copy)
+        assert any(re.search(refusal, text) for text in said), said
 
 
-def test_unreadable_file_is_found(copy, monkeypatch):
-    if os.geteuid() == 0:                           # root may read every file, but not a folder as a file
-        (copy / VAL0).unlink()
-        (copy / VAL0).mkdir()
-    else:
-        (copy / VAL0).chmod(0)
-    found = [str(f) for f in check.check(copy).findings]
-    assert any(f.startswith(VAL0) and "cannot be read" in f for f in found), found
+@contextlib.contextmanager
+def as_ordinary_user():
+    """Give up the right of root to read everything, where the tests have it."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
 
 
-def test_small_validation_set_is_not_canonical(copy, monkeypatch):
+@pytest.mark.parametrize("file", [VAL0, TRAIN1, "tokenizer.model", "manifest.json",
+                                  "document_hashes_train.bin"])
+def test_unreadable_file_is_found(file, built):
+    with tempfile.TemporaryDirectory() as temp:     # pytest's own folders are closed to other users
+        folder = Path(shutil.copytree(built, Path(temp) / "copy"))
+        for path in (Path(temp), folder):
+            path.chmod(0o755)
+        (folder.parent / "runs").mkdir()
+        (folder.parent / "runs").chmod(0o777)
+        (folder / file).chmod(0)
+        with as_ordinary_user():
+            found = [str(f) for f in check.check(folder).findings]
+            said = refusals(folder)
+        assert len(found) == 1 and found[0].startswith(file) and "Permission denied" in found[0], found
+        assert any(file in text and "ermission" in text for text in said), said
+
+
+def test_small_validation_set_is_not_canonical(copy):
+    """10,000 documents offered as the canonical split: by a folder as published, and by a manifest."""
+    rewrite(copy / VAL0, lambda _: np.tile(np.uint16([BOS, 9]), 10_000))
+    for path in sorted(copy.glob("fineweb_val_*"))[1:]:
+        path.unlink()
     no_manifest(copy)
-    found = [str(f) for f in check.check(copy).findings]
-    assert len(found) == 1 and "the competition's split is the first 50,000" in found[0]
+    for _ in range(2):
+        found = [str(f) for f in check.check(copy).findings]
+        said = refusals(copy)
+        assert len(found) == 1 and "10,000 validation documents" in found[0]
+        assert "the competition's split is the first 50,000" in found[0]
+        assert len(said) == 1 and "10,000 validation documents, the canonical split has 50,000" in said[0]
+        check.write_manifest(copy, None)
+        manifest = shards.read_manifest(copy)
+        shards.write_manifest(copy, {**manifest, "split": {"rule": "first"}})
+
+
+def test_planted_document_without_a_manifest_is_found_by_the_trainers_full_check(copy):
+    plant(copy)
+    no_manifest(copy)
+    check.write_manifest(copy, None)                # which knows nothing of where the shards come from
+    assert not refusals(copy, DATA_CHECK="quick")
+    assert re.search("1 validation documents are in the training shards.*at token",
+                     " ".join(refusals(copy, DATA_CHECK="full")))
 
 
 def test_quick_check_finds_planted_document_by_stored_hashes(copy):
@@ -450,8 +531,30 @@ def test_document_across_two_shards_is_seen(tmp_path):
     assert len(found) == 1 and found[0].startswith("fineweb_train_000000.bin, token 3")
 
 
-def test_write_manifest(copy):
+def test_each_command_prints_the_next_one(tmp_path):
+    """From a folder of texts to the trainer's own check with nothing but what was printed."""
+    texts = tmp_path / "my texts"
+    texts.mkdir()
+    for i, text in enumerate(corpus()[:60]):
+        (texts / f"{i}.txt").write_text(text)
+    command = f"{sys.executable} {ROOT}/data/build.py 'my texts' --out 'own data' --vocab 340 --caseops"
+    said = []
+    for _ in range(3):
+        env = {k: v for k, v in os.environ.items() if k.startswith(("PATH", "OMP", "HOME"))}
+        env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done
+        said.append(done.stdout)
+        command = next((li[6:] for li in done.stdout.splitlines() if li.startswith("next: ")), "")
+        command = command.replace("train_gpt.py", "train_gpt.py --check data")
+    assert "good: fingerprint" in said[1] and "VOCAB_SIZE=340 CASEOPS_ENABLED=1 torchrun" in said[1]
+    assert "ok    data fingerprint" in said[2] and "340 tokens" in said[2] and not command
+
+
+def test_write_manifest(copy, capsys):
     no_manifest(copy)
+    assert check.main([str(copy), "--custom"]) == 0
+    assert f"check.py {copy} --custom --write-manifest\n" in capsys.readouterr().out
     assert check.main([str(copy), "--custom", "--write-manifest"]) == 0
     assert not check.check(copy).findings and check.check(copy).fingerprint
 

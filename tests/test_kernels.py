@@ -180,7 +180,7 @@ def test_forced_kernel_without_triton_names_the_remedy(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------- attention
-def reference(q, k, v, layout, window=None):
+def reference(q, k, v, layout):
     """Attention written as one masked softmax over all positions, in float64."""
     (B, T, H, D), keys = q.shape, k.shape[1]
     if layout is not None:
@@ -191,25 +191,20 @@ def reference(q, k, v, layout, window=None):
         doc = torch.zeros(keys, dtype=torch.long, device=q.device)
     Nq, Nk = q.shape[1], k.shape[1]
     back = torch.arange(Nk - Nq, Nk, device=q.device)[:, None] - torch.arange(Nk, device=q.device)
-    seen = (back >= 0) & (back < (window or Nk + 1)) & (doc[-Nq:, None] == doc)
+    seen = (back >= 0) & (doc[-Nq:, None] == doc)
     k, v = (x.double().repeat_interleave(H // k.shape[2], 2) for x in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q.double(), k) * D**-0.5
     p = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     return torch.einsum("bhij,bjhd->bihd", p, v).reshape(B, T, H, D)
 
 
-PROBLEMS = {  # queries, keys, document lengths, padding, window
-    "rows": (40, 40, None, 0, None),
-    "cached": (7, 40, None, 0, None),
-    "one query": (1, 33, None, 0, None),
-    "rows window": (40, 40, None, 0, 9),
-    "cached window": (7, 40, None, 0, 5),
-    "documents": (61, 61, [1, 30, 30], 0, None),
-    "padded end": (61, 61, [20, 41], 13, None),
-    "documents window": (61, 61, [20, 41], 2, 8),
-    "window 1": (12, 12, [5, 7], 1, 1),
-    "long": (1300, 1300, [1100, 200], 5, None),
-    "long window": (1300, 1300, [1300], 0, 600),
+PROBLEMS = {  # queries, keys, document lengths, padding
+    "rows": (40, 40, None, 0),
+    "cached": (7, 40, None, 0),
+    "one query": (1, 33, None, 0),
+    "documents": (61, 61, [1, 30, 30], 0),
+    "padded end": (61, 61, [20, 41], 13),
+    "long": (1300, 1300, [1100, 200], 5),
 }
 
 
@@ -219,13 +214,13 @@ PROBLEMS = {  # queries, keys, document lengths, padding, window
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("H, K", [(4, 4), (4, 2), (6, 1)])
 def test_plain_attention_is_the_masked_softmax(name, H, K, dtype, bound):
-    T, keys, lengths, padding, window = PROBLEMS[name]
+    T, keys, lengths, padding = PROBLEMS[name]
     layout = lengths and packed(lengths, padding)
     B = 1 if lengths else 2
     q, k, v, dy = random((B, T, H, 16), (B, keys, K, 16), (B, keys, K, 16), (B, T, H, 16), dtype=dtype)
-    got = graded(lambda *t: attention(*t, layout, window), [q, k, v], dy)
+    got = graded(lambda *t: attention(*t, layout), [q, k, v], dy)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    want = graded(lambda *t: reference(*t, layout, window), exact, dy.double())
+    want = graded(lambda *t: reference(*t, layout), exact, dy.double())
     for a, b in zip(got, want):
         assert a.dtype == dtype and (
             gap(a, b) < bound or float((a - b).abs().max()) < 1e-5
@@ -236,7 +231,6 @@ def test_packed_gradient_by_finite_differences():
     q, k, v = random((1, 9, 4, 3), (1, 9, 2, 3), (1, 9, 2, 3), dtype=torch.float64)
     layout = packed([2, 7], 2)
     assert torch.autograd.gradcheck(lambda *t: attention(*t, layout), (q, k, v))
-    assert torch.autograd.gradcheck(lambda *t: attention(*t, layout, 3), (q, k, v))
 
 
 def test_documents_never_attend_across():
@@ -270,32 +264,28 @@ def test_attention_refuses_what_it_cannot_mean():
         attention(q, k, v, packed([12]))
     with pytest.raises(UserError, match="12 queries and 10 keys"):
         attention(k, q, q)
-    with pytest.raises(UserError, match="window is 0"):
-        attention(q, k, v, None, 0)
 
 
 # Stand-ins with the released signatures, computing with the plain twin: they test our plumbing (keywords,
 # custom ops, fakes, autograd), not the kernels. Custom ops, because a loop over documents cannot be traced.
 @torch.library.custom_op("golf_test::documents", mutates_args=())
-def plain_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, left: int
-) -> torch.Tensor:
-    return kernels.attend_plain(q[None], k[None], v[None], cu, 0, left)[0].clone()
+def plain_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
+    return kernels.attend_plain(q[None], k[None], v[None], cu, 0)[0].clone()
 
 
 @plain_forward.register_fake
-def _(q, k, v, cu, left):
+def _(q, k, v, cu):
     return q.new_empty(q.shape)
 
 
 @torch.library.custom_op("golf_test::documents_backward", mutates_args=())
 def plain_backward(
-    dy: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, left: int
+    dy: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor
 ) -> list[torch.Tensor]:
     """By the formula, since autograd is off inside an operator. q (N, H, D), k, v (N, K, D)."""
     (N, H, D), K = q.shape, k.shape[1]
     document = torch.searchsorted(cu.unique(), torch.arange(N), right=True)
-    seen = kernels.causal_mask(N, N, left, q.device) & (document[:, None] == document)
+    seen = torch.ones(N, N, dtype=torch.bool).tril() & (document[:, None] == document)
     q, dy = (x.view(N, K, H // K, D).permute(1, 2, 0, 3) for x in (q, dy))
     k, v = (x.transpose(0, 1)[:, None] for x in (k, v))
     p = (q @ k.mT * D**-0.5).masked_fill(~seen, -torch.inf).softmax(-1)
@@ -306,41 +296,28 @@ def plain_backward(
 
 
 @plain_backward.register_fake
-def _(dy, q, k, v, cu, left):
+def _(dy, q, k, v, cu):
     return [x.new_empty(x.shape) for x in (q, k, v)]
 
 
 def keep_inputs(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4])
-    ctx.left = inputs[4]
+    ctx.save_for_backward(*inputs)
 
 
 plain_forward.register_autograd(
-    lambda ctx, dy: (*plain_backward(dy, *ctx.saved_tensors, ctx.left), None, None), setup_context=keep_inputs
+    lambda ctx, dy: (*plain_backward(dy, *ctx.saved_tensors), None), setup_context=keep_inputs
 )
 
 
 def fake_fa3():
-    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, qv=None, window_size=(-1, -1)):
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, qv=None):
         assert causal
-        return kernels.plain_rows(q, k, v, window_size[0])
+        return kernels.plain_rows(q, k, v)
 
-    def flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        seqused_q=None,
-        seqused_k=None,
-        softmax_scale=None,
-        causal=False,
-        window_size=(-1, -1),
-    ):
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                               seqused_q=None, seqused_k=None, softmax_scale=None, causal=False):
         assert causal and cu_seqlens_q.dtype == torch.int32
-        return plain_forward(q, k, v, cu_seqlens_q, window_size[0])
+        return plain_forward(q, k, v, cu_seqlens_q)
 
     return SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
 
@@ -351,70 +328,47 @@ def fake_fa4(extra_results):
         assert cu is not None or T == keys  # the stand-in serves squares and documents
         return torch.arange(B + 1, dtype=torch.int32) * T if cu is None else cu
 
-    def _flash_attn_fwd(
-        q,
-        k,
-        v,
-        qv=None,
-        cu_seqlens_q=None,
-        cu_seqlens_k=None,
-        max_seqlen_q=None,
-        causal=False,
-        window_size_left=None,
-        return_lse=False,
-    ):
+    def _flash_attn_fwd(q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
+                        causal=False, return_lse=False):
         assert causal and return_lse
-        left, cu = -1 if window_size_left is None else window_size_left, bounds(q, k, cu_seqlens_q)
         flat = [x.flatten(0, -3) for x in (q, k, v)]
         rows, T, H = q.shape[:-3], q.shape[-3], q.shape[-2]
-        y, lse = plain_forward(*flat, cu, left).view(q.shape), q.new_zeros(*rows, H, T).float()
-        return y, lse, *extra_results
+        y = plain_forward(*flat, bounds(q, k, cu_seqlens_q)).view(q.shape)
+        return y, q.new_zeros(*rows, H, T).float(), *extra_results
 
-    def _flash_attn_bwd(
-        q,
-        k,
-        v,
-        out,
-        dout,
-        lse,
-        softmax_scale=None,
-        causal=False,
-        window_size_left=None,
-        cu_seqlens_q=None,
-        cu_seqlens_k=None,
-    ):
+    def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=None, causal=False, cu_seqlens_q=None,
+                        cu_seqlens_k=None):
         assert causal and out.shape == dout.shape
-        left, cu = -1 if window_size_left is None else window_size_left, bounds(q, k, cu_seqlens_q)
-        grads = plain_backward(*(x.flatten(0, -3) for x in (dout, q, k, v)), cu, left)
+        grads = plain_backward(*(x.flatten(0, -3) for x in (dout, q, k, v)), bounds(q, k, cu_seqlens_q))
         return tuple(g.view(x.shape) for g, x in zip(grads, (q, k, v)))
 
     return SimpleNamespace(_flash_attn_fwd=_flash_attn_fwd, _flash_attn_bwd=_flash_attn_bwd)
 
 
 @pytest.mark.parametrize("backend", ["fa3", "fa4 early", "fa4 now"])
-@pytest.mark.parametrize("name", ["rows", "rows window", "padded end", "documents window"])
+@pytest.mark.parametrize("name", ["rows", "padded end"])
 def test_flash_plumbing_with_stand_ins(name, backend, monkeypatch):
     module = fake_fa3() if backend == "fa3" else fake_fa4((None,) * 3 if backend == "fa4 now" else ())
     monkeypatch.setitem(kernels.FLASH, backend[:3], module)
-    T, keys, lengths, padding, window = PROBLEMS[name]
-    layout, left = lengths and packed(lengths, padding, "cpu"), -1 if window is None else window - 1
+    T, keys, lengths, padding = PROBLEMS[name]
+    layout = lengths and packed(lengths, padding, "cpu")
     cu, longest = (layout.cu_seqlens, layout.max_seqlen) if layout else (None, keys)
     q, k, v, dy = random((1, T, 4, 16), (1, keys, 2, 16), (1, keys, 2, 16), (1, T, 4, 16), device="cpu")
-    want = graded(lambda *t: reference(*t, layout, window), [q, k, v], dy)
+    want = graded(lambda *t: reference(*t, layout), [q, k, v], dy)
     door = kernels.BACKENDS[backend[:3]]
     torch._dynamo.reset()
     for function in (door, torch.compile(door, fullgraph=True, backend="aot_eager")):
-        got = graded(lambda *t: function(*t, cu, longest, left), [q, k, v], dy)
+        got = graded(lambda *t: function(*t, cu, longest), [q, k, v], dy)
         assert all(gap(a, b) < 2e-6 for a, b in zip(got, want))
 
 
-@pytest.mark.parametrize("name", ["cached", "rows window", "padded end", "documents window"])
+@pytest.mark.parametrize("name", ["cached", "padded end"])
 def test_torch_varlen_traces_without_graph_breaks(name, monkeypatch):
     """No CUDA here: the forward is captured whole, the call then fails in the kernel, and only there."""
     import torch.nn.attention.varlen as varlen
 
     monkeypatch.setitem(kernels.FLASH, "torch", varlen)
-    T, keys, lengths, padding, window = PROBLEMS[name]
+    T, keys, lengths, padding = PROBLEMS[name]
     layout = lengths and packed(lengths, padding, "cpu")
     cu, longest = (layout.cu_seqlens, layout.max_seqlen) if layout else (None, keys)
     q, k, v = random((2 - bool(layout), T, 4, 16), *[(2 - bool(layout), keys, 2, 16)] * 2, device="cpu")
@@ -426,7 +380,7 @@ def test_torch_varlen_traces_without_graph_breaks(name, monkeypatch):
         backend=lambda graph, _: captured.append(str(graph.code)) or graph,
     )
     with pytest.raises(Exception, match="_flash_attention_forward|FlashAttention|CPU"):
-        compiled(q, k, v, cu, longest, -1 if window is None else window - 1)
+        compiled(q, k, v, cu, longest)
     assert len(captured) == 1 and "varlen_attn" in captured[0]
 
 
@@ -435,7 +389,7 @@ def test_self_test_passes_a_right_backend_and_names_a_wrong_one(monkeypatch):
     right = fake_fa3()
 
     def across(q, k, v, *_, **__):
-        return kernels.plain_rows(q[None], k[None], v[None], -1)[0]
+        return kernels.plain_rows(q[None], k[None], v[None])[0]
 
     wrong = SimpleNamespace(flash_attn_func=right.flash_attn_func, flash_attn_varlen_func=across)
     for module, verdict in ((right, ""), (wrong, "differs from the plain twin")):

@@ -1,14 +1,12 @@
 """Shards, training streams, documents and bytes."""
 
-import hashlib
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import documents, settings, tg, write_shard
+from conftest import documents, settings, tg, write_manifest, write_shard
 
 
 @pytest.fixture
@@ -30,14 +28,76 @@ def test_stream_gives_every_target_once_per_epoch_for_any_number_of_ranks(shards
         assert (x == whole).all() and (y == np.roll(whole, -1)).all()
 
 
-def test_stream_position_is_its_whole_state(shards):
-    a = tg.TokenStream(shards, world_size=2, rank=1, tokens=40, max_len=16)
-    for _ in range(7):
-        a.next()
-    b = tg.TokenStream(shards, world_size=2, rank=1, tokens=40, max_len=16)
-    b.position = a.position
-    for _ in range(20):
-        assert all(torch.equal(p, q) for p, q in zip(a.next()[:3], b.next()[:3]))
+WINDOWS = dict(seqs=3, seq_len=16)
+STREAMS = {
+    tg.TokenStream: dict(tokens=40, max_len=16),
+    tg.DocPackStream: dict(tokens=40, max_len=16),
+    tg.ShuffledStream: WINDOWS,
+    tg.CoprimeStream: WINDOWS,
+}
+
+
+def same(a: tg.Batch, b: tg.Batch) -> bool:
+    return all(p is q is None or torch.equal(p, q) for p, q in zip(a[:3], b[:3]))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("kind", STREAMS)
+def test_a_stream_goes_on_where_another_stopped(shards, kind, rank):
+    """Over several epochs the number of batches taken is the whole state."""
+    streams = [kind(shards, world_size=2, rank=rank, **STREAMS[kind]) for _ in range(5)]
+    batches = [streams[0].next() for _ in range(60)]
+    assert streams[0].epoch > 2
+    for taken, stream in zip((1, 14, 30, 57), streams[1:]):
+        assert not same(batches[taken], batches[taken + 1])
+        stream.seek(taken)
+        assert same(stream.next(), batches[taken]) and same(stream.next(), batches[taken + 1])
+        assert stream.batches == taken + 2
+    with pytest.raises(ValueError, match="cannot go back to 3"):
+        streams[0].seek(3)
+
+
+def test_stream_goes_on_with_another_number_of_ranks(shards):
+    one, two = (tg.TokenStream(shards, world_size=n, rank=n - 1, tokens=40, max_len=16) for n in (1, 2))
+    one.seek(10)
+    two.seek(5)
+    first, second = one.next(), one.next()
+    assert same(two.next(), second) and not same(first, second) and one.epoch == two.epoch
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_an_epoch_is_the_tokens_of_all_shards(shards, kind):
+    """It starts at 0 and grows by about a batch's share of the tokens."""
+    stream = kind(shards, world_size=1, rank=0, **STREAMS[kind])
+    total = sum(len(tg.read_shard(f)) for f in shards)
+    assert stream.epoch == 0
+    batch = stream.next().x.numel()
+    stream.seek(10 * total // batch)
+    assert 9 < stream.epoch < 12
+
+
+def test_the_end_of_an_epoch_is_logged(data):
+    s = settings(DATA_PATH=data, TRAIN_BATCH_TOKENS=2048, ITERATIONS=12)
+    events, world = [], tg.World()
+
+    class Log:
+        live = False
+
+        def log(self, event, **values):
+            events.append((event, values))
+
+        def say(self, text):
+            pass
+
+    trainer = tg.Trainer(s, world, tg.build_model(s, world))
+    done = tg.train(s, world, Log(), trainer, 0.0, lambda *_: None)
+    done["stream"].close()
+    total = sum(len(tg.read_shard(f)) for f in tg.list_shards(data, "train"))
+    ends = [v for event, v in events if event == "epoch_end"]
+    assert [v["epoch"] for v in ends] == [1, 2]
+    for v in ends:
+        assert 0 <= v["tokens"] - v["epoch"] * total < 2048 and v["tokens"] == 2048 * v["step"]
+    assert dict(events)["train_end"]["epochs"] == 12 * 2048 / total
 
 
 def test_segments_start_at_documents_and_are_cut(shards):
@@ -65,7 +125,8 @@ def test_prefetch_keeps_the_order_and_hands_errors_over(shards):
     ahead = tg.Prefetch(
         tg.TokenStream(shards, world_size=1, rank=0, tokens=32, max_len=16), torch.device("cpu")
     )
-    assert all(torch.equal(plain.next().x, ahead.next().x) for _ in range(30))
+    for _ in range(30):
+        assert torch.equal(plain.next().x, ahead.next().x) and ahead.epoch == plain.epoch
     ahead.close()
 
     class Broken:
@@ -135,18 +196,6 @@ def test_validation_counts_bytes_by_sidecar_or_table(s, data, tmp_path):
 # --- the data folder against its manifest
 
 
-def write_manifest(folder: Path, **changes) -> None:
-    """The manifest that the data tools would write, as far as the trainer reads it."""
-    files = [
-        dict(name=f.name, size=f.stat().st_size, sha256=hashlib.sha256(f.read_bytes()).hexdigest())
-        for f in sorted(folder.glob("fineweb_*.bin"))
-    ]
-    tokenizer = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
-    manifest = dict(files=files, fingerprint="f" * 64, tokenizer=dict(sha256=tokenizer))
-    manifest["split"] = dict(rule="hash")
-    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
-
-
 @pytest.fixture
 def built(data, tmp_path):
     """Settings and folder of a whole data set with its manifest."""
@@ -158,9 +207,19 @@ def built(data, tmp_path):
 
 def test_a_good_folder_passes_and_names_its_fingerprint(built):
     folder, s = built
-    assert tg.check_manifest(s) == "f" * 16
+    assert tg.check_manifest(s) == "f" * 16 and "14 documents" in tg.check_validation(s)
     (folder / "manifest.json").unlink()
     assert "no manifest.json" in tg.check_manifest(s)
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_few_validation_documents_are_not_the_canonical_split(built, manifest):
+    folder, s = built
+    write_manifest(folder, split=dict(rule="first"))
+    if not manifest:
+        (folder / "manifest.json").unlink()
+    with pytest.raises(tg.UserError, match="14 validation documents, the canonical split has 50,000"):
+        tg.check_validation(s)
 
 
 def plant(folder):
@@ -173,14 +232,26 @@ def plant(folder):
     write_manifest(folder)
 
 
+def near_the_split(folder):
+    """The first training shard begins with the last validation document."""
+    path = folder / "fineweb_train_000000.bin"
+    val = np.array(tg.read_shard(folder / "fineweb_val_000000.bin"))
+    last = val[int(np.flatnonzero(val == tg.BOS)[-1]) :]
+    write_shard(path, np.concatenate([last, tg.read_shard(path)]))
+    write_manifest(folder)
+
+
+def test_quick_checks_search_the_shard_next_to_the_split(built):
+    folder, s = built
+    near_the_split(folder)
+    with pytest.raises(tg.UserError, match="fineweb_train_000000.bin at token 0"):
+        tg.check_manifest(tg.dataclasses.replace(s, data_check="quick"))
+
+
 def flip(folder):
     raw = bytearray((folder / "fineweb_train_000000.bin").read_bytes())
     raw[1500] ^= 1
     (folder / "fineweb_train_000000.bin").write_bytes(raw)
-
-
-def few(folder):
-    write_manifest(folder, split=dict(rule="first"))
 
 
 def hashes(folder):
@@ -194,7 +265,6 @@ def hashes(folder):
         (plant, "1 validation documents are in the training shards.*fineweb_train_000001.bin at token"),
         (hashes, "1 validation documents are in the training shards.*training document 1"),
         (flip, "fineweb_train_000000.bin is damaged, its SHA-256"),
-        (few, "14 validation documents, the canonical split has 50,000"),
         (lambda f: (f / "fineweb_train_000001.bin").unlink(), "fineweb_train_000001.bin is missing"),
         (lambda f: write_shard(f / "fineweb_train_000009.bin", documents(2, 1)), "000009.bin is not listed"),
         (lambda f: write_shard(f / "fineweb_train_000001.bin", documents(2, 1)), "the manifest says"),

@@ -89,13 +89,12 @@ def smear_between_windows(patch):
 
 def attention_across_documents(patch):
     """The row's layout never reaches the kernel."""
-    replace(patch, tg, "attention", lambda real: lambda q, k, v, layout=None, window=None:
-            real(q, k, v, None, window))
+    replace(patch, tg, "attention", lambda real: lambda q, k, v, layout=None: real(q, k, v))
 
 
 def attention_one_ahead(patch):
     """The causal mask is off by one."""
-    def rows(q, k, v, left):
+    def rows(q, k, v):
         T, keys = q.shape[1], k.shape[1]
         back = torch.arange(keys - T, keys)[:, None] - torch.arange(keys)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -412,8 +411,8 @@ def test_bytes_of_operators(shards_of):
 
 
 def plain(folder):
-    """Without sidecar, manifest and stored hashes: bytes are counted by the tokenizer's table."""
-    for pattern in ("fineweb_val_bytes_*", "document_hashes*", "manifest.json"):
+    """Without sidecar and stored hashes: bytes are counted by the tokenizer's table."""
+    for pattern in ("fineweb_val_bytes_*", "document_hashes*"):
         for path in folder.glob(pattern):
             path.unlink()
 

@@ -32,9 +32,13 @@ def finished(data, tmp_path_factory):
     return folder, text
 
 
-def losses(folder):
+def events(folder, kind):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [e["loss"] for e in lines if e["event"] == "train"]
+    return [e for e in lines if e["event"] == kind]
+
+
+def losses(folder):
+    return [e["loss"] for e in events(folder, "train")]
 
 
 def test_a_run_leaves_everything_behind(finished):
@@ -63,6 +67,23 @@ def test_it_learns_and_the_books_agree(finished):
     assert result["val_loss"] / tg.LN2 * result["tokens_scored"] / result["bytes_scored"] == pytest.approx(
         result["val_bpb"], rel=1e-9
     )
+
+
+def test_where_time_and_bits_went_is_logged(finished):
+    folder, _ = finished
+    steps, (pack,), (rehearsal,) = (events(folder, kind) for kind in ("step_time", "pack", "rehearsal"))
+    assert [e["looping"] for e in steps] == [False, True, True]
+    assert all(list(e["parts"]) == ["data", "forward", "backward", "optimiser", "average"] for e in steps)
+    assert all(0 < sum(e["parts"].values()) < 5000 for e in steps)
+    assert pack["quantise_s"] > 0 and pack["pack_s"] > 0
+    assert rehearsal["seconds"] > rehearsal["quantise_s"] + rehearsal["pack_s"]
+    scores = {"quantized": "quantized_val_bpb", "sliding": "sliding_val_bpb", "ttt": "val_bpb"}
+    for stage, key in scores.items():
+        mine = [e for e in events(folder, "profile") if e["stage"] == stage]
+        assert [e["by"] for e in mine] == ["position", "length"]
+        for e in mine:
+            assert sum(e["nats"]) / tg.LN2 / sum(e["bytes"]) == pytest.approx(summary(folder)[key], rel=1e-9)
+            assert sum(e["tokens"]) == summary(folder)["tokens_scored"]
 
 
 def test_eval_only_gives_the_same_scores(finished, data, tmp_path):
@@ -134,6 +155,9 @@ def test_one_rank_two_ranks_and_two_nodes_agree(data, tmp_path):
         assert np.allclose(losses(one), losses(other), atol=1e-5)
         for key in ("sliding_val_bpb", "quantized_val_bpb", "prequant_val_bpb", "val_bpb"):
             assert summary(one)[key] == pytest.approx(summary(other)[key], abs=2e-5), key
+        for a, b in zip(events(one, "profile"), events(other, "profile"), strict=True):
+            assert a["nats"] == pytest.approx(b["nats"], rel=2e-5)
+            assert {**a, "nats": 0, "time": 0} == {**b, "nats": 0, "time": 0}
 
 
 def refused(env, *words, args=(), script=ROOT / "train_gpt.py"):

@@ -1,5 +1,7 @@
 """The ledger, windows, and the scorer."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +53,30 @@ def test_only_booked_documents_can_be_trained_on(s):
         books.booked(np.array([1]), tg.World())
     books.book(torch.tensor([a + n - 2]), torch.ones(1))
     assert (books.booked(np.array([1]), tg.World()).tokens == val.tokens[a : a + n]).all()
+
+
+def test_profiles_are_sums_over_documents_and_positions(s):
+    val, books = ledger(s)
+    n = len(val.tokens) - 1
+    books.book(torch.arange(n), torch.rand(n, generator=torch.Generator().manual_seed(0)))
+    books.close(tg.World())
+    edges = tg.PROFILE_EDGES
+    seen = {by: [set() for _ in edges] for by in ("length", "position")}
+    expected = {by: {k: [0] * len(edges) for k in ("tokens", "bytes", "nats")} for by in seen}
+    for d, (start, length) in enumerate(zip(val.documents.start, val.documents.length - 1)):
+        for i in range(length):
+            for by, where in (("length", length), ("position", i)):
+                bucket = sum(where >= e for e in edges) - 1
+                seen[by][bucket].add(d)
+                amounts = 1, int(val.target_bytes[start + i]), float(books.loss[start + i])
+                for k, amount in zip(("tokens", "bytes", "nats"), amounts):
+                    expected[by][k][bucket] += amount
+    for profile in books.profiles():
+        by = profile["by"]
+        assert profile["documents"] == [len(x) for x in seen[by]] and min(profile["documents"][:2]) > 0
+        for k, x in expected[by].items():
+            assert profile[k] == pytest.approx(x), (by, k)
+        json.dumps(profile)
 
 
 def test_bpb_is_bits_over_bytes():

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from tools import bench
+from tools import account, bench
 from tools.common import ToolError
 
 
@@ -14,12 +14,21 @@ def test_every_group_runs_and_writes_json(tmp_path):
     assert bench.main(["--rounds", "1", "--size", "small", "--json", str(out)]) == 0
     found = json.loads(out.read_text())
     groups = {r["group"] for r in found["rows"]}
-    assert groups == {"attention", "cross-entropy", "MLP", "train step", "GPTQ", "packing", "evaluation"}
+    assert groups == {
+        "attention",
+        "cross-entropy",
+        "MLP",
+        "train step",
+        "GPTQ",
+        "packing",
+        "evaluation",
+        "CaseOps",
+    }
     for row in found["rows"]:
         assert "cannot run" not in row["note"], row
         if row["ms"] is not None:
             assert row["ms"] > 0 and math.isfinite(row["ratio"]) and row["low"] <= row["ratio"] <= row["high"]
-    assert [r["ratio"] for r in found["rows"] if r["note"] == "reference"] == [1.0] * 5
+    assert [r["ratio"] for r in found["rows"] if r["note"] == "reference"] == [1.0] * 7
 
 
 def test_a_contender_that_cannot_run_says_why():
@@ -29,15 +38,44 @@ def test_a_contender_that_cannot_run_says_why():
         raise RuntimeError("no such kernel\nmore")
 
     rows = b.race("x", {"good": lambda: None, "bad": broken})
-    assert [r.name for r in rows] == ["bad", "good"] and rows[
-        0
-    ].note == "cannot run: RuntimeError: no such kernel"
+    assert [r.name for r in rows] == ["bad",
+                                      "good"] and rows[0].note == "cannot run: RuntimeError: no such kernel"
     assert "no such kernel" in bench.show(rows)
 
 
-@pytest.mark.parametrize(
-    "words, reason", [(["speed"], "unknown group speed"), (["--rounds", "0"], "at least 1")]
-)
+@pytest.mark.parametrize("words, reason", [(["speed"], "unknown group speed"),
+                                           (["--rounds", "0"], "at least 1")])
 def test_mistakes(words, reason):
     with pytest.raises(ToolError, match=reason):
         bench.main(words)
+
+
+def test_account_counts_what_the_formulas_say():
+    b = bench.Bench(1, True)
+    s, n = b.settings, 512
+    lines = {line.name: line for line in (account.count(b.torch, case)
+                                          for case in account.train_cases(b.tg, b.torch, s, b.torch.device(
+                                              "meta"), n, 8))}
+    d, m, v = s.model_dim, s.hidden_dim, s.vocab_size
+    assert lines["MLP"].flops == 12 * n * d * m and lines["head product"].flops == 6 * n * d * v
+    assert lines["Q, K, V projections"].flops == 6 * n * d * (d + 2 * s.kv_dim)
+    # one kernel for x + scale * branch reads both and the scale, writes the sum; the backward reads them and
+    # the sum's gradient, writes three gradients: bf16
+    assert lines["scale and add"].least == 2 * (2 * (2 * n * d + d) + 2 * n * d + 2 * n * d + d)
+    for line in lines.values():
+        assert line.unfused >= 0.99 * line.least > 0, line
+        assert math.isclose(line.floor(1e12, 2e12), 1e-9 * max(line.flops, line.least / 2))
+    slots = b.tg.layer_plan(s, True).slots
+    model = b.tg.GPT(s).flops_per_token(b.tg.layer_plan(s, True), 0) * 3 * n
+    gates = 6 * n * slots * s.gate_window * s.num_heads + 4 * (n - 1) * s.gate_window   # heads and smear
+    other = ("attention", "Muon's direction")
+    products = sum(x.flops * x.times[1] for name, x in lines.items() if name not in other)
+    assert products == model + gates
+
+
+def test_account_prints_every_table(capsys):
+    assert bench.main(["--account", "--size", "small", "--rounds", "1"]) == 0
+    shown = capsys.readouterr().out
+    for what in ("training step, without loops", "training step, with loops", "test-time training", "GPTQ"):
+        assert f"\n{what}\n" in shown
+    assert shown.count("\nsum ") == 4

@@ -50,11 +50,8 @@ def test_official_p_of_the_last_row_is_reproduced():
 def test_seeds_needed_is_the_first_number_that_passes():
     a, b = [1.0570, 1.0568, 1.0572], [1.0600, 1.0604, 1.0596, 1.0601, 1.0599]
     n = compare.seeds_needed(a, b, 0.0023, 0.01)
-    va, vb, gain = (
-        statistics.variance(a),
-        statistics.variance(b) / 5,
-        statistics.fmean(b) - statistics.fmean(a) - 0.0023,
-    )
+    va, vb, gain = (statistics.variance(a), statistics.variance(b) / 5,
+                    statistics.fmean(b) - statistics.fmean(a) - 0.0023)
 
     def p(n):
         error = va / n + vb
@@ -65,9 +62,8 @@ def test_seeds_needed_is_the_first_number_that_passes():
 
 
 def test_nats_are_derived_where_they_are_not_known():
-    result = compare.analyse(
-        compare.read_group(["1.0571", "1.0566"], "A"), compare.read_group(["pr1855"], "B")
-    )
+    result = compare.analyse(compare.read_group(["1.0571", "1.0566"], "A"),
+                             compare.read_group(["pr1855"], "B"))
     assert not result["measured"] and result["ratio"] == pytest.approx(2.18837, abs=1e-4)
     assert result["nats"].gain == pytest.approx(result["bpb"].gain * result["ratio"])
 
@@ -86,11 +82,8 @@ def test_run_folders_are_read_and_other_text_is_said(tmp_path, capsys):
     for seed, bpb in ((1, 2.0), (2, 2.1), (3, 2.05)):
         folder = tmp_path / f"r{seed}"
         folder.mkdir()
-        (folder / "summary.json").write_text(
-            json.dumps(
-                {"seed": seed, "val_bpb": bpb, "val_loss": 2 * bpb, "bytes_scored": 1000, "compliant": True}
-            )
-        )
+        (folder / "summary.json").write_text(json.dumps({"seed": seed, "val_bpb": bpb, "val_loss": 2 * bpb,
+                                                         "bytes_scored": 1000, "compliant": True}))
         (folder / "metrics.jsonl").write_text("")
         words.append(str(folder))
     assert compare.main([*words, "--vs", "pr1855"]) == 1
@@ -99,15 +92,10 @@ def test_run_folders_are_read_and_other_text_is_said(tmp_path, capsys):
         compare.main([words[0], words[0], "--vs", "pr1855"])
 
 
-@pytest.mark.parametrize(
-    "words, text",
-    [
-        (["nowhere", "--vs", "pr1855"], "known are pr1610"),
-        (["99", "98", "--vs", "pr1855"], "no plausible score"),
-        (["pr1741", "--vs", "pr1855"], "at least 2"),
-        (["pr1855"], "two sides"),
-    ],
-)
+@pytest.mark.parametrize("words, text", [(["nowhere", "--vs", "pr1855"], "known are pr1610"),
+                                         (["99", "98", "--vs", "pr1855"], "no plausible score"),
+                                         (["pr1741", "--vs", "pr1855"], "at least 2"),
+                                         (["pr1855"], "two sides")])
 def test_mistakes_are_one_clear_line(words, text):
     with pytest.raises(ToolError, match=text):
         compare.main(words)

@@ -10,17 +10,9 @@ import pytest
 from tools import doctor
 from tools.doctor import FAIL, OK, WARN, Finding
 
-H100 = {
-    "index": "0",
-    "name": "NVIDIA H100 80GB HBM3",
-    "temperature.gpu": "41",
-    "clocks.max.sm": "1980",
-    "memory.total": "81559",
-    "memory.used": "4",
-    "power.limit": "700.00",
-    "clocks_throttle_reasons.hw_thermal_slowdown": "Not Active",
-    "driver_version": "570.1",
-}
+H100 = {"index": "0", "name": "NVIDIA H100 80GB HBM3", "temperature.gpu": "41", "clocks.max.sm": "1980",
+        "memory.total": "81559", "memory.used": "4", "power.limit": "700.00",
+        "clocks_throttle_reasons.hw_thermal_slowdown": "Not Active", "driver_version": "570.1"}
 
 
 @pytest.fixture
@@ -39,15 +31,10 @@ def test_eight_good_gpus(gpus):
     assert states(doctor.check_gpus()) == [OK]
 
 
-@pytest.mark.parametrize(
-    "key, value, state, remedy",
-    [
-        ("temperature.gpu", "90", WARN, "cool"),
-        ("memory.used", "20000", FAIL, "end the process"),
-        ("clocks.max.sm", "1200", WARN, "another pod"),
-        ("temperature.gpu", "[N/A]", OK, ""),
-    ],
-)
+@pytest.mark.parametrize("key, value, state, remedy", [("temperature.gpu", "90", WARN, "cool"),
+                                                       ("memory.used", "20000", FAIL, "end the process"),
+                                                       ("clocks.max.sm", "1200", WARN, "another pod"),
+                                                       ("temperature.gpu", "[N/A]", OK, "")])
 def test_a_bad_gpu_is_named_with_its_remedy(gpus, key, value, state, remedy):
     gpus[3][key] = value
     found = doctor.check_gpus()
@@ -62,10 +49,8 @@ def test_no_gpu_is_a_warning_and_nothing_breaks(monkeypatch):
 
 def test_speed_is_judged_against_the_kind():
     healthy = doctor.healthy_of("NVIDIA H100 80GB HBM3")
-    assert (
-        healthy == doctor.HEALTHY["H100"]
-        and doctor.healthy_of("NVIDIA H100 PCIe") == doctor.HEALTHY["H100 PCIe"]
-    )
+    assert (healthy == doctor.HEALTHY["H100"] and doctor.healthy_of("NVIDIA H100 PCIe")
+            == doctor.HEALTHY["H100 PCIe"])
     for figure, state in ((560, OK), (500, WARN), (400, FAIL)):
         assert doctor.judge("GPU 0: matrix", figure, "TFLOP/s", healthy[0]).state == state
     assert doctor.judge("x", 1.0, "GB/s", None).state == OK
@@ -88,18 +73,14 @@ def test_packages_missing_or_other_versions(monkeypatch):
 
 
 def test_findings_of_the_trainer_are_taken_over(monkeypatch):
-    said = (
-        "ok    settings: 3 differ from the defaults\nok    disk: 1 bytes free\n"
-        "FAIL  training shards: a.bin is truncated; fetch the data again\n"
-    )
-    monkeypatch.setattr(
-        doctor.subprocess, "run", lambda *a, **k: types.SimpleNamespace(stdout=said, stderr="", returncode=1)
-    )
-    assert doctor.check_settings_and_data() == [
-        Finding(OK, "settings", "3 differ from the defaults"),
-        Finding(OK, "disk", "1 bytes free"),
-        Finding(FAIL, "training shards", "a.bin is truncated", "fetch the data again"),
-    ]
+    said = ("ok    settings: 3 differ from the defaults\nok    disk: 1 bytes free\n"
+            "FAIL  training shards: a.bin is truncated; fetch the data again\n")
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *a,
+                        **k: types.SimpleNamespace(stdout=said, stderr="", returncode=1))
+    assert doctor.check_settings_and_data() == [Finding(OK, "settings", "3 differ from the defaults"),
+                                                Finding(OK, "disk", "1 bytes free"),
+                                                Finding(FAIL, "training shards", "a.bin is truncated",
+                                                        "fetch the data again")]
     monkeypatch.setattr(
         doctor.subprocess,
         "run",
@@ -114,7 +95,7 @@ def test_a_check_that_breaks_is_a_finding(monkeypatch, capsys):
     def broken():
         raise RuntimeError("CUDA driver gone")
 
-    monkeypatch.setattr(doctor, "CHECKS", (("GPU", broken), ("python", doctor.check_python)))
+    monkeypatch.setattr(doctor, "CHECKS", {"GPU": broken, "python": doctor.check_python})
     assert doctor.main(["--json"]) == 1
     said = json.loads(capsys.readouterr().out)
     assert said["fail"] == 1 and said["findings"][0]["found"] == "RuntimeError: CUDA driver gone"
@@ -123,21 +104,17 @@ def test_a_check_that_breaks_is_a_finding(monkeypatch, capsys):
 def test_the_rehearsal_tells_what_failed(monkeypatch):
     monkeypatch.setattr(doctor, "trainer", lambda: types.SimpleNamespace(fields=lambda s: [], Settings=None))
     monkeypatch.setattr(doctor, "tiny_data", lambda folder: {})
-    monkeypatch.setattr(
-        doctor.subprocess,
-        "run",
-        lambda *a, **k: types.SimpleNamespace(
-            stdout="step 1\n", stderr="Traceback\nRuntimeError: no kernel image\n", returncode=1
-        ),
-    )
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *a,
+                        **k: types.SimpleNamespace(stdout="step 1\n",
+                                                   stderr="Traceback\nRuntimeError: no kernel image\n",
+                                                   returncode=1))
     found = doctor.check_rehearsal()
     assert states(found) == [FAIL] and found[0].found == "RuntimeError: no kernel image"
 
 
 def test_quick_on_this_machine():
-    done = subprocess.run(
-        [sys.executable, doctor.__file__, "--quick", "--json"], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, doctor.__file__, "--quick", "--json"], capture_output=True,
+                          text=True)
     found = {f["what"]: f["state"] for f in json.loads(done.stdout)["findings"]}
     assert found["python"] == OK and {"torch", "memory", "attention", "settings"} <= set(found)
     assert done.returncode == int("FAIL" in found.values())

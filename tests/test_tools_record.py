@@ -10,42 +10,14 @@ from test_tools_common import SCRIPT, change, make_run, runs  # noqa: F401  (run
 from tools import make_record
 from tools.common import ARTIFACT, ToolError
 
-KEYS = {
-    "author",
-    "github_id",
-    "name",
-    "blurb",
-    "date",
-    "track",
-    "val_loss",
-    "val_bpb",
-    "val_loss_std",
-    "val_bpb_std",
-    "seeds",
-    "seed_results",
-    "artifact_bytes_mean",
-    "artifact_bytes_max",
-    "bytes_total",
-    "train_steps_mean",
-    "step_avg_ms_mean",
-    "hardware",
-    "pytorch_version",
-}
+KEYS = {"author", "github_id", "name", "blurb", "date", "track", "val_loss", "val_bpb", "val_loss_std",
+        "val_bpb_std", "seeds", "seed_results", "artifact_bytes_mean", "artifact_bytes_max", "bytes_total",
+        "train_steps_mean", "step_avg_ms_mean", "hardware", "pytorch_version"}
 
 
 def make(folders, out, *more):
-    words = [
-        *map(str, folders),
-        "--name",
-        "test",
-        "--out",
-        str(out),
-        "--date",
-        "2026-05-01",
-        "--nproc",
-        "1",
-        *more,
-    ]
+    words = [*map(str, folders), "--name", "test", "--out", str(out), "--date", "2026-05-01", "--nproc", "1",
+             *more]
     return make_record.main(words)
 
 
@@ -53,35 +25,19 @@ def test_a_good_record(runs, tmp_path, capsys):  # noqa: F811
     assert make(runs, tmp_path / "records", "--author", "A. Person", "--lineage", "pr1855") == 0
     folder = tmp_path / "records" / "track_10min_16mb" / "2026-05-01_test"
     names = {p.name for p in folder.iterdir()}
-    assert names == {
-        "README.md",
-        "submission.json",
-        "train_gpt.py",
-        "requirements.txt",
-        *(
-            f"{a}_seed{n}.{b}"
-            for n in (42, 0, 1234)
-            for a, b in (("train", "log"), ("metrics", "jsonl"), ("summary", "json"))
-        ),
-    }
+    assert names == {"README.md", "submission.json", "train_gpt.py", "requirements.txt",
+                     *(f"{a}_seed{n}.{b}" for n in (42, 0, 1234)
+                       for a, b in (("train", "log"), ("metrics", "jsonl"), ("summary", "json")))}
     assert (folder / "train_gpt.py").read_bytes() == SCRIPT
     s = json.loads((folder / "submission.json").read_text())
-    assert (
-        KEYS <= set(s) and s["val_bpb"] == pytest.approx(1.061) and s["val_bpb_std"] == pytest.approx(0.001)
-    )
+    assert (KEYS <= set(s) and s["val_bpb"] == pytest.approx(1.061)
+            and s["val_bpb_std"] == pytest.approx(0.001))
     assert s["seed_results"]["42"]["artifact_bytes"] == 1000 and s["bytes_total"] == 1000 + len(SCRIPT)
     text = "".join(p.read_text() for p in folder.iterdir())
     assert str(tmp_path) not in text and "/mnt/" not in text
     readme = (folder / "README.md").read_text()
-    for part in (
-        "1.06000000",
-        "1.06200000",
-        "pr1855",
-        "SEED=$seed",
-        "MATRIX_LR=0.028",
-        "scored exactly once",
-        "inside this folder in eval-only mode",
-    ):
+    for part in ("1.06000000", "1.06200000", "pr1855", "SEED=$seed", "MATRIX_LR=0.028", "scored exactly once",
+                 "inside this folder in eval-only mode"):
         assert part in readme, part
     assert "+0.0e+00" in capsys.readouterr().out
     with pytest.raises(ToolError, match="exists: choose another"):
@@ -117,47 +73,32 @@ def rescript(run, tmp_path):
     make_run(run, 0, 61, script=SCRIPT + b"# changed\n")
 
 
-BAD = {
-    "mixed configurations": (lambda r, t: settings_of(r[1], MATRIX_LR=0.03), r"MATRIX_LR=0.026 and 0.03"),
-    "mixed code": (lambda r, t: rescript(r[1], t), "ran different code"),
-    "over size": (
-        lambda r, t: [make_run(t / f"b{n}", n, size=15_999_900) and None for n in (1, 2, 3)],
-        "over the limit",
-    ),
-    "training over time": (
-        lambda r, t: change(r[2], "summary", train_seconds=600.4),
-        "train_seconds is 600.40",
-    ),
-    "evaluation over time": (
-        lambda r, t: change(r[2], "summary", eval_seconds=639.9),
-        "eval_seconds is 639.90",
-    ),
-    "incomplete coverage": (lambda r, t: change(r[0], "coverage", complete=False), "coverage is incomplete"),
-    "a part of the validation set": (
-        lambda r, t: change(r[0], "coverage", documents=10_000),
-        "10,000 documents",
-    ),
-    "tokens dropped": (
-        lambda r, t: change(r[0], "summary", tokens_scored=47_851_520),
-        "47,851,520 tokens scored",
-    ),
-    "non-compliant": (lambda r, t: change(r[0], "summary", compliant=False), "NON-COMPLIANT"),
-    "a failed probe": (lambda r, t: change(r[0], "probe", ok=False), "the probe C1 failed"),
-    "missing log": (lambda r, t: (r[0] / "train.log").unlink(), "has no train.log"),
-    "cut log": (lambda r, t: (r[0] / "train.log").write_text("start\n"), "no final line"),
-    "missing artifact": (lambda r, t: (r[1] / ARTIFACT).unlink(), "final_model.int6.ptz is missing"),
-    "unfinished": (lambda r, t: (r[1] / "summary.json").unlink(), "did not finish"),
-    "another score in the log": (
-        lambda r, t: change(r[0], "summary", val_bpb=1.05),
-        "they are of different runs",
-    ),
-    "other hardware": (
-        lambda r, t: [change(x, "summary", device="NVIDIA A100") for x in r],
-        "8 x NVIDIA A100",
-    ),
-    "mixed data": (lambda r, t: change(r[1], "check", detail="1499 shards"), "different data"),
-    "a seed twice": (lambda r, t: change(r[1], "summary", seed=42), "seed 42 is there twice"),
-}
+BAD = {"mixed configurations": (lambda r, t: settings_of(r[1], MATRIX_LR=0.03), r"MATRIX_LR=0.026 and 0.03"),
+       "mixed code": (lambda r, t: rescript(r[1], t), "ran different code"),
+       "over size": (lambda r, t: [make_run(t / f"b{n}", n, size=15_999_900) and None for n in (1, 2, 3)],
+                     "over the limit"),
+       "training over time": (lambda r, t: change(r[2], "summary", train_seconds=600.4),
+                              "train_seconds is 600.40"),
+       "evaluation over time": (lambda r, t: change(r[2], "summary", eval_seconds=639.9),
+                                "eval_seconds is 639.90"),
+       "incomplete coverage": (lambda r, t: change(r[0], "coverage", complete=False),
+                               "coverage is incomplete"),
+       "a part of the validation set": (lambda r, t: change(r[0], "coverage", documents=10_000),
+                                        "10,000 documents"),
+       "tokens dropped": (lambda r, t: change(r[0], "summary", tokens_scored=47_851_520),
+                          "47,851,520 tokens scored"),
+       "non-compliant": (lambda r, t: change(r[0], "summary", compliant=False), "NON-COMPLIANT"),
+       "a failed probe": (lambda r, t: change(r[0], "probe", ok=False), "the probe C1 failed"),
+       "missing log": (lambda r, t: (r[0] / "train.log").unlink(), "has no train.log"),
+       "cut log": (lambda r, t: (r[0] / "train.log").write_text("start\n"), "no final line"),
+       "missing artifact": (lambda r, t: (r[1] / ARTIFACT).unlink(), "final_model.int6.ptz is missing"),
+       "unfinished": (lambda r, t: (r[1] / "summary.json").unlink(), "did not finish"),
+       "another score in the log": (lambda r, t: change(r[0], "summary", val_bpb=1.05),
+                                    "they are of different runs"),
+       "other hardware": (lambda r, t: [change(x, "summary", device="NVIDIA A100") for x in r],
+                          "8 x NVIDIA A100"),
+       "mixed data": (lambda r, t: change(r[1], "check", detail="1499 shards"), "different data"),
+       "a seed twice": (lambda r, t: change(r[1], "summary", seed=42), "seed 42 is there twice")}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -196,9 +137,6 @@ def test_a_script_that_fails_inside_its_folder(runs, tmp_path, monkeypatch):  # 
 
 
 def test_mistakes_end_with_status_2_and_one_line(tmp_path):
-    done = subprocess.run(
-        [sys.executable, make_record.__file__, str(tmp_path / "none"), "--name", "x"],
-        capture_output=True,
-        text=True,
-    )
+    done = subprocess.run([sys.executable, make_record.__file__, str(tmp_path / "none"), "--name", "x"],
+                          capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1

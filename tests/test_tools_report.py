@@ -14,11 +14,8 @@ from tools import report  # noqa: E402
 from tools.common import ToolError, load_run  # noqa: E402
 
 BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
-TENSORS = [
-    {"name": f"blocks.{i}.{part}.weight", "how": "gptq (int6)", "bytes": 900 + i, "error": 0.1 + i / 100}
-    for i in range(3)
-    for part in ("attn.c_q", "mlp.fc")
-]
+TENSORS = [{"name": f"blocks.{i}.{part}.weight", "how": "gptq (int6)", "bytes": 900 + i,
+            "error": 0.1 + i / 100} for i in range(3) for part in ("attn.c_q", "mlp.fc")]
 
 
 def add_events(run, *events):
@@ -27,33 +24,26 @@ def add_events(run, *events):
 
 
 def profile(stage, by, shift):
-    return {
-        "event": "profile",
-        "stage": stage,
-        "by": by,
-        "edges": [0, 64, 256],
-        "documents": [1, 2, 3],
-        "tokens": [10, 20, 30],
-        "bytes": [100, 200, 300],
-        "nats": [90 + shift, 160 + shift, 210 + shift],
-    }
+    return {"event": "profile", "stage": stage, "by": by, "edges": [0, 64, 256], "documents": [1, 2, 3],
+            "tokens": [10, 20, 30], "bytes": [100, 200, 300], "nats": [90 + shift, 160 + shift, 210 + shift]}
 
 
-def every_event(run):
-    add_events(
-        run,
-        {"event": "tensors", "items": TENSORS},
-        {"event": "step_time", "step": 100, "parts": {"data": 1.0, "forward and backward": 90.0}},
-        *(profile(s, by, n) for n, s in enumerate(("ttt", "sliding")) for by in ("length", "position")),
-    )
+@pytest.fixture
+def whole(runs, monkeypatch):  # noqa: F811
+    """Three runs with all that the page can show; bytes per tensor, which need the real script, are given."""
+    parts = {"data": 1.0, "forward": 30.0, "backward": 60.0}
+    stages = enumerate(("ttt", "sliding", "quantized"))
+    rows = [profile(stage, by, n) for n, stage in stages for by in ("length", "position")]
+    for run in runs:
+        add_events(run, {"event": "step_time", "step": 100, "looping": True, "parts": parts}, *rows)
+    monkeypatch.setattr(report, "tensors_of", lambda run: TENSORS)
+    return runs
 
 
 def cells(page: str) -> dict:
     """(run, key) -> text of the table's cells."""
-    return {
-        (m[1], m[2]): m[3]
-        for m in re.finditer(r'<td data-run="([^"]*)" data-key="([^"]*)">([^<]*)</td>', page)
-    }
+    return {(m[1], m[2]): m[3] for m in re.finditer(r'<td data-run="([^"]*)" data-key="([^"]*)">([^<]*)</td>',
+                                                    page)}
 
 
 def agree(page: str, folders) -> int:
@@ -66,13 +56,11 @@ def agree(page: str, folders) -> int:
     return len(shown)
 
 
-def test_the_page_shows_the_figures_of_summary_json(runs, tmp_path):  # noqa: F811
-    for run in runs:
-        every_event(run)
+def test_the_page_shows_the_figures_of_summary_json(whole, tmp_path):
     out = tmp_path / "page.html"
-    assert report.main([*map(str, runs), "--out", str(out)]) == 0
+    assert report.main([*map(str, whole), "--out", str(out)]) == 0
     page = out.read_text()
-    assert agree(page, runs) == 3 * len(report.TABLE)
+    assert agree(page, whole) == 3 * len(report.TABLE)
     for key in ("scores", "curves", "pace", "step_time", "timeline", "treemap", "rounding", "profiles"):
         assert f'id="{key}"' in page, key
     outside = re.sub(r"<script>.*?</script>", "", page, flags=re.S)
@@ -83,13 +71,17 @@ def test_the_page_shows_the_figures_of_summary_json(runs, tmp_path):  # noqa: F8
 def test_missing_events_are_named_and_the_rest_is_drawn(runs, capsys):  # noqa: F811
     assert report.main([str(runs[0])]) == 0
     said = capsys.readouterr()
-    assert "not shown for want of events" in said.out and "no bytes per tensor" in said.err
+    assert "not shown: Where a step's time goes (no step_time events)" in said.out
+    assert "no bytes per tensor" in said.err
     page = (runs[0] / "report.html").read_text()
-    assert "Not shown: Where a step" in page and 'id="curves"' in page
+    assert "Not shown: Where a step&#x27;s time goes (no step_time events)" in page
+    assert 'id="curves"' in page
 
 
-def test_a_run_that_is_not_finished_is_shown(runs):  # noqa: F811
-    (runs[0] / "summary.json").unlink()
+@pytest.mark.parametrize("left", [None, {"val_bpb": None, "quantized_val_bpb": 1.07, "steps": 9, "seed": 1}])
+def test_a_run_that_is_not_finished_is_shown(runs, left):  # noqa: F811
+    path = runs[0] / "summary.json"
+    path.write_text(json.dumps(left)) if left else path.unlink()
     assert report.main([str(runs[0])]) == 0
     assert "unfinished" in (runs[0] / "report.html").read_text()
 
@@ -119,26 +111,11 @@ def test_too_many_runs(runs):  # noqa: F811
 
 def browse(page, *options):
     """The page in a headless browser; the network leads nowhere."""
-    return subprocess.run(
-        [
-            BROWSER,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--hide-scrollbars",
-            "--window-size=1280,4200",
-            "--virtual-time-budget=10000",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--no-first-run",
-            "--host-resolver-rules=MAP * ~NOTFOUND",
-            *options,
-            page.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+                           "--window-size=1280,4200", "--virtual-time-budget=10000",
+                           "--disable-background-networking", "--disable-component-update", "--no-first-run",
+                           "--host-resolver-rules=MAP * ~NOTFOUND", *options, page.as_uri()],
+                          capture_output=True, text=True, timeout=120)
 
 
 def hosts(log) -> set:
@@ -148,16 +125,13 @@ def hosts(log) -> set:
 
 @slow
 @pytest.mark.skipif(not BROWSER, reason="no Chromium or Chrome is installed")
-def test_in_a_real_browser(runs, tmp_path):  # noqa: F811
-    for run in runs:
-        every_event(run)
+def test_in_a_real_browser(whole, tmp_path):
     out, picture, network = tmp_path / "page.html", tmp_path / "page.png", tmp_path / "net.json"
-    report.main([*map(str, runs), "--out", str(out)])
+    report.main([*map(str, whole), "--out", str(out)])
     dom = browse(out, "--dump-dom", f"--log-net-log={network}").stdout
-    assert agree(dom, runs) == 3 * len(report.TABLE)
-    assert (
-        dom.count('class="js-plotly-plot"') + dom.count("js-plotly-plot") >= 8 and dom.count("main-svg") >= 8
-    )
+    assert agree(dom, whole) == 3 * len(report.TABLE)
+    assert (dom.count('class="js-plotly-plot"') + dom.count("js-plotly-plot") >= 8
+            and dom.count("main-svg") >= 8)
     empty = tmp_path / "empty.html"
     empty.write_text("<p>nothing")
     browse(empty, "--dump-dom", f"--log-net-log={tmp_path / 'own.json'}")

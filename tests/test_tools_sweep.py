@@ -46,16 +46,8 @@ def place(tmp_path):
 
 
 def words(place, *more):
-    return [
-        str(place / "space.txt"),
-        "--out",
-        str(place / "out"),
-        "--script",
-        str(place / "trainer.py"),
-        "--launch",
-        "{python}",
-        *map(str, more),
-    ]
+    return [str(place / "space.txt"), "--out", str(place / "out"), "--script", str(place / "trainer.py"),
+            "--launch", "{python}", *map(str, more)]
 
 
 def study(place, url=None, name="space"):
@@ -70,8 +62,7 @@ def check_points(found, count):
     assert all(t.state.name in ("COMPLETE", "FAIL") for t in found.trials)
     dead = [t for t in found.trials if t.state.name == "FAIL"]
     assert sorted(t.user_attrs["retry_of"] for t in complete if "retry_of" in t.user_attrs) == [
-        t.number for t in dead
-    ]
+        t.number for t in dead]
     return complete, dead
 
 
@@ -86,36 +77,24 @@ def kill_a_worker(found, deadline):
     raise AssertionError("no trial ran")
 
 
-@pytest.mark.parametrize(
-    "line, kind, values",
-    [
-        ("MATRIX_LR log 0.01 0.1", "log", (0.01, 0.1)),
-        ("RANK int 2 8 step 2", "int", (2.0, 8.0, 2.0)),
-        ("TOP choice 1 2 3", "choice", ("1", "2", "3")),
-        ("VOCAB=8192", "=", ("8192",)),
-        ('NAME = "a b"', "=", ("a b",)),
-    ],
-)
+@pytest.mark.parametrize("line, kind, values", [("MATRIX_LR log 0.01 0.1", "log", (0.01, 0.1)),
+                                                ("RANK int 2 8 step 2", "int", (2.0, 8.0, 2.0)),
+                                                ("TOP choice 1 2 3", "choice", ("1", "2", "3")),
+                                                ("VOCAB=8192", "=", ("8192",)),
+                                                ('NAME = "a b"', "=", ("a b",))])
 def test_space_lines(tmp_path, line, kind, values):
     (tmp_path / "s").write_text(f"# comment\n\n{line}\nOTHER uniform 0 1\n")
-    assert sweep.read_space(tmp_path / "s")[0] == sweep.Setting(
-        line.replace("=", " ").split()[0], kind, values
-    )
+    assert sweep.read_space(tmp_path / "s")[0] == sweep.Setting(line.replace("=", " ").split()[0], kind,
+                                                                values)
 
 
-@pytest.mark.parametrize(
-    "text, reason",
-    [
-        ("A log 0 1", "above 0"),
-        ("A uniform 2 1", "LO must be below HI"),
-        ("A normal 0 1", "log, uniform, int, logint"),
-        ("A log 1 x", "not numbers"),
-        ("A uniform 0", "needs LO HI"),
-        ("A = 1", "varies nothing"),
-        ("A uniform 0 1\nA = 2", "names A twice"),
-        ("SEED int 1 3", "--seeds"),
-    ],
-)
+@pytest.mark.parametrize("text, reason", [("A log 0 1", "above 0"), ("A uniform 2 1", "LO must be below HI"),
+                                          ("A normal 0 1", "log, uniform, int, logint"),
+                                          ("A log 1 x", "not numbers"), ("A uniform 0", "needs LO HI"),
+                                          ("A = 1", "varies nothing"),
+                                          ('A = "1', "line 1 .* No closing quotation"),
+                                          ("A uniform 0 1\nA = 2", "names A twice"),
+                                          ("SEED int 1 3", "--seeds")])
 def test_bad_spaces_are_refused(tmp_path, text, reason):
     (tmp_path / "s").write_text(text)
     with pytest.raises(ToolError, match=reason):
@@ -131,12 +110,9 @@ def test_the_trainer_is_asked_before_anything_starts(place):
 
 def test_a_killed_worker_loses_and_doubles_nothing(place):
     (place / "space.txt").write_text("MATRIX_LR log 0.001 0.1\nNAP = 0.15\n")
-    done = subprocess.Popen(
-        [sys.executable, sweep.__file__, *words(place, "--trials", 5, "--workers", 2, "--seeds", "1,2")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    done = subprocess.Popen([sys.executable, sweep.__file__,
+                             *words(place, "--trials", 5, "--workers", 2, "--seeds", "1,2")],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 60
     while not (place / "out" / "study.db").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -158,9 +134,8 @@ def test_a_failed_trial_keeps_its_last_lines_and_is_not_repeated(place, capsys):
     states = {t.params["FAIL"]: t for t in study(place).trials}
     assert len(study(place).trials) == 4 and set(states) == {"0", "1"}
     assert states["1"].state.name == "FAIL" and "out of memory" in states["1"].user_attrs["error"]
-    assert (
-        "the trainer says" in states["1"].user_attrs["error"] and "out of memory" in capsys.readouterr().out
-    )
+    assert ("the trainer says" in states["1"].user_attrs["error"]
+            and "out of memory" in capsys.readouterr().out)
 
 
 def test_the_same_command_goes_on(place, capsys):
@@ -170,6 +145,21 @@ def test_the_same_command_goes_on(place, capsys):
     check_points(study(place), 2)
     assert sweep.main(words(place, "--show")) == 0
     assert capsys.readouterr().out.count("COMPLETE") == 1 + 2 + 2 + 2
+
+
+def test_two_machines_may_make_the_tables_at_once(place, monkeypatch):
+    calls = []
+
+    class Late(optuna.storages.RDBStorage):
+        def __init__(self, *a, **k):
+            calls.append(1)
+            if len(calls) < 3:
+                raise RuntimeError("(sqlite3.OperationalError) table alembic_version already exists")
+            super().__init__(*a, **k)
+
+    monkeypatch.setattr(optuna.storages, "RDBStorage", Late)
+    monkeypatch.setattr(sweep.time, "sleep", lambda seconds: None)
+    assert sweep.Study(sweep.parse(words(place))).plan(2) == 2 and len(calls) == 3
 
 
 def test_only_one_process_takes_a_trial_and_double_retries_are_dropped(place):
@@ -226,18 +216,8 @@ def tiny_environment(tmp_path, data):
 def real_sweep(tmp_path, env, *more, url=None):
     """8 trials, 2 workers, one worker killed in the middle."""
     (tmp_path / "real.txt").write_text("MATRIX_LR log 0.005 0.1\nTTT_LORA_RANK choice 2 4\n")
-    command = [
-        sys.executable,
-        str(Path(sweep.__file__)),
-        str(tmp_path / "real.txt"),
-        "--out",
-        str(tmp_path / "out"),
-        "--trials",
-        "8",
-        "--workers",
-        "2",
-        *more,
-    ]
+    command = [sys.executable, str(Path(sweep.__file__)), str(tmp_path / "real.txt"), "--out",
+               str(tmp_path / "out"), "--trials", "8", "--workers", "2", *more]
     with open(tmp_path / "sweep.log", "w") as log:
         process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 120
@@ -256,9 +236,8 @@ def real_sweep(tmp_path, env, *more, url=None):
     complete, dead = check_points(found, 8)
     assert [t.number for t in dead] == [killed] and len(complete) == 8
     for t in complete:
-        summary = json.loads(
-            (tmp_path / "out" / f"trial_{t.number:04d}_seed1337" / "summary.json").read_text()
-        )
+        summary = json.loads((tmp_path / "out" / f"trial_{t.number:04d}_seed1337"
+                              / "summary.json").read_text())
         assert summary["val_bpb"] == t.value and summary["settings"]["MATRIX_LR"] == t.params["MATRIX_LR"]
     print((tmp_path / "sweep.log").read_text())
 
@@ -271,9 +250,8 @@ def test_eight_real_trials_two_workers_one_killed_sqlite(tmp_path, tiny_environm
 def postgres_programs():
     """Folder of initdb and pg_ctl, or None."""
     found = shutil.which("initdb")
-    folders = (
-        [Path(found).parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-    )
+    folders = ([Path(found).parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"),
+                                                         reverse=True))
     return next((f for f in folders if (f / "initdb").exists()), None)
 
 
@@ -299,24 +277,12 @@ def postgres(tmp_path_factory):
 
     try:
         run(programs / "initdb", "-D", folder / "db", "-A", "trust", "-U", "sweep")
-        run(
-            programs / "pg_ctl",
-            "-D",
-            folder / "db",
-            "-w",
-            "-l",
-            folder / "log",
-            "-o",
-            f"-p {port} -c listen_addresses=127.0.0.1 -k {folder}",
-            "start",
-        )
+        run(programs / "pg_ctl", "-D", folder / "db", "-w", "-l", folder / "log", "-o",
+            f"-p {port} -c listen_addresses=127.0.0.1 -k {folder}", "start")
         yield f"postgresql+psycopg2://sweep@127.0.0.1:{port}/postgres"
     finally:
-        subprocess.run(
-            [*user, str(programs / "pg_ctl"), "-D", str(folder / "db"), "-m", "immediate", "stop"],
-            cwd="/",
-            stdout=subprocess.DEVNULL,
-        )
+        subprocess.run([*user, str(programs / "pg_ctl"), "-D", str(folder / "db"), "-m", "immediate", "stop"],
+                       cwd="/", stdout=subprocess.DEVNULL)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -328,13 +294,11 @@ def test_eight_real_trials_two_workers_one_killed_postgres(tmp_path, tiny_enviro
 @slow
 def test_a_second_machine_joins_on_postgres(place, postgres):
     (place / "space.txt").write_text("MATRIX_LR log 0.001 0.1\nNAP = 0.3\n")
-    first = subprocess.Popen(
-        [sys.executable, sweep.__file__, *words(place, "--trials", 8, "--storage", postgres)]
-    )
+    first = subprocess.Popen([sys.executable, sweep.__file__,
+                              *words(place, "--trials", 8, "--storage", postgres)])
     time.sleep(8)
-    second = subprocess.Popen(
-        [sys.executable, sweep.__file__, *words(place, "--join", "--storage", postgres)]
-    )
+    second = subprocess.Popen([sys.executable, sweep.__file__,
+                               *words(place, "--join", "--storage", postgres)])
     assert (first.wait(180), second.wait(180)) == (0, 0)
     complete, dead = check_points(study(place, postgres), 8)
     assert not dead and len({t.user_attrs["worker"] for t in complete}) >= 2

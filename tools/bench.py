@@ -1,8 +1,9 @@
 """How much faster is each fast road than its plain twin? Ratios from one run, on a CPU or a GPU.
 
     python tools/bench.py                          # every group
-    python tools/bench.py attention gptq           # some: attention, ce, mlp, step, gptq, pack, ttt
+    python tools/bench.py attention gptq           # some: attention, ce, mlp, step, gptq, pack, ttt, caseops
     python tools/bench.py --rounds 9 --json bench.json
+    python tools/bench.py --account --size full    # counted FLOPs, bytes, floors; measured too on a GPU
 
 Within a group the contenders take turns, round after round, so that a machine that slows down slows all of
 them; the ratio is the median over rounds of (reference time / contender time): 2.0 means twice as fast. Only
@@ -11,7 +12,6 @@ ratios of one run mean something; milliseconds of two machines, or of a busy one
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -24,33 +24,14 @@ from typing import Callable
 if __package__ in (None, ""):  # run as a script: make `tools` importable from anywhere
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from tools.common import ROOT, ToolError, relative, run_cli, table, write_atomic
+from tools.account import account
+from tools.common import ROOT, ToolError, command_line, relative, run_cli, table, write_atomic
 
-SMALL = dict(
-    NUM_LAYERS=4,
-    MODEL_DIM=128,
-    NUM_HEADS=4,
-    NUM_KV_HEADS=2,
-    MLP_MULT=2,
-    VOCAB_SIZE=512,
-    LOOP_START=1,
-    LOOP_END=2,
-    NUM_LOOPS=1,
-    PARALLEL_START_LAYER=3,
-    XSA_LAST_N=4,
-    TRAIN_BATCH_TOKENS=1024,
-    TRAIN_SEQ_LEN=256,
-    EVAL_SEQ_LEN=256,
-    EVAL_STRIDE=64,
-    TTT_EVAL_SEQ_LEN=256,
-    TTT_BATCH_SIZE=4,
-    TTT_CHUNK_SIZE=64,
-    TTT_LORA_RANK=8,
-    TTT_LORA_ALPHA=16,
-    VAL_BATCH_TOKENS=8192,
-    GPTQ_CALIBRATION_BATCHES=2,
-    PHASED_TTT_PREFIX_DOCS=0,
-)
+SMALL = dict(NUM_LAYERS=4, MODEL_DIM=128, NUM_HEADS=4, NUM_KV_HEADS=2, MLP_MULT=2, VOCAB_SIZE=512,
+             LOOP_START=1, LOOP_END=2, NUM_LOOPS=1, PARALLEL_START_LAYER=3, XSA_LAST_N=4,
+             TRAIN_BATCH_TOKENS=1024, TRAIN_SEQ_LEN=256, EVAL_SEQ_LEN=256, EVAL_STRIDE=64,
+             TTT_EVAL_SEQ_LEN=256, TTT_BATCH_SIZE=4, TTT_CHUNK_SIZE=64, TTT_LORA_RANK=8, TTT_LORA_ALPHA=16,
+             VAL_BATCH_TOKENS=8192, GPTQ_CALIBRATION_BATCHES=2, PHASED_TTT_PREFIX_DOCS=0)
 FULL = dict(TRAIN_BATCH_TOKENS=98304, PHASED_TTT_PREFIX_DOCS=0)  # one micro-batch of the competition's run
 
 
@@ -115,17 +96,8 @@ class Bench:
                 run()  # compiles, allocates, and shows whether it can run
                 ready[name] = run
             except Exception as error:
-                rows.append(
-                    Row(
-                        group,
-                        name,
-                        float("nan"),
-                        float("nan"),
-                        float("nan"),
-                        float("nan"),
-                        f"cannot run: {type(error).__name__}: {str(error).splitlines()[0][:80]}",
-                    )
-                )
+                rows.append(Row(group, name, float("nan"), float("nan"), float("nan"), float("nan"),
+                                f"cannot run: {type(error).__name__}: {str(error).splitlines()[0][:80]}"))
         times: dict[str, list[float]] = {name: [] for name in ready}
         for turn in range(self.rounds):
             order = list(ready) if turn % 2 == 0 else list(ready)[::-1]
@@ -135,17 +107,8 @@ class Bench:
             reference = next(iter(times.values()))
             ratios = sorted(a / b for a, b in zip(reference, times[name], strict=False))
             note = (notes or {}).get(name, "reference" if i == 0 else "")
-            rows.append(
-                Row(
-                    group,
-                    name,
-                    statistics.median(times[name]),
-                    statistics.median(ratios),
-                    ratios[0],
-                    ratios[-1],
-                    note() if callable(note) else note,
-                )
-            )
+            rows.append(Row(group, name, statistics.median(times[name]), statistics.median(ratios), ratios[0],
+                            ratios[-1], note() if callable(note) else note))
         return rows
 
 
@@ -160,7 +123,7 @@ def attention(b: Bench) -> list[Row]:
     dy = b.random(1, total, 8, 64)
 
     def run(backend):
-        b.torch.autograd.grad(backend(q, k, v, cuts, longest, -1), (q, k, v), dy)
+        b.torch.autograd.grad(backend(q, k, v, cuts, longest), (q, k, v), dy)
 
     contenders, skipped = {}, []
     for name in sorted(b.tg.BACKENDS, key=lambda n: n != "plain"):
@@ -182,12 +145,8 @@ def twins(b: Bench, group: str, call: Callable, leaves) -> list[Row]:
     if b.cuda and b.tg.triton is not None:
         contenders["fused kernel"] = lambda: run(True)
     rows = b.race(group, contenders)
-    return (
-        rows
-        if len(contenders) > 1
-        else rows
-        + [Row(group, "fused kernel", *[float("nan")] * 4, "not here: it needs a CUDA GPU and triton")]
-    )
+    return (rows if len(contenders) > 1 else rows + [Row(group, "fused kernel", *[float("nan")] * 4,
+                                                         "not here: it needs a CUDA GPU and triton")])
 
 
 def ce(b: Bench) -> list[Row]:
@@ -231,13 +190,8 @@ def gptq(b: Bench) -> list[Row]:
     w = b.torch.randn(count, rows, columns, device=b.device)
     x = b.torch.randn(count, 2 * columns, columns, device=b.device)
     h, scale = x.mT @ x / x.size(1), b.tg.row_scales(w, 6, 12.85)
-    return b.race(
-        "GPTQ",
-        {
-            "one by one": lambda: [b.tg.gptq(w[i], h[i], scale[i], 6) for i in range(count)],
-            "batched": lambda: b.tg.gptq(w, h, scale, 6),
-        },
-    )
+    return b.race("GPTQ", {"one by one": lambda: [b.tg.gptq(w[i], h[i], scale[i], 6) for i in range(count)],
+                           "batched": lambda: b.tg.gptq(w, h, scale, 6)})
 
 
 def pack(b: Bench) -> list[Row]:
@@ -253,8 +207,7 @@ def pack(b: Bench) -> list[Row]:
         sizes[coder] = len(blob)
         contenders[f"pack, {coder}"] = lambda s=s, q=q: b.tg.pack_model(s, q)
         contenders[f"unpack, {coder}"] = lambda s=s, blob=blob: b.tg.unpack_model(
-            s, blob, "the bench's artifact"
-        )
+            s, blob, "the bench's artifact")
     notes = {name: f"{sizes[name.split(', ')[1]]:,} bytes" for name in contenders}
     halves = [{k: v for k, v in contenders.items() if k.startswith(what)} for what in ("pack", "unpack")]
     return [row for half in halves for row in b.race("packing", half, notes)]
@@ -282,41 +235,70 @@ def ttt(b: Bench) -> list[Row]:
         folder, count, length = Path(temp), *((4, 600) if b.small else (64, 800))
         s = b.with_settings(DATA_PATH=folder, **({} if b.small else {"COMPILE": 0}))
         rng = np.random.default_rng(0)
-        tokens = np.concatenate(
-            [np.append(b.tg.BOS, rng.integers(4, s.vocab_size, length)) for _ in range(count)]
-        )
+        tokens = np.concatenate([np.append(b.tg.BOS, rng.integers(4, s.vocab_size, length))
+                                 for _ in range(count)])
         for name, values in (("val", tokens), ("val_bytes", np.where(tokens == b.tg.BOS, 0, 3))):
             header = np.zeros(b.tg.SHARD_HEADER, "<i4")
             header[:3] = b.tg.SHARD_MAGIC, b.tg.SHARD_VERSION, len(values)
-            (folder / f"fineweb_{name}_000000.bin").write_bytes(
-                header.tobytes() + values.astype("<u2").tobytes()
-            )
+            (folder / f"fineweb_{name}_000000.bin").write_bytes(header.tobytes() + values.astype(
+                "<u2").tobytes())
         val = b.tg.Validation(s)
         model = b.model(s)
         scorer = b.tg.Scorer(s, b.world, model)
-        return b.race(
-            "evaluation",
-            {
-                "one pass": lambda: scorer.windows(val, s.eval_seq_len),
-                "sliding windows": lambda: scorer.windows(val, s.eval_stride),
-                "test-time training": lambda: b.tg.PhasedTTT(s, b.world, model, val).run(),
-            },
-            {
-                name: f"{len(tokens):,} tokens"
-                for name in ("one pass", "sliding windows", "test-time training")
-            },
-        )
+        return b.race("evaluation", {"one pass": lambda: scorer.windows(val, s.eval_seq_len),
+                                     "sliding windows": lambda: scorer.windows(val, s.eval_stride),
+                                     "test-time training": lambda: b.tg.PhasedTTT(
+                                         s, b.world, model, val).run()},
+                      {name: f"{len(tokens):,} tokens"
+                       for name in ("one pass", "sliding windows", "test-time training")})
 
 
-GROUPS: dict[str, Callable[[Bench], list[Row]]] = {
-    "attention": attention,
-    "ce": ce,
-    "mlp": mlp,
-    "step": step,
-    "gptq": gptq,
-    "pack": pack,
-    "ttt": ttt,
-}
+def caseops(b: Bench) -> list[Row]:
+    """The lossless case transform against a loop over characters, both ways, document by document."""
+    from pydoc_data.topics import topics
+
+    from data import caseops
+
+    texts = [topics[name] for name in sorted(topics)][:: 4 if b.small else 1]
+    encoded = [caseops.encode(text) for text in texts]
+    if [encode_by_character(text) for text in texts] != encoded:
+        raise ToolError("caseops.encode and the loop over characters differ: one of them is wrong")
+    size = sum(map(len, texts)) / len(texts)
+    rows = []
+    for way, loop, fast, given in (("encode", encode_by_character, caseops.encode, texts),
+                                   ("decode", caseops._decode_spelled_out, caseops.decode, encoded)):
+        rows += b.race("CaseOps", {f"{way}, by character": lambda loop=loop, given=given: list(map(loop, given)),
+                                   f"{way}, arrays": lambda fast=fast, given=given: list(map(fast, given))},
+                       {f"{way}, arrays": f"{len(texts)} English documents, {size:,.0f} characters on average"})
+    return rows
+
+
+def encode_by_character(text: str) -> str:
+    """CaseOps as a plain loop over characters: what `caseops.encode` is measured against."""
+    out, i, n = [], 0, len(text)
+    while i < n:
+        if not ("a" <= text[i] <= "z" or "A" <= text[i] <= "Z"):
+            out.append("\ue004" + text[i] if "\ue001" <= text[i] <= "\ue004" else text[i])
+            i += 1
+            continue
+        end, capitals = i, 0
+        while end < n and ("a" <= text[end] <= "z" or "A" <= text[end] <= "Z"):
+            capitals += text[end] <= "Z"
+            end += 1
+        whole = capitals == end - i > 1
+        if whole:
+            out.append("\ue002")
+        for k in range(i, end):
+            if text[k] > "Z":
+                out.append(text[k])
+            else:
+                out.append(("" if whole else "\ue003" if k > i else "\ue001") + text[k].lower())
+        i = end
+    return "".join(out)
+
+
+GROUPS: dict[str, Callable[[Bench], list[Row]]] = {"attention": attention, "ce": ce, "mlp": mlp, "step": step,
+                                                   "gptq": gptq, "pack": pack, "ttt": ttt, "caseops": caseops}
 
 
 def show(rows: list[Row]) -> str:
@@ -325,35 +307,21 @@ def show(rows: list[Row]) -> str:
     def figure(value, form):
         return "" if value != value else format(value, form)
 
-    return table(
-        ["group", "contender", "ms", "ratio", "lowest", "highest", "note"],
-        [
-            [
-                r.group,
-                r.name,
-                figure(r.ms, ".3g"),
-                figure(r.ratio, ".2f"),
-                figure(r.low, ".2f"),
-                figure(r.high, ".2f"),
-                r.note,
-            ]
-            for r in rows
-        ],
-    )
+    return table(["group", "contender", "ms", "ratio", "lowest", "highest", "note"],
+                 [[r.group, r.name, figure(r.ms, ".3g"), figure(r.ratio, ".2f"), figure(r.low, ".2f"),
+                   figure(r.high, ".2f"), r.note] for r in rows])
 
 
 def main(arguments=None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "groups", nargs="*", metavar="GROUP", help=f"any of {', '.join(GROUPS)} (default: all)"
-    )
+    parser = command_line(__doc__)
+    parser.add_argument("groups", nargs="*", metavar="GROUP",
+                        help=f"any of {', '.join(GROUPS)} (default: all)")
     parser.add_argument("--rounds", type=int, default=7, help="times each contender runs (default 7)")
-    parser.add_argument(
-        "--size", choices=("auto", "small", "full"), default="auto", help="auto: full on a GPU"
-    )
+    parser.add_argument("--size", choices=("auto", "small", "full"), default="auto",
+                        help="auto: full on a GPU")
+    parser.add_argument("--account", action="store_true",
+                        help="FLOPs, bytes and floors of every operator group instead")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     args = parser.parse_args(arguments)
     unknown = [g for g in args.groups if g not in GROUPS]
@@ -365,26 +333,17 @@ def main(arguments=None) -> int:
     where = b.torch.cuda.get_device_name(0) if b.cuda else f"CPU, {b.torch.get_num_threads()} threads"
     print(
         f"{where}, torch {b.torch.__version__}, {'small' if b.small else 'full'} size, {args.rounds} rounds",
-        flush=True,
-    )
+        flush=True)
+    if args.account:
+        print(account(b, counts_only=not (b.cuda or b.small)))
+        return 0
     rows = [row for name in args.groups or GROUPS for row in GROUPS[name](b)]
     print(show(rows))
     if args.json:
         clean = [{k: None if v != v else v for k, v in asdict(r).items()} for r in rows]
-        write_atomic(
-            Path(args.json),
-            json.dumps(
-                {
-                    "device": where,
-                    "torch": b.torch.__version__,
-                    "rounds": args.rounds,
-                    "size": "small" if b.small else "full",
-                    "rows": clean,
-                },
-                indent=1,
-            )
-            + "\n",
-        )
+        write_atomic(Path(args.json), json.dumps({"device": where, "torch": b.torch.__version__,
+                                                  "rounds": args.rounds, "size": "small" if b.small
+                                                  else "full", "rows": clean}, indent=1) + "\n")
         print(f"wrote {relative(args.json)}")
     return 0
 

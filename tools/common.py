@@ -6,6 +6,7 @@ summary.json; final_model.int6.ptz is the artifact. See train_gpt.py for who wri
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
 import json
@@ -22,6 +23,12 @@ SCRIPT = ROOT / "train_gpt.py"
 ARTIFACT = "final_model.int6.ptz"
 ARTIFACT_LIMIT = 16_000_000  # bytes of script and artifact together, the competition's cap
 OWN_TO_EACH_RUN = ("SEED", "RUN_ID", "ARTIFACT_DIR", "DATA_DIR", "DATA_PATH", "TOKENIZER_PATH")
+STAGES = (  # what is scored in the course of a run, and its key in summary.json
+    ("averaged weights", "prequant_val_bpb"),
+    ("quantised", "quantized_val_bpb"),
+    ("sliding windows", "sliding_val_bpb"),
+    ("final", "val_bpb"),
+)
 SOURCE_END = "\n" + "=" * 100 + "\n"
 
 
@@ -29,12 +36,21 @@ class ToolError(Exception):
     """A mistake the user can repair: its text names value, bound and remedy, and is shown alone."""
 
 
+def command_line(text: str) -> argparse.ArgumentParser:
+    """A parser whose --help shows `text` as it stands."""
+    return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def run_cli(main) -> None:
-    """Run `main()` as a command: a ToolError becomes one line and exit status 2, Ctrl-C 130."""
+    """Run `main()` as a command: a ToolError or an OSError becomes one line and status 2, Ctrl-C 130."""
     try:
         sys.exit(main())
     except ToolError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        place = f" ({relative(error.filename)})" if error.filename else ""
+        print(f"error: {error.strerror}{place}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -46,10 +62,8 @@ def need(module: str, purpose: str):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ToolError(
-            f"{purpose} needs the package {module.split('.')[0]} ({error}): "
-            "pip install -r tools/requirements.txt"
-        ) from None
+        raise ToolError(f"{purpose} needs the package {module.split('.')[0]} ({error}): "
+                        "pip install -r tools/requirements.txt") from None
 
 
 def write_atomic(path: Path, data: str | bytes) -> Path:
@@ -69,8 +83,7 @@ def write_atomic(path: Path, data: str | bytes) -> Path:
             raise
     except OSError as error:
         raise ToolError(
-            f"cannot write {relative(path)}: {error.strerror}; choose another place or free space"
-        ) from None
+            f"cannot write {relative(path)}: {error.strerror}; choose another place or free space") from None
     return path
 
 
@@ -88,21 +101,16 @@ def relative(path: Path | str) -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence], markdown: bool = False) -> str:
     """Text table, columns aligned (right where every cell looks like a number)."""
     rows = [[str(c) for c in row] for row in rows]
-    right = [
-        bool(rows) and all(re.fullmatch(r"[-+−<]?[\d.,eE+-]+%?|[-–]?", row[i]) for row in rows)
-        for i in range(len(head))
-    ]
+    right = [bool(rows) and all(re.fullmatch(r"[-+−<]?[\d.,eE+-]+%?|[-–]?", row[i]) for row in rows)
+             for i in range(len(head))]
     width = [max(len(line[i]) for line in [list(head), *rows]) for i in range(len(head))]
 
     def line(cells):
         cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, width, right, strict=False)]
         return "| " + " | ".join(cells) + " |" if markdown else "  ".join(cells).rstrip()
 
-    rule = (
-        ["-" * (w - 1) + ":" if r else "-" * w for w, r in zip(width, right, strict=False)]
-        if markdown
-        else ["-" * w for w in width]
-    )
+    rule = (["-" * (w - 1) + ":" if r else "-" * w for w, r in zip(width, right, strict=False)] if markdown
+            else ["-" * w for w in width])
     return "\n".join([line(head), line(rule), *map(line, rows)])
 
 
@@ -136,20 +144,16 @@ class RunFiles:
         try:
             return (self.folder / "train.log").read_bytes().decode()
         except OSError as error:
-            raise ToolError(
-                f"{relative(self.folder)} has no train.log ({error.strerror}): "
-                "give the folder of a finished run"
-            ) from None
+            raise ToolError(f"{relative(self.folder)} has no train.log ({error.strerror}): "
+                            "give the folder of a finished run") from None
 
     def source(self) -> bytes:
         """The script as it stands in train.log: what really ran."""
         begin = re.search(r"^code bytes=\d+.*\n", self.log, re.M)
         end = self.log.find(SOURCE_END, begin.end()) if begin else -1
         if end < 0:
-            raise ToolError(
-                f"{relative(self.folder / 'train.log')} does not hold the script's source: "
-                "it is cut or of another script"
-            )
+            raise ToolError(f"{relative(self.folder / 'train.log')} does not hold the script's source: "
+                            "it is cut or of another script")
         text = self.log[begin.end() : end]
         return text.encode("latin-1" if text.startswith("# coding: latin-1") else "utf-8")
 
@@ -167,8 +171,7 @@ def read_events(path: Path) -> tuple[dict, ...]:
         except ValueError:
             if number < len(lines):
                 raise ToolError(
-                    f"line {number} of {relative(path)} is no JSON: the file is damaged"
-                ) from None
+                    f"line {number} of {relative(path)} is no JSON: the file is damaged") from None
     return tuple(events)
 
 
@@ -178,14 +181,20 @@ def load_run(folder: Path | str, finished: bool = True) -> RunFiles:
     if not folder.is_dir():
         raise ToolError(f"{relative(folder)} is no folder: give the folder of a run, such as runs/NAME")
     try:
-        summary = json.loads((folder / "summary.json").read_text())
+        known = json.loads((folder / "summary.json").read_text())
+        summary = {key: value for key, value in known.items() if value is not None}  # None: not reached
     except OSError:
         if finished:
             raise ToolError(f"{relative(folder)} has no summary.json: the run did not finish") from None
         summary = {}
-    except ValueError:
+    except (ValueError, AttributeError):
         raise ToolError(f"{relative(folder / 'summary.json')} is no JSON: the file is damaged") from None
     return RunFiles(folder, summary, read_events(folder / "metrics.jsonl"))
+
+
+def as_environment(settings: dict) -> dict[str, str]:
+    """The settings of a summary.json as environment variables."""
+    return {k: str(int(v)) if isinstance(v, bool) else str(v) for k, v in settings.items()}
 
 
 def published() -> dict:

@@ -14,7 +14,6 @@ Exit status: 0 when the strict rule is met, 1 when it is not, 2 on a mistake.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -25,7 +24,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: make `tools` importable from anywhere
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from tools.common import ToolError, load_run, need, published, relative, run_cli, table
+from tools.common import ToolError, command_line, load_run, need, published, relative, run_cli, table
 
 RULE_NATS, RULE_P, PRACTICE_P = 0.005, 0.01, 0.25
 DEFAULT_RATIO = 2.18837  # nats per token / bits per byte of CaseOps SP8192 validation text (published logs)
@@ -60,25 +59,21 @@ class Verdict:
 def record_results(folder: Path) -> list[Result]:
     """The seeds of a record folder's submission.json."""
     try:
-        seeds = json.loads((folder / "submission.json").read_text())["seed_results"]
-        return [
-            Result(f"{folder.name}/{seed}", int(seed), r["val_bpb"], r.get("val_loss"))
-            for seed, r in seeds.items()
-        ]
+        known = json.loads((folder / "submission.json").read_text())
+        text = known.get("bytes_scored")
+        return [Result(f"{folder.name}/{seed}", int(seed), r["val_bpb"], r.get("val_loss"), text)
+                for seed, r in known["seed_results"].items()]
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ToolError(
-            f"{relative(folder / 'submission.json')} has no readable seed_results ({error})"
-        ) from None
+            f"{relative(folder / 'submission.json')} has no readable seed_results ({error})") from None
 
 
 def read_results(word: str) -> list[Result]:
     """The results that one word of the command line stands for."""
     name = word.lower().replace("#", "pr")
     if name in published():
-        return [
-            Result(f"{name}/{r['seed']}", r["seed"], r["val_bpb"], r.get("val_loss"))
-            for r in published()[name]["runs"]
-        ]
+        return [Result(f"{name}/{r['seed']}", r["seed"], r["val_bpb"], r.get("val_loss"))
+                for r in published()[name]["runs"]]
     try:
         value = float(word)
     except ValueError:
@@ -92,25 +87,15 @@ def read_results(word: str) -> list[Result]:
         return record_results(folder)
     if not folder.is_dir():
         raise ToolError(
-            f"{word} is no folder, no figure and no published system: known are {', '.join(published())}"
-        )
+            f"{word} is no folder, no figure and no published system: known are {', '.join(published())}")
     run = load_run(folder)
     if "val_bpb" not in run.summary:
         raise ToolError(f"{relative(folder / 'summary.json')} has no val_bpb: that run was not scored")
     if not run.summary.get("compliant", False):
-        print(
-            f"warning: {relative(folder)} is NON-COMPLIANT; the comparison says nothing about a submission",
-            file=sys.stderr,
-        )
-    return [
-        Result(
-            run.name,
-            run.summary["seed"],
-            run.summary["val_bpb"],
-            run.summary.get("val_loss"),
-            run.summary.get("bytes_scored"),
-        )
-    ]
+        print(f"warning: {relative(folder)} is NON-COMPLIANT; the comparison says nothing about a submission",
+              file=sys.stderr)
+    return [Result(run.name, run.summary["seed"], run.summary["val_bpb"], run.summary.get("val_loss"),
+                   run.summary.get("bytes_scored"))]
 
 
 def read_group(words: list[str], name: str) -> list[Result]:
@@ -121,8 +106,7 @@ def read_group(words: list[str], name: str) -> list[Result]:
     group = [r for word in words for r in read_results(word)]
     if len(group) < 2:
         raise ToolError(
-            f"{name} has {len(group)} result: a spread needs at least 2, and a claim at least 3 seeds"
-        )
+            f"{name} has {len(group)} result: a spread needs at least 2, and a claim at least 3 seeds")
     return group
 
 
@@ -133,8 +117,7 @@ def text_warning(a: list[Result], b: list[Result]) -> str:
     if (sizes[0] and sizes[1] and sizes[0] != sizes[1]) or (small and any(r.text is None for r in a + b)):
         return (
             f"WARNING: the two sides did not score the same validation text ({sorted(sizes[0]) or '?'} and "
-            f"{sorted(sizes[1]) or '?'} bytes): this comparison means nothing"
-        )
+            f"{sorted(sizes[1]) or '?'} bytes): this comparison means nothing")
     return ""
 
 
@@ -159,15 +142,8 @@ def welch(a: list[float], b: list[float], required: float) -> Verdict:
     plain = stats.ttest_ind(b, a, equal_var=False, alternative="greater")
     shifted = stats.ttest_ind([x - required for x in b], a, equal_var=False, alternative="greater")
     interval = stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
-    return Verdict(
-        statistics.fmean(b) - statistics.fmean(a),
-        float(interval.low),
-        float(interval.high),
-        float(plain.pvalue),
-        float(shifted.pvalue),
-        float(plain.statistic),
-        float(plain.df),
-    )
+    return Verdict(statistics.fmean(b) - statistics.fmean(a), float(interval.low), float(interval.high),
+                   float(plain.pvalue), float(shifted.pvalue), float(plain.statistic), float(plain.df))
 
 
 def paired(a: list[Result], b: list[Result]) -> tuple[list[int], float, float, float] | None:
@@ -216,25 +192,14 @@ def analyse(a: list[Result], b: list[Result]) -> dict:
     measured = same_tokens(a, b)
     ratio = ratio_of(b) or ratio_of(a) or DEFAULT_RATIO
     bpb = [[r.bpb for r in side] for side in (a, b)]
-    nats = (
-        [[r.nats for r in side] for side in (a, b)]
-        if measured
-        else [[x * ratio for x in side] for side in bpb]
-    )
+    nats = ([[r.nats for r in side] for side in (a, b)] if measured
+            else [[x * ratio for x in side] for side in bpb])
     in_nats, in_bpb = welch(*nats, RULE_NATS), welch(*bpb, RULE_NATS / ratio)
-    return {
-        "bpb": in_bpb,
-        "nats": in_nats,
-        "measured": measured,
-        "ratio": ratio,
-        "values": bpb,
-        "rule": in_nats.p_rule < RULE_P,
-        "mean_rule": in_nats.gain >= RULE_NATS and in_nats.p < RULE_P,
-        "practice": in_bpb.p < PRACTICE_P,
-        "paired": paired(a, b),
-        "need_rule": seeds_needed(*nats, RULE_NATS, RULE_P),
-        "need_practice": seeds_needed(*bpb, 0.0, PRACTICE_P),
-    }
+    return {"bpb": in_bpb, "nats": in_nats, "measured": measured, "ratio": ratio, "values": bpb,
+            "rule": in_nats.p_rule < RULE_P, "mean_rule": in_nats.gain >= RULE_NATS and in_nats.p < RULE_P,
+            "practice": in_bpb.p < PRACTICE_P, "paired": paired(a, b),
+            "need_rule": seeds_needed(*nats, RULE_NATS, RULE_P),
+            "need_practice": seeds_needed(*bpb, 0.0, PRACTICE_P)}
 
 
 def describe(a: list[Result], b: list[Result], r: dict) -> str:
@@ -243,25 +208,12 @@ def describe(a: list[Result], b: list[Result], r: dict) -> str:
     def side(name, group):
         x = [g.bpb for g in group]
         n = [g.nats for g in group if g.nats is not None]
-        return [
-            name,
-            len(x),
-            f"{statistics.fmean(x):.8f}",
-            f"{statistics.stdev(x):.8f}",
-            f"{statistics.fmean(n):.8f}" if len(n) == len(x) else "-",
-            "  ".join(f"{v:.8f}" for v in x),
-        ]
+        return [name, len(x), f"{statistics.fmean(x):.8f}", f"{statistics.stdev(x):.8f}",
+                f"{statistics.fmean(n):.8f}" if len(n) == len(x) else "-", "  ".join(f"{v:.8f}" for v in x)]
 
     def unit(name, v, digits):
-        return [
-            name,
-            f"{v.gain:+.{digits}f}",
-            f"{v.low:+.{digits}f} … {v.high:+.{digits}f}",
-            f"{v.t:.3f}",
-            f"{v.df:.2f}",
-            f"{v.p:.3g}",
-            f"{v.p_rule:.3g}",
-        ]
+        return [name, f"{v.gain:+.{digits}f}", f"{v.low:+.{digits}f} … {v.high:+.{digits}f}", f"{v.t:.3f}",
+                f"{v.df:.2f}", f"{v.p:.3g}", f"{v.p_rule:.3g}"]
 
     note = "measured" if r["measured"] else f"bits per byte x {r['ratio']:.5f}"
     lines = [
@@ -280,24 +232,20 @@ def describe(a: list[Result], b: list[Result], r: dict) -> str:
         seeds, gain, p, correlation = r["paired"]
         lines += [
             f"paired on the shared seeds {', '.join(map(str, seeds))}: gain {gain:+.6f} BPB, p = {p:.3g}, "
-            f"correlation {correlation:+.2f} (a pair only where both draw the same data and weights)"
-        ]
-    return "\n".join([*lines, "", *verdicts(a, b, r)])
+            f"correlation {correlation:+.2f} (a pair only where both draw the same data and weights)"]
+    warning = [text_warning(a, b), ""] if text_warning(a, b) else []
+    return "\n".join([*warning, *lines, "", *verdicts(a, b, r)])
 
 
 def verdicts(a: list[Result], b: list[Result], r: dict) -> list[str]:
     """What the rules say, and what to be careful about."""
     small = min(len(a), len(b))
     met = {True: "MET", False: "not met"}
-    lines = [
-        f"strict rule (p < 0.01 that the gain is >= 0.005 nats):        {met[r['rule']]}"
-        + ("" if r["rule"] else f"; {more_seeds(len(a), r['need_rule'])}"),
-        f"loose reading (mean gain >= 0.005 nats, p < 0.01 of a gain):  {met[r['mean_rule']]}",
-        f"leaderboard practice (p < 0.25 of a gain):                    {met[r['practice']]}"
-        + ("" if r["practice"] else f"; {more_seeds(len(a), r['need_practice'])}"),
-    ]
-    if warning := text_warning(a, b):
-        lines.append(warning)
+    lines = [f"strict rule (p < 0.01 that the gain is >= 0.005 nats):        {met[r['rule']]}"
+             + ("" if r["rule"] else f"; {more_seeds(len(a), r['need_rule'])}"),
+             f"loose reading (mean gain >= 0.005 nats, p < 0.01 of a gain):  {met[r['mean_rule']]}",
+             f"leaderboard practice (p < 0.25 of a gain):                    {met[r['practice']]}"
+             + ("" if r["practice"] else f"; {more_seeds(len(a), r['need_practice'])}")]
     if small < 3:
         lines.append(f"note: {small} seeds on one side; the competition asks for 3")
     if 0 < r["bpb"].gain < 0.0005:
@@ -309,26 +257,15 @@ def verdicts(a: list[Result], b: list[Result], r: dict) -> list[str]:
 
 def list_published() -> str:
     """The systems that are built in."""
-    rows = [
-        [
-            name,
-            len(s["runs"]),
-            f"{statistics.fmean(r['val_bpb'] for r in s['runs']):.5f}",
-            s["standing"],
-            s["title"],
-        ]
-        for name, s in published().items()
-    ]
-    return table(
-        ["name", "seeds", "mean BPB", "standing", "what it is"], sorted(rows, key=lambda row: row[2])
-    )
+    rows = [[name, len(s["runs"]), f"{statistics.fmean(r['val_bpb'] for r in s['runs']):.5f}", s["standing"],
+             s["title"]] for name, s in published().items()]
+    return table(["name", "seeds", "mean BPB", "standing", "what it is"],
+                 sorted(rows, key=lambda row: row[2]))
 
 
 def main(arguments=None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("a", nargs="*", metavar="A", help="results of the new system")
     parser.add_argument("--vs", nargs="+", metavar="B", default=[], help="results it is compared with")
     parser.add_argument("--list", action="store_true", help="show the published systems and stop")

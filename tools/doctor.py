@@ -13,7 +13,6 @@ Exit status: 0 when nothing failed, 1 when something did.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -21,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -30,7 +30,7 @@ from typing import Callable
 if __package__ in (None, ""):  # run as a script: make `tools` importable from anywhere
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from tools.common import ROOT, SCRIPT, ToolError, run_cli
+from tools.common import ROOT, SCRIPT, ToolError, command_line, run_cli
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 # What a healthy GPU gives: bfloat16 TFLOP/s on 4096 x 4096 x 4096, GB/s copying, boost clock in MHz.
@@ -46,42 +46,14 @@ HEALTHY = {
 }
 SLOW, FAR_TOO_SLOW = 0.9, 0.75  # shares of the above: below the first WARN, below the second FAIL
 LINK_GBPS, HOT_CELSIUS = 150, 83  # bus bandwidth of an all-reduce over NVLink; warm but not throttled
-HOST_BYTES_PER_RANK, RANKS = 6 << 30, 8
-TINY = dict(
-    NUM_LAYERS=4,
-    MODEL_DIM=128,
-    NUM_HEADS=2,
-    NUM_KV_HEADS=1,
-    MLP_MULT=2,
-    VOCAB_SIZE=300,
-    LOOP_START=1,
-    LOOP_END=2,
-    NUM_LOOPS=1,
-    PARALLEL_START_LAYER=3,
-    XSA_LAST_N=4,
-    CASEOPS_ENABLED=0,
-    TRAIN_BATCH_TOKENS=1024,
-    GRAD_ACCUM_STEPS=1,
-    TRAIN_SEQ_LEN=64,
-    MAX_WALLCLOCK_SECONDS=0,
-    ITERATIONS=2,
-    WARMUP_STEPS=1,
-    EVAL_SEQ_LEN=64,
-    EVAL_STRIDE=32,
-    TTT_EVAL_SEQ_LEN=64,
-    TTT_BATCH_SIZE=4,
-    TTT_CHUNK_SIZE=32,
-    TTT_LORA_RANK=4,
-    TTT_LORA_ALPHA=8,
-    COMPILE=0,
-    PHASED_TTT_PREFIX_DOCS=4,
-    PHASED_TTT_NUM_PHASES=1,
-    GLOBAL_TTT_CHUNK_TOKENS=64,
-    GLOBAL_TTT_BATCH_SEQS=2,
-    GPTQ_CALIBRATION_BATCHES=1,
-    VAL_BATCH_TOKENS=2048,
-    VAL_LOSS_EVERY=0,
-)
+HOST_BYTES_PER_RANK, REHEARSAL_SECONDS = 6 << 30, 45
+TINY = dict(NUM_LAYERS=4, MODEL_DIM=128, NUM_HEADS=2, NUM_KV_HEADS=1, MLP_MULT=2, VOCAB_SIZE=300,
+            LOOP_START=1, LOOP_END=2, NUM_LOOPS=1, PARALLEL_START_LAYER=3, XSA_LAST_N=4, CASEOPS_ENABLED=0,
+            TRAIN_BATCH_TOKENS=1024, GRAD_ACCUM_STEPS=1, TRAIN_SEQ_LEN=64, MAX_WALLCLOCK_SECONDS=0,
+            ITERATIONS=2, WARMUP_STEPS=1, EVAL_SEQ_LEN=64, EVAL_STRIDE=32, TTT_EVAL_SEQ_LEN=64,
+            TTT_BATCH_SIZE=4, TTT_CHUNK_SIZE=32, TTT_LORA_RANK=4, TTT_LORA_ALPHA=8, COMPILE=0,
+            PHASED_TTT_PREFIX_DOCS=4, PHASED_TTT_NUM_PHASES=1, GLOBAL_TTT_CHUNK_TOKENS=64,
+            GLOBAL_TTT_BATCH_SEQS=2, GPTQ_CALIBRATION_BATCHES=1, VAL_BATCH_TOKENS=2048, VAL_LOSS_EVERY=0)
 
 
 @dataclass(frozen=True)
@@ -121,24 +93,12 @@ def check_packages() -> list[Finding]:
             out.append(Finding(state, name, "not installed", f"pip install {name}=={wanted}"))
             continue
         except Exception as error:  # a broken wheel raises anything
-            out.append(
-                Finding(
-                    FAIL,
-                    name,
-                    f"{have}, cannot be imported: {brief(error)}",
-                    f"pip install --force-reinstall {name}=={wanted}",
-                )
-            )
+            out.append(Finding(FAIL, name, f"{have}, cannot be imported: {brief(error)}",
+                               f"pip install --force-reinstall {name}=={wanted}"))
             continue
         same = have.split("+")[0] == wanted
-        out.append(
-            Finding(
-                OK if same else WARN,
-                name,
-                have,
-                "" if same else f"tested with {wanted}; results may differ slightly",
-            )
-        )
+        out.append(Finding(OK if same else WARN, name, have,
+                           "" if same else f"tested with {wanted}; results may differ slightly"))
     return out
 
 
@@ -153,33 +113,17 @@ def brief(error: BaseException | str, length: int = 160) -> str:
 
 def gpu_rows() -> list[dict]:
     """What nvidia-smi says about every GPU; empty without one."""
-    keys = (
-        "index",
-        "name",
-        "temperature.gpu",
-        "clocks.max.sm",
-        "memory.total",
-        "memory.used",
-        "power.limit",
-        "clocks_throttle_reasons.hw_thermal_slowdown",
-        "driver_version",
-    )
+    keys = ("index", "name", "temperature.gpu", "clocks.max.sm", "memory.total", "memory.used", "power.limit",
+            "clocks_throttle_reasons.hw_thermal_slowdown", "driver_version")
     try:
-        done = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
+        done = subprocess.run(["nvidia-smi", f"--query-gpu={','.join(keys)}",
+                               "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return []
     if done.returncode:
         return []
-    return [
-        dict(zip(keys, (c.strip() for c in line.split(",")), strict=False))
-        for line in done.stdout.splitlines()
-        if line.strip()
-    ]
+    return [dict(zip(keys, (c.strip() for c in line.split(",")), strict=False))
+            for line in done.stdout.splitlines() if line.strip()]
 
 
 def number(text: str, default: float = 0.0) -> float:
@@ -197,44 +141,22 @@ def check_gpus() -> list[Finding]:
         return [Finding(WARN, "GPU", "none found", "a CPU runs the demo; for a real run rent 8 x H100 SXM")]
     names = sorted({r["name"] for r in rows})
     eight = len(rows) == 8 and all("H100" in n for n in names)
-    out = [
-        Finding(
-            OK if eight else WARN,
-            "GPU",
-            f"{len(rows)} x {', '.join(names)}, driver {rows[0]['driver_version']}",
-            "" if eight else "the record track is 8 x H100; elsewhere a run is a study",
-        )
-    ]
+    out = [Finding(OK if eight else WARN, "GPU",
+                   f"{len(rows)} x {', '.join(names)}, driver {rows[0]['driver_version']}",
+                   "" if eight else "the record track is 8 x H100; elsewhere a run is a study")]
     for r in rows:
         label = f"GPU {r['index']}"
-        if (
-            number(r["temperature.gpu"]) > HOT_CELSIUS
-            or "Active" == r["clocks_throttle_reasons.hw_thermal_slowdown"]
-        ):
-            out.append(
-                Finding(
-                    WARN, label, f"{r['temperature.gpu']} °C", "it throttles: let it cool or take another pod"
-                )
-            )
+        if (number(r["temperature.gpu"]) > HOT_CELSIUS
+            or "Active" == r["clocks_throttle_reasons.hw_thermal_slowdown"]):
+            out.append(Finding(WARN, label, f"{r['temperature.gpu']} °C",
+                               "it throttles: let it cool or take another pod"))
         if number(r["memory.used"]) > 1024:
-            out.append(
-                Finding(
-                    FAIL,
-                    label,
-                    f"{r['memory.used']} MiB are in use",
-                    "end the process that uses it (nvidia-smi)",
-                )
-            )
+            out.append(Finding(FAIL, label, f"{r['memory.used']} MiB are in use",
+                               "end the process that uses it (nvidia-smi)"))
         healthy = healthy_of(r["name"])
         if healthy and number(r["clocks.max.sm"], healthy[2]) < 0.97 * healthy[2]:
-            out.append(
-                Finding(
-                    WARN,
-                    label,
-                    f"clock limited to {r['clocks.max.sm']} MHz of {healthy[2]}",
-                    "the host limits it: take another pod",
-                )
-            )
+            out.append(Finding(WARN, label, f"clock limited to {r['clocks.max.sm']} MHz of {healthy[2]}",
+                               "the host limits it: take another pod"))
     return out
 
 
@@ -277,9 +199,8 @@ def judge(what: str, figure: float, unit: str, expected: float | None) -> Findin
     share = figure / expected
     state = OK if share >= SLOW else WARN if share >= FAR_TOO_SLOW else FAIL
     remedy = "" if state == OK else "this pod is slow and will lose steps: take another one"
-    return Finding(
-        state, what, f"{figure:.3g} {unit}, a healthy one gives {expected:g} ({share:.0%})", remedy
-    )
+    return Finding(state, what, f"{figure:.3g} {unit}, a healthy one gives {expected:g} ({share:.0%})",
+                   remedy)
 
 
 def check_speed() -> list[Finding]:
@@ -288,28 +209,18 @@ def check_speed() -> list[Finding]:
 
     if not torch.cuda.is_available():
         if gpu_rows():
-            return [
-                Finding(
-                    FAIL,
-                    "torch and GPU",
-                    f"torch {torch.__version__} sees no GPU, nvidia-smi does",
-                    "install a torch wheel for this driver's CUDA version",
-                )
-            ]
+            return [Finding(FAIL, "torch and GPU", f"torch {torch.__version__} sees no GPU, nvidia-smi does",
+                            "install a torch wheel for this driver's CUDA version")]
         flops, copied = speeds(torch, torch.device("cpu"))
-        return [
-            judge(f"CPU, {torch.get_num_threads()} threads: matrix", 1e3 * flops, "GFLOP/s", None),
-            judge("CPU: memory", copied, "GB/s", None),
-        ]
+        return [judge(f"CPU, {torch.get_num_threads()} threads: matrix", 1e3 * flops, "GFLOP/s", None),
+                judge("CPU: memory", copied, "GB/s", None)]
     out = []
     for i in range(torch.cuda.device_count()):
         device = torch.device("cuda", i)
         flops, copied = speeds(torch, device)
         healthy = healthy_of(torch.cuda.get_device_name(i)) or (None, None, None)
-        out += [
-            judge(f"GPU {i}: matrix", flops, "TFLOP/s", healthy[0]),
-            judge(f"GPU {i}: memory", copied, "GB/s", healthy[1]),
-        ]
+        out += [judge(f"GPU {i}: matrix", flops, "TFLOP/s", healthy[0]),
+                judge(f"GPU {i}: memory", copied, "GB/s", healthy[1])]
     return out
 
 
@@ -336,29 +247,13 @@ def check_links() -> list[Finding]:
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "link.py"
         program.write_text(LINK_PROGRAM)
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc_per_node={count}",
-                str(program),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                               f"--nproc_per_node={count}", str(program)], capture_output=True, text=True,
+                              timeout=60)
     found = re.search(r"GBPS ([\d.]+)", done.stdout)
     if not found:
-        return [
-            Finding(
-                FAIL,
-                "links (NCCL)",
-                brief((done.stderr.strip().splitlines() or ["no result"])[-1]),
-                "try NCCL_IB_DISABLE=1, or NCCL_NET=Socket; NCCL_DEBUG=INFO says more",
-            )
-        ]
+        return [Finding(FAIL, "links (NCCL)", brief((done.stderr.strip().splitlines() or ["no result"])[-1]),
+                        "try NCCL_IB_DISABLE=1, or NCCL_NET=Socket; NCCL_DEBUG=INFO says more")]
     speed = float(found[1])
     good = speed >= LINK_GBPS
     return [
@@ -386,16 +281,12 @@ def check_attention() -> list[Finding]:
         name, why = tg.resolve_attention(os.environ.get("ATTN_BACKEND", "auto"), device)
     except tg.UserError as error:
         return [Finding(FAIL, "attention", brief(error), "ATTN_BACKEND=auto")]
-    slow = device.type == "cuda" and name in ("torch", "plain")
+    if device.type == "cpu":
+        return [Finding(OK, "attention", f"{name}; the others need a CUDA GPU")]
+    slow = name in ("torch", "plain")
     why = why.removeprefix(f"attention {name} ").strip()
-    return [
-        Finding(
-            WARN if slow else OK,
-            "attention",
-            brief(f"{name} {why}", 130),
-            "install flash-attn (requirements.txt): steps are slower without it" if slow else "",
-        )
-    ]
+    return [Finding(WARN if slow else OK, "attention", f"{name} {why}",
+                    "install flash-attn (requirements.txt): steps are slower without it" if slow else "")]
 
 
 def trainer():
@@ -407,22 +298,23 @@ def trainer():
 
 
 def check_settings_and_data() -> list[Finding]:
-    """`train_gpt.py --check` with the present environment: one finding per line of it."""
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--check"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    """`train_gpt.py --check` with the present environment: one finding per line of it, a fault once."""
+    done = subprocess.run([sys.executable, str(SCRIPT), "--check"], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)
     out = []
     for line in done.stdout.splitlines():
         state, _, rest = line.partition(" ")
         what, _, detail = rest.strip().partition(": ")
         if what not in ("device", "attention") and state in ("ok", "FAIL"):
             text, _, remedy = detail.partition("; ") if state == "FAIL" else (detail, "", "")
-            out.append(Finding(OK if state == "ok" else FAIL, what, text, remedy))
+            if "does not exist" in text and not gpu_rows():
+                remedy = "for the demo: python data/demo.py, then set -a; . configs/demo.env; set +a"
+            if text not in [f.found for f in out if f.state == FAIL]:
+                out.append(Finding(OK if state == "ok" else FAIL, what, text, remedy))
     if done.returncode == 2 or not out:
         said = (done.stderr.strip() or done.stdout.strip() or "no answer").splitlines()[-1]
-        out.append(
-            Finding(FAIL, "settings", brief(said.removeprefix("error: ")), "correct it in the environment")
-        )
+        out.append(Finding(FAIL, "settings", brief(said.removeprefix("error: ")),
+                           "correct it in the environment"))
     return out
 
 
@@ -435,20 +327,11 @@ def check_memory() -> list[Finding]:
         return [Finding(OK, "memory", "not known on this system")]
     need = HOST_BYTES_PER_RANK * max(len(gpu_rows()), 1)
     shm = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
-    out = [
-        Finding(
-            OK if free >= need else WARN,
-            "memory",
-            f"{free / 2**30:.0f} GiB free",
-            "" if free >= need else f"a full run likes {need / 2**30:.0f} GiB: end other programs",
-        )
-    ]
+    out = [Finding(OK if free >= need else WARN, "memory", f"{free / 2**30:.0f} GiB free",
+                   "" if free >= need else f"a full run likes {need / 2**30:.0f} GiB: end other programs")]
     if shm and shm < (64 << 20):
-        out.append(
-            Finding(
-                WARN, "/dev/shm", f"{shm >> 20} MiB", "start the container with --shm-size=1g: NCCL uses it"
-            )
-        )
+        out.append(Finding(WARN, "/dev/shm", f"{shm >> 20} MiB",
+                           "start the container with --shm-size=1g: NCCL uses it"))
     return out
 
 
@@ -462,28 +345,16 @@ def tiny_data(folder: Path) -> dict:
 
     tg, rng = trainer(), np.random.default_rng(0)
     for name, documents in (("train_000000", 40), ("val_000000", 8)):
-        tokens = np.concatenate(
-            [
-                np.append(tg.BOS, np.resize(rng.integers(4, 300, 9), rng.integers(20, 120)))
-                for _ in range(documents)
-            ]
-        )
+        tokens = np.concatenate([np.append(tg.BOS, np.resize(rng.integers(4, 300, 9), rng.integers(20, 120)))
+                                 for _ in range(documents)])
         header = np.zeros(tg.SHARD_HEADER, "<i4")
         header[:3] = tg.SHARD_MAGIC, 1, len(tokens)
         (folder / f"fineweb_{name}.bin").write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
     (folder / "text").write_text("words to train a tokenizer with " * 50)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=300,
-        byte_fallback=True,
-        model_type="bpe",
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        minloglevel=2,
-    )
+    sentencepiece.SentencePieceTrainer.train(input=str(folder / "text"),
+                                             model_prefix=str(folder / "tokenizer"), vocab_size=300,
+                                             byte_fallback=True, model_type="bpe", pad_id=0, bos_id=1,
+                                             eos_id=2, unk_id=3, minloglevel=2)
     return {"DATA_PATH": folder, "TOKENIZER_PATH": folder / "tokenizer.model", "ARTIFACT_DIR": folder / "run"}
 
 
@@ -494,54 +365,42 @@ def check_rehearsal() -> list[Finding]:
         folder = Path(temp)
         own = {f.name.upper() for f in trainer().fields(trainer().Settings)}
         env = {k: v for k, v in os.environ.items() if k not in own}
-        env.update({k: str(v) for k, v in {**TINY, **tiny_data(folder)}.items()})
+        env.update({k: str(v) for k, v in {**TINY, **tiny_data(folder), "OMP_NUM_THREADS": 1}.items()})
         for name in ("ATTN_BACKEND", "COMPUTE_DTYPE"):
             if name in os.environ:
                 env[name] = os.environ[name]
         try:
-            done = subprocess.run(
-                [sys.executable, str(SCRIPT)], env=env, cwd=ROOT, capture_output=True, text=True, timeout=150
-            )
+            done = subprocess.run([sys.executable, str(SCRIPT)], env=env, cwd=ROOT, capture_output=True,
+                                  text=True, timeout=REHEARSAL_SECONDS)
         except subprocess.TimeoutExpired:
-            return [
-                Finding(
-                    FAIL,
-                    "rehearsal",
-                    "not done after 150 s",
-                    "the machine is very slow or hangs: take another",
-                )
-            ]
+            return [Finding(FAIL, "rehearsal", f"not done after {REHEARSAL_SECONDS} s",
+                            "the machine hangs or is very busy: end other programs, or take another")]
         seconds = time.perf_counter() - begin
         if done.returncode == 0 and (folder / "run" / "summary.json").is_file():
-            return [
-                Finding(
-                    OK,
-                    "rehearsal",
-                    f"train, quantise, pack, read back, score, adapt: all ran, {seconds:.0f} s",
-                )
-            ]
+            return [Finding(OK, "rehearsal",
+                            f"train, quantise, pack, read back, score, adapt: all ran, {seconds:.0f} s")]
     lines = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
     said = next((line for line in lines if re.match(r"(error: |\w*Error\b)", line)), lines[-1])
     return [Finding(FAIL, "rehearsal", brief(said), "a real run would fail there, too: repair that first")]
 
 
-CHECKS: tuple[tuple[str, Callable], ...] = (
-    ("python", check_python),
-    ("packages", check_packages),
-    ("GPU", check_gpus),
-    ("memory", check_memory),
-    ("speed", check_speed),
-    ("links", check_links),
-    ("attention", check_attention),
-    ("settings and data", check_settings_and_data),
-    ("rehearsal", check_rehearsal),
-)
+CHECKS: dict[str, Callable] = {
+    "python": check_python,
+    "packages": check_packages,
+    "GPU": check_gpus,
+    "memory": check_memory,
+    "speed": check_speed,
+    "links": check_links,
+    "attention": check_attention,
+    "settings and data": check_settings_and_data,
+    "rehearsal": check_rehearsal,
+}
 
 
 def examine(quick: bool) -> list[Finding]:
     """Every check; one that breaks is itself a finding."""
     out = []
-    for what, check in CHECKS:
+    for what, check in CHECKS.items():
         if quick and what in ("rehearsal", "links", "speed"):
             continue
         try:
@@ -555,12 +414,9 @@ def examine(quick: bool) -> list[Finding]:
 
 def main(arguments=None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="only what takes a few seconds: no speed, no rehearsal"
-    )
+    parser = command_line(__doc__)
+    parser.add_argument("--quick", action="store_true",
+                        help="only what takes a few seconds: no speed, no rehearsal")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(arguments)
     if not SCRIPT.is_file():
@@ -569,22 +425,18 @@ def main(arguments=None) -> int:
     findings = examine(args.quick)
     count = {state: sum(f.state == state for f in findings) for state in (OK, WARN, FAIL)}
     if args.json:
-        print(
-            json.dumps(
-                {"findings": [asdict(f) for f in findings], **{k.lower(): n for k, n in count.items()}}
-            )
-        )
+        print(json.dumps({"findings": [asdict(f) for f in findings],
+                          **{k.lower(): n for k, n in count.items()}}))
     else:
         paint = {OK: "\033[32m", WARN: "\033[33m", FAIL: "\033[31m"} if sys.stdout.isatty() else {}
         for f in findings:
             colour, plain = (paint[f.state], "\033[0m") if paint else ("", "")
-            print(f"{colour}{f.state:5}{plain}{f.what:28}{f.found}")
-            if f.remedy:
-                print(f"{'':33}-> {f.remedy}")
+            whole = {"width": 82, "break_long_words": False, "break_on_hyphens": False}
+            lines = textwrap.wrap(f.found, **whole) + textwrap.wrap(f.remedy, initial_indent="-> ", **whole)
+            print(f"{colour}{f.state:5}{plain}{f.what:28}" + ("\n" + 33 * " ").join(lines))
         print(
             f"\n{count[OK]} OK, {count[WARN]} WARN, {count[FAIL]} FAIL, {time.perf_counter() - begin:.0f} s: "
-            + ("this machine will not complete a run as it is" if count[FAIL] else "ready")
-        )
+            + ("this machine will not complete a run as it is" if count[FAIL] else "ready"))
     return int(count[FAIL] > 0)
 
 

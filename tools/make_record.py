@@ -41,8 +41,11 @@ from tools.common import (
     OWN_TO_EACH_RUN,
     ROOT,
     SOURCE_END,
+    STAGES,
     RunFiles,
     ToolError,
+    as_environment,
+    command_line,
     load_run,
     published,
     relative,
@@ -54,14 +57,8 @@ from tools.common import (
 TRACKS = {"record": "track_10min_16mb", "non_record": "track_non_record_16mb"}
 BUDGET_SECONDS, SEEDS_NEEDED, VAL_DOCUMENTS = 600.0, 3, 50_000
 UNLIKE_IS_FINE = {*OWN_TO_EACH_RUN, "TRAIN_LOG_EVERY", "EVAL_ONLY_PATH", "EVAL_ONLY_QUANTIZED_PATH"}
-STAGES = (
-    ("averaged weights", "prequant_val_bpb"),
-    ("quantised", "quantized_val_bpb"),
-    ("sliding windows", "sliding_val_bpb"),
-    ("final", "val_bpb"),
-)
 ABSOLUTE = re.compile(r"(?<![\w.:/<])/(?:[\w.+@~-]+/)+[\w.+@~-]*")
-SOURCE_MARK = "[the source of train_gpt.py, which stands here in the log, is the file train_gpt.py beside it]"
+SOURCE_MARK = "[here the log holds the source of train_gpt.py: the file of that name has it, plain or packed]"
 
 
 @dataclass(frozen=True)
@@ -97,16 +94,8 @@ def refuse(runs: list[RunFiles], why: str) -> None:
 
 def check_files(run: RunFiles) -> None:
     """Log, events and artifact are there, are the run's own, and the run scored what it packed."""
-    keys = (
-        "val_bpb",
-        "val_loss",
-        "artifact_bytes",
-        "code_bytes",
-        "eval_seconds",
-        "tokens_scored",
-        "seed",
-        "settings",
-    )
+    keys = ("val_bpb", "val_loss", "artifact_bytes", "code_bytes", "eval_seconds", "tokens_scored", "seed",
+            "settings")
     missing = [k for k in keys if k not in run.summary]
     if missing:
         refuse(
@@ -118,10 +107,8 @@ def check_files(run: RunFiles) -> None:
     final, shown = run.last("final"), re.findall(r"^final val_bpb=([\d.]+)", run.log, re.M)
     if not final or not shown:
         refuse([run], "train.log or metrics.jsonl has no final line: the log is cut; give the whole log")
-    if (
-        abs(final["val_bpb"] - run.summary["val_bpb"]) > 1e-9
-        or abs(float(shown[-1]) - run.summary["val_bpb"]) > 1e-6
-    ):
+    if (abs(final["val_bpb"] - run.summary["val_bpb"]) > 1e-9
+        or abs(float(shown[-1]) - run.summary["val_bpb"]) > 1e-6):
         refuse(
             [run],
             f"summary.json says val_bpb {run.summary['val_bpb']:.8f}, metrics.jsonl {final['val_bpb']:.8f}, "
@@ -131,27 +118,20 @@ def check_files(run: RunFiles) -> None:
     size = artifact.stat().st_size if artifact.is_file() else -1
     if size != run.summary["artifact_bytes"]:
         found = "is missing" if size < 0 else f"has {size:,} bytes"
-        refuse(
-            [run],
-            f"{ARTIFACT} {found}, summary.json says {run.summary['artifact_bytes']:,}: "
-            "the artifact that was scored is needed",
-        )
+        refuse([run], f"{ARTIFACT} {found}, summary.json says {run.summary['artifact_bytes']:,}: "
+               "the artifact that was scored is needed")
 
 
 def check_coverage(run: RunFiles) -> None:
     """Every validation target was scored exactly once."""
     coverage, s = run.last("coverage"), run.summary
     if not coverage.get("complete") or s["settings"].get("VAL_DOC_FRACTION", 1) != 1:
-        refuse(
-            [run],
-            f"coverage is incomplete (VAL_DOC_FRACTION={s['settings'].get('VAL_DOC_FRACTION')}, complete="
-            f"{coverage.get('complete')}): every validation target must be scored once",
-        )
+        refuse([run],
+               f"coverage is incomplete (VAL_DOC_FRACTION={s['settings'].get('VAL_DOC_FRACTION')}, complete="
+               f"{coverage.get('complete')}): every validation target must be scored once")
     if coverage["targets"] != s["tokens_scored"]:
-        refuse(
-            [run],
-            f"{s['tokens_scored']:,} tokens scored, but coverage counts {coverage['targets']:,} targets",
-        )
+        refuse([run],
+               f"{s['tokens_scored']:,} tokens scored, but coverage counts {coverage['targets']:,} targets")
 
 
 def check_alike(runs: list[RunFiles]) -> bytes:
@@ -161,42 +141,30 @@ def check_alike(runs: list[RunFiles]) -> bytes:
         digest = hashlib.sha256(run.source()).hexdigest()
         logged = run.last("code").get("sha256")
         if digest != logged:
-            refuse(
-                [run],
-                f"the source in train.log has sha256 {digest[:12]}…, the log says {str(logged)[:12]}…: "
-                "the log was changed",
-            )
+            refuse([run],
+                   f"the source in train.log has sha256 {digest[:12]}…, the log says {str(logged)[:12]}…: "
+                   "the log was changed")
         if logged != first.last("code")["sha256"]:
-            refuse(
-                [first, run],
-                f"they ran different code (sha256 {first.last('code')['sha256'][:12]}… and "
-                f"{logged[:12]}…): a mean comes from one script",
-            )
+            refuse([first, run], f"they ran different code (sha256 {first.last('code')['sha256'][:12]}… and "
+                   f"{logged[:12]}…): a mean comes from one script")
         mine, theirs = run.summary["settings"], first.summary["settings"]
         unlike = [k for k in mine if k not in UNLIKE_IS_FINE and mine[k] != theirs.get(k)]
         if unlike:
             pairs = ", ".join(f"{k}={theirs.get(k)} and {mine[k]}" for k in unlike[:4])
-            refuse(
-                [first, run],
-                f"they ran different configurations ({pairs}): a mean comes from one configuration",
-            )
-        for key in ("world_size", "device", "tokens_scored", "bytes_scored", "torch"):
+            refuse([first, run],
+                   f"they ran different configurations ({pairs}): a mean comes from one configuration")
+        for key in ("world_size", "device", "tokens_scored", "bytes_scored", "torch", "data_fingerprint"):
             if run.summary.get(key) != first.summary.get(key):
-                refuse(
-                    [first, run],
-                    f"{key} differs ({first.summary.get(key)} and {run.summary.get(key)}): "
-                    "a mean comes from one kind of machine and one validation set",
-                )
+                refuse([first, run], f"{key} differs ({first.summary.get(key)} and {run.summary.get(key)}): "
+                       "a mean comes from one kind of machine and one validation set")
         shards = [e["detail"] for r in (first, run) for e in r.of("check") if e["what"] == "training shards"]
         if len(set(shards)) > 1:
             refuse([first, run], f"they trained on different data ({' and '.join(shards)}): use one")
     seeds = [run.seed for run in runs]
     twice = sorted({s for s in seeds if seeds.count(s) > 1})
     if twice:
-        refuse(
-            [r for r in runs if r.seed in twice],
-            f"seed {twice[0]} is there twice: every run needs its own seed",
-        )
+        refuse([r for r in runs if r.seed in twice],
+               f"seed {twice[0]} is there twice: every run needs its own seed")
     return first.source()
 
 
@@ -215,28 +183,19 @@ def check_record_track(runs: list[RunFiles]) -> None:
                 "NON-COMPLIANT: the run used a mode that breaks the rules; only --track non_record takes it",
             )
         if s["world_size"] != 8 or "H100" not in s["device"]:
-            refuse(
-                [run],
-                f"it ran on {s['world_size']} x {s['device']}: the record track is 8 x H100; "
-                "use --track non_record",
-            )
+            refuse([run], f"it ran on {s['world_size']} x {s['device']}: the record track is 8 x H100; "
+                   "use --track non_record")
         failed = [e.get("name", "?") for e in run.of("probe") if e.get("ok") is False]
         if failed:
             refuse([run], f"the probe {failed[0]} failed: the log itself says that a rule was broken")
         for key, budget in (("train_seconds", "MAX_WALLCLOCK_SECONDS"), ("eval_seconds", "EVAL_MAX_SECONDS")):
             if s[key] > BUDGET_SECONDS or not 0 < settings.get(budget, 0) <= BUDGET_SECONDS:
-                refuse(
-                    [run],
-                    f"{key} is {s[key]:.2f} with {budget}={settings.get(budget)}: over the "
-                    f"{BUDGET_SECONDS:g} s of the record track",
-                )
+                refuse([run], f"{key} is {s[key]:.2f} with {budget}={settings.get(budget)}: over the "
+                       f"{BUDGET_SECONDS:g} s of the record track")
         documents = run.last("coverage").get("documents")
         if documents != VAL_DOCUMENTS:
-            refuse(
-                [run],
-                f"{documents:,} documents were scored: the competition's validation set has "
-                f"{VAL_DOCUMENTS:,}; use --track non_record",
-            )
+            refuse([run], f"{documents:,} documents were scored: the competition's validation set has "
+                   f"{VAL_DOCUMENTS:,}; use --track non_record")
 
 
 def check_size(record: Record) -> None:
@@ -258,8 +217,7 @@ def gather(args: argparse.Namespace) -> Record:
         raise ToolError(f"--name {args.name} must be letters, digits, _ . + -: it becomes a folder's name")
     if args.lineage and args.lineage.lower().replace("#", "pr") not in published() and len(args.lineage) < 12:
         raise ToolError(
-            f"--lineage {args.lineage} is none of {', '.join(published())}: or describe it in a sentence"
-        )
+            f"--lineage {args.lineage} is none of {', '.join(published())}: or describe it in a sentence")
     runs = [load_run(folder) for folder in args.runs]
     for run in runs:
         check_files(run)
@@ -277,37 +235,27 @@ def pack_script(source: bytes) -> bytes:
     """The self-extracting form, by the script's own function; a packed script stays as it is."""
     if source.startswith(b"# coding: latin-1"):
         return source
-    code = (
-        "import sys,importlib.util as u;p=sys.argv[1];s=u.spec_from_file_location('t',p);"
-        "m=u.module_from_spec(s);"
-        "sys.modules['t']=m;s.loader.exec_module(m);"
-        "sys.stdout.buffer.write(m.self_extracting(open(p,'rb').read()))"
-    )
+    code = ("import sys,importlib.util as u;p=sys.argv[1];s=u.spec_from_file_location('t',p);"
+            "m=u.module_from_spec(s);" "sys.modules['t']=m;s.loader.exec_module(m);"
+            "sys.stdout.buffer.write(m.self_extracting(open(p,'rb').read()))")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train_gpt.py"
         path.write_bytes(source)
         done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, cwd=folder)
     if done.returncode or not done.stdout:
         raise ToolError(
-            f"the script could not pack itself: {done.stderr.decode(errors='replace').strip()[-300:]}"
-        )
+            f"the script could not pack itself: {done.stderr.decode(errors='replace').strip()[-300:]}")
     return done.stdout
 
 
 # --- what is written
 
 
-def without_absolute(text: str, run: RunFiles) -> str:
+def without_absolute(text: str) -> str:
     """The text with every absolute path made relative: to the working folder, else its last part."""
     text = text.replace(str(Path.cwd()) + "/", "").replace(str(ROOT) + "/", "")
-    for key in OWN_TO_EACH_RUN:
-        value = str(run.summary["settings"].get(key, ""))
-        if value.startswith("/"):
-            text = text.replace(value, Path(value).name)
-    return ABSOLUTE.sub(
-        lambda m: m[0] if m[0].startswith("/dev/") else m[0].rstrip("/").rsplit("/", 1)[1],
-        text,
-    )
+    return ABSOLUTE.sub(lambda m: m[0] if m[0].startswith("/dev/") else m[0].rstrip("/").rsplit("/", 1)[1],
+                        text)
 
 
 def clean_log(run: RunFiles) -> str:
@@ -315,16 +263,16 @@ def clean_log(run: RunFiles) -> str:
     end = run.log.index(SOURCE_END)
     begin = re.search(r"^code bytes=\d+.*\n", run.log, re.M).end()
     head, tail = run.log[:begin], run.log[end + len(SOURCE_END) :]
-    return without_absolute(head, run) + SOURCE_MARK + SOURCE_END + without_absolute(tail, run)
+    return without_absolute(head) + SOURCE_MARK + SOURCE_END + without_absolute(tail)
 
 
-def clean_json(value, run: RunFiles):
+def clean_json(value):
     """A JSON value with relative paths."""
     if isinstance(value, dict):
-        return {k: clean_json(v, run) for k, v in value.items()}
+        return {k: clean_json(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [clean_json(v, run) for v in value]
-    return without_absolute(value, run) if isinstance(value, str) else value
+        return [clean_json(v) for v in value]
+    return without_absolute(value) if isinstance(value, str) else value
 
 
 def spread(values: list[float]) -> float:
@@ -335,58 +283,37 @@ def spread(values: list[float]) -> float:
 def submission(record: Record) -> dict:
     """submission.json with the keys of the field, made from the logs' figures."""
     args, runs, first = record.args, record.runs, record.runs[0].summary
-    start = record.runs[0].last("start")
-    losses, scores = record.values("val_loss"), record.values("val_bpb")
-    totals = [record.total(run) for run in runs]
-    return {
-        "author": args.author,
-        "github_id": args.github,
-        "name": args.title or args.name.replace("_", " "),
-        "blurb": args.blurb,
-        "date": args.date,
-        "track": record.track.removeprefix("track_"),
-        "val_loss": round(statistics.fmean(losses), 8),
-        "val_bpb": round(statistics.fmean(scores), 8),
-        "val_loss_std": round(spread(losses), 8),
-        "val_bpb_std": round(spread(scores), 8),
-        "seeds": [run.seed for run in runs],
-        "seed_results": {
-            str(run.seed): {
-                "val_loss": run.summary["val_loss"],
-                "val_bpb": run.summary["val_bpb"],
-                "artifact_bytes": run.summary["artifact_bytes"],
-                "total_bytes": record.total(run),
-                "steps": run.summary["steps"],
-                "step_avg_ms": round(run.summary["step_ms"], 2),
-                "train_time_s": round(run.summary["train_seconds"], 2),
-                "eval_time_s": round(run.summary["eval_seconds"], 2),
-            }
-            for run in runs
-        },
-        "artifact_bytes_mean": round(statistics.fmean(record.values("artifact_bytes"))),
-        "artifact_bytes_max": max(record.values("artifact_bytes")),
-        "bytes_code": len(record.script),
-        "bytes_total": max(totals),
-        "train_steps_mean": round(statistics.fmean(record.values("steps")), 2),
-        "step_avg_ms_mean": round(statistics.fmean(record.values("step_ms")), 2),
-        "tokens_scored": first["tokens_scored"],
-        "bytes_scored": first["bytes_scored"],
-        "hardware": f"{first['world_size']} x {first['device']}",
-        "pytorch_version": first.get("torch", ""),
-        "attention": start.get("attention", ""),
-        "compliant": all(record.values("compliant")),
-        "code_sha256": hashlib.sha256(record.script).hexdigest(),
-    }
+    losses, scores, sizes = (record.values(key) for key in ("val_loss", "val_bpb", "artifact_bytes"))
+
+    def seed_result(run: RunFiles) -> dict:
+        s = run.summary
+        return {"val_loss": s["val_loss"], "val_bpb": s["val_bpb"], "artifact_bytes": s["artifact_bytes"],
+                "total_bytes": record.total(run), "steps": s["steps"], "step_avg_ms": round(s["step_ms"], 2),
+                "train_time_s": round(s["train_seconds"], 2), "eval_time_s": round(s["eval_seconds"], 2)}
+
+    return {"author": args.author, "github_id": args.github,
+            "name": args.title or args.name.replace("_", " "), "blurb": args.blurb, "date": args.date,
+            "track": record.track.removeprefix("track_"), "val_loss": round(statistics.fmean(losses), 8),
+            "val_bpb": round(statistics.fmean(scores), 8), "val_loss_std": round(spread(losses), 8),
+            "val_bpb_std": round(spread(scores), 8), "seeds": [run.seed for run in runs],
+            "seed_results": {str(run.seed): seed_result(run) for run in runs},
+            "artifact_bytes_mean": round(statistics.fmean(sizes)), "artifact_bytes_max": max(sizes),
+            "bytes_code": len(record.script), "bytes_total": max(map(record.total, runs)),
+            "train_steps_mean": round(statistics.fmean(record.values("steps")), 2),
+            "step_avg_ms_mean": round(statistics.fmean(record.values("step_ms")), 2),
+            "tokens_scored": first["tokens_scored"], "bytes_scored": first["bytes_scored"],
+            "hardware": f"{first['world_size']} x {first['device']}",
+            "pytorch_version": first.get("torch", ""),
+            "attention": runs[0].last("start").get("attention", ""),
+            "compliant": all(record.values("compliant")),
+            "code_sha256": hashlib.sha256(record.script).hexdigest()}
 
 
 def changed_settings(record: Record) -> dict:
     """The settings of the runs that differ from the script's defaults, as the log names them."""
     logged = record.runs[0].last("changed_settings")
-    return {
-        k: int(v) if isinstance(v, bool) else v
-        for k, v in logged.items()
-        if k.isupper() and k not in OWN_TO_EACH_RUN
-    }
+    return {k: int(v) if isinstance(v, bool) else v for k, v in logged.items() if k.isupper()
+            and k not in OWN_TO_EACH_RUN}
 
 
 def lineage(record: Record) -> str:
@@ -401,41 +328,32 @@ def lineage(record: Record) -> str:
     scores = [r["val_bpb"] for r in system["runs"]]
     if record.args.track != "record":
         return (
-            f"{name}: {system['title']}. Its published figures are of other hardware or data: no comparison."
-        )
+            f"{name}: {system['title']}. Its published figures are of other hardware or data: no comparison.")
     from tools import compare
 
     sides = [compare.read_group([str(r.folder) for r in record.runs], "A"), compare.read_group([name], "B")]
     mean = statistics.fmean(scores)
-    return (
-        f"{name}: {system['title']} ({len(scores)} seeds, mean {mean:.8f} BPB; {system['standing']})."
-        "\n\n```\n"
-        f"{compare.describe(*sides, compare.analyse(*sides))}\n```"
-    )
+    return (f"{name}: {system['title']} ({len(scores)} seeds, mean {mean:.8f} BPB; {system['standing']})."
+            "\n\n```\n" f"{compare.describe(*sides, compare.analyse(*sides))}\n```")
 
 
 def compliance(record: Record) -> list[str]:
     """The evidence for the rules, as it stands in the logs."""
-    out = []
+    out, probes = [], {}
     for run in record.runs:
         c, s = run.last("coverage"), run.summary
-        out.append(
-            f"seed {run.seed}: {c['targets']:,} targets in {c.get('documents', 0):,} documents "
-            f"scored exactly once ({c['bytes']:,} bytes); training and packing {s['train_seconds']:.1f} s, "
-            f"evaluation {s['eval_seconds']:.1f} s; {record.total(run):,} of {ARTIFACT_LIMIT:,} bytes"
-        )
-        seen = set()
-        for e in run.events:
-            if e["event"] in ("evidence", "probe", "compliance") or re.fullmatch(r"c[1-4].*", e["event"]):
-                text = " ".join(f"{k}={v}" for k, v in e.items() if k not in ("event", "time"))
-                if text not in seen:
-                    out.append(f"seed {run.seed}, {e['event']}: {text}")
-                seen.add(text)
+        out.append(f"seed {run.seed}: {c['targets']:,} targets in {c.get('documents', 0):,} documents scored "
+                   f"exactly once ({c['bytes']:,} bytes); training and packing {s['train_seconds']:.1f} s, "
+                   f"evaluation {s['eval_seconds']:.1f} s; {record.total(run):,} of {ARTIFACT_LIMIT:,} bytes")
+        for e in run.of("probe"):
+            said = f"{e['name']}: {e['figure']}, {'holds' if e['ok'] else 'FAILED'}"
+            probes.setdefault(said, []).append(str(run.seed))
         out += [f"seed {run.seed}, warning in the log: {e.get('text', '')}" for e in run.of("warning")]
+        out += [f"seed {run.seed} is **NON-COMPLIANT**: {e.get('reason', '')}"
+                for e in run.of("NON-COMPLIANT")]
+    out += [f"probe {said} (seed {', '.join(seeds)})" for said, seeds in probes.items()]
     if not all(record.values("compliant")):
-        out.insert(
-            0, "**NON-COMPLIANT**: these runs used a mode that breaks the rules; they are a study, no result"
-        )
+        out.insert(0, "**NON-COMPLIANT**: not every run kept the rules; this is a study, no result")
     return out
 
 
@@ -444,11 +362,8 @@ def reproduce(record: Record) -> str:
     first = record.runs[0].summary
     env = " ".join(f"{k}={v}" for k, v in changed_settings(record).items())
     world = first["world_size"]
-    start = (
-        "python train_gpt.py"
-        if world == 1
-        else f"torchrun --standalone --nproc_per_node={world} train_gpt.py"
-    )
+    start = ("python train_gpt.py" if world == 1
+             else f"torchrun --standalone --nproc_per_node={world} train_gpt.py")
     seeds = " ".join(str(run.seed) for run in record.runs)
     lines = ["pip install -r requirements.txt"]
     if env:
@@ -463,96 +378,50 @@ def reproduce(record: Record) -> str:
 
 def tables(record: Record, s: dict) -> list[str]:
     """Results by seed, and scores by stage."""
-    rows = [
-        [
-            run.seed,
-            f"{run.summary['val_bpb']:.8f}",
-            f"{run.summary['val_loss']:.8f}",
-            run.summary["steps"],
-            f"{run.summary['step_ms']:.1f}",
-            f"{run.summary['train_seconds']:.1f}",
-            f"{run.summary['eval_seconds']:.1f}",
-            f"{run.summary['artifact_bytes']:,}",
-            f"{record.total(run):,}",
-        ]
-        for run in record.runs
-    ]
-    rows.append(
-        [
-            "mean",
-            f"{s['val_bpb']:.8f}",
-            f"{s['val_loss']:.8f}",
-            f"{s['train_steps_mean']:.0f}",
-            f"{s['step_avg_ms_mean']:.1f}",
-            *(f"{statistics.fmean(record.values(k)):.1f}" for k in ("train_seconds", "eval_seconds")),
-            f"{s['artifact_bytes_mean']:,}",
-            f"{max(map(record.total, record.runs)):,} (max)",
-        ]
-    )
-    head = [
-        "seed",
-        "BPB",
-        "nats/token",
-        "steps",
-        "ms/step",
-        "train s",
-        "eval s",
-        "artifact",
-        "artifact + script",
-    ]
-    stages = [
-        [label, *(f"{run.summary[key]:.5f}" for run in record.runs)]
-        for label, key in STAGES
-        if all(key in run.summary for run in record.runs)
-    ]
-    return [
-        table(head, rows, markdown=True),
-        table(["BPB after", *(f"seed {r.seed}" for r in record.runs)], stages, markdown=True),
-    ]
+    rows = [[run.seed, f"{run.summary['val_bpb']:.8f}", f"{run.summary['val_loss']:.8f}",
+             run.summary["steps"], f"{run.summary['step_ms']:.1f}", f"{run.summary['train_seconds']:.1f}",
+             f"{run.summary['eval_seconds']:.1f}", f"{run.summary['artifact_bytes']:,}",
+             f"{record.total(run):,}"] for run in record.runs]
+    rows.append(["mean", f"{s['val_bpb']:.8f}", f"{s['val_loss']:.8f}", f"{s['train_steps_mean']:.0f}",
+                 f"{s['step_avg_ms_mean']:.1f}",
+                 *(f"{statistics.fmean(record.values(k)):.1f}" for k in ("train_seconds", "eval_seconds")),
+                 f"{s['artifact_bytes_mean']:,}", f"{max(map(record.total, record.runs)):,} (max)"])
+    head = ["seed", "BPB", "nats/token", "steps", "ms/step", "train s", "eval s", "artifact",
+            "artifact + script"]
+    stages = [[label, *(f"{run.summary[key]:.5f}" for run in record.runs)]
+              for label, key in STAGES if all(key in run.summary for run in record.runs)]
+    seeds = [f"seed {run.seed}" for run in record.runs]
+    return [table(head, rows, markdown=True), table(["BPB after", *seeds], stages, markdown=True)]
 
 
 def readme(record: Record, checked: str) -> str:
     """README.md of the folder; every figure comes from the logs."""
-    s, data, args = submission(record), record.runs[0], record.args
-    shards = {e["what"]: e["detail"] for e in data.of("check")}
-    other = (
-        ""
-        if args.track == "record"
-        else (
-            "**Non-record track**: other hardware, data or budgets than the competition's; the score is not "
-            "comparable with its leaderboard.\n\n"
-        )
-    )
-    form = "self-extracting form" if record.script != record.source else "readable"
+    s, args = submission(record), record.args
+    said = {e["what"]: e["detail"] for e in record.runs[0].of("check")}
+    train, val, tokenizer = (said.get(what, "not logged")
+                             for what in ("training shards", "validation shards", "tokenizer"))
+    data = f"Training: {train}. Validation: {val}. Tokenizer: {tokenizer}."
+    other = ("" if args.track == "record" else f"**Non-record track**, run on {s['hardware']}; trained on "
+             f"{train}, scored on {val}: not comparable with the competition's leaderboard.\n\n")
+    settings = "\n".join(f"{k}={v}" for k, v in changed_settings(record).items())
+    script = (f"`train_gpt.py` is the readable script, {len(record.script):,} bytes, "
+              f"sha256 `{s['code_sha256']}`.")
+    if record.script != record.source:
+        script = (script.replace("readable script", "self-extracting form of the script")
+                  + f" The source inside it, {len(record.source):,} bytes, which the logs name, has sha256 "
+                  f"`{hashlib.sha256(record.source).hexdigest()}`.")
     parts = [
         f"# {s['name']}",
         other + (args.blurb or "No description was given."),
         f"**{s['val_bpb']:.5f} BPB** (mean of {len(record.runs)} seeds, standard deviation "
-        f"{s['val_bpb_std']:.5f}), {s['val_loss']:.5f} nats per token, "
-        f"at most {s['bytes_total']:,} bytes, on {s['hardware']}.",
-        "## Results",
-        *tables(record, s),
-        "## Lineage",
-        lineage(record),
-        "## Data",
-        f"Training: {shards.get('training shards', 'not logged')}. Validation: "
-        f"{shards.get('validation shards', 'not logged')}. "
-        f"Tokenizer: {shards.get('tokenizer', 'not logged')}.",
-        "## Settings",
-        "Those that differ from the script's defaults:\n\n```\n"
-        + "\n".join(f"{k}={v}" for k, v in changed_settings(record).items())
-        + "\n```",
-        "## Compliance",
-        "\n".join(f"- {line}" for line in compliance(record)),
-        "## How to reproduce",
-        reproduce(record),
-        f"`train_gpt.py` is the {form} script, {len(record.script):,} bytes, sha256 `{s['code_sha256']}`"
-        + (
-            f"; the logs' readable source has sha256 `{hashlib.sha256(record.source).hexdigest()}`"
-            if record.script != record.source
-            else ""
-        )
-        + f". {checked}",
+        f"{s['val_bpb_std']:.5f}), {s['val_loss']:.5f} nats per token, at most {s['bytes_total']:,} bytes, "
+        f"on {s['hardware']}.",
+        "## Results", *tables(record, s),
+        "## Lineage", lineage(record),
+        "## Data", data,
+        "## Settings", f"Those that differ from the script's defaults:\n\n```\n{settings}\n```",
+        "## Compliance", "\n".join(f"- {line}" for line in compliance(record)),
+        "## How to reproduce", reproduce(record), f"{script} {checked}",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -562,15 +431,13 @@ def write_folder(record: Record, folder: Path, checked: str) -> None:
     write_atomic(folder / "train_gpt.py", record.script)
     for run in record.runs:
         write_atomic(folder / f"train_seed{run.seed}.log", clean_log(run))
-        events = "".join(json.dumps(clean_json(e, run)) + "\n" for e in run.events)
+        events = "".join(json.dumps(clean_json(e)) + "\n" for e in run.events)
         write_atomic(folder / f"metrics_seed{run.seed}.jsonl", events)
-        write_atomic(
-            folder / f"summary_seed{run.seed}.json", json.dumps(clean_json(run.summary, run), indent=1) + "\n"
-        )
+        write_atomic(folder / f"summary_seed{run.seed}.json",
+                     json.dumps(clean_json(run.summary), indent=1) + "\n")
     write_atomic(folder / "requirements.txt", (ROOT / "requirements.txt").read_bytes())
-    write_atomic(
-        folder / "submission.json", json.dumps(submission(record), indent=2, ensure_ascii=False) + "\n"
-    )
+    write_atomic(folder / "submission.json", json.dumps(submission(record), indent=2,
+                                                        ensure_ascii=False) + "\n")
     write_atomic(folder / "README.md", readme(record, checked))
     if record.args.with_artifact:
         shutil.copyfile(record.best.folder / ARTIFACT, folder / ARTIFACT)
@@ -585,63 +452,44 @@ def write_folder(record: Record, folder: Path, checked: str) -> None:
 
 
 def eval_environment(run: RunFiles, out: Path) -> dict:
-    """The run's settings for scoring its artifact again, data under absolute paths."""
-    s = run.summary["settings"]
-    env = {"OMP_WAIT_POLICY": "PASSIVE", **{k: v for k, v in os.environ.items() if k not in s}}
-    for key, value in s.items():
-        env[key] = str(int(value)) if isinstance(value, bool) else str(value)
-    for key in ("DATA_PATH", "TOKENIZER_PATH", "DATA_DIR"):
-        if s.get(key):
-            env[key] = str(Path(s[key]).resolve())
+    """The run's settings for scoring its artifact again. Logs hold no paths: where the data lie is taken from
+    the environment, as for a run in the present folder."""
+    env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **as_environment(run.summary["settings"])}
+    for key, usual in (("DATA_PATH", ""), ("TOKENIZER_PATH", ""), ("DATA_DIR", "data")):
+        if place := os.environ.get(key, usual):
+            env[key] = str(Path(place).resolve())
     path = str((run.folder / ARTIFACT).resolve())
-    return {
-        **env,
-        "EVAL_ONLY_PATH": "",
-        "EVAL_ONLY_QUANTIZED_PATH": path,
-        "ARTIFACT_DIR": str(out),
-        "RUN_ID": "check",
-    }
+    return {**env, "EVAL_ONLY_PATH": "", "EVAL_ONLY_QUANTIZED_PATH": path, "ARTIFACT_DIR": str(out),
+            "RUN_ID": "check", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def run_inside(record: Record, folder: Path, run: RunFiles) -> str:
     """Score a run's artifact with the packaged script inside its folder; compare. Returns a sentence."""
     world, tolerance = record.args.nproc or run.summary["world_size"], record.args.tolerance
-    launcher = (
-        [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    )
+    launcher = ([] if world == 1 else ["-m", "torch.distributed.run", "--standalone",
+                                       f"--nproc_per_node={world}"])
     print(f"scoring {relative(run.folder)} again with the packaged script, inside its folder …", flush=True)
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as out:
-        done = subprocess.run(
-            [sys.executable, *launcher, "train_gpt.py"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            env={**eval_environment(run, Path(out)), "PYTHONDONTWRITEBYTECODE": "1"},
-        )
+        done = subprocess.run([sys.executable, *launcher, "train_gpt.py"], cwd=folder, capture_output=True,
+                              text=True, env=eval_environment(run, Path(out)))
         if done.returncode:
             lines = (done.stdout + done.stderr).strip().splitlines()
             last = [line for line in lines if line.startswith("error: ")][:1] or lines[-3:]
-            raise ToolError(
-                f"the packaged script failed inside its folder (exit status {done.returncode}): "
-                f"{' | '.join(last)}"
-            )
+            hint = "; set DATA_PATH and TOKENIZER_PATH as for the runs" if "_PATH=" in last[0] else ""
+            raise ToolError(f"the packaged script failed inside its folder (exit status {done.returncode}): "
+                            f"{' | '.join(last)}{hint}")
         again = json.loads((Path(out) / "summary.json").read_text())
     difference = again["val_bpb"] - run.summary["val_bpb"]
     if abs(difference) > tolerance or again["tokens_scored"] != run.summary["tokens_scored"]:
         raise ToolError(
             f"the packaged script scores {again['val_bpb']:.8f} BPB on {again['tokens_scored']:,} "
             f"tokens, the run said {run.summary['val_bpb']:.8f} on {run.summary['tokens_scored']:,}: more "
-            f"than {tolerance:g} apart; the folder is not made"
-        )
-    print(
-        f"  {again['val_bpb']:.8f} BPB, the run said {run.summary['val_bpb']:.8f}: {difference:+.1e} "
-        f"in {time.perf_counter() - begin:.0f} s"
-    )
-    return (
-        f"Run inside this folder in eval-only mode, it scored the artifact of seed {run.seed} at "
-        f"{again['val_bpb']:.8f} BPB; the run had said {run.summary['val_bpb']:.8f}."
-    )
+            f"than {tolerance:g} apart; the folder is not made")
+    print(f"  {again['val_bpb']:.8f} BPB, the run said {run.summary['val_bpb']:.8f}: {difference:+.1e} "
+          f"in {time.perf_counter() - begin:.0f} s")
+    return (f"Run inside this folder in eval-only mode, it scored the artifact of seed {run.seed} at "
+            f"{again['val_bpb']:.8f} BPB; the run had said {run.summary['val_bpb']:.8f}.")
 
 
 def build(record: Record) -> Path:
@@ -669,9 +517,7 @@ def build(record: Record) -> Path:
 
 def main(arguments=None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folders of finished runs")
     add("--name", required=True, help="short name, part of the folder's")
@@ -687,19 +533,19 @@ def main(arguments=None) -> int:
     add("--check", choices=("best", "all"), default="best", help="which artifacts are scored again")
     add("--nproc", type=int, default=0, help="processes of that run (default: as many as the runs had)")
     add("--tolerance", type=float, default=1e-4, help="BPB by which that score may differ (default 1e-4)")
-    add(
-        "--skip-run",
-        metavar="WHY",
-        default="",
-        help="do not score again; non_record only; WHY goes into the README",
-    )
+    add("--skip-run", metavar="WHY", default="",
+        help="do not score again; non_record only; WHY goes into the README")
     add("--out", default=str(ROOT / "records"), help="folder of all records")
     add("--force", action="store_true", help="replace a folder of the same name")
     args = parser.parse_args(arguments)
     if args.track == "record" and args.skip_run:
         raise ToolError("--skip-run is refused in the record track: the packaged script must be seen to run")
-    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", args.date):
-        raise ToolError(f"--date {args.date} must be YYYY-MM-DD")
+    if args.nproc < 0:
+        raise ToolError(f"--nproc {args.nproc} must be at least 1, or 0 for as many as the runs had")
+    try:
+        args.date = datetime.date.fromisoformat(args.date).isoformat()
+    except ValueError:
+        raise ToolError(f"--date {args.date} must be a day as YYYY-MM-DD") from None
     folder = build(gather(args))
     print(f"made {relative(folder)}: " + ", ".join(sorted(p.name for p in folder.iterdir())))
     return 0

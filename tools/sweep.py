@@ -42,7 +42,17 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: make `tools` importable from anywhere
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from tools.common import SCRIPT, ToolError, need, read_events, relative, run_cli, table, write_atomic
+from tools.common import (
+    SCRIPT,
+    ToolError,
+    command_line,
+    need,
+    read_events,
+    relative,
+    run_cli,
+    table,
+    write_atomic,
+)
 
 BEAT_SECONDS, GRACE_SECONDS, POLL_SECONDS = 10, 60, 0.5
 LOG_LINES, MAX_RESPAWNS = 12, 20
@@ -67,12 +77,10 @@ class Setting:
         low, high, *step = self.values
         if self.kind in ("int", "logint"):
             log = self.kind == "logint"
-            return str(
-                trial.suggest_int(self.name, int(low), int(high), step=int(step[0]) if step else 1, log=log)
-            )
-        return repr(
-            trial.suggest_float(self.name, low, high, log=self.kind == "log", step=step[0] if step else None)
-        )
+            return str(trial.suggest_int(self.name, int(low), int(high), step=int(step[0]) if step else 1,
+                                         log=log))
+        return repr(trial.suggest_float(self.name, low, high, log=self.kind == "log",
+                                        step=step[0] if step else None))
 
     def middle(self) -> str:
         """A value in the middle, to see whether the trainer takes it."""
@@ -91,11 +99,13 @@ def read_space(path: Path) -> list[Setting]:
         lines = Path(path).read_text().splitlines()
     except OSError as error:
         raise ToolError(
-            f"cannot read the space {relative(path)}: {error.strerror}; see --help for its form"
-        ) from None
+            f"cannot read the space {relative(path)}: {error.strerror}; see --help for its form") from None
     space = []
     for number, line in enumerate(lines, 1):
-        words = shlex.split(line.replace("=", " = ", 1), comments=True)
+        try:
+            words = shlex.split(line.replace("=", " = ", 1), comments=True)
+        except ValueError as error:
+            raise ToolError(f"line {number} of {relative(path)}: {error}") from None
         if words:
             space.append(read_setting(words, f"line {number} of {relative(path)}"))
     names = [s.name for s in space]
@@ -106,8 +116,7 @@ def read_space(path: Path) -> list[Setting]:
         raise ToolError(f"{relative(path)} varies nothing: give at least one setting a range or a choice")
     if "SEED" in names:
         raise ToolError(
-            f"{relative(path)} names SEED: seeds are repeats of one trial, give them with --seeds"
-        )
+            f"{relative(path)} names SEED: seeds are repeats of one trial, give them with --seeds")
     return space
 
 
@@ -120,8 +129,7 @@ def read_setting(words: list[str], where: str) -> Setting:
     if kind not in known:
         raise ToolError(
             f"{where}: '{' '.join(words)}' must be NAME = VALUE, NAME choice A B…, or NAME with one of "
-            f"{', '.join(known)} and LO HI [step S]"
-        )
+            f"{', '.join(known)} and LO HI [step S]")
     if len(values) not in (2, 4) or len(values) == 4 and (values[2] != "step" or kind.startswith("log")):
         raise ToolError(f"{where}: {name} {kind} needs LO HI, and for uniform and int optionally step S")
     try:
@@ -129,25 +137,20 @@ def read_setting(words: list[str], where: str) -> Setting:
     except ValueError:
         raise ToolError(f"{where}: {' '.join(values)} are not numbers") from None
     if not numbers[0] < numbers[1] or kind.startswith("log") and numbers[0] <= 0:
-        raise ToolError(
-            f"{where}: {name} {kind} {values[0]} {values[1]}: LO must be below HI"
-            + (" and above 0" if kind.startswith("log") else "")
-        )
+        raise ToolError(f"{where}: {name} {kind} {values[0]} {values[1]}: LO must be below HI"
+                        + (" and above 0" if kind.startswith("log") else ""))
     return Setting(name, kind, numbers)
 
 
 def check_space(space: list[Setting], args: argparse.Namespace) -> None:
     """The trainer itself accepts these names and values: asked before anything is started."""
     env = {**os.environ, **{s.name: s.middle() for s in space}}
-    done = subprocess.run(
-        [sys.executable, args.script, "--check", "settings"], env=env, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, args.script, "--check", "settings"], env=env, capture_output=True,
+                          text=True)
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise ToolError(
-            f"{relative(args.script)} does not accept the space: "
-            f"{(said or ['no reason given'])[-1].removeprefix('error: ')}"
-        )
+        raise ToolError(f"{relative(args.script)} does not accept the space: "
+                        f"{(said or ['no reason given'])[-1].removeprefix('error: ')}")
 
 
 # --- the study
@@ -165,28 +168,31 @@ class Study:
         if not args.storage:
             Path(args.out).mkdir(parents=True, exist_ok=True)
         options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+        pruner = (self.optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=args.prune_after)
+                  if args.prune else self.optuna.pruners.NopPruner())
         try:
-            self.storage = self.optuna.storages.RDBStorage(
-                url, engine_kwargs=options, heartbeat_interval=BEAT_SECONDS, grace_period=args.grace
-            )
-            pruner = (
-                self.optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=args.prune_after)
-                if args.prune
-                else self.optuna.pruners.NopPruner()
-            )
+            self.storage = self.open_storage(url, engine_kwargs=options, heartbeat_interval=BEAT_SECONDS,
+                                             grace_period=args.grace)
             make = self.optuna.create_study if create else self.optuna.load_study
             more = {"direction": "minimize", "load_if_exists": True} if create else {}
             self.study = make(study_name=args.study, storage=self.storage, pruner=pruner, **more)
             self.id = self.storage.get_study_id_from_name(args.study)
         except KeyError:
-            raise ToolError(
-                f"there is no study {args.study} in that storage: start it without --join or --show"
-            ) from None
+            raise ToolError(f"there is no study {args.study} in that storage: start it without --join or "
+                            "--show") from None
         except Exception as error:  # every database driver raises its own
-            raise ToolError(
-                f"cannot use the storage {hide_password(url)}: {type(error).__name__}: "
-                f"{str(error).splitlines()[0][:200]}"
-            ) from None
+            raise ToolError(f"cannot use the storage {hide_password(url)}: {type(error).__name__}: "
+                            f"{str(error).splitlines()[0][:200]}") from None
+
+    def open_storage(self, url: str, **options):
+        """The database; tables that another process is making at this moment are waited for."""
+        for attempt in range(10):
+            try:
+                return self.optuna.storages.RDBStorage(url, **options)
+            except Exception as error:  # every database driver raises its own
+                if attempt == 9 or not re.search("already exists|duplicate key|locked", str(error)):
+                    raise
+                time.sleep(1)
 
     def sampler(self, number: int):
         """A trial's sampler: with --sampler-seed its draws hang on the trial's number, not on the worker."""
@@ -194,9 +200,8 @@ class Study:
         seed = None if args.sampler_seed is None else zlib.crc32(f"{args.sampler_seed}/{number}".encode())
         if args.sampler == "random":
             return samplers.RandomSampler(seed)
-        return samplers.TPESampler(
-            seed=seed, multivariate=True, constant_liar=True, n_startup_trials=args.startup
-        )
+        return samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True,
+                                   n_startup_trials=args.startup)
 
     def trials(self, *states) -> list:
         """Trials in these states, all when none are given."""
@@ -225,17 +230,11 @@ class Study:
     def is_double(self, waiting) -> bool:
         """A second retry of one dead trial (two machines saw it die): the younger one is dropped, unrun."""
         of = waiting.user_attrs.get("retry_of")
-        older = [
-            t
-            for t in self.trials()
-            if of is not None and t.user_attrs.get("retry_of") == of and t.number < waiting.number
-        ]
+        older = [t for t in self.trials() if of is not None and t.user_attrs.get("retry_of") == of
+                 and t.number < waiting.number]
         if older:
-            self.end(
-                waiting._trial_id,
-                self.states.FAIL,
-                error=f"dropped: trial {older[0].number} is the same retry",
-            )
+            self.end(waiting._trial_id, self.states.FAIL,
+                     error=f"dropped: trial {older[0].number} is the same retry")
         return bool(older)
 
     def end(self, trial_id: int, state, value: float | None = None, **attributes) -> bool:
@@ -262,16 +261,11 @@ class Study:
             lost = t.state == self.states.FAIL and (t.user_attrs.get("died") or "error" not in t.user_attrs)
             attempt = t.user_attrs.get("attempt", 0) + (t.user_attrs.get("died") != "interrupted")
             if lost and t.number not in replaced and attempt <= retries:
-                self.study.enqueue_trial(
-                    t.params,
-                    user_attrs={
-                        "point": t.user_attrs.get("point"),
-                        "retry_of": t.number,
-                        "attempt": attempt,
-                        "died_with": t.user_attrs.get("error")
-                        or f"its worker stopped answering; {last_lines(t)}",
-                    },
-                )
+                self.study.enqueue_trial(t.params,
+                                         user_attrs={"point": t.user_attrs.get("point"), "retry_of": t.number,
+                                                     "attempt": attempt,
+                                                     "died_with": t.user_attrs.get("error")
+                                                     or f"its worker stopped answering; {last_lines(t)}"})
 
     def open(self) -> int:
         """Trials that wait or run."""
@@ -359,9 +353,8 @@ def run_seed(study: Study, trial, settings: dict, seed: int, args, prune: bool) 
     env = {**os.environ, **settings, "SEED": str(seed), "ARTIFACT_DIR": str(folder), "RUN_ID": folder.name}
     command = [*shlex.split(args.launch.format(python=sys.executable, nproc=args.nproc)), args.script]
     with open(log, "wb") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=env, preexec_fn=die_with_parent
-        )
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env,
+                                   preexec_fn=die_with_parent)
         reported = 0
         try:
             while process.poll() is None:
@@ -401,9 +394,8 @@ def run_trial(study: Study, trial, space: list[Setting], args) -> str:
         study.end(trial._trial_id, study.states.FAIL, error=f"{error}; {last_lines(frozen)}")
         return f"FAILED: {error}"
     study.end(trial._trial_id, study.states.COMPLETE, statistics.fmean(values))
-    return f"{args.metric} {statistics.fmean(values):.6f}" + (
-        f" ± {statistics.stdev(values):.6f}" if len(values) > 1 else ""
-    )
+    return f"{args.metric} {statistics.fmean(values):.6f}" + (f" ± {statistics.stdev(values):.6f}"
+                                                              if len(values) > 1 else "")
 
 
 def worker(args: argparse.Namespace) -> int:
@@ -411,10 +403,8 @@ def worker(args: argparse.Namespace) -> int:
     study, space = Study(args, create=False), read_space(args.space)
     while (trial := study.take()) is not None:
         shown = {s.name: s.draw(trial) for s in space if s.kind != "="}
-        print(
-            f"[{HOST}] trial {trial.number} starts: " + " ".join(f"{k}={v}" for k, v in shown.items()),
-            flush=True,
-        )
+        print(f"[{HOST}] trial {trial.number} starts: " + " ".join(f"{k}={v}" for k, v in shown.items()),
+              flush=True)
         done = threading.Event()
 
         def beat(trial_id=trial._trial_id, done=done):
@@ -437,9 +427,8 @@ def devices_of(slot: int, args: argparse.Namespace) -> dict:
     """The GPUs of one worker: the next --nproc of the visible ones, so that workers do not share one."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        listed = subprocess.run(
-            "nvidia-smi -L 2>/dev/null | grep -c '^GPU'", shell=True, capture_output=True, text=True
-        )
+        listed = subprocess.run("nvidia-smi -L 2>/dev/null | grep -c '^GPU'", shell=True, capture_output=True,
+                                text=True)
         visible = ",".join(map(str, range(int(listed.stdout.strip() or 0))))
     gpus = [g for g in visible.split(",") if g]
     if not gpus:
@@ -448,8 +437,7 @@ def devices_of(slot: int, args: argparse.Namespace) -> dict:
     if len(mine) < args.nproc:
         raise ToolError(
             f"{args.workers} workers x --nproc {args.nproc} need {args.workers * args.nproc} GPUs, "
-            f"{len(gpus)} are visible: lower one of them"
-        )
+            f"{len(gpus)} are visible: lower one of them")
     return {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
 
 
@@ -469,10 +457,8 @@ def coordinate(args: argparse.Namespace, words: list[str]) -> None:
                 if process.poll() is not None:
                     name = f"{socket.gethostname()}:{process.pid}"
                     if process.returncode:
-                        print(
-                            f"worker {name} died (status {process.returncode}); its trial is run again",
-                            flush=True,
-                        )
+                        print(f"worker {name} died (status {process.returncode}); its trial is run again",
+                              flush=True)
                         study.bury(name, f"worker {name} died with status {process.returncode}")
                     del slots[slot]
             study.revive(args.retries)
@@ -506,16 +492,8 @@ def rows_of(study: Study, args: argparse.Namespace) -> tuple[list[str], list[lis
         if "retry_of" in t.user_attrs:
             note = f"retry of trial {t.user_attrs['retry_of']}. {note}".strip()
         done = t.value is not None and t.state == study.states.COMPLETE
-        rows.append(
-            [
-                str(t.number),
-                t.state.name,
-                f"{t.value:.6f}" if done else "",
-                spread,
-                *(show(t.params.get(n, "")) for n in names),
-                note,
-            ]
-        )
+        rows.append([str(t.number), t.state.name, f"{t.value:.6f}" if done else "", spread,
+                     *(show(t.params.get(n, "")) for n in names), note])
     return ["trial", "state", args.metric, "std", *names, "note"], rows
 
 
@@ -531,21 +509,17 @@ def results(args: argparse.Namespace) -> str:
     brief = [[cell if len(cell) <= 76 else cell[:26] + " … " + cell[-47:] for cell in row] for row in rows]
     print(table(head, brief))
     out = Path(args.out)
-    csv = "\n".join(
-        ",".join('"' + c.replace('"', "'") + '"' if set(c) & set(',"\n') else c for c in row)
-        for row in [head, *rows]
-    )
+    csv = "\n".join(",".join('"' + c.replace('"', "'") + '"' if set(c) & set(',"\n') else c for c in row)
+                    for row in [head, *rows])
     write_atomic(out / "results.csv", csv + "\n")
     write_atomic(out / "results.html", plots(study, args))
     count = {s.name.lower(): len(study.trials(s)) for s in study.states}
-    return (
-        ", ".join(f"{n} {name}" for name, n in count.items() if n)
-        + f"; {relative(out / 'results.csv')}, {relative(out / 'results.html')}"
-    )
+    states = ", ".join(f"{n} {name}" for name, n in count.items() if n)
+    return f"{states}; {relative(out / 'results.csv')}, {relative(out / 'results.html')}"
 
 
 def plots(study: Study, args: argparse.Namespace) -> str:
-    """History, one panel per setting, and parallel coordinates, on one offline page."""
+    """History, and one panel per setting, on one offline page; later trials are darker."""
     go, sub = need("plotly.graph_objects", "sweep"), need("plotly.subplots", "sweep")
     done = [t for t in study.trials(study.states.COMPLETE)]
     names = sorted({n for t in done for n in t.params})
@@ -553,88 +527,53 @@ def plots(study: Study, args: argparse.Namespace) -> str:
         return "<!doctype html><meta charset=utf-8><p>No trial has finished yet."
     best = [min(t.value for t in done[: i + 1]) for i in range(len(done))]
     titles = ["trials in order; the line is the best so far", *names]
-    fig = sub.make_subplots(
-        rows=1 + -(-len(names) // 3),
-        cols=3,
-        subplot_titles=titles,
-        vertical_spacing=0.12,
-        specs=[[{"colspan": 3}, None, None], *([{}] * 3 for _ in range(-(-len(names) // 3)))],
-    )
-    fig.add_trace(
-        go.Scatter(x=[t.number for t in done], y=[t.value for t in done], mode="markers"), row=1, col=1
-    )
-    fig.add_trace(
-        go.Scatter(x=[t.number for t in done], y=best, mode="lines", line={"shape": "hv"}), row=1, col=1
-    )
+    fig = sub.make_subplots(rows=1 + -(-len(names) // 3), cols=3, subplot_titles=titles,
+                            vertical_spacing=0.12,
+                            specs=[[{"colspan": 3}, None, None],
+                                   *([{}] * 3 for _ in range(-(-len(names) // 3)))])
+    fig.add_trace(go.Scatter(x=[t.number for t in done], y=[t.value for t in done], mode="markers"), row=1,
+                  col=1)
+    fig.add_trace(go.Scatter(x=[t.number for t in done], y=best, mode="lines", line={"shape": "hv"}), row=1,
+                  col=1)
     for i, name in enumerate(names):
         row, column = 2 + i // 3, 1 + i % 3
         have = [t for t in done if name in t.params]
-        fig.add_trace(
-            go.Scatter(
-                x=[t.params[name] for t in have],
-                y=[t.value for t in have],
-                mode="markers",
-                text=[f"trial {t.number}" for t in have],
-                marker={"color": [t.number for t in have], "colorscale": "Blues"},
-            ),
-            row=row,
-            col=column,
-        )
+        shade = {"color": [t.number for t in have], "colorscale": [[0, "#93c5fd"], [1, "#1e3a8a"]]}
+        fig.add_trace(go.Scatter(x=[t.params[name] for t in have], y=[t.value for t in have], mode="markers",
+                                 text=[f"trial {t.number}" for t in have], marker=shade), row=row, col=column)
         dist = have[0].distributions[name]
         if getattr(dist, "log", False):
             fig.update_xaxes(type="log", row=row, col=column)
-    fig.update_layout(
-        template="plotly_white",
-        showlegend=False,
-        height=320 + 260 * (-(-len(names) // 3)),
-        title=f"{args.study}: {args.metric} of {len(done)} trials",
-    )
+    fig.update_layout(template="plotly_white", showlegend=False, height=320 + 260 * (-(-len(names) // 3)),
+                      title=f"{args.study}: {args.metric} of {len(done)} trials")
     return fig.to_html(include_plotlyjs=True, config={"displaylogo": False})
 
 
 def parse(arguments) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("space", help="text file with the settings to vary")
     add("--trials", type=int, default=20, help="points the study shall have in all (default 20)")
     add("--workers", type=int, default=1, help="trials at a time on this machine")
     add("--nproc", type=int, default=1, help="processes (GPUs) of one run")
-    add(
-        "--seeds",
-        type=lambda t: [int(x) for x in t.split(",")],
-        default=[1337],
-        help="e.g. 1,2,3: repeats of a trial",
-    )
+    add("--seeds", type=lambda t: [int(x) for x in t.split(",")], default=[1337],
+        help="e.g. 1,2,3: repeats of a trial")
     add("--metric", default="val_bpb", help="key of summary.json to minimise")
     add("--study", default="", help="its name (default: the space file's)")
     add("--storage", default="", help="Optuna storage URL (default: SQLite in --out)")
     add("--join", action="store_true", help="add no points: work on those of another machine's study")
     add("--prune", action="store_true", help="stop trials that are behind the median")
-    add(
-        "--prune-after",
-        type=int,
-        default=30,
-        metavar="PERCENT",
-        help="of the budget, before which nothing is pruned",
-    )
+    add("--prune-after", type=int, default=30, metavar="PERCENT",
+        help="of the budget, before which nothing is pruned")
     add("--sampler", choices=SAMPLERS, default="tpe")
     add("--sampler-seed", type=int, help="makes a single worker's draws repeatable")
     add("--startup", type=int, default=10, help="random points before TPE proposes")
     add("--retries", type=int, default=1, help="how often a point whose worker died is run again")
-    add(
-        "--grace",
-        type=int,
-        default=GRACE_SECONDS,
-        help="seconds without a sign after which a worker elsewhere counts as dead",
-    )
-    add(
-        "--launch",
-        default="{python} -m torch.distributed.run --standalone --nproc_per_node={nproc}",
-        help="what starts the script",
-    )
+    add("--grace", type=int, default=GRACE_SECONDS,
+        help="seconds without a sign after which a worker elsewhere counts as dead")
+    add("--launch", default="{python} -m torch.distributed.run --standalone --nproc_per_node={nproc}",
+        help="what starts the script")
     add("--script", default=str(SCRIPT), help="the trainer")
     add("--out", default="", help="folder of the trials (default: runs/<study>)")
     add("--show", action="store_true", help="only the results so far")
