@@ -4378,6 +4378,38 @@ def public_settings(values: Mapping) -> dict:
     return {k: v for k, v in values.items() if not k.endswith(("_PATH", "_DIR"))}
 
 
+SWITCHES = {   # prefix of settings -> the setting without which they do nothing
+    "ASYM_LOGIT_": "asym_logit_rescale", "AWQ_LITE_": "awq_lite_enabled", "BIGRAM_": "bigram_vocab_size",
+    "BANK_SPLIT": "matrix_lr_early", "GLOBAL_TTT_": "phased_ttt_prefix_docs", "LOOP_": "num_loops",
+    "LATE_QAT_": "late_qat_threshold", "LQER_": "lqer_enabled", "MATRIX_LR_LATE": "matrix_lr_early",
+    "PHASED_TTT_": "ttt_enabled", "RECUR_": "num_loops", "SEQ_CHANGE_": "train_seq_schedule",
+    "SMEAR_": "smear_gate_enabled", "SPARSE_ATTN_": "sparse_attn_gate_enabled", "TTT_": "ttt_enabled",
+    "SPLIT_LR_": "matrix_lr_early", "VE_": "ve_enabled"}
+
+
+def idle_settings(s: Settings) -> dict[str, str]:
+    """Settings that were changed though what they belong to is off, and what that is."""
+    return {name: f"{switch.upper()} is off" for name in s.changed() for prefix, switch in SWITCHES.items()
+            if name.startswith(prefix) and name != switch.upper() and not getattr(s, switch)}
+
+
+def closest_system(s: Settings) -> tuple[str, dict] | None:
+    """The published system whose configuration beside this script is nearest to the settings, and what
+    differs as [here, there]; None where there are no configurations."""
+    found, mine = [], s.as_env()
+    for path in sorted(Path(__file__).parent.glob("configs/pr*.env")):
+        lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
+        with contextlib.suppress(UserError):       # written for another version of this script
+            told = dict(line.split("=", 1) for line in lines if "=" in line)
+            theirs = Settings.from_env(told).as_env()
+            compared = {*told, *s.changed()} & set(mine) - {"RUN_ID", "SEED"}
+            found.append((path.stem, {k: [mine[k], theirs[k]] for k in compared if mine[k] != theirs[k]}))
+    if not found:
+        return None
+    name, differs = min(found, key=lambda x: len(x[1]))
+    return name, public_settings(differs)
+
+
 def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
     """What runs, where: into the log before anything else."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
@@ -4386,8 +4418,12 @@ def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
             parameters=sum(p.numel() for p in model.parameters()))
     run.log("settings", quiet=True, **public_settings(s.as_env()))
     run.log("changed_settings", quiet=True, **public_settings(s.changed()))
-    if ignored := {k: NO_EFFECT[k] for k in NO_EFFECT if k in os.environ}:
+    if ignored := {**{k: NO_EFFECT[k] for k in NO_EFFECT if k in os.environ}, **idle_settings(s)}:
         run.log("settings_without_effect", **ignored)
+    if near := closest_system(s):
+        name, differs = near
+        run.log("closest_system", name=name, differences=len(differs))
+        run.log("differences", quiet=True, **differs)
     source = Path(__file__).read_bytes()
     run.log("code", bytes=len(source), compressed=len(self_extracting(source)),
             sha256=hashlib.sha256(source).hexdigest())
