@@ -200,12 +200,11 @@ class Settings:
     warmup_steps: int = knob(20, "compile and warm-up steps on random tokens, undone before training", 0)
     warmdown_frac: float = knob(0.85, "last share of the budget, of falling learning rate", 0, 1)
     min_lr: float = knob(0.1, "lowest learning rate, as a share of the peak", 0, 1)
-    midrun_cap_schedule: str = knob("", "factors on the learning rate: factor@progress, … ")
+    midrun_cap_schedule: str = knob("", "caps on the share of the learning rate: cap@progress, …")
     recur_start_step: int = knob(0, "step at which loops begin; 0: by ENABLE_LOOPING_AT", 0)
     late_qat_threshold: float = knob(0.0, "soft-round QAT of the projections of the bigram and value "
                                      "embeddings begins below this share of the learning rate; 0: none", 0, 1)
     late_qat_min_step: int = knob(2000, "and not before this step", 0)
-    late_qat_ramp_steps: int = knob(500, "steps in which its sharpness rises from 1 to 16", 1)
     ema_decay: float = knob(0.9965, "averaging of the weights, per step", 0, 0.999999)
     # --- quantise and pack
     matrix_bits: int = knob(6, "bits of the matrices", 2, 8, group="quantise")
@@ -285,13 +284,11 @@ class Settings:
             raise UserError("TTT_EVAL_ONLY=1 names nothing to score: set EVAL_ONLY_QUANTIZED_PATH instead")
         env = {k: v for k, v in env.items() if k not in NO_EFFECT}
         for name, (only, why) in ONLY.items():
-            value = env.pop(name, only)
-            if value not in (only, "") and not (is_number(value) and is_number(only)
-                                                and float(value) == float(only)):
-                raise UserError(f"{name}={value} is not to be had here, only {only or 'nothing'}: {why}")
+            if (value := env.pop(name, "")) and (float(value) if is_number(value) else value) != only:
+                raise UserError(f"{name}={value} is not to be had here, only {only}: {why}")
         for old, (names, translate) in ALIASES.items():
-            for name, value in zip(names.split(), translate(env.pop(old)) if env.get(old) else ()):
-                env.setdefault(name, value)
+            if value := env.pop(old, ""):
+                env = {**dict(zip(names.split(), translate(value))), **env}
         for name in {"no_q": "Q", "no_v": "V", "no_qv": "QV"}.get(env.get("TTT_MASK", ""), ""):
             env.setdefault(f"TTT_{name}_LORA", "0")
         known = {f.name.upper(): f for f in fields(cls)}
@@ -464,13 +461,10 @@ ONLY = {   # settings of the field's commands that have one value here -> (value
         "DTG_ENABLED FORCE_STOP_STEP GATED_ATTENTION GLOBAL_TTT_DOC_LIMIT LAWA_ENABLED LR_FLOOR "
         "MTP_NUM_HEADS MUON_HUBER_WD OPTROT_ENABLED QAT_ENABLED SLOT_ENABLED TRIGRAM TTT_DOC_LIMIT "
         "TTT_GRAD_STEPS_CLEAN TTT_LORA_EMA_DECAY TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED "
-        "VALUE_RESIDUAL").split(),
-        ("0", LEFT_OUT)),
-    **dict.fromkeys("GPTQ_ENABLED USE_GPTQ SDCLIP_ENABLED TTT_UPDATE_EVERY".split(), ("1", "built in")),
-    "GLOBAL_TTT_OPTIMIZER": ("sgd", LEFT_OUT), "QK_GAIN_INIT_SCHEDULE": ("", LEFT_OUT),
-    "GPTQ_BLOCK_SIZE": ("128", "it only changes the order of sums"),
-    "EMBEDDING_DIM": ("512", "embeddings are as wide as the model"),
-    "WARMDOWN_ITERS": ("0", "set WARMDOWN_FRAC to its share of the steps you expect"),
+        "VALUE_RESIDUAL").split(), (0, LEFT_OUT)),
+    **dict.fromkeys("GPTQ_ENABLED USE_GPTQ SDCLIP_ENABLED TTT_UPDATE_EVERY".split(), (1, "built in")),
+    "GLOBAL_TTT_OPTIMIZER": ("sgd", LEFT_OUT), "EMBEDDING_DIM": (512, "embeddings are as wide as the model"),
+    "WARMDOWN_ITERS": (0, "set WARMDOWN_FRAC to its share of the steps you expect"),
 }
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OUR_PREFIXES = (
@@ -571,7 +565,7 @@ def print_help() -> None:
     for old, (names, _) in ALIASES.items():
         print(f"  {old:34} read as {names.replace(' ', ', ')}")
     for name, (only, why) in ONLY.items():
-        print(f"  {name:34} only {only or 'empty'}: {why}")
+        print(f"  {name:34} only {only}: {why}")
     for old, why in NO_EFFECT.items():
         print(f"  {old:34} no effect: {why}")
 
@@ -1101,14 +1095,14 @@ class Prefetch:
 
     def next(self, cut: int = 0) -> Batch:
         """The next batch; a packed one cut at `cut` tokens, also where it was read ahead with another."""
-        if cut and getattr(self.stream, "max_len", cut) != cut:
+        if cut:
             self.stream.max_len = cut
         item = self.queue.get()
         if isinstance(item, BaseException):
             raise item
         batch, self.epoch = item
-        recut = cut and batch.cut not in (0, cut)
-        return packed_batch(batch.tokens, cut).to(self.device) if recut else batch
+        stale = cut and batch.tokens is not None and batch.cut != cut
+        return packed_batch(batch.tokens, cut).to(self.device) if stale else batch
 
     def close(self) -> None:
         self.stop.set()
@@ -1511,11 +1505,11 @@ class GPT(nn.Module):
 
     def embed(self, ids: Tensor, layout: Layout | None, before: Tensor | None = None,
               alpha: Tensor | None = None) -> Tensor:
-        """Normalised embeddings (B, T, D), mixed with what belongs to the token before. before (B, 1): the
-        token ahead of ids."""
-        s, dtype = self.s, self.compute_dtype
+        """Normalised embeddings (B, T, D), mixed with what belongs to the token before. before (B, 1 or 2):
+        the tokens ahead of ids, two because a bigram of the last one may be smeared."""
+        s, dtype, length = self.s, self.compute_dtype, ids.size(1)
         if before is not None:
-            ids = torch.cat((before, ids), dim=1)
+            ids = torch.cat((before[:, -2 if s.bigram_vocab_size else -1:], ids), dim=1)
         follows = None                      # (1, T - 1): the token before is of the same segment
         if layout is not None and layout.isolate:
             starts = torch.zeros(ids.size(1) + 1, dtype=torch.bool, device=ids.device)
@@ -1533,7 +1527,7 @@ class GPT(nn.Module):
             x = self.smear(rms(x), follows)
         else:
             x = rms(x)
-        return x if before is None else x[:, 1:]
+        return x if before is None else x[:, -length:]
 
     def smear(self, x: Tensor, follows: Tensor | None) -> Tensor:
         """x (B, T, D) with the previous token's mixed in where follows (B or 1, T - 1) allows it."""
@@ -1677,15 +1671,13 @@ class GPT(nn.Module):
         z = F.linear(hidden, weight.to(hidden.dtype))
         return z if adapter is None else adapter.bind(hidden.dtype).add(z, "head", 0, hidden)
 
-    def caps(self) -> tuple[Tensor, Tensor]:
-        """The caps of positive and negative logits; without ASYM_LOGIT_TRAIN out of reach of any gradient."""
-        pair = self.softcap_pos, self.softcap_neg
-        return pair if self.s.asym_logit_train else tuple(cap.detach() for cap in pair)
-
     def logits(self, hidden: Tensor, adapter: Adapter | None = None) -> Tensor:
-        """Soft-capped logits (B, T, V) float32."""
-        z, cap = self.raw_logits(hidden, adapter).float(), self.s.logit_softcap
-        return soft_cap(z, *self.caps()) if self.s.asym_logit_rescale else cap * torch.tanh(z / cap)
+        """Soft-capped logits (B, T, V) float32. Two caps are out of reach of any gradient unless trained."""
+        s, z = self.s, self.raw_logits(hidden, adapter).float()
+        if not s.asym_logit_rescale:
+            return s.logit_softcap * torch.tanh(z / s.logit_softcap)
+        caps = (self.softcap_pos, self.softcap_neg)
+        return soft_cap(z, *(cap if s.asym_logit_train else cap.detach() for cap in caps))
 
     def losses(self, ids: Tensor, targets: Tensor, plan: Plan, layout: Layout | None = None,
                adapter: Adapter | None = None, tap: Callable | None = None, cache: KeyCache | None = None,
@@ -1795,7 +1787,7 @@ class Adapter(nn.Module):
 
 class KeyCache:
     """Keys and values that the earlier chunks of B documents left behind, as computed then and cut from their
-    graph: per slot (B, P, K, D), the newest `limit` positions. position: tokens seen; last (B, 1) token."""
+    graph: per slot (B, P, K, D), the newest `limit` positions. position: tokens seen; last (B, 2) ones."""
 
     def __init__(self, limit: int):
         self.limit, self.position, self.last = limit, 0, None
@@ -1820,7 +1812,8 @@ class KeyCache:
         for slot, pair in new.items():
             pairs = zip(self.old[slot], pair) if slot in self.old else ((x,) for x in pair)
             self.old[slot] = tuple(torch.cat(parts, dim=1)[:, -self.limit:] for parts in pairs)
-        self.last, self.position, self.sealed = ids[:, -1:], self.position + ids.size(1), None
+        self.last = (ids if self.last is None else torch.cat((self.last, ids), dim=1))[:, -2:]
+        self.position, self.sealed = self.position + ids.size(1), None
 
     def keep(self, rows: slice) -> None:
         """Go on with these documents only."""
@@ -2396,23 +2389,19 @@ class Optimiser:
         return norm
 
     def never_trained(self) -> list[str]:
-        """Parameters, or rows of them, that no gradient ever reached: AdamW's second moment or Muon's
-        momentum is still zero there."""
-        rank, own = self.world.rank, {}
-        for p, buf in zip(self.banks, self.momentum):
-            own[p] = [rank * len(buf) + i for i, row in enumerate(buf) if not row.any()]
-        for p in self.small:
-            state = self.adam.state.get(p, {}).get("exp_avg_sq", torch.zeros_like(p))
-            own[p] = [i for i, row in enumerate(state.reshape(len(p) if p.dim() else 1, -1)) if not row.any()]
-        found = {}
-        for part in self.world.gather({self.names[p]: rows for p, rows in own.items()}):
-            for name, rows in part.items():
-                found.setdefault(name, set()).update(rows)
-        count = {n: len(p) if p.dim() else 1 for p, n in self.names.items()}
-        found = {n: sorted(r for r in rows if r < count[n]) for n, rows in found.items()}
-        return [name if len(rows) == count[name] else f"{name} rows {', '.join(map(str, rows))}"
-                if len(rows) < 9 else f"{name}: {len(rows)} of {count[name]} rows"
-                for name, rows in found.items() if rows]
+        """Parameters, or rows of them, that no gradient ever reached: Muon's momentum or AdamW's second
+        moment is still zero there."""
+        found = []
+        for p, buf in (*zip(self.banks, self.momentum), *((p, None) for p in self.small)):
+            rows = len(p) if p.dim() else 1
+            own = self.adam.state[p]["exp_avg_sq"].reshape(rows, -1) if buf is None else buf.flatten(1)
+            seen, work = (own.any(1), None) if buf is None else self.gather(own.any(1).byte(), rows)
+            if work is not None:
+                work.wait()
+            if idle := [i for i, touched in enumerate(seen[:rows].tolist()) if not touched]:
+                some = "" if len(idle) == rows else f" rows {idle}" if rows < 99 else f" {len(idle)} rows"
+                found.append(self.names[p] + some)
+        return found
 
     def reduce(self) -> list[Tensor]:
         """Averaged gradients: this rank's matrices of every bank (returned), all small ones (in place)."""
@@ -2482,14 +2471,11 @@ def stage_at(stages: list[tuple[float, float]], progress: float):
 
 def graphs_met(s: Settings) -> list[tuple[int, bool]]:
     """Pairs (longest segment, looping) in the order in which training meets them."""
-    pairs, begin = [], 0.0
-    for end, length in context_stages(s):
-        both = s.recur_start_step > 0 and s.num_loops > 0
-        seen = (False, True) if both else (looping_at(s, math.nextafter(begin, 2) if begin else 0.0),
-                                           looping_at(s, end))
-        pairs += [(length, looping) for looping in seen]
-        begin = end
-    return list(dict.fromkeys(pairs))
+    stages = context_stages(s)
+    begins = [0.0, *(math.nextafter(end, 2) for end, _ in stages)]
+    return list(dict.fromkeys(
+        (length, looping) for begin, (end, length) in zip(begins, stages) for looping in (
+            (False, s.num_loops > 0) if s.recur_start_step else (looping_at(s, begin), looping_at(s, end)))))
 
 
 def muon_momentum(s: Settings, step: int) -> float:
@@ -2530,7 +2516,7 @@ class Curriculum:
             self.rounding = steps
         if self.rounding is None:
             return None
-        return 1 + 15 * min((steps - self.rounding) / s.late_qat_ramp_steps, 1.0)
+        return 1 + 15 * min((steps - self.rounding) / 500, 1.0)
 
 
 def pick_dtype(choice: str, device: torch.device, default: torch.dtype | None = None) -> torch.dtype:
@@ -2734,7 +2720,7 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
     run.log("train_end", steps=step, seconds=seconds, step_ms=step_ms, epochs=stream.epoch,
             tokens=step * s.train_batch_tokens)
     trainer.set_sharpness(None)
-    if idle := trainer.optimiser.never_trained() if step else []:
+    if step and (idle := trainer.optimiser.never_trained()):
         run.log("never_trained", parameters=idle)
     return {"steps": step, "step_ms": step_ms, "clock": clock, "stream": stream}
 
@@ -2899,7 +2885,7 @@ def group_scores(w: Tensor, rms: Tensor, size: int) -> Tensor:
 
 
 def protect(s: Settings, out: Quantised, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
-            names: Sequence[str]) -> None:
+            names: Sequence[str], coarser: float) -> None:
     """AWQ-lite: the groups of columns with the highest scores of all matrices get codes of AWQ_LITE_BITS."""
     size, scores = s.awq_lite_group_size, []
     for name in names:
@@ -2913,7 +2899,7 @@ def protect(s: Settings, out: Quantised, weights: Mapping[str, Tensor], hessians
     for name, starts in chosen.items():
         w, (_, bits, clip) = weights[name].float(), storage_of(s, name, weights[name])
         fine = torch.isin(torch.arange(w.size(1)) // size * size, torch.tensor(starts))
-        high = row_scales(w, s.awq_lite_bits, clip)
+        high = row_scales(w, s.awq_lite_bits, clip * coarser)
         steps = out.tensors[name + ".scale"].to(w.device), high
         codes = gptq_protected(w, hessians[name], steps, (bits, s.awq_lite_bits), fine)
         out.tensors.update({name + ".q": codes.cpu(), name + ".awqg_s_hi": high.cpu(),
@@ -3021,7 +3007,7 @@ def quantise(s: Settings, weights: Mapping[str, Tensor], hessians: Mapping[str, 
     for _, name in names:
         out.tensors[name + ".q"], out.tensors[name + ".scale"] = done[name]
     if s.awq_lite_enabled:
-        protect(s, out, weights, hessians, [name for _, name in names])
+        protect(s, out, weights, hessians, [name for _, name in names], coarser)
     if s.lqer_enabled:
         repair(s, out, weights, [name for _, name in names])
     return out
@@ -4392,6 +4378,38 @@ def public_settings(values: Mapping) -> dict:
     return {k: v for k, v in values.items() if not k.endswith(("_PATH", "_DIR"))}
 
 
+SWITCHES = {   # prefix of settings -> the setting without which they do nothing
+    "ASYM_LOGIT_": "asym_logit_rescale", "AWQ_LITE_": "awq_lite_enabled", "BIGRAM_": "bigram_vocab_size",
+    "BANK_SPLIT": "matrix_lr_early", "GLOBAL_TTT_": "phased_ttt_prefix_docs", "LOOP_": "num_loops",
+    "LATE_QAT_": "late_qat_threshold", "LQER_": "lqer_enabled", "MATRIX_LR_LATE": "matrix_lr_early",
+    "PHASED_TTT_": "ttt_enabled", "RECUR_": "num_loops", "SEQ_CHANGE_": "train_seq_schedule",
+    "SMEAR_": "smear_gate_enabled", "SPARSE_ATTN_": "sparse_attn_gate_enabled", "TTT_": "ttt_enabled",
+    "SPLIT_LR_": "matrix_lr_early", "VE_": "ve_enabled"}
+
+
+def idle_settings(s: Settings) -> dict[str, str]:
+    """Settings that were changed though what they belong to is off, and what that is."""
+    return {name: f"{switch.upper()} is off" for name in s.changed() for prefix, switch in SWITCHES.items()
+            if name.startswith(prefix) and name != switch.upper() and not getattr(s, switch)}
+
+
+def closest_system(s: Settings) -> tuple[str, dict] | None:
+    """The published system whose configuration beside this script is nearest to the settings, and what
+    differs as [here, there]; None where there are no configurations."""
+    found, mine = [], s.as_env()
+    for path in sorted(Path(__file__).parent.glob("configs/pr*.env")):
+        lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
+        with contextlib.suppress(UserError):       # written for another version of this script
+            told = dict(line.split("=", 1) for line in lines if "=" in line)
+            theirs = Settings.from_env(told).as_env()
+            compared = {*told, *s.changed()} & set(mine) - {"RUN_ID", "SEED"}
+            found.append((path.stem, {k: [mine[k], theirs[k]] for k in compared if mine[k] != theirs[k]}))
+    if not found:
+        return None
+    name, differs = min(found, key=lambda x: len(x[1]))
+    return name, public_settings(differs)
+
+
 def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
     """What runs, where: into the log before anything else."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
@@ -4400,8 +4418,12 @@ def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
             parameters=sum(p.numel() for p in model.parameters()))
     run.log("settings", quiet=True, **public_settings(s.as_env()))
     run.log("changed_settings", quiet=True, **public_settings(s.changed()))
-    if ignored := {k: NO_EFFECT[k] for k in NO_EFFECT if k in os.environ}:
+    if ignored := {**{k: NO_EFFECT[k] for k in NO_EFFECT if k in os.environ}, **idle_settings(s)}:
         run.log("settings_without_effect", **ignored)
+    if near := closest_system(s):
+        name, differs = near
+        run.log("closest_system", name=name, differences=len(differs))
+        run.log("differences", quiet=True, **differs)
     source = Path(__file__).read_bytes()
     run.log("code", bytes=len(source), compressed=len(self_extracting(source)),
             sha256=hashlib.sha256(source).hexdigest())

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import CONFIGS, ROOT, load_config, sine_model, without_awaited
+from conftest import CONFIGS, ROOT, load_config, settings, sine_model, without_awaited
 
 import train_gpt as tg
 
@@ -53,20 +53,32 @@ def test_small_sizes_keep_the_mechanisms(name):
     assert len(tg.context_stages(full)) == len(tg.context_stages(small))
 
 
-@pytest.mark.parametrize("name", ("pr1302", "pr1550", "pr2014"))
-def test_new_tensors_survive_quantising_and_packing(name):
-    s = tg.Settings.from_env({**load_config(name, "small"), "VOCAB_SIZE": "600"})
+def test_start_names_the_nearest_system_and_idle_settings():
+    changed = {**load_config("pr2014"), "MATRIX_LR": "0.03", "DATA_PATH": "/elsewhere", "BIGRAM_DIM": "64"}
+    name, differs = tg.closest_system(tg.Settings.from_env(changed))
+    assert name == "pr2014" and differs == {"MATRIX_LR": [0.03, 0.026], "BIGRAM_DIM": [64, 128]}
+    idle = tg.idle_settings(tg.Settings.from_env(changed))
+    assert idle == {"BIGRAM_DIM": "BIGRAM_VOCAB_SIZE is off"}
+
+
+def test_new_tensors_survive_quantising_and_packing():
+    s = settings(
+        BIGRAM_VOCAB_SIZE=800, BIGRAM_DIM=96, VE_ENABLED=1, VE_DIM=256, VE_LAYERS="1,3", MLP_MULT=17,
+        AWQ_LITE_ENABLED=1, AWQ_LITE_GROUP_SIZE=16, AWQ_LITE_GROUP_TOP_K=3, ASYM_LOGIT_RESCALE=1,
+        PARALLEL_LANES="separate", SMEAR_GATE_KIND="channels", LQER_GAIN_SELECT=1,
+    )
     model = sine_model(s)
     weights = tg.matrix_views({n: p.detach() for n, p in model.named_parameters()})
-    q = tg.quantise(s, weights, {n: torch.eye(w.shape[1]) for n, w in weights.items()
-                                 if tg.storage_of(s, n, w)[0] == "gptq" and "embed" not in n})
+    q = tg.quantise(s, weights, {n: torch.eye(w.shape[1]) for n, w in weights.items() if ".mlp." in n})
     back = tg.unpack_model(s, tg.pack_model(s, q), "test")
-    assert back.meta == q.meta
     restored = tg.dequantise(back)
+    assert back.meta == q.meta and set(restored) == set(weights)
     for key, want in tg.dequantise(q).items():
         assert torch.equal(restored[key], want), key
-    if s.bigram_vocab_size:
-        assert q.meta["bigram.embed.weight"].startswith("gptq")
-    if s.awq_lite_enabled:
-        assert sum("awqgrp" in how for how in q.meta.values()) == 1
+    assert all(q.meta[f"{n}.embed.weight"].startswith("gptq (int7)") for n in ("bigram", "ve_shared"))
+    assert sum(len(x) for key, x in q.tensors.items() if key.endswith(".awqg_start")) == 3
+    protected = next(n for n, how in q.meta.items() if "awqgrp" in how)
+    start, size = (int(q.tensors[f"{protected}.awqg_{part}"][0]) for part in ("start", "size"))
+    error = (restored[protected] - weights[protected]).abs()
+    assert error[:, start:start + size].mean() < 0.5 * error.mean()
     tg.load_weights(model, restored, "test")

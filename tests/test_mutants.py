@@ -73,18 +73,18 @@ def test_the_script_as_it_is_passes(s, changes):
 def smear_without_any_mask(patch):
     """SmearGate mixes in whatever was packed before, document or not."""
     def make(real):
-        def embed(self, ids, layout, before=None):
+        def embed(self, ids, layout, *more):
             with pytest.MonkeyPatch.context() as inner:
                 inner.setattr(tg, "BOS", -1)
-                return real(self, ids, None, before)
+                return real(self, ids, None, *more)
         return embed
     replace(patch, tg.GPT, "embed", make)
 
 
 def smear_between_windows(patch):
     """The BOS mask is there, but a window that begins inside a document is smeared with its neighbour."""
-    replace(patch, tg.GPT, "embed", lambda real: lambda self, ids, layout, before=None:
-            real(self, ids, None, before))
+    replace(patch, tg.GPT, "embed", lambda real: lambda self, ids, layout, *more:
+            real(self, ids, None, *more))
 
 
 def attention_across_documents(patch):
@@ -503,7 +503,7 @@ def pipeline(s, folder):
 @pytest.mark.parametrize("reader", ["fresh", "own", "files"])
 def test_warm_up_on_validation_tokens(s, reader, tmp_path, monkeypatch):
     read = readers(monkeypatch)[reader]
-    monkeypatch.setattr(tg.Trainer, "random_batch", lambda self, generator:
+    monkeypatch.setattr(tg.Trainer, "random_batch", lambda self, *_:
                         tg.packed_batch(read(self.s)[:self.tokens + 1], self.s.train_seq_len))
     with pytest.raises(RuntimeError, match="validation tokens are read"):
         pipeline(s, tmp_path)
