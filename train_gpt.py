@@ -206,6 +206,15 @@ class Settings:
                                      "embeddings begins below this share of the learning rate; 0: none", 0, 1)
     late_qat_min_step: int = knob(2000, "and not before this step", 0)
     ema_decay: float = knob(0.9965, "averaging of the weights, per step", 0, 0.999999)
+    prequant_ttt_enabled: bool = knob(False, "study, NON-COMPLIANT: train on validation tokens last")
+    prequant_ttt_epochs: int = knob(10, "passes over them", 1)
+    prequant_ttt_lr: float = knob(0.00045, "AdamW's learning rate", 0)
+    prequant_ttt_cosine_decay: bool = knob(True, "down to a tenth of it, epoch by epoch")
+    prequant_ttt_batch_seqs: int = knob(32, "rows of TRAIN_SEQ_LEN in a batch", 1)
+    prequant_ttt_grad_clip: float = knob(1.0, "largest gradient norm", 0)
+    prequant_ttt_freeze_blocks: int = knob(1, "first layers that stay as they are", 0)
+    prequant_ttt_form: str = knob("sharded", "ranks share rows; or batches overlap and matrices never freeze",
+                                  choices="sharded overlapping")
     # --- quantise and pack
     matrix_bits: int = knob(6, "bits of the matrices", 2, 8, group="quantise")
     embed_bits: int = knob(7, "bits of the embedding", 2, 8)
@@ -230,6 +239,13 @@ class Settings:
     lqer_factor_bits: int = knob(4, "bits of its symmetric form", 2, 8)
     lqer_asym_enabled: bool = knob(True, "asymmetric form: 2-bit and 4-bit factors")
     lqer_asym_group: int = knob(64, "values that share a scale in the 4-bit factor", 1)
+    logit_calib_enabled: bool = knob(False, "fit scale and 14 biases of the quantised logits in training")
+    logit_calib_tokens: int = knob(100000, "training targets for it", 1)
+    logit_calib_stride: int = knob(64, "targets scored in a window of EVAL_SEQ_LEN", 1)
+    logit_calib_batch_seqs: int = knob(8, "windows of one step", 1)
+    logit_calib_epochs: int = knob(1, "passes over them", 1)
+    logit_calib_lr: float = knob(0.003, "learning rate", 0)
+    logit_calib_l2: float = knob(0.01, "pull towards no calibration", 0)
     compressor: str = knob("ans", "entropy stage: ans (our coder) or brotli", choices="ans brotli")
     # --- score
     eval_seq_len: int = knob(2048, "window of the sliding evaluation, in tokens", 2, group="score")
@@ -264,6 +280,10 @@ class Settings:
     ttt_beta2: float = knob(0.99, "AdamW's second moment", 0, 0.999999)
     ttt_weight_decay: float = knob(0.5, "weight decay of the adapters", 0)
     ttt_grad_steps: int = knob(1, "adapter steps per chunk", 1)
+    ttt_train_min_doc_len: int = knob(0, "shorter documents are scored without adapting", 0)
+    ttt_train_max_doc_len: int = knob(0, "and so are longer ones; 0: none", 0)
+    corrector_alpha: float = knob(0.0, "n-gram posterior added to the logits of TTT; 0: none", 0)
+    corrector_orders: str = knob("8", "its orders, as 2,3,5")
     ttt_warm_start_a: bool = knob(True, "keep A from document to document (B always restarts at 0)")
     phased_ttt_prefix_docs: int = knob(2500, "documents that adapt the base weights once they are scored", 0)
     phased_ttt_num_phases: int = knob(3, "in how many phases", 1)
@@ -276,6 +296,23 @@ class Settings:
     global_ttt_respect_doc_boundaries: bool = knob(True, "no attention across documents there")
     global_ttt_warmup_chunks: int = knob(0, "chunks of linear warm-up", 0)
     global_ttt_warmup_start_lr: float = knob(0.0, "learning rate at its start", 0)
+    ngram_tilt_enabled: bool = knob(False, "tilt scores towards what followed the same context earlier")
+    ngram_doc_order: str = knob("scored", "what counts grow by", choices="scored stream")
+    ngram_gates: str = knob("previous", "who speaks, by the previous token or always; target: NON-COMPLIANT",
+                            choices="previous open_word target")
+    ngram_choice: str = knob("model", "what weighs hints: their probability, or their own confidence",
+                             choices="model confidence")
+    ngram_boost_gamma: float = knob(0.0, "boosts shrink by (1 - the hint's probability) to this power", 0)
+    token_order: int = knob(16, "token expert: length of context and hint together", 1)
+    token_threshold: float = knob(0.8, "it speaks from this confidence on; above 1: never", 0)
+    token_boost: float = knob(2.625, "nats added to its hint's logit", 0)
+    within_tau: float = knob(99.0, "the same for the expert of the open word's next token", 0)
+    within_boost: float = knob(0.0, "nats added to its hint's logit", 0)
+    word_order: int = knob(4, "expert of the next word's first token: order in words", 1)
+    word_normalize: str = knob("strip_punct_lower", "equal words", choices="strip_punct_lower lower identity")
+    word_tau: float = knob(99.0, "it speaks from this confidence on; above 1: never", 0)
+    word_boost: float = knob(0.0, "nats added to its hint's logit", 0)
+    agree_add_boost: float = knob(0.0, "more nats when another expert gives the same hint", 0)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
@@ -346,6 +383,11 @@ class Settings:
         refuse_if(self.ttt_doc_order == "stream" and self.ttt_warm_start_a and not self.ttt_shared_a,
                   "TTT_DOC_ORDER=stream forbids TTT_WARM_START_A=1 with TTT_SHARED_A=0: A would carry what "
                   "later documents taught it to earlier ones; set TTT_WARM_START_A=0 or TTT_DOC_ORDER=length")
+        orders = self.corrector_orders.split(",")
+        refuse_if(not all(n.isdigit() and int(n) for n in orders if n),
+                  f"CORRECTOR_ORDERS={self.corrector_orders} must be whole numbers from 1 on, as 2,3,5")
+        refuse_if(self.ngram_tilt_enabled and not experts_in_use(self), "NGRAM_TILT_ENABLED=1, no expert in "
+                  "use: lower TOKEN_THRESHOLD, WITHIN_TAU or WORD_TAU to at most 1")
         if (reserve := self.gptq_reserve_seconds) != "auto":
             refuse_if(not is_number(reserve) or float(reserve) < 0,
                       f"GPTQ_RESERVE_SECONDS={reserve} must be a number of seconds >= 0, or auto")
@@ -413,6 +455,9 @@ class Settings:
 
 # Settings of the field's commands without a counterpart here, and why: accepted, and named in the log.
 NO_EFFECT = {
+    "EVAL_INCLUDE_TAIL": "every target is always scored",
+    "LOGIT_CALIB_APPLY_TTT_UPDATE": "adapters learn from the calibrated loss that is scored",
+    "NGRAM_HINT_PRECOMPUTE_OUTSIDE": "hints are always computed on the evaluation clock",
     "CONTROL_TENSOR_NAME_PATTERNS": "roles are given by a table, not by substrings of names",
     "ROPE_TRAIN_SEQ_LEN": "no script of the lineage uses it; TRAIN_SEQ_LEN is the length that counts",
     "TTT_EVAL_BATCHES": "no script of the lineage uses it",
@@ -726,6 +771,8 @@ class Run:
 
     def not_compliant(self, reason: str) -> None:
         """Mark the run: its log, summary and closing block say why it is no result."""
+        if reason in self.summary["not_compliant_because"]:
+            return
         self.summary["compliant"] = False
         self.summary["not_compliant_because"].append(reason)
         self.log("NON-COMPLIANT", reason=reason)
@@ -1179,6 +1226,7 @@ class Validation:
     """The validation stream: tokens (N,) uint16, bytes of targets (N - 1,) int64, documents, byte rule. While
     a run trains, calibrates and packs it is sealed: only an open ledger gets at the tokens."""
     sealed, ledgers = False, 0
+    hints: Hints | None = None      # set for the evaluations whose scores n-gram counts tilt
 
     @classmethod
     @contextlib.contextmanager
@@ -1232,10 +1280,16 @@ class Validation:
         if self.target_bytes.sum() == 0:
             raise UserError(f"the validation targets of {files[0]} count 0 bytes: the sidecar is damaged")
 
+    def open_for_study(self, run: Run, why: str) -> np.ndarray:
+        """The one door past the seal: marks the run NON-COMPLIANT, then hands out the tokens."""
+        run.not_compliant(why)
+        return self.stream
+
     @classmethod
     def of(cls, tokens: np.ndarray) -> Validation:
-        """A made-up stream, one byte a token: for probes."""
+        """A made-up stream, one byte a token: for probes. Nothing of it is sealed."""
         val = cls.__new__(cls)
+        val.sealed = False
         val.tokens, val.rule, val.documents = tokens.astype(np.uint16), "made up", Documents(tokens)
         val.target_bytes = (tokens[1:] != BOS).astype(np.int64)
         return val
@@ -1450,6 +1504,7 @@ class GPT(nn.Module):
         super().__init__()
         self.s, self.compute_dtype, self.rope_length = s, torch.float32, 0
         self.mlp_kernel = self.ce_kernel = None      # None: the fused kernels where they can run
+        self.calibration: tuple[Tensor, Tensor] | None = None      # scale () and bias (V,) of capped logits
         for name, shape in parameter_shapes(s).items():
             setattr(self, name, nn.Parameter(torch.zeros(shape)))
         self.init_weights(generator)
@@ -1672,26 +1727,33 @@ class GPT(nn.Module):
         return z if adapter is None else adapter.bind(hidden.dtype).add(z, "head", 0, hidden)
 
     def logits(self, hidden: Tensor, adapter: Adapter | None = None) -> Tensor:
-        """Soft-capped logits (B, T, V) float32. Two caps are out of reach of any gradient unless trained."""
+        """Logits (B, T, V) float32 as they are scored: capped, calibrated, corrected by counts. Two caps are out
+        of reach of any gradient unless trained."""
         s, z = self.s, self.raw_logits(hidden, adapter).float()
-        if not s.asym_logit_rescale:
-            return s.logit_softcap * torch.tanh(z / s.logit_softcap)
-        caps = (self.softcap_pos, self.softcap_neg)
-        return soft_cap(z, *(cap if s.asym_logit_train else cap.detach() for cap in caps))
+        if s.asym_logit_rescale:
+            caps = (self.softcap_pos, self.softcap_neg)
+            z = soft_cap(z, *(cap if s.asym_logit_train else cap.detach() for cap in caps))
+        else:
+            z = s.logit_softcap * torch.tanh(z / s.logit_softcap)
+        if self.calibration is not None:
+            z = self.calibration[0] * z + self.calibration[1]
+        return z if adapter is None or adapter.bias is None else z + adapter.bias
 
     def losses(self, ids: Tensor, targets: Tensor, plan: Plan, layout: Layout | None = None,
                adapter: Adapter | None = None, tap: Callable | None = None, cache: KeyCache | None = None,
                training: bool = False, alpha: Tensor | None = None) -> Tensor:
-        """Cross-entropy of every target in nats, (B, T) float32. training: as published, asymmetric caps
-        count in evaluation only."""
+        """Cross-entropy of every target in nats, (B, T) float32. With targets (N, B, T), N tokens a place,
+        only the first's losses have a graph. training: as published, asymmetric caps count in evaluation
+        only."""
         s, hidden = self.s, self.hidden(ids, plan, layout, adapter, tap, cache, alpha)
-        if s.asym_logit_rescale and (s.asym_logit_train or not training):
-            z = self.logits(hidden, adapter).flatten(0, 1)
-            losses = F.cross_entropy(z, targets.flatten(), reduction="none")
+        two_caps = s.asym_logit_rescale and (s.asym_logit_train or not training)
+        if two_caps or self.calibration is not None or (adapter is not None and adapter.bias is not None):
+            z, loss = self.logits(hidden, adapter), functools.partial(F.cross_entropy, reduction="none")
         else:
-            z = self.raw_logits(hidden, adapter).flatten(0, 1)
-            losses = capped_ce(z, targets.flatten(), s.logit_softcap, self.ce_kernel)
-        return losses.view(targets.shape)
+            z = self.raw_logits(hidden, adapter)
+            loss = functools.partial(capped_ce, cap=s.logit_softcap, kernel=self.ce_kernel)
+        z, (first, *rest) = z.flatten(0, 1), targets.reshape(-1, ids.numel())
+        return torch.stack([loss(z, first), *(loss(z.detach(), y) for y in rest)]).view(targets.shape)
 
     forward = losses
 
@@ -1737,6 +1799,8 @@ class Adapter(nn.Module):
         super().__init__()
         self.scale, self.shared = s.ttt_lora_alpha / s.ttt_lora_rank, s.ttt_shared_a
         self.warm, self.generator = s.ttt_warm_start_a or s.ttt_shared_a, generator
+        self.correctors: list[Corrector] = []
+        self.bias: Tensor | None = None     # theirs for a chunk, (rows, 1, V) bfloat16: added to the logits
         outs = {"q": s.model_dim, "k": s.kv_dim, "v": s.kv_dim, "o": s.model_dim, "mlp": s.model_dim}
         kinds = {k: (plan.slots, out) for k, out in outs.items() if getattr(s, f"ttt_{k}_lora")}
         kinds["head"] = (1, s.vocab_size)
@@ -1754,6 +1818,7 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def keep(self, rows: slice) -> None:
         """Go on with these documents only (A is shared)."""
+        self.correctors = self.correctors[rows]
         for kind, b in self.b.items():
             self.b[kind] = nn.Parameter(b[:, rows].clone())
 
@@ -3082,6 +3147,75 @@ def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str) -> None
         view.copy_(weights[name])
 
 
+# --- logit calibration: scaled and shifted by what a token looks like
+
+CALIBRATION_STREAM = "calibration"    # in the artifact: 1 + 14 float32
+
+
+@functools.cache
+def token_categories(path: Path, vocab_size: int) -> Tensor:
+    """(V, 14) of 0 and 1: by length in bytes, by leading space and by the kind of characters."""
+    sp, rows = load_tokenizer(path), []
+    for i in range(vocab_size):
+        nothing = sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
+        piece = "" if nothing else sp.id_to_piece(i)
+        text = chr(int(piece[3:5], 16)) if sp.is_byte(i) else piece.lstrip("\u2581")
+        size = 1 if sp.is_byte(i) else len(text.encode())
+        rows.append([*(size == n for n in (1, 2, 3, 4)), 5 <= size <= 8, size >= 9, piece[:1] == "\u2581",
+                     "\n" in text or "\r" in text, any(c.isdigit() for c in text),
+                     bool(text) and not any(c.isalnum() or c.isspace() for c in text),
+                     any(c.isalpha() for c in text), text.islower(), text.isupper(),
+                     text[:1].isupper() and text[1:].islower()])
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def calibrated_by(s: Settings, raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale () and bias (V,) of capped logits that the 15 numbers raw stand for."""
+    bias = token_categories(s.tokenizer, s.vocab_size).to(raw.device) @ raw[1:]
+    return 0.9 + 0.2 * torch.sigmoid(raw[0]), bias
+
+
+def fit_calibration(s: Settings, model: GPT, tokens: np.ndarray) -> tuple[Tensor, Tensor]:
+    """The 15 numbers (float32) that serve the model best on the first LOGIT_CALIB_TOKENS targets of training
+    tokens (N,), by AdamW over windows; and every step's cross-entropy."""
+    device, seen, stride = model.tok_emb.device, [], s.logit_calib_stride
+    raw = torch.zeros(15, device=device, requires_grad=True)
+    optimiser = torch.optim.AdamW([raw], lr=s.logit_calib_lr, weight_decay=0)
+    total = min(s.logit_calib_tokens, len(tokens) - 1)
+    blocks = np.arange(0, total, stride)              # each window scores one block, after what fits before
+    for i in [*range(0, len(blocks), s.logit_calib_batch_seqs)] * s.logit_calib_epochs:
+        first = blocks[i:i + s.logit_calib_batch_seqs, None]
+        at = np.maximum(first - s.eval_seq_len + stride, 0) + np.arange(s.eval_seq_len)
+        scored = torch.from_numpy((at >= first) & (at < np.minimum(first + stride, total))).to(device)
+        x, y = (torch.from_numpy(tokens[np.minimum(at + j, len(tokens) - 1)].astype(np.int64)).to(device)
+                for j in (0, 1))
+        with torch.no_grad():
+            z = model.logits(model.hidden(x, layer_plan(s, True))[scored])
+        scale, bias = calibrated_by(s, raw)
+        seen.append(loss := F.cross_entropy(scale * z + bias, y[scored]))
+        optimiser.zero_grad()
+        (loss + s.logit_calib_l2 * (raw[1:].square().mean() + (scale - 1) ** 2)).backward()
+        optimiser.step()
+        with torch.no_grad():
+            raw[1:].clamp_(-0.5, 0.5)
+    return raw.detach(), torch.stack(seen).detach()
+
+
+def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
+    """The artifact blob with the calibration of its own model, fitted on the first training shard; as it was
+    where that has no room."""
+    values = None
+    if world.main:
+        model = build_model(s, world)
+        load_weights(model, dequantise(unpack_model(s, blob, ARTIFACT_NAME)), ARTIFACT_NAME)
+        raw, losses = fit_calibration(s, model, read_shard(list_shards(s.shards, "train")[0]))
+        values = raw.cpu().numpy().astype("<f4").tobytes()
+        run.log("logit_calibration", steps=len(losses), train_loss=losses.mean().item(), values=raw.tolist())
+    header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
+    whole = artifact_to_bytes(header, {**streams, CALIBRATION_STREAM: world.share_bytes(values)})
+    return whole if len(whole) + code_bytes() <= ARTIFACT_LIMIT else blob
+
+
 # ============================================================================================================
 # 10  Pack: the artifact is one file of checked streams, without pickle
 # ============================================================================================================
@@ -3420,6 +3554,8 @@ def pack_model(s: Settings, q: Quantised) -> bytes:
     header = {"architecture": architecture(s), "compressor": s.compressor, "meta": compact_meta(q.meta),
               "storage": {n: getattr(s, n) for n in ("lqer_rank", "lqer_asym_group")},
               "groups": {key: x.tolist() for key, x in q.tensors.items() if x.dtype == torch.int16}}
+    if s.prequant_ttt_enabled:
+        header["not_compliant"] = PREQUANT       # whoever scores this artifact is told
     return artifact_to_bytes(header, streams)
 
 
@@ -3617,6 +3753,222 @@ class Ledger:
                    **{k: total(x).tolist() for k, x in parts.items()}}
 
 
+# --- n-gram tilt: the score leans towards what followed the same context earlier
+
+ODD = np.uint64(0x9E3779B97F4A7C15)     # products with it spread over the upper bits
+COUNT_IN_PARTS = 1 << 20                # from so many items on: threads share the work
+
+
+def scramble(x: np.ndarray) -> np.ndarray:
+    """A 64-bit key of each integer."""
+    x = (x.astype(np.uint64) + np.uint64(1)) * ODD
+    return (x ^ x >> np.uint64(32)) * ODD
+
+
+def span_keys(x: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Keys (m,) of the spans x[first:end] of keys x (n,): sums of x[j] ODD^(j - end)."""
+    inverse = np.uint64(pow(int(ODD), -1, 1 << 64))
+    power = np.multiply.accumulate(np.append(np.uint64(1), np.full(len(x), ODD)))
+    sums = np.append(np.uint64(0), np.cumsum(x * power[:-1]))
+    power = np.multiply.accumulate(np.append(np.uint64(1), np.full(len(x), inverse)), out=power)
+    return (sums[end] - sums[first]) * power[end]
+
+
+def earlier_in_group(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of items sorted by key: how many that count come before each one of its key, and where keys begin."""
+    new = np.append(np.ones(min(len(keys), 1), bool), keys[1:] != keys[:-1])
+    seen, begin = np.cumsum(counts) - counts, np.flatnonzero(new)
+    return seen - np.repeat(seen[begin], np.diff(np.append(begin, len(keys)))), new
+
+
+def online_counts(keys: np.ndarray, tokens: np.ndarray, learns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Before each of n items, in this order: the token that followed its context (key) most often and its
+    share of them, (n,) each, 0 where there was none. The first to reach a count keeps it. Only items with
+    `learns` are counted. Sorted instead of hashed, in parts of the keys that share nothing."""
+    hint, confidence = np.zeros(len(keys), tokens.dtype), np.zeros(len(keys), np.float32)
+    parts = 1 if len(keys) < COUNT_IN_PARTS else 32
+    part_of = (keys >> np.uint64(59)).astype(np.uint8) * (parts > 1)
+
+    def count(part: int) -> None:
+        items = np.flatnonzero(part_of == part)
+        bits = np.uint64(63 - len(items).bit_length())
+        bucket = (keys[items] << np.uint64(5) >> bits).astype(np.int64)
+        items = items[(np.bincount(bucket) > 1)[bucket]]            # long contexts rarely come again
+        items = items[np.argsort(keys[items], kind="stable")]       # by context, then in time
+        k, t, w = keys[items], tokens[items], learns[items]
+        (total, new), pairs = earlier_in_group(k, w), scramble(k) ^ scramble(t)
+        by_pair = np.argsort(pairs, kind="stable")
+        level = np.empty(len(k), np.int64)       # group, and the count that this item brings its token to
+        level[by_pair] = earlier_in_group(pairs[by_pair], w[by_pair])[0] + 1
+        level = (np.cumsum(new) << 32) + level * w
+        highest = np.append(0, np.maximum.accumulate(level))[:-1]
+        record = np.maximum.accumulate(np.where(w & (level > highest), np.arange(len(k)), 0))
+        seen = np.flatnonzero(total)
+        hint[items[seen]] = t[record[seen - 1]]
+        top = (highest[seen] & 0xFFFFFFFF).astype(np.float32)
+        confidence[items[seen]] = top / total[seen].astype(np.float32)
+
+    list((map if parts == 1 else ThreadPoolExecutor(os.cpu_count()).map)(count, range(parts)))
+    return hint, confidence
+
+
+@functools.cache
+def word_pieces(path: Path, vocab_size: int) -> tuple[np.ndarray, np.ndarray, Callable]:
+    """Which tokens begin a word and which belong to none (V,), and the decoder."""
+    sp, breaks = load_tokenizer(path), {*range(9, 21), 36}     # ids, as published, of bytes that end a word
+    return (np.array([sp.id_to_piece(i).startswith("\u2581") for i in range(vocab_size)]),
+            np.array([i == BOS or (i in breaks and sp.is_byte(i)) for i in range(vocab_size)]), sp.decode)
+
+
+def experts_in_use(s: Settings) -> dict[str, tuple[float, float]]:
+    """(least confidence, boost in nats) of every n-gram expert in use, in the order that decides ties."""
+    every = {"token": (s.token_threshold, s.token_boost), "within": (s.within_tau, s.within_boost),
+             "word": (s.word_tau, s.word_boost)}
+    return {name: (tau, boost) for name, (tau, boost) in every.items() if tau <= 1}
+
+
+def ngram_experts(s: Settings, tokens: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Hint (n,) and confidence (n,) float32 of every expert in use, for the targets tokens[1:]; each from
+    earlier tokens alone (NGRAM_GATES=target excepted). Confidence 0: no hint."""
+    n, targets, in_use, experts = len(tokens) - 1, tokens[1:], experts_in_use(s), {}
+    code, at = scramble(np.arange(s.vocab_size)), np.arange(n)
+
+    def count(items, keys, learns, asks):
+        hint, confidence = np.zeros(n, targets.dtype), np.zeros(n, np.float32)
+        hint[items], confidence[items] = online_counts(keys, targets[items], learns[items])
+        return np.where(asks, hint, 0), np.where(asks, confidence, 0)
+
+    if "token" in in_use:
+        known = s.token_order - 1
+        skip = min(max(known - 1, 0), n)         # targets without a whole context
+        keys = np.zeros(n - skip, np.uint64)
+        for i in range(known):
+            keys *= ODD
+            keys += code[tokens[i:i + len(keys)]]
+        experts["token"] = count(slice(skip, n), keys, np.ones(n, bool), True)
+    if not {"within", "word"} & set(in_use):
+        return experts
+    starts, boundary, decode = word_pieces(s.tokenizer, s.vocab_size)
+    outside = boundary[targets]
+    opened = np.append(False, ~outside[:-1])                    # a word is open before the target
+    begins = ~outside & (starts[targets] | ~opened)
+    start = np.maximum.accumulate(np.where(begins, at, 0))      # of the word the target belongs to
+    if "within" in in_use:
+        learns, items = opened & ~outside & ~begins, np.flatnonzero(opened)
+        experts["within"] = count(items, span_keys(code[targets], start[items - 1], items), learns,
+                                  learns if s.ngram_gates == "target" else opened)
+    if "word" in in_use:
+        word = open_words(s, targets, start, outside, decode)       # number of the open word, up to here
+        ends = ~outside & np.append(begins[1:] | outside[1:], True) & (word > 0)
+        closed, unfinished = np.append(0, word[ends]), np.append(0, word[:-1] * ~outside[:-1])
+        before = np.append(0, np.cumsum(ends))[np.where(opened, start[at - 1], at)]     # words closed by then
+        keys, depth = np.zeros(n, np.uint64), s.word_order - 1
+        for i in range(depth):       # context: the open word as if it ended here, then closed ones
+            last = closed[np.maximum(before - i + (unfinished > 0), 0)]
+            keys = keys * ODD + scramble(np.where((unfinished > 0) & (i == 0), unfinished, last))
+        items = np.flatnonzero(before + (unfinished > 0) >= depth)
+        asks = {"target": begins, "previous": ~opened, "open_word": True}[s.ngram_gates]
+        experts["word"] = count(items, keys[items], begins, asks)
+    return experts
+
+
+def open_words(s: Settings, targets: np.ndarray, start: np.ndarray, outside: np.ndarray,
+               decode: Callable) -> np.ndarray:
+    """A number (n,) for the normalised text of targets[start:i + 1], the word open after i; 0: none."""
+    def normal(text: str) -> str:
+        text = text.strip()
+        if s.word_normalize == "strip_punct_lower":
+            text = text.strip(".,:;!?()[]{}<>\"'`")
+        return text if s.word_normalize == "identity" else text.lower()
+
+    items, numbers, word = np.flatnonzero(~outside), {"": 0}, np.zeros(len(targets), np.int64)
+    keys = span_keys(scramble(targets), start[items], items + 1)
+    _, where, back = np.unique(keys, return_index=True, return_inverse=True)
+    texts = [normal(decode(targets[start[i]:i + 1].tolist())) for i in items[where]]
+    word[items] = np.array([numbers.setdefault(x, len(numbers)) for x in texts], np.int64)[back.ravel()]
+    return word
+
+
+def reads_targets(s: Settings) -> bool:
+    """Whether gates look at the very token that is predicted, as published."""
+    return s.ngram_tilt_enabled and s.ngram_gates == "target" and experts_in_use(s).keys() != {"token"}
+
+
+@dataclass(frozen=True)
+class Hints:
+    """Where an expert's gate is open: input positions `at` (m,) rising; per expert hint (E, m) and confidence
+    (E, m) float32, 0 where its own gate is closed."""
+    at: np.ndarray
+    hint: np.ndarray
+    confidence: np.ndarray
+
+    @classmethod
+    def of(cls, s: Settings, tokens: np.ndarray, at: np.ndarray | None = None) -> Hints:
+        """For the targets tokens[1:], counted in this order; at (n,): their input positions."""
+        hint, confidence = (np.stack(side) for side in zip(*ngram_experts(s, tokens).values()))
+        for row, (tau, _) in zip(confidence, experts_in_use(s).values()):
+            row[row.astype(float) < tau] = 0
+        gated = np.flatnonzero(confidence.any(0))
+        at = gated if at is None else at[gated]
+        order = np.argsort(at)
+        return cls(at[order], hint[:, gated[order]], confidence[:, gated[order]])
+
+    @classmethod
+    def build(cls, s: Settings, world: World, val: Validation, adapting: bool) -> Hints | None:
+        """For the windows, or for adapting: counted once by rank 0 and handed to all. None when off."""
+        if not s.ngram_tilt_enabled:
+            return None
+        found, order = None, hint_order(s, val.documents.length, adapting)
+        if world.main:
+            starts, lengths = val.documents.start[order], val.documents.length[order]
+            at = np.concatenate([np.arange(a, a + n - 1) for a, n in zip(starts, lengths)])
+            found = cls.of(s, np.append(val.tokens[at[:1]], val.tokens[at + 1]), at)
+        return world.gather(found)[0]
+
+    def find(self, at: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Hints (E, …) int64 and confidences (E, …) at input positions (…)."""
+        hint, confidence = (np.zeros((len(self.hint), *at.shape), kind) for kind in (np.int64, np.float32))
+        i = np.searchsorted(self.at, at)
+        known = np.append(self.at, -1)[i] == at
+        hint[:, known], confidence[:, known] = self.hint[:, i[known]], self.confidence[:, i[known]]
+        return torch.from_numpy(hint).to(device), torch.from_numpy(confidence).to(device)
+
+
+def choose_hint(s: Settings, q: Tensor, hints: Tensor, confidences: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of E experts' hints the one that promises most: it (…), -1 where no gate is open, the model's
+    probability of it and its boost in nats. q (E, …): the model's probability of every hint."""
+    q, p = q.double(), confidences.double()
+    best, hint = torch.full_like(q[0], -math.inf), torch.full_like(hints[0], -1)
+    chance, boost = torch.zeros_like(best), torch.zeros_like(best)
+    for e, (_, b) in enumerate(experts_in_use(s).values()):
+        weight = q[e] if s.ngram_choice == "model" else p[e]
+        gain = (p[e] * b - torch.log1p(weight * math.expm1(b))).float().double()
+        better = (p[e] > 0) & (gain > best)
+        best, hint = torch.where(better, gain, best), torch.where(better, hints[e], hint)
+        chance, boost = torch.where(better, q[e], chance), torch.where(better, b, boost)
+    agree = ((p > 0) & (hints == hint)).sum(0)
+    return hint, chance, (boost + s.agree_add_boost * (agree > 1)) * (1 - chance) ** s.ngram_boost_gamma
+
+
+def tilt(s: Settings, losses: Tensor, targets: Tensor, hints: Tensor, confidences: Tensor) -> Tensor:
+    """Losses (…) of the targets (…) once a hint got more probability: p'(a) is proportional to
+    p(a) exp(boost [a = hint]), which sums to 1. losses (1 + E, …): of the target and of every hint."""
+    q = torch.exp(-losses[1:].double()).clamp(1e-12, 1 - 1e-12)
+    hint, chance, boost = choose_hint(s, q, hints, confidences)
+    return (losses[0] - boost * (targets == hint) + torch.log1p(chance * torch.expm1(boost))).float()
+
+
+def tilted_losses(s: Settings, losses: Callable, ids: Tensor, targets: Tensor, at: np.ndarray,
+                  hints: Hints | None) -> tuple[Tensor, Tensor]:
+    """(losses to learn from, losses to book), (B, T) each, of the targets after input positions at (B, T):
+    the same without hints. losses(ids, targets): the model."""
+    if hints is None:
+        return (plain := losses(ids, targets)), plain
+    hint, confidence = hints.find(at, ids.device)
+    every = losses(ids, torch.cat((targets[None], hint)))
+    return every[0], tilt(s, every.detach(), targets, hint, confidence)
+
+
 def sliding_windows(total: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
     """Windows over `total` positions as (begin, end, first scored position): the first scores all it sees,
     later ones their last `stride` positions; each position once."""
@@ -3681,7 +4033,8 @@ class Scorer:
         x, y, cu = (torch.from_numpy(a).to(self.world.device) for a in (ids[None], targets[None], bounds))
         if self.fixed:
             torch._dynamo.mark_dynamic(cu, 0)
-        losses = self.losses(x, y, plan, Layout(cu, longest, isolate=True))[0, :len(at)]
+        forward = functools.partial(self.losses, plan=plan, layout=Layout(cu, longest, isolate=True))
+        losses = tilted_losses(self.s, forward, x, y, np.pad(at, (0, pad))[None], val.hints)[1][0, :len(at)]
         keep = torch.from_numpy(scored).to(losses.device)
         ledger.book(torch.from_numpy(at).to(losses.device)[keep], losses[keep])
 
@@ -3689,6 +4042,40 @@ class Scorer:
 # ============================================================================================================
 # 12  Adapt: score-first test-time training
 # ============================================================================================================
+
+class Corrector:
+    """n-gram posterior of one row of a batch: unigram counts from 1 on and, per order, what followed each
+    context. It learns the targets of a chunk once they are booked."""
+
+    def __init__(self, s: Settings):
+        self.alpha = s.corrector_alpha
+        self.orders = sorted({int(n) for n in s.corrector_orders.split(",") if n})
+        self.counts, self.history = np.ones(s.vocab_size), []
+        self.followers: dict[tuple, dict[int, int]] = {}
+
+    def context(self, order: int) -> tuple:
+        return order, *self.history[max(len(self.history) - order + 1, 0):]
+
+    def bias(self) -> np.ndarray:
+        """What the logits of the next token get (V,): alpha log q of the unigrams, and for every order that
+        knows the context, of the tokens seen there, alpha times what it says beyond that."""
+        log_q = np.log(self.counts / self.counts.sum())
+        bias = self.alpha * log_q
+        for order in self.orders if self.history else ():
+            if seen := self.followers.get(self.context(order)):
+                tokens, counts = (np.array(list(x)) for x in (seen.keys(), seen.values()))
+                share = np.log((counts + 1) / (counts.sum() + len(log_q)))
+                bias[tokens] += self.alpha * (share - log_q[tokens])
+        return bias
+
+    def learn(self, tokens: list[int]) -> None:
+        for token in tokens:
+            for order in self.orders:
+                seen = self.followers.setdefault(self.context(order), {})
+                seen[token] = seen.get(token, 0) + 1
+            self.history.append(token)
+            self.counts[token] += 1
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -3759,6 +4146,14 @@ def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
     return rounds + [Round(current, None)]
 
 
+def hint_order(s: Settings, lengths: np.ndarray, adapting: bool) -> np.ndarray:
+    """Documents in the order in which n-gram counts grow. As the documents are scored, it is one causal order
+    for the whole score: what adapts a document and what is counted for it came before."""
+    if not adapting or "stream" in (s.ttt_doc_order, s.ngram_doc_order):
+        return np.arange(len(lengths))
+    return np.concatenate([g for r in ttt_rounds(s, lengths) for g in r.groups])
+
+
 # What the watchdog gives up, in this order, when the evaluation would outlast its budget.
 GIVE_UP = ("nothing", "further phases on the base weights", "half of the adapter steps", "adaptation")
 
@@ -3768,7 +4163,7 @@ class PhasedTTT:
     adapted only by booked chunks; at each phase boundary the base weights are trained on whole booked
     documents. Groups are shared out over the ranks by predicted cost: no files, no locks, no races.
     clock: the evaluation's, watched so that every target is scored in time. trace(event, **values) observes:
-    lora, chunk, sgd_step, phase, give_up."""
+    lora, reset, chunk, sgd_step, phase, give_up."""
 
     def __init__(self, s: Settings, world: World, model: GPT, val: Validation, trace: Callable | None = None,
                  clock: Clock | None = None):
@@ -3779,6 +4174,7 @@ class PhasedTTT:
         self.ledger = Ledger(val, world.device)
         self.phase = self.level = 0
         self.kept: Adapter | None = None
+        self.correctors: list[Corrector] = []
 
     def cost(self, group: np.ndarray, level: int = 0) -> float:
         """Predicted token-passes of a group; a backward counts twice a forward."""
@@ -3817,6 +4213,7 @@ class PhasedTTT:
             if r.train_on is not None and self.level == 0:
                 self.global_phase(self.ledger.booked(r.train_on, self.world))
                 self.phase += 1
+                self.correctors = []
                 self.kept = None if self.s.ttt_shared_a else self.new_adapter(self.s.ttt_batch_size)
         self.model.requires_grad_(True)
         return self.ledger.close(self.world)
@@ -3843,12 +4240,14 @@ class PhasedTTT:
         return adapter
 
     def adapter_for(self, group: np.ndarray) -> Adapter:
-        """Reset for new documents: the kept one (its A stays warm) for a full group, else a fresh one."""
-        full = self.kept is not None and len(group) == self.s.ttt_batch_size
-        adapter = self.kept if full else self.new_adapter(len(group))
+        """The kept one, reset for new documents (its A stays warm), for a full group, else a fresh one."""
+        adapter = self.kept
+        if adapter is None or len(group) != self.s.ttt_batch_size:
+            return self.new_adapter(len(group))
         if not adapter.warm:      # the same draw on whichever rank this group falls to
             adapter.generator.manual_seed(self.s.seed * 1_000_003 + int(group[0]))
         adapter.reset()
+        self.trace("reset", adapter=adapter)
         return adapter
 
     def optimiser(self, adapter: Adapter) -> torch.optim.Optimizer | None:
@@ -3870,6 +4269,10 @@ class PhasedTTT:
         chunk = self.chunk_size(group, level)
         cache = KeyCache(s.ttt_eval_seq_len - chunk) if cached else None
         starts, targets = self.val.documents.start[group], self.lengths[group] - 1
+        if s.corrector_alpha and learns:
+            if s.ttt_doc_order == "stream" or not self.correctors:      # a row's last document may come later
+                self.correctors = [Corrector(s) for _ in range(s.ttt_batch_size)]
+            adapter.correctors = self.correctors[:len(group)]
         for c in range(-(-int(targets.max()) // chunk)):
             if cached and c:
                 cache.advance()
@@ -3880,7 +4283,8 @@ class PhasedTTT:
                 starts, targets = starts[rows], targets[rows]
                 for keeper in (cache, adapter) if learns else (cache,):
                     keeper.keep(rows)
-            later = targets > (c + 1) * chunk
+            later = (targets > (c + 1) * chunk) & (targets + 1 >= s.ttt_train_min_doc_len)
+            later &= targets < (s.ttt_train_max_doc_len or math.inf)
             with torch.set_grad_enabled(learns and bool(later.any())):
                 window = chunk_window(targets, c, chunk, 0 if cached else s.ttt_eval_seq_len)
                 scored = self.score_chunk(starts, window, adapter, cache)
@@ -3897,17 +4301,24 @@ class PhasedTTT:
         x = torch.from_numpy(np.where(valid, tokens[at], 0).astype(np.int64)).to(device)
         y = torch.from_numpy(np.where(valid, tokens[at + 1], 0).astype(np.int64)).to(device)
 
-        def forward() -> Tensor:
+        correctors = adapter.correctors if adapter is not None else []
+        if correctors:
+            bias = torch.from_numpy(np.stack([c.bias() for c in correctors]))
+            adapter.bias = bias.to(device, torch.bfloat16)[:, None]
+
+        def forward(x: Tensor = x, y: Tensor = y) -> Tensor:
             return self.losses(x, y, self.plan, None, adapter, None, cache)
 
-        losses = forward()
+        losses, booked = tilted_losses(self.s, forward, x, y, at, self.val.hints)
         counted = valid & (column >= w.offset[:, None])
         keep = torch.from_numpy(counted).to(device)
         positions = torch.from_numpy(at[counted]).to(device)
-        self.ledger.book(positions, losses[keep])
+        self.ledger.book(positions, booked[keep])
+        for corrector, seen in zip(correctors, np.split(tokens[at[counted] + 1], np.cumsum(w.count)[:-1])):
+            corrector.learn(seen.tolist())
         if cache is not None:      # the keys of the forward that was scored, whatever the steps do
             cache.seal(x)
-        self.trace("chunk", x=x, y=y, losses=losses.detach(), offsets=w.offset, counts=w.count, width=w.width,
+        self.trace("chunk", x=x, y=y, losses=booked.detach(), offsets=w.offset, counts=w.count, width=w.width,
                    at=at, counted=counted)
         return Scored(losses, int(w.count.max()), positions, forward)
 
@@ -4010,6 +4421,48 @@ def join_pieces(pieces: list[np.ndarray], max_len: int) -> Batch:
     return Batch(x[None], y[None], torch.from_numpy(bounds), longest)
 
 
+# --- study only: what the rules forbid
+
+PREQUANT = "PREQUANT_TTT_ENABLED=1: the weights were trained on validation tokens before they were scored"
+
+
+def prequant_batches(s: Settings, tokens: int, world: World) -> list[np.ndarray]:
+    """Rows (by number, TRAIN_SEQ_LEN targets each) of this rank's batches; every rank has as many."""
+    rows, size = (tokens - 1) // s.train_seq_len, s.prequant_ttt_batch_seqs
+    if s.prequant_ttt_form == "overlapping":
+        return [np.arange(k, min(k + size + 1, rows)) for k in range(0, rows - 1, size)]
+    begin, end = (rows * r // world.size for r in (world.rank, world.rank + 1))
+    return [np.arange(k, min(k + size, end)) for k in range(begin, begin - (-rows // world.size), size)]
+
+
+def prequant_ttt(s: Settings, world: World, model: GPT, tokens: np.ndarray, trace: Callable) -> None:
+    """AdamW epochs over validation tokens (N,). trace(loss=, lr=, grad_norm=) sees every step."""
+    params, top = dict(model.named_parameters()), s.prequant_ttt_lr
+    optimiser = torch.optim.AdamW(params.values(), weight_decay=0)
+    views = field_views if s.prequant_ttt_form == "overlapping" else matrix_views
+    frozen = tuple(f"blocks.{i}." for i in range(s.prequant_ttt_freeze_blocks))
+    for epoch in range(s.prequant_ttt_epochs):
+        fall = 0.45 * (1 - math.cos(math.pi * epoch / s.prequant_ttt_epochs)) * s.prequant_ttt_cosine_decay
+        lr = optimiser.param_groups[0]["lr"] = top * (1 - fall)
+        for rows in prequant_batches(s, len(tokens), world):
+            model.zero_grad()
+            loss = torch.zeros(())
+            if len(rows):
+                t = tokens[rows[:, None] * s.train_seq_len + np.arange(s.train_seq_len + 1)].astype(np.int64)
+                x, y = (torch.from_numpy(a).to(world.device) for a in (t[:, :-1], t[:, 1:]))
+                loss = model.losses(x, y, layer_plan(s, True)).mean()
+                loss.backward()
+            for p in params.values():
+                p.grad = world.total(torch.zeros_like(p) if p.grad is None else p.grad) / world.size
+            for name, g in views({n: p.grad for n, p in params.items()}).items():
+                if name.startswith(frozen):
+                    g.zero_()
+            norm = nn.utils.clip_grad_norm_(params.values(), s.prequant_ttt_grad_clip or math.inf)
+            optimiser.step()
+            trace(loss=loss.item(), lr=lr, grad_norm=norm.item())
+    model.zero_grad()
+
+
 # --- probes: evidence for the four conditions, from the functions that score
 
 class Probe(NamedTuple):
@@ -4036,7 +4489,9 @@ def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[tuple[np.nd
     """A made-up stream, and for each cut one that differs in all that comes later and the targets (positions)
     that must not notice. order=length: later are the document's own tokens and shorter documents' groups."""
     (lengths, cuts), rng = probe_documents(s), np.random.default_rng(s.seed)
-    one = np.concatenate([np.append(BOS, rng.integers(4, s.vocab_size, n - 1)) for n in lengths])
+    phrase = rng.integers(4, s.vocab_size, 7)      # repeated, where counts of earlier text shall have a say
+    one = np.concatenate([np.append(BOS, np.resize(phrase, n - 1) if s.ngram_tilt_enabled
+                                    else rng.integers(4, s.vocab_size, n - 1)) for n in lengths])
     document, start, others = np.repeat(np.arange(6), lengths), sum(lengths[:3]), []
     for cut in cuts:
         later = np.arange(len(one)) > start + cut
@@ -4056,11 +4511,16 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Probe]:
                               global_ttt_chunk_tokens=s.eval_seq_len)
 
     def windows(val: Validation) -> Tensor:
+        if s.prequant_ttt_enabled:
+            study = dataclasses.replace(s, prequant_ttt_epochs=1, train_seq_len=min(s.train_seq_len, 64))
+            prequant_ttt(study, local, model, val.tokens, lambda **step: None)
         scorer = Scorer(s, local, model)
+        val.hints = Hints.build(s, local, val, False)
         scorer.windows(val, s.eval_stride)
         return scorer.ledger.loss
 
     def adapted(val: Validation) -> Tensor:
+        val.hints = Hints.build(ttt, local, val, True)
         evaluation = PhasedTTT(ttt, local, model, val)
         evaluation.run()
         return evaluation.ledger.loss
@@ -4090,13 +4550,32 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Probe]:
     return probes + [Probe("C3 C4 ledger", True, figure)]      # the evaluations above would have raised
 
 
+def probe_hints(s: Settings) -> tuple[Hints, bool]:
+    """Hints for the documents BOS 4 5 v, v = 0, 1, …, each as if it alone followed a text that repeats
+    BOS 4 5 6; and whether they were the same for every v, as they are when no target is read."""
+    text = np.tile(np.array([BOS, 4, 5, 6], np.uint16), s.token_order // 4 + 4)
+    found = []
+    for v in range(s.vocab_size):
+        text[-1] = v
+        hints = Hints.of(s, text)
+        found.append(Hints(*(x[..., hints.at >= len(text) - 4] for x in vars(hints).values())))
+    ok = all(np.array_equal(a, b) for h in found for a, b in zip(vars(h).values(), vars(found[0]).values()))
+    at = [h.at - len(text) + 4 * (v + 1) for v, h in enumerate(found)]
+    return Hints(np.concatenate(at), *(np.concatenate([vars(h)[name] for h in found], axis=1)
+                                       for name in ("hint", "confidence"))), ok
+
+
 @torch.no_grad()
 def probe_normalisation(s: Settings, world: World, model: GPT) -> list[Probe]:
     """C2: exp(-loss) of every possible next token, as the books have it, sums to 1: one short document per
     token of the vocabulary, scored by windows and under an adapter that has learnt something."""
     tokens = np.tile(np.array([BOS, 4, 5, 6]), s.vocab_size + 1)[:-3]
     tokens[3::4] = np.arange(s.vocab_size)
-    val = Validation.of(tokens)
+    val, probes = Validation.of(tokens), []
+    if s.ngram_tilt_enabled:
+        val.hints, ok = probe_hints(s)
+        probes.append(Probe("C1 n-gram hints", ok, f"{'the same' if ok else 'not the same'} for each of "
+                            f"{s.vocab_size:,} targets"))
     scorer = Scorer(s, world, model)
     scorer.windows(val, s.eval_seq_len)
     books = {"windows": scorer.ledger}
@@ -4112,11 +4591,14 @@ def probe_normalisation(s: Settings, world: World, model: GPT) -> list[Probe]:
         for first in (*range(0, s.vocab_size - rows, rows), s.vocab_size - rows):
             ttt.ledger.count.zero_()         # the last rows are asked about again
             window = chunk_window(np.full(rows, 3), 0, 3, 0 if s.ttt_kv_reuse else s.ttt_eval_seq_len)
+            adapter.correctors = [Corrector(s) for _ in range(rows if s.corrector_alpha else 0)]
+            for corrector in adapter.correctors:
+                corrector.learn([BOS, 4, 5, 6] * 4)
             ttt.score_chunk(np.arange(first, first + rows) * 4, window, adapter,
                             KeyCache(s.ttt_eval_seq_len) if s.ttt_kv_reuse else None)
     totals = {name: torch.exp(-b.loss[2::4].double()).sum().item() for name, b in books.items()}
-    return [Probe(f"C2 {name}", abs(total - 1) < 1e-4, f"{s.vocab_size:,} probabilities sum to {total:.7f}")
-            for name, total in totals.items()]
+    return probes + [Probe(f"C2 {name}", abs(total - 1) < 1e-4, f"{s.vocab_size:,} probabilities sum to "
+                           f"{total:.7f}") for name, total in totals.items()]
 
 
 # ============================================================================================================
@@ -4324,6 +4806,11 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     hessians = calibrate(one, world, model, lambda: batch)
     sync(world.device)
     seconds = clock.elapsed() * -(-s.gptq_calibration_batches // world.size)
+    if s.logit_calib_enabled:
+        few, tokens = 2 * s.logit_calib_batch_seqs * s.logit_calib_stride, batch.x.flatten().cpu().numpy()
+        clock = Clock()
+        fit_calibration(dataclasses.replace(s, logit_calib_tokens=few, logit_calib_epochs=1), model, tokens)
+        seconds += clock.elapsed() * s.logit_calib_epochs * max(1, s.logit_calib_tokens / few)
     clock = Clock()
     q = quantise(s, matrix_views(weights), hessians, world)
     packing = Clock()
@@ -4336,7 +4823,7 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
         raise RuntimeError("the packed model does not read back as it was written")
     probing = Clock()
     failed = [p for p in run_probes(s, world, model) if not p.ok and not p.name.startswith("C1")]
-    if failed:      # at the start all blocks are the identity, so C1 has nothing to see yet
+    if failed and not reads_targets(s):     # blocks start as the identity: C1 has nothing to see yet
         raise RuntimeError(f"the scorer's probes fail on the untrained model: {failed}")
     run.log("rehearsal", calibrate_s=seconds, quantise_s=packing.start - clock.start,
             pack_s=packing.elapsed() - probing.elapsed(), score_s=probing.elapsed(),
@@ -4504,6 +4991,8 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
     calibrated = clock.elapsed()
     weights = matrix_views({n: p.detach() for n, p in model.named_parameters()})
     blob = quantise_to_fit(s, world, run, weights, hessians)
+    if s.logit_calib_enabled:
+        blob = calibrate_logits(s, world, run, blob)
     if world.main:
         run.save(ARTIFACT_NAME, blob)
     world.barrier()
@@ -4518,10 +5007,10 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
 
 def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validation, path: Path) -> None:
     """The evaluation: open the artifact, score its weights by plain windows, sliding windows and TTT."""
-    open_artifact(s, world, model, path)
+    open_artifact(s, world, run, model, path)
     log_probes(s, world, run, model)
     clock = Clock(s.eval_max_seconds)
-    open_artifact(s, world, model, path)       # once more, on the clock
+    open_artifact(s, world, run, model, path)       # once more, on the clock
     scorer = Scorer(s, world, model)
     with clock.exclude():        # a diagnostic
         final = scorer.windows(val, s.eval_seq_len)
@@ -4529,6 +5018,7 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
     log_score(run, "quantized", final, scorer.ledger, clock)
     run.summary["quantized_val_bpb"] = final.bpb
     if s.sliding_window_enabled:
+        val.hints = Hints.build(s, world, val, False)
         final = scorer.windows(val, s.eval_stride)
         log_score(run, "sliding", final, scorer.ledger, clock)
         run.summary["sliding_val_bpb"] = final.bpb
@@ -4538,7 +5028,10 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
             if event == "give_up":
                 run.log("watchdog", **values)
 
-        run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer)
+        if val.hints is None or "stream" not in (s.ttt_doc_order, s.ngram_doc_order):
+            val.hints = Hints.build(s, world, val, True)
+        run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
+                ngram_hints=0 if val.hints is None else len(val.hints.at), elapsed=clock.elapsed())
         ttt = PhasedTTT(s, world, model, val, tell, clock)
         final = ttt.run()
         log_score(run, "ttt", final, ttt.ledger, clock)
@@ -4564,10 +5057,15 @@ def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) 
             run.log("profile", quiet=True, stage=stage, **profile)
 
 
-def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> int:
+def open_artifact(s: Settings, world: World, run: Run, model: GPT, path: Path) -> int:
     """The weights of the artifact file at path (on rank 0's disk) into the model; returns the file's size."""
     blob = world.share_bytes(read_file(path) if world.main else None)
     load_weights(model, dequantise(unpack_model(s, blob, path.name)), path.name)
+    header, streams = artifact_from_bytes(blob, path.name)
+    if "not_compliant" in header:
+        run.not_compliant(header["not_compliant"])
+    raw = np.frombuffer(streams.get(CALIBRATION_STREAM, b""), "<f4")
+    model.calibration = calibrated_by(s, torch.tensor(raw).to(world.device)) if len(raw) else None
     return len(blob)
 
 
@@ -4627,6 +5125,8 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
     log_start(s, world, run, model)
     if s.val_doc_fraction < 1:
         run.not_compliant(f"VAL_DOC_FRACTION={s.val_doc_fraction:g}: only a part of the documents is scored")
+    if reads_targets(s):
+        run.not_compliant("NGRAM_GATES=target: n-gram experts read the token that they predict")
     for finding in run_checks(s, world, run.dir, why):
         if finding.what == "data fingerprint":
             run.summary["data_fingerprint"] = finding.detail
@@ -4636,11 +5136,14 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
     val = Validation(s)
     path = Path(s.eval_only_quantized_path or run.dir / ARTIFACT_NAME)
     if s.eval_only_quantized_path:
-        size = open_artifact(s, world, model, path)
+        size = open_artifact(s, world, run, model, path)
         run.summary.update(artifact_bytes=size, total_bytes=check_size(size))
     else:
         with Validation.seal():
             clock, stream = learn(s, world, run, model, val)
+            if s.prequant_ttt_enabled:
+                tokens = val.open_for_study(run, PREQUANT)
+                prequant_ttt(s, world, model, tokens, functools.partial(run.log, "prequant_ttt", True))
             if not s.prequant_only:
                 compress(s, world, run, model, clock, stream.next)
         stream.close()

@@ -534,6 +534,30 @@ def check_reset(fx: Fixture, views: dict, before: dict) -> None:
             fx.equal(f"{name} within ±1/sqrt(in)", 0.9 * bound < float(now.abs().max()) <= bound, True)
 
 
+def check_ttt_masks(fx: Fixture) -> None:
+    """Which adapters a mask leaves, their losses and gradients."""
+    want = fx.arrays
+    ids, targets = want["input_ids"].long(), want["target_ids"].long()
+    for name, mask in fx.meta["masks"].items():
+        s = fx.settings(**mask["env"])
+        plan = checked_plan(fx, s, fx.meta["looping_active"])
+        model, adapter = load_model(fx, s, fx.group("param")), tg.Adapter(s, plan, len(ids))
+        kinds = {kind: kind in adapter.b for kind in ("q", "k", "v", "o", "mlp")}
+        fx.equal(f"{name} adapters", kinds, {kind: mask[kind] for kind in kinds})
+        fx.equal(f"{name} numbers", sum(p.numel() for p in adapter.trained()), mask["trainable_numbers"])
+        lora = fx.group("lora")
+        with torch.no_grad():
+            for view, value in adapter.field_views().items():
+                value.copy_(lora[view])
+        losses = model.losses(ids, targets, plan, adapter=adapter)
+        fx.close(f"{name} losses", losses, want[f"{name}.per_token_loss"], **fx.tolerance("per_token_loss"))
+        losses.mean().backward()
+        with torch.no_grad():
+            for p in adapter.parameters():
+                p.copy_(p.grad)
+        check_grads(fx, adapter.field_views(), fx.group(f"{name}.grad"), fx.tolerance("grad"))
+
+
 # --------------------------------------------------------------------------------------------------
 # Optimiser
 # --------------------------------------------------------------------------------------------------
@@ -1099,7 +1123,14 @@ def check_ttt_phased_eval(fx: Fixture) -> None:
     """Score-then-adapt evaluation of a whole stream, or the plain packed evaluation (`results`)."""
     if "results" in fx.meta:
         return check_eval_val(fx)
-    s, meta = fx.settings(), fx.meta
+    meta, known = fx.meta, {field.name.upper() for field in dataclasses.fields(tg.Settings)}
+    fx.equal("embedding as wide as the model", meta["env"].pop("EMBEDDING_DIM", meta["env"]["MODEL_DIM"]),
+             meta["env"]["MODEL_DIM"])
+    own = PUBLISHED_WAYS.get(meta.get("source"), lambda env: {})(meta["env"])
+    s = fx.settings(**{k: v for k, v in own.items() if k in known})
+    if other := meta.get("shares_parameters_and_lora_with"):
+        fx.arrays.update({k: v for k, v in fx.sibling(other).arrays.items()
+                          if k.startswith(("param.", "lora_"))})
     model = load_model(fx, s, fx.group("param"))
     checked_plan(fx, s)
     val, final = validation_stream(fx, s), meta["final"]
@@ -1107,6 +1138,7 @@ def check_ttt_phased_eval(fx: Fixture) -> None:
     fx.equal("tokens of the stream", len(val.tokens), meta["val_tokens"])
     fx.equal("documents", np.stack([val.documents.start, val.documents.length], 1), fx.arrays["docs"])
     val.documents = val.documents.sample(s.val_doc_fraction, s.seed)
+    val.hints = tg.Hints.build(s, tg.World(), val, adapting=True)
     result = tg.PhasedTTT(s, tg.World(), model, val, trace=seen).run()
     fx.equal("tokens scored", result.tokens, int(final["token_count"]))
     fx.equal("bytes scored", int(result.byte_sum), int(final["byte_sum"]))
@@ -1116,6 +1148,15 @@ def check_ttt_phased_eval(fx: Fixture) -> None:
     got = tg.field_views({n: p.detach() for n, p in model.named_parameters()})
     for name, want in fx.group("final_param").items():
         fx.close(f"final {name}", got[name], want, **fx.tolerance("final_param", atol=5e-5))
+    if "final_param_checksums" in meta:
+        checksums(fx, "final", got, meta["final_param_checksums"], 2e-5)
+
+
+# What a published script did whatever its settings said.
+PUBLISHED_WAYS = {
+    "PR #1741": lambda env: {"TTT_LORA_ALPHA": env["TTT_LORA_RANK"], "TTT_WARM_START_A": 0},
+    "PR #2135": lambda env: {"NGRAM_DOC_ORDER": "stream", "SMEAR_GATE_BOS_FIX": 0},
+}
 
 
 class Seen:
@@ -1123,11 +1164,11 @@ class Seen:
 
     def __init__(self, fx: Fixture, target_bytes: np.ndarray):
         self.fx, self.target_bytes = fx, target_bytes
-        self.events = {"chunk": [], "lora": [], "sgd_step": [], "phase": []}
+        self.events = {"chunk": [], "lora": [], "reset": [], "sgd_step": [], "phase": []}
 
     def __call__(self, event: str, **values) -> None:
-        if event == "lora":
-            self.feed(values["adapter"])
+        if event in ("lora", "reset"):
+            self.feed(event, values["adapter"])
             values = {"rows": next(iter(values["adapter"].parameters())).shape[1]}
         elif event == "chunk":
             values = {k: _tensor(v).clone() if _is_array(v) else v for k, v in values.items()}
@@ -1141,10 +1182,12 @@ class Seen:
             values["chunks"] = len(self.events["chunk"])
         self.events[event].append(values)
 
-    def feed(self, adapter) -> None:
-        """Write the stored A values of the adapter set that the reference created at this point."""
-        k = len(self.events["lora"])
-        stored = self.fx.group(f"lora_init.{k}")
+    def feed(self, event: str, adapter) -> None:
+        """Write the stored A values of the adapter set that the reference drew at this point."""
+        k = len(self.events[event])
+        stored = self.fx.group(f"lora_{'init' if event == 'lora' else event}.{k}")
+        if event == "reset" and not self.fx.meta.get("lora_A_redrawn"):
+            return None
         if not stored:
             return self.fx.fail(f"adapter set {k} was created, which the reference did not do")
         with torch.no_grad():
@@ -1159,13 +1202,14 @@ class Seen:
         fx, meta, chunks = self.fx, self.fx.meta, self.events["chunk"]
         fx.equal("adapter rows", [e["rows"] for e in self.events["lora"]], [e["bsz"] for e in meta["loras"]])
         fx.equal("number of chunks", len(chunks), len(fx.arrays["chunk_records"]))
-        columns = meta["chunk_records_columns"]
+        columns = [name.removeprefix("running ") for name in meta["chunk_records_columns"]]
         sums = dict.fromkeys(("loss_sum", "byte_sum", "token_count"), 0.0)
         for k, (chunk, record) in enumerate(zip(chunks, fx.arrays["chunk_records"].tolist(), strict=False)):
             sums = {key: sums[key] + chunk["tokens" if key == "token_count" else key] for key in sums}
             self.compare_chunk(k, chunk, sums, dict(zip(columns, record, strict=True)))
-        fx.equal("number of SGD steps", len(self.events["sgd_step"]), len(meta["sgd_steps"]))
-        for k, (got, want) in enumerate(zip(self.events["sgd_step"], meta["sgd_steps"], strict=False)):
+        steps = meta.get("sgd_steps", [])
+        fx.equal("number of SGD steps", len(self.events["sgd_step"]) if steps else 0, len(steps))
+        for k, (got, want) in enumerate(zip(self.events["sgd_step"], steps, strict=False)):
             fx.close(f"SGD step {k} loss", got["loss"].item(), want["loss"], rtol=1e-5)
             fx.close(f"SGD step {k} norm", got["grad_norm"].item(), want["grad_norm"], rtol=1e-4)
             fx.close(f"SGD step {k} lr", got["lr"], want["lr"], atol=1e-9)
@@ -1173,10 +1217,10 @@ class Seen:
         fx.equal("number of phases", len(self.events["phase"]), len(meta["phases"]))
         for k, (got, want) in enumerate(zip(self.events["phase"], meta["phases"], strict=False)):
             fx.equal(f"phase {k} chunks before", got["chunks"], want["after_chunk_record"])
-            if _is_array(got["tokens"]):
+            if f"phase{k}.sgd_tokens" in fx.arrays:
                 fx.equal(f"phase {k} tokens", got["tokens"], fx.arrays[f"phase{k}.sgd_tokens"])
-            else:
-                fx.equal(f"phase {k} number of tokens", got["tokens"], want["n_sgd_tokens"])
+            if "n_sgd_tokens" in want:
+                fx.equal(f"phase {k} number of tokens", len(got["tokens"]), want["n_sgd_tokens"])
             checksums(fx, f"phase {k}", tg.field_views(got["params"]), want["param_checksums"], 2e-5)
 
     def compare_chunk(self, k: int, got: dict, sums: dict, record: dict) -> None:
@@ -1192,8 +1236,10 @@ class Seen:
         for key in ("x", "y"):
             if f"chunk{k}.{key}" in fx.arrays:
                 fx.equal(f"chunk {k} {key}", got[key], fx.arrays[f"chunk{k}.{key}"])
-        if f"chunk{k}.per_token_loss" in fx.arrays:
-            fx.close(f"chunk {k} losses", got["losses"], fx.arrays[f"chunk{k}.per_token_loss"], atol=5e-5)
+        for key in (f"chunk{k}.per_token_loss", f"chunk{k}.per_token_loss_as_scored"):
+            if key in fx.arrays:
+                fx.close(f"chunk {k} losses", got["losses"], fx.arrays[key],
+                         **fx.tolerance("chunk per_token_loss", atol=5e-5))
 
 
 def validation_stream(fx: Fixture, s: tg.Settings) -> tg.Validation:
@@ -1205,7 +1251,8 @@ def validation_stream(fx: Fixture, s: tg.Settings) -> tg.Validation:
     folder = fx.meta["env"]["DATA_PATH"]
     shards = [f for f in shard_files(fx, f"{folder}/fineweb_val_*.bin") if "_bytes_" not in f.name]
     tokens = np.concatenate([tg.read_shard(f) for f in shards])
-    tokens = tokens[:(len(tokens) - 1) // s.eval_seq_len * s.eval_seq_len + 1]
+    if not int(fx.meta["env"].get("EVAL_INCLUDE_TAIL", 0)):
+        tokens = tokens[:(len(tokens) - 1) // s.eval_seq_len * s.eval_seq_len + 1]
     if s.caseops_enabled:
         sidecars = [tg.read_shard(f) for f in shard_files(fx, f"{folder}/fineweb_val_bytes_*.bin")]
         nbytes = np.concatenate(sidecars)[1:len(tokens)].astype(np.int64)
@@ -1258,6 +1305,242 @@ def check_sliding_eval(fx: Fixture) -> None:
     base, lead, boundary = (fx.arrays[k].numpy() for k in ("base_bytes", "has_leading_space", "is_boundary"))
     table = tg.ByteTable(base, lead.astype(bool), boundary.astype(bool))
     fx.equal("bytes scored", int(table.count(tokens[:-1], tokens[1:]).sum()), int(final["byte_sum"]))
+
+
+class TableModel(tg.GPT):
+    """A stand-in whose logits are rows of a table, by the input token."""
+
+    def __init__(self, s: tg.Settings, table: torch.Tensor):
+        super().__init__(s)
+        self.table = table.float()
+
+    def hidden(self, ids, *rest):
+        return ids
+
+    def raw_logits(self, hidden, adapter=None):
+        return self.table[hidden]
+
+
+def check_eval_tail(fx: Fixture) -> None:
+    """Targets, losses and bytes of the plain packed evaluation, with and without the stream's tail.
+
+    The trainer scores every target. Where the reference drops some, those it did score are summed up.
+    """
+    stream = np.concatenate([tg.read_shard(f) for f in shard_files(fx, "shards/fineweb_val_0*.bin")])
+    sidecar = np.concatenate([tg.read_shard(f) for f in shard_files(fx, "shards/fineweb_val_bytes_*.bin")])
+    for name, case in fx.meta["cases"].items():
+        s = fx.settings(EVAL_SEQ_LEN=case["seq_len"], EVAL_STRIDE=case["seq_len"], VOCAB_SIZE=96,
+                        LOGIT_SOFTCAP=1e6, EVAL_INCLUDE_TAIL=int("no_tail" not in name))
+        val = tg.Validation.of(stream)
+        val.target_bytes = sidecar[1:].astype(np.int64)
+        scorer = tg.Scorer(s, tg.World(), TableModel(s, fx.arrays["logits_table"]))
+        whole = scorer.windows(val, s.eval_stride)
+        losses, kept = scorer.ledger.loss.double().numpy(), case["val_tokens_kept"]
+        if case["targets_scored"] == len(stream) - 1:
+            fx.equal(f"{name} targets", whole.tokens, case["targets_scored"])
+            fx.equal(f"{name} bytes", whole.byte_sum, case["byte_sum"])
+            fx.close(f"{name} loss", whole.loss_sum, case["loss_sum"], **fx.tolerance("loss_sum"))
+            fx.close(f"{name} bits per byte", whole.bpb, case["bpb"], **fx.tolerance("bpb"))
+        for rank in case["ranks"]:
+            if "pr1855" in name:
+                at = (kept - 1) // s.eval_seq_len * rank["rank"] // case["world_size"] * s.eval_seq_len
+            else:
+                at = (kept - 1) * rank["rank"] // case["world_size"]
+            loss = nbytes = 0.0
+            for k, batch in enumerate(rank["batches"]):
+                n = batch["n"]
+                bounds, longest = tg.segment_bounds(np.flatnonzero(stream[at:at + n] == tg.BOS), n,
+                                                    s.eval_seq_len, bucket=1)
+                fx.equal(f"{name} rank {rank['rank']} batch {k} bounds", list(bounds), batch["boundaries"])
+                fx.equal(f"{name} rank {rank['rank']} batch {k} longest", longest, batch["max_seqlen"])
+                loss, nbytes = loss + losses[at:at + n].sum(), nbytes + val.target_bytes[at:at + n].sum()
+                at += n
+            fx.close(f"{name} rank {rank['rank']} loss", loss, rank["loss_sum"], **fx.tolerance("loss_sum"))
+            fx.equal(f"{name} rank {rank['rank']} bytes", nbytes, rank["bytes"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Counts of earlier text
+# --------------------------------------------------------------------------------------------------
+GATES = {"reference": "target", "causal_prev_token": "previous", "causal_open_word": "open_word"}
+
+
+def ngram_settings(fx: Fixture, values: dict, **more) -> tg.Settings:
+    env = {k.upper(): v for k, v in values.items() if k != "CHUNK_TOKENS"}
+    return fx.settings(**env, NGRAM_TILT_ENABLED=1, CASEOPS_ENABLED=0, LOGIT_SOFTCAP=1e6, **more,
+                       VOCAB_SIZE=fx.meta.get("vocab_size") or fx.meta["vocab"],
+                       TOKENIZER_PATH=fx.folder / fx.meta["tokenizer"])
+
+
+def check_ngram_agreement(fx: Fixture) -> None:
+    """Three experts under all gates, their choice, and the tilted score of a whole evaluation."""
+    want, tokens = fx.arrays, fx.arrays["tokens"].numpy()
+    for config, meta in fx.meta["configs"].items():
+        for variant, gates in GATES.items():
+            s = ngram_settings(fx, meta["settings"], NGRAM_GATES=gates, EVAL_STRIDE=16, EVAL_SEQ_LEN=64)
+            pieces = tg.word_pieces(s.tokenizer, s.vocab_size)
+            fx.equal("boundary", pieces[1], want["boundary"])
+            for name, pair in tg.ngram_experts(s, tokens).items():
+                for what, got in zip(("hint", "conf"), pair, strict=True):
+                    if (key := f"{config}.{variant}.{name}_{what}") in want:
+                        fx.equal(key, got.astype(float), want[key].double())
+            model = TableModel(s, want["base_logits_table"])
+            nll = check_tilted(fx, s, model, tokens, f"{config}.{variant}", want)
+            if variant == "reference":
+                check_whole_evaluation(fx, config, nll, meta)
+        s = ngram_settings(fx, {**meta["settings"], "WITHIN_TAU": 99, "WORD_TAU": 99})
+        check_tilted(fx, s, model, tokens, f"{config}.token_expert_only", want)
+
+
+def check_tilted(fx: Fixture, s: tg.Settings, model, tokens: np.ndarray, name: str, want: dict):
+    """The choice at every position, and the losses as the books of the evaluation have them."""
+    hints, at = tg.Hints.of(s, tokens), np.arange(len(tokens) - 1)
+    hint, confidence = hints.find(at, torch.device("cpu"))
+    x = torch.from_numpy(tokens.astype(np.int64))[None, :-1]
+    with torch.no_grad():
+        q = torch.exp(-model.losses(x, hint[:, None], tg.layer_plan(s, True))[:, 0].double())
+    chosen, _, boost = tg.choose_hint(s, q.clamp(1e-12, 1 - 1e-12), hint, confidence)
+    if f"{name}.hint" in want:
+        fx.equal(f"{name}.hint", chosen, want[f"{name}.hint"])
+        fx.close(f"{name}.beta", boost, want[f"{name}.beta"], **fx.tolerance("beta"))
+    scorer = tg.Scorer(s, tg.World(), model)
+    val = tg.Validation.of(tokens)
+    val.hints = hints
+    scorer.windows(val, s.eval_stride)
+    fx.close(f"{name}.nll", scorer.ledger.loss, want[f"{name}.nll"], **fx.tolerance("nll"))
+    return scorer.ledger.loss.double().numpy()
+
+
+def check_whole_evaluation(fx: Fixture, config: str, nll: np.ndarray, meta: dict) -> None:
+    """As published, windows beyond the end score the last targets again: added here."""
+    whole, nbytes = meta["full_eval"], fx.arrays["bytes_per_target"].double().numpy()
+    times, last = whole["seq_len"] // whole["stride"] - 1, slice(-whole["stride"], None)
+    count, loss, size = (x.sum() + times * x[last].sum() for x in (np.ones_like(nll), nll, nbytes))
+    fx.equal(f"{config} targets with those scored again", count, whole["scored_positions_counted"])
+    fx.close(f"{config} mean loss", loss / count, whole["mean_nll"], **fx.tolerance("bpb"))
+    fx.close(f"{config} bits per byte", loss / size / math.log(2), whole["bpb"], **fx.tolerance("bpb"))
+
+
+def check_ngram_token_only(fx: Fixture) -> None:
+    """Gates, hints and boosts; as published the first target stands in for the first token."""
+    targets = fx.arrays["targets"].numpy()
+    for config, meta in fx.meta["configs"].items():
+        s = ngram_settings(fx, meta["settings"], NGRAM_GATES="target", NGRAM_CHOICE="confidence")
+        want, everywhere = fx.group_raw(config), np.arange(len(targets))
+        hints = tg.Hints.of(s, np.append(targets[:1], targets))
+        hint, confidence = hints.find(everywhere, torch.device("cpu"))
+        chosen, _, boost = tg.choose_hint(s, torch.zeros(hint.shape), hint, confidence)
+        gate = want["gate"].bool()
+        fx.equal(f"{config} gates", chosen >= 0, gate)
+        fx.equal(f"{config} hints", chosen[gate], want["hint"][gate])
+        fx.equal(f"{config} boosts", boost[gate], want["boost"][gate])
+        fx.equal(f"{config} gated", int(gate.sum()), meta["gated"])
+        if "tilt.logits" in want:
+            at = want["tilt.positions"]
+            z, y = want["tilt.logits"].float(), torch.from_numpy(targets).long()[at]
+            losses = torch.stack([torch.nn.functional.cross_entropy(z, t, reduction="none")
+                                  for t in (y, *hint[:, at])])
+            fx.close(f"{config} losses", tg.tilt(s, losses, y, hint[:, at], confidence[:, at]),
+                     want["tilt.nll"], **fx.tolerance("nll"))
+
+
+def check_corrector(fx: Fixture) -> None:
+    """The bias before every token, token by token and by chunks of 8, and after a reset."""
+    want, tokens = fx.arrays, fx.arrays["tokens"].tolist()
+    logits, y = want["logits"].float(), want["tokens"]
+
+    def loss(z):
+        return torch.nn.functional.cross_entropy(z, y, reduction="none")
+
+    fx.close("base nll", loss(logits), want["nll_base"], **fx.tolerance("nll"))
+    for config, meta in fx.meta["configs"].items():
+        s = fx.settings(VOCAB_SIZE=fx.meta["vocab"], CORRECTOR_ALPHA=meta["alpha"],
+                        CORRECTOR_ORDERS=",".join(map(str, meta["orders"])))
+        biases = {}
+        for chunk in (1, 8):
+            corrector, rows = tg.Corrector(s), []
+            for i in range(0, len(tokens), chunk):
+                rows += [corrector.bias()] * len(tokens[i:i + chunk])
+                corrector.learn(tokens[i:i + chunk])
+            biases[chunk] = torch.from_numpy(np.stack(rows)).float()
+        group, at = fx.group(config), want["positions"]
+        fx.equal(f"{config} orders", corrector.orders, meta["orders_as_used"])
+        fx.close(f"{config} bias", biases[1][at], group["bias"], **fx.tolerance("bias"))
+        fx.close(f"{config} logits", (logits + biases[1])[at], group["corrected_logits"],
+                 **fx.tolerance("bias"))
+        fx.close(f"{config} nll", loss(logits + biases[1]), group["nll"], **fx.tolerance("nll"))
+        fx.close(f"{config} nll by chunks", loss(logits + biases[8]), group["nll_chunk8"],
+                 **fx.tolerance("nll"))
+        rounded = logits + biases[1].bfloat16().float()
+        fx.close(f"{config} rounded", loss(rounded), group["nll_with_bfloat16_bias"],
+                 **fx.tolerance("nll_with_bfloat16_bias"))
+        fx.close(f"{config} reset", tg.Corrector(s).bias(), group["bias_after_reset"], **fx.tolerance("bias"))
+
+
+def check_logit_calibration(fx: Fixture) -> None:
+    """Token categories, the fit step by step (so the windows too), and what the calibrated model scores (in
+    float32 always; the reference's bfloat16 logits have no counterpart)."""
+    for name, tokenizer in fx.meta["tokenizers"].items():
+        got = tg.token_categories(fx.folder / tokenizer["model"], tokenizer["vocab"]).numpy().astype(int)
+        fx.equal(f"{name} categories", got @ (1 << np.arange(14)), fx.arrays[f"{name}.feature_bits"])
+    tokens = tg.read_shard(shard_files(fx, "shards/fineweb_train_*.bin")[0])
+    x, y = (fx.arrays[f"eval.{k}"].long()[None] for k in "xy")
+    tokenizer = fx.meta["tokenizers"]["ngram_agreement_tokenizer"]
+    for name, run in fx.meta["runs"].items():
+        s = fx.settings(**{k.upper(): v for k, v in run["settings"].items()}, VOCAB_SIZE=tokenizer["vocab"],
+                        EVAL_STRIDE=run["settings"]["eval_seq_len"], LOGIT_SOFTCAP=1e6, CASEOPS_ENABLED=0,
+                        TOKENIZER_PATH=fx.folder / tokenizer["model"], LOGIT_CALIB_ENABLED=1)
+        want = fx.group(name)
+        model = TableModel(s, fx.arrays["logits_table"])
+        raw, losses = tg.fit_calibration(s, model, tokens)
+        tolerance = fx.tolerance("scale/group_weights", atol=1e-5)
+        fx.close(f"{name} steps", losses, want["cross_entropy_per_step"], **fx.tolerance("nll"))
+        fx.close(f"{name} weights", raw, torch.cat((want["raw_scale"], want["group_weights"])), **tolerance)
+        scale, bias = model.calibration = tg.calibrated_by(s, raw)
+        fx.close(f"{name} scale", scale, want["scale"][0], **tolerance)
+        fx.close(f"{name} bias", bias, want["bias"], **tolerance)
+        losses = model.losses(x, y, tg.layer_plan(s, True))[0]
+        fx.close(f"{name} nll", losses, want["eval.nll"], **fx.tolerance("nll"))
+
+
+def check_prequant(fx: Fixture) -> None:
+    """Epochs over the validation tokens: batches, losses, norms and weights; or the shares of the ranks."""
+    if "n_seq" in fx.meta:
+        s = fx.settings(TRAIN_SEQ_LEN=32, PREQUANT_TTT_BATCH_SEQS=fx.meta["n_seq"])
+        for want in fx.meta["ranks"]:
+            world = tg.World(want["rank"], len(fx.meta["ranks"]))
+            rows = np.concatenate(tg.prequant_batches(s, 32 * fx.meta["n_seq"] + 1, world))
+            share = np.arange(want["first_sequence"], want["last_sequence_exclusive"])
+            fx.equal(f"rows of rank {want['rank']}", rows, share)
+        return
+    env = {k: v for k, v in fx.meta.get("env", {}).items() if k.startswith("PREQUANT_")}
+    own = {k.upper().replace("TTT_", "PREQUANT_TTT_"): v for k, v in fx.meta.get("settings", {}).items()}
+    if own:
+        own["PREQUANT_TTT_FORM"] = "overlapping"
+    given = {k.lower(): str(v) for k, v in {**env, **own}.items()}
+    known = {f.name: f for f in dataclasses.fields(tg.Settings)}
+    s = dataclasses.replace(older_settings(fx), prequant_ttt_enabled=True, **{
+        k: tg.parse_setting(known[k], v) for k, v in given.items()})
+    model = tg.GPT(s)
+    views = (tg.field_views if "param.qo_bank" in fx.arrays else tg.matrix_views)(
+        {n: p.data for n, p in model.named_parameters()})
+    for name, value in fx.group("param").items():
+        views[name].copy_(value)
+    tokens, steps = fx.arrays["val_tokens"].numpy(), []
+    batches = tg.prequant_batches(s, len(tokens), tg.World())
+    fx.equal("rows per batch", [len(b) for b in batches], fx.meta["rows_per_batch"])
+    if "first_epoch_row_starts" in fx.arrays:
+        fx.equal("rows", np.stack(batches) * s.train_seq_len, fx.arrays["first_epoch_row_starts"])
+    tg.prequant_ttt(s, tg.World(), model, tokens, lambda **step: steps.append(step))
+    for key, stored in (("loss", "batch_loss"), ("lr", "batch_lr"),
+                        ("grad_norm", "batch_grad_norm_before_clip")):
+        fx.close(stored, np.array([step[key] for step in steps]), fx.arrays[stored],
+                 **fx.tolerance(stored, rtol=1e-3))
+    for name, value in fx.group("after").items():
+        fx.close(f"after {name}", views[name], value, **fx.tolerance("after"))
+    before = fx.group("param")
+    for name in fx.meta["frozen"]:
+        fx.equal(f"frozen {name}", views[name], before[name])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1323,6 +1606,15 @@ CHECKERS = (
     ("leaky_slope*/*", check_leaky),
     ("asym_logit_rescale*/*", check_asymmetric_cap),
     ("ttt_forward*/*", check_ttt_forward),
+    ("ttt_masks*/*", check_ttt_masks),
+    ("ttt_phased_variants*/*", check_ttt_phased_eval),
+    ("ngram_agreement*/*", check_ngram_agreement),
+    ("ngram_tilt_token_only*/*", check_ngram_token_only),
+    ("ngram_corrector*/*", check_corrector),
+    ("ngram_tilt*/*", in_no_system),
+    ("eval_tail*/*", check_eval_tail),
+    ("prequant_ttt*/*", check_prequant),
+    ("logit_calibration*/*", check_logit_calibration),
     ("muon*/*", check_muon),
     ("gptq_percentile*/*", check_percentile),
     ("legacy_int6*/*", check_percentile),
