@@ -1,6 +1,5 @@
 """What the tests share: a tiny model's settings, made-up shards, and the script run as a user would."""
 
-import hashlib
 import json
 import os
 import subprocess
@@ -19,6 +18,7 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 import train_gpt as tg  # noqa: E402
+from data import check  # noqa: E402
 
 TINY = dict(
     NUM_LAYERS=4,
@@ -150,15 +150,10 @@ def make_data(folder: Path) -> Path:
 
 
 def write_manifest(folder: Path, **changes) -> None:
-    """The manifest that the data tools would write, as far as the trainer reads it."""
-    files = [
-        dict(name=f.name, size=f.stat().st_size, sha256=hashlib.sha256(f.read_bytes()).hexdigest())
-        for f in sorted(folder.glob("fineweb_*.bin"))
-    ]
-    tokenizer = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
-    manifest = dict(files=files, fingerprint="f" * 64, tokenizer=dict(sha256=tokenizer))
-    manifest["split"] = dict(rule="hash")
-    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+    """The manifest that the data tools write for shards they did not make, with some of it changed."""
+    check.write_manifest(folder, None)
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.fixture(scope="session")
