@@ -64,7 +64,7 @@ MUTANTS = {   # the line to change, what it becomes, the row that fails and why
     "attention": (ATTENTION + ", c.layout)", ATTENTION + ")", "C1 windows: "),
     "tilt": (LOSS, LOSS.replace("losses.view", "(losses - 0.1 * (targets.flatten() % 4 == 0)).view"), "C2 "),
     "selection": (LOSS, LOSS.replace(")\n", ").clamp(max=4.0)\n"), "C2 "),
-    "unbooked": (BOOK, "", "probes: an adapter step on a target that is not scored"),
+    "unbooked": (BOOK, "", "probes: coverage is broken"),
     "twice": (BOOK, 2 * BOOK, "probes: target "),
     "phase": (ROUND + "[:end]))", ROUND + "))", "probes: the document at "),
     "ahead": (PLAN, PLAN + "        self.global_phase(Booked(self.val.tokens))\n", "C1 test-time training: "),
@@ -147,14 +147,16 @@ def test_an_artifact_alone(run, tmp_path, capsys, monkeypatch):
 
 
 def test_mistakes_are_one_line(run, tmp_path):
-    def refused(*args, **env):
-        done = subprocess.run([sys.executable, str(ROOT / "tools/audit.py"), *map(str, args)], cwd=ROOT,
-                              capture_output=True, text=True, env={**os.environ, **env})
-        assert done.returncode == 2 and done.stderr.startswith("error: "), done
-        assert done.stderr.count("\n") == 1, done
-        return done.stderr
+    def refused(*args):
+        with pytest.raises(ToolError) as error:
+            audit.main([str(a) for a in args])
+        assert "\n" not in str(error.value)
+        return str(error.value)
 
-    assert "does not exist" in refused(tmp_path / "none.ptz")
+    done = subprocess.run([sys.executable, str(ROOT / "tools/audit.py"), str(tmp_path / "none.ptz")], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done
+    assert "does not exist" in done.stderr
     assert "does not exist" in refused(run / ARTIFACT, tmp_path / "none.py")
     (tmp_path / "foreign.py").write_text("class UserError(Exception): pass\n")
     assert "no script of this kind" in refused(run / ARTIFACT, tmp_path / "foreign.py")

@@ -111,6 +111,21 @@ def test_cached_keys_are_the_full_forward(s):
     assert torch.allclose(fast.ledger.loss, whole.ledger.loss, atol=3e-5)
 
 
+def test_cached_keys_fit_the_queries_whatever_rescales_the_rotary_base(s):
+    """With ROPE_YARN the base depends on the context, not on how far a chunk lies in its document."""
+    s = changed(s, rope_yarn=True, ttt_eval_seq_len=256)
+    model, plan = sine_model(s), tg.layer_plan(s, True)
+    x = torch.randint(4, 300, (1, 160), generator=torch.Generator().manual_seed(0))
+    cache, losses = tg.KeyCache(256, 16), []
+    with torch.no_grad():
+        for c in range(0, 160, 16):
+            losses.append(model.losses(x[:, c:c + 16], x[:, c:c + 16], plan, cache=cache))
+            cache.seal(x[:, c:c + 16])
+            cache.advance()
+        model.rope_length = 256
+        assert torch.allclose(torch.cat(losses, 1), model.losses(x, x, plan), atol=3e-5)
+
+
 def test_cached_keys_end_at_the_window(s):
     """Keys older than the window are dropped: a change before it leaves the losses beyond it alone."""
     shallow = changed(
@@ -122,7 +137,7 @@ def test_cached_keys_end_at_the_window(s):
     other[:, :8] = 9
 
     def last_chunk(tokens):
-        cache = tg.KeyCache(16)
+        cache = tg.KeyCache(24, 8)
         for c in range(0, 64, 8):
             loss = model.losses(tokens[:, c:c + 8], tokens[:, c:c + 8], plan, cache=cache)
             cache.seal(tokens[:, c:c + 8])
