@@ -251,7 +251,7 @@ class Settings:
     eval_seq_len: int = knob(2048, "window of the sliding evaluation, in tokens", 2, group="score")
     eval_stride: int = knob(64, "tokens between two windows of one document", 1)
     sliding_window_enabled: bool = knob(True, "score the artifact by sliding windows")
-    eval_kv_reuse: bool = knob(True, "there, documents beyond the window keep keys and values; 0: encode again")
+    eval_kv_reuse: bool = knob(True, "keep keys and values beyond the window; 0: encode again")
     ttt_enabled: bool = knob(True, "score the artifact with score-first test-time training")
     ttt_eval_seq_len: int = knob(2048, "context of TTT, in tokens", 2)
     ttt_kv_reuse: bool = knob(True, "keep earlier keys and values; 0: encode the context again and again")
@@ -4246,7 +4246,8 @@ class PhasedTTT:
         now = self.clock.elapsed()
         rate = (now - begun) / done
         ends = [now + rate * sum(self.cost(g, level) for g in left) for level in range(len(GIVE_UP))]
-        level = next((i for i, end in enumerate(ends) if i >= self.level and end <= self.clock.budget), NO_ADAPTATION)
+        fits = (i for i, end in enumerate(ends) if i >= self.level and end <= self.clock.budget)
+        level = next(fits, NO_ADAPTATION)
         if level > self.level:
             self.trace("give_up", what=", ".join(GIVE_UP[1:level + 1]), elapsed=now,
                        predicted_end=ends[self.level])

@@ -1,5 +1,8 @@
 """Score-first test-time training: order, causality, determinism."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +46,36 @@ def test_without_learning_it_is_plain_scoring(s):
 
 def test_the_same_score_every_time(s):
     assert run(s)[1] == run(s)[1]
+
+
+def ranks_as_threads(size) -> list[tg.World]:
+    """The worlds of `size` ranks that meet in this process."""
+    barrier, box = threading.Barrier(size, timeout=60), [None] * size
+
+    class Rank(tg.World):
+        def gather(self, value):
+            barrier.wait()
+            box[self.rank] = value
+            barrier.wait()
+            return list(box)
+
+        def total(self, x):
+            return x.copy_(sum(self.gather(x.clone())))
+
+    return [Rank(rank, size) for rank in range(size)]
+
+
+def test_any_number_of_ranks_gives_the_same_score(s):
+    """With the warm start off; phases on the base weights included."""
+    s = changed(s, ttt_warm_start_a=False, ttt_doc_order="stream", ttt_batch_size=2)
+
+    def bpb(world):
+        return tg.PhasedTTT(s, world, sine_model(s), tg.Validation(s)).run().bpb
+
+    alone = bpb(tg.World())
+    for size in (2, 3):
+        with ThreadPoolExecutor(size) as pool:
+            assert all(abs(x - alone) < 1e-6 for x in pool.map(bpb, ranks_as_threads(size)))
 
 
 def test_every_target_is_scored_once_before_anything_learns_from_it(s):
