@@ -1854,8 +1854,8 @@ class Adapter(nn.Module):
 
 class KeyCache:
     """Keys and values that the earlier chunks of B documents left behind, as computed then and cut from their
-    graph: per slot (B, P, K, D), as many as fit into a window beside a chunk. position: tokens seen; last (B, 2):
-    the tokens before the next chunk."""
+    graph: per slot (B, P, K, D), as many as fit into a window beside a chunk. position: tokens seen;
+    last (B, 2): the tokens before the next chunk."""
 
     def __init__(self, window: int, chunk: int):
         self.window, self.limit, self.position, self.last = window, window - chunk, 0, None

@@ -13,7 +13,8 @@ def test_a_paired_difference_and_its_error():
     per_document = np.repeat([0.1, 0.1, 0.1], lengths)
     assert adapt.paired(per_document, lengths) == (pytest.approx(0.1), pytest.approx(0.0))
     draws = np.random.default_rng(0)
-    means, errors = zip(*(adapt.paired(np.repeat(draws.normal(size=3), lengths), lengths) for _ in range(2000)))
+    drawn = (np.repeat(draws.normal(size=3), lengths) for _ in range(2000))
+    means, errors = zip(*(adapt.paired(x, lengths) for x in drawn))
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(means), rel=0.2)
 
 

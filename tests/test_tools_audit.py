@@ -8,10 +8,20 @@ import sys
 import pytest
 from conftest import ROOT, settings, tg
 
+from data import check as data_check
 from tools import audit
 from tools.common import ARTIFACT, ToolError, load_run
 
 SOURCE = (ROOT / "train_gpt.py").read_text()
+
+
+@pytest.fixture(scope="module")
+def data(data, tmp_path_factory):
+    """The shards with the manifest that the data tools write."""
+    folder = shutil.copytree(data, tmp_path_factory.mktemp("shards") / "data")
+    (folder / "manifest.json").unlink()
+    data_check.write_manifest(folder, folder / "tokenizer.model")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +69,7 @@ PLAN = "        rounds = ttt_rounds(self.s, self.lengths)\n"
 LOSS = "        return losses.view(targets.shape)\n"
 WINDOW = "        windows.append((begin, min(begin + seq_len, total), begin + seq_len - stride))\n"
 MUTANTS = {   # the line to change, what it becomes, the row that fails and why
-    "smear": ("follows = ids[:, 1:] != BOS", "layout, follows = None, ids[:, 1:] >= 0", "C1 windows: "),
+    "smear": ("inside = ids[:, 1:] != BOS", "follows, inside = None, ids[:, 1:] >= 0", "C1 windows: "),
     "attention": (ATTENTION + ", c.layout)", ATTENTION + ")", "C1 windows: "),
     "tilt": (LOSS, LOSS.replace("losses.view", "(losses - 0.1 * (targets.flatten() % 4 == 0)).view"), "C2 "),
     "selection": (LOSS, LOSS.replace(")\n", ").clamp(max=4.0)\n"), "C2 "),
@@ -152,7 +162,7 @@ def test_mistakes_are_one_line(run, tmp_path):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    done = subprocess.run([sys.executable, "tools/audit.py", str(tmp_path / "none.ptz")], cwd=ROOT,
+    done = subprocess.run([sys.executable, str(ROOT / "tools/audit.py"), str(tmp_path / "none.ptz")], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done
     assert "does not exist" in done.stderr
