@@ -1729,8 +1729,8 @@ class GPT(nn.Module):
         return z if adapter is None else adapter.bind(hidden.dtype).add(z, "head", 0, hidden)
 
     def logits(self, hidden: Tensor, adapter: Adapter | None = None) -> Tensor:
-        """Logits (B, T, V) float32 as they are scored: capped, calibrated, corrected by counts. Two caps are out
-        of reach of any gradient unless trained."""
+        """Logits (B, T, V) float32 as they are scored: capped, calibrated, corrected by counts. Two caps are
+        out of reach of any gradient unless trained."""
         s, z = self.s, self.raw_logits(hidden, adapter).float()
         if s.asym_logit_rescale:
             caps = (self.softcap_pos, self.softcap_neg)

@@ -162,7 +162,7 @@ def test_mistakes_are_one_line(run, tmp_path):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    done = subprocess.run([sys.executable, str(ROOT / "tools/audit.py"), str(tmp_path / "none.ptz")], cwd=ROOT,
+    done = subprocess.run([sys.executable, "tools/audit.py", str(tmp_path / "none.ptz")], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done
     assert "does not exist" in done.stderr
