@@ -251,6 +251,7 @@ class Settings:
     eval_seq_len: int = knob(2048, "window of the sliding evaluation, in tokens", 2, group="score")
     eval_stride: int = knob(64, "tokens between two windows of one document", 1)
     sliding_window_enabled: bool = knob(True, "score the artifact by sliding windows")
+    eval_kv_reuse: bool = knob(True, "keep keys and values beyond the window; 0: encode again")
     ttt_enabled: bool = knob(True, "score the artifact with score-first test-time training")
     ttt_eval_seq_len: int = knob(2048, "context of TTT, in tokens", 2)
     ttt_kv_reuse: bool = knob(True, "keep earlier keys and values; 0: encode the context again and again")
@@ -1547,9 +1548,10 @@ class GPT(nn.Module):
             "parallel_post_lambdas", "parallel_resid_lambdas", gate)]
         return [LayerWeights(qo[i], kv[i], kv[n + i], qo[n + i], *(r[i] for r in rest)) for i in range(n)]
 
-    def rope(self, length: int, device, start: int = 0) -> tuple[Tensor, Tensor]:
-        """cos, sin (length, R/2) float32 of positions start …; with ROPE_YARN the base grows with the end."""
-        s, dims, table = self.s, self.s.rope_dims or self.s.head_dim, max(start + length, self.rope_length)
+    def rope(self, length: int, device, start: int = 0, context: int = 0) -> tuple[Tensor, Tensor]:
+        """cos, sin (length, R/2) float32 of positions start …; with ROPE_YARN the base grows with the length
+        or the context of cached keys."""
+        s, dims, table = self.s, self.s.rope_dims or self.s.head_dim, max(length, context, self.rope_length)
         base = s.rope_base
         if s.rope_yarn and table > s.train_seq_len:
             base *= (table / s.train_seq_len) ** (dims / (dims - 2))
@@ -1686,9 +1688,9 @@ class GPT(nn.Module):
         the rows go on where it ends. alpha: sharpness of soft rounding, in late training."""
         s, start = self.s, 0 if cache is None else cache.position
         x = self.embed(ids, layout, cache.last if start else None, alpha)
-        c = Pass(self.layer_weights(), x, self.rope(ids.size(1), ids.device, start), layout,
-                 None if adapter is None else adapter.bind(x.dtype), tap, cache,
-                 self.token_values(ids, alpha))
+        rope = self.rope(ids.size(1), ids.device, start, 0 if cache is None else cache.window)
+        c = Pass(self.layer_weights(), x, rope, layout, None if adapter is None else adapter.bind(x.dtype),
+                 tap, cache, self.token_values(ids, alpha))
         skips, lane0, lane1 = [], None, None
         for slot, i in enumerate(plan.encoder):
             x = self.block(c, i, slot, x)
@@ -1852,10 +1854,11 @@ class Adapter(nn.Module):
 
 class KeyCache:
     """Keys and values that the earlier chunks of B documents left behind, as computed then and cut from their
-    graph: per slot (B, P, K, D), the newest `limit` positions. position: tokens seen; last (B, 2) ones."""
+    graph: per slot (B, P, K, D), as many as fit into a window beside a chunk. position: tokens seen;
+    last (B, 2): the tokens before the next chunk."""
 
-    def __init__(self, limit: int):
-        self.limit, self.position, self.last = limit, 0, None
+    def __init__(self, window: int, chunk: int):
+        self.window, self.limit, self.position, self.last = window, window - chunk, 0, None
         self.old: dict[int, tuple[Tensor, Tensor]] = {}
         self.new: dict[int, tuple[Tensor, Tensor]] = {}
         self.sealed: tuple[Tensor, dict] | None = None
@@ -1876,7 +1879,8 @@ class KeyCache:
         ids, new = self.sealed
         for slot, pair in new.items():
             pairs = zip(self.old[slot], pair) if slot in self.old else ((x,) for x in pair)
-            self.old[slot] = tuple(torch.cat(parts, dim=1)[:, -self.limit:] for parts in pairs)
+            joined = (torch.cat(parts, dim=1) for parts in pairs)
+            self.old[slot] = tuple(x[:, max(x.size(1) - self.limit, 0):] for x in joined)
         self.last = (ids if self.last is None else torch.cat((self.last, ids), dim=1))[:, -2:]
         self.position, self.sealed = self.position + ids.size(1), None
 
@@ -4008,16 +4012,32 @@ class Scorer:
 
     @torch.no_grad()
     def windows(self, val: Validation, stride: int, looping: bool = True) -> Score:
-        """Score every document by windows of EVAL_SEQ_LEN at this stride."""
+        """Score every document by windows of EVAL_SEQ_LEN at this stride. Where they would overlap, and
+        EVAL_KV_REUSE says so, documents beyond the window are scored on cached keys."""
         s, ledger = self.s, Ledger(val, self.world.device)
         self.ledger = ledger              # the books of the latest evaluation
-        documents = zip(val.documents.start.tolist(), val.documents.length.tolist())
-        windows = [(a + b, a + e, a + f) for a, n in documents
-                   for b, e, f in sliding_windows(n - 1, s.eval_seq_len, stride)]
+        starts, targets = val.documents.start, val.documents.length - 1
+        beyond = (targets > s.eval_seq_len) & (s.eval_kv_reuse and stride < s.eval_seq_len)
+        windows = [(a + b, a + e, a + f) for a, n in zip(starts[~beyond].tolist(), targets[~beyond].tolist())
+                   for b, e, f in sliding_windows(n, s.eval_seq_len, stride)]
         rows, plan = pack_rows(windows, self.capacity), layer_plan(s, looping)
         for i in share_out([r.tokens for r in rows], self.world.size)[self.world.rank]:
             self.score_row(rows[i], val, plan, ledger)
+        if beyond.any():
+            self.once(val, np.flatnonzero(beyond), stride, ledger)
         return ledger.close(self.world)
+
+    def once(self, val: Validation, documents: np.ndarray, stride: int, ledger: Ledger) -> None:
+        """Each token of these documents is computed once, `stride` at a time, and sees the keys of the tokens
+        before it as far as its window would reach."""
+        s = dataclasses.replace(self.s, ttt_eval_seq_len=self.s.eval_seq_len, ttt_chunk_size=stride,
+                                ttt_short_score_first_enabled=False)
+        still = PhasedTTT(s, self.world, self.model, val, ledger=ledger)
+        still.level = NO_ADAPTATION
+        order = documents[np.argsort(still.lengths[documents], kind="stable")]
+        groups = [order[i:i + s.ttt_batch_size] for i in range(0, len(order), s.ttt_batch_size)]
+        for i in share_out([still.cost(g, NO_ADAPTATION) for g in groups], self.world.size)[self.world.rank]:
+            still.adapt_group(groups[i])
 
     def score_row(self, row: Row, val: Validation, plan: Plan, ledger: Ledger) -> None:
         """One forward; book the scored part of each window."""
@@ -4156,6 +4176,7 @@ def hint_order(s: Settings, lengths: np.ndarray, adapting: bool) -> np.ndarray:
 
 # What the watchdog gives up, in this order, when the evaluation would outlast its budget.
 GIVE_UP = ("nothing", "further phases on the base weights", "half of the adapter steps", "adaptation")
+NO_ADAPTATION = 3
 
 
 class PhasedTTT:
@@ -4166,12 +4187,12 @@ class PhasedTTT:
     lora, reset, chunk, sgd_step, phase, give_up."""
 
     def __init__(self, s: Settings, world: World, model: GPT, val: Validation, trace: Callable | None = None,
-                 clock: Clock | None = None):
+                 clock: Clock | None = None, ledger: Ledger | None = None):
         self.s, self.world, self.model, self.val = s, world, model, val
         self.trace, self.clock = trace or (lambda event, **values: None), clock
         self.plan, self.lengths = layer_plan(s, True), val.documents.length
         self.losses = compiled(s, world.device, model.losses, dynamic=True)
-        self.ledger = Ledger(val, world.device)
+        self.ledger = ledger or Ledger(val, world.device)
         self.phase = self.level = 0
         self.kept: Adapter | None = None
         self.correctors: list[Corrector] = []
@@ -4179,7 +4200,7 @@ class PhasedTTT:
     def cost(self, group: np.ndarray, level: int = 0) -> float:
         """Predicted token-passes of a group; a backward counts twice a forward."""
         n = int(self.lengths[group].max()) - 1
-        if level == 3:
+        if level == NO_ADAPTATION:
             return float(len(group) * n)
         if self.s.ttt_kv_reuse:
             return 3.0 * len(group) * n
@@ -4225,7 +4246,8 @@ class PhasedTTT:
         now = self.clock.elapsed()
         rate = (now - begun) / done
         ends = [now + rate * sum(self.cost(g, level) for g in left) for level in range(len(GIVE_UP))]
-        level = next((i for i, end in enumerate(ends) if i >= self.level and end <= self.clock.budget), 3)
+        fits = (i for i, end in enumerate(ends) if i >= self.level and end <= self.clock.budget)
+        level = next(fits, NO_ADAPTATION)
         if level > self.level:
             self.trace("give_up", what=", ".join(GIVE_UP[1:level + 1]), elapsed=now,
                        predicted_end=ends[self.level])
@@ -4263,11 +4285,11 @@ class PhasedTTT:
     def adapt_group(self, group: np.ndarray) -> None:
         """Score a group's documents chunk by chunk; after each chunk adapt those that have another one."""
         s, level = self.s, self.level
-        cached, learns = s.ttt_kv_reuse or level == 3, level < 3
+        cached, learns = s.ttt_kv_reuse or level == NO_ADAPTATION, level < NO_ADAPTATION
         adapter = self.adapter_for(group) if learns else None
         optimiser = self.optimiser(adapter) if learns else None
         chunk = self.chunk_size(group, level)
-        cache = KeyCache(s.ttt_eval_seq_len - chunk) if cached else None
+        cache = KeyCache(s.ttt_eval_seq_len, chunk) if cached else None
         starts, targets = self.val.documents.start[group], self.lengths[group] - 1
         if s.corrector_alpha and learns:
             if s.ttt_doc_order == "stream" or not self.correctors:      # a row's last document may come later
@@ -4507,16 +4529,17 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Probe]:
     """C1-C4 on made-up tokens, through Scorer and PhasedTTT as the settings have them; every rank for itself.
     The model's weights are as before afterwards."""
     local, before = World(device=world.device), [p.detach().clone() for p in model.parameters()]
+    row = min(s.eval_seq_len, 4 * min(size for _, size in chunk_steps(s)))     # of a phase's training
     ttt = dataclasses.replace(s, ttt_batch_size=2, phased_ttt_num_phases=1, phased_ttt_prefix_docs=2,
-                              global_ttt_chunk_tokens=s.eval_seq_len)
+                              eval_seq_len=row, global_ttt_chunk_tokens=row)
 
-    def windows(val: Validation) -> Tensor:
+    def windows(val: Validation, stride: int) -> Tensor:
         if s.prequant_ttt_enabled:
             study = dataclasses.replace(s, prequant_ttt_epochs=1, train_seq_len=min(s.train_seq_len, 64))
             prequant_ttt(study, local, model, val.tokens, lambda **step: None)
         scorer = Scorer(s, local, model)
         val.hints = Hints.build(s, local, val, False)
-        scorer.windows(val, s.eval_stride)
+        scorer.windows(val, stride)
         return scorer.ledger.loss
 
     def adapted(val: Validation) -> Tensor:
@@ -4533,9 +4556,13 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Probe]:
         return losses
 
     probes, booked = [], 0
-    for name, evaluate, order in (("windows", windows, "stream"),
-                                  ("test-time training", adapted, s.ttt_doc_order))[:1 + s.ttt_enabled]:
-        one, others = probe_streams(s, order)
+    evaluations = [("windows", lambda val: windows(val, s.eval_seq_len), s, "stream")]
+    if s.sliding_window_enabled:
+        evaluations.append(("sliding windows", lambda val: windows(val, s.eval_stride), s, "stream"))
+    if s.ttt_enabled:
+        evaluations.append(("test-time training", adapted, ttt, s.ttt_doc_order))
+    for name, evaluate, settings, order in evaluations:
+        one, others = probe_streams(settings, order)
         losses, seen = evaluated(evaluate, one), []
         for other, kept in others:
             gap = (evaluated(evaluate, other) - losses).abs()
@@ -4595,7 +4622,7 @@ def probe_normalisation(s: Settings, world: World, model: GPT) -> list[Probe]:
             for corrector in adapter.correctors:
                 corrector.learn([BOS, 4, 5, 6] * 4)
             ttt.score_chunk(np.arange(first, first + rows) * 4, window, adapter,
-                            KeyCache(s.ttt_eval_seq_len) if s.ttt_kv_reuse else None)
+                            KeyCache(s.ttt_eval_seq_len, 3) if s.ttt_kv_reuse else None)
     totals = {name: torch.exp(-b.loss[2::4].double()).sum().item() for name, b in books.items()}
     return probes + [Probe(f"C2 {name}", abs(total - 1) < 1e-4, f"{s.vocab_size:,} probabilities sum to "
                            f"{total:.7f}") for name, total in totals.items()]

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from data import build, shards  # noqa: E402
 from data import check as data_check  # noqa: E402
 
-WINDOWS, TTT = "C1 windows", "C1 test-time training"
+WINDOWS, SLIDING, TTT = "C1 windows", "C1 sliding windows", "C1 test-time training"
 WINDOWS_SUM, TTT_SUM = "C2 windows", "C2 test-time training"
 once = pytest.mark.parametrize("s", ["stream"], indirect=True)      # where adapting plays no part
 FIELD = dict(ttt_kv_reuse=False, ttt_shared_a=False, ttt_optimizer="adam", ttt_doc_order="length")
@@ -30,8 +30,14 @@ FIELD = dict(ttt_kv_reuse=False, ttt_shared_a=False, ttt_optimizer="adam", ttt_d
 
 @pytest.fixture(params=["stream", "field"])
 def s(request, s):
-    """The default way of adapting, and the field's."""
+    """The default way of adapting, and the field's, without the sliding windows (see `scoring`)."""
+    s = dataclasses.replace(s, sliding_window_enabled=False)
     return s if request.param == "stream" else dataclasses.replace(s, **FIELD)
+
+
+def scoring(s, *, ttt=False):
+    """The same settings for mutants of plain scoring: sliding windows, adaptation only where it is judged."""
+    return dataclasses.replace(s, sliding_window_enabled=True, ttt_enabled=ttt)
 
 
 def findings(s) -> list[str]:
@@ -56,9 +62,9 @@ def replace(patch, owner, name, make):
 # --- the unmutated system
 
 @pytest.mark.parametrize("changes", [
-    {}, dict(ttt_enabled=False), dict(eval_stride=64, val_batch_tokens=64)], ids=str)
+    {}, dict(eval_kv_reuse=False, ttt_enabled=False), dict(eval_stride=64, val_batch_tokens=64)], ids=str)
 def test_the_script_as_it_is_passes(s, changes):
-    s = dataclasses.replace(s, **changes)
+    s = dataclasses.replace(scoring(s, ttt=True), **changes)
     model = sine_model(s)
     before = [p.detach().clone() for p in model.parameters()]
     probes = tg.run_probes(s, tg.World(), model)
@@ -107,7 +113,13 @@ def attention_one_ahead(patch):
                                     attention_one_ahead])
 def test_windows_see_nothing_later(s, mutant, monkeypatch):
     mutant(monkeypatch)
-    assert_caught(s, WINDOWS)
+    assert_caught(dataclasses.replace(scoring(s), eval_kv_reuse=False), WINDOWS, SLIDING)
+
+
+@once
+def test_cached_windows_see_nothing_later(s, monkeypatch):
+    attention_one_ahead(monkeypatch)
+    assert_caught(scoring(s), SLIDING)
 
 
 def test_adaptation_sees_nothing_later(s, monkeypatch):
@@ -265,7 +277,6 @@ def twice(patch, first_pass):
 def test_two_epochs_of_which_the_last_is_scored(s, monkeypatch):
     """Documents are kept to one size, so that none leaves its group and the adapter fits twice."""
     replace(monkeypatch, tg.Adapter, "keep", lambda real: lambda self, rows: None)
-    replace(monkeypatch, tg.KeyCache, "keep", lambda real: lambda self, rows: None)
     s = dataclasses.replace(s, ttt_kv_reuse=False)
     twice(monkeypatch, books_closed)
     assert_caught(s, TTT)
@@ -329,7 +340,7 @@ def test_base_weights_trained_on_the_stream_before_it_is_scored(s, monkeypatch):
 def test_dropped_last_window(s, monkeypatch):
     replace(monkeypatch, tg, "sliding_windows", lambda real: lambda total, seq_len, stride:
             [w for w in real(total, seq_len, stride) if w[0] == 0 or w[1] - w[0] == seq_len])
-    assert_caught(s, "coverage is broken")
+    assert_caught(scoring(s), "coverage is broken")
 
 
 def test_dropped_last_chunk(s, monkeypatch):

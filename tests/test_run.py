@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -86,9 +89,24 @@ def test_where_time_and_bits_went_is_logged(finished):
             assert sum(e["tokens"]) == summary(folder)["tokens_scored"]
 
 
+def kill_while_it_evaluates(env):
+    """Start the script and kill it at a random moment after its probes."""
+    process = subprocess.Popen([sys.executable, "train_gpt.py"], env=env, cwd=ROOT, stdout=subprocess.PIPE,
+                               text=True)
+    next(line for line in process.stdout if line.startswith("probes "))
+    time.sleep(random.random())
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
+
+
 def test_eval_only_gives_the_same_scores(finished, data, tmp_path):
+    """Even in the folder of an evaluation that was killed, which leaves the artifact as it was."""
     folder, _ = finished
-    whole = summary(folder)
+    whole, artifact = summary(folder), folder / "final_model.int6.ptz"
+    packed, out = artifact.read_bytes(), tmp_path / "EVAL_ONLY_QUANTIZED_PATH"
+    kill_while_it_evaluates(environment(data, ARTIFACT_DIR=out, EVAL_ONLY_QUANTIZED_PATH=artifact))
+    assert artifact.read_bytes() == packed and not (out / "final_model.int6.ptz").exists()
     for setting, name in (
         ("EVAL_ONLY_QUANTIZED_PATH", "final_model.int6.ptz"),
         ("EVAL_ONLY_PATH", "final_model.pt"),

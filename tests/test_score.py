@@ -86,6 +86,7 @@ def test_bpb_is_bits_over_bytes():
 
 @pytest.mark.parametrize("stride", [16, 64])
 def test_scorer_equals_document_by_document_windows(s, stride):
+    s = tg.dataclasses.replace(s, eval_kv_reuse=False)
     model, val = sine_model(s), tg.Validation(s)
     got = tg.Scorer(s, tg.World(), model).windows(val, stride)
     total, plan = 0.0, tg.layer_plan(s, True)
@@ -117,3 +118,24 @@ def test_scores_do_not_depend_on_what_is_packed_beside(s):
         books = tg.Ledger(val, torch.device("cpu"))
         scorer.score_row(tg.Row(windows, 64), val, plan, books)
     assert torch.equal(first, books.loss[:40]) and books.loss[45:60].any()
+
+
+def test_a_document_beyond_the_window_costs_one_pass(s, monkeypatch):
+    """The sliding evaluation on cached keys, against windows that are encoded again: the same scores for
+    documents within the window and for the first window of longer ones, a forward token per target."""
+    val, model, books, passes = tg.Validation(s), sine_model(s), [], []
+    losses = tg.GPT.losses
+    monkeypatch.setattr(tg.GPT, "losses", lambda self, ids, *a, **k: (
+        passes.append(ids.numel()), losses(self, ids, *a, **k))[1])
+    for reuse in (True, False):
+        scorer = tg.Scorer(tg.dataclasses.replace(s, eval_kv_reuse=reuse, eval_stride=8), tg.World(), model)
+        scorer.windows(val, 8)
+        books.append(scorer.ledger.loss)
+        passes.append(0)
+    targets = len(val.tokens) - 1
+    first = np.concatenate([np.arange(n - 1) < s.eval_seq_len for n in val.documents.length])
+    assert 0 < first.sum() < targets
+    gap = (books[0] - books[1]).abs()
+    assert gap[first].max() < 2e-6 < gap.max()
+    cut = passes.index(0)
+    assert sum(passes[:cut]) < targets + 8 * len(val.documents) and sum(passes[cut:]) > 2 * targets

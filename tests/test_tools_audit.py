@@ -1,7 +1,6 @@
 """tools/audit.py: PASS on a good run, FAIL with the reason on every kind of bad one, one line on mistakes."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -9,10 +8,20 @@ import sys
 import pytest
 from conftest import ROOT, settings, tg
 
+from data import check as data_check
 from tools import audit
 from tools.common import ARTIFACT, ToolError, load_run
 
 SOURCE = (ROOT / "train_gpt.py").read_text()
+
+
+@pytest.fixture(scope="module")
+def data(data, tmp_path_factory):
+    """The shards with the manifest that the data tools write."""
+    folder = shutil.copytree(data, tmp_path_factory.mktemp("shards") / "data")
+    (folder / "manifest.json").unlink()
+    data_check.write_manifest(folder, folder / "tokenizer.model")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +69,11 @@ PLAN = "        rounds = ttt_rounds(self.s, self.lengths)\n"
 LOSS = "        return losses.view(targets.shape)\n"
 WINDOW = "        windows.append((begin, min(begin + seq_len, total), begin + seq_len - stride))\n"
 MUTANTS = {   # the line to change, what it becomes, the row that fails and why
-    "smear": ("follows = ids[:, 1:] != BOS", "layout, follows = None, ids[:, 1:] >= 0", "C1 windows: "),
+    "smear": ("inside = ids[:, 1:] != BOS", "follows, inside = None, ids[:, 1:] >= 0", "C1 windows: "),
     "attention": (ATTENTION + ", c.layout)", ATTENTION + ")", "C1 windows: "),
     "tilt": (LOSS, LOSS.replace("losses.view", "(losses - 0.1 * (targets.flatten() % 4 == 0)).view"), "C2 "),
     "selection": (LOSS, LOSS.replace(")\n", ").clamp(max=4.0)\n"), "C2 "),
-    "unbooked": (BOOK, "", "probes: an adapter step on a target that is not scored"),
+    "unbooked": (BOOK, "", "probes: coverage is broken"),
     "twice": (BOOK, 2 * BOOK, "probes: target "),
     "phase": (ROUND + "[:end]))", ROUND + "))", "probes: the document at "),
     "ahead": (PLAN, PLAN + "        self.global_phase(Booked(self.val.tokens))\n", "C1 test-time training: "),
@@ -147,14 +156,16 @@ def test_an_artifact_alone(run, tmp_path, capsys, monkeypatch):
 
 
 def test_mistakes_are_one_line(run, tmp_path):
-    def refused(*args, **env):
-        done = subprocess.run([sys.executable, str(ROOT / "tools/audit.py"), *map(str, args)], cwd=ROOT,
-                              capture_output=True, text=True, env={**os.environ, **env})
-        assert done.returncode == 2 and done.stderr.startswith("error: "), done
-        assert done.stderr.count("\n") == 1, done
-        return done.stderr
+    def refused(*args):
+        with pytest.raises(ToolError) as error:
+            audit.main([str(a) for a in args])
+        assert "\n" not in str(error.value)
+        return str(error.value)
 
-    assert "does not exist" in refused(tmp_path / "none.ptz")
+    done = subprocess.run([sys.executable, "tools/audit.py", str(tmp_path / "none.ptz")], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done
+    assert "does not exist" in done.stderr
     assert "does not exist" in refused(run / ARTIFACT, tmp_path / "none.py")
     (tmp_path / "foreign.py").write_text("class UserError(Exception): pass\n")
     assert "no script of this kind" in refused(run / ARTIFACT, tmp_path / "foreign.py")

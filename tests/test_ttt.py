@@ -1,5 +1,8 @@
 """Score-first test-time training: order, causality, determinism."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +46,36 @@ def test_without_learning_it_is_plain_scoring(s):
 
 def test_the_same_score_every_time(s):
     assert run(s)[1] == run(s)[1]
+
+
+def ranks_as_threads(size) -> list[tg.World]:
+    """The worlds of `size` ranks that meet in this process."""
+    barrier, box = threading.Barrier(size, timeout=60), [None] * size
+
+    class Rank(tg.World):
+        def gather(self, value):
+            barrier.wait()
+            box[self.rank] = value
+            barrier.wait()
+            return list(box)
+
+        def total(self, x):
+            return x.copy_(sum(self.gather(x.clone())))
+
+    return [Rank(rank, size) for rank in range(size)]
+
+
+def test_any_number_of_ranks_gives_the_same_score(s):
+    """With the warm start off; phases on the base weights included."""
+    s = changed(s, ttt_warm_start_a=False, ttt_doc_order="stream", ttt_batch_size=2)
+
+    def bpb(world):
+        return tg.PhasedTTT(s, world, sine_model(s), tg.Validation(s)).run().bpb
+
+    alone = bpb(tg.World())
+    for size in (2, 3):
+        with ThreadPoolExecutor(size) as pool:
+            assert all(abs(x - alone) < 1e-6 for x in pool.map(bpb, ranks_as_threads(size)))
 
 
 def test_every_target_is_scored_once_before_anything_learns_from_it(s):
@@ -111,6 +144,21 @@ def test_cached_keys_are_the_full_forward(s):
     assert torch.allclose(fast.ledger.loss, whole.ledger.loss, atol=3e-5)
 
 
+def test_cached_keys_fit_the_queries_whatever_rescales_the_rotary_base(s):
+    """With ROPE_YARN the base depends on the context, not on how far a chunk lies in its document."""
+    s = changed(s, rope_yarn=True, ttt_eval_seq_len=256)
+    model, plan = sine_model(s), tg.layer_plan(s, True)
+    x = torch.randint(4, 300, (1, 160), generator=torch.Generator().manual_seed(0))
+    cache, losses = tg.KeyCache(256, 16), []
+    with torch.no_grad():
+        for c in range(0, 160, 16):
+            losses.append(model.losses(x[:, c:c + 16], x[:, c:c + 16], plan, cache=cache))
+            cache.seal(x[:, c:c + 16])
+            cache.advance()
+        model.rope_length = 256
+        assert torch.allclose(torch.cat(losses, 1), model.losses(x, x, plan), atol=3e-5)
+
+
 def test_cached_keys_end_at_the_window(s):
     """Keys older than the window are dropped: a change before it leaves the losses beyond it alone."""
     shallow = changed(
@@ -122,7 +170,7 @@ def test_cached_keys_end_at_the_window(s):
     other[:, :8] = 9
 
     def last_chunk(tokens):
-        cache = tg.KeyCache(16)
+        cache = tg.KeyCache(24, 8)
         for c in range(0, 64, 8):
             loss = model.losses(tokens[:, c:c + 8], tokens[:, c:c + 8], plan, cache=cache)
             cache.seal(tokens[:, c:c + 8])
