@@ -1727,8 +1727,8 @@ class GPT(nn.Module):
         return z if adapter is None else adapter.bind(hidden.dtype).add(z, "head", 0, hidden)
 
     def logits(self, hidden: Tensor, adapter: Adapter | None = None) -> Tensor:
-        """Logits (B, T, V) float32 as they are scored: capped, calibrated, corrected by counts. Two caps are out
-        of reach of any gradient unless trained."""
+        """Logits (B, T, V) float32 as they are scored: capped, calibrated, corrected by counts. Two caps are
+        out of reach of any gradient unless trained."""
         s, z = self.s, self.raw_logits(hidden, adapter).float()
         if s.asym_logit_rescale:
             caps = (self.softcap_pos, self.softcap_neg)
@@ -2579,9 +2579,7 @@ class Curriculum:
         s = self.s
         if self.rounding is None and lr < s.late_qat_threshold and steps >= s.late_qat_min_step:
             self.rounding = steps
-        if self.rounding is None:
-            return None
-        return 1 + 15 * min((steps - self.rounding) / 500, 1.0)
+        return None if self.rounding is None else 1 + 15 * min((steps - self.rounding) / 500, 1.0)
 
 
 def pick_dtype(choice: str, device: torch.device, default: torch.dtype | None = None) -> torch.dtype:
