@@ -2583,9 +2583,7 @@ class Curriculum:
         s = self.s
         if self.rounding is None and lr < s.late_qat_threshold and steps >= s.late_qat_min_step:
             self.rounding = steps
-        if self.rounding is None:
-            return None
-        return 1 + 15 * min((steps - self.rounding) / 500, 1.0)
+        return None if self.rounding is None else 1 + 15 * min((steps - self.rounding) / 500, 1.0)
 
 
 def pick_dtype(choice: str, device: torch.device, default: torch.dtype | None = None) -> torch.dtype:

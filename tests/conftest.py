@@ -67,18 +67,7 @@ def load_config(*names: str) -> dict:
     done = subprocess.run(["sh", "-ec", "\n".join(["set -a", *lines, "env -0"])], env={}, text=True,
                           capture_output=True, check=True)
     pairs = (entry.split("=", 1) for entry in done.stdout.split("\0") if entry)
-    return without_awaited({k: v for k, v in pairs if k not in ("PWD", "SHLVL", "_", "OLDPWD")})
-
-
-# Settings of the configurations whose mechanisms are still to come.
-AWAITED = ("NGRAM_", "TOKEN_ORDER", "TOKEN_THRESHOLD", "TOKEN_BOOST", "WITHIN_", "WORD_", "AGREE_")
-AWAITED += ("LOGIT_CALIB_", "PREQUANT_TTT_", "CORRECTOR_", "QUANT_ALLOCATION", "QUANT_TRELLIS")
-
-
-def without_awaited(env: dict) -> dict:
-    """Those settings that the script knows already, and all others."""
-    known = {f.name.upper() for f in tg.fields(tg.Settings)} | set(tg.NO_EFFECT)
-    return {k: v for k, v in env.items() if k in known or not k.startswith(AWAITED)}
+    return {k: v for k, v in pairs if k not in ("PWD", "SHLVL", "_", "OLDPWD")}
 
 
 def settings(**changes) -> tg.Settings:
