@@ -58,8 +58,9 @@ def test_new_tensors_survive_quantising_and_packing(name):
     s = tg.Settings.from_env({**load_config(name, "small"), "VOCAB_SIZE": "600"})
     model = sine_model(s)
     weights = tg.matrix_views({n: p.detach() for n, p in model.named_parameters()})
-    q = tg.quantise(s, weights, {n: torch.eye(w.shape[1]) for n, w in weights.items()
-                                 if tg.storage_of(s, n, w)[0] == "gptq" and "embed" not in n})
+    hessians = {n: torch.eye(w.shape[1]) for n, w in weights.items()
+                if tg.storage_of(s, n, w)[0] == "gptq" and "embed" not in n}
+    q = tg.Quantiser(s, weights, tg.Curvature(hessians))()
     back = tg.unpack_model(s, tg.pack_model(s, q), "test")
     assert back.meta == q.meta
     restored = tg.dequantise(back)
