@@ -216,9 +216,12 @@ class Settings:
     prequant_ttt_form: str = knob("sharded", "ranks share rows; or batches overlap and matrices never freeze",
                                   choices="sharded overlapping")
     # --- quantise and pack
-    matrix_bits: int = knob(6, "bits of the matrices", 2, 8, group="quantise")
-    embed_bits: int = knob(7, "bits of the embedding", 2, 8)
-    matrix_clip_sigmas: float = knob(12.85, "range of the codes in standard deviations of a row", 0.1)
+    quant_allocation: str = knob("fisher", "steps by the loss's curvature, or hand: by bits and clip sigmas",
+                                 choices="fisher hand", group="quantise")
+    quant_trellis: bool = knob(True, "trellis-coded quantisation (8 states), with fisher steps")
+    matrix_bits: int = knob(6, "bits of the matrices (hand)", 2, 8)
+    embed_bits: int = knob(7, "bits of the embedding (hand)", 2, 8)
+    matrix_clip_sigmas: float = knob(12.85, "range of the codes in standard deviations of a row (hand)", 0.1)
     attn_clip_sigmas: float = knob(13.0, "the same for attention matrices", 0.1)
     mlp_clip_sigmas: float = knob(11.5, "the same for MLP matrices", 0.1)
     embed_clip_sigmas: float = knob(14.0, "the same for the embedding", 0.1)
@@ -231,7 +234,7 @@ class Settings:
     gated_attn_quant_gate: bool = knob(True, "store attention gates as int8 per row, not float16")
     gptq_calibration_batches: int = knob(16, "training micro-batches behind the Hessians, over all ranks", 1)
     gptq_reserve_seconds: str = knob("auto", "training seconds kept for chapters 9, 10; auto: rehearsed")
-    lqer_enabled: bool = knob(True, "low-rank repair of the largest rounding errors")
+    lqer_enabled: bool = knob(False, "low-rank repair of the largest rounding errors")
     lqer_rank: int = knob(4, "its rank", 1)
     lqer_top_k: int = knob(3, "how many matrices get it", 0)
     lqer_scope: str = knob("all", "which matrices may get it", choices="all mlp attn embed")
@@ -246,6 +249,7 @@ class Settings:
     logit_calib_epochs: int = knob(1, "passes over them", 1)
     logit_calib_lr: float = knob(0.003, "learning rate", 0)
     logit_calib_l2: float = knob(0.01, "pull towards no calibration", 0)
+    fit_margin_bytes: int = knob(4096, "the fitter stops this close to the limit", 256)
     compressor: str = knob("ans", "entropy stage: ans (our coder) or brotli", choices="ans brotli")
     # --- score
     eval_seq_len: int = knob(2048, "window of the sliding evaluation, in tokens", 2, group="score")
@@ -329,6 +333,8 @@ class Settings:
                 env = {**dict(zip(names.split(), translate(value))), **env}
         for name in {"no_q": "Q", "no_v": "V", "no_qv": "QV"}.get(env.get("TTT_MASK", ""), ""):
             env.setdefault(f"TTT_{name}_LORA", "0")
+        if env.get("AWQ_LITE_ENABLED", "0") != "0" or env.get("QUANT_CLIP", "sigmas") != "sigmas":
+            env.setdefault("QUANT_ALLOCATION", "hand")     # they change steps that are set by hand
         known = {f.name.upper(): f for f in fields(cls)}
         for name in env:
             if name not in known and (nearest := looks_like_ours(name, known)) is not None:
@@ -389,6 +395,9 @@ class Settings:
                   f"CORRECTOR_ORDERS={self.corrector_orders} must be whole numbers from 1 on, as 2,3,5")
         refuse_if(self.ngram_tilt_enabled and not experts_in_use(self), "NGRAM_TILT_ENABLED=1, no expert in "
                   "use: lower TOKEN_THRESHOLD, WITHIN_TAU or WORD_TAU to at most 1")
+        refuse_if((self.awq_lite_enabled or self.quant_clip != "sigmas") and self.quant_allocation != "hand",
+                  "AWQ_LITE_ENABLED and QUANT_CLIP=percentile change steps that are set by hand: set "
+                  "QUANT_ALLOCATION=hand or leave it out")
         if (reserve := self.gptq_reserve_seconds) != "auto":
             refuse_if(not is_number(reserve) or float(reserve) < 0,
                       f"GPTQ_RESERVE_SECONDS={reserve} must be a number of seconds >= 0, or auto")
@@ -1607,10 +1616,11 @@ class GPT(nn.Module):
         """Attention branch of layer i on its normalised input n (B, T, D)."""
         s, w = self.s, c.layers[i]
         heads = (n.size(0), n.size(1), -1, s.head_dim)
-        q_raw = project(n, w.q, c.adapter, "q", slot)
-        k = rotate(rms(project(n, w.k, c.adapter, "k", slot).view(heads)), c.rope)
-        v = project(n, w.v, c.adapter, "v", slot)
-        v = (v + c.values[i] if i in c.values else v).view(heads)
+        q_raw, k, v = (project(n, getattr(w, kind), c.adapter, kind, slot) for kind in "qkv")
+        if c.tap is not None:
+            for kind, x in (("attn_in", n), ("q_out", q_raw), ("k_out", k), ("v_out", v)):
+                c.tap(kind, i, x)
+        k, v = rotate(rms(k.view(heads)), c.rope), (v + c.values[i] if i in c.values else v).view(heads)
         q = rotate(rms(q_raw.view(heads)), c.rope) * w.q_gain[:, None]
         y = attention(q, *((k, v) if c.cache is None else c.cache.extend(slot, k, v)), c.layout)
         if i >= s.num_layers - s.xsa_last_n:
@@ -1619,7 +1629,6 @@ class GPT(nn.Module):
             y = y * self.head_gate(w.gate, n, q_raw)[..., None]
         y = y.flatten(2)
         if c.tap is not None:
-            c.tap("attn_in", i, n)
             c.tap("heads", i, y)
         out = F.linear(y, w.o)
         if c.adapter is not None:
@@ -1645,9 +1654,10 @@ class GPT(nn.Module):
             flat = n.flatten(0, 1)
             out = leaky_square_mlp(flat, w.up, w.down, self.s.negative_slope, self.mlp_kernel).view(n.shape)
         else:
-            hidden = F.leaky_relu(F.linear(n, w.up), self.s.negative_slope).square()
+            up = F.linear(n, w.up)
+            hidden = F.leaky_relu(up, self.s.negative_slope).square()
             out = F.linear(hidden, w.down)
-            for kind, x in (("mlp_in", n), ("mlp_act", hidden), ("mlp_out", out)):
+            for kind, x in (("mlp_in", n), ("up_out", up), ("mlp_act", hidden), ("mlp_out", out)):
                 c.tap(kind, i, x)
         return out if c.adapter is None else c.adapter.add(out, "mlp", slot, n)
 
@@ -2812,16 +2822,26 @@ def report_step(run: Run, progress: Progress, step: int, loss: float, norm: floa
 SMALL_TENSOR = 65536      # tensors of at most this many elements are stored as float16
 
 
+class Curvature(NamedTuple):
+    """What calibration learns of the matrices, by name: an error E costs about 1/2 sum_r g_r E_r H E_r'."""
+    hessians: Mapping[str, Tensor]        # H (C, C): x'x over all visits and tokens of a mean micro-batch
+    fisher: Mapping[str, Tensor] = {}     # g (R): (dL/dy)^2, mean over visits and tokens; absent: all alike
+
+
 class HessianTap:
-    """A forward's tap that sums x'x of every matrix input: H (C, C) per matrix, each visit counted."""
+    """A forward's tap that sums x'x of every matrix input, each visit counted, and (dL/dy)^2 of outputs."""
 
     INPUTS = {"attn_in": ("attn.c_q.weight",), "heads": ("attn.proj.weight",), "mlp_in": ("mlp.fc.weight",),
               "mlp_act": ("mlp.proj.weight",)}
+    OUTPUTS = {"q_out": "attn.c_q.weight", "k_out": "attn.c_k.weight", "v_out": "attn.c_v.weight",
+               "attn_out": "attn.proj.weight", "up_out": "mlp.fc.weight", "mlp_out": "mlp.proj.weight"}
 
     def __init__(self, s: Settings):
         self.head = "tok_emb.weight" if s.tie_embeddings else "lm_head.weight"
         self.sums: dict[str, Tensor] = {}
-        self.batches = 0
+        self.squares: dict[str, Tensor] = {}
+        self.outputs: list[tuple[str, Tensor]] = []
+        self.batches = self.tokens = 0
 
     def __call__(self, kind: str, layer: int, x: Tensor) -> None:
         names = (self.head,) if kind == "head_in" else tuple(
@@ -2832,27 +2852,68 @@ class HessianTap:
                 self.sums[name].addmm_(flat.mT, flat)
             else:
                 self.sums[name] = flat.mT @ flat
+        if x.requires_grad and (kind == "x0" or kind in self.OUTPUTS):
+            self.outputs.append((kind if kind == "x0" else f"blocks.{layer}.{self.OUTPUTS[kind]}", x))
 
     def add_batch(self) -> None:
         self.batches += 1
 
-    def finish(self, world: World = World()) -> dict[str, Tensor]:
-        """Mean over all ranks' batches; c_k and c_v share c_q's."""
-        batches = world.total(torch.tensor(float(self.batches), device=world.device)).item()
+    @torch.no_grad()
+    def add_squares(self, model: GPT, ids: Tensor, hidden: Tensor, generator: torch.Generator) -> None:
+        """One backward pass from labels drawn from the model itself (Fisher's, not the data's, gradients);
+        exact expectations at the logits. Gradients of weights are never formed."""
+        cap, head = model.s.logit_softcap, model.tok_emb if model.s.tie_embeddings else model.lm_head
+        squash = (model.raw_logits(hidden).float().flatten(0, 1) / cap).tanh_()
+        p = (cap * squash).softmax(-1)
+        slope = 1 - squash.square_()
+        squares = {self.head: (p * (1 - p) * slope.square()).sum(0)}
+        label = torch.multinomial(p, 1, generator=generator)
+        d_logits = p.scatter_add_(1, label, -torch.ones_like(label, dtype=p.dtype)).mul_(slope)
+        d_hidden = (d_logits.to(hidden.dtype) @ head.to(hidden.dtype)).view_as(hidden)
+        names, outputs = zip(*self.outputs)
+        for name, x, dx in zip(names, outputs, torch.autograd.grad(hidden, outputs, d_hidden)):
+            x, dx = (v.flatten(0, 1).float() for v in (x, dx))
+            if name == "x0":      # x0 = rms(e), but for the smear's share
+                size = F.embedding(ids.flatten(), model.tok_emb).square().mean(1, keepdim=True) + RMS_EPS
+                de2 = (dx - x * (x * dx).mean(1, keepdim=True)).square() / size
+                dx = p.new_zeros(len(model.tok_emb)).index_add_(0, ids.flatten(), de2.mean(1))
+            else:
+                dx = dx.square().sum(0) / names.count(name)
+            squares[name] = squares.get(name, 0) + dx
+        self.squares = {name: self.squares.get(name, 0) + x for name, x in squares.items()}
+        self.outputs.clear()
+        self.tokens += ids.numel()
+
+    def finish(self, world: World = World()) -> Curvature:
+        """Mean over all ranks' batches; c_k and c_v share c_q's Hessian."""
+        batches, tokens = world.total(torch.tensor([self.batches, self.tokens], dtype=torch.float64,
+                                                   device=world.device)).tolist()
         means = {name: world.total(h).div_(batches) for name, h in self.sums.items()}
         for name in [n for n in means if n.endswith("attn.c_q.weight")]:
             for other in ("c_k", "c_v"):
                 means[name.replace("c_q", other)] = means[name]
-        return means
+        fisher = {name: world.total(x).div_(tokens) for name, x in self.squares.items()}
+        if fisher:      # the embedding also costs where it is read: alike in all columns, as damping is
+            read = fisher.pop("x0") * (tokens / batches)
+            if self.head == "tok_emb.weight":
+                h, g = means[self.head].diagonal(), fisher[self.head]
+                written, damp = g * h.mean(), read.mean() / g.mean()
+                h += damp
+                read = (written + read) / h.mean()
+            fisher["tok_emb.weight"] = read
+        return Curvature(means, fisher)
 
 
-@torch.no_grad()
-def calibrate(s: Settings, world: World, model: GPT, next_batch: Callable[[], Batch]) -> dict[str, Tensor]:
-    """Hessians over GPTQ_CALIBRATION_BATCHES training micro-batches, shared out over the ranks, loops on."""
-    tap, plan = HessianTap(s), layer_plan(s, True)
+def calibrate(s: Settings, world: World, model: GPT, next_batch: Callable[[], Batch]) -> Curvature:
+    """Curvature over GPTQ_CALIBRATION_BATCHES training micro-batches, shared out over the ranks, loops on."""
+    tap, plan, fisher = HessianTap(s), layer_plan(s, True), s.quant_allocation == "fisher"
+    generator = torch.Generator(world.device).manual_seed(s.seed + world.rank)
     for _ in range(-(-s.gptq_calibration_batches // world.size)):
         batch = next_batch().to(world.device)
-        model.hidden(batch.x, plan, batch.layout(s.train_seq_len), tap=tap)
+        with torch.set_grad_enabled(fisher):
+            hidden = model.hidden(batch.x, plan, batch.layout(s.train_seq_len), tap=tap)
+        if fisher:
+            tap.add_squares(model, batch.x, hidden, generator)
         tap.add_batch()
     return tap.finish(world)
 
@@ -2863,61 +2924,142 @@ def row_scales(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
     return (clip_sigmas * w.float().std(dim=-1) / top).clamp_min(1e-10).half()
 
 
-def hessian_factor(h: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
-    """For H (n, C, C): the columns' order (by falling diagonal), upper U with U'U = inverse of the damped H
-    in that order, the dead columns. H reversed = L L', so H = F F' with F upper, and U = inverse of F."""
+def inverse_factor(h: Tensor) -> Tensor:
+    """Upper U (n, C, C) with U'U = inverse of h: h = F F' with F upper, U = inverse of F, by halves."""
+    half = h.size(-1) // 2
+    if half < 256:
+        factor = torch.linalg.cholesky(h.flip(-2, -1)).flip(-2, -1)
+        eye = torch.eye(h.size(-1), dtype=h.dtype, device=h.device).expand_as(h)
+        return torch.linalg.solve_triangular(factor, eye, upper=True)
+    u, after = torch.zeros_like(h), inverse_factor(h[:, half:, half:])
+    x = h[:, :half, half:] @ after.mT
+    before = inverse_factor(h[:, :half, :half] - x @ x.mT)
+    u[:, :half, :half], u[:, half:, half:], u[:, :half, half:] = before, after, -(before @ x) @ after
+    return u
+
+
+def hessian_factor(h: Tensor, damp: float = 0.01, falling: bool = True) -> tuple[Tensor, ...]:
+    """For H (n, C, C): the columns' order (by falling diagonal, or as they are), upper U with U'U = inverse
+    of the damped H in that order, the dead columns, and the U_jj of the falling order: the inverse deviation
+    of a column's input given those after it."""
     h = h.clone()
     diag = h.diagonal(dim1=-2, dim2=-1)          # a view: writing it writes h
     dead = diag == 0
     diag[dead] = 1
     diag += damp * diag.mean(dim=-1, keepdim=True)
     order = diag.argsort(dim=-1, descending=True, stable=True)
-    back = order.flip(-1)
-    picked = torch.stack([m[o][:, o] for m, o in zip(h, back)])
-    factor = torch.linalg.cholesky(picked).flip(-2, -1)
-    eye = torch.eye(h.size(-1), dtype=h.dtype, device=h.device).expand_as(factor)
-    return order, torch.linalg.solve_triangular(factor, eye, upper=True), dead
+    u = inverse_factor(torch.stack([m[o][:, o] for m, o in zip(h, order)]))
+    ratio = torch.empty_like(diag).scatter_(-1, order, u.diagonal(dim1=-2, dim2=-1))
+    return (order, u, dead, ratio) if falling else (order.sort().values, inverse_factor(h), dead, ratio)
 
 
 @torch.no_grad()
 def gptq(w: Tensor, h: Tensor, scale: Tensor, bits: int, damp: float = 0.01, block: int = 128) -> Tensor:
     """Codes (…, R, C) int8 of w under the Hessians h (…, C, C), steps scale (…, R). Columns are rounded by
     falling diagonal, each one's error passed on to those still to come (Frantar et al. 2022)."""
-    shape, top, tile = w.shape, 2 ** (bits - 1) - 1, 16
-    w, h = w.float().reshape(-1, *shape[-2:]), h.float().reshape(-1, *h.shape[-2:])
-    step = scale.float().reshape(len(w), 1, -1).clamp_min(1e-30)
-    order, u, dead = hessian_factor(h, damp)
-    w = w.masked_fill(dead[:, None], 0)
-    t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R): a column is contiguous
-    unit = u / u.diagonal(dim1=-2, dim2=-1)[..., None]           # rows scaled to a unit diagonal
-    codes, columns = torch.empty_like(t), t.size(1)
-    for begin in range(0, columns, block):
-        end = min(begin + block, columns)
-        error = torch.empty_like(t[:, begin:end])
-        for left in range(begin, end, tile):
-            right = min(left + tile, end)
-            for j in range(left, right):
-                q = (t[:, j:j + 1] / step).round().clamp_(-top, top)
-                codes[:, j:j + 1] = q
-                e = t[:, j:j + 1] - q * step
-                error[:, j - begin:j - begin + 1] = e
-                if j + 1 < right:
-                    t[:, j + 1:right] -= unit[:, j, j + 1:right, None] * e
-            t[:, right:end] -= unit[:, left:right, right:end].mT @ error[:, left - begin:right - begin]
-        t[:, end:] -= unit[:, begin:end, end:].mT @ error
-    inverse = order.argsort(dim=-1)
-    out = torch.stack([c[o].mT for c, o in zip(codes, inverse)])
-    return out.to(torch.int8).reshape(shape)
+    w3, h3 = w.float().reshape(-1, *w.shape[-2:]), h.float().reshape(-1, *h.shape[-2:])
+    order, u, dead, _ = hessian_factor(h3, damp)
+    step = scale.float().reshape(len(w3), -1)
+    return round_in_order(w3, step, order, u, dead, 2 ** (bits - 1) - 1, block=block).reshape(w.shape)
 
 
 @torch.no_grad()
-def clip_search(w: Tensor, h: Tensor, bits: int, coarser: float = 1.0) -> tuple[Tensor, Tensor]:
+def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tensor, top: int,
+                   trellis: bool = False, block: int = 128) -> Tensor:
+    """Codes (n, R, C) int8 within ±top of w under steps (n, R). order (n, C), u (n, C, C), dead (n, C) are
+    hessian_factor's; where columns have steps too, w and u come divided by them."""
+    w, step = w.masked_fill(dead[:, None], 0), step[:, None].clamp_min(1e-30)
+    t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R): a column is contiguous
+    unit = u / u.diagonal(dim1=-2, dim2=-1)[..., None]           # rows scaled to a unit diagonal
+    codes, columns = torch.empty_like(t, dtype=torch.int8), t.size(1)
+    state = torch.zeros_like(t[:, 0], dtype=torch.long)
+    for begin in range(0, columns, block):
+        end = min(begin + block, columns)
+        if trellis:
+            q, error, state = trellis_block(t[:, begin:end] / step, unit[:, begin:end, begin:end], state)
+            error *= step
+        else:
+            q, error = plain_block(t[:, begin:end], step, unit[:, begin:end, begin:end], top)
+        codes[:, begin:end] = q
+        t[:, end:] -= unit[:, begin:end, end:].mT @ error
+    return torch.stack([c[o].mT for c, o in zip(codes, order.argsort(dim=-1))])
+
+
+def plain_block(t: Tensor, step: Tensor, unit: Tensor, top: int, tile: int = 16) -> tuple[Tensor, Tensor]:
+    """Round columns t (n, C, R) one after the other: (codes, errors). t is used up."""
+    codes, error = torch.empty_like(t), torch.empty_like(t)
+    for left in range(0, t.size(1), tile):
+        right = min(left + tile, t.size(1))
+        for j in range(left, right):
+            codes[:, j:j + 1] = q = (t[:, j:j + 1] / step).round().clamp_(-top, top)
+            error[:, j:j + 1] = e = t[:, j:j + 1] - q * step
+            if j + 1 < right:
+                t[:, j + 1:right] -= unit[:, j, j + 1:right, None] * e
+        t[:, right:] -= unit[:, left:right, right:].mT @ error[:, left:right]
+    return codes, error
+
+
+# Trellis-coded quantisation (Marcellin and Fischer 1990), Ungerboeck's 8 states. In state s a code k means
+# k + (s & 1) / 2 steps, and its parity chooses the next state: a row's path sees a grid of half steps at the
+# rate of whole ones.
+TRELLIS = np.array([[s >> 1 ^ 5 * (s & 1) ^ 2 * parity for parity in (0, 1)] for s in range(8)], np.uint8)
+# arrivals of each state: two (state, parity) each
+ARRIVALS = np.array([np.argwhere(TRELLIS == to) for to in range(8)]).transpose(1, 2, 0)
+
+
+def trellis_block(t: Tensor, unit: Tensor, state: Tensor, tile: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    """The cheapest path through columns t (n, C, R), in steps, from state (n, R): (codes, errors, end state).
+    All 8 states keep a survivor with feedback of its own; within a tile per column, beyond it per tile."""
+    (from0, odd0), (from1, odd1) = (torch.from_numpy(a).to(t.device) for a in ARRIVALS)
+    half0, half1, odd0, odd1 = (x.to(t.dtype)[:, None] / 2 for x in (from0 & 1, from1 & 1, odd0, odd1))
+    cost = torch.full((t.size(0), 8, t.size(2)), torch.inf, device=t.device).scatter_(1, state[:, None], 0)
+    rest, tiles = t[:, :, None].expand(-1, -1, 8, -1), []          # (n, C, states, R)
+
+    def arrive(x, before, half, odd):
+        y = x - half
+        k = (y / 2 - odd).round_().clamp_(-63, 62).add_(odd).mul_(2)
+        e = y - k
+        return k, e, torch.addcmul(before, e, e)
+
+    for left in range(0, t.size(1), tile):
+        x, rest, path = rest[:, :tile], rest[:, tile:], []
+        right = left + x.size(1)
+        for j in range(left, right):
+            x0, x1 = x.index_select(2, from0), x.index_select(2, from1)
+            k0, e0, c0 = arrive(x0[:, 0], cost[:, from0], half0, odd0)
+            k1, e1, c1 = arrive(x1[:, 0], cost[:, from1], half1, odd1)
+            second = c1 < c0
+            cost, e = torch.minimum(c0, c1), torch.where(second, e1, e0)
+            path.append((torch.where(second, k1, k0), e, torch.where(second, from1[:, None], from0[:, None])))
+            x = torch.where(second[:, None], x1[:, 1:], x0[:, 1:])
+            x -= unit[:, j, j + 1:right, None, None] * e[:, None]
+        at, traced = torch.arange(8, device=t.device)[:, None].expand_as(cost), []
+        for k, e, parent in reversed(path):
+            traced.append((k.gather(1, at), e.gather(1, at)))
+            at = parent.gather(1, at)
+        codes, errors = (torch.stack(v, 1) for v in zip(*reversed(traced)))      # (n, tile, states, R)
+        tiles.append((codes, errors, at))
+        rest = rest.gather(2, at[:, None].expand_as(rest))
+        rest = rest - (unit[:, left:right, right:].mT @ errors.flatten(2)).view_as(rest)
+    at = end = cost.argmin(1, keepdim=True)
+    best = []
+    for codes, errors, start in reversed(tiles):
+        pick = at[:, None].expand(-1, codes.size(1), -1, -1)
+        best.append([v.gather(2, pick)[:, :, 0] for v in (codes, errors)])
+        at = start.gather(1, at)
+    codes, errors = (torch.cat(v, 1) for v in zip(*reversed(best)))
+    return codes, errors, end[:, 0]
+
+
+@torch.no_grad()
+def clip_search(w: Tensor, order: Tensor, u: Tensor, dead: Tensor, bits: int,
+                coarser: float = 1.0) -> tuple[Tensor, Tensor]:
     """(codes, fp16 steps (n, R)) of matrices w (n, R, C): of five percentiles of |row| as largest code, each
     with a pass of GPTQ, the one with the least squared error. As published no step is below 1 / top."""
     top, best = 2 ** (bits - 1) - 1, None
     for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
         scale = ((w.abs().quantile(share, dim=-1) / top).clamp_min(1 / top) * coarser).half()
-        codes = gptq(w, h, scale, bits)
+        codes = round_in_order(w, scale.float(), order, u, dead, top)
         error = (w - codes * scale[..., None].float()).square().mean(dim=(-2, -1))
         if best is not None:
             better = error < best[0]
@@ -2931,7 +3073,7 @@ def clip_search(w: Tensor, h: Tensor, bits: int, coarser: float = 1.0) -> tuple[
 def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor], bits: tuple[int, int],
                    fine: Tensor) -> Tensor:
     """Codes (R, C) int8 of one matrix as gptq's, with the second steps and bits in the columns `fine` (C)."""
-    order, u, dead = (x[0] for x in hessian_factor(h.float()[None], 0.01))
+    order, u, dead, _ = (x[0] for x in hessian_factor(h.float()[None]))
     t, codes = w.float().masked_fill(dead, 0)[:, order].mT.contiguous(), torch.empty_like(w.mT)
     for j, column in enumerate(order.tolist()):
         which = int(fine[column])
@@ -3018,9 +3160,12 @@ def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Quantised:
-    """Flat tensors (`<name>.q`, `.scale`, `.gq`, `.gs`, `.lqA…`, or fp16 `<name>`); how each is stored."""
+    """Flat tensors, how each weight is stored, and the unit of the stored steps. A weight is fp16 `<name>`,
+    int8 rows `.gq`, `.gs`, or codes `.q` with steps: fp16 rows `.scale`, or int8 eighths of an octave of rows
+    `.row` and of columns `.col` (one for all matrices of a Hessian); perhaps factors `.lqA…`."""
     tensors: dict[str, Tensor]
     meta: dict[str, str]
+    unit: float = 1.0
 
 
 def storage_of(s: Settings, name: str, w: Tensor) -> tuple:
@@ -3037,49 +3182,152 @@ def storage_of(s: Settings, name: str, w: Tensor) -> tuple:
     return ("gptq", s.matrix_bits, clip)
 
 
-@torch.no_grad()
-def quantise(s: Settings, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
-             world: World = World(), coarser: float = 1.0) -> Quantised:
-    """Quantise weights (matrix_views names). GPTQ matrices are shared out over the ranks, equal shapes as one
-    batch; every rank returns the whole model. `coarser` multiplies all steps, to fit the size."""
-    out = Quantised({}, {})
-    jobs: dict[tuple, list[str]] = {}
-    for name, w in weights.items():
-        kind, *how = storage_of(s, name, w)
-        if kind == "gptq":
-            jobs.setdefault((*how, tuple(w.shape)), []).append(name)
-            out.meta[name] = f"gptq (int{how[0]})"
-        elif kind == "gate":
-            out.tensors[name + ".gq"], out.tensors[name + ".gs"] = (t.cpu() for t in quantise_rows(w))
-            out.meta[name] = "gate_int8_row"
+OCTAVE = 8             # stored steps are eighths of an octave
+FISHER_FLOOR = 0.03    # smallest sensitivity of a row, as a share of its matrix's mean
+TOP_CODE = 126         # the coder's escapes are above
+BATCH_ROWS = 8192      # rows of equal matrices that are rounded together
+
+
+def input_of(name: str) -> str:
+    """The first matrix of those that read the same input: they share a Hessian and steps of columns."""
+    return name.replace("attn.c_k", "attn.c_q").replace("attn.c_v", "attn.c_q")
+
+
+def octaves(eighths: Tensor) -> Tensor:
+    """Steps float32 from stored int8 ones."""
+    return torch.exp2(eighths.double() / OCTAVE).float()
+
+
+class Quantiser:
+    """A model's weights, ready to be quantised at any fineness: what does not depend on it (factors of the
+    Hessians, ratios of the steps) is computed once. Matrices are shared out over the ranks, those of one
+    Hessian together; equal shapes are one batch."""
+
+    @torch.no_grad()
+    def __init__(self, s: Settings, weights: Mapping[str, Tensor], curvature: Curvature,
+                 world: World = World()):
+        self.s, self.weights, self.world, self.hessians = s, weights, world, curvature.hessians
+        self.names = [n for n, w in weights.items() if storage_of(s, n, w)[0] == "gptq"]
+        self.fisher = s.quant_allocation == "fisher"
+        self.trellis = self.fisher and s.quant_trellis
+        inputs: dict[str, list[str]] = {}
+        for name in self.names:
+            inputs.setdefault(input_of(name), []).append(name)
+        costs = [sum((len(w) + w.size(1) / 3) * w.size(1) ** 2 for w in map(weights.get, group))
+                 for group in inputs.values()]
+        keys = [list(inputs)[i] for i in sorted(share_out(costs, world.size)[world.rank])]
+        self.mine = [n for key in keys for n in inputs[key]]
+        self.factors: dict[str, tuple[Tensor, ...]] = {}
+        for width in sorted({weights[n].size(1) for n in keys}):
+            group = [n for n in keys if weights[n].size(1) == width]
+            eye = torch.eye(width, device=weights[group[0]].device)
+            h = torch.stack([curvature.hessians.get(n, eye) for n in group])
+            self.factors.update(zip(group, zip(*hessian_factor(h, falling=not self.trellis))))
+        self.steps = self.allocate(curvature) if self.fisher else {}
+        for key, (order, u, dead, _) in self.factors.items():
+            self.factors[key] = order, u / self.columns_of(key)[order], dead
+        self.spread = sum(world.gather(sum(map(self.spread_of, self.mine), np.zeros(511))))
+        # beyond this nine codes in ten would be in rows whose steps cannot shrink; hand: the settings' steps
+        low = np.searchsorted(self.spread.cumsum(), 0.1 * self.spread.sum()) - len(self.spread) // 2
+        self.finest = 2 ** (low / OCTAVE) / (TOP_CODE / 4) if self.fisher and self.names else 1.0
+
+    def allocate(self, curvature: Curvature) -> dict[str, Tensor]:
+        """Stored steps, `.row` and `.col`, with step^2 g_row d_col the same for all weights of all matrices,
+        d being the variance of a column's input given the columns that GPTQ rounds after it."""
+        rows, columns, level = {}, {}, {}
+        for name in self.mine:
+            if (key := input_of(name)) not in columns:
+                ratio = self.factors[key][3].double().log2()      # of d^-1/2
+                level[key] = ratio.mean()
+                columns[key] = (ratio - level[key]).cpu()
+            if name in curvature.fisher:
+                g = curvature.fisher[name].double()
+                g = g.clamp_min(max(FISHER_FLOOR * g.mean().item(), 1e-30))
+                rows[name] = (level[key] - g.log2() / 2).cpu()
+        rows, columns = ({n: x for part in self.world.gather(found) for n, x in part.items()}
+                         for found in (rows, columns))
+        size = {n: self.weights[n].double().square().mean(1).clamp_min(1e-20).log2().cpu() / 2
+                for n in self.names}
+        known = [(rows[n] - size[n]).mean() for n in rows]
+        for n in set(size) - set(rows):      # not measured: as fine for its weights as the others on average
+            rows[n] = size[n] + (sum(known) / len(known) if known else 0)
+        middle = torch.cat([rows[n] for n in self.names]).mean()
+        steps = {**{n + ".row": rows[n] - middle for n in self.names},
+                 **{n + ".col": columns[n] for n in self.names if n in columns}}
+        return {n: (OCTAVE * x).round().clamp(-127, 127).to(torch.int8) for n, x in steps.items()}
+
+    def columns_of(self, name: str) -> Tensor:
+        """Step of every column (C) against the others."""
+        w = self.weights[name]
+        return octaves(self.steps.get(input_of(name) + ".col", torch.zeros(w.size(1)))).to(w.device)
+
+    def rows_of(self, name: str, unit: float) -> Tensor:
+        """Stored steps of the rows (R): fp16 by hand; or int8, then raised until no code is over the top."""
+        w = self.weights[name].float()
+        if not self.fisher:
+            _, bits, clip = storage_of(self.s, name, w)
+            return row_scales(w, bits, clip * unit)
+        largest = (w / self.columns_of(name)).abs().amax(1) / (0.9 * TOP_CODE * unit)
+        least = (OCTAVE * largest.clamp_min(1e-9).log2()).ceil().clamp_max(127).to(torch.int8)
+        return torch.maximum(self.steps[name + ".row"].to(w.device), least)
+
+    def spread_of(self, name: str) -> np.ndarray:
+        """How many codes have which standard deviation at unit 1: counts (511) by eighths of an octave around
+        1, taking a code's variance as that of its row times that of its column."""
+        rows = octaves(self.steps[name + ".row"]) if self.fisher else self.rows_of(name, 1.0).float()
+        w = self.weights[name].float() / self.columns_of(name)
+        power = (w / rows.to(w.device)[:, None].clamp_min(1e-30)).square()
+        rows, columns = power.mean(1), power.mean(0) / power.mean().clamp_min(1e-20)
+        counts = ((OCTAVE / 2 * x.clamp_min(1e-20).log2()).round().add(128).clamp(0, 255).int().bincount(
+            minlength=256) for x in (rows, columns))
+        return np.convolve(*(x.cpu().numpy() for x in counts))
+
+    @torch.no_grad()
+    def __call__(self, unit: float = 1.0) -> Quantised:
+        """The whole model on every rank, all steps times `unit`."""
+        out = Quantised(dict(self.steps), {}, unit if self.fisher else 1.0)
+        how = f"gptq ({'trellis' if self.trellis else 'fisher'})"
+        for name, w in self.weights.items():
+            kind, *bits = storage_of(self.s, name, w)
+            if kind == "gptq":
+                out.meta[name] = how if self.fisher else f"gptq (int{bits[0]})"
+            elif kind == "gate":
+                out.tensors[name + ".gq"], out.tensors[name + ".gs"] = (t.cpu() for t in quantise_rows(w))
+                out.meta[name] = "gate_int8_row"
+            else:
+                out.tensors[name], out.meta[name] = w.half().cpu(), "passthrough (float16)"
+        batches: dict[tuple, list[str]] = {}
+        for name in self.mine:
+            w = self.weights[name]
+            batches.setdefault((w.shape, storage_of(self.s, name, w)[1]), []).append(name)
+        done: dict[str, Tensor] = {}
+        for (shape, bits), names in batches.items():
+            for at in range(0, len(names), count := max(1, BATCH_ROWS // shape[0])):
+                self.round(done, names[at:at + count], bits, unit)
+        for part in self.world.gather(done):
+            out.tensors.update(part)
+        if self.s.awq_lite_enabled:
+            protect(self.s, out, self.weights, self.hessians, self.names, unit)
+        if self.s.lqer_enabled:
+            repair(self.s, out, self.weights, self.names)
+        return out
+
+    def round(self, done: dict, names: list[str], bits: int, unit: float) -> None:
+        """Codes and rows' steps of equally shaped matrices into `done`."""
+        w = torch.stack([self.weights[n].float() for n in names])
+        order, u, dead = (torch.stack(x) for x in zip(*(self.factors[input_of(n)] for n in names)))
+        if self.s.quant_clip == "percentile":
+            codes, rows = clip_search(w, order, u, dead, bits, unit)
+        elif self.fisher:
+            rows = torch.stack([self.rows_of(n, unit) for n in names])
+            w = w / torch.stack([self.columns_of(n) for n in names])[:, None]
+            codes = round_in_order(w, octaves(rows) * unit, order, u, dead, TOP_CODE, self.trellis)
         else:
-            out.tensors[name], out.meta[name] = w.half().cpu(), "passthrough (float16)"
-    names = [(key, name) for key, group in jobs.items() for name in group]
-    costs = [key[-1][1] ** 3 / 3 + key[-1][0] * key[-1][1] ** 2 for key, _ in names]
-    mine = [names[i] for i in sorted(share_out(costs, world.size)[world.rank])]
-    done: dict[str, tuple] = {}
-    for bits, clip, shape in dict.fromkeys(key for key, _ in mine):
-        group = [name for key, name in mine if key == (bits, clip, shape)]
-        w = torch.stack([weights[n].float() for n in group])
-        eye = torch.eye(shape[1], device=w.device)
-        h = torch.stack([hessians.get(n, eye) for n in group])
-        if s.quant_clip == "percentile":
-            codes, scale = clip_search(w, h, bits, coarser)
-        else:
-            scale = row_scales(w, bits, clip * coarser)
-            codes = gptq(w, h, scale, bits)
-        # copies, because a pickled view takes its whole stack along
-        own = ([x.clone() for x in stack.cpu()] for stack in (codes, scale))
-        done.update(zip(group, zip(*own)))
-    for part in world.gather(done):
-        done.update(part)
-    for _, name in names:
-        out.tensors[name + ".q"], out.tensors[name + ".scale"] = done[name]
-    if s.awq_lite_enabled:
-        protect(s, out, weights, hessians, [name for _, name in names], coarser)
-    if s.lqer_enabled:
-        repair(s, out, weights, [name for _, name in names])
-    return out
+            rows = torch.stack([self.rows_of(n, unit) for n in names])
+            codes = round_in_order(w, rows.float(), order, u, dead, 2 ** (bits - 1) - 1)
+        for end, stack in ((".row" if self.fisher else ".scale", rows), (".q", codes)):
+            # clones, because a pickled view takes its whole stack along
+            done.update((n + end, x.clone()) for n, x in zip(names, stack.cpu()))
 
 
 def repair(s: Settings, out: Quantised, weights: Mapping[str, Tensor], names: Sequence[str]) -> None:
@@ -3123,18 +3371,34 @@ def factors_of(t: Mapping[str, Tensor], name: str) -> Tensor | float:
     return 0.0
 
 
+def half_steps(codes: np.ndarray) -> np.ndarray:
+    """Which of the codes (R, C) stand half a step higher: a walk from state 0 through every row."""
+    parity, state = np.ascontiguousarray(codes.T).view(np.uint8) & 1, np.zeros(len(codes), np.uint8)
+    for column in parity:
+        odd = column.copy()
+        column[:] = state & 1
+        state = TRELLIS.take(state << 1 | odd)
+    return parity.T
+
+
 def dequantise(q: Quantised) -> dict[str, Tensor]:
     """The float32 weights that a quantised model stands for, by name."""
     weights, t = {}, q.tensors
-    for name in q.meta:
+    for name, how in q.meta.items():
         if name in t:
             weights[name] = t[name].float()
             continue
-        codes, steps = (name + end for end in ((".gq", ".gs") if name + ".gq" in t else (".q", ".scale")))
-        w = t[codes] * t[steps].float()[:, None]
+        if name + ".row" in t:
+            w = t[name + ".q"].float()
+            if "trellis" in how:
+                w += 0.5 * torch.from_numpy(half_steps(t[name + ".q"].numpy()))
+            w *= (q.unit * octaves(t[name + ".row"]))[:, None] * octaves(t[input_of(name) + ".col"])
+        else:
+            codes, steps = (name + end for end in ((".gq", ".gs") if name + ".gq" in t else (".q", ".scale")))
+            w = t[codes] * t[steps].float()[:, None]
         for start in t.get(name + ".awqg_start", torch.empty(0)).tolist():
             group = slice(start, start + int(t[name + ".awqg_size"]))
-            w[:, group] = t[codes][:, group] * t[name + ".awqg_s_hi"].float()[:, None]
+            w[:, group] = t[name + ".q"][:, group] * t[name + ".awqg_s_hi"].float()[:, None]
         weights[name] = w + factors_of(t, name)
     return weights
 
@@ -3325,26 +3589,37 @@ def brotli_unpack(blob: bytes, size: int, stride: int = 1) -> bytes:
 
 # --- contexts
 
+Sides = tuple[np.ndarray, np.ndarray]  # row_ctx (R), col_ctx (C) of one code matrix
+
 # A context says how large a code is expected to be, in eighths of an octave: for rows 7 octaves upwards from
 # an rms of 1/4, for columns 1.5 octaves to either side.
-OCTAVE, ROW_LEVELS, COLUMN_REACH, UNIT = 16, 56, 12, 2
+ROW_LEVELS, COLUMN_REACH = 56, 12
 
 
 def code_level(codes: np.ndarray, axis: int | None = None) -> np.ndarray:
-    """log2 of the rms of codes along an axis -> int8, even 16ths of an octave. Side information: store it."""
+    """log2 of the rms of codes along an axis, int in eighths of an octave."""
     power = np.mean(np.square(codes, dtype=np.float32), axis=axis, dtype=np.float64)
-    return (UNIT * np.rint(OCTAVE / UNIT / 2 * np.log2(np.maximum(power, 1 / 16)))).astype(np.int8)
+    return np.rint(OCTAVE / 2 * np.log2(np.maximum(power, 1 / 16))).astype(int)
 
 
-def scale_contexts(level: int, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(row_ctx (R), col_ctx (C)) of one tensor from what the decoder has, by integers alone. level:
-    code_level of the whole tensor. rows (R), columns (C): sizes of their codes against each other, integers
-    in 16ths of an octave: minus the stored step codes (widen int8 before negating) where steps were set apart
-    from the weights' spread, a measured code_level, or zeros where nothing is known."""
-    rows, columns = (np.asarray(x).astype(np.int32) for x in (rows, columns))
+def code_levels(codes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Side information of codes (R, C), int8 (1 + R + C): the level of all, and by how many quarters of an
+    octave the rms of each row and column differs from what rows (R) and columns (C) predict."""
+    parts = [code_level(codes)[None]]
+    for axis, predicted in ((1, rows), (0, columns)):
+        beyond = code_level(codes, axis) - predicted
+        parts.append(np.rint((beyond - np.median(beyond)) / 2).clip(-127, 127))
+    return np.concatenate(parts).astype(np.int8)
+
+
+def scale_contexts(levels: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> Sides:
+    """(row_ctx (R), col_ctx (C)) of one code matrix from what the decoder has, by integers alone: its
+    code_levels and what they were measured against."""
+    whole, *beyond = np.split(levels.astype(np.int32), [1, 1 + len(rows)])
+    rows, columns = (x + 2 * more for x, more in zip((rows, columns), beyond))
     rows, columns = (x - np.sort(x)[len(x) // 2] for x in (rows, columns))
-    row_ctx = (rows + int(level) + 2 * OCTAVE) // UNIT
-    return row_ctx.clip(0, ROW_LEVELS - 1), (columns // UNIT).clip(-COLUMN_REACH, COLUMN_REACH) + COLUMN_REACH
+    return ((rows + whole + 2 * OCTAVE).clip(0, ROW_LEVELS - 1),
+            columns.clip(-COLUMN_REACH, COLUMN_REACH) + COLUMN_REACH)
 
 
 # --- codes
@@ -3356,7 +3631,6 @@ PROB_BITS, LOW, LANES, MAX_CONTEXTS = 12, 1 << 16, 1024, 256
 PROB_ONE = 1 << PROB_BITS
 ESCAPES = (128, 127)  # uint8 codes standing for even and odd ones listed apart: a trellis walks on parity
 CODES_HEAD = struct.Struct("<HHII")  # lanes, K, listed codes, bytes of (tables, listed codes) packed
-Sides = tuple[np.ndarray, np.ndarray]  # row_ctx (R), col_ctx (C) of one code matrix
 
 
 def equal_widths(sides: Sequence[Sides]) -> Iterator[tuple]:
@@ -3504,7 +3778,7 @@ def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: np.ndarray | None
 
 # --- the model in the container
 
-COLUMN_STREAM, CODE_STREAM, HALF_STREAM, BYTE_STREAM = "columns", "codes", "half", "bytes"
+LEVEL_STREAM, CODE_STREAM, HALF_STREAM, BYTE_STREAM = "levels", "codes", "half", "bytes"
 
 
 def architecture(s: Settings) -> dict:
@@ -3523,7 +3797,12 @@ def stored_tensors(s: Settings, meta: Mapping[str, str]) -> list[tuple[str, str,
     for name, w in matrix_views(blank).items():
         shape, how = tuple(w.shape), meta[name]
         if how.startswith("gptq"):
-            out += [(name + ".q", "int8", shape), (name + ".scale", "half", shape[:1])]
+            out.append((name + ".q", "int8", shape))
+            if how.startswith("gptq (int"):
+                out.append((name + ".scale", "half", shape[:1]))
+            else:
+                out.append((name + ".row", "int8", shape[:1]))
+                out += [(name + ".col", "int8", shape[1:])] if input_of(name) == name else []
             r, (rows, columns), groups = s.lqer_rank, shape, shape[1] * s.lqer_rank // s.lqer_asym_group
             if "+awqgrp" in how:
                 out.append((name + ".awqg_s_hi", "half", shape[:1]))
@@ -3543,12 +3822,15 @@ def stored_tensors(s: Settings, meta: Mapping[str, str]) -> list[tuple[str, str,
 def pack_model(s: Settings, q: Quantised) -> bytes:
     """A quantised model as the bytes of an artifact."""
     entries = stored_tensors(s, q.meta)
-    codes = [q.tensors[key].numpy() for key, *_ in entries if key.endswith(".q")]
+    shapes = {key[:-2]: shape for key, _, shape in entries if key.endswith(".q")}
+    predicted, trellis = coding_plan(q, shapes)
+    codes = [q.tensors[n + ".q"].numpy() for n in shapes]
     streams = {}
     if s.compressor == "ans" and codes:
-        levels = [code_level(c, axis=0) for c in codes]
-        streams[COLUMN_STREAM] = brotli_pack(b"".join(x.tobytes() for x in levels))
-        streams[CODE_STREAM] = encode_codes(codes, [code_contexts(c.shape, x) for c, x in zip(codes, levels)])
+        levels = [code_levels(c, *p) for c, p in zip(codes, predicted)]
+        streams[LEVEL_STREAM] = brotli_pack(b"".join(x.tobytes() for x in levels))
+        sides = [scale_contexts(x, *p) for x, p in zip(levels, predicted)]
+        streams[CODE_STREAM] = encode_codes(codes, sides, trellis)
     else:
         streams[CODE_STREAM] = brotli_pack(b"".join(c.tobytes() for c in codes))
     for stream, kind, stride in ((HALF_STREAM, "half", 2), (BYTE_STREAM, "int8", 1)):
@@ -3556,11 +3838,19 @@ def pack_model(s: Settings, q: Quantised) -> bytes:
                 if dtype == kind and not key.endswith(".q")]
         streams[stream] = brotli_pack(b"".join(part), stride)
     header = {"architecture": architecture(s), "compressor": s.compressor, "meta": compact_meta(q.meta),
-              "storage": {n: getattr(s, n) for n in ("lqer_rank", "lqer_asym_group")},
+              "storage": {n: getattr(s, n) for n in ("lqer_rank", "lqer_asym_group")}, "unit": q.unit,
               "groups": {key: x.tolist() for key, x in q.tensors.items() if x.dtype == torch.int16}}
     if s.prequant_ttt_enabled:
         header["not_compliant"] = PREQUANT       # whoever scores this artifact is told
     return artifact_to_bytes(header, streams)
+
+
+def coding_plan(q: Quantised, shapes: Mapping[str, tuple]) -> tuple[list, np.ndarray | None]:
+    """What coder and decoder know of code matrices, by name: [(rows (R), columns (C)), …] how large codes are
+    expected to be against each other, in eighths of an octave, and the trellis, if any."""
+    predicted = [tuple(-q.tensors.get(key, torch.zeros(size)).int().numpy() for key, size in
+                       zip((n + ".row", input_of(n) + ".col"), shape)) for n, shape in shapes.items()]
+    return predicted, TRELLIS if any("trellis" in q.meta[n] for n in shapes) else None
 
 
 def compact_meta(meta: Mapping[str, str]) -> dict[str, list[str]]:
@@ -3569,11 +3859,6 @@ def compact_meta(meta: Mapping[str, str]) -> dict[str, list[str]]:
     for name, how in meta.items():
         ways.setdefault(how, []).append(name)
     return ways
-
-
-def code_contexts(shape: tuple, columns: np.ndarray) -> Sides:
-    """Contexts of a code matrix: the rms of its columns, which is stored; rows are alike by construction."""
-    return scale_contexts(np.median(columns).astype(np.int8), np.zeros(shape[0], np.int8), columns)
 
 
 def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
@@ -3590,25 +3875,27 @@ def unpack_model(s: Settings, blob: bytes, origin: str) -> Quantised:
     header, streams = artifact_from_bytes(blob, origin)
     check_architecture(s, header.get("architecture", {}), f"{origin} is an artifact")
     s = dataclasses.replace(s, **header["storage"])
-    q = Quantised({}, {name: how for how, names in header["meta"].items() for name in names})
+    q = Quantised({}, {name: how for how, names in header["meta"].items() for name in names}, header["unit"])
     q.tensors.update({key: torch.tensor(x, dtype=torch.int16) for key, x in header["groups"].items()})
     entries = stored_tensors(s, q.meta)
-    keys, shapes = ([e[i] for e in entries if e[0].endswith(".q")] for i in (0, 2))
-    if header["compressor"] == "ans" and shapes:
-        columns = np.frombuffer(brotli_unpack(streams[COLUMN_STREAM], sum(c for _, c in shapes)), np.int8)
-        levels = np.split(columns, np.cumsum([c for _, c in shapes])[:-1])
-        codes = decode_codes(streams[CODE_STREAM], [code_contexts(n, x) for n, x in zip(shapes, levels)])
-    else:
-        sizes = [math.prod(shape) for shape in shapes]
-        flat = np.frombuffer(brotli_unpack(streams[CODE_STREAM], sum(sizes)), np.int8)
-        codes = [x.reshape(n) for x, n in zip(np.split(flat, np.cumsum(sizes)[:-1]), shapes)]
-    q.tensors.update({key: torch.from_numpy(np.array(c)) for key, c in zip(keys, codes)})
     for stream, kind, stride, dtype in ((HALF_STREAM, "half", 2, "<f2"), (BYTE_STREAM, "int8", 1, "i1")):
         part = [(key, shape) for key, how, shape in entries if how == kind and not key.endswith(".q")]
         sizes = [math.prod(shape) for _, shape in part]
         flat = np.frombuffer(brotli_unpack(streams[stream], stride * sum(sizes), stride), dtype).copy()
         for (key, shape), piece in zip(part, np.split(flat, np.cumsum(sizes)[:-1])):
             q.tensors[key] = torch.from_numpy(piece.reshape(shape))
+    shapes = {key[:-2]: shape for key, _, shape in entries if key.endswith(".q")}
+    predicted, trellis = coding_plan(q, shapes)
+    if header["compressor"] == "ans" and shapes:
+        sizes = [1 + sum(shape) for shape in shapes.values()]
+        levels = np.frombuffer(brotli_unpack(streams[LEVEL_STREAM], sum(sizes)), np.int8)
+        sides = [scale_contexts(x, *p) for x, p in zip(np.split(levels, np.cumsum(sizes)[:-1]), predicted)]
+        codes = decode_codes(streams[CODE_STREAM], sides, trellis)
+    else:
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        flat = np.frombuffer(brotli_unpack(streams[CODE_STREAM], sum(sizes)), np.int8)
+        codes = [x.reshape(n) for x, n in zip(np.split(flat, np.cumsum(sizes)[:-1]), shapes.values())]
+    q.tensors.update({name + ".q": torch.from_numpy(np.array(c)) for name, c in zip(shapes, codes)})
     return q
 
 
@@ -3639,32 +3926,77 @@ def check_size(artifact: int) -> int:
     total = artifact + code_bytes()
     if total > ARTIFACT_LIMIT:
         raise UserError(f"artifact {artifact:,} + script {code_bytes():,} = {total:,} bytes is "
-                        f"{total - ARTIFACT_LIMIT:,} over the limit of {ARTIFACT_LIMIT:,}: raise the "
-                        "*_CLIP_SIGMAS, or ship the self-extracting script")
+                        f"{total - ARTIFACT_LIMIT:,} over the limit of {ARTIFACT_LIMIT:,}: make the model "
+                        "smaller, or ship the self-extracting script")
     return total
 
 
+def estimate_bytes(spread: np.ndarray, unit: float = 1.0) -> float:
+    """Bytes of the codes of a Quantiser's spread at this unit, each coded as a Gaussian of its own size."""
+    octave = (np.arange(len(spread)) - len(spread) // 2) / OCTAVE - math.log2(unit)
+    sigma = np.exp2(np.minimum(octave, math.log2(TOP_CODE / 4)))
+    return float(spread @ np.log2(1 + 2 * math.pi * math.e * sigma ** 2)) / 16
+
+
+def unit_for(spread: np.ndarray, size: float, finest: float) -> float:
+    """The finest unit, not below `finest`, at which the codes are estimated to take at most size bytes."""
+    unit = finest
+    for _ in range(40):      # a doubling saves at most one bit per code: never too far
+        bits = 8 * (estimate_bytes(spread, unit) - size) / max(spread.sum(), 1)
+        unit *= 2 ** min(max(bits, 0), 1)
+    return unit
+
+
+def expected_size(s: Settings) -> str:
+    """What the artifact will weigh, from the settings alone: as if all weights were Gaussian. UserError when
+    a code would get less than two bits."""
+    blank = {name: torch.empty(shape, device="meta") for name, shape in parameter_shapes(s).items()}
+    codes, coded, other = 0, 0.0, 0
+    for name, w in matrix_views(blank).items():
+        kind, *how = storage_of(s, name, w)
+        if kind == "gptq":
+            bits, clip = how
+            codes, other = codes + w.numel(), other + sum(w.shape)
+            coded += estimate_bytes(np.array([w.numel()]), clip / (2 ** (bits - 1) - 1))
+        else:
+            other += 2 * w.numel()
+    room = ARTIFACT_LIMIT - code_bytes() - other
+    if room < codes / 4:
+        raise UserError(f"{codes:,} weights would get {8 * room / codes:.2f} bits each in what the limit of "
+                        f"{ARTIFACT_LIMIT:,} bytes leaves; make the model smaller")
+    if s.quant_allocation == "hand" and coded < room:
+        return f"about {coded + other:,.0f} bytes, {room - coded:,.0f} under the limit"
+    return f"{codes:,} weights fitted to the limit, at about {8 * room / max(codes, 1):.2f} bits each"
+
+
 def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, Tensor],
-                    hessians: Mapping[str, Tensor]) -> bytes:
-    """Quantise and pack with the settings' steps; while the total is over the limit, with coarser ones. Every
-    rank returns the artifact's bytes. A size that no step reaches is a UserError."""
-    coarser, codes = 1.0, sum(w.numel() for n, w in weights.items() if storage_of(s, n, w)[0] == "gptq")
-    for _ in range(8):
+                    curvature: Curvature) -> bytes:
+    """Quantise and pack as finely as the limit allows, less at most FIT_MARGIN_BYTES. Every rank returns the
+    artifact's bytes. A size that no step reaches is a UserError."""
+    quantiser = Quantiser(s, weights, curvature, world)
+    cap = ARTIFACT_LIMIT - code_bytes() - 1024 * s.logit_calib_enabled      # its 15 numbers come later
+    finest, spread = quantiser.finest, quantiser.spread
+    # bytes beyond the estimate: not known before the first try, exact enough after it
+    beyond, best, over, under = 0.001 * cap, b"", 0.0, math.inf
+    for _ in range(12):
+        unit = unit_for(spread, cap - s.fit_margin_bytes / 2 - beyond, finest)
+        if not over < unit < under and under < math.inf:
+            unit = math.sqrt(over * under)
         clock = Clock()
-        q = quantise(s, weights, hessians, world, coarser)
+        q = quantiser(unit)
         quantised = clock.elapsed()
         blob = world.share_bytes(pack_model(s, q) if world.main else None)
-        total = len(blob) + code_bytes()
-        run.log("pack", bytes=len(blob), code_bytes=code_bytes(), total=total, coarser=coarser,
+        run.log("pack", bytes=len(blob), code_bytes=code_bytes(), total=len(blob) + code_bytes(), unit=unit,
                 quantise_s=quantised, pack_s=clock.elapsed() - quantised)
-        if total <= ARTIFACT_LIMIT:
-            break
-        # one bit per code is one doubling of the step; 2 KB to spare
-        coarser *= 2 ** (8 * (total - ARTIFACT_LIMIT + 2048) / max(codes, 1) / 0.97)
-        if coarser > 16:
-            break
-    check_size(len(blob))
-    return blob
+        beyond = len(blob) - estimate_bytes(spread, unit)
+        if len(blob) > cap:
+            over = max(over, unit)
+        else:
+            best, under = max(best, blob, key=len), min(under, unit)
+            if unit <= finest or len(blob) >= cap - s.fit_margin_bytes:
+                break
+    check_size(len(best or blob))
+    return best
 
 
 # ============================================================================================================
@@ -4801,7 +5133,7 @@ def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "")
         ("attention", lambda: attention_why or resolve_attention(s.attn_backend, world.device)[1]),
         ("batch", lambda: f"{world.size} ranks x " + "{} micro-batches of {:,} tokens".format(
             *s.batch_shape(world.size))),
-        ("disk", lambda: check_disk(folder, disk_need(s))),
+        ("disk", lambda: check_disk(folder, disk_need(s))), ("size", lambda: expected_size(s)),
         ("training shards", lambda: check_train_shards(s)),
         ("validation shards", lambda: check_validation(s)), ("tokenizer", lambda: check_tokenizer(s)),
         ("data fingerprint", lambda: check_manifest(s))]
@@ -4830,7 +5162,7 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     calibrate(one, world, model, lambda: batch)               # the first pass allocates; the second is timed
     sync(world.device)
     clock = Clock()
-    hessians = calibrate(one, world, model, lambda: batch)
+    curvature = calibrate(one, world, model, lambda: batch)
     sync(world.device)
     seconds = clock.elapsed() * -(-s.gptq_calibration_batches // world.size)
     if s.logit_calib_enabled:
@@ -4839,11 +5171,14 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
         fit_calibration(dataclasses.replace(s, logit_calib_tokens=few, logit_calib_epochs=1), model, tokens)
         seconds += clock.elapsed() * s.logit_calib_epochs * max(1, s.logit_calib_tokens / few)
     clock = Clock()
-    q = quantise(s, matrix_views(weights), hessians, world)
+    quantiser = Quantiser(s, matrix_views(weights), curvature, world)
+    setting_up = clock.elapsed()
+    q = quantiser(unit_for(quantiser.spread, 0.99 * (ARTIFACT_LIMIT - code_bytes()), quantiser.finest))
     packing = Clock()
     blob = world.share_bytes(pack_model(s, q) if world.main else None)
-    # twice: a total over the limit is quantised again; 100 MB/s for saving the weights; a quarter to spare
-    need = seconds + 2 * clock.elapsed() + sum(4 * p.numel() for p in model.parameters()) / 1e8
+    # the fitter takes about three tries; 100 MB/s for saving the weights; a quarter to spare
+    saving = sum(4 * p.numel() for p in model.parameters()) / 1e8
+    need = seconds + 3 * clock.elapsed() - 2 * setting_up + saving
     reserve = world.agree(1.0 + 1.25 * need)
     back = dequantise(unpack_model(s, blob, "the rehearsal's artifact"))
     if any(not torch.equal(back[n], w) for n, w in dequantise(q).items()):
@@ -5013,11 +5348,11 @@ ARTIFACT_NAME = "final_model.int6.ptz"
 def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next_batch: Callable) -> None:
     """Calibrate, quantise, pack and write the artifact, on the training clock."""
     begin = clock.elapsed()
-    hessians = calibrate(s, world, model, next_batch)
+    curvature = calibrate(s, world, model, next_batch)
     sync(world.device)
     calibrated = clock.elapsed()
     weights = matrix_views({n: p.detach() for n, p in model.named_parameters()})
-    blob = quantise_to_fit(s, world, run, weights, hessians)
+    blob = quantise_to_fit(s, world, run, weights, curvature)
     if s.logit_calib_enabled:
         blob = calibrate_logits(s, world, run, blob)
     if world.main:
@@ -5204,7 +5539,7 @@ def check_command(which: str) -> int:
         return 0
     findings = run_checks(s, World.join({}), Path(s.artifact_dir or "runs"))
     if which == "data":
-        findings = [f for f in findings if f.what not in ("device", "attention", "batch", "disk")]
+        findings = [f for f in findings if f.what not in ("device", "attention", "batch", "disk", "size")]
     for f in findings:
         print(f"{'ok   ' if f.ok else 'FAIL '} {f.what}: {f.detail}")
     return int(any(not f.ok for f in findings))

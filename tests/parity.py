@@ -207,7 +207,7 @@ def _short(value) -> str:
 # The reference's own way of adapting: full windows encoded anew, AdamW or SGD, longest documents first.
 EXACT_ARITHMETIC = {"TTT_KV_REUSE": 0, "TTT_SHARED_A": 0, "TTT_SHORT_SCORE_FIRST_ENABLED": 0,
                     "TTT_DOC_ORDER": "length", "ATTN_BACKEND": "plain", "COMPUTE_DTYPE": "float32",
-                    "MUON_DTYPE": "float32",
+                    "MUON_DTYPE": "float32", "QUANT_ALLOCATION": "hand",
                     "COMPILE": "0", "FUSED_CE_ENABLED": "0"}
 
 
@@ -760,7 +760,7 @@ def check_input_rms(fx: Fixture) -> None:
         for ids in batches:
             model.hidden(ids, plan, tap=tap)
             tap.add_batch()
-    hessians = tap.finish()
+    hessians = tap.finish().hessians
     for name, want in fx.group("act_rms").items():
         fx.close(f"rms of {name}", tg.input_rms(s, name, hessians[name], batches[0].numel()), want,
                  **fx.tolerance("act_rms"))
@@ -773,7 +773,7 @@ def check_lqer_variants(fx: Fixture) -> None:
     hessians, first = {n: x.T @ x / 2 for n, x in inputs.items()}, fx.meta["first_variant"]
     for variant, case in fx.meta["variants"].items():
         s = fx.settings(**case["env"], NUM_LOOPS=0, QUANT_ALLOCATION="hand", QUANT_TRELLIS=0)
-        done = tg.quantise(s, weights, hessians)
+        done = tg.Quantiser(s, weights, tg.Curvature(hessians))()
         stored = {**fx.group_raw(f"{first}.quant"), **fx.group_raw(f"{variant}.quant")}
         stored = {k: v for k, v in stored.items() if not re.search(r"\.(lq|awqg)", k) or k in done.tensors}
         fx.equal(f"{variant} ways", done.meta, case["meta"])
@@ -798,7 +798,8 @@ def check_percentile(fx: Fixture) -> None:
         a = fx.group(name)
         w, bits = a["W"][None], int(case["clip_range"]).bit_length() + 1
         h = a.get("H", torch.eye(w.shape[-1]))[None]
-        codes, scale = (x[0] for x in tg.clip_search(w, h, bits))
+        order, u, dead, _ = tg.hessian_factor(h)
+        codes, scale = (x[0] for x in tg.clip_search(w, order, u, dead, bits))
         fx.equal(f"{name} steps", scale, fx.arrays[f"{name}.scale"])
         fx.mostly_equal(f"{name} integers", codes, a["Q"], apart=1, share=0.995 if "H" in a else 1)
         if "mse" in case:
@@ -846,7 +847,7 @@ def check_gptq_model(fx: Fixture, base: Fixture, **overrides) -> None:
     if fx is base:
         check_hessians(fx, s, model, plan, stored)
     weights = {k: v.detach() for k, v in tg.matrix_views(dict(model.named_parameters())).items()}
-    done = tg.quantise(s, weights, stored)
+    done = tg.Quantiser(s, weights, tg.Curvature(stored))()
     kinds = fx.meta["meta"]
     for name, kind in kinds.items():
         fx.equal(f"routing of {name}", done.meta.get(name), kind)
@@ -882,7 +883,7 @@ def check_hessians(fx: Fixture, s, model, plan, stored: dict) -> None:
         for ids in fx.arrays["calibration.input_ids"]:
             model.logits(model.hidden(ids, plan, tap=tap))
             tap.add_batch()
-    hessians = tap.finish()
+    hessians = tap.finish().hessians
     tolerance = fx.tolerance("hessian", rtol=1e-4)["rtol"]
     for name, want in stored.items():
         fx.close(f"Hessian of {name}", hessians[name], want, rtol_of_max_abs=tolerance)

@@ -69,7 +69,8 @@ def test_new_tensors_survive_quantising_and_packing():
     )
     model = sine_model(s)
     weights = tg.matrix_views({n: p.detach() for n, p in model.named_parameters()})
-    q = tg.quantise(s, weights, {n: torch.eye(w.shape[1]) for n, w in weights.items() if ".mlp." in n})
+    hessians = {n: torch.eye(w.shape[1]) for n, w in weights.items() if ".mlp." in n}
+    q = tg.Quantiser(s, weights, tg.Curvature(hessians))()
     back = tg.unpack_model(s, tg.pack_model(s, q), "test")
     restored = tg.dequantise(back)
     assert back.meta == q.meta and set(restored) == set(weights)

@@ -17,7 +17,7 @@ TRELLIS = {4: (0o5, 0o2), 8: (0o13, 0o4), 64: (0o103, 0o24)}
 
 
 def trellis(states):
-    """Next-state table (states, 2) of PACKING.md: z0 = state & 1, z1 = parity of the code."""
+    """Next-state table (states, 2) from parity-check polynomials: z0 = state & 1, z1 = parity of the code."""
     h0, h1 = TRELLIS[states]
     bits = states.bit_length() - 1
     table = np.zeros((states, 2), np.uint8)
@@ -91,23 +91,33 @@ def test_contexts_pay_for_a_scale_field():
     rng = np.random.default_rng(3)
     columns = np.exp2(0.5 * rng.standard_normal(512))
     codes = [np.rint(2.4 * columns * rng.standard_normal((1024, 512))).clip(-127, 127).astype(np.int8)]
-    level, rows, cols = pack.code_level(codes[0]), np.zeros(1024, np.int8), pack.code_level(codes[0], 0)
-    flat = pack.encode_codes(codes, [pack.scale_contexts(level, rows, rows[:512])])
-    aware = pack.encode_codes(codes, [pack.scale_contexts(level, rows, cols)])
-    assert len(aware) + len(pack.brotli_pack(cols.tobytes())) < 0.97 * len(flat)
+    known = np.zeros(1024, int), np.rint(pack.OCTAVE * np.log2(columns)).astype(int)  # e.g. stored steps
+    blind = np.zeros(1024, int), np.zeros(512, int)
+    flat = pack.encode_codes(codes, [blind])
+    sizes = []
+    for sides in (known, blind):
+        levels = pack.code_levels(codes[0], *sides)
+        aware = pack.encode_codes(codes, [pack.scale_contexts(levels, *sides)])
+        sizes.append(len(aware) + len(pack.brotli_pack(levels.tobytes())))
+    assert sizes[0] < sizes[1] < 0.97 * len(flat)  # what the decoder knows need not be sent
 
 
 def test_contexts_are_small_integers():
     rng = np.random.default_rng(4)
     for level in (-128, 0, 127):
+        levels = rng.integers(-128, 128, 1 + 99 + 9).astype(np.int8)
+        levels[0] = level
         rows, columns = rng.integers(-128, 128, 99), rng.integers(-128, 128, 9)
-        a, b = pack.scale_contexts(level, rows.astype(np.int8), columns.astype(np.int8))
+        a, b = pack.scale_contexts(levels, rows, columns)
         assert a.min() >= 0 and b.min() >= 0 and 2 * (a.max() + b.max() + 1) <= pack.MAX_CONTEXTS
 
 
 def test_wrong_side_information_is_refused():
     codes = gaussian([(64, 64), (32, 64)], 2.4)
-    sides = [pack.scale_contexts(21, np.arange(len(c)) % 40, np.zeros(64)) for c in codes]
+    sides = [
+        pack.scale_contexts(np.zeros(len(c) + 65, np.int8), np.arange(len(c)) % 20, np.zeros(64, int))
+        for c in codes
+    ]
     blob = pack.encode_codes(codes, sides)
     for wrong in (
         [sides[1], sides[0]],
@@ -271,13 +281,20 @@ def test_every_damaged_or_foreign_file_is_refused():
 
 @pytest.mark.parametrize("compressor", ["ans", "brotli"])
 @pytest.mark.parametrize(
-    "changes", [dict(), dict(LQER_ASYM_ENABLED=0), dict(LQER_ENABLED=0), dict(NUM_LOOPS=0)]
+    "changes",
+    [
+        dict(),
+        dict(QUANT_TRELLIS=0),
+        dict(QUANT_ALLOCATION="hand", LQER_ENABLED=1),
+        dict(LQER_ENABLED=1, LQER_ASYM_ENABLED=0),
+        dict(QUANT_ALLOCATION="hand", NUM_LOOPS=0),
+    ],
 )
 def test_a_model_is_read_back_bit_for_bit(monkeypatch, compressor, changes):
     monkeypatch.setattr(pack, "SMALL_TENSOR", 1000)
     s = settings(COMPRESSOR=compressor, **changes)
     weights = pack.matrix_views({n: p.detach() for n, p in sine_model(s).named_parameters()})
-    q = pack.quantise(s, weights, {})
+    q = pack.Quantiser(s, weights, pack.Curvature({}))(0.01)
     blob = pack.pack_model(s, q)
     back = pack.unpack_model(s, blob, "test")
     assert back.meta == q.meta and set(back.tensors) == set(q.tensors)
@@ -289,21 +306,53 @@ def test_a_model_is_read_back_bit_for_bit(monkeypatch, compressor, changes):
         pack.unpack_model(dataclasses.replace(s, model_dim=128), blob, "test")
 
 
-def test_coarser_steps_until_it_fits(monkeypatch):
-    """The fitter: a limit 20 % below what the settings' steps give is met; nothing over it is returned."""
-    monkeypatch.setattr(pack, "SMALL_TENSOR", 1000)
-    s = settings(LQER_ENABLED=0)
-    rng = torch.Generator().manual_seed(0)
+def random_model(s, seed):
+    """Weights of rows and columns of unlike sizes, and a curvature unlike in rows."""
+    rng = torch.Generator().manual_seed(seed)
+    shapes = {n: p.detach() for n, p in sine_model(s).named_parameters()}
     weights = {
-        n: torch.randn(w.shape, generator=rng) * 0.02
-        for n, w in pack.matrix_views({n: p.detach() for n, p in sine_model(s).named_parameters()}).items()
+        n: torch.randn(w.shape, generator=rng) * torch.randn(w.shape[-1], generator=rng).exp() * 0.02
+        for n, w in pack.matrix_views(shapes).items()
     }
-    log = []
-    run = type("Quiet", (), {"log": lambda self, event, **v: log.append(v)})()
-    whole = len(pack.quantise_to_fit(s, pack.World(), run, weights, {}))
-    monkeypatch.setattr(pack, "ARTIFACT_LIMIT", pack.code_bytes() + int(0.8 * whole))
-    fitted = pack.quantise_to_fit(s, pack.World(), run, weights, {})
-    assert len(fitted) + pack.code_bytes() <= pack.ARTIFACT_LIMIT and log[-1]["coarser"] > 1
+    fisher = {n: torch.randn(len(w), generator=rng).exp() for n, w in weights.items() if w.dim() == 2}
+    return weights, pack.Curvature({}, fisher)
+
+
+class Log:
+    def __init__(self):
+        self.rows = []
+
+    def log(self, event, **values):
+        self.rows.append(values)
+
+
+@pytest.mark.parametrize(
+    "changes, shares",
+    [(dict(), [0.7]), (dict(QUANT_TRELLIS=0), [0.5, 0.9, 1.1]), (dict(QUANT_ALLOCATION="hand"), [0.8, 1.1])],
+)
+def test_the_fitter_lands_just_under_the_limit(monkeypatch, changes, shares):
+    """At several limits: never over, at most FIT_MARGIN_BYTES under, or all codes at their finest."""
+    monkeypatch.setattr(pack, "SMALL_TENSOR", 1000)
+    s = settings(LQER_ENABLED=0, FIT_MARGIN_BYTES=512, NUM_LAYERS=2, LOOP_END=1, **changes)
+    weights, curvature = random_model(s, 0)
+    quantiser = pack.Quantiser(s, weights, curvature)
+    whole = len(pack.pack_model(s, quantiser(quantiser.finest)))
+    for share in shares:
+        run = Log()
+        monkeypatch.setattr(pack, "ARTIFACT_LIMIT", pack.code_bytes() + int(share * whole))
+        fitted = pack.quantise_to_fit(s, pack.World(), run, weights, curvature)
+        left = pack.ARTIFACT_LIMIT - pack.code_bytes() - len(fitted)
+        assert 0 <= left and (left <= s.fit_margin_bytes or run.rows[-1]["unit"] == quantiser.finest)
+        assert run.rows[-1]["bytes"] == len(fitted)
     monkeypatch.setattr(pack, "ARTIFACT_LIMIT", pack.code_bytes())
     with pytest.raises(UserError, match="over the limit"):
-        pack.quantise_to_fit(s, pack.World(), run, weights, {})
+        pack.quantise_to_fit(s, pack.World(), Log(), weights, curvature)
+
+
+@pytest.mark.parametrize("sigma", [1, 2.4, 12])
+def test_the_estimate_is_what_a_gaussian_costs(sigma):
+    codes, spread = gaussian([(512, 512)], sigma), np.zeros(511)
+    spread[255] = codes[0].size
+    assert pack.estimate_bytes(spread, 1 / sigma) == pytest.approx(entropy_bytes(codes), rel=0.01)
+    unit = pack.unit_for(spread, 0.4 * codes[0].size, 1e-3)
+    assert pack.estimate_bytes(spread, unit) == pytest.approx(0.4 * codes[0].size, rel=1e-3)

@@ -184,14 +184,40 @@ def step(b: Bench) -> list[Row]:
     return b.race("train step", contenders)
 
 
+def column_loop(torch, w, h, scale, top: int, block: int = 128):
+    """GPTQ as its paper's code has it: one matrix, column by column, through an explicit inverse of H."""
+    order = h.diagonal().argsort(descending=True)
+    w, h = w[:, order].clone(), h[order][:, order].clone()
+    h.diagonal().add_(0.01 * h.diagonal().mean())
+    u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    codes = torch.empty_like(w)
+    for begin in range(0, w.size(1), block):
+        end = min(begin + block, w.size(1))
+        error = torch.empty_like(w[:, begin:end])
+        for j in range(begin, end):
+            codes[:, j] = (w[:, j] / scale).round().clamp(-top, top)
+            error[:, j - begin] = (w[:, j] - codes[:, j] * scale) / u[j, j]
+            w[:, j:end] -= error[:, j - begin, None] * u[j, j:end]
+        w[:, end:] -= error @ u[begin:end, end:]
+    return codes[:, order.argsort()].to(torch.int8)
+
+
 def gptq(b: Bench) -> list[Row]:
-    """Rounding with Hessians: one matrix at a time, and equal shapes as one batch."""
+    """Rounding with Hessians: the usual column loop, one matrix at a time, equal shapes as one batch, and the
+    trellis, whose columns are rounded along eight paths."""
     count, rows, columns = (4, 128, 128) if b.small else (8, 512, 2048)
     w = b.torch.randn(count, rows, columns, device=b.device)
     x = b.torch.randn(count, 2 * columns, columns, device=b.device)
     h, scale = x.mT @ x / x.size(1), b.tg.row_scales(w, 6, 12.85)
-    return b.race("GPTQ", {"one by one": lambda: [b.tg.gptq(w[i], h[i], scale[i], 6) for i in range(count)],
-                           "batched": lambda: b.tg.gptq(w, h, scale, 6)})
+
+    def trellis():
+        order, u, dead, _ = b.tg.hessian_factor(h, falling=False)
+        return b.tg.round_in_order(w, scale.float(), order, u, dead, b.tg.TOP_CODE, trellis=True)
+
+    return b.race("GPTQ", {
+        "column loop": lambda: [column_loop(b.torch, w[i], h[i], scale[i].float(), 31) for i in range(count)],
+        "one by one": lambda: [b.tg.gptq(w[i], h[i], scale[i], 6) for i in range(count)],
+        "batched": lambda: b.tg.gptq(w, h, scale, 6), "trellis": trellis})
 
 
 def pack(b: Bench) -> list[Row]:
