@@ -3208,7 +3208,7 @@ class Quantiser:
                  world: World = World()):
         self.s, self.weights, self.world, self.hessians = s, weights, world, curvature.hessians
         self.names = [n for n, w in weights.items() if storage_of(s, n, w)[0] == "gptq"]
-        self.fisher = s.quant_allocation == "fisher"
+        self.fisher = s.quant_allocation == "fisher" and bool(self.names)
         self.trellis = self.fisher and s.quant_trellis
         inputs: dict[str, list[str]] = {}
         for name in self.names:
@@ -3229,7 +3229,7 @@ class Quantiser:
         self.spread = sum(world.gather(sum(map(self.spread_of, self.mine), np.zeros(511))))
         # beyond this nine codes in ten would be in rows whose steps cannot shrink; hand: the settings' steps
         low = np.searchsorted(self.spread.cumsum(), 0.1 * self.spread.sum()) - len(self.spread) // 2
-        self.finest = 2 ** (low / OCTAVE) / (TOP_CODE / 4) if self.fisher and self.names else 1.0
+        self.finest = 2 ** (low / OCTAVE) / (TOP_CODE / 4) if self.fisher else 1.0
 
     def allocate(self, curvature: Curvature) -> dict[str, Tensor]:
         """Stored steps, `.row` and `.col`, with step^2 g_row d_col the same for all weights of all matrices,
