@@ -3490,7 +3490,7 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
 
 # --- container
 
-MAGIC, ARTIFACT_VERSION = b"\x93PGOLF\r\n", 1    # a high byte and a line end: text-mode copies are noticed
+MAGIC, ARTIFACT_VERSION = b"\x93PGOLF\r\n", 2    # a high byte and a line end: text-mode copies are noticed
 PREFIX = struct.Struct("<8sHI8s")                # magic, version, bytes of JSON, digest of the JSON
 
 
