@@ -3305,7 +3305,7 @@ class Quantiser:
         for part in self.world.gather(done):
             out.tensors.update(part)
         if self.s.awq_lite_enabled:
-            protect(self.s, out, self.weights, self.hessians, self.names)
+            protect(self.s, out, self.weights, self.hessians, self.names, unit)
         if self.s.lqer_enabled:
             repair(self.s, out, self.weights, self.names)
         return out
@@ -3488,7 +3488,7 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
 
 # --- container
 
-MAGIC, ARTIFACT_VERSION = b"\x93PGOLF\r\n", 1    # a high byte and a line end: text-mode copies are noticed
+MAGIC, ARTIFACT_VERSION = b"\x93PGOLF\r\n", 2    # a high byte and a line end: text-mode copies are noticed
 PREFIX = struct.Struct("<8sHI8s")                # magic, version, bytes of JSON, digest of the JSON
 
 
@@ -3971,7 +3971,8 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
                     curvature: Curvature) -> bytes:
     """Quantise and pack as finely as the limit allows, less at most FIT_MARGIN_BYTES. Every rank returns the
     artifact's bytes. A size that no step reaches is a UserError."""
-    quantiser, cap = Quantiser(s, weights, curvature, world), ARTIFACT_LIMIT - code_bytes()
+    quantiser = Quantiser(s, weights, curvature, world)
+    cap = ARTIFACT_LIMIT - code_bytes() - 1024 * s.logit_calib_enabled      # its 15 numbers come later
     finest, spread = quantiser.finest, quantiser.spread
     # bytes beyond the estimate: not known before the first try, exact enough after it
     beyond, best, over, under = 0.001 * cap, b"", 0.0, math.inf

@@ -25,7 +25,7 @@ def test_rows_are_measured_once_and_compared(data, tmp_path, monkeypatch, capsys
     model = tg.build_model(s, tg.World())
     weights = tg.matrix_views({n: p.detach() for n, p in model.named_parameters()})
     hessians = {n: tg.torch.eye(w.size(-1)) for n, w in weights.items()}
-    (tmp_path / ARTIFACT).write_bytes(tg.pack_model(s, tg.quantise(s, weights, hessians, tg.World())))
+    (tmp_path / ARTIFACT).write_bytes(tg.pack_model(s, tg.Quantiser(s, weights, tg.Curvature(hessians))()))
     call = [str(tmp_path / ARTIFACT), "none: TTT_LORA_LR=0", "fast:", "--out", str(tmp_path / "rows"),
             "--max-tokens", "100"]
     assert adapt.main(call) == 0
