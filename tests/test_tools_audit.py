@@ -64,15 +64,15 @@ def test_a_good_run_passes_with_figures(run, capsys):
 
 ATTENTION = "y = attention(q, *((k, v) if c.cache is None else c.cache.extend(slot, k, v))"
 ROUND = "rounds.append(Round(longest_first(grouped(everything[begin:end])), everything"
-BOOK = "        self.ledger.book(positions, losses[keep])\n"
+BOOK = "        self.ledger.book(positions, booked[keep])\n"
 PLAN = "        rounds = ttt_rounds(self.s, self.lengths)\n"
-LOSS = "        return losses.view(targets.shape)\n"
+LOSS = "for y in rest)]).view(targets.shape)\n"
 WINDOW = "        windows.append((begin, min(begin + seq_len, total), begin + seq_len - stride))\n"
 MUTANTS = {   # the line to change, what it becomes, the row that fails and why
     "smear": ("inside = ids[:, 1:] != BOS", "follows, inside = None, ids[:, 1:] >= 0", "C1 windows: "),
     "attention": (ATTENTION + ", c.layout)", ATTENTION + ")", "C1 windows: "),
-    "tilt": (LOSS, LOSS.replace("losses.view", "(losses - 0.1 * (targets.flatten() % 4 == 0)).view"), "C2 "),
-    "selection": (LOSS, LOSS.replace(")\n", ").clamp(max=4.0)\n"), "C2 "),
+    "tilt": (LOSS, LOSS.replace("\n", " - 0.1 * (targets % 4 == 0)\n"), "C2 "),
+    "selection": (LOSS, LOSS.replace("\n", ".clamp(max=4.0)\n"), "C2 "),
     "unbooked": (BOOK, "", "probes: coverage is broken"),
     "twice": (BOOK, 2 * BOOK, "probes: target "),
     "phase": (ROUND + "[:end]))", ROUND + "))", "probes: the document at "),

@@ -188,12 +188,12 @@ def ttt_cases(tg, torch, s, device, documents: int) -> list[Case]:
     model = tg.GPT(s).to(device).requires_grad_(False)
     model.compute_dtype = torch.bfloat16
     adapter = tg.Adapter(s, plan, documents, device)
-    cache = tg.KeyCache(s.ttt_eval_seq_len - chunk)
+    cache = tg.KeyCache(s.ttt_eval_seq_len, chunk)
     held = s.ttt_eval_seq_len - chunk
     keys = (documents, held, s.num_kv_heads, s.head_dim)
     cache.old = {slot: tuple(torch.zeros(keys, dtype=torch.bfloat16, device=device) for _ in range(2))
                  for slot in range(plan.slots)}
-    cache.position, cache.last = held, torch.zeros((documents, 1), dtype=torch.int64, device=device)
+    cache.position, cache.last = held, torch.zeros((documents, 2), dtype=torch.int64, device=device)
     ids = torch.zeros((documents, chunk), dtype=torch.int64, device=device)
 
     def losses():
