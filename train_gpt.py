@@ -2954,8 +2954,8 @@ def inverse_factor(h: Tensor) -> Tensor:
 def hessian_factor(h: Tensor, damp: float = 0.01, falling: bool = True) -> tuple[Tensor, ...]:
     """For H (n, C, C): the columns' order (by falling diagonal, or as they are), upper U with U'U = inverse
     of the damped H in that order, the dead columns, and the U_jj of the falling order: the inverse deviation
-    of a column's input given those after it."""
-    h = h.clone()
+    of a column's input given those after it. float64 on a GPU, where float32 products may round to TF32."""
+    h = h.double() if h.is_cuda else h.clone()
     diag = h.diagonal(dim1=-2, dim2=-1)          # a view: writing it writes h
     dead = diag == 0
     diag[dead] = 1
@@ -2963,7 +2963,8 @@ def hessian_factor(h: Tensor, damp: float = 0.01, falling: bool = True) -> tuple
     order = diag.argsort(dim=-1, descending=True, stable=True)
     u = inverse_factor(torch.stack([m[o][:, o] for m, o in zip(h, order)]))
     ratio = torch.empty_like(diag).scatter_(-1, order, u.diagonal(dim1=-2, dim2=-1))
-    return (order, u, dead, ratio) if falling else (order.sort().values, inverse_factor(h), dead, ratio)
+    u = u if falling else inverse_factor(h)
+    return order if falling else order.sort().values, u.float(), dead, ratio.float()
 
 
 @torch.no_grad()
@@ -3281,7 +3282,7 @@ class Quantiser:
             _, bits, clip = storage_of(self.s, name, w)
             return row_scales(w, bits, clip * unit)
         largest = (w / self.columns_of(name)).abs().amax(1) / (0.9 * TOP_CODE * unit)
-        least = (OCTAVE * largest.clamp_min(1e-9).log2()).ceil().clamp_max(127).to(torch.int8)
+        least = (OCTAVE * largest.clamp_min(1e-9).log2()).ceil().clamp(-127, 127).to(torch.int8)
         return torch.maximum(self.steps[name + ".row"].to(w.device), least)
 
     def spread_of(self, name: str) -> np.ndarray:
@@ -3571,10 +3572,10 @@ def byte_unshuffle(data: bytes, stride: int) -> bytes:
     return bytes(out)
 
 
-def brotli_pack(data: bytes, stride: int = 1, workers: int | None = None) -> bytes:
-    """bytes -> bytes. stride: bytes per item (2 for float16). workers: threads (brotli releases the GIL)."""
+def brotli_pack(data: bytes, stride: int = 1) -> bytes:
+    """bytes -> bytes, pieces in parallel (brotli frees the GIL). stride: bytes per item (2 for float16)."""
     data = byte_shuffle(data, stride)
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         packed = list(pool.map(lambda at: brotli.compress(data[at:at + PIECE], quality=11, lgwin=24),
                                range(0, len(data), PIECE)))
     return struct.pack(f"<{len(packed)}I", *map(len, packed)) + b"".join(packed)
@@ -3887,7 +3888,18 @@ def unpack_model(s: Settings, blob: bytes, origin: str) -> Quantised:
     """The Quantised model of an artifact's bytes; UserError when it is damaged or another configuration's."""
     header, streams = artifact_from_bytes(blob, origin)
     check_architecture(s, header.get("architecture", {}), f"{origin} is an artifact")
+    try:
+        return read_model(s, header, streams)
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:     # well-formed nonsense
+        raise UserError(f"{origin} has contents that do not belong together ({type(error).__name__}: {error}): "
+                        "write it again") from error
+
+
+def read_model(s: Settings, header: Mapping, streams: Mapping[str, bytes]) -> Quantised:
+    """The Quantised model of an artifact's header and streams."""
     s = dataclasses.replace(s, **header["storage"])
+    if not 0 < header["unit"] < math.inf:
+        raise ValueError(f"unit {header['unit']}")
     q = Quantised({}, {name: how for how, names in header["meta"].items() for name in names}, header["unit"])
     q.tensors.update({key: torch.tensor(x, dtype=torch.int16) for key, x in header["groups"].items()})
     entries = stored_tensors(s, q.meta)
@@ -3983,9 +3995,10 @@ def expected_size(s: Settings) -> str:
 
 
 def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, Tensor],
-                    curvature: Curvature) -> bytes:
+                    curvature: Curvature, clock: Clock | None = None) -> bytes:
     """Quantise and pack as finely as the limit allows, less at most FIT_MARGIN_BYTES. Every rank returns the
-    artifact's bytes. A size that no step reaches is a UserError."""
+    artifact's bytes. A size that no step reaches is a UserError. clock: training's; once something fits, no
+    further try that would pass its budget."""
     quantiser = Quantiser(s, weights, curvature, world)
     cap = ARTIFACT_LIMIT - code_bytes() - 1024 * s.logit_calib_enabled      # its 15 numbers come later
     finest, spread = quantiser.finest, quantiser.spread
@@ -3995,12 +4008,12 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
         unit = unit_for(spread, cap - s.fit_margin_bytes / 2 - beyond, finest)
         if not over < unit < under and under < math.inf:
             unit = math.sqrt(over * under)
-        clock = Clock()
+        watch = Clock()
         q = quantiser(unit)
-        quantised = clock.elapsed()
+        quantised = watch.elapsed()
         blob = world.share_bytes(pack_model(s, q) if world.main else None)
         run.log("pack", bytes=len(blob), code_bytes=code_bytes(), total=len(blob) + code_bytes(), unit=unit,
-                quantise_s=quantised, pack_s=clock.elapsed() - quantised)
+                quantise_s=quantised, pack_s=watch.elapsed() - quantised)
         beyond = len(blob) - estimate_bytes(spread, unit)
         if len(blob) > cap:
             over = max(over, unit)
@@ -4008,7 +4021,13 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
             best, under = max(best, blob, key=len), min(under, unit)
             if unit <= finest or len(blob) >= cap - s.fit_margin_bytes:
                 break
+        late = clock is not None and 0 < clock.budget < clock.elapsed() + 1.2 * watch.elapsed()
+        if best and world.agree(late):
+            break
     check_size(len(best or blob))
+    if not best:
+        raise UserError(f"the artifact of {len(blob):,} bytes leaves no room for the logit calibration: set "
+                        "LOGIT_CALIB_ENABLED=0")
     return best
 
 
@@ -4551,13 +4570,14 @@ class PhasedTTT:
         self.correctors: list[Corrector] = []
 
     def cost(self, group: np.ndarray, level: int = 0) -> float:
-        """Predicted token-passes of a group; a backward counts twice a forward."""
+        """Predicted token-passes of a group; a backward counts twice a forward. With cached keys half of the
+        time is taken to go with the tokens, half with the steps."""
         n = int(self.lengths[group].max()) - 1
         if level == NO_ADAPTATION:
             return float(len(group) * n)
-        if self.s.ttt_kv_reuse:
-            return 3.0 * len(group) * n
         chunk = self.chunk_size(group, level)
+        if self.s.ttt_kv_reuse:
+            return 1.5 * len(group) * n * (1 + self.chunk_size(group, 0) / chunk)
         ends = np.minimum(np.arange(1, -(-n // chunk) + 1) * chunk, self.s.ttt_eval_seq_len)
         return 3.0 * len(group) * float(ends.sum())
 
@@ -4574,16 +4594,19 @@ class PhasedTTT:
         for r in rounds:
             share = share_out([self.cost(g) for g in r.groups], self.world.size)[self.world.rank]
             todo.append([r.groups[i] for i in sorted(share)])
-        begun, done = self.clock.elapsed() if self.clock else 0.0, 0.0
+        spent = done = 0.0        # seconds and token-passes of adaptation, without phases and waiting
         self.kept = None if self.s.ttt_shared_a else self.new_adapter(self.s.ttt_batch_size)
         self.model.requires_grad_(False)           # adapters learn; the base weights only in a phase
         for r, mine in zip(rounds, todo):
             while mine:
-                self.watch(begun, done, [g for groups in todo for g in groups])
-                group = mine.pop(0)
+                self.watch(spent, done, [g for groups in todo for g in groups])
+                group, watch = mine.pop(0), Clock()
                 self.adapt_group(group)
-                done += self.cost(group, self.level)
-            self.level = max(self.world.gather(self.level))     # all ranks take part in a phase or none
+                sync(self.world.device)
+                spent, done = spent + watch.elapsed(), done + self.cost(group, self.level)
+            level = max(self.world.gather(self.level))          # all ranks take part in a phase or none
+            if level > self.level:
+                self.give_up(level, by="another rank")
             if r.train_on is not None and self.level == 0:
                 self.global_phase(self.ledger.booked(r.train_on, self.world))
                 self.phase += 1
@@ -4592,19 +4615,22 @@ class PhasedTTT:
         self.model.requires_grad_(True)
         return self.ledger.close(self.world)
 
-    def watch(self, begun: float, done: float, left: list[np.ndarray]) -> None:
+    def watch(self, spent: float, done: float, left: list[np.ndarray]) -> None:
         """Give up as little as is needed for the predicted end to lie within EVAL_MAX_SECONDS."""
         if self.clock is None or not self.clock.budget or not done:
             return
         now = self.clock.elapsed()
-        rate = (now - begun) / done
+        rate = spent / done
         ends = [now + rate * sum(self.cost(g, level) for g in left) for level in range(len(GIVE_UP))]
         fits = (i for i, end in enumerate(ends) if i >= self.level and end <= self.clock.budget)
         level = next(fits, NO_ADAPTATION)
         if level > self.level:
-            self.trace("give_up", what=", ".join(GIVE_UP[1:level + 1]), elapsed=now,
-                       predicted_end=ends[self.level])
-            self.level = level
+            self.give_up(level, elapsed=now, predicted_end=ends[self.level])
+
+    def give_up(self, level: int, **why) -> None:
+        """From now on do without what GIVE_UP names up to this level."""
+        self.trace("give_up", what=", ".join(GIVE_UP[1:level + 1]), **why)
+        self.level = level
 
     def new_adapter(self, rows: int) -> Adapter:
         """An adapter whose A is its own draw; a shared A is the same draw for every document and rank."""
@@ -5380,7 +5406,7 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
     sync(world.device)
     calibrated = clock.elapsed()
     weights = matrix_views({n: p.detach() for n, p in model.named_parameters()})
-    blob = quantise_to_fit(s, world, run, weights, curvature)
+    blob = quantise_to_fit(s, world, run, weights, curvature, None if s.eval_only_path else clock)
     if s.logit_calib_enabled:
         blob = calibrate_logits(s, world, run, blob)
     if world.main:

@@ -216,6 +216,17 @@ def test_chunks_by_length():
         settings(TTT_SHORT_SCORE_FIRST_STEPS="600-3")
 
 
+@pytest.mark.parametrize("spent, level", [(1.0, 0), (5.5, 2), (9.0, 3)])
+def test_the_watchdog_predicts_from_adaptation_alone(s, spent, level):
+    """Half of 100 s is gone, most of it in phases and waiting: what counts is the pace of the groups done."""
+    told = []
+    ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s), lambda event, **v: told.append(v),
+                       tg.Clock(100, now=iter([0.0, 50.0]).__next__))
+    group = np.arange(4)
+    ttt.watch(spent, ttt.cost(group), [group] * 10)
+    assert ttt.level == level and len(told) == (level > 0)
+
+
 @pytest.mark.parametrize("budget, given_up", [(1e9, None), (0.5, "adaptation")])
 def test_the_watchdog_scores_everything_in_time(s, budget, given_up):
     """A clock that runs a second per look: with half a second left all is given up, nothing skipped."""

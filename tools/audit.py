@@ -128,13 +128,14 @@ def probe(audit: Audit) -> list[Check]:
                 world = tg.World.join({})
                 tg.set_up(s, world)
                 model = tg.build_model(s, world)
-                weights = tg.dequantise(tg.unpack_model(s, audit.artifact.read_bytes(), audit.artifact.name))
-                tg.load_weights(model, weights, audit.artifact.name)
+                mark = tg.open_artifact(s, world, model, audit.artifact)[1]
             except (AttributeError, NameError) as error:
                 raise ToolError(f"{audit.origin} is no script of this kind ({error})") from None
             except tg.UserError as error:
                 raise ToolError(str(error)) from None
-            return [*judged(tg, s, world, model), *data_checks(trusted, s.val_doc_fraction == 1, audit)]
+            marked = [Check("flags", "the artifact calls itself compliant", False, mark)] if mark else []
+            data = data_checks(trusted, s.val_doc_fraction == 1, audit)
+            return [*judged(tg, s, world, model), *marked, *data]
 
 
 def judged(tg, s, world, model) -> list[Check]:
