@@ -3890,8 +3890,8 @@ def unpack_model(s: Settings, blob: bytes, origin: str) -> Quantised:
     check_architecture(s, header.get("architecture", {}), f"{origin} is an artifact")
     try:
         return read_model(s, header, streams)
-    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:     # well-formed nonsense
-        raise UserError(f"{origin} has contents that do not belong together ({type(error).__name__}: {error}): "
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # it is well-formed
+        raise UserError(f"{origin} has contents that do not fit together ({type(error).__name__}: {error}): "
                         "write it again") from error
 
 

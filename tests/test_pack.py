@@ -306,6 +306,33 @@ def test_a_model_is_read_back_bit_for_bit(monkeypatch, compressor, changes):
         pack.unpack_model(dataclasses.replace(s, model_dim=128), blob, "test")
 
 
+NONSENSE = {  # changes to a good header that leave the file itself well-formed
+    "no unit": lambda h: h.pop("unit"),
+    "unit 0": lambda h: h.update(unit=0),
+    "unit text": lambda h: h.update(unit="1"),
+    "no storage": lambda h: h.pop("storage"),
+    "strange storage": lambda h: h["storage"].update(nothing=1),
+    "a group of 0": lambda h: h["storage"].update(lqer_asym_group=0),
+    "no tensors": lambda h: h.update(meta={}),
+    "other ways": lambda h: h.update(meta={"passthrough (float16)": sum(h["meta"].values(), [])}),
+    "no compressor": lambda h: h.pop("compressor"),
+    "other compressor": lambda h: h.update(compressor="brotli"),
+    "groups": lambda h: h.update(groups={"x": "y"}),
+}
+
+
+@pytest.mark.parametrize("what", NONSENSE)
+def test_a_well_formed_file_of_nonsense_is_refused(monkeypatch, what):
+    monkeypatch.setattr(pack, "SMALL_TENSOR", 1000)
+    s = settings(LQER_ENABLED=1)
+    weights = pack.matrix_views({n: p.detach() for n, p in sine_model(s).named_parameters()})
+    blob = pack.pack_model(s, pack.Quantiser(s, weights, pack.Curvature({}))(0.01))
+    header, streams = pack.artifact_from_bytes(blob, "test")
+    NONSENSE[what](header)
+    with pytest.raises(UserError, match="again"):
+        pack.unpack_model(s, pack.artifact_to_bytes(header, streams), "test")
+
+
 def random_model(s, seed):
     """Weights of rows and columns of unlike sizes, and a curvature unlike in rows."""
     rng = torch.Generator().manual_seed(seed)
