@@ -366,8 +366,6 @@ class Settings:
         layers = self.ve_layers.replace(" ", "").split(",")
         refuse_if(self.ve_enabled and not all(i.isdigit() and int(i) < self.num_layers for i in layers),
                   f"VE_LAYERS={self.ve_layers} must be layers below NUM_LAYERS={self.num_layers}, as 9,10")
-        refuse_if(bool(self.matrix_lr_late) and not self.matrix_lr_early,
-                  f"MATRIX_LR_LATE={self.matrix_lr_late:g} needs MATRIX_LR_EARLY, which begins the split")
         refuse_if(bool(self.matrix_lr_early) and not self.matrix_lr,
                   f"MATRIX_LR_EARLY={self.matrix_lr_early:g} is relative to MATRIX_LR, which is 0: raise it")
         refuse_if(self.asym_logit_train and not self.asym_logit_rescale,
