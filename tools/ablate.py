@@ -1,0 +1,134 @@
+"""What each mechanism is worth: runs that differ from one configuration by one thing, seed by seed.
+
+    set -a; . configs/best.env; . my_sizes.env; set +a; python tools/ablate.py runs/ablation --seeds 1 2 3
+
+The environment is the configuration, and every row of ROWS changes what it names. Rows of the model are trained and
+scored by their averaged weights (prequant_val_bpb); rows of quantising and scoring start from the weights of the
+configuration itself and are scored by the artifact (val_bpb). Finished runs are taken up again. The table shows the
+paired difference over seeds with its standard error: negative means that the change helps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+
+SCRIPT = Path(__file__).resolve().parents[1] / "train_gpt.py"
+
+TRAINED = {
+    "no U-Net skip gates": "SKIP_GATES_ENABLED=0",
+    "no smear gate": "SMEAR_GATE_ENABLED=0",
+    "no attention gate": "SPARSE_ATTN_GATE_ENABLED=0",
+    "dense attention gate": "SPARSE_ATTN_GATE_ENABLED=0 GATED_ATTN_ENABLED=1",
+    "projected attention gate": "SPARSE_ATTN_GATE_ENABLED=0 ATTN_OUT_GATE_ENABLED=1",
+    "no XSA": "XSA_LAST_N=0",
+    "no depth recurrence": "NUM_LOOPS=0",
+    "recurrence from the first step": "ENABLE_LOOPING_AT=0",
+    "no parallel lanes": "PARALLEL_START_LAYER=0",
+    "ReLU squared": "NEGATIVE_SLOPE=0",
+    "slope 0.3": "NEGATIVE_SLOPE=0.3",
+    "no scale by depth": "LN_SCALE=0",
+    "rotary on all channels": "ROPE_DIMS=0",
+    "query gain starts at 1": "QK_GAIN_INIT=1",
+    "bigram table": "BIGRAM_VOCAB_SIZE=2048 BIGRAM_DIM=64",
+    "value embeddings": "VE_ENABLED=1 VE_DIM=64 VE_LAYERS=4,5",
+    "untied head": "TIE_EMBEDDINGS=0",
+    "two trained caps": "ASYM_LOGIT_RESCALE=1 ASYM_LOGIT_TRAIN=1",
+    "no floor of the learning rate": "MIN_LR=0",
+    "split learning rate, early x 0.7": "MATRIX_LR_EARLY=0.0182 MATRIX_LR_LATE=0.026 BANK_SPLIT=3",
+    "no row normalisation in Muon": "MUON_ROW_NORMALIZE=0",
+    "one quintic in Muon": "MUON_COEFFICIENTS=quintic",
+    "no averaging": "EMA_DECAY=0",
+    "coprime windows": "TRAIN_LOADER=coprime",
+    "growing context": "TRAIN_SEQ_SCHEDULE=128@0.3,256@0.7,512@1 SEQ_CHANGE_WARMUP_STEPS=4",
+}
+SCORED = {
+    "steps by hand": "QUANT_ALLOCATION=hand QUANT_TRELLIS=0",
+    "steps by hand, LQER": "QUANT_ALLOCATION=hand QUANT_TRELLIS=0 LQER_ENABLED=1",
+    "steps by hand, AWQ": "QUANT_ALLOCATION=hand QUANT_TRELLIS=0 AWQ_LITE_ENABLED=1",
+    "no trellis": "QUANT_TRELLIS=0",
+    "logit calibration": "LOGIT_CALIB_ENABLED=1",
+    "no test-time training": "TTT_ENABLED=0",
+    "no phases": "PHASED_TTT_PREFIX_DOCS=0",
+    "longest first": "TTT_DOC_ORDER=length",
+    "adapters: not Q": "TTT_Q_LORA=0",
+    "adapters: not V": "TTT_V_LORA=0",
+    "adapters: not K": "TTT_K_LORA=0",
+    "adapters: not O": "TTT_O_LORA=0",
+    "adapters: not the MLP": "TTT_MLP_LORA=0",
+    "two steps a chunk": "TTT_GRAD_STEPS=2",
+    "n-gram tilt": "NGRAM_TILT_ENABLED=1",
+    "n-gram tilt, shrinking boost": "NGRAM_TILT_ENABLED=1 NGRAM_BOOST_GAMMA=1",
+    "three experts that agree": "NGRAM_TILT_ENABLED=1 WITHIN_TAU=0.45 WITHIN_BOOST=0.75 WORD_TAU=0.65 "
+                                "WORD_BOOST=0.75 AGREE_ADD_BOOST=0.5",
+    "n-gram corrector": "CORRECTOR_ALPHA=0.3 CORRECTOR_ORDERS=2,3,5",
+}
+
+
+def run(folder: Path, changes: str, **more: str) -> dict | None:
+    """The summary of one run, run now unless it is there; None when it failed (its log stays)."""
+    if not (folder / "summary.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        env = {**os.environ, **dict(c.split("=", 1) for c in changes.split()), **more, "ARTIFACT_DIR": str(folder)}
+        with open(folder / "output.log", "w") as log:
+            if subprocess.run([sys.executable, str(SCRIPT)], env=env, stdout=log, stderr=log).returncode:
+                return None
+    return json.loads((folder / "summary.json").read_text())
+
+
+def table(results: dict, base: str, key: str, seeds: list[int]) -> list[str]:
+    """Markdown: score of the base, then every row's paired difference ± standard error."""
+    values = {name: [r and r.get(key) for r in runs] for name, runs in results.items()}
+    lines = ["| change | BPB | difference | seeds |", "|---|---|---|---|"]
+    for name, row in values.items():
+        pairs = [(v, b) for v, b in zip(row, values[base]) if v is not None and b is not None]
+        if not pairs:
+            lines.append(f"| {name} | failed | | 0 of {len(seeds)} |")
+            continue
+        d = [v - b for v, b in pairs]
+        error = f" ± {stdev(d) / len(d) ** 0.5:.4f}" if len(d) > 1 else ""
+        shown = "" if name == base else f"{mean(d):+.4f}{error}"
+        lines.append(f"| {name} | {mean(v for v, _ in pairs):.4f} | {shown} | {len(d)} of {len(seeds)} |")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder of the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--workers", type=int, default=1, help="runs side by side")
+    parser.add_argument("--part", choices=("trained", "scored", "both"), default="both")
+    parser.add_argument("--rows", nargs="*", help="only rows whose name contains one of these")
+    args = parser.parse_args()
+
+    base = "the configuration"
+    with ThreadPoolExecutor(args.workers) as pool:
+        for part, rows, key in (("trained", TRAINED, "prequant_val_bpb"), ("scored", SCORED, "val_bpb")):
+            chosen = {base: "", **{k: v for k, v in rows.items()
+                                   if not args.rows or any(r in k for r in args.rows)}}
+            if args.part not in (part, "both"):
+                continue
+            jobs = {}
+            if part == "scored":       # every seed's weights first
+                list(pool.map(lambda s: run(args.out / "trained" / "base" / str(s), "", SEED=str(s),
+                                            PREQUANT_ONLY="1"), args.seeds))
+            for seed in args.seeds:    # seed by seed, so that an interrupted study has whole rows
+                more = ({"PREQUANT_ONLY": "1"} if part == "trained" else
+                        {"EVAL_ONLY_PATH": str(args.out / "trained" / "base" / str(seed) / "final_model.pt")})
+                for name, changes in chosen.items():
+                    label = "base" if name == base else name.replace(" ", "_").replace(",", "")
+                    folder = args.out / part / label / str(seed)
+                    jobs.setdefault(name, []).append(pool.submit(run, folder, changes, SEED=str(seed), **more))
+            results = {name: [j.result() for j in row] for name, row in jobs.items()}
+            print("\n".join([f"\n{key}", *table(results, base, key, args.seeds)]), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
