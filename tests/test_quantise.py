@@ -199,7 +199,7 @@ def test_trellis_codes_are_decoded_as_they_were_chosen():
     g = torch.Generator().manual_seed(0)
     t, state = 3 * torch.randn(2, 70, 5, generator=g), torch.zeros(2, 5, dtype=torch.long)
     unit = torch.eye(70) + 0.1 * torch.randn(2, 70, 70, generator=g).triu(1)
-    codes, errors, end = tg.trellis_block(t, unit, state)
+    codes, errors, end = tg.trellis_block(t, unit, torch.ones(2, 70, 1), state)
     for m in range(2):
         rows = codes[m].mT.to(torch.int8)
         half = torch.from_numpy(tg.half_steps(rows.numpy()).astype("float32")) / 2
