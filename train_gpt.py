@@ -3600,6 +3600,13 @@ def brotli_unpack(blob: bytes, size: int, stride: int = 1) -> bytes:
     return byte_unshuffle(data, stride)
 
 
+def split_bytes(blob: bytes, sizes: Sequence[int], dtype: str = "i1") -> list[np.ndarray]:
+    """Arrays of these sizes that brotli_pack was given one after the other."""
+    stride = np.dtype(dtype).itemsize
+    flat = np.frombuffer(brotli_unpack(blob, stride * sum(sizes), stride), dtype).copy()
+    return np.split(flat, np.cumsum(sizes)[:-1]) if sizes else []
+
+
 # --- contexts
 
 Sides = tuple[np.ndarray, np.ndarray]  # row_ctx (R), col_ctx (C) of one code matrix
@@ -3931,6 +3938,32 @@ def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: np.ndarray | None
     return [out[i] for i in range(len(sides))]
 
 
+# rows (R), columns (C) of each matrix: how large codes are expected to be against each other, in eighths of
+# an octave, by what the decoder has
+Predicted = Sequence[tuple[np.ndarray, np.ndarray]]
+
+
+def pack_codes(codes: Sequence[np.ndarray], predicted: Predicted,
+               trellis: np.ndarray | None = None) -> tuple[dict[str, bytes], list[int]]:
+    """Codes [int8 (R, C), …] as streams, and the numbers of the matrices that have factors."""
+    factors = {i: found for i, c in enumerate(codes) if (found := shared_factors(c)) is not None}
+    levels = [code_levels(residues(c, factors.get(i)), *predicted[i]) for i, c in enumerate(codes)]
+    sides = [scale_contexts(x, *p) for x, p in zip(levels, predicted)]
+    return {FACTOR_STREAM: brotli_pack(b"".join(x.tobytes() for x in factors.values())),
+            LEVEL_STREAM: brotli_pack(b"".join(x.tobytes() for x in levels)),
+            CODE_STREAM: encode_codes(codes, sides, trellis, factors) if codes else b""}, list(factors)
+
+
+def unpack_codes(streams: Mapping[str, bytes], tall: Sequence[int], predicted: Predicted,
+                 trellis: np.ndarray | None = None) -> list[np.ndarray]:
+    """Inverse of pack_codes, `tall` being the numbers that it gave; UserError for anything else."""
+    found = split_bytes(streams[FACTOR_STREAM], [RANK * len(predicted[i][1]) for i in tall])
+    levels = split_bytes(streams[LEVEL_STREAM], [1 + len(rows) + len(columns) for rows, columns in predicted])
+    sides = [scale_contexts(x, *p) for x, p in zip(levels, predicted)]
+    factors = {i: x.reshape(RANK, -1) for i, x in zip(tall, found)}
+    return decode_codes(streams[CODE_STREAM], sides, trellis, factors) if sides else []
+
+
 # --- the model in the container
 
 LEVEL_STREAM, FACTOR_STREAM, CODE_STREAM, HALF_STREAM, BYTE_STREAM = "levels factors codes half bytes".split()
@@ -3978,19 +4011,12 @@ def pack_model(s: Settings, q: Quantised) -> bytes:
     """A quantised model as the bytes of an artifact."""
     entries = stored_tensors(s, q.meta)
     shapes = {key[:-2]: shape for key, _, shape in entries if key.endswith(".q")}
-    predicted, trellis = coding_plan(q, shapes)
-    codes = [q.tensors[n + ".q"].numpy() for n in shapes]
-    factors = {i: found for i, c in enumerate(codes) if (found := shared_factors(c)) is not None}
-    levels = [code_levels(residues(c, factors.get(i)), *predicted[i]) for i, c in enumerate(codes)]
-    sides = [scale_contexts(x, *p) for x, p in zip(levels, predicted)]
-    streams = {FACTOR_STREAM: brotli_pack(b"".join(x.tobytes() for x in factors.values())),
-               LEVEL_STREAM: brotli_pack(b"".join(x.tobytes() for x in levels)),
-               CODE_STREAM: encode_codes(codes, sides, trellis, factors) if codes else b""}
+    streams, tall = pack_codes([q.tensors[n + ".q"].numpy() for n in shapes], *coding_plan(q, shapes))
     for stream, kind, stride in ((HALF_STREAM, "half", 2), (BYTE_STREAM, "int8", 1)):
         part = [q.tensors[key].numpy().tobytes() for key, dtype, _ in entries
                 if dtype == kind and not key.endswith(".q")]
         streams[stream] = brotli_pack(b"".join(part), stride)
-    header = {"architecture": architecture(s), "meta": compact_meta(q.meta), "factors": list(factors),
+    header = {"architecture": architecture(s), "meta": compact_meta(q.meta), "factors": tall,
               "storage": {n: getattr(s, n) for n in ("lqer_rank", "lqer_asym_group")}, "unit": q.unit,
               "groups": {key: x.tolist() for key, x in q.tensors.items() if x.dtype == torch.int16}}
     if s.prequant_ttt_enabled:
@@ -4034,13 +4060,6 @@ def unpack_model(s: Settings, blob: bytes, origin: str) -> Quantised:
                         "write it again") from error
 
 
-def split_bytes(blob: bytes, sizes: Sequence[int], dtype: str = "i1") -> list[np.ndarray]:
-    """Arrays of these sizes that brotli_pack was given one after the other."""
-    stride = np.dtype(dtype).itemsize
-    flat = np.frombuffer(brotli_unpack(blob, stride * sum(sizes), stride), dtype).copy()
-    return np.split(flat, np.cumsum(sizes)[:-1]) if sizes else []
-
-
 def read_model(s: Settings, header: Mapping, streams: Mapping[str, bytes]) -> Quantised:
     """The Quantised model of an artifact's header and streams."""
     s = dataclasses.replace(s, **header["storage"])
@@ -4054,14 +4073,8 @@ def read_model(s: Settings, header: Mapping, streams: Mapping[str, bytes]) -> Qu
         pieces = split_bytes(streams[stream], [math.prod(shape) for _, shape in part], dtype)
         q.tensors.update({key: torch.from_numpy(x.reshape(shape)) for (key, shape), x in zip(part, pieces)})
     shapes = {key[:-2]: shape for key, _, shape in entries if key.endswith(".q")}
-    predicted, trellis = coding_plan(q, shapes)
-    sizes = [shape[1] * RANK for shape in (list(shapes.values())[i] for i in header["factors"])]
-    factors = split_bytes(streams[FACTOR_STREAM], sizes)
-    factors = {i: x.reshape(RANK, -1) for i, x in zip(header["factors"], factors)}
-    levels = split_bytes(streams[LEVEL_STREAM], [1 + sum(shape) for shape in shapes.values()])
-    sides = [scale_contexts(x, *p) for x, p in zip(levels, predicted)]
-    codes = decode_codes(streams[CODE_STREAM], sides, trellis, factors) if shapes else []
-    q.tensors.update({name + ".q": torch.from_numpy(np.array(c)) for name, c in zip(shapes, codes)})
+    codes = unpack_codes(streams, header["factors"], *coding_plan(q, shapes))
+    q.tensors.update({name + ".q": torch.from_numpy(c) for name, c in zip(shapes, codes)})
     return q
 
 
@@ -4116,6 +4129,11 @@ def unit_for(spread: np.ndarray, size: float, finest: float) -> float:
     return unit
 
 
+# Measured on trained models of 1.3 M weights: errors passed on by GPTQ widen codes by 0.06 to 0.5 squared steps,
+# of which contexts win half back; guesses save 6 to 9 % of an embedding.
+FEEDBACK, GUESSED = 0.1, 0.93
+
+
 def expected_size(s: Settings) -> str:
     """What the artifact will weigh, from the settings alone: as if all weights were Gaussian. UserError when
     a code would get less than two bits."""
@@ -4126,7 +4144,9 @@ def expected_size(s: Settings) -> str:
         if kind == "gptq":
             bits, clip = how
             codes, other = codes + w.numel(), other + sum(w.shape)
-            coded += estimate_bytes(np.array([w.numel()]), clip / (2 ** (bits - 1) - 1))
+            spread = math.sqrt(((2 ** (bits - 1) - 1) / clip) ** 2 + FEEDBACK)
+            share = GUESSED if w.size(0) >= TALL * w.size(1) else 1.0
+            coded += share * estimate_bytes(np.array([w.numel()]), 1 / spread)
         else:
             other += 2 * w.numel()
     room = ARTIFACT_LIMIT - code_bytes(s.code_form) - other

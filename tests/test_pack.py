@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import re
 import resource
 
 import brotli
 import numpy as np
 import pytest
 import torch
-from conftest import settings, sine_model
+from conftest import ROOT, settings, sine_model
 from conftest import tg as pack
 
 UserError = pack.UserError
@@ -434,3 +435,40 @@ def test_the_estimate_is_what_a_gaussian_costs(sigma):
     assert pack.estimate_bytes(spread, 1 / sigma) == pytest.approx(entropy_bytes(codes), rel=0.01)
     unit = pack.unit_for(spread, 0.4 * codes[0].size, 1e-3)
     assert pack.estimate_bytes(spread, unit) == pytest.approx(0.4 * codes[0].size, rel=1e-3)
+
+
+def test_expected_size_is_what_trained_like_weights_take(monkeypatch):
+    """Hand clips, and inputs whose directions differ as much as trained ones': within 2 % of what is packed."""
+    monkeypatch.setattr(pack, "SMALL_TENSOR", 4096)
+    s = settings(MODEL_DIM=128, NUM_LAYERS=2, LOOP_END=1, QUANT_ALLOCATION="hand", LQER_ENABLED=0)
+    weights, hessians = random_model(s, 0)[0], {}
+    for i, (name, w) in enumerate(weights.items()):
+        w.copy_(0.02 * torch.randn(w.shape, generator=torch.Generator().manual_seed(i)))
+        if pack.storage_of(s, name, w)[0] == "gptq" and pack.input_of(name) == name:
+            x = torch.randn(2048, 24, generator=torch.Generator().manual_seed(i))
+            mix = torch.randn(24, w.size(1), generator=torch.Generator().manual_seed(99 + i))
+            x = x @ mix + 3 * torch.randn(2048, w.size(1), generator=torch.Generator().manual_seed(i))
+            hessians[name] = x.mT @ x
+    blob = pack.pack_model(s, pack.Quantiser(s, weights, pack.Curvature(hessians))())
+    told = int(re.match(r"about ([\d,]+) bytes", pack.expected_size(s))[1].replace(",", ""))
+    assert len(blob) == pytest.approx(told, rel=0.02)
+
+
+def test_the_counted_form_of_the_script():
+    """CODE_FORM=packed leaves the difference to the weights, and counts what self_extracting makes."""
+    source = (ROOT / "train_gpt.py").read_bytes()
+    assert pack.code_bytes() == len(source)
+    assert pack.code_bytes("packed") == len(pack.self_extracting(source)) < len(source) / 3
+    assert pack.check_size(100, "packed") == 100 + pack.code_bytes("packed")
+
+
+@pytest.mark.parametrize("form", ["readable", "packed"])
+def test_the_fitter_leaves_room_for_the_form_that_is_shipped(monkeypatch, form):
+    monkeypatch.setattr(pack, "SMALL_TENSOR", 1000)
+    s = settings(NUM_LAYERS=2, LOOP_END=1, LQER_ENABLED=0, QUANT_TRELLIS=0, CODE_FORM=form)
+    weights, curvature = random_model(s, 0)
+    monkeypatch.setattr(pack, "ARTIFACT_LIMIT", pack.code_bytes(form) + 40_000)
+    run = Log()
+    blob = pack.quantise_to_fit(s, pack.World(), run, weights, curvature)
+    assert 40_000 - s.fit_margin_bytes <= len(blob) <= 40_000
+    assert run.rows[-1]["code_bytes"] == pack.code_bytes(form)
