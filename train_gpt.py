@@ -3698,8 +3698,9 @@ def residues(codes: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
 
 # --- tables
 
-PROB_BITS, MAX_CONTEXTS = 12, 256
+PROB_BITS = 12
 PROB_ONE = 1 << PROB_BITS
+NO_LEVEL = 255        # a table of its own
 ESCAPES = (128, 127)  # uint8 codes standing for even and odd ones listed apart: a trellis walks on parity
 
 
@@ -3719,14 +3720,18 @@ def normal_table(level: int, odd: int) -> np.ndarray:
     return freq
 
 
-def fitted_table(count: np.ndarray) -> np.ndarray:
-    """Frequencies (256), PROB_ONE in all, for counts (256) of codes as uint8. Rare ones get none: a slot
-    costs the others 1 / PROB_ONE, and listing a code apart costs about a byte a piece."""
-    rare = 6 * PROB_ONE * count < count.sum()
-    rare[ESCAPES,] = True
+def fold(count: np.ndarray, rare: np.ndarray) -> np.ndarray:
+    """Counts (256) with those of the rare codes (256) given to the escapes of their parity."""
     kept = np.where(rare, 0, count)
     for parity, escape in enumerate(ESCAPES):
         kept[escape] = (count * rare)[parity::2].sum()
+    return kept
+
+
+def fitted_table(count: np.ndarray) -> np.ndarray:
+    """Frequencies (256), PROB_ONE in all, for counts (256) of codes as uint8. Rare ones get none: a slot
+    costs the others 1 / PROB_ONE, and listing a code apart costs about a byte a piece."""
+    kept = fold(count, listed_apart(6 * PROB_ONE * count >= count.sum()))
     freq = np.maximum(kept * PROB_ONE // kept.sum(), kept > 0)
     while (excess := freq.sum() - PROB_ONE) != 0:
         step = -1 if excess > 0 else 1
@@ -3735,33 +3740,27 @@ def fitted_table(count: np.ndarray) -> np.ndarray:
     return freq
 
 
-def coded_bits(count: np.ndarray, freq: np.ndarray) -> float:
-    """Bits of counts (256) under a table of frequencies (256); infinite where it has no escape for a code."""
-    listed = np.where(freq == 0, count, 0)
-    listed[ESCAPES,] = count[ESCAPES,]
-    kept = count - listed
-    for parity, escape in enumerate(ESCAPES):
-        kept[escape] = listed[parity::2].sum()
-    if ((kept > 0) & (freq == 0)).any():
-        return math.inf
-    return float(kept @ (PROB_BITS - np.log2(np.maximum(freq, 1))) + 8 * listed.sum())
+def listed_apart(freq: np.ndarray) -> np.ndarray:
+    """Which codes a table (…, 256) of frequencies does not hold: the others, and what escapes stand for."""
+    rare = freq == 0
+    rare[..., ESCAPES] = True
+    return rare
 
 
 def choose_table(count: np.ndarray, odd: int) -> tuple[int, np.ndarray]:
     """(level, frequencies) of the normal table nearest to counts (256); level NO_LEVEL where one of their own
     is worth the six bits that a frequency takes."""
-    if not count.any():
-        return 0, normal_table(0, odd)
+    def bits(freq):
+        rare = listed_apart(freq)
+        return fold(count, rare) @ (PROB_BITS - np.log2(np.maximum(freq, 1))) + 8 * (count @ rare)
+
     code = np.arange(256, dtype=np.uint8).view(np.int8) + odd / 2
-    level = round(2 * OCTAVE + OCTAVE / 2 * math.log2(max(count @ code ** 2 / count.sum(), 1 / 16)))
-    near = [(k, normal_table(k, odd)) for k in range(max(level - 1, 0), level + 2)]
-    own = fitted_table(count)
-    level, freq = min(near, key=lambda x: coded_bits(count, x[1]))
-    return ((level, freq) if coded_bits(count, freq) < coded_bits(count, own) + 6 * np.count_nonzero(own)
-            else (NO_LEVEL, own))
-
-
-NO_LEVEL = 255
+    power = count @ code ** 2 / max(count.sum(), 1)
+    near = round(2 * OCTAVE + OCTAVE / 2 * math.log2(max(power, 1 / 16)))
+    level, freq = min(((k, normal_table(k, odd)) for k in range(max(near - 1, 0), near + 2)),
+                      key=lambda x: bits(x[1]))
+    own = fitted_table(count) if count.any() else freq
+    return (NO_LEVEL, own) if bits(own) + 6 * np.count_nonzero(own) < bits(freq) else (level, freq)
 
 
 # --- codes
@@ -3787,12 +3786,8 @@ def equal_widths(sides: Sequence[Sides], factors: Mapping[int, np.ndarray]) -> I
 
 
 def count_contexts(sides: Sequence[Sides], trellis: np.ndarray | None) -> int:
-    """K; UserError unless all contexts are in 0…MAX_CONTEXTS-1, or half of that with a trellis."""
-    low, high = min(int(min(r) + min(c)) for r, c in sides), max(int(max(r) + max(c)) for r, c in sides)
-    if low < 0 or high + 1 << (trellis is not None) > MAX_CONTEXTS:
-        raise UserError(f"contexts {low} to {high} given, 0 to {MAX_CONTEXTS - 1} allowed (half with a "
-                        "trellis); use coarser levels")
-    return high + 1 << (trellis is not None)
+    """K: contexts are 0…K-1, twice as many with a trellis."""
+    return max(int(max(r) + max(c)) for r, c in sides) + 1 << (trellis is not None)
 
 
 def next_state(state: np.ndarray, codes: np.ndarray, trellis: np.ndarray) -> np.ndarray:
@@ -3886,8 +3881,7 @@ def encode_codes(codes: Sequence[np.ndarray], sides: Sequence[Sides], trellis: n
     counts = sum(np.bincount(b.ravel(), minlength=count << 8) for b in batches).reshape(count, 256)
     levels, freq = zip(*(choose_table(n, i & (trellis is not None)) for i, n in enumerate(counts)))
     freq = np.stack(freq)
-    rare = freq == 0
-    rare[:, ESCAPES] = True
+    rare = listed_apart(freq)
     listed = b"".join(b[rare.take(b)].astype(np.uint8).tobytes() for b in batches)
     alias = np.where(rare, np.tile(ESCAPES, 128), np.arange(256)) + 256 * np.arange(count)[:, None]
     pushed, start = (a.astype(np.uint32).take(alias) for a in (freq, np.cumsum(freq, 1) - freq))
@@ -4016,7 +4010,8 @@ def pack_model(s: Settings, q: Quantised) -> bytes:
         part = [q.tensors[key].numpy().tobytes() for key, dtype, _ in entries
                 if dtype == kind and not key.endswith(".q")]
         streams[stream] = brotli_pack(b"".join(part), stride)
-    header = {"architecture": architecture(s), "meta": compact_meta(q.meta), "factors": tall,
+    ways = {how: [n for n in q.meta if q.meta[n] == how] for how in q.meta.values()}    # few ways, many names
+    header = {"architecture": architecture(s), "meta": ways, "factors": tall,
               "storage": {n: getattr(s, n) for n in ("lqer_rank", "lqer_asym_group")}, "unit": q.unit,
               "groups": {key: x.tolist() for key, x in q.tensors.items() if x.dtype == torch.int16}}
     if s.prequant_ttt_enabled:
@@ -4030,14 +4025,6 @@ def coding_plan(q: Quantised, shapes: Mapping[str, tuple]) -> tuple[list, np.nda
     predicted = [tuple(-q.tensors.get(key, torch.zeros(size)).int().numpy() for key, size in
                        zip((n + ".row", input_of(n) + ".col"), shape)) for n, shape in shapes.items()]
     return predicted, TRELLIS if any("trellis" in q.meta[n] for n in shapes) else None
-
-
-def compact_meta(meta: Mapping[str, str]) -> dict[str, list[str]]:
-    """How tensors are stored -> their names: shorter than the reverse, since few ways serve many tensors."""
-    ways: dict[str, list[str]] = {}
-    for name, how in meta.items():
-        ways.setdefault(how, []).append(name)
-    return ways
 
 
 def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
@@ -4129,8 +4116,8 @@ def unit_for(spread: np.ndarray, size: float, finest: float) -> float:
     return unit
 
 
-# Measured on trained models of 1.3 M weights: errors passed on by GPTQ widen codes by 0.06 to 0.5 squared steps,
-# of which contexts win half back; guesses save 6 to 9 % of an embedding.
+# Measured on trained models of 1.3 M weights: errors passed on by GPTQ widen codes by 0.06 to 0.5 squared
+# steps, of which contexts win half back; guesses save 6 to 9 % of an embedding.
 FEEDBACK, GUESSED = 0.1, 0.93
 
 
