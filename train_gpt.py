@@ -1915,17 +1915,38 @@ class KeyCache:
 # 6  Kernels: each beside its plain twin
 # ============================================================================================================
 
-FUSED: bool | None = None   # None: Triton for CUDA tensors, if installed · True, False: forced (tests)
 HALF = (torch.bfloat16, torch.float16)
 
 
 def use_triton(wanted: bool | None, sensible: bool) -> bool:
-    """Triton or not: `wanted` (the caller) beats FUSED (the module) beats `sensible` (the input)."""
-    wanted = FUSED if wanted is None else wanted
+    """Triton or not: as the caller wants it, else where it is sensible for the input and installed."""
     if wanted and triton is None:
-        raise UserError("kernel=True or FUSED=True asks for Triton, which is not installed: "
-                        "`pip install triton`, or leave it None to use the plain PyTorch twin")
+        raise UserError("kernel=True asks for Triton, which is not installed: `pip install triton`, or leave "
+                        "it None to use the plain PyTorch twin")
     return (sensible and triton is not None) if wanted is None else wanted
+
+
+def operator(fake: Callable, gradient: Callable | None = None) -> Callable:
+    """Makes a function a custom operator, which torch.compile keeps whole. fake: inputs -> empty outputs.
+
+    gradient, for a function of tensors and one last number: (gradient of the first output, all tensors of the
+    inputs, outputs, that number) -> the gradients of the first inputs; the others have none.
+    """
+    def save(ctx, inputs, output):
+        *tensors, ctx.number = inputs
+        ctx.save_for_backward(*tensors, *output)
+
+    def backward(ctx, dy, *_):
+        grads = gradient(dy, *ctx.saved_tensors, ctx.number)
+        return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
+
+    def wrap(function):
+        made = torch.library.custom_op(f"golf::{function.__name__}", function, mutates_args=())
+        made.register_fake(fake)
+        if gradient is not None:
+            made.register_autograd(backward, setup_context=save)
+        return made
+    return wrap
 
 
 if triton is not None:
@@ -2014,50 +2035,31 @@ def ce_launch(V: int) -> dict:
     return dict(BLOCK=block, num_warps=min(8, max(1, block // 256)))
 
 
-@torch.library.custom_op("golf::capped_ce", mutates_args=())
-def ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """logits (N, V), targets (N) int64 -> losses (N) and log Σ exp of the shifted logits (N), float32."""
-    N, V = logits.shape
-    loss, lse = (torch.empty(N, device=logits.device, dtype=torch.float32) for _ in range(2))
-    if N:
-        ce_forward_kernel[(N,)](logits.contiguous(), targets.contiguous(), loss, lse, cap, V, **ce_launch(V))
-    return loss, lse
-
-
-@ce_forward.register_fake
-def _(logits, targets, cap):
-    return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
-
-
-@torch.library.custom_op("golf::capped_ce_backward", mutates_args=())
-def ce_backward(dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, cap: float) -> Tensor:
-    """dloss (N) -> gradient (N, V) in the logits' dtype; the softmax is recomputed from logits and lse."""
+@operator(fake=lambda dloss, logits, targets, lse, cap: [logits.new_empty(logits.shape)])
+def ce_backward(dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, cap: float) -> list[Tensor]:
+    """dloss (N) -> [gradient (N, V) in the logits' dtype]; the softmax is recomputed from logits and lse."""
     N, V = logits.shape
     grad = torch.empty((N, V), device=logits.device, dtype=logits.dtype)
     if N:
         ce_backward_kernel[(N,)](logits.contiguous(), targets.contiguous(), lse, dloss.contiguous(), grad,
                                  cap, V, **ce_launch(V))
-    return grad
+    return [grad]
 
 
-@ce_backward.register_fake
-def _(dloss, logits, targets, lse, cap):
-    return logits.new_empty(logits.shape)
+def per_row(logits: Tensor, *_) -> tuple[Tensor, Tensor]:
+    """Room for two float32 numbers of every row."""
+    return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
 
 
-def ce_save(ctx, inputs, output):
-    """What the backward of the fused cross-entropy needs."""
-    ctx.save_for_backward(*inputs[:2], output[1])
-    ctx.cap = inputs[2]
-
-
-def ce_autograd(ctx, dloss, dlse):
-    """Gradient of the logits; targets and cap have none."""
-    logits, targets, lse = ctx.saved_tensors
-    return ce_backward(dloss, logits, targets, lse, ctx.cap), None, None
-
-
-ce_forward.register_autograd(ce_autograd, setup_context=ce_save)
+@operator(fake=per_row, gradient=lambda dloss, logits, targets, loss, lse, cap:
+          ce_backward(dloss, logits, targets, lse, cap))
+def ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """logits (N, V), targets (N) int64 -> losses (N) and log Σ exp of the shifted logits (N), float32."""
+    loss, lse = per_row(logits)
+    if (N := len(logits)):
+        V = logits.shape[1]
+        ce_forward_kernel[(N,)](logits.contiguous(), targets.contiguous(), loss, lse, cap, V, **ce_launch(V))
+    return loss, lse
 
 
 def capped_ce(logits: Tensor, targets: Tensor, cap: float, kernel: bool | None = None) -> Tensor:
@@ -2086,32 +2088,26 @@ def mlp_launch(a: Tensor, b: Tensor, h: Tensor, out: Tensor, slope: float, backw
                              **MLP_TILE)
 
 
-@torch.library.custom_op("golf::mlp_up", mutates_args=())
-def mlp_up(x: Tensor, up: Tensor, slope: float, keep_h: bool) -> tuple[Tensor, Tensor]:
-    """x (N, d), up (m, d) -> h = x @ upᵀ (N, m), or (0, m) unless keep_h, and a = leaky(h)² (N, m)."""
-    N, m = x.shape[0], up.shape[0]
-    h, a = x.new_empty(N if keep_h else 0, m), x.new_empty(N, m)
-    mlp_launch(x.contiguous(), up.mT, h, a, slope, backward=False, keep_h=keep_h)
-    return h, a
-
-
-@mlp_up.register_fake
-def _(x, up, slope, keep_h):
+def hidden_pair(x: Tensor, up: Tensor, slope: float, keep_h: bool) -> tuple[Tensor, Tensor]:
+    """Room for h, without rows unless it is kept, and for a (N, m)."""
     N, m = x.shape[0], up.shape[0]
     return x.new_empty(N if keep_h else 0, m), x.new_empty(N, m)
 
 
-@torch.library.custom_op("golf::mlp_dh", mutates_args=())
+@operator(fake=hidden_pair)
+def mlp_up(x: Tensor, up: Tensor, slope: float, keep_h: bool) -> tuple[Tensor, Tensor]:
+    """x (N, d), up (m, d) -> h = x @ upᵀ (N, m), or (0, m) unless keep_h, and a = leaky(h)² (N, m)."""
+    h, a = hidden_pair(x, up, slope, keep_h)
+    mlp_launch(x.contiguous(), up.mT, h, a, slope, backward=False, keep_h=keep_h)
+    return h, a
+
+
+@operator(fake=lambda dy, down, h, slope: torch.empty_like(h))
 def mlp_dh(dy: Tensor, down: Tensor, h: Tensor, slope: float) -> Tensor:
     """dy (N, d), down (d, m), h (N, m) -> dh = (dy @ down) · act'(h) (N, m)."""
     dh = torch.empty_like(h)
     mlp_launch(dy.contiguous(), down, h, dh, slope, backward=True, keep_h=False)
     return dh
-
-
-@mlp_dh.register_fake
-def _(dy, down, h, slope):
-    return torch.empty_like(h)
 
 
 class LeakySquareMLP(torch.autograd.Function):
@@ -2153,12 +2149,13 @@ def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, kernel: 
 # --- attention
 
 ATTENTION = "plain"         # the backend in use: set it to the name that resolve_attention returns
-FLASH: dict = {}            # backend name -> its imported module, filled by resolve_attention
-MODULES = {"fa3": ("flash_attn_interface", "flash_attn_3.flash_attn_interface"),
-           "fa4": ("flash_attn.cute.interface",), "torch": ("torch.nn.attention.varlen",), "plain": ()}
-INSTALL = {"fa3": "FlashAttention 3's wheel for this torch and CUDA (Hopper)",
-           "fa4": "pip install flash-attn-4, see requirements.txt (Hopper or Blackwell)",
-           "torch": "pip install 'torch>=2.10' with CUDA (Ampere or newer)"}
+FLASH: dict = {}            # backend name -> its imported module, filled by attention_fault
+PACKAGES = {                # backend name -> (names that its module goes by, how to get it)
+    "fa3": ("flash_attn_interface flash_attn_3.flash_attn_interface",
+            "FlashAttention 3's wheel for this torch and CUDA (Hopper)"),
+    "fa4": ("flash_attn.cute.interface",
+            "pip install flash-attn-4, see requirements.txt (Hopper or Blackwell)"),
+    "torch": ("torch.nn.attention.varlen", "pip install 'torch>=2.10' with CUDA (Ampere or newer)")}
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> Tensor:
@@ -2236,98 +2233,61 @@ def plain_rows(q, k, v) -> Tensor:
 
 # FlashAttention-4 registers no custom ops, and PyTorch 2.13's activate_flash_attention_impl
 # unpacks two results where 4.0.0b36 returns five: so we call its two inner functions ourselves, by keyword.
+signature = functools.cache(inspect.signature)      # reading one takes longer than launching a kernel
+
+
 def fa4_call(name: str, *tensors, cu, longest):
     """_flash_attn_fwd or _flash_attn_bwd, with those of our options that the installed release knows."""
     function = getattr(FLASH["fa4"], name)
     options = dict(causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu,
                    max_seqlen_q=None if cu is None else longest, max_seqlen_k=None if cu is None else longest,
                    return_lse=True)
-    known = parameter_names(function)
+    known = signature(function).parameters
     return function(*tensors, **{key: value for key, value in options.items() if key in known})
 
 
-@functools.cache
-def parameter_names(function) -> frozenset[str]:
-    """Once a function, not once a call: inspecting a signature takes longer than launching a kernel."""
-    return frozenset(inspect.signature(function).parameters)
-
-
-@torch.library.custom_op("golf::fa4", mutates_args=())
-def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
-    """Rows (B, T, H, D) with cu None, or packed (N, H, D) -> y like q, and log Σ exp (B, H, T) or (H, N)."""
-    y, lse = fa4_call("_flash_attn_fwd", q, k, v, cu=cu, longest=longest)[:2]
-    return y.contiguous(), lse.contiguous()
-
-
-@fa4_forward.register_fake
-def _(q, k, v, cu, longest):
-    *rows, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((*rows, H, T), dtype=torch.float32)
-
-
-@torch.library.custom_op("golf::fa4_backward", mutates_args=())
-def fa4_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu: Tensor | None,
+@operator(fake=lambda dy, q, k, v, *_: [x.new_empty(x.shape) for x in (q, k, v)])
+def fa4_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, y: Tensor, lse: Tensor,
                  longest: int) -> list[Tensor]:
     """dy, q, y (…, H, D), k, v (…, K, D) -> dq, dk, dv."""
     grads = fa4_call("_flash_attn_bwd", q, k, v, y, dy.contiguous(), lse, cu=cu, longest=longest)
     return [g.contiguous() for g in grads[:3]]
 
 
-@fa4_backward.register_fake
-def _(dy, q, k, v, y, lse, cu, longest):
-    return [x.new_empty(x.shape) for x in (q, k, v)]
+def fa4_outputs(q: Tensor, *_) -> tuple[Tensor, Tensor]:
+    *rows, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((*rows, H, T), dtype=torch.float32)
 
 
-def fa4_save(ctx, inputs, output):
-    """What FlashAttention-4's backward needs."""
-    q, k, v, cu, ctx.longest = inputs
-    ctx.save_for_backward(q, k, v, *output, cu)
-
-
-def fa4_autograd(ctx, dy, dlse):
-    """Gradients of q, k and v."""
-    return *fa4_backward(dy, *ctx.saved_tensors, ctx.longest), None, None
-
-
-fa4_forward.register_autograd(fa4_autograd, setup_context=fa4_save)
-
-
-def attention_probe(backend, device, keys: int, cu: list[int] | None) -> list[Tensor]:
-    """y, dq, dk, dv (flat) of a fixed small bf16 problem, 128 queries, 8 query and 4 key heads of 64."""
-    random = torch.Generator().manual_seed(0)
-    q, k, v, dy = (torch.randn(1, T, heads, 64, generator=random).to(device, torch.bfloat16)
-                   for T, heads in ((128, 8), (keys, 4), (keys, 4), (128, 8)))
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    cu = None if cu is None else torch.tensor(cu, dtype=torch.int32, device=device)
-    y = backend(*leaves, cu, keys)
-    return [x.detach().float().flatten() for x in (y, *torch.autograd.grad(y, leaves, dy))]
+@operator(fake=fa4_outputs, gradient=fa4_backward)
+def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
+    """Rows (B, T, H, D) with cu None, or packed (N, H, D) -> y like q, and log Σ exp (B, H, T) or (H, N)."""
+    y, lse = fa4_call("_flash_attn_fwd", q, k, v, cu=cu, longest=longest)[:2]
+    return y.contiguous(), lse.contiguous()
 
 
 def self_test(name: str, device: torch.device) -> str:
-    """How a loaded backend fails, empty if it does not: forward and backward against the plain twin.
+    """How a loaded backend fails, empty if it does not: forward and backward against the plain twin, on 128
+    queries, 8 query and 4 key heads of 64, in bfloat16.
 
     Packed with a padded end, square, with cached keys; through torch.compile without graph
     breaks. What the model would meet in its first step is met here, in seconds.
     """
     backend = torch.compile(BACKENDS[name], fullgraph=True, dynamic=False, backend="aot_eager")
-    for problem in ((128, [0, 40, 41, 128, 128]), (128, None), (192, None)):
-        with torch.enable_grad():
-            got, want = (attention_probe(f, device, *problem) for f in (backend, attend_plain))
-        error = max(float((a - b).norm() / b.norm()) for a, b in zip(got, want))
+    for keys, bounds in ((128, [0, 40, 41, 128, 128]), (128, None), (192, None)):
+        random, results = torch.Generator().manual_seed(0), []
+        q, k, v, dy = (torch.randn(1, T, heads, 64, generator=random).to(device, torch.bfloat16)
+                       for T, heads in ((128, 8), (keys, 4), (keys, 4), (128, 8)))
+        cu = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=device)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        for attend in (backend, attend_plain):
+            with torch.enable_grad():
+                y = attend(*leaves, cu, keys)
+            results.append([x.detach().float() for x in (y, *torch.autograd.grad(y, leaves, dy))])
+        error = max(float((a - b).norm() / b.norm()) for a, b in zip(*results))
         if not error < 0.03:                            # bf16 gives 0.005; NaN fails too
-            return f"differs from the plain twin by {error:.1%} (bound 3%) at keys, cu = {problem}"
+            return f"differs from the plain twin by {error:.1%} (bound 3%) at keys, cu = {keys, bounds}"
     return ""
-
-
-def import_first(modules: tuple[str, ...]):
-    """The first of `modules` that can be imported; else the error of the first."""
-    faults = []
-    for module in modules:
-        try:
-            return importlib.import_module(module)
-        except ImportError as fault:
-            faults.append(fault)
-    raise faults[0]
 
 
 def attention_fault(name: str, device: torch.device) -> str:
@@ -2336,11 +2296,15 @@ def attention_fault(name: str, device: torch.device) -> str:
         return ""
     if device.type != "cuda" or not torch.cuda.is_available():
         return f"needs a CUDA GPU, the device is {device}"
-    try:
-        FLASH[name] = import_first(MODULES[name])
-        return self_test(name, device)
-    except Exception as fault:                          # third-party kernels fail in every way there is
-        return f"{type(fault).__name__}: {(str(fault).strip() or 'no message').splitlines()[0][:160]}"
+    fault = ""
+    for module in PACKAGES[name][0].split():
+        try:
+            FLASH[name] = importlib.import_module(module)
+            return self_test(name, device)
+        except Exception as error:                      # third-party kernels fail in every way there is
+            first_line = (str(error).strip() or "no message").splitlines()[0][:160]
+            fault = fault or f"{type(error).__name__}: {first_line}"
+    return fault
 
 
 def resolve_attention(choice: str, device) -> tuple[str, str]:
@@ -2358,7 +2322,7 @@ def resolve_attention(choice: str, device) -> tuple[str, str]:
             how = "chosen" if choice == "auto" else "forced"
             return name, "; ".join((f"attention {name} ({how})", *passed_over))
         passed_over.append(f"not {name}: {fault}")
-    raise UserError(f"ATTN_BACKEND={choice} cannot run here: {fault}. Install {INSTALL[choice]}, "
+    raise UserError(f"ATTN_BACKEND={choice} cannot run here: {fault}. Install {PACKAGES[choice][1]}, "
                     "or set ATTN_BACKEND=auto")
 
 
