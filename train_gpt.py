@@ -139,6 +139,7 @@ class Settings:
     rope_yarn: bool = knob(False, "rescale the rotary base beyond TRAIN_SEQ_LEN (NTK scaling)")
     qk_gain_init: float = knob(5.0, "initial gain of the normalised queries, per head")
     xsa_last_n: int = knob(11, "last layers whose attention output is made orthogonal to its own value", 0)
+    gated_xsa: bool = knob(False, "scale that by tanh of a learned number per head, at first 0")
     num_loops: int = knob(2, "extra passes over layers LOOP_START..LOOP_END", 0)
     loop_start: int = knob(3, "first layer of the loop", 0)
     loop_end: int = knob(5, "last layer of the loop", 0)
@@ -181,6 +182,8 @@ class Settings:
     adam_wd: float = knob(0.02, "decoupled weight decay of scales, gates and mixes", 0)
     embed_wd: float = knob(0.085, "decoupled weight decay of the embedding", 0)
     muon_wd: float = knob(0.095, "decoupled weight decay of the matrices", 0)
+    wd_taper_start_frac: float = knob(0.7, "share of the budget from which that falls", 0, 0.999)
+    wd_taper_final_mult: float = knob(1.0, "share of it that is left at the end; 1: no taper", 0)
     muon_momentum: float = knob(0.97, "momentum after its warm-up", 0, 0.999999)
     muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", 0, 0.999999)
     muon_momentum_warmup_steps: int = knob(1500, "steps of the momentum's warm-up", 0)
@@ -188,12 +191,14 @@ class Settings:
     muon_row_normalize: bool = knob(True, "normalise each row of the update before Newton-Schulz")
     muon_coefficients: str = knob("polar", "Newton-Schulz: Polar Express, or one quintic for all iterations",
                                   choices="polar quintic")
+    grad_centralize: bool = knob(False, "subtract each matrix's mean from its update before Newton-Schulz")
     matrix_lr_early: float = knob(0.0, "MATRIX_LR of the layers before BANK_SPLIT; 0: no split", 0)
     matrix_lr_late: float = knob(0.0, "MATRIX_LR of the others; 0: MATRIX_LR", 0)
     bank_split: int = knob(5, "the first late layer", 0)
     split_lr_target: str = knob("update", "what the split scales; as published the gradient, whose size Muon "
                                 "normalises away", choices="update gradient")
     asym_logit_train: bool = knob(False, "train the two caps; as published nothing does")
+    label_smooth: float = knob(0.0, "share of a target's probability that all tokens have in training", 0, 1)
     grad_clip_norm: float = knob(0.3, "largest norm of the gradient; 0: no clipping", 0)
     grad_clip_mode: str = knob("global", "clip the average, or each rank's own as the field's records do",
                                choices="global per_rank")
@@ -1348,13 +1353,14 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, path: Path, first: bool) -
 ROLES = {name: role for role, names in {
     "embed": "tok_emb bigram_embed ve_embed", "head": "lm_head", "cap": "softcap_pos softcap_neg",
     "matrix": "qo_bank kv_bank mlp_up_bank mlp_down_bank",
-    "small": "attn_scale mlp_scale resid_mix q_gain attn_gate_w attn_gate_proj skip_weights skip_gates "
-             "parallel_post_lambdas parallel_resid_lambdas lane_merge smear_gate smear_lambda "
-             "smear_channels bigram_proj bigram_scale ve_proj ve_scale ve_layer_scales",
+    "small": "attn_scale mlp_scale resid_mix q_gain xsa_alpha attn_gate_w attn_gate_proj skip_weights skip_gates "
+             "parallel_post_lambdas parallel_resid_lambdas lane_merge smear_gate smear_lambda smear_channels "
+             "bigram_proj bigram_scale ve_proj ve_scale ve_layer_scales",
 }.items() for name in names.split()}
 # The field's names: one tensor per layer, where ours are stacked.
 PER_LAYER = {"attn_scale": "blocks.{}.attn_scale", "mlp_scale": "blocks.{}.mlp_scale",
              "resid_mix": "blocks.{}.resid_mix", "q_gain": "blocks.{}.attn.q_gain",
+             "xsa_alpha": "blocks.{}.attn.xsa_alpha",
              "attn_gate_w": "blocks.{}.attn.attn_gate_w", "ve_layer_scales": "ve_layer_scales.{}",
              "attn_gate_proj": "blocks.{}.attn.attn_gate_proj.weight"}
 WHOLE = {"tok_emb": "tok_emb.weight", "lm_head": "lm_head.weight", "smear_gate": "smear_gate.weight",
@@ -1408,9 +1414,9 @@ def layer_plan(s: Settings, looping: bool) -> Plan:
     return Plan(order[:len(order) // 2], order[len(order) // 2:])
 
 
-# One layer's weights in the activations' dtype, unbound from the stacked parameters; gate may be None.
+# One layer's weights in the activations' dtype, unbound from the stacked parameters; None: it has no such.
 LayerWeights = namedtuple(
-    "LayerWeights", "q k v o up down attn_scale mlp_scale resid_mix q_gain post resid gate")
+    "LayerWeights", "q k v o up down attn_scale mlp_scale resid_mix q_gain post resid gate xsa_alpha")
 
 
 class Pass(NamedTuple):
@@ -1423,6 +1429,15 @@ class Pass(NamedTuple):
     tap: Callable | None
     cache: KeyCache | None
     values: dict[int, Tensor]
+
+    def show(self, kind: str, i: int, x: Tensor) -> None:
+        """An activation of layer i for the tap, if there is one."""
+        if self.tap is not None:
+            self.tap(kind, i, x)
+
+    def adapted(self, y: Tensor, kind: str, slot: int, x: Tensor) -> Tensor:
+        """y with the adapter's delta, which reads x, for this slot, if there is one."""
+        return y if self.adapter is None else self.adapter.add(y, kind, slot, x)
 
 
 def rms(x: Tensor) -> Tensor:
@@ -1438,11 +1453,15 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((u * cos + w * sin, w * cos - u * sin, rest), dim=-1)
 
 
-def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: y (B, T, H, D) minus its projection on the same position's value v (B, T, K, D)."""
+def remove_own_value(y: Tensor, v: Tensor, alpha: Tensor | None = None) -> Tensor:
+    """XSA: y (B, T, H, D) minus its projection, times tanh alpha (H,) where that is given, on the same
+    position's value v (B, T, K, D)."""
     direction = F.normalize(v, dim=-1, eps=1e-12)[:, :, :, None]
     grouped = y.unflatten(2, (v.size(2), -1))
-    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
+    share = (grouped * direction).sum(-1, keepdim=True)
+    if alpha is not None:
+        share = share * torch.tanh(alpha).view(v.size(2), -1, 1)
+    return (grouped - share * direction).flatten(2, 3)
 
 
 def pair_rows(ids: Tensor, rows: int, follows: Tensor | None = None) -> Tensor:
@@ -1514,6 +1533,8 @@ def parameter_shapes(s: Settings) -> dict[str, tuple[int, ...]]:
         shapes["attn_gate_w"] = (layers, s.num_heads, d if s.gated_attn_enabled else s.gate_window)
     if s.attn_out_gate_enabled:
         shapes["attn_gate_proj"] = (layers, s.num_heads, s.gate_window)
+    if s.gated_xsa:
+        shapes["xsa_alpha"] = (layers, s.num_heads)
     return shapes
 
 
@@ -1524,7 +1545,7 @@ class GPT(nn.Module):
     def __init__(self, s: Settings, generator: torch.Generator | None = None):
         super().__init__()
         self.s, self.compute_dtype, self.rope_length = s, torch.float32, 0
-        self.mlp_kernel = self.ce_kernel = None      # None: the fused kernels where they can run
+        self.ce_kernel: bool | None = None           # None: the fused kernel where it can run
         self.calibration: tuple[Tensor, Tensor] | None = None      # scale () and bias (V,) of capped logits
         for name, shape in parameter_shapes(s).items():
             setattr(self, name, nn.Parameter(torch.zeros(shape)))
@@ -1563,10 +1584,9 @@ class GPT(nn.Module):
             return [None] * n if p is None else p.to(self.compute_dtype).unbind(0)
         qo, kv = unbind("qo_bank"), unbind("kv_bank")
         gate = "attn_gate_w" if hasattr(self, "attn_gate_w") else "attn_gate_proj"
-        rest = [unbind(name) for name in (
-            "mlp_up_bank", "mlp_down_bank", "attn_scale", "mlp_scale", "resid_mix", "q_gain",
-            "parallel_post_lambdas", "parallel_resid_lambdas", gate)]
-        return [LayerWeights(qo[i], kv[i], kv[n + i], qo[n + i], *(r[i] for r in rest)) for i in range(n)]
+        rest = map(unbind, ("mlp_up_bank", "mlp_down_bank", "attn_scale", "mlp_scale", "resid_mix", "q_gain",
+                            "parallel_post_lambdas", "parallel_resid_lambdas", gate, "xsa_alpha"))
+        return [LayerWeights(*each) for each in zip(qo[:n], kv[:n], kv[n:], qo[n:], *rest)]
 
     def rope(self, length: int, device, start: int = 0, context: int = 0) -> tuple[Tensor, Tensor]:
         """cos, sin (length, R/2) float32 of positions start …; with ROPE_YARN the base grows with the length
@@ -1598,12 +1618,9 @@ class GPT(nn.Module):
         if s.smear_gate_enabled and s.smear_gate_bos_fix:
             inside = ids[:, 1:] != BOS
             follows = inside if follows is None else inside & follows
-        if s.smear_gate_enabled and s.smear_gate_kind == "window":
-            x = rms(self.smear(x, follows))
-        elif s.smear_gate_enabled:
-            x = self.smear(rms(x), follows)
-        else:
-            x = rms(x)
+        kind = s.smear_gate_enabled and s.smear_gate_kind
+        x = rms(self.smear(x, follows) if kind == "window" else x)
+        x = self.smear(x, follows) if kind == "channels" else x
         return x if before is None else x[:, -length:]
 
     def smear(self, x: Tensor, follows: Tensor | None) -> Tensor:
@@ -1627,25 +1644,20 @@ class GPT(nn.Module):
         """Attention branch of layer i on its normalised input n (B, T, D)."""
         s, w = self.s, c.layers[i]
         heads = (n.size(0), n.size(1), -1, s.head_dim)
-        q_raw, k, v = (project(n, getattr(w, kind), c.adapter, kind, slot) for kind in "qkv")
-        if c.tap is not None:
-            for kind, x in (("attn_in", n), ("q_out", q_raw), ("k_out", k), ("v_out", v)):
-                c.tap(kind, i, x)
+        q_raw, k, v = (c.adapted(F.linear(n, getattr(w, kind)), kind, slot, n) for kind in "qkv")
+        for kind, x in (("attn_in", n), ("q_out", q_raw), ("k_out", k), ("v_out", v)):
+            c.show(kind, i, x)
         k, v = rotate(rms(k.view(heads)), c.rope), (v + c.values[i] if i in c.values else v).view(heads)
         q = rotate(rms(q_raw.view(heads)), c.rope) * w.q_gain[:, None]
         y = attention(q, *((k, v) if c.cache is None else c.cache.extend(slot, k, v)), c.layout)
         if i >= s.num_layers - s.xsa_last_n:
-            y = remove_own_value(y, v)
+            y = remove_own_value(y, v, w.xsa_alpha)
         if w.gate is not None:
             y = y * self.head_gate(w.gate, n, q_raw)[..., None]
         y = y.flatten(2)
-        if c.tap is not None:
-            c.tap("heads", i, y)
-        out = F.linear(y, w.o)
-        if c.adapter is not None:
-            out = c.adapter.add(out, "o", slot, n)     # reads the block input, not the heads
-        if c.tap is not None:
-            c.tap("attn_out", i, out)
+        c.show("heads", i, y)
+        out = c.adapted(F.linear(y, w.o), "o", slot, n)     # the adapter reads the block input, not the heads
+        c.show("attn_out", i, out)
         return out
 
     def head_gate(self, weight: Tensor, n: Tensor, q_raw: Tensor) -> Tensor:
@@ -1663,14 +1675,14 @@ class GPT(nn.Module):
         w = c.layers[i]
         if c.tap is None:
             flat = n.flatten(0, 1)
-            out = leaky_square_mlp(flat, w.up, w.down, self.s.negative_slope, self.mlp_kernel).view(n.shape)
+            out = leaky_square_mlp(flat, w.up, w.down, self.s.negative_slope).view(n.shape)
         else:
             up = F.linear(n, w.up)
             hidden = F.leaky_relu(up, self.s.negative_slope).square()
             out = F.linear(hidden, w.down)
             for kind, x in (("mlp_in", n), ("up_out", up), ("mlp_act", hidden), ("mlp_out", out)):
-                c.tap(kind, i, x)
-        return out if c.adapter is None else c.adapter.add(out, "mlp", slot, n)
+                c.show(kind, i, x)
+        return c.adapted(out, "mlp", slot, n)
 
     def block(self, c: Pass, i: int, slot: int, x: Tensor) -> Tensor:
         """Layer i on the one residual stream."""
@@ -1712,36 +1724,35 @@ class GPT(nn.Module):
         rope = self.rope(ids.size(1), ids.device, start, 0 if cache is None else cache.window)
         c = Pass(self.layer_weights(), x, rope, layout, None if adapter is None else adapter.bind(x.dtype),
                  tap, cache, self.token_values(ids, alpha))
-        skips, lane0, lane1 = [], None, None
+        skips, lanes = [], None
         for slot, i in enumerate(plan.encoder):
             x = self.block(c, i, slot, x)
             skips.append(x)
         for j, i in enumerate(plan.decoder):
-            slot = len(plan.encoder) + j
-            parallel = 0 < s.parallel_start_layer <= i
-            if parallel and lane0 is None and s.parallel_lanes == "mixed":
-                lane0 = lane1 = x
+            slot, parallel = len(plan.encoder) + j, 0 < s.parallel_start_layer <= i
+            if parallel and lanes is None and s.parallel_lanes == "mixed":
+                lanes = x, x
             if skips and j < len(self.skip_weights):
                 skip = skips.pop()
-                if lane0 is None:
+                if lanes is None:               # separate lanes begin with the skip in both
                     x = self.merge_skip(j, x, skip)
                 elif parallel and s.skip_into_lanes:
-                    lane0 = self.merge_skip(j, lane0, skip)
-            if parallel and lane0 is None:      # separate lanes begin with the skip in both
-                lane0 = lane1 = x
+                    lanes = self.merge_skip(j, lanes[0], skip), lanes[1]
             if parallel:
-                lane0, lane1 = self.lanes(c, i, slot, lane0, lane1)
-            elif lane0 is None:      # once lanes run, the one stream no longer reaches the output
+                lanes = self.lanes(c, i, slot, *(lanes or (x, x)))
+            elif lanes is None:                 # once lanes run, the one stream no longer reaches the output
                 x = self.block(c, i, slot, x)
-        if lane0 is not None and s.parallel_lanes == "separate":
-            x = torch.lerp(lane1, lane0, self.lane_merge.to(x.dtype))
-        elif lane0 is not None:
-            x = {"mean": 0.5 * (lane0 + lane1), "mlp": lane1, "attn": lane0}[s.parallel_final_lane]
+        x = x if lanes is None else self.join(*lanes)
         out = rms(x)
-        if tap is not None:
-            for kind, value in (("x0", c.x0), ("pre_final_norm", x), ("head_in", out)):
-                tap(kind, -1, value)
+        for kind, value in (("x0", c.x0), ("pre_final_norm", x), ("head_in", out)):
+            c.show(kind, -1, value)
         return out
+
+    def join(self, lane0: Tensor, lane1: Tensor) -> Tensor:
+        """The stream that two lanes leave behind."""
+        if self.s.parallel_lanes == "separate":
+            return torch.lerp(lane1, lane0, self.lane_merge.to(lane0.dtype))
+        return {"mean": 0.5 * (lane0 + lane1), "mlp": lane1, "attn": lane0}[self.s.parallel_final_lane]
 
     def raw_logits(self, hidden: Tensor, adapter: Adapter | None = None) -> Tensor:
         """Logits (B, T, V) before the soft cap."""
@@ -1766,12 +1777,14 @@ class GPT(nn.Module):
                adapter: Adapter | None = None, tap: Callable | None = None, cache: KeyCache | None = None,
                training: bool = False, alpha: Tensor | None = None) -> Tensor:
         """Cross-entropy of every target in nats, (B, T) float32. With targets (N, B, T), N tokens a place,
-        only the first's losses have a graph. training: as published, asymmetric caps count in evaluation
-        only."""
+        only the first's losses have a graph. training: labels are smoothed; and as published, asymmetric
+        caps count in evaluation only."""
         s, hidden = self.s, self.hidden(ids, plan, layout, adapter, tap, cache, alpha)
         two_caps = s.asym_logit_rescale and (s.asym_logit_train or not training)
-        if two_caps or self.calibration is not None or (adapter is not None and adapter.bias is not None):
-            z, loss = self.logits(hidden, adapter), functools.partial(F.cross_entropy, reduction="none")
+        smooth, biased = s.label_smooth * training, adapter is not None and adapter.bias is not None
+        if two_caps or smooth or biased or self.calibration is not None:
+            z = self.logits(hidden, adapter)
+            loss = functools.partial(F.cross_entropy, reduction="none", label_smoothing=smooth)
         else:
             z = self.raw_logits(hidden, adapter)
             loss = functools.partial(capped_ce, cap=s.logit_softcap, kernel=self.ce_kernel)
@@ -1785,12 +1798,6 @@ class GPT(nn.Module):
         s = self.s
         matrices = 2 * s.model_dim * (s.model_dim + s.kv_dim + s.hidden_dim)
         return 2 * (plan.slots * (matrices + 2 * s.model_dim * context) + s.vocab_size * s.model_dim)
-
-
-def project(x: Tensor, weight: Tensor, adapter: BoundAdapter | None, kind: str, slot: int) -> Tensor:
-    """x (B, T, in), weight (out, in) -> (B, T, out), plus the adapter's delta for this slot, if any."""
-    y = F.linear(x, weight)
-    return y if adapter is None else adapter.add(y, kind, slot, x)
 
 
 # ============================================================================================================
@@ -2353,27 +2360,22 @@ def orthogonalise(g: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16
     return x.mT if tall else x
 
 
-def muon_direction(g: Tensor, buf: Tensor, momentum: float, steps: int, nesterov: bool,
-                   row_normalize: bool, coefficients: Sequence[tuple] = POLAR_EXPRESS) -> Tensor:
+def muon_direction(g: Tensor, buf: Tensor, momentum: float, steps: int, nesterov: bool, row_normalize: bool,
+                   coefficients: Sequence[tuple] = POLAR_EXPRESS, centralize: bool = False) -> Tensor:
     """Orthogonalised update of matrices g (n, R, C), in buf's dtype; buf is updated in place."""
     g = g.to(buf.dtype)
     buf.mul_(momentum).add_(g)
     u = g.add(buf, alpha=momentum) if nesterov else buf
     if row_normalize:
         u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    if centralize:
+        u = u - u.mean(dim=(-2, -1), keepdim=True)
     return orthogonalise(u, steps, buf.dtype, coefficients)
 
 
 def muon_apply(p: Tensor, u: Tensor, lr: float, weight_decay: float) -> None:
     """Decoupled decay, then the step of matrices p (n, R, C) along u; tall matrices take a longer one."""
     p.mul_(1 - lr * weight_decay).add_(u.to(p.dtype), alpha=-lr * math.sqrt(max(1, p.size(-2) / p.size(-1))))
-
-
-@torch.no_grad()
-def muon_update(p: Tensor, g: Tensor, buf: Tensor, *, lr: float, momentum: float, weight_decay: float,
-                steps: int = 5, nesterov: bool = True, row_normalize: bool = True) -> None:
-    """One Muon step on p (n, R, C), each matrix on its own; the arithmetic is in the dtype of buf."""
-    muon_apply(p, muon_direction(g, buf, momentum, steps, nesterov, row_normalize), lr, weight_decay)
 
 
 def split_rates(s: Settings, bank: Tensor) -> Tensor | None:
@@ -2395,49 +2397,51 @@ class Optimiser:
         if strangers := [n for n in params if n not in ROLES]:
             raise UserError(f"parameters {strangers} have no role: add a row to ROLES")
         by_role = {role: [p for n, p in params.items() if ROLES[n] == role] for role in set(ROLES.values())}
-        self.banks = sorted(by_role["matrix"], key=lambda p: -p.numel())
-        caps = by_role["cap"] if s.asym_logit_train else []
-        self.small = by_role["embed"] + by_role["head"] + by_role["small"] + caps
         self.names = {p: n for n, p in params.items()}
-        embed_lr = s.tied_embed_lr if s.tie_embeddings else s.embed_lr
-        rates = (("embed", embed_lr, s.embed_wd), ("head", s.head_lr, s.embed_wd),
-                 ("small", s.scalar_lr, s.adam_wd))
-        groups = [dict(params=by_role[role], lr=lr, peak=lr, weight_decay=wd) for role, lr, wd in rates]
-        groups.append(dict(params=caps, lr=s.scalar_lr, peak=s.scalar_lr, weight_decay=0.0))
-        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=(s.beta1, s.beta2),
-                                      eps=s.adam_eps, fused=world.device.type == "cuda")
+        self.banks = sorted(by_role["matrix"], key=lambda p: -p.numel())
+        rates = {"embed": (s.tied_embed_lr if s.tie_embeddings else s.embed_lr, s.embed_wd),
+                 "head": (s.head_lr, s.embed_wd), "small": (s.scalar_lr, s.adam_wd)}
+        if s.asym_logit_train:
+            rates["cap"] = (s.scalar_lr, 0.0)
+        groups = [dict(params=by_role[role], lr=lr, peak=lr, weight_decay=wd)
+                  for role, (lr, wd) in rates.items() if by_role[role]]
+        self.small = [p for group in groups for p in group["params"]]
+        self.adam = torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), eps=s.adam_eps,
+                                      fused=world.device.type == "cuda")
         self.share = [-(-len(p) // world.size) for p in self.banks]    # matrices per rank, the last padded
         self.momentum = [torch.zeros(n, *p.shape[1:], dtype=dtype, device=p.device)
                          for n, p in zip(self.share, self.banks)]
         self.split = [split_rates(s, p) for p in self.banks]
 
     @torch.no_grad()
-    def step(self, lr_share: float, momentum: float) -> Tensor:
+    def step(self, lr_share: float, momentum: float, decay_share: float = 1.0) -> Tensor:
         """Reduce, clip, update, clear the gradients; the norm before clipping (a tensor: no waiting)."""
         s = self.s
         for p in (*self.banks, *self.small):      # a plan may leave rows unused, never a whole tensor
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        norm = self.clip_own() if s.grad_clip_mode == "per_rank" else None
-        shards = self.reduce()
-        if norm is None:
-            norm = self.clip_average(shards)
+        if s.grad_clip_mode == "per_rank":        # as the field: a rank with an unusual batch counts for less
+            norm = self.clip([p.grad for p in self.banks], World())
+            shards = self.reduce()
+        else:
+            shards = self.reduce()
+            norm = self.clip(shards, self.world)
         gathered = []
-        for i, (g, buf) in enumerate(zip(shards, self.momentum)):
-            if self.split[i] is not None and s.split_lr_target == "gradient":
-                own = self.split[i][len(buf) * self.world.rank:][:len(buf)]
+        for g, buf, split in zip(shards, self.momentum, self.split):
+            if split is not None and s.split_lr_target == "gradient":
+                own = split[len(buf) * self.world.rank:][:len(buf)]
                 g[:len(own)] *= own
-            u = muon_direction(g, buf, momentum, s.muon_backend_steps, True, s.muon_row_normalize,
-                               COEFFICIENTS[s.muon_coefficients])
-            gathered.append(self.gather(u, len(self.banks[i])))
+            gathered.append(self.gather(muon_direction(
+                g, buf, momentum, s.muon_backend_steps, True, s.muon_row_normalize,
+                COEFFICIENTS[s.muon_coefficients], s.grad_centralize)))
         for group in self.adam.param_groups:
             group["lr"] = group["peak"] * lr_share
         self.adam.step()
-        for p, (u, work), split in zip(self.banks, gathered, self.split):
-            if work is not None:
-                work.wait()
-            u = u[:len(p)] if split is None or s.split_lr_target == "gradient" else u[:len(p)] * split
-            muon_apply(p, u, s.matrix_lr * lr_share, s.muon_wd)
+        for p, arrived, split in zip(self.banks, gathered, self.split):
+            u = arrived()[:len(p)]
+            if split is not None and s.split_lr_target == "update":
+                u = u * split
+            muon_apply(p, u, s.matrix_lr * lr_share, s.muon_wd * decay_share)
         for p in (*self.banks, *self.small):
             p.grad = None
         return norm
@@ -2445,16 +2449,15 @@ class Optimiser:
     def never_trained(self) -> list[str]:
         """Parameters, or rows of them, that no gradient ever reached: Muon's momentum or AdamW's second
         moment is still zero there."""
+        touched = {p: self.gather(buf.flatten(1).any(1).byte())()
+                   for p, buf in zip(self.banks, self.momentum)}
+        for p in self.small:
+            touched[p] = self.adam.state[p]["exp_avg_sq"].reshape(len(p) if p.dim() else 1, -1).any(1)
         found = []
-        for p, buf in (*zip(self.banks, self.momentum), *((p, None) for p in self.small)):
-            rows = len(p) if p.dim() else 1
-            own = self.adam.state[p]["exp_avg_sq"].reshape(rows, -1) if buf is None else buf.flatten(1)
-            seen, work = (own.any(1), None) if buf is None else self.gather(own.any(1).byte(), rows)
-            if work is not None:
-                work.wait()
-            if idle := [i for i, touched in enumerate(seen[:rows].tolist()) if not touched]:
-                some = "" if len(idle) == rows else f" rows {idle}" if rows < 99 else f" {len(idle)} rows"
-                found.append(self.names[p] + some)
+        for p, rows in touched.items():
+            rows = rows[:len(p)] if p.dim() else rows
+            if idle := (rows == 0).nonzero().flatten().tolist():
+                found.append(self.names[p] + (f" rows {idle[:99]}" if len(idle) < len(rows) else ""))
         return found
 
     def reduce(self) -> list[Tensor]:
@@ -2477,30 +2480,27 @@ class Optimiser:
             shard.div_(size)
         return shards
 
-    def clip_average(self, shards: list[Tensor]) -> Tensor:
-        """Clip the averaged gradient by its global norm, which is returned."""
-        own = sum(g.float().square().sum() for g in shards)
-        norm = (self.world.total(own) + sum(p.grad.square().sum() for p in self.small)).sqrt()
+    def clip(self, matrices: list[Tensor], world: World) -> Tensor:
+        """Scale the matrices' gradients, shared out over `world`, and the small ones down to a common norm
+        of at most GRAD_CLIP_NORM; the norm before."""
+        grads = matrices + [p.grad for p in self.small]
+        own = sum(g.float().square().sum() for g in matrices)
+        norm = (world.total(own) + sum(p.grad.square().sum() for p in self.small)).sqrt()
         if self.s.grad_clip_norm > 0:
-            scale = (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1)
-            torch._foreach_mul_(shards + [p.grad for p in self.small], scale)
+            torch._foreach_mul_(grads, (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1))
         return norm
 
-    def clip_own(self) -> Tensor:
-        """Clip this rank's own gradient before it is averaged, as the field's records do. A rank with an
-        unusual batch then counts for less, and the norm of the average is smaller than the bound."""
-        norm = torch.cat([p.grad.flatten().norm()[None] for p in (*self.banks, *self.small)]).norm()
-        if self.s.grad_clip_norm > 0:
-            scale = (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1)
-            torch._foreach_mul_([p.grad for p in (*self.banks, *self.small)], scale)
-        return norm
-
-    def gather(self, u: Tensor, count: int):
-        """(all ranks' directions, the pending work or None)."""
+    def gather(self, own: Tensor) -> Callable[[], Tensor]:
+        """Begin to collect every rank's share; what is returned waits for them, one after the other."""
         if self.world.size == 1:
-            return u, None
-        full = torch.empty(len(u) * self.world.size, *u.shape[1:], dtype=u.dtype, device=u.device)
-        return full, dist.all_gather_into_tensor(full, u.contiguous(), async_op=True)
+            return lambda: own
+        full = own.new_empty(len(own) * self.world.size, *own.shape[1:])
+        work = dist.all_gather_into_tensor(full, own.contiguous(), async_op=True)
+
+        def arrived() -> Tensor:
+            work.wait()
+            return full
+        return arrived
 
 
 # ============================================================================================================

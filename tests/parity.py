@@ -573,7 +573,7 @@ def check_muon(fx: Fixture) -> None:
         for bank, start in fx.group("init").items():
             p, buf = start.clone(), torch.zeros_like(start, dtype=dtype)
             for k, at in enumerate(fx.meta["schedule"]):
-                tg.muon_update(p, grads[bank][k], buf, **at, **config)
+                muon_step(p, grads[bank][k], buf, **at, **config)
                 stored = fx.arrays.get(f"{precision}.step{k}.{bank}")
                 if stored is not None:
                     fx.close(f"{precision} step {k} {bank}", p, stored, **tolerance)
@@ -581,6 +581,26 @@ def check_muon(fx: Fixture) -> None:
             fx.equal(f"{precision} buffer dtype", buf.dtype, dtype)
             fx.close(f"{precision} momentum of {bank}", buf, stored,
                      **(tolerance if precision == "f32" else {"rtol_of_max_abs": 2e-2}))
+
+
+def muon_step(p, g, buf, *, lr, momentum, weight_decay, **how) -> None:
+    """One step of the matrices p, by the optimiser's two halves."""
+    tg.muon_apply(p, tg.muon_direction(g, buf, momentum, **how), lr, weight_decay)
+
+
+def check_centralize_and_smooth(fx: Fixture) -> None:
+    """Muon steps with and without centralisation; the three forms of the smoothed loss."""
+    given = dict(fx.meta["muon"])
+    given["steps"] = given.pop("backend_steps")
+    grads = fx.group("muon")
+    for key in (k for k in grads if k.endswith(".after")):
+        rownorm, centralize = (bool(int(n)) for n in re.findall(r"(?:rownorm|centralize)(\d)", key))
+        p = grads["before"].clone()
+        buf = torch.zeros_like(p, dtype=torch.bfloat16)
+        for k in range(sum(re.fullmatch(r"grad\d+", name) is not None for name in grads)):
+            muon_step(p, grads[f"grad{k}"], buf, nesterov=True, row_normalize=rownorm, centralize=centralize,
+                      **given)
+        fx.close(key, p, grads[key], **fx.tolerance("muon"))
 
 
 def check_split_lr(fx: Fixture) -> None:
@@ -1623,7 +1643,7 @@ CHECKERS = (
     ("lqer_variants*/*", check_lqer_variants),
     ("byte_shuffle*/*", check_byte_shuffle),
     ("gated_xsa*/*", in_no_system),
-    ("grad_centralize_label_smooth*/*", in_no_system),
+    ("grad_centralize_label_smooth*/*", check_centralize_and_smooth),
     ("gptq*/*", check_gptq),
     ("loader*/*", check_loader),
     ("coprime_loader*/*", check_coprime),
