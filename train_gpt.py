@@ -207,6 +207,7 @@ class Settings:
     min_lr: float = knob(0.1, "lowest learning rate, as a share of the peak", 0, 1)
     midrun_cap_schedule: str = knob("", "caps on the share of the learning rate: cap@progress, …")
     recur_start_step: int = knob(0, "step at which loops begin; 0: by ENABLE_LOOPING_AT", 0)
+    loop_schedule: str = knob("", "or passes over the loop as training goes on: passes@progress, …")
     late_qat_threshold: float = knob(0.0, "soft-round QAT of the projections of the bigram and value "
                                      "embeddings begins below this share of the learning rate; 0: none", 0, 1)
     late_qat_min_step: int = knob(2000, "and not before this step", 0)
@@ -391,6 +392,9 @@ class Settings:
                   f"TRAIN_LOADER={self.train_loader} has windows of one length: TRAIN_SEQ_SCHEDULE needs "
                   "stream or docpack")
         schedule(self.midrun_cap_schedule, 1.0, float)
+        most = max(passes for _, passes in schedule(self.loop_schedule, self.num_loops + 1))
+        refuse_if(most != self.num_loops + 1, f"LOOP_SCHEDULE reaches {most} passes, but NUM_LOOPS="
+                  f"{self.num_loops} makes {self.num_loops + 1}: make them equal")
         largest = max(chunk for _, chunk in chunk_steps(self))
         refuse_if(largest > self.ttt_eval_seq_len, f"a TTT chunk of {largest} tokens exceeds "
                   f"TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}: lower the chunks")
@@ -1353,9 +1357,9 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, path: Path, first: bool) -
 ROLES = {name: role for role, names in {
     "embed": "tok_emb bigram_embed ve_embed", "head": "lm_head", "cap": "softcap_pos softcap_neg",
     "matrix": "qo_bank kv_bank mlp_up_bank mlp_down_bank",
-    "small": "attn_scale mlp_scale resid_mix q_gain xsa_alpha attn_gate_w attn_gate_proj skip_weights skip_gates "
-             "parallel_post_lambdas parallel_resid_lambdas lane_merge smear_gate smear_lambda smear_channels "
-             "bigram_proj bigram_scale ve_proj ve_scale ve_layer_scales",
+    "small": "attn_scale mlp_scale resid_mix q_gain xsa_alpha attn_gate_w attn_gate_proj skip_weights "
+             "skip_gates parallel_post_lambdas parallel_resid_lambdas lane_merge smear_gate smear_lambda "
+             "smear_channels bigram_proj bigram_scale ve_proj ve_scale ve_layer_scales",
 }.items() for name in names.split()}
 # The field's names: one tensor per layer, where ours are stacked.
 PER_LAYER = {"attn_scale": "blocks.{}.attn_scale", "mlp_scale": "blocks.{}.mlp_scale",
@@ -1405,12 +1409,13 @@ class Plan(NamedTuple):
         return len(self.encoder) + len(self.decoder)
 
 
-def layer_plan(s: Settings, looping: bool) -> Plan:
-    """0 1 2 | 3 4 5 | 3 4 5 | 3 4 5 | 6 … 10 when looping, else 0 … 10; cut in halves."""
+def layer_plan(s: Settings, looping: bool, passes: int = 0) -> Plan:
+    """0 1 2 | 3 4 5 | 3 4 5 | 3 4 5 | 6 … 10 when looping, else 0 … 10; cut in halves. passes over the loop:
+    those of the finished model, unless given."""
     order = tuple(range(s.num_layers))
     if looping and s.num_loops:
         loop = order[s.loop_start:s.loop_end + 1]
-        order = order[:s.loop_start] + loop * (s.num_loops + 1) + order[s.loop_end + 1:]
+        order = order[:s.loop_start] + loop * (passes or s.num_loops + 1) + order[s.loop_end + 1:]
     return Plan(order[:len(order) // 2], order[len(order) // 2:])
 
 
@@ -1662,13 +1667,13 @@ class GPT(nn.Module):
 
     def head_gate(self, weight: Tensor, n: Tensor, q_raw: Tensor) -> Tensor:
         """Gate of every head, (B, T, H)."""
-        s = self.s
+        s, source = self.s, n
+        if s.attn_out_gate_enabled and s.attn_out_gate_src == "q":
+            source = q_raw
+        z = F.linear(source[..., :weight.size(-1)], weight)
         if s.attn_out_gate_enabled:
-            source = n if s.attn_out_gate_src == "proj" else q_raw
-            return 2 * torch.sigmoid(F.linear(source[..., :s.gate_window], weight))
-        if s.gated_attn_enabled:
-            return torch.sigmoid(F.linear(n, weight))
-        return torch.sigmoid(s.sparse_attn_gate_scale * F.linear(n[..., :s.gate_window], weight))
+            return 2 * torch.sigmoid(z)
+        return torch.sigmoid(s.sparse_attn_gate_scale * z if s.sparse_attn_gate_enabled else z)
 
     def feed_forward(self, c: Pass, i: int, slot: int, n: Tensor) -> Tensor:
         """MLP branch of layer i on its normalised input n (B, T, D)."""
@@ -1790,8 +1795,6 @@ class GPT(nn.Module):
             loss = functools.partial(capped_ce, cap=s.logit_softcap, kernel=self.ce_kernel)
         z, (first, *rest) = z.flatten(0, 1), targets.reshape(-1, ids.numel())
         return torch.stack([loss(z, first), *(loss(z.detach(), y) for y in rest)]).view(targets.shape)
-
-    forward = losses
 
     def flops_per_token(self, plan: Plan, context: float) -> float:
         """FLOPs of one token's forward: matrices of the executed layers, head, attention over `context`."""
@@ -2507,6 +2510,11 @@ class Optimiser:
 # 8  Training: schedule, warm-up and rewind, average, loop
 # ============================================================================================================
 
+def stage_at(stages: list[tuple[float, float]], progress: float):
+    """The value of the first stage that has not ended."""
+    return next(value for end, value in stages if min(progress, 1.0) <= end)
+
+
 def lr_share(s: Settings, progress: float) -> float:
     """Share of the peak learning rate: flat, then linear over the last WARMDOWN_FRAC, at least MIN_LR; never
     above the value of the last point of MIDRUN_CAP_SCHEDULE that is passed (before: of its first)."""
@@ -2518,20 +2526,10 @@ def lr_share(s: Settings, progress: float) -> float:
     return min(share, [points[0][1], *(cap for at, cap in points[:-1] if at <= progress)][-1])
 
 
-def stage_at(stages: list[tuple[float, float]], progress: float):
-    """The value of the first stage that has not ended."""
-    return next(value for end, value in stages if min(progress, 1.0) <= end)
-
-
-def graphs_met(s: Settings) -> list[tuple[int, bool]]:
-    """Pairs (longest segment, looping) in the order in which training meets them."""
-    stages = context_stages(s)
-    begins = [0.0, *(math.nextafter(end, 2) for end, _ in stages)]
-    # one of them by the step and the other by the clock: every pair may come
-    free = s.recur_start_step or (s.train_seq_schedule_mode == "step" and s.max_wallclock_seconds > 0)
-    return list(dict.fromkeys(
-        (length, looping) for begin, (end, length) in zip(begins, stages) for looping in (
-            (False, s.num_loops > 0) if free else (looping_at(s, begin), looping_at(s, end)))))
+def decay_share(s: Settings, progress: float) -> float:
+    """Share of MUON_WD: all of it, then linear from WD_TAPER_START_FRAC down to WD_TAPER_FINAL_MULT."""
+    tapered = max(progress - s.wd_taper_start_frac, 0.0) / (1 - s.wd_taper_start_frac)
+    return 1 - tapered * (1 - s.wd_taper_final_mult)
 
 
 def muon_momentum(s: Settings, step: int) -> float:
@@ -2540,10 +2538,23 @@ def muon_momentum(s: Settings, step: int) -> float:
     return (1 - f) * s.muon_momentum_warmup_start + f * s.muon_momentum
 
 
-def looping_at(s: Settings, progress: float, step: int = 0) -> bool:
-    """Whether the loop's extra passes run at this share of the training budget, or this step."""
+def passes_at(s: Settings, progress: float, step: int = 0) -> int:
+    """Passes over the looped layers at this share of the training budget, or at this step."""
+    if s.loop_schedule:
+        return stage_at(schedule(s.loop_schedule, 1), progress)
     begun = step >= s.recur_start_step if s.recur_start_step else progress >= s.enable_looping_at
-    return s.num_loops > 0 and begun
+    return s.num_loops + 1 if begun else 1
+
+
+def graphs_met(s: Settings) -> list[tuple[int, int]]:
+    """Pairs (longest segment, passes over the loop) in the order in which training meets them."""
+    lengths, loops = context_stages(s), schedule(s.loop_schedule, 1)
+    if s.recur_start_step or (s.train_seq_schedule_mode == "step" and s.max_wallclock_seconds > 0):
+        # one of them by the step and the other by the clock: every pair may come
+        passes = sorted({*(n for _, n in loops), s.num_loops + 1})
+        return [(length, n) for _, length in lengths for n in passes]
+    changes = [0.0, s.enable_looping_at, *(math.nextafter(end, 2) for end, _ in lengths[:-1] + loops[:-1])]
+    return list(dict.fromkeys((stage_at(lengths, at), passes_at(s, at)) for at in sorted(changes)))
 
 
 class Curriculum:
@@ -2553,8 +2564,8 @@ class Curriculum:
         self.s, self.stages, self.length = s, context_stages(s), 0
         self.changed = self.rounding = None        # steps at which the length changed and rounding began
 
-    def at(self, step: int, progress: float) -> tuple[int, bool, float]:
-        """(longest segment, looping, share of the learning rate) of a step; they rise from call to call."""
+    def at(self, step: int, progress: float) -> tuple[int, int, float]:
+        """(longest segment, passes over the loop, share of the learning rate) of a step; call it in order."""
         s = self.s
         by_step = s.train_seq_schedule_mode == "step"
         length = stage_at(self.stages, step / max(s.iterations, 1) if by_step else progress)
@@ -2563,7 +2574,7 @@ class Curriculum:
         lr = lr_share(s, progress)
         if self.changed is not None and s.seq_change_warmup_steps:
             lr *= min((step - self.changed + 1) / s.seq_change_warmup_steps, 1.0)
-        return length, looping_at(s, progress, step), lr
+        return length, passes_at(s, progress, step), lr
 
     def sharpness(self, steps: int, lr: float) -> float | None:
         """Slope of soft rounding after so many steps, the last one at this share; None before it begins."""
@@ -2602,8 +2613,8 @@ class Trainer:
         self.s, self.world, self.model = s, world, model
         self.accum, self.tokens = s.batch_shape(world.size)
         self.losses = compiled(s, world.device, model.losses, fullgraph=True)
-        self.alpha: Tensor | None = None         # sharpness of soft rounding, once it has begun
-        self.laps: dict[str, float] | None = None
+        self.alpha: Tensor | None = None              # sharpness of soft rounding, once it has begun
+        self.laps: dict[str, float] | None = None     # on a measured step: ms by part
         self.rewind()
 
     def rewind(self) -> None:
@@ -2612,8 +2623,13 @@ class Trainer:
         self.optimiser = Optimiser(self.s, self.world, dict(self.model.named_parameters()), dtype)
         self.ema = {n: p.detach().clone() for n, p in self.model.named_parameters()}
 
+    def measure(self) -> None:
+        """Make the next step a measured one."""
+        sync(self.world.device)
+        self.laps, self.watch = {}, Clock()
+
     def lap(self, part: str) -> None:
-        """On a measured step (laps is a dict): wait for the GPU, charge the ms since the last lap to part."""
+        """On a measured step: wait for the GPU, charge the ms since the last lap to part."""
         if self.laps is not None:
             sync(self.world.device)
             self.laps[part] = self.laps.get(part, 0.0) + 1e3 * self.watch.elapsed()
@@ -2631,9 +2647,10 @@ class Trainer:
         self.lap("backward")
         return loss.detach()
 
-    def update(self, lr: float, momentum: float) -> Tensor:
-        """Optimiser step and weight average; returns the gradient norm before clipping."""
-        norm = self.optimiser.step(lr, momentum)
+    def update(self, lr: float, momentum: float, decay: float = 1.0) -> Tensor:
+        """Optimiser step (shares of the peak learning rate and weight decay) and weight average; returns the
+        gradient norm before clipping."""
+        norm = self.optimiser.step(lr, momentum, decay)
         self.lap("optimiser")
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.model.parameters()],
@@ -2646,12 +2663,12 @@ class Trainer:
         s, world, clock = self.s, self.world, Clock()
         before = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         generator = torch.Generator().manual_seed(s.seed + world.rank)
-        for length, looping in graphs_met(s):
-            for soft in (False, True)[:1 + (s.late_qat_threshold > 0)]:
-                self.set_sharpness(1.0 if soft else None)
+        for length, passes in graphs_met(s):
+            for sharpness in (None, 1.0) if s.late_qat_threshold else (None,):
+                self.set_sharpness(sharpness)
                 for _ in range(s.warmup_steps):
                     for _ in range(self.accum):
-                        self.micro_step(self.random_batch(generator, length), layer_plan(s, looping))
+                        self.micro_step(self.random_batch(generator, length), layer_plan(s, True, passes))
                     self.update(1.0, s.muon_momentum)
         self.set_sharpness(None)
         with torch.no_grad():
@@ -2677,97 +2694,95 @@ class Trainer:
         return packed_batch(tokens, length or s.train_seq_len).to(self.world.device)
 
 
+# Dense bfloat16 FLOP/s of a GPU, by part of its name.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
+              "L40": 181e12, "RTX 4090": 165e12}
+
+
 class Progress:
-    """Where training is: the numbers of a progress line, and its text."""
+    """Tells how training goes: in the log now and then, on a terminal all the time."""
 
-    def __init__(self, s: Settings, world: World, model: GPT, plans: Mapping[bool, Plan], budget: float):
-        self.s, self.world, self.budget = s, world, budget
-        # backward costs twice the forward; documents make attention cost at most half the window on average
-        self.flops = {k: 3 * model.flops_per_token(p, s.train_seq_len / 2) for k, p in plans.items()}
-        self.peak = peak_flops(world.device)
-        self.last = (0, 0.0)
+    def __init__(self, s: Settings, world: World, run: Run, model: GPT, budget: float):
+        self.s, self.world, self.run, self.model, self.budget = s, world, run, model, budget
+        self.last = (0, 0.0)               # step and seconds of the line before
+        name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
+        self.peak = world.size * next((flops for part, flops in PEAK_FLOPS.items() if part in name), 0.0)
 
-    def values(self, step: int, elapsed: float, looping: bool) -> dict:
-        """ms per step (since the last line; mean), tokens/s, model FLOP utilisation, budget, time left."""
+    def numbers(self, step: int, elapsed: float, plan: Plan) -> dict:
+        """ms per step (since the last line; mean), tokens/s, share of the budget used, seconds left, and the
+        FLOP utilisation where the GPU's peak is known."""
         steps, seconds = step - self.last[0], max(elapsed - self.last[1], 1e-9)
         self.last = (step, elapsed)
         rate = self.s.train_batch_tokens * steps / seconds
         used = elapsed / self.budget if self.budget else step / max(self.s.iterations, 1)
         out = {"ms": 1e3 * seconds / max(steps, 1), "ms_mean": 1e3 * elapsed / step, "tok_s": round(rate),
                "elapsed": elapsed, "used": min(used, 1.0), "eta": elapsed * (1 / max(used, 1e-9) - 1)}
-        if self.peak:
-            out["mfu"] = rate * self.flops[looping] / (self.peak * self.world.size)
+        if self.peak:      # backward costs two forwards; in documents a query sees half the window at most
+            out["mfu"] = rate * 3 * self.model.flops_per_token(plan, self.s.train_seq_len / 2) / self.peak
         return out
 
-    @staticmethod
-    def line(step: int, loss: float, values: Mapping, looping: bool) -> str:
-        """The same for a person."""
-        mfu = f" mfu {values['mfu']:.0%}" if "mfu" in values else ""
-        speed = f"{values['ms']:7.1f} ms/step (mean {values['ms_mean']:.1f})  {values['tok_s']:,} tok/s{mfu}"
-        left = f"{values['used']:4.0%} of budget, {values['eta']:.0f} s left"
-        return (f"step {step:5d}  loss {loss:7.4f}  {speed}  {left}"
+    def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, lr: float, plan: Plan) -> None:
+        """A line in the log for the first ten steps and every TRAIN_LOG_EVERY, else one on a terminal, twice
+        a second at most. A loss that is no number stops the run."""
+        logged = step <= 10 or (self.s.train_log_every and step % self.s.train_log_every == 0)
+        if not logged and not (self.run.live and clock.elapsed() - self.last[1] > 0.5):
+            return
+        loss = self.world.total(loss.clone()).item() / self.world.size if logged else loss.item()
+        v, looping = self.numbers(step, clock.elapsed(), plan), plan.slots > self.s.num_layers
+        mfu = f" mfu {v['mfu']:.0%}" if "mfu" in v else ""
+        line = (f"step {step:5d}  loss {loss:7.4f}  {v['ms']:7.1f} ms/step (mean {v['ms_mean']:.1f})  "
+                f"{v['tok_s']:,} tok/s{mfu}  {v['used']:4.0%} of budget, {v['eta']:.0f} s left"
                 + ("  looping" if looping else ""))
-
-
-def peak_flops(device: torch.device) -> float:
-    """Dense bfloat16 FLOP/s of the GPU by its name; 0 when unknown or on a CPU."""
-    if device.type != "cuda":
-        return 0.0
-    name = torch.cuda.get_device_name(device)
-    table = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
-             "A100": 312e12, "L40": 181e12, "RTX 4090": 165e12}
-    return next((flops for part, flops in table.items() if part in name), 0.0)
+        if not logged:
+            return self.run.progress(line)
+        self.run.log("train", quiet=True, step=step, loss=loss, norm=norm.item(), lr=lr, looping=looping, **v)
+        self.run.say(line)
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {step}: lower MATRIX_LR or SCALAR_LR, or look for "
+                            "the cause with COMPUTE_DTYPE=float32")
 
 
 def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float, validate: Callable) -> dict:
     """The training loop, to ITERATIONS or until a step would pass MAX_WALLCLOCK_SECONDS - reserve;
     validate(step, looping) scores the weights off the clock. Returns the numbers, clock and stream."""
-    plans = {looping: layer_plan(s, looping) for looping in (False, True)}
     budget = s.max_wallclock_seconds - reserve if s.max_wallclock_seconds else 0.0
     if s.max_wallclock_seconds and budget <= 0:
         raise UserError(f"quantising and packing need {reserve:.1f} s, which leaves nothing of MAX_WALLCLOCK_"
                         f"SECONDS={s.max_wallclock_seconds:g}: raise it or set GPTQ_RESERVE_SECONDS")
     stream = Prefetch(open_train_stream(s, world, trainer.tokens), world.device)
-    progress, epochs = Progress(s, world, trainer.model, plans, budget), 0
+    curriculum, progress = Curriculum(s), Progress(s, world, run, trainer.model, budget)
     world.barrier()
-    clock, step, step_seconds, before, shown = Clock(s.max_wallclock_seconds), 0, 0.0, 0.0, 0.0
-    curriculum, measured = Curriculum(s), [0.1, 0.5, 0.9]     # shares of training whose next step is timed
-    looping = looping_at(s, 0.0)
+    clock, step, step_seconds, before = Clock(s.max_wallclock_seconds), 0, 0.0, 0.0
+    passes, epochs, measured = passes_at(s, 0.0), 0, [0.1, 0.5, 0.9]    # shares whose next step is timed
     while True:
         if s.val_loss_every and step % s.val_loss_every == 0:
             sync(world.device)            # queued steps are charged before the clock stops
             with clock.exclude():
-                validate(step, looping)
+                validate(step, passes > 1)
                 sync(world.device)
         elapsed = world.agree(clock.elapsed())
         step_seconds, before = max(elapsed - before, 0.9 * step_seconds) if step else 0.0, elapsed
         if step >= s.iterations or (budget and elapsed + step_seconds > budget):
             break
         done = min(elapsed / budget, 1.0) if budget else step / s.iterations
-        length, looping, lr = curriculum.at(step, done)
+        length, passes, lr = curriculum.at(step, done)
+        plan = layer_plan(s, True, passes)
         if measured and done >= measured[0]:
             measured.pop(0)
-            sync(world.device)
-            trainer.laps, trainer.watch = {}, Clock()
-        losses = [trainer.micro_step(stream.next(length), plans[looping]) for _ in range(trainer.accum)]
-        loss = sum(losses) / trainer.accum
-        norm = trainer.update(lr, muon_momentum(s, step))
+            trainer.measure()
+        losses = [trainer.micro_step(stream.next(length), plan) for _ in range(trainer.accum)]
+        norm = trainer.update(lr, muon_momentum(s, step), decay_share(s, done))
         step += 1
         trainer.set_sharpness(curriculum.sharpness(step, lr_share(s, done)))
         if int(stream.epoch) > epochs:
             epochs = int(stream.epoch)
             run.log("epoch_end", epoch=epochs, step=step, tokens=step * s.train_batch_tokens)
         if trainer.laps:
-            run.log("step_time", quiet=True, step=step, looping=looping, parts=trainer.laps)
+            run.log("step_time", quiet=True, step=step, looping=passes > 1, parts=trainer.laps)
             trainer.laps = None
         if budget and budget - elapsed < 10 * step_seconds:
             sync(world.device)            # near the end the host must not run ahead of the GPU
-        if step <= 10 or (s.train_log_every and step % s.train_log_every == 0):
-            report_step(run, progress, step, world.total(loss.clone()).item() / world.size, norm.item(),
-                        lr, clock.elapsed(), looping)
-        elif run.live and elapsed - shown > 0.5:
-            shown = elapsed
-            run.progress(progress.line(step, loss.item(), progress.values(step, elapsed, looping), looping))
+        progress.report(step, clock, sum(losses) / trainer.accum, norm, lr, plan)
     sync(world.device)
     seconds = clock.elapsed()
     step_ms = 1e3 * seconds / max(step, 1)
@@ -2777,17 +2792,6 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
     if step and (idle := trainer.optimiser.never_trained()):
         run.log("never_trained", parameters=idle)
     return {"steps": step, "step_ms": step_ms, "clock": clock, "stream": stream}
-
-
-def report_step(run: Run, progress: Progress, step: int, loss: float, norm: float, lr: float,
-                elapsed: float, looping: bool) -> None:
-    """One progress line; a loss that is no number stops the run."""
-    values = progress.values(step, elapsed, looping)
-    run.log("train", quiet=True, step=step, loss=loss, norm=norm, lr=lr, looping=looping, **values)
-    run.say(progress.line(step, loss, values, looping))
-    if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} at step {step}: lower MATRIX_LR or SCALAR_LR, or look for the "
-                        "cause with COMPUTE_DTYPE=float32")
 
 
 # ============================================================================================================
