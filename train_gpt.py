@@ -1550,7 +1550,6 @@ class GPT(nn.Module):
     def __init__(self, s: Settings, generator: torch.Generator | None = None):
         super().__init__()
         self.s, self.compute_dtype, self.rope_length = s, torch.float32, 0
-        self.ce_kernel: bool | None = None           # None: the fused kernel where it can run
         self.calibration: tuple[Tensor, Tensor] | None = None      # scale () and bias (V,) of capped logits
         for name, shape in parameter_shapes(s).items():
             setattr(self, name, nn.Parameter(torch.zeros(shape)))
@@ -1792,7 +1791,8 @@ class GPT(nn.Module):
             loss = functools.partial(F.cross_entropy, reduction="none", label_smoothing=smooth)
         else:
             z = self.raw_logits(hidden, adapter)
-            loss = functools.partial(capped_ce, cap=s.logit_softcap, kernel=self.ce_kernel)
+            fused = None if s.fused_ce_enabled else False      # None: where the kernel can run
+            loss = functools.partial(capped_ce, cap=s.logit_softcap, kernel=fused)
         z, (first, *rest) = z.flatten(0, 1), targets.reshape(-1, ids.numel())
         return torch.stack([loss(z, first), *(loss(z.detach(), y) for y in rest)]).view(targets.shape)
 
@@ -2065,9 +2065,9 @@ def per_row(logits: Tensor, *_) -> tuple[Tensor, Tensor]:
           ce_backward(dloss, logits, targets, lse, cap))
 def ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """logits (N, V), targets (N) int64 -> losses (N) and log Σ exp of the shifted logits (N), float32."""
+    N, V = logits.shape
     loss, lse = per_row(logits)
-    if (N := len(logits)):
-        V = logits.shape[1]
+    if N:
         ce_forward_kernel[(N,)](logits.contiguous(), targets.contiguous(), loss, lse, cap, V, **ce_launch(V))
     return loss, lse
 
@@ -2396,7 +2396,7 @@ class Optimiser:
     bank is worked on -> every rank applies the same update. Small gradients travel as one tensor."""
 
     def __init__(self, s: Settings, world: World, params: Mapping[str, nn.Parameter], dtype: torch.dtype):
-        self.s, self.world, self.dtype = s, world, dtype
+        self.s, self.world = s, world
         if strangers := [n for n in params if n not in ROLES]:
             raise UserError(f"parameters {strangers} have no role: add a row to ROLES")
         by_role = {role: [p for n, p in params.items() if ROLES[n] == role] for role in set(ROLES.values())}
@@ -2411,9 +2411,8 @@ class Optimiser:
         self.small = [p for group in groups for p in group["params"]]
         self.adam = torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), eps=s.adam_eps,
                                       fused=world.device.type == "cuda")
-        self.share = [-(-len(p) // world.size) for p in self.banks]    # matrices per rank, the last padded
-        self.momentum = [torch.zeros(n, *p.shape[1:], dtype=dtype, device=p.device)
-                         for n, p in zip(self.share, self.banks)]
+        self.momentum = [torch.zeros(-(-len(p) // world.size), *p.shape[1:], dtype=dtype, device=p.device)
+                         for p in self.banks]      # of as many matrices a rank; the last rank's are padded
         self.split = [split_rates(s, p) for p in self.banks]
 
     @torch.no_grad()
@@ -2469,10 +2468,10 @@ class Optimiser:
         if size == 1:
             return [p.grad for p in self.banks]
         shards, works = [], []
-        for p, n in zip(self.banks, self.share):
-            full = torch.zeros(n * size, *p.shape[1:], dtype=self.dtype, device=p.device)
+        for p, buf in zip(self.banks, self.momentum):
+            full = buf.new_zeros(len(buf) * size, *p.shape[1:])
             full[:len(p)] = p.grad
-            shards.append(torch.empty(n, *p.shape[1:], dtype=self.dtype, device=p.device))
+            shards.append(torch.empty_like(buf))
             works.append(dist.reduce_scatter_tensor(shards[-1], full, async_op=True))
         flat = torch.cat([p.grad.flatten() for p in self.small])
         dist.all_reduce(flat)
@@ -5237,8 +5236,6 @@ def build_model(s: Settings, world: World) -> GPT:
     """The seeded model on this rank's device: every rank draws the same weights."""
     model = GPT(s, torch.Generator().manual_seed(s.seed)).to(world.device)
     model.compute_dtype = pick_dtype(s.compute_dtype, world.device)
-    if not s.fused_ce_enabled:
-        model.ce_kernel = False
     return model
 
 
