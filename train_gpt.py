@@ -2660,7 +2660,7 @@ class Trainer:
     def warm_up(self) -> float:
         """Compile and run every graph on random tokens, then undo it. Returns the seconds it took."""
         s, world, clock = self.s, self.world, Clock()
-        before = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        before = {n: p.clone() for n, p in self.model.state_dict().items()}
         generator = torch.Generator().manual_seed(s.seed + world.rank)
         for length, passes in graphs_met(s):
             for sharpness in (None, 1.0) if s.late_qat_threshold else (None,):
@@ -2670,9 +2670,7 @@ class Trainer:
                         self.micro_step(self.random_batch(generator, length), layer_plan(s, True, passes))
                     self.update(1.0, s.muon_momentum)
         self.set_sharpness(None)
-        with torch.no_grad():
-            for n, p in self.model.named_parameters():
-                p.copy_(before[n])
+        self.model.load_state_dict(before)
         self.rewind()
         sync(world.device)
         return clock.elapsed()
