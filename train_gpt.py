@@ -381,8 +381,6 @@ class Settings:
                              "GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED and set the others to 0")
         refuse_if(self.eval_stride > self.eval_seq_len,
                   f"EVAL_STRIDE={self.eval_stride} exceeds EVAL_SEQ_LEN={self.eval_seq_len}: lower it")
-        refuse_if(self.ttt_chunk_size > self.ttt_eval_seq_len,
-                  f"TTT_CHUNK_SIZE={self.ttt_chunk_size} exceeds TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}")
         refuse_if(bool(self.eval_only_path) and bool(self.eval_only_quantized_path),
                   "EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH are both set: keep one")
         longest = max(length for _, length in context_stages(self))
@@ -396,8 +394,8 @@ class Settings:
         refuse_if(most != self.num_loops + 1, f"LOOP_SCHEDULE reaches {most} passes, but NUM_LOOPS="
                   f"{self.num_loops} makes {self.num_loops + 1}: make them equal")
         largest = max(chunk for _, chunk in chunk_steps(self))
-        refuse_if(largest > self.ttt_eval_seq_len, f"a TTT chunk of {largest} tokens exceeds "
-                  f"TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}: lower the chunks")
+        refuse_if(largest > self.ttt_eval_seq_len, f"TTT_CHUNK_SIZE={self.ttt_chunk_size}, or a chunk for "
+                  f"short documents, exceeds TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}: lower it")
         refuse_if(self.ttt_doc_order == "stream" and self.ttt_warm_start_a and not self.ttt_shared_a,
                   "TTT_DOC_ORDER=stream forbids TTT_WARM_START_A=1 with TTT_SHARED_A=0: A would carry what "
                   "later documents taught it to earlier ones; set TTT_WARM_START_A=0 or TTT_DOC_ORDER=length")

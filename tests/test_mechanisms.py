@@ -207,7 +207,7 @@ def test_batches_read_ahead_are_cut_anew_and_nothing_is_lost(tmp_path):
         (dict(VE_ENABLED=1, VE_LAYERS="3,4"), "VE_LAYERS=3,4 must be layers below NUM_LAYERS=4"),
         (dict(BIGRAM_VOCAB_SIZE=1), "leaves no row"),
         (dict(ASYM_LOGIT_TRAIN=1), "ASYM_LOGIT_RESCALE"),
-        (dict(LOOP_SCHEDULE="1@0.5,3@1"), "LOOP_SCHEDULE reaches 3 passes, but NUM_LOOPS=1 makes 2"),
+        (dict(LOOP_SCHEDULE="1@0.5,3@1"), "LOOP_SCHEDULE .*NUM_LOOPS"),
         (dict(SLOT_ENABLED=1), "SLOT_ENABLED=1 is not to be had"),
         (dict(WARMDOWN_ITERS=3500), "set WARMDOWN_FRAC"),
         (dict(RECUR_LAYERS="1,3"), "RECUR_LAYERS=1,3 must be consecutive"),
