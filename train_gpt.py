@@ -4079,12 +4079,12 @@ def unit_for(spread: np.ndarray, size: float, finest: float) -> float:
     return unit
 
 
-GUESSED = 0.93     # what guesses leave of an embedding's codes, measured on small trained models: 0.92 to 0.94
+GUESSED = 0.93     # what guesses leave of an embedding's codes; measured on small trained models: 0.92, 0.94
 
 
 def expected_size(s: Settings) -> str:
-    """What the artifact will weigh, from the settings alone: as if all weights were Gaussian. Errors passed on
-    by GPTQ widen codes by about as many bytes as contexts win. UserError below two bits a code."""
+    """What the artifact will weigh, from the settings alone: as if all weights were Gaussian. Errors passed
+    on by GPTQ cost about as many bytes as contexts win. UserError below two bits a code."""
     blank = {name: torch.empty(shape, device="meta") for name, shape in parameter_shapes(s).items()}
     codes, coded, other = 0, 0.0, 0
     for name, w in matrix_views(blank).items():
