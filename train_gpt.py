@@ -29,16 +29,15 @@ import lzma
 import math
 import os
 import platform
-import queue
 import random
+import re
 import shutil
 import struct
 import sys
 import tempfile
-import threading
 import time
 import uuid
-from collections import namedtuple
+from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -76,10 +75,14 @@ class UserError(Exception):
 # 1  Settings: one frozen table, read once from the environment
 # ============================================================================================================
 
-def knob(default, doc, lo=None, hi=None, choices=None, group=None):
-    """A setting: default (its type is the setting's type), meaning with unit, inclusive bounds or choices."""
-    choices = choices and tuple(choices.split())
-    return field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, choices=choices, group=group))
+def knob(default, doc, lo=None, hi=None, group=None, choices=()):
+    """A setting: default (its type is the setting's type), meaning with unit, inclusive bounds."""
+    return field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, group=group, choices=choices))
+
+
+def choice(words, doc, group=None):
+    """A setting that is one of some words, the first by default."""
+    return knob(words.split()[0], doc, group=group, choices=words.split())
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Settings:
     seed: int = knob(1337, "seed of weights, adapters and data order", 0)
     artifact_dir: str = knob("", "folder of the run's files (default: runs/<RUN_ID>)")
     max_wallclock_seconds: float = knob(600.0, "training budget in s, artifact included; 0: ITERATIONS", 0)
-    eval_max_seconds: float = knob(600.0, "evaluation budget in s; the log warns when it is passed", 0)
+    eval_max_seconds: float = knob(600.0, "evaluation budget in s; beyond it: NON-COMPLIANT", 0)
     iterations: int = knob(20000, "most optimiser steps; without a time budget the schedule's length", 0)
     train_log_every: int = knob(500, "steps between progress lines (the first ten always show)", 0)
     val_loss_every: int = knob(0, "steps between validations in training, step 0 included; 0: none", 0)
@@ -99,10 +102,10 @@ class Settings:
     quantize_only: bool = knob(False, "stop when the artifact is written")
     prequant_only: bool = knob(False, "stop after scoring the averaged weights")
     # --- device
-    attn_backend: str = knob("auto", "attention", choices="auto fa3 fa4 torch plain", group="device")
-    compile: str = knob("auto", "torch.compile; auto: on a GPU", choices="auto 0 1")
-    compute_dtype: str = knob("auto", "activations; auto: bfloat16 on a GPU", choices="auto float32 bfloat16")
-    muon_dtype: str = knob("auto", "Muon and its traffic; auto: as above", choices="auto float32 bfloat16")
+    attn_backend: str = choice("auto fa3 fa4 torch plain", "attention", group="device")
+    compile: str = choice("auto 0 1", "torch.compile; auto: on a GPU")
+    compute_dtype: str = choice("auto float32 bfloat16", "activations; auto: bfloat16 on a GPU")
+    muon_dtype: str = choice("auto float32 bfloat16", "Muon and its traffic; auto: as above")
     fused_ce_enabled: bool = knob(True, "fused cross-entropy kernel on a GPU")
     # --- data
     data_dir: str = knob("./data/", "folder that the next two default to", group="data")
@@ -110,15 +113,12 @@ class Settings:
     tokenizer_path: str = knob("", "SentencePiece model of the shards")
     vocab_size: int = knob(8192, "tokens in the vocabulary", 2, 65536)
     caseops_enabled: bool = knob(True, "shards of the CaseOps tokenizer; needs the byte sidecar")
-    data_check: str = knob("quick", "checks of the data before training; full: every byte and every document",
-                           choices="quick full")
-    train_loader: str = knob("stream", "stream: every target once; the field's: docpack, shuffled, coprime",
-                             choices="stream docpack shuffled coprime")
+    data_check: str = choice("quick full", "the data before training; full: every byte and every document")
+    train_loader: str = choice("stream docpack shuffled coprime", "stream: every target once; or the field's")
     train_batch_tokens: int = knob(786432, "tokens of one optimiser step, over all ranks", 1)
     train_seq_len: int = knob(2048, "documents are cut to this many tokens in training", 2)
     train_seq_schedule: str = knob("", "progressive context: length@progress, …; the largest: TRAIN_SEQ_LEN")
-    train_seq_schedule_mode: str = knob("wallclock", "progress: of the budget, or of ITERATIONS",
-                                        choices="wallclock step")
+    train_seq_schedule_mode: str = choice("wallclock step", "progress: of the budget, or of ITERATIONS")
     seq_change_warmup_steps: int = knob(32, "steps of the learning rate's ramp after a change; 0: none", 0)
     grad_accum_steps: int = knob(0, "micro-batches of a step and rank; 0: 8 / number of ranks", 0)
     val_batch_tokens: int = knob(524288, "tokens of a scoring batch, over 8 micro-batches", 8)
@@ -144,17 +144,14 @@ class Settings:
     loop_end: int = knob(5, "last layer of the loop", 0)
     enable_looping_at: float = knob(0.35, "share of the training budget after which loops run", 0, 1)
     parallel_start_layer: int = knob(8, "decoder layers from here on run as two lanes; 0: none", 0)
-    parallel_lanes: str = knob("mixed", "lanes write to both; or stay apart, blended by a learned scalar",
-                               choices="mixed separate")
-    parallel_final_lane: str = knob("mean", "which mixed lane is read at the end", choices="mean mlp attn")
+    parallel_lanes: str = choice("mixed separate", "lanes write to both; or stay apart and are blended")
+    parallel_final_lane: str = choice("mean mlp attn", "which mixed lane is read at the end")
     skip_gates_enabled: bool = knob(True, "gate the U-Net skips")
-    skip_rows: str = knob("looped", "skips: half of the looped order, or of the physical layers",
-                          choices="looped physical")
+    skip_rows: str = choice("looped physical", "skips: half of the looped order, or of the physical layers")
     skip_into_lanes: bool = knob(True, "skips that come after the lanes began join lane 0; 0: they are lost")
     gate_window: int = knob(12, "channels that the smear and attention gates read", 1)
     smear_gate_enabled: bool = knob(True, "mix the previous token's embedding in")
-    smear_gate_kind: str = knob("window", "one strength from GATE_WINDOW channels, added before the norm; or "
-                                "a constant gate per channel, blended after it", choices="window channels")
+    smear_gate_kind: str = choice("window channels", "one strength by GATE_WINDOW channels; one each")
     smear_gate_bos_fix: bool = knob(True, "never across a BOS")
     bigram_vocab_size: int = knob(0, "rows of a hashed table of token pairs, added to the embedding", 0)
     bigram_dim: int = knob(128, "its width", 1)
@@ -167,7 +164,7 @@ class Settings:
     gated_attn_enabled: bool = knob(False, "gate each head by the whole block input instead")
     gated_attn_init_std: float = knob(0.01, "initial spread of that gate's weights", 0)
     attn_out_gate_enabled: bool = knob(False, "gate each head by 2 sigmoid of GATE_WINDOW channels instead")
-    attn_out_gate_src: str = knob("proj", "it reads the block input or raw queries", choices="proj q")
+    attn_out_gate_src: str = choice("proj q", "it reads the block input or raw queries")
     tied_embed_init_std: float = knob(0.005, "initial spread of the embedding", 0)
     # --- optimiser
     matrix_lr: float = knob(0.026, "Muon's learning rate", 0, group="optimiser")
@@ -186,24 +183,21 @@ class Settings:
     muon_momentum_warmup_steps: int = knob(1500, "steps of the momentum's warm-up", 0)
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations (more than 5 run as 5)", 1)
     muon_row_normalize: bool = knob(True, "normalise each row of the update before Newton-Schulz")
-    muon_coefficients: str = knob("polar", "Newton-Schulz: Polar Express, or one quintic for all iterations",
-                                  choices="polar quintic")
+    muon_coefficients: str = choice("polar quintic", "Polar Express, or one quintic for all iterations")
     matrix_lr_early: float = knob(0.0, "MATRIX_LR of the layers before BANK_SPLIT; 0: no split", 0)
     matrix_lr_late: float = knob(0.0, "MATRIX_LR of the others; 0: MATRIX_LR", 0)
     bank_split: int = knob(5, "the first late layer", 0)
-    split_lr_target: str = knob("update", "what the split scales; as published the gradient, whose size Muon "
-                                "normalises away", choices="update gradient")
+    split_lr_target: str = choice("update gradient", "the split scales it; gradient: published, to no effect")
     asym_logit_train: bool = knob(False, "train the two caps; as published nothing does")
     grad_clip_norm: float = knob(0.3, "largest norm of the gradient; 0: no clipping", 0)
-    grad_clip_mode: str = knob("global", "clip the average, or each rank's own as the field's records do",
-                               choices="global per_rank")
+    grad_clip_mode: str = choice("global per_rank", "clip the average, or as the field each rank's own")
     warmup_steps: int = knob(20, "compile and warm-up steps on random tokens, undone before training", 0)
     warmdown_frac: float = knob(0.85, "last share of the budget, of falling learning rate", 0, 1)
     min_lr: float = knob(0.1, "lowest learning rate, as a share of the peak", 0, 1)
     midrun_cap_schedule: str = knob("", "caps on the share of the learning rate: cap@progress, …")
     recur_start_step: int = knob(0, "step at which loops begin; 0: by ENABLE_LOOPING_AT", 0)
-    late_qat_threshold: float = knob(0.0, "soft-round QAT of the projections of the bigram and value "
-                                     "embeddings begins below this share of the learning rate; 0: none", 0, 1)
+    late_qat_threshold: float = knob(0.0, "share of the learning rate below which the projections of bigram "
+                                     "and value embeddings train softly rounded; 0: never", 0, 1)
     late_qat_min_step: int = knob(2000, "and not before this step", 0)
     ema_decay: float = knob(0.9965, "averaging of the weights, per step", 0, 0.999999)
     prequant_ttt_enabled: bool = knob(False, "study, NON-COMPLIANT: train on validation tokens last")
@@ -213,11 +207,9 @@ class Settings:
     prequant_ttt_batch_seqs: int = knob(32, "rows of TRAIN_SEQ_LEN in a batch", 1)
     prequant_ttt_grad_clip: float = knob(1.0, "largest gradient norm", 0)
     prequant_ttt_freeze_blocks: int = knob(1, "first layers that stay as they are", 0)
-    prequant_ttt_form: str = knob("sharded", "ranks share rows; or batches overlap and matrices never freeze",
-                                  choices="sharded overlapping")
+    prequant_ttt_form: str = choice("sharded overlapping", "ranks share rows; or all train on all, unfrozen")
     # --- quantise and pack
-    quant_allocation: str = knob("fisher", "steps by the loss's curvature, or hand: by bits and clip sigmas",
-                                 choices="fisher hand", group="quantise")
+    quant_allocation: str = choice("fisher hand", "steps by curvature; or bits and sigmas", group="quantise")
     quant_trellis: bool = knob(True, "trellis-coded quantisation (8 states), with fisher steps")
     matrix_bits: int = knob(6, "bits of the matrices (hand)", 2, 8)
     embed_bits: int = knob(7, "bits of the embedding (hand)", 2, 8)
@@ -225,8 +217,7 @@ class Settings:
     attn_clip_sigmas: float = knob(13.0, "the same for attention matrices", 0.1)
     mlp_clip_sigmas: float = knob(11.5, "the same for MLP matrices", 0.1)
     embed_clip_sigmas: float = knob(14.0, "the same for the embedding", 0.1)
-    quant_clip: str = knob("sigmas", "range of the codes: by those settings; or the best of five percentiles "
-                           "of a row, steps at least 1/31, as the early records", choices="sigmas percentile")
+    quant_clip: str = choice("sigmas percentile", "those sigmas; or the best of five percentiles of a row")
     awq_lite_enabled: bool = knob(False, "finer codes for the columns that matter most")
     awq_lite_bits: int = knob(8, "their bits", 2, 8)
     awq_lite_group_size: int = knob(64, "columns of a group", 1)
@@ -237,7 +228,7 @@ class Settings:
     lqer_enabled: bool = knob(False, "low-rank repair of the largest rounding errors")
     lqer_rank: int = knob(4, "its rank", 1)
     lqer_top_k: int = knob(3, "how many matrices get it", 0)
-    lqer_scope: str = knob("all", "which matrices may get it", choices="all mlp attn embed")
+    lqer_scope: str = choice("all mlp attn embed", "which matrices may get it")
     lqer_gain_select: bool = knob(False, "choose them by the error it removes, not by the error there is")
     lqer_factor_bits: int = knob(4, "bits of its symmetric form", 2, 8)
     lqer_asym_enabled: bool = knob(True, "asymmetric form: 2-bit and 4-bit factors")
@@ -250,7 +241,7 @@ class Settings:
     logit_calib_lr: float = knob(0.003, "learning rate", 0)
     logit_calib_l2: float = knob(0.01, "pull towards no calibration", 0)
     fit_margin_bytes: int = knob(4096, "the fitter stops this close to the limit", 256)
-    compressor: str = knob("ans", "entropy stage: ans (our coder) or brotli", choices="ans brotli")
+    compressor: str = choice("ans brotli", "entropy stage: ans (our coder) or brotli")
     # --- score
     eval_seq_len: int = knob(2048, "window of the sliding evaluation, in tokens", 2, group="score")
     eval_stride: int = knob(64, "tokens between two windows of one document", 1)
@@ -260,8 +251,7 @@ class Settings:
     ttt_eval_seq_len: int = knob(2048, "context of TTT, in tokens", 2)
     ttt_kv_reuse: bool = knob(True, "keep earlier keys and values; 0: encode the context again and again")
     ttt_shared_a: bool = knob(True, "one frozen A for all documents, only B is adapted")
-    ttt_doc_order: str = knob("stream", "what adapts what: the stream's order, or longest first as the field",
-                              choices="stream length")
+    ttt_doc_order: str = choice("stream length", "adapt in the stream's order, or longest first as the field")
     ttt_chunk_size: int = knob(48, "tokens scored between two adapter steps", 1)
     ttt_short_score_first_enabled: bool = knob(True, "smaller chunks for groups of shorter documents")
     ttt_short_score_first_steps: str = knob("8000:24", "longest document:chunk, …; beyond: TTT_CHUNK_SIZE")
@@ -276,11 +266,8 @@ class Settings:
     ttt_v_lora: bool = knob(True, "adapt values")
     ttt_o_lora: bool = knob(True, "adapt the attention output (from the block input)")
     ttt_mlp_lora: bool = knob(True, "adapt the MLP")
-    ttt_optimizer: str = knob("normalised", "adapters' steps: the gradient over its RMS, AdamW, or SGD",
-                              choices="normalised adam sgd")
+    ttt_optimizer: str = choice("normalised adam sgd", "steps: the gradient over its RMS, AdamW, or SGD")
     ttt_local_lr_mult: float = knob(1.0, "factor on TTT_LORA_LR", 0)
-    ttt_mask: str = knob("", "adapters to leave out unless switched on by name",
-                         choices="all baseline_all no_q no_v no_qv")
     ttt_beta1: float = knob(0.0, "AdamW's first moment, or SGD's momentum", 0, 0.999999)
     ttt_beta2: float = knob(0.99, "AdamW's second moment", 0, 0.999999)
     ttt_weight_decay: float = knob(0.5, "weight decay of the adapters", 0)
@@ -302,11 +289,9 @@ class Settings:
     global_ttt_warmup_chunks: int = knob(0, "chunks of linear warm-up", 0)
     global_ttt_warmup_start_lr: float = knob(0.0, "learning rate at its start", 0)
     ngram_tilt_enabled: bool = knob(False, "tilt scores towards what followed the same context earlier")
-    ngram_doc_order: str = knob("scored", "what counts grow by", choices="scored stream")
-    ngram_gates: str = knob("previous", "who speaks, by the previous token or always; target: NON-COMPLIANT",
-                            choices="previous open_word target")
-    ngram_choice: str = knob("model", "what weighs hints: their probability, or their own confidence",
-                             choices="model confidence")
+    ngram_doc_order: str = choice("scored stream", "what counts grow by")
+    ngram_gates: str = choice("previous open_word target", "who speaks when; target: NON-COMPLIANT")
+    ngram_choice: str = choice("model confidence", "what weighs hints: probability, or own confidence")
     ngram_boost_gamma: float = knob(0.0, "boosts shrink by (1 - the hint's probability) to this power", 0)
     token_order: int = knob(16, "token expert: length of context and hint together", 1)
     token_threshold: float = knob(0.8, "it speaks from this confidence on; above 1: never", 0)
@@ -314,7 +299,7 @@ class Settings:
     within_tau: float = knob(99.0, "the same for the expert of the open word's next token", 0)
     within_boost: float = knob(0.0, "nats added to its hint's logit", 0)
     word_order: int = knob(4, "expert of the next word's first token: order in words", 1)
-    word_normalize: str = knob("strip_punct_lower", "equal words", choices="strip_punct_lower lower identity")
+    word_normalize: str = choice("strip_punct_lower lower identity", "equal words")
     word_tau: float = knob(99.0, "it speaks from this confidence on; above 1: never", 0)
     word_boost: float = knob(0.0, "nats added to its hint's logit", 0)
     agree_add_boost: float = knob(0.0, "more nats when another expert gives the same hint", 0)
@@ -322,90 +307,83 @@ class Settings:
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
         """Read and check every setting; a name nothing reads stops the run with the nearest right one."""
-        if env.get("TTT_EVAL_ONLY", "0") != "0":
-            raise UserError("TTT_EVAL_ONLY=1 names nothing to score: set EVAL_ONLY_QUANTIZED_PATH instead")
-        env = {k: v for k, v in env.items() if k not in NO_EFFECT}
-        for name, (only, why) in ONLY.items():
-            if (value := env.pop(name, "")) and (float(value) if is_number(value) else value) != only:
+        env, known = dict(env), {f.name.upper(): f for f in fields(cls)}
+        for name, (only, why) in NO_SETTINGS.items():
+            value = env.pop(name, "")
+            if value and only is not None and (float(value) if is_number(value) else value) != only:
                 raise UserError(f"{name}={value} is not to be had here, only {only}: {why}")
-        for old, (names, translate) in ALIASES.items():
+        for old in ALIASES:
             if value := env.pop(old, ""):
-                env = {**dict(zip(names.split(), translate(value))), **env}
-        for name in {"no_q": "Q", "no_v": "V", "no_qv": "QV"}.get(env.get("TTT_MASK", ""), ""):
-            env.setdefault(f"TTT_{name}_LORA", "0")
+                env = {**dict(zip(ALIASES[old].split(), translate(old, value))), **env}
         if env.get("AWQ_LITE_ENABLED", "0") != "0" or env.get("QUANT_CLIP", "sigmas") != "sigmas":
             env.setdefault("QUANT_ALLOCATION", "hand")     # they change steps that are set by hand
-        known = {f.name.upper(): f for f in fields(cls)}
+        if env.get("COMPRESSOR") == "pergroup":
+            env["COMPRESSOR"] = "ans"     # the field's per-group lrzip: our coder replaces the binary
         for name in env:
             if name not in known and (nearest := looks_like_ours(name, known)) is not None:
                 raise UserError(f"unknown setting {name}: the nearest known one is {nearest} "
                                 "(python train_gpt.py --help lists all)")
-        if env.get("COMPRESSOR") == "pergroup":
-            env["COMPRESSOR"] = "ans"     # the field's per-group lrzip: our coder replaces the binary
-        s = cls(**{f.name: parse_setting(f, env[name]) for name, f in known.items()
-                   if env.get(name) or (name in env and f.default and is_free_text(f))})
+        s = cls(**{f.name: parse_setting(f, env[name]) for name, f in known.items() if name in env})
         s.check_consistency()
         return s
 
+    def mistake(self, text: str) -> UserError:
+        """The error that says so: settings named before the first colon are shown with their values."""
+        fault, colon, remedy = text.partition(": ")
+        shown = {k: f"{k}={int(v) if v in (True, False) else v}" for k, v in self.as_env().items()}
+        return UserError(re.sub(r"[A-Z][A-Z0-9_]+", lambda m: shown.get(m[0], m[0]), fault) + colon + remedy)
+
     def check_consistency(self) -> None:
         """Refuse settings that contradict each other; single values were checked when they were read."""
-        def refuse_if(bad, text):
-            if bad:
-                raise UserError(text)
-        d, h, k = self.model_dim, self.num_heads, self.num_kv_heads
-        refuse_if(d % h, f"MODEL_DIM={d} is not divisible by NUM_HEADS={h}: choose a multiple of {h}")
-        refuse_if(h % k, f"NUM_HEADS={h} is not divisible by NUM_KV_HEADS={k}: choose a divisor of {h}")
-        refuse_if((d // h) % 2, f"MODEL_DIM/NUM_HEADS={d // h} is odd: rotary embedding needs it even")
-        refuse_if(self.rope_dims % 2 or self.rope_dims > d // h,
-                  f"ROPE_DIMS={self.rope_dims} must be even and at most the head width {d // h}")
-        refuse_if(self.gate_window > d, f"GATE_WINDOW={self.gate_window} exceeds MODEL_DIM={d}: lower it")
-        refuse_if(self.num_loops and not self.loop_start <= self.loop_end < self.num_layers,
-                  f"LOOP_START={self.loop_start} and LOOP_END={self.loop_end} must satisfy "
-                  f"LOOP_START <= LOOP_END < NUM_LAYERS={self.num_layers} (or set NUM_LOOPS=0)")
-        refuse_if(self.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE=1 leaves no row for pairs: set 0, or more")
-        layers = self.ve_layers.replace(" ", "").split(",")
-        refuse_if(self.ve_enabled and not all(i.isdigit() and int(i) < self.num_layers for i in layers),
-                  f"VE_LAYERS={self.ve_layers} must be layers below NUM_LAYERS={self.num_layers}, as 9,10")
-        refuse_if(bool(self.matrix_lr_early) and not self.matrix_lr,
-                  f"MATRIX_LR_EARLY={self.matrix_lr_early:g} is relative to MATRIX_LR, which is 0: raise it")
-        refuse_if(self.asym_logit_train and not self.asym_logit_rescale,
-                  "ASYM_LOGIT_TRAIN=1 has nothing to train: set ASYM_LOGIT_RESCALE=1")
-        gates = self.sparse_attn_gate_enabled + self.gated_attn_enabled + self.attn_out_gate_enabled
-        refuse_if(gates > 1, "more than one attention gate is on: keep one of SPARSE_ATTN_GATE_ENABLED, "
-                             "GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED and set the others to 0")
-        refuse_if(self.eval_stride > self.eval_seq_len,
-                  f"EVAL_STRIDE={self.eval_stride} exceeds EVAL_SEQ_LEN={self.eval_seq_len}: lower it")
-        refuse_if(self.ttt_chunk_size > self.ttt_eval_seq_len,
-                  f"TTT_CHUNK_SIZE={self.ttt_chunk_size} exceeds TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}")
-        refuse_if(bool(self.eval_only_path) and bool(self.eval_only_quantized_path),
-                  "EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH are both set: keep one")
-        longest = max(length for _, length in context_stages(self))
-        refuse_if(longest != self.train_seq_len, f"the longest stage of TRAIN_SEQ_SCHEDULE is {longest}, but "
-                  f"TRAIN_SEQ_LEN={self.train_seq_len}: make them equal")
-        refuse_if(bool(self.train_seq_schedule) and self.train_loader in WINDOWED,
-                  f"TRAIN_LOADER={self.train_loader} has windows of one length: TRAIN_SEQ_SCHEDULE needs "
-                  "stream or docpack")
-        schedule(self.midrun_cap_schedule, 1.0, float)
-        largest = max(chunk for _, chunk in chunk_steps(self))
-        refuse_if(largest > self.ttt_eval_seq_len, f"a TTT chunk of {largest} tokens exceeds "
-                  f"TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}: lower the chunks")
-        refuse_if(self.ttt_doc_order == "stream" and self.ttt_warm_start_a and not self.ttt_shared_a,
-                  "TTT_DOC_ORDER=stream forbids TTT_WARM_START_A=1 with TTT_SHARED_A=0: A would carry what "
-                  "later documents taught it to earlier ones; set TTT_WARM_START_A=0 or TTT_DOC_ORDER=length")
-        orders = self.corrector_orders.split(",")
-        refuse_if(not all(n.isdigit() and int(n) for n in orders if n),
-                  f"CORRECTOR_ORDERS={self.corrector_orders} must be whole numbers from 1 on, as 2,3,5")
-        refuse_if(self.ngram_tilt_enabled and not experts_in_use(self), "NGRAM_TILT_ENABLED=1, no expert in "
-                  "use: lower TOKEN_THRESHOLD, WITHIN_TAU or WORD_TAU to at most 1")
-        refuse_if((self.awq_lite_enabled or self.quant_clip != "sigmas") and self.quant_allocation != "hand",
-                  "AWQ_LITE_ENABLED and QUANT_CLIP=percentile change steps that are set by hand: set "
-                  "QUANT_ALLOCATION=hand or leave it out")
-        if (reserve := self.gptq_reserve_seconds) != "auto":
-            refuse_if(not is_number(reserve) or float(reserve) < 0,
-                      f"GPTQ_RESERVE_SECONDS={reserve} must be a number of seconds >= 0, or auto")
-            refuse_if(0 < self.max_wallclock_seconds <= float(reserve),
-                      f"GPTQ_RESERVE_SECONDS={reserve} leaves nothing of "
-                      f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g} to train in: lower it")
+        s, reserve, orders = self, self.gptq_reserve_seconds, self.corrector_orders.split(",")
+        gates = s.sparse_attn_gate_enabled + s.gated_attn_enabled + s.attn_out_gate_enabled
+        ve_layers = [int(i) if i.strip().isdigit() else math.inf for i in s.ve_layers.split(",")]
+        schedule(s.midrun_cap_schedule, 1.0, float)
+        for refused, why in (
+            (s.model_dim % s.num_heads,
+             f"MODEL_DIM is not divisible by NUM_HEADS: choose a multiple of {s.num_heads}"),
+            (s.num_heads % s.num_kv_heads, "NUM_HEADS is not divisible by NUM_KV_HEADS: choose a divisor"),
+            (s.head_dim % 2, "MODEL_DIM over NUM_HEADS is odd: rotary embedding needs it even"),
+            (s.rope_dims % 2 or s.rope_dims > s.head_dim,
+             f"ROPE_DIMS does not fit: it must be even and at most the head width {s.head_dim}"),
+            (s.gate_window > s.model_dim, "GATE_WINDOW exceeds MODEL_DIM: lower it"),
+            (s.num_loops and not s.loop_start <= s.loop_end < s.num_layers,
+             "LOOP_START <= LOOP_END < NUM_LAYERS does not hold: correct them, or set NUM_LOOPS=0"),
+            (s.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE leaves no row for pairs: set 0, or more"),
+            (s.ve_enabled and max(ve_layers) >= s.num_layers,
+             "VE_LAYERS must be layers below NUM_LAYERS, as 9,10"),
+            (s.matrix_lr_early and not s.matrix_lr,
+             "MATRIX_LR_EARLY is relative to MATRIX_LR: raise MATRIX_LR above 0"),
+            (s.asym_logit_train and not s.asym_logit_rescale,
+             "ASYM_LOGIT_TRAIN has nothing to train: set ASYM_LOGIT_RESCALE=1"),
+            (gates > 1, "more than one attention gate is on: keep one of SPARSE_ATTN_GATE_ENABLED, "
+                        "GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED and set the others to 0"),
+            (s.eval_stride > s.eval_seq_len, "EVAL_STRIDE exceeds EVAL_SEQ_LEN: lower it"),
+            (max(chunk for _, chunk in chunk_steps(s)) > s.ttt_eval_seq_len, "TTT_CHUNK_SIZE, or a chunk of "
+             "TTT_SHORT_SCORE_FIRST_STEPS, exceeds TTT_EVAL_SEQ_LEN: lower it"),
+            (s.eval_only_path and s.eval_only_quantized_path,
+             "EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH are both set: keep one"),
+            (max(length for _, length in context_stages(s)) != s.train_seq_len,
+             "TRAIN_SEQ_LEN is not the longest stage of TRAIN_SEQ_SCHEDULE: make them equal"),
+            (s.train_seq_schedule and s.train_loader in WINDOWED,
+             "TRAIN_LOADER has windows of one length: TRAIN_SEQ_SCHEDULE needs stream or docpack"),
+            (s.ttt_doc_order == "stream" and s.ttt_warm_start_a and not s.ttt_shared_a,
+             "TTT_DOC_ORDER, TTT_WARM_START_A and TTT_SHARED_A let A carry what later documents taught it to "
+             "earlier ones: set TTT_WARM_START_A=0 or TTT_DOC_ORDER=length"),
+            (not all(n.isdigit() and int(n) for n in orders if n),
+             "CORRECTOR_ORDERS must be whole numbers from 1 on, as 2,3,5"),
+            (s.ngram_tilt_enabled and not experts_in_use(s), "NGRAM_TILT_ENABLED has no expert in use: "
+             "lower TOKEN_THRESHOLD, WITHIN_TAU or WORD_TAU to at most 1"),
+            ((s.awq_lite_enabled or s.quant_clip != "sigmas") and s.quant_allocation != "hand",
+             "AWQ_LITE_ENABLED and QUANT_CLIP change steps that are set by hand, not by QUANT_ALLOCATION: "
+             "set QUANT_ALLOCATION=hand or leave it out"),
+            (reserve != "auto" and not (is_number(reserve) and float(reserve) >= 0),
+             "GPTQ_RESERVE_SECONDS must be a number of seconds >= 0, or auto"),
+            (is_number(reserve) and 0 < s.max_wallclock_seconds <= float(reserve),
+             "GPTQ_RESERVE_SECONDS leaves nothing of MAX_WALLCLOCK_SECONDS to train in: lower it"),
+        ):
+            if refused:
+                raise self.mistake(why)
 
     def batch_shape(self, world_size: int) -> tuple[int, int]:
         """(micro-batches per step and rank, tokens of one micro-batch), checked against the ranks."""
@@ -413,16 +391,12 @@ class Settings:
         parts = world_size * accum
         tokens, rest = divmod(self.train_batch_tokens, parts)
         if rest:
-            raise UserError(f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not divisible by {world_size} "
-                            f"ranks x {accum} micro-batches = {parts}: choose a multiple or GRAD_ACCUM_STEPS")
-        for _, length in context_stages(self) if self.train_seq_schedule else ():
-            if tokens % length:
-                raise UserError(f"a micro-batch of {tokens} tokens is no multiple of {length}, a length of "
-                                "TRAIN_SEQ_SCHEDULE: change one of them")
-        if self.train_loader in WINDOWED and tokens % self.train_seq_len:
-            raise UserError(f"a micro-batch of {tokens} tokens is no multiple of TRAIN_SEQ_LEN="
-                            f"{self.train_seq_len}: with TRAIN_LOADER={self.train_loader} TRAIN_BATCH_TOKENS "
-                            f"must be a multiple of {parts * self.train_seq_len}")
+            raise self.mistake(f"TRAIN_BATCH_TOKENS is not divisible by {world_size} ranks x {accum} "
+                               f"micro-batches: choose a multiple of {parts}, or GRAD_ACCUM_STEPS")
+        for _, length in context_stages(self):
+            if tokens % length and (self.train_seq_schedule or self.train_loader in WINDOWED):
+                raise self.mistake(f"TRAIN_BATCH_TOKENS makes micro-batches of {tokens} tokens, no rows of "
+                                   f"{length}: choose a multiple of {parts * length}")
         return accum, tokens
 
     @property
@@ -445,15 +419,12 @@ class Settings:
     @property
     def shards(self) -> Path:
         """DATA_PATH, else the folder that data/fetch.py makes, else the field's place for it."""
+        fetched = Path(self.data_dir) / f"sp{self.vocab_size}{'_caseops' * self.caseops_enabled}"
         name = f"fineweb10B_sp{self.vocab_size}"
         if self.caseops_enabled:
             name = f"{name}_caseops/datasets/datasets/{name}_lossless_caps_caseops_v1_reserved"
-        fetched = self.fetched if self.fetched.is_dir() else Path(self.data_dir) / "datasets" / name
-        return Path(self.data_path or fetched)
-
-    @property
-    def fetched(self) -> Path:
-        return Path(self.data_dir) / f"sp{self.vocab_size}{'_caseops' * self.caseops_enabled}"
+        field_place = Path(self.data_dir) / "datasets" / name
+        return Path(self.data_path or (fetched if fetched.is_dir() else field_place))
 
     @property
     def tokenizer(self) -> Path:
@@ -474,65 +445,62 @@ class Settings:
         return {k: v for (k, v), f in zip(self.as_env().items(), fields(self)) if v != f.default}
 
 
-# Settings of the field's commands without a counterpart here, and why: accepted, and named in the log.
-NO_EFFECT = {
-    "EVAL_INCLUDE_TAIL": "every target is always scored",
-    "LOGIT_CALIB_APPLY_TTT_UPDATE": "adapters learn from the calibrated loss that is scored",
-    "NGRAM_HINT_PRECOMPUTE_OUTSIDE": "hints are always computed on the evaluation clock",
-    "CONTROL_TENSOR_NAME_PATTERNS": "roles are given by a table, not by substrings of names",
-    "ROPE_TRAIN_SEQ_LEN": "no script of the lineage uses it; TRAIN_SEQ_LEN is the length that counts",
-    "TTT_EVAL_BATCHES": "no script of the lineage uses it",
-    "MUON_BETA2": "no script of the lineage uses it",
-    **dict.fromkeys(("SWA_ENABLED", "SWA_EVERY"), "scripts that have it export the running average anyway"),
-    **dict.fromkeys("COMPILE_SHAPE_WARMUP COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_LOOP_MODES".split(),
-                    "every pair of length and loop that training meets is warmed up"),
-    **dict.fromkeys("GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS MUON_HUBER_DELTA TTT_OUTPUT_DIR "
-                    "TTT_HEARTBEAT_SECONDS TTT_SHORT_BETA2 TTT_SHORT_LORA_LR TTT_SHORT_LORA_RANK "
-                    "TTT_SHORT_WEIGHT_DECAY TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM".split(),
-                    "it belongs to something that is left out"),
-    "TTT_EVAL_ONLY": "EVAL_ONLY_QUANTIZED_PATH names the artifact to score",
-}
+LEFT_OUT, UNREAD = "left out: no published system gained by it", "no script of the lineage uses it"
+PART_OF_IT, WARMED = "part of something left out", "whatever training meets is warmed up"
+# Names of the field's commands that set nothing here: (the one value they may have, None: any; why).
+NO_SETTINGS = {name: (only, why) for only, why, names in (
+    (None, "every target is always scored", "EVAL_INCLUDE_TAIL"),
+    (None, "adapters learn from the calibrated loss that is scored", "LOGIT_CALIB_APPLY_TTT_UPDATE"),
+    (None, "hints are always computed on the evaluation clock", "NGRAM_HINT_PRECOMPUTE_OUTSIDE"),
+    (None, "roles are given by a table, not by substrings of names", "CONTROL_TENSOR_NAME_PATTERNS"),
+    (None, "scripts that have it export the running average anyway", "SWA_ENABLED SWA_EVERY"),
+    (None, UNREAD, "ROPE_TRAIN_SEQ_LEN TTT_EVAL_BATCHES MUON_BETA2"),
+    (None, WARMED, "COMPILE_SHAPE_WARMUP COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_LOOP_MODES"),
+    (None, PART_OF_IT, "GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS MUON_HUBER_DELTA TTT_OUTPUT_DIR "
+     "TTT_HEARTBEAT_SECONDS TTT_SHORT_BETA2 TTT_SHORT_LORA_LR TTT_SHORT_LORA_RANK TTT_SHORT_WEIGHT_DECAY "
+     "TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM"),
+    (0, LEFT_OUT, "DTG_ENABLED FORCE_STOP_STEP GATED_ATTENTION GLOBAL_TTT_DOC_LIMIT LAWA_ENABLED LR_FLOOR "
+     "MTP_NUM_HEADS MUON_HUBER_WD OPTROT_ENABLED QAT_ENABLED SLOT_ENABLED TRIGRAM TTT_DOC_LIMIT "
+     "TTT_GRAD_STEPS_CLEAN TTT_LORA_EMA_DECAY TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED "
+     "VALUE_RESIDUAL"),
+    (0, "set EVAL_ONLY_QUANTIZED_PATH to the artifact instead", "TTT_EVAL_ONLY"),
+    (0, "set WARMDOWN_FRAC to its share of the steps you expect", "WARMDOWN_ITERS"),
+    (1, "built in", "GPTQ_ENABLED USE_GPTQ SDCLIP_ENABLED TTT_UPDATE_EVERY"),
+    ("sgd", LEFT_OUT, "GLOBAL_TTT_OPTIMIZER"),
+    (512, "embeddings are as wide as the model", "EMBEDDING_DIM"),
+) for name in names.split()}
+ALIASES = {   # old name -> the settings it stands for
+    "PHASED_TTT_ENABLED": "TTT_ENABLED", "TTT_MASK": "TTT_Q_LORA TTT_V_LORA",
+    "RECUR_LAYERS": "LOOP_START LOOP_END NUM_LOOPS", "MUONEQ_R": "MUON_ROW_NORMALIZE",
+    "SDCLIP_K": "MATRIX_CLIP_SIGMAS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS",
+    "SDCLIP_K_INT6": "MATRIX_CLIP_SIGMAS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS",
+    "SDCLIP_K_EMBED": "EMBED_CLIP_SIGMAS", "SDCLIP_K_INT8": "EMBED_CLIP_SIGMAS",
+    "QUANT_CLIP_RANGE": "MATRIX_BITS", "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS",
+    "GPTQ_CALIB_SAMPLES": "GPTQ_CALIBRATION_BATCHES", "GPTQ_CALIB_BATCHES": "GPTQ_CALIBRATION_BATCHES",
+    "GPTQ_RESERVE_MS": "GPTQ_RESERVE_SECONDS"}
+TTT_MASKS = {"all": "11", "baseline_all": "11", "no_q": "01", "no_v": "10", "no_qv": "00"}   # adapt Q, V
+
+
+def translate(old: str, value: str) -> Sequence[str]:
+    """The values of the settings that an old name stands for."""
+    try:
+        if old == "RECUR_LAYERS":      # they run once more after the last of them
+            layers = [int(i) for i in value.split(",")]
+            if layers == list(range(layers[0], layers[-1] + 1)):
+                return str(layers[0]), str(layers[-1]), "1"
+            raise ValueError
+        if old == "QUANT_CLIP_RANGE":
+            return str(int(value).bit_length() + 1),
+        if old == "GPTQ_RESERVE_MS":
+            return str(float(value) / 1e3),
+        return TTT_MASKS[value] if old == "TTT_MASK" else [value] * 3
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{old}={value} must be " + {
+            "RECUR_LAYERS": "consecutive layers, as 3,4,5",
+            "TTT_MASK": f"one of {', '.join(TTT_MASKS)}"}.get(old, "a whole number")) from error
+
+
 WINDOWED = ("shuffled", "coprime")      # loaders of whole windows, without document bounds
-
-
-def same(value: str) -> list[str]:
-    """The translation of an old name that only changed: the value, for all settings it stands for."""
-    return [value] * 3
-
-
-def recurrence(layers: str) -> list[str]:
-    """RECUR_LAYERS, layers that run once more after the last of them, as first, last, extra passes."""
-    numbers = [int(i) for i in layers.split(",") if i.strip().isdigit()]
-    if not numbers or numbers != list(range(numbers[0], numbers[-1] + 1)):
-        raise UserError(f"RECUR_LAYERS={layers} must be consecutive layers, as 3,4,5")
-    return [str(numbers[0]), str(numbers[-1]), "1"]
-
-
-ALIASES = {   # old name -> (settings, their values from its)
-    "PHASED_TTT_ENABLED": ("TTT_ENABLED", same),
-    "RECUR_LAYERS": ("LOOP_START LOOP_END NUM_LOOPS", recurrence),
-    "MUONEQ_R": ("MUON_ROW_NORMALIZE", same),
-    "SDCLIP_K": ("MATRIX_CLIP_SIGMAS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS", same),
-    "SDCLIP_K_INT6": ("MATRIX_CLIP_SIGMAS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS", same),
-    "SDCLIP_K_EMBED": ("EMBED_CLIP_SIGMAS", same), "SDCLIP_K_INT8": ("EMBED_CLIP_SIGMAS", same),
-    "QUANT_CLIP_RANGE": ("MATRIX_BITS", lambda v: [str(int(v).bit_length() + 1)]),
-    "GPTQ_CALIB_SAMPLES": ("GPTQ_CALIBRATION_BATCHES", same),
-    "GPTQ_CALIB_BATCHES": ("GPTQ_CALIBRATION_BATCHES", same),
-    "GPTQ_RESERVE_MS": ("GPTQ_RESERVE_SECONDS", lambda v: [str(float(v) / 1e3)]),
-    "VAL_BATCH_SIZE": ("VAL_BATCH_TOKENS", same),
-}
-LEFT_OUT = "left out: no published system gained by it"
-ONLY = {   # settings of the field's commands that have one value here -> (value, why)
-    **dict.fromkeys((
-        "DTG_ENABLED FORCE_STOP_STEP GATED_ATTENTION GLOBAL_TTT_DOC_LIMIT LAWA_ENABLED LR_FLOOR "
-        "MTP_NUM_HEADS MUON_HUBER_WD OPTROT_ENABLED QAT_ENABLED SLOT_ENABLED TRIGRAM TTT_DOC_LIMIT "
-        "TTT_GRAD_STEPS_CLEAN TTT_LORA_EMA_DECAY TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED "
-        "VALUE_RESIDUAL").split(), (0, LEFT_OUT)),
-    **dict.fromkeys("GPTQ_ENABLED USE_GPTQ SDCLIP_ENABLED TTT_UPDATE_EVERY".split(), (1, "built in")),
-    "GLOBAL_TTT_OPTIMIZER": ("sgd", LEFT_OUT), "EMBEDDING_DIM": (512, "embeddings are as wide as the model"),
-    "WARMDOWN_ITERS": (0, "set WARMDOWN_FRAC to its share of the steps you expect"),
-}
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OUR_PREFIXES = (
     "ADAM_ AGREE_ADD_ ASYM_LOGIT_ ATTN_CLIP_ ATTN_OUT_ AWQ_LITE_ BIGRAM_ EMBED_ EVAL_SEQ_ EVAL_ONLY_ GATED_ "
     "GLOBAL_TTT_ GPTQ_ GRAD_CLIP_ LOGIT_CALIB_ LQER_ MATRIX_ MLP_CLIP_ MUON_ NGRAM_ PARALLEL_FINAL_ PHASED_ "
@@ -572,11 +540,6 @@ def context_stages(s: Settings) -> list[tuple[float, int]]:
     return schedule(s.train_seq_schedule, s.train_seq_len)
 
 
-def is_free_text(f) -> bool:
-    """Whether an empty value means something: not for numbers, flags and choices."""
-    return type(f.default) is str and not f.metadata["choices"]
-
-
 def is_number(text: str) -> bool:
     """True when float() reads it as a finite number."""
     try:
@@ -586,17 +549,17 @@ def is_number(text: str) -> bool:
 
 
 def parse_setting(f, text: str):
-    """The typed value of one setting; UserError with value, bound and remedy when it is not one."""
+    """The typed value of one setting; UserError with value, bound and remedy when it is not one. Empty text
+    is a value where any text is one, else the default."""
     name, meta, kind = f.name.upper(), f.metadata, type(f.default)
-    if kind is bool:
-        if text not in ("0", "1"):
-            raise UserError(f"{name}={text} must be 0 or 1")
-        return text == "1"
-    if kind is str:
-        if meta["choices"] and text not in meta["choices"]:
-            raise UserError(f"{name}={text} must be one of {', '.join(meta['choices'])}")
-        return text
-    if not is_number(text) or (kind is int and float(text) != int(float(text))):
+    choices = ("0", "1") if kind is bool else meta["choices"]
+    if not text and (kind is not str or choices):
+        return f.default
+    if choices and text not in choices:
+        raise UserError(f"{name}={text} must be {' or '.join(choices)}")
+    if kind in (bool, str):
+        return text == "1" if kind is bool else text
+    if not is_number(text) or (kind is int and float(text) % 1):
         raise UserError(f"{name}={text} must be {'a whole number' if kind is int else 'a number'}")
     value = kind(float(text))
     lo, hi = meta["lo"], meta["hi"]
@@ -608,8 +571,6 @@ def parse_setting(f, text: str):
 
 def looks_like_ours(name: str, known: Mapping) -> str | None:
     """The nearest known setting when `name` must have been meant for this script, else None."""
-    if name in LAUNCHER or not name.isupper():
-        return None
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.84)
     if close or name.startswith(tuple(OUR_PREFIXES)):
         return (close or difflib.get_close_matches(name, known, n=1, cutoff=0.0))[0]
@@ -628,12 +589,10 @@ def print_help() -> None:
         default = int(f.default) if isinstance(f.default, bool) else f.default
         print(f"  {f.name.upper():34} {default!s:>10}  {meta['doc']}" + (f"  [{bounds}]" if bounds else ""))
     print("\nACCEPTED OLD NAMES")
-    for old, (names, _) in ALIASES.items():
+    for old, names in ALIASES.items():
         print(f"  {old:34} read as {names.replace(' ', ', ')}")
-    for name, (only, why) in ONLY.items():
-        print(f"  {name:34} only {only}: {why}")
-    for old, why in NO_EFFECT.items():
-        print(f"  {old:34} no effect: {why}")
+    for name, (only, why) in NO_SETTINGS.items():
+        print(f"  {name:34} {'no effect' if only is None else f'only {only}'}: {why}")
 
 
 # ============================================================================================================
@@ -931,20 +890,21 @@ def packed_batch(tokens: np.ndarray, max_len: int) -> Batch:
 
 
 class Stream:
-    """Micro-batches of one rank, in an order the files fix. `batches` taken so far are the whole state."""
-    batches = 0
+    """Micro-batches of one rank, in an order that the files fix. tokens: of one micro-batch of one rank."""
+
+    def __init__(self, files, world_size: int, rank: int, tokens: int):
+        self.shards = [read_shard(f) for f in files]
+        self.ends = np.cumsum([len(x) for x in self.shards])
+        self.world_size, self.rank, self.tokens, self.batches = world_size, rank, tokens, 0
+
+    @property
+    def epoch(self) -> float:
+        """Tokens that all ranks have taken, over those there are."""
+        return self.batches * self.world_size * self.tokens / int(self.ends[-1])
 
     def next(self) -> Batch:
-        drawn, self.batches = self.draw(), self.batches + 1
-        return self.read(drawn)
-
-    def seek(self, batches: int) -> None:
-        """Go on exactly as if so many batches had been taken from a fresh stream; reads no tokens."""
-        if batches < self.batches:
-            raise ValueError(f"a stream at batch {self.batches} cannot go back to {batches}: open it again")
-        while self.batches < batches:
-            self.draw()
-            self.batches += 1
+        batch, self.batches = self.cut(), self.batches + 1
+        return batch
 
 
 class TokenStream(Stream):
@@ -952,101 +912,82 @@ class TokenStream(Stream):
     of ranks."""
 
     def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int):
-        self.shards = [read_shard(f) for f in files]
-        self.ends = np.cumsum([len(x) for x in self.shards])
-        self.world_size, self.rank, self.tokens, self.max_len = world_size, rank, tokens, max_len
+        super().__init__(files, world_size, rank, tokens)
+        self.max_len = max_len
         if self.ends[-1] < tokens + 1:
             raise UserError(f"{self.ends[-1]:,} training tokens are fewer than one micro-batch of "
                             f"{tokens + 1:,}: lower TRAIN_BATCH_TOKENS or add shards")
 
-    @property
-    def epoch(self) -> float:
-        return self.batches * self.world_size * self.tokens / int(self.ends[-1])
-
-    def draw(self) -> int:
-        return (self.batches * self.world_size + self.rank) * self.tokens
-
-    def read(self, start: int) -> Batch:
-        """The batch at a position of the stream, which wraps at the end of the last shard."""
-        parts, total, count = [], int(self.ends[-1]), self.tokens + 1
+    def cut(self) -> Batch:
+        start, count, parts = (self.batches * self.world_size + self.rank) * self.tokens, self.tokens + 1, []
         while count > 0:
-            start %= total
+            start %= int(self.ends[-1])      # the stream wraps at the end of the last shard
             i = int(np.searchsorted(self.ends, start, side="right"))
-            begin = start - (int(self.ends[i - 1]) if i else 0)
-            part = np.asarray(self.shards[i][begin:begin + count])
-            parts.append(part)
-            start, count = start + len(part), count - len(part)
+            begin = start - int(self.ends[i]) + len(self.shards[i])
+            parts.append(np.asarray(self.shards[i][begin:begin + count]))
+            start, count = start + len(parts[-1]), count - len(parts[-1])
         return packed_batch(np.concatenate(parts), self.max_len)
 
 
 class DocPackStream(Stream):
     """The field's loader: ranks cut one span of (tokens + 1) x world_size from the current shard, whose rest
-    is dropped when it is shorter. `tokens` counts one micro-batch of one rank."""
+    is dropped when it is shorter."""
 
     def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int):
-        self.shards = [read_shard(f) for f in files]
-        self.world_size, self.rank, self.tokens, self.max_len = world_size, rank, tokens, max_len
-        self.span, self.shard, self.passed = (tokens + 1) * world_size, 0, 0
+        super().__init__(files, world_size, rank, tokens)
+        self.max_len, self.span, self.shard = max_len, (tokens + 1) * world_size, 0
         self.first = [int(np.argmax(x == BOS)) for x in self.shards]
+        self.cursor = self.first[0]
         if all(f + self.span > len(x) for f, x in zip(self.first, self.shards)):
             raise UserError(f"no training shard holds {self.span:,} tokens after its first BOS: lower "
                             "TRAIN_BATCH_TOKENS or use TRAIN_LOADER=stream")
-        self.cursor = self.first[0]
 
-    @property
-    def epoch(self) -> float:
-        return self.passed / len(self.shards)
-
-    def draw(self) -> tuple[int, int]:
+    def cut(self) -> Batch:
         while self.cursor + self.span > len(self.shards[self.shard]):
-            self.shard, self.passed = (self.shard + 1) % len(self.shards), self.passed + 1
+            self.shard = (self.shard + 1) % len(self.shards)
             self.cursor = self.first[self.shard]
         begin = self.cursor + self.rank * (self.tokens + 1)
         self.cursor += self.span
-        return self.shard, begin
-
-    def read(self, drawn: tuple[int, int]) -> Batch:
-        shard, begin = drawn
-        return packed_batch(np.asarray(self.shards[shard][begin:begin + self.tokens + 1]), self.max_len)
+        return packed_batch(np.asarray(self.shards[self.shard][begin:begin + self.tokens + 1]), self.max_len)
 
 
 class WindowStream(Stream):
-    """What the streams of windows share. windows: the last batch, (index of the file, first token)."""
-    windows: Sequence[tuple[int, int]] = ()
+    """What the streams of windows share: rows of seq_len tokens, documents not kept apart. windows: the last
+    batch drawn, [(index of the file, first token), …]."""
 
-    def read(self, windows: Sequence[tuple[int, int]]) -> Batch:
+    def __init__(self, files, *, world_size: int, rank: int, seqs: int, seq_len: int):
+        super().__init__(files, world_size, rank, seqs * seq_len)
+        self.seqs, self.seq_len, self.windows = seqs, seq_len, []
+
+    def phase(self, i: int) -> tuple[int, int]:
+        """A random first token for the windows of file i, and how many windows there are from it."""
+        n, length = len(self.shards[i]), self.seq_len
+        most = min(length - 1, max(0, n - length - 1))
+        phase = int(self.rng.integers(most + 1)) if most > 0 else 0
+        return phase, (n - 1 - phase) // length
+
+    def rows(self, windows: Sequence[tuple[int, int]]) -> Batch:
         rows = [self.shards[i][a:a + self.seq_len + 1] for i, a in windows]
         t = torch.from_numpy(np.stack(rows).astype(np.int64))
         return Batch(t[:, :-1], t[:, 1:], None, self.seq_len)
 
 
 class ShuffledStream(WindowStream):
-    """Windows of seq_len tokens in random order; rank r owns files r, r + world_size, … ."""
+    """Windows in random order; rank r owns files r, r + world_size, … ."""
 
-    def __init__(self, files, *, world_size: int, rank: int, seqs: int, seq_len: int):
-        self.owned = list(range(rank, len(files), world_size))
-        if not self.owned:
-            raise UserError(f"rank {rank} owns no training shard: {len(files)} shards for {world_size} "
-                            "ranks; use TRAIN_LOADER=stream")
-        self.shards = {i: read_shard(files[i]) for i in self.owned}
-        self.seqs, self.seq_len = seqs, seq_len
-        self.rng = np.random.Generator(np.random.PCG64(rank))
-        self.total = sum((len(x) - 1) // seq_len for x in self.shards.values())
-        if self.total == 0:
-            raise UserError(f"no shard of rank {rank} holds {seq_len + 1} tokens: lower TRAIN_SEQ_LEN")
+    def __init__(self, files, **shape):
+        super().__init__(files, **shape)
+        self.rng = np.random.Generator(np.random.PCG64(self.rank))
+        self.owned = range(self.rank, len(files), self.world_size)
+        if not any(len(self.shards[i]) > self.seq_len for i in self.owned):
+            raise UserError(f"no training shard of rank {self.rank} holds {self.seq_len + 1} tokens, of "
+                            f"{len(files)} for {self.world_size} ranks: use TRAIN_LOADER=stream")
         self.starts = {i: self.shuffle(i) for i in self.owned}
 
-    @property
-    def epoch(self) -> float:
-        return self.batches * self.seqs / self.total
-
     def shuffle(self, i: int) -> list[int]:
-        """A fresh permutation of the windows of file i, from a random phase."""
-        n, length = len(self.shards[i]), self.seq_len
-        most = min(length - 1, max(0, n - length - 1))
-        phase = int(self.rng.integers(most + 1)) if most > 0 else 0
-        count = (n - 1 - phase) // length
-        return (phase + self.rng.permutation(count) * length).tolist()
+        """A fresh permutation of the windows of file i."""
+        phase, count = self.phase(i)
+        return (phase + self.rng.permutation(count) * self.seq_len).tolist()
 
     def take(self) -> tuple[int, int]:
         if not any(self.starts.values()):
@@ -1055,9 +996,9 @@ class ShuffledStream(WindowStream):
         i = self.owned[int(self.rng.choice(len(self.owned), p=left / left.sum()))]
         return i, self.starts[i].pop()
 
-    def draw(self) -> list[tuple[int, int]]:
+    def cut(self) -> Batch:
         self.windows = [self.take() for _ in range(self.seqs)]
-        return self.windows
+        return self.rows(self.windows)
 
 
 class CoprimeStream(WindowStream):
@@ -1065,37 +1006,37 @@ class CoprimeStream(WindowStream):
     to their number, shards are drawn by what they have left, more of them as training goes on. All ranks draw
     the same batch, rank r takes every world_size-th window; `windows` has those of all ranks."""
 
-    def __init__(self, files, *, world_size: int, rank: int, seqs: int, seq_len: int):
-        self.shards = [read_shard(f) for f in files]
-        self.world_size, self.rank, self.seqs, self.seq_len = world_size, rank, seqs, seq_len
+    def __init__(self, files, **shape):
+        super().__init__(files, **shape)
         seed = 0
         for byte in "".join(str(f) for f in files).encode():
             seed = (seed ^ byte) * 1099511628211 % 2 ** 64
         self.rng = np.random.Generator(np.random.PCG64(seed))
-        self.blocks = [(len(x) - 1) // seq_len for x in self.shards]
+        self.blocks = [(len(x) - 1) // self.seq_len for x in self.shards]
         self.eligible = np.flatnonzero(self.blocks)
         if not len(self.eligible):
-            raise UserError(f"no training shard holds {seq_len + 1} tokens: lower TRAIN_SEQ_LEN")
+            raise UserError(f"no training shard holds {self.seq_len + 1} tokens: lower TRAIN_SEQ_LEN")
         self.walks: dict[int, list] = {}      # shard -> starts of its blocks still to come, the next one last
-
-    @property
-    def epoch(self) -> float:
-        return self.batches * self.seqs * self.world_size / sum(self.blocks)
 
     def walk(self, i: int) -> list[int]:
         """A fresh walk over the blocks of shard i: random phase, start and coprime stride; reversed."""
-        n = len(self.shards[i])
-        most = min(self.seq_len - 1, max(0, n - self.seq_len - 1))
-        phase = int(self.rng.integers(most + 1)) if most else 0
-        count = (n - 1 - phase) // self.seq_len
+        phase, count = self.phase(i)
         start = int(self.rng.integers(count)) if count > 1 else 0
         stride = 1
         while count > 1 and math.gcd(stride := int(self.rng.integers(1, count)), count) != 1:
             pass
         return [phase + (start + j * stride) % count * self.seq_len for j in reversed(range(count))]
 
-    def draw(self) -> list[tuple[int, int]]:
-        """This rank's part of one global batch."""
+    def take(self, i: int, count: int) -> list[tuple[int, int]]:
+        """The next `count` blocks of shard i, shuffled."""
+        out = []
+        while len(out) < count:
+            if not self.walks.get(i):
+                self.walks[i] = self.walk(i)
+            out.append((i, self.walks[i].pop()))
+        return [out[k] for k in self.rng.permutation(count)] if count > 1 else out
+
+    def cut(self) -> Batch:
         size, progress = self.seqs * self.world_size, min(self.batches / 1800, 1.0)
         left = np.array([max(len(self.walks[i]), 1) if i in self.walks else self.blocks[i]
                          for i in self.eligible], np.float64)
@@ -1108,73 +1049,47 @@ class CoprimeStream(WindowStream):
         order = self.rng.permutation(mixed)
         counts = np.broadcast_to(counts, mixed)[order]
         buckets = [self.take(int(i), int(n)) for i, n in zip(self.eligible[chosen][order], counts)]
-        windows, active = [], list(range(mixed))
+        self.windows, active = [], list(range(mixed))
         while active:
             active = [active[k] for k in self.rng.permutation(len(active))]
-            windows += [buckets[b].pop() for b in active]
+            self.windows += [buckets[b].pop() for b in active]
             active = [b for b in active if buckets[b]]
-        self.windows = windows
-        return windows[self.rank::self.world_size]
-
-    def take(self, i: int, count: int) -> list[tuple[int, int]]:
-        """The next `count` blocks of shard i, shuffled."""
-        out = []
-        while len(out) < count:
-            if not self.walks.get(i):
-                self.walks[i] = self.walk(i)
-            out.append((i, self.walks[i].pop()))
-        return [out[k] for k in self.rng.permutation(count)] if count > 1 else out
+        return self.rows(self.windows[self.rank::self.world_size])
 
 
-def open_train_stream(s: Settings, world: World, tokens: int):
+def open_train_stream(s: Settings, world: World, tokens: int) -> Stream:
     """The training stream that TRAIN_LOADER names, for micro-batches of `tokens` tokens."""
-    files = list_shards(s.shards, "train")
-    common = dict(world_size=world.size, rank=world.rank)
-    if s.train_loader in WINDOWED:
-        kind = ShuffledStream if s.train_loader == "shuffled" else CoprimeStream
-        return kind(files, **common, seqs=tokens // s.train_seq_len, seq_len=s.train_seq_len)
-    kind = TokenStream if s.train_loader == "stream" else DocPackStream
-    return kind(files, **common, tokens=tokens, max_len=s.train_seq_len)
+    kind = {"stream": TokenStream, "docpack": DocPackStream, "shuffled": ShuffledStream,
+            "coprime": CoprimeStream}[s.train_loader]
+    windows = s.train_loader in WINDOWED
+    shape = (dict(seqs=tokens // s.train_seq_len, seq_len=s.train_seq_len) if windows
+             else dict(tokens=tokens, max_len=s.train_seq_len))
+    return kind(list_shards(s.shards, "train"), world_size=world.size, rank=world.rank, **shape)
 
 
 class Prefetch:
     """Reads batches ahead in one thread and copies them to the device; the order is the stream's own. epoch:
     where the stream was at the batch handed out last."""
 
-    def __init__(self, stream, device: torch.device, depth: int = 3):
+    def __init__(self, stream: Stream, device: torch.device, depth: int = 4):
         self.stream, self.device, self.epoch = stream, device, 0.0
-        self.queue: queue.Queue = queue.Queue(depth)
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self.work, daemon=True)
-        self.thread.start()
+        self.reader = ThreadPoolExecutor(1)
+        self.ahead = deque(self.reader.submit(self.read) for _ in range(depth))
 
-    def work(self) -> None:
-        while not self.stop.is_set():
-            try:
-                item = self.stream.next().to(self.device), self.stream.epoch
-            except BaseException as error:   # handed to the training thread, which raises it
-                item = error
-            while not self.stop.is_set():
-                with contextlib.suppress(queue.Full):
-                    self.queue.put(item, timeout=0.1)
-                    break
-            if isinstance(item, BaseException):
-                return
+    def read(self) -> tuple[Batch, float]:
+        return self.stream.next().to(self.device), self.stream.epoch
 
     def next(self, cut: int = 0) -> Batch:
         """The next batch; a packed one cut at `cut` tokens, also where it was read ahead with another."""
         if cut:
             self.stream.max_len = cut
-        item = self.queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        batch, self.epoch = item
+        batch, self.epoch = self.ahead.popleft().result()      # raises what the thread raised
+        self.ahead.append(self.reader.submit(self.read))
         stale = cut and batch.tokens is not None and batch.cut != cut
         return packed_batch(batch.tokens, cut).to(self.device) if stale else batch
 
     def close(self) -> None:
-        self.stop.set()
-        self.thread.join()
+        self.reader.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -5319,7 +5234,7 @@ def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
             parameters=sum(p.numel() for p in model.parameters()))
     run.log("settings", quiet=True, **public_settings(s.as_env()))
     run.log("changed_settings", quiet=True, **public_settings(s.changed()))
-    if ignored := {**{k: NO_EFFECT[k] for k in NO_EFFECT if k in os.environ}, **idle_settings(s)}:
+    if ignored := {**{k: NO_SETTINGS[k][1] for k in NO_SETTINGS if k in os.environ}, **idle_settings(s)}:
         run.log("settings_without_effect", **ignored)
     if near := closest_system(s):
         name, differs = near

@@ -36,7 +36,7 @@ def test_authors_command_is_accepted(name):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_no_setting_of_a_configuration_is_read_by_nothing(name):
     known = {f.name.upper() for f in tg.fields(tg.Settings)}
-    known |= set(tg.NO_EFFECT) | set(tg.ONLY) | set(tg.ALIASES) | {"QUANT_ALLOCATION", "QUANT_TRELLIS"}
+    known |= set(tg.NO_SETTINGS) | set(tg.ALIASES) | {"QUANT_ALLOCATION", "QUANT_TRELLIS"}
     assert set(load_config(name)) <= known
 
 
