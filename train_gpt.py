@@ -835,6 +835,65 @@ def list_shards(folder: Path, kind: str) -> list[Path]:
     return found
 
 
+def read_tokens(s: Settings, kind: str, most: int | None = None) -> dict[Path, np.ndarray]:
+    """Tokens of all shards of a kind, by path, mapped. Refused unless the first `most` tokens of each hold
+    documents, the first of them whole (published shards are cut anywhere), and ids of the vocabulary."""
+    shards = {path: read_shard(path) for path in list_shards(s.shards, kind)}
+    for i, (path, whole) in enumerate(shards.items()):
+        tokens = whole[:most]
+        for bad, fault in (
+            (tokens[0] == 0, f"starts with 0, not with BOS (id {BOS}): it is a byte sidecar, not tokens"),
+            (not (tokens == BOS).any(), f"holds no BOS (id {BOS}): documents cannot be told apart"),
+            (i == 0 and tokens[0] != BOS,
+             f"starts with token {tokens[0]}, not BOS (id {BOS}): its first document is cut"),
+        ):
+            if bad:
+                raise UserError(f"{path} {fault}; build the shards again, with a BOS before every document")
+        if tokens.max() >= s.vocab_size:
+            at = int(np.argmax(tokens >= s.vocab_size))
+            raise UserError(f"{path} holds token {tokens[at]} at position {at} but VOCAB_SIZE="
+                            f"{s.vocab_size}: set VOCAB_SIZE and TOKENIZER_PATH to those it was made with")
+    return shards
+
+
+def read_sidecars(s: Settings, shards: Mapping[Path, np.ndarray]) -> np.ndarray | None:
+    """Bytes of every token (N,) int64 of these shards by their sidecars; None where there are no sidecars."""
+    sidecars = [path.with_name(path.name.replace("_val_", "_val_bytes_")) for path in shards]
+    if not any(path.exists() for path in sidecars):
+        return None
+    for path, tokens in zip(sidecars, shards.values()):
+        counts, wrong = read_shard(path), "the byte sidecar belongs to other shards; fetch both again"
+        if len(counts) != len(tokens):
+            raise UserError(f"{path} has {len(counts):,} entries for {len(tokens):,} tokens: {wrong}")
+        if (at := np.flatnonzero((tokens == BOS) & (counts != 0))).size:
+            raise UserError(f"{path} counts {counts[at[0]]} bytes for the BOS at position {at[0]}: {wrong}")
+    out = np.concatenate([read_shard(path) for path in sidecars]).astype(np.int64)
+    told = manifest_total(s, "val_bytes", "text_bytes")
+    if told not in (None, out.sum()) or not out.any():
+        says = "which cannot be" if told is None else f"the manifest says {told:,}"
+        raise UserError(f"the sidecars of {s.shards} count {out.sum():,} bytes, {says}: damaged or of other "
+                        "shards; fetch both again")
+    return out
+
+
+def read_manifest(s: Settings) -> dict:
+    """The folder's manifest.json, written by the data tools; empty when there is none."""
+    path = s.shards / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+        return manifest if {"files", "fingerprint"} <= set(manifest) else {}
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): fetch or build the data again") from error
+
+
+def manifest_total(s: Settings, kind: str, what: str) -> int | None:
+    """Sum of an entry over the manifest's files of a kind; None where it is not told."""
+    told = [entry.get(what) for entry in read_manifest(s).get("files", ()) if entry.get("kind") == kind]
+    return None if not told or None in told else sum(told)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Documents of a packed row: cu_seqlens (n,) int32 starts, then the total as padding; longest piece.
@@ -1185,36 +1244,18 @@ class Validation:
         self.stream = stream
 
     def __init__(self, s: Settings):
-        files = list_shards(s.shards, "val")
-        self.tokens = np.concatenate([read_shard(f) for f in files])
-        for i, f in enumerate(files):
-            check_tokens(read_shard(f), s.vocab_size, f, first=i == 0)
-        sidecars = [f.with_name(f.name.replace("fineweb_val_", "fineweb_val_bytes_")) for f in files]
-        if any(f.exists() for f in sidecars):
-            self.rule, sizes = "sidecar", [read_shard(f) for f in sidecars]
-            for f, tokens, counts in zip(sidecars, files, sizes):
-                if len(counts) != len(read_shard(tokens)):
-                    raise UserError(f"{f} has {len(counts):,} entries for {len(read_shard(tokens)):,} "
-                                    "tokens: the byte sidecar belongs to other shards; fetch both again")
-                if (at := np.flatnonzero((read_shard(tokens) == BOS) & (counts != 0))).size:
-                    raise UserError(f"{f} counts {int(counts[at[0]])} bytes for the BOS at position {at[0]}: "
-                                    "it is the sidecar of other shards; fetch both again")
-            self.target_bytes = np.concatenate(sizes)[1:].astype(np.int64)
-            told = [e.get("text_bytes") for e in read_manifest(s).get("files", ())
-                    if e.get("kind") == "val_bytes"]
-            if told and None not in told and sum(told) != self.target_bytes.sum():
-                raise UserError(f"the sidecars of {s.shards} count {self.target_bytes.sum():,} bytes, the "
-                                f"manifest says {sum(told):,}: damaged or of other shards; fetch both again")
+        shards = read_tokens(s, "val")
+        self.tokens = np.concatenate(list(shards.values()))
+        counts = read_sidecars(s, shards)
+        if counts is not None:
+            self.rule, self.target_bytes = "sidecar", counts[1:]
         elif s.caseops_enabled:
-            raise UserError(f"CASEOPS_ENABLED=1 needs the byte sidecar {sidecars[0]}: fetch it, or set "
-                            "CASEOPS_ENABLED=0 for a plain tokenizer")
+            raise UserError(f"CASEOPS_ENABLED=1 needs the byte sidecars fineweb_val_bytes_*.bin in {s.shards}: "
+                            "fetch them, or set CASEOPS_ENABLED=0 for a plain tokenizer")
         else:
-            self.rule = "table"
             table = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
-            self.target_bytes = table.count(self.tokens[:-1], self.tokens[1:])
+            self.rule, self.target_bytes = "table", table.count(self.tokens[:-1], self.tokens[1:])
         self.documents = Documents(self.tokens).sample(s.val_doc_fraction, s.seed)
-        if self.target_bytes.sum() == 0:
-            raise UserError(f"the validation targets of {files[0]} count 0 bytes: the sidecar is damaged")
 
     def open_for_study(self, run: Run, why: str) -> np.ndarray:
         """The one door past the seal: marks the run NON-COMPLIANT, then hands out the tokens."""
@@ -1229,30 +1270,6 @@ class Validation:
         val.tokens, val.rule, val.documents = tokens.astype(np.uint16), "made up", Documents(tokens)
         val.target_bytes = (tokens[1:] != BOS).astype(np.int64)
         return val
-
-    def text_bytes(self, s: Settings) -> bytes:
-        """The validation text as UTF-8, decoded document by document."""
-        sp, documents = load_tokenizer(s.tokenizer), zip(self.documents.start, self.documents.length)
-        pieces = (self.tokens[a + 1:a + n].tolist() for a, n in documents)
-        return "\n".join(sp.decode([t for t in piece if t != BOS]) for piece in pieces).encode()
-
-
-def check_tokens(tokens: np.ndarray, vocab_size: int, path: Path, first: bool) -> None:
-    """Refuse a token file without documents, with ids beyond the vocabulary or, if it is the first of its
-    kind (published shards are cut anywhere), not starting with a document."""
-    if tokens[0] == 0:
-        raise UserError(f"{path} starts with 0, not with BOS (id {BOS}): it is a byte sidecar, not tokens; "
-                        "build the shards again")
-    if not (tokens == BOS).any():
-        raise UserError(f"{path} holds no BOS (id {BOS}): documents cannot be told apart; build the shards "
-                        "again with a BOS before every document")
-    if first and tokens[0] != BOS:
-        raise UserError(f"{path} starts with token {int(tokens[0])}, not BOS (id {BOS}): its first document "
-                        "is cut; build the shards again")
-    if tokens.max() >= vocab_size:
-        at = int(np.argmax(tokens >= vocab_size))
-        raise UserError(f"{path} holds token {int(tokens[at])} at position {at} but VOCAB_SIZE={vocab_size}: "
-                        "another tokenizer made these shards; set VOCAB_SIZE and TOKENIZER_PATH to its own")
 
 
 # ============================================================================================================
@@ -4940,35 +4957,26 @@ class Finding(NamedTuple):
 
 def check_train_shards(s: Settings) -> str:
     """Headers of all training shards and the first million tokens of each; DATA_CHECK=full: all tokens."""
-    files = list_shards(s.shards, "train")
-    shards = [read_shard(f) for f in files]
-    for i, (f, tokens) in enumerate(zip(files, shards)):
-        check_tokens(tokens if s.data_check == "full" else tokens[:1_000_000], s.vocab_size, f, first=i == 0)
-    return f"{len(files)} shards, {sum(map(len, shards)):,} tokens"
+    shards = read_tokens(s, "train", None if s.data_check == "full" else 1_000_000)
+    return f"{len(shards)} shards, {sum(map(len, shards.values())):,} tokens"
 
 
 def check_validation(s: Settings) -> str:
-    """The whole validation set: headers, BOS, ids, sidecar, split."""
-    val = Validation(s)
-    check_split(s, int((val.tokens == BOS).sum()))
-    if val.rule == "table":
-        check_byte_rule(s, val)
-    return (f"{len(val.tokens) - 1:,} targets, {len(val.documents):,} documents, "
-            f"{int(val.target_bytes.sum()):,} bytes by {val.rule}")
-
-
-def check_split(s: Settings, documents: int) -> None:
-    """The number of validation documents: canonical, or that of a manifest with a split of its own."""
-    manifest = read_manifest(s)
-    told = [e["documents"] for e in manifest.get("files", ()) if e.get("kind") == "val" and "documents" in e]
-    if told and sum(told) != documents:
+    """The whole validation set: headers, BOS, ids, bytes, and the split: canonical, or a manifest's own."""
+    val, manifest = Validation(s), read_manifest(s)
+    documents, told = int((val.tokens == BOS).sum()), manifest_total(s, "val", "documents")
+    if told not in (None, documents):
         raise UserError(f"the validation shards of {s.shards} hold {documents:,} documents (BOS tokens), the "
-                        f"manifest says {sum(told):,}: fetch or build the data again")
+                        f"manifest says {told:,}: fetch or build the data again")
     canonical = not manifest or manifest.get("split", {}).get("rule") == "first"
     if canonical and documents != CANONICAL_VAL_DOCS:
         raise UserError(f"{s.shards} holds {documents:,} validation documents, the canonical split has "
                         f"{CANONICAL_VAL_DOCS:,}: the rest may be trained on; fetch the data again, or for a "
                         f"corpus of your own: python data/check.py {s.shards} --custom --write-manifest")
+    if val.rule == "table":
+        check_byte_rule(s, val)
+    return (f"{len(val.tokens) - 1:,} targets, {len(val.documents):,} documents, "
+            f"{int(val.target_bytes.sum()):,} bytes by {val.rule}")
 
 
 def check_byte_rule(s: Settings, val: Validation, documents: int = 200) -> None:
@@ -4983,33 +4991,25 @@ def check_byte_rule(s: Settings, val: Validation, documents: int = 200) -> None:
                         f"{counted:,}: scores would be too good")
 
 
-def read_manifest(s: Settings) -> dict:
-    """The folder's manifest.json, written by the data tools; empty when there is none."""
-    path = s.shards / "manifest.json"
-    try:
-        manifest = json.loads(path.read_bytes())
-        return manifest if {"files", "fingerprint"} <= set(manifest) else {}
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): fetch or build the data again") from error
-
-
 def check_manifest(s: Settings) -> str:
     """Files, sizes and tokenizer against the manifest, and overlap; returns the data's fingerprint.
     DATA_CHECK=full also reads every byte."""
     manifest, folder = read_manifest(s), s.shards
     files = {e["name"]: e for e in manifest.get("files", ())}
     present = {p.name: p for p in folder.glob("fineweb_*.bin")}
-    if manifest:
-        for name in sorted(set(files) ^ set(present)):
-            what = "is missing" if name in files else "is not listed"
-            raise UserError(f"{folder / name} {what}, says manifest.json: fetch or build the data again")
-        for name, entry in files.items():
-            check_file(present[name], entry, s.data_check == "full")
-        told, mine = manifest.get("tokenizer", {}).get("sha256"), s.tokenizer
-        if told and mine.is_file() and hashlib.sha256(mine.read_bytes()).hexdigest() != told:
-            raise UserError(f"TOKENIZER_PATH={mine} is not the tokenizer of {folder}: set it to its own")
+    for name in sorted(set(files) ^ set(present)) if manifest else ():
+        what = "is missing" if name in files else "is not listed"
+        raise UserError(f"{folder / name} {what}, says manifest.json: fetch or build the data again")
+    for name, entry in files.items():
+        path, size = present[name], present[name].stat().st_size
+        if size != entry["size"]:
+            raise UserError(f"{path} has {size:,} bytes, the manifest says {entry['size']:,}: it is truncated "
+                            "or another file; fetch or build it again")
+        if s.data_check == "full" and file_hash(path) != entry["sha256"]:
+            raise UserError(f"{path} is damaged, its SHA-256 is not the manifest's: fetch or build it again")
+    told = manifest.get("tokenizer", {}).get("sha256")
+    if told and s.tokenizer.is_file() and file_hash(s.tokenizer) != told:
+        raise UserError(f"TOKENIZER_PATH={s.tokenizer} is not the tokenizer of {folder}: set it to its own")
     check_overlap(s)
     if manifest:
         return manifest["fingerprint"][:16]
@@ -5017,18 +5017,9 @@ def check_manifest(s: Settings) -> str:
     return f"sizes-{hashlib.sha256(sizes.encode()).hexdigest()[:16]} (no manifest.json)"
 
 
-def check_file(path: Path, entry: Mapping, full: bool) -> None:
-    """One file against its manifest entry: size, and with `full` its SHA-256."""
-    if path.stat().st_size != entry["size"]:
-        raise UserError(f"{path} has {path.stat().st_size:,} bytes, the manifest says {entry['size']:,}: "
-                        "it is truncated or another file; fetch or build it again")
-    if (told := entry.get("text_bytes")) and entry.get("kind") == "val_bytes":
-        if (counted := int(read_shard(path).sum(dtype=np.int64))) != told:
-            raise UserError(f"{path} counts {counted:,} bytes, the manifest says {told:,}: "
-                            "scores would be wrong; fetch or build it again")
-    if full:
-        if hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest() != entry["sha256"]:
-            raise UserError(f"{path} is damaged, its SHA-256 is not the manifest's: fetch or build it again")
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file that has at least one byte."""
+    return hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
 
 
 def check_overlap(s: Settings) -> None:
@@ -5093,28 +5084,26 @@ def disk_need(s: Settings) -> int:
 def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "") -> list[Finding]:
     """Every check that applies to the mode, in the order a user would fix them. attention_why: the answer,
     where the kernels were tried already."""
-    cuda = world.device.type == "cuda"
-    checks: list[tuple[str, Callable[[], str]]] = [
-        ("device", lambda: torch.cuda.get_device_name(world.device) if cuda
-            else f"CPU, {torch.get_num_threads()} threads"),
-        ("attention", lambda: attention_why or resolve_attention(s.attn_backend, world.device)[1]),
-        ("batch", lambda: f"{world.size} ranks x " + "{} micro-batches of {:,} tokens".format(
-            *s.batch_shape(world.size))),
-        ("disk", lambda: check_disk(folder, disk_need(s))), ("size", lambda: expected_size(s)),
-        ("training shards", lambda: check_train_shards(s)),
-        ("validation shards", lambda: check_validation(s)), ("tokenizer", lambda: check_tokenizer(s)),
-        ("data fingerprint", lambda: check_manifest(s))]
+    device = world.device
+    checks = {
+        "device": lambda: (torch.cuda.get_device_name(device) if device.type == "cuda"
+                           else f"CPU, {torch.get_num_threads()} threads"),
+        "attention": lambda: attention_why or resolve_attention(s.attn_backend, device)[1],
+        "batch": lambda: "{} ranks x {} micro-batches of {:,} tokens".format(
+            world.size, *s.batch_shape(world.size)),
+        "disk": lambda: check_disk(folder, disk_need(s)), "size": lambda: expected_size(s),
+        "training shards": lambda: check_train_shards(s), "validation shards": lambda: check_validation(s),
+        "tokenizer": lambda: check_tokenizer(s), "data fingerprint": lambda: check_manifest(s)}
     if s.eval_only_quantized_path:
-        checks = [c for c in checks if c[0] not in ("training shards", "data fingerprint")]
+        del checks["training shards"], checks["data fingerprint"]
     findings = []
-    for what, check in checks:
+    for what, check in checks.items():
         try:
             findings.append(Finding(True, what, check()))
-        except UserError as error:
-            findings.append(Finding(False, what, str(error)))
-        except OSError as error:
+        except (UserError, OSError) as error:
+            unread = isinstance(error, OSError)
             findings.append(Finding(False, what, f"cannot read {error.filename}: {error.strerror}; check its "
-                                                 "permissions"))
+                                                 "permissions" if unread else str(error)))
     return findings
 
 
@@ -5420,7 +5409,9 @@ def text_baselines(s: Settings, val: Validation) -> dict[str, float]:
     """Bits per byte of general-purpose compressors on the validation text, when it is short enough."""
     if s.caseops_enabled or val.target_bytes.sum() > TEXT_BASELINE_LIMIT:     # CaseOps text is transformed
         return {}
-    text = val.text_bytes(s)
+    sp, documents = load_tokenizer(s.tokenizer), zip(val.documents.start, val.documents.length)
+    pieces = (val.tokens[a + 1:a + n] for a, n in documents)
+    text = "\n".join(sp.decode(piece[piece != BOS].tolist()) for piece in pieces).encode()
     return {"brotli-11": 8 * len(brotli.compress(text, quality=11)) / len(text),
             "xz -9e": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)}
 
