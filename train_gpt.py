@@ -626,6 +626,10 @@ class World:
     def main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
     def total(self, x: Tensor) -> Tensor:
         """Sum of x over ranks, in place."""
         if self.size > 1:
@@ -1250,8 +1254,8 @@ class Validation:
         if counts is not None:
             self.rule, self.target_bytes = "sidecar", counts[1:]
         elif s.caseops_enabled:
-            raise UserError(f"CASEOPS_ENABLED=1 needs the byte sidecars fineweb_val_bytes_*.bin in {s.shards}: "
-                            "fetch them, or set CASEOPS_ENABLED=0 for a plain tokenizer")
+            raise UserError("CASEOPS_ENABLED=1 needs the byte sidecars fineweb_val_bytes_*.bin beside the "
+                            f"shards of {s.shards}: fetch them, or set CASEOPS_ENABLED=0")
         else:
             table = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
             self.rule, self.target_bytes = "table", table.count(self.tokens[:-1], self.tokens[1:])
@@ -5003,8 +5007,8 @@ def check_manifest(s: Settings) -> str:
     for name, entry in files.items():
         path, size = present[name], present[name].stat().st_size
         if size != entry["size"]:
-            raise UserError(f"{path} has {size:,} bytes, the manifest says {entry['size']:,}: it is truncated "
-                            "or another file; fetch or build it again")
+            raise UserError(f"{path} has {size:,} bytes, the manifest says {entry['size']:,}: it is cut or "
+                            "another file; fetch or build it again")
         if s.data_check == "full" and file_hash(path) != entry["sha256"]:
             raise UserError(f"{path} is damaged, its SHA-256 is not the manifest's: fetch or build it again")
     told = manifest.get("tokenizer", {}).get("sha256")
@@ -5049,12 +5053,6 @@ def document_hashes(tokens: np.ndarray):
             yield a, hashlib.blake2b(raw[2 * a + 2:2 * b], digest_size=8).digest()
 
 
-def check_tokenizer(s: Settings) -> str:
-    """The tokenizer loads and has VOCAB_SIZE tokens."""
-    ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
-    return f"{s.tokenizer.name}, {s.vocab_size} tokens"
-
-
 def check_disk(folder: Path, need: int) -> str:
     """The folder can be written and really has `need` bytes: they are reserved, then given back."""
     probe = folder / f".space.{os.getpid()}"
@@ -5075,25 +5073,22 @@ def check_disk(folder: Path, need: int) -> str:
     return f"{need:,} bytes can be written"
 
 
-def disk_need(s: Settings) -> int:
-    """Bytes a run may write: weights, artifact, logs."""
-    weights = sum(math.prod(shape) for shape in parameter_shapes(s).values())
-    return 4 * weights + 2 * ARTIFACT_LIMIT + (8 << 20)
-
-
 def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "") -> list[Finding]:
     """Every check that applies to the mode, in the order a user would fix them. attention_why: the answer,
     where the kernels were tried already."""
-    device = world.device
+    written = 2 * ARTIFACT_LIMIT + (8 << 20) + 4 * sum(map(math.prod, parameter_shapes(s).values()))
     checks = {
-        "device": lambda: (torch.cuda.get_device_name(device) if device.type == "cuda"
-                           else f"CPU, {torch.get_num_threads()} threads"),
-        "attention": lambda: attention_why or resolve_attention(s.attn_backend, device)[1],
+        "device": lambda: f"{world.device_name}, {torch.get_num_threads()} CPU threads",
+        "attention": lambda: attention_why or resolve_attention(s.attn_backend, world.device)[1],
         "batch": lambda: "{} ranks x {} micro-batches of {:,} tokens".format(
             world.size, *s.batch_shape(world.size)),
-        "disk": lambda: check_disk(folder, disk_need(s)), "size": lambda: expected_size(s),
-        "training shards": lambda: check_train_shards(s), "validation shards": lambda: check_validation(s),
-        "tokenizer": lambda: check_tokenizer(s), "data fingerprint": lambda: check_manifest(s)}
+        "disk": lambda: check_disk(folder, written),       # artifact twice, logs, weights
+        "size": lambda: expected_size(s),
+        "training shards": lambda: check_train_shards(s),
+        "validation shards": lambda: check_validation(s),
+        "tokenizer": lambda: f"{s.tokenizer.name}, "
+                             f"{len(ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size).base)} tokens",
+        "data fingerprint": lambda: check_manifest(s)}
     if s.eval_only_quantized_path:
         del checks["training shards"], checks["data fingerprint"]
     findings = []
@@ -5173,8 +5168,7 @@ def build_model(s: Settings, world: World) -> GPT:
     """The seeded model on this rank's device: every rank draws the same weights."""
     model = GPT(s, torch.Generator().manual_seed(s.seed)).to(world.device)
     model.compute_dtype = pick_dtype(s.compute_dtype, world.device)
-    if not s.fused_ce_enabled:
-        model.ce_kernel = False
+    model.ce_kernel = None if s.fused_ce_enabled else False
     return model
 
 
@@ -5183,19 +5177,19 @@ def public_settings(values: Mapping) -> dict:
     return {k: v for k, v in values.items() if not k.endswith(("_PATH", "_DIR"))}
 
 
-SWITCHES = {   # prefix of settings -> the setting without which they do nothing
-    "ASYM_LOGIT_": "asym_logit_rescale", "AWQ_LITE_": "awq_lite_enabled", "BIGRAM_": "bigram_vocab_size",
-    "BANK_SPLIT": "matrix_lr_early", "GLOBAL_TTT_": "phased_ttt_prefix_docs", "LOOP_": "num_loops",
-    "LATE_QAT_": "late_qat_threshold", "LQER_": "lqer_enabled", "MATRIX_LR_LATE": "matrix_lr_early",
-    "PHASED_TTT_": "ttt_enabled", "RECUR_": "num_loops", "SEQ_CHANGE_": "train_seq_schedule",
-    "SMEAR_": "smear_gate_enabled", "SPARSE_ATTN_": "sparse_attn_gate_enabled", "TTT_": "ttt_enabled",
-    "SPLIT_LR_": "matrix_lr_early", "VE_": "ve_enabled"}
+SWITCHES = {   # how settings' names begin -> the setting without which they do nothing
+    "asym_logit_train": "asym_logit_rescale", "bank_split": "matrix_lr_early", "bigram_": "bigram_vocab_size",
+    "gated_attn_init_": "gated_attn_enabled", "global_ttt_": "phased_ttt_prefix_docs", "loop_": "num_loops",
+    "late_qat_": "late_qat_threshold", "matrix_lr_late": "matrix_lr_early", "phased_ttt_": "ttt_enabled",
+    "recur_": "num_loops", "seq_change_": "train_seq_schedule", "split_lr_": "matrix_lr_early",
+    **{f.name.removesuffix("enabled"): f.name for f in fields(Settings)
+       if f.name.endswith("_enabled") and f.name != "gated_attn_enabled"}}   # its QUANT_GATE is of all gates
 
 
 def idle_settings(s: Settings) -> dict[str, str]:
     """Settings that were changed though what they belong to is off, and what that is."""
     return {name: f"{switch.upper()} is off" for name in s.changed() for prefix, switch in SWITCHES.items()
-            if name.startswith(prefix) and name != switch.upper() and not getattr(s, switch)}
+            if name.startswith(prefix.upper()) and name != switch.upper() and not getattr(s, switch)}
 
 
 def closest_system(s: Settings) -> tuple[str, dict] | None:
@@ -5217,11 +5211,11 @@ def closest_system(s: Settings) -> tuple[str, dict] | None:
 
 def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
     """What runs, where: into the log before anything else."""
-    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-    run.log("start", run_id=run.id, device=device, world_size=world.size, torch=torch.__version__,
+    parameters, settings = sum(p.numel() for p in model.parameters()), public_settings(s.as_env())
+    run.log("start", run_id=run.id, device=world.device_name, world_size=world.size, torch=torch.__version__,
             python=platform.python_version(), dtype=str(model.compute_dtype), attention=ATTENTION,
-            parameters=sum(p.numel() for p in model.parameters()))
-    run.log("settings", quiet=True, **public_settings(s.as_env()))
+            parameters=parameters)
+    run.log("settings", quiet=True, **settings)
     run.log("changed_settings", quiet=True, **public_settings(s.changed()))
     if ignored := {**{k: NO_SETTINGS[k][1] for k in NO_SETTINGS if k in os.environ}, **idle_settings(s)}:
         run.log("settings_without_effect", **ignored)
@@ -5235,9 +5229,8 @@ def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
     if world.main:
         encoding = "latin-1" if source.startswith(b"# coding: latin-1") else "utf-8"
         run.text.write(source.decode(encoding) + "\n" + "=" * 100 + "\n")
-    run.summary.update(seed=s.seed, world_size=world.size, device=device,
-                       settings=public_settings(s.as_env()), code_bytes=code_bytes(), torch=torch.__version__,
-                       model_params=sum(p.numel() for p in model.parameters()))
+    run.summary.update(seed=s.seed, world_size=world.size, device=world.device_name, settings=settings,
+                       code_bytes=code_bytes(), torch=torch.__version__, model_params=parameters)
 
 
 def save_weights(run: Run, model: GPT) -> None:
@@ -5254,11 +5247,9 @@ def read_weights(path: str, model: GPT) -> None:
     try:
         box = torch.load(path, map_location="cpu", weights_only=True)
         weights, theirs = box["weights"], box["architecture"]
-    except FileNotFoundError as error:
-        raise UserError(f"EVAL_ONLY_PATH={path} does not exist: give a run's final_model.pt") from error
-    except Exception as error:    # torch.load raises many types for a damaged or foreign file
+    except Exception as error:    # torch.load raises many types for a missing, damaged or foreign file
         raise UserError(f"EVAL_ONLY_PATH={path} holds no averaged weights of this script "
-                        f"({type(error).__name__})") from error
+                        f"({type(error).__name__}): give a run's final_model.pt") from error
     check_architecture(model.s, theirs, f"EVAL_ONLY_PATH={path} holds weights")
     views = field_views({n: p.data for n, p in model.named_parameters()})
     if set(views) != set(weights) or any(v.shape != weights[n].shape for n, v in views.items()):
@@ -5327,7 +5318,9 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
 
 def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validation, path: Path) -> None:
     """The evaluation: open the artifact, score its weights by plain windows, sliding windows and TTT."""
-    if mark := open_artifact(s, world, model, path)[1]:
+    size, mark = open_artifact(s, world, model, path)
+    run.summary.update(artifact_bytes=size, total_bytes=check_size(size))
+    if mark:
         run.not_compliant(mark)
     log_probes(s, world, run, model)
     clock = Clock(s.eval_max_seconds)
@@ -5335,25 +5328,22 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
     scorer = Scorer(s, world, model)
     with clock.exclude():        # a diagnostic
         final = scorer.windows(val, s.eval_seq_len)
-    run.save_summary()
     log_score(run, "quantized", final, scorer.ledger, clock)
-    run.summary["quantized_val_bpb"] = final.bpb
     if s.sliding_window_enabled:
         val.hints = Hints.build(s, world, val, False)
         final = scorer.windows(val, s.eval_stride)
         log_score(run, "sliding", final, scorer.ledger, clock)
-        run.summary["sliding_val_bpb"] = final.bpb
-        run.save_summary()
     if s.ttt_enabled:
-        def tell(event: str, **values) -> None:
-            if event == "give_up":
-                run.log("watchdog", **values)
-
         if val.hints is None or "stream" not in (s.ttt_doc_order, s.ngram_doc_order):
             val.hints = Hints.build(s, world, val, True)
         run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
                 ngram_hints=0 if val.hints is None else len(val.hints.at), elapsed=clock.elapsed())
-        ttt = PhasedTTT(s, world, model, val, tell, clock)
+
+        def trace(event: str, **values) -> None:
+            if event == "give_up":
+                run.log("watchdog", **values)
+
+        ttt = PhasedTTT(s, world, model, val, trace, clock)
         final = ttt.run()
         log_score(run, "ttt", final, ttt.ledger, clock)
     seconds = clock.elapsed()
@@ -5371,9 +5361,11 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
 
 
 def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) -> None:
-    """A stage's score, and off the clock its profiles."""
+    """A stage's score, into the summary at once, and off the clock its profiles."""
     run.log(f"score_{stage}", val_loss=score.loss, val_bpb=score.bpb, elapsed=clock.elapsed())
+    run.summary[f"{stage}_val_bpb"] = score.bpb
     with clock.exclude():
+        run.save_summary()
         for profile in ledger.profiles():
             run.log("profile", quiet=True, stage=stage, **profile)
 
@@ -5381,7 +5373,10 @@ def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) 
 def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> tuple[int, str]:
     """The weights of the artifact file at path (on rank 0's disk) into the model; returns the file's size and
     why it is NON-COMPLIANT (empty if it is not)."""
-    blob = world.share_bytes(read_file(path) if world.main else None)
+    try:
+        blob = world.share_bytes(path.read_bytes() if world.main else None)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; give final_model.int6.ptz") from error
     load_weights(model, dequantise(unpack_model(s, blob, path.name)), path.name)
     header, streams = artifact_from_bytes(blob, path.name)
     raw = np.frombuffer(streams.get(CALIBRATION_STREAM, b""), "<f4")
@@ -5391,15 +5386,13 @@ def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> tuple[in
 
 def log_probes(s: Settings, world: World, run: Run, model: GPT) -> None:
     """Evidence for C1-C4 into log and summary; a condition that fails makes the run NON-COMPLIANT."""
-    begin = time.perf_counter()
-    probes = run_probes(s, world, model)
-    for p in probes:
-        run.log("probe", name=p.name, ok=p.ok, figure=p.figure)
-    run.log("probes", seconds=time.perf_counter() - begin)
+    clock, probes = Clock(), run_probes(s, world, model)
     run.summary["probes"] = {p.name: {"ok": p.ok, "figure": p.figure} for p in probes}
     for p in probes:
+        run.log("probe", name=p.name, ok=p.ok, figure=p.figure)
         if not p.ok:
             run.not_compliant(f"the probe {p.name} failed: {p.figure}")
+    run.log("probes", seconds=clock.elapsed())
 
 
 TEXT_BASELINE_LIMIT = 8 << 20     # bytes of validation text that general-purpose compressors can manage
@@ -5419,12 +5412,10 @@ def text_baselines(s: Settings, val: Validation) -> dict[str, float]:
 def closing_block(s: Settings, world: World, run: Run, val: Validation) -> None:
     """Every score, size and time, and one last line that is easy to grep."""
     summary = run.summary
-    rows = [("untrained", "untrained_val_bpb"), ("averaged weights", "prequant_val_bpb"),
-            ("quantised", "quantized_val_bpb"), ("sliding windows", "sliding_val_bpb")]
-    if s.ttt_enabled:
-        rows.append(("test-time training", "val_bpb"))
     run.say("\n" + "-" * 72)
-    for label, key in rows:
+    for label, key in (("untrained", "untrained_val_bpb"), ("averaged weights", "prequant_val_bpb"),
+                       ("quantised", "quantized_val_bpb"), ("sliding windows", "sliding_val_bpb"),
+                       ("test-time training", "ttt_val_bpb")):
         if summary.get(key) is not None:
             run.say(f"{label:28} {summary[key]:10.5f} BPB")
     summary["text_baselines"] = text_baselines(s, val) if world.main else {}
@@ -5450,17 +5441,13 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
     if reads_targets(s):
         run.not_compliant("NGRAM_GATES=target: n-gram experts read the token that they predict")
     for finding in run_checks(s, world, run.dir, why):
-        if finding.what == "data fingerprint":
-            run.summary["data_fingerprint"] = finding.detail
         run.log("check", what=finding.what, detail=finding.detail)
         if not finding.ok:
             raise UserError(finding.detail)
+        if finding.what == "data fingerprint":
+            run.summary["data_fingerprint"] = finding.detail
     val = Validation(s)
-    path = Path(s.eval_only_quantized_path or run.dir / ARTIFACT_NAME)
-    if s.eval_only_quantized_path:
-        size, _ = open_artifact(s, world, model, path)
-        run.summary.update(artifact_bytes=size, total_bytes=check_size(size))
-    else:
+    if not s.eval_only_quantized_path:
         with Validation.seal():
             clock, stream = learn(s, world, run, model, val)
             if s.prequant_ttt_enabled:
@@ -5474,20 +5461,10 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
             run.log("score_prequant", val_loss=score.loss, val_bpb=score.bpb)
             run.summary["prequant_val_bpb"] = score.bpb
     if not (s.quantize_only or s.prequant_only):
+        path = Path(s.eval_only_quantized_path or run.dir / ARTIFACT_NAME)
         score_artifact(s, world, run, model, val, path)
     closing_block(s, world, run, val)
     run.save_summary()
-
-
-def read_file(path: Path) -> bytes:
-    """A whole artifact file; what cannot be one is refused before it is read."""
-    try:
-        if not 0 < path.stat().st_size <= 64 * ARTIFACT_LIMIT:
-            raise UserError(f"{path} has {path.stat().st_size:,} bytes, which no artifact has: give a run's "
-                            "final_model.int6.ptz")
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; give final_model.int6.ptz") from error
 
 
 def check_command(which: str) -> int:
