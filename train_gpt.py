@@ -445,28 +445,26 @@ class Settings:
         return {k: v for (k, v), f in zip(self.as_env().items(), fields(self)) if v != f.default}
 
 
-LEFT_OUT, UNREAD = "left out: no published system gained by it", "no script of the lineage uses it"
-PART_OF_IT, WARMED = "part of something left out", "whatever training meets is warmed up"
+LEFT_OUT = "left out: no published system gained by it"
 # Names of the field's commands that set nothing here: (the one value they may have, None: any; why).
 NO_SETTINGS = {name: (only, why) for only, why, names in (
-    (None, "every target is always scored", "EVAL_INCLUDE_TAIL"),
-    (None, "adapters learn from the calibrated loss that is scored", "LOGIT_CALIB_APPLY_TTT_UPDATE"),
-    (None, "hints are always computed on the evaluation clock", "NGRAM_HINT_PRECOMPUTE_OUTSIDE"),
-    (None, "roles are given by a table, not by substrings of names", "CONTROL_TENSOR_NAME_PATTERNS"),
-    (None, "scripts that have it export the running average anyway", "SWA_ENABLED SWA_EVERY"),
-    (None, UNREAD, "ROPE_TRAIN_SEQ_LEN TTT_EVAL_BATCHES MUON_BETA2"),
-    (None, WARMED, "COMPILE_SHAPE_WARMUP COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_LOOP_MODES"),
-    (None, PART_OF_IT, "GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS MUON_HUBER_DELTA TTT_OUTPUT_DIR "
+    (None, "always so: all targets are scored, by the calibrated loss, hints on the clock, graphs warmed up",
+     "EVAL_INCLUDE_TAIL LOGIT_CALIB_APPLY_TTT_UPDATE NGRAM_HINT_PRECOMPUTE_OUTSIDE COMPILE_SHAPE_WARMUP "
+     "COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_LOOP_MODES"),
+    (None, "the field's scripts get nothing from it either",
+     "ROPE_TRAIN_SEQ_LEN TTT_EVAL_BATCHES MUON_BETA2 SWA_ENABLED SWA_EVERY CONTROL_TENSOR_NAME_PATTERNS"),
+    (None, "part of something left out",
+     "GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS MUON_HUBER_DELTA TTT_OUTPUT_DIR "
      "TTT_HEARTBEAT_SECONDS TTT_SHORT_BETA2 TTT_SHORT_LORA_LR TTT_SHORT_LORA_RANK TTT_SHORT_WEIGHT_DECAY "
      "TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM"),
     (0, LEFT_OUT, "DTG_ENABLED FORCE_STOP_STEP GATED_ATTENTION GLOBAL_TTT_DOC_LIMIT LAWA_ENABLED LR_FLOOR "
      "MTP_NUM_HEADS MUON_HUBER_WD OPTROT_ENABLED QAT_ENABLED SLOT_ENABLED TRIGRAM TTT_DOC_LIMIT "
      "TTT_GRAD_STEPS_CLEAN TTT_LORA_EMA_DECAY TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED "
      "VALUE_RESIDUAL"),
+    ("sgd", LEFT_OUT, "GLOBAL_TTT_OPTIMIZER"),
     (0, "set EVAL_ONLY_QUANTIZED_PATH to the artifact instead", "TTT_EVAL_ONLY"),
     (0, "set WARMDOWN_FRAC to its share of the steps you expect", "WARMDOWN_ITERS"),
     (1, "built in", "GPTQ_ENABLED USE_GPTQ SDCLIP_ENABLED TTT_UPDATE_EVERY"),
-    ("sgd", LEFT_OUT, "GLOBAL_TTT_OPTIMIZER"),
     (512, "embeddings are as wide as the model", "EMBEDDING_DIM"),
 ) for name in names.split()}
 ALIASES = {   # old name -> the settings it stands for
@@ -646,12 +644,10 @@ class World:
 
     def share_bytes(self, data: bytes | None) -> bytes:
         """Rank 0's bytes on every rank, so that only its node needs the file."""
-        if self.size == 1:
-            return data
-        size = int(self.agree(len(data) if self.main else 0))
-        box = torch.frombuffer(bytearray(data if self.main else size), dtype=torch.uint8)
-        dist.broadcast(box, 0)
-        return box.numpy().tobytes()
+        box = [data]
+        if self.size > 1:
+            dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+        return box[0]
 
     def gather(self, value) -> list:
         """[value of rank 0, value of rank 1, …] on every rank."""
@@ -735,23 +731,22 @@ class Run:
         name = s.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
         self.world, self.id = world, world.share_bytes(name.encode()).decode()
         self.dir = Path(s.artifact_dir or Path("runs") / self.id)
-        self.summary: dict = dict.fromkeys(SUMMARY_KEYS)
-        self.summary.update(compliant=True, not_compliant_because=[])
         self.live = sys.stdout.isatty() and world.main
-        self.text = self.metrics = None
+        self.summary = {**dict.fromkeys(SUMMARY_KEYS), "compliant": True, "not_compliant_because": []}
         again = bool(s.eval_only_path or s.eval_only_quantized_path)
-        if world.main:
-            if not again and (self.dir / "final_model.pt").exists():
-                raise UserError(f"ARTIFACT_DIR={self.dir} holds a finished run: choose another folder, or "
-                                "score it with EVAL_ONLY_QUANTIZED_PATH")
-            try:
-                self.dir.mkdir(parents=True, exist_ok=True)
-                how = dict(mode="a" if again else "w", encoding="utf-8", buffering=1)
-                self.text = open(self.dir / "train.log", **how)
-                self.metrics = open(self.dir / "metrics.jsonl", **how)
-            except OSError as error:
-                raise UserError(f"cannot write into ARTIFACT_DIR={self.dir}: {error.strerror}; choose "
-                                "another folder") from error
+        if not world.main:
+            return
+        if not again and (self.dir / "final_model.pt").exists():
+            raise UserError(f"ARTIFACT_DIR={self.dir} holds a finished run: choose another folder, or score "
+                            "it with EVAL_ONLY_QUANTIZED_PATH")
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.text, self.metrics = (
+                open(self.dir / name, mode="a" if again else "w", encoding="utf-8", buffering=1)
+                for name in ("train.log", "metrics.jsonl"))
+        except OSError as error:
+            raise UserError(f"cannot write into ARTIFACT_DIR={self.dir}: {error.strerror}; choose another "
+                            "folder") from error
 
     def not_compliant(self, reason: str) -> None:
         """Mark the run: its log, summary and closing block say why it is no result."""
@@ -781,10 +776,9 @@ class Run:
         if self.live:
             print("\r\033[K" + line[:shutil.get_terminal_size().columns - 1], end="", flush=True)
 
-    def save(self, name: str, data: bytes) -> Path:
+    def save(self, name: str, data: bytes) -> None:
         """Write a file of the run atomically (call on rank 0)."""
         write_atomic(self.dir / name, data)
-        return self.dir / name
 
     def save_summary(self) -> None:
         """What is known so far: written after every stage, so that a crash loses no score."""
@@ -5078,7 +5072,7 @@ def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "")
     where the kernels were tried already."""
     written = 2 * ARTIFACT_LIMIT + (8 << 20) + 4 * sum(map(math.prod, parameter_shapes(s).values()))
     checks = {
-        "device": lambda: f"{world.device_name}, {torch.get_num_threads()} CPU threads",
+        "device": lambda: f"{world.device_name}, {torch.get_num_threads()} host threads",
         "attention": lambda: attention_why or resolve_attention(s.attn_backend, world.device)[1],
         "batch": lambda: "{} ranks x {} micro-batches of {:,} tokens".format(
             world.size, *s.batch_shape(world.size)),
