@@ -787,10 +787,12 @@ class Run:
 
 
 def human(value) -> str:
-    """A value as the log shows it: floats with five significant digits at most six decimals."""
+    """A value as the log shows it: floats with at most six decimals, text bare if it is one word, else JSON."""
     if isinstance(value, float):
         return f"{value:.6f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:.1f}"
-    return str(value).replace(" ", "_") if isinstance(value, str) else json.dumps(value).replace(" ", "")
+    if isinstance(value, str) and " " not in value:
+        return value
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 # ============================================================================================================
@@ -4992,6 +4994,9 @@ def check_byte_rule(s: Settings, val: Validation, documents: int = 200) -> None:
 def check_manifest(s: Settings) -> str:
     """Files, sizes and tokenizer against the manifest, and overlap; returns the data's fingerprint.
     DATA_CHECK=full also reads every byte."""
+    def sha256(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
     manifest, folder = read_manifest(s), s.shards
     files = {e["name"]: e for e in manifest.get("files", ())}
     present = {p.name: p for p in folder.glob("fineweb_*.bin")}
@@ -5003,21 +5008,16 @@ def check_manifest(s: Settings) -> str:
         if size != entry["size"]:
             raise UserError(f"{path} has {size:,} bytes, the manifest says {entry['size']:,}: it is cut or "
                             "another file; fetch or build it again")
-        if s.data_check == "full" and file_hash(path) != entry["sha256"]:
+        if s.data_check == "full" and sha256(path) != entry["sha256"]:
             raise UserError(f"{path} is damaged, its SHA-256 is not the manifest's: fetch or build it again")
     told = manifest.get("tokenizer", {}).get("sha256")
-    if told and s.tokenizer.is_file() and file_hash(s.tokenizer) != told:
+    if told and s.tokenizer.is_file() and sha256(s.tokenizer) != told:
         raise UserError(f"TOKENIZER_PATH={s.tokenizer} is not the tokenizer of {folder}: set it to its own")
     check_overlap(s)
     if manifest:
         return manifest["fingerprint"][:16]
     sizes = "".join(f"{name} {present[name].stat().st_size}\n" for name in sorted(present))
     return f"sizes-{hashlib.sha256(sizes.encode()).hexdigest()[:16]} (no manifest.json)"
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file that has at least one byte."""
-    return hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
 
 
 def check_overlap(s: Settings) -> None:
