@@ -609,10 +609,9 @@ class World:
         """Join the launcher's process group: NCCL (and gloo for host values) on GPUs, gloo on a CPU."""
         rank, size, local = (int(env.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         device = torch.device("cpu")
-        if torch.cuda.is_available():
-            if local >= torch.cuda.device_count():
-                raise UserError(f"LOCAL_RANK={local} but this machine has {torch.cuda.device_count()} GPUs: "
-                                "lower --nproc_per_node")
+        if gpus := torch.cuda.device_count():
+            if local >= gpus:
+                raise UserError(f"LOCAL_RANK={local} but there are {gpus} GPUs here: lower --nproc_per_node")
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
         if size > 1:
@@ -713,8 +712,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.chmod(temp, 0o644)
         os.replace(temp, path)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({len(data):,} bytes): {error.strerror}; free space or set "
-                        "ARTIFACT_DIR to another disk") from error
+        raise UserError(f"cannot write {path}: {error.strerror}; free space or set ARTIFACT_DIR") from error
     finally:
         Path(temp).unlink(missing_ok=True)
 
@@ -737,16 +735,14 @@ class Run:
         if not world.main:
             return
         if not again and (self.dir / "final_model.pt").exists():
-            raise UserError(f"ARTIFACT_DIR={self.dir} holds a finished run: choose another folder, or score "
-                            "it with EVAL_ONLY_QUANTIZED_PATH")
+            raise UserError(f"ARTIFACT_DIR={self.dir} holds a finished run: choose another folder")
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.text, self.metrics = (
                 open(self.dir / name, mode="a" if again else "w", encoding="utf-8", buffering=1)
                 for name in ("train.log", "metrics.jsonl"))
         except OSError as error:
-            raise UserError(f"cannot write into ARTIFACT_DIR={self.dir}: {error.strerror}; choose another "
-                            "folder") from error
+            raise UserError(f"cannot write into ARTIFACT_DIR={self.dir}: {error.strerror}") from error
 
     def not_compliant(self, reason: str) -> None:
         """Mark the run: its log, summary and closing block say why it is no result."""
@@ -787,7 +783,7 @@ class Run:
 
 
 def human(value) -> str:
-    """A value as the log shows it: floats with at most six decimals, text bare if it is one word, else JSON."""
+    """A value as the log shows it: floats with at most six decimals, single words bare, the rest as JSON."""
     if isinstance(value, float):
         return f"{value:.6f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:.1f}"
     if isinstance(value, str) and " " not in value:
@@ -804,21 +800,20 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256    # 256 little-endi
 
 def read_shard(path: Path) -> np.ndarray:
     """Tokens of one shard, (N,) uint16, mapped not loaded. UserError when it is missing, foreign or cut."""
-    path, remedy = Path(path), "fetch or build the data again"
+    path, again = Path(path), "fetch or build the data again"
     try:
         size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=SHARD_HEADER)
     except OSError as error:
-        raise UserError(f"cannot read shard {path}: {error.strerror}; {remedy}") from error
+        raise UserError(f"cannot read shard {path}: {error.strerror}; {again}") from error
     if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise UserError(f"{path} is no token shard: it starts with {header[:2].tolist()}, expected "
-                        f"[{SHARD_MAGIC}, {SHARD_VERSION}]; {remedy}")
+                        f"[{SHARD_MAGIC}, {SHARD_VERSION}]; {again}")
     count = int(header[2])
     expected = 4 * SHARD_HEADER + 2 * count
     if size != expected:
-        raise UserError(f"{path} has {size:,} bytes but its header promises {expected:,} ({count:,} tokens): "
-                        f"it is truncated or damaged; {remedy}")
+        raise UserError(f"{path} has {size:,} bytes but its header promises {expected:,}: truncated; {again}")
     if count < 2:
-        raise UserError(f"{path} holds {count} tokens: at least 2 are needed; {remedy}")
+        raise UserError(f"{path} holds {count} tokens: at least 2 are needed; {again}")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
 
 
@@ -974,8 +969,7 @@ class TokenStream(Stream):
         super().__init__(files, world_size, rank, tokens)
         self.max_len = max_len
         if self.ends[-1] < tokens + 1:
-            raise UserError(f"{self.ends[-1]:,} training tokens are fewer than one micro-batch of "
-                            f"{tokens + 1:,}: lower TRAIN_BATCH_TOKENS or add shards")
+            raise UserError(f"{self.ends[-1]:,} training tokens are no micro-batch: lower TRAIN_BATCH_TOKENS")
 
     def cut(self) -> Batch:
         start, count, parts = (self.batches * self.world_size + self.rank) * self.tokens, self.tokens + 1, []
@@ -998,8 +992,7 @@ class DocPackStream(Stream):
         self.first = [int(np.argmax(x == BOS)) for x in self.shards]
         self.cursor = self.first[0]
         if all(f + self.span > len(x) for f, x in zip(self.first, self.shards)):
-            raise UserError(f"no training shard holds {self.span:,} tokens after its first BOS: lower "
-                            "TRAIN_BATCH_TOKENS or use TRAIN_LOADER=stream")
+            raise UserError(f"no shard holds {self.span:,} tokens from a BOS on: use TRAIN_LOADER=stream")
 
     def cut(self) -> Batch:
         while self.cursor + self.span > len(self.shards[self.shard]):
@@ -1039,8 +1032,8 @@ class ShuffledStream(WindowStream):
         self.rng = np.random.Generator(np.random.PCG64(self.rank))
         self.owned = range(self.rank, len(files), self.world_size)
         if not any(len(self.shards[i]) > self.seq_len for i in self.owned):
-            raise UserError(f"no training shard of rank {self.rank} holds {self.seq_len + 1} tokens, of "
-                            f"{len(files)} for {self.world_size} ranks: use TRAIN_LOADER=stream")
+            raise UserError(f"rank {self.rank} of {self.world_size} owns none of {len(files)} shards with "
+                            f"{self.seq_len + 1} tokens: use TRAIN_LOADER=stream")
         self.starts = {i: self.shuffle(i) for i in self.owned}
 
     def shuffle(self, i: int) -> list[int]:
@@ -1164,7 +1157,7 @@ class ByteTable:
         sp = load_tokenizer(path)
         if sp.vocab_size() != vocab_size:
             raise UserError(f"tokenizer {path} has {sp.vocab_size()} tokens but VOCAB_SIZE={vocab_size}: set "
-                            "VOCAB_SIZE or TOKENIZER_PATH to the pair the shards were made with")
+                            "them to the pair that the shards were made with")
         base, lead, boundary = (np.zeros(vocab_size, kind) for kind in (np.int16, bool, bool))
         for i in range(vocab_size):
             if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
@@ -1250,8 +1243,7 @@ class Validation:
         if counts is not None:
             self.rule, self.target_bytes = "sidecar", counts[1:]
         elif s.caseops_enabled:
-            raise UserError("CASEOPS_ENABLED=1 needs the byte sidecars fineweb_val_bytes_*.bin beside the "
-                            f"shards of {s.shards}: fetch them, or set CASEOPS_ENABLED=0")
+            raise UserError(f"CASEOPS_ENABLED=1 needs the byte sidecars of {s.shards}: fetch them, or set 0")
         else:
             table = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
             self.rule, self.target_bytes = "table", table.count(self.tokens[:-1], self.tokens[1:])
@@ -4987,8 +4979,7 @@ def check_byte_rule(s: Settings, val: Validation, documents: int = 200) -> None:
         counted += int(val.target_bytes[a:a + n - 1].sum())
         text += len(sp.decode([t for t in val.tokens[a + 1:a + n].tolist() if t != BOS]).encode())
     if counted > 1.01 * text:
-        raise UserError(f"the first documents are {text:,} bytes of text, but the byte rule counts "
-                        f"{counted:,}: scores would be too good")
+        raise UserError(f"the byte rule counts {counted:,} bytes in {text:,}: scores would be too good")
 
 
 def check_manifest(s: Settings) -> str:
@@ -5006,8 +4997,7 @@ def check_manifest(s: Settings) -> str:
     for name, entry in files.items():
         path, size = present[name], present[name].stat().st_size
         if size != entry["size"]:
-            raise UserError(f"{path} has {size:,} bytes, the manifest says {entry['size']:,}: it is cut or "
-                            "another file; fetch or build it again")
+            raise UserError(f"{path} has {size:,} bytes, the manifest says {entry['size']:,}: fetch it again")
         if s.data_check == "full" and sha256(path) != entry["sha256"]:
             raise UserError(f"{path} is damaged, its SHA-256 is not the manifest's: fetch or build it again")
     told = manifest.get("tokenizer", {}).get("sha256")
@@ -5171,19 +5161,27 @@ def public_settings(values: Mapping) -> dict:
     return {k: v for k, v in values.items() if not k.endswith(("_PATH", "_DIR"))}
 
 
-SWITCHES = {   # how settings' names begin -> the setting without which they do nothing
+SWITCHES = {   # how settings' names begin -> the setting (or its value) without which they do nothing
     "asym_logit_train": "asym_logit_rescale", "bank_split": "matrix_lr_early", "bigram_": "bigram_vocab_size",
     "gated_attn_init_": "gated_attn_enabled", "global_ttt_": "phased_ttt_prefix_docs", "loop_": "num_loops",
     "late_qat_": "late_qat_threshold", "matrix_lr_late": "matrix_lr_early", "phased_ttt_": "ttt_enabled",
     "recur_": "num_loops", "seq_change_": "train_seq_schedule", "split_lr_": "matrix_lr_early",
+    **dict.fromkeys("matrix_bits embed_bits matrix_clip_ attn_clip_ mlp_clip_ embed_clip_".split(),
+                    "quant_allocation=hand"),
     **{f.name.removesuffix("enabled"): f.name for f in fields(Settings)
        if f.name.endswith("_enabled") and f.name != "gated_attn_enabled"}}   # its QUANT_GATE is of all gates
 
 
 def idle_settings(s: Settings) -> dict[str, str]:
     """Settings that were changed though what they belong to is off, and what that is."""
-    return {name: f"{switch.upper()} is off" for name in s.changed() for prefix, switch in SWITCHES.items()
-            if name.startswith(prefix.upper()) and name != switch.upper() and not getattr(s, switch)}
+    idle = {}
+    for prefix, switch in SWITCHES.items():
+        switch, _, wanted = switch.partition("=")
+        value = getattr(s, switch)
+        if value != wanted if wanted else not value:
+            idle.update({name: f"{switch.upper()} is {value or 'off'}" for name in s.changed()
+                         if name.startswith(prefix.upper()) and name != switch.upper()})
+    return idle
 
 
 def closest_system(s: Settings) -> tuple[str, dict] | None:

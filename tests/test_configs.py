@@ -60,6 +60,8 @@ def test_start_names_the_nearest_system_and_idle_settings():
     assert name == "pr2014" and differs == {"MATRIX_LR": [0.03, 0.026], "BIGRAM_DIM": [64, 128]}
     idle = tg.idle_settings(tg.Settings.from_env(changed))
     assert idle == {"BIGRAM_DIM": "BIGRAM_VOCAB_SIZE is off"}
+    assert tg.idle_settings(settings(ATTN_CLIP_SIGMAS=14, LQER_RANK=2)) == {
+        "ATTN_CLIP_SIGMAS": "QUANT_ALLOCATION is fisher", "LQER_RANK": "LQER_ENABLED is off"}
 
 
 def test_new_tensors_survive_quantising_and_packing():
