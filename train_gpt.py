@@ -249,7 +249,7 @@ class Settings:
     logit_calib_l2: float = knob(0.01, "pull towards no calibration", 0)
     fit_margin_bytes: int = knob(4096, "the fitter stops this close to the limit", 256)
     code_form: str = choice("readable packed", "the script that is shipped and counted: as it is, or packed")
-    compressor: str = choice("ans", "entropy stage: our coder, also for pergroup, brotli, lzma")
+    compressor: str = choice("ans brotli", "entropy stage: our coder, or byte-shuffled brotli")
     # --- score
     eval_seq_len: int = knob(2048, "window of the sliding evaluation, in tokens", 2, group="score")
     eval_stride: int = knob(64, "tokens between two windows of one document", 1)
@@ -325,8 +325,8 @@ class Settings:
                 env = {**dict(zip(ALIASES[old].split(), translate(old, value))), **env}
         if env.get("AWQ_LITE_ENABLED", "0") != "0" or env.get("QUANT_CLIP", "sigmas") != "sigmas":
             env.setdefault("QUANT_ALLOCATION", "hand")     # they change steps that are set by hand
-        if env.get("COMPRESSOR") in ("pergroup", "brotli", "lzma"):
-            env["COMPRESSOR"] = "ans"     # the field's coders are lossless too: ours takes their place
+        if env.get("COMPRESSOR") in ("pergroup", "lzma"):
+            env["COMPRESSOR"] = "ans"     # lossless too: ours takes the place of the lrzip binary
         for name in env:
             if name not in known and (nearest := looks_like_ours(name, known)) is not None:
                 raise UserError(f"unknown setting {name}: the nearest known one is {nearest} "
@@ -3893,15 +3893,20 @@ def pack_model(s: Settings, q: Quantised) -> bytes:
     """A quantised model as the bytes of an artifact."""
     entries = stored_tensors(s, q.meta)
     shapes = {key[:-2]: shape for key, _, shape in entries if key.endswith(".q")}
-    streams, tall = pack_codes([q.tensors[n + ".q"].numpy() for n in shapes], *coding_plan(q, shapes))
+    codes, tall = [q.tensors[n + ".q"].numpy() for n in shapes], []
+    if s.compressor == "brotli":
+        streams = {CODE_STREAM: brotli_pack(b"".join(c.tobytes() for c in codes))}
+    else:
+        streams, tall = pack_codes(codes, *coding_plan(q, shapes))
     for stream, kind, stride in ((HALF_STREAM, "half", 2), (BYTE_STREAM, "int8", 1)):
         part = [q.tensors[key].numpy().tobytes() for key, dtype, _ in entries
                 if dtype == kind and not key.endswith(".q")]
         streams[stream] = brotli_pack(b"".join(part), stride)
     ways = {how: [n for n in q.meta if q.meta[n] == how] for how in q.meta.values()}    # few ways, many names
     header = {"architecture": architecture(s), "meta": ways, "factors": tall,
-              "storage": {n: getattr(s, n) for n in ("lqer_rank", "lqer_asym_group")}, "unit": q.unit,
-              "groups": {key: x.tolist() for key, x in q.tensors.items() if x.dtype == torch.int16}}
+              "storage": {n: getattr(s, n) for n in ("compressor", "lqer_rank", "lqer_asym_group")},
+              "groups": {key: x.tolist() for key, x in q.tensors.items() if x.dtype == torch.int16},
+              "unit": q.unit}
     if s.prequant_ttt_enabled:
         header["not_compliant"] = PREQUANT       # whoever scores this artifact is told
     return artifact_to_bytes(header, streams)
@@ -3948,8 +3953,11 @@ def read_model(s: Settings, header: Mapping, streams: Mapping[str, bytes]) -> Qu
         pieces = split_bytes(streams[stream], [math.prod(shape) for _, shape in part], dtype)
         q.tensors.update({key: torch.from_numpy(x.reshape(shape)) for (key, shape), x in zip(part, pieces)})
     shapes = {key[:-2]: shape for key, _, shape in entries if key.endswith(".q")}
-    codes = unpack_codes(streams, header["factors"], *coding_plan(q, shapes))
-    q.tensors.update({name + ".q": torch.from_numpy(c) for name, c in zip(shapes, codes)})
+    if s.compressor == "brotli":
+        codes = split_bytes(streams[CODE_STREAM], [math.prod(shape) for shape in shapes.values()])
+    else:
+        codes = unpack_codes(streams, header["factors"], *coding_plan(q, shapes))
+    q.tensors.update({n + ".q": torch.from_numpy(c.reshape(shapes[n])) for n, c in zip(shapes, codes)})
     return q
 
 

@@ -337,6 +337,7 @@ def test_every_damaged_or_foreign_file_is_refused():
         dict(QUANT_ALLOCATION="hand", LQER_ENABLED=1),
         dict(LQER_ENABLED=1, LQER_ASYM_ENABLED=0),
         dict(QUANT_ALLOCATION="hand", NUM_LOOPS=0),
+        dict(COMPRESSOR="brotli"),
     ],
 )
 def test_a_model_is_read_back_bit_for_bit(monkeypatch, changes):
@@ -368,6 +369,8 @@ NONSENSE = {  # changes to a good header that leave the file itself well-formed
     "factors of nothing": lambda h: h.update(factors=[1000]),
     "factors of another": lambda h: h.update(factors=[0]),
     "groups": lambda h: h.update(groups={"x": "y"}),
+    "no compressor": lambda h: h["storage"].pop("compressor"),
+    "another compressor": lambda h: h["storage"].update(compressor="brotli"),
 }
 
 
@@ -377,6 +380,8 @@ def test_a_well_formed_file_of_nonsense_is_refused(monkeypatch, what):
     s = settings(LQER_ENABLED=1)
     weights = pack.matrix_views({n: p.detach() for n, p in sine_model(s).named_parameters()})
     blob = pack.pack_model(s, pack.Quantiser(s, weights, pack.Curvature({}))(0.01))
+    s = settings(LQER_ENABLED=1, COMPRESSOR="brotli")       # the file says how it is packed, not the reader
+    pack.unpack_model(s, blob, "test")
     header, streams = pack.artifact_from_bytes(blob, "test")
     NONSENSE[what](header)
     with pytest.raises(UserError, match="again"):
