@@ -74,7 +74,7 @@ def test_hints_change_the_score_but_not_what_adapters_learn_from(s, data):
         chunks, val.hints = [], hints
         ttt = tg.PhasedTTT(s, tg.World(), model, val, lambda event, chunks=chunks, **v: chunks.append(v))
         scored = ttt.score_chunk(val.documents.start[:2], tg.chunk_window(np.array([16, 16]), 0, 16, 0), None,
-                                 tg.KeyCache(64, 16))
+                                 tg.KeyCache(64))
         losses[hints is None] = scored.losses, ttt.ledger.loss[:16].clone()
     assert torch.equal(losses[True][0], losses[False][0])
     assert not torch.equal(losses[True][1], losses[False][1])

@@ -149,12 +149,12 @@ def test_cached_keys_fit_the_queries_whatever_rescales_the_rotary_base(s):
     s = changed(s, rope_yarn=True, ttt_eval_seq_len=256)
     model, plan = sine_model(s), tg.layer_plan(s, True)
     x = torch.randint(4, 300, (1, 160), generator=torch.Generator().manual_seed(0))
-    cache, losses = tg.KeyCache(256, 16), []
+    cache, losses = tg.KeyCache(256), []
     with torch.no_grad():
         for c in range(0, 160, 16):
             losses.append(model.losses(x[:, c:c + 16], x[:, c:c + 16], plan, cache=cache))
             cache.seal(x[:, c:c + 16])
-            cache.advance()
+            cache.advance(16)
         model.rope_length = 256
         assert torch.allclose(torch.cat(losses, 1), model.losses(x, x, plan), atol=3e-5)
 
@@ -170,11 +170,11 @@ def test_cached_keys_end_at_the_window(s):
     other[:, :8] = 9
 
     def last_chunk(tokens):
-        cache = tg.KeyCache(24, 8)
+        cache = tg.KeyCache(24)
         for c in range(0, 64, 8):
             loss = model.losses(tokens[:, c:c + 8], tokens[:, c:c + 8], plan, cache=cache)
             cache.seal(tokens[:, c:c + 8])
-            cache.advance()
+            cache.advance(8)
         assert cache.position == 64 and all(k.size(1) == 16 for k, _ in cache.old.values())
         return loss
     assert torch.equal(last_chunk(x), last_chunk(other))
@@ -209,21 +209,49 @@ def test_rounds_hold_every_document_once_and_train_on_scored_ones(s):
         assert [r.train_on is None for r in rounds] == [False] * (len(rounds) - 1) + [True]
 
 
-def test_chunks_by_length():
-    s = settings(TTT_SHORT_SCORE_FIRST_STEPS="600=32, 100:4,", TTT_CHUNK_SIZE=48)
-    assert tg.chunk_steps(s) == [(100, 4), (600, 32), (float("inf"), 48)]
+def test_chunks_by_length_or_by_position():
+    s = settings(TTT_SHORT_SCORE_FIRST_STEPS="60=32, 10:4,", TTT_CHUNK_SIZE=48)
+    assert tg.chunk_steps(s) == [(10, 4), (60, 32), (float("inf"), 48)]
+    assert tg.chunk_bounds(s, 150) == [0, 4, 8, 12, 44, 76, 124, 172]
+    assert tg.chunk_bounds(s, 13, 2) == [0, 8, 16]
+    field = changed(s, ttt_doc_order="length")
+    assert tg.chunk_bounds(field, 60) == [0, 32, 64] and tg.chunk_bounds(field, 61) == [0, 48, 96]
     with pytest.raises(tg.UserError, match="TTT_SHORT_SCORE_FIRST_STEPS=600-3"):
         settings(TTT_SHORT_SCORE_FIRST_STEPS="600-3")
 
 
-@pytest.mark.parametrize("spent, level", [(1.0, 0), (5.5, 2), (9.0, 3)])
+@pytest.mark.parametrize("at", [700, 775])
+def test_where_later_documents_end_is_nothing_to_earlier_ones(s, at):
+    """A BOS moves; computed in float64, as rows of other shapes add in another order. Earlier: all targets
+    before the first place that differs, the last document's own beginning among them."""
+    s = changed(s, ttt_doc_order="stream", ttt_warm_start_a=False, ttt_batch_size=2,
+                ttt_short_score_first_steps="40:8,100:12")
+    lengths = [30, 120, 45, 90, 130, 80, 140, 60]
+    tokens = np.tile(np.arange(4, 20), 50)[:sum(lengths)]
+    tokens[np.cumsum(lengths) - lengths] = tg.BOS
+    tokens[600:650] = np.arange(20, 70)
+    moved = tokens.copy()
+    moved[[635, at]] = 9, tg.BOS          # the seventh document now begins there, sixth and seventh differ
+    losses = []
+    for stream in (tokens, moved):
+        model = sine_model(s)
+        model.compute_dtype = torch.float64
+        ttt = tg.PhasedTTT(s, tg.World(), model, tg.Validation.of(stream))
+        ttt.run()
+        losses.append(ttt.ledger.loss)
+    first = min(635, at)
+    gap = (losses[0] - losses[1]).abs()
+    assert gap[:first - 1].max() < 1e-6 < gap[first - 1:].max()
+
+
+@pytest.mark.parametrize("spent, level", [(1.0, 0), (5.5, 1), (9.0, 2)])
 def test_the_watchdog_predicts_from_adaptation_alone(s, spent, level):
     """Half of 100 s is gone, most of it in phases and waiting: what counts is the pace of the groups done."""
     told = []
     ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s), lambda event, **v: told.append(v),
                        tg.Clock(100, now=iter([0.0, 50.0]).__next__))
     group = np.arange(4)
-    ttt.watch(spent, ttt.cost(group), [group] * 10)
+    ttt.watch(spent, ttt.costs(group)[0], 10 * ttt.costs(group))
     assert ttt.level == level and len(told) == (level > 0)
 
 
