@@ -4506,15 +4506,19 @@ class ChunkWindow(NamedTuple):
     width: int
 
 
-def chunk_window(targets: np.ndarray, begin: int, end: int, window: int) -> ChunkWindow:
-    """The chunk [begin, end) of targets. Rows end where it does and reach back at most `window` inputs, or
-    are the chunk alone (window 0). targets (B,): per document."""
-    last = np.minimum(end, targets)
+def chunk_window(s: Settings, targets: np.ndarray, begin: int, end: int, cached: bool) -> ChunkWindow:
+    """The chunk [begin, end) of targets: alone where earlier keys are cached, else rows reach back at most
+    TTT_EVAL_SEQ_LEN inputs; in the field's order from where the document ends, if that is in the chunk, in
+    stream order from the chunk's end: nothing about later tokens is known. targets (B,): per document."""
+    last, window = np.minimum(end, targets), s.ttt_eval_seq_len
     count = np.maximum(last - begin, 0)
-    if not window:
-        return ChunkWindow(np.where(count > 0, begin, 0), np.zeros_like(count), count, end - begin)
-    first = np.where(count > 0, np.maximum(last - window, 0), 0)
-    return ChunkWindow(first, np.where(count > 0, begin - first, 0), count, min(end, window))
+    if cached:
+        first, width = begin, end - begin
+    else:
+        known_end = last if s.ttt_doc_order == "length" else end
+        first, width = np.maximum(known_end - window, 0), min(end, window)
+    first = np.where(count > 0, first, 0)
+    return ChunkWindow(first, np.where(count > 0, begin - first, 0), count, width)
 
 
 def chunk_bounds(s: Settings, length: int, times: int = 1) -> list[int]:
@@ -4701,7 +4705,7 @@ class PhasedTTT:
             later = (targets > end) & (targets + 1 >= s.ttt_train_min_doc_len)
             later &= targets < (s.ttt_train_max_doc_len or math.inf)
             with torch.set_grad_enabled(learns and bool(later.any())):
-                window = chunk_window(targets, begin, end, 0 if cached else s.ttt_eval_seq_len)
+                window = chunk_window(s, targets, begin, end, cached)
                 scored = self.score_chunk(starts, window, adapter, cache)
                 if learns and later.any():
                     self.adapt(adapter, optimiser, scored, torch.from_numpy(later).to(self.world.device))

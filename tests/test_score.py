@@ -122,8 +122,10 @@ def test_scores_do_not_depend_on_what_is_packed_beside(s):
 
 def test_a_document_beyond_the_window_costs_one_pass(s, monkeypatch):
     """The sliding evaluation on cached keys, against windows that are encoded again: the same scores for
-    documents within the window and for the first window of longer ones, a forward token per target."""
+    documents within the window and for the first window of longer ones, a forward token per target. In
+    float64: rows of other lengths add in another order, which float32 shows in the sixth digit."""
     val, model, books, passes = tg.Validation(s), sine_model(s), [], []
+    model.compute_dtype = torch.float64
     losses = tg.GPT.losses
     monkeypatch.setattr(tg.GPT, "losses", lambda self, ids, *a, **k: (
         passes.append(ids.numel()), losses(self, ids, *a, **k))[1])
@@ -136,6 +138,6 @@ def test_a_document_beyond_the_window_costs_one_pass(s, monkeypatch):
     first = np.concatenate([np.arange(n - 1) < s.eval_seq_len for n in val.documents.length])
     assert 0 < first.sum() < targets
     gap = (books[0] - books[1]).abs()
-    assert gap[first].max() < 2e-6 < gap.max()
+    assert gap[first].max() < 1e-6 < gap.max()
     cut = passes.index(0)
     assert sum(passes[:cut]) < targets + 8 * len(val.documents) and sum(passes[cut:]) > 2 * targets
