@@ -141,3 +141,16 @@ def test_a_document_beyond_the_window_costs_one_pass(s, monkeypatch):
     assert gap[first].max() < 1e-6 < gap.max()
     cut = passes.index(0)
     assert sum(passes[:cut]) < targets + 8 * len(val.documents) and sum(passes[cut:]) > 2 * targets
+
+
+@pytest.mark.parametrize("seconds, setting, reason", [
+    (599.0, 0, None), (599.0, 900, None), (601.0, 0, "the competition's 600 s"),
+    (601.0, 900, "the competition's 600 s"), (31.0, 30, "EVAL_MAX_SECONDS 30 s"), (29.0, 30, None)])
+def test_a_raised_setting_raises_no_budget(seconds, setting, reason):
+    marks = []
+
+    class Run:
+        not_compliant = marks.append
+
+    tg.check_budget(Run, "evaluation", seconds, "EVAL_MAX_SECONDS", setting)
+    assert marks == ([f"evaluation took {seconds:.1f} s of {reason}"] if reason else [])
