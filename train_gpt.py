@@ -91,8 +91,8 @@ class Settings:
     artifact_dir: str = knob("", "folder of the run's files (default: runs/<RUN_ID>)")
     max_wallclock_seconds: float = knob(600.0, "training budget in s, artifact included; 0: ITERATIONS; over "
                                         "600 s used is NON-COMPLIANT", 0)
-    eval_max_seconds: float = knob(600.0, "evaluation budget in s, watched by TTT; 0: none; over 600 s used is "
-                                   "NON-COMPLIANT", 0)
+    eval_max_seconds: float = knob(600.0, "evaluation budget in s, watched by TTT; 0: none; over 600 s used "
+                                   "is NON-COMPLIANT", 0)
     iterations: int = knob(20000, "most optimiser steps; without a time budget the schedule's length", 0)
     train_log_every: int = knob(500, "steps between progress lines (the first ten always show)", 0)
     val_loss_every: int = knob(0, "steps between validations in training, step 0 included; 0: none", 0)
@@ -1876,15 +1876,6 @@ class Adapter(nn.Module):
         a, b = ({k: p.to(dtype).unbind(0) for k, p in side.items() if (k == "head") == head}
                 for side in (self.a, self.b))
         return BoundAdapter(a, b, self.scale)
-
-    def field_views(self) -> dict[str, Tensor]:
-        """Views under the field's names: `q_loras.<slot>.A` (rows, r, in), `.B`, `lm_head_lora.A`, …"""
-        views = {}
-        for side, tensors in (("A", self.a), ("B", self.b)):
-            for kind, p in tensors.items():
-                for slot, x in enumerate(p):
-                    views[("lm_head_lora" if kind == "head" else f"{kind}_loras.{slot}") + f".{side}"] = x
-        return views
 
 
 class KeyCache:
@@ -4309,10 +4300,13 @@ class Hints:
 
     @classmethod
     def build(cls, s: Settings, world: World, val: Validation, adapting: bool) -> Hints | None:
-        """For the windows, or for adapting: counted once by rank 0 and handed to all. None when off."""
+        """For the windows, or for adapting: counted once by rank 0 and handed to all. None when off. Counts
+        grow as the documents are scored: one causal order for the whole score."""
         if not s.ngram_tilt_enabled:
             return None
-        found, order = None, hint_order(s, val.documents.length, adapting)
+        found, lengths = None, val.documents.length
+        in_stream = not adapting or "stream" in (s.ttt_doc_order, s.ngram_doc_order)
+        order = np.arange(len(lengths)) if in_stream else scored_order(s, lengths)
         if world.main:
             starts, lengths = val.documents.start[order], val.documents.length[order]
             at = np.concatenate([np.arange(a, a + n - 1) for a, n in zip(starts, lengths)])
@@ -4374,22 +4368,24 @@ def sliding_windows(total: int, seq_len: int, stride: int) -> list[tuple[int, in
     return windows
 
 
-class Row(NamedTuple):
-    """One packed forward of the scorer: windows as absolute (begin, end, first scored) positions."""
-    windows: list[tuple[int, int, int]]
-    tokens: int
+Window = tuple[int, int, int]       # absolute positions: begin, end, first scored
 
 
-def pack_rows(windows: list[tuple[int, int, int]], capacity: int) -> list[Row]:
+def width(windows: list[Window]) -> int:
+    """Tokens of a packed row of windows."""
+    return sum(end - begin for begin, end, _ in windows)
+
+
+def pack_rows(windows: list[Window], capacity: int) -> list[list[Window]]:
     """Windows, longest first, filled one after the other into rows of at most `capacity` tokens."""
-    rows, current, used = [], [], 0
+    rows, used = [], capacity
     for w in sorted(windows, key=lambda w: w[0] - w[1]):
-        if used + w[1] - w[0] > capacity and current:
-            rows.append(Row(current, used))
-            current, used = [], 0
-        current.append(w)
         used += w[1] - w[0]
-    return rows + [Row(current, used)] if current else rows
+        if used > capacity or not rows:
+            rows.append([])
+            used = w[1] - w[0]
+        rows[-1].append(w)
+    return rows
 
 
 class Scorer:
@@ -4412,7 +4408,7 @@ class Scorer:
         windows = [(a + b, a + e, a + f) for a, n in zip(starts[~beyond].tolist(), targets[~beyond].tolist())
                    for b, e, f in sliding_windows(n, s.eval_seq_len, stride)]
         rows, plan = pack_rows(windows, self.capacity), layer_plan(s, looping)
-        for i in share_out([r.tokens for r in rows], self.world.size)[self.world.rank]:
+        for i in share_out([width(r) for r in rows], self.world.size)[self.world.rank]:
             self.score_row(rows[i], val, plan, ledger)
         if beyond.any():
             self.once(val, np.flatnonzero(beyond), stride, ledger)
@@ -4425,17 +4421,14 @@ class Scorer:
                                 ttt_short_score_first_enabled=False, ttt_cache_lambda=0)
         still = PhasedTTT(s, self.world, self.model, val, ledger=ledger)
         still.level = NO_ADAPTATION
-        order = documents[np.argsort(still.lengths[documents], kind="stable")]
-        groups = [order[i:i + s.ttt_batch_size] for i in range(0, len(order), s.ttt_batch_size)]
-        costs = [still.costs(g)[NO_ADAPTATION] for g in groups]
-        for i in share_out(costs, self.world.size)[self.world.rank]:
-            still.adapt_group(groups[i])
+        for group in still.mine(grouped(s, documents, still.lengths)):
+            still.adapt_group(group)
 
-    def score_row(self, row: Row, val: Validation, plan: Plan, ledger: Ledger) -> None:
+    def score_row(self, row: list[Window], val: Validation, plan: Plan, ledger: Ledger) -> None:
         """One forward; book the scored part of each window."""
-        lengths = np.array([e - b for b, e, _ in row.windows])
-        at = np.concatenate([np.arange(b, e) for b, e, _ in row.windows])
-        scored = np.flatnonzero(np.concatenate([np.arange(b, e) >= f for b, e, f in row.windows]))
+        lengths = np.array([e - b for b, e, _ in row])
+        at = np.concatenate([np.arange(b, e) for b, e, _ in row])
+        scored = np.flatnonzero(np.concatenate([np.arange(b, e) >= f for b, e, f in row]))
         pad = self.capacity - len(at) if self.fixed else 0
         total, longest = len(at) + pad, self.s.eval_seq_len
         filler = np.arange(len(at) + longest, total, longest)       # padding is cut like documents
@@ -4543,29 +4536,29 @@ class Round(NamedTuple):
     train_on: np.ndarray | None
 
 
+def grouped(s: Settings, documents: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """Documents (their numbers) in groups of TTT_BATCH_SIZE of similar lengths, longest first."""
+    order = documents[np.argsort(lengths[documents], kind="stable")]
+    groups = [order[i:i + s.ttt_batch_size] for i in range(0, len(order), s.ttt_batch_size)]
+    return sorted(groups, key=lambda g: -lengths[g].max())
+
+
 def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
-    """Documents by groups of TTT_BATCH_SIZE similar lengths, longest first, cut at the phase boundaries.
+    """The groups of all documents, cut at the phase boundaries.
 
     TTT_DOC_ORDER=stream: round i holds the i-th part of the stream's first documents, the last the rest: no
     document is ever influenced by a later one. length: the longest documents of all come first, as in the
     field; a phase then trains on the shortest groups scored so far."""
-    def grouped(documents):
-        order = documents[np.argsort(lengths[documents], kind="stable")]
-        return [order[i:i + s.ttt_batch_size] for i in range(0, len(order), s.ttt_batch_size)]
-
-    def longest_first(groups):
-        return sorted(groups, key=lambda g: -lengths[g].max())
-
     phases = s.phased_ttt_num_phases if s.phased_ttt_prefix_docs else 0
     bounds = [s.phased_ttt_prefix_docs * (i + 1) // phases for i in range(phases)]
     everything, rounds, begin = np.arange(len(lengths)), [], 0
     if s.ttt_doc_order == "stream":
         for end in (b for b in bounds if begin < b <= len(lengths)):
-            rounds.append(Round(longest_first(grouped(everything[begin:end])), everything[:end]))
+            rounds.append(Round(grouped(s, everything[begin:end], lengths), everything[:end]))
             begin = end
-        return rounds + [Round(longest_first(grouped(everything[begin:])), None)]
+        return rounds + [Round(grouped(s, everything[begin:], lengths), None)]
     current, done = [], []
-    for group in longest_first(grouped(everything)):
+    for group in grouped(s, everything, lengths):
         current.append(group)
         done.append(group)
         if len(rounds) < phases and sum(map(len, done)) >= bounds[len(rounds)]:
@@ -4575,11 +4568,8 @@ def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
     return rounds + [Round(current, None)]
 
 
-def hint_order(s: Settings, lengths: np.ndarray, adapting: bool) -> np.ndarray:
-    """Documents in the order in which n-gram counts grow. As the documents are scored, it is one causal order
-    for the whole score: what adapts a document and what is counted for it came before."""
-    if not adapting or "stream" in (s.ttt_doc_order, s.ngram_doc_order):
-        return np.arange(len(lengths))
+def scored_order(s: Settings, lengths: np.ndarray) -> np.ndarray:
+    """Documents in the order in which TTT scores them."""
     return np.concatenate([g for r in ttt_rounds(s, lengths) for g in r.groups])
 
 
@@ -4615,18 +4605,22 @@ class PhasedTTT:
             adapting = [3 * np.minimum(ends, s.ttt_eval_seq_len).sum() for ends in (every, fewer)]
         return len(group) * np.array([*adapting, longest], float)
 
+    def mine(self, groups: list[np.ndarray]) -> list[np.ndarray]:
+        """This rank's share of the groups."""
+        share = share_out([self.costs(g)[self.level] for g in groups], self.world.size)[self.world.rank]
+        return [groups[i] for i in sorted(share)]
+
     def run(self) -> Score:
         """Score every document once. The model's weights end as the last phase left them."""
-        rounds, todo = ttt_rounds(self.s, self.lengths), []
-        for r in rounds:
-            share = share_out([self.costs(g)[0] for g in r.groups], self.world.size)[self.world.rank]
-            todo.append([r.groups[i] for i in sorted(share)])
+        rounds = ttt_rounds(self.s, self.lengths)
+        todo = [self.mine(r.groups) for r in rounds]
         left = sum(self.costs(g) for mine in todo for g in mine)
         spent = done = 0.0        # seconds and token-passes of adaptation, without phases and waiting
         self.model.requires_grad_(False)           # adapters learn; the base weights only in a phase
         for r, mine in zip(rounds, todo):
-            self.kept = None if self.s.ttt_shared_a else self.new_adapter(self.s.ttt_batch_size)
-            self.correctors = []
+            self.kept, self.correctors = None, []
+            if not self.s.ttt_shared_a:
+                self.kept = self.adapter_for(self.s.ttt_batch_size)
             for group in mine:
                 self.watch(spent, done, left)
                 costs, watch = self.costs(group), Clock()
@@ -4658,18 +4652,14 @@ class PhasedTTT:
         self.trace("give_up", what=", ".join(GIVE_UP[1:level + 1]), **why)
         self.level = level
 
-    def new_adapter(self, rows: int) -> Adapter:
-        adapter = Adapter(self.s, self.plan, rows, self.world.device)
-        self.trace("lora", adapter=adapter)
+    def adapter_for(self, rows: int) -> Adapter:
+        """The kept one, reset for new documents, where it has as many rows, else a fresh one."""
+        kept = self.kept is not None and rows == self.s.ttt_batch_size
+        adapter = self.kept if kept else Adapter(self.s, self.plan, rows, self.world.device)
+        if kept:
+            adapter.reset()
+        self.trace("reset" if kept else "lora", adapter=adapter)
         return adapter
-
-    def adapter_for(self, group: np.ndarray) -> Adapter:
-        """The kept one, reset for new documents, for a full group, else a fresh one."""
-        if self.kept is None or len(group) != self.s.ttt_batch_size:
-            return self.new_adapter(len(group))
-        self.kept.reset()
-        self.trace("reset", adapter=self.kept)
-        return self.kept
 
     def optimiser(self, adapter: Adapter) -> torch.optim.Optimizer | None:
         """AdamW or SGD over a group's adapters; none for the stateless rule."""
@@ -4685,7 +4675,7 @@ class PhasedTTT:
         """Score a group's documents chunk by chunk; after each chunk adapt those that have another one."""
         s, level = self.s, self.level
         cached, learns = s.ttt_kv_reuse or level == NO_ADAPTATION, level < NO_ADAPTATION
-        adapter = self.adapter_for(group) if learns else None
+        adapter = self.adapter_for(len(group)) if learns else None
         optimiser = self.optimiser(adapter) if learns else None
         cache = KeyCache(s.ttt_eval_seq_len, states=s.ttt_cache_lambda > 0) if cached else None
         starts, targets = self.val.documents.start[group], self.lengths[group] - 1
@@ -4788,18 +4778,20 @@ class PhasedTTT:
         return s.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * (c - warm) / max(chunks - 1 - warm, 1)))
 
     def global_step(self, tokens: np.ndarray, params: list, velocity: list, lr: float) -> None:
-        """One momentum step on a run of tokens, cut at documents and shared out over the ranks."""
+        """One momentum step on a run of tokens, which the ranks share by whole documents, or rows."""
         s, world, total = self.s, self.world, len(tokens) - 1
-        pieces = self.global_pieces(tokens)
-        share = share_out([len(p) for p in pieces], world.size)[world.rank]
+        starts = np.flatnonzero(tokens[:-1] == BOS)
+        if not s.global_ttt_respect_doc_boundaries:
+            starts = np.arange(0, total, s.eval_seq_len)
+        starts = np.unique(np.append(starts, (0, total)))
+        begin, end = starts[np.searchsorted(starts, [total * (world.rank + i) // world.size for i in (0, 1)])]
         loss = torch.zeros((), device=world.device)
         grads = [torch.zeros_like(p) for p in params]
-        if share:
-            if s.global_ttt_respect_doc_boundaries:
-                batch = join_pieces([pieces[i] for i in sorted(share)], s.eval_seq_len).to(world.device)
-            else:
-                t = torch.from_numpy(np.stack([pieces[i] for i in sorted(share)]).astype(np.int64))
-                batch = Batch(t[:, :-1], t[:, 1:], None, s.eval_seq_len).to(world.device)
+        if end > begin:
+            batch = packed_batch(tokens[begin:end + 1], s.eval_seq_len).to(world.device)
+            if not s.global_ttt_respect_doc_boundaries:
+                x, y = (side.view(-1, s.eval_seq_len) for side in (batch.x, batch.y))
+                batch = Batch(x, y, None, s.eval_seq_len)
             loss = self.model.losses(batch.x, batch.y, self.plan, batch.layout(batch.max_seqlen)).sum()
             loss = loss / total
             got = torch.autograd.grad(loss, params, allow_unused=True)
@@ -4814,14 +4806,6 @@ class PhasedTTT:
             torch._foreach_add_(velocity, grads)
             torch._foreach_add_(params, velocity, alpha=-lr)
         self.trace("sgd_step", loss=world.total(loss.detach().clone()), n_tokens=total, grad_norm=norm, lr=lr)
-
-    def global_pieces(self, tokens: np.ndarray) -> list[np.ndarray]:
-        """Runs of n + 1 tokens that see nothing of each other: documents, or rows of EVAL_SEQ_LEN targets."""
-        total = len(tokens) - 1
-        if not self.s.global_ttt_respect_doc_boundaries:
-            return [tokens[i:i + self.s.eval_seq_len + 1] for i in range(0, total, self.s.eval_seq_len)]
-        starts = np.unique(np.append(0, np.flatnonzero(tokens[:-1] == BOS)))
-        return [tokens[a:b + 1] for a, b in zip(starts, np.append(starts[1:], total))]
 
 
 @torch.no_grad()
@@ -4847,15 +4831,6 @@ def normalised_step(params: list[Tensor], lr: float, weight_decay: float) -> Non
     for p in params:
         size = p.grad.square().mean(dim=(-2, -1), keepdim=True).sqrt()
         p.mul_(1 - lr * weight_decay).sub_(p.grad / (size + 1e-12), alpha=lr)
-
-
-def join_pieces(pieces: list[np.ndarray], max_len: int) -> Batch:
-    """Pieces of n + 1 tokens as one packed row; each piece starts a segment, cut every max_len tokens."""
-    lengths = np.array([len(p) - 1 for p in pieces])
-    x = torch.from_numpy(np.concatenate([p[:-1] for p in pieces]).astype(np.int64))
-    y = torch.from_numpy(np.concatenate([p[1:] for p in pieces]).astype(np.int64))
-    bounds, longest = segment_bounds(np.cumsum(lengths) - lengths, int(lengths.sum()), max_len)
-    return Batch(x[None], y[None], torch.from_numpy(bounds), longest)
 
 
 # --- study only: what the rules forbid
@@ -4940,35 +4915,40 @@ def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[tuple[np.nd
     return one, others
 
 
+@contextlib.contextmanager
+def weights_kept(model: GPT):
+    """Whatever is done inside, the weights are as before afterwards."""
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    try:
+        yield
+    finally:
+        model.load_state_dict(before)
+        model.requires_grad_(True)
+
+
 def run_probes(s: Settings, world: World, model: GPT) -> list[Probe]:
     """C1-C4 on made-up tokens, through Scorer and PhasedTTT as the settings have them; every rank for itself.
     What the ledger refuses fails a probe. The model's weights are as before afterwards."""
-    local, before = World(device=world.device), {n: p.clone() for n, p in model.state_dict().items()}
-    threads, probes, booked = torch.get_num_threads(), [], []
+    local, threads, probes, booked = World(device=world.device), torch.get_num_threads(), [], []
     if not compiles(s, world.device):      # many small steps: windows of eight chunks show the same
         window = max(8 * chunk_steps(s)[0][1], s.eval_stride)
         s = dataclasses.replace(s, eval_seq_len=min(window, s.eval_seq_len),
                                 ttt_eval_seq_len=min(window, s.ttt_eval_seq_len))
         torch.set_num_threads(1)           # and threads would wait for each other at every step
     try:
-        for found in (probe_causality(s, local, model, booked), probe_normalisation(s, local, model)):
-            for probe in found:
-                probes.append(probe)
-                model.load_state_dict(before)
-        probes.append(Probe("C3 C4 ledger", True,
-                            f"{sum(booked):,} targets booked once each, before any step on them"))
+        with weights_kept(model):
+            for found in (probe_causality(s, local, model, booked), probe_normalisation(s, local, model)):
+                for probe in found:
+                    probes.append(probe)
+        figure, ok = f"{sum(booked):,} targets booked once each, before any step on them", True
     except LedgerError as error:
-        probes.append(Probe("C3 C4 ledger", False, str(error)))
-    finally:
-        model.load_state_dict(before)
-        model.requires_grad_(True)
-        torch.set_num_threads(threads)
-    return probes
+        figure, ok = str(error), False
+    torch.set_num_threads(threads)
+    return [*probes, Probe("C3 C4 ledger", ok, figure)]
 
 
 def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) -> Iterator[Probe]:
     """C1: earlier scores stay the same, to the bit, whatever comes later. booked: targets per evaluation."""
-    before = {n: p.clone() for n, p in model.state_dict().items()}
     row = min(s.eval_seq_len, 4 * min(size for _, size in chunk_steps(s)))     # of a phase's training
     ttt = dataclasses.replace(s, ttt_batch_size=2, phased_ttt_num_phases=1, phased_ttt_prefix_docs=2,
                               eval_seq_len=row, global_ttt_chunk_tokens=row)
@@ -4989,8 +4969,8 @@ def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) ->
         return evaluation.ledger
 
     def losses(evaluate: Callable, tokens: np.ndarray) -> Tensor:
-        found = evaluate(Validation.of(tokens)).loss.cpu()
-        model.load_state_dict(before)
+        with weights_kept(model):
+            found = evaluate(Validation.of(tokens)).loss.cpu()
         booked.append(len(found))
         return found
 

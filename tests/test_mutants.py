@@ -289,8 +289,8 @@ def test_a_step_before_the_booking(s, monkeypatch):
 def twice(patch, first_pass):
     """Every group is worked through twice, with one adapter; first_pass(ttt) surrounds the first time."""
     made = {}
-    replace(patch, tg.PhasedTTT, "adapter_for", lambda real: lambda self, group:
-            made.setdefault(tuple(group), real(self, group)))
+    replace(patch, tg.PhasedTTT, "adapter_for", lambda real: lambda self, rows:
+            made.setdefault(rows, real(self, rows)))
 
     def make(real):
         def adapt_group(self, group):
@@ -321,12 +321,12 @@ def test_an_adapter_that_is_not_reset_between_documents(s, monkeypatch):
     kept = []
 
     def make(real):
-        def adapter_for(self, group):
-            adapter = real(self, group)
+        def adapter_for(self, rows):
+            adapter = real(self, rows)
             with torch.no_grad():
                 for kind, b in (kept[-1].b.items() if kept else ()):
-                    rows = slice(min(b.size(1), len(group)))
-                    adapter.b[kind][:, rows] = b[:, rows]
+                    both = slice(min(b.size(1), rows))
+                    adapter.b[kind][:, both] = b[:, both]
             kept[:] = [adapter]
             return adapter
         return adapter_for
