@@ -141,6 +141,7 @@ class Settings:
     rope_yarn: bool = knob(False, "rescale the rotary base beyond TRAIN_SEQ_LEN (NTK scaling)")
     qk_gain_init: float = knob(5.0, "initial gain of the normalised queries, per head")
     xsa_last_n: int = knob(11, "last layers whose attention output is made orthogonal to its own value", 0)
+    gated_xsa: bool = knob(False, "scale that by tanh of a learned number per head, at first 0")
     num_loops: int = knob(2, "extra passes over layers LOOP_START..LOOP_END", 0)
     loop_start: int = knob(3, "first layer of the loop", 0)
     loop_end: int = knob(5, "last layer of the loop", 0)
@@ -183,6 +184,8 @@ class Settings:
     adam_wd: float = knob(0.02, "decoupled weight decay of scales, gates and mixes", 0)
     embed_wd: float = knob(0.085, "decoupled weight decay of the embedding", 0)
     muon_wd: float = knob(0.095, "decoupled weight decay of the matrices", 0)
+    wd_taper_start_frac: float = knob(0.7, "share of the budget from which that falls", 0, 0.999)
+    wd_taper_final_mult: float = knob(1.0, "share of it that is left at the end; 1: no taper", 0)
     muon_momentum: float = knob(0.97, "momentum after its warm-up", 0, 0.999999)
     muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", 0, 0.999999)
     muon_momentum_warmup_steps: int = knob(1500, "steps of the momentum's warm-up", 0)
@@ -190,12 +193,14 @@ class Settings:
     muon_row_normalize: bool = knob(True, "normalise each row of the update before Newton-Schulz")
     muon_coefficients: str = knob("polar", "Newton-Schulz: Polar Express, or one quintic for all iterations",
                                   choices="polar quintic")
+    grad_centralize: bool = knob(False, "subtract each matrix's mean from its update before Newton-Schulz")
     matrix_lr_early: float = knob(0.0, "MATRIX_LR of the layers before BANK_SPLIT; 0: no split", 0)
     matrix_lr_late: float = knob(0.0, "MATRIX_LR of the others; 0: MATRIX_LR", 0)
     bank_split: int = knob(5, "the first late layer", 0)
     split_lr_target: str = knob("update", "what the split scales; as published the gradient, whose size Muon "
                                 "normalises away", choices="update gradient")
     asym_logit_train: bool = knob(False, "train the two caps; as published nothing does")
+    label_smooth: float = knob(0.0, "share of a target's probability that all tokens have in training", 0, 1)
     grad_clip_norm: float = knob(0.3, "largest norm of the gradient; 0: no clipping", 0)
     grad_clip_mode: str = knob("global", "clip the average, or each rank's own as the field's records do",
                                choices="global per_rank")
@@ -204,6 +209,7 @@ class Settings:
     min_lr: float = knob(0.1, "lowest learning rate, as a share of the peak", 0, 1)
     midrun_cap_schedule: str = knob("", "caps on the share of the learning rate: cap@progress, …")
     recur_start_step: int = knob(0, "step at which loops begin; 0: by ENABLE_LOOPING_AT", 0)
+    loop_schedule: str = knob("", "or passes over the loop as training goes on: passes@progress, …")
     late_qat_threshold: float = knob(0.0, "soft-round QAT of the projections of the bigram and value "
                                      "embeddings begins below this share of the learning rate; 0: none", 0, 1)
     late_qat_min_step: int = knob(2000, "and not before this step", 0)
@@ -382,8 +388,6 @@ class Settings:
                              "GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED and set the others to 0")
         refuse_if(self.eval_stride > self.eval_seq_len,
                   f"EVAL_STRIDE={self.eval_stride} exceeds EVAL_SEQ_LEN={self.eval_seq_len}: lower it")
-        refuse_if(self.ttt_chunk_size > self.ttt_eval_seq_len,
-                  f"TTT_CHUNK_SIZE={self.ttt_chunk_size} exceeds TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}")
         refuse_if(bool(self.eval_only_path) and bool(self.eval_only_quantized_path),
                   "EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH are both set: keep one")
         longest = max(length for _, length in context_stages(self))
@@ -393,9 +397,12 @@ class Settings:
                   f"TRAIN_LOADER={self.train_loader} has windows of one length: TRAIN_SEQ_SCHEDULE needs "
                   "stream or docpack")
         schedule(self.midrun_cap_schedule, 1.0, float)
+        most = max(passes for _, passes in schedule(self.loop_schedule, self.num_loops + 1))
+        refuse_if(most != self.num_loops + 1, f"LOOP_SCHEDULE reaches {most} passes, but NUM_LOOPS="
+                  f"{self.num_loops} makes {self.num_loops + 1}: make them equal")
         largest = max(chunk for _, chunk in chunk_steps(self))
-        refuse_if(largest > self.ttt_eval_seq_len, f"a TTT chunk of {largest} tokens exceeds "
-                  f"TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}: lower the chunks")
+        refuse_if(largest > self.ttt_eval_seq_len, f"TTT_CHUNK_SIZE={self.ttt_chunk_size}, or a chunk for "
+                  f"short documents, exceeds TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}: lower it")
         refuse_if(self.ttt_doc_order == "stream" and self.ttt_warm_start_a and not self.ttt_shared_a,
                   "TTT_DOC_ORDER=stream forbids TTT_WARM_START_A=1 with TTT_SHARED_A=0: A would carry what "
                   "later documents taught it to earlier ones; set TTT_WARM_START_A=0 or TTT_DOC_ORDER=length")
@@ -1357,13 +1364,14 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, path: Path, first: bool) -
 ROLES = {name: role for role, names in {
     "embed": "tok_emb bigram_embed ve_embed", "head": "lm_head", "cap": "softcap_pos softcap_neg",
     "matrix": "qo_bank kv_bank mlp_up_bank mlp_down_bank",
-    "small": "attn_scale mlp_scale resid_mix q_gain attn_gate_w attn_gate_proj skip_weights skip_gates "
-             "parallel_post_lambdas parallel_resid_lambdas lane_merge smear_gate smear_lambda "
+    "small": "attn_scale mlp_scale resid_mix q_gain xsa_alpha attn_gate_w attn_gate_proj skip_weights "
+             "skip_gates parallel_post_lambdas parallel_resid_lambdas lane_merge smear_gate smear_lambda "
              "smear_channels bigram_proj bigram_scale ve_proj ve_scale ve_layer_scales",
 }.items() for name in names.split()}
 # The field's names: one tensor per layer, where ours are stacked.
 PER_LAYER = {"attn_scale": "blocks.{}.attn_scale", "mlp_scale": "blocks.{}.mlp_scale",
              "resid_mix": "blocks.{}.resid_mix", "q_gain": "blocks.{}.attn.q_gain",
+             "xsa_alpha": "blocks.{}.attn.xsa_alpha",
              "attn_gate_w": "blocks.{}.attn.attn_gate_w", "ve_layer_scales": "ve_layer_scales.{}",
              "attn_gate_proj": "blocks.{}.attn.attn_gate_proj.weight"}
 WHOLE = {"tok_emb": "tok_emb.weight", "lm_head": "lm_head.weight", "smear_gate": "smear_gate.weight",
@@ -1408,18 +1416,19 @@ class Plan(NamedTuple):
         return len(self.encoder) + len(self.decoder)
 
 
-def layer_plan(s: Settings, looping: bool) -> Plan:
-    """0 1 2 | 3 4 5 | 3 4 5 | 3 4 5 | 6 … 10 when looping, else 0 … 10; cut in halves."""
+def layer_plan(s: Settings, looping: bool, passes: int = 0) -> Plan:
+    """0 1 2 | 3 4 5 | 3 4 5 | 3 4 5 | 6 … 10 when looping, else 0 … 10; cut in halves. passes over the loop:
+    those of the finished model, unless given."""
     order = tuple(range(s.num_layers))
     if looping and s.num_loops:
         loop = order[s.loop_start:s.loop_end + 1]
-        order = order[:s.loop_start] + loop * (s.num_loops + 1) + order[s.loop_end + 1:]
+        order = order[:s.loop_start] + loop * (passes or s.num_loops + 1) + order[s.loop_end + 1:]
     return Plan(order[:len(order) // 2], order[len(order) // 2:])
 
 
-# One layer's weights in the activations' dtype, unbound from the stacked parameters; gate may be None.
+# One layer's weights in the activations' dtype, unbound from the stacked parameters; None: it has no such.
 LayerWeights = namedtuple(
-    "LayerWeights", "q k v o up down attn_scale mlp_scale resid_mix q_gain post resid gate")
+    "LayerWeights", "q k v o up down attn_scale mlp_scale resid_mix q_gain post resid gate xsa_alpha")
 
 
 class Pass(NamedTuple):
@@ -1432,6 +1441,15 @@ class Pass(NamedTuple):
     tap: Callable | None
     cache: KeyCache | None
     values: dict[int, Tensor]
+
+    def show(self, kind: str, i: int, x: Tensor) -> None:
+        """An activation of layer i for the tap, if there is one."""
+        if self.tap is not None:
+            self.tap(kind, i, x)
+
+    def adapted(self, y: Tensor, kind: str, slot: int, x: Tensor) -> Tensor:
+        """y with the adapter's delta, which reads x, for this slot, if there is one."""
+        return y if self.adapter is None else self.adapter.add(y, kind, slot, x)
 
 
 def rms(x: Tensor) -> Tensor:
@@ -1447,11 +1465,15 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((u * cos + w * sin, w * cos - u * sin, rest), dim=-1)
 
 
-def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: y (B, T, H, D) minus its projection on the same position's value v (B, T, K, D)."""
+def remove_own_value(y: Tensor, v: Tensor, alpha: Tensor | None = None) -> Tensor:
+    """XSA: y (B, T, H, D) minus its projection, times tanh alpha (H,) where that is given, on the same
+    position's value v (B, T, K, D)."""
     direction = F.normalize(v, dim=-1, eps=1e-12)[:, :, :, None]
     grouped = y.unflatten(2, (v.size(2), -1))
-    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
+    share = (grouped * direction).sum(-1, keepdim=True)
+    if alpha is not None:
+        share = share * torch.tanh(alpha).view(v.size(2), -1, 1)
+    return (grouped - share * direction).flatten(2, 3)
 
 
 def pair_rows(ids: Tensor, rows: int, follows: Tensor | None = None) -> Tensor:
@@ -1523,6 +1545,8 @@ def parameter_shapes(s: Settings) -> dict[str, tuple[int, ...]]:
         shapes["attn_gate_w"] = (layers, s.num_heads, d if s.gated_attn_enabled else s.gate_window)
     if s.attn_out_gate_enabled:
         shapes["attn_gate_proj"] = (layers, s.num_heads, s.gate_window)
+    if s.gated_xsa:
+        shapes["xsa_alpha"] = (layers, s.num_heads)
     return shapes
 
 
@@ -1533,7 +1557,6 @@ class GPT(nn.Module):
     def __init__(self, s: Settings, generator: torch.Generator | None = None):
         super().__init__()
         self.s, self.compute_dtype, self.rope_length = s, torch.float32, 0
-        self.mlp_kernel = self.ce_kernel = None      # None: the fused kernels where they can run
         self.calibration: tuple[Tensor, Tensor] | None = None      # scale () and bias (V,) of capped logits
         for name, shape in parameter_shapes(s).items():
             setattr(self, name, nn.Parameter(torch.zeros(shape)))
@@ -1572,10 +1595,9 @@ class GPT(nn.Module):
             return [None] * n if p is None else p.to(self.compute_dtype).unbind(0)
         qo, kv = unbind("qo_bank"), unbind("kv_bank")
         gate = "attn_gate_w" if hasattr(self, "attn_gate_w") else "attn_gate_proj"
-        rest = [unbind(name) for name in (
-            "mlp_up_bank", "mlp_down_bank", "attn_scale", "mlp_scale", "resid_mix", "q_gain",
-            "parallel_post_lambdas", "parallel_resid_lambdas", gate)]
-        return [LayerWeights(qo[i], kv[i], kv[n + i], qo[n + i], *(r[i] for r in rest)) for i in range(n)]
+        rest = map(unbind, ("mlp_up_bank", "mlp_down_bank", "attn_scale", "mlp_scale", "resid_mix", "q_gain",
+                            "parallel_post_lambdas", "parallel_resid_lambdas", gate, "xsa_alpha"))
+        return [LayerWeights(*each) for each in zip(qo[:n], kv[:n], kv[n:], qo[n:], *rest)]
 
     def rope(self, length: int, device, start: int = 0, context: int = 0) -> tuple[Tensor, Tensor]:
         """cos, sin (length, R/2) float32 of positions start …; with ROPE_YARN the base grows with the length
@@ -1607,12 +1629,9 @@ class GPT(nn.Module):
         if s.smear_gate_enabled and s.smear_gate_bos_fix:
             inside = ids[:, 1:] != BOS
             follows = inside if follows is None else inside & follows
-        if s.smear_gate_enabled and s.smear_gate_kind == "window":
-            x = rms(self.smear(x, follows))
-        elif s.smear_gate_enabled:
-            x = self.smear(rms(x), follows)
-        else:
-            x = rms(x)
+        kind = s.smear_gate_enabled and s.smear_gate_kind
+        x = rms(self.smear(x, follows) if kind == "window" else x)
+        x = self.smear(x, follows) if kind == "channels" else x
         return x if before is None else x[:, -length:]
 
     def smear(self, x: Tensor, follows: Tensor | None) -> Tensor:
@@ -1636,50 +1655,45 @@ class GPT(nn.Module):
         """Attention branch of layer i on its normalised input n (B, T, D)."""
         s, w = self.s, c.layers[i]
         heads = (n.size(0), n.size(1), -1, s.head_dim)
-        q_raw, k, v = (project(n, getattr(w, kind), c.adapter, kind, slot) for kind in "qkv")
-        if c.tap is not None:
-            for kind, x in (("attn_in", n), ("q_out", q_raw), ("k_out", k), ("v_out", v)):
-                c.tap(kind, i, x)
+        q_raw, k, v = (c.adapted(F.linear(n, getattr(w, kind)), kind, slot, n) for kind in "qkv")
+        for kind, x in (("attn_in", n), ("q_out", q_raw), ("k_out", k), ("v_out", v)):
+            c.show(kind, i, x)
         k, v = rotate(rms(k.view(heads)), c.rope), (v + c.values[i] if i in c.values else v).view(heads)
         q = rotate(rms(q_raw.view(heads)), c.rope) * w.q_gain[:, None]
         y = attention(q, *((k, v) if c.cache is None else c.cache.extend(slot, k, v)), c.layout)
         if i >= s.num_layers - s.xsa_last_n:
-            y = remove_own_value(y, v)
+            y = remove_own_value(y, v, w.xsa_alpha)
         if w.gate is not None:
             y = y * self.head_gate(w.gate, n, q_raw)[..., None]
         y = y.flatten(2)
-        if c.tap is not None:
-            c.tap("heads", i, y)
-        out = F.linear(y, w.o)
-        if c.adapter is not None:
-            out = c.adapter.add(out, "o", slot, n)     # reads the block input, not the heads
-        if c.tap is not None:
-            c.tap("attn_out", i, out)
+        c.show("heads", i, y)
+        out = c.adapted(F.linear(y, w.o), "o", slot, n)     # the adapter reads the block input, not the heads
+        c.show("attn_out", i, out)
         return out
 
     def head_gate(self, weight: Tensor, n: Tensor, q_raw: Tensor) -> Tensor:
         """Gate of every head, (B, T, H)."""
-        s = self.s
+        s, source = self.s, n
+        if s.attn_out_gate_enabled and s.attn_out_gate_src == "q":
+            source = q_raw
+        z = F.linear(source[..., :weight.size(-1)], weight)
         if s.attn_out_gate_enabled:
-            source = n if s.attn_out_gate_src == "proj" else q_raw
-            return 2 * torch.sigmoid(F.linear(source[..., :s.gate_window], weight))
-        if s.gated_attn_enabled:
-            return torch.sigmoid(F.linear(n, weight))
-        return torch.sigmoid(s.sparse_attn_gate_scale * F.linear(n[..., :s.gate_window], weight))
+            return 2 * torch.sigmoid(z)
+        return torch.sigmoid(s.sparse_attn_gate_scale * z if s.sparse_attn_gate_enabled else z)
 
     def feed_forward(self, c: Pass, i: int, slot: int, n: Tensor) -> Tensor:
         """MLP branch of layer i on its normalised input n (B, T, D)."""
         w = c.layers[i]
         if c.tap is None:
             flat = n.flatten(0, 1)
-            out = leaky_square_mlp(flat, w.up, w.down, self.s.negative_slope, self.mlp_kernel).view(n.shape)
+            out = leaky_square_mlp(flat, w.up, w.down, self.s.negative_slope).view(n.shape)
         else:
             up = F.linear(n, w.up)
             hidden = F.leaky_relu(up, self.s.negative_slope).square()
             out = F.linear(hidden, w.down)
             for kind, x in (("mlp_in", n), ("up_out", up), ("mlp_act", hidden), ("mlp_out", out)):
-                c.tap(kind, i, x)
-        return out if c.adapter is None else c.adapter.add(out, "mlp", slot, n)
+                c.show(kind, i, x)
+        return c.adapted(out, "mlp", slot, n)
 
     def block(self, c: Pass, i: int, slot: int, x: Tensor) -> Tensor:
         """Layer i on the one residual stream."""
@@ -1721,36 +1735,35 @@ class GPT(nn.Module):
         rope = self.rope(ids.size(1), ids.device, start, 0 if cache is None else cache.window)
         c = Pass(self.layer_weights(), x, rope, layout, None if adapter is None else adapter.bind(x.dtype),
                  tap, cache, self.token_values(ids, alpha))
-        skips, lane0, lane1 = [], None, None
+        skips, lanes = [], None
         for slot, i in enumerate(plan.encoder):
             x = self.block(c, i, slot, x)
             skips.append(x)
         for j, i in enumerate(plan.decoder):
-            slot = len(plan.encoder) + j
-            parallel = 0 < s.parallel_start_layer <= i
-            if parallel and lane0 is None and s.parallel_lanes == "mixed":
-                lane0 = lane1 = x
+            slot, parallel = len(plan.encoder) + j, 0 < s.parallel_start_layer <= i
+            if parallel and lanes is None and s.parallel_lanes == "mixed":
+                lanes = x, x
             if skips and j < len(self.skip_weights):
                 skip = skips.pop()
-                if lane0 is None:
+                if lanes is None:               # separate lanes begin with the skip in both
                     x = self.merge_skip(j, x, skip)
                 elif parallel and s.skip_into_lanes:
-                    lane0 = self.merge_skip(j, lane0, skip)
-            if parallel and lane0 is None:      # separate lanes begin with the skip in both
-                lane0 = lane1 = x
+                    lanes = self.merge_skip(j, lanes[0], skip), lanes[1]
             if parallel:
-                lane0, lane1 = self.lanes(c, i, slot, lane0, lane1)
-            elif lane0 is None:      # once lanes run, the one stream no longer reaches the output
+                lanes = self.lanes(c, i, slot, *(lanes or (x, x)))
+            elif lanes is None:                 # once lanes run, the one stream no longer reaches the output
                 x = self.block(c, i, slot, x)
-        if lane0 is not None and s.parallel_lanes == "separate":
-            x = torch.lerp(lane1, lane0, self.lane_merge.to(x.dtype))
-        elif lane0 is not None:
-            x = {"mean": 0.5 * (lane0 + lane1), "mlp": lane1, "attn": lane0}[s.parallel_final_lane]
+        x = x if lanes is None else self.join(*lanes)
         out = rms(x)
-        if tap is not None:
-            for kind, value in (("x0", c.x0), ("pre_final_norm", x), ("head_in", out)):
-                tap(kind, -1, value)
+        for kind, value in (("x0", c.x0), ("pre_final_norm", x), ("head_in", out)):
+            c.show(kind, -1, value)
         return out
+
+    def join(self, lane0: Tensor, lane1: Tensor) -> Tensor:
+        """The stream that two lanes leave behind."""
+        if self.s.parallel_lanes == "separate":
+            return torch.lerp(lane1, lane0, self.lane_merge.to(lane0.dtype))
+        return {"mean": 0.5 * (lane0 + lane1), "mlp": lane1, "attn": lane0}[self.s.parallel_final_lane]
 
     def raw_logits(self, hidden: Tensor, adapter: Adapter | None = None) -> Tensor:
         """Logits (B, T, V) before the soft cap."""
@@ -1775,33 +1788,28 @@ class GPT(nn.Module):
                adapter: Adapter | None = None, tap: Callable | None = None, cache: KeyCache | None = None,
                training: bool = False, alpha: Tensor | None = None) -> Tensor:
         """Cross-entropy of every target in nats, (B, T) float32. With targets (N, B, T), N tokens a place,
-        only the first's losses have a graph. training: as published, asymmetric caps count in evaluation
-        only."""
+        only the first's losses have a graph. training: labels are smoothed; and as published, asymmetric
+        caps count in evaluation only."""
         s, hidden = self.s, self.hidden(ids, plan, layout, adapter, tap, cache, alpha)
         two_caps = s.asym_logit_rescale and (s.asym_logit_train or not training)
-        if two_caps or self.calibration is not None or (adapter is not None and adapter.bias is not None):
-            z, loss = self.logits(hidden, adapter), functools.partial(F.cross_entropy, reduction="none")
+        smooth, biased = s.label_smooth * training, adapter is not None and adapter.bias is not None
+        if two_caps or smooth or biased or self.calibration is not None:
+            z = self.logits(hidden, adapter)
+            loss = functools.partial(F.cross_entropy, reduction="none", label_smoothing=smooth)
         else:
             z = self.raw_logits(hidden, adapter)
-            loss = functools.partial(capped_ce, cap=s.logit_softcap, kernel=self.ce_kernel)
+            fused = None if s.fused_ce_enabled else False      # None: where the kernel can run
+            loss = functools.partial(capped_ce, cap=s.logit_softcap, kernel=fused)
         z, (first, *rest) = z.flatten(0, 1), targets.reshape(-1, ids.numel())
         if cache is not None and cache.states:
             cache.extend(cache.STATES, F.normalize(hidden, dim=-1), first.view_as(ids))
         return torch.stack([loss(z, first), *(loss(z.detach(), y) for y in rest)]).view(targets.shape)
-
-    forward = losses
 
     def flops_per_token(self, plan: Plan, context: float) -> float:
         """FLOPs of one token's forward: matrices of the executed layers, head, attention over `context`."""
         s = self.s
         matrices = 2 * s.model_dim * (s.model_dim + s.kv_dim + s.hidden_dim)
         return 2 * (plan.slots * (matrices + 2 * s.model_dim * context) + s.vocab_size * s.model_dim)
-
-
-def project(x: Tensor, weight: Tensor, adapter: BoundAdapter | None, kind: str, slot: int) -> Tensor:
-    """x (B, T, in), weight (out, in) -> (B, T, out), plus the adapter's delta for this slot, if any."""
-    y = F.linear(x, weight)
-    return y if adapter is None else adapter.add(y, kind, slot, x)
 
 
 # ============================================================================================================
@@ -1922,17 +1930,38 @@ class KeyCache:
 # 6  Kernels: each beside its plain twin
 # ============================================================================================================
 
-FUSED: bool | None = None   # None: Triton for CUDA tensors, if installed · True, False: forced (tests)
 HALF = (torch.bfloat16, torch.float16)
 
 
 def use_triton(wanted: bool | None, sensible: bool) -> bool:
-    """Triton or not: `wanted` (the caller) beats FUSED (the module) beats `sensible` (the input)."""
-    wanted = FUSED if wanted is None else wanted
+    """Triton or not: as the caller wants it, else where it is sensible for the input and installed."""
     if wanted and triton is None:
-        raise UserError("kernel=True or FUSED=True asks for Triton, which is not installed: "
-                        "`pip install triton`, or leave it None to use the plain PyTorch twin")
+        raise UserError("kernel=True asks for Triton, which is not installed: `pip install triton`, or leave "
+                        "it None to use the plain PyTorch twin")
     return (sensible and triton is not None) if wanted is None else wanted
+
+
+def operator(fake: Callable, gradient: Callable | None = None) -> Callable:
+    """Makes a function a custom operator, which torch.compile keeps whole. fake: inputs -> empty outputs.
+
+    gradient, for a function of tensors and one last number: (gradient of the first output, all tensors of the
+    inputs, outputs, that number) -> the gradients of the first inputs; the others have none.
+    """
+    def save(ctx, inputs, output):
+        *tensors, ctx.number = inputs
+        ctx.save_for_backward(*tensors, *output)
+
+    def backward(ctx, dy, *_):
+        grads = gradient(dy, *ctx.saved_tensors, ctx.number)
+        return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
+
+    def wrap(function):
+        made = torch.library.custom_op(f"golf::{function.__name__}", function, mutates_args=())
+        made.register_fake(fake)
+        if gradient is not None:
+            made.register_autograd(backward, setup_context=save)
+        return made
+    return wrap
 
 
 if triton is not None:
@@ -2021,50 +2050,31 @@ def ce_launch(V: int) -> dict:
     return dict(BLOCK=block, num_warps=min(8, max(1, block // 256)))
 
 
-@torch.library.custom_op("golf::capped_ce", mutates_args=())
-def ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """logits (N, V), targets (N) int64 -> losses (N) and log Σ exp of the shifted logits (N), float32."""
-    N, V = logits.shape
-    loss, lse = (torch.empty(N, device=logits.device, dtype=torch.float32) for _ in range(2))
-    if N:
-        ce_forward_kernel[(N,)](logits.contiguous(), targets.contiguous(), loss, lse, cap, V, **ce_launch(V))
-    return loss, lse
-
-
-@ce_forward.register_fake
-def _(logits, targets, cap):
-    return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
-
-
-@torch.library.custom_op("golf::capped_ce_backward", mutates_args=())
-def ce_backward(dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, cap: float) -> Tensor:
-    """dloss (N) -> gradient (N, V) in the logits' dtype; the softmax is recomputed from logits and lse."""
+@operator(fake=lambda dloss, logits, targets, lse, cap: [logits.new_empty(logits.shape)])
+def ce_backward(dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, cap: float) -> list[Tensor]:
+    """dloss (N) -> [gradient (N, V) in the logits' dtype]; the softmax is recomputed from logits and lse."""
     N, V = logits.shape
     grad = torch.empty((N, V), device=logits.device, dtype=logits.dtype)
     if N:
         ce_backward_kernel[(N,)](logits.contiguous(), targets.contiguous(), lse, dloss.contiguous(), grad,
                                  cap, V, **ce_launch(V))
-    return grad
+    return [grad]
 
 
-@ce_backward.register_fake
-def _(dloss, logits, targets, lse, cap):
-    return logits.new_empty(logits.shape)
+def per_row(logits: Tensor, *_) -> tuple[Tensor, Tensor]:
+    """Room for two float32 numbers of every row."""
+    return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
 
 
-def ce_save(ctx, inputs, output):
-    """What the backward of the fused cross-entropy needs."""
-    ctx.save_for_backward(*inputs[:2], output[1])
-    ctx.cap = inputs[2]
-
-
-def ce_autograd(ctx, dloss, dlse):
-    """Gradient of the logits; targets and cap have none."""
-    logits, targets, lse = ctx.saved_tensors
-    return ce_backward(dloss, logits, targets, lse, ctx.cap), None, None
-
-
-ce_forward.register_autograd(ce_autograd, setup_context=ce_save)
+@operator(fake=per_row, gradient=lambda dloss, logits, targets, loss, lse, cap:
+          ce_backward(dloss, logits, targets, lse, cap))
+def ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """logits (N, V), targets (N) int64 -> losses (N) and log Σ exp of the shifted logits (N), float32."""
+    N, V = logits.shape
+    loss, lse = per_row(logits)
+    if N:
+        ce_forward_kernel[(N,)](logits.contiguous(), targets.contiguous(), loss, lse, cap, V, **ce_launch(V))
+    return loss, lse
 
 
 def capped_ce(logits: Tensor, targets: Tensor, cap: float, kernel: bool | None = None) -> Tensor:
@@ -2093,32 +2103,26 @@ def mlp_launch(a: Tensor, b: Tensor, h: Tensor, out: Tensor, slope: float, backw
                              **MLP_TILE)
 
 
-@torch.library.custom_op("golf::mlp_up", mutates_args=())
-def mlp_up(x: Tensor, up: Tensor, slope: float, keep_h: bool) -> tuple[Tensor, Tensor]:
-    """x (N, d), up (m, d) -> h = x @ upᵀ (N, m), or (0, m) unless keep_h, and a = leaky(h)² (N, m)."""
-    N, m = x.shape[0], up.shape[0]
-    h, a = x.new_empty(N if keep_h else 0, m), x.new_empty(N, m)
-    mlp_launch(x.contiguous(), up.mT, h, a, slope, backward=False, keep_h=keep_h)
-    return h, a
-
-
-@mlp_up.register_fake
-def _(x, up, slope, keep_h):
+def hidden_pair(x: Tensor, up: Tensor, slope: float, keep_h: bool) -> tuple[Tensor, Tensor]:
+    """Room for h, without rows unless it is kept, and for a (N, m)."""
     N, m = x.shape[0], up.shape[0]
     return x.new_empty(N if keep_h else 0, m), x.new_empty(N, m)
 
 
-@torch.library.custom_op("golf::mlp_dh", mutates_args=())
+@operator(fake=hidden_pair)
+def mlp_up(x: Tensor, up: Tensor, slope: float, keep_h: bool) -> tuple[Tensor, Tensor]:
+    """x (N, d), up (m, d) -> h = x @ upᵀ (N, m), or (0, m) unless keep_h, and a = leaky(h)² (N, m)."""
+    h, a = hidden_pair(x, up, slope, keep_h)
+    mlp_launch(x.contiguous(), up.mT, h, a, slope, backward=False, keep_h=keep_h)
+    return h, a
+
+
+@operator(fake=lambda dy, down, h, slope: torch.empty_like(h))
 def mlp_dh(dy: Tensor, down: Tensor, h: Tensor, slope: float) -> Tensor:
     """dy (N, d), down (d, m), h (N, m) -> dh = (dy @ down) · act'(h) (N, m)."""
     dh = torch.empty_like(h)
     mlp_launch(dy.contiguous(), down, h, dh, slope, backward=True, keep_h=False)
     return dh
-
-
-@mlp_dh.register_fake
-def _(dy, down, h, slope):
-    return torch.empty_like(h)
 
 
 class LeakySquareMLP(torch.autograd.Function):
@@ -2160,12 +2164,13 @@ def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, kernel: 
 # --- attention
 
 ATTENTION = "plain"         # the backend in use: set it to the name that resolve_attention returns
-FLASH: dict = {}            # backend name -> its imported module, filled by resolve_attention
-MODULES = {"fa3": ("flash_attn_interface", "flash_attn_3.flash_attn_interface"),
-           "fa4": ("flash_attn.cute.interface",), "torch": ("torch.nn.attention.varlen",), "plain": ()}
-INSTALL = {"fa3": "FlashAttention 3's wheel for this torch and CUDA (Hopper)",
-           "fa4": "pip install flash-attn-4, see requirements.txt (Hopper or Blackwell)",
-           "torch": "pip install 'torch>=2.10' with CUDA (Ampere or newer)"}
+FLASH: dict = {}            # backend name -> its imported module, filled by attention_fault
+PACKAGES = {                # backend name -> (names that its module goes by, how to get it)
+    "fa3": ("flash_attn_interface flash_attn_3.flash_attn_interface",
+            "FlashAttention 3's wheel for this torch and CUDA (Hopper)"),
+    "fa4": ("flash_attn.cute.interface",
+            "pip install flash-attn-4, see requirements.txt (Hopper or Blackwell)"),
+    "torch": ("torch.nn.attention.varlen", "pip install 'torch>=2.10' with CUDA (Ampere or newer)")}
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> Tensor:
@@ -2243,98 +2248,61 @@ def plain_rows(q, k, v) -> Tensor:
 
 # FlashAttention-4 registers no custom ops, and PyTorch 2.13's activate_flash_attention_impl
 # unpacks two results where 4.0.0b36 returns five: so we call its two inner functions ourselves, by keyword.
+signature = functools.cache(inspect.signature)      # reading one takes longer than launching a kernel
+
+
 def fa4_call(name: str, *tensors, cu, longest):
     """_flash_attn_fwd or _flash_attn_bwd, with those of our options that the installed release knows."""
     function = getattr(FLASH["fa4"], name)
     options = dict(causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu,
                    max_seqlen_q=None if cu is None else longest, max_seqlen_k=None if cu is None else longest,
                    return_lse=True)
-    known = parameter_names(function)
+    known = signature(function).parameters
     return function(*tensors, **{key: value for key, value in options.items() if key in known})
 
 
-@functools.cache
-def parameter_names(function) -> frozenset[str]:
-    """Once a function, not once a call: inspecting a signature takes longer than launching a kernel."""
-    return frozenset(inspect.signature(function).parameters)
-
-
-@torch.library.custom_op("golf::fa4", mutates_args=())
-def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
-    """Rows (B, T, H, D) with cu None, or packed (N, H, D) -> y like q, and log Σ exp (B, H, T) or (H, N)."""
-    y, lse = fa4_call("_flash_attn_fwd", q, k, v, cu=cu, longest=longest)[:2]
-    return y.contiguous(), lse.contiguous()
-
-
-@fa4_forward.register_fake
-def _(q, k, v, cu, longest):
-    *rows, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((*rows, H, T), dtype=torch.float32)
-
-
-@torch.library.custom_op("golf::fa4_backward", mutates_args=())
-def fa4_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu: Tensor | None,
+@operator(fake=lambda dy, q, k, v, *_: [x.new_empty(x.shape) for x in (q, k, v)])
+def fa4_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, y: Tensor, lse: Tensor,
                  longest: int) -> list[Tensor]:
     """dy, q, y (…, H, D), k, v (…, K, D) -> dq, dk, dv."""
     grads = fa4_call("_flash_attn_bwd", q, k, v, y, dy.contiguous(), lse, cu=cu, longest=longest)
     return [g.contiguous() for g in grads[:3]]
 
 
-@fa4_backward.register_fake
-def _(dy, q, k, v, y, lse, cu, longest):
-    return [x.new_empty(x.shape) for x in (q, k, v)]
+def fa4_outputs(q: Tensor, *_) -> tuple[Tensor, Tensor]:
+    *rows, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((*rows, H, T), dtype=torch.float32)
 
 
-def fa4_save(ctx, inputs, output):
-    """What FlashAttention-4's backward needs."""
-    q, k, v, cu, ctx.longest = inputs
-    ctx.save_for_backward(q, k, v, *output, cu)
-
-
-def fa4_autograd(ctx, dy, dlse):
-    """Gradients of q, k and v."""
-    return *fa4_backward(dy, *ctx.saved_tensors, ctx.longest), None, None
-
-
-fa4_forward.register_autograd(fa4_autograd, setup_context=fa4_save)
-
-
-def attention_probe(backend, device, keys: int, cu: list[int] | None) -> list[Tensor]:
-    """y, dq, dk, dv (flat) of a fixed small bf16 problem, 128 queries, 8 query and 4 key heads of 64."""
-    random = torch.Generator().manual_seed(0)
-    q, k, v, dy = (torch.randn(1, T, heads, 64, generator=random).to(device, torch.bfloat16)
-                   for T, heads in ((128, 8), (keys, 4), (keys, 4), (128, 8)))
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    cu = None if cu is None else torch.tensor(cu, dtype=torch.int32, device=device)
-    y = backend(*leaves, cu, keys)
-    return [x.detach().float().flatten() for x in (y, *torch.autograd.grad(y, leaves, dy))]
+@operator(fake=fa4_outputs, gradient=fa4_backward)
+def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
+    """Rows (B, T, H, D) with cu None, or packed (N, H, D) -> y like q, and log Σ exp (B, H, T) or (H, N)."""
+    y, lse = fa4_call("_flash_attn_fwd", q, k, v, cu=cu, longest=longest)[:2]
+    return y.contiguous(), lse.contiguous()
 
 
 def self_test(name: str, device: torch.device) -> str:
-    """How a loaded backend fails, empty if it does not: forward and backward against the plain twin.
+    """How a loaded backend fails, empty if it does not: forward and backward against the plain twin, on 128
+    queries, 8 query and 4 key heads of 64, in bfloat16.
 
     Packed with a padded end, square, with cached keys; through torch.compile without graph
     breaks. What the model would meet in its first step is met here, in seconds.
     """
     backend = torch.compile(BACKENDS[name], fullgraph=True, dynamic=False, backend="aot_eager")
-    for problem in ((128, [0, 40, 41, 128, 128]), (128, None), (192, None)):
-        with torch.enable_grad():
-            got, want = (attention_probe(f, device, *problem) for f in (backend, attend_plain))
-        error = max(float((a - b).norm() / b.norm()) for a, b in zip(got, want))
+    for keys, bounds in ((128, [0, 40, 41, 128, 128]), (128, None), (192, None)):
+        random, results = torch.Generator().manual_seed(0), []
+        q, k, v, dy = (torch.randn(1, T, heads, 64, generator=random).to(device, torch.bfloat16)
+                       for T, heads in ((128, 8), (keys, 4), (keys, 4), (128, 8)))
+        cu = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=device)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        for attend in (backend, attend_plain):
+            with torch.enable_grad():
+                y = attend(*leaves, cu, keys)
+            results.append([x.detach().float() for x in (y, *torch.autograd.grad(y, leaves, dy))])
+        error = max(float((a - b).norm() / b.norm()) for a, b in zip(*results))
         if not error < 0.03:                            # bf16 gives 0.005; NaN fails too
-            return f"differs from the plain twin by {error:.1%} (bound 3%) at keys, cu = {problem}"
+            return f"differs from the plain twin by {error:.1%} (bound 3%) at keys, cu = {keys, bounds}"
     return ""
-
-
-def import_first(modules: tuple[str, ...]):
-    """The first of `modules` that can be imported; else the error of the first."""
-    faults = []
-    for module in modules:
-        try:
-            return importlib.import_module(module)
-        except ImportError as fault:
-            faults.append(fault)
-    raise faults[0]
 
 
 def attention_fault(name: str, device: torch.device) -> str:
@@ -2343,11 +2311,15 @@ def attention_fault(name: str, device: torch.device) -> str:
         return ""
     if device.type != "cuda" or not torch.cuda.is_available():
         return f"needs a CUDA GPU, the device is {device}"
-    try:
-        FLASH[name] = import_first(MODULES[name])
-        return self_test(name, device)
-    except Exception as fault:                          # third-party kernels fail in every way there is
-        return f"{type(fault).__name__}: {(str(fault).strip() or 'no message').splitlines()[0][:160]}"
+    fault = ""
+    for module in PACKAGES[name][0].split():
+        try:
+            FLASH[name] = importlib.import_module(module)
+            return self_test(name, device)
+        except Exception as error:                      # third-party kernels fail in every way there is
+            first_line = (str(error).strip() or "no message").splitlines()[0][:160]
+            fault = fault or f"{type(error).__name__}: {first_line}"
+    return fault
 
 
 def resolve_attention(choice: str, device) -> tuple[str, str]:
@@ -2365,7 +2337,7 @@ def resolve_attention(choice: str, device) -> tuple[str, str]:
             how = "chosen" if choice == "auto" else "forced"
             return name, "; ".join((f"attention {name} ({how})", *passed_over))
         passed_over.append(f"not {name}: {fault}")
-    raise UserError(f"ATTN_BACKEND={choice} cannot run here: {fault}. Install {INSTALL[choice]}, "
+    raise UserError(f"ATTN_BACKEND={choice} cannot run here: {fault}. Install {PACKAGES[choice][1]}, "
                     "or set ATTN_BACKEND=auto")
 
 
@@ -2396,27 +2368,22 @@ def orthogonalise(g: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16
     return x.mT if tall else x
 
 
-def muon_direction(g: Tensor, buf: Tensor, momentum: float, steps: int, nesterov: bool,
-                   row_normalize: bool, coefficients: Sequence[tuple] = POLAR_EXPRESS) -> Tensor:
+def muon_direction(g: Tensor, buf: Tensor, momentum: float, steps: int, nesterov: bool, row_normalize: bool,
+                   coefficients: Sequence[tuple] = POLAR_EXPRESS, centralize: bool = False) -> Tensor:
     """Orthogonalised update of matrices g (n, R, C), in buf's dtype; buf is updated in place."""
     g = g.to(buf.dtype)
     buf.mul_(momentum).add_(g)
     u = g.add(buf, alpha=momentum) if nesterov else buf
     if row_normalize:
         u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    if centralize:
+        u = u - u.mean(dim=(-2, -1), keepdim=True)
     return orthogonalise(u, steps, buf.dtype, coefficients)
 
 
 def muon_apply(p: Tensor, u: Tensor, lr: float, weight_decay: float) -> None:
     """Decoupled decay, then the step of matrices p (n, R, C) along u; tall matrices take a longer one."""
     p.mul_(1 - lr * weight_decay).add_(u.to(p.dtype), alpha=-lr * math.sqrt(max(1, p.size(-2) / p.size(-1))))
-
-
-@torch.no_grad()
-def muon_update(p: Tensor, g: Tensor, buf: Tensor, *, lr: float, momentum: float, weight_decay: float,
-                steps: int = 5, nesterov: bool = True, row_normalize: bool = True) -> None:
-    """One Muon step on p (n, R, C), each matrix on its own; the arithmetic is in the dtype of buf."""
-    muon_apply(p, muon_direction(g, buf, momentum, steps, nesterov, row_normalize), lr, weight_decay)
 
 
 def split_rates(s: Settings, bank: Tensor) -> Tensor | None:
@@ -2434,53 +2401,54 @@ class Optimiser:
     bank is worked on -> every rank applies the same update. Small gradients travel as one tensor."""
 
     def __init__(self, s: Settings, world: World, params: Mapping[str, nn.Parameter], dtype: torch.dtype):
-        self.s, self.world, self.dtype = s, world, dtype
+        self.s, self.world = s, world
         if strangers := [n for n in params if n not in ROLES]:
             raise UserError(f"parameters {strangers} have no role: add a row to ROLES")
         by_role = {role: [p for n, p in params.items() if ROLES[n] == role] for role in set(ROLES.values())}
-        self.banks = sorted(by_role["matrix"], key=lambda p: -p.numel())
-        caps = by_role["cap"] if s.asym_logit_train else []
-        self.small = by_role["embed"] + by_role["head"] + by_role["small"] + caps
         self.names = {p: n for n, p in params.items()}
-        embed_lr = s.tied_embed_lr if s.tie_embeddings else s.embed_lr
-        rates = (("embed", embed_lr, s.embed_wd), ("head", s.head_lr, s.embed_wd),
-                 ("small", s.scalar_lr, s.adam_wd))
-        groups = [dict(params=by_role[role], lr=lr, peak=lr, weight_decay=wd) for role, lr, wd in rates]
-        groups.append(dict(params=caps, lr=s.scalar_lr, peak=s.scalar_lr, weight_decay=0.0))
-        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=(s.beta1, s.beta2),
-                                      eps=s.adam_eps, fused=world.device.type == "cuda")
-        self.share = [-(-len(p) // world.size) for p in self.banks]    # matrices per rank, the last padded
-        self.momentum = [torch.zeros(n, *p.shape[1:], dtype=dtype, device=p.device)
-                         for n, p in zip(self.share, self.banks)]
+        self.banks = sorted(by_role["matrix"], key=lambda p: -p.numel())
+        rates = {"embed": (s.tied_embed_lr if s.tie_embeddings else s.embed_lr, s.embed_wd),
+                 "head": (s.head_lr, s.embed_wd), "small": (s.scalar_lr, s.adam_wd)}
+        if s.asym_logit_train:
+            rates["cap"] = (s.scalar_lr, 0.0)
+        groups = [dict(params=by_role[role], lr=lr, peak=lr, weight_decay=wd)
+                  for role, (lr, wd) in rates.items() if by_role[role]]
+        self.small = [p for group in groups for p in group["params"]]
+        self.adam = torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), eps=s.adam_eps,
+                                      fused=world.device.type == "cuda")
+        self.momentum = [torch.zeros(-(-len(p) // world.size), *p.shape[1:], dtype=dtype, device=p.device)
+                         for p in self.banks]      # of as many matrices a rank; the last rank's are padded
         self.split = [split_rates(s, p) for p in self.banks]
 
     @torch.no_grad()
-    def step(self, lr_share: float, momentum: float) -> Tensor:
+    def step(self, lr_share: float, momentum: float, decay_share: float = 1.0) -> Tensor:
         """Reduce, clip, update, clear the gradients; the norm before clipping (a tensor: no waiting)."""
         s = self.s
         for p in (*self.banks, *self.small):      # a plan may leave rows unused, never a whole tensor
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        norm = self.clip_own() if s.grad_clip_mode == "per_rank" else None
-        shards = self.reduce()
-        if norm is None:
-            norm = self.clip_average(shards)
+        if s.grad_clip_mode == "per_rank":        # as the field: a rank with an unusual batch counts for less
+            norm = self.clip([p.grad for p in self.banks], World())
+            shards = self.reduce()
+        else:
+            shards = self.reduce()
+            norm = self.clip(shards, self.world)
         gathered = []
-        for i, (g, buf) in enumerate(zip(shards, self.momentum)):
-            if self.split[i] is not None and s.split_lr_target == "gradient":
-                own = self.split[i][len(buf) * self.world.rank:][:len(buf)]
+        for g, buf, split in zip(shards, self.momentum, self.split):
+            if split is not None and s.split_lr_target == "gradient":
+                own = split[len(buf) * self.world.rank:][:len(buf)]
                 g[:len(own)] *= own
-            u = muon_direction(g, buf, momentum, s.muon_backend_steps, True, s.muon_row_normalize,
-                               COEFFICIENTS[s.muon_coefficients])
-            gathered.append(self.gather(u, len(self.banks[i])))
+            gathered.append(self.gather(muon_direction(
+                g, buf, momentum, s.muon_backend_steps, True, s.muon_row_normalize,
+                COEFFICIENTS[s.muon_coefficients], s.grad_centralize)))
         for group in self.adam.param_groups:
             group["lr"] = group["peak"] * lr_share
         self.adam.step()
-        for p, (u, work), split in zip(self.banks, gathered, self.split):
-            if work is not None:
-                work.wait()
-            u = u[:len(p)] if split is None or s.split_lr_target == "gradient" else u[:len(p)] * split
-            muon_apply(p, u, s.matrix_lr * lr_share, s.muon_wd)
+        for p, arrived, split in zip(self.banks, gathered, self.split):
+            u = arrived()[:len(p)]
+            if split is not None and s.split_lr_target == "update":
+                u = u * split
+            muon_apply(p, u, s.matrix_lr * lr_share, s.muon_wd * decay_share)
         for p in (*self.banks, *self.small):
             p.grad = None
         return norm
@@ -2488,16 +2456,15 @@ class Optimiser:
     def never_trained(self) -> list[str]:
         """Parameters, or rows of them, that no gradient ever reached: Muon's momentum or AdamW's second
         moment is still zero there."""
+        touched = {p: self.gather(buf.flatten(1).any(1).byte())()
+                   for p, buf in zip(self.banks, self.momentum)}
+        for p in self.small:
+            touched[p] = self.adam.state[p]["exp_avg_sq"].reshape(len(p) if p.dim() else 1, -1).any(1)
         found = []
-        for p, buf in (*zip(self.banks, self.momentum), *((p, None) for p in self.small)):
-            rows = len(p) if p.dim() else 1
-            own = self.adam.state[p]["exp_avg_sq"].reshape(rows, -1) if buf is None else buf.flatten(1)
-            seen, work = (own.any(1), None) if buf is None else self.gather(own.any(1).byte(), rows)
-            if work is not None:
-                work.wait()
-            if idle := [i for i, touched in enumerate(seen[:rows].tolist()) if not touched]:
-                some = "" if len(idle) == rows else f" rows {idle}" if rows < 99 else f" {len(idle)} rows"
-                found.append(self.names[p] + some)
+        for p, rows in touched.items():
+            rows = rows[:len(p)] if p.dim() else rows
+            if idle := (rows == 0).nonzero().flatten().tolist():
+                found.append(self.names[p] + (f" rows {idle[:99]}" if len(idle) < len(rows) else ""))
         return found
 
     def reduce(self) -> list[Tensor]:
@@ -2506,10 +2473,10 @@ class Optimiser:
         if size == 1:
             return [p.grad for p in self.banks]
         shards, works = [], []
-        for p, n in zip(self.banks, self.share):
-            full = torch.zeros(n * size, *p.shape[1:], dtype=self.dtype, device=p.device)
+        for p, buf in zip(self.banks, self.momentum):
+            full = buf.new_zeros(len(buf) * size, *p.shape[1:])
             full[:len(p)] = p.grad
-            shards.append(torch.empty(n, *p.shape[1:], dtype=self.dtype, device=p.device))
+            shards.append(torch.empty_like(buf))
             works.append(dist.reduce_scatter_tensor(shards[-1], full, async_op=True))
         flat = torch.cat([p.grad.flatten() for p in self.small])
         dist.all_reduce(flat)
@@ -2520,35 +2487,37 @@ class Optimiser:
             shard.div_(size)
         return shards
 
-    def clip_average(self, shards: list[Tensor]) -> Tensor:
-        """Clip the averaged gradient by its global norm, which is returned."""
-        own = sum(g.float().square().sum() for g in shards)
-        norm = (self.world.total(own) + sum(p.grad.square().sum() for p in self.small)).sqrt()
+    def clip(self, matrices: list[Tensor], world: World) -> Tensor:
+        """Scale the matrices' gradients, shared out over `world`, and the small ones down to a common norm
+        of at most GRAD_CLIP_NORM; the norm before."""
+        grads = matrices + [p.grad for p in self.small]
+        own = sum(g.float().square().sum() for g in matrices)
+        norm = (world.total(own) + sum(p.grad.square().sum() for p in self.small)).sqrt()
         if self.s.grad_clip_norm > 0:
-            scale = (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1)
-            torch._foreach_mul_(shards + [p.grad for p in self.small], scale)
+            torch._foreach_mul_(grads, (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1))
         return norm
 
-    def clip_own(self) -> Tensor:
-        """Clip this rank's own gradient before it is averaged, as the field's records do. A rank with an
-        unusual batch then counts for less, and the norm of the average is smaller than the bound."""
-        norm = torch.cat([p.grad.flatten().norm()[None] for p in (*self.banks, *self.small)]).norm()
-        if self.s.grad_clip_norm > 0:
-            scale = (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1)
-            torch._foreach_mul_([p.grad for p in (*self.banks, *self.small)], scale)
-        return norm
-
-    def gather(self, u: Tensor, count: int):
-        """(all ranks' directions, the pending work or None)."""
+    def gather(self, own: Tensor) -> Callable[[], Tensor]:
+        """Begin to collect every rank's share; what is returned waits for them, one after the other."""
         if self.world.size == 1:
-            return u, None
-        full = torch.empty(len(u) * self.world.size, *u.shape[1:], dtype=u.dtype, device=u.device)
-        return full, dist.all_gather_into_tensor(full, u.contiguous(), async_op=True)
+            return lambda: own
+        full = own.new_empty(len(own) * self.world.size, *own.shape[1:])
+        work = dist.all_gather_into_tensor(full, own.contiguous(), async_op=True)
+
+        def arrived() -> Tensor:
+            work.wait()
+            return full
+        return arrived
 
 
 # ============================================================================================================
 # 8  Training: schedule, warm-up and rewind, average, loop
 # ============================================================================================================
+
+def stage_at(stages: list[tuple[float, float]], progress: float):
+    """The value of the first stage that has not ended."""
+    return next(value for end, value in stages if min(progress, 1.0) <= end)
+
 
 def lr_share(s: Settings, progress: float) -> float:
     """Share of the peak learning rate: flat, then linear over the last WARMDOWN_FRAC, at least MIN_LR; never
@@ -2561,20 +2530,10 @@ def lr_share(s: Settings, progress: float) -> float:
     return min(share, [points[0][1], *(cap for at, cap in points[:-1] if at <= progress)][-1])
 
 
-def stage_at(stages: list[tuple[float, float]], progress: float):
-    """The value of the first stage that has not ended."""
-    return next(value for end, value in stages if min(progress, 1.0) <= end)
-
-
-def graphs_met(s: Settings) -> list[tuple[int, bool]]:
-    """Pairs (longest segment, looping) in the order in which training meets them."""
-    stages = context_stages(s)
-    begins = [0.0, *(math.nextafter(end, 2) for end, _ in stages)]
-    # one of them by the step and the other by the clock: every pair may come
-    free = s.recur_start_step or (s.train_seq_schedule_mode == "step" and s.max_wallclock_seconds > 0)
-    return list(dict.fromkeys(
-        (length, looping) for begin, (end, length) in zip(begins, stages) for looping in (
-            (False, s.num_loops > 0) if free else (looping_at(s, begin), looping_at(s, end)))))
+def decay_share(s: Settings, progress: float) -> float:
+    """Share of MUON_WD: all of it, then linear from WD_TAPER_START_FRAC down to WD_TAPER_FINAL_MULT."""
+    tapered = max(progress - s.wd_taper_start_frac, 0.0) / (1 - s.wd_taper_start_frac)
+    return 1 - tapered * (1 - s.wd_taper_final_mult)
 
 
 def muon_momentum(s: Settings, step: int) -> float:
@@ -2583,10 +2542,23 @@ def muon_momentum(s: Settings, step: int) -> float:
     return (1 - f) * s.muon_momentum_warmup_start + f * s.muon_momentum
 
 
-def looping_at(s: Settings, progress: float, step: int = 0) -> bool:
-    """Whether the loop's extra passes run at this share of the training budget, or this step."""
+def passes_at(s: Settings, progress: float, step: int = 0) -> int:
+    """Passes over the looped layers at this share of the training budget, or at this step."""
+    if s.loop_schedule:
+        return stage_at(schedule(s.loop_schedule, 1), progress)
     begun = step >= s.recur_start_step if s.recur_start_step else progress >= s.enable_looping_at
-    return s.num_loops > 0 and begun
+    return s.num_loops + 1 if begun else 1
+
+
+def graphs_met(s: Settings) -> list[tuple[int, int]]:
+    """Pairs (longest segment, passes over the loop) in the order in which training meets them."""
+    lengths, loops = context_stages(s), schedule(s.loop_schedule, 1)
+    if s.recur_start_step or (s.train_seq_schedule_mode == "step" and s.max_wallclock_seconds > 0):
+        # one of them by the step and the other by the clock: every pair may come
+        passes = sorted({*(n for _, n in loops), s.num_loops + 1})
+        return [(length, n) for _, length in lengths for n in passes]
+    changes = [0.0, s.enable_looping_at, *(math.nextafter(end, 2) for end, _ in lengths[:-1] + loops[:-1])]
+    return list(dict.fromkeys((stage_at(lengths, at), passes_at(s, at)) for at in sorted(changes)))
 
 
 class Curriculum:
@@ -2596,8 +2568,8 @@ class Curriculum:
         self.s, self.stages, self.length = s, context_stages(s), 0
         self.changed = self.rounding = None        # steps at which the length changed and rounding began
 
-    def at(self, step: int, progress: float) -> tuple[int, bool, float]:
-        """(longest segment, looping, share of the learning rate) of a step; they rise from call to call."""
+    def at(self, step: int, progress: float) -> tuple[int, int, float]:
+        """(longest segment, passes over the loop, share of the learning rate) of a step; call it in order."""
         s = self.s
         by_step = s.train_seq_schedule_mode == "step"
         length = stage_at(self.stages, step / max(s.iterations, 1) if by_step else progress)
@@ -2606,7 +2578,7 @@ class Curriculum:
         lr = lr_share(s, progress)
         if self.changed is not None and s.seq_change_warmup_steps:
             lr *= min((step - self.changed + 1) / s.seq_change_warmup_steps, 1.0)
-        return length, looping_at(s, progress, step), lr
+        return length, passes_at(s, progress, step), lr
 
     def sharpness(self, steps: int, lr: float) -> float | None:
         """Slope of soft rounding after so many steps, the last one at this share; None before it begins."""
@@ -2645,8 +2617,8 @@ class Trainer:
         self.s, self.world, self.model = s, world, model
         self.accum, self.tokens = s.batch_shape(world.size)
         self.losses = compiled(s, world.device, model.losses, fullgraph=True)
-        self.alpha: Tensor | None = None         # sharpness of soft rounding, once it has begun
-        self.laps: dict[str, float] | None = None
+        self.alpha: Tensor | None = None              # sharpness of soft rounding, once it has begun
+        self.laps: dict[str, float] | None = None     # on a measured step: ms by part
         self.rewind()
 
     def rewind(self) -> None:
@@ -2655,8 +2627,13 @@ class Trainer:
         self.optimiser = Optimiser(self.s, self.world, dict(self.model.named_parameters()), dtype)
         self.ema = {n: p.detach().clone() for n, p in self.model.named_parameters()}
 
+    def measure(self) -> None:
+        """Make the next step a measured one."""
+        sync(self.world.device)
+        self.laps, self.watch = {}, Clock()
+
     def lap(self, part: str) -> None:
-        """On a measured step (laps is a dict): wait for the GPU, charge the ms since the last lap to part."""
+        """On a measured step: wait for the GPU, charge the ms since the last lap to part."""
         if self.laps is not None:
             sync(self.world.device)
             self.laps[part] = self.laps.get(part, 0.0) + 1e3 * self.watch.elapsed()
@@ -2674,9 +2651,10 @@ class Trainer:
         self.lap("backward")
         return loss.detach()
 
-    def update(self, lr: float, momentum: float) -> Tensor:
-        """Optimiser step and weight average; returns the gradient norm before clipping."""
-        norm = self.optimiser.step(lr, momentum)
+    def update(self, lr: float, momentum: float, decay: float = 1.0) -> Tensor:
+        """Optimiser step (shares of the peak learning rate and weight decay) and weight average; returns the
+        gradient norm before clipping."""
+        norm = self.optimiser.step(lr, momentum, decay)
         self.lap("optimiser")
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.model.parameters()],
@@ -2687,19 +2665,17 @@ class Trainer:
     def warm_up(self) -> float:
         """Compile and run every graph on random tokens, then undo it. Returns the seconds it took."""
         s, world, clock = self.s, self.world, Clock()
-        before = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        before = {n: p.clone() for n, p in self.model.state_dict().items()}
         generator = torch.Generator().manual_seed(s.seed + world.rank)
-        for length, looping in graphs_met(s):
-            for soft in (False, True)[:1 + (s.late_qat_threshold > 0)]:
-                self.set_sharpness(1.0 if soft else None)
+        for length, passes in graphs_met(s):
+            for sharpness in (None, 1.0) if s.late_qat_threshold else (None,):
+                self.set_sharpness(sharpness)
                 for _ in range(s.warmup_steps):
                     for _ in range(self.accum):
-                        self.micro_step(self.random_batch(generator, length), layer_plan(s, looping))
+                        self.micro_step(self.random_batch(generator, length), layer_plan(s, True, passes))
                     self.update(1.0, s.muon_momentum)
         self.set_sharpness(None)
-        with torch.no_grad():
-            for n, p in self.model.named_parameters():
-                p.copy_(before[n])
+        self.model.load_state_dict(before)
         self.rewind()
         sync(world.device)
         return clock.elapsed()
@@ -2720,97 +2696,95 @@ class Trainer:
         return packed_batch(tokens, length or s.train_seq_len).to(self.world.device)
 
 
+# Dense bfloat16 FLOP/s of a GPU, by part of its name.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
+              "L40": 181e12, "RTX 4090": 165e12}
+
+
 class Progress:
-    """Where training is: the numbers of a progress line, and its text."""
+    """Tells how training goes: in the log now and then, on a terminal all the time."""
 
-    def __init__(self, s: Settings, world: World, model: GPT, plans: Mapping[bool, Plan], budget: float):
-        self.s, self.world, self.budget = s, world, budget
-        # backward costs twice the forward; documents make attention cost at most half the window on average
-        self.flops = {k: 3 * model.flops_per_token(p, s.train_seq_len / 2) for k, p in plans.items()}
-        self.peak = peak_flops(world.device)
-        self.last = (0, 0.0)
+    def __init__(self, s: Settings, world: World, run: Run, model: GPT, budget: float):
+        self.s, self.world, self.run, self.model, self.budget = s, world, run, model, budget
+        self.last = (0, 0.0)               # step and seconds of the line before
+        name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
+        self.peak = world.size * next((flops for part, flops in PEAK_FLOPS.items() if part in name), 0.0)
 
-    def values(self, step: int, elapsed: float, looping: bool) -> dict:
-        """ms per step (since the last line; mean), tokens/s, model FLOP utilisation, budget, time left."""
+    def numbers(self, step: int, elapsed: float, plan: Plan) -> dict:
+        """ms per step (since the last line; mean), tokens/s, share of the budget used, seconds left, and the
+        FLOP utilisation where the GPU's peak is known."""
         steps, seconds = step - self.last[0], max(elapsed - self.last[1], 1e-9)
         self.last = (step, elapsed)
         rate = self.s.train_batch_tokens * steps / seconds
         used = elapsed / self.budget if self.budget else step / max(self.s.iterations, 1)
         out = {"ms": 1e3 * seconds / max(steps, 1), "ms_mean": 1e3 * elapsed / step, "tok_s": round(rate),
                "elapsed": elapsed, "used": min(used, 1.0), "eta": elapsed * (1 / max(used, 1e-9) - 1)}
-        if self.peak:
-            out["mfu"] = rate * self.flops[looping] / (self.peak * self.world.size)
+        if self.peak:      # backward costs two forwards; in documents a query sees half the window at most
+            out["mfu"] = rate * 3 * self.model.flops_per_token(plan, self.s.train_seq_len / 2) / self.peak
         return out
 
-    @staticmethod
-    def line(step: int, loss: float, values: Mapping, looping: bool) -> str:
-        """The same for a person."""
-        mfu = f" mfu {values['mfu']:.0%}" if "mfu" in values else ""
-        speed = f"{values['ms']:7.1f} ms/step (mean {values['ms_mean']:.1f})  {values['tok_s']:,} tok/s{mfu}"
-        left = f"{values['used']:4.0%} of budget, {values['eta']:.0f} s left"
-        return (f"step {step:5d}  loss {loss:7.4f}  {speed}  {left}"
+    def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, lr: float, plan: Plan) -> None:
+        """A line in the log for the first ten steps and every TRAIN_LOG_EVERY, else one on a terminal, twice
+        a second at most. A loss that is no number stops the run."""
+        logged = step <= 10 or (self.s.train_log_every and step % self.s.train_log_every == 0)
+        if not logged and not (self.run.live and clock.elapsed() - self.last[1] > 0.5):
+            return
+        loss = self.world.total(loss.clone()).item() / self.world.size if logged else loss.item()
+        v, looping = self.numbers(step, clock.elapsed(), plan), plan.slots > self.s.num_layers
+        mfu = f" mfu {v['mfu']:.0%}" if "mfu" in v else ""
+        line = (f"step {step:5d}  loss {loss:7.4f}  {v['ms']:7.1f} ms/step (mean {v['ms_mean']:.1f})  "
+                f"{v['tok_s']:,} tok/s{mfu}  {v['used']:4.0%} of budget, {v['eta']:.0f} s left"
                 + ("  looping" if looping else ""))
-
-
-def peak_flops(device: torch.device) -> float:
-    """Dense bfloat16 FLOP/s of the GPU by its name; 0 when unknown or on a CPU."""
-    if device.type != "cuda":
-        return 0.0
-    name = torch.cuda.get_device_name(device)
-    table = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
-             "A100": 312e12, "L40": 181e12, "RTX 4090": 165e12}
-    return next((flops for part, flops in table.items() if part in name), 0.0)
+        if not logged:
+            return self.run.progress(line)
+        self.run.log("train", quiet=True, step=step, loss=loss, norm=norm.item(), lr=lr, looping=looping, **v)
+        self.run.say(line)
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {step}: lower MATRIX_LR or SCALAR_LR, or look for "
+                            "the cause with COMPUTE_DTYPE=float32")
 
 
 def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float, validate: Callable) -> dict:
     """The training loop, to ITERATIONS or until a step would pass MAX_WALLCLOCK_SECONDS - reserve;
     validate(step, looping) scores the weights off the clock. Returns the numbers, clock and stream."""
-    plans = {looping: layer_plan(s, looping) for looping in (False, True)}
     budget = s.max_wallclock_seconds - reserve if s.max_wallclock_seconds else 0.0
     if s.max_wallclock_seconds and budget <= 0:
         raise UserError(f"quantising and packing need {reserve:.1f} s, which leaves nothing of MAX_WALLCLOCK_"
                         f"SECONDS={s.max_wallclock_seconds:g}: raise it or set GPTQ_RESERVE_SECONDS")
     stream = Prefetch(open_train_stream(s, world, trainer.tokens), world.device)
-    progress, epochs = Progress(s, world, trainer.model, plans, budget), 0
+    curriculum, progress = Curriculum(s), Progress(s, world, run, trainer.model, budget)
     world.barrier()
-    clock, step, step_seconds, before, shown = Clock(s.max_wallclock_seconds), 0, 0.0, 0.0, 0.0
-    curriculum, measured = Curriculum(s), [0.1, 0.5, 0.9]     # shares of training whose next step is timed
-    looping = looping_at(s, 0.0)
+    clock, step, step_seconds, before = Clock(s.max_wallclock_seconds), 0, 0.0, 0.0
+    passes, epochs, measured = passes_at(s, 0.0), 0, [0.1, 0.5, 0.9]    # shares whose next step is timed
     while True:
         if s.val_loss_every and step % s.val_loss_every == 0:
             sync(world.device)            # queued steps are charged before the clock stops
             with clock.exclude():
-                validate(step, looping)
+                validate(step, passes > 1)
                 sync(world.device)
         elapsed = world.agree(clock.elapsed())
         step_seconds, before = max(elapsed - before, 0.9 * step_seconds) if step else 0.0, elapsed
         if step >= s.iterations or (budget and elapsed + step_seconds > budget):
             break
         done = min(elapsed / budget, 1.0) if budget else step / s.iterations
-        length, looping, lr = curriculum.at(step, done)
+        length, passes, lr = curriculum.at(step, done)
+        plan = layer_plan(s, True, passes)
         if measured and done >= measured[0]:
             measured.pop(0)
-            sync(world.device)
-            trainer.laps, trainer.watch = {}, Clock()
-        losses = [trainer.micro_step(stream.next(length), plans[looping]) for _ in range(trainer.accum)]
-        loss = sum(losses) / trainer.accum
-        norm = trainer.update(lr, muon_momentum(s, step))
+            trainer.measure()
+        losses = [trainer.micro_step(stream.next(length), plan) for _ in range(trainer.accum)]
+        norm = trainer.update(lr, muon_momentum(s, step), decay_share(s, done))
         step += 1
         trainer.set_sharpness(curriculum.sharpness(step, lr_share(s, done)))
         if int(stream.epoch) > epochs:
             epochs = int(stream.epoch)
             run.log("epoch_end", epoch=epochs, step=step, tokens=step * s.train_batch_tokens)
         if trainer.laps:
-            run.log("step_time", quiet=True, step=step, looping=looping, parts=trainer.laps)
+            run.log("step_time", quiet=True, step=step, looping=passes > 1, parts=trainer.laps)
             trainer.laps = None
         if budget and budget - elapsed < 10 * step_seconds:
             sync(world.device)            # near the end the host must not run ahead of the GPU
-        if step <= 10 or (s.train_log_every and step % s.train_log_every == 0):
-            report_step(run, progress, step, world.total(loss.clone()).item() / world.size, norm.item(),
-                        lr, clock.elapsed(), looping)
-        elif run.live and elapsed - shown > 0.5:
-            shown = elapsed
-            run.progress(progress.line(step, loss.item(), progress.values(step, elapsed, looping), looping))
+        progress.report(step, clock, sum(losses) / trainer.accum, norm, lr, plan)
     sync(world.device)
     seconds = clock.elapsed()
     step_ms = 1e3 * seconds / max(step, 1)
@@ -2820,17 +2794,6 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
     if step and (idle := trainer.optimiser.never_trained()):
         run.log("never_trained", parameters=idle)
     return {"steps": step, "step_ms": step_ms, "clock": clock, "stream": stream}
-
-
-def report_step(run: Run, progress: Progress, step: int, loss: float, norm: float, lr: float,
-                elapsed: float, looping: bool) -> None:
-    """One progress line; a loss that is no number stops the run."""
-    values = progress.values(step, elapsed, looping)
-    run.log("train", quiet=True, step=step, loss=loss, norm=norm, lr=lr, looping=looping, **values)
-    run.say(progress.line(step, loss, values, looping))
-    if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} at step {step}: lower MATRIX_LR or SCALAR_LR, or look for the "
-                        "cause with COMPUTE_DTYPE=float32")
 
 
 # ============================================================================================================
@@ -5295,8 +5258,6 @@ def build_model(s: Settings, world: World) -> GPT:
     """The seeded model on this rank's device: every rank draws the same weights."""
     model = GPT(s, torch.Generator().manual_seed(s.seed)).to(world.device)
     model.compute_dtype = pick_dtype(s.compute_dtype, world.device)
-    if not s.fused_ce_enabled:
-        model.ce_kernel = False
     return model
 
 

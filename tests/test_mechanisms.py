@@ -15,6 +15,7 @@ CASES = (
     {**TABLES, "SMEAR_GATE_BOS_FIX": 0, "BIGRAM_DIM": 64, "VE_DIM": 32},
     {**LANES, "SKIP_INTO_LANES": 0},
     {**LANES, "ASYM_LOGIT_RESCALE": 1, "NEGATIVE_SLOPE": 0.3},
+    {"GATED_XSA": 1, "XSA_LAST_N": 4},
 )
 
 
@@ -74,6 +75,57 @@ def test_fresh_tables_change_nothing_but_learn():
     assert torch.allclose(mine, theirs, atol=1e-6)
     mine.sum().backward()
     assert model.bigram_embed.grad.abs().sum() > 0 and model.ve_proj.grad.abs().sum() > 0
+
+
+def test_gated_xsa_begins_as_no_xsa():
+    plain, gated = tg.GPT(settings(XSA_LAST_N=0)), tg.GPT(settings(GATED_XSA=1))
+    for name, p in plain.named_parameters():
+        p.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
+        getattr(gated, name).data.copy_(p.data)
+    x, plan = tokens(2, 20), tg.layer_plan(plain.s, True)
+    mine, theirs = (m.losses(x, x.roll(-1, 1), plan) for m in (gated, plain))
+    assert torch.allclose(mine, theirs, atol=1e-6)
+    mine.sum().backward()
+    assert (gated.xsa_alpha.grad.abs() > 0).all()
+
+
+def test_labels_are_smoothed_in_training_only():
+    s, x, plan = settings(LABEL_SMOOTH=0.1), tokens(2, 30), tg.layer_plan(settings(), True)
+    plain, smooth = sine_model(settings()), sine_model(s)
+    y = x.roll(-1, 1)
+    assert torch.equal(plain.losses(x, y, plan), smooth.losses(x, y, plan))
+    log_p = smooth.logits(smooth.hidden(x, plan)).log_softmax(-1)
+    want = 0.9 * plain.losses(x, y, plan, training=True) - 0.1 * log_p.mean(-1)
+    assert torch.allclose(smooth.losses(x, y, plan, training=True), want, atol=1e-5)
+
+
+def test_centralised_updates_have_no_mean_before_they_are_orthogonalised(monkeypatch):
+    monkeypatch.setattr(tg, "orthogonalise", lambda u, *_: u)
+    g = 1 + torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(0))
+    plain, central = (tg.muon_direction(g, torch.zeros_like(g), 0.9, 5, True, True, centralize=c)
+                      for c in (False, True))
+    assert torch.allclose(central, plain - plain.mean((1, 2), keepdim=True)) and plain.mean() > 0.1
+    assert central.mean((1, 2)).abs().max() < 1e-6
+
+
+def test_weight_decay_tapers_to_its_share():
+    s = settings(WD_TAPER_START_FRAC=0.7, WD_TAPER_FINAL_MULT=0.5)
+    assert [round(tg.decay_share(s, p), 6) for p in (0, 0.7, 0.85, 1)] == [1, 1, 0.75, 0.5]
+    assert tg.decay_share(settings(), 1.0) == 1
+    trainer, _ = train_steps(settings(MATRIX_LR=0.5, MUON_WD=1.0), 1)
+    bank = trainer.optimiser.banks[0]
+    for decay in (1.0, 0.5):
+        bank.data.fill_(1.0)
+        trainer.optimiser.step(1.0, 0.0, decay)     # without gradient and momentum: only the decay
+        assert torch.allclose(bank.data, torch.tensor(1 - 0.5 * decay), atol=1e-6)
+
+
+def test_passes_over_the_loop_rise_as_scheduled_and_each_is_warmed_up():
+    s = settings(NUM_LOOPS=3, LOOP_SCHEDULE="1@0.4,3@0.7,4@1", TRAIN_SEQ_SCHEDULE="32@0.5,64@1")
+    assert [tg.passes_at(s, p) for p in (0, 0.4, 0.41, 0.7, 1)] == [1, 1, 3, 3, 4]
+    assert tg.graphs_met(s) == [(32, 1), (32, 3), (64, 3), (64, 4)]
+    plans = [tg.layer_plan(s, True, n) for n in (1, 3, 4)]
+    assert [plan.slots for plan in plans] == [4, 8, 10] and plans[2] == tg.layer_plan(s, True)
 
 
 def train_steps(s, count=3):
@@ -155,6 +207,7 @@ def test_batches_read_ahead_are_cut_anew_and_nothing_is_lost(tmp_path):
         (dict(VE_ENABLED=1, VE_LAYERS="3,4"), "VE_LAYERS=3,4 must be layers below NUM_LAYERS=4"),
         (dict(BIGRAM_VOCAB_SIZE=1), "leaves no row"),
         (dict(ASYM_LOGIT_TRAIN=1), "ASYM_LOGIT_RESCALE"),
+        (dict(LOOP_SCHEDULE="1@0.5,3@1"), "LOOP_SCHEDULE .*NUM_LOOPS"),
         (dict(SLOT_ENABLED=1), "SLOT_ENABLED=1 is not to be had"),
         (dict(WARMDOWN_ITERS=3500), "set WARMDOWN_FRAC"),
         (dict(RECUR_LAYERS="1,3"), "RECUR_LAYERS=1,3 must be consecutive"),
@@ -180,7 +233,7 @@ def test_one_and_two_ranks_agree_with_all_of_them(data, tmp_path):
         TABLES, **LANES, ASYM_LOGIT_RESCALE=1, ASYM_LOGIT_TRAIN=1, MATRIX_LR_EARLY=0.01, BANK_SPLIT=2,
         LATE_QAT_THRESHOLD=0.9, LATE_QAT_MIN_STEP=2, TRAIN_SEQ_SCHEDULE="16@0.4,64@1", RECUR_START_STEP=2,
         SEQ_CHANGE_WARMUP_STEPS=2, QUANTIZE_ONLY=1, TTT_ENABLED=0, MUON_DTYPE="float32", WARMUP_STEPS=0,
-        GRAD_CLIP_NORM=0, AWQ_LITE_ENABLED=1,
+        GRAD_CLIP_NORM=0, AWQ_LITE_ENABLED=1, GATED_XSA=1, GRAD_CENTRALIZE=1,
     )
     weights = []
     for ranks in (1, 2):

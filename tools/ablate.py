@@ -2,10 +2,10 @@
 
     set -a; . configs/best.env; . my_sizes.env; set +a; python tools/ablate.py runs/ablation --seeds 1 2 3
 
-The environment is the configuration, and every row of ROWS changes what it names. Rows of the model are trained and
-scored by their averaged weights (prequant_val_bpb); rows of quantising and scoring start from the weights of the
-configuration itself and are scored by the artifact (val_bpb). Finished runs are taken up again. The table shows the
-paired difference over seeds with its standard error: negative means that the change helps.
+The environment is the configuration, and every row changes what it names. Rows of TRAINED are trained and scored
+by their averaged weights (prequant_val_bpb); rows of SCORED start from the weights of the configuration itself and
+are scored by the artifact (val_bpb). Finished runs are taken up again. The table shows the paired difference over
+seeds with its standard error: negative means that the change helps.
 """
 
 from __future__ import annotations
@@ -28,14 +28,12 @@ TRAINED = {
     "dense attention gate": "SPARSE_ATTN_GATE_ENABLED=0 GATED_ATTN_ENABLED=1",
     "projected attention gate": "SPARSE_ATTN_GATE_ENABLED=0 ATTN_OUT_GATE_ENABLED=1",
     "no XSA": "XSA_LAST_N=0",
+    "gated XSA": "GATED_XSA=1",
     "no depth recurrence": "NUM_LOOPS=0",
-    "recurrence from the first step": "ENABLE_LOOPING_AT=0",
+    "recurrence in steps": "LOOP_SCHEDULE=0@0.35,1@0.65,2@1",
     "no parallel lanes": "PARALLEL_START_LAYER=0",
     "ReLU squared": "NEGATIVE_SLOPE=0",
-    "slope 0.3": "NEGATIVE_SLOPE=0.3",
     "no scale by depth": "LN_SCALE=0",
-    "rotary on all channels": "ROPE_DIMS=0",
-    "query gain starts at 1": "QK_GAIN_INIT=1",
     "bigram table": "BIGRAM_VOCAB_SIZE=2048 BIGRAM_DIM=64",
     "value embeddings": "VE_ENABLED=1 VE_DIM=64 VE_LAYERS=4,5",
     "untied head": "TIE_EMBEDDINGS=0",
@@ -44,6 +42,9 @@ TRAINED = {
     "split learning rate, early x 0.7": "MATRIX_LR_EARLY=0.0182 MATRIX_LR_LATE=0.026 BANK_SPLIT=3",
     "no row normalisation in Muon": "MUON_ROW_NORMALIZE=0",
     "one quintic in Muon": "MUON_COEFFICIENTS=quintic",
+    "centralised updates": "GRAD_CENTRALIZE=1",
+    "weight decay tapers to 0": "WD_TAPER_FINAL_MULT=0",
+    "label smoothing 0.05": "LABEL_SMOOTH=0.05",
     "no averaging": "EMA_DECAY=0",
     "coprime windows": "TRAIN_LOADER=coprime",
     "growing context": "TRAIN_SEQ_SCHEDULE=128@0.3,256@0.7,512@1 SEQ_CHANGE_WARMUP_STEPS=4",
@@ -75,7 +76,8 @@ def run(folder: Path, changes: str, **more: str) -> dict | None:
     """The summary of one run, run now unless it is there; None when it failed (its log stays)."""
     if not (folder / "summary.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        env = {**os.environ, **dict(c.split("=", 1) for c in changes.split()), **more, "ARTIFACT_DIR": str(folder)}
+        env = {**os.environ, **dict(c.split("=", 1) for c in changes.split()), **more,
+               "ARTIFACT_DIR": str(folder)}
         with open(folder / "output.log", "w") as log:
             if subprocess.run([sys.executable, str(SCRIPT)], env=env, stdout=log, stderr=log).returncode:
                 return None
@@ -99,7 +101,8 @@ def table(results: dict, base: str, key: str, seeds: list[int]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--workers", type=int, default=1, help="runs side by side")
@@ -124,7 +127,8 @@ def main() -> int:
                 for name, changes in chosen.items():
                     label = "base" if name == base else name.replace(" ", "_").replace(",", "")
                     folder = args.out / part / label / str(seed)
-                    jobs.setdefault(name, []).append(pool.submit(run, folder, changes, SEED=str(seed), **more))
+                    job = pool.submit(run, folder, changes, SEED=str(seed), **more)
+                    jobs.setdefault(name, []).append(job)
             results = {name: [j.result() for j in row] for name, row in jobs.items()}
             print("\n".join([f"\n{key}", *table(results, base, key, args.seeds)]), flush=True)
     return 0
