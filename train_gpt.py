@@ -295,7 +295,8 @@ class Settings:
     ttt_beta2: float = knob(0.99, "AdamW's second moment", 0, 0.999999)
     ttt_weight_decay: float = knob(0.5, "weight decay of the adapters", 0)
     ttt_grad_steps: int = knob(1, "adapter steps per chunk", 1)
-    ttt_train_min_doc_len: int = knob(0, "shorter documents are scored without adapting", 0)
+    ttt_train_min_doc_len: int = knob(0, "shorter documents are scored without adapting: where one ends is known "
+                                      "beforehand, as published", 0)
     ttt_train_max_doc_len: int = knob(0, "and so are longer ones; 0: none", 0)
     ttt_cache_lambda: float = knob(0.0, "weight, in TTT's scores, of what followed earlier hidden states of "
                                    "the document that are like the present one; 0: none", 0, 1)
@@ -400,6 +401,19 @@ class Settings:
         most = max(passes for _, passes in schedule(self.loop_schedule, self.num_loops + 1))
         refuse_if(most != self.num_loops + 1, f"LOOP_SCHEDULE reaches {most} passes, but NUM_LOOPS="
                   f"{self.num_loops} makes {self.num_loops + 1}: make them equal")
+        self.check_adaptation(refuse_if)
+        refuse_if((self.awq_lite_enabled or self.quant_clip != "sigmas") and self.quant_allocation != "hand",
+                  "AWQ_LITE_ENABLED and QUANT_CLIP=percentile change steps that are set by hand: set "
+                  "QUANT_ALLOCATION=hand or leave it out")
+        if (reserve := self.gptq_reserve_seconds) != "auto":
+            refuse_if(not is_number(reserve) or float(reserve) < 0,
+                      f"GPTQ_RESERVE_SECONDS={reserve} must be a number of seconds >= 0, or auto")
+            refuse_if(0 < self.max_wallclock_seconds <= float(reserve),
+                      f"GPTQ_RESERVE_SECONDS={reserve} leaves nothing of "
+                      f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g} to train in: lower it")
+
+    def check_adaptation(self, refuse_if: Callable) -> None:
+        """The part of it about test-time training and counts of earlier text."""
         largest = max(chunk for _, chunk in chunk_steps(self))
         refuse_if(largest > self.ttt_eval_seq_len, f"TTT_CHUNK_SIZE={self.ttt_chunk_size}, or a chunk for "
                   f"short documents, exceeds TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}: lower it")
@@ -413,15 +427,6 @@ class Settings:
                   f"CORRECTOR_ORDERS={self.corrector_orders} must be whole numbers from 1 on, as 2,3,5")
         refuse_if(self.ngram_tilt_enabled and not experts_in_use(self), "NGRAM_TILT_ENABLED=1, no expert in "
                   "use: lower TOKEN_THRESHOLD, WITHIN_TAU or WORD_TAU to at most 1")
-        refuse_if((self.awq_lite_enabled or self.quant_clip != "sigmas") and self.quant_allocation != "hand",
-                  "AWQ_LITE_ENABLED and QUANT_CLIP=percentile change steps that are set by hand: set "
-                  "QUANT_ALLOCATION=hand or leave it out")
-        if (reserve := self.gptq_reserve_seconds) != "auto":
-            refuse_if(not is_number(reserve) or float(reserve) < 0,
-                      f"GPTQ_RESERVE_SECONDS={reserve} must be a number of seconds >= 0, or auto")
-            refuse_if(0 < self.max_wallclock_seconds <= float(reserve),
-                      f"GPTQ_RESERVE_SECONDS={reserve} leaves nothing of "
-                      f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g} to train in: lower it")
 
     def batch_shape(self, world_size: int) -> tuple[int, int]:
         """(micro-batches per step and rank, tokens of one micro-batch), checked against the ranks."""

@@ -264,3 +264,51 @@ def test_the_watchdog_scores_everything_in_time(s, budget, given_up):
     assert ttt.run().tokens == len(ttt.val.tokens) - 1
     what = [v["what"] for event, v in events if event == "give_up"]
     assert (what == []) if given_up is None else what[-1].endswith(given_up)
+
+
+def test_a_cache_mixture_is_what_it_says(s):
+    """Against one made place by place from all earlier hidden states, with nothing learned."""
+    s = changed(s, ttt_kv_reuse=True, ttt_lora_lr=0.0, phased_ttt_prefix_docs=0, ttt_eval_seq_len=256,
+                ttt_cache_lambda=0.4, ttt_cache_theta=3.0)
+    ttt, _ = run(s)
+    model, documents = sine_model(s), ttt.val.documents
+    for a, n in zip(documents.start[:4], documents.length):
+        doc = torch.from_numpy(ttt.val.tokens[a:a + n].astype(np.int64))
+        with torch.no_grad():
+            hidden = model.hidden(doc[None, :-1], ttt.plan)
+            p = torch.exp(-model.losses(doc[None, :-1], doc[None, 1:], ttt.plan)[0])
+        h = hidden[0] / hidden[0].norm(dim=-1, keepdim=True)
+        for t in range(1, n - 1):
+            weights = torch.exp(3.0 * (h[:t] @ h[t] - 1))
+            said = torch.zeros(s.vocab_size).index_add(0, doc[1:t + 1], weights) / weights.sum()
+            w = min(0.6, 0.4 * weights.max().item())
+            p[t] = (1 - w) * p[t] + w * said[doc[t + 1]]
+        assert torch.allclose(ttt.ledger.loss[a:a + n - 1], -p.log(), atol=1e-4)
+
+
+def test_adapters_learn_the_plain_loss_beside_a_cache_mixture(s):
+    """What they learn is the same, so documents' second chunks differ by the mixture alone."""
+    learnt = []
+    s = changed(s, ttt_kv_reuse=True, phased_ttt_prefix_docs=0)
+    for weight in (0.0, 0.4):
+        seen = []
+        with pytest.MonkeyPatch.context() as patch:
+            real = tg.PhasedTTT.adapt
+            patch.setattr(tg.PhasedTTT, "adapt", lambda self, adapter, *a, seen=seen, real=real: (
+                real(self, adapter, *a), seen.append(sum(b.abs().sum().item() for b in adapter.b.values()))))
+            ttt, score = run(changed(s, ttt_cache_lambda=weight))
+        learnt.append((seen, score.loss))
+    assert learnt[0][0] == learnt[1][0] and learnt[0][1] != learnt[1][1]
+
+
+def test_a_cache_mixture_needs_cached_keys():
+    with pytest.raises(tg.UserError, match="TTT_CACHE_LAMBDA=0.5 needs the cached keys: set TTT_KV_REUSE=1"):
+        settings(TTT_CACHE_LAMBDA=0.5, TTT_KV_REUSE=0)
+
+
+def test_a_phase_on_few_tokens_trains_all_the_same(s):
+    """The last chunk is left out as published, unless there is no other."""
+    steps = []
+    run(changed(s, phased_ttt_num_phases=1, global_ttt_chunk_tokens=100_000),
+        trace=lambda event, **v: steps.append(v["n_tokens"]) if event == "sgd_step" else None)
+    assert steps
