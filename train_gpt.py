@@ -295,8 +295,8 @@ class Settings:
     ttt_beta2: float = knob(0.99, "AdamW's second moment", 0, 0.999999)
     ttt_weight_decay: float = knob(0.5, "weight decay of the adapters", 0)
     ttt_grad_steps: int = knob(1, "adapter steps per chunk", 1)
-    ttt_train_min_doc_len: int = knob(0, "shorter documents are scored without adapting: where one ends is known "
-                                      "beforehand, as published", 0)
+    ttt_train_min_doc_len: int = knob(0, "shorter documents are scored without adapting: as published, their "
+                                      "end is known beforehand", 0)
     ttt_train_max_doc_len: int = knob(0, "and so are longer ones; 0: none", 0)
     ttt_cache_lambda: float = knob(0.0, "weight, in TTT's scores, of what followed earlier hidden states of "
                                    "the document that are like the present one; 0: none", 0, 1)
