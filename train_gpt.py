@@ -4911,7 +4911,8 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Probe]:
         figure, ok = f"{sum(booked):,} targets booked once each, before any step on them", True
     except LedgerError as error:
         figure, ok = str(error), False
-    torch.set_num_threads(threads)
+    finally:
+        torch.set_num_threads(threads)
     return [*probes, Probe("C3 C4 ledger", ok, figure)]
 
 
