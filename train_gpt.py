@@ -4329,11 +4329,9 @@ def tilted_losses(s: Settings, losses: Callable, ids: Tensor, targets: Tensor, a
 def sliding_windows(total: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
     """Windows over `total` positions as (begin, end, first scored position): the first scores all it sees,
     later ones their last `stride` positions; each position once."""
-    windows, begin = [(0, min(seq_len, total), 0)], stride
-    while begin + seq_len - stride < total:
-        windows.append((begin, min(begin + seq_len, total), begin + seq_len - stride))
-        begin += stride
-    return windows
+    later = range(stride, total - seq_len + stride, stride)
+    return [(0, min(seq_len, total), 0),
+            *((begin, min(begin + seq_len, total), begin + seq_len - stride) for begin in later)]
 
 
 Window = tuple[int, int, int]       # absolute positions: begin, end, first scored
@@ -4855,13 +4853,13 @@ class Probe(NamedTuple):
 def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
     """Lengths of six documents, and two tokens of the fourth after which streams are made to differ: inside a
     chunk in its middle, and inside its last one, beyond every window. The first two documents are a phase's.
-    Rows hold windows of later documents ahead of earlier ones: the first document's second window comes after
-    the fifth's, the second and third document after the sixth."""
+    Rows, filled longest first, hold windows of later documents right ahead of earlier ones: the second of the
+    fifth ahead of that of the first, the sixth document ahead of the third."""
     longest, stride = max(s.eval_seq_len, s.ttt_eval_seq_len), s.eval_stride
     bounds = chunk_bounds(s, longest + 2 * stride)
     chunk, last = bounds[-1] - bounds[-2], next(i for i, b in enumerate(bounds) if b >= longest + stride)
     lengths = [s.eval_seq_len + stride // 4 + 1, s.eval_seq_len // 8 + 2, chunk + 3,
-               bounds[last] + chunk // 2 + 1, s.eval_seq_len + stride // 2 + 1, chunk + 4]
+               bounds[last] + chunk // 2 + 1, s.eval_seq_len + stride // 4 + 2, chunk + 4]
     return lengths, [bounds[i] + chunk // 4 for i in (last // 2, last)]
 
 

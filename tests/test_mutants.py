@@ -114,6 +114,15 @@ def test_windows_see_nothing_later(s, mutant, monkeypatch):
 
 
 @once
+@pytest.mark.parametrize("mutant", [smear_between_windows, attention_across_documents])
+def test_windows_that_the_probes_shorten_see_their_neighbours(s, mutant, monkeypatch):
+    mutant(monkeypatch)
+    assert_caught(dataclasses.replace(
+        scoring(s), eval_kv_reuse=False, eval_seq_len=512, ttt_eval_seq_len=512, eval_stride=64,
+        val_batch_tokens=16384), WINDOWS, SLIDING)
+
+
+@once
 def test_cached_windows_see_nothing_later(s, monkeypatch):
     attention_one_ahead(monkeypatch)
     assert_caught(scoring(s), SLIDING)
