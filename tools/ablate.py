@@ -2,8 +2,8 @@
 
     set -a; . configs/best.env; . my_sizes.env; set +a; python tools/ablate.py runs/ablation --seeds 1 2 3
 
-The environment is the configuration, and every row changes what it names. Rows of TRAINED are trained and scored
-by their averaged weights (prequant_val_bpb); rows of SCORED start from the weights of the configuration itself and
+The environment is the configuration, and every row changes what it names. Rows of TRAINED are trained and
+scored by their averaged weights (prequant_val_bpb); rows of SCORED start from the configuration's own weights and
 are scored by the artifact (val_bpb). Finished runs are taken up again. The table shows the paired difference over
 seeds with its standard error: negative means that the change helps.
 """
@@ -30,7 +30,7 @@ TRAINED = {
     "no XSA": "XSA_LAST_N=0",
     "gated XSA": "GATED_XSA=1",
     "no depth recurrence": "NUM_LOOPS=0",
-    "recurrence in steps": "LOOP_SCHEDULE=0@0.35,1@0.65,2@1",
+    "recurrence in steps": "LOOP_SCHEDULE=1@0.35,2@0.65,3@1",
     "no parallel lanes": "PARALLEL_START_LAYER=0",
     "ReLU squared": "NEGATIVE_SLOPE=0",
     "no scale by depth": "LN_SCALE=0",
