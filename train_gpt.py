@@ -4856,11 +4856,11 @@ def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
     Rows, filled longest first, hold windows of later documents right ahead of earlier ones: the second of the
     fifth ahead of that of the first, the sixth document ahead of the third."""
     longest, stride = max(s.eval_seq_len, s.ttt_eval_seq_len), s.eval_stride
-    bounds = chunk_bounds(s, longest + 2 * stride)
-    chunk, last = bounds[-1] - bounds[-2], next(i for i, b in enumerate(bounds) if b >= longest + stride)
+    chunk = next(size for bound, size in chunk_steps(s) if longest + 2 * stride <= bound)
+    chunks = (longest + stride) // chunk + 1
     lengths = [s.eval_seq_len + stride // 4 + 1, s.eval_seq_len // 8 + 2, chunk + 3,
-               bounds[last] + chunk // 2 + 1, s.eval_seq_len + stride // 4 + 2, chunk + 4]
-    return lengths, [bounds[i] + chunk // 4 for i in (last // 2, last)]
+               chunks * chunk + chunk // 2 + 1, s.eval_seq_len + stride // 4 + 2, chunk + 4]
+    return lengths, [n * chunk + chunk // 4 for n in (chunks // 2, chunks)]
 
 
 def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
