@@ -29,16 +29,15 @@ import lzma
 import math
 import os
 import platform
-import queue
 import random
+import re
 import shutil
 import struct
 import sys
 import tempfile
-import threading
 import time
 import uuid
-from collections import namedtuple
+from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -76,10 +75,14 @@ class UserError(Exception):
 # 1  Settings: one frozen table, read once from the environment
 # ============================================================================================================
 
-def knob(default, doc, lo=None, hi=None, choices=None, group=None):
-    """A setting: default (its type is the setting's type), meaning with unit, inclusive bounds or choices."""
-    choices = choices and tuple(choices.split())
-    return field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, choices=choices, group=group))
+def knob(default, doc, lo=None, hi=None, group=None, choices=()):
+    """A setting: default (its type is the setting's type), meaning with unit, inclusive bounds."""
+    return field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, group=group, choices=choices))
+
+
+def choice(words, doc, group=None):
+    """A setting that is one of some words, the first by default."""
+    return knob(words.split()[0], doc, group=group, choices=words.split())
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,10 @@ class Settings:
     quantize_only: bool = knob(False, "stop when the artifact is written")
     prequant_only: bool = knob(False, "stop after scoring the averaged weights")
     # --- device
-    attn_backend: str = knob("auto", "attention", choices="auto fa3 fa4 torch plain", group="device")
-    compile: str = knob("auto", "torch.compile; auto: on a GPU", choices="auto 0 1")
-    compute_dtype: str = knob("auto", "activations; auto: bfloat16 on a GPU", choices="auto float32 bfloat16")
-    muon_dtype: str = knob("auto", "Muon and its traffic; auto: as above", choices="auto float32 bfloat16")
+    attn_backend: str = choice("auto fa3 fa4 torch plain", "attention", group="device")
+    compile: str = choice("auto 0 1", "torch.compile; auto: on a GPU")
+    compute_dtype: str = choice("auto float32 bfloat16", "activations; auto: bfloat16 on a GPU")
+    muon_dtype: str = choice("auto float32 bfloat16", "Muon and its traffic; auto: as above")
     fused_ce_enabled: bool = knob(True, "fused cross-entropy kernel on a GPU")
     # --- data
     data_dir: str = knob("./data/", "folder that the next two default to", group="data")
@@ -112,15 +115,12 @@ class Settings:
     tokenizer_path: str = knob("", "SentencePiece model of the shards")
     vocab_size: int = knob(8192, "tokens in the vocabulary", 2, 65536)
     caseops_enabled: bool = knob(True, "shards of the CaseOps tokenizer; needs the byte sidecar")
-    data_check: str = knob("quick", "checks of the data before training; full: every byte and every document",
-                           choices="quick full")
-    train_loader: str = knob("stream", "stream: every target once; the field's: docpack, shuffled, coprime",
-                             choices="stream docpack shuffled coprime")
+    data_check: str = choice("quick full", "the data before training; full: every byte and every document")
+    train_loader: str = choice("stream docpack shuffled coprime", "stream: every target once; or the field's")
     train_batch_tokens: int = knob(786432, "tokens of one optimiser step, over all ranks", 1)
     train_seq_len: int = knob(2048, "documents are cut to this many tokens in training", 2)
     train_seq_schedule: str = knob("", "progressive context: length@progress, …; the largest: TRAIN_SEQ_LEN")
-    train_seq_schedule_mode: str = knob("wallclock", "progress: of the budget, or of ITERATIONS",
-                                        choices="wallclock step")
+    train_seq_schedule_mode: str = choice("wallclock step", "progress: of the budget, or of ITERATIONS")
     seq_change_warmup_steps: int = knob(32, "steps of the learning rate's ramp after a change; 0: none", 0)
     grad_accum_steps: int = knob(0, "micro-batches of a step and rank; 0: 8 / number of ranks", 0)
     val_batch_tokens: int = knob(524288, "tokens of a scoring batch, over 8 micro-batches", 8)
@@ -147,17 +147,14 @@ class Settings:
     loop_end: int = knob(5, "last layer of the loop", 0)
     enable_looping_at: float = knob(0.35, "share of the training budget after which loops run", 0, 1)
     parallel_start_layer: int = knob(8, "decoder layers from here on run as two lanes; 0: none", 0)
-    parallel_lanes: str = knob("mixed", "lanes write to both; or stay apart, blended by a learned scalar",
-                               choices="mixed separate")
-    parallel_final_lane: str = knob("mean", "which mixed lane is read at the end", choices="mean mlp attn")
+    parallel_lanes: str = choice("mixed separate", "lanes write to both; or stay apart and are blended")
+    parallel_final_lane: str = choice("mean mlp attn", "which mixed lane is read at the end")
     skip_gates_enabled: bool = knob(True, "gate the U-Net skips")
-    skip_rows: str = knob("looped", "skips: half of the looped order, or of the physical layers",
-                          choices="looped physical")
+    skip_rows: str = choice("looped physical", "skips: half of the looped order, or of the physical layers")
     skip_into_lanes: bool = knob(True, "skips that come after the lanes began join lane 0; 0: they are lost")
     gate_window: int = knob(12, "channels that the smear and attention gates read", 1)
     smear_gate_enabled: bool = knob(True, "mix the previous token's embedding in")
-    smear_gate_kind: str = knob("window", "one strength from GATE_WINDOW channels, added before the norm; or "
-                                "a constant gate per channel, blended after it", choices="window channels")
+    smear_gate_kind: str = choice("window channels", "one strength by GATE_WINDOW channels; one each")
     smear_gate_bos_fix: bool = knob(True, "never across a BOS")
     bigram_vocab_size: int = knob(0, "rows of a hashed table of token pairs, added to the embedding", 0)
     bigram_dim: int = knob(128, "its width", 1)
@@ -170,7 +167,7 @@ class Settings:
     gated_attn_enabled: bool = knob(False, "gate each head by the whole block input instead")
     gated_attn_init_std: float = knob(0.01, "initial spread of that gate's weights", 0)
     attn_out_gate_enabled: bool = knob(False, "gate each head by 2 sigmoid of GATE_WINDOW channels instead")
-    attn_out_gate_src: str = knob("proj", "it reads the block input or raw queries", choices="proj q")
+    attn_out_gate_src: str = choice("proj q", "it reads the block input or raw queries")
     tied_embed_init_std: float = knob(0.005, "initial spread of the embedding", 0)
     # --- optimiser
     matrix_lr: float = knob(0.026, "Muon's learning rate", 0, group="optimiser")
@@ -191,27 +188,24 @@ class Settings:
     muon_momentum_warmup_steps: int = knob(1500, "steps of the momentum's warm-up", 0)
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations (more than 5 run as 5)", 1)
     muon_row_normalize: bool = knob(True, "normalise each row of the update before Newton-Schulz")
-    muon_coefficients: str = knob("polar", "Newton-Schulz: Polar Express, or one quintic for all iterations",
-                                  choices="polar quintic")
+    muon_coefficients: str = choice("polar quintic", "Polar Express, or one quintic for all iterations")
     grad_centralize: bool = knob(False, "subtract each matrix's mean from its update before Newton-Schulz")
     matrix_lr_early: float = knob(0.0, "MATRIX_LR of the layers before BANK_SPLIT; 0: no split", 0)
     matrix_lr_late: float = knob(0.0, "MATRIX_LR of the others; 0: MATRIX_LR", 0)
     bank_split: int = knob(5, "the first late layer", 0)
-    split_lr_target: str = knob("update", "what the split scales; as published the gradient, whose size Muon "
-                                "normalises away", choices="update gradient")
+    split_lr_target: str = choice("update gradient", "the split scales it; gradient: published, to no effect")
     asym_logit_train: bool = knob(False, "train the two caps; as published nothing does")
     label_smooth: float = knob(0.0, "share of a target's probability that all tokens have in training", 0, 1)
     grad_clip_norm: float = knob(0.3, "largest norm of the gradient; 0: no clipping", 0)
-    grad_clip_mode: str = knob("global", "clip the average, or each rank's own as the field's records do",
-                               choices="global per_rank")
+    grad_clip_mode: str = choice("global per_rank", "clip the average, or as the field each rank's own")
     warmup_steps: int = knob(20, "compile and warm-up steps on random tokens, undone before training", 0)
     warmdown_frac: float = knob(0.85, "last share of the budget, of falling learning rate", 0, 1)
     min_lr: float = knob(0.1, "lowest learning rate, as a share of the peak", 0, 1)
     midrun_cap_schedule: str = knob("", "caps on the share of the learning rate: cap@progress, …")
     recur_start_step: int = knob(0, "step at which loops begin; 0: by ENABLE_LOOPING_AT", 0)
     loop_schedule: str = knob("", "or passes over the loop as training goes on: passes@progress, …")
-    late_qat_threshold: float = knob(0.0, "soft-round QAT of the projections of the bigram and value "
-                                     "embeddings begins below this share of the learning rate; 0: none", 0, 1)
+    late_qat_threshold: float = knob(0.0, "share of the learning rate below which the projections of bigram "
+                                     "and value embeddings train softly rounded; 0: never", 0, 1)
     late_qat_min_step: int = knob(2000, "and not before this step", 0)
     ema_decay: float = knob(0.9965, "averaging of the weights, per step", 0, 0.999999)
     prequant_ttt_enabled: bool = knob(False, "study, NON-COMPLIANT: train on validation tokens last")
@@ -221,11 +215,9 @@ class Settings:
     prequant_ttt_batch_seqs: int = knob(32, "rows of TRAIN_SEQ_LEN in a batch", 1)
     prequant_ttt_grad_clip: float = knob(1.0, "largest gradient norm", 0)
     prequant_ttt_freeze_blocks: int = knob(1, "first layers that stay as they are", 0)
-    prequant_ttt_form: str = knob("sharded", "ranks share rows; or batches overlap and matrices never freeze",
-                                  choices="sharded overlapping")
+    prequant_ttt_form: str = choice("sharded overlapping", "ranks share rows; or all train on all, unfrozen")
     # --- quantise and pack
-    quant_allocation: str = knob("fisher", "steps by the loss's curvature, or hand: by bits and clip sigmas",
-                                 choices="fisher hand", group="quantise")
+    quant_allocation: str = choice("fisher hand", "steps by curvature; or bits and sigmas", group="quantise")
     quant_trellis: bool = knob(True, "trellis-coded quantisation (8 states), with fisher steps")
     matrix_bits: int = knob(6, "bits of the matrices (hand)", 2, 8)
     embed_bits: int = knob(7, "bits of the embedding (hand)", 2, 8)
@@ -233,8 +225,7 @@ class Settings:
     attn_clip_sigmas: float = knob(13.0, "the same for attention matrices", 0.1)
     mlp_clip_sigmas: float = knob(11.5, "the same for MLP matrices", 0.1)
     embed_clip_sigmas: float = knob(14.0, "the same for the embedding", 0.1)
-    quant_clip: str = knob("sigmas", "range of the codes: by those settings; or the best of five percentiles "
-                           "of a row, steps at least 1/31, as the early records", choices="sigmas percentile")
+    quant_clip: str = choice("sigmas percentile", "those sigmas; or the best of five percentiles of a row")
     awq_lite_enabled: bool = knob(False, "finer codes for the columns that matter most")
     awq_lite_bits: int = knob(8, "their bits", 2, 8)
     awq_lite_group_size: int = knob(64, "columns of a group", 1)
@@ -245,7 +236,7 @@ class Settings:
     lqer_enabled: bool = knob(False, "low-rank repair of the largest rounding errors")
     lqer_rank: int = knob(4, "its rank", 1)
     lqer_top_k: int = knob(3, "how many matrices get it", 0)
-    lqer_scope: str = knob("all", "which matrices may get it", choices="all mlp attn embed")
+    lqer_scope: str = choice("all mlp attn embed", "which matrices may get it")
     lqer_gain_select: bool = knob(False, "choose them by the error it removes, not by the error there is")
     lqer_factor_bits: int = knob(4, "bits of its symmetric form", 2, 8)
     lqer_asym_enabled: bool = knob(True, "asymmetric form: 2-bit and 4-bit factors")
@@ -258,7 +249,7 @@ class Settings:
     logit_calib_lr: float = knob(0.003, "learning rate", 0)
     logit_calib_l2: float = knob(0.01, "pull towards no calibration", 0)
     fit_margin_bytes: int = knob(4096, "the fitter stops this close to the limit", 256)
-    compressor: str = knob("ans", "entropy stage: ans (our coder) or brotli", choices="ans brotli")
+    compressor: str = choice("ans brotli", "entropy stage: ans (our coder) or brotli")
     # --- score
     eval_seq_len: int = knob(2048, "window of the sliding evaluation, in tokens", 2, group="score")
     eval_stride: int = knob(64, "tokens between two windows of one document", 1)
@@ -268,8 +259,7 @@ class Settings:
     ttt_eval_seq_len: int = knob(2048, "context of TTT, in tokens", 2)
     ttt_kv_reuse: bool = knob(True, "keep earlier keys and values; 0: encode the context again and again")
     ttt_shared_a: bool = knob(True, "one frozen A for all documents, only B is adapted")
-    ttt_doc_order: str = knob("stream", "what adapts what: the stream's order, or longest first as the field",
-                              choices="stream length")
+    ttt_doc_order: str = choice("stream length", "adapt in the stream's order, or longest first as the field")
     ttt_chunk_size: int = knob(48, "tokens scored between two adapter steps", 1)
     ttt_short_score_first_enabled: bool = knob(True, "smaller chunks in the first tokens of a document; with "
                                                "TTT_DOC_ORDER=length for groups of shorter documents")
@@ -286,11 +276,8 @@ class Settings:
     ttt_v_lora: bool = knob(True, "adapt values")
     ttt_o_lora: bool = knob(True, "adapt the attention output (from the block input)")
     ttt_mlp_lora: bool = knob(True, "adapt the MLP")
-    ttt_optimizer: str = knob("normalised", "adapters' steps: the gradient over its RMS, AdamW, or SGD",
-                              choices="normalised adam sgd")
+    ttt_optimizer: str = choice("normalised adam sgd", "steps: the gradient over its RMS, AdamW, or SGD")
     ttt_local_lr_mult: float = knob(1.0, "factor on TTT_LORA_LR", 0)
-    ttt_mask: str = knob("", "adapters to leave out unless switched on by name",
-                         choices="all baseline_all no_q no_v no_qv")
     ttt_beta1: float = knob(0.0, "AdamW's first moment, or SGD's momentum", 0, 0.999999)
     ttt_beta2: float = knob(0.99, "AdamW's second moment", 0, 0.999999)
     ttt_weight_decay: float = knob(0.5, "weight decay of the adapters", 0)
@@ -316,11 +303,9 @@ class Settings:
     global_ttt_warmup_chunks: int = knob(0, "chunks of linear warm-up", 0)
     global_ttt_warmup_start_lr: float = knob(0.0, "learning rate at its start", 0)
     ngram_tilt_enabled: bool = knob(False, "tilt scores towards what followed the same context earlier")
-    ngram_doc_order: str = knob("scored", "what counts grow by", choices="scored stream")
-    ngram_gates: str = knob("previous", "who speaks, by the previous token or always; target: NON-COMPLIANT",
-                            choices="previous open_word target")
-    ngram_choice: str = knob("model", "what weighs hints: their probability, or their own confidence",
-                             choices="model confidence")
+    ngram_doc_order: str = choice("scored stream", "what counts grow by")
+    ngram_gates: str = choice("previous open_word target", "who speaks when; target: NON-COMPLIANT")
+    ngram_choice: str = choice("model confidence", "what weighs hints: probability, or own confidence")
     ngram_boost_gamma: float = knob(0.0, "boosts shrink by (1 - the hint's probability) to this power", 0)
     token_order: int = knob(16, "token expert: length of context and hint together", 1)
     token_threshold: float = knob(0.8, "it speaks from this confidence on; above 1: never", 0)
@@ -328,7 +313,7 @@ class Settings:
     within_tau: float = knob(99.0, "the same for the expert of the open word's next token", 0)
     within_boost: float = knob(0.0, "nats added to its hint's logit", 0)
     word_order: int = knob(4, "expert of the next word's first token: order in words", 1)
-    word_normalize: str = knob("strip_punct_lower", "equal words", choices="strip_punct_lower lower identity")
+    word_normalize: str = choice("strip_punct_lower lower identity", "equal words")
     word_tau: float = knob(99.0, "it speaks from this confidence on; above 1: never", 0)
     word_boost: float = knob(0.0, "nats added to its hint's logit", 0)
     agree_add_boost: float = knob(0.0, "more nats when another expert gives the same hint", 0)
@@ -336,97 +321,88 @@ class Settings:
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
         """Read and check every setting; a name nothing reads stops the run with the nearest right one."""
-        if env.get("TTT_EVAL_ONLY", "0") != "0":
-            raise UserError("TTT_EVAL_ONLY=1 names nothing to score: set EVAL_ONLY_QUANTIZED_PATH instead")
-        env = {k: v for k, v in env.items() if k not in NO_EFFECT}
-        for name, (only, why) in ONLY.items():
-            if (value := env.pop(name, "")) and (float(value) if is_number(value) else value) != only:
+        env, known = dict(env), {f.name.upper(): f for f in fields(cls)}
+        for name, (only, why) in NO_SETTINGS.items():
+            value = env.pop(name, "")
+            if value and only is not None and (float(value) if is_number(value) else value) != only:
                 raise UserError(f"{name}={value} is not to be had here, only {only}: {why}")
-        for old, (names, translate) in ALIASES.items():
+        for old in ALIASES:
             if value := env.pop(old, ""):
-                env = {**dict(zip(names.split(), translate(value))), **env}
-        for name in {"no_q": "Q", "no_v": "V", "no_qv": "QV"}.get(env.get("TTT_MASK", ""), ""):
-            env.setdefault(f"TTT_{name}_LORA", "0")
+                env = {**dict(zip(ALIASES[old].split(), translate(old, value))), **env}
         if env.get("AWQ_LITE_ENABLED", "0") != "0" or env.get("QUANT_CLIP", "sigmas") != "sigmas":
             env.setdefault("QUANT_ALLOCATION", "hand")     # they change steps that are set by hand
-        known = {f.name.upper(): f for f in fields(cls)}
+        if env.get("COMPRESSOR") == "pergroup":
+            env["COMPRESSOR"] = "ans"     # the field's per-group lrzip: our coder replaces the binary
         for name in env:
             if name not in known and (nearest := looks_like_ours(name, known)) is not None:
                 raise UserError(f"unknown setting {name}: the nearest known one is {nearest} "
                                 "(python train_gpt.py --help lists all)")
-        if env.get("COMPRESSOR") == "pergroup":
-            env["COMPRESSOR"] = "ans"     # the field's per-group lrzip: our coder replaces the binary
-        s = cls(**{f.name: parse_setting(f, env[name]) for name, f in known.items()
-                   if env.get(name) or (name in env and f.default and is_free_text(f))})
+        s = cls(**{f.name: parse_setting(f, env[name]) for name, f in known.items() if name in env})
         s.check_consistency()
         return s
 
+    def mistake(self, text: str) -> UserError:
+        """The error that says so: settings named before the first colon are shown with their values."""
+        fault, colon, remedy = text.partition(": ")
+        shown = {k: f"{k}={int(v) if v in (True, False) else v}" for k, v in self.as_env().items()}
+        return UserError(re.sub(r"[A-Z][A-Z0-9_]+", lambda m: shown.get(m[0], m[0]), fault) + colon + remedy)
+
     def check_consistency(self) -> None:
         """Refuse settings that contradict each other; single values were checked when they were read."""
-        def refuse_if(bad, text):
-            if bad:
-                raise UserError(text)
-        d, h, k = self.model_dim, self.num_heads, self.num_kv_heads
-        refuse_if(d % h, f"MODEL_DIM={d} is not divisible by NUM_HEADS={h}: choose a multiple of {h}")
-        refuse_if(h % k, f"NUM_HEADS={h} is not divisible by NUM_KV_HEADS={k}: choose a divisor of {h}")
-        refuse_if((d // h) % 2, f"MODEL_DIM/NUM_HEADS={d // h} is odd: rotary embedding needs it even")
-        refuse_if(self.rope_dims % 2 or self.rope_dims > d // h,
-                  f"ROPE_DIMS={self.rope_dims} must be even and at most the head width {d // h}")
-        refuse_if(self.gate_window > d, f"GATE_WINDOW={self.gate_window} exceeds MODEL_DIM={d}: lower it")
-        refuse_if(self.num_loops and not self.loop_start <= self.loop_end < self.num_layers,
-                  f"LOOP_START={self.loop_start} and LOOP_END={self.loop_end} must satisfy "
-                  f"LOOP_START <= LOOP_END < NUM_LAYERS={self.num_layers} (or set NUM_LOOPS=0)")
-        refuse_if(self.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE=1 leaves no row for pairs: set 0, or more")
-        layers = self.ve_layers.replace(" ", "").split(",")
-        refuse_if(self.ve_enabled and not all(i.isdigit() and int(i) < self.num_layers for i in layers),
-                  f"VE_LAYERS={self.ve_layers} must be layers below NUM_LAYERS={self.num_layers}, as 9,10")
-        refuse_if(bool(self.matrix_lr_early) and not self.matrix_lr,
-                  f"MATRIX_LR_EARLY={self.matrix_lr_early:g} is relative to MATRIX_LR, which is 0: raise it")
-        refuse_if(self.asym_logit_train and not self.asym_logit_rescale,
-                  "ASYM_LOGIT_TRAIN=1 has nothing to train: set ASYM_LOGIT_RESCALE=1")
-        gates = self.sparse_attn_gate_enabled + self.gated_attn_enabled + self.attn_out_gate_enabled
-        refuse_if(gates > 1, "more than one attention gate is on: keep one of SPARSE_ATTN_GATE_ENABLED, "
-                             "GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED and set the others to 0")
-        refuse_if(self.eval_stride > self.eval_seq_len,
-                  f"EVAL_STRIDE={self.eval_stride} exceeds EVAL_SEQ_LEN={self.eval_seq_len}: lower it")
-        refuse_if(bool(self.eval_only_path) and bool(self.eval_only_quantized_path),
-                  "EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH are both set: keep one")
-        longest = max(length for _, length in context_stages(self))
-        refuse_if(longest != self.train_seq_len, f"the longest stage of TRAIN_SEQ_SCHEDULE is {longest}, but "
-                  f"TRAIN_SEQ_LEN={self.train_seq_len}: make them equal")
-        refuse_if(bool(self.train_seq_schedule) and self.train_loader in WINDOWED,
-                  f"TRAIN_LOADER={self.train_loader} has windows of one length: TRAIN_SEQ_SCHEDULE needs "
-                  "stream or docpack")
-        schedule(self.midrun_cap_schedule, 1.0, float)
-        most = max(passes for _, passes in schedule(self.loop_schedule, self.num_loops + 1))
-        refuse_if(most != self.num_loops + 1, f"LOOP_SCHEDULE reaches {most} passes, but NUM_LOOPS="
-                  f"{self.num_loops} makes {self.num_loops + 1}: make them equal")
-        self.check_adaptation(refuse_if)
-        refuse_if((self.awq_lite_enabled or self.quant_clip != "sigmas") and self.quant_allocation != "hand",
-                  "AWQ_LITE_ENABLED and QUANT_CLIP=percentile change steps that are set by hand: set "
-                  "QUANT_ALLOCATION=hand or leave it out")
-        if (reserve := self.gptq_reserve_seconds) != "auto":
-            refuse_if(not is_number(reserve) or float(reserve) < 0,
-                      f"GPTQ_RESERVE_SECONDS={reserve} must be a number of seconds >= 0, or auto")
-            refuse_if(0 < self.max_wallclock_seconds <= float(reserve),
-                      f"GPTQ_RESERVE_SECONDS={reserve} leaves nothing of "
-                      f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g} to train in: lower it")
-
-    def check_adaptation(self, refuse_if: Callable) -> None:
-        """The part of it about test-time training and counts of earlier text."""
-        largest = max(chunk for _, chunk in chunk_steps(self))
-        refuse_if(largest > self.ttt_eval_seq_len, f"TTT_CHUNK_SIZE={self.ttt_chunk_size}, or a chunk for "
-                  f"short documents, exceeds TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}: lower it")
-        refuse_if(self.ttt_doc_order == "stream" and self.ttt_warm_start_a and not self.ttt_shared_a,
-                  "TTT_DOC_ORDER=stream forbids TTT_WARM_START_A=1 with TTT_SHARED_A=0: A would carry what "
-                  "later documents taught it to earlier ones; set TTT_WARM_START_A=0 or TTT_DOC_ORDER=length")
-        refuse_if(self.ttt_cache_lambda > 0 and not self.ttt_kv_reuse,
-                  f"TTT_CACHE_LAMBDA={self.ttt_cache_lambda:g} needs the cached keys: set TTT_KV_REUSE=1")
-        orders = self.corrector_orders.split(",")
-        refuse_if(not all(n.isdigit() and int(n) for n in orders if n),
-                  f"CORRECTOR_ORDERS={self.corrector_orders} must be whole numbers from 1 on, as 2,3,5")
-        refuse_if(self.ngram_tilt_enabled and not experts_in_use(self), "NGRAM_TILT_ENABLED=1, no expert in "
-                  "use: lower TOKEN_THRESHOLD, WITHIN_TAU or WORD_TAU to at most 1")
+        s, reserve, orders = self, self.gptq_reserve_seconds, self.corrector_orders.split(",")
+        gates = s.sparse_attn_gate_enabled + s.gated_attn_enabled + s.attn_out_gate_enabled
+        ve_layers = [int(i) if i.strip().isdigit() else math.inf for i in s.ve_layers.split(",")]
+        schedule(s.midrun_cap_schedule, 1.0, float)
+        passes = max(most for _, most in schedule(s.loop_schedule, s.num_loops + 1))
+        for refused, why in (
+            (s.model_dim % s.num_heads,
+             f"MODEL_DIM is not divisible by NUM_HEADS: choose a multiple of {s.num_heads}"),
+            (s.num_heads % s.num_kv_heads, "NUM_HEADS is not divisible by NUM_KV_HEADS: choose a divisor"),
+            (s.head_dim % 2, "MODEL_DIM over NUM_HEADS is odd: rotary embedding needs it even"),
+            (s.rope_dims % 2 or s.rope_dims > s.head_dim,
+             f"ROPE_DIMS does not fit: it must be even and at most the head width {s.head_dim}"),
+            (s.gate_window > s.model_dim, "GATE_WINDOW exceeds MODEL_DIM: lower it"),
+            (s.num_loops and not s.loop_start <= s.loop_end < s.num_layers,
+             "LOOP_START <= LOOP_END < NUM_LAYERS does not hold: correct them, or set NUM_LOOPS=0"),
+            (passes != s.num_loops + 1,
+             f"LOOP_SCHEDULE reaches {passes} passes, not one more than NUM_LOOPS: make them agree"),
+            (s.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE leaves no row for pairs: set 0, or more"),
+            (s.ve_enabled and max(ve_layers) >= s.num_layers,
+             "VE_LAYERS must be layers below NUM_LAYERS, as 9,10"),
+            (s.matrix_lr_early and not s.matrix_lr,
+             "MATRIX_LR_EARLY is relative to MATRIX_LR: raise MATRIX_LR above 0"),
+            (s.asym_logit_train and not s.asym_logit_rescale,
+             "ASYM_LOGIT_TRAIN has nothing to train: set ASYM_LOGIT_RESCALE=1"),
+            (gates > 1, "more than one attention gate is on: keep one of SPARSE_ATTN_GATE_ENABLED, "
+                        "GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED and set the others to 0"),
+            (s.eval_stride > s.eval_seq_len, "EVAL_STRIDE exceeds EVAL_SEQ_LEN: lower it"),
+            (max(chunk for _, chunk in chunk_steps(s)) > s.ttt_eval_seq_len, "TTT_CHUNK_SIZE, or a chunk of "
+             "TTT_SHORT_SCORE_FIRST_STEPS, exceeds TTT_EVAL_SEQ_LEN: lower it"),
+            (s.eval_only_path and s.eval_only_quantized_path,
+             "EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH are both set: keep one"),
+            (max(length for _, length in context_stages(s)) != s.train_seq_len,
+             "TRAIN_SEQ_LEN is not the longest stage of TRAIN_SEQ_SCHEDULE: make them equal"),
+            (s.train_seq_schedule and s.train_loader in WINDOWED,
+             "TRAIN_LOADER has windows of one length: TRAIN_SEQ_SCHEDULE needs stream or docpack"),
+            (s.ttt_doc_order == "stream" and s.ttt_warm_start_a and not s.ttt_shared_a,
+             "TTT_DOC_ORDER, TTT_WARM_START_A and TTT_SHARED_A let A carry what later documents taught it to "
+             "earlier ones: set TTT_WARM_START_A=0 or TTT_DOC_ORDER=length"),
+            (s.ttt_cache_lambda and not s.ttt_kv_reuse,
+             "TTT_CACHE_LAMBDA needs the cached keys of TTT_KV_REUSE: set TTT_KV_REUSE=1"),
+            (not all(n.isdigit() and int(n) for n in orders if n),
+             "CORRECTOR_ORDERS must be whole numbers from 1 on, as 2,3,5"),
+            (s.ngram_tilt_enabled and not experts_in_use(s), "NGRAM_TILT_ENABLED has no expert in use: "
+             "lower TOKEN_THRESHOLD, WITHIN_TAU or WORD_TAU to at most 1"),
+            ((s.awq_lite_enabled or s.quant_clip != "sigmas") and s.quant_allocation != "hand",
+             "AWQ_LITE_ENABLED and QUANT_CLIP change steps that are set by hand, not by QUANT_ALLOCATION: "
+             "set QUANT_ALLOCATION=hand or leave it out"),
+            (reserve != "auto" and not (is_number(reserve) and float(reserve) >= 0),
+             "GPTQ_RESERVE_SECONDS must be a number of seconds >= 0, or auto"),
+            (is_number(reserve) and 0 < s.max_wallclock_seconds <= float(reserve),
+             "GPTQ_RESERVE_SECONDS leaves nothing of MAX_WALLCLOCK_SECONDS to train in: lower it"),
+        ):
+            if refused:
+                raise self.mistake(why)
 
     def batch_shape(self, world_size: int) -> tuple[int, int]:
         """(micro-batches per step and rank, tokens of one micro-batch), checked against the ranks."""
@@ -434,16 +410,12 @@ class Settings:
         parts = world_size * accum
         tokens, rest = divmod(self.train_batch_tokens, parts)
         if rest:
-            raise UserError(f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not divisible by {world_size} "
-                            f"ranks x {accum} micro-batches = {parts}: choose a multiple or GRAD_ACCUM_STEPS")
-        for _, length in context_stages(self) if self.train_seq_schedule else ():
-            if tokens % length:
-                raise UserError(f"a micro-batch of {tokens} tokens is no multiple of {length}, a length of "
-                                "TRAIN_SEQ_SCHEDULE: change one of them")
-        if self.train_loader in WINDOWED and tokens % self.train_seq_len:
-            raise UserError(f"a micro-batch of {tokens} tokens is no multiple of TRAIN_SEQ_LEN="
-                            f"{self.train_seq_len}: with TRAIN_LOADER={self.train_loader} TRAIN_BATCH_TOKENS "
-                            f"must be a multiple of {parts * self.train_seq_len}")
+            raise self.mistake(f"TRAIN_BATCH_TOKENS is not divisible by {world_size} ranks x {accum} "
+                               f"micro-batches: choose a multiple of {parts}, or GRAD_ACCUM_STEPS")
+        for _, length in context_stages(self):
+            if tokens % length and (self.train_seq_schedule or self.train_loader in WINDOWED):
+                raise self.mistake(f"TRAIN_BATCH_TOKENS makes micro-batches of {tokens} tokens, no rows of "
+                                   f"{length}: choose a multiple of {parts * length}")
         return accum, tokens
 
     @property
@@ -466,15 +438,12 @@ class Settings:
     @property
     def shards(self) -> Path:
         """DATA_PATH, else the folder that data/fetch.py makes, else the field's place for it."""
+        fetched = Path(self.data_dir) / f"sp{self.vocab_size}{'_caseops' * self.caseops_enabled}"
         name = f"fineweb10B_sp{self.vocab_size}"
         if self.caseops_enabled:
             name = f"{name}_caseops/datasets/datasets/{name}_lossless_caps_caseops_v1_reserved"
-        fetched = self.fetched if self.fetched.is_dir() else Path(self.data_dir) / "datasets" / name
-        return Path(self.data_path or fetched)
-
-    @property
-    def fetched(self) -> Path:
-        return Path(self.data_dir) / f"sp{self.vocab_size}{'_caseops' * self.caseops_enabled}"
+        field_place = Path(self.data_dir) / "datasets" / name
+        return Path(self.data_path or (fetched if fetched.is_dir() else field_place))
 
     @property
     def tokenizer(self) -> Path:
@@ -495,65 +464,60 @@ class Settings:
         return {k: v for (k, v), f in zip(self.as_env().items(), fields(self)) if v != f.default}
 
 
-# Settings of the field's commands without a counterpart here, and why: accepted, and named in the log.
-NO_EFFECT = {
-    "EVAL_INCLUDE_TAIL": "every target is always scored",
-    "LOGIT_CALIB_APPLY_TTT_UPDATE": "adapters learn from the calibrated loss that is scored",
-    "NGRAM_HINT_PRECOMPUTE_OUTSIDE": "hints are always computed on the evaluation clock",
-    "CONTROL_TENSOR_NAME_PATTERNS": "roles are given by a table, not by substrings of names",
-    "ROPE_TRAIN_SEQ_LEN": "no script of the lineage uses it; TRAIN_SEQ_LEN is the length that counts",
-    "TTT_EVAL_BATCHES": "no script of the lineage uses it",
-    "MUON_BETA2": "no script of the lineage uses it",
-    **dict.fromkeys(("SWA_ENABLED", "SWA_EVERY"), "scripts that have it export the running average anyway"),
-    **dict.fromkeys("COMPILE_SHAPE_WARMUP COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_LOOP_MODES".split(),
-                    "every pair of length and loop that training meets is warmed up"),
-    **dict.fromkeys("GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS MUON_HUBER_DELTA TTT_OUTPUT_DIR "
-                    "TTT_HEARTBEAT_SECONDS TTT_SHORT_BETA2 TTT_SHORT_LORA_LR TTT_SHORT_LORA_RANK "
-                    "TTT_SHORT_WEIGHT_DECAY TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM".split(),
-                    "it belongs to something that is left out"),
-    "TTT_EVAL_ONLY": "EVAL_ONLY_QUANTIZED_PATH names the artifact to score",
-}
-WINDOWED = ("shuffled", "coprime")      # loaders of whole windows, without document bounds
-
-
-def same(value: str) -> list[str]:
-    """The translation of an old name that only changed: the value, for all settings it stands for."""
-    return [value] * 3
-
-
-def recurrence(layers: str) -> list[str]:
-    """RECUR_LAYERS, layers that run once more after the last of them, as first, last, extra passes."""
-    numbers = [int(i) for i in layers.split(",") if i.strip().isdigit()]
-    if not numbers or numbers != list(range(numbers[0], numbers[-1] + 1)):
-        raise UserError(f"RECUR_LAYERS={layers} must be consecutive layers, as 3,4,5")
-    return [str(numbers[0]), str(numbers[-1]), "1"]
-
-
-ALIASES = {   # old name -> (settings, their values from its)
-    "PHASED_TTT_ENABLED": ("TTT_ENABLED", same),
-    "RECUR_LAYERS": ("LOOP_START LOOP_END NUM_LOOPS", recurrence),
-    "MUONEQ_R": ("MUON_ROW_NORMALIZE", same),
-    "SDCLIP_K": ("MATRIX_CLIP_SIGMAS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS", same),
-    "SDCLIP_K_INT6": ("MATRIX_CLIP_SIGMAS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS", same),
-    "SDCLIP_K_EMBED": ("EMBED_CLIP_SIGMAS", same), "SDCLIP_K_INT8": ("EMBED_CLIP_SIGMAS", same),
-    "QUANT_CLIP_RANGE": ("MATRIX_BITS", lambda v: [str(int(v).bit_length() + 1)]),
-    "GPTQ_CALIB_SAMPLES": ("GPTQ_CALIBRATION_BATCHES", same),
-    "GPTQ_CALIB_BATCHES": ("GPTQ_CALIBRATION_BATCHES", same),
-    "GPTQ_RESERVE_MS": ("GPTQ_RESERVE_SECONDS", lambda v: [str(float(v) / 1e3)]),
-    "VAL_BATCH_SIZE": ("VAL_BATCH_TOKENS", same),
-}
 LEFT_OUT = "left out: no published system gained by it"
-ONLY = {   # settings of the field's commands that have one value here -> (value, why)
-    **dict.fromkeys((
-        "DTG_ENABLED FORCE_STOP_STEP GATED_ATTENTION GLOBAL_TTT_DOC_LIMIT LAWA_ENABLED LR_FLOOR "
-        "MTP_NUM_HEADS MUON_HUBER_WD OPTROT_ENABLED QAT_ENABLED SLOT_ENABLED TRIGRAM TTT_DOC_LIMIT "
-        "TTT_GRAD_STEPS_CLEAN TTT_LORA_EMA_DECAY TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED "
-        "VALUE_RESIDUAL").split(), (0, LEFT_OUT)),
-    **dict.fromkeys("GPTQ_ENABLED USE_GPTQ SDCLIP_ENABLED TTT_UPDATE_EVERY".split(), (1, "built in")),
-    "GLOBAL_TTT_OPTIMIZER": ("sgd", LEFT_OUT), "EMBEDDING_DIM": (512, "embeddings are as wide as the model"),
-    "WARMDOWN_ITERS": (0, "set WARMDOWN_FRAC to its share of the steps you expect"),
-}
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Names of the field's commands that set nothing here: (the one value they may have, None: any; why).
+NO_SETTINGS = {name: (only, why) for only, why, names in (
+    (None, "always so: all targets are scored, by the calibrated loss, hints on the clock, graphs warmed up",
+     "EVAL_INCLUDE_TAIL LOGIT_CALIB_APPLY_TTT_UPDATE NGRAM_HINT_PRECOMPUTE_OUTSIDE COMPILE_SHAPE_WARMUP "
+     "COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_LOOP_MODES"),
+    (None, "the field's scripts get nothing from it either",
+     "ROPE_TRAIN_SEQ_LEN TTT_EVAL_BATCHES MUON_BETA2 SWA_ENABLED SWA_EVERY CONTROL_TENSOR_NAME_PATTERNS"),
+    (None, "part of something left out",
+     "GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS MUON_HUBER_DELTA TTT_OUTPUT_DIR "
+     "TTT_HEARTBEAT_SECONDS TTT_SHORT_BETA2 TTT_SHORT_LORA_LR TTT_SHORT_LORA_RANK TTT_SHORT_WEIGHT_DECAY "
+     "TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM"),
+    (0, LEFT_OUT, "DTG_ENABLED FORCE_STOP_STEP GATED_ATTENTION GLOBAL_TTT_DOC_LIMIT LAWA_ENABLED LR_FLOOR "
+     "MTP_NUM_HEADS MUON_HUBER_WD OPTROT_ENABLED QAT_ENABLED SLOT_ENABLED TRIGRAM TTT_DOC_LIMIT "
+     "TTT_GRAD_STEPS_CLEAN TTT_LORA_EMA_DECAY TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED "
+     "VALUE_RESIDUAL"),
+    ("sgd", LEFT_OUT, "GLOBAL_TTT_OPTIMIZER"),
+    (0, "set EVAL_ONLY_QUANTIZED_PATH to the artifact instead", "TTT_EVAL_ONLY"),
+    (0, "set WARMDOWN_FRAC to its share of the steps you expect", "WARMDOWN_ITERS"),
+    (1, "built in", "GPTQ_ENABLED USE_GPTQ SDCLIP_ENABLED TTT_UPDATE_EVERY"),
+    (512, "embeddings are as wide as the model", "EMBEDDING_DIM"),
+) for name in names.split()}
+ALIASES = {   # old name -> the settings it stands for
+    "PHASED_TTT_ENABLED": "TTT_ENABLED", "TTT_MASK": "TTT_Q_LORA TTT_V_LORA",
+    "RECUR_LAYERS": "LOOP_START LOOP_END NUM_LOOPS", "MUONEQ_R": "MUON_ROW_NORMALIZE",
+    "SDCLIP_K": "MATRIX_CLIP_SIGMAS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS",
+    "SDCLIP_K_INT6": "MATRIX_CLIP_SIGMAS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS",
+    "SDCLIP_K_EMBED": "EMBED_CLIP_SIGMAS", "SDCLIP_K_INT8": "EMBED_CLIP_SIGMAS",
+    "QUANT_CLIP_RANGE": "MATRIX_BITS", "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS",
+    "GPTQ_CALIB_SAMPLES": "GPTQ_CALIBRATION_BATCHES", "GPTQ_CALIB_BATCHES": "GPTQ_CALIBRATION_BATCHES",
+    "GPTQ_RESERVE_MS": "GPTQ_RESERVE_SECONDS"}
+TTT_MASKS = {"all": "11", "baseline_all": "11", "no_q": "01", "no_v": "10", "no_qv": "00"}   # adapt Q, V
+
+
+def translate(old: str, value: str) -> Sequence[str]:
+    """The values of the settings that an old name stands for."""
+    try:
+        if old == "RECUR_LAYERS":      # they run once more after the last of them
+            layers = [int(i) for i in value.split(",")]
+            if layers == list(range(layers[0], layers[-1] + 1)):
+                return str(layers[0]), str(layers[-1]), "1"
+            raise ValueError
+        if old == "QUANT_CLIP_RANGE":
+            return str(int(value).bit_length() + 1),
+        if old == "GPTQ_RESERVE_MS":
+            return str(float(value) / 1e3),
+        return TTT_MASKS[value] if old == "TTT_MASK" else [value] * 3
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{old}={value} must be " + {
+            "RECUR_LAYERS": "consecutive layers, as 3,4,5",
+            "TTT_MASK": f"one of {', '.join(TTT_MASKS)}"}.get(old, "a whole number")) from error
+
+
+WINDOWED = ("shuffled", "coprime")      # loaders of whole windows, without document bounds
 OUR_PREFIXES = (
     "ADAM_ AGREE_ADD_ ASYM_LOGIT_ ATTN_CLIP_ ATTN_OUT_ AWQ_LITE_ BIGRAM_ EMBED_ EVAL_SEQ_ EVAL_ONLY_ GATED_ "
     "GLOBAL_TTT_ GPTQ_ GRAD_CLIP_ LOGIT_CALIB_ LQER_ MATRIX_ MLP_CLIP_ MUON_ NGRAM_ PARALLEL_FINAL_ PHASED_ "
@@ -593,11 +557,6 @@ def context_stages(s: Settings) -> list[tuple[float, int]]:
     return schedule(s.train_seq_schedule, s.train_seq_len)
 
 
-def is_free_text(f) -> bool:
-    """Whether an empty value means something: not for numbers, flags and choices."""
-    return type(f.default) is str and not f.metadata["choices"]
-
-
 def is_number(text: str) -> bool:
     """True when float() reads it as a finite number."""
     try:
@@ -607,17 +566,17 @@ def is_number(text: str) -> bool:
 
 
 def parse_setting(f, text: str):
-    """The typed value of one setting; UserError with value, bound and remedy when it is not one."""
+    """The typed value of one setting; UserError with value, bound and remedy when it is not one. Empty text
+    is a value where any text is one, else the default."""
     name, meta, kind = f.name.upper(), f.metadata, type(f.default)
-    if kind is bool:
-        if text not in ("0", "1"):
-            raise UserError(f"{name}={text} must be 0 or 1")
-        return text == "1"
-    if kind is str:
-        if meta["choices"] and text not in meta["choices"]:
-            raise UserError(f"{name}={text} must be one of {', '.join(meta['choices'])}")
-        return text
-    if not is_number(text) or (kind is int and float(text) != int(float(text))):
+    choices = ("0", "1") if kind is bool else meta["choices"]
+    if not text and (kind is not str or choices):
+        return f.default
+    if choices and text not in choices:
+        raise UserError(f"{name}={text} must be {' or '.join(choices)}")
+    if kind in (bool, str):
+        return text == "1" if kind is bool else text
+    if not is_number(text) or (kind is int and float(text) % 1):
         raise UserError(f"{name}={text} must be {'a whole number' if kind is int else 'a number'}")
     value = kind(float(text))
     lo, hi = meta["lo"], meta["hi"]
@@ -629,8 +588,6 @@ def parse_setting(f, text: str):
 
 def looks_like_ours(name: str, known: Mapping) -> str | None:
     """The nearest known setting when `name` must have been meant for this script, else None."""
-    if name in LAUNCHER or not name.isupper():
-        return None
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.84)
     if close or name.startswith(tuple(OUR_PREFIXES)):
         return (close or difflib.get_close_matches(name, known, n=1, cutoff=0.0))[0]
@@ -649,12 +606,10 @@ def print_help() -> None:
         default = int(f.default) if isinstance(f.default, bool) else f.default
         print(f"  {f.name.upper():34} {default!s:>10}  {meta['doc']}" + (f"  [{bounds}]" if bounds else ""))
     print("\nACCEPTED OLD NAMES")
-    for old, (names, _) in ALIASES.items():
+    for old, names in ALIASES.items():
         print(f"  {old:34} read as {names.replace(' ', ', ')}")
-    for name, (only, why) in ONLY.items():
-        print(f"  {name:34} only {only}: {why}")
-    for old, why in NO_EFFECT.items():
-        print(f"  {old:34} no effect: {why}")
+    for name, (only, why) in NO_SETTINGS.items():
+        print(f"  {name:34} {'no effect' if only is None else f'only {only}'}: {why}")
 
 
 # ============================================================================================================
@@ -673,10 +628,9 @@ class World:
         """Join the launcher's process group: NCCL (and gloo for host values) on GPUs, gloo on a CPU."""
         rank, size, local = (int(env.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         device = torch.device("cpu")
-        if torch.cuda.is_available():
-            if local >= torch.cuda.device_count():
-                raise UserError(f"LOCAL_RANK={local} but this machine has {torch.cuda.device_count()} GPUs: "
-                                "lower --nproc_per_node")
+        if gpus := torch.cuda.device_count():
+            if local >= gpus:
+                raise UserError(f"LOCAL_RANK={local} but there are {gpus} GPUs here: lower --nproc_per_node")
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
         if size > 1:
@@ -687,6 +641,10 @@ class World:
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
     def total(self, x: Tensor) -> Tensor:
         """Sum of x over ranks, in place."""
@@ -704,12 +662,10 @@ class World:
 
     def share_bytes(self, data: bytes | None) -> bytes:
         """Rank 0's bytes on every rank, so that only its node needs the file."""
-        if self.size == 1:
-            return data
-        size = int(self.agree(len(data) if self.main else 0))
-        box = torch.frombuffer(bytearray(data if self.main else size), dtype=torch.uint8)
-        dist.broadcast(box, 0)
-        return box.numpy().tobytes()
+        box = [data]
+        if self.size > 1:
+            dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+        return box[0]
 
     def gather(self, value) -> list:
         """[value of rank 0, value of rank 1, …] on every rank."""
@@ -775,8 +731,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.chmod(temp, 0o644)
         os.replace(temp, path)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({len(data):,} bytes): {error.strerror}; free space or set "
-                        "ARTIFACT_DIR to another disk") from error
+        raise UserError(f"cannot write {path}: {error.strerror}; free space or set ARTIFACT_DIR") from error
     finally:
         Path(temp).unlink(missing_ok=True)
 
@@ -793,23 +748,20 @@ class Run:
         name = s.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
         self.world, self.id = world, world.share_bytes(name.encode()).decode()
         self.dir = Path(s.artifact_dir or Path("runs") / self.id)
-        self.summary: dict = dict.fromkeys(SUMMARY_KEYS)
-        self.summary.update(compliant=True, not_compliant_because=[])
         self.live = sys.stdout.isatty() and world.main
-        self.text = self.metrics = None
+        self.summary = {**dict.fromkeys(SUMMARY_KEYS), "compliant": True, "not_compliant_because": []}
         again = bool(s.eval_only_path or s.eval_only_quantized_path)
-        if world.main:
-            if not again and (self.dir / "final_model.pt").exists():
-                raise UserError(f"ARTIFACT_DIR={self.dir} holds a finished run: choose another folder, or "
-                                "score it with EVAL_ONLY_QUANTIZED_PATH")
-            try:
-                self.dir.mkdir(parents=True, exist_ok=True)
-                how = dict(mode="a" if again else "w", encoding="utf-8", buffering=1)
-                self.text = open(self.dir / "train.log", **how)
-                self.metrics = open(self.dir / "metrics.jsonl", **how)
-            except OSError as error:
-                raise UserError(f"cannot write into ARTIFACT_DIR={self.dir}: {error.strerror}; choose "
-                                "another folder") from error
+        if not world.main:
+            return
+        if not again and (self.dir / "final_model.pt").exists():
+            raise UserError(f"ARTIFACT_DIR={self.dir} holds a finished run: choose another folder")
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.text, self.metrics = (
+                open(self.dir / name, mode="a" if again else "w", encoding="utf-8", buffering=1)
+                for name in ("train.log", "metrics.jsonl"))
+        except OSError as error:
+            raise UserError(f"cannot write into ARTIFACT_DIR={self.dir}: {error.strerror}") from error
 
     def not_compliant(self, reason: str) -> None:
         """Mark the run: its log, summary and closing block say why it is no result."""
@@ -839,10 +791,9 @@ class Run:
         if self.live:
             print("\r\033[K" + line[:shutil.get_terminal_size().columns - 1], end="", flush=True)
 
-    def save(self, name: str, data: bytes) -> Path:
+    def save(self, name: str, data: bytes) -> None:
         """Write a file of the run atomically (call on rank 0)."""
         write_atomic(self.dir / name, data)
-        return self.dir / name
 
     def save_summary(self) -> None:
         """What is known so far: written after every stage, so that a crash loses no score."""
@@ -851,10 +802,12 @@ class Run:
 
 
 def human(value) -> str:
-    """A value as the log shows it: floats with five significant digits at most six decimals."""
+    """A value as the log shows it: floats with at most six decimals, single words bare, the rest as JSON."""
     if isinstance(value, float):
         return f"{value:.6f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:.1f}"
-    return str(value).replace(" ", "_") if isinstance(value, str) else json.dumps(value).replace(" ", "")
+    if isinstance(value, str) and " " not in value:
+        return value
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 # ============================================================================================================
@@ -866,21 +819,20 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256    # 256 little-endi
 
 def read_shard(path: Path) -> np.ndarray:
     """Tokens of one shard, (N,) uint16, mapped not loaded. UserError when it is missing, foreign or cut."""
-    path, remedy = Path(path), "fetch or build the data again"
+    path, again = Path(path), "fetch or build the data again"
     try:
         size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=SHARD_HEADER)
     except OSError as error:
-        raise UserError(f"cannot read shard {path}: {error.strerror}; {remedy}") from error
+        raise UserError(f"cannot read shard {path}: {error.strerror}; {again}") from error
     if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise UserError(f"{path} is no token shard: it starts with {header[:2].tolist()}, expected "
-                        f"[{SHARD_MAGIC}, {SHARD_VERSION}]; {remedy}")
+                        f"[{SHARD_MAGIC}, {SHARD_VERSION}]; {again}")
     count = int(header[2])
     expected = 4 * SHARD_HEADER + 2 * count
     if size != expected:
-        raise UserError(f"{path} has {size:,} bytes but its header promises {expected:,} ({count:,} tokens): "
-                        f"it is truncated or damaged; {remedy}")
+        raise UserError(f"{path} has {size:,} bytes but its header promises {expected:,}: truncated; {again}")
     if count < 2:
-        raise UserError(f"{path} holds {count} tokens: at least 2 are needed; {remedy}")
+        raise UserError(f"{path} holds {count} tokens: at least 2 are needed; {again}")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
 
 
@@ -895,6 +847,65 @@ def list_shards(folder: Path, kind: str) -> list[Path]:
         what = f"has no fineweb_{kind}_*.bin" if folder.is_dir() else "does not exist"
         raise UserError(f"DATA_PATH={folder} {what}: data/README.md says how to fetch or build shards")
     return found
+
+
+def read_tokens(s: Settings, kind: str, most: int | None = None) -> dict[Path, np.ndarray]:
+    """Tokens of all shards of a kind, by path, mapped. Refused unless the first `most` tokens of each hold
+    documents, the first of them whole (published shards are cut anywhere), and ids of the vocabulary."""
+    shards = {path: read_shard(path) for path in list_shards(s.shards, kind)}
+    for i, (path, whole) in enumerate(shards.items()):
+        tokens = whole[:most]
+        for bad, fault in (
+            (tokens[0] == 0, f"starts with 0, not with BOS (id {BOS}): it is a byte sidecar, not tokens"),
+            (not (tokens == BOS).any(), f"holds no BOS (id {BOS}): documents cannot be told apart"),
+            (i == 0 and tokens[0] != BOS,
+             f"starts with token {tokens[0]}, not BOS (id {BOS}): its first document is cut"),
+        ):
+            if bad:
+                raise UserError(f"{path} {fault}; build the shards again, with a BOS before every document")
+        if tokens.max() >= s.vocab_size:
+            at = int(np.argmax(tokens >= s.vocab_size))
+            raise UserError(f"{path} holds token {tokens[at]} at position {at} but VOCAB_SIZE="
+                            f"{s.vocab_size}: set VOCAB_SIZE and TOKENIZER_PATH to those it was made with")
+    return shards
+
+
+def read_sidecars(s: Settings, shards: Mapping[Path, np.ndarray]) -> np.ndarray | None:
+    """Bytes of every token (N,) int64 of these shards by their sidecars; None where there are no sidecars."""
+    sidecars = [path.with_name(path.name.replace("_val_", "_val_bytes_")) for path in shards]
+    if not any(path.exists() for path in sidecars):
+        return None
+    for path, tokens in zip(sidecars, shards.values()):
+        counts, wrong = read_shard(path), "the byte sidecar belongs to other shards; fetch both again"
+        if len(counts) != len(tokens):
+            raise UserError(f"{path} has {len(counts):,} entries for {len(tokens):,} tokens: {wrong}")
+        if (at := np.flatnonzero((tokens == BOS) & (counts != 0))).size:
+            raise UserError(f"{path} counts {counts[at[0]]} bytes for the BOS at position {at[0]}: {wrong}")
+    out = np.concatenate([read_shard(path) for path in sidecars]).astype(np.int64)
+    told = manifest_total(s, "val_bytes", "text_bytes")
+    if told not in (None, out.sum()) or not out.any():
+        says = "which cannot be" if told is None else f"the manifest says {told:,}"
+        raise UserError(f"the sidecars of {s.shards} count {out.sum():,} bytes, {says}: damaged or of other "
+                        "shards; fetch both again")
+    return out
+
+
+def read_manifest(s: Settings) -> dict:
+    """The folder's manifest.json, written by the data tools; empty when there is none."""
+    path = s.shards / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+        return manifest if {"files", "fingerprint"} <= set(manifest) else {}
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): fetch or build the data again") from error
+
+
+def manifest_total(s: Settings, kind: str, what: str) -> int | None:
+    """Sum of an entry over the manifest's files of a kind; None where it is not told."""
+    told = [entry.get(what) for entry in read_manifest(s).get("files", ()) if entry.get("kind") == kind]
+    return None if not told or None in told else sum(told)
 
 
 @dataclass(frozen=True)
@@ -952,20 +963,21 @@ def packed_batch(tokens: np.ndarray, max_len: int) -> Batch:
 
 
 class Stream:
-    """Micro-batches of one rank, in an order the files fix. `batches` taken so far are the whole state."""
-    batches = 0
+    """Micro-batches of one rank, in an order that the files fix. tokens: of one micro-batch of one rank."""
+
+    def __init__(self, files, world_size: int, rank: int, tokens: int):
+        self.shards = [read_shard(f) for f in files]
+        self.ends = np.cumsum([len(x) for x in self.shards])
+        self.world_size, self.rank, self.tokens, self.batches = world_size, rank, tokens, 0
+
+    @property
+    def epoch(self) -> float:
+        """Tokens that all ranks have taken, over those there are."""
+        return self.batches * self.world_size * self.tokens / int(self.ends[-1])
 
     def next(self) -> Batch:
-        drawn, self.batches = self.draw(), self.batches + 1
-        return self.read(drawn)
-
-    def seek(self, batches: int) -> None:
-        """Go on exactly as if so many batches had been taken from a fresh stream; reads no tokens."""
-        if batches < self.batches:
-            raise ValueError(f"a stream at batch {self.batches} cannot go back to {batches}: open it again")
-        while self.batches < batches:
-            self.draw()
-            self.batches += 1
+        batch, self.batches = self.cut(), self.batches + 1
+        return batch
 
 
 class TokenStream(Stream):
@@ -973,101 +985,80 @@ class TokenStream(Stream):
     of ranks."""
 
     def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int):
-        self.shards = [read_shard(f) for f in files]
-        self.ends = np.cumsum([len(x) for x in self.shards])
-        self.world_size, self.rank, self.tokens, self.max_len = world_size, rank, tokens, max_len
+        super().__init__(files, world_size, rank, tokens)
+        self.max_len = max_len
         if self.ends[-1] < tokens + 1:
-            raise UserError(f"{self.ends[-1]:,} training tokens are fewer than one micro-batch of "
-                            f"{tokens + 1:,}: lower TRAIN_BATCH_TOKENS or add shards")
+            raise UserError(f"{self.ends[-1]:,} training tokens are no micro-batch: lower TRAIN_BATCH_TOKENS")
 
-    @property
-    def epoch(self) -> float:
-        return self.batches * self.world_size * self.tokens / int(self.ends[-1])
-
-    def draw(self) -> int:
-        return (self.batches * self.world_size + self.rank) * self.tokens
-
-    def read(self, start: int) -> Batch:
-        """The batch at a position of the stream, which wraps at the end of the last shard."""
-        parts, total, count = [], int(self.ends[-1]), self.tokens + 1
+    def cut(self) -> Batch:
+        start, count, parts = (self.batches * self.world_size + self.rank) * self.tokens, self.tokens + 1, []
         while count > 0:
-            start %= total
+            start %= int(self.ends[-1])      # the stream wraps at the end of the last shard
             i = int(np.searchsorted(self.ends, start, side="right"))
-            begin = start - (int(self.ends[i - 1]) if i else 0)
-            part = np.asarray(self.shards[i][begin:begin + count])
-            parts.append(part)
-            start, count = start + len(part), count - len(part)
+            begin = start - int(self.ends[i]) + len(self.shards[i])
+            parts.append(np.asarray(self.shards[i][begin:begin + count]))
+            start, count = start + len(parts[-1]), count - len(parts[-1])
         return packed_batch(np.concatenate(parts), self.max_len)
 
 
 class DocPackStream(Stream):
     """The field's loader: ranks cut one span of (tokens + 1) x world_size from the current shard, whose rest
-    is dropped when it is shorter. `tokens` counts one micro-batch of one rank."""
+    is dropped when it is shorter."""
 
     def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int):
-        self.shards = [read_shard(f) for f in files]
-        self.world_size, self.rank, self.tokens, self.max_len = world_size, rank, tokens, max_len
-        self.span, self.shard, self.passed = (tokens + 1) * world_size, 0, 0
+        super().__init__(files, world_size, rank, tokens)
+        self.max_len, self.span, self.shard = max_len, (tokens + 1) * world_size, 0
         self.first = [int(np.argmax(x == BOS)) for x in self.shards]
-        if all(f + self.span > len(x) for f, x in zip(self.first, self.shards)):
-            raise UserError(f"no training shard holds {self.span:,} tokens after its first BOS: lower "
-                            "TRAIN_BATCH_TOKENS or use TRAIN_LOADER=stream")
         self.cursor = self.first[0]
+        if all(f + self.span > len(x) for f, x in zip(self.first, self.shards)):
+            raise UserError(f"no shard holds {self.span:,} tokens from a BOS on: use TRAIN_LOADER=stream")
 
-    @property
-    def epoch(self) -> float:
-        return self.passed / len(self.shards)
-
-    def draw(self) -> tuple[int, int]:
+    def cut(self) -> Batch:
         while self.cursor + self.span > len(self.shards[self.shard]):
-            self.shard, self.passed = (self.shard + 1) % len(self.shards), self.passed + 1
+            self.shard = (self.shard + 1) % len(self.shards)
             self.cursor = self.first[self.shard]
         begin = self.cursor + self.rank * (self.tokens + 1)
         self.cursor += self.span
-        return self.shard, begin
-
-    def read(self, drawn: tuple[int, int]) -> Batch:
-        shard, begin = drawn
-        return packed_batch(np.asarray(self.shards[shard][begin:begin + self.tokens + 1]), self.max_len)
+        return packed_batch(np.asarray(self.shards[self.shard][begin:begin + self.tokens + 1]), self.max_len)
 
 
 class WindowStream(Stream):
-    """What the streams of windows share. windows: the last batch, (index of the file, first token)."""
-    windows: Sequence[tuple[int, int]] = ()
+    """What the streams of windows share: rows of seq_len tokens, documents not kept apart. windows: the last
+    batch drawn, [(index of the file, first token), …]."""
 
-    def read(self, windows: Sequence[tuple[int, int]]) -> Batch:
+    def __init__(self, files, *, world_size: int, rank: int, seqs: int, seq_len: int):
+        super().__init__(files, world_size, rank, seqs * seq_len)
+        self.seqs, self.seq_len, self.windows = seqs, seq_len, []
+
+    def phase(self, i: int) -> tuple[int, int]:
+        """A random first token for the windows of file i, and how many windows there are from it."""
+        n, length = len(self.shards[i]), self.seq_len
+        most = min(length - 1, max(0, n - length - 1))
+        phase = int(self.rng.integers(most + 1)) if most > 0 else 0
+        return phase, (n - 1 - phase) // length
+
+    def rows(self, windows: Sequence[tuple[int, int]]) -> Batch:
         rows = [self.shards[i][a:a + self.seq_len + 1] for i, a in windows]
         t = torch.from_numpy(np.stack(rows).astype(np.int64))
         return Batch(t[:, :-1], t[:, 1:], None, self.seq_len)
 
 
 class ShuffledStream(WindowStream):
-    """Windows of seq_len tokens in random order; rank r owns files r, r + world_size, … ."""
+    """Windows in random order; rank r owns files r, r + world_size, … ."""
 
-    def __init__(self, files, *, world_size: int, rank: int, seqs: int, seq_len: int):
-        self.owned = list(range(rank, len(files), world_size))
-        if not self.owned:
-            raise UserError(f"rank {rank} owns no training shard: {len(files)} shards for {world_size} "
-                            "ranks; use TRAIN_LOADER=stream")
-        self.shards = {i: read_shard(files[i]) for i in self.owned}
-        self.seqs, self.seq_len = seqs, seq_len
-        self.rng = np.random.Generator(np.random.PCG64(rank))
-        self.total = sum((len(x) - 1) // seq_len for x in self.shards.values())
-        if self.total == 0:
-            raise UserError(f"no shard of rank {rank} holds {seq_len + 1} tokens: lower TRAIN_SEQ_LEN")
+    def __init__(self, files, **shape):
+        super().__init__(files, **shape)
+        self.rng = np.random.Generator(np.random.PCG64(self.rank))
+        self.owned = range(self.rank, len(files), self.world_size)
+        if not any(len(self.shards[i]) > self.seq_len for i in self.owned):
+            raise UserError(f"rank {self.rank} of {self.world_size} owns none of {len(files)} shards with "
+                            f"{self.seq_len + 1} tokens: use TRAIN_LOADER=stream")
         self.starts = {i: self.shuffle(i) for i in self.owned}
 
-    @property
-    def epoch(self) -> float:
-        return self.batches * self.seqs / self.total
-
     def shuffle(self, i: int) -> list[int]:
-        """A fresh permutation of the windows of file i, from a random phase."""
-        n, length = len(self.shards[i]), self.seq_len
-        most = min(length - 1, max(0, n - length - 1))
-        phase = int(self.rng.integers(most + 1)) if most > 0 else 0
-        count = (n - 1 - phase) // length
-        return (phase + self.rng.permutation(count) * length).tolist()
+        """A fresh permutation of the windows of file i."""
+        phase, count = self.phase(i)
+        return (phase + self.rng.permutation(count) * self.seq_len).tolist()
 
     def take(self) -> tuple[int, int]:
         if not any(self.starts.values()):
@@ -1076,9 +1067,9 @@ class ShuffledStream(WindowStream):
         i = self.owned[int(self.rng.choice(len(self.owned), p=left / left.sum()))]
         return i, self.starts[i].pop()
 
-    def draw(self) -> list[tuple[int, int]]:
+    def cut(self) -> Batch:
         self.windows = [self.take() for _ in range(self.seqs)]
-        return self.windows
+        return self.rows(self.windows)
 
 
 class CoprimeStream(WindowStream):
@@ -1086,37 +1077,37 @@ class CoprimeStream(WindowStream):
     to their number, shards are drawn by what they have left, more of them as training goes on. All ranks draw
     the same batch, rank r takes every world_size-th window; `windows` has those of all ranks."""
 
-    def __init__(self, files, *, world_size: int, rank: int, seqs: int, seq_len: int):
-        self.shards = [read_shard(f) for f in files]
-        self.world_size, self.rank, self.seqs, self.seq_len = world_size, rank, seqs, seq_len
+    def __init__(self, files, **shape):
+        super().__init__(files, **shape)
         seed = 0
         for byte in "".join(str(f) for f in files).encode():
             seed = (seed ^ byte) * 1099511628211 % 2 ** 64
         self.rng = np.random.Generator(np.random.PCG64(seed))
-        self.blocks = [(len(x) - 1) // seq_len for x in self.shards]
+        self.blocks = [(len(x) - 1) // self.seq_len for x in self.shards]
         self.eligible = np.flatnonzero(self.blocks)
         if not len(self.eligible):
-            raise UserError(f"no training shard holds {seq_len + 1} tokens: lower TRAIN_SEQ_LEN")
+            raise UserError(f"no training shard holds {self.seq_len + 1} tokens: lower TRAIN_SEQ_LEN")
         self.walks: dict[int, list] = {}      # shard -> starts of its blocks still to come, the next one last
-
-    @property
-    def epoch(self) -> float:
-        return self.batches * self.seqs * self.world_size / sum(self.blocks)
 
     def walk(self, i: int) -> list[int]:
         """A fresh walk over the blocks of shard i: random phase, start and coprime stride; reversed."""
-        n = len(self.shards[i])
-        most = min(self.seq_len - 1, max(0, n - self.seq_len - 1))
-        phase = int(self.rng.integers(most + 1)) if most else 0
-        count = (n - 1 - phase) // self.seq_len
+        phase, count = self.phase(i)
         start = int(self.rng.integers(count)) if count > 1 else 0
         stride = 1
         while count > 1 and math.gcd(stride := int(self.rng.integers(1, count)), count) != 1:
             pass
         return [phase + (start + j * stride) % count * self.seq_len for j in reversed(range(count))]
 
-    def draw(self) -> list[tuple[int, int]]:
-        """This rank's part of one global batch."""
+    def take(self, i: int, count: int) -> list[tuple[int, int]]:
+        """The next `count` blocks of shard i, shuffled."""
+        out = []
+        while len(out) < count:
+            if not self.walks.get(i):
+                self.walks[i] = self.walk(i)
+            out.append((i, self.walks[i].pop()))
+        return [out[k] for k in self.rng.permutation(count)] if count > 1 else out
+
+    def cut(self) -> Batch:
         size, progress = self.seqs * self.world_size, min(self.batches / 1800, 1.0)
         left = np.array([max(len(self.walks[i]), 1) if i in self.walks else self.blocks[i]
                          for i in self.eligible], np.float64)
@@ -1129,73 +1120,47 @@ class CoprimeStream(WindowStream):
         order = self.rng.permutation(mixed)
         counts = np.broadcast_to(counts, mixed)[order]
         buckets = [self.take(int(i), int(n)) for i, n in zip(self.eligible[chosen][order], counts)]
-        windows, active = [], list(range(mixed))
+        self.windows, active = [], list(range(mixed))
         while active:
             active = [active[k] for k in self.rng.permutation(len(active))]
-            windows += [buckets[b].pop() for b in active]
+            self.windows += [buckets[b].pop() for b in active]
             active = [b for b in active if buckets[b]]
-        self.windows = windows
-        return windows[self.rank::self.world_size]
-
-    def take(self, i: int, count: int) -> list[tuple[int, int]]:
-        """The next `count` blocks of shard i, shuffled."""
-        out = []
-        while len(out) < count:
-            if not self.walks.get(i):
-                self.walks[i] = self.walk(i)
-            out.append((i, self.walks[i].pop()))
-        return [out[k] for k in self.rng.permutation(count)] if count > 1 else out
+        return self.rows(self.windows[self.rank::self.world_size])
 
 
-def open_train_stream(s: Settings, world: World, tokens: int):
+def open_train_stream(s: Settings, world: World, tokens: int) -> Stream:
     """The training stream that TRAIN_LOADER names, for micro-batches of `tokens` tokens."""
-    files = list_shards(s.shards, "train")
-    common = dict(world_size=world.size, rank=world.rank)
-    if s.train_loader in WINDOWED:
-        kind = ShuffledStream if s.train_loader == "shuffled" else CoprimeStream
-        return kind(files, **common, seqs=tokens // s.train_seq_len, seq_len=s.train_seq_len)
-    kind = TokenStream if s.train_loader == "stream" else DocPackStream
-    return kind(files, **common, tokens=tokens, max_len=s.train_seq_len)
+    kind = {"stream": TokenStream, "docpack": DocPackStream, "shuffled": ShuffledStream,
+            "coprime": CoprimeStream}[s.train_loader]
+    windows = s.train_loader in WINDOWED
+    shape = (dict(seqs=tokens // s.train_seq_len, seq_len=s.train_seq_len) if windows
+             else dict(tokens=tokens, max_len=s.train_seq_len))
+    return kind(list_shards(s.shards, "train"), world_size=world.size, rank=world.rank, **shape)
 
 
 class Prefetch:
     """Reads batches ahead in one thread and copies them to the device; the order is the stream's own. epoch:
     where the stream was at the batch handed out last."""
 
-    def __init__(self, stream, device: torch.device, depth: int = 3):
+    def __init__(self, stream: Stream, device: torch.device, depth: int = 4):
         self.stream, self.device, self.epoch = stream, device, 0.0
-        self.queue: queue.Queue = queue.Queue(depth)
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self.work, daemon=True)
-        self.thread.start()
+        self.reader = ThreadPoolExecutor(1)
+        self.ahead = deque(self.reader.submit(self.read) for _ in range(depth))
 
-    def work(self) -> None:
-        while not self.stop.is_set():
-            try:
-                item = self.stream.next().to(self.device), self.stream.epoch
-            except BaseException as error:   # handed to the training thread, which raises it
-                item = error
-            while not self.stop.is_set():
-                with contextlib.suppress(queue.Full):
-                    self.queue.put(item, timeout=0.1)
-                    break
-            if isinstance(item, BaseException):
-                return
+    def read(self) -> tuple[Batch, float]:
+        return self.stream.next().to(self.device), self.stream.epoch
 
     def next(self, cut: int = 0) -> Batch:
         """The next batch; a packed one cut at `cut` tokens, also where it was read ahead with another."""
         if cut:
             self.stream.max_len = cut
-        item = self.queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        batch, self.epoch = item
+        batch, self.epoch = self.ahead.popleft().result()      # raises what the thread raised
+        self.ahead.append(self.reader.submit(self.read))
         stale = cut and batch.tokens is not None and batch.cut != cut
         return packed_batch(batch.tokens, cut).to(self.device) if stale else batch
 
     def close(self) -> None:
-        self.stop.set()
-        self.thread.join()
+        self.reader.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -1211,7 +1176,7 @@ class ByteTable:
         sp = load_tokenizer(path)
         if sp.vocab_size() != vocab_size:
             raise UserError(f"tokenizer {path} has {sp.vocab_size()} tokens but VOCAB_SIZE={vocab_size}: set "
-                            "VOCAB_SIZE or TOKENIZER_PATH to the pair the shards were made with")
+                            "them to the pair that the shards were made with")
         base, lead, boundary = (np.zeros(vocab_size, kind) for kind in (np.int16, bool, bool))
         for i in range(vocab_size):
             if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
@@ -1291,36 +1256,17 @@ class Validation:
         self.stream = stream
 
     def __init__(self, s: Settings):
-        files = list_shards(s.shards, "val")
-        self.tokens = np.concatenate([read_shard(f) for f in files])
-        for i, f in enumerate(files):
-            check_tokens(read_shard(f), s.vocab_size, f, first=i == 0)
-        sidecars = [f.with_name(f.name.replace("fineweb_val_", "fineweb_val_bytes_")) for f in files]
-        if any(f.exists() for f in sidecars):
-            self.rule, sizes = "sidecar", [read_shard(f) for f in sidecars]
-            for f, tokens, counts in zip(sidecars, files, sizes):
-                if len(counts) != len(read_shard(tokens)):
-                    raise UserError(f"{f} has {len(counts):,} entries for {len(read_shard(tokens)):,} "
-                                    "tokens: the byte sidecar belongs to other shards; fetch both again")
-                if (at := np.flatnonzero((read_shard(tokens) == BOS) & (counts != 0))).size:
-                    raise UserError(f"{f} counts {int(counts[at[0]])} bytes for the BOS at position {at[0]}: "
-                                    "it is the sidecar of other shards; fetch both again")
-            self.target_bytes = np.concatenate(sizes)[1:].astype(np.int64)
-            told = [e.get("text_bytes") for e in read_manifest(s).get("files", ())
-                    if e.get("kind") == "val_bytes"]
-            if told and None not in told and sum(told) != self.target_bytes.sum():
-                raise UserError(f"the sidecars of {s.shards} count {self.target_bytes.sum():,} bytes, the "
-                                f"manifest says {sum(told):,}: damaged or of other shards; fetch both again")
+        shards = read_tokens(s, "val")
+        self.tokens = np.concatenate(list(shards.values()))
+        counts = read_sidecars(s, shards)
+        if counts is not None:
+            self.rule, self.target_bytes = "sidecar", counts[1:]
         elif s.caseops_enabled:
-            raise UserError(f"CASEOPS_ENABLED=1 needs the byte sidecar {sidecars[0]}: fetch it, or set "
-                            "CASEOPS_ENABLED=0 for a plain tokenizer")
+            raise UserError(f"CASEOPS_ENABLED=1 needs the byte sidecars of {s.shards}: fetch them, or set 0")
         else:
-            self.rule = "table"
             table = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
-            self.target_bytes = table.count(self.tokens[:-1], self.tokens[1:])
+            self.rule, self.target_bytes = "table", table.count(self.tokens[:-1], self.tokens[1:])
         self.documents = Documents(self.tokens).sample(s.val_doc_fraction, s.seed)
-        if self.target_bytes.sum() == 0:
-            raise UserError(f"the validation targets of {files[0]} count 0 bytes: the sidecar is damaged")
 
     def open_for_study(self, run: Run, why: str) -> np.ndarray:
         """The one door past the seal: marks the run NON-COMPLIANT, then hands out the tokens."""
@@ -1335,30 +1281,6 @@ class Validation:
         val.tokens, val.rule, val.documents = tokens.astype(np.uint16), "made up", Documents(tokens)
         val.target_bytes = (tokens[1:] != BOS).astype(np.int64)
         return val
-
-    def text_bytes(self, s: Settings) -> bytes:
-        """The validation text as UTF-8, decoded document by document."""
-        sp, documents = load_tokenizer(s.tokenizer), zip(self.documents.start, self.documents.length)
-        pieces = (self.tokens[a + 1:a + n].tolist() for a, n in documents)
-        return "\n".join(sp.decode([t for t in piece if t != BOS]) for piece in pieces).encode()
-
-
-def check_tokens(tokens: np.ndarray, vocab_size: int, path: Path, first: bool) -> None:
-    """Refuse a token file without documents, with ids beyond the vocabulary or, if it is the first of its
-    kind (published shards are cut anywhere), not starting with a document."""
-    if tokens[0] == 0:
-        raise UserError(f"{path} starts with 0, not with BOS (id {BOS}): it is a byte sidecar, not tokens; "
-                        "build the shards again")
-    if not (tokens == BOS).any():
-        raise UserError(f"{path} holds no BOS (id {BOS}): documents cannot be told apart; build the shards "
-                        "again with a BOS before every document")
-    if first and tokens[0] != BOS:
-        raise UserError(f"{path} starts with token {int(tokens[0])}, not BOS (id {BOS}): its first document "
-                        "is cut; build the shards again")
-    if tokens.max() >= vocab_size:
-        at = int(np.argmax(tokens >= vocab_size))
-        raise UserError(f"{path} holds token {int(tokens[at])} at position {at} but VOCAB_SIZE={vocab_size}: "
-                        "another tokenizer made these shards; set VOCAB_SIZE and TOKENIZER_PATH to its own")
 
 
 # ============================================================================================================
@@ -5018,35 +4940,26 @@ class Finding(NamedTuple):
 
 def check_train_shards(s: Settings) -> str:
     """Headers of all training shards and the first million tokens of each; DATA_CHECK=full: all tokens."""
-    files = list_shards(s.shards, "train")
-    shards = [read_shard(f) for f in files]
-    for i, (f, tokens) in enumerate(zip(files, shards)):
-        check_tokens(tokens if s.data_check == "full" else tokens[:1_000_000], s.vocab_size, f, first=i == 0)
-    return f"{len(files)} shards, {sum(map(len, shards)):,} tokens"
+    shards = read_tokens(s, "train", None if s.data_check == "full" else 1_000_000)
+    return f"{len(shards)} shards, {sum(map(len, shards.values())):,} tokens"
 
 
 def check_validation(s: Settings) -> str:
-    """The whole validation set: headers, BOS, ids, sidecar, split."""
-    val = Validation(s)
-    check_split(s, int((val.tokens == BOS).sum()))
-    if val.rule == "table":
-        check_byte_rule(s, val)
-    return (f"{len(val.tokens) - 1:,} targets, {len(val.documents):,} documents, "
-            f"{int(val.target_bytes.sum()):,} bytes by {val.rule}")
-
-
-def check_split(s: Settings, documents: int) -> None:
-    """The number of validation documents: canonical, or that of a manifest with a split of its own."""
-    manifest = read_manifest(s)
-    told = [e["documents"] for e in manifest.get("files", ()) if e.get("kind") == "val" and "documents" in e]
-    if told and sum(told) != documents:
+    """The whole validation set: headers, BOS, ids, bytes, and the split: canonical, or a manifest's own."""
+    val, manifest = Validation(s), read_manifest(s)
+    documents, told = int((val.tokens == BOS).sum()), manifest_total(s, "val", "documents")
+    if told not in (None, documents):
         raise UserError(f"the validation shards of {s.shards} hold {documents:,} documents (BOS tokens), the "
-                        f"manifest says {sum(told):,}: fetch or build the data again")
+                        f"manifest says {told:,}: fetch or build the data again")
     canonical = not manifest or manifest.get("split", {}).get("rule") == "first"
     if canonical and documents != CANONICAL_VAL_DOCS:
         raise UserError(f"{s.shards} holds {documents:,} validation documents, the canonical split has "
                         f"{CANONICAL_VAL_DOCS:,}: the rest may be trained on; fetch the data again, or for a "
                         f"corpus of your own: python data/check.py {s.shards} --custom --write-manifest")
+    if val.rule == "table":
+        check_byte_rule(s, val)
+    return (f"{len(val.tokens) - 1:,} targets, {len(val.documents):,} documents, "
+            f"{int(val.target_bytes.sum()):,} bytes by {val.rule}")
 
 
 def check_byte_rule(s: Settings, val: Validation, documents: int = 200) -> None:
@@ -5057,56 +4970,35 @@ def check_byte_rule(s: Settings, val: Validation, documents: int = 200) -> None:
         counted += int(val.target_bytes[a:a + n - 1].sum())
         text += len(sp.decode([t for t in val.tokens[a + 1:a + n].tolist() if t != BOS]).encode())
     if counted > 1.01 * text:
-        raise UserError(f"the first documents are {text:,} bytes of text, but the byte rule counts "
-                        f"{counted:,}: scores would be too good")
-
-
-def read_manifest(s: Settings) -> dict:
-    """The folder's manifest.json, written by the data tools; empty when there is none."""
-    path = s.shards / "manifest.json"
-    try:
-        manifest = json.loads(path.read_bytes())
-        return manifest if {"files", "fingerprint"} <= set(manifest) else {}
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): fetch or build the data again") from error
+        raise UserError(f"the byte rule counts {counted:,} bytes in {text:,}: scores would be too good")
 
 
 def check_manifest(s: Settings) -> str:
     """Files, sizes and tokenizer against the manifest, and overlap; returns the data's fingerprint.
     DATA_CHECK=full also reads every byte."""
+    def sha256(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
     manifest, folder = read_manifest(s), s.shards
     files = {e["name"]: e for e in manifest.get("files", ())}
     present = {p.name: p for p in folder.glob("fineweb_*.bin")}
-    if manifest:
-        for name in sorted(set(files) ^ set(present)):
-            what = "is missing" if name in files else "is not listed"
-            raise UserError(f"{folder / name} {what}, says manifest.json: fetch or build the data again")
-        for name, entry in files.items():
-            check_file(present[name], entry, s.data_check == "full")
-        told, mine = manifest.get("tokenizer", {}).get("sha256"), s.tokenizer
-        if told and mine.is_file() and hashlib.sha256(mine.read_bytes()).hexdigest() != told:
-            raise UserError(f"TOKENIZER_PATH={mine} is not the tokenizer of {folder}: set it to its own")
+    for name in sorted(set(files) ^ set(present)) if manifest else ():
+        what = "is missing" if name in files else "is not listed"
+        raise UserError(f"{folder / name} {what}, says manifest.json: fetch or build the data again")
+    for name, entry in files.items():
+        path, size = present[name], present[name].stat().st_size
+        if size != entry["size"]:
+            raise UserError(f"{path} has {size:,} bytes, the manifest says {entry['size']:,}: fetch it again")
+        if s.data_check == "full" and sha256(path) != entry["sha256"]:
+            raise UserError(f"{path} is damaged, its SHA-256 is not the manifest's: fetch or build it again")
+    told = manifest.get("tokenizer", {}).get("sha256")
+    if told and s.tokenizer.is_file() and sha256(s.tokenizer) != told:
+        raise UserError(f"TOKENIZER_PATH={s.tokenizer} is not the tokenizer of {folder}: set it to its own")
     check_overlap(s)
     if manifest:
         return manifest["fingerprint"][:16]
     sizes = "".join(f"{name} {present[name].stat().st_size}\n" for name in sorted(present))
     return f"sizes-{hashlib.sha256(sizes.encode()).hexdigest()[:16]} (no manifest.json)"
-
-
-def check_file(path: Path, entry: Mapping, full: bool) -> None:
-    """One file against its manifest entry: size, and with `full` its SHA-256."""
-    if path.stat().st_size != entry["size"]:
-        raise UserError(f"{path} has {path.stat().st_size:,} bytes, the manifest says {entry['size']:,}: "
-                        "it is truncated or another file; fetch or build it again")
-    if (told := entry.get("text_bytes")) and entry.get("kind") == "val_bytes":
-        if (counted := int(read_shard(path).sum(dtype=np.int64))) != told:
-            raise UserError(f"{path} counts {counted:,} bytes, the manifest says {told:,}: "
-                            "scores would be wrong; fetch or build it again")
-    if full:
-        if hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest() != entry["sha256"]:
-            raise UserError(f"{path} is damaged, its SHA-256 is not the manifest's: fetch or build it again")
 
 
 def check_overlap(s: Settings) -> None:
@@ -5136,12 +5028,6 @@ def document_hashes(tokens: np.ndarray):
             yield a, hashlib.blake2b(raw[2 * a + 2:2 * b], digest_size=8).digest()
 
 
-def check_tokenizer(s: Settings) -> str:
-    """The tokenizer loads and has VOCAB_SIZE tokens."""
-    ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
-    return f"{s.tokenizer.name}, {s.vocab_size} tokens"
-
-
 def check_disk(folder: Path, need: int) -> str:
     """The folder can be written and really has `need` bytes: they are reserved, then given back."""
     probe = folder / f".space.{os.getpid()}"
@@ -5162,37 +5048,32 @@ def check_disk(folder: Path, need: int) -> str:
     return f"{need:,} bytes can be written"
 
 
-def disk_need(s: Settings) -> int:
-    """Bytes a run may write: weights, artifact, logs."""
-    weights = sum(math.prod(shape) for shape in parameter_shapes(s).values())
-    return 4 * weights + 2 * ARTIFACT_LIMIT + (8 << 20)
-
-
 def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "") -> list[Finding]:
     """Every check that applies to the mode, in the order a user would fix them. attention_why: the answer,
     where the kernels were tried already."""
-    cuda = world.device.type == "cuda"
-    checks: list[tuple[str, Callable[[], str]]] = [
-        ("device", lambda: torch.cuda.get_device_name(world.device) if cuda
-            else f"CPU, {torch.get_num_threads()} threads"),
-        ("attention", lambda: attention_why or resolve_attention(s.attn_backend, world.device)[1]),
-        ("batch", lambda: f"{world.size} ranks x " + "{} micro-batches of {:,} tokens".format(
-            *s.batch_shape(world.size))),
-        ("disk", lambda: check_disk(folder, disk_need(s))), ("size", lambda: expected_size(s)),
-        ("training shards", lambda: check_train_shards(s)),
-        ("validation shards", lambda: check_validation(s)), ("tokenizer", lambda: check_tokenizer(s)),
-        ("data fingerprint", lambda: check_manifest(s))]
+    written = 2 * ARTIFACT_LIMIT + (8 << 20) + 4 * sum(map(math.prod, parameter_shapes(s).values()))
+    checks = {
+        "device": lambda: f"{world.device_name}, {torch.get_num_threads()} host threads",
+        "attention": lambda: attention_why or resolve_attention(s.attn_backend, world.device)[1],
+        "batch": lambda: "{} ranks x {} micro-batches of {:,} tokens".format(
+            world.size, *s.batch_shape(world.size)),
+        "disk": lambda: check_disk(folder, written),       # artifact twice, logs, weights
+        "size": lambda: expected_size(s),
+        "training shards": lambda: check_train_shards(s),
+        "validation shards": lambda: check_validation(s),
+        "tokenizer": lambda: f"{s.tokenizer.name}, "
+                             f"{len(ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size).base)} tokens",
+        "data fingerprint": lambda: check_manifest(s)}
     if s.eval_only_quantized_path:
-        checks = [c for c in checks if c[0] not in ("training shards", "data fingerprint")]
+        del checks["training shards"], checks["data fingerprint"]
     findings = []
-    for what, check in checks:
+    for what, check in checks.items():
         try:
             findings.append(Finding(True, what, check()))
-        except UserError as error:
-            findings.append(Finding(False, what, str(error)))
-        except OSError as error:
+        except (UserError, OSError) as error:
+            unread = isinstance(error, OSError)
             findings.append(Finding(False, what, f"cannot read {error.filename}: {error.strerror}; check its "
-                                                 "permissions"))
+                                                 "permissions" if unread else str(error)))
     return findings
 
 
@@ -5270,19 +5151,27 @@ def public_settings(values: Mapping) -> dict:
     return {k: v for k, v in values.items() if not k.endswith(("_PATH", "_DIR"))}
 
 
-SWITCHES = {   # prefix of settings -> the setting without which they do nothing
-    "ASYM_LOGIT_": "asym_logit_rescale", "AWQ_LITE_": "awq_lite_enabled", "BIGRAM_": "bigram_vocab_size",
-    "BANK_SPLIT": "matrix_lr_early", "GLOBAL_TTT_": "phased_ttt_prefix_docs", "LOOP_": "num_loops",
-    "LATE_QAT_": "late_qat_threshold", "LQER_": "lqer_enabled", "MATRIX_LR_LATE": "matrix_lr_early",
-    "PHASED_TTT_": "ttt_enabled", "RECUR_": "num_loops", "SEQ_CHANGE_": "train_seq_schedule",
-    "SMEAR_": "smear_gate_enabled", "SPARSE_ATTN_": "sparse_attn_gate_enabled", "TTT_": "ttt_enabled",
-    "SPLIT_LR_": "matrix_lr_early", "VE_": "ve_enabled"}
+SWITCHES = {   # how settings' names begin -> the setting (or its value) without which they do nothing
+    "asym_logit_train": "asym_logit_rescale", "bank_split": "matrix_lr_early", "bigram_": "bigram_vocab_size",
+    "gated_attn_init_": "gated_attn_enabled", "global_ttt_": "phased_ttt_prefix_docs", "loop_": "num_loops",
+    "late_qat_": "late_qat_threshold", "matrix_lr_late": "matrix_lr_early", "phased_ttt_": "ttt_enabled",
+    "recur_": "num_loops", "seq_change_": "train_seq_schedule", "split_lr_": "matrix_lr_early",
+    **dict.fromkeys("matrix_bits embed_bits matrix_clip_ attn_clip_ mlp_clip_ embed_clip_".split(),
+                    "quant_allocation=hand"),
+    **{f.name.removesuffix("enabled"): f.name for f in fields(Settings)
+       if f.name.endswith("_enabled") and f.name != "gated_attn_enabled"}}   # its QUANT_GATE is of all gates
 
 
 def idle_settings(s: Settings) -> dict[str, str]:
     """Settings that were changed though what they belong to is off, and what that is."""
-    return {name: f"{switch.upper()} is off" for name in s.changed() for prefix, switch in SWITCHES.items()
-            if name.startswith(prefix) and name != switch.upper() and not getattr(s, switch)}
+    idle = {}
+    for prefix, switch in SWITCHES.items():
+        switch, _, wanted = switch.partition("=")
+        value = getattr(s, switch)
+        if value != wanted if wanted else not value:
+            idle.update({name: f"{switch.upper()} is {value or 'off'}" for name in s.changed()
+                         if name.startswith(prefix.upper()) and name != switch.upper()})
+    return idle
 
 
 def closest_system(s: Settings) -> tuple[str, dict] | None:
@@ -5304,13 +5193,13 @@ def closest_system(s: Settings) -> tuple[str, dict] | None:
 
 def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
     """What runs, where: into the log before anything else."""
-    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-    run.log("start", run_id=run.id, device=device, world_size=world.size, torch=torch.__version__,
+    parameters, settings = sum(p.numel() for p in model.parameters()), public_settings(s.as_env())
+    run.log("start", run_id=run.id, device=world.device_name, world_size=world.size, torch=torch.__version__,
             python=platform.python_version(), dtype=str(model.compute_dtype), attention=ATTENTION,
-            parameters=sum(p.numel() for p in model.parameters()))
-    run.log("settings", quiet=True, **public_settings(s.as_env()))
+            parameters=parameters)
+    run.log("settings", quiet=True, **settings)
     run.log("changed_settings", quiet=True, **public_settings(s.changed()))
-    if ignored := {**{k: NO_EFFECT[k] for k in NO_EFFECT if k in os.environ}, **idle_settings(s)}:
+    if ignored := {**{k: NO_SETTINGS[k][1] for k in NO_SETTINGS if k in os.environ}, **idle_settings(s)}:
         run.log("settings_without_effect", **ignored)
     if near := closest_system(s):
         name, differs = near
@@ -5322,9 +5211,8 @@ def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
     if world.main:
         encoding = "latin-1" if source.startswith(b"# coding: latin-1") else "utf-8"
         run.text.write(source.decode(encoding) + "\n" + "=" * 100 + "\n")
-    run.summary.update(seed=s.seed, world_size=world.size, device=device,
-                       settings=public_settings(s.as_env()), code_bytes=code_bytes(), torch=torch.__version__,
-                       model_params=sum(p.numel() for p in model.parameters()))
+    run.summary.update(seed=s.seed, world_size=world.size, device=world.device_name, settings=settings,
+                       code_bytes=code_bytes(), torch=torch.__version__, model_params=parameters)
 
 
 def save_weights(run: Run, model: GPT) -> None:
@@ -5341,11 +5229,9 @@ def read_weights(path: str, model: GPT) -> None:
     try:
         box = torch.load(path, map_location="cpu", weights_only=True)
         weights, theirs = box["weights"], box["architecture"]
-    except FileNotFoundError as error:
-        raise UserError(f"EVAL_ONLY_PATH={path} does not exist: give a run's final_model.pt") from error
-    except Exception as error:    # torch.load raises many types for a damaged or foreign file
+    except Exception as error:    # torch.load raises many types for a missing, damaged or foreign file
         raise UserError(f"EVAL_ONLY_PATH={path} holds no averaged weights of this script "
-                        f"({type(error).__name__})") from error
+                        f"({type(error).__name__}): give a run's final_model.pt") from error
     check_architecture(model.s, theirs, f"EVAL_ONLY_PATH={path} holds weights")
     views = field_views({n: p.data for n, p in model.named_parameters()})
     if set(views) != set(weights) or any(v.shape != weights[n].shape for n, v in views.items()):
@@ -5424,7 +5310,9 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
 
 def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validation, path: Path) -> None:
     """The evaluation: open the artifact, score its weights by plain windows, sliding windows and TTT."""
-    if mark := open_artifact(s, world, model, path)[1]:
+    size, mark = open_artifact(s, world, model, path)
+    run.summary.update(artifact_bytes=size, total_bytes=check_size(size))
+    if mark:
         run.not_compliant(mark)
     log_probes(s, world, run, model)
     clock = Clock(s.eval_max_seconds)
@@ -5432,27 +5320,24 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
     scorer = Scorer(s, world, model)
     with clock.exclude():        # a diagnostic
         final = scorer.windows(val, s.eval_seq_len)
-    run.save_summary()
     log_score(run, "quantized", final, scorer.ledger, clock)
-    run.summary["quantized_val_bpb"] = final.bpb
     if s.sliding_window_enabled:
         val.hints = Hints.build(s, world, val, False)
         final = scorer.windows(val, s.eval_stride)
         log_score(run, "sliding", final, scorer.ledger, clock)
-        run.summary["sliding_val_bpb"] = final.bpb
-        run.save_summary()
     if s.ttt_enabled:
-        def tell(event: str, **values) -> None:
-            if event == "give_up":
-                run.log("watchdog", **values)
-
         if val.hints is None or "stream" not in (s.ttt_doc_order, s.ngram_doc_order):
             val.hints = Hints.build(s, world, val, True)
         which = {"stream": "first", "length": "longest"}[s.ttt_doc_order]
         run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
                 base_weights_learn_from=f"the {which} {s.phased_ttt_prefix_docs:,} documents",
                 ngram_hints=0 if val.hints is None else len(val.hints.at), elapsed=clock.elapsed())
-        ttt = PhasedTTT(s, world, model, val, tell, clock)
+
+        def trace(event: str, **values) -> None:
+            if event == "give_up":
+                run.log("watchdog", **values)
+
+        ttt = PhasedTTT(s, world, model, val, trace, clock)
         final = ttt.run()
         log_score(run, "ttt", final, ttt.ledger, clock)
     seconds = clock.elapsed()
@@ -5469,9 +5354,11 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
 
 
 def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) -> None:
-    """A stage's score, and off the clock its profiles."""
+    """A stage's score, into the summary at once, and off the clock its profiles."""
     run.log(f"score_{stage}", val_loss=score.loss, val_bpb=score.bpb, elapsed=clock.elapsed())
+    run.summary[f"{stage}_val_bpb"] = score.bpb
     with clock.exclude():
+        run.save_summary()
         for profile in ledger.profiles():
             run.log("profile", quiet=True, stage=stage, **profile)
 
@@ -5479,7 +5366,10 @@ def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) 
 def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> tuple[int, str]:
     """The weights of the artifact file at path (on rank 0's disk) into the model; returns the file's size and
     why it is NON-COMPLIANT (empty if it is not)."""
-    blob = world.share_bytes(read_file(path) if world.main else None)
+    try:
+        blob = world.share_bytes(path.read_bytes() if world.main else None)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; give final_model.int6.ptz") from error
     load_weights(model, dequantise(unpack_model(s, blob, path.name)), path.name)
     header, streams = artifact_from_bytes(blob, path.name)
     raw = np.frombuffer(streams.get(CALIBRATION_STREAM, b""), "<f4")
@@ -5489,15 +5379,13 @@ def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> tuple[in
 
 def log_probes(s: Settings, world: World, run: Run, model: GPT) -> None:
     """Evidence for C1-C4 into log and summary; a condition that fails makes the run NON-COMPLIANT."""
-    begin = time.perf_counter()
-    probes = run_probes(s, world, model)
-    for p in probes:
-        run.log("probe", name=p.name, ok=p.ok, figure=p.figure)
-    run.log("probes", seconds=time.perf_counter() - begin)
+    clock, probes = Clock(), run_probes(s, world, model)
     run.summary["probes"] = {p.name: {"ok": p.ok, "figure": p.figure} for p in probes}
     for p in probes:
+        run.log("probe", name=p.name, ok=p.ok, figure=p.figure)
         if not p.ok:
             run.not_compliant(f"the probe {p.name} failed: {p.figure}")
+    run.log("probes", seconds=clock.elapsed())
 
 
 TEXT_BASELINE_LIMIT = 8 << 20     # bytes of validation text that general-purpose compressors can manage
@@ -5507,7 +5395,9 @@ def text_baselines(s: Settings, val: Validation) -> dict[str, float]:
     """Bits per byte of general-purpose compressors on the validation text, when it is short enough."""
     if s.caseops_enabled or val.target_bytes.sum() > TEXT_BASELINE_LIMIT:     # CaseOps text is transformed
         return {}
-    text = val.text_bytes(s)
+    sp, documents = load_tokenizer(s.tokenizer), zip(val.documents.start, val.documents.length)
+    pieces = (val.tokens[a + 1:a + n] for a, n in documents)
+    text = "\n".join(sp.decode(piece[piece != BOS].tolist()) for piece in pieces).encode()
     return {"brotli-11": 8 * len(brotli.compress(text, quality=11)) / len(text),
             "xz -9e": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)}
 
@@ -5515,12 +5405,10 @@ def text_baselines(s: Settings, val: Validation) -> dict[str, float]:
 def closing_block(s: Settings, world: World, run: Run, val: Validation) -> None:
     """Every score, size and time, and one last line that is easy to grep."""
     summary = run.summary
-    rows = [("untrained", "untrained_val_bpb"), ("averaged weights", "prequant_val_bpb"),
-            ("quantised", "quantized_val_bpb"), ("sliding windows", "sliding_val_bpb")]
-    if s.ttt_enabled:
-        rows.append(("test-time training", "val_bpb"))
     run.say("\n" + "-" * 72)
-    for label, key in rows:
+    for label, key in (("untrained", "untrained_val_bpb"), ("averaged weights", "prequant_val_bpb"),
+                       ("quantised", "quantized_val_bpb"), ("sliding windows", "sliding_val_bpb"),
+                       ("test-time training", "ttt_val_bpb")):
         if summary.get(key) is not None:
             run.say(f"{label:28} {summary[key]:10.5f} BPB")
     summary["text_baselines"] = text_baselines(s, val) if world.main else {}
@@ -5546,17 +5434,13 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
     if reads_targets(s):
         run.not_compliant("NGRAM_GATES=target: n-gram experts read the token that they predict")
     for finding in run_checks(s, world, run.dir, why):
-        if finding.what == "data fingerprint":
-            run.summary["data_fingerprint"] = finding.detail
         run.log("check", what=finding.what, detail=finding.detail)
         if not finding.ok:
             raise UserError(finding.detail)
+        if finding.what == "data fingerprint":
+            run.summary["data_fingerprint"] = finding.detail
     val = Validation(s)
-    path = Path(s.eval_only_quantized_path or run.dir / ARTIFACT_NAME)
-    if s.eval_only_quantized_path:
-        size, _ = open_artifact(s, world, model, path)
-        run.summary.update(artifact_bytes=size, total_bytes=check_size(size))
-    else:
+    if not s.eval_only_quantized_path:
         with Validation.seal():
             clock, stream = learn(s, world, run, model, val)
             if s.prequant_ttt_enabled:
@@ -5570,20 +5454,10 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
             run.log("score_prequant", val_loss=score.loss, val_bpb=score.bpb)
             run.summary["prequant_val_bpb"] = score.bpb
     if not (s.quantize_only or s.prequant_only):
+        path = Path(s.eval_only_quantized_path or run.dir / ARTIFACT_NAME)
         score_artifact(s, world, run, model, val, path)
     closing_block(s, world, run, val)
     run.save_summary()
-
-
-def read_file(path: Path) -> bytes:
-    """A whole artifact file; what cannot be one is refused before it is read."""
-    try:
-        if not 0 < path.stat().st_size <= 64 * ARTIFACT_LIMIT:
-            raise UserError(f"{path} has {path.stat().st_size:,} bytes, which no artifact has: give a run's "
-                            "final_model.int6.ptz")
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; give final_model.int6.ptz") from error
 
 
 def check_command(which: str) -> int:

@@ -36,7 +36,7 @@ def test_authors_command_is_accepted(name):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_no_setting_of_a_configuration_is_read_by_nothing(name):
     known = {f.name.upper() for f in tg.fields(tg.Settings)}
-    known |= set(tg.NO_EFFECT) | set(tg.ONLY) | set(tg.ALIASES) | {"QUANT_ALLOCATION", "QUANT_TRELLIS"}
+    known |= set(tg.NO_SETTINGS) | set(tg.ALIASES) | {"QUANT_ALLOCATION", "QUANT_TRELLIS"}
     assert set(load_config(name)) <= known
 
 
@@ -60,6 +60,8 @@ def test_start_names_the_nearest_system_and_idle_settings():
     assert name == "pr2014" and differs == {"MATRIX_LR": [0.03, 0.026], "BIGRAM_DIM": [64, 128]}
     idle = tg.idle_settings(tg.Settings.from_env(changed))
     assert idle == {"BIGRAM_DIM": "BIGRAM_VOCAB_SIZE is off"}
+    assert tg.idle_settings(settings(ATTN_CLIP_SIGMAS=14, LQER_RANK=2)) == {
+        "ATTN_CLIP_SIGMAS": "QUANT_ALLOCATION is fisher", "LQER_RANK": "LQER_ENABLED is off"}
 
 
 def test_new_tensors_survive_quantising_and_packing():

@@ -44,37 +44,29 @@ def same(a: tg.Batch, b: tg.Batch) -> bool:
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("kind", STREAMS)
-def test_a_stream_goes_on_where_another_stopped(shards, kind, rank):
-    """Over several epochs the number of batches taken is the whole state."""
-    streams = [kind(shards, world_size=2, rank=rank, **STREAMS[kind]) for _ in range(5)]
-    batches = [streams[0].next() for _ in range(60)]
-    assert streams[0].epoch > 2
-    for taken, stream in zip((1, 14, 30, 57), streams[1:]):
-        assert not same(batches[taken], batches[taken + 1])
-        stream.seek(taken)
-        assert same(stream.next(), batches[taken]) and same(stream.next(), batches[taken + 1])
-        assert stream.batches == taken + 2
-    with pytest.raises(ValueError, match="cannot go back to 3"):
-        streams[0].seek(3)
+def test_the_files_fix_the_order_over_several_epochs(shards, kind, rank):
+    ranks = (rank, rank, 1 - rank)
+    first, second, other = (kind(shards, world_size=2, rank=r, **STREAMS[kind]) for r in ranks)
+    batches = [(first.next(), second.next(), other.next()) for _ in range(60)]
+    assert first.epoch == second.epoch > 2
+    assert all(same(a, b) and not same(a, c) for a, b, c in batches)
+    assert not any(same(a[0], b[0]) for a, b in zip(batches, batches[1:]))
 
 
-def test_stream_goes_on_with_another_number_of_ranks(shards):
+def test_the_order_of_the_stream_does_not_depend_on_the_ranks(shards):
     one, two = (tg.TokenStream(shards, world_size=n, rank=n - 1, tokens=40, max_len=16) for n in (1, 2))
-    one.seek(10)
-    two.seek(5)
-    first, second = one.next(), one.next()
-    assert same(two.next(), second) and not same(first, second) and one.epoch == two.epoch
+    for _ in range(60):
+        first, second = one.next(), one.next()
+        assert same(two.next(), second) and not same(first, second) and one.epoch == two.epoch
 
 
 @pytest.mark.parametrize("kind", STREAMS)
 def test_an_epoch_is_the_tokens_of_all_shards(shards, kind):
-    """It starts at 0 and grows by about a batch's share of the tokens."""
     stream = kind(shards, world_size=1, rank=0, **STREAMS[kind])
     total = sum(len(tg.read_shard(f)) for f in shards)
     assert stream.epoch == 0
-    batch = stream.next().x.numel()
-    stream.seek(10 * total // batch)
-    assert 9 < stream.epoch < 12
+    taken = sum(stream.next().x.numel() for _ in range(200))
+    assert stream.epoch == taken / total > 4
 
 
 def test_the_end_of_an_epoch_is_logged(data):

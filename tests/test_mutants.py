@@ -478,7 +478,7 @@ def test_bytes_of_operators(shards_of):
     assert operators.sum() > 20
     spoil(side, lambda v: np.where(operators, 1, v))
     with pytest.raises(tg.UserError, match="the manifest says"):
-        tg.check_manifest(s)
+        tg.Validation(s)
     with pytest.raises(tg.UserError, match="not the manifest|the manifest says"):
         tg.check_manifest(dataclasses.replace(s, data_check="full"))
     manifest = folder / "manifest.json"

@@ -22,6 +22,11 @@ def test_the_records_command_works_verbatim_and_equals_the_defaults():
     assert s.changed() == {"GPTQ_RESERVE_SECONDS": "0.5", "LQER_ENABLED": True}
 
 
+def test_a_mask_leaves_adapters_out_unless_they_are_named():
+    s = tg.Settings.from_env({"TTT_MASK": "no_qv", "TTT_V_LORA": "1"})
+    assert s.changed() == {"TTT_Q_LORA": False}
+
+
 def test_full_size_model_has_the_published_parameters():
     assert sum(map(tg.math.prod, tg.parameter_shapes(tg.Settings()).values())) == 35_945_671
     assert tg.layer_plan(tg.Settings(), True) == ((0, 1, 2, 3, 4, 5, 3, 4), (5, 3, 4, 5, 6, 7, 8, 9, 10))
@@ -48,6 +53,10 @@ def test_full_size_model_has_the_published_parameters():
         ({"EVAL_STRIDE": "4096"}, ["EVAL_STRIDE=4096", "EVAL_SEQ_LEN=2048"]),
         ({"TTT_CHUNK_SIZE": "4096"}, ["TTT_CHUNK_SIZE=4096", "TTT_EVAL_SEQ_LEN=2048"]),
         ({"GPTQ_RESERVE_SECONDS": "600"}, ["GPTQ_RESERVE_SECONDS=600", "MAX_WALLCLOCK_SECONDS=600"]),
+        ({"GPTQ_RESERVE_MS": "soon"}, ["GPTQ_RESERVE_MS=soon", "number"]),
+        ({"TTT_MASK": "no_k"}, ["TTT_MASK=no_k", "no_qv"]),
+        ({"TTT_EVAL_ONLY": "1"}, ["TTT_EVAL_ONLY=1", "EVAL_ONLY_QUANTIZED_PATH"]),
+        ({"ASYM_LOGIT_TRAIN": "1"}, ["ASYM_LOGIT_TRAIN=1 has", "set ASYM_LOGIT_RESCALE=1"]),
     ],
 )
 def test_bad_settings_name_value_bound_and_remedy(env, words):

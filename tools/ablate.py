@@ -3,8 +3,8 @@
     set -a; . configs/best.env; . my_sizes.env; set +a; python tools/ablate.py runs/ablation --seeds 1 2 3
 
 The environment is the configuration, and every row changes what it names. Rows of TRAINED are trained and
-scored by their averaged weights (prequant_val_bpb); rows of SCORED start from the configuration's own weights and
-are scored by the artifact (val_bpb). Finished runs are taken up again. The table shows the paired difference over
+scored by their averaged weights (prequant_val_bpb); rows of SCORED start from the weights of the base and are
+scored by the artifact (val_bpb). Finished runs are taken up again. The table shows the paired difference over
 seeds with its standard error: negative means that the change helps.
 """
 
