@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import decimal
 import difflib
 import functools
 import hashlib
@@ -249,7 +250,8 @@ class Settings:
     logit_calib_lr: float = knob(0.003, "learning rate", 0)
     logit_calib_l2: float = knob(0.01, "pull towards no calibration", 0)
     fit_margin_bytes: int = knob(4096, "the fitter stops this close to the limit", 256)
-    compressor: str = choice("ans brotli", "entropy stage: ans (our coder) or brotli")
+    code_form: str = choice("readable packed", "the script that is shipped and counted: as it is, or packed")
+    compressor: str = choice("ans", "entropy stage: our coder, also for pergroup, brotli, lzma")
     # --- score
     eval_seq_len: int = knob(2048, "window of the sliding evaluation, in tokens", 2, group="score")
     eval_stride: int = knob(64, "tokens between two windows of one document", 1)
@@ -331,8 +333,8 @@ class Settings:
                 env = {**dict(zip(ALIASES[old].split(), translate(old, value))), **env}
         if env.get("AWQ_LITE_ENABLED", "0") != "0" or env.get("QUANT_CLIP", "sigmas") != "sigmas":
             env.setdefault("QUANT_ALLOCATION", "hand")     # they change steps that are set by hand
-        if env.get("COMPRESSOR") == "pergroup":
-            env["COMPRESSOR"] = "ans"     # the field's per-group lrzip: our coder replaces the binary
+        if env.get("COMPRESSOR") in ("pergroup", "brotli", "lzma"):
+            env["COMPRESSOR"] = "ans"     # the field's coders are lossless too: ours takes their place
         for name in env:
             if name not in known and (nearest := looks_like_ours(name, known)) is not None:
                 raise UserError(f"unknown setting {name}: the nearest known one is {nearest} "
@@ -2775,7 +2777,8 @@ class HessianTap:
         p = (cap * squash).softmax(-1)
         slope = 1 - squash.square_()
         squares = {self.head: (p * (1 - p) * slope.square()).sum(0)}
-        label = torch.multinomial(p, 1, generator=generator)
+        drawn = torch.rand(len(p), 1, generator=generator, device=p.device)      # alike in pieces and whole
+        label = torch.searchsorted(p.cumsum(1), drawn).clamp_max_(p.size(1) - 1)
         d_logits = p.scatter_add_(1, label, -torch.ones_like(label, dtype=p.dtype)).mul_(slope)
         d_hidden = (d_logits.to(hidden.dtype) @ head.to(hidden.dtype)).view_as(hidden)
         names, outputs = zip(*self.outputs)
@@ -2812,16 +2815,35 @@ class HessianTap:
         return Curvature(means, fisher)
 
 
+CALIBRATION_TOKENS = 16384    # in one pass with a graph: 98,304 hold about 68 GB by count, these 11
+
+
+def pieces(batch: Batch, most: int) -> Iterator[Batch]:
+    """Inputs of a batch in parts of at most `most` tokens: rows, or a packed row cut at its segments and, if
+    it can be, where documents begin: then the parts know all that the whole does."""
+    cu, begin, total = batch.cu_seqlens, 0, batch.x.size(1)
+    if cu is None:
+        yield from (Batch(x, x, None, total) for x in batch.x.split(max(1, most // total)))
+        return
+    bounds = cu.unique().tolist()
+    while begin < total:
+        near = [b for b in bounds if begin < b <= begin + most] or [min(b for b in bounds if b > begin)]
+        end = max([b for b in near if b == total or batch.x[0, b] == BOS] or near)
+        x = batch.x[:, begin:end]
+        yield Batch(x, x, cu[(cu >= begin) & (cu <= end)] - begin, batch.max_seqlen)
+        begin = end
+
+
 def calibrate(s: Settings, world: World, model: GPT, next_batch: Callable[[], Batch]) -> Curvature:
     """Curvature over GPTQ_CALIBRATION_BATCHES training micro-batches, shared out over the ranks, loops on."""
     tap, plan, fisher = HessianTap(s), layer_plan(s, True), s.quant_allocation == "fisher"
     generator = torch.Generator(world.device).manual_seed(s.seed + world.rank)
     for _ in range(-(-s.gptq_calibration_batches // world.size)):
-        batch = next_batch().to(world.device)
-        with torch.set_grad_enabled(fisher):
-            hidden = model.hidden(batch.x, plan, batch.layout(s.train_seq_len), tap=tap)
-        if fisher:
-            tap.add_squares(model, batch.x, hidden, generator)
+        for part in pieces(next_batch().to(world.device), CALIBRATION_TOKENS):
+            with torch.set_grad_enabled(fisher):
+                hidden = model.hidden(part.x, plan, part.layout(s.train_seq_len), tap=tap)
+            if fisher:
+                tap.add_squares(model, part.x, hidden, generator)
         tap.add_batch()
     return tap.finish(world)
 
@@ -2879,13 +2901,15 @@ def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tens
     hessian_factor's; where columns have steps too, w and u come divided by them."""
     w, step = w.masked_fill(dead[:, None], 0), step[:, None].clamp_min(1e-30)
     t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R): a column is contiguous
-    unit = u / u.diagonal(dim1=-2, dim2=-1)[..., None]           # rows scaled to a unit diagonal
+    diag = u.diagonal(dim1=-2, dim2=-1)[..., None]               # an error e of column j costs (e / diag_j)^2
+    unit = u / diag                                              # rows scaled to a unit diagonal
     codes, columns = torch.empty_like(t, dtype=torch.int8), t.size(1)
     state = torch.zeros_like(t[:, 0], dtype=torch.long)
     for begin in range(0, columns, block):
         end = min(begin + block, columns)
         if trellis:
-            q, error, state = trellis_block(t[:, begin:end] / step, unit[:, begin:end, begin:end], state)
+            q, error, state = trellis_block(t[:, begin:end] / step, unit[:, begin:end, begin:end],
+                                            diag[:, begin:end] ** -2, state)
             error *= step
         else:
             q, error = plain_block(t[:, begin:end], step, unit[:, begin:end, begin:end], top)
@@ -2916,27 +2940,29 @@ TRELLIS = np.array([[s >> 1 ^ 5 * (s & 1) ^ 2 * parity for parity in (0, 1)] for
 ARRIVALS = np.array([np.argwhere(TRELLIS == to) for to in range(8)]).transpose(1, 2, 0)
 
 
-def trellis_block(t: Tensor, unit: Tensor, state: Tensor, tile: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+def trellis_block(t: Tensor, unit: Tensor, slope: Tensor, state: Tensor,
+                  tile: int = 16) -> tuple[Tensor, Tensor, Tensor]:
     """The cheapest path through columns t (n, C, R), in steps, from state (n, R): (codes, errors, end state).
-    All 8 states keep a survivor with feedback of its own; within a tile per column, beyond it per tile."""
+    slope (n, C, 1): what a squared error of a column costs. All 8 states keep a survivor with feedback of its
+    own; within a tile per column, beyond it per tile."""
     (from0, odd0), (from1, odd1) = (torch.from_numpy(a).to(t.device) for a in ARRIVALS)
     half0, half1, odd0, odd1 = (x.to(t.dtype)[:, None] / 2 for x in (from0 & 1, from1 & 1, odd0, odd1))
     cost = torch.full((t.size(0), 8, t.size(2)), torch.inf, device=t.device).scatter_(1, state[:, None], 0)
     rest, tiles = t[:, :, None].expand(-1, -1, 8, -1), []          # (n, C, states, R)
 
-    def arrive(x, before, half, odd):
+    def arrive(x, before, half, odd, slope):
         y = x - half
         k = (y / 2 - odd).round_().clamp_(-63, 62).add_(odd).mul_(2)
         e = y - k
-        return k, e, torch.addcmul(before, e, e)
+        return k, e, torch.addcmul(before, e, e * slope)
 
     for left in range(0, t.size(1), tile):
         x, rest, path = rest[:, :tile], rest[:, tile:], []
         right = left + x.size(1)
         for j in range(left, right):
             x0, x1 = x.index_select(2, from0), x.index_select(2, from1)
-            k0, e0, c0 = arrive(x0[:, 0], cost[:, from0], half0, odd0)
-            k1, e1, c1 = arrive(x1[:, 0], cost[:, from1], half1, odd1)
+            k0, e0, c0 = arrive(x0[:, 0], cost[:, from0], half0, odd0, slope[:, j, None])
+            k1, e1, c1 = arrive(x1[:, 0], cost[:, from1], half1, odd1, slope[:, j, None])
             second = c1 < c0
             cost, e = torch.minimum(c0, c1), torch.where(second, e1, e0)
             path.append((torch.where(second, k1, k0), e, torch.where(second, from1[:, None], from0[:, None])))
@@ -2965,17 +2991,14 @@ def clip_search(w: Tensor, order: Tensor, u: Tensor, dead: Tensor, bits: int,
                 coarser: float = 1.0) -> tuple[Tensor, Tensor]:
     """(codes, fp16 steps (n, R)) of matrices w (n, R, C): of five percentiles of |row| as largest code, each
     with a pass of GPTQ, the one with the least squared error. As published no step is below 1 / top."""
-    top, best = 2 ** (bits - 1) - 1, None
+    top, tried = 2 ** (bits - 1) - 1, []
     for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
         scale = ((w.abs().quantile(share, dim=-1) / top).clamp_min(1 / top) * coarser).half()
         codes = round_in_order(w, scale.float(), order, u, dead, top)
-        error = (w - codes * scale[..., None].float()).square().mean(dim=(-2, -1))
-        if best is not None:
-            better = error < best[0]
-            codes = torch.where(better[:, None, None], codes, best[1])
-            error, scale = torch.minimum(error, best[0]), torch.where(better[:, None], scale, best[2])
-        best = error, codes, scale
-    return best[1:]
+        tried.append(((w - codes * scale[..., None].float()).square().mean(dim=(-2, -1)), codes, scale))
+    error, codes, scales = (torch.stack(x) for x in zip(*tried))
+    best = error.argmin(0), torch.arange(len(w), device=w.device)
+    return codes[best], scales[best]
 
 
 @torch.no_grad()
@@ -3282,12 +3305,7 @@ def factors_of(t: Mapping[str, Tensor], name: str) -> Tensor | float:
 
 def half_steps(codes: np.ndarray) -> np.ndarray:
     """Which of the codes (R, C) stand half a step higher: a walk from state 0 through every row."""
-    parity, state = np.ascontiguousarray(codes.T).view(np.uint8) & 1, np.zeros(len(codes), np.uint8)
-    for column in parity:
-        odd = column.copy()
-        column[:] = state & 1
-        state = TRELLIS.take(state << 1 | odd)
-    return parity.T
+    return state_bits(np.ascontiguousarray(codes.T), TRELLIS).T
 
 
 def dequantise(q: Quantised) -> dict[str, Tensor]:
@@ -3390,7 +3408,7 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
         run.log("logit_calibration", steps=len(losses), train_loss=losses.mean().item(), values=raw.tolist())
     header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
     whole = artifact_to_bytes(header, {**streams, CALIBRATION_STREAM: world.share_bytes(values)})
-    return whole if len(whole) + code_bytes() <= ARTIFACT_LIMIT else blob
+    return whole if len(whole) + code_bytes(s.code_form) <= ARTIFACT_LIMIT else blob
 
 
 # ============================================================================================================
@@ -3399,8 +3417,8 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
 
 # --- container
 
-MAGIC, ARTIFACT_VERSION = b"\x93PGOLF\r\n", 2    # a high byte and a line end: text-mode copies are noticed
-PREFIX = struct.Struct("<8sHI8s")                # magic, version, bytes of JSON, digest of the JSON
+MAGIC, ARTIFACT_VERSION = b"\x93PGOLF\r\n", 3    # a high byte and a line end: text-mode copies are noticed
+PREFIX = struct.Struct("<8sHI8s")                # magic, version, bytes of JSON, digest of all that follows
 
 
 def digest_of(data: bytes) -> bytes:
@@ -3409,12 +3427,11 @@ def digest_of(data: bytes) -> bytes:
 
 
 def artifact_to_bytes(header: dict, streams: Mapping[str, bytes]) -> bytes:
-    """PREFIX, JSON {"header", "streams": [[name, bytes, digest], …]}, streams; equal input, equal bytes."""
-    table = [[name, len(data), digest_of(data).hex()] for name, data in streams.items()]
-    text = json.dumps({"header": header, "streams": table}, sort_keys=True, allow_nan=False,
-                      separators=(",", ":")).encode()
-    prefix = PREFIX.pack(MAGIC, ARTIFACT_VERSION, len(text), digest_of(text))
-    return b"".join([prefix, text, *streams.values()])
+    """PREFIX, JSON {"header", "streams": [[name, bytes], …]}, streams; equal input, equal bytes."""
+    root = {"header": header, "streams": [[name, len(data)] for name, data in streams.items()]}
+    text = json.dumps(root, sort_keys=True, allow_nan=False, separators=(",", ":")).encode()
+    body = b"".join([text, *streams.values()])
+    return PREFIX.pack(MAGIC, ARTIFACT_VERSION, len(text), digest_of(body)) + body
 
 
 def artifact_from_bytes(blob: bytes, origin: str) -> tuple[dict, dict[str, bytes]]:
@@ -3425,33 +3442,26 @@ def artifact_from_bytes(blob: bytes, origin: str) -> tuple[dict, dict[str, bytes
 
     if blob[:8] != MAGIC or len(blob) < PREFIX.size:
         refuse(f"is no artifact of this trainer (starts with {blob[:8]!r}, not {MAGIC!r}) or is cut off")
-    _, version, length, digest = PREFIX.unpack(blob[:PREFIX.size])
+    _, version, at, digest = PREFIX.unpack_from(blob)
+    body, streams = blob[PREFIX.size:], {}
     if version != ARTIFACT_VERSION:
         refuse(f"has format version {version}, this script reads {ARTIFACT_VERSION}")
-    at, left = PREFIX.size + length, len(blob) - PREFIX.size - length
-    if left < 0:
-        refuse(f"is cut off: the header needs {length} bytes, {length + left} are left")
-    if digest_of(text := blob[PREFIX.size:at]) != digest:
-        refuse("has a damaged header (checksum)")
+    if digest_of(body) != digest:
+        refuse(f"is cut off or damaged ({len(blob):,} bytes, checksum)")
     try:
-        root = json.loads(text)
-        header, table = dict(root["header"]), [(str(name), int(n), str(d)) for name, n, d in root["streams"]]
+        root = json.loads(body[:at])
+        for name, size in root["streams"]:
+            streams[str(name)], at = body[at:at + int(size)], at + int(size)
+            if not 0 <= int(size) <= at <= len(body):
+                raise ValueError(f"stream {name} of {size} bytes")
+        if at != len(body):
+            raise ValueError(f"{len(body) - at} bytes too many")
+        return dict(root["header"]), streams
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         refuse(f"has a header that cannot be read ({type(error).__name__})")
-    if (promised := sum(n for _, n, _ in table)) != left or any(n < 0 for _, n, _ in table):
-        refuse(f"has {left} bytes of streams, its header promises {promised}: cut off or grown")
-    streams = {}
-    for name, n, digest in table:
-        streams[name], at = blob[at:at + n], at + n
-        if digest_of(streams[name]).hex() != digest:
-            refuse(f"has a damaged stream {name!r} ({n} bytes, checksum)")
-    return header, streams
 
 
 # --- bytes
-
-PIECE = 1 << 20  # compressed in parallel; weight codes have no matches that a longer window would find
-
 
 def byte_shuffle(data: bytes, stride: int) -> bytes:
     """bytes -> same length: all bytes at positions 0 mod stride, then 1 mod stride, …"""
@@ -3468,32 +3478,29 @@ def byte_unshuffle(data: bytes, stride: int) -> bytes:
 
 
 def brotli_pack(data: bytes, stride: int = 1) -> bytes:
-    """bytes -> bytes, pieces in parallel (brotli frees the GIL). stride: bytes per item (2 for float16)."""
-    data = byte_shuffle(data, stride)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        packed = list(pool.map(lambda at: brotli.compress(data[at:at + PIECE], quality=11, lgwin=24),
-                               range(0, len(data), PIECE)))
-    return struct.pack(f"<{len(packed)}I", *map(len, packed)) + b"".join(packed)
+    """bytes -> bytes. stride: bytes per item (2 for float16)."""
+    return brotli.compress(byte_shuffle(data, stride), quality=11, lgwin=24)
 
 
 def brotli_unpack(blob: bytes, size: int, stride: int = 1) -> bytes:
     """Inverse of brotli_pack for `size` bytes of data. UserError if the blob holds anything else; whatever it
-    claims, no piece is expanded much beyond its share of `size`."""
-    count, pieces = -(-size // PIECE), []
+    claims, it is not expanded much beyond `size`."""
     try:
-        at = 4 * count
-        for i, length in enumerate(struct.unpack_from(f"<{count}I", blob)):
-            share = min(PIECE, size - i * PIECE)
-            pieces.append(brotli.Decompressor().process(blob[at:at + length], output_buffer_limit=share + 1))
-            at += length
-            if len(pieces[-1]) != share:
-                raise struct.error(f"piece {i} is not {share} bytes")
-        if at != len(blob):
-            raise struct.error(f"{at} bytes expected")
-    except (struct.error, brotli.error) as error:
+        reader = brotli.Decompressor()
+        data = reader.process(blob, output_buffer_limit=size + 1)
+        if len(data) != size or not reader.is_finished():
+            raise brotli.error(f"{len(data)} bytes, and {'no' if reader.is_finished() else 'more'} to come")
+    except brotli.error as error:
         raise UserError(f"compressed stream ({len(blob)} bytes, for {size}): {error}: damaged or written "
                         "with other settings; write the file again") from error
-    return byte_unshuffle(b"".join(pieces), stride)
+    return byte_unshuffle(data, stride)
+
+
+def split_bytes(blob: bytes, sizes: Sequence[int], dtype: str = "i1") -> list[np.ndarray]:
+    """Arrays of these sizes that brotli_pack was given one after the other."""
+    stride = np.dtype(dtype).itemsize
+    flat = np.frombuffer(brotli_unpack(blob, stride * sum(sizes), stride), dtype).copy()
+    return np.split(flat, np.cumsum(sizes)[:-1]) if sizes else []
 
 
 # --- contexts
@@ -3531,57 +3538,166 @@ def scale_contexts(levels: np.ndarray, rows: np.ndarray, columns: np.ndarray) ->
             columns.clip(-COLUMN_REACH, COLUMN_REACH) + COLUMN_REACH)
 
 
+# --- guesses
+
+# The rows of an embedding share directions: what has been read of a row tells something of its next code. A
+# row is taken as a sum of RANK factors, its shares in them unknown, plus noise; the guess is the recursive
+# least-squares estimate, and only what differs from it is coded.
+RANK, RIDGE, GAIN_BITS, TALL = 8, 1024, 24, 8
+
+
+def shared_factors(codes: np.ndarray) -> np.ndarray | None:
+    """Factors int8 (RANK, C) of codes (R, C) with at least TALL rows a column; None where they do not pay.
+    Noise has the variance RIDGE in units of a share's."""
+    if len(codes) < TALL * codes.shape[1] or codes.shape[1] <= RANK:
+        return None
+    rms = np.sqrt(np.square(codes, dtype=np.float32).mean(1, keepdims=True)).clip(0.25)
+    size, axes = np.linalg.eigh((codes / rms).T @ (codes / rms))
+    excess = np.maximum(size[-RANK:] / size[:-RANK].mean() - 1, 0)
+    factors = np.rint(np.sqrt(RIDGE * excess) * axes[:, -RANK:]).T.clip(-127, 127).astype(np.int8)
+    before, after = (np.square(x / rms).mean(0) + 1e-9 for x in (codes, residues(codes, factors)))
+    return factors if len(codes) / 2 * np.log2(before / after).sum() > 8 * factors.size else None
+
+
+class Guesser:
+    """The next code of every row, by the factors (r, C) and the codes so far. In integers, but for gains that
+    are computed by single operations and exact sums, which round alike on all machines."""
+
+    def __init__(self, factors: np.ndarray, rows: int):
+        self.factors, self.gains = factors.astype(np.int64), []
+        self.sums, spread = np.zeros((len(factors), rows), np.int64), np.eye(len(factors)) / RIDGE
+        for column in factors.T.astype(float):
+            gain = np.array([math.fsum(row) for row in spread * column])
+            self.gains.append(np.rint(gain * 2.0 ** GAIN_BITS).astype(np.int64))
+            spread = spread - gain[:, None] * gain / (1 + math.fsum(gain * column))
+
+    def guess(self, j: int) -> np.ndarray:
+        """Column j, int8 (rows)."""
+        guess = self.gains[j] @ self.sums + (1 << GAIN_BITS - 1) >> GAIN_BITS
+        return guess.clip(-127, 127).astype(np.int8)
+
+    def learn(self, j: int, codes: np.ndarray) -> None:
+        """Take in column j's true codes, int8 (rows)."""
+        self.sums += self.factors[:, j, None] * codes
+
+
+def residues(codes: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
+    """int8 (R, C): by how much codes (R, C) differ from what their factors let expect, modulo 256."""
+    if factors is None:
+        return codes
+    guesser, out = Guesser(factors, len(codes)), np.empty_like(codes)
+    for j in range(codes.shape[1]):
+        out[:, j] = codes[:, j] - guesser.guess(j)
+        guesser.learn(j, codes[:, j])
+    return out
+
+
+# --- tables
+
+PROB_BITS = 12
+PROB_ONE = 1 << PROB_BITS
+NO_LEVEL = 255        # a table of its own
+ESCAPES = (128, 127)  # uint8 codes standing for even and odd ones listed apart: a trellis walks on parity
+
+
+@functools.cache
+def normal_table(level: int, odd: int) -> np.ndarray:
+    """Frequencies (256), PROB_ONE in all, of codes as uint8 around -odd / 2 with a deviation of level eighths
+    of an octave above 1/4. In decimal arithmetic, which is the same on all machines."""
+    with decimal.localcontext(decimal.Context(prec=12)):
+        narrow = (decimal.Decimal(16 - level) / 4 * decimal.Decimal(2).ln()).exp() / 2
+        centre = decimal.Decimal(odd) / 2
+        weight = np.array([int((-narrow * (k + centre) ** 2).exp() * 10 ** 9) for k in range(-128, 128)])
+    weight = np.roll(weight, -128)
+    weight[ESCAPES,] = 0
+    freq, left = np.divmod(weight * (PROB_ONE - 2), weight.sum())
+    freq[ESCAPES,] = 1
+    freq[np.argsort(-left, kind="stable")[:PROB_ONE - freq.sum()]] += 1
+    return freq
+
+
+def fold(count: np.ndarray, rare: np.ndarray) -> np.ndarray:
+    """Counts (256) with those of the rare codes (256) given to the escapes of their parity."""
+    kept = np.where(rare, 0, count)
+    for parity, escape in enumerate(ESCAPES):
+        kept[escape] = (count * rare)[parity::2].sum()
+    return kept
+
+
+def fitted_table(count: np.ndarray) -> np.ndarray:
+    """Frequencies (256), PROB_ONE in all, for counts (256) of codes as uint8. Rare ones get none: a slot
+    costs the others 1 / PROB_ONE, and listing a code apart costs about a byte a piece."""
+    kept = fold(count, listed_apart(6 * PROB_ONE * count >= count.sum()))
+    freq = np.maximum(kept * PROB_ONE // kept.sum(), kept > 0)
+    while (excess := freq.sum() - PROB_ONE) != 0:
+        step = -1 if excess > 0 else 1
+        gain = kept * np.log2(np.maximum(freq + step, 1) / np.maximum(freq, 1))  # bits won by moving a slot
+        freq[np.where((kept > 0) & (freq + step > 0), gain, -np.inf).argmax()] += step
+    return freq
+
+
+def listed_apart(freq: np.ndarray) -> np.ndarray:
+    """Which codes a table (…, 256) of frequencies does not hold: the others, and what escapes stand for."""
+    rare = freq == 0
+    rare[..., ESCAPES] = True
+    return rare
+
+
+def choose_table(count: np.ndarray, odd: int) -> tuple[int, np.ndarray]:
+    """(level, frequencies) of the normal table nearest to counts (256); level NO_LEVEL where one of their own
+    is worth the six bits that a frequency takes."""
+    def bits(freq):
+        rare = listed_apart(freq)
+        return fold(count, rare) @ (PROB_BITS - np.log2(np.maximum(freq, 1))) + 8 * (count @ rare)
+
+    code = np.arange(256, dtype=np.uint8).view(np.int8) + odd / 2
+    power = count @ code ** 2 / max(count.sum(), 1)
+    near = round(2 * OCTAVE + OCTAVE / 2 * math.log2(max(power, 1 / 16)))
+    level, freq = min(((k, normal_table(k, odd)) for k in range(max(near - 1, 0), near + 2)),
+                      key=lambda x: bits(x[1]))
+    own = fitted_table(count) if count.any() else freq
+    return (NO_LEVEL, own) if bits(own) + 6 * np.count_nonzero(own) < bits(freq) else (level, freq)
+
+
 # --- codes
 
 # rANS (Duda 2013; interleaved as in Giesen 2014). A lane is one state; it codes a row, and all lanes go
 # through the columns together. Rows of all tensors with equal C are stacked, and lanes live on from batch to
 # batch: Python's loop is (rows / lanes) x columns long whatever the number of tensors, a lane costs 4 bytes.
-PROB_BITS, LOW, LANES, MAX_CONTEXTS = 12, 1 << 16, 1024, 256
-PROB_ONE = 1 << PROB_BITS
-ESCAPES = (128, 127)  # uint8 codes standing for even and odd ones listed apart: a trellis walks on parity
-CODES_HEAD = struct.Struct("<HHII")  # lanes, K, listed codes, bytes of (tables, listed codes) packed
+LOW, LANES = 1 << 16, 1024
+CODES_HEAD = struct.Struct("<HHII")  # lanes, K, listed codes, bytes of (own tables, listed codes) packed
 
 
-def equal_widths(sides: Sequence[Sides]) -> Iterator[tuple]:
-    """Tensors by C. Yields tensor numbers (T), owner (R) in 0…T-1, row_ctx (R), col_ctx (C, T)."""
-    widths = [len(columns) for _, columns in sides]
-    for ids in ([i for i, w in enumerate(widths) if w == width] for width in sorted(set(widths))):
+def equal_widths(sides: Sequence[Sides], factors: Mapping[int, np.ndarray]) -> Iterator[tuple]:
+    """Tensors by C, those with factors alone. Yields tensor numbers (T), owner (R) in 0…T-1, row_ctx (R),
+    col_ctx (C, T), factors or None."""
+    groups = {}
+    for i, (_, columns) in enumerate(sides):
+        groups.setdefault((len(columns), i if i in factors else len(sides)), []).append(i)
+    for (_, first), ids in sorted(groups.items()):
         rows, columns = zip(*(sides[i] for i in ids))
-        yield (ids, np.repeat(np.arange(len(ids)), [len(r) for r in rows]),
-               np.concatenate(rows).astype(np.int32), np.stack(columns, 1).astype(np.int32))
+        owner = np.repeat(np.arange(len(ids)), [len(r) for r in rows])
+        rows, columns = np.concatenate(rows).astype(np.int32), np.stack(columns, 1).astype(np.int32)
+        yield ids, owner, rows, columns, factors.get(first)
 
 
 def count_contexts(sides: Sequence[Sides], trellis: np.ndarray | None) -> int:
-    """K; UserError unless all contexts are in 0…MAX_CONTEXTS-1, or half of that with a trellis."""
-    low, high = min(int(min(r) + min(c)) for r, c in sides), max(int(max(r) + max(c)) for r, c in sides)
-    if low < 0 or high + 1 << (trellis is not None) > MAX_CONTEXTS:
-        raise UserError(f"contexts {low} to {high} given, 0 to {MAX_CONTEXTS - 1} allowed (half with a "
-                        "trellis); use coarser levels")
-    return high + 1 << (trellis is not None)
-
-
-def frequency_tables(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Counts (K, 256) of codes as uint8 -> frequencies (K, 256), PROB_ONE per context, and rare (K, 256)
-    bool: codes listed apart, since a slot costs the others 1 / PROB_ONE and listing about a byte a piece."""
-    total = counts.sum(1, keepdims=True)
-    rare = (counts > 0) & (6 * PROB_ONE * counts < total)
-    rare[:, ESCAPES] = True
-    kept = np.where(rare, 0, counts)
-    for parity, escape in enumerate(ESCAPES):
-        kept[:, escape] = (counts * rare)[:, parity::2].sum(1)
-    kept[:, 0] += total[:, 0] == 0  # a context that nobody uses gets a full table too
-    freq = np.maximum(kept * PROB_ONE // kept.sum(1, keepdims=True), kept > 0)
-    for c, f in zip(kept, freq):
-        while (excess := f.sum() - PROB_ONE) != 0:
-            step = -1 if excess > 0 else 1
-            gain = c * np.log2(np.maximum(f + step, 1) / np.maximum(f, 1))  # bits won by moving one slot
-            f[np.where((c > 0) & (f + step > 0), gain, -np.inf).argmax()] += step
-    return freq, rare
+    """K: contexts are 0…K-1, twice as many with a trellis."""
+    return max(int(max(r) + max(c)) for r, c in sides) + 1 << (trellis is not None)
 
 
 def next_state(state: np.ndarray, codes: np.ndarray, trellis: np.ndarray) -> np.ndarray:
-    """Next trellis states (n) from states (n) and codes (n): only the parity of a code counts."""
+    """Next trellis states (n) from states (n) and codes (n) uint8: only the parity of a code counts."""
     return trellis.take(state << 1 | codes & 1)
+
+
+def state_bits(codes: np.ndarray, trellis: np.ndarray) -> np.ndarray:
+    """The low bit of the trellis state before each of the codes (C, n): a walk from state 0 down a column."""
+    bits, state = np.empty(codes.shape, np.uint8), np.zeros(codes.shape[1], np.uint8)
+    for bit, column in zip(bits, codes.view(np.uint8)):
+        bit[:] = state & 1
+        state = next_state(state, column, trellis)
+    return bits
 
 
 def rans_encode(lanes: np.ndarray, index: np.ndarray, freq: np.ndarray, start: np.ndarray) -> list:
@@ -3597,97 +3713,150 @@ def rans_encode(lanes: np.ndarray, index: np.ndarray, freq: np.ndarray, start: n
     return words
 
 
-def rans_decode(lanes: np.ndarray, words: np.ndarray, slots: np.ndarray, table: np.ndarray,
-                trellis: np.ndarray | None) -> tuple[np.ndarray, int]:
-    """Pop a batch. lanes (n) uint32 in place, words (W) uint16 not yet read, slots (C, n) uint32: where a
-    context begins in table (code << 24 | frequency - 1 << 12 | slot - start) -> codes (C, n), words read."""
-    codes, x, read, state = np.empty(slots.shape, np.uint8), lanes.copy(), 0, np.zeros(lanes.size, np.uint8)
-    for j, slot in enumerate(slots):
-        if trellis is not None:
-            slot += (state & 1).astype(np.uint32) << PROB_BITS
-        entry = table.take(slot + (x & PROB_ONE - 1))
-        codes[j] = entry >> 24
-        x = ((entry >> PROB_BITS & PROB_ONE - 1) + 1) * (x >> PROB_BITS) + (entry & PROB_ONE - 1)
-        low = np.flatnonzero(x < LOW)
-        if low.size > words.size - read:
-            raise UserError("weight codes end too soon: damaged or other settings; write the file again")
-        x[low] = x[low] << 16 | words[read:read + low.size]
-        read += low.size
-        if trellis is not None:
-            state = next_state(state, codes[j], trellis)
-    lanes[:] = x
-    return codes, read
+class Decoder:
+    """What of a blob of codes has not been read: lanes (n) uint32, words (W) uint16, listed codes (N) uint8.
+    table: code << 24 | frequency - 1 << 12 | slot - start."""
+
+    def __init__(self, lanes: np.ndarray, words: np.ndarray, listed: np.ndarray, table: np.ndarray,
+                 trellis: np.ndarray | None):
+        self.lanes, self.words, self.listed, self.table = lanes, words, listed, table
+        self.trellis = trellis
+
+    def reveal(self, symbols: np.ndarray) -> None:
+        """Put listed codes in the place of escapes."""
+        marked = (symbols == ESCAPES[0]) | (symbols == ESCAPES[1])
+        count = np.count_nonzero(marked)
+        if count > self.listed.size:
+            raise UserError("a listed weight code is missing: damaged; write the file again")
+        symbols[marked], self.listed = self.listed[:count], self.listed[count:]
+
+    def batch(self, slots: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
+        """Pop codes (C, n) uint8. slots (C, n) uint32: where a context begins in the table."""
+        count, read = slots.shape[1], 0
+        codes, x, state = np.empty(slots.shape, np.uint8), self.lanes[:count], np.zeros(count, np.uint8)
+        guesser = None if factors is None else Guesser(factors, count)
+        for j, slot in enumerate(slots):
+            if self.trellis is not None:
+                slot += (state & 1).astype(np.uint32) << PROB_BITS
+            entry = self.table.take(slot + (x & PROB_ONE - 1))
+            codes[j] = entry >> 24
+            x = ((entry >> PROB_BITS & PROB_ONE - 1) + 1) * (x >> PROB_BITS) + (entry & PROB_ONE - 1)
+            low = np.flatnonzero(x < LOW)
+            if low.size > self.words.size - read:
+                raise UserError("weight codes end too soon: damaged or other settings; write the file again")
+            x[low] = x[low] << 16 | self.words[read:read + low.size]
+            read += low.size
+            if guesser is not None:
+                self.reveal(codes[j])
+                codes[j] += guesser.guess(j).view(np.uint8)
+                guesser.learn(j, codes[j].view(np.int8))
+            if self.trellis is not None:
+                state = next_state(state, codes[j], self.trellis)
+        self.lanes[:count], self.words = x, self.words[read:]
+        if guesser is None:
+            self.reveal(codes)
+        return codes
 
 
-def encode_codes(codes: Sequence[np.ndarray], sides: Sequence[Sides],
-                 trellis: np.ndarray | None = None) -> bytes:
+def encode_codes(codes: Sequence[np.ndarray], sides: Sequence[Sides], trellis: np.ndarray | None = None,
+                 factors: Mapping[int, np.ndarray] = {}) -> bytes:
     """Codes [int8 (R, C), …] -> bytes. sides [(row_ctx (R), col_ctx (C)), …]: the context of a code is the
     sum of its two, 0…255; nothing may be empty. trellis: uint8 (states, 2), next state by parity of the code;
-    rows start in state 0, and the state's low bit doubles the contexts (then 0…127)."""
+    rows start in state 0, and the state's low bit doubles the contexts (then 0…127). factors: by number,
+    those of tensors whose residues are coded."""
     count, lanes = count_contexts(sides, trellis), min(LANES, 1 + (sum(c.size for c in codes) >> 14))
     batches = []  # (C, n) uint16: context << 8 | code as uint8
-    for ids, owner, rows, columns in equal_widths(sides):
-        stack = np.concatenate([codes[i] for i in ids]).view(np.uint8)
+    for ids, owner, rows, columns, shared in equal_widths(sides, factors):
+        stack = np.concatenate([codes[i] for i in ids])
+        shown = residues(stack, shared).view(np.uint8)
         for part in (slice(at, at + lanes) for at in range(0, len(rows), lanes)):
-            context, symbols = columns[:, owner[part]] + rows[part], np.ascontiguousarray(stack[part].T)
+            context = columns[:, owner[part]] + rows[part]
             if trellis is not None:
-                context, state = 2 * context, np.zeros(symbols.shape[1], np.uint8)
-                for j, symbol in enumerate(symbols):
-                    context[j] += state & 1
-                    state = next_state(state, symbol, trellis)
-            batches.append((context << 8 | symbols).astype(np.uint16))
-    counts = sum(np.bincount(b.ravel(), minlength=count << 8) for b in batches)
-    freq, rare = frequency_tables(counts.reshape(count, 256))
+                context = 2 * context + state_bits(np.ascontiguousarray(stack[part].T), trellis)
+            batches.append((context << 8 | shown[part].T).astype(np.uint16))
+    counts = sum(np.bincount(b.ravel(), minlength=count << 8) for b in batches).reshape(count, 256)
+    levels, freq = zip(*(choose_table(n, i & (trellis is not None)) for i, n in enumerate(counts)))
+    freq = np.stack(freq)
+    rare = listed_apart(freq)
     listed = b"".join(b[rare.take(b)].astype(np.uint8).tobytes() for b in batches)
     alias = np.where(rare, np.tile(ESCAPES, 128), np.arange(256)) + 256 * np.arange(count)[:, None]
     pushed, start = (a.astype(np.uint32).take(alias) for a in (freq, np.cumsum(freq, 1) - freq))
     states, words = np.full(lanes, LOW, np.uint32), []
     for batch in reversed(batches):
         words += rans_encode(states[:batch.shape[1]], batch, pushed, start)
-    front = brotli_pack(byte_shuffle(freq.astype("<u2").tobytes(), 2) + listed)
-    head = CODES_HEAD.pack(lanes, count, len(listed), len(front))
-    return b"".join([head, front, states.astype("<u4").tobytes(), *(w.tobytes() for w in reversed(words))])
+    own = freq[np.array(levels) == NO_LEVEL].astype("<u2").tobytes()
+    front = brotli_pack(byte_shuffle(own, 2) + listed)
+    return b"".join([CODES_HEAD.pack(lanes, count, len(listed), len(front)), bytes(levels), front,
+                     states.astype("<u4").tobytes(), *(w.tobytes() for w in reversed(words))])
 
 
-def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: np.ndarray | None = None) -> list[np.ndarray]:
-    """Inverse of encode_codes -> [int8 (R, C), …]. UserError if sides or trellis are not the encoder's or the
-    blob is damaged: all words must be used up and all states be back where the encoder began."""
+def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: np.ndarray | None = None,
+                 factors: Mapping[int, np.ndarray] = {}) -> list[np.ndarray]:
+    """Inverse of encode_codes -> [int8 (R, C), …]. UserError if the rest is not the encoder's or the blob is
+    damaged: all words must be used up and all states be back where the encoder began."""
     def check(good, what):
         if not good:
             raise UserError(f"weight codes: {what}: damaged or other settings; write the file again")
 
     count, size, out = count_contexts(sides, trellis), sum(len(r) * len(c) for r, c in sides), {}
     lanes, stored, n_listed, n_front = CODES_HEAD.unpack(blob[:CODES_HEAD.size].ljust(CODES_HEAD.size, b"\0"))
-    front, rest = CODES_HEAD.size + n_front, len(blob) - CODES_HEAD.size - n_front - 4 * lanes
+    levels, front = blob[CODES_HEAD.size:CODES_HEAD.size + count], CODES_HEAD.size + count + n_front
+    rest = len(blob) - front - 4 * lanes
     check(0 < lanes <= LANES and stored == count and n_listed <= size and rest >= 0 and rest % 2 == 0,
           f"header {lanes, stored, n_listed, n_front} for {count} contexts, {size} codes, {len(blob)} bytes")
-    raw = brotli_unpack(blob[CODES_HEAD.size:front], 512 * count + n_listed)
-    freq = np.frombuffer(byte_unshuffle(raw[:512 * count], 2), "<u2").astype(np.int64)
-    check((freq.reshape(count, 256).sum(1) == PROB_ONE).all(), f"a table does not sum to {PROB_ONE}")
-    slot_owner = np.repeat(np.arange(freq.size), freq)  # context << 8 | code
-    offset = np.arange(slot_owner.size) - (np.cumsum(freq) - freq)[slot_owner]
-    table = ((slot_owner & 255) << 24 | freq[slot_owner] - 1 << PROB_BITS | offset).astype(np.uint32)
-    listed = np.frombuffer(raw, np.uint8)[512 * count:]
-    states = np.frombuffer(blob, "<u4", lanes, front).astype(np.uint32)
-    words = np.frombuffer(blob, "<u2", offset=len(blob) - rest)
-    for ids, owner, rows, columns in equal_widths(sides):
+    owns = 512 * levels.count(NO_LEVEL)
+    raw = brotli_unpack(blob[front - n_front:front], owns + n_listed)
+    own = iter(np.frombuffer(byte_unshuffle(raw[:owns], 2), "<u2").reshape(-1, 256).astype(np.int64))
+    freq = np.stack([next(own) if level == NO_LEVEL else normal_table(level, i & (trellis is not None))
+                     for i, level in enumerate(levels)])
+    check((freq.sum(1) == PROB_ONE).all(), f"a table does not sum to {PROB_ONE}")
+    slot_owner = np.repeat(np.arange(freq.size), freq.ravel())                   # context << 8 | code
+    offset = np.arange(slot_owner.size) - (np.cumsum(freq) - freq.ravel())[slot_owner]
+    table = ((slot_owner & 255) << 24 | freq.ravel()[slot_owner] - 1 << PROB_BITS | offset).astype(np.uint32)
+    decoder = Decoder(np.frombuffer(blob, "<u4", lanes, front).astype(np.uint32),
+                      np.frombuffer(blob, "<u2", offset=len(blob) - rest),
+                      np.frombuffer(raw, np.uint8)[owns:], table, trellis)
+    for ids, owner, rows, columns, shared in equal_widths(sides, factors):
         stack = np.empty((len(rows), len(columns)), np.uint8)
         for part in (slice(at, at + lanes) for at in range(0, len(rows), lanes)):
             context = columns[:, owner[part]] + rows[part]
             slots = context.astype(np.uint32) << PROB_BITS + (trellis is not None)
-            symbols, read = rans_decode(states[:slots.shape[1]], words, slots, table, trellis)
-            marked = (symbols == ESCAPES[0]) | (symbols == ESCAPES[1])
-            check((n := np.count_nonzero(marked)) <= listed.size, "a listed code is missing")
-            symbols[marked], listed, words = listed[:n], listed[n:], words[read:]
-            stack[part] = symbols.T
+            stack[part] = decoder.batch(slots, shared).T
         out.update((i, stack[owner == t].view(np.int8)) for t, i in enumerate(ids))
-    check(not words.size and not listed.size and (states == LOW).all(), "states do not return to the start")
+    check(not decoder.words.size and not decoder.listed.size and (decoder.lanes == LOW).all(),
+          "states do not return to the start")
     return [out[i] for i in range(len(sides))]
+
+
+# rows (R), columns (C) of each matrix: how large codes are expected to be against each other, in eighths of
+# an octave, by what the decoder has
+Predicted = Sequence[tuple[np.ndarray, np.ndarray]]
+
+
+def pack_codes(codes: Sequence[np.ndarray], predicted: Predicted,
+               trellis: np.ndarray | None = None) -> tuple[dict[str, bytes], list[int]]:
+    """Codes [int8 (R, C), …] as streams, and the numbers of the matrices that have factors."""
+    factors = {i: found for i, c in enumerate(codes) if (found := shared_factors(c)) is not None}
+    levels = [code_levels(residues(c, factors.get(i)), *predicted[i]) for i, c in enumerate(codes)]
+    sides = [scale_contexts(x, *p) for x, p in zip(levels, predicted)]
+    return {FACTOR_STREAM: brotli_pack(b"".join(x.tobytes() for x in factors.values())),
+            LEVEL_STREAM: brotli_pack(b"".join(x.tobytes() for x in levels)),
+            CODE_STREAM: encode_codes(codes, sides, trellis, factors) if codes else b""}, list(factors)
+
+
+def unpack_codes(streams: Mapping[str, bytes], tall: Sequence[int], predicted: Predicted,
+                 trellis: np.ndarray | None = None) -> list[np.ndarray]:
+    """Inverse of pack_codes, `tall` being the numbers that it gave; UserError for anything else."""
+    found = split_bytes(streams[FACTOR_STREAM], [RANK * len(predicted[i][1]) for i in tall])
+    levels = split_bytes(streams[LEVEL_STREAM], [1 + len(rows) + len(columns) for rows, columns in predicted])
+    sides = [scale_contexts(x, *p) for x, p in zip(levels, predicted)]
+    factors = {i: x.reshape(RANK, -1) for i, x in zip(tall, found)}
+    return decode_codes(streams[CODE_STREAM], sides, trellis, factors) if sides else []
 
 
 # --- the model in the container
 
-LEVEL_STREAM, CODE_STREAM, HALF_STREAM, BYTE_STREAM = "levels", "codes", "half", "bytes"
+LEVEL_STREAM, FACTOR_STREAM, CODE_STREAM, HALF_STREAM, BYTE_STREAM = "levels factors codes half bytes".split()
 
 
 def architecture(s: Settings) -> dict:
@@ -3732,21 +3901,13 @@ def pack_model(s: Settings, q: Quantised) -> bytes:
     """A quantised model as the bytes of an artifact."""
     entries = stored_tensors(s, q.meta)
     shapes = {key[:-2]: shape for key, _, shape in entries if key.endswith(".q")}
-    predicted, trellis = coding_plan(q, shapes)
-    codes = [q.tensors[n + ".q"].numpy() for n in shapes]
-    streams = {}
-    if s.compressor == "ans" and codes:
-        levels = [code_levels(c, *p) for c, p in zip(codes, predicted)]
-        streams[LEVEL_STREAM] = brotli_pack(b"".join(x.tobytes() for x in levels))
-        sides = [scale_contexts(x, *p) for x, p in zip(levels, predicted)]
-        streams[CODE_STREAM] = encode_codes(codes, sides, trellis)
-    else:
-        streams[CODE_STREAM] = brotli_pack(b"".join(c.tobytes() for c in codes))
+    streams, tall = pack_codes([q.tensors[n + ".q"].numpy() for n in shapes], *coding_plan(q, shapes))
     for stream, kind, stride in ((HALF_STREAM, "half", 2), (BYTE_STREAM, "int8", 1)):
         part = [q.tensors[key].numpy().tobytes() for key, dtype, _ in entries
                 if dtype == kind and not key.endswith(".q")]
         streams[stream] = brotli_pack(b"".join(part), stride)
-    header = {"architecture": architecture(s), "compressor": s.compressor, "meta": compact_meta(q.meta),
+    ways = {how: [n for n in q.meta if q.meta[n] == how] for how in q.meta.values()}    # few ways, many names
+    header = {"architecture": architecture(s), "meta": ways, "factors": tall,
               "storage": {n: getattr(s, n) for n in ("lqer_rank", "lqer_asym_group")}, "unit": q.unit,
               "groups": {key: x.tolist() for key, x in q.tensors.items() if x.dtype == torch.int16}}
     if s.prequant_ttt_enabled:
@@ -3760,14 +3921,6 @@ def coding_plan(q: Quantised, shapes: Mapping[str, tuple]) -> tuple[list, np.nda
     predicted = [tuple(-q.tensors.get(key, torch.zeros(size)).int().numpy() for key, size in
                        zip((n + ".row", input_of(n) + ".col"), shape)) for n, shape in shapes.items()]
     return predicted, TRELLIS if any("trellis" in q.meta[n] for n in shapes) else None
-
-
-def compact_meta(meta: Mapping[str, str]) -> dict[str, list[str]]:
-    """How tensors are stored -> their names: shorter than the reverse, since few ways serve many tensors."""
-    ways: dict[str, list[str]] = {}
-    for name, how in meta.items():
-        ways.setdefault(how, []).append(name)
-    return ways
 
 
 def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
@@ -3785,7 +3938,7 @@ def unpack_model(s: Settings, blob: bytes, origin: str) -> Quantised:
     check_architecture(s, header.get("architecture", {}), f"{origin} is an artifact")
     try:
         return read_model(s, header, streams)
-    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # it is well-formed
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # it is well-formed
         raise UserError(f"{origin} has contents that do not fit together ({type(error).__name__}: {error}): "
                         "write it again") from error
 
@@ -3798,24 +3951,13 @@ def read_model(s: Settings, header: Mapping, streams: Mapping[str, bytes]) -> Qu
     q = Quantised({}, {name: how for how, names in header["meta"].items() for name in names}, header["unit"])
     q.tensors.update({key: torch.tensor(x, dtype=torch.int16) for key, x in header["groups"].items()})
     entries = stored_tensors(s, q.meta)
-    for stream, kind, stride, dtype in ((HALF_STREAM, "half", 2, "<f2"), (BYTE_STREAM, "int8", 1, "i1")):
+    for stream, kind, dtype in ((HALF_STREAM, "half", "<f2"), (BYTE_STREAM, "int8", "i1")):
         part = [(key, shape) for key, how, shape in entries if how == kind and not key.endswith(".q")]
-        sizes = [math.prod(shape) for _, shape in part]
-        flat = np.frombuffer(brotli_unpack(streams[stream], stride * sum(sizes), stride), dtype).copy()
-        for (key, shape), piece in zip(part, np.split(flat, np.cumsum(sizes)[:-1])):
-            q.tensors[key] = torch.from_numpy(piece.reshape(shape))
+        pieces = split_bytes(streams[stream], [math.prod(shape) for _, shape in part], dtype)
+        q.tensors.update({key: torch.from_numpy(x.reshape(shape)) for (key, shape), x in zip(part, pieces)})
     shapes = {key[:-2]: shape for key, _, shape in entries if key.endswith(".q")}
-    predicted, trellis = coding_plan(q, shapes)
-    if header["compressor"] == "ans" and shapes:
-        sizes = [1 + sum(shape) for shape in shapes.values()]
-        levels = np.frombuffer(brotli_unpack(streams[LEVEL_STREAM], sum(sizes)), np.int8)
-        sides = [scale_contexts(x, *p) for x, p in zip(np.split(levels, np.cumsum(sizes)[:-1]), predicted)]
-        codes = decode_codes(streams[CODE_STREAM], sides, trellis)
-    else:
-        sizes = [math.prod(shape) for shape in shapes.values()]
-        flat = np.frombuffer(brotli_unpack(streams[CODE_STREAM], sum(sizes)), np.int8)
-        codes = [x.reshape(n) for x, n in zip(np.split(flat, np.cumsum(sizes)[:-1]), shapes.values())]
-    q.tensors.update({name + ".q": torch.from_numpy(np.array(c)) for name, c in zip(shapes, codes)})
+    codes = unpack_codes(streams, header["factors"], *coding_plan(q, shapes))
+    q.tensors.update({name + ".q": torch.from_numpy(c) for name, c in zip(shapes, codes)})
     return q
 
 
@@ -3825,29 +3967,32 @@ def self_extracting(source: bytes) -> bytes:
     packed = lzma.compress(source, format=lzma.FORMAT_RAW, filters=SCRIPT_FILTERS)
     for byte, escape in zip((b"\\", b'"', b"\n", b"\r", b"\0"), (b"\\\\", b'\\"', b"\\n", b"\\r", b"\\x00")):
         packed = packed.replace(byte, escape)
-    return (b"# coding: latin-1\nimport lzma,linecache\n"
+    return (PACKED_START + b"import lzma,linecache\n"
             b"s=lzma.decompress(\"" + packed + b"\".encode('latin-1'),3,None,"
             + repr(SCRIPT_FILTERS).encode() + b").decode()\nn=__file__+'#'\n"
             b"linecache.cache[n]=(len(s),None,s.splitlines(True),n)\nexec(compile(s,n,'exec'))\n")
 
 
+PACKED_START = b"# coding: latin-1\n"
 SCRIPT_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "pb": 0,
                    "dict_size": 1 << 20}]
 
 
 @functools.cache
-def code_bytes() -> int:
-    """Size of the script that is running, as shipped."""
-    return Path(__file__).stat().st_size
+def code_bytes(form: str = "readable") -> int:
+    """Size of the script that is running, in the form that is shipped; a packed one is so already."""
+    source = Path(__file__).read_bytes()
+    as_it_is = form == "readable" or source.startswith(PACKED_START)
+    return len(source if as_it_is else self_extracting(source))
 
 
-def check_size(artifact: int) -> int:
+def check_size(artifact: int, form: str = "readable") -> int:
     """Artifact plus script in bytes; UserError when it is over the limit."""
-    total = artifact + code_bytes()
+    total = artifact + code_bytes(form)
     if total > ARTIFACT_LIMIT:
-        raise UserError(f"artifact {artifact:,} + script {code_bytes():,} = {total:,} bytes is "
+        raise UserError(f"artifact {artifact:,} + {form} script {code_bytes(form):,} = {total:,} bytes is "
                         f"{total - ARTIFACT_LIMIT:,} over the limit of {ARTIFACT_LIMIT:,}: make the model "
-                        "smaller, or ship the self-extracting script")
+                        "smaller, or ship the script packed (CODE_FORM=packed)")
     return total
 
 
@@ -3867,9 +4012,12 @@ def unit_for(spread: np.ndarray, size: float, finest: float) -> float:
     return unit
 
 
+GUESSED = 0.93     # what guesses leave of an embedding's codes; measured on small trained models: 0.92, 0.94
+
+
 def expected_size(s: Settings) -> str:
-    """What the artifact will weigh, from the settings alone: as if all weights were Gaussian. UserError when
-    a code would get less than two bits."""
+    """What the artifact will weigh, from the settings alone: as if all weights were Gaussian. Errors passed
+    on by GPTQ cost about as many bytes as contexts win. UserError below two bits a code."""
     blank = {name: torch.empty(shape, device="meta") for name, shape in parameter_shapes(s).items()}
     codes, coded, other = 0, 0.0, 0
     for name, w in matrix_views(blank).items():
@@ -3877,10 +4025,11 @@ def expected_size(s: Settings) -> str:
         if kind == "gptq":
             bits, clip = how
             codes, other = codes + w.numel(), other + sum(w.shape)
-            coded += estimate_bytes(np.array([w.numel()]), clip / (2 ** (bits - 1) - 1))
+            share = GUESSED if w.size(0) >= TALL * w.size(1) else 1.0
+            coded += share * estimate_bytes(np.array([w.numel()]), clip / (2 ** (bits - 1) - 1))
         else:
             other += 2 * w.numel()
-    room = ARTIFACT_LIMIT - code_bytes() - other
+    room = ARTIFACT_LIMIT - code_bytes(s.code_form) - other
     if room < codes / 4:
         raise UserError(f"{codes:,} weights would get {8 * room / codes:.2f} bits each in what the limit of "
                         f"{ARTIFACT_LIMIT:,} bytes leaves; make the model smaller")
@@ -3895,7 +4044,8 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
     artifact's bytes. A size that no step reaches is a UserError. clock: training's; once something fits, no
     further try that would pass its budget."""
     quantiser = Quantiser(s, weights, curvature, world)
-    cap = ARTIFACT_LIMIT - code_bytes() - 1024 * s.logit_calib_enabled      # its 15 numbers come later
+    script = code_bytes(s.code_form)
+    cap = ARTIFACT_LIMIT - script - 1024 * s.logit_calib_enabled      # its 15 numbers come later
     finest, spread = quantiser.finest, quantiser.spread
     # bytes beyond the estimate: not known before the first try, exact enough after it
     beyond, best, over, under = 0.001 * cap, b"", 0.0, math.inf
@@ -3907,7 +4057,7 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
         q = quantiser(unit)
         quantised = watch.elapsed()
         blob = world.share_bytes(pack_model(s, q) if world.main else None)
-        run.log("pack", bytes=len(blob), code_bytes=code_bytes(), total=len(blob) + code_bytes(), unit=unit,
+        run.log("pack", bytes=len(blob), code_bytes=script, total=len(blob) + script, unit=unit,
                 quantise_s=quantised, pack_s=watch.elapsed() - quantised)
         beyond = len(blob) - estimate_bytes(spread, unit)
         if len(blob) > cap:
@@ -3919,7 +4069,7 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
         late = clock is not None and 0 < clock.budget < clock.elapsed() + 1.2 * watch.elapsed()
         if best and world.agree(late):
             break
-    check_size(len(best or blob))
+    check_size(len(best or blob), s.code_form)
     if not best:
         raise UserError(f"the artifact of {len(blob):,} bytes leaves no room for the logit calibration: set "
                         "LOGIT_CALIB_ENABLED=0")
@@ -5099,14 +5249,19 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     clock = Clock()
     quantiser = Quantiser(s, matrix_views(weights), curvature, world)
     setting_up = clock.elapsed()
-    q = quantiser(unit_for(quantiser.spread, 0.99 * (ARTIFACT_LIMIT - code_bytes()), quantiser.finest))
+    q = quantiser(unit_for(quantiser.spread, 0.99 * (ARTIFACT_LIMIT - code_bytes(s.code_form)),
+                           quantiser.finest))
     packing = Clock()
     blob = world.share_bytes(pack_model(s, q) if world.main else None)
     # the fitter takes about three tries; 100 MB/s for saving the weights; a quarter to spare
     saving = sum(4 * p.numel() for p in model.parameters()) / 1e8
     need = seconds + 3 * clock.elapsed() - 2 * setting_up + saving
-    reserve = world.agree(1.0 + 1.25 * need)
+    reading = Clock()
     back = dequantise(unpack_model(s, blob, "the rehearsal's artifact"))
+    if s.logit_calib_enabled:      # it works on a second model, read back from the artifact
+        load_weights(build_model(s, world), back, "the rehearsal's artifact")
+        need += reading.elapsed()
+    reserve = world.agree(1.0 + 1.25 * need)
     if any(not torch.equal(back[n], w) for n, w in dequantise(q).items()):
         raise RuntimeError("the packed model does not read back as it was written")
     probing = Clock()
@@ -5212,7 +5367,8 @@ def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
         encoding = "latin-1" if source.startswith(b"# coding: latin-1") else "utf-8"
         run.text.write(source.decode(encoding) + "\n" + "=" * 100 + "\n")
     run.summary.update(seed=s.seed, world_size=world.size, device=world.device_name, settings=settings,
-                       code_bytes=code_bytes(), torch=torch.__version__, model_params=parameters)
+                       code_bytes=code_bytes(s.code_form), code_form=s.code_form, torch=torch.__version__,
+                       model_params=parameters)
 
 
 def save_weights(run: Run, model: GPT) -> None:
@@ -5298,20 +5454,21 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
         run.save(ARTIFACT_NAME, blob)
     world.barrier()
     seconds = clock.elapsed()
-    run.log("artifact", bytes=len(blob), total=check_size(len(blob)), calibrate_s=calibrated - begin,
-            quantise_and_pack_s=seconds - calibrated, train_seconds=seconds)
+    run.log("artifact", bytes=len(blob), total=check_size(len(blob), s.code_form), train_seconds=seconds,
+            calibrate_s=calibrated - begin, quantise_and_pack_s=seconds - calibrated)
     if s.eval_only_path:
         run.not_compliant("the weights come from EVAL_ONLY_PATH: their training time is not known")
     else:
         check_budget(run, "training, calibration and packing (for which GPTQ_RESERVE_SECONDS keeps time)",
                      seconds, "MAX_WALLCLOCK_SECONDS", s.max_wallclock_seconds)
-    run.summary.update(artifact_bytes=len(blob), total_bytes=len(blob) + code_bytes(), train_seconds=seconds)
+    run.summary.update(artifact_bytes=len(blob), total_bytes=len(blob) + code_bytes(s.code_form),
+                       train_seconds=seconds)
 
 
 def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validation, path: Path) -> None:
     """The evaluation: open the artifact, score its weights by plain windows, sliding windows and TTT."""
     size, mark = open_artifact(s, world, model, path)
-    run.summary.update(artifact_bytes=size, total_bytes=check_size(size))
+    run.summary.update(artifact_bytes=size, total_bytes=check_size(size, s.code_form))
     if mark:
         run.not_compliant(mark)
     log_probes(s, world, run, model)
@@ -5415,7 +5572,7 @@ def closing_block(s: Settings, world: World, run: Run, val: Validation) -> None:
     for label, bpb in summary["text_baselines"].items():
         run.say(f"{label + ' on the same text':28} {bpb:10.5f} bits per byte")
     if summary["artifact_bytes"]:
-        run.say(f"{'artifact + script':28} {summary['artifact_bytes']:,} + {code_bytes():,} = "
+        run.say(f"{'artifact + script':28} {summary['artifact_bytes']:,} + {summary['code_bytes']:,} = "
                 f"{summary['total_bytes']:,} of {ARTIFACT_LIMIT:,} bytes")
     for reason in summary["not_compliant_because"]:
         run.say(f"NON-COMPLIANT: {reason}")

@@ -246,3 +246,12 @@ def test_one_and_two_ranks_agree_with_all_of_them(data, tmp_path):
     assert "bigram.embed.weight" in weights[0] and "softcap_pos" in weights[0]
     for name, one in weights[0].items():
         assert np.allclose(one, weights[1][name], atol=2e-4), name
+
+
+def test_a_run_counts_the_form_of_the_script_that_it_names(data, tmp_path):
+    few = dict(QUANTIZE_ONLY=1, TTT_ENABLED=0, ITERATIONS=1)
+    status, output = run_script(environment_of(data, CODE_FORM="packed", ARTIFACT_DIR=tmp_path, **few))
+    assert status == 0, output
+    s = summary(tmp_path)
+    assert s["code_form"] == "packed" and s["code_bytes"] == tg.code_bytes("packed")
+    assert s["total_bytes"] == (tmp_path / "final_model.int6.ptz").stat().st_size + s["code_bytes"]

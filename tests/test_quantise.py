@@ -1,5 +1,6 @@
 """GPTQ, low-rank repair, and the whole model there and back."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import settings, sine_model, tg
@@ -180,6 +181,48 @@ def test_fisher_is_the_expected_square_of_the_gradient():
     assert fisher["tok_emb.weight"].shape == (300,) and (fisher["tok_emb.weight"] > 0).all()
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_calibration_in_pieces_is_calibration_of_the_whole(monkeypatch, packed):
+    """Packed rows are cut at documents, others by rows: Hessians and Fisher are those of one pass."""
+    s = settings(QUANT_ALLOCATION="fisher", GPTQ_CALIBRATION_BATCHES=2, TRAIN_SEQ_LEN=32)
+    model, rng = sine_model(s), np.random.default_rng(0)
+    tokens = rng.integers(4, 300, 257).astype(np.uint16)
+    tokens[[0, 20, 45, 70, 90, 150, 200]] = tg.BOS
+    batch = tg.packed_batch(tokens, 32)
+    if not packed:
+        x = batch.x[:, :256].view(8, 32)
+        batch = tg.Batch(x, x, None, 32)
+    found = []
+    for most in (10_000, 64):
+        monkeypatch.setattr(tg, "CALIBRATION_TOKENS", most)
+        parts = [part.x.numel() for part in tg.pieces(batch, most)]
+        assert sum(parts) == 256 and max(parts) <= most and (len(parts) == 1) == (most > 256)
+        found.append(tg.calibrate(s, tg.World(), model, lambda: batch))
+    for whole, parts in zip(*((c.hessians, c.fisher) for c in found), strict=True):
+        for name, x in whole.items():
+            assert (parts[name] - x).abs().max() <= 3e-6 * x.abs().max(), name  # float32, other positions
+
+
+def test_a_document_longer_than_a_piece_is_cut_at_its_segments():
+    tokens = np.full(401, 7, np.uint16)
+    tokens[[0, 30, 350]] = tg.BOS
+    parts = list(tg.pieces(tg.packed_batch(tokens, 32), 100))
+    assert [part.x.size(1) for part in parts] == [30, 96, 96, 96, 82]
+    for part in parts:
+        assert part.cu_seqlens[0] == 0 and part.cu_seqlens[-1] == part.x.size(1)
+
+
+def test_the_trellis_spends_errors_where_they_cost_least():
+    """Columns of unlike curvature: the weighted error is below that of a walk that takes all as alike."""
+    g = torch.Generator().manual_seed(0)
+    t, slope = 4 * torch.randn(1, 512, 64, generator=g), torch.exp2(3 * torch.randn(1, 512, 1, generator=g))
+    state, unit, cost = torch.zeros(1, 64, dtype=torch.long), torch.eye(512)[None], []
+    for weights in (slope, torch.ones_like(slope)):
+        _, error, _ = tg.trellis_block(t, unit, weights, state)
+        cost.append((slope * error.square()).sum().item())
+    assert cost[0] < 0.9 * cost[1]
+
+
 # ---- trellis
 
 
@@ -199,7 +242,7 @@ def test_trellis_codes_are_decoded_as_they_were_chosen():
     g = torch.Generator().manual_seed(0)
     t, state = 3 * torch.randn(2, 70, 5, generator=g), torch.zeros(2, 5, dtype=torch.long)
     unit = torch.eye(70) + 0.1 * torch.randn(2, 70, 70, generator=g).triu(1)
-    codes, errors, end = tg.trellis_block(t, unit, state)
+    codes, errors, end = tg.trellis_block(t, unit, torch.ones(2, 70, 1), state)
     for m in range(2):
         rows = codes[m].mT.to(torch.int8)
         half = torch.from_numpy(tg.half_steps(rows.numpy()).astype("float32")) / 2

@@ -134,6 +134,16 @@ def test_an_artifact_over_the_limit(run, monkeypatch):
     assert files_only(run)["artifact + script"].ok is False
 
 
+def test_a_run_that_counted_the_packed_script_is_judged_by_it(run, monkeypatch):
+    change(run, code_form="packed")
+    artifact, source = (run / ARTIFACT).stat().st_size, (ROOT / "train_gpt.py").stat().st_size
+    monkeypatch.setattr(audit, "ARTIFACT_LIMIT", artifact + source // 2)
+    check = files_only(run)["artifact + script"]
+    assert check.ok and "(packed)" in check.figure
+    change(run, code_form="readable")
+    assert files_only(run)["artifact + script"].ok is False
+
+
 def test_bytes_that_are_not_the_datas(run, capsys):
     said = load_run(run).summary
     change(run, bytes_scored=said["bytes_scored"] + 7,

@@ -44,10 +44,27 @@ def test_a_contender_that_cannot_run_says_why():
 
 
 @pytest.mark.parametrize("words, reason", [(["speed"], "unknown group speed"),
+                                           (["--coders", "no.ptz"], "is no file"),
                                            (["--rounds", "0"], "at least 1")])
 def test_mistakes(words, reason):
     with pytest.raises(ToolError, match=reason):
         bench.main(words)
+
+
+def test_coders_agree_on_an_artifact(tmp_path, monkeypatch):
+    """Five coders on a small model's codes: every one gives them back, and ours is the smallest."""
+    b = bench.Bench(1, True)
+    monkeypatch.setattr(b.tg, "SMALL_TENSOR", 1000)
+    shapes = b.tg.matrix_views({n: p.detach() for n, p in b.model(b.settings).named_parameters()})
+    weights = {n: b.torch.randn(w.shape) for n, w in shapes.items()}
+    q = b.tg.Quantiser(b.settings, weights, b.tg.Curvature({}))(0.3)
+    path = tmp_path / "final_model.int6.ptz"
+    path.write_bytes(b.tg.pack_model(b.settings, q))
+    (tmp_path / "summary.json").write_text(json.dumps({"settings": b.settings.as_env()}))
+    (tmp_path / "metrics.jsonl").write_text("")
+    lines = [line.split("|") for line in bench.coders(b, str(path)).splitlines() if line.startswith("| ")]
+    sizes = {line[1].strip(): int(line[2].replace(",", "")) for line in lines[2:]}
+    assert len(sizes) >= 4 and min(sizes, key=sizes.get) == "ours, side bytes counted"
 
 
 def test_account_counts_what_the_formulas_say():

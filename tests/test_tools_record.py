@@ -55,6 +55,14 @@ def test_the_packed_script_is_what_is_run_and_counted(runs, tmp_path):  # noqa: 
     assert s["bytes_code"] == len(script) and s["bytes_total"] == 1000 + len(script)
 
 
+def test_runs_that_counted_the_packed_script_ship_it(runs, tmp_path):  # noqa: F811
+    for run in runs:
+        change(run, "summary", code_form="packed")
+    assert make(runs, tmp_path / "records") == 0
+    folder = tmp_path / "records" / "track_10min_16mb" / "2026-05-01_test"
+    assert (folder / "train_gpt.py").read_bytes().startswith(b"exec(")
+
+
 def test_one_run_of_a_study_makes_a_non_record(tmp_path):
     run = make_run(tmp_path / "r", 1, compliant=False, device="CPU", world_size=1, train_seconds=3000.0)
     assert make([run], tmp_path / "records", "--track", "non_record", "--blurb", "a study") == 0

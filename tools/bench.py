@@ -4,6 +4,7 @@
     python tools/bench.py attention gptq           # some: attention, ce, mlp, step, gptq, pack, ttt, caseops
     python tools/bench.py --rounds 9 --json bench.json
     python tools/bench.py --account --size full    # counted FLOPs, bytes, floors; measured too on a GPU
+    python tools/bench.py --coders runs/NAME/final_model.int6.ptz    # bytes and seconds of five coders
 
 Within a group the contenders take turns, round after round, so that a machine that slows down slows all of
 them; the ratio is the median over rounds of (reference time / contender time): 2.0 means twice as fast. Only
@@ -13,7 +14,11 @@ ratios of one run mean something; milliseconds of two machines, or of a busy one
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +30,17 @@ if __package__ in (None, ""):  # run as a script: make `tools` importable from a
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from tools.account import account
-from tools.common import ROOT, ToolError, command_line, relative, run_cli, table, write_atomic
+from tools.common import (
+    ROOT,
+    ToolError,
+    as_environment,
+    command_line,
+    load_run,
+    relative,
+    run_cli,
+    table,
+    write_atomic,
+)
 
 SMALL = dict(NUM_LAYERS=4, MODEL_DIM=128, NUM_HEADS=4, NUM_KV_HEADS=2, MLP_MULT=2, VOCAB_SIZE=512,
              LOOP_START=1, LOOP_END=2, NUM_LOOPS=1, PARALLEL_START_LAYER=3, XSA_LAST_N=4,
@@ -221,36 +236,22 @@ def gptq(b: Bench) -> list[Row]:
 
 
 def pack(b: Bench) -> list[Row]:
-    """Packing a model of Gaussian weights by our coder and by brotli, and reading it back."""
-    contenders, sizes = {}, {}
-    for coder in ("brotli", "ans"):
-        s = b.with_settings(COMPRESSOR=coder, MATRIX_CLIP_SIGMAS=12, LQER_ENABLED=0)
-        generator = b.torch.Generator().manual_seed(0)
-        shapes = b.tg.matrix_views({n: p.detach() for n, p in b.model(s).named_parameters()})
-        weights = {n: b.torch.randn(w.shape, generator=generator) * 0.02 for n, w in shapes.items()}
-        q = rounded(b, s, weights)
-        blob = b.tg.pack_model(s, q)
-        sizes[coder] = len(blob)
-        contenders[f"pack, {coder}"] = lambda s=s, q=q: b.tg.pack_model(s, q)
-        contenders[f"unpack, {coder}"] = lambda s=s, blob=blob: b.tg.unpack_model(
-            s, blob, "the bench's artifact")
-    notes = {name: f"{sizes[name.split(', ')[1]]:,} bytes" for name in contenders}
-    halves = [{k: v for k, v in contenders.items() if k.startswith(what)} for what in ("pack", "unpack")]
-    return [row for half in halves for row in b.race("packing", half, notes)]
+    """Packing Gaussian codes by our coder and by brotli, and reading them back."""
+    import brotli
 
-
-def rounded(b: Bench, s, weights):
-    """Weights quantised without Hessians: enough for the packer."""
-    smallest = 1 if b.small else b.tg.SMALL_TENSOR
-    tensors, meta = {}, {}
-    for name, w in weights.items():
-        if w.dim() == 2 and w.numel() > smallest and not name.endswith("_gate_w"):
-            scale = b.tg.row_scales(w, 6, 12.0)
-            codes = b.tg.divide_round(w, scale[:, None], -31, 31)
-            tensors[name + ".q"], tensors[name + ".scale"], meta[name] = codes, scale, "gptq (int6)"
-        else:
-            tensors[name], meta[name] = w.half(), "passthrough (float16)"
-    return b.tg.Quantised(tensors, meta)
+    shapes = [(512, 128)] * 4 if b.small else [(512, 512)] * 22 + [(2048, 512), (512, 2048)] * 11
+    codes = [(2.4 * b.torch.randn(shape, generator=b.torch.Generator().manual_seed(i))).round().to(
+        b.torch.int8).numpy() for i, shape in enumerate(shapes)]
+    predicted, raw = [(0 * c[:, 0].astype(int), 0 * c[0].astype(int)) for c in codes], b"".join(
+        c.tobytes() for c in codes)
+    streams, tall = b.tg.pack_codes(codes, predicted)
+    blob = brotli.compress(raw, quality=11, lgwin=24)
+    notes = {f"{what}, {name}": f"{size:,} bytes" for what in ("pack", "unpack")
+             for name, size in (("brotli", len(blob)), ("ours", sum(map(len, streams.values()))))}
+    return (b.race("packing", {"pack, brotli": lambda: brotli.compress(raw, quality=11, lgwin=24),
+                               "pack, ours": lambda: b.tg.pack_codes(codes, predicted)}, notes)
+            + b.race("packing", {"unpack, brotli": lambda: brotli.decompress(blob),
+                                 "unpack, ours": lambda: b.tg.unpack_codes(streams, tall, predicted)}, notes))
 
 
 def ttt(b: Bench) -> list[Row]:
@@ -324,6 +325,97 @@ def encode_by_character(text: str) -> str:
     return "".join(out)
 
 
+def codes_of(b: Bench, source: str):
+    """Codes to compare coders on, their names, and what coder and decoder know of them: an artifact's; those
+    of a run's final_model.pt at the hand clips, by GPTQ on the training shards that DATA_PATH names, matrices
+    above 4,096 elements; or `full`: Gaussian weights of full size, columns log-normal at 0.25 octave."""
+    tg, torch = b.tg, b.torch
+    if source == "full":
+        s, rng = tg.Settings.from_env({"QUANT_ALLOCATION": "hand"}), torch.Generator().manual_seed(0)
+        shapes = {n: torch.empty(shape, device="meta") for n, shape in tg.parameter_shapes(s).items()}
+        weights = {n: torch.randn(w.shape, generator=rng) for n, w in tg.matrix_views(shapes).items()}
+        for w in weights.values():
+            w *= (0.25 * torch.randn(w.shape[-1:], generator=rng)).exp2()
+        q = tg.Quantiser(s, weights, tg.Curvature({}))()
+    else:
+        paths = {k: os.environ[k] for k in ("DATA_PATH", "TOKENIZER_PATH") if k in os.environ}
+        env = {**as_environment(load_run(Path(source).parent).summary["settings"]), **paths}
+        if source.endswith(".ptz"):
+            q = tg.unpack_model(tg.Settings.from_env(env), Path(source).read_bytes(), relative(source))
+        else:
+            s, tg.SMALL_TENSOR = tg.Settings.from_env({**env, "QUANT_ALLOCATION": "hand"}), 4096
+            model = tg.build_model(s, b.world)
+            tg.read_weights(source, model)
+            stream = tg.open_train_stream(s, b.world, s.batch_shape(1)[1])
+            curvature = tg.calibrate(s, b.world, model, stream.next)
+            weights = tg.matrix_views({n: p.detach() for n, p in model.named_parameters()})
+            q = tg.Quantiser(s, weights, curvature)()
+    shapes = {k[:-2]: tuple(t.shape) for k, t in q.tensors.items() if k.endswith(".q")}
+    return {n: q.tensors[n + ".q"].numpy() for n in shapes}, *tg.coding_plan(q, shapes)
+
+
+def lrzip(files: dict[str, bytes]) -> tuple[int, float, float]:
+    """(bytes, seconds to pack, to unpack) of lrzip -z -L9, a file for each group, one after the other."""
+    size = packing = unpacking = 0
+    with tempfile.TemporaryDirectory() as temp:
+        path, packed = Path(temp) / "codes", Path(temp) / "codes.lrz"
+        for data in files.values():
+            path.write_bytes(data)
+            begin = time.perf_counter()
+            command = ["lrzip", "-q", "-z", "-L9", "-N0", "-f", str(path)]
+            subprocess.run(command, check=True, capture_output=True)
+            packing, size = packing + time.perf_counter() - begin, size + packed.stat().st_size
+            path.unlink()
+            begin = time.perf_counter()
+            subprocess.run(["lrzip", "-q", "-d", "-N0", str(packed)], check=True, capture_output=True)
+            unpacking += time.perf_counter() - begin
+            if path.read_bytes() != data:
+                raise ToolError("lrzip did not give back what it was given")
+            packed.unlink()
+    return size, packing, unpacking
+
+
+def coders(b: Bench, source: str) -> str:
+    """The same codes by five coders, as Markdown: bytes, seconds to encode and decode; all are read back."""
+    import lzma
+
+    import brotli
+
+    tg, (codes, predicted, trellis) = b.tg, codes_of(b, source)
+    raw, rows, groups = b"".join(c.tobytes() for c in codes.values()), [], {}
+    for name, c in codes.items():
+        kind = re.sub(r"^blocks\.\d+\.", "", name)
+        groups[kind] = groups.get(kind, b"") + c.tobytes()
+    plain = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
+    general = {"brotli-11": (lambda: brotli.compress(raw, quality=11, lgwin=24), brotli.decompress),
+               "byte-shuffled brotli-11": (lambda: tg.brotli_pack(raw, 2),
+                                           lambda blob: tg.brotli_unpack(blob, len(raw), 2)),
+               "lzma -9e, lc=lp=pb=0": (lambda: lzma.compress(raw, lzma.FORMAT_RAW, filters=plain),
+                                        lambda blob: lzma.decompress(blob, lzma.FORMAT_RAW, filters=plain))}
+    for name, (pack, unpack) in general.items():
+        times = [time.perf_counter()]
+        blob = pack()
+        times.append(time.perf_counter())
+        if unpack(blob) != raw:
+            raise ToolError(f"{name} did not give back what it was given")
+        rows.append([name, len(blob), times[1] - times[0], time.perf_counter() - times[1]])
+    if shutil.which("lrzip"):
+        rows.append(["lrzip -z -L9 per group", *lrzip(groups)])
+    times = [time.perf_counter()]
+    streams, tall = tg.pack_codes(list(codes.values()), predicted, trellis)
+    times.append(time.perf_counter())
+    back = tg.unpack_codes(streams, tall, predicted, trellis)
+    rows.append(["ours, side bytes counted", sum(map(len, streams.values())), times[1] - times[0],
+                 time.perf_counter() - times[1]])
+    if b"".join(c.tobytes() for c in back) != raw:
+        raise ToolError("our coder did not give back what it was given")
+    ours, note = rows[-1][1], "" if shutil.which("lrzip") else "\n\nlrzip is not on this machine: no row."
+    lines = [["coder", "bytes", "ours / its", "encode s", "decode s"], ["---"] * 5]
+    lines += [[name, f"{size:,}", f"{ours / size:.4f}", f"{a:.2f}", f"{z:.2f}"] for name, size, a, z in rows]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{len(raw):,} codes of {relative(source)}\n\n{text}{note}"
+
+
 GROUPS: dict[str, Callable[[Bench], list[Row]]] = {"attention": attention, "ce": ce, "mlp": mlp, "step": step,
                                                    "gptq": gptq, "pack": pack, "ttt": ttt, "caseops": caseops}
 
@@ -349,6 +441,8 @@ def main(arguments=None) -> int:
                         help="auto: full on a GPU")
     parser.add_argument("--account", action="store_true",
                         help="FLOPs, bytes and floors of every operator group instead")
+    parser.add_argument("--coders", metavar="FILE",
+                        help="five coders on the codes of an artifact, a final_model.pt, or `full`")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     args = parser.parse_args(arguments)
     unknown = [g for g in args.groups if g not in GROUPS]
@@ -356,11 +450,16 @@ def main(arguments=None) -> int:
         raise ToolError(f"unknown group {unknown[0]}: choose from {', '.join(GROUPS)}")
     if args.rounds < 1:
         raise ToolError(f"--rounds {args.rounds} must be at least 1")
+    if args.coders and args.coders != "full" and not Path(args.coders).is_file():
+        raise ToolError(f"--coders {args.coders} is no file: give an artifact, a final_model.pt, or full")
     b = Bench(args.rounds, {"auto": None, "small": True, "full": False}[args.size])
     where = b.torch.cuda.get_device_name(0) if b.cuda else f"CPU, {b.torch.get_num_threads()} threads"
     print(
         f"{where}, torch {b.torch.__version__}, {'small' if b.small else 'full'} size, {args.rounds} rounds",
         flush=True)
+    if args.coders:
+        print(coders(b, args.coders))
+        return 0
     if args.account:
         print(account(b, counts_only=not (b.cuda or b.small)))
         return 0

@@ -4,11 +4,11 @@
         --github name --blurb "what is new" --lineage pr1855
     python tools/make_record.py runs/demo_* --name cpu_demo --track non_record
 
-The folder gets README.md, submission.json, train_gpt.py (as the runs' logs hold it; --packed: its
-self-extracting form), requirements.txt, and per seed train_seed<N>.log, metrics_seed<N>.jsonl and
-summary_seed<N>.json, with relative paths only. Runs that cannot make a record are refused with the reason.
-Before the folder is put in place, its script is run inside it, in eval-only mode, on an artifact of the runs,
-and its score is compared.
+The folder gets README.md, submission.json, train_gpt.py (as the runs' logs hold it; with --packed, and for
+runs of CODE_FORM=packed always, its self-extracting form), requirements.txt, and per seed
+train_seed<N>.log, metrics_seed<N>.jsonl and summary_seed<N>.json, with relative paths only. Runs that cannot
+make a record are refused with the reason. Before the folder is put in place, its script is run inside it, in
+eval-only mode, on an artifact of the runs, and its score is compared.
 
 Tracks: record (8xH100, 600 s + 600 s, three seeds, the full validation set) and non_record (other hardware,
 data or studies; labelled as such). Both keep the 16,000,000 bytes, one code, one configuration, and complete
@@ -226,6 +226,7 @@ def gather(args: argparse.Namespace) -> Record:
     source = check_alike(runs)
     if args.track == "record":
         check_record_track(runs)
+    args.packed |= any(run.summary.get("code_form") == "packed" for run in runs)  # as they counted
     script = pack_script(source) if args.packed else source
     record = Record(sorted(runs, key=lambda r: r.seed), TRACKS[args.track], source, script, args)
     check_size(record)
