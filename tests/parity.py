@@ -224,6 +224,16 @@ def load_model(fx: Fixture, s: tg.Settings, params: dict[str, torch.Tensor]) -> 
     return model
 
 
+def adapter_views(adapter: tg.Adapter) -> dict[str, torch.Tensor]:
+    """Views under the field's names: `q_loras.<slot>.A` (rows, r, in), `.B`, `lm_head_lora.A`, …"""
+    views = {}
+    for side, tensors in (("A", adapter.a), ("B", adapter.b)):
+        for kind, p in tensors.items():
+            for slot, x in enumerate(p):
+                views[("lm_head_lora" if kind == "head" else f"{kind}_loras.{slot}") + f".{side}"] = x
+    return views
+
+
 def field_grads(model: tg.GPT) -> dict[str, torch.Tensor]:
     """Gradients under the field's names; a parameter without gradient counts as zero."""
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
@@ -500,7 +510,7 @@ def check_ttt_forward(fx: Fixture) -> None:
     adapter = tg.Adapter(s, plan, ids.shape[0])
     lora = fx.group("lora")
     with torch.no_grad():
-        views = adapter.field_views()
+        views = adapter_views(adapter)
         fx.equal("adapter names", sorted(views), sorted(fx.meta["lora_params"]))
         for name, value in lora.items():
             views[name].copy_(value)
@@ -513,11 +523,11 @@ def check_ttt_forward(fx: Fixture) -> None:
     with torch.no_grad():
         again = model.losses(ids, targets, plan, adapter=adapter)
         fx.close("per-token loss after reset", again, want["per_token_loss_after_reset"], **tolerance)
-        check_reset(fx, adapter.field_views(), lora)
+        check_reset(fx, adapter_views(adapter), lora)
         for parameter, grad in zip(adapter.parameters(), grads, strict=True):
             parameter.copy_(grad)  # gradients by name: put in the parameters' place, read by views
         tolerance = fx.tolerance("lora_grad", rtol_of_max_abs=1e-4)
-        check_grads(fx, adapter.field_views(), fx.group("lora_grad"), tolerance)
+        check_grads(fx, adapter_views(adapter), fx.group("lora_grad"), tolerance)
 
 
 def check_reset(fx: Fixture, views: dict, before: dict) -> None:
@@ -547,7 +557,7 @@ def check_ttt_masks(fx: Fixture) -> None:
         fx.equal(f"{name} numbers", sum(p.numel() for p in adapter.trained()), mask["trainable_numbers"])
         lora = fx.group("lora")
         with torch.no_grad():
-            for view, value in adapter.field_views().items():
+            for view, value in adapter_views(adapter).items():
                 value.copy_(lora[view])
         losses = model.losses(ids, targets, plan, adapter=adapter)
         fx.close(f"{name} losses", losses, want[f"{name}.per_token_loss"], **fx.tolerance("per_token_loss"))
@@ -555,7 +565,7 @@ def check_ttt_masks(fx: Fixture) -> None:
         with torch.no_grad():
             for p in adapter.parameters():
                 p.copy_(p.grad)
-        check_grads(fx, adapter.field_views(), fx.group(f"{name}.grad"), fx.tolerance("grad"))
+        check_grads(fx, adapter_views(adapter), fx.group(f"{name}.grad"), fx.tolerance("grad"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1234,7 +1244,7 @@ class Seen:
         if not stored:
             return self.fx.fail(f"adapter set {k} was created, which the reference did not do")
         with torch.no_grad():
-            views = adapter.field_views()
+            views = adapter_views(adapter)
             self.fx.equal(f"names of adapter set {k}", {n for n in views if n.endswith(".A")}, set(stored))
             for name, value in stored.items():
                 views[name].copy_(value)

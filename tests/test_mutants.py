@@ -24,6 +24,7 @@ from data import check as data_check  # noqa: E402
 
 WINDOWS, SLIDING, TTT = "C1 windows", "C1 sliding windows", "C1 test-time training"
 WINDOWS_SUM, TTT_SUM = "C2 windows", "C2 test-time training"
+LEDGER = "C3 C4 ledger"
 once = pytest.mark.parametrize("s", ["stream"], indirect=True)      # where adapting plays no part
 FIELD = dict(ttt_kv_reuse=False, ttt_shared_a=False, ttt_optimizer="adam", ttt_doc_order="length")
 
@@ -41,12 +42,8 @@ def scoring(s, *, ttt=False):
 
 
 def findings(s) -> list[str]:
-    """What the probes have to say against the script as it is now: failed probes, or the ledger's refusal."""
-    try:
-        probes = tg.run_probes(s, tg.World(), sine_model(s))
-    except RuntimeError as error:
-        return [str(error)]
-    return [f"{p.name}: {p.figure}" for p in probes if not p.ok]
+    """What the probes have to say against the script as it is now."""
+    return [f"{p.name}: {p.figure}" for p in tg.run_probes(s, tg.World(), sine_model(s)) if not p.ok]
 
 
 def assert_caught(s, *by: str) -> None:
@@ -114,6 +111,15 @@ def attention_one_ahead(patch):
 def test_windows_see_nothing_later(s, mutant, monkeypatch):
     mutant(monkeypatch)
     assert_caught(dataclasses.replace(scoring(s), eval_kv_reuse=False), WINDOWS, SLIDING)
+
+
+@once
+@pytest.mark.parametrize("mutant", [smear_between_windows, attention_across_documents])
+def test_windows_that_the_probes_shorten_see_their_neighbours(s, mutant, monkeypatch):
+    mutant(monkeypatch)
+    assert_caught(dataclasses.replace(
+        scoring(s), eval_kv_reuse=False, eval_seq_len=512, ttt_eval_seq_len=512, eval_stride=64,
+        val_batch_tokens=16384), WINDOWS, SLIDING)
 
 
 @once
@@ -194,6 +200,37 @@ def test_the_better_of_adapted_and_plain(s, monkeypatch):
     assert_caught(s, TTT_SUM)
 
 
+def mixing(s):
+    """The default way of adapting with a cache mixture whose hidden states all have a say."""
+    return dataclasses.replace(s, ttt_cache_lambda=0.5, ttt_cache_theta=2.0)
+
+
+@once
+@pytest.mark.parametrize("changes", [{}, dict(ngram_tilt_enabled=True)], ids=str)
+def test_the_cache_mixture_as_it_is_passes(s, changes):
+    assert not findings(dataclasses.replace(mixing(s), **changes))
+
+
+@once
+def test_cache_mixture_of_seen_tokens_only(s, monkeypatch):
+    """Tokens that the cache has seen gain, the others keep all the probability that the model gave them."""
+    replace(monkeypatch, tg, "mixed_with_cache", lambda real: lambda s, losses, cache:
+            torch.minimum(losses, real(s, losses, cache)))
+    assert_caught(mixing(s), TTT_SUM)
+
+
+@once
+def test_cache_mixture_one_ahead(s, monkeypatch):
+    """Every place says the token after the next one: the last place before the target says the target."""
+    def make(real):
+        def extend(self, slot, k, v):
+            keys, values = real(self, slot, k, v)
+            return keys, values.roll(-1, 1) if slot == self.STATES else values
+        return extend
+    replace(monkeypatch, tg.KeyCache, "extend", make)
+    assert_caught(mixing(s), TTT_SUM)
+
+
 # --- order of scoring and learning
 
 class Silent:
@@ -261,8 +298,8 @@ def test_a_step_before_the_booking(s, monkeypatch):
 def twice(patch, first_pass):
     """Every group is worked through twice, with one adapter; first_pass(ttt) surrounds the first time."""
     made = {}
-    replace(patch, tg.PhasedTTT, "adapter_for", lambda real: lambda self, group:
-            made.setdefault(tuple(group), real(self, group)))
+    replace(patch, tg.PhasedTTT, "adapter_for", lambda real: lambda self, rows:
+            made.setdefault(rows, real(self, rows)))
 
     def make(real):
         def adapt_group(self, group):
@@ -284,7 +321,35 @@ def test_two_epochs_of_which_the_last_is_scored(s, monkeypatch):
 
 def test_two_epochs_both_booked(s, monkeypatch):
     twice(monkeypatch, lambda ttt: contextlib.nullcontext())
-    assert_caught(dataclasses.replace(s, ttt_kv_reuse=False), "scored twice")
+    assert_caught(dataclasses.replace(s, ttt_kv_reuse=False), LEDGER, "scored twice")
+
+
+@once
+def test_an_adapter_that_is_not_reset_between_documents(s, monkeypatch):
+    """A group begins with what the group before it learnt, which in stream order may have come later."""
+    kept = []
+
+    def make(real):
+        def adapter_for(self, rows):
+            adapter = real(self, rows)
+            with torch.no_grad():
+                for kind, b in (kept[-1].b.items() if kept else ()):
+                    both = slice(min(b.size(1), rows))
+                    adapter.b[kind][:, both] = b[:, both]
+            kept[:] = [adapter]
+            return adapter
+        return adapter_for
+    replace(monkeypatch, tg.PhasedTTT, "adapter_for", make)
+    assert_caught(s, TTT)
+
+
+@once
+@pytest.mark.parametrize("owner", [tg.Adapter, tg.KeyCache])
+def test_rows_of_a_document_that_has_ended_are_kept(s, owner, monkeypatch):
+    """As documents leave a group, the adapters or keys of the wrong ones stay."""
+    replace(monkeypatch, owner, "keep", lambda real: lambda self, rows:
+            real(self, slice(0, -rows.start or None)))
+    assert_caught(s, TTT)
 
 
 def after_adapt(patch, then):
@@ -306,7 +371,7 @@ def counted(scored, losses):
 def test_rescoring_with_the_better_of_two(s, monkeypatch):
     after_adapt(monkeypatch, lambda ttt, scored: ttt.ledger.book(
         scored.positions, torch.minimum(*(counted(scored, x) for x in (scored.losses, scored.again())))))
-    assert_caught(s, "scored twice")
+    assert_caught(s, LEDGER, "scored twice")
 
 
 def test_rescoring_behind_the_ledgers_back(s, monkeypatch):
@@ -320,7 +385,7 @@ def test_rescoring_behind_the_ledgers_back(s, monkeypatch):
 def test_phase_on_documents_that_are_not_scored(s, monkeypatch):
     replace(monkeypatch, tg, "ttt_rounds", lambda real: lambda s, lengths:
             [r._replace(train_on=np.arange(len(lengths))) for r in real(s, lengths)])
-    assert_caught(s, "not wholly scored")
+    assert_caught(s, LEDGER, "not wholly scored")
 
 
 def test_base_weights_trained_on_the_stream_before_it_is_scored(s, monkeypatch):
@@ -340,14 +405,14 @@ def test_base_weights_trained_on_the_stream_before_it_is_scored(s, monkeypatch):
 def test_dropped_last_window(s, monkeypatch):
     replace(monkeypatch, tg, "sliding_windows", lambda real: lambda total, seq_len, stride:
             [w for w in real(total, seq_len, stride) if w[0] == 0 or w[1] - w[0] == seq_len])
-    assert_caught(scoring(s), "coverage is broken")
+    assert_caught(scoring(s), LEDGER, "coverage is broken")
 
 
 def test_dropped_last_chunk(s, monkeypatch):
     def make(real):
-        def window(targets, c, chunk, limit):
-            w = real(targets, c, chunk, limit)
-            return w._replace(count=np.where(w.count == chunk, w.count, 0)) if (w.count == chunk).any() else w
+        def window(s, targets, begin, end, cached):
+            w, whole = real(s, targets, begin, end, cached), np.minimum(end, targets) == end
+            return w._replace(count=np.where(whole, w.count, 0)) if whole.any() else w
         return window
     replace(monkeypatch, tg, "chunk_window", make)
     s = dataclasses.replace(s, phased_ttt_prefix_docs=0)
@@ -529,6 +594,15 @@ def test_calibration_on_validation_tokens(s, reader, tmp_path, monkeypatch):
             real(s, world, model, lambda: tg.packed_batch(read(s)[:1025], s.train_seq_len)))
     with pytest.raises(RuntimeError, match="validation tokens are read"):
         pipeline(s, tmp_path)
+
+
+@once
+@pytest.mark.parametrize("reader", ["fresh", "own", "files"])
+def test_logit_calibration_on_validation_tokens(s, reader, tmp_path, monkeypatch):
+    read = readers(monkeypatch)[reader]
+    replace(monkeypatch, tg, "fit_calibration", lambda real: lambda s, model, tokens: real(s, model, read(s)))
+    with pytest.raises(RuntimeError, match="validation tokens are read"):
+        pipeline(dataclasses.replace(s, logit_calib_enabled=True), tmp_path)
 
 
 @once

@@ -73,8 +73,8 @@ def test_hints_change_the_score_but_not_what_adapters_learn_from(s, data):
     for hints in (None, tg.Hints.build(s, tg.World(), val, True)):
         chunks, val.hints = [], hints
         ttt = tg.PhasedTTT(s, tg.World(), model, val, lambda event, chunks=chunks, **v: chunks.append(v))
-        scored = ttt.score_chunk(val.documents.start[:2], tg.chunk_window(np.array([16, 16]), 0, 16, 0), None,
-                                 tg.KeyCache(64, 16))
+        window = tg.chunk_window(s, np.array([16, 16]), 0, 16, cached=True)
+        scored = ttt.score_chunk(val.documents.start[:2], window, None, tg.KeyCache(64))
         losses[hints is None] = scored.losses, ttt.ledger.loss[:16].clone()
     assert torch.equal(losses[True][0], losses[False][0])
     assert not torch.equal(losses[True][1], losses[False][1])

@@ -31,7 +31,14 @@ def test_rows_are_measured_once_and_compared(data, tmp_path, monkeypatch, capsys
     assert adapt.main(call) == 0
     first = capsys.readouterr().out
     assert "against none" in first and "| position |" in first
+    real = adapt.measure
     monkeypatch.setattr(adapt, "measure", None)
     assert adapt.main([*call, "--reference", "none"]) == 0
+    measured = []
+    monkeypatch.setattr(adapt, "measure", lambda tg, s, *more: measured.append(s) or real(tg, s, *more))
+    call[2] = "fast: NGRAM_TILT_ENABLED=1"
+    assert adapt.main(call) == 0 and [s.ngram_tilt_enabled for s in measured] == [True]
+    assert capsys.readouterr().out != first
+    assert adapt.main(call) == 0 and len(measured) == 1
     with pytest.raises(ToolError, match="--reference nothing is none of the rows none, fast"):
         adapt.main([*call, "--reference", "nothing"])

@@ -63,23 +63,22 @@ def test_a_good_run_passes_with_figures(run, capsys):
 
 
 ATTENTION = "y = attention(q, *((k, v) if c.cache is None else c.cache.extend(slot, k, v))"
-ROUND = "rounds.append(Round(longest_first(grouped(everything[begin:end])), everything"
-BOOK = "        self.ledger.book(positions, booked[keep])\n"
+ROUND = "rounds.append(Round(grouped(s, everything[begin:end], lengths), everything"
+BOOK = "        self.ledger.book(positions, booked.flatten()[keep])\n"
 PLAN = "        rounds = ttt_rounds(self.s, self.lengths)\n"
 LOSS = "for y in rest)]).view(targets.shape)\n"
-WINDOW = "        windows.append((begin, min(begin + seq_len, total), begin + seq_len - stride))\n"
+WINDOW = "begin + seq_len - stride) for begin in later)]"
 MUTANTS = {   # the line to change, what it becomes, the row that fails and why
     "smear": ("inside = ids[:, 1:] != BOS", "follows, inside = None, ids[:, 1:] >= 0", "C1 windows: "),
     "attention": (ATTENTION + ", c.layout)", ATTENTION + ")", "C1 windows: "),
     "tilt": (LOSS, LOSS.replace("\n", " - 0.1 * (targets % 4 == 0)\n"), "C2 "),
     "selection": (LOSS, LOSS.replace("\n", ".clamp(max=4.0)\n"), "C2 "),
-    "unbooked": (BOOK, "", "probes: coverage is broken"),
-    "twice": (BOOK, 2 * BOOK, "probes: target "),
-    "phase": (ROUND + "[:end]))", ROUND + "))", "probes: the document at "),
+    "unbooked": (BOOK, "", "C3 C4 ledger: coverage is broken"),
+    "twice": (BOOK, 2 * BOOK, "C3 C4 ledger: target "),
+    "phase": (ROUND + "[:end]))", ROUND + "))", "C3 C4 ledger: the document at "),
     "ahead": (PLAN, PLAN + "        self.global_phase(Booked(self.val.tokens))\n", "C1 test-time training: "),
-    "tail": (WINDOW, WINDOW.replace("windows.append((", "windows += [(").replace("stride))", "stride)] * "
-                                                                              "(begin + seq_len <= total)"),
-             "probes: coverage is broken"),
+    "tail": (WINDOW, WINDOW.replace("later", "later if begin + seq_len <= total"),
+             "C3 C4 ledger: coverage is broken"),
 }
 
 

@@ -149,12 +149,12 @@ def test_cached_keys_fit_the_queries_whatever_rescales_the_rotary_base(s):
     s = changed(s, rope_yarn=True, ttt_eval_seq_len=256)
     model, plan = sine_model(s), tg.layer_plan(s, True)
     x = torch.randint(4, 300, (1, 160), generator=torch.Generator().manual_seed(0))
-    cache, losses = tg.KeyCache(256, 16), []
+    cache, losses = tg.KeyCache(256), []
     with torch.no_grad():
         for c in range(0, 160, 16):
             losses.append(model.losses(x[:, c:c + 16], x[:, c:c + 16], plan, cache=cache))
             cache.seal(x[:, c:c + 16])
-            cache.advance()
+            cache.advance(16)
         model.rope_length = 256
         assert torch.allclose(torch.cat(losses, 1), model.losses(x, x, plan), atol=3e-5)
 
@@ -170,11 +170,11 @@ def test_cached_keys_end_at_the_window(s):
     other[:, :8] = 9
 
     def last_chunk(tokens):
-        cache = tg.KeyCache(24, 8)
+        cache = tg.KeyCache(24)
         for c in range(0, 64, 8):
             loss = model.losses(tokens[:, c:c + 8], tokens[:, c:c + 8], plan, cache=cache)
             cache.seal(tokens[:, c:c + 8])
-            cache.advance()
+            cache.advance(8)
         assert cache.position == 64 and all(k.size(1) == 16 for k, _ in cache.old.values())
         return loss
     assert torch.equal(last_chunk(x), last_chunk(other))
@@ -209,21 +209,48 @@ def test_rounds_hold_every_document_once_and_train_on_scored_ones(s):
         assert [r.train_on is None for r in rounds] == [False] * (len(rounds) - 1) + [True]
 
 
-def test_chunks_by_length():
-    s = settings(TTT_SHORT_SCORE_FIRST_STEPS="600=32, 100:4,", TTT_CHUNK_SIZE=48)
-    assert tg.chunk_steps(s) == [(100, 4), (600, 32), (float("inf"), 48)]
+def test_chunks_by_length_or_by_position():
+    s = settings(TTT_SHORT_SCORE_FIRST_STEPS="60=32, 10:4,", TTT_CHUNK_SIZE=48)
+    assert tg.chunk_steps(s) == [(10, 4), (60, 32), (float("inf"), 48)]
+    assert tg.chunk_bounds(s, 150) == [0, 4, 8, 12, 44, 76, 124, 172]
+    assert tg.chunk_bounds(s, 13, 2) == [0, 8, 16]
+    field = changed(s, ttt_doc_order="length")
+    assert tg.chunk_bounds(field, 60) == [0, 32, 64] and tg.chunk_bounds(field, 61) == [0, 48, 96]
     with pytest.raises(tg.UserError, match="TTT_SHORT_SCORE_FIRST_STEPS=600-3"):
         settings(TTT_SHORT_SCORE_FIRST_STEPS="600-3")
 
 
-@pytest.mark.parametrize("spent, level", [(1.0, 0), (5.5, 2), (9.0, 3)])
+@pytest.mark.parametrize("at", [560, 680])
+def test_where_later_documents_end_is_nothing_to_earlier_ones(s, at):
+    """A BOS moves; computed in float64, as rows of other shapes add in another order. Earlier: all targets
+    before the first place that differs, the last document's own beginning among them."""
+    s = changed(s, ttt_doc_order="stream", ttt_warm_start_a=False, ttt_batch_size=2,
+                ttt_short_score_first_steps="40:8,100:12")
+    lengths = [30, 120, 45, 90, 130, 80, 140, 60]
+    tokens = np.tile(np.arange(4, 20), 50)[:sum(lengths)]
+    tokens[np.cumsum(lengths) - lengths] = tg.BOS
+    moved = tokens.copy()
+    moved[[635, at]] = 9, tg.BOS          # where the last document begins
+    losses = []
+    for stream in (tokens, moved):
+        model = sine_model(s)
+        model.compute_dtype = torch.float64
+        ttt = tg.PhasedTTT(s, tg.World(), model, tg.Validation.of(stream))
+        ttt.run()
+        losses.append(ttt.ledger.loss)
+    first = min(635, at)
+    gap = (losses[0] - losses[1]).abs()
+    assert gap[:first - 1].max() < 1e-6 < gap[first - 1:].max()
+
+
+@pytest.mark.parametrize("spent, level", [(1.0, 0), (5.5, 1), (9.0, 2)])
 def test_the_watchdog_predicts_from_adaptation_alone(s, spent, level):
     """Half of 100 s is gone, most of it in phases and waiting: what counts is the pace of the groups done."""
     told = []
     ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s), lambda event, **v: told.append(v),
                        tg.Clock(100, now=iter([0.0, 50.0]).__next__))
     group = np.arange(4)
-    ttt.watch(spent, ttt.cost(group), [group] * 10)
+    ttt.watch(spent, ttt.costs(group)[0], 10 * ttt.costs(group))
     assert ttt.level == level and len(told) == (level > 0)
 
 
@@ -237,3 +264,51 @@ def test_the_watchdog_scores_everything_in_time(s, budget, given_up):
     assert ttt.run().tokens == len(ttt.val.tokens) - 1
     what = [v["what"] for event, v in events if event == "give_up"]
     assert (what == []) if given_up is None else what[-1].endswith(given_up)
+
+
+def test_a_cache_mixture_is_what_it_says(s):
+    """Against one made place by place from all earlier hidden states, with nothing learned."""
+    s = changed(s, ttt_kv_reuse=True, ttt_lora_lr=0.0, phased_ttt_prefix_docs=0, ttt_eval_seq_len=256,
+                ttt_cache_lambda=0.4, ttt_cache_theta=3.0)
+    ttt, _ = run(s)
+    model, documents = sine_model(s), ttt.val.documents
+    for a, n in zip(documents.start[:4], documents.length):
+        doc = torch.from_numpy(ttt.val.tokens[a:a + n].astype(np.int64))
+        with torch.no_grad():
+            hidden = model.hidden(doc[None, :-1], ttt.plan)
+            p = torch.exp(-model.losses(doc[None, :-1], doc[None, 1:], ttt.plan)[0])
+        h = hidden[0] / hidden[0].norm(dim=-1, keepdim=True)
+        for t in range(1, n - 1):
+            weights = torch.exp(3.0 * (h[:t] @ h[t] - 1))
+            said = torch.zeros(s.vocab_size).index_add(0, doc[1:t + 1], weights) / weights.sum()
+            w = min(0.6, 0.4 * weights.max().item())
+            p[t] = (1 - w) * p[t] + w * said[doc[t + 1]]
+        assert torch.allclose(ttt.ledger.loss[a:a + n - 1], -p.log(), atol=1e-4)
+
+
+def test_adapters_learn_the_plain_loss_beside_a_cache_mixture(s):
+    """What they learn is the same, so documents' second chunks differ by the mixture alone."""
+    learnt = []
+    s = changed(s, ttt_kv_reuse=True, phased_ttt_prefix_docs=0)
+    for weight in (0.0, 0.4):
+        seen = []
+        with pytest.MonkeyPatch.context() as patch:
+            real = tg.PhasedTTT.adapt
+            patch.setattr(tg.PhasedTTT, "adapt", lambda self, adapter, *a, seen=seen, real=real: (
+                real(self, adapter, *a), seen.append(sum(b.abs().sum().item() for b in adapter.b.values()))))
+            ttt, score = run(changed(s, ttt_cache_lambda=weight))
+        learnt.append((seen, score.loss))
+    assert learnt[0][0] == learnt[1][0] and learnt[0][1] != learnt[1][1]
+
+
+def test_a_cache_mixture_needs_cached_keys():
+    with pytest.raises(tg.UserError, match="TTT_CACHE_LAMBDA=0.5 needs the cached keys of TTT_KV_REUSE=0: "):
+        settings(TTT_CACHE_LAMBDA=0.5, TTT_KV_REUSE=0)
+
+
+def test_a_phase_on_few_tokens_trains_all_the_same(s):
+    """The last chunk is left out as published, unless there is no other."""
+    steps = []
+    run(changed(s, phased_ttt_num_phases=1, global_ttt_chunk_tokens=100_000),
+        trace=lambda event, **v: steps.append(v["n_tokens"]) if event == "sgd_step" else None)
+    assert steps

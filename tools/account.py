@@ -188,7 +188,7 @@ def ttt_cases(tg, torch, s, device, documents: int) -> list[Case]:
     model = tg.GPT(s).to(device).requires_grad_(False)
     model.compute_dtype = torch.bfloat16
     adapter = tg.Adapter(s, plan, documents, device)
-    cache = tg.KeyCache(s.ttt_eval_seq_len, chunk)
+    cache = tg.KeyCache(s.ttt_eval_seq_len)
     held = s.ttt_eval_seq_len - chunk
     keys = (documents, held, s.num_kv_heads, s.head_dim)
     cache.old = {slot: tuple(torch.zeros(keys, dtype=torch.bfloat16, device=device) for _ in range(2))

@@ -7,12 +7,14 @@ Settings are the environment's, each row changes some of them; TTT_ENABLED=0 is 
 EVAL_STRIDE. Documents come from the validation shards of DATA_PATH: to choose a learning rate, point it at
 held-out training documents. Differences are against the first row and against --reference, in nats per token,
 with standard errors over documents; the two halves are the even and the odd documents, so that what is chosen
-on one can be reported on the other. Rows already in the --out folder are read, not run again.
+on one can be reported on the other. Rows already in the --out folder are read, not run again, where artifact,
+settings and documents are the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
 import time
@@ -24,7 +26,7 @@ import numpy as np
 if __package__ in (None, ""):  # run as a script: make `tools` and `train_gpt` importable from anywhere
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from tools.common import ToolError, need, relative, run_cli, table
+from tools.common import ToolError, need, run_cli, table
 
 LENGTHS = (0, 128, 256, 512, 1024, 2048, 10**9)
 POSITIONS = (0, 48, 144, 336, 720, 1440, 10**9)
@@ -38,9 +40,13 @@ class Row(NamedTuple):
     seconds: float
 
 
-def measure(tg, env: dict, artifact: Path, keep: tuple[int, int, int]) -> tuple[Row, np.ndarray]:
-    """The row of settings `env`, and the documents' lengths. keep: their number, fewest and most tokens."""
-    s = tg.Settings.from_env({**env, "EVAL_MAX_SECONDS": "0"})
+def identity(s, artifact: Path, keep: tuple[int, int, int]) -> str:
+    """What a row's losses depend on, in short: artifact, settings, choice of documents."""
+    return hashlib.sha256(artifact.read_bytes() + repr((s, keep)).encode()).hexdigest()
+
+
+def measure(tg, s, artifact: Path, keep: tuple[int, int, int]) -> tuple[Row, np.ndarray]:
+    """The row of settings s, and the documents' lengths. keep: their number, fewest and most tokens."""
     world = tg.World.join({})
     tg.set_up(s, world)
     model, val, (count, low, high) = tg.build_model(s, world), tg.Validation(s), keep
@@ -51,6 +57,7 @@ def measure(tg, env: dict, artifact: Path, keep: tuple[int, int, int]) -> tuple[
         raise ToolError(f"{len(chosen)} documents have {low} to {high} tokens: raise --max-tokens")
     documents.start, documents.length = documents.start[chosen], documents.length[chosen]
     begin = time.process_time()
+    val.hints = tg.Hints.build(s, world, val, s.ttt_enabled)
     if s.ttt_enabled:
         books = tg.PhasedTTT(s, world, model, val)
         books.run()
@@ -119,17 +126,19 @@ def main(arguments=None) -> int:
     for text in args.rows:
         name, _, settings = text.partition(":")
         path = args.out / f"{name.strip().replace(' ', '_')}.npz"
-        if not path.is_file():
-            env = {**os.environ, **dict(pair.split("=", 1) for pair in settings.split())}
-            keep = (args.documents, args.min_tokens, args.max_tokens)
-            try:
-                row, spans = measure(tg, env, args.artifact, keep)
-            except tg.UserError as error:
-                raise ToolError(f"row {name}: {error}") from None
-            np.savez(path, losses=row.losses, seconds=row.seconds, lengths=spans)
+        env = {**os.environ, **dict(pair.split("=", 1) for pair in settings.split()), "EVAL_MAX_SECONDS": "0"}
+        keep = (args.documents, args.min_tokens, args.max_tokens)
+        try:
+            s = tg.Settings.from_env(env)
+            key = identity(s, args.artifact, keep)
+            if not path.is_file() or str(np.load(path).get("key")) != key:
+                row, spans = measure(tg, s, args.artifact, keep)
+                np.savez(path, losses=row.losses, seconds=row.seconds, lengths=spans, key=key)
+        except tg.UserError as error:
+            raise ToolError(f"row {name}: {error}") from None
         kept = np.load(path)
         if lengths is not None and not np.array_equal(lengths, kept["lengths"]):
-            raise ToolError(f"{relative(path)} was measured on other documents: choose another --out")
+            raise ToolError(f"row {name} was measured on other documents: keep the data settings the same")
         lengths = kept["lengths"]
         rows.append(Row(name.strip(), kept["losses"].astype(np.float64), float(kept["seconds"])))
         print(f"{name}: {rows[-1].losses.mean():.4f} nats, {rows[-1].seconds:.1f} CPU s", flush=True)

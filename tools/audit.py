@@ -47,7 +47,8 @@ from tools.make_record import pack_script
 
 BUDGET_SECONDS, VAL_DOCUMENTS = 600.0, 50_000
 PATHS = ("DATA_DIR", "DATA_PATH", "TOKENIZER_PATH")
-JUDGES = ("Booked", "Ledger", "Probe", "run_probes")  # and every probe_*: always this repository's
+# this repository's own, as is every probe_*
+JUDGES = ("Booked", "LedgerError", "Ledger", "Probe", "run_probes", "weights_kept")
 CONDITIONS = {
     "C1": "The prediction of a token depends on the artifact and the tokens before it only.",
     "C2": "It is a full distribution over the vocabulary, fixed before the token is revealed.",
