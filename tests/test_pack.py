@@ -497,7 +497,8 @@ def damaged(rng, data):
     "changes",
     [
         dict(),
-        dict(QUANT_ALLOCATION="hand", LQER_ENABLED=1, GATED_ATTN_ENABLED=1, GATED_ATTN_QUANT_GATE=1),
+        dict(QUANT_ALLOCATION="hand", LQER_ENABLED=1, SPARSE_ATTN_GATE_ENABLED=0, GATED_ATTN_ENABLED=1,
+             GATED_ATTN_QUANT_GATE=1),
         dict(QUANT_ALLOCATION="hand", AWQ_LITE_ENABLED=1, AWQ_LITE_GROUP_SIZE=16, LQER_ENABLED=1,
              LQER_ASYM_ENABLED=0, COMPRESSOR="brotli"),
     ],
@@ -505,6 +506,7 @@ def damaged(rng, data):
 def test_a_file_made_to_do_harm_is_refused_or_harmless(monkeypatch, changes):
     """Files with a right checksum whatever they hold: finite weights or a UserError, and no memory taken."""
     monkeypatch.setattr(pack, "SMALL_TENSOR", 1000)
+    monkeypatch.setattr(pack, "lane_count", lambda size: 200)  # few rounds of Python's loop
     s = settings(**SMALL, **changes)
     shapes = {n: torch.empty(shape, device="meta") for n, shape in pack.parameter_shapes(s).items()}
     hessians = {n: torch.eye(w.shape[1]) for n, w in pack.matrix_views(shapes).items() if ".mlp." in n}
