@@ -4134,12 +4134,13 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
     script = code_bytes(s.code_form)
     cap = (ARTIFACT_LIMIT - script - 1024 * s.logit_calib_enabled      # its 15 numbers come later
            - LZMA_SLACK * (s.code_form == "packed"))
-    # a try by brotli takes minutes: 1 in 250 is where the second one lands
-    margin = s.fit_margin_bytes if s.compressor == "ans" else max(s.fit_margin_bytes, cap // 250)
     finest, spread = quantiser.finest, quantiser.spread
     # bytes beyond the estimate: not known before the first try, exact enough after it
     beyond, best, over, under = 0.001 * cap, b"", 0.0, math.inf
-    for _ in range(12):
+    for attempt in range(12):
+        margin = s.fit_margin_bytes
+        if s.compressor == "brotli":      # minutes at full size: each try is content with less
+            margin = max(margin, cap // 256 << min(attempt, 4))
         unit = unit_for(spread, cap - margin / 2 - beyond, finest)
         if not over < unit < under and under < math.inf:
             unit = math.sqrt(over * under)

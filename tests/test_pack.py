@@ -578,7 +578,7 @@ def test_the_fitter_lands_just_under_the_limit(monkeypatch, changes, shares):
 
 
 def test_brotli_is_fitted_in_few_tries(monkeypatch):
-    """One takes minutes at full size: within half a percent of the limit is near enough."""
+    """One takes minutes at full size: each is content with less, though never over the limit."""
     monkeypatch.setattr(pack, "SMALL_TENSOR", 1000)
     s = settings(COMPRESSOR="brotli", LQER_ENABLED=0, FIT_MARGIN_BYTES=256)
     weights, curvature = random_model(s, 0)
@@ -586,7 +586,7 @@ def test_brotli_is_fitted_in_few_tries(monkeypatch):
         run = Log()
         monkeypatch.setattr(pack, "ARTIFACT_LIMIT", pack.code_bytes() + limit)
         fitted = pack.quantise_to_fit(s, pack.World(), run, weights, curvature)
-        assert 0.995 * limit <= len(fitted) <= limit and len(run.rows) <= 3
+        assert 0.98 * limit <= len(fitted) <= limit and len(run.rows) <= 3
 
 
 @pytest.mark.parametrize("sigma", [1, 2.4, 12])
