@@ -3365,6 +3365,7 @@ def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str) -> None
 # --- logit calibration: scaled and shifted by what a token looks like
 
 CALIBRATION_STREAM = "calibration"    # in the artifact: 1 + 14 float32
+CALIBRATION_REACH = 0.5               # a category moves its tokens' logits by at most this much
 
 
 @functools.cache
@@ -3412,7 +3413,7 @@ def fit_calibration(s: Settings, model: GPT, tokens: np.ndarray) -> tuple[Tensor
         (loss + s.logit_calib_l2 * (raw[1:].square().mean() + (scale - 1) ** 2)).backward()
         optimiser.step()
         with torch.no_grad():
-            raw[1:].clamp_(-0.5, 0.5)
+            raw[1:].clamp_(-CALIBRATION_REACH, CALIBRATION_REACH)
     return raw.detach(), torch.stack(seen).detach()
 
 
@@ -3422,7 +3423,7 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
     values = None
     if world.main:
         model = build_model(s, world)
-        load_weights(model, dequantise(unpack_model(s, blob, ARTIFACT_NAME)), ARTIFACT_NAME)
+        load_weights(model, read_artifact(s, blob, ARTIFACT_NAME).weights, ARTIFACT_NAME)
         raw, losses = fit_calibration(s, model, read_shard(list_shards(s.shards, "train")[0]))
         values = raw.cpu().numpy().astype("<f4").tobytes()
         run.log("logit_calibration", steps=len(losses), train_loss=losses.mean().item(), values=raw.tolist())
@@ -3688,6 +3689,11 @@ LOW, LANES = 1 << 16, 1024
 CODES_HEAD = struct.Struct("<HHII")  # lanes, K, listed codes, bytes of (own tables, listed codes) packed
 
 
+def lane_count(size: int) -> int:
+    """Lanes for so many codes."""
+    return min(LANES, 1 + (size >> 14))
+
+
 def equal_widths(sides: Sequence[Sides], factors: Mapping[int, np.ndarray]) -> Iterator[tuple]:
     """Tensors by C, those with factors alone. Yields tensor numbers (T), owner (R) in 0…T-1, row_ctx (R),
     col_ctx (C, T), factors or None."""
@@ -3784,7 +3790,7 @@ def encode_codes(codes: Sequence[np.ndarray], sides: Sequence[Sides], trellis: n
     sum of its two, 0…255; nothing may be empty. trellis: uint8 (states, 2), next state by parity of the code;
     rows start in state 0, and the state's low bit doubles the contexts (then 0…127). factors: by number,
     those of tensors whose residues are coded."""
-    count, lanes = count_contexts(sides, trellis), min(LANES, 1 + (sum(c.size for c in codes) >> 14))
+    count, lanes = count_contexts(sides, trellis), lane_count(sum(c.size for c in codes))
     batches = []  # (C, n) uint16: context << 8 | code as uint8
     for ids, owner, rows, columns, shared in equal_widths(sides, factors):
         stack = np.concatenate([codes[i] for i in ids])
@@ -3822,7 +3828,7 @@ def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: np.ndarray | None
     lanes, stored, n_listed, n_front = CODES_HEAD.unpack(blob[:CODES_HEAD.size].ljust(CODES_HEAD.size, b"\0"))
     levels, front = blob[CODES_HEAD.size:CODES_HEAD.size + count], CODES_HEAD.size + count + n_front
     rest = len(blob) - front - 4 * lanes
-    check(0 < lanes <= LANES and stored == count and n_listed <= size and rest >= 0 and rest % 2 == 0,
+    check(lanes == lane_count(size) and stored == count and n_listed <= size and rest >= 0 and rest % 2 == 0,
           f"header {lanes, stored, n_listed, n_front} for {count} contexts, {size} codes, {len(blob)} bytes")
     owns = 512 * levels.count(NO_LEVEL)
     raw = brotli_unpack(blob[front - n_front:front], owns + n_listed)
@@ -3892,8 +3898,13 @@ def stored_tensors(s: Settings, meta: Mapping[str, str]) -> list[tuple[str, str,
     """(key, dtype, shape) of every tensor of a Quantised model in file order, from settings and `meta`."""
     out = []
     blank = {name: torch.empty(shape, device="meta") for name, shape in parameter_shapes(s).items()}
-    for name, w in matrix_views(blank).items():
+    views = matrix_views(blank)
+    if set(meta) != set(views):
+        raise ValueError(f"other tensors: {sorted(set(meta) ^ set(views))[:3]}")
+    for name, w in views.items():
         shape, how = tuple(w.shape), meta[name]
+        if how.startswith(("gptq", "gate")) and len(shape) != 2:
+            raise ValueError(f"{name} {shape} as {how}, which is for matrices")
         if how.startswith("gptq"):
             out.append((name + ".q", "int8", shape))
             if how.startswith("gptq (int"):
@@ -3901,7 +3912,8 @@ def stored_tensors(s: Settings, meta: Mapping[str, str]) -> list[tuple[str, str,
             else:
                 out.append((name + ".row", "int8", shape[:1]))
                 out += [(name + ".col", "int8", shape[1:])] if input_of(name) == name else []
-            r, (rows, columns), groups = s.lqer_rank, shape, shape[1] * s.lqer_rank // s.lqer_asym_group
+            (rows, columns), r = shape, min(s.lqer_rank, *shape)
+            groups = r * columns // s.lqer_asym_group
             if "+awqgrp" in how:
                 out.append((name + ".awqg_s_hi", "half", shape[:1]))
             if how.endswith("+lqer_asym"):
@@ -3932,7 +3944,7 @@ def pack_model(s: Settings, q: Quantised) -> bytes:
         streams[stream] = brotli_pack(b"".join(part), stride)
     ways = {how: [n for n in q.meta if q.meta[n] == how] for how in q.meta.values()}    # few ways, many names
     header = {"architecture": architecture(s), "meta": ways, "factors": tall,
-              "storage": {n: getattr(s, n) for n in ("compressor", "lqer_rank", "lqer_asym_group")},
+              "storage": {n: getattr(s, n) for n in STORAGE},
               "groups": {key: x.tolist() for key, x in q.tensors.items() if x.dtype == torch.int16},
               "unit": q.unit}
     if s.prequant_ttt_enabled:
@@ -3957,34 +3969,96 @@ def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
                         "was made with")
 
 
-def unpack_model(s: Settings, blob: bytes, origin: str) -> Quantised:
-    """The Quantised model of an artifact's bytes; UserError when it is damaged or another configuration's."""
+STORAGE = ("compressor", "lqer_rank", "lqer_asym_group")     # settings that a file says for itself
+
+
+class Artifact(NamedTuple):
+    """What an artifact holds."""
+    model: Quantised
+    weights: dict[str, Tensor]       # what it stands for, by name
+    calibration: Tensor | None       # the 15 numbers of calibrated_by
+    mark: str                        # why it is NON-COMPLIANT; empty if it is not
+
+
+def read_artifact(s: Settings, blob: bytes, origin: str) -> Artifact:
+    """What an artifact's bytes hold; UserError when they are damaged, of another configuration or nonsense.
+    A right checksum proves nothing: what the file says is checked before memory or time is spent on it."""
     header, streams = artifact_from_bytes(blob, origin)
-    check_architecture(s, header.get("architecture", {}), f"{origin} is an artifact")
     try:
-        return read_model(s, header, streams)
-    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # it is well-formed
-        raise UserError(f"{origin} has contents that do not fit together ({type(error).__name__}: {error}): "
-                        "write it again") from error
+        check_architecture(s, header.get("architecture", {}), f"{origin} is an artifact")
+        q, mark = read_model(s, header, streams), header.get("not_compliant", "")
+        weights = dequantise(q)
+        if not all(w.isfinite().all() for w in weights.values()) or not isinstance(mark, str):
+            raise ValueError("weights that are not finite, or a mark that is no text")
+        return Artifact(q, weights, read_calibration(streams), mark)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError,
+            MemoryError) as error:      # well-formed, but not ours
+        raise UserError(f"{origin} has contents that do not fit together ({type(error).__name__}: "
+                        f"{error!s:.200}): write it again") from error
+
+
+def unpack_model(s: Settings, blob: bytes, origin: str) -> Quantised:
+    """The Quantised model of an artifact's bytes, as read_artifact's."""
+    return read_artifact(s, blob, origin).model
+
+
+def read_calibration(streams: Mapping[str, bytes]) -> Tensor | None:
+    """The numbers (15) of an artifact's calibration, within fit_calibration's bounds; None: it has none."""
+    if CALIBRATION_STREAM not in streams:
+        return None
+    raw = torch.tensor(np.frombuffer(streams[CALIBRATION_STREAM], "<f4"))
+    if len(raw) != 15 or not raw.isfinite().all() or raw[1:].abs().max() > CALIBRATION_REACH:
+        raise ValueError(f"{len(raw)} numbers that are no calibration")
+    return raw
+
+
+def with_storage(s: Settings, stored: Mapping) -> Settings:
+    """The settings, but those of STORAGE as a file says; ValueError for what no user could have set."""
+    try:
+        values = {f.name: parse_setting(f, str(stored[f.name])) for f in fields(s) if f.name in STORAGE}
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    if values != stored:
+        raise ValueError(f"storage {stored}")
+    return dataclasses.replace(s, **values)
+
+
+def read_groups(groups: Mapping[str, list], shapes: Mapping[str, tuple],
+                meta: Mapping[str, str]) -> dict[str, Tensor]:
+    """AWQ-lite's groups of columns as tensors: where each begins, and the columns of one. They may not
+    overlap or go beyond the matrix."""
+    protected = {n: shape[1] for n, shape in shapes.items() if "+awqgrp" in meta[n]}
+    if set(groups) != {n + end for n in protected for end in (".awqg_start", ".awqg_size")}:
+        raise ValueError(f"groups {sorted(groups)[:4]}")
+    for name, columns in protected.items():
+        starts, (size,) = groups[name + ".awqg_start"], groups[name + ".awqg_size"]
+        if len(set(starts)) < len(starts) or not set(starts) <= set(range(0, columns - size + 1, size)):
+            raise ValueError(f"groups of {name}")
+    return {key: torch.tensor(x, dtype=torch.int16) for key, x in groups.items()}
 
 
 def read_model(s: Settings, header: Mapping, streams: Mapping[str, bytes]) -> Quantised:
     """The Quantised model of an artifact's header and streams."""
-    s = dataclasses.replace(s, **header["storage"])
+    s = with_storage(s, header["storage"])
     if not 0 < header["unit"] < math.inf:
         raise ValueError(f"unit {header['unit']}")
     q = Quantised({}, {name: how for how, names in header["meta"].items() for name in names}, header["unit"])
-    q.tensors.update({key: torch.tensor(x, dtype=torch.int16) for key, x in header["groups"].items()})
+    if len(q.meta) != sum(map(len, header["meta"].values())):
+        raise ValueError("a tensor that is stored twice")
     entries = stored_tensors(s, q.meta)
+    shapes = {key[:-2]: shape for key, _, shape in entries if key.endswith(".q")}
+    q.tensors.update(read_groups(header["groups"], shapes, q.meta))
     for stream, kind, dtype in ((HALF_STREAM, "half", "<f2"), (BYTE_STREAM, "int8", "i1")):
         part = [(key, shape) for key, how, shape in entries if how == kind and not key.endswith(".q")]
         pieces = split_bytes(streams[stream], [math.prod(shape) for _, shape in part], dtype)
         q.tensors.update({key: torch.from_numpy(x.reshape(shape)) for (key, shape), x in zip(part, pieces)})
-    shapes = {key[:-2]: shape for key, _, shape in entries if key.endswith(".q")}
     if s.compressor == "brotli":
         codes = split_bytes(streams[CODE_STREAM], [math.prod(shape) for shape in shapes.values()])
     else:
-        codes = unpack_codes(streams, header["factors"], *coding_plan(q, shapes))
+        tall = header["factors"]
+        if tall != sorted(set(tall) & set(range(len(shapes)))):
+            raise ValueError(f"factors of {tall}")
+        codes = unpack_codes(streams, tall, *coding_plan(q, shapes))
     q.tensors.update({n + ".q": torch.from_numpy(c.reshape(shapes[n])) for n, c in zip(shapes, codes)})
     return q
 
@@ -4040,6 +4114,8 @@ def unit_for(spread: np.ndarray, size: float, finest: float) -> float:
     return unit
 
 
+LZMA_SLACK = 256   # bytes: another liblzma may pack the script a little worse
+HALF_BYTES = 1.7   # of a float16 number, shuffled and by brotli; measured on the demo: 1.69
 GUESSED = 0.93     # what guesses leave of an embedding's codes; measured on small trained models: 0.92, 0.94
 
 
@@ -4047,38 +4123,45 @@ def expected_size(s: Settings) -> str:
     """What the artifact will weigh, from the settings alone: as if all weights were Gaussian. Errors passed
     on by GPTQ cost about as many bytes as contexts win. UserError below two bits a code."""
     blank = {name: torch.empty(shape, device="meta") for name, shape in parameter_shapes(s).items()}
-    codes, coded, other = 0, 0.0, 0
+    codes, coded, other, fisher = 0, 0.0, 0, s.quant_allocation == "fisher"
     for name, w in matrix_views(blank).items():
         kind, *how = storage_of(s, name, w)
         if kind == "gptq":
             bits, clip = how
             codes, other = codes + w.numel(), other + sum(w.shape)
             share = GUESSED if w.size(0) >= TALL * w.size(1) else 1.0
-            coded += share * estimate_bytes(np.array([w.numel()]), clip / (2 ** (bits - 1) - 1))
+            step = 4 / TOP_CODE if fisher else clip / (2 ** (bits - 1) - 1)      # at the finest
+            coded += share * estimate_bytes(np.array([w.numel()]), step)
         else:
-            other += 2 * w.numel()
+            other += HALF_BYTES * w.numel()
     room = ARTIFACT_LIMIT - code_bytes(s.code_form) - other
     if room < codes / 4:
-        raise UserError(f"{codes:,} weights would get {8 * room / codes:.2f} bits each in what the limit of "
-                        f"{ARTIFACT_LIMIT:,} bytes leaves; make the model smaller")
-    if s.quant_allocation == "hand" and coded < room:
-        return f"about {coded + other:,.0f} bytes, {room - coded:,.0f} under the limit"
-    return f"{codes:,} weights fitted to the limit, at about {8 * room / max(codes, 1):.2f} bits each"
+        raise UserError(f"{codes:,} weights would get {8 * room / max(codes, 1):.2f} bits each in what the "
+                        f"limit of {ARTIFACT_LIMIT:,} bytes leaves; make the model smaller")
+    if coded < room:
+        return (f"about {coded + other:,.0f} bytes, {room - coded:,.0f} under the limit"
+                + f", with {codes:,} weights at their finest" * (fisher and codes > 0))
+    return (f"about {room + other:,.0f} bytes: {codes:,} weights fitted to the limit, at about "
+            f"{8 * room / codes:.2f} bits each")
 
 
 def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, Tensor],
                     curvature: Curvature, clock: Clock | None = None) -> bytes:
-    """Quantise and pack as finely as the limit allows, less at most FIT_MARGIN_BYTES. Every rank returns the
+    """Quantise and pack as finely as the limit allows, less at most a margin. Every rank returns the
     artifact's bytes. A size that no step reaches is a UserError. clock: training's; once something fits, no
     further try that would pass its budget."""
     quantiser = Quantiser(s, weights, curvature, world)
     script = code_bytes(s.code_form)
-    cap = ARTIFACT_LIMIT - script - 1024 * s.logit_calib_enabled      # its 15 numbers come later
+    cap = (ARTIFACT_LIMIT - script - 1024 * s.logit_calib_enabled      # its 15 numbers come later
+           - LZMA_SLACK * (s.code_form == "packed"))
     finest, spread = quantiser.finest, quantiser.spread
     # bytes beyond the estimate: not known before the first try, exact enough after it
     beyond, best, over, under = 0.001 * cap, b"", 0.0, math.inf
-    for _ in range(12):
-        unit = unit_for(spread, cap - s.fit_margin_bytes / 2 - beyond, finest)
+    for attempt in range(12):
+        margin = s.fit_margin_bytes
+        if s.compressor == "brotli":      # minutes at full size: each try is content with less
+            margin = max(margin, cap // 256 << min(attempt, 4))
+        unit = unit_for(spread, cap - margin / 2 - beyond, finest)
         if not over < unit < under and under < math.inf:
             unit = math.sqrt(over * under)
         watch = Clock()
@@ -4092,15 +4175,15 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
             over = max(over, unit)
         else:
             best, under = max(best, blob, key=len), min(under, unit)
-            if unit <= finest or len(blob) >= cap - s.fit_margin_bytes:
+            if unit <= finest or len(blob) >= cap - margin:
                 break
         late = clock is not None and 0 < clock.budget < clock.elapsed() + 1.2 * watch.elapsed()
         if best and world.agree(late):
             break
     check_size(len(best or blob), s.code_form)
     if not best:
-        raise UserError(f"the artifact of {len(blob):,} bytes leaves no room for the logit calibration: set "
-                        "LOGIT_CALIB_ENABLED=0")
+        raise UserError(f"the artifact of {len(blob):,} bytes is over the {cap:,} that script, calibration "
+                        "and packing leave of the limit: make the model smaller, or LOGIT_CALIB_ENABLED=0")
     return best
 
 
@@ -5285,7 +5368,7 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     saving = sum(4 * p.numel() for p in model.parameters()) / 1e8
     need = seconds + 3 * clock.elapsed() - 2 * setting_up + saving
     reading = Clock()
-    back = dequantise(unpack_model(s, blob, "the rehearsal's artifact"))
+    back = read_artifact(s, blob, "the rehearsal's artifact").weights
     if s.logit_calib_enabled:      # it works on a second model, read back from the artifact
         load_weights(build_model(s, world), back, "the rehearsal's artifact")
         need += reading.elapsed()
@@ -5572,11 +5655,11 @@ def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> tuple[in
         blob = world.share_bytes(path.read_bytes() if world.main else None)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; give final_model.int6.ptz") from error
-    load_weights(model, dequantise(unpack_model(s, blob, path.name)), path.name)
-    header, streams = artifact_from_bytes(blob, path.name)
-    raw = np.frombuffer(streams.get(CALIBRATION_STREAM, b""), "<f4")
-    model.calibration = calibrated_by(s, torch.tensor(raw).to(world.device)) if len(raw) else None
-    return len(blob), header.get("not_compliant", "")
+    found = read_artifact(s, blob, path.name)
+    load_weights(model, found.weights, path.name)
+    raw = found.calibration
+    model.calibration = None if raw is None else calibrated_by(s, raw.to(world.device))
+    return len(blob), found.mark
 
 
 def log_probes(s: Settings, world: World, run: Run, model: GPT) -> None:

@@ -1,5 +1,6 @@
 """Pack: exact round trips, every damage refused, bounded cost."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -190,6 +191,16 @@ def test_wrong_side_information_is_refused():
         pack.decode_codes(blob, sides, trellis(8))
 
 
+def test_lanes_are_not_the_files_to_choose():
+    """One lane for a large model would take minutes."""
+    codes = gaussian([(300, 200)], 2.4)
+    blob = bytearray(pack.encode_codes(codes, plain_sides(codes)))
+    for lanes in (1, 3, 5, 1024):
+        blob[:2] = lanes.to_bytes(2, "little")
+        with pytest.raises(UserError, match="header"):
+            pack.decode_codes(bytes(blob), plain_sides(codes))
+
+
 def test_damaged_codes_never_do_worse_than_refuse():
     codes = gaussian([(9, 32), (8, 16)], 2.4)
     sides = plain_sides(codes)
@@ -336,6 +347,7 @@ def test_every_damaged_or_foreign_file_is_refused():
         dict(QUANT_TRELLIS=0, VOCAB_SIZE=600),
         dict(QUANT_ALLOCATION="hand", LQER_ENABLED=1),
         dict(LQER_ENABLED=1, LQER_ASYM_ENABLED=0),
+        dict(LQER_ENABLED=1, LQER_RANK=100),  # more than a matrix has
         dict(QUANT_ALLOCATION="hand", NUM_LOOPS=0),
         dict(COMPRESSOR="brotli"),
     ],
@@ -362,30 +374,164 @@ NONSENSE = {  # changes to a good header that leave the file itself well-formed
     "unit text": lambda h: h.update(unit="1"),
     "no storage": lambda h: h.pop("storage"),
     "strange storage": lambda h: h["storage"].update(nothing=1),
+    "storage of nothing": lambda h: h.update(storage={}),
+    "another setting": lambda h: h["storage"].update(vocab_size=300),
     "a group of 0": lambda h: h["storage"].update(lqer_asym_group=0),
+    "a rank of text": lambda h: h["storage"].update(lqer_rank="4"),
+    "a rank of 0.5": lambda h: h["storage"].update(lqer_rank=0.5),
+    "a huge rank": lambda h: h["storage"].update(lqer_rank=3_000_000),
+    "a strange compressor": lambda h: h["storage"].update(compressor="zip"),
+    "architecture 5": lambda h: h.update(architecture=5),
+    "a unit beyond floats": lambda h: h.update(unit=1e300),
+    "ways in a list": lambda h: h.update(meta=[]),
+    "one tensor more": lambda h: h["meta"]["passthrough (float16)"].append("more"),
+    "a tensor twice": lambda h: h["meta"].update(gate_int8_row=["skip_weights"]),
+    "a vector by rows": lambda h: h.update(meta={
+        "gate_int8_row": ["smear_lambda"],
+        **{how: [n for n in names if n != "smear_lambda"] for how, names in h["meta"].items()}}),
+    "a mark of numbers": lambda h: h.update(not_compliant=5),
     "no tensors": lambda h: h.update(meta={}),
     "other ways": lambda h: h.update(meta={"passthrough (float16)": sum(h["meta"].values(), [])}),
     "no factors": lambda h: h.pop("factors"),
     "factors of nothing": lambda h: h.update(factors=[1000]),
-    "factors of another": lambda h: h.update(factors=[0]),
+    "factors of another": lambda h: h.update(factors=[1]),
+    "factors again and again": lambda h: h.update(factors=h["factors"] * 1000),
+    "factors that are none": lambda h: h.update(factors=5),
     "groups": lambda h: h.update(groups={"x": "y"}),
+    "groups of a matrix without": lambda h: h.update(groups={"tok_emb.weight.awqg_start": [0]}),
     "no compressor": lambda h: h["storage"].pop("compressor"),
     "another compressor": lambda h: h["storage"].update(compressor="brotli"),
 }
 
 
-@pytest.mark.parametrize("what", NONSENSE)
-def test_a_well_formed_file_of_nonsense_is_refused(monkeypatch, what):
-    monkeypatch.setattr(pack, "SMALL_TENSOR", 1000)
-    s = settings(LQER_ENABLED=1)
+@pytest.fixture(scope="module")
+def packed():
+    """A model's header and streams: two layers, a tall embedding with factors, LQER on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pack, "SMALL_TENSOR", 1000)
+        return small_pack(settings(LQER_ENABLED=1, **SMALL))
+
+
+SMALL = dict(NUM_LAYERS=2, LOOP_END=1, MODEL_DIM=32, VOCAB_SIZE=600)
+
+
+def small_pack(s, hessians={}):
+    """Header and streams of a model with all that the settings turn on."""
     weights = pack.matrix_views({n: p.detach() for n, p in sine_model(s).named_parameters()})
-    blob = pack.pack_model(s, pack.Quantiser(s, weights, pack.Curvature({}))(0.01))
-    s = settings(LQER_ENABLED=1, COMPRESSOR="brotli")       # the file says how it is packed, not the reader
-    pack.unpack_model(s, blob, "test")
-    header, streams = pack.artifact_from_bytes(blob, "test")
+    blob = pack.pack_model(s, pack.Quantiser(s, weights, pack.Curvature(hessians))(0.05))
+    return pack.artifact_from_bytes(blob, "x")
+
+
+@pytest.mark.parametrize("what", NONSENSE)
+def test_a_well_formed_file_of_nonsense_is_refused(packed, what):
+    s = settings(LQER_ENABLED=1, COMPRESSOR="brotli", **SMALL)  # the file says how it is packed
+    header, streams = copy.deepcopy(packed)
+    pack.read_artifact(s, pack.artifact_to_bytes(header, streams), "test")
     NONSENSE[what](header)
     with pytest.raises(UserError, match="again"):
-        pack.unpack_model(s, pack.artifact_to_bytes(header, streams), "test")
+        pack.read_artifact(s, pack.artifact_to_bytes(header, streams), "test")
+
+
+STREAMS = {
+    "NaN": ("half", lambda x: brotli.compress(b"\xff" * len(brotli.decompress(x)))),
+    "no halves": ("half", lambda x: b""),
+    "no codes": ("codes", lambda x: b""),
+    "3 bytes of calibration": ("calibration", lambda x: bytes(3)),
+    "2 numbers of calibration": ("calibration", lambda x: bytes(8)),
+    "no numbers of calibration": ("calibration", lambda x: b""),
+    "NaN as calibration": ("calibration", lambda x: b"\xff" * 60),
+    "huge calibration": ("calibration", lambda x: np.full(15, 1e38, "<f4").tobytes()),
+}
+
+
+@pytest.mark.parametrize("what", STREAMS)
+def test_streams_of_nonsense_are_refused(packed, what):
+    s, (header, streams) = settings(LQER_ENABLED=1, **SMALL), packed
+    good = {**streams, "calibration": bytes(60)}
+    assert pack.read_artifact(s, pack.artifact_to_bytes(header, good), "x").calibration.tolist() == [0] * 15
+    name, change = STREAMS[what]
+    good[name] = change(good[name])
+    with pytest.raises(UserError, match="again"):
+        pack.read_artifact(s, pack.artifact_to_bytes(header, good), "x")
+
+
+STRANGE = [None, True, 0, -1, 5, 0.5, 1e300, 1 << 40, 1 << 70, "", "half", [], {}, [[]], [0] * 99, {"a": 1}]
+
+
+def altered(rng, node):
+    """JSON with one value somewhere below it replaced, dropped, doubled or renamed."""
+    keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+    if not keys:
+        return STRANGE[rng.integers(len(STRANGE))]
+    key, node = keys[rng.integers(len(keys))], node.copy()
+    if isinstance(node[key], (dict, list)) and rng.random() < 0.7:
+        node[key] = altered(rng, node[key])
+    elif (kind := rng.integers(5)) == 0:
+        del node[key]
+    elif kind == 1 and isinstance(node, dict):
+        node[str(STRANGE[rng.integers(len(STRANGE))])] = node.pop(key)
+    elif kind == 2 and isinstance(node, list):
+        node += node
+    else:
+        node[key] = STRANGE[rng.integers(len(STRANGE))]
+    return node
+
+
+def damaged(rng, data):
+    """A stream with bytes altered, in what brotli holds where it is that, or cut, emptied or foreign."""
+    try:
+        raw, wrap = bytearray(brotli.decompress(data)), rng.random() < 0.8
+    except brotli.error:
+        raw, wrap = bytearray(data), False
+    raw = raw if wrap else bytearray(data)
+    for _ in range(rng.integers(1, 4) if raw else 0):
+        at = rng.integers(len(raw) if rng.random() < 0.5 else min(len(raw), 64))
+        raw[at] = rng.choice([0, 255, rng.integers(256)])
+    kind = rng.integers(6)
+    raw = raw[: rng.integers(len(raw) + 1)] if kind == 0 else raw + rng.bytes(60) if kind == 1 else raw
+    raw = bytearray(rng.bytes(len(raw))) if kind == 2 else raw
+    return brotli.compress(bytes(raw), quality=1) if wrap else bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(QUANT_ALLOCATION="hand", LQER_ENABLED=1, SPARSE_ATTN_GATE_ENABLED=0, GATED_ATTN_ENABLED=1,
+             GATED_ATTN_QUANT_GATE=1),
+        dict(QUANT_ALLOCATION="hand", AWQ_LITE_ENABLED=1, AWQ_LITE_GROUP_SIZE=16, LQER_ENABLED=1,
+             LQER_ASYM_ENABLED=0, COMPRESSOR="brotli"),
+    ],
+)
+def test_a_file_made_to_do_harm_is_refused_or_harmless(monkeypatch, changes):
+    """Files with a right checksum whatever they hold: finite weights or a UserError, and no memory taken."""
+    monkeypatch.setattr(pack, "SMALL_TENSOR", 1000)
+    monkeypatch.setattr(pack, "lane_count", lambda size: 200)  # few rounds of Python's loop
+    s = settings(**SMALL, **changes)
+    shapes = {n: torch.empty(shape, device="meta") for n, shape in pack.parameter_shapes(s).items()}
+    hessians = {n: torch.eye(w.shape[1]) for n, w in pack.matrix_views(shapes).items() if ".mlp." in n}
+    header, streams = small_pack(s, hessians)
+    streams["calibration"] = bytes(60)
+    assert header["factors"] or changes
+    pack.read_artifact(s, pack.artifact_to_bytes(header, streams), "x")
+    rng, refused = np.random.default_rng(8), 0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for i in range(100):
+        bad_header, bad = header, dict(streams)
+        if i % 2:
+            bad_header = altered(rng, header)
+        else:
+            name = list(streams)[rng.integers(len(streams))]
+            bad[name] = damaged(rng, streams[name])
+        try:
+            found = pack.read_artifact(s, pack.artifact_to_bytes(bad_header, bad), "x")
+            assert all(w.isfinite().all() for w in found.weights.values())
+            assert found.calibration is None or found.calibration.isfinite().all()
+            assert isinstance(found.mark, str)
+        except UserError:
+            refused += 1
+    assert refused > 50
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
 
 
 def random_model(s, seed):
@@ -431,6 +577,18 @@ def test_the_fitter_lands_just_under_the_limit(monkeypatch, changes, shares):
         pack.quantise_to_fit(s, pack.World(), Log(), weights, curvature)
 
 
+def test_brotli_is_fitted_in_few_tries(monkeypatch):
+    """One takes minutes at full size: each is content with less, though never over the limit."""
+    monkeypatch.setattr(pack, "SMALL_TENSOR", 1000)
+    s = settings(COMPRESSOR="brotli", LQER_ENABLED=0, FIT_MARGIN_BYTES=256)
+    weights, curvature = random_model(s, 0)
+    for limit in (80_000, 100_000):
+        run = Log()
+        monkeypatch.setattr(pack, "ARTIFACT_LIMIT", pack.code_bytes() + limit)
+        fitted = pack.quantise_to_fit(s, pack.World(), run, weights, curvature)
+        assert 0.98 * limit <= len(fitted) <= limit and len(run.rows) <= 4
+
+
 @pytest.mark.parametrize("sigma", [1, 2.4, 12])
 def test_the_estimate_is_what_a_gaussian_costs(sigma):
     codes, spread = gaussian([(512, 512)], sigma), np.zeros(511)
@@ -457,6 +615,23 @@ def test_expected_size_is_what_trained_like_weights_take(monkeypatch):
     assert len(blob) == pytest.approx(told, rel=0.02)
 
 
+def test_expected_size_of_a_model_below_the_limit(monkeypatch):
+    """What its weights take at their finest, matrices and all else as halves; or halves alone."""
+    monkeypatch.setattr(pack, "SMALL_TENSOR", 4096)
+    s = settings(MODEL_DIM=128, NUM_LAYERS=2, LOOP_END=1, LQER_ENABLED=0)
+    generator = torch.Generator().manual_seed(0)
+    weights = {n: 0.02 * torch.randn(w.shape, generator=generator) for n, w in random_model(s, 0)[0].items()}
+    for small in (4096, 1 << 30):
+        monkeypatch.setattr(pack, "SMALL_TENSOR", small)
+        quantiser, told = pack.Quantiser(s, weights, pack.Curvature({})), pack.expected_size(s)
+        blob = pack.pack_model(s, quantiser(quantiser.finest))
+        assert len(blob) == pytest.approx(int(told.split()[1].replace(",", "")), rel=0.03)
+        assert told.endswith("under the limit" if small > 4096 else "weights at their finest")
+    monkeypatch.setattr(pack, "ARTIFACT_LIMIT", pack.code_bytes() + 200_000)
+    monkeypatch.setattr(pack, "SMALL_TENSOR", 4096)
+    assert pack.expected_size(s).startswith("about 200,000 bytes: 267,776 weights fitted to the limit")
+
+
 def test_the_counted_form_of_the_script():
     """CODE_FORM=packed leaves the difference to the weights, and counts what self_extracting makes."""
     source = (ROOT / "train_gpt.py").read_bytes()
@@ -473,5 +648,6 @@ def test_the_fitter_leaves_room_for_the_form_that_is_shipped(monkeypatch, form):
     monkeypatch.setattr(pack, "ARTIFACT_LIMIT", pack.code_bytes(form) + 40_000)
     run = Log()
     blob = pack.quantise_to_fit(s, pack.World(), run, weights, curvature)
-    assert 40_000 - s.fit_margin_bytes <= len(blob) <= 40_000
+    slack = {"readable": 0, "packed": 256}[form]  # another liblzma may pack the script worse
+    assert 40_000 - slack - s.fit_margin_bytes <= len(blob) <= 40_000 - slack
     assert run.rows[-1]["code_bytes"] == pack.code_bytes(form)
