@@ -65,37 +65,131 @@ def test_a_good_run_passes_with_figures(run, capsys):
 ATTENTION = "y = attention(q, *((k, v) if c.cache is None else c.cache.extend(slot, k, v))"
 ROUND = "rounds.append(Round(grouped(s, everything[begin:end], lengths), everything"
 BOOK = "        self.ledger.book(positions, booked.flatten()[keep])\n"
+BETTER = "        self.ledger.book(positions, torch.minimum(booked, forward().detach()).flatten()[keep])\n"
 PLAN = "        rounds = ttt_rounds(self.s, self.lengths)\n"
-LOSS = "for y in rest)]).view(targets.shape)\n"
+LOSS = "torch.stack([loss(z, first), *(loss(z.detach(), y) for y in rest)]).view(targets.shape)\n"
+GOLD = LOSS.replace("loss(z, first), *(loss(z.detach(), y) for y in rest)",
+                    "-F.logsigmoid(z.gather(1, y[:, None])[:, 0]) for y in (first, *rest)")
 WINDOW = "begin + seq_len - stride) for begin in later)]"
-MUTANTS = {   # the line to change, what it becomes, the row that fails and why
-    "smear": ("inside = ids[:, 1:] != BOS", "follows, inside = None, ids[:, 1:] >= 0", "C1 windows: "),
-    "attention": (ATTENTION + ", c.layout)", ATTENTION + ")", "C1 windows: "),
-    "tilt": (LOSS, LOSS.replace("\n", " - 0.1 * (targets % 4 == 0)\n"), "C2 "),
-    "selection": (LOSS, LOSS.replace("\n", ".clamp(max=4.0)\n"), "C2 "),
-    "unbooked": (BOOK, "", "C3 C4 ledger: coverage is broken"),
-    "twice": (BOOK, 2 * BOOK, "C3 C4 ledger: target "),
-    "phase": (ROUND + "[:end]))", ROUND + "))", "C3 C4 ledger: the document at "),
-    "ahead": (PLAN, PLAN + "        self.global_phase(Booked(self.val.tokens))\n", "C1 test-time training: "),
-    "tail": (WINDOW, WINDOW.replace("later", "later if begin + seq_len <= total"),
+SCORE = "        losses, booked = tilted_losses(self.s, forward, x, y, at, self.val.hints)\n"
+LAST = """        ends = self.val.documents.start + self.lengths - 1
+        rows = np.isin(starts + w.begin + w.offset + w.count, ends)
+        if adapter is not None and rows.any():
+            with torch.enable_grad():
+                (forward().mean(1) * torch.from_numpy(rows)).sum().backward(inputs=adapter.trained())
+            normalised_step(adapter.trained(), self.s.ttt_lora_lr, 0.0)
+"""
+GROUP = "                self.adapt_group(group)\n"
+EPOCHS = """                learnt, books = self.adapter_for(len(group)), self.ledger
+                self.adapter_for, self.ledger = lambda rows: learnt, Ledger(self.val, self.world.device)
+                self.adapt_group(group)
+                self.ledger = books
+                self.adapt_group(group)
+                del self.adapter_for
+"""
+EARLY = LAST.replace("np.isin(starts + w.begin + w.offset + w.count, ends)", "w.count > 0")
+PLAIN, ADAPTED = dict(TTT_ENABLED=False), dict(SLIDING_WINDOW_ENABLED=False)
+AGAIN = dict(ADAPTED, TTT_KV_REUSE=False)
+MUTANTS = {   # the line to change, what it becomes, settings that leave what is probed, the row that fails
+    "smear": ("inside = ids[:, 1:] != BOS", "follows, inside = None, ids[:, 1:] >= 0", PLAIN, "C1 windows: "),
+    "attention": (ATTENTION + ", c.layout)", ATTENTION + ")", PLAIN, "C1 windows: "),
+    "tilt": (LOSS, LOSS.replace("\n", " - 0.1 * (targets % 4 == 0)\n"), PLAIN, "C2 "),
+    "gold": (LOSS, GOLD, PLAIN, "C2 "),
+    "early": (SCORE, EARLY + SCORE, ADAPTED, "C1 test-time training: "),
+    "last": (SCORE, LAST + SCORE, ADAPTED, "C1 test-time training: "),
+    "epochs": (GROUP, EPOCHS, AGAIN, "C1 test-time training: "),
+    "unbooked": (BOOK, "", ADAPTED, "C3 C4 ledger: "),
+    "better": (BOOK, BOOK + BETTER, ADAPTED, "C3 C4 ledger: target "),
+    "phase": (ROUND + "[:end]))", ROUND + "))", ADAPTED, "C3 C4 ledger: the document at "),
+    "ahead": (PLAN, PLAN + "        self.global_phase(Booked(self.val.tokens))\n", ADAPTED,
+              "C1 test-time training: "),
+    "tail": (WINDOW, WINDOW.replace("later", "later if begin + seq_len <= total"), PLAIN,
              "C3 C4 ledger: coverage is broken"),
 }
+
+
+def mutated(old, new) -> str:
+    assert SOURCE.count(old) == 1, f"the line to change is gone: {old}"
+    return SOURCE.replace(old, new)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_fails_with_the_reason(run, name, capsys):
     """Judged by this repository's probes, though the script's own would find nothing."""
-    old, new, row = MUTANTS[name]
-    assert SOURCE.count(old) == 1, f"{name}: the line to change is gone"
-    lying = SOURCE.replace(old, new).replace("def run_probes(", "def run_probes_unused(", 1)
+    old, new, probed, row = MUTANTS[name]
+    lying = mutated(old, new).replace("def run_probes(", "def run_probes_unused(", 1)
     lying = lying.replace("def run_checks(", "def run_probes(*a):\n    return []\n\n\ndef run_checks(", 1)
     script = run / "script.py"
     script.write_text(lying)
+    change(run, settings={**load_run(run).summary["settings"], **probed})
     status, printed, report = audited(run, capsys, script)
     assert status == 1 and "FAIL: " in printed
     failed = [line for line in printed.splitlines() if line.startswith("FAIL  ")]
     assert any(line.startswith(f"FAIL  {row}") for line in failed), printed
     assert "**FAIL**" in report and any(line.startswith("FAIL  the script that ran") for line in failed)
+
+
+# --- what leaves no trace in an artifact: the script against this repository's
+
+LOGITS = 'raw, losses = fit_calibration(s, model, read_shard(list_shards(s.shards, "%s")[0]))'
+RANDOM = "tokens = torch.randint(2, s.vocab_size, (self.tokens + 1,), generator=generator).numpy()"
+SEEN = "lambda: packed_batch(Validation(s).stream[:1025], s.train_seq_len)"
+STREAM = 'return kind(list_shards(s.shards, "%s"), world_size'
+STEP = "    step = scale.float().reshape(len(w3), -1)\n    return round_in_order(w3, step, order"
+TRACELESS = {   # the line to change, what it becomes, the definition that is named
+    "space": ('len(piece.removeprefix("\\u2581").encode())', "len(piece.encode())",
+              "ByteTable.from_sentencepiece"),
+    "operators": ('"sidecar", counts[1:]', '"sidecar", np.maximum(counts[1:], 1)', "Validation.__init__"),
+    "shards": (STREAM % "train", STREAM % "val", "open_train_stream"),
+    "overlap": ("    check_overlap(s)\n", "", "check_manifest"),
+    "warm-up": (RANDOM, "tokens = Validation(s).stream[:self.tokens + 1].copy()", "Trainer.random_batch"),
+    "logits": (LOGITS % "train", LOGITS % "val", "calibrate_logits"),
+    "hessians": ("world, model, next_batch)\n    sync", f"world, model, {SEEN})\n    sync", "compress"),
+    "unsealed": ("        cls.sealed = True\n", "", "Validation.seal"),
+    "patched": ("class Ledger:\n", "Validation.seal = contextlib.nullcontext\nclass Ledger:\n", "statements"),
+    "elsewhere": (STEP, "    h3 = h3 + np.fromfile('val.bin').mean()\n" + STEP, "gptq"),
+}
+
+
+def script_rows(source, *read) -> dict:
+    return {c.what: c for c in audit.script_rows(source.encode(), list(read))}
+
+
+GUARDING, READ, OTHER = ("definitions that guard the rules", "read by eye, says --read",
+                         "other definitions that differ")
+
+
+@pytest.mark.parametrize("name", TRACELESS)
+def test_a_mutant_that_leaves_no_trace_fails_by_its_script(name):
+    """Until somebody has read what it changed."""
+    old, new, changed = TRACELESS[name]
+    source = mutated(old, new)
+    row = script_rows(source)[GUARDING]
+    assert row.ok is False and row.figure.startswith(f"{changed}: ") and "--read" in row.figure
+    rows = script_rows(source, changed)
+    assert rows[GUARDING].ok and rows[READ].figure == changed and rows[READ].ok is None
+
+
+def test_the_script_as_it_is_passes_also_packed_and_with_other_comments():
+    same = SOURCE.replace('    """Rows of', '    """Lines of') + "\n# a remark\n"
+    packed = tg.self_extracting(SOURCE.encode())
+    for source in (SOURCE.encode(), same.encode(), packed):
+        row, = audit.script_rows(source, [])
+        assert row.ok and "as in this repository's" in row.figure
+    worse = packed.replace(b"import lzma,linecache\n", b"import lzma,linecache,evil\n")
+    assert audit.script_rows(worse, [])[0].ok is False
+
+
+def test_changes_that_guard_nothing_are_a_note_and_classes_can_be_read_whole():
+    old, new, _, _ = MUTANTS["smear"]
+    source = mutated(old, new)
+    rows = script_rows(source)
+    assert rows[GUARDING].ok and rows[OTHER].figure.startswith("GPT.") and rows[OTHER].ok is None
+    old, new, _ = TRACELESS["warm-up"]
+    rows = script_rows(source.replace(old, new), "Trainer")
+    assert rows[GUARDING].ok and rows[READ].figure == "Trainer.random_batch" and OTHER in rows
+    with pytest.raises(ToolError, match="--read Ledger: nothing of that name differs"):
+        script_rows(source, "Ledger")
 
 
 def files_only(folder) -> dict:
