@@ -198,10 +198,10 @@ def unpacked(source: bytes) -> bytes:
 
 class Definitions:
     """What a script defines: per name (Class.method for what a class holds; imports; statements) its syntax,
-    without docstrings and comments, and the names that it uses."""
+    without docstrings and comments."""
 
     def __init__(self, source: bytes):
-        self.syntax, self.uses = defaultdict(list), defaultdict(set)
+        self.nodes, self.syntax = defaultdict(list), defaultdict(list)
         try:
             tree = ast.parse(source)
         except (SyntaxError, ValueError) as error:
@@ -236,10 +236,14 @@ class Definitions:
 
     def enter(self, name: str, node: ast.AST) -> None:
         """Note one definition; of a name that is defined twice both count, in their order."""
+        self.nodes[name].append(node)
         self.syntax[name].append(ast.dump(node))
-        for n in ast.walk(node):
-            used = getattr(n, "id", None) or getattr(n, "attr", None)
-            self.uses[name].update([used] if used else [])
+
+    def uses(self, name: str) -> set[str]:
+        """The names and attributes that a definition mentions."""
+        inside = [n for node in self.nodes.get(name, ()) for n in ast.walk(node)]
+        return {n.id if isinstance(n, ast.Name) else n.attr for n in inside
+                if isinstance(n, (ast.Name, ast.Attribute))}
 
 
 @functools.cache
@@ -264,7 +268,7 @@ def script_rows(script: bytes, read: list[str]) -> list[Check]:
     watched = guards | set(DOORS)
 
     def guarding(name: str) -> bool:
-        new_uses = theirs.uses.get(name, set()) - ours.uses.get(name, set())
+        new_uses = theirs.uses(name) - ours.uses(name)
         return name in guards or name.split(".")[0] in guards or bool(watched & new_uses)
 
     eyed = [n for n in changed if n in read or n.split(".")[0] in read]
