@@ -323,9 +323,12 @@ class Settings:
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
         """Read and check every setting; a name nothing reads stops the run with the nearest right one."""
-        env, known = dict(env), {f.name.upper(): f for f in fields(cls)}
+        known = {f.name.upper(): f for f in fields(cls)}
+        env = {k: v for k, v in env.items() if v or (k in known and is_free_text(known[k]))}
         for name, (only, why) in NO_SETTINGS.items():
             value = env.pop(name, "")
+            if name == "EMBEDDING_DIM":
+                only = float(env.get("MODEL_DIM", only))
             if value and only is not None and (float(value) if is_number(value) else value) != only:
                 raise UserError(f"{name}={value} is not to be had here, only {only}: {why}")
         for old in ALIASES:
@@ -355,7 +358,7 @@ class Settings:
         gates = s.sparse_attn_gate_enabled + s.gated_attn_enabled + s.attn_out_gate_enabled
         ve_layers = [int(i) if i.strip().isdigit() else math.inf for i in s.ve_layers.split(",")]
         schedule(s.midrun_cap_schedule, 1.0, float)
-        passes = max(most for _, most in schedule(s.loop_schedule, s.num_loops + 1))
+        passes = [n for _, n in schedule(s.loop_schedule, s.num_loops + 1)]
         for refused, why in (
             (s.model_dim % s.num_heads,
              f"MODEL_DIM is not divisible by NUM_HEADS: choose a multiple of {s.num_heads}"),
@@ -366,8 +369,10 @@ class Settings:
             (s.gate_window > s.model_dim, "GATE_WINDOW exceeds MODEL_DIM: lower it"),
             (s.num_loops and not s.loop_start <= s.loop_end < s.num_layers,
              "LOOP_START <= LOOP_END < NUM_LAYERS does not hold: correct them, or set NUM_LOOPS=0"),
-            (passes != s.num_loops + 1,
-             f"LOOP_SCHEDULE reaches {passes} passes, not one more than NUM_LOOPS: make them agree"),
+            (not max(passes) == passes[-1] == s.num_loops + 1,
+             "LOOP_SCHEDULE must end on its most passes, one more than NUM_LOOPS: make them agree"),
+            (s.loop_schedule and s.recur_start_step,
+             "LOOP_SCHEDULE and RECUR_START_STEP both say when loops begin: keep one"),
             (s.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE leaves no row for pairs: set 0, or more"),
             (s.ve_enabled and max(ve_layers) >= s.num_layers,
              "VE_LAYERS must be layers below NUM_LAYERS, as 9,10"),
@@ -520,11 +525,11 @@ def translate(old: str, value: str) -> Sequence[str]:
 
 
 WINDOWED = ("shuffled", "coprime")      # loaders of whole windows, without document bounds
-OUR_PREFIXES = (
-    "ADAM_ AGREE_ADD_ ASYM_LOGIT_ ATTN_CLIP_ ATTN_OUT_ AWQ_LITE_ BIGRAM_ EMBED_ EVAL_SEQ_ EVAL_ONLY_ GATED_ "
-    "GLOBAL_TTT_ GPTQ_ GRAD_CLIP_ LOGIT_CALIB_ LQER_ MATRIX_ MLP_CLIP_ MUON_ NGRAM_ PARALLEL_FINAL_ PHASED_ "
-    "PARALLEL_START_ PREQUANT_ QK_GAIN_ ROPE_ SKIP_GATES_ SMEAR_ SPARSE_ATTN_ TIED_EMBED_ TRAIN_SEQ_ TTT_ "
-    "TRAIN_BATCH_ VAL_LOSS_ WARMDOWN_ WARMUP_STEPS XSA_").split()
+# First words of settings that other programs' variables begin with as well.
+COMMON_WORDS = set(
+    "artifact code compile compute data max min model num run seed skip tokenizer vocab".split())
+OUR_WORDS = {f.name.split("_")[0] for f in fields(Settings) if "_" in f.name} - COMMON_WORDS
+
 
 
 def chunk_steps(s: Settings) -> list[tuple[float, int]]:
@@ -547,7 +552,8 @@ def schedule(text: str, otherwise, kind: type = int) -> list[tuple[float, float]
     stages = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         value, _, end = part.partition("@")
-        if not (is_number(value) and is_number(end) and kind(float(value)) > 0 and 0 < float(end) <= 1):
+        good = is_number(value) and is_number(end) and 0 < float(end) <= 1
+        if not good or float(value) <= 0 or kind(float(value)) != float(value):
             raise UserError(f"the stage {part} must be value@progress with 0 < progress <= 1, as 1024@0.1")
         stages.append((float(end), kind(float(value))))
     stages = sorted(stages) or [(1.0, otherwise)]
@@ -559,6 +565,11 @@ def context_stages(s: Settings) -> list[tuple[float, int]]:
     return schedule(s.train_seq_schedule, s.train_seq_len)
 
 
+def is_free_text(f) -> bool:
+    """Whether an empty value means something: not for numbers, flags and choices."""
+    return type(f.default) is str and not f.metadata["choices"]
+
+
 def is_number(text: str) -> bool:
     """True when float() reads it as a finite number."""
     try:
@@ -568,12 +579,9 @@ def is_number(text: str) -> bool:
 
 
 def parse_setting(f, text: str):
-    """The typed value of one setting; UserError with value, bound and remedy when it is not one. Empty text
-    is a value where any text is one, else the default."""
+    """The typed value of one setting; UserError with value, bound and remedy when it is not one."""
     name, meta, kind = f.name.upper(), f.metadata, type(f.default)
     choices = ("0", "1") if kind is bool else meta["choices"]
-    if not text and (kind is not str or choices):
-        return f.default
     if choices and text not in choices:
         raise UserError(f"{name}={text} must be {' or '.join(choices)}")
     if kind in (bool, str):
@@ -591,7 +599,8 @@ def parse_setting(f, text: str):
 def looks_like_ours(name: str, known: Mapping) -> str | None:
     """The nearest known setting when `name` must have been meant for this script, else None."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.84)
-    if close or name.startswith(tuple(OUR_PREFIXES)):
+    word, underscore, _ = name.lower().partition("_")
+    if close or (underscore and name.isupper() and word in OUR_WORDS):
         return (close or difflib.get_close_matches(name, known, n=1, cutoff=0.0))[0]
     return None
 
@@ -756,7 +765,12 @@ class Run:
         if not world.main:
             return
         if not again and (self.dir / "final_model.pt").exists():
-            raise UserError(f"ARTIFACT_DIR={self.dir} holds a finished run: choose another folder")
+            raise UserError(f"ARTIFACT_DIR={self.dir} holds the weights of an earlier run: choose another "
+                            "folder; to score those, set EVAL_ONLY_PATH as well")
+        if again and (self.dir / "summary.json").exists():
+            if json.loads((self.dir / "summary.json").read_text()).get("steps") is not None:
+                raise UserError(f"ARTIFACT_DIR={self.dir} holds the summary of a training run, which this "
+                                "one would replace: choose another folder")
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.text, self.metrics = (
@@ -804,7 +818,10 @@ class Run:
 
 
 def human(value) -> str:
-    """A value as the log shows it: floats with at most six decimals, single words bare, the rest as JSON."""
+    """A value as the log shows it: floats with at most six decimals, small ones with as many digits, single
+    words bare, the rest as JSON."""
+    if isinstance(value, float) and 0 < abs(value) < 1e-3:
+        return f"{value:.6g}"
     if isinstance(value, float):
         return f"{value:.6f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:.1f}"
     if isinstance(value, str) and " " not in value:
@@ -1289,12 +1306,13 @@ class Validation:
 # 4  Model: one forward for training, scoring and adaptation
 # ============================================================================================================
 
-# Role of every parameter; one without a role stops the run. embed, head, small, cap: AdamW; matrix: Muon.
+# Role of every parameter; one without a role stops the run. matrix: Muon; the others: AdamW.
 ROLES = {name: role for role, names in {
     "embed": "tok_emb bigram_embed ve_embed", "head": "lm_head", "cap": "softcap_pos softcap_neg",
+    "strength": "xsa_alpha",
     "matrix": "qo_bank kv_bank mlp_up_bank mlp_down_bank",
-    "small": "attn_scale mlp_scale resid_mix q_gain xsa_alpha attn_gate_w attn_gate_proj skip_weights "
-             "skip_gates parallel_post_lambdas parallel_resid_lambdas lane_merge smear_gate smear_lambda "
+    "small": "attn_scale mlp_scale resid_mix q_gain attn_gate_w attn_gate_proj skip_weights skip_gates "
+             "parallel_post_lambdas parallel_resid_lambdas lane_merge smear_gate smear_lambda "
              "smear_channels bigram_proj bigram_scale ve_proj ve_scale ve_layer_scales",
 }.items() for name in names.split()}
 # The field's names: one tensor per layer, where ours are stacked.
@@ -2338,6 +2356,7 @@ class Optimiser:
         self.banks = sorted(by_role["matrix"], key=lambda p: -p.numel())
         rates = {"embed": (s.tied_embed_lr if s.tie_embeddings else s.embed_lr, s.embed_wd),
                  "head": (s.head_lr, s.embed_wd), "small": (s.scalar_lr, s.adam_wd)}
+        rates["strength"] = (s.scalar_lr, 0.0)
         if s.asym_logit_train:
             rates["cap"] = (s.scalar_lr, 0.0)
         groups = [dict(params=by_role[role], lr=lr, peak=lr, weight_decay=wd)
@@ -2389,11 +2408,12 @@ class Optimiser:
                    for p, buf in zip(self.banks, self.momentum)}
         for p in self.small:
             touched[p] = self.adam.state[p]["exp_avg_sq"].reshape(len(p) if p.dim() else 1, -1).any(1)
-        found = []
+        found = [name for p, name in self.names.items() if p not in touched]     # in no optimiser at all
         for p, rows in touched.items():
             rows = rows[:len(p)] if p.dim() else rows
             if idle := (rows == 0).nonzero().flatten().tolist():
-                found.append(self.names[p] + (f" rows {idle[:99]}" if len(idle) < len(rows) else ""))
+                some = f" {len(idle)} of {len(rows)} rows, the first {idle[:20]}"
+                found.append(self.names[p] + some * (len(idle) < len(rows)))
         return found
 
     def reduce(self) -> list[Tensor]:
@@ -5319,6 +5339,10 @@ SWITCHES = {   # how settings' names begin -> the setting (or its value) without
     "gated_attn_init_": "gated_attn_enabled", "global_ttt_": "phased_ttt_prefix_docs", "loop_": "num_loops",
     "late_qat_": "late_qat_threshold", "matrix_lr_late": "matrix_lr_early", "phased_ttt_": "ttt_enabled",
     "recur_": "num_loops", "seq_change_": "train_seq_schedule", "split_lr_": "matrix_lr_early",
+    "enable_looping_": "num_loops", "gated_xsa": "xsa_last_n", "corrector_": "corrector_alpha",
+    "ttt_cache_": "ttt_cache_lambda", "eval_stride": "sliding_window_enabled",
+    **dict.fromkeys("ngram_ token_ within_ word_ agree_".split(), "ngram_tilt_enabled"),
+    **dict.fromkeys(("embed_lr", "head_lr"), "tie_embeddings=False"),
     **dict.fromkeys("matrix_bits embed_bits matrix_clip_ attn_clip_ mlp_clip_ embed_clip_".split(),
                     "quant_allocation=hand"),
     **{f.name.removesuffix("enabled"): f.name for f in fields(Settings)
@@ -5331,7 +5355,7 @@ def idle_settings(s: Settings) -> dict[str, str]:
     for prefix, switch in SWITCHES.items():
         switch, _, wanted = switch.partition("=")
         value = getattr(s, switch)
-        if value != wanted if wanted else not value:
+        if str(value) != wanted if wanted else not value:
             idle.update({name: f"{switch.upper()} is {value or 'off'}" for name in s.changed()
                          if name.startswith(prefix.upper()) and name != switch.upper()})
     return idle
@@ -5350,8 +5374,8 @@ def closest_system(s: Settings) -> tuple[str, dict] | None:
             found.append((path.stem, {k: [mine[k], theirs[k]] for k in compared if mine[k] != theirs[k]}))
     if not found:
         return None
-    name, differs = min(found, key=lambda x: len(x[1]))
-    return name, public_settings(differs)
+    _, differs = min(found, key=lambda x: len(x[1]))
+    return ", ".join(name for name, d in found if d == differs), public_settings(differs)
 
 
 def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
@@ -5432,6 +5456,7 @@ def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
             p.copy_(trainer.ema[n])
     save_weights(run, model)
     run.summary.update(steps=done["steps"], step_ms=done["step_ms"])
+    run.save_summary()
     return done["clock"], done["stream"]
 
 
@@ -5460,30 +5485,42 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
         blob = calibrate_logits(s, world, run, blob)
     if world.main:
         run.save(ARTIFACT_NAME, blob)
-    world.barrier()
-    seconds = clock.elapsed()
-    run.log("artifact", bytes=len(blob), total=check_size(len(blob), s.code_form), train_seconds=seconds,
-            calibrate_s=calibrated - begin, quantise_and_pack_s=seconds - calibrated)
+    seconds = world.agree(clock.elapsed())
+    known = len(run.summary["not_compliant_because"])
     if s.eval_only_path:
         run.not_compliant("the weights come from EVAL_ONLY_PATH: their training time is not known")
     else:
         check_budget(run, "training, calibration and packing (for which GPTQ_RESERVE_SECONDS keeps time)",
                      seconds, "MAX_WALLCLOCK_SECONDS", s.max_wallclock_seconds)
+    if why := run.summary["not_compliant_because"][known:]:      # whoever scores this artifact is told
+        header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
+        header["not_compliant"] = "; ".join(filter(None, [header.get("not_compliant"), *why]))
+        blob = artifact_to_bytes(header, streams)
+        if world.main:
+            run.save(ARTIFACT_NAME, blob)
+    world.barrier()
+    run.log("artifact", bytes=len(blob), total=check_size(len(blob), s.code_form), train_seconds=seconds,
+            calibrate_s=calibrated - begin, quantise_and_pack_s=seconds - calibrated)
     run.summary.update(artifact_bytes=len(blob), total_bytes=len(blob) + code_bytes(s.code_form),
                        train_seconds=seconds)
+    run.save_summary()
 
 
 def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validation, path: Path) -> None:
     """The evaluation: open the artifact, score its weights by plain windows, sliding windows and TTT."""
     size, mark = open_artifact(s, world, model, path)
     run.summary.update(artifact_bytes=size, total_bytes=check_size(size, s.code_form))
-    if mark:
-        run.not_compliant(mark)
+    for reason in filter(None, mark.split("; ")):
+        run.not_compliant(reason)
     log_probes(s, world, run, model)
     clock = Clock(s.eval_max_seconds)
     open_artifact(s, world, model, path)       # once more, on the clock
     scorer = Scorer(s, world, model)
-    with clock.exclude():        # a diagnostic
+    if s.sliding_window_enabled or s.ttt_enabled:
+        with clock.exclude():        # a diagnostic
+            final = scorer.windows(val, s.eval_seq_len)
+    else:                            # the score of this run
+        val.hints = Hints.build(s, world, val, False)
         final = scorer.windows(val, s.eval_seq_len)
     log_score(run, "quantized", final, scorer.ledger, clock)
     if s.sliding_window_enabled:
@@ -5508,7 +5545,7 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
     seconds = clock.elapsed()
     check_budget(run, "evaluation", seconds, "EVAL_MAX_SECONDS", s.eval_max_seconds)
     run.log("coverage", targets=final.tokens, bytes=int(final.byte_sum), documents=len(val.documents),
-            complete=True)
+            complete=True, seconds_off_the_clock=clock.excluded)
     run.summary.update(val_bpb=final.bpb, val_loss=final.loss, eval_seconds=seconds,
                        tokens_scored=final.tokens, bytes_scored=int(final.byte_sum), byte_rule=val.rule)
     decodable = read_manifest(s).get("decodable_val_bytes")
@@ -5618,6 +5655,7 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
             score = Scorer(s, world, model).windows(val, s.eval_seq_len)
             run.log("score_prequant", val_loss=score.loss, val_bpb=score.bpb)
             run.summary["prequant_val_bpb"] = score.bpb
+            run.save_summary()
     if not (s.quantize_only or s.prequant_only):
         path = Path(s.eval_only_quantized_path or run.dir / ARTIFACT_NAME)
         score_artifact(s, world, run, model, val, path)

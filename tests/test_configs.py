@@ -40,8 +40,17 @@ def test_no_setting_of_a_configuration_is_read_by_nothing(name):
     assert set(load_config(name)) <= known
 
 
-def test_best_is_the_default():
-    assert tg.Settings.from_env(load_config("best")) == tg.Settings()
+def test_best_is_the_default_and_names_every_choice():
+    best, default = load_config("best"), tg.Settings()
+    assert tg.Settings.from_env(best) == default
+    choices = {f.name.upper() for f in tg.fields(default) if f.name.endswith("_enabled")}
+    choices |= set(tg.closest_system(default)[1])
+    assert choices <= set(best) | {"FUSED_CE_ENABLED", "LQER_ASYM_ENABLED"}
+
+
+def test_systems_with_equal_settings_are_named_together():
+    name, differs = tg.closest_system(tg.Settings.from_env(load_config("pr1741")))
+    assert name == "pr1610, pr1741" and not differs
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
@@ -59,7 +68,9 @@ def test_start_names_the_nearest_system_and_idle_settings():
     name, differs = tg.closest_system(tg.Settings.from_env(changed))
     assert name == "pr2014" and differs == {"MATRIX_LR": [0.03, 0.026], "BIGRAM_DIM": [64, 128]}
     idle = tg.idle_settings(tg.Settings.from_env(changed))
-    assert idle == {"BIGRAM_DIM": "BIGRAM_VOCAB_SIZE is off"}
+    assert idle == {"BIGRAM_DIM": "BIGRAM_VOCAB_SIZE is off", "EVAL_STRIDE": "SLIDING_WINDOW_ENABLED is off"}
+    assert tg.idle_settings(settings(TOKEN_BOOST=5, HEAD_LR=0.1, CORRECTOR_ORDERS="2")).keys() == {
+        "TOKEN_BOOST", "HEAD_LR", "CORRECTOR_ORDERS"}
     assert tg.idle_settings(settings(ATTN_CLIP_SIGMAS=14, LQER_RANK=2)) == {
         "ATTN_CLIP_SIGMAS": "QUANT_ALLOCATION is fisher", "LQER_RANK": "LQER_ENABLED is off"}
 

@@ -166,8 +166,13 @@ def test_report_names_what_no_gradient_reached():
     s = settings(**LANES, SKIP_INTO_LANES=0, NUM_LOOPS=0)
     trainer, _ = train_steps(s)
     idle = dict(entry.partition(" ")[::2] for entry in trainer.optimiser.never_trained())
-    assert idle["skip_weights"] == "rows [1]" and idle["skip_gates"] == "rows [1]"
+    assert idle["skip_weights"] == idle["skip_gates"] == "1 of 2 rows, the first [1]"
     assert not {"qo_bank", "kv_bank", "resid_mix", "lane_merge"} & set(idle)
+
+
+def test_report_names_what_no_optimiser_has():
+    trainer, _ = train_steps(settings(ASYM_LOGIT_RESCALE=1))
+    assert {"softcap_pos", "softcap_neg"} <= set(trainer.optimiser.never_trained())
 
 
 def test_soft_rounding_is_for_training_only_and_gets_sharper():
@@ -207,7 +212,7 @@ def test_batches_read_ahead_are_cut_anew_and_nothing_is_lost(tmp_path):
         (dict(VE_ENABLED=1, VE_LAYERS="3,4"), "VE_LAYERS=3,4 must be layers below NUM_LAYERS=4"),
         (dict(BIGRAM_VOCAB_SIZE=1), "leaves no row"),
         (dict(ASYM_LOGIT_TRAIN=1), "ASYM_LOGIT_RESCALE"),
-        (dict(LOOP_SCHEDULE="1@0.5,3@1"), "LOOP_SCHEDULE=1@0.5,3@1 reaches 3 passes.*NUM_LOOPS=1"),
+        (dict(LOOP_SCHEDULE="1@0.5,3@1"), "LOOP_SCHEDULE=1@0.5,3@1 must end on.*NUM_LOOPS=1"),
         (dict(SLOT_ENABLED=1), "SLOT_ENABLED=1 is not to be had"),
         (dict(WARMDOWN_ITERS=3500), "set WARMDOWN_FRAC"),
         (dict(RECUR_LAYERS="1,3"), "RECUR_LAYERS=1,3 must be consecutive"),

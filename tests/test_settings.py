@@ -56,6 +56,9 @@ def test_full_size_model_has_the_published_parameters():
         ({"GPTQ_RESERVE_MS": "soon"}, ["GPTQ_RESERVE_MS=soon", "number"]),
         ({"TTT_MASK": "no_k"}, ["TTT_MASK=no_k", "no_qv"]),
         ({"TTT_EVAL_ONLY": "1"}, ["TTT_EVAL_ONLY=1", "EVAL_ONLY_QUANTIZED_PATH"]),
+        ({"LOOP_SCHEDULE": "3@0.5,2@1"}, ["LOOP_SCHEDULE=3@0.5,2@1", "NUM_LOOPS=2"]),
+        ({"LOOP_SCHEDULE": "1.9@0.5,3@1"}, ["1.9@0.5"]),
+        ({"LOOP_SCHEDULE": "1@0.5,3@1", "RECUR_START_STEP": "5"}, ["RECUR_START_STEP=5", "keep one"]),
         ({"ASYM_LOGIT_TRAIN": "1"}, ["ASYM_LOGIT_TRAIN=1 has", "set ASYM_LOGIT_RESCALE=1"]),
     ],
 )
@@ -71,6 +74,32 @@ def test_bad_settings_name_value_bound_and_remedy(env, words):
 )
 def test_other_programs_variables_pass(name):
     assert tg.Settings.from_env({name: "x"}) == tg.Settings()
+
+
+@pytest.mark.parametrize("name", "TOKEN_TAU LOOP_PASSES QUANT_BITS WD_TAPER_END EVAL_TAIL HEAD_WD".split())
+def test_names_that_begin_like_ours_are_refused(name):
+    with pytest.raises(tg.UserError, match=f"unknown setting {name}: the nearest known one is "):
+        tg.Settings.from_env({name: "1"})
+
+
+def test_empty_values_change_nothing():
+    every = {f.name.upper(): "" for f in tg.fields(tg.Settings) if not tg.is_free_text(f)}
+    assert tg.Settings.from_env(every) == tg.Settings()
+    assert tg.Settings.from_env({"TTT_MASK": "no_q", "TTT_Q_LORA": ""}).changed() == {"TTT_Q_LORA": False}
+    assert tg.Settings.from_env({"TTT_SHORT_SCORE_FIRST_STEPS": ""}).ttt_short_score_first_steps == ""
+
+
+def test_embeddings_are_as_wide_as_the_model():
+    tg.Settings.from_env({"MODEL_DIM": "256", "EMBEDDING_DIM": "256"})
+    with pytest.raises(tg.UserError, match="EMBEDDING_DIM=512"):
+        tg.Settings.from_env({"MODEL_DIM": "256", "EMBEDDING_DIM": "512"})
+
+
+@pytest.mark.parametrize(
+    "value, shown", [(1e-7, "1e-07"), (0.00045, "0.00045"), (3.2852334, "3.285233"), (0.0, "0")]
+)
+def test_the_log_shows_small_numbers_as_they_are(value, shown):
+    assert tg.human(value) == shown
 
 
 def test_batch_must_divide_and_says_how():

@@ -1,10 +1,14 @@
 """tools/ablate.py: the table's arithmetic, and that every row is a configuration the script accepts."""
 
+import json
+
 import pytest
 from conftest import load_config
+from test_tools_common import make_run
 
 import train_gpt as t
 from tools import ablate
+from tools.common import ToolError
 
 
 def test_differences_are_paired_over_the_seeds_both_runs_have():
@@ -24,9 +28,57 @@ def test_every_row_is_accepted_and_changes_something(changes):
     assert row != t.Settings.from_env({**base, **small})
 
 
-def test_a_finished_run_is_not_run_again(tmp_path):
-    (tmp_path / "summary.json").write_text('{"val_bpb": 1.5}')
-    assert ablate.run(tmp_path, "NO_SUCH_SETTING_AT_ALL=1") == {"val_bpb": 1.5}
+@pytest.fixture
+def trainer(tmp_path, monkeypatch):
+    """A stand-in that refuses a used folder, as the real one does, and finishes unless DIE is set."""
+    script = tmp_path / "trainer.py"
+    script.write_text('''import json, os
+from pathlib import Path
+out = Path(os.environ["ARTIFACT_DIR"])
+assert not (out / "final_model.pt").exists()
+(out / "final_model.pt").write_text("weights")
+summary = {"val_bpb": None, "seed": 1, "settings": {"MATRIX_LR": 0.02, "SEED": 1}}
+(out / "summary.json").write_text(json.dumps(summary))
+(out / "metrics.jsonl").write_text('{"event": "start"}\\n')
+if "DIE" in os.environ:
+    os._exit(9)
+(out / "summary.json").write_text(json.dumps({**summary, "val_bpb": float(os.environ["MATRIX_LR"])}))
+(out / "metrics.jsonl").write_text('{"event": "start"}\\n{"event": "final", "val_bpb": 1, "seed": 1}\\n')
+''')
+    monkeypatch.setattr(ablate, "SCRIPT", script)
+    return tmp_path / "study" / "row" / "1"
+
+
+def test_a_finished_run_is_not_run_again(trainer):
+    assert ablate.run(trainer, "MATRIX_LR=0.5", SEED="1")["val_bpb"] == 0.5
+    (trainer / "final_model.pt").write_text("the same")
+    assert ablate.run(trainer, "MATRIX_LR=0.5", SEED="1")["val_bpb"] == 0.5
+    assert (trainer / "final_model.pt").read_text() == "the same"
+
+
+def test_a_run_cut_short_is_run_again(trainer):
+    assert ablate.run(trainer, "MATRIX_LR=0.5 DIE=1") is None
+    assert (trainer / "summary.json").is_file() and (trainer / "final_model.pt").is_file()
+    assert ablate.run(trainer, "MATRIX_LR=0.5")["val_bpb"] == 0.5
+
+
+def test_a_finished_run_of_other_settings_is_refused(trainer):
+    ablate.run(trainer, "MATRIX_LR=0.5", SEED="1")
+    with pytest.raises(ToolError, match="other settings .MATRIX_LR=0.5, now 0.6.: choose another folder"):
+        ablate.run(trainer, "MATRIX_LR=0.6", SEED="1")
+    (trainer / ablate.DONE).unlink()
+    with pytest.raises(ToolError, match="but not its settings"):
+        ablate.run(trainer, "MATRIX_LR=0.5", SEED="1")
+    assert json.loads((trainer / "summary.json").read_text())["val_bpb"] == 0.5
+
+
+def test_a_refusal_ends_the_study_with_its_reason(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "trained" / "base" / "1", 1)
+    monkeypatch.setattr(ablate.sys, "argv", ["ablate.py", str(tmp_path), "--seeds", "1", "--rows", "no XSA",
+                                             "--part", "scored"])
+    with pytest.raises(ToolError, match="holds a finished run"):
+        ablate.main()
+    assert folder.is_dir() and not (tmp_path / "scored").exists()
 
 
 def test_a_failing_run_leaves_its_log_and_no_result(tmp_path):

@@ -205,6 +205,16 @@ def files_only(folder) -> dict:
     return {c.what: c for look in files for c in look(found.run)} | {c.what: c for c in audit.sizes(found)}
 
 
+def test_an_artifact_that_is_marked_fails_though_its_run_says_nothing(run, capsys):
+    header, streams = tg.artifact_from_bytes((run / ARTIFACT).read_bytes(), "the artifact")
+    blob = tg.artifact_to_bytes({**header, "not_compliant": "it saw the answers"}, streams)
+    (run / ARTIFACT).write_bytes(blob)
+    change(run, artifact_bytes=len(blob))
+    status, printed, report = audited(run, capsys)
+    assert status == 1 and "FAIL  the artifact calls itself compliant: it saw the answers" in printed
+    assert printed.splitlines()[-1].startswith("FAIL: 1 of ") and "| **FAIL** | the artifact calls" in report
+
+
 @pytest.mark.parametrize("changes, row", [
     (dict(tokens_scored=877), "every target scored once"),
     (dict(tokens_scored=877), "targets of the validation shards"),

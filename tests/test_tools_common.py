@@ -1,11 +1,13 @@
 """tools/common.py, and what the tests of the tools share: made-up runs that look like real ones."""
 
 import hashlib
+import inspect
 import json
 import os
 from pathlib import Path
 
 import pytest
+from conftest import tg
 
 from tools import common
 from tools.common import ToolError
@@ -13,14 +15,14 @@ from tools.common import ToolError
 slow = pytest.mark.skipif(not os.environ.get("RUN_SLOW"), reason="takes minutes: set RUN_SLOW=1 to run it")
 
 # A stand-in for the trainer: it packs itself, and scores by an artifact's first byte.
-SCRIPT = b"""import hashlib, json, os, sys
+PACKING = f"""import json, lzma, os, sys
 from pathlib import Path
 
+PACKED_START, SCRIPT_FILTERS = {tg.PACKED_START!r}, {tg.SCRIPT_FILTERS!r}
 
-def self_extracting(source):
-    return b"exec(" + repr(source).encode() + b")\\n"
-
-
+{inspect.getsource(tg.self_extracting)}
+"""
+SCRIPT = PACKING.encode() + b"""
 if __name__ == "__main__":
     if os.environ.get("BREAK"):
         sys.exit("error: BREAK is set")
@@ -87,7 +89,8 @@ def make_run(folder: Path, seed: int, bpb: int = 60, size: int = 1000, script=SC
     head = f"start run_id=x device=x\ncode bytes={len(script)} compressed=400 sha256={digest}\n"
     tail = f"check what=disk detail=/mnt/data/shards/a\nfinal val_bpb={summary['val_bpb']:.6f} seed={seed}\n"
     (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in stamped))
-    (folder / "train.log").write_text(head + script.decode() + common.SOURCE_END + tail)
+    source = script.decode("latin-1" if script.startswith(tg.PACKED_START) else "utf-8")
+    (folder / "train.log").write_text(head + source + common.SOURCE_END + tail)
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / common.ARTIFACT).write_bytes(bytes([bpb]) * size)
     return folder
@@ -131,6 +134,17 @@ def test_damage_and_absence_are_named(runs, tmp_path):
     (runs[1] / "summary.json").unlink()
     with pytest.raises(ToolError, match="did not finish"):
         common.load_run(runs[1])
+
+
+def test_a_run_that_was_cut_after_a_stage_did_not_finish(runs):
+    change(runs[0], "summary", val_bpb=None)      # killed between the final line and the last summary
+    (runs[1] / "metrics.jsonl").write_text('{"event": "start"}\n')
+    with open(runs[2] / "metrics.jsonl", "a") as f:
+        f.write('{"event": "start"}\n')           # an eval-only run that was cut
+    for run in runs:
+        with pytest.raises(ToolError, match="did not finish"):
+            common.load_run(run)
+        assert common.load_run(run, finished=False).folder == run
 
 
 def test_paths_are_shown_relative(tmp_path, monkeypatch):

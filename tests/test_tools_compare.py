@@ -84,12 +84,27 @@ def test_run_folders_are_read_and_other_text_is_said(tmp_path, capsys):
         folder.mkdir()
         (folder / "summary.json").write_text(json.dumps({"seed": seed, "val_bpb": bpb, "val_loss": 2 * bpb,
                                                          "bytes_scored": 1000, "compliant": True}))
-        (folder / "metrics.jsonl").write_text("")
+        (folder / "metrics.jsonl").write_text('{"event": "final"}\n')
         words.append(str(folder))
     assert compare.main([*words, "--vs", "pr1855"]) == 1
     assert "did not score the same" in capsys.readouterr().out
     with pytest.raises(ToolError, match="twice"):
         compare.main([words[0], words[0], "--vs", "pr1855"])
+    with pytest.raises(ToolError, match="A names .*r1 twice"):
+        compare.main([words[0], words[0] + "/../r1/", "--vs", "pr1855"])
+    record = tmp_path / "record"
+    record.mkdir()
+    results = {"1": {"val_bpb": 2.0}, "4": {"val_bpb": 2.2}}
+    (record / "submission.json").write_text(json.dumps({"seed_results": results}))
+    with pytest.raises(ToolError, match="A has seed 1 twice .record/1, 2.00000000 BPB, and r1, "):
+        compare.main([str(record), words[0], "--vs", "pr1855"])
+    assert len(compare.read_group([str(record), words[1]], "A")) == 3
+
+
+def test_published_systems_may_be_put_together_but_not_named_twice():
+    assert len(compare.read_group(["pr1855", "pr2135"], "B")) == 6
+    with pytest.raises(ToolError, match="B has seed .* twice"):
+        compare.read_group(["pr1855", "#1855"], "B")
 
 
 @pytest.mark.parametrize("words, text", [(["nowhere", "--vs", "pr1855"], "known are pr1610"),

@@ -54,6 +54,8 @@ def test_speed_is_judged_against_the_kind():
     for figure, state in ((560, OK), (500, WARN), (400, FAIL)):
         assert doctor.judge("GPU 0: matrix", figure, "TFLOP/s", healthy[0]).state == state
     assert doctor.judge("x", 1.0, "GB/s", None).state == OK
+    assert doctor.healthy_of("NVIDIA GH200 480GB") is doctor.HEALTHY["GH200"]
+    assert doctor.healthy_of("NVIDIA H200") is doctor.HEALTHY["H200"] and doctor.healthy_of("T4") is None
 
 
 def test_packages_missing_or_other_versions(monkeypatch):

@@ -50,17 +50,66 @@ def test_the_packed_script_is_what_is_run_and_counted(runs, tmp_path):  # noqa: 
     assert make(runs, tmp_path / "records", "--packed", "--with-artifact", "--check", "all") == 0
     folder = tmp_path / "records" / "track_10min_16mb" / "2026-05-01_test"
     script = (folder / "train_gpt.py").read_bytes()
-    assert script.startswith(b"exec(") and (folder / ARTIFACT).read_bytes() == bytes([60]) * 1000
+    assert script.startswith(b"# coding: latin-1") and (folder / ARTIFACT).read_bytes() == bytes([60]) * 1000
     s = json.loads((folder / "submission.json").read_text())
     assert s["bytes_code"] == len(script) and s["bytes_total"] == 1000 + len(script)
 
 
-def test_runs_that_counted_the_packed_script_ship_it(runs, tmp_path):  # noqa: F811
+def test_runs_that_counted_the_packed_script_ship_it(runs, tmp_path, capsys):  # noqa: F811
     for run in runs:
         change(run, "summary", code_form="packed")
     assert make(runs, tmp_path / "records") == 0
     folder = tmp_path / "records" / "track_10min_16mb" / "2026-05-01_test"
-    assert (folder / "train_gpt.py").read_bytes().startswith(b"exec(")
+    assert (folder / "train_gpt.py").read_bytes() == make_record.pack_script(SCRIPT)
+    here = len(make_record.pack_script(SCRIPT))
+    said = f"s42 counted {len(SCRIPT):,} bytes of packed script, here it has {here:,}"
+    assert said in capsys.readouterr().out
+
+
+def test_no_word_about_the_packed_size_where_it_is_the_counted_one(runs, tmp_path, capsys):  # noqa: F811
+    for run in runs:
+        change(run, "summary", code_form="packed", code_bytes=len(make_record.pack_script(SCRIPT)))
+    assert make(runs, tmp_path / "records") == 0 and "counted" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ran_packed", [False, True])
+def test_a_packed_script_is_called_so_and_its_source_is_named(tmp_path, ran_packed):
+    packed = make_record.pack_script(SCRIPT)
+    assert make_record.unpack_script(packed) == SCRIPT == make_record.unpack_script(SCRIPT)
+    run = make_run(tmp_path / "r", 1, script=packed if ran_packed else SCRIPT)
+    assert make([run], tmp_path / "records", "--track", "non_record", "--packed") == 0
+    readme = (tmp_path / "records" / "track_non_record_16mb" / "2026-05-01_test" / "README.md").read_text()
+    assert "readable script" not in readme
+    assert f"self-extracting form of the script, {len(packed):,} bytes" in readme
+    digest = hashlib.sha256(SCRIPT).hexdigest()
+    assert f"source inside it, {len(SCRIPT):,} bytes, has sha256 `{digest}`" in readme
+    assert ("the logs name the self-extracting form" if ran_packed else "the logs name the source") in readme
+
+
+def test_the_commands_are_read_by_a_shell_as_they_were_meant(tmp_path):
+    run = make_run(tmp_path / "r", 1)
+    schedule, many = "32@0.5, 64@1", {f"SETTING_{i}": "a value, " * 4 for i in range(9)}
+    change(run, "changed_settings", TRAIN_SEQ_SCHEDULE=schedule, **many)
+    make([run], tmp_path / "records", "--track", "non_record")
+    readme = (tmp_path / "records" / "track_non_record_16mb" / "2026-05-01_test" / "README.md").read_text()
+    block = readme.split("```bash\n")[1]
+    command = block[block.index("export "):block.index("export DATA_PATH")]
+    assert len(command.splitlines()) > 3 and max(map(len, command.splitlines())) < 110
+    done = subprocess.run(["bash", "-ec", command + "env -0"], capture_output=True, text=True, env={})
+    got = dict(entry.split("=", 1) for entry in done.stdout.split("\0") if entry)
+    assert {k: got[k] for k in many} == many and got["TRAIN_SEQ_SCHEDULE"] == schedule
+    assert got["MATRIX_LR"] == "0.028"
+
+
+def test_paths_of_this_machine_are_found_and_addresses_are_none(monkeypatch):
+    monkeypatch.setattr(make_record.Path, "cwd", lambda: make_record.Path("/"))
+    monkeypatch.setenv("HOME", "/")
+    assert not make_record.has_machine_path("see https://example.org/a//b and /x/y")
+    assert make_record.without_absolute("https://example.org") == "https://example.org"
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert make_record.has_machine_path('{"a": "/home/ann/data"}')
+    assert make_record.has_machine_path("DATA=/home/ann/data")
+    assert not make_record.has_machine_path("https://example.org/home/ann/data or /home/anna/data")
 
 
 def test_one_run_of_a_study_makes_a_non_record(tmp_path):

@@ -104,6 +104,17 @@ def test_phases_add_up(runs):  # noqa: F811
     assert sum(s for _, s in clocks["evaluation budget"]) == pytest.approx(480.0)
 
 
+def test_phases_of_a_log_with_an_eval_only_run_behind(runs):  # noqa: F811
+    alone = report.phases(load_run(runs[0]))
+    add_events(runs[0], {"event": "start"}, {"event": "pack", "quantise_s": 50.0, "pack_s": 60.0},
+               {"event": "artifact", "calibrate_s": 70.0}, {"event": "score_sliding", "elapsed": 90.0},
+               {"event": "probes", "seconds": 3.0}, {"event": "final"})
+    both = report.phases(load_run(runs[0]))
+    assert both["training budget"] == alone["training budget"]
+    assert both["evaluation budget"] == [("sliding windows", 90.0), ("test-time training", 390.0)]
+    assert ("probes", 3.0) in both["outside the clocks"]
+
+
 def test_too_many_runs(runs):  # noqa: F811
     with pytest.raises(ToolError, match="at most 8"):
         report.main([str(runs[0])] * 9)

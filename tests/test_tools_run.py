@@ -1,13 +1,14 @@
 """The tools on a real run of the real trainer, at tiny size: what it writes is what they read."""
 
 import json
+import shutil
 
 import pytest
-from conftest import ROOT, environment, run_script
+from conftest import ROOT, environment, run_script, tg
 
 from tools import compare, make_record, report
+from tools.common import ARTIFACT, load_run
 from tools.common import ROOT as TOOLS_ROOT
-from tools.common import load_run
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,14 @@ def test_the_report_reads_everything_the_run_wrote(run, tmp_path, capsys):
     items = report.tensors_of(load_run(run))
     assert sum(t["bytes"] for t in items) <= summary["artifact_bytes"]
     assert sum(t["bytes"] for t in items) > 0.9 * summary["artifact_bytes"]
+
+
+def test_no_rounding_error_against_weights_that_were_trained_further(run, tmp_path):
+    assert any(t["error"] is not None for t in report.tensors_of(load_run(run)))
+    marked = shutil.copytree(run, tmp_path / "marked")
+    header, streams = tg.artifact_from_bytes((run / ARTIFACT).read_bytes(), "the artifact")
+    (marked / ARTIFACT).write_bytes(tg.artifact_to_bytes({**header, "not_compliant": tg.PREQUANT}, streams))
+    assert all(t["error"] is None for t in report.tensors_of(load_run(marked)))
 
 
 def test_a_record_of_it_scores_the_same_inside_its_folder(run, data, tmp_path, monkeypatch):

@@ -4,7 +4,8 @@
 
 The environment is the configuration, and every row changes what it names. Rows of TRAINED are trained and
 scored by their averaged weights (prequant_val_bpb); rows of SCORED start from the weights of the base and are
-scored by the artifact (val_bpb). Finished runs are taken up again. The table shows the paired difference over
+scored by the artifact (val_bpb). Finished runs of the same settings are taken up again, others are run anew;
+a folder with a finished run of other settings is refused. The table shows the paired difference over
 seeds with its standard error: negative means that the change helps.
 """
 
@@ -13,13 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
-SCRIPT = Path(__file__).resolve().parents[1] / "train_gpt.py"
+if __package__ in (None, ""):  # run as a script: make `tools` importable from anywhere
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from tools.common import SCRIPT, ToolError, load_run, relative, run_cli, write_atomic
+
+DONE = "ablate.json"  # in a run's folder once it has succeeded: the settings it was given
 
 TRAINED = {
     "no U-Net skip gates": "SKIP_GATES_ENABLED=0",
@@ -74,14 +81,39 @@ SCORED = {
 
 def run(folder: Path, changes: str, **more: str) -> dict | None:
     """The summary of one run, run now unless it is there; None when it failed (its log stays)."""
-    if not (folder / "summary.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        env = {**os.environ, **dict(c.split("=", 1) for c in changes.split()), **more,
-               "ARTIFACT_DIR": str(folder)}
+    env = {**os.environ, **dict(c.split("=", 1) for c in changes.split()), **more,
+           "ARTIFACT_DIR": str(folder)}
+    if not is_done(folder, env):
+        shutil.rmtree(folder, ignore_errors=True)      # what was cut short cannot be gone on with
+        folder.mkdir(parents=True)
         with open(folder / "output.log", "w") as log:
             if subprocess.run([sys.executable, str(SCRIPT)], env=env, stdout=log, stderr=log).returncode:
                 return None
-    return json.loads((folder / "summary.json").read_text())
+        write_atomic(folder / DONE, json.dumps(given_settings(folder, env), indent=1))
+    return load_run(folder).summary
+
+
+def given_settings(folder: Path, env: dict) -> dict[str, str]:
+    """What the environment sets of the settings that the run in the folder names in its summary."""
+    names = load_run(folder).summary["settings"]
+    return {k: env[k] for k in sorted(names) if k in env}
+
+
+def is_done(folder: Path, env: dict) -> bool:
+    """The folder holds a finished run of these settings; a ToolError for one of others."""
+    try:
+        wanted = given_settings(folder, env)
+    except (ToolError, KeyError):      # not there, or cut short
+        return False
+    if not (folder / DONE).is_file():
+        raise ToolError(f"{relative(folder)} holds a finished run, but not its settings ({DONE}): "
+                        "choose another folder, or delete it to run it again")
+    known = json.loads((folder / DONE).read_text())
+    unlike = [k for k in sorted({*known, *wanted}) if known.get(k) != wanted.get(k)]
+    if unlike:
+        pairs = ", ".join(f"{k}={known.get(k)}, now {wanted.get(k)}" for k in unlike[:4])
+        raise ToolError(f"{relative(folder)} holds a run of other settings ({pairs}): choose another folder")
+    return True
 
 
 def table(results: dict, base: str, key: str, seeds: list[int]) -> list[str]:
@@ -100,6 +132,30 @@ def table(results: dict, base: str, key: str, seeds: list[int]) -> list[str]:
     return lines
 
 
+def study(args: argparse.Namespace, pool: ThreadPoolExecutor) -> None:
+    """Run what is asked for and print the tables."""
+    base = "the configuration"
+    for part, rows, key in (("trained", TRAINED, "prequant_val_bpb"), ("scored", SCORED, "val_bpb")):
+        chosen = {base: "", **{k: v for k, v in rows.items()
+                               if not args.rows or any(r in k for r in args.rows)}}
+        if args.part not in (part, "both"):
+            continue
+        jobs = {}
+        if part == "scored":       # every seed's weights first
+            list(pool.map(lambda s: run(args.out / "trained" / "base" / str(s), "", SEED=str(s),
+                                        PREQUANT_ONLY="1"), args.seeds))
+        for seed in args.seeds:    # seed by seed, so that an interrupted study has whole rows
+            more = ({"PREQUANT_ONLY": "1"} if part == "trained" else
+                    {"EVAL_ONLY_PATH": str(args.out / "trained" / "base" / str(seed) / "final_model.pt")})
+            for name, changes in chosen.items():
+                label = "base" if name == base else name.replace(" ", "_").replace(",", "")
+                folder = args.out / part / label / str(seed)
+                job = pool.submit(run, folder, changes, SEED=str(seed), **more)
+                jobs.setdefault(name, []).append(job)
+        results = {name: [j.result() for j in row] for name, row in jobs.items()}
+        print("\n".join([f"\n{key}", *table(results, base, key, args.seeds)]), flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,29 +166,14 @@ def main() -> int:
     parser.add_argument("--rows", nargs="*", help="only rows whose name contains one of these")
     args = parser.parse_args()
 
-    base = "the configuration"
     with ThreadPoolExecutor(args.workers) as pool:
-        for part, rows, key in (("trained", TRAINED, "prequant_val_bpb"), ("scored", SCORED, "val_bpb")):
-            chosen = {base: "", **{k: v for k, v in rows.items()
-                                   if not args.rows or any(r in k for r in args.rows)}}
-            if args.part not in (part, "both"):
-                continue
-            jobs = {}
-            if part == "scored":       # every seed's weights first
-                list(pool.map(lambda s: run(args.out / "trained" / "base" / str(s), "", SEED=str(s),
-                                            PREQUANT_ONLY="1"), args.seeds))
-            for seed in args.seeds:    # seed by seed, so that an interrupted study has whole rows
-                more = ({"PREQUANT_ONLY": "1"} if part == "trained" else
-                        {"EVAL_ONLY_PATH": str(args.out / "trained" / "base" / str(seed) / "final_model.pt")})
-                for name, changes in chosen.items():
-                    label = "base" if name == base else name.replace(" ", "_").replace(",", "")
-                    folder = args.out / part / label / str(seed)
-                    job = pool.submit(run, folder, changes, SEED=str(seed), **more)
-                    jobs.setdefault(name, []).append(job)
-            results = {name: [j.result() for j in row] for name, row in jobs.items()}
-            print("\n".join([f"\n{key}", *table(results, base, key, args.seeds)]), flush=True)
+        try:
+            study(args, pool)
+        except ToolError:
+            pool.shutdown(wait=False, cancel_futures=True)      # what has begun ends, the rest is not begun
+            raise
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_cli(main)

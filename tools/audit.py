@@ -464,8 +464,8 @@ def look(audit: Audit) -> list[Check]:
     files = [Check("files", "summary.json, metrics.jsonl, train.log", None, "none beside the artifact")]
     if audit.run:
         files = [*conditions_logged(audit.run), *coverage(audit.run), *budgets(audit.run), *flags(audit.run)]
-    data = [c for c in found if c.section == "data"]
-    return [*conditions, *files, *sizes(audit), *data]
+    rest = [c for c in found if c.section != "conditions"]      # the artifact's own mark, and the data
+    return [*conditions, *files, *sizes(audit), *rest]
 
 
 def report_text(audit: Audit, checks: list[Check], headline: str) -> str:

@@ -176,7 +176,8 @@ def read_events(path: Path) -> tuple[dict, ...]:
 
 
 def load_run(folder: Path | str, finished: bool = True) -> RunFiles:
-    """A run's summary and events. `finished`: insist on summary.json, which a run writes last."""
+    """A run's summary and events. `finished`: insist on the log's final line, and on a summary.json,
+    which is written after every stage, that has all which this line names."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ToolError(f"{relative(folder)} is no folder: give the folder of a run, such as runs/NAME")
@@ -189,7 +190,17 @@ def load_run(folder: Path | str, finished: bool = True) -> RunFiles:
         summary = {}
     except (ValueError, AttributeError):
         raise ToolError(f"{relative(folder / 'summary.json')} is no JSON: the file is damaged") from None
-    return RunFiles(folder, summary, read_events(folder / "metrics.jsonl"))
+    run = RunFiles(folder, summary, read_events(folder / "metrics.jsonl"))
+    if finished and not is_finished(run):
+        raise ToolError(f"{relative(folder)} has no final line of its last run: the run did not finish")
+    return run
+
+
+def is_finished(run: RunFiles) -> bool:
+    """The last run in the log came to its final line, and summary.json is of its end, not of a stage."""
+    ends = [e for e in run.events if e.get("event") in ("start", "final")]
+    said = set(ends[-1]) - {"event", "time"} if ends else set()
+    return bool(ends) and ends[-1]["event"] == "final" and said <= set(run.summary)
 
 
 def as_environment(settings: dict) -> dict[str, str]:

@@ -68,10 +68,15 @@ def record_results(folder: Path) -> list[Result]:
             f"{relative(folder / 'submission.json')} has no readable seed_results ({error})") from None
 
 
+def system_name(word: str) -> str:
+    """The published system that a word of the command line names; empty when it names none."""
+    name = word.lower().replace("#", "pr")
+    return name if name in published() else ""
+
+
 def read_results(word: str) -> list[Result]:
     """The results that one word of the command line stands for."""
-    name = word.lower().replace("#", "pr")
-    if name in published():
+    if name := system_name(word):
         return [Result(f"{name}/{r['seed']}", r["seed"], r["val_bpb"], r.get("val_loss"))
                 for r in published()[name]["runs"]]
     try:
@@ -100,10 +105,20 @@ def read_results(word: str) -> list[Result]:
 
 def read_group(words: list[str], name: str) -> list[Result]:
     """All results of one side; at least two, since a spread is needed."""
-    twice = sorted({w for w in words if words.count(w) > 1 and Path(w).is_dir()})
-    if twice:
-        raise ToolError(f"{name} names {relative(twice[0])} twice: a run counts once")
-    group = [r for word in words for r in read_results(word)]
+    group: list[Result] = []
+    folders, taken = set(), {}
+    for word in words:
+        system = system_name(word)
+        if not system and Path(word).is_dir():
+            if Path(word).resolve() in folders:
+                raise ToolError(f"{name} names {relative(word)} twice: a run counts once")
+            folders.add(Path(word).resolve())
+        for r in read_results(word):
+            other = taken.setdefault((system, r.seed), r)      # published systems may be put together
+            if r.seed is not None and other is not r:
+                raise ToolError(f"{name} has seed {r.seed} twice ({other.label}, {other.bpb:.8f} BPB, and "
+                                f"{r.label}, {r.bpb:.8f}): every result needs a seed of its own")
+            group.append(r)
     if len(group) < 2:
         raise ToolError(
             f"{name} has {len(group)} result: a spread needs at least 2, and a claim at least 3 seeds")

@@ -162,7 +162,8 @@ def check_gpus() -> list[Finding]:
 
 def healthy_of(name: str) -> tuple | None:
     """What a GPU of this name should give."""
-    return next((figures for part, figures in HEALTHY.items() if part in name), None)
+    longest_first = sorted(HEALTHY, key=len, reverse=True)      # GH200 is no H200
+    return next((HEALTHY[part] for part in longest_first if part in name), None)
 
 
 def milliseconds(run: Callable, sync: Callable, repeats: int = 20) -> float:

@@ -18,17 +18,19 @@ coverage.
 from __future__ import annotations
 
 import argparse
+import ast
 import datetime
 import hashlib
 import json
+import lzma
 import os
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +61,7 @@ TRACKS = {"record": "track_10min_16mb", "non_record": "track_non_record_16mb"}
 BUDGET_SECONDS, SEEDS_NEEDED, VAL_DOCUMENTS = 600.0, 3, 50_000
 UNLIKE_IS_FINE = {*OWN_TO_EACH_RUN, "TRAIN_LOG_EVERY", "EVAL_ONLY_PATH", "EVAL_ONLY_QUANTIZED_PATH"}
 ABSOLUTE = re.compile(r"(?<![\w.:/<])/(?:[\w.+@~-]+/)+[\w.+@~-]*")
+PACKED_START = b"# coding: latin-1\n"  # how a self-extracting script begins
 SOURCE_MARK = "[here the log holds the source of train_gpt.py: the file of that name has it, plain or packed]"
 
 
@@ -230,12 +233,17 @@ def gather(args: argparse.Namespace) -> Record:
     script = pack_script(source) if args.packed else source
     record = Record(sorted(runs, key=lambda r: r.seed), TRACKS[args.track], source, script, args)
     check_size(record)
+    for run in runs:
+        counted = run.summary["code_bytes"]
+        if run.summary.get("code_form") == "packed" and counted != len(script):
+            print(f"note: {relative(run.folder)} counted {counted:,} bytes of packed script, here it has "
+                  f"{len(script):,}: what is packed here counts")
     return record
 
 
 def pack_script(source: bytes) -> bytes:
     """The self-extracting form, by the script's own function; a packed script stays as it is."""
-    if source.startswith(b"# coding: latin-1"):
+    if source.startswith(PACKED_START):
         return source
     code = ("import sys,importlib.util as u;p=sys.argv[1];s=u.spec_from_file_location('t',p);"
             "m=u.module_from_spec(s);" "sys.modules['t']=m;s.loader.exec_module(m);"
@@ -250,14 +258,34 @@ def pack_script(source: bytes) -> bytes:
     return done.stdout
 
 
+def unpack_script(script: bytes) -> bytes:
+    """The readable source inside a self-extracting script; a readable one is its own."""
+    if not script.startswith(PACKED_START):
+        return script
+    found = re.search(r'^s=lzma\.decompress\((".*")\.encode\(.latin-1.\),3,None,(\[.*\])\)\.decode\(\)$',
+                      script.decode("latin-1"), re.M)
+    if not found:
+        raise ToolError("the packed script is not of the form that train_gpt.py writes: run the readable one")
+    packed, filters = map(ast.literal_eval, found.groups())
+    return lzma.decompress(packed.encode("latin-1"), lzma.FORMAT_RAW, None, filters)
+
+
 # --- what is written
 
 
 def without_absolute(text: str) -> str:
     """The text with every absolute path made relative: to the working folder, else its last part."""
-    text = text.replace(str(Path.cwd()) + "/", "").replace(str(ROOT) + "/", "")
+    for place in (Path.cwd(), ROOT):
+        if str(place) != "/":
+            text = text.replace(f"{place}/", "")
     return ABSOLUTE.sub(lambda m: m[0] if m[0].startswith("/dev/") else m[0].rstrip("/").rsplit("/", 1)[1],
                         text)
+
+
+def has_machine_path(text: str) -> bool:
+    """Whether a path below the home or the working folder is left in the text."""
+    places = {str(Path.home()), str(Path.cwd())} - {"/"}      # "/" would be found in every address
+    return any(re.search(rf"(?<![\w.~-]){re.escape(place)}/", text) for place in places)
 
 
 def clean_log(run: RunFiles) -> str:
@@ -362,15 +390,20 @@ def compliance(record: Record) -> list[str]:
 def reproduce(record: Record) -> str:
     """The commands that repeat a run, and its evaluation."""
     first = record.runs[0].summary
-    env = " ".join(f"{k}={v}" for k, v in changed_settings(record).items())
-    env = " \\\n    ".join(textwrap.wrap(env, 100, break_long_words=False, break_on_hyphens=False))
+    exports = ["export"]
+    for name, value in changed_settings(record).items():
+        pair = f"{name}={shlex.quote(str(value))}"
+        if len(exports[-1]) + len(pair) < 100:
+            exports[-1] += f" {pair}"
+        else:
+            exports.append(f"    {pair}")
     world = first["world_size"]
     start = ("python train_gpt.py" if world == 1
              else f"torchrun --standalone --nproc_per_node={world} train_gpt.py")
     seeds = " ".join(str(run.seed) for run in record.runs)
     lines = ["pip install -r requirements.txt"]
-    if env:
-        lines.append(f"export {env}")
+    if exports != ["export"]:
+        lines.append(" \\\n".join(exports))
     lines += [
         "export DATA_PATH=…/shards TOKENIZER_PATH=…/tokenizer.model    # the data described above",
         f"for seed in {seeds}; do SEED=$seed ARTIFACT_DIR=runs/seed_$seed {start}; done",
@@ -408,12 +441,14 @@ def readme(record: Record, checked: str) -> str:
     other = ("" if args.track == "record" else f"**Non-record track**, run on {s['hardware']}; trained on "
              f"{train}, scored on {val}: not comparable with the competition's leaderboard.\n\n")
     settings = ", ".join(f"`{k}={v}`" for k, v in changed_settings(record).items()) or "none"
-    script = (f"`train_gpt.py` is the readable script, {len(record.script):,} bytes, "
-              f"sha256 `{s['code_sha256']}`.")
-    if record.script != record.source:
-        script = (script.replace("readable script", "self-extracting form of the script")
-                  + f" The source inside it, {len(record.source):,} bytes, which the logs name, has sha256 "
-                  f"`{hashlib.sha256(record.source).hexdigest()}`.")
+    packed = record.script.startswith(PACKED_START)
+    form = "self-extracting form of the script" if packed else "readable script"
+    script = f"`train_gpt.py` is the {form}, {len(record.script):,} bytes, sha256 `{s['code_sha256']}`."
+    if packed:
+        source = unpack_script(record.script)
+        named = "the self-extracting form" if record.source == record.script else "the source"
+        script += (f" The readable source inside it, {len(source):,} bytes, has sha256 "
+                   f"`{hashlib.sha256(source).hexdigest()}`; the logs name {named}.")
     parts = [
         f"# {s['name']}",
         other + (args.blurb or "No description was given."),
@@ -446,9 +481,7 @@ def write_folder(record: Record, folder: Path, checked: str) -> None:
     if record.args.with_artifact:
         shutil.copyfile(record.best.folder / ARTIFACT, folder / ARTIFACT)
     for path in folder.iterdir():
-        if path.suffix in (".log", ".json", ".jsonl", ".md") and re.search(
-            rf"({re.escape(str(Path.home()))}|{re.escape(str(Path.cwd()))})/", path.read_text()
-        ):
+        if path.suffix in (".log", ".json", ".jsonl", ".md") and has_machine_path(path.read_text()):
             raise ToolError(f"{path.name} would hold a path of this machine: use relative paths in DATA_PATH")
 
 

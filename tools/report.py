@@ -212,10 +212,21 @@ def step_parts(page: Page):
     return fig
 
 
+def runs_in_log(run: RunFiles) -> list[RunFiles]:
+    """One for each start in the log: an eval-only run into the same folder goes on with its log."""
+    starts = [i for i, e in enumerate(run.events) if e.get("event") == "start"]
+    bounds = [0, *starts[1:], len(run.events)]
+    return [RunFiles(run.folder, run.summary, run.events[a:b])
+            for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
 def phases(run: RunFiles) -> dict[str, list[tuple[str, float]]]:
-    """The seconds of a run by clock: training budget, evaluation budget, outside both."""
-    packs, sliding = run.of("pack"), run.last("score_sliding").get("elapsed", 0.0)
-    total = run.summary.get("eval_seconds") or 0.0
+    """The seconds of a run by clock: training budget, evaluation budget, outside both. Where a log holds
+    several runs: of the last that trained, and of the last evaluation."""
+    logged = runs_in_log(run)
+    run, last = next((r for r in reversed(logged) if r.of("train_end")), logged[-1]), logged[-1]
+    packs, sliding = run.of("pack"), last.last("score_sliding").get("elapsed", 0.0)
+    total = last.summary.get("eval_seconds") or 0.0
     return {"training budget": [("train", run.last("train_end").get("seconds", 0.0)),
                                 ("calibrate", run.last("artifact").get("calibrate_s", 0.0)),
                                 ("quantise", sum(e.get("quantise_s", 0.0) for e in packs)),
@@ -224,7 +235,7 @@ def phases(run: RunFiles) -> dict[str, list[tuple[str, float]]]:
                                   ("test-time training", max(total - sliding, 0.0))],
             "outside the clocks": [("compile and warm-up", run.last("warm_up").get("seconds", 0.0)),
                                    ("rehearsal", run.last("rehearsal").get("seconds", 0.0)),
-                                   ("probes", run.last("probes").get("seconds", 0.0))]}
+                                   ("probes", last.last("probes").get("seconds", 0.0))]}
 
 
 def timeline(page: Page):
@@ -366,8 +377,9 @@ def tensors_of(run: RunFiles) -> list[dict]:
     with script_of(run) as tg:
         s = tg.Settings.from_env(as_environment(run.summary["settings"]))
         q = tg.unpack_model(s, blob, "the artifact")
-        streams = tg.artifact_from_bytes(blob, "the artifact")[1]
-        errors = rounding_errors(tg, s, run, q)
+        header, streams = tg.artifact_from_bytes(blob, "the artifact")
+        # a marked artifact holds weights that were trained further after final_model.pt was written
+        errors = {} if header.get("not_compliant") else rounding_errors(tg, s, run, q)
         share: dict[str, dict[str, float]] = {}
         for key, dtype, _ in tg.stored_tensors(s, q.meta):
             name = max((n for n in q.meta if key == n or key.startswith(n + ".")), key=len)
@@ -500,8 +512,9 @@ def sections(page: Page) -> list[tuple[str, str, str, object, str]]:
          "Click to zoom. Tensors share coded streams: each has its share of the stream's real length.",
          treemap(page, tensors), "the artifact is not there"),
         ("rounding", "Rounding error by layer",
-         "‖W − Ŵ‖ / ‖W‖ of every matrix that GPTQ rounded; diamonds have a low-rank repair.",
-         rounding(page, tensors), "artifact and weights are not both there"),
+         "‖W − Ŵ‖ / ‖W‖ of every matrix that GPTQ rounded; diamonds have a low-rank repair. "
+         "Left out after pre-quantisation TTT: the saved weights are those before it.",
+         rounding(page, tensors), "artifact and its weights are not both there"),
         ("profiles", "Score by document length and by position",
          "With and without test-time training; in italics the share of the text's bytes.",
          profiles(page), "no profile events"),
