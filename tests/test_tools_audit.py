@@ -33,6 +33,11 @@ def finished(data, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def packed():
+    return tg.self_extracting(SOURCE.encode())
+
+
 @pytest.fixture
 def run(finished, data, tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_PATH", str(data))
@@ -65,44 +70,139 @@ def test_a_good_run_passes_with_figures(run, capsys):
 ATTENTION = "y = attention(q, *((k, v) if c.cache is None else c.cache.extend(slot, k, v))"
 ROUND = "rounds.append(Round(grouped(s, everything[begin:end], lengths), everything"
 BOOK = "        self.ledger.book(positions, booked.flatten()[keep])\n"
+BETTER = "        self.ledger.book(positions, torch.minimum(booked, forward().detach()).flatten()[keep])\n"
 PLAN = "        rounds = ttt_rounds(self.s, self.lengths)\n"
-LOSS = "for y in rest)]).view(targets.shape)\n"
+LOSS = "torch.stack([loss(z, first), *(loss(z.detach(), y) for y in rest)]).view(targets.shape)\n"
+GOLD = LOSS.replace("loss(z, first), *(loss(z.detach(), y) for y in rest)",
+                    "-F.logsigmoid(z.gather(1, y[:, None])[:, 0]) for y in (first, *rest)")
 WINDOW = "begin + seq_len - stride) for begin in later)]"
-MUTANTS = {   # the line to change, what it becomes, the row that fails and why
-    "smear": ("inside = ids[:, 1:] != BOS", "follows, inside = None, ids[:, 1:] >= 0", "C1 windows: "),
-    "attention": (ATTENTION + ", c.layout)", ATTENTION + ")", "C1 windows: "),
-    "tilt": (LOSS, LOSS.replace("\n", " - 0.1 * (targets % 4 == 0)\n"), "C2 "),
-    "selection": (LOSS, LOSS.replace("\n", ".clamp(max=4.0)\n"), "C2 "),
-    "unbooked": (BOOK, "", "C3 C4 ledger: coverage is broken"),
-    "twice": (BOOK, 2 * BOOK, "C3 C4 ledger: target "),
-    "phase": (ROUND + "[:end]))", ROUND + "))", "C3 C4 ledger: the document at "),
-    "ahead": (PLAN, PLAN + "        self.global_phase(Booked(self.val.tokens))\n", "C1 test-time training: "),
-    "tail": (WINDOW, WINDOW.replace("later", "later if begin + seq_len <= total"),
+SCORE = "        losses, booked = tilted_losses(self.s, forward, x, y, at, self.val.hints)\n"
+LAST = """        ends = self.val.documents.start + self.lengths - 1
+        rows = np.isin(starts + w.begin + w.offset + w.count, ends)
+        if adapter is not None and rows.any():
+            with torch.enable_grad():
+                (forward().mean(1) * torch.from_numpy(rows)).sum().backward(inputs=adapter.trained())
+            normalised_step(adapter.trained(), self.s.ttt_lora_lr, 0.0)
+"""
+EARLY = LAST.replace("np.isin(starts + w.begin + w.offset + w.count, ends)", "w.count > 0")
+PLAIN, ADAPTED = dict(TTT_ENABLED=False), dict(SLIDING_WINDOW_ENABLED=False)
+MUTANTS = {   # the line to change, what it becomes, settings that leave what is probed, the row that fails
+    "smear": ("inside = ids[:, 1:] != BOS", "follows, inside = None, ids[:, 1:] >= 0", PLAIN, "C1 windows: "),
+    "attention": (ATTENTION + ", c.layout)", ATTENTION + ")", PLAIN, "C1 windows: "),
+    "tilt": (LOSS, LOSS.replace("\n", " - 0.1 * (targets % 4 == 0)\n"), PLAIN, "C2 "),
+    "gold": (LOSS, GOLD, PLAIN, "C2 "),
+    "early": (SCORE, EARLY + SCORE, ADAPTED, "C1 test-time training: "),
+    "last": (SCORE, LAST + SCORE, ADAPTED, "C1 test-time training: "),
+    "unbooked": (BOOK, "", ADAPTED, "C3 C4 ledger: "),
+    "better": (BOOK, BOOK + BETTER, ADAPTED, "C3 C4 ledger: target "),
+    "phase": (ROUND + "[:end]))", ROUND + "))", ADAPTED, "C3 C4 ledger: the document at "),
+    "ahead": (PLAN, PLAN + "        self.global_phase(Booked(self.val.tokens))\n", ADAPTED,
+              "C1 test-time training: "),
+    "tail": (WINDOW, WINDOW.replace("later", "later if begin + seq_len <= total"), PLAIN,
              "C3 C4 ledger: coverage is broken"),
 }
+
+
+def mutated(old, new) -> str:
+    assert SOURCE.count(old) == 1, f"the line to change is gone: {old}"
+    return SOURCE.replace(old, new)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_fails_with_the_reason(run, name, capsys):
     """Judged by this repository's probes, though the script's own would find nothing."""
-    old, new, row = MUTANTS[name]
-    assert SOURCE.count(old) == 1, f"{name}: the line to change is gone"
-    lying = SOURCE.replace(old, new).replace("def run_probes(", "def run_probes_unused(", 1)
+    old, new, probed, row = MUTANTS[name]
+    lying = mutated(old, new).replace("def run_probes(", "def run_probes_unused(", 1)
     lying = lying.replace("def run_checks(", "def run_probes(*a):\n    return []\n\n\ndef run_checks(", 1)
     script = run / "script.py"
     script.write_text(lying)
-    status, printed, report = audited(run, capsys, script)
+    change(run, settings={**load_run(run).summary["settings"], **probed})
+    status, printed, report = audited(run, capsys, script, "--read", "run_probes", "run_probes_unused")
     assert status == 1 and "FAIL: " in printed
+    assert "| note | read by eye, says --read | run_probes, run_probes_unused |" in report
     failed = [line for line in printed.splitlines() if line.startswith("FAIL  ")]
     assert any(line.startswith(f"FAIL  {row}") for line in failed), printed
     assert "**FAIL**" in report and any(line.startswith("FAIL  the script that ran") for line in failed)
 
 
+# --- what leaves no trace in an artifact: the script against this repository's
+
+GROUP = "                self.adapt_group(group)\n"
+EPOCHS = """                learnt, books = self.adapter_for(len(group)), self.ledger
+                self.adapter_for, self.ledger = lambda rows: learnt, Ledger(self.val, self.world.device)
+                self.adapt_group(group)
+                self.ledger = books
+                self.adapt_group(group)
+                del self.adapter_for
+"""
+LOGITS = 'raw, losses = fit_calibration(s, model, read_shard(list_shards(s.shards, "%s")[0]))'
+RANDOM = "tokens = torch.randint(2, s.vocab_size, (self.tokens + 1,), generator=generator).numpy()"
+SEEN = "lambda: packed_batch(Validation(s).stream[:1025], s.train_seq_len)"
+STREAM = 'return kind(list_shards(s.shards, "%s"), world_size'
+STEP = "    step = scale.float().reshape(len(w3), -1)\n    return round_in_order(w3, step, order"
+TRACELESS = {   # the line to change, what it becomes, the definition that is named
+    "epochs": (GROUP, EPOCHS, "PhasedTTT.run"),
+    "space": ('len(piece.removeprefix("\\u2581").encode())', "len(piece.encode())",
+              "ByteTable.from_sentencepiece"),
+    "operators": ('"sidecar", counts[1:]', '"sidecar", np.maximum(counts[1:], 1)', "Validation.__init__"),
+    "shards": (STREAM % "train", STREAM % "val", "open_train_stream"),
+    "overlap": ("    check_overlap(s)\n", "", "check_manifest"),
+    "warm-up": (RANDOM, "tokens = Validation(s).stream[:self.tokens + 1].copy()", "Trainer.random_batch"),
+    "logits": (LOGITS % "train", LOGITS % "val", "calibrate_logits"),
+    "hessians": ("world, model, next_batch)\n    sync", f"world, model, {SEEN})\n    sync", "compress"),
+    "unsealed": ("        cls.sealed = True\n", "", "Validation.seal"),
+    "patched": ("class Ledger:\n", "Validation.seal = contextlib.nullcontext\nclass Ledger:\n", "statements"),
+    "elsewhere": (STEP, "    h3 = h3 + np.fromfile('val.bin').mean()\n" + STEP, "gptq"),
+}
+
+
+def script_rows(source, *read) -> dict:
+    return {c.what: c for c in audit.script_rows(source.encode(), list(read))}
+
+
+GUARDING, READ, OTHER = ("definitions that guard the rules", "read by eye, says --read",
+                         "other definitions that differ")
+
+
+@pytest.mark.parametrize("name", TRACELESS)
+def test_a_mutant_that_leaves_no_trace_fails_by_its_script(name):
+    """The row names the definition that changed, and it alone."""
+    old, new, changed = TRACELESS[name]
+    row = script_rows(mutated(old, new))[GUARDING]
+    assert row.ok is False and row.figure.startswith(f"{changed}: ") and "--read" in row.figure
+
+
+def test_the_script_as_it_is_passes_also_packed_and_with_other_comments(packed):
+    same = SOURCE.replace('    """Rows of', '    """Lines of') + "\n# a remark\n"
+    for source in (SOURCE.encode(), same.encode(), packed):
+        row, = audit.script_rows(source, [])
+        assert row.ok and "as in this repository's" in row.figure
+    worse = packed.replace(b"import lzma,linecache\n", b"import lzma,linecache,evil\n")
+    assert audit.script_rows(worse, [])[0].ok is False
+
+
+def test_changes_that_guard_nothing_are_a_note_and_classes_can_be_read_whole():
+    old, new, _, _ = MUTANTS["smear"]
+    source = mutated(old, new)
+    rows = script_rows(source)
+    assert rows[GUARDING].ok and rows[OTHER].figure.startswith("GPT.") and rows[OTHER].ok is None
+    old, new, _ = TRACELESS["warm-up"]
+    rows = script_rows(source.replace(old, new), "Trainer")
+    assert rows[GUARDING].ok and rows[READ].figure == "Trainer.random_batch" and rows[READ].ok is None
+    assert OTHER in rows
+    with pytest.raises(ToolError, match="--read Ledger: nothing of that name differs"):
+        script_rows(source, "Ledger")
+
+
+def opened(folder):
+    return audit.open_audit(audit.argparse.Namespace(artifact=folder / ARTIFACT, script=None, full=False))
+
+
 def files_only(folder) -> dict:
     """Rows of what the files say, by name; without the probes."""
-    opened = audit.open_audit(audit.argparse.Namespace(artifact=folder / ARTIFACT, script=None, full=False))
+    found = opened(folder)
     files = (audit.conditions_logged, audit.coverage, audit.budgets, audit.flags)
-    return {c.what: c for look in files for c in look(opened.run)} | {c.what: c for c in audit.sizes(opened)}
+    return {c.what: c for look in files for c in look(found.run)} | {c.what: c for c in audit.sizes(found)}
 
 
 def test_an_artifact_that_is_marked_fails_though_its_run_says_nothing(run, capsys):
@@ -144,7 +244,8 @@ def test_an_artifact_over_the_limit(run, monkeypatch):
     assert files_only(run)["artifact + script"].ok is False
 
 
-def test_a_run_that_counted_the_packed_script_is_judged_by_it(run, monkeypatch):
+def test_a_run_that_counted_the_packed_script_is_judged_by_it(run, packed, monkeypatch):
+    monkeypatch.setattr(audit, "pack_script", lambda source: packed)
     change(run, code_form="packed")
     artifact, source = (run / ARTIFACT).stat().st_size, (ROOT / "train_gpt.py").stat().st_size
     monkeypatch.setattr(audit, "ARTIFACT_LIMIT", artifact + source // 2)
@@ -154,12 +255,12 @@ def test_a_run_that_counted_the_packed_script_is_judged_by_it(run, monkeypatch):
     assert files_only(run)["artifact + script"].ok is False
 
 
-def test_bytes_that_are_not_the_datas(run, capsys):
+def test_bytes_that_are_not_the_datas(run):
     said = load_run(run).summary
     change(run, bytes_scored=said["bytes_scored"] + 7,
            val_bpb=said["val_bpb"] * said["bytes_scored"] / (said["bytes_scored"] + 7))
-    status, printed, _ = audited(run, capsys)
-    assert status == 1 and "FAIL  bytes that the score divides by" in printed
+    rows = {c.what: c for c in audit.data_checks(tg, True, opened(run))}
+    assert rows["bytes that the score divides by"].ok is False
 
 
 def test_an_artifact_alone(run, tmp_path, capsys, monkeypatch):
@@ -167,6 +268,7 @@ def test_an_artifact_alone(run, tmp_path, capsys, monkeypatch):
     for key, value in load_run(run).summary["settings"].items():
         if not key.endswith(("_PATH", "_DIR")):
             monkeypatch.setenv(key, str(int(value)) if isinstance(value, bool) else str(value))
+    monkeypatch.setenv("TTT_ENABLED", "0")
     alone = tmp_path / "alone"
     alone.mkdir()
     shutil.copy(run / ARTIFACT, alone)

@@ -3,10 +3,14 @@
     python tools/audit.py runs/demo/final_model.int6.ptz               # the script as the run's log holds it
     python tools/audit.py runs/demo/final_model.int6.ptz my_script.py  # another one
     python tools/audit.py ARTIFACT --out report.md --full              # every byte of the data, too
+    python tools/audit.py ARTIFACT --read learn Trainer.update         # changes that you have looked at
 
 The probes (C1-C4, see train_gpt.py) run on the artifact's weights through the script's own scoring functions,
 with the settings of the summary.json beside the artifact, or of the environment when there is none. They and
-the ledger are always those of this repository: a script cannot vouch for itself. From the run's files:
+the ledger are always those of this repository: a script cannot vouch for itself. What leaves no trace in an
+artifact (validation tokens read while the model was made) is looked for in the script: every definition that
+differs from this repository's train_gpt.py is named, and those that guard the rules fail the audit until
+somebody has read them by eye and says so with --read. From the run's files:
 coverage, arithmetic of the score, budgets, sizes, compliance flags, and the data where it can be reached
 (DATA_PATH and TOKENIZER_PATH of the environment come before the run's).
 
@@ -17,13 +21,17 @@ from __future__ import annotations
 import __future__
 
 import argparse
+import ast
+import functools
 import hashlib
 import importlib.util
-import inspect
+import lzma
 import math
 import os
+import re
 import sys
 import tempfile
+from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -49,6 +57,14 @@ BUDGET_SECONDS, VAL_DOCUMENTS = 600.0, 50_000
 PATHS = ("DATA_DIR", "DATA_PATH", "TOKENIZER_PATH")
 # this repository's own, as is every probe_*
 JUDGES = ("Booked", "LedgerError", "Ledger", "Probe", "run_probes", "weights_kept")
+# Whatever these chapters of train_gpt.py define guards the rules: no probe of an artifact can speak for it.
+CHAPTERS = ("Run", "Data", "Training", "Score", "Adapt", "Checks", "Main")
+GUARDS = ("calibrate", "calibrate_logits", "fit_calibration", "quantise_to_fit", "code_bytes", "check_size",
+          "Settings.from_env", "UserError", "ARTIFACT_LIMIT", "BOS", "imports", "statements")
+# A change that makes use of one of these, or of a guard, guards the rules too, wherever it stands.
+DOORS = ("stream", "sealed", "ledgers", "target_bytes", "open", "Path", "fromfile", "memmap", "load", "os",
+         "sys", "io", "exec", "eval", "compile", "getattr", "setattr", "globals", "vars", "inspect",
+         "importlib", "__import__", "__dict__", "gc")
 CONDITIONS = {
     "C1": "The prediction of a token depends on the artifact and the tokens before it only.",
     "C2": "It is a full distribution over the vocabulary, fixed before the token is revealed.",
@@ -107,15 +123,18 @@ def module_of(source: bytes, name: str):
 
 def put_judges(module, trusted) -> None:
     """Give the audited module the ledger and the probes of `trusted`."""
-    flag = __future__.annotations.compiler_flag
-    for name, value in list(vars(trusted).items()):
-        if name in JUDGES or (name.startswith("probe_") and inspect.isfunction(value)):
-            source, line = inspect.getsourcelines(value)
-            text = "\n" * (line - 1) + "".join(source)
-            exec(compile(text, inspect.getsourcefile(value), "exec", flag, True), vars(module))
-    made_up = trusted.Validation.__dict__["of"].__func__
-    text = inspect.cleandoc("\n" + inspect.getsource(made_up)).replace("@classmethod\n", "", 1)
-    exec(compile(text, "<judges>", "exec", flag, True), vars(module))
+    definitions = [n for n in ast.parse(SCRIPT.read_bytes()).body
+                   if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+
+    def define(nodes: list) -> None:
+        flag = __future__.annotations.compiler_flag
+        exec(compile(ast.Module(nodes, []), trusted.__file__, "exec", flag, True), vars(module))
+
+    define([n for n in definitions if n.name in JUDGES or n.name.startswith("probe_")])
+    validation = next(n for n in definitions if n.name == "Validation")
+    made_up = next(n for n in validation.body if isinstance(n, ast.FunctionDef) and n.name == "of")
+    made_up.decorator_list = []
+    define([made_up])
     module.Validation.of = classmethod(vars(module).pop("of"))
 
 
@@ -148,6 +167,123 @@ def judged(tg, s, world, model) -> list[Check]:
         why = str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
         return [Check("conditions", "probes", False, why)]
     return [Check("conditions", p.name, p.ok, p.figure) for p in found]
+
+
+# --- the script against this repository's
+
+
+def shell_of(source: bytes) -> tuple[str, str]:
+    """(a self-extracting script's code without its longest text, that text)."""
+    tree = ast.parse(source)
+    texts = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    longest = max(texts, key=lambda n: len(n.value))
+    text, longest.value = longest.value, ""
+    return ast.dump(tree), text
+
+
+def unpacked(source: bytes) -> bytes:
+    """The readable script inside a self-extracting one, of which nothing is run; others as they are, also
+    those that another unpacker than this repository's surrounds."""
+    if not source.startswith(b"# coding: latin-1\n"):
+        return source
+    with module_of(SCRIPT.read_bytes(), "trusted_script") as trusted:
+        try:
+            shell, text = shell_of(source)
+            if shell == shell_of(trusted.self_extracting(b"x" * 999))[0]:
+                return lzma.decompress(text.encode("latin-1"), lzma.FORMAT_RAW, None, trusted.SCRIPT_FILTERS)
+        except (ValueError, SyntaxError, lzma.LZMAError):
+            pass
+    return source
+
+
+class Definitions:
+    """What a script defines: per name (Class.method for what a class holds; imports; statements) its syntax,
+    without docstrings and comments."""
+
+    def __init__(self, source: bytes):
+        self.nodes, self.syntax = defaultdict(list), defaultdict(list)
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError) as error:
+            raise ToolError(f"the script cannot be read ({error})") from None
+        for node in ast.walk(tree):
+            documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+            if documented and ast.get_docstring(node, clean=False) is not None:
+                del node.body[0]
+        self.collect(tree.body, "")
+
+    def collect(self, body: list, owner: str) -> None:
+        """Enter the statements of the module, or of the class `owner`."""
+        for node in body:
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                self.enter(f"{owner}.{node.name}" if owner else node.name, node)
+            elif isinstance(node, ast.ClassDef) and not owner:
+                inside, node.body = node.body, []
+                self.enter(node.name, node)
+                self.collect(inside, node.name)
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(targets[0], ast.Name):
+                for name in map(ast.unparse, targets):
+                    self.enter(f"{owner}.{name}" if owner else name, node)
+            elif isinstance(node, ast.If) and not owner and not node.orelse:
+                inside, node.body = node.body, []       # definitions for where Triton is
+                self.enter("statements", node)
+                self.collect(inside, "")
+            elif isinstance(node, (ast.Import, ast.ImportFrom)) and not owner:
+                self.enter("imports", node)
+            else:
+                self.enter(owner or "statements", node)
+
+    def enter(self, name: str, node: ast.AST) -> None:
+        """Note one definition; of a name that is defined twice both count, in their order."""
+        self.nodes[name].append(node)
+        self.syntax[name].append(ast.dump(node))
+
+    def uses(self, name: str) -> set[str]:
+        """The names and attributes that a definition mentions."""
+        inside = [n for node in self.nodes.get(name, ()) for n in ast.walk(node)]
+        return {n.id if isinstance(n, ast.Name) else n.attr for n in inside
+                if isinstance(n, (ast.Name, ast.Attribute))}
+
+
+@functools.cache
+def definitions_here() -> tuple[Definitions, set[str]]:
+    """Those of this repository's script, and the names among them that guard the rules: GUARDS, and all that
+    CHAPTERS define."""
+    whole = SCRIPT.read_bytes()
+    parts = re.split(r"^# \d+  (\w+).*$", whole.decode(), flags=re.M)
+    chapters = {title: text for title, text in zip(parts[1::2], parts[2::2])}
+    named = (Definitions(chapters[title].encode()).syntax for title in CHAPTERS)
+    return Definitions(whole), {*GUARDS, *(name for names in named for name in names)}
+
+
+def script_rows(script: bytes, read: list[str]) -> list[Check]:
+    """The definitions that differ from this repository's script. read: names of those read by eye."""
+    (ours, guards), theirs = definitions_here(), Definitions(unpacked(script))
+    names = dict.fromkeys([*ours.syntax, *theirs.syntax])
+    changed = [n for n in names if ours.syntax.get(n) != theirs.syntax.get(n)]
+    for name in read:
+        if not any(name in (n, n.split(".")[0]) for n in changed):
+            raise ToolError(f"--read {name}: nothing of that name differs from this repository's script")
+    watched = guards | set(DOORS)
+
+    def guarding(name: str) -> bool:
+        new_uses = theirs.uses(name) - ours.uses(name)
+        return name in guards or name.split(".")[0] in guards or bool(watched & new_uses)
+
+    eyed = [n for n in changed if n in read or n.split(".")[0] in read]
+    unread = [n for n in changed if guarding(n) and n not in eyed]
+    others = [n for n in changed if n not in eyed and n not in unread]
+    what, figure = "definitions that guard the rules", "as in this repository's script"
+    if unread:
+        figure = f"{', '.join(unread)}: not this repository's; read these by eye, then pass --read NAME…"
+    elif eyed:
+        figure += ", but for those read by eye"
+    rows = [Check("script", what, not unread, figure)]
+    for label, found in (("read by eye, says --read", eyed), ("other definitions that differ", others)):
+        if found:
+            rows.append(Check("script", label, None, ", ".join(found)))
+    return rows
 
 
 # --- what the run's files say
@@ -356,12 +492,15 @@ def main(arguments=None) -> int:
     parser.add_argument("artifact", help=f"a run's {ARTIFACT}, or its folder")
     parser.add_argument("script", nargs="?", help="the script (default: as the run's train.log holds it)")
     parser.add_argument("--out", help="where the report goes (default: audit.md beside the artifact)")
+    parser.add_argument("--read", nargs="+", action="extend", default=[], metavar="NAME",
+                        help="definitions of the script (a class: all of it) that you have read by eye")
     parser.add_argument("--full", action="store_true", help="read every byte of the data")
     args = parser.parse_args(arguments)
     audit = open_audit(args)
-    checks = look(audit)
+    checks = [*look(audit), *script_rows(audit.script, args.read)]
     failed, passed = [c for c in checks if c.ok is False], [c for c in checks if c.ok]
-    shown = failed or [c for c in passed if c.section == "conditions" or c.what == "artifact + script"]
+    proofs = ("conditions", "script")
+    shown = failed or [c for c in passed if c.section in proofs or c.what == "artifact + script"]
     headline = (f"FAIL: {len(failed)} of {len(failed) + len(passed)} checks" if failed else
                 f"PASS: {len(passed)} checks") + f", {len(checks) - len(failed) - len(passed)} notes"
     out = Path(args.out or audit.artifact.parent / "audit.md")
