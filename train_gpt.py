@@ -278,6 +278,7 @@ class Settings:
     ttt_v_lora: bool = knob(True, "adapt values")
     ttt_o_lora: bool = knob(True, "adapt the attention output (from the block input)")
     ttt_mlp_lora: bool = knob(True, "adapt the MLP")
+    ttt_head_lora: bool = knob(True, "adapt the output head")
     ttt_optimizer: str = choice("normalised adam sgd", "steps: the gradient over its RMS, AdamW, or SGD")
     ttt_local_lr_mult: float = knob(1.0, "factor on TTT_LORA_LR", 0)
     ttt_beta1: float = knob(0.0, "AdamW's first moment, or SGD's momentum", 0, 0.999999)
@@ -286,7 +287,8 @@ class Settings:
     ttt_grad_steps: int = knob(1, "adapter steps per chunk", 1)
     ttt_train_min_doc_len: int = knob(0, "shorter documents are scored without adapting: as published, their "
                                       "end is known beforehand", 0)
-    ttt_train_max_doc_len: int = knob(0, "and so are longer ones; 0: none", 0)
+    ttt_train_max_doc_len: int = knob(0, "and so are longer ones, in stream order their tokens from there "
+                                      "on; 0: none", 0)
     ttt_cache_lambda: float = knob(0.0, "weight, in TTT's scores, of what followed earlier hidden states of "
                                    "the document that are like the present one; 0: none", 0, 1)
     ttt_cache_theta: float = knob(36.0, "how fast a state's say falls with its distance", 0)
@@ -394,6 +396,11 @@ class Settings:
             (s.ttt_doc_order == "stream" and s.ttt_warm_start_a and not s.ttt_shared_a,
              "TTT_DOC_ORDER, TTT_WARM_START_A and TTT_SHARED_A let A carry what later documents taught it to "
              "earlier ones: set TTT_WARM_START_A=0 or TTT_DOC_ORDER=length"),
+            (s.ttt_doc_order == "stream" and s.ttt_train_min_doc_len,
+             "TTT_TRAIN_MIN_DOC_LEN asks where a document ends before it is read, which TTT_DOC_ORDER does "
+             "not allow: set TTT_TRAIN_MIN_DOC_LEN=0 or TTT_DOC_ORDER=length"),
+            (s.ttt_enabled and not any(getattr(s, f"ttt_{kind}_lora") for kind in ADAPTED),
+             "TTT_ENABLED has nothing to adapt: set a TTT_*_LORA to 1, or TTT_ENABLED=0"),
             (s.ttt_cache_lambda and not s.ttt_kv_reuse,
              "TTT_CACHE_LAMBDA needs the cached keys of TTT_KV_REUSE: set TTT_KV_REUSE=1"),
             (not all(n.isdigit() and int(n) for n in orders if n),
@@ -1763,6 +1770,9 @@ class GPT(nn.Module):
 # 5  Adapter: low-rank deltas, one set per row of the batch
 # ============================================================================================================
 
+ADAPTED = ("q", "k", "v", "o", "mlp", "head")       # what a TTT_*_LORA switches
+
+
 class BoundAdapter(NamedTuple):
     """An Adapter unbound for one forward: A and B per kind and slot."""
     a: dict
@@ -1791,7 +1801,8 @@ class Adapter(nn.Module):
         self.bias: Tensor | None = None     # theirs for a chunk, (rows, 1, V) bfloat16: added to the logits
         outs = {"q": s.model_dim, "k": s.kv_dim, "v": s.kv_dim, "o": s.model_dim, "mlp": s.model_dim}
         kinds = {k: (plan.slots, out) for k, out in outs.items() if getattr(s, f"ttt_{k}_lora")}
-        kinds["head"] = (1, s.vocab_size)
+        if s.ttt_head_lora:
+            kinds["head"] = (1, s.vocab_size)
         self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
         for kind, (slots, out) in kinds.items():
             shape = (slots, *(() if self.shared else (rows,)), s.ttt_lora_rank, s.model_dim)
@@ -1863,7 +1874,8 @@ class KeyCache:
         for slot, pair in new.items():
             pairs = zip(self.old[slot], pair) if slot in self.old else ((x,) for x in pair)
             joined = (torch.cat(parts, dim=1) for parts in pairs)
-            self.old[slot] = tuple(x[:, max(x.size(1) + chunk - self.window, 0):] for x in joined)
+            seen = (x[:, max(x.size(1) + chunk - self.window, 0):] for x in joined)
+            self.old[slot] = tuple(x.contiguous() for x in seen)       # strides are what graphs are compiled for
         self.last = (ids if self.last is None else torch.cat((self.last, ids), dim=1))[:, -2:]
         self.position, self.sealed = self.position + ids.size(1), None
 
@@ -2165,7 +2177,7 @@ def attend_torch(q, k, v, cu, longest):
     cu_q, cu_k = (cu, cu) if rows is None else (rows * T, rows * keys)
     y = FLASH["torch"].varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_q, cu_k,
                                    T if cu is None else longest, longest, window_size=(-1, 0),
-                                   enable_gqa=H != k.shape[2])
+                                   enable_gqa=bool(H != k.shape[2]))
     return y.view(q.shape)
 
 
@@ -2188,7 +2200,7 @@ def plain_rows(q, k, v) -> Tensor:
     if T != keys:                                       # is_causal is aligned top-left
         mask = torch.arange(keys - T, keys, device=q.device)[:, None] >= torch.arange(keys, device=q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
+    grouped = bool(q.shape[1] != k.shape[1])            # a plain bool where shapes are traced as symbols, too
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return y.transpose(1, 2)
 
@@ -4678,6 +4690,24 @@ def chunk_bounds(s: Settings, length: int, times: int = 1) -> list[int]:
     return bounds
 
 
+def trained_rows(s: Settings, targets: np.ndarray, end: int) -> np.ndarray:
+    """(B,) bool: the documents, of targets (B,), whose adapters learn from a chunk that ends at target `end`:
+    those that go on, within the limits of TTT_TRAIN_*_DOC_LEN. In stream order these go by the position
+    reached: nothing is known of where a document ends but that it goes on."""
+    most, goes_on = s.ttt_train_max_doc_len or math.inf, targets > end
+    if s.ttt_doc_order == "stream":
+        return goes_on & (end < most)
+    return goes_on & (targets + 1 >= s.ttt_train_min_doc_len) & (targets < most)
+
+
+def kept_rows(batch: int, live: int) -> int:
+    """Rows of a group with `live` documents left: `batch` halved as often as they fit in. Few sizes, as each
+    may have to be compiled for."""
+    while batch > 1 and live <= batch // 2:
+        batch //= 2
+    return batch
+
+
 class Round(NamedTuple):
     """Groups of documents between which no state passes, in the order of work, and the documents on which the
     base weights are trained once all of them are scored (none after the last round)."""
@@ -4725,6 +4755,7 @@ def scored_order(s: Settings, lengths: np.ndarray) -> np.ndarray:
 # What the watchdog gives up, in this order, when the evaluation would outlast its budget.
 GIVE_UP = ("nothing", "further phases on the base weights and half of the adapter steps", "adaptation")
 NO_ADAPTATION = 2
+WATCH_EVERY = 8             # chunks between two looks at the clock
 
 
 class PhasedTTT:
@@ -4742,6 +4773,9 @@ class PhasedTTT:
         self.losses = compiled(s, world.device, model.losses, dynamic=True)
         self.ledger = ledger or Ledger(val, world.device)
         self.level, self.kept, self.correctors = 0, None, []
+        # Seconds and token-passes of adaptation, without phases and waiting; costs of what is still to do.
+        self.spent, self.done, self.left = 0.0, 0.0, np.zeros(len(GIVE_UP))
+        self.phase_pace, self.phase_tokens = 0.0, 0      # seconds a token of a phase; tokens still to train on
 
     def costs(self, group: np.ndarray) -> np.ndarray:
         """Predicted token-passes of a group at every level of GIVE_UP; a backward counts twice a forward.
@@ -4763,38 +4797,44 @@ class PhasedTTT:
         """Score every document once. The model's weights end as the last phase left them."""
         rounds = ttt_rounds(self.s, self.lengths)
         todo = [self.mine(r.groups) for r in rounds]
-        left = sum(self.costs(g) for mine in todo for g in mine)
-        spent = done = 0.0        # seconds and token-passes of adaptation, without phases and waiting
+        self.left = sum((self.costs(g) for mine in todo for g in mine), self.left)
+        self.phase_tokens = sum(int(self.lengths[r.train_on].sum()) for r in rounds[:-1])
         self.model.requires_grad_(False)           # adapters learn; the base weights only in a phase
         for r, mine in zip(rounds, todo):
             self.kept, self.correctors = None, []
             if not self.s.ttt_shared_a:
                 self.kept = self.adapter_for(self.s.ttt_batch_size)
             for group in mine:
-                self.watch(spent, done, left)
-                costs, watch = self.costs(group), Clock()
                 self.adapt_group(group)
-                sync(self.world.device)
-                spent, done, left = spent + watch.elapsed(), done + costs[self.level], left - costs
             level = max(self.world.gather(self.level))          # all ranks take part in a phase or none
             if level > self.level:
                 self.give_up(level, by="another rank")
             if r.train_on is not None and self.level == 0:
-                self.global_phase(self.ledger.booked(r.train_on, self.world))
+                booked, phase = self.ledger.booked(r.train_on, self.world), Clock()
+                self.global_phase(booked)
+                sync(self.world.device)
+                self.phase_pace = phase.elapsed() / len(booked.tokens)
+                self.phase_tokens -= int(self.lengths[r.train_on].sum())
         self.model.requires_grad_(True)
         return self.ledger.close(self.world)
 
-    def watch(self, spent: float, done: float, left: np.ndarray) -> None:
-        """Give up as little as is needed for the predicted end to lie within EVAL_MAX_SECONDS. left: the
-        costs of what is still to do."""
-        if self.clock is None or not self.clock.budget or not done:
+    def watch(self) -> None:
+        """Give up as little as is needed for the predicted end to lie within EVAL_MAX_SECONDS, which nothing
+        is predicted for before a part of a group is done."""
+        if self.clock is None or not self.clock.budget:
             return
         now = self.clock.elapsed()
-        ends = now + spent / done * left
+        pace = self.spent / self.done if self.done else 0.0
+        ends = now + pace * self.left
+        ends[0] += self.phase_pace * self.phase_tokens
         fits = (i for i in range(self.level, NO_ADAPTATION) if ends[i] <= self.clock.budget)
-        level = next(fits, NO_ADAPTATION)
+        level = next(fits, NO_ADAPTATION) if now < self.clock.budget else NO_ADAPTATION
         if level > self.level:
             self.give_up(level, elapsed=now, predicted_end=ends[self.level])
+
+    def count(self, costs: np.ndarray, seconds: float) -> None:
+        """Work of these costs took this long."""
+        self.spent, self.done, self.left = self.spent + seconds, self.done + costs[self.level], self.left - costs
 
     def give_up(self, level: int, **why) -> None:
         """From now on do without what GIVE_UP names up to this level."""
@@ -4822,6 +4862,7 @@ class PhasedTTT:
 
     def adapt_group(self, group: np.ndarray) -> None:
         """Score a group's documents chunk by chunk; after each chunk adapt those that have another one."""
+        self.watch()
         s, level = self.s, self.level
         cached, learns = s.ttt_kv_reuse or level == NO_ADAPTATION, level < NO_ADAPTATION
         adapter = self.adapter_for(len(group)) if learns else None
@@ -4829,27 +4870,34 @@ class PhasedTTT:
         cache = KeyCache(s.ttt_eval_seq_len, states=s.ttt_cache_lambda > 0) if cached else None
         starts, targets = self.val.documents.start[group], self.lengths[group] - 1
         if s.corrector_alpha and learns:
-            if s.ttt_doc_order == "stream" or not self.correctors:      # a row's last document may come later
+            # As published, a row's counts pass from document to document in length order; in stream order its
+            # last document may come later in the stream.
+            if s.ttt_doc_order == "stream" or not self.correctors:
                 self.correctors = [Corrector(s) for _ in range(s.ttt_batch_size)]
             adapter.correctors = self.correctors[:len(group)]
         bounds = chunk_bounds(s, int(self.lengths[group].max()), 1 + (level == 1))
-        for begin, end in zip(bounds, bounds[1:]):
+        costs, counted, since = self.costs(group), 0, Clock()
+        for n, (begin, end) in enumerate(zip(bounds, bounds[1:]), start=1):
             if cached and begin:
                 cache.advance(end - begin)
             ended = int(np.searchsorted(targets, begin, side="right"))       # targets rise within a group
             stateless = optimiser is None and (adapter is None or adapter.shared)
-            if cached and stateless and 4 * ended > len(targets):
-                rows = slice(ended, None)
+            rows = slice(len(targets) - kept_rows(s.ttt_batch_size, len(targets) - ended), None)
+            if cached and stateless and rows.start > 0:
                 starts, targets = starts[rows], targets[rows]
-                for keeper in (cache, adapter) if learns else (cache,):
+                for keeper in (cache,) if adapter is None else (cache, adapter):
                     keeper.keep(rows)
-            later = (targets > end) & (targets + 1 >= s.ttt_train_min_doc_len)
-            later &= targets < (s.ttt_train_max_doc_len or math.inf)
-            with torch.set_grad_enabled(learns and bool(later.any())):
+            later = learns & trained_rows(s, targets, end)
+            with torch.set_grad_enabled(bool(later.any())):
                 window = chunk_window(s, targets, begin, end, cached)
                 scored = self.score_chunk(starts, window, adapter, cache)
-                if learns and later.any():
+                if later.any():
                     self.adapt(adapter, optimiser, scored, torch.from_numpy(later).to(self.world.device))
+            if n % WATCH_EVERY == 0 or end == bounds[-1]:
+                sync(self.world.device)
+                self.count(costs * (end - counted) / bounds[-1], since.elapsed())
+                self.watch()
+                learns, counted, since = learns and self.level < NO_ADAPTATION, end, Clock()
 
     def score_chunk(self, starts: np.ndarray, w: ChunkWindow, adapter: Adapter | None,
                     cache: KeyCache | None) -> Scored:
@@ -5064,6 +5112,14 @@ def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[tuple[np.nd
     return one, others
 
 
+def shortened_stream(s: Settings, one: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The same for the stream `one` whose fourth document ends earlier, within its last chunk: its neighbours
+    in the batch and the chunks of every group are the same. None where chunks are too short for that."""
+    lengths, cuts = probe_documents(s)
+    end, cut = sum(lengths[:4]), lengths[3] - 1 - cuts[1]
+    return [(np.delete(one, np.s_[end - cut:end]), np.arange(end - cut - 1))] if cut > 0 else []
+
+
 @contextlib.contextmanager
 def weights_kept(model: GPT):
     """Whatever is done inside, the weights are as before afterwards."""
@@ -5131,9 +5187,12 @@ def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) ->
         evaluations.append(("test-time training", adapted, ttt, s.ttt_doc_order))
     for name, evaluate, settings, order in evaluations:
         one, others = probe_streams(settings, order)
+        if evaluate is adapted and order == "stream":
+            others += shortened_stream(settings, one)
         first, seen, noise = losses(evaluate, one), [], 0.0
         for other, kept in others:
-            gap = (losses(evaluate, other) - first).abs()
+            found = losses(evaluate, other)
+            gap = (found - first[:len(found)]).abs()
             seen.append((len(kept), gap[kept].max().item(), gap.max().item()))
         counts, earlier, rest = zip(*seen)
         figure = (f"largest change {max(earlier):g} over {sum(counts):,} earlier targets, "
@@ -5162,10 +5221,15 @@ def probe_hints(s: Settings) -> tuple[Hints, bool]:
 def probe_normalisation(s: Settings, world: World, model: GPT) -> Iterator[Probe]:
     """C2: exp(-loss) of every possible next token, as the books have it, sums to 1: one document per token of
     the vocabulary, scored by windows and by adapters that have learnt from the document's first two targets,
-    fast, and of a low rank, which does not matter here."""
+    fast, and of a low rank, which does not matter here. The sum is over equal hidden states, to the bit: no
+    adapter begins with what another group learnt, and half precision, which rounds rotary angles along a
+    row differently, scores every document in a row of its own (without torch.compile: rows so short are
+    nobody else's)."""
     tokens = np.tile(np.array([BOS, 4, 5, 6, 7]), s.vocab_size + 1)[:-4]
     tokens[4::5] = np.arange(s.vocab_size)
-    val, scorer = Validation.of(tokens), Scorer(s, world, model)
+    val, half = Validation.of(tokens), model.compute_dtype in HALF
+    scorer = Scorer(dataclasses.replace(s, compile="0") if half else s, world, model)
+    scorer.capacity = 5 if half else scorer.capacity
     if s.ngram_tilt_enabled:
         val.hints, ok = probe_hints(s)
         yield Probe("C1 n-gram hints", ok, f"{'the same' if ok else 'not the same'} for each of "
@@ -5176,16 +5240,14 @@ def probe_normalisation(s: Settings, world: World, model: GPT) -> Iterator[Probe
         ttt = dataclasses.replace(
             s, ttt_chunk_size=2, ttt_short_score_first_enabled=False, phased_ttt_prefix_docs=0,
             ttt_batch_size=256, ttt_lora_rank=4, ttt_lora_alpha=8.0, ttt_lora_lr=0.001,
-            ttt_train_min_doc_len=0, ttt_train_max_doc_len=0, ttt_cache_theta=min(s.ttt_cache_theta, 1.0))
+            ttt_warm_start_a=False, ttt_train_min_doc_len=0, ttt_train_max_doc_len=0,
+            ttt_cache_theta=min(s.ttt_cache_theta, 1.0))
         evaluation = PhasedTTT(ttt, world, model, val)
         evaluation.run()
         books["test-time training"] = evaluation.ledger
     for name, ledger in books.items():
-        total, same = torch.exp(-ledger.loss[3::5].double()).sum().item(), ledger.loss[2::5]
-        # the document's third target is the same each time: bfloat16 rounds it differently from row to row
-        noise = (same.max() - same.min()).expm1().item()
-        yield Probe(f"C2 {name}", abs(total - 1) < 1e-4 + 2 * min(noise, 0.02), f"{s.vocab_size:,} "
-                    f"probabilities sum to {total:.7f}, one of them differs by {noise:.1g} by place")
+        total = torch.exp(-ledger.loss[3::5].double()).sum().item()
+        yield Probe(f"C2 {name}", abs(total - 1) < 1e-4, f"{s.vocab_size:,} probabilities sum to {total:.7f}")
 
 
 # ============================================================================================================
@@ -5396,6 +5458,11 @@ def set_up(s: Settings, world: World) -> str:
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     torch._dynamo.config.recompile_limit = 64      # plans, grad modes and batch shapes share one code object
+    if hasattr(torch._dynamo.config, "force_parameter_static_shapes"):     # adapters shrink with their group
+        torch._dynamo.config.force_parameter_static_shapes = False
+    if s.corrector_alpha and s.ttt_doc_order == "length" and world.size > 1:
+        raise s.mistake(f"CORRECTOR_ALPHA with TTT_DOC_ORDER passes counts from group to group, which "
+                        f"{world.size} ranks would share out: use one rank, or TTT_DOC_ORDER=stream")
     global ATTENTION
     ATTENTION, why = resolve_attention(s.attn_backend, world.device)
     names = world.gather(ATTENTION)

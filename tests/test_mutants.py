@@ -176,6 +176,22 @@ def test_probabilities_sum_to_one(s, mutant, monkeypatch):
     assert_caught(s, WINDOWS_SUM, TTT_SUM)
 
 
+@once
+def test_half_precision_hides_no_excess(s, monkeypatch):
+    """All probabilities are 3 % too large, where activations are rounded by as much."""
+    s = dataclasses.replace(s, sliding_window_enabled=False)
+
+    def sums():
+        model = sine_model(s)
+        model.compute_dtype = torch.bfloat16
+        return list(tg.probe_normalisation(s, tg.World(), model))
+
+    assert [(p.name, p.ok) for p in sums()] == [(WINDOWS_SUM, True), (TTT_SUM, True)]
+    replace(monkeypatch, tg.Ledger, "book", lambda real: lambda self, at, losses:
+            real(self, at, losses - np.log(1.03)))
+    assert [(p.name, p.ok) for p in sums()] == [(WINDOWS_SUM, False), (TTT_SUM, False)]
+
+
 def test_tilt_at_the_books(s, monkeypatch):
     """The tilt is applied between the forward and the ledger: only losses as they are booked show it."""
     def make(real):
@@ -349,6 +365,17 @@ def test_rows_of_a_document_that_has_ended_are_kept(s, owner, monkeypatch):
     """As documents leave a group, the adapters or keys of the wrong ones stay."""
     replace(monkeypatch, owner, "keep", lambda real: lambda self, rows:
             real(self, slice(0, -rows.start or None)))
+    assert_caught(s, TTT)
+
+
+@once
+def test_a_document_is_too_long_to_be_adapted_before_it_has_ended(s, monkeypatch):
+    """In stream order: whether a document's first chunks are learnt from depends on where it ends."""
+    lengths, cuts = tg.probe_documents(s)
+    s = dataclasses.replace(s, ttt_train_max_doc_len=(lengths[3] + cuts[1]) // 2)
+    assert not findings(s)
+    replace(monkeypatch, tg, "trained_rows", lambda real: lambda s, targets, end:
+            real(s, targets, end) & (targets < s.ttt_train_max_doc_len))
     assert_caught(s, TTT)
 
 

@@ -81,7 +81,8 @@ def test_hints_change_the_score_but_not_what_adapters_learn_from(s, data):
 
 
 def test_documents_outside_the_limits_do_not_adapt(s, data):
-    s, val = dataclasses.replace(s, ngram_tilt_enabled=False, phased_ttt_prefix_docs=0), tg.Validation(s)
+    s, val = dataclasses.replace(
+        s, ngram_tilt_enabled=False, phased_ttt_prefix_docs=0, ttt_doc_order="length"), tg.Validation(s)
 
     def losses(**changes):
         ttt = tg.PhasedTTT(dataclasses.replace(s, **changes), tg.World(), sine_model(s), val)

@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -22,15 +20,14 @@ KEYS = (
     "step_ms train_seconds eval_seconds tokens_scored bytes_scored seed world_size device compliant settings"
 ).split()
 
+TRAINING = dict(ITERATIONS=60, VAL_LOSS_EVERY=1000, MATRIX_LR=0.01, SCALAR_LR=0.005)
+
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
     """One whole run: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("run")
-    rates = dict(MATRIX_LR=0.01, SCALAR_LR=0.005)
-    status, text = run_script(
-        environment(data, ARTIFACT_DIR=folder, ITERATIONS=60, VAL_LOSS_EVERY=1000, **rates)
-    )
+    status, text = run_script(environment(data, ARTIFACT_DIR=folder, **TRAINING))
     assert status == 0, text
     return folder, text
 
@@ -89,24 +86,29 @@ def test_where_time_and_bits_went_is_logged(finished):
             assert sum(e["tokens"]) == summary(folder)["tokens_scored"]
 
 
-def kill_while_it_evaluates(env):
-    """Start the script and kill it at a random moment after its probes."""
-    process = subprocess.Popen([sys.executable, "train_gpt.py"], env=env, cwd=ROOT, stdout=subprocess.PIPE,
-                               text=True)
+def test_a_run_killed_while_it_evaluates_leaves_its_artifact(finished, data, tmp_path):
+    """A training run, killed once its artifact is written: it scores as that of a run left alone."""
+    folder, _ = finished
+    killed, again = tmp_path / "killed", tmp_path / "again"
+    process = subprocess.Popen([sys.executable, "train_gpt.py"], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                               env=environment(data, ARTIFACT_DIR=killed, **TRAINING))
+    next(line for line in process.stdout if line.startswith("artifact "))
+    packed = (killed / tg.ARTIFACT_NAME).read_bytes()
     next(line for line in process.stdout if line.startswith("probes "))
-    time.sleep(random.random())
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    assert process.wait() in (-signal.SIGKILL, 0)       # 0: the evaluation was over before
     process.stdout.close()
+    assert events(killed, "artifact") and (killed / tg.ARTIFACT_NAME).read_bytes() == packed
+    status, text = run_script(environment(data, ARTIFACT_DIR=again,
+                                          EVAL_ONLY_QUANTIZED_PATH=killed / tg.ARTIFACT_NAME))
+    assert status == 0, text
+    for score in ("val_bpb", "sliding_val_bpb", "quantized_val_bpb"):
+        assert summary(again)[score] == summary(folder)[score]
 
 
 def test_eval_only_gives_the_same_scores(finished, data, tmp_path):
-    """Even in the folder of an evaluation that was killed, which leaves the artifact as it was."""
     folder, _ = finished
-    whole, artifact = summary(folder), folder / "final_model.int6.ptz"
-    packed, out = artifact.read_bytes(), tmp_path / "EVAL_ONLY_QUANTIZED_PATH"
-    kill_while_it_evaluates(environment(data, ARTIFACT_DIR=out, EVAL_ONLY_QUANTIZED_PATH=artifact))
-    assert artifact.read_bytes() == packed and not (out / "final_model.int6.ptz").exists()
+    whole = summary(folder)
     for setting, name in (
         ("EVAL_ONLY_QUANTIZED_PATH", "final_model.int6.ptz"),
         ("EVAL_ONLY_PATH", "final_model.pt"),

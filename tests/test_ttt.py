@@ -250,7 +250,8 @@ def test_the_watchdog_predicts_from_adaptation_alone(s, spent, level):
     ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s), lambda event, **v: told.append(v),
                        tg.Clock(100, now=iter([0.0, 50.0]).__next__))
     group = np.arange(4)
-    ttt.watch(spent, ttt.costs(group)[0], 10 * ttt.costs(group))
+    ttt.spent, ttt.done, ttt.left = spent, ttt.costs(group)[0], 10 * ttt.costs(group)
+    ttt.watch()
     assert ttt.level == level and len(told) == (level > 0)
 
 
@@ -312,3 +313,82 @@ def test_a_phase_on_few_tokens_trains_all_the_same(s):
     run(changed(s, phased_ttt_num_phases=1, global_ttt_chunk_tokens=100_000),
         trace=lambda event, **v: steps.append(v["n_tokens"]) if event == "sgd_step" else None)
     assert steps
+
+
+def test_the_watchdog_gives_up_within_a_group(s):
+    """All documents are one group of many chunks; the clock runs out while it is adapted."""
+    s = changed(s, ttt_batch_size=64, phased_ttt_prefix_docs=0, ttt_chunk_size=4,
+                ttt_short_score_first_enabled=False)
+    steps, ticks = [], iter(range(10**9))
+    with pytest.MonkeyPatch.context() as patch:
+        real = tg.PhasedTTT.adapt
+        patch.setattr(tg.PhasedTTT, "adapt", lambda self, *a: (steps.append(1), real(self, *a)))
+        clock = tg.Clock(2, now=lambda: float(next(ticks)))      # a second per look
+        ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s), clock=clock)
+        assert ttt.run().tokens == len(ttt.val.tokens) - 1
+    assert ttt.level == tg.NO_ADAPTATION and len(steps) == tg.WATCH_EVERY
+
+
+def test_the_watchdog_gives_up_before_the_first_group_once_time_is_over(s):
+    ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s),
+                       clock=tg.Clock(100, now=iter([0.0, 100.0]).__next__))
+    ttt.watch()
+    assert ttt.level == tg.NO_ADAPTATION
+
+
+@pytest.mark.parametrize("tokens, level", [(400, 0), (600, 1)])
+def test_the_watchdog_counts_the_phases_to_come(s, tokens, level):
+    """Half of 100 s is left, and phases take 0.1 s a token."""
+    ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s),
+                       clock=tg.Clock(100, now=iter([0.0, 50.0]).__next__))
+    ttt.phase_pace, ttt.phase_tokens = 0.1, tokens
+    ttt.watch()
+    assert ttt.level == level
+
+
+def test_phases_are_timed_for_the_watchdog(s):
+    ttt, _ = run(s)
+    assert ttt.phase_pace > 0 and ttt.phase_tokens == 0
+    assert np.allclose(ttt.left, 0) and ttt.spent > 0 and ttt.done > 0
+
+
+@pytest.mark.parametrize("order", ["stream", "length"])
+def test_the_corrector_does_not_depend_on_the_ranks(s, order):
+    """In length order, where its counts pass from group to group, several ranks are refused."""
+    s = changed(s, corrector_alpha=0.3, corrector_orders="2,3", ttt_doc_order=order, ttt_warm_start_a=False,
+                phased_ttt_prefix_docs=0, ttt_batch_size=2)
+    if order == "length":
+        with pytest.raises(tg.UserError, match="CORRECTOR_ALPHA=0.3 with TTT_DOC_ORDER=length .* 2 ranks"):
+            tg.set_up(s, tg.World(0, 2))
+        return
+    alone = run(s)[1].bpb
+    with ThreadPoolExecutor(2) as pool:
+        both = pool.map(lambda world: tg.PhasedTTT(s, world, sine_model(s), tg.Validation(s)).run().bpb,
+                        ranks_as_threads(2))
+        assert all(abs(x - alone) < 1e-6 for x in both)
+
+
+def test_limits_of_documents_that_adapt():
+    targets = np.array([10, 50, 90])
+    field = settings(TTT_DOC_ORDER="length", TTT_TRAIN_MIN_DOC_LEN=30, TTT_TRAIN_MAX_DOC_LEN=60)
+    assert tg.trained_rows(field, targets, 8).tolist() == [False, True, False]
+    stream = settings(TTT_TRAIN_MAX_DOC_LEN=60)
+    assert tg.trained_rows(stream, targets, 8).tolist() == [True, True, True]
+    assert tg.trained_rows(stream, targets, 64).tolist() == [False, False, False]
+    with pytest.raises(tg.UserError, match="TTT_TRAIN_MIN_DOC_LEN=30 asks where a document ends"):
+        settings(TTT_TRAIN_MIN_DOC_LEN=30)
+
+
+def test_the_head_is_adapted_where_it_is_switched_on(s):
+    s = changed(s, phased_ttt_prefix_docs=0)
+    without = changed(s, ttt_head_lora=False)
+    kinds, others = (set(tg.Adapter(how, tg.layer_plan(s, True), 2).b) for how in (s, without))
+    assert kinds - others == {"head"} and run(s)[1].loss != run(without)[1].loss
+    off = {f"TTT_{kind.upper()}_LORA": 0 for kind in tg.ADAPTED}
+    with pytest.raises(tg.UserError, match="TTT_ENABLED=1 has nothing to adapt"):
+        settings(**off)
+
+
+def test_groups_shrink_to_few_sizes():
+    assert [tg.kept_rows(64, live) for live in (64, 33, 32, 17, 2, 1)] == [64, 64, 32, 32, 2, 1]
+    assert {tg.kept_rows(48, live) for live in range(1, 49)} == {48, 24, 12, 6, 3, 1}
