@@ -1875,7 +1875,7 @@ class KeyCache:
             pairs = zip(self.old[slot], pair) if slot in self.old else ((x,) for x in pair)
             joined = (torch.cat(parts, dim=1) for parts in pairs)
             seen = (x[:, max(x.size(1) + chunk - self.window, 0):] for x in joined)
-            self.old[slot] = tuple(x.contiguous() for x in seen)       # strides are what graphs are compiled for
+            self.old[slot] = tuple(x.contiguous() for x in seen)    # graphs are compiled for strides
         self.last = (ids if self.last is None else torch.cat((self.last, ids), dim=1))[:, -2:]
         self.position, self.sealed = self.position + ids.size(1), None
 
@@ -4775,7 +4775,7 @@ class PhasedTTT:
         self.level, self.kept, self.correctors = 0, None, []
         # Seconds and token-passes of adaptation, without phases and waiting; costs of what is still to do.
         self.spent, self.done, self.left = 0.0, 0.0, np.zeros(len(GIVE_UP))
-        self.phase_pace, self.phase_tokens = 0.0, 0      # seconds a token of a phase; tokens still to train on
+        self.phase_pace, self.phase_tokens = 0.0, 0    # seconds a token of a phase; tokens to train on
 
     def costs(self, group: np.ndarray) -> np.ndarray:
         """Predicted token-passes of a group at every level of GIVE_UP; a backward counts twice a forward.
@@ -4834,7 +4834,8 @@ class PhasedTTT:
 
     def count(self, costs: np.ndarray, seconds: float) -> None:
         """Work of these costs took this long."""
-        self.spent, self.done, self.left = self.spent + seconds, self.done + costs[self.level], self.left - costs
+        self.spent, self.done = self.spent + seconds, self.done + costs[self.level]
+        self.left = self.left - costs
 
     def give_up(self, level: int, **why) -> None:
         """From now on do without what GIVE_UP names up to this level."""
