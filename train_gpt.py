@@ -5241,7 +5241,7 @@ def probe_normalisation(s: Settings, world: World, model: GPT) -> Iterator[Probe
         ttt = dataclasses.replace(
             s, ttt_chunk_size=2, ttt_short_score_first_enabled=False, phased_ttt_prefix_docs=0,
             ttt_batch_size=256, ttt_lora_rank=4, ttt_lora_alpha=8.0, ttt_lora_lr=0.001,
-            ttt_warm_start_a=False, ttt_train_min_doc_len=0, ttt_train_max_doc_len=0,
+            ttt_doc_order="stream", ttt_warm_start_a=False, ttt_train_min_doc_len=0, ttt_train_max_doc_len=0,
             ttt_cache_theta=min(s.ttt_cache_theta, 1.0))
         evaluation = PhasedTTT(ttt, world, model, val)
         evaluation.run()
