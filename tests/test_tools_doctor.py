@@ -114,6 +114,10 @@ def test_the_rehearsal_tells_what_failed(monkeypatch):
     assert states(found) == [FAIL] and found[0].found == "RuntimeError: no kernel image"
 
 
+def test_the_rehearsal_runs_every_stage():
+    assert states(doctor.check_rehearsal()) == [OK]
+
+
 def test_quick_on_this_machine():
     done = subprocess.run([sys.executable, doctor.__file__, "--quick", "--json"], capture_output=True,
                           text=True)

@@ -356,6 +356,9 @@ def tiny_data(folder: Path) -> dict:
                                              model_prefix=str(folder / "tokenizer"), vocab_size=300,
                                              byte_fallback=True, model_type="bpe", pad_id=0, bos_id=1,
                                              eos_id=2, unk_id=3, minloglevel=2)
+    # a corpus of its own, or the script would take it for a broken part of FineWeb
+    subprocess.run([sys.executable, ROOT / "data" / "check.py", folder, "--custom", "--write-manifest"],
+                   check=True, capture_output=True)
     return {"DATA_PATH": folder, "TOKENIZER_PATH": folder / "tokenizer.model", "ARTIFACT_DIR": folder / "run"}
 
 
