@@ -376,10 +376,8 @@ class Settings:
             (s.loop_schedule and s.recur_start_step,
              "LOOP_SCHEDULE and RECUR_START_STEP both say when loops begin: keep one"),
             (s.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE leaves no row for pairs: set 0, or more"),
-            (s.ve_enabled and max(ve_layers) >= s.num_layers,
-             "VE_LAYERS must be layers below NUM_LAYERS, as 9,10"),
-            (s.matrix_lr_early and not s.matrix_lr,
-             "MATRIX_LR_EARLY is relative to MATRIX_LR: raise MATRIX_LR above 0"),
+            (s.ve_enabled and max(ve_layers) >= s.num_layers, "VE_LAYERS must be layers below NUM_LAYERS"),
+            (s.matrix_lr_early and not s.matrix_lr, "MATRIX_LR_EARLY is relative to MATRIX_LR: raise that"),
             (s.asym_logit_train and not s.asym_logit_rescale,
              "ASYM_LOGIT_TRAIN has nothing to train: set ASYM_LOGIT_RESCALE=1"),
             (gates > 1, "more than one attention gate is on: keep one of SPARSE_ATTN_GATE_ENABLED, "
@@ -401,8 +399,7 @@ class Settings:
              "not allow: set TTT_TRAIN_MIN_DOC_LEN=0 or TTT_DOC_ORDER=length"),
             (s.ttt_enabled and not any(getattr(s, f"ttt_{kind}_lora") for kind in ADAPTED),
              "TTT_ENABLED has nothing to adapt: set a TTT_*_LORA to 1, or TTT_ENABLED=0"),
-            (s.ttt_cache_lambda and not s.ttt_kv_reuse,
-             "TTT_CACHE_LAMBDA needs the cached keys of TTT_KV_REUSE: set TTT_KV_REUSE=1"),
+            (s.ttt_cache_lambda and not s.ttt_kv_reuse, "TTT_CACHE_LAMBDA needs TTT_KV_REUSE: set it to 1"),
             (not all(n.isdigit() and int(n) for n in orders if n),
              "CORRECTOR_ORDERS must be whole numbers from 1 on, as 2,3,5"),
             (s.ngram_tilt_enabled and not experts_in_use(s), "NGRAM_TILT_ENABLED has no expert in use: "
@@ -2229,6 +2226,7 @@ def fa4_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None,
 
 
 def fa4_outputs(q: Tensor, *_) -> tuple[Tensor, Tensor]:
+    """Empty y and log Σ exp of the shapes that fa4_forward returns, for tracing."""
     *rows, T, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((*rows, H, T), dtype=torch.float32)
 

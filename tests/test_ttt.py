@@ -303,7 +303,7 @@ def test_adapters_learn_the_plain_loss_beside_a_cache_mixture(s):
 
 
 def test_a_cache_mixture_needs_cached_keys():
-    with pytest.raises(tg.UserError, match="TTT_CACHE_LAMBDA=0.5 needs the cached keys of TTT_KV_REUSE=0: "):
+    with pytest.raises(tg.UserError, match="TTT_CACHE_LAMBDA=0.5 needs TTT_KV_REUSE=0: set it to 1"):
         settings(TTT_CACHE_LAMBDA=0.5, TTT_KV_REUSE=0)
 
 
