@@ -1605,12 +1605,11 @@ class GPT(nn.Module):
     def attend(self, c: Pass, i: int, slot: int, n: Tensor) -> Tensor:
         """Attention branch of layer i on its normalised input n (B, T, D)."""
         s, w = self.s, c.layers[i]
-        heads = (n.size(0), n.size(1), -1, s.head_dim)
         q_raw, k, v = (c.adapted(F.linear(n, getattr(w, kind)), kind, slot, n) for kind in "qkv")
         for kind, x in (("attn_in", n), ("q_out", q_raw), ("k_out", k), ("v_out", v)):
             c.show(kind, i, x)
-        k, v = rotate(rms(k.view(heads)), c.rope), (v + c.values[i] if i in c.values else v).view(heads)
-        q = rotate(rms(q_raw.view(heads)), c.rope) * w.q_gain[:, None]
+        q, k, v = (x.unflatten(2, (-1, s.head_dim)) for x in (q_raw, k, v + c.values[i] if i in c.values else v))
+        q, k = rotate(rms(q), c.rope) * w.q_gain[:, None], rotate(rms(k), c.rope)
         y = attention(q, *((k, v) if c.cache is None else c.cache.extend(slot, k, v)), c.layout)
         if i >= s.num_layers - s.xsa_last_n:
             y = remove_own_value(y, v, w.xsa_alpha)
@@ -1751,7 +1750,8 @@ class GPT(nn.Module):
             z = self.raw_logits(hidden, adapter)
             fused = None if s.fused_ce_enabled else False      # None: where the kernel can run
             loss = functools.partial(capped_ce, cap=s.logit_softcap, kernel=fused)
-        z, (first, *rest) = z.flatten(0, 1), targets.reshape(-1, ids.numel())
+        places = targets[None] if targets.dim() == ids.dim() else targets
+        z, (first, *rest) = z.flatten(0, 1), places.flatten(1).unbind(0)
         if cache is not None and cache.states:
             cache.extend(cache.STATES, F.normalize(hidden, dim=-1), first.view_as(ids))
         return torch.stack([loss(z, first), *(loss(z.detach(), y) for y in rest)]).view(targets.shape)
@@ -1785,13 +1785,12 @@ class BoundAdapter(NamedTuple):
         return y + self.scale * torch.bmm(low, self.b[kind][slot].mT)
 
 
-class Adapter(nn.Module):
+class Adapter:
     """Low-rank adapters for `rows` documents side by side: per kind A (S, rows, r, in) uniform(±1/sqrt(in))
     and B (S, rows, out, r) zero: a fresh one changes nothing. S counts executed slots; the head has one.
     Every document begins with the same A, drawn from SEED. With TTT_SHARED_A A is (S, r, in) and frozen."""
 
     def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu"):
-        super().__init__()
         self.scale, self.shared = s.ttt_lora_alpha / s.ttt_lora_rank, s.ttt_shared_a
         self.warm, self.seed = s.ttt_warm_start_a, s.seed
         self.correctors: list[Corrector] = []
@@ -1800,12 +1799,15 @@ class Adapter(nn.Module):
         kinds = {k: (plan.slots, out) for k, out in outs.items() if getattr(s, f"ttt_{k}_lora")}
         if s.ttt_head_lora:
             kinds["head"] = (1, s.vocab_size)
-        self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
+        self.a, self.b = {}, {}     # no nn.Parameters: torch.compile would make a graph for every number of rows
         for kind, (slots, out) in kinds.items():
             shape = (slots, *(() if self.shared else (rows,)), s.ttt_lora_rank, s.model_dim)
-            self.a[kind] = nn.Parameter(torch.empty(shape, device=device), requires_grad=not self.shared)
-            self.b[kind] = nn.Parameter(torch.zeros(slots, rows, out, s.ttt_lora_rank, device=device))
+            self.a[kind] = torch.empty(shape, device=device, requires_grad=not self.shared)
+            self.b[kind] = torch.zeros(slots, rows, out, s.ttt_lora_rank, device=device, requires_grad=True)
         self.draw_a()
+
+    def parameters(self) -> list[Tensor]:
+        return [*self.a.values(), *self.b.values()]
 
     def trained(self) -> list[Tensor]:
         """What a step changes."""
@@ -1816,7 +1818,7 @@ class Adapter(nn.Module):
         """Go on with these documents only (A is shared)."""
         self.correctors = self.correctors[rows]
         for kind, b in self.b.items():
-            self.b[kind] = nn.Parameter(b[:, rows].clone())
+            self.b[kind] = b[:, rows].clone(memory_format=torch.contiguous_format).requires_grad_()
 
     @torch.no_grad()
     def draw_a(self) -> None:
@@ -1867,13 +1869,14 @@ class KeyCache:
 
     def advance(self, chunk: int) -> None:
         """The chunk is over: its sealed keys join the old ones, cut to what the next `chunk` tokens see."""
+        def seen(old: Tensor, new: Tensor) -> Tensor:       # no view: torch.compile would make graphs for it
+            beyond = max(old.size(1) + new.size(1) + chunk - self.window, 0)
+            return torch.cat((old[:, beyond:], new[:, max(beyond - old.size(1), 0):]), dim=1)
+
         ids, new = self.sealed
         for slot, pair in new.items():
-            pairs = zip(self.old[slot], pair) if slot in self.old else ((x,) for x in pair)
-            joined = (torch.cat(parts, dim=1) for parts in pairs)
-            seen = (x[:, max(x.size(1) + chunk - self.window, 0):] for x in joined)
-            self.old[slot] = tuple(x.contiguous() for x in seen)    # graphs are compiled for strides
-        self.last = (ids if self.last is None else torch.cat((self.last, ids), dim=1))[:, -2:]
+            self.old[slot] = tuple(map(seen, self.old.get(slot, [x[:, :0] for x in pair]), pair))
+        self.last = (ids if self.last is None else torch.cat((self.last, ids), dim=1))[:, -2:].contiguous()
         self.position, self.sealed = self.position + ids.size(1), None
 
     def keep(self, rows: slice) -> None:
@@ -2174,7 +2177,7 @@ def attend_torch(q, k, v, cu, longest):
     cu_q, cu_k = (cu, cu) if rows is None else (rows * T, rows * keys)
     y = FLASH["torch"].varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_q, cu_k,
                                    T if cu is None else longest, longest, window_size=(-1, 0),
-                                   enable_gqa=bool(H != k.shape[2]))
+                                   enable_gqa=H != k.shape[2])
     return y.view(q.shape)
 
 
@@ -2197,8 +2200,8 @@ def plain_rows(q, k, v) -> Tensor:
     if T != keys:                                       # is_causal is aligned top-left
         mask = torch.arange(keys - T, keys, device=q.device)[:, None] >= torch.arange(keys, device=q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = bool(q.shape[1] != k.shape[1])            # a plain bool where shapes are traced as symbols, too
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                       enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2)
 
 
@@ -4699,9 +4702,9 @@ def trained_rows(s: Settings, targets: np.ndarray, end: int) -> np.ndarray:
 
 
 def kept_rows(batch: int, live: int) -> int:
-    """Rows of a group with `live` documents left: `batch` halved as often as they fit in. Few sizes, as each
-    may have to be compiled for."""
-    while batch > 1 and live <= batch // 2:
+    """Rows of a group with `live` documents left: `batch` halved as often as they fit in, but never one row,
+    which torch.compile would make a graph of its own for."""
+    while live <= batch // 2 > 1:
         batch //= 2
     return batch
 
@@ -4714,9 +4717,11 @@ class Round(NamedTuple):
 
 
 def grouped(s: Settings, documents: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    """Documents (their numbers) in groups of TTT_BATCH_SIZE of similar lengths, longest first."""
-    order = documents[np.argsort(lengths[documents], kind="stable")]
-    groups = [order[i:i + s.ttt_batch_size] for i in range(0, len(order), s.ttt_batch_size)]
+    """Documents (their numbers) in groups of at most TTT_BATCH_SIZE of similar lengths, longest first. In stream
+    order groups are about equal: one document left over would be a batch that torch.compile has to be run for."""
+    order, size = documents[np.argsort(lengths[documents], kind="stable")], s.ttt_batch_size
+    cuts = range(size, len(order), size) if s.ttt_doc_order == "length" else -(-len(order) // size)
+    groups = np.array_split(order, cuts) if len(order) else []
     return sorted(groups, key=lambda g: -lengths[g].max())
 
 
@@ -4768,7 +4773,7 @@ class PhasedTTT:
         self.s, self.world, self.model, self.val = s, world, model, val
         self.trace, self.clock = trace or (lambda event, **values: None), clock
         self.plan, self.lengths = layer_plan(s, True), val.documents.length
-        self.losses = compiled(s, world.device, model.losses, dynamic=True)
+        self.losses = compiled(s, world.device, model.losses, fullgraph=True, dynamic=True)
         self.ledger = ledger or Ledger(val, world.device)
         self.level, self.kept, self.correctors = 0, None, []
         # Seconds and token-passes of adaptation, without phases and waiting; costs of what is still to do.
@@ -4937,14 +4942,14 @@ class PhasedTTT:
         for step in range(self.s.ttt_grad_steps):
             if step:
                 losses = scored.again()
-            for p in trained:
-                p.grad = None
             (losses[:, -scored.chunk:].mean(dim=1) * later).sum().backward(inputs=trained)
             if optimiser is None:
                 lr = self.s.ttt_lora_lr * self.s.ttt_local_lr_mult
                 normalised_step(trained, lr, self.s.ttt_weight_decay)
             else:
                 optimiser.step()
+            for p in trained:      # at once: torch.compile would make a graph for tensors that have one
+                p.grad = None
 
     # --- the base weights
 
@@ -5457,8 +5462,7 @@ def set_up(s: Settings, world: World) -> str:
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     torch._dynamo.config.recompile_limit = 64      # plans, grad modes and batch shapes share one code object
-    if hasattr(torch._dynamo.config, "force_parameter_static_shapes"):     # adapters shrink with their group
-        torch._dynamo.config.force_parameter_static_shapes = False
+    torch.fx.experimental._config.use_duck_shape = False       # sizes that are equal by chance stay apart
     if s.corrector_alpha and s.ttt_doc_order == "length" and world.size > 1:
         raise s.mistake(f"CORRECTOR_ALPHA with TTT_DOC_ORDER passes counts from group to group, which "
                         f"{world.size} ranks would share out: use one rank, or TTT_DOC_ORDER=stream")

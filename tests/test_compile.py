@@ -1,0 +1,94 @@
+"""What torch.compile makes of the forward: whole graphs, few of them, all met before a clock runs.
+
+A GPU's kernels are stood in for by masked attention that can be traced, and only tracing is tried (backend
+"eager"): a break in a graph, or one more graph for another number of rows, chunk or phase, shows here too.
+"""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import documents, settings, sine_model, tg
+from torch._dynamo.utils import counters
+
+SHAPE = dict(NUM_LAYERS=3, LOOP_END=1, PARALLEL_START_LAYER=2, XSA_LAST_N=3, TTT_BATCH_SIZE=8,
+             TTT_SHORT_SCORE_FIRST_STEPS="32:8", TTT_LORA_LR=0.001)
+
+
+def masked_attention(q, k, v, cu, longest):
+    """attend_plain's results without a loop over documents."""
+    if cu is None:
+        return tg.plain_rows(q, k, v)
+    rows = [x.flatten(0, 1)[None].transpose(1, 2) for x in (q, k, v)]
+    at = torch.arange(rows[0].size(2), dtype=cu.dtype)
+    document = torch.searchsorted(cu, at, right=True)
+    mask = (document[:, None] == document) & (at[:, None] >= at)
+    grouped = q.shape[2] != k.shape[2]
+    y = F.scaled_dot_product_attention(*rows, attn_mask=mask, enable_gqa=grouped)
+    return y.transpose(1, 2).reshape(q.shape)
+
+
+@pytest.fixture
+def tracing(monkeypatch):
+    """Compilation as on a GPU, by dynamo alone; yields the number of graphs made so far."""
+    torch._dynamo.reset()
+    counters.clear()
+    tg.set_up(settings(), tg.World())
+    monkeypatch.setitem(tg.BACKENDS, "plain", masked_attention)
+    monkeypatch.setattr(tg, "compiles", lambda s, device: s.compile != "0")
+    monkeypatch.setattr(tg, "compiled", lambda s, device, fn, **how: torch.compile(
+        fn, backend="eager", **how) if s.compile != "0" else fn)
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+def adapted(s, model, val) -> float:
+    return tg.PhasedTTT(s, tg.World(), model, val).run().loss
+
+
+def test_training_meets_no_graph_that_its_warm_up_has_not(data, tracing):
+    s = settings(DATA_PATH=data, TRAIN_SEQ_SCHEDULE="32@0.5,64@1", TRAIN_SEQ_SCHEDULE_MODE="step", ITERATIONS=6,
+                 RECUR_START_STEP=2, LATE_QAT_THRESHOLD=0.5, LATE_QAT_MIN_STEP=3, BIGRAM_VOCAB_SIZE=64,
+                 BIGRAM_DIM=16, **SHAPE)
+    world, model = tg.World(), sine_model(s)
+    trainer = tg.Trainer(s, world, model)
+    trainer.warm_up()
+    known, stream = tracing(), tg.Prefetch(tg.open_train_stream(s, world, trainer.tokens), world.device)
+    curriculum, passes_met = tg.Curriculum(s), set()
+    for step in range(s.iterations):
+        length, passes, lr = curriculum.at(step, step / s.iterations)
+        trainer.micro_step(stream.next(length), tg.layer_plan(s, True, passes))
+        trainer.update(lr, 0.9)
+        trainer.set_sharpness(curriculum.sharpness(step, tg.lr_share(s, step / s.iterations)))
+        passes_met.add(passes)
+    stream.close()
+    assert passes_met == {1, 2} and trainer.alpha is not None and tracing() == known
+
+
+def test_evaluation_meets_no_graph_that_its_probes_have_not(tracing):
+    s, world = settings(**SHAPE), tg.World()
+    model, val = sine_model(s), tg.Validation.of(documents(22, 3, lo=5, hi=200))
+    assert all(p.ok for p in tg.run_probes(s, world, model))
+    known = tracing()
+    scorer = tg.Scorer(s, world, model)
+    scores = [scorer.windows(val, s.eval_seq_len).loss, scorer.windows(val, s.eval_stride).loss]
+    with tg.weights_kept(model):
+        scores.append(adapted(s, model, val))
+    assert tracing() == known
+    off = settings(**SHAPE, COMPILE="0")
+    plain = tg.Scorer(off, world, model)
+    want = [plain.windows(val, s.eval_seq_len).loss, plain.windows(val, s.eval_stride).loss,
+            adapted(off, model, val)]
+    assert np.allclose(scores, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes, graphs", [
+    (dict(), 3),        # first chunks, later ones, and those after which no document goes on
+    (dict(TTT_KV_REUSE=0, TTT_SHARED_A=0, TTT_OPTIMIZER="adam", TTT_DOC_ORDER="length"), 2),
+    (dict(TTT_CACHE_LAMBDA=0.3, CORRECTOR_ALPHA=0.3, CORRECTOR_ORDERS="2,3"), 3),
+])
+def test_adaptation_needs_few_graphs(changes, graphs, tracing):
+    """21 documents in groups of 8 and two phases: fewer rows, other chunks and new weights need no graph."""
+    s = settings(**SHAPE, **changes)
+    adapted(s, sine_model(s), tg.Validation.of(documents(21, 5, lo=5, hi=200)))
+    assert tracing() == graphs
