@@ -1608,7 +1608,8 @@ class GPT(nn.Module):
         q_raw, k, v = (c.adapted(F.linear(n, getattr(w, kind)), kind, slot, n) for kind in "qkv")
         for kind, x in (("attn_in", n), ("q_out", q_raw), ("k_out", k), ("v_out", v)):
             c.show(kind, i, x)
-        q, k, v = (x.unflatten(2, (-1, s.head_dim)) for x in (q_raw, k, v + c.values[i] if i in c.values else v))
+        v = v + c.values[i] if i in c.values else v
+        q, k, v = (x.unflatten(2, (-1, s.head_dim)) for x in (q_raw, k, v))
         q, k = rotate(rms(q), c.rope) * w.q_gain[:, None], rotate(rms(k), c.rope)
         y = attention(q, *((k, v) if c.cache is None else c.cache.extend(slot, k, v)), c.layout)
         if i >= s.num_layers - s.xsa_last_n:
@@ -1799,7 +1800,8 @@ class Adapter:
         kinds = {k: (plan.slots, out) for k, out in outs.items() if getattr(s, f"ttt_{k}_lora")}
         if s.ttt_head_lora:
             kinds["head"] = (1, s.vocab_size)
-        self.a, self.b = {}, {}     # no nn.Parameters: torch.compile would make a graph for every number of rows
+        # no nn.Parameters: torch.compile would make a graph for every number of rows
+        self.a, self.b = {}, {}
         for kind, (slots, out) in kinds.items():
             shape = (slots, *(() if self.shared else (rows,)), s.ttt_lora_rank, s.model_dim)
             self.a[kind] = torch.empty(shape, device=device, requires_grad=not self.shared)
@@ -4717,8 +4719,8 @@ class Round(NamedTuple):
 
 
 def grouped(s: Settings, documents: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    """Documents (their numbers) in groups of at most TTT_BATCH_SIZE of similar lengths, longest first. In stream
-    order groups are about equal: one document left over would be a batch that torch.compile has to be run for."""
+    """Documents (their numbers) in groups of at most TTT_BATCH_SIZE of similar lengths, longest first. In
+    stream order groups are about equal: a single document left over would need a graph of its own."""
     order, size = documents[np.argsort(lengths[documents], kind="stable")], s.ttt_batch_size
     cuts = range(size, len(order), size) if s.ttt_doc_order == "length" else -(-len(order) // size)
     groups = np.array_split(order, cuts) if len(order) else []
