@@ -1847,37 +1847,34 @@ class Adapter:
 
 class KeyCache:
     """Keys and values that the earlier chunks of B documents left behind, as computed then and cut from their
-    graph: per slot (B, P, K, D), as many as fit into a window beside the next chunk. position: tokens seen;
-    last (B, 2): the tokens before the next chunk. states: slot STATES keeps final hidden states (B, P, D) of
-    length 1 and the tokens that came next (B, P)."""
+    graph: per slot (B, P, K, D), of which the last `seen` fit into a window beside the next chunk. They are
+    cut in the forward: for views torch.compile would make other graphs. position: tokens so far; last (B, 2):
+    the tokens before the next chunk. states: slot STATES keeps final hidden states (B, P, D) of length 1 and
+    the tokens that came next (B, P)."""
     STATES = -1
 
     def __init__(self, window: int, states: bool = False):
-        self.window, self.states, self.position, self.last = window, states, 0, None
+        self.window, self.states, self.position, self.seen, self.last = window, states, 0, 0, None
         self.old: dict[int, tuple[Tensor, Tensor]] = {}
         self.new: dict[int, tuple[Tensor, Tensor]] = {}
         self.sealed: tuple[Tensor, dict] | None = None
 
     def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values that a chunk's queries may see, the chunk's own last."""
+        if slot in self.old:
+            k, v = (torch.cat((old.narrow(1, old.size(1) - self.seen, self.seen), new), dim=1)
+                    for old, new in zip(self.old[slot], (k, v)))
         self.new[slot] = (k.detach(), v.detach())
-        if slot not in self.old:
-            return k, v
-        return tuple(torch.cat(pair, dim=1) for pair in zip(self.old[slot], (k, v)))
+        return k, v
 
     def seal(self, ids: Tensor) -> None:
-        """The forward of the chunk with tokens ids (B, T) was scored: its keys are the ones to keep."""
+        """The forward of the chunk with tokens ids (B, T) was scored: the keys it saw are those to keep."""
         self.sealed, self.new = (ids, self.new), {}
 
     def advance(self, chunk: int) -> None:
-        """The chunk is over: its sealed keys join the old ones, cut to what the next `chunk` tokens see."""
-        def seen(old: Tensor, new: Tensor) -> Tensor:       # no view: torch.compile would make graphs for it
-            beyond = max(old.size(1) + new.size(1) + chunk - self.window, 0)
-            return torch.cat((old[:, beyond:], new[:, max(beyond - old.size(1), 0):]), dim=1)
-
-        ids, new = self.sealed
-        for slot, pair in new.items():
-            self.old[slot] = tuple(map(seen, self.old.get(slot, [x[:, :0] for x in pair]), pair))
+        """The chunk is over; of its keys the next `chunk` tokens see what the window holds beside them."""
+        ids, self.old = self.sealed
+        self.seen = min(self.seen + ids.size(1), self.window - chunk)
         self.last = (ids if self.last is None else torch.cat((self.last, ids), dim=1))[:, -2:].contiguous()
         self.position, self.sealed = self.position + ids.size(1), None
 
@@ -5017,8 +5014,8 @@ def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
     the document say. Place i says the token that came after it, with weight
     a_i = exp(TTT_CACHE_THETA (cos(h_i, h_t) - 1)); all together count w = min(0.6, TTT_CACHE_LAMBDA max a_i):
     (1 - w) p + w sum(a_i [i's token is the target]) / sum(a_i), which sums to 1 over the vocabulary."""
-    h, targets = cache.new[cache.STATES]
-    past, said = cache.extend(cache.STATES, h, targets)
+    past, said = cache.new[cache.STATES]
+    h, targets = (x[:, -losses.size(1):] for x in (past, said))
     place = torch.arange(past.size(1), device=h.device)
     earlier = place < place[-h.size(1):, None]                   # what came after t itself is the target
     a = torch.exp(s.ttt_cache_theta * (h.float() @ past.float().mT - 1)) * earlier
@@ -5162,7 +5159,7 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Probe]:
 def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) -> Iterator[Probe]:
     """C1: earlier scores stay the same, to the bit, whatever comes later. booked: targets per evaluation."""
     row = min(s.eval_seq_len, 4 * min(size for _, size in chunk_steps(s)))     # of a phase's training
-    ttt = dataclasses.replace(s, ttt_batch_size=2, phased_ttt_num_phases=1, phased_ttt_prefix_docs=2,
+    ttt = dataclasses.replace(s, ttt_batch_size=4, phased_ttt_num_phases=1, phased_ttt_prefix_docs=2,
                               eval_seq_len=row, global_ttt_chunk_tokens=row)
 
     def windows(val: Validation, stride: int) -> Ledger:

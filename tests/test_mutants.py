@@ -241,7 +241,9 @@ def test_cache_mixture_one_ahead(s, monkeypatch):
     def make(real):
         def extend(self, slot, k, v):
             keys, values = real(self, slot, k, v)
-            return keys, values.roll(-1, 1) if slot == self.STATES else values
+            if slot == self.STATES:
+                self.new[slot] = keys, values.roll(-1, 1)
+            return keys, values
         return extend
     replace(monkeypatch, tg.KeyCache, "extend", make)
     assert_caught(mixing(s), TTT_SUM)

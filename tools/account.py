@@ -193,7 +193,8 @@ def ttt_cases(tg, torch, s, device, documents: int) -> list[Case]:
     keys = (documents, held, s.num_kv_heads, s.head_dim)
     cache.old = {slot: tuple(torch.zeros(keys, dtype=torch.bfloat16, device=device) for _ in range(2))
                  for slot in range(plan.slots)}
-    cache.position, cache.last = held, torch.zeros((documents, 2), dtype=torch.int64, device=device)
+    cache.position = cache.seen = held
+    cache.last = torch.zeros((documents, 2), dtype=torch.int64, device=device)
     ids = torch.zeros((documents, chunk), dtype=torch.int64, device=device)
 
     def losses():
