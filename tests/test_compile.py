@@ -4,12 +4,15 @@ A GPU's kernels are stood in for by masked attention that can be traced, and onl
 "eager"): a break in a graph, or one more graph for another number of rows, chunk or phase, shows here too.
 """
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import documents, settings, sine_model, tg
 from torch._dynamo.utils import counters
+from torch._subclasses import FakeTensorMode
 
 SHAPE = dict(NUM_LAYERS=3, LOOP_END=1, PARALLEL_START_LAYER=2, XSA_LAST_N=3, TTT_BATCH_SIZE=8,
              TTT_SHORT_SCORE_FIRST_STEPS="32:8", TTT_LORA_LR=0.001)
@@ -83,12 +86,46 @@ def test_evaluation_meets_no_graph_that_its_probes_have_not(tracing):
 
 
 @pytest.mark.parametrize("changes, graphs", [
-    (dict(), 3),        # first chunks, later ones, and those after which no document goes on
-    (dict(TTT_KV_REUSE=0, TTT_SHARED_A=0, TTT_OPTIMIZER="adam", TTT_DOC_ORDER="length"), 2),
+    # first chunks, later ones, and those after which no document goes on
     (dict(TTT_CACHE_LAMBDA=0.3, CORRECTOR_ALPHA=0.3, CORRECTOR_ORDERS="2,3"), 3),
+    (dict(TTT_KV_REUSE=0, TTT_SHARED_A=0, TTT_OPTIMIZER="adam", TTT_DOC_ORDER="length"), 2),
 ])
 def test_adaptation_needs_few_graphs(changes, graphs, tracing):
     """21 documents in groups of 8 and two phases: fewer rows, other chunks and new weights need no graph."""
     s = settings(**SHAPE, **changes)
     adapted(s, sine_model(s), tg.Validation.of(documents(21, 5, lo=5, hi=200)))
     assert tracing() == graphs
+
+
+@pytest.mark.parametrize("kernel", ["torch", "fa4"])
+def test_the_kernels_of_a_gpu_are_traced_whole(kernel, tracing, monkeypatch):
+    """Shapes alone, through the fused kernels' operators and one attention backend: a graph per plan in
+    training, two for adaptation that goes on, whatever the rows and chunks."""
+    monkeypatch.setitem(tg.FLASH, "torch", importlib.import_module("torch.nn.attention.varlen"))
+    monkeypatch.setitem(tg.BACKENDS, "plain", tg.BACKENDS[kernel])
+    monkeypatch.setattr(tg, "use_triton", lambda wanted, sensible: True)
+    s = settings(**SHAPE)
+    with FakeTensorMode():
+        model = tg.GPT(s)
+        model.compute_dtype = torch.bfloat16
+        losses = torch.compile(model.losses, fullgraph=True, backend="eager")
+        ids = torch.zeros((1, 512), dtype=torch.int64)
+        for looping in (False, True):
+            layout = tg.Layout(torch.zeros(32, dtype=torch.int32), 64)
+            losses(ids, ids, tg.layer_plan(s, looping), layout, training=True).mean().backward()
+        assert tracing() == 2 and model.qo_bank.grad.shape == model.qo_bank.shape
+        model.requires_grad_(False)
+        adapting = torch.compile(model.losses, fullgraph=True, dynamic=True, backend="eager")
+        for rows in (slice(None), slice(3, None)):
+            adapter, cache = tg.Adapter(s, tg.layer_plan(s, True), 8), tg.KeyCache(64)
+            adapter.keep(rows)
+            for begin, end in zip((0, 8, 16, 32, 48), (8, 16, 32, 48, 64)):
+                if begin:
+                    cache.advance(end - begin)
+                ids = torch.zeros((adapter.b["q"].size(1), end - begin), dtype=torch.int64)
+                loss = adapting(ids, ids, tg.layer_plan(s, True), None, adapter, None, cache)
+                cache.seal(ids)
+                loss.sum().backward(inputs=adapter.trained())
+                for p in adapter.trained():
+                    p.grad = None
+    assert tracing() == 4
