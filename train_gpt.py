@@ -523,9 +523,8 @@ def translate(old: str, value: str) -> Sequence[str]:
             return str(float(value) / 1e3),
         return TTT_MASKS[value] if old == "TTT_MASK" else [value] * 3
     except (ValueError, KeyError) as error:
-        raise UserError(f"{old}={value} must be " + {
-            "RECUR_LAYERS": "consecutive layers, as 3,4,5",
-            "TTT_MASK": f"one of {', '.join(TTT_MASKS)}"}.get(old, "a whole number")) from error
+        forms = {"RECUR_LAYERS": "consecutive layers, as 3,4,5", "TTT_MASK": f"one of {', '.join(TTT_MASKS)}"}
+        raise UserError(f"{old}={value} must be {forms.get(old, 'a whole number')}") from error
 
 
 WINDOWED = ("shuffled", "coprime")      # loaders of whole windows, without document bounds
@@ -533,7 +532,6 @@ WINDOWED = ("shuffled", "coprime")      # loaders of whole windows, without docu
 COMMON_WORDS = set(
     "artifact code compile compute data max min model num run seed skip tokenizer vocab".split())
 OUR_WORDS = {f.name.split("_")[0] for f in fields(Settings) if "_" in f.name} - COMMON_WORDS
-
 
 
 def chunk_steps(s: Settings) -> list[tuple[float, int]]:
@@ -714,8 +712,7 @@ class Clock:
     file on disk. Evaluation: from opening it to the last byte scored. `excluded`: seconds not charged."""
 
     def __init__(self, budget: float = 0.0, now: Callable[[], float] = time.perf_counter):
-        self.now, self.budget, self.excluded = now, budget, 0.0
-        self.start = now()
+        self.now, self.start, self.budget, self.excluded = now, now(), budget, 0.0
 
     def elapsed(self) -> float:
         return self.now() - self.start - self.excluded
@@ -811,14 +808,10 @@ class Run:
         if self.live:
             print("\r\033[K" + line[:shutil.get_terminal_size().columns - 1], end="", flush=True)
 
-    def save(self, name: str, data: bytes) -> None:
-        """Write a file of the run atomically (call on rank 0)."""
-        write_atomic(self.dir / name, data)
-
     def save_summary(self) -> None:
         """What is known so far: written after every stage, so that a crash loses no score."""
         if self.world.main:
-            self.save("summary.json", json.dumps(self.summary, indent=1).encode())
+            write_atomic(self.dir / "summary.json", json.dumps(self.summary, indent=1).encode())
 
 
 def human(value) -> str:
@@ -986,12 +979,14 @@ def packed_batch(tokens: np.ndarray, max_len: int) -> Batch:
 
 
 class Stream:
-    """Micro-batches of one rank, in an order that the files fix. tokens: of one micro-batch of one rank."""
+    """Micro-batches of one rank, of so many tokens, in an order that the files fix. max_len: a document's
+    segments, or a window."""
 
-    def __init__(self, files, world_size: int, rank: int, tokens: int):
+    def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int):
         self.shards = [read_shard(f) for f in files]
         self.ends = np.cumsum([len(x) for x in self.shards])
-        self.world_size, self.rank, self.tokens, self.batches = world_size, rank, tokens, 0
+        self.world_size, self.rank, self.tokens, self.max_len = world_size, rank, tokens, max_len
+        self.batches = 0
 
     @property
     def epoch(self) -> float:
@@ -1007,10 +1002,9 @@ class TokenStream(Stream):
     """All shards as one endless stream: every target is trained on once per epoch, in order, for any number
     of ranks."""
 
-    def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int):
-        super().__init__(files, world_size, rank, tokens)
-        self.max_len = max_len
-        if self.ends[-1] < tokens + 1:
+    def __init__(self, files, **shape):
+        super().__init__(files, **shape)
+        if self.ends[-1] < self.tokens + 1:
             raise UserError(f"{self.ends[-1]:,} training tokens are no micro-batch: lower TRAIN_BATCH_TOKENS")
 
     def cut(self) -> Batch:
@@ -1028,9 +1022,9 @@ class DocPackStream(Stream):
     """The field's loader: ranks cut one span of (tokens + 1) x world_size from the current shard, whose rest
     is dropped when it is shorter."""
 
-    def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int):
-        super().__init__(files, world_size, rank, tokens)
-        self.max_len, self.span, self.shard = max_len, (tokens + 1) * world_size, 0
+    def __init__(self, files, **shape):
+        super().__init__(files, **shape)
+        self.span, self.shard = (self.tokens + 1) * self.world_size, 0
         self.first = [int(np.argmax(x == BOS)) for x in self.shards]
         self.cursor = self.first[0]
         if all(f + self.span > len(x) for f, x in zip(self.first, self.shards)):
@@ -1046,24 +1040,20 @@ class DocPackStream(Stream):
 
 
 class WindowStream(Stream):
-    """What the streams of windows share: rows of seq_len tokens, documents not kept apart. windows: the last
+    """What the streams of windows share: rows of max_len tokens, documents not kept apart. windows: the last
     batch drawn, [(index of the file, first token), …]."""
-
-    def __init__(self, files, *, world_size: int, rank: int, seqs: int, seq_len: int):
-        super().__init__(files, world_size, rank, seqs * seq_len)
-        self.seqs, self.seq_len, self.windows = seqs, seq_len, []
 
     def phase(self, i: int) -> tuple[int, int]:
         """A random first token for the windows of file i, and how many windows there are from it."""
-        n, length = len(self.shards[i]), self.seq_len
+        n, length = len(self.shards[i]), self.max_len
         most = min(length - 1, max(0, n - length - 1))
         phase = int(self.rng.integers(most + 1)) if most > 0 else 0
         return phase, (n - 1 - phase) // length
 
     def rows(self, windows: Sequence[tuple[int, int]]) -> Batch:
-        rows = [self.shards[i][a:a + self.seq_len + 1] for i, a in windows]
+        rows = [self.shards[i][a:a + self.max_len + 1] for i, a in windows]
         t = torch.from_numpy(np.stack(rows).astype(np.int64))
-        return Batch(t[:, :-1], t[:, 1:], None, self.seq_len)
+        return Batch(t[:, :-1], t[:, 1:], None, self.max_len)
 
 
 class ShuffledStream(WindowStream):
@@ -1073,15 +1063,15 @@ class ShuffledStream(WindowStream):
         super().__init__(files, **shape)
         self.rng = np.random.Generator(np.random.PCG64(self.rank))
         self.owned = range(self.rank, len(files), self.world_size)
-        if not any(len(self.shards[i]) > self.seq_len for i in self.owned):
+        if not any(len(self.shards[i]) > self.max_len for i in self.owned):
             raise UserError(f"rank {self.rank} of {self.world_size} owns none of {len(files)} shards with "
-                            f"{self.seq_len + 1} tokens: use TRAIN_LOADER=stream")
+                            f"{self.max_len + 1} tokens: use TRAIN_LOADER=stream")
         self.starts = {i: self.shuffle(i) for i in self.owned}
 
     def shuffle(self, i: int) -> list[int]:
         """A fresh permutation of the windows of file i."""
         phase, count = self.phase(i)
-        return (phase + self.rng.permutation(count) * self.seq_len).tolist()
+        return (phase + self.rng.permutation(count) * self.max_len).tolist()
 
     def take(self) -> tuple[int, int]:
         if not any(self.starts.values()):
@@ -1091,12 +1081,12 @@ class ShuffledStream(WindowStream):
         return i, self.starts[i].pop()
 
     def cut(self) -> Batch:
-        self.windows = [self.take() for _ in range(self.seqs)]
+        self.windows = [self.take() for _ in range(self.tokens // self.max_len)]
         return self.rows(self.windows)
 
 
 class CoprimeStream(WindowStream):
-    """Windows drawn from many shards at once: each shard is walked in blocks of seq_len by a stride coprime
+    """Windows drawn from many shards at once: each shard is walked in blocks of max_len by a stride coprime
     to their number, shards are drawn by what they have left, more of them as training goes on. All ranks draw
     the same batch, rank r takes every world_size-th window; `windows` has those of all ranks."""
 
@@ -1106,10 +1096,10 @@ class CoprimeStream(WindowStream):
         for byte in "".join(str(f) for f in files).encode():
             seed = (seed ^ byte) * 1099511628211 % 2 ** 64
         self.rng = np.random.Generator(np.random.PCG64(seed))
-        self.blocks = [(len(x) - 1) // self.seq_len for x in self.shards]
+        self.blocks = [(len(x) - 1) // self.max_len for x in self.shards]
         self.eligible = np.flatnonzero(self.blocks)
         if not len(self.eligible):
-            raise UserError(f"no training shard holds {self.seq_len + 1} tokens: lower TRAIN_SEQ_LEN")
+            raise UserError(f"no training shard holds {self.max_len + 1} tokens: lower TRAIN_SEQ_LEN")
         self.walks: dict[int, list] = {}      # shard -> starts of its blocks still to come, the next one last
 
     def walk(self, i: int) -> list[int]:
@@ -1119,7 +1109,7 @@ class CoprimeStream(WindowStream):
         stride = 1
         while count > 1 and math.gcd(stride := int(self.rng.integers(1, count)), count) != 1:
             pass
-        return [phase + (start + j * stride) % count * self.seq_len for j in reversed(range(count))]
+        return [phase + (start + j * stride) % count * self.max_len for j in reversed(range(count))]
 
     def take(self, i: int, count: int) -> list[tuple[int, int]]:
         """The next `count` blocks of shard i, shuffled."""
@@ -1131,7 +1121,7 @@ class CoprimeStream(WindowStream):
         return [out[k] for k in self.rng.permutation(count)] if count > 1 else out
 
     def cut(self) -> Batch:
-        size, progress = self.seqs * self.world_size, min(self.batches / 1800, 1.0)
+        size, progress = self.tokens // self.max_len * self.world_size, min(self.batches / 1800, 1.0)
         left = np.array([max(len(self.walks[i]), 1) if i in self.walks else self.blocks[i]
                          for i in self.eligible], np.float64)
         p = left ** (0.9 - 0.4 * progress)
@@ -1155,10 +1145,8 @@ def open_train_stream(s: Settings, world: World, tokens: int) -> Stream:
     """The training stream that TRAIN_LOADER names, for micro-batches of `tokens` tokens."""
     kind = {"stream": TokenStream, "docpack": DocPackStream, "shuffled": ShuffledStream,
             "coprime": CoprimeStream}[s.train_loader]
-    windows = s.train_loader in WINDOWED
-    shape = (dict(seqs=tokens // s.train_seq_len, seq_len=s.train_seq_len) if windows
-             else dict(tokens=tokens, max_len=s.train_seq_len))
-    return kind(list_shards(s.shards, "train"), world_size=world.size, rank=world.rank, **shape)
+    return kind(list_shards(s.shards, "train"), world_size=world.size, rank=world.rank, tokens=tokens,
+                max_len=s.train_seq_len)
 
 
 class Prefetch:
@@ -1274,13 +1262,9 @@ class Validation:
             raise RuntimeError(SEALED)
         return self.stream
 
-    @tokens.setter
-    def tokens(self, stream: np.ndarray) -> None:
-        self.stream = stream
-
     def __init__(self, s: Settings):
         shards = read_tokens(s, "val")
-        self.tokens = np.concatenate(list(shards.values()))
+        self.stream = np.concatenate(list(shards.values()))
         counts = read_sidecars(s, shards)
         if counts is not None:
             self.rule, self.target_bytes = "sidecar", counts[1:]
@@ -1301,7 +1285,7 @@ class Validation:
         """A made-up stream, one byte a token: for probes. Nothing of it is sealed."""
         val = cls.__new__(cls)
         val.sealed = False
-        val.tokens, val.rule, val.documents = tokens.astype(np.uint16), "made up", Documents(tokens)
+        val.stream, val.rule, val.documents = tokens.astype(np.uint16), "made up", Documents(tokens)
         val.target_bytes = (tokens[1:] != BOS).astype(np.int64)
         return val
 
@@ -5564,7 +5548,7 @@ def save_weights(run: Run, model: GPT) -> None:
         weights = {n: p.detach().cpu() for n, p in field_views(dict(model.named_parameters())).items()}
         box = io.BytesIO()
         torch.save({"architecture": architecture(model.s), "weights": weights}, box)
-        run.save("final_model.pt", box.getvalue())
+        write_atomic(run.dir / "final_model.pt", box.getvalue())
 
 
 def read_weights(path: str, model: GPT) -> None:
@@ -5639,7 +5623,7 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
     if s.logit_calib_enabled:
         blob = calibrate_logits(s, world, run, blob)
     if world.main:
-        run.save(ARTIFACT_NAME, blob)
+        write_atomic(run.dir / ARTIFACT_NAME, blob)
     seconds = world.agree(clock.elapsed())
     known = len(run.summary["not_compliant_because"])
     if s.eval_only_path:
@@ -5652,7 +5636,7 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
         header["not_compliant"] = "; ".join(filter(None, [header.get("not_compliant"), *why]))
         blob = artifact_to_bytes(header, streams)
         if world.main:
-            run.save(ARTIFACT_NAME, blob)
+            write_atomic(run.dir / ARTIFACT_NAME, blob)
     world.barrier()
     run.log("artifact", bytes=len(blob), total=check_size(len(blob), s.code_form), train_seconds=seconds,
             calibrate_s=calibrated - begin, quantise_and_pack_s=seconds - calibrated)

@@ -1041,10 +1041,10 @@ def check_coprime(fx: Fixture) -> None:
     """The coprime-stride stream; its seed hangs on the paths as given, so it is opened from the folder."""
     meta, want = fx.meta, fx.arrays
     jumps = {int(k.split()[-1]): n for k, n in meta["batches_built_jumps"].items()}
-    seqs = meta["global_tokens"] // (meta["world_size"] * meta["grad_accum_steps"]) // meta["seq_len"]
+    tokens = meta["global_tokens"] // (meta["world_size"] * meta["grad_accum_steps"])
     with moved_to(fx.folder):
         files = sorted(Path().glob(meta["pattern"]))
-        shape = dict(world_size=meta["world_size"], seqs=seqs, seq_len=meta["seq_len"])
+        shape = dict(world_size=meta["world_size"], tokens=tokens, max_len=meta["seq_len"])
         streams = [tg.CoprimeStream(files, rank=rank, **shape) for rank in range(meta["world_size"])]
     fx.equal("tokens per shard", [len(x) for x in streams[0].shards], meta["shard_tokens"])
     for k in range(meta["batches"]):
@@ -1082,11 +1082,10 @@ def check_chunks(fx: Fixture) -> None:
 
 def check_shuffled(fx: Fixture) -> None:
     meta, want = fx.meta, fx.arrays
-    length = meta["train_seq_len"]
-    seqs = meta["global_tokens"] // (meta["world_size"] * meta["grad_accum_steps"]) // length
+    tokens = meta["global_tokens"] // (meta["world_size"] * meta["grad_accum_steps"])
     files = shard_files(fx, re.sub(r"\d+\.bin$", "*.bin", meta["files_of_rank"][0]))
-    stream = tg.ShuffledStream(files, world_size=meta["world_size"], rank=meta["rank"], seqs=seqs,
-                               seq_len=length)
+    stream = tg.ShuffledStream(files, world_size=meta["world_size"], rank=meta["rank"], tokens=tokens,
+                               max_len=meta["train_seq_len"])
     order = []
     for k in range(meta["batches"]):
         batch = stream.next()

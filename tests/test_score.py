@@ -113,7 +113,7 @@ def test_scores_do_not_depend_on_what_is_packed_beside(s):
     with torch.no_grad():
         scorer.score_row(windows, val, plan, books)
         first = books.loss[:40].clone()
-        val.tokens = val.tokens.copy()
+        val.stream = val.tokens.copy()
         val.tokens[42:66] = 7
         books = tg.Ledger(val, torch.device("cpu"))
         scorer.score_row(windows, val, plan, books)

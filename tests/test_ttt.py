@@ -99,7 +99,7 @@ def test_later_tokens_of_a_document_never_change_its_earlier_scores(s):
     cut = int(val.documents.start[longest]) + 40
     a, _ = run(s, val)
     other = tg.Validation(s)
-    other.tokens = val.tokens.copy()
+    other.stream = val.tokens.copy()
     other.tokens[cut + 1 : cut + 20] = 9
     b, _ = run(s, other)
     start = int(val.documents.start[longest])
@@ -192,7 +192,7 @@ def test_in_stream_order_nothing_later_influences_an_earlier_document(s):
     s = changed(s, ttt_doc_order="stream", ttt_shared_a=True, ttt_kv_reuse=True, ttt_optimizer="normalised")
     val, other = tg.Validation(s), tg.Validation(s)
     cut = int(val.documents.start[9])
-    other.tokens = val.tokens.copy()
+    other.stream = val.tokens.copy()
     other.tokens[cut + 1:] = np.where(val.tokens[cut + 1:] == tg.BOS, tg.BOS, 7)
     a, b = (run(s, v)[0].ledger.loss for v in (val, other))
     assert torch.equal(a[:cut], b[:cut]) and not torch.equal(a[cut:], b[cut:])
