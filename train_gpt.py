@@ -2784,9 +2784,6 @@ class HessianTap:
         if x.requires_grad and (kind == "x0" or kind in self.OUTPUTS):
             self.outputs.append((kind if kind == "x0" else f"blocks.{layer}.{self.OUTPUTS[kind]}", x))
 
-    def add_batch(self) -> None:
-        self.batches += 1
-
     @torch.no_grad()
     def add_squares(self, model: GPT, ids: Tensor, hidden: Tensor, generator: torch.Generator) -> None:
         """One backward pass from labels drawn from the model itself (Fisher's, not the data's, gradients);
@@ -2863,7 +2860,7 @@ def calibrate(s: Settings, world: World, model: GPT, next_batch: Callable[[], Ba
                 hidden = model.hidden(part.x, plan, part.layout(s.train_seq_len), tap=tap)
             if fisher:
                 tap.add_squares(model, part.x, hidden, generator)
-        tap.add_batch()
+        tap.batches += 1
     return tap.finish(world)
 
 
@@ -2904,20 +2901,11 @@ def hessian_factor(h: Tensor, damp: float = 0.01, falling: bool = True) -> tuple
 
 
 @torch.no_grad()
-def gptq(w: Tensor, h: Tensor, scale: Tensor, bits: int, damp: float = 0.01, block: int = 128) -> Tensor:
-    """Codes (…, R, C) int8 of w under the Hessians h (…, C, C), steps scale (…, R). Columns are rounded by
-    falling diagonal, each one's error passed on to those still to come (Frantar et al. 2022)."""
-    w3, h3 = w.float().reshape(-1, *w.shape[-2:]), h.float().reshape(-1, *h.shape[-2:])
-    order, u, dead, _ = hessian_factor(h3, damp)
-    step = scale.float().reshape(len(w3), -1)
-    return round_in_order(w3, step, order, u, dead, 2 ** (bits - 1) - 1, block=block).reshape(w.shape)
-
-
-@torch.no_grad()
 def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tensor, top: int,
                    trellis: bool = False, block: int = 128) -> Tensor:
-    """Codes (n, R, C) int8 within ±top of w under steps (n, R). order (n, C), u (n, C, C), dead (n, C) are
-    hessian_factor's; where columns have steps too, w and u come divided by them."""
+    """GPTQ (Frantar et al. 2022): codes (n, R, C) int8 within ±top of w under steps (n, R), column after
+    column in `order`, each one's error passed on to those still to come. order (n, C), u (n, C, C), dead
+    (n, C) are hessian_factor's; where columns have steps too, w and u come divided by them."""
     w, step = w.masked_fill(dead[:, None], 0), step[:, None].clamp_min(1e-30)
     t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R): a column is contiguous
     diag = u.diagonal(dim1=-2, dim2=-1)[..., None]               # an error e of column j costs (e / diag_j)^2
@@ -3023,7 +3011,7 @@ def clip_search(w: Tensor, order: Tensor, u: Tensor, dead: Tensor, bits: int,
 @torch.no_grad()
 def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor], bits: tuple[int, int],
                    fine: Tensor) -> Tensor:
-    """Codes (R, C) int8 of one matrix as gptq's, with the second steps and bits in the columns `fine` (C)."""
+    """Codes (R, C) int8 of one matrix by GPTQ, with the second steps and bits in the columns `fine` (C)."""
     order, u, dead, _ = (x[0] for x in hessian_factor(h.float()[None]))
     t, codes = w.float().masked_fill(dead, 0)[:, order].mT.contiguous(), torch.empty_like(w.mT)
     for j, column in enumerate(order.tolist()):
@@ -3081,11 +3069,6 @@ def divide_round(w: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     """round(w / scale) to int8 in [low, high], halves to even; 0 where the fp16 scale is 0."""
     scale = scale.float()
     return torch.where(scale > 0, w.float() / scale, 0.0).round().clamp(low, high).to(torch.int8)
-
-
-def lqer_sym(a: Tensor, b: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Factors a (R, k), b (k, C) with one step per row of each: (qA, sA (R), qB, sB (k))."""
-    return (*quantise_rows(a, bits), *quantise_rows(b, bits))
 
 
 def lqer_asym(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -3267,14 +3250,13 @@ class Quantiser:
         """Codes and rows' steps of equally shaped matrices into `done`."""
         w = torch.stack([self.weights[n].float() for n in names])
         order, u, dead = (torch.stack(x) for x in zip(*(self.factors[input_of(n)] for n in names)))
-        if self.s.quant_clip == "percentile":
-            codes, rows = clip_search(w, order, u, dead, bits, unit)
-        elif self.fisher:
-            rows = torch.stack([self.rows_of(n, unit) for n in names])
+        rows = torch.stack([self.rows_of(n, unit) for n in names])
+        if self.fisher:
             w = w / torch.stack([self.columns_of(n) for n in names])[:, None]
             codes = round_in_order(w, octaves(rows) * unit, order, u, dead, TOP_CODE, self.trellis)
+        elif self.s.quant_clip == "percentile":
+            codes, rows = clip_search(w, order, u, dead, bits, unit)
         else:
-            rows = torch.stack([self.rows_of(n, unit) for n in names])
             codes = round_in_order(w, rows.float(), order, u, dead, 2 ** (bits - 1) - 1)
         for end, stack in ((".row" if self.fisher else ".scale", rows), (".q", codes)):
             # clones, because a pickled view takes its whole stack along
@@ -3305,8 +3287,9 @@ def pack_factors(s: Settings, name: str, a: Tensor, b: Tensor) -> tuple[str, dic
     if s.lqer_asym_enabled and b.numel() % s.lqer_asym_group == 0:
         label, ends = "lqer_asym", ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a")
         parts = lqer_asym(a, b, s.lqer_asym_group)
-    else:
-        label, ends, parts = "lqer", ("lqA", "lqAs", "lqB", "lqBs"), lqer_sym(a, b, s.lqer_factor_bits)
+    else:      # one step per row of each
+        label, ends = "lqer", ("lqA", "lqAs", "lqB", "lqBs")
+        parts = (*quantise_rows(a, s.lqer_factor_bits), *quantise_rows(b, s.lqer_factor_bits))
     return label, {f"{name}.{end}": part.cpu() for end, part in zip(ends, parts)}
 
 
@@ -3350,9 +3333,10 @@ def dequantise(q: Quantised) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str) -> None:
-    """Copy weights (matrix_views names) into the model; UserError when names or shapes differ."""
-    views = matrix_views({n: p.data for n, p in model.named_parameters()})
+def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str, names=matrix_views) -> None:
+    """Copy weights into the model, by the names that matrix_views, or else, gives; UserError when they or
+    shapes differ."""
+    views = names({n: p.data for n, p in model.named_parameters()})
     wrong = sorted(set(views) ^ set(weights)) or [n for n in views if views[n].shape != weights[n].shape]
     if wrong:
         raise UserError(f"{origin} does not fit the model that the settings describe: {len(wrong)} tensors "
@@ -3996,11 +3980,6 @@ def read_artifact(s: Settings, blob: bytes, origin: str) -> Artifact:
                         f"{error!s:.200}): write it again") from error
 
 
-def unpack_model(s: Settings, blob: bytes, origin: str) -> Quantised:
-    """The Quantised model of an artifact's bytes, as read_artifact's."""
-    return read_artifact(s, blob, origin).model
-
-
 def read_calibration(streams: Mapping[str, bytes]) -> Tensor | None:
     """The numbers (15) of an artifact's calibration, within fit_calibration's bounds; None: it has none."""
     if CALIBRATION_STREAM not in streams:
@@ -4216,6 +4195,13 @@ PROFILE_EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 EARLY = "an adapter step on a target that is not scored yet would break the rules"
+
+
+class Finding(NamedTuple):
+    """Something that was put to the test: a line of --check, or a probe."""
+    name: str
+    ok: bool
+    figure: str
 
 
 class LedgerError(RuntimeError):
@@ -4455,8 +4441,9 @@ class Hints:
         if not s.ngram_tilt_enabled:
             return None
         found, lengths = None, val.documents.length
-        in_stream = not adapting or "stream" in (s.ttt_doc_order, s.ngram_doc_order)
-        order = np.arange(len(lengths)) if in_stream else scored_order(s, lengths)
+        order = np.arange(len(lengths))
+        if adapting and "stream" not in (s.ttt_doc_order, s.ngram_doc_order):
+            order = np.concatenate([group for r in ttt_rounds(s, lengths) for group in r.groups])
         if world.main:
             starts, lengths = val.documents.start[order], val.documents.length[order]
             at = np.concatenate([np.arange(a, a + n - 1) for a, n in zip(starts, lengths)])
@@ -4519,11 +4506,6 @@ def sliding_windows(total: int, seq_len: int, stride: int) -> list[tuple[int, in
 Window = tuple[int, int, int]       # absolute positions: begin, end, first scored
 
 
-def width(windows: list[Window]) -> int:
-    """Tokens of a packed row of windows."""
-    return sum(end - begin for begin, end, _ in windows)
-
-
 def pack_rows(windows: list[Window], capacity: int) -> list[list[Window]]:
     """Windows, longest first, filled one after the other into rows of at most `capacity` tokens."""
     rows, used = [], capacity
@@ -4556,7 +4538,8 @@ class Scorer:
         windows = [(a + b, a + e, a + f) for a, n in zip(starts[~beyond].tolist(), targets[~beyond].tolist())
                    for b, e, f in sliding_windows(n, s.eval_seq_len, stride)]
         rows, plan = pack_rows(windows, self.capacity), layer_plan(s, looping)
-        for i in share_out([width(r) for r in rows], self.world.size)[self.world.rank]:
+        widths = [sum(end - begin for begin, end, _ in row) for row in rows]
+        for i in share_out(widths, self.world.size)[self.world.rank]:
             self.score_row(rows[i], val, plan, ledger)
         if beyond.any():
             self.once(val, np.flatnonzero(beyond), stride, ledger)
@@ -4736,11 +4719,6 @@ def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
     return rounds + [Round(current, None)]
 
 
-def scored_order(s: Settings, lengths: np.ndarray) -> np.ndarray:
-    """Documents in the order in which TTT scores them."""
-    return np.concatenate([g for r in ttt_rounds(s, lengths) for g in r.groups])
-
-
 # What the watchdog gives up, in this order, when the evaluation would outlast its budget.
 GIVE_UP = ("nothing", "further phases on the base weights and half of the adapter steps", "adaptation")
 NO_ADAPTATION = 2
@@ -4821,11 +4799,6 @@ class PhasedTTT:
         if level > self.level:
             self.give_up(level, elapsed=now, predicted_end=ends[self.level])
 
-    def count(self, costs: np.ndarray, seconds: float) -> None:
-        """Work of these costs took this long."""
-        self.spent, self.done = self.spent + seconds, self.done + costs[self.level]
-        self.left = self.left - costs
-
     def give_up(self, level: int, **why) -> None:
         """From now on do without what GIVE_UP names up to this level."""
         self.trace("give_up", what=", ".join(GIVE_UP[1:level + 1]), **why)
@@ -4885,7 +4858,9 @@ class PhasedTTT:
                     self.adapt(adapter, optimiser, scored, torch.from_numpy(later).to(self.world.device))
             if n % WATCH_EVERY == 0 or end == bounds[-1]:
                 sync(self.world.device)
-                self.count(costs * (end - counted) / bounds[-1], since.elapsed())
+                work = costs * (end - counted) / bounds[-1]
+                self.spent, self.done = self.spent + since.elapsed(), self.done + work[self.level]
+                self.left = self.left - work
                 self.watch()
                 learns, counted, since = learns and self.level < NO_ADAPTATION, end, Clock()
 
@@ -5064,13 +5039,6 @@ def prequant_ttt(s: Settings, world: World, model: GPT, tokens: np.ndarray, trac
 
 # --- probes: evidence for the four conditions, from the functions that score
 
-class Probe(NamedTuple):
-    """One condition put to the test: its name, whether it held, and the figure seen."""
-    name: str
-    ok: bool
-    figure: str
-
-
 def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
     """Lengths of six documents, and two tokens of the fourth after which streams are made to differ: inside a
     chunk in its middle, and inside its last one, beyond every window. The first two documents are a phase's.
@@ -5121,7 +5089,7 @@ def weights_kept(model: GPT):
         model.requires_grad_(True)
 
 
-def run_probes(s: Settings, world: World, model: GPT) -> list[Probe]:
+def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
     """C1-C4 on made-up tokens, through Scorer and PhasedTTT as the settings have them; every rank for itself.
     What the ledger refuses fails a probe. The model's weights are as before afterwards."""
     local, threads, probes, booked = World(device=world.device), torch.get_num_threads(), [], []
@@ -5132,18 +5100,17 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Probe]:
         torch.set_num_threads(1)           # and threads would wait for each other at every step
     try:
         with weights_kept(model):
-            for found in (probe_causality(s, local, model, booked), probe_normalisation(s, local, model)):
-                for probe in found:
-                    probes.append(probe)
+            probes += probe_causality(s, local, model, booked)
+            probes += probe_normalisation(s, local, model)
         figure, ok = f"{sum(booked):,} targets booked once each, before any step on them", True
     except LedgerError as error:
         figure, ok = str(error), False
     finally:
         torch.set_num_threads(threads)
-    return [*probes, Probe("C3 C4 ledger", ok, figure)]
+    return [*probes, Finding("C3 C4 ledger", ok, figure)]
 
 
-def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) -> Iterator[Probe]:
+def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) -> Iterator[Finding]:
     """C1: earlier scores stay the same, to the bit, whatever comes later. booked: targets per evaluation."""
     row = min(s.eval_seq_len, 4 * min(size for _, size in chunk_steps(s)))     # of a phase's training
     ttt = dataclasses.replace(s, ttt_batch_size=2, phased_ttt_num_phases=1, phased_ttt_prefix_docs=2,
@@ -5190,7 +5157,7 @@ def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) ->
         if max(earlier) > 0 and world.device.type == "cuda":      # kernels that add in any order
             noise = max((losses(evaluate, one) - first).abs().max().item() for _ in range(3))
             figure += f"; the same stream four times differs by {noise:g}"
-        yield Probe(f"C1 {name}", max(earlier) <= 2 * noise < min(rest), figure)
+        yield Finding(f"C1 {name}", max(earlier) <= 2 * noise < min(rest), figure)
 
 
 def probe_hints(s: Settings) -> tuple[Hints, bool]:
@@ -5208,7 +5175,7 @@ def probe_hints(s: Settings) -> tuple[Hints, bool]:
                                        for name in ("hint", "confidence"))), ok
 
 
-def probe_normalisation(s: Settings, world: World, model: GPT) -> Iterator[Probe]:
+def probe_normalisation(s: Settings, world: World, model: GPT) -> Iterator[Finding]:
     """C2: exp(-loss) of every possible next token, as the books have it, sums to 1: one document per token of
     the vocabulary, scored by windows and by adapters that have learnt from the document's first two targets,
     fast, and of a low rank, which does not matter here. The sum is over equal hidden states, to the bit: no
@@ -5222,8 +5189,8 @@ def probe_normalisation(s: Settings, world: World, model: GPT) -> Iterator[Probe
     scorer.capacity = 5 if half else scorer.capacity
     if s.ngram_tilt_enabled:
         val.hints, ok = probe_hints(s)
-        yield Probe("C1 n-gram hints", ok, f"{'the same' if ok else 'not the same'} for each of "
-                    f"{s.vocab_size:,} targets")
+        yield Finding("C1 n-gram hints", ok, f"{'the same' if ok else 'not the same'} for each of "
+                      f"{s.vocab_size:,} targets")
     scorer.windows(val, s.eval_seq_len)
     books = {"windows": scorer.ledger}
     if s.ttt_enabled:
@@ -5237,19 +5204,13 @@ def probe_normalisation(s: Settings, world: World, model: GPT) -> Iterator[Probe
         books["test-time training"] = evaluation.ledger
     for name, ledger in books.items():
         total = torch.exp(-ledger.loss[3::5].double()).sum().item()
-        yield Probe(f"C2 {name}", abs(total - 1) < 1e-4, f"{s.vocab_size:,} probabilities sum to {total:.7f}")
+        yield Finding(f"C2 {name}", abs(total - 1) < 1e-4,
+                      f"{s.vocab_size:,} probabilities sum to {total:.7f}")
 
 
 # ============================================================================================================
 # 13  Checks: everything that can go wrong is tried before the first step
 # ============================================================================================================
-
-class Finding(NamedTuple):
-    """One line of --check."""
-    ok: bool
-    what: str
-    detail: str
-
 
 def check_train_shards(s: Settings) -> str:
     """Headers of all training shards and the first million tokens of each; DATA_CHECK=full: all tokens."""
@@ -5382,11 +5343,12 @@ def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "")
     findings = []
     for what, check in checks.items():
         try:
-            findings.append(Finding(True, what, check()))
-        except (UserError, OSError) as error:
-            unread = isinstance(error, OSError)
-            findings.append(Finding(False, what, f"cannot read {error.filename}: {error.strerror}; check its "
-                                                 "permissions" if unread else str(error)))
+            findings.append(Finding(what, True, check()))
+        except UserError as error:
+            findings.append(Finding(what, False, str(error)))
+        except OSError as error:
+            findings.append(Finding(what, False, f"cannot read {error.filename}: {error.strerror}; check its "
+                                    "permissions"))
     return findings
 
 
@@ -5560,11 +5522,7 @@ def read_weights(path: str, model: GPT) -> None:
         raise UserError(f"EVAL_ONLY_PATH={path} holds no averaged weights of this script "
                         f"({type(error).__name__}): give a run's final_model.pt") from error
     check_architecture(model.s, theirs, f"EVAL_ONLY_PATH={path} holds weights")
-    views = field_views({n: p.data for n, p in model.named_parameters()})
-    if set(views) != set(weights) or any(v.shape != weights[n].shape for n, v in views.items()):
-        raise UserError(f"EVAL_ONLY_PATH={path} holds other tensors than this model: take another file")
-    for name, view in views.items():
-        view.copy_(weights[name])
+    load_weights(model, weights, f"EVAL_ONLY_PATH={path}", field_views)
 
 
 def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> tuple[Clock, Prefetch]:
@@ -5655,17 +5613,13 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
     clock = Clock(s.eval_max_seconds)
     open_artifact(s, world, model, path)       # once more, on the clock
     scorer = Scorer(s, world, model)
-    if s.sliding_window_enabled or s.ttt_enabled:
-        with clock.exclude():        # a diagnostic
-            final = scorer.windows(val, s.eval_seq_len)
-    else:                            # the score of this run
-        val.hints = Hints.build(s, world, val, False)
-        final = scorer.windows(val, s.eval_seq_len)
-    log_score(run, "quantized", final, scorer.ledger, clock)
-    if s.sliding_window_enabled:
-        val.hints = Hints.build(s, world, val, False)
-        final = scorer.windows(val, s.eval_stride)
-        log_score(run, "sliding", final, scorer.ledger, clock)
+    stages = {"quantized": s.eval_seq_len, **({"sliding": s.eval_stride} if s.sliding_window_enabled else {})}
+    for stage, stride in stages.items():
+        diagnostic = stage == "quantized" and (s.sliding_window_enabled or s.ttt_enabled)
+        with clock.exclude() if diagnostic else contextlib.nullcontext():
+            val.hints = None if diagnostic else Hints.build(s, world, val, False)
+            final = scorer.windows(val, stride)
+        log_score(run, stage, final, scorer.ledger, clock)
     if s.ttt_enabled:
         if val.hints is None or "stream" not in (s.ttt_doc_order, s.ngram_doc_order):
             val.hints = Hints.build(s, world, val, True)
@@ -5775,11 +5729,11 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
     if reads_targets(s):
         run.not_compliant("NGRAM_GATES=target: n-gram experts read the token that they predict")
     for finding in run_checks(s, world, run.dir, why):
-        run.log("check", what=finding.what, detail=finding.detail)
+        run.log("check", what=finding.name, detail=finding.figure)
         if not finding.ok:
-            raise UserError(finding.detail)
-        if finding.what == "data fingerprint":
-            run.summary["data_fingerprint"] = finding.detail
+            raise UserError(finding.figure)
+        if finding.name == "data fingerprint":
+            run.summary["data_fingerprint"] = finding.figure
     val = Validation(s)
     if not s.eval_only_quantized_path:
         with Validation.seal():
@@ -5811,9 +5765,9 @@ def check_command(which: str) -> int:
         return 0
     findings = run_checks(s, World.join({}), Path(s.artifact_dir or "runs"))
     if which == "data":
-        findings = [f for f in findings if f.what not in ("device", "attention", "batch", "disk", "size")]
+        findings = [f for f in findings if f.name not in ("device", "attention", "batch", "disk", "size")]
     for f in findings:
-        print(f"{'ok   ' if f.ok else 'FAIL '} {f.what}: {f.detail}")
+        print(f"{'ok   ' if f.ok else 'FAIL '} {f.name}: {f.figure}")
     return int(any(not f.ok for f in findings))
 
 
