@@ -689,8 +689,7 @@ class World:
         return box
 
     def barrier(self) -> None:
-        if self.size > 1:
-            self.agree(0.0)
+        self.agree(0.0)
 
     def leave(self) -> None:
         if self.size > 1 and dist.is_initialized():
@@ -815,8 +814,7 @@ class Run:
 
 
 def human(value) -> str:
-    """A value as the log shows it: floats with at most six decimals, small ones with as many digits, single
-    words bare, the rest as JSON."""
+    """A value as the log shows it: floats short, single words bare, the rest as JSON."""
     if isinstance(value, float) and 0 < abs(value) < 1e-3:
         return f"{value:.6g}"
     if isinstance(value, float):
@@ -934,8 +932,7 @@ class Layout:
 
 
 class Batch(NamedTuple):
-    """x, y (B, T) int64 inputs and targets; segment bounds of a packed row (or None), its longest piece, the
-    length it was cut at and the tokens it was made of."""
+    """x, y (B, T) int64; of a packed row: segment bounds, its longest piece, the cut, its tokens."""
     x: Tensor
     y: Tensor
     cu_seqlens: Tensor | None
@@ -979,8 +976,7 @@ def packed_batch(tokens: np.ndarray, max_len: int) -> Batch:
 
 
 class Stream:
-    """Micro-batches of one rank, of so many tokens, in an order that the files fix. max_len: a document's
-    segments, or a window."""
+    """Micro-batches of one rank, in an order that the files fix. max_len: of a segment or a window."""
 
     def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int):
         self.shards = [read_shard(f) for f in files]
@@ -999,8 +995,7 @@ class Stream:
 
 
 class TokenStream(Stream):
-    """All shards as one endless stream: every target is trained on once per epoch, in order, for any number
-    of ranks."""
+    """All shards as one endless stream, for any number of ranks: every target once per epoch, in order."""
 
     def __init__(self, files, **shape):
         super().__init__(files, **shape)
@@ -1019,8 +1014,7 @@ class TokenStream(Stream):
 
 
 class DocPackStream(Stream):
-    """The field's loader: ranks cut one span of (tokens + 1) x world_size from the current shard, whose rest
-    is dropped when it is shorter."""
+    """The field's: ranks cut a span of (tokens + 1) x world_size from a shard; a shorter rest is dropped."""
 
     def __init__(self, files, **shape):
         super().__init__(files, **shape)
@@ -1040,8 +1034,7 @@ class DocPackStream(Stream):
 
 
 class WindowStream(Stream):
-    """What the streams of windows share: rows of max_len tokens, documents not kept apart. windows: the last
-    batch drawn, [(index of the file, first token), …]."""
+    """Rows of max_len tokens, across documents. windows: the last batch's, [(file, first token), …]."""
 
     def phase(self, i: int) -> tuple[int, int]:
         """A random first token for the windows of file i, and how many windows there are from it."""
@@ -1062,20 +1055,16 @@ class ShuffledStream(WindowStream):
     def __init__(self, files, **shape):
         super().__init__(files, **shape)
         self.rng = np.random.Generator(np.random.PCG64(self.rank))
-        self.owned = range(self.rank, len(files), self.world_size)
+        self.owned, self.starts = range(self.rank, len(files), self.world_size), {}
         if not any(len(self.shards[i]) > self.max_len for i in self.owned):
             raise UserError(f"rank {self.rank} of {self.world_size} owns none of {len(files)} shards with "
                             f"{self.max_len + 1} tokens: use TRAIN_LOADER=stream")
-        self.starts = {i: self.shuffle(i) for i in self.owned}
-
-    def shuffle(self, i: int) -> list[int]:
-        """A fresh permutation of the windows of file i."""
-        phase, count = self.phase(i)
-        return (phase + self.rng.permutation(count) * self.max_len).tolist()
 
     def take(self) -> tuple[int, int]:
-        if not any(self.starts.values()):
-            self.starts = {i: self.shuffle(i) for i in self.owned}
+        if not any(self.starts.values()):      # a fresh permutation of the windows of every file
+            for i in self.owned:
+                phase, count = self.phase(i)
+                self.starts[i] = (phase + self.rng.permutation(count) * self.max_len).tolist()
         left = np.array([len(self.starts[i]) for i in self.owned], dtype=np.float64)
         i = self.owned[int(self.rng.choice(len(self.owned), p=left / left.sum()))]
         return i, self.starts[i].pop()
@@ -1150,8 +1139,7 @@ def open_train_stream(s: Settings, world: World, tokens: int) -> Stream:
 
 
 class Prefetch:
-    """Reads batches ahead in one thread and copies them to the device; the order is the stream's own. epoch:
-    where the stream was at the batch handed out last."""
+    """Batches read ahead in one thread, in the stream's order. epoch: of the batch given out last."""
 
     def __init__(self, stream: Stream, device: torch.device, depth: int = 4):
         self.stream, self.device, self.epoch = stream, device, 0.0
@@ -1422,8 +1410,7 @@ def pair_rows(ids: Tensor, rows: int, follows: Tensor | None = None) -> Tensor:
 
 def look_up(ids: Tensor, table: Tensor, proj: Tensor | None, scale: Tensor, dtype: torch.dtype,
             alpha: Tensor | None = None) -> Tensor:
-    """scale · proj table[ids]: ids (B, T), table (N, w), proj (out, w) or None -> (B, T, out). alpha: proj is
-    rounded softly, as training shortly before quantising does."""
+    """scale · proj table[ids], (B, T, out); proj (out, w) or None; alpha: proj is rounded softly."""
     x = F.embedding(ids, table).to(dtype)
     if proj is not None:
         x = F.linear(x, (proj if alpha is None else soft_round(proj, alpha)).to(dtype))
@@ -1535,8 +1522,7 @@ class GPT(nn.Module):
         return [LayerWeights(*each) for each in zip(qo[:n], kv[:n], kv[n:], qo[n:], *rest)]
 
     def rope(self, length: int, device, start: int = 0, context: int = 0) -> tuple[Tensor, Tensor]:
-        """cos, sin (length, R/2) float32 of positions start …; with ROPE_YARN the base grows with the length
-        or the context of cached keys."""
+        """cos, sin (length, R/2) of positions start …; with ROPE_YARN the base grows with the context."""
         s, dims, table = self.s, self.s.rope_dims or self.s.head_dim, max(length, context, self.rope_length)
         base = s.rope_base
         if s.rope_yarn and table > s.train_seq_len:
@@ -2401,8 +2387,7 @@ class Optimiser:
         return norm
 
     def never_trained(self) -> list[str]:
-        """Parameters, or rows of them, that no gradient ever reached: Muon's momentum or AdamW's second
-        moment is still zero there."""
+        """Parameters, or rows of them, that no gradient reached: the optimiser's moment is still 0 there."""
         touched = {p: self.gather(buf.flatten(1).any(1).byte())()
                    for p, buf in zip(self.banks, self.momentum)}
         for p in self.small:
@@ -2436,8 +2421,7 @@ class Optimiser:
         return shards
 
     def clip(self, matrices: list[Tensor], world: World) -> Tensor:
-        """Scale the matrices' gradients, shared out over `world`, and the small ones down to a common norm
-        of at most GRAD_CLIP_NORM; the norm before."""
+        """Scale the gradients of matrices, shared out over `world`, and small ones; the norm before."""
         grads = matrices + [p.grad for p in self.small]
         own = sum(g.float().square().sum() for g in matrices)
         norm = (world.total(own) + sum(p.grad.square().sum() for p in self.small)).sqrt()
@@ -2544,8 +2528,7 @@ def pick_dtype(choice: str, device: torch.device, default: torch.dtype | None = 
 
 
 def compiles(s: Settings, device: torch.device) -> bool:
-    """Whether COMPILE asks for torch.compile (auto: on a GPU). Plain attention, which float32 takes too,
-    loops over documents and cannot be traced."""
+    """Whether to use torch.compile. Plain attention, which float32 takes too, cannot be traced."""
     plain = ATTENTION == "plain" or pick_dtype(s.compute_dtype, device) == torch.float32
     if s.compile == "1" and plain:
         raise UserError("COMPILE=1 cannot trace plain attention (ATTN_BACKEND=plain, a CPU, or COMPUTE_DTYPE="
@@ -2600,8 +2583,7 @@ class Trainer:
         return loss.detach()
 
     def update(self, lr: float, momentum: float, decay: float = 1.0) -> Tensor:
-        """Optimiser step (shares of the peak learning rate and weight decay) and weight average; returns the
-        gradient norm before clipping."""
+        """Optimiser step (shares of peak rate and decay) and weight average; the norm before clipping."""
         norm = self.optimiser.step(lr, momentum, decay)
         self.lap("optimiser")
         with torch.no_grad():
@@ -2655,8 +2637,8 @@ class Progress:
     def __init__(self, s: Settings, world: World, run: Run, model: GPT, budget: float):
         self.s, self.world, self.run, self.model, self.budget = s, world, run, model, budget
         self.last = (0, 0.0)               # step and seconds of the line before
-        name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
-        self.peak = world.size * next((flops for part, flops in PEAK_FLOPS.items() if part in name), 0.0)
+        peaks = (flops for part, flops in PEAK_FLOPS.items() if part in world.device_name)
+        self.peak = world.size * next(peaks, 0.0)
 
     def numbers(self, step: int, elapsed: float, plan: Plan) -> dict:
         """ms per step (since the last line; mean), tokens/s, share of the budget used, seconds left, and the
@@ -3264,8 +3246,7 @@ class Quantiser:
 
 
 def repair(s: Settings, out: Quantised, weights: Mapping[str, Tensor], names: Sequence[str]) -> None:
-    """LQER: low-rank factors of the rounding error for the LQER_TOP_K matrices with the largest one, or with
-    LQER_GAIN_SELECT for those where they remove most of it."""
+    """LQER: factors of the LQER_TOP_K largest errors, or where they gain most (LQER_GAIN_SELECT)."""
     within = {"all": "", "mlp": ".mlp.", "attn": ".attn.", "embed": "tok_emb"}[s.lqer_scope]
     back, found = dequantise(out), {}
     errors = {n: weights[n].float() - back[n].to(weights[n].device) for n in names if within in n}
@@ -3334,8 +3315,7 @@ def dequantise(q: Quantised) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str, names=matrix_views) -> None:
-    """Copy weights into the model, by the names that matrix_views, or else, gives; UserError when they or
-    shapes differ."""
+    """Copy weights, under the names that `names` gives, into the model; UserError unless they fit."""
     views = names({n: p.data for n, p in model.named_parameters()})
     wrong = sorted(set(views) ^ set(weights)) or [n for n in views if views[n].shape != weights[n].shape]
     if wrong:
@@ -3375,8 +3355,7 @@ def calibrated_by(s: Settings, raw: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fit_calibration(s: Settings, model: GPT, tokens: np.ndarray) -> tuple[Tensor, Tensor]:
-    """The 15 numbers (float32) that serve the model best on the first LOGIT_CALIB_TOKENS targets of training
-    tokens (N,), by AdamW over windows; and every step's cross-entropy."""
+    """The 15 numbers that serve the model best on training tokens (N,), and every step's loss."""
     device, seen, stride = model.tok_emb.device, [], s.logit_calib_stride
     raw = torch.zeros(15, device=device, requires_grad=True)
     optimiser = torch.optim.AdamW([raw], lr=s.logit_calib_lr, weight_decay=0)
@@ -3401,8 +3380,7 @@ def fit_calibration(s: Settings, model: GPT, tokens: np.ndarray) -> tuple[Tensor
 
 
 def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
-    """The artifact blob with the calibration of its own model, fitted on the first training shard; as it was
-    where that has no room."""
+    """The artifact with its own model's calibration, fitted in training; as it was without room."""
     values = None
     if world.main:
         model = build_model(s, world)
@@ -4209,8 +4187,7 @@ class LedgerError(RuntimeError):
 
 
 class Ledger:
-    """The books of one evaluation: every validation target's loss, once. Booking one twice, missing one, or
-    asking for the tokens of a document that is not booked raises."""
+    """The books of one evaluation: every target's loss, once. What breaks the rules raises."""
 
     def __init__(self, val: Validation, device: torch.device):
         val.ledgers += 1
@@ -4261,8 +4238,7 @@ class Ledger:
         return Score(float(loss.sum()), float(target_bytes), int(self.expected.sum()))
 
     def profiles(self) -> Iterator[dict]:
-        """After close(): documents, targets, bytes and nats in buckets that begin at PROFILE_EDGES, by length
-        of the document and by position in it."""
+        """After close(): documents, targets, bytes, nats by a document's length, and by position in it."""
         start, length = self.val.documents.start, self.val.documents.length - 1
         cuts = start[:, None] + np.minimum(length[:, None], [*PROFILE_EDGES, 1 << 62])
         sums = [np.diff(np.append(0, x.cumsum())[cuts]) for x in (self.val.target_bytes, self.total)]
@@ -4546,8 +4522,7 @@ class Scorer:
         return ledger.close(self.world)
 
     def once(self, val: Validation, documents: np.ndarray, stride: int, ledger: Ledger) -> None:
-        """Each token of these documents is computed once, `stride` at a time, and sees the keys of the tokens
-        before it as far as its window would reach."""
+        """Documents computed once, `stride` tokens at a time, on the keys a window would reach."""
         s = dataclasses.replace(self.s, ttt_eval_seq_len=self.s.eval_seq_len, ttt_chunk_size=stride,
                                 ttt_short_score_first_enabled=False, ttt_cache_lambda=0)
         still = PhasedTTT(s, self.world, self.model, val, ledger=ledger)
@@ -4580,8 +4555,7 @@ class Scorer:
 # ============================================================================================================
 
 class Corrector:
-    """n-gram posterior of one row of a batch: unigram counts from 1 on and, per order, what followed each
-    context. It learns the targets of a chunk once they are booked."""
+    """n-gram posterior of one row of a batch; it learns the targets of a chunk once they are booked."""
 
     def __init__(self, s: Settings):
         self.alpha = s.corrector_alpha
@@ -4671,8 +4645,7 @@ def trained_rows(s: Settings, targets: np.ndarray, end: int) -> np.ndarray:
 
 
 def kept_rows(batch: int, live: int) -> int:
-    """Rows of a group with `live` documents left: `batch` halved as often as they fit in, but never one row,
-    which torch.compile would make a graph of its own for."""
+    """Rows for `live` documents left: `batch` halved while they fit in, but not to 1, a graph of its own."""
     while live <= batch // 2 > 1:
         batch //= 2
     return batch
@@ -4786,8 +4759,7 @@ class PhasedTTT:
         return self.ledger.close(self.world)
 
     def watch(self) -> None:
-        """Give up as little as is needed for the predicted end to lie within EVAL_MAX_SECONDS, which nothing
-        is predicted for before a part of a group is done."""
+        """Give up as little as lets the predicted end lie within EVAL_MAX_SECONDS."""
         if self.clock is None or not self.clock.budget:
             return
         now = self.clock.elapsed()
@@ -4988,8 +4960,7 @@ def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
 
 @torch.no_grad()
 def normalised_step(params: list[Tensor], lr: float, weight_decay: float) -> None:
-    """Steps of matrices (…, R, C) along their gradient over its RMS, matrix by matrix: no state. A matrix
-    without a gradient only decays."""
+    """Steps of matrices (…, R, C) along their gradient over its RMS, matrix by matrix: no state."""
     for p in params:
         size = p.grad.square().mean(dim=(-2, -1), keepdim=True).sqrt()
         p.mul_(1 - lr * weight_decay).sub_(p.grad / (size + 1e-12), alpha=lr)
@@ -5248,8 +5219,7 @@ def check_byte_rule(s: Settings, val: Validation, documents: int = 200) -> None:
 
 
 def check_manifest(s: Settings) -> str:
-    """Files, sizes and tokenizer against the manifest, and overlap; returns the data's fingerprint.
-    DATA_CHECK=full also reads every byte."""
+    """Files, sizes and tokenizer against the manifest, and overlap; returns the data's fingerprint."""
     def sha256(path):
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -5323,8 +5293,7 @@ def check_disk(folder: Path, need: int) -> str:
 
 
 def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "") -> list[Finding]:
-    """Every check that applies to the mode, in the order a user would fix them. attention_why: the answer,
-    where the kernels were tried already."""
+    """Every check of the mode, in the order a user would fix them. attention_why: tried already."""
     written = 2 * ARTIFACT_LIMIT + (8 << 20) + 4 * sum(map(math.prod, parameter_shapes(s).values()))
     checks = {
         "device": lambda: f"{world.device_name}, {torch.get_num_threads()} host threads",
@@ -5353,8 +5322,7 @@ def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "")
 
 
 def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
-    """Dry run of all that follows training, at full size on random weights, so that whatever is missing fails
-    before the clock starts. Returns the training seconds to reserve."""
+    """A dry run, at full size on random weights, of what follows training; the seconds to reserve."""
     begin, model, generator = Clock(), trainer.model, torch.Generator().manual_seed(s.seed)
     with torch.no_grad():
         weights = {n: (torch.randn(p.shape, generator=generator) * 0.02).to(p.device)
@@ -5463,8 +5431,7 @@ def idle_settings(s: Settings) -> dict[str, str]:
 
 
 def closest_system(s: Settings) -> tuple[str, dict] | None:
-    """The published system whose configuration beside this script is nearest to the settings, and what
-    differs as [here, there]; None where there are no configurations."""
+    """The configuration beside this script nearest to the settings, and what differs as [here, there]."""
     found, mine = [], s.as_env()
     for path in sorted(Path(__file__).parent.glob("configs/pr*.env")):
         lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
@@ -5526,8 +5493,7 @@ def read_weights(path: str, model: GPT) -> None:
 
 
 def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> tuple[Clock, Prefetch]:
-    """Warm-up, rehearsal, training: the model ends as its average, saved. Returns the training clock and the
-    stream, for calibration; with EVAL_ONLY_PATH the weights come from there."""
+    """Warm up, rehearse, train to the average, or read EVAL_ONLY_PATH; the training clock and the stream."""
     if s.eval_only_path:
         read_weights(s.eval_only_path, model)
         stream = Prefetch(open_train_stream(s, world, s.batch_shape(world.size)[1]), world.device)
@@ -5562,8 +5528,7 @@ BUDGET_SECONDS = 600.0    # the competition's, for all up to the artifact and ag
 
 
 def check_budget(run: Run, what: str, seconds: float, name: str, setting: float) -> None:
-    """What took longer than its setting (0: no limit) or than the competition allows makes a run
-    NON-COMPLIANT: a raised setting raises no budget."""
+    """Over its setting (0: none) or the competition's budget a run is NON-COMPLIANT."""
     for budget, of in ((BUDGET_SECONDS, "the competition's"), (setting or math.inf, name)):
         if seconds > budget:
             run.not_compliant(f"{what} took {seconds:.1f} s of {of} {budget:g} s")
@@ -5659,8 +5624,7 @@ def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) 
 
 
 def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> tuple[int, str]:
-    """The weights of the artifact file at path (on rank 0's disk) into the model; returns the file's size and
-    why it is NON-COMPLIANT (empty if it is not)."""
+    """The weights of the artifact at path into the model; the file's size and why it is NON-COMPLIANT."""
     try:
         blob = world.share_bytes(path.read_bytes() if world.main else None)
     except OSError as error:
