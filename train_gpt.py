@@ -25,6 +25,7 @@ import hashlib
 import importlib
 import inspect
 import io
+import itertools
 import json
 import lzma
 import math
@@ -2595,17 +2596,16 @@ class Trainer:
     def warm_up(self) -> float:
         """Compile and run every graph on random tokens, then undo it. Returns the seconds it took."""
         s, world, clock = self.s, self.world, Clock()
-        before = {n: p.clone() for n, p in self.model.state_dict().items()}
         generator = torch.Generator().manual_seed(s.seed + world.rank)
-        for length, passes in graphs_met(s):
-            for sharpness in (None, 1.0) if s.late_qat_threshold else (None,):
+        sharpnesses = (None, 1.0) if s.late_qat_threshold else (None,)
+        with weights_kept(self.model):
+            for (length, passes), sharpness in itertools.product(graphs_met(s), sharpnesses):
                 self.set_sharpness(sharpness)
                 for _ in range(s.warmup_steps):
                     for _ in range(self.accum):
                         self.micro_step(self.random_batch(generator, length), layer_plan(s, True, passes))
                     self.update(1.0, s.muon_momentum)
         self.set_sharpness(None)
-        self.model.load_state_dict(before)
         self.rewind()
         sync(world.device)
         return clock.elapsed()
@@ -2674,9 +2674,10 @@ class Progress:
                             "the cause with COMPUTE_DTYPE=float32")
 
 
-def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float, validate: Callable) -> dict:
+def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
+          validate: Callable) -> tuple[Clock, Prefetch]:
     """The training loop, to ITERATIONS or until a step would pass MAX_WALLCLOCK_SECONDS - reserve;
-    validate(step, looping) scores the weights off the clock. Returns the numbers, clock and stream."""
+    validate(step, looping) scores the weights off the clock. Returns the clock and the stream."""
     budget = s.max_wallclock_seconds - reserve if s.max_wallclock_seconds else 0.0
     if s.max_wallclock_seconds and budget <= 0:
         raise UserError(f"quantising and packing need {reserve:.1f} s, which leaves nothing of MAX_WALLCLOCK_"
@@ -2723,7 +2724,8 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
     trainer.set_sharpness(None)
     if step and (idle := trainer.optimiser.never_trained()):
         run.log("never_trained", parameters=idle)
-    return {"steps": step, "step_ms": step_ms, "clock": clock, "stream": stream}
+    run.summary.update(steps=step, step_ms=step_ms)
+    return clock, stream
 
 
 # ============================================================================================================
@@ -2742,10 +2744,11 @@ class Curvature(NamedTuple):
 class HessianTap:
     """A forward's tap that sums x'x of every matrix input, each visit counted, and (dL/dy)^2 of outputs."""
 
-    INPUTS = {"attn_in": ("attn.c_q.weight",), "heads": ("attn.proj.weight",), "mlp_in": ("mlp.fc.weight",),
-              "mlp_act": ("mlp.proj.weight",)}
-    OUTPUTS = {"q_out": "attn.c_q.weight", "k_out": "attn.c_k.weight", "v_out": "attn.c_v.weight",
-               "attn_out": "attn.proj.weight", "up_out": "mlp.fc.weight", "mlp_out": "mlp.proj.weight"}
+    INPUTS = {"attn_in": "blocks.{}.attn.c_q.weight", "heads": "blocks.{}.attn.proj.weight",
+              "mlp_in": "blocks.{}.mlp.fc.weight", "mlp_act": "blocks.{}.mlp.proj.weight"}
+    OUTPUTS = {"q_out": "blocks.{}.attn.c_q.weight", "k_out": "blocks.{}.attn.c_k.weight",
+               "v_out": "blocks.{}.attn.c_v.weight", "attn_out": "blocks.{}.attn.proj.weight",
+               "up_out": "blocks.{}.mlp.fc.weight", "mlp_out": "blocks.{}.mlp.proj.weight", "x0": "x0"}
 
     def __init__(self, s: Settings):
         self.head = "tok_emb.weight" if s.tie_embeddings else "lm_head.weight"
@@ -2755,16 +2758,14 @@ class HessianTap:
         self.batches = self.tokens = 0
 
     def __call__(self, kind: str, layer: int, x: Tensor) -> None:
-        names = (self.head,) if kind == "head_in" else tuple(
-            f"blocks.{layer}.{name}" for name in self.INPUTS.get(kind, ()))
-        for name in names:
+        if name := self.head if kind == "head_in" else self.INPUTS.get(kind, "").format(layer):
             flat = x.detach().flatten(0, -2).float()
             if name in self.sums:
                 self.sums[name].addmm_(flat.mT, flat)
             else:
                 self.sums[name] = flat.mT @ flat
-        if x.requires_grad and (kind == "x0" or kind in self.OUTPUTS):
-            self.outputs.append((kind if kind == "x0" else f"blocks.{layer}.{self.OUTPUTS[kind]}", x))
+        if x.requires_grad and kind in self.OUTPUTS:
+            self.outputs.append((self.OUTPUTS[kind].format(layer), x))
 
     @torch.no_grad()
     def add_squares(self, model: GPT, ids: Tensor, hidden: Tensor, generator: torch.Generator) -> None:
@@ -3084,18 +3085,18 @@ class Quantised:
     unit: float = 1.0
 
 
-def storage_of(s: Settings, name: str, w: Tensor) -> tuple:
-    """How a tensor is stored: ("gate",), ("half",) or ("gptq", bits, clip_sigmas). Tables that are looked up
-    and their projections have no Hessian: GPTQ then rounds each code by itself."""
+def storage_of(s: Settings, name: str, w: Tensor) -> tuple[str, int, float]:
+    """How a tensor is stored: gate, half or gptq; its bits; and clip_sigmas. Tables that are looked up and
+    their projections have no Hessian: GPTQ then rounds each code by itself."""
     if s.gated_attn_quant_gate and name.endswith("attn_gate_w") and w.dim() == 2 and 32 <= w.numel() <= 8192:
-        return ("gate",)
+        return "gate", 8, 0.0
     if w.numel() <= SMALL_TENSOR:
-        return ("half",)
+        return "half", 16, 0.0
     if name in ("tok_emb.weight", "lm_head.weight", "bigram.embed.weight", "ve_shared.embed.weight"):
-        return ("gptq", s.embed_bits, s.embed_clip_sigmas)
+        return "gptq", s.embed_bits, s.embed_clip_sigmas
     clip = (s.mlp_clip_sigmas if ".mlp." in name else s.attn_clip_sigmas if ".attn." in name
             else s.matrix_clip_sigmas)
-    return ("gptq", s.matrix_bits, clip)
+    return "gptq", s.matrix_bits, clip
 
 
 OCTAVE = 8             # stored steps are eighths of an octave
@@ -3204,9 +3205,9 @@ class Quantiser:
         out = Quantised(dict(self.steps), {}, unit if self.fisher else 1.0)
         how = f"gptq ({'trellis' if self.trellis else 'fisher'})"
         for name, w in self.weights.items():
-            kind, *bits = storage_of(self.s, name, w)
+            kind, bits, _ = storage_of(self.s, name, w)
             if kind == "gptq":
-                out.meta[name] = how if self.fisher else f"gptq (int{bits[0]})"
+                out.meta[name] = how if self.fisher else f"gptq (int{bits})"
             elif kind == "gate":
                 out.tensors[name + ".gq"], out.tensors[name + ".gs"] = (t.cpu() for t in quantise_rows(w))
                 out.meta[name] = "gate_int8_row"
@@ -4081,9 +4082,8 @@ def expected_size(s: Settings) -> str:
     blank = {name: torch.empty(shape, device="meta") for name, shape in parameter_shapes(s).items()}
     codes, coded, other, fisher = 0, 0.0, 0, s.quant_allocation == "fisher"
     for name, w in matrix_views(blank).items():
-        kind, *how = storage_of(s, name, w)
+        kind, bits, clip = storage_of(s, name, w)
         if kind == "gptq":
-            bits, clip = how
             codes, other = codes + w.numel(), other + sum(w.shape)
             share = GUESSED if w.size(0) >= TALL * w.size(1) else 1.0
             step = 4 / TOP_CODE if fisher else clip / (2 ** (bits - 1) - 1)      # at the finest
@@ -4890,16 +4890,16 @@ class PhasedTTT:
         """SGD on all base weights over booked documents; the learning rate falls as a cosine over chunks."""
         s, tokens = self.s, booked.tokens
         chunks = -(-(len(tokens) - 1) // s.global_ttt_chunk_tokens)
-        params = list(self.model.requires_grad_(True).parameters())
-        velocity = [torch.zeros_like(p) for p in params]
+        params = self.model.requires_grad_(True).parameters()
+        optimiser = torch.optim.SGD(params, momentum=s.global_ttt_momentum)
         for c in range(max(chunks - 1, 1)):    # as published, the last chunk is left out, unless it is alone
             part = tokens[c * s.global_ttt_chunk_tokens:(c + 1) * s.global_ttt_chunk_tokens + 1]
             rows = (len(part) - 1) // s.eval_seq_len
-            lr = self.global_lr(c, chunks)
+            optimiser.param_groups[0]["lr"] = self.global_lr(c, chunks)
             for _ in range(s.global_ttt_epochs):
                 for r in range(0, rows, s.global_ttt_batch_seqs):
                     begin, n = r * s.eval_seq_len, min(s.global_ttt_batch_seqs, rows - r) * s.eval_seq_len
-                    self.global_step(part[begin:begin + n + 1], params, velocity, lr)
+                    self.global_step(part[begin:begin + n + 1], optimiser)
         self.model.requires_grad_(False)
         self.trace("phase", model=self.model, tokens=tokens)
 
@@ -4911,7 +4911,7 @@ class PhasedTTT:
             return s.global_ttt_warmup_start_lr + f * (s.global_ttt_lr - s.global_ttt_warmup_start_lr)
         return s.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * (c - warm) / max(chunks - 1 - warm, 1)))
 
-    def global_step(self, tokens: np.ndarray, params: list, velocity: list, lr: float) -> None:
+    def global_step(self, tokens: np.ndarray, optimiser: torch.optim.SGD) -> None:
         """One momentum step on a run of tokens, which the ranks share by whole documents, or rows."""
         s, world, total = self.s, self.world, len(tokens) - 1
         starts = np.flatnonzero(tokens[:-1] == BOS)
@@ -4920,26 +4920,26 @@ class PhasedTTT:
         starts = np.unique(np.append(starts, (0, total)))
         begin, end = starts[np.searchsorted(starts, [total * (world.rank + i) // world.size for i in (0, 1)])]
         loss = torch.zeros((), device=world.device)
-        grads = [torch.zeros_like(p) for p in params]
         if end > begin:
             batch = packed_batch(tokens[begin:end + 1], s.eval_seq_len).to(world.device)
             if not s.global_ttt_respect_doc_boundaries:
                 x, y = (side.view(-1, s.eval_seq_len) for side in (batch.x, batch.y))
                 batch = Batch(x, y, None, s.eval_seq_len)
-            loss = self.model.losses(batch.x, batch.y, self.plan, batch.layout(batch.max_seqlen)).sum()
-            loss = loss / total
-            got = torch.autograd.grad(loss, params, allow_unused=True)
-            grads = [z if g is None else g for z, g in zip(grads, got)]
-        with torch.no_grad():
-            for g in (grads if world.size > 1 else ()):
-                world.total(g)
-            norm = torch.stack([g.norm() for g in grads]).norm()
-            if s.global_ttt_grad_clip > 0:
-                torch._foreach_mul_(grads, (s.global_ttt_grad_clip / (norm + 1e-6)).clamp(max=1))
-            torch._foreach_mul_(velocity, s.global_ttt_momentum)
-            torch._foreach_add_(velocity, grads)
-            torch._foreach_add_(params, velocity, alpha=-lr)
-        self.trace("sgd_step", loss=world.total(loss.detach().clone()), n_tokens=total, grad_norm=norm, lr=lr)
+            losses = self.model.losses(batch.x, batch.y, self.plan, batch.layout(batch.max_seqlen))
+            loss = losses.sum() / total
+            loss.backward()
+        norm = total_gradients(world, self.model, s.global_ttt_grad_clip)
+        optimiser.step()
+        optimiser.zero_grad()
+        self.trace("sgd_step", loss=world.total(loss.detach().clone()), n_tokens=total, grad_norm=norm,
+                   lr=optimiser.param_groups[0]["lr"])
+
+
+def total_gradients(world: World, model: GPT, clip: float) -> Tensor:
+    """Sum all gradients over the ranks and clip their norm (0: no clipping); returns the norm before."""
+    for p in model.parameters():
+        p.grad = world.total(torch.zeros_like(p) if p.grad is None else p.grad)
+    return nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
 
 
 @torch.no_grad()
@@ -4998,11 +4998,11 @@ def prequant_ttt(s: Settings, world: World, model: GPT, tokens: np.ndarray, trac
                 loss = model.losses(x, y, layer_plan(s, True)).mean()
                 loss.backward()
             for p in params.values():
-                p.grad = world.total(torch.zeros_like(p) if p.grad is None else p.grad) / world.size
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad / world.size
             for name, g in views({n: p.grad for n, p in params.items()}).items():
                 if name.startswith(frozen):
                     g.zero_()
-            norm = nn.utils.clip_grad_norm_(params.values(), s.prequant_ttt_grad_clip or math.inf)
+            norm = total_gradients(world, model, s.prequant_ttt_grad_clip)
             optimiser.step()
             trace(loss=loss.item(), lr=lr, grad_norm=norm.item())
     model.zero_grad()
@@ -5513,14 +5513,11 @@ def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
         if step == 0:
             run.summary["untrained_val_bpb"] = score.bpb
 
-    done = train(s, world, run, trainer, reserve, validate)
-    with torch.no_grad():
-        for n, p in model.named_parameters():
-            p.copy_(trainer.ema[n])
+    clock, stream = train(s, world, run, trainer, reserve, validate)
+    model.load_state_dict(trainer.ema)
     save_weights(run, model)
-    run.summary.update(steps=done["steps"], step_ms=done["step_ms"])
     run.save_summary()
-    return done["clock"], done["stream"]
+    return clock, stream
 
 
 ARTIFACT_NAME = "final_model.int6.ptz"

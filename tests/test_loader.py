@@ -74,7 +74,7 @@ def test_the_end_of_an_epoch_is_logged(data):
     events, world = [], tg.World()
 
     class Log:
-        live = False
+        live, summary = False, {}
 
         def log(self, event, **values):
             events.append((event, values))
@@ -83,8 +83,8 @@ def test_the_end_of_an_epoch_is_logged(data):
             pass
 
     trainer = tg.Trainer(s, world, tg.build_model(s, world))
-    done = tg.train(s, world, Log(), trainer, 0.0, lambda *_: None)
-    done["stream"].close()
+    _, stream = tg.train(s, world, Log(), trainer, 0.0, lambda *_: None)
+    stream.close()
     total = sum(len(tg.read_shard(f)) for f in tg.list_shards(data, "train"))
     ends = [v for event, v in events if event == "epoch_end"]
     assert [v["epoch"] for v in ends] == [1, 2]
