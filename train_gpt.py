@@ -1817,10 +1817,9 @@ class Adapter:
 
 
 class KeyCache:
-    """Keys and values that the earlier chunks of B documents left behind, as computed then and cut from their
-    graph: per slot (B, P, K, D), as many as fit into a window beside the next chunk. position: tokens seen;
-    last (B, 2): the tokens before the next chunk. states: slot STATES keeps final hidden states (B, P, D) of
-    length 1 and the tokens that came next (B, P)."""
+    """Keys and values of B documents' earlier chunks, cut from their graph: per slot (B, P, K, D), as many as
+    fit into a window beside the next chunk. position: tokens seen; last (B, 2): those before the next chunk.
+    states: slot STATES keeps final hidden states (B, P, D) of length 1 and the tokens that followed (B, P)."""
     STATES = -1
 
     def __init__(self, window: int, states: bool = False):
@@ -2341,8 +2340,8 @@ class Optimiser:
         self.names = {p: n for n, p in params.items()}
         self.banks = sorted(by_role["matrix"], key=lambda p: -p.numel())
         rates = {"embed": (s.tied_embed_lr if s.tie_embeddings else s.embed_lr, s.embed_wd),
-                 "head": (s.head_lr, s.embed_wd), "small": (s.scalar_lr, s.adam_wd)}
-        rates["strength"] = (s.scalar_lr, 0.0)
+                 "head": (s.head_lr, s.embed_wd), "small": (s.scalar_lr, s.adam_wd),
+                 "strength": (s.scalar_lr, 0.0)}
         if s.asym_logit_train:
             rates["cap"] = (s.scalar_lr, 0.0)
         groups = [dict(params=by_role[role], lr=lr, peak=lr, weight_decay=wd)
@@ -2795,13 +2794,10 @@ class HessianTap:
         self.tokens += ids.numel()
 
     def finish(self, world: World = World()) -> Curvature:
-        """Mean over all ranks' batches; c_k and c_v share c_q's Hessian."""
+        """Mean over all ranks' batches; c_k and c_v share c_q's Hessian (see input_of)."""
         batches, tokens = world.total(torch.tensor([self.batches, self.tokens], dtype=torch.float64,
                                                    device=world.device)).tolist()
         means = {name: world.total(h).div_(batches) for name, h in self.sums.items()}
-        for name in [n for n in means if n.endswith("attn.c_q.weight")]:
-            for other in ("c_k", "c_v"):
-                means[name.replace("c_q", other)] = means[name]
         fisher = {name: world.total(x).div_(tokens) for name, x in self.squares.items()}
         if fisher:      # the embedding also costs where it is read: alike in all columns, as damping is
             read = fisher.pop("x0") * (tokens / batches)
@@ -3023,8 +3019,8 @@ def protect(s: Settings, out: Quantised, weights: Mapping[str, Tensor], hessians
     size, scores = s.awq_lite_group_size, []
     for name in names:
         w = weights[name]
-        if name in hessians and storage_of(s, name, w)[1] < s.awq_lite_bits:
-            values = group_scores(w, input_rms(s, name, hessians[name]), size).tolist()
+        if input_of(name) in hessians and storage_of(s, name, w)[1] < s.awq_lite_bits:
+            values = group_scores(w, input_rms(s, name, hessians[input_of(name)]), size).tolist()
             scores += [(value, name, i * size) for i, value in enumerate(values)]
     chosen: dict[str, list[int]] = {}
     for _, name, start in sorted(scores, key=lambda x: -x[0])[:s.awq_lite_group_top_k]:
@@ -3034,7 +3030,7 @@ def protect(s: Settings, out: Quantised, weights: Mapping[str, Tensor], hessians
         fine = torch.isin(torch.arange(w.size(1)) // size * size, torch.tensor(starts))
         high = row_scales(w, s.awq_lite_bits, clip * coarser)
         steps = out.tensors[name + ".scale"].to(w.device), high
-        codes = gptq_protected(w, hessians[name], steps, (bits, s.awq_lite_bits), fine)
+        codes = gptq_protected(w, hessians[input_of(name)], steps, (bits, s.awq_lite_bits), fine)
         out.tensors.update({name + ".q": codes.cpu(), name + ".awqg_s_hi": high.cpu(),
                             name + ".awqg_start": torch.tensor(starts, dtype=torch.int16),
                             name + ".awqg_size": torch.tensor([size], dtype=torch.int16)})
@@ -4505,8 +4501,7 @@ class Scorer:
 
     @torch.no_grad()
     def windows(self, val: Validation, stride: int, looping: bool = True) -> Score:
-        """Score every document by windows of EVAL_SEQ_LEN at this stride. Where they would overlap, and
-        EVAL_KV_REUSE says so, documents beyond the window are scored on cached keys."""
+        """Score every document by windows of EVAL_SEQ_LEN at this stride, or beyond those on cached keys."""
         s, ledger = self.s, Ledger(val, self.world.device)
         self.ledger = ledger              # the books of the latest evaluation
         starts, targets = val.documents.start, val.documents.length - 1
@@ -4635,9 +4630,8 @@ def chunk_bounds(s: Settings, length: int, times: int = 1) -> list[int]:
 
 
 def trained_rows(s: Settings, targets: np.ndarray, end: int) -> np.ndarray:
-    """(B,) bool: the documents, of targets (B,), whose adapters learn from a chunk that ends at target `end`:
-    those that go on, within the limits of TTT_TRAIN_*_DOC_LEN. In stream order these go by the position
-    reached: nothing is known of where a document ends but that it goes on."""
+    """(B,) bool: the documents, of targets (B,), that learn from a chunk ending at target `end`: those that go
+    on, within TTT_TRAIN_*_DOC_LEN; in stream order by the position reached, as no end is known yet."""
     most, goes_on = s.ttt_train_max_doc_len or math.inf, targets > end
     if s.ttt_doc_order == "stream":
         return goes_on & (end < most)
@@ -4668,11 +4662,9 @@ def grouped(s: Settings, documents: np.ndarray, lengths: np.ndarray) -> list[np.
 
 
 def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
-    """The groups of all documents, cut at the phase boundaries.
-
-    TTT_DOC_ORDER=stream: round i holds the i-th part of the stream's first documents, the last the rest: no
-    document is ever influenced by a later one. length: the longest documents of all come first, as in the
-    field; a phase then trains on the shortest groups scored so far."""
+    """The groups of all documents, cut at the phase boundaries. TTT_DOC_ORDER=stream: round i holds the i-th
+    part of the stream's first documents, so that none is influenced by a later one. length: as in the field
+    the longest documents of all come first; a phase trains on the shortest groups scored so far."""
     phases = s.phased_ttt_num_phases if s.phased_ttt_prefix_docs else 0
     bounds = [s.phased_ttt_prefix_docs * (i + 1) // phases for i in range(phases)]
     everything, rounds, begin = np.arange(len(lengths)), [], 0
@@ -4701,9 +4693,8 @@ WATCH_EVERY = 8             # chunks between two looks at the clock
 class PhasedTTT:
     """Score-first phased test-time training. Each document has its own adapter, scored chunk by chunk and
     adapted only by booked chunks; at each phase boundary the base weights are trained on whole booked
-    documents. Groups are shared out over the ranks by predicted cost: no files, no locks, no races.
-    clock: the evaluation's, watched so that every target is scored in time. trace(event, **values) observes:
-    lora, reset, chunk, sgd_step, phase, give_up."""
+    documents. Ranks share the groups by predicted cost. clock: the evaluation's, watched so that every target
+    is scored in time. trace(event, **values) observes: lora, reset, chunk, sgd_step, phase, give_up."""
 
     def __init__(self, s: Settings, world: World, model: GPT, val: Validation, trace: Callable | None = None,
                  clock: Clock | None = None, ledger: Ledger | None = None):
@@ -5148,11 +5139,9 @@ def probe_hints(s: Settings) -> tuple[Hints, bool]:
 
 def probe_normalisation(s: Settings, world: World, model: GPT) -> Iterator[Finding]:
     """C2: exp(-loss) of every possible next token, as the books have it, sums to 1: one document per token of
-    the vocabulary, scored by windows and by adapters that have learnt from the document's first two targets,
-    fast, and of a low rank, which does not matter here. The sum is over equal hidden states, to the bit: no
-    adapter begins with what another group learnt, and half precision, which rounds rotary angles along a
-    row differently, scores every document in a row of its own (without torch.compile: rows so short are
-    nobody else's)."""
+    the vocabulary, scored by windows and by adapters that have learnt from its first two targets. The sum is
+    over equal hidden states, to the bit: no adapter begins with what another group learnt, and half
+    precision, which rounds rotary angles along a row, scores every document in a row of its own."""
     tokens = np.tile(np.array([BOS, 4, 5, 6, 7]), s.vocab_size + 1)[:-4]
     tokens[4::5] = np.arange(s.vocab_size)
     val, half = Validation.of(tokens), model.compute_dtype in HALF
