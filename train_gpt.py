@@ -1819,7 +1819,7 @@ class Adapter:
 class KeyCache:
     """Keys and values of B documents' earlier chunks, cut from their graph: per slot (B, P, K, D), as many as
     fit into a window beside the next chunk. position: tokens seen; last (B, 2): those before the next chunk.
-    states: slot STATES keeps final hidden states (B, P, D) of length 1 and the tokens that followed (B, P)."""
+    states: slot STATES keeps final hidden states (B, P, D) of length 1, and the next tokens (B, P)."""
     STATES = -1
 
     def __init__(self, window: int, states: bool = False):
@@ -4630,7 +4630,7 @@ def chunk_bounds(s: Settings, length: int, times: int = 1) -> list[int]:
 
 
 def trained_rows(s: Settings, targets: np.ndarray, end: int) -> np.ndarray:
-    """(B,) bool: the documents, of targets (B,), that learn from a chunk ending at target `end`: those that go
+    """(B,) bool: the documents, of targets (B,), that learn from a chunk ending at target `end`: those going
     on, within TTT_TRAIN_*_DOC_LEN; in stream order by the position reached, as no end is known yet."""
     most, goes_on = s.ttt_train_max_doc_len or math.inf, targets > end
     if s.ttt_doc_order == "stream":
