@@ -94,10 +94,8 @@ class Settings:
     run_id: str = knob("", "name of the run (default: date and a random tag)", group="run")
     seed: int = knob(1337, "seed of weights, adapters and data order", 0)
     artifact_dir: str = knob("", "folder of the run's files (default: runs/<RUN_ID>)")
-    max_wallclock_seconds: float = knob(600.0, "training budget in s, artifact included; 0: ITERATIONS; over "
-                                        "600 s used is NON-COMPLIANT", 0)
-    eval_max_seconds: float = knob(600.0, "evaluation budget in s, watched by TTT; 0: none; over 600 s used "
-                                   "is NON-COMPLIANT", 0)
+    max_wallclock_seconds: float = knob(600.0, "s of training, artifact too; 0: ITERATIONS; rules: 600", 0)
+    eval_max_seconds: float = knob(600.0, "s to evaluate in, watched by TTT; 0: no limit; rules: 600", 0)
     iterations: int = knob(20000, "most optimiser steps; without a time budget the schedule's length", 0)
     train_log_every: int = knob(500, "steps between progress lines (the first ten always show)", 0)
     val_loss_every: int = knob(0, "steps between validations in training, step 0 included; 0: none", 0)
@@ -206,8 +204,7 @@ class Settings:
     midrun_cap_schedule: str = knob("", "caps on the share of the learning rate: cap@progress, …")
     recur_start_step: int = knob(0, "step at which loops begin; 0: by ENABLE_LOOPING_AT", 0)
     loop_schedule: str = knob("", "or passes over the loop as training goes on: passes@progress, …")
-    late_qat_threshold: float = knob(0.0, "share of the learning rate below which the projections of bigram "
-                                     "and value embeddings train softly rounded; 0: never", 0, 1)
+    late_qat_threshold: float = knob(0.0, "learning rate's share below which small projections round", 0, 1)
     late_qat_min_step: int = knob(2000, "and not before this step", 0)
     ema_decay: float = knob(0.9965, "averaging of the weights, per step", 0, 0.999999)
     prequant_ttt_enabled: bool = knob(False, "study, NON-COMPLIANT: train on validation tokens last")
@@ -288,8 +285,7 @@ class Settings:
     ttt_grad_steps: int = knob(1, "adapter steps per chunk", 1)
     ttt_train_min_doc_len: int = knob(0, "shorter documents are scored without adapting: as published, their "
                                       "end is known beforehand", 0)
-    ttt_train_max_doc_len: int = knob(0, "and so are longer ones, in stream order their tokens from there "
-                                      "on; 0: none", 0)
+    ttt_train_max_doc_len: int = knob(0, "so are longer ones (stream: their tokens beyond); 0: none", 0)
     ttt_cache_lambda: float = knob(0.0, "weight, in TTT's scores, of what followed earlier hidden states of "
                                    "the document that are like the present one; 0: none", 0, 1)
     ttt_cache_theta: float = knob(36.0, "how fast a state's say falls with its distance", 0)
@@ -1341,8 +1337,7 @@ class Plan(NamedTuple):
 
 
 def layer_plan(s: Settings, looping: bool, passes: int = 0) -> Plan:
-    """0 1 2 | 3 4 5 | 3 4 5 | 3 4 5 | 6 … 10 when looping, else 0 … 10; cut in halves. passes over the loop:
-    those of the finished model, unless given."""
+    """0 1 2 | 3 4 5 | 3 4 5 | 3 4 5 | 6 … 10 when looping, else 0 … 10; cut in halves; passes: a loop's."""
     order = tuple(range(s.num_layers))
     if looping and s.num_loops:
         loop = order[s.loop_start:s.loop_end + 1]
@@ -1390,8 +1385,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def remove_own_value(y: Tensor, v: Tensor, alpha: Tensor | None = None) -> Tensor:
-    """XSA: y (B, T, H, D) minus its projection, times tanh alpha (H,) where that is given, on the same
-    position's value v (B, T, K, D)."""
+    """XSA: y (B, T, H, D) minus its projection, perhaps times tanh alpha (H,), on its v (B, T, K, D)."""
     direction = F.normalize(v, dim=-1, eps=1e-12)[:, :, :, None]
     grouped = y.unflatten(2, (v.size(2), -1))
     share = (grouped * direction).sum(-1, keepdim=True)
@@ -1694,8 +1688,7 @@ class GPT(nn.Module):
         return z if adapter is None else adapter.bind(hidden.dtype, head=True).add(z, "head", 0, hidden)
 
     def logits(self, hidden: Tensor, adapter: Adapter | None = None) -> Tensor:
-        """Logits (B, T, V) float32 as they are scored: capped, calibrated, corrected by counts. Two caps are
-        out of reach of any gradient unless trained."""
+        """Logits (B, T, V) float32 as they are scored: capped, calibrated, corrected by counts."""
         s, z = self.s, self.raw_logits(hidden, adapter).float()
         if s.asym_logit_rescale:
             caps = (self.softcap_pos, self.softcap_neg)
@@ -1709,9 +1702,8 @@ class GPT(nn.Module):
     def losses(self, ids: Tensor, targets: Tensor, plan: Plan, layout: Layout | None = None,
                adapter: Adapter | None = None, tap: Callable | None = None, cache: KeyCache | None = None,
                training: bool = False, alpha: Tensor | None = None) -> Tensor:
-        """Cross-entropy of every target in nats, (B, T) float32. With targets (N, B, T), N tokens a place,
-        only the first's losses have a graph. training: labels are smoothed; and as published, asymmetric
-        caps count in evaluation only."""
+        """Cross-entropy of every target in nats, (B, T) float32; of targets (N, B, T), N tokens a place, the
+        first's have a graph. training: labels are smoothed and, as published, there are no two caps."""
         s, hidden = self.s, self.hidden(ids, plan, layout, adapter, tap, cache, alpha)
         two_caps = s.asym_logit_rescale and (s.asym_logit_train or not training)
         smooth, biased = s.label_smooth * training, adapter is not None and adapter.bias is not None
@@ -2640,8 +2632,7 @@ class Progress:
         self.peak = world.size * next(peaks, 0.0)
 
     def numbers(self, step: int, elapsed: float, plan: Plan) -> dict:
-        """ms per step (since the last line; mean), tokens/s, share of the budget used, seconds left, and the
-        FLOP utilisation where the GPU's peak is known."""
+        """Speed since the last line and overall, share of the budget used, seconds left, FLOP utilisation."""
         steps, seconds = step - self.last[0], max(elapsed - self.last[1], 1e-9)
         self.last = (step, elapsed)
         rate = self.s.train_batch_tokens * steps / seconds
@@ -2653,8 +2644,7 @@ class Progress:
         return out
 
     def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, lr: float, plan: Plan) -> None:
-        """A line in the log for the first ten steps and every TRAIN_LOG_EVERY, else one on a terminal, twice
-        a second at most. A loss that is no number stops the run."""
+        """A line in the log (ten steps, then every TRAIN_LOG_EVERY), else on a terminal, two a second."""
         logged = step <= 10 or (self.s.train_log_every and step % self.s.train_log_every == 0)
         if not logged and not (self.run.live and clock.elapsed() - self.last[1] > 0.5):
             return
@@ -2929,8 +2919,7 @@ ARRIVALS = np.array([np.argwhere(TRELLIS == to) for to in range(8)]).transpose(1
 def trellis_block(t: Tensor, unit: Tensor, slope: Tensor, state: Tensor,
                   tile: int = 16) -> tuple[Tensor, Tensor, Tensor]:
     """The cheapest path through columns t (n, C, R), in steps, from state (n, R): (codes, errors, end state).
-    slope (n, C, 1): what a squared error of a column costs. All 8 states keep a survivor with feedback of its
-    own; within a tile per column, beyond it per tile."""
+    slope (n, C, 1): cost of a column's squared error. Each of 8 states keeps a survivor with its feedback."""
     (from0, odd0), (from1, odd1) = (torch.from_numpy(a).to(t.device) for a in ARRIVALS)
     half0, half1, odd0, odd1 = (x.to(t.dtype)[:, None] / 2 for x in (from0 & 1, from1 & 1, odd0, odd1))
     cost = torch.full((t.size(0), 8, t.size(2)), torch.inf, device=t.device).scatter_(1, state[:, None], 0)
@@ -3112,9 +3101,8 @@ def octaves(eighths: Tensor) -> Tensor:
 
 
 class Quantiser:
-    """A model's weights, ready to be quantised at any fineness: what does not depend on it (factors of the
-    Hessians, ratios of the steps) is computed once. Matrices are shared out over the ranks, those of one
-    Hessian together; equal shapes are one batch."""
+    """A model's weights, ready to be quantised at any fineness: what does not depend on it is computed once.
+    Ranks share the matrices, those of one Hessian together; equal shapes are one batch."""
 
     @torch.no_grad()
     def __init__(self, s: Settings, weights: Mapping[str, Tensor], curvature: Curvature,
@@ -4219,8 +4207,7 @@ class Ledger:
         return Booked(np.concatenate([self.val.tokens[a:a + n] for a, n in spans]))
 
     def close(self, world: World) -> Score:
-        """Sum over ranks; raises unless every expected target, and no other, was scored exactly once, and
-        before any step on it."""
+        """Sum over ranks; raises unless every expected target was scored, once, before any step on it."""
         if self.early:
             raise LedgerError(EARLY)
         count = world.total(self.count).cpu().numpy()
