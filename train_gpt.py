@@ -94,8 +94,10 @@ class Settings:
     run_id: str = knob("", "name of the run (default: date and a random tag)", group="run")
     seed: int = knob(1337, "seed of weights, adapters and data order", 0)
     artifact_dir: str = knob("", "folder of the run's files (default: runs/<RUN_ID>)")
-    max_wallclock_seconds: float = knob(600.0, "s of training, artifact too; 0: ITERATIONS; rules: 600", 0)
-    eval_max_seconds: float = knob(600.0, "s to evaluate in, watched by TTT; 0: no limit; rules: 600", 0)
+    max_wallclock_seconds: float = knob(600.0, "training budget in s, artifact included; 0: ITERATIONS; over "
+                                        "600 s used is NON-COMPLIANT", 0)
+    eval_max_seconds: float = knob(600.0, "evaluation budget in s, watched by TTT; 0: none; over 600 s used "
+                                   "is NON-COMPLIANT", 0)
     iterations: int = knob(20000, "most optimiser steps; without a time budget the schedule's length", 0)
     train_log_every: int = knob(500, "steps between progress lines (the first ten always show)", 0)
     val_loss_every: int = knob(0, "steps between validations in training, step 0 included; 0: none", 0)
@@ -204,7 +206,8 @@ class Settings:
     midrun_cap_schedule: str = knob("", "caps on the share of the learning rate: cap@progress, …")
     recur_start_step: int = knob(0, "step at which loops begin; 0: by ENABLE_LOOPING_AT", 0)
     loop_schedule: str = knob("", "or passes over the loop as training goes on: passes@progress, …")
-    late_qat_threshold: float = knob(0.0, "learning rate's share below which small projections round", 0, 1)
+    late_qat_threshold: float = knob(0.0, "share of the learning rate below which the projections of bigram "
+                                     "and value embeddings train softly rounded; 0: never", 0, 1)
     late_qat_min_step: int = knob(2000, "and not before this step", 0)
     ema_decay: float = knob(0.9965, "averaging of the weights, per step", 0, 0.999999)
     prequant_ttt_enabled: bool = knob(False, "study, NON-COMPLIANT: train on validation tokens last")
