@@ -665,17 +665,9 @@ class World:
             dist.all_reduce(x)
         return x
 
-    def agree(self, value: float) -> float:
+    def agree(self, value):
         """Rank 0's value on every rank (through host memory, so the GPU queue is not drained)."""
-        if self.size == 1:
-            return value
-        box = torch.tensor([value], dtype=torch.float64)
-        dist.broadcast(box, 0)
-        return box.item()
-
-    def share_bytes(self, data: bytes | None) -> bytes:
-        """Rank 0's bytes on every rank, so that only its node needs the file."""
-        box = [data]
+        box = [value]
         if self.size > 1:
             dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
@@ -757,7 +749,7 @@ class Run:
 
     def __init__(self, s: Settings, world: World):
         name = s.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
-        self.world, self.id = world, world.share_bytes(name.encode()).decode()
+        self.world, self.id = world, world.agree(name)
         self.dir = Path(s.artifact_dir or Path("runs") / self.id)
         self.live = sys.stdout.isatty() and world.main
         self.summary = {**dict.fromkeys(SUMMARY_KEYS), "compliant": True, "not_compliant_because": []}
@@ -3377,7 +3369,7 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
         values = raw.cpu().numpy().astype("<f4").tobytes()
         run.log("logit_calibration", steps=len(losses), train_loss=losses.mean().item(), values=raw.tolist())
     header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
-    whole = artifact_to_bytes(header, {**streams, CALIBRATION_STREAM: world.share_bytes(values)})
+    whole = artifact_to_bytes(header, {**streams, CALIBRATION_STREAM: world.agree(values)})
     return whole if len(whole) + code_bytes(s.code_form) <= ARTIFACT_LIMIT else blob
 
 
@@ -4110,7 +4102,7 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
         watch = Clock()
         q = quantiser(unit)
         quantised = watch.elapsed()
-        blob = world.share_bytes(pack_model(s, q) if world.main else None)
+        blob = world.agree(pack_model(s, q) if world.main else None)
         run.log("pack", bytes=len(blob), code_bytes=script, total=len(blob) + script, unit=unit,
                 quantise_s=quantised, pack_s=watch.elapsed() - quantised)
         beyond = len(blob) - estimate_bytes(spread, unit)
@@ -4410,7 +4402,7 @@ class Hints:
             starts, lengths = val.documents.start[order], val.documents.length[order]
             at = np.concatenate([np.arange(a, a + n - 1) for a, n in zip(starts, lengths)])
             found = cls.of(s, np.append(val.tokens[at[:1]], val.tokens[at + 1]), at)
-        return world.gather(found)[0]
+        return world.agree(found)
 
     def find(self, at: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
         """Hints (E, …) int64 and confidences (E, …) at input positions (…)."""
@@ -5324,7 +5316,7 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     q = quantiser(unit_for(quantiser.spread, 0.99 * (ARTIFACT_LIMIT - code_bytes(s.code_form)),
                            quantiser.finest))
     packing = Clock()
-    blob = world.share_bytes(pack_model(s, q) if world.main else None)
+    blob = world.agree(pack_model(s, q) if world.main else None)
     # the fitter takes about three tries; 100 MB/s for saving the weights; a quarter to spare
     saving = sum(4 * p.numel() for p in model.parameters()) / 1e8
     need = seconds + 3 * clock.elapsed() - 2 * setting_up + saving
@@ -5602,7 +5594,7 @@ def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) 
 def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> tuple[int, str]:
     """The weights of the artifact at path into the model; the file's size and why it is NON-COMPLIANT."""
     try:
-        blob = world.share_bytes(path.read_bytes() if world.main else None)
+        blob = world.agree(path.read_bytes() if world.main else None)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; give final_model.int6.ptz") from error
     found = read_artifact(s, blob, path.name)

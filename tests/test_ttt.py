@@ -59,6 +59,9 @@ def ranks_as_threads(size) -> list[tg.World]:
             barrier.wait()
             return list(box)
 
+        def agree(self, value):
+            return self.gather(value)[0]
+
         def total(self, x):
             return x.copy_(sum(self.gather(x.clone())))
 
