@@ -939,6 +939,10 @@ class Batch(NamedTuple):
             return t if placed else t.pin_memory().to(device, non_blocking=True)
         return self._replace(x=move(self.x), y=move(self.y), cu_seqlens=move(self.cu_seqlens))
 
+    def rows(self, length: int) -> Batch:
+        """The same tokens as rows of this length, documents not kept apart."""
+        return Batch(self.x.view(-1, length), self.y.view(-1, length), None, length)
+
     def layout(self, cap: int) -> Layout | None:
         """Document layout; `cap` bounds a piece's length and is fixed, so that compiled graphs are reused."""
         return None if self.cu_seqlens is None else Layout(self.cu_seqlens, cap)
@@ -1804,9 +1808,10 @@ class Adapter:
 
 
 class KeyCache:
-    """Keys and values of B documents' earlier chunks, cut from their graph: per slot (B, P, K, D), as many as
-    fit into a window beside the next chunk. position: tokens seen; last (B, 2): those before the next chunk.
-    states: slot STATES keeps final hidden states (B, P, D) of length 1, and the next tokens (B, P)."""
+    """Keys and values that the earlier chunks of B documents left behind, as computed then and cut from their
+    graph: per slot (B, P, K, D), as many as fit into a window beside the next chunk. position: tokens seen;
+    last (B, 2): the tokens before the next chunk. states: slot STATES keeps final hidden states (B, P, D) of
+    length 1 and the tokens that came next (B, P)."""
     STATES = -1
 
     def __init__(self, window: int, states: bool = False):
@@ -2603,13 +2608,10 @@ class Trainer:
     def random_batch(self, generator: torch.Generator, length: int = 0) -> Batch:
         """A micro-batch of random tokens shaped as the loader's, cut at `length` (0: TRAIN_SEQ_LEN)."""
         s = self.s
-        if s.train_loader in WINDOWED:
-            shape = (self.tokens // s.train_seq_len, s.train_seq_len + 1)
-            t = torch.randint(s.vocab_size, shape, generator=generator)
-            return Batch(t[:, :-1], t[:, 1:], None, s.train_seq_len).to(self.world.device)
         tokens = torch.randint(2, s.vocab_size, (self.tokens + 1,), generator=generator).numpy()
         tokens[::max(2, s.train_seq_len // 2)] = BOS
-        return packed_batch(tokens, length or s.train_seq_len).to(self.world.device)
+        batch = packed_batch(tokens, length or s.train_seq_len)
+        return (batch.rows(s.train_seq_len) if s.train_loader in WINDOWED else batch).to(self.world.device)
 
 
 # Dense bfloat16 FLOP/s of a GPU, by part of its name.
@@ -4895,9 +4897,7 @@ class PhasedTTT:
         loss = torch.zeros((), device=world.device)
         if end > begin:
             batch = packed_batch(tokens[begin:end + 1], s.eval_seq_len).to(world.device)
-            if not s.global_ttt_respect_doc_boundaries:
-                x, y = (side.view(-1, s.eval_seq_len) for side in (batch.x, batch.y))
-                batch = Batch(x, y, None, s.eval_seq_len)
+            batch = batch if s.global_ttt_respect_doc_boundaries else batch.rows(s.eval_seq_len)
             losses = self.model.losses(batch.x, batch.y, self.plan, batch.layout(batch.max_seqlen))
             loss = losses.sum() / total
             loss.backward()
