@@ -4600,16 +4600,16 @@ def chunk_window(s: Settings, targets: np.ndarray, begin: int, end: int, cached:
     return ChunkWindow(first, np.where(count > 0, begin - first, 0), count, width)
 
 
-def chunk_bounds(s: Settings, length: int, times: int = 1) -> list[int]:
+def chunk_bounds(s: Settings, length: int) -> list[int]:
     """Targets at which the chunks of a group begin whose longest document has `length` tokens, and the end of
-    the last one; chunks `times` as large. In stream order the size goes by the position in the document, so
-    that no later document has a say in how an earlier one is cut; in the field's order by `length`."""
+    the last one. In stream order the size goes by the position in the document, so that no later document has
+    a say in how an earlier one is cut; in the field's order by `length`."""
     steps, bounds = chunk_steps(s), [0]
     if s.ttt_doc_order == "length":
         steps = [(math.inf, next(chunk for bound, chunk in steps if length <= bound))]
     for bound, chunk in steps:
         while bounds[-1] < min(bound, length - 1):
-            bounds.append(bounds[-1] + min(times * chunk, s.ttt_eval_seq_len))
+            bounds.append(bounds[-1] + min(chunk, s.ttt_eval_seq_len))
     return bounds
 
 
@@ -4669,7 +4669,7 @@ def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
 
 
 # What the watchdog gives up, in this order, when the evaluation would outlast its budget.
-GIVE_UP = ("nothing", "further phases on the base weights and half of the adapter steps", "adaptation")
+GIVE_UP = ("nothing", "further phases on the base weights", "adaptation")
 NO_ADAPTATION = 2
 WATCH_EVERY = 8             # chunks between two looks at the clock
 
@@ -4693,15 +4693,11 @@ class PhasedTTT:
         self.phase_pace, self.phase_tokens = 0.0, 0    # seconds a token of a phase; tokens to train on
 
     def costs(self, group: np.ndarray) -> np.ndarray:
-        """Predicted token-passes of a group at every level of GIVE_UP; a backward counts twice a forward.
-        With cached keys half of the time is taken to go with the tokens, half with the steps."""
-        s, longest = self.s, int(self.lengths[group].max())
-        every, fewer = (np.array(chunk_bounds(s, longest, times)[1:]) for times in (1, 2))
-        if s.ttt_kv_reuse:
-            adapting = [3 * longest, 1.5 * longest * (1 + len(fewer) / len(every))]
-        else:
-            adapting = [3 * np.minimum(ends, s.ttt_eval_seq_len).sum() for ends in (every, fewer)]
-        return len(group) * np.array([*adapting, longest], float)
+        """Predicted token-passes of a group at every level of GIVE_UP; a backward counts twice a forward."""
+        longest = int(self.lengths[group].max())
+        ends = np.minimum(chunk_bounds(self.s, longest)[1:], self.s.ttt_eval_seq_len)
+        adapting = 3 * (longest if self.s.ttt_kv_reuse else ends.sum())
+        return len(group) * np.array([adapting, adapting, longest], float)
 
     def mine(self, groups: list[np.ndarray]) -> list[np.ndarray]:
         """This rank's share of the groups."""
@@ -4785,7 +4781,7 @@ class PhasedTTT:
             if s.ttt_doc_order == "stream" or not self.correctors:
                 self.correctors = [Corrector(s) for _ in range(s.ttt_batch_size)]
             adapter.correctors = self.correctors[:len(group)]
-        bounds = chunk_bounds(s, int(self.lengths[group].max()), 1 + (level == 1))
+        bounds = chunk_bounds(s, int(self.lengths[group].max()))
         costs, counted, since = self.costs(group), 0, Clock()
         for n, (begin, end) in enumerate(zip(bounds, bounds[1:]), start=1):
             if cached and begin:
