@@ -2628,25 +2628,22 @@ class Progress:
         peaks = (flops for part, flops in PEAK_FLOPS.items() if part in world.device_name)
         self.peak = world.size * next(peaks, 0.0)
 
-    def numbers(self, step: int, elapsed: float, plan: Plan) -> dict:
-        """Speed since the last line and overall, share of the budget used, seconds left, FLOP utilisation."""
-        steps, seconds = step - self.last[0], max(elapsed - self.last[1], 1e-9)
-        self.last = (step, elapsed)
-        rate = self.s.train_batch_tokens * steps / seconds
-        used = elapsed / self.budget if self.budget else step / max(self.s.iterations, 1)
-        out = {"ms": 1e3 * seconds / max(steps, 1), "ms_mean": 1e3 * elapsed / step, "tok_s": round(rate),
-               "elapsed": elapsed, "used": min(used, 1.0), "eta": elapsed * (1 / max(used, 1e-9) - 1)}
-        if self.peak:      # backward costs two forwards; in documents a query sees half the window at most
-            out["mfu"] = rate * 3 * self.model.flops_per_token(plan, self.s.train_seq_len / 2) / self.peak
-        return out
-
     def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, lr: float, plan: Plan) -> None:
         """A line in the log (ten steps, then every TRAIN_LOG_EVERY), else on a terminal, two a second."""
-        logged = step <= 10 or (self.s.train_log_every and step % self.s.train_log_every == 0)
+        s = self.s
+        logged = step <= 10 or (s.train_log_every and step % s.train_log_every == 0)
         if not logged and not (self.run.live and clock.elapsed() - self.last[1] > 0.5):
             return
         loss = self.world.total(loss.clone()).item() / self.world.size if logged else loss.item()
-        v, looping = self.numbers(step, clock.elapsed(), plan), plan.slots > self.s.num_layers
+        elapsed = clock.elapsed()      # after the loss, for which the host has waited
+        steps, seconds = step - self.last[0], max(elapsed - self.last[1], 1e-9)
+        self.last = (step, elapsed)
+        rate, looping = s.train_batch_tokens * steps / seconds, plan.slots > s.num_layers
+        used = elapsed / self.budget if self.budget else step / max(s.iterations, 1)
+        v = {"ms": 1e3 * seconds / max(steps, 1), "ms_mean": 1e3 * elapsed / step, "tok_s": round(rate),
+             "elapsed": elapsed, "used": min(used, 1.0), "eta": elapsed * (1 / max(used, 1e-9) - 1)}
+        if self.peak:      # backward costs two forwards; in documents a query sees half the window at most
+            v["mfu"] = rate * 3 * self.model.flops_per_token(plan, s.train_seq_len / 2) / self.peak
         mfu = f" mfu {v['mfu']:.0%}" if "mfu" in v else ""
         line = (f"step {step:5d}  loss {loss:7.4f}  {v['ms']:7.1f} ms/step (mean {v['ms_mean']:.1f})  "
                 f"{v['tok_s']:,} tok/s{mfu}  {v['used']:4.0%} of budget, {v['eta']:.0f} s left"
