@@ -25,6 +25,7 @@ import hashlib
 import importlib
 import inspect
 import io
+import itertools
 import json
 import lzma
 import math
@@ -287,8 +288,7 @@ class Settings:
     ttt_grad_steps: int = knob(1, "adapter steps per chunk", 1)
     ttt_train_min_doc_len: int = knob(0, "shorter documents are scored without adapting: as published, their "
                                       "end is known beforehand", 0)
-    ttt_train_max_doc_len: int = knob(0, "and so are longer ones, in stream order their tokens from there "
-                                      "on; 0: none", 0)
+    ttt_train_max_doc_len: int = knob(0, "so are longer ones (stream: their tokens beyond); 0: none", 0)
     ttt_cache_lambda: float = knob(0.0, "weight, in TTT's scores, of what followed earlier hidden states of "
                                    "the document that are like the present one; 0: none", 0, 1)
     ttt_cache_theta: float = knob(36.0, "how fast a state's say falls with its distance", 0)
@@ -523,9 +523,8 @@ def translate(old: str, value: str) -> Sequence[str]:
             return str(float(value) / 1e3),
         return TTT_MASKS[value] if old == "TTT_MASK" else [value] * 3
     except (ValueError, KeyError) as error:
-        raise UserError(f"{old}={value} must be " + {
-            "RECUR_LAYERS": "consecutive layers, as 3,4,5",
-            "TTT_MASK": f"one of {', '.join(TTT_MASKS)}"}.get(old, "a whole number")) from error
+        forms = {"RECUR_LAYERS": "consecutive layers, as 3,4,5", "TTT_MASK": f"one of {', '.join(TTT_MASKS)}"}
+        raise UserError(f"{old}={value} must be {forms.get(old, 'a whole number')}") from error
 
 
 WINDOWED = ("shuffled", "coprime")      # loaders of whole windows, without document bounds
@@ -533,7 +532,6 @@ WINDOWED = ("shuffled", "coprime")      # loaders of whole windows, without docu
 COMMON_WORDS = set(
     "artifact code compile compute data max min model num run seed skip tokenizer vocab".split())
 OUR_WORDS = {f.name.split("_")[0] for f in fields(Settings) if "_" in f.name} - COMMON_WORDS
-
 
 
 def chunk_steps(s: Settings) -> list[tuple[float, int]]:
@@ -667,17 +665,9 @@ class World:
             dist.all_reduce(x)
         return x
 
-    def agree(self, value: float) -> float:
+    def agree(self, value):
         """Rank 0's value on every rank (through host memory, so the GPU queue is not drained)."""
-        if self.size == 1:
-            return value
-        box = torch.tensor([value], dtype=torch.float64)
-        dist.broadcast(box, 0)
-        return box.item()
-
-    def share_bytes(self, data: bytes | None) -> bytes:
-        """Rank 0's bytes on every rank, so that only its node needs the file."""
-        box = [data]
+        box = [value]
         if self.size > 1:
             dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
@@ -691,8 +681,7 @@ class World:
         return box
 
     def barrier(self) -> None:
-        if self.size > 1:
-            self.agree(0.0)
+        self.agree(0.0)
 
     def leave(self) -> None:
         if self.size > 1 and dist.is_initialized():
@@ -714,8 +703,7 @@ class Clock:
     file on disk. Evaluation: from opening it to the last byte scored. `excluded`: seconds not charged."""
 
     def __init__(self, budget: float = 0.0, now: Callable[[], float] = time.perf_counter):
-        self.now, self.budget, self.excluded = now, budget, 0.0
-        self.start = now()
+        self.now, self.start, self.budget, self.excluded = now, now(), budget, 0.0
 
     def elapsed(self) -> float:
         return self.now() - self.start - self.excluded
@@ -761,7 +749,7 @@ class Run:
 
     def __init__(self, s: Settings, world: World):
         name = s.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
-        self.world, self.id = world, world.share_bytes(name.encode()).decode()
+        self.world, self.id = world, world.agree(name)
         self.dir = Path(s.artifact_dir or Path("runs") / self.id)
         self.live = sys.stdout.isatty() and world.main
         self.summary = {**dict.fromkeys(SUMMARY_KEYS), "compliant": True, "not_compliant_because": []}
@@ -811,19 +799,14 @@ class Run:
         if self.live:
             print("\r\033[K" + line[:shutil.get_terminal_size().columns - 1], end="", flush=True)
 
-    def save(self, name: str, data: bytes) -> None:
-        """Write a file of the run atomically (call on rank 0)."""
-        write_atomic(self.dir / name, data)
-
     def save_summary(self) -> None:
         """What is known so far: written after every stage, so that a crash loses no score."""
         if self.world.main:
-            self.save("summary.json", json.dumps(self.summary, indent=1).encode())
+            write_atomic(self.dir / "summary.json", json.dumps(self.summary, indent=1).encode())
 
 
 def human(value) -> str:
-    """A value as the log shows it: floats with at most six decimals, small ones with as many digits, single
-    words bare, the rest as JSON."""
+    """A value as the log shows it: floats short, single words bare, the rest as JSON."""
     if isinstance(value, float) and 0 < abs(value) < 1e-3:
         return f"{value:.6g}"
     if isinstance(value, float):
@@ -941,8 +924,7 @@ class Layout:
 
 
 class Batch(NamedTuple):
-    """x, y (B, T) int64 inputs and targets; segment bounds of a packed row (or None), its longest piece, the
-    length it was cut at and the tokens it was made of."""
+    """x, y (B, T) int64; of a packed row: segment bounds, its longest piece, the cut, its tokens."""
     x: Tensor
     y: Tensor
     cu_seqlens: Tensor | None
@@ -956,6 +938,10 @@ class Batch(NamedTuple):
             placed = t is None or t.device.type == device.type
             return t if placed else t.pin_memory().to(device, non_blocking=True)
         return self._replace(x=move(self.x), y=move(self.y), cu_seqlens=move(self.cu_seqlens))
+
+    def rows(self, length: int) -> Batch:
+        """The same tokens as rows of this length, documents not kept apart."""
+        return Batch(self.x.view(-1, length), self.y.view(-1, length), None, length)
 
     def layout(self, cap: int) -> Layout | None:
         """Document layout; `cap` bounds a piece's length and is fixed, so that compiled graphs are reused."""
@@ -986,12 +972,13 @@ def packed_batch(tokens: np.ndarray, max_len: int) -> Batch:
 
 
 class Stream:
-    """Micro-batches of one rank, in an order that the files fix. tokens: of one micro-batch of one rank."""
+    """Micro-batches of one rank, in an order that the files fix. max_len: of a segment or a window."""
 
-    def __init__(self, files, world_size: int, rank: int, tokens: int):
+    def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int):
         self.shards = [read_shard(f) for f in files]
         self.ends = np.cumsum([len(x) for x in self.shards])
-        self.world_size, self.rank, self.tokens, self.batches = world_size, rank, tokens, 0
+        self.world_size, self.rank, self.tokens, self.max_len = world_size, rank, tokens, max_len
+        self.batches = 0
 
     @property
     def epoch(self) -> float:
@@ -1004,13 +991,11 @@ class Stream:
 
 
 class TokenStream(Stream):
-    """All shards as one endless stream: every target is trained on once per epoch, in order, for any number
-    of ranks."""
+    """All shards as one endless stream, for any number of ranks: every target once per epoch, in order."""
 
-    def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int):
-        super().__init__(files, world_size, rank, tokens)
-        self.max_len = max_len
-        if self.ends[-1] < tokens + 1:
+    def __init__(self, files, **shape):
+        super().__init__(files, **shape)
+        if self.ends[-1] < self.tokens + 1:
             raise UserError(f"{self.ends[-1]:,} training tokens are no micro-batch: lower TRAIN_BATCH_TOKENS")
 
     def cut(self) -> Batch:
@@ -1025,12 +1010,11 @@ class TokenStream(Stream):
 
 
 class DocPackStream(Stream):
-    """The field's loader: ranks cut one span of (tokens + 1) x world_size from the current shard, whose rest
-    is dropped when it is shorter."""
+    """The field's: ranks cut a span of (tokens + 1) x world_size from a shard; a shorter rest is dropped."""
 
-    def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int):
-        super().__init__(files, world_size, rank, tokens)
-        self.max_len, self.span, self.shard = max_len, (tokens + 1) * world_size, 0
+    def __init__(self, files, **shape):
+        super().__init__(files, **shape)
+        self.span, self.shard = (self.tokens + 1) * self.world_size, 0
         self.first = [int(np.argmax(x == BOS)) for x in self.shards]
         self.cursor = self.first[0]
         if all(f + self.span > len(x) for f, x in zip(self.first, self.shards)):
@@ -1046,24 +1030,19 @@ class DocPackStream(Stream):
 
 
 class WindowStream(Stream):
-    """What the streams of windows share: rows of seq_len tokens, documents not kept apart. windows: the last
-    batch drawn, [(index of the file, first token), …]."""
-
-    def __init__(self, files, *, world_size: int, rank: int, seqs: int, seq_len: int):
-        super().__init__(files, world_size, rank, seqs * seq_len)
-        self.seqs, self.seq_len, self.windows = seqs, seq_len, []
+    """Rows of max_len tokens, across documents. windows: the last batch's, [(file, first token), …]."""
 
     def phase(self, i: int) -> tuple[int, int]:
         """A random first token for the windows of file i, and how many windows there are from it."""
-        n, length = len(self.shards[i]), self.seq_len
+        n, length = len(self.shards[i]), self.max_len
         most = min(length - 1, max(0, n - length - 1))
         phase = int(self.rng.integers(most + 1)) if most > 0 else 0
         return phase, (n - 1 - phase) // length
 
     def rows(self, windows: Sequence[tuple[int, int]]) -> Batch:
-        rows = [self.shards[i][a:a + self.seq_len + 1] for i, a in windows]
+        rows = [self.shards[i][a:a + self.max_len + 1] for i, a in windows]
         t = torch.from_numpy(np.stack(rows).astype(np.int64))
-        return Batch(t[:, :-1], t[:, 1:], None, self.seq_len)
+        return Batch(t[:, :-1], t[:, 1:], None, self.max_len)
 
 
 class ShuffledStream(WindowStream):
@@ -1072,31 +1051,27 @@ class ShuffledStream(WindowStream):
     def __init__(self, files, **shape):
         super().__init__(files, **shape)
         self.rng = np.random.Generator(np.random.PCG64(self.rank))
-        self.owned = range(self.rank, len(files), self.world_size)
-        if not any(len(self.shards[i]) > self.seq_len for i in self.owned):
+        self.owned, self.starts = range(self.rank, len(files), self.world_size), {}
+        if not any(len(self.shards[i]) > self.max_len for i in self.owned):
             raise UserError(f"rank {self.rank} of {self.world_size} owns none of {len(files)} shards with "
-                            f"{self.seq_len + 1} tokens: use TRAIN_LOADER=stream")
-        self.starts = {i: self.shuffle(i) for i in self.owned}
-
-    def shuffle(self, i: int) -> list[int]:
-        """A fresh permutation of the windows of file i."""
-        phase, count = self.phase(i)
-        return (phase + self.rng.permutation(count) * self.seq_len).tolist()
+                            f"{self.max_len + 1} tokens: use TRAIN_LOADER=stream")
 
     def take(self) -> tuple[int, int]:
-        if not any(self.starts.values()):
-            self.starts = {i: self.shuffle(i) for i in self.owned}
+        if not any(self.starts.values()):      # a fresh permutation of the windows of every file
+            for i in self.owned:
+                phase, count = self.phase(i)
+                self.starts[i] = (phase + self.rng.permutation(count) * self.max_len).tolist()
         left = np.array([len(self.starts[i]) for i in self.owned], dtype=np.float64)
         i = self.owned[int(self.rng.choice(len(self.owned), p=left / left.sum()))]
         return i, self.starts[i].pop()
 
     def cut(self) -> Batch:
-        self.windows = [self.take() for _ in range(self.seqs)]
+        self.windows = [self.take() for _ in range(self.tokens // self.max_len)]
         return self.rows(self.windows)
 
 
 class CoprimeStream(WindowStream):
-    """Windows drawn from many shards at once: each shard is walked in blocks of seq_len by a stride coprime
+    """Windows drawn from many shards at once: each shard is walked in blocks of max_len by a stride coprime
     to their number, shards are drawn by what they have left, more of them as training goes on. All ranks draw
     the same batch, rank r takes every world_size-th window; `windows` has those of all ranks."""
 
@@ -1106,10 +1081,10 @@ class CoprimeStream(WindowStream):
         for byte in "".join(str(f) for f in files).encode():
             seed = (seed ^ byte) * 1099511628211 % 2 ** 64
         self.rng = np.random.Generator(np.random.PCG64(seed))
-        self.blocks = [(len(x) - 1) // self.seq_len for x in self.shards]
+        self.blocks = [(len(x) - 1) // self.max_len for x in self.shards]
         self.eligible = np.flatnonzero(self.blocks)
         if not len(self.eligible):
-            raise UserError(f"no training shard holds {self.seq_len + 1} tokens: lower TRAIN_SEQ_LEN")
+            raise UserError(f"no training shard holds {self.max_len + 1} tokens: lower TRAIN_SEQ_LEN")
         self.walks: dict[int, list] = {}      # shard -> starts of its blocks still to come, the next one last
 
     def walk(self, i: int) -> list[int]:
@@ -1119,7 +1094,7 @@ class CoprimeStream(WindowStream):
         stride = 1
         while count > 1 and math.gcd(stride := int(self.rng.integers(1, count)), count) != 1:
             pass
-        return [phase + (start + j * stride) % count * self.seq_len for j in reversed(range(count))]
+        return [phase + (start + j * stride) % count * self.max_len for j in reversed(range(count))]
 
     def take(self, i: int, count: int) -> list[tuple[int, int]]:
         """The next `count` blocks of shard i, shuffled."""
@@ -1131,7 +1106,7 @@ class CoprimeStream(WindowStream):
         return [out[k] for k in self.rng.permutation(count)] if count > 1 else out
 
     def cut(self) -> Batch:
-        size, progress = self.seqs * self.world_size, min(self.batches / 1800, 1.0)
+        size, progress = self.tokens // self.max_len * self.world_size, min(self.batches / 1800, 1.0)
         left = np.array([max(len(self.walks[i]), 1) if i in self.walks else self.blocks[i]
                          for i in self.eligible], np.float64)
         p = left ** (0.9 - 0.4 * progress)
@@ -1155,15 +1130,12 @@ def open_train_stream(s: Settings, world: World, tokens: int) -> Stream:
     """The training stream that TRAIN_LOADER names, for micro-batches of `tokens` tokens."""
     kind = {"stream": TokenStream, "docpack": DocPackStream, "shuffled": ShuffledStream,
             "coprime": CoprimeStream}[s.train_loader]
-    windows = s.train_loader in WINDOWED
-    shape = (dict(seqs=tokens // s.train_seq_len, seq_len=s.train_seq_len) if windows
-             else dict(tokens=tokens, max_len=s.train_seq_len))
-    return kind(list_shards(s.shards, "train"), world_size=world.size, rank=world.rank, **shape)
+    return kind(list_shards(s.shards, "train"), world_size=world.size, rank=world.rank, tokens=tokens,
+                max_len=s.train_seq_len)
 
 
 class Prefetch:
-    """Reads batches ahead in one thread and copies them to the device; the order is the stream's own. epoch:
-    where the stream was at the batch handed out last."""
+    """Batches read ahead in one thread, in the stream's order. epoch: of the batch given out last."""
 
     def __init__(self, stream: Stream, device: torch.device, depth: int = 4):
         self.stream, self.device, self.epoch = stream, device, 0.0
@@ -1274,13 +1246,9 @@ class Validation:
             raise RuntimeError(SEALED)
         return self.stream
 
-    @tokens.setter
-    def tokens(self, stream: np.ndarray) -> None:
-        self.stream = stream
-
     def __init__(self, s: Settings):
         shards = read_tokens(s, "val")
-        self.tokens = np.concatenate(list(shards.values()))
+        self.stream = np.concatenate(list(shards.values()))
         counts = read_sidecars(s, shards)
         if counts is not None:
             self.rule, self.target_bytes = "sidecar", counts[1:]
@@ -1301,7 +1269,7 @@ class Validation:
         """A made-up stream, one byte a token: for probes. Nothing of it is sealed."""
         val = cls.__new__(cls)
         val.sealed = False
-        val.tokens, val.rule, val.documents = tokens.astype(np.uint16), "made up", Documents(tokens)
+        val.stream, val.rule, val.documents = tokens.astype(np.uint16), "made up", Documents(tokens)
         val.target_bytes = (tokens[1:] != BOS).astype(np.int64)
         return val
 
@@ -1368,8 +1336,7 @@ class Plan(NamedTuple):
 
 
 def layer_plan(s: Settings, looping: bool, passes: int = 0) -> Plan:
-    """0 1 2 | 3 4 5 | 3 4 5 | 3 4 5 | 6 … 10 when looping, else 0 … 10; cut in halves. passes over the loop:
-    those of the finished model, unless given."""
+    """0 1 2 | 3 4 5 | 3 4 5 | 3 4 5 | 6 … 10 when looping, else 0 … 10; cut in halves; passes: a loop's."""
     order = tuple(range(s.num_layers))
     if looping and s.num_loops:
         loop = order[s.loop_start:s.loop_end + 1]
@@ -1417,8 +1384,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def remove_own_value(y: Tensor, v: Tensor, alpha: Tensor | None = None) -> Tensor:
-    """XSA: y (B, T, H, D) minus its projection, times tanh alpha (H,) where that is given, on the same
-    position's value v (B, T, K, D)."""
+    """XSA: y (B, T, H, D) minus its projection, perhaps times tanh alpha (H,), on its v (B, T, K, D)."""
     direction = F.normalize(v, dim=-1, eps=1e-12)[:, :, :, None]
     grouped = y.unflatten(2, (v.size(2), -1))
     share = (grouped * direction).sum(-1, keepdim=True)
@@ -1438,8 +1404,7 @@ def pair_rows(ids: Tensor, rows: int, follows: Tensor | None = None) -> Tensor:
 
 def look_up(ids: Tensor, table: Tensor, proj: Tensor | None, scale: Tensor, dtype: torch.dtype,
             alpha: Tensor | None = None) -> Tensor:
-    """scale · proj table[ids]: ids (B, T), table (N, w), proj (out, w) or None -> (B, T, out). alpha: proj is
-    rounded softly, as training shortly before quantising does."""
+    """scale · proj table[ids], (B, T, out); proj (out, w) or None; alpha: proj is rounded softly."""
     x = F.embedding(ids, table).to(dtype)
     if proj is not None:
         x = F.linear(x, (proj if alpha is None else soft_round(proj, alpha)).to(dtype))
@@ -1551,8 +1516,7 @@ class GPT(nn.Module):
         return [LayerWeights(*each) for each in zip(qo[:n], kv[:n], kv[n:], qo[n:], *rest)]
 
     def rope(self, length: int, device, start: int = 0, context: int = 0) -> tuple[Tensor, Tensor]:
-        """cos, sin (length, R/2) float32 of positions start …; with ROPE_YARN the base grows with the length
-        or the context of cached keys."""
+        """cos, sin (length, R/2) of positions start …; with ROPE_YARN the base grows with the context."""
         s, dims, table = self.s, self.s.rope_dims or self.s.head_dim, max(length, context, self.rope_length)
         base = s.rope_base
         if s.rope_yarn and table > s.train_seq_len:
@@ -1723,8 +1687,7 @@ class GPT(nn.Module):
         return z if adapter is None else adapter.bind(hidden.dtype, head=True).add(z, "head", 0, hidden)
 
     def logits(self, hidden: Tensor, adapter: Adapter | None = None) -> Tensor:
-        """Logits (B, T, V) float32 as they are scored: capped, calibrated, corrected by counts. Two caps are
-        out of reach of any gradient unless trained."""
+        """Logits (B, T, V) float32 as they are scored: capped, calibrated, corrected by counts."""
         s, z = self.s, self.raw_logits(hidden, adapter).float()
         if s.asym_logit_rescale:
             caps = (self.softcap_pos, self.softcap_neg)
@@ -1738,9 +1701,8 @@ class GPT(nn.Module):
     def losses(self, ids: Tensor, targets: Tensor, plan: Plan, layout: Layout | None = None,
                adapter: Adapter | None = None, tap: Callable | None = None, cache: KeyCache | None = None,
                training: bool = False, alpha: Tensor | None = None) -> Tensor:
-        """Cross-entropy of every target in nats, (B, T) float32. With targets (N, B, T), N tokens a place,
-        only the first's losses have a graph. training: labels are smoothed; and as published, asymmetric
-        caps count in evaluation only."""
+        """Cross-entropy of every target in nats, (B, T) float32; of targets (N, B, T), N tokens a place, the
+        first's have a graph. training: labels are smoothed and, as published, there are no two caps."""
         s, hidden = self.s, self.hidden(ids, plan, layout, adapter, tap, cache, alpha)
         two_caps = s.asym_logit_rescale and (s.asym_logit_train or not training)
         smooth, biased = s.label_smooth * training, adapter is not None and adapter.bias is not None
@@ -2367,8 +2329,8 @@ class Optimiser:
         self.names = {p: n for n, p in params.items()}
         self.banks = sorted(by_role["matrix"], key=lambda p: -p.numel())
         rates = {"embed": (s.tied_embed_lr if s.tie_embeddings else s.embed_lr, s.embed_wd),
-                 "head": (s.head_lr, s.embed_wd), "small": (s.scalar_lr, s.adam_wd)}
-        rates["strength"] = (s.scalar_lr, 0.0)
+                 "head": (s.head_lr, s.embed_wd), "small": (s.scalar_lr, s.adam_wd),
+                 "strength": (s.scalar_lr, 0.0)}
         if s.asym_logit_train:
             rates["cap"] = (s.scalar_lr, 0.0)
         groups = [dict(params=by_role[role], lr=lr, peak=lr, weight_decay=wd)
@@ -2414,8 +2376,7 @@ class Optimiser:
         return norm
 
     def never_trained(self) -> list[str]:
-        """Parameters, or rows of them, that no gradient ever reached: Muon's momentum or AdamW's second
-        moment is still zero there."""
+        """Parameters, or rows of them, that no gradient reached: the optimiser's moment is still 0 there."""
         touched = {p: self.gather(buf.flatten(1).any(1).byte())()
                    for p, buf in zip(self.banks, self.momentum)}
         for p in self.small:
@@ -2449,8 +2410,7 @@ class Optimiser:
         return shards
 
     def clip(self, matrices: list[Tensor], world: World) -> Tensor:
-        """Scale the matrices' gradients, shared out over `world`, and the small ones down to a common norm
-        of at most GRAD_CLIP_NORM; the norm before."""
+        """Scale the gradients of matrices, shared out over `world`, and small ones; the norm before."""
         grads = matrices + [p.grad for p in self.small]
         own = sum(g.float().square().sum() for g in matrices)
         norm = (world.total(own) + sum(p.grad.square().sum() for p in self.small)).sqrt()
@@ -2557,8 +2517,7 @@ def pick_dtype(choice: str, device: torch.device, default: torch.dtype | None = 
 
 
 def compiles(s: Settings, device: torch.device) -> bool:
-    """Whether COMPILE asks for torch.compile (auto: on a GPU). Plain attention, which float32 takes too,
-    loops over documents and cannot be traced."""
+    """Whether to use torch.compile. Plain attention, which float32 takes too, cannot be traced."""
     plain = ATTENTION == "plain" or pick_dtype(s.compute_dtype, device) == torch.float32
     if s.compile == "1" and plain:
         raise UserError("COMPILE=1 cannot trace plain attention (ATTN_BACKEND=plain, a CPU, or COMPUTE_DTYPE="
@@ -2613,8 +2572,7 @@ class Trainer:
         return loss.detach()
 
     def update(self, lr: float, momentum: float, decay: float = 1.0) -> Tensor:
-        """Optimiser step (shares of the peak learning rate and weight decay) and weight average; returns the
-        gradient norm before clipping."""
+        """Optimiser step (shares of peak rate and decay) and weight average; the norm before clipping."""
         norm = self.optimiser.step(lr, momentum, decay)
         self.lap("optimiser")
         with torch.no_grad():
@@ -2626,17 +2584,16 @@ class Trainer:
     def warm_up(self) -> float:
         """Compile and run every graph on random tokens, then undo it. Returns the seconds it took."""
         s, world, clock = self.s, self.world, Clock()
-        before = {n: p.clone() for n, p in self.model.state_dict().items()}
         generator = torch.Generator().manual_seed(s.seed + world.rank)
-        for length, passes in graphs_met(s):
-            for sharpness in (None, 1.0) if s.late_qat_threshold else (None,):
+        sharpnesses = (None, 1.0) if s.late_qat_threshold else (None,)
+        with weights_kept(self.model):
+            for (length, passes), sharpness in itertools.product(graphs_met(s), sharpnesses):
                 self.set_sharpness(sharpness)
                 for _ in range(s.warmup_steps):
                     for _ in range(self.accum):
                         self.micro_step(self.random_batch(generator, length), layer_plan(s, True, passes))
                     self.update(1.0, s.muon_momentum)
         self.set_sharpness(None)
-        self.model.load_state_dict(before)
         self.rewind()
         sync(world.device)
         return clock.elapsed()
@@ -2648,13 +2605,10 @@ class Trainer:
     def random_batch(self, generator: torch.Generator, length: int = 0) -> Batch:
         """A micro-batch of random tokens shaped as the loader's, cut at `length` (0: TRAIN_SEQ_LEN)."""
         s = self.s
-        if s.train_loader in WINDOWED:
-            shape = (self.tokens // s.train_seq_len, s.train_seq_len + 1)
-            t = torch.randint(s.vocab_size, shape, generator=generator)
-            return Batch(t[:, :-1], t[:, 1:], None, s.train_seq_len).to(self.world.device)
         tokens = torch.randint(2, s.vocab_size, (self.tokens + 1,), generator=generator).numpy()
         tokens[::max(2, s.train_seq_len // 2)] = BOS
-        return packed_batch(tokens, length or s.train_seq_len).to(self.world.device)
+        batch = packed_batch(tokens, length or s.train_seq_len)
+        return (batch.rows(s.train_seq_len) if s.train_loader in WINDOWED else batch).to(self.world.device)
 
 
 # Dense bfloat16 FLOP/s of a GPU, by part of its name.
@@ -2668,30 +2622,25 @@ class Progress:
     def __init__(self, s: Settings, world: World, run: Run, model: GPT, budget: float):
         self.s, self.world, self.run, self.model, self.budget = s, world, run, model, budget
         self.last = (0, 0.0)               # step and seconds of the line before
-        name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
-        self.peak = world.size * next((flops for part, flops in PEAK_FLOPS.items() if part in name), 0.0)
-
-    def numbers(self, step: int, elapsed: float, plan: Plan) -> dict:
-        """ms per step (since the last line; mean), tokens/s, share of the budget used, seconds left, and the
-        FLOP utilisation where the GPU's peak is known."""
-        steps, seconds = step - self.last[0], max(elapsed - self.last[1], 1e-9)
-        self.last = (step, elapsed)
-        rate = self.s.train_batch_tokens * steps / seconds
-        used = elapsed / self.budget if self.budget else step / max(self.s.iterations, 1)
-        out = {"ms": 1e3 * seconds / max(steps, 1), "ms_mean": 1e3 * elapsed / step, "tok_s": round(rate),
-               "elapsed": elapsed, "used": min(used, 1.0), "eta": elapsed * (1 / max(used, 1e-9) - 1)}
-        if self.peak:      # backward costs two forwards; in documents a query sees half the window at most
-            out["mfu"] = rate * 3 * self.model.flops_per_token(plan, self.s.train_seq_len / 2) / self.peak
-        return out
+        peaks = (flops for part, flops in PEAK_FLOPS.items() if part in world.device_name)
+        self.peak = world.size * next(peaks, 0.0)
 
     def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, lr: float, plan: Plan) -> None:
-        """A line in the log for the first ten steps and every TRAIN_LOG_EVERY, else one on a terminal, twice
-        a second at most. A loss that is no number stops the run."""
-        logged = step <= 10 or (self.s.train_log_every and step % self.s.train_log_every == 0)
+        """A line in the log (ten steps, then every TRAIN_LOG_EVERY), else on a terminal, two a second."""
+        s = self.s
+        logged = step <= 10 or (s.train_log_every and step % s.train_log_every == 0)
         if not logged and not (self.run.live and clock.elapsed() - self.last[1] > 0.5):
             return
         loss = self.world.total(loss.clone()).item() / self.world.size if logged else loss.item()
-        v, looping = self.numbers(step, clock.elapsed(), plan), plan.slots > self.s.num_layers
+        elapsed = clock.elapsed()      # after the loss, for which the host has waited
+        steps, seconds = step - self.last[0], max(elapsed - self.last[1], 1e-9)
+        self.last = (step, elapsed)
+        rate, looping = s.train_batch_tokens * steps / seconds, plan.slots > s.num_layers
+        used = elapsed / self.budget if self.budget else step / max(s.iterations, 1)
+        v = {"ms": 1e3 * seconds / max(steps, 1), "ms_mean": 1e3 * elapsed / step, "tok_s": round(rate),
+             "elapsed": elapsed, "used": min(used, 1.0), "eta": elapsed * (1 / max(used, 1e-9) - 1)}
+        if self.peak:      # backward costs two forwards; in documents a query sees half the window at most
+            v["mfu"] = rate * 3 * self.model.flops_per_token(plan, s.train_seq_len / 2) / self.peak
         mfu = f" mfu {v['mfu']:.0%}" if "mfu" in v else ""
         line = (f"step {step:5d}  loss {loss:7.4f}  {v['ms']:7.1f} ms/step (mean {v['ms_mean']:.1f})  "
                 f"{v['tok_s']:,} tok/s{mfu}  {v['used']:4.0%} of budget, {v['eta']:.0f} s left"
@@ -2705,9 +2654,10 @@ class Progress:
                             "the cause with COMPUTE_DTYPE=float32")
 
 
-def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float, validate: Callable) -> dict:
+def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
+          validate: Callable) -> tuple[Clock, Prefetch]:
     """The training loop, to ITERATIONS or until a step would pass MAX_WALLCLOCK_SECONDS - reserve;
-    validate(step, looping) scores the weights off the clock. Returns the numbers, clock and stream."""
+    validate(step, looping) scores the weights off the clock. Returns the clock and the stream."""
     budget = s.max_wallclock_seconds - reserve if s.max_wallclock_seconds else 0.0
     if s.max_wallclock_seconds and budget <= 0:
         raise UserError(f"quantising and packing need {reserve:.1f} s, which leaves nothing of MAX_WALLCLOCK_"
@@ -2754,7 +2704,8 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
     trainer.set_sharpness(None)
     if step and (idle := trainer.optimiser.never_trained()):
         run.log("never_trained", parameters=idle)
-    return {"steps": step, "step_ms": step_ms, "clock": clock, "stream": stream}
+    run.summary.update(steps=step, step_ms=step_ms)
+    return clock, stream
 
 
 # ============================================================================================================
@@ -2773,10 +2724,11 @@ class Curvature(NamedTuple):
 class HessianTap:
     """A forward's tap that sums x'x of every matrix input, each visit counted, and (dL/dy)^2 of outputs."""
 
-    INPUTS = {"attn_in": ("attn.c_q.weight",), "heads": ("attn.proj.weight",), "mlp_in": ("mlp.fc.weight",),
-              "mlp_act": ("mlp.proj.weight",)}
-    OUTPUTS = {"q_out": "attn.c_q.weight", "k_out": "attn.c_k.weight", "v_out": "attn.c_v.weight",
-               "attn_out": "attn.proj.weight", "up_out": "mlp.fc.weight", "mlp_out": "mlp.proj.weight"}
+    INPUTS = {"attn_in": "blocks.{}.attn.c_q.weight", "heads": "blocks.{}.attn.proj.weight",
+              "mlp_in": "blocks.{}.mlp.fc.weight", "mlp_act": "blocks.{}.mlp.proj.weight"}
+    OUTPUTS = {"q_out": "blocks.{}.attn.c_q.weight", "k_out": "blocks.{}.attn.c_k.weight",
+               "v_out": "blocks.{}.attn.c_v.weight", "attn_out": "blocks.{}.attn.proj.weight",
+               "up_out": "blocks.{}.mlp.fc.weight", "mlp_out": "blocks.{}.mlp.proj.weight", "x0": "x0"}
 
     def __init__(self, s: Settings):
         self.head = "tok_emb.weight" if s.tie_embeddings else "lm_head.weight"
@@ -2786,19 +2738,14 @@ class HessianTap:
         self.batches = self.tokens = 0
 
     def __call__(self, kind: str, layer: int, x: Tensor) -> None:
-        names = (self.head,) if kind == "head_in" else tuple(
-            f"blocks.{layer}.{name}" for name in self.INPUTS.get(kind, ()))
-        for name in names:
+        if name := self.head if kind == "head_in" else self.INPUTS.get(kind, "").format(layer):
             flat = x.detach().flatten(0, -2).float()
             if name in self.sums:
                 self.sums[name].addmm_(flat.mT, flat)
             else:
                 self.sums[name] = flat.mT @ flat
-        if x.requires_grad and (kind == "x0" or kind in self.OUTPUTS):
-            self.outputs.append((kind if kind == "x0" else f"blocks.{layer}.{self.OUTPUTS[kind]}", x))
-
-    def add_batch(self) -> None:
-        self.batches += 1
+        if x.requires_grad and kind in self.OUTPUTS:
+            self.outputs.append((self.OUTPUTS[kind].format(layer), x))
 
     @torch.no_grad()
     def add_squares(self, model: GPT, ids: Tensor, hidden: Tensor, generator: torch.Generator) -> None:
@@ -2828,13 +2775,10 @@ class HessianTap:
         self.tokens += ids.numel()
 
     def finish(self, world: World = World()) -> Curvature:
-        """Mean over all ranks' batches; c_k and c_v share c_q's Hessian."""
+        """Mean over all ranks' batches; c_k and c_v share c_q's Hessian (see input_of)."""
         batches, tokens = world.total(torch.tensor([self.batches, self.tokens], dtype=torch.float64,
                                                    device=world.device)).tolist()
         means = {name: world.total(h).div_(batches) for name, h in self.sums.items()}
-        for name in [n for n in means if n.endswith("attn.c_q.weight")]:
-            for other in ("c_k", "c_v"):
-                means[name.replace("c_q", other)] = means[name]
         fisher = {name: world.total(x).div_(tokens) for name, x in self.squares.items()}
         if fisher:      # the embedding also costs where it is read: alike in all columns, as damping is
             read = fisher.pop("x0") * (tokens / batches)
@@ -2876,7 +2820,7 @@ def calibrate(s: Settings, world: World, model: GPT, next_batch: Callable[[], Ba
                 hidden = model.hidden(part.x, plan, part.layout(s.train_seq_len), tap=tap)
             if fisher:
                 tap.add_squares(model, part.x, hidden, generator)
-        tap.add_batch()
+        tap.batches += 1
     return tap.finish(world)
 
 
@@ -2917,20 +2861,11 @@ def hessian_factor(h: Tensor, damp: float = 0.01, falling: bool = True) -> tuple
 
 
 @torch.no_grad()
-def gptq(w: Tensor, h: Tensor, scale: Tensor, bits: int, damp: float = 0.01, block: int = 128) -> Tensor:
-    """Codes (…, R, C) int8 of w under the Hessians h (…, C, C), steps scale (…, R). Columns are rounded by
-    falling diagonal, each one's error passed on to those still to come (Frantar et al. 2022)."""
-    w3, h3 = w.float().reshape(-1, *w.shape[-2:]), h.float().reshape(-1, *h.shape[-2:])
-    order, u, dead, _ = hessian_factor(h3, damp)
-    step = scale.float().reshape(len(w3), -1)
-    return round_in_order(w3, step, order, u, dead, 2 ** (bits - 1) - 1, block=block).reshape(w.shape)
-
-
-@torch.no_grad()
 def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tensor, top: int,
                    trellis: bool = False, block: int = 128) -> Tensor:
-    """Codes (n, R, C) int8 within ±top of w under steps (n, R). order (n, C), u (n, C, C), dead (n, C) are
-    hessian_factor's; where columns have steps too, w and u come divided by them."""
+    """GPTQ (Frantar et al. 2022): codes (n, R, C) int8 within ±top of w under steps (n, R), column after
+    column in `order`, each one's error passed on to those still to come. order (n, C), u (n, C, C), dead
+    (n, C) are hessian_factor's; where columns have steps too, w and u come divided by them."""
     w, step = w.masked_fill(dead[:, None], 0), step[:, None].clamp_min(1e-30)
     t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R): a column is contiguous
     diag = u.diagonal(dim1=-2, dim2=-1)[..., None]               # an error e of column j costs (e / diag_j)^2
@@ -2975,8 +2910,7 @@ ARRIVALS = np.array([np.argwhere(TRELLIS == to) for to in range(8)]).transpose(1
 def trellis_block(t: Tensor, unit: Tensor, slope: Tensor, state: Tensor,
                   tile: int = 16) -> tuple[Tensor, Tensor, Tensor]:
     """The cheapest path through columns t (n, C, R), in steps, from state (n, R): (codes, errors, end state).
-    slope (n, C, 1): what a squared error of a column costs. All 8 states keep a survivor with feedback of its
-    own; within a tile per column, beyond it per tile."""
+    slope (n, C, 1): cost of a column's squared error. Each of 8 states keeps a survivor with its feedback."""
     (from0, odd0), (from1, odd1) = (torch.from_numpy(a).to(t.device) for a in ARRIVALS)
     half0, half1, odd0, odd1 = (x.to(t.dtype)[:, None] / 2 for x in (from0 & 1, from1 & 1, odd0, odd1))
     cost = torch.full((t.size(0), 8, t.size(2)), torch.inf, device=t.device).scatter_(1, state[:, None], 0)
@@ -3036,7 +2970,7 @@ def clip_search(w: Tensor, order: Tensor, u: Tensor, dead: Tensor, bits: int,
 @torch.no_grad()
 def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor], bits: tuple[int, int],
                    fine: Tensor) -> Tensor:
-    """Codes (R, C) int8 of one matrix as gptq's, with the second steps and bits in the columns `fine` (C)."""
+    """Codes (R, C) int8 of one matrix by GPTQ, with the second steps and bits in the columns `fine` (C)."""
     order, u, dead, _ = (x[0] for x in hessian_factor(h.float()[None]))
     t, codes = w.float().masked_fill(dead, 0)[:, order].mT.contiguous(), torch.empty_like(w.mT)
     for j, column in enumerate(order.tolist()):
@@ -3065,8 +2999,8 @@ def protect(s: Settings, out: Quantised, weights: Mapping[str, Tensor], hessians
     size, scores = s.awq_lite_group_size, []
     for name in names:
         w = weights[name]
-        if name in hessians and storage_of(s, name, w)[1] < s.awq_lite_bits:
-            values = group_scores(w, input_rms(s, name, hessians[name]), size).tolist()
+        if input_of(name) in hessians and storage_of(s, name, w)[1] < s.awq_lite_bits:
+            values = group_scores(w, input_rms(s, name, hessians[input_of(name)]), size).tolist()
             scores += [(value, name, i * size) for i, value in enumerate(values)]
     chosen: dict[str, list[int]] = {}
     for _, name, start in sorted(scores, key=lambda x: -x[0])[:s.awq_lite_group_top_k]:
@@ -3076,7 +3010,7 @@ def protect(s: Settings, out: Quantised, weights: Mapping[str, Tensor], hessians
         fine = torch.isin(torch.arange(w.size(1)) // size * size, torch.tensor(starts))
         high = row_scales(w, s.awq_lite_bits, clip * coarser)
         steps = out.tensors[name + ".scale"].to(w.device), high
-        codes = gptq_protected(w, hessians[name], steps, (bits, s.awq_lite_bits), fine)
+        codes = gptq_protected(w, hessians[input_of(name)], steps, (bits, s.awq_lite_bits), fine)
         out.tensors.update({name + ".q": codes.cpu(), name + ".awqg_s_hi": high.cpu(),
                             name + ".awqg_start": torch.tensor(starts, dtype=torch.int16),
                             name + ".awqg_size": torch.tensor([size], dtype=torch.int16)})
@@ -3094,11 +3028,6 @@ def divide_round(w: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     """round(w / scale) to int8 in [low, high], halves to even; 0 where the fp16 scale is 0."""
     scale = scale.float()
     return torch.where(scale > 0, w.float() / scale, 0.0).round().clamp(low, high).to(torch.int8)
-
-
-def lqer_sym(a: Tensor, b: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Factors a (R, k), b (k, C) with one step per row of each: (qA, sA (R), qB, sB (k))."""
-    return (*quantise_rows(a, bits), *quantise_rows(b, bits))
 
 
 def lqer_asym(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -3132,18 +3061,18 @@ class Quantised:
     unit: float = 1.0
 
 
-def storage_of(s: Settings, name: str, w: Tensor) -> tuple:
-    """How a tensor is stored: ("gate",), ("half",) or ("gptq", bits, clip_sigmas). Tables that are looked up
-    and their projections have no Hessian: GPTQ then rounds each code by itself."""
+def storage_of(s: Settings, name: str, w: Tensor) -> tuple[str, int, float]:
+    """How a tensor is stored: gate, half or gptq; its bits; and clip_sigmas. Tables that are looked up and
+    their projections have no Hessian: GPTQ then rounds each code by itself."""
     if s.gated_attn_quant_gate and name.endswith("attn_gate_w") and w.dim() == 2 and 32 <= w.numel() <= 8192:
-        return ("gate",)
+        return "gate", 8, 0.0
     if w.numel() <= SMALL_TENSOR:
-        return ("half",)
+        return "half", 16, 0.0
     if name in ("tok_emb.weight", "lm_head.weight", "bigram.embed.weight", "ve_shared.embed.weight"):
-        return ("gptq", s.embed_bits, s.embed_clip_sigmas)
+        return "gptq", s.embed_bits, s.embed_clip_sigmas
     clip = (s.mlp_clip_sigmas if ".mlp." in name else s.attn_clip_sigmas if ".attn." in name
             else s.matrix_clip_sigmas)
-    return ("gptq", s.matrix_bits, clip)
+    return "gptq", s.matrix_bits, clip
 
 
 OCTAVE = 8             # stored steps are eighths of an octave
@@ -3163,9 +3092,8 @@ def octaves(eighths: Tensor) -> Tensor:
 
 
 class Quantiser:
-    """A model's weights, ready to be quantised at any fineness: what does not depend on it (factors of the
-    Hessians, ratios of the steps) is computed once. Matrices are shared out over the ranks, those of one
-    Hessian together; equal shapes are one batch."""
+    """A model's weights, ready to be quantised at any fineness: what does not depend on it is computed once.
+    Ranks share the matrices, those of one Hessian together; equal shapes are one batch."""
 
     @torch.no_grad()
     def __init__(self, s: Settings, weights: Mapping[str, Tensor], curvature: Curvature,
@@ -3252,9 +3180,9 @@ class Quantiser:
         out = Quantised(dict(self.steps), {}, unit if self.fisher else 1.0)
         how = f"gptq ({'trellis' if self.trellis else 'fisher'})"
         for name, w in self.weights.items():
-            kind, *bits = storage_of(self.s, name, w)
+            kind, bits, _ = storage_of(self.s, name, w)
             if kind == "gptq":
-                out.meta[name] = how if self.fisher else f"gptq (int{bits[0]})"
+                out.meta[name] = how if self.fisher else f"gptq (int{bits})"
             elif kind == "gate":
                 out.tensors[name + ".gq"], out.tensors[name + ".gs"] = (t.cpu() for t in quantise_rows(w))
                 out.meta[name] = "gate_int8_row"
@@ -3280,14 +3208,13 @@ class Quantiser:
         """Codes and rows' steps of equally shaped matrices into `done`."""
         w = torch.stack([self.weights[n].float() for n in names])
         order, u, dead = (torch.stack(x) for x in zip(*(self.factors[input_of(n)] for n in names)))
-        if self.s.quant_clip == "percentile":
-            codes, rows = clip_search(w, order, u, dead, bits, unit)
-        elif self.fisher:
-            rows = torch.stack([self.rows_of(n, unit) for n in names])
+        rows = torch.stack([self.rows_of(n, unit) for n in names])
+        if self.fisher:
             w = w / torch.stack([self.columns_of(n) for n in names])[:, None]
             codes = round_in_order(w, octaves(rows) * unit, order, u, dead, TOP_CODE, self.trellis)
+        elif self.s.quant_clip == "percentile":
+            codes, rows = clip_search(w, order, u, dead, bits, unit)
         else:
-            rows = torch.stack([self.rows_of(n, unit) for n in names])
             codes = round_in_order(w, rows.float(), order, u, dead, 2 ** (bits - 1) - 1)
         for end, stack in ((".row" if self.fisher else ".scale", rows), (".q", codes)):
             # clones, because a pickled view takes its whole stack along
@@ -3295,8 +3222,7 @@ class Quantiser:
 
 
 def repair(s: Settings, out: Quantised, weights: Mapping[str, Tensor], names: Sequence[str]) -> None:
-    """LQER: low-rank factors of the rounding error for the LQER_TOP_K matrices with the largest one, or with
-    LQER_GAIN_SELECT for those where they remove most of it."""
+    """LQER: factors of the LQER_TOP_K largest errors, or where they gain most (LQER_GAIN_SELECT)."""
     within = {"all": "", "mlp": ".mlp.", "attn": ".attn.", "embed": "tok_emb"}[s.lqer_scope]
     back, found = dequantise(out), {}
     errors = {n: weights[n].float() - back[n].to(weights[n].device) for n in names if within in n}
@@ -3318,8 +3244,9 @@ def pack_factors(s: Settings, name: str, a: Tensor, b: Tensor) -> tuple[str, dic
     if s.lqer_asym_enabled and b.numel() % s.lqer_asym_group == 0:
         label, ends = "lqer_asym", ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a")
         parts = lqer_asym(a, b, s.lqer_asym_group)
-    else:
-        label, ends, parts = "lqer", ("lqA", "lqAs", "lqB", "lqBs"), lqer_sym(a, b, s.lqer_factor_bits)
+    else:      # one step per row of each
+        label, ends = "lqer", ("lqA", "lqAs", "lqB", "lqBs")
+        parts = (*quantise_rows(a, s.lqer_factor_bits), *quantise_rows(b, s.lqer_factor_bits))
     return label, {f"{name}.{end}": part.cpu() for end, part in zip(ends, parts)}
 
 
@@ -3363,9 +3290,9 @@ def dequantise(q: Quantised) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str) -> None:
-    """Copy weights (matrix_views names) into the model; UserError when names or shapes differ."""
-    views = matrix_views({n: p.data for n, p in model.named_parameters()})
+def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str, names=matrix_views) -> None:
+    """Copy weights, under the names that `names` gives, into the model; UserError unless they fit."""
+    views = names({n: p.data for n, p in model.named_parameters()})
     wrong = sorted(set(views) ^ set(weights)) or [n for n in views if views[n].shape != weights[n].shape]
     if wrong:
         raise UserError(f"{origin} does not fit the model that the settings describe: {len(wrong)} tensors "
@@ -3404,8 +3331,7 @@ def calibrated_by(s: Settings, raw: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fit_calibration(s: Settings, model: GPT, tokens: np.ndarray) -> tuple[Tensor, Tensor]:
-    """The 15 numbers (float32) that serve the model best on the first LOGIT_CALIB_TOKENS targets of training
-    tokens (N,), by AdamW over windows; and every step's cross-entropy."""
+    """The 15 numbers that serve the model best on training tokens (N,), and every step's loss."""
     device, seen, stride = model.tok_emb.device, [], s.logit_calib_stride
     raw = torch.zeros(15, device=device, requires_grad=True)
     optimiser = torch.optim.AdamW([raw], lr=s.logit_calib_lr, weight_decay=0)
@@ -3430,8 +3356,7 @@ def fit_calibration(s: Settings, model: GPT, tokens: np.ndarray) -> tuple[Tensor
 
 
 def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
-    """The artifact blob with the calibration of its own model, fitted on the first training shard; as it was
-    where that has no room."""
+    """The artifact with its own model's calibration, fitted in training; as it was without room."""
     values = None
     if world.main:
         model = build_model(s, world)
@@ -3440,7 +3365,7 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
         values = raw.cpu().numpy().astype("<f4").tobytes()
         run.log("logit_calibration", steps=len(losses), train_loss=losses.mean().item(), values=raw.tolist())
     header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
-    whole = artifact_to_bytes(header, {**streams, CALIBRATION_STREAM: world.share_bytes(values)})
+    whole = artifact_to_bytes(header, {**streams, CALIBRATION_STREAM: world.agree(values)})
     return whole if len(whole) + code_bytes(s.code_form) <= ARTIFACT_LIMIT else blob
 
 
@@ -4009,11 +3934,6 @@ def read_artifact(s: Settings, blob: bytes, origin: str) -> Artifact:
                         f"{error!s:.200}): write it again") from error
 
 
-def unpack_model(s: Settings, blob: bytes, origin: str) -> Quantised:
-    """The Quantised model of an artifact's bytes, as read_artifact's."""
-    return read_artifact(s, blob, origin).model
-
-
 def read_calibration(streams: Mapping[str, bytes]) -> Tensor | None:
     """The numbers (15) of an artifact's calibration, within fit_calibration's bounds; None: it has none."""
     if CALIBRATION_STREAM not in streams:
@@ -4137,9 +4057,8 @@ def expected_size(s: Settings) -> str:
     blank = {name: torch.empty(shape, device="meta") for name, shape in parameter_shapes(s).items()}
     codes, coded, other, fisher = 0, 0.0, 0, s.quant_allocation == "fisher"
     for name, w in matrix_views(blank).items():
-        kind, *how = storage_of(s, name, w)
+        kind, bits, clip = storage_of(s, name, w)
         if kind == "gptq":
-            bits, clip = how
             codes, other = codes + w.numel(), other + sum(w.shape)
             share = GUESSED if w.size(0) >= TALL * w.size(1) else 1.0
             step = 4 / TOP_CODE if fisher else clip / (2 ** (bits - 1) - 1)      # at the finest
@@ -4179,7 +4098,7 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
         watch = Clock()
         q = quantiser(unit)
         quantised = watch.elapsed()
-        blob = world.share_bytes(pack_model(s, q) if world.main else None)
+        blob = world.agree(pack_model(s, q) if world.main else None)
         run.log("pack", bytes=len(blob), code_bytes=script, total=len(blob) + script, unit=unit,
                 quantise_s=quantised, pack_s=watch.elapsed() - quantised)
         beyond = len(blob) - estimate_bytes(spread, unit)
@@ -4231,13 +4150,19 @@ PROFILE_EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096)
 EARLY = "an adapter step on a target that is not scored yet would break the rules"
 
 
+class Finding(NamedTuple):
+    """Something that was put to the test: a line of --check, or a probe."""
+    name: str
+    ok: bool
+    figure: str
+
+
 class LedgerError(RuntimeError):
     """What the books of an evaluation refuse."""
 
 
 class Ledger:
-    """The books of one evaluation: every validation target's loss, once. Booking one twice, missing one, or
-    asking for the tokens of a document that is not booked raises."""
+    """The books of one evaluation: every target's loss, once. What breaks the rules raises."""
 
     def __init__(self, val: Validation, device: torch.device):
         val.ledgers += 1
@@ -4273,8 +4198,7 @@ class Ledger:
         return Booked(np.concatenate([self.val.tokens[a:a + n] for a, n in spans]))
 
     def close(self, world: World) -> Score:
-        """Sum over ranks; raises unless every expected target, and no other, was scored exactly once, and
-        before any step on it."""
+        """Sum over ranks; raises unless every expected target was scored, once, before any step on it."""
         if self.early:
             raise LedgerError(EARLY)
         count = world.total(self.count).cpu().numpy()
@@ -4288,8 +4212,7 @@ class Ledger:
         return Score(float(loss.sum()), float(target_bytes), int(self.expected.sum()))
 
     def profiles(self) -> Iterator[dict]:
-        """After close(): documents, targets, bytes and nats in buckets that begin at PROFILE_EDGES, by length
-        of the document and by position in it."""
+        """After close(): documents, targets, bytes, nats by a document's length, and by position in it."""
         start, length = self.val.documents.start, self.val.documents.length - 1
         cuts = start[:, None] + np.minimum(length[:, None], [*PROFILE_EDGES, 1 << 62])
         sums = [np.diff(np.append(0, x.cumsum())[cuts]) for x in (self.val.target_bytes, self.total)]
@@ -4468,13 +4391,14 @@ class Hints:
         if not s.ngram_tilt_enabled:
             return None
         found, lengths = None, val.documents.length
-        in_stream = not adapting or "stream" in (s.ttt_doc_order, s.ngram_doc_order)
-        order = np.arange(len(lengths)) if in_stream else scored_order(s, lengths)
+        order = np.arange(len(lengths))
+        if adapting and "stream" not in (s.ttt_doc_order, s.ngram_doc_order):
+            order = np.concatenate([group for r in ttt_rounds(s, lengths) for group in r.groups])
         if world.main:
             starts, lengths = val.documents.start[order], val.documents.length[order]
             at = np.concatenate([np.arange(a, a + n - 1) for a, n in zip(starts, lengths)])
             found = cls.of(s, np.append(val.tokens[at[:1]], val.tokens[at + 1]), at)
-        return world.gather(found)[0]
+        return world.agree(found)
 
     def find(self, at: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
         """Hints (E, …) int64 and confidences (E, …) at input positions (…)."""
@@ -4532,11 +4456,6 @@ def sliding_windows(total: int, seq_len: int, stride: int) -> list[tuple[int, in
 Window = tuple[int, int, int]       # absolute positions: begin, end, first scored
 
 
-def width(windows: list[Window]) -> int:
-    """Tokens of a packed row of windows."""
-    return sum(end - begin for begin, end, _ in windows)
-
-
 def pack_rows(windows: list[Window], capacity: int) -> list[list[Window]]:
     """Windows, longest first, filled one after the other into rows of at most `capacity` tokens."""
     rows, used = [], capacity
@@ -4560,8 +4479,7 @@ class Scorer:
 
     @torch.no_grad()
     def windows(self, val: Validation, stride: int, looping: bool = True) -> Score:
-        """Score every document by windows of EVAL_SEQ_LEN at this stride. Where they would overlap, and
-        EVAL_KV_REUSE says so, documents beyond the window are scored on cached keys."""
+        """Score every document by windows of EVAL_SEQ_LEN at this stride, or beyond those on cached keys."""
         s, ledger = self.s, Ledger(val, self.world.device)
         self.ledger = ledger              # the books of the latest evaluation
         starts, targets = val.documents.start, val.documents.length - 1
@@ -4569,15 +4487,15 @@ class Scorer:
         windows = [(a + b, a + e, a + f) for a, n in zip(starts[~beyond].tolist(), targets[~beyond].tolist())
                    for b, e, f in sliding_windows(n, s.eval_seq_len, stride)]
         rows, plan = pack_rows(windows, self.capacity), layer_plan(s, looping)
-        for i in share_out([width(r) for r in rows], self.world.size)[self.world.rank]:
+        widths = [sum(end - begin for begin, end, _ in row) for row in rows]
+        for i in share_out(widths, self.world.size)[self.world.rank]:
             self.score_row(rows[i], val, plan, ledger)
         if beyond.any():
             self.once(val, np.flatnonzero(beyond), stride, ledger)
         return ledger.close(self.world)
 
     def once(self, val: Validation, documents: np.ndarray, stride: int, ledger: Ledger) -> None:
-        """Each token of these documents is computed once, `stride` at a time, and sees the keys of the tokens
-        before it as far as its window would reach."""
+        """Documents computed once, `stride` tokens at a time, on the keys a window would reach."""
         s = dataclasses.replace(self.s, ttt_eval_seq_len=self.s.eval_seq_len, ttt_chunk_size=stride,
                                 ttt_short_score_first_enabled=False, ttt_cache_lambda=0)
         still = PhasedTTT(s, self.world, self.model, val, ledger=ledger)
@@ -4610,8 +4528,7 @@ class Scorer:
 # ============================================================================================================
 
 class Corrector:
-    """n-gram posterior of one row of a batch: unigram counts from 1 on and, per order, what followed each
-    context. It learns the targets of a chunk once they are booked."""
+    """n-gram posterior of one row of a batch; it learns the targets of a chunk once they are booked."""
 
     def __init__(self, s: Settings):
         self.alpha = s.corrector_alpha
@@ -4677,23 +4594,22 @@ def chunk_window(s: Settings, targets: np.ndarray, begin: int, end: int, cached:
     return ChunkWindow(first, np.where(count > 0, begin - first, 0), count, width)
 
 
-def chunk_bounds(s: Settings, length: int, times: int = 1) -> list[int]:
+def chunk_bounds(s: Settings, length: int) -> list[int]:
     """Targets at which the chunks of a group begin whose longest document has `length` tokens, and the end of
-    the last one; chunks `times` as large. In stream order the size goes by the position in the document, so
-    that no later document has a say in how an earlier one is cut; in the field's order by `length`."""
+    the last one. In stream order the size goes by the position in the document, so that no later document has
+    a say in how an earlier one is cut; in the field's order by `length`."""
     steps, bounds = chunk_steps(s), [0]
     if s.ttt_doc_order == "length":
         steps = [(math.inf, next(chunk for bound, chunk in steps if length <= bound))]
     for bound, chunk in steps:
         while bounds[-1] < min(bound, length - 1):
-            bounds.append(bounds[-1] + min(times * chunk, s.ttt_eval_seq_len))
+            bounds.append(bounds[-1] + min(chunk, s.ttt_eval_seq_len))
     return bounds
 
 
 def trained_rows(s: Settings, targets: np.ndarray, end: int) -> np.ndarray:
-    """(B,) bool: the documents, of targets (B,), whose adapters learn from a chunk that ends at target `end`:
-    those that go on, within the limits of TTT_TRAIN_*_DOC_LEN. In stream order these go by the position
-    reached: nothing is known of where a document ends but that it goes on."""
+    """(B,) bool: the documents, of targets (B,), that learn from a chunk ending at target `end`: those going
+    on, within TTT_TRAIN_*_DOC_LEN; in stream order by the position reached, as no end is known yet."""
     most, goes_on = s.ttt_train_max_doc_len or math.inf, targets > end
     if s.ttt_doc_order == "stream":
         return goes_on & (end < most)
@@ -4701,8 +4617,7 @@ def trained_rows(s: Settings, targets: np.ndarray, end: int) -> np.ndarray:
 
 
 def kept_rows(batch: int, live: int) -> int:
-    """Rows of a group with `live` documents left: `batch` halved as often as they fit in, but never one row,
-    which torch.compile would make a graph of its own for."""
+    """Rows for `live` documents left: `batch` halved while they fit in, but not to 1, a graph of its own."""
     while live <= batch // 2 > 1:
         batch //= 2
     return batch
@@ -4725,11 +4640,9 @@ def grouped(s: Settings, documents: np.ndarray, lengths: np.ndarray) -> list[np.
 
 
 def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
-    """The groups of all documents, cut at the phase boundaries.
-
-    TTT_DOC_ORDER=stream: round i holds the i-th part of the stream's first documents, the last the rest: no
-    document is ever influenced by a later one. length: the longest documents of all come first, as in the
-    field; a phase then trains on the shortest groups scored so far."""
+    """The groups of all documents, cut at the phase boundaries. TTT_DOC_ORDER=stream: round i holds the i-th
+    part of the stream's first documents, so that none is influenced by a later one. length: as in the field
+    the longest documents of all come first; a phase trains on the shortest groups scored so far."""
     phases = s.phased_ttt_num_phases if s.phased_ttt_prefix_docs else 0
     bounds = [s.phased_ttt_prefix_docs * (i + 1) // phases for i in range(phases)]
     everything, rounds, begin = np.arange(len(lengths)), [], 0
@@ -4749,13 +4662,8 @@ def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
     return rounds + [Round(current, None)]
 
 
-def scored_order(s: Settings, lengths: np.ndarray) -> np.ndarray:
-    """Documents in the order in which TTT scores them."""
-    return np.concatenate([g for r in ttt_rounds(s, lengths) for g in r.groups])
-
-
 # What the watchdog gives up, in this order, when the evaluation would outlast its budget.
-GIVE_UP = ("nothing", "further phases on the base weights and half of the adapter steps", "adaptation")
+GIVE_UP = ("nothing", "further phases on the base weights", "adaptation")
 NO_ADAPTATION = 2
 WATCH_EVERY = 8             # chunks between two looks at the clock
 
@@ -4763,9 +4671,8 @@ WATCH_EVERY = 8             # chunks between two looks at the clock
 class PhasedTTT:
     """Score-first phased test-time training. Each document has its own adapter, scored chunk by chunk and
     adapted only by booked chunks; at each phase boundary the base weights are trained on whole booked
-    documents. Groups are shared out over the ranks by predicted cost: no files, no locks, no races.
-    clock: the evaluation's, watched so that every target is scored in time. trace(event, **values) observes:
-    lora, reset, chunk, sgd_step, phase, give_up."""
+    documents. Ranks share the groups by predicted cost. clock: the evaluation's, watched so that every target
+    is scored in time. trace(event, **values) observes: lora, reset, chunk, sgd_step, phase, give_up."""
 
     def __init__(self, s: Settings, world: World, model: GPT, val: Validation, trace: Callable | None = None,
                  clock: Clock | None = None, ledger: Ledger | None = None):
@@ -4780,15 +4687,11 @@ class PhasedTTT:
         self.phase_pace, self.phase_tokens = 0.0, 0    # seconds a token of a phase; tokens to train on
 
     def costs(self, group: np.ndarray) -> np.ndarray:
-        """Predicted token-passes of a group at every level of GIVE_UP; a backward counts twice a forward.
-        With cached keys half of the time is taken to go with the tokens, half with the steps."""
-        s, longest = self.s, int(self.lengths[group].max())
-        every, fewer = (np.array(chunk_bounds(s, longest, times)[1:]) for times in (1, 2))
-        if s.ttt_kv_reuse:
-            adapting = [3 * longest, 1.5 * longest * (1 + len(fewer) / len(every))]
-        else:
-            adapting = [3 * np.minimum(ends, s.ttt_eval_seq_len).sum() for ends in (every, fewer)]
-        return len(group) * np.array([*adapting, longest], float)
+        """Predicted token-passes of a group at every level of GIVE_UP; a backward counts twice a forward."""
+        longest = int(self.lengths[group].max())
+        ends = np.minimum(chunk_bounds(self.s, longest)[1:], self.s.ttt_eval_seq_len)
+        adapting = 3 * (longest if self.s.ttt_kv_reuse else ends.sum())
+        return len(group) * np.array([adapting, adapting, longest], float)
 
     def mine(self, groups: list[np.ndarray]) -> list[np.ndarray]:
         """This rank's share of the groups."""
@@ -4821,8 +4724,7 @@ class PhasedTTT:
         return self.ledger.close(self.world)
 
     def watch(self) -> None:
-        """Give up as little as is needed for the predicted end to lie within EVAL_MAX_SECONDS, which nothing
-        is predicted for before a part of a group is done."""
+        """Give up as little as lets the predicted end lie within EVAL_MAX_SECONDS."""
         if self.clock is None or not self.clock.budget:
             return
         now = self.clock.elapsed()
@@ -4833,11 +4735,6 @@ class PhasedTTT:
         level = next(fits, NO_ADAPTATION) if now < self.clock.budget else NO_ADAPTATION
         if level > self.level:
             self.give_up(level, elapsed=now, predicted_end=ends[self.level])
-
-    def count(self, costs: np.ndarray, seconds: float) -> None:
-        """Work of these costs took this long."""
-        self.spent, self.done = self.spent + seconds, self.done + costs[self.level]
-        self.left = self.left - costs
 
     def give_up(self, level: int, **why) -> None:
         """From now on do without what GIVE_UP names up to this level."""
@@ -4878,7 +4775,7 @@ class PhasedTTT:
             if s.ttt_doc_order == "stream" or not self.correctors:
                 self.correctors = [Corrector(s) for _ in range(s.ttt_batch_size)]
             adapter.correctors = self.correctors[:len(group)]
-        bounds = chunk_bounds(s, int(self.lengths[group].max()), 1 + (level == 1))
+        bounds = chunk_bounds(s, int(self.lengths[group].max()))
         costs, counted, since = self.costs(group), 0, Clock()
         for n, (begin, end) in enumerate(zip(bounds, bounds[1:]), start=1):
             if cached and begin:
@@ -4898,7 +4795,9 @@ class PhasedTTT:
                     self.adapt(adapter, optimiser, scored, torch.from_numpy(later).to(self.world.device))
             if n % WATCH_EVERY == 0 or end == bounds[-1]:
                 sync(self.world.device)
-                self.count(costs * (end - counted) / bounds[-1], since.elapsed())
+                work = costs * (end - counted) / bounds[-1]
+                self.spent, self.done = self.spent + since.elapsed(), self.done + work[self.level]
+                self.left = self.left - work
                 self.watch()
                 learns, counted, since = learns and self.level < NO_ADAPTATION, end, Clock()
 
@@ -4956,16 +4855,16 @@ class PhasedTTT:
         """SGD on all base weights over booked documents; the learning rate falls as a cosine over chunks."""
         s, tokens = self.s, booked.tokens
         chunks = -(-(len(tokens) - 1) // s.global_ttt_chunk_tokens)
-        params = list(self.model.requires_grad_(True).parameters())
-        velocity = [torch.zeros_like(p) for p in params]
+        params = self.model.requires_grad_(True).parameters()
+        optimiser = torch.optim.SGD(params, momentum=s.global_ttt_momentum)
         for c in range(max(chunks - 1, 1)):    # as published, the last chunk is left out, unless it is alone
             part = tokens[c * s.global_ttt_chunk_tokens:(c + 1) * s.global_ttt_chunk_tokens + 1]
             rows = (len(part) - 1) // s.eval_seq_len
-            lr = self.global_lr(c, chunks)
+            optimiser.param_groups[0]["lr"] = self.global_lr(c, chunks)
             for _ in range(s.global_ttt_epochs):
                 for r in range(0, rows, s.global_ttt_batch_seqs):
                     begin, n = r * s.eval_seq_len, min(s.global_ttt_batch_seqs, rows - r) * s.eval_seq_len
-                    self.global_step(part[begin:begin + n + 1], params, velocity, lr)
+                    self.global_step(part[begin:begin + n + 1], optimiser)
         self.model.requires_grad_(False)
         self.trace("phase", model=self.model, tokens=tokens)
 
@@ -4977,7 +4876,7 @@ class PhasedTTT:
             return s.global_ttt_warmup_start_lr + f * (s.global_ttt_lr - s.global_ttt_warmup_start_lr)
         return s.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * (c - warm) / max(chunks - 1 - warm, 1)))
 
-    def global_step(self, tokens: np.ndarray, params: list, velocity: list, lr: float) -> None:
+    def global_step(self, tokens: np.ndarray, optimiser: torch.optim.SGD) -> None:
         """One momentum step on a run of tokens, which the ranks share by whole documents, or rows."""
         s, world, total = self.s, self.world, len(tokens) - 1
         starts = np.flatnonzero(tokens[:-1] == BOS)
@@ -4986,26 +4885,24 @@ class PhasedTTT:
         starts = np.unique(np.append(starts, (0, total)))
         begin, end = starts[np.searchsorted(starts, [total * (world.rank + i) // world.size for i in (0, 1)])]
         loss = torch.zeros((), device=world.device)
-        grads = [torch.zeros_like(p) for p in params]
         if end > begin:
             batch = packed_batch(tokens[begin:end + 1], s.eval_seq_len).to(world.device)
-            if not s.global_ttt_respect_doc_boundaries:
-                x, y = (side.view(-1, s.eval_seq_len) for side in (batch.x, batch.y))
-                batch = Batch(x, y, None, s.eval_seq_len)
-            loss = self.model.losses(batch.x, batch.y, self.plan, batch.layout(batch.max_seqlen)).sum()
-            loss = loss / total
-            got = torch.autograd.grad(loss, params, allow_unused=True)
-            grads = [z if g is None else g for z, g in zip(grads, got)]
-        with torch.no_grad():
-            for g in (grads if world.size > 1 else ()):
-                world.total(g)
-            norm = torch.stack([g.norm() for g in grads]).norm()
-            if s.global_ttt_grad_clip > 0:
-                torch._foreach_mul_(grads, (s.global_ttt_grad_clip / (norm + 1e-6)).clamp(max=1))
-            torch._foreach_mul_(velocity, s.global_ttt_momentum)
-            torch._foreach_add_(velocity, grads)
-            torch._foreach_add_(params, velocity, alpha=-lr)
-        self.trace("sgd_step", loss=world.total(loss.detach().clone()), n_tokens=total, grad_norm=norm, lr=lr)
+            batch = batch if s.global_ttt_respect_doc_boundaries else batch.rows(s.eval_seq_len)
+            losses = self.model.losses(batch.x, batch.y, self.plan, batch.layout(batch.max_seqlen))
+            loss = losses.sum() / total
+            loss.backward()
+        norm = total_gradients(world, self.model, s.global_ttt_grad_clip)
+        optimiser.step()
+        optimiser.zero_grad()
+        self.trace("sgd_step", loss=world.total(loss.detach().clone()), n_tokens=total, grad_norm=norm,
+                   lr=optimiser.param_groups[0]["lr"])
+
+
+def total_gradients(world: World, model: GPT, clip: float) -> Tensor:
+    """Sum all gradients over the ranks and clip their norm (0: no clipping); returns the norm before."""
+    for p in model.parameters():
+        p.grad = world.total(torch.zeros_like(p) if p.grad is None else p.grad)
+    return nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
 
 
 @torch.no_grad()
@@ -5026,8 +4923,7 @@ def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
 
 @torch.no_grad()
 def normalised_step(params: list[Tensor], lr: float, weight_decay: float) -> None:
-    """Steps of matrices (…, R, C) along their gradient over its RMS, matrix by matrix: no state. A matrix
-    without a gradient only decays."""
+    """Steps of matrices (…, R, C) along their gradient over its RMS, matrix by matrix: no state."""
     for p in params:
         size = p.grad.square().mean(dim=(-2, -1), keepdim=True).sqrt()
         p.mul_(1 - lr * weight_decay).sub_(p.grad / (size + 1e-12), alpha=lr)
@@ -5065,24 +4961,17 @@ def prequant_ttt(s: Settings, world: World, model: GPT, tokens: np.ndarray, trac
                 loss = model.losses(x, y, layer_plan(s, True)).mean()
                 loss.backward()
             for p in params.values():
-                p.grad = world.total(torch.zeros_like(p) if p.grad is None else p.grad) / world.size
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad / world.size
             for name, g in views({n: p.grad for n, p in params.items()}).items():
                 if name.startswith(frozen):
                     g.zero_()
-            norm = nn.utils.clip_grad_norm_(params.values(), s.prequant_ttt_grad_clip or math.inf)
+            norm = total_gradients(world, model, s.prequant_ttt_grad_clip)
             optimiser.step()
             trace(loss=loss.item(), lr=lr, grad_norm=norm.item())
     model.zero_grad()
 
 
 # --- probes: evidence for the four conditions, from the functions that score
-
-class Probe(NamedTuple):
-    """One condition put to the test: its name, whether it held, and the figure seen."""
-    name: str
-    ok: bool
-    figure: str
-
 
 def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
     """Lengths of six documents, and two tokens of the fourth after which streams are made to differ: inside a
@@ -5134,7 +5023,7 @@ def weights_kept(model: GPT):
         model.requires_grad_(True)
 
 
-def run_probes(s: Settings, world: World, model: GPT) -> list[Probe]:
+def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
     """C1-C4 on made-up tokens, through Scorer and PhasedTTT as the settings have them; every rank for itself.
     What the ledger refuses fails a probe. The model's weights are as before afterwards."""
     local, threads, probes, booked = World(device=world.device), torch.get_num_threads(), [], []
@@ -5145,18 +5034,17 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Probe]:
         torch.set_num_threads(1)           # and threads would wait for each other at every step
     try:
         with weights_kept(model):
-            for found in (probe_causality(s, local, model, booked), probe_normalisation(s, local, model)):
-                for probe in found:
-                    probes.append(probe)
+            probes += probe_causality(s, local, model, booked)
+            probes += probe_normalisation(s, local, model)
         figure, ok = f"{sum(booked):,} targets booked once each, before any step on them", True
     except LedgerError as error:
         figure, ok = str(error), False
     finally:
         torch.set_num_threads(threads)
-    return [*probes, Probe("C3 C4 ledger", ok, figure)]
+    return [*probes, Finding("C3 C4 ledger", ok, figure)]
 
 
-def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) -> Iterator[Probe]:
+def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) -> Iterator[Finding]:
     """C1: earlier scores stay the same, to the bit, whatever comes later. booked: targets per evaluation."""
     row = min(s.eval_seq_len, 4 * min(size for _, size in chunk_steps(s)))     # of a phase's training
     ttt = dataclasses.replace(s, ttt_batch_size=4, phased_ttt_num_phases=1, phased_ttt_prefix_docs=2,
@@ -5203,7 +5091,7 @@ def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) ->
         if max(earlier) > 0 and world.device.type == "cuda":      # kernels that add in any order
             noise = max((losses(evaluate, one) - first).abs().max().item() for _ in range(3))
             figure += f"; the same stream four times differs by {noise:g}"
-        yield Probe(f"C1 {name}", max(earlier) <= 2 * noise < min(rest), figure)
+        yield Finding(f"C1 {name}", max(earlier) <= 2 * noise < min(rest), figure)
 
 
 def probe_hints(s: Settings) -> tuple[Hints, bool]:
@@ -5221,13 +5109,11 @@ def probe_hints(s: Settings) -> tuple[Hints, bool]:
                                        for name in ("hint", "confidence"))), ok
 
 
-def probe_normalisation(s: Settings, world: World, model: GPT) -> Iterator[Probe]:
+def probe_normalisation(s: Settings, world: World, model: GPT) -> Iterator[Finding]:
     """C2: exp(-loss) of every possible next token, as the books have it, sums to 1: one document per token of
-    the vocabulary, scored by windows and by adapters that have learnt from the document's first two targets,
-    fast, and of a low rank, which does not matter here. The sum is over equal hidden states, to the bit: no
-    adapter begins with what another group learnt, and half precision, which rounds rotary angles along a
-    row differently, scores every document in a row of its own (without torch.compile: rows so short are
-    nobody else's)."""
+    the vocabulary, scored by windows and by adapters that have learnt from its first two targets. The sum is
+    over equal hidden states, to the bit: no adapter begins with what another group learnt, and half
+    precision, which rounds rotary angles along a row, scores every document in a row of its own."""
     tokens = np.tile(np.array([BOS, 4, 5, 6, 7]), s.vocab_size + 1)[:-4]
     tokens[4::5] = np.arange(s.vocab_size)
     val, half = Validation.of(tokens), model.compute_dtype in HALF
@@ -5235,8 +5121,8 @@ def probe_normalisation(s: Settings, world: World, model: GPT) -> Iterator[Probe
     scorer.capacity = 5 if half else scorer.capacity
     if s.ngram_tilt_enabled:
         val.hints, ok = probe_hints(s)
-        yield Probe("C1 n-gram hints", ok, f"{'the same' if ok else 'not the same'} for each of "
-                    f"{s.vocab_size:,} targets")
+        yield Finding("C1 n-gram hints", ok, f"{'the same' if ok else 'not the same'} for each of "
+                      f"{s.vocab_size:,} targets")
     scorer.windows(val, s.eval_seq_len)
     books = {"windows": scorer.ledger}
     if s.ttt_enabled:
@@ -5250,19 +5136,13 @@ def probe_normalisation(s: Settings, world: World, model: GPT) -> Iterator[Probe
         books["test-time training"] = evaluation.ledger
     for name, ledger in books.items():
         total = torch.exp(-ledger.loss[3::5].double()).sum().item()
-        yield Probe(f"C2 {name}", abs(total - 1) < 1e-4, f"{s.vocab_size:,} probabilities sum to {total:.7f}")
+        yield Finding(f"C2 {name}", abs(total - 1) < 1e-4,
+                      f"{s.vocab_size:,} probabilities sum to {total:.7f}")
 
 
 # ============================================================================================================
 # 13  Checks: everything that can go wrong is tried before the first step
 # ============================================================================================================
-
-class Finding(NamedTuple):
-    """One line of --check."""
-    ok: bool
-    what: str
-    detail: str
-
 
 def check_train_shards(s: Settings) -> str:
     """Headers of all training shards and the first million tokens of each; DATA_CHECK=full: all tokens."""
@@ -5300,8 +5180,7 @@ def check_byte_rule(s: Settings, val: Validation, documents: int = 200) -> None:
 
 
 def check_manifest(s: Settings) -> str:
-    """Files, sizes and tokenizer against the manifest, and overlap; returns the data's fingerprint.
-    DATA_CHECK=full also reads every byte."""
+    """Files, sizes and tokenizer against the manifest, and overlap; returns the data's fingerprint."""
     def sha256(path):
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -5375,8 +5254,7 @@ def check_disk(folder: Path, need: int) -> str:
 
 
 def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "") -> list[Finding]:
-    """Every check that applies to the mode, in the order a user would fix them. attention_why: the answer,
-    where the kernels were tried already."""
+    """Every check of the mode, in the order a user would fix them. attention_why: tried already."""
     written = 2 * ARTIFACT_LIMIT + (8 << 20) + 4 * sum(map(math.prod, parameter_shapes(s).values()))
     checks = {
         "device": lambda: f"{world.device_name}, {torch.get_num_threads()} host threads",
@@ -5395,17 +5273,17 @@ def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "")
     findings = []
     for what, check in checks.items():
         try:
-            findings.append(Finding(True, what, check()))
-        except (UserError, OSError) as error:
-            unread = isinstance(error, OSError)
-            findings.append(Finding(False, what, f"cannot read {error.filename}: {error.strerror}; check its "
-                                                 "permissions" if unread else str(error)))
+            findings.append(Finding(what, True, check()))
+        except UserError as error:
+            findings.append(Finding(what, False, str(error)))
+        except OSError as error:
+            findings.append(Finding(what, False, f"cannot read {error.filename}: {error.strerror}; check its "
+                                    "permissions"))
     return findings
 
 
 def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
-    """Dry run of all that follows training, at full size on random weights, so that whatever is missing fails
-    before the clock starts. Returns the training seconds to reserve."""
+    """A dry run, at full size on random weights, of what follows training; the seconds to reserve."""
     begin, model, generator = Clock(), trainer.model, torch.Generator().manual_seed(s.seed)
     with torch.no_grad():
         weights = {n: (torch.randn(p.shape, generator=generator) * 0.02).to(p.device)
@@ -5428,7 +5306,7 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     q = quantiser(unit_for(quantiser.spread, 0.99 * (ARTIFACT_LIMIT - code_bytes(s.code_form)),
                            quantiser.finest))
     packing = Clock()
-    blob = world.share_bytes(pack_model(s, q) if world.main else None)
+    blob = world.agree(pack_model(s, q) if world.main else None)
     # the fitter takes about three tries; 100 MB/s for saving the weights; a quarter to spare
     saving = sum(4 * p.numel() for p in model.parameters()) / 1e8
     need = seconds + 3 * clock.elapsed() - 2 * setting_up + saving
@@ -5514,8 +5392,7 @@ def idle_settings(s: Settings) -> dict[str, str]:
 
 
 def closest_system(s: Settings) -> tuple[str, dict] | None:
-    """The published system whose configuration beside this script is nearest to the settings, and what
-    differs as [here, there]; None where there are no configurations."""
+    """The configuration beside this script nearest to the settings, and what differs as [here, there]."""
     found, mine = [], s.as_env()
     for path in sorted(Path(__file__).parent.glob("configs/pr*.env")):
         lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
@@ -5561,7 +5438,7 @@ def save_weights(run: Run, model: GPT) -> None:
         weights = {n: p.detach().cpu() for n, p in field_views(dict(model.named_parameters())).items()}
         box = io.BytesIO()
         torch.save({"architecture": architecture(model.s), "weights": weights}, box)
-        run.save("final_model.pt", box.getvalue())
+        write_atomic(run.dir / "final_model.pt", box.getvalue())
 
 
 def read_weights(path: str, model: GPT) -> None:
@@ -5573,16 +5450,11 @@ def read_weights(path: str, model: GPT) -> None:
         raise UserError(f"EVAL_ONLY_PATH={path} holds no averaged weights of this script "
                         f"({type(error).__name__}): give a run's final_model.pt") from error
     check_architecture(model.s, theirs, f"EVAL_ONLY_PATH={path} holds weights")
-    views = field_views({n: p.data for n, p in model.named_parameters()})
-    if set(views) != set(weights) or any(v.shape != weights[n].shape for n, v in views.items()):
-        raise UserError(f"EVAL_ONLY_PATH={path} holds other tensors than this model: take another file")
-    for name, view in views.items():
-        view.copy_(weights[name])
+    load_weights(model, weights, f"EVAL_ONLY_PATH={path}", field_views)
 
 
 def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> tuple[Clock, Prefetch]:
-    """Warm-up, rehearsal, training: the model ends as its average, saved. Returns the training clock and the
-    stream, for calibration; with EVAL_ONLY_PATH the weights come from there."""
+    """Warm up, rehearse, train to the average, or read EVAL_ONLY_PATH; the training clock and the stream."""
     if s.eval_only_path:
         read_weights(s.eval_only_path, model)
         stream = Prefetch(open_train_stream(s, world, s.batch_shape(world.size)[1]), world.device)
@@ -5602,14 +5474,11 @@ def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
         if step == 0:
             run.summary["untrained_val_bpb"] = score.bpb
 
-    done = train(s, world, run, trainer, reserve, validate)
-    with torch.no_grad():
-        for n, p in model.named_parameters():
-            p.copy_(trainer.ema[n])
+    clock, stream = train(s, world, run, trainer, reserve, validate)
+    model.load_state_dict(trainer.ema)
     save_weights(run, model)
-    run.summary.update(steps=done["steps"], step_ms=done["step_ms"])
     run.save_summary()
-    return done["clock"], done["stream"]
+    return clock, stream
 
 
 ARTIFACT_NAME = "final_model.int6.ptz"
@@ -5617,8 +5486,7 @@ BUDGET_SECONDS = 600.0    # the competition's, for all up to the artifact and ag
 
 
 def check_budget(run: Run, what: str, seconds: float, name: str, setting: float) -> None:
-    """What took longer than its setting (0: no limit) or than the competition allows makes a run
-    NON-COMPLIANT: a raised setting raises no budget."""
+    """Over its setting (0: none) or the competition's budget a run is NON-COMPLIANT."""
     for budget, of in ((BUDGET_SECONDS, "the competition's"), (setting or math.inf, name)):
         if seconds > budget:
             run.not_compliant(f"{what} took {seconds:.1f} s of {of} {budget:g} s")
@@ -5636,7 +5504,7 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
     if s.logit_calib_enabled:
         blob = calibrate_logits(s, world, run, blob)
     if world.main:
-        run.save(ARTIFACT_NAME, blob)
+        write_atomic(run.dir / ARTIFACT_NAME, blob)
     seconds = world.agree(clock.elapsed())
     known = len(run.summary["not_compliant_because"])
     if s.eval_only_path:
@@ -5649,7 +5517,7 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
         header["not_compliant"] = "; ".join(filter(None, [header.get("not_compliant"), *why]))
         blob = artifact_to_bytes(header, streams)
         if world.main:
-            run.save(ARTIFACT_NAME, blob)
+            write_atomic(run.dir / ARTIFACT_NAME, blob)
     world.barrier()
     run.log("artifact", bytes=len(blob), total=check_size(len(blob), s.code_form), train_seconds=seconds,
             calibrate_s=calibrated - begin, quantise_and_pack_s=seconds - calibrated)
@@ -5668,17 +5536,13 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
     clock = Clock(s.eval_max_seconds)
     open_artifact(s, world, model, path)       # once more, on the clock
     scorer = Scorer(s, world, model)
-    if s.sliding_window_enabled or s.ttt_enabled:
-        with clock.exclude():        # a diagnostic
-            final = scorer.windows(val, s.eval_seq_len)
-    else:                            # the score of this run
-        val.hints = Hints.build(s, world, val, False)
-        final = scorer.windows(val, s.eval_seq_len)
-    log_score(run, "quantized", final, scorer.ledger, clock)
-    if s.sliding_window_enabled:
-        val.hints = Hints.build(s, world, val, False)
-        final = scorer.windows(val, s.eval_stride)
-        log_score(run, "sliding", final, scorer.ledger, clock)
+    stages = {"quantized": s.eval_seq_len, **({"sliding": s.eval_stride} if s.sliding_window_enabled else {})}
+    for stage, stride in stages.items():
+        diagnostic = stage == "quantized" and (s.sliding_window_enabled or s.ttt_enabled)
+        with clock.exclude() if diagnostic else contextlib.nullcontext():
+            val.hints = None if diagnostic else Hints.build(s, world, val, False)
+            final = scorer.windows(val, stride)
+        log_score(run, stage, final, scorer.ledger, clock)
     if s.ttt_enabled:
         if val.hints is None or "stream" not in (s.ttt_doc_order, s.ngram_doc_order):
             val.hints = Hints.build(s, world, val, True)
@@ -5718,10 +5582,9 @@ def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) 
 
 
 def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> tuple[int, str]:
-    """The weights of the artifact file at path (on rank 0's disk) into the model; returns the file's size and
-    why it is NON-COMPLIANT (empty if it is not)."""
+    """The weights of the artifact at path into the model; the file's size and why it is NON-COMPLIANT."""
     try:
-        blob = world.share_bytes(path.read_bytes() if world.main else None)
+        blob = world.agree(path.read_bytes() if world.main else None)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; give final_model.int6.ptz") from error
     found = read_artifact(s, blob, path.name)
@@ -5788,11 +5651,11 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
     if reads_targets(s):
         run.not_compliant("NGRAM_GATES=target: n-gram experts read the token that they predict")
     for finding in run_checks(s, world, run.dir, why):
-        run.log("check", what=finding.what, detail=finding.detail)
+        run.log("check", what=finding.name, detail=finding.figure)
         if not finding.ok:
-            raise UserError(finding.detail)
-        if finding.what == "data fingerprint":
-            run.summary["data_fingerprint"] = finding.detail
+            raise UserError(finding.figure)
+        if finding.name == "data fingerprint":
+            run.summary["data_fingerprint"] = finding.figure
     val = Validation(s)
     if not s.eval_only_quantized_path:
         with Validation.seal():
@@ -5824,9 +5687,9 @@ def check_command(which: str) -> int:
         return 0
     findings = run_checks(s, World.join({}), Path(s.artifact_dir or "runs"))
     if which == "data":
-        findings = [f for f in findings if f.what not in ("device", "attention", "batch", "disk", "size")]
+        findings = [f for f in findings if f.name not in ("device", "attention", "batch", "disk", "size")]
     for f in findings:
-        print(f"{'ok   ' if f.ok else 'FAIL '} {f.what}: {f.detail}")
+        print(f"{'ok   ' if f.ok else 'FAIL '} {f.name}: {f.figure}")
     return int(any(not f.ok for f in findings))
 
 

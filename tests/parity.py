@@ -766,12 +766,20 @@ def check_gptq(fx: Fixture) -> None:
         check_gptq_model(fx, fx.sibling(sibling), **overrides)
 
 
+def gptq(w, h, scale, bits, block=128):
+    """Codes (…, R, C) of matrices w under the Hessians h (…, C, C), steps (…, R), by falling diagonal."""
+    batch = w.float().reshape(-1, *w.shape[-2:])
+    order, u, dead, _ = tg.hessian_factor(h.float().reshape(-1, *h.shape[-2:]))
+    step = scale.float().reshape(len(batch), -1)
+    return tg.round_in_order(batch, step, order, u, dead, 2 ** (bits - 1) - 1, block=block).reshape(w.shape)
+
+
 def check_gptq_weights(fx: Fixture) -> None:
     for name, case in fx.meta["cases"].items():
         W, H, Q, scale = (fx.arrays[f"{name}.{key}"] for key in ("W", "H", "Q", "scale"))
         W = W.float()
         fx.equal(f"{name} scale", tg.row_scales(W, case["bits"], case["clip_sigmas"]), scale)
-        got = tg.gptq(W, H, scale, case["bits"], block=case["block_size"])
+        got = gptq(W, H, scale, case["bits"], block=case["block_size"])
         fx.equal(f"{name} integer type", got.dtype, torch.int8)
         live = scale != 0  # a zero scale makes the integers meaningless: they restore to 0
         fx.mostly_equal(f"{name} integers", got[live], Q[live])
@@ -811,11 +819,11 @@ def check_input_rms(fx: Fixture) -> None:
     with torch.no_grad():
         for ids in batches:
             model.hidden(ids, plan, tap=tap)
-            tap.add_batch()
+            tap.batches += 1
     hessians = tap.finish().hessians
     for name, want in fx.group("act_rms").items():
-        fx.close(f"rms of {name}", tg.input_rms(s, name, hessians[name], batches[0].numel()), want,
-                 **fx.tolerance("act_rms"))
+        rms = tg.input_rms(s, name, hessians[tg.input_of(name)], batches[0].numel())
+        fx.close(f"rms of {name}", rms, want, **fx.tolerance("act_rms"))
 
 
 def check_lqer_variants(fx: Fixture) -> None:
@@ -882,8 +890,8 @@ def check_packing(fx: Fixture) -> None:
         else:
             pack, kind = key.split(".")
             factors, number = fx.group(pack), int(re.search(r"\d+$", kind).group())
-            pack_factors = tg.lqer_asym if kind.startswith("asym") else tg.lqer_sym
-            packed = pack_factors(factors["A"], factors["B"], number)
+            packed = (tg.lqer_asym(factors["A"], factors["B"], number) if kind.startswith("asym") else
+                      [part for side in "AB" for part in tg.quantise_rows(factors[side], number)])
             got = dict(zip(("qA", "sA", "qB", "sB"), packed, strict=True))
         for part, value in got.items():
             fx.equal(f"{key} {part}", value, stored[part])
@@ -934,11 +942,11 @@ def check_hessians(fx: Fixture, s, model, plan, stored: dict) -> None:
     with torch.no_grad():
         for ids in fx.arrays["calibration.input_ids"]:
             model.logits(model.hidden(ids, plan, tap=tap))
-            tap.add_batch()
+            tap.batches += 1
     hessians = tap.finish().hessians
     tolerance = fx.tolerance("hessian", rtol=1e-4)["rtol"]
     for name, want in stored.items():
-        fx.close(f"Hessian of {name}", hessians[name], want, rtol_of_max_abs=tolerance)
+        fx.close(f"Hessian of {name}", hessians[tg.input_of(name)], want, rtol_of_max_abs=tolerance)
 
 
 def stored_quant(fx: Fixture, base: Fixture) -> dict[str, torch.Tensor]:
@@ -1041,10 +1049,10 @@ def check_coprime(fx: Fixture) -> None:
     """The coprime-stride stream; its seed hangs on the paths as given, so it is opened from the folder."""
     meta, want = fx.meta, fx.arrays
     jumps = {int(k.split()[-1]): n for k, n in meta["batches_built_jumps"].items()}
-    seqs = meta["global_tokens"] // (meta["world_size"] * meta["grad_accum_steps"]) // meta["seq_len"]
+    tokens = meta["global_tokens"] // (meta["world_size"] * meta["grad_accum_steps"])
     with moved_to(fx.folder):
         files = sorted(Path().glob(meta["pattern"]))
-        shape = dict(world_size=meta["world_size"], seqs=seqs, seq_len=meta["seq_len"])
+        shape = dict(world_size=meta["world_size"], tokens=tokens, max_len=meta["seq_len"])
         streams = [tg.CoprimeStream(files, rank=rank, **shape) for rank in range(meta["world_size"])]
     fx.equal("tokens per shard", [len(x) for x in streams[0].shards], meta["shard_tokens"])
     for k in range(meta["batches"]):
@@ -1082,11 +1090,10 @@ def check_chunks(fx: Fixture) -> None:
 
 def check_shuffled(fx: Fixture) -> None:
     meta, want = fx.meta, fx.arrays
-    length = meta["train_seq_len"]
-    seqs = meta["global_tokens"] // (meta["world_size"] * meta["grad_accum_steps"]) // length
+    tokens = meta["global_tokens"] // (meta["world_size"] * meta["grad_accum_steps"])
     files = shard_files(fx, re.sub(r"\d+\.bin$", "*.bin", meta["files_of_rank"][0]))
-    stream = tg.ShuffledStream(files, world_size=meta["world_size"], rank=meta["rank"], seqs=seqs,
-                               seq_len=length)
+    stream = tg.ShuffledStream(files, world_size=meta["world_size"], rank=meta["rank"], tokens=tokens,
+                               max_len=meta["train_seq_len"])
     order = []
     for k in range(meta["batches"]):
         batch = stream.next()

@@ -85,7 +85,7 @@ def test_new_tensors_survive_quantising_and_packing():
     weights = tg.matrix_views({n: p.detach() for n, p in model.named_parameters()})
     hessians = {n: torch.eye(w.shape[1]) for n, w in weights.items() if ".mlp." in n}
     q = tg.Quantiser(s, weights, tg.Curvature(hessians))()
-    back = tg.unpack_model(s, tg.pack_model(s, q), "test")
+    back = tg.read_artifact(s, tg.pack_model(s, q), "test").model
     restored = tg.dequantise(back)
     assert back.meta == q.meta and set(restored) == set(weights)
     for key, want in tg.dequantise(q).items():

@@ -433,7 +433,7 @@ ONLY_BY_MANIFEST = {"missing shard", "foreign shard", "tokenizer", "no tokenizer
 def refusals(folder: Path, **changes) -> list[str]:
     """What the trainer says about a folder of data before the first step."""
     s = settings(DATA_PATH=folder, TOKENIZER_PATH=folder / "tokenizer.model", VOCAB_SIZE=340, **changes)
-    return [f.detail for f in tg.run_checks(s, tg.World(), folder.parent / "runs", "plain") if not f.ok]
+    return [f.figure for f in tg.run_checks(s, tg.World(), folder.parent / "runs", "plain") if not f.ok]
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import settings, sine_model, tg
+from parity import gptq
 
 GOLDEN = Path(__file__).with_name("golden.json")
 
@@ -70,7 +71,7 @@ def quantiser_numbers():
     w = (torch.sin(at * 0.731) * torch.cos(at * 0.113)).view(48, 64).float()
     x = torch.sin(torch.arange(200 * 64, dtype=torch.float64) * 0.917).view(200, 64).float()
     scale = tg.row_scales(w, 5, 4.0)
-    codes = tg.gptq(w, x.mT @ x / 200 + 0.05 * torch.eye(64), scale, 5)
+    codes = gptq(w, x.mT @ x / 200 + 0.05 * torch.eye(64), scale, 5)
     return {
         "gptq": checksum(codes),
         "scales": checksum(scale),
@@ -83,7 +84,7 @@ def evaluation_numbers():
     tokens[0] = tg.BOS
     s = settings(TTT_LORA_RANK=2, PHASED_TTT_PREFIX_DOCS=2, PHASED_TTT_NUM_PHASES=1)
     val = tg.Validation.__new__(tg.Validation)
-    val.tokens, val.target_bytes = tokens, np.where(tokens[1:] == tg.BOS, 0, 3).astype(np.int64)
+    val.stream, val.target_bytes = tokens, np.where(tokens[1:] == tg.BOS, 0, 3).astype(np.int64)
     val.documents, val.rule = tg.Documents(tokens), "formula"
 
     def wave(event, adapter=None, **_):

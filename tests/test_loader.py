@@ -29,7 +29,7 @@ def test_stream_gives_every_target_once_per_epoch_for_any_number_of_ranks(shards
         assert (x == whole).all() and (y == np.roll(whole, -1)).all()
 
 
-WINDOWS = dict(seqs=3, seq_len=16)
+WINDOWS = dict(tokens=48, max_len=16)
 STREAMS = {
     tg.TokenStream: dict(tokens=40, max_len=16),
     tg.DocPackStream: dict(tokens=40, max_len=16),
@@ -74,7 +74,7 @@ def test_the_end_of_an_epoch_is_logged(data):
     events, world = [], tg.World()
 
     class Log:
-        live = False
+        live, summary = False, {}
 
         def log(self, event, **values):
             events.append((event, values))
@@ -83,8 +83,8 @@ def test_the_end_of_an_epoch_is_logged(data):
             pass
 
     trainer = tg.Trainer(s, world, tg.build_model(s, world))
-    done = tg.train(s, world, Log(), trainer, 0.0, lambda *_: None)
-    done["stream"].close()
+    _, stream = tg.train(s, world, Log(), trainer, 0.0, lambda *_: None)
+    stream.close()
     total = sum(len(tg.read_shard(f)) for f in tg.list_shards(data, "train"))
     ends = [v for event, v in events if event == "epoch_end"]
     assert [v["epoch"] for v in ends] == [1, 2]
@@ -109,7 +109,7 @@ def test_docpack_span_that_ends_exactly_at_the_shards_end_is_used(tmp_path):
 
 def test_shuffled_shard_barely_longer_than_a_window(tmp_path):
     f = write_shard(tmp_path / "a.bin", np.append(tg.BOS, np.arange(4, 4 + 32)))
-    stream = tg.ShuffledStream([f], world_size=1, rank=0, seqs=1, seq_len=32)
+    stream = tg.ShuffledStream([f], world_size=1, rank=0, tokens=32, max_len=32)
     assert [stream.next().x[0, 0].item() for _ in range(3)] == [tg.BOS] * 3
 
 

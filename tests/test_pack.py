@@ -358,14 +358,14 @@ def test_a_model_is_read_back_bit_for_bit(monkeypatch, changes):
     weights = pack.matrix_views({n: p.detach() for n, p in sine_model(s).named_parameters()})
     q = pack.Quantiser(s, weights, pack.Curvature({}))(0.01)
     blob = pack.pack_model(s, q)
-    back = pack.unpack_model(s, blob, "test")
+    back = pack.read_artifact(s, blob, "test").model
     assert back.meta == q.meta and set(back.tensors) == set(q.tensors)
     assert all(
         torch.equal(back.tensors[k], v) and back.tensors[k].dtype == v.dtype for k, v in q.tensors.items()
     )
     assert blob == pack.pack_model(s, q)
     with pytest.raises(UserError, match="another configuration: .*MODEL_DIM=64 there, 128 here"):
-        pack.unpack_model(dataclasses.replace(s, model_dim=128), blob, "test")
+        pack.read_artifact(dataclasses.replace(s, model_dim=128), blob, "test")
 
 
 NONSENSE = {  # changes to a good header that leave the file itself well-formed

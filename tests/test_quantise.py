@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import settings, sine_model, tg
+from parity import gptq
 
 
 def problem(rows=24, columns=96, seed=0):
@@ -22,20 +23,20 @@ def test_gptq_beats_rounding_under_its_hessian():
     w, h = problem()
     scale = tg.row_scales(w, 4, 3.0)
     rounded = tg.divide_round(w, scale[:, None], -7, 7)
-    assert loss(w, tg.gptq(w, h, scale, 4), scale, h) < 0.6 * loss(w, rounded, scale, h)
+    assert loss(w, gptq(w, h, scale, 4), scale, h) < 0.6 * loss(w, rounded, scale, h)
 
 
 def test_gptq_is_rounding_when_columns_do_not_interact():
     w, _ = problem()
     scale = tg.row_scales(w, 6, 12.85)
-    assert torch.equal(tg.gptq(w, torch.eye(96), scale, 6), tg.divide_round(w, scale[:, None], -31, 31))
+    assert torch.equal(gptq(w, torch.eye(96), scale, 6), tg.divide_round(w, scale[:, None], -31, 31))
 
 
 @pytest.mark.parametrize("block", [16, 40, 128, 1000])
 def test_blocks_only_change_the_order_of_sums(block):
     w, h = problem()
     scale = tg.row_scales(w, 6, 12.85)
-    assert (tg.gptq(w, h, scale, 6, block=block) == tg.gptq(w, h, scale, 6)).float().mean() > 0.995
+    assert (gptq(w, h, scale, 6, block=block) == gptq(w, h, scale, 6)).float().mean() > 0.995
 
 
 def test_a_batch_is_its_matrices_and_dead_columns_are_zero():
@@ -43,9 +44,9 @@ def test_a_batch_is_its_matrices_and_dead_columns_are_zero():
     h1[5], h1[:, 5] = 0, 0
     w, h = torch.stack([w0, w1]), torch.stack([h0, h1])
     scale = tg.row_scales(w, 6, 12.85)
-    both = tg.gptq(w, h, scale, 6)
+    both = gptq(w, h, scale, 6)
     for i in range(2):
-        assert (both[i] == tg.gptq(w[i], h[i], scale[i], 6)).float().mean() > 0.999
+        assert (both[i] == gptq(w[i], h[i], scale[i], 6)).float().mean() > 0.999
     assert not both[1][:, 5].any() and both[0][:, 5].any()
 
 
@@ -128,7 +129,7 @@ def test_hessians_are_summed_over_visits_and_divided_by_batches():
     visits = inputs["attn_in", 1]
     assert len(visits) == 2  # layer 1 is inside the loop
     assert torch.allclose(h["blocks.1.attn.c_q.weight"], sum(v.mT @ v for v in visits), rtol=1e-4, atol=1e-4)
-    assert torch.equal(h["blocks.1.attn.c_k.weight"], h["blocks.1.attn.c_q.weight"])
+    assert tg.input_of("blocks.1.attn.c_k.weight") == "blocks.1.attn.c_q.weight" in h
 
 
 # ---- steps by curvature
@@ -166,7 +167,7 @@ def test_fisher_is_the_expected_square_of_the_gradient():
     tap, generator = tg.HessianTap(s), torch.Generator().manual_seed(1)
     for _ in range(draws):
         tap.add_squares(model, x, model.hidden(x, plan, tap=tap), generator)
-        tap.add_batch()
+        tap.batches += 1
     fisher = tap.finish().fisher
     seen = []
     hidden = model.hidden(x, plan, tap=lambda kind, i, v: kind == "mlp_out" and i == 0 and seen.append(v))

@@ -22,7 +22,7 @@ def test_rows_hold_every_window_and_respect_the_capacity():
     windows = [(0, n, 0) for n in (5, 60, 64, 3, 33, 64, 1)]
     rows = tg.pack_rows(windows, 64)
     assert sorted(w for r in rows for w in r) == sorted(windows) and len(rows) == 4
-    assert all(r and tg.width(r) <= 64 for r in rows)
+    assert all(r and sum(end - begin for begin, end, _ in r) <= 64 for r in rows)
 
 
 def ledger(s):
@@ -113,7 +113,7 @@ def test_scores_do_not_depend_on_what_is_packed_beside(s):
     with torch.no_grad():
         scorer.score_row(windows, val, plan, books)
         first = books.loss[:40].clone()
-        val.tokens = val.tokens.copy()
+        val.stream = val.tokens.copy()
         val.tokens[42:66] = 7
         books = tg.Ledger(val, torch.device("cpu"))
         scorer.score_row(windows, val, plan, books)

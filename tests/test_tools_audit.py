@@ -139,7 +139,7 @@ LOGITS = 'raw, losses = fit_calibration(s, model, read_shard(list_shards(s.shard
 RANDOM = "tokens = torch.randint(2, s.vocab_size, (self.tokens + 1,), generator=generator).numpy()"
 SEEN = "lambda: packed_batch(Validation(s).stream[:1025], s.train_seq_len)"
 STREAM = 'return kind(list_shards(s.shards, "%s"), world_size'
-STEP = "    step = scale.float().reshape(len(w3), -1)\n    return round_in_order(w3, step, order"
+STEP = "    w, step = w.masked_fill(dead[:, None], 0), step[:, None]"
 TRACELESS = {   # the line to change, what it becomes, the definition that is named
     "epochs": (GROUP, EPOCHS, "PhasedTTT.run"),
     "space": ('len(piece.removeprefix("\\u2581").encode())', "len(piece.encode())",
@@ -152,7 +152,7 @@ TRACELESS = {   # the line to change, what it becomes, the definition that is na
     "hessians": ("world, model, next_batch)\n    sync", f"world, model, {SEEN})\n    sync", "compress"),
     "unsealed": ("        cls.sealed = True\n", "", "Validation.seal"),
     "patched": ("class Ledger:\n", "Validation.seal = contextlib.nullcontext\nclass Ledger:\n", "statements"),
-    "elsewhere": (STEP, "    h3 = h3 + np.fromfile('val.bin').mean()\n" + STEP, "gptq"),
+    "elsewhere": (STEP, "    w = w + np.fromfile('val.bin').mean()\n" + STEP, "round_in_order"),
 }
 
 

@@ -224,7 +224,11 @@ def gptq_cases(tg, torch, s, device) -> list[Case]:
         w = torch.ones((count, rows, columns), device=device)
         h = torch.eye(columns, device=device).expand(count, columns, columns)
         step = torch.ones((count, rows), device=device)
-        return Case("", (1, 1), lambda: [tg.gptq(w, h, step, 6)], [w, h, step])
+
+        def gptq():
+            order, u, dead, _ = tg.hessian_factor(h)
+            return [tg.round_in_order(w, step, order, u, dead, 31)]
+        return Case("", (1, 1), gptq, [w, h, step])
 
     return [rounds(*shape)._replace(name=f"GPTQ, {name}") for name, shape in shapes.items()]
 

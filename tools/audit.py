@@ -56,7 +56,7 @@ from tools.make_record import pack_script
 BUDGET_SECONDS, VAL_DOCUMENTS = 600.0, 50_000
 PATHS = ("DATA_DIR", "DATA_PATH", "TOKENIZER_PATH")
 # this repository's own, as is every probe_*
-JUDGES = ("Booked", "LedgerError", "Ledger", "Probe", "run_probes", "weights_kept")
+JUDGES = ("Booked", "LedgerError", "Ledger", "Finding", "run_probes", "weights_kept")
 # Whatever these chapters of train_gpt.py define guards the rules: no probe of an artifact can speak for it.
 CHAPTERS = ("Run", "Data", "Training", "Score", "Adapt", "Checks", "Main")
 GUARDS = ("calibrate", "calibrate_logits", "fit_calibration", "quantise_to_fit", "code_bytes", "check_size",

@@ -225,14 +225,15 @@ def gptq(b: Bench) -> list[Row]:
     x = b.torch.randn(count, 2 * columns, columns, device=b.device)
     h, scale = x.mT @ x / x.size(1), b.tg.row_scales(w, 6, 12.85)
 
-    def trellis():
-        order, u, dead, _ = b.tg.hessian_factor(h, falling=False)
-        return b.tg.round_in_order(w, scale.float(), order, u, dead, b.tg.TOP_CODE, trellis=True)
+    def rounded(w, h, scale, trellis=False):
+        order, u, dead, _ = b.tg.hessian_factor(h, falling=not trellis)
+        top = b.tg.TOP_CODE if trellis else 31
+        return b.tg.round_in_order(w, scale.float(), order, u, dead, top, trellis)
 
     return b.race("GPTQ", {
         "column loop": lambda: [column_loop(b.torch, w[i], h[i], scale[i].float(), 31) for i in range(count)],
-        "one by one": lambda: [b.tg.gptq(w[i], h[i], scale[i], 6) for i in range(count)],
-        "batched": lambda: b.tg.gptq(w, h, scale, 6), "trellis": trellis})
+        "one by one": lambda: [rounded(w[i:i + 1], h[i:i + 1], scale[i:i + 1]) for i in range(count)],
+        "batched": lambda: rounded(w, h, scale), "trellis": lambda: rounded(w, h, scale, trellis=True)})
 
 
 def pack(b: Bench) -> list[Row]:
@@ -341,7 +342,7 @@ def codes_of(b: Bench, source: str):
         paths = {k: os.environ[k] for k in ("DATA_PATH", "TOKENIZER_PATH") if k in os.environ}
         env = {**as_environment(load_run(Path(source).parent).summary["settings"]), **paths}
         if source.endswith(".ptz"):
-            q = tg.unpack_model(tg.Settings.from_env(env), Path(source).read_bytes(), relative(source))
+            q = tg.read_artifact(tg.Settings.from_env(env), Path(source).read_bytes(), relative(source)).model
         else:
             s, tg.SMALL_TENSOR = tg.Settings.from_env({**env, "QUANT_ALLOCATION": "hand"}), 4096
             model = tg.build_model(s, b.world)

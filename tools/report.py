@@ -376,7 +376,7 @@ def tensors_of(run: RunFiles) -> list[dict]:
     blob = (run.folder / ARTIFACT).read_bytes()
     with script_of(run) as tg:
         s = tg.Settings.from_env(as_environment(run.summary["settings"]))
-        q = tg.unpack_model(s, blob, "the artifact")
+        q = tg.read_artifact(s, blob, "the artifact").model
         header, streams = tg.artifact_from_bytes(blob, "the artifact")
         # a marked artifact holds weights that were trained further after final_model.pt was written
         errors = {} if header.get("not_compliant") else rounding_errors(tg, s, run, q)
