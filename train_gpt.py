@@ -4199,7 +4199,7 @@ class Ledger:
 
     def close(self, world: World) -> Score:
         """Sum over ranks; raises unless every expected target was scored, once, before any step on it."""
-        if self.early:
+        if world.total(self.early.int()):
             raise LedgerError(EARLY)
         count = world.total(self.count).cpu().numpy()
         self.total = loss = world.total(self.loss.double()).cpu().numpy()
@@ -5024,8 +5024,8 @@ def weights_kept(model: GPT):
 
 
 def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
-    """C1-C4 on made-up tokens, through Scorer and PhasedTTT as the settings have them; every rank for itself.
-    What the ledger refuses fails a probe. The model's weights are as before afterwards."""
+    """C1-C4 on made-up tokens, through Scorer and PhasedTTT as the settings have them; C1 on every rank, C2 by
+    all ranks together. What the ledger refuses fails a probe. The model's weights are as before afterwards."""
     local, threads, probes, booked = World(device=world.device), torch.get_num_threads(), [], []
     if not compiles(s, world.device):      # many small steps: windows of eight chunks show the same
         window = max(8 * chunk_steps(s)[0][1], s.eval_stride)
@@ -5035,7 +5035,7 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
     try:
         with weights_kept(model):
             probes += probe_causality(s, local, model, booked)
-            probes += probe_normalisation(s, local, model)
+            probes += probe_normalisation(s, world, model)
         figure, ok = f"{sum(booked):,} targets booked once each, before any step on them", True
     except LedgerError as error:
         figure, ok = str(error), False
@@ -5135,8 +5135,8 @@ def probe_normalisation(s: Settings, world: World, model: GPT) -> Iterator[Findi
         evaluation.run()
         books["test-time training"] = evaluation.ledger
     for name, ledger in books.items():
-        total = torch.exp(-ledger.loss[3::5].double()).sum().item()
-        yield Finding(f"C2 {name}", abs(total - 1) < 1e-4,
+        total = np.exp(-ledger.total[3::5]).sum()
+        yield Finding(f"C2 {name}", bool(abs(total - 1) < 1e-4),
                       f"{s.vocab_size:,} probabilities sum to {total:.7f}")
 
 

@@ -172,6 +172,8 @@ def test_one_rank_two_ranks_and_two_nodes_agree(data, tmp_path):
     joined = next(n for n in nodes if (n / "summary.json").exists())
     for other in (two, joined):
         assert summary(other)["world_size"] == 2
+        assert summary(one)["probes"].keys() == summary(other)["probes"].keys()
+        assert all(probe["ok"] for probe in summary(other)["probes"].values())
         assert np.allclose(losses(one), losses(other), atol=1e-5)
         for key in ("sliding_val_bpb", "quantized_val_bpb", "prequant_val_bpb", "val_bpb"):
             assert summary(one)[key] == pytest.approx(summary(other)[key], abs=2e-5), key
