@@ -668,6 +668,10 @@ class World:
     def agree(self, value):
         """Rank 0's value on every rank (through host memory, so the GPU queue is not drained)."""
         box = [value]
+        if self.size > 1 and type(value) is float:      # a clock, every step
+            box = torch.tensor(box, dtype=torch.float64)
+            dist.broadcast(box, 0)
+            return box.item()
         if self.size > 1:
             dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
@@ -4162,7 +4166,7 @@ class LedgerError(RuntimeError):
 
 
 class Ledger:
-    """The books of one evaluation: every target's loss, once. What breaks the rules raises."""
+    """The books of one evaluation: every target's loss, once. What breaks the rules raises, on every rank."""
 
     def __init__(self, val: Validation, device: torch.device):
         val.ledgers += 1
@@ -4176,31 +4180,32 @@ class Ledger:
 
     def book(self, positions: Tensor, losses: Tensor) -> None:
         """Enter the losses (n,) of the targets after input positions (n,)."""
-        if self.count.device.type == "cpu" and self.count[positions].any():
-            raise LedgerError(f"target {int(positions[self.count[positions] > 0][0])} is scored twice")
         self.count.index_add_(0, positions, torch.ones_like(positions, dtype=torch.int32))
         self.loss[positions] = losses.detach().float()
 
     def require(self, positions: Tensor) -> None:
-        """Raise unless all these targets are on the books; on a GPU close() does: nothing waits here."""
+        """Note whether all these targets are on the books: check_early() says so, nothing waits here."""
         self.early |= (self.count[positions] == 0).any()
-        if self.early.device.type == "cpu" and self.early:
+
+    def check_early(self, world: World) -> None:
+        """Raise, on every rank, when one of them has asked for a target that was not on the books."""
+        if world.total(self.early.int()):
             raise LedgerError(EARLY)
 
     def booked(self, documents: np.ndarray, world: World) -> Booked:
         """The tokens of these documents, if all ranks together have scored every target of theirs."""
+        self.check_early(world)
         count = world.total(self.count.clone()).cpu().numpy()
         spans = [(int(self.val.documents.start[d]), int(self.val.documents.length[d])) for d in documents]
         for start, length in spans:
             if not (count[start:start + length - 1] == 1).all():
-                raise LedgerError(f"the document at {start} is not wholly scored: training on it would "
-                                  "break the rules")
+                raise LedgerError(f"targets of the document at {start} are not scored once each: training "
+                                  "on it would break the rules")
         return Booked(np.concatenate([self.val.tokens[a:a + n] for a, n in spans]))
 
     def close(self, world: World) -> Score:
         """Sum over ranks; raises unless every expected target was scored, once, before any step on it."""
-        if world.total(self.early.int()):
-            raise LedgerError(EARLY)
+        self.check_early(world)
         count = world.total(self.count).cpu().numpy()
         self.total = loss = world.total(self.loss.double()).cpu().numpy()
         if len(wrong := np.flatnonzero(count != self.expected)):
@@ -4500,8 +4505,10 @@ class Scorer:
                                 ttt_short_score_first_enabled=False, ttt_cache_lambda=0)
         still = PhasedTTT(s, self.world, self.model, val, ledger=ledger)
         still.level = NO_ADAPTATION
+        self.model.requires_grad_(False)       # as in adaptation, so that it has the same graphs
         for group in still.mine(grouped(s, documents, still.lengths)):
             still.adapt_group(group)
+        self.model.requires_grad_(True)
 
     def score_row(self, row: list[Window], val: Validation, plan: Plan, ledger: Ledger) -> None:
         """One forward; book the scored part of each window."""
@@ -4765,16 +4772,18 @@ class PhasedTTT:
         self.watch()
         s, level = self.s, self.level
         cached, learns = s.ttt_kv_reuse or level == NO_ADAPTATION, level < NO_ADAPTATION
-        adapter = self.adapter_for(len(group)) if learns else None
+        starts, targets = self.val.documents.start[group], self.lengths[group] - 1
+        if len(group) == 1 < s.ttt_batch_size:      # an empty row beside it: one would need its own graphs
+            starts, targets = np.repeat(starts, 2), np.append(0, targets)
+        adapter = self.adapter_for(len(starts)) if learns else None
         optimiser = self.optimiser(adapter) if learns else None
         cache = KeyCache(s.ttt_eval_seq_len, states=s.ttt_cache_lambda > 0) if cached else None
-        starts, targets = self.val.documents.start[group], self.lengths[group] - 1
         if s.corrector_alpha and learns:
             # As published, a row's counts pass from document to document in length order; in stream order its
             # last document may come later in the stream.
             if s.ttt_doc_order == "stream" or not self.correctors:
                 self.correctors = [Corrector(s) for _ in range(s.ttt_batch_size)]
-            adapter.correctors = self.correctors[:len(group)]
+            adapter.correctors = self.correctors[:len(starts)]
         bounds = chunk_bounds(s, int(self.lengths[group].max()))
         costs, counted, since = self.costs(group), 0, Clock()
         for n, (begin, end) in enumerate(zip(bounds, bounds[1:]), start=1):
@@ -4974,15 +4983,17 @@ def prequant_ttt(s: Settings, world: World, model: GPT, tokens: np.ndarray, trac
 # --- probes: evidence for the four conditions, from the functions that score
 
 def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
-    """Lengths of six documents, and two tokens of the fourth after which streams are made to differ: inside a
-    chunk in its middle, and inside its last one, beyond every window. The first two documents are a phase's.
+    """Lengths of seven documents, and two tokens of the fourth after which streams are made to differ: inside
+    a chunk in its middle, and inside its last one, beyond every window. The first two documents are a phase's;
+    of the others the fourth's group is adapted first, then one of short ones, which the seventh leaves.
     Rows, filled longest first, hold windows of later documents right ahead of earlier ones: the second of the
     fifth ahead of that of the first, the sixth document ahead of the third."""
     longest, stride = max(s.eval_seq_len, s.ttt_eval_seq_len), s.eval_stride
     chunk = next(size for bound, size in chunk_steps(s) if longest + 2 * stride <= bound)
     chunks = (longest + stride) // chunk + 1
-    lengths = [s.eval_seq_len + stride // 4 + 1, s.eval_seq_len // 8 + 2, chunk + 3,
-               chunks * chunk + chunk // 2 + 1, s.eval_seq_len + stride // 4 + 2, chunk + 4]
+    lengths = [s.eval_seq_len + stride // 4 + 1, s.eval_seq_len // 8 + 2, 2 * chunk + 3,
+               chunks * chunk + chunk // 2 + 1, s.eval_seq_len + stride // 4 + 2, 2 * chunk + 4,
+               chunk + chunk // 2 + 2]
     return lengths, [n * chunk + chunk // 4 for n in (chunks // 2, chunks)]
 
 
@@ -4993,11 +5004,11 @@ def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[tuple[np.nd
     phrase = rng.integers(4, s.vocab_size, 7)      # repeated, where counts of earlier text shall have a say
     one = np.concatenate([np.append(BOS, np.resize(phrase, n - 1) if s.ngram_tilt_enabled
                                     else rng.integers(4, s.vocab_size, n - 1)) for n in lengths])
-    document, start, others = np.repeat(np.arange(6), lengths), sum(lengths[:3]), []
+    document, start, others = np.repeat(np.arange(len(lengths)), lengths), sum(lengths[:3]), []
     for cut in cuts:
         later = np.arange(len(one)) > start + cut
         if order == "length":
-            shorter = np.take(lengths, document) < sorted(lengths)[-2]
+            shorter = ~np.isin(document, np.argsort(lengths, kind="stable")[-3:])
             later = np.where(document == 3, later, shorter)
         other = np.where(later & (one != BOS), 4 + (one - 3) % (s.vocab_size - 4), one)
         others.append((other, np.flatnonzero(~later[:-1] & ~(later[1:] & (one[1:] != BOS)))))
@@ -5024,8 +5035,8 @@ def weights_kept(model: GPT):
 
 
 def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
-    """C1-C4 on made-up tokens, through Scorer and PhasedTTT as the settings have them; C1 on every rank, C2 by
-    all ranks together. What the ledger refuses fails a probe. The model's weights are as before afterwards."""
+    """C1-C4 on made-up tokens, through Scorer and PhasedTTT as the settings have them; C1 on every rank, C2
+    by all together. What the ledger refuses fails a probe. The model's weights are as before afterwards."""
     local, threads, probes, booked = World(device=world.device), torch.get_num_threads(), [], []
     if not compiles(s, world.device):      # many small steps: windows of eight chunks show the same
         window = max(8 * chunk_steps(s)[0][1], s.eval_stride)
@@ -5071,6 +5082,11 @@ def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) ->
         booked.append(len(found))
         return found
 
+    if s.ttt_enabled and compiles(s, world.device):      # for what the watchdog may fall back on
+        val = Validation.of(probe_streams(ttt, "stream")[0])
+        val.hints, evaluation = Hints.build(ttt, world, val, True), PhasedTTT(ttt, world, model, val)
+        evaluation.level = NO_ADAPTATION
+        evaluation.run()
     evaluations = [("windows", functools.partial(windows, stride=s.eval_seq_len), s, "stream")]
     if s.sliding_window_enabled:
         evaluations.append(("sliding windows", functools.partial(windows, stride=s.eval_stride), s, "stream"))
