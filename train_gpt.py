@@ -4983,17 +4983,16 @@ def prequant_ttt(s: Settings, world: World, model: GPT, tokens: np.ndarray, trac
 # --- probes: evidence for the four conditions, from the functions that score
 
 def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
-    """Lengths of seven documents, and two tokens of the fourth after which streams are made to differ: inside
-    a chunk in its middle, and inside its last one, beyond every window. The first two documents are a phase's;
-    of the others the fourth's group is adapted first, then one of short ones, which the seventh leaves.
-    Rows, filled longest first, hold windows of later documents right ahead of earlier ones: the second of the
-    fifth ahead of that of the first, the sixth document ahead of the third."""
+    """Lengths of six documents, and two tokens of the fourth after which streams are made to differ: inside a
+    chunk in its middle, and inside its last one, beyond every window. The first is a phase's; of the others
+    fourth and fifth are adapted together, then the rest, which the sixth leaves early. Rows, filled longest
+    first, hold windows of later documents right ahead of earlier ones: the second of the fifth ahead of that
+    of the first, the third document ahead of the second."""
     longest, stride = max(s.eval_seq_len, s.ttt_eval_seq_len), s.eval_stride
     chunk = next(size for bound, size in chunk_steps(s) if longest + 2 * stride <= bound)
     chunks = (longest + stride) // chunk + 1
-    lengths = [s.eval_seq_len + stride // 4 + 1, s.eval_seq_len // 8 + 2, 2 * chunk + 3,
-               chunks * chunk + chunk // 2 + 1, s.eval_seq_len + stride // 4 + 2, 2 * chunk + 4,
-               chunk + chunk // 2 + 2]
+    lengths = [s.eval_seq_len + stride // 4 + 1, 2 * chunk + 3, 2 * chunk + 4,
+               chunks * chunk + chunk // 2 + 1, s.eval_seq_len + stride // 4 + 2, chunk + chunk // 2 + 2]
     return lengths, [n * chunk + chunk // 4 for n in (chunks // 2, chunks)]
 
 
@@ -5008,7 +5007,7 @@ def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[tuple[np.nd
     for cut in cuts:
         later = np.arange(len(one)) > start + cut
         if order == "length":
-            shorter = ~np.isin(document, np.argsort(lengths, kind="stable")[-3:])
+            shorter = ~np.isin(document, np.argsort(lengths, kind="stable")[-2:])
             later = np.where(document == 3, later, shorter)
         other = np.where(later & (one != BOS), 4 + (one - 3) % (s.vocab_size - 4), one)
         others.append((other, np.flatnonzero(~later[:-1] & ~(later[1:] & (one[1:] != BOS)))))
@@ -5058,7 +5057,7 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
 def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) -> Iterator[Finding]:
     """C1: earlier scores stay the same, to the bit, whatever comes later. booked: targets per evaluation."""
     row = min(s.eval_seq_len, 4 * min(size for _, size in chunk_steps(s)))     # of a phase's training
-    ttt = dataclasses.replace(s, ttt_batch_size=4, phased_ttt_num_phases=1, phased_ttt_prefix_docs=2,
+    ttt = dataclasses.replace(s, ttt_batch_size=4, phased_ttt_num_phases=1, phased_ttt_prefix_docs=1,
                               eval_seq_len=row, global_ttt_chunk_tokens=row)
 
     def windows(val: Validation, stride: int) -> Ledger:
