@@ -1880,7 +1880,9 @@ def operator(fake: Callable, gradient: Callable | None = None) -> Callable:
         return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
 
     def wrap(function):
-        made = torch.library.custom_op(f"golf::{function.__name__}", function, mutates_args=())
+        # a name of this module's own: a second copy of the script would take the first one's operators away
+        space = re.sub(r"\W", "_", function.__module__).strip("_")
+        made = torch.library.custom_op(f"golf_{space}::{function.__name__}", function, mutates_args=())
         made.register_fake(fake)
         if gradient is not None:
             made.register_autograd(backward, setup_context=save)
