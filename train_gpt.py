@@ -228,13 +228,16 @@ class Settings:
     mlp_clip_sigmas: float = knob(11.5, "the same for MLP matrices", 0.1)
     embed_clip_sigmas: float = knob(14.0, "the same for the embedding", 0.1)
     quant_clip: str = choice("sigmas percentile", "those sigmas; or the best of five percentiles of a row")
+    gptq_damp_embed: float = knob(0.01, "damping of embeddings' Hessians, share of their mean diagonal", 1e-6)
+    gptq_damp_mlp: float = knob(0.01, "the same for MLP matrices", 1e-6)
+    gptq_damp_attn: float = knob(0.01, "the same for attention matrices", 1e-6)
     awq_lite_enabled: bool = knob(False, "finer codes for the columns that matter most")
     awq_lite_bits: int = knob(8, "their bits", 2, 8)
     awq_lite_group_size: int = knob(64, "columns of a group", 1)
     awq_lite_group_top_k: int = knob(1, "groups, over all matrices", 1)
     gated_attn_quant_gate: bool = knob(True, "store attention gates as int8 per row, not float16")
     gptq_calibration_batches: int = knob(16, "training micro-batches behind the Hessians, over all ranks", 1)
-    gptq_reserve_seconds: str = knob("auto", "training seconds kept for chapters 9, 10; auto: rehearsed")
+    gptq_reserve_seconds: str = knob("auto", "least training seconds for chapters 9 and 10; auto: rehearsed")
     lqer_enabled: bool = knob(False, "low-rank repair of the largest rounding errors")
     lqer_rank: int = knob(4, "its rank", 1)
     lqer_top_k: int = knob(3, "how many matrices get it", 0)
@@ -565,6 +568,56 @@ def schedule(text: str, otherwise, kind: type = int) -> list[tuple[float, float]
 def context_stages(s: Settings) -> list[tuple[float, int]]:
     """Longest segment of training, by share of the budget."""
     return schedule(s.train_seq_schedule, s.train_seq_len)
+
+
+# How settings' names begin -> what must hold, or they change nothing: every word of it; a|b: one of them.
+TWO_EXPERTS = "token_threshold<=1|within_tau<=1 token_threshold<=1|word_tau<=1 within_tau<=1|word_tau<=1"
+NEEDS = {
+    **{f.name.removesuffix("enabled"): f.name for f in fields(Settings)
+       if f.name.endswith("_enabled") and f.name != "gated_attn_enabled"},   # its QUANT_GATE is of all gates
+    "asym_logit_train": "asym_logit_rescale", "bigram_": "bigram_vocab_size",
+    "attn_clip_ mlp_clip_ matrix_clip_ embed_clip_": "quant_allocation=hand quant_clip=sigmas",
+    "matrix_bits embed_bits": "quant_allocation=hand", "quant_trellis": "quant_allocation=fisher",
+    "bank_split matrix_lr_late split_lr_": "matrix_lr_early", "grad_clip_mode": "grad_clip_norm",
+    "embed_lr head_lr": "tie_embeddings=0", "tied_embed_lr": "tie_embeddings", "min_lr": "warmdown_frac",
+    "enable_looping_": "num_loops recur_start_step=0 loop_schedule=", "loop_ recur_": "num_loops",
+    "gated_attn_init_": "gated_attn_enabled", "gated_xsa": "xsa_last_n",
+    "gate_window": "smear_gate_enabled|sparse_attn_gate_enabled|attn_out_gate_enabled",
+    "late_qat_": "late_qat_threshold bigram_vocab_size|ve_enabled", "lqer_factor_": "lqer_asym_enabled=0",
+    "muon_momentum_warmup_start": "muon_momentum_warmup_steps", "parallel_final_": "parallel_lanes=mixed",
+    "parallel_ skip_into_": "parallel_start_layer", "prequant_ttt_freeze_": "prequant_ttt_form=sharded",
+    "seq_change_ train_seq_schedule_": "train_seq_schedule", "wd_taper_start_": "wd_taper_final_mult!=1",
+    "eval_stride eval_kv_": "sliding_window_enabled",
+    "global_ttt_ phased_ttt_": "ttt_enabled phased_ttt_prefix_docs",
+    "global_ttt_warmup_start_": "global_ttt_warmup_chunks", "corrector_": "ttt_enabled corrector_alpha",
+    "ttt_cache_": "ttt_cache_lambda", "ttt_beta1": "ttt_optimizer!=normalised",
+    "ttt_beta2": "ttt_optimizer=adam", "ttt_warm_start_": "ttt_shared_a=0",
+    "ttt_short_doc_ ttt_short_chunk_": "ttt_short_score_first_enabled ttt_short_score_first_steps=",
+    "ngram_ token_ within_ word_ agree_": "ngram_tilt_enabled", "token_": "token_threshold<=1",
+    "within_": "within_tau<=1", "word_": "word_tau<=1", "ngram_gates": "within_tau<=1|word_tau<=1",
+    "agree_ ngram_choice": TWO_EXPERTS, "ngram_doc_order": "ttt_enabled ttt_doc_order=length"}
+
+
+def idle_settings(s: Settings) -> dict[str, str]:
+    """Settings that were changed though what they need is not there, and what that is."""
+    known, idle = {f.name: f for f in fields(s)}, {}
+
+    def holds(name: str, sign: str, value: str) -> bool:
+        if not sign:
+            return bool(getattr(s, name))
+        have, value = getattr(s, name), parse_setting(known[name], value)
+        return have <= value if sign == "<=" else (have == value) == (sign == "=")
+
+    changed = [name.lower() for name, value in s.changed().items() if value is not False]
+    for beginnings, needs in NEEDS.items():
+        ours = [name for name in changed if name.startswith(tuple(beginnings.split()))]
+        for need in needs.split():
+            either = [re.fullmatch(r"(\w+)(<=|!=|=|)(.*)", part).groups() for part in need.split("|")]
+            if not any(holds(*part) for part in either):
+                why = "only with " + " or ".join(name.upper() + sign + value for name, sign, value in either)
+                for name in set(ours) - {part[0] for part in either}:
+                    idle.setdefault(name.upper(), why)
+    return dict(sorted(idle.items()))
 
 
 def is_free_text(f) -> bool:
@@ -2492,7 +2545,7 @@ class Curriculum:
     """What changes while training goes on: longest segment, loop, learning rate, soft rounding."""
 
     def __init__(self, s: Settings):
-        self.s, self.stages, self.length = s, context_stages(s), 0
+        self.s, self.stages, self.length, self.passes = s, context_stages(s), 0, 1
         self.changed = self.rounding = None        # steps at which the length changed and rounding began
 
     def at(self, step: int, progress: float) -> tuple[int, int, float]:
@@ -2502,10 +2555,21 @@ class Curriculum:
         length = stage_at(self.stages, step / max(s.iterations, 1) if by_step else progress)
         if length != self.length:
             self.changed, self.length = step or None, length
-        lr = lr_share(s, progress)
+        lr, self.passes = lr_share(s, progress), passes_at(s, progress, step)
         if self.changed is not None and s.seq_change_warmup_steps:
             lr *= min((step - self.changed + 1) / s.seq_change_warmup_steps, 1.0)
-        return length, passes_at(s, progress, step), lr
+        return length, self.passes, lr
+
+    def unreached(self) -> dict[str, str]:
+        """Settings that the training behind us was too short for."""
+        s, found = self.s, {}
+        if s.num_loops and self.passes == 1:
+            found["NUM_LOOPS"] = "training ended before the loops began"
+        if s.late_qat_threshold and self.rounding is None:
+            found["LATE_QAT_THRESHOLD"] = "training ended before soft rounding began"
+        if self.length < s.train_seq_len:
+            found["TRAIN_SEQ_SCHEDULE"] = f"training ended at segments of {self.length}"
+        return found
 
     def sharpness(self, steps: int, lr: float) -> float | None:
         """Slope of soft rounding after so many steps, the last one at this share; None before it begins."""
@@ -2665,9 +2729,6 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
     """The training loop, to ITERATIONS or until a step would pass MAX_WALLCLOCK_SECONDS - reserve;
     validate(step, looping) scores the weights off the clock. Returns the clock and the stream."""
     budget = s.max_wallclock_seconds - reserve if s.max_wallclock_seconds else 0.0
-    if s.max_wallclock_seconds and budget <= 0:
-        raise UserError(f"quantising and packing need {reserve:.1f} s, which leaves nothing of MAX_WALLCLOCK_"
-                        f"SECONDS={s.max_wallclock_seconds:g}: raise it or set GPTQ_RESERVE_SECONDS")
     stream = Prefetch(open_train_stream(s, world, trainer.tokens), world.device)
     curriculum, progress = Curriculum(s), Progress(s, world, run, trainer.model, budget)
     world.barrier()
@@ -2708,8 +2769,10 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
     run.log("train_end", steps=step, seconds=seconds, step_ms=step_ms, epochs=stream.epoch,
             tokens=step * s.train_batch_tokens)
     trainer.set_sharpness(None)
-    if step and (idle := trainer.optimiser.never_trained()):
-        run.log("never_trained", parameters=idle)
+    if step and (untouched := trainer.optimiser.never_trained()):
+        run.log("never_trained", parameters=untouched)
+    if step and (idle := {**idle_settings(s), **curriculum.unreached()}):
+        run.log("settings_without_effect", **idle)
     run.summary.update(steps=step, step_ms=step_ms)
     return clock, stream
 
@@ -2850,10 +2913,11 @@ def inverse_factor(h: Tensor) -> Tensor:
     return u
 
 
-def hessian_factor(h: Tensor, damp: float = 0.01, falling: bool = True) -> tuple[Tensor, ...]:
-    """For H (n, C, C): the columns' order (by falling diagonal, or as they are), upper U with U'U = inverse
-    of the damped H in that order, the dead columns, and the U_jj of the falling order: the inverse deviation
-    of a column's input given those after it. float64 on a GPU, where float32 products may round to TF32."""
+def hessian_factor(h: Tensor, damp: float | Tensor = 0.01, falling: bool = True) -> tuple[Tensor, ...]:
+    """For H (n, C, C), damped by a share (n, 1) of its mean diagonal: the columns' order (by falling
+    diagonal, or as they are), upper U with U'U = inverse of H in that order, the dead columns, and the U_jj
+    of the falling order: the inverse deviation of a column's input given those after it. float64 on a GPU,
+    where float32 products may round to TF32."""
     h = h.double() if h.is_cuda else h.clone()
     diag = h.diagonal(dim1=-2, dim2=-1)          # a view: writing it writes h
     dead = diag == 0
@@ -2975,9 +3039,9 @@ def clip_search(w: Tensor, order: Tensor, u: Tensor, dead: Tensor, bits: int,
 
 @torch.no_grad()
 def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor], bits: tuple[int, int],
-                   fine: Tensor) -> Tensor:
+                   fine: Tensor, damp: float = 0.01) -> Tensor:
     """Codes (R, C) int8 of one matrix by GPTQ, with the second steps and bits in the columns `fine` (C)."""
-    order, u, dead, _ = (x[0] for x in hessian_factor(h.float()[None]))
+    order, u, dead, _ = (x[0] for x in hessian_factor(h.float()[None], damp))
     t, codes = w.float().masked_fill(dead, 0)[:, order].mT.contiguous(), torch.empty_like(w.mT)
     for j, column in enumerate(order.tolist()):
         which = int(fine[column])
@@ -3005,18 +3069,18 @@ def protect(s: Settings, out: Quantised, weights: Mapping[str, Tensor], hessians
     size, scores = s.awq_lite_group_size, []
     for name in names:
         w = weights[name]
-        if input_of(name) in hessians and storage_of(s, name, w)[1] < s.awq_lite_bits:
+        if input_of(name) in hessians and storage_of(s, name, w).bits < s.awq_lite_bits:
             values = group_scores(w, input_rms(s, name, hessians[input_of(name)]), size).tolist()
             scores += [(value, name, i * size) for i, value in enumerate(values)]
     chosen: dict[str, list[int]] = {}
     for _, name, start in sorted(scores, key=lambda x: -x[0])[:s.awq_lite_group_top_k]:
         chosen.setdefault(name, []).append(start)
     for name, starts in chosen.items():
-        w, (_, bits, clip) = weights[name].float(), storage_of(s, name, weights[name])
+        w, stored = weights[name].float(), storage_of(s, name, weights[name])
         fine = torch.isin(torch.arange(w.size(1)) // size * size, torch.tensor(starts))
-        high = row_scales(w, s.awq_lite_bits, clip * coarser)
-        steps = out.tensors[name + ".scale"].to(w.device), high
-        codes = gptq_protected(w, hessians[input_of(name)], steps, (bits, s.awq_lite_bits), fine)
+        high = row_scales(w, s.awq_lite_bits, stored.clip * coarser)
+        steps, bits = (out.tensors[name + ".scale"].to(w.device), high), (stored.bits, s.awq_lite_bits)
+        codes = gptq_protected(w, hessians[input_of(name)], steps, bits, fine, stored.damp)
         out.tensors.update({name + ".q": codes.cpu(), name + ".awqg_s_hi": high.cpu(),
                             name + ".awqg_start": torch.tensor(starts, dtype=torch.int16),
                             name + ".awqg_size": torch.tensor([size], dtype=torch.int16)})
@@ -3067,18 +3131,27 @@ class Quantised:
     unit: float = 1.0
 
 
-def storage_of(s: Settings, name: str, w: Tensor) -> tuple[str, int, float]:
-    """How a tensor is stored: gate, half or gptq; its bits; and clip_sigmas. Tables that are looked up and
-    their projections have no Hessian: GPTQ then rounds each code by itself."""
+class Storage(NamedTuple):
+    """How a tensor is stored: gate, half or gptq; its bits, clip_sigmas and the damping of its Hessian."""
+    kind: str
+    bits: int
+    clip: float = 0.0
+    damp: float = 0.0
+
+
+def storage_of(s: Settings, name: str, w: Tensor) -> Storage:
+    """By the settings for its kind. Tables that are looked up and their projections have no Hessian: GPTQ
+    then rounds each code by itself."""
     if s.gated_attn_quant_gate and name.endswith("attn_gate_w") and w.dim() == 2 and 32 <= w.numel() <= 8192:
-        return "gate", 8, 0.0
+        return Storage("gate", 8)
     if w.numel() <= SMALL_TENSOR:
-        return "half", 16, 0.0
+        return Storage("half", 16)
     if name in ("tok_emb.weight", "lm_head.weight", "bigram.embed.weight", "ve_shared.embed.weight"):
-        return "gptq", s.embed_bits, s.embed_clip_sigmas
-    clip = (s.mlp_clip_sigmas if ".mlp." in name else s.attn_clip_sigmas if ".attn." in name
-            else s.matrix_clip_sigmas)
-    return "gptq", s.matrix_bits, clip
+        return Storage("gptq", s.embed_bits, s.embed_clip_sigmas, s.gptq_damp_embed)
+    if ".mlp." in name:
+        return Storage("gptq", s.matrix_bits, s.mlp_clip_sigmas, s.gptq_damp_mlp)
+    clip = s.attn_clip_sigmas if ".attn." in name else s.matrix_clip_sigmas
+    return Storage("gptq", s.matrix_bits, clip, s.gptq_damp_attn)
 
 
 OCTAVE = 8             # stored steps are eighths of an octave
@@ -3105,7 +3178,7 @@ class Quantiser:
     def __init__(self, s: Settings, weights: Mapping[str, Tensor], curvature: Curvature,
                  world: World = World()):
         self.s, self.weights, self.world, self.hessians = s, weights, world, curvature.hessians
-        self.names = [n for n, w in weights.items() if storage_of(s, n, w)[0] == "gptq"]
+        self.names = [n for n, w in weights.items() if storage_of(s, n, w).kind == "gptq"]
         self.fisher = s.quant_allocation == "fisher" and bool(self.names)
         self.trellis = self.fisher and s.quant_trellis
         inputs: dict[str, list[str]] = {}
@@ -3120,7 +3193,8 @@ class Quantiser:
             group = [n for n in keys if weights[n].size(1) == width]
             eye = torch.eye(width, device=weights[group[0]].device)
             h = torch.stack([curvature.hessians.get(n, eye) for n in group])
-            self.factors.update(zip(group, zip(*hessian_factor(h, falling=not self.trellis))))
+            damp = h.new_tensor([[storage_of(s, n, weights[n]).damp] for n in group])
+            self.factors.update(zip(group, zip(*hessian_factor(h, damp, falling=not self.trellis))))
         self.steps = self.allocate(curvature) if self.fisher else {}
         for key, (order, u, dead, _) in self.factors.items():
             self.factors[key] = order, u / self.columns_of(key)[order], dead
@@ -3163,8 +3237,8 @@ class Quantiser:
         """Stored steps of the rows (R): fp16 by hand; or int8, then raised until no code is over the top."""
         w = self.weights[name].float()
         if not self.fisher:
-            _, bits, clip = storage_of(self.s, name, w)
-            return row_scales(w, bits, clip * unit)
+            stored = storage_of(self.s, name, w)
+            return row_scales(w, stored.bits, stored.clip * unit)
         largest = (w / self.columns_of(name)).abs().amax(1) / (0.9 * TOP_CODE * unit)
         least = (OCTAVE * largest.clamp_min(1e-9).log2()).ceil().clamp(-127, 127).to(torch.int8)
         return torch.maximum(self.steps[name + ".row"].to(w.device), least)
@@ -3186,10 +3260,10 @@ class Quantiser:
         out = Quantised(dict(self.steps), {}, unit if self.fisher else 1.0)
         how = f"gptq ({'trellis' if self.trellis else 'fisher'})"
         for name, w in self.weights.items():
-            kind, bits, _ = storage_of(self.s, name, w)
-            if kind == "gptq":
-                out.meta[name] = how if self.fisher else f"gptq (int{bits})"
-            elif kind == "gate":
+            stored = storage_of(self.s, name, w)
+            if stored.kind == "gptq":
+                out.meta[name] = how if self.fisher else f"gptq (int{stored.bits})"
+            elif stored.kind == "gate":
                 out.tensors[name + ".gq"], out.tensors[name + ".gs"] = (t.cpu() for t in quantise_rows(w))
                 out.meta[name] = "gate_int8_row"
             else:
@@ -3197,7 +3271,7 @@ class Quantiser:
         batches: dict[tuple, list[str]] = {}
         for name in self.mine:
             w = self.weights[name]
-            batches.setdefault((w.shape, storage_of(self.s, name, w)[1]), []).append(name)
+            batches.setdefault((w.shape, storage_of(self.s, name, w).bits), []).append(name)
         done: dict[str, Tensor] = {}
         for (shape, bits), names in batches.items():
             for at in range(0, len(names), count := max(1, BATCH_ROWS // shape[0])):
@@ -4063,11 +4137,11 @@ def expected_size(s: Settings) -> str:
     blank = {name: torch.empty(shape, device="meta") for name, shape in parameter_shapes(s).items()}
     codes, coded, other, fisher = 0, 0.0, 0, s.quant_allocation == "fisher"
     for name, w in matrix_views(blank).items():
-        kind, bits, clip = storage_of(s, name, w)
-        if kind == "gptq":
+        stored = storage_of(s, name, w)
+        if stored.kind == "gptq":
             codes, other = codes + w.numel(), other + sum(w.shape)
             share = GUESSED if w.size(0) >= TALL * w.size(1) else 1.0
-            step = 4 / TOP_CODE if fisher else clip / (2 ** (bits - 1) - 1)      # at the finest
+            step = 4 / TOP_CODE if fisher else stored.clip / (2 ** (stored.bits - 1) - 1)      # at the finest
             coded += share * estimate_bytes(np.array([w.numel()]), step)
         else:
             other += HALF_BYTES * w.numel()
@@ -5381,33 +5455,6 @@ def public_settings(values: Mapping) -> dict:
     return {k: v for k, v in values.items() if not k.endswith(("_PATH", "_DIR"))}
 
 
-SWITCHES = {   # how settings' names begin -> the setting (or its value) without which they do nothing
-    "asym_logit_train": "asym_logit_rescale", "bank_split": "matrix_lr_early", "bigram_": "bigram_vocab_size",
-    "gated_attn_init_": "gated_attn_enabled", "global_ttt_": "phased_ttt_prefix_docs", "loop_": "num_loops",
-    "late_qat_": "late_qat_threshold", "matrix_lr_late": "matrix_lr_early", "phased_ttt_": "ttt_enabled",
-    "recur_": "num_loops", "seq_change_": "train_seq_schedule", "split_lr_": "matrix_lr_early",
-    "enable_looping_": "num_loops", "gated_xsa": "xsa_last_n", "corrector_": "corrector_alpha",
-    "ttt_cache_": "ttt_cache_lambda", "eval_stride": "sliding_window_enabled",
-    **dict.fromkeys("ngram_ token_ within_ word_ agree_".split(), "ngram_tilt_enabled"),
-    **dict.fromkeys(("embed_lr", "head_lr"), "tie_embeddings=False"),
-    **dict.fromkeys("matrix_bits embed_bits matrix_clip_ attn_clip_ mlp_clip_ embed_clip_".split(),
-                    "quant_allocation=hand"),
-    **{f.name.removesuffix("enabled"): f.name for f in fields(Settings)
-       if f.name.endswith("_enabled") and f.name != "gated_attn_enabled"}}   # its QUANT_GATE is of all gates
-
-
-def idle_settings(s: Settings) -> dict[str, str]:
-    """Settings that were changed though what they belong to is off, and what that is."""
-    idle = {}
-    for prefix, switch in SWITCHES.items():
-        switch, _, wanted = switch.partition("=")
-        value = getattr(s, switch)
-        if str(value) != wanted if wanted else not value:
-            idle.update({name: f"{switch.upper()} is {value or 'off'}" for name in s.changed()
-                         if name.startswith(prefix.upper()) and name != switch.upper()})
-    return idle
-
-
 def closest_system(s: Settings) -> tuple[str, dict] | None:
     """The configuration beside this script nearest to the settings, and what differs as [here, there]."""
     found, mine = [], s.as_env()
@@ -5470,6 +5517,20 @@ def read_weights(path: str, model: GPT) -> None:
     load_weights(model, weights, f"EVAL_ONLY_PATH={path}", field_views)
 
 
+def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
+    """Seconds of MAX_WALLCLOCK_SECONDS kept for quantising and packing, and what to warn of: as rehearsed,
+    but at most half, so that a slow machine still trains (the overrun is then reported); at least what is
+    asked for: a run of the field's commands, which keep too little, is not lost."""
+    if not s.max_wallclock_seconds:
+        return 0.0, ""
+    asked = 0.0 if s.gptq_reserve_seconds == "auto" else float(s.gptq_reserve_seconds)
+    kept = max(asked, min(rehearsed, s.max_wallclock_seconds / 2))
+    need = f"quantising and packing were rehearsed in {rehearsed:.1f} s: {kept:.1f} s are kept"
+    if kept < rehearsed:
+        return kept, f"{need}, no more than half of MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds:g}"
+    return kept, f"{need}, not GPTQ_RESERVE_SECONDS={asked:g}" if 0 < asked < kept else ""
+
+
 def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> tuple[Clock, Prefetch]:
     """Warm up, rehearse, train to the average, or read EVAL_ONLY_PATH; the training clock and the stream."""
     if s.eval_only_path:
@@ -5479,11 +5540,9 @@ def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
     trainer = Trainer(s, world, model)
     run.log("warm_up", seconds=trainer.warm_up())
     rehearsed = rehearse(s, world, run, trainer)
-    reserve = rehearsed if s.gptq_reserve_seconds == "auto" else float(s.gptq_reserve_seconds)
-    if s.gptq_reserve_seconds == "auto" and 0 < s.max_wallclock_seconds < 2 * reserve:
-        reserve = s.max_wallclock_seconds / 2      # a slow machine still trains; the overrun is then reported
-        run.log("warning", text=f"quantising and packing were rehearsed in {rehearsed:.1f} s, more than "
-                                "half of MAX_WALLCLOCK_SECONDS: half is reserved")
+    reserve, warning = reserved(s, rehearsed)
+    if warning:
+        run.log("warning", text=warning)
 
     def validate(step: int, looping: bool) -> None:
         score = Scorer(s, world, model).windows(val, s.eval_seq_len, looping)

@@ -25,12 +25,16 @@ def test_published_parameter_count(name):
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_authors_command_is_accepted(name):
+def test_authors_command_works_alone_and_changes_nothing_after_its_configuration(name):
     text = (ROOT / "configs" / f"{name}.env").read_text()
     lines = re.findall(r"^#   (\S+=.*)$", text, re.M)
     command = dict(pair.split("=", 1) for line in lines for pair in line.split())
     assert command
     tg.Settings.from_env(command)
+    config = load_config(name)
+    alone, both = (tg.Settings.from_env(env).as_env() for env in (config, {**config, **command}))
+    # what they keep of the clock is a least here: what the rehearsal needs is kept in any case
+    assert {k for k in alone if alone[k] != both[k]} <= {"GPTQ_RESERVE_SECONDS"}
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
@@ -68,11 +72,40 @@ def test_start_names_the_nearest_system_and_idle_settings():
     name, differs = tg.closest_system(tg.Settings.from_env(changed))
     assert name == "pr2014" and differs == {"MATRIX_LR": [0.03, 0.026], "BIGRAM_DIM": [64, 128]}
     idle = tg.idle_settings(tg.Settings.from_env(changed))
-    assert idle == {"BIGRAM_DIM": "BIGRAM_VOCAB_SIZE is off", "EVAL_STRIDE": "SLIDING_WINDOW_ENABLED is off"}
-    assert tg.idle_settings(settings(TOKEN_BOOST=5, HEAD_LR=0.1, CORRECTOR_ORDERS="2")).keys() == {
-        "TOKEN_BOOST", "HEAD_LR", "CORRECTOR_ORDERS"}
-    assert tg.idle_settings(settings(ATTN_CLIP_SIGMAS=14, LQER_RANK=2)) == {
-        "ATTN_CLIP_SIGMAS": "QUANT_ALLOCATION is fisher", "LQER_RANK": "LQER_ENABLED is off"}
+    assert idle == {
+        "BIGRAM_DIM": "only with BIGRAM_VOCAB_SIZE", "EVAL_STRIDE": "only with SLIDING_WINDOW_ENABLED"}
+
+
+@pytest.mark.parametrize("setting, idle_with, at_work_with", [
+    ("ATTN_CLIP_SIGMAS=14", "", "QUANT_ALLOCATION=hand"),
+    ("LQER_RANK=2", "", "LQER_ENABLED=1"),
+    ("LQER_FACTOR_BITS=6", "LQER_ENABLED=1", "LQER_ENABLED=1 LQER_ASYM_ENABLED=0"),
+    ("TOKEN_BOOST=5", "", "NGRAM_TILT_ENABLED=1"),
+    ("WITHIN_BOOST=1", "NGRAM_TILT_ENABLED=1", "NGRAM_TILT_ENABLED=1 WITHIN_TAU=0.5"),
+    ("AGREE_ADD_BOOST=1", "NGRAM_TILT_ENABLED=1", "NGRAM_TILT_ENABLED=1 WORD_TAU=1"),
+    ("NGRAM_GATES=open_word", "NGRAM_TILT_ENABLED=1", "NGRAM_TILT_ENABLED=1 WORD_TAU=0.5"),
+    ("HEAD_LR=0.1", "", "TIE_EMBEDDINGS=0"),
+    ("CORRECTOR_ORDERS=2", "TTT_ENABLED=0 CORRECTOR_ALPHA=0.1", "TTT_ENABLED=1 CORRECTOR_ALPHA=0.1"),
+    ("TTT_BETA2=0.9", "TTT_ENABLED=1 TTT_OPTIMIZER=sgd", "TTT_ENABLED=1 TTT_OPTIMIZER=adam"),
+    ("TTT_LORA_RANK=8", "TTT_ENABLED=0", "TTT_ENABLED=1"),
+    ("LATE_QAT_THRESHOLD=0.1", "", "VE_ENABLED=1 VE_LAYERS=1"),
+    ("WD_TAPER_START_FRAC=0.5", "", "WD_TAPER_FINAL_MULT=0"),
+    ("ENABLE_LOOPING_AT=0.5", "RECUR_START_STEP=9", "RECUR_START_STEP=0"),
+    ("PARALLEL_FINAL_LANE=mlp", "PARALLEL_LANES=separate", "PARALLEL_LANES=mixed"),
+    ("GRAD_CLIP_MODE=per_rank", "GRAD_CLIP_NORM=0", "GRAD_CLIP_NORM=0.3"),
+])
+def test_a_setting_is_idle_without_what_it_needs(setting, idle_with, at_work_with):
+    idle, at_work = (tg.idle_settings(settings(**dict(pair.split("=") for pair in f"{setting} {rest}".split())))
+                     for rest in (idle_with, at_work_with))
+    name = setting.partition("=")[0]
+    assert name in idle and name not in at_work
+
+
+def test_what_needs_name_are_settings():
+    names = {f.name for f in tg.fields(tg.Settings)}
+    for beginnings, needs in tg.NEEDS.items():
+        assert all(any(n.startswith(b) for n in names) for b in beginnings.split()), beginnings
+        assert set(re.findall(r"(?:^|[ |])([a-z_0-9]+)", needs)) <= names, needs
 
 
 def test_new_tensors_survive_quantising_and_packing():

@@ -69,8 +69,8 @@ def test_an_epoch_is_the_tokens_of_all_shards(shards, kind):
     assert stream.epoch == taken / total > 4
 
 
-def test_the_end_of_an_epoch_is_logged(data):
-    s = settings(DATA_PATH=data, TRAIN_BATCH_TOKENS=2048, ITERATIONS=12)
+def test_the_ends_of_epochs_and_idle_settings_are_logged(data):
+    s = settings(DATA_PATH=data, TRAIN_BATCH_TOKENS=2048, ITERATIONS=12, LQER_RANK=2, RECUR_START_STEP=13)
     events, world = [], tg.World()
 
     class Log:
@@ -91,6 +91,8 @@ def test_the_end_of_an_epoch_is_logged(data):
     for v in ends:
         assert 0 <= v["tokens"] - v["epoch"] * total < 2048 and v["tokens"] == 2048 * v["step"]
     assert dict(events)["train_end"]["epochs"] == 12 * 2048 / total
+    assert dict(events)["settings_without_effect"] == {
+        "LQER_RANK": "only with LQER_ENABLED", "NUM_LOOPS": "training ended before the loops began"}
 
 
 def test_segments_start_at_documents_and_are_cut(shards):

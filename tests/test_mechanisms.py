@@ -175,6 +175,17 @@ def test_report_names_what_no_optimiser_has():
     assert {"softcap_pos", "softcap_neg"} <= set(trainer.optimiser.never_trained())
 
 
+def test_report_names_what_training_was_too_short_for():
+    s = settings(**TABLES, NUM_LOOPS=1, RECUR_START_STEP=3, LATE_QAT_THRESHOLD=0.5, LATE_QAT_MIN_STEP=3,
+                 TRAIN_SEQ_SCHEDULE="32@0.5,64@1", TRAIN_SEQ_LEN=64, TRAIN_BATCH_TOKENS=512)
+    curriculum = tg.Curriculum(s)
+    curriculum.at(0, 0.1)
+    assert curriculum.unreached().keys() == {"NUM_LOOPS", "LATE_QAT_THRESHOLD", "TRAIN_SEQ_SCHEDULE"}
+    curriculum.at(3, 0.6)
+    curriculum.sharpness(3, 0.4)
+    assert curriculum.unreached() == {}
+
+
 def test_soft_rounding_is_for_training_only_and_gets_sharper():
     s = settings(**TABLES, LATE_QAT_THRESHOLD=0.5, LATE_QAT_MIN_STEP=2)
     model, x, plan = sine_model(s), tokens(1, 20), tg.layer_plan(s, True)

@@ -605,7 +605,7 @@ def test_expected_size_is_what_trained_like_weights_take(monkeypatch):
     weights, hessians = random_model(s, 0)[0], {}
     for i, (name, w) in enumerate(weights.items()):
         w.copy_(0.02 * torch.randn(w.shape, generator=torch.Generator().manual_seed(i)))
-        if pack.storage_of(s, name, w)[0] == "gptq" and pack.input_of(name) == name:
+        if pack.storage_of(s, name, w).kind == "gptq" and pack.input_of(name) == name:
             x = torch.randn(2048, 24, generator=torch.Generator().manual_seed(i))
             mix = torch.randn(24, w.size(1), generator=torch.Generator().manual_seed(99 + i))
             x = x @ mix + 3 * torch.randn(2048, w.size(1), generator=torch.Generator().manual_seed(i))

@@ -58,6 +58,31 @@ def test_a_dead_column_is_damped_as_a_live_one():
     assert torch.allclose(u[0].diagonal(), (torch.tensor([4.0, 1.0, 1.0]) + 0.02) ** -0.5)
 
 
+@pytest.mark.parametrize("allocation", ["fisher", "hand"])
+@pytest.mark.parametrize("kind, ours", [("EMBED", "tok_emb"), ("MLP", ".mlp."), ("ATTN", ".attn.")])
+def test_damping_by_module_reaches_that_module(monkeypatch, kind, ours, allocation):
+    monkeypatch.setattr(tg, "SMALL_TENSOR", 1000)
+    weights = tg.matrix_views({n: p.detach() for n, p in sine_model(settings()).named_parameters()})
+    curvature = tg.Curvature({n: problem(columns=w.size(1), seed=i)[1]
+                              for i, (n, w) in enumerate(weights.items()) if w.dim() == 2})
+    default, damped = (tg.Quantiser(settings(QUANT_ALLOCATION=allocation, **more), weights, curvature)(2**-5)
+                       for more in ({}, {f"GPTQ_DAMP_{kind}": 3}))
+    changed = {n for n in default.tensors if not torch.equal(default.tensors[n], damped.tensors[n])}
+    assert any(n.endswith(".q") and ours in n for n in changed)
+    if allocation == "hand":  # steps by curvature are relative: every matrix's may move with one's
+        assert all(ours in n for n in changed)
+
+
+def test_a_protected_matrix_is_damped_as_set():
+    (w, h), damp = problem(seed=0), 0.5
+    steps, fine = (tg.row_scales(w, 6, 12.85), tg.row_scales(w, 8, 12.85)), torch.zeros(w.size(1))
+    fine[8:16] = 1
+    harder = h + damp * h.diagonal().mean() * torch.eye(len(h))
+    own, by_hand = tg.gptq_protected(w, h, steps, (6, 8), fine, damp), tg.gptq_protected(
+        w, harder, steps, (6, 8), fine, 0.0)
+    assert torch.equal(own, by_hand) and not torch.equal(own, tg.gptq_protected(w, h, steps, (6, 8), fine))
+
+
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
 def test_low_rank_is_the_best_approximation(shape):
     e = torch.randn(shape, generator=torch.Generator().manual_seed(3))
@@ -140,7 +165,7 @@ def test_every_code_has_the_same_slope(monkeypatch):
     monkeypatch.setattr(tg, "SMALL_TENSOR", 1000)
     s, g = settings(), torch.Generator().manual_seed(0)
     weights = tg.matrix_views({n: p.detach() for n, p in sine_model(s).named_parameters()})
-    names = [n for n, w in weights.items() if tg.storage_of(s, n, w)[0] == "gptq"]
+    names = [n for n, w in weights.items() if tg.storage_of(s, n, w).kind == "gptq"]
     fisher = {n: (0.1 + torch.rand(len(weights[n]), generator=g)) * 2.0**i for i, n in enumerate(names)}
     hessians = {
         n: problem(columns=weights[n].size(1), seed=i)[1] * 2.0 ** (i % 5)

@@ -22,6 +22,21 @@ def test_the_records_command_works_verbatim_and_equals_the_defaults():
     assert s.changed() == {"GPTQ_RESERVE_SECONDS": "0.5", "LQER_ENABLED": True}
 
 
+@pytest.mark.parametrize("asked, budget, rehearsed, kept, words", [
+    ("auto", 600, 20.0, 20.0, ""),
+    ("auto", 30, 20.0, 15.0, "half of MAX_WALLCLOCK_SECONDS=30"),
+    ("0.5", 600, 20.0, 20.0, "not GPTQ_RESERVE_SECONDS=0.5"),
+    ("0", 600, 20.0, 20.0, ""),
+    ("50", 600, 20.0, 50.0, ""),
+    ("18", 30, 20.0, 18.0, "half"),
+    ("0.5", 0, 20.0, 0.0, ""),
+])
+def test_what_packing_needs_is_kept_whatever_is_asked_for(asked, budget, rehearsed, kept, words):
+    s = tg.Settings.from_env({"GPTQ_RESERVE_SECONDS": asked, "MAX_WALLCLOCK_SECONDS": str(budget)})
+    seconds, warning = tg.reserved(s, rehearsed)
+    assert seconds == kept and words in warning and bool(words) == bool(warning)
+
+
 def test_a_mask_leaves_adapters_out_unless_they_are_named():
     s = tg.Settings.from_env({"TTT_MASK": "no_qv", "TTT_V_LORA": "1"})
     assert s.changed() == {"TTT_Q_LORA": False}

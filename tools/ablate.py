@@ -55,15 +55,28 @@ TRAINED = {
     "no averaging": "EMA_DECAY=0",
     "coprime windows": "TRAIN_LOADER=coprime",
     "growing context": "TRAIN_SEQ_SCHEDULE=128@0.3,256@0.7,512@1 SEQ_CHANGE_WARMUP_STEPS=4",
+    "growing context, no warm-ups": "TRAIN_SEQ_SCHEDULE=128@0.3,256@0.7,512@1 SEQ_CHANGE_WARMUP_STEPS=0",
+    "bigram table, soft rounding": "BIGRAM_VOCAB_SIZE=2048 BIGRAM_DIM=64 LATE_QAT_THRESHOLD=0.5 "
+                                   "LATE_QAT_MIN_STEP=0",
 }
 SCORED = {
     "steps by hand": "QUANT_ALLOCATION=hand QUANT_TRELLIS=0",
     "steps by hand, LQER": "QUANT_ALLOCATION=hand QUANT_TRELLIS=0 LQER_ENABLED=1",
+    "steps by hand, LQER symmetric": "QUANT_ALLOCATION=hand QUANT_TRELLIS=0 LQER_ENABLED=1 LQER_ASYM_ENABLED=0",
+    "steps by hand, LQER by gain": "QUANT_ALLOCATION=hand QUANT_TRELLIS=0 LQER_ENABLED=1 LQER_GAIN_SELECT=1",
+    "steps by hand, damping by module": "QUANT_ALLOCATION=hand QUANT_TRELLIS=0 GPTQ_DAMP_EMBED=0.005 "
+                                        "GPTQ_DAMP_MLP=0.02",
+    "damping by module": "GPTQ_DAMP_EMBED=0.005 GPTQ_DAMP_MLP=0.02",
+    "shuffled brotli": "COMPRESSOR=brotli",
     "steps by hand, AWQ": "QUANT_ALLOCATION=hand QUANT_TRELLIS=0 AWQ_LITE_ENABLED=1",
     "no trellis": "QUANT_TRELLIS=0",
     "logit calibration": "LOGIT_CALIB_ENABLED=1",
     "no test-time training": "TTT_ENABLED=0",
     "no phases": "PHASED_TTT_PREFIX_DOCS=0",
+    "chunks of one size": "TTT_SHORT_SCORE_FIRST_ENABLED=0",
+    "hidden-state cache": "TTT_CACHE_LAMBDA=0.3",
+    "twice the context": "EVAL_SEQ_LEN=1024 TTT_EVAL_SEQ_LEN=1024",
+    "twice the context, base rescaled": "EVAL_SEQ_LEN=1024 TTT_EVAL_SEQ_LEN=1024 ROPE_YARN=1",
     "longest first": "TTT_DOC_ORDER=length",
     "adapters: not Q": "TTT_Q_LORA=0",
     "adapters: not V": "TTT_V_LORA=0",
