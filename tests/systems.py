@@ -4,7 +4,8 @@
 
 Every configs/<NAME>.env (pr*.env, best.env and VARIANTS unless named) under the overlay configs/small.env,
 each in a process of its own on made-up shards, on the CPU. One line per system; the exit status is 0 when
-every run finished with every target scored and with the verdict on C1 to C4 that its system deserves. Minutes for all: a nightly check, not one of every commit.
+every run finished, with every target scored and the verdict on C1 to C4 that its system deserves. Minutes
+for all: a nightly check, not one of every commit.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ def run_system(name: str, data: Path, folder: Path) -> tuple[bool, str]:
     why = "; ".join(s["not_compliant_because"])
     fits = re.search(WHY_NOT.get(name, "^$"), why) is not None
     verdict = ("yes" if s["compliant"] else f"NO: {why[:60]}") + ("" if fits else "  UNEXPECTED")
-    return complete and fits, (f"{name:16} {s['model_params']:>9,} {s['steps']:5d} {scores} {s['artifact_bytes']:>9,} "
-                      f"{s['tokens_scored']:>7,} {seconds:5.0f}  {verdict}")
+    line = (f"{name:16} {s['model_params']:>9,} {s['steps']:5d} {scores} {s['artifact_bytes']:>9,} "
+            f"{s['tokens_scored']:>7,} {seconds:5.0f}  {verdict}")
+    return complete and fits, line
 
 
 def main(names: list[str]) -> int:

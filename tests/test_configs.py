@@ -95,8 +95,9 @@ def test_start_names_the_nearest_system_and_idle_settings():
     ("GRAD_CLIP_MODE=per_rank", "GRAD_CLIP_NORM=0", "GRAD_CLIP_NORM=0.3"),
 ])
 def test_a_setting_is_idle_without_what_it_needs(setting, idle_with, at_work_with):
-    idle, at_work = (tg.idle_settings(settings(**dict(pair.split("=") for pair in f"{setting} {rest}".split())))
-                     for rest in (idle_with, at_work_with))
+    idle, at_work = (
+        tg.idle_settings(settings(**dict(pair.split("=") for pair in f"{setting} {rest}".split())))
+        for rest in (idle_with, at_work_with))
     name = setting.partition("=")[0]
     assert name in idle and name not in at_work
 
