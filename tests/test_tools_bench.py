@@ -22,13 +22,23 @@ def test_every_group_runs_and_writes_json(tmp_path):
         "GPTQ",
         "packing",
         "evaluation",
+        "n-gram hints",
         "CaseOps",
     }
     for row in found["rows"]:
         assert "cannot run" not in row["note"], row
         if row["ms"] is not None:
             assert row["ms"] > 0 and math.isfinite(row["ratio"]) and row["low"] <= row["ratio"] <= row["high"]
-    assert [r["ratio"] for r in found["rows"] if r["note"] == "reference"] == [1.0] * 7
+    assert [r["ratio"] for r in found["rows"] if r["note"] == "reference"] == [1.0] * 8
+
+
+def test_the_dictionary_gives_the_hints_that_sorting_gives():
+    b, order = bench.Bench(1, True), 3
+    tokens = b.tg.np.random.default_rng(0).integers(1, 6, 500).astype("uint16")
+    s = b.with_settings(NGRAM_TILT_ENABLED=1, TOKEN_ORDER=order)
+    hints, confidence = b.tg.ngram_experts(s, tokens)["token"]
+    slow = bench.hints_by_dictionary(tokens.tolist(), order)
+    assert [h if h > 0 else 0 for h in slow] == hints[order - 2:].tolist() and confidence.any()
 
 
 def test_a_contender_that_cannot_run_says_why():

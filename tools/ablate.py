@@ -75,7 +75,7 @@ SCORED = {
     "no test-time training": "TTT_ENABLED=0",
     "no phases": "PHASED_TTT_PREFIX_DOCS=0",
     "chunks of one size": "TTT_SHORT_SCORE_FIRST_ENABLED=0",
-    "hidden-state cache": "TTT_CACHE_LAMBDA=0.3",
+    "hidden-state cache": "TTT_CACHE_LAMBDA=0.25",
     "twice the context": "EVAL_SEQ_LEN=1024 TTT_EVAL_SEQ_LEN=1024",
     "twice the context, base rescaled": "EVAL_SEQ_LEN=1024 TTT_EVAL_SEQ_LEN=1024 ROPE_YARN=1",
     "longest first": "TTT_DOC_ORDER=length",

@@ -1,7 +1,7 @@
 """How much faster is each fast road than its plain twin? Ratios from one run, on a CPU or a GPU.
 
     python tools/bench.py                          # every group
-    python tools/bench.py attention gptq           # some: attention, ce, mlp, step, gptq, pack, ttt, caseops
+    python tools/bench.py ngram gptq    # some: attention, ce, mlp, step, gptq, pack, ttt, ngram, caseops
     python tools/bench.py --rounds 9 --json bench.json
     python tools/bench.py --account --size full    # counted FLOPs, bytes, floors; measured too on a GPU
     python tools/bench.py --coders runs/NAME/final_model.int6.ptz    # bytes and seconds of five coders
@@ -281,6 +281,50 @@ def ttt(b: Bench) -> list[Row]:
                        for name in ("one pass", "sliding windows", "test-time training")})
 
 
+FINEWEB_TARGETS = 47_851_520      # of the validation split, about
+
+
+def ngram(b: Bench) -> list[Row]:
+    """Hints of the token expert by sorting against a dictionary; at full size also all of a stream as long as
+    FineWeb's validation split, by which the evaluation's clock is charged."""
+    import numpy as np
+
+    s = b.with_settings(NGRAM_TILT_ENABLED=1, VOCAB_SIZE=8192)
+
+    def stream(n: int):
+        """Zipf's law, three tokens in a hundred in passages that were there before."""
+        tokens = np.minimum(np.random.default_rng(0).zipf(1.2, n), 8191).astype(np.uint16)
+        for begin in range(n // 2, n - 60, 1000):
+            tokens[begin:begin + 60] = tokens[begin - n // 2:begin - n // 2 + 60]
+        return tokens
+
+    tokens = stream(50_000 if b.small else 1_000_000)
+    sample = {"dictionary, token after token": lambda: hints_by_dictionary(tokens.tolist(), s.token_order),
+              "sorted": lambda: b.tg.ngram_experts(s, tokens)}
+    rows = b.race("n-gram hints", sample, {"sorted": f"{len(tokens):,} positions"})
+    if not b.small:
+        whole = stream(FINEWEB_TARGETS + 1)
+        ms = b.once(lambda: b.tg.Hints.of(s, whole))
+        rows.append(Row("n-gram hints", "the whole stream", ms, float("nan"), float("nan"), float("nan"),
+                        f"{FINEWEB_TARGETS:,} positions, {os.cpu_count()} cores"))
+    return rows
+
+
+def hints_by_dictionary(tokens: list[int], order: int) -> list[int]:
+    """The token that followed each context of order - 1 tokens most often so far: what sorting replaces."""
+    tables: dict[tuple, dict[int, int]] = {}
+    best: dict[tuple, int] = {}
+    hints = []
+    for i in range(order - 1, len(tokens)):
+        context, token = tuple(tokens[i - order + 1:i]), tokens[i]
+        hints.append(best.get(context, -1))
+        counts = tables.setdefault(context, {})
+        counts[token] = counts.get(token, 0) + 1
+        if counts[token] > counts.get(hints[-1], 0):
+            best[context] = token
+    return hints
+
+
 def caseops(b: Bench) -> list[Row]:
     """The lossless case transform against a loop over characters, both ways, document by document."""
     from pydoc_data.topics import topics
@@ -418,7 +462,8 @@ def coders(b: Bench, source: str) -> str:
 
 
 GROUPS: dict[str, Callable[[Bench], list[Row]]] = {"attention": attention, "ce": ce, "mlp": mlp, "step": step,
-                                                   "gptq": gptq, "pack": pack, "ttt": ttt, "caseops": caseops}
+                                                   "gptq": gptq, "pack": pack, "ttt": ttt, "ngram": ngram,
+                                                   "caseops": caseops}
 
 
 def show(rows: list[Row]) -> str:
