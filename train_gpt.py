@@ -720,13 +720,14 @@ class World:
 
     def agree(self, value):
         """Rank 0's value on every rank (through host memory, so the GPU queue is not drained)."""
-        box = [value]
-        if self.size > 1 and type(value) is float:      # a clock, every step
-            box = torch.tensor(box, dtype=torch.float64)
+        if self.size == 1:
+            return value
+        if type(value) is float:      # a clock, every step
+            box = torch.tensor(value, dtype=torch.float64)
             dist.broadcast(box, 0)
             return box.item()
-        if self.size > 1:
-            dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+        box = [value]
+        dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
     def gather(self, value) -> list:
@@ -4790,7 +4791,7 @@ class PhasedTTT:
         self.model.requires_grad_(False)           # adapters learn; the base weights only in a phase
         for r, mine in zip(rounds, todo):
             self.kept, self.correctors = None, []
-            if not self.s.ttt_shared_a:
+            if self.s.ttt_doc_order == "length" and not self.s.ttt_shared_a:     # A may go on to other groups
                 self.kept = self.adapter_for(self.s.ttt_batch_size)
             for group in mine:
                 self.adapt_group(group)
