@@ -165,9 +165,7 @@ class Settings:
     ve_layers: str = knob("9,10", "layers whose values it is added to")
     sparse_attn_gate_enabled: bool = knob(True, "gate each head by GATE_WINDOW channels of the block input")
     sparse_attn_gate_scale: float = knob(0.5, "slope of that gate")
-    sparse_attn_gate_init_std: float = knob(0.0, "initial spread of that gate's weights", 0)
     gated_attn_enabled: bool = knob(False, "gate each head by the whole block input instead")
-    gated_attn_init_std: float = knob(0.01, "initial spread of that gate's weights", 0)
     attn_out_gate_enabled: bool = knob(False, "gate each head by 2 sigmoid of GATE_WINDOW channels instead")
     attn_out_gate_src: str = choice("proj q", "it reads the block input or raw queries")
     tied_embed_init_std: float = knob(0.005, "initial spread of the embedding", 0)
@@ -228,9 +226,9 @@ class Settings:
     mlp_clip_sigmas: float = knob(11.5, "the same for MLP matrices", 0.1)
     embed_clip_sigmas: float = knob(14.0, "the same for the embedding", 0.1)
     quant_clip: str = choice("sigmas percentile", "those sigmas; or the best of five percentiles of a row")
-    gptq_damp_embed: float = knob(0.01, "damping of embeddings' Hessians, share of their mean diagonal", 1e-6)
-    gptq_damp_mlp: float = knob(0.01, "the same for MLP matrices", 1e-6)
-    gptq_damp_attn: float = knob(0.01, "the same for attention matrices", 1e-6)
+    gptq_damp_embed: float = knob(0.01, "damping of embeddings' Hessians by their mean diagonal", 1e-6, 100)
+    gptq_damp_mlp: float = knob(0.01, "the same for MLP matrices", 1e-6, 100)
+    gptq_damp_attn: float = knob(0.01, "the same for attention matrices", 1e-6, 100)
     awq_lite_enabled: bool = knob(False, "finer codes for the columns that matter most")
     awq_lite_bits: int = knob(8, "their bits", 2, 8)
     awq_lite_group_size: int = knob(64, "columns of a group", 1)
@@ -361,7 +359,7 @@ class Settings:
         """Refuse settings that contradict each other; single values were checked when they were read."""
         s, reserve, orders = self, self.gptq_reserve_seconds, self.corrector_orders.split(",")
         gates = s.sparse_attn_gate_enabled + s.gated_attn_enabled + s.attn_out_gate_enabled
-        ve_layers = [int(i) if i.strip().isdigit() else math.inf for i in s.ve_layers.split(",")]
+        ve_layers = [int(i) if i.strip().isdecimal() else math.inf for i in s.ve_layers.split(",")]
         schedule(s.midrun_cap_schedule, 1.0, float)
         passes = [n for _, n in schedule(s.loop_schedule, s.num_loops + 1)]
         for refused, why in (
@@ -379,7 +377,8 @@ class Settings:
             (s.loop_schedule and s.recur_start_step,
              "LOOP_SCHEDULE and RECUR_START_STEP both say when loops begin: keep one"),
             (s.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE leaves no row for pairs: set 0, or more"),
-            (s.ve_enabled and max(ve_layers) >= s.num_layers, "VE_LAYERS must be layers below NUM_LAYERS"),
+            (s.ve_enabled and (max(ve_layers) >= s.num_layers or len({*ve_layers}) < len(ve_layers)),
+             "VE_LAYERS must be layers below NUM_LAYERS, each once"),
             (s.matrix_lr_early and not s.matrix_lr, "MATRIX_LR_EARLY is relative to MATRIX_LR: raise that"),
             (s.asym_logit_train and not s.asym_logit_rescale,
              "ASYM_LOGIT_TRAIN has nothing to train: set ASYM_LOGIT_RESCALE=1"),
@@ -403,7 +402,7 @@ class Settings:
             (s.ttt_enabled and not any(getattr(s, f"ttt_{kind}_lora") for kind in ADAPTED),
              "TTT_ENABLED has nothing to adapt: set a TTT_*_LORA to 1, or TTT_ENABLED=0"),
             (s.ttt_cache_lambda and not s.ttt_kv_reuse, "TTT_CACHE_LAMBDA needs TTT_KV_REUSE: set it to 1"),
-            (not all(n.isdigit() and int(n) for n in orders if n),
+            (not all(n.isdecimal() and int(n) for n in orders if n),
              "CORRECTOR_ORDERS must be whole numbers from 1 on, as 2,3,5"),
             (s.ngram_tilt_enabled and not experts_in_use(s), "NGRAM_TILT_ENABLED has no expert in use: "
              "lower TOKEN_THRESHOLD, WITHIN_TAU or WORD_TAU to at most 1"),
@@ -491,13 +490,14 @@ NO_SETTINGS = {name: (only, why) for only, why, names in (
      "TTT_HEARTBEAT_SECONDS TTT_SHORT_BETA2 TTT_SHORT_LORA_LR TTT_SHORT_LORA_RANK TTT_SHORT_WEIGHT_DECAY "
      "TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM"),
     (0, LEFT_OUT, "DTG_ENABLED FORCE_STOP_STEP GATED_ATTENTION GLOBAL_TTT_DOC_LIMIT LAWA_ENABLED LR_FLOOR "
-     "MTP_NUM_HEADS MUON_HUBER_WD OPTROT_ENABLED QAT_ENABLED SLOT_ENABLED TRIGRAM TTT_DOC_LIMIT "
-     "TTT_GRAD_STEPS_CLEAN TTT_LORA_EMA_DECAY TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED "
-     "VALUE_RESIDUAL"),
+     "MIDRUN_CAP_LOG_UPDATES MTP_NUM_HEADS MUON_HUBER_WD OPTROT_ENABLED QAT_ENABLED SLOT_ENABLED TRIGRAM "
+     "TTT_DOC_LIMIT TTT_GRAD_STEPS_CLEAN TTT_LORA_EMA_DECAY TTT_SHORT_LORA_ENABLED "
+     "TTT_WARM_START_MEAN_ENABLED VALUE_RESIDUAL"),
     ("sgd", LEFT_OUT, "GLOBAL_TTT_OPTIMIZER"),
     (0, "set EVAL_ONLY_QUANTIZED_PATH to the artifact instead", "TTT_EVAL_ONLY"),
     (0, "set WARMDOWN_FRAC to its share of the steps you expect", "WARMDOWN_ITERS"),
     (1, "built in", "GPTQ_ENABLED USE_GPTQ SDCLIP_ENABLED TTT_UPDATE_EVERY"),
+    (0, "built in", "SPARSE_ATTN_GATE_INIT_STD"), (0.01, "built in", "GATED_ATTN_INIT_STD"),
     (512, "embeddings are as wide as the model", "EMBEDDING_DIM"),
 ) for name in names.split()}
 ALIASES = {   # old name -> the settings it stands for
@@ -521,7 +521,7 @@ def translate(old: str, value: str) -> Sequence[str]:
                 return str(layers[0]), str(layers[-1]), "1"
             raise ValueError
         if old == "QUANT_CLIP_RANGE":
-            return str(int(value).bit_length() + 1),
+            return str(int(math.log2(int(value))) + 2),
         if old == "GPTQ_RESERVE_MS":
             return str(float(value) / 1e3),
         return TTT_MASKS[value] if old == "TTT_MASK" else [value] * 3
@@ -545,7 +545,7 @@ def chunk_steps(s: Settings) -> list[tuple[float, int]]:
         text = s.ttt_short_score_first_steps or one
         for part in filter(None, text.replace("=", ":").replace(" ", "").split(",")):
             bound, _, chunk = part.partition(":")
-            if not (bound.isdigit() and chunk.isdigit() and int(bound) and int(chunk)):
+            if not (bound.isdecimal() and chunk.isdecimal() and int(bound) and int(chunk)):
                 raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, as 256:8,2000:24")
             steps.append((int(bound), int(chunk)))
     return sorted(steps) + [(math.inf, s.ttt_chunk_size)]
@@ -570,37 +570,41 @@ def context_stages(s: Settings) -> list[tuple[float, int]]:
     return schedule(s.train_seq_schedule, s.train_seq_len)
 
 
-# How settings' names begin -> what must hold, or they change nothing: every word of it; a|b: one of them.
-TWO_EXPERTS = "token_threshold<=1|within_tau<=1 token_threshold<=1|word_tau<=1 within_tau<=1|word_tau<=1"
+# How settings' names begin, or all of a name (which then counts alone) -> what must hold, or they change
+# nothing: every word of it; a|b: one of them.
+TILT, TWO_EXPERTS = "ngram_tilt_enabled", ("ngram_tilt_enabled token_threshold<=1|within_tau<=1 "
+                                           "token_threshold<=1|word_tau<=1 within_tau<=1|word_tau<=1")
 NEEDS = {
-    **{f.name.removesuffix("enabled"): f.name for f in fields(Settings)
-       if f.name.endswith("_enabled") and f.name != "gated_attn_enabled"},   # its QUANT_GATE is of all gates
+    **{f.name.removesuffix("enabled"): f.name for f in fields(Settings) if f.name.endswith("_enabled")},
     "asym_logit_train": "asym_logit_rescale", "bigram_": "bigram_vocab_size",
-    "attn_clip_ mlp_clip_ matrix_clip_ embed_clip_": "quant_allocation=hand quant_clip=sigmas",
+    "attn_clip_ mlp_clip_ embed_clip_": "quant_allocation=hand quant_clip=sigmas",
+    "matrix_clip_": "quant_allocation=hand quant_clip=sigmas bigram_vocab_size|ve_enabled",
     "matrix_bits embed_bits": "quant_allocation=hand", "quant_trellis": "quant_allocation=fisher",
     "bank_split matrix_lr_late split_lr_": "matrix_lr_early", "grad_clip_mode": "grad_clip_norm",
     "embed_lr head_lr": "tie_embeddings=0", "tied_embed_lr": "tie_embeddings", "min_lr": "warmdown_frac",
     "enable_looping_": "num_loops recur_start_step=0 loop_schedule=", "loop_ recur_": "num_loops",
-    "gated_attn_init_": "gated_attn_enabled", "gated_xsa": "xsa_last_n",
     "gate_window": "smear_gate_enabled|sparse_attn_gate_enabled|attn_out_gate_enabled",
+    "gated_attn_quant_gate": "gated_attn_enabled|sparse_attn_gate_enabled", "gated_xsa": "xsa_last_n",
     "late_qat_": "late_qat_threshold bigram_vocab_size|ve_enabled", "lqer_factor_": "lqer_asym_enabled=0",
     "muon_momentum_warmup_start": "muon_momentum_warmup_steps", "parallel_final_": "parallel_lanes=mixed",
     "parallel_ skip_into_": "parallel_start_layer", "prequant_ttt_freeze_": "prequant_ttt_form=sharded",
     "seq_change_ train_seq_schedule_": "train_seq_schedule", "wd_taper_start_": "wd_taper_final_mult!=1",
     "eval_stride eval_kv_": "sliding_window_enabled",
+    "ttt_batch_size ttt_doc_order": "ttt_enabled|sliding_window_enabled",
     "global_ttt_ phased_ttt_": "ttt_enabled phased_ttt_prefix_docs",
     "global_ttt_warmup_start_": "global_ttt_warmup_chunks", "corrector_": "ttt_enabled corrector_alpha",
-    "ttt_cache_": "ttt_cache_lambda", "ttt_beta1": "ttt_optimizer!=normalised",
-    "ttt_beta2": "ttt_optimizer=adam", "ttt_warm_start_": "ttt_shared_a=0",
+    "ttt_cache_": "ttt_cache_lambda", "ttt_beta1": "ttt_enabled ttt_optimizer!=normalised",
+    "ttt_beta2": "ttt_enabled ttt_optimizer=adam", "ttt_warm_start_": "ttt_shared_a=0",
     "ttt_short_doc_ ttt_short_chunk_": "ttt_short_score_first_enabled ttt_short_score_first_steps=",
-    "ngram_ token_ within_ word_ agree_": "ngram_tilt_enabled", "token_": "token_threshold<=1",
-    "within_": "within_tau<=1", "word_": "word_tau<=1", "ngram_gates": "within_tau<=1|word_tau<=1",
-    "agree_ ngram_choice": TWO_EXPERTS, "ngram_doc_order": "ttt_enabled ttt_doc_order=length"}
+    "ngram_": TILT, "token_": f"{TILT} token_threshold<=1", "within_": f"{TILT} within_tau<=1",
+    "word_": f"{TILT} word_tau<=1", "ngram_gates": f"{TILT} within_tau<=1|word_tau<=1",
+    "ngram_doc_order": f"{TILT} ttt_enabled ttt_doc_order=length", "agree_ ngram_choice": TWO_EXPERTS}
 
 
 def idle_settings(s: Settings) -> dict[str, str]:
     """Settings that were changed though what they need is not there, and what that is."""
     known, idle = {f.name: f for f in fields(s)}, {}
+    needs = {beginning: need for row, need in NEEDS.items() for beginning in row.split()}
 
     def holds(name: str, sign: str, value: str) -> bool:
         if not sign:
@@ -608,16 +612,14 @@ def idle_settings(s: Settings) -> dict[str, str]:
         have, value = getattr(s, name), parse_setting(known[name], value)
         return have <= value if sign == "<=" else (have == value) == (sign == "=")
 
-    changed = [name.lower() for name, value in s.changed().items() if value is not False]
-    for beginnings, needs in NEEDS.items():
-        ours = [name for name in changed if name.startswith(tuple(beginnings.split()))]
-        for need in needs.split():
+    for name in map(str.lower, s.changed()):
+        rows = [needs[name]] if name in needs else [n for b, n in needs.items() if name.startswith(b)]
+        for need in " ".join(rows).split():
             either = [re.fullmatch(r"(\w+)(<=|!=|=|)(.*)", part).groups() for part in need.split("|")]
-            if not any(holds(*part) for part in either):
-                why = "only with " + " or ".join(name.upper() + sign + value for name, sign, value in either)
-                for name in set(ours) - {part[0] for part in either}:
-                    idle.setdefault(name.upper(), why)
-    return dict(sorted(idle.items()))
+            if name not in (part[0] for part in either) and not any(holds(*part) for part in either):
+                words = (other.upper() + sign + value for other, sign, value in either)
+                idle.setdefault(name.upper(), f"only with {' or '.join(words)}")
+    return idle
 
 
 def is_free_text(f) -> bool:
@@ -1551,8 +1553,7 @@ class GPT(nn.Module):
                 getattr(self, name).fill_(value)
         self.resid_mix[:, 0] = 1
         if hasattr(self, "attn_gate_w"):
-            std = s.gated_attn_init_std if s.gated_attn_enabled else s.sparse_attn_gate_init_std
-            self.attn_gate_w.normal_(0, std, generator=generator)
+            self.attn_gate_w.normal_(0, 0.01 * s.gated_attn_enabled, generator=generator)
         if hasattr(self, "bigram_proj"):     # of table and projection one starts at 0: both would stay there
             nn.init.orthogonal_(self.bigram_proj, generator=generator)
         if s.ve_enabled:
@@ -2546,7 +2547,7 @@ class Curriculum:
     """What changes while training goes on: longest segment, loop, learning rate, soft rounding."""
 
     def __init__(self, s: Settings):
-        self.s, self.stages, self.length, self.passes = s, context_stages(s), 0, 1
+        self.s, self.stages, self.length, self.passes, self.progress = s, context_stages(s), 0, 1, 0.0
         self.changed = self.rounding = None        # steps at which the length changed and rounding began
 
     def at(self, step: int, progress: float) -> tuple[int, int, float]:
@@ -2556,21 +2557,22 @@ class Curriculum:
         length = stage_at(self.stages, step / max(s.iterations, 1) if by_step else progress)
         if length != self.length:
             self.changed, self.length = step or None, length
-        lr, self.passes = lr_share(s, progress), passes_at(s, progress, step)
+        self.passes, self.progress, lr = passes_at(s, progress, step), progress, lr_share(s, progress)
         if self.changed is not None and s.seq_change_warmup_steps:
             lr *= min((step - self.changed + 1) / s.seq_change_warmup_steps, 1.0)
         return length, self.passes, lr
 
     def unreached(self) -> dict[str, str]:
         """Settings that the training behind us was too short for."""
-        s, found = self.s, {}
-        if s.num_loops and self.passes == 1:
-            found["NUM_LOOPS"] = "training ended before the loops began"
-        if s.late_qat_threshold and self.rounding is None:
-            found["LATE_QAT_THRESHOLD"] = "training ended before soft rounding began"
-        if self.length < s.train_seq_len:
-            found["TRAIN_SEQ_SCHEDULE"] = f"training ended at segments of {self.length}"
-        return found
+        s = self.s
+        return {name: f"training ended {how}" for missed, name, how in (
+            (self.passes <= s.num_loops, "LOOP_SCHEDULE" if s.loop_schedule else "NUM_LOOPS",
+             f"with {self.passes} of {s.num_loops + 1} passes over the loop"),
+            (s.late_qat_threshold and self.rounding is None, "LATE_QAT_THRESHOLD", "before rounding began"),
+            (self.length < s.train_seq_len, "TRAIN_SEQ_SCHEDULE", f"at segments of {self.length}"),
+            (lr_share(s, self.progress) == 1 > lr_share(s, 1), "WARMDOWN_FRAC", "before the rate fell"),
+            (decay_share(s, self.progress) == 1 != decay_share(s, 1), "WD_TAPER_FINAL_MULT", "before that"),
+        ) if missed}
 
     def sharpness(self, steps: int, lr: float) -> float | None:
         """Slope of soft rounding after so many steps, the last one at this share; None before it begins."""
@@ -3447,7 +3449,10 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
         run.log("logit_calibration", steps=len(losses), train_loss=losses.mean().item(), values=raw.tolist())
     header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
     whole = artifact_to_bytes(header, {**streams, CALIBRATION_STREAM: world.agree(values)})
-    return whole if len(whole) + code_bytes(s.code_form) <= ARTIFACT_LIMIT else blob
+    if len(whole) + code_bytes(s.code_form) <= ARTIFACT_LIMIT:
+        return whole
+    run.log("settings_without_effect", LOGIT_CALIB_ENABLED="no room for the calibration in the artifact")
+    return blob
 
 
 # ============================================================================================================
@@ -4192,6 +4197,9 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
         late = clock is not None and 0 < clock.budget < clock.elapsed() + 1.2 * watch.elapsed()
         if best and world.agree(late):
             break
+    for setting, mark in (("AWQ_LITE_ENABLED", "awqgrp"), ("LQER_ENABLED", "lqer")):
+        if getattr(s, setting.lower()) and not any(mark in how for how in q.meta.values()):
+            run.log("settings_without_effect", **{setting: "no matrix qualifies"})
     check_size(len(best or blob), s.code_form)
     if not best:
         raise UserError(f"the artifact of {len(blob):,} bytes is over the {cap:,} that script, calibration "
@@ -4456,15 +4464,13 @@ class Hints:
     confidence: np.ndarray
 
     @classmethod
-    def of(cls, s: Settings, tokens: np.ndarray, at: np.ndarray | None = None) -> Hints:
-        """For the targets tokens[1:], counted in this order; at (n,): their input positions."""
+    def of(cls, s: Settings, tokens: np.ndarray) -> Hints:
+        """For the targets tokens[1:], counted in this order."""
         hint, confidence = (np.stack(side) for side in zip(*ngram_experts(s, tokens).values()))
         for row, (tau, _) in zip(confidence, experts_in_use(s).values()):
             row[row.astype(float) < tau] = 0
-        gated = np.flatnonzero(confidence.any(0))
-        at = gated if at is None else at[gated]
-        order = np.argsort(at)
-        return cls(at[order], hint[:, gated[order]], confidence[:, gated[order]])
+        at = np.flatnonzero(confidence.any(0))
+        return cls(at, hint[:, at], confidence[:, at])
 
     @classmethod
     def build(cls, s: Settings, world: World, val: Validation, adapting: bool) -> Hints | None:
@@ -4477,9 +4483,13 @@ class Hints:
         if adapting and "stream" not in (s.ttt_doc_order, s.ngram_doc_order):
             order = np.concatenate([group for r in ttt_rounds(s, lengths) for group in r.groups])
         if world.main:
-            starts, lengths = val.documents.start[order], val.documents.length[order]
-            at = np.concatenate([np.arange(a, a + n - 1) for a, n in zip(starts, lengths)])
-            found = cls.of(s, np.append(val.tokens[at[:1]], val.tokens[at + 1]), at)
+            starts, ends = val.documents.start[order], np.cumsum(lengths[order] - 1)
+            text = [val.tokens[a + 1:a + n] for a, n in zip(starts, lengths[order])]
+            found = cls.of(s, np.concatenate([val.tokens[starts[:1]], *text]))
+            document = np.searchsorted(ends, found.at, side="right")      # from this order to the stream's
+            at = found.at + (starts - np.append(0, ends[:-1]))[document]
+            sort = np.argsort(at)
+            found = cls(at[sort], found.hint[:, sort], found.confidence[:, sort])
         return world.agree(found)
 
     def find(self, at: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -5432,9 +5442,6 @@ def set_up(s: Settings, world: World) -> str:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     torch._dynamo.config.recompile_limit = 64      # plans, grad modes and batch shapes share one code object
     torch.fx.experimental._config.use_duck_shape = False       # sizes that are equal by chance stay apart
-    if s.corrector_alpha and s.ttt_doc_order == "length" and world.size > 1:
-        raise s.mistake(f"CORRECTOR_ALPHA with TTT_DOC_ORDER passes counts from group to group, which "
-                        f"{world.size} ranks would share out: use one rank, or TTT_DOC_ORDER=stream")
     global ATTENTION
     ATTENTION, why = resolve_attention(s.attn_backend, world.device)
     names = world.gather(ATTENTION)
@@ -5524,12 +5531,13 @@ def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
     asked for: a run of the field's commands, which keep too little, is not lost."""
     if not s.max_wallclock_seconds:
         return 0.0, ""
-    asked = 0.0 if s.gptq_reserve_seconds == "auto" else float(s.gptq_reserve_seconds)
+    auto = s.gptq_reserve_seconds == "auto"
+    asked = 0.0 if auto else float(s.gptq_reserve_seconds)
     kept = max(asked, min(rehearsed, s.max_wallclock_seconds / 2))
     need = f"quantising and packing were rehearsed in {rehearsed:.1f} s: {kept:.1f} s are kept"
     if kept < rehearsed:
         return kept, f"{need}, no more than half of MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds:g}"
-    return kept, f"{need}, not GPTQ_RESERVE_SECONDS={asked:g}" if 0 < asked < kept else ""
+    return kept, "" if auto or asked >= kept else f"{need}, not GPTQ_RESERVE_SECONDS={asked:g}"
 
 
 def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> tuple[Clock, Prefetch]:
@@ -5624,9 +5632,13 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
         if val.hints is None or "stream" not in (s.ttt_doc_order, s.ngram_doc_order):
             val.hints = Hints.build(s, world, val, True)
         which = {"stream": "first", "length": "longest"}[s.ttt_doc_order]
+        phases = len(ttt_rounds(s, val.documents.length)) - 1
         run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
-                base_weights_learn_from=f"the {which} {s.phased_ttt_prefix_docs:,} documents",
+                base_weights_learn_from=f"the {which} {s.phased_ttt_prefix_docs * bool(phases):,} documents",
                 ngram_hints=0 if val.hints is None else len(val.hints.at), elapsed=clock.elapsed())
+        if s.phased_ttt_prefix_docs and phases < s.phased_ttt_num_phases:
+            run.log("settings_without_effect", PHASED_TTT_NUM_PHASES=f"{len(val.documents):,} documents make "
+                    f"{phases} phases of {s.phased_ttt_num_phases}")
 
         def trace(event: str, **values) -> None:
             if event == "give_up":

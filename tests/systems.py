@@ -10,7 +10,6 @@ for all: a nightly check, not one of every commit.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import tempfile
@@ -18,14 +17,17 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from conftest import CONFIGS, environment, load_config, make_data, run_script, summary  # noqa: E402
+from conftest import CONFIGS, environment, load_config, make_data, run_script, summary, tg  # noqa: E402
 
-# Rows of their own: a published mechanism that its system's reported run had off.
-VARIANTS = {"pr1741-corrector": ("pr1741", dict(CORRECTOR_ALPHA="0.3", CORRECTOR_ORDERS="2,3,5"))}
-# The verdict to expect: compliant, but for these rows, which are marked and fail the probe of causality.
-TRAINED_ON_TARGETS = "^PREQUANT_TTT_ENABLED=1: .*; the probe C1 windows failed"
-WHY_NOT = {"pr1302": "^NGRAM_GATES=target: .*; the probe C1 .* failed", "pr1487": TRAINED_ON_TARGETS,
-           "pr1550": TRAINED_ON_TARGETS, "pr2135": "^the probe C1 test-time training failed[^;]*$"}
+# Rows of their own: a published mechanism that its system's reported run had off, and causal forms of two.
+VARIANTS = {"pr1741-corrector": ("pr1741", dict(CORRECTOR_ALPHA="0.3", CORRECTOR_ORDERS="2,3,5")),
+            "pr1302-causal": ("pr1302", dict(NGRAM_GATES="previous")),
+            "pr2135-causal": ("pr2135", dict(NGRAM_DOC_ORDER="scored"))}
+# The verdict to expect: compliant, but for these rows, which are marked so and fail these probes.
+TRAINED_ON_TARGETS = ["PREQUANT_TTT_ENABLED=1", "the probe C1 windows", "the probe C1 sliding windows"]
+WHY_NOT = {"pr1302": ["NGRAM_GATES=target", "the probe C1 n-gram hints", "the probe C2 windows"],
+           "pr1487": TRAINED_ON_TARGETS, "pr1550": TRAINED_ON_TARGETS,
+           "pr2135": ["the probe C1 test-time training"]}
 COLUMNS = ("prequant_val_bpb", "quantized_val_bpb", "sliding_val_bpb", "val_bpb")
 
 
@@ -42,15 +44,14 @@ def run_system(name: str, data: Path, folder: Path) -> tuple[bool, str]:
     if status:
         return False, f"{name:16} FAIL after {seconds:.0f} s: {output.strip().splitlines()[-1][:160]}"
     s = summary(folder)
-    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    complete = any(e["event"] == "coverage" and e["complete"] for e in events)
     scores = " ".join(f"{s[c]:9.4f}" if s.get(c) is not None else f"{'-':>9}" for c in COLUMNS)
-    why = "; ".join(s["not_compliant_because"])
-    fits = re.search(WHY_NOT.get(name, "^$"), why) is not None
-    verdict = ("yes" if s["compliant"] else f"NO: {why[:60]}") + ("" if fits else "  UNEXPECTED")
+    reasons = [re.split(r": | failed", why)[0] for why in s["not_compliant_because"]]
+    expected = WHY_NOT.get(name, [])
+    verdict = ("yes" if not reasons else f"NO: {', '.join(reasons)}") + " UNEXPECTED" * (reasons != expected)
+    complete = s["tokens_scored"] == sum(tg.Validation(tg.Settings.from_env(env)).documents.length - 1)
     line = (f"{name:16} {s['model_params']:>9,} {s['steps']:5d} {scores} {s['artifact_bytes']:>9,} "
             f"{s['tokens_scored']:>7,} {seconds:5.0f}  {verdict}")
-    return complete and fits, line
+    return complete and reasons == expected, line
 
 
 def main(names: list[str]) -> int:

@@ -92,7 +92,7 @@ def test_the_ends_of_epochs_and_idle_settings_are_logged(data):
         assert 0 <= v["tokens"] - v["epoch"] * total < 2048 and v["tokens"] == 2048 * v["step"]
     assert dict(events)["train_end"]["epochs"] == 12 * 2048 / total
     assert dict(events)["settings_without_effect"] == {
-        "LQER_RANK": "only with LQER_ENABLED", "NUM_LOOPS": "training ended before the loops began"}
+        "LQER_RANK": "only with LQER_ENABLED", "NUM_LOOPS": "training ended with 1 of 2 passes over the loop"}
 
 
 def test_segments_start_at_documents_and_are_cut(shards):

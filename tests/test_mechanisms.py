@@ -177,10 +177,12 @@ def test_report_names_what_no_optimiser_has():
 
 def test_report_names_what_training_was_too_short_for():
     s = settings(**TABLES, NUM_LOOPS=1, RECUR_START_STEP=3, LATE_QAT_THRESHOLD=0.5, LATE_QAT_MIN_STEP=3,
-                 TRAIN_SEQ_SCHEDULE="32@0.5,64@1", TRAIN_SEQ_LEN=64, TRAIN_BATCH_TOKENS=512)
+                 TRAIN_SEQ_SCHEDULE="32@0.5,64@1", TRAIN_SEQ_LEN=64, TRAIN_BATCH_TOKENS=512,
+                 WARMDOWN_FRAC=0.5, WD_TAPER_START_FRAC=0.5, WD_TAPER_FINAL_MULT=0)
     curriculum = tg.Curriculum(s)
     curriculum.at(0, 0.1)
-    assert curriculum.unreached().keys() == {"NUM_LOOPS", "LATE_QAT_THRESHOLD", "TRAIN_SEQ_SCHEDULE"}
+    assert curriculum.unreached().keys() == {
+        "NUM_LOOPS", "LATE_QAT_THRESHOLD", "TRAIN_SEQ_SCHEDULE", "WARMDOWN_FRAC", "WD_TAPER_FINAL_MULT"}
     curriculum.at(3, 0.6)
     curriculum.sharpness(3, 0.4)
     assert curriculum.unreached() == {}
