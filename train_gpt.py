@@ -4133,6 +4133,7 @@ def unit_for(spread: np.ndarray, size: float, finest: float) -> float:
 
 
 LZMA_SLACK = 256   # bytes: another liblzma may pack the script a little worse
+MARK_BYTES = 256   # for what makes a run NON-COMPLIANT when its artifact is fitted already
 HALF_BYTES = 1.7   # of a float16 number, shuffled and by brotli; measured on the demo: 1.69
 GUESSED = 0.93     # what guesses leave of an embedding's codes; measured on small trained models: 0.92, 0.94
 
@@ -4169,7 +4170,7 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
     further try that would pass its budget."""
     quantiser = Quantiser(s, weights, curvature, world)
     script = code_bytes(s.code_form)
-    cap = (ARTIFACT_LIMIT - script - 1024 * s.logit_calib_enabled      # its 15 numbers come later
+    cap = (ARTIFACT_LIMIT - script - MARK_BYTES - 1024 * s.logit_calib_enabled      # which come later
            - LZMA_SLACK * (s.code_form == "packed"))
     finest, spread = quantiser.finest, quantiser.spread
     # bytes beyond the estimate: not known before the first try, exact enough after it
@@ -5578,6 +5579,13 @@ def check_budget(run: Run, what: str, seconds: float, name: str, setting: float)
             return
 
 
+def marked(blob: bytes, why: str) -> bytes:
+    """The artifact, telling whoever scores it why it is NON-COMPLIANT, in at most MARK_BYTES more."""
+    header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
+    header["not_compliant"] = "; ".join(filter(None, [header.get("not_compliant"), why[:MARK_BYTES - 32]]))
+    return artifact_to_bytes(header, streams)
+
+
 def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next_batch: Callable) -> None:
     """Calibrate, quantise, pack and write the artifact, on the training clock."""
     begin = clock.elapsed()
@@ -5597,10 +5605,8 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
     else:
         check_budget(run, "training, calibration and packing (for which GPTQ_RESERVE_SECONDS keeps time)",
                      seconds, "MAX_WALLCLOCK_SECONDS", s.max_wallclock_seconds)
-    if why := run.summary["not_compliant_because"][known:]:      # whoever scores this artifact is told
-        header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
-        header["not_compliant"] = "; ".join(filter(None, [header.get("not_compliant"), *why]))
-        blob = artifact_to_bytes(header, streams)
+    if why := run.summary["not_compliant_because"][known:]:
+        blob = marked(blob, "; ".join(why))
         if world.main:
             write_atomic(run.dir / ARTIFACT_NAME, blob)
     world.barrier()

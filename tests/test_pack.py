@@ -569,12 +569,23 @@ def test_the_fitter_lands_just_under_the_limit(monkeypatch, changes, shares):
         run = Log()
         monkeypatch.setattr(pack, "ARTIFACT_LIMIT", pack.code_bytes() + int(share * whole))
         fitted = pack.quantise_to_fit(s, pack.World(), run, weights, curvature)
-        left = pack.ARTIFACT_LIMIT - pack.code_bytes() - len(fitted)
+        left = pack.ARTIFACT_LIMIT - pack.code_bytes() - pack.MARK_BYTES - len(fitted)
         assert 0 <= left and (left <= s.fit_margin_bytes or run.rows[-1]["unit"] == quantiser.finest)
         assert len(fitted) in [row["bytes"] for row in run.rows]
     monkeypatch.setattr(pack, "ARTIFACT_LIMIT", pack.code_bytes())
     with pytest.raises(UserError, match="over the limit"):
         pack.quantise_to_fit(s, pack.World(), Log(), weights, curvature)
+
+
+@pytest.mark.parametrize("before", [{}, {"not_compliant": "a study"}])
+def test_a_mark_fits_into_the_room_that_the_fitter_leaves(before):
+    blob = pack.artifact_to_bytes(before, {"codes": b"123"})
+    for why in ("training took 601.0 s", "x" * 1000):
+        whole = pack.marked(blob, why)
+        header, streams = pack.artifact_from_bytes(whole, "test")
+        assert 0 < len(whole) - len(blob) <= pack.MARK_BYTES and streams == {"codes": b"123"}
+        assert header["not_compliant"].startswith(before.get("not_compliant", why[:20]))
+        assert why[:20] in header["not_compliant"]
 
 
 def test_brotli_is_fitted_in_few_tries(monkeypatch):
@@ -648,6 +659,6 @@ def test_the_fitter_leaves_room_for_the_form_that_is_shipped(monkeypatch, form):
     monkeypatch.setattr(pack, "ARTIFACT_LIMIT", pack.code_bytes(form) + 40_000)
     run = Log()
     blob = pack.quantise_to_fit(s, pack.World(), run, weights, curvature)
-    slack = {"readable": 0, "packed": 256}[form]  # another liblzma may pack the script worse
+    slack = pack.MARK_BYTES + {"readable": 0, "packed": 256}[form]  # another liblzma may pack it worse
     assert 40_000 - slack - s.fit_margin_bytes <= len(blob) <= 40_000 - slack
     assert run.rows[-1]["code_bytes"] == pack.code_bytes(form)
