@@ -77,7 +77,6 @@ SCORED = {
     "chunks of one size": "TTT_SHORT_SCORE_FIRST_ENABLED=0",
     "hidden-state cache": "TTT_CACHE_LAMBDA=0.25",
     "twice the context": "EVAL_SEQ_LEN=1024 TTT_EVAL_SEQ_LEN=1024",
-    "twice the context, base rescaled": "EVAL_SEQ_LEN=1024 TTT_EVAL_SEQ_LEN=1024 ROPE_YARN=1",
     "longest first": "TTT_DOC_ORDER=length",
     "adapters: not Q": "TTT_Q_LORA=0",
     "adapters: not V": "TTT_V_LORA=0",
