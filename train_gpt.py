@@ -577,8 +577,7 @@ TILT, TWO_EXPERTS = "ngram_tilt_enabled", ("ngram_tilt_enabled token_threshold<=
 NEEDS = {
     **{f.name.removesuffix("enabled"): f.name for f in fields(Settings) if f.name.endswith("_enabled")},
     "asym_logit_train": "asym_logit_rescale", "bigram_": "bigram_vocab_size",
-    "attn_clip_ mlp_clip_ embed_clip_": "quant_allocation=hand quant_clip=sigmas",
-    "matrix_clip_": "quant_allocation=hand quant_clip=sigmas bigram_vocab_size|ve_enabled",
+    "matrix_clip_ attn_clip_ mlp_clip_ embed_clip_": "quant_allocation=hand quant_clip=sigmas",
     "matrix_bits embed_bits": "quant_allocation=hand", "quant_trellis": "quant_allocation=fisher",
     "bank_split matrix_lr_late split_lr_": "matrix_lr_early", "grad_clip_mode": "grad_clip_norm",
     "embed_lr head_lr": "tie_embeddings=0", "tied_embed_lr": "tie_embeddings", "min_lr": "warmdown_frac",
@@ -619,6 +618,9 @@ def idle_settings(s: Settings) -> dict[str, str]:
             if name not in (part[0] for part in either) and not any(holds(*part) for part in either):
                 words = (other.upper() + sign + value for other, sign, value in either)
                 idle.setdefault(name.upper(), f"only with {' or '.join(words)}")
+    others = [math.prod(parameter_shapes(s).get(name, ())) for name in ("bigram_proj", "ve_proj")]
+    if "MATRIX_CLIP_SIGMAS" in s.changed() and max(others) <= SMALL_TENSOR:
+        idle.setdefault("MATRIX_CLIP_SIGMAS", "all matrices are of attention, MLP or embeddings")
     return idle
 
 
@@ -2570,7 +2572,7 @@ class Curriculum:
              f"with {self.passes} of {s.num_loops + 1} passes over the loop"),
             (s.late_qat_threshold and self.rounding is None, "LATE_QAT_THRESHOLD", "before rounding began"),
             (self.length < s.train_seq_len, "TRAIN_SEQ_SCHEDULE", f"at segments of {self.length}"),
-            (lr_share(s, self.progress) == 1 > lr_share(s, 1), "WARMDOWN_FRAC", "before the rate fell"),
+            (0 < s.warmdown_frac < 1 - self.progress, "WARMDOWN_FRAC", "before the rate fell"),
             (decay_share(s, self.progress) == 1 != decay_share(s, 1), "WD_TAPER_FINAL_MULT", "before that"),
         ) if missed}
 
@@ -3449,7 +3451,7 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
         run.log("logit_calibration", steps=len(losses), train_loss=losses.mean().item(), values=raw.tolist())
     header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
     whole = artifact_to_bytes(header, {**streams, CALIBRATION_STREAM: world.agree(values)})
-    if len(whole) + code_bytes(s.code_form) <= ARTIFACT_LIMIT:
+    if len(whole) + code_bytes(s.code_form) + MARK_BYTES + LZMA_SLACK <= ARTIFACT_LIMIT:
         return whole
     run.log("settings_without_effect", LOGIT_CALIB_ENABLED="no room for the calibration in the artifact")
     return blob
@@ -5582,7 +5584,8 @@ def check_budget(run: Run, what: str, seconds: float, name: str, setting: float)
 def marked(blob: bytes, why: str) -> bytes:
     """The artifact, telling whoever scores it why it is NON-COMPLIANT, in at most MARK_BYTES more."""
     header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
-    header["not_compliant"] = "; ".join(filter(None, [header.get("not_compliant"), why[:MARK_BYTES - 32]]))
+    plain = re.sub(r'[^ -~]|["\\]', "?", why)[:MARK_BYTES - 32]      # a byte each in JSON
+    header["not_compliant"] = "; ".join(filter(None, [header.get("not_compliant"), plain]))
     return artifact_to_bytes(header, streams)
 
 
@@ -5638,9 +5641,10 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
         if val.hints is None or "stream" not in (s.ttt_doc_order, s.ngram_doc_order):
             val.hints = Hints.build(s, world, val, True)
         which = {"stream": "first", "length": "longest"}[s.ttt_doc_order]
-        phases = len(ttt_rounds(s, val.documents.length)) - 1
+        rounds = ttt_rounds(s, val.documents.length)
+        phases, learnt = len(rounds) - 1, rounds[-2].train_on if len(rounds) > 1 else ()
         run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
-                base_weights_learn_from=f"the {which} {s.phased_ttt_prefix_docs * bool(phases):,} documents",
+                base_weights_learn_from=f"the {which} {len(learnt):,} documents",
                 ngram_hints=0 if val.hints is None else len(val.hints.at), elapsed=clock.elapsed())
         if s.phased_ttt_prefix_docs and phases < s.phased_ttt_num_phases:
             run.log("settings_without_effect", PHASED_TTT_NUM_PHASES=f"{len(val.documents):,} documents make "

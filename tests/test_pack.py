@@ -580,7 +580,7 @@ def test_the_fitter_lands_just_under_the_limit(monkeypatch, changes, shares):
 @pytest.mark.parametrize("before", [{}, {"not_compliant": "a study"}])
 def test_a_mark_fits_into_the_room_that_the_fitter_leaves(before):
     blob = pack.artifact_to_bytes(before, {"codes": b"123"})
-    for why in ("training took 601.0 s", "x" * 1000):
+    for why in ("training took 601.0 s, more than is allowed", "x" * 1000, 20 * "x" + 1000 * "é\""):
         whole = pack.marked(blob, why)
         header, streams = pack.artifact_from_bytes(whole, "test")
         assert 0 < len(whole) - len(blob) <= pack.MARK_BYTES and streams == {"codes": b"123"}
