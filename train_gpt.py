@@ -374,7 +374,7 @@ class Settings:
              "LOOP_START <= LOOP_END < NUM_LAYERS does not hold: correct them, or set NUM_LOOPS=0"),
             (not max(passes) == passes[-1] == s.num_loops + 1,
              "LOOP_SCHEDULE must end on its most passes, one more than NUM_LOOPS: make them agree"),
-            (s.loop_schedule and s.recur_start_step, "LOOP_SCHEDULE and RECUR_START_STEP differ: keep one"),
+            (s.loop_schedule and s.recur_start_step, "LOOP_SCHEDULE and RECUR_START_STEP clash: keep one"),
             (s.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE leaves no row for pairs: set 0, or more"),
             (s.ve_enabled and (max(ve_layers) >= s.num_layers or len({*ve_layers}) < len(ve_layers)),
              "VE_LAYERS must be layers below NUM_LAYERS, each once"),
