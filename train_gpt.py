@@ -5538,7 +5538,7 @@ def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
     kept = max(asked, min(rehearsed, s.max_wallclock_seconds / 2))
     need = f"quantising and packing were rehearsed in {rehearsed:.1f} s: {kept:.1f} s are kept"
     if kept < rehearsed:
-        return kept, f"{need}, no more than half of MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds:g}"
+        return kept, f"{need}, for MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds:g} is less than twice that"
     return kept, "" if auto or asked >= kept else f"{need}, not GPTQ_RESERVE_SECONDS={asked:g}"
 
 

@@ -24,11 +24,11 @@ def test_the_records_command_works_verbatim_and_equals_the_defaults():
 
 @pytest.mark.parametrize("asked, budget, rehearsed, kept, words", [
     ("auto", 600, 20.0, 20.0, ""),
-    ("auto", 30, 20.0, 15.0, "half of MAX_WALLCLOCK_SECONDS=30"),
+    ("auto", 30, 20.0, 15.0, "for MAX_WALLCLOCK_SECONDS=30 is less"),
     ("0.5", 600, 20.0, 20.0, "not GPTQ_RESERVE_SECONDS=0.5"),
     ("0", 600, 20.0, 20.0, "not GPTQ_RESERVE_SECONDS=0"),
     ("50", 600, 20.0, 50.0, ""),
-    ("18", 30, 20.0, 18.0, "half"),
+    ("18", 30, 20.0, 18.0, "18.0 s are kept, for MAX_WALLCLOCK_SECONDS=30 is less"),
     ("0.5", 0, 20.0, 0.0, ""),
 ])
 def test_what_packing_needs_is_kept_whatever_is_asked_for(asked, budget, rehearsed, kept, words):
