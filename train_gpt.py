@@ -617,7 +617,7 @@ def idle_settings(s: Settings) -> dict[str, str]:
             if name not in (part[0] for part in either) and not any(holds(*part) for part in either):
                 words = (other.upper() + sign + value for other, sign, value in either)
                 idle.setdefault(name.upper(), f"only with {' or '.join(words)}")
-    others = [math.prod(parameter_shapes(s).get(name, ())) for name in ("bigram_proj", "ve_proj")]
+    others = [math.prod(GPT.shapes(s).get(name, ())) for name in ("bigram_proj", "ve_proj")]
     if "MATRIX_CLIP_SIGMAS" in s.changed() and max(others) <= SMALL_TENSOR:
         idle.setdefault("MATRIX_CLIP_SIGMAS", "all matrices are of attention, MLP or embeddings")
     return idle
@@ -1340,27 +1340,41 @@ class Validation:
 # ============================================================================================================
 
 # Role of every parameter; one without a role stops the run. matrix: Muon; the others: AdamW.
-ROLES = {name: role for role, names in {
-    "embed": "tok_emb bigram_embed ve_embed", "head": "lm_head", "cap": "softcap_pos softcap_neg",
-    "strength": "xsa_alpha",
-    "matrix": "qo_bank kv_bank mlp_up_bank mlp_down_bank",
-    "small": "attn_scale mlp_scale resid_mix q_gain attn_gate_w attn_gate_proj skip_weights skip_gates "
-             "parallel_post_lambdas parallel_resid_lambdas lane_merge smear_gate smear_lambda "
-             "smear_channels bigram_proj bigram_scale ve_proj ve_scale ve_layer_scales",
-}.items() for name in names.split()}
+ROLES = {
+    "tok_emb": "embed",
+    "qo_bank": "matrix",
+    "kv_bank": "matrix",
+    "mlp_up_bank": "matrix",
+    "mlp_down_bank": "matrix",
+    "attn_scale": "small",
+    "mlp_scale": "small",
+    "resid_mix": "small",
+    "q_gain": "small",
+    "attn_gate_w": "small",
+    "skip_weights": "small",
+    "skip_gates": "small",
+    "parallel_post_lambdas": "small",
+    "parallel_resid_lambdas": "small",
+    "smear_gate": "small",
+    "smear_lambda": "small",
+    "softcap_pos": "cap",
+    "softcap_neg": "cap",
+}
 # The field's names: one tensor per layer, where ours are stacked.
-PER_LAYER = {"attn_scale": "blocks.{}.attn_scale", "mlp_scale": "blocks.{}.mlp_scale",
-             "resid_mix": "blocks.{}.resid_mix", "q_gain": "blocks.{}.attn.q_gain",
-             "xsa_alpha": "blocks.{}.attn.xsa_alpha",
-             "attn_gate_w": "blocks.{}.attn.attn_gate_w", "ve_layer_scales": "ve_layer_scales.{}",
-             "attn_gate_proj": "blocks.{}.attn.attn_gate_proj.weight"}
-WHOLE = {"tok_emb": "tok_emb.weight", "lm_head": "lm_head.weight", "smear_gate": "smear_gate.weight",
-         "smear_channels": "smear.gate", "bigram_embed": "bigram.embed.weight", "ve_scale": "ve_shared.scale",
-         "bigram_proj": "bigram.proj.weight", "bigram_scale": "bigram.scale",
-         "ve_embed": "ve_shared.embed.weight", "ve_proj": "ve_shared.proj.weight"}
+PER_LAYER = {
+    "attn_scale": "blocks.{}.attn_scale",
+    "mlp_scale": "blocks.{}.mlp_scale",
+    "resid_mix": "blocks.{}.resid_mix",
+    "q_gain": "blocks.{}.attn.q_gain",
+    "attn_gate_w": "blocks.{}.attn.attn_gate_w",
+}
+WHOLE = {"tok_emb": "tok_emb.weight", "smear_gate": "smear_gate.weight"}
 BANKS = {   # bank -> field's names of its first and second half (or of all its layers)
-    "qo_bank": ("attn.c_q.weight", "attn.proj.weight"), "kv_bank": ("attn.c_k.weight", "attn.c_v.weight"),
-    "mlp_up_bank": ("mlp.fc.weight",), "mlp_down_bank": ("mlp.proj.weight",)}
+    "qo_bank": ("attn.c_q.weight", "attn.proj.weight"),
+    "kv_bank": ("attn.c_k.weight", "attn.c_v.weight"),
+    "mlp_up_bank": ("mlp.fc.weight",),
+    "mlp_down_bank": ("mlp.proj.weight",),
+}
 
 
 def field_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -1368,7 +1382,8 @@ def field_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     views = {}
     for name, p in params.items():
         if name in PER_LAYER:
-            views.update({PER_LAYER[name].format(i): p[i] for i in range(len(p))})
+            for layer in range(len(p)):
+                views[PER_LAYER[name].format(layer)] = p[layer]
         else:
             views[WHOLE.get(name, name)] = p
     return views
@@ -1377,12 +1392,14 @@ def field_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def matrix_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """field_views with the banks split into one matrix per layer (`blocks.3.mlp.fc.weight`), as views."""
     views = field_views(params)
-    for bank, halves in BANKS.items():
-        if bank in views:
-            stack = views.pop(bank)
-            layers = len(stack) // len(halves)
-            views.update({f"blocks.{i}.{name}": stack[h * layers + i]
-                          for h, name in enumerate(halves) for i in range(layers)})
+    for bank, names in BANKS.items():
+        if bank not in views:
+            continue
+        stack = views.pop(bank)
+        layers = len(stack) // len(names)
+        for half, name in enumerate(names):
+            for layer in range(layers):
+                views[f"blocks.{layer}.{name}"] = stack[half * layers + layer]
     return views
 
 
@@ -1402,15 +1419,29 @@ def layer_plan(s: Settings, looping: bool, passes: int = 0) -> Plan:
     if looping and s.num_loops:
         loop = order[s.loop_start:s.loop_end + 1]
         order = order[:s.loop_start] + loop * (passes or s.num_loops + 1) + order[s.loop_end + 1:]
-    return Plan(order[:len(order) // 2], order[len(order) // 2:])
+    half = len(order) // 2
+    return Plan(order[:half], order[half:])
 
 
-# One layer's weights in the activations' dtype, unbound from the stacked parameters; None: it has no such.
-LayerWeights = namedtuple(
-    "LayerWeights", "q k v o up down attn_scale mlp_scale resid_mix q_gain post resid gate xsa_alpha")
+class LayerWeights(NamedTuple):
+    """One layer's weights in the activations' dtype, unbound from the stacked parameters; None: it has none."""
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    up: Tensor
+    down: Tensor
+    attn_scale: Tensor
+    mlp_scale: Tensor
+    resid_mix: Tensor
+    q_gain: Tensor
+    post: Tensor | None      # (2, 2): by how much attention, and the MLP, write to each lane
+    resid: Tensor | None     # (2,): by how much each lane is kept
+    gate: Tensor | None
 
 
-class Pass(NamedTuple):
+@dataclass
+class Forward:
     """What one forward carries from layer to layer."""
     layers: list[LayerWeights]
     x0: Tensor
@@ -1419,16 +1450,17 @@ class Pass(NamedTuple):
     adapter: BoundAdapter | None
     tap: Callable | None
     cache: KeyCache | None
-    values: dict[int, Tensor]
 
-    def show(self, kind: str, i: int, x: Tensor) -> None:
-        """An activation of layer i for the tap, if there is one."""
+    def observe(self, kind: str, layer: int, x: Tensor) -> None:
+        """Hand an activation to the forward hook, if there is one."""
         if self.tap is not None:
-            self.tap(kind, i, x)
+            self.tap(kind, layer, x)
 
     def adapted(self, y: Tensor, kind: str, slot: int, x: Tensor) -> Tensor:
         """y with the adapter's delta, which reads x, for this slot, if there is one."""
-        return y if self.adapter is None else self.adapter.add(y, kind, slot, x)
+        if self.adapter is None:
+            return y
+        return self.adapter.add(y, kind, slot, x)
 
 
 def rms(x: Tensor) -> Tensor:
@@ -1438,47 +1470,20 @@ def rms(x: Tensor) -> Tensor:
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding of the first 2 x (table width) channels. x (B, T, heads, D)."""
-    cos, sin = (t[:, None, :].to(x.dtype) for t in rope)
+    cos, sin = (table[:, None, :].to(x.dtype) for table in rope)
     half = cos.size(-1)
-    u, w, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    u = x[..., :half]
+    w = x[..., half:2 * half]
+    rest = x[..., 2 * half:]
     return torch.cat((u * cos + w * sin, w * cos - u * sin, rest), dim=-1)
 
 
-def remove_own_value(y: Tensor, v: Tensor, alpha: Tensor | None = None) -> Tensor:
-    """XSA: y (B, T, H, D) minus its projection, perhaps times tanh alpha (H,), on its v (B, T, K, D)."""
+def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: attention output y (B, T, H, D) minus its projection on the token's own v (B, T, K, D)."""
     direction = F.normalize(v, dim=-1, eps=1e-12)[:, :, :, None]
     grouped = y.unflatten(2, (v.size(2), -1))
     share = (grouped * direction).sum(-1, keepdim=True)
-    if alpha is not None:
-        share = share * torch.tanh(alpha).view(v.size(2), -1, 1)
     return (grouped - share * direction).flatten(2, 3)
-
-
-def pair_rows(ids: Tensor, rows: int, follows: Tensor | None = None) -> Tensor:
-    """Row of a hashed table for each token of ids (B, T) and the one before it, where follows (1, T - 1) lets
-    them meet; the last row where nothing goes before. int32 arithmetic, wrapping."""
-    now = ids.int()
-    row = (36313 * now[:, 1:] ^ 27191 * now[:, :-1]) % (rows - 1)
-    row = row if follows is None else row.where(follows, rows - 1)
-    return F.pad(row, (1, 0), value=rows - 1).long()
-
-
-def look_up(ids: Tensor, table: Tensor, proj: Tensor | None, scale: Tensor, dtype: torch.dtype,
-            alpha: Tensor | None = None) -> Tensor:
-    """scale · proj table[ids], (B, T, out); proj (out, w) or None; alpha: proj is rounded softly."""
-    x = F.embedding(ids, table).to(dtype)
-    if proj is not None:
-        x = F.linear(x, (proj if alpha is None else soft_round(proj, alpha)).to(dtype))
-    return x * scale.to(dtype)
-
-
-def soft_round(w: Tensor, alpha: Tensor) -> Tensor:
-    """w (R, C) near its six-bit grid, with a gradient: a sigmoid of slope alpha in place of each step. The
-    step of a row is its largest magnitude over 31, but at least 1/31."""
-    step = (w.abs().amax(dim=-1, keepdim=True) / 31).clamp_min(1 / 31)
-    z = w / step
-    low = z.floor()
-    return (low + torch.sigmoid(alpha * (z - low - 0.5))).clamp(-31, 31) * step
 
 
 def soft_cap(z: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
@@ -1487,205 +1492,208 @@ def soft_cap(z: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
     return cap * torch.tanh(z / cap)
 
 
-def parameter_shapes(s: Settings) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter, by name; what is off has no parameter."""
-    d, layers, plan = s.model_dim, s.num_layers, layer_plan(s, True)
-    skips = layers // 2 if s.skip_rows == "physical" else min(len(plan.encoder), len(plan.decoder))
-    shapes = dict(
-        tok_emb=(s.vocab_size, d), qo_bank=(2 * layers, d, d), kv_bank=(2 * layers, s.kv_dim, d),
-        mlp_up_bank=(layers, s.hidden_dim, d), mlp_down_bank=(layers, d, s.hidden_dim),
-        attn_scale=(layers, d), mlp_scale=(layers, d), resid_mix=(layers, 2, d), q_gain=(layers, s.num_heads),
-        skip_weights=(skips, d))
-    if s.parallel_lanes == "mixed":
-        shapes.update(parallel_post_lambdas=(layers, 2, 2), parallel_resid_lambdas=(layers, 2))
-    elif 0 < s.parallel_start_layer < layers:
-        shapes["lane_merge"] = ()
-    if not s.tie_embeddings:
-        shapes["lm_head"] = (s.vocab_size, d)
-    if s.skip_gates_enabled:
-        shapes["skip_gates"] = (skips, d)
-    if s.smear_gate_enabled and s.smear_gate_kind == "window":
-        shapes.update(smear_gate=(1, s.gate_window), smear_lambda=(1,))
-    elif s.smear_gate_enabled:
-        shapes["smear_channels"] = (d,)
-    for table, rows, width, out in (("bigram", s.bigram_vocab_size, s.bigram_dim, d),
-                                    ("ve", s.ve_enabled * s.vocab_size, s.ve_dim, s.kv_dim)):
-        if rows:
-            shapes.update({f"{table}_embed": (rows, width), f"{table}_scale": ()})
-            if width != out:
-                shapes[f"{table}_proj"] = (out, width)
-    if s.ve_enabled:
-        shapes["ve_layer_scales"] = (len(s.value_layers), 1)
-    if s.asym_logit_rescale:
-        shapes.update(softcap_pos=(), softcap_neg=())
-    if s.gated_attn_enabled or s.sparse_attn_gate_enabled:
-        shapes["attn_gate_w"] = (layers, s.num_heads, d if s.gated_attn_enabled else s.gate_window)
-    if s.attn_out_gate_enabled:
-        shapes["attn_gate_proj"] = (layers, s.num_heads, s.gate_window)
-    if s.gated_xsa:
-        shapes["xsa_alpha"] = (layers, s.num_heads)
-    return shapes
-
-
 class GPT(nn.Module):
     """The depth-recurrent GPT. Parameters are stacked over layers and kept in float32; `compute_dtype` is the
     activations'. Every forward takes a Plan, so recurrence is an argument, not a state."""
 
     def __init__(self, s: Settings, generator: torch.Generator | None = None):
         super().__init__()
-        self.s, self.compute_dtype, self.rope_length = s, torch.float32, 0
+        self.s = s
+        self.compute_dtype = torch.float32
         self.calibration: tuple[Tensor, Tensor] | None = None      # scale () and bias (V,) of capped logits
-        for name, shape in parameter_shapes(s).items():
+        for name, shape in self.shapes(s).items():
             setattr(self, name, nn.Parameter(torch.zeros(shape)))
         self.init_weights(generator)
+
+    @classmethod
+    def shapes(cls, s: Settings) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter, by name; what is off has no parameter."""
+        d, layers = s.model_dim, s.num_layers
+        plan = layer_plan(s, True)
+        skips = min(len(plan.encoder), len(plan.decoder))
+        shapes = dict(
+            tok_emb=(s.vocab_size, d),
+            qo_bank=(2 * layers, d, d),
+            kv_bank=(2 * layers, s.kv_dim, d),
+            mlp_up_bank=(layers, s.hidden_dim, d),
+            mlp_down_bank=(layers, d, s.hidden_dim),
+            attn_scale=(layers, d),
+            mlp_scale=(layers, d),
+            resid_mix=(layers, 2, d),
+            q_gain=(layers, s.num_heads),
+            skip_weights=(skips, d),
+            parallel_post_lambdas=(layers, 2, 2),
+            parallel_resid_lambdas=(layers, 2),
+            skip_gates=(skips, d))
+        if s.smear_gate_enabled:
+            shapes.update(smear_gate=(1, s.gate_window), smear_lambda=(1,))
+        if s.asym_logit_rescale:
+            shapes.update(softcap_pos=(), softcap_neg=())
+        if s.sparse_attn_gate_enabled:
+            shapes["attn_gate_w"] = (layers, s.num_heads, s.gate_window)
+        return shapes
+
+    def initial_values(self) -> dict[str, float]:
+        """Parameters that begin at one value; the others begin at 0 or are drawn."""
+        s = self.s
+        return dict(
+            attn_scale=1, mlp_scale=1, q_gain=s.qk_gain_init, skip_weights=1,
+            parallel_post_lambdas=1, parallel_resid_lambdas=1.1,
+            softcap_pos=s.logit_softcap, softcap_neg=s.logit_softcap)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None) -> None:
         """Orthogonal inputs, zero outputs: every block starts as the identity. Seeded by the generator."""
-        s, layers = self.s, self.s.num_layers
-        self.tok_emb.normal_(0, s.tied_embed_init_std, generator=generator)
-        for matrix in (*self.qo_bank[:layers], *self.kv_bank, *self.mlp_up_bank):
+        self.tok_emb.normal_(0, self.s.tied_embed_init_std, generator=generator)
+        for matrix in (*self.qo_bank[:self.s.num_layers], *self.kv_bank, *self.mlp_up_bank):
             nn.init.orthogonal_(matrix, generator=generator)
-        for name, value in dict(attn_scale=1, mlp_scale=1, q_gain=s.qk_gain_init, skip_weights=1,
-                                parallel_post_lambdas=1, parallel_resid_lambdas=1.1, lane_merge=0.5,
-                                bigram_scale=0.05, ve_scale=0.1, ve_layer_scales=1,
-                                softcap_pos=s.logit_softcap, softcap_neg=s.logit_softcap).items():
+        for name, value in self.initial_values().items():
             if hasattr(self, name):
                 getattr(self, name).fill_(value)
         self.resid_mix[:, 0] = 1
-        if hasattr(self, "attn_gate_w"):
-            self.attn_gate_w.normal_(0, 0.01 * s.gated_attn_enabled, generator=generator)
-        if hasattr(self, "bigram_proj"):     # of table and projection one starts at 0: both would stay there
-            nn.init.orthogonal_(self.bigram_proj, generator=generator)
-        if s.ve_enabled:
-            self.ve_embed.normal_(0, 0.01, generator=generator)
 
     # --- pieces
 
-    def layer_weights(self) -> list[LayerWeights]:
-        """Each stacked parameter is unbound once: its gradient is then one stack, not a sum of zeros."""
-        n = self.s.num_layers
+    def unbound(self, name: str) -> Sequence[Tensor | None]:
+        """A stacked parameter by layer, in the activations' dtype. Each stack is unbound once in a forward:
+        its gradient is then one stack, not a sum of zeros."""
+        p = getattr(self, name, None)
+        if p is None:
+            return [None] * self.s.num_layers
+        return p.to(self.compute_dtype).unbind(0)
 
-        def unbind(name):
-            p = getattr(self, name, None)
-            return [None] * n if p is None else p.to(self.compute_dtype).unbind(0)
-        qo, kv = unbind("qo_bank"), unbind("kv_bank")
-        gate = "attn_gate_w" if hasattr(self, "attn_gate_w") else "attn_gate_proj"
-        rest = map(unbind, ("mlp_up_bank", "mlp_down_bank", "attn_scale", "mlp_scale", "resid_mix", "q_gain",
-                            "parallel_post_lambdas", "parallel_resid_lambdas", gate, "xsa_alpha"))
-        return [LayerWeights(*each) for each in zip(qo[:n], kv[:n], kv[n:], qo[n:], *rest)]
+    def layer_weights(self) -> list[LayerWeights]:
+        """The weights of every layer."""
+        layers = self.s.num_layers
+        qo = self.unbound("qo_bank")
+        kv = self.unbound("kv_bank")
+        return [LayerWeights(*weights) for weights in zip(
+            qo[:layers], kv[:layers], kv[layers:], qo[layers:],
+            self.unbound("mlp_up_bank"), self.unbound("mlp_down_bank"),
+            self.unbound("attn_scale"), self.unbound("mlp_scale"),
+            self.unbound("resid_mix"), self.unbound("q_gain"),
+            self.unbound("parallel_post_lambdas"), self.unbound("parallel_resid_lambdas"),
+            self.unbound("attn_gate_w"))]
 
     def rope(self, length: int, device, start: int = 0, context: int = 0) -> tuple[Tensor, Tensor]:
-        """cos, sin (length, R/2) of positions start …; with ROPE_YARN the base grows with the context."""
-        s, dims, table = self.s, self.s.rope_dims or self.s.head_dim, max(length, context, self.rope_length)
-        base = s.rope_base
-        if s.rope_yarn and table > s.train_seq_len:
-            base *= (table / s.train_seq_len) ** (dims / (dims - 2))
-        inverse = 1.0 / (base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims))
-        at = torch.arange(start, start + length, dtype=torch.float32, device=device)
-        angle = at[:, None] * inverse
+        """cos, sin (length, R/2) of positions start, start + 1, …; context: tokens that the longest row has."""
+        dims = self.s.rope_dims or self.s.head_dim
+        channel = torch.arange(0, dims, 2, dtype=torch.float32, device=device)
+        inverse = 1.0 / (self.rope_base(max(length, context)) ** (channel / dims))
+        position = torch.arange(start, start + length, dtype=torch.float32, device=device)
+        angle = position[:, None] * inverse
         return angle.cos(), angle.sin()
 
-    def embed(self, ids: Tensor, layout: Layout | None, before: Tensor | None = None,
-              alpha: Tensor | None = None) -> Tensor:
-        """Normalised embeddings (B, T, D), mixed with what belongs to the token before. before (B, 1 or 2):
-        the tokens ahead of ids, two because a bigram of the last one may be smeared."""
-        s, dtype, length = self.s, self.compute_dtype, ids.size(1)
+    def rope_base(self, longest: int) -> float:
+        """Base of the rotary angles for rows of at most `longest` tokens."""
+        return self.s.rope_base
+
+    def embed(self, ids: Tensor, layout: Layout | None, before: Tensor | None = None) -> Tensor:
+        """Normalised embeddings (B, T, D), mixed with those of the tokens before. before (B, 2): the tokens
+        ahead of ids, where the rows go on from a cache."""
+        length = ids.size(1)
         if before is not None:
-            ids = torch.cat((before[:, -2 if s.bigram_vocab_size else -1:], ids), dim=1)
-        follows = None                      # (1, T - 1): the token before is of the same segment
-        if layout is not None and layout.isolate:
-            starts = torch.zeros(ids.size(1) + 1, dtype=torch.bool, device=ids.device)
-            follows = ~starts.index_fill(0, layout.cu_seqlens.long(), True)[None, 1:-1]
-        x = F.embedding(ids, self.tok_emb).to(dtype)
-        if s.bigram_vocab_size:
-            rows, proj = pair_rows(ids, s.bigram_vocab_size, follows), getattr(self, "bigram_proj", None)
-            x = x + look_up(rows, self.bigram_embed, proj, self.bigram_scale, dtype, alpha)
-        if s.smear_gate_enabled and s.smear_gate_bos_fix:
-            inside = ids[:, 1:] != BOS
-            follows = inside if follows is None else inside & follows
-        kind = s.smear_gate_enabled and s.smear_gate_kind
-        x = rms(self.smear(x, follows) if kind == "window" else x)
-        x = self.smear(x, follows) if kind == "channels" else x
+            ids = torch.cat((before[:, -1:], ids), dim=1)
+        x = F.embedding(ids, self.tok_emb).to(self.compute_dtype)
+        if self.s.smear_gate_enabled:
+            x = self.smear(x, self.smears_into(ids, layout))
+        x = rms(x)
         return x if before is None else x[:, -length:]
 
-    def smear(self, x: Tensor, follows: Tensor | None) -> Tensor:
-        """x (B, T, D) with the previous token's mixed in where follows (B or 1, T - 1) allows it."""
-        s, last = self.s, x[:, :-1] if follows is None else x[:, :-1] * follows[..., None]
-        if s.smear_gate_kind == "channels":
-            gate = torch.sigmoid(self.smear_channels.to(x.dtype))
-            return (1 - gate) * x + gate * F.pad(last, (0, 0, 1, 0))
-        gate = torch.sigmoid(F.linear(x[:, 1:, :s.gate_window], self.smear_gate.to(x.dtype)))
-        return torch.cat((x[:, :1], x[:, 1:] + gate * self.smear_lambda.to(x.dtype) * last), dim=1)
+    def same_segment(self, ids: Tensor, layout: Layout | None) -> Tensor | None:
+        """(1, T - 1) bool: the token before is of the same segment; None where all are."""
+        if layout is None or not layout.isolate:
+            return None
+        starts = torch.zeros(ids.size(1) + 1, dtype=torch.bool, device=ids.device)
+        return ~starts.index_fill(0, layout.cu_seqlens.long(), True)[None, 1:-1]
 
-    def token_values(self, ids: Tensor, alpha: Tensor | None = None) -> dict[int, Tensor]:
-        """What the tokens ids (B, T) add to the values of a layer, (B, T, K·D), by layer."""
-        if not self.s.ve_enabled:
-            return {}
-        dtype, proj = self.compute_dtype, getattr(self, "ve_proj", None)
-        shared = look_up(ids, self.ve_embed, proj, self.ve_scale, dtype, alpha)
-        return {i: shared * scale for i, scale in zip(self.s.value_layers, self.ve_layer_scales.to(dtype))}
+    def smears_into(self, ids: Tensor, layout: Layout | None) -> Tensor | None:
+        """(B or 1, T - 1) bool: the tokens after the first into which the one before is mixed; None: all."""
+        same = self.same_segment(ids, layout)
+        if not self.s.smear_gate_bos_fix:
+            return same
+        inside = ids[:, 1:] != BOS
+        return inside if same is None else inside & same
 
-    def attend(self, c: Pass, i: int, slot: int, n: Tensor) -> Tensor:
+    def smear(self, x: Tensor, into: Tensor | None) -> Tensor:
+        """x (B, T, D) with the previous token's mixed in, where `into` (B or 1, T - 1) allows it."""
+        last = x[:, :-1] if into is None else x[:, :-1] * into[..., None]
+        gate = torch.sigmoid(F.linear(x[:, 1:, :self.s.gate_window], self.smear_gate.to(x.dtype)))
+        mixed = x[:, 1:] + gate * self.smear_lambda.to(x.dtype) * last
+        return torch.cat((x[:, :1], mixed), dim=1)
+
+    def attend(self, c: Forward, i: int, slot: int, n: Tensor) -> Tensor:
         """Attention branch of layer i on its normalised input n (B, T, D)."""
         s, w = self.s, c.layers[i]
-        q_raw, k, v = (c.adapted(F.linear(n, getattr(w, kind)), kind, slot, n) for kind in "qkv")
-        for kind, x in (("attn_in", n), ("q_out", q_raw), ("k_out", k), ("v_out", v)):
-            c.show(kind, i, x)
-        v = v + c.values[i] if i in c.values else v
+        q_raw, k, v = self.project(c, i, slot, n)
         q, k, v = (x.unflatten(2, (-1, s.head_dim)) for x in (q_raw, k, v))
-        q, k = rotate(rms(q), c.rope) * w.q_gain[:, None], rotate(rms(k), c.rope)
-        y = attention(q, *((k, v) if c.cache is None else c.cache.extend(slot, k, v)), c.layout)
+        q = rotate(rms(q), c.rope) * w.q_gain[:, None]
+        k = rotate(rms(k), c.rope)
+        keys, values = (k, v) if c.cache is None else c.cache.extend(slot, k, v)
+        y = attention(q, keys, values, c.layout)
         if i >= s.num_layers - s.xsa_last_n:
-            y = remove_own_value(y, v, w.xsa_alpha)
+            y = remove_own_value(y, v)
         if w.gate is not None:
             y = y * self.head_gate(w.gate, n, q_raw)[..., None]
         y = y.flatten(2)
-        c.show("heads", i, y)
+        c.observe("heads", i, y)
         out = c.adapted(F.linear(y, w.o), "o", slot, n)     # the adapter reads the block input, not the heads
-        c.show("attn_out", i, out)
+        c.observe("attn_out", i, out)
         return out
 
-    def head_gate(self, weight: Tensor, n: Tensor, q_raw: Tensor) -> Tensor:
-        """Gate of every head, (B, T, H)."""
-        s, source = self.s, n
-        if s.attn_out_gate_enabled and s.attn_out_gate_src == "q":
-            source = q_raw
-        z = F.linear(source[..., :weight.size(-1)], weight)
-        if s.attn_out_gate_enabled:
-            return 2 * torch.sigmoid(z)
-        return torch.sigmoid(s.sparse_attn_gate_scale * z if s.sparse_attn_gate_enabled else z)
+    def project(self, c: Forward, i: int, slot: int, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H·D), keys and values (B, T, K·D) of layer i from its normalised input n (B, T, D)."""
+        w = c.layers[i]
+        q = c.adapted(F.linear(n, w.q), "q", slot, n)
+        k = c.adapted(F.linear(n, w.k), "k", slot, n)
+        v = c.adapted(F.linear(n, w.v), "v", slot, n)
+        for kind, x in (("attn_in", n), ("q_out", q), ("k_out", k), ("v_out", v)):
+            c.observe(kind, i, x)
+        return q, k, v
 
-    def feed_forward(self, c: Pass, i: int, slot: int, n: Tensor) -> Tensor:
+    def head_gate(self, weight: Tensor, n: Tensor, q_raw: Tensor) -> Tensor:
+        """Gate of every head, (B, T, H), by the first channels of the block input n; 1/2 at the start."""
+        z = F.linear(n[..., :weight.size(-1)], weight)
+        return torch.sigmoid(self.s.sparse_attn_gate_scale * z)
+
+    def feed_forward(self, c: Forward, i: int, slot: int, n: Tensor) -> Tensor:
         """MLP branch of layer i on its normalised input n (B, T, D)."""
         w = c.layers[i]
         if c.tap is None:
             flat = n.flatten(0, 1)
             out = leaky_square_mlp(flat, w.up, w.down, self.s.negative_slope).view(n.shape)
-        else:
+        else:      # the same in steps that can be seen
             up = F.linear(n, w.up)
             hidden = F.leaky_relu(up, self.s.negative_slope).square()
             out = F.linear(hidden, w.down)
             for kind, x in (("mlp_in", n), ("up_out", up), ("mlp_act", hidden), ("mlp_out", out)):
-                c.show(kind, i, x)
+                c.observe(kind, i, x)
         return c.adapted(out, "mlp", slot, n)
 
-    def block(self, c: Pass, i: int, slot: int, x: Tensor) -> Tensor:
+    def block(self, c: Forward, i: int, slot: int, x: Tensor) -> Tensor:
         """Layer i on the one residual stream."""
-        w, f = c.layers[i], self.depth_scale(i)
+        w, scale = c.layers[i], self.depth_scale(i)
         x = w.resid_mix[0] * x + w.resid_mix[1] * c.x0
-        x = x + w.attn_scale * self.attend(c, i, slot, rms(x) * f)
-        return x + w.mlp_scale * self.feed_forward(c, i, slot, rms(x) * f)
+        x = x + w.attn_scale * self.attend(c, i, slot, rms(x) * scale)
+        return x + w.mlp_scale * self.feed_forward(c, i, slot, rms(x) * scale)
 
-    def lanes(self, c: Pass, i: int, slot: int, lane0: Tensor, lane1: Tensor) -> tuple[Tensor, Tensor]:
-        """Layer i on two lanes: attention reads lane 0, the MLP lane 1; each writes to both or to its own."""
-        w, f = c.layers[i], self.depth_scale(i)
+    def branches(self, c: Forward, i: int, slot: int, lane0: Tensor, lane1: Tensor) -> tuple[Tensor, ...]:
+        """Layer i on two lanes: lane 0 mixed with x0, what attention adds to it, what the MLP adds to lane 1."""
+        w, scale = c.layers[i], self.depth_scale(i)
         mixed = w.resid_mix[0] * lane0 + w.resid_mix[1] * c.x0
-        a = w.attn_scale * self.attend(c, i, slot, rms(mixed) * f)
-        b = w.mlp_scale * self.feed_forward(c, i, slot, rms(lane1) * f)
-        if self.s.parallel_lanes == "separate":
-            return mixed + a, lane1 + b
-        return tuple(r * lane + pa * a + pb * b for r, lane, pa, pb in zip(w.resid, (lane0, lane1), *w.post))
+        attended = w.attn_scale * self.attend(c, i, slot, rms(mixed) * scale)
+        fed = w.mlp_scale * self.feed_forward(c, i, slot, rms(lane1) * scale)
+        return mixed, attended, fed
+
+    def lanes(self, c: Forward, i: int, slot: int, lane0: Tensor, lane1: Tensor) -> tuple[Tensor, Tensor]:
+        """Layer i on two lanes: attention reads lane 0, the MLP lane 1; each writes to both."""
+        _, attended, fed = self.branches(c, i, slot, lane0, lane1)
+        keep0, keep1 = c.layers[i].resid
+        attended_to, fed_to = c.layers[i].post
+        attended_to0, attended_to1 = attended_to
+        fed_to0, fed_to1 = fed_to
+        return (keep0 * lane0 + attended_to0 * attended + fed_to0 * fed,
+                keep1 * lane1 + attended_to1 * attended + fed_to1 * fed)
 
     def depth_scale(self, i: int) -> float:
         return 1 / math.sqrt(i + 1) if self.s.ln_scale else 1.0
@@ -1693,97 +1701,119 @@ class GPT(nn.Module):
     def merge_skip(self, j: int, x: Tensor, skip: Tensor) -> Tensor:
         """U-Net skip number j into the stream x; a gate of 1 keeps the stream."""
         skip = self.skip_weights[j].to(x.dtype) * skip
-        if not self.s.skip_gates_enabled:
-            return x + skip
         return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[j].to(x.dtype)))
 
     # --- the forward
 
+    def begin(self, ids: Tensor, layout: Layout | None, adapter: Adapter | None, tap: Callable | None,
+              cache: KeyCache | None) -> Forward:
+        """All that the layers of one forward share; its x0 is where they start from."""
+        start = 0 if cache is None else cache.position
+        window = 0 if cache is None else cache.window
+        x = self.embed(ids, layout, cache.last if start else None)
+        rope = self.rope(ids.size(1), ids.device, start, window)
+        bound = None if adapter is None else adapter.bind(x.dtype)
+        return Forward(self.layer_weights(), x, rope, layout, bound, tap, cache)
+
     def hidden(self, ids: Tensor, plan: Plan, layout: Layout | None = None, adapter: Adapter | None = None,
-               tap: Callable | None = None, cache: KeyCache | None = None,
-               alpha: Tensor | None = None) -> Tensor:
+               tap: Callable | None = None, cache: KeyCache | None = None) -> Tensor:
         """Final normalised hidden state (B, T, D) of tokens ids (B, T). layout: documents of a packed row
         (None: each row is causal). adapter: low-rank deltas. tap(kind, layer, x) sees the activations. cache:
-        the rows go on where it ends. alpha: sharpness of soft rounding, in late training."""
-        s, start = self.s, 0 if cache is None else cache.position
-        x = self.embed(ids, layout, cache.last if start else None, alpha)
-        rope = self.rope(ids.size(1), ids.device, start, 0 if cache is None else cache.window)
-        c = Pass(self.layer_weights(), x, rope, layout, None if adapter is None else adapter.bind(x.dtype),
-                 tap, cache, self.token_values(ids, alpha))
-        skips, lanes = [], None
+        the rows go on where it ends."""
+        c = self.begin(ids, layout, adapter, tap, cache)
+        x, skips = c.x0, []
         for slot, i in enumerate(plan.encoder):
             x = self.block(c, i, slot, x)
             skips.append(x)
-        for j, i in enumerate(plan.decoder):
-            slot, parallel = len(plan.encoder) + j, 0 < s.parallel_start_layer <= i
-            if parallel and lanes is None and s.parallel_lanes == "mixed":
-                lanes = x, x
-            if skips and j < len(self.skip_weights):
-                skip = skips.pop()
-                if lanes is None:               # separate lanes begin with the skip in both
-                    x = self.merge_skip(j, x, skip)
-                elif parallel and s.skip_into_lanes:
-                    lanes = self.merge_skip(j, lanes[0], skip), lanes[1]
-            if parallel:
-                lanes = self.lanes(c, i, slot, *(lanes or (x, x)))
-            elif lanes is None:                 # once lanes run, the one stream no longer reaches the output
-                x = self.block(c, i, slot, x)
-        x = x if lanes is None else self.join(*lanes)
+        x = self.decode(c, plan, x, skips)
         out = rms(x)
         for kind, value in (("x0", c.x0), ("pre_final_norm", x), ("head_in", out)):
-            c.show(kind, -1, value)
+            c.observe(kind, -1, value)
         return out
+
+    def is_parallel(self, i: int) -> bool:
+        """Whether layer i works on two lanes."""
+        return 0 < self.s.parallel_start_layer <= i
+
+    def decode(self, c: Forward, plan: Plan, x: Tensor, skips: list[Tensor]) -> Tensor:
+        """The decoder layers on the encoder's output x, with its skips; two lanes once they have begun."""
+        lanes = None
+        for j, i in enumerate(plan.decoder):
+            slot = len(plan.encoder) + j
+            if lanes is None and self.is_parallel(i):
+                lanes = x, x
+            has_skip = skips and j < len(self.skip_weights)
+            if lanes is None:
+                x = self.merge_skip(j, x, skips.pop()) if has_skip else x
+                x = self.block(c, i, slot, x)
+            elif self.is_parallel(i):
+                lane0 = self.merge_skip(j, lanes[0], skips.pop()) if has_skip else lanes[0]
+                lanes = self.lanes(c, i, slot, lane0, lanes[1])
+            elif has_skip:
+                skips.pop()          # the one stream no longer reaches the output
+        return x if lanes is None else self.join(*lanes)
 
     def join(self, lane0: Tensor, lane1: Tensor) -> Tensor:
         """The stream that two lanes leave behind."""
-        if self.s.parallel_lanes == "separate":
-            return torch.lerp(lane1, lane0, self.lane_merge.to(lane0.dtype))
-        return {"mean": 0.5 * (lane0 + lane1), "mlp": lane1, "attn": lane0}[self.s.parallel_final_lane]
+        return 0.5 * (lane0 + lane1)
+
+    def head_weight(self) -> Tensor:
+        """The output projection (V, D): the input embedding."""
+        return self.tok_emb
 
     def raw_logits(self, hidden: Tensor, adapter: Adapter | None = None) -> Tensor:
         """Logits (B, T, V) before the soft cap."""
-        weight = self.tok_emb if self.s.tie_embeddings else self.lm_head
-        z = F.linear(hidden, weight.to(hidden.dtype))
-        return z if adapter is None else adapter.bind(hidden.dtype, head=True).add(z, "head", 0, hidden)
+        z = F.linear(hidden, self.head_weight().to(hidden.dtype))
+        if adapter is None:
+            return z
+        return adapter.bind(hidden.dtype, head=True).add(z, "head", 0, hidden)
 
     def logits(self, hidden: Tensor, adapter: Adapter | None = None) -> Tensor:
-        """Logits (B, T, V) float32 as they are scored: capped, calibrated, corrected by counts."""
-        s, z = self.s, self.raw_logits(hidden, adapter).float()
-        if s.asym_logit_rescale:
-            caps = (self.softcap_pos, self.softcap_neg)
-            z = soft_cap(z, *(cap if s.asym_logit_train else cap.detach() for cap in caps))
+        """Logits (B, T, V) float32 as they are scored: capped and calibrated."""
+        z = self.raw_logits(hidden, adapter).float()
+        if self.s.asym_logit_rescale:      # as published, nothing trains the two caps
+            z = soft_cap(z, self.softcap_pos.detach(), self.softcap_neg.detach())
         else:
-            z = s.logit_softcap * torch.tanh(z / s.logit_softcap)
-        if self.calibration is not None:
-            z = self.calibration[0] * z + self.calibration[1]
-        return z if adapter is None or adapter.bias is None else z + adapter.bias
+            z = self.s.logit_softcap * torch.tanh(z / self.s.logit_softcap)
+        if self.calibration is None:
+            return z
+        scale, bias = self.calibration
+        return scale * z + bias
+
+    def scores_plain_logits(self, adapter: Adapter | None, training: bool) -> bool:
+        """Whether a loss has to go through `logits`; else capped_ce caps and scores in one kernel."""
+        two_caps = self.s.asym_logit_rescale and not training
+        return two_caps or self.calibration is not None
 
     def losses(self, ids: Tensor, targets: Tensor, plan: Plan, layout: Layout | None = None,
                adapter: Adapter | None = None, tap: Callable | None = None, cache: KeyCache | None = None,
-               training: bool = False, alpha: Tensor | None = None) -> Tensor:
+               training: bool = False) -> Tensor:
         """Cross-entropy of every target in nats, (B, T) float32; of targets (N, B, T), N tokens a place, the
-        first's have a graph. training: labels are smoothed and, as published, there are no two caps."""
-        s, hidden = self.s, self.hidden(ids, plan, layout, adapter, tap, cache, alpha)
-        two_caps = s.asym_logit_rescale and (s.asym_logit_train or not training)
-        smooth, biased = s.label_smooth * training, adapter is not None and adapter.bias is not None
-        if two_caps or smooth or biased or self.calibration is not None:
+        first's have a graph. training: as published, without the two caps."""
+        hidden = self.hidden(ids, plan, layout, adapter, tap, cache)
+        if self.scores_plain_logits(adapter, training):
             z = self.logits(hidden, adapter)
-            loss = functools.partial(F.cross_entropy, reduction="none", label_smoothing=smooth)
+            loss = functools.partial(F.cross_entropy, reduction="none")
         else:
             z = self.raw_logits(hidden, adapter)
-            fused = None if s.fused_ce_enabled else False      # None: where the kernel can run
-            loss = functools.partial(capped_ce, cap=s.logit_softcap, kernel=fused)
+            kernel = None if self.s.fused_ce_enabled else False      # None: where it can run
+            loss = functools.partial(capped_ce, cap=self.s.logit_softcap, kernel=kernel)
+        z = z.flatten(0, 1)
         places = targets[None] if targets.dim() == ids.dim() else targets
-        z, (first, *rest) = z.flatten(0, 1), places.flatten(1).unbind(0)
+        first, *others = places.flatten(1).unbind(0)
         if cache is not None and cache.states:
             cache.extend(cache.STATES, F.normalize(hidden, dim=-1), first.view_as(ids))
-        return torch.stack([loss(z, first), *(loss(z.detach(), y) for y in rest)]).view(targets.shape)
+        scored = [loss(z, first)]
+        for tokens in others:
+            scored.append(loss(z.detach(), tokens))
+        return torch.stack(scored).view(targets.shape)
 
     def flops_per_token(self, plan: Plan, context: float) -> float:
         """FLOPs of one token's forward: matrices of the executed layers, head, attention over `context`."""
         s = self.s
         matrices = 2 * s.model_dim * (s.model_dim + s.kv_dim + s.hidden_dim)
-        return 2 * (plan.slots * (matrices + 2 * s.model_dim * context) + s.vocab_size * s.model_dim)
+        layers = plan.slots * (matrices + 2 * s.model_dim * context)
+        return 2 * (layers + s.vocab_size * s.model_dim)
 
 
 # ============================================================================================================
@@ -2334,10 +2364,9 @@ POLAR_EXPRESS = (   # (a, b, c) of X <- aX + (bA + cA^2)X with A = XX', one trip
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
-COEFFICIENTS = {"polar": POLAR_EXPRESS, "quintic": 5 * ((3.4445, -4.7750, 2.0315),)}
 
 
-def orthogonalise(g: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16,
+def orthogonalise(g: Tensor, dtype: torch.dtype = torch.bfloat16,
                   coefficients: Sequence[tuple] = POLAR_EXPRESS) -> Tensor:
     """Each matrix of g (…, R, C) with its singular values pushed to about 1 (0.86 … 1.14), in `dtype`."""
     x = g.to(dtype)
@@ -2345,37 +2374,29 @@ def orthogonalise(g: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for a, b, c in coefficients[:steps]:
+    for a, b, c in coefficients:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
 
 
-def muon_direction(g: Tensor, buf: Tensor, momentum: float, steps: int, nesterov: bool, row_normalize: bool,
-                   coefficients: Sequence[tuple] = POLAR_EXPRESS, centralize: bool = False) -> Tensor:
-    """Orthogonalised update of matrices g (n, R, C), in buf's dtype; buf is updated in place."""
+def muon_direction(g: Tensor, buf: Tensor, momentum: float, row_normalize: bool = True,
+                   coefficients: Sequence[tuple] = POLAR_EXPRESS) -> Tensor:
+    """Orthogonalised update of matrices g (n, R, C), in buf's dtype, looking ahead by Nesterov's rule; buf is
+    updated in place."""
     g = g.to(buf.dtype)
     buf.mul_(momentum).add_(g)
-    u = g.add(buf, alpha=momentum) if nesterov else buf
+    u = g.add(buf, alpha=momentum)
     if row_normalize:
         u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    if centralize:
-        u = u - u.mean(dim=(-2, -1), keepdim=True)
-    return orthogonalise(u, steps, buf.dtype, coefficients)
+    return orthogonalise(u, buf.dtype, coefficients)
 
 
 def muon_apply(p: Tensor, u: Tensor, lr: float, weight_decay: float) -> None:
     """Decoupled decay, then the step of matrices p (n, R, C) along u; tall matrices take a longer one."""
-    p.mul_(1 - lr * weight_decay).add_(u.to(p.dtype), alpha=-lr * math.sqrt(max(1, p.size(-2) / p.size(-1))))
-
-
-def split_rates(s: Settings, bank: Tensor) -> Tensor | None:
-    """Factor on each matrix (n, 1, 1) of a bank by its layer, relative to MATRIX_LR; None without a split."""
-    if not s.matrix_lr_early:
-        return None
-    layers = torch.arange(len(bank), device=bank.device) % s.num_layers
-    early, late = s.matrix_lr_early / s.matrix_lr, (s.matrix_lr_late or s.matrix_lr) / s.matrix_lr
-    return torch.where(layers < s.bank_split, early, late)[:, None, None]
+    longer = math.sqrt(max(1, p.size(-2) / p.size(-1)))
+    p.mul_(1 - lr * weight_decay)
+    p.add_(u.to(p.dtype), alpha=-lr * longer)
 
 
 class Optimiser:
@@ -2385,57 +2406,59 @@ class Optimiser:
 
     def __init__(self, s: Settings, world: World, params: Mapping[str, nn.Parameter], dtype: torch.dtype):
         self.s, self.world = s, world
-        if strangers := [n for n in params if n not in ROLES]:
+        if strangers := [name for name in params if name not in ROLES]:
             raise UserError(f"parameters {strangers} have no role: add a row to ROLES")
-        by_role = {role: [p for n, p in params.items() if ROLES[n] == role] for role in set(ROLES.values())}
-        self.names = {p: n for n, p in params.items()}
+        by_role: dict[str, list] = {role: [] for role in ROLES.values()}
+        for name, p in params.items():
+            by_role[ROLES[name]].append(p)
+        self.names = {p: name for name, p in params.items()}
         self.banks = sorted(by_role["matrix"], key=lambda p: -p.numel())
-        rates = {"embed": (s.tied_embed_lr if s.tie_embeddings else s.embed_lr, s.embed_wd),
-                 "head": (s.head_lr, s.embed_wd), "small": (s.scalar_lr, s.adam_wd),
-                 "strength": (s.scalar_lr, 0.0)}
-        if s.asym_logit_train:
-            rates["cap"] = (s.scalar_lr, 0.0)
-        groups = [dict(params=by_role[role], lr=lr, peak=lr, weight_decay=wd)
-                  for role, (lr, wd) in rates.items() if by_role[role]]
+        groups = []
+        for role, (lr, weight_decay) in self.adam_rates().items():
+            if by_role[role]:
+                groups.append(dict(params=by_role[role], lr=lr, peak=lr, weight_decay=weight_decay))
         self.small = [p for group in groups for p in group["params"]]
         self.adam = torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), eps=s.adam_eps,
                                       fused=world.device.type == "cuda")
-        self.momentum = [torch.zeros(-(-len(p) // world.size), *p.shape[1:], dtype=dtype, device=p.device)
-                         for p in self.banks]      # of as many matrices a rank; the last rank's are padded
-        self.split = [split_rates(s, p) for p in self.banks]
+        self.momentum = []      # of as many matrices a rank; the last rank's are padded
+        for p in self.banks:
+            share = -(-len(p) // world.size)
+            self.momentum.append(torch.zeros(share, *p.shape[1:], dtype=dtype, device=p.device))
+
+    def adam_rates(self) -> dict[str, tuple[float, float]]:
+        """(peak learning rate, weight decay) by role; the two logit caps, as published, are not trained."""
+        s = self.s
+        return {"embed": (s.tied_embed_lr, s.embed_wd), "small": (s.scalar_lr, s.adam_wd)}
 
     @torch.no_grad()
-    def step(self, lr_share: float, momentum: float, decay_share: float = 1.0) -> Tensor:
+    def step(self, lr_share: float, momentum: float) -> Tensor:
         """Reduce, clip, update, clear the gradients; the norm before clipping (a tensor: no waiting)."""
-        s = self.s
         for p in (*self.banks, *self.small):      # a plan may leave rows unused, never a whole tensor
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        if s.grad_clip_mode == "per_rank":        # as the field: a rank with an unusual batch counts for less
+        if self.s.grad_clip_mode == "per_rank":   # as the field: a rank with an unusual batch counts for less
             norm = self.clip([p.grad for p in self.banks], World())
             shards = self.reduce()
         else:
             shards = self.reduce()
             norm = self.clip(shards, self.world)
-        gathered = []
-        for g, buf, split in zip(shards, self.momentum, self.split):
-            if split is not None and s.split_lr_target == "gradient":
-                own = split[len(buf) * self.world.rank:][:len(buf)]
-                g[:len(own)] *= own
-            gathered.append(self.gather(muon_direction(
-                g, buf, momentum, s.muon_backend_steps, True, s.muon_row_normalize,
-                COEFFICIENTS[s.muon_coefficients], s.grad_centralize)))
+        updates = [self.gather(self.direction(bank, g, momentum)) for bank, g in enumerate(shards)]
         for group in self.adam.param_groups:
             group["lr"] = group["peak"] * lr_share
         self.adam.step()
-        for p, arrived, split in zip(self.banks, gathered, self.split):
-            u = arrived()[:len(p)]
-            if split is not None and s.split_lr_target == "update":
-                u = u * split
-            muon_apply(p, u, s.matrix_lr * lr_share, s.muon_wd * decay_share)
+        for bank, arrived in enumerate(updates):
+            self.apply(bank, arrived()[:len(self.banks[bank])], self.s.matrix_lr * lr_share)
         for p in (*self.banks, *self.small):
             p.grad = None
         return norm
+
+    def direction(self, bank: int, g: Tensor, momentum: float) -> Tensor:
+        """Update of this rank's matrices of a bank (by number), from their averaged gradient g (n, R, C)."""
+        return muon_direction(g, self.momentum[bank], momentum)
+
+    def apply(self, bank: int, u: Tensor, lr: float) -> None:
+        """Step of all matrices of a bank along their updates u (n, R, C)."""
+        muon_apply(self.banks[bank], u, lr, self.s.muon_wd)
 
     def never_trained(self) -> list[str]:
         """Parameters, or rows of them, that no gradient reached: the optimiser's moment is still 0 there."""
@@ -2513,12 +2536,6 @@ def lr_share(s: Settings, progress: float) -> float:
     return min(share, [points[0][1], *(cap for at, cap in points[:-1] if at <= progress)][-1])
 
 
-def decay_share(s: Settings, progress: float) -> float:
-    """Share of MUON_WD: all of it, then linear from WD_TAPER_START_FRAC down to WD_TAPER_FINAL_MULT."""
-    tapered = max(progress - s.wd_taper_start_frac, 0.0) / (1 - s.wd_taper_start_frac)
-    return 1 - tapered * (1 - s.wd_taper_final_mult)
-
-
 def muon_momentum(s: Settings, step: int) -> float:
     """Momentum at a step: linear warm-up over MUON_MOMENTUM_WARMUP_STEPS."""
     f = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
@@ -2572,7 +2589,6 @@ class Curriculum:
             (s.late_qat_threshold and self.rounding is None, "LATE_QAT_THRESHOLD", "before rounding began"),
             (self.length < s.train_seq_len, "TRAIN_SEQ_SCHEDULE", f"at segments of {self.length}"),
             (0 < s.warmdown_frac < 1 - self.progress, "WARMDOWN_FRAC", "before the rate fell"),
-            (decay_share(s, self.progress) == 1 != decay_share(s, 1), "WD_TAPER_FINAL_MULT", "before that"),
         ) if missed}
 
     def sharpness(self, steps: int, lr: float) -> float | None:
@@ -2639,15 +2655,17 @@ class Trainer:
         if batch.cu_seqlens is not None and compiles(self.s, self.world.device):
             torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
         layout = batch.layout(batch.cut or self.s.train_seq_len)
-        loss = self.losses(batch.x, batch.y, plan, layout, training=True, alpha=self.alpha).mean()
+        self.model.sharpness = self.alpha
+        loss = self.losses(batch.x, batch.y, plan, layout, training=True).mean()
         self.lap("forward")
         (loss / self.accum).backward()
+        self.model.sharpness = None
         self.lap("backward")
         return loss.detach()
 
-    def update(self, lr: float, momentum: float, decay: float = 1.0) -> Tensor:
-        """Optimiser step (shares of peak rate and decay) and weight average; the norm before clipping."""
-        norm = self.optimiser.step(lr, momentum, decay)
+    def update(self, lr: float, momentum: float) -> Tensor:
+        """Optimiser step (at a share of the peak rate) and weight average; the norm before clipping."""
+        norm = self.optimiser.step(lr, momentum)
         self.lap("optimiser")
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.model.parameters()],
@@ -2755,7 +2773,7 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
             measured.pop(0)
             trainer.measure()
         losses = [trainer.micro_step(stream.next(length), plan) for _ in range(trainer.accum)]
-        norm = trainer.update(lr, muon_momentum(s, step), decay_share(s, done))
+        norm = trainer.update(lr, muon_momentum(s, step))
         step += 1
         trainer.set_sharpness(curriculum.sharpness(step, lr_share(s, done)))
         if int(stream.epoch) > epochs:
@@ -3921,7 +3939,7 @@ def architecture(s: Settings) -> dict:
 def stored_tensors(s: Settings, meta: Mapping[str, str]) -> list[tuple[str, str, tuple]]:
     """(key, dtype, shape) of every tensor of a Quantised model in file order, from settings and `meta`."""
     out = []
-    blank = {name: torch.empty(shape, device="meta") for name, shape in parameter_shapes(s).items()}
+    blank = {name: torch.empty(shape, device="meta") for name, shape in GPT.shapes(s).items()}
     views = matrix_views(blank)
     if set(meta) != set(views):
         raise ValueError(f"other tensors: {sorted(set(meta) ^ set(views))[:3]}")
@@ -4142,7 +4160,7 @@ GUESSED = 0.93     # what guesses leave of an embedding's codes; measured on sma
 def expected_size(s: Settings) -> str:
     """What the artifact will weigh, from the settings alone: as if all weights were Gaussian. Errors passed
     on by GPTQ cost about as many bytes as contexts win. UserError below two bits a code."""
-    blank = {name: torch.empty(shape, device="meta") for name, shape in parameter_shapes(s).items()}
+    blank = {name: torch.empty(shape, device="meta") for name, shape in GPT.shapes(s).items()}
     codes, coded, other, fisher = 0, 0.0, 0, s.quant_allocation == "fisher"
     for name, w in matrix_views(blank).items():
         stored = storage_of(s, name, w)
@@ -5359,7 +5377,7 @@ def check_disk(folder: Path, need: int) -> str:
 
 def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "") -> list[Finding]:
     """Every check of the mode, in the order a user would fix them. attention_why: tried already."""
-    written = 2 * ARTIFACT_LIMIT + (8 << 20) + 4 * sum(map(math.prod, parameter_shapes(s).values()))
+    written = 2 * ARTIFACT_LIMIT + (8 << 20) + 4 * sum(map(math.prod, GPT.shapes(s).values()))
     checks = {
         "device": lambda: f"{world.device_name}, {torch.get_num_threads()} host threads",
         "attention": lambda: attention_why or resolve_attention(s.attn_backend, world.device)[1],
@@ -5816,6 +5834,314 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
             time.sleep(2)         # rank 0 says it, unless it alone did not see the mistake
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+
+
+# ============================================================================================================
+# PART THREE: lineage. What the older systems did differently; everything above runs and is the same without it.
+# ============================================================================================================
+
+# --- model
+
+ROLES.update(
+    lm_head="head",
+    bigram_embed="embed",
+    ve_embed="embed",
+    attn_gate_proj="small",
+    lane_merge="small",
+    smear_channels="small",
+    bigram_proj="small",
+    bigram_scale="small",
+    ve_proj="small",
+    ve_scale="small",
+    ve_layer_scales="small",
+)
+PER_LAYER.update(
+    ve_layer_scales="ve_layer_scales.{}",
+    attn_gate_proj="blocks.{}.attn.attn_gate_proj.weight",
+)
+WHOLE.update(
+    lm_head="lm_head.weight",
+    smear_channels="smear.gate",
+    bigram_embed="bigram.embed.weight",
+    bigram_proj="bigram.proj.weight",
+    bigram_scale="bigram.scale",
+    ve_embed="ve_shared.embed.weight",
+    ve_proj="ve_shared.proj.weight",
+    ve_scale="ve_shared.scale",
+)
+# Parameters in the order of their making: sums over all of them are taken in it.
+PARAMETER_ORDER = (
+    "tok_emb qo_bank kv_bank mlp_up_bank mlp_down_bank attn_scale mlp_scale resid_mix q_gain skip_weights "
+    "parallel_post_lambdas parallel_resid_lambdas lane_merge lm_head skip_gates smear_gate smear_lambda "
+    "smear_channels bigram_embed bigram_scale bigram_proj ve_embed ve_scale ve_proj ve_layer_scales "
+    "softcap_pos softcap_neg attn_gate_w attn_gate_proj").split()
+
+
+def pair_rows(ids: Tensor, rows: int, same_segment: Tensor | None = None) -> Tensor:
+    """Row of a hashed table for each token of ids (B, T) and the one before it, where same_segment (1, T - 1)
+    lets them meet; the last row where nothing goes before. int32 arithmetic, wrapping."""
+    now = ids.int()
+    row = (36313 * now[:, 1:] ^ 27191 * now[:, :-1]) % (rows - 1)
+    if same_segment is not None:
+        row = row.where(same_segment, rows - 1)
+    return F.pad(row, (1, 0), value=rows - 1).long()
+
+
+def look_up(ids: Tensor, table: Tensor, proj: Tensor | None, scale: Tensor, dtype: torch.dtype,
+            sharpness: Tensor | None = None) -> Tensor:
+    """scale · proj table[ids], (B, T, out); proj (out, w) or None; sharpness: proj is rounded softly."""
+    x = F.embedding(ids, table).to(dtype)
+    if proj is not None:
+        if sharpness is not None:
+            proj = soft_round(proj, sharpness)
+        x = F.linear(x, proj.to(dtype))
+    return x * scale.to(dtype)
+
+
+def soft_round(w: Tensor, sharpness: Tensor) -> Tensor:
+    """w (R, C) near its six-bit grid, with a gradient: a sigmoid of this slope in place of each step. The
+    step of a row is its largest magnitude over 31, but at least 1/31."""
+    step = (w.abs().amax(dim=-1, keepdim=True) / 31).clamp_min(1 / 31)
+    z = w / step
+    low = z.floor()
+    return (low + torch.sigmoid(sharpness * (z - low - 0.5))).clamp(-31, 31) * step
+
+
+@dataclass
+class LineageForward(Forward):
+    """values: what the tokens add to the values of a layer, (B, T, K·D), by layer."""
+    values: dict[int, Tensor] = field(default_factory=dict)
+
+
+class LineageGPT(GPT):
+    """The models before the looped one: tables of tokens and of pairs, other lanes, gates, heads, angles."""
+
+    def __init__(self, s: Settings, generator: torch.Generator | None = None):
+        super().__init__(s, generator)
+        self.rope_length = 0                         # tokens that the rotary table was once made for
+        self.sharpness: Tensor | None = None         # of soft rounding, in late training
+
+    @classmethod
+    def shapes(cls, s: Settings) -> dict[str, tuple[int, ...]]:
+        shapes = super().shapes(s)
+        d, layers = s.model_dim, s.num_layers
+        if s.skip_rows == "physical":
+            for name in ("skip_weights", "skip_gates"):
+                shapes[name] = (layers // 2, d)
+        if not s.skip_gates_enabled:
+            del shapes["skip_gates"]
+        if s.parallel_lanes == "separate":
+            del shapes["parallel_post_lambdas"], shapes["parallel_resid_lambdas"]
+            if 0 < s.parallel_start_layer < layers:
+                shapes["lane_merge"] = ()
+        if not s.tie_embeddings:
+            shapes["lm_head"] = (s.vocab_size, d)
+        if s.smear_gate_enabled and s.smear_gate_kind == "channels":
+            del shapes["smear_gate"], shapes["smear_lambda"]
+            shapes["smear_channels"] = (d,)
+        if s.bigram_vocab_size:
+            shapes.update(table_shapes("bigram", s.bigram_vocab_size, s.bigram_dim, d))
+        if s.ve_enabled:
+            shapes.update(table_shapes("ve", s.vocab_size, s.ve_dim, s.kv_dim))
+            shapes["ve_layer_scales"] = (len(s.value_layers), 1)
+        if s.gated_attn_enabled:
+            shapes["attn_gate_w"] = (layers, s.num_heads, d)
+        if s.attn_out_gate_enabled:
+            shapes["attn_gate_proj"] = (layers, s.num_heads, s.gate_window)
+        return {name: shapes[name] for name in PARAMETER_ORDER if name in shapes}
+
+    def initial_values(self) -> dict[str, float]:
+        return super().initial_values() | dict(
+            lane_merge=0.5, bigram_scale=0.05, ve_scale=0.1, ve_layer_scales=1)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None) -> None:
+        super().init_weights(generator)
+        if self.s.gated_attn_enabled:
+            self.attn_gate_w.normal_(0, 0.01, generator=generator)
+        if hasattr(self, "bigram_proj"):     # of table and projection one starts at 0: both would stay there
+            nn.init.orthogonal_(self.bigram_proj, generator=generator)
+        if self.s.ve_enabled:
+            self.ve_embed.normal_(0, 0.01, generator=generator)
+
+    def layer_weights(self) -> list[LayerWeights]:
+        layers = super().layer_weights()
+        if not self.s.attn_out_gate_enabled:
+            return layers
+        gates = self.unbound("attn_gate_proj")
+        return [w._replace(gate=gate) for w, gate in zip(layers, gates)]
+
+    def rope_base(self, longest: int) -> float:
+        """With ROPE_YARN the base grows with the longest row so far."""
+        s = self.s
+        longest = max(longest, self.rope_length)
+        if not s.rope_yarn or longest <= s.train_seq_len:
+            return s.rope_base
+        dims = s.rope_dims or s.head_dim
+        return s.rope_base * (longest / s.train_seq_len) ** (dims / (dims - 2))
+
+    def embed(self, ids: Tensor, layout: Layout | None, before: Tensor | None = None) -> Tensor:
+        s, dtype, length = self.s, self.compute_dtype, ids.size(1)
+        channels = s.smear_gate_enabled and s.smear_gate_kind == "channels"
+        if not channels and not s.bigram_vocab_size:
+            return super().embed(ids, layout, before)
+        if before is not None:      # two tokens: a bigram of the last one may be smeared
+            ids = torch.cat((before[:, -2 if s.bigram_vocab_size else -1:], ids), dim=1)
+        x = F.embedding(ids, self.tok_emb).to(dtype)
+        if s.bigram_vocab_size:
+            rows = pair_rows(ids, s.bigram_vocab_size, self.same_segment(ids, layout))
+            proj = getattr(self, "bigram_proj", None)
+            x = x + look_up(rows, self.bigram_embed, proj, self.bigram_scale, dtype, self.sharpness)
+        if channels:
+            x = self.smear(rms(x), self.smears_into(ids, layout))
+        elif s.smear_gate_enabled:
+            x = rms(self.smear(x, self.smears_into(ids, layout)))
+        else:
+            x = rms(x)
+        return x if before is None else x[:, -length:]
+
+    def smear(self, x: Tensor, into: Tensor | None) -> Tensor:
+        """With SMEAR_GATE_KIND=channels: one strength for each channel, the same for all tokens."""
+        if self.s.smear_gate_kind == "window":
+            return super().smear(x, into)
+        last = x[:, :-1] if into is None else x[:, :-1] * into[..., None]
+        gate = torch.sigmoid(self.smear_channels.to(x.dtype))
+        return (1 - gate) * x + gate * F.pad(last, (0, 0, 1, 0))
+
+    def token_values(self, ids: Tensor) -> dict[int, Tensor]:
+        """What the tokens ids (B, T) add to the values of a layer, (B, T, K·D), by layer."""
+        if not self.s.ve_enabled:
+            return {}
+        dtype, proj = self.compute_dtype, getattr(self, "ve_proj", None)
+        shared = look_up(ids, self.ve_embed, proj, self.ve_scale, dtype, self.sharpness)
+        scales = self.ve_layer_scales.to(dtype)
+        return {i: shared * scale for i, scale in zip(self.s.value_layers, scales)}
+
+    def begin(self, ids: Tensor, *how) -> Forward:
+        c = super().begin(ids, *how)
+        if not self.s.ve_enabled:
+            return c
+        return LineageForward(
+            c.layers, c.x0, c.rope, c.layout, c.adapter, c.tap, c.cache, self.token_values(ids))
+
+    def project(self, c: Forward, i: int, slot: int, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().project(c, i, slot, n)
+        if self.s.ve_enabled and i in c.values:
+            v = v + c.values[i]
+        return q, k, v
+
+    def head_gate(self, weight: Tensor, n: Tensor, q_raw: Tensor) -> Tensor:
+        s = self.s
+        if s.attn_out_gate_enabled:
+            source = q_raw if s.attn_out_gate_src == "q" else n
+            return 2 * torch.sigmoid(F.linear(source[..., :weight.size(-1)], weight))
+        if s.gated_attn_enabled:
+            return torch.sigmoid(F.linear(n, weight))
+        return super().head_gate(weight, n, q_raw)
+
+    def decode(self, c: Forward, plan: Plan, x: Tensor, skips: list[Tensor]) -> Tensor:
+        """With PARALLEL_LANES=separate: lanes begin with the skip in both, and later skips may be lost."""
+        if self.s.parallel_lanes == "mixed":
+            return super().decode(c, plan, x, skips)
+        lanes = None
+        for j, i in enumerate(plan.decoder):
+            slot = len(plan.encoder) + j
+            has_skip = skips and j < len(self.skip_weights)
+            skip = skips.pop() if has_skip else None
+            if has_skip and lanes is None:
+                x = self.merge_skip(j, x, skip)
+            elif has_skip and self.is_parallel(i) and self.s.skip_into_lanes:
+                lanes = self.merge_skip(j, lanes[0], skip), lanes[1]
+            if self.is_parallel(i):
+                lane0, lane1 = lanes or (x, x)
+                mixed, attended, fed = self.branches(c, i, slot, lane0, lane1)
+                lanes = mixed + attended, lane1 + fed
+            elif lanes is None:
+                x = self.block(c, i, slot, x)
+        return x if lanes is None else self.join(*lanes)
+
+
+    def join(self, lane0: Tensor, lane1: Tensor) -> Tensor:
+        if self.s.parallel_lanes == "separate":
+            return torch.lerp(lane1, lane0, self.lane_merge.to(lane0.dtype))
+        if self.s.parallel_final_lane == "mean":
+            return super().join(lane0, lane1)
+        return lane1 if self.s.parallel_final_lane == "mlp" else lane0
+
+    def merge_skip(self, j: int, x: Tensor, skip: Tensor) -> Tensor:
+        if self.s.skip_gates_enabled:
+            return super().merge_skip(j, x, skip)
+        return x + self.skip_weights[j].to(x.dtype) * skip
+
+    def head_weight(self) -> Tensor:
+        return self.tok_emb if self.s.tie_embeddings else self.lm_head
+
+    def logits(self, hidden: Tensor, adapter: Adapter | None = None) -> Tensor:
+        """Corrected by counts, where an adapter has some."""
+        z = super().logits(hidden, adapter)
+        return z if adapter is None or adapter.bias is None else z + adapter.bias
+
+    def scores_plain_logits(self, adapter: Adapter | None, training: bool) -> bool:
+        corrected = adapter is not None and adapter.bias is not None
+        return corrected or super().scores_plain_logits(adapter, training)
+
+
+def table_shapes(table: str, rows: int, width: int, out: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a table of `rows` rows that is looked up, of its scale, and of its projection to `out`."""
+    shapes = {f"{table}_embed": (rows, width), f"{table}_scale": ()}
+    if width != out:
+        shapes[f"{table}_proj"] = (out, width)
+    return shapes
+
+
+GPT = LineageGPT
+
+
+# --- optimiser
+
+QUINTIC = 5 * ((3.4445, -4.7750, 2.0315),)
+
+
+def split_rates(s: Settings, bank: Tensor) -> Tensor | None:
+    """Factor on each matrix (n, 1, 1) of a bank by its layer, relative to MATRIX_LR; None without a split."""
+    if not s.matrix_lr_early:
+        return None
+    layers = torch.arange(len(bank), device=bank.device) % s.num_layers
+    early = s.matrix_lr_early / s.matrix_lr
+    late = (s.matrix_lr_late or s.matrix_lr) / s.matrix_lr
+    return torch.where(layers < s.bank_split, early, late)[:, None, None]
+
+
+class LineageOptimiser(Optimiser):
+    """Other coefficients of Muon, rates that differ by layer, and an output head of its own."""
+
+    def __init__(self, s: Settings, world: World, params: Mapping[str, nn.Parameter], dtype: torch.dtype):
+        super().__init__(s, world, params, dtype)
+        self.split = [split_rates(s, bank) for bank in self.banks]
+
+    def adam_rates(self) -> dict[str, tuple[float, float]]:
+        rates = super().adam_rates()
+        if self.s.tie_embeddings:
+            return rates
+        return {"embed": (self.s.embed_lr, self.s.embed_wd), "head": (self.s.head_lr, self.s.embed_wd),
+                "small": rates["small"]}
+
+    def direction(self, bank: int, g: Tensor, momentum: float) -> Tensor:
+        s, split, buf = self.s, self.split[bank], self.momentum[bank]
+        if split is not None and s.split_lr_target == "gradient":
+            own = split[len(buf) * self.world.rank:][:len(buf)]
+            g[:len(own)] *= own
+        coefficients = QUINTIC if s.muon_coefficients == "quintic" else POLAR_EXPRESS
+        return muon_direction(g, buf, momentum, s.muon_row_normalize, coefficients[:s.muon_backend_steps])
+
+    def apply(self, bank: int, u: Tensor, lr: float) -> None:
+        split = self.split[bank]
+        if split is not None and self.s.split_lr_target == "update":
+            u = u * split
+        super().apply(bank, u, lr)
+
+
+Optimiser = LineageOptimiser
 
 
 if __name__ == "__main__":

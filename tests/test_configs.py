@@ -17,7 +17,7 @@ def test_published_parameter_count(name):
     s = tg.Settings.from_env(load_config(name))
     text = (ROOT / "configs" / f"{name}.env").read_text().replace("\n# ", " ")
     published = int(re.search(r"([\d,]+) parameters", text).group(1).replace(",", ""))
-    assert sum(math.prod(shape) for shape in tg.parameter_shapes(s).values()) == published
+    assert sum(math.prod(shape) for shape in tg.GPT.shapes(s).values()) == published
     with torch.device("meta"):
         model = tg.GPT(s)
     assert sum(p.numel() for p in model.parameters()) == published
@@ -60,7 +60,7 @@ def test_systems_with_equal_settings_are_named_together():
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_small_sizes_keep_the_mechanisms(name):
     full, small = (tg.Settings.from_env(load_config(*names)) for names in ((name,), (name, "small")))
-    assert set(tg.parameter_shapes(full)) == set(tg.parameter_shapes(small))
+    assert set(tg.GPT.shapes(full)) == set(tg.parameter_shapes(small))
     assert tg.layer_plan(full, True) == tg.layer_plan(small, True)
     switches = [f.name for f in tg.fields(full) if f.name.endswith("_enabled") or f.metadata["choices"]]
     assert [getattr(full, n) for n in switches] == [getattr(small, n) for n in switches]

@@ -75,7 +75,7 @@ def quantiser_numbers():
     return {
         "gptq": checksum(codes),
         "scales": checksum(scale),
-        "orthogonal": checksum(tg.orthogonalise(w, 5, torch.float32)),
+        "orthogonal": checksum(tg.orthogonalise(w, torch.float32)),
     }
 
 

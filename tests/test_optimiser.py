@@ -8,9 +8,8 @@ from conftest import settings, sine_model, tg
 @pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 24, 24)])
 def test_orthogonalise_pushes_singular_values_to_one(shape):
     g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(tg.orthogonalise(g, 5, torch.float32))
+    values = torch.linalg.svdvals(tg.orthogonalise(g, torch.float32))
     assert values.min() > 0.8 and values.max() < 1.2
-    assert torch.equal(tg.orthogonalise(g, 9, torch.float32), tg.orthogonalise(g, 5, torch.float32))
 
 
 def gradients(model, scale=1.0):

@@ -508,7 +508,7 @@ def test_a_file_made_to_do_harm_is_refused_or_harmless(monkeypatch, changes):
     monkeypatch.setattr(pack, "SMALL_TENSOR", 1000)
     monkeypatch.setattr(pack, "lane_count", lambda size: 200)  # few rounds of Python's loop
     s = settings(**SMALL, **changes)
-    shapes = {n: torch.empty(shape, device="meta") for n, shape in pack.parameter_shapes(s).items()}
+    shapes = {n: torch.empty(shape, device="meta") for n, shape in pack.GPT.shapes(s).items()}
     hessians = {n: torch.eye(w.shape[1]) for n, w in pack.matrix_views(shapes).items() if ".mlp." in n}
     header, streams = small_pack(s, hessians)
     streams["calibration"] = bytes(60)

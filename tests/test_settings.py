@@ -43,7 +43,7 @@ def test_a_mask_leaves_adapters_out_unless_they_are_named():
 
 
 def test_full_size_model_has_the_published_parameters():
-    assert sum(map(tg.math.prod, tg.parameter_shapes(tg.Settings()).values())) == 35_945_671
+    assert sum(map(tg.math.prod, tg.GPT.shapes(tg.Settings()).values())) == 35_945_671
     assert tg.layer_plan(tg.Settings(), True) == ((0, 1, 2, 3, 4, 5, 3, 4), (5, 3, 4, 5, 6, 7, 8, 9, 10))
 
 

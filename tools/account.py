@@ -146,7 +146,7 @@ def train_cases(tg, torch, s, device, tokens: int, share: int) -> list[Case]:
 
 def optimiser_cases(tg, torch, s, device, share: int) -> list[Case]:
     """Muon on this rank's share of the banks, its step on all of them, Adam and the average."""
-    shapes = tg.parameter_shapes(s)
+    shapes = tg.GPT.shapes(s)
     banks = [shape for name, shape in shapes.items() if tg.ROLES[name] == "matrix"]
     rest = sum(tg.math.prod(shape) for name, shape in shapes.items() if tg.ROLES[name] != "matrix")
 
@@ -163,7 +163,7 @@ def optimiser_cases(tg, torch, s, device, share: int) -> list[Case]:
     average, params = zeros((every,)), zeros((every,))
 
     def directions():
-        return [tg.muon_direction(a, b, 0.95, s.muon_backend_steps, True, s.muon_row_normalize)
+        return [tg.muon_direction(a, b, 0.95)
                 for a, b in zip(g, buf, strict=True)]
 
     def apply():

@@ -379,7 +379,7 @@ def codes_of(b: Bench, source: str):
     tg, torch = b.tg, b.torch
     if source == "full":
         s, rng = tg.Settings.from_env({"QUANT_ALLOCATION": "hand"}), torch.Generator().manual_seed(0)
-        shapes = {n: torch.empty(shape, device="meta") for n, shape in tg.parameter_shapes(s).items()}
+        shapes = {n: torch.empty(shape, device="meta") for n, shape in tg.GPT.shapes(s).items()}
         weights = {n: torch.randn(w.shape, generator=rng) for n, w in tg.matrix_views(shapes).items()}
         for w in weights.values():
             w *= (0.25 * torch.randn(w.shape[-1:], generator=rng)).exp2()
