@@ -1844,19 +1844,22 @@ class Adapter:
     Every document begins with the same A, drawn from SEED. With TTT_SHARED_A A is (S, r, in) and frozen."""
 
     def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu"):
-        self.scale, self.shared = s.ttt_lora_alpha / s.ttt_lora_rank, s.ttt_shared_a
-        self.warm, self.seed = s.ttt_warm_start_a, s.seed
-        self.correctors: list[Corrector] = []
-        self.bias: Tensor | None = None     # theirs for a chunk, (rows, 1, V) bfloat16: added to the logits
-        outs = {"q": s.model_dim, "k": s.kv_dim, "v": s.kv_dim, "o": s.model_dim, "mlp": s.model_dim}
-        kinds = {k: (plan.slots, out) for k, out in outs.items() if getattr(s, f"ttt_{k}_lora")}
-        if s.ttt_head_lora:
-            kinds["head"] = (1, s.vocab_size)
+        self.scale = s.ttt_lora_alpha / s.ttt_lora_rank
+        self.shared = s.ttt_shared_a
+        self.warm = s.ttt_warm_start_a
+        self.seed = s.seed
+        outputs = {"q": s.model_dim, "k": s.kv_dim, "v": s.kv_dim, "o": s.model_dim, "mlp": s.model_dim,
+                   "head": s.vocab_size}
         # no nn.Parameters: torch.compile would make a graph for every number of rows
-        self.a, self.b = {}, {}
-        for kind, (slots, out) in kinds.items():
-            shape = (slots, *(() if self.shared else (rows,)), s.ttt_lora_rank, s.model_dim)
-            self.a[kind] = torch.empty(shape, device=device, requires_grad=not self.shared)
+        self.a: dict[str, Tensor] = {}
+        self.b: dict[str, Tensor] = {}
+        for kind, out in outputs.items():
+            if not getattr(s, f"ttt_{kind}_lora"):
+                continue
+            slots = 1 if kind == "head" else plan.slots
+            each = () if self.shared else (rows,)
+            self.a[kind] = torch.empty(slots, *each, s.ttt_lora_rank, s.model_dim, device=device,
+                                       requires_grad=not self.shared)
             self.b[kind] = torch.zeros(slots, rows, out, s.ttt_lora_rank, device=device, requires_grad=True)
         self.draw_a()
 
@@ -1870,7 +1873,6 @@ class Adapter:
     @torch.no_grad()
     def keep(self, rows: slice) -> None:
         """Go on with these documents only (A is shared)."""
-        self.correctors = self.correctors[rows]
         for kind, b in self.b.items():
             self.b[kind] = b[:, rows].clone(memory_format=torch.contiguous_format).requires_grad_()
 
@@ -1879,8 +1881,9 @@ class Adapter:
         """Fresh A. Drawn on the CPU, so that every device starts from the same numbers."""
         generator = torch.Generator().manual_seed(self.seed)
         for a in self.a.values():
-            one = torch.empty(a.size(0), *a.shape[-2:]).uniform_(-1, 1, generator=generator)
-            a.copy_((one if self.shared else one[:, None]) / math.sqrt(a.size(-1)))
+            drawn = torch.empty(a.size(0), *a.shape[-2:]).uniform_(-1, 1, generator=generator)
+            drawn = drawn / math.sqrt(a.size(-1))
+            a.copy_(drawn if self.shared else drawn[:, None])
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -1892,9 +1895,9 @@ class Adapter:
 
     def bind(self, dtype: torch.dtype, head: bool = False) -> BoundAdapter:
         """For one forward: the trunk's, or the head's."""
-        a, b = ({k: p.to(dtype).unbind(0) for k, p in side.items() if (k == "head") == head}
-                for side in (self.a, self.b))
-        return BoundAdapter(a, b, self.scale)
+        def unbound(side: dict) -> dict:
+            return {kind: p.to(dtype).unbind(0) for kind, p in side.items() if (kind == "head") == head}
+        return BoundAdapter(unbound(self.a), unbound(self.b), self.scale)
 
 
 class KeyCache:
@@ -1906,7 +1909,10 @@ class KeyCache:
     STATES = -1
 
     def __init__(self, window: int, states: bool = False):
-        self.window, self.states, self.position, self.seen, self.last = window, states, 0, 0, None
+        self.window, self.states = window, states
+        self.position = 0
+        self.seen = 0
+        self.last: Tensor | None = None
         self.old: dict[int, tuple[Tensor, Tensor]] = {}
         self.new: dict[int, tuple[Tensor, Tensor]] = {}
         self.sealed: tuple[Tensor, dict] | None = None
@@ -1914,21 +1920,26 @@ class KeyCache:
     def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values that a chunk's queries may see, the chunk's own last."""
         if slot in self.old:
-            k, v = (torch.cat((old.narrow(1, old.size(1) - self.seen, self.seen), new), dim=1)
-                    for old, new in zip(self.old[slot], (k, v)))
+            old_k, old_v = self.old[slot]
+            first = old_k.size(1) - self.seen
+            k = torch.cat((old_k.narrow(1, first, self.seen), k), dim=1)
+            v = torch.cat((old_v.narrow(1, first, self.seen), v), dim=1)
         self.new[slot] = (k.detach(), v.detach())
         return k, v
 
     def seal(self, ids: Tensor) -> None:
         """The forward of the chunk with tokens ids (B, T) was scored: the keys it saw are those to keep."""
-        self.sealed, self.new = (ids, self.new), {}
+        self.sealed = (ids, self.new)
+        self.new = {}
 
     def advance(self, chunk: int) -> None:
         """The chunk is over; of its keys the next `chunk` tokens see what the window holds beside them."""
         ids, self.old = self.sealed
+        self.sealed = None
         self.seen = min(self.seen + ids.size(1), self.window - chunk)
-        self.last = (ids if self.last is None else torch.cat((self.last, ids), dim=1))[:, -2:].contiguous()
-        self.position, self.sealed = self.position + ids.size(1), None
+        self.position += ids.size(1)
+        text = ids if self.last is None else torch.cat((self.last, ids), dim=1)
+        self.last = text[:, -2:].contiguous()
 
     def keep(self, rows: slice) -> None:
         """Go on with these documents only."""
@@ -4641,39 +4652,6 @@ class Scorer:
 # 12  Adapt: score-first test-time training
 # ============================================================================================================
 
-class Corrector:
-    """n-gram posterior of one row of a batch; it learns the targets of a chunk once they are booked."""
-
-    def __init__(self, s: Settings):
-        self.alpha = s.corrector_alpha
-        self.orders = sorted({int(n) for n in s.corrector_orders.split(",") if n})
-        self.counts, self.history = np.ones(s.vocab_size), []
-        self.followers: dict[tuple, dict[int, int]] = {}
-
-    def context(self, order: int) -> tuple:
-        return order, *self.history[max(len(self.history) - order + 1, 0):]
-
-    def bias(self) -> np.ndarray:
-        """What the logits of the next token get (V,): alpha log q of the unigrams, and for every order that
-        knows the context, of the tokens seen there, alpha times what it says beyond that."""
-        log_q = np.log(self.counts / self.counts.sum())
-        bias = self.alpha * log_q
-        for order in self.orders if self.history else ():
-            if seen := self.followers.get(self.context(order)):
-                tokens, counts = (np.array(list(x)) for x in (seen.keys(), seen.values()))
-                share = np.log((counts + 1) / (counts.sum() + len(log_q)))
-                bias[tokens] += self.alpha * (share - log_q[tokens])
-        return bias
-
-    def learn(self, tokens: list[int]) -> None:
-        for token in tokens:
-            for order in self.orders:
-                seen = self.followers.setdefault(self.context(order), {})
-                seen[token] = seen.get(token, 0) + 1
-            self.history.append(token)
-            self.counts[token] += 1
-
-
 @dataclass(frozen=True)
 class Scored:
     """A chunk already on the books: adapt() takes nothing else, so it cannot see ahead. losses (B, W) with
@@ -4795,7 +4773,8 @@ class PhasedTTT:
         self.plan, self.lengths = layer_plan(s, True), val.documents.length
         self.losses = compiled(s, world.device, model.losses, fullgraph=True, dynamic=True)
         self.ledger = ledger or Ledger(val, world.device)
-        self.level, self.kept, self.correctors = 0, None, []
+        self.level = 0
+        self.kept: Adapter | None = None
         # Seconds and token-passes of adaptation, without phases and waiting; costs of what is still to do.
         self.spent, self.done, self.left = 0.0, 0.0, np.zeros(len(GIVE_UP))
         self.phase_pace, self.phase_tokens = 0.0, 0    # seconds a token of a phase; tokens to train on
@@ -4820,9 +4799,7 @@ class PhasedTTT:
         self.phase_tokens = sum(int(self.lengths[r.train_on].sum()) for r in rounds[:-1])
         self.model.requires_grad_(False)           # adapters learn; the base weights only in a phase
         for r, mine in zip(rounds, todo):
-            self.kept, self.correctors = None, []
-            if self.s.ttt_doc_order == "length" and not self.s.ttt_shared_a:     # A may go on to other groups
-                self.kept = self.adapter_for(self.s.ttt_batch_size)
+            self.begin_round()
             for group in mine:
                 self.adapt_group(group)
             level = max(self.world.gather(self.level))          # all ranks take part in a phase or none
@@ -4836,6 +4813,12 @@ class PhasedTTT:
                 self.phase_tokens -= int(self.lengths[r.train_on].sum())
         self.model.requires_grad_(True)
         return self.ledger.close(self.world)
+
+    def begin_round(self) -> None:
+        """Nothing passes from round to round; within one, A may go on to other groups."""
+        self.kept = None
+        if self.s.ttt_doc_order == "length" and not self.s.ttt_shared_a:
+            self.kept = self.adapter_for(self.s.ttt_batch_size)
 
     def watch(self) -> None:
         """Give up as little as lets the predicted end lie within EVAL_MAX_SECONDS."""
@@ -4865,12 +4848,10 @@ class PhasedTTT:
         return adapter
 
     def optimiser(self, adapter: Adapter) -> torch.optim.Optimizer | None:
-        """AdamW or SGD over a group's adapters; none for the stateless rule."""
+        """AdamW over a group's adapters; none for the stateless rule."""
         s, params, lr = self.s, adapter.trained(), self.s.ttt_lora_lr * self.s.ttt_local_lr_mult
         if s.ttt_optimizer == "normalised":
             return None
-        if s.ttt_optimizer == "sgd":
-            return torch.optim.SGD(params, lr=lr, momentum=s.ttt_beta1, weight_decay=s.ttt_weight_decay)
         return torch.optim.AdamW(params, lr=lr, betas=(s.ttt_beta1, s.ttt_beta2), eps=1e-10,
                                  weight_decay=s.ttt_weight_decay, fused=self.world.device.type == "cuda")
 
@@ -4885,12 +4866,6 @@ class PhasedTTT:
         adapter = self.adapter_for(len(starts)) if learns else None
         optimiser = self.optimiser(adapter) if learns else None
         cache = KeyCache(s.ttt_eval_seq_len, states=s.ttt_cache_lambda > 0) if cached else None
-        if s.corrector_alpha and learns:
-            # As published, a row's counts pass from document to document in length order; in stream order its
-            # last document may come later in the stream.
-            if s.ttt_doc_order == "stream" or not self.correctors:
-                self.correctors = [Corrector(s) for _ in range(s.ttt_batch_size)]
-            adapter.correctors = self.correctors[:len(starts)]
         bounds = chunk_bounds(s, int(self.lengths[group].max()))
         costs, counted, since = self.costs(group), 0, Clock()
         for n, (begin, end) in enumerate(zip(bounds, bounds[1:]), start=1):
@@ -4926,10 +4901,6 @@ class PhasedTTT:
         tokens, device = self.val.tokens, self.world.device
         x, y = (torch.from_numpy(np.where(valid, tokens[at + i], 0).astype(np.int64)).to(device)
                 for i in (0, 1))
-        correctors = adapter.correctors if adapter is not None else []
-        if correctors:
-            bias = torch.from_numpy(np.stack([c.bias() for c in correctors]))
-            adapter.bias = bias.to(device, torch.bfloat16)[:, None]
 
         def forward(x: Tensor = x, y: Tensor = y) -> Tensor:
             return self.losses(x, y, self.plan, None, adapter, None, cache)
@@ -4940,8 +4911,6 @@ class PhasedTTT:
         counted = valid & (column >= w.offset[:, None])
         positions, keep = (torch.from_numpy(i).to(device) for i in (at[counted], np.flatnonzero(counted)))
         self.ledger.book(positions, booked.flatten()[keep])
-        for corrector, seen in zip(correctors, np.split(tokens[at[counted] + 1], np.cumsum(w.count)[:-1])):
-            corrector.learn(seen.tolist())
         if cache is not None:      # the keys of the forward that was scored, whatever the steps do
             cache.seal(x)
         self.trace("chunk", x=x, y=y, losses=booked.detach(), offsets=w.offset, counts=w.count, width=w.width,
@@ -6095,6 +6064,96 @@ def table_shapes(table: str, rows: int, width: int, out: int) -> dict[str, tuple
 
 
 GPT = LineageGPT
+
+
+# --- adaptation
+
+class Corrector:
+    """n-gram posterior of one row of a batch; it learns the targets of a chunk once they are booked."""
+
+    def __init__(self, s: Settings):
+        self.alpha = s.corrector_alpha
+        self.orders = sorted({int(n) for n in s.corrector_orders.split(",") if n})
+        self.counts, self.history = np.ones(s.vocab_size), []
+        self.followers: dict[tuple, dict[int, int]] = {}
+
+    def context(self, order: int) -> tuple:
+        return order, *self.history[max(len(self.history) - order + 1, 0):]
+
+    def bias(self) -> np.ndarray:
+        """What the logits of the next token get (V,): alpha log q of the unigrams, and for every order that
+        knows the context, of the tokens seen there, alpha times what it says beyond that."""
+        log_q = np.log(self.counts / self.counts.sum())
+        bias = self.alpha * log_q
+        for order in self.orders if self.history else ():
+            if seen := self.followers.get(self.context(order)):
+                tokens, counts = (np.array(list(x)) for x in (seen.keys(), seen.values()))
+                share = np.log((counts + 1) / (counts.sum() + len(log_q)))
+                bias[tokens] += self.alpha * (share - log_q[tokens])
+        return bias
+
+    def learn(self, tokens: list[int]) -> None:
+        for token in tokens:
+            for order in self.orders:
+                seen = self.followers.setdefault(self.context(order), {})
+                seen[token] = seen.get(token, 0) + 1
+            self.history.append(token)
+            self.counts[token] += 1
+
+
+class LineageAdapter(Adapter):
+    """An adapter whose rows have counts of earlier text."""
+
+    def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu"):
+        super().__init__(s, plan, rows, device)
+        self.correctors: list[Corrector] = []
+        self.bias: Tensor | None = None     # theirs for a chunk, (rows, 1, V) bfloat16: added to the logits
+
+    def keep(self, rows: slice) -> None:
+        super().keep(rows)
+        self.correctors = self.correctors[rows]
+
+
+class LineageTTT(PhasedTTT):
+    """Adaptation by SGD, and scores corrected by counts."""
+
+    def begin_round(self) -> None:
+        self.correctors: list[Corrector] = []
+        super().begin_round()
+
+    def optimiser(self, adapter: Adapter) -> torch.optim.Optimizer | None:
+        s = self.s
+        if s.ttt_optimizer != "sgd":
+            return super().optimiser(adapter)
+        return torch.optim.SGD(adapter.trained(), lr=s.ttt_lora_lr * s.ttt_local_lr_mult, momentum=s.ttt_beta1,
+                               weight_decay=s.ttt_weight_decay)
+
+    def adapter_for(self, rows: int) -> Adapter:
+        """As published, a row's counts pass from document to document in length order; in stream order its
+        last document may come later in the stream."""
+        adapter = super().adapter_for(rows)
+        if self.s.corrector_alpha:
+            if self.s.ttt_doc_order == "stream" or not self.correctors:
+                self.correctors = [Corrector(self.s) for _ in range(self.s.ttt_batch_size)]
+            adapter.correctors = self.correctors[:rows]
+        return adapter
+
+    def score_chunk(self, starts: np.ndarray, w: ChunkWindow, adapter: Adapter | None,
+                    cache: KeyCache | None) -> Scored:
+        """The counts correct the chunk's logits; they learn its targets once these are booked."""
+        if adapter is None or not adapter.correctors:
+            return super().score_chunk(starts, w, adapter, cache)
+        bias = torch.from_numpy(np.stack([corrector.bias() for corrector in adapter.correctors]))
+        adapter.bias = bias.to(self.world.device, torch.bfloat16)[:, None]
+        scored = super().score_chunk(starts, w, adapter, cache)
+        first = starts + w.begin + w.offset + 1
+        for corrector, begin, count in zip(adapter.correctors, first, w.count):
+            corrector.learn(self.val.tokens[begin:begin + count].tolist())
+        return scored
+
+
+Adapter = LineageAdapter
+PhasedTTT = LineageTTT
 
 
 # --- optimiser
