@@ -18,10 +18,10 @@ def test_a_committed_picture_is_what_its_figures_say(name):
     assert (plots.FOLDER / f"{name}.svg").read_text() == plots.draw(name)
 
 
-def test_a_mean_lies_where_its_value_says():
-    rows = [dict(change="worse", bpb="0.5", error="0.1"), dict(change="same", bpb="0.1", error="0.1"),
-            dict(change="better", bpb="-0.5", error="0.1")]
-    dots = re.findall(r'<circle cx="([\d.]+)" .*class="(\w+)"', plots.intervals(rows, "", ""))
+def test_a_mean_lies_where_its_value_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "FOLDER", tmp_path)
+    (tmp_path / "x.csv").write_text("change,bpb,error\nworse,0.5,0.1\nsame,0.1,0.1\nbetter,-0.5,0.1\n")
+    dots = re.findall(r'<circle cx="([\d.]+)" .*class="(\w+)"', plots.intervals("x", "", ""))
     assert [look for _, look in dots] == ["red", "grey", "blue"]
     worse, same, better = (float(x) for x, _ in dots)
     assert (worse - same) / (worse - better) == pytest.approx(0.4, abs=0.01)
