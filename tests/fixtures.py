@@ -220,8 +220,9 @@ def pack_folder(folder: Folder, target: Path, keep: dict[str, set], thin: dict[s
     """Write a folder's texts and the arrays named in `keep` (by stem); those in `thin` by every step-th."""
     entries, parts = [], {}
     for stem in folder.texts:
+        fresh = folder.load(stem)  # a checker may have changed what it was given
         for name in sorted(keep[stem]):
-            tensor = folder.arrays(stem)[name]
+            tensor = fresh[name]
             kind, raw = to_raw(tensor)
             entry = {"stem": stem, "name": name, "dtype": kind, "shape": list(tensor.shape), "step": 1}
             if step > 1 and name in thin[stem] and raw.size >= SMALL:
