@@ -42,7 +42,7 @@ FILES = "files.xz"  # shards and tokenizers of all packed folders
 FACTS = "facts.json"  # the reference's defaults, beside the folders
 # Bytes of one plane say nothing about their position, so no context is spent on it.
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
-SMALL = 1024  # arrays of fewer entries are not thinned
+SMALL = 64  # arrays of fewer entries are not thinned
 
 
 def raw_type(kind: str) -> np.dtype:
@@ -225,7 +225,7 @@ def pack_folder(folder: Folder, target: Path, keep: dict[str, set], thin: dict[s
             tensor = fresh[name]
             kind, raw = to_raw(tensor)
             entry = {"stem": stem, "name": name, "dtype": kind, "shape": list(tensor.shape), "step": 1}
-            if step > 1 and name in thin[stem] and raw.size >= SMALL:
+            if step > 1 and name in thin[stem] and raw.size >= SMALL and kind in ("F32", "F64"):
                 if np.isnan(raw).any():
                     raise ValueError(f"{folder.name}/{stem} {name} holds NaN: it cannot be thinned")
                 entry["step"], entry["peak"] = step, int(np.abs(raw).argmax())

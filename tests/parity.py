@@ -1436,6 +1436,9 @@ class TableModel(tg.GPT):
         super().__init__(s)
         self.table = table.float()
 
+    def init_weights(self, generator=None):
+        """Nothing: no weight is used."""
+
     def hidden(self, ids, *rest):
         return ids
 
