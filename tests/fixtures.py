@@ -289,9 +289,15 @@ class FixtureSet:
     def folders(self) -> list[Folder]:
         """The folders by name; a plain set may itself be one."""
         if self.packed:
-            return [PackedFolder(p, self.files / p.stem) for p in self.packed]
+            return [self.folder(p.stem) for p in self.packed]
         within = {p.parent for p in self.root.glob("*/*.json")}
         return [Folder(p) for p in (self.root, *sorted(within))]
+
+    def folder(self, name: str) -> Folder:
+        """One folder by its name."""
+        if self.packed:
+            return PackedFolder(self.root / f"{name}.xz", self.files / name)
+        return Folder(self.root / name)
 
     def defaults(self) -> dict | None:
         """The reference's defaults of all settings, where the set names them."""
