@@ -89,7 +89,8 @@ def test_packing_gives_every_bit_and_file_back(tmp_path):
         assert not folder.thinned and not folder.arrays("y")
         assert json.loads(folder.texts["y"]) == {"fixture": "none"}
         assert (folder.path / "shards/fineweb_val_000000.bin").read_bytes() == (
-            path / "shards/fineweb_val_000000.bin").read_bytes()
+            path / "shards/fineweb_val_000000.bin"
+        ).read_bytes()
     assert not folder.path.exists()
 
 
@@ -132,7 +133,9 @@ def test_packed_numbers_are_the_plain_ones(packed):
             assert folder.texts[stem] == plain.texts[stem]
             whole = plain.load(stem)
             for key, tensor in folder.arrays(stem).items():
-                known = ~tensor.isnan() if folder.thinned and tensor.dtype.is_floating_point else ...
+                known = (
+                    ~tensor.isnan() if folder.thinned and tensor.dtype.is_floating_point else ...
+                )
                 assert bits(tensor[known]) == bits(whole[key][known]), (name, stem, key)
         folder.forget()
 
@@ -177,7 +180,7 @@ def odd_stream(seed: int, vocab: int, size: int) -> np.ndarray:
     """Tokens with several documents of one token in a row."""
     rng = np.random.default_rng(seed)
     tokens = np.where(rng.random(size) < 0.15, 1, rng.integers(2, vocab, size))
-    tokens[:3] = tokens[size // 2:size // 2 + 4] = 1
+    tokens[:3] = tokens[size // 2 : size // 2 + 4] = 1
     return tokens.astype(np.uint16)
 
 
@@ -194,8 +197,11 @@ def test_another_evaluation_with_an_uneven_tail(tmp_path, whole_rows):
     stream, rng = odd_stream(3, vocab, 707), np.random.default_rng(4)
     table = torch.from_numpy(rng.normal(size=(vocab, vocab))).half()
     nbytes = rng.integers(0, 7, len(stream))
-    nll = torch.nn.functional.cross_entropy(table.double()[stream[:-1].astype(int)],
-                                            torch.from_numpy(stream[1:].astype(int)), reduction="none")
+    nll = torch.nn.functional.cross_entropy(
+        table.double()[stream[:-1].astype(int)],
+        torch.from_numpy(stream[1:].astype(int)),
+        reduction="none",
+    )
     targets = (len(stream) - 1) // length * length if whole_rows else len(stream) - 1
     ranks = []
     for rank in range(world):
@@ -206,17 +212,37 @@ def test_another_evaluation_with_an_uneven_tail(tmp_path, whole_rows):
             n = min(row, end - at)
             if whole_rows and n < row:
                 break
-            bounds, longest = segments(stream[at:at + n], length)
+            bounds, longest = segments(stream[at : at + n], length)
             batches.append({"n": n, "boundaries": bounds, "max_seqlen": longest})
             at += n
-        ranks.append({"rank": rank, "batches": batches, "loss_sum": float(nll[first:at].sum()),
-                      "bytes": float(nbytes[first + 1:at + 1].sum()), "tokens": at - first})
+        ranks.append(
+            {
+                "rank": rank,
+                "batches": batches,
+                "loss_sum": float(nll[first:at].sum()),
+                "bytes": float(nbytes[first + 1 : at + 1].sum()),
+                "tokens": at - first,
+            }
+        )
     loss, size = (sum(rank[key] for rank in ranks) for key in ("loss_sum", "bytes"))
-    case = {"seq_len": length, "val_batch_tokens_per_rank": row, "world_size": world, "ranks": ranks,
-            "val_tokens_kept": targets + 1, "targets_scored": sum(rank["tokens"] for rank in ranks),
-            "loss_sum": loss, "byte_sum": size, "bpb": loss / size / math.log(2)}
-    meta = {"fixture": "eval_tail", "shards": "data/ (made up)", "n_tokens": len(stream),
-            "cases": {"some name": case}, "tolerance": {"loss_sum": {"rtol": 1e-6}, "bpb": {"rtol": 1e-6}}}
+    case = {
+        "seq_len": length,
+        "val_batch_tokens_per_rank": row,
+        "world_size": world,
+        "ranks": ranks,
+        "val_tokens_kept": targets + 1,
+        "targets_scored": sum(rank["tokens"] for rank in ranks),
+        "loss_sum": loss,
+        "byte_sum": size,
+        "bpb": loss / size / math.log(2),
+    }
+    meta = {
+        "fixture": "eval_tail",
+        "shards": "data/ (made up)",
+        "n_tokens": len(stream),
+        "cases": {"some name": case},
+        "tolerance": {"loss_sum": {"rtol": 1e-6}, "bpb": {"rtol": 1e-6}},
+    }
     (tmp_path / "eval_tail/data").mkdir(parents=True)
     write_shard(tmp_path / "eval_tail/data/fineweb_val_000007.bin", stream)
     write_shard(tmp_path / "eval_tail/data/fineweb_val_bytes_000007.bin", nbytes)
@@ -225,7 +251,9 @@ def test_another_evaluation_with_an_uneven_tail(tmp_path, whole_rows):
     assert "rank 1 loss" in one_fixture(tmp_path, "eval_tail", meta, {"logits_table": table})
 
 
-def corrected(tokens: list[int], orders: list[int], alpha: float, vocab: int, chunk: int) -> np.ndarray:
+def corrected(
+    tokens: list[int], orders: list[int], alpha: float, vocab: int, chunk: int
+) -> np.ndarray:
     """Bias before every token, as the description counts; a chunk's tokens are learned after it."""
     unigrams, tables, past, rows = np.ones(vocab), {}, [], []
     for at, token in enumerate(tokens):
@@ -233,14 +261,18 @@ def corrected(tokens: list[int], orders: list[int], alpha: float, vocab: int, ch
             log_q = np.log(unigrams / unigrams.sum())
             bias = alpha * log_q
             for n in orders if past else ():
-                seen = tables.get((n, tuple(past[max(len(past) - n + 1, 0):] if n > 1 else ())), {})
+                seen = tables.get(
+                    (n, tuple(past[max(len(past) - n + 1, 0) :] if n > 1 else ())), {}
+                )
                 for v, count in seen.items():
-                    bias[v] += alpha * (math.log((count + 1) / (sum(seen.values()) + vocab)) - log_q[v])
+                    bias[v] += alpha * (
+                        math.log((count + 1) / (sum(seen.values()) + vocab)) - log_q[v]
+                    )
         rows.append(bias)
         if at % chunk == chunk - 1:
-            for learned in tokens[at - chunk + 1:at + 1]:
+            for learned in tokens[at - chunk + 1 : at + 1]:
                 for n in orders:
-                    key = n, tuple(past[max(len(past) - n + 1, 0):] if n > 1 else ())
+                    key = n, tuple(past[max(len(past) - n + 1, 0) :] if n > 1 else ())
                     seen = tables.setdefault(key, {})
                     seen[learned] = seen.get(learned, 0) + 1
                 unigrams[learned] += 1
@@ -257,13 +289,27 @@ def test_another_corrector(tmp_path):
     def nll(bias):
         return torch.nn.functional.cross_entropy(z.double() + bias, y, reduction="none").float()
 
-    one, five = (torch.from_numpy(corrected(tokens.tolist(), orders, alpha, vocab, n)) for n in (1, 5))
+    one, five = (
+        torch.from_numpy(corrected(tokens.tolist(), orders, alpha, vocab, n)) for n in (1, 5)
+    )
     at = torch.tensor([0, 1, 40, 76])
-    arrays = {"tokens": y, "logits": z, "positions": at, "nll_base": nll(0), "mine.bias": one[at].float(),
-              "mine.corrected_logits": (z + one)[at].float(), "mine.nll": nll(one),
-              "mine.nll_chunk5": nll(five), "mine.nll_with_bfloat16_bias": nll(one.bfloat16().double()),
-              "mine.bias_after_reset": torch.full((vocab,), -alpha * math.log(vocab))}
-    tolerance = {"bias": {"atol": 1e-5}, "nll": {"atol": 2e-5}, "nll_with_bfloat16_bias": {"atol": 2e-3}}
+    arrays = {
+        "tokens": y,
+        "logits": z,
+        "positions": at,
+        "nll_base": nll(0),
+        "mine.bias": one[at].float(),
+        "mine.corrected_logits": (z + one)[at].float(),
+        "mine.nll": nll(one),
+        "mine.nll_chunk5": nll(five),
+        "mine.nll_with_bfloat16_bias": nll(one.bfloat16().double()),
+        "mine.bias_after_reset": torch.full((vocab,), -alpha * math.log(vocab)),
+    }
+    tolerance = {
+        "bias": {"atol": 1e-5},
+        "nll": {"atol": 2e-5},
+        "nll_with_bfloat16_bias": {"atol": 2e-3},
+    }
     config = {"alpha": alpha, "orders": orders, "orders_as_used": sorted(orders)}
     meta = {"vocab": vocab, "configs": {"mine": config}, "tolerance": tolerance}
     assert one_fixture(tmp_path, "ngram_corrector_two", meta, arrays).startswith("ok")
@@ -282,7 +328,9 @@ def test_schedules_of_other_names(tmp_path, packed):
     (tmp_path / "progressive_context/shards").symlink_to(folder.path / "shards")
     assert one_fixture(tmp_path, "progressive_context", meta, arrays, thinned=True).startswith("ok")
     meta["compile_warmup_items"]["auto"].pop()
-    assert "pairs warmed up" in one_fixture(tmp_path, "progressive_context", meta, arrays, thinned=True)
+    assert "pairs warmed up" in one_fixture(
+        tmp_path, "progressive_context", meta, arrays, thinned=True
+    )
 
 
 def test_an_older_model_whose_modes_have_other_names(tmp_path, packed):
@@ -290,8 +338,9 @@ def test_an_older_model_whose_modes_have_other_names(tmp_path, packed):
     meta, arrays = meta_of(folder, "gpt_forward_1550"), arrays_of(folder, "gpt_forward_1550")
     names = {"recurrence_on": "twice", "recurrence_off": "once"}
     meta["modes"] = {names[k]: v for k, v in reversed(meta["modes"].items())}
-    assert one_fixture(tmp_path, "gpt_forward_old", meta, renamed(arrays, names),
-                       thinned=True).startswith("ok")
+    assert one_fixture(
+        tmp_path, "gpt_forward_old", meta, renamed(arrays, names), thinned=True
+    ).startswith("ok")
 
 
 def agreement(tmp_path, folder, meta: dict, arrays: dict, thinned: bool) -> str:
@@ -305,12 +354,23 @@ def test_agreement_under_other_names_on_a_shorter_stream(tmp_path, packed):
     folder, size = packed["ngram_agreement"], 331
     meta, arrays = meta_of(folder, "ngram_agreement"), arrays_of(folder, "ngram_agreement")
     config, case = next(iter(meta["configs"].items()))
-    variants = {"causal_prev_token": "by_the_last", "causal_open_word": "open", "token_expert_only": ""}
+    variants = {
+        "causal_prev_token": "by_the_last",
+        "causal_open_word": "open",
+        "token_expert_only": "",
+    }
     kept = {k: arrays[k] for k in ("base_logits_table", "boundary")}
-    kept |= {"tokens": arrays["tokens"][:size + 1], "bytes_per_target": arrays["bytes_per_target"][:size]}
+    kept |= {
+        "tokens": arrays["tokens"][: size + 1],
+        "bytes_per_target": arrays["bytes_per_target"][:size],
+    }
     for old, new in variants.items():
         start, new = f"{config}.{old}.", new or old
-        kept |= {f"mine.{new}.{k[len(start):]}": v[:size] for k, v in arrays.items() if k.startswith(start)}
+        kept |= {
+            f"mine.{new}.{k[len(start) :]}": v[:size]
+            for k, v in arrays.items()
+            if k.startswith(start)
+        }
     meta["configs"] = {"mine": case}
     assert agreement(tmp_path, folder, meta, kept, thinned=True).startswith("ok")
 
@@ -320,23 +380,44 @@ def test_windows_beyond_an_uneven_end(tmp_path, packed):
     meta, arrays = meta_of(folder, "ngram_agreement"), arrays_of(folder, "ngram_agreement")
     table = arrays["base_logits_table"]
     tokens = torch.from_numpy(odd_stream(6, len(table), size + 1).astype(np.int32))
-    nll = torch.nn.functional.cross_entropy(table.double()[tokens[:-1].long()], tokens[1:].long(),
-                                            reduction="none")
+    nll = torch.nn.functional.cross_entropy(
+        table.double()[tokens[:-1].long()], tokens[1:].long(), reduction="none"
+    )
     nbytes = arrays["bytes_per_target"][:size]
-    scored = [range(length), *(range(end - stride, end) for end in range(length + stride, size + 1, stride))]
+    scored = [
+        range(length),
+        *(range(end - stride, end) for end in range(length + stride, size + 1, stride)),
+    ]
     starts = range(0, size - stride + 1, stride)
     scored += [range(size - stride, size)] * (len(starts) - len(scored))
     at = [i for window in scored for i in window]
-    never = {"TOKEN_ORDER": 16, "TOKEN_THRESHOLD": 1, "WITHIN_TAU": 99, "WORD_TAU": 99}  # no gate opens
-    whole = {"seq_len": length, "stride": stride, "windows": len(starts), "distinct_positions": size,
-             "scored_positions_counted": len(at), "mean_nll": float(nll[at].mean()),
-             "bpb": float(nll[at].sum() / nbytes.double()[at].sum() / math.log(2))}
+    never = {
+        "TOKEN_ORDER": 16,
+        "TOKEN_THRESHOLD": 1,
+        "WITHIN_TAU": 99,
+        "WORD_TAU": 99,
+    }  # no gate opens
+    whole = {
+        "seq_len": length,
+        "stride": stride,
+        "windows": len(starts),
+        "distinct_positions": size,
+        "scored_positions_counted": len(at),
+        "mean_nll": float(nll[at].mean()),
+        "bpb": float(nll[at].sum() / nbytes.double()[at].sum() / math.log(2)),
+    }
     (case, *_) = meta["configs"].values()
     meta["configs"] = {"none": {"settings": {**case["settings"], **never}, "full_eval": whole}}
-    kept = {"tokens": tokens, "bytes_per_target": nbytes, "base_logits_table": table,
-            "boundary": arrays["boundary"], "none.reference.hint": torch.full((size,), -1),
-            "none.reference.beta": torch.zeros(size), "none.reference.nll": nll.float(),
-            "none.token_expert_only.nll": nll.float()}
+    kept = {
+        "tokens": tokens,
+        "bytes_per_target": nbytes,
+        "base_logits_table": table,
+        "boundary": arrays["boundary"],
+        "none.reference.hint": torch.full((size,), -1),
+        "none.reference.beta": torch.zeros(size),
+        "none.reference.nll": nll.float(),
+        "none.token_expert_only.nll": nll.float(),
+    }
     assert agreement(tmp_path, folder, meta, kept, thinned=False).startswith("ok")
 
 
@@ -351,8 +432,10 @@ def test_some_matrices_in_one_precision(tmp_path, packed):
 
 def test_ranks_of_another_number(tmp_path):
     edges = [10 * rank // 3 for rank in range(4)]
-    ranks = [{"rank": r, "first_sequence": a, "last_sequence_exclusive": b}
-             for r, (a, b) in enumerate(itertools.pairwise(edges))]
+    ranks = [
+        {"rank": r, "first_sequence": a, "last_sequence_exclusive": b}
+        for r, (a, b) in enumerate(itertools.pairwise(edges))
+    ]
     assert one_fixture(tmp_path, "prequant_ttt", {"n_seq": 10, "ranks": ranks}, {}).startswith("ok")
 
 
