@@ -162,6 +162,7 @@ class PackedFolder(Folder):
     def __init__(self, packed: Path, path: Path):
         self.packed, self.path, self.loaded, self.compared = packed, path, {}, set()
         self.texts = self.read()[0]["texts"]
+        self.path.mkdir(parents=True, exist_ok=True)  # the way to a sibling's files leads through it
 
     def read(self) -> tuple[dict, bytes]:
         """(header, bytes of the arrays)"""

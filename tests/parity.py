@@ -182,6 +182,10 @@ class Fixture:
                 f"{int((excess > 0).sum())} of {want.numel()} out of bounds)"
             )
 
+    def near(self, what: str, got, want, *keys: str, **otherwise: float) -> None:
+        """Close within the tolerance stored under one of `keys`, else within `otherwise`."""
+        self.close(what, got, want, **self.tolerance(*keys, **otherwise))
+
     def equal(self, what: str, got, want) -> None:
         """Exact equality of integers, bytes, texts, lists or arrays."""
         self.compared += 1
@@ -354,11 +358,13 @@ def check_gpt_forward(fx: Fixture) -> None:
     ):  # the reference kept the rotary table of its longest call
         model.rope_length = packed["input_ids"].numel()
         logits = model.logits(model.hidden(batched["input_ids"], plan))
-        fx.close(
+        fx.near(
             "batched logits after a longer call",
             logits,
             batched["logits_after_longer_call"],
-            **fx.tolerance("logits", atol=5e-5, rtol=1e-5),
+            "logits",
+            atol=5e-5,
+            rtol=1e-5,
         )
         model.rope_length = 0
     check_trace(fx, model, plan, layout, packed["input_ids"][None])
@@ -407,43 +413,37 @@ def older_settings(fx: Fixture) -> tg.Settings:
     return dataclasses.replace(fx, meta={"env": {**older, **env}}, defaults=defaults).settings()
 
 
-def check_older_model(fx: Fixture) -> None:
-    """Logits, loss and gradients of the architectures before the looped one, with and without recurrence."""
-    s = older_settings(fx)
+def older_model(fx: Fixture, s: tg.Settings):
+    """A model of an older architecture with the stored parameters, and its weights by stored name."""
     model = tg.GPT(s)
-    views = (tg.field_views if "param.qo_bank" in fx.arrays else tg.matrix_views)(
-        {n: p.data for n, p in model.named_parameters()}
-    )
+    view = tg.field_views if "param.qo_bank" in fx.arrays else tg.matrix_views
+    views = view({n: p.data for n, p in model.named_parameters()})
     params = fx.group("param")
     fx.equal("parameter names", sorted(views), sorted(params))
     for name, value in params.items():
         views[name].copy_(value)
-    ids, targets = fx.arrays["input_ids"], fx.arrays["target_ids"]
+    return model, views
+
+
+def check_older_model(fx: Fixture) -> None:
+    """Logits, loss and gradients of the architectures before the looped one, with and without recurrence."""
+    s = older_settings(fx)
+    model, _ = older_model(fx, s)
+    inputs = {k: fx.arrays[k] for k in ("input_ids", "target_ids")}
+    ids, targets = inputs.values()
     for mode, facts in fx.meta.get("modes", {"": {}}).items():
         prefix = mode + "." if mode else ""
         plan = tg.layer_plan(s, len(facts.get("virtual_layers", ())) > s.num_layers)
         if facts:
             fx.equal(f"{mode} layers", list(plan.encoder + plan.decoder), facts["virtual_layers"])
-        check_logits(
-            fx,
-            mode or "model",
-            model,
-            plan,
-            None,
-            {
-                "input_ids": ids,
-                "target_ids": targets,
-                "logits": fx.arrays[prefix + "logits"],
-                "loss": fx.arrays[prefix + "loss"],
-            },
-        )
+        stored = {k: fx.arrays[prefix + k] for k in ("logits", "loss")}
+        check_logits(fx, mode or "model", model, plan, None, {**inputs, **stored})
         model.zero_grad()
         model.losses(ids, targets, plan).mean().backward()
         check_grads(fx, field_grads(model), fx.group(prefix + "grad"), fx.tolerance("grad"))
         dead = [i for i, g in enumerate(model.skip_weights.grad) if not g.any()]
-        fx.equal(
-            f"{mode} dead skips", dead, facts.get("rows_of_skip_weights_with_zero_gradient", [])
-        )
+        want = facts.get("rows_of_skip_weights_with_zero_gradient", [])
+        fx.equal(f"{mode} dead skips", dead, want)
     check_older_pieces(fx, model, ids, targets)
 
 
@@ -453,13 +453,13 @@ def check_older_pieces(fx: Fixture, model: tg.GPT, ids, targets) -> None:
     for layer, value in values.items():
         for key in (f"value_embedding.layer{layer}", f"ve_layer{layer}"):
             if key in fx.arrays:
-                fx.close(key, value, fx.arrays[key], **fx.tolerance("value_embedding", atol=1e-6))
+                fx.near(key, value, fx.arrays[key], "value_embedding", atol=1e-6)
     if "smear.in" in fx.arrays:
-        fx.close(
+        fx.near(
             "smear",
             model.smear(fx.arrays["smear.in"].float(), None),
             fx.arrays["smear.out"],
-            **fx.tolerance("smear"),
+            "smear",
         )
     for found in filter(None, (re.fullmatch(r"qat\.alpha([\d.]+)\.loss", k) for k in fx.arrays)):
         key, alpha = found.group(), float(found.group(1))
@@ -468,7 +468,7 @@ def check_older_pieces(fx: Fixture, model: tg.GPT, ids, targets) -> None:
             ids, targets, tg.layer_plan(model.s, False), training=True, alpha=torch.tensor(alpha)
         ).mean()
         loss.backward()
-        fx.close(key, loss, fx.arrays[key][0], **fx.tolerance("loss"))
+        fx.near(key, loss, fx.arrays[key][0], "loss")
         check_grads(
             fx,
             field_grads(model),
@@ -480,71 +480,64 @@ def check_older_pieces(fx: Fixture, model: tg.GPT, ids, targets) -> None:
 def check_tables(fx: Fixture) -> None:
     """Hashed rows of token pairs and value embeddings alone: rows, output, gradients."""
     for name, case in fx.meta.get("cases", {"": fx.meta}).items():
-        a = fx.group(name)
-        ids, rows = a["ids"], None
+        a = {k: v.clone() for k, v in fx.group(name).items()}
+        ids, table, leaves = a["ids"], a.get("embed"), {}
         if "hash" in a:
+            leaves["embed_used_rows"] = rows = a["embed_used_rows"].requires_grad_()
             ids = tg.pair_rows(a["ids"], case["bigram_vocab_size"])
             fx.equal(f"{name} rows", ids, a["hash"])
-            table, rows = torch.zeros(case["bigram_vocab_size"], case["bigram_dim"]), a["used_rows"]
-            table[rows] = a["embed_used_rows"]
-        else:
-            table = a["embed"]
-        leaves = {"embed_used_rows": table, "proj": a.get("proj"), "scale": a["scale"]}
-        for leaf in filter(_is_array, leaves.values()):
-            leaf.requires_grad_()
-        out = tg.look_up(ids, table, leaves["proj"], a["scale"], torch.float32)
-        fx.close(f"{name} output", out, a["out"], **fx.tolerance("out"))
+            table = torch.zeros(case["bigram_vocab_size"], case["bigram_dim"])
+            table = table.index_put((a["used_rows"],), rows)
+        for leaf in ("proj", "scale"):
+            if leaf in a:
+                leaves[leaf] = a[leaf].requires_grad_()
+        out = tg.look_up(ids, table, leaves.get("proj"), leaves["scale"], torch.float32)
+        fx.near(f"{name} output", out, a["out"], "out")
         if "out_weight" in a:
-            (out * a["out_weight"]).sum().backward()
-            for leaf, value in leaves.items():
-                if f"grad.{leaf}" in a:
-                    grad = value.grad[rows] if leaf == "embed_used_rows" else value.grad
-                    fx.close(
-                        f"{name} gradient of {leaf}",
-                        grad,
-                        a[f"grad.{leaf}"],
-                        **fx.tolerance("grad"),
-                    )
+            check_backward(
+                fx, name, out, a["out_weight"], leaves, fx.group(f"{name}.grad" if name else "grad")
+            )
 
 
 def check_value_embedding(fx: Fixture) -> None:
     (check_tables if "cases" in fx.meta else check_older_model)(fx)
 
 
+def check_backward(
+    fx: Fixture, what: str, out, weight, leaves: dict, want: dict, *keys: str
+) -> None:
+    """Stored gradients of sum(out * weight) with respect to the leaves of the same names."""
+    (out * weight.float()).sum().backward()
+    for name, stored in want.items():
+        grad = leaves[name].grad.reshape(stored.shape)
+        fx.near(f"{what} gradient of {name}", grad, stored, *keys, "grad")
+
+
 def check_soft_round(fx: Fixture) -> None:
     """Softly rounded weights and their gradients, as the projections see them."""
     for case in fx.meta["cases"]:
         key, a = f"alpha{case['alpha']:g}", fx.group(f"alpha{case['alpha']:g}")
-        w, x = (fx.arrays[k].float().requires_grad_() for k in ("weight", "x"))
-        rounded = tg.soft_round(w, torch.tensor(case["alpha"]))
-        fx.close(
-            f"{key} weight", rounded, a["weight_fake_quant"], **fx.tolerance("weight_fake_quant")
-        )
-        out = x @ rounded.T
+        leaves = {k: fx.arrays[k].float().requires_grad_() for k in ("weight", "x")}
+        rounded = tg.soft_round(leaves["weight"], torch.tensor(case["alpha"]))
+        fx.near(f"{key} weight", rounded, a["weight_fake_quant"], "weight_fake_quant")
+        out = leaves["x"] @ rounded.T
         fx.close(f"{key} output", out, a["out"], atol=1e-5)
-        (out * fx.arrays["out_weight"].float()).sum().backward()
-        fx.close(f"{key} gradient of w", w.grad, a["grad_weight"], **fx.tolerance("grad"))
-        fx.close(f"{key} gradient of x", x.grad, a["grad_x"], **fx.tolerance("grad"))
+        want = {"weight": a["grad_weight"], "x": a["grad_x"]}
+        check_backward(fx, key, out, fx.arrays["out_weight"], leaves, want)
 
 
 def check_leaky(fx: Fixture) -> None:
     """The MLP and its gradients for every stored slope, through the model's own call."""
     for slope in fx.meta["settings"]:
-        x, up, down = (fx.arrays[k].float().requires_grad_() for k in ("x", "up", "down"))
-        s = fx.settings(NEGATIVE_SLOPE=slope)
-        out = tg.leaky_square_mlp(x.flatten(0, 1), up, down, s.negative_slope).view(
-            x.shape[:-1] + (-1,)
+        leaves = {k: fx.arrays[k].float().requires_grad_() for k in ("x", "up", "down")}
+        x, up, down = leaves.values()
+        s, want = fx.settings(NEGATIVE_SLOPE=slope), fx.group(f"slope{slope}")
+        out = tg.leaky_square_mlp(x.flatten(0, 1), up, down, s.negative_slope)
+        out = out.view(want["out"].shape)
+        fx.near(f"{slope} output", out, want["out"], "out")
+        check_backward(
+            fx, slope, out, fx.arrays["out_weight"], leaves, fx.group(f"slope{slope}.grad")
         )
-        want = fx.group(f"slope{slope}")
-        fx.close(f"{slope} output", out, want["out"], **fx.tolerance("out"))
-        (out * fx.arrays["out_weight"].float()).sum().backward()
-        for name, leaf in (("x", x), ("up", up), ("down", down)):
-            fx.close(
-                f"{slope} gradient of {name}",
-                leaf.grad,
-                want[f"grad.{name}"],
-                **fx.tolerance("grad"),
-            )
 
 
 def check_asymmetric_cap(fx: Fixture) -> None:
@@ -552,36 +545,29 @@ def check_asymmetric_cap(fx: Fixture) -> None:
     pos, neg = (torch.tensor(float(fx.meta[f"softcap_{side}"])) for side in ("pos", "neg"))
     for kind in fx.meta["facts"]:
         variant = kind.rstrip(".")
-        want, z = fx.group(variant), fx.arrays["z"].float().requires_grad_()
-        caps = [cap.clone().requires_grad_() for cap in (pos, neg)]
-        out = tg.soft_cap(z, *caps)
-        fx.close(f"{kind} function", out, want["function.out"], **fx.tolerance("function"))
-        (out * fx.arrays["z_weight"].float()).sum().backward()
-        for name, leaf in (("z", z), ("softcap_pos", caps[0]), ("softcap_neg", caps[1])):
-            fx.close(
-                f"{kind} gradient of {name}",
-                leaf.grad.reshape(want[f"function.grad.{name}"].shape),
-                want[f"function.grad.{name}"],
-                **fx.tolerance("function"),
-            )
+        want = fx.group(variant)
+        leaves = {
+            "z": fx.arrays["z"].float(),
+            "softcap_pos": pos.clone(),
+            "softcap_neg": neg.clone(),
+        }
+        out = tg.soft_cap(*(leaf.requires_grad_() for leaf in leaves.values()))
+        fx.near(f"{kind} function", out, want["function.out"], "function")
+        grads = fx.group(f"{variant}.function.grad")
+        check_backward(fx, kind, out, fx.arrays["z_weight"], leaves, grads, "function")
         env = {k: v for k, v in fx.meta["env"].items() if not k.startswith("NGRAM_")}
         masked = fx.meta["smear_gate_bos_fix"][variant] is True
-        s = dataclasses.replace(
-            fx, meta={"env": {**env, "SMEAR_GATE_BOS_FIX": int(masked)}}
-        ).settings()
+        env["SMEAR_GATE_BOS_FIX"] = int(masked)
+        s = dataclasses.replace(fx, meta={"env": env}).settings()
         model = load_model(fx, s, fx.group("param"))
         plan = tg.layer_plan(s, fx.meta["looping_active"])
         ids, targets = fx.arrays["input_ids"], fx.arrays["target_ids"]
         logits = model.logits(model.hidden(ids, plan))
-        fx.close(f"{kind} logits", logits, want["forward_logits"], **fx.tolerance("forward_logits"))
+        fx.near(f"{kind} logits", logits, want["forward_logits"], "forward_logits")
         scored = model.losses(ids, targets, plan, adapter=tg.Adapter(s, plan, len(ids)))
-        fx.close(
-            f"{kind} scored", scored, want["ttt_per_token_loss_with_zero_B"], **fx.tolerance("loss")
-        )
+        fx.near(f"{kind} scored", scored, want["ttt_per_token_loss_with_zero_B"], "loss")
         loss = model.losses(ids, targets, plan, training=True).mean()
-        fx.close(
-            f"{kind} training loss", loss, want["train_loss_eager_path"][0], **fx.tolerance("loss")
-        )
+        fx.near(f"{kind} training loss", loss, want["train_loss_eager_path"][0], "loss")
         loss.backward()
         fx.equal(
             f"{kind} caps get a gradient",
@@ -598,13 +584,8 @@ def check_logits(fx: Fixture, what: str, model, plan, layout, arrays: dict) -> N
     with torch.no_grad():
         logits = model.logits(model.hidden(ids, plan, layout)).reshape(want.shape)
         losses = model.losses(ids, targets, plan, layout)
-    fx.close(f"{what} logits", logits, want, **fx.tolerance("logits", atol=5e-5, rtol=1e-5))
-    fx.close(
-        f"{what} loss",
-        losses.mean(),
-        arrays["loss"].flatten()[0],
-        **fx.tolerance("loss", atol=1e-5),
-    )
+    fx.near(f"{what} logits", logits, want, "logits", atol=5e-5, rtol=1e-5)
+    fx.near(f"{what} loss", losses.mean(), arrays["loss"].flatten()[0], "loss", atol=1e-5)
 
 
 def check_trace(fx: Fixture, model, plan, layout, ids) -> None:
@@ -635,7 +616,7 @@ def check_rotary(fx: Fixture, model) -> None:
         kind, length = re.fullmatch(r"(cos|sin)_len(\d+)", name).groups()
         cos, sin = model.rope(int(length), torch.device("cpu"))
         got = (cos if kind == "cos" else sin).reshape(int(length), -1)
-        fx.close(f"rotary {name}", got, stored, **fx.tolerance("rotary", atol=2e-6))
+        fx.near(f"rotary {name}", got, stored, "rotary", atol=2e-6)
 
 
 def check_grads(fx: Fixture, got: dict, want: dict, tolerance: dict) -> None:
@@ -715,12 +696,7 @@ def check_ttt_masks(fx: Fixture) -> None:
             for view, value in adapter_views(adapter).items():
                 value.copy_(lora[view])
         losses = model.losses(ids, targets, plan, adapter=adapter)
-        fx.close(
-            f"{name} losses",
-            losses,
-            want[f"{name}.per_token_loss"],
-            **fx.tolerance("per_token_loss"),
-        )
+        fx.near(f"{name} losses", losses, want[f"{name}.per_token_loss"], "per_token_loss")
         losses.mean().backward()
         with torch.no_grad():
             for p in adapter.parameters():
@@ -783,7 +759,7 @@ def check_centralize_and_smooth(fx: Fixture) -> None:
                 centralize=centralize,
                 **given,
             )
-        fx.close(key, p, grads[key], **fx.tolerance("muon"))
+        fx.near(key, p, grads[key], "muon")
     # The field's fused form is no smoothing: it scales the gradient, and is not in the trainer.
     logits, targets = fx.arrays["ls.logits"], fx.arrays["ls.targets"]
     for form, share in (("plain", 0.0), ("eager", fx.meta["label_smoothing"]["label_smooth"])):
@@ -797,26 +773,19 @@ def check_centralize_and_smooth(fx: Fixture) -> None:
         model = tg.GPT(s)
         model.hidden, model.raw_logits = (lambda *_: None), (lambda *_, z=logits: z)
         loss = model.losses(targets, targets, tg.layer_plan(s, False), training=True).mean()
-        fx.close(
-            f"loss {form}", loss.reshape(1), fx.arrays[f"ls.loss_{form}"], **fx.tolerance("loss")
-        )
+        fx.near(f"loss {form}", loss.reshape(1), fx.arrays[f"ls.loss_{form}"], "loss")
         scored = model.losses(targets, targets, tg.layer_plan(s, False)).mean()
-        fx.close(
-            f"{form}, scored", scored.reshape(1), fx.arrays["ls.loss_plain"], **fx.tolerance("loss")
-        )
+        fx.near(f"{form}, scored", scored.reshape(1), fx.arrays["ls.loss_plain"], "loss")
 
 
 def check_gated_xsa(fx: Fixture) -> None:
     """XSA with and without its gate, and the gradients of everything it reads."""
     for form in ("plain", "gated"):
         leaves = {k: fx.arrays[k].float().requires_grad_() for k in ("y", "v", "alpha")}
-        out = tg.remove_own_value(
-            leaves["y"], leaves["v"], leaves["alpha"] if form == "gated" else None
-        )
-        fx.close(f"{form} output", out, fx.arrays[f"{form}.out"], **fx.tolerance("out"))
-        (out * fx.arrays["out_weight"].float()).sum().backward()
-        for name, want in fx.group(f"{form}.grad").items():
-            fx.close(f"{form} gradient of {name}", leaves[name].grad, want, **fx.tolerance("grad"))
+        y, v, alpha = leaves.values()
+        out = tg.remove_own_value(y, v, alpha if form == "gated" else None)
+        fx.near(f"{form} output", out, fx.arrays[f"{form}.out"], "out")
+        check_backward(fx, form, out, fx.arrays["out_weight"], leaves, fx.group(f"{form}.grad"))
 
 
 def check_split_lr(fx: Fixture) -> None:
@@ -837,7 +806,7 @@ def check_split_lr(fx: Fixture) -> None:
     )
     for bank, want in fx.group("grad_multiplier").items():
         got = tg.split_rates(fx.settings(**env), torch.zeros(len(want), 1, 1))
-        fx.close(f"factors of {bank}", got.flatten(), want, **fx.tolerance("grad_multiplier"))
+        fx.near(f"factors of {bank}", got.flatten(), want, "grad_multiplier")
     for bank in {k.split(".")[1] for k in fx.arrays if k.startswith("after.")}:
         for kind in ("with_split", "without_split"):
             s = fx.settings(**{**env, **({} if kind == "with_split" else {"MATRIX_LR_EARLY": 0})})
@@ -851,9 +820,7 @@ def check_split_lr(fx: Fixture) -> None:
             for k in range(len([g for g in fx.arrays if re.fullmatch(rf"grad\d+.{bank}", g)])):
                 p.grad = fx.arrays[f"grad{k}.{bank}"].float()
                 optimiser.step(1.0, s.muon_momentum)
-            fx.close(
-                f"{bank} {kind}", p, fx.arrays[f"after.{bank}.{kind}"], **fx.tolerance("after")
-            )
+            fx.near(f"{bank} {kind}", p, fx.arrays[f"after.{bank}.{kind}"], "after")
 
 
 def check_soft_round_schedule(fx: Fixture) -> None:
@@ -903,7 +870,7 @@ def check_progressive_context(fx: Fixture) -> None:
         for before, (step, _, progress, length, lr) in zip([None, *rows], rows):
             got = curriculum.at(int(step), progress)
             fx.equal(f"{name} length at {step:g}", got[0], int(length))
-            fx.close(f"{name} learning rate at {step:g}", got[2], lr, **fx.tolerance("lr_scale"))
+            fx.near(f"{name} learning rate at {step:g}", got[2], lr, "lr_scale")
             changes += [[int(step), got[0]]] if before and before[3] != got[0] else []
         fx.equal(f"{name} changes", changes, case["changes"])
     check_warmed_pairs(fx, fx.meta["compile_warmup_items"])
@@ -993,11 +960,12 @@ def check_newton_schulz(fx: Fixture) -> None:
             got = tg.orthogonalise(G, steps=case["steps"], dtype=dtype)
             fx.equal(f"{name} dtype", got.dtype, dtype)
             default = {"f64": 1e-9, "f32": 5e-5, "bf16": 0.06}[precision]
-            fx.close(
+            fx.near(
                 f"{name} {precision}",
                 got,
                 fx.arrays[f"{name}.out_{precision}"],
-                **fx.tolerance(precision, atol=default),
+                precision,
+                atol=default,
             )
 
 
@@ -1055,7 +1023,7 @@ def check_awq(fx: Fixture) -> None:
         a, size = fx.group(name), case["group_size"]
         w, h, bits, high = a["W"], a["H"], case["bits"], case["protected_bits"]
         scores = tg.group_scores(w, a["act_rms"], size)
-        fx.close(f"{name} scores", scores, a["group_scores"], **fx.tolerance("group_scores"))
+        fx.near(f"{name} scores", scores, a["group_scores"], "group_scores")
         fx.equal(f"{name} best group", int(scores.argmax()) * size, case["best_group_by_score"])
         steps = [tg.row_scales(w, n, case["clip_sigmas"]) for n in (bits, high)]
         for step, key in zip(steps, ("scale", "scale_hi")):
@@ -1088,7 +1056,7 @@ def check_input_rms(fx: Fixture) -> None:
     hessians = tap.finish().hessians
     for name, want in fx.group("act_rms").items():
         rms = tg.input_rms(s, name, hessians[tg.input_of(name)], batches[0].numel())
-        fx.close(f"rms of {name}", rms, want, **fx.tolerance("act_rms"))
+        fx.near(f"rms of {name}", rms, want, "act_rms")
 
 
 def stated_number(text: str, pattern: str) -> int:
@@ -1436,31 +1404,35 @@ def check_train_trajectory(fx: Fixture) -> None:
         got = train_run(
             fx, fx.settings(MUON_DTYPE=dtype, GRAD_ACCUM_STEPS=fx.meta["grad_accum_steps"]), want
         )
-        fx.close(
+        fx.near(
             f"{record} first loss",
             got["micro_loss"][0],
             want["micro_loss"][0],
-            **fx.tolerance("first step loss", atol=1e-5),
+            "first step loss",
+            atol=1e-5,
         )
         loss_tolerance = fx.tolerance(f"step_loss/{record}", atol=1e-4 if exact else 1e-2)
         for key in ("micro_loss", "step_loss"):
             fx.close(f"{record} {key}", got[key], want[key], **loss_tolerance)
-        fx.close(
+        fx.near(
             f"{record} grad norm",
             got["grad_norm"],
             want["grad_norm"],
-            **fx.tolerance(f"grad_norm/{record}", rtol=1e-4 if exact else 1e-2),
+            f"grad_norm/{record}",
+            rtol=1e-4 if exact else 1e-2,
         )
         fx.close(f"{record} learning rate", got["lr"], want["lr"], rtol=1e-9)
         fx.close(f"{record} momentum", got["momentum"], want["momentum"], rtol=1e-9)
         for kind in ("ema", "final"):
             stored = fx.group(f"{record}.{kind}")
             for name, value in stored.items():
-                fx.close(
+                fx.near(
                     f"{record} {kind} {name}",
                     got[kind][name],
                     value,
-                    **fx.tolerance(f"{kind}/{record}", f"ema/{record}", atol=5e-4),
+                    f"{kind}/{record}",
+                    f"ema/{record}",
+                    atol=5e-4,
                 )
             if not stored:  # bfloat16 sums depend on the machine: only the totals are stored
                 checksums(fx, f"{record} {kind}", got[kind], want[f"{kind}_checksums"], 1e-2)
@@ -1527,14 +1499,12 @@ def check_ttt_phased_eval(fx: Fixture) -> None:
     result = tg.PhasedTTT(s, tg.World(), model, val, trace=seen).run()
     fx.equal("tokens scored", result.tokens, int(final["token_count"]))
     fx.equal("bytes scored", int(result.byte_sum), int(final["byte_sum"]))
-    fx.close("loss", result.loss, final["val_loss"], **fx.tolerance("final.val_bpb", rtol=1e-5))
-    fx.close(
-        "bits per byte", result.bpb, final["val_bpb"], **fx.tolerance("final.val_bpb", rtol=1e-5)
-    )
+    fx.near("loss", result.loss, final["val_loss"], "final.val_bpb", rtol=1e-5)
+    fx.near("bits per byte", result.bpb, final["val_bpb"], "final.val_bpb", rtol=1e-5)
     seen.compare()
     got = tg.field_views({n: p.detach() for n, p in model.named_parameters()})
     for name, want in fx.group("final_param").items():
-        fx.close(f"final {name}", got[name], want, **fx.tolerance("final_param", atol=5e-5))
+        fx.near(f"final {name}", got[name], want, "final_param", atol=5e-5)
     if "final_param_checksums" in meta:
         checksums(fx, "final", got, meta["final_param_checksums"], 2e-5)
 
@@ -1637,11 +1607,12 @@ class Seen:
                 fx.equal(f"chunk {k} {key}", got[key], fx.arrays[f"chunk{k}.{key}"])
         for key in (f"chunk{k}.per_token_loss", f"chunk{k}.per_token_loss_as_scored"):
             if key in fx.arrays:
-                fx.close(
+                fx.near(
                     f"chunk {k} losses",
                     got["losses"],
                     fx.arrays[key],
-                    **fx.tolerance("chunk per_token_loss", atol=5e-5),
+                    "chunk per_token_loss",
+                    atol=5e-5,
                 )
 
 
@@ -1768,20 +1739,15 @@ def check_eval_tail(fx: Fixture) -> None:
         if case["targets_scored"] == len(stream) - 1:
             fx.equal(f"{name} targets", whole.tokens, case["targets_scored"])
             fx.equal(f"{name} bytes", whole.byte_sum, case["byte_sum"])
-            fx.close(f"{name} loss", whole.loss_sum, case["loss_sum"], **fx.tolerance("loss_sum"))
-            fx.close(f"{name} bits per byte", whole.bpb, case["bpb"], **fx.tolerance("bpb"))
+            fx.near(f"{name} loss", whole.loss_sum, case["loss_sum"], "loss_sum")
+            fx.near(f"{name} bits per byte", whole.bpb, case["bpb"], "bpb")
         total = 0
         for rank, begin in zip(case["ranks"], first_targets(case), strict=True):
             what = f"{name} rank {rank['rank']}"
             end = (
                 check_packed_rows(fx, what, stream[begin:], s.eval_seq_len, rank["batches"]) + begin
             )
-            fx.close(
-                f"{what} loss",
-                losses[begin:end].sum(),
-                rank["loss_sum"],
-                **fx.tolerance("loss_sum"),
-            )
+            fx.near(f"{what} loss", losses[begin:end].sum(), rank["loss_sum"], "loss_sum")
             fx.equal(f"{what} bytes", int(nbytes[begin:end].sum()), int(rank["bytes"]))
             total += end - begin
         fx.equal(f"{name} targets of all ranks", total, case["targets_scored"])
@@ -1888,13 +1854,13 @@ def check_tilted(fx: Fixture, s: tg.Settings, model, tokens: np.ndarray, name: s
     want, (hints, chosen, boost) = fx.arrays, choice_of(s, model, tokens)
     if f"{name}.hint" in want:
         fx.equal(f"{name}.hint", chosen, want[f"{name}.hint"])
-        fx.close(f"{name}.beta", boost, want[f"{name}.beta"], **fx.tolerance("beta"))
+        fx.near(f"{name}.beta", boost, want[f"{name}.beta"], "beta")
     model.s = s
     scorer = tg.Scorer(s, tg.World(), model)
     val = tg.Validation.of(tokens)
     val.hints = hints
     scorer.windows(val, s.eval_stride)
-    fx.close(f"{name}.nll", scorer.ledger.loss, want[f"{name}.nll"], **fx.tolerance("nll"))
+    fx.near(f"{name}.nll", scorer.ledger.loss, want[f"{name}.nll"], "nll")
     return scorer.ledger.loss.double().numpy()
 
 
@@ -1914,12 +1880,9 @@ def check_whole_evaluation(fx: Fixture, config: str, nll: np.ndarray, whole: dic
         whole["scored_positions_counted"],
     )
     fx.equal(f"{config} targets", int((times > 0).sum()), whole["distinct_positions"])
-    fx.close(f"{config} mean loss", loss / times.sum(), whole["mean_nll"], **fx.tolerance("bpb"))
-    fx.close(
-        f"{config} bits per byte",
-        loss / (times * nbytes).sum() / math.log(2),
-        whole["bpb"],
-        **fx.tolerance("bpb"),
+    fx.near(f"{config} mean loss", loss / times.sum(), whole["mean_nll"], "bpb")
+    fx.near(
+        f"{config} bits per byte", loss / (times * nbytes).sum() / math.log(2), whole["bpb"], "bpb"
     )
 
 
@@ -1946,11 +1909,11 @@ def check_ngram_token_only(fx: Fixture) -> None:
                     for t in (y, *hint[:, at])
                 ]
             )
-            fx.close(
+            fx.near(
                 f"{config} losses",
                 tg.tilt(s, losses, y, hint[:, at], confidence[:, at]),
                 want["tilt.nll"],
-                **fx.tolerance("nll"),
+                "nll",
             )
 
 
@@ -1963,7 +1926,7 @@ def check_corrector(fx: Fixture) -> None:
     def loss(z):
         return torch.nn.functional.cross_entropy(z, y, reduction="none")
 
-    fx.close("base nll", loss(logits), want["nll_base"], **fx.tolerance("nll"))
+    fx.near("base nll", loss(logits), want["nll_base"], "nll")
     for config, meta in fx.meta["configs"].items():
         s = fx.settings(
             VOCAB_SIZE=fx.meta["vocab"],
@@ -1972,31 +1935,21 @@ def check_corrector(fx: Fixture) -> None:
         )
         group, at, bias = fx.group(config), want["positions"], bias_by_chunks(s, tokens, 1)
         fx.equal(f"{config} orders", tg.Corrector(s).orders, meta["orders_as_used"])
-        fx.close(f"{config} bias", bias[at], group["bias"], **fx.tolerance("bias"))
-        fx.close(
-            f"{config} logits",
-            (logits + bias)[at],
-            group["corrected_logits"],
-            **fx.tolerance("bias"),
-        )
-        fx.close(f"{config} nll", loss(logits + bias), group["nll"], **fx.tolerance("nll"))
+        fx.near(f"{config} bias", bias[at], group["bias"], "bias")
+        fx.near(f"{config} logits", (logits + bias)[at], group["corrected_logits"], "bias")
+        fx.near(f"{config} nll", loss(logits + bias), group["nll"], "nll")
         for name, stored in group.items():
             if chunk := key.fullmatch(name):
                 got = loss(logits + bias_by_chunks(s, tokens, int(chunk.group(1))))
-                fx.close(f"{config} {name}", got, stored, **fx.tolerance("nll"))
+                fx.near(f"{config} {name}", got, stored, "nll")
         rounded = logits + bias.bfloat16().float()
-        fx.close(
+        fx.near(
             f"{config} rounded",
             loss(rounded),
             group["nll_with_bfloat16_bias"],
-            **fx.tolerance("nll_with_bfloat16_bias"),
+            "nll_with_bfloat16_bias",
         )
-        fx.close(
-            f"{config} reset",
-            tg.Corrector(s).bias(),
-            group["bias_after_reset"],
-            **fx.tolerance("bias"),
-        )
+        fx.near(f"{config} reset", tg.Corrector(s).bias(), group["bias_after_reset"], "bias")
 
 
 def bias_by_chunks(s: tg.Settings, tokens: list[int], chunk: int) -> torch.Tensor:
@@ -2037,7 +1990,7 @@ def check_logit_calibration(fx: Fixture) -> None:
         model = TableModel(s, table)
         raw, losses = tg.fit_calibration(s, model, tokens)
         tolerance = fx.tolerance("scale/group_weights", atol=1e-5)
-        fx.close(f"{name} steps", losses, want["cross_entropy_per_step"], **fx.tolerance("nll"))
+        fx.near(f"{name} steps", losses, want["cross_entropy_per_step"], "nll")
         fx.close(
             f"{name} weights",
             raw,
@@ -2048,61 +2001,55 @@ def check_logit_calibration(fx: Fixture) -> None:
         fx.close(f"{name} scale", scale, want["scale"][0], **tolerance)
         fx.close(f"{name} bias", bias, want["bias"], **tolerance)
         losses = model.losses(x, y, tg.layer_plan(s, True))[0]
-        fx.close(f"{name} nll", losses, want["eval.nll"], **fx.tolerance("nll"))
+        fx.near(f"{name} nll", losses, want["eval.nll"], "nll")
 
 
 def check_prequant(fx: Fixture) -> None:
     """Epochs over the validation tokens: batches, losses, norms and weights; or the shares of the ranks."""
     if "n_seq" in fx.meta:
-        s = fx.settings(TRAIN_SEQ_LEN=32, PREQUANT_TTT_BATCH_SEQS=fx.meta["n_seq"])
-        for want in fx.meta["ranks"]:
-            world = tg.World(want["rank"], len(fx.meta["ranks"]))
-            rows = np.concatenate(tg.prequant_batches(s, 32 * fx.meta["n_seq"] + 1, world))
-            share = np.arange(want["first_sequence"], want["last_sequence_exclusive"])
-            fx.equal(f"rows of rank {want['rank']}", rows, share)
-        return
-    env = {k: v for k, v in fx.meta.get("env", {}).items() if k.startswith("PREQUANT_")}
-    own = {
-        k.upper().replace("TTT_", "PREQUANT_TTT_"): v
-        for k, v in fx.meta.get("settings", {}).items()
-    }
-    if own:
-        own["PREQUANT_TTT_FORM"] = "overlapping"
-    given = {k.lower(): str(v) for k, v in {**env, **own}.items()}
-    known = {f.name: f for f in dataclasses.fields(tg.Settings)}
-    s = dataclasses.replace(
-        older_settings(fx),
-        prequant_ttt_enabled=True,
-        **{k: tg.parse_setting(known[k], v) for k, v in given.items()},
-    )
-    model = tg.GPT(s)
-    views = (tg.field_views if "param.qo_bank" in fx.arrays else tg.matrix_views)(
-        {n: p.data for n, p in model.named_parameters()}
-    )
-    for name, value in fx.group("param").items():
-        views[name].copy_(value)
+        return check_shares(fx)
+    s = prequant_settings(fx)
+    model, views = older_model(fx, s)
     tokens, steps = fx.arrays["val_tokens"].numpy(), []
     batches = tg.prequant_batches(s, len(tokens), tg.World())
     fx.equal("rows per batch", [len(b) for b in batches], fx.meta["rows_per_batch"])
     if "first_epoch_row_starts" in fx.arrays:
-        fx.equal("rows", np.stack(batches) * s.train_seq_len, fx.arrays["first_epoch_row_starts"])
+        want = fx.arrays[
+            "first_epoch_row_starts"
+        ].flatten()  # a shorter batch may be filled up with -1
+        fx.equal("rows", np.concatenate(batches) * s.train_seq_len, want[want >= 0])
     tg.prequant_ttt(s, tg.World(), model, tokens, lambda **step: steps.append(step))
-    for key, stored in (
-        ("loss", "batch_loss"),
-        ("lr", "batch_lr"),
-        ("grad_norm", "batch_grad_norm_before_clip"),
-    ):
-        fx.close(
-            stored,
-            np.array([step[key] for step in steps]),
-            fx.arrays[stored],
-            **fx.tolerance(stored, rtol=1e-3),
-        )
+    names = {"loss": "batch_loss", "lr": "batch_lr", "grad_norm": "batch_grad_norm_before_clip"}
+    for key, stored in names.items():
+        got = np.array([step[key] for step in steps])
+        fx.near(stored, got, fx.arrays[stored], stored, rtol=1e-3)
     for name, value in fx.group("after").items():
-        fx.close(f"after {name}", views[name], value, **fx.tolerance("after"))
+        fx.near(f"after {name}", views[name], value, "after")
     before = fx.group("param")
     for name in fx.meta["frozen"]:
         fx.equal(f"frozen {name}", views[name], before[name])
+
+
+def check_shares(fx: Fixture) -> None:
+    """The sequences of every rank, whatever their length is."""
+    length, count = 32, fx.meta["n_seq"]
+    s = fx.settings(TRAIN_SEQ_LEN=length, PREQUANT_TTT_BATCH_SEQS=count)
+    for want in fx.meta["ranks"]:
+        world = tg.World(want["rank"], len(fx.meta["ranks"]))
+        rows = np.concatenate(tg.prequant_batches(s, length * count + 1, world))
+        share = np.arange(want["first_sequence"], want["last_sequence_exclusive"])
+        fx.equal(f"rows of rank {want['rank']}", rows, share)
+
+
+def prequant_settings(fx: Fixture) -> tg.Settings:
+    """Named in `env`, or, by the system whose batches overlap, in `settings` without their prefix."""
+    given = {k: v for k, v in fx.meta.get("env", {}).items() if k.startswith("PREQUANT_")}
+    for name, value in fx.meta.get("settings", {}).items():
+        given["PREQUANT_TTT_FORM"] = "overlapping"
+        given[name.upper().replace("TTT_", "PREQUANT_TTT_")] = value
+    known = {field.name.upper(): field for field in dataclasses.fields(tg.Settings)}
+    parsed = {k.lower(): tg.parse_setting(known[k], str(v)) for k, v in given.items()}
+    return dataclasses.replace(older_settings(fx), prequant_ttt_enabled=True, **parsed)
 
 
 # --------------------------------------------------------------------------------------------------
