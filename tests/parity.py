@@ -1491,9 +1491,8 @@ def check_ttt_phased_eval(fx: Fixture) -> None:
     val, final = validation_stream(fx, s), meta["final"]
     seen = Seen(fx, val.target_bytes)
     fx.equal("tokens of the stream", len(val.tokens), meta["val_tokens"])
-    fx.equal(
-        "documents", np.stack([val.documents.start, val.documents.length], 1), fx.arrays["docs"]
-    )
+    documents, want = np.stack([val.documents.start, val.documents.length], 1), fx.arrays["docs"]
+    fx.equal("documents", documents, want[want[:, 1] > 1])  # one token predicts nothing
     val.documents = val.documents.sample(s.val_doc_fraction, s.seed)
     val.hints = tg.Hints.build(s, tg.World(), val, adapting=True)
     result = tg.PhasedTTT(s, tg.World(), model, val, trace=seen).run()
@@ -1803,7 +1802,7 @@ def check_ngram_agreement(fx: Fixture) -> None:
         shape = dict(EVAL_STRIDE=whole["stride"], EVAL_SEQ_LEN=whole["seq_len"])
         model = TableModel(ngram_settings(fx, meta["settings"], **shape), want["base_logits_table"])
         stored = {
-            name.split(".")[1] for name in want if re.fullmatch(rf"{config}\.\w+\.hint", name)
+            name.split(".")[1] for name in want if re.fullmatch(rf"{re.escape(config)}\.\w+\.hint", name)
         }
         for variant in sorted(stored):
             name = f"{config}.{variant}"

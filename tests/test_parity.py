@@ -163,12 +163,6 @@ def arrays_of(folder, stem: str) -> dict[str, torch.Tensor]:
     return dict(folder.load(stem))
 
 
-def renamed(arrays: dict, names: dict[str, str]) -> dict:
-    """Arrays whose names' first part is renamed; those of other first parts stay."""
-    split = {name: name.partition(".") for name in arrays}
-    return {names.get(a, a) + dot + b: arrays[name] for name, (a, dot, b) in split.items()}
-
-
 def one_fixture(tmp_path, folder: str, meta: dict, arrays: dict, thinned: bool = False) -> str:
     """The verdict on a set of one fixture."""
     write_set(tmp_path, folder, "mine", meta, arrays)
@@ -317,32 +311,6 @@ def test_another_corrector(tmp_path):
     assert "mine nll_chunk5" in one_fixture(tmp_path, "ngram_corrector_two", meta, arrays)
 
 
-def test_schedules_of_other_names(tmp_path, packed):
-    folder = packed["progressive_context"]
-    meta, arrays = meta_of(folder, "progressive_context"), arrays_of(folder, "progressive_context")
-    for kind in ("schedules", "trajectories"):
-        meta[kind] = {f"plan {k}": v for k, v in reversed(meta[kind].items())}
-    names = {name.partition(".")[0] for name in arrays if name.endswith(".trajectory")}
-    arrays = renamed(arrays, {name: f"plan {name}" for name in names})
-    (tmp_path / "progressive_context").mkdir()
-    (tmp_path / "progressive_context/shards").symlink_to(folder.path / "shards")
-    assert one_fixture(tmp_path, "progressive_context", meta, arrays, thinned=True).startswith("ok")
-    meta["compile_warmup_items"]["auto"].pop()
-    assert "pairs warmed up" in one_fixture(
-        tmp_path, "progressive_context", meta, arrays, thinned=True
-    )
-
-
-def test_an_older_model_whose_modes_have_other_names(tmp_path, packed):
-    folder = packed["gpt_forward_1550"]
-    meta, arrays = meta_of(folder, "gpt_forward_1550"), arrays_of(folder, "gpt_forward_1550")
-    names = {"recurrence_on": "twice", "recurrence_off": "once"}
-    meta["modes"] = {names[k]: v for k, v in reversed(meta["modes"].items())}
-    assert one_fixture(
-        tmp_path, "gpt_forward_old", meta, renamed(arrays, names), thinned=True
-    ).startswith("ok")
-
-
 def agreement(tmp_path, folder, meta: dict, arrays: dict, thinned: bool) -> str:
     """The verdict on a made-up agreement of experts with the packed tokenizer."""
     (tmp_path / "ngram_agreement").mkdir(exist_ok=True)
@@ -419,6 +387,57 @@ def test_windows_beyond_an_uneven_end(tmp_path, packed):
         "none.token_expert_only.nll": nll.float(),
     }
     assert agreement(tmp_path, folder, meta, kept, thinned=False).startswith("ok")
+
+
+NAMED = ("cases", "configs", "masks", "modes", "runs", "schedules", "tokenizers", "trajectories", "variants")
+
+
+def renamed(meta: dict, arrays: dict) -> tuple[dict, dict]:
+    """The same fixture with its variants under other names, and everything in the opposite order."""
+    names = {}
+    for key in NAMED:
+        if isinstance(meta.get(key), dict):
+            names.update((name, f"other {name}") for name in meta[key])
+            meta[key] = {names[name]: value for name, value in reversed(meta[key].items())}
+    if "first_variant" in meta:
+        meta["first_variant"] = names[meta["first_variant"]]
+    moved = {}
+    for name, array in reversed(arrays.items()):
+        first, dot, rest = name.partition(".")
+        moved[names.get(first, first) + dot + rest] = array
+    return meta, moved
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bigram_hash",
+        "gpt_forward_1550",
+        "gptq_percentile",
+        "lqer_variants",
+        "ngram_corrector",
+        "progressive_context",
+        "ttt_masks",
+    ],
+)
+def test_other_names_and_orders(tmp_path, packed, name):
+    folder = packed[name]
+    (stem,) = folder.texts
+    meta, arrays = renamed(meta_of(folder, stem), arrays_of(folder, stem))
+    (tmp_path / name).mkdir()
+    if (folder.path / "shards").exists():
+        (tmp_path / name / "shards").symlink_to(folder.path / "shards")
+    assert one_fixture(tmp_path, name, meta, arrays, thinned=True).startswith("ok")
+
+
+def test_a_warm_up_that_no_schedule_gives_fails(tmp_path, packed):
+    folder = packed["progressive_context"]
+    meta, arrays = meta_of(folder, folder.name), arrays_of(folder, folder.name)
+    meta["compile_warmup_items"]["auto"].pop()
+    (tmp_path / folder.name).mkdir()
+    (tmp_path / folder.name / "shards").symlink_to(folder.path / "shards")
+    verdict = one_fixture(tmp_path, folder.name, meta, arrays, thinned=True)
+    assert verdict.startswith("FAIL pairs warmed up")
 
 
 def test_some_matrices_in_one_precision(tmp_path, packed):
