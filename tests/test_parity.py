@@ -1,5 +1,6 @@
 """The recorded reference numbers hold, packed without loss; and other sets of the schema are run as well."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -12,7 +13,7 @@ import numpy as np
 import parity
 import pytest
 import torch
-from conftest import ROOT, write_shard
+from conftest import ROOT, settings, write_shard
 
 PLAIN = ROOT.parent / "shared" / "parity"
 
@@ -456,6 +457,19 @@ def test_ranks_of_another_number(tmp_path):
         for r, (a, b) in enumerate(itertools.pairwise(edges))
     ]
     assert one_fixture(tmp_path, "prequant_ttt", {"n_seq": 10, "ranks": ranks}, {}).startswith("ok")
+
+
+@pytest.mark.parametrize("tokens", [33, 34, 64, 65, 97, 129, 130, 257, 258, 290])
+def test_overlapping_batches_of_a_stream_of_any_length(tokens):
+    length, size = 32, 4
+    want = []
+    for start in range(0, tokens - 1 - length, length * size):
+        last = min(start + length * size, tokens - 1 - length)
+        want.append(list(range(start, last + 1, length)))
+    s = settings(TRAIN_SEQ_LEN=length)
+    s = dataclasses.replace(s, prequant_ttt_batch_seqs=size, prequant_ttt_form="overlapping")
+    got = parity.tg.prequant_batches(s, tokens, parity.tg.World())
+    assert [(rows * length).tolist() for rows in got] == want
 
 
 def test_what_cannot_be_read_fails_by_name(tmp_path):
