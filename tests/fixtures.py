@@ -126,7 +126,8 @@ class Folder:
 
     def __init__(self, path: Path):
         self.path, self.loaded, self.compared = path, {}, set()
-        self.texts = {p.stem: p.read_text() for p in sorted(path.glob("*.json"))}
+        texts = {p.stem: p.read_bytes() for p in sorted(path.glob("*.json"))}
+        self.texts = {stem: text.decode(errors="replace") for stem, text in texts.items()}
 
     @property
     def name(self) -> str:

@@ -111,6 +111,24 @@ def test_what_is_thinned_keeps_its_bits(tmp_path):
         assert bits(thinned[name]) == bits(arrays[name])
 
 
+@pytest.mark.parametrize("step, kept", [(1, 77), (5, 17)])
+def test_a_set_is_run_packed_and_run_again(tmp_path, capsys, step, kept):
+    meta, arrays = made_up_corrector()
+    arrays["unread"] = torch.ones(5)
+    write_set(tmp_path / "plain", "ngram_corrector", "x", meta, arrays)
+    assert parity.main(["--pack", str(tmp_path / "plain"), str(tmp_path / "packed"), str(step)]) == 0
+    for root, choice in itertools.product(("plain", "packed"), ([], ["ngram_*"], ["*/x"])):
+        assert parity.main([str(tmp_path / root), *choice]) == 0
+        assert capsys.readouterr().out.endswith("1 passed, 0 failed, 0 skipped\n")
+    assert parity.main([str(tmp_path / "packed"), "another"]) == 1
+    with fixtures.FixtureSet(tmp_path / "packed") as found:
+        (folder,) = found.folders()
+        restored = folder.arrays("x")
+    assert set(restored) == set(arrays) - {"unread"}
+    assert (~restored["mine.nll"].isnan()).sum() in (kept - 1, kept)
+    assert all(bits(restored[name]) == bits(arrays[name]) for name in ("tokens", "logits"))
+
+
 @pytest.fixture(scope="module")
 def packed():
     """The packed folders by name."""
@@ -275,7 +293,8 @@ def corrected(
     return np.stack(rows)
 
 
-def test_another_corrector(tmp_path):
+def made_up_corrector() -> tuple[dict, dict]:
+    """A fixture of a corrector with other orders, chunks and sizes."""
     vocab, alpha, orders = 24, 0.45, [4, 2, 1]
     tokens = np.resize(odd_stream(8, vocab, 41), 77)
     z = torch.from_numpy(np.random.default_rng(2).normal(size=(77, vocab))).half()
@@ -306,7 +325,12 @@ def test_another_corrector(tmp_path):
         "nll_with_bfloat16_bias": {"atol": 2e-3},
     }
     config = {"alpha": alpha, "orders": orders, "orders_as_used": sorted(orders)}
-    meta = {"vocab": vocab, "configs": {"mine": config}, "tolerance": tolerance}
+    meta = {"fixture": "x", "vocab": vocab, "configs": {"mine": config}, "tolerance": tolerance}
+    return meta, arrays
+
+
+def test_another_corrector(tmp_path):
+    meta, arrays = made_up_corrector()
     assert one_fixture(tmp_path, "ngram_corrector_two", meta, arrays).startswith("ok")
     arrays["mine.nll_chunk5"][3] += 1e-3
     assert "mine nll_chunk5" in one_fixture(tmp_path, "ngram_corrector_two", meta, arrays)
