@@ -1718,7 +1718,8 @@ def check_eval_tail(fx: Fixture) -> None:
 
     The trainer scores every target. Where the reference drops some, those it did score are summed up.
     """
-    shards, table = fx.meta["shards"].split()[0], fx.arrays["logits_table"]
+    shards, *_ = fx.meta.get("shards", "shards").split()
+    table = fx.arrays["logits_table"]
     stream = tokens_of(fx, f"{shards}/fineweb_val_*.bin")
     nbytes = tokens_of(fx, f"{shards}/fineweb_val_bytes_*.bin")[1:].astype(np.int64)
     fx.equal("tokens of the stream", len(stream), fx.meta["n_tokens"])
@@ -1743,9 +1744,8 @@ def check_eval_tail(fx: Fixture) -> None:
         total = 0
         for rank, begin in zip(case["ranks"], first_targets(case), strict=True):
             what = f"{name} rank {rank['rank']}"
-            end = (
-                check_packed_rows(fx, what, stream[begin:], s.eval_seq_len, rank["batches"]) + begin
-            )
+            rows = check_packed_rows(fx, what, stream[begin:], s.eval_seq_len, rank["batches"])
+            end = begin + rows
             fx.near(f"{what} loss", losses[begin:end].sum(), rank["loss_sum"], "loss_sum")
             fx.equal(f"{what} bytes", int(nbytes[begin:end].sum()), int(rank["bytes"]))
             total += end - begin
@@ -1757,7 +1757,8 @@ def first_targets(case: dict) -> list[int]:
     or whole sequences, of which each rank drops what does not fill its last row."""
     targets, size, length = case["val_tokens_kept"] - 1, case["world_size"], case["seq_len"]
     if case["targets_scored"] == targets:
-        return [targets * rank["rank"] // size for rank in case["ranks"]]
+        shares = [sum(batch["n"] for batch in rank["batches"]) for rank in case["ranks"]]
+        return list(itertools.accumulate(shares[:-1], initial=0))
     return [targets // length * rank["rank"] // size * length for rank in case["ranks"]]
 
 
