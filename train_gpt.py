@@ -5036,7 +5036,9 @@ def prequant_batches(s: Settings, tokens: int, world: World) -> list[np.ndarray]
     """Rows (by number, TRAIN_SEQ_LEN targets each) of this rank's batches; every rank has as many."""
     rows, size = (tokens - 1) // s.train_seq_len, s.prequant_ttt_batch_seqs
     if s.prequant_ttt_form == "overlapping":
-        return [np.arange(k, min(k + size + 1, rows)) for k in range(0, rows - 1, size)]
+        # As published, the last row begins a batch only if tokens are left over behind it.
+        begins = range(0, -((1 - tokens) // s.train_seq_len) - 1, size)
+        return [np.arange(k, min(k + size + 1, rows)) for k in begins]
     begin, end = (rows * r // world.size for r in (world.rank, world.rank + 1))
     return [np.arange(k, min(k + size, end)) for k in range(begin, begin - (-rows // world.size), size)]
 
