@@ -1,12 +1,14 @@
-"""What each mechanism is worth: runs that differ from one configuration by one thing, seed by seed.
+"""What each mechanism is worth: runs that differ from one configuration by one thing,
+seed by seed.
 
     set -a; . configs/best.env; . my_sizes.env; set +a; python tools/ablate.py runs/ablation --seeds 1 2 3
 
-The environment is the configuration, and every row changes what it names. Rows of TRAINED are trained and
-scored by their averaged weights (prequant_val_bpb); rows of SCORED start from the weights of the base and are
-scored by the artifact (val_bpb). Finished runs of the same settings are taken up again, others are run anew;
-a folder with a finished run of other settings is refused. The table shows the paired difference over
-seeds with its standard error: negative means that the change helps.
+The environment is the configuration, and every row changes what it names. Rows of
+TRAINED are trained and scored by their averaged weights (prequant_val_bpb); rows of
+SCORED start from the weights of the base and are scored by the artifact (val_bpb).
+Finished runs of the same settings are taken up again, others are run anew; a folder
+with a finished run of other settings is refused. The table shows the paired difference
+over seeds with its standard error: negative means that the change helps.
 """
 
 from __future__ import annotations
@@ -93,7 +95,8 @@ SCORED = {
 
 
 def run(folder: Path, changes: str, **more: str) -> dict | None:
-    """The summary of one run, run now unless it is there; None when it failed (its log stays)."""
+    """The summary of one run, run now unless it is there; None when it failed (its log
+    stays)."""
     env = {**os.environ, **dict(c.split("=", 1) for c in changes.split()), **more,
            "ARTIFACT_DIR": str(folder)}
     if not is_done(folder, env):
@@ -107,7 +110,8 @@ def run(folder: Path, changes: str, **more: str) -> dict | None:
 
 
 def given_settings(folder: Path, env: dict) -> dict[str, str]:
-    """What the environment sets of the settings that the run in the folder names in its summary."""
+    """What the environment sets of the settings that the run in the folder names in its
+    summary."""
     names = load_run(folder).summary["settings"]
     return {k: env[k] for k in sorted(names) if k in env}
 

@@ -1,14 +1,17 @@
-"""Where a step's time must go: FLOPs and bytes of every group of operators, the floor they set, the time.
+"""Where a step's time must go: FLOPs and bytes of every group of operators, the floor
+they set, the time.
 
     python tools/bench.py --account
 
-The groups call the trainer's own functions. On the meta device every operator is seen, none is run: products
-give FLOPs, and each tensor read or written gives bytes. Two sums of bytes bracket what a compiled step moves:
+The groups call the trainer's own functions. On the meta device every operator is seen,
+none is run: products give FLOPs, and each tensor read or written gives bytes. Two sums
+of bytes bracket what a compiled step moves:
 
     least      what one perfect kernel for the group would move: inputs, outputs and their gradients
     unfused    every operator's inputs and outputs, as the framework would run them one by one
 
-The floor is the larger of FLOPs / peak and least bytes / bandwidth; "unfused" the same with the other sum.
+The floor is the larger of FLOPs / peak and least bytes / bandwidth; "unfused" the same
+with the other sum.
 """
 from __future__ import annotations
 
@@ -52,7 +55,8 @@ def size(tensors) -> float:
 
 
 def counter(torch):
-    """A dispatch mode that sums FLOPs of products and bytes of every operator that is no view."""
+    """A dispatch mode that sums FLOPs of products and bytes of every operator that is
+    no view."""
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
     from torch.utils.flop_counter import flop_registry
@@ -76,7 +80,8 @@ def counter(torch):
 
 
 def run(torch, case: Case) -> float:
-    """One call, forward and, where inputs are differentiated, backward; returns the least bytes to move."""
+    """One call, forward and, where inputs are differentiated, backward; returns the
+    least bytes to move."""
     out = case.call()
     least, leaves = size(case.inputs) + size(out), [x for x in case.inputs if x.requires_grad]
     if leaves:           # backward reads inputs and the outputs' gradients, writes the inputs'
@@ -86,14 +91,16 @@ def run(torch, case: Case) -> float:
 
 
 def count(torch, case: Case) -> Line:
-    """Counts of one call whose tensors are on the meta device. A fused attention moves the least bytes."""
+    """Counts of one call whose tensors are on the meta device. A fused attention moves
+    the least bytes."""
     with counter(torch) as mode:
         least = run(torch, case)
     return Line(case.name, case.times, case.flops or mode.flops, least, least if case.flops else mode.bytes)
 
 
 def train_cases(tg, torch, s, device, tokens: int, share: int) -> list[Case]:
-    """The groups of one rank's training step: `tokens` in one micro-batch, 1/share of Muon's matrices."""
+    """The groups of one rank's training step: `tokens` in one micro-batch, 1/share of
+    Muon's matrices."""
     half, d, kv = torch.bfloat16, s.model_dim, s.kv_dim
     slots = tuple(tg.layer_plan(s, looping).slots for looping in (False, True))
     plans = [tg.layer_plan(s, looping) for looping in (False, True)]
@@ -183,7 +190,8 @@ def optimiser_cases(tg, torch, s, device, share: int) -> list[Case]:
 
 
 def ttt_cases(tg, torch, s, device, documents: int) -> list[Case]:
-    """One step of test-time training: a chunk of `documents` scored over a full cache, and its backward."""
+    """One step of test-time training: a chunk of `documents` scored over a full cache,
+    and its backward."""
     plan, chunk = tg.layer_plan(s, True), tg.chunk_steps(s)[0][1]
     model = tg.GPT(s).to(device).requires_grad_(False)
     model.compute_dtype = torch.bfloat16
@@ -213,7 +221,8 @@ def ttt_cases(tg, torch, s, device, documents: int) -> list[Case]:
 
 
 def gptq_cases(tg, torch, s, device) -> list[Case]:
-    """Hessians of one micro-batch's inputs are products; here the rounding itself, per shape of matrix."""
+    """Hessians of one micro-batch's inputs are products; here the rounding itself, per
+    shape of matrix."""
     shapes = {"queries and outputs": (2 * s.num_layers, s.model_dim, s.model_dim),
               "keys and values": (2 * s.num_layers, s.kv_dim, s.model_dim),
               "MLP up": (s.num_layers, s.hidden_dim, s.model_dim),
@@ -234,7 +243,8 @@ def gptq_cases(tg, torch, s, device) -> list[Case]:
 
 
 def show(lines: list[Line], peak: float, bandwidth: float, looping: bool) -> str:
-    """The table of one step; counts and times are those of all calls of a group, the last row their sums."""
+    """The table of one step; counts and times are those of all calls of a group, the
+    last row their sums."""
     rows, sums = [], [0.0] * 7
     for line in lines:
         n, floor, unfused = line.times[looping], line.floor(peak, bandwidth), line.bound(peak, bandwidth)
@@ -249,7 +259,8 @@ def show(lines: list[Line], peak: float, bandwidth: float, looping: bool) -> str
 
 
 def account(b, counts_only: bool) -> str:
-    """The tables of a training step, of a step of test-time training, and of GPTQ. b: tools.bench.Bench."""
+    """The tables of a training step, of a step of test-time training, and of GPTQ. b:
+    tools.bench.Bench."""
     tg, torch, s, meta = b.tg, b.torch, b.settings, b.torch.device("meta")
     tokens, documents = s.train_batch_tokens, s.ttt_batch_size
     peak, bandwidth = H100

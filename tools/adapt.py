@@ -1,14 +1,16 @@
-"""Ways of test-time training side by side: the same model, the same documents, paired differences.
+"""Ways of test-time training side by side: the same model, the same documents, paired
+differences.
 
     python tools/adapt.py runs/demo/final_model.int6.ptz --out runs/adapt --max-tokens 1000 \\
         'none: TTT_LORA_LR=0' 'fast: TTT_LORA_LR=1e-3' 'exact: TTT_KV_REUSE=0 TTT_LORA_LR=1e-3'
 
-Settings are the environment's, each row changes some of them; TTT_ENABLED=0 is a row of sliding windows at
-EVAL_STRIDE. Documents come from the validation shards of DATA_PATH: to choose a learning rate, point it at
-held-out training documents. Differences are against the first row and against --reference, in nats per token,
-with standard errors over documents; the two halves are the even and the odd documents, so that what is chosen
-on one can be reported on the other. Rows already in the --out folder are read, not run again, where artifact,
-settings and documents are the same.
+Settings are the environment's, each row changes some of them; TTT_ENABLED=0 is a row of
+sliding windows at EVAL_STRIDE. Documents come from the validation shards of DATA_PATH:
+to choose a learning rate, point it at held-out training documents. Differences are
+against the first row and against --reference, in nats per token, with standard errors
+over documents; the two halves are the even and the odd documents, so that what is
+chosen on one can be reported on the other. Rows already in the --out folder are read,
+not run again, where artifact, settings and documents are the same.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ def identity(s, artifact: Path, keep: tuple[int, int, int]) -> str:
 
 
 def measure(tg, s, artifact: Path, keep: tuple[int, int, int]) -> tuple[Row, np.ndarray]:
-    """The row of settings s, and the documents' lengths. keep: their number, fewest and most tokens."""
+    """The row of settings s, and the documents' lengths. keep: their number, fewest and
+    most tokens."""
     world = tg.World.join({})
     tg.set_up(s, world)
     model, val, (count, low, high) = tg.build_model(s, world), tg.Validation(s), keep
@@ -69,7 +72,8 @@ def measure(tg, s, artifact: Path, keep: tuple[int, int, int]) -> tuple[Row, np.
 
 
 def paired(difference: np.ndarray, lengths: np.ndarray) -> tuple[float, float]:
-    """Mean of a difference (targets,) per token, and its standard error over documents of these lengths."""
+    """Mean of a difference (targets,) per token, and its standard error over documents
+    of these lengths."""
     sums = np.add.reduceat(difference, np.cumsum(lengths) - lengths)
     mean, n = sums.sum() / lengths.sum(), len(lengths)
     spread = np.square(sums - mean * lengths).sum() * n / max(n - 1, 1)
@@ -77,14 +81,16 @@ def paired(difference: np.ndarray, lengths: np.ndarray) -> tuple[float, float]:
 
 
 def shown(row: Row, other: Row, lengths: np.ndarray, pick: np.ndarray) -> str:
-    """Paired difference of two rows over the picked targets (bool), as mean ± standard error."""
+    """Paired difference of two rows over the picked targets (bool), as mean ± standard
+    error."""
     inside = np.add.reduceat(pick.astype(int), np.cumsum(lengths) - lengths)
     mean, error = paired((row.losses - other.losses)[pick], inside[inside > 0])
     return f"{mean:+.4f} ± {error:.4f}"
 
 
 def report(rows: list[Row], lengths: np.ndarray, reference: Row) -> str:
-    """Three tables: the whole with its halves, by document length, by position in the document."""
+    """Three tables: the whole with its halves, by document length, by position in the
+    document."""
     first, every = rows[0], np.ones(lengths.sum(), bool)
     document = np.repeat(np.arange(len(lengths)), lengths)
     position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)

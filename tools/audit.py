@@ -1,20 +1,24 @@
-"""Does a run keep the contest's rules? Probes on its artifact, and what its files say: PASS or FAIL.
+"""Does a run keep the contest's rules? Probes on its artifact, and what its files say:
+PASS or FAIL.
 
     python tools/audit.py runs/demo/final_model.int6.ptz               # the script as the run's log holds it
     python tools/audit.py runs/demo/final_model.int6.ptz my_script.py  # another one
     python tools/audit.py ARTIFACT --out report.md --full              # every byte of the data, too
     python tools/audit.py ARTIFACT --read learn Trainer.update         # changes that you have looked at
 
-The probes (C1-C4, see train_gpt.py) run on the artifact's weights through the script's own scoring functions,
-with the settings of the summary.json beside the artifact, or of the environment when there is none. They and
-the ledger are always those of this repository: a script cannot vouch for itself. What leaves no trace in an
-artifact (validation tokens read while the model was made) is looked for in the script: every definition that
-differs from this repository's train_gpt.py is named, and those that guard the rules fail the audit until
-somebody has read them by eye and says so with --read. From the run's files:
-coverage, arithmetic of the score, budgets, sizes, compliance flags, and the data where it can be reached
-(DATA_PATH and TOKENIZER_PATH of the environment come before the run's).
+The probes (C1-C4, see train_gpt.py) run on the artifact's weights through the script's
+own scoring functions, with the settings of the summary.json beside the artifact, or of
+the environment when there is none. They and the ledger are always those of this
+repository: a script cannot vouch for itself. What leaves no trace in an artifact
+(validation tokens read while the model was made) is looked for in the script: every
+definition that differs from this repository's train_gpt.py is named, and those that
+guard the rules fail the audit until somebody has read them by eye and says so with
+--read. From the run's files: coverage, arithmetic of the score, budgets, sizes,
+compliance flags, and the data where it can be reached (DATA_PATH and TOKENIZER_PATH of
+the environment come before the run's).
 
-Writes a report beside the artifact (audit.md). Exit status: 0 PASS, 1 FAIL, 2 a mistake in the call.
+Writes a report beside the artifact (audit.md). Exit status: 0 PASS, 1 FAIL, 2 a mistake
+in the call.
 """
 
 from __future__ import annotations
@@ -89,7 +93,8 @@ class Check(NamedTuple):
 
 
 class Audit(NamedTuple):
-    """What is audited: the artifact, its run (None when it stands alone), the script and the environment."""
+    """What is audited: the artifact, its run (None when it stands alone), the script
+    and the environment."""
 
     artifact: Path
     run: RunFiles | None
@@ -139,8 +144,8 @@ def put_judges(module, trusted) -> None:
 
 
 def probe(audit: Audit) -> list[Check]:
-    """The four conditions on the artifact's weights, and the data. The audited script is imported last, so
-    that the kernels it registers are its own."""
+    """The four conditions on the artifact's weights, and the data. The audited script
+    is imported last, so that the kernels it registers are its own."""
     with module_of(SCRIPT.read_bytes(), "trusted_script") as trusted:
         with module_of(audit.script, "audited_script") as tg:
             try:
@@ -182,8 +187,8 @@ def shell_of(source: bytes) -> tuple[str, str]:
 
 
 def unpacked(source: bytes) -> bytes:
-    """The readable script inside a self-extracting one, of which nothing is run; others as they are, also
-    those that another unpacker than this repository's surrounds."""
+    """The readable script inside a self-extracting one, of which nothing is run; others
+    as they are, also those that another unpacker than this repository's surrounds."""
     if not source.startswith(b"# coding: latin-1\n"):
         return source
     with module_of(SCRIPT.read_bytes(), "trusted_script") as trusted:
@@ -197,8 +202,8 @@ def unpacked(source: bytes) -> bytes:
 
 
 class Definitions:
-    """What a script defines: per name (Class.method for what a class holds; imports; statements) its syntax,
-    without docstrings and comments."""
+    """What a script defines: per name (Class.method for what a class holds; imports;
+    statements) its syntax, without docstrings and comments."""
 
     def __init__(self, source: bytes):
         self.nodes, self.syntax = defaultdict(list), defaultdict(list)
@@ -248,8 +253,8 @@ class Definitions:
 
 @functools.cache
 def definitions_here() -> tuple[Definitions, set[str]]:
-    """Those of this repository's script, and the names among them that guard the rules: GUARDS, and all that
-    CHAPTERS define."""
+    """Those of this repository's script, and the names among them that guard the rules:
+    GUARDS, and all that CHAPTERS define."""
     whole = SCRIPT.read_bytes()
     parts = re.split(r"^# \d+  (\w+).*$", whole.decode(), flags=re.M)
     chapters = {title: text for title, text in zip(parts[1::2], parts[2::2])}
@@ -258,7 +263,8 @@ def definitions_here() -> tuple[Definitions, set[str]]:
 
 
 def script_rows(script: bytes, read: list[str]) -> list[Check]:
-    """The definitions that differ from this repository's script. read: names of those read by eye."""
+    """The definitions that differ from this repository's script. read: names of those
+    read by eye."""
     (ours, guards), theirs = definitions_here(), Definitions(unpacked(script))
     names = dict.fromkeys([*ours.syntax, *theirs.syntax])
     changed = [n for n in names if ours.syntax.get(n) != theirs.syntax.get(n)]
@@ -385,7 +391,8 @@ def flags(run: RunFiles) -> list[Check]:
 
 
 def data_checks(tg, whole: bool, audit: Audit) -> list[Check]:
-    """The folder of shards: manifest, split, overlap, byte counts; not looked at where it is out of reach."""
+    """The folder of shards: manifest, split, overlap, byte counts; not looked at where
+    it is out of reach."""
     known = (*PATHS, "VOCAB_SIZE", "CASEOPS_ENABLED", "DATA_CHECK")
     s = tg.Settings.from_env({k: audit.env[k] for k in known if k in audit.env})
     if not any(s.shards.glob("fineweb_val_*.bin")):

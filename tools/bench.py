@@ -1,4 +1,5 @@
-"""How much faster is each fast road than its plain twin? Ratios from one run, on a CPU or a GPU.
+"""How much faster is each fast road than its plain twin? Ratios from one run, on a CPU
+or a GPU.
 
     python tools/bench.py                          # every group
     python tools/bench.py ngram gptq    # some: attention, ce, mlp, step, gptq, pack, ttt, ngram, caseops
@@ -6,9 +7,10 @@
     python tools/bench.py --account --size full    # counted FLOPs, bytes, floors; measured too on a GPU
     python tools/bench.py --coders runs/NAME/final_model.int6.ptz    # bytes and seconds of five coders
 
-Within a group the contenders take turns, round after round, so that a machine that slows down slows all of
-them; the ratio is the median over rounds of (reference time / contender time): 2.0 means twice as fast. Only
-ratios of one run mean something; milliseconds of two machines, or of a busy one, do not.
+Within a group the contenders take turns, round after round, so that a machine that
+slows down slows all of them; the ratio is the median over rounds of (reference time /
+contender time): 2.0 means twice as fast. Only ratios of one run mean something;
+milliseconds of two machines, or of a busy one, do not.
 """
 
 from __future__ import annotations
@@ -104,7 +106,8 @@ class Bench:
         return 1e3 * (time.perf_counter() - begin)
 
     def race(self, group: str, contenders: dict[str, Callable], notes=None) -> list[Row]:
-        """Time all contenders in turns; the first is the reference. One that cannot run says why."""
+        """Time all contenders in turns; the first is the reference. One that cannot run
+        says why."""
         rows, ready = [], {}
         for name, run in contenders.items():
             try:
@@ -180,7 +183,8 @@ def mlp(b: Bench) -> list[Row]:
 
 
 def step(b: Bench) -> list[Row]:
-    """The train step of one micro-batch: forward, backward, optimiser, average; with and without loops."""
+    """The train step of one micro-batch: forward, backward, optimiser, average; with
+    and without loops."""
     contenders = {}
     for label, compile_it in (("", "0"), (", compiled", "1")):
         if compile_it == "1" and not b.cuda:
@@ -200,7 +204,8 @@ def step(b: Bench) -> list[Row]:
 
 
 def column_loop(torch, w, h, scale, top: int, block: int = 128):
-    """GPTQ as its paper's code has it: one matrix, column by column, through an explicit inverse of H."""
+    """GPTQ as its paper's code has it: one matrix, column by column, through an
+    explicit inverse of H."""
     order = h.diagonal().argsort(descending=True)
     w, h = w[:, order].clone(), h[order][:, order].clone()
     h.diagonal().add_(0.01 * h.diagonal().mean())
@@ -218,8 +223,8 @@ def column_loop(torch, w, h, scale, top: int, block: int = 128):
 
 
 def gptq(b: Bench) -> list[Row]:
-    """Rounding with Hessians: the usual column loop, one matrix at a time, equal shapes as one batch, and the
-    trellis, whose columns are rounded along eight paths."""
+    """Rounding with Hessians: the usual column loop, one matrix at a time, equal shapes
+    as one batch, and the trellis, whose columns are rounded along eight paths."""
     count, rows, columns = (4, 128, 128) if b.small else (8, 512, 2048)
     w = b.torch.randn(count, rows, columns, device=b.device)
     x = b.torch.randn(count, 2 * columns, columns, device=b.device)
@@ -285,8 +290,9 @@ FINEWEB_TARGETS = 47_851_520      # of the validation split, about
 
 
 def ngram(b: Bench) -> list[Row]:
-    """Hints of the token expert by sorting against a dictionary; at full size also all of a stream as long as
-    FineWeb's validation split, by which the evaluation's clock is charged."""
+    """Hints of the token expert by sorting against a dictionary; at full size also all
+    of a stream as long as FineWeb's validation split, by which the evaluation's clock
+    is charged."""
     import numpy as np
 
     s = b.with_settings(NGRAM_TILT_ENABLED=1, VOCAB_SIZE=8192)
@@ -313,7 +319,8 @@ def ngram(b: Bench) -> list[Row]:
 
 
 def hints_by_dictionary(tokens: list[int], order: int) -> list[int]:
-    """The token that followed each context of order - 1 tokens most often so far: what sorting replaces."""
+    """The token that followed each context of order - 1 tokens most often so far: what
+    sorting replaces."""
     tables: dict[tuple, dict[int, int]] = {}
     best: dict[tuple, int] = {}
     hints = []
@@ -328,7 +335,8 @@ def hints_by_dictionary(tokens: list[int], order: int) -> list[int]:
 
 
 def caseops(b: Bench) -> list[Row]:
-    """The lossless case transform against a loop over characters, both ways, document by document."""
+    """The lossless case transform against a loop over characters, both ways, document
+    by document."""
     from pydoc_data.topics import topics
 
     from data import caseops
@@ -373,9 +381,10 @@ def encode_by_character(text: str) -> str:
 
 
 def codes_of(b: Bench, source: str):
-    """Codes to compare coders on, their names, and what coder and decoder know of them: an artifact's; those
-    of a run's final_model.pt at the hand clips, by GPTQ on the training shards that DATA_PATH names, matrices
-    above 4,096 elements; or `full`: Gaussian weights of full size, columns log-normal at 0.25 octave."""
+    """Codes to compare coders on, their names, and what coder and decoder know of them:
+    an artifact's; those of a run's final_model.pt at the hand clips, by GPTQ on the
+    training shards that DATA_PATH names, matrices above 4,096 elements; or `full`:
+    Gaussian weights of full size, columns log-normal at 0.25 octave."""
     tg, torch = b.tg, b.torch
     if source == "full":
         s, rng = tg.Settings.from_env({"QUANT_ALLOCATION": "hand"}), torch.Generator().manual_seed(0)
@@ -402,7 +411,8 @@ def codes_of(b: Bench, source: str):
 
 
 def lrzip(files: dict[str, bytes]) -> tuple[int, float, float]:
-    """(bytes, seconds to pack, to unpack) of lrzip -z -L9, a file for each group, one after the other."""
+    """(bytes, seconds to pack, to unpack) of lrzip -z -L9, a file for each group, one
+    after the other."""
     size = packing = unpacking = 0
     with tempfile.TemporaryDirectory() as temp:
         path, packed = Path(temp) / "codes", Path(temp) / "codes.lrz"
@@ -423,7 +433,8 @@ def lrzip(files: dict[str, bytes]) -> tuple[int, float, float]:
 
 
 def coders(b: Bench, source: str) -> str:
-    """The same codes by five coders, as Markdown: bytes, seconds to encode and decode; all are read back."""
+    """The same codes by five coders, as Markdown: bytes, seconds to encode and decode;
+    all are read back."""
     import lzma
 
     import brotli

@@ -4,11 +4,11 @@
     python tools/doctor.py --quick         # without the rehearsal of a whole tiny run
     python tools/doctor.py --json          # the same for programs
 
-Looked at: Python and packages, GPUs (count, kind, clock, temperature, other users), matrix and memory speed
-against what the GPU should give, links between GPUs, the attention backend and why, disk, memory, settings
-and data, and a rehearsal: train, quantise, pack, read back, score and adapt a tiny model in a process of its
-own.
-Exit status: 0 when nothing failed, 1 when something did.
+Looked at: Python and packages, GPUs (count, kind, clock, temperature, other users),
+matrix and memory speed against what the GPU should give, links between GPUs, the
+attention backend and why, disk, memory, settings and data, and a rehearsal: train,
+quantise, pack, read back, score and adapt a tiny model in a process of its own. Exit
+status: 0 when nothing failed, 1 when something did.
 """
 
 from __future__ import annotations
@@ -299,7 +299,8 @@ def trainer():
 
 
 def check_settings_and_data() -> list[Finding]:
-    """`train_gpt.py --check` with the present environment: one finding per line of it, a fault once."""
+    """`train_gpt.py --check` with the present environment: one finding per line of it,
+    a fault once."""
     done = subprocess.run([sys.executable, str(SCRIPT), "--check"], cwd=ROOT, capture_output=True, text=True,
                           timeout=120)
     out = []

@@ -1,11 +1,13 @@
-"""One HTML page about one or several runs that opens offline: what happened, where time and bytes went.
+"""One HTML page about one or several runs that opens offline: what happened, where time
+and bytes went.
 
     python tools/report.py runs/demo                        # writes runs/demo/report.html
     python tools/report.py runs/seed_* --out report.html    # several runs, overlaid
     python tools/report.py runs/demo --png                  # also one PNG per figure (needs Chromium)
 
-Curves come from metrics.jsonl, figures from summary.json; bytes and rounding error per tensor from the run's
-artifact and weights, read by the run's own script. What a run did not log is named and left out.
+Curves come from metrics.jsonl, figures from summary.json; bytes and rounding error per
+tensor from the run's artifact and weights, read by the run's own script. What a run did
+not log is named and left out.
 """
 
 from __future__ import annotations
@@ -102,7 +104,8 @@ class Page:
         self.colour = {id(run): RUN_COLOURS[i % len(RUN_COLOURS)] for i, run in enumerate(runs)}
 
     def figure(self, height: int, titles=("",), rows: int = 1, legend: bool | None = None, **options):
-        """An empty figure in the page's style: a panel per title in `rows` rows, the legend at the bottom."""
+        """An empty figure in the page's style: a panel per title in `rows` rows, the
+        legend at the bottom."""
         legend = self.many if legend is None else legend
         titled = any(titles)
         fig = self.subplots(rows, -(-len(titles) // rows), subplot_titles=titles if titled else None,
@@ -118,7 +121,8 @@ class Page:
         return fig
 
     def add(self, fig, run: RunFiles, x, y, column: int = 1, row: int = 1, **options) -> None:
-        """A run's curve; runs share a legend entry over all panels, shown with the first one."""
+        """A run's curve; runs share a legend entry over all panels, shown with the
+        first one."""
         shown = options.pop("showlegend", self.many and (row, column) == (1, 1))
         options = {"name": run.name, "legendgroup": run.name, "marker": {"size": 5},
                    "mode": "lines+markers" if len(x) < 40 else "lines", **options}
@@ -213,7 +217,8 @@ def step_parts(page: Page):
 
 
 def runs_in_log(run: RunFiles) -> list[RunFiles]:
-    """One for each start in the log: an eval-only run into the same folder goes on with its log."""
+    """One for each start in the log: an eval-only run into the same folder goes on with
+    its log."""
     starts = [i for i, e in enumerate(run.events) if e.get("event") == "start"]
     bounds = [0, *starts[1:], len(run.events)]
     return [RunFiles(run.folder, run.summary, run.events[a:b])
@@ -221,8 +226,9 @@ def runs_in_log(run: RunFiles) -> list[RunFiles]:
 
 
 def phases(run: RunFiles) -> dict[str, list[tuple[str, float]]]:
-    """The seconds of a run by clock: training budget, evaluation budget, outside both. Where a log holds
-    several runs: of the last that trained, and of the last evaluation."""
+    """The seconds of a run by clock: training budget, evaluation budget, outside both.
+    Where a log holds several runs: of the last that trained, and of the last
+    evaluation."""
     logged = runs_in_log(run)
     run, last = next((r for r in reversed(logged) if r.of("train_end")), logged[-1]), logged[-1]
     packs, sliding = run.of("pack"), last.last("score_sliding").get("elapsed", 0.0)
@@ -318,7 +324,8 @@ def rounding(page: Page, tensors: dict):
 
 
 def profiles(page: Page):
-    """BPB by document length and by position in the document, per scoring stage, from the event profile."""
+    """BPB by document length and by position in the document, per scoring stage, from
+    the event profile."""
     titles = {"length": "by length of the document, tokens",
               "position": "by position in the document, tokens"}
     found = [(run, e) for run in page.runs for e in run.of("profile")]
@@ -363,7 +370,8 @@ def script_of(run: RunFiles):
 
 
 def entropy_bytes(codes) -> float:
-    """Bytes of a code matrix under its own symbols' frequencies: what a coder without contexts needs."""
+    """Bytes of a code matrix under its own symbols' frequencies: what a coder without
+    contexts needs."""
     import numpy as np
 
     counts = np.unique(codes, return_counts=True)[1].astype(float)
@@ -371,8 +379,9 @@ def entropy_bytes(codes) -> float:
 
 
 def tensors_of(run: RunFiles) -> list[dict]:
-    """name, how, bytes and error of every tensor. Tensors share the coded streams: each gets its part of
-    a stream's real length, by the entropy of its codes (matrices) or by its size (the rest)."""
+    """name, how, bytes and error of every tensor. Tensors share the coded streams: each
+    gets its part of a stream's real length, by the entropy of its codes (matrices) or
+    by its size (the rest)."""
     blob = (run.folder / ARTIFACT).read_bytes()
     with script_of(run) as tg:
         s = tg.Settings.from_env(as_environment(run.summary["settings"]))

@@ -11,10 +11,11 @@ SPACE is a text file, one setting per line (# starts a comment):
     LQER_TOP_K       choice 1 2 3 5         # one of
     VOCAB_SIZE       = 8192                 # fixed for all trials
 
-The study lives in a database (SQLite beside the trials, or any Optuna storage URL) under --study: the same
-command again goes on where it stopped. A trial is one run per seed (--seeds), its value is the mean of
---metric in summary.json; with --prune a hopeless trial is stopped early by its metrics.jsonl. A trial that
-fails is kept with its last log lines; one whose worker was killed is kept, too, and its settings run again
+The study lives in a database (SQLite beside the trials, or any Optuna storage URL)
+under --study: the same command again goes on where it stopped. A trial is one run per
+seed (--seeds), its value is the mean of --metric in summary.json; with --prune a
+hopeless trial is stopped early by its metrics.jsonl. A trial that fails is kept with
+its last log lines; one whose worker was killed is kept, too, and its settings run again
 (--retries).
 """
 
@@ -157,7 +158,8 @@ def check_space(space: list[Setting], args: argparse.Namespace) -> None:
 
 
 class Study:
-    """The database's view of the sweep. A point is a WAITING trial until a worker takes it; only one can."""
+    """The database's view of the sweep. A point is a WAITING trial until a worker takes
+    it; only one can."""
 
     def __init__(self, args: argparse.Namespace, create: bool = True):
         self.args, self.optuna = args, need("optuna", "sweep")
@@ -195,7 +197,8 @@ class Study:
                 time.sleep(1)
 
     def sampler(self, number: int):
-        """A trial's sampler: with --sampler-seed its draws hang on the trial's number, not on the worker."""
+        """A trial's sampler: with --sampler-seed its draws hang on the trial's number,
+        not on the worker."""
         args, samplers = self.args, self.optuna.samplers
         seed = None if args.sampler_seed is None else zlib.crc32(f"{args.sampler_seed}/{number}".encode())
         if args.sampler == "random":
@@ -208,14 +211,16 @@ class Study:
         return self.study.get_trials(deepcopy=False, states=states or None)
 
     def plan(self, count: int) -> int:
-        """Enqueue points until the study has `count` (retries not counted). Returns how many were added."""
+        """Enqueue points until the study has `count` (retries not counted). Returns how
+        many were added."""
         have = sum("retry_of" not in t.user_attrs for t in self.trials())
         for i in range(have, count):
             self.study.enqueue_trial({}, user_attrs={"point": i})
         return max(count - have, 0)
 
     def take(self):
-        """A waiting trial for this process alone, or None: the database lets only one process take it."""
+        """A waiting trial for this process alone, or None: the database lets only one
+        process take it."""
         for waiting in self.trials(self.states.WAITING):
             if self.is_double(waiting):
                 continue
@@ -228,7 +233,8 @@ class Study:
         return None
 
     def is_double(self, waiting) -> bool:
-        """A second retry of one dead trial (two machines saw it die): the younger one is dropped, unrun."""
+        """A second retry of one dead trial (two machines saw it die): the younger one
+        is dropped, unrun."""
         of = waiting.user_attrs.get("retry_of")
         older = [t for t in self.trials() if of is not None and t.user_attrs.get("retry_of") == of
                  and t.number < waiting.number]
@@ -253,7 +259,8 @@ class Study:
                 self.end(t._trial_id, self.states.FAIL, died=died, error=f"{why}; {last_lines(t)}")
 
     def revive(self, retries: int) -> None:
-        """Fail trials whose worker, on any machine, no longer answers; enqueue dead ones again, each once."""
+        """Fail trials whose worker, on any machine, no longer answers; enqueue dead
+        ones again, each once."""
         self.optuna.storages.fail_stale_trials(self.study)
         trials = self.trials()
         replaced = {t.user_attrs.get("retry_of") for t in trials}
@@ -308,7 +315,8 @@ PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # Linux only
 
 
 def die_with_parent() -> None:
-    """In the child, before exec: a group of its own, and SIGTERM when its parent dies, however it dies."""
+    """In the child, before exec: a group of its own, and SIGTERM when its parent dies,
+    however it dies."""
     os.setsid()
     if PRCTL:
         PRCTL(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
@@ -328,7 +336,8 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def progress_of(folder: Path) -> tuple[int, float] | None:
-    """(per cent of the budget used, score) of a run under way: validation BPB where logged, else the loss."""
+    """(per cent of the budget used, score) of a run under way: validation BPB where
+    logged, else the loss."""
     try:
         events = read_events(folder / "metrics.jsonl")
     except ToolError:
@@ -399,7 +408,8 @@ def run_trial(study: Study, trial, space: list[Setting], args) -> str:
 
 
 def worker(args: argparse.Namespace) -> int:
-    """Take waiting trials until none waits. The heartbeat tells other machines that this one lives."""
+    """Take waiting trials until none waits. The heartbeat tells other machines that
+    this one lives."""
     study, space = Study(args, create=False), read_space(args.space)
     while (trial := study.take()) is not None:
         shown = {s.name: s.draw(trial) for s in space if s.kind != "="}
@@ -424,7 +434,8 @@ def worker(args: argparse.Namespace) -> int:
 
 
 def devices_of(slot: int, args: argparse.Namespace) -> dict:
-    """The GPUs of one worker: the next --nproc of the visible ones, so that workers do not share one."""
+    """The GPUs of one worker: the next --nproc of the visible ones, so that workers do
+    not share one."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         listed = subprocess.run("nvidia-smi -L 2>/dev/null | grep -c '^GPU'", shell=True, capture_output=True,
@@ -442,7 +453,8 @@ def devices_of(slot: int, args: argparse.Namespace) -> dict:
 
 
 def coordinate(args: argparse.Namespace, words: list[str]) -> None:
-    """Keep --workers workers busy until no trial waits or runs; bury and replace the ones that die."""
+    """Keep --workers workers busy until no trial waits or runs; bury and replace the
+    ones that die."""
     study = Study(args)
     if not args.join:
         added = study.plan(args.trials)
