@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
-if __package__ in (None, ""):  # run as a script: make `tools` importable from anywhere
+if __package__ in (None, ""):  # run as a script: make `tools` importable
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from tools.common import SCRIPT, ToolError, load_run, relative, run_cli, write_atomic

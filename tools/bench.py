@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable
 
-if __package__ in (None, ""):  # run as a script: make `tools` importable from anywhere
+if __package__ in (None, ""):  # run as a script: make `tools` importable
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from tools.account import account
@@ -44,6 +44,7 @@ from tools.common import (
     run_cli,
     table,
     write_atomic,
+    write_shard,
 )
 
 NAN = float("nan")
@@ -329,13 +330,6 @@ def pack(b: Bench) -> list[Row]:
         notes = {name: f"{sizes[name.split()[1]]:,} bytes" for name in contenders}
         rows += b.race("packing", contenders, notes)
     return rows
-
-
-def write_shard(tg, path: Path, values) -> None:
-    """Token ids, or bytes by token, as a shard."""
-    header = tg.np.zeros(tg.SHARD_HEADER, "<i4")
-    header[:3] = tg.SHARD_MAGIC, tg.SHARD_VERSION, len(values)
-    path.write_bytes(header.tobytes() + values.astype("<u2").tobytes())
 
 
 def made_up_documents(b: Bench, folder: Path, vocab_size: int):

@@ -12,18 +12,15 @@ not log is named and left out.
 from __future__ import annotations
 
 import html
-import importlib.util
 import itertools
 import math
 import os
 import statistics
 import sys
-import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-if __package__ in (None, ""):  # run as a script: make `tools` importable from anywhere
+if __package__ in (None, ""):  # run as a script: make `tools` importable
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from tools.common import (
@@ -39,6 +36,7 @@ from tools.common import (
     need,
     relative,
     run_cli,
+    script_module,
     write_atomic,
 )
 
@@ -574,22 +572,6 @@ def profiles(page: Page):
 # --- bytes and rounding error per tensor, from the run's own files
 
 
-@contextmanager
-def script_of(run: RunFiles):
-    """The run's own script as a module; importing it does no work."""
-    need("torch", "bytes per tensor")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "run_script.py"
-        path.write_bytes(run.source())
-        spec = importlib.util.spec_from_file_location("run_script", path)
-        module = sys.modules["run_script"] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-            yield module
-        finally:
-            del sys.modules["run_script"]
-
-
 def entropy_bytes(codes) -> float:
     """Bytes of a code matrix under its own symbols' frequencies: what a coder without
     contexts needs."""
@@ -606,7 +588,7 @@ def tensors_of(run: RunFiles) -> list[dict]:
     entropy of its codes (matrices) or by its size (the rest).
     """
     blob = (run.folder / ARTIFACT).read_bytes()
-    with script_of(run) as tg:
+    with script_module(run.source(), "run_script") as tg:
         s = tg.Settings.from_env(as_environment(run.summary["settings"]))
         q = tg.read_artifact(s, blob, "the artifact").model
         header, streams = tg.artifact_from_bytes(blob, "the artifact")

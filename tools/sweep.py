@@ -43,7 +43,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a script: make `tools` importable from anywhere
+if __package__ in (None, ""):  # run as a script: make `tools` importable
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from tools.common import (
