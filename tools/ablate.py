@@ -195,7 +195,7 @@ def mean_and_error(differences: list[float]) -> str:
 
 
 def study_part(part: str, rows: dict, args: argparse.Namespace, pool) -> dict:
-    """Run one part's rows for all seeds: {row: a summary, or None, for every seed}.
+    """Run one part's rows: {row: a summary by seed, None where a run failed}.
 
     Seed by seed, so that an interrupted study has whole rows.
     """
@@ -218,7 +218,10 @@ def study_part(part: str, rows: dict, args: argparse.Namespace, pool) -> dict:
             label = "base" if name == BASE else name.replace(" ", "_").replace(",", "")
             folder = args.out / part / label / str(seed)
             jobs[name].append(pool.submit(run, folder, changes, **given))
-    return {name: [job.result() for job in row] for name, row in jobs.items()}
+    results = {}
+    for name, row in jobs.items():
+        results[name] = [job.result() for job in row]
+    return results
 
 
 def study(args: argparse.Namespace, pool: ThreadPoolExecutor) -> None:

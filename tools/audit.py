@@ -608,7 +608,8 @@ def report_text(audit: Audit, checks: list[Check], headline: str) -> str:
     ]
     lines += [f"| {c} | {text} | {METHOD[c]} |" for c, text in CONDITIONS.items()]
     mark = {True: "ok", False: "**FAIL**", None: "note"}
-    for section in dict.fromkeys(c.section for c in checks):
+    sections = dict.fromkeys(c.section for c in checks)
+    for section in sections:
         lines += ["", f"## {section.capitalize()}", ""]
         lines += ["| | check | figure |", "| --- | --- | --- |"]
         for c in checks:

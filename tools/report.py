@@ -195,7 +195,8 @@ def is_number(value) -> bool:
 def series(events, key: str) -> tuple[list, list]:
     """(steps, values) of the events that have a step and a number under the key."""
     drawn = [e for e in events if "step" in e and is_number(e.get(key))]
-    return [e["step"] for e in drawn], [e[key] for e in drawn]
+    steps = [e["step"] for e in drawn]
+    return steps, [e[key] for e in drawn]
 
 
 # --- the figures: each returns a figure, or None when no run logged what it needs
@@ -289,7 +290,8 @@ def stacked(
 ) -> None:
     """Horizontal bars of parts; a part is in the legend once."""
     in_legend = {trace.name for trace in fig.data}
-    for part in dict.fromkeys(bar.part for bar in bars):
+    parts = dict.fromkeys(bar.part for bar in bars)
+    for part in parts:
         mine = [bar for bar in bars if bar.part == part]
         trace = page.go.Bar(
             y=[bar.label for bar in mine],
@@ -396,7 +398,8 @@ def timeline(page: Page):
     dashed = {"color": "#b91c1c", "width": 2, "dash": "dash"}
     settings = [run.summary.get("settings", {}) for run in page.runs]
     for column, key in ((1, "MAX_WALLCLOCK_SECONDS"), (2, "EVAL_MAX_SECONDS")):
-        for budget in {s.get(key) for s in settings} - {None, 0, 0.0}:
+        budgets = {s.get(key) for s in settings} - {None, 0, 0.0}
+        for budget in budgets:
             fig.add_vline(x=budget, line=dashed, row=1, col=column)
     return fig if fig.data else None
 
@@ -433,8 +436,8 @@ def treemap(page: Page, tensors: dict):
     for box in boxes:
         sums[box.kind] += box.amount
     kinds = list(sums)
-    colours = ["#e2e8f0"]
-    colours += [KINDS[kind] for kind in [*kinds, *(box.kind for box in boxes)]]
+    kind_of_each = kinds + [box.kind for box in boxes]
+    colours = ["#e2e8f0", *(KINDS[kind] for kind in kind_of_each)]
     white = ["#ffffff"] * (len(colours) - 1)
     root = f"artifact and script of {html.escape(run.name)}"
     shown = "%{label}<br>%{value:,.0f} B"
