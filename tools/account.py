@@ -108,74 +108,87 @@ def count(torch, case: Case) -> Line:
 
 
 def train_cases(tg, torch, s, device, tokens: int, share: int) -> list[Case]:
-    """The groups of one rank's training step: `tokens` in one micro-batch, 1/share of
-    Muon's matrices."""
-    half, d, kv = torch.bfloat16, s.model_dim, s.kv_dim
+    """The groups of one rank's training step.
+
+    tokens: of one micro-batch; share: this rank has 1/share of Muon's matrices.
+    """
+    half, d = torch.bfloat16, s.model_dim
     plans = [tg.layer_plan(s, looping) for looping in (False, True)]
     slots = tuple(plan.slots for plan in plans)
     skips = tuple(min(len(p.encoder), len(p.decoder)) for p in plans)
     both = tuple(2 * n for n in slots)
 
-    def leaf(*shape, dtype=half):
-        return torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
-
-    def stream():
-        return leaf(1, tokens, d)
+    def leaf(*shape):
+        return torch.zeros(shape, dtype=half, device=device, requires_grad=True)
 
     model = tg.GPT(s).to(device)
     model.compute_dtype = half
     ids = torch.zeros((1, tokens), dtype=torch.int64, device=device)
-    rope = model.rope(tokens, device)
-    heads = (1, tokens, -1, s.head_dim)
-    x, x0, branch, n, skip = (stream() for _ in range(5))
-    y, q = (leaf(1, tokens, s.num_heads, s.head_dim) for _ in range(2))
-    k, v = (leaf(1, tokens, s.num_kv_heads, s.head_dim) for _ in range(2))
-    mix, scale, gain = leaf(2, d), leaf(d), leaf(s.num_heads)
-    wq, wk, wv, wo = leaf(d, d), leaf(kv, d), leaf(kv, d), leaf(d, d)
+    x, x0, branch, n, skip = (leaf(1, tokens, d) for _ in range(5))
+    mix, scale = leaf(2, d), leaf(d)
     up, down = leaf(s.hidden_dim, d), leaf(d, s.hidden_dim)
-    gate = leaf(s.num_heads, s.gate_window)
     flat, logits = leaf(tokens, d), leaf(tokens, s.vocab_size)
-    scores = 4 * tokens * CONTEXT * d  # two products forward; backward has five of them
+
+    def embedded():
+        return [model.embed(ids, None)]
 
     def mixed():
         z = mix[0] * x + mix[1] * x0
         return [z, tg.rms(z) * 0.5]
 
-    def embedded():
-        return [model.embed(ids, None)]
+    def mlp():
+        return [tg.leaky_square_mlp(flat, up, down, 0.5)]
+
+    def losses():
+        return [tg.capped_ce(logits, ids[0], 30.0)]
+
+    once = (1, 1)
+    head_inputs = [n, model.tok_emb]
+    return [
+        Case("embedding, smear, norm", once, embedded, [model.tok_emb]),
+        Case("residual mix and norm", slots, mixed, [x, x0, mix]),
+        Case("norm before the MLP", slots, lambda: [tg.rms(x) * 0.5], [x]),
+        *attention_cases(tg, s, model, leaf, n, slots),
+        Case("scale and add", both, lambda: [x + scale * branch], [x, scale, branch]),
+        Case("MLP", slots, mlp, [flat, up, down]),
+        Case("U-Net skips", skips, lambda: [model.merge_skip(0, x, skip)], [x, skip]),
+        Case("head product", once, lambda: [model.raw_logits(n)], head_inputs),
+        Case("cross-entropy", once, losses, [logits]),
+        *optimiser_cases(tg, torch, s, device, share),
+    ]
+
+
+def attention_cases(tg, s, model, leaf: Callable, n, slots: tuple) -> list[Case]:
+    """The groups of one attention; n (1, tokens, D): its normalised input."""
+    tokens, d, kv = n.size(1), s.model_dim, s.kv_dim
+    rope = model.rope(tokens, n.device)
+    heads = (1, tokens, -1, s.head_dim)
+    y, q = (leaf(1, tokens, s.num_heads, s.head_dim) for _ in range(2))
+    k, v = (leaf(1, tokens, s.num_kv_heads, s.head_dim) for _ in range(2))
+    wq, wk, wv, wo = leaf(d, d), leaf(kv, d), leaf(kv, d), leaf(d, d)
+    gain, gate = leaf(s.num_heads), leaf(s.num_heads, s.gate_window)
+    scores = 4 * tokens * CONTEXT * d  # two products forward; backward has five of them
+
+    def projected():
+        return [tg.F.linear(n, w) for w in (wq, wk, wv)]
 
     def rotated():
         queries = tg.rotate(tg.rms(q.view(heads)), rope) * gain[:, None]
         return [queries, tg.rotate(tg.rms(k.view(heads)), rope)]
 
+    def attended():
+        return [tg.attention(q, k, v)]
+
     def gated():
         return [tg.remove_own_value(y, v) * model.head_gate(gate, n, n)[..., None]]
 
-    def projected():
-        return [tg.F.linear(n, w) for w in (wq, wk, wv)]
-
-    def mlp():
-        return [tg.leaky_square_mlp(flat, up, down, 0.5)]
-
-    once = (1, 1)
-    attended, own = [q, k, v], [y, v, n, gate]
-    head_inputs = [n, model.tok_emb]
-    cases = [
-        Case("embedding, smear, norm", once, embedded, [model.tok_emb]),
-        Case("residual mix and norm", slots, mixed, [x, x0, mix]),
-        Case("norm before the MLP", slots, lambda: [tg.rms(x) * 0.5], [x]),
+    return [
         Case("Q, K, V projections", slots, projected, [n, wq, wk, wv]),
         Case("q/k norm, rotary, gain", slots, rotated, [q, k, gain]),
-        Case("attention", slots, lambda: [tg.attention(q, k, v)], attended, 3.5 * scores),
-        Case("XSA and head gate", slots, gated, own),
+        Case("attention", slots, attended, [q, k, v], flops=3.5 * scores),
+        Case("XSA and head gate", slots, gated, [y, v, n, gate]),
         Case("attention output", slots, lambda: [tg.F.linear(n, wo)], [n, wo]),
-        Case("scale and add", both, lambda: [x + scale * branch], [x, scale, branch]),
-        Case("MLP", slots, mlp, [flat, up, down]),
-        Case("U-Net skips", skips, lambda: [model.merge_skip(0, x, skip)], [x, skip]),
-        Case("head product", once, lambda: [model.raw_logits(n)], head_inputs),
-        Case("cross-entropy", once, lambda: [tg.capped_ce(logits, ids[0], 30.0)], [logits]),
     ]
-    return cases + optimiser_cases(tg, torch, s, device, share)
 
 
 def optimiser_cases(tg, torch, s, device, share: int) -> list[Case]:
