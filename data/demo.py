@@ -1,10 +1,11 @@
-"""Make the demo corpus: real English from the Python installation itself, tokenised into shards.
+"""Make the demo corpus: real English from the Python installation, as shards.
 
     python data/demo.py [--out DIR] [--vocab N]
 
-Documentation topics, docstrings and long comments of the standard library are cut into documents, cleaned of
-duplicates and of what is not prose, split by document hash, and written in the field's shard format with a
-tokenizer trained on the training part. Takes about ten seconds; a second call finds the folder complete.
+Documentation topics, docstrings and long comments of the standard library are cut into
+documents, cleaned of duplicates and of what is not prose, split by document hash, and
+written in the field's shard format with a tokenizer trained on the training part. Takes
+about ten seconds; a second call finds the folder complete.
 """
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ VAL_SHARE, VAL_BYTES_MAX = 0.035, 190_000   # little validation text, so that a 
 
 
 def stdlib_files() -> list[Path]:
-    """Python files of the standard library worth reading, in a fixed order, relative to its folder."""
+    """Python files of the standard library worth reading, in a fixed order, relative to
+    its folder."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
     for folder, names, files in os.walk(root):
@@ -62,7 +64,8 @@ def stdlib_files() -> list[Path]:
 
 
 def input_key(vocab: int) -> str:
-    """Hash of everything the result depends on: names and sizes of the input files, this code, versions."""
+    """Hash of everything the result depends on: names and sizes of the input files,
+    this code, versions."""
     spm = tokens.need("sentencepiece", "the demo corpus")
     root = Path(sysconfig.get_paths()["stdlib"])
     code = [(Path(__file__).parent / name).read_bytes() for name in ("demo.py", "tokens.py", "shards.py")]
@@ -72,7 +75,8 @@ def input_key(vocab: int) -> str:
 
 
 def module_texts(source: str):
-    """Texts of one module: docstring, one per top-level class or function with all inside, comments."""
+    """Texts of one module: docstring, one per top-level class or function with all
+    inside, comments."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")     # invalid escapes in other people's strings are not our concern
         tree = ast.parse(source)
@@ -107,7 +111,8 @@ def raw_texts():
 
 
 def tidy(text: str) -> str:
-    """Drop interactive examples, rulers, trailing blanks and indentation; at most one empty line in a row."""
+    """Drop interactive examples, rulers, trailing blanks and indentation; at most one
+    empty line in a row."""
     lines = [line.rstrip() for line in text.expandtabs().splitlines()]
     lines = [line for line in lines if not re.match(r"\s*(>>>|\.\.\. |[-=*~_#+]{4,}\s*$)", line)]
     return re.sub(r"\n{3,}", "\n\n", textwrap.dedent("\n".join(lines))).strip()
@@ -124,7 +129,8 @@ def cut(text: str) -> list[str]:
 
 
 def is_prose(text: str) -> bool:
-    """Mostly letters and spaces, words of ordinary length, and some of the commonest English words."""
+    """Mostly letters and spaces, words of ordinary length, and some of the commonest
+    English words."""
     plain = sum(c.isalpha() or c.isspace() for c in text)
     words = text.split()
     common = sum(w.lower() in COMMON for w in words)
@@ -138,7 +144,8 @@ COMMON = frozenset({
 
 
 def documents() -> list[str]:
-    """The demo's documents, in order, near duplicates (equal first 150 letters and digits) dropped."""
+    """The demo's documents, in order, near duplicates (equal first 150 letters and
+    digits) dropped."""
     kept, seen = [], set()
     for text in raw_texts():
         for piece in cut(tidy(text)):
@@ -195,9 +202,11 @@ def is_complete(folder: Path, key: str) -> bool:
 
 
 def make_demo(out, vocab: int = 1024) -> bool:
-    """Make the demo in folder `out` unless it is there already; returns True when it was made now.
+    """Make the demo in folder `out` unless it is there already; returns True when it
+    was made now.
 
-    The folder appears whole or not at all, built beside its place and renamed. Two calls at once are safe.
+    The folder appears whole or not at all, built beside its place and renamed. Two
+    calls at once are safe.
     """
     out, key = Path(out), input_key(vocab)
     if is_complete(out, key):

@@ -2,10 +2,10 @@
 
     python data/fetch.py VARIANT [--train-shards N] [--out DIR] [--repository ID | --hub FOLDER]
 
-The validation split always comes whole; --train-shards takes the first N training shards (80 are 8 B tokens,
-the usual training set). Files that are complete are not fetched again, and broken transfers go on where they
-stopped. --hub reads from a local folder laid out like the repository (a copy on a volume, say) instead of the
-network.
+The validation split always comes whole; --train-shards takes the first N training
+shards (80 are 8 B tokens, the usual training set). Files that are complete are not
+fetched again, and broken transfers go on where they stopped. --hub reads from a local
+folder laid out like the repository (a copy on a volume, say) instead of the network.
 """
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ class LocalHub:
 
 
 class Hub:
-    """A data set repository on the Hugging Face hub; its library transfers, resumes and shows progress."""
+    """A data set repository on the Hugging Face hub; its library transfers, resumes and
+    shows progress."""
 
     def __init__(self, repository: str, work: Path):
         self.library = shards.need("huggingface_hub", "fetching shards")
@@ -87,7 +88,8 @@ class Hub:
 
 
 def plan(variant: Variant, remote: dict, train_shards: int) -> list[tuple]:
-    """(kind, path in the repository) to fetch, validation first. DataError if the repository lacks some."""
+    """(kind, path in the repository) to fetch, validation first. DataError if the
+    repository lacks some."""
     prefix = variant.folder + "/"
     names = {kind: [] for kind in shards.KINDS}
     for path in sorted(remote):
@@ -110,7 +112,8 @@ def plan(variant: Variant, remote: dict, train_shards: int) -> list[tuple]:
 
 
 def fetch(variant: Variant, out, source, train_shards: int, report=print) -> dict:
-    """Bring a variant into folder `out` and check it; returns the manifest. `source`: a Hub or LocalHub."""
+    """Bring a variant into folder `out` and check it; returns the manifest. `source`: a
+    Hub or LocalHub."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     remote = source.files()
@@ -132,7 +135,8 @@ def fetch(variant: Variant, out, source, train_shards: int, report=print) -> dic
 
 
 def describe(kind: str, path: Path) -> dict:
-    """Manifest entry of a shard. DataError if it is damaged: then it is removed, to be fetched again."""
+    """Manifest entry of a shard. DataError if it is damaged: then it is removed, to be
+    fetched again."""
     try:
         values = shards.read_shard(path)
     except DataError:

@@ -1,9 +1,9 @@
 """Which bytes of a text each token of a normalising SentencePiece model stands for.
 
-SentencePiece can report this itself, but under other names in other releases (0.2.0 and 0.2.3 share none that
-is complete), so the normaliser is done again here: white space as the library treats it, replacements by the
-compiled rules stored in the model (a Darts double array that maps byte strings to replacements, longest match
-first).
+SentencePiece can report this itself, but under other names in other releases (0.2.0 and
+0.2.3 share none that is complete), so the normaliser is done again here: white space as
+the library treats it, replacements by the compiled rules stored in the model (a Darts
+double array that maps byte strings to replacements, longest match first).
 """
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _PLAIN = re.compile(rb"[!-~]+(?: [!-~]+)*")
 
 
 class Normaliser:
-    """Byte counts per token for one model. Raises DataError for models that work in another way."""
+    """Byte counts per token for one model. Raises DataError for models that work in
+    another way."""
 
     def __init__(self, spec: ModelSpec):
         if not spec.escape_spaces or spec.space_as_suffix:
@@ -44,7 +45,8 @@ class Normaliser:
         return {BYTE: 1, CONTROL: 0}.get(kind, -1)
 
     def longest(self, data: bytes):
-        """(bytes used, replacement) by the rule with the longest match at the start of `data`, or None."""
+        """(bytes used, replacement) by the rule with the longest match at the start of
+        `data`, or None."""
         units, found = self.units, None
         if not units:
             return None
@@ -61,7 +63,8 @@ class Normaliser:
         return found
 
     def step(self, data: bytes, at: int):
-        """(bytes used, replacement) of what stands at `at`: a symbol, a rule's match, or one character."""
+        """(bytes used, replacement) of what stands at `at`: a symbol, a rule's match,
+        or one character."""
         match = self.symbols.match(data, at) if self.symbols else None
         if match:
             return match.end() - at, match[0]
@@ -73,7 +76,8 @@ class Normaliser:
         return size, data[at:at + size]
 
     def normalise(self, data: bytes):
-        """UTF-8 -> (normalised UTF-8 with U+2581 as a space, int64 per byte + 1: its origin in `data`)."""
+        """UTF-8 -> (normalised UTF-8 with U+2581 as a space, int64 per byte + 1: its
+        origin in `data`)."""
         collapse, sign = self.spec.collapse_spaces, SPACE.encode()
         out, origin, at, after_space = bytearray(), [], 0, self.spec.collapse_spaces
         if self.spec.dummy_prefix and data:
@@ -102,7 +106,8 @@ class Normaliser:
         return self.strip(bytes(out), np.concatenate([*origin, [at]]).astype(np.int64))
 
     def strip(self, out: bytes, origin: np.ndarray):
-        """Strip trailing spaces; space stripped in front belongs to no byte, the dummy prefix covers none."""
+        """Strip trailing spaces; space stripped in front belongs to no byte, the dummy
+        prefix covers none."""
         if self.spec.collapse_spaces:
             kept = len(out.rstrip(b" "))
             out, origin = out[:kept], origin[:kept + 1]
@@ -113,9 +118,10 @@ class Normaliser:
     def counts(self, text: str, ids: np.ndarray, original: np.ndarray, whole: bool) -> np.ndarray:
         """Bytes of original text per token, (n,) int64.
 
-        text: what was encoded; ids: its tokens; original: bool per UTF-8 byte of it, False for bytes that no
-        original text stands behind. whole: give stripped white space to the first and the last token. A
-        character spelled in byte tokens counts on the last of them.
+        text: what was encoded; ids: its tokens; original: bool per UTF-8 byte of it,
+        False for bytes that no original text stands behind. whole: give stripped white
+        space to the first and the last token. A character spelled in byte tokens counts
+        on the last of them.
         """
         data = text.encode("utf-8")
         normal, origin = self.normalise(data)

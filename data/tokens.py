@@ -1,4 +1,4 @@
-"""Tokenizers with a byte account: text -> ids, and for every id the bytes of original text it stands for.
+"""Tokenizers with a byte account: text -> ids, and for every id its bytes of text.
 
 Our own tokenizers are lossless: decoding the ids of a document gives exactly its text. That needs
   * the identity normaliser, with white space neither collapsed nor stripped;
