@@ -178,6 +178,10 @@ def _capitals(units: np.ndarray, at: np.ndarray, codes: np.ndarray):
     return np.concatenate([first, shift + np.arange(shift.size)])
 
 
+def _fault(at: int, reason: str) -> CaseOpsError:
+    return CaseOpsError(f"character {at}: {reason}")
+
+
 def _decode_spelled_out(text: str) -> str:
     """Decode character by character: the definition of what operators mean, and the
     source of messages."""
@@ -185,32 +189,31 @@ def _decode_spelled_out(text: str) -> str:
     in_word = capitals = False  # capitals: inside a word opened by ALLCAPS
     mode, following, escaped = None, False, False  # operators that wait for their letter
     for i, char in enumerate(text):
-        at = f"character {i}"
         letter = char.isascii() and char.isalpha()
         if escaped:
             if (mode or following) and not letter:
-                raise CaseOpsError(f"{at}: escaped {char!r} where an operator needs a letter")
+                raise _fault(i, f"escaped {char!r} where an operator needs a letter")
             out.append(char)
             escaped, in_word, capitals = False, letter, capitals and letter
         elif char == ESCAPE:
             if mode or following:
-                raise CaseOpsError(f"{at}: escape where an operator needs a letter")
+                raise _fault(i, "escape where an operator needs a letter")
             escaped = True
         elif char in (TITLE, ALLCAPS):
             if mode or following or in_word:
                 reason = "inside a word or after another operator"
-                raise CaseOpsError(f"{at}: {char!r} {reason}")
+                raise _fault(i, f"{char!r} {reason}")
             mode = char
         elif char == CAPNEXT:
             if following:
-                raise CaseOpsError(f"{at}: two {char!r} in a row")
+                raise _fault(i, f"two {char!r} in a row")
             following = True
         elif letter:
             capitals = capitals or mode == ALLCAPS
             out.append(char.upper() if capitals or mode or following else char)
             in_word, mode, following = True, None, False
         elif mode or following:
-            raise CaseOpsError(f"{at}: {char!r} where an operator needs a letter")
+            raise _fault(i, f"{char!r} where an operator needs a letter")
         else:
             out.append(char)
             in_word = capitals = False
