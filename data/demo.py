@@ -22,7 +22,7 @@ import textwrap
 import warnings
 from pathlib import Path
 
-if __package__ in (None, ""):        # run as a script: make `data` importable from anywhere
+if __package__ in (None, ""):  # run as a script: make `data` importable
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
@@ -58,7 +58,7 @@ VAL_BYTES_MAX = 190_000  # little validation text, so that a CPU scores it in se
 
 
 def stdlib_files() -> list[Path]:
-    """Python files of the standard library worth reading, sorted, relative to its folder."""
+    """Python files of the standard library worth reading, sorted, as paths in its folder."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
     for folder, names, files in os.walk(root):
