@@ -7,6 +7,8 @@ double array that maps byte strings to replacements, longest match first).
 """
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
 
 import numpy as np
@@ -15,7 +17,8 @@ from data.shards import DataError
 from data.wire import BYTE, CONTROL, NORMAL, USER_DEFINED, ModelSpec
 
 SPACE = "\u2581"
-# Printable ASCII in single-spaced words: copied, except a last character that might combine with the next one
+# Printable ASCII in single-spaced words: copied, except a last character that might
+# combine with the next one
 _PLAIN = re.compile(rb"[!-~]+(?: [!-~]+)*")
 
 
@@ -25,17 +28,23 @@ class Normaliser:
 
     def __init__(self, spec: ModelSpec):
         if not spec.escape_spaces or spec.space_as_suffix:
-            raise DataError("tokenizer: spaces are treated in an unusual way (kept visible, or after words); "
+            raise DataError("tokenizer: spaces are treated in an unusual way "
+                            "(kept visible, or after words); "
                             "use one trained with SentencePiece's defaults")
         self.spec = spec
         size = int.from_bytes(spec.charsmap[:4], "little")
         self.units = np.frombuffer(spec.charsmap[4:4 + size], "<u4").tolist()
         self.replacements = spec.charsmap[4 + size:]
-        symbols = sorted((p for p, kind in spec.pieces if kind == USER_DEFINED), key=len, reverse=True)
-        self.symbols = re.compile(b"|".join(re.escape(s.encode()) for s in symbols)) if symbols else None
+        symbols = [piece for piece, kind in spec.pieces if kind == USER_DEFINED]
+        symbols.sort(key=len, reverse=True)  # the longest is tried first
+        self.symbols = None
+        if symbols:
+            patterns = [re.escape(symbol.encode()) for symbol in symbols]
+            self.symbols = re.compile(b"|".join(patterns))
         self.is_byte = np.array([kind == BYTE for _, kind in spec.pieces])
         self.lengths = np.array([self.piece_length(p, kind) for p, kind in spec.pieces])
-        self.copies = all(self.longest(bytes([a, b])) is None for a in range(33, 127) for b in range(128))
+        pairs = map(bytes, itertools.product(range(33, 127), range(128)))
+        self.copies = all(self.longest(pair) is None for pair in pairs)
 
     @staticmethod
     def piece_length(piece: str, kind: int) -> int:
@@ -59,7 +68,8 @@ class Normaliser:
             node ^= (unit >> 10) << ((unit & 512) >> 6)
             if unit & 256:
                 start = units[node] & 0x7FFFFFFF
-                found = i + 1, self.replacements[start:self.replacements.index(b"\0", start)]
+                end = self.replacements.index(b"\0", start)
+                found = i + 1, self.replacements[start:end]
         return found
 
     def step(self, data: bytes, at: int):
@@ -71,15 +81,15 @@ class Normaliser:
         found = self.longest(data[at:at + 64])
         if found:
             return found
-        first = data[at]
-        size = 1 if first < 0x80 else 2 if first < 0xE0 else 3 if first < 0xF0 else 4
+        size = bisect.bisect((0x80, 0xE0, 0xF0), data[at]) + 1  # of a UTF-8 character
         return size, data[at:at + size]
 
     def normalise(self, data: bytes):
         """UTF-8 -> (normalised UTF-8 with U+2581 as a space, int64 per byte + 1: its
         origin in `data`)."""
         collapse, sign = self.spec.collapse_spaces, SPACE.encode()
-        out, origin, at, after_space = bytearray(), [], 0, self.spec.collapse_spaces
+        out, origin, at = bytearray(), [], 0
+        after_space = collapse
         if self.spec.dummy_prefix and data:
             out += b" "
             origin.append(np.zeros(1, np.int64))
@@ -115,7 +125,9 @@ class Normaliser:
             origin[0] = origin[1]
         return out, origin
 
-    def counts(self, text: str, ids: np.ndarray, original: np.ndarray, whole: bool) -> np.ndarray:
+    def counts(
+        self, text: str, ids: np.ndarray, original: np.ndarray, whole: bool
+    ) -> np.ndarray:
         """Bytes of original text per token, (n,) int64.
 
         text: what was encoded; ids: its tokens; original: bool per UTF-8 byte of it,
@@ -126,17 +138,20 @@ class Normaliser:
         data = text.encode("utf-8")
         normal, origin = self.normalise(data)
         lengths = self.lengths[ids] if ids.size else np.zeros(0, np.int64)
-        ends = np.cumsum(lengths)
-        if (lengths < 0).any() or (ends[-1] if ids.size else 0) != len(normal):
-            raise DataError(f"tokenizer: its tokens spell {int(lengths.sum()):,} bytes, its normaliser gives "
-                            f"{len(normal):,} for the document starting {text[:60]!r}; this model is not "
-                            "supported")
+        spelled = int(lengths.sum())
+        if (lengths < 0).any() or spelled != len(normal):
+            raise DataError(f"tokenizer: its tokens spell {spelled:,} bytes, its "
+                            f"normaliser gives {len(normal):,} for the document starting "
+                            f"{text[:60]!r}; this model is not supported")
         if not ids.size:
             return lengths
+        ends = np.cumsum(lengths)
         codes = np.frombuffer(normal + b" ", np.uint8)
-        inside = self.is_byte[ids] & (codes[ends] & 0xC0 == 0x80)       # ends within a character
+        begins = codes & 0xC0 != 0x80  # a character
+        inside = self.is_byte[ids] & ~begins[ends]
         if inside.any():
-            starts = np.maximum.accumulate(np.where(codes & 0xC0 != 0x80, np.arange(codes.size), 0))
+            places = np.where(begins, np.arange(codes.size), 0)
+            starts = np.maximum.accumulate(places)
             ends = np.where(inside, starts[ends], ends)
         total = np.concatenate([[0], np.cumsum(original)])
         edges = total[origin[np.concatenate([[0], ends])]]
