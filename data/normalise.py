@@ -23,8 +23,10 @@ _PLAIN = re.compile(rb"[!-~]+(?: [!-~]+)*")
 
 
 class Normaliser:
-    """Byte counts per token for one model. Raises DataError for models that work in
-    another way."""
+    """Byte counts per token for one model.
+
+    Raises DataError for models that work in another way.
+    """
 
     def __init__(self, spec: ModelSpec):
         if not spec.escape_spaces or spec.space_as_suffix:
