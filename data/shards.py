@@ -38,11 +38,11 @@ _NAME = re.compile(r"fineweb_(train|val|val_bytes)_(\d+)\.bin$")
 
 
 class DataError(Exception):
-    """A mistake in data or arguments that a user can repair; the message says what, where and how."""
+    """A mistake in data or arguments that a user can repair: what, where and how."""
 
 
 def run_cli(main) -> None:
-    """Run `main()` as a command: a DataError becomes one line on stderr and exit status 2, Ctrl-C 130."""
+    """Run `main()` as a command: a DataError becomes one line and status 2, Ctrl-C 130."""
     try:
         sys.exit(main())
     except DataError as error:
@@ -54,7 +54,10 @@ def run_cli(main) -> None:
 
 
 def in_shell(path, *inside) -> str:
-    """A path as a command of a shell started here needs it; with `inside`, of that file in the repository."""
+    """A path as a command of a shell started here needs it.
+
+    With `inside`, the path of that file in the repository.
+    """
     if inside:
         path = os.path.relpath(Path(path).resolve().parent.parent.joinpath(*inside))
     return shlex.quote(str(path))
@@ -66,8 +69,10 @@ def need(module: str, purpose: str):
         return __import__(module, fromlist=["_"])
     except ImportError as error:
         package = module.split(".")[0]
-        raise DataError(f"{purpose} needs the Python package {package}, which cannot be imported ({error}); "
-                        f"run: pip install {package}   (or: pip install -r data/requirements.txt)") from None
+        raise DataError(
+            f"{purpose} needs the Python package {package}, "
+            f"which cannot be imported ({error}); run: pip install {package}   "
+            "(or: pip install -r data/requirements.txt)") from None
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -81,19 +86,23 @@ def shard_name(kind: str, index: int) -> str:
 
 
 def parse_name(name: str):
-    """(kind, index) of a shard's file name, or None. A sidecar is never taken for validation tokens."""
+    """(kind, index) of a shard's file name, or None; sidecars are a kind of their own."""
     match = _NAME.match(name)
     return (match[1], int(match[2])) if match else None
 
 
 def list_shards(folder, kind: str) -> list[Path]:
-    """Shards of one kind in a folder, by index. Unlike a glob, `val` does not match the byte sidecars."""
-    found = [(parse_name(p.name), p) for p in Path(folder).iterdir()]
-    return [p for key, p in sorted((key, p) for key, p in found if key and key[0] == kind)]
+    """Shards of one kind in a folder, by index; `val` does not match the byte sidecars."""
+    found = []
+    for path in Path(folder).iterdir():
+        key = parse_name(path.name)
+        if key and key[0] == kind:
+            found.append((key, path))
+    return [path for _, path in sorted(found)]
 
 
 def atomic_write(path, *chunks) -> dict:
-    """Write bytes-like chunks to `path` by way of a temporary file; returns {"size", "sha256"}."""
+    """Write bytes-like chunks to `path`, whole or not at all; {"size", "sha256"}."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     digest, size = hashlib.sha256(), 0
@@ -109,8 +118,8 @@ def atomic_write(path, *chunks) -> dict:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise DataError(f"cannot write {path.name}: {error.strerror}; free some space in, or the rights to, "
-                        f"the folder {path.parent}") from None
+        raise DataError(f"cannot write {path.name}: {error.strerror}; free some space in, "
+                        f"or the rights to, the folder {path.parent}") from None
     return {"size": size, "sha256": digest.hexdigest()}
 
 
@@ -131,15 +140,16 @@ def header_bytes(count: int) -> np.ndarray:
 
 
 def write_shard(path, values) -> dict:
-    """Write integers in [0, 65535] as a shard, atomically; returns {"size", "sha256", "tokens"}."""
+    """Write integers in [0, 65535] as a shard; returns {"size", "sha256", "tokens"}."""
     values = np.asarray(values)
+    name = Path(path).name
     if values.size >= 2 ** 31:
-        raise DataError(f"{Path(path).name}: {values.size:,} values do not fit the header's int32; "
+        raise DataError(f"{name}: {values.size:,} values do not fit the header's int32; "
                         "use smaller shards")
     if values.dtype != np.dtype("<u2"):
         if values.size and (values.min() < 0 or values.max() > MAX_VALUE):
-            raise DataError(f"{Path(path).name}: value outside 0..{MAX_VALUE} (min {values.min()}, max "
-                            f"{values.max()}); shards hold uint16")
+            raise DataError(f"{name}: value outside 0..{MAX_VALUE} (min {values.min()}, "
+                            f"max {values.max()}); shards hold uint16")
         values = values.astype("<u2")
     info = atomic_write(path, header_bytes(values.size), np.ascontiguousarray(values))
     return {**info, "tokens": int(values.size)}
@@ -175,14 +185,15 @@ def read_shard(path) -> np.ndarray:
 # Documents
 # ----------------------------------------------------------------------------------------------------
 def text_hash(utf8: bytes) -> int:
-    """64-bit content hash of a document: 8-byte BLAKE2b of its original UTF-8 as a little-endian int."""
+    """64-bit content hash of a document: 8-byte BLAKE2b of its UTF-8, little-endian."""
     return int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "little")
 
 
 def hash_in_validation(value: int, share: float) -> bool:
-    """Split by content: True for a `share` of all 64-bit hashes. Equal documents always go to the same side.
+    """Split by content: True for a `share` of all 64-bit hashes.
 
-    The hash is scrambled first, so that the split is independent of other uses of its low or high bits.
+    Equal documents always go to the same side. The hash is scrambled first, so that the
+    split is independent of other uses of its low or high bits.
     """
     return (value * 0x9E3779B97F4A7C15 % 2 ** 64) < int(share * 2 ** 64)
 
@@ -196,17 +207,23 @@ def hex_hash(value: int) -> str:
 # Manifest
 # ----------------------------------------------------------------------------------------------------
 def fingerprint(files: list[dict], tokenizer_sha256: str | None) -> str:
-    """Identity of a data set: SHA-256 of the sorted lines "<sha256> <name>" of its shards, then its model."""
-    lines = sorted(f"{f['sha256']} {f['name']}" for f in files if f.get("kind") in KINDS)
+    """Identity of a data set: SHA-256 of lines "<sha256> <name>".
+
+    Those of its shards, sorted, then its tokenizer's.
+    """
+    shards = [f for f in files if f.get("kind") in KINDS]
+    lines = sorted(f"{f['sha256']} {f['name']}" for f in shards)
     lines.append(f"{tokenizer_sha256 or '-'} {TOKENIZER}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def write_manifest(folder, manifest: dict) -> dict:
-    """Complete `manifest` with format and fingerprint and write it atomically; returns what was written."""
+    """Complete `manifest` with format and fingerprint, write it, and return it."""
     sha = (manifest.get("tokenizer") or {}).get("sha256")
-    manifest = {"format": MANIFEST_FORMAT, "fingerprint": fingerprint(manifest["files"], sha), **manifest}
-    atomic_write(Path(folder) / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=True) + "\n").encode())
+    identity = fingerprint(manifest["files"], sha)
+    manifest = {"format": MANIFEST_FORMAT, "fingerprint": identity, **manifest}
+    text = json.dumps(manifest, indent=1, ensure_ascii=True) + "\n"
+    atomic_write(Path(folder) / MANIFEST, text.encode())
     return manifest
 
 
