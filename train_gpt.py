@@ -363,6 +363,7 @@ class Settings:
                                 "(python train_gpt.py --help lists all)")
         s = cls(**{f.name: parse_setting(f, env[name]) for name, f in known.items() if name in env})
         s.check_consistency()
+        s.check_resume()
         return s
 
     def mistake(self, text: str) -> UserError:
@@ -404,10 +405,6 @@ class Settings:
              "TTT_SHORT_SCORE_FIRST_STEPS, exceeds TTT_EVAL_SEQ_LEN: lower it"),
             (s.eval_only_path and s.eval_only_quantized_path,
              "EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH are both set: keep one"),
-            (s.resume and s.max_wallclock_seconds, "RESUME with MAX_WALLCLOCK_SECONDS would spend a budget "
-             "twice: a run with a budget goes on by EVAL_ONLY_PATH=…/checkpoint/average.pt"),
-            (s.resume and (s.eval_only_path or s.eval_only_quantized_path or not s.artifact_dir),
-             "RESUME goes on in a folder: set ARTIFACT_DIR, and no EVAL_ONLY_PATH or EVAL_ONLY_QUANTIZED_PATH"),
             (max(length for _, length in context_stages(s)) != s.train_seq_len,
              "TRAIN_SEQ_LEN is not the longest stage of TRAIN_SEQ_SCHEDULE: make them equal"),
             (s.train_seq_schedule and s.train_loader in WINDOWED,
@@ -435,6 +432,18 @@ class Settings:
         ):
             if refused:
                 raise self.mistake(why)
+
+    def check_resume(self) -> None:
+        """Refuse RESUME where it could not go on, or would spend a budget twice."""
+        if not self.resume:
+            return
+        if self.max_wallclock_seconds:
+            raise self.mistake("RESUME would spend MAX_WALLCLOCK_SECONDS twice: a run with a budget goes on "
+                               "by EVAL_ONLY_PATH=…/checkpoint/average.pt")
+        if self.eval_only_path or self.eval_only_quantized_path:
+            raise self.mistake("RESUME trains: leave EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH out")
+        if not self.artifact_dir:
+            raise self.mistake("RESUME goes on in a folder: set ARTIFACT_DIR to that of the run")
 
     def batch_shape(self, world_size: int) -> tuple[int, int]:
         """(micro-batches per step and rank, tokens of one micro-batch), checked against the ranks."""
@@ -2832,8 +2841,19 @@ class Progress:
     def __init__(self, s: Settings, world: World, run: Run, model: GPT, budget: float):
         self.s, self.world, self.run, self.model, self.budget = s, world, run, model, budget
         self.last = (0, 0.0)               # step and seconds of the line before
+        self.epochs = 0                    # that have ended
         peaks = (flops for part, flops in PEAK_FLOPS.items() if part in world.device_name)
         self.peak = world.size * next(peaks, 0.0)
+
+    def events(self, step: int, stream: Prefetch, trainer: Trainer, looping: bool) -> None:
+        """Log the end of an epoch, and where the time of a measured step went."""
+        if int(stream.epoch) > self.epochs:
+            self.epochs = int(stream.epoch)
+            tokens = step * self.s.train_batch_tokens
+            self.run.log("epoch_end", epoch=self.epochs, step=step, tokens=tokens)
+        if trainer.laps:
+            self.run.log("step_time", quiet=True, step=step, looping=looping, parts=trainer.laps)
+            trainer.laps = None
 
     def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, lr: float, plan: Plan) -> None:
         """A line in the log (ten steps, then every TRAIN_LOG_EVERY), else on a terminal, two a second."""
@@ -2912,9 +2932,13 @@ class AverageKeeper:
         self.s, self.world, self.run, self.clock, self.average = s, world, run, clock, trainer.ema
         self.writer, self.job, self.last, self.fault = ThreadPoolExecutor(1), None, -math.inf, ""
         self.copy: dict[str, Tensor] = {}
+        self.written = ""      # what the thread has written since it was logged
 
     def offer(self, step: int) -> None:
         """After a step: copy the average when it is time and the writer is idle."""
+        if self.written:
+            self.run.log("average", quiet=True, of=self.written)
+            self.written = ""
         now = time.monotonic()
         if self.world.main and now - self.last >= self.SECONDS and (self.job is None or self.job.done()):
             self.last = now
@@ -2946,18 +2970,19 @@ class AverageKeeper:
                 os.link(path, twin)
                 os.replace(twin, path.with_name("average.previous.pt"))
             write_atomic(path, data)
+            self.written = facts["stopped"]
         except Exception as error:
             self.fault = self.fault or f"{type(error).__name__}: {plain(error, 200)}"
 
-    def close(self, step: int = 0) -> None:
-        """Wait for the writer; before that, write the average of the step at which training was stopped."""
-        if step and self.world.main:
-            wait_for(self.job)
-            self.start(step, f"stopped at step {step}")
+    def close(self, step: int, stopped: str) -> None:
+        """Wait for the writer; before, write the average at which training was stopped."""
         wait_for(self.job)
+        if step and stopped and self.world.main:
+            self.start(step, stopped)
+            wait_for(self.job)
         self.writer.shutdown()
         if self.fault:
-            self.run.log("warning", text=f"no average could be kept beside training ({self.fault})")
+            self.run.log("warning", text=f"an average could not be kept beside training ({self.fault})")
 
 
 AVERAGE = Path("checkpoint") / "average.pt"     # in the run's folder
@@ -2984,9 +3009,8 @@ class Trained(NamedTuple):
     clock: Clock
     stream: Prefetch
     curriculum: Curriculum
-    step: int
     facts: dict            # see weight_facts
-    signal: int            # of the signal that ended it early; 0: it went to its end
+    signal: int            # the number of a signal that asked for the end of the run; 0: none did
 
 
 def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
@@ -3001,10 +3025,10 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
     world.barrier()
     clock, step_seconds, before = Clock(s.max_wallclock_seconds), 0.0, 0.0
     clock.start -= state["seconds"] if state else 0.0
-    passes, epochs = passes_at(s, 0.0), int(stream.epoch)
+    passes, progress.epochs = passes_at(s, 0.0), int(stream.epoch)
     measured = [x for x in (0.1, 0.5, 0.9) if x * s.iterations >= step]    # shares whose next step is timed
     watch, keeper = FiniteWatch(), AverageKeeper(s, world, run, trainer, clock)
-    checkpoint = Checkpoints(s, world, run, trainer, watch, clock)
+    checkpoints = Checkpoints(s, world, run, trainer, watch, clock)
     while True:
         if s.val_loss_every and step % s.val_loss_every == 0:
             sync(world.device)            # queued steps are charged before the clock stops
@@ -3013,9 +3037,10 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
                 sync(world.device)
         elapsed, stop, bad = world.agree_step(clock.elapsed(), SIGNALS.number, watch.first_bad())
         step_seconds, before = max(elapsed - before, 0.9 * step_seconds) if step else 0.0, elapsed
-        if stop or bad or step >= s.iterations or (budget and elapsed + step_seconds > budget):
+        ended = step >= s.iterations or (budget and elapsed + step_seconds > budget)
+        if ended or stop or bad:
             break
-        checkpoint.offer(step, elapsed, curriculum, stream)
+        checkpoints.offer(step, elapsed, curriculum, stream)
         done = min(elapsed / budget, 1.0) if budget else step / s.iterations
         length, passes, lr = curriculum.at(step, done)
         plan = layer_plan(s, True, passes)
@@ -3025,31 +3050,29 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
         losses = [trainer.micro_step(stream.next(length), plan) for _ in range(trainer.accum)]
         norm = trainer.update(lr, muon_momentum(s, step), decay_share(s, done))
         step += 1
-        trainer.set_sharpness(curriculum.sharpness(step, lr_share(s, done)))
-        watch.record(step, sum(losses) / trainer.accum, norm)
+        loss = sum(losses) / trainer.accum
+        watch.record(step, loss, norm)
         keeper.offer(step)
-        if int(stream.epoch) > epochs:
-            epochs = int(stream.epoch)
-            run.log("epoch_end", epoch=epochs, step=step, tokens=step * s.train_batch_tokens)
-        if trainer.laps:
-            run.log("step_time", quiet=True, step=step, looping=passes > 1, parts=trainer.laps)
-            trainer.laps = None
+        trainer.set_sharpness(curriculum.sharpness(step, lr_share(s, done)))
+        progress.events(step, stream, trainer, passes > 1)
         if budget and budget - elapsed < 10 * step_seconds:
             sync(world.device)            # near the end the host must not run ahead of the GPU
-        progress.report(step, clock, sum(losses) / trainer.accum, norm, lr, plan)
+        progress.report(step, clock, loss, norm, lr, plan)
     sync(world.device)
-    if stop and not bad:
-        checkpoint.write(step, curriculum, stream)
+    seconds = clock.elapsed()
+    stopped = "" if ended else f"stopped at step {step}"
     bad = end_of_steps(world, trainer, watch, step)
-    keeper.close(step if stop and not bad else 0)
+    keeper.close(step, "" if bad else stopped)
     if bad:
         raise watch.error(bad)
-    facts = weight_facts(s, world, step, clock.elapsed(), f"stopped at step {step}" if stop else "")
-    run.log("train_end", steps=step, seconds=facts["train_seconds"], step_ms=facts["step_ms"],
-            epochs=stream.epoch, tokens=step * s.train_batch_tokens)
+    if stopped:
+        checkpoints.write(step, curriculum, stream)
+    facts = weight_facts(s, world, step, seconds, stopped)
+    run.log("train_end", steps=step, seconds=seconds, step_ms=facts["step_ms"], epochs=stream.epoch,
+            tokens=step * s.train_batch_tokens)
     trainer.set_sharpness(None)
     run.summary.update(steps=step, step_ms=facts["step_ms"])
-    return Trained(clock, stream, curriculum, step, facts, stop)
+    return Trained(clock, stream, curriculum, facts, stop)
 
 
 def end_of_steps(world: World, trainer: Trainer, watch: FiniteWatch, step: int) -> int:
@@ -3076,7 +3099,7 @@ def open_stream(s: Settings, world: World, tokens: int, given: int) -> Prefetch:
 
 def training_reports(s: Settings, run: Run, trainer: Trainer, trained: Trained) -> None:
     """What was idle in training, into the log. It comes after the weights are saved, and ends no run."""
-    if not trained.step:
+    if not trained.facts["steps"]:
         return
     with guarded(run, "the report on parameters without gradients"):
         if untouched := trainer.optimiser.never_trained():
@@ -3103,13 +3126,14 @@ class Checkpoints:
 
     def __init__(self, s: Settings, world: World, run: Run, trainer: Trainer, watch: FiniteWatch, clock: Clock):
         self.s, self.world, self.run, self.trainer = s, world, run, trainer
-        self.watch, self.clock, self.last = watch, clock, clock.elapsed()
+        self.watch, self.clock, self.last = watch, clock, None
         self.wanted = s.checkpoint_every_seconds > 0 and not s.max_wallclock_seconds
-        self.last = world.agree(self.last)
 
     def offer(self, step: int, elapsed: float, curriculum: Curriculum, stream: Prefetch) -> None:
         """Before a step, `elapsed` seconds on rank 0's clock: write one when it is time."""
-        if step and elapsed - self.last >= self.s.checkpoint_every_seconds:
+        if self.last is None:
+            self.last = elapsed
+        elif elapsed - self.last >= self.s.checkpoint_every_seconds:
             self.write(step, curriculum, stream)
             self.last = elapsed
 
@@ -4437,14 +4461,16 @@ def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
     is younger than the file and had its default; one that only the file names must have been off."""
     default, mine = architecture(Settings()), architecture(s)
     found = {**default, **theirs}
-    wrong = [f"{k}={plain(v, 24)} there, {mine.get(k, 'unknown')} here" for k, v in found.items()
-             if v != mine.get(k, False) and (k in mine or v)]
+    wrong = []
+    for name, there in found.items():
+        if (there != mine[name]) if name in mine else there:
+            wrong.append(f"{plain(name, 40)}={plain(there, 24)} there, {mine.get(name, 'unknown')} here")
     if not theirs:
         wrong = ["it names no settings"]
     if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise UserError(f"{what} of another configuration: {'; '.join(wrong[:4])}{more}; use the settings it "
-                        "was made with")
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{what} of another configuration: {plain('; '.join(wrong[:3]), 150)}{more}; use the "
+                        "settings it was made with")
 
 
 STORAGE = ("compressor", "lqer_rank", "lqer_asym_group")     # settings that a file says for itself
@@ -5829,11 +5855,16 @@ def bytes_of_weights(s: Settings) -> int:
     return 4 * sum(map(math.prod, parameter_shapes(s).values()))
 
 
+def bytes_of_results(s: Settings) -> int:
+    """Weights, artifact twice, logs."""
+    return bytes_of_weights(s) + 2 * ARTIFACT_LIMIT + (8 << 20)
+
+
 def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "") -> list[Finding]:
     """Every check of the mode, in the order a user would fix them. attention_why: tried already."""
-    # artifact twice, logs, weights; in training also two averages and the one being written
-    trains = not (s.eval_only_path or s.eval_only_quantized_path)
-    written = 2 * ARTIFACT_LIMIT + (8 << 20) + bytes_of_weights(s) * (4 if trains else 1)
+    written = bytes_of_results(s)
+    if not (s.eval_only_path or s.eval_only_quantized_path):
+        written += 3 * bytes_of_weights(s)      # two averages beside training, and the one being written
     checks = {
         "device": lambda: f"{world.device_name}, {torch.get_num_threads()} host threads",
         "attention": lambda: attention_why or resolve_attention(s.attn_backend, world.device)[1],
@@ -6070,34 +6101,40 @@ def save_weights(run: Run, model: GPT, facts: dict) -> None:
 def read_weights(path: str, model: GPT) -> dict:
     """Averaged weights saved by an earlier run into the model; what the file says of their training (see
     weight_facts; {}: an earlier version's file). UserError, one short line, for anything else."""
-    what, views = f"EVAL_ONLY_PATH={plain(path, 100)}", field_views({n: p.data for n, p in model.named_parameters()})
+    what, again = f"EVAL_ONLY_PATH={plain(path, 80)}", "give a run's final_model.pt"
+    views = field_views({n: p.data for n, p in model.named_parameters()})
     most = bytes_of_weights(model.s) + 1024 * len(views) + (1 << 20)
     box = unsealed(path, most, f"{what} holds no averaged weights of this script: it")
     weights, theirs, facts = (box.get(key, {}) for key in ("weights", "architecture", "facts"))
-    if not all(isinstance(part, dict) for part in (weights, theirs, facts)) or not are_facts(facts):
-        raise UserError(f"{what} holds no averaged weights of this script: give a run's final_model.pt")
+    if not (isinstance(weights, dict) and are_settings(theirs) and are_facts(facts)):
+        raise UserError(f"{what} holds no averaged weights of this script: {again}")
     check_architecture(model.s, theirs, f"{what} holds weights")
-    if set(weights) != set(views):
-        name = plain(next(iter(set(weights) ^ set(views))), 60)
-        raise UserError(f"{what} does not fit the model that the settings describe: {name} is missing or "
-                        "too much; use the settings it was made with")
+    if strangers := set(weights) ^ set(views):
+        raise UserError(f"{what} does not fit the model that the settings describe: {len(strangers)} tensors "
+                        f"({plain(min(strangers, key=str), 60)}, …) are missing or too much; {again}")
     for name, view in views.items():
         w = weights[name]
         if not isinstance(w, Tensor) or (w.dtype, w.layout) != (torch.float32, torch.strided):
-            raise UserError(f"{what} holds {name} not as float32 numbers: give a run's final_model.pt")
+            raise UserError(f"{what} holds {name} in another form than float32 numbers; {again}")
         if w.shape != view.shape or not w.isfinite().all():
-            raise UserError(f"{what} holds {name} in another shape, or not finite: give a run's final_model.pt")
+            raise UserError(f"{what} holds {name} in another shape, or not finite; {again}")
     load_weights(model, weights, what, field_views)
     return facts
 
 
-def are_facts(facts: dict) -> bool:
+def are_settings(values) -> bool:
+    """Whether these are values of settings by name."""
+    return isinstance(values, dict) and all(
+        type(k) is str and type(v) in (bool, int, float, str) for k, v in values.items())
+
+
+def are_facts(facts) -> bool:
     """Whether a file's facts are such as weight_facts gives, or none at all."""
     kinds = {"steps": int, "train_seconds": float, "step_ms": float, "stopped": str, "seed": int,
              "world_size": int}
-    if not facts:
+    if facts == {}:
         return True
-    if set(facts) != set(kinds) or any(type(facts[k]) is not kind for k, kind in kinds.items()):
+    if not isinstance(facts, dict) or set(facts) != set(kinds) or any(type(facts[k]) is not kind for k, kind in kinds.items()):
         return False
     numbers = [v for v in facts.values() if not isinstance(v, str)]
     return all(0 <= v < 2 ** 63 for v in numbers) and facts["stopped"] == plain(facts["stopped"], 40)
@@ -6127,7 +6164,7 @@ def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
         return Clock(s.max_wallclock_seconds), stream
     state = read_checkpoint(s, world, run) if s.resume else None
     if world.main:
-        check_disk(run.dir, bytes_of_weights(s) + (1 << 20), ballast=True)
+        check_disk(run.dir, bytes_of_results(s), ballast=True)
     trainer = Trainer(s, world, model)
     run.log("warm_up", seconds=trainer.warm_up())
     rehearsed = rehearse(s, world, run, trainer)
@@ -6146,11 +6183,13 @@ def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
     try:
         with SIGNALS.held():
             trained = train(s, world, run, trainer, reserve, validate, state)
+            if not trained.facts["stopped"]:
+                model.load_state_dict(trainer.ema)
+                save_weights(run, model, trained.facts)
             if trained.signal:
-                world.barrier()      # rank 0 has written the average before any rank ends
-                raise SIGNALS.error(f"training was stopped at step {trained.step}", trained.signal)
-            model.load_state_dict(trainer.ema)
-            save_weights(run, model, trained.facts)
+                world.barrier()      # rank 0 has written its file before any rank ends
+                how = trained.facts["stopped"] or "ended"
+                raise SIGNALS.error(f"training was {how}", trained.signal)
     finally:
         drop_ballast(run)
     training_reports(s, run, trainer, trained)
