@@ -30,6 +30,7 @@ import json
 import lzma
 import math
 import os
+import pickletools
 import platform
 import random
 import re
@@ -2921,12 +2922,15 @@ class FiniteWatch:
                          "checkpoint/average.pt is the last finite average")
 
 
+AVERAGE = Path("checkpoint") / "average.pt"     # in the run's folder
+
+
 class AverageKeeper:
     """Keeps a finite average of the weights on disk while training goes on: rank 0 copies it on the device,
-    a thread beside training checks and writes it. The newest two stay. They are kept until the artifact is
-    written, because final_model.pt may be damaged, or lie elsewhere, as long as nothing has been made of it."""
+    a thread beside training checks and writes it. The newest two stay until the artifact is written:
+    final_model.pt may be damaged, or lie elsewhere, as long as nothing has been made of it."""
 
-    SECONDS = 25.0         # between two copies: with a slow disk the newest is still less than a minute old
+    SECONDS = 25.0         # between two copies: on a slow disk, too, the newest is less than a minute old
 
     def __init__(self, s: Settings, world: World, run: Run, trainer: Trainer, clock: Clock):
         self.s, self.world, self.run, self.clock, self.average = s, world, run, clock, trainer.ema
@@ -2985,9 +2989,6 @@ class AverageKeeper:
             self.run.log("warning", text=f"an average could not be kept beside training ({self.fault})")
 
 
-AVERAGE = Path("checkpoint") / "average.pt"     # in the run's folder
-
-
 def wait_for(job) -> None:
     """Wait for a thread's job, if there is one."""
     if job is not None:
@@ -3015,8 +3016,8 @@ class Trained(NamedTuple):
 
 def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
           validate: Callable, state: Mapping[str, Any] | None = None) -> Trained:
-    """The training loop, to ITERATIONS or until a step would pass MAX_WALLCLOCK_SECONDS - reserve, or a signal
-    ends it; validate(step, looping) scores the weights off the clock. state: of the checkpoint to go on from.
+    """The training loop, to ITERATIONS, until a step would pass MAX_WALLCLOCK_SECONDS - reserve, or until a
+    signal; validate(step, looping) scores the weights off the clock. state: of the checkpoint to go on from.
     UserError when loss or gradient stop being finite."""
     budget = s.max_wallclock_seconds - reserve if s.max_wallclock_seconds else 0.0
     curriculum, progress = Curriculum(s), Progress(s, world, run, trainer.model, budget)
@@ -3120,11 +3121,15 @@ def guarded(run: Run, what: str):
 
 # --- checkpoints to go on from, for runs without a time budget
 
+POINTER = Path("checkpoint") / "resume.json"     # in the run's folder: which checkpoint is whole
+
+
 class Checkpoints:
     """Writes all that a training must know to go on to the bit: every rank its own file, so that no shared
     disk is needed, then rank 0 the pointer. A kill in between leaves the checkpoint before."""
 
-    def __init__(self, s: Settings, world: World, run: Run, trainer: Trainer, watch: FiniteWatch, clock: Clock):
+    def __init__(self, s: Settings, world: World, run: Run, trainer: Trainer, watch: FiniteWatch,
+                 clock: Clock):
         self.s, self.world, self.run, self.trainer = s, world, run, trainer
         self.watch, self.clock, self.last = watch, clock, None
         self.wanted = s.checkpoint_every_seconds > 0 and not s.max_wallclock_seconds
@@ -3170,9 +3175,6 @@ class Checkpoints:
                 "untrained_val_bpb": self.run.summary.get("untrained_val_bpb"),
                 "random": torch.get_rng_state(),
                 "random_gpu": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
-
-
-POINTER = Path("checkpoint") / "resume.json"     # in the run's folder: which checkpoint is whole
 
 
 def checkpoint_path(run: Run, step: int, rank: int) -> Path:
@@ -3224,10 +3226,11 @@ def read_checkpoint(s: Settings, world: World, run: Run) -> dict:
     if fault:
         raise UserError(fault)
     path = checkpoint_path(run, step, world.rank)
-    parameters = sum(map(math.prod, parameter_shapes(s).values()))
-    state = unsealed(path, 20 * parameters + (16 << 20), f"RESUME=1: {path.name}", must=True)
-    mine, theirs = training_settings(s, world), state.get("settings", {})
-    differ = [f"{n}={plain(theirs.get(n), 40)} there, {v} here" for n, v in mine.items() if theirs.get(n) != v]
+    state = unsealed(path, 5 * bytes_of_weights(s) + (16 << 20), f"RESUME=1: {path}", must=True)
+    theirs, differ = state.get("settings", {}), []
+    for name, here in training_settings(s, world).items():
+        if theirs.get(name) != here:
+            differ.append(f"{name}={plain(theirs.get(name), 40)} there, {here} here")
     if differ:
         raise UserError(f"RESUME=1: {path.name} is of another training: {'; '.join(differ[:4])}; {again}")
     run.log("resume", step=step, seconds=state["seconds"])
@@ -6013,6 +6016,7 @@ def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
 
 SEAL = b"blake2b:"     # then 64 hexadecimal digits: the comment that ends a sealed archive
 SEAL_BYTES = len(SEAL) + 64
+MOST_PICKLED = 2 << 20     # bytes; all but tensors: 30 kB of the default model, 0.9 MB of one of 256 layers
 ZIP_END = 22           # bytes of a zip's last record without its comment
 
 
@@ -6030,44 +6034,59 @@ def seal_of(body: bytes) -> bytes:
 
 
 def unsealed(path: str | Path, most: int, what: str, must: bool = False) -> dict:
-    """What sealed() wrote to a file of at most `most` bytes. UserError for all else, within seconds and before
-    anything is unpickled; an archive without a digest passes with a warning unless it must have one, because
-    files of earlier versions have none."""
-    def refuse(why, cause=None):
-        return UserError(f"{what} {plain(why, 120)}: give the file as a run has written it")
-
+    """What sealed() wrote to a file of at most `most` bytes. UserError, one line that begins with `what`, for
+    all else: within seconds, and before anything is unpickled. An archive without a digest passes with a
+    warning, for files of earlier versions have none; not if it must have one."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) or status.st_size > most:
-            raise refuse(f"is no file of at most {most:,} bytes")
+            raise ValueError(f"it is no file of at most {most:,} bytes")
         data = Path(path).read_bytes()
-    except (OSError, ValueError, MemoryError) as error:
-        raise refuse(f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    body = data[:-SEAL_BYTES]
-    if data[-ZIP_END - SEAL_BYTES:][:4] == b"PK\5\6":
-        if data[-SEAL_BYTES:] != seal_of(body):
-            raise refuse("is damaged: its digest does not fit")
-    elif must or data[-ZIP_END:][:4] != b"PK\5\6" or data[-2:] != b"\0\0":
-        raise refuse("is damaged or of another kind")
-    else:
-        print(f"warning: {what} is of an earlier version and has no digest", file=sys.stderr, flush=True)
-    try:
-        records = zipfile.ZipFile(io.BytesIO(data)).infolist()
-        stored = all(r.compress_type == zipfile.ZIP_STORED for r in records)
-        pickled = sum(r.file_size for r in records if r.filename.endswith(".pkl"))
-        if not stored or sum(r.file_size for r in records) > len(data) or pickled > MOST_PICKLED:
-            raise refuse("holds more than it should")
+        if not has_seal(data):
+            if must:
+                raise ValueError("it is damaged, or of another kind")
+            print(f"warning: {what}: it is of an earlier version, without a digest", file=sys.stderr)
+        check_records(data)
         box = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:    # zipfile and torch.load raise many types for a foreign file
-        if isinstance(error, UserError):
-            raise
-        raise refuse(f"cannot be read ({type(error).__name__})") from error
-    if not isinstance(box, dict):
-        raise refuse("holds something else")
-    return box
+        if not isinstance(box, dict):
+            raise ValueError("it holds something else")
+        return box
+    except Exception as error:     # zipfile, pickletools and torch.load raise many types for a foreign file
+        why = plain(getattr(error, "strerror", None) or error, 100)
+        raise UserError(f"{what}: {type(error).__name__}, {why}; give the file as a run wrote it") from error
 
 
-MOST_PICKLED = 1 << 20     # bytes; of the largest model 0.1 MB are pickled, the rest is tensors
+def has_seal(data: bytes) -> bool:
+    """Whether an archive ends with the digest of what precedes it; ValueError: with a wrong one, or it is no
+    archive that torch.save has written."""
+    last_record = b"PK\5\6"
+    if data[-ZIP_END - SEAL_BYTES:][:4] == last_record:
+        if data[-SEAL_BYTES:] != seal_of(data[:-SEAL_BYTES]):
+            raise ValueError("it is damaged: its digest does not fit")
+        return True
+    if data[-ZIP_END:][:4] != last_record or data[-2:] != bytes(2):
+        raise ValueError("it is damaged, or of another kind")
+    return False
+
+
+def check_records(data: bytes) -> None:
+    """ValueError unless an archive unfolds to no more than it is: nothing compressed, and pickles that are
+    short and do not nest one tuple into many, which Python would hash for ever."""
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    records = archive.infolist()
+    pickles = [r for r in records if r.filename.endswith(".pkl")]
+    if (any(r.compress_type != zipfile.ZIP_STORED for r in records)
+            or sum(r.file_size for r in records) > len(data)
+            or sum(r.file_size for r in pickles) > MOST_PICKLED):
+        raise ValueError("it unfolds to more than it should")
+    for record in pickles:
+        before, tuples = "", set()
+        for op, place, _ in pickletools.genops(archive.read(record)):
+            if "PUT" in op.name and before.startswith("TUPLE"):
+                tuples.add(place)
+            if "GET" in op.name and place in tuples:
+                raise ValueError("it repeats tuples")
+            before = op.name
 
 
 def weights_to_bytes(s: Settings, params: Mapping[str, Tensor], facts: dict) -> bytes:
@@ -6104,7 +6123,7 @@ def read_weights(path: str, model: GPT) -> dict:
     what, again = f"EVAL_ONLY_PATH={plain(path, 80)}", "give a run's final_model.pt"
     views = field_views({n: p.data for n, p in model.named_parameters()})
     most = bytes_of_weights(model.s) + 1024 * len(views) + (1 << 20)
-    box = unsealed(path, most, f"{what} holds no averaged weights of this script: it")
+    box = unsealed(path, most, f"{what} holds no averaged weights of this script")
     weights, theirs, facts = (box.get(key, {}) for key in ("weights", "architecture", "facts"))
     if not (isinstance(weights, dict) and are_settings(theirs) and are_facts(facts)):
         raise UserError(f"{what} holds no averaged weights of this script: {again}")
@@ -6134,7 +6153,7 @@ def are_facts(facts) -> bool:
              "world_size": int}
     if facts == {}:
         return True
-    if not isinstance(facts, dict) or set(facts) != set(kinds) or any(type(facts[k]) is not kind for k, kind in kinds.items()):
+    if not isinstance(facts, dict) or {k: type(v) for k, v in facts.items()} != kinds:
         return False
     numbers = [v for v in facts.values() if not isinstance(v, str)]
     return all(0 <= v < 2 ** 63 for v in numbers) and facts["stopped"] == plain(facts["stopped"], 40)
