@@ -1,5 +1,5 @@
-"""Training that cannot be lost: signals, numbers that are not finite, averages beside training, weights files,
-full disks, reports that fail, and going on from a checkpoint."""
+"""Training that cannot be lost: signals, numbers that are not finite, averages beside training, files of
+weights, full disks, reports that fail, and going on from a checkpoint."""
 
 import io
 import json
@@ -12,13 +12,12 @@ import sys
 import time
 import warnings
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, environment, settings, sine_model, tg
 
-QUIET = dict(WARMUP_STEPS=0, TRAIN_LOG_EVERY=500, ITERATIONS=16)
+QUIET = dict(WARMUP_STEPS=0, TRAIN_LOG_EVERY=500, ITERATIONS=8)
 TERM = int(signal.SIGTERM)
 
 
@@ -107,7 +106,7 @@ def test_a_signal_stops_training_after_the_step_and_a_lost_terminal_does_not(dat
 
 
 def child(act):
-    """A process that listens to signals, says that it is ready, then acts: (its id, the pipe it speaks in)."""
+    """A process that listens to signals, says that it is ready, then acts: (its id, the pipe it writes)."""
     ours, theirs = os.pipe()
     if pid := os.fork():
         os.close(theirs)
@@ -124,37 +123,43 @@ def child(act):
         os._exit(code)
 
 
-def ends(act, *sent):
-    """The exit status of such a process after these (signal, seconds to wait)."""
+def ends(act, *sent, until_the_end=0):
+    """The exit status of such a process after these signals; the last may be sent again and again."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)      # a fork beside torch's threads
         pid, ours = child(act)
     os.read(ours, 1)
     os.close(ours)
-    for number, wait in sent:
+    for number in sent:
         os.kill(pid, number)
-        time.sleep(wait)
+        time.sleep(0.05)
+    while until_the_end:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        os.kill(pid, until_the_end)
+        time.sleep(0.1)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def test_what_a_signal_does_outside_of_training_and_what_a_second_one_does():
     def evaluation(signals):
-        time.sleep(30)
+        time.sleep(60)
 
     def long_step(signals):
         with signals.held():
-            time.sleep(30)
+            time.sleep(600)
 
     def short_step(signals):
         with signals.held():
-            time.sleep(0.5)
-        time.sleep(30)
+            time.sleep(0.3)
+        time.sleep(60)
 
-    assert ends(evaluation, (signal.SIGHUP, 0.1), (signal.SIGTERM, 0)) == 143
-    assert ends(short_step, (signal.SIGINT, 0), (signal.SIGINT, 0)) == 130      # one request that came twice
+    assert ends(evaluation, signal.SIGHUP, signal.SIGTERM) == 143
+    assert ends(short_step, signal.SIGINT, signal.SIGINT) == 130      # one request that came twice
     begin = time.monotonic()
-    assert ends(long_step, (signal.SIGTERM, 1.2), (signal.SIGINT, 0)) == 130
-    assert time.monotonic() - begin < 20
+    assert ends(long_step, signal.SIGTERM, until_the_end=signal.SIGINT) == 130
+    assert time.monotonic() - begin < 300
 
 
 def test_a_guard_around_a_report_does_not_swallow_an_interruption():
@@ -169,18 +174,17 @@ def test_a_step_that_is_not_finite_ends_training_and_is_named(data, tmp_path, mo
 
     def poisoned(self, *shares):
         steps.append(1)
-        if len(steps) == 13 and not last:
-            self.model.embed_weight = next(iter(self.model.parameters()))
-            self.model.embed_weight.grad.fill_(float("nan"))
+        if len(steps) == 12 and not last:
+            next(iter(self.model.parameters())).grad.fill_(float("nan"))
         norm = update(self, *shares)
-        if len(steps) == 16 and last:     # nothing can be seen in loss and gradient
+        if len(steps) == 13 and last:     # nothing can be seen in loss and gradient
             next(iter(self.ema.values())).fill_(float("inf"))
         return norm
 
     monkeypatch.setattr(tg.Trainer, "update", poisoned)
-    with pytest.raises(tg.UserError, match=f"not finite at step {16 if last else 13}: lower MATRIX_LR"):
-        learn(data, tmp_path)
-    assert len(steps) == (16 if last else 13) and not (tmp_path / "final_model.pt").exists()
+    with pytest.raises(tg.UserError, match=f"not finite at step {13 if last else 12}: lower MATRIX_LR"):
+        learn(data, tmp_path, ITERATIONS=13)
+    assert len(steps) == (13 if last else 12) and not (tmp_path / "final_model.pt").exists()
     assert len(events(tmp_path, "train")) == 10
     tg.read_weights(str(tmp_path / tg.AVERAGE), tg.GPT(settings()))
 
@@ -384,7 +388,7 @@ def archive(pickled, compression=zipfile.ZIP_STORED, more=b""):
 
 def test_archives_that_unfold_are_refused(tmp_path):
     path = tmp_path / "w.pt"
-    nested = b"\x80\x02" + b"]" * 300_000 + b"a" * 299_999 + b"."
+    nested = b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."
     for data in (archive(deep_tuples()), archive(nested), archive(b"\x80\x02K\x01.", zipfile.ZIP_DEFLATED,
                  bytes(50 << 20)), archive(pickle.dumps(print)), archive(b""), b"PK\5\6" + bytes(18), b""):
         path.write_bytes(data)
@@ -463,7 +467,6 @@ ONE_LAYER = dict(NUM_LAYERS=1, NUM_LOOPS=0, LOOP_START=0, LOOP_END=0, PARALLEL_S
 def test_a_model_of_one_layer_without_skips_is_reported_on(data, tmp_path):
     learn(data, tmp_path, **ONE_LAYER)
     assert (tmp_path / "final_model.pt").exists() and not events(tmp_path, "warning")
-    assert not events(tmp_path, "never_trained")
 
 
 def test_a_report_that_fails_is_a_warning_after_the_weights(data, tmp_path, monkeypatch):
@@ -480,7 +483,7 @@ def test_a_report_that_fails_is_a_warning_after_the_weights(data, tmp_path, monk
 
 GOING_ON = dict(CHECKPOINT_EVERY_SECONDS=1e-6, EMA_DECAY=0.9, MUON_MOMENTUM_WARMUP_STEPS=10)
 KINDS = {
-    "stream": dict(TRAIN_SEQ_SCHEDULE="32@0.5,64@1", SEQ_CHANGE_WARMUP_STEPS=6, TRAIN_LOADER="docpack"),
+    "docpack": dict(TRAIN_SEQ_SCHEDULE="32@0.5,64@1", SEQ_CHANGE_WARMUP_STEPS=3, TRAIN_LOADER="docpack"),
     "coprime": dict(TRAIN_LOADER="coprime", BIGRAM_VOCAB_SIZE=64, BIGRAM_DIM=8, LATE_QAT_THRESHOLD=0.9,
                     LATE_QAT_MIN_STEP=2),
 }
@@ -491,14 +494,14 @@ def test_a_resumed_run_equals_one_left_alone(data, tmp_path, monkeypatch, kind):
     changes = {**GOING_ON, **KINDS[kind]}
     whole, _, stream = learn(data, tmp_path / "whole", **{**changes, "CHECKPOINT_EVERY_SECONDS": 0})
     with monkeypatch.context() as patch:
-        stop_at(patch, 7)
-        with pytest.raises(tg.Interrupted, match="stopped at step 7 by SIGTERM") as stop:
+        stop_at(patch, 5)
+        with pytest.raises(tg.Interrupted, match="stopped at step 5 by SIGTERM") as stop:
             learn(data, tmp_path / "two", **changes)
         assert stop.value.status == 143
     monkeypatch.setattr(tg, "SIGNALS", tg.Signals())
     torch.manual_seed(0)      # as another process would have it
     resumed, clock, again = learn(data, tmp_path / "two", RESUME=1, **changes)
-    assert events(tmp_path / "two", "resume")[0]["step"] == 7
+    assert events(tmp_path / "two", "resume")[0]["step"] == 5
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters()))
     assert again.given == stream.given and again.epoch == stream.epoch
     later = [x.ahead.popleft().result()[0].x for x in (stream, again)]      # what calibration would read
@@ -526,7 +529,8 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(data, tmp_pa
 
 def test_resume_is_refused_where_it_cannot_go_on(data, tmp_path, monkeypatch):
     for changes, word in ((dict(MAX_WALLCLOCK_SECONDS=60), "MAX_WALLCLOCK_SECONDS=60"),
-                          (dict(EVAL_ONLY_PATH="x.pt"), "EVAL_ONLY_PATH"), (dict(ARTIFACT_DIR=""), "ARTIFACT_DIR")):
+                          (dict(EVAL_ONLY_PATH="x.pt"), "EVAL_ONLY_PATH"),
+                          (dict(ARTIFACT_DIR=""), "ARTIFACT_DIR")):
         with pytest.raises(tg.UserError, match=word):
             settings(**{"RESUME": 1, "ARTIFACT_DIR": tmp_path, **changes})
     with pytest.raises(tg.UserError, match="finds no checkpoint"):
@@ -535,7 +539,7 @@ def test_resume_is_refused_where_it_cannot_go_on(data, tmp_path, monkeypatch):
     with pytest.raises(tg.Interrupted):
         learn(data, tmp_path / "r", **GOING_ON)
     for changes, word in ((dict(SEED=5), "SEED=1337 there, 5 here"), (dict(NUM_LOOPS=0), "NUM_LOOPS=1 there"),
-                          (dict(ITERATIONS=99), "ITERATIONS=16 there")):
+                          (dict(ITERATIONS=99), "ITERATIONS=8 there")):
         with pytest.raises(tg.UserError, match=word):
             learn(data, tmp_path / "r", RESUME=1, **{**GOING_ON, **changes})
     pointer = tmp_path / "r" / tg.POINTER
@@ -563,7 +567,7 @@ tg.rehearse = lambda *a: 0.0
 after = tg.Progress.events
 def events(self, step, *rest):
     after(self, step, *rest)
-    if self.run.dir.name == 'two' and not self.s.resume and step == 7 and world.rank == 1:
+    if self.run.dir.name == 'two' and not self.s.resume and step == 5 and world.rank == 1:
         os.kill(os.getpid(), tg.signal.SIGTERM)      # one rank alone is asked to end
 tg.Progress.events = events
 def learn(name, **more):
@@ -595,9 +599,9 @@ def test_two_ranks_stop_together_and_go_on_to_the_bit(data, tmp_path):
                                       env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
     out = [process.communicate(timeout=100)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [143, 143], out
-    assert facts_of(tmp_path / "two" / tg.AVERAGE)["stopped"] == "stopped at step 7"
-    assert events(tmp_path / "two", "resume")[0]["step"] == 7
+    before = tmp_path / "two" / "checkpoint" / "average.previous.pt"      # of the run that was resumed
+    assert facts_of(before)["stopped"] == "stopped at step 5"
+    assert events(tmp_path / "two", "resume")[0]["step"] == 5
     whole, two = (torch.load(tmp_path / name / "final_model.pt", weights_only=True)["weights"]
                   for name in ("whole", "two"))
     assert all(torch.equal(w, two[n]) for n, w in whole.items())
-    assert Path(tmp_path / "two" / "checkpoint" / "resume.16.0.pt").exists() is False
