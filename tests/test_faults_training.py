@@ -106,7 +106,7 @@ def test_a_signal_stops_training_after_the_step_and_a_lost_terminal_does_not(dat
 
 
 def child(act):
-    """A process that listens to signals, says that it is ready, then acts: (its id, the pipe it writes)."""
+    """A process that listens to signals and acts: (its id, the pipe into which it says that it is ready)."""
     ours, theirs = os.pipe()
     if pid := os.fork():
         os.close(theirs)
@@ -115,8 +115,7 @@ def child(act):
     try:
         signals = tg.Signals()
         signals.install()
-        os.write(theirs, b"!")
-        act(signals)
+        act(signals, lambda: os.write(theirs, b"!"))
     except tg.Interrupted as stop:
         code = stop.status
     finally:
@@ -143,15 +142,18 @@ def ends(act, *sent, until_the_end=0):
 
 
 def test_what_a_signal_does_outside_of_training_and_what_a_second_one_does():
-    def evaluation(signals):
+    def evaluation(signals, ready):
+        ready()
         time.sleep(60)
 
-    def long_step(signals):
+    def long_step(signals, ready):
         with signals.held():
+            ready()
             time.sleep(600)
 
-    def short_step(signals):
+    def short_step(signals, ready):
         with signals.held():
+            ready()
             time.sleep(0.3)
         time.sleep(60)
 
