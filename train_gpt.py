@@ -2938,17 +2938,24 @@ class AverageKeeper:
         self.s, self.world, self.run, self.clock, self.average = s, world, run, clock, trainer.ema
         self.writer, self.job, self.last, self.fault = ThreadPoolExecutor(1), None, -math.inf, ""
         self.copy: dict[str, Tensor] = {}
-        self.written = ""      # what the thread has written since it was logged
+        self.written, self.warned = "", False      # what the thread has written since the log was told
 
     def offer(self, step: int) -> None:
         """After a step: copy the average when it is time and the writer is idle."""
-        if self.written:
-            self.run.log("average", quiet=True, of=self.written)
-            self.written = ""
+        self.tell()
         now = time.monotonic()
         if self.world.main and now - self.last >= self.SECONDS and (self.job is None or self.job.done()):
             self.last = now
             self.start(step, f"average of step {step}")
+
+    def tell(self) -> None:
+        """Log what the thread has done; a fault once."""
+        if self.written:
+            self.run.log("average", quiet=True, of=self.written)
+            self.written = ""
+        if self.fault and not self.warned:
+            self.warned = True
+            self.run.log("warning", text=f"an average could not be kept beside training ({self.fault})")
 
     def start(self, step: int, stopped: str) -> None:
         """Copy the average, in the order of the GPU's queue, and let the thread write it."""
@@ -2987,8 +2994,7 @@ class AverageKeeper:
             self.start(step, stopped)
             wait_for(self.job)
         self.writer.shutdown()
-        if self.fault:
-            self.run.log("warning", text=f"an average could not be kept beside training ({self.fault})")
+        self.tell()
 
 
 def wait_for(job) -> None:
@@ -3192,8 +3198,8 @@ def remove_checkpoints(run: Run, keep: int = -1) -> None:
 
 
 def remove_safety_copies(run: Run) -> None:
-    """Once the artifact and final_model.pt are there: remove averages and checkpoints."""
-    if not (run.dir / "final_model.pt").is_file() and run.world.main:
+    """Once the artifact and final_model.pt are there: remove averages and checkpoints. On every rank."""
+    if not run.world.agree((run.dir / "final_model.pt").is_file()):
         return
     remove_checkpoints(run)
     with contextlib.suppress(OSError):
