@@ -43,6 +43,7 @@ import tempfile
 import threading
 import time
 import uuid
+import warnings
 import zipfile
 from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -6055,7 +6056,9 @@ def unsealed(path: str | Path, most: int, what: str, must: bool = False) -> dict
                 raise ValueError("it is damaged, or of another kind")
             print(f"warning: {what}: it is of an earlier version, without a digest", file=sys.stderr)
         check_records(data)
-        box = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")      # of odd pickles: a refusal is one line
+            box = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if not isinstance(box, dict):
             raise ValueError("it holds something else")
         return box
