@@ -30,21 +30,27 @@ import json
 import lzma
 import math
 import os
+import pickletools
 import platform
 import random
 import re
 import shutil
+import signal
+import stat
 import struct
 import sys
 import tempfile
+import threading
 import time
 import uuid
+import warnings
+import zipfile
 from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Callable, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -71,6 +77,15 @@ LN2 = math.log(2.0)
 
 class UserError(Exception):
     """A mistake the user can fix: its text carries value, bound and remedy, and is shown alone."""
+
+
+class Interrupted(BaseException):
+    """A signal ended the run: what to say; status: the exit status, 130 or 143. It is no Exception, so that
+    no guard around a report or a reader takes it for a fault of its own."""
+
+    def __init__(self, text: str, number: int):
+        super().__init__(text)
+        self.status = 128 + number
 
 
 # ============================================================================================================
@@ -101,6 +116,9 @@ class Settings:
     iterations: int = knob(20000, "most optimiser steps; without a time budget the schedule's length", 0)
     train_log_every: int = knob(500, "steps between progress lines (the first ten always show)", 0)
     val_loss_every: int = knob(0, "steps between validations in training, step 0 included; 0: none", 0)
+    checkpoint_every_seconds: float = knob(0.0, "seconds between checkpoints to go on from, without a time "
+                                           "budget; 0: none", 0)
+    resume: bool = knob(False, "go on from the checkpoint in ARTIFACT_DIR, to the bit, without a time budget")
     eval_only_path: str = knob("", "averaged weights (.pt) to quantise, pack and score without training")
     eval_only_quantized_path: str = knob("", "artifact (.ptz) to score, nothing else")
     quantize_only: bool = knob(False, "stop when the artifact is written")
@@ -347,6 +365,7 @@ class Settings:
                                 "(python train_gpt.py --help lists all)")
         s = cls(**{f.name: parse_setting(f, env[name]) for name, f in known.items() if name in env})
         s.check_consistency()
+        s.check_resume()
         return s
 
     def mistake(self, text: str) -> UserError:
@@ -415,6 +434,18 @@ class Settings:
         ):
             if refused:
                 raise self.mistake(why)
+
+    def check_resume(self) -> None:
+        """Refuse RESUME where it could not go on, or would spend a budget twice."""
+        if not self.resume:
+            return
+        if self.max_wallclock_seconds:
+            raise self.mistake("RESUME would spend MAX_WALLCLOCK_SECONDS twice: a run with a budget goes on "
+                               "by EVAL_ONLY_PATH=…/checkpoint/average.pt")
+        if self.eval_only_path or self.eval_only_quantized_path:
+            raise self.mistake("RESUME trains: leave EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH out")
+        if not self.artifact_dir:
+            raise self.mistake("RESUME goes on in a folder: set ARTIFACT_DIR to that of the run")
 
     def batch_shape(self, world_size: int) -> tuple[int, int]:
         """(micro-batches per step and rank, tokens of one micro-batch), checked against the ranks."""
@@ -578,6 +609,7 @@ NEEDS = {
     "asym_logit_train": "asym_logit_rescale", "bigram_": "bigram_vocab_size",
     "matrix_clip_ attn_clip_ mlp_clip_ embed_clip_": "quant_allocation=hand quant_clip=sigmas",
     "matrix_bits embed_bits": "quant_allocation=hand", "quant_trellis": "quant_allocation=fisher",
+    "checkpoint_every_seconds": "max_wallclock_seconds=0",
     "bank_split matrix_lr_late split_lr_": "matrix_lr_early", "grad_clip_mode": "grad_clip_norm",
     "embed_lr head_lr": "tie_embeddings=0", "tied_embed_lr": "tie_embeddings", "min_lr": "warmdown_frac",
     "enable_looping_": "num_loops recur_start_step=0 loop_schedule=", "loop_ recur_": "num_loops",
@@ -725,13 +757,25 @@ class World:
         """Rank 0's value on every rank (through host memory, so the GPU queue is not drained)."""
         if self.size == 1:
             return value
-        if type(value) is float:      # a clock, every step
+        if type(value) is float:      # a clock
             box = torch.tensor(value, dtype=torch.float64)
             dist.broadcast(box, 0)
             return box.item()
         box = [value]
         dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
+
+    def agree_step(self, elapsed: float, stop: int, bad_step: int) -> tuple[float, int, int]:
+        """What all ranks must know before a step, through host memory: rank 0's seconds, the number of a
+        signal that any rank received (0: none), the first step that went wrong on any rank (0: none)."""
+        if self.size == 1:
+            return elapsed, stop, bad_step
+        never = -math.inf
+        mine = [elapsed if self.main else never, stop, -bad_step or never]
+        box = torch.tensor(mine, dtype=torch.float64)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        elapsed, stop, bad = box.tolist()
+        return elapsed, int(stop), 0 if bad == never else int(-bad)
 
     def gather(self, value) -> list:
         """[value of rank 0, value of rank 1, …] on every rank."""
@@ -757,6 +801,62 @@ def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
         load[r] += costs[i]
         share[r].append(i)
     return share
+
+
+class Signals:
+    """What SIGINT (Ctrl-C) and SIGTERM do: the first ends training after the step under way, and anything
+    else at once by Interrupted; a second, a second or more later, ends the process at once (one request often
+    arrives twice: torchrun passes on what it gets).
+
+    SIGHUP, of a terminal that is gone, is ignored. torchrun takes it for an order to end, passes it on and
+    kills the ranks 30 s later, so there it counts as SIGTERM. To train on under torchrun, start it by nohup
+    with TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT."""
+
+    def __init__(self):
+        self.number, self.when, self.waits = 0, 0.0, False
+
+    def install(self) -> None:
+        """Listen from now on; only a process's main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        signal.signal(signal.SIGINT, self.receive)
+        signal.signal(signal.SIGTERM, self.receive)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            launched = "TORCHELASTIC_RUN_ID" in os.environ
+            signal.signal(signal.SIGHUP, self.receive if launched else signal.SIG_IGN)
+
+    def receive(self, number: int, frame) -> None:
+        """The handler of a signal, between two instructions of the main thread."""
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            number = signal.SIGTERM
+        if self.number:
+            if time.monotonic() - self.when > 1:
+                os._exit(128 + number)
+            return
+        self.number, self.when = int(number), time.monotonic()
+        if not self.waits:
+            raise self.error("the run was interrupted")
+
+    def error(self, what: str, number: int = 0) -> Interrupted:
+        """The exception that ends the run, for the signal received here or on another rank."""
+        number = number or self.number
+        if not self.number:
+            self.number, self.when = number, time.monotonic()     # what comes now is the second
+        return Interrupted(f"{what} by {signal.Signals(number).name}", number)
+
+    @contextlib.contextmanager
+    def held(self):
+        """Inside, a signal only sets `number`; what was not obeyed by the end raises there."""
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
+        if self.number:
+            raise self.error("the run was interrupted")
+
+
+SIGNALS = Signals()
 
 
 class Clock:
@@ -814,13 +914,13 @@ class Run:
         self.dir = Path(s.artifact_dir or Path("runs") / self.id)
         self.live = sys.stdout.isatty() and world.main
         self.summary = {**dict.fromkeys(SUMMARY_KEYS), "compliant": True, "not_compliant_because": []}
-        again = bool(s.eval_only_path or s.eval_only_quantized_path)
+        again = bool(s.eval_only_path or s.eval_only_quantized_path or s.resume)
         if not world.main:
             return
         if not again and (self.dir / "final_model.pt").exists():
             raise UserError(f"ARTIFACT_DIR={self.dir} holds the weights of an earlier run: choose another "
                             "folder; to score those, set EVAL_ONLY_PATH as well")
-        if again and (self.dir / "summary.json").exists():
+        if again and not s.resume and (self.dir / "summary.json").exists():
             if json.loads((self.dir / "summary.json").read_text()).get("steps") is not None:
                 raise UserError(f"ARTIFACT_DIR={self.dir} holds the summary of a training run, which this "
                                 "one would replace: choose another folder")
@@ -864,6 +964,12 @@ class Run:
         """What is known so far: written after every stage, so that a crash loses no score."""
         if self.world.main:
             write_atomic(self.dir / "summary.json", json.dumps(self.summary, indent=1).encode())
+
+
+def plain(value, most: int) -> str:
+    """A value as one line of at most so many characters of printable ASCII, for messages."""
+    text = re.sub("[^ -~]", "?", f"{value!s:.{most + 1}}")
+    return text if len(text) <= most else text[:most - 3] + "..."
 
 
 def human(value) -> str:
@@ -1050,6 +1156,11 @@ class Stream:
         batch, self.batches = self.cut(), self.batches + 1
         return batch
 
+    def skip(self, batches: int) -> None:
+        """Pass over so many batches, as an interrupted run has done."""
+        for _ in range(batches):
+            self.next()
+
 
 class TokenStream(Stream):
     """All shards as one endless stream, for any number of ranks: every target once per epoch, in order."""
@@ -1068,6 +1179,9 @@ class TokenStream(Stream):
             parts.append(np.asarray(self.shards[i][begin:begin + count]))
             start, count = start + len(parts[-1]), count - len(parts[-1])
         return packed_batch(np.concatenate(parts), self.max_len)
+
+    def skip(self, batches: int) -> None:
+        self.batches += batches      # where a batch lies follows from its number
 
 
 class DocPackStream(Stream):
@@ -1196,10 +1310,11 @@ def open_train_stream(s: Settings, world: World, tokens: int) -> Stream:
 
 
 class Prefetch:
-    """Batches read ahead in one thread, in the stream's order. epoch: of the batch given out last."""
+    """Batches read ahead in one thread, in the stream's order. given: how many were given out, also before
+    an interruption; epoch: of the last of them."""
 
     def __init__(self, stream: Stream, device: torch.device, depth: int = 4):
-        self.stream, self.device, self.epoch = stream, device, 0.0
+        self.stream, self.device, self.epoch, self.given = stream, device, 0.0, 0
         self.reader = ThreadPoolExecutor(1)
         self.ahead = deque(self.reader.submit(self.read) for _ in range(depth))
 
@@ -1211,6 +1326,7 @@ class Prefetch:
         if cut:
             self.stream.max_len = cut
         batch, self.epoch = self.ahead.popleft().result()      # raises what the thread raised
+        self.given += 1
         self.ahead.append(self.reader.submit(self.read))
         stale = cut and batch.tokens is not None and batch.cut != cut
         return packed_batch(batch.tokens, cut).to(self.device) if stale else batch
@@ -2442,6 +2558,9 @@ class Optimiser:
         touched = {p: self.gather(buf.flatten(1).any(1).byte())()
                    for p, buf in zip(self.banks, self.momentum)}
         for p in self.small:
+            if not p.numel():      # as the skips of a model of one layer: nothing is there to be trained
+                touched[p] = torch.ones(0)
+                continue
             touched[p] = self.adam.state[p]["exp_avg_sq"].reshape(len(p) if p.dim() else 1, -1).any(1)
         found = [name for p, name in self.names.items() if p not in touched]     # in no optimiser at all
         for p, rows in touched.items():
@@ -2563,6 +2682,10 @@ class Curriculum:
             lr *= min((step - self.changed + 1) / s.seq_change_warmup_steps, 1.0)
         return length, self.passes, lr
 
+    def state(self) -> dict:
+        """What a run that goes on later must know of it."""
+        return {k: v for k, v in vars(self).items() if k not in ("s", "stages")}
+
     def unreached(self) -> dict[str, str]:
         """Settings that the training behind us was too short for."""
         s = self.s
@@ -2620,6 +2743,32 @@ class Trainer:
         dtype = pick_dtype(self.s.muon_dtype, self.world.device, self.model.compute_dtype)
         self.optimiser = Optimiser(self.s, self.world, dict(self.model.named_parameters()), dtype)
         self.ema = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+
+    def tensors(self) -> dict[str, Any]:
+        """Weights, average and optimiser, this rank's part of it, as they are: not copied."""
+        return {"weights": {n: p.detach() for n, p in self.model.named_parameters()},
+                "average": self.ema, "momentum": self.optimiser.momentum,
+                "adam": self.optimiser.adam.state_dict()}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what tensors() gave; UserError when it is of another model or of other ranks."""
+        mine = self.tensors()
+        try:
+            for part in ("weights", "average"):
+                for name, tensor in mine[part].items():
+                    tensor.copy_(state[part][name])
+            for buf, saved in zip(mine["momentum"], state["momentum"], strict=True):
+                buf.copy_(saved)
+            self.optimiser.adam.load_state_dict(state["adam"])
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"the checkpoint does not fit this model ({type(error).__name__}: "
+                            f"{plain(error, 100)}): start anew without RESUME") from error
+
+    def finite(self) -> bool:
+        """Whether weights and average are, on this rank."""
+        tensors = [*self.ema.values(), *self.model.parameters()]
+        return all(bool(t.detach().isfinite().all()) for t in tensors)
 
     def measure(self) -> None:
         """Make the next step a measured one."""
@@ -2696,8 +2845,19 @@ class Progress:
     def __init__(self, s: Settings, world: World, run: Run, model: GPT, budget: float):
         self.s, self.world, self.run, self.model, self.budget = s, world, run, model, budget
         self.last = (0, 0.0)               # step and seconds of the line before
+        self.epochs = 0                    # that have ended
         peaks = (flops for part, flops in PEAK_FLOPS.items() if part in world.device_name)
         self.peak = world.size * next(peaks, 0.0)
+
+    def events(self, step: int, stream: Prefetch, trainer: Trainer, looping: bool) -> None:
+        """Log the end of an epoch, and where the time of a measured step went."""
+        if int(stream.epoch) > self.epochs:
+            self.epochs = int(stream.epoch)
+            tokens = step * self.s.train_batch_tokens
+            self.run.log("epoch_end", epoch=self.epochs, step=step, tokens=tokens)
+        if trainer.laps:
+            self.run.log("step_time", quiet=True, step=step, looping=looping, parts=trainer.laps)
+            trainer.laps = None
 
     def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, lr: float, plan: Plan) -> None:
         """A line in the log (ten steps, then every TRAIN_LOG_EVERY), else on a terminal, two a second."""
@@ -2706,6 +2866,8 @@ class Progress:
         if not logged and not (self.run.live and clock.elapsed() - self.last[1] > 0.5):
             return
         loss = self.world.total(loss.clone()).item() / self.world.size if logged else loss.item()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            return                     # FiniteWatch ends the run; JSON has no word for it
         elapsed = clock.elapsed()      # after the loss, for which the host has waited
         steps, seconds = step - self.last[0], max(elapsed - self.last[1], 1e-9)
         self.last = (step, elapsed)
@@ -2723,31 +2885,172 @@ class Progress:
             return self.run.progress(line)
         self.run.log("train", quiet=True, step=step, loss=loss, norm=norm.item(), lr=lr, looping=looping, **v)
         self.run.say(line)
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {step}: lower MATRIX_LR or SCALAR_LR, or look for "
-                            "the cause with COMPUTE_DTYPE=float32")
+
+
+class FiniteWatch:
+    """Notices the first step whose loss or gradient is not finite without waiting for the GPU: flags travel
+    to pinned memory and are read once they have arrived, a few steps late."""
+
+    def __init__(self):
+        self.flying, self.bad = deque(), 0
+
+    def record(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        """Look at a step's loss and gradient norm, scalars on the device."""
+        flag, arrived = torch.isfinite(loss) & torch.isfinite(norm), None
+        if flag.is_cuda:
+            box = torch.empty((), dtype=torch.bool, pin_memory=True)
+            flag = box.copy_(flag, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.flying.append((step, flag, arrived))
+
+    def first_bad(self, wait: bool = False) -> int:
+        """The first bad step (from 1 on) among those whose flags are here, else 0; wait: for all flags."""
+        while self.flying and not self.bad:
+            step, flag, arrived = self.flying[0]
+            if arrived is not None and not wait and not arrived.query():
+                break
+            if arrived is not None:
+                arrived.synchronize()
+            self.flying.popleft()
+            if not flag.item():
+                self.bad = step
+        return self.bad
+
+    @staticmethod
+    def error(step: int) -> UserError:
+        """What ends a run whose loss or gradient was not finite at this step."""
+        return UserError(f"the loss or the gradient is not finite at step {step}: lower MATRIX_LR or "
+                         "SCALAR_LR, or look for the cause with COMPUTE_DTYPE=float32; the folder's "
+                         "checkpoint/average.pt is the last finite average")
+
+
+AVERAGE = Path("checkpoint") / "average.pt"     # in the run's folder
+
+
+class AverageKeeper:
+    """Keeps a finite average of the weights on disk while training goes on: rank 0 copies it on the device,
+    a thread beside training checks and writes it. The newest two stay until the artifact is written:
+    final_model.pt may be damaged, or lie elsewhere, as long as nothing has been made of it."""
+
+    SECONDS = 25.0         # between two copies: on a slow disk, too, the newest is less than a minute old
+
+    def __init__(self, s: Settings, world: World, run: Run, trainer: Trainer, clock: Clock):
+        self.s, self.world, self.run, self.clock, self.average = s, world, run, clock, trainer.ema
+        self.writer, self.job, self.last, self.fault = ThreadPoolExecutor(1), None, -math.inf, ""
+        self.copy: dict[str, Tensor] = {}
+        self.written, self.warned = "", False      # what the thread has written since the log was told
+
+    def offer(self, step: int) -> None:
+        """After a step: copy the average when it is time and the writer is idle."""
+        self.tell()
+        now = time.monotonic()
+        if self.world.main and now - self.last >= self.SECONDS and (self.job is None or self.job.done()):
+            self.last = now
+            self.start(step, f"average of step {step}")
+
+    def tell(self) -> None:
+        """Log what the thread has done; a fault once."""
+        if self.written:
+            self.run.log("average", quiet=True, of=self.written)
+            self.written = ""
+        if self.fault and not self.warned:
+            self.warned = True
+            self.run.log("warning", text=f"an average could not be kept beside training ({self.fault})")
+
+    def start(self, step: int, stopped: str) -> None:
+        """Copy the average, in the order of the GPU's queue, and let the thread write it."""
+        if not self.copy:
+            self.copy = {n: torch.empty_like(t) for n, t in self.average.items()}
+        torch._foreach_copy_(list(self.copy.values()), list(self.average.values()))
+        ready = None
+        if self.world.device.type == "cuda":
+            ready = torch.cuda.Event()
+            ready.record()
+        facts = weight_facts(self.s, self.world, step, self.clock.elapsed(), stopped)
+        self.job = self.writer.submit(self.write, ready, facts)
+
+    def write(self, ready, facts: dict) -> None:
+        """In the thread: check and write the copy; a fault is kept for the log, training goes on."""
+        try:
+            tensors = to_host(self.copy, ready)
+            if not all(bool(t.isfinite().all()) for t in tensors.values()):
+                return
+            path = self.run.dir / AVERAGE
+            data = weights_to_bytes(self.s, tensors, facts)
+            with contextlib.suppress(OSError):     # no average yet, or a file system without hard links
+                twin = path.with_name(".average.previous")
+                twin.unlink(missing_ok=True)
+                os.link(path, twin)
+                os.replace(twin, path.with_name("average.previous.pt"))
+            write_atomic(path, data)
+            self.written = facts["stopped"]
+        except Exception as error:
+            self.fault = self.fault or f"{type(error).__name__}: {plain(error, 200)}"
+
+    def close(self, step: int, stopped: str) -> None:
+        """Wait for the writer; before, write the average at which training was stopped."""
+        wait_for(self.job)
+        if step and stopped and self.world.main:
+            self.start(step, stopped)
+            wait_for(self.job)
+        self.writer.shutdown()
+        self.tell()
+
+
+def wait_for(job) -> None:
+    """Wait for a thread's job, if there is one."""
+    if job is not None:
+        job.result()
+
+
+def to_host(tensors: Mapping[str, Tensor], ready) -> dict[str, Tensor]:
+    """The tensors on the host. On a GPU once `ready` has passed, by a stream of its own: no step waits."""
+    if ready is None:
+        return dict(tensors)
+    stream = torch.cuda.Stream(next(iter(tensors.values())).device)
+    stream.wait_event(ready)
+    with torch.cuda.stream(stream):
+        return {n: t.cpu() for n, t in tensors.items()}
+
+
+class Trained(NamedTuple):
+    """What training leaves behind beside the Trainer's average."""
+    clock: Clock
+    stream: Prefetch
+    curriculum: Curriculum
+    facts: dict            # see weight_facts
+    signal: int            # the number of a signal that asked for the end of the run; 0: none did
 
 
 def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
-          validate: Callable) -> tuple[Clock, Prefetch]:
-    """The training loop, to ITERATIONS or until a step would pass MAX_WALLCLOCK_SECONDS - reserve;
-    validate(step, looping) scores the weights off the clock. Returns the clock and the stream."""
+          validate: Callable, state: Mapping[str, Any] | None = None) -> Trained:
+    """The training loop, to ITERATIONS, until a step would pass MAX_WALLCLOCK_SECONDS - reserve, or until a
+    signal; validate(step, looping) scores the weights off the clock. state: of the checkpoint to go on from.
+    UserError when loss or gradient stop being finite."""
     budget = s.max_wallclock_seconds - reserve if s.max_wallclock_seconds else 0.0
-    stream = Prefetch(open_train_stream(s, world, trainer.tokens), world.device)
     curriculum, progress = Curriculum(s), Progress(s, world, run, trainer.model, budget)
+    step = go_on_from(state, trainer, curriculum) if state else 0
+    stream = open_stream(s, world, trainer.tokens, state["batches"] if state else 0)
     world.barrier()
-    clock, step, step_seconds, before = Clock(s.max_wallclock_seconds), 0, 0.0, 0.0
-    passes, epochs, measured = passes_at(s, 0.0), 0, [0.1, 0.5, 0.9]    # shares whose next step is timed
+    clock, step_seconds, before = Clock(s.max_wallclock_seconds), 0.0, 0.0
+    clock.start -= state["seconds"] if state else 0.0
+    passes, progress.epochs = passes_at(s, 0.0), int(stream.epoch)
+    measured = [x for x in (0.1, 0.5, 0.9) if x * s.iterations >= step]    # shares whose next step is timed
+    watch, keeper = FiniteWatch(), AverageKeeper(s, world, run, trainer, clock)
+    checkpoints = Checkpoints(s, world, run, trainer, watch, clock)
     while True:
         if s.val_loss_every and step % s.val_loss_every == 0:
             sync(world.device)            # queued steps are charged before the clock stops
             with clock.exclude():
                 validate(step, passes > 1)
                 sync(world.device)
-        elapsed = world.agree(clock.elapsed())
+        elapsed, stop, bad = world.agree_step(clock.elapsed(), SIGNALS.number, watch.first_bad())
         step_seconds, before = max(elapsed - before, 0.9 * step_seconds) if step else 0.0, elapsed
-        if step >= s.iterations or (budget and elapsed + step_seconds > budget):
+        ended = step >= s.iterations or (budget and elapsed + step_seconds > budget)
+        if ended or stop or bad:
             break
+        checkpoints.offer(step, elapsed, curriculum, stream)
         done = min(elapsed / budget, 1.0) if budget else step / s.iterations
         length, passes, lr = curriculum.at(step, done)
         plan = layer_plan(s, True, passes)
@@ -2757,28 +3060,201 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
         losses = [trainer.micro_step(stream.next(length), plan) for _ in range(trainer.accum)]
         norm = trainer.update(lr, muon_momentum(s, step), decay_share(s, done))
         step += 1
+        loss = sum(losses) / trainer.accum
+        watch.record(step, loss, norm)
+        keeper.offer(step)
         trainer.set_sharpness(curriculum.sharpness(step, lr_share(s, done)))
-        if int(stream.epoch) > epochs:
-            epochs = int(stream.epoch)
-            run.log("epoch_end", epoch=epochs, step=step, tokens=step * s.train_batch_tokens)
-        if trainer.laps:
-            run.log("step_time", quiet=True, step=step, looping=passes > 1, parts=trainer.laps)
-            trainer.laps = None
+        progress.events(step, stream, trainer, passes > 1)
         if budget and budget - elapsed < 10 * step_seconds:
             sync(world.device)            # near the end the host must not run ahead of the GPU
-        progress.report(step, clock, sum(losses) / trainer.accum, norm, lr, plan)
+        progress.report(step, clock, loss, norm, lr, plan)
     sync(world.device)
     seconds = clock.elapsed()
-    step_ms = 1e3 * seconds / max(step, 1)
-    run.log("train_end", steps=step, seconds=seconds, step_ms=step_ms, epochs=stream.epoch,
+    stopped = "" if ended else f"stopped at step {step}"
+    bad = end_of_steps(world, trainer, watch, step)
+    keeper.close(step, "" if bad else stopped)
+    if bad:
+        raise watch.error(bad)
+    if stopped:
+        checkpoints.write(step, curriculum, stream)
+    facts = weight_facts(s, world, step, seconds, stopped)
+    run.log("train_end", steps=step, seconds=seconds, step_ms=facts["step_ms"], epochs=stream.epoch,
             tokens=step * s.train_batch_tokens)
     trainer.set_sharpness(None)
-    if step and (untouched := trainer.optimiser.never_trained()):
-        run.log("never_trained", parameters=untouched)
-    if step and (idle := {**idle_settings(s), **curriculum.unreached()}):
-        run.log("settings_without_effect", **idle)
-    run.summary.update(steps=step, step_ms=step_ms)
-    return clock, stream
+    run.summary.update(steps=step, step_ms=facts["step_ms"])
+    return Trained(clock, stream, curriculum, facts, stop)
+
+
+def end_of_steps(world: World, trainer: Trainer, watch: FiniteWatch, step: int) -> int:
+    """After the last step, the first one that went wrong on any rank, or left weights that are not finite."""
+    bad = watch.first_bad(wait=True) or (0 if trainer.finite() else step)
+    return world.agree_step(0.0, 0, bad)[2]
+
+
+def weight_facts(s: Settings, world: World, steps: int, seconds: float, stopped: str) -> dict:
+    """What a file of weights says of its training; stopped: empty for a training that went to its end."""
+    return {"steps": steps, "train_seconds": seconds, "step_ms": 1e3 * seconds / max(steps, 1),
+            "stopped": stopped, "seed": s.seed, "world_size": world.size}
+
+
+def open_stream(s: Settings, world: World, tokens: int, given: int) -> Prefetch:
+    """The training stream, read ahead, after so many batches of this rank."""
+    stream = open_train_stream(s, world, tokens)
+    stream.skip(given)
+    epoch = stream.epoch
+    ahead = Prefetch(stream, world.device)
+    ahead.given, ahead.epoch = given, epoch
+    return ahead
+
+
+def training_reports(s: Settings, run: Run, trainer: Trainer, trained: Trained) -> None:
+    """What was idle in training, into the log. It comes after the weights are saved, and ends no run."""
+    if not trained.facts["steps"]:
+        return
+    with guarded(run, "the report on parameters without gradients"):
+        if untouched := trainer.optimiser.never_trained():
+            run.log("never_trained", parameters=untouched)
+    with guarded(run, "the report on settings without effect"):
+        if idle := {**idle_settings(s), **trained.curriculum.unreached()}:
+            run.log("settings_without_effect", **idle)
+
+
+@contextlib.contextmanager
+def guarded(run: Run, what: str):
+    """Inside is a report: if it fails, the log says so and the run goes on."""
+    try:
+        yield
+    except Exception as error:
+        run.log("warning", text=f"{what} failed ({type(error).__name__}: {plain(error, 200)})")
+
+
+# --- checkpoints to go on from, for runs without a time budget
+
+POINTER = Path("checkpoint") / "resume.json"     # in the run's folder: which checkpoint is whole
+
+
+class Checkpoints:
+    """Writes all that a training must know to go on to the bit: every rank its own file, so that no shared
+    disk is needed, then rank 0 the pointer. A kill in between leaves the checkpoint before."""
+
+    def __init__(self, s: Settings, world: World, run: Run, trainer: Trainer, watch: FiniteWatch,
+                 clock: Clock):
+        self.s, self.world, self.run, self.trainer = s, world, run, trainer
+        self.watch, self.clock, self.last = watch, clock, None
+        self.wanted = s.checkpoint_every_seconds > 0 and not s.max_wallclock_seconds
+
+    def offer(self, step: int, elapsed: float, curriculum: Curriculum, stream: Prefetch) -> None:
+        """Before a step, `elapsed` seconds on rank 0's clock: write one when it is time."""
+        if self.last is None:
+            self.last = elapsed
+        elif elapsed - self.last >= self.s.checkpoint_every_seconds:
+            self.write(step, curriculum, stream)
+            self.last = elapsed
+
+    def write(self, step: int, curriculum: Curriculum, stream: Prefetch) -> None:
+        """Write one, on all ranks; without space, or with weights that are not finite, the last one stays."""
+        if not self.wanted or not step:
+            return
+        fault = ""
+        try:
+            if self.watch.first_bad(wait=True) or not self.trainer.finite():
+                raise ValueError("weights that are not finite")
+            state = self.state(step, curriculum, stream)
+            write_atomic(checkpoint_path(self.run, step, self.world.rank), sealed(state))
+        except (UserError, OSError, ValueError, RuntimeError, MemoryError) as error:
+            fault = plain(error, 200)
+        faults = list(filter(None, self.world.gather(fault)))
+        pointer = json.dumps({"step": step, "world_size": self.world.size})
+        if self.world.main and not faults:
+            try:
+                write_atomic(self.run.dir / POINTER, pointer.encode())
+            except (UserError, OSError) as error:
+                faults = [plain(error, 200)]
+        if faults := self.world.agree(faults):
+            return self.run.log("warning", text=f"no checkpoint at step {step}: {faults[0]}")
+        self.run.log("checkpoint", quiet=True, step=step)
+        remove_checkpoints(self.run, keep=step)
+
+    def state(self, step: int, curriculum: Curriculum, stream: Prefetch) -> dict:
+        """All that this rank must know to go on after this step."""
+        alpha, device = self.trainer.alpha, self.world.device
+        return {**self.trainer.tensors(), "settings": training_settings(self.s, self.world), "step": step,
+                "seconds": self.clock.elapsed(), "batches": stream.given, "curriculum": curriculum.state(),
+                "alpha": None if alpha is None else alpha.item(),
+                "untrained_val_bpb": self.run.summary.get("untrained_val_bpb"),
+                "random": torch.get_rng_state(),
+                "random_gpu": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+def checkpoint_path(run: Run, step: int, rank: int) -> Path:
+    return run.dir / "checkpoint" / f"resume.{step}.{rank}.pt"
+
+
+def remove_checkpoints(run: Run, keep: int = -1) -> None:
+    """Remove this rank's checkpoints but that of one step."""
+    for path in (run.dir / "checkpoint").glob(f"resume.*.{run.world.rank}.pt"):
+        if path != checkpoint_path(run, keep, run.world.rank):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def remove_safety_copies(run: Run) -> None:
+    """Once the artifact and final_model.pt are there: remove averages and checkpoints. On every rank."""
+    if not run.world.agree((run.dir / "final_model.pt").is_file()):
+        return
+    remove_checkpoints(run)
+    with contextlib.suppress(OSError):
+        for name in (AVERAGE, AVERAGE.with_name("average.previous.pt"), POINTER):
+            if run.world.main:
+                (run.dir / name).unlink(missing_ok=True)
+        (run.dir / "checkpoint").rmdir()      # not while another rank's or somebody else's files are in it
+
+
+def training_settings(s: Settings, world: World) -> dict:
+    """The settings on which a step of training depends: they must be the same to go on."""
+    names = ["SEED", "ITERATIONS", "COMPUTE_DTYPE", "MUON_DTYPE"]
+    for group in ("data", "model", "optimiser"):
+        names += [n for n in group_names(group) if not n.startswith(("DATA_", "TOKENIZER_", "VAL_"))]
+    everything = s.as_env()
+    return {**{n: everything[n] for n in names}, "WORLD_SIZE": world.size}
+
+
+def read_checkpoint(s: Settings, world: World, run: Run) -> dict:
+    """This rank's part of the checkpoint in the run's folder; UserError when there is none that fits."""
+    path, again = run.dir / POINTER, "start anew without RESUME, in another ARTIFACT_DIR"
+    step, fault = 0, ""
+    if world.main:
+        try:
+            told = json.loads(path.read_bytes()[:1000])
+            step, size = int(told["step"]), int(told["world_size"])
+            if size != world.size:
+                fault = f"RESUME=1: {path} is of {size} ranks, these are {world.size}: start as many"
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            fault = f"RESUME=1 finds no checkpoint at {path} ({type(error).__name__}): {again}"
+    step, fault = world.agree((step, fault))
+    if fault:
+        raise UserError(fault)
+    path = checkpoint_path(run, step, world.rank)
+    state = unsealed(path, 5 * bytes_of_weights(s) + (16 << 20), f"RESUME=1: {path}", must=True)
+    theirs, differ = state.get("settings", {}), []
+    for name, here in training_settings(s, world).items():
+        if theirs.get(name) != here:
+            differ.append(f"{name}={plain(theirs.get(name), 40)} there, {here} here")
+    if differ:
+        raise UserError(f"RESUME=1: {path.name} is of another training: {'; '.join(differ[:4])}; {again}")
+    run.log("resume", step=step, seconds=state["seconds"])
+    return state
+
+
+def go_on_from(state: Mapping[str, Any], trainer: Trainer, curriculum: Curriculum) -> int:
+    """Put everything where the checkpoint had it; the step to go on after."""
+    trainer.restore(state)
+    trainer.set_sharpness(state["alpha"])
+    vars(curriculum).update(state["curriculum"])
+    torch.set_rng_state(state["random"])
+    if state["random_gpu"] is not None:
+        torch.cuda.set_rng_state(state["random_gpu"], trainer.world.device)
+    return state["step"]
 
 
 # ============================================================================================================
@@ -3911,11 +4387,19 @@ LEVEL_STREAM, FACTOR_STREAM, CODE_STREAM, HALF_STREAM, BYTE_STREAM = "levels fac
 
 def architecture(s: Settings) -> dict:
     """The settings that give a weight its meaning; an artifact is only read under the same ones."""
-    groups = [f.metadata["group"] for f in fields(s)]
-    begin = groups.index("model")
-    end = next(i for i in range(begin + 1, len(groups)) if groups[i])
-    names = [f.name for f in fields(s)[begin:end] if "init" not in f.name and f.name != "enable_looping_at"]
-    return {n.upper(): getattr(s, n) for n in ["vocab_size", "train_seq_len", *names]}
+    names = [n for n in group_names("model") if "INIT" not in n and n != "ENABLE_LOOPING_AT"]
+    everything = s.as_env()
+    return {n: everything[n] for n in ["VOCAB_SIZE", "TRAIN_SEQ_LEN", *names]}
+
+
+def group_names(group: str) -> list[str]:
+    """The settings of one of --help's groups, in capitals."""
+    names, current = [], ""
+    for f in fields(Settings):
+        current = f.metadata["group"] or current
+        if current == group:
+            names.append(f.name.upper())
+    return names
 
 
 def stored_tensors(s: Settings, meta: Mapping[str, str]) -> list[tuple[str, str, tuple]]:
@@ -3985,12 +4469,20 @@ def coding_plan(q: Quantised, shapes: Mapping[str, tuple]) -> tuple[list, np.nda
 
 
 def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
-    """Refuse weights whose architecture() is not that of the settings."""
-    wrong = [f"{k}={theirs.get(k)} there, {v} here" for k, v in architecture(s).items() if theirs.get(k) != v]
+    """Refuse weights whose architecture() is not that of the settings. A setting that the file does not name
+    is younger than the file and had its default; one that only the file names must have been off."""
+    default, mine = architecture(Settings()), architecture(s)
+    found = {**default, **theirs}
+    wrong = []
+    for name, there in found.items():
+        if (there != mine[name]) if name in mine else there:
+            wrong.append(f"{plain(name, 40)}={plain(there, 24)} there, {mine.get(name, 'unknown')} here")
+    if not theirs:
+        wrong = ["it names no settings"]
     if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise UserError(f"{what} of another configuration: {'; '.join(wrong[:4])}{more}; use the settings it "
-                        "was made with")
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{what} of another configuration: {plain('; '.join(wrong[:3]), 150)}{more}; use the "
+                        "settings it was made with")
 
 
 STORAGE = ("compressor", "lqer_rank", "lqer_asym_group")     # settings that a file says for itself
@@ -5339,14 +5831,17 @@ def document_hashes(tokens: np.ndarray):
             yield a, hashlib.blake2b(raw[2 * a + 2:2 * b], digest_size=8).digest()
 
 
-def check_disk(folder: Path, need: int) -> str:
-    """The folder can be written and really has `need` bytes: they are reserved, then given back."""
-    probe = folder / f".space.{os.getpid()}"
+def check_disk(folder: Path, need: int, ballast: bool = False) -> str:
+    """The folder can be written and really has `need` bytes: they are reserved, then given back, or kept as
+    ballast until there is something to write in their place."""
+    probe = folder / (BALLAST if ballast else f".space.{os.getpid()}")
+    kept = False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(probe, "wb") as f:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(f.fileno(), 0, need)
+                kept = ballast
             elif shutil.disk_usage(folder).free < need:
                 raise OSError(28, "No space left on device")
     except OSError as error:
@@ -5354,20 +5849,42 @@ def check_disk(folder: Path, need: int) -> str:
         raise UserError(f"ARTIFACT_DIR={folder} cannot take {need:,} bytes ({error.strerror}; {free:,} "
                         "free): free space or set ARTIFACT_DIR to another disk") from error
     finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
+        if not kept:
+            with contextlib.suppress(OSError):
+                probe.unlink()
     return f"{need:,} bytes can be written"
+
+
+BALLAST = ".ballast"     # in the run's folder: what the weights will take
+
+
+def drop_ballast(run: Run) -> None:
+    """Give the space that check_disk keeps back, for what is written next."""
+    if run.world.main:
+        with contextlib.suppress(OSError):
+            (run.dir / BALLAST).unlink(missing_ok=True)
+
+
+def bytes_of_weights(s: Settings) -> int:
+    return 4 * sum(map(math.prod, parameter_shapes(s).values()))
+
+
+def bytes_of_results(s: Settings) -> int:
+    """Weights, artifact twice, logs."""
+    return bytes_of_weights(s) + 2 * ARTIFACT_LIMIT + (8 << 20)
 
 
 def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "") -> list[Finding]:
     """Every check of the mode, in the order a user would fix them. attention_why: tried already."""
-    written = 2 * ARTIFACT_LIMIT + (8 << 20) + 4 * sum(map(math.prod, parameter_shapes(s).values()))
+    written = bytes_of_results(s)
+    if not (s.eval_only_path or s.eval_only_quantized_path):
+        written += 3 * bytes_of_weights(s)      # two averages beside training, and the one being written
     checks = {
         "device": lambda: f"{world.device_name}, {torch.get_num_threads()} host threads",
         "attention": lambda: attention_why or resolve_attention(s.attn_backend, world.device)[1],
         "batch": lambda: "{} ranks x {} micro-batches of {:,} tokens".format(
             world.size, *s.batch_shape(world.size)),
-        "disk": lambda: check_disk(folder, written),       # artifact twice, logs, weights
+        "disk": lambda: check_disk(folder, written),
         "size": lambda: expected_size(s),
         "training shards": lambda: check_train_shards(s),
         "validation shards": lambda: check_validation(s),
@@ -5508,25 +6025,152 @@ def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
                        model_params=parameters)
 
 
-def save_weights(run: Run, model: GPT) -> None:
-    """The averaged weights, the moment training ends: whatever fails later, they are on disk."""
-    if run.world.main:
-        weights = {n: p.detach().cpu() for n, p in field_views(dict(model.named_parameters())).items()}
-        box = io.BytesIO()
-        torch.save({"architecture": architecture(model.s), "weights": weights}, box)
-        write_atomic(run.dir / "final_model.pt", box.getvalue())
+SEAL = b"blake2b:"     # then 64 hexadecimal digits: the comment that ends a sealed archive
+SEAL_BYTES = len(SEAL) + 64
+MOST_PICKLED = 2 << 20     # bytes; all but tensors: 30 kB of the default model, 0.9 MB of one of 256 layers
+ZIP_END = 22           # bytes of a zip's last record without its comment
 
 
-def read_weights(path: str, model: GPT) -> None:
-    """Averaged weights saved by an earlier run into the model."""
+def sealed(box: dict) -> bytes:
+    """torch.save's archive of `box` with a digest of all of it as the archive's comment, which torch.load
+    passes over: torch itself does not check the sums that an archive holds."""
+    out = io.BytesIO()
+    torch.save(box, out)
+    body = out.getvalue()[:-2] + struct.pack("<H", SEAL_BYTES)
+    return body + seal_of(body)
+
+
+def seal_of(body: bytes) -> bytes:
+    return SEAL + hashlib.blake2b(body, digest_size=32).hexdigest().encode()
+
+
+def unsealed(path: str | Path, most: int, what: str, must: bool = False) -> dict:
+    """What sealed() wrote to a file of at most `most` bytes. UserError, one line that begins with `what`, for
+    all else: within seconds, and before anything is unpickled. An archive without a digest passes with a
+    warning, for files of earlier versions have none; not if it must have one."""
     try:
-        box = torch.load(path, map_location="cpu", weights_only=True)
-        weights, theirs = box["weights"], box["architecture"]
-    except Exception as error:    # torch.load raises many types for a missing, damaged or foreign file
-        raise UserError(f"EVAL_ONLY_PATH={path} holds no averaged weights of this script "
-                        f"({type(error).__name__}): give a run's final_model.pt") from error
-    check_architecture(model.s, theirs, f"EVAL_ONLY_PATH={path} holds weights")
-    load_weights(model, weights, f"EVAL_ONLY_PATH={path}", field_views)
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
+            raise ValueError(f"it is no file of at most {most:,} bytes")
+        data = Path(path).read_bytes()
+        if not has_seal(data):
+            if must:
+                raise ValueError("it is damaged, or of another kind")
+            print(f"warning: {what}: it is of an earlier version, without a digest", file=sys.stderr)
+        check_records(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")      # of odd pickles: a refusal is one line
+            box = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if not isinstance(box, dict):
+            raise ValueError("it holds something else")
+        return box
+    except Exception as error:     # zipfile, pickletools and torch.load raise many types for a foreign file
+        why = plain(getattr(error, "strerror", None) or error, 100)
+        raise UserError(f"{what}: {type(error).__name__}, {why}; give the file as a run wrote it") from error
+
+
+def has_seal(data: bytes) -> bool:
+    """Whether an archive ends with the digest of what precedes it; ValueError: with a wrong one, or it is no
+    archive that torch.save has written."""
+    last_record = b"PK\5\6"
+    if data[-ZIP_END - SEAL_BYTES:][:4] == last_record:
+        if data[-SEAL_BYTES:] != seal_of(data[:-SEAL_BYTES]):
+            raise ValueError("it is damaged: its digest does not fit")
+        return True
+    if data[-ZIP_END:][:4] != last_record or data[-2:] != bytes(2):
+        raise ValueError("it is damaged, or of another kind")
+    return False
+
+
+def check_records(data: bytes) -> None:
+    """ValueError unless an archive unfolds to no more than it is: nothing compressed, and pickles that are
+    short and hardly repeat a tuple: one that holds another twice, and so on, is hashed for ever."""
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    records = archive.infolist()
+    pickles = [r for r in records if r.filename.endswith(".pkl")]
+    if (any(r.compress_type != zipfile.ZIP_STORED for r in records)
+            or sum(r.file_size for r in records) > len(data)
+            or sum(r.file_size for r in pickles) > MOST_PICKLED):
+        raise ValueError("it unfolds to more than it should")
+    for record in pickles:
+        before, tuples, repeated = "", set(), 0
+        for op, place, _ in pickletools.genops(archive.read(record)):
+            if "PUT" in op.name and before.startswith("TUPLE"):
+                tuples.add(place)
+            repeated += "GET" in op.name and place in tuples
+            before = op.name
+        if repeated > 16:      # the optimiser's state repeats four
+            raise ValueError("it unfolds to more than it should")
+
+
+def weights_to_bytes(s: Settings, params: Mapping[str, Tensor], facts: dict) -> bytes:
+    """The file of weights: under the field's names, with their architecture and facts of their training."""
+    weights = {n: p.detach().cpu() for n, p in field_views(dict(params)).items()}
+    return sealed({"architecture": architecture(s), "weights": weights, "facts": facts})
+
+
+def save_weights(run: Run, model: GPT, facts: dict) -> None:
+    """The averaged weights, the moment training ends: whatever fails later, they are on disk. Without space
+    in the run's folder other places are tried; without any the run goes on with the weights in memory."""
+    if not run.world.main:
+        return
+    drop_ballast(run)
+    data = weights_to_bytes(model.s, dict(model.named_parameters()), facts)
+    elsewhere = f"final_model.{run.id}.pt"
+    for place in (lambda: run.dir / "final_model.pt", lambda: Path.cwd() / elsewhere,
+                  lambda: Path(tempfile.gettempdir()) / elsewhere):
+        try:
+            path = place()
+            write_atomic(path, data)
+        except (UserError, OSError) as error:
+            run.log("warning", text=f"the weights cannot be saved there ({plain(error, 300)})")
+            continue
+        if path.parent != run.dir:
+            run.log("warning", text=f"the weights were saved as {path}: EVAL_ONLY_PATH={path} goes on")
+        return
+    run.log("warning", text="the weights could not be saved anywhere: they are only in memory")
+
+
+def read_weights(path: str, model: GPT) -> dict:
+    """Averaged weights saved by an earlier run into the model; what the file says of their training (see
+    weight_facts; {}: an earlier version's file). UserError, one short line, for anything else."""
+    what, again = f"EVAL_ONLY_PATH={plain(path, 80)}", "give a run's final_model.pt"
+    views = field_views({n: p.data for n, p in model.named_parameters()})
+    most = bytes_of_weights(model.s) + 1024 * len(views) + (1 << 20)
+    box = unsealed(path, most, f"{what} holds no averaged weights of this script")
+    weights, theirs, facts = (box.get(key, {}) for key in ("weights", "architecture", "facts"))
+    if not (isinstance(weights, dict) and are_settings(theirs) and are_facts(facts)):
+        raise UserError(f"{what} holds no averaged weights of this script: {again}")
+    check_architecture(model.s, theirs, f"{what} holds weights")
+    if strangers := set(weights) ^ set(views):
+        raise UserError(f"{what} does not fit the model that the settings describe: {len(strangers)} tensors "
+                        f"({plain(min(strangers, key=str), 60)}, …) are missing or too much; {again}")
+    for name, view in views.items():
+        w = weights[name]
+        if not isinstance(w, Tensor) or (w.dtype, w.layout) != (torch.float32, torch.strided):
+            raise UserError(f"{what} holds {name} in another form than float32 numbers; {again}")
+        if w.shape != view.shape or not w.isfinite().all():
+            raise UserError(f"{what} holds {name} in another shape, or not finite; {again}")
+    load_weights(model, weights, what, field_views)
+    return facts
+
+
+def are_settings(values) -> bool:
+    """Whether these are values of settings by name."""
+    return isinstance(values, dict) and all(
+        type(k) is str and type(v) in (bool, int, float, str) for k, v in values.items())
+
+
+def are_facts(facts) -> bool:
+    """Whether a file's facts are such as weight_facts gives, or none at all."""
+    kinds = {"steps": int, "train_seconds": float, "step_ms": float, "stopped": str, "seed": int,
+             "world_size": int}
+    if facts == {}:
+        return True
+    if not isinstance(facts, dict) or {k: type(v) for k, v in facts.items()} != kinds:
+        return False
+    numbers = [v for v in facts.values() if not isinstance(v, str)]
+    return all(0 <= v < 2 ** 63 for v in numbers) and facts["stopped"] == plain(facts["stopped"], 40)
 
 
 def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
@@ -5546,10 +6190,14 @@ def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
 
 def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> tuple[Clock, Prefetch]:
     """Warm up, rehearse, train to the average, or read EVAL_ONLY_PATH; the training clock and the stream."""
+    drop_ballast(run)      # of a run that was killed
     if s.eval_only_path:
         read_weights(s.eval_only_path, model)
         stream = Prefetch(open_train_stream(s, world, s.batch_shape(world.size)[1]), world.device)
         return Clock(s.max_wallclock_seconds), stream
+    state = read_checkpoint(s, world, run) if s.resume else None
+    if world.main:
+        check_disk(run.dir, bytes_of_results(s), ballast=True)
     trainer = Trainer(s, world, model)
     run.log("warm_up", seconds=trainer.warm_up())
     rehearsed = rehearse(s, world, run, trainer)
@@ -5563,11 +6211,23 @@ def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
         if step == 0:
             run.summary["untrained_val_bpb"] = score.bpb
 
-    clock, stream = train(s, world, run, trainer, reserve, validate)
-    model.load_state_dict(trainer.ema)
-    save_weights(run, model)
+    if state:
+        run.summary["untrained_val_bpb"] = state["untrained_val_bpb"]
+    try:
+        with SIGNALS.held():
+            trained = train(s, world, run, trainer, reserve, validate, state)
+            if not trained.facts["stopped"]:
+                model.load_state_dict(trainer.ema)
+                save_weights(run, model, trained.facts)
+            if trained.signal:
+                world.barrier()      # rank 0 has written its file before any rank ends
+                how = trained.facts["stopped"] or "ended"
+                raise SIGNALS.error(f"training was {how}", trained.signal)
+    finally:
+        drop_ballast(run)
+    training_reports(s, run, trainer, trained)
     run.save_summary()
-    return clock, stream
+    return trained.clock, trained.stream
 
 
 ARTIFACT_NAME = "final_model.int6.ptz"
@@ -5765,6 +6425,7 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
                 prequant_ttt(s, world, model, tokens, functools.partial(run.log, "prequant_ttt", True))
             if not s.prequant_only:
                 compress(s, world, run, model, clock, stream.next)
+        remove_safety_copies(run)
         stream.close()
         if not s.quantize_only:
             score = Scorer(s, world, model).windows(val, s.eval_seq_len)
@@ -5794,8 +6455,10 @@ def check_command(which: str) -> int:
 
 
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
-    """Entry: 0 when all went well, 1 when --check found something, 2 on a user's mistake."""
+    """Entry: 0 when all went well, 1 when --check found something, 2 on a user's mistake, 130 or 143 when
+    interrupted."""
     rank, run = int(os.environ.get("RANK", 0)), None
+    SIGNALS.install()
     try:
         if "--help" in argv or "-h" in argv:
             print_help()
@@ -5818,6 +6481,18 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
             time.sleep(2)         # rank 0 says it, unless it alone did not see the mistake
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except Interrupted as stop:
+        if run is not None:
+            run.log("interrupted", quiet=True, text=str(stop))
+        if rank:
+            time.sleep(2)
+        else:
+            print(f"\n{stop}", file=sys.stderr, flush=True)
+        return stop.status
+    except Exception:
+        if not SIGNALS.number:
+            raise
+        return 128 + SIGNALS.number      # a collective broke because another rank obeyed first
 
 
 if __name__ == "__main__":
