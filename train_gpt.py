@@ -1290,6 +1290,7 @@ class Validation:
     a run trains, calibrates and packs it is sealed: only an open ledger gets at the tokens."""
     sealed, ledgers = False, 0
     hints: Hints | None = None      # set for the evaluations whose scores n-gram counts tilt
+    other_targets: np.ndarray | None = None      # a probe's, where not the stream's are scored
 
     @classmethod
     @contextlib.contextmanager
@@ -1306,6 +1307,11 @@ class Validation:
         if self.sealed and not self.ledgers:
             raise RuntimeError(SEALED)
         return self.stream
+
+    @property
+    def targets(self) -> np.ndarray:
+        """What is scored after every input (N - 1,)."""
+        return self.tokens[1:] if self.other_targets is None else self.other_targets
 
     def __init__(self, s: Settings):
         shards = read_tokens(s, "val")
@@ -1326,10 +1332,10 @@ class Validation:
         return self.stream
 
     @classmethod
-    def of(cls, tokens: np.ndarray) -> Validation:
+    def of(cls, tokens: np.ndarray, targets: np.ndarray | None = None) -> Validation:
         """A made-up stream, one byte a token: for probes. Nothing of it is sealed."""
         val = cls.__new__(cls)
-        val.sealed = False
+        val.sealed, val.other_targets = False, targets
         val.stream, val.rule, val.documents = tokens.astype(np.uint16), "made up", Documents(tokens)
         val.target_bytes = (tokens[1:] != BOS).astype(np.int64)
         return val
@@ -4470,7 +4476,7 @@ class Hints:
         """For the targets tokens[1:], counted in this order."""
         hint, confidence = (np.stack(side) for side in zip(*ngram_experts(s, tokens).values()))
         for row, (tau, _) in zip(confidence, experts_in_use(s).values()):
-            row[row.astype(float) < tau] = 0
+            row[row < np.float32(tau)] = 0      # as published: 9 of 20 open a gate of 0.45
         at = np.flatnonzero(confidence.any(0))
         return cls(at, hint[:, at], confidence[:, at])
 
@@ -4609,7 +4615,7 @@ class Scorer:
         filler = np.arange(len(at) + longest, total, longest)       # padding is cut like documents
         bounds = np.concatenate([[0], np.cumsum(lengths), filler, [total]]).astype(np.int32)
         ids = np.pad(val.tokens[at].astype(np.int64), (0, pad))
-        targets = np.pad(val.tokens[at + 1].astype(np.int64), (0, pad))
+        targets = np.pad(val.targets[at].astype(np.int64), (0, pad))
         x, y, cu = (torch.from_numpy(a).to(self.world.device) for a in (ids[None], targets[None], bounds))
         if self.fixed:
             torch._dynamo.mark_dynamic(cu, 0)
@@ -4906,8 +4912,8 @@ class PhasedTTT:
         valid = (column < (w.offset + w.count)[:, None])
         at = np.where(valid, (starts + w.begin)[:, None] + column, 0)
         tokens, device = self.val.tokens, self.world.device
-        x, y = (torch.from_numpy(np.where(valid, tokens[at + i], 0).astype(np.int64)).to(device)
-                for i in (0, 1))
+        x, y = (torch.from_numpy(np.where(valid, part[at], 0).astype(np.int64)).to(device)
+                for part in (tokens, self.val.targets))
         correctors = adapter.correctors if adapter is not None else []
         if correctors:
             bias = torch.from_numpy(np.stack([c.bias() for c in correctors]))
@@ -5085,9 +5091,18 @@ def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
     return lengths, [n * chunk + chunk // 4 for n in (chunks // 2, chunks)]
 
 
-def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-    """A made-up stream, and for each cut one that differs in all that comes later and the targets (positions)
-    that must not notice. order=length: later are the document's own tokens and shorter documents' groups."""
+class Variant(NamedTuple):
+    """A stream that differs from another in all that comes after a cut: its tokens, what is scored after each
+    of them, and the places (input positions) whose scores must not notice."""
+    tokens: np.ndarray
+    targets: np.ndarray
+    kept: np.ndarray
+
+
+def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[Variant]]:
+    """A made-up stream, and a variant for each cut. order=length: later are the document's own tokens and
+    shorter documents' groups. The last place before a cut is scored on the token that came there before: what
+    it reads of its own target or beyond then shows at full strength, in a model of one layer too."""
     (lengths, cuts), rng = probe_documents(s), np.random.default_rng(s.seed)
     phrase = rng.integers(4, s.vocab_size, 7)      # repeated, where counts of earlier text shall have a say
     one = np.concatenate([np.append(BOS, np.resize(phrase, n - 1) if s.ngram_tilt_enabled
@@ -5099,16 +5114,19 @@ def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[tuple[np.nd
             shorter = ~np.isin(document, np.argsort(lengths, kind="stable")[-2:])
             later = np.where(document == 3, later, shorter)
         other = np.where(later & (one != BOS), 4 + (one - 3) % (s.vocab_size - 4), one)
-        others.append((other, np.flatnonzero(~later[:-1] & ~(later[1:] & (one[1:] != BOS)))))
+        targets = other[1:].copy()
+        targets[start + cut] = one[start + cut + 1]
+        others.append(Variant(other, targets, np.flatnonzero(~later[:-1])))
     return one, others
 
 
-def shortened_stream(s: Settings, one: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def shortened_stream(s: Settings, one: np.ndarray) -> list[Variant]:
     """The same for the stream `one` whose fourth document ends earlier, within its last chunk: its neighbours
     in the batch and the chunks of every group are the same. None where chunks are too short for that."""
     lengths, cuts = probe_documents(s)
     end, cut = sum(lengths[:4]), lengths[3] - 1 - cuts[1]
-    return [(np.delete(one, np.s_[end - cut:end]), np.arange(end - cut - 1))] if cut > 0 else []
+    other = np.delete(one, np.s_[end - cut:end])
+    return [Variant(other, other[1:], np.arange(end - cut - 1))] if cut > 0 else []
 
 
 @contextlib.contextmanager
@@ -5164,9 +5182,9 @@ def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) ->
         evaluation.run()
         return evaluation.ledger
 
-    def losses(evaluate: Callable, tokens: np.ndarray) -> Tensor:
+    def losses(evaluate: Callable, tokens: np.ndarray, targets: np.ndarray | None = None) -> Tensor:
         with weights_kept(model):
-            found = evaluate(Validation.of(tokens)).loss.cpu()
+            found = evaluate(Validation.of(tokens, targets)).loss.cpu()
         booked.append(len(found))
         return found
 
@@ -5185,8 +5203,8 @@ def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) ->
         if evaluate is adapted and order == "stream":
             others += shortened_stream(settings, one)
         first, seen, noise = losses(evaluate, one), [], 0.0
-        for other, kept in others:
-            found = losses(evaluate, other)
+        for other, targets, kept in others:
+            found = losses(evaluate, other, targets)
             gap = (found - first[:len(found)]).abs()
             seen.append((len(kept), gap[kept].max().item(), gap.max().item()))
         counts, earlier, rest = zip(*seen)
