@@ -3119,16 +3119,40 @@ def lqer_asym(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor,
     return divide_round(a, scale_a, -2, 1), scale_a, qb, scale_b
 
 
+def asym_values(qa: Tensor, sa: Tensor, qb: Tensor, sb: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors (R, k), (k, C) float32 that lqer_asym's codes and steps stand for."""
+    b = qb.float().view(len(sb), -1) * sb.float()[:, None]
+    return qa * sa.float(), b.view(qb.shape)
+
+
+def asym_signs(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Factors a (R, k), b (k, C), each pair with the sign that lqer_asym stores with the smaller error: its
+    codes reach further down than up. As they are where both signs are alike."""
+    costs = []
+    for sign in (1, -1):
+        x, y = asym_values(*lqer_asym(sign * a, sign * b, group))
+        x, y, u, v = x.double(), y.double(), sign * a.double(), sign * b.double()
+        product = (x * u).sum(0) * (y * v).sum(1)      # of the stored pair with the true one
+        costs.append(x.square().sum(0) * y.square().sum(1) - 2 * product)
+    sign = torch.where(costs[1] < costs[0], -1.0, 1.0)
+    return a * sign, b * sign[:, None]
+
+
 @torch.no_grad()
 def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best a (R, r) = U S, b (r, C) = V' of an error matrix, by the smaller Gram matrix in float64."""
+    """Best a (R, r) = U S, b (r, C) = V' of an error matrix, by the smaller Gram matrix in float64. The sign
+    of a pair, LAPACK's choice, is made the same everywhere: the largest number of a column of a is negative."""
     e = error.double()
     if e.size(0) < e.size(1):
         u = torch.linalg.eigh(e @ e.mT).eigenvectors[:, -rank:].flip(1)
         sv = (u.mT @ e).norm(dim=1)
-        return (u * sv).float(), ((u.mT @ e) / sv.clamp_min(1e-300)[:, None]).float()
-    v = torch.linalg.eigh(e.mT @ e).eigenvectors[:, -rank:].flip(1)
-    return (e @ v).float(), v.mT.float().contiguous()
+        a, b = u * sv, (u.mT @ e) / sv.clamp_min(1e-300)[:, None]
+    else:
+        v = torch.linalg.eigh(e.mT @ e).eigenvectors[:, -rank:].flip(1)
+        a, b = e @ v, v.mT
+    largest = a.gather(0, a.abs().argmax(0, keepdim=True))
+    sign = torch.where(largest > 0, -1.0, 1.0)
+    return (a * sign).float(), (b * sign.mT).float().contiguous()
 
 
 @dataclass
@@ -3333,7 +3357,7 @@ def pack_factors(s: Settings, name: str, a: Tensor, b: Tensor) -> tuple[str, dic
     """How the factors a (R, r), b (r, C) of a matrix are stored, and their tensors."""
     if s.lqer_asym_enabled and b.numel() % s.lqer_asym_group == 0:
         label, ends = "lqer_asym", ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a")
-        parts = lqer_asym(a, b, s.lqer_asym_group)
+        parts = lqer_asym(*asym_signs(a, b, s.lqer_asym_group), s.lqer_asym_group)
     else:      # one step per row of each
         label, ends = "lqer", ("lqA", "lqAs", "lqB", "lqBs")
         parts = (*quantise_rows(a, s.lqer_factor_bits), *quantise_rows(b, s.lqer_factor_bits))
@@ -3343,9 +3367,8 @@ def pack_factors(s: Settings, name: str, a: Tensor, b: Tensor) -> tuple[str, dic
 def factors_of(t: Mapping[str, Tensor], name: str) -> Tensor | float:
     """The product (R, C) of a matrix's stored factors; 0 where it has none."""
     if name + ".lqA_a" in t:
-        a = t[name + ".lqA_a"] * t[name + ".lqAs_a"].float()
-        b, steps = t[name + ".lqB_a"].float(), t[name + ".lqBs_a"].float()[:, None]
-        return a @ (b.view(len(steps), -1) * steps).view(b.shape)
+        a, b = asym_values(*(t[f"{name}.lq{end}_a"] for end in ("A", "As", "B", "Bs")))
+        return a @ b
     if name + ".lqA" in t:
         a, b = (t[f"{name}.lq{x}"] * t[f"{name}.lq{x}s"].float()[:, None] for x in "AB")
         return a @ b

@@ -91,6 +91,32 @@ def test_low_rank_is_the_best_approximation(shape):
     assert torch.allclose((e - a @ b).norm(), best, rtol=1e-4)
 
 
+def test_the_sign_of_a_repair_is_a_rule_not_lapacks_choice(monkeypatch):
+    """Whichever signs the eigenvectors come with, the stored factors are the same, and the better ones."""
+    s = settings(LQER_ASYM_GROUP=8)
+    errors = [torch.randn(shape, generator=torch.Generator().manual_seed(i))
+              for i, shape in enumerate(((40, 24), (24, 40), (24, 24)))]
+    real, found = torch.linalg.eigh, []
+    for sign in (1, -1):
+        def eigh(gram, sign=sign):
+            values, vectors = real(gram)
+            return torch.return_types.linalg_eigh((values, sign * vectors))
+        monkeypatch.setattr(torch.linalg, "eigh", eigh)
+        found.append([tg.pack_factors(s, "m", *tg.low_rank(e, 4))[1] for e in errors])
+    for one, other, e in zip(*found, errors, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+        a, b = tg.low_rank(e, 4)
+        left = (e - tg.factors_of(one, "m")).norm()
+        for i in range(4):      # no other sign of any one pair leaves less of what this pair stands for
+            u, v, apart = a[:, i:i + 1], b[i:i + 1], []
+            for side in (1, -1):
+                x, y = tg.asym_values(*tg.lqer_asym(side * a, side * b, 8))
+                apart.append((u @ v - x[:, i:i + 1] @ y[i:i + 1]).norm())
+            x, y = tg.asym_values(*(one[f"m.lq{end}_a"] for end in ("A", "As", "B", "Bs")))
+            assert (u @ v - x[:, i:i + 1] @ y[i:i + 1]).norm() <= min(apart) * (1 + 1e-5)
+        assert left < e.norm()
+
+
 def quantised(monkeypatch, **changes):
     """The tiny model quantised with every matrix above the size limit, and its float weights."""
     monkeypatch.setattr(tg, "SMALL_TENSOR", 1000)
