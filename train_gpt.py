@@ -2792,6 +2792,7 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
 # ============================================================================================================
 
 SMALL_TENSOR = 65536      # tensors of at most this many elements are stored as float16
+HALF_LARGEST = 65504.0    # float16's
 
 
 class Curvature(NamedTuple):
@@ -2903,10 +2904,17 @@ def calibrate(s: Settings, world: World, model: GPT, next_batch: Callable[[], Ba
     return tap.finish(world)
 
 
+def half(x: Tensor) -> Tensor:
+    """float16, where what is beyond its range becomes its largest number: an artifact holds no infinity."""
+    return x.float().clamp(-HALF_LARGEST, HALF_LARGEST).half()
+
+
 def row_scales(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-    """fp16 step of every row of w (…, R, C): clip_sigmas standard deviations span the codes."""
-    top = 2 ** (bits - 1) - 1
-    return (clip_sigmas * w.float().std(dim=-1) / top).clamp_min(1e-10).half()
+    """fp16 step of every row of w (…, R, C): clip_sigmas standard deviations span the codes. A row without
+    spread has one step, its largest magnitude."""
+    w = w.float()
+    step = half(clip_sigmas * w.std(dim=-1) / (2 ** (bits - 1) - 1))
+    return torch.where(step > 0, step, half(w.abs().amax(dim=-1)))
 
 
 def inverse_factor(h: Tensor) -> Tensor:
@@ -2921,6 +2929,9 @@ def inverse_factor(h: Tensor) -> Tensor:
     before = inverse_factor(h[:, :half, :half] - x @ x.mT)
     u[:, :half, :half], u[:, half:, half:], u[:, :half, half:] = before, after, -(before @ x) @ after
     return u
+
+
+MOST_DAMPING = 100.0      # as much as a setting may ask for: then hardly a column is known from another
 
 
 def hessian_factor(h: Tensor, damp: float | Tensor = 0.01, falling: bool = True) -> tuple[Tensor, ...]:
@@ -2940,13 +2951,33 @@ def hessian_factor(h: Tensor, damp: float | Tensor = 0.01, falling: bool = True)
     return order if falling else order.sort().values, u.float(), dead, ratio.float()
 
 
+def damped_factor(h: Tensor, damp: Tensor, falling: bool = True) -> tuple[tuple[Tensor, ...], Tensor]:
+    """hessian_factor of every matrix of h (n, C, C), and the damping (n, 1) that it took: ten times more,
+    matrix by matrix, until it can be factored; infinite where none helps and the identity stands for it."""
+    try:
+        found = hessian_factor(h, damp, falling)
+        if all(part.isfinite().all() for part in found) and found[3].min() > 0:
+            return found, damp
+    except torch.linalg.LinAlgError:
+        pass
+    if len(h) > 1:
+        each = [damped_factor(*one, falling) for one in zip(h.split(1), damp.split(1))]
+        parts, damps = zip(*each)
+        return tuple(torch.cat(part) for part in zip(*parts)), torch.cat(damps)
+    if damp.item() < MOST_DAMPING:
+        return damped_factor(h, (10 * damp).clamp_min(1e-6), falling)
+    eye = torch.eye(h.size(-1), dtype=h.dtype, device=h.device)[None]
+    return hessian_factor(eye, 0.0, falling), torch.full_like(damp, math.inf)
+
+
 @torch.no_grad()
 def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tensor, top: int,
                    trellis: bool = False, block: int = 128) -> Tensor:
     """GPTQ (Frantar et al. 2022): codes (n, R, C) int8 within ±top of w under steps (n, R), column after
     column in `order`, each one's error passed on to those still to come. order (n, C), u (n, C, C), dead
     (n, C) are hessian_factor's; where columns have steps too, w and u come divided by them."""
-    w, step = w.masked_fill(dead[:, None], 0), step[:, None].clamp_min(1e-30)
+    nothing = dead[:, None] | (step == 0)[..., None]             # a row below the smallest step is zero
+    w, step = w.masked_fill(nothing, 0), step[:, None].clamp_min(1e-30)
     t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R): a column is contiguous
     diag = u.diagonal(dim1=-2, dim2=-1)[..., None]               # an error e of column j costs (e / diag_j)^2
     unit = u / diag                                              # rows scaled to a unit diagonal
@@ -3039,7 +3070,7 @@ def clip_search(w: Tensor, order: Tensor, u: Tensor, dead: Tensor, bits: int,
     with a pass of GPTQ, the one with the least squared error. As published no step is below 1 / top."""
     top, tried = 2 ** (bits - 1) - 1, []
     for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
-        scale = ((w.abs().quantile(share, dim=-1) / top).clamp_min(1 / top) * coarser).half()
+        scale = half((w.abs().quantile(share, dim=-1) / top).clamp_min(1 / top) * coarser)
         codes = round_in_order(w, scale.float(), order, u, dead, top)
         tried.append(((w - codes * scale[..., None].float()).square().mean(dim=(-2, -1)), codes, scale))
     error, codes, scales = (torch.stack(x) for x in zip(*tried))
@@ -3051,8 +3082,10 @@ def clip_search(w: Tensor, order: Tensor, u: Tensor, dead: Tensor, bits: int,
 def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor], bits: tuple[int, int],
                    fine: Tensor, damp: float = 0.01) -> Tensor:
     """Codes (R, C) int8 of one matrix by GPTQ, with the second steps and bits in the columns `fine` (C)."""
-    order, u, dead, _ = (x[0] for x in hessian_factor(h.float()[None], damp))
-    t, codes = w.float().masked_fill(dead, 0)[:, order].mT.contiguous(), torch.empty_like(w.mT)
+    (order, u, dead, _), _ = damped_factor(h.float()[None], h.new_tensor([[damp]]))
+    order, u, dead = order[0], u[0], dead[0]
+    nothing = dead | (steps[0] == 0)[:, None]
+    t, codes = w.float().masked_fill(nothing, 0)[:, order].mT.contiguous(), torch.empty_like(w.mT)
     for j, column in enumerate(order.tolist()):
         which = int(fine[column])
         step, top = steps[which].float().clamp_min(1e-30), 2 ** (bits[which] - 1) - 1
@@ -3100,7 +3133,7 @@ def protect(s: Settings, out: Quantised, weights: Mapping[str, Tensor], hessians
 def quantise_rows(w: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     """w (R, C) -> int8 codes and fp16 steps (R): the largest magnitude of a row gets the largest code."""
     top = 2 ** (bits - 1) - 1
-    scale = (w.float().abs().amax(dim=1) / top).clamp_min(1e-10).half()
+    scale = half(w.float().abs().amax(dim=1) / top)
     return divide_round(w, scale[:, None], -top, top), scale
 
 
@@ -3112,9 +3145,9 @@ def divide_round(w: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 
 def lqer_asym(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """a (R, k) in 2 bits, one step; b (k, C) in 4, a step per `group` values: (qA, sA (1), qB, sB (n))."""
-    scale_a = (a.float().abs().amax() / 1.5).clamp_min(1e-10).half()[None]
+    scale_a = half(a.float().abs().amax() / 1.5)[None]
     flat = b.float().reshape(-1, group)
-    scale_b = (flat.abs().amax(dim=1) / 7.5).clamp_min(1e-10).half()
+    scale_b = half(flat.abs().amax(dim=1) / 7.5)
     qb = divide_round(flat, scale_b[:, None], -8, 7).view(b.shape)
     return divide_round(a, scale_a, -2, 1), scale_a, qb, scale_b
 
@@ -3211,7 +3244,9 @@ class Quantiser:
     @torch.no_grad()
     def __init__(self, s: Settings, weights: Mapping[str, Tensor], curvature: Curvature,
                  world: World = World()):
-        self.s, self.weights, self.world, self.hessians = s, weights, world, curvature.hessians
+        self.s, self.weights, self.world = s, weights, world
+        self.hessians, fisher = ({n: x for n, x in part.items() if x.isfinite().all()}
+                                 for part in (curvature.hessians, curvature.fisher))
         self.names = [n for n, w in weights.items() if storage_of(s, n, w).kind == "gptq"]
         self.fisher = s.quant_allocation == "fisher" and bool(self.names)
         self.trellis = self.fisher and s.quant_trellis
@@ -3222,14 +3257,14 @@ class Quantiser:
                  for group in inputs.values()]
         keys = [list(inputs)[i] for i in sorted(share_out(costs, world.size)[world.rank])]
         self.mine = [n for key in keys for n in inputs[key]]
+        # what calibration left that is not used as it is: matrix -> what is done instead
+        self.unusual = {n: "a Hessian that is not finite: the identity instead"
+                        for n in set(curvature.hessians) - set(self.hessians)}
         self.factors: dict[str, tuple[Tensor, ...]] = {}
         for width in sorted({weights[n].size(1) for n in keys}):
-            group = [n for n in keys if weights[n].size(1) == width]
-            eye = torch.eye(width, device=weights[group[0]].device)
-            h = torch.stack([curvature.hessians.get(n, eye) for n in group])
-            damp = h.new_tensor([[storage_of(s, n, weights[n]).damp] for n in group])
-            self.factors.update(zip(group, zip(*hessian_factor(h, damp, falling=not self.trellis))))
-        self.steps = self.allocate(curvature) if self.fisher else {}
+            self.factorise([n for n in keys if weights[n].size(1) == width])
+        self.unusual = {n: how for part in world.gather(self.unusual) for n, how in part.items()}
+        self.steps = self.allocate(fisher) if self.fisher else {}
         for key, (order, u, dead, _) in self.factors.items():
             self.factors[key] = order, u / self.columns_of(key)[order], dead
         self.spread = sum(world.gather(sum(map(self.spread_of, self.mine), np.zeros(511))))
@@ -3237,7 +3272,18 @@ class Quantiser:
         low = np.searchsorted(self.spread.cumsum(), 0.1 * self.spread.sum()) - len(self.spread) // 2
         self.finest = 2 ** (low / OCTAVE) / (TOP_CODE / 4) if self.fisher else 1.0
 
-    def allocate(self, curvature: Curvature) -> dict[str, Tensor]:
+    def factorise(self, names: list[str]) -> None:
+        """The factors of these matrices' Hessians, all of one width; without one: of the identity."""
+        eye = torch.eye(self.weights[names[0]].size(1), device=self.weights[names[0]].device)
+        h = torch.stack([self.hessians.get(n, eye) for n in names])
+        asked = h.new_tensor([[storage_of(self.s, n, self.weights[n]).damp] for n in names])
+        found, taken = damped_factor(h, asked, falling=not self.trellis)
+        self.factors.update(zip(names, zip(*found)))
+        for name, least, most in zip(names, asked.flatten().tolist(), taken.flatten().tolist()):
+            if most > least:
+                self.unusual[name] = f"a Hessian that cannot be factored: damped by {most:g}, not {least:g}"
+
+    def allocate(self, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Stored steps, `.row` and `.col`, with step^2 g_row d_col the same for all weights of all matrices,
         d being the variance of a column's input given the columns that GPTQ rounds after it."""
         rows, columns, level = {}, {}, {}
@@ -3246,8 +3292,8 @@ class Quantiser:
                 ratio = self.factors[key][3].double().log2()      # of d^-1/2
                 level[key] = ratio.mean()
                 columns[key] = (ratio - level[key]).cpu()
-            if name in curvature.fisher:
-                g = curvature.fisher[name].double()
+            if name in fisher:
+                g = fisher[name].double()
                 g = g.clamp_min(max(FISHER_FLOOR * g.mean().item(), 1e-30))
                 rows[name] = (level[key] - g.log2() / 2).cpu()
         rows, columns = ({n: x for part in self.world.gather(found) for n, x in part.items()}
@@ -3282,7 +3328,8 @@ class Quantiser:
         1, taking a code's variance as that of its row times that of its column."""
         rows = octaves(self.steps[name + ".row"]) if self.fisher else self.rows_of(name, 1.0).float()
         w = self.weights[name].float() / self.columns_of(name)
-        power = (w / rows.to(w.device)[:, None].clamp_min(1e-30)).square()
+        rows = rows.to(w.device)[:, None]
+        power = (w / rows.clamp_min(1e-30)).square().clamp_max(1e30).masked_fill(rows == 0, 0)
         rows, columns = power.mean(1), power.mean(0) / power.mean().clamp_min(1e-20)
         counts = ((OCTAVE / 2 * x.clamp_min(1e-20).log2()).round().add(128).clamp(0, 255).int().bincount(
             minlength=256) for x in (rows, columns))
@@ -3301,7 +3348,7 @@ class Quantiser:
                 out.tensors[name + ".gq"], out.tensors[name + ".gs"] = (t.cpu() for t in quantise_rows(w))
                 out.meta[name] = "gate_int8_row"
             else:
-                out.tensors[name], out.meta[name] = w.half().cpu(), "passthrough (float16)"
+                out.tensors[name], out.meta[name] = half(w).cpu(), "passthrough (float16)"
         batches: dict[tuple, list[str]] = {}
         for name in self.mine:
             w = self.weights[name]
@@ -4199,6 +4246,8 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
     artifact's bytes. A size that no step reaches is a UserError. clock: training's; once something fits, no
     further try that would pass its budget."""
     quantiser = Quantiser(s, weights, curvature, world)
+    for how in sorted(set(quantiser.unusual.values())):
+        run.log("curvature", how=how, matrices=[n for n, x in quantiser.unusual.items() if x == how])
     script = code_bytes(s.code_form)
     cap = (ARTIFACT_LIMIT - script - MARK_BYTES - 1024 * s.logit_calib_enabled      # which come later
            - LZMA_SLACK * (s.code_form == "packed"))
@@ -4210,8 +4259,8 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
         if s.compressor == "brotli":      # minutes at full size: each try is content with less
             margin = max(margin, cap // 256 << min(attempt, 4))
         unit = unit_for(spread, cap - margin / 2 - beyond, finest)
-        if not over < unit < under and under < math.inf:
-            unit = math.sqrt(over * under)
+        if not over < unit < under:      # between what was tried; nothing fits yet: far beyond it
+            unit = math.sqrt(max(over, finest) * under) if best else over * 2 ** attempt
         watch = Clock()
         q = quantiser(unit)
         quantised = watch.elapsed()

@@ -1,5 +1,6 @@
 """GPTQ, low-rank repair, and the whole model there and back."""
 
+import fault_fits
 import numpy as np
 import pytest
 import torch
@@ -56,6 +57,82 @@ def test_a_dead_column_is_damped_as_a_live_one():
     order, u, dead, _ = tg.hessian_factor(h[None], 0.01)
     assert order.tolist() == [[0, 1, 2]] and dead.tolist() == [[False, True, False]]
     assert torch.allclose(u[0].diagonal(), (torch.tensor([4.0, 1.0, 1.0]) + 0.02) ** -0.5)
+
+
+NOT_DEFINITE = torch.tensor([[1.0, 1.5], [1.5, 1.0]])  # eigenvalues -0.5 and 2.5: factored from damping 0.5 on
+
+
+def test_a_hessian_that_cannot_be_factored_is_damped_ten_times_more():
+    """Until it can be; its neighbours in the batch as they were asked for."""
+    h, damp = torch.stack([torch.eye(2), NOT_DEFINITE, 3 * torch.eye(2)]), torch.full((3, 1), 0.01)
+    found, taken = tg.damped_factor(h, damp)
+    assert taken.flatten().tolist() == pytest.approx([0.01, 1.0, 0.01])
+    for i, want in enumerate(taken):
+        alone = tg.hessian_factor(h[i:i + 1], want[None])
+        assert all(torch.equal(part[i], one[0]) for part, one in zip(found, alone, strict=True))
+
+
+@pytest.mark.parametrize("make", fault_fits.HESSIANS)
+@pytest.mark.parametrize("damp", [1e-6, 0.01])
+def test_every_hessian_leaves_a_factor(make, damp):
+    """Few calibration rows, dead inputs, none at all, tiny, huge and broken ones."""
+    h = make(64, torch.Generator().manual_seed(0))
+    (order, u, dead, ratio), taken = tg.damped_factor(h[None], torch.tensor([[damp]]))
+    assert order.sort().values.tolist() == [list(range(64))]
+    assert u.isfinite().all() and ratio.isfinite().all() and (ratio > 0).all()
+    assert (taken == torch.inf).all() == (not h.isfinite().all())
+    assert make is not fault_fits.usual or taken.item() == pytest.approx(damp)
+
+
+class Log:
+    def __init__(self):
+        self.events = []
+
+    def log(self, event, **values):
+        self.events.append((event, values))
+
+
+@pytest.mark.parametrize("allocation", ["fisher", "hand"])
+def test_what_calibration_left_unusable_is_said_once(monkeypatch, allocation):
+    monkeypatch.setattr(tg, "SMALL_TENSOR", 1000)
+    s, run = settings(QUANT_ALLOCATION=allocation, LQER_ENABLED=0), Log()
+    weights = tg.matrix_views({n: p.detach() for n, p in sine_model(s).named_parameters()})
+    bad, worse = "blocks.0.mlp.fc.weight", "blocks.1.mlp.fc.weight"
+    not_definite = torch.block_diag(NOT_DEFINITE, torch.eye(62))
+    blob = tg.quantise_to_fit(s, tg.World(), run, weights, tg.Curvature({
+        bad: not_definite, worse: torch.full((64, 64), torch.nan)}, {worse: torch.full((128,), torch.inf)}))
+    assert set(tg.read_artifact(s, blob, "it").weights) == set(weights)
+    told = [values for event, values in run.events if event == "curvature"]
+    assert [x["matrices"] for x in told] == [[bad], [worse]]
+    assert "damped by" in told[0]["how"] and "not finite" in told[1]["how"]
+
+
+# ---- degenerate weights
+
+
+@pytest.mark.parametrize("bits", [2, 6, 8])
+def test_rows_without_spread_are_stored_as_they_are(bits):
+    """By hand: of a constant row the step is its value, of a zero row nothing."""
+    w = torch.tensor([[0.25] * 8, [-3.0] * 8, [0.0] * 8, [1e-9] * 8])
+    scale = tg.row_scales(w, bits, 12.85)
+    order, u, dead, _ = tg.hessian_factor(torch.eye(8)[None])
+    codes = tg.round_in_order(w[None], scale[None].float(), order, u, dead, 2 ** (bits - 1) - 1)[0]
+    assert torch.equal(codes * scale[:, None].float(), torch.tensor([0.25, -3, 0, 0])[:, None].expand(4, 8))
+    assert not codes[2:].any()
+
+
+def test_what_is_beyond_half_precision_is_its_largest_number():
+    """Steps and small tensors alike: an infinity would be refused by the artifact's reader."""
+    huge = torch.tensor([[1e30, -1e30], [1.0, 2.0]])
+    stored = [tg.half(huge), tg.row_scales(huge, 6, 1e9), *tg.quantise_rows(huge), *tg.lqer_asym(huge, huge, 2)]
+    assert all(x.isfinite().all() for x in stored)
+    assert tg.half(huge)[0].tolist() == [65504, -65504] and torch.equal(tg.half(huge)[1], huge[1].half())
+
+
+def test_fits_of_degenerate_models_end_well():
+    """Within the limit and read back bit for bit, or refused because no step would do."""
+    ends = fault_fits.fits(14, seed=6)
+    assert not set(ends) - {"fitted", "refused"} and ends["fitted"] > 8, ends
 
 
 @pytest.mark.parametrize("allocation", ["fisher", "hand"])
