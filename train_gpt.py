@@ -1290,7 +1290,7 @@ class Validation:
     a run trains, calibrates and packs it is sealed: only an open ledger gets at the tokens."""
     sealed, ledgers = False, 0
     hints: Hints | None = None      # set for the evaluations whose scores n-gram counts tilt
-    other_targets: np.ndarray | None = None      # a probe's, where not the stream's are scored
+    other_targets: np.ndarray | None = None      # a probe's, in place of the stream's
 
     @classmethod
     @contextlib.contextmanager
@@ -1593,7 +1593,7 @@ class GPT(nn.Module):
         return angle.cos(), angle.sin()
 
     def embed(self, ids: Tensor, layout: Layout | None, before: Tensor | None = None,
-              alpha: Tensor | None = None) -> Tensor:
+              alpha: Tensor | None = None, tap: Callable | None = None) -> Tensor:
         """Normalised embeddings (B, T, D), mixed with what belongs to the token before. before (B, 1 or 2):
         the tokens ahead of ids, two because a bigram of the last one may be smeared."""
         s, dtype, length = self.s, self.compute_dtype, ids.size(1)
@@ -1604,6 +1604,8 @@ class GPT(nn.Module):
             starts = torch.zeros(ids.size(1) + 1, dtype=torch.bool, device=ids.device)
             follows = ~starts.index_fill(0, layout.cu_seqlens.long(), True)[None, 1:-1]
         x = F.embedding(ids, self.tok_emb).to(dtype)
+        if tap is not None:
+            tap("embedding", -1, x)
         if s.bigram_vocab_size:
             rows, proj = pair_rows(ids, s.bigram_vocab_size, follows), getattr(self, "bigram_proj", None)
             x = x + look_up(rows, self.bigram_embed, proj, self.bigram_scale, dtype, alpha)
@@ -1712,7 +1714,7 @@ class GPT(nn.Module):
         (None: each row is causal). adapter: low-rank deltas. tap(kind, layer, x) sees the activations. cache:
         the rows go on where it ends. alpha: sharpness of soft rounding, in late training."""
         s, start = self.s, 0 if cache is None else cache.position
-        x = self.embed(ids, layout, cache.last if start else None, alpha)
+        x = self.embed(ids, layout, cache.last if start else None, alpha, tap)
         rope = self.rope(ids.size(1), ids.device, start, 0 if cache is None else cache.window)
         c = Pass(self.layer_weights(), x, rope, layout, None if adapter is None else adapter.bind(x.dtype),
                  tap, cache, self.token_values(ids, alpha))
@@ -2808,7 +2810,8 @@ class HessianTap:
               "mlp_in": "blocks.{}.mlp.fc.weight", "mlp_act": "blocks.{}.mlp.proj.weight"}
     OUTPUTS = {"q_out": "blocks.{}.attn.c_q.weight", "k_out": "blocks.{}.attn.c_k.weight",
                "v_out": "blocks.{}.attn.c_v.weight", "attn_out": "blocks.{}.attn.proj.weight",
-               "up_out": "blocks.{}.mlp.fc.weight", "mlp_out": "blocks.{}.mlp.proj.weight", "x0": "x0"}
+               "up_out": "blocks.{}.mlp.fc.weight", "mlp_out": "blocks.{}.mlp.proj.weight",
+               "embedding": "embedding"}
 
     def __init__(self, s: Settings):
         self.head = "tok_emb.weight" if s.tie_embeddings else "lm_head.weight"
@@ -2832,7 +2835,10 @@ class HessianTap:
         """One backward pass from labels drawn from the model itself (Fisher's, not the data's, gradients);
         exact expectations at the logits. Gradients of weights are never formed."""
         cap, head = model.s.logit_softcap, model.tok_emb if model.s.tie_embeddings else model.lm_head
-        squash = (model.raw_logits(hidden).float().flatten(0, 1) / cap).tanh_()
+        z = model.raw_logits(hidden).float().flatten(0, 1)
+        if model.s.asym_logit_rescale:
+            cap = torch.where(z > 0, model.softcap_pos, model.softcap_neg)
+        squash = (z / cap).tanh_()
         p = (cap * squash).softmax(-1)
         slope = 1 - squash.square_()
         squares = {self.head: (p * (1 - p) * slope.square()).sum(0)}
@@ -2841,15 +2847,14 @@ class HessianTap:
         d_logits = p.scatter_add_(1, label, -torch.ones_like(label, dtype=p.dtype)).mul_(slope)
         d_hidden = (d_logits.to(hidden.dtype) @ head.to(hidden.dtype)).view_as(hidden)
         names, outputs = zip(*self.outputs)
-        for name, x, dx in zip(names, outputs, torch.autograd.grad(hidden, outputs, d_hidden)):
-            x, dx = (v.flatten(0, 1).float() for v in (x, dx))
-            if name == "x0":      # x0 = rms(e), but for the smear's share
-                size = F.embedding(ids.flatten(), model.tok_emb).square().mean(1, keepdim=True) + RMS_EPS
-                de2 = (dx - x * (x * dx).mean(1, keepdim=True)).square() / size
-                dx = p.new_zeros(len(model.tok_emb)).index_add_(0, ids.flatten(), de2.mean(1))
+        for name, dx in zip(names, torch.autograd.grad(hidden, outputs, d_hidden)):
+            dx2 = dx.flatten(0, 1).float().square()
+            if name == "embedding":      # of rows as looked up, whatever is done with them then
+                rows = p.new_zeros(len(model.tok_emb))
+                dx2 = rows.index_add_(0, ids.flatten(), dx2.mean(1))
             else:
-                dx = dx.square().sum(0) / names.count(name)
-            squares[name] = squares.get(name, 0) + dx
+                dx2 = dx2.sum(0) / names.count(name)
+            squares[name] = squares.get(name, 0) + dx2
         self.squares = {name: self.squares.get(name, 0) + x for name, x in squares.items()}
         self.outputs.clear()
         self.tokens += ids.numel()
@@ -2861,7 +2866,7 @@ class HessianTap:
         means = {name: world.total(h).div_(batches) for name, h in self.sums.items()}
         fisher = {name: world.total(x).div_(tokens) for name, x in self.squares.items()}
         if fisher:      # the embedding also costs where it is read: alike in all columns, as damping is
-            read = fisher.pop("x0") * (tokens / batches)
+            read = fisher.pop("embedding") * (tokens / batches)
             if self.head == "tok_emb.weight":
                 h, g = means[self.head].diagonal(), fisher[self.head]
                 written, damp = g * h.mean(), read.mean() / g.mean()
@@ -2905,13 +2910,13 @@ def calibrate(s: Settings, world: World, model: GPT, next_batch: Callable[[], Ba
 
 
 def half(x: Tensor) -> Tensor:
-    """float16, where what is beyond its range becomes its largest number: an artifact holds no infinity."""
+    """float16; what is beyond its range becomes its largest number: no artifact holds infinities."""
     return x.float().clamp(-HALF_LARGEST, HALF_LARGEST).half()
 
 
 def row_scales(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-    """fp16 step of every row of w (…, R, C): clip_sigmas standard deviations span the codes. A row without
-    spread has one step, its largest magnitude."""
+    """fp16 step of every row of w (…, R, C): clip_sigmas standard deviations span the codes. A row
+    without spread has its largest magnitude as step."""
     w = w.float()
     step = half(clip_sigmas * w.std(dim=-1) / (2 ** (bits - 1) - 1))
     return torch.where(step > 0, step, half(w.abs().amax(dim=-1)))
@@ -2931,7 +2936,7 @@ def inverse_factor(h: Tensor) -> Tensor:
     return u
 
 
-MOST_DAMPING = 100.0      # as much as a setting may ask for: then hardly a column is known from another
+MOST_DAMPING = 100.0      # as much as a setting may ask for: columns are then all but alone
 
 
 def hessian_factor(h: Tensor, damp: float | Tensor = 0.01, falling: bool = True) -> tuple[Tensor, ...]:
@@ -2951,9 +2956,11 @@ def hessian_factor(h: Tensor, damp: float | Tensor = 0.01, falling: bool = True)
     return order if falling else order.sort().values, u.float(), dead, ratio.float()
 
 
-def damped_factor(h: Tensor, damp: Tensor, falling: bool = True) -> tuple[tuple[Tensor, ...], Tensor]:
-    """hessian_factor of every matrix of h (n, C, C), and the damping (n, 1) that it took: ten times more,
-    matrix by matrix, until it can be factored; infinite where none helps and the identity stands for it."""
+def damped_factor(h: Tensor, damp: Tensor,
+                  falling: bool = True) -> tuple[tuple[Tensor, ...], Tensor]:
+    """hessian_factor of every matrix of h (n, C, C), and the damping (n, 1) that it took: what is asked
+    for, or ten times more until the matrix can be factored; infinite where nothing helps and the
+    identity stands for it."""
     try:
         found = hessian_factor(h, damp, falling)
         if all(part.isfinite().all() for part in found) and found[3].min() > 0:
@@ -2976,7 +2983,7 @@ def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tens
     """GPTQ (Frantar et al. 2022): codes (n, R, C) int8 within ±top of w under steps (n, R), column after
     column in `order`, each one's error passed on to those still to come. order (n, C), u (n, C, C), dead
     (n, C) are hessian_factor's; where columns have steps too, w and u come divided by them."""
-    nothing = dead[:, None] | (step == 0)[..., None]             # a row below the smallest step is zero
+    nothing = dead[:, None] | (step == 0)[..., None]      # rows below the smallest step are zero
     w, step = w.masked_fill(nothing, 0), step[:, None].clamp_min(1e-30)
     t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R): a column is contiguous
     diag = u.diagonal(dim1=-2, dim2=-1)[..., None]               # an error e of column j costs (e / diag_j)^2
@@ -3084,8 +3091,8 @@ def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor], bits: tup
     """Codes (R, C) int8 of one matrix by GPTQ, with the second steps and bits in the columns `fine` (C)."""
     (order, u, dead, _), _ = damped_factor(h.float()[None], h.new_tensor([[damp]]))
     order, u, dead = order[0], u[0], dead[0]
-    nothing = dead | (steps[0] == 0)[:, None]
-    t, codes = w.float().masked_fill(nothing, 0)[:, order].mT.contiguous(), torch.empty_like(w.mT)
+    w = w.float().masked_fill(dead | (steps[0] == 0)[:, None], 0)
+    t, codes = w[:, order].mT.contiguous(), torch.empty_like(w.mT)
     for j, column in enumerate(order.tolist()):
         which = int(fine[column])
         step, top = steps[which].float().clamp_min(1e-30), 2 ** (bits[which] - 1) - 1
@@ -3159,22 +3166,22 @@ def asym_values(qa: Tensor, sa: Tensor, qb: Tensor, sb: Tensor) -> tuple[Tensor,
 
 
 def asym_signs(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Factors a (R, k), b (k, C), each pair with the sign that lqer_asym stores with the smaller error: its
-    codes reach further down than up. As they are where both signs are alike."""
+    """Factors a (R, k), b (k, C), each pair with the sign that lqer_asym stores with the smaller error:
+    its codes reach further down than up. As they are where both signs are alike."""
     costs = []
     for sign in (1, -1):
         x, y = asym_values(*lqer_asym(sign * a, sign * b, group))
         x, y, u, v = x.double(), y.double(), sign * a.double(), sign * b.double()
-        product = (x * u).sum(0) * (y * v).sum(1)      # of the stored pair with the true one
-        costs.append(x.square().sum(0) * y.square().sum(1) - 2 * product)
+        shared = (x * u).sum(0) * (y * v).sum(1)      # of the stored pair with the true one
+        costs.append(x.square().sum(0) * y.square().sum(1) - 2 * shared)
     sign = torch.where(costs[1] < costs[0], -1.0, 1.0)
     return a * sign, b * sign[:, None]
 
 
 @torch.no_grad()
 def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best a (R, r) = U S, b (r, C) = V' of an error matrix, by the smaller Gram matrix in float64. The sign
-    of a pair, LAPACK's choice, is made the same everywhere: the largest number of a column of a is negative."""
+    """Best a (R, r) = U S, b (r, C) = V' of an error matrix, by the smaller Gram matrix in float64. The
+    sign of a pair, LAPACK's choice, becomes a rule: the largest number of a column of a is negative."""
     e = error.double()
     if e.size(0) < e.size(1):
         u = torch.linalg.eigh(e @ e.mT).eigenvectors[:, -rank:].flip(1)
@@ -3263,7 +3270,8 @@ class Quantiser:
         self.factors: dict[str, tuple[Tensor, ...]] = {}
         for width in sorted({weights[n].size(1) for n in keys}):
             self.factorise([n for n in keys if weights[n].size(1) == width])
-        self.unusual = {n: how for part in world.gather(self.unusual) for n, how in part.items()}
+        for part in world.gather(self.unusual):
+            self.unusual.update(part)
         self.steps = self.allocate(fisher) if self.fisher else {}
         for key, (order, u, dead, _) in self.factors.items():
             self.factors[key] = order, u / self.columns_of(key)[order], dead
@@ -3274,14 +3282,16 @@ class Quantiser:
 
     def factorise(self, names: list[str]) -> None:
         """The factors of these matrices' Hessians, all of one width; without one: of the identity."""
-        eye = torch.eye(self.weights[names[0]].size(1), device=self.weights[names[0]].device)
+        weights = [self.weights[n] for n in names]
+        eye = torch.eye(weights[0].size(1), device=weights[0].device)
         h = torch.stack([self.hessians.get(n, eye) for n in names])
-        asked = h.new_tensor([[storage_of(self.s, n, self.weights[n]).damp] for n in names])
+        asked = h.new_tensor([[storage_of(self.s, n, w).damp] for n, w in zip(names, weights)])
         found, taken = damped_factor(h, asked, falling=not self.trellis)
         self.factors.update(zip(names, zip(*found)))
-        for name, least, most in zip(names, asked.flatten().tolist(), taken.flatten().tolist()):
+        for name, least, most in zip(names, asked[:, 0].tolist(), taken[:, 0].tolist()):
             if most > least:
-                self.unusual[name] = f"a Hessian that cannot be factored: damped by {most:g}, not {least:g}"
+                self.unusual[name] = (f"a Hessian that cannot be factored: damping {most:g} instead "
+                                      f"of {least:g}")
 
     def allocate(self, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Stored steps, `.row` and `.col`, with step^2 g_row d_col the same for all weights of all matrices,
@@ -3329,7 +3339,8 @@ class Quantiser:
         rows = octaves(self.steps[name + ".row"]) if self.fisher else self.rows_of(name, 1.0).float()
         w = self.weights[name].float() / self.columns_of(name)
         rows = rows.to(w.device)[:, None]
-        power = (w / rows.clamp_min(1e-30)).square().clamp_max(1e30).masked_fill(rows == 0, 0)
+        power = (w / rows.clamp_min(1e-30)).square().clamp_max(1e30)
+        power = power.masked_fill(rows == 0, 0)
         rows, columns = power.mean(1), power.mean(0) / power.mean().clamp_min(1e-20)
         counts = ((OCTAVE / 2 * x.clamp_min(1e-20).log2()).round().add(128).clamp(0, 255).int().bincount(
             minlength=256) for x in (rows, columns))
@@ -4247,7 +4258,8 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
     further try that would pass its budget."""
     quantiser = Quantiser(s, weights, curvature, world)
     for how in sorted(set(quantiser.unusual.values())):
-        run.log("curvature", how=how, matrices=[n for n, x in quantiser.unusual.items() if x == how])
+        matrices = [n for n, x in quantiser.unusual.items() if x == how]
+        run.log("curvature", how=how, matrices=matrices)
     script = code_bytes(s.code_form)
     cap = (ARTIFACT_LIMIT - script - MARK_BYTES - 1024 * s.logit_calib_enabled      # which come later
            - LZMA_SLACK * (s.code_form == "packed"))
@@ -4259,7 +4271,7 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
         if s.compressor == "brotli":      # minutes at full size: each try is content with less
             margin = max(margin, cap // 256 << min(attempt, 4))
         unit = unit_for(spread, cap - margin / 2 - beyond, finest)
-        if not over < unit < under:      # between what was tried; nothing fits yet: far beyond it
+        if not over < unit < under:      # between two tries; while nothing fits: far beyond
             unit = math.sqrt(max(over, finest) * under) if best else over * 2 ** attempt
         watch = Clock()
         q = quantiser(unit)
@@ -5164,17 +5176,17 @@ def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
 
 
 class Variant(NamedTuple):
-    """A stream that differs from another in all that comes after a cut: its tokens, what is scored after each
-    of them, and the places (input positions) whose scores must not notice."""
+    """A stream that differs from another in all that comes after a cut: its tokens, what is scored
+    after each of them, and the places (input positions) whose scores must not notice."""
     tokens: np.ndarray
     targets: np.ndarray
     kept: np.ndarray
 
 
 def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[Variant]]:
-    """A made-up stream, and a variant for each cut. order=length: later are the document's own tokens and
-    shorter documents' groups. The last place before a cut is scored on the token that came there before: what
-    it reads of its own target or beyond then shows at full strength, in a model of one layer too."""
+    """A made-up stream, and a variant for each cut. order=length: later are the document's own tokens
+    and shorter documents' groups. The last place before a cut is scored on the token that came there in
+    the first stream: a look at its own target or beyond shows at full strength, even in one layer."""
     (lengths, cuts), rng = probe_documents(s), np.random.default_rng(s.seed)
     phrase = rng.integers(4, s.vocab_size, 7)      # repeated, where counts of earlier text shall have a say
     one = np.concatenate([np.append(BOS, np.resize(phrase, n - 1) if s.ngram_tilt_enabled
@@ -5254,7 +5266,8 @@ def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) ->
         evaluation.run()
         return evaluation.ledger
 
-    def losses(evaluate: Callable, tokens: np.ndarray, targets: np.ndarray | None = None) -> Tensor:
+    def losses(evaluate: Callable, tokens: np.ndarray,
+               targets: np.ndarray | None = None) -> Tensor:
         with weights_kept(model):
             found = evaluate(Validation.of(tokens, targets)).loss.cpu()
         booked.append(len(found))
