@@ -2915,10 +2915,14 @@ def half(x: Tensor) -> Tensor:
 
 
 def row_scales(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-    """fp16 step of every row of w (…, R, C): clip_sigmas standard deviations span the codes. A row
-    without spread has its largest magnitude as step."""
-    w = w.float()
-    step = half(clip_sigmas * w.std(dim=-1) / (2 ** (bits - 1) - 1))
+    """fp16 step of every row of w (…, R, C): clip_sigmas standard deviations span the codes. As
+    published it is 0 for a row without spread."""
+    return half(clip_sigmas * w.float().std(dim=-1) / (2 ** (bits - 1) - 1))
+
+
+def row_steps(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
+    """row_scales, but a row without spread has its largest magnitude as step."""
+    step = row_scales(w, bits, clip_sigmas)
     return torch.where(step > 0, step, half(w.abs().amax(dim=-1)))
 
 
@@ -3128,7 +3132,7 @@ def protect(s: Settings, out: Quantised, weights: Mapping[str, Tensor], hessians
     for name, starts in chosen.items():
         w, stored = weights[name].float(), storage_of(s, name, weights[name])
         fine = torch.isin(torch.arange(w.size(1)) // size * size, torch.tensor(starts))
-        high = row_scales(w, s.awq_lite_bits, stored.clip * coarser)
+        high = row_steps(w, s.awq_lite_bits, stored.clip * coarser)
         steps, bits = (out.tensors[name + ".scale"].to(w.device), high), (stored.bits, s.awq_lite_bits)
         codes = gptq_protected(w, hessians[input_of(name)], steps, bits, fine, stored.damp)
         out.tensors.update({name + ".q": codes.cpu(), name + ".awqg_s_hi": high.cpu(),
@@ -3328,7 +3332,7 @@ class Quantiser:
         w = self.weights[name].float()
         if not self.fisher:
             stored = storage_of(self.s, name, w)
-            return row_scales(w, stored.bits, stored.clip * unit)
+            return row_steps(w, stored.bits, stored.clip * unit)
         largest = (w / self.columns_of(name)).abs().amax(1) / (0.9 * TOP_CODE * unit)
         least = (OCTAVE * largest.clamp_min(1e-9).log2()).ceil().clamp(-127, 127).to(torch.int8)
         return torch.maximum(self.steps[name + ".row"].to(w.device), least)

@@ -115,7 +115,7 @@ def test_what_calibration_left_unusable_is_said_once(monkeypatch, allocation):
 def test_rows_without_spread_are_stored_as_they_are(bits):
     """By hand: of a constant row the step is its value, of a zero row nothing."""
     w = torch.tensor([[0.25] * 8, [-3.0] * 8, [0.0] * 8, [1e-9] * 8])
-    scale = tg.row_scales(w, bits, 12.85)
+    scale = tg.row_steps(w, bits, 12.85)
     order, u, dead, _ = tg.hessian_factor(torch.eye(8)[None])
     codes = tg.round_in_order(w[None], scale[None].float(), order, u, dead, 2 ** (bits - 1) - 1)[0]
     assert torch.equal(codes * scale[:, None].float(), torch.tensor([0.25, -3, 0, 0])[:, None].expand(4, 8))
@@ -170,30 +170,33 @@ def test_low_rank_is_the_best_approximation(shape):
     assert torch.allclose((e - a @ b).norm(), best, rtol=1e-4)
 
 
-def test_the_sign_of_a_repair_is_a_rule_not_lapacks_choice(monkeypatch):
-    """Whichever signs the eigenvectors come with, the stored factors are the same, and the better ones."""
-    s = settings(LQER_ASYM_GROUP=8)
-    errors = [torch.randn(shape, generator=torch.Generator().manual_seed(i))
-              for i, shape in enumerate(((40, 24), (24, 40), (24, 24)))]
-    real, found = torch.linalg.eigh, []
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
+def test_the_sign_of_a_repair_is_a_rule_not_lapacks_choice(monkeypatch, shape):
+    """Whichever signs the eigenvectors come with, the same factors are stored."""
+    s, e = settings(LQER_ASYM_GROUP=8), torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    real, stored = torch.linalg.eigh, []
     for sign in (1, -1):
         def eigh(gram, sign=sign):
             values, vectors = real(gram)
             return torch.return_types.linalg_eigh((values, sign * vectors))
         monkeypatch.setattr(torch.linalg, "eigh", eigh)
-        found.append([tg.pack_factors(s, "m", *tg.low_rank(e, 4))[1] for e in errors])
-    for one, other, e in zip(*found, errors, strict=True):
-        assert all(torch.equal(one[key], other[key]) for key in one)
-        a, b = tg.low_rank(e, 4)
-        left = (e - tg.factors_of(one, "m")).norm()
-        for i in range(4):      # no other sign of any one pair leaves less of what this pair stands for
-            u, v, apart = a[:, i:i + 1], b[i:i + 1], []
-            for side in (1, -1):
-                x, y = tg.asym_values(*tg.lqer_asym(side * a, side * b, 8))
-                apart.append((u @ v - x[:, i:i + 1] @ y[i:i + 1]).norm())
-            x, y = tg.asym_values(*(one[f"m.lq{end}_a"] for end in ("A", "As", "B", "Bs")))
-            assert (u @ v - x[:, i:i + 1] @ y[i:i + 1]).norm() <= min(apart) * (1 + 1e-5)
-        assert left < e.norm()
+        stored.append(tg.pack_factors(s, "m", *tg.low_rank(e, 4))[1])
+    assert all(torch.equal(stored[0][key], stored[1][key]) for key in stored[0])
+    assert (e - tg.factors_of(stored[0], "m")).norm() < e.norm()
+
+
+def test_each_pair_of_factors_gets_the_sign_that_is_stored_better():
+    g = torch.Generator().manual_seed(4)
+    a, b = torch.randn(40, 4, generator=g), torch.randn(4, 24, generator=g)
+
+    def errors(a, b):      # of every pair on its own
+        x, y = tg.asym_values(*tg.lqer_asym(a, b, 8))
+        return torch.stack([(a[:, [i]] @ b[[i]] - x[:, [i]] @ y[[i]]).norm() for i in range(4)])
+
+    both = torch.stack((errors(a, b), errors(-a, -b)))
+    signed = tg.asym_signs(a, b, 8)
+    assert torch.allclose(errors(*signed), both.min(0).values) and both[0].ne(both[1]).any()
+    assert torch.allclose(signed[0] @ signed[1], a @ b, atol=1e-5)
 
 
 def quantised(monkeypatch, **changes):
