@@ -2909,7 +2909,7 @@ def calibrate(s: Settings, world: World, model: GPT, next_batch: Callable[[], Ba
     return tap.finish(world)
 
 
-def half(x: Tensor) -> Tensor:
+def to_half(x: Tensor) -> Tensor:
     """float16; what is beyond its range becomes its largest number: no artifact holds infinities."""
     return x.float().clamp(-HALF_LARGEST, HALF_LARGEST).half()
 
@@ -2917,13 +2917,13 @@ def half(x: Tensor) -> Tensor:
 def row_scales(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
     """fp16 step of every row of w (…, R, C): clip_sigmas standard deviations span the codes. As
     published it is 0 for a row without spread."""
-    return half(clip_sigmas * w.float().std(dim=-1) / (2 ** (bits - 1) - 1))
+    return to_half(clip_sigmas * w.float().std(dim=-1) / (2 ** (bits - 1) - 1))
 
 
 def row_steps(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
     """row_scales, but a row without spread has its largest magnitude as step."""
     step = row_scales(w, bits, clip_sigmas)
-    return torch.where(step > 0, step, half(w.abs().amax(dim=-1)))
+    return torch.where(step > 0, step, to_half(w.abs().amax(dim=-1)))
 
 
 def inverse_factor(h: Tensor) -> Tensor:
@@ -3081,7 +3081,7 @@ def clip_search(w: Tensor, order: Tensor, u: Tensor, dead: Tensor, bits: int,
     with a pass of GPTQ, the one with the least squared error. As published no step is below 1 / top."""
     top, tried = 2 ** (bits - 1) - 1, []
     for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
-        scale = half((w.abs().quantile(share, dim=-1) / top).clamp_min(1 / top) * coarser)
+        scale = to_half((w.abs().quantile(share, dim=-1) / top).clamp_min(1 / top) * coarser)
         codes = round_in_order(w, scale.float(), order, u, dead, top)
         tried.append(((w - codes * scale[..., None].float()).square().mean(dim=(-2, -1)), codes, scale))
     error, codes, scales = (torch.stack(x) for x in zip(*tried))
@@ -3144,7 +3144,7 @@ def protect(s: Settings, out: Quantised, weights: Mapping[str, Tensor], hessians
 def quantise_rows(w: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     """w (R, C) -> int8 codes and fp16 steps (R): the largest magnitude of a row gets the largest code."""
     top = 2 ** (bits - 1) - 1
-    scale = half(w.float().abs().amax(dim=1) / top)
+    scale = to_half(w.float().abs().amax(dim=1) / top)
     return divide_round(w, scale[:, None], -top, top), scale
 
 
@@ -3156,9 +3156,9 @@ def divide_round(w: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 
 def lqer_asym(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """a (R, k) in 2 bits, one step; b (k, C) in 4, a step per `group` values: (qA, sA (1), qB, sB (n))."""
-    scale_a = half(a.float().abs().amax() / 1.5)[None]
+    scale_a = to_half(a.float().abs().amax() / 1.5)[None]
     flat = b.float().reshape(-1, group)
-    scale_b = half(flat.abs().amax(dim=1) / 7.5)
+    scale_b = to_half(flat.abs().amax(dim=1) / 7.5)
     qb = divide_round(flat, scale_b[:, None], -8, 7).view(b.shape)
     return divide_round(a, scale_a, -2, 1), scale_a, qb, scale_b
 
@@ -3269,8 +3269,10 @@ class Quantiser:
         keys = [list(inputs)[i] for i in sorted(share_out(costs, world.size)[world.rank])]
         self.mine = [n for key in keys for n in inputs[key]]
         # what calibration left that is not used as it is: matrix -> what is done instead
-        self.unusual = {n: "a Hessian that is not finite: the identity instead"
-                        for n in set(curvature.hessians) - set(self.hessians)}
+        self.unusual = {n: "sensitivities that are not finite: as fine as the others on average"
+                        for n in curvature.fisher if n not in fisher}
+        self.unusual.update((n, "a Hessian that is not finite: the identity instead")
+                            for n in curvature.hessians if n not in self.hessians)
         self.factors: dict[str, tuple[Tensor, ...]] = {}
         for width in sorted({weights[n].size(1) for n in keys}):
             self.factorise([n for n in keys if weights[n].size(1) == width])
@@ -3363,7 +3365,7 @@ class Quantiser:
                 out.tensors[name + ".gq"], out.tensors[name + ".gs"] = (t.cpu() for t in quantise_rows(w))
                 out.meta[name] = "gate_int8_row"
             else:
-                out.tensors[name], out.meta[name] = half(w).cpu(), "passthrough (float16)"
+                out.tensors[name], out.meta[name] = to_half(w).cpu(), "passthrough (float16)"
         batches: dict[tuple, list[str]] = {}
         for name in self.mine:
             w = self.weights[name]

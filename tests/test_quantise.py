@@ -125,10 +125,10 @@ def test_rows_without_spread_are_stored_as_they_are(bits):
 def test_what_is_beyond_half_precision_is_its_largest_number():
     """Steps and small tensors alike: an infinity would be refused by the artifact's reader."""
     huge = torch.tensor([[1e30, -1e30], [1.0, 2.0]])
-    stored = [tg.half(huge), tg.row_scales(huge, 6, 1e9)]
+    stored = [tg.to_half(huge), tg.row_scales(huge, 6, 1e9)]
     stored += [*tg.quantise_rows(huge), *tg.lqer_asym(huge, huge, 2)]
     assert all(x.isfinite().all() for x in stored)
-    assert tg.half(huge)[0].tolist() == [65504, -65504] and torch.equal(tg.half(huge)[1], huge[1].half())
+    assert tg.to_half(huge)[0].tolist() == [65504, -65504] and torch.equal(tg.to_half(huge)[1], huge[1].half())
 
 
 def test_fits_of_degenerate_models_end_well():
