@@ -1406,6 +1406,7 @@ class Validation:
     a run trains, calibrates and packs it is sealed: only an open ledger gets at the tokens."""
     sealed, ledgers = False, 0
     hints: Hints | None = None      # set for the evaluations whose scores n-gram counts tilt
+    other_targets: np.ndarray | None = None      # a probe's, in place of the stream's
 
     @classmethod
     @contextlib.contextmanager
@@ -1422,6 +1423,11 @@ class Validation:
         if self.sealed and not self.ledgers:
             raise RuntimeError(SEALED)
         return self.stream
+
+    @property
+    def targets(self) -> np.ndarray:
+        """What is scored after every input (N - 1,)."""
+        return self.tokens[1:] if self.other_targets is None else self.other_targets
 
     def __init__(self, s: Settings):
         shards = read_tokens(s, "val")
@@ -1442,10 +1448,10 @@ class Validation:
         return self.stream
 
     @classmethod
-    def of(cls, tokens: np.ndarray) -> Validation:
+    def of(cls, tokens: np.ndarray, targets: np.ndarray | None = None) -> Validation:
         """A made-up stream, one byte a token: for probes. Nothing of it is sealed."""
         val = cls.__new__(cls)
-        val.sealed = False
+        val.sealed, val.other_targets = False, targets
         val.stream, val.rule, val.documents = tokens.astype(np.uint16), "made up", Documents(tokens)
         val.target_bytes = (tokens[1:] != BOS).astype(np.int64)
         return val
@@ -1703,7 +1709,7 @@ class GPT(nn.Module):
         return angle.cos(), angle.sin()
 
     def embed(self, ids: Tensor, layout: Layout | None, before: Tensor | None = None,
-              alpha: Tensor | None = None) -> Tensor:
+              alpha: Tensor | None = None, tap: Callable | None = None) -> Tensor:
         """Normalised embeddings (B, T, D), mixed with what belongs to the token before. before (B, 1 or 2):
         the tokens ahead of ids, two because a bigram of the last one may be smeared."""
         s, dtype, length = self.s, self.compute_dtype, ids.size(1)
@@ -1714,6 +1720,8 @@ class GPT(nn.Module):
             starts = torch.zeros(ids.size(1) + 1, dtype=torch.bool, device=ids.device)
             follows = ~starts.index_fill(0, layout.cu_seqlens.long(), True)[None, 1:-1]
         x = F.embedding(ids, self.tok_emb).to(dtype)
+        if tap is not None:
+            tap("embedding", -1, x)
         if s.bigram_vocab_size:
             rows, proj = pair_rows(ids, s.bigram_vocab_size, follows), getattr(self, "bigram_proj", None)
             x = x + look_up(rows, self.bigram_embed, proj, self.bigram_scale, dtype, alpha)
@@ -1822,7 +1830,7 @@ class GPT(nn.Module):
         (None: each row is causal). adapter: low-rank deltas. tap(kind, layer, x) sees the activations. cache:
         the rows go on where it ends. alpha: sharpness of soft rounding, in late training."""
         s, start = self.s, 0 if cache is None else cache.position
-        x = self.embed(ids, layout, cache.last if start else None, alpha)
+        x = self.embed(ids, layout, cache.last if start else None, alpha, tap)
         rope = self.rope(ids.size(1), ids.device, start, 0 if cache is None else cache.window)
         c = Pass(self.layer_weights(), x, rope, layout, None if adapter is None else adapter.bind(x.dtype),
                  tap, cache, self.token_values(ids, alpha))
@@ -3262,6 +3270,7 @@ def go_on_from(state: Mapping[str, Any], trainer: Trainer, curriculum: Curriculu
 # ============================================================================================================
 
 SMALL_TENSOR = 65536      # tensors of at most this many elements are stored as float16
+HALF_LARGEST = 65504.0    # float16's
 
 
 class Curvature(NamedTuple):
@@ -3277,7 +3286,8 @@ class HessianTap:
               "mlp_in": "blocks.{}.mlp.fc.weight", "mlp_act": "blocks.{}.mlp.proj.weight"}
     OUTPUTS = {"q_out": "blocks.{}.attn.c_q.weight", "k_out": "blocks.{}.attn.c_k.weight",
                "v_out": "blocks.{}.attn.c_v.weight", "attn_out": "blocks.{}.attn.proj.weight",
-               "up_out": "blocks.{}.mlp.fc.weight", "mlp_out": "blocks.{}.mlp.proj.weight", "x0": "x0"}
+               "up_out": "blocks.{}.mlp.fc.weight", "mlp_out": "blocks.{}.mlp.proj.weight",
+               "embedding": "embedding"}
 
     def __init__(self, s: Settings):
         self.head = "tok_emb.weight" if s.tie_embeddings else "lm_head.weight"
@@ -3301,7 +3311,10 @@ class HessianTap:
         """One backward pass from labels drawn from the model itself (Fisher's, not the data's, gradients);
         exact expectations at the logits. Gradients of weights are never formed."""
         cap, head = model.s.logit_softcap, model.tok_emb if model.s.tie_embeddings else model.lm_head
-        squash = (model.raw_logits(hidden).float().flatten(0, 1) / cap).tanh_()
+        z = model.raw_logits(hidden).float().flatten(0, 1)
+        if model.s.asym_logit_rescale:
+            cap = torch.where(z > 0, model.softcap_pos, model.softcap_neg)
+        squash = (z / cap).tanh_()
         p = (cap * squash).softmax(-1)
         slope = 1 - squash.square_()
         squares = {self.head: (p * (1 - p) * slope.square()).sum(0)}
@@ -3310,15 +3323,14 @@ class HessianTap:
         d_logits = p.scatter_add_(1, label, -torch.ones_like(label, dtype=p.dtype)).mul_(slope)
         d_hidden = (d_logits.to(hidden.dtype) @ head.to(hidden.dtype)).view_as(hidden)
         names, outputs = zip(*self.outputs)
-        for name, x, dx in zip(names, outputs, torch.autograd.grad(hidden, outputs, d_hidden)):
-            x, dx = (v.flatten(0, 1).float() for v in (x, dx))
-            if name == "x0":      # x0 = rms(e), but for the smear's share
-                size = F.embedding(ids.flatten(), model.tok_emb).square().mean(1, keepdim=True) + RMS_EPS
-                de2 = (dx - x * (x * dx).mean(1, keepdim=True)).square() / size
-                dx = p.new_zeros(len(model.tok_emb)).index_add_(0, ids.flatten(), de2.mean(1))
+        for name, dx in zip(names, torch.autograd.grad(hidden, outputs, d_hidden)):
+            dx2 = dx.flatten(0, 1).float().square()
+            if name == "embedding":      # of rows as looked up, whatever is done with them then
+                rows = p.new_zeros(len(model.tok_emb))
+                dx2 = rows.index_add_(0, ids.flatten(), dx2.mean(1))
             else:
-                dx = dx.square().sum(0) / names.count(name)
-            squares[name] = squares.get(name, 0) + dx
+                dx2 = dx2.sum(0) / names.count(name)
+            squares[name] = squares.get(name, 0) + dx2
         self.squares = {name: self.squares.get(name, 0) + x for name, x in squares.items()}
         self.outputs.clear()
         self.tokens += ids.numel()
@@ -3330,7 +3342,7 @@ class HessianTap:
         means = {name: world.total(h).div_(batches) for name, h in self.sums.items()}
         fisher = {name: world.total(x).div_(tokens) for name, x in self.squares.items()}
         if fisher:      # the embedding also costs where it is read: alike in all columns, as damping is
-            read = fisher.pop("x0") * (tokens / batches)
+            read = fisher.pop("embedding") * (tokens / batches)
             if self.head == "tok_emb.weight":
                 h, g = means[self.head].diagonal(), fisher[self.head]
                 written, damp = g * h.mean(), read.mean() / g.mean()
@@ -3373,10 +3385,21 @@ def calibrate(s: Settings, world: World, model: GPT, next_batch: Callable[[], Ba
     return tap.finish(world)
 
 
+def to_half(x: Tensor) -> Tensor:
+    """float16; what is beyond its range becomes its largest number: no artifact holds infinities."""
+    return x.float().clamp(-HALF_LARGEST, HALF_LARGEST).half()
+
+
 def row_scales(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-    """fp16 step of every row of w (…, R, C): clip_sigmas standard deviations span the codes."""
-    top = 2 ** (bits - 1) - 1
-    return (clip_sigmas * w.float().std(dim=-1) / top).clamp_min(1e-10).half()
+    """fp16 step of every row of w (…, R, C): clip_sigmas standard deviations span the codes. As
+    published it is 0 for a row without spread."""
+    return to_half(clip_sigmas * w.float().std(dim=-1) / (2 ** (bits - 1) - 1))
+
+
+def row_steps(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
+    """row_scales, but a row without spread has its largest magnitude as step."""
+    step = row_scales(w, bits, clip_sigmas)
+    return torch.where(step > 0, step, to_half(w.abs().amax(dim=-1)))
 
 
 def inverse_factor(h: Tensor) -> Tensor:
@@ -3391,6 +3414,9 @@ def inverse_factor(h: Tensor) -> Tensor:
     before = inverse_factor(h[:, :half, :half] - x @ x.mT)
     u[:, :half, :half], u[:, half:, half:], u[:, :half, half:] = before, after, -(before @ x) @ after
     return u
+
+
+MOST_DAMPING = 100.0      # as much as a setting may ask for: columns are then all but alone
 
 
 def hessian_factor(h: Tensor, damp: float | Tensor = 0.01, falling: bool = True) -> tuple[Tensor, ...]:
@@ -3410,13 +3436,35 @@ def hessian_factor(h: Tensor, damp: float | Tensor = 0.01, falling: bool = True)
     return order if falling else order.sort().values, u.float(), dead, ratio.float()
 
 
+def damped_factor(h: Tensor, damp: Tensor,
+                  falling: bool = True) -> tuple[tuple[Tensor, ...], Tensor]:
+    """hessian_factor of every matrix of h (n, C, C), and the damping (n, 1) that it took: what is asked
+    for, or ten times more until the matrix can be factored; infinite where nothing helps and the
+    identity stands for it."""
+    try:
+        found = hessian_factor(h, damp, falling)
+        if all(part.isfinite().all() for part in found) and found[3].min() > 0:
+            return found, damp
+    except torch.linalg.LinAlgError:
+        pass
+    if len(h) > 1:
+        each = [damped_factor(*one, falling) for one in zip(h.split(1), damp.split(1))]
+        parts, damps = zip(*each)
+        return tuple(torch.cat(part) for part in zip(*parts)), torch.cat(damps)
+    if damp.item() < MOST_DAMPING:
+        return damped_factor(h, (10 * damp).clamp_min(1e-6), falling)
+    eye = torch.eye(h.size(-1), dtype=h.dtype, device=h.device)[None]
+    return hessian_factor(eye, 0.0, falling), torch.full_like(damp, math.inf)
+
+
 @torch.no_grad()
 def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tensor, top: int,
                    trellis: bool = False, block: int = 128) -> Tensor:
     """GPTQ (Frantar et al. 2022): codes (n, R, C) int8 within ±top of w under steps (n, R), column after
     column in `order`, each one's error passed on to those still to come. order (n, C), u (n, C, C), dead
     (n, C) are hessian_factor's; where columns have steps too, w and u come divided by them."""
-    w, step = w.masked_fill(dead[:, None], 0), step[:, None].clamp_min(1e-30)
+    nothing = dead[:, None] | (step == 0)[..., None]      # rows below the smallest step are zero
+    w, step = w.masked_fill(nothing, 0), step[:, None].clamp_min(1e-30)
     t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R): a column is contiguous
     diag = u.diagonal(dim1=-2, dim2=-1)[..., None]               # an error e of column j costs (e / diag_j)^2
     unit = u / diag                                              # rows scaled to a unit diagonal
@@ -3509,7 +3557,7 @@ def clip_search(w: Tensor, order: Tensor, u: Tensor, dead: Tensor, bits: int,
     with a pass of GPTQ, the one with the least squared error. As published no step is below 1 / top."""
     top, tried = 2 ** (bits - 1) - 1, []
     for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
-        scale = ((w.abs().quantile(share, dim=-1) / top).clamp_min(1 / top) * coarser).half()
+        scale = to_half((w.abs().quantile(share, dim=-1) / top).clamp_min(1 / top) * coarser)
         codes = round_in_order(w, scale.float(), order, u, dead, top)
         tried.append(((w - codes * scale[..., None].float()).square().mean(dim=(-2, -1)), codes, scale))
     error, codes, scales = (torch.stack(x) for x in zip(*tried))
@@ -3521,8 +3569,10 @@ def clip_search(w: Tensor, order: Tensor, u: Tensor, dead: Tensor, bits: int,
 def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor], bits: tuple[int, int],
                    fine: Tensor, damp: float = 0.01) -> Tensor:
     """Codes (R, C) int8 of one matrix by GPTQ, with the second steps and bits in the columns `fine` (C)."""
-    order, u, dead, _ = (x[0] for x in hessian_factor(h.float()[None], damp))
-    t, codes = w.float().masked_fill(dead, 0)[:, order].mT.contiguous(), torch.empty_like(w.mT)
+    (order, u, dead, _), _ = damped_factor(h.float()[None], h.new_tensor([[damp]]))
+    order, u, dead = order[0], u[0], dead[0]
+    w = w.float().masked_fill(dead | (steps[0] == 0)[:, None], 0)
+    t, codes = w[:, order].mT.contiguous(), torch.empty_like(w.mT)
     for j, column in enumerate(order.tolist()):
         which = int(fine[column])
         step, top = steps[which].float().clamp_min(1e-30), 2 ** (bits[which] - 1) - 1
@@ -3558,7 +3608,7 @@ def protect(s: Settings, out: Quantised, weights: Mapping[str, Tensor], hessians
     for name, starts in chosen.items():
         w, stored = weights[name].float(), storage_of(s, name, weights[name])
         fine = torch.isin(torch.arange(w.size(1)) // size * size, torch.tensor(starts))
-        high = row_scales(w, s.awq_lite_bits, stored.clip * coarser)
+        high = row_steps(w, s.awq_lite_bits, stored.clip * coarser)
         steps, bits = (out.tensors[name + ".scale"].to(w.device), high), (stored.bits, s.awq_lite_bits)
         codes = gptq_protected(w, hessians[input_of(name)], steps, bits, fine, stored.damp)
         out.tensors.update({name + ".q": codes.cpu(), name + ".awqg_s_hi": high.cpu(),
@@ -3570,7 +3620,7 @@ def protect(s: Settings, out: Quantised, weights: Mapping[str, Tensor], hessians
 def quantise_rows(w: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     """w (R, C) -> int8 codes and fp16 steps (R): the largest magnitude of a row gets the largest code."""
     top = 2 ** (bits - 1) - 1
-    scale = (w.float().abs().amax(dim=1) / top).clamp_min(1e-10).half()
+    scale = to_half(w.float().abs().amax(dim=1) / top)
     return divide_round(w, scale[:, None], -top, top), scale
 
 
@@ -3582,23 +3632,47 @@ def divide_round(w: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 
 def lqer_asym(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """a (R, k) in 2 bits, one step; b (k, C) in 4, a step per `group` values: (qA, sA (1), qB, sB (n))."""
-    scale_a = (a.float().abs().amax() / 1.5).clamp_min(1e-10).half()[None]
+    scale_a = to_half(a.float().abs().amax() / 1.5)[None]
     flat = b.float().reshape(-1, group)
-    scale_b = (flat.abs().amax(dim=1) / 7.5).clamp_min(1e-10).half()
+    scale_b = to_half(flat.abs().amax(dim=1) / 7.5)
     qb = divide_round(flat, scale_b[:, None], -8, 7).view(b.shape)
     return divide_round(a, scale_a, -2, 1), scale_a, qb, scale_b
 
 
+def asym_values(qa: Tensor, sa: Tensor, qb: Tensor, sb: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors (R, k), (k, C) float32 that lqer_asym's codes and steps stand for."""
+    b = qb.float().view(len(sb), -1) * sb.float()[:, None]
+    return qa * sa.float(), b.view(qb.shape)
+
+
+def asym_signs(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Factors a (R, k), b (k, C), each pair with the sign that lqer_asym stores with the smaller error:
+    its codes reach further down than up. As they are where both signs are alike."""
+    costs = []
+    for sign in (1, -1):
+        x, y = asym_values(*lqer_asym(sign * a, sign * b, group))
+        x, y, u, v = x.double(), y.double(), sign * a.double(), sign * b.double()
+        shared = (x * u).sum(0) * (y * v).sum(1)      # of the stored pair with the true one
+        costs.append(x.square().sum(0) * y.square().sum(1) - 2 * shared)
+    sign = torch.where(costs[1] < costs[0], -1.0, 1.0)
+    return a * sign, b * sign[:, None]
+
+
 @torch.no_grad()
 def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best a (R, r) = U S, b (r, C) = V' of an error matrix, by the smaller Gram matrix in float64."""
+    """Best a (R, r) = U S, b (r, C) = V' of an error matrix, by the smaller Gram matrix in float64. The
+    sign of a pair, LAPACK's choice, becomes a rule: the largest number of a column of a is negative."""
     e = error.double()
     if e.size(0) < e.size(1):
         u = torch.linalg.eigh(e @ e.mT).eigenvectors[:, -rank:].flip(1)
         sv = (u.mT @ e).norm(dim=1)
-        return (u * sv).float(), ((u.mT @ e) / sv.clamp_min(1e-300)[:, None]).float()
-    v = torch.linalg.eigh(e.mT @ e).eigenvectors[:, -rank:].flip(1)
-    return (e @ v).float(), v.mT.float().contiguous()
+        a, b = u * sv, (u.mT @ e) / sv.clamp_min(1e-300)[:, None]
+    else:
+        v = torch.linalg.eigh(e.mT @ e).eigenvectors[:, -rank:].flip(1)
+        a, b = e @ v, v.mT
+    largest = a.gather(0, a.abs().argmax(0, keepdim=True))
+    sign = torch.where(largest > 0, -1.0, 1.0)
+    return (a * sign).float(), (b * sign.mT).float().contiguous()
 
 
 @dataclass
@@ -3657,7 +3731,9 @@ class Quantiser:
     @torch.no_grad()
     def __init__(self, s: Settings, weights: Mapping[str, Tensor], curvature: Curvature,
                  world: World = World()):
-        self.s, self.weights, self.world, self.hessians = s, weights, world, curvature.hessians
+        self.s, self.weights, self.world = s, weights, world
+        self.hessians, fisher = ({n: x for n, x in part.items() if x.isfinite().all()}
+                                 for part in (curvature.hessians, curvature.fisher))
         self.names = [n for n, w in weights.items() if storage_of(s, n, w).kind == "gptq"]
         self.fisher = s.quant_allocation == "fisher" and bool(self.names)
         self.trellis = self.fisher and s.quant_trellis
@@ -3668,14 +3744,17 @@ class Quantiser:
                  for group in inputs.values()]
         keys = [list(inputs)[i] for i in sorted(share_out(costs, world.size)[world.rank])]
         self.mine = [n for key in keys for n in inputs[key]]
+        # what calibration left that is not used as it is: matrix -> what is done instead
+        self.unusual = {n: "sensitivities that are not finite: as fine as the others on average"
+                        for n in curvature.fisher if n not in fisher}
+        self.unusual.update((n, "a Hessian that is not finite: the identity instead")
+                            for n in curvature.hessians if n not in self.hessians)
         self.factors: dict[str, tuple[Tensor, ...]] = {}
         for width in sorted({weights[n].size(1) for n in keys}):
-            group = [n for n in keys if weights[n].size(1) == width]
-            eye = torch.eye(width, device=weights[group[0]].device)
-            h = torch.stack([curvature.hessians.get(n, eye) for n in group])
-            damp = h.new_tensor([[storage_of(s, n, weights[n]).damp] for n in group])
-            self.factors.update(zip(group, zip(*hessian_factor(h, damp, falling=not self.trellis))))
-        self.steps = self.allocate(curvature) if self.fisher else {}
+            self.factorise([n for n in keys if weights[n].size(1) == width])
+        for part in world.gather(self.unusual):
+            self.unusual.update(part)
+        self.steps = self.allocate(fisher) if self.fisher else {}
         for key, (order, u, dead, _) in self.factors.items():
             self.factors[key] = order, u / self.columns_of(key)[order], dead
         self.spread = sum(world.gather(sum(map(self.spread_of, self.mine), np.zeros(511))))
@@ -3683,7 +3762,20 @@ class Quantiser:
         low = np.searchsorted(self.spread.cumsum(), 0.1 * self.spread.sum()) - len(self.spread) // 2
         self.finest = 2 ** (low / OCTAVE) / (TOP_CODE / 4) if self.fisher else 1.0
 
-    def allocate(self, curvature: Curvature) -> dict[str, Tensor]:
+    def factorise(self, names: list[str]) -> None:
+        """The factors of these matrices' Hessians, all of one width; without one: of the identity."""
+        weights = [self.weights[n] for n in names]
+        eye = torch.eye(weights[0].size(1), device=weights[0].device)
+        h = torch.stack([self.hessians.get(n, eye) for n in names])
+        asked = h.new_tensor([[storage_of(self.s, n, w).damp] for n, w in zip(names, weights)])
+        found, taken = damped_factor(h, asked, falling=not self.trellis)
+        self.factors.update(zip(names, zip(*found)))
+        for name, least, most in zip(names, asked[:, 0].tolist(), taken[:, 0].tolist()):
+            if most > least:
+                self.unusual[name] = (f"a Hessian that cannot be factored: damping {most:g} instead "
+                                      f"of {least:g}")
+
+    def allocate(self, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Stored steps, `.row` and `.col`, with step^2 g_row d_col the same for all weights of all matrices,
         d being the variance of a column's input given the columns that GPTQ rounds after it."""
         rows, columns, level = {}, {}, {}
@@ -3692,8 +3784,8 @@ class Quantiser:
                 ratio = self.factors[key][3].double().log2()      # of d^-1/2
                 level[key] = ratio.mean()
                 columns[key] = (ratio - level[key]).cpu()
-            if name in curvature.fisher:
-                g = curvature.fisher[name].double()
+            if name in fisher:
+                g = fisher[name].double()
                 g = g.clamp_min(max(FISHER_FLOOR * g.mean().item(), 1e-30))
                 rows[name] = (level[key] - g.log2() / 2).cpu()
         rows, columns = ({n: x for part in self.world.gather(found) for n, x in part.items()}
@@ -3718,7 +3810,7 @@ class Quantiser:
         w = self.weights[name].float()
         if not self.fisher:
             stored = storage_of(self.s, name, w)
-            return row_scales(w, stored.bits, stored.clip * unit)
+            return row_steps(w, stored.bits, stored.clip * unit)
         largest = (w / self.columns_of(name)).abs().amax(1) / (0.9 * TOP_CODE * unit)
         least = (OCTAVE * largest.clamp_min(1e-9).log2()).ceil().clamp(-127, 127).to(torch.int8)
         return torch.maximum(self.steps[name + ".row"].to(w.device), least)
@@ -3728,7 +3820,9 @@ class Quantiser:
         1, taking a code's variance as that of its row times that of its column."""
         rows = octaves(self.steps[name + ".row"]) if self.fisher else self.rows_of(name, 1.0).float()
         w = self.weights[name].float() / self.columns_of(name)
-        power = (w / rows.to(w.device)[:, None].clamp_min(1e-30)).square()
+        rows = rows.to(w.device)[:, None]
+        power = (w / rows.clamp_min(1e-30)).square().clamp_max(1e30)
+        power = power.masked_fill(rows == 0, 0)
         rows, columns = power.mean(1), power.mean(0) / power.mean().clamp_min(1e-20)
         counts = ((OCTAVE / 2 * x.clamp_min(1e-20).log2()).round().add(128).clamp(0, 255).int().bincount(
             minlength=256) for x in (rows, columns))
@@ -3747,7 +3841,7 @@ class Quantiser:
                 out.tensors[name + ".gq"], out.tensors[name + ".gs"] = (t.cpu() for t in quantise_rows(w))
                 out.meta[name] = "gate_int8_row"
             else:
-                out.tensors[name], out.meta[name] = w.half().cpu(), "passthrough (float16)"
+                out.tensors[name], out.meta[name] = to_half(w).cpu(), "passthrough (float16)"
         batches: dict[tuple, list[str]] = {}
         for name in self.mine:
             w = self.weights[name]
@@ -3803,7 +3897,7 @@ def pack_factors(s: Settings, name: str, a: Tensor, b: Tensor) -> tuple[str, dic
     """How the factors a (R, r), b (r, C) of a matrix are stored, and their tensors."""
     if s.lqer_asym_enabled and b.numel() % s.lqer_asym_group == 0:
         label, ends = "lqer_asym", ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a")
-        parts = lqer_asym(a, b, s.lqer_asym_group)
+        parts = lqer_asym(*asym_signs(a, b, s.lqer_asym_group), s.lqer_asym_group)
     else:      # one step per row of each
         label, ends = "lqer", ("lqA", "lqAs", "lqB", "lqBs")
         parts = (*quantise_rows(a, s.lqer_factor_bits), *quantise_rows(b, s.lqer_factor_bits))
@@ -3813,9 +3907,8 @@ def pack_factors(s: Settings, name: str, a: Tensor, b: Tensor) -> tuple[str, dic
 def factors_of(t: Mapping[str, Tensor], name: str) -> Tensor | float:
     """The product (R, C) of a matrix's stored factors; 0 where it has none."""
     if name + ".lqA_a" in t:
-        a = t[name + ".lqA_a"] * t[name + ".lqAs_a"].float()
-        b, steps = t[name + ".lqB_a"].float(), t[name + ".lqBs_a"].float()[:, None]
-        return a @ (b.view(len(steps), -1) * steps).view(b.shape)
+        a, b = asym_values(*(t[f"{name}.lq{end}_a"] for end in ("A", "As", "B", "Bs")))
+        return a @ b
     if name + ".lqA" in t:
         a, b = (t[f"{name}.lq{x}"] * t[f"{name}.lq{x}s"].float()[:, None] for x in "AB")
         return a @ b
@@ -4662,6 +4755,9 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
     artifact's bytes. A size that no step reaches is a UserError. clock: training's; once something fits, no
     further try that would pass its budget."""
     quantiser = Quantiser(s, weights, curvature, world)
+    for how in sorted(set(quantiser.unusual.values())):
+        matrices = [n for n, x in quantiser.unusual.items() if x == how]
+        run.log("curvature", how=how, matrices=matrices)
     script = code_bytes(s.code_form)
     cap = (ARTIFACT_LIMIT - script - MARK_BYTES - 1024 * s.logit_calib_enabled      # which come later
            - LZMA_SLACK * (s.code_form == "packed"))
@@ -4673,8 +4769,8 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
         if s.compressor == "brotli":      # minutes at full size: each try is content with less
             margin = max(margin, cap // 256 << min(attempt, 4))
         unit = unit_for(spread, cap - margin / 2 - beyond, finest)
-        if not over < unit < under and under < math.inf:
-            unit = math.sqrt(over * under)
+        if not over < unit < under:      # between two tries; while nothing fits: far beyond
+            unit = math.sqrt(max(over, finest) * under) if best else over * 2 ** attempt
         watch = Clock()
         q = quantiser(unit)
         quantised = watch.elapsed()
@@ -4962,7 +5058,7 @@ class Hints:
         """For the targets tokens[1:], counted in this order."""
         hint, confidence = (np.stack(side) for side in zip(*ngram_experts(s, tokens).values()))
         for row, (tau, _) in zip(confidence, experts_in_use(s).values()):
-            row[row.astype(float) < tau] = 0
+            row[row < np.float32(tau)] = 0      # as published: 9 of 20 open a gate of 0.45
         at = np.flatnonzero(confidence.any(0))
         return cls(at, hint[:, at], confidence[:, at])
 
@@ -5101,7 +5197,7 @@ class Scorer:
         filler = np.arange(len(at) + longest, total, longest)       # padding is cut like documents
         bounds = np.concatenate([[0], np.cumsum(lengths), filler, [total]]).astype(np.int32)
         ids = np.pad(val.tokens[at].astype(np.int64), (0, pad))
-        targets = np.pad(val.tokens[at + 1].astype(np.int64), (0, pad))
+        targets = np.pad(val.targets[at].astype(np.int64), (0, pad))
         x, y, cu = (torch.from_numpy(a).to(self.world.device) for a in (ids[None], targets[None], bounds))
         if self.fixed:
             torch._dynamo.mark_dynamic(cu, 0)
@@ -5398,8 +5494,8 @@ class PhasedTTT:
         valid = (column < (w.offset + w.count)[:, None])
         at = np.where(valid, (starts + w.begin)[:, None] + column, 0)
         tokens, device = self.val.tokens, self.world.device
-        x, y = (torch.from_numpy(np.where(valid, tokens[at + i], 0).astype(np.int64)).to(device)
-                for i in (0, 1))
+        x, y = (torch.from_numpy(np.where(valid, part[at], 0).astype(np.int64)).to(device)
+                for part in (tokens, self.val.targets))
         correctors = adapter.correctors if adapter is not None else []
         if correctors:
             bias = torch.from_numpy(np.stack([c.bias() for c in correctors]))
@@ -5579,9 +5675,18 @@ def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
     return lengths, [n * chunk + chunk // 4 for n in (chunks // 2, chunks)]
 
 
-def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-    """A made-up stream, and for each cut one that differs in all that comes later and the targets (positions)
-    that must not notice. order=length: later are the document's own tokens and shorter documents' groups."""
+class Variant(NamedTuple):
+    """A stream that differs from another in all that comes after a cut: its tokens, what is scored
+    after each of them, and the places (input positions) whose scores must not notice."""
+    tokens: np.ndarray
+    targets: np.ndarray
+    kept: np.ndarray
+
+
+def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[Variant]]:
+    """A made-up stream, and a variant for each cut. order=length: later are the document's own tokens
+    and shorter documents' groups. The last place before a cut is scored on the token that came there in
+    the first stream: a look at its own target or beyond shows at full strength, even in one layer."""
     (lengths, cuts), rng = probe_documents(s), np.random.default_rng(s.seed)
     phrase = rng.integers(4, s.vocab_size, 7)      # repeated, where counts of earlier text shall have a say
     one = np.concatenate([np.append(BOS, np.resize(phrase, n - 1) if s.ngram_tilt_enabled
@@ -5593,16 +5698,19 @@ def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[tuple[np.nd
             shorter = ~np.isin(document, np.argsort(lengths, kind="stable")[-2:])
             later = np.where(document == 3, later, shorter)
         other = np.where(later & (one != BOS), 4 + (one - 3) % (s.vocab_size - 4), one)
-        others.append((other, np.flatnonzero(~later[:-1] & ~(later[1:] & (one[1:] != BOS)))))
+        targets = other[1:].copy()
+        targets[start + cut] = one[start + cut + 1]
+        others.append(Variant(other, targets, np.flatnonzero(~later[:-1])))
     return one, others
 
 
-def shortened_stream(s: Settings, one: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def shortened_stream(s: Settings, one: np.ndarray) -> list[Variant]:
     """The same for the stream `one` whose fourth document ends earlier, within its last chunk: its neighbours
     in the batch and the chunks of every group are the same. None where chunks are too short for that."""
     lengths, cuts = probe_documents(s)
     end, cut = sum(lengths[:4]), lengths[3] - 1 - cuts[1]
-    return [(np.delete(one, np.s_[end - cut:end]), np.arange(end - cut - 1))] if cut > 0 else []
+    other = np.delete(one, np.s_[end - cut:end])
+    return [Variant(other, other[1:], np.arange(end - cut - 1))] if cut > 0 else []
 
 
 @contextlib.contextmanager
@@ -5658,9 +5766,10 @@ def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) ->
         evaluation.run()
         return evaluation.ledger
 
-    def losses(evaluate: Callable, tokens: np.ndarray) -> Tensor:
+    def losses(evaluate: Callable, tokens: np.ndarray,
+               targets: np.ndarray | None = None) -> Tensor:
         with weights_kept(model):
-            found = evaluate(Validation.of(tokens)).loss.cpu()
+            found = evaluate(Validation.of(tokens, targets)).loss.cpu()
         booked.append(len(found))
         return found
 
@@ -5679,8 +5788,8 @@ def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) ->
         if evaluate is adapted and order == "stream":
             others += shortened_stream(settings, one)
         first, seen, noise = losses(evaluate, one), [], 0.0
-        for other, kept in others:
-            found = losses(evaluate, other)
+        for other, targets, kept in others:
+            found = losses(evaluate, other, targets)
             gap = (found - first[:len(found)]).abs()
             seen.append((len(kept), gap[kept].max().item(), gap.max().item()))
         counts, earlier, rest = zip(*seen)

@@ -88,7 +88,7 @@ def test_evaluation_meets_no_graph_that_its_probes_have_not(tracing):
 
     compiled = scores(s)
     assert tracing() == known
-    assert np.allclose(compiled, scores(settings(**SHAPE, COMPILE="0")), rtol=0, atol=1e-5)
+    assert np.allclose(compiled, scores(settings(**SHAPE, COMPILE="0")), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("changes, graphs", [

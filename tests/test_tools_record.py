@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 
@@ -202,7 +203,8 @@ def test_a_record_of_this_repository_is_whole(folder):
         summary = json.loads((folder / f"summary_seed{seed}.json").read_text())
         assert summary["val_bpb"] == result["val_bpb"] and f"{result['val_bpb']:.8f}" in (
             folder / "README.md").read_text()
-        assert f"final val_bpb={result['val_bpb']:.6f}" in (folder / f"train_seed{seed}.log").read_text()
+        logged = re.search(r"final val_bpb=([\d.]+)", (folder / f"train_seed{seed}.log").read_text())
+        assert float(logged[1]) == pytest.approx(result["val_bpb"], abs=1e-6)
         events = map(json.loads, (folder / f"metrics_seed{seed}.jsonl").read_text().splitlines())
         assert {"step_time", "profile", "final"} <= {event["event"] for event in events}
     assert sum(path.stat().st_size for path in folder.iterdir()) < 500_000
