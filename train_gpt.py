@@ -72,13 +72,28 @@ LN2 = math.log(2.0)
 class UserError(Exception):
     """A mistake the user can fix: its text carries value, bound and remedy, and is shown alone."""
 
+    def __init__(self, text: str):
+        super().__init__(one_line(text))
+
+
+def one_line(text: str, most: int = 480) -> str:
+    """The text as one printable line of at most `most` characters; of a longer one the middle is left out."""
+    plain = "".join(c if c.isprintable() else "?" for c in text[:most] + text[most:][-most:])
+    half = most // 2 - 2
+    return plain if len(plain) <= most else f"{plain[:half]} … {plain[-half:]}"
+
 
 # ============================================================================================================
 # 1  Settings: one frozen table, read once from the environment
 # ============================================================================================================
 
+MOST = {int: 10 ** 9, float: 1e6, str: 1000}      # of a setting without a bound of its own; characters of text
+
+
 def knob(default, doc, lo=None, hi=None, group=None, choices=()):
     """A setting: default (its type is the setting's type), meaning with unit, inclusive bounds."""
+    hi = MOST.get(type(default)) if hi is None else hi
+    lo = -hi if lo is None and type(default) is float else lo
     return field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, group=group, choices=choices))
 
 
@@ -92,7 +107,7 @@ class Settings:
     """Every setting of the script. The environment name is the field's name in capitals."""
     # --- run
     run_id: str = knob("", "name of the run (default: date and a random tag)", group="run")
-    seed: int = knob(1337, "seed of weights, adapters and data order", 0)
+    seed: int = knob(1337, "seed of weights, adapters and data order", 0, 2 ** 63 - 1)
     artifact_dir: str = knob("", "folder of the run's files (default: runs/<RUN_ID>)")
     max_wallclock_seconds: float = knob(600.0, "training budget in s, artifact included; 0: ITERATIONS; over "
                                         "600 s used is NON-COMPLIANT", 0)
@@ -120,7 +135,7 @@ class Settings:
     data_check: str = choice("quick full", "the data before training; full: every byte and every document")
     train_loader: str = choice("stream docpack shuffled coprime", "stream: every target once; or the field's")
     train_batch_tokens: int = knob(786432, "tokens of one optimiser step, over all ranks", 1)
-    train_seq_len: int = knob(2048, "documents are cut to this many tokens in training", 2)
+    train_seq_len: int = knob(2048, "documents are cut to this many tokens in training", 2, 2 ** 24)
     train_seq_schedule: str = knob("", "progressive context: length@progress, …; the largest: TRAIN_SEQ_LEN")
     train_seq_schedule_mode: str = choice("wallclock step", "progress: of the budget, or of ITERATIONS")
     seq_change_warmup_steps: int = knob(32, "steps of the learning rate's ramp after a change; 0: none", 0)
@@ -129,22 +144,22 @@ class Settings:
     val_doc_fraction: float = knob(1.0, "share of the validation documents (below 1: no result)", 0, 1)
     # --- model
     num_layers: int = knob(11, "physical layers", 1, 256, group="model")
-    model_dim: int = knob(512, "width", 8)
-    num_heads: int = knob(8, "query heads", 1)
-    num_kv_heads: int = knob(4, "key/value heads", 1)
-    mlp_mult: float = knob(4.0, "hidden units of the MLP per channel", 0.01)
+    model_dim: int = knob(512, "width", 8, 65536)
+    num_heads: int = knob(8, "query heads", 1, 1024)
+    num_kv_heads: int = knob(4, "key/value heads", 1, 1024)
+    mlp_mult: float = knob(4.0, "hidden units of the MLP per channel", 0.01, 256)
     negative_slope: float = knob(0.5, "slope of the MLP's squared LeakyReLU below zero", 0, 1)
     tie_embeddings: bool = knob(True, "the input embedding is the output projection")
     logit_softcap: float = knob(30.0, "logits are cap * tanh(z / cap)", 1e-3)
     asym_logit_rescale: bool = knob(False, "two caps, for positive and negative logits, used in evaluation")
     ln_scale: bool = knob(True, "block inputs are scaled by 1 / sqrt(layer + 1)")
-    rope_base: float = knob(10000.0, "rotary base", 1)
+    rope_base: float = knob(10000.0, "rotary base", 1, 1e12)
     rope_dims: int = knob(16, "rotated channels of a head; 0: all", 0)
     rope_yarn: bool = knob(False, "rescale the rotary base beyond TRAIN_SEQ_LEN (NTK scaling)")
     qk_gain_init: float = knob(5.0, "initial gain of the normalised queries, per head")
     xsa_last_n: int = knob(11, "last layers whose attention output is made orthogonal to its own value", 0)
     gated_xsa: bool = knob(False, "scale that by tanh of a learned number per head, at first 0")
-    num_loops: int = knob(2, "extra passes over layers LOOP_START..LOOP_END", 0)
+    num_loops: int = knob(2, "extra passes over layers LOOP_START..LOOP_END", 0, 1000)
     loop_start: int = knob(3, "first layer of the loop", 0)
     loop_end: int = knob(5, "last layer of the loop", 0)
     enable_looping_at: float = knob(0.35, "share of the training budget after which loops run", 0, 1)
@@ -158,10 +173,10 @@ class Settings:
     smear_gate_enabled: bool = knob(True, "mix the previous token's embedding in")
     smear_gate_kind: str = choice("window channels", "one strength by GATE_WINDOW channels; one each")
     smear_gate_bos_fix: bool = knob(True, "never across a BOS")
-    bigram_vocab_size: int = knob(0, "rows of a hashed table of token pairs, added to the embedding", 0)
-    bigram_dim: int = knob(128, "its width", 1)
+    bigram_vocab_size: int = knob(0, "rows of a hashed table of token pairs, added to the embedding", 0, 10 ** 7)
+    bigram_dim: int = knob(128, "its width", 1, 65536)
     ve_enabled: bool = knob(False, "value embeddings: a second token table, added to values")
-    ve_dim: int = knob(128, "its width", 1)
+    ve_dim: int = knob(128, "its width", 1, 65536)
     ve_layers: str = knob("9,10", "layers whose values it is added to")
     sparse_attn_gate_enabled: bool = knob(True, "gate each head by GATE_WINDOW channels of the block input")
     sparse_attn_gate_scale: float = knob(0.5, "slope of that gate")
@@ -237,7 +252,7 @@ class Settings:
     gptq_calibration_batches: int = knob(16, "training micro-batches behind the Hessians, over all ranks", 1)
     gptq_reserve_seconds: str = knob("auto", "least training seconds for chapters 9 and 10; auto: rehearsed")
     lqer_enabled: bool = knob(False, "low-rank repair of the largest rounding errors")
-    lqer_rank: int = knob(4, "its rank", 1)
+    lqer_rank: int = knob(4, "its rank", 1, 65536)
     lqer_top_k: int = knob(3, "how many matrices get it", 0)
     lqer_scope: str = choice("all mlp attn embed", "which matrices may get it")
     lqer_gain_select: bool = knob(False, "choose them by the error it removes, not by the error there is")
@@ -255,12 +270,12 @@ class Settings:
     code_form: str = choice("readable packed", "the script that is shipped and counted: as it is, or packed")
     compressor: str = choice("ans brotli", "entropy stage: our coder, or byte-shuffled brotli")
     # --- score
-    eval_seq_len: int = knob(2048, "window of the sliding evaluation, in tokens", 2, group="score")
+    eval_seq_len: int = knob(2048, "window of the sliding evaluation, in tokens", 2, 2 ** 24, group="score")
     eval_stride: int = knob(64, "tokens between two windows of one document", 1)
     sliding_window_enabled: bool = knob(True, "score the artifact by sliding windows")
     eval_kv_reuse: bool = knob(True, "keep keys and values beyond the window; 0: encode again")
     ttt_enabled: bool = knob(True, "score the artifact with score-first test-time training")
-    ttt_eval_seq_len: int = knob(2048, "context of TTT, in tokens", 2)
+    ttt_eval_seq_len: int = knob(2048, "context of TTT, in tokens", 2, 2 ** 24)
     ttt_kv_reuse: bool = knob(True, "keep earlier keys and values; 0: encode the context again and again")
     ttt_shared_a: bool = knob(True, "one frozen A for all documents, only B is adapted")
     ttt_doc_order: str = choice("stream length", "adapt in the stream's order, or longest first as the field")
@@ -271,8 +286,8 @@ class Settings:
                                             "which:chunk, …; beyond: TTT_CHUNK_SIZE")
     ttt_short_doc_len: int = knob(2000, "the one step when TTT_SHORT_SCORE_FIRST_STEPS is empty", 0)
     ttt_short_chunk_size: int = knob(24, "its chunk; 0: none", 0)
-    ttt_batch_size: int = knob(64, "documents adapted side by side", 1)
-    ttt_lora_rank: int = knob(80, "rank of the adapters", 1)
+    ttt_batch_size: int = knob(64, "documents adapted side by side", 1, 65536)
+    ttt_lora_rank: int = knob(80, "rank of the adapters", 1, 65536)
     ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank", 0)
     ttt_lora_lr: float = knob(8e-5, "learning rate of the adapters", 0)
     ttt_q_lora: bool = knob(True, "adapt queries")
@@ -312,12 +327,12 @@ class Settings:
     ngram_gates: str = choice("previous open_word target", "who speaks when; target: NON-COMPLIANT")
     ngram_choice: str = choice("model confidence", "what weighs hints: probability, or own confidence")
     ngram_boost_gamma: float = knob(0.0, "boosts shrink by (1 - the hint's probability) to this power", 0)
-    token_order: int = knob(16, "token expert: length of context and hint together", 1)
+    token_order: int = knob(16, "token expert: length of context and hint together", 1, 1024)
     token_threshold: float = knob(0.8, "it speaks from this confidence on; above 1: never", 0)
     token_boost: float = knob(2.625, "nats added to its hint's logit", 0)
     within_tau: float = knob(99.0, "the same for the expert of the open word's next token", 0)
     within_boost: float = knob(0.0, "nats added to its hint's logit", 0)
-    word_order: int = knob(4, "expert of the next word's first token: order in words", 1)
+    word_order: int = knob(4, "expert of the next word's first token: order in words", 1, 1024)
     word_normalize: str = choice("strip_punct_lower lower identity", "equal words")
     word_tau: float = knob(99.0, "it speaks from this confidence on; above 1: never", 0)
     word_boost: float = knob(0.0, "nats added to its hint's logit", 0)
@@ -330,8 +345,8 @@ class Settings:
         env = {k: v for k, v in env.items() if v or (k in known and is_free_text(known[k]))}
         for name, (only, why) in NO_SETTINGS.items():
             value = env.pop(name, "")
-            if name == "EMBEDDING_DIM":
-                only = float(env.get("MODEL_DIM", only))
+            if name == "EMBEDDING_DIM" and is_number(env.get("MODEL_DIM", "")):
+                only = float(env["MODEL_DIM"])
             if value and only is not None and (float(value) if is_number(value) else value) != only:
                 raise UserError(f"{name}={value} is not to be had here, only {only}: {why}")
         for old in ALIASES:
@@ -344,7 +359,8 @@ class Settings:
         for name in env:
             if name not in known and (nearest := looks_like_ours(name, known)) is not None:
                 raise UserError(f"unknown setting {name}: the nearest known one is {nearest} "
-                                "(python train_gpt.py --help lists all)")
+                                "(python train_gpt.py --help lists all); if it is of another program, start "
+                                f"this one by: env -u {name} python train_gpt.py")
         s = cls(**{f.name: parse_setting(f, env[name]) for name, f in known.items() if name in env})
         s.check_consistency()
         return s
@@ -357,9 +373,11 @@ class Settings:
 
     def check_consistency(self) -> None:
         """Refuse settings that contradict each other; single values were checked when they were read."""
-        s, reserve, orders = self, self.gptq_reserve_seconds, self.corrector_orders.split(",")
+        s, reserve = self, self.gptq_reserve_seconds
+        orders = whole_numbers(s.corrector_orders)
         gates = s.sparse_attn_gate_enabled + s.gated_attn_enabled + s.attn_out_gate_enabled
-        ve_layers = [int(i) if i.strip().isdecimal() else math.inf for i in s.ve_layers.split(",")]
+        ve_layers = whole_numbers(s.ve_layers) or [math.inf]
+        slots = s.num_layers + s.num_loops * (s.loop_end - s.loop_start + 1)
         schedule(s.midrun_cap_schedule, 1.0, float)
         passes = [n for _, n in schedule(s.loop_schedule, s.num_loops + 1)]
         for refused, why in (
@@ -369,15 +387,18 @@ class Settings:
             (s.head_dim % 2, "MODEL_DIM over NUM_HEADS is odd: rotary embedding needs it even"),
             (s.rope_dims % 2 or s.rope_dims > s.head_dim,
              f"ROPE_DIMS does not fit: it must be even and at most the head width {s.head_dim}"),
+            (s.rope_yarn and (s.rope_dims or s.head_dim) == 2,
+             "ROPE_YARN has no exponent for 2 rotated channels: raise ROPE_DIMS or set ROPE_YARN=0"),
             (s.gate_window > s.model_dim, "GATE_WINDOW exceeds MODEL_DIM: lower it"),
             (s.num_loops and not s.loop_start <= s.loop_end < s.num_layers,
              "LOOP_START <= LOOP_END < NUM_LAYERS does not hold: correct them, or set NUM_LOOPS=0"),
+            (slots > MOST_SLOTS, f"NUM_LOOPS makes {slots} executed layers: at most {MOST_SLOTS}, lower it"),
             (not max(passes) == passes[-1] == s.num_loops + 1,
              "LOOP_SCHEDULE must end on its most passes, one more than NUM_LOOPS: make them agree"),
             (s.loop_schedule and s.recur_start_step, "LOOP_SCHEDULE and RECUR_START_STEP clash: keep one"),
             (s.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE leaves no row for pairs: set 0, or more"),
             (s.ve_enabled and (max(ve_layers) >= s.num_layers or len({*ve_layers}) < len(ve_layers)),
-             "VE_LAYERS must be layers below NUM_LAYERS, each once"),
+             "VE_LAYERS must be layers below NUM_LAYERS, each once: as 9,10"),
             (s.matrix_lr_early and not s.matrix_lr, "MATRIX_LR_EARLY is relative to MATRIX_LR: raise that"),
             (s.asym_logit_train and not s.asym_logit_rescale,
              "ASYM_LOGIT_TRAIN has nothing to train: set ASYM_LOGIT_RESCALE=1"),
@@ -388,6 +409,11 @@ class Settings:
              "TTT_SHORT_SCORE_FIRST_STEPS, exceeds TTT_EVAL_SEQ_LEN: lower it"),
             (s.eval_only_path and s.eval_only_quantized_path,
              "EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH are both set: keep one"),
+            (s.quantize_only and s.prequant_only,
+             "QUANTIZE_ONLY and PREQUANT_ONLY leave nothing to make: keep one"),
+            (s.eval_only_quantized_path and (s.quantize_only or s.prequant_only),
+             "EVAL_ONLY_QUANTIZED_PATH scores an artifact, which QUANTIZE_ONLY and PREQUANT_ONLY leave out: "
+             "set both to 0"),
             (max(length for _, length in context_stages(s)) != s.train_seq_len,
              "TRAIN_SEQ_LEN is not the longest stage of TRAIN_SEQ_SCHEDULE: make them equal"),
             (s.train_seq_schedule and s.train_loader in WINDOWED,
@@ -401,8 +427,8 @@ class Settings:
             (s.ttt_enabled and not any(getattr(s, f"ttt_{kind}_lora") for kind in ADAPTED),
              "TTT_ENABLED has nothing to adapt: set a TTT_*_LORA to 1, or TTT_ENABLED=0"),
             (s.ttt_cache_lambda and not s.ttt_kv_reuse, "TTT_CACHE_LAMBDA needs TTT_KV_REUSE: set it to 1"),
-            (not all(n.isdecimal() and int(n) for n in orders if n),
-             "CORRECTOR_ORDERS must be whole numbers from 1 on, as 2,3,5"),
+            (not orders or not 0 < min(orders) <= max(orders) <= MOST_ORDER,
+             f"CORRECTOR_ORDERS does not fit: it must be whole numbers from 1 to {MOST_ORDER}, as 2,3,5"),
             (s.ngram_tilt_enabled and not experts_in_use(s), "NGRAM_TILT_ENABLED has no expert in use: "
              "lower TOKEN_THRESHOLD, WITHIN_TAU or WORD_TAU to at most 1"),
             ((s.awq_lite_enabled or s.quant_clip != "sigmas") and s.quant_allocation != "hand",
@@ -415,6 +441,9 @@ class Settings:
         ):
             if refused:
                 raise self.mistake(why)
+        if (weights := sum(map(math.prod, parameter_shapes(s).values()))) > MOST_WEIGHTS:
+            raise self.mistake(f"MODEL_DIM, NUM_LAYERS, MLP_MULT and VOCAB_SIZE make {weights:,} weights: at most "
+                               f"{MOST_WEIGHTS:,}, lower them")
 
     def batch_shape(self, world_size: int) -> tuple[int, int]:
         """(micro-batches per step and rank, tokens of one micro-batch), checked against the ranks."""
@@ -445,7 +474,7 @@ class Settings:
     @property
     def value_layers(self) -> tuple[int, ...]:
         """VE_LAYERS as numbers."""
-        return tuple(int(i) for i in self.ve_layers.split(","))
+        return tuple(whole_numbers(self.ve_layers))
 
     @property
     def shards(self) -> Path:
@@ -515,8 +544,8 @@ def translate(old: str, value: str) -> Sequence[str]:
     """The values of the settings that an old name stands for."""
     try:
         if old == "RECUR_LAYERS":      # they run once more after the last of them
-            layers = [int(i) for i in value.split(",")]
-            if layers == list(range(layers[0], layers[-1] + 1)):
+            layers = whole_numbers(value)
+            if all(b == a + 1 for a, b in zip(layers, layers[1:])):
                 return str(layers[0]), str(layers[-1]), "1"
             raise ValueError
         if old == "QUANT_CLIP_RANGE":
@@ -524,16 +553,34 @@ def translate(old: str, value: str) -> Sequence[str]:
         if old == "GPTQ_RESERVE_MS":
             return str(float(value) / 1e3),
         return TTT_MASKS[value] if old == "TTT_MASK" else [value] * 3
-    except (ValueError, KeyError) as error:
+    except (LookupError, ValueError) as error:
         forms = {"RECUR_LAYERS": "consecutive layers, as 3,4,5", "TTT_MASK": f"one of {', '.join(TTT_MASKS)}"}
         raise UserError(f"{old}={value} must be {forms.get(old, 'a whole number')}") from error
 
 
 WINDOWED = ("shuffled", "coprime")      # loaders of whole windows, without document bounds
+MOST_SLOTS, MOST_ORDER, MOST_WEIGHTS = 1024, 64, 2 ** 31      # executed layers, n-gram order, parameters
 # First words of settings that other programs' variables begin with as well.
-COMMON_WORDS = set(
-    "artifact code compile compute data max min model num run seed skip tokenizer vocab".split())
+COMMON_WORDS = set("adam agree artifact asym attn awq beta1 beta2 code compile compute data embed enable eval "
+                   "fit fused gate gated global grad head label late logit matrix max min model num "
+                   "parallel quant run scalar seed seq skip sliding tie token tokenizer train val vocab warmup "
+                   "word".split())
 OUR_WORDS = {f.name.split("_")[0] for f in fields(Settings) if "_" in f.name} - COMMON_WORDS
+# Last words of the variables of images, schedulers and launchers.
+PLATFORM_WORDS = set("addr address auth cache compiler count cpus data device devices dir file gpus home host "
+                     "hosts https id image ip job jobs key mode name node nodes path pid pod port ports procs "
+                     "rank region root secret seq service set size threads token type url user uuid version "
+                     "workers".split())
+# What others call a setting of ours, and its name here.
+OTHER_NAMES = {name: ours for ours, names in {
+    "MATRIX_LR, SCALAR_LR and TIED_EMBED_LR": "LR LEARNING_RATE MUON_LR ADAM_LR MAX_LR",
+    "MUON_WD, EMBED_WD and ADAM_WD": "WD WEIGHT_DECAY",
+    "TRAIN_BATCH_TOKENS": "BATCH BATCH_SIZE TOTAL_BATCH_SIZE TRAIN_BATCH_SIZE DEVICE_BATCH_SIZE",
+    "ITERATIONS or MAX_WALLCLOCK_SECONDS": "STEPS NUM_STEPS MAX_STEPS NUM_ITERATIONS NUM_ITERS MAX_ITERS EPOCHS",
+    "TRAIN_SEQ_LEN and EVAL_SEQ_LEN": "SEQ_LEN BLOCK_SIZE CONTEXT_LENGTH MAX_SEQ_LEN",
+    "NUM_LAYERS": "N_LAYER N_LAYERS LAYERS DEPTH", "MODEL_DIM": "DIM N_EMBD D_MODEL WIDTH",
+    "NUM_HEADS": "N_HEAD N_HEADS HEADS", "GRAD_CLIP_NORM": "GRAD_CLIP CLIP_NORM",
+}.items() for name in names.split()}
 
 
 def chunk_steps(s: Settings) -> list[tuple[float, int]]:
@@ -543,10 +590,10 @@ def chunk_steps(s: Settings) -> list[tuple[float, int]]:
         one = f"{s.ttt_short_doc_len}:{s.ttt_short_chunk_size}" if s.ttt_short_chunk_size else ""
         text = s.ttt_short_score_first_steps or one
         for part in filter(None, text.replace("=", ":").replace(" ", "").split(",")):
-            bound, _, chunk = part.partition(":")
-            if not (bound.isdecimal() and chunk.isdecimal() and int(bound) and int(chunk)):
+            step = whole_numbers(part.replace(":", ",", 1))
+            if len(step) != 2 or min(step) < 1:
                 raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, as 256:8,2000:24")
-            steps.append((int(bound), int(chunk)))
+            steps.append((step[0], step[1]))
     return sorted(steps) + [(math.inf, s.ttt_chunk_size)]
 
 
@@ -636,31 +683,83 @@ def is_number(text: str) -> bool:
         return False
 
 
+def whole_number(text: str) -> int | None:
+    """The whole number that the text writes, exactly; 1e3 is one too. None when it writes none."""
+    if re.fullmatch(r" *[+-]?[0-9_]{1,30} *", text):
+        return int(text.replace("_", ""))
+    whole = is_number(text) and float(text) % 1 == 0
+    return int(float(text)) if whole else None
+
+
+def whole_numbers(text: str) -> list[int]:
+    """The numbers of "9,10": 0 to a thousand million, at most 64; none when the text is anything else."""
+    parts = text.replace(" ", "").split(",")
+    good = len(parts) <= 64 and all(re.fullmatch("[0-9]{1,9}", part) for part in parts)
+    return [int(part) for part in parts] if good else []
+
+
 def parse_setting(f, text: str):
     """The typed value of one setting; UserError with value, bound and remedy when it is not one."""
     name, meta, kind = f.name.upper(), f.metadata, type(f.default)
     choices = ("0", "1") if kind is bool else meta["choices"]
     if choices and text not in choices:
         raise UserError(f"{name}={text} must be {' or '.join(choices)}")
-    if kind in (bool, str):
-        return text == "1" if kind is bool else text
-    if not is_number(text) or (kind is int and float(text) % 1):
+    if kind is bool:
+        return text == "1"
+    if kind is str:
+        return parse_text(name, text, meta["hi"])
+    value = whole_number(text) if kind is int else float(text) if is_number(text) else None
+    if value is None:
         raise UserError(f"{name}={text} must be {'a whole number' if kind is int else 'a number'}")
-    value = kind(float(text))
     lo, hi = meta["lo"], meta["hi"]
-    if (lo is not None and value < lo) or (hi is not None and value > hi):
-        bound = f"at least {lo}" if hi is None else f"between {lo} and {hi}"
-        raise UserError(f"{name}={text} is out of range: it must be {bound}")
+    if not lo <= value <= hi:
+        raise UserError(f"{name}={text} is out of range: it must be at least {lo} and at most {hi}")
     return value
 
 
+def parse_text(name: str, text: str, most: int) -> str:
+    """A setting that is text, a path with ~ expanded; UserError for what no file or log line can be named."""
+    bad = ""
+    if len(text) > most or not text.isprintable():
+        bad = f"be at most {most:,} printable characters"
+    elif name == "RUN_ID" and (len(text) > 100 or text[:1] == "." or set(text) & set("/\\")):
+        bad = "be the name of a folder: at most 100 characters, no slash and no dot in front"
+    elif name.endswith(("_PATH", "_DIR")):
+        text = os.path.expanduser(text)
+        if text[:1] == "~":
+            bad = "begin with another folder: there is no such user; a folder of that name is ./~"
+        elif any(len(os.fsencode(part)) > 255 for part in text.split("/")):
+            bad = "have names of at most 255 bytes in it: choose a shorter one"
+    if bad:
+        raise UserError(f"{name}={text[:80]} must {bad}")
+    return text
+
+
 def looks_like_ours(name: str, known: Mapping) -> str | None:
-    """The nearest known setting when `name` must have been meant for this script, else None."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.84)
-    word, underscore, _ = name.lower().partition("_")
-    if close or (underscore and name.isupper() and word in OUR_WORDS):
-        return (close or difflib.get_close_matches(name, known, n=1, cutoff=0.0))[0]
-    return None
+    """The nearest known setting when `name` must have been meant for this script, else None: it is a setting's
+    but for a letter or two, or it has our words alone and ends in none of the platforms'."""
+    words = name.lower().split("_")
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.86 if len(name) > 4 else 1.0)
+    nearest = (close or difflib.get_close_matches(name, known, n=1, cutoff=0.0) or [""])[0]
+    if words[-1] in PLATFORM_WORDS:
+        return nearest if close and words[-1] in nearest.lower().split("_")[-1] else None
+    ours = {word for other in (*known, *NO_SETTINGS) for word in other.lower().split("_")}
+    of_ours = len(words) > 1 and name.isupper() and (words[0] in OUR_WORDS or ours.issuperset(words))
+    return nearest if close or of_ours else None
+
+
+def stray_names(env: Mapping[str, str]) -> dict[str, str]:
+    """Variables that nothing here reads though they begin like settings, or are what others call them; with
+    what to do. from_env has refused those that must have been meant for this script."""
+    known = {f.name.upper() for f in fields(Settings)} | {*NO_SETTINGS, *ALIASES}
+    begins = OUR_WORDS | COMMON_WORDS
+    strays = {}
+    for name in sorted(set(env) - known):
+        if name in OTHER_NAMES:
+            strays[name] = f"not read; here it is {OTHER_NAMES[name]}"
+        elif "_" in name and name.isupper() and name.split("_")[0].lower() in begins:
+            strays[name] = "not read; no setting"
+    return dict(itertools.islice(strays.items(), 20))
 
 
 def print_help() -> None:
@@ -670,8 +769,9 @@ def print_help() -> None:
         meta = f.metadata
         if meta["group"]:
             print(f"\n{meta['group'].upper()}")
-        bounds = "|".join(meta["choices"]) if meta["choices"] else " ".join(
-            f"{sign} {b:g}" for sign, b in ((">=", meta["lo"]), ("<=", meta["hi"])) if b is not None)
+        bounds = "|".join(meta["choices"])
+        if type(f.default) in (int, float):
+            bounds = f"{meta['lo']:g} to {meta['hi']:g}"
         default = int(f.default) if isinstance(f.default, bool) else f.default
         print(f"  {f.name.upper():34} {default!s:>10}  {meta['doc']}" + (f"  [{bounds}]" if bounds else ""))
     print("\nACCEPTED OLD NAMES")
