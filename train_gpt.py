@@ -34,6 +34,7 @@ import platform
 import random
 import re
 import shutil
+import stat
 import struct
 import sys
 import tempfile
@@ -77,7 +78,7 @@ class UserError(Exception):
 
 
 def one_line(text: str, most: int = 480) -> str:
-    """The text as one printable line of at most `most` characters; of a longer one the middle is left out."""
+    """The text as one printable line; of more than `most` characters the middle is left out."""
     plain = "".join(c if c.isprintable() else "?" for c in text[:most] + text[most:][-most:])
     half = most // 2 - 2
     return plain if len(plain) <= most else f"{plain[:half]} … {plain[-half:]}"
@@ -87,7 +88,8 @@ def one_line(text: str, most: int = 480) -> str:
 # 1  Settings: one frozen table, read once from the environment
 # ============================================================================================================
 
-MOST = {int: 10 ** 9, float: 1e6, str: 1000}      # of a setting without a bound of its own; characters of text
+# Bounds of settings that have none of their own; of text: its characters.
+MOST = {int: 10 ** 9, float: 1e6, str: 1000}
 
 
 def knob(default, doc, lo=None, hi=None, group=None, choices=()):
@@ -173,7 +175,7 @@ class Settings:
     smear_gate_enabled: bool = knob(True, "mix the previous token's embedding in")
     smear_gate_kind: str = choice("window channels", "one strength by GATE_WINDOW channels; one each")
     smear_gate_bos_fix: bool = knob(True, "never across a BOS")
-    bigram_vocab_size: int = knob(0, "rows of a hashed table of token pairs, added to the embedding", 0, 10 ** 7)
+    bigram_vocab_size: int = knob(0, "rows of a hashed table of token pairs, added to the embedding", 0, 10 ** 6)
     bigram_dim: int = knob(128, "its width", 1, 65536)
     ve_enabled: bool = knob(False, "value embeddings: a second token table, added to values")
     ve_dim: int = knob(128, "its width", 1, 65536)
@@ -441,9 +443,10 @@ class Settings:
         ):
             if refused:
                 raise self.mistake(why)
-        if (weights := sum(map(math.prod, parameter_shapes(s).values()))) > MOST_WEIGHTS:
-            raise self.mistake(f"MODEL_DIM, NUM_LAYERS, MLP_MULT and VOCAB_SIZE make {weights:,} weights: at most "
-                               f"{MOST_WEIGHTS:,}, lower them")
+        weights = sum(map(math.prod, parameter_shapes(s).values()))
+        if weights > MOST_WEIGHTS:
+            raise self.mistake("MODEL_DIM, NUM_LAYERS, MLP_MULT and VOCAB_SIZE make "
+                               f"{weights:,} weights: at most {MOST_WEIGHTS:,}, lower them")
 
     def batch_shape(self, world_size: int) -> tuple[int, int]:
         """(micro-batches per step and rank, tokens of one micro-batch), checked against the ranks."""
@@ -559,24 +562,26 @@ def translate(old: str, value: str) -> Sequence[str]:
 
 
 WINDOWED = ("shuffled", "coprime")      # loaders of whole windows, without document bounds
-MOST_SLOTS, MOST_ORDER, MOST_WEIGHTS = 1024, 64, 2 ** 31      # executed layers, n-gram order, parameters
+MOST_SLOTS = 1024             # executed layers
+MOST_ORDER = 64               # of an n-gram
+MOST_WEIGHTS = 2 ** 31        # of a model
 # First words of settings that other programs' variables begin with as well.
-COMMON_WORDS = set("adam agree artifact asym attn awq beta1 beta2 code compile compute data embed enable eval "
-                   "fit fused gate gated global grad head label late logit matrix max min model num "
-                   "parallel quant run scalar seed seq skip sliding tie token tokenizer train val vocab warmup "
-                   "word".split())
+COMMON_WORDS = set("""
+    adam agree artifact asym attn awq beta1 beta2 code compile compute data embed enable eval fit
+    fused gate gated global grad head label late logit matrix max min model num parallel quant run
+    scalar seed seq skip sliding tie token tokenizer train val vocab warmup word""".split())
 OUR_WORDS = {f.name.split("_")[0] for f in fields(Settings) if "_" in f.name} - COMMON_WORDS
 # Last words of the variables of images, schedulers and launchers.
-PLATFORM_WORDS = set("addr address auth cache compiler count cpus data device devices dir file gpus home host "
-                     "hosts https id image ip job jobs key mode name node nodes path pid pod port ports procs "
-                     "rank region root secret seq service set size threads token type url user uuid version "
-                     "workers".split())
+PLATFORM_WORDS = set("""
+    addr address auth cache compiler count cpus data device devices dir file gpus home host hosts
+    https id image ip job jobs key mode name node nodes path pid pod port ports procs rank region
+    root secret seq service set size threads token type url user uuid version workers""".split())
 # What others call a setting of ours, and its name here.
 OTHER_NAMES = {name: ours for ours, names in {
     "MATRIX_LR, SCALAR_LR and TIED_EMBED_LR": "LR LEARNING_RATE MUON_LR ADAM_LR MAX_LR",
     "MUON_WD, EMBED_WD and ADAM_WD": "WD WEIGHT_DECAY",
     "TRAIN_BATCH_TOKENS": "BATCH BATCH_SIZE TOTAL_BATCH_SIZE TRAIN_BATCH_SIZE DEVICE_BATCH_SIZE",
-    "ITERATIONS or MAX_WALLCLOCK_SECONDS": "STEPS NUM_STEPS MAX_STEPS NUM_ITERATIONS NUM_ITERS MAX_ITERS EPOCHS",
+    "ITERATIONS or MAX_WALLCLOCK_SECONDS": "STEPS NUM_STEPS MAX_STEPS NUM_ITERS MAX_ITERS EPOCHS",
     "TRAIN_SEQ_LEN and EVAL_SEQ_LEN": "SEQ_LEN BLOCK_SIZE CONTEXT_LENGTH MAX_SEQ_LEN",
     "NUM_LAYERS": "N_LAYER N_LAYERS LAYERS DEPTH", "MODEL_DIM": "DIM N_EMBD D_MODEL WIDTH",
     "NUM_HEADS": "N_HEAD N_HEADS HEADS", "GRAD_CLIP_NORM": "GRAD_CLIP CLIP_NORM",
@@ -736,8 +741,8 @@ def parse_text(name: str, text: str, most: int) -> str:
 
 
 def looks_like_ours(name: str, known: Mapping) -> str | None:
-    """The nearest known setting when `name` must have been meant for this script, else None: it is a setting's
-    but for a letter or two, or it has our words alone and ends in none of the platforms'."""
+    """The nearest known setting when `name` must have been meant for this script, else None.
+    It is nearly a setting's, or made of our words alone and ends in none of a platform's."""
     words = name.lower().split("_")
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.86 if len(name) > 4 else 1.0)
     nearest = (close or difflib.get_close_matches(name, known, n=1, cutoff=0.0) or [""])[0]
@@ -749,8 +754,8 @@ def looks_like_ours(name: str, known: Mapping) -> str | None:
 
 
 def stray_names(env: Mapping[str, str]) -> dict[str, str]:
-    """Variables that nothing here reads though they begin like settings, or are what others call them; with
-    what to do. from_env has refused those that must have been meant for this script."""
+    """Variables that nothing here reads though they begin like settings, or are what others
+    call them, and what to say of each. from_env refuses those that must have been meant."""
     known = {f.name.upper() for f in fields(Settings)} | {*NO_SETTINGS, *ALIASES}
     begins = OUR_WORDS | COMMON_WORDS
     strays = {}
@@ -785,6 +790,39 @@ def print_help() -> None:
 # 2  Run: world, clocks, log
 # ============================================================================================================
 
+class Ranks(NamedTuple):
+    """What the launcher tells a process: its number, how many there are, and both on this machine."""
+    rank: int
+    size: int
+    local: int
+    local_size: int
+
+
+def launcher_ranks(env: Mapping[str, str]) -> Ranks:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process without them. UserError
+    when they do not fit together, or the other ranks could not be found."""
+    remedy = ("start by torchrun, or without them: env -u RANK -u WORLD_SIZE -u LOCAL_RANK "
+              "-u LOCAL_WORLD_SIZE python train_gpt.py")
+
+    def read(name: str, otherwise: int, lo: int, hi: int) -> int:
+        text = env.get(name, str(otherwise))
+        if not re.fullmatch("[0-9]{1,9}", text) or not lo <= int(text) <= hi:
+            raise UserError(f"{name}={text[:40]} must be a whole number of {lo} to {hi}: {remedy}")
+        return int(text)
+
+    size = read("WORLD_SIZE", 1, 1, 65536)
+    local_size = read("LOCAL_WORLD_SIZE", 1, 1, size)
+    rank = read("RANK", 0, 0, size - 1)
+    here = local_size if "LOCAL_WORLD_SIZE" in env else size
+    local = read("LOCAL_RANK", 0, 0, here - 1)
+    if size > 1:
+        if "RANK" not in env or not env.get("MASTER_ADDR", "").strip():
+            raise UserError(f"WORLD_SIZE={size} needs RANK and MASTER_ADDR, by which ranks find "
+                            f"each other: {remedy}")
+        read("MASTER_PORT", 0, 1, 65535)
+    return Ranks(rank, size, local, local_size)
+
+
 @dataclass(frozen=True)
 class World:
     """The ranks of this run; one rank is the same code. Collectives are no-ops when size is 1."""
@@ -795,7 +833,7 @@ class World:
     @classmethod
     def join(cls, env: Mapping[str, str]) -> World:
         """Join the launcher's process group: NCCL (and gloo for host values) on GPUs, gloo on a CPU."""
-        rank, size, local = (int(env.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        rank, size, local, _ = launcher_ranks(env)
         device = torch.device("cpu")
         if gpus := torch.cuda.device_count():
             if local >= gpus:
@@ -900,6 +938,37 @@ def write_atomic(path: Path, data: bytes) -> None:
         Path(temp).unlink(missing_ok=True)
 
 
+def read_bounded(path: Path, most: int, what: str) -> bytes:
+    """All bytes of a regular file of at most `most` bytes, which is known before it is opened:
+    a pipe would wait for ever, a device never end. what: what it should be, for messages.
+    UserError; FileNotFoundError when there is none."""
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{path} is no regular file; it should be {what}")
+        if found.st_size > most:
+            raise UserError(f"{path} has {found.st_size:,} bytes, at most {most:,} are read; it "
+                            f"should be {what}")
+        with open(path, "rb") as f:
+            return f.read(most)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; it should be {what}") from error
+
+
+def read_json(path: Path, what: str, most: int = 1 << 26) -> dict:
+    """The object in a JSON file; UserError when it holds anything else. FileNotFoundError as it is."""
+    try:
+        found = json.loads(read_bounded(path, most, what))
+    except (ValueError, RecursionError) as error:
+        why = str(error) or type(error).__name__
+        raise UserError(f"{path} is damaged ({why}); it should be {what}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object; it should be {what}")
+    return found
+
+
 SUMMARY_KEYS = ("val_bpb val_loss sliding_val_bpb quantized_val_bpb prequant_val_bpb artifact_bytes "
                 "code_bytes total_bytes steps step_ms train_seconds eval_seconds tokens_scored "
                 "bytes_scored").split()
@@ -921,7 +990,7 @@ class Run:
             raise UserError(f"ARTIFACT_DIR={self.dir} holds the weights of an earlier run: choose another "
                             "folder; to score those, set EVAL_ONLY_PATH as well")
         if again and (self.dir / "summary.json").exists():
-            if json.loads((self.dir / "summary.json").read_text()).get("steps") is not None:
+            if read_json(self.dir / "summary.json", "that of a run").get("steps") is not None:
                 raise UserError(f"ARTIFACT_DIR={self.dir} holds the summary of a training run, which this "
                                 "one would replace: choose another folder")
         try:
@@ -988,7 +1057,10 @@ def read_shard(path: Path) -> np.ndarray:
     """Tokens of one shard, (N,) uint16, mapped not loaded. UserError when it is missing, foreign or cut."""
     path, again = Path(path), "fetch or build the data again"
     try:
-        size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=SHARD_HEADER)
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):       # a pipe would wait for ever
+            raise UserError(f"{path} is no token shard but a folder, pipe or device; {again}")
+        size, header = found.st_size, np.fromfile(path, dtype="<u4", count=SHARD_HEADER)
     except OSError as error:
         raise UserError(f"cannot read shard {path}: {error.strerror}; {again}") from error
     if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
@@ -1024,17 +1096,27 @@ def read_tokens(s: Settings, kind: str, most: int | None = None) -> dict[Path, n
         tokens = whole[:most]
         for bad, fault in (
             (tokens[0] == 0, f"starts with 0, not with BOS (id {BOS}): it is a byte sidecar, not tokens"),
-            (not (tokens == BOS).any(), f"holds no BOS (id {BOS}): documents cannot be told apart"),
+            (not has_bos(whole), f"holds no BOS (id {BOS}): documents cannot be told apart"),
             (i == 0 and tokens[0] != BOS,
              f"starts with token {tokens[0]}, not BOS (id {BOS}): its first document is cut"),
         ):
             if bad:
                 raise UserError(f"{path} {fault}; build the shards again, with a BOS before every document")
-        if tokens.max() >= s.vocab_size:
-            at = int(np.argmax(tokens >= s.vocab_size))
-            raise UserError(f"{path} holds token {tokens[at]} at position {at} but VOCAB_SIZE="
-                            f"{s.vocab_size}: set VOCAB_SIZE and TOKENIZER_PATH to those it was made with")
+        check_ids(path, tokens, s.vocab_size)
     return shards
+
+
+def has_bos(tokens: np.ndarray, block: int = 1_000_000) -> bool:
+    """Whether a BOS is among the tokens, of which no more than needed are read."""
+    return any((tokens[a:a + block] == BOS).any() for a in range(0, len(tokens), block))
+
+
+def check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
+    """Refuse tokens of a shard that are not of the vocabulary."""
+    if tokens.max() >= vocab_size:
+        at = int(np.argmax(tokens >= vocab_size))
+        raise UserError(f"{path} holds token {tokens[at]} at position {at} but VOCAB_SIZE={vocab_size}: set "
+                        "VOCAB_SIZE and TOKENIZER_PATH to those it was made with")
 
 
 def read_sidecars(s: Settings, shards: Mapping[Path, np.ndarray]) -> np.ndarray | None:
@@ -1058,20 +1140,47 @@ def read_sidecars(s: Settings, shards: Mapping[Path, np.ndarray]) -> np.ndarray 
 
 
 def read_manifest(s: Settings) -> dict:
-    """The folder's manifest.json, written by the data tools; empty when there is none."""
-    path = s.shards / "manifest.json"
+    """The folder's manifest.json, written by the data tools; empty when there is none, or one of another
+    program. UserError when it is damaged."""
+    path, remedy = s.shards / "manifest.json", "fetch or build the data again"
     try:
-        manifest = json.loads(path.read_bytes())
-        return manifest if {"files", "fingerprint"} <= set(manifest) else {}
+        manifest = read_json(path, f"the data tools' manifest: {remedy}")
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): fetch or build the data again") from error
+    if not {"files", "fingerprint"} <= set(manifest):
+        return {}
+    if fault := manifest_fault(manifest):
+        raise UserError(f"{path} is damaged ({fault}): {remedy}")
+    return manifest
+
+
+def manifest_fault(manifest: Mapping) -> str:
+    """What in a manifest is not as the data tools write it; empty: nothing."""
+    if not isinstance(manifest["files"], list) or not isinstance(manifest["fingerprint"], str):
+        return "files is no list, or the fingerprint no text"
+    for i, entry in enumerate(manifest["files"]):
+        if not isinstance(entry, dict):
+            return f"file {i} is no object"
+        if not all(isinstance(entry.get(key), str) for key in ("name", "kind")):
+            return f"file {i} has no name or no kind"
+        if not all(is_count(entry.get(key, 0)) for key in ("size", "tokens", "documents", "text_bytes")):
+            return f"file {i} counts what is no whole number"
+    for key in ("split", "tokenizer"):      # no tokenizer: null
+        if not isinstance(manifest.get(key) or {}, dict):
+            return f"{key} is no object"
+    if not is_count(manifest.get("decodable_val_bytes") or 0):
+        return "decodable_val_bytes is no whole number"
+    return ""
+
+
+def is_count(value) -> bool:
+    """Whether a value from JSON is a whole number of 0 or more."""
+    return type(value) is int and 0 <= value < 2 ** 63
 
 
 def manifest_total(s: Settings, kind: str, what: str) -> int | None:
     """Sum of an entry over the manifest's files of a kind; None where it is not told."""
-    told = [entry.get(what) for entry in read_manifest(s).get("files", ()) if entry.get("kind") == kind]
+    told = [entry.get(what) for entry in read_manifest(s).get("files", ()) if entry["kind"] == kind]
     return None if not told or None in told else sum(told)
 
 
@@ -1135,7 +1244,9 @@ def packed_batch(tokens: np.ndarray, max_len: int) -> Batch:
 class Stream:
     """Micro-batches of one rank, in an order that the files fix. max_len: of a segment or a window."""
 
-    def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int):
+    def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int,
+                 vocab_size: int = 65536):
+        self.vocab_size = vocab_size
         self.shards = [read_shard(f) for f in files]
         self.ends = np.cumsum([len(x) for x in self.shards])
         self.world_size, self.rank, self.tokens, self.max_len = world_size, rank, tokens, max_len
@@ -1147,7 +1258,11 @@ class Stream:
         return self.batches * self.world_size * self.tokens / int(self.ends[-1])
 
     def next(self) -> Batch:
+        """The next micro-batch; UserError when it holds an id that is not of the vocabulary."""
         batch, self.batches = self.cut(), self.batches + 1
+        if max(int(batch.x.max()), int(batch.y.max())) >= self.vocab_size:
+            for tokens in self.shards:
+                check_ids(Path(tokens.filename), tokens, self.vocab_size)
         return batch
 
 
@@ -1292,7 +1407,7 @@ def open_train_stream(s: Settings, world: World, tokens: int) -> Stream:
     kind = {"stream": TokenStream, "docpack": DocPackStream, "shuffled": ShuffledStream,
             "coprime": CoprimeStream}[s.train_loader]
     return kind(list_shards(s.shards, "train"), world_size=world.size, rank=world.rank, tokens=tokens,
-                max_len=s.train_seq_len)
+                max_len=s.train_seq_len, vocab_size=s.vocab_size)
 
 
 class Prefetch:
@@ -1353,12 +1468,17 @@ class ByteTable:
 def load_tokenizer(path: Path):
     """The SentencePiece model at path; UserError when it is missing or damaged."""
     import sentencepiece
-    if not Path(path).is_file():
-        raise UserError(f"TOKENIZER_PATH={path} does not exist: see data/README.md, or set TOKENIZER_PATH")
     try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model: {str(error)[:80]}") from error
+        model = read_bounded(Path(path), 1 << 26, "a SentencePiece model")
+        if not model:
+            raise RuntimeError("the file is empty")
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except FileNotFoundError as error:
+        raise UserError(f"TOKENIZER_PATH={path} does not exist: see data/README.md, or set "
+                        "TOKENIZER_PATH") from error
+    except RuntimeError as error:
+        raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model ({str(error)[:80]}): set it to the "
+                        "one that the shards were made with") from error
 
 
 class Documents:
@@ -1419,6 +1539,10 @@ class Validation:
             table = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
             self.rule, self.target_bytes = "table", table.count(self.tokens[:-1], self.tokens[1:])
         self.documents = Documents(self.tokens).sample(s.val_doc_fraction, s.seed)
+        spans = zip(self.documents.start.tolist(), self.documents.length.tolist())
+        if not any(self.target_bytes[a:a + n - 1].any() for a, n in spans):
+            raise UserError(f"the validation documents of {s.shards} are empty: not a byte is there to be "
+                            "predicted; fetch or build the data again, or raise VAL_DOC_FRACTION")
 
     def open_for_study(self, run: Run, why: str) -> np.ndarray:
         """The one door past the seal: marks the run NON-COMPLIANT, then hands out the tokens."""
@@ -5361,7 +5485,7 @@ def check_validation(s: Settings) -> str:
     if told not in (None, documents):
         raise UserError(f"the validation shards of {s.shards} hold {documents:,} documents (BOS tokens), the "
                         f"manifest says {told:,}: fetch or build the data again")
-    canonical = not manifest or manifest.get("split", {}).get("rule") == "first"
+    canonical = not manifest or (manifest.get("split") or {}).get("rule") == "first"
     if canonical and documents != CANONICAL_VAL_DOCS:
         raise UserError(f"{s.shards} holds {documents:,} validation documents, the canonical split has "
                         f"{CANONICAL_VAL_DOCS:,}: the rest may be trained on; fetch the data again, or for a "
@@ -5372,15 +5496,27 @@ def check_validation(s: Settings) -> str:
             f"{int(val.target_bytes.sum()):,} bytes by {val.rule}")
 
 
-def check_byte_rule(s: Settings, val: Validation, documents: int = 200) -> None:
-    """The table's count against the decoded text of the first documents: at most 1 % more (the published rule
-    takes three bytes for a U+2581 that is not a piece's first character)."""
-    sp, counted, text = load_tokenizer(s.tokenizer), 0, 0
-    for a, n in zip(val.documents.start[:documents].tolist(), val.documents.length.tolist()):
-        counted += int(val.target_bytes[a:a + n - 1].sum())
-        text += len(sp.decode([t for t in val.tokens[a + 1:a + n].tolist() if t != BOS]).encode())
+def check_byte_rule(s: Settings, val: Validation) -> None:
+    """The table's count over all targets against the text that they decode to: at most 1 % more
+    (the published rule takes three bytes for a U+2581 that is not a piece's first character).
+    Token by token, so that their order does not matter: a token decodes to the same bytes
+    everywhere but behind a boundary, where a leading space may be dropped."""
+    table = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
+    sp, target = load_tokenizer(s.tokenizer), val.tokens[1:]
+    behind = table.boundary[val.tokens[:-1]]
+    at_start = np.bincount(target[behind], minlength=s.vocab_size)
+    elsewhere = np.bincount(target[~behind], minlength=s.vocab_size)
+    counted, text = int(val.target_bytes.sum()), 0
+    for i in np.flatnonzero((at_start + elsewhere) * ~table.boundary).tolist():
+        first = other = 1
+        if not sp.is_byte(i):      # a byte alone decodes to a sign of three bytes
+            first = len(sp.decode([i]).encode())
+            other = len(sp.decode([i, i]).encode()) - first
+        text += int(at_start[i]) * first + int(elsewhere[i]) * other
     if counted > 1.01 * text:
-        raise UserError(f"the byte rule counts {counted:,} bytes in {text:,}: scores would be too good")
+        raise UserError(f"the byte rule counts {counted:,} bytes in {text:,}: scores would be too "
+                        "good; use shards with byte sidecars, or a tokenizer without pieces of "
+                        "several spaces")
 
 
 def check_manifest(s: Settings) -> str:
@@ -5396,11 +5532,14 @@ def check_manifest(s: Settings) -> str:
         raise UserError(f"{folder / name} {what}, says manifest.json: fetch or build the data again")
     for name, entry in files.items():
         path, size = present[name], present[name].stat().st_size
+        if not ("size" in entry and isinstance(entry.get("sha256"), str)):
+            raise UserError(f"{folder}/manifest.json lacks size or SHA-256 of {name}: fetch or "
+                            "build the data again")
         if size != entry["size"]:
             raise UserError(f"{path} has {size:,} bytes, the manifest says {entry['size']:,}: fetch it again")
         if s.data_check == "full" and sha256(path) != entry["sha256"]:
             raise UserError(f"{path} is damaged, its SHA-256 is not the manifest's: fetch or build it again")
-    told = manifest.get("tokenizer", {}).get("sha256")
+    told = (manifest.get("tokenizer") or {}).get("sha256")
     if told and s.tokenizer.is_file() and sha256(s.tokenizer) != told:
         raise UserError(f"TOKENIZER_PATH={s.tokenizer} is not the tokenizer of {folder}: set it to its own")
     check_overlap(s)
@@ -5414,7 +5553,7 @@ def check_overlap(s: Settings) -> None:
     """No validation document among the training documents, by the stored 64-bit hashes of their text; without
     those by hashes of their tokens, in the shard next to the split or, with DATA_CHECK=full, in all."""
     stored = [s.shards / f"document_hashes_{kind}.bin" for kind in ("train", "val")]
-    if all(p.is_file() for p in stored):
+    if by_text := all(p.is_file() for p in stored):
         train_docs, val_docs = (np.fromfile(p, "<u8") for p in stored)
         shared = np.flatnonzero(np.isin(train_docs, val_docs))
         where = f"training document {shared[0]:,}" if len(shared) else ""
@@ -5427,6 +5566,11 @@ def check_overlap(s: Settings) -> None:
     if len(shared):
         raise UserError(f"{len(shared):,} validation documents are in the training shards of {s.shards} "
                         f"(first: {where}): a score on them is worth nothing; fetch or build the data again")
+    for kind, hashes in (("train", train_docs), ("val", val_docs)) if by_text else ():
+        told = manifest_total(s, kind, "documents")
+        if told not in (None, len(hashes)):
+            raise UserError(f"{s.shards}/document_hashes_{kind}.bin has {len(hashes):,} documents, "
+                            f"the manifest says {told:,}: fetch or build the data again")
 
 
 def document_hashes(tokens: np.ndarray):
@@ -5435,6 +5579,14 @@ def document_hashes(tokens: np.ndarray):
     for a, b in zip(starts.tolist(), np.append(starts[1:], len(tokens)).tolist()):
         if b - a > 1:
             yield a, hashlib.blake2b(raw[2 * a + 2:2 * b], digest_size=8).digest()
+
+
+def check_folder(folder: Path) -> str:
+    """The names of a run's files are free; UserError where a folder stands in the way."""
+    for name in ("train.log", "metrics.jsonl", "summary.json", "final_model.pt", ARTIFACT_NAME):
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise UserError(f"{folder / name} is no regular file: move it away or set ARTIFACT_DIR")
+    return str(folder)
 
 
 def check_disk(folder: Path, need: int) -> str:
@@ -5465,6 +5617,7 @@ def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "")
         "attention": lambda: attention_why or resolve_attention(s.attn_backend, world.device)[1],
         "batch": lambda: "{} ranks x {} micro-batches of {:,} tokens".format(
             world.size, *s.batch_shape(world.size)),
+        "folder": lambda: check_folder(folder),
         "disk": lambda: check_disk(folder, written),       # artifact twice, logs, weights
         "size": lambda: expected_size(s),
         "training shards": lambda: check_train_shards(s),
@@ -5473,7 +5626,7 @@ def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "")
                              f"{len(ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size).base)} tokens",
         "data fingerprint": lambda: check_manifest(s)}
     if s.eval_only_quantized_path:
-        del checks["training shards"], checks["data fingerprint"]
+        del checks["batch"], checks["training shards"], checks["data fingerprint"]
     findings = []
     for what, check in checks.items():
         try:
@@ -5541,7 +5694,7 @@ def set_up(s: Settings, world: World) -> str:
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high" if world.device.type == "cuda" else "highest")
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launcher_ranks(os.environ).local_size))
     torch._dynamo.config.recompile_limit = 64      # plans, grad modes and batch shapes share one code object
     torch.fx.experimental._config.use_duck_shape = False       # sizes that are equal by chance stay apart
     global ATTENTION
@@ -5591,6 +5744,8 @@ def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
     run.log("changed_settings", quiet=True, **public_settings(s.changed()))
     if ignored := {**{k: NO_SETTINGS[k][1] for k in NO_SETTINGS if k in os.environ}, **idle_settings(s)}:
         run.log("settings_without_effect", **ignored)
+    if strays := stray_names(os.environ):
+        run.log("unknown_names", **strays)
     if near := closest_system(s):
         name, differs = near
         run.log("closest_system", name=name, differences=len(differs))
@@ -5782,9 +5937,10 @@ def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) 
 def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> tuple[int, str]:
     """The weights of the artifact at path into the model; the file's size and why it is NON-COMPLIANT."""
     try:
-        blob = world.agree(path.read_bytes() if world.main else None)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; give final_model.int6.ptz") from error
+        blob = read_bounded(path, 4 * ARTIFACT_LIMIT, "final_model.int6.ptz of a run") if world.main else None
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: give final_model.int6.ptz of a run") from error
+    blob = world.agree(blob)
     found = read_artifact(s, blob, path.name)
     load_weights(model, found.weights, path.name)
     raw = found.calibration
@@ -5878,14 +6034,22 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
 
 def check_command(which: str) -> int:
     """--check: one line per finding; 1 when something is wrong. --check settings needs no data."""
+    if which not in ("", "settings", "data"):
+        raise UserError(f"--check {which} must be --check, --check settings or --check data")
     s = Settings.from_env(os.environ)
-    s.batch_shape(int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count()))))
+    ranks = launcher_ranks({"WORLD_SIZE": str(max(1, torch.cuda.device_count())), "RANK": "0",
+                            "MASTER_ADDR": "localhost", "MASTER_PORT": "1", **os.environ})
+    if not s.eval_only_quantized_path:
+        s.batch_shape(ranks.size)
     print(f"ok    settings: {len(s.changed())} differ from the defaults")
+    for name, what in stray_names(os.environ).items():
+        print(f"warn  {name}: {what}")
     if which == "settings":
         return 0
     findings = run_checks(s, World.join({}), Path(s.artifact_dir or "runs"))
     if which == "data":
-        findings = [f for f in findings if f.name not in ("device", "attention", "batch", "disk", "size")]
+        others = ("device", "attention", "batch", "folder", "disk", "size")
+        findings = [f for f in findings if f.name not in others]
     for f in findings:
         print(f"{'ok   ' if f.ok else 'FAIL '} {f.name}: {f.figure}")
     return int(any(not f.ok for f in findings))
@@ -5893,15 +6057,19 @@ def check_command(which: str) -> int:
 
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     """Entry: 0 when all went well, 1 when --check found something, 2 on a user's mistake."""
-    rank, run = int(os.environ.get("RANK", 0)), None
+    rank, run = 0, None
+    for screen in sys.stdout, sys.stderr:
+        with contextlib.suppress(AttributeError):      # a screen of ASCII gets ? for what it cannot show
+            screen.reconfigure(errors="replace")
     try:
         if "--help" in argv or "-h" in argv:
             print_help()
             return 0
         if list(argv[:1]) == ["--check"]:
-            return check_command(argv[1] if len(argv) > 1 else "")
+            return check_command(" ".join(argv[1:]))
         if argv:
             raise UserError(f"unknown argument {argv[0]}: settings come from the environment; see --help")
+        rank = launcher_ranks(os.environ).rank
         s = Settings.from_env(os.environ)
         world = World.join(os.environ)
         why = set_up(s, world)
