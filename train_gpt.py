@@ -64,6 +64,7 @@ except ImportError:               # the plain twins are complete without it
     triton = None
 
 ARTIFACT_LIMIT = 16_000_000   # bytes: this script as shipped + the packed model
+MOST_ARTIFACT = 1 << 26       # bytes of a file that is read as one
 CANONICAL_VAL_DOCS = 50_000   # documents of FineWeb's validation split
 BOS = 1                       # begins every document, in every tokenizer of the field
 RMS_EPS = 1.1920929e-07       # float32 machine epsilon
@@ -175,7 +176,7 @@ class Settings:
     smear_gate_enabled: bool = knob(True, "mix the previous token's embedding in")
     smear_gate_kind: str = choice("window channels", "one strength by GATE_WINDOW channels; one each")
     smear_gate_bos_fix: bool = knob(True, "never across a BOS")
-    bigram_vocab_size: int = knob(0, "rows of a hashed table of token pairs, added to the embedding", 0, 10 ** 6)
+    bigram_vocab_size: int = knob(0, "rows of a hashed table of token pairs, added to the embedding", 0)
     bigram_dim: int = knob(128, "its width", 1, 65536)
     ve_enabled: bool = knob(False, "value embeddings: a second token table, added to values")
     ve_dim: int = knob(128, "its width", 1, 65536)
@@ -938,27 +939,33 @@ def write_atomic(path: Path, data: bytes) -> None:
         Path(temp).unlink(missing_ok=True)
 
 
-def read_bounded(path: Path, most: int, what: str) -> bytes:
-    """All bytes of a regular file of at most `most` bytes, which is known before it is opened:
-    a pipe would wait for ever, a device never end. what: what it should be, for messages.
-    UserError; FileNotFoundError when there is none."""
+def file_size(path: Path, most: int, what: str) -> int:
+    """Bytes of a regular file of at most `most`, known before it is opened: a pipe would wait for
+    ever, a device never end. what: what it should be, for messages. UserError for anything else."""
     try:
         found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path} is no regular file; it should be {what}")
-        if found.st_size > most:
-            raise UserError(f"{path} has {found.st_size:,} bytes, at most {most:,} are read; it "
-                            f"should be {what}")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; it should be {what}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path} is no regular file; it should be {what}")
+    if found.st_size > most:
+        raise UserError(f"{path} has {found.st_size:,} bytes, at most {most:,} are read; it should "
+                        f"be {what}")
+    return found.st_size
+
+
+def read_bounded(path: Path, most: int, what: str) -> bytes:
+    """All bytes of such a file."""
+    file_size(path, most, what)
+    try:
         with open(path, "rb") as f:
             return f.read(most)
-    except FileNotFoundError:
-        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; it should be {what}") from error
 
 
 def read_json(path: Path, what: str, most: int = 1 << 26) -> dict:
-    """The object in a JSON file; UserError when it holds anything else. FileNotFoundError as it is."""
+    """The object in a JSON file; UserError when it holds anything else."""
     try:
         found = json.loads(read_bounded(path, most, what))
     except (ValueError, RecursionError) as error:
@@ -1143,10 +1150,9 @@ def read_manifest(s: Settings) -> dict:
     """The folder's manifest.json, written by the data tools; empty when there is none, or one of another
     program. UserError when it is damaged."""
     path, remedy = s.shards / "manifest.json", "fetch or build the data again"
-    try:
-        manifest = read_json(path, f"the data tools' manifest: {remedy}")
-    except FileNotFoundError:
+    if not path.exists():
         return {}
+    manifest = read_json(path, f"the data tools' manifest: {remedy}")
     if not {"files", "fingerprint"} <= set(manifest):
         return {}
     if fault := manifest_fault(manifest):
@@ -1468,14 +1474,13 @@ class ByteTable:
 def load_tokenizer(path: Path):
     """The SentencePiece model at path; UserError when it is missing or damaged."""
     import sentencepiece
+    if not Path(path).exists():
+        raise UserError(f"TOKENIZER_PATH={path} does not exist: see data/README.md, or set TOKENIZER_PATH")
+    model = read_bounded(Path(path), 1 << 26, "the SentencePiece model of the shards")
     try:
-        model = read_bounded(Path(path), 1 << 26, "a SentencePiece model")
         if not model:
             raise RuntimeError("the file is empty")
         return sentencepiece.SentencePieceProcessor(model_proto=model)
-    except FileNotFoundError as error:
-        raise UserError(f"TOKENIZER_PATH={path} does not exist: see data/README.md, or set "
-                        "TOKENIZER_PATH") from error
     except RuntimeError as error:
         raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model ({str(error)[:80]}): set it to the "
                         "one that the shards were made with") from error
@@ -5589,6 +5594,19 @@ def check_folder(folder: Path) -> str:
     return str(folder)
 
 
+def check_made_before(s: Settings) -> str:
+    """The weights or the artifact that the run begins with: a file, and an artifact's header."""
+    if s.eval_only_path:
+        size = file_size(Path(s.eval_only_path), 16 * MOST_WEIGHTS, "a run's final_model.pt")
+        return f"EVAL_ONLY_PATH, {size:,} bytes"
+    path = Path(s.eval_only_quantized_path)
+    blob = read_bounded(path, MOST_ARTIFACT, "a run's final_model.int6.ptz")
+    header, _ = artifact_from_bytes(blob, path.name)
+    theirs = header.get("architecture")
+    check_architecture(s, theirs if isinstance(theirs, dict) else {}, f"{path.name} is an artifact")
+    return f"EVAL_ONLY_QUANTIZED_PATH, {len(blob):,} bytes"
+
+
 def check_disk(folder: Path, need: int) -> str:
     """The folder can be written and really has `need` bytes: they are reserved, then given back."""
     probe = folder / f".space.{os.getpid()}"
@@ -5627,12 +5645,15 @@ def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "")
         "data fingerprint": lambda: check_manifest(s)}
     if s.eval_only_quantized_path:
         del checks["batch"], checks["training shards"], checks["data fingerprint"]
+    if s.eval_only_path or s.eval_only_quantized_path:
+        checks = {"made before": lambda: check_made_before(s), **checks}
     findings = []
     for what, check in checks.items():
         try:
             findings.append(Finding(what, True, check()))
         except UserError as error:
-            findings.append(Finding(what, False, str(error)))
+            if str(error) not in (f.figure for f in findings):      # each fault is said once
+                findings.append(Finding(what, False, str(error)))
         except OSError as error:
             findings.append(Finding(what, False, f"cannot read {error.filename}: {error.strerror}; check its "
                                     "permissions"))
@@ -5936,10 +5957,7 @@ def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) 
 
 def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> tuple[int, str]:
     """The weights of the artifact at path into the model; the file's size and why it is NON-COMPLIANT."""
-    try:
-        blob = read_bounded(path, 4 * ARTIFACT_LIMIT, "final_model.int6.ptz of a run") if world.main else None
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: give final_model.int6.ptz of a run") from error
+    blob = read_bounded(path, MOST_ARTIFACT, "a run's final_model.int6.ptz") if world.main else None
     blob = world.agree(blob)
     found = read_artifact(s, blob, path.name)
     load_weights(model, found.weights, path.name)
@@ -6048,7 +6066,7 @@ def check_command(which: str) -> int:
         return 0
     findings = run_checks(s, World.join({}), Path(s.artifact_dir or "runs"))
     if which == "data":
-        others = ("device", "attention", "batch", "folder", "disk", "size")
+        others = ("made before", "device", "attention", "batch", "folder", "disk", "size")
         findings = [f for f in findings if f.name not in others]
     for f in findings:
         print(f"{'ok   ' if f.ok else 'FAIL '} {f.name}: {f.figure}")
