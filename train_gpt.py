@@ -746,12 +746,13 @@ def looks_like_ours(name: str, known: Mapping) -> str | None:
     It is nearly a setting's, or made of our words alone and ends in none of a platform's."""
     words = name.lower().split("_")
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.86 if len(name) > 4 else 1.0)
-    nearest = (close or difflib.get_close_matches(name, known, n=1, cutoff=0.0) or [""])[0]
     if words[-1] in PLATFORM_WORDS:
-        return nearest if close and words[-1] in nearest.lower().split("_")[-1] else None
-    ours = {word for other in (*known, *NO_SETTINGS) for word in other.lower().split("_")}
-    of_ours = len(words) > 1 and name.isupper() and (words[0] in OUR_WORDS or ours.issuperset(words))
-    return nearest if close or of_ours else None
+        return close[0] if close and words[-1] in close[0].lower().split("_")[-1] else None
+    if not close and len(words) > 1 and name.isupper():
+        ours = {word for other in (*known, *NO_SETTINGS) for word in other.lower().split("_")}
+        if words[0] in OUR_WORDS or ours.issuperset(words):
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return close[0] if close else None
 
 
 def stray_names(env: Mapping[str, str]) -> dict[str, str]:
@@ -1076,7 +1077,8 @@ def read_shard(path: Path) -> np.ndarray:
     count = int(header[2])
     expected = 4 * SHARD_HEADER + 2 * count
     if size != expected:
-        raise UserError(f"{path} has {size:,} bytes but its header promises {expected:,}: truncated; {again}")
+        raise UserError(f"{path} has {size:,} bytes but its header promises {expected:,}: "
+                        f"{'truncated' if size < expected else 'too long'}; {again}")
     if count < 2:
         raise UserError(f"{path} holds {count} tokens: at least 2 are needed; {again}")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
@@ -1471,18 +1473,19 @@ class ByteTable:
         return self.base[target].astype(np.int64) + (self.lead[target] & ~self.boundary[prev])
 
 
+MOST_MODEL, A_MODEL = 1 << 26, "the SentencePiece model of the shards"
+
+
 def load_tokenizer(path: Path):
     """The SentencePiece model at path; UserError when it is missing or damaged."""
     import sentencepiece
     if not Path(path).exists():
         raise UserError(f"TOKENIZER_PATH={path} does not exist: see data/README.md, or set TOKENIZER_PATH")
-    model = read_bounded(Path(path), 1 << 26, "the SentencePiece model of the shards")
+    model = read_bounded(Path(path), MOST_MODEL, A_MODEL)
     try:
-        if not model:
-            raise RuntimeError("the file is empty")
-        return sentencepiece.SentencePieceProcessor(model_proto=model)
+        return sentencepiece.SentencePieceProcessor(model_proto=model or b"empty")
     except RuntimeError as error:
-        raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model ({str(error)[:80]}): set it to the "
+        raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model, or damaged: set it to the "
                         "one that the shards were made with") from error
 
 
@@ -5526,8 +5529,8 @@ def check_byte_rule(s: Settings, val: Validation) -> None:
 
 def check_manifest(s: Settings) -> str:
     """Files, sizes and tokenizer against the manifest, and overlap; returns the data's fingerprint."""
-    def sha256(path):
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+    def sha256(path: Path, most: int) -> str:
+        return hashlib.sha256(read_bounded(path, most, A_MODEL)).hexdigest()
 
     manifest, folder = read_manifest(s), s.shards
     files = {e["name"]: e for e in manifest.get("files", ())}
@@ -5542,10 +5545,10 @@ def check_manifest(s: Settings) -> str:
                             "build the data again")
         if size != entry["size"]:
             raise UserError(f"{path} has {size:,} bytes, the manifest says {entry['size']:,}: fetch it again")
-        if s.data_check == "full" and sha256(path) != entry["sha256"]:
+        if s.data_check == "full" and sha256(path, size) != entry["sha256"]:
             raise UserError(f"{path} is damaged, its SHA-256 is not the manifest's: fetch or build it again")
     told = (manifest.get("tokenizer") or {}).get("sha256")
-    if told and s.tokenizer.is_file() and sha256(s.tokenizer) != told:
+    if told and s.tokenizer.is_file() and sha256(s.tokenizer, MOST_MODEL) != told:
         raise UserError(f"TOKENIZER_PATH={s.tokenizer} is not the tokenizer of {folder}: set it to its own")
     check_overlap(s)
     if manifest:
@@ -5584,6 +5587,14 @@ def document_hashes(tokens: np.ndarray):
     for a, b in zip(starts.tolist(), np.append(starts[1:], len(tokens)).tolist()):
         if b - a > 1:
             yield a, hashlib.blake2b(raw[2 * a + 2:2 * b], digest_size=8).digest()
+
+
+def check_temporary_folder() -> None:
+    """UserError unless there is one, in which torch keeps what it compiles."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise UserError("no temporary folder can be written: set TMPDIR to a folder that can") from error
 
 
 def check_folder(folder: Path) -> str:
@@ -6083,6 +6094,7 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
         if "--help" in argv or "-h" in argv:
             print_help()
             return 0
+        check_temporary_folder()
         if list(argv[:1]) == ["--check"]:
             return check_command(" ".join(argv[1:]))
         if argv:

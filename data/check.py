@@ -213,6 +213,9 @@ def check_tokens(path: Path, ids: np.ndarray, vocab, report: Report) -> None:
         report.add(path, "token 0", "id 0 instead of BOS (1): this is a byte sidecar, not tokens",
                    f"restore the token shard; sidecars are called {shards.shard_name(VAL_BYTES, index)}")
         return
+    if kind == VAL and (ids == BOS).all():
+        report.add(path, "", "all its documents are empty: there is nothing to be predicted", AGAIN)
+        return
     if not (ids == BOS).any():
         report.add(path, "", f"no BOS (id {BOS}) in {ids.size:,} tokens: documents cannot be told apart",
                    "build the shards with BOS in front of every document")
