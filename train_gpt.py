@@ -744,6 +744,8 @@ def parse_text(name: str, text: str, most: int) -> str:
 def looks_like_ours(name: str, known: Mapping) -> str | None:
     """The nearest known setting when `name` must have been meant for this script, else None.
     It is nearly a setting's, or made of our words alone and ends in none of a platform's."""
+    if name in OTHER_NAMES:
+        return None
     words = name.lower().split("_")
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.86 if len(name) > 4 else 1.0)
     if words[-1] in PLATFORM_WORDS:
@@ -762,9 +764,10 @@ def stray_names(env: Mapping[str, str]) -> dict[str, str]:
     begins = OUR_WORDS | COMMON_WORDS
     strays = {}
     for name in sorted(set(env) - known):
+        like_ours = "_" in name and name.isupper() and name.split("_")[0].lower() in begins
         if name in OTHER_NAMES:
             strays[name] = f"not read; here it is {OTHER_NAMES[name]}"
-        elif "_" in name and name.isupper() and name.split("_")[0].lower() in begins:
+        elif like_ours or difflib.get_close_matches(name, known, cutoff=0.84):
             strays[name] = "not read; no setting"
     return dict(itertools.islice(strays.items(), 20))
 
@@ -5512,6 +5515,9 @@ def check_byte_rule(s: Settings, val: Validation) -> None:
     table = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
     sp, target = load_tokenizer(s.tokenizer), val.tokens[1:]
     behind = table.boundary[val.tokens[:-1]]
+    words = np.flatnonzero(~table.lead & (table.base > 0))
+    word = next(([i] for i in words.tolist() if not sp.is_byte(i)), [])
+    behind_word = len(sp.decode(word).encode())
     at_start = np.bincount(target[behind], minlength=s.vocab_size)
     elsewhere = np.bincount(target[~behind], minlength=s.vocab_size)
     counted, text = int(val.target_bytes.sum()), 0
@@ -5519,7 +5525,7 @@ def check_byte_rule(s: Settings, val: Validation) -> None:
         first = other = 1
         if not sp.is_byte(i):      # a byte alone decodes to a sign of three bytes
             first = len(sp.decode([i]).encode())
-            other = len(sp.decode([i, i]).encode()) - first
+            other = len(sp.decode([*word, i]).encode()) - behind_word
         text += int(at_start[i]) * first + int(elsewhere[i]) * other
     if counted > 1.01 * text:
         raise UserError(f"the byte rule counts {counted:,} bytes in {text:,}: scores would be too "

@@ -139,7 +139,8 @@ def good_settings(rng: random.Random) -> Iterator[Case]:
     """What looks odd and is right."""
     good = """SEED=9007199254740993|SEED=1e3|SEED=9223372036854775807|SEED=0|SEED=+5|ITERATIONS=1e3
     RUN_ID=a-b_c.1|RUN_ID=lr=0.02,seed=1|MATRIX_LR=2.6e-2|MATRIX_LR=.026|VAL_LOSS_EVERY=1000000000
-    CORRECTOR_ORDERS=2, 3,5|    RECUR_LAYERS=1,2|RECUR_LAYERS=2|VE_ENABLED=1 VE_LAYERS=0,3|TTT_SHORT_SCORE_FIRST_STEPS=256:8,2000=16
+    CORRECTOR_ORDERS=2, 3,5|RECUR_LAYERS=1,2|RECUR_LAYERS=2|VE_ENABLED=1 VE_LAYERS=0,3
+    TTT_SHORT_SCORE_FIRST_STEPS=256:8,2000=16
     ENABLE_HTTPS=1|ENABLE_AUTH=true|PARALLEL_SEQ=3|HEAD_NODE_IP=10.0.0.1|GLOBAL_RANK=0|MODEL_DIR=/models
     DATASET_PATH=/data|NUM_THREADS=8|TRAIN_JOB_7_SERVICE_HOST=10.1.1.1|MODEL_NAME=x|NUM_GPUS=8|HF_TOKEN=x
     TOKEN_FILE=/run/token|LOOP_DEVICE=/dev/loop0|MATRIX_URL=https://x|EVAL_JOB_ID=7|LR=0.02|BATCH_SIZE=8
@@ -276,8 +277,10 @@ def shards(rng: random.Random) -> Iterator[Case]:
         program = rng.choice([tg.main, check_folder])
         good = GOOD if what == "long document" else BAD
         spoil = both(lambda folder: (folder / "manifest.json").unlink(), cases[what], CUSTOM[good == GOOD])
+        check = ("--check", "data")
+        argv = check if good == GOOD else rng.choice([check, ()])
         yield Case("shard", what, {"DATA_CHECK": "full"} if good == BAD else {}, spoil=spoil, expect=good,
-                   argv=("--check", "data") if program == tg.main else (), program=program)
+                   argv=argv if program == tg.main else (), program=program)
 
 
 def check_folder(_: list) -> int:
