@@ -377,7 +377,9 @@ class Settings:
     def check_consistency(self) -> None:
         """Refuse settings that contradict each other; single values were checked when they were read."""
         s, reserve = self, self.gptq_reserve_seconds
-        orders = whole_numbers(s.corrector_orders)
+        orders = [1]      # none are asked for: tokens alone are counted
+        if s.corrector_orders:
+            orders = whole_numbers(s.corrector_orders.strip(","))
         gates = s.sparse_attn_gate_enabled + s.gated_attn_enabled + s.attn_out_gate_enabled
         ve_layers = whole_numbers(s.ve_layers) or [math.inf]
         slots = s.num_layers + s.num_loops * (s.loop_end - s.loop_start + 1)
@@ -393,6 +395,7 @@ class Settings:
             (s.rope_yarn and (s.rope_dims or s.head_dim) == 2,
              "ROPE_YARN has no exponent for 2 rotated channels: raise ROPE_DIMS or set ROPE_YARN=0"),
             (s.gate_window > s.model_dim, "GATE_WINDOW exceeds MODEL_DIM: lower it"),
+            (s.hidden_dim < 1, "MLP_MULT leaves no hidden unit of MODEL_DIM: raise it"),
             (s.num_loops and not s.loop_start <= s.loop_end < s.num_layers,
              "LOOP_START <= LOOP_END < NUM_LAYERS does not hold: correct them, or set NUM_LOOPS=0"),
             (slots > MOST_SLOTS, f"NUM_LOOPS makes {slots} executed layers: at most {MOST_SLOTS}, lower it"),
@@ -568,9 +571,9 @@ MOST_ORDER = 64               # of an n-gram
 MOST_WEIGHTS = 2 ** 31        # of a model
 # First words of settings that other programs' variables begin with as well.
 COMMON_WORDS = set("""
-    adam agree artifact asym attn awq beta1 beta2 code compile compute data embed enable eval fit
-    fused gate gated global grad head label late logit matrix max min model num parallel quant run
-    scalar seed seq skip sliding tie token tokenizer train val vocab warmup word""".split())
+    adam agree artifact asym attn awq beta1 beta2 checkpoint code compile compute data embed enable
+    eval fit fused gate gated global grad head label late logit matrix max min model num parallel
+    quant resume run scalar seed seq skip sliding tie token tokenizer train val vocab warmup word""".split())
 OUR_WORDS = {f.name.split("_")[0] for f in fields(Settings) if "_" in f.name} - COMMON_WORDS
 # Last words of the variables of images, schedulers and launchers.
 PLATFORM_WORDS = set("""
@@ -758,8 +761,8 @@ def looks_like_ours(name: str, known: Mapping) -> str | None:
 
 
 def stray_names(env: Mapping[str, str]) -> dict[str, str]:
-    """Variables that nothing here reads though they begin like settings, or are what others
-    call them, and what to say of each. from_env refuses those that must have been meant."""
+    """Variables that nothing here reads though they are like settings, or what others call them,
+    and what to say of each; twenty at most. from_env refuses those that must have been meant."""
     known = {f.name.upper() for f in fields(Settings)} | {*NO_SETTINGS, *ALIASES}
     begins = OUR_WORDS | COMMON_WORDS
     strays = {}
@@ -812,7 +815,9 @@ def launcher_ranks(env: Mapping[str, str]) -> Ranks:
     def read(name: str, otherwise: int, lo: int, hi: int) -> int:
         text = env.get(name, str(otherwise))
         if not re.fullmatch("[0-9]{1,9}", text) or not lo <= int(text) <= hi:
-            raise UserError(f"{name}={text[:40]} must be a whole number of {lo} to {hi}: {remedy}")
+            among = "" if name == "WORLD_SIZE" else f" for WORLD_SIZE={env.get('WORLD_SIZE', 1)}"
+            raise UserError(f"{name}={text[:40]} must be a whole number from {lo} to {hi}{among}: "
+                            f"{remedy}")
         return int(text)
 
     size = read("WORLD_SIZE", 1, 1, 65536)
@@ -959,7 +964,7 @@ def file_size(path: Path, most: int, what: str) -> int:
 
 
 def read_bounded(path: Path, most: int, what: str) -> bytes:
-    """All bytes of such a file."""
+    """All bytes of a file that file_size() takes."""
     file_size(path, most, what)
     try:
         with open(path, "rb") as f:

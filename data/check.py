@@ -271,6 +271,9 @@ def check_sidecar(path: Path, ids, side: Path, values, model, full: bool, report
                    f"{int(values[wrong[0]])} bytes for a BOS token: it belongs to other tokens than those of "
                    f"{path.name}, or was exchanged with them", AGAIN)
         return False
+    if not values.any():
+        report.add(side, "", "it counts no bytes at all", AGAIN)
+        return False
     if not full or not model or int(ids.max()) >= model.vocab_size:
         return True
     if not model.lossless:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 import numpy as np
+import torch._dynamo  # noqa: F401  (loaded when a run starts: seconds that no input is to blame for)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -38,7 +39,8 @@ from data import build as data_build  # noqa: E402
 from data import check as data_check  # noqa: E402
 from data import shards as data_shards  # noqa: E402
 
-SECONDS = 10
+SECONDS = 10      # of the processor: a machine may be busy
+HANGS = 60        # seconds of the clock
 BAD, GOOD, EITHER = "refused", "accepted", "refused or accepted"
 
 
@@ -101,7 +103,7 @@ def two_settings(rng: random.Random) -> Iterator[Case]:
     PREQUANT_ONLY=1 EVAL_ONLY_QUANTIZED_PATH=a|EVAL_ONLY_PATH=a EVAL_ONLY_QUANTIZED_PATH=b|NUM_LOOPS=100000
     ROPE_DIMS=2 ROPE_YARN=1|ROPE_DIMS=3|ROPE_DIMS=64|MODEL_DIM=66 NUM_HEADS=4|NUM_HEADS=3|NUM_KV_HEADS=3
     NUM_LOOPS=1000 LOOP_END=3|LOOP_END=99|RECUR_LAYERS=0,9999999999|RECUR_LAYERS=1,3|RECUR_LAYERS=,
-    RECUR_LAYERS=2,1|RECUR_LAYERS=x|CORRECTOR_ORDERS=,|CORRECTOR_ORDERS=|CORRECTOR_ORDERS=0|CORRECTOR_ORDERS=2,x
+    RECUR_LAYERS=2,1|RECUR_LAYERS=x|CORRECTOR_ORDERS=,|CORRECTOR_ORDERS=0|CORRECTOR_ORDERS=2,x
     CORRECTOR_ORDERS=99999|CORRECTOR_ORDERS=2,,3|VE_ENABLED=1 VE_LAYERS=|VE_ENABLED=1 VE_LAYERS=1,1
     VE_ENABLED=1 VE_LAYERS=9|VE_ENABLED=1 VE_LAYERS=-1|TTT_SHORT_SCORE_FIRST_STEPS=1:2:3
     TTT_SHORT_SCORE_FIRST_STEPS=0:8|TTT_SHORT_SCORE_FIRST_STEPS=8:99999999999999999999|EVAL_STRIDE=65
@@ -112,6 +114,7 @@ def two_settings(rng: random.Random) -> Iterator[Case]:
     MODEL_DIM=512x EMBEDDING_DIM=512|TTT_EVAL_ONLY=1|WARMDOWN_ITERS=10|GPTQ_ENABLED=0|BIGRAM_VOCAB_SIZE=1
     SDCLIP_K=x|SDCLIP_K=-1|TRAIN_BATCH_TOKENS=1021 GRAD_ACCUM_STEPS=2|TTT_CHUNK_SIZE=128|GATE_WINDOW=65
     GATED_ATTN_ENABLED=1|ATTN_OUT_GATE_ENABLED=1 SPARSE_ATTN_GATE_ENABLED=1|ASYM_LOGIT_TRAIN=1
+    MLP_MULT=0.01
     TTT_CACHE_LAMBDA=0.5 TTT_KV_REUSE=0|AWQ_LITE_ENABLED=1 QUANT_ALLOCATION=fisher|NGRAM_TILT_ENABLED=1
     TOKEN_THRESHOLD=2|MODEL_DIM=65536 NUM_HEADS=1024 MLP_MULT=256|TTT_DOC_ORDER=stream TTT_TRAIN_MIN_DOC_LEN=5
     TTT_Q_LORA=0 TTT_K_LORA=0 TTT_V_LORA=0 TTT_O_LORA=0 TTT_MLP_LORA=0 TTT_HEAD_LORA=0
@@ -139,7 +142,8 @@ def good_settings(rng: random.Random) -> Iterator[Case]:
     """What looks odd and is right."""
     good = """SEED=9007199254740993|SEED=1e3|SEED=9223372036854775807|SEED=0|SEED=+5|ITERATIONS=1e3
     RUN_ID=a-b_c.1|RUN_ID=lr=0.02,seed=1|MATRIX_LR=2.6e-2|MATRIX_LR=.026|VAL_LOSS_EVERY=1000000000
-    CORRECTOR_ORDERS=2, 3,5|RECUR_LAYERS=1,2|RECUR_LAYERS=2|VE_ENABLED=1 VE_LAYERS=0,3
+    CORRECTOR_ORDERS=2, 3,5|CORRECTOR_ORDERS=|CORRECTOR_ORDERS=8,
+    RECUR_LAYERS=1,2|RECUR_LAYERS=2|VE_ENABLED=1 VE_LAYERS=0,3
     TTT_SHORT_SCORE_FIRST_STEPS=256:8,2000=16
     ENABLE_HTTPS=1|ENABLE_AUTH=true|PARALLEL_SEQ=3|HEAD_NODE_IP=10.0.0.1|GLOBAL_RANK=0|MODEL_DIR=/models
     DATASET_PATH=/data|NUM_THREADS=8|TRAIN_JOB_7_SERVICE_HOST=10.1.1.1|MODEL_NAME=x|NUM_GPUS=8|HF_TOKEN=x
@@ -452,7 +456,7 @@ KINDS = (one_setting, two_settings, misspelt_names, good_settings, launchers, pa
 
 
 class TooSlow(BaseException):
-    """Ten seconds are over."""
+    """It hangs."""
 
 
 def too_slow(*_) -> None:
@@ -469,20 +473,22 @@ def attempt(case: Case, data: Path, place: Path, apart: bool = False) -> tuple[l
     if case.spoil:
         case.spoil(folder)
     env = {**environment(folder), **case.changes}
-    before = listing(work)
-    out, err, begin = io.StringIO(), io.StringIO(), time.monotonic()
+    before, begin = listing(work), time.process_time()
+    out, err = io.StringIO(), io.StringIO()
     if apart:
         command = [sys.executable, str(ROOT / "train_gpt.py"), *case.argv]
-        done = subprocess.run(command, env=env, cwd=work, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=env, cwd=work, capture_output=True, text=True, timeout=HANGS)
         status, out, err = done.returncode, io.StringIO(done.stdout), io.StringIO(done.stderr)
     else:
         status = run(case, env, work, out, err)
-    seconds = time.monotonic() - begin
+    seconds = time.process_time() - begin
     faults = judge(case, status, out.getvalue(), err.getvalue())
     new = {name for name in listing(work) ^ before if not name.startswith(("runs/", "built/"))}
     if new and case.expect == BAD:
         faults.append(f"files changed: {sorted(new)[:3]}")
     made = [name for name in listing(work) if name.endswith((".pt", ".ptz")) and name.startswith("runs/")]
+    if seconds > SECONDS:
+        faults.append(f"{seconds:.1f} s of the processor")
     return faults + [f"made {name}" for name in made], seconds
 
 
@@ -510,7 +516,7 @@ def run(case: Case, env: dict, work: Path, out, err):
         os.chdir(work)
         os.environ.clear()
         os.environ.update({k: v for k, v in env.items() if v is not None})
-        signal.alarm(SECONDS)
+        signal.alarm(HANGS)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             return case.program(list(case.argv))
     except data_shards.DataError as error:      # as run_cli shows it
@@ -519,7 +525,7 @@ def run(case: Case, env: dict, work: Path, out, err):
     except SystemExit as error:
         return error.code
     except TooSlow:
-        return f"more than {SECONDS} s"
+        return f"a hang of {HANGS} s"
     except BaseException:
         return traceback.format_exc()
     finally:
