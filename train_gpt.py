@@ -269,7 +269,7 @@ class Settings:
     logit_calib_epochs: int = knob(1, "passes over them", 1)
     logit_calib_lr: float = knob(0.003, "learning rate", 0)
     logit_calib_l2: float = knob(0.01, "pull towards no calibration", 0)
-    fit_margin_bytes: int = knob(4096, "the fitter stops this close to the limit", 256)
+    fit_margin_bytes: int = knob(4096, "the fitter stops this close to the limit", 256, 10 ** 7)
     code_form: str = choice("readable packed", "the script that is shipped and counted: as it is, or packed")
     compressor: str = choice("ans brotli", "entropy stage: our coder, or byte-shuffled brotli")
     # --- score

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -29,7 +30,6 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 import numpy as np
-import torch._dynamo  # noqa: F401  (loaded when a run starts: seconds that no input is to blame for)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -560,6 +560,7 @@ def judge(case: Case, status, out: str, err: str) -> list[str]:
 def try_all(cases: list[Case], data: Path, place: Path, say: Callable = print, apart: int = 0) -> list[str]:
     """Try every case, each `apart`-th of the trainer's also in a process of its own (0: none); the
     violations, and a table of counts and seconds by kind through `say`."""
+    importlib.import_module("torch._dynamo")      # seconds at a run's start that no input is to blame for
     violations, kinds = [], collections.defaultdict(list)
     again = [Case(**{**vars(case), "kind": "own process"}) for case in cases if case.program is tg.main]
     for i, case in enumerate([*cases, *(again[::apart] if apart else ())]):
