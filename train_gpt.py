@@ -763,10 +763,10 @@ def looks_like_ours(name: str, known: Mapping) -> str | None:
 def stray_names(env: Mapping[str, str]) -> dict[str, str]:
     """Variables that nothing here reads though they are like settings, or what others call them,
     and what to say of each; twenty at most. from_env refuses those that must have been meant."""
-    known = {f.name.upper() for f in fields(Settings)} | {*NO_SETTINGS, *ALIASES}
+    known = {f.name.upper() for f in fields(Settings)}
     begins = OUR_WORDS | COMMON_WORDS
     strays = {}
-    for name in sorted(set(env) - known):
+    for name in sorted(set(env) - known - {*NO_SETTINGS, *ALIASES}):
         like_ours = "_" in name and name.isupper() and name.split("_")[0].lower() in begins
         if name in OTHER_NAMES:
             strays[name] = f"not read; here it is {OTHER_NAMES[name]}"
@@ -5674,8 +5674,7 @@ def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "")
         try:
             findings.append(Finding(what, True, check()))
         except UserError as error:
-            if str(error) not in (f.figure for f in findings):      # each fault is said once
-                findings.append(Finding(what, False, str(error)))
+            findings.append(Finding(what, False, str(error)))
         except OSError as error:
             findings.append(Finding(what, False, f"cannot read {error.filename}: {error.strerror}; check its "
                                     "permissions"))
