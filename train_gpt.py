@@ -69,6 +69,7 @@ except ImportError:               # the plain twins are complete without it
     triton = None
 
 ARTIFACT_LIMIT = 16_000_000   # bytes: this script as shipped + the packed model
+MOST_ARTIFACT = 1 << 26       # bytes of a file that is read as one
 CANONICAL_VAL_DOCS = 50_000   # documents of FineWeb's validation split
 BOS = 1                       # begins every document, in every tokenizer of the field
 RMS_EPS = 1.1920929e-07       # float32 machine epsilon
@@ -77,6 +78,16 @@ LN2 = math.log(2.0)
 
 class UserError(Exception):
     """A mistake the user can fix: its text carries value, bound and remedy, and is shown alone."""
+
+    def __init__(self, text: str):
+        super().__init__(one_line(text))
+
+
+def one_line(text: str, most: int = 480) -> str:
+    """The text as one printable line; of more than `most` characters the middle is left out."""
+    plain = "".join(c if c.isprintable() else "?" for c in text[:most] + text[most:][-most:])
+    half = most // 2 - 2
+    return plain if len(plain) <= most else f"{plain[:half]} … {plain[-half:]}"
 
 
 class Interrupted(BaseException):
@@ -92,8 +103,14 @@ class Interrupted(BaseException):
 # 1  Settings: one frozen table, read once from the environment
 # ============================================================================================================
 
+# Bounds of settings that have none of their own; of text: its characters.
+MOST = {int: 10 ** 9, float: 1e6, str: 1000}
+
+
 def knob(default, doc, lo=None, hi=None, group=None, choices=()):
     """A setting: default (its type is the setting's type), meaning with unit, inclusive bounds."""
+    hi = MOST.get(type(default)) if hi is None else hi
+    lo = -hi if lo is None and type(default) is float else lo
     return field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, group=group, choices=choices))
 
 
@@ -107,7 +124,7 @@ class Settings:
     """Every setting of the script. The environment name is the field's name in capitals."""
     # --- run
     run_id: str = knob("", "name of the run (default: date and a random tag)", group="run")
-    seed: int = knob(1337, "seed of weights, adapters and data order", 0)
+    seed: int = knob(1337, "seed of weights, adapters and data order", 0, 2 ** 63 - 1)
     artifact_dir: str = knob("", "folder of the run's files (default: runs/<RUN_ID>)")
     max_wallclock_seconds: float = knob(600.0, "training budget in s, artifact included; 0: ITERATIONS; over "
                                         "600 s used is NON-COMPLIANT", 0)
@@ -138,7 +155,7 @@ class Settings:
     data_check: str = choice("quick full", "the data before training; full: every byte and every document")
     train_loader: str = choice("stream docpack shuffled coprime", "stream: every target once; or the field's")
     train_batch_tokens: int = knob(786432, "tokens of one optimiser step, over all ranks", 1)
-    train_seq_len: int = knob(2048, "documents are cut to this many tokens in training", 2)
+    train_seq_len: int = knob(2048, "documents are cut to this many tokens in training", 2, 2 ** 24)
     train_seq_schedule: str = knob("", "progressive context: length@progress, …; the largest: TRAIN_SEQ_LEN")
     train_seq_schedule_mode: str = choice("wallclock step", "progress: of the budget, or of ITERATIONS")
     seq_change_warmup_steps: int = knob(32, "steps of the learning rate's ramp after a change; 0: none", 0)
@@ -147,22 +164,22 @@ class Settings:
     val_doc_fraction: float = knob(1.0, "share of the validation documents (below 1: no result)", 0, 1)
     # --- model
     num_layers: int = knob(11, "physical layers", 1, 256, group="model")
-    model_dim: int = knob(512, "width", 8)
-    num_heads: int = knob(8, "query heads", 1)
-    num_kv_heads: int = knob(4, "key/value heads", 1)
-    mlp_mult: float = knob(4.0, "hidden units of the MLP per channel", 0.01)
+    model_dim: int = knob(512, "width", 8, 65536)
+    num_heads: int = knob(8, "query heads", 1, 1024)
+    num_kv_heads: int = knob(4, "key/value heads", 1, 1024)
+    mlp_mult: float = knob(4.0, "hidden units of the MLP per channel", 0.01, 256)
     negative_slope: float = knob(0.5, "slope of the MLP's squared LeakyReLU below zero", 0, 1)
     tie_embeddings: bool = knob(True, "the input embedding is the output projection")
     logit_softcap: float = knob(30.0, "logits are cap * tanh(z / cap)", 1e-3)
     asym_logit_rescale: bool = knob(False, "two caps, for positive and negative logits, used in evaluation")
     ln_scale: bool = knob(True, "block inputs are scaled by 1 / sqrt(layer + 1)")
-    rope_base: float = knob(10000.0, "rotary base", 1)
+    rope_base: float = knob(10000.0, "rotary base", 1, 1e12)
     rope_dims: int = knob(16, "rotated channels of a head; 0: all", 0)
     rope_yarn: bool = knob(False, "rescale the rotary base beyond TRAIN_SEQ_LEN (NTK scaling)")
     qk_gain_init: float = knob(5.0, "initial gain of the normalised queries, per head")
     xsa_last_n: int = knob(11, "last layers whose attention output is made orthogonal to its own value", 0)
     gated_xsa: bool = knob(False, "scale that by tanh of a learned number per head, at first 0")
-    num_loops: int = knob(2, "extra passes over layers LOOP_START..LOOP_END", 0)
+    num_loops: int = knob(2, "extra passes over layers LOOP_START..LOOP_END", 0, 1000)
     loop_start: int = knob(3, "first layer of the loop", 0)
     loop_end: int = knob(5, "last layer of the loop", 0)
     enable_looping_at: float = knob(0.35, "share of the training budget after which loops run", 0, 1)
@@ -177,9 +194,9 @@ class Settings:
     smear_gate_kind: str = choice("window channels", "one strength by GATE_WINDOW channels; one each")
     smear_gate_bos_fix: bool = knob(True, "never across a BOS")
     bigram_vocab_size: int = knob(0, "rows of a hashed table of token pairs, added to the embedding", 0)
-    bigram_dim: int = knob(128, "its width", 1)
+    bigram_dim: int = knob(128, "its width", 1, 65536)
     ve_enabled: bool = knob(False, "value embeddings: a second token table, added to values")
-    ve_dim: int = knob(128, "its width", 1)
+    ve_dim: int = knob(128, "its width", 1, 65536)
     ve_layers: str = knob("9,10", "layers whose values it is added to")
     sparse_attn_gate_enabled: bool = knob(True, "gate each head by GATE_WINDOW channels of the block input")
     sparse_attn_gate_scale: float = knob(0.5, "slope of that gate")
@@ -255,7 +272,7 @@ class Settings:
     gptq_calibration_batches: int = knob(16, "training micro-batches behind the Hessians, over all ranks", 1)
     gptq_reserve_seconds: str = knob("auto", "least training seconds for chapters 9 and 10; auto: rehearsed")
     lqer_enabled: bool = knob(False, "low-rank repair of the largest rounding errors")
-    lqer_rank: int = knob(4, "its rank", 1)
+    lqer_rank: int = knob(4, "its rank", 1, 65536)
     lqer_top_k: int = knob(3, "how many matrices get it", 0)
     lqer_scope: str = choice("all mlp attn embed", "which matrices may get it")
     lqer_gain_select: bool = knob(False, "choose them by the error it removes, not by the error there is")
@@ -269,16 +286,16 @@ class Settings:
     logit_calib_epochs: int = knob(1, "passes over them", 1)
     logit_calib_lr: float = knob(0.003, "learning rate", 0)
     logit_calib_l2: float = knob(0.01, "pull towards no calibration", 0)
-    fit_margin_bytes: int = knob(4096, "the fitter stops this close to the limit", 256)
+    fit_margin_bytes: int = knob(4096, "the fitter stops this close to the limit", 256, 10 ** 7)
     code_form: str = choice("readable packed", "the script that is shipped and counted: as it is, or packed")
     compressor: str = choice("ans brotli", "entropy stage: our coder, or byte-shuffled brotli")
     # --- score
-    eval_seq_len: int = knob(2048, "window of the sliding evaluation, in tokens", 2, group="score")
+    eval_seq_len: int = knob(2048, "window of the sliding evaluation, in tokens", 2, 2 ** 24, group="score")
     eval_stride: int = knob(64, "tokens between two windows of one document", 1)
     sliding_window_enabled: bool = knob(True, "score the artifact by sliding windows")
     eval_kv_reuse: bool = knob(True, "keep keys and values beyond the window; 0: encode again")
     ttt_enabled: bool = knob(True, "score the artifact with score-first test-time training")
-    ttt_eval_seq_len: int = knob(2048, "context of TTT, in tokens", 2)
+    ttt_eval_seq_len: int = knob(2048, "context of TTT, in tokens", 2, 2 ** 24)
     ttt_kv_reuse: bool = knob(True, "keep earlier keys and values; 0: encode the context again and again")
     ttt_shared_a: bool = knob(True, "one frozen A for all documents, only B is adapted")
     ttt_doc_order: str = choice("stream length", "adapt in the stream's order, or longest first as the field")
@@ -289,8 +306,8 @@ class Settings:
                                             "which:chunk, …; beyond: TTT_CHUNK_SIZE")
     ttt_short_doc_len: int = knob(2000, "the one step when TTT_SHORT_SCORE_FIRST_STEPS is empty", 0)
     ttt_short_chunk_size: int = knob(24, "its chunk; 0: none", 0)
-    ttt_batch_size: int = knob(64, "documents adapted side by side", 1)
-    ttt_lora_rank: int = knob(80, "rank of the adapters", 1)
+    ttt_batch_size: int = knob(64, "documents adapted side by side", 1, 65536)
+    ttt_lora_rank: int = knob(80, "rank of the adapters", 1, 65536)
     ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank", 0)
     ttt_lora_lr: float = knob(8e-5, "learning rate of the adapters", 0)
     ttt_q_lora: bool = knob(True, "adapt queries")
@@ -330,12 +347,12 @@ class Settings:
     ngram_gates: str = choice("previous open_word target", "who speaks when; target: NON-COMPLIANT")
     ngram_choice: str = choice("model confidence", "what weighs hints: probability, or own confidence")
     ngram_boost_gamma: float = knob(0.0, "boosts shrink by (1 - the hint's probability) to this power", 0)
-    token_order: int = knob(16, "token expert: length of context and hint together", 1)
+    token_order: int = knob(16, "token expert: length of context and hint together", 1, 1024)
     token_threshold: float = knob(0.8, "it speaks from this confidence on; above 1: never", 0)
     token_boost: float = knob(2.625, "nats added to its hint's logit", 0)
     within_tau: float = knob(99.0, "the same for the expert of the open word's next token", 0)
     within_boost: float = knob(0.0, "nats added to its hint's logit", 0)
-    word_order: int = knob(4, "expert of the next word's first token: order in words", 1)
+    word_order: int = knob(4, "expert of the next word's first token: order in words", 1, 1024)
     word_normalize: str = choice("strip_punct_lower lower identity", "equal words")
     word_tau: float = knob(99.0, "it speaks from this confidence on; above 1: never", 0)
     word_boost: float = knob(0.0, "nats added to its hint's logit", 0)
@@ -348,8 +365,8 @@ class Settings:
         env = {k: v for k, v in env.items() if v or (k in known and is_free_text(known[k]))}
         for name, (only, why) in NO_SETTINGS.items():
             value = env.pop(name, "")
-            if name == "EMBEDDING_DIM":
-                only = float(env.get("MODEL_DIM", only))
+            if name == "EMBEDDING_DIM" and is_number(env.get("MODEL_DIM", "")):
+                only = float(env["MODEL_DIM"])
             if value and only is not None and (float(value) if is_number(value) else value) != only:
                 raise UserError(f"{name}={value} is not to be had here, only {only}: {why}")
         for old in ALIASES:
@@ -362,7 +379,8 @@ class Settings:
         for name in env:
             if name not in known and (nearest := looks_like_ours(name, known)) is not None:
                 raise UserError(f"unknown setting {name}: the nearest known one is {nearest} "
-                                "(python train_gpt.py --help lists all)")
+                                "(python train_gpt.py --help lists all); if it is of another program, start "
+                                f"this one by: env -u {name} python train_gpt.py")
         s = cls(**{f.name: parse_setting(f, env[name]) for name, f in known.items() if name in env})
         s.check_consistency()
         s.check_resume()
@@ -376,9 +394,13 @@ class Settings:
 
     def check_consistency(self) -> None:
         """Refuse settings that contradict each other; single values were checked when they were read."""
-        s, reserve, orders = self, self.gptq_reserve_seconds, self.corrector_orders.split(",")
+        s, reserve = self, self.gptq_reserve_seconds
+        orders = [1]      # none are asked for: tokens alone are counted
+        if s.corrector_orders:
+            orders = whole_numbers(s.corrector_orders.strip(","))
         gates = s.sparse_attn_gate_enabled + s.gated_attn_enabled + s.attn_out_gate_enabled
-        ve_layers = [int(i) if i.strip().isdecimal() else math.inf for i in s.ve_layers.split(",")]
+        ve_layers = whole_numbers(s.ve_layers) or [math.inf]
+        slots = s.num_layers + s.num_loops * (s.loop_end - s.loop_start + 1)
         schedule(s.midrun_cap_schedule, 1.0, float)
         passes = [n for _, n in schedule(s.loop_schedule, s.num_loops + 1)]
         for refused, why in (
@@ -388,15 +410,19 @@ class Settings:
             (s.head_dim % 2, "MODEL_DIM over NUM_HEADS is odd: rotary embedding needs it even"),
             (s.rope_dims % 2 or s.rope_dims > s.head_dim,
              f"ROPE_DIMS does not fit: it must be even and at most the head width {s.head_dim}"),
+            (s.rope_yarn and (s.rope_dims or s.head_dim) == 2,
+             "ROPE_YARN has no exponent for 2 rotated channels: raise ROPE_DIMS or set ROPE_YARN=0"),
             (s.gate_window > s.model_dim, "GATE_WINDOW exceeds MODEL_DIM: lower it"),
+            (s.hidden_dim < 1, "MLP_MULT leaves no hidden unit of MODEL_DIM: raise it"),
             (s.num_loops and not s.loop_start <= s.loop_end < s.num_layers,
              "LOOP_START <= LOOP_END < NUM_LAYERS does not hold: correct them, or set NUM_LOOPS=0"),
+            (slots > MOST_SLOTS, f"NUM_LOOPS makes {slots} executed layers: at most {MOST_SLOTS}, lower it"),
             (not max(passes) == passes[-1] == s.num_loops + 1,
              "LOOP_SCHEDULE must end on its most passes, one more than NUM_LOOPS: make them agree"),
             (s.loop_schedule and s.recur_start_step, "LOOP_SCHEDULE and RECUR_START_STEP clash: keep one"),
             (s.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE leaves no row for pairs: set 0, or more"),
             (s.ve_enabled and (max(ve_layers) >= s.num_layers or len({*ve_layers}) < len(ve_layers)),
-             "VE_LAYERS must be layers below NUM_LAYERS, each once"),
+             "VE_LAYERS must be layers below NUM_LAYERS, each once: as 9,10"),
             (s.matrix_lr_early and not s.matrix_lr, "MATRIX_LR_EARLY is relative to MATRIX_LR: raise that"),
             (s.asym_logit_train and not s.asym_logit_rescale,
              "ASYM_LOGIT_TRAIN has nothing to train: set ASYM_LOGIT_RESCALE=1"),
@@ -407,6 +433,11 @@ class Settings:
              "TTT_SHORT_SCORE_FIRST_STEPS, exceeds TTT_EVAL_SEQ_LEN: lower it"),
             (s.eval_only_path and s.eval_only_quantized_path,
              "EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH are both set: keep one"),
+            (s.quantize_only and s.prequant_only,
+             "QUANTIZE_ONLY and PREQUANT_ONLY leave nothing to make: keep one"),
+            (s.eval_only_quantized_path and (s.quantize_only or s.prequant_only),
+             "EVAL_ONLY_QUANTIZED_PATH scores an artifact, which QUANTIZE_ONLY and PREQUANT_ONLY leave out: "
+             "set both to 0"),
             (max(length for _, length in context_stages(s)) != s.train_seq_len,
              "TRAIN_SEQ_LEN is not the longest stage of TRAIN_SEQ_SCHEDULE: make them equal"),
             (s.train_seq_schedule and s.train_loader in WINDOWED,
@@ -420,8 +451,8 @@ class Settings:
             (s.ttt_enabled and not any(getattr(s, f"ttt_{kind}_lora") for kind in ADAPTED),
              "TTT_ENABLED has nothing to adapt: set a TTT_*_LORA to 1, or TTT_ENABLED=0"),
             (s.ttt_cache_lambda and not s.ttt_kv_reuse, "TTT_CACHE_LAMBDA needs TTT_KV_REUSE: set it to 1"),
-            (not all(n.isdecimal() and int(n) for n in orders if n),
-             "CORRECTOR_ORDERS must be whole numbers from 1 on, as 2,3,5"),
+            (not orders or not 0 < min(orders) <= max(orders) <= MOST_ORDER,
+             f"CORRECTOR_ORDERS does not fit: it must be whole numbers from 1 to {MOST_ORDER}, as 2,3,5"),
             (s.ngram_tilt_enabled and not experts_in_use(s), "NGRAM_TILT_ENABLED has no expert in use: "
              "lower TOKEN_THRESHOLD, WITHIN_TAU or WORD_TAU to at most 1"),
             ((s.awq_lite_enabled or s.quant_clip != "sigmas") and s.quant_allocation != "hand",
@@ -434,6 +465,10 @@ class Settings:
         ):
             if refused:
                 raise self.mistake(why)
+        weights = sum(map(math.prod, parameter_shapes(s).values()))
+        if weights > MOST_WEIGHTS:
+            raise self.mistake("MODEL_DIM, NUM_LAYERS, MLP_MULT and VOCAB_SIZE make "
+                               f"{weights:,} weights: at most {MOST_WEIGHTS:,}, lower them")
 
     def check_resume(self) -> None:
         """Refuse RESUME where it could not go on, or would spend a budget twice."""
@@ -476,7 +511,7 @@ class Settings:
     @property
     def value_layers(self) -> tuple[int, ...]:
         """VE_LAYERS as numbers."""
-        return tuple(int(i) for i in self.ve_layers.split(","))
+        return tuple(whole_numbers(self.ve_layers))
 
     @property
     def shards(self) -> Path:
@@ -546,8 +581,8 @@ def translate(old: str, value: str) -> Sequence[str]:
     """The values of the settings that an old name stands for."""
     try:
         if old == "RECUR_LAYERS":      # they run once more after the last of them
-            layers = [int(i) for i in value.split(",")]
-            if layers == list(range(layers[0], layers[-1] + 1)):
+            layers = whole_numbers(value)
+            if all(b == a + 1 for a, b in zip(layers, layers[1:])):
                 return str(layers[0]), str(layers[-1]), "1"
             raise ValueError
         if old == "QUANT_CLIP_RANGE":
@@ -555,16 +590,36 @@ def translate(old: str, value: str) -> Sequence[str]:
         if old == "GPTQ_RESERVE_MS":
             return str(float(value) / 1e3),
         return TTT_MASKS[value] if old == "TTT_MASK" else [value] * 3
-    except (ValueError, KeyError) as error:
+    except (LookupError, ValueError) as error:
         forms = {"RECUR_LAYERS": "consecutive layers, as 3,4,5", "TTT_MASK": f"one of {', '.join(TTT_MASKS)}"}
         raise UserError(f"{old}={value} must be {forms.get(old, 'a whole number')}") from error
 
 
 WINDOWED = ("shuffled", "coprime")      # loaders of whole windows, without document bounds
+MOST_SLOTS = 1024             # executed layers
+MOST_ORDER = 64               # of an n-gram
+MOST_WEIGHTS = 2 ** 31        # of a model
 # First words of settings that other programs' variables begin with as well.
-COMMON_WORDS = set(
-    "artifact code compile compute data max min model num run seed skip tokenizer vocab".split())
+COMMON_WORDS = set("""
+    adam agree artifact asym attn awq beta1 beta2 checkpoint code compile compute data embed enable
+    eval fit fused gate gated global grad head label late logit matrix max min model num parallel
+    quant resume run scalar seed seq skip sliding tie token tokenizer train val vocab warmup word""".split())
 OUR_WORDS = {f.name.split("_")[0] for f in fields(Settings) if "_" in f.name} - COMMON_WORDS
+# Last words of the variables of images, schedulers and launchers.
+PLATFORM_WORDS = set("""
+    addr address auth cache compiler count cpus data device devices dir file gpus home host hosts
+    https id image ip job jobs key mode name node nodes path pid pod port ports procs rank region
+    root secret seq service set size threads token type url user uuid version workers""".split())
+# What others call a setting of ours, and its name here.
+OTHER_NAMES = {name: ours for ours, names in {
+    "MATRIX_LR, SCALAR_LR and TIED_EMBED_LR": "LR LEARNING_RATE MUON_LR ADAM_LR MAX_LR",
+    "MUON_WD, EMBED_WD and ADAM_WD": "WD WEIGHT_DECAY",
+    "TRAIN_BATCH_TOKENS": "BATCH BATCH_SIZE TOTAL_BATCH_SIZE TRAIN_BATCH_SIZE DEVICE_BATCH_SIZE",
+    "ITERATIONS or MAX_WALLCLOCK_SECONDS": "STEPS NUM_STEPS MAX_STEPS NUM_ITERS MAX_ITERS EPOCHS",
+    "TRAIN_SEQ_LEN and EVAL_SEQ_LEN": "SEQ_LEN BLOCK_SIZE CONTEXT_LENGTH MAX_SEQ_LEN",
+    "NUM_LAYERS": "N_LAYER N_LAYERS LAYERS DEPTH", "MODEL_DIM": "DIM N_EMBD D_MODEL WIDTH",
+    "NUM_HEADS": "N_HEAD N_HEADS HEADS", "GRAD_CLIP_NORM": "GRAD_CLIP CLIP_NORM",
+}.items() for name in names.split()}
 
 
 def chunk_steps(s: Settings) -> list[tuple[float, int]]:
@@ -574,10 +629,10 @@ def chunk_steps(s: Settings) -> list[tuple[float, int]]:
         one = f"{s.ttt_short_doc_len}:{s.ttt_short_chunk_size}" if s.ttt_short_chunk_size else ""
         text = s.ttt_short_score_first_steps or one
         for part in filter(None, text.replace("=", ":").replace(" ", "").split(",")):
-            bound, _, chunk = part.partition(":")
-            if not (bound.isdecimal() and chunk.isdecimal() and int(bound) and int(chunk)):
+            step = whole_numbers(part.replace(":", ",", 1))
+            if len(step) != 2 or min(step) < 1:
                 raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, as 256:8,2000:24")
-            steps.append((int(bound), int(chunk)))
+            steps.append((step[0], step[1]))
     return sorted(steps) + [(math.inf, s.ttt_chunk_size)]
 
 
@@ -668,31 +723,87 @@ def is_number(text: str) -> bool:
         return False
 
 
+def whole_number(text: str) -> int | None:
+    """The whole number that the text writes, exactly; 1e3 is one too. None when it writes none."""
+    if re.fullmatch(r" *[+-]?[0-9_]{1,30} *", text):
+        return int(text.replace("_", ""))
+    whole = is_number(text) and float(text) % 1 == 0
+    return int(float(text)) if whole else None
+
+
+def whole_numbers(text: str) -> list[int]:
+    """The numbers of "9,10": 0 to a thousand million, at most 64; none when the text is anything else."""
+    parts = text.replace(" ", "").split(",")
+    good = len(parts) <= 64 and all(re.fullmatch("[0-9]{1,9}", part) for part in parts)
+    return [int(part) for part in parts] if good else []
+
+
 def parse_setting(f, text: str):
     """The typed value of one setting; UserError with value, bound and remedy when it is not one."""
     name, meta, kind = f.name.upper(), f.metadata, type(f.default)
     choices = ("0", "1") if kind is bool else meta["choices"]
     if choices and text not in choices:
         raise UserError(f"{name}={text} must be {' or '.join(choices)}")
-    if kind in (bool, str):
-        return text == "1" if kind is bool else text
-    if not is_number(text) or (kind is int and float(text) % 1):
+    if kind is bool:
+        return text == "1"
+    if kind is str:
+        return parse_text(name, text, meta["hi"])
+    value = whole_number(text) if kind is int else float(text) if is_number(text) else None
+    if value is None:
         raise UserError(f"{name}={text} must be {'a whole number' if kind is int else 'a number'}")
-    value = kind(float(text))
     lo, hi = meta["lo"], meta["hi"]
-    if (lo is not None and value < lo) or (hi is not None and value > hi):
-        bound = f"at least {lo}" if hi is None else f"between {lo} and {hi}"
-        raise UserError(f"{name}={text} is out of range: it must be {bound}")
+    if not lo <= value <= hi:
+        raise UserError(f"{name}={text} is out of range: it must be at least {lo} and at most {hi}")
     return value
 
 
+def parse_text(name: str, text: str, most: int) -> str:
+    """A setting that is text, a path with ~ expanded; UserError for what no file or log line can be named."""
+    bad = ""
+    if len(text) > most or not text.isprintable():
+        bad = f"be at most {most:,} printable characters"
+    elif name == "RUN_ID" and (len(text) > 100 or text[:1] == "." or set(text) & set("/\\")):
+        bad = "be the name of a folder: at most 100 characters, no slash and no dot in front"
+    elif name.endswith(("_PATH", "_DIR")):
+        text = os.path.expanduser(text)
+        if text[:1] == "~":
+            bad = "begin with another folder: there is no such user; a folder of that name is ./~"
+        elif any(len(os.fsencode(part)) > 255 for part in text.split("/")):
+            bad = "have names of at most 255 bytes in it: choose a shorter one"
+    if bad:
+        raise UserError(f"{name}={text[:80]} must {bad}")
+    return text
+
+
 def looks_like_ours(name: str, known: Mapping) -> str | None:
-    """The nearest known setting when `name` must have been meant for this script, else None."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.84)
-    word, underscore, _ = name.lower().partition("_")
-    if close or (underscore and name.isupper() and word in OUR_WORDS):
-        return (close or difflib.get_close_matches(name, known, n=1, cutoff=0.0))[0]
-    return None
+    """The nearest known setting when `name` must have been meant for this script, else None.
+    It is nearly a setting's, or made of our words alone and ends in none of a platform's."""
+    if name in OTHER_NAMES:
+        return None
+    words = name.lower().split("_")
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.86 if len(name) > 4 else 1.0)
+    if words[-1] in PLATFORM_WORDS:
+        return close[0] if close and words[-1] in close[0].lower().split("_")[-1] else None
+    if not close and len(words) > 1 and name.isupper():
+        ours = {word for other in (*known, *NO_SETTINGS) for word in other.lower().split("_")}
+        if words[0] in OUR_WORDS or ours.issuperset(words):
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return close[0] if close else None
+
+
+def stray_names(env: Mapping[str, str]) -> dict[str, str]:
+    """Variables that nothing here reads though they are like settings, or what others call them,
+    and what to say of each; twenty at most. from_env refuses those that must have been meant."""
+    known = {f.name.upper() for f in fields(Settings)}
+    begins = OUR_WORDS | COMMON_WORDS
+    strays = {}
+    for name in sorted(set(env) - known - {*NO_SETTINGS, *ALIASES}):
+        like_ours = "_" in name and name.isupper() and name.split("_")[0].lower() in begins
+        if name in OTHER_NAMES:
+            strays[name] = f"not read; here it is {OTHER_NAMES[name]}"
+        elif like_ours or difflib.get_close_matches(name, known, cutoff=0.84):
+            strays[name] = "not read; no setting"
+    return dict(itertools.islice(strays.items(), 20))
 
 
 def print_help() -> None:
@@ -702,8 +813,9 @@ def print_help() -> None:
         meta = f.metadata
         if meta["group"]:
             print(f"\n{meta['group'].upper()}")
-        bounds = "|".join(meta["choices"]) if meta["choices"] else " ".join(
-            f"{sign} {b:g}" for sign, b in ((">=", meta["lo"]), ("<=", meta["hi"])) if b is not None)
+        bounds = "|".join(meta["choices"])
+        if type(f.default) in (int, float):
+            bounds = f"{meta['lo']:g} to {meta['hi']:g}"
         default = int(f.default) if isinstance(f.default, bool) else f.default
         print(f"  {f.name.upper():34} {default!s:>10}  {meta['doc']}" + (f"  [{bounds}]" if bounds else ""))
     print("\nACCEPTED OLD NAMES")
@@ -717,6 +829,41 @@ def print_help() -> None:
 # 2  Run: world, clocks, log
 # ============================================================================================================
 
+class Ranks(NamedTuple):
+    """What the launcher tells a process: its number, how many there are, and both on this machine."""
+    rank: int
+    size: int
+    local: int
+    local_size: int
+
+
+def launcher_ranks(env: Mapping[str, str]) -> Ranks:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process without them. UserError
+    when they do not fit together, or the other ranks could not be found."""
+    remedy = ("start by torchrun, or without them: env -u RANK -u WORLD_SIZE -u LOCAL_RANK "
+              "-u LOCAL_WORLD_SIZE python train_gpt.py")
+
+    def read(name: str, otherwise: int, lo: int, hi: int) -> int:
+        text = env.get(name, str(otherwise))
+        if not re.fullmatch("[0-9]{1,9}", text) or not lo <= int(text) <= hi:
+            among = "" if name == "WORLD_SIZE" else f" for WORLD_SIZE={env.get('WORLD_SIZE', 1)}"
+            raise UserError(f"{name}={text[:40]} must be a whole number from {lo} to {hi}{among}: "
+                            f"{remedy}")
+        return int(text)
+
+    size = read("WORLD_SIZE", 1, 1, 65536)
+    local_size = read("LOCAL_WORLD_SIZE", 1, 1, size)
+    rank = read("RANK", 0, 0, size - 1)
+    here = local_size if "LOCAL_WORLD_SIZE" in env else size
+    local = read("LOCAL_RANK", 0, 0, here - 1)
+    if size > 1:
+        if "RANK" not in env or not env.get("MASTER_ADDR", "").strip():
+            raise UserError(f"WORLD_SIZE={size} needs RANK and MASTER_ADDR, by which ranks find "
+                            f"each other: {remedy}")
+        read("MASTER_PORT", 0, 1, 65535)
+    return Ranks(rank, size, local, local_size)
+
+
 @dataclass(frozen=True)
 class World:
     """The ranks of this run; one rank is the same code. Collectives are no-ops when size is 1."""
@@ -727,7 +874,7 @@ class World:
     @classmethod
     def join(cls, env: Mapping[str, str]) -> World:
         """Join the launcher's process group: NCCL (and gloo for host values) on GPUs, gloo on a CPU."""
-        rank, size, local = (int(env.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        rank, size, local, _ = launcher_ranks(env)
         device = torch.device("cpu")
         if gpus := torch.cuda.device_count():
             if local >= gpus:
@@ -900,6 +1047,43 @@ def write_atomic(path: Path, data: bytes) -> None:
         Path(temp).unlink(missing_ok=True)
 
 
+def file_size(path: Path, most: int, what: str) -> int:
+    """Bytes of a regular file of at most `most`, known before it is opened: a pipe would wait for
+    ever, a device never end. what: what it should be, for messages. UserError for anything else."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; it should be {what}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path} is no regular file; it should be {what}")
+    if found.st_size > most:
+        raise UserError(f"{path} has {found.st_size:,} bytes, at most {most:,} are read; it should "
+                        f"be {what}")
+    return found.st_size
+
+
+def read_bounded(path: Path, most: int, what: str) -> bytes:
+    """All bytes of a file that file_size() takes."""
+    file_size(path, most, what)
+    try:
+        with open(path, "rb") as f:
+            return f.read(most)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; it should be {what}") from error
+
+
+def read_json(path: Path, what: str, most: int = 1 << 26) -> dict:
+    """The object in a JSON file; UserError when it holds anything else."""
+    try:
+        found = json.loads(read_bounded(path, most, what))
+    except (ValueError, RecursionError) as error:
+        why = str(error) or type(error).__name__
+        raise UserError(f"{path} is damaged ({why}); it should be {what}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object; it should be {what}")
+    return found
+
+
 SUMMARY_KEYS = ("val_bpb val_loss sliding_val_bpb quantized_val_bpb prequant_val_bpb artifact_bytes "
                 "code_bytes total_bytes steps step_ms train_seconds eval_seconds tokens_scored "
                 "bytes_scored").split()
@@ -921,7 +1105,7 @@ class Run:
             raise UserError(f"ARTIFACT_DIR={self.dir} holds the weights of an earlier run: choose another "
                             "folder; to score those, set EVAL_ONLY_PATH as well")
         if again and not s.resume and (self.dir / "summary.json").exists():
-            if json.loads((self.dir / "summary.json").read_text()).get("steps") is not None:
+            if read_json(self.dir / "summary.json", "that of a run").get("steps") is not None:
                 raise UserError(f"ARTIFACT_DIR={self.dir} holds the summary of a training run, which this "
                                 "one would replace: choose another folder")
         try:
@@ -994,7 +1178,10 @@ def read_shard(path: Path) -> np.ndarray:
     """Tokens of one shard, (N,) uint16, mapped not loaded. UserError when it is missing, foreign or cut."""
     path, again = Path(path), "fetch or build the data again"
     try:
-        size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=SHARD_HEADER)
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):       # a pipe would wait for ever
+            raise UserError(f"{path} is no token shard but a folder, pipe or device; {again}")
+        size, header = found.st_size, np.fromfile(path, dtype="<u4", count=SHARD_HEADER)
     except OSError as error:
         raise UserError(f"cannot read shard {path}: {error.strerror}; {again}") from error
     if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
@@ -1003,7 +1190,8 @@ def read_shard(path: Path) -> np.ndarray:
     count = int(header[2])
     expected = 4 * SHARD_HEADER + 2 * count
     if size != expected:
-        raise UserError(f"{path} has {size:,} bytes but its header promises {expected:,}: truncated; {again}")
+        raise UserError(f"{path} has {size:,} bytes but its header promises {expected:,}: "
+                        f"{'truncated' if size < expected else 'too long'}; {again}")
     if count < 2:
         raise UserError(f"{path} holds {count} tokens: at least 2 are needed; {again}")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
@@ -1030,17 +1218,27 @@ def read_tokens(s: Settings, kind: str, most: int | None = None) -> dict[Path, n
         tokens = whole[:most]
         for bad, fault in (
             (tokens[0] == 0, f"starts with 0, not with BOS (id {BOS}): it is a byte sidecar, not tokens"),
-            (not (tokens == BOS).any(), f"holds no BOS (id {BOS}): documents cannot be told apart"),
+            (not has_bos(whole), f"holds no BOS (id {BOS}): documents cannot be told apart"),
             (i == 0 and tokens[0] != BOS,
              f"starts with token {tokens[0]}, not BOS (id {BOS}): its first document is cut"),
         ):
             if bad:
                 raise UserError(f"{path} {fault}; build the shards again, with a BOS before every document")
-        if tokens.max() >= s.vocab_size:
-            at = int(np.argmax(tokens >= s.vocab_size))
-            raise UserError(f"{path} holds token {tokens[at]} at position {at} but VOCAB_SIZE="
-                            f"{s.vocab_size}: set VOCAB_SIZE and TOKENIZER_PATH to those it was made with")
+        check_ids(path, tokens, s.vocab_size)
     return shards
+
+
+def has_bos(tokens: np.ndarray, block: int = 1_000_000) -> bool:
+    """Whether a BOS is among the tokens, of which no more than needed are read."""
+    return any((tokens[a:a + block] == BOS).any() for a in range(0, len(tokens), block))
+
+
+def check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
+    """Refuse tokens of a shard that are not of the vocabulary."""
+    if tokens.max() >= vocab_size:
+        at = int(np.argmax(tokens >= vocab_size))
+        raise UserError(f"{path} holds token {tokens[at]} at position {at} but VOCAB_SIZE={vocab_size}: set "
+                        "VOCAB_SIZE and TOKENIZER_PATH to those it was made with")
 
 
 def read_sidecars(s: Settings, shards: Mapping[Path, np.ndarray]) -> np.ndarray | None:
@@ -1064,20 +1262,46 @@ def read_sidecars(s: Settings, shards: Mapping[Path, np.ndarray]) -> np.ndarray 
 
 
 def read_manifest(s: Settings) -> dict:
-    """The folder's manifest.json, written by the data tools; empty when there is none."""
-    path = s.shards / "manifest.json"
-    try:
-        manifest = json.loads(path.read_bytes())
-        return manifest if {"files", "fingerprint"} <= set(manifest) else {}
-    except FileNotFoundError:
+    """The folder's manifest.json, written by the data tools; empty when there is none, or one of another
+    program. UserError when it is damaged."""
+    path, remedy = s.shards / "manifest.json", "fetch or build the data again"
+    if not path.exists():
         return {}
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): fetch or build the data again") from error
+    manifest = read_json(path, f"the data tools' manifest: {remedy}")
+    if not {"files", "fingerprint"} <= set(manifest):
+        return {}
+    if fault := manifest_fault(manifest):
+        raise UserError(f"{path} is damaged ({fault}): {remedy}")
+    return manifest
+
+
+def manifest_fault(manifest: Mapping) -> str:
+    """What in a manifest is not as the data tools write it; empty: nothing."""
+    if not isinstance(manifest["files"], list) or not isinstance(manifest["fingerprint"], str):
+        return "files is no list, or the fingerprint no text"
+    for i, entry in enumerate(manifest["files"]):
+        if not isinstance(entry, dict):
+            return f"file {i} is no object"
+        if not all(isinstance(entry.get(key), str) for key in ("name", "kind")):
+            return f"file {i} has no name or no kind"
+        if not all(is_count(entry.get(key, 0)) for key in ("size", "tokens", "documents", "text_bytes")):
+            return f"file {i} counts what is no whole number"
+    for key in ("split", "tokenizer"):      # no tokenizer: null
+        if not isinstance(manifest.get(key) or {}, dict):
+            return f"{key} is no object"
+    if not is_count(manifest.get("decodable_val_bytes") or 0):
+        return "decodable_val_bytes is no whole number"
+    return ""
+
+
+def is_count(value) -> bool:
+    """Whether a value from JSON is a whole number of 0 or more."""
+    return type(value) is int and 0 <= value < 2 ** 63
 
 
 def manifest_total(s: Settings, kind: str, what: str) -> int | None:
     """Sum of an entry over the manifest's files of a kind; None where it is not told."""
-    told = [entry.get(what) for entry in read_manifest(s).get("files", ()) if entry.get("kind") == kind]
+    told = [entry.get(what) for entry in read_manifest(s).get("files", ()) if entry["kind"] == kind]
     return None if not told or None in told else sum(told)
 
 
@@ -1141,7 +1365,9 @@ def packed_batch(tokens: np.ndarray, max_len: int) -> Batch:
 class Stream:
     """Micro-batches of one rank, in an order that the files fix. max_len: of a segment or a window."""
 
-    def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int):
+    def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int,
+                 vocab_size: int = 65536):
+        self.vocab_size = vocab_size
         self.shards = [read_shard(f) for f in files]
         self.ends = np.cumsum([len(x) for x in self.shards])
         self.world_size, self.rank, self.tokens, self.max_len = world_size, rank, tokens, max_len
@@ -1153,7 +1379,11 @@ class Stream:
         return self.batches * self.world_size * self.tokens / int(self.ends[-1])
 
     def next(self) -> Batch:
+        """The next micro-batch; UserError when it holds an id that is not of the vocabulary."""
         batch, self.batches = self.cut(), self.batches + 1
+        if max(int(batch.x.max()), int(batch.y.max())) >= self.vocab_size:
+            for tokens in self.shards:
+                check_ids(Path(tokens.filename), tokens, self.vocab_size)
         return batch
 
     def skip(self, batches: int) -> None:
@@ -1306,7 +1536,7 @@ def open_train_stream(s: Settings, world: World, tokens: int) -> Stream:
     kind = {"stream": TokenStream, "docpack": DocPackStream, "shuffled": ShuffledStream,
             "coprime": CoprimeStream}[s.train_loader]
     return kind(list_shards(s.shards, "train"), world_size=world.size, rank=world.rank, tokens=tokens,
-                max_len=s.train_seq_len)
+                max_len=s.train_seq_len, vocab_size=s.vocab_size)
 
 
 class Prefetch:
@@ -1366,15 +1596,20 @@ class ByteTable:
         return self.base[target].astype(np.int64) + (self.lead[target] & ~self.boundary[prev])
 
 
+MOST_MODEL, A_MODEL = 1 << 26, "the SentencePiece model of the shards"
+
+
 def load_tokenizer(path: Path):
     """The SentencePiece model at path; UserError when it is missing or damaged."""
     import sentencepiece
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise UserError(f"TOKENIZER_PATH={path} does not exist: see data/README.md, or set TOKENIZER_PATH")
+    model = read_bounded(Path(path), MOST_MODEL, A_MODEL)
     try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model: {str(error)[:80]}") from error
+        return sentencepiece.SentencePieceProcessor(model_proto=model or b"empty")
+    except RuntimeError as error:
+        raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model, or damaged: set it to the "
+                        "one that the shards were made with") from error
 
 
 class Documents:
@@ -1441,6 +1676,10 @@ class Validation:
             table = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
             self.rule, self.target_bytes = "table", table.count(self.tokens[:-1], self.tokens[1:])
         self.documents = Documents(self.tokens).sample(s.val_doc_fraction, s.seed)
+        spans = zip(self.documents.start.tolist(), self.documents.length.tolist())
+        if not any(self.target_bytes[a:a + n - 1].any() for a, n in spans):
+            raise UserError(f"the validation documents of {s.shards} are empty: not a byte is there to be "
+                            "predicted; fetch or build the data again, or raise VAL_DOC_FRACTION")
 
     def open_for_study(self, run: Run, why: str) -> np.ndarray:
         """The one door past the seal: marks the run NON-COMPLIANT, then hands out the tokens."""
@@ -5864,7 +6103,7 @@ def check_validation(s: Settings) -> str:
     if told not in (None, documents):
         raise UserError(f"the validation shards of {s.shards} hold {documents:,} documents (BOS tokens), the "
                         f"manifest says {told:,}: fetch or build the data again")
-    canonical = not manifest or manifest.get("split", {}).get("rule") == "first"
+    canonical = not manifest or (manifest.get("split") or {}).get("rule") == "first"
     if canonical and documents != CANONICAL_VAL_DOCS:
         raise UserError(f"{s.shards} holds {documents:,} validation documents, the canonical split has "
                         f"{CANONICAL_VAL_DOCS:,}: the rest may be trained on; fetch the data again, or for a "
@@ -5875,21 +6114,36 @@ def check_validation(s: Settings) -> str:
             f"{int(val.target_bytes.sum()):,} bytes by {val.rule}")
 
 
-def check_byte_rule(s: Settings, val: Validation, documents: int = 200) -> None:
-    """The table's count against the decoded text of the first documents: at most 1 % more (the published rule
-    takes three bytes for a U+2581 that is not a piece's first character)."""
-    sp, counted, text = load_tokenizer(s.tokenizer), 0, 0
-    for a, n in zip(val.documents.start[:documents].tolist(), val.documents.length.tolist()):
-        counted += int(val.target_bytes[a:a + n - 1].sum())
-        text += len(sp.decode([t for t in val.tokens[a + 1:a + n].tolist() if t != BOS]).encode())
+def check_byte_rule(s: Settings, val: Validation) -> None:
+    """The table's count over all targets against the text that they decode to: at most 1 % more
+    (the published rule takes three bytes for a U+2581 that is not a piece's first character).
+    Token by token, so that their order does not matter: a token decodes to the same bytes
+    everywhere but behind a boundary, where a leading space may be dropped."""
+    table = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
+    sp, target = load_tokenizer(s.tokenizer), val.tokens[1:]
+    behind = table.boundary[val.tokens[:-1]]
+    words = np.flatnonzero(~table.lead & (table.base > 0))
+    word = next(([i] for i in words.tolist() if not sp.is_byte(i)), [])
+    behind_word = len(sp.decode(word).encode())
+    at_start = np.bincount(target[behind], minlength=s.vocab_size)
+    elsewhere = np.bincount(target[~behind], minlength=s.vocab_size)
+    counted, text = int(val.target_bytes.sum()), 0
+    for i in np.flatnonzero((at_start + elsewhere) * ~table.boundary).tolist():
+        first = other = 1
+        if not sp.is_byte(i):      # a byte alone decodes to a sign of three bytes
+            first = len(sp.decode([i]).encode())
+            other = len(sp.decode([*word, i]).encode()) - behind_word
+        text += int(at_start[i]) * first + int(elsewhere[i]) * other
     if counted > 1.01 * text:
-        raise UserError(f"the byte rule counts {counted:,} bytes in {text:,}: scores would be too good")
+        raise UserError(f"the byte rule counts {counted:,} bytes in {text:,}: scores would be too "
+                        "good; use shards with byte sidecars, or a tokenizer without pieces of "
+                        "several spaces")
 
 
 def check_manifest(s: Settings) -> str:
     """Files, sizes and tokenizer against the manifest, and overlap; returns the data's fingerprint."""
-    def sha256(path):
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+    def sha256(path: Path, most: int) -> str:
+        return hashlib.sha256(read_bounded(path, most, A_MODEL)).hexdigest()
 
     manifest, folder = read_manifest(s), s.shards
     files = {e["name"]: e for e in manifest.get("files", ())}
@@ -5899,12 +6153,15 @@ def check_manifest(s: Settings) -> str:
         raise UserError(f"{folder / name} {what}, says manifest.json: fetch or build the data again")
     for name, entry in files.items():
         path, size = present[name], present[name].stat().st_size
+        if not ("size" in entry and isinstance(entry.get("sha256"), str)):
+            raise UserError(f"{folder}/manifest.json lacks size or SHA-256 of {name}: fetch or "
+                            "build the data again")
         if size != entry["size"]:
             raise UserError(f"{path} has {size:,} bytes, the manifest says {entry['size']:,}: fetch it again")
-        if s.data_check == "full" and sha256(path) != entry["sha256"]:
+        if s.data_check == "full" and sha256(path, size) != entry["sha256"]:
             raise UserError(f"{path} is damaged, its SHA-256 is not the manifest's: fetch or build it again")
-    told = manifest.get("tokenizer", {}).get("sha256")
-    if told and s.tokenizer.is_file() and sha256(s.tokenizer) != told:
+    told = (manifest.get("tokenizer") or {}).get("sha256")
+    if told and s.tokenizer.is_file() and sha256(s.tokenizer, MOST_MODEL) != told:
         raise UserError(f"TOKENIZER_PATH={s.tokenizer} is not the tokenizer of {folder}: set it to its own")
     check_overlap(s)
     if manifest:
@@ -5917,7 +6174,7 @@ def check_overlap(s: Settings) -> None:
     """No validation document among the training documents, by the stored 64-bit hashes of their text; without
     those by hashes of their tokens, in the shard next to the split or, with DATA_CHECK=full, in all."""
     stored = [s.shards / f"document_hashes_{kind}.bin" for kind in ("train", "val")]
-    if all(p.is_file() for p in stored):
+    if by_text := all(p.is_file() for p in stored):
         train_docs, val_docs = (np.fromfile(p, "<u8") for p in stored)
         shared = np.flatnonzero(np.isin(train_docs, val_docs))
         where = f"training document {shared[0]:,}" if len(shared) else ""
@@ -5930,6 +6187,11 @@ def check_overlap(s: Settings) -> None:
     if len(shared):
         raise UserError(f"{len(shared):,} validation documents are in the training shards of {s.shards} "
                         f"(first: {where}): a score on them is worth nothing; fetch or build the data again")
+    for kind, hashes in (("train", train_docs), ("val", val_docs)) if by_text else ():
+        told = manifest_total(s, kind, "documents")
+        if told not in (None, len(hashes)):
+            raise UserError(f"{s.shards}/document_hashes_{kind}.bin has {len(hashes):,} documents, "
+                            f"the manifest says {told:,}: fetch or build the data again")
 
 
 def document_hashes(tokens: np.ndarray):
@@ -5938,6 +6200,35 @@ def document_hashes(tokens: np.ndarray):
     for a, b in zip(starts.tolist(), np.append(starts[1:], len(tokens)).tolist()):
         if b - a > 1:
             yield a, hashlib.blake2b(raw[2 * a + 2:2 * b], digest_size=8).digest()
+
+
+def check_temporary_folder() -> None:
+    """UserError unless there is one, in which torch keeps what it compiles."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise UserError("no temporary folder can be written: set TMPDIR to a folder that can") from error
+
+
+def check_folder(folder: Path) -> str:
+    """The names of a run's files are free; UserError where a folder stands in the way."""
+    for name in ("train.log", "metrics.jsonl", "summary.json", "final_model.pt", ARTIFACT_NAME):
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise UserError(f"{folder / name} is no regular file: move it away or set ARTIFACT_DIR")
+    return str(folder)
+
+
+def check_made_before(s: Settings) -> str:
+    """The weights or the artifact that the run begins with: a file, and an artifact's header."""
+    if s.eval_only_path:
+        size = file_size(Path(s.eval_only_path), 16 * MOST_WEIGHTS, "a run's final_model.pt")
+        return f"EVAL_ONLY_PATH, {size:,} bytes"
+    path = Path(s.eval_only_quantized_path)
+    blob = read_bounded(path, MOST_ARTIFACT, "a run's final_model.int6.ptz")
+    header, _ = artifact_from_bytes(blob, path.name)
+    theirs = header.get("architecture")
+    check_architecture(s, theirs if isinstance(theirs, dict) else {}, f"{path.name} is an artifact")
+    return f"EVAL_ONLY_QUANTIZED_PATH, {len(blob):,} bytes"
 
 
 def check_disk(folder: Path, need: int, ballast: bool = False) -> str:
@@ -5993,6 +6284,7 @@ def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "")
         "attention": lambda: attention_why or resolve_attention(s.attn_backend, world.device)[1],
         "batch": lambda: "{} ranks x {} micro-batches of {:,} tokens".format(
             world.size, *s.batch_shape(world.size)),
+        "folder": lambda: check_folder(folder),
         "disk": lambda: check_disk(folder, written),
         "size": lambda: expected_size(s),
         "training shards": lambda: check_train_shards(s),
@@ -6001,7 +6293,9 @@ def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "")
                              f"{len(ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size).base)} tokens",
         "data fingerprint": lambda: check_manifest(s)}
     if s.eval_only_quantized_path:
-        del checks["training shards"], checks["data fingerprint"]
+        del checks["batch"], checks["training shards"], checks["data fingerprint"]
+    if s.eval_only_path or s.eval_only_quantized_path:
+        checks = {"made before": lambda: check_made_before(s), **checks}
     findings = []
     for what, check in checks.items():
         try:
@@ -6069,7 +6363,7 @@ def set_up(s: Settings, world: World) -> str:
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high" if world.device.type == "cuda" else "highest")
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launcher_ranks(os.environ).local_size))
     torch._dynamo.config.recompile_limit = 64      # plans, grad modes and batch shapes share one code object
     torch.fx.experimental._config.use_duck_shape = False       # sizes that are equal by chance stay apart
     global ATTENTION
@@ -6119,6 +6413,8 @@ def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
     run.log("changed_settings", quiet=True, **public_settings(s.changed()))
     if ignored := {**{k: NO_SETTINGS[k][1] for k in NO_SETTINGS if k in os.environ}, **idle_settings(s)}:
         run.log("settings_without_effect", **ignored)
+    if strays := stray_names(os.environ):
+        run.log("unknown_names", **strays)
     if near := closest_system(s):
         name, differs = near
         run.log("closest_system", name=name, differences=len(differs))
@@ -6452,10 +6748,8 @@ def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) 
 
 def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> tuple[int, str]:
     """The weights of the artifact at path into the model; the file's size and why it is NON-COMPLIANT."""
-    try:
-        blob = world.agree(path.read_bytes() if world.main else None)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; give final_model.int6.ptz") from error
+    blob = read_bounded(path, MOST_ARTIFACT, "a run's final_model.int6.ptz") if world.main else None
+    blob = world.agree(blob)
     found = read_artifact(s, blob, path.name)
     load_weights(model, found.weights, path.name)
     raw = found.calibration
@@ -6550,14 +6844,22 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
 
 def check_command(which: str) -> int:
     """--check: one line per finding; 1 when something is wrong. --check settings needs no data."""
+    if which not in ("", "settings", "data"):
+        raise UserError(f"--check {which} must be --check, --check settings or --check data")
     s = Settings.from_env(os.environ)
-    s.batch_shape(int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count()))))
+    ranks = launcher_ranks({"WORLD_SIZE": str(max(1, torch.cuda.device_count())), "RANK": "0",
+                            "MASTER_ADDR": "localhost", "MASTER_PORT": "1", **os.environ})
+    if not s.eval_only_quantized_path:
+        s.batch_shape(ranks.size)
     print(f"ok    settings: {len(s.changed())} differ from the defaults")
+    for name, what in stray_names(os.environ).items():
+        print(f"warn  {name}: {what}")
     if which == "settings":
         return 0
     findings = run_checks(s, World.join({}), Path(s.artifact_dir or "runs"))
     if which == "data":
-        findings = [f for f in findings if f.name not in ("device", "attention", "batch", "disk", "size")]
+        others = ("made before", "device", "attention", "batch", "folder", "disk", "size")
+        findings = [f for f in findings if f.name not in others]
     for f in findings:
         print(f"{'ok   ' if f.ok else 'FAIL '} {f.name}: {f.figure}")
     return int(any(not f.ok for f in findings))
@@ -6566,16 +6868,21 @@ def check_command(which: str) -> int:
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     """Entry: 0 when all went well, 1 when --check found something, 2 on a user's mistake, 130 or 143 when
     interrupted."""
-    rank, run = int(os.environ.get("RANK", 0)), None
+    rank, run = 0, None
     SIGNALS.install()
+    for screen in sys.stdout, sys.stderr:
+        with contextlib.suppress(AttributeError):      # a screen of ASCII gets ? for what it cannot show
+            screen.reconfigure(errors="replace")
     try:
         if "--help" in argv or "-h" in argv:
             print_help()
             return 0
+        check_temporary_folder()
         if list(argv[:1]) == ["--check"]:
-            return check_command(argv[1] if len(argv) > 1 else "")
+            return check_command(" ".join(argv[1:]))
         if argv:
             raise UserError(f"unknown argument {argv[0]}: settings come from the environment; see --help")
+        rank = launcher_ranks(os.environ).rank
         s = Settings.from_env(os.environ)
         world = World.join(os.environ)
         why = set_up(s, world)

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shlex
+import stat
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ VAL_DOCS = 50_000                    # THE split: so many first documents are va
 SHARD_TOKENS = 100_000_000           # tokens per training shard, as published
 MAX_VALUE = 2 ** 16 - 1
 MANIFEST = "manifest.json"
+MANIFEST_BYTES = 1 << 26             # a larger one is none
 MANIFEST_FORMAT = "parameter-golf-shards/1"
 TOKENIZER = "tokenizer.model"
 TRAIN, VAL, VAL_BYTES = "train", "val", "val_bytes"
@@ -132,6 +134,15 @@ def file_sha256(path) -> str:
     return digest.hexdigest()
 
 
+def regular_size(path) -> int:
+    """Size of a regular file; DataError for anything else: a pipe would be waited for, a device never end."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise DataError(f"{Path(path).name}: a folder, pipe or device, not a regular file; fetch or build it "
+                        "again")
+    return found.st_size
+
+
 def header_bytes(count: int) -> np.ndarray:
     """The 256 int32 in front of `count` values."""
     header = np.zeros(HEADER_INTS, dtype="<i4")
@@ -159,9 +170,10 @@ def read_shard(path) -> np.ndarray:
     """Values of a shard as a read-only uint16 memory map; DataError for anything but a whole, valid shard."""
     path = Path(path)
     try:
-        size = path.stat().st_size
+        size = regular_size(path)
         with open(path, "rb") as file:
-            header = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4")
+            raw = file.read(HEADER_BYTES)
+        header = np.frombuffer(raw[:len(raw) // 4 * 4], dtype="<u4")
     except OSError as error:
         raise DataError(f"{path.name}: cannot be read ({error.strerror}); check that it exists and its "
                         "permissions") from None
@@ -172,7 +184,7 @@ def read_shard(path) -> np.ndarray:
         raise DataError(f"{path.name}: byte 0: magic {header[0]}, version {header[1]}; expected {MAGIC}, "
                         f"{VERSION}: not a token shard, or damaged; fetch or build it again")
     count = int(header[2])
-    if count < 0 or size != HEADER_BYTES + 2 * count:
+    if size != HEADER_BYTES + 2 * count:
         kind = "truncated" if size < HEADER_BYTES + 2 * count else "too long"
         raise DataError(f"{path.name}: {kind}: the header promises {count:,} tokens = "
                         f"{HEADER_BYTES + 2 * count:,} bytes, the file has {size:,}; fetch or build it again")
@@ -230,15 +242,46 @@ def write_manifest(folder, manifest: dict) -> dict:
 def read_manifest(folder):
     """The manifest of a folder, None where there is none; DataError where it cannot be understood."""
     path = Path(folder) / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
+        if regular_size(path) > MANIFEST_BYTES:
+            raise ValueError(f"more than {MANIFEST_BYTES:,} bytes")
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{MANIFEST} in {folder} cannot be read ({error}); delete it and build or fetch "
-                        "again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{MANIFEST} in {folder} cannot be read ({str(error)[:200]}); delete it and build or "
+                        "fetch again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
         shown = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise DataError(f"{MANIFEST} in {folder}: format {shown!r}, expected {MANIFEST_FORMAT!r}; another "
                         "program or version made it: move it away and run data/check.py --write-manifest")
+    if fault := manifest_fault(manifest):
+        raise DataError(f"{MANIFEST} in {folder} is damaged ({fault}); delete it and build or fetch again")
     return manifest
+
+
+def manifest_fault(manifest: dict) -> str:
+    """What in a manifest is not as write_manifest leaves it; empty: nothing."""
+    def is_count(value):
+        return type(value) is int and 0 <= value < 2 ** 63
+
+    if not isinstance(manifest.get("files"), list) or not isinstance(manifest.get("fingerprint"), str):
+        return "files is no list, or the fingerprint no text"
+    for i, entry in enumerate(manifest["files"]):
+        if not isinstance(entry, dict):
+            return f"file {i} is no object"
+        if not all(isinstance(entry.get(key), str) for key in ("name", "kind", "sha256")):
+            return f"file {i} lacks name, kind or sha256"
+        if not is_count(entry.get("size")):
+            return f"file {i} lacks its size"
+        if not all(is_count(entry.get(key, 0)) for key in ("tokens", "documents", "text_bytes")):
+            return f"file {i} counts what is no whole number"
+    if not isinstance(manifest.get("variant", ""), str):
+        return "variant is no text"
+    for key in ("split", "tokenizer"):      # no tokenizer: null
+        if not isinstance(manifest.get(key) or {}, dict):
+            return f"{key} is no object"
+    described = manifest.get("tokenizer") or {"vocab_size": 0, "sha256": ""}
+    if not is_count(described.get("vocab_size")) or not isinstance(described.get("sha256"), str):
+        return "the tokenizer lacks vocab_size or sha256"
+    return ""

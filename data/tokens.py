@@ -254,7 +254,7 @@ class Tokenizer:
         utf8 = text.encode("utf-8")
         ids = np.array(self.spm.encode(text), dtype=np.int64)
         original = caseops.original_bytes(utf8) if self.kind == CASEOPS else np.ones(len(utf8), bool)
-        counts = self.surfaces.counts(text, ids, original, whole=not self.field_rule)
+        counts = within_uint16(self.surfaces.counts(text, ids, original, whole=not self.field_rule), text)
         return (np.concatenate([[BOS], ids]).astype(np.uint16),
                 np.concatenate([[0], counts]).astype(np.uint16))
 
@@ -271,6 +271,25 @@ class Tokenizer:
             return int(self.count(np.asarray(ids, np.int64)).sum())
         utf8 = self.spm.decode([int(i) for i in ids if i > UNK]).encode("utf-8")
         return int(caseops.original_bytes(utf8).sum()) if self.kind == CASEOPS else len(utf8)
+
+
+def within_uint16(counts: np.ndarray, text: str) -> np.ndarray:
+    """The same bytes per token with none above 65,535: what is too much goes to the tokens beside, the next
+    ones first. DataError when there are too few of them."""
+    if not counts.size or counts.max() <= MAX_VALUE:
+        return counts
+    for order in (slice(None), slice(None, None, -1)):
+        counts, excess = counts[order].copy(), 0
+        for i, count in enumerate(counts.tolist()):
+            counts[i] = min(count + excess, MAX_VALUE)
+            excess += count - counts[i]
+        counts = counts[order]
+        if not excess:
+            return counts
+        counts[order][-1] += excess
+    raise DataError(f"a document of {counts.size:,} tokens and {counts.sum():,} bytes (it starts with "
+                    f"{text[:40]!r}): a sidecar holds at most {MAX_VALUE:,} bytes a token; shorten its white "
+                    "space")
 
 
 def encode_bytes(texts: list[str]):
