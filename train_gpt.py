@@ -852,17 +852,17 @@ class Heartbeat(threading.Thread):
 
     def run(self) -> None:
         while not self.over.wait(TICK):
-            now = time.monotonic()
-            if now - self.last > 5 * TICK:      # this process slept, perhaps with all others: count from now
-                self.moved, self.heard = now, dict.fromkeys(self.heard, now)
-            self.last = now
-            try:
-                self.exchange(now)
-                stuck = self.stuck(now)
-            except RuntimeError:      # the store does not answer: the collectives' time limits remain
-                continue
-            if stuck and not self.over.is_set():
-                self.end_job(stuck)
+            with contextlib.suppress(RuntimeError):      # no answer: the collectives' time limits remain
+                if (stuck := self.turn(time.monotonic())) and not self.over.is_set():
+                    self.end_job(stuck)
+
+    def turn(self, now: float) -> list[int]:
+        """One look at the others; the ranks that hold up the job."""
+        if now - self.last > 5 * TICK:      # this process slept, perhaps with all others: count from now
+            self.moved, self.heard = now, dict.fromkeys(self.heard, now)
+        self.last = now
+        self.exchange(now)
+        return self.stuck(now)
 
     def leave(self) -> None:
         """This rank ends as it should."""
@@ -6002,28 +6002,41 @@ def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
     if world.main and run.summary.get("code_sha256") != digest:      # else the log has it already
         encoding = "latin-1" if source.startswith(b"# coding: latin-1") else "utf-8"
         run.write(run.text, source.decode(encoding) + "\n" + "=" * 100)
-    here = dict(seed=s.seed, world_size=world.size, device=world.device_name, torch=torch.__version__,
-                model_params=parameters, code_sha256=digest)
-    if differing := {k: v for k, v in here.items() if run.summary.get(k, v) != v}:
-        run.warn("this is not as in training: " + "; ".join(
-            f"{k}={v} here, {run.summary[k]} there" for k, v in differing.items()))
-    run.summary.update({k: v for k, v in here.items() if k not in run.summary})
-    run.summary.update(settings=settings, code_bytes=code_bytes(s.code_form), code_form=s.code_form)
-    with run.guarded("the comparison with the settings beside the file"):
-        compare_settings(s, run)
+    run.summary.update(code_bytes=code_bytes(s.code_form), code_form=s.code_form)
+    compare_with_training(run, dict(
+        seed=s.seed, world_size=world.size, device=world.device_name, torch=torch.__version__,
+        model_params=parameters, code_sha256=digest, settings=settings))
 
 
-def compare_settings(s: Settings, run: Run) -> None:
-    """Warn of settings that are not those of the summary beside the file that is quantised or scored."""
-    path = Path(s.eval_only_path or s.eval_only_quantized_path or "")
-    if not path.name:
-        return
+OWN_TO_A_STAGE = ("RUN_ID", "QUANTIZE_ONLY", "PREQUANT_ONLY", "RESUME", "settings", "seed")     # may differ
+
+
+def compare_with_training(run: Run, here: dict) -> None:
+    """Facts and settings into the summary; a warning of those that are not as in the summary beside the file
+    that is quantised or scored. In a run's own folder the summary keeps what was true of its training."""
+    differing = {}
+    with run.guarded("the comparison with training"):
+        differing = differences_from_training(run, here)
+    if differing:
+        run.warn("not as in the summary beside the weights: " + "; ".join(
+            f"{name}={here} here, {there} there" for name, (here, there) in differing.items()))
+    if run.goes_on():
+        run.summary["not_as_in_training"] = differing
+        here = {k: v for k, v in here.items() if k == "settings" or k not in run.summary}
+    run.summary.update(here)
+
+
+def differences_from_training(run: Run, here: Mapping) -> dict[str, list]:
+    """What of it is not as in the summary beside the weights or artifact: [here, there] by name."""
+    path = Path(run.s.eval_only_path or run.s.eval_only_quantized_path or "")
+    if not (path.name and run.world.main):
+        return {}
     folder = path.parent.parent if path.parent.name == "checkpoint" else path.parent
-    there = read_summary(folder / "summary.json").get("settings", {})
-    own = ("RUN_ID", "QUANTIZE_ONLY", "PREQUANT_ONLY", "RESUME")
-    here = {k: v for k, v in public_settings(s.as_env()).items() if k in there and k not in own}
-    if differing := [f"{k}={v} here, {there[k]} there" for k, v in here.items() if v != there[k]]:
-        run.warn(f"settings are not those of the summary beside {path.name}: {'; '.join(differing)}")
+    there = read_summary(folder / "summary.json")
+    there = {**there, **there.get("settings", {}),      # and what was not as in training then
+             **{name: old for name, (_, old) in there.get("not_as_in_training", {}).items()}}
+    return {name: [value, there[name]] for name, value in {**here, **here["settings"]}.items()
+            if name not in OWN_TO_A_STAGE and there.get(name, value) != value}
 
 
 def save_weights(run: Run, model: GPT) -> None:
