@@ -1178,6 +1178,7 @@ class Run:
         self.write(self.text, line)
         if not quiet:
             self.say(line)
+        self.note_go_on(every=5.0)      # a checkpoint may have come
 
     def write(self, journal: Journal, line: str) -> None:
         """A line into one of the files; the first that cannot be written is warned of."""
@@ -3218,7 +3219,6 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
         norm = trainer.update(lr, muon_momentum(s, step), decay_share(s, done))
         step += 1
         world.beat(f"{kind} {step}")
-        run.note_go_on(every=5.0)
         trainer.set_sharpness(curriculum.sharpness(step, lr_share(s, done)))
         if int(stream.epoch) > epochs:
             epochs = int(stream.epoch)
@@ -6371,7 +6371,6 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
         if finding.name == "data fingerprint":
             run.summary["data_fingerprint"] = finding.figure
     run.save_summary()
-    run.note_go_on()
     val = Validation(s)
     if not s.eval_only_quantized_path:
         with Validation.seal():
