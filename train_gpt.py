@@ -695,10 +695,15 @@ def print_help() -> None:
 # 2  Run: world, clocks, log
 # ============================================================================================================
 
-# First word of what a rank does -> seconds without progress of any rank, and of waiting in a collective, after
-# which something hangs. In evaluation a rank may wait long for those that have more to score.
-PATIENCE = {"step": (60.0, 60.0), "scoring": (300.0, 1800.0), "adapting": (300.0, 1800.0),
-            "checking": (1800.0, 1800.0)}
+# First word of what a rank does -> seconds without progress of any rank, and seconds of
+# waiting in a collective, after which something hangs. In evaluation a rank may wait long
+# for those that have more to score.
+PATIENCE = {
+    "step": (60.0, 60.0),
+    "scoring": (300.0, 1800.0),
+    "adapting": (300.0, 1800.0),
+    "checking": (1800.0, 1800.0),
+}
 USUAL_PATIENCE = (300.0, 300.0)
 
 
@@ -721,11 +726,11 @@ class Pulse:
         self.beats += 1
 
     def limits(self) -> tuple[float, float]:
-        """PATIENCE now, but never under ten times the longest step so far, nor the usual before that."""
+        """PATIENCE now: the usual before the first step, then at least ten of the longest."""
         word = self.doing.split()[0]
-        if word not in self.longest:
-            return tuple(map(max, PATIENCE.get(word, USUAL_PATIENCE), USUAL_PATIENCE))
-        return tuple(max(seconds, 10 * self.longest[word]) for seconds in PATIENCE.get(word, USUAL_PATIENCE))
+        progress, wait = PATIENCE.get(word, USUAL_PATIENCE)
+        least = 10 * self.longest[word] if word in self.longest else USUAL_PATIENCE[0]
+        return max(progress, least), max(wait, least)
 
 
 @dataclass(frozen=True)
@@ -757,9 +762,10 @@ class World:
         return world
 
     def beat(self, doing: str) -> None:
-        """Say that progress was made and what follows, such as "step 812": others end a job that hangs."""
+        """Progress was made; `doing`, such as "step 812", follows: a job that hangs is ended."""
         self.pulse.beat(doing)
-        wait, set_wait = self.pulse.limits()[1], getattr(dist.distributed_c10d, "_set_pg_timeout", None)
+        wait = self.pulse.limits()[1]
+        set_wait = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
         if set_wait and wait != self.pulse.wait and dist.is_initialized():
             self.pulse.wait = wait
             set_wait(timedelta(seconds=wait))
@@ -821,12 +827,12 @@ class World:
 
 
 TICK = 2.0       # seconds between two signs of life
-STOPPED = 20.0   # seconds without one after which a process here that is stopped is given up
-SILENT = 45.0    # and any process elsewhere; one here that runs may be busy in a call that lets no thread run
+STOPPED = 20.0   # seconds without one after which a stopped process of this machine is given up
+SILENT = 45.0    # and one of another; one that runs here may be in a call that lets no thread run
 
 
 def process_state(pid: int) -> tuple[str, str]:
-    """(state letter, time of its start) of a process of this machine; empty where that is not to be known."""
+    """(state letter, time of its start) of a process of this machine; empty where not known."""
     try:
         words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return words[0], words[19]
@@ -835,30 +841,34 @@ def process_state(pid: int) -> tuple[str, str]:
 
 
 class Heartbeat(threading.Thread):
-    """Tells the other ranks, over the rendezvous store, that this process lives and what it does; ends the job
-    when one of them falls silent or nothing goes on. Under torchrun its agent keeps the store, so that any
-    rank may hang. tell(line) says why, on the first rank that is well."""
+    """Tells the other ranks, over the rendezvous store, that this process lives and what it
+    does; ends the job when one of them falls silent or nothing goes on. Under torchrun its
+    agent keeps the store, so that any rank may hang. tell(line) says why, on one rank."""
 
     def __init__(self, world: World, env: Mapping[str, str]):
         super().__init__(name="heartbeat", daemon=True)
-        place, patience = (env["MASTER_ADDR"], int(env["MASTER_PORT"])), timedelta(seconds=10)
-        store = dist.TCPStore(*place, is_master=False, timeout=patience, wait_for_workers=False)
-        self.store = dist.PrefixStore(f"heartbeat{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False,
+                              timeout=timedelta(seconds=10), wait_for_workers=False)
+        attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = dist.PrefixStore(f"heartbeat{attempt}", store)
         self.world, self.over, self.ticks = world, threading.Event(), 0
-        self.tell: Callable[[str], None] = lambda line: print(f"error: {line}", file=sys.stderr, flush=True)
+        self.tell: Callable[[str], None] = lambda line: tell(f"error: {line}")
         self.signs: dict[int, dict] = {}      # the latest of every rank
         self.heard: dict[int, float] = {}     # when it came
-        self.moved = self.last = time.monotonic()      # when any rank made progress; when this thread ran
+        self.moved = time.monotonic()         # when any rank made progress
+        self.last = time.monotonic()          # when this thread ran
 
     def run(self) -> None:
         while not self.over.wait(TICK):
-            with contextlib.suppress(RuntimeError):      # no answer: the collectives' time limits remain
-                if (stuck := self.turn(time.monotonic())) and not self.over.is_set():
+            # without an answer of the store the collectives' time limits remain
+            with contextlib.suppress(RuntimeError):
+                stuck = self.turn(time.monotonic())
+                if stuck and not self.over.is_set():
                     self.end_job(stuck)
 
     def turn(self, now: float) -> list[int]:
         """One look at the others; the ranks that hold up the job."""
-        if now - self.last > 5 * TICK:      # this process slept, perhaps with all others: count from now
+        if now - self.last > 5 * TICK:      # it slept, perhaps with all others: count from now
             self.moved, self.heard = now, dict.fromkeys(self.heard, now)
         self.last = now
         self.exchange(now)
@@ -874,9 +884,10 @@ class Heartbeat(threading.Thread):
         """Give this rank's sign of life, and read those of all."""
         pulse, pid = self.world.pulse, os.getpid()
         self.ticks += 1
-        mine = {"host": platform.node(), "pid": pid, "begun": process_state(pid)[1], "tick": self.ticks,
-                "doing": pulse.doing, "beats": pulse.beats, "waiting": pulse.waiting,
-                "limit": pulse.limits()[0]}
+        mine = {
+            "host": platform.node(), "pid": pid, "begun": process_state(pid)[1],
+            "tick": self.ticks, "doing": pulse.doing, "beats": pulse.beats,
+            "waiting": pulse.waiting, "limit": pulse.limits()[0]}
         self.store.set(str(self.world.rank), json.dumps(mine))
         keys = [str(rank) for rank in range(self.world.size)]
         if not self.store.check(keys):
@@ -891,20 +902,21 @@ class Heartbeat(threading.Thread):
 
     def here(self, rank: int) -> str:
         """State letter of a rank's process if it runs on this machine, else nothing."""
-        state, begun = process_state(self.signs[rank]["pid"])
-        same = self.signs[rank]["host"] == platform.node() and begun == self.signs[rank]["begun"]
-        return state if same else ""
+        sign = self.signs[rank]
+        state, begun = process_state(sign["pid"])
+        return state if (sign["host"], sign["begun"]) == (platform.node(), begun) else ""
 
     def stuck(self, now: float) -> list[int]:
-        """The ranks that hold up the job: silent ones, or when nobody makes progress those that wait for no
-        other and are the least far."""
+        """The ranks that hold up the job: silent ones, or when nobody makes progress those that
+        wait for no other and are the least far."""
         at_work = [rank for rank, sign in self.signs.items() if "left" not in sign]
         silent = []
         for rank in at_work:
             quiet, state = now - self.heard[rank], self.here(rank)
-            if quiet > STOPPED and state in ("T", "t") or quiet > SILENT and not state:
+            patience = {"T": STOPPED, "t": STOPPED, "": SILENT}.get(state, math.inf)
+            if quiet > patience:
                 silent.append(rank)
-        limit = max((self.signs[rank]["limit"] for rank in at_work), default=math.inf)
+        limit = max([self.signs[rank]["limit"] for rank in at_work], default=math.inf)
         if silent or now - self.moved <= limit:
             return silent
         busy = [rank for rank in at_work if not self.signs[rank]["waiting"]] or at_work
@@ -915,12 +927,12 @@ class Heartbeat(threading.Thread):
         """Who made no progress since when, in one line."""
         if len(stuck) == self.world.size:
             return f"no rank has made progress since {self.signs[0]['doing']}"
-        return "; ".join("rank {} ({host}, pid {pid}) has made no progress since {doing}".format(
-            rank, **self.signs[rank]) for rank in stuck)
+        said = "rank {} ({host}, pid {pid}) has made no progress since {doing}"
+        return "; ".join(said.format(rank, **self.signs[rank]) for rank in stuck)
 
     def end_job(self, stuck: Sequence[int]) -> None:
-        """Say it, on one rank; end what is stopped, then this process: later than those that are to blame, so
-        that the launcher names them."""
+        """Say it, on one rank; end what is stopped, then this process: later than those that are
+        to blame, so that the launcher names them."""
         self.world.pulse.ending = True
         well = sorted(set(range(self.world.size)) - set(stuck)) or [0]
         if self.world.rank == well[0]:
@@ -999,17 +1011,19 @@ def write_atomic(path: Path, data: bytes, amend: Callable[[], bytes] | None = No
 SUMMARY_KEYS = ("val_bpb val_loss sliding_val_bpb quantized_val_bpb prequant_val_bpb artifact_bytes "
                 "code_bytes total_bytes steps step_ms train_seconds eval_seconds tokens_scored "
                 "bytes_scored").split()
-# What a summary keeps of its training when quantising or evaluation is run again in the same folder.
-TRAINING_KEYS = ("steps step_ms train_seconds stopped seed world_size device torch model_params code_sha256 "
-                 "untrained_val_bpb prequant_val_bpb data_fingerprint training_not_compliant_because "
-                 "artifact_digest quantising_runs evaluation_runs").split()
+# What a summary keeps when quantising or evaluation is run again in the folder of a training.
+TRAINING_KEYS = ("steps step_ms train_seconds stopped seed world_size device torch model_params "
+                 "code_sha256 untrained_val_bpb prequant_val_bpb data_fingerprint "
+                 "training_not_compliant_because artifact_digest quantising_runs "
+                 "evaluation_runs").split()
 ARTIFACT_NAME, WEIGHTS_NAME = "final_model.int6.ptz", "final_model.pt"
-LEFTOVER = re.compile(r"\.(.+\.(pt|ptz|json)\.\w{8}|space\.\d+|ballast)")      # of writes that were killed
+# Files of writes that were killed.
+LEFTOVER = re.compile(r"\.(.+\.(pt|ptz|json)\.\w{8}|space\.\d+|ballast)")
 
 
 def lock_folder(folder: Path):
-    """The open file whose lock says that this run owns the folder; whatever ends the process frees it. None
-    where the disk knows no locks. UserError when another live run has it."""
+    """The open file whose lock says that this run owns the folder; whatever ends the process
+    frees it. None where the disk knows no locks. UserError when another live run has it."""
     path = folder / ".lock"
     while True:
         file = open(path, "a+", encoding="utf-8")
@@ -1018,8 +1032,8 @@ def lock_folder(folder: Path):
         except BlockingIOError as error:
             file.seek(0)
             who = file.read(100).strip() or "its process is starting"
-            raise UserError(f"ARTIFACT_DIR={folder} is in use by a live run ({who}): wait until it ends, or "
-                            "choose another folder") from error
+            raise UserError(f"ARTIFACT_DIR={folder} is in use by a live run ({who}): wait until "
+                            "it ends, or choose another folder") from error
         except OSError:
             file.close()
             return None
@@ -1039,15 +1053,24 @@ def read_summary(path: Path) -> dict:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}): move it away") from error
+        fault = type(error).__name__
+        raise UserError(f"{path} cannot be read ({fault}): move it away") from error
     if not isinstance(summary, dict):
         raise UserError(f"{path} is no summary of a run: move it away")
     return summary
 
 
+def home_of(s: Settings) -> Path | None:
+    """The folder of the run that made the weights or the artifact to go on with, if any are given."""
+    path = Path(s.eval_only_path or s.eval_only_quantized_path)
+    if not path.name:
+        return None
+    return path.parent.parent if path.parent.name == "checkpoint" else path.parent
+
+
 class Journal:
-    """A file of lines that never ends a run: what cannot be written waits in memory, at most MOST bytes of it,
-    and is tried again with every line."""
+    """A file of lines that never ends a run: what cannot be written waits in memory, at most
+    MOST bytes of it, and is tried again with every line."""
     MOST = 8 << 20
 
     def __init__(self, path: Path, fresh: bool = False):
@@ -1075,7 +1098,9 @@ def finite_only(value):
         return None
     if isinstance(value, Mapping):
         return {k: finite_only(v) for k, v in value.items()}
-    return [finite_only(v) for v in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return [finite_only(v) for v in value]
+    return value
 
 
 def to_json(value, **options) -> str:
@@ -1098,7 +1123,8 @@ class Run:
         self.time_known = True      # that of training, which quantising goes on with
         self.command, self.command_at = "", 0.0
         self.resumes = getattr(s, "resume", False)
-        self.before = {} if self.resumes else {path: self.written(path) for path in self.ways_on()}
+        # when those files were written that are not this run's own
+        self.before = {} if self.resumes else {p: self.written(p) for p in self.ways_on()}
         again = bool(self.resumes or s.eval_only_path or s.eval_only_quantized_path)
         for thread in world.threads:
             thread.tell = self.hung
@@ -1131,9 +1157,8 @@ class Run:
 
     def goes_on(self) -> bool:
         """Whether what is quantised or scored is this folder's own, or training is resumed in it."""
-        path = Path(self.s.eval_only_path or self.s.eval_only_quantized_path or "")
-        homes = {path.resolve().parent, path.resolve().parent.parent} if path.name else set()
-        return self.resumes or self.dir.resolve() in homes
+        home = home_of(self.s)
+        return self.resumes or (home is not None and home.resolve() == self.dir.resolve())
 
     def check_folder(self, again: bool) -> dict:
         """The summary that lies in the folder; UserError unless this run may write there."""
@@ -1185,19 +1210,19 @@ class Run:
         journal.write(line + "\n")
         if journal.fault and not journal.told:
             journal.told = True
-            self.warn(f"{journal.path} cannot be written ({journal.fault}): its lines wait in memory and are "
-                      "tried again; the run goes on")
+            self.warn(f"{journal.path} cannot be written ({journal.fault}): its lines wait in "
+                      "memory and are tried again; the run goes on")
 
     def show(self, text: str) -> None:
         """Put text on the screen if that works."""
         try:
             print(text, end="", flush=True)
         except (OSError, ValueError) as error:
-            if isinstance(error, BrokenPipeError) or sys.stdout.closed:      # nobody will ever read it
+            if isinstance(error, BrokenPipeError) or sys.stdout.closed:      # for ever
                 sys.stdout, self.live = open(os.devnull, "w"), False
             if not self.screen_failed:
                 self.screen_failed = True
-                self.warn(f"the screen cannot be written ({error}): see train.log; the run goes on")
+                self.warn(f"the screen cannot be written ({error}): see train.log")
 
     def say(self, line: str) -> None:
         """A line on the screen only (clears a live progress line first)."""
@@ -1221,21 +1246,22 @@ class Run:
         try:
             yield
         except Exception as error:
-            if hasattr(error, "status"):      # an interruption is none
-                raise
             self.warn(f"{what} failed ({in_a_line(error)}): the run goes on without")
 
     # --- going on after an early end
 
     def ways_on(self) -> dict[Path, dict[str, str]]:
         """Files that a run can be continued from, best first, and the settings that do so."""
-        resume = {"RESUME": "1"} if not self.s.max_wallclock_seconds else {}
-        found = sorted((self.dir / "checkpoint").glob("resume*.pt")) if resume else []
-        return {self.dir / ARTIFACT_NAME: {"EVAL_ONLY_QUANTIZED_PATH": str(self.dir / ARTIFACT_NAME)},
-                self.dir / WEIGHTS_NAME: {"EVAL_ONLY_PATH": str(self.dir / WEIGHTS_NAME)},
-                **{path: resume for path in found[:1]},
-                self.dir / "checkpoint" / "average.pt":
-                    {"EVAL_ONLY_PATH": str(self.dir / "checkpoint" / "average.pt")}}
+        artifact, weights = self.dir / ARTIFACT_NAME, self.dir / WEIGHTS_NAME
+        ways = {artifact: {"EVAL_ONLY_QUANTIZED_PATH": str(artifact)},
+                weights: {"EVAL_ONLY_PATH": str(weights)}}
+        checkpoints = self.dir / "checkpoint"
+        if not self.s.max_wallclock_seconds:
+            for path in sorted(checkpoints.glob("resume*.pt")):
+                ways[path] = {"RESUME": "1"}
+        average = checkpoints / "average.pt"
+        ways[average] = {"EVAL_ONLY_PATH": str(average)}
+        return ways
 
     @staticmethod
     def written(path: Path) -> int:
@@ -1247,12 +1273,13 @@ class Run:
 
     def way_on(self) -> dict[str, str]:
         """The settings that go on from the best file that this run has written; none: it has none yet."""
-        ways = (how for path, how in self.ways_on().items()
-                if self.written(path) not in (0, self.before.get(path)))
-        return next(ways, {})
+        for path, how in self.ways_on().items():
+            if self.written(path) not in (0, self.before.get(path)):
+                return how
+        return {}
 
     def go_on(self) -> str:
-        """The command that goes on from what is on disk; while that is nothing, the one that started it."""
+        """The command that goes on from what is on disk; without that the one that started it."""
         changed, how = changed_environment(self.s), self.way_on()
         if not how:
             return starting_command(changed)
@@ -1263,8 +1290,8 @@ class Run:
         return starting_command({**changed, "ARTIFACT_DIR": str(self.dir), **how})
 
     def note_go_on(self, every: float = 0.0) -> None:
-        """Log that command when it has changed: it is then known even after a kill. every: look again after so
-        many seconds only."""
+        """Log that command when it has changed: it is then known even after a kill. every: look
+        again after so many seconds only."""
         if self.text is None or time.monotonic() - self.command_at < every:
             return
         self.command_at, command = time.monotonic(), self.go_on()
@@ -1273,8 +1300,9 @@ class Run:
             self.log("go_on", quiet=True, command=command)
 
     def failed(self, line: str, trace: str = "", again: bool = True) -> None:
-        """The last words of a run that ends early, on any rank: the error, its trace in the log alone, and the
-        command to go on. again: whether the same command may help while nothing is on disk."""
+        """The last words of a run that ends early, on any rank: the error, its trace in the log
+        alone, and the command to go on. again: whether the same command may help while nothing
+        is on disk."""
         tell(f"error: {line}")
         if self.text is None:      # not rank 0: beside its lines, where the folder is shared
             with contextlib.suppress(OSError):
@@ -1305,22 +1333,28 @@ def changed_environment(s: Settings) -> dict[str, str]:
     """The settings that differ from their defaults as a shell would set them."""
     shown = {}
     for name, value in s.changed().items():
-        whole = isinstance(value, (bool, float)) and math.isfinite(value) and value == int(value)
-        shown[name] = str(int(value) if whole else value)
+        if isinstance(value, (bool, float)) and float(value).is_integer():
+            value = int(value)
+        shown[name] = str(value)
     return shown
 
 
 def starting_command(changed: Mapping[str, str]) -> str:
     """The command that starts this script as it was started, under these settings."""
-    env, script = os.environ, sys.argv[0] if sys.argv[0].endswith(".py") else "train_gpt.py"
-    start, size = f"python {shlex.quote(script)}", env.get("WORLD_SIZE", "1")
+    env, script = os.environ, "train_gpt.py"
+    if sys.argv[0].endswith(".py"):
+        path = Path(sys.argv[0])
+        here = path.is_absolute() and path.is_relative_to(Path.cwd())
+        script = shlex.quote(str(path.relative_to(Path.cwd()) if here else path))
+    start, size = f"python {script}", env.get("WORLD_SIZE", "1")
     if "TORCHELASTIC_RUN_ID" in env:
         nodes, here = env.get("GROUP_WORLD_SIZE", "1"), env.get("LOCAL_WORLD_SIZE", "1")
         where = "--standalone" if nodes == "1" else f"--nnodes={nodes} …"
-        start = f"torchrun {where} --nproc_per_node={here} {shlex.quote(script)}"
+        start = f"torchrun {where} --nproc_per_node={here} {script}"
     elif size != "1":
         start = f"RANK=… WORLD_SIZE={size} MASTER_ADDR=… MASTER_PORT=… {start}"
-    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in changed.items()), start])
+    words = [f"{name}={shlex.quote(value)}" for name, value in changed.items()]
+    return " ".join([*words, start])
 
 
 def human(value) -> str:
@@ -6028,15 +6062,19 @@ def compare_with_training(run: Run, here: dict) -> None:
 
 def differences_from_training(run: Run, here: Mapping) -> dict[str, list]:
     """What of it is not as in the summary beside the weights or artifact: [here, there] by name."""
-    path = Path(run.s.eval_only_path or run.s.eval_only_quantized_path or "")
-    if not (path.name and run.world.main):
+    home = home_of(run.s)
+    if home is None or not run.world.main:
         return {}
-    folder = path.parent.parent if path.parent.name == "checkpoint" else path.parent
-    there = read_summary(folder / "summary.json")
-    there = {**there, **there.get("settings", {}),      # and what was not as in training then
-             **{name: old for name, (_, old) in there.get("not_as_in_training", {}).items()}}
-    return {name: [value, there[name]] for name, value in {**here, **here["settings"]}.items()
-            if name not in OWN_TO_A_STAGE and there.get(name, value) != value}
+    summary, there = read_summary(home / "summary.json"), {}
+    there.update(summary)
+    there.update(summary.get("settings", {}))
+    for name, (_, trained) in summary.get("not_as_in_training", {}).items():
+        there[name] = trained      # scored differently before: training is what counts
+    differing = {}
+    for name, value in {**here, **here["settings"]}.items():
+        if name not in OWN_TO_A_STAGE and there.get(name, value) != value:
+            differing[name] = [value, there[name]]
+    return differing
 
 
 def save_weights(run: Run, model: GPT) -> None:
