@@ -6015,11 +6015,12 @@ def closest_system(s: Settings) -> tuple[str, dict] | None:
     return ", ".join(name for name, d in found if d == differs), public_settings(differs)
 
 
-def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
+def log_start(s: Settings, world: World, run: Run) -> None:
     """What runs, where: into the log before anything else."""
-    parameters, settings = sum(p.numel() for p in model.parameters()), public_settings(s.as_env())
+    parameters = sum(map(math.prod, parameter_shapes(s).values()))
+    settings, dtype = public_settings(s.as_env()), pick_dtype(s.compute_dtype, world.device)
     run.log("start", run_id=run.id, device=world.device_name, world_size=world.size, torch=torch.__version__,
-            python=platform.python_version(), dtype=str(model.compute_dtype), attention=ATTENTION,
+            python=platform.python_version(), dtype=str(dtype), attention=ATTENTION,
             parameters=parameters)
     run.log("settings", quiet=True, **settings)
     run.log("changed_settings", quiet=True, **public_settings(s.changed()))
@@ -6395,8 +6396,7 @@ def study_reasons(s: Settings) -> list[str]:
 
 def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
     """train -> average -> quantise -> pack -> read back -> score: the whole story."""
-    model = build_model(s, world)
-    log_start(s, world, run, model)
+    log_start(s, world, run)
     for reason in study_reasons(s):
         run.not_compliant(reason)
     if world.device.type == "cpu" and not s.eval_only_quantized_path and (slow := slow_batch(s)):
@@ -6409,7 +6409,8 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
         if finding.name == "data fingerprint":
             run.summary["data_fingerprint"] = finding.figure
     run.save_summary()
-    val = Validation(s)
+    world.beat("set-up")
+    model, val = build_model(s, world), Validation(s)
     if not s.eval_only_quantized_path:
         with Validation.seal():
             clock, stream = learn(s, world, run, model, val)
