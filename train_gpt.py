@@ -985,8 +985,8 @@ def sync(device: torch.device) -> None:
 
 
 def write_atomic(path: Path, data: bytes, amend: Callable[[], bytes] | None = None) -> None:
-    """Write a file completely or not at all: temporary name in the same folder, flushed, then renamed.
-    amend(): called when the data are on disk and not yet there by name; what it returns takes their place."""
+    """Write a file completely or not at all: temporary name in the same folder, flushed, then
+    renamed. amend(): called before the renaming; what it returns takes the data's place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -1061,7 +1061,7 @@ def read_summary(path: Path) -> dict:
 
 
 def home_of(s: Settings) -> Path | None:
-    """The folder of the run that made the weights or the artifact to go on with, if any are given."""
+    """The folder of the run whose weights or artifact this one goes on with, if any."""
     path = Path(s.eval_only_path or s.eval_only_quantized_path)
     if not path.name:
         return None
@@ -1153,10 +1153,11 @@ class Run:
 
     def open_journals(self, fresh: bool) -> None:
         """train.log and metrics.jsonl, anew or to be appended to."""
-        self.text, self.metrics = (Journal(self.dir / name, fresh) for name in ("train.log", "metrics.jsonl"))
+        names = ("train.log", "metrics.jsonl")
+        self.text, self.metrics = (Journal(self.dir / name, fresh) for name in names)
 
     def goes_on(self) -> bool:
-        """Whether what is quantised or scored is this folder's own, or training is resumed in it."""
+        """Whether what is quantised or scored is this folder's own, or training is resumed."""
         home = home_of(self.s)
         return self.resumes or (home is not None and home.resolve() == self.dir.resolve())
 
@@ -1272,7 +1273,7 @@ class Run:
             return 0
 
     def way_on(self) -> dict[str, str]:
-        """The settings that go on from the best file that this run has written; none: it has none yet."""
+        """The settings that go on from the best file that this run has written, if any."""
         for path, how in self.ways_on().items():
             if self.written(path) not in (0, self.before.get(path)):
                 return how
@@ -5865,8 +5866,8 @@ def slow_batch(s: Settings) -> str:
     """What is to be said when a CPU is given a GPU's batch; nothing for a small one."""
     if s.train_batch_tokens < FULL_BATCH:
         return ""
-    return (f"TRAIN_BATCH_TOKENS={s.train_batch_tokens:,} on a CPU: a step may take many minutes; for a small "
-            "run use configs/demo.env")
+    return (f"TRAIN_BATCH_TOKENS={s.train_batch_tokens:,} on a CPU: a step may take many "
+            "minutes; for a small run use configs/demo.env")
 
 
 def check_device(s: Settings, world: World) -> str:
@@ -5876,8 +5877,9 @@ def check_device(s: Settings, world: World) -> str:
         return text
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden in (None, "all") and (gpus := listed_gpus()):
-        raise UserError(f"nvidia-smi lists {gpus} GPUs but torch {torch.__version__} sees none: install a torch "
-                        "build for this driver, or set CUDA_VISIBLE_DEVICES= to use the CPU")
+        raise UserError(f"nvidia-smi lists {gpus} GPUs but torch {torch.__version__} sees none: "
+                        "install a torch build for this driver, or set CUDA_VISIBLE_DEVICES= to "
+                        "use the CPU")
     slow = slow_batch(s)
     return f"{text}; WARNING: {slow}" if slow and not s.eval_only_quantized_path else text
 
@@ -6043,12 +6045,13 @@ def log_start(s: Settings, world: World, run: Run) -> None:
         model_params=parameters, code_sha256=digest, settings=settings))
 
 
-OWN_TO_A_STAGE = ("RUN_ID", "QUANTIZE_ONLY", "PREQUANT_ONLY", "RESUME", "settings", "seed")     # may differ
+MAY_DIFFER = ("RUN_ID", "QUANTIZE_ONLY", "PREQUANT_ONLY", "RESUME", "settings", "seed")
 
 
 def compare_with_training(run: Run, here: dict) -> None:
-    """Facts and settings into the summary; a warning of those that are not as in the summary beside the file
-    that is quantised or scored. In a run's own folder the summary keeps what was true of its training."""
+    """Facts and settings into the summary; a warning of those that are not as in the summary
+    beside the file that is quantised or scored. In a run's own folder the summary keeps what
+    was true of its training."""
     differing = {}
     with run.guarded("the comparison with training"):
         differing = differences_from_training(run, here)
@@ -6073,7 +6076,7 @@ def differences_from_training(run: Run, here: Mapping) -> dict[str, list]:
         there[name] = trained      # scored differently before: training is what counts
     differing = {}
     for name, value in {**here, **here["settings"]}.items():
-        if name not in OWN_TO_A_STAGE and there.get(name, value) != value:
+        if name not in MAY_DIFFER and there.get(name, value) != value:
             differing[name] = [value, there[name]]
     return differing
 
@@ -6115,15 +6118,16 @@ def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
 
 
 def take_over(s: Settings, run: Run, facts: Mapping) -> Clock:
-    """The training clock that quantising goes on with. In the folder of the run that trained it has run for as
-    long as the weights say; elsewhere, and for weights that do not say it, the time is not known."""
+    """The training clock that quantising goes on with. In the folder of the run that trained it
+    has run for as long as the weights say; else the time is not known."""
     clock, seconds = Clock(s.max_wallclock_seconds), facts.get("train_seconds")
     run.time_known = run.goes_on() and seconds is not None
     if run.time_known:
         clock.start -= seconds
-        told = {k: facts[k] for k in ("steps", "step_ms", "stopped") if facts.get(k) not in (None, "")}
+        keys = ("steps", "step_ms", "stopped")
+        told = {k: facts[k] for k in keys if facts.get(k) not in (None, "")}
         if run.summary.get("steps") is None:      # killed in training: nothing has said it yet
-            run.log("train_end", steps=facts.get("steps"), seconds=seconds, step_ms=facts.get("step_ms"))
+            run.log("train_end", seconds=seconds, **told)
         run.summary.update(told)
         run.log("going_on", train_seconds=seconds, **told)
     return clock
@@ -6178,7 +6182,7 @@ def marked(blob: bytes, why: str) -> bytes:
 
 
 def plain_mark(text: str) -> str:
-    """A mark as it is written and read: printable ASCII that takes one byte each in JSON, bounded."""
+    """A mark as it is written and read: bounded ASCII that takes one byte each in JSON."""
     return re.sub(r'[^ -~]|["\\]', "?", text[:MARK_BYTES])
 
 
@@ -6201,8 +6205,9 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
 
 
 def write_artifact(s: Settings, run: Run, blob: bytes, clock: Clock) -> tuple[float, int]:
-    """Put the artifact on disk, rank 0; seconds of training's clock, and bytes. It is judged when its bytes are
-    on disk, and gets its name only with the mark and the summary that tell the verdict: no kill comes between."""
+    """Put the artifact on disk, on rank 0; seconds of training's clock, and bytes. It is judged
+    when its bytes are on disk, and gets its name only with the mark and the summary that tell
+    the verdict: no kill comes between."""
     def judged() -> bytes:
         nonlocal blob, seconds
         seconds, known = clock.elapsed(), len(run.summary["not_compliant_because"])
@@ -6214,10 +6219,11 @@ def write_artifact(s: Settings, run: Run, blob: bytes, clock: Clock) -> tuple[fl
         reasons = run.summary["not_compliant_because"]
         if len(reasons) > known:
             blob = marked(blob, "; ".join(reasons[known:]))
+        of_training = [why for why in reasons if why not in study_reasons(s)]
         run.summary.update(
-            artifact_bytes=len(blob), total_bytes=len(blob) + code_bytes(s.code_form), train_seconds=seconds,
-            artifact_digest=digest_of(blob).hex(),
-            training_not_compliant_because=[why for why in reasons if why not in study_reasons(s)])
+            artifact_bytes=len(blob), artifact_digest=digest_of(blob).hex(),
+            total_bytes=len(blob) + code_bytes(s.code_form), train_seconds=seconds,
+            training_not_compliant_because=of_training)
         run.save_summary()
         return blob
 
@@ -6238,9 +6244,10 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
     count_up(run, "evaluation_runs")
     size, mark, digest = open_artifact(s, world, model, path)
     if world.main and digest != run.summary.get("artifact_digest", digest):
-        raise UserError(f"{path} is not the artifact that this run wrote (digest {digest} instead of "
+        raise UserError(f"{path} is not the artifact that this run wrote (digest {digest}, not "
                         f"{run.summary['artifact_digest']}): quantise again, with EVAL_ONLY_PATH")
-    run.summary.update(artifact_bytes=size, total_bytes=check_size(size, s.code_form), artifact_digest=digest)
+    total = check_size(size, s.code_form)
+    run.summary.update(artifact_bytes=size, total_bytes=total, artifact_digest=digest)
     for reason in filter(None, mark.split("; ")):
         run.not_compliant(reason)
     run.save_summary()
@@ -6261,8 +6268,9 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
         which = {"stream": "first", "length": "longest"}[s.ttt_doc_order]
         rounds = ttt_rounds(s, val.documents.length)
         phases, learnt = len(rounds) - 1, rounds[-2].train_on if len(rounds) > 1 else ()
-        steps = sum(phase_steps(s, int(val.documents.length[r.train_on].sum())) for r in rounds[:-1])
-        learn_from = f"the {which} {len(learnt):,} documents" if steps else "none: no phase takes a step"
+        lengths = [val.documents.length[r.train_on].sum() for r in rounds[:-1]]
+        steps = sum(phase_steps(s, int(tokens)) for tokens in lengths)
+        learn_from = f"the {which} {len(learnt):,} documents" if steps else "none, no step is taken"
         run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
                 base_weights_learn_from=learn_from, base_weight_steps=steps,
                 ngram_hints=0 if val.hints is None else len(val.hints.at), elapsed=clock.elapsed())
@@ -6293,7 +6301,7 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
 
 
 def phase_steps(s: Settings, tokens: int) -> int:
-    """Steps of the base weights that a phase over so many tokens takes (see PhasedTTT.global_phase)."""
+    """Steps of the base weights in a phase over so many tokens (see PhasedTTT.global_phase)."""
     chunks, steps = -(-(tokens - 1) // s.global_ttt_chunk_tokens), 0
     for c in range(max(chunks - 1, 1)):
         inputs = min(s.global_ttt_chunk_tokens, tokens - 1 - c * s.global_ttt_chunk_tokens)
@@ -6316,12 +6324,13 @@ def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) 
 def check_score(stage: str, score: Score) -> None:
     """A score that is not finite is none."""
     if not math.isfinite(score.bpb):
-        raise UserError(f"the score of the stage {stage} is {score.bpb}: the weights are of no use (too large a "
-                        "learning rate, or a damaged file); train again, with a lower MATRIX_LR")
+        raise UserError(f"the score of the stage {stage} is {score.bpb}: the weights are of no use "
+                        "(too large a learning rate, or a damaged file); train again, with a lower "
+                        "MATRIX_LR")
 
 
 def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> tuple[int, str, str]:
-    """The weights of the artifact at path into the model; the file's size, why it is NON-COMPLIANT, digest."""
+    """The weights of the artifact at path into the model; its size, mark and digest."""
     try:
         blob = world.agree(path.read_bytes() if world.main else None)
     except OSError as error:
@@ -6451,7 +6460,6 @@ def check_command(which: str) -> int:
 
 # What takes less memory, by the first word of what a rank was doing.
 LESS_MEMORY = {"scoring": "lower VAL_BATCH_TOKENS", "adapting": "lower TTT_BATCH_SIZE",
-               "calibrating": "use more ranks, or TRAIN_BATCH_TOKENS and TRAIN_SEQ_LEN as of a smaller step",
                "quantising": "free memory on the host"}
 
 
@@ -6460,8 +6468,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     text = str(error).lower()
-    return isinstance(error, (RuntimeError, OSError)) and any(
-        words in text for words in ("out of memory", "can't allocate memory", "cannot allocate memory"))
+    said = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    return isinstance(error, (RuntimeError, OSError)) and any(words in text for words in said)
 
 
 def end_early(error: Exception, run: Run | None, rank: int) -> int:
@@ -6475,7 +6483,8 @@ def end_early(error: Exception, run: Run | None, rank: int) -> int:
     if is_out_of_memory(error):
         word = pulse.doing.split()[0]
         less = LESS_MEMORY.get(word, "raise GRAD_ACCUM_STEPS, or lower TRAIN_BATCH_TOKENS")
-        line = f"out of memory at \"{pulse.doing}\" on rank {rank} ({in_a_line(error):.160}): {less}"
+        why = f"{in_a_line(error):.160}"
+        line = f"out of memory at \"{pulse.doing}\" on rank {rank} ({why}): {less}"
     elif not isinstance(error, UserError) and not hasattr(error, "status"):
         status, line = 1, in_a_line(error)
         trace = "".join(traceback.format_exception(error))
@@ -6490,7 +6499,8 @@ def end_early(error: Exception, run: Run | None, rank: int) -> int:
 
 
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
-    """Entry: 0 when all went well, 1 when --check found something or the script failed, 2 on a user's mistake."""
+    """Entry: 0 when all went well, 1 when --check found something or the script failed, 2 on a
+    user's mistake."""
     rank, run = int(os.environ.get("RANK", 0)), None
     try:
         if "--help" in argv or "-h" in argv:
