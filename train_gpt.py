@@ -696,15 +696,15 @@ def print_help() -> None:
 # ============================================================================================================
 
 # First word of what a rank does -> seconds without progress of any rank, and seconds of
-# waiting in a collective, after which something hangs. In evaluation a rank may wait long
-# for those that have more to score.
+# waiting in a collective, after which something hangs: the latter more, for it is not known
+# who is to blame. In evaluation a rank may wait long for those that have more to score.
 PATIENCE = {
-    "step": (60.0, 60.0),
-    "scoring": (300.0, 1800.0),
-    "adapting": (300.0, 1800.0),
-    "checking": (1800.0, 1800.0),
+    "step": (45.0, 60.0),
+    "scoring": (250.0, 1800.0),
+    "adapting": (250.0, 1800.0),
+    "checking": (1500.0, 1800.0),
 }
-USUAL_PATIENCE = (300.0, 300.0)
+USUAL_PATIENCE = (250.0, 300.0)
 
 
 class Pulse:
@@ -730,7 +730,7 @@ class Pulse:
         word = self.doing.split()[0]
         progress, wait = PATIENCE.get(word, USUAL_PATIENCE)
         least = 10 * self.longest[word] if word in self.longest else USUAL_PATIENCE[0]
-        return max(progress, least), max(wait, least)
+        return max(progress, least), max(wait, 1.2 * least)
 
 
 @dataclass(frozen=True)
@@ -931,14 +931,14 @@ class Heartbeat(threading.Thread):
         return "; ".join(said.format(rank, **self.signs[rank]) for rank in stuck)
 
     def end_job(self, stuck: Sequence[int]) -> None:
-        """Say it, on one rank; end what is stopped, then this process: later than those that are
-        to blame, so that the launcher names them."""
+        """Say it, on one rank; end what is stopped, then this process: when the others have seen
+        it too, and later than those that are to blame, so that the launcher names them."""
         self.world.pulse.ending = True
         well = sorted(set(range(self.world.size)) - set(stuck)) or [0]
         if self.world.rank == well[0]:
             self.tell(self.describe(stuck))
             self.kill_stopped(stuck)
-        time.sleep(1 if self.world.rank in stuck else 4)
+        time.sleep((2 if self.world.rank in stuck else 3) * TICK)
         self.kill_stopped(stuck)
         os._exit(1)
 
