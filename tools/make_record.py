@@ -6,8 +6,9 @@
 
 The folder gets README.md, submission.json, train_gpt.py (as the runs' logs hold it; with --packed, and for
 runs of CODE_FORM=packed always, its self-extracting form), requirements.txt, and per seed
-train_seed<N>.log, metrics_seed<N>.jsonl and summary_seed<N>.json, with relative paths only. Runs that cannot
-make a record are refused with the reason. Before the folder is put in place, its script is run inside it, in
+train_seed<N>.log, metrics_seed<N>.jsonl and summary_seed<N>.json, with relative paths only. A run that ended
+early and went on in its own folder makes one too; the README says what was run again. Runs that cannot make a
+record are refused with the reason. Before the folder is put in place, its script is run inside it, in
 eval-only mode, on an artifact of the runs, and its score is compared.
 
 Tracks: record (8xH100, 600 s + 600 s, three seeds, the full validation set) and non_record (other hardware,
