@@ -1204,7 +1204,8 @@ class Run:
         self.write(self.text, line)
         if not quiet:
             self.say(line)
-        self.note_go_on(every=5.0)      # a checkpoint may have come
+        with self.guarded("the command to go on"):
+            self.note_go_on(every=5.0)      # a checkpoint may have come
 
     def write(self, journal: Journal, line: str) -> None:
         """A line into one of the files; the first that cannot be written is warned of."""
@@ -1309,9 +1310,10 @@ class Run:
             with contextlib.suppress(OSError):
                 self.open_journals(fresh=False)
         self.log("error", quiet=True, text=line, **({"trace": trace} if trace else {}))
-        if again or self.way_on():
-            self.note_go_on()
-            tell(f"to go on: {self.go_on()}")
+        with self.guarded("the command to go on"):
+            if again or self.way_on():
+                self.note_go_on()
+                tell(f"to go on: {self.go_on()}")
 
     def hung(self, line: str) -> None:
         """What the heartbeat calls before it ends this process."""
