@@ -20,6 +20,8 @@ import contextlib
 import dataclasses
 import decimal
 import difflib
+import errno
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -34,14 +36,17 @@ import pickletools
 import platform
 import random
 import re
+import shlex
 import shutil
 import signal
 import stat
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
 import uuid
 import warnings
 import zipfile
@@ -704,6 +709,9 @@ def idle_settings(s: Settings) -> dict[str, str]:
             if name not in (part[0] for part in either) and not any(holds(*part) for part in either):
                 words = (other.upper() + sign + value for other, sign, value in either)
                 idle.setdefault(name.upper(), f"only with {' or '.join(words)}")
+    if s.ttt_enabled and s.phased_ttt_prefix_docs and s.global_ttt_chunk_tokens < s.eval_seq_len:
+        idle["GLOBAL_TTT_CHUNK_TOKENS"] = (f"{s.global_ttt_chunk_tokens} is below EVAL_SEQ_LEN="
+                                           f"{s.eval_seq_len}: the base weights take no step")
     others = [math.prod(parameter_shapes(s).get(name, ())) for name in ("bigram_proj", "ve_proj")]
     if "MATRIX_CLIP_SIGMAS" in s.changed() and max(others) <= SMALL_TENSOR:
         idle.setdefault("MATRIX_CLIP_SIGMAS", "all matrices are of attention, MLP or embeddings")
@@ -864,12 +872,52 @@ def launcher_ranks(env: Mapping[str, str]) -> Ranks:
     return Ranks(rank, size, local, local_size)
 
 
+# First word of what a rank does -> seconds without progress of any rank, and seconds of
+# waiting in a collective, after which something hangs: the latter more, for it is not known
+# who is to blame. In evaluation a rank may wait long for those that have more to score.
+PATIENCE = {
+    "step": (45.0, 60.0),
+    "scoring": (250.0, 1800.0),
+    "adapting": (250.0, 1800.0),
+    "checking": (1500.0, 1800.0),
+}
+USUAL_PATIENCE = (250.0, 300.0)
+
+
+class Pulse:
+    """What this rank does and how far it is: set by its main thread, read by its heartbeat."""
+
+    def __init__(self):
+        self.doing, self.beats, self.at = "set-up", 0, time.monotonic()
+        self.longest: dict[str, float] = {}     # seconds between two beats, by first word
+        self.waiting = False                    # in a collective
+        self.ending = False                     # the heartbeat is about to end this process
+        self.wait = 0.0                         # the collectives' time limit in force, in seconds
+
+    def beat(self, doing: str) -> None:
+        """Progress was made; `doing` follows."""
+        now, word = time.monotonic(), doing.split()[0]
+        if word == self.doing.split()[0]:
+            self.longest[word] = max(self.longest.get(word, 0.0), now - self.at)
+        self.doing, self.at = doing, now
+        self.beats += 1
+
+    def limits(self) -> tuple[float, float]:
+        """PATIENCE now: the usual before the first step, then at least ten of the longest."""
+        word = self.doing.split()[0]
+        progress, wait = PATIENCE.get(word, USUAL_PATIENCE)
+        least = 10 * self.longest[word] if word in self.longest else USUAL_PATIENCE[0]
+        return max(progress, least), max(wait, 1.2 * least)
+
+
 @dataclass(frozen=True)
 class World:
     """The ranks of this run; one rank is the same code. Collectives are no-ops when size is 1."""
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    pulse: Pulse = field(default_factory=Pulse, compare=False, repr=False)
+    threads: list[Heartbeat] = field(default_factory=list, compare=False, repr=False)
 
     @classmethod
     def join(cls, env: Mapping[str, str]) -> World:
@@ -883,8 +931,28 @@ class World:
             torch.cuda.set_device(device)
         if size > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
-        return cls(rank, size, device)
+            dist.init_process_group(backend, timeout=timedelta(seconds=USUAL_PATIENCE[1]))
+        world = cls(rank, size, device)
+        if size > 1:
+            world.threads.append(Heartbeat(world, env))
+            world.threads[0].start()
+        return world
+
+    def beat(self, doing: str) -> None:
+        """Progress was made; `doing`, such as "step 812", follows: a job that hangs is ended."""
+        self.pulse.beat(doing)
+        wait = self.pulse.limits()[1]
+        set_wait = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
+        if set_wait and wait != self.pulse.wait and dist.is_initialized():
+            self.pulse.wait = wait
+            set_wait(timedelta(seconds=wait))
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Inside, this rank is not to blame when nothing goes on."""
+        self.pulse.waiting = True
+        yield
+        self.pulse.waiting = False
 
     @property
     def main(self) -> bool:
@@ -897,7 +965,8 @@ class World:
     def total(self, x: Tensor) -> Tensor:
         """Sum of x over ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(x)
+            with self.waiting():
+                dist.all_reduce(x)
         return x
 
     def agree(self, value):
@@ -906,10 +975,12 @@ class World:
             return value
         if type(value) is float:      # a clock
             box = torch.tensor(value, dtype=torch.float64)
-            dist.broadcast(box, 0)
+            with self.waiting():
+                dist.broadcast(box, 0)
             return box.item()
         box = [value]
-        dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+        with self.waiting():
+            dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
     def agree_step(self, elapsed: float, stop: int, bad_step: int) -> tuple[float, int, int]:
@@ -920,7 +991,8 @@ class World:
         never = -math.inf
         mine = [elapsed if self.main else never, stop, -bad_step or never]
         box = torch.tensor(mine, dtype=torch.float64)
-        dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        with self.waiting():
+            dist.all_reduce(box, op=dist.ReduceOp.MAX)
         elapsed, stop, bad = box.tolist()
         return elapsed, int(stop), 0 if bad == never else int(-bad)
 
@@ -929,15 +1001,143 @@ class World:
         if self.size == 1:
             return [value]
         box = [None] * self.size
-        dist.all_gather_object(box, value)
+        with self.waiting():
+            dist.all_gather_object(box, value)
         return box
 
     def barrier(self) -> None:
         self.agree(0.0)
 
     def leave(self) -> None:
+        """This rank is done: the others need not watch it any more."""
+        for thread in self.threads:
+            thread.leave()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+TICK = 2.0       # seconds between two signs of life
+STOPPED = 20.0   # seconds without one after which a stopped process of this machine is given up
+SILENT = 45.0    # and one of another; one that runs here may be in a call that lets no thread run
+
+
+def process_state(pid: int) -> tuple[str, str]:
+    """(state letter, time of its start) of a process of this machine; empty where not known."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return words[0], words[19]
+    except (OSError, IndexError):
+        return "", ""
+
+
+class Heartbeat(threading.Thread):
+    """Tells the other ranks, over the rendezvous store, that this process lives and what it
+    does; ends the job when one of them falls silent or nothing goes on. Under torchrun its
+    agent keeps the store, so that any rank may hang. tell(line) says why, on one rank."""
+
+    def __init__(self, world: World, env: Mapping[str, str]):
+        super().__init__(name="heartbeat", daemon=True)
+        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False,
+                              timeout=timedelta(seconds=10), wait_for_workers=False)
+        attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = dist.PrefixStore(f"heartbeat{attempt}", store)
+        self.world, self.over, self.ticks = world, threading.Event(), 0
+        self.tell: Callable[[str], None] = lambda line: tell(f"error: {line}")
+        self.signs: dict[int, dict] = {}      # the latest of every rank
+        self.heard: dict[int, float] = {}     # when it came
+        self.moved = time.monotonic()         # when any rank made progress
+        self.last = time.monotonic()          # when this thread ran
+
+    def run(self) -> None:
+        while not self.over.wait(TICK):
+            # without an answer of the store the collectives' time limits remain
+            with contextlib.suppress(RuntimeError):
+                stuck = self.turn(time.monotonic())
+                if stuck and not self.over.is_set():
+                    self.end_job(stuck)
+
+    def turn(self, now: float) -> list[int]:
+        """One look at the others; the ranks that hold up the job."""
+        if now - self.last > 5 * TICK:      # it slept, perhaps with all others: count from now
+            self.moved, self.heard = now, dict.fromkeys(self.heard, now)
+        self.last = now
+        self.exchange(now)
+        return self.stuck(now)
+
+    def leave(self) -> None:
+        """This rank ends as it should."""
+        self.over.set()
+        with contextlib.suppress(RuntimeError):
+            self.store.set(str(self.world.rank), json.dumps({"left": True}))
+
+    def exchange(self, now: float) -> None:
+        """Give this rank's sign of life, and read those of all."""
+        pulse, pid = self.world.pulse, os.getpid()
+        self.ticks += 1
+        mine = {
+            "host": platform.node(), "pid": pid, "begun": process_state(pid)[1],
+            "tick": self.ticks, "doing": pulse.doing, "beats": pulse.beats,
+            "waiting": pulse.waiting, "limit": pulse.limits()[0]}
+        self.store.set(str(self.world.rank), json.dumps(mine))
+        keys = [str(rank) for rank in range(self.world.size)]
+        if not self.store.check(keys):
+            return
+        for rank, text in enumerate(self.store.multi_get(keys)):
+            sign, before = json.loads(text), self.signs.get(rank, {})
+            if sign != before:
+                self.heard[rank] = now
+            if sign.get("beats") != before.get("beats"):
+                self.moved = now
+            self.signs[rank] = sign
+
+    def here(self, rank: int) -> str:
+        """State letter of a rank's process if it runs on this machine, else nothing."""
+        sign = self.signs[rank]
+        state, begun = process_state(sign["pid"])
+        return state if (sign["host"], sign["begun"]) == (platform.node(), begun) else ""
+
+    def stuck(self, now: float) -> list[int]:
+        """The ranks that hold up the job: silent ones, or when nobody makes progress those that
+        wait for no other and are the least far."""
+        at_work = [rank for rank, sign in self.signs.items() if "left" not in sign]
+        silent = []
+        for rank in at_work:
+            quiet, state = now - self.heard[rank], self.here(rank)
+            patience = {"T": STOPPED, "t": STOPPED, "": SILENT}.get(state, math.inf)
+            if quiet > patience:
+                silent.append(rank)
+        limit = max([self.signs[rank]["limit"] for rank in at_work], default=math.inf)
+        if silent or now - self.moved <= limit:
+            return silent
+        busy = [rank for rank in at_work if not self.signs[rank]["waiting"]] or at_work
+        least = min(self.signs[rank]["beats"] for rank in busy)
+        return [rank for rank in busy if self.signs[rank]["beats"] == least]
+
+    def describe(self, stuck: Sequence[int]) -> str:
+        """Who made no progress since when, in one line."""
+        if len(stuck) == self.world.size:
+            return f"no rank has made progress since {self.signs[0]['doing']}"
+        said = "rank {} ({host}, pid {pid}) has made no progress since {doing}"
+        return "; ".join(said.format(rank, **self.signs[rank]) for rank in stuck)
+
+    def end_job(self, stuck: Sequence[int]) -> None:
+        """Say it, on one rank; end what is stopped, then this process: when the others have seen
+        it too, and later than those that are to blame, so that the launcher names them."""
+        self.world.pulse.ending = True
+        well = sorted(set(range(self.world.size)) - set(stuck)) or [0]
+        if self.world.rank == well[0]:
+            self.tell(self.describe(stuck))
+            self.kill_stopped(stuck)
+        time.sleep((2 if self.world.rank in stuck else 3) * TICK)
+        self.kill_stopped(stuck)
+        os._exit(1)
+
+    def kill_stopped(self, stuck: Sequence[int]) -> None:
+        """SIGKILL to those of these ranks whose processes, on this machine, are stopped."""
+        for rank in stuck:
+            if self.here(rank) in ("T", "t"):
+                with contextlib.suppress(OSError):
+                    os.kill(self.signs[rank]["pid"], signal.SIGKILL)
 
 
 def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
@@ -1030,8 +1230,9 @@ def sync(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file completely or not at all: temporary name in the same folder, flushed, then renamed."""
+def write_atomic(path: Path, data: bytes, amend: Callable[[], bytes] | None = None) -> None:
+    """Write a file completely or not at all: temporary name in the same folder, flushed, then
+    renamed. amend(): called before the renaming; what it returns takes the data's place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -1039,6 +1240,12 @@ def write_atomic(path: Path, data: bytes) -> None:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
+            if amend is not None and (amended := amend()) != data:
+                f.seek(0)
+                f.truncate()
+                f.write(amended)
+                f.flush()
+                os.fsync(f.fileno())
         os.chmod(temp, 0o644)
         os.replace(temp, path)
     except OSError as error:
@@ -1087,34 +1294,164 @@ def read_json(path: Path, what: str, most: int = 1 << 26) -> dict:
 SUMMARY_KEYS = ("val_bpb val_loss sliding_val_bpb quantized_val_bpb prequant_val_bpb artifact_bytes "
                 "code_bytes total_bytes steps step_ms train_seconds eval_seconds tokens_scored "
                 "bytes_scored").split()
+# What a summary keeps when quantising or evaluation is run again in the folder of a training.
+TRAINING_KEYS = ("steps step_ms train_seconds stopped seed world_size device torch model_params "
+                 "code_sha256 untrained_val_bpb prequant_val_bpb data_fingerprint "
+                 "training_not_compliant_because artifact_digest quantising_runs "
+                 "evaluation_runs").split()
+ARTIFACT_NAME, WEIGHTS_NAME = "final_model.int6.ptz", "final_model.pt"
+# Files of writes that were killed.
+LEFTOVER = re.compile(r"\.(.+\.(pt|ptz|json)\.\w{8}|space\.\d+|ballast|average\.previous)")
+
+
+def lock_folder(folder: Path):
+    """The open file whose lock says that this run owns the folder; whatever ends the process
+    frees it. None where the disk knows no locks. UserError when another live run has it."""
+    path = folder / ".lock"
+    while True:
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            who = file.read(100).strip() or "its process is starting"
+            raise UserError(f"ARTIFACT_DIR={folder} is in use by a live run ({who}): wait until "
+                            "it ends, or choose another folder") from error
+        except OSError:
+            file.close()
+            return None
+        with contextlib.suppress(OSError):
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                file.truncate(0)
+                file.write(f"pid {os.getpid()} on {platform.node()}")
+                file.flush()
+                return file
+        file.close()      # the run that had it has just removed the file: take a new one
+
+
+def home_of(s: Settings) -> Path | None:
+    """The folder of the run whose weights or artifact this one goes on with, if any."""
+    path = Path(s.eval_only_path or s.eval_only_quantized_path)
+    if not path.name:
+        return None
+    return path.parent.parent if path.parent.name == "checkpoint" else path.parent
+
+
+class Journal:
+    """A file of lines that never ends a run: what cannot be written waits in memory, at most
+    MOST bytes of it, and is tried again with every line."""
+    MOST = 8 << 20
+
+    def __init__(self, path: Path, fresh: bool = False):
+        if fresh:
+            open(path, "wb").close()
+        self.path, self.file = path, open(path, "ab", buffering=0)
+        self.unwritten, self.fault, self.told = b"", "", False
+
+    def write(self, text: str) -> None:
+        """Append the text, or keep it and note the fault."""
+        self.unwritten += text.encode("utf-8", "replace")
+        self.fault = ""
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten):]
+        except (OSError, ValueError) as error:
+            self.fault = str(error)
+            if len(self.unwritten) > self.MOST:
+                self.unwritten = self.unwritten[-self.MOST // 2:].partition(b"\n")[2]
+
+
+def finite_only(value):
+    """The value with None in place of every float that JSON cannot say."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {k: finite_only(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_only(v) for v in value]
+    return value
+
+
+def to_json(value, **options) -> str:
+    """Valid JSON of anything: no NaN, and what it does not know as text."""
+    return json.dumps(finite_only(value), default=str, **options)
 
 
 class Run:
-    """The run's folder and its one voice: text to train.log and the screen, JSON lines to metrics.jsonl."""
+    """The run's folder and its one voice: text to train.log and the screen, JSON lines to metrics.jsonl.
+    Nothing that cannot be written or shown ends the run."""
 
     def __init__(self, s: Settings, world: World):
         name = s.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
-        self.world, self.id = world, world.agree(name)
+        self.s, self.world, self.id = s, world, world.agree(name)
         self.dir = Path(s.artifact_dir or Path("runs") / self.id)
         self.live = sys.stdout.isatty() and world.main
         self.summary = {**dict.fromkeys(SUMMARY_KEYS), "compliant": True, "not_compliant_because": []}
-        again = bool(s.eval_only_path or s.eval_only_quantized_path or s.resume)
+        self.text = self.metrics = self.lock = None
+        self.screen_failed = False
+        self.time_known = True      # that of training, which quantising goes on with
+        self.command, self.command_at = "", 0.0
+        self.resumes = s.resume
+        # when those files were written that are not this run's own
+        self.before = {} if self.resumes else {p: self.written(p) for p in self.ways_on()}
+        again = bool(self.resumes or s.eval_only_path or s.eval_only_quantized_path)
+        for thread in world.threads:
+            thread.tell = self.hung
         if not world.main:
             return
-        if not again and (self.dir / "final_model.pt").exists():
-            raise UserError(f"ARTIFACT_DIR={self.dir} holds the weights of an earlier run: choose another "
-                            "folder; to score those, set EVAL_ONLY_PATH as well")
-        if again and not s.resume and (self.dir / "summary.json").exists():
-            if read_json(self.dir / "summary.json", "that of a run").get("steps") is not None:
-                raise UserError(f"ARTIFACT_DIR={self.dir} holds the summary of a training run, which this "
-                                "one would replace: choose another folder")
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            self.text, self.metrics = (
-                open(self.dir / name, mode="a" if again else "w", encoding="utf-8", buffering=1)
-                for name in ("train.log", "metrics.jsonl"))
+            self.lock = lock_folder(self.dir)
+            earlier = self.check_folder(again)
+            self.open_journals(fresh=not again)
+        except UserError:
+            self.close()
+            raise
         except OSError as error:
             raise UserError(f"cannot write into ARTIFACT_DIR={self.dir}: {error.strerror}") from error
+        if self.lock is None:
+            self.warn(f"{self.dir} cannot be locked: start no other run in it")
+        else:
+            for path in [*self.dir.glob(".*"), *self.dir.glob("checkpoint/.*")]:
+                if LEFTOVER.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+        if self.goes_on():
+            self.summary.update({k: earlier[k] for k in TRAINING_KEYS if k in earlier})
+            for reason in self.summary.get("training_not_compliant_because", ()):
+                self.not_compliant(str(reason))
+
+    def open_journals(self, fresh: bool) -> None:
+        """train.log and metrics.jsonl, anew or to be appended to."""
+        names = ("train.log", "metrics.jsonl")
+        self.text, self.metrics = (Journal(self.dir / name, fresh) for name in names)
+
+    def goes_on(self) -> bool:
+        """Whether what is quantised or scored is this folder's own, or training is resumed."""
+        home = home_of(self.s)
+        return self.resumes or (home is not None and home.resolve() == self.dir.resolve())
+
+    def check_folder(self, again: bool) -> dict:
+        """The summary that lies in the folder; UserError unless this run may write there."""
+        for name in ("summary.json", WEIGHTS_NAME, ARTIFACT_NAME):
+            if (self.dir / name).is_dir():
+                raise UserError(f"{self.dir / name} is a folder: move it away")
+        if not again and (self.dir / WEIGHTS_NAME).exists():
+            raise UserError(f"ARTIFACT_DIR={self.dir} holds the weights of an earlier run: choose another "
+                            "folder; to score those, set EVAL_ONLY_PATH as well")
+        path = self.dir / "summary.json"
+        earlier = read_json(path, "the summary of a run") if again and path.exists() else {}
+        if earlier.get("steps") is not None and not self.goes_on():
+            raise UserError(f"ARTIFACT_DIR={self.dir} holds the summary of a training run, which this one "
+                            "would replace: choose another folder")
+        return earlier
+
+    def close(self) -> None:
+        """Give the folder back."""
+        if self.lock is not None:
+            with contextlib.suppress(OSError):
+                (self.dir / ".lock").unlink()
+            self.lock.close()
+            self.lock = None
 
     def not_compliant(self, reason: str) -> None:
         """Mark the run: its log, summary and closing block say why it is no result."""
@@ -1124,30 +1461,172 @@ class Run:
         self.summary["not_compliant_because"].append(reason)
         self.log("NON-COMPLIANT", reason=reason)
 
+    def warn(self, text: str) -> None:
+        """A warning, in the log and on screen."""
+        self.log("warning", text=text)
+
     def log(self, event: str, quiet: bool = False, **values) -> None:
         """A line `event key=value …` on screen and in train.log, an object in metrics.jsonl; rank 0 only."""
-        if not self.world.main:
+        if self.text is None:
             return
-        self.metrics.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")
+        self.write(self.metrics, to_json({"event": event, "time": round(time.time(), 3), **values}))
         line = " ".join([event, *(f"{k}={human(v)}" for k, v in values.items())])
-        self.text.write(line + "\n")
+        self.write(self.text, line)
         if not quiet:
             self.say(line)
+        with self.guarded("the command to go on"):
+            self.note_go_on(every=5.0)      # a checkpoint may have come
+
+    def write(self, journal: Journal, line: str) -> None:
+        """A line into one of the files; the first that cannot be written is warned of."""
+        journal.write(line + "\n")
+        if journal.fault and not journal.told:
+            journal.told = True
+            self.warn(f"{journal.path} cannot be written ({journal.fault}): its lines wait in "
+                      "memory and are tried again; the run goes on")
+
+    def show(self, text: str) -> None:
+        """Put text on the screen if that works."""
+        try:
+            print(text, end="", flush=True)
+        except (OSError, ValueError) as error:
+            if isinstance(error, BrokenPipeError) or sys.stdout.closed:      # for ever
+                sys.stdout, self.live = open(os.devnull, "w"), False
+            if not self.screen_failed:
+                self.screen_failed = True
+                self.warn(f"the screen cannot be written ({error}): see train.log")
 
     def say(self, line: str) -> None:
         """A line on the screen only (clears a live progress line first)."""
         if self.world.main:
-            print(("\r\033[K" if self.live else "") + line, flush=True)
+            self.show(("\r\033[K" if self.live else "") + line + "\n")
 
     def progress(self, line: str) -> None:
         """Overwrite the live line on a terminal; nothing elsewhere."""
         if self.live:
-            print("\r\033[K" + line[:shutil.get_terminal_size().columns - 1], end="", flush=True)
+            self.show("\r\033[K" + line[:shutil.get_terminal_size().columns - 1])
 
     def save_summary(self) -> None:
         """What is known so far: written after every stage, so that a crash loses no score."""
         if self.world.main:
-            write_atomic(self.dir / "summary.json", json.dumps(self.summary, indent=1).encode())
+            with self.guarded("the summary"):
+                write_atomic(self.dir / "summary.json", to_json(self.summary, indent=1).encode())
+
+    @contextlib.contextmanager
+    def guarded(self, what: str):
+        """Inside, a failure is a warning: reports and decorations never end a run."""
+        try:
+            yield
+        except Exception as error:
+            self.warn(f"{what} failed ({in_a_line(error)}): the run goes on without")
+
+    # --- going on after an early end
+
+    def ways_on(self) -> dict[Path, dict[str, str]]:
+        """Files that a run can be continued from, best first, and the settings that do so."""
+        artifact, weights = self.dir / ARTIFACT_NAME, self.dir / WEIGHTS_NAME
+        ways = {artifact: {"EVAL_ONLY_QUANTIZED_PATH": str(artifact)},
+                weights: {"EVAL_ONLY_PATH": str(weights)}}
+        checkpoints = self.dir / "checkpoint"
+        if not self.s.max_wallclock_seconds:
+            ways[self.dir / POINTER] = {"RESUME": "1"}
+        average = checkpoints / "average.pt"
+        ways[average] = {"EVAL_ONLY_PATH": str(average)}
+        return ways
+
+    @staticmethod
+    def written(path: Path) -> int:
+        """When a file was written, in ns; 0 if it is not there."""
+        try:
+            return path.stat().st_mtime_ns
+        except OSError:
+            return 0
+
+    def way_on(self) -> dict[str, str]:
+        """The settings that go on from the best file that this run has written, if any."""
+        for path, how in self.ways_on().items():
+            if self.written(path) not in (0, self.before.get(path)):
+                return how
+        return {}
+
+    def go_on(self) -> str:
+        """The command that goes on from what is on disk; without that the one that started it."""
+        changed, how = changed_environment(self.s), self.way_on()
+        if not how:
+            return starting_command(changed)
+        left_out = ["EVAL_ONLY_PATH", "EVAL_ONLY_QUANTIZED_PATH", "RESUME"]
+        if "EVAL_ONLY_QUANTIZED_PATH" in how:      # there is nothing to stop at before the score
+            left_out += ["QUANTIZE_ONLY", "PREQUANT_ONLY"]
+        changed = {k: v for k, v in changed.items() if k not in left_out}
+        return starting_command({**changed, "ARTIFACT_DIR": str(self.dir), **how})
+
+    def note_go_on(self, every: float = 0.0) -> None:
+        """Log that command when it has changed: it is then known even after a kill. every: look
+        again after so many seconds only."""
+        if self.text is None or time.monotonic() - self.command_at < every:
+            return
+        self.command_at, command = time.monotonic(), self.go_on()
+        if command != self.command:
+            self.command = command
+            self.log("go_on", quiet=True, command=command)
+
+    def failed(self, line: str, trace: str = "", again: bool = True, event: str = "error") -> None:
+        """The last words of a run that ends early, on any rank: the error, its trace in the log
+        alone, and the command to go on. again: whether the same command may help while nothing
+        is on disk."""
+        tell(f"{event}: {line}")
+        if self.text is None:      # not rank 0: beside its lines, where the folder is shared
+            with contextlib.suppress(OSError):
+                self.open_journals(fresh=False)
+        self.log(event, quiet=True, text=line, **({"trace": trace} if trace else {}))
+        with self.guarded("the command to go on"):
+            if again or self.way_on():
+                self.note_go_on()
+                tell(f"to go on: {self.go_on()}")
+
+    def hung(self, line: str) -> None:
+        """What the heartbeat calls before it ends this process."""
+        with contextlib.suppress(Exception):
+            self.failed(line)
+
+
+def tell(line: str) -> None:
+    """A line on stderr if that works."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def in_a_line(error: BaseException) -> str:
+    """Type and text of an exception, on one line of bounded length."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def changed_environment(s: Settings) -> dict[str, str]:
+    """The settings that differ from their defaults as a shell would set them."""
+    shown = {}
+    for name, value in s.changed().items():
+        if isinstance(value, (bool, float)) and float(value).is_integer():
+            value = int(value)
+        shown[name] = str(value)
+    return shown
+
+
+def starting_command(changed: Mapping[str, str]) -> str:
+    """The command that starts this script as it was started, under these settings."""
+    env, script = os.environ, "train_gpt.py"
+    if sys.argv[0].endswith(".py"):
+        path = Path(sys.argv[0])
+        here = path.is_absolute() and path.is_relative_to(Path.cwd())
+        script = shlex.quote(str(path.relative_to(Path.cwd()) if here else path))
+    start, size = f"python {script}", env.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in env:
+        nodes, here = env.get("GROUP_WORLD_SIZE", "1"), env.get("LOCAL_WORLD_SIZE", "1")
+        where = "--standalone" if nodes == "1" else f"--nnodes={nodes} …"
+        start = f"torchrun {where} --nproc_per_node={here} {script}"
+    elif size != "1":
+        start = f"RANK=… WORLD_SIZE={size} MASTER_ADDR=… MASTER_PORT=… {start}"
+    words = [f"{name}={shlex.quote(value)}" for name, value in changed.items()]
+    return " ".join([*words, start])
 
 
 def plain(value, most: int) -> str:
@@ -1162,9 +1641,9 @@ def human(value) -> str:
         return f"{value:.6g}"
     if isinstance(value, float):
         return f"{value:.6f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:.1f}"
-    if isinstance(value, str) and " " not in value:
+    if isinstance(value, str) and " " not in value and (value.isprintable() or not value):
         return value
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return to_json(value, ensure_ascii=False, separators=(",", ":"))
 
 
 # ============================================================================================================
@@ -3279,6 +3758,9 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
     curriculum, progress = Curriculum(s), Progress(s, world, run, trainer.model, budget)
     step = go_on_from(state, trainer, curriculum) if state else 0
     stream = open_stream(s, world, trainer.tokens, state["batches"] if state else 0)
+    # graphs that were not warmed up take minutes in between
+    kind = "step" if s.warmup_steps or not compiles(s, world.device) else "compiling-step"
+    world.beat(f"{kind} {step}")
     world.barrier()
     clock, step_seconds, before = Clock(s.max_wallclock_seconds), 0.0, 0.0
     clock.start -= state["seconds"] if state else 0.0
@@ -3305,11 +3787,13 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
             measured.pop(0)
             trainer.measure()
         losses = [trainer.micro_step(stream.next(length), plan) for _ in range(trainer.accum)]
+        world.beat(f"{kind} {step + 1}")
         norm = trainer.update(lr, muon_momentum(s, step), decay_share(s, done))
         step += 1
         loss = sum(losses) / trainer.accum
         watch.record(step, loss, norm)
         keeper.offer(step)
+        world.beat(f"{kind} {step}")
         trainer.set_sharpness(curriculum.sharpness(step, lr_share(s, done)))
         progress.events(step, stream, trainer, passes > 1)
         if budget and budget - elapsed < 10 * step_seconds:
@@ -4838,7 +5322,7 @@ def read_artifact(s: Settings, blob: bytes, origin: str) -> Artifact:
         weights = dequantise(q)
         if not all(w.isfinite().all() for w in weights.values()) or not isinstance(mark, str):
             raise ValueError("weights that are not finite, or a mark that is no text")
-        return Artifact(q, weights, read_calibration(streams), mark)
+        return Artifact(q, weights, read_calibration(streams), plain_mark(mark))
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError,
             MemoryError) as error:      # well-formed, but not ours
         raise UserError(f"{origin} has contents that do not fit together ({type(error).__name__}: "
@@ -5011,6 +5495,7 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
         if not over < unit < under:      # between two tries; while nothing fits: far beyond
             unit = math.sqrt(max(over, finest) * under) if best else over * 2 ** attempt
         watch = Clock()
+        world.beat(f"quantising try {attempt + 1}")
         q = quantiser(unit)
         quantised = watch.elapsed()
         blob = world.agree(pack_model(s, q) if world.main else None)
@@ -5410,6 +5895,7 @@ class Scorer:
         rows, plan = pack_rows(windows, self.capacity), layer_plan(s, looping)
         widths = [sum(end - begin for begin, end, _ in row) for row in rows]
         for i in share_out(widths, self.world.size)[self.world.rank]:
+            self.world.beat(f"scoring row {i}")
             self.score_row(rows[i], val, plan, ledger)
         if beyond.any():
             self.once(val, np.flatnonzero(beyond), stride, ledger)
@@ -5703,6 +6189,7 @@ class PhasedTTT:
         bounds = chunk_bounds(s, int(self.lengths[group].max()))
         costs, counted, since = self.costs(group), 0, Clock()
         for n, (begin, end) in enumerate(zip(bounds, bounds[1:]), start=1):
+            self.world.beat(f"adapting to chunk {n} of {len(group)} documents")
             if cached and begin:
                 cache.advance(end - begin)
             ended = int(np.searchsorted(targets, begin, side="right"))       # targets rise within a group
@@ -5786,6 +6273,7 @@ class PhasedTTT:
             part = tokens[c * s.global_ttt_chunk_tokens:(c + 1) * s.global_ttt_chunk_tokens + 1]
             rows = (len(part) - 1) // s.eval_seq_len
             optimiser.param_groups[0]["lr"] = self.global_lr(c, chunks)
+            self.world.beat(f"adapting the base weights, chunk {c + 1}")
             for _ in range(s.global_ttt_epochs):
                 for r in range(0, rows, s.global_ttt_batch_seqs):
                     begin, n = r * s.eval_seq_len, min(s.global_ttt_batch_seqs, rows - r) * s.eval_seq_len
@@ -5880,6 +6368,7 @@ def prequant_ttt(s: Settings, world: World, model: GPT, tokens: np.ndarray, trac
         fall = 0.45 * (1 - math.cos(math.pi * epoch / s.prequant_ttt_epochs)) * s.prequant_ttt_cosine_decay
         lr = optimiser.param_groups[0]["lr"] = top * (1 - fall)
         for rows in prequant_batches(s, len(tokens), world):
+            world.beat("studying a batch of validation text")
             model.zero_grad()
             loss = torch.zeros(())
             if len(rows):
@@ -6274,13 +6763,47 @@ def bytes_of_results(s: Settings) -> int:
     return bytes_of_weights(s) + 2 * ARTIFACT_LIMIT + (8 << 20)
 
 
+FULL_BATCH = 1 << 19      # tokens of a step from which on only a GPU is fast enough
+
+
+def slow_batch(s: Settings) -> str:
+    """What is to be said when a CPU is given a GPU's batch; nothing for a small one."""
+    if s.train_batch_tokens < FULL_BATCH:
+        return ""
+    return (f"TRAIN_BATCH_TOKENS={s.train_batch_tokens:,} on a CPU: a step may take many "
+            "minutes; for a small run use configs/demo.env")
+
+
+def check_device(s: Settings, world: World) -> str:
+    """Where it runs; UserError where the machine has GPUs that torch does not see."""
+    text = f"{world.device_name}, {torch.get_num_threads()} host threads"
+    if world.device.type != "cpu":
+        return text
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden in (None, "all") and (gpus := listed_gpus()):
+        raise UserError(f"nvidia-smi lists {gpus} GPUs but torch {torch.__version__} sees none: "
+                        "install a torch build for this driver, or set CUDA_VISIBLE_DEVICES= to "
+                        "use the CPU")
+    slow = slow_batch(s)
+    return f"{text}; WARNING: {slow}" if slow and not s.eval_only_quantized_path else text
+
+
+def listed_gpus() -> int:
+    """GPUs that the driver knows of; 0 without a driver."""
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in done.stdout.splitlines())
+
+
 def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "") -> list[Finding]:
     """Every check of the mode, in the order a user would fix them. attention_why: tried already."""
     written = bytes_of_results(s)
     if not (s.eval_only_path or s.eval_only_quantized_path):
         written += 3 * bytes_of_weights(s)      # two averages beside training, and the one being written
     checks = {
-        "device": lambda: f"{world.device_name}, {torch.get_num_threads()} host threads",
+        "device": lambda: check_device(s, world),
         "attention": lambda: attention_why or resolve_attention(s.attn_backend, world.device)[1],
         "batch": lambda: "{} ranks x {} micro-batches of {:,} tokens".format(
             world.size, *s.batch_shape(world.size)),
@@ -6403,11 +6926,12 @@ def closest_system(s: Settings) -> tuple[str, dict] | None:
     return ", ".join(name for name, d in found if d == differs), public_settings(differs)
 
 
-def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
+def log_start(s: Settings, world: World, run: Run) -> None:
     """What runs, where: into the log before anything else."""
-    parameters, settings = sum(p.numel() for p in model.parameters()), public_settings(s.as_env())
+    parameters = sum(map(math.prod, parameter_shapes(s).values()))
+    settings, dtype = public_settings(s.as_env()), pick_dtype(s.compute_dtype, world.device)
     run.log("start", run_id=run.id, device=world.device_name, world_size=world.size, torch=torch.__version__,
-            python=platform.python_version(), dtype=str(model.compute_dtype), attention=ATTENTION,
+            python=platform.python_version(), dtype=str(dtype), attention=ATTENTION,
             parameters=parameters)
     run.log("settings", quiet=True, **settings)
     run.log("changed_settings", quiet=True, **public_settings(s.changed()))
@@ -6415,19 +6939,58 @@ def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
         run.log("settings_without_effect", **ignored)
     if strays := stray_names(os.environ):
         run.log("unknown_names", **strays)
-    if near := closest_system(s):
-        name, differs = near
-        run.log("closest_system", name=name, differences=len(differs))
-        run.log("differences", quiet=True, **differs)
+    with run.guarded("the search for the closest system"):
+        if near := closest_system(s):
+            name, differs = near
+            run.log("closest_system", name=name, differences=len(differs))
+            run.log("differences", quiet=True, **differs)
     source = Path(__file__).read_bytes()
-    run.log("code", bytes=len(source), compressed=len(self_extracting(source)),
-            sha256=hashlib.sha256(source).hexdigest())
-    if world.main:
+    digest = hashlib.sha256(source).hexdigest()
+    run.log("code", bytes=len(source), compressed=len(self_extracting(source)), sha256=digest)
+    if world.main and run.summary.get("code_sha256") != digest:      # else the log has it already
         encoding = "latin-1" if source.startswith(b"# coding: latin-1") else "utf-8"
-        run.text.write(source.decode(encoding) + "\n" + "=" * 100 + "\n")
-    run.summary.update(seed=s.seed, world_size=world.size, device=world.device_name, settings=settings,
-                       code_bytes=code_bytes(s.code_form), code_form=s.code_form, torch=torch.__version__,
-                       model_params=parameters)
+        run.write(run.text, source.decode(encoding) + "\n" + "=" * 100)
+    run.summary.update(code_bytes=code_bytes(s.code_form), code_form=s.code_form)
+    compare_with_training(run, dict(
+        seed=s.seed, world_size=world.size, device=world.device_name, torch=torch.__version__,
+        model_params=parameters, code_sha256=digest, settings=settings))
+
+
+MAY_DIFFER = ("RUN_ID", "QUANTIZE_ONLY", "PREQUANT_ONLY", "RESUME", "settings", "seed")
+
+
+def compare_with_training(run: Run, here: dict) -> None:
+    """Facts and settings into the summary; a warning of those that are not as in the summary
+    beside the file that is quantised or scored. In a run's own folder the summary keeps what
+    was true of its training."""
+    differing = {}
+    with run.guarded("the comparison with training"):
+        differing = differences_from_training(run, here)
+    if differing:
+        run.warn("not as in the summary beside the weights: " + "; ".join(
+            f"{name}={here} here, {there} there" for name, (here, there) in differing.items()))
+    if run.goes_on():
+        run.summary["not_as_in_training"] = differing
+        here = {k: v for k, v in here.items() if k == "settings" or k not in run.summary}
+    run.summary.update(here)
+
+
+def differences_from_training(run: Run, here: Mapping) -> dict[str, list]:
+    """What of it is not as in the summary beside the weights or artifact: [here, there] by name."""
+    home = home_of(run.s)
+    if home is None or not run.world.main:
+        return {}
+    path, there = home / "summary.json", {}
+    summary = read_json(path, "the summary of a run") if path.exists() else {}
+    there.update(summary)
+    there.update(summary.get("settings", {}))
+    for name, (_, trained) in summary.get("not_as_in_training", {}).items():
+        there[name] = trained      # scored differently before: training is what counts
+    differing = {}
+    for name, value in {**here, **here["settings"]}.items():
+        if name not in MAY_DIFFER and there.get(name, value) != value:
+            differing[name] = [value, there[name]]
+    return differing
 
 
 SEAL = b"blake2b:"     # then 64 hexadecimal digits: the comment that ends a sealed archive
@@ -6593,18 +7156,36 @@ def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
     return kept, "" if auto or asked >= kept else f"{need}, not GPTQ_RESERVE_SECONDS={asked:g}"
 
 
+def take_over(s: Settings, run: Run, facts: Mapping) -> Clock:
+    """The training clock that quantising goes on with. In the folder of the run that trained it
+    has run for as long as the weights say; else the time is not known."""
+    clock, seconds = Clock(s.max_wallclock_seconds), facts.get("train_seconds")
+    run.time_known = run.goes_on() and seconds is not None
+    if run.time_known:
+        clock.start -= seconds
+        keys = ("steps", "step_ms", "stopped")
+        told = {k: facts[k] for k in keys if facts.get(k) not in (None, "")}
+        if run.summary.get("steps") is None:      # killed in training: nothing has said it yet
+            run.log("train_end", seconds=seconds, **told)
+        run.summary.update(told)
+        run.log("going_on", train_seconds=seconds, **told)
+    return clock
+
+
 def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> tuple[Clock, Prefetch]:
     """Warm up, rehearse, train to the average, or read EVAL_ONLY_PATH; the training clock and the stream."""
     drop_ballast(run)      # of a run that was killed
     if s.eval_only_path:
-        read_weights(s.eval_only_path, model)
+        facts = read_weights(s.eval_only_path, model) or {}
         stream = Prefetch(open_train_stream(s, world, s.batch_shape(world.size)[1]), world.device)
-        return Clock(s.max_wallclock_seconds), stream
+        return take_over(s, run, facts), stream
     state = read_checkpoint(s, world, run) if s.resume else None
     if world.main:
         check_disk(run.dir, bytes_of_results(s), ballast=True)
     trainer = Trainer(s, world, model)
+    world.beat("warm-up")
     run.log("warm_up", seconds=trainer.warm_up())
+    world.beat("rehearsal")
     rehearsed = rehearse(s, world, run, trainer)
     reserve, warning = reserved(s, rehearsed)
     if warning:
@@ -6632,10 +7213,10 @@ def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
         drop_ballast(run)
     training_reports(s, run, trainer, trained)
     run.save_summary()
+    run.note_go_on()
     return trained.clock, trained.stream
 
 
-ARTIFACT_NAME = "final_model.int6.ptz"
 BUDGET_SECONDS = 600.0    # the competition's, for all up to the artifact and again for the evaluation
 
 
@@ -6650,48 +7231,81 @@ def check_budget(run: Run, what: str, seconds: float, name: str, setting: float)
 def marked(blob: bytes, why: str) -> bytes:
     """The artifact, telling whoever scores it why it is NON-COMPLIANT, in at most MARK_BYTES more."""
     header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
-    plain = re.sub(r'[^ -~]|["\\]', "?", why)[:MARK_BYTES - 32]      # a byte each in JSON
-    header["not_compliant"] = "; ".join(filter(None, [header.get("not_compliant"), plain]))
+    both = filter(None, [header.get("not_compliant"), plain_mark(why)[:MARK_BYTES - 32]])
+    header["not_compliant"] = plain_mark("; ".join(both))
     return artifact_to_bytes(header, streams)
+
+
+def plain_mark(text: str) -> str:
+    """A mark as it is written and read: bounded ASCII that takes one byte each in JSON."""
+    return re.sub(r'[^ -~]|["\\]', "?", text[:MARK_BYTES])
 
 
 def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next_batch: Callable) -> None:
     """Calibrate, quantise, pack and write the artifact, on the training clock."""
     begin = clock.elapsed()
+    world.beat("calibrating")
     curvature = calibrate(s, world, model, next_batch)
     sync(world.device)
     calibrated = clock.elapsed()
+    world.beat("quantising")
     weights = matrix_views({n: p.detach() for n, p in model.named_parameters()})
-    blob = quantise_to_fit(s, world, run, weights, curvature, None if s.eval_only_path else clock)
+    blob = quantise_to_fit(s, world, run, weights, curvature, clock if run.time_known else None)
     if s.logit_calib_enabled:
         blob = calibrate_logits(s, world, run, blob)
-    if world.main:
-        write_atomic(run.dir / ARTIFACT_NAME, blob)
-    seconds = world.agree(clock.elapsed())
-    known = len(run.summary["not_compliant_because"])
-    if s.eval_only_path:
-        run.not_compliant("the weights come from EVAL_ONLY_PATH: their training time is not known")
-    else:
-        check_budget(run, "training, calibration and packing (for which GPTQ_RESERVE_SECONDS keeps time)",
-                     seconds, "MAX_WALLCLOCK_SECONDS", s.max_wallclock_seconds)
-    if why := run.summary["not_compliant_because"][known:]:
-        blob = marked(blob, "; ".join(why))
-        if world.main:
-            write_atomic(run.dir / ARTIFACT_NAME, blob)
-    world.barrier()
-    run.log("artifact", bytes=len(blob), total=check_size(len(blob), s.code_form), train_seconds=seconds,
+    seconds, size = world.agree(write_artifact(s, run, blob, clock) if world.main else None)
+    run.log("artifact", bytes=size, total=check_size(size, s.code_form), train_seconds=seconds,
             calibrate_s=calibrated - begin, quantise_and_pack_s=seconds - calibrated)
-    run.summary.update(artifact_bytes=len(blob), total_bytes=len(blob) + code_bytes(s.code_form),
-                       train_seconds=seconds)
-    run.save_summary()
+    run.note_go_on()
+
+
+def write_artifact(s: Settings, run: Run, blob: bytes, clock: Clock) -> tuple[float, int]:
+    """Put the artifact on disk, on rank 0; seconds of training's clock, and bytes. It is judged
+    when its bytes are on disk, and gets its name only with the mark and the summary that tell
+    the verdict: no kill comes between."""
+    def judged() -> bytes:
+        nonlocal blob, seconds
+        seconds, known = clock.elapsed(), len(run.summary["not_compliant_because"])
+        if not run.time_known:
+            run.not_compliant("the weights come from EVAL_ONLY_PATH: their training time is not known")
+        else:
+            check_budget(run, "training, calibration and packing (for which GPTQ_RESERVE_SECONDS keeps time)",
+                         seconds, "MAX_WALLCLOCK_SECONDS", s.max_wallclock_seconds)
+        reasons = run.summary["not_compliant_because"]
+        if len(reasons) > known:
+            blob = marked(blob, "; ".join(reasons[known:]))
+        of_training = [why for why in reasons if why not in study_reasons(s)]
+        run.summary.update(
+            artifact_bytes=len(blob), artifact_digest=digest_of(blob).hex(),
+            total_bytes=len(blob) + code_bytes(s.code_form), train_seconds=seconds,
+            training_not_compliant_because=of_training)
+        run.save_summary()
+        return blob
+
+    seconds = 0.0
+    count_up(run, "quantising_runs")
+    write_atomic(run.dir / ARTIFACT_NAME, blob, judged)
+    return seconds, len(blob)
+
+
+def count_up(run: Run, key: str) -> None:
+    """One more run of a stage that can be run again in the same folder."""
+    run.summary[key] = run.summary.get(key, 0) + 1
 
 
 def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validation, path: Path) -> None:
     """The evaluation: open the artifact, score its weights by plain windows, sliding windows and TTT."""
-    size, mark = open_artifact(s, world, model, path)
-    run.summary.update(artifact_bytes=size, total_bytes=check_size(size, s.code_form))
+    world.beat("scoring")
+    count_up(run, "evaluation_runs")
+    size, mark, digest = open_artifact(s, world, model, path)
+    if world.main and digest != run.summary.get("artifact_digest", digest):
+        raise UserError(f"{path} is not the artifact that this run wrote (digest {digest}, not "
+                        f"{run.summary['artifact_digest']}): quantise again, with EVAL_ONLY_PATH")
+    total = check_size(size, s.code_form)
+    run.summary.update(artifact_bytes=size, total_bytes=total, artifact_digest=digest)
     for reason in filter(None, mark.split("; ")):
         run.not_compliant(reason)
+    run.save_summary()
     log_probes(s, world, run, model)
     clock = Clock(s.eval_max_seconds)
     open_artifact(s, world, model, path)       # once more, on the clock
@@ -6709,8 +7323,11 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
         which = {"stream": "first", "length": "longest"}[s.ttt_doc_order]
         rounds = ttt_rounds(s, val.documents.length)
         phases, learnt = len(rounds) - 1, rounds[-2].train_on if len(rounds) > 1 else ()
+        lengths = [val.documents.length[r.train_on].sum() for r in rounds[:-1]]
+        steps = sum(phase_steps(s, int(tokens)) for tokens in lengths)
+        learn_from = f"the {which} {len(learnt):,} documents" if steps else "none, no step is taken"
         run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
-                base_weights_learn_from=f"the {which} {len(learnt):,} documents",
+                base_weights_learn_from=learn_from, base_weight_steps=steps,
                 ngram_hints=0 if val.hints is None else len(val.hints.at), elapsed=clock.elapsed())
         if s.phased_ttt_prefix_docs and phases < s.phased_ttt_num_phases:
             run.log("settings_without_effect", PHASED_TTT_NUM_PHASES=f"{len(val.documents):,} documents make "
@@ -6729,32 +7346,53 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
             complete=True, seconds_off_the_clock=clock.excluded)
     run.summary.update(val_bpb=final.bpb, val_loss=final.loss, eval_seconds=seconds,
                        tokens_scored=final.tokens, bytes_scored=int(final.byte_sum), byte_rule=val.rule)
-    decodable = read_manifest(s).get("decodable_val_bytes")
-    if decodable and s.val_doc_fraction == 1:     # normalising tokenizers lose bytes that the rule counts
-        run.summary["val_bpb_decodable"] = final.loss_sum / LN2 / decodable
-        run.log("honest_bytes", counted=int(final.byte_sum), decodable=decodable,
-                val_bpb_decodable=run.summary["val_bpb_decodable"])
+    run.save_summary()
+    with run.guarded("the score by decodable bytes"):
+        decodable = read_manifest(s).get("decodable_val_bytes")
+        if decodable and s.val_doc_fraction == 1:     # normalising tokenizers lose bytes that the rule counts
+            run.summary["val_bpb_decodable"] = final.loss_sum / LN2 / decodable
+            run.log("honest_bytes", counted=int(final.byte_sum), decodable=decodable,
+                    val_bpb_decodable=run.summary["val_bpb_decodable"])
+
+
+def phase_steps(s: Settings, tokens: int) -> int:
+    """Steps of the base weights in a phase over so many tokens (see PhasedTTT.global_phase)."""
+    chunks, steps = -(-(tokens - 1) // s.global_ttt_chunk_tokens), 0
+    for c in range(max(chunks - 1, 1)):
+        inputs = min(s.global_ttt_chunk_tokens, tokens - 1 - c * s.global_ttt_chunk_tokens)
+        steps += -(-(inputs // s.eval_seq_len) // s.global_ttt_batch_seqs) * s.global_ttt_epochs
+    return steps
 
 
 def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) -> None:
     """A stage's score, into the summary at once, and off the clock its profiles."""
+    check_score(stage, score)
     run.log(f"score_{stage}", val_loss=score.loss, val_bpb=score.bpb, elapsed=clock.elapsed())
     run.summary[f"{stage}_val_bpb"] = score.bpb
     with clock.exclude():
         run.save_summary()
-        for profile in ledger.profiles():
-            run.log("profile", quiet=True, stage=stage, **profile)
+        with run.guarded(f"the profiles of {stage}"):
+            for profile in ledger.profiles():
+                run.log("profile", quiet=True, stage=stage, **profile)
 
 
-def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> tuple[int, str]:
-    """The weights of the artifact at path into the model; the file's size and why it is NON-COMPLIANT."""
+def check_score(stage: str, score: Score) -> None:
+    """A score that is not finite is none."""
+    if not math.isfinite(score.bpb):
+        raise UserError(f"the score of the stage {stage} is {score.bpb}: the weights are of no use "
+                        "(too large a learning rate, or a damaged file); train again, with a lower "
+                        "MATRIX_LR")
+
+
+def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> tuple[int, str, str]:
+    """The weights of the artifact at path into the model; its size, mark and digest."""
     blob = read_bounded(path, MOST_ARTIFACT, "a run's final_model.int6.ptz") if world.main else None
     blob = world.agree(blob)
     found = read_artifact(s, blob, path.name)
     load_weights(model, found.weights, path.name)
     raw = found.calibration
     model.calibration = None if raw is None else calibrated_by(s, raw.to(world.device))
-    return len(blob), found.mark
+    return len(blob), found.mark, digest_of(blob).hex()
 
 
 def log_probes(s: Settings, world: World, run: Run, model: GPT) -> None:
@@ -6791,7 +7429,10 @@ def closing_block(s: Settings, world: World, run: Run, val: Validation) -> None:
                        ("test-time training", "ttt_val_bpb")):
         if summary.get(key) is not None:
             run.say(f"{label:28} {summary[key]:10.5f} BPB")
-    summary["text_baselines"] = text_baselines(s, val) if world.main else {}
+    summary["text_baselines"] = {}
+    if world.main:
+        with run.guarded("the comparison with text compressors"):
+            summary["text_baselines"] = text_baselines(s, val)
     for label, bpb in summary["text_baselines"].items():
         run.say(f"{label + ' on the same text':28} {bpb:10.5f} bits per byte")
     if summary["artifact_bytes"]:
@@ -6805,21 +7446,33 @@ def closing_block(s: Settings, world: World, run: Run, val: Validation) -> None:
     run.log("final", **{k: summary[k] for k in keys if summary[k] is not None})
 
 
+def study_reasons(s: Settings) -> list[str]:
+    """Why the score of these settings, whatever the training, is no result."""
+    reasons = []
+    if s.val_doc_fraction < 1:
+        reasons.append(f"VAL_DOC_FRACTION={s.val_doc_fraction:g}: only a part of the documents is scored")
+    if reads_targets(s):
+        reasons.append("NGRAM_GATES=target: n-gram experts read the token that they predict")
+    return reasons
+
+
 def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
     """train -> average -> quantise -> pack -> read back -> score: the whole story."""
-    model = build_model(s, world)
-    log_start(s, world, run, model)
-    if s.val_doc_fraction < 1:
-        run.not_compliant(f"VAL_DOC_FRACTION={s.val_doc_fraction:g}: only a part of the documents is scored")
-    if reads_targets(s):
-        run.not_compliant("NGRAM_GATES=target: n-gram experts read the token that they predict")
+    log_start(s, world, run)
+    for reason in study_reasons(s):
+        run.not_compliant(reason)
+    if world.device.type == "cpu" and not s.eval_only_quantized_path and (slow := slow_batch(s)):
+        run.warn(slow)
+    world.beat("checking")
     for finding in run_checks(s, world, run.dir, why):
         run.log("check", what=finding.name, detail=finding.figure)
         if not finding.ok:
             raise UserError(finding.figure)
         if finding.name == "data fingerprint":
             run.summary["data_fingerprint"] = finding.figure
-    val = Validation(s)
+    run.save_summary()
+    world.beat("set-up")
+    model, val = build_model(s, world), Validation(s)
     if not s.eval_only_quantized_path:
         with Validation.seal():
             clock, stream = learn(s, world, run, model, val)
@@ -6831,7 +7484,9 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
         remove_safety_copies(run)
         stream.close()
         if not s.quantize_only:
+            world.beat("scoring")
             score = Scorer(s, world, model).windows(val, s.eval_seq_len)
+            check_score("prequant", score)
             run.log("score_prequant", val_loss=score.loss, val_bpb=score.bpb)
             run.summary["prequant_val_bpb"] = score.bpb
             run.save_summary()
@@ -6865,9 +7520,57 @@ def check_command(which: str) -> int:
     return int(any(not f.ok for f in findings))
 
 
+# What takes less memory, by the first word of what a rank was doing.
+LESS_MEMORY = {"scoring": "lower VAL_BATCH_TOKENS", "adapting": "lower TTT_BATCH_SIZE",
+               "quantising": "free memory on the host"}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether host or GPU had no more memory to give."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    said = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    return isinstance(error, (RuntimeError, OSError)) and any(words in text for words in said)
+
+
+def end_early(error: BaseException, run: Run | None, rank: int) -> int:
+    """Say in one line why the run ends, and how to go on; the exit status."""
+    if SIGNALS.number and not isinstance(error, Interrupted):
+        # a collective broke because another rank obeyed first
+        error = SIGNALS.error("the run was interrupted")
+    pulse = run.world.pulse if run is not None else Pulse()
+    if rank:
+        time.sleep(2)     # rank 0 says it, unless it alone did not see the mistake
+    if pulse.ending:      # the heartbeat has said why and is about to end this process
+        time.sleep(60)
+    status, line, trace = getattr(error, "status", 2), str(error), ""
+    if is_out_of_memory(error):
+        word = pulse.doing.split()[0]
+        less = LESS_MEMORY.get(word, "raise GRAD_ACCUM_STEPS, or lower TRAIN_BATCH_TOKENS")
+        why = f"{in_a_line(error):.160}"
+        line = f"out of memory at \"{pulse.doing}\" on rank {rank} ({why}): {less}"
+    elif not isinstance(error, UserError) and not hasattr(error, "status"):
+        status, line = 1, in_a_line(error)
+        trace = "".join(traceback.format_exception(error))
+    event = "error"
+    if isinstance(error, Interrupted):
+        event = "interrupted"
+        if rank:      # rank 0 has said it
+            return status
+    if run is None:
+        tell(f"{event}: {line}")
+        if trace:      # there is no log yet
+            tell(trace)
+        return status
+    run.failed(line, trace, again=not isinstance(error, UserError), event=event)
+    run.close()
+    return status
+
+
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
-    """Entry: 0 when all went well, 1 when --check found something, 2 on a user's mistake, 130 or 143 when
-    interrupted."""
+    """Entry: 0 when all went well, 1 when --check found something or the script failed, 2 on a user's
+    mistake, 130 or 143 when interrupted."""
     rank, run = 0, None
     SIGNALS.install()
     for screen in sys.stdout, sys.stderr:
@@ -6888,33 +7591,18 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
         why = set_up(s, world)
         run = Run(s, world)
         pipeline(s, world, run, why)
+        run.close()
         world.leave()
         return 0
-    except UserError as error:
-        if run is not None:
-            run.log("error", quiet=True, text=str(error))
-        if rank:
-            time.sleep(2)         # rank 0 says it, unless it alone did not see the mistake
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except Interrupted as stop:
-        if run is not None:
-            run.log("interrupted", quiet=True, text=str(stop))
-        if rank:
-            time.sleep(2)
-        else:
-            print(f"\n{stop}", file=sys.stderr, flush=True)
-        return stop.status
-    except Exception:
-        if not SIGNALS.number:
-            raise
-        return 128 + SIGNALS.number      # a collective broke because another rank obeyed first
+    except (Exception, Interrupted) as error:
+        return end_early(error, run, rank)
 
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     # A failed rank must not wait for the others in a collective, and a finished one not be torn down while
     # threads of its libraries still run: that now and then ends in an abort after the last line.
     os._exit(code)
