@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import decimal
 import difflib
-import errno
 import fcntl
 import functools
 import hashlib
