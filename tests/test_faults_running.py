@@ -220,8 +220,9 @@ def test_a_summary_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
     assert "I/O error" in events(tmp_path, "warning")[0]["text"]
 
 
-@pytest.mark.parametrize("fault", [BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError(errno.EIO, "I/O error"),
-                                   ValueError("I/O operation on closed file")])
+@pytest.mark.parametrize("fault", [
+    BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError(errno.EIO, "I/O error"),
+    ValueError("I/O operation on closed file")])
 def test_a_screen_that_is_gone_ends_nothing(tmp_path, monkeypatch, fault):
     class Gone:
         closed = False
@@ -262,7 +263,8 @@ def test_a_folder_has_one_live_run(tmp_path):
         (tmp_path / name).write_text("")
     run.close()
     again = open_run(tmp_path)      # the next owner takes away what killed writes have left
-    assert {p.name for p in tmp_path.iterdir()} == {"train.log", "metrics.jsonl", ".lock", "mine.txt", ".keep"}
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {"train.log", "metrics.jsonl", ".lock", "mine.txt", ".keep"}
     again.close()
     assert not (tmp_path / ".lock").exists()
 
@@ -411,7 +413,8 @@ def test_going_on_by_the_printed_command_makes_a_record(lost, data, tmp_path, mo
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_run_into_head_with_its_log_on_a_full_disk(lost, data, tmp_path):
     (tmp_path / "train.log").symlink_to("/dev/full")
-    env = environment(data, ARTIFACT_DIR=tmp_path, EVAL_ONLY_QUANTIZED_PATH=lost[0] / tg.ARTIFACT_NAME, **SHORT)
+    artifact = lost[0] / tg.ARTIFACT_NAME
+    env = environment(data, ARTIFACT_DIR=tmp_path, EVAL_ONLY_QUANTIZED_PATH=artifact, **SHORT)
     done = subprocess.run(["bash", "-c", f"{sys.executable} train_gpt.py | head -3; exit ${{PIPESTATUS[0]}}"],
                           env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and not done.stderr, done.stderr

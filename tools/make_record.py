@@ -398,9 +398,11 @@ def run_again(s: dict) -> list[str]:
     if s.get("stopped"):
         lines.append(f"training ended early: {s['stopped']}")
     if s.get("quantising_runs", 1) > 1:
-        lines.append(f"the weights were quantised {s['quantising_runs']} times; the artifact is of the last time")
+        times = s["quantising_runs"]
+        lines.append(f"the weights were quantised {times} times; the artifact is of the last time")
     if s.get("evaluation_runs", 1) > 1:
-        lines.append(f"the evaluation was run {s['evaluation_runs']} times; scores and seconds are of the last")
+        times = s["evaluation_runs"]
+        lines.append(f"the evaluation was run {times} times; scores and seconds are of the last")
     if differing := s.get("not_as_in_training"):
         told = ", ".join(f"{k}={there} in training, then {here}" for k, (here, there) in differing.items())
         lines.append(f"what was not as in training: {told}")
