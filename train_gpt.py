@@ -7175,7 +7175,7 @@ def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
     """Warm up, rehearse, train to the average, or read EVAL_ONLY_PATH; the training clock and the stream."""
     drop_ballast(run)      # of a run that was killed
     if s.eval_only_path:
-        facts = read_weights(s.eval_only_path, model) or {}
+        facts = read_weights(s.eval_only_path, model)
         stream = Prefetch(open_train_stream(s, world, s.batch_shape(world.size)[1]), world.device)
         return take_over(s, run, facts), stream
     state = read_checkpoint(s, world, run) if s.resume else None

@@ -333,7 +333,7 @@ MECHANISMS = [
 
 @pytest.mark.parametrize("mechanism, tied", [
     *((m, 0) for m in MECHANISMS), ({}, 1), (dict(ASYM_LOGIT_RESCALE=1), 1), (embedding_times_three, 1)],
-    ids=str)
+    ids=lambda value: getattr(value, "__name__", str(value)))
 def test_sensitivities_of_embedding_and_head_are_autograds(mechanism, tied, monkeypatch):
     """For every mechanism between a looked-up row and the loss: what a row costs where it is read, against
     the gradient of the same drawn labels (every token occurs once, so that a row's is a place's), and where
