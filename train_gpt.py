@@ -6701,8 +6701,8 @@ def check_temporary_folder() -> None:
 def check_folder(folder: Path) -> str:
     """The names of a run's files are free; UserError where a folder stands in the way."""
     for name in ("train.log", "metrics.jsonl", "summary.json", "final_model.pt", ARTIFACT_NAME):
-        if (folder / name).exists() and not (folder / name).is_file():
-            raise UserError(f"{folder / name} is no regular file: move it away or set ARTIFACT_DIR")
+        if (folder / name).is_dir():
+            raise UserError(f"{folder / name} is a folder: move it away or set ARTIFACT_DIR")
     return str(folder)
 
 

@@ -316,7 +316,8 @@ def check_byte_rule(data: dict, model, report: Report) -> None:
 def documents(ids: np.ndarray) -> list[np.ndarray]:
     """The documents of one shard without their BOS; what stands before the first BOS is left out."""
     starts = np.flatnonzero(ids == BOS)
-    return [ids[a + 1:b] for a, b in zip(starts, np.append(starts[1:], ids.size), strict=True)]
+    ends = np.append(starts, ids.size)[1:]
+    return [ids[a + 1:b] for a, b in zip(starts, ends, strict=True)]
 
 
 def check_hashes(folder: Path, data: dict, model, manifest, report: Report) -> None:

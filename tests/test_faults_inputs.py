@@ -145,7 +145,7 @@ def test_a_folder_in_the_artifacts_place_is_found_before_training(data, tmp_path
     (tmp_path / tg.ARTIFACT_NAME).mkdir()
     found = tg.run_checks(settings(DATA_PATH=data), tg.World(), tmp_path, "plain")
     assert [f.figure for f in found if f.name == "folder" and not f.ok] == [
-        f"{tmp_path / tg.ARTIFACT_NAME} is no regular file: move it away or set ARTIFACT_DIR"]
+        f"{tmp_path / tg.ARTIFACT_NAME} is a folder: move it away or set ARTIFACT_DIR"]
 
 
 def test_without_a_temporary_folder(monkeypatch, capsys):

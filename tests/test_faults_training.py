@@ -38,7 +38,10 @@ def start(data, folder, **changes):
 def learn(data, folder, **changes):
     """Train as the script does: the folder's model, clock and stream."""
     s, run, model = start(data, folder, **changes)
-    clock, stream = tg.learn(s, tg.World(), run, model, None)
+    try:
+        clock, stream = tg.learn(s, tg.World(), run, model, None)
+    finally:
+        run.close()
     stream.close()
     return model, clock, stream
 

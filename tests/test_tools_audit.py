@@ -142,7 +142,7 @@ LOGITS = 'raw, losses = fit_calibration(s, model, read_shard(list_shards(s.shard
 RANDOM = "tokens = torch.randint(2, s.vocab_size, (self.tokens + 1,), generator=generator).numpy()"
 SEEN = "lambda: packed_batch(Validation(s).stream[:1025], s.train_seq_len)"
 STREAM = 'return kind(list_shards(s.shards, "%s"), world_size'
-STEP = "    w, step = w.masked_fill(dead[:, None], 0), step[:, None]"
+STEP = "    nothing = dead[:, None] | (step == 0)[..., None]"
 TRACELESS = {   # the line to change, what it becomes, the definition that is named
     "epochs": (GROUP, EPOCHS, "PhasedTTT.run"),
     "space": ('len(piece.removeprefix("\\u2581").encode())', "len(piece.encode())",
