@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import decimal
 import difflib
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -30,21 +31,30 @@ import json
 import lzma
 import math
 import os
+import pickletools
 import platform
 import random
 import re
+import shlex
 import shutil
+import signal
+import stat
 import struct
+import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 import uuid
-from collections import deque, namedtuple
+import warnings
+import zipfile
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Callable, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -63,6 +73,7 @@ except ImportError:               # the plain twins are complete without it
     triton = None
 
 ARTIFACT_LIMIT = 16_000_000   # bytes: this script as shipped + the packed model
+MOST_ARTIFACT = 1 << 26       # bytes of a file that is read as one
 CANONICAL_VAL_DOCS = 50_000   # documents of FineWeb's validation split
 BOS = 1                       # begins every document, in every tokenizer of the field
 RMS_EPS = 1.1920929e-07       # float32 machine epsilon
@@ -72,13 +83,38 @@ LN2 = math.log(2.0)
 class UserError(Exception):
     """A mistake the user can fix: its text carries value, bound and remedy, and is shown alone."""
 
+    def __init__(self, text: str):
+        super().__init__(one_line(text))
+
+
+def one_line(text: str, most: int = 480) -> str:
+    """The text as one printable line; of more than `most` characters the middle is left out."""
+    plain = "".join(c if c.isprintable() else "?" for c in text[:most] + text[most:][-most:])
+    half = most // 2 - 2
+    return plain if len(plain) <= most else f"{plain[:half]} … {plain[-half:]}"
+
+
+class Interrupted(BaseException):
+    """A signal ended the run: what to say; status: the exit status, 130 or 143. It is no Exception, so that
+    no guard around a report or a reader takes it for a fault of its own."""
+
+    def __init__(self, text: str, number: int):
+        super().__init__(text)
+        self.status = 128 + number
+
 
 # ============================================================================================================
 # 1  Settings: one frozen table, read once from the environment
 # ============================================================================================================
 
+# Bounds of settings that have none of their own; of text: its characters.
+MOST = {int: 10 ** 9, float: 1e6, str: 1000}
+
+
 def knob(default, doc, lo=None, hi=None, group=None, choices=()):
     """A setting: default (its type is the setting's type), meaning with unit, inclusive bounds."""
+    hi = MOST.get(type(default)) if hi is None else hi
+    lo = -hi if lo is None and type(default) is float else lo
     return field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, group=group, choices=choices))
 
 
@@ -92,7 +128,7 @@ class Settings:
     """Every setting of the script. The environment name is the field's name in capitals."""
     # --- run
     run_id: str = knob("", "name of the run (default: date and a random tag)", group="run")
-    seed: int = knob(1337, "seed of weights, adapters and data order", 0)
+    seed: int = knob(1337, "seed of weights, adapters and data order", 0, 2 ** 63 - 1)
     artifact_dir: str = knob("", "folder of the run's files (default: runs/<RUN_ID>)")
     max_wallclock_seconds: float = knob(600.0, "training budget in s, artifact included; 0: ITERATIONS; over "
                                         "600 s used is NON-COMPLIANT", 0)
@@ -101,6 +137,9 @@ class Settings:
     iterations: int = knob(20000, "most optimiser steps; without a time budget the schedule's length", 0)
     train_log_every: int = knob(500, "steps between progress lines (the first ten always show)", 0)
     val_loss_every: int = knob(0, "steps between validations in training, step 0 included; 0: none", 0)
+    checkpoint_every_seconds: float = knob(0.0, "seconds between checkpoints to go on from, without a time "
+                                           "budget; 0: none", 0)
+    resume: bool = knob(False, "go on from the checkpoint in ARTIFACT_DIR, to the bit, without a time budget")
     eval_only_path: str = knob("", "averaged weights (.pt) to quantise, pack and score without training")
     eval_only_quantized_path: str = knob("", "artifact (.ptz) to score, nothing else")
     quantize_only: bool = knob(False, "stop when the artifact is written")
@@ -118,9 +157,9 @@ class Settings:
     vocab_size: int = knob(8192, "tokens in the vocabulary", 2, 65536)
     caseops_enabled: bool = knob(True, "shards of the CaseOps tokenizer; needs the byte sidecar")
     data_check: str = choice("quick full", "the data before training; full: every byte and every document")
-    train_loader: str = choice("stream docpack shuffled coprime", "stream: every target once; or the field's")
+    train_loader: str = choice("stream docpack", "stream: every target once; or the field's")
     train_batch_tokens: int = knob(786432, "tokens of one optimiser step, over all ranks", 1)
-    train_seq_len: int = knob(2048, "documents are cut to this many tokens in training", 2)
+    train_seq_len: int = knob(2048, "documents are cut to this many tokens in training", 2, 2 ** 24)
     train_seq_schedule: str = knob("", "progressive context: length@progress, …; the largest: TRAIN_SEQ_LEN")
     train_seq_schedule_mode: str = choice("wallclock step", "progress: of the budget, or of ITERATIONS")
     seq_change_warmup_steps: int = knob(32, "steps of the learning rate's ramp after a change; 0: none", 0)
@@ -129,51 +168,32 @@ class Settings:
     val_doc_fraction: float = knob(1.0, "share of the validation documents (below 1: no result)", 0, 1)
     # --- model
     num_layers: int = knob(11, "physical layers", 1, 256, group="model")
-    model_dim: int = knob(512, "width", 8)
-    num_heads: int = knob(8, "query heads", 1)
-    num_kv_heads: int = knob(4, "key/value heads", 1)
-    mlp_mult: float = knob(4.0, "hidden units of the MLP per channel", 0.01)
+    model_dim: int = knob(512, "width", 8, 65536)
+    num_heads: int = knob(8, "query heads", 1, 1024)
+    num_kv_heads: int = knob(4, "key/value heads", 1, 1024)
+    mlp_mult: float = knob(4.0, "hidden units of the MLP per channel", 0.01, 256)
     negative_slope: float = knob(0.5, "slope of the MLP's squared LeakyReLU below zero", 0, 1)
-    tie_embeddings: bool = knob(True, "the input embedding is the output projection")
     logit_softcap: float = knob(30.0, "logits are cap * tanh(z / cap)", 1e-3)
     asym_logit_rescale: bool = knob(False, "two caps, for positive and negative logits, used in evaluation")
     ln_scale: bool = knob(True, "block inputs are scaled by 1 / sqrt(layer + 1)")
-    rope_base: float = knob(10000.0, "rotary base", 1)
+    rope_base: float = knob(10000.0, "rotary base", 1, 1e12)
     rope_dims: int = knob(16, "rotated channels of a head; 0: all", 0)
-    rope_yarn: bool = knob(False, "rescale the rotary base beyond TRAIN_SEQ_LEN (NTK scaling)")
     qk_gain_init: float = knob(5.0, "initial gain of the normalised queries, per head")
     xsa_last_n: int = knob(11, "last layers whose attention output is made orthogonal to its own value", 0)
-    gated_xsa: bool = knob(False, "scale that by tanh of a learned number per head, at first 0")
-    num_loops: int = knob(2, "extra passes over layers LOOP_START..LOOP_END", 0)
+    num_loops: int = knob(2, "extra passes over layers LOOP_START..LOOP_END", 0, 1000)
     loop_start: int = knob(3, "first layer of the loop", 0)
     loop_end: int = knob(5, "last layer of the loop", 0)
     enable_looping_at: float = knob(0.35, "share of the training budget after which loops run", 0, 1)
     parallel_start_layer: int = knob(8, "decoder layers from here on run as two lanes; 0: none", 0)
-    parallel_lanes: str = choice("mixed separate", "lanes write to both; or stay apart and are blended")
-    parallel_final_lane: str = choice("mean mlp attn", "which mixed lane is read at the end")
-    skip_gates_enabled: bool = knob(True, "gate the U-Net skips")
-    skip_rows: str = choice("looped physical", "skips: half of the looped order, or of the physical layers")
-    skip_into_lanes: bool = knob(True, "skips that come after the lanes began join lane 0; 0: they are lost")
     gate_window: int = knob(12, "channels that the smear and attention gates read", 1)
     smear_gate_enabled: bool = knob(True, "mix the previous token's embedding in")
-    smear_gate_kind: str = choice("window channels", "one strength by GATE_WINDOW channels; one each")
     smear_gate_bos_fix: bool = knob(True, "never across a BOS")
-    bigram_vocab_size: int = knob(0, "rows of a hashed table of token pairs, added to the embedding", 0)
-    bigram_dim: int = knob(128, "its width", 1)
-    ve_enabled: bool = knob(False, "value embeddings: a second token table, added to values")
-    ve_dim: int = knob(128, "its width", 1)
-    ve_layers: str = knob("9,10", "layers whose values it is added to")
     sparse_attn_gate_enabled: bool = knob(True, "gate each head by GATE_WINDOW channels of the block input")
     sparse_attn_gate_scale: float = knob(0.5, "slope of that gate")
-    gated_attn_enabled: bool = knob(False, "gate each head by the whole block input instead")
-    attn_out_gate_enabled: bool = knob(False, "gate each head by 2 sigmoid of GATE_WINDOW channels instead")
-    attn_out_gate_src: str = choice("proj q", "it reads the block input or raw queries")
     tied_embed_init_std: float = knob(0.005, "initial spread of the embedding", 0)
     # --- optimiser
     matrix_lr: float = knob(0.026, "Muon's learning rate", 0, group="optimiser")
     tied_embed_lr: float = knob(0.03, "AdamW's learning rate of the tied embedding", 0)
-    embed_lr: float = knob(0.6, "AdamW's learning rate of an untied input embedding", 0)
-    head_lr: float = knob(0.008, "AdamW's learning rate of an untied output head", 0)
     scalar_lr: float = knob(0.02, "AdamW's learning rate of scales, gates and mixes", 0)
     beta1: float = knob(0.9, "AdamW", 0, 0.999999)
     beta2: float = knob(0.99, "AdamW", 0, 0.999999)
@@ -181,41 +201,15 @@ class Settings:
     adam_wd: float = knob(0.02, "decoupled weight decay of scales, gates and mixes", 0)
     embed_wd: float = knob(0.085, "decoupled weight decay of the embedding", 0)
     muon_wd: float = knob(0.095, "decoupled weight decay of the matrices", 0)
-    wd_taper_start_frac: float = knob(0.7, "share of the budget from which that falls", 0, 0.999)
-    wd_taper_final_mult: float = knob(1.0, "share of it that is left at the end; 1: no taper", 0)
     muon_momentum: float = knob(0.97, "momentum after its warm-up", 0, 0.999999)
     muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", 0, 0.999999)
     muon_momentum_warmup_steps: int = knob(1500, "steps of the momentum's warm-up", 0)
-    muon_backend_steps: int = knob(5, "Newton-Schulz iterations (more than 5 run as 5)", 1)
-    muon_row_normalize: bool = knob(True, "normalise each row of the update before Newton-Schulz")
-    muon_coefficients: str = choice("polar quintic", "Polar Express, or one quintic for all iterations")
-    grad_centralize: bool = knob(False, "subtract each matrix's mean from its update before Newton-Schulz")
-    matrix_lr_early: float = knob(0.0, "MATRIX_LR of the layers before BANK_SPLIT; 0: no split", 0)
-    matrix_lr_late: float = knob(0.0, "MATRIX_LR of the others; 0: MATRIX_LR", 0)
-    bank_split: int = knob(5, "the first late layer", 0)
-    split_lr_target: str = choice("update gradient", "the split scales it; gradient: published, to no effect")
-    asym_logit_train: bool = knob(False, "train the two caps; as published nothing does")
-    label_smooth: float = knob(0.0, "share of a target's probability that all tokens have in training", 0, 1)
     grad_clip_norm: float = knob(0.3, "largest norm of the gradient; 0: no clipping", 0)
     grad_clip_mode: str = choice("global per_rank", "clip the average, or as the field each rank's own")
     warmup_steps: int = knob(20, "compile and warm-up steps on random tokens, undone before training", 0)
     warmdown_frac: float = knob(0.85, "last share of the budget, of falling learning rate", 0, 1)
     min_lr: float = knob(0.1, "lowest learning rate, as a share of the peak", 0, 1)
-    midrun_cap_schedule: str = knob("", "caps on the share of the learning rate: cap@progress, …")
-    recur_start_step: int = knob(0, "step at which loops begin; 0: by ENABLE_LOOPING_AT", 0)
-    loop_schedule: str = knob("", "or passes over the loop as training goes on: passes@progress, …")
-    late_qat_threshold: float = knob(0.0, "share of the learning rate below which the projections of bigram "
-                                     "and value embeddings train softly rounded; 0: never", 0, 1)
-    late_qat_min_step: int = knob(2000, "and not before this step", 0)
     ema_decay: float = knob(0.9965, "averaging of the weights, per step", 0, 0.999999)
-    prequant_ttt_enabled: bool = knob(False, "study, NON-COMPLIANT: train on validation tokens last")
-    prequant_ttt_epochs: int = knob(10, "passes over them", 1)
-    prequant_ttt_lr: float = knob(0.00045, "AdamW's learning rate", 0)
-    prequant_ttt_cosine_decay: bool = knob(True, "down to a tenth of it, epoch by epoch")
-    prequant_ttt_batch_seqs: int = knob(32, "rows of TRAIN_SEQ_LEN in a batch", 1)
-    prequant_ttt_grad_clip: float = knob(1.0, "largest gradient norm", 0)
-    prequant_ttt_freeze_blocks: int = knob(1, "first layers that stay as they are", 0)
-    prequant_ttt_form: str = choice("sharded overlapping", "ranks share rows; or all train on all, unfrozen")
     # --- quantise and pack
     quant_allocation: str = choice("fisher hand", "steps by curvature; or bits and sigmas", group="quantise")
     quant_trellis: bool = knob(True, "trellis-coded quantisation (8 states), with fisher steps")
@@ -225,7 +219,6 @@ class Settings:
     attn_clip_sigmas: float = knob(13.0, "the same for attention matrices", 0.1)
     mlp_clip_sigmas: float = knob(11.5, "the same for MLP matrices", 0.1)
     embed_clip_sigmas: float = knob(14.0, "the same for the embedding", 0.1)
-    quant_clip: str = choice("sigmas percentile", "those sigmas; or the best of five percentiles of a row")
     gptq_damp_embed: float = knob(0.01, "damping of embeddings' Hessians by their mean diagonal", 1e-6, 100)
     gptq_damp_mlp: float = knob(0.01, "the same for MLP matrices", 1e-6, 100)
     gptq_damp_attn: float = knob(0.01, "the same for attention matrices", 1e-6, 100)
@@ -237,7 +230,7 @@ class Settings:
     gptq_calibration_batches: int = knob(16, "training micro-batches behind the Hessians, over all ranks", 1)
     gptq_reserve_seconds: str = knob("auto", "least training seconds for chapters 9 and 10; auto: rehearsed")
     lqer_enabled: bool = knob(False, "low-rank repair of the largest rounding errors")
-    lqer_rank: int = knob(4, "its rank", 1)
+    lqer_rank: int = knob(4, "its rank", 1, 65536)
     lqer_top_k: int = knob(3, "how many matrices get it", 0)
     lqer_scope: str = choice("all mlp attn embed", "which matrices may get it")
     lqer_gain_select: bool = knob(False, "choose them by the error it removes, not by the error there is")
@@ -251,16 +244,15 @@ class Settings:
     logit_calib_epochs: int = knob(1, "passes over them", 1)
     logit_calib_lr: float = knob(0.003, "learning rate", 0)
     logit_calib_l2: float = knob(0.01, "pull towards no calibration", 0)
-    fit_margin_bytes: int = knob(4096, "the fitter stops this close to the limit", 256)
+    fit_margin_bytes: int = knob(4096, "the fitter stops this close to the limit", 256, 10 ** 7)
     code_form: str = choice("readable packed", "the script that is shipped and counted: as it is, or packed")
-    compressor: str = choice("ans brotli", "entropy stage: our coder, or byte-shuffled brotli")
     # --- score
-    eval_seq_len: int = knob(2048, "window of the sliding evaluation, in tokens", 2, group="score")
+    eval_seq_len: int = knob(2048, "window of the sliding evaluation, in tokens", 2, 2 ** 24, group="score")
     eval_stride: int = knob(64, "tokens between two windows of one document", 1)
     sliding_window_enabled: bool = knob(True, "score the artifact by sliding windows")
     eval_kv_reuse: bool = knob(True, "keep keys and values beyond the window; 0: encode again")
     ttt_enabled: bool = knob(True, "score the artifact with score-first test-time training")
-    ttt_eval_seq_len: int = knob(2048, "context of TTT, in tokens", 2)
+    ttt_eval_seq_len: int = knob(2048, "context of TTT, in tokens", 2, 2 ** 24)
     ttt_kv_reuse: bool = knob(True, "keep earlier keys and values; 0: encode the context again and again")
     ttt_shared_a: bool = knob(True, "one frozen A for all documents, only B is adapted")
     ttt_doc_order: str = choice("stream length", "adapt in the stream's order, or longest first as the field")
@@ -271,8 +263,8 @@ class Settings:
                                             "which:chunk, …; beyond: TTT_CHUNK_SIZE")
     ttt_short_doc_len: int = knob(2000, "the one step when TTT_SHORT_SCORE_FIRST_STEPS is empty", 0)
     ttt_short_chunk_size: int = knob(24, "its chunk; 0: none", 0)
-    ttt_batch_size: int = knob(64, "documents adapted side by side", 1)
-    ttt_lora_rank: int = knob(80, "rank of the adapters", 1)
+    ttt_batch_size: int = knob(64, "documents adapted side by side", 1, 65536)
+    ttt_lora_rank: int = knob(80, "rank of the adapters", 1, 65536)
     ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank", 0)
     ttt_lora_lr: float = knob(8e-5, "learning rate of the adapters", 0)
     ttt_q_lora: bool = knob(True, "adapt queries")
@@ -281,7 +273,7 @@ class Settings:
     ttt_o_lora: bool = knob(True, "adapt the attention output (from the block input)")
     ttt_mlp_lora: bool = knob(True, "adapt the MLP")
     ttt_head_lora: bool = knob(True, "adapt the output head")
-    ttt_optimizer: str = choice("normalised adam sgd", "steps: the gradient over its RMS, AdamW, or SGD")
+    ttt_optimizer: str = choice("normalised adam", "steps: the gradient over its RMS, or AdamW")
     ttt_local_lr_mult: float = knob(1.0, "factor on TTT_LORA_LR", 0)
     ttt_beta1: float = knob(0.0, "AdamW's first moment, or SGD's momentum", 0, 0.999999)
     ttt_beta2: float = knob(0.99, "AdamW's second moment", 0, 0.999999)
@@ -293,8 +285,6 @@ class Settings:
     ttt_cache_lambda: float = knob(0.0, "weight, in TTT's scores, of what followed earlier hidden states of "
                                    "the document that are like the present one; 0: none", 0, 1)
     ttt_cache_theta: float = knob(36.0, "how fast a state's say falls with its distance", 0)
-    corrector_alpha: float = knob(0.0, "n-gram posterior added to the logits of TTT; 0: none", 0)
-    corrector_orders: str = knob("8", "its orders, as 2,3,5")
     ttt_warm_start_a: bool = knob(True, "keep A from document to document (B always restarts at 0)")
     phased_ttt_prefix_docs: int = knob(2500, "documents that adapt the base weights once they are scored", 0)
     phased_ttt_num_phases: int = knob(3, "in how many phases", 1)
@@ -309,19 +299,9 @@ class Settings:
     global_ttt_warmup_start_lr: float = knob(0.0, "learning rate at its start", 0)
     ngram_tilt_enabled: bool = knob(False, "tilt scores towards what followed the same context earlier")
     ngram_doc_order: str = choice("scored stream", "what counts grow by")
-    ngram_gates: str = choice("previous open_word target", "who speaks when; target: NON-COMPLIANT")
-    ngram_choice: str = choice("model confidence", "what weighs hints: probability, or own confidence")
-    ngram_boost_gamma: float = knob(0.0, "boosts shrink by (1 - the hint's probability) to this power", 0)
-    token_order: int = knob(16, "token expert: length of context and hint together", 1)
+    token_order: int = knob(16, "token expert: length of context and hint together", 1, 1024)
     token_threshold: float = knob(0.8, "it speaks from this confidence on; above 1: never", 0)
     token_boost: float = knob(2.625, "nats added to its hint's logit", 0)
-    within_tau: float = knob(99.0, "the same for the expert of the open word's next token", 0)
-    within_boost: float = knob(0.0, "nats added to its hint's logit", 0)
-    word_order: int = knob(4, "expert of the next word's first token: order in words", 1)
-    word_normalize: str = choice("strip_punct_lower lower identity", "equal words")
-    word_tau: float = knob(99.0, "it speaks from this confidence on; above 1: never", 0)
-    word_boost: float = knob(0.0, "nats added to its hint's logit", 0)
-    agree_add_boost: float = knob(0.0, "more nats when another expert gives the same hint", 0)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
@@ -330,23 +310,23 @@ class Settings:
         env = {k: v for k, v in env.items() if v or (k in known and is_free_text(known[k]))}
         for name, (only, why) in NO_SETTINGS.items():
             value = env.pop(name, "")
-            if name == "EMBEDDING_DIM":
-                only = float(env.get("MODEL_DIM", only))
+            if name == "EMBEDDING_DIM" and is_number(env.get("MODEL_DIM", "")):
+                only = float(env["MODEL_DIM"])
             if value and only is not None and (float(value) if is_number(value) else value) != only:
                 raise UserError(f"{name}={value} is not to be had here, only {only}: {why}")
         for old in ALIASES:
             if value := env.pop(old, ""):
                 env = {**dict(zip(ALIASES[old].split(), translate(old, value))), **env}
-        if env.get("AWQ_LITE_ENABLED", "0") != "0" or env.get("QUANT_CLIP", "sigmas") != "sigmas":
-            env.setdefault("QUANT_ALLOCATION", "hand")     # they change steps that are set by hand
-        if env.get("COMPRESSOR") in ("pergroup", "lzma"):
-            env["COMPRESSOR"] = "ans"     # lossless too: ours takes the place of the lrzip binary
+        if any(env.get(name, idle) != idle for name, idle in BY_HAND.items()):
+            env.setdefault("QUANT_ALLOCATION", "hand")
         for name in env:
             if name not in known and (nearest := looks_like_ours(name, known)) is not None:
                 raise UserError(f"unknown setting {name}: the nearest known one is {nearest} "
-                                "(python train_gpt.py --help lists all)")
+                                "(python train_gpt.py --help lists all); if it is of another program, start "
+                                f"this one by: env -u {name} python train_gpt.py")
         s = cls(**{f.name: parse_setting(f, env[name]) for name, f in known.items() if name in env})
         s.check_consistency()
+        s.check_resume()
         return s
 
     def mistake(self, text: str) -> UserError:
@@ -355,13 +335,15 @@ class Settings:
         shown = {k: f"{k}={int(v) if v in (True, False) else v}" for k, v in self.as_env().items()}
         return UserError(re.sub(r"[A-Z][A-Z0-9_]+", lambda m: shown.get(m[0], m[0]), fault) + colon + remedy)
 
+    def refuse(self, refused, why: str) -> None:
+        """Raise the mistake `why` if something is to be refused."""
+        if refused:
+            raise self.mistake(why)
+
     def check_consistency(self) -> None:
         """Refuse settings that contradict each other; single values were checked when they were read."""
-        s, reserve, orders = self, self.gptq_reserve_seconds, self.corrector_orders.split(",")
-        gates = s.sparse_attn_gate_enabled + s.gated_attn_enabled + s.attn_out_gate_enabled
-        ve_layers = [int(i) if i.strip().isdecimal() else math.inf for i in s.ve_layers.split(",")]
-        schedule(s.midrun_cap_schedule, 1.0, float)
-        passes = [n for _, n in schedule(s.loop_schedule, s.num_loops + 1)]
+        s, reserve = self, self.gptq_reserve_seconds
+        slots = s.num_layers + s.num_loops * (s.loop_end - s.loop_start + 1)
         for refused, why in (
             (s.model_dim % s.num_heads,
              f"MODEL_DIM is not divisible by NUM_HEADS: choose a multiple of {s.num_heads}"),
@@ -370,27 +352,23 @@ class Settings:
             (s.rope_dims % 2 or s.rope_dims > s.head_dim,
              f"ROPE_DIMS does not fit: it must be even and at most the head width {s.head_dim}"),
             (s.gate_window > s.model_dim, "GATE_WINDOW exceeds MODEL_DIM: lower it"),
+            (s.hidden_dim < 1, "MLP_MULT leaves no hidden unit of MODEL_DIM: raise it"),
             (s.num_loops and not s.loop_start <= s.loop_end < s.num_layers,
              "LOOP_START <= LOOP_END < NUM_LAYERS does not hold: correct them, or set NUM_LOOPS=0"),
-            (not max(passes) == passes[-1] == s.num_loops + 1,
-             "LOOP_SCHEDULE must end on its most passes, one more than NUM_LOOPS: make them agree"),
-            (s.loop_schedule and s.recur_start_step, "LOOP_SCHEDULE and RECUR_START_STEP clash: keep one"),
-            (s.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE leaves no row for pairs: set 0, or more"),
-            (s.ve_enabled and (max(ve_layers) >= s.num_layers or len({*ve_layers}) < len(ve_layers)),
-             "VE_LAYERS must be layers below NUM_LAYERS, each once"),
-            (s.matrix_lr_early and not s.matrix_lr, "MATRIX_LR_EARLY is relative to MATRIX_LR: raise that"),
-            (s.asym_logit_train and not s.asym_logit_rescale,
-             "ASYM_LOGIT_TRAIN has nothing to train: set ASYM_LOGIT_RESCALE=1"),
-            (gates > 1, "more than one attention gate is on: keep one of SPARSE_ATTN_GATE_ENABLED, "
-                        "GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED and set the others to 0"),
+            (slots > MOST_SLOTS, f"NUM_LOOPS makes {slots} executed layers: at most {MOST_SLOTS}, lower it"),
             (s.eval_stride > s.eval_seq_len, "EVAL_STRIDE exceeds EVAL_SEQ_LEN: lower it"),
             (max(chunk for _, chunk in chunk_steps(s)) > s.ttt_eval_seq_len, "TTT_CHUNK_SIZE, or a chunk of "
              "TTT_SHORT_SCORE_FIRST_STEPS, exceeds TTT_EVAL_SEQ_LEN: lower it"),
             (s.eval_only_path and s.eval_only_quantized_path,
              "EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH are both set: keep one"),
+            (s.quantize_only and s.prequant_only,
+             "QUANTIZE_ONLY and PREQUANT_ONLY leave nothing to make: keep one"),
+            (s.eval_only_quantized_path and (s.quantize_only or s.prequant_only),
+             "EVAL_ONLY_QUANTIZED_PATH scores an artifact, which QUANTIZE_ONLY and PREQUANT_ONLY leave out: "
+             "set both to 0"),
             (max(length for _, length in context_stages(s)) != s.train_seq_len,
              "TRAIN_SEQ_LEN is not the longest stage of TRAIN_SEQ_SCHEDULE: make them equal"),
-            (s.train_seq_schedule and s.train_loader in WINDOWED,
+            (s.train_seq_schedule and LOADERS[s.train_loader].windowed,
              "TRAIN_LOADER has windows of one length: TRAIN_SEQ_SCHEDULE needs stream or docpack"),
             (s.ttt_doc_order == "stream" and s.ttt_warm_start_a and not s.ttt_shared_a,
              "TTT_DOC_ORDER, TTT_WARM_START_A and TTT_SHARED_A let A carry what later documents taught it to "
@@ -401,20 +379,33 @@ class Settings:
             (s.ttt_enabled and not any(getattr(s, f"ttt_{kind}_lora") for kind in ADAPTED),
              "TTT_ENABLED has nothing to adapt: set a TTT_*_LORA to 1, or TTT_ENABLED=0"),
             (s.ttt_cache_lambda and not s.ttt_kv_reuse, "TTT_CACHE_LAMBDA needs TTT_KV_REUSE: set it to 1"),
-            (not all(n.isdecimal() and int(n) for n in orders if n),
-             "CORRECTOR_ORDERS must be whole numbers from 1 on, as 2,3,5"),
             (s.ngram_tilt_enabled and not experts_in_use(s), "NGRAM_TILT_ENABLED has no expert in use: "
-             "lower TOKEN_THRESHOLD, WITHIN_TAU or WORD_TAU to at most 1"),
-            ((s.awq_lite_enabled or s.quant_clip != "sigmas") and s.quant_allocation != "hand",
-             "AWQ_LITE_ENABLED and QUANT_CLIP change steps that are set by hand, not by QUANT_ALLOCATION: "
+             f"lower {' or '.join(e.threshold.upper() for e in EXPERTS.values())} to at most 1"),
+            (s.awq_lite_enabled and s.quant_allocation != "hand",
+             "AWQ_LITE_ENABLED changes steps that are set by hand, not by QUANT_ALLOCATION: "
              "set QUANT_ALLOCATION=hand or leave it out"),
             (reserve != "auto" and not (is_number(reserve) and float(reserve) >= 0),
              "GPTQ_RESERVE_SECONDS must be a number of seconds >= 0, or auto"),
             (is_number(reserve) and 0 < s.max_wallclock_seconds <= float(reserve),
              "GPTQ_RESERVE_SECONDS leaves nothing of MAX_WALLCLOCK_SECONDS to train in: lower it"),
         ):
-            if refused:
-                raise self.mistake(why)
+            self.refuse(refused, why)
+        weights = sum(map(math.prod, GPT.shapes(s).values()))
+        if weights > MOST_WEIGHTS:
+            raise self.mistake("MODEL_DIM, NUM_LAYERS, MLP_MULT and VOCAB_SIZE make "
+                               f"{weights:,} weights: at most {MOST_WEIGHTS:,}, lower them")
+
+    def check_resume(self) -> None:
+        """Refuse RESUME where it could not go on, or would spend a budget twice."""
+        if not self.resume:
+            return
+        if self.max_wallclock_seconds:
+            raise self.mistake("RESUME would spend MAX_WALLCLOCK_SECONDS twice: a run with a budget goes on "
+                               "by EVAL_ONLY_PATH=…/checkpoint/average.pt")
+        if self.eval_only_path or self.eval_only_quantized_path:
+            raise self.mistake("RESUME trains: leave EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH out")
+        if not self.artifact_dir:
+            raise self.mistake("RESUME goes on in a folder: set ARTIFACT_DIR to that of the run")
 
     def batch_shape(self, world_size: int) -> tuple[int, int]:
         """(micro-batches per step and rank, tokens of one micro-batch), checked against the ranks."""
@@ -425,7 +416,7 @@ class Settings:
             raise self.mistake(f"TRAIN_BATCH_TOKENS is not divisible by {world_size} ranks x {accum} "
                                f"micro-batches: choose a multiple of {parts}, or GRAD_ACCUM_STEPS")
         for _, length in context_stages(self):
-            if tokens % length and (self.train_seq_schedule or self.train_loader in WINDOWED):
+            if tokens % length and (self.train_seq_schedule or LOADERS[self.train_loader].windowed):
                 raise self.mistake(f"TRAIN_BATCH_TOKENS makes micro-batches of {tokens} tokens, no rows of "
                                    f"{length}: choose a multiple of {parts * length}")
         return accum, tokens
@@ -441,11 +432,6 @@ class Settings:
     @property
     def hidden_dim(self) -> int:
         return int(self.mlp_mult * self.model_dim)
-
-    @property
-    def value_layers(self) -> tuple[int, ...]:
-        """VE_LAYERS as numbers."""
-        return tuple(int(i) for i in self.ve_layers.split(","))
 
     @property
     def shards(self) -> Path:
@@ -471,14 +457,20 @@ class Settings:
         """Every setting under its environment name, JSON types."""
         return {f.name.upper(): getattr(self, f.name) for f in fields(self)}
 
+    def to_be_stored(self, values: Mapping) -> dict:
+        """Of settings and values those that a file names; one that it does not had its default."""
+        return dict(values)
+
     def changed(self) -> dict:
         """The settings that differ from their defaults."""
         return {k: v for (k, v), f in zip(self.as_env().items(), fields(self)) if v != f.default}
 
 
+BY_HAND = {"AWQ_LITE_ENABLED": "0"}     # what changes steps that are set by hand -> its idle value
 LEFT_OUT = "left out: no published system gained by it"
 # Names of the field's commands that set nothing here: (the one value they may have, None: any; why).
 NO_SETTINGS = {name: (only, why) for only, why, names in (
+    (None, "lossless all of them: our own coder takes their place", "COMPRESSOR"),
     (None, "always so: all targets are scored, by the calibrated loss, hints on the clock, graphs warmed up",
      "EVAL_INCLUDE_TAIL LOGIT_CALIB_APPLY_TTT_UPDATE NGRAM_HINT_PRECOMPUTE_OUTSIDE COMPILE_SHAPE_WARMUP "
      "COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_LOOP_MODES"),
@@ -488,11 +480,12 @@ NO_SETTINGS = {name: (only, why) for only, why, names in (
      "GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS MUON_HUBER_DELTA TTT_OUTPUT_DIR "
      "TTT_HEARTBEAT_SECONDS TTT_SHORT_BETA2 TTT_SHORT_LORA_LR TTT_SHORT_LORA_RANK TTT_SHORT_WEIGHT_DECAY "
      "TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM"),
-    (0, LEFT_OUT, "DTG_ENABLED FORCE_STOP_STEP GATED_ATTENTION GLOBAL_TTT_DOC_LIMIT LAWA_ENABLED LR_FLOOR "
-     "MIDRUN_CAP_LOG_UPDATES MTP_NUM_HEADS MUON_HUBER_WD OPTROT_ENABLED QAT_ENABLED SLOT_ENABLED TRIGRAM "
-     "TTT_DOC_LIMIT TTT_GRAD_STEPS_CLEAN TTT_LORA_EMA_DECAY TTT_SHORT_LORA_ENABLED "
-     "TTT_WARM_START_MEAN_ENABLED VALUE_RESIDUAL"),
-    ("sgd", LEFT_OUT, "GLOBAL_TTT_OPTIMIZER"),
+    (0, LEFT_OUT, "DTG_ENABLED FORCE_STOP_STEP GATED_ATTENTION GATED_XSA GLOBAL_TTT_DOC_LIMIT "
+     "GRAD_CENTRALIZE LABEL_SMOOTH LAWA_ENABLED LR_FLOOR MIDRUN_CAP_LOG_UPDATES MTP_NUM_HEADS "
+     "MUON_HUBER_WD OPTROT_ENABLED QAT_ENABLED SLOT_ENABLED TRIGRAM TTT_DOC_LIMIT "
+     "TTT_GRAD_STEPS_CLEAN TTT_LORA_EMA_DECAY TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED "
+     "VALUE_RESIDUAL"),
+    (1, LEFT_OUT, "WD_TAPER_FINAL_MULT"), ("sgd", LEFT_OUT, "GLOBAL_TTT_OPTIMIZER"),
     (0, "set EVAL_ONLY_QUANTIZED_PATH to the artifact instead", "TTT_EVAL_ONLY"),
     (0, "set WARMDOWN_FRAC to its share of the steps you expect", "WARMDOWN_ITERS"),
     (1, "built in", "GPTQ_ENABLED USE_GPTQ SDCLIP_ENABLED TTT_UPDATE_EVERY"),
@@ -501,7 +494,7 @@ NO_SETTINGS = {name: (only, why) for only, why, names in (
 ) for name in names.split()}
 ALIASES = {   # old name -> the settings it stands for
     "PHASED_TTT_ENABLED": "TTT_ENABLED", "TTT_MASK": "TTT_Q_LORA TTT_V_LORA",
-    "RECUR_LAYERS": "LOOP_START LOOP_END NUM_LOOPS", "MUONEQ_R": "MUON_ROW_NORMALIZE",
+    "RECUR_LAYERS": "LOOP_START LOOP_END NUM_LOOPS",
     "SDCLIP_K": "MATRIX_CLIP_SIGMAS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS",
     "SDCLIP_K_INT6": "MATRIX_CLIP_SIGMAS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS",
     "SDCLIP_K_EMBED": "EMBED_CLIP_SIGMAS", "SDCLIP_K_INT8": "EMBED_CLIP_SIGMAS",
@@ -515,8 +508,8 @@ def translate(old: str, value: str) -> Sequence[str]:
     """The values of the settings that an old name stands for."""
     try:
         if old == "RECUR_LAYERS":      # they run once more after the last of them
-            layers = [int(i) for i in value.split(",")]
-            if layers == list(range(layers[0], layers[-1] + 1)):
+            layers = whole_numbers(value)
+            if all(b == a + 1 for a, b in zip(layers, layers[1:])):
                 return str(layers[0]), str(layers[-1]), "1"
             raise ValueError
         if old == "QUANT_CLIP_RANGE":
@@ -524,16 +517,34 @@ def translate(old: str, value: str) -> Sequence[str]:
         if old == "GPTQ_RESERVE_MS":
             return str(float(value) / 1e3),
         return TTT_MASKS[value] if old == "TTT_MASK" else [value] * 3
-    except (ValueError, KeyError) as error:
+    except (LookupError, ValueError) as error:
         forms = {"RECUR_LAYERS": "consecutive layers, as 3,4,5", "TTT_MASK": f"one of {', '.join(TTT_MASKS)}"}
         raise UserError(f"{old}={value} must be {forms.get(old, 'a whole number')}") from error
 
 
-WINDOWED = ("shuffled", "coprime")      # loaders of whole windows, without document bounds
+MOST_SLOTS = 1024             # executed layers
+MOST_ORDER = 64               # of an n-gram
+MOST_WEIGHTS = 2 ** 31        # of a model
 # First words of settings that other programs' variables begin with as well.
-COMMON_WORDS = set(
-    "artifact code compile compute data max min model num run seed skip tokenizer vocab".split())
-OUR_WORDS = {f.name.split("_")[0] for f in fields(Settings) if "_" in f.name} - COMMON_WORDS
+COMMON_WORDS = set("""
+    adam agree artifact asym attn awq beta1 beta2 checkpoint code compile compute data embed enable
+    eval fit fused gate gated global grad head label late logit matrix max min model num parallel
+    quant resume run scalar seed seq skip sliding tie token tokenizer train val vocab warmup word""".split())
+# Last words of the variables of images, schedulers and launchers.
+PLATFORM_WORDS = set("""
+    addr address auth cache compiler count cpus data device devices dir file gpus home host hosts
+    https id image ip job jobs key mode name node nodes path pid pod port ports procs rank region
+    root secret seq service set size threads token type url user uuid version workers""".split())
+# What others call a setting of ours, and its name here.
+OTHER_NAMES = {name: ours for ours, names in {
+    "MATRIX_LR, SCALAR_LR and TIED_EMBED_LR": "LR LEARNING_RATE MUON_LR ADAM_LR MAX_LR",
+    "MUON_WD, EMBED_WD and ADAM_WD": "WD WEIGHT_DECAY",
+    "TRAIN_BATCH_TOKENS": "BATCH BATCH_SIZE TOTAL_BATCH_SIZE TRAIN_BATCH_SIZE DEVICE_BATCH_SIZE",
+    "ITERATIONS or MAX_WALLCLOCK_SECONDS": "STEPS NUM_STEPS MAX_STEPS NUM_ITERS MAX_ITERS EPOCHS",
+    "TRAIN_SEQ_LEN and EVAL_SEQ_LEN": "SEQ_LEN BLOCK_SIZE CONTEXT_LENGTH MAX_SEQ_LEN",
+    "NUM_LAYERS": "N_LAYER N_LAYERS LAYERS DEPTH", "MODEL_DIM": "DIM N_EMBD D_MODEL WIDTH",
+    "NUM_HEADS": "N_HEAD N_HEADS HEADS", "GRAD_CLIP_NORM": "GRAD_CLIP CLIP_NORM",
+}.items() for name in names.split()}
 
 
 def chunk_steps(s: Settings) -> list[tuple[float, int]]:
@@ -543,10 +554,10 @@ def chunk_steps(s: Settings) -> list[tuple[float, int]]:
         one = f"{s.ttt_short_doc_len}:{s.ttt_short_chunk_size}" if s.ttt_short_chunk_size else ""
         text = s.ttt_short_score_first_steps or one
         for part in filter(None, text.replace("=", ":").replace(" ", "").split(",")):
-            bound, _, chunk = part.partition(":")
-            if not (bound.isdecimal() and chunk.isdecimal() and int(bound) and int(chunk)):
+            step = whole_numbers(part.replace(":", ",", 1))
+            if len(step) != 2 or min(step) < 1:
                 raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, as 256:8,2000:24")
-            steps.append((int(bound), int(chunk)))
+            steps.append((step[0], step[1]))
     return sorted(steps) + [(math.inf, s.ttt_chunk_size)]
 
 
@@ -569,60 +580,6 @@ def context_stages(s: Settings) -> list[tuple[float, int]]:
     return schedule(s.train_seq_schedule, s.train_seq_len)
 
 
-# How settings' names begin, or all of a name (which then counts alone) -> what must hold, or they change
-# nothing: every word of it; a|b: one of them.
-TILT, TWO_EXPERTS = "ngram_tilt_enabled", ("ngram_tilt_enabled token_threshold<=1|within_tau<=1 "
-                                           "token_threshold<=1|word_tau<=1 within_tau<=1|word_tau<=1")
-NEEDS = {
-    **{f.name.removesuffix("enabled"): f.name for f in fields(Settings) if f.name.endswith("_enabled")},
-    "asym_logit_train": "asym_logit_rescale", "bigram_": "bigram_vocab_size",
-    "matrix_clip_ attn_clip_ mlp_clip_ embed_clip_": "quant_allocation=hand quant_clip=sigmas",
-    "matrix_bits embed_bits": "quant_allocation=hand", "quant_trellis": "quant_allocation=fisher",
-    "bank_split matrix_lr_late split_lr_": "matrix_lr_early", "grad_clip_mode": "grad_clip_norm",
-    "embed_lr head_lr": "tie_embeddings=0", "tied_embed_lr": "tie_embeddings", "min_lr": "warmdown_frac",
-    "enable_looping_": "num_loops recur_start_step=0 loop_schedule=", "loop_ recur_": "num_loops",
-    "gate_window": "smear_gate_enabled|sparse_attn_gate_enabled|attn_out_gate_enabled",
-    "gated_attn_quant_gate": "gated_attn_enabled|sparse_attn_gate_enabled", "gated_xsa": "xsa_last_n",
-    "late_qat_": "late_qat_threshold bigram_vocab_size|ve_enabled", "lqer_factor_": "lqer_asym_enabled=0",
-    "muon_momentum_warmup_start": "muon_momentum_warmup_steps", "parallel_final_": "parallel_lanes=mixed",
-    "parallel_ skip_into_": "parallel_start_layer", "prequant_ttt_freeze_": "prequant_ttt_form=sharded",
-    "seq_change_ train_seq_schedule_": "train_seq_schedule", "wd_taper_start_": "wd_taper_final_mult!=1",
-    "eval_stride eval_kv_": "sliding_window_enabled",
-    "ttt_batch_size ttt_doc_order": "ttt_enabled|sliding_window_enabled",
-    "global_ttt_ phased_ttt_": "ttt_enabled phased_ttt_prefix_docs",
-    "global_ttt_warmup_start_": "global_ttt_warmup_chunks", "corrector_": "ttt_enabled corrector_alpha",
-    "ttt_cache_": "ttt_cache_lambda", "ttt_beta1": "ttt_enabled ttt_optimizer!=normalised",
-    "ttt_beta2": "ttt_enabled ttt_optimizer=adam", "ttt_warm_start_": "ttt_shared_a=0",
-    "ttt_short_doc_ ttt_short_chunk_": "ttt_short_score_first_enabled ttt_short_score_first_steps=",
-    "ngram_": TILT, "token_": f"{TILT} token_threshold<=1", "within_": f"{TILT} within_tau<=1",
-    "word_": f"{TILT} word_tau<=1", "ngram_gates": f"{TILT} within_tau<=1|word_tau<=1",
-    "ngram_doc_order": f"{TILT} ttt_enabled ttt_doc_order=length", "agree_ ngram_choice": TWO_EXPERTS}
-
-
-def idle_settings(s: Settings) -> dict[str, str]:
-    """Settings that were changed though what they need is not there, and what that is."""
-    known, idle = {f.name: f for f in fields(s)}, {}
-    needs = {beginning: need for row, need in NEEDS.items() for beginning in row.split()}
-
-    def holds(name: str, sign: str, value: str) -> bool:
-        if not sign:
-            return bool(getattr(s, name))
-        have, value = getattr(s, name), parse_setting(known[name], value)
-        return have <= value if sign == "<=" else (have == value) == (sign == "=")
-
-    for name in map(str.lower, s.changed()):
-        rows = [needs[name]] if name in needs else [n for b, n in needs.items() if name.startswith(b)]
-        for need in " ".join(rows).split():
-            either = [re.fullmatch(r"(\w+)(<=|!=|=|)(.*)", part).groups() for part in need.split("|")]
-            if name not in (part[0] for part in either) and not any(holds(*part) for part in either):
-                words = (other.upper() + sign + value for other, sign, value in either)
-                idle.setdefault(name.upper(), f"only with {' or '.join(words)}")
-    others = [math.prod(GPT.shapes(s).get(name, ())) for name in ("bigram_proj", "ve_proj")]
-    if "MATRIX_CLIP_SIGMAS" in s.changed() and max(others) <= SMALL_TENSOR:
-        idle.setdefault("MATRIX_CLIP_SIGMAS", "all matrices are of attention, MLP or embeddings")
-    return idle
-
-
 def is_free_text(f) -> bool:
     """Whether an empty value means something: not for numbers, flags and choices."""
     return type(f.default) is str and not f.metadata["choices"]
@@ -636,31 +593,92 @@ def is_number(text: str) -> bool:
         return False
 
 
+def whole_number(text: str) -> int | None:
+    """The whole number that the text writes, exactly; 1e3 is one too. None when it writes none."""
+    if re.fullmatch(r" *[+-]?[0-9_]{1,30} *", text):
+        return int(text.replace("_", ""))
+    whole = is_number(text) and float(text) % 1 == 0
+    return int(float(text)) if whole else None
+
+
+def whole_numbers(text: str) -> list[int]:
+    """The numbers of "9,10": 0 to a thousand million, at most 64; none when the text is anything else."""
+    parts = text.replace(" ", "").split(",")
+    good = len(parts) <= 64 and all(re.fullmatch("[0-9]{1,9}", part) for part in parts)
+    return [int(part) for part in parts] if good else []
+
+
 def parse_setting(f, text: str):
     """The typed value of one setting; UserError with value, bound and remedy when it is not one."""
     name, meta, kind = f.name.upper(), f.metadata, type(f.default)
     choices = ("0", "1") if kind is bool else meta["choices"]
     if choices and text not in choices:
         raise UserError(f"{name}={text} must be {' or '.join(choices)}")
-    if kind in (bool, str):
-        return text == "1" if kind is bool else text
-    if not is_number(text) or (kind is int and float(text) % 1):
+    if kind is bool:
+        return text == "1"
+    if kind is str:
+        return parse_text(name, text, meta["hi"])
+    value = whole_number(text) if kind is int else float(text) if is_number(text) else None
+    if value is None:
         raise UserError(f"{name}={text} must be {'a whole number' if kind is int else 'a number'}")
-    value = kind(float(text))
     lo, hi = meta["lo"], meta["hi"]
-    if (lo is not None and value < lo) or (hi is not None and value > hi):
-        bound = f"at least {lo}" if hi is None else f"between {lo} and {hi}"
-        raise UserError(f"{name}={text} is out of range: it must be {bound}")
+    if not lo <= value <= hi:
+        raise UserError(f"{name}={text} is out of range: it must be at least {lo} and at most {hi}")
     return value
 
 
+def parse_text(name: str, text: str, most: int) -> str:
+    """A setting that is text, a path with ~ expanded; UserError for what no file or log line can be named."""
+    bad = ""
+    if len(text) > most or not text.isprintable():
+        bad = f"be at most {most:,} printable characters"
+    elif name == "RUN_ID" and (len(text) > 100 or text[:1] == "." or set(text) & set("/\\")):
+        bad = "be the name of a folder: at most 100 characters, no slash and no dot in front"
+    elif name.endswith(("_PATH", "_DIR")):
+        text = os.path.expanduser(text)
+        if text[:1] == "~":
+            bad = "begin with another folder: there is no such user; a folder of that name is ./~"
+        elif any(len(os.fsencode(part)) > 255 for part in text.split("/")):
+            bad = "have names of at most 255 bytes in it: choose a shorter one"
+    if bad:
+        raise UserError(f"{name}={text[:80]} must {bad}")
+    return text
+
+
+def our_words() -> set[str]:
+    """First words that only settings of ours have."""
+    return {f.name.split("_")[0] for f in fields(Settings) if "_" in f.name} - COMMON_WORDS
+
+
 def looks_like_ours(name: str, known: Mapping) -> str | None:
-    """The nearest known setting when `name` must have been meant for this script, else None."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.84)
-    word, underscore, _ = name.lower().partition("_")
-    if close or (underscore and name.isupper() and word in OUR_WORDS):
-        return (close or difflib.get_close_matches(name, known, n=1, cutoff=0.0))[0]
-    return None
+    """The nearest known setting when `name` must have been meant for this script, else None.
+    It is nearly a setting's, or made of our words alone and ends in none of a platform's."""
+    if name in OTHER_NAMES:
+        return None
+    words = name.lower().split("_")
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.86 if len(name) > 4 else 1.0)
+    if words[-1] in PLATFORM_WORDS:
+        return close[0] if close and words[-1] in close[0].lower().split("_")[-1] else None
+    if not close and len(words) > 1 and name.isupper():
+        ours = {word for other in (*known, *NO_SETTINGS) for word in other.lower().split("_")}
+        if words[0] in our_words() or ours.issuperset(words):
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return close[0] if close else None
+
+
+def stray_names(env: Mapping[str, str]) -> dict[str, str]:
+    """Variables that nothing here reads though they are like settings, or what others call them,
+    and what to say of each; twenty at most. from_env refuses those that must have been meant."""
+    known = {f.name.upper() for f in fields(Settings)}
+    begins = our_words() | COMMON_WORDS
+    strays = {}
+    for name in sorted(set(env) - known - {*NO_SETTINGS, *ALIASES}):
+        like_ours = "_" in name and name.isupper() and name.split("_")[0].lower() in begins
+        if name in OTHER_NAMES:
+            strays[name] = f"not read; here it is {OTHER_NAMES[name]}"
+        elif like_ours or difflib.get_close_matches(name, known, cutoff=0.84):
+            strays[name] = "not read; no setting"
+    return dict(itertools.islice(strays.items(), 20))
 
 
 def print_help() -> None:
@@ -670,8 +688,9 @@ def print_help() -> None:
         meta = f.metadata
         if meta["group"]:
             print(f"\n{meta['group'].upper()}")
-        bounds = "|".join(meta["choices"]) if meta["choices"] else " ".join(
-            f"{sign} {b:g}" for sign, b in ((">=", meta["lo"]), ("<=", meta["hi"])) if b is not None)
+        bounds = "|".join(meta["choices"])
+        if type(f.default) in (int, float):
+            bounds = f"{meta['lo']:g} to {meta['hi']:g}"
         default = int(f.default) if isinstance(f.default, bool) else f.default
         print(f"  {f.name.upper():34} {default!s:>10}  {meta['doc']}" + (f"  [{bounds}]" if bounds else ""))
     print("\nACCEPTED OLD NAMES")
@@ -685,17 +704,92 @@ def print_help() -> None:
 # 2  Run: world, clocks, log
 # ============================================================================================================
 
+class Ranks(NamedTuple):
+    """What the launcher tells a process: its number, how many there are, and both on this machine."""
+    rank: int
+    size: int
+    local: int
+    local_size: int
+
+
+def launcher_ranks(env: Mapping[str, str]) -> Ranks:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process without them. UserError
+    when they do not fit together, or the other ranks could not be found."""
+    remedy = ("start by torchrun, or without them: env -u RANK -u WORLD_SIZE -u LOCAL_RANK "
+              "-u LOCAL_WORLD_SIZE python train_gpt.py")
+
+    def read(name: str, otherwise: int, lo: int, hi: int) -> int:
+        text = env.get(name, str(otherwise))
+        if not re.fullmatch("[0-9]{1,9}", text) or not lo <= int(text) <= hi:
+            among = "" if name == "WORLD_SIZE" else f" for WORLD_SIZE={env.get('WORLD_SIZE', 1)}"
+            raise UserError(f"{name}={text[:40]} must be a whole number from {lo} to {hi}{among}: "
+                            f"{remedy}")
+        return int(text)
+
+    size = read("WORLD_SIZE", 1, 1, 65536)
+    local_size = read("LOCAL_WORLD_SIZE", 1, 1, size)
+    rank = read("RANK", 0, 0, size - 1)
+    here = local_size if "LOCAL_WORLD_SIZE" in env else size
+    local = read("LOCAL_RANK", 0, 0, here - 1)
+    if size > 1:
+        if "RANK" not in env or not env.get("MASTER_ADDR", "").strip():
+            raise UserError(f"WORLD_SIZE={size} needs RANK and MASTER_ADDR, by which ranks find "
+                            f"each other: {remedy}")
+        read("MASTER_PORT", 0, 1, 65535)
+    return Ranks(rank, size, local, local_size)
+
+
+# First word of what a rank does -> seconds without progress of any rank, and seconds of
+# waiting in a collective, after which something hangs: the latter more, for it is not known
+# who is to blame. In evaluation a rank may wait long for those that have more to score.
+PATIENCE = {
+    "step": (45.0, 60.0),
+    "scoring": (250.0, 1800.0),
+    "adapting": (250.0, 1800.0),
+    "checking": (1500.0, 1800.0),
+}
+USUAL_PATIENCE = (250.0, 300.0)
+
+
+class Pulse:
+    """What this rank does and how far it is: set by its main thread, read by its heartbeat."""
+
+    def __init__(self):
+        self.doing, self.beats, self.at = "set-up", 0, time.monotonic()
+        self.longest: dict[str, float] = {}     # seconds between two beats, by first word
+        self.waiting = False                    # in a collective
+        self.ending = False                     # the heartbeat is about to end this process
+        self.wait = 0.0                         # the collectives' time limit in force, in seconds
+
+    def beat(self, doing: str) -> None:
+        """Progress was made; `doing` follows."""
+        now, word = time.monotonic(), doing.split()[0]
+        if word == self.doing.split()[0]:
+            self.longest[word] = max(self.longest.get(word, 0.0), now - self.at)
+        self.doing, self.at = doing, now
+        self.beats += 1
+
+    def limits(self) -> tuple[float, float]:
+        """PATIENCE now: the usual before the first step, then at least ten of the longest."""
+        word = self.doing.split()[0]
+        progress, wait = PATIENCE.get(word, USUAL_PATIENCE)
+        least = 10 * self.longest[word] if word in self.longest else USUAL_PATIENCE[0]
+        return max(progress, least), max(wait, 1.2 * least)
+
+
 @dataclass(frozen=True)
 class World:
     """The ranks of this run; one rank is the same code. Collectives are no-ops when size is 1."""
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    pulse: Pulse = field(default_factory=Pulse, compare=False, repr=False)
+    threads: list[Heartbeat] = field(default_factory=list, compare=False, repr=False)
 
     @classmethod
     def join(cls, env: Mapping[str, str]) -> World:
         """Join the launcher's process group: NCCL (and gloo for host values) on GPUs, gloo on a CPU."""
-        rank, size, local = (int(env.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        rank, size, local, _ = launcher_ranks(env)
         device = torch.device("cpu")
         if gpus := torch.cuda.device_count():
             if local >= gpus:
@@ -704,8 +798,28 @@ class World:
             torch.cuda.set_device(device)
         if size > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
-        return cls(rank, size, device)
+            dist.init_process_group(backend, timeout=timedelta(seconds=USUAL_PATIENCE[1]))
+        world = cls(rank, size, device)
+        if size > 1:
+            world.threads.append(Heartbeat(world, env))
+            world.threads[0].start()
+        return world
+
+    def beat(self, doing: str) -> None:
+        """Progress was made; `doing`, such as "step 812", follows: a job that hangs is ended."""
+        self.pulse.beat(doing)
+        wait = self.pulse.limits()[1]
+        set_wait = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
+        if set_wait and wait != self.pulse.wait and dist.is_initialized():
+            self.pulse.wait = wait
+            set_wait(timedelta(seconds=wait))
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Inside, this rank is not to blame when nothing goes on."""
+        self.pulse.waiting = True
+        yield
+        self.pulse.waiting = False
 
     @property
     def main(self) -> bool:
@@ -718,35 +832,179 @@ class World:
     def total(self, x: Tensor) -> Tensor:
         """Sum of x over ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(x)
+            with self.waiting():
+                dist.all_reduce(x)
         return x
 
     def agree(self, value):
         """Rank 0's value on every rank (through host memory, so the GPU queue is not drained)."""
         if self.size == 1:
             return value
-        if type(value) is float:      # a clock, every step
+        if type(value) is float:      # a clock
             box = torch.tensor(value, dtype=torch.float64)
-            dist.broadcast(box, 0)
+            with self.waiting():
+                dist.broadcast(box, 0)
             return box.item()
         box = [value]
-        dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+        with self.waiting():
+            dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
+
+    def agree_step(self, elapsed: float, stop: int, bad_step: int) -> tuple[float, int, int]:
+        """What all ranks must know before a step, through host memory: rank 0's seconds, the number of a
+        signal that any rank received (0: none), the first step that went wrong on any rank (0: none)."""
+        if self.size == 1:
+            return elapsed, stop, bad_step
+        never = -math.inf
+        mine = [elapsed if self.main else never, stop, -bad_step or never]
+        box = torch.tensor(mine, dtype=torch.float64)
+        with self.waiting():
+            dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        elapsed, stop, bad = box.tolist()
+        return elapsed, int(stop), 0 if bad == never else int(-bad)
 
     def gather(self, value) -> list:
         """[value of rank 0, value of rank 1, …] on every rank."""
         if self.size == 1:
             return [value]
         box = [None] * self.size
-        dist.all_gather_object(box, value)
+        with self.waiting():
+            dist.all_gather_object(box, value)
         return box
 
     def barrier(self) -> None:
         self.agree(0.0)
 
     def leave(self) -> None:
+        """This rank is done: the others need not watch it any more."""
+        for thread in self.threads:
+            thread.leave()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+TICK = 2.0       # seconds between two signs of life
+STOPPED = 20.0   # seconds without one after which a stopped process of this machine is given up
+SILENT = 45.0    # and one of another; one that runs here may be in a call that lets no thread run
+
+
+def process_state(pid: int) -> tuple[str, str]:
+    """(state letter, time of its start) of a process of this machine; empty where not known."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return words[0], words[19]
+    except (OSError, IndexError):
+        return "", ""
+
+
+class Heartbeat(threading.Thread):
+    """Tells the other ranks, over the rendezvous store, that this process lives and what it
+    does; ends the job when one of them falls silent or nothing goes on. Under torchrun its
+    agent keeps the store, so that any rank may hang. tell(line) says why, on one rank."""
+
+    def __init__(self, world: World, env: Mapping[str, str]):
+        super().__init__(name="heartbeat", daemon=True)
+        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False,
+                              timeout=timedelta(seconds=10), wait_for_workers=False)
+        attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = dist.PrefixStore(f"heartbeat{attempt}", store)
+        self.world, self.over, self.ticks = world, threading.Event(), 0
+        self.tell: Callable[[str], None] = lambda line: tell(f"error: {line}")
+        self.signs: dict[int, dict] = {}      # the latest of every rank
+        self.heard: dict[int, float] = {}     # when it came
+        self.moved = time.monotonic()         # when any rank made progress
+        self.last = time.monotonic()          # when this thread ran
+
+    def run(self) -> None:
+        while not self.over.wait(TICK):
+            # without an answer of the store the collectives' time limits remain
+            with contextlib.suppress(RuntimeError):
+                stuck = self.turn(time.monotonic())
+                if stuck and not self.over.is_set():
+                    self.end_job(stuck)
+
+    def turn(self, now: float) -> list[int]:
+        """One look at the others; the ranks that hold up the job."""
+        if now - self.last > 5 * TICK:      # it slept, perhaps with all others: count from now
+            self.moved, self.heard = now, dict.fromkeys(self.heard, now)
+        self.last = now
+        self.exchange(now)
+        return self.stuck(now)
+
+    def leave(self) -> None:
+        """This rank ends as it should."""
+        self.over.set()
+        with contextlib.suppress(RuntimeError):
+            self.store.set(str(self.world.rank), json.dumps({"left": True}))
+
+    def exchange(self, now: float) -> None:
+        """Give this rank's sign of life, and read those of all."""
+        pulse, pid = self.world.pulse, os.getpid()
+        self.ticks += 1
+        mine = {
+            "host": platform.node(), "pid": pid, "begun": process_state(pid)[1],
+            "tick": self.ticks, "doing": pulse.doing, "beats": pulse.beats,
+            "waiting": pulse.waiting, "limit": pulse.limits()[0]}
+        self.store.set(str(self.world.rank), json.dumps(mine))
+        keys = [str(rank) for rank in range(self.world.size)]
+        if not self.store.check(keys):
+            return
+        for rank, text in enumerate(self.store.multi_get(keys)):
+            sign, before = json.loads(text), self.signs.get(rank, {})
+            if sign != before:
+                self.heard[rank] = now
+            if sign.get("beats") != before.get("beats"):
+                self.moved = now
+            self.signs[rank] = sign
+
+    def here(self, rank: int) -> str:
+        """State letter of a rank's process if it runs on this machine, else nothing."""
+        sign = self.signs[rank]
+        state, begun = process_state(sign["pid"])
+        return state if (sign["host"], sign["begun"]) == (platform.node(), begun) else ""
+
+    def stuck(self, now: float) -> list[int]:
+        """The ranks that hold up the job: silent ones, or when nobody makes progress those that
+        wait for no other and are the least far."""
+        at_work = [rank for rank, sign in self.signs.items() if "left" not in sign]
+        silent = []
+        for rank in at_work:
+            quiet, state = now - self.heard[rank], self.here(rank)
+            patience = {"T": STOPPED, "t": STOPPED, "": SILENT}.get(state, math.inf)
+            if quiet > patience:
+                silent.append(rank)
+        limit = max([self.signs[rank]["limit"] for rank in at_work], default=math.inf)
+        if silent or now - self.moved <= limit:
+            return silent
+        busy = [rank for rank in at_work if not self.signs[rank]["waiting"]] or at_work
+        least = min(self.signs[rank]["beats"] for rank in busy)
+        return [rank for rank in busy if self.signs[rank]["beats"] == least]
+
+    def describe(self, stuck: Sequence[int]) -> str:
+        """Who made no progress since when, in one line."""
+        if len(stuck) == self.world.size:
+            return f"no rank has made progress since {self.signs[0]['doing']}"
+        said = "rank {} ({host}, pid {pid}) has made no progress since {doing}"
+        return "; ".join(said.format(rank, **self.signs[rank]) for rank in stuck)
+
+    def end_job(self, stuck: Sequence[int]) -> None:
+        """Say it, on one rank; end what is stopped, then this process: when the others have seen
+        it too, and later than those that are to blame, so that the launcher names them."""
+        self.world.pulse.ending = True
+        well = sorted(set(range(self.world.size)) - set(stuck)) or [0]
+        if self.world.rank == well[0]:
+            self.tell(self.describe(stuck))
+            self.kill_stopped(stuck)
+        time.sleep((2 if self.world.rank in stuck else 3) * TICK)
+        self.kill_stopped(stuck)
+        os._exit(1)
+
+    def kill_stopped(self, stuck: Sequence[int]) -> None:
+        """SIGKILL to those of these ranks whose processes, on this machine, are stopped."""
+        for rank in stuck:
+            if self.here(rank) in ("T", "t"):
+                with contextlib.suppress(OSError):
+                    os.kill(self.signs[rank]["pid"], signal.SIGKILL)
 
 
 def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
@@ -757,6 +1015,62 @@ def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
         load[r] += costs[i]
         share[r].append(i)
     return share
+
+
+class Signals:
+    """What SIGINT (Ctrl-C) and SIGTERM do: the first ends training after the step under way, and anything
+    else at once by Interrupted; a second, a second or more later, ends the process at once (one request often
+    arrives twice: torchrun passes on what it gets).
+
+    SIGHUP, of a terminal that is gone, is ignored. torchrun takes it for an order to end, passes it on and
+    kills the ranks 30 s later, so there it counts as SIGTERM. To train on under torchrun, start it by nohup
+    with TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT."""
+
+    def __init__(self):
+        self.number, self.when, self.waits = 0, 0.0, False
+
+    def install(self) -> None:
+        """Listen from now on; only a process's main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        signal.signal(signal.SIGINT, self.receive)
+        signal.signal(signal.SIGTERM, self.receive)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            launched = "TORCHELASTIC_RUN_ID" in os.environ
+            signal.signal(signal.SIGHUP, self.receive if launched else signal.SIG_IGN)
+
+    def receive(self, number: int, frame) -> None:
+        """The handler of a signal, between two instructions of the main thread."""
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            number = signal.SIGTERM
+        if self.number:
+            if time.monotonic() - self.when > 1:
+                os._exit(128 + number)
+            return
+        self.number, self.when = int(number), time.monotonic()
+        if not self.waits:
+            raise self.error("the run was interrupted")
+
+    def error(self, what: str, number: int = 0) -> Interrupted:
+        """The exception that ends the run, for the signal received here or on another rank."""
+        number = number or self.number
+        if not self.number:
+            self.number, self.when = number, time.monotonic()     # what comes now is the second
+        return Interrupted(f"{what} by {signal.Signals(number).name}", number)
+
+    @contextlib.contextmanager
+    def held(self):
+        """Inside, a signal only sets `number`; what was not obeyed by the end raises there."""
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
+        if self.number:
+            raise self.error("the run was interrupted")
+
+
+SIGNALS = Signals()
 
 
 class Clock:
@@ -783,8 +1097,9 @@ def sync(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file completely or not at all: temporary name in the same folder, flushed, then renamed."""
+def write_atomic(path: Path, data: bytes, amend: Callable[[], bytes] | None = None) -> None:
+    """Write a file completely or not at all: temporary name in the same folder, flushed, then
+    renamed. amend(): called before the renaming; what it returns takes the data's place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -792,6 +1107,12 @@ def write_atomic(path: Path, data: bytes) -> None:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
+            if amend is not None and (amended := amend()) != data:
+                f.seek(0)
+                f.truncate()
+                f.write(amended)
+                f.flush()
+                os.fsync(f.fileno())
         os.chmod(temp, 0o644)
         os.replace(temp, path)
     except OSError as error:
@@ -800,37 +1121,204 @@ def write_atomic(path: Path, data: bytes) -> None:
         Path(temp).unlink(missing_ok=True)
 
 
+def file_size(path: Path, most: int, what: str) -> int:
+    """Bytes of a regular file of at most `most`, known before it is opened: a pipe would wait for
+    ever, a device never end. what: what it should be, for messages. UserError for anything else."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; it should be {what}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path} is no regular file; it should be {what}")
+    if found.st_size > most:
+        raise UserError(f"{path} has {found.st_size:,} bytes, at most {most:,} are read; it should "
+                        f"be {what}")
+    return found.st_size
+
+
+def read_bounded(path: Path, most: int, what: str) -> bytes:
+    """All bytes of a file that file_size() takes."""
+    file_size(path, most, what)
+    try:
+        with open(path, "rb") as f:
+            return f.read(most)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; it should be {what}") from error
+
+
+def read_json(path: Path, what: str, most: int = 1 << 26) -> dict:
+    """The object in a JSON file; UserError when it holds anything else."""
+    try:
+        found = json.loads(read_bounded(path, most, what))
+    except (ValueError, RecursionError) as error:
+        why = str(error) or type(error).__name__
+        raise UserError(f"{path} is damaged ({why}); it should be {what}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object; it should be {what}")
+    return found
+
+
 SUMMARY_KEYS = ("val_bpb val_loss sliding_val_bpb quantized_val_bpb prequant_val_bpb artifact_bytes "
                 "code_bytes total_bytes steps step_ms train_seconds eval_seconds tokens_scored "
                 "bytes_scored").split()
+# What a summary keeps when quantising or evaluation is run again in the folder of a training.
+TRAINING_KEYS = ("steps step_ms train_seconds stopped seed world_size device torch model_params "
+                 "code_sha256 untrained_val_bpb prequant_val_bpb data_fingerprint "
+                 "training_not_compliant_because artifact_digest quantising_runs "
+                 "evaluation_runs").split()
+ARTIFACT_NAME, WEIGHTS_NAME = "final_model.int6.ptz", "final_model.pt"
+# Files of writes that were killed.
+LEFTOVER = re.compile(r"\.(.+\.(pt|ptz|json)\.\w{8}|space\.\d+|ballast|average\.previous)")
+
+
+def lock_folder(folder: Path):
+    """The open file whose lock says that this run owns the folder; whatever ends the process
+    frees it. None where the disk knows no locks. UserError when another live run has it."""
+    path = folder / ".lock"
+    while True:
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            who = file.read(100).strip() or "its process is starting"
+            raise UserError(f"ARTIFACT_DIR={folder} is in use by a live run ({who}): wait until "
+                            "it ends, or choose another folder") from error
+        except OSError:
+            file.close()
+            return None
+        with contextlib.suppress(OSError):
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                file.truncate(0)
+                file.write(f"pid {os.getpid()} on {platform.node()}")
+                file.flush()
+                return file
+        file.close()      # the run that had it has just removed the file: take a new one
+
+
+def home_of(s: Settings) -> Path | None:
+    """The folder of the run whose weights or artifact this one goes on with, if any."""
+    path = Path(s.eval_only_path or s.eval_only_quantized_path)
+    if not path.name:
+        return None
+    return path.parent.parent if path.parent.name == "checkpoint" else path.parent
+
+
+class Journal:
+    """A file of lines that never ends a run: what cannot be written waits in memory, at most
+    MOST bytes of it, and is tried again with every line."""
+    MOST = 8 << 20
+
+    def __init__(self, path: Path, fresh: bool = False):
+        if fresh:
+            open(path, "wb").close()
+        self.path, self.file = path, open(path, "ab", buffering=0)
+        self.unwritten, self.fault, self.told = b"", "", False
+
+    def write(self, text: str) -> None:
+        """Append the text, or keep it and note the fault."""
+        self.unwritten += text.encode("utf-8", "replace")
+        self.fault = ""
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten):]
+        except (OSError, ValueError) as error:
+            self.fault = str(error)
+            if len(self.unwritten) > self.MOST:
+                self.unwritten = self.unwritten[-self.MOST // 2:].partition(b"\n")[2]
+
+
+def finite_only(value):
+    """The value with None in place of every float that JSON cannot say."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {k: finite_only(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_only(v) for v in value]
+    return value
+
+
+def to_json(value, **options) -> str:
+    """Valid JSON of anything: no NaN, and what it does not know as text."""
+    return json.dumps(finite_only(value), default=str, **options)
 
 
 class Run:
-    """The run's folder and its one voice: text to train.log and the screen, JSON lines to metrics.jsonl."""
+    """The run's folder and its one voice: text to train.log and the screen, JSON lines to metrics.jsonl.
+    Nothing that cannot be written or shown ends the run."""
 
     def __init__(self, s: Settings, world: World):
         name = s.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
-        self.world, self.id = world, world.agree(name)
+        self.s, self.world, self.id = s, world, world.agree(name)
         self.dir = Path(s.artifact_dir or Path("runs") / self.id)
         self.live = sys.stdout.isatty() and world.main
         self.summary = {**dict.fromkeys(SUMMARY_KEYS), "compliant": True, "not_compliant_because": []}
-        again = bool(s.eval_only_path or s.eval_only_quantized_path)
+        self.text = self.metrics = self.lock = None
+        self.screen_failed = False
+        self.time_known = True      # that of training, which quantising goes on with
+        self.command, self.command_at = "", 0.0
+        self.resumes = s.resume
+        # when those files were written that are not this run's own
+        self.before = {} if self.resumes else {p: self.written(p) for p in self.ways_on()}
+        again = bool(self.resumes or s.eval_only_path or s.eval_only_quantized_path)
+        for thread in world.threads:
+            thread.tell = self.hung
         if not world.main:
             return
-        if not again and (self.dir / "final_model.pt").exists():
-            raise UserError(f"ARTIFACT_DIR={self.dir} holds the weights of an earlier run: choose another "
-                            "folder; to score those, set EVAL_ONLY_PATH as well")
-        if again and (self.dir / "summary.json").exists():
-            if json.loads((self.dir / "summary.json").read_text()).get("steps") is not None:
-                raise UserError(f"ARTIFACT_DIR={self.dir} holds the summary of a training run, which this "
-                                "one would replace: choose another folder")
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            self.text, self.metrics = (
-                open(self.dir / name, mode="a" if again else "w", encoding="utf-8", buffering=1)
-                for name in ("train.log", "metrics.jsonl"))
+            self.lock = lock_folder(self.dir)
+            earlier = self.check_folder(again)
+            self.open_journals(fresh=not again)
+        except UserError:
+            self.close()
+            raise
         except OSError as error:
             raise UserError(f"cannot write into ARTIFACT_DIR={self.dir}: {error.strerror}") from error
+        if self.lock is None:
+            self.warn(f"{self.dir} cannot be locked: start no other run in it")
+        else:
+            for path in [*self.dir.glob(".*"), *self.dir.glob("checkpoint/.*")]:
+                if LEFTOVER.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+        if self.goes_on():
+            self.summary.update({k: earlier[k] for k in TRAINING_KEYS if k in earlier})
+            for reason in self.summary.get("training_not_compliant_because", ()):
+                self.not_compliant(str(reason))
+
+    def open_journals(self, fresh: bool) -> None:
+        """train.log and metrics.jsonl, anew or to be appended to."""
+        names = ("train.log", "metrics.jsonl")
+        self.text, self.metrics = (Journal(self.dir / name, fresh) for name in names)
+
+    def goes_on(self) -> bool:
+        """Whether what is quantised or scored is this folder's own, or training is resumed."""
+        home = home_of(self.s)
+        return self.resumes or (home is not None and home.resolve() == self.dir.resolve())
+
+    def check_folder(self, again: bool) -> dict:
+        """The summary that lies in the folder; UserError unless this run may write there."""
+        for name in ("summary.json", WEIGHTS_NAME, ARTIFACT_NAME):
+            if (self.dir / name).is_dir():
+                raise UserError(f"{self.dir / name} is a folder: move it away")
+        if not again and (self.dir / WEIGHTS_NAME).exists():
+            raise UserError(f"ARTIFACT_DIR={self.dir} holds the weights of an earlier run: choose another "
+                            "folder; to score those, set EVAL_ONLY_PATH as well")
+        path = self.dir / "summary.json"
+        earlier = read_json(path, "the summary of a run") if again and path.exists() else {}
+        if earlier.get("steps") is not None and not self.goes_on():
+            raise UserError(f"ARTIFACT_DIR={self.dir} holds the summary of a training run, which this one "
+                            "would replace: choose another folder")
+        return earlier
+
+    def close(self) -> None:
+        """Give the folder back."""
+        if self.lock is not None:
+            with contextlib.suppress(OSError):
+                (self.dir / ".lock").unlink()
+            self.lock.close()
+            self.lock = None
 
     def not_compliant(self, reason: str) -> None:
         """Mark the run: its log, summary and closing block say why it is no result."""
@@ -840,30 +1328,178 @@ class Run:
         self.summary["not_compliant_because"].append(reason)
         self.log("NON-COMPLIANT", reason=reason)
 
+    def warn(self, text: str) -> None:
+        """A warning, in the log and on screen."""
+        self.log("warning", text=text)
+
     def log(self, event: str, quiet: bool = False, **values) -> None:
         """A line `event key=value …` on screen and in train.log, an object in metrics.jsonl; rank 0 only."""
-        if not self.world.main:
+        if self.text is None:
             return
-        self.metrics.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")
+        self.write(self.metrics, to_json({"event": event, "time": round(time.time(), 3), **values}))
         line = " ".join([event, *(f"{k}={human(v)}" for k, v in values.items())])
-        self.text.write(line + "\n")
+        self.write(self.text, line)
         if not quiet:
             self.say(line)
+        with self.guarded("the command to go on"):
+            self.note_go_on(every=5.0)      # a checkpoint may have come
+
+    def write(self, journal: Journal, line: str) -> None:
+        """A line into one of the files; the first that cannot be written is warned of."""
+        journal.write(line + "\n")
+        if journal.fault and not journal.told:
+            journal.told = True
+            self.warn(f"{journal.path} cannot be written ({journal.fault}): its lines wait in "
+                      "memory and are tried again; the run goes on")
+
+    def show(self, text: str) -> None:
+        """Put text on the screen if that works."""
+        try:
+            print(text, end="", flush=True)
+        except (OSError, ValueError) as error:
+            if isinstance(error, BrokenPipeError) or sys.stdout.closed:      # for ever
+                sys.stdout, self.live = open(os.devnull, "w"), False
+            if not self.screen_failed:
+                self.screen_failed = True
+                self.warn(f"the screen cannot be written ({error}): see train.log")
 
     def say(self, line: str) -> None:
         """A line on the screen only (clears a live progress line first)."""
         if self.world.main:
-            print(("\r\033[K" if self.live else "") + line, flush=True)
+            self.show(("\r\033[K" if self.live else "") + line + "\n")
 
     def progress(self, line: str) -> None:
         """Overwrite the live line on a terminal; nothing elsewhere."""
         if self.live:
-            print("\r\033[K" + line[:shutil.get_terminal_size().columns - 1], end="", flush=True)
+            self.show("\r\033[K" + line[:shutil.get_terminal_size().columns - 1])
 
     def save_summary(self) -> None:
         """What is known so far: written after every stage, so that a crash loses no score."""
         if self.world.main:
-            write_atomic(self.dir / "summary.json", json.dumps(self.summary, indent=1).encode())
+            with self.guarded("the summary"):
+                write_atomic(self.dir / "summary.json", to_json(self.summary, indent=1).encode())
+
+    @contextlib.contextmanager
+    def guarded(self, what: str):
+        """Inside, a failure is a warning: reports and decorations never end a run."""
+        try:
+            yield
+        except Exception as error:
+            self.warn(f"{what} failed ({in_a_line(error)}): the run goes on without")
+
+    # --- going on after an early end
+
+    def ways_on(self) -> dict[Path, dict[str, str]]:
+        """Files that a run can be continued from, best first, and the settings that do so."""
+        artifact, weights = self.dir / ARTIFACT_NAME, self.dir / WEIGHTS_NAME
+        ways = {artifact: {"EVAL_ONLY_QUANTIZED_PATH": str(artifact)},
+                weights: {"EVAL_ONLY_PATH": str(weights)}}
+        checkpoints = self.dir / "checkpoint"
+        if not self.s.max_wallclock_seconds:
+            ways[self.dir / POINTER] = {"RESUME": "1"}
+        average = checkpoints / "average.pt"
+        ways[average] = {"EVAL_ONLY_PATH": str(average)}
+        return ways
+
+    @staticmethod
+    def written(path: Path) -> int:
+        """When a file was written, in ns; 0 if it is not there."""
+        try:
+            return path.stat().st_mtime_ns
+        except OSError:
+            return 0
+
+    def way_on(self) -> dict[str, str]:
+        """The settings that go on from the best file that this run has written, if any."""
+        for path, how in self.ways_on().items():
+            if self.written(path) not in (0, self.before.get(path)):
+                return how
+        return {}
+
+    def go_on(self) -> str:
+        """The command that goes on from what is on disk; without that the one that started it."""
+        changed, how = changed_environment(self.s), self.way_on()
+        if not how:
+            return starting_command(changed)
+        left_out = ["EVAL_ONLY_PATH", "EVAL_ONLY_QUANTIZED_PATH", "RESUME"]
+        if "EVAL_ONLY_QUANTIZED_PATH" in how:      # there is nothing to stop at before the score
+            left_out += ["QUANTIZE_ONLY", "PREQUANT_ONLY"]
+        changed = {k: v for k, v in changed.items() if k not in left_out}
+        return starting_command({**changed, "ARTIFACT_DIR": str(self.dir), **how})
+
+    def note_go_on(self, every: float = 0.0) -> None:
+        """Log that command when it has changed: it is then known even after a kill. every: look
+        again after so many seconds only."""
+        if self.text is None or time.monotonic() - self.command_at < every:
+            return
+        self.command_at, command = time.monotonic(), self.go_on()
+        if command != self.command:
+            self.command = command
+            self.log("go_on", quiet=True, command=command)
+
+    def failed(self, line: str, trace: str = "", again: bool = True, event: str = "error") -> None:
+        """The last words of a run that ends early, on any rank: the error, its trace in the log
+        alone, and the command to go on. again: whether the same command may help while nothing
+        is on disk."""
+        tell(f"{event}: {line}")
+        if self.text is None:      # not rank 0: beside its lines, where the folder is shared
+            with contextlib.suppress(OSError):
+                self.open_journals(fresh=False)
+        self.log(event, quiet=True, text=line, **({"trace": trace} if trace else {}))
+        with self.guarded("the command to go on"):
+            if again or self.way_on():
+                self.note_go_on()
+                tell(f"to go on: {self.go_on()}")
+
+    def hung(self, line: str) -> None:
+        """What the heartbeat calls before it ends this process."""
+        with contextlib.suppress(Exception):
+            self.failed(line)
+
+
+def tell(line: str) -> None:
+    """A line on stderr if that works."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def in_a_line(error: BaseException) -> str:
+    """Type and text of an exception, on one line of bounded length."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def changed_environment(s: Settings) -> dict[str, str]:
+    """The settings that differ from their defaults as a shell would set them."""
+    shown = {}
+    for name, value in s.changed().items():
+        if isinstance(value, (bool, float)) and float(value).is_integer():
+            value = int(value)
+        shown[name] = str(value)
+    return shown
+
+
+def starting_command(changed: Mapping[str, str]) -> str:
+    """The command that starts this script as it was started, under these settings."""
+    env, script = os.environ, "train_gpt.py"
+    if sys.argv[0].endswith(".py"):
+        path = Path(sys.argv[0])
+        here = path.is_absolute() and path.is_relative_to(Path.cwd())
+        script = shlex.quote(str(path.relative_to(Path.cwd()) if here else path))
+    start, size = f"python {script}", env.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in env:
+        nodes, here = env.get("GROUP_WORLD_SIZE", "1"), env.get("LOCAL_WORLD_SIZE", "1")
+        where = "--standalone" if nodes == "1" else f"--nnodes={nodes} …"
+        start = f"torchrun {where} --nproc_per_node={here} {script}"
+    elif size != "1":
+        start = f"RANK=… WORLD_SIZE={size} MASTER_ADDR=… MASTER_PORT=… {start}"
+    words = [f"{name}={shlex.quote(value)}" for name, value in changed.items()]
+    return " ".join([*words, start])
+
+
+def plain(value, most: int) -> str:
+    """A value as one line of at most so many characters of printable ASCII, for messages."""
+    text = re.sub("[^ -~]", "?", f"{value!s:.{most + 1}}")
+    return text if len(text) <= most else text[:most - 3] + "..."
 
 
 def human(value) -> str:
@@ -872,9 +1508,9 @@ def human(value) -> str:
         return f"{value:.6g}"
     if isinstance(value, float):
         return f"{value:.6f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:.1f}"
-    if isinstance(value, str) and " " not in value:
+    if isinstance(value, str) and " " not in value and (value.isprintable() or not value):
         return value
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return to_json(value, ensure_ascii=False, separators=(",", ":"))
 
 
 # ============================================================================================================
@@ -888,7 +1524,10 @@ def read_shard(path: Path) -> np.ndarray:
     """Tokens of one shard, (N,) uint16, mapped not loaded. UserError when it is missing, foreign or cut."""
     path, again = Path(path), "fetch or build the data again"
     try:
-        size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=SHARD_HEADER)
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):       # a pipe would wait for ever
+            raise UserError(f"{path} is no token shard but a folder, pipe or device; {again}")
+        size, header = found.st_size, np.fromfile(path, dtype="<u4", count=SHARD_HEADER)
     except OSError as error:
         raise UserError(f"cannot read shard {path}: {error.strerror}; {again}") from error
     if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
@@ -897,7 +1536,8 @@ def read_shard(path: Path) -> np.ndarray:
     count = int(header[2])
     expected = 4 * SHARD_HEADER + 2 * count
     if size != expected:
-        raise UserError(f"{path} has {size:,} bytes but its header promises {expected:,}: truncated; {again}")
+        raise UserError(f"{path} has {size:,} bytes but its header promises {expected:,}: "
+                        f"{'truncated' if size < expected else 'too long'}; {again}")
     if count < 2:
         raise UserError(f"{path} holds {count} tokens: at least 2 are needed; {again}")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
@@ -924,17 +1564,27 @@ def read_tokens(s: Settings, kind: str, most: int | None = None) -> dict[Path, n
         tokens = whole[:most]
         for bad, fault in (
             (tokens[0] == 0, f"starts with 0, not with BOS (id {BOS}): it is a byte sidecar, not tokens"),
-            (not (tokens == BOS).any(), f"holds no BOS (id {BOS}): documents cannot be told apart"),
+            (not has_bos(whole), f"holds no BOS (id {BOS}): documents cannot be told apart"),
             (i == 0 and tokens[0] != BOS,
              f"starts with token {tokens[0]}, not BOS (id {BOS}): its first document is cut"),
         ):
             if bad:
                 raise UserError(f"{path} {fault}; build the shards again, with a BOS before every document")
-        if tokens.max() >= s.vocab_size:
-            at = int(np.argmax(tokens >= s.vocab_size))
-            raise UserError(f"{path} holds token {tokens[at]} at position {at} but VOCAB_SIZE="
-                            f"{s.vocab_size}: set VOCAB_SIZE and TOKENIZER_PATH to those it was made with")
+        check_ids(path, tokens, s.vocab_size)
     return shards
+
+
+def has_bos(tokens: np.ndarray, block: int = 1_000_000) -> bool:
+    """Whether a BOS is among the tokens, of which no more than needed are read."""
+    return any((tokens[a:a + block] == BOS).any() for a in range(0, len(tokens), block))
+
+
+def check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
+    """Refuse tokens of a shard that are not of the vocabulary."""
+    if tokens.max() >= vocab_size:
+        at = int(np.argmax(tokens >= vocab_size))
+        raise UserError(f"{path} holds token {tokens[at]} at position {at} but VOCAB_SIZE={vocab_size}: set "
+                        "VOCAB_SIZE and TOKENIZER_PATH to those it was made with")
 
 
 def read_sidecars(s: Settings, shards: Mapping[Path, np.ndarray]) -> np.ndarray | None:
@@ -958,20 +1608,46 @@ def read_sidecars(s: Settings, shards: Mapping[Path, np.ndarray]) -> np.ndarray 
 
 
 def read_manifest(s: Settings) -> dict:
-    """The folder's manifest.json, written by the data tools; empty when there is none."""
-    path = s.shards / "manifest.json"
-    try:
-        manifest = json.loads(path.read_bytes())
-        return manifest if {"files", "fingerprint"} <= set(manifest) else {}
-    except FileNotFoundError:
+    """The folder's manifest.json, written by the data tools; empty when there is none, or one of another
+    program. UserError when it is damaged."""
+    path, remedy = s.shards / "manifest.json", "fetch or build the data again"
+    if not path.exists():
         return {}
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): fetch or build the data again") from error
+    manifest = read_json(path, f"the data tools' manifest: {remedy}")
+    if not {"files", "fingerprint"} <= set(manifest):
+        return {}
+    if fault := manifest_fault(manifest):
+        raise UserError(f"{path} is damaged ({fault}): {remedy}")
+    return manifest
+
+
+def manifest_fault(manifest: Mapping) -> str:
+    """What in a manifest is not as the data tools write it; empty: nothing."""
+    if not isinstance(manifest["files"], list) or not isinstance(manifest["fingerprint"], str):
+        return "files is no list, or the fingerprint no text"
+    for i, entry in enumerate(manifest["files"]):
+        if not isinstance(entry, dict):
+            return f"file {i} is no object"
+        if not all(isinstance(entry.get(key), str) for key in ("name", "kind")):
+            return f"file {i} has no name or no kind"
+        if not all(is_count(entry.get(key, 0)) for key in ("size", "tokens", "documents", "text_bytes")):
+            return f"file {i} counts what is no whole number"
+    for key in ("split", "tokenizer"):      # no tokenizer: null
+        if not isinstance(manifest.get(key) or {}, dict):
+            return f"{key} is no object"
+    if not is_count(manifest.get("decodable_val_bytes") or 0):
+        return "decodable_val_bytes is no whole number"
+    return ""
+
+
+def is_count(value) -> bool:
+    """Whether a value from JSON is a whole number of 0 or more."""
+    return type(value) is int and 0 <= value < 2 ** 63
 
 
 def manifest_total(s: Settings, kind: str, what: str) -> int | None:
     """Sum of an entry over the manifest's files of a kind; None where it is not told."""
-    told = [entry.get(what) for entry in read_manifest(s).get("files", ()) if entry.get("kind") == kind]
+    told = [entry.get(what) for entry in read_manifest(s).get("files", ()) if entry["kind"] == kind]
     return None if not told or None in told else sum(told)
 
 
@@ -1034,8 +1710,11 @@ def packed_batch(tokens: np.ndarray, max_len: int) -> Batch:
 
 class Stream:
     """Micro-batches of one rank, in an order that the files fix. max_len: of a segment or a window."""
+    windowed = False      # rows of whole windows, without document bounds
 
-    def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int):
+    def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int,
+                 vocab_size: int = 65536):
+        self.vocab_size = vocab_size
         self.shards = [read_shard(f) for f in files]
         self.ends = np.cumsum([len(x) for x in self.shards])
         self.world_size, self.rank, self.tokens, self.max_len = world_size, rank, tokens, max_len
@@ -1047,8 +1726,17 @@ class Stream:
         return self.batches * self.world_size * self.tokens / int(self.ends[-1])
 
     def next(self) -> Batch:
+        """The next micro-batch; UserError when it holds an id that is not of the vocabulary."""
         batch, self.batches = self.cut(), self.batches + 1
+        if max(int(batch.x.max()), int(batch.y.max())) >= self.vocab_size:
+            for tokens in self.shards:
+                check_ids(Path(tokens.filename), tokens, self.vocab_size)
         return batch
+
+    def skip(self, batches: int) -> None:
+        """Pass over so many batches, as an interrupted run has done."""
+        for _ in range(batches):
+            self.next()
 
 
 class TokenStream(Stream):
@@ -1068,6 +1756,9 @@ class TokenStream(Stream):
             parts.append(np.asarray(self.shards[i][begin:begin + count]))
             start, count = start + len(parts[-1]), count - len(parts[-1])
         return packed_batch(np.concatenate(parts), self.max_len)
+
+    def skip(self, batches: int) -> None:
+        self.batches += batches      # where a batch lies follows from its number
 
 
 class DocPackStream(Stream):
@@ -1090,116 +1781,22 @@ class DocPackStream(Stream):
         return packed_batch(np.asarray(self.shards[self.shard][begin:begin + self.tokens + 1]), self.max_len)
 
 
-class WindowStream(Stream):
-    """Rows of max_len tokens, across documents. windows: the last batch's, [(file, first token), …]."""
-
-    def phase(self, i: int) -> tuple[int, int]:
-        """A random first token for the windows of file i, and how many windows there are from it."""
-        n, length = len(self.shards[i]), self.max_len
-        most = min(length - 1, max(0, n - length - 1))
-        phase = int(self.rng.integers(most + 1)) if most > 0 else 0
-        return phase, (n - 1 - phase) // length
-
-    def rows(self, windows: Sequence[tuple[int, int]]) -> Batch:
-        rows = [self.shards[i][a:a + self.max_len + 1] for i, a in windows]
-        t = torch.from_numpy(np.stack(rows).astype(np.int64))
-        return Batch(t[:, :-1], t[:, 1:], None, self.max_len)
-
-
-class ShuffledStream(WindowStream):
-    """Windows in random order; rank r owns files r, r + world_size, … ."""
-
-    def __init__(self, files, **shape):
-        super().__init__(files, **shape)
-        self.rng = np.random.Generator(np.random.PCG64(self.rank))
-        self.owned, self.starts = range(self.rank, len(files), self.world_size), {}
-        if not any(len(self.shards[i]) > self.max_len for i in self.owned):
-            raise UserError(f"rank {self.rank} of {self.world_size} owns none of {len(files)} shards with "
-                            f"{self.max_len + 1} tokens: use TRAIN_LOADER=stream")
-
-    def take(self) -> tuple[int, int]:
-        if not any(self.starts.values()):      # a fresh permutation of the windows of every file
-            for i in self.owned:
-                phase, count = self.phase(i)
-                self.starts[i] = (phase + self.rng.permutation(count) * self.max_len).tolist()
-        left = np.array([len(self.starts[i]) for i in self.owned], dtype=np.float64)
-        i = self.owned[int(self.rng.choice(len(self.owned), p=left / left.sum()))]
-        return i, self.starts[i].pop()
-
-    def cut(self) -> Batch:
-        self.windows = [self.take() for _ in range(self.tokens // self.max_len)]
-        return self.rows(self.windows)
-
-
-class CoprimeStream(WindowStream):
-    """Windows drawn from many shards at once: each shard is walked in blocks of max_len by a stride coprime
-    to their number, shards are drawn by what they have left, more of them as training goes on. All ranks draw
-    the same batch, rank r takes every world_size-th window; `windows` has those of all ranks."""
-
-    def __init__(self, files, **shape):
-        super().__init__(files, **shape)
-        seed = 0
-        for byte in "".join(str(f) for f in files).encode():
-            seed = (seed ^ byte) * 1099511628211 % 2 ** 64
-        self.rng = np.random.Generator(np.random.PCG64(seed))
-        self.blocks = [(len(x) - 1) // self.max_len for x in self.shards]
-        self.eligible = np.flatnonzero(self.blocks)
-        if not len(self.eligible):
-            raise UserError(f"no training shard holds {self.max_len + 1} tokens: lower TRAIN_SEQ_LEN")
-        self.walks: dict[int, list] = {}      # shard -> starts of its blocks still to come, the next one last
-
-    def walk(self, i: int) -> list[int]:
-        """A fresh walk over the blocks of shard i: random phase, start and coprime stride; reversed."""
-        phase, count = self.phase(i)
-        start = int(self.rng.integers(count)) if count > 1 else 0
-        stride = 1
-        while count > 1 and math.gcd(stride := int(self.rng.integers(1, count)), count) != 1:
-            pass
-        return [phase + (start + j * stride) % count * self.max_len for j in reversed(range(count))]
-
-    def take(self, i: int, count: int) -> list[tuple[int, int]]:
-        """The next `count` blocks of shard i, shuffled."""
-        out = []
-        while len(out) < count:
-            if not self.walks.get(i):
-                self.walks[i] = self.walk(i)
-            out.append((i, self.walks[i].pop()))
-        return [out[k] for k in self.rng.permutation(count)] if count > 1 else out
-
-    def cut(self) -> Batch:
-        size, progress = self.tokens // self.max_len * self.world_size, min(self.batches / 1800, 1.0)
-        left = np.array([max(len(self.walks[i]), 1) if i in self.walks else self.blocks[i]
-                         for i in self.eligible], np.float64)
-        p = left ** (0.9 - 0.4 * progress)
-        p /= p.sum()
-        low, high = (min(max(a, b * self.world_size), len(p), size) for a, b in ((8, 1), (32, 8)))
-        mixed = max(1, min(round(low + progress * (high - low)), len(p), size))
-        chosen = self.rng.choice(len(p), size=mixed, replace=False, p=p)
-        counts = 1 + (self.rng.multinomial(size - mixed, p[chosen] / p[chosen].sum()) if size > mixed else 0)
-        order = self.rng.permutation(mixed)
-        counts = np.broadcast_to(counts, mixed)[order]
-        buckets = [self.take(int(i), int(n)) for i, n in zip(self.eligible[chosen][order], counts)]
-        self.windows, active = [], list(range(mixed))
-        while active:
-            active = [active[k] for k in self.rng.permutation(len(active))]
-            self.windows += [buckets[b].pop() for b in active]
-            active = [b for b in active if buckets[b]]
-        return self.rows(self.windows[self.rank::self.world_size])
+LOADERS: dict[str, type[Stream]] = {"stream": TokenStream, "docpack": DocPackStream}
 
 
 def open_train_stream(s: Settings, world: World, tokens: int) -> Stream:
     """The training stream that TRAIN_LOADER names, for micro-batches of `tokens` tokens."""
-    kind = {"stream": TokenStream, "docpack": DocPackStream, "shuffled": ShuffledStream,
-            "coprime": CoprimeStream}[s.train_loader]
-    return kind(list_shards(s.shards, "train"), world_size=world.size, rank=world.rank, tokens=tokens,
-                max_len=s.train_seq_len)
+    return LOADERS[s.train_loader](
+        list_shards(s.shards, "train"), world_size=world.size, rank=world.rank, tokens=tokens,
+        max_len=s.train_seq_len, vocab_size=s.vocab_size)
 
 
 class Prefetch:
-    """Batches read ahead in one thread, in the stream's order. epoch: of the batch given out last."""
+    """Batches read ahead in one thread, in the stream's order. given: how many were given out, also before
+    an interruption; epoch: of the last of them."""
 
     def __init__(self, stream: Stream, device: torch.device, depth: int = 4):
-        self.stream, self.device, self.epoch = stream, device, 0.0
+        self.stream, self.device, self.epoch, self.given = stream, device, 0.0, 0
         self.reader = ThreadPoolExecutor(1)
         self.ahead = deque(self.reader.submit(self.read) for _ in range(depth))
 
@@ -1211,6 +1808,7 @@ class Prefetch:
         if cut:
             self.stream.max_len = cut
         batch, self.epoch = self.ahead.popleft().result()      # raises what the thread raised
+        self.given += 1
         self.ahead.append(self.reader.submit(self.read))
         stale = cut and batch.tokens is not None and batch.cut != cut
         return packed_batch(batch.tokens, cut).to(self.device) if stale else batch
@@ -1250,15 +1848,20 @@ class ByteTable:
         return self.base[target].astype(np.int64) + (self.lead[target] & ~self.boundary[prev])
 
 
+MOST_MODEL, A_MODEL = 1 << 26, "the SentencePiece model of the shards"
+
+
 def load_tokenizer(path: Path):
     """The SentencePiece model at path; UserError when it is missing or damaged."""
     import sentencepiece
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise UserError(f"TOKENIZER_PATH={path} does not exist: see data/README.md, or set TOKENIZER_PATH")
+    model = read_bounded(Path(path), MOST_MODEL, A_MODEL)
     try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model: {str(error)[:80]}") from error
+        return sentencepiece.SentencePieceProcessor(model_proto=model or b"empty")
+    except RuntimeError as error:
+        raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model, or damaged: set it to the "
+                        "one that the shards were made with") from error
 
 
 class Documents:
@@ -1290,6 +1893,7 @@ class Validation:
     a run trains, calibrates and packs it is sealed: only an open ledger gets at the tokens."""
     sealed, ledgers = False, 0
     hints: Hints | None = None      # set for the evaluations whose scores n-gram counts tilt
+    other_targets: np.ndarray | None = None      # a probe's, in place of the stream's
 
     @classmethod
     @contextlib.contextmanager
@@ -1307,6 +1911,11 @@ class Validation:
             raise RuntimeError(SEALED)
         return self.stream
 
+    @property
+    def targets(self) -> np.ndarray:
+        """What is scored after every input (N - 1,)."""
+        return self.tokens[1:] if self.other_targets is None else self.other_targets
+
     def __init__(self, s: Settings):
         shards = read_tokens(s, "val")
         self.stream = np.concatenate(list(shards.values()))
@@ -1319,6 +1928,10 @@ class Validation:
             table = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
             self.rule, self.target_bytes = "table", table.count(self.tokens[:-1], self.tokens[1:])
         self.documents = Documents(self.tokens).sample(s.val_doc_fraction, s.seed)
+        spans = zip(self.documents.start.tolist(), self.documents.length.tolist())
+        if not any(self.target_bytes[a:a + n - 1].any() for a, n in spans):
+            raise UserError(f"the validation documents of {s.shards} are empty: not a byte is there to be "
+                            "predicted; fetch or build the data again, or raise VAL_DOC_FRACTION")
 
     def open_for_study(self, run: Run, why: str) -> np.ndarray:
         """The one door past the seal: marks the run NON-COMPLIANT, then hands out the tokens."""
@@ -1326,10 +1939,10 @@ class Validation:
         return self.stream
 
     @classmethod
-    def of(cls, tokens: np.ndarray) -> Validation:
+    def of(cls, tokens: np.ndarray, targets: np.ndarray | None = None) -> Validation:
         """A made-up stream, one byte a token: for probes. Nothing of it is sealed."""
         val = cls.__new__(cls)
-        val.sealed = False
+        val.sealed, val.other_targets = False, targets
         val.stream, val.rule, val.documents = tokens.astype(np.uint16), "made up", Documents(tokens)
         val.target_bytes = (tokens[1:] != BOS).astype(np.int64)
         return val
@@ -1413,18 +2026,18 @@ class Plan(NamedTuple):
         return len(self.encoder) + len(self.decoder)
 
 
-def layer_plan(s: Settings, looping: bool, passes: int = 0) -> Plan:
-    """0 1 2 | 3 4 5 | 3 4 5 | 3 4 5 | 6 … 10 when looping, else 0 … 10; cut in halves; passes: a loop's."""
+def layer_plan(s: Settings, looping: bool) -> Plan:
+    """0 1 2 | 3 4 5 | 3 4 5 | 3 4 5 | 6 … 10 when looping, else 0 … 10; cut in halves."""
     order = tuple(range(s.num_layers))
     if looping and s.num_loops:
         loop = order[s.loop_start:s.loop_end + 1]
-        order = order[:s.loop_start] + loop * (passes or s.num_loops + 1) + order[s.loop_end + 1:]
+        order = order[:s.loop_start] + loop * (s.num_loops + 1) + order[s.loop_end + 1:]
     half = len(order) // 2
     return Plan(order[:half], order[half:])
 
 
 class LayerWeights(NamedTuple):
-    """One layer's weights in the activations' dtype, unbound from the stacked parameters; None: it has none."""
+    """One layer's weights in the activations' dtype; None: it has none of that kind."""
     q: Tensor
     k: Tensor
     v: Tensor
@@ -1576,7 +2189,7 @@ class GPT(nn.Module):
             self.unbound("attn_gate_w"))]
 
     def rope(self, length: int, device, start: int = 0, context: int = 0) -> tuple[Tensor, Tensor]:
-        """cos, sin (length, R/2) of positions start, start + 1, …; context: tokens that the longest row has."""
+        """cos, sin (length, R/2) of positions start, start + 1, …; context: tokens of the longest row."""
         dims = self.s.rope_dims or self.s.head_dim
         channel = torch.arange(0, dims, 2, dtype=torch.float32, device=device)
         inverse = 1.0 / (self.rope_base(max(length, context)) ** (channel / dims))
@@ -1588,17 +2201,25 @@ class GPT(nn.Module):
         """Base of the rotary angles for rows of at most `longest` tokens."""
         return self.s.rope_base
 
-    def embed(self, ids: Tensor, layout: Layout | None, before: Tensor | None = None) -> Tensor:
+    def embed(self, ids: Tensor, layout: Layout | None, before: Tensor | None = None,
+              tap: Callable | None = None) -> Tensor:
         """Normalised embeddings (B, T, D), mixed with those of the tokens before. before (B, 2): the tokens
         ahead of ids, where the rows go on from a cache."""
         length = ids.size(1)
         if before is not None:
             ids = torch.cat((before[:, -1:], ids), dim=1)
-        x = F.embedding(ids, self.tok_emb).to(self.compute_dtype)
+        x = self.look_up(ids, tap)
         if self.s.smear_gate_enabled:
             x = self.smear(x, self.smears_into(ids, layout))
         x = rms(x)
         return x if before is None else x[:, -length:]
+
+    def look_up(self, ids: Tensor, tap: Callable | None) -> Tensor:
+        """The rows of the embedding (B, T, D) for tokens ids (B, T)."""
+        x = F.embedding(ids, self.tok_emb).to(self.compute_dtype)
+        if tap is not None:
+            tap("embedding", -1, x)
+        return x
 
     def same_segment(self, ids: Tensor, layout: Layout | None) -> Tensor | None:
         """(1, T - 1) bool: the token before is of the same segment; None where all are."""
@@ -1642,7 +2263,7 @@ class GPT(nn.Module):
         return out
 
     def project(self, c: Forward, i: int, slot: int, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, T, H·D), keys and values (B, T, K·D) of layer i from its normalised input n (B, T, D)."""
+        """Queries (B, T, H·D), keys and values (B, T, K·D) of layer i, from its normalised input n."""
         w = c.layers[i]
         q = c.adapted(F.linear(n, w.q), "q", slot, n)
         k = c.adapted(F.linear(n, w.k), "k", slot, n)
@@ -1678,7 +2299,7 @@ class GPT(nn.Module):
         return x + w.mlp_scale * self.feed_forward(c, i, slot, rms(x) * scale)
 
     def branches(self, c: Forward, i: int, slot: int, lane0: Tensor, lane1: Tensor) -> tuple[Tensor, ...]:
-        """Layer i on two lanes: lane 0 mixed with x0, what attention adds to it, what the MLP adds to lane 1."""
+        """Layer i on two lanes: lane 0 mixed with x0, what attention makes of it, the MLP of lane 1."""
         w, scale = c.layers[i], self.depth_scale(i)
         mixed = w.resid_mix[0] * lane0 + w.resid_mix[1] * c.x0
         attended = w.attn_scale * self.attend(c, i, slot, rms(mixed) * scale)
@@ -1710,7 +2331,7 @@ class GPT(nn.Module):
         """All that the layers of one forward share; its x0 is where they start from."""
         start = 0 if cache is None else cache.position
         window = 0 if cache is None else cache.window
-        x = self.embed(ids, layout, cache.last if start else None)
+        x = self.embed(ids, layout, cache.last if start else None, tap)
         rope = self.rope(ids.size(1), ids.device, start, window)
         bound = None if adapter is None else adapter.bind(x.dtype)
         return Forward(self.layer_weights(), x, rope, layout, bound, tap, cache)
@@ -1757,8 +2378,13 @@ class GPT(nn.Module):
         """The stream that two lanes leave behind."""
         return 0.5 * (lane0 + lane1)
 
+    @staticmethod
+    def head_name(s: Settings) -> str:
+        """The field's name of the output projection: it is the input embedding."""
+        return "tok_emb.weight"
+
     def head_weight(self) -> Tensor:
-        """The output projection (V, D): the input embedding."""
+        """The output projection (V, D)."""
         return self.tok_emb
 
     def raw_logits(self, hidden: Tensor, adapter: Adapter | None = None) -> Tensor:
@@ -2392,12 +3018,11 @@ def orthogonalise(g: Tensor, dtype: torch.dtype = torch.bfloat16,
 
 
 def muon_direction(g: Tensor, buf: Tensor, momentum: float, row_normalize: bool = True,
-                   coefficients: Sequence[tuple] = POLAR_EXPRESS) -> Tensor:
-    """Orthogonalised update of matrices g (n, R, C), in buf's dtype, looking ahead by Nesterov's rule; buf is
-    updated in place."""
+                   coefficients: Sequence[tuple] = POLAR_EXPRESS, nesterov: bool = True) -> Tensor:
+    """Orthogonalised update of matrices g (n, R, C), in buf's dtype; buf is updated in place."""
     g = g.to(buf.dtype)
     buf.mul_(momentum).add_(g)
-    u = g.add(buf, alpha=momentum)
+    u = g.add(buf, alpha=momentum) if nesterov else buf
     if row_normalize:
         u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
     return orthogonalise(u, buf.dtype, coefficients)
@@ -2476,6 +3101,9 @@ class Optimiser:
         touched = {p: self.gather(buf.flatten(1).any(1).byte())()
                    for p, buf in zip(self.banks, self.momentum)}
         for p in self.small:
+            if not p.numel():      # as the skips of a model of one layer: nothing is there to be trained
+                touched[p] = torch.ones(0)
+                continue
             touched[p] = self.adam.state[p]["exp_avg_sq"].reshape(len(p) if p.dim() else 1, -1).any(1)
         found = [name for p, name in self.names.items() if p not in touched]     # in no optimiser at all
         for p, rows in touched.items():
@@ -2537,14 +3165,10 @@ def stage_at(stages: list[tuple[float, float]], progress: float):
 
 
 def lr_share(s: Settings, progress: float) -> float:
-    """Share of the peak learning rate: flat, then linear over the last WARMDOWN_FRAC, at least MIN_LR; never
-    above the value of the last point of MIDRUN_CAP_SCHEDULE that is passed (before: of its first)."""
-    flat = s.warmdown_frac <= 0 or progress < 1 - s.warmdown_frac
-    share = 1.0 if flat else max((1 - progress) / s.warmdown_frac, s.min_lr)
-    if not s.midrun_cap_schedule:
-        return share
-    points = schedule(s.midrun_cap_schedule, 1.0, float)
-    return min(share, [points[0][1], *(cap for at, cap in points[:-1] if at <= progress)][-1])
+    """Share of the peak learning rate: flat, then linear over the last WARMDOWN_FRAC, at least MIN_LR."""
+    if s.warmdown_frac <= 0 or progress < 1 - s.warmdown_frac:
+        return 1.0
+    return max((1 - progress) / s.warmdown_frac, s.min_lr)
 
 
 def muon_momentum(s: Settings, step: int) -> float:
@@ -2553,61 +3177,50 @@ def muon_momentum(s: Settings, step: int) -> float:
     return (1 - f) * s.muon_momentum_warmup_start + f * s.muon_momentum
 
 
-def passes_at(s: Settings, progress: float, step: int = 0) -> int:
-    """Passes over the looped layers at this share of the training budget, or at this step."""
-    if s.loop_schedule:
-        return stage_at(schedule(s.loop_schedule, 1), progress)
-    begun = step >= s.recur_start_step if s.recur_start_step else progress >= s.enable_looping_at
-    return s.num_loops + 1 if begun else 1
-
-
-def graphs_met(s: Settings) -> list[tuple[int, int]]:
-    """Pairs (longest segment, passes over the loop) in the order in which training meets them."""
-    lengths, loops = context_stages(s), schedule(s.loop_schedule, 1)
-    if s.recur_start_step or (s.train_seq_schedule_mode == "step" and s.max_wallclock_seconds > 0):
-        # one of them by the step and the other by the clock: every pair may come
-        passes = sorted({*(n for _, n in loops), s.num_loops + 1})
-        return [(length, n) for _, length in lengths for n in passes]
-    changes = [0.0, s.enable_looping_at, *(math.nextafter(end, 2) for end, _ in lengths[:-1] + loops[:-1])]
-    return list(dict.fromkeys((stage_at(lengths, at), passes_at(s, at)) for at in sorted(changes)))
-
-
 class Curriculum:
-    """What changes while training goes on: longest segment, loop, learning rate, soft rounding."""
+    """What changes while training goes on: longest segment, loop, learning rate."""
 
     def __init__(self, s: Settings):
-        self.s, self.stages, self.length, self.passes, self.progress = s, context_stages(s), 0, 1, 0.0
-        self.changed = self.rounding = None        # steps at which the length changed and rounding began
+        self.s, self.stages = s, context_stages(s)
+        self.length = 0
+        self.changed: int | None = None        # step at which the length changed
 
-    def at(self, step: int, progress: float) -> tuple[int, int, float]:
-        """(longest segment, passes over the loop, share of the learning rate) of a step; call it in order."""
+    def at(self, step: int, progress: float) -> tuple[int, bool, float]:
+        """(longest segment, whether loops run, share of the learning rate) of a step; call it in order."""
         s = self.s
         by_step = s.train_seq_schedule_mode == "step"
         length = stage_at(self.stages, step / max(s.iterations, 1) if by_step else progress)
         if length != self.length:
-            self.changed, self.length = step or None, length
-        self.passes, self.progress, lr = passes_at(s, progress, step), progress, lr_share(s, progress)
+            self.changed = step or None
+            self.length = length
+        lr = self.rate(progress)
         if self.changed is not None and s.seq_change_warmup_steps:
             lr *= min((step - self.changed + 1) / s.seq_change_warmup_steps, 1.0)
-        return length, self.passes, lr
+        return length, self.loops(step, progress), lr
 
-    def unreached(self) -> dict[str, str]:
-        """Settings that the training behind us was too short for."""
-        s = self.s
-        return {name: f"training ended {how}" for missed, name, how in (
-            (self.passes <= s.num_loops, "LOOP_SCHEDULE" if s.loop_schedule else "NUM_LOOPS",
-             f"with {self.passes} of {s.num_loops + 1} passes over the loop"),
-            (s.late_qat_threshold and self.rounding is None, "LATE_QAT_THRESHOLD", "before rounding began"),
-            (self.length < s.train_seq_len, "TRAIN_SEQ_SCHEDULE", f"at segments of {self.length}"),
-            (0 < s.warmdown_frac < 1 - self.progress, "WARMDOWN_FRAC", "before the rate fell"),
-        ) if missed}
+    def rate(self, progress: float) -> float:
+        """Share of the peak learning rate at this share of the training budget."""
+        return lr_share(self.s, progress)
 
-    def sharpness(self, steps: int, lr: float) -> float | None:
-        """Slope of soft rounding after so many steps, the last one at this share; None before it begins."""
+    def loops(self, step: int, progress: float) -> bool:
+        """Whether loops run then."""
+        return self.s.num_loops > 0 and progress >= self.s.enable_looping_at
+
+    def graphs(self) -> list[tuple[int, bool]]:
+        """Pairs (longest segment, whether loops run) in the order in which training meets them."""
         s = self.s
-        if self.rounding is None and lr < s.late_qat_threshold and steps >= s.late_qat_min_step:
-            self.rounding = steps
-        return None if self.rounding is None else 1 + 15 * min((steps - self.rounding) / 500, 1.0)
+        if s.train_seq_schedule_mode == "step" and s.max_wallclock_seconds > 0:
+            return self.all_graphs()      # one goes by the step and the other by the clock: any pair may come
+        changes = [0.0, s.enable_looping_at, *(math.nextafter(end, 2) for end, _ in self.stages[:-1])]
+        met = [(stage_at(self.stages, at), self.loops(0, at)) for at in sorted(changes)]
+        return list(dict.fromkeys(met))
+
+    def all_graphs(self) -> list[tuple[int, bool]]:
+        return [(length, loops) for _, length in self.stages for loops in (False, True)]
+
+    def state(self) -> dict:
+        """What a run that goes on later must know of it."""
+        return {"length": self.length, "changed": self.changed}
 
 
 def pick_dtype(choice: str, device: torch.device, default: torch.dtype | None = None) -> torch.dtype:
@@ -2638,7 +3251,6 @@ class Trainer:
         self.s, self.world, self.model = s, world, model
         self.accum, self.tokens = s.batch_shape(world.size)
         self.losses = compiled(s, world.device, model.losses, fullgraph=True)
-        self.alpha: Tensor | None = None              # sharpness of soft rounding, once it has begun
         self.laps: dict[str, float] | None = None     # on a measured step: ms by part
         self.rewind()
 
@@ -2647,6 +3259,32 @@ class Trainer:
         dtype = pick_dtype(self.s.muon_dtype, self.world.device, self.model.compute_dtype)
         self.optimiser = Optimiser(self.s, self.world, dict(self.model.named_parameters()), dtype)
         self.ema = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+
+    def tensors(self) -> dict[str, Any]:
+        """Weights, average and optimiser, this rank's part of it, as they are: not copied."""
+        return {"weights": {n: p.detach() for n, p in self.model.named_parameters()},
+                "average": self.ema, "momentum": self.optimiser.momentum,
+                "adam": self.optimiser.adam.state_dict()}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what tensors() gave; UserError when it is of another model or of other ranks."""
+        mine = self.tensors()
+        try:
+            for part in ("weights", "average"):
+                for name, tensor in mine[part].items():
+                    tensor.copy_(state[part][name])
+            for buf, saved in zip(mine["momentum"], state["momentum"], strict=True):
+                buf.copy_(saved)
+            self.optimiser.adam.load_state_dict(state["adam"])
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"the checkpoint does not fit this model ({type(error).__name__}: "
+                            f"{plain(error, 100)}): start anew without RESUME") from error
+
+    def finite(self) -> bool:
+        """Whether weights and average are, on this rank."""
+        tensors = [*self.ema.values(), *self.model.parameters()]
+        return all(bool(t.detach().isfinite().all()) for t in tensors)
 
     def measure(self) -> None:
         """Make the next step a measured one."""
@@ -2666,11 +3304,9 @@ class Trainer:
         if batch.cu_seqlens is not None and compiles(self.s, self.world.device):
             torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
         layout = batch.layout(batch.cut or self.s.train_seq_len)
-        self.model.sharpness = self.alpha
         loss = self.losses(batch.x, batch.y, plan, layout, training=True).mean()
         self.lap("forward")
         (loss / self.accum).backward()
-        self.model.sharpness = None
         self.lap("backward")
         return loss.detach()
 
@@ -2688,22 +3324,19 @@ class Trainer:
         """Compile and run every graph on random tokens, then undo it. Returns the seconds it took."""
         s, world, clock = self.s, self.world, Clock()
         generator = torch.Generator().manual_seed(s.seed + world.rank)
-        sharpnesses = (None, 1.0) if s.late_qat_threshold else (None,)
         with weights_kept(self.model):
-            for (length, passes), sharpness in itertools.product(graphs_met(s), sharpnesses):
-                self.set_sharpness(sharpness)
-                for _ in range(s.warmup_steps):
-                    for _ in range(self.accum):
-                        self.micro_step(self.random_batch(generator, length), layer_plan(s, True, passes))
-                    self.update(1.0, s.muon_momentum)
-        self.set_sharpness(None)
+            for length, looping in Curriculum(s).graphs():
+                self.warm_graph(length, layer_plan(s, looping), generator)
         self.rewind()
         sync(world.device)
         return clock.elapsed()
 
-    def set_sharpness(self, alpha: float | None) -> None:
-        """Sharpness of soft rounding from now on; None: no rounding. A tensor: one graph for all of them."""
-        self.alpha = None if alpha is None else torch.full((), alpha, device=self.world.device)
+    def warm_graph(self, length: int, plan: Plan, generator: torch.Generator) -> None:
+        """WARMUP_STEPS steps on random tokens, cut at this length."""
+        for _ in range(self.s.warmup_steps):
+            for _ in range(self.accum):
+                self.micro_step(self.random_batch(generator, length), plan)
+            self.update(1.0, self.s.muon_momentum)
 
     def random_batch(self, generator: torch.Generator, length: int = 0) -> Batch:
         """A micro-batch of random tokens shaped as the loader's, cut at `length` (0: TRAIN_SEQ_LEN)."""
@@ -2711,7 +3344,9 @@ class Trainer:
         tokens = torch.randint(2, s.vocab_size, (self.tokens + 1,), generator=generator).numpy()
         tokens[::max(2, s.train_seq_len // 2)] = BOS
         batch = packed_batch(tokens, length or s.train_seq_len)
-        return (batch.rows(s.train_seq_len) if s.train_loader in WINDOWED else batch).to(self.world.device)
+        if LOADERS[s.train_loader].windowed:
+            batch = batch.rows(s.train_seq_len)
+        return batch.to(self.world.device)
 
 
 # Dense bfloat16 FLOP/s of a GPU, by part of its name.
@@ -2725,8 +3360,19 @@ class Progress:
     def __init__(self, s: Settings, world: World, run: Run, model: GPT, budget: float):
         self.s, self.world, self.run, self.model, self.budget = s, world, run, model, budget
         self.last = (0, 0.0)               # step and seconds of the line before
+        self.epochs = 0                    # that have ended
         peaks = (flops for part, flops in PEAK_FLOPS.items() if part in world.device_name)
         self.peak = world.size * next(peaks, 0.0)
+
+    def events(self, step: int, stream: Prefetch, trainer: Trainer, looping: bool) -> None:
+        """Log the end of an epoch, and where the time of a measured step went."""
+        if int(stream.epoch) > self.epochs:
+            self.epochs = int(stream.epoch)
+            tokens = step * self.s.train_batch_tokens
+            self.run.log("epoch_end", epoch=self.epochs, step=step, tokens=tokens)
+        if trainer.laps:
+            self.run.log("step_time", quiet=True, step=step, looping=looping, parts=trainer.laps)
+            trainer.laps = None
 
     def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, lr: float, plan: Plan) -> None:
         """A line in the log (ten steps, then every TRAIN_LOG_EVERY), else on a terminal, two a second."""
@@ -2735,6 +3381,8 @@ class Progress:
         if not logged and not (self.run.live and clock.elapsed() - self.last[1] > 0.5):
             return
         loss = self.world.total(loss.clone()).item() / self.world.size if logged else loss.item()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            return                     # FiniteWatch ends the run; JSON has no word for it
         elapsed = clock.elapsed()      # after the loss, for which the host has waited
         steps, seconds = step - self.last[0], max(elapsed - self.last[1], 1e-9)
         self.last = (step, elapsed)
@@ -2752,62 +3400,364 @@ class Progress:
             return self.run.progress(line)
         self.run.log("train", quiet=True, step=step, loss=loss, norm=norm.item(), lr=lr, looping=looping, **v)
         self.run.say(line)
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {step}: lower MATRIX_LR or SCALAR_LR, or look for "
-                            "the cause with COMPUTE_DTYPE=float32")
+
+
+class FiniteWatch:
+    """Notices the first step whose loss or gradient is not finite without waiting for the GPU: flags travel
+    to pinned memory and are read once they have arrived, a few steps late."""
+
+    def __init__(self):
+        self.flying, self.bad = deque(), 0
+
+    def record(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        """Look at a step's loss and gradient norm, scalars on the device."""
+        flag, arrived = torch.isfinite(loss) & torch.isfinite(norm), None
+        if flag.is_cuda:
+            box = torch.empty((), dtype=torch.bool, pin_memory=True)
+            flag = box.copy_(flag, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.flying.append((step, flag, arrived))
+
+    def first_bad(self, wait: bool = False) -> int:
+        """The first bad step (from 1 on) among those whose flags are here, else 0; wait: for all flags."""
+        while self.flying and not self.bad:
+            step, flag, arrived = self.flying[0]
+            if arrived is not None and not wait and not arrived.query():
+                break
+            if arrived is not None:
+                arrived.synchronize()
+            self.flying.popleft()
+            if not flag.item():
+                self.bad = step
+        return self.bad
+
+    @staticmethod
+    def error(step: int) -> UserError:
+        """What ends a run whose loss or gradient was not finite at this step."""
+        return UserError(f"the loss or the gradient is not finite at step {step}: lower MATRIX_LR or "
+                         "SCALAR_LR, or look for the cause with COMPUTE_DTYPE=float32; the folder's "
+                         "checkpoint/average.pt is the last finite average")
+
+
+AVERAGE = Path("checkpoint") / "average.pt"     # in the run's folder
+
+
+class AverageKeeper:
+    """Keeps a finite average of the weights on disk while training goes on: rank 0 copies it on the device,
+    a thread beside training checks and writes it. The newest two stay until the artifact is written:
+    final_model.pt may be damaged, or lie elsewhere, as long as nothing has been made of it."""
+
+    SECONDS = 25.0         # between two copies: on a slow disk, too, the newest is less than a minute old
+
+    def __init__(self, s: Settings, world: World, run: Run, trainer: Trainer, clock: Clock):
+        self.s, self.world, self.run, self.clock, self.average = s, world, run, clock, trainer.ema
+        self.writer, self.job, self.last, self.fault = ThreadPoolExecutor(1), None, -math.inf, ""
+        self.copy: dict[str, Tensor] = {}
+        self.written, self.warned = "", False      # what the thread has written since the log was told
+
+    def offer(self, step: int) -> None:
+        """After a step: copy the average when it is time and the writer is idle."""
+        self.tell()
+        now = time.monotonic()
+        if self.world.main and now - self.last >= self.SECONDS and (self.job is None or self.job.done()):
+            self.last = now
+            self.start(step, f"average of step {step}")
+
+    def tell(self) -> None:
+        """Log what the thread has done; a fault once."""
+        if self.written:
+            self.run.log("average", quiet=True, of=self.written)
+            self.written = ""
+        if self.fault and not self.warned:
+            self.warned = True
+            self.run.log("warning", text=f"an average could not be kept beside training ({self.fault})")
+
+    def start(self, step: int, stopped: str) -> None:
+        """Copy the average, in the order of the GPU's queue, and let the thread write it."""
+        if not self.copy:
+            self.copy = {n: torch.empty_like(t) for n, t in self.average.items()}
+        torch._foreach_copy_(list(self.copy.values()), list(self.average.values()))
+        ready = None
+        if self.world.device.type == "cuda":
+            ready = torch.cuda.Event()
+            ready.record()
+        facts = weight_facts(self.s, self.world, step, self.clock.elapsed(), stopped)
+        self.job = self.writer.submit(self.write, ready, facts)
+
+    def write(self, ready, facts: dict) -> None:
+        """In the thread: check and write the copy; a fault is kept for the log, training goes on."""
+        try:
+            tensors = to_host(self.copy, ready)
+            if not all(bool(t.isfinite().all()) for t in tensors.values()):
+                return
+            path = self.run.dir / AVERAGE
+            data = weights_to_bytes(self.s, tensors, facts)
+            with contextlib.suppress(OSError):     # no average yet, or a file system without hard links
+                twin = path.with_name(".average.previous")
+                twin.unlink(missing_ok=True)
+                os.link(path, twin)
+                os.replace(twin, path.with_name("average.previous.pt"))
+            write_atomic(path, data)
+            self.written = facts["stopped"]
+        except Exception as error:
+            self.fault = self.fault or f"{type(error).__name__}: {plain(error, 200)}"
+
+    def close(self, step: int, stopped: str) -> None:
+        """Wait for the writer; before, write the average at which training was stopped."""
+        wait_for(self.job)
+        if step and stopped and self.world.main:
+            self.start(step, stopped)
+            wait_for(self.job)
+        self.writer.shutdown()
+        self.tell()
+
+
+def wait_for(job) -> None:
+    """Wait for a thread's job, if there is one."""
+    if job is not None:
+        job.result()
+
+
+def to_host(tensors: Mapping[str, Tensor], ready) -> dict[str, Tensor]:
+    """The tensors on the host. On a GPU once `ready` has passed, by a stream of its own: no step waits."""
+    if ready is None:
+        return dict(tensors)
+    stream = torch.cuda.Stream(next(iter(tensors.values())).device)
+    stream.wait_event(ready)
+    with torch.cuda.stream(stream):
+        return {n: t.cpu() for n, t in tensors.items()}
+
+
+class Trained(NamedTuple):
+    """What training leaves behind beside the Trainer's average."""
+    clock: Clock
+    stream: Prefetch
+    facts: dict            # see weight_facts
+    signal: int            # the number of a signal that asked for the end of the run; 0: none did
 
 
 def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
-          validate: Callable) -> tuple[Clock, Prefetch]:
-    """The training loop, to ITERATIONS or until a step would pass MAX_WALLCLOCK_SECONDS - reserve;
-    validate(step, looping) scores the weights off the clock. Returns the clock and the stream."""
+          validate: Callable, state: Mapping[str, Any] | None = None) -> Trained:
+    """The training loop, to ITERATIONS, until a step would pass MAX_WALLCLOCK_SECONDS - reserve, or until a
+    signal; validate(step, looping) scores the weights off the clock. state: of the checkpoint to go on from.
+    UserError when loss or gradient stop being finite."""
     budget = s.max_wallclock_seconds - reserve if s.max_wallclock_seconds else 0.0
-    stream = Prefetch(open_train_stream(s, world, trainer.tokens), world.device)
     curriculum, progress = Curriculum(s), Progress(s, world, run, trainer.model, budget)
+    step = go_on_from(state, trainer, curriculum) if state else 0
+    stream = open_stream(s, world, trainer.tokens, state["batches"] if state else 0)
+    # graphs that were not warmed up take minutes in between
+    kind = "step" if s.warmup_steps or not compiles(s, world.device) else "compiling-step"
+    world.beat(f"{kind} {step}")
     world.barrier()
-    clock, step, step_seconds, before = Clock(s.max_wallclock_seconds), 0, 0.0, 0.0
-    passes, epochs, measured = passes_at(s, 0.0), 0, [0.1, 0.5, 0.9]    # shares whose next step is timed
+    clock, step_seconds, before = Clock(s.max_wallclock_seconds), 0.0, 0.0
+    clock.start -= state["seconds"] if state else 0.0
+    looping, progress.epochs = curriculum.loops(step, 0.0), int(stream.epoch)
+    measured = [x for x in (0.1, 0.5, 0.9) if x * s.iterations >= step]    # shares whose next step is timed
+    watch, keeper = FiniteWatch(), AverageKeeper(s, world, run, trainer, clock)
+    checkpoints = Checkpoints(s, world, run, trainer, watch, clock)
     while True:
         if s.val_loss_every and step % s.val_loss_every == 0:
             sync(world.device)            # queued steps are charged before the clock stops
             with clock.exclude():
-                validate(step, passes > 1)
+                validate(step, looping)
                 sync(world.device)
-        elapsed = world.agree(clock.elapsed())
+        elapsed, stop, bad = world.agree_step(clock.elapsed(), SIGNALS.number, watch.first_bad())
         step_seconds, before = max(elapsed - before, 0.9 * step_seconds) if step else 0.0, elapsed
-        if step >= s.iterations or (budget and elapsed + step_seconds > budget):
+        ended = step >= s.iterations or (budget and elapsed + step_seconds > budget)
+        if ended or stop or bad:
             break
+        checkpoints.offer(step, elapsed, curriculum, stream)
         done = min(elapsed / budget, 1.0) if budget else step / s.iterations
-        length, passes, lr = curriculum.at(step, done)
-        plan = layer_plan(s, True, passes)
+        length, looping, lr = curriculum.at(step, done)
+        plan = layer_plan(s, looping)
         if measured and done >= measured[0]:
             measured.pop(0)
             trainer.measure()
         losses = [trainer.micro_step(stream.next(length), plan) for _ in range(trainer.accum)]
+        world.beat(f"{kind} {step + 1}")
         norm = trainer.update(lr, muon_momentum(s, step))
         step += 1
-        trainer.set_sharpness(curriculum.sharpness(step, lr_share(s, done)))
-        if int(stream.epoch) > epochs:
-            epochs = int(stream.epoch)
-            run.log("epoch_end", epoch=epochs, step=step, tokens=step * s.train_batch_tokens)
-        if trainer.laps:
-            run.log("step_time", quiet=True, step=step, looping=passes > 1, parts=trainer.laps)
-            trainer.laps = None
+        loss = sum(losses) / trainer.accum
+        watch.record(step, loss, norm)
+        keeper.offer(step)
+        world.beat(f"{kind} {step}")
+        progress.events(step, stream, trainer, looping)
         if budget and budget - elapsed < 10 * step_seconds:
             sync(world.device)            # near the end the host must not run ahead of the GPU
-        progress.report(step, clock, sum(losses) / trainer.accum, norm, lr, plan)
+        progress.report(step, clock, loss, norm, lr, plan)
     sync(world.device)
     seconds = clock.elapsed()
-    step_ms = 1e3 * seconds / max(step, 1)
-    run.log("train_end", steps=step, seconds=seconds, step_ms=step_ms, epochs=stream.epoch,
+    stopped = "" if ended else f"stopped at step {step}"
+    bad = end_of_steps(world, trainer, watch, step)
+    keeper.close(step, "" if bad else stopped)
+    if bad:
+        raise watch.error(bad)
+    if stopped:
+        checkpoints.write(step, curriculum, stream)
+    facts = weight_facts(s, world, step, seconds, stopped)
+    run.log("train_end", steps=step, seconds=seconds, step_ms=facts["step_ms"], epochs=stream.epoch,
             tokens=step * s.train_batch_tokens)
-    trainer.set_sharpness(None)
-    if step and (untouched := trainer.optimiser.never_trained()):
-        run.log("never_trained", parameters=untouched)
-    if step and (idle := {**idle_settings(s), **curriculum.unreached()}):
-        run.log("settings_without_effect", **idle)
-    run.summary.update(steps=step, step_ms=step_ms)
-    return clock, stream
+    run.summary.update(steps=step, step_ms=facts["step_ms"])
+    return Trained(clock, stream, facts, stop)
+
+
+def end_of_steps(world: World, trainer: Trainer, watch: FiniteWatch, step: int) -> int:
+    """After the last step, the first one that went wrong on any rank, or left weights that are not finite."""
+    bad = watch.first_bad(wait=True) or (0 if trainer.finite() else step)
+    return world.agree_step(0.0, 0, bad)[2]
+
+
+def weight_facts(s: Settings, world: World, steps: int, seconds: float, stopped: str) -> dict:
+    """What a file of weights says of its training; stopped: empty for a training that went to its end."""
+    return {"steps": steps, "train_seconds": seconds, "step_ms": 1e3 * seconds / max(steps, 1),
+            "stopped": stopped, "seed": s.seed, "world_size": world.size}
+
+
+def open_stream(s: Settings, world: World, tokens: int, given: int) -> Prefetch:
+    """The training stream, read ahead, after so many batches of this rank."""
+    stream = open_train_stream(s, world, tokens)
+    stream.skip(given)
+    epoch = stream.epoch
+    ahead = Prefetch(stream, world.device)
+    ahead.given, ahead.epoch = given, epoch
+    return ahead
+
+
+def training_reports(s: Settings, run: Run, trainer: Trainer, trained: Trained) -> None:
+    """What was idle in training, into the log. It comes after the weights are saved, and ends no run."""
+    if not trained.facts["steps"]:
+        return
+    with run.guarded("the report on parameters without gradients"):
+        if untouched := trainer.optimiser.never_trained():
+            run.log("never_trained", parameters=untouched)
+
+
+# --- checkpoints to go on from, for runs without a time budget
+
+POINTER = Path("checkpoint") / "resume.json"     # in the run's folder: which checkpoint is whole
+
+
+class Checkpoints:
+    """Writes all that a training must know to go on to the bit: every rank its own file, so that no shared
+    disk is needed, then rank 0 the pointer. A kill in between leaves the checkpoint before."""
+
+    def __init__(self, s: Settings, world: World, run: Run, trainer: Trainer, watch: FiniteWatch,
+                 clock: Clock):
+        self.s, self.world, self.run, self.trainer = s, world, run, trainer
+        self.watch, self.clock, self.last = watch, clock, None
+        self.wanted = s.checkpoint_every_seconds > 0 and not s.max_wallclock_seconds
+
+    def offer(self, step: int, elapsed: float, curriculum: Curriculum, stream: Prefetch) -> None:
+        """Before a step, `elapsed` seconds on rank 0's clock: write one when it is time."""
+        if self.last is None:
+            self.last = elapsed
+        elif elapsed - self.last >= self.s.checkpoint_every_seconds:
+            self.write(step, curriculum, stream)
+            self.last = elapsed
+
+    def write(self, step: int, curriculum: Curriculum, stream: Prefetch) -> None:
+        """Write one, on all ranks; without space, or with weights that are not finite, the last one stays."""
+        if not self.wanted or not step:
+            return
+        fault = ""
+        try:
+            if self.watch.first_bad(wait=True) or not self.trainer.finite():
+                raise ValueError("weights that are not finite")
+            state = self.state(step, curriculum, stream)
+            write_atomic(checkpoint_path(self.run, step, self.world.rank), sealed(state))
+        except (UserError, OSError, ValueError, RuntimeError, MemoryError) as error:
+            fault = plain(error, 200)
+        faults = list(filter(None, self.world.gather(fault)))
+        pointer = json.dumps({"step": step, "world_size": self.world.size})
+        if self.world.main and not faults:
+            try:
+                write_atomic(self.run.dir / POINTER, pointer.encode())
+            except (UserError, OSError) as error:
+                faults = [plain(error, 200)]
+        if faults := self.world.agree(faults):
+            return self.run.log("warning", text=f"no checkpoint at step {step}: {faults[0]}")
+        self.run.log("checkpoint", quiet=True, step=step)
+        remove_checkpoints(self.run, keep=step)
+
+    def state(self, step: int, curriculum: Curriculum, stream: Prefetch) -> dict:
+        """All that this rank must know to go on after this step."""
+        device = self.world.device
+        return {**self.trainer.tensors(), "settings": training_settings(self.s, self.world), "step": step,
+                "seconds": self.clock.elapsed(), "batches": stream.given, "curriculum": curriculum.state(),
+                "untrained_val_bpb": self.run.summary.get("untrained_val_bpb"),
+                "random": torch.get_rng_state(),
+                "random_gpu": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+def checkpoint_path(run: Run, step: int, rank: int) -> Path:
+    return run.dir / "checkpoint" / f"resume.{step}.{rank}.pt"
+
+
+def remove_checkpoints(run: Run, keep: int = -1) -> None:
+    """Remove this rank's checkpoints but that of one step."""
+    for path in (run.dir / "checkpoint").glob(f"resume.*.{run.world.rank}.pt"):
+        if path != checkpoint_path(run, keep, run.world.rank):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def remove_safety_copies(run: Run) -> None:
+    """Once the artifact and final_model.pt are there: remove averages and checkpoints. On every rank."""
+    if not run.world.agree((run.dir / "final_model.pt").is_file()):
+        return
+    remove_checkpoints(run)
+    with contextlib.suppress(OSError):
+        for name in (AVERAGE, AVERAGE.with_name("average.previous.pt"), POINTER):
+            if run.world.main:
+                (run.dir / name).unlink(missing_ok=True)
+        (run.dir / "checkpoint").rmdir()      # not while another rank's or somebody else's files are in it
+
+
+def training_settings(s: Settings, world: World) -> dict:
+    """The settings on which a step of training depends: they must be the same to go on."""
+    names = ["SEED", "ITERATIONS", "COMPUTE_DTYPE", "MUON_DTYPE"]
+    for group in ("data", "model", "optimiser"):
+        names += [n for n in group_names(group) if not n.startswith(("DATA_", "TOKENIZER_", "VAL_"))]
+    everything = s.as_env()
+    return {**{n: everything[n] for n in names}, "WORLD_SIZE": world.size}
+
+
+def read_checkpoint(s: Settings, world: World, run: Run) -> dict:
+    """This rank's part of the checkpoint in the run's folder; UserError when there is none that fits."""
+    path, again = run.dir / POINTER, "start anew without RESUME, in another ARTIFACT_DIR"
+    step, fault = 0, ""
+    if world.main:
+        try:
+            told = json.loads(path.read_bytes()[:1000])
+            step, size = int(told["step"]), int(told["world_size"])
+            if size != world.size:
+                fault = f"RESUME=1: {path} is of {size} ranks, these are {world.size}: start as many"
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            fault = f"RESUME=1 finds no checkpoint at {path} ({type(error).__name__}): {again}"
+    step, fault = world.agree((step, fault))
+    if fault:
+        raise UserError(fault)
+    path = checkpoint_path(run, step, world.rank)
+    state = unsealed(path, 5 * bytes_of_weights(s) + (16 << 20), f"RESUME=1: {path}", must=True)
+    theirs, differ = state.get("settings", {}), []
+    for name, here in training_settings(s, world).items():
+        if theirs.get(name) != here:
+            differ.append(f"{name}={plain(theirs.get(name), 40)} there, {here} here")
+    if differ:
+        raise UserError(f"RESUME=1: {path.name} is of another training: {'; '.join(differ[:4])}; {again}")
+    run.log("resume", step=step, seconds=state["seconds"])
+    return state
+
+
+def go_on_from(state: Mapping[str, Any], trainer: Trainer, curriculum: Curriculum) -> int:
+    """Put everything where the checkpoint had it; the step to go on after."""
+    trainer.restore(state)
+    vars(curriculum).update(state["curriculum"])
+    torch.set_rng_state(state["random"])
+    if state["random_gpu"] is not None:
+        torch.cuda.set_rng_state(state["random_gpu"], trainer.world.device)
+    return state["step"]
 
 
 # ============================================================================================================
@@ -2815,6 +3765,7 @@ def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
 # ============================================================================================================
 
 SMALL_TENSOR = 65536      # tensors of at most this many elements are stored as float16
+HALF_LARGEST = 65504.0    # float16's
 
 
 class Curvature(NamedTuple):
@@ -2830,10 +3781,11 @@ class HessianTap:
               "mlp_in": "blocks.{}.mlp.fc.weight", "mlp_act": "blocks.{}.mlp.proj.weight"}
     OUTPUTS = {"q_out": "blocks.{}.attn.c_q.weight", "k_out": "blocks.{}.attn.c_k.weight",
                "v_out": "blocks.{}.attn.c_v.weight", "attn_out": "blocks.{}.attn.proj.weight",
-               "up_out": "blocks.{}.mlp.fc.weight", "mlp_out": "blocks.{}.mlp.proj.weight", "x0": "x0"}
+               "up_out": "blocks.{}.mlp.fc.weight", "mlp_out": "blocks.{}.mlp.proj.weight",
+               "embedding": "embedding"}
 
     def __init__(self, s: Settings):
-        self.head = "tok_emb.weight" if s.tie_embeddings else "lm_head.weight"
+        self.head = GPT.head_name(s)
         self.sums: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
         self.outputs: list[tuple[str, Tensor]] = []
@@ -2853,8 +3805,11 @@ class HessianTap:
     def add_squares(self, model: GPT, ids: Tensor, hidden: Tensor, generator: torch.Generator) -> None:
         """One backward pass from labels drawn from the model itself (Fisher's, not the data's, gradients);
         exact expectations at the logits. Gradients of weights are never formed."""
-        cap, head = model.s.logit_softcap, model.tok_emb if model.s.tie_embeddings else model.lm_head
-        squash = (model.raw_logits(hidden).float().flatten(0, 1) / cap).tanh_()
+        cap, head = model.s.logit_softcap, model.head_weight()
+        z = model.raw_logits(hidden).float().flatten(0, 1)
+        if model.s.asym_logit_rescale:
+            cap = torch.where(z > 0, model.softcap_pos, model.softcap_neg)
+        squash = (z / cap).tanh_()
         p = (cap * squash).softmax(-1)
         slope = 1 - squash.square_()
         squares = {self.head: (p * (1 - p) * slope.square()).sum(0)}
@@ -2863,15 +3818,14 @@ class HessianTap:
         d_logits = p.scatter_add_(1, label, -torch.ones_like(label, dtype=p.dtype)).mul_(slope)
         d_hidden = (d_logits.to(hidden.dtype) @ head.to(hidden.dtype)).view_as(hidden)
         names, outputs = zip(*self.outputs)
-        for name, x, dx in zip(names, outputs, torch.autograd.grad(hidden, outputs, d_hidden)):
-            x, dx = (v.flatten(0, 1).float() for v in (x, dx))
-            if name == "x0":      # x0 = rms(e), but for the smear's share
-                size = F.embedding(ids.flatten(), model.tok_emb).square().mean(1, keepdim=True) + RMS_EPS
-                de2 = (dx - x * (x * dx).mean(1, keepdim=True)).square() / size
-                dx = p.new_zeros(len(model.tok_emb)).index_add_(0, ids.flatten(), de2.mean(1))
+        for name, dx in zip(names, torch.autograd.grad(hidden, outputs, d_hidden)):
+            dx2 = dx.flatten(0, 1).float().square()
+            if name == "embedding":      # of rows as looked up, whatever is done with them then
+                rows = p.new_zeros(len(model.tok_emb))
+                dx2 = rows.index_add_(0, ids.flatten(), dx2.mean(1))
             else:
-                dx = dx.square().sum(0) / names.count(name)
-            squares[name] = squares.get(name, 0) + dx
+                dx2 = dx2.sum(0) / names.count(name)
+            squares[name] = squares.get(name, 0) + dx2
         self.squares = {name: self.squares.get(name, 0) + x for name, x in squares.items()}
         self.outputs.clear()
         self.tokens += ids.numel()
@@ -2883,7 +3837,7 @@ class HessianTap:
         means = {name: world.total(h).div_(batches) for name, h in self.sums.items()}
         fisher = {name: world.total(x).div_(tokens) for name, x in self.squares.items()}
         if fisher:      # the embedding also costs where it is read: alike in all columns, as damping is
-            read = fisher.pop("x0") * (tokens / batches)
+            read = fisher.pop("embedding") * (tokens / batches)
             if self.head == "tok_emb.weight":
                 h, g = means[self.head].diagonal(), fisher[self.head]
                 written, damp = g * h.mean(), read.mean() / g.mean()
@@ -2926,10 +3880,21 @@ def calibrate(s: Settings, world: World, model: GPT, next_batch: Callable[[], Ba
     return tap.finish(world)
 
 
+def to_half(x: Tensor) -> Tensor:
+    """float16; what is beyond its range becomes its largest number: no artifact holds infinities."""
+    return x.float().clamp(-HALF_LARGEST, HALF_LARGEST).half()
+
+
 def row_scales(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-    """fp16 step of every row of w (…, R, C): clip_sigmas standard deviations span the codes."""
-    top = 2 ** (bits - 1) - 1
-    return (clip_sigmas * w.float().std(dim=-1) / top).clamp_min(1e-10).half()
+    """fp16 step of every row of w (…, R, C): clip_sigmas standard deviations span the codes. As
+    published it is 0 for a row without spread."""
+    return to_half(clip_sigmas * w.float().std(dim=-1) / (2 ** (bits - 1) - 1))
+
+
+def row_steps(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
+    """row_scales, but a row without spread has its largest magnitude as step."""
+    step = row_scales(w, bits, clip_sigmas)
+    return torch.where(step > 0, step, to_half(w.abs().amax(dim=-1)))
 
 
 def inverse_factor(h: Tensor) -> Tensor:
@@ -2944,6 +3909,9 @@ def inverse_factor(h: Tensor) -> Tensor:
     before = inverse_factor(h[:, :half, :half] - x @ x.mT)
     u[:, :half, :half], u[:, half:, half:], u[:, :half, half:] = before, after, -(before @ x) @ after
     return u
+
+
+MOST_DAMPING = 100.0      # as much as a setting may ask for: columns are then all but alone
 
 
 def hessian_factor(h: Tensor, damp: float | Tensor = 0.01, falling: bool = True) -> tuple[Tensor, ...]:
@@ -2963,13 +3931,35 @@ def hessian_factor(h: Tensor, damp: float | Tensor = 0.01, falling: bool = True)
     return order if falling else order.sort().values, u.float(), dead, ratio.float()
 
 
+def damped_factor(h: Tensor, damp: Tensor,
+                  falling: bool = True) -> tuple[tuple[Tensor, ...], Tensor]:
+    """hessian_factor of every matrix of h (n, C, C), and the damping (n, 1) that it took: what is asked
+    for, or ten times more until the matrix can be factored; infinite where nothing helps and the
+    identity stands for it."""
+    try:
+        found = hessian_factor(h, damp, falling)
+        if all(part.isfinite().all() for part in found) and found[3].min() > 0:
+            return found, damp
+    except torch.linalg.LinAlgError:
+        pass
+    if len(h) > 1:
+        each = [damped_factor(*one, falling) for one in zip(h.split(1), damp.split(1))]
+        parts, damps = zip(*each)
+        return tuple(torch.cat(part) for part in zip(*parts)), torch.cat(damps)
+    if damp.item() < MOST_DAMPING:
+        return damped_factor(h, (10 * damp).clamp_min(1e-6), falling)
+    eye = torch.eye(h.size(-1), dtype=h.dtype, device=h.device)[None]
+    return hessian_factor(eye, 0.0, falling), torch.full_like(damp, math.inf)
+
+
 @torch.no_grad()
 def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tensor, top: int,
                    trellis: bool = False, block: int = 128) -> Tensor:
     """GPTQ (Frantar et al. 2022): codes (n, R, C) int8 within ±top of w under steps (n, R), column after
     column in `order`, each one's error passed on to those still to come. order (n, C), u (n, C, C), dead
     (n, C) are hessian_factor's; where columns have steps too, w and u come divided by them."""
-    w, step = w.masked_fill(dead[:, None], 0), step[:, None].clamp_min(1e-30)
+    nothing = dead[:, None] | (step == 0)[..., None]      # rows below the smallest step are zero
+    w, step = w.masked_fill(nothing, 0), step[:, None].clamp_min(1e-30)
     t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R): a column is contiguous
     diag = u.diagonal(dim1=-2, dim2=-1)[..., None]               # an error e of column j costs (e / diag_j)^2
     unit = u / diag                                              # rows scaled to a unit diagonal
@@ -3056,26 +4046,13 @@ def trellis_block(t: Tensor, unit: Tensor, slope: Tensor, state: Tensor,
 
 
 @torch.no_grad()
-def clip_search(w: Tensor, order: Tensor, u: Tensor, dead: Tensor, bits: int,
-                coarser: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(codes, fp16 steps (n, R)) of matrices w (n, R, C): of five percentiles of |row| as largest code, each
-    with a pass of GPTQ, the one with the least squared error. As published no step is below 1 / top."""
-    top, tried = 2 ** (bits - 1) - 1, []
-    for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
-        scale = ((w.abs().quantile(share, dim=-1) / top).clamp_min(1 / top) * coarser).half()
-        codes = round_in_order(w, scale.float(), order, u, dead, top)
-        tried.append(((w - codes * scale[..., None].float()).square().mean(dim=(-2, -1)), codes, scale))
-    error, codes, scales = (torch.stack(x) for x in zip(*tried))
-    best = error.argmin(0), torch.arange(len(w), device=w.device)
-    return codes[best], scales[best]
-
-
-@torch.no_grad()
 def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor], bits: tuple[int, int],
                    fine: Tensor, damp: float = 0.01) -> Tensor:
     """Codes (R, C) int8 of one matrix by GPTQ, with the second steps and bits in the columns `fine` (C)."""
-    order, u, dead, _ = (x[0] for x in hessian_factor(h.float()[None], damp))
-    t, codes = w.float().masked_fill(dead, 0)[:, order].mT.contiguous(), torch.empty_like(w.mT)
+    (order, u, dead, _), _ = damped_factor(h.float()[None], h.new_tensor([[damp]]))
+    order, u, dead = order[0], u[0], dead[0]
+    w = w.float().masked_fill(dead | (steps[0] == 0)[:, None], 0)
+    t, codes = w[:, order].mT.contiguous(), torch.empty_like(w.mT)
     for j, column in enumerate(order.tolist()):
         which = int(fine[column])
         step, top = steps[which].float().clamp_min(1e-30), 2 ** (bits[which] - 1) - 1
@@ -3111,7 +4088,7 @@ def protect(s: Settings, out: Quantised, weights: Mapping[str, Tensor], hessians
     for name, starts in chosen.items():
         w, stored = weights[name].float(), storage_of(s, name, weights[name])
         fine = torch.isin(torch.arange(w.size(1)) // size * size, torch.tensor(starts))
-        high = row_scales(w, s.awq_lite_bits, stored.clip * coarser)
+        high = row_steps(w, s.awq_lite_bits, stored.clip * coarser)
         steps, bits = (out.tensors[name + ".scale"].to(w.device), high), (stored.bits, s.awq_lite_bits)
         codes = gptq_protected(w, hessians[input_of(name)], steps, bits, fine, stored.damp)
         out.tensors.update({name + ".q": codes.cpu(), name + ".awqg_s_hi": high.cpu(),
@@ -3123,7 +4100,7 @@ def protect(s: Settings, out: Quantised, weights: Mapping[str, Tensor], hessians
 def quantise_rows(w: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     """w (R, C) -> int8 codes and fp16 steps (R): the largest magnitude of a row gets the largest code."""
     top = 2 ** (bits - 1) - 1
-    scale = (w.float().abs().amax(dim=1) / top).clamp_min(1e-10).half()
+    scale = to_half(w.float().abs().amax(dim=1) / top)
     return divide_round(w, scale[:, None], -top, top), scale
 
 
@@ -3135,23 +4112,47 @@ def divide_round(w: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 
 def lqer_asym(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """a (R, k) in 2 bits, one step; b (k, C) in 4, a step per `group` values: (qA, sA (1), qB, sB (n))."""
-    scale_a = (a.float().abs().amax() / 1.5).clamp_min(1e-10).half()[None]
+    scale_a = to_half(a.float().abs().amax() / 1.5)[None]
     flat = b.float().reshape(-1, group)
-    scale_b = (flat.abs().amax(dim=1) / 7.5).clamp_min(1e-10).half()
+    scale_b = to_half(flat.abs().amax(dim=1) / 7.5)
     qb = divide_round(flat, scale_b[:, None], -8, 7).view(b.shape)
     return divide_round(a, scale_a, -2, 1), scale_a, qb, scale_b
 
 
+def asym_values(qa: Tensor, sa: Tensor, qb: Tensor, sb: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors (R, k), (k, C) float32 that lqer_asym's codes and steps stand for."""
+    b = qb.float().view(len(sb), -1) * sb.float()[:, None]
+    return qa * sa.float(), b.view(qb.shape)
+
+
+def asym_signs(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Factors a (R, k), b (k, C), each pair with the sign that lqer_asym stores with the smaller error:
+    its codes reach further down than up. As they are where both signs are alike."""
+    costs = []
+    for sign in (1, -1):
+        x, y = asym_values(*lqer_asym(sign * a, sign * b, group))
+        x, y, u, v = x.double(), y.double(), sign * a.double(), sign * b.double()
+        shared = (x * u).sum(0) * (y * v).sum(1)      # of the stored pair with the true one
+        costs.append(x.square().sum(0) * y.square().sum(1) - 2 * shared)
+    sign = torch.where(costs[1] < costs[0], -1.0, 1.0)
+    return a * sign, b * sign[:, None]
+
+
 @torch.no_grad()
 def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best a (R, r) = U S, b (r, C) = V' of an error matrix, by the smaller Gram matrix in float64."""
+    """Best a (R, r) = U S, b (r, C) = V' of an error matrix, by the smaller Gram matrix in float64. The
+    sign of a pair, LAPACK's choice, becomes a rule: the largest number of a column of a is negative."""
     e = error.double()
     if e.size(0) < e.size(1):
         u = torch.linalg.eigh(e @ e.mT).eigenvectors[:, -rank:].flip(1)
         sv = (u.mT @ e).norm(dim=1)
-        return (u * sv).float(), ((u.mT @ e) / sv.clamp_min(1e-300)[:, None]).float()
-    v = torch.linalg.eigh(e.mT @ e).eigenvectors[:, -rank:].flip(1)
-    return (e @ v).float(), v.mT.float().contiguous()
+        a, b = u * sv, (u.mT @ e) / sv.clamp_min(1e-300)[:, None]
+    else:
+        v = torch.linalg.eigh(e.mT @ e).eigenvectors[:, -rank:].flip(1)
+        a, b = e @ v, v.mT
+    largest = a.gather(0, a.abs().argmax(0, keepdim=True))
+    sign = torch.where(largest > 0, -1.0, 1.0)
+    return (a * sign).float(), (b * sign.mT).float().contiguous()
 
 
 @dataclass
@@ -3162,6 +4163,9 @@ class Quantised:
     tensors: dict[str, Tensor]
     meta: dict[str, str]
     unit: float = 1.0
+
+
+EMBEDDINGS = {"tok_emb.weight"}      # tables that are looked up
 
 
 class Storage(NamedTuple):
@@ -3179,7 +4183,7 @@ def storage_of(s: Settings, name: str, w: Tensor) -> Storage:
         return Storage("gate", 8)
     if w.numel() <= SMALL_TENSOR:
         return Storage("half", 16)
-    if name in ("tok_emb.weight", "lm_head.weight", "bigram.embed.weight", "ve_shared.embed.weight"):
+    if name in EMBEDDINGS:
         return Storage("gptq", s.embed_bits, s.embed_clip_sigmas, s.gptq_damp_embed)
     if ".mlp." in name:
         return Storage("gptq", s.matrix_bits, s.mlp_clip_sigmas, s.gptq_damp_mlp)
@@ -3210,7 +4214,9 @@ class Quantiser:
     @torch.no_grad()
     def __init__(self, s: Settings, weights: Mapping[str, Tensor], curvature: Curvature,
                  world: World = World()):
-        self.s, self.weights, self.world, self.hessians = s, weights, world, curvature.hessians
+        self.s, self.weights, self.world = s, weights, world
+        self.hessians, fisher = ({n: x for n, x in part.items() if x.isfinite().all()}
+                                 for part in (curvature.hessians, curvature.fisher))
         self.names = [n for n, w in weights.items() if storage_of(s, n, w).kind == "gptq"]
         self.fisher = s.quant_allocation == "fisher" and bool(self.names)
         self.trellis = self.fisher and s.quant_trellis
@@ -3221,14 +4227,17 @@ class Quantiser:
                  for group in inputs.values()]
         keys = [list(inputs)[i] for i in sorted(share_out(costs, world.size)[world.rank])]
         self.mine = [n for key in keys for n in inputs[key]]
+        # what calibration left that is not used as it is: matrix -> what is done instead
+        self.unusual = {n: "sensitivities that are not finite: as fine as the others on average"
+                        for n in curvature.fisher if n not in fisher}
+        self.unusual.update((n, "a Hessian that is not finite: the identity instead")
+                            for n in curvature.hessians if n not in self.hessians)
         self.factors: dict[str, tuple[Tensor, ...]] = {}
         for width in sorted({weights[n].size(1) for n in keys}):
-            group = [n for n in keys if weights[n].size(1) == width]
-            eye = torch.eye(width, device=weights[group[0]].device)
-            h = torch.stack([curvature.hessians.get(n, eye) for n in group])
-            damp = h.new_tensor([[storage_of(s, n, weights[n]).damp] for n in group])
-            self.factors.update(zip(group, zip(*hessian_factor(h, damp, falling=not self.trellis))))
-        self.steps = self.allocate(curvature) if self.fisher else {}
+            self.factorise([n for n in keys if weights[n].size(1) == width])
+        for part in world.gather(self.unusual):
+            self.unusual.update(part)
+        self.steps = self.allocate(fisher) if self.fisher else {}
         for key, (order, u, dead, _) in self.factors.items():
             self.factors[key] = order, u / self.columns_of(key)[order], dead
         self.spread = sum(world.gather(sum(map(self.spread_of, self.mine), np.zeros(511))))
@@ -3236,7 +4245,20 @@ class Quantiser:
         low = np.searchsorted(self.spread.cumsum(), 0.1 * self.spread.sum()) - len(self.spread) // 2
         self.finest = 2 ** (low / OCTAVE) / (TOP_CODE / 4) if self.fisher else 1.0
 
-    def allocate(self, curvature: Curvature) -> dict[str, Tensor]:
+    def factorise(self, names: list[str]) -> None:
+        """The factors of these matrices' Hessians, all of one width; without one: of the identity."""
+        weights = [self.weights[n] for n in names]
+        eye = torch.eye(weights[0].size(1), device=weights[0].device)
+        h = torch.stack([self.hessians.get(n, eye) for n in names])
+        asked = h.new_tensor([[storage_of(self.s, n, w).damp] for n, w in zip(names, weights)])
+        found, taken = damped_factor(h, asked, falling=not self.trellis)
+        self.factors.update(zip(names, zip(*found)))
+        for name, least, most in zip(names, asked[:, 0].tolist(), taken[:, 0].tolist()):
+            if most > least:
+                self.unusual[name] = (f"a Hessian that cannot be factored: damping {most:g} instead "
+                                      f"of {least:g}")
+
+    def allocate(self, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Stored steps, `.row` and `.col`, with step^2 g_row d_col the same for all weights of all matrices,
         d being the variance of a column's input given the columns that GPTQ rounds after it."""
         rows, columns, level = {}, {}, {}
@@ -3245,8 +4267,8 @@ class Quantiser:
                 ratio = self.factors[key][3].double().log2()      # of d^-1/2
                 level[key] = ratio.mean()
                 columns[key] = (ratio - level[key]).cpu()
-            if name in curvature.fisher:
-                g = curvature.fisher[name].double()
+            if name in fisher:
+                g = fisher[name].double()
                 g = g.clamp_min(max(FISHER_FLOOR * g.mean().item(), 1e-30))
                 rows[name] = (level[key] - g.log2() / 2).cpu()
         rows, columns = ({n: x for part in self.world.gather(found) for n, x in part.items()}
@@ -3271,7 +4293,7 @@ class Quantiser:
         w = self.weights[name].float()
         if not self.fisher:
             stored = storage_of(self.s, name, w)
-            return row_scales(w, stored.bits, stored.clip * unit)
+            return row_steps(w, stored.bits, stored.clip * unit)
         largest = (w / self.columns_of(name)).abs().amax(1) / (0.9 * TOP_CODE * unit)
         least = (OCTAVE * largest.clamp_min(1e-9).log2()).ceil().clamp(-127, 127).to(torch.int8)
         return torch.maximum(self.steps[name + ".row"].to(w.device), least)
@@ -3281,7 +4303,9 @@ class Quantiser:
         1, taking a code's variance as that of its row times that of its column."""
         rows = octaves(self.steps[name + ".row"]) if self.fisher else self.rows_of(name, 1.0).float()
         w = self.weights[name].float() / self.columns_of(name)
-        power = (w / rows.to(w.device)[:, None].clamp_min(1e-30)).square()
+        rows = rows.to(w.device)[:, None]
+        power = (w / rows.clamp_min(1e-30)).square().clamp_max(1e30)
+        power = power.masked_fill(rows == 0, 0)
         rows, columns = power.mean(1), power.mean(0) / power.mean().clamp_min(1e-20)
         counts = ((OCTAVE / 2 * x.clamp_min(1e-20).log2()).round().add(128).clamp(0, 255).int().bincount(
             minlength=256) for x in (rows, columns))
@@ -3300,7 +4324,7 @@ class Quantiser:
                 out.tensors[name + ".gq"], out.tensors[name + ".gs"] = (t.cpu() for t in quantise_rows(w))
                 out.meta[name] = "gate_int8_row"
             else:
-                out.tensors[name], out.meta[name] = w.half().cpu(), "passthrough (float16)"
+                out.tensors[name], out.meta[name] = to_half(w).cpu(), "passthrough (float16)"
         batches: dict[tuple, list[str]] = {}
         for name in self.mine:
             w = self.weights[name]
@@ -3325,13 +4349,17 @@ class Quantiser:
         if self.fisher:
             w = w / torch.stack([self.columns_of(n) for n in names])[:, None]
             codes = round_in_order(w, octaves(rows) * unit, order, u, dead, TOP_CODE, self.trellis)
-        elif self.s.quant_clip == "percentile":
-            codes, rows = clip_search(w, order, u, dead, bits, unit)
         else:
-            codes = round_in_order(w, rows.float(), order, u, dead, 2 ** (bits - 1) - 1)
+            codes, rows = self.round_by_hand(w, rows, (order, u, dead), bits, unit)
         for end, stack in ((".row" if self.fisher else ".scale", rows), (".q", codes)):
             # clones, because a pickled view takes its whole stack along
             done.update((n + end, x.clone()) for n, x in zip(names, stack.cpu()))
+
+
+    def round_by_hand(self, w: Tensor, rows: Tensor, factors: Sequence[Tensor], bits: int,
+                      unit: float) -> tuple[Tensor, Tensor]:
+        """(codes, steps of rows) of matrices w (n, R, C) under steps rows (n, R) that settings gave."""
+        return round_in_order(w, rows.float(), *factors, 2 ** (bits - 1) - 1), rows
 
 
 def repair(s: Settings, out: Quantised, weights: Mapping[str, Tensor], names: Sequence[str]) -> None:
@@ -3356,7 +4384,7 @@ def pack_factors(s: Settings, name: str, a: Tensor, b: Tensor) -> tuple[str, dic
     """How the factors a (R, r), b (r, C) of a matrix are stored, and their tensors."""
     if s.lqer_asym_enabled and b.numel() % s.lqer_asym_group == 0:
         label, ends = "lqer_asym", ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a")
-        parts = lqer_asym(a, b, s.lqer_asym_group)
+        parts = lqer_asym(*asym_signs(a, b, s.lqer_asym_group), s.lqer_asym_group)
     else:      # one step per row of each
         label, ends = "lqer", ("lqA", "lqAs", "lqB", "lqBs")
         parts = (*quantise_rows(a, s.lqer_factor_bits), *quantise_rows(b, s.lqer_factor_bits))
@@ -3366,9 +4394,8 @@ def pack_factors(s: Settings, name: str, a: Tensor, b: Tensor) -> tuple[str, dic
 def factors_of(t: Mapping[str, Tensor], name: str) -> Tensor | float:
     """The product (R, C) of a matrix's stored factors; 0 where it has none."""
     if name + ".lqA_a" in t:
-        a = t[name + ".lqA_a"] * t[name + ".lqAs_a"].float()
-        b, steps = t[name + ".lqB_a"].float(), t[name + ".lqBs_a"].float()[:, None]
-        return a @ (b.view(len(steps), -1) * steps).view(b.shape)
+        a, b = asym_values(*(t[f"{name}.lq{end}_a"] for end in ("A", "As", "B", "Bs")))
+        return a @ b
     if name + ".lqA" in t:
         a, b = (t[f"{name}.lq{x}"] * t[f"{name}.lq{x}s"].float()[:, None] for x in "AB")
         return a @ b
@@ -3940,11 +4967,19 @@ LEVEL_STREAM, FACTOR_STREAM, CODE_STREAM, HALF_STREAM, BYTE_STREAM = "levels fac
 
 def architecture(s: Settings) -> dict:
     """The settings that give a weight its meaning; an artifact is only read under the same ones."""
-    groups = [f.metadata["group"] for f in fields(s)]
-    begin = groups.index("model")
-    end = next(i for i in range(begin + 1, len(groups)) if groups[i])
-    names = [f.name for f in fields(s)[begin:end] if "init" not in f.name and f.name != "enable_looping_at"]
-    return {n.upper(): getattr(s, n) for n in ["vocab_size", "train_seq_len", *names]}
+    names = [n for n in group_names("model") if "INIT" not in n and n != "ENABLE_LOOPING_AT"]
+    everything = s.as_env()
+    return {n: everything[n] for n in ["VOCAB_SIZE", "TRAIN_SEQ_LEN", *names]}
+
+
+def group_names(group: str) -> list[str]:
+    """The settings of one of --help's groups, in capitals."""
+    names, current = [], ""
+    for f in fields(Settings):
+        current = f.metadata["group"] or current
+        if current == group:
+            names.append(f.name.upper())
+    return names
 
 
 def stored_tensors(s: Settings, meta: Mapping[str, str]) -> list[tuple[str, str, tuple]]:
@@ -3986,22 +5021,17 @@ def pack_model(s: Settings, q: Quantised) -> bytes:
     """A quantised model as the bytes of an artifact."""
     entries = stored_tensors(s, q.meta)
     shapes = {key[:-2]: shape for key, _, shape in entries if key.endswith(".q")}
-    codes, tall = [q.tensors[n + ".q"].numpy() for n in shapes], []
-    if s.compressor == "brotli":
-        streams = {CODE_STREAM: brotli_pack(b"".join(c.tobytes() for c in codes))}
-    else:
-        streams, tall = pack_codes(codes, *coding_plan(q, shapes))
+    codes = [q.tensors[n + ".q"].numpy() for n in shapes]
+    streams, tall = pack_codes(codes, *coding_plan(q, shapes))
     for stream, kind, stride in ((HALF_STREAM, "half", 2), (BYTE_STREAM, "int8", 1)):
         part = [q.tensors[key].numpy().tobytes() for key, dtype, _ in entries
                 if dtype == kind and not key.endswith(".q")]
         streams[stream] = brotli_pack(b"".join(part), stride)
     ways = {how: [n for n in q.meta if q.meta[n] == how] for how in q.meta.values()}    # few ways, many names
-    header = {"architecture": architecture(s), "meta": ways, "factors": tall,
+    header = {"architecture": s.to_be_stored(architecture(s)), "meta": ways, "factors": tall,
               "storage": {n: getattr(s, n) for n in STORAGE},
               "groups": {key: x.tolist() for key, x in q.tensors.items() if x.dtype == torch.int16},
               "unit": q.unit}
-    if s.prequant_ttt_enabled:
-        header["not_compliant"] = PREQUANT       # whoever scores this artifact is told
     return artifact_to_bytes(header, streams)
 
 
@@ -4014,15 +5044,23 @@ def coding_plan(q: Quantised, shapes: Mapping[str, tuple]) -> tuple[list, np.nda
 
 
 def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
-    """Refuse weights whose architecture() is not that of the settings."""
-    wrong = [f"{k}={theirs.get(k)} there, {v} here" for k, v in architecture(s).items() if theirs.get(k) != v]
+    """Refuse weights whose architecture() is not that of the settings. A setting that the file does not name
+    is younger than the file and had its default; one that only the file names must have been off."""
+    default, mine = architecture(Settings()), architecture(s)
+    found = {**default, **theirs}
+    wrong = []
+    for name, there in found.items():
+        if (there != mine[name]) if name in mine else there:
+            wrong.append(f"{plain(name, 40)}={plain(there, 24)} there, {mine.get(name, 'unknown')} here")
+    if not theirs:
+        wrong = ["it names no settings"]
     if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise UserError(f"{what} of another configuration: {'; '.join(wrong[:4])}{more}; use the settings it "
-                        "was made with")
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{what} of another configuration: {plain('; '.join(wrong[:3]), 150)}{more}; use the "
+                        "settings it was made with")
 
 
-STORAGE = ("compressor", "lqer_rank", "lqer_asym_group")     # settings that a file says for itself
+STORAGE = ("lqer_rank", "lqer_asym_group")     # settings that a file says for itself
 
 
 class Artifact(NamedTuple):
@@ -4043,7 +5081,7 @@ def read_artifact(s: Settings, blob: bytes, origin: str) -> Artifact:
         weights = dequantise(q)
         if not all(w.isfinite().all() for w in weights.values()) or not isinstance(mark, str):
             raise ValueError("weights that are not finite, or a mark that is no text")
-        return Artifact(q, weights, read_calibration(streams), mark)
+        return Artifact(q, weights, read_calibration(streams), plain_mark(mark))
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError,
             MemoryError) as error:      # well-formed, but not ours
         raise UserError(f"{origin} has contents that do not fit together ({type(error).__name__}: "
@@ -4100,13 +5138,10 @@ def read_model(s: Settings, header: Mapping, streams: Mapping[str, bytes]) -> Qu
         part = [(key, shape) for key, how, shape in entries if how == kind and not key.endswith(".q")]
         pieces = split_bytes(streams[stream], [math.prod(shape) for _, shape in part], dtype)
         q.tensors.update({key: torch.from_numpy(x.reshape(shape)) for (key, shape), x in zip(part, pieces)})
-    if s.compressor == "brotli":
-        codes = split_bytes(streams[CODE_STREAM], [math.prod(shape) for shape in shapes.values()])
-    else:
-        tall = header["factors"]
-        if tall != sorted(set(tall) & set(range(len(shapes)))):
-            raise ValueError(f"factors of {tall}")
-        codes = unpack_codes(streams, tall, *coding_plan(q, shapes))
+    tall = header["factors"]
+    if tall != sorted(set(tall) & set(range(len(shapes)))):
+        raise ValueError(f"factors of {tall}")
+    codes = unpack_codes(streams, tall, *coding_plan(q, shapes))
     q.tensors.update({n + ".q": torch.from_numpy(c.reshape(shapes[n])) for n, c in zip(shapes, codes)})
     return q
 
@@ -4199,6 +5234,9 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
     artifact's bytes. A size that no step reaches is a UserError. clock: training's; once something fits, no
     further try that would pass its budget."""
     quantiser = Quantiser(s, weights, curvature, world)
+    for how in sorted(set(quantiser.unusual.values())):
+        matrices = [n for n, x in quantiser.unusual.items() if x == how]
+        run.log("curvature", how=how, matrices=matrices)
     script = code_bytes(s.code_form)
     cap = (ARTIFACT_LIMIT - script - MARK_BYTES - 1024 * s.logit_calib_enabled      # which come later
            - LZMA_SLACK * (s.code_form == "packed"))
@@ -4207,12 +5245,11 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
     beyond, best, over, under = 0.001 * cap, b"", 0.0, math.inf
     for attempt in range(12):
         margin = s.fit_margin_bytes
-        if s.compressor == "brotli":      # minutes at full size: each try is content with less
-            margin = max(margin, cap // 256 << min(attempt, 4))
         unit = unit_for(spread, cap - margin / 2 - beyond, finest)
-        if not over < unit < under and under < math.inf:
-            unit = math.sqrt(over * under)
+        if not over < unit < under:      # between two tries; while nothing fits: far beyond
+            unit = math.sqrt(max(over, finest) * under) if best else over * 2 ** attempt
         watch = Clock()
+        world.beat(f"quantising try {attempt + 1}")
         q = quantiser(unit)
         quantised = watch.elapsed()
         blob = world.agree(pack_model(s, q) if world.main else None)
@@ -4404,86 +5441,51 @@ def online_counts(keys: np.ndarray, tokens: np.ndarray, learns: np.ndarray) -> t
     return hint, confidence
 
 
-@functools.cache
-def word_pieces(path: Path, vocab_size: int) -> tuple[np.ndarray, np.ndarray, Callable]:
-    """Which tokens begin a word and which belong to none (V,), and the decoder."""
-    sp, breaks = load_tokenizer(path), {*range(9, 21), 36}     # ids, as published, of bytes that end a word
-    return (np.array([sp.id_to_piece(i).startswith("\u2581") for i in range(vocab_size)]),
-            np.array([i == BOS or (i in breaks and sp.is_byte(i)) for i in range(vocab_size)]), sp.decode)
+class Expert(NamedTuple):
+    """A way to guess the next token from earlier text, and the settings that use it."""
+    threshold: str      # speaks from this confidence on
+    boost: str          # nats added to its hint's logit
+    count: Callable     # (settings, tokens (n + 1)) -> hint (n,), confidence (n,) float32 of the targets
+
+
+def counted(targets: np.ndarray, items, keys: np.ndarray, learns: np.ndarray,
+            asks) -> tuple[np.ndarray, np.ndarray]:
+    """Hint and confidence (n,) of the targets (n,) by online_counts of some items; 0 unless one `asks`."""
+    hint = np.zeros(len(targets), targets.dtype)
+    confidence = np.zeros(len(targets), np.float32)
+    hint[items], confidence[items] = online_counts(keys, targets[items], learns[items])
+    return np.where(asks, hint, 0), np.where(asks, confidence, 0)
+
+
+def count_tokens(s: Settings, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What followed the same TOKEN_ORDER - 1 tokens earlier."""
+    n, known = len(tokens) - 1, s.token_order - 1
+    skip = min(max(known - 1, 0), n)         # targets without a whole context
+    code = scramble(np.arange(s.vocab_size))
+    keys = np.zeros(n - skip, np.uint64)
+    for i in range(known):
+        keys *= ODD
+        keys += code[tokens[i:i + len(keys)]]
+    return counted(tokens[1:], slice(skip, n), keys, np.ones(n, bool), True)
+
+
+EXPERTS = {"token": Expert("token_threshold", "token_boost", count_tokens)}
 
 
 def experts_in_use(s: Settings) -> dict[str, tuple[float, float]]:
     """(least confidence, boost in nats) of every n-gram expert in use, in the order that decides ties."""
-    every = {"token": (s.token_threshold, s.token_boost), "within": (s.within_tau, s.within_boost),
-             "word": (s.word_tau, s.word_boost)}
-    return {name: (tau, boost) for name, (tau, boost) in every.items() if tau <= 1}
+    found = {}
+    for name, expert in EXPERTS.items():
+        threshold = getattr(s, expert.threshold)
+        if threshold <= 1:
+            found[name] = threshold, getattr(s, expert.boost)
+    return found
 
 
 def ngram_experts(s: Settings, tokens: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Hint (n,) and confidence (n,) float32 of every expert in use, for the targets tokens[1:]; each from
-    earlier tokens alone (NGRAM_GATES=target excepted). Confidence 0: no hint."""
-    n, targets, in_use, experts = len(tokens) - 1, tokens[1:], experts_in_use(s), {}
-    code, at = scramble(np.arange(s.vocab_size)), np.arange(n)
-
-    def count(items, keys, learns, asks):
-        hint, confidence = np.zeros(n, targets.dtype), np.zeros(n, np.float32)
-        hint[items], confidence[items] = online_counts(keys, targets[items], learns[items])
-        return np.where(asks, hint, 0), np.where(asks, confidence, 0)
-
-    if "token" in in_use:
-        known = s.token_order - 1
-        skip = min(max(known - 1, 0), n)         # targets without a whole context
-        keys = np.zeros(n - skip, np.uint64)
-        for i in range(known):
-            keys *= ODD
-            keys += code[tokens[i:i + len(keys)]]
-        experts["token"] = count(slice(skip, n), keys, np.ones(n, bool), True)
-    if not {"within", "word"} & set(in_use):
-        return experts
-    starts, boundary, decode = word_pieces(s.tokenizer, s.vocab_size)
-    outside = boundary[targets]
-    opened = np.append(False, ~outside[:-1])                    # a word is open before the target
-    begins = ~outside & (starts[targets] | ~opened)
-    start = np.maximum.accumulate(np.where(begins, at, 0))      # of the word the target belongs to
-    if "within" in in_use:
-        learns, items = opened & ~outside & ~begins, np.flatnonzero(opened)
-        experts["within"] = count(items, span_keys(code[targets], start[items - 1], items), learns,
-                                  learns if s.ngram_gates == "target" else opened)
-    if "word" in in_use:
-        word = open_words(s, targets, start, outside, decode)       # number of the open word, up to here
-        ends = ~outside & np.append(begins[1:] | outside[1:], True) & (word > 0)
-        closed, unfinished = np.append(0, word[ends]), np.append(0, word[:-1] * ~outside[:-1])
-        before = np.append(0, np.cumsum(ends))[np.where(opened, start[at - 1], at)]     # words closed by then
-        keys, depth = np.zeros(n, np.uint64), s.word_order - 1
-        for i in range(depth):       # context: the open word as if it ended here, then closed ones
-            last = closed[np.maximum(before - i + (unfinished > 0), 0)]
-            keys = keys * ODD + scramble(np.where((unfinished > 0) & (i == 0), unfinished, last))
-        items = np.flatnonzero(before + (unfinished > 0) >= depth)
-        asks = {"target": begins, "previous": ~opened, "open_word": True}[s.ngram_gates]
-        experts["word"] = count(items, keys[items], begins, asks)
-    return experts
-
-
-def open_words(s: Settings, targets: np.ndarray, start: np.ndarray, outside: np.ndarray,
-               decode: Callable) -> np.ndarray:
-    """A number (n,) for the normalised text of targets[start:i + 1], the word open after i; 0: none."""
-    def normal(text: str) -> str:
-        text = text.strip()
-        if s.word_normalize == "strip_punct_lower":
-            text = text.strip(".,:;!?()[]{}<>\"'`")
-        return text if s.word_normalize == "identity" else text.lower()
-
-    items, numbers, word = np.flatnonzero(~outside), {"": 0}, np.zeros(len(targets), np.int64)
-    keys = span_keys(scramble(targets), start[items], items + 1)
-    _, where, back = np.unique(keys, return_index=True, return_inverse=True)
-    texts = [normal(decode(targets[start[i]:i + 1].tolist())) for i in items[where]]
-    word[items] = np.array([numbers.setdefault(x, len(numbers)) for x in texts], np.int64)[back.ravel()]
-    return word
-
-
-def reads_targets(s: Settings) -> bool:
-    """Whether gates look at the very token that is predicted, as published."""
-    return s.ngram_tilt_enabled and s.ngram_gates == "target" and experts_in_use(s).keys() != {"token"}
+    earlier tokens alone. Confidence 0: no hint."""
+    return {name: EXPERTS[name].count(s, tokens) for name in experts_in_use(s)}
 
 
 @dataclass(frozen=True)
@@ -4499,7 +5501,7 @@ class Hints:
         """For the targets tokens[1:], counted in this order."""
         hint, confidence = (np.stack(side) for side in zip(*ngram_experts(s, tokens).values()))
         for row, (tau, _) in zip(confidence, experts_in_use(s).values()):
-            row[row.astype(float) < tau] = 0
+            row[row < np.float32(tau)] = 0      # as published: 9 of 20 open a gate of 0.45
         at = np.flatnonzero(confidence.any(0))
         return cls(at, hint[:, at], confidence[:, at])
 
@@ -4532,28 +5534,21 @@ class Hints:
         hint[:, known], confidence[:, known] = self.hint[:, i[known]], self.confidence[:, i[known]]
         return torch.from_numpy(hint).to(device), torch.from_numpy(confidence).to(device)
 
-
-def choose_hint(s: Settings, q: Tensor, hints: Tensor, confidences: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of E experts' hints the one that promises most: it (…), -1 where no gate is open, the model's
-    probability of it and its boost in nats. q (E, …): the model's probability of every hint."""
-    q, p = q.double(), confidences.double()
-    best, hint = torch.full_like(q[0], -math.inf), torch.full_like(hints[0], -1)
-    chance, boost = torch.zeros_like(best), torch.zeros_like(best)
-    for e, (_, b) in enumerate(experts_in_use(s).values()):
-        weight = q[e] if s.ngram_choice == "model" else p[e]
-        gain = (p[e] * b - torch.log1p(weight * math.expm1(b))).float().double()
-        better = (p[e] > 0) & (gain > best)
-        best, hint = torch.where(better, gain, best), torch.where(better, hints[e], hint)
-        chance, boost = torch.where(better, q[e], chance), torch.where(better, b, boost)
-    agree = ((p > 0) & (hints == hint)).sum(0)
-    return hint, chance, (boost + s.agree_add_boost * (agree > 1)) * (1 - chance) ** s.ngram_boost_gamma
+    @staticmethod
+    def choose(s: Settings, q: Tensor, hints: Tensor, confidences: Tensor) -> tuple[Tensor, ...]:
+        """The expert's hint (…), -1 where its gate is closed, the model's probability of it and its boost in
+        nats. hints, confidences, and q, the model's probability of the hint, are (1, …)."""
+        speaks = confidences[0] > 0
+        hint = hints[0].where(speaks, -1)
+        chance = q[0].double() * speaks
+        return hint, chance, s.token_boost * speaks.double()
 
 
 def tilt(s: Settings, losses: Tensor, targets: Tensor, hints: Tensor, confidences: Tensor) -> Tensor:
     """Losses (…) of the targets (…) once a hint got more probability: p'(a) is proportional to
     p(a) exp(boost [a = hint]), which sums to 1. losses (1 + E, …): of the target and of every hint."""
     q = torch.exp(-losses[1:].double()).clamp(1e-12, 1 - 1e-12)
-    hint, chance, boost = choose_hint(s, q, hints, confidences)
+    hint, chance, boost = Hints.choose(s, q, hints, confidences)
     return (losses[0] - boost * (targets == hint) + torch.log1p(chance * torch.expm1(boost))).float()
 
 
@@ -4612,6 +5607,7 @@ class Scorer:
         rows, plan = pack_rows(windows, self.capacity), layer_plan(s, looping)
         widths = [sum(end - begin for begin, end, _ in row) for row in rows]
         for i in share_out(widths, self.world.size)[self.world.rank]:
+            self.world.beat(f"scoring row {i}")
             self.score_row(rows[i], val, plan, ledger)
         if beyond.any():
             self.once(val, np.flatnonzero(beyond), stride, ledger)
@@ -4638,7 +5634,7 @@ class Scorer:
         filler = np.arange(len(at) + longest, total, longest)       # padding is cut like documents
         bounds = np.concatenate([[0], np.cumsum(lengths), filler, [total]]).astype(np.int32)
         ids = np.pad(val.tokens[at].astype(np.int64), (0, pad))
-        targets = np.pad(val.tokens[at + 1].astype(np.int64), (0, pad))
+        targets = np.pad(val.targets[at].astype(np.int64), (0, pad))
         x, y, cu = (torch.from_numpy(a).to(self.world.device) for a in (ids[None], targets[None], bounds))
         if self.fixed:
             torch._dynamo.mark_dynamic(cu, 0)
@@ -4869,6 +5865,7 @@ class PhasedTTT:
         bounds = chunk_bounds(s, int(self.lengths[group].max()))
         costs, counted, since = self.costs(group), 0, Clock()
         for n, (begin, end) in enumerate(zip(bounds, bounds[1:]), start=1):
+            self.world.beat(f"adapting to chunk {n} of {len(group)} documents")
             if cached and begin:
                 cache.advance(end - begin)
             ended = int(np.searchsorted(targets, begin, side="right"))       # targets rise within a group
@@ -4899,8 +5896,8 @@ class PhasedTTT:
         valid = (column < (w.offset + w.count)[:, None])
         at = np.where(valid, (starts + w.begin)[:, None] + column, 0)
         tokens, device = self.val.tokens, self.world.device
-        x, y = (torch.from_numpy(np.where(valid, tokens[at + i], 0).astype(np.int64)).to(device)
-                for i in (0, 1))
+        x, y = (torch.from_numpy(np.where(valid, part[at], 0).astype(np.int64)).to(device)
+                for part in (tokens, self.val.targets))
 
         def forward(x: Tensor = x, y: Tensor = y) -> Tensor:
             return self.losses(x, y, self.plan, None, adapter, None, cache)
@@ -4946,6 +5943,7 @@ class PhasedTTT:
             part = tokens[c * s.global_ttt_chunk_tokens:(c + 1) * s.global_ttt_chunk_tokens + 1]
             rows = (len(part) - 1) // s.eval_seq_len
             optimiser.param_groups[0]["lr"] = self.global_lr(c, chunks)
+            self.world.beat(f"adapting the base weights, chunk {c + 1}")
             for _ in range(s.global_ttt_epochs):
                 for r in range(0, rows, s.global_ttt_batch_seqs):
                     begin, n = r * s.eval_seq_len, min(s.global_ttt_batch_seqs, rows - r) * s.eval_seq_len
@@ -5014,48 +6012,6 @@ def normalised_step(params: list[Tensor], lr: float, weight_decay: float) -> Non
         p.mul_(1 - lr * weight_decay).sub_(p.grad / (size + 1e-12), alpha=lr)
 
 
-# --- study only: what the rules forbid
-
-PREQUANT = "PREQUANT_TTT_ENABLED=1: the weights were trained on validation tokens before they were scored"
-
-
-def prequant_batches(s: Settings, tokens: int, world: World) -> list[np.ndarray]:
-    """Rows (by number, TRAIN_SEQ_LEN targets each) of this rank's batches; every rank has as many."""
-    rows, size = (tokens - 1) // s.train_seq_len, s.prequant_ttt_batch_seqs
-    if s.prequant_ttt_form == "overlapping":
-        return [np.arange(k, min(k + size + 1, rows)) for k in range(0, rows - 1, size)]
-    begin, end = (rows * r // world.size for r in (world.rank, world.rank + 1))
-    return [np.arange(k, min(k + size, end)) for k in range(begin, begin - (-rows // world.size), size)]
-
-
-def prequant_ttt(s: Settings, world: World, model: GPT, tokens: np.ndarray, trace: Callable) -> None:
-    """AdamW epochs over validation tokens (N,). trace(loss=, lr=, grad_norm=) sees every step."""
-    params, top = dict(model.named_parameters()), s.prequant_ttt_lr
-    optimiser = torch.optim.AdamW(params.values(), weight_decay=0)
-    views = field_views if s.prequant_ttt_form == "overlapping" else matrix_views
-    frozen = tuple(f"blocks.{i}." for i in range(s.prequant_ttt_freeze_blocks))
-    for epoch in range(s.prequant_ttt_epochs):
-        fall = 0.45 * (1 - math.cos(math.pi * epoch / s.prequant_ttt_epochs)) * s.prequant_ttt_cosine_decay
-        lr = optimiser.param_groups[0]["lr"] = top * (1 - fall)
-        for rows in prequant_batches(s, len(tokens), world):
-            model.zero_grad()
-            loss = torch.zeros(())
-            if len(rows):
-                t = tokens[rows[:, None] * s.train_seq_len + np.arange(s.train_seq_len + 1)].astype(np.int64)
-                x, y = (torch.from_numpy(a).to(world.device) for a in (t[:, :-1], t[:, 1:]))
-                loss = model.losses(x, y, layer_plan(s, True)).mean()
-                loss.backward()
-            for p in params.values():
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad / world.size
-            for name, g in views({n: p.grad for n, p in params.items()}).items():
-                if name.startswith(frozen):
-                    g.zero_()
-            norm = total_gradients(world, model, s.prequant_ttt_grad_clip)
-            optimiser.step()
-            trace(loss=loss.item(), lr=lr, grad_norm=norm.item())
-    model.zero_grad()
-
-
 # --- probes: evidence for the four conditions, from the functions that score
 
 def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
@@ -5072,9 +6028,18 @@ def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
     return lengths, [n * chunk + chunk // 4 for n in (chunks // 2, chunks)]
 
 
-def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-    """A made-up stream, and for each cut one that differs in all that comes later and the targets (positions)
-    that must not notice. order=length: later are the document's own tokens and shorter documents' groups."""
+class Variant(NamedTuple):
+    """A stream that differs from another in all that comes after a cut: its tokens, what is scored
+    after each of them, and the places (input positions) whose scores must not notice."""
+    tokens: np.ndarray
+    targets: np.ndarray
+    kept: np.ndarray
+
+
+def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[Variant]]:
+    """A made-up stream, and a variant for each cut. order=length: later are the document's own tokens
+    and shorter documents' groups. The last place before a cut is scored on the token that came there in
+    the first stream: a look at its own target or beyond shows at full strength, even in one layer."""
     (lengths, cuts), rng = probe_documents(s), np.random.default_rng(s.seed)
     phrase = rng.integers(4, s.vocab_size, 7)      # repeated, where counts of earlier text shall have a say
     one = np.concatenate([np.append(BOS, np.resize(phrase, n - 1) if s.ngram_tilt_enabled
@@ -5086,16 +6051,19 @@ def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[tuple[np.nd
             shorter = ~np.isin(document, np.argsort(lengths, kind="stable")[-2:])
             later = np.where(document == 3, later, shorter)
         other = np.where(later & (one != BOS), 4 + (one - 3) % (s.vocab_size - 4), one)
-        others.append((other, np.flatnonzero(~later[:-1] & ~(later[1:] & (one[1:] != BOS)))))
+        targets = other[1:].copy()
+        targets[start + cut] = one[start + cut + 1]
+        others.append(Variant(other, targets, np.flatnonzero(~later[:-1])))
     return one, others
 
 
-def shortened_stream(s: Settings, one: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def shortened_stream(s: Settings, one: np.ndarray) -> list[Variant]:
     """The same for the stream `one` whose fourth document ends earlier, within its last chunk: its neighbours
     in the batch and the chunks of every group are the same. None where chunks are too short for that."""
     lengths, cuts = probe_documents(s)
     end, cut = sum(lengths[:4]), lengths[3] - 1 - cuts[1]
-    return [(np.delete(one, np.s_[end - cut:end]), np.arange(end - cut - 1))] if cut > 0 else []
+    other = np.delete(one, np.s_[end - cut:end])
+    return [Variant(other, other[1:], np.arange(end - cut - 1))] if cut > 0 else []
 
 
 @contextlib.contextmanager
@@ -5137,9 +6105,8 @@ def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) ->
                               eval_seq_len=row, global_ttt_chunk_tokens=row)
 
     def windows(val: Validation, stride: int) -> Ledger:
-        if s.prequant_ttt_enabled:
-            study = dataclasses.replace(s, prequant_ttt_epochs=1, train_seq_len=min(s.train_seq_len, 64))
-            prequant_ttt(study, world, model, val.tokens, lambda **step: None)
+        for study in STUDIES:
+            study.before_probing(s, world, model, val.tokens)
         scorer = Scorer(s, world, model)
         val.hints = Hints.build(s, world, val, False)
         scorer.windows(val, stride)
@@ -5151,9 +6118,10 @@ def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) ->
         evaluation.run()
         return evaluation.ledger
 
-    def losses(evaluate: Callable, tokens: np.ndarray) -> Tensor:
+    def losses(evaluate: Callable, tokens: np.ndarray,
+               targets: np.ndarray | None = None) -> Tensor:
         with weights_kept(model):
-            found = evaluate(Validation.of(tokens)).loss.cpu()
+            found = evaluate(Validation.of(tokens, targets)).loss.cpu()
         booked.append(len(found))
         return found
 
@@ -5172,8 +6140,8 @@ def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) ->
         if evaluate is adapted and order == "stream":
             others += shortened_stream(settings, one)
         first, seen, noise = losses(evaluate, one), [], 0.0
-        for other, kept in others:
-            found = losses(evaluate, other)
+        for other, targets, kept in others:
+            found = losses(evaluate, other, targets)
             gap = (found - first[:len(found)]).abs()
             seen.append((len(kept), gap[kept].max().item(), gap.max().item()))
         counts, earlier, rest = zip(*seen)
@@ -5248,7 +6216,7 @@ def check_validation(s: Settings) -> str:
     if told not in (None, documents):
         raise UserError(f"the validation shards of {s.shards} hold {documents:,} documents (BOS tokens), the "
                         f"manifest says {told:,}: fetch or build the data again")
-    canonical = not manifest or manifest.get("split", {}).get("rule") == "first"
+    canonical = not manifest or (manifest.get("split") or {}).get("rule") == "first"
     if canonical and documents != CANONICAL_VAL_DOCS:
         raise UserError(f"{s.shards} holds {documents:,} validation documents, the canonical split has "
                         f"{CANONICAL_VAL_DOCS:,}: the rest may be trained on; fetch the data again, or for a "
@@ -5259,21 +6227,36 @@ def check_validation(s: Settings) -> str:
             f"{int(val.target_bytes.sum()):,} bytes by {val.rule}")
 
 
-def check_byte_rule(s: Settings, val: Validation, documents: int = 200) -> None:
-    """The table's count against the decoded text of the first documents: at most 1 % more (the published rule
-    takes three bytes for a U+2581 that is not a piece's first character)."""
-    sp, counted, text = load_tokenizer(s.tokenizer), 0, 0
-    for a, n in zip(val.documents.start[:documents].tolist(), val.documents.length.tolist()):
-        counted += int(val.target_bytes[a:a + n - 1].sum())
-        text += len(sp.decode([t for t in val.tokens[a + 1:a + n].tolist() if t != BOS]).encode())
+def check_byte_rule(s: Settings, val: Validation) -> None:
+    """The table's count over all targets against the text that they decode to: at most 1 % more
+    (the published rule takes three bytes for a U+2581 that is not a piece's first character).
+    Token by token, so that their order does not matter: a token decodes to the same bytes
+    everywhere but behind a boundary, where a leading space may be dropped."""
+    table = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
+    sp, target = load_tokenizer(s.tokenizer), val.tokens[1:]
+    behind = table.boundary[val.tokens[:-1]]
+    words = np.flatnonzero(~table.lead & (table.base > 0))
+    word = next(([i] for i in words.tolist() if not sp.is_byte(i)), [])
+    behind_word = len(sp.decode(word).encode())
+    at_start = np.bincount(target[behind], minlength=s.vocab_size)
+    elsewhere = np.bincount(target[~behind], minlength=s.vocab_size)
+    counted, text = int(val.target_bytes.sum()), 0
+    for i in np.flatnonzero((at_start + elsewhere) * ~table.boundary).tolist():
+        first = other = 1
+        if not sp.is_byte(i):      # a byte alone decodes to a sign of three bytes
+            first = len(sp.decode([i]).encode())
+            other = len(sp.decode([*word, i]).encode()) - behind_word
+        text += int(at_start[i]) * first + int(elsewhere[i]) * other
     if counted > 1.01 * text:
-        raise UserError(f"the byte rule counts {counted:,} bytes in {text:,}: scores would be too good")
+        raise UserError(f"the byte rule counts {counted:,} bytes in {text:,}: scores would be too "
+                        "good; use shards with byte sidecars, or a tokenizer without pieces of "
+                        "several spaces")
 
 
 def check_manifest(s: Settings) -> str:
     """Files, sizes and tokenizer against the manifest, and overlap; returns the data's fingerprint."""
-    def sha256(path):
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+    def sha256(path: Path, most: int) -> str:
+        return hashlib.sha256(read_bounded(path, most, A_MODEL)).hexdigest()
 
     manifest, folder = read_manifest(s), s.shards
     files = {e["name"]: e for e in manifest.get("files", ())}
@@ -5283,12 +6266,15 @@ def check_manifest(s: Settings) -> str:
         raise UserError(f"{folder / name} {what}, says manifest.json: fetch or build the data again")
     for name, entry in files.items():
         path, size = present[name], present[name].stat().st_size
+        if not ("size" in entry and isinstance(entry.get("sha256"), str)):
+            raise UserError(f"{folder}/manifest.json lacks size or SHA-256 of {name}: fetch or "
+                            "build the data again")
         if size != entry["size"]:
             raise UserError(f"{path} has {size:,} bytes, the manifest says {entry['size']:,}: fetch it again")
-        if s.data_check == "full" and sha256(path) != entry["sha256"]:
+        if s.data_check == "full" and sha256(path, size) != entry["sha256"]:
             raise UserError(f"{path} is damaged, its SHA-256 is not the manifest's: fetch or build it again")
-    told = manifest.get("tokenizer", {}).get("sha256")
-    if told and s.tokenizer.is_file() and sha256(s.tokenizer) != told:
+    told = (manifest.get("tokenizer") or {}).get("sha256")
+    if told and s.tokenizer.is_file() and sha256(s.tokenizer, MOST_MODEL) != told:
         raise UserError(f"TOKENIZER_PATH={s.tokenizer} is not the tokenizer of {folder}: set it to its own")
     check_overlap(s)
     if manifest:
@@ -5301,7 +6287,7 @@ def check_overlap(s: Settings) -> None:
     """No validation document among the training documents, by the stored 64-bit hashes of their text; without
     those by hashes of their tokens, in the shard next to the split or, with DATA_CHECK=full, in all."""
     stored = [s.shards / f"document_hashes_{kind}.bin" for kind in ("train", "val")]
-    if all(p.is_file() for p in stored):
+    if by_text := all(p.is_file() for p in stored):
         train_docs, val_docs = (np.fromfile(p, "<u8") for p in stored)
         shared = np.flatnonzero(np.isin(train_docs, val_docs))
         where = f"training document {shared[0]:,}" if len(shared) else ""
@@ -5314,6 +6300,11 @@ def check_overlap(s: Settings) -> None:
     if len(shared):
         raise UserError(f"{len(shared):,} validation documents are in the training shards of {s.shards} "
                         f"(first: {where}): a score on them is worth nothing; fetch or build the data again")
+    for kind, hashes in (("train", train_docs), ("val", val_docs)) if by_text else ():
+        told = manifest_total(s, kind, "documents")
+        if told not in (None, len(hashes)):
+            raise UserError(f"{s.shards}/document_hashes_{kind}.bin has {len(hashes):,} documents, "
+                            f"the manifest says {told:,}: fetch or build the data again")
 
 
 def document_hashes(tokens: np.ndarray):
@@ -5324,14 +6315,46 @@ def document_hashes(tokens: np.ndarray):
             yield a, hashlib.blake2b(raw[2 * a + 2:2 * b], digest_size=8).digest()
 
 
-def check_disk(folder: Path, need: int) -> str:
-    """The folder can be written and really has `need` bytes: they are reserved, then given back."""
-    probe = folder / f".space.{os.getpid()}"
+def check_temporary_folder() -> None:
+    """UserError unless there is one, in which torch keeps what it compiles."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise UserError("no temporary folder can be written: set TMPDIR to a folder that can") from error
+
+
+def check_folder(folder: Path) -> str:
+    """The names of a run's files are free; UserError where a folder stands in the way."""
+    for name in ("train.log", "metrics.jsonl", "summary.json", "final_model.pt", ARTIFACT_NAME):
+        if (folder / name).is_dir():
+            raise UserError(f"{folder / name} is a folder: move it away or set ARTIFACT_DIR")
+    return str(folder)
+
+
+def check_made_before(s: Settings) -> str:
+    """The weights or the artifact that the run begins with: a file, and an artifact's header."""
+    if s.eval_only_path:
+        size = file_size(Path(s.eval_only_path), 16 * MOST_WEIGHTS, "a run's final_model.pt")
+        return f"EVAL_ONLY_PATH, {size:,} bytes"
+    path = Path(s.eval_only_quantized_path)
+    blob = read_bounded(path, MOST_ARTIFACT, "a run's final_model.int6.ptz")
+    header, _ = artifact_from_bytes(blob, path.name)
+    theirs = header.get("architecture")
+    check_architecture(s, theirs if isinstance(theirs, dict) else {}, f"{path.name} is an artifact")
+    return f"EVAL_ONLY_QUANTIZED_PATH, {len(blob):,} bytes"
+
+
+def check_disk(folder: Path, need: int, ballast: bool = False) -> str:
+    """The folder can be written and really has `need` bytes: they are reserved, then given back, or kept as
+    ballast until there is something to write in their place."""
+    probe = folder / (BALLAST if ballast else f".space.{os.getpid()}")
+    kept = False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(probe, "wb") as f:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(f.fileno(), 0, need)
+                kept = ballast
             elif shutil.disk_usage(folder).free < need:
                 raise OSError(28, "No space left on device")
     except OSError as error:
@@ -5339,20 +6362,77 @@ def check_disk(folder: Path, need: int) -> str:
         raise UserError(f"ARTIFACT_DIR={folder} cannot take {need:,} bytes ({error.strerror}; {free:,} "
                         "free): free space or set ARTIFACT_DIR to another disk") from error
     finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
+        if not kept:
+            with contextlib.suppress(OSError):
+                probe.unlink()
     return f"{need:,} bytes can be written"
+
+
+BALLAST = ".ballast"     # in the run's folder: what the weights will take
+
+
+def drop_ballast(run: Run) -> None:
+    """Give the space that check_disk keeps back, for what is written next."""
+    if run.world.main:
+        with contextlib.suppress(OSError):
+            (run.dir / BALLAST).unlink(missing_ok=True)
+
+
+def bytes_of_weights(s: Settings) -> int:
+    return 4 * sum(map(math.prod, GPT.shapes(s).values()))
+
+
+def bytes_of_results(s: Settings) -> int:
+    """Weights, artifact twice, logs."""
+    return bytes_of_weights(s) + 2 * ARTIFACT_LIMIT + (8 << 20)
+
+
+FULL_BATCH = 1 << 19      # tokens of a step from which on only a GPU is fast enough
+
+
+def slow_batch(s: Settings) -> str:
+    """What is to be said when a CPU is given a GPU's batch; nothing for a small one."""
+    if s.train_batch_tokens < FULL_BATCH:
+        return ""
+    return (f"TRAIN_BATCH_TOKENS={s.train_batch_tokens:,} on a CPU: a step may take many "
+            "minutes; for a small run use configs/demo.env")
+
+
+def check_device(s: Settings, world: World) -> str:
+    """Where it runs; UserError where the machine has GPUs that torch does not see."""
+    text = f"{world.device_name}, {torch.get_num_threads()} host threads"
+    if world.device.type != "cpu":
+        return text
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden in (None, "all") and (gpus := listed_gpus()):
+        raise UserError(f"nvidia-smi lists {gpus} GPUs but torch {torch.__version__} sees none: "
+                        "install a torch build for this driver, or set CUDA_VISIBLE_DEVICES= to "
+                        "use the CPU")
+    slow = slow_batch(s)
+    return f"{text}; WARNING: {slow}" if slow and not s.eval_only_quantized_path else text
+
+
+def listed_gpus() -> int:
+    """GPUs that the driver knows of; 0 without a driver."""
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in done.stdout.splitlines())
 
 
 def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "") -> list[Finding]:
     """Every check of the mode, in the order a user would fix them. attention_why: tried already."""
-    written = 2 * ARTIFACT_LIMIT + (8 << 20) + 4 * sum(map(math.prod, GPT.shapes(s).values()))
+    written = bytes_of_results(s)
+    if not (s.eval_only_path or s.eval_only_quantized_path):
+        written += 3 * bytes_of_weights(s)      # two averages beside training, and the one being written
     checks = {
-        "device": lambda: f"{world.device_name}, {torch.get_num_threads()} host threads",
+        "device": lambda: check_device(s, world),
         "attention": lambda: attention_why or resolve_attention(s.attn_backend, world.device)[1],
         "batch": lambda: "{} ranks x {} micro-batches of {:,} tokens".format(
             world.size, *s.batch_shape(world.size)),
-        "disk": lambda: check_disk(folder, written),       # artifact twice, logs, weights
+        "folder": lambda: check_folder(folder),
+        "disk": lambda: check_disk(folder, written),
         "size": lambda: expected_size(s),
         "training shards": lambda: check_train_shards(s),
         "validation shards": lambda: check_validation(s),
@@ -5360,7 +6440,9 @@ def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "")
                              f"{len(ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size).base)} tokens",
         "data fingerprint": lambda: check_manifest(s)}
     if s.eval_only_quantized_path:
-        del checks["training shards"], checks["data fingerprint"]
+        del checks["batch"], checks["training shards"], checks["data fingerprint"]
+    if s.eval_only_path or s.eval_only_quantized_path:
+        checks = {"made before": lambda: check_made_before(s), **checks}
     findings = []
     for what, check in checks.items():
         try:
@@ -5411,7 +6493,8 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
         raise RuntimeError("the packed model does not read back as it was written")
     probing = Clock()
     failed = [p for p in run_probes(s, world, model) if not p.ok and not p.name.startswith("C1")]
-    if failed and not reads_targets(s):     # blocks start as the identity: C1 has nothing to see yet
+    # blocks start as the identity: C1 has nothing to see yet
+    if failed and not study_reasons(dataclasses.replace(s, val_doc_fraction=1.0)):
         raise RuntimeError(f"the scorer's probes fail on the untrained model: {failed}")
     run.log("rehearsal", calibrate_s=seconds, quantise_s=packing.start - clock.start,
             pack_s=packing.elapsed() - probing.elapsed(), score_s=probing.elapsed(),
@@ -5428,7 +6511,7 @@ def set_up(s: Settings, world: World) -> str:
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high" if world.device.type == "cuda" else "highest")
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launcher_ranks(os.environ).local_size))
     torch._dynamo.config.recompile_limit = 64      # plans, grad modes and batch shapes share one code object
     torch.fx.experimental._config.use_duck_shape = False       # sizes that are equal by chance stay apart
     global ATTENTION
@@ -5468,50 +6551,219 @@ def closest_system(s: Settings) -> tuple[str, dict] | None:
     return ", ".join(name for name, d in found if d == differs), public_settings(differs)
 
 
-def log_start(s: Settings, world: World, run: Run, model: GPT) -> None:
+def log_start(s: Settings, world: World, run: Run) -> None:
     """What runs, where: into the log before anything else."""
-    parameters, settings = sum(p.numel() for p in model.parameters()), public_settings(s.as_env())
+    parameters = sum(map(math.prod, GPT.shapes(s).values()))
+    settings, dtype = public_settings(s.as_env()), pick_dtype(s.compute_dtype, world.device)
     run.log("start", run_id=run.id, device=world.device_name, world_size=world.size, torch=torch.__version__,
-            python=platform.python_version(), dtype=str(model.compute_dtype), attention=ATTENTION,
+            python=platform.python_version(), dtype=str(dtype), attention=ATTENTION,
             parameters=parameters)
     run.log("settings", quiet=True, **settings)
     run.log("changed_settings", quiet=True, **public_settings(s.changed()))
-    if ignored := {**{k: NO_SETTINGS[k][1] for k in NO_SETTINGS if k in os.environ}, **idle_settings(s)}:
+    if ignored := {k: why for k, (_, why) in NO_SETTINGS.items() if k in os.environ}:
         run.log("settings_without_effect", **ignored)
-    if near := closest_system(s):
-        name, differs = near
-        run.log("closest_system", name=name, differences=len(differs))
-        run.log("differences", quiet=True, **differs)
+    if strays := stray_names(os.environ):
+        run.log("unknown_names", **strays)
+    with run.guarded("the search for the closest system"):
+        if near := closest_system(s):
+            name, differs = near
+            run.log("closest_system", name=name, differences=len(differs))
+            run.log("differences", quiet=True, **differs)
     source = Path(__file__).read_bytes()
-    run.log("code", bytes=len(source), compressed=len(self_extracting(source)),
-            sha256=hashlib.sha256(source).hexdigest())
-    if world.main:
+    digest = hashlib.sha256(source).hexdigest()
+    run.log("code", bytes=len(source), compressed=len(self_extracting(source)), sha256=digest)
+    if world.main and run.summary.get("code_sha256") != digest:      # else the log has it already
         encoding = "latin-1" if source.startswith(b"# coding: latin-1") else "utf-8"
-        run.text.write(source.decode(encoding) + "\n" + "=" * 100 + "\n")
-    run.summary.update(seed=s.seed, world_size=world.size, device=world.device_name, settings=settings,
-                       code_bytes=code_bytes(s.code_form), code_form=s.code_form, torch=torch.__version__,
-                       model_params=parameters)
+        run.write(run.text, source.decode(encoding) + "\n" + "=" * 100)
+    run.summary.update(code_bytes=code_bytes(s.code_form), code_form=s.code_form)
+    compare_with_training(run, dict(
+        seed=s.seed, world_size=world.size, device=world.device_name, torch=torch.__version__,
+        model_params=parameters, code_sha256=digest, settings=settings))
 
 
-def save_weights(run: Run, model: GPT) -> None:
-    """The averaged weights, the moment training ends: whatever fails later, they are on disk."""
-    if run.world.main:
-        weights = {n: p.detach().cpu() for n, p in field_views(dict(model.named_parameters())).items()}
-        box = io.BytesIO()
-        torch.save({"architecture": architecture(model.s), "weights": weights}, box)
-        write_atomic(run.dir / "final_model.pt", box.getvalue())
+MAY_DIFFER = ("RUN_ID", "QUANTIZE_ONLY", "PREQUANT_ONLY", "RESUME", "settings", "seed")
 
 
-def read_weights(path: str, model: GPT) -> None:
-    """Averaged weights saved by an earlier run into the model."""
+def compare_with_training(run: Run, here: dict) -> None:
+    """Facts and settings into the summary; a warning of those that are not as in the summary
+    beside the file that is quantised or scored. In a run's own folder the summary keeps what
+    was true of its training."""
+    differing = {}
+    with run.guarded("the comparison with training"):
+        differing = differences_from_training(run, here)
+    if differing:
+        run.warn("not as in the summary beside the weights: " + "; ".join(
+            f"{name}={here} here, {there} there" for name, (here, there) in differing.items()))
+    if run.goes_on():
+        run.summary["not_as_in_training"] = differing
+        here = {k: v for k, v in here.items() if k == "settings" or k not in run.summary}
+    run.summary.update(here)
+
+
+def differences_from_training(run: Run, here: Mapping) -> dict[str, list]:
+    """What of it is not as in the summary beside the weights or artifact: [here, there] by name."""
+    home = home_of(run.s)
+    if home is None or not run.world.main:
+        return {}
+    path, there = home / "summary.json", {}
+    summary = read_json(path, "the summary of a run") if path.exists() else {}
+    there.update(summary)
+    there.update(summary.get("settings", {}))
+    for name, (_, trained) in summary.get("not_as_in_training", {}).items():
+        there[name] = trained      # scored differently before: training is what counts
+    differing = {}
+    for name, value in {**here, **here["settings"]}.items():
+        if name not in MAY_DIFFER and there.get(name, value) != value:
+            differing[name] = [value, there[name]]
+    return differing
+
+
+SEAL = b"blake2b:"     # then 64 hexadecimal digits: the comment that ends a sealed archive
+SEAL_BYTES = len(SEAL) + 64
+MOST_PICKLED = 2 << 20     # bytes; all but tensors: 30 kB of the default model, 0.9 MB of one of 256 layers
+ZIP_END = 22           # bytes of a zip's last record without its comment
+
+
+def sealed(box: dict) -> bytes:
+    """torch.save's archive of `box` with a digest of all of it as the archive's comment, which torch.load
+    passes over: torch itself does not check the sums that an archive holds."""
+    out = io.BytesIO()
+    torch.save(box, out)
+    body = out.getvalue()[:-2] + struct.pack("<H", SEAL_BYTES)
+    return body + seal_of(body)
+
+
+def seal_of(body: bytes) -> bytes:
+    return SEAL + hashlib.blake2b(body, digest_size=32).hexdigest().encode()
+
+
+def unsealed(path: str | Path, most: int, what: str, must: bool = False) -> dict:
+    """What sealed() wrote to a file of at most `most` bytes. UserError, one line that begins with `what`, for
+    all else: within seconds, and before anything is unpickled. An archive without a digest passes with a
+    warning, for files of earlier versions have none; not if it must have one."""
     try:
-        box = torch.load(path, map_location="cpu", weights_only=True)
-        weights, theirs = box["weights"], box["architecture"]
-    except Exception as error:    # torch.load raises many types for a missing, damaged or foreign file
-        raise UserError(f"EVAL_ONLY_PATH={path} holds no averaged weights of this script "
-                        f"({type(error).__name__}): give a run's final_model.pt") from error
-    check_architecture(model.s, theirs, f"EVAL_ONLY_PATH={path} holds weights")
-    load_weights(model, weights, f"EVAL_ONLY_PATH={path}", field_views)
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
+            raise ValueError(f"it is no file of at most {most:,} bytes")
+        data = Path(path).read_bytes()
+        if not has_seal(data):
+            if must:
+                raise ValueError("it is damaged, or of another kind")
+            print(f"warning: {what}: it is of an earlier version, without a digest", file=sys.stderr)
+        check_records(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")      # of odd pickles: a refusal is one line
+            box = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if not isinstance(box, dict):
+            raise ValueError("it holds something else")
+        return box
+    except Exception as error:     # zipfile, pickletools and torch.load raise many types for a foreign file
+        why = plain(getattr(error, "strerror", None) or error, 100)
+        raise UserError(f"{what}: {type(error).__name__}, {why}; give the file as a run wrote it") from error
+
+
+def has_seal(data: bytes) -> bool:
+    """Whether an archive ends with the digest of what precedes it; ValueError: with a wrong one, or it is no
+    archive that torch.save has written."""
+    last_record = b"PK\5\6"
+    if data[-ZIP_END - SEAL_BYTES:][:4] == last_record:
+        if data[-SEAL_BYTES:] != seal_of(data[:-SEAL_BYTES]):
+            raise ValueError("it is damaged: its digest does not fit")
+        return True
+    if data[-ZIP_END:][:4] != last_record or data[-2:] != bytes(2):
+        raise ValueError("it is damaged, or of another kind")
+    return False
+
+
+def check_records(data: bytes) -> None:
+    """ValueError unless an archive unfolds to no more than it is: nothing compressed, and pickles that are
+    short and hardly repeat a tuple: one that holds another twice, and so on, is hashed for ever."""
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    records = archive.infolist()
+    pickles = [r for r in records if r.filename.endswith(".pkl")]
+    if (any(r.compress_type != zipfile.ZIP_STORED for r in records)
+            or sum(r.file_size for r in records) > len(data)
+            or sum(r.file_size for r in pickles) > MOST_PICKLED):
+        raise ValueError("it unfolds to more than it should")
+    for record in pickles:
+        before, tuples, repeated = "", set(), 0
+        for op, place, _ in pickletools.genops(archive.read(record)):
+            if "PUT" in op.name and before.startswith("TUPLE"):
+                tuples.add(place)
+            repeated += "GET" in op.name and place in tuples
+            before = op.name
+        if repeated > 16:      # the optimiser's state repeats four
+            raise ValueError("it unfolds to more than it should")
+
+
+def weights_to_bytes(s: Settings, params: Mapping[str, Tensor], facts: dict) -> bytes:
+    """The file of weights: under the field's names, with their architecture and facts of their training."""
+    weights = {n: p.detach().cpu() for n, p in field_views(dict(params)).items()}
+    return sealed({"architecture": s.to_be_stored(architecture(s)), "weights": weights, "facts": facts})
+
+
+def save_weights(run: Run, model: GPT, facts: dict) -> None:
+    """The averaged weights, the moment training ends: whatever fails later, they are on disk. Without space
+    in the run's folder other places are tried; without any the run goes on with the weights in memory."""
+    if not run.world.main:
+        return
+    drop_ballast(run)
+    data = weights_to_bytes(model.s, dict(model.named_parameters()), facts)
+    elsewhere = f"final_model.{run.id}.pt"
+    for place in (lambda: run.dir / "final_model.pt", lambda: Path.cwd() / elsewhere,
+                  lambda: Path(tempfile.gettempdir()) / elsewhere):
+        try:
+            path = place()
+            write_atomic(path, data)
+        except (UserError, OSError) as error:
+            run.log("warning", text=f"the weights cannot be saved there ({plain(error, 300)})")
+            continue
+        if path.parent != run.dir:
+            run.log("warning", text=f"the weights were saved as {path}: EVAL_ONLY_PATH={path} goes on")
+        return
+    run.log("warning", text="the weights could not be saved anywhere: they are only in memory")
+
+
+def read_weights(path: str, model: GPT) -> dict:
+    """Averaged weights saved by an earlier run into the model; what the file says of their training (see
+    weight_facts; {}: an earlier version's file). UserError, one short line, for anything else."""
+    what, again = f"EVAL_ONLY_PATH={plain(path, 80)}", "give a run's final_model.pt"
+    views = field_views({n: p.data for n, p in model.named_parameters()})
+    most = bytes_of_weights(model.s) + 1024 * len(views) + (1 << 20)
+    box = unsealed(path, most, f"{what} holds no averaged weights of this script")
+    weights, theirs, facts = (box.get(key, {}) for key in ("weights", "architecture", "facts"))
+    if not (isinstance(weights, dict) and are_settings(theirs) and are_facts(facts)):
+        raise UserError(f"{what} holds no averaged weights of this script: {again}")
+    check_architecture(model.s, theirs, f"{what} holds weights")
+    if strangers := set(weights) ^ set(views):
+        raise UserError(f"{what} does not fit the model that the settings describe: {len(strangers)} tensors "
+                        f"({plain(min(strangers, key=str), 60)}, …) are missing or too much; {again}")
+    for name, view in views.items():
+        w = weights[name]
+        if not isinstance(w, Tensor) or (w.dtype, w.layout) != (torch.float32, torch.strided):
+            raise UserError(f"{what} holds {name} in another form than float32 numbers; {again}")
+        if w.shape != view.shape or not w.isfinite().all():
+            raise UserError(f"{what} holds {name} in another shape, or not finite; {again}")
+    load_weights(model, weights, what, field_views)
+    return facts
+
+
+def are_settings(values) -> bool:
+    """Whether these are values of settings by name."""
+    return isinstance(values, dict) and all(
+        type(k) is str and type(v) in (bool, int, float, str) for k, v in values.items())
+
+
+def are_facts(facts) -> bool:
+    """Whether a file's facts are such as weight_facts gives, or none at all."""
+    kinds = {"steps": int, "train_seconds": float, "step_ms": float, "stopped": str, "seed": int,
+             "world_size": int}
+    if facts == {}:
+        return True
+    if not isinstance(facts, dict) or {k: type(v) for k, v in facts.items()} != kinds:
+        return False
+    numbers = [v for v in facts.values() if not isinstance(v, str)]
+    return all(0 <= v < 2 ** 63 for v in numbers) and facts["stopped"] == plain(facts["stopped"], 40)
 
 
 def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
@@ -5529,14 +6781,36 @@ def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
     return kept, "" if auto or asked >= kept else f"{need}, not GPTQ_RESERVE_SECONDS={asked:g}"
 
 
+def take_over(s: Settings, run: Run, facts: Mapping) -> Clock:
+    """The training clock that quantising goes on with. In the folder of the run that trained it
+    has run for as long as the weights say; else the time is not known."""
+    clock, seconds = Clock(s.max_wallclock_seconds), facts.get("train_seconds")
+    run.time_known = run.goes_on() and seconds is not None
+    if run.time_known:
+        clock.start -= seconds
+        keys = ("steps", "step_ms", "stopped")
+        told = {k: facts[k] for k in keys if facts.get(k) not in (None, "")}
+        if run.summary.get("steps") is None:      # killed in training: nothing has said it yet
+            run.log("train_end", seconds=seconds, **told)
+        run.summary.update(told)
+        run.log("going_on", train_seconds=seconds, **told)
+    return clock
+
+
 def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> tuple[Clock, Prefetch]:
     """Warm up, rehearse, train to the average, or read EVAL_ONLY_PATH; the training clock and the stream."""
+    drop_ballast(run)      # of a run that was killed
     if s.eval_only_path:
-        read_weights(s.eval_only_path, model)
+        facts = read_weights(s.eval_only_path, model)
         stream = Prefetch(open_train_stream(s, world, s.batch_shape(world.size)[1]), world.device)
-        return Clock(s.max_wallclock_seconds), stream
+        return take_over(s, run, facts), stream
+    state = read_checkpoint(s, world, run) if s.resume else None
+    if world.main:
+        check_disk(run.dir, bytes_of_results(s), ballast=True)
     trainer = Trainer(s, world, model)
+    world.beat("warm-up")
     run.log("warm_up", seconds=trainer.warm_up())
+    world.beat("rehearsal")
     rehearsed = rehearse(s, world, run, trainer)
     reserve, warning = reserved(s, rehearsed)
     if warning:
@@ -5548,14 +6822,26 @@ def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
         if step == 0:
             run.summary["untrained_val_bpb"] = score.bpb
 
-    clock, stream = train(s, world, run, trainer, reserve, validate)
-    model.load_state_dict(trainer.ema)
-    save_weights(run, model)
+    if state:
+        run.summary["untrained_val_bpb"] = state["untrained_val_bpb"]
+    try:
+        with SIGNALS.held():
+            trained = train(s, world, run, trainer, reserve, validate, state)
+            if not trained.facts["stopped"]:
+                model.load_state_dict(trainer.ema)
+                save_weights(run, model, trained.facts)
+            if trained.signal:
+                world.barrier()      # rank 0 has written its file before any rank ends
+                how = trained.facts["stopped"] or "ended"
+                raise SIGNALS.error(f"training was {how}", trained.signal)
+    finally:
+        drop_ballast(run)
+    training_reports(s, run, trainer, trained)
     run.save_summary()
-    return clock, stream
+    run.note_go_on()
+    return trained.clock, trained.stream
 
 
-ARTIFACT_NAME = "final_model.int6.ptz"
 BUDGET_SECONDS = 600.0    # the competition's, for all up to the artifact and again for the evaluation
 
 
@@ -5570,48 +6856,81 @@ def check_budget(run: Run, what: str, seconds: float, name: str, setting: float)
 def marked(blob: bytes, why: str) -> bytes:
     """The artifact, telling whoever scores it why it is NON-COMPLIANT, in at most MARK_BYTES more."""
     header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
-    plain = re.sub(r'[^ -~]|["\\]', "?", why)[:MARK_BYTES - 32]      # a byte each in JSON
-    header["not_compliant"] = "; ".join(filter(None, [header.get("not_compliant"), plain]))
+    both = filter(None, [header.get("not_compliant"), plain_mark(why)[:MARK_BYTES - 32]])
+    header["not_compliant"] = plain_mark("; ".join(both))
     return artifact_to_bytes(header, streams)
+
+
+def plain_mark(text: str) -> str:
+    """A mark as it is written and read: bounded ASCII that takes one byte each in JSON."""
+    return re.sub(r'[^ -~]|["\\]', "?", text[:MARK_BYTES])
 
 
 def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next_batch: Callable) -> None:
     """Calibrate, quantise, pack and write the artifact, on the training clock."""
     begin = clock.elapsed()
+    world.beat("calibrating")
     curvature = calibrate(s, world, model, next_batch)
     sync(world.device)
     calibrated = clock.elapsed()
+    world.beat("quantising")
     weights = matrix_views({n: p.detach() for n, p in model.named_parameters()})
-    blob = quantise_to_fit(s, world, run, weights, curvature, None if s.eval_only_path else clock)
+    blob = quantise_to_fit(s, world, run, weights, curvature, clock if run.time_known else None)
     if s.logit_calib_enabled:
         blob = calibrate_logits(s, world, run, blob)
-    if world.main:
-        write_atomic(run.dir / ARTIFACT_NAME, blob)
-    seconds = world.agree(clock.elapsed())
-    known = len(run.summary["not_compliant_because"])
-    if s.eval_only_path:
-        run.not_compliant("the weights come from EVAL_ONLY_PATH: their training time is not known")
-    else:
-        check_budget(run, "training, calibration and packing (for which GPTQ_RESERVE_SECONDS keeps time)",
-                     seconds, "MAX_WALLCLOCK_SECONDS", s.max_wallclock_seconds)
-    if why := run.summary["not_compliant_because"][known:]:
-        blob = marked(blob, "; ".join(why))
-        if world.main:
-            write_atomic(run.dir / ARTIFACT_NAME, blob)
-    world.barrier()
-    run.log("artifact", bytes=len(blob), total=check_size(len(blob), s.code_form), train_seconds=seconds,
+    seconds, size = world.agree(write_artifact(s, run, blob, clock) if world.main else None)
+    run.log("artifact", bytes=size, total=check_size(size, s.code_form), train_seconds=seconds,
             calibrate_s=calibrated - begin, quantise_and_pack_s=seconds - calibrated)
-    run.summary.update(artifact_bytes=len(blob), total_bytes=len(blob) + code_bytes(s.code_form),
-                       train_seconds=seconds)
-    run.save_summary()
+    run.note_go_on()
+
+
+def write_artifact(s: Settings, run: Run, blob: bytes, clock: Clock) -> tuple[float, int]:
+    """Put the artifact on disk, on rank 0; seconds of training's clock, and bytes. It is judged
+    when its bytes are on disk, and gets its name only with the mark and the summary that tell
+    the verdict: no kill comes between."""
+    def judged() -> bytes:
+        nonlocal blob, seconds
+        seconds = clock.elapsed()
+        if not run.time_known:
+            run.not_compliant("the weights come from EVAL_ONLY_PATH: their training time is not known")
+        else:
+            check_budget(run, "training, calibration and packing (for which GPTQ_RESERVE_SECONDS keeps time)",
+                         seconds, "MAX_WALLCLOCK_SECONDS", s.max_wallclock_seconds)
+        of_scoring = study_reasons(s)
+        of_training = [why for why in run.summary["not_compliant_because"] if why not in of_scoring]
+        if of_training:
+            blob = marked(blob, "; ".join(of_training))
+        run.summary.update(
+            artifact_bytes=len(blob), artifact_digest=digest_of(blob).hex(),
+            total_bytes=len(blob) + code_bytes(s.code_form), train_seconds=seconds,
+            training_not_compliant_because=of_training)
+        run.save_summary()
+        return blob
+
+    seconds = 0.0
+    count_up(run, "quantising_runs")
+    write_atomic(run.dir / ARTIFACT_NAME, blob, judged)
+    return seconds, len(blob)
+
+
+def count_up(run: Run, key: str) -> None:
+    """One more run of a stage that can be run again in the same folder."""
+    run.summary[key] = run.summary.get(key, 0) + 1
 
 
 def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validation, path: Path) -> None:
     """The evaluation: open the artifact, score its weights by plain windows, sliding windows and TTT."""
-    size, mark = open_artifact(s, world, model, path)
-    run.summary.update(artifact_bytes=size, total_bytes=check_size(size, s.code_form))
+    world.beat("scoring")
+    count_up(run, "evaluation_runs")
+    size, mark, digest = open_artifact(s, world, model, path)
+    if world.main and digest != run.summary.get("artifact_digest", digest):
+        raise UserError(f"{path} is not the artifact that this run wrote (digest {digest}, not "
+                        f"{run.summary['artifact_digest']}): quantise again, with EVAL_ONLY_PATH")
+    total = check_size(size, s.code_form)
+    run.summary.update(artifact_bytes=size, total_bytes=total, artifact_digest=digest)
     for reason in filter(None, mark.split("; ")):
         run.not_compliant(reason)
+    run.save_summary()
     log_probes(s, world, run, model)
     clock = Clock(s.eval_max_seconds)
     open_artifact(s, world, model, path)       # once more, on the clock
@@ -5629,8 +6948,11 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
         which = {"stream": "first", "length": "longest"}[s.ttt_doc_order]
         rounds = ttt_rounds(s, val.documents.length)
         phases, learnt = len(rounds) - 1, rounds[-2].train_on if len(rounds) > 1 else ()
+        lengths = [val.documents.length[r.train_on].sum() for r in rounds[:-1]]
+        steps = sum(phase_steps(s, int(tokens)) for tokens in lengths)
+        learn_from = f"the {which} {len(learnt):,} documents" if steps else "none, no step is taken"
         run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
-                base_weights_learn_from=f"the {which} {len(learnt):,} documents",
+                base_weights_learn_from=learn_from, base_weight_steps=steps,
                 ngram_hints=0 if val.hints is None else len(val.hints.at), elapsed=clock.elapsed())
         if s.phased_ttt_prefix_docs and phases < s.phased_ttt_num_phases:
             run.log("settings_without_effect", PHASED_TTT_NUM_PHASES=f"{len(val.documents):,} documents make "
@@ -5649,34 +6971,53 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
             complete=True, seconds_off_the_clock=clock.excluded)
     run.summary.update(val_bpb=final.bpb, val_loss=final.loss, eval_seconds=seconds,
                        tokens_scored=final.tokens, bytes_scored=int(final.byte_sum), byte_rule=val.rule)
-    decodable = read_manifest(s).get("decodable_val_bytes")
-    if decodable and s.val_doc_fraction == 1:     # normalising tokenizers lose bytes that the rule counts
-        run.summary["val_bpb_decodable"] = final.loss_sum / LN2 / decodable
-        run.log("honest_bytes", counted=int(final.byte_sum), decodable=decodable,
-                val_bpb_decodable=run.summary["val_bpb_decodable"])
+    run.save_summary()
+    with run.guarded("the score by decodable bytes"):
+        decodable = read_manifest(s).get("decodable_val_bytes")
+        if decodable and s.val_doc_fraction == 1:     # normalising tokenizers lose bytes that the rule counts
+            run.summary["val_bpb_decodable"] = final.loss_sum / LN2 / decodable
+            run.log("honest_bytes", counted=int(final.byte_sum), decodable=decodable,
+                    val_bpb_decodable=run.summary["val_bpb_decodable"])
+
+
+def phase_steps(s: Settings, tokens: int) -> int:
+    """Steps of the base weights in a phase over so many tokens (see PhasedTTT.global_phase)."""
+    chunks, steps = -(-(tokens - 1) // s.global_ttt_chunk_tokens), 0
+    for c in range(max(chunks - 1, 1)):
+        inputs = min(s.global_ttt_chunk_tokens, tokens - 1 - c * s.global_ttt_chunk_tokens)
+        steps += -(-(inputs // s.eval_seq_len) // s.global_ttt_batch_seqs) * s.global_ttt_epochs
+    return steps
 
 
 def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) -> None:
     """A stage's score, into the summary at once, and off the clock its profiles."""
+    check_score(stage, score)
     run.log(f"score_{stage}", val_loss=score.loss, val_bpb=score.bpb, elapsed=clock.elapsed())
     run.summary[f"{stage}_val_bpb"] = score.bpb
     with clock.exclude():
         run.save_summary()
-        for profile in ledger.profiles():
-            run.log("profile", quiet=True, stage=stage, **profile)
+        with run.guarded(f"the profiles of {stage}"):
+            for profile in ledger.profiles():
+                run.log("profile", quiet=True, stage=stage, **profile)
 
 
-def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> tuple[int, str]:
-    """The weights of the artifact at path into the model; the file's size and why it is NON-COMPLIANT."""
-    try:
-        blob = world.agree(path.read_bytes() if world.main else None)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; give final_model.int6.ptz") from error
+def check_score(stage: str, score: Score) -> None:
+    """A score that is not finite is none."""
+    if not math.isfinite(score.bpb):
+        raise UserError(f"the score of the stage {stage} is {score.bpb}: the weights are of no use "
+                        "(too large a learning rate, or a damaged file); train again, with a lower "
+                        "MATRIX_LR")
+
+
+def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> tuple[int, str, str]:
+    """The weights of the artifact at path into the model; its size, mark and digest."""
+    blob = read_bounded(path, MOST_ARTIFACT, "a run's final_model.int6.ptz") if world.main else None
+    blob = world.agree(blob)
     found = read_artifact(s, blob, path.name)
     load_weights(model, found.weights, path.name)
     raw = found.calibration
     model.calibration = None if raw is None else calibrated_by(s, raw.to(world.device))
-    return len(blob), found.mark
+    return len(blob), found.mark, digest_of(blob).hex()
 
 
 def log_probes(s: Settings, world: World, run: Run, model: GPT) -> None:
@@ -5713,7 +7054,10 @@ def closing_block(s: Settings, world: World, run: Run, val: Validation) -> None:
                        ("test-time training", "ttt_val_bpb")):
         if summary.get(key) is not None:
             run.say(f"{label:28} {summary[key]:10.5f} BPB")
-    summary["text_baselines"] = text_baselines(s, val) if world.main else {}
+    summary["text_baselines"] = {}
+    if world.main:
+        with run.guarded("the comparison with text compressors"):
+            summary["text_baselines"] = text_baselines(s, val)
     for label, bpb in summary["text_baselines"].items():
         run.say(f"{label + ' on the same text':28} {bpb:10.5f} bits per byte")
     if summary["artifact_bytes"]:
@@ -5727,32 +7071,67 @@ def closing_block(s: Settings, world: World, run: Run, val: Validation) -> None:
     run.log("final", **{k: summary[k] for k in keys if summary[k] is not None})
 
 
+class Study:
+    """A mode that breaks the rules, for study only: every run of it is marked NON-COMPLIANT."""
+
+    def reason(self, s: Settings) -> str:
+        """Why the score of these settings, whatever the training, is no result; empty if it may be one."""
+        return ""
+
+    def after_training(self, s: Settings, world: World, run: Run, model: GPT, val: Validation) -> None:
+        """What is done with the averaged weights before they are quantised."""
+
+    def before_probing(self, s: Settings, world: World, model: GPT, tokens: np.ndarray) -> None:
+        """The same with a probe's tokens (N,), briefly, before its windows are scored."""
+
+
+class PartOfValidation(Study):
+    """Only a share of the documents is scored."""
+
+    def reason(self, s: Settings) -> str:
+        if s.val_doc_fraction == 1:
+            return ""
+        return f"VAL_DOC_FRACTION={s.val_doc_fraction:g}: only a part of the documents is scored"
+
+
+STUDIES: list[Study] = [PartOfValidation()]
+
+
+def study_reasons(s: Settings) -> list[str]:
+    """Why the score of these settings, whatever the training, is no result."""
+    return [reason for study in STUDIES if (reason := study.reason(s))]
+
+
 def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
     """train -> average -> quantise -> pack -> read back -> score: the whole story."""
-    model = build_model(s, world)
-    log_start(s, world, run, model)
-    if s.val_doc_fraction < 1:
-        run.not_compliant(f"VAL_DOC_FRACTION={s.val_doc_fraction:g}: only a part of the documents is scored")
-    if reads_targets(s):
-        run.not_compliant("NGRAM_GATES=target: n-gram experts read the token that they predict")
+    log_start(s, world, run)
+    for reason in study_reasons(s):
+        run.not_compliant(reason)
+    if world.device.type == "cpu" and not s.eval_only_quantized_path and (slow := slow_batch(s)):
+        run.warn(slow)
+    world.beat("checking")
     for finding in run_checks(s, world, run.dir, why):
         run.log("check", what=finding.name, detail=finding.figure)
         if not finding.ok:
             raise UserError(finding.figure)
         if finding.name == "data fingerprint":
             run.summary["data_fingerprint"] = finding.figure
-    val = Validation(s)
+    run.save_summary()
+    world.beat("set-up")
+    model, val = build_model(s, world), Validation(s)
     if not s.eval_only_quantized_path:
         with Validation.seal():
             clock, stream = learn(s, world, run, model, val)
-            if s.prequant_ttt_enabled:
-                tokens = val.open_for_study(run, PREQUANT)
-                prequant_ttt(s, world, model, tokens, functools.partial(run.log, "prequant_ttt", True))
+            for study in STUDIES:
+                study.after_training(s, world, run, model, val)
             if not s.prequant_only:
                 compress(s, world, run, model, clock, stream.next)
+        remove_safety_copies(run)
         stream.close()
         if not s.quantize_only:
+            world.beat("scoring")
             score = Scorer(s, world, model).windows(val, s.eval_seq_len)
+            check_score("prequant", score)
             run.log("score_prequant", val_loss=score.loss, val_bpb=score.bpb)
             run.summary["prequant_val_bpb"] = score.bpb
             run.save_summary()
@@ -5765,49 +7144,215 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
 
 def check_command(which: str) -> int:
     """--check: one line per finding; 1 when something is wrong. --check settings needs no data."""
+    if which not in ("", "settings", "data"):
+        raise UserError(f"--check {which} must be --check, --check settings or --check data")
     s = Settings.from_env(os.environ)
-    s.batch_shape(int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count()))))
+    ranks = launcher_ranks({"WORLD_SIZE": str(max(1, torch.cuda.device_count())), "RANK": "0",
+                            "MASTER_ADDR": "localhost", "MASTER_PORT": "1", **os.environ})
+    if not s.eval_only_quantized_path:
+        s.batch_shape(ranks.size)
     print(f"ok    settings: {len(s.changed())} differ from the defaults")
+    for name, what in stray_names(os.environ).items():
+        print(f"warn  {name}: {what}")
     if which == "settings":
         return 0
     findings = run_checks(s, World.join({}), Path(s.artifact_dir or "runs"))
     if which == "data":
-        findings = [f for f in findings if f.name not in ("device", "attention", "batch", "disk", "size")]
+        others = ("made before", "device", "attention", "batch", "folder", "disk", "size")
+        findings = [f for f in findings if f.name not in others]
     for f in findings:
         print(f"{'ok   ' if f.ok else 'FAIL '} {f.name}: {f.figure}")
     return int(any(not f.ok for f in findings))
 
 
+# What takes less memory, by the first word of what a rank was doing.
+LESS_MEMORY = {"scoring": "lower VAL_BATCH_TOKENS", "adapting": "lower TTT_BATCH_SIZE",
+               "quantising": "free memory on the host"}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether host or GPU had no more memory to give."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    said = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    return isinstance(error, (RuntimeError, OSError)) and any(words in text for words in said)
+
+
+def end_early(error: BaseException, run: Run | None, rank: int) -> int:
+    """Say in one line why the run ends, and how to go on; the exit status."""
+    if SIGNALS.number and not isinstance(error, Interrupted):
+        # a collective broke because another rank obeyed first
+        error = SIGNALS.error("the run was interrupted")
+    pulse = run.world.pulse if run is not None else Pulse()
+    if rank:
+        time.sleep(2)     # rank 0 says it, unless it alone did not see the mistake
+    if pulse.ending:      # the heartbeat has said why and is about to end this process
+        time.sleep(60)
+    status, line, trace = getattr(error, "status", 2), str(error), ""
+    if is_out_of_memory(error):
+        word = pulse.doing.split()[0]
+        less = LESS_MEMORY.get(word, "raise GRAD_ACCUM_STEPS, or lower TRAIN_BATCH_TOKENS")
+        why = f"{in_a_line(error):.160}"
+        line = f"out of memory at \"{pulse.doing}\" on rank {rank} ({why}): {less}"
+    elif not isinstance(error, UserError) and not hasattr(error, "status"):
+        status, line = 1, in_a_line(error)
+        trace = "".join(traceback.format_exception(error))
+    event = "error"
+    if isinstance(error, Interrupted):
+        event = "interrupted"
+        if rank:      # rank 0 has said it
+            return status
+    if run is None:
+        tell(f"{event}: {line}")
+        if trace:      # there is no log yet
+            tell(trace)
+        return status
+    run.failed(line, trace, again=not isinstance(error, UserError), event=event)
+    run.close()
+    return status
+
+
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
-    """Entry: 0 when all went well, 1 when --check found something, 2 on a user's mistake."""
-    rank, run = int(os.environ.get("RANK", 0)), None
+    """Entry: 0 when all went well, 1 when --check found something or the script failed, 2 on a user's
+    mistake, 130 or 143 when interrupted."""
+    rank, run = 0, None
+    SIGNALS.install()
+    for screen in sys.stdout, sys.stderr:
+        with contextlib.suppress(AttributeError):      # a screen of ASCII gets ? for what it cannot show
+            screen.reconfigure(errors="replace")
     try:
         if "--help" in argv or "-h" in argv:
             print_help()
             return 0
+        check_temporary_folder()
         if list(argv[:1]) == ["--check"]:
-            return check_command(argv[1] if len(argv) > 1 else "")
+            return check_command(" ".join(argv[1:]))
         if argv:
             raise UserError(f"unknown argument {argv[0]}: settings come from the environment; see --help")
+        rank = launcher_ranks(os.environ).rank
         s = Settings.from_env(os.environ)
         world = World.join(os.environ)
         why = set_up(s, world)
         run = Run(s, world)
         pipeline(s, world, run, why)
+        run.close()
         world.leave()
         return 0
-    except UserError as error:
-        if run is not None:
-            run.log("error", quiet=True, text=str(error))
-        if rank:
-            time.sleep(2)         # rank 0 says it, unless it alone did not see the mistake
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    except (Exception, Interrupted) as error:
+        return end_early(error, run, rank)
 
 
 # ============================================================================================================
-# PART THREE: lineage. What the older systems did differently; everything above runs and is the same without it.
+# PART THREE: lineage. What the older systems did differently; all above runs, and is the same, without it.
 # ============================================================================================================
+
+# --- settings
+
+COMMON_SETTINGS = {f.name.upper() for f in fields(Settings)}
+BY_HAND["QUANT_CLIP"] = "sigmas"
+ALIASES["MUONEQ_R"] = "MUON_ROW_NORMALIZE"
+
+
+@dataclass(frozen=True)
+class LineageSettings(Settings):
+    """The settings of older systems beside the others."""
+    train_loader: str = choice("stream docpack shuffled coprime", "stream: every target once; or the field's")
+    ttt_optimizer: str = choice("normalised adam sgd", "steps: the gradient over its RMS, AdamW, or SGD")
+    parallel_lanes: str = choice("mixed separate", "lanes write to both; or stay apart and are blended",
+                                 group="model")
+    parallel_final_lane: str = choice("mean mlp attn", "which mixed lane is read at the end")
+    skip_gates_enabled: bool = knob(True, "gate the U-Net skips")
+    skip_rows: str = choice("looped physical", "skips: half of the looped order, or of the physical layers")
+    skip_into_lanes: bool = knob(True, "skips that come after the lanes began join lane 0; 0: they are lost")
+    smear_gate_kind: str = choice("window channels", "one strength by GATE_WINDOW channels; one each")
+    bigram_vocab_size: int = knob(0, "rows of a hashed table of token pairs, added to the embedding", 0)
+    bigram_dim: int = knob(128, "its width", 1, 65536)
+    ve_enabled: bool = knob(False, "value embeddings: a second token table, added to values")
+    ve_dim: int = knob(128, "its width", 1, 65536)
+    ve_layers: str = knob("9,10", "layers whose values it is added to")
+    gated_attn_enabled: bool = knob(False, "gate each head by the whole block input instead")
+    attn_out_gate_enabled: bool = knob(False, "gate each head by 2 sigmoid of GATE_WINDOW channels instead")
+    attn_out_gate_src: str = choice("proj q", "it reads the block input or raw queries")
+    rope_yarn: bool = knob(False, "rescale the rotary base beyond TRAIN_SEQ_LEN (NTK scaling)")
+    tie_embeddings: bool = knob(True, "the input embedding is the output projection")
+    embed_lr: float = knob(0.6, "AdamW's learning rate of an untied input embedding", 0, group="optimiser")
+    head_lr: float = knob(0.008, "AdamW's learning rate of an untied output head", 0)
+    muon_backend_steps: int = knob(5, "Newton-Schulz iterations (more than 5 run as 5)", 1)
+    muon_row_normalize: bool = knob(True, "normalise each row of the update before Newton-Schulz")
+    muon_coefficients: str = choice("polar quintic", "Polar Express, or one quintic for all iterations")
+    matrix_lr_early: float = knob(0.0, "MATRIX_LR of the layers before BANK_SPLIT; 0: no split", 0)
+    matrix_lr_late: float = knob(0.0, "MATRIX_LR of the others; 0: MATRIX_LR", 0)
+    bank_split: int = knob(5, "the first late layer", 0)
+    split_lr_target: str = choice("update gradient", "the split scales it; gradient: published, to no effect")
+    midrun_cap_schedule: str = knob("", "caps on the share of the learning rate: cap@progress, …")
+    recur_start_step: int = knob(0, "step at which loops begin; 0: by ENABLE_LOOPING_AT", 0)
+    late_qat_threshold: float = knob(0.0, "share of the learning rate below which the projections of bigram "
+                                     "and value embeddings train softly rounded; 0: never", 0, 1)
+    late_qat_min_step: int = knob(2000, "and not before this step", 0)
+    prequant_ttt_enabled: bool = knob(False, "study, NON-COMPLIANT: train on validation tokens last")
+    prequant_ttt_epochs: int = knob(10, "passes over them", 1)
+    prequant_ttt_lr: float = knob(0.00045, "AdamW's learning rate", 0)
+    prequant_ttt_cosine_decay: bool = knob(True, "down to a tenth of it, epoch by epoch")
+    prequant_ttt_batch_seqs: int = knob(32, "rows of TRAIN_SEQ_LEN in a batch", 1)
+    prequant_ttt_grad_clip: float = knob(1.0, "largest gradient norm", 0)
+    prequant_ttt_freeze_blocks: int = knob(1, "first layers that stay as they are", 0)
+    prequant_ttt_form: str = choice("sharded overlapping", "ranks share rows; or all train on all, unfrozen")
+    quant_clip: str = choice("sigmas percentile", "those sigmas; or the best of five percentiles of a row",
+                             group="quantise")
+    corrector_alpha: float = knob(0.0, "n-gram posterior added to the logits of TTT; 0: none", 0,
+                                  group="score")
+    corrector_orders: str = knob("8", "its orders, as 2,3,5")
+    ngram_gates: str = choice("previous open_word target", "who speaks when; target: NON-COMPLIANT")
+    ngram_choice: str = choice("model confidence", "what weighs hints: probability, or own confidence")
+    ngram_boost_gamma: float = knob(0.0, "boosts shrink by (1 - the hint's probability) to this power", 0)
+    within_tau: float = knob(99.0, "the same for the expert of the open word's next token", 0)
+    within_boost: float = knob(0.0, "nats added to its hint's logit", 0)
+    word_order: int = knob(4, "expert of the next word's first token: order in words", 1, 1024)
+    word_normalize: str = choice("strip_punct_lower lower identity", "equal words")
+    word_tau: float = knob(99.0, "it speaks from this confidence on; above 1: never", 0)
+    word_boost: float = knob(0.0, "nats added to its hint's logit", 0)
+    agree_add_boost: float = knob(0.0, "more nats when another expert gives the same hint", 0)
+
+    @property
+    def value_layers(self) -> tuple[int, ...]:
+        """VE_LAYERS as numbers."""
+        return tuple(whole_numbers(self.ve_layers))
+
+    def to_be_stored(self, values: Mapping) -> dict:
+        """Settings of older systems only where they are on: the file is the same without this part."""
+        changed = self.changed()
+        return {name: v for name, v in values.items() if name in COMMON_SETTINGS or name in changed}
+
+    def check_consistency(self) -> None:
+        super().check_consistency()
+        s = self
+        orders = [1]      # none are asked for: tokens alone are counted
+        if s.corrector_orders:
+            orders = whole_numbers(s.corrector_orders.strip(","))
+        gates = s.sparse_attn_gate_enabled + s.gated_attn_enabled + s.attn_out_gate_enabled
+        ve_layers = whole_numbers(s.ve_layers) or [math.inf]
+        schedule(s.midrun_cap_schedule, 1.0, float)
+        for refused, why in (
+            (s.rope_yarn and (s.rope_dims or s.head_dim) == 2,
+             "ROPE_YARN has no exponent for 2 rotated channels: raise ROPE_DIMS or set ROPE_YARN=0"),
+            (s.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE leaves no row for pairs: set 0, or more"),
+            (s.ve_enabled and (max(ve_layers) >= s.num_layers or len({*ve_layers}) < len(ve_layers)),
+             "VE_LAYERS must be layers below NUM_LAYERS, each once: as 9,10"),
+            (s.matrix_lr_early and not s.matrix_lr, "MATRIX_LR_EARLY is relative to MATRIX_LR: raise that"),
+            (gates > 1, "more than one attention gate is on: keep one of SPARSE_ATTN_GATE_ENABLED, "
+                        "GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED and set the others to 0"),
+            (not orders or not 0 < min(orders) <= max(orders) <= MOST_ORDER,
+             f"CORRECTOR_ORDERS does not fit: it must be whole numbers from 1 to {MOST_ORDER}, as 2,3,5"),
+            (s.quant_clip != "sigmas" and s.quant_allocation != "hand",
+             "QUANT_CLIP changes steps that are set by hand, not by QUANT_ALLOCATION: "
+             "set QUANT_ALLOCATION=hand or leave it out"),
+        ):
+            self.refuse(refused, why)
+
+
+Settings = LineageSettings
+
 
 # --- model
 
@@ -5838,6 +7383,7 @@ WHOLE.update(
     ve_proj="ve_shared.proj.weight",
     ve_scale="ve_shared.scale",
 )
+EMBEDDINGS.update(("lm_head.weight", "bigram.embed.weight", "ve_shared.embed.weight"))
 # Parameters in the order of their making: sums over all of them are taken in it.
 PARAMETER_ORDER = (
     "tok_emb qo_bank kv_bank mlp_up_bank mlp_down_bank attn_scale mlp_scale resid_mix q_gain skip_weights "
@@ -5949,14 +7495,15 @@ class LineageGPT(GPT):
         dims = s.rope_dims or s.head_dim
         return s.rope_base * (longest / s.train_seq_len) ** (dims / (dims - 2))
 
-    def embed(self, ids: Tensor, layout: Layout | None, before: Tensor | None = None) -> Tensor:
+    def embed(self, ids: Tensor, layout: Layout | None, before: Tensor | None = None,
+              tap: Callable | None = None) -> Tensor:
         s, dtype, length = self.s, self.compute_dtype, ids.size(1)
         channels = s.smear_gate_enabled and s.smear_gate_kind == "channels"
         if not channels and not s.bigram_vocab_size:
-            return super().embed(ids, layout, before)
+            return super().embed(ids, layout, before, tap)
         if before is not None:      # two tokens: a bigram of the last one may be smeared
             ids = torch.cat((before[:, -2 if s.bigram_vocab_size else -1:], ids), dim=1)
-        x = F.embedding(ids, self.tok_emb).to(dtype)
+        x = self.look_up(ids, tap)
         if s.bigram_vocab_size:
             rows = pair_rows(ids, s.bigram_vocab_size, self.same_segment(ids, layout))
             proj = getattr(self, "bigram_proj", None)
@@ -6042,6 +7589,10 @@ class LineageGPT(GPT):
             return super().merge_skip(j, x, skip)
         return x + self.skip_weights[j].to(x.dtype) * skip
 
+    @staticmethod
+    def head_name(s: Settings) -> str:
+        return "tok_emb.weight" if s.tie_embeddings else "lm_head.weight"
+
     def head_weight(self) -> Tensor:
         return self.tok_emb if self.s.tie_embeddings else self.lm_head
 
@@ -6125,8 +7676,8 @@ class LineageTTT(PhasedTTT):
         s = self.s
         if s.ttt_optimizer != "sgd":
             return super().optimiser(adapter)
-        return torch.optim.SGD(adapter.trained(), lr=s.ttt_lora_lr * s.ttt_local_lr_mult, momentum=s.ttt_beta1,
-                               weight_decay=s.ttt_weight_decay)
+        lr = s.ttt_lora_lr * s.ttt_local_lr_mult
+        return torch.optim.SGD(adapter.trained(), lr, momentum=s.ttt_beta1, weight_decay=s.ttt_weight_decay)
 
     def adapter_for(self, rows: int) -> Adapter:
         """As published, a row's counts pass from document to document in length order; in stream order its
@@ -6203,10 +7754,407 @@ class LineageOptimiser(Optimiser):
 Optimiser = LineageOptimiser
 
 
+# --- training
+
+class LineageCurriculum(Curriculum):
+    """Loops that begin at a step."""
+
+    def loops(self, step: int, progress: float) -> bool:
+        s = self.s
+        if not s.recur_start_step:
+            return super().loops(step, progress)
+        return s.num_loops > 0 and step >= s.recur_start_step
+
+    def rate(self, progress: float) -> float:
+        """At most the value of the last point of MIDRUN_CAP_SCHEDULE that is passed, before: of its first."""
+        share = super().rate(progress)
+        if not self.s.midrun_cap_schedule:
+            return share
+        points = schedule(self.s.midrun_cap_schedule, 1.0, float)
+        caps = [points[0][1]]
+        caps += [cap for at, cap in points[:-1] if at <= progress]
+        return min(share, caps[-1])
+
+    def graphs(self) -> list[tuple[int, bool]]:
+        return self.all_graphs() if self.s.recur_start_step else super().graphs()
+
+
+class LineageTrainer(Trainer):
+    """Late in training the projections of bigram and value embeddings are rounded softly."""
+
+    def rewind(self) -> None:
+        super().rewind()
+        self.steps = 0
+        self.began: int | None = None              # after so many steps
+        self.sharpness: Tensor | None = None       # a tensor: one graph for all values
+
+    def set_sharpness(self, sharpness: float | None) -> None:
+        """Slope of the rounding from now on; None: there is none."""
+        device = self.world.device
+        self.sharpness = None if sharpness is None else torch.full((), sharpness, device=device)
+
+    def sharpness_after(self, steps: int, lr: float) -> float | None:
+        """Slope after so many steps, the last one at this share of the rate; None before rounding begins."""
+        s = self.s
+        if self.began is None and lr < s.late_qat_threshold and steps >= s.late_qat_min_step:
+            self.began = steps
+        return None if self.began is None else 1 + 15 * min((steps - self.began) / 500, 1.0)
+
+    def micro_step(self, batch: Batch, plan: Plan) -> Tensor:
+        self.model.sharpness = self.sharpness
+        try:
+            return super().micro_step(batch, plan)
+        finally:
+            self.model.sharpness = None
+
+    def update(self, lr: float, momentum: float) -> Tensor:
+        norm = super().update(lr, momentum)
+        self.steps += 1
+        self.set_sharpness(self.sharpness_after(self.steps, lr))
+        return norm
+
+    def warm_graph(self, length: int, plan: Plan, generator: torch.Generator) -> None:
+        super().warm_graph(length, plan, generator)
+        if not self.s.late_qat_threshold:
+            return
+        for _ in range(self.s.warmup_steps):
+            self.set_sharpness(1.0)
+            for _ in range(self.accum):
+                self.micro_step(self.random_batch(generator, length), plan)
+            self.update(1.0, self.s.muon_momentum)
+
+    def tensors(self) -> dict[str, Any]:
+        began = -1 if self.began is None else self.began
+        return super().tensors() | {"rounding": torch.tensor([self.steps, began])}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self.steps, began = state["rounding"].tolist()
+        self.began = None if began < 0 else began
+        self.set_sharpness(self.sharpness_after(self.steps, 1.0))
+
+
+Curriculum = LineageCurriculum
+Trainer = LineageTrainer
+
+
+# --- quantising
+
+@torch.no_grad()
+def clip_search(w: Tensor, order: Tensor, u: Tensor, dead: Tensor, bits: int,
+                coarser: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(codes, fp16 steps (n, R)) of matrices w (n, R, C): of five percentiles of |row| as largest code, each
+    with a pass of GPTQ, the one with the least squared error. As published no step is below 1 / top."""
+    top, tried = 2 ** (bits - 1) - 1, []
+    for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
+        scale = to_half((w.abs().quantile(share, dim=-1) / top).clamp_min(1 / top) * coarser)
+        codes = round_in_order(w, scale.float(), order, u, dead, top)
+        tried.append(((w - codes * scale[..., None].float()).square().mean(dim=(-2, -1)), codes, scale))
+    error, codes, scales = (torch.stack(x) for x in zip(*tried))
+    best = error.argmin(0), torch.arange(len(w), device=w.device)
+    return codes[best], scales[best]
+
+
+class LineageQuantiser(Quantiser):
+    """Steps by a search over percentiles."""
+
+    def round_by_hand(self, w: Tensor, rows: Tensor, factors: Sequence[Tensor], bits: int,
+                      unit: float) -> tuple[Tensor, Tensor]:
+        if self.s.quant_clip == "percentile":
+            return clip_search(w, *factors, bits, unit)
+        return super().round_by_hand(w, rows, factors, bits, unit)
+
+
+Quantiser = LineageQuantiser
+
+
+# --- counts of earlier text: experts of words
+
+@functools.cache
+def word_pieces(path: Path, vocab_size: int) -> tuple[np.ndarray, np.ndarray, Callable]:
+    """Which tokens begin a word and which belong to none (V,), and the decoder."""
+    sp, breaks = load_tokenizer(path), {*range(9, 21), 36}     # ids, as published, of bytes that end a word
+    return (np.array([sp.id_to_piece(i).startswith("\u2581") for i in range(vocab_size)]),
+            np.array([i == BOS or (i in breaks and sp.is_byte(i)) for i in range(vocab_size)]), sp.decode)
+
+
+class Words(NamedTuple):
+    """Where words lie among the targets (n,). begins, opened, outside: the target begins a word; one is open
+    before it; it belongs to none. start: target at which its word begins."""
+    begins: np.ndarray
+    opened: np.ndarray
+    outside: np.ndarray
+    start: np.ndarray
+
+    @classmethod
+    def of(cls, s: Settings, targets: np.ndarray) -> Words:
+        starts, boundary, _ = word_pieces(s.tokenizer, s.vocab_size)
+        outside = boundary[targets]
+        opened = np.append(False, ~outside[:-1])
+        begins = ~outside & (starts[targets] | ~opened)
+        start = np.maximum.accumulate(np.where(begins, np.arange(len(targets)), 0))
+        return cls(begins, opened, outside, start)
+
+
+def count_within(s: Settings, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What continued the same open word earlier."""
+    targets = tokens[1:]
+    w = Words.of(s, targets)
+    learns = w.opened & ~w.outside & ~w.begins
+    items = np.flatnonzero(w.opened)
+    keys = span_keys(scramble(np.arange(s.vocab_size))[targets], w.start[items - 1], items)
+    return counted(targets, items, keys, learns, learns if s.ngram_gates == "target" else w.opened)
+
+
+def count_words(s: Settings, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first token of the word that followed the same WORD_ORDER - 1 words earlier."""
+    targets, depth = tokens[1:], s.word_order - 1
+    w = Words.of(s, targets)
+    at = np.arange(len(targets))
+    word = open_words(s, targets, w.start, w.outside)       # number of the open word, up to here
+    ends = ~w.outside & np.append(w.begins[1:] | w.outside[1:], True) & (word > 0)
+    closed = np.append(0, word[ends])
+    unfinished = np.append(0, word[:-1] * ~w.outside[:-1])
+    before = np.append(0, np.cumsum(ends))[np.where(w.opened, w.start[at - 1], at)]     # words closed by then
+    keys = np.zeros(len(targets), np.uint64)
+    for i in range(depth):       # context: the open word as if it ended here, then closed ones
+        last = closed[np.maximum(before - i + (unfinished > 0), 0)]
+        keys = keys * ODD + scramble(np.where((unfinished > 0) & (i == 0), unfinished, last))
+    items = np.flatnonzero(before + (unfinished > 0) >= depth)
+    asks = {"target": w.begins, "previous": ~w.opened, "open_word": True}[s.ngram_gates]
+    return counted(targets, items, keys[items], w.begins, asks)
+
+
+EXPERTS["within"] = Expert("within_tau", "within_boost", count_within)
+EXPERTS["word"] = Expert("word_tau", "word_boost", count_words)
+
+
+def open_words(s: Settings, targets: np.ndarray, start: np.ndarray, outside: np.ndarray) -> np.ndarray:
+    """A number (n,) for the normalised text of targets[start:i + 1], the word open after i; 0: none."""
+    def normal(text: str) -> str:
+        text = text.strip()
+        if s.word_normalize == "strip_punct_lower":
+            text = text.strip(".,:;!?()[]{}<>\"'`")
+        return text if s.word_normalize == "identity" else text.lower()
+
+    decode = word_pieces(s.tokenizer, s.vocab_size)[2]
+    items = np.flatnonzero(~outside)
+    numbers, word = {"": 0}, np.zeros(len(targets), np.int64)
+    keys = span_keys(scramble(targets), start[items], items + 1)
+    _, where, back = np.unique(keys, return_index=True, return_inverse=True)
+    texts = [normal(decode(targets[start[i]:i + 1].tolist())) for i in items[where]]
+    word[items] = np.array([numbers.setdefault(x, len(numbers)) for x in texts], np.int64)[back.ravel()]
+    return word
+
+
+class LineageHints(Hints):
+    """Hints of several experts, of which one is chosen."""
+
+    @staticmethod
+    def choose(s: Settings, q: Tensor, hints: Tensor, confidences: Tensor) -> tuple[Tensor, ...]:
+        """Of E experts' hints the one that promises most: it (…), -1 where no gate is open, the model's
+        probability of it and its boost in nats. q (E, …): the model's probability of every hint."""
+        q, p = q.double(), confidences.double()
+        best, hint = torch.full_like(q[0], -math.inf), torch.full_like(hints[0], -1)
+        chance, boost = torch.zeros_like(best), torch.zeros_like(best)
+        for e, (_, b) in enumerate(experts_in_use(s).values()):
+            weight = q[e] if s.ngram_choice == "model" else p[e]
+            gain = (p[e] * b - torch.log1p(weight * math.expm1(b))).float().double()
+            better = (p[e] > 0) & (gain > best)
+            best, hint = torch.where(better, gain, best), torch.where(better, hints[e], hint)
+            chance, boost = torch.where(better, q[e], chance), torch.where(better, b, boost)
+        agree = ((p > 0) & (hints == hint)).sum(0)
+        boost = boost + s.agree_add_boost * (agree > 1)
+        return hint, chance, boost * (1 - chance) ** s.ngram_boost_gamma
+
+
+Hints = LineageHints
+
+
+class TargetGates(Study):
+    """Gates that look at the very token that is predicted, as published."""
+
+    def reason(self, s: Settings) -> str:
+        reads = s.ngram_tilt_enabled and s.ngram_gates == "target"
+        if reads and experts_in_use(s).keys() != {"token"}:
+            return "NGRAM_GATES=target: n-gram experts read the token that they predict"
+        return ""
+
+
+STUDIES.append(TargetGates())
+
+
+# --- training on validation tokens before quantising, which the rules forbid
+
+PREQUANT = "PREQUANT_TTT_ENABLED=1: the weights were trained on validation tokens before they were scored"
+
+
+def prequant_batches(s: Settings, tokens: int, world: World) -> list[np.ndarray]:
+    """Rows (by number, TRAIN_SEQ_LEN targets each) of this rank's batches; every rank has as many."""
+    rows, size = (tokens - 1) // s.train_seq_len, s.prequant_ttt_batch_seqs
+    if s.prequant_ttt_form == "overlapping":
+        # As published, the last row begins a batch only if tokens are left over behind it.
+        begins = range(0, -((1 - tokens) // s.train_seq_len) - 1, size)
+        return [np.arange(k, min(k + size + 1, rows)) for k in begins]
+    begin, end = (rows * r // world.size for r in (world.rank, world.rank + 1))
+    return [np.arange(k, min(k + size, end)) for k in range(begin, begin - (-rows // world.size), size)]
+
+
+def prequant_ttt(s: Settings, world: World, model: GPT, tokens: np.ndarray, trace: Callable) -> None:
+    """AdamW epochs over validation tokens (N,). trace(loss=, lr=, grad_norm=) sees every step."""
+    params, top = dict(model.named_parameters()), s.prequant_ttt_lr
+    optimiser = torch.optim.AdamW(params.values(), weight_decay=0)
+    views = field_views if s.prequant_ttt_form == "overlapping" else matrix_views
+    frozen = tuple(f"blocks.{i}." for i in range(s.prequant_ttt_freeze_blocks))
+    for epoch in range(s.prequant_ttt_epochs):
+        fall = 0.45 * (1 - math.cos(math.pi * epoch / s.prequant_ttt_epochs)) * s.prequant_ttt_cosine_decay
+        lr = optimiser.param_groups[0]["lr"] = top * (1 - fall)
+        for rows in prequant_batches(s, len(tokens), world):
+            world.beat("studying a batch of validation text")
+            model.zero_grad()
+            loss = torch.zeros(())
+            if len(rows):
+                t = tokens[rows[:, None] * s.train_seq_len + np.arange(s.train_seq_len + 1)].astype(np.int64)
+                x, y = (torch.from_numpy(a).to(world.device) for a in (t[:, :-1], t[:, 1:]))
+                loss = model.losses(x, y, layer_plan(s, True)).mean()
+                loss.backward()
+            for p in params.values():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad / world.size
+            for name, g in views({n: p.grad for n, p in params.items()}).items():
+                if name.startswith(frozen):
+                    g.zero_()
+            norm = total_gradients(world, model, s.prequant_ttt_grad_clip)
+            optimiser.step()
+            trace(loss=loss.item(), lr=lr, grad_norm=norm.item())
+    model.zero_grad()
+
+
+class PrequantTTT(Study):
+    """Validation tokens teach the averaged weights before they are scored on them."""
+
+    def after_training(self, s: Settings, world: World, run: Run, model: GPT, val: Validation) -> None:
+        if s.prequant_ttt_enabled:
+            tokens = val.open_for_study(run, PREQUANT)
+            prequant_ttt(s, world, model, tokens, functools.partial(run.log, "prequant_ttt", True))
+
+    def before_probing(self, s: Settings, world: World, model: GPT, tokens: np.ndarray) -> None:
+        if s.prequant_ttt_enabled:
+            brief = dataclasses.replace(s, prequant_ttt_epochs=1, train_seq_len=min(s.train_seq_len, 64))
+            prequant_ttt(brief, world, model, tokens, lambda **step: None)
+
+
+STUDIES.append(PrequantTTT())
+
+
+# --- data: loaders of whole windows
+
+class WindowStream(Stream):
+    """Rows of max_len tokens, across documents. windows: the last batch's, [(file, first token), …]."""
+    windowed = True
+
+    def phase(self, i: int) -> tuple[int, int]:
+        """A random first token for the windows of file i, and how many windows there are from it."""
+        n, length = len(self.shards[i]), self.max_len
+        most = min(length - 1, max(0, n - length - 1))
+        phase = int(self.rng.integers(most + 1)) if most > 0 else 0
+        return phase, (n - 1 - phase) // length
+
+    def rows(self, windows: Sequence[tuple[int, int]]) -> Batch:
+        rows = [self.shards[i][a:a + self.max_len + 1] for i, a in windows]
+        t = torch.from_numpy(np.stack(rows).astype(np.int64))
+        return Batch(t[:, :-1], t[:, 1:], None, self.max_len)
+
+
+class ShuffledStream(WindowStream):
+    """Windows in random order; rank r owns files r, r + world_size, … ."""
+
+    def __init__(self, files, **shape):
+        super().__init__(files, **shape)
+        self.rng = np.random.Generator(np.random.PCG64(self.rank))
+        self.owned, self.starts = range(self.rank, len(files), self.world_size), {}
+        if not any(len(self.shards[i]) > self.max_len for i in self.owned):
+            raise UserError(f"rank {self.rank} of {self.world_size} owns none of {len(files)} shards with "
+                            f"{self.max_len + 1} tokens: use TRAIN_LOADER=stream")
+
+    def take(self) -> tuple[int, int]:
+        if not any(self.starts.values()):      # a fresh permutation of the windows of every file
+            for i in self.owned:
+                phase, count = self.phase(i)
+                self.starts[i] = (phase + self.rng.permutation(count) * self.max_len).tolist()
+        left = np.array([len(self.starts[i]) for i in self.owned], dtype=np.float64)
+        i = self.owned[int(self.rng.choice(len(self.owned), p=left / left.sum()))]
+        return i, self.starts[i].pop()
+
+    def cut(self) -> Batch:
+        self.windows = [self.take() for _ in range(self.tokens // self.max_len)]
+        return self.rows(self.windows)
+
+
+class CoprimeStream(WindowStream):
+    """Windows drawn from many shards at once: each shard is walked in blocks of max_len by a stride coprime
+    to their number, shards are drawn by what they have left, more of them as training goes on. All ranks draw
+    the same batch, rank r takes every world_size-th window; `windows` has those of all ranks."""
+
+    def __init__(self, files, **shape):
+        super().__init__(files, **shape)
+        seed = 0
+        for byte in "".join(str(f) for f in files).encode():
+            seed = (seed ^ byte) * 1099511628211 % 2 ** 64
+        self.rng = np.random.Generator(np.random.PCG64(seed))
+        self.blocks = [(len(x) - 1) // self.max_len for x in self.shards]
+        self.eligible = np.flatnonzero(self.blocks)
+        if not len(self.eligible):
+            raise UserError(f"no training shard holds {self.max_len + 1} tokens: lower TRAIN_SEQ_LEN")
+        self.walks: dict[int, list] = {}      # shard -> starts of its blocks still to come, the next one last
+
+    def walk(self, i: int) -> list[int]:
+        """A fresh walk over the blocks of shard i: random phase, start and coprime stride; reversed."""
+        phase, count = self.phase(i)
+        start = int(self.rng.integers(count)) if count > 1 else 0
+        stride = 1
+        while count > 1 and math.gcd(stride := int(self.rng.integers(1, count)), count) != 1:
+            pass
+        return [phase + (start + j * stride) % count * self.max_len for j in reversed(range(count))]
+
+    def take(self, i: int, count: int) -> list[tuple[int, int]]:
+        """The next `count` blocks of shard i, shuffled."""
+        out = []
+        while len(out) < count:
+            if not self.walks.get(i):
+                self.walks[i] = self.walk(i)
+            out.append((i, self.walks[i].pop()))
+        return [out[k] for k in self.rng.permutation(count)] if count > 1 else out
+
+    def cut(self) -> Batch:
+        size, progress = self.tokens // self.max_len * self.world_size, min(self.batches / 1800, 1.0)
+        left = np.array([max(len(self.walks[i]), 1) if i in self.walks else self.blocks[i]
+                         for i in self.eligible], np.float64)
+        p = left ** (0.9 - 0.4 * progress)
+        p /= p.sum()
+        low, high = (min(max(a, b * self.world_size), len(p), size) for a, b in ((8, 1), (32, 8)))
+        mixed = max(1, min(round(low + progress * (high - low)), len(p), size))
+        chosen = self.rng.choice(len(p), size=mixed, replace=False, p=p)
+        counts = 1 + (self.rng.multinomial(size - mixed, p[chosen] / p[chosen].sum()) if size > mixed else 0)
+        order = self.rng.permutation(mixed)
+        counts = np.broadcast_to(counts, mixed)[order]
+        buckets = [self.take(int(i), int(n)) for i, n in zip(self.eligible[chosen][order], counts)]
+        self.windows, active = [], list(range(mixed))
+        while active:
+            active = [active[k] for k in self.rng.permutation(len(active))]
+            self.windows += [buckets[b].pop() for b in active]
+            active = [b for b in active if buckets[b]]
+        return self.rows(self.windows[self.rank::self.world_size])
+
+
+LOADERS.update(shuffled=ShuffledStream, coprime=CoprimeStream)
+
+
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     # A failed rank must not wait for the others in a collective, and a finished one not be torn down while
     # threads of its libraries still run: that now and then ends in an abort after the last line.
     os._exit(code)

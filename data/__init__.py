@@ -1,1 +1,1 @@
-"""Data tools: demo corpus, shard builder, checks, download of published shards, lossless case transform."""
+"""Data tools: demo corpus, shards, checks, published shards, lossless case transform."""

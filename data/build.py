@@ -83,7 +83,10 @@ class Encoder:
 
     def __call__(self, batch: sources.Batch) -> Encoded:
         texts, repaired = sources.texts_of(batch, self.recipe.text_field, self.recipe.replace)
-        ids, counts, lengths = self.tokenizer.encode(texts)
+        try:
+            ids, counts, lengths = self.tokenizer.encode(texts)
+        except DataError as error:
+            raise DataError(f"{batch.file}, near item {batch.first}: {error}") from None
         utf8 = [text.encode("utf-8") for text in texts]
         sizes = np.array([len(b) for b in utf8], np.int64)
         hashes = np.array([shards.text_hash(b) for b in utf8], np.uint64)

@@ -23,8 +23,10 @@ import numpy as np
 from data import shards, tokens
 from data.shards import BOS, MANIFEST, TOKENIZER, TRAIN, VAL, VAL_BYTES, DataError
 from data.variants import by_name
+from data.wire import BYTE, CONTROL, UNKNOWN, UNUSED
 
 AGAIN = "fetch or build it again"
+NO_TEXT = (CONTROL, UNKNOWN, UNUSED)         # kinds of pieces that stand for none
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,18 @@ def check(folder, tokenizer=None, full: bool = True, custom: bool = False, allow
     whole = not report.findings               # else counts would only say the same again, less clearly
     check_manifest(Path(folder), manifest, files, full, report)
     model = report.tokenizer = load_tokenizer(Path(folder), tokenizer, manifest, report)
-    vocab = model.vocab_size if model else (manifest or {}).get("tokenizer", {}).get("vocab_size")
+    described = (manifest or {}).get("tokenizer") or {}
+    vocab = model.vocab_size if model else described.get("vocab_size")
     if whole:
         check_split(manifest, data, custom, report)
     for path, ids in data[VAL] + (data[TRAIN] if full else []):
         check_tokens(path, ids, vocab, report)
     if whole:
         check_sidecars(data, model, manifest, full, report)
+    if whole and full and model and not data[VAL_BYTES] and not report.findings:
+        check_byte_rule(data, model, report)
     if full and not report.findings:
-        check_hashes(Path(folder), data, model, report)
+        check_hashes(Path(folder), data, model, manifest, report)
         check_overlap(data, allow_overlap, report)
     finish(data, manifest, whole, report)
     return report
@@ -159,13 +164,14 @@ def readable(path: Path) -> bool:
 def load_tokenizer(folder: Path, path, manifest, report: Report):
     """The tokenizer, or None where there is none; checked against the manifest's hash and vocabulary."""
     path = Path(path) if path else folder / TOKENIZER
-    if not path.is_file():
+    if not path.exists():
         if manifest and manifest.get("tokenizer"):
             report.add(path, "", "the tokenizer is missing", "copy it there, or name it with --tokenizer")
         else:
             report.notes.append("no tokenizer: ids and bytes not checked against one")
         return None
     try:
+        shards.regular_size(path)
         model = tokens.Tokenizer(path.read_bytes())
     except (DataError, OSError) as error:
         report.add(path, "", str(error), "use the tokenizer the shards were made with")
@@ -182,7 +188,7 @@ def load_tokenizer(folder: Path, path, manifest, report: Report):
 def check_split(manifest, data: dict, custom: bool, report: Report) -> None:
     """The number of validation documents, and of tokens where they are published facts."""
     found = sum(int((ids == BOS).sum()) for _, ids in data[VAL])
-    split = (manifest or {}).get("split", {})
+    split = (manifest or {}).get("split") or {}
     canonical = split.get("rule") == "first" or not manifest and not custom
     name = data[VAL][0][0] if data[VAL] else VAL
     if canonical and found != shards.VAL_DOCS:
@@ -206,6 +212,9 @@ def check_tokens(path: Path, ids: np.ndarray, vocab, report: Report) -> None:
     if ids[0] == 0 and kind == VAL:
         report.add(path, "token 0", "id 0 instead of BOS (1): this is a byte sidecar, not tokens",
                    f"restore the token shard; sidecars are called {shards.shard_name(VAL_BYTES, index)}")
+        return
+    if kind == VAL and (ids == BOS).all():
+        report.add(path, "", "all its documents are empty: there is nothing to be predicted", AGAIN)
         return
     if not (ids == BOS).any():
         report.add(path, "", f"no BOS (id {BOS}) in {ids.size:,} tokens: documents cannot be told apart",
@@ -262,6 +271,9 @@ def check_sidecar(path: Path, ids, side: Path, values, model, full: bool, report
                    f"{int(values[wrong[0]])} bytes for a BOS token: it belongs to other tokens than those of "
                    f"{path.name}, or was exchanged with them", AGAIN)
         return False
+    if not values.any():
+        report.add(side, "", "it counts no bytes at all", AGAIN)
+        return False
     if not full or not model or int(ids.max()) >= model.vocab_size:
         return True
     if not model.lossless:
@@ -279,14 +291,37 @@ def check_sidecar(path: Path, ids, side: Path, values, model, full: bool, report
     return True
 
 
+def check_byte_rule(data: dict, model, report: Report) -> None:
+    """Without sidecars a score counts bytes by the published table, to which only a piece's first U+2581 is a
+    space: at most 1 % more than the pieces spell, over all documents."""
+    silent = np.array([kind in NO_TEXT for _, kind in model.spec.pieces])
+    byte = np.array([kind == BYTE for _, kind in model.spec.pieces])
+    lead = np.array([name.startswith(tokens.SPACE) for name, _ in model.spec.pieces]) & ~silent
+    behind = [name.removeprefix(tokens.SPACE) for name, _ in model.spec.pieces]
+    table = np.array([len(text.encode()) for text in behind])
+    own = np.array([len(text.replace(tokens.SPACE, " ").encode()) for text in behind])
+    table, own = (np.where(silent, 0, np.where(byte, 1, sizes)) for sizes in (table, own))
+    counted = decoded = 0
+    for _, ids in data[VAL]:
+        spaces = int((lead[ids[1:]] & ~silent[ids[:-1]]).sum())
+        counted += int(table[ids[1:]].sum()) + spaces
+        decoded += int(own[ids[1:]].sum()) + spaces
+    if counted > 1.01 * decoded:
+        report.add(data[VAL][0][0], "",
+                   f"the byte rule counts {counted:,} bytes in {decoded:,}: scores would be too good",
+                   "build the shards again with sidecars, or with a tokenizer that has no pieces of several "
+                   "spaces")
+
+
 def documents(ids: np.ndarray) -> list[np.ndarray]:
     """The documents of one shard without their BOS; what stands before the first BOS is left out."""
     starts = np.flatnonzero(ids == BOS)
-    return [ids[a + 1:b] for a, b in zip(starts, np.append(starts[1:], ids.size), strict=True)]
+    ends = np.append(starts, ids.size)[1:]
+    return [ids[a + 1:b] for a, b in zip(starts, ends, strict=True)]
 
 
-def check_hashes(folder: Path, data: dict, model, report: Report) -> None:
-    """Stored hashes of validation texts against the decoded documents and the hashes of training texts."""
+def check_hashes(folder: Path, data: dict, model, manifest, report: Report) -> None:
+    """Stored hashes: as many as documents, validation's against the decoded texts and training's hashes."""
     stored = {kind: folder / f"document_hashes_{kind}.bin" for kind in (TRAIN, VAL)}
     if not all(p.is_file() for p in stored.values()):
         return
@@ -295,6 +330,10 @@ def check_hashes(folder: Path, data: dict, model, report: Report) -> None:
     except OSError as error:
         report.add(error.filename, "", f"cannot be read ({error.strerror})", "check its permissions")
         return
+    for kind, path in stored.items():
+        told = [f.get("documents") for f in (manifest or {}).get("files", []) if f["kind"] == kind]
+        if told and None not in told and sum(told) != hashes[kind].size:
+            report.add(path, "", f"{hashes[kind].size:,} hashes for {sum(told):,} documents", AGAIN)
     if model and model.lossless:
         texts = [model.decode(d) for _, ids in data[VAL] for d in documents(ids)]
         found = np.array([shards.text_hash(t.encode("utf-8", "replace")) for t in texts], np.uint64)

@@ -1,10 +1,11 @@
-"""Make the demo corpus: real English from the Python installation itself, tokenised into shards.
+"""Make the demo corpus: real English from the Python installation, as shards.
 
     python data/demo.py [--out DIR] [--vocab N]
 
-Documentation topics, docstrings and long comments of the standard library are cut into documents, cleaned of
-duplicates and of what is not prose, split by document hash, and written in the field's shard format with a
-tokenizer trained on the training part. Takes about ten seconds; a second call finds the folder complete.
+Documentation topics, docstrings and long comments of the standard library are cut into
+documents, cleaned of duplicates and of what is not prose, split by document hash, and
+written in the field's shard format with a tokenizer trained on the training part. Takes
+about ten seconds; a second call finds the folder complete.
 """
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ import textwrap
 import warnings
 from pathlib import Path
 
-if __package__ in (None, ""):        # run as a script: make `data` importable from anywhere
+if __package__ in (None, ""):  # run as a script: make `data` importable
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
@@ -45,56 +46,80 @@ from data.shards import (
     write_shard,
 )
 
-SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "__pycache__",
-        "_bundled", "lib2to3", "pydoc_data", "turtledemo"}
-MIN_CHARACTERS, MAX_CHARACTERS = 200, 8000
-VAL_SHARE, VAL_BYTES_MAX = 0.035, 190_000   # little validation text, so that a CPU scores it in seconds
+SKIP = {  # folders
+    "test", "tests", "idle_test", "site-packages", "dist-packages", "encodings",
+    "__pycache__", "_bundled", "lib2to3", "pydoc_data", "turtledemo",
+}
+DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+MIN_CHARACTERS = 200
+MAX_CHARACTERS = 8000
+VAL_SHARE = 0.035
+VAL_BYTES_MAX = 190_000  # little validation text, so that a CPU scores it in seconds
 
 
 def stdlib_files() -> list[Path]:
-    """Python files of the standard library worth reading, in a fixed order, relative to its folder."""
+    """Python files of the standard library worth reading, sorted, as paths in its folder."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
     for folder, names, files in os.walk(root):
         names[:] = sorted(n for n in names if n not in SKIP)
-        found += [(Path(folder) / f).relative_to(root) for f in files if f.endswith(".py")]
+        inside = Path(folder).relative_to(root)
+        found += [inside / name for name in files if name.endswith(".py")]
     return sorted(found, key=lambda p: p.as_posix())
 
 
 def input_key(vocab: int) -> str:
-    """Hash of everything the result depends on: names and sizes of the input files, this code, versions."""
+    """Hash of all that the result depends on: input files, this code, versions."""
     spm = tokens.need("sentencepiece", "the demo corpus")
     root = Path(sysconfig.get_paths()["stdlib"])
-    code = [(Path(__file__).parent / name).read_bytes() for name in ("demo.py", "tokens.py", "shards.py")]
+    here = Path(__file__).parent
+    code = [(here / name).read_bytes() for name in ("demo.py", "tokens.py", "shards.py")]
     parts = [code, sys.version_info[:3], vocab, getattr(spm, "__version__", "?")]
     parts += [(p.as_posix(), (root / p).stat().st_size) for p in stdlib_files()]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+def docstrings_in(top: ast.AST) -> str:
+    """The docstrings of a class or function and of all inside it, each with its name."""
+    found = []
+    for node in ast.walk(top):
+        if isinstance(node, DOCUMENTED) and (doc := ast.get_docstring(node)):
+            found.append(f"{node.name}: {doc}")
+    return "\n\n".join(found)
+
+
 def module_texts(source: str):
-    """Texts of one module: docstring, one per top-level class or function with all inside, comments."""
+    """Texts of one module: docstring, one per top-level class or function, comments.
+
+    Classes and functions that say little share a text.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")     # invalid escapes in other people's strings are not our concern
+        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
         tree = ast.parse(source)
     yield ast.get_docstring(tree) or ""
-    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     short = []
-    for top in (n for n in tree.body if isinstance(n, kinds)):
-        inside = [(n.name, ast.get_docstring(n)) for n in ast.walk(top) if isinstance(n, kinds)]
-        text = "\n\n".join(f"{name}: {doc}" for name, doc in inside if doc)
+    for top in tree.body:
+        if not isinstance(top, DOCUMENTED):
+            continue
+        text = docstrings_in(top)
         if len(text) >= MIN_CHARACTERS:
             yield text
         else:
             short.append(text)
     yield "\n\n".join(filter(None, short))
-    blocks = re.findall(r"(?:^[ \t]*#[^\n]*\n){3,}", source, flags=re.MULTILINE)
-    yield "\n\n".join(re.sub(r"^[ \t]*#+ ?", "", block, flags=re.MULTILINE).strip() for block in blocks)
+    blocks = []
+    for block in re.findall(r"(?:^[ \t]*#[^\n]*\n){3,}", source, flags=re.MULTILINE):
+        block = re.sub(r"^[ \t]*#+ ?", "", block, flags=re.MULTILINE)
+        blocks.append(block.strip())
+    yield "\n\n".join(blocks)
 
 
 def raw_texts():
     """All candidate texts in a fixed order."""
     from pydoc_data.topics import topics
-    yield from (topics[name] for name in sorted(topics))
+
+    for name in sorted(topics):
+        yield topics[name]
     root = Path(sysconfig.get_paths()["stdlib"])
     for name in ("LICENSE.txt", "LICENSE"):
         if (root / name).is_file():
@@ -102,15 +127,16 @@ def raw_texts():
     for path in stdlib_files():
         try:
             yield from module_texts((root / path).read_text(encoding="utf-8"))
-        except (SyntaxError, ValueError):   # a file for another Python version, or not UTF-8
+        except (SyntaxError, ValueError):  # for another Python version, or not UTF-8
             continue
 
 
 def tidy(text: str) -> str:
-    """Drop interactive examples, rulers, trailing blanks and indentation; at most one empty line in a row."""
+    """Drop examples, rulers, trailing blanks, indentation, all but one empty line."""
+    dropped = re.compile(r"\s*(>>>|\.\.\. |[-=*~_#+]{4,}\s*$)")
     lines = [line.rstrip() for line in text.expandtabs().splitlines()]
-    lines = [line for line in lines if not re.match(r"\s*(>>>|\.\.\. |[-=*~_#+]{4,}\s*$)", line)]
-    return re.sub(r"\n{3,}", "\n\n", textwrap.dedent("\n".join(lines))).strip()
+    kept = "\n".join(line for line in lines if not dropped.match(line))
+    return re.sub(r"\n{3,}", "\n\n", textwrap.dedent(kept)).strip()
 
 
 def cut(text: str) -> list[str]:
@@ -124,21 +150,28 @@ def cut(text: str) -> list[str]:
 
 
 def is_prose(text: str) -> bool:
-    """Mostly letters and spaces, words of ordinary length, and some of the commonest English words."""
+    """Mostly letters and spaces, words of ordinary length, some of the commonest words."""
     plain = sum(c.isalpha() or c.isspace() for c in text)
     words = text.split()
     common = sum(w.lower() in COMMON for w in words)
-    return plain >= 0.8 * len(text) and common >= 0.15 * len(words) and len(text) < 12 * len(words)
+    if plain < 0.8 * len(text) or common < 0.15 * len(words):
+        return False
+    return len(text) < 12 * len(words)
 
 
 COMMON = frozenset({
-    "the", "a", "an", "of", "to", "in", "is", "and", "or", "that", "be", "for", "it", "this", "with", "as",
-    "are", "if", "not", "by", "on", "from", "which", "will", "can", "may", "must", "should", "has", "have",
-    "was", "when", "then", "than", "but", "at", "all", "any", "its"})
+    "the", "a", "an", "of", "to", "in", "is", "and", "or", "that", "be", "for", "it",
+    "this", "with", "as", "are", "if", "not", "by", "on", "from", "which", "will", "can",
+    "may", "must", "should", "has", "have", "was", "when", "then", "than", "but", "at",
+    "all", "any", "its",
+})
 
 
 def documents() -> list[str]:
-    """The demo's documents, in order, near duplicates (equal first 150 letters and digits) dropped."""
+    """The demo's documents, in order, without near duplicates.
+
+    Near: the first 150 letters and digits are equal.
+    """
     kept, seen = [], set()
     for text in raw_texts():
         for piece in cut(tidy(text)):
@@ -151,32 +184,56 @@ def documents() -> list[str]:
     return kept
 
 
-def build(folder: Path, vocab: int, key: str) -> dict:
-    """Write the demo into an empty folder; returns the manifest."""
-    docs = documents()
-    sizes = [len(d.encode()) for d in docs]
-    if sum(sizes) < 300_000:
-        raise DataError(f"only {sum(sizes):,} bytes of prose in this Python installation (300,000 needed): "
-                        "its library has no docstrings; use another Python, or data/build.py on own texts")
-    share = min(VAL_SHARE, VAL_BYTES_MAX / sum(sizes))
+def split(docs: list[str]) -> tuple[dict[str, list[str]], float]:
+    """({TRAIN: documents, VAL: documents}, the share of the latter), by their hashes."""
+    size = sum(len(doc.encode()) for doc in docs)
+    if size < 300_000:
+        raise DataError(f"only {size:,} bytes of prose in this Python installation "
+                        "(300,000 needed): its library has no docstrings; "
+                        "use another Python, or data/build.py on own texts")
+    share = min(VAL_SHARE, VAL_BYTES_MAX / size)
     sides = {TRAIN: [], VAL: []}
     for doc in docs:
-        sides[VAL if hash_in_validation(text_hash(doc.encode()), share) else TRAIN].append(doc)
+        held_out = hash_in_validation(text_hash(doc.encode()), share)
+        sides[VAL if held_out else TRAIN].append(doc)
+    return sides, share
+
+
+def write_side(folder: Path, kind: str, docs: list[str], tokenizer) -> list[dict]:
+    """Write one side's shards and document hashes; their entries in the manifest."""
+    ids, counts, _ = tokenizer.encode(docs)
+    hashes = [text_hash(doc.encode()) for doc in docs]
+    common = {
+        "documents": len(docs),
+        "text_bytes": int(counts.sum(dtype=np.int64)),
+        "first_document": hex_hash(hashes[0]),
+        "last_document": hex_hash(hashes[-1]),
+    }
+    outputs = {kind: ids}
+    if kind == VAL:
+        outputs[VAL_BYTES] = counts
+    entries = []
+    for name, values in outputs.items():
+        file = shard_name(name, 0)
+        written = write_shard(folder / file, values)
+        entries.append({"name": file, "kind": name, **written, **common})
+    atomic_write(folder / f"document_hashes_{kind}.bin", np.array(hashes, dtype="<u8"))
+    return entries
+
+
+def build(folder: Path, vocab: int, key: str) -> dict:
+    """Write the demo into an empty folder; returns the manifest."""
+    sides, share = split(documents())
     model = tokens.train_bpe(sides[TRAIN], vocab)
     info = atomic_write(folder / TOKENIZER, model)
-    tokenizer, files = tokens.Tokenizer(model), []
-    for kind, side in sides.items():
-        ids, counts, _ = tokenizer.encode(side)
-        hashes = [text_hash(d.encode()) for d in side]
-        common = {"documents": len(side), "text_bytes": int(counts.sum(dtype=np.int64)),
-                  "first_document": hex_hash(hashes[0]), "last_document": hex_hash(hashes[-1])}
-        outputs = [(kind, ids)] + ([(VAL_BYTES, counts)] if kind == VAL else [])
-        for name, values in outputs:
-            file = shard_name(name, 0)
-            files.append({"name": file, "kind": name, **write_shard(folder / file, values), **common})
-        atomic_write(folder / f"document_hashes_{kind}.bin", np.array(hashes, dtype="<u8"))
+    tokenizer = tokens.Tokenizer(model)
+    files = []
+    for kind, docs in sides.items():
+        files += write_side(folder, kind, docs, tokenizer)
     return write_manifest(folder, {
-        "variant": "demo", "input_key": key, "files": files,
+        "variant": "demo",
+        "input_key": key,
+        "files": files,
         "tokenizer": tokenizer.describe(info),
         "split": {"rule": "hash", "share": share},
     })
@@ -188,22 +245,25 @@ def is_complete(folder: Path, key: str) -> bool:
         manifest = read_manifest(folder)
         if not manifest or manifest.get("input_key") != key:
             return False
-        files = [*manifest["files"], {"name": TOKENIZER, "size": manifest["tokenizer"]["size"]}]
-        return all((folder / f["name"]).stat().st_size == f["size"] for f in files)
+        sizes = {f["name"]: f["size"] for f in manifest["files"]}
+        sizes[TOKENIZER] = manifest["tokenizer"]["size"]
+        return all((folder / n).stat().st_size == size for n, size in sizes.items())
     except (DataError, OSError, KeyError):
         return False
 
 
 def make_demo(out, vocab: int = 1024) -> bool:
-    """Make the demo in folder `out` unless it is there already; returns True when it was made now.
+    """Make the demo in folder `out` unless it is there; True when it was made now.
 
-    The folder appears whole or not at all, built beside its place and renamed. Two calls at once are safe.
+    The folder appears whole or not at all, built beside its place and renamed. Two
+    calls at once are safe.
     """
     out, key = Path(out), input_key(vocab)
     if is_complete(out, key):
         return False
     if out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise DataError(f"{out} exists and is not a demo folder; choose another --out or move it away")
+        raise DataError(f"{out} exists and is not a demo folder; "
+                        "choose another --out or move it away")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -214,8 +274,9 @@ def make_demo(out, vocab: int = 1024) -> bool:
             out.rename(temporary / "old")
         made.rename(out)
     except OSError as error:
-        if not is_complete(out, key):       # unless another process was faster
-            raise DataError(f"cannot write the demo to {out}: {error.strerror}; try another --out") from None
+        if not is_complete(out, key):  # unless another process was faster
+            reason = f"{error.strerror}; try another --out"
+            raise DataError(f"cannot write the demo to {out}: {reason}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return True
@@ -224,15 +285,18 @@ def make_demo(out, vocab: int = 1024) -> bool:
 def main(arguments=None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default=str(Path(__file__).resolve().parent / "demo"), help="folder to make")
-    parser.add_argument("--vocab", type=int, default=1024, help="size of the tokenizer (default 1024)")
+    add = parser.add_argument
+    folder = Path(__file__).resolve().parent / "demo"
+    add("--out", default=str(folder), help="folder to make")
+    add("--vocab", type=int, default=1024, help="size of the tokenizer (default 1024)")
     args = parser.parse_args(arguments)
     made = make_demo(args.out, args.vocab)
-    manifest = read_manifest(args.out)
-    shown = {f["kind"]: f for f in manifest["files"]}
-    print(f"{'made' if made else 'found'} demo: " + "; ".join(
-        f"{kind} {shown[kind]['documents']:,} documents, {shown[kind]['tokens']:,} tokens, "
-        f"{shown[kind]['text_bytes']:,} bytes" for kind in (TRAIN, VAL)))
+    shown = []
+    for f in read_manifest(args.out)["files"]:
+        if f["kind"] in (TRAIN, VAL):
+            shown.append(f"{f['kind']} {f['documents']:,} documents, "
+                         f"{f['tokens']:,} tokens, {f['text_bytes']:,} bytes")
+    print(f"{'made' if made else 'found'} demo: {'; '.join(shown)}")
     return 0
 
 

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shlex
+import stat
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ VAL_DOCS = 50_000                    # THE split: so many first documents are va
 SHARD_TOKENS = 100_000_000           # tokens per training shard, as published
 MAX_VALUE = 2 ** 16 - 1
 MANIFEST = "manifest.json"
+MANIFEST_BYTES = 1 << 26             # a larger one is none
 MANIFEST_FORMAT = "parameter-golf-shards/1"
 TOKENIZER = "tokenizer.model"
 TRAIN, VAL, VAL_BYTES = "train", "val", "val_bytes"
@@ -38,11 +40,11 @@ _NAME = re.compile(r"fineweb_(train|val|val_bytes)_(\d+)\.bin$")
 
 
 class DataError(Exception):
-    """A mistake in data or arguments that a user can repair; the message says what, where and how."""
+    """A mistake in data or arguments that a user can repair: what, where and how."""
 
 
 def run_cli(main) -> None:
-    """Run `main()` as a command: a DataError becomes one line on stderr and exit status 2, Ctrl-C 130."""
+    """Run `main()` as a command: a DataError becomes one line and status 2, Ctrl-C 130."""
     try:
         sys.exit(main())
     except DataError as error:
@@ -54,7 +56,10 @@ def run_cli(main) -> None:
 
 
 def in_shell(path, *inside) -> str:
-    """A path as a command of a shell started here needs it; with `inside`, of that file in the repository."""
+    """A path as a command of a shell started here needs it.
+
+    With `inside`, the path of that file in the repository.
+    """
     if inside:
         path = os.path.relpath(Path(path).resolve().parent.parent.joinpath(*inside))
     return shlex.quote(str(path))
@@ -66,8 +71,10 @@ def need(module: str, purpose: str):
         return __import__(module, fromlist=["_"])
     except ImportError as error:
         package = module.split(".")[0]
-        raise DataError(f"{purpose} needs the Python package {package}, which cannot be imported ({error}); "
-                        f"run: pip install {package}   (or: pip install -r data/requirements.txt)") from None
+        raise DataError(
+            f"{purpose} needs the Python package {package}, "
+            f"which cannot be imported ({error}); run: pip install {package}   "
+            "(or: pip install -r data/requirements.txt)") from None
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -81,19 +88,23 @@ def shard_name(kind: str, index: int) -> str:
 
 
 def parse_name(name: str):
-    """(kind, index) of a shard's file name, or None. A sidecar is never taken for validation tokens."""
+    """(kind, index) of a shard's file name, or None; sidecars are a kind of their own."""
     match = _NAME.match(name)
     return (match[1], int(match[2])) if match else None
 
 
 def list_shards(folder, kind: str) -> list[Path]:
-    """Shards of one kind in a folder, by index. Unlike a glob, `val` does not match the byte sidecars."""
-    found = [(parse_name(p.name), p) for p in Path(folder).iterdir()]
-    return [p for key, p in sorted((key, p) for key, p in found if key and key[0] == kind)]
+    """Shards of one kind in a folder, by index; `val` does not match the byte sidecars."""
+    found = []
+    for path in Path(folder).iterdir():
+        key = parse_name(path.name)
+        if key and key[0] == kind:
+            found.append((key, path))
+    return [path for _, path in sorted(found)]
 
 
 def atomic_write(path, *chunks) -> dict:
-    """Write bytes-like chunks to `path` by way of a temporary file; returns {"size", "sha256"}."""
+    """Write bytes-like chunks to `path`, whole or not at all; {"size", "sha256"}."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     digest, size = hashlib.sha256(), 0
@@ -109,8 +120,8 @@ def atomic_write(path, *chunks) -> dict:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise DataError(f"cannot write {path.name}: {error.strerror}; free some space in, or the rights to, "
-                        f"the folder {path.parent}") from None
+        raise DataError(f"cannot write {path.name}: {error.strerror}; free some space in, "
+                        f"or the rights to, the folder {path.parent}") from None
     return {"size": size, "sha256": digest.hexdigest()}
 
 
@@ -123,6 +134,15 @@ def file_sha256(path) -> str:
     return digest.hexdigest()
 
 
+def regular_size(path) -> int:
+    """Size of a regular file; DataError for anything else: a pipe would be waited for, a device never end."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise DataError(f"{Path(path).name}: a folder, pipe or device, not a regular file; fetch or build it "
+                        "again")
+    return found.st_size
+
+
 def header_bytes(count: int) -> np.ndarray:
     """The 256 int32 in front of `count` values."""
     header = np.zeros(HEADER_INTS, dtype="<i4")
@@ -131,15 +151,16 @@ def header_bytes(count: int) -> np.ndarray:
 
 
 def write_shard(path, values) -> dict:
-    """Write integers in [0, 65535] as a shard, atomically; returns {"size", "sha256", "tokens"}."""
+    """Write integers in [0, 65535] as a shard; returns {"size", "sha256", "tokens"}."""
     values = np.asarray(values)
+    name = Path(path).name
     if values.size >= 2 ** 31:
-        raise DataError(f"{Path(path).name}: {values.size:,} values do not fit the header's int32; "
+        raise DataError(f"{name}: {values.size:,} values do not fit the header's int32; "
                         "use smaller shards")
     if values.dtype != np.dtype("<u2"):
         if values.size and (values.min() < 0 or values.max() > MAX_VALUE):
-            raise DataError(f"{Path(path).name}: value outside 0..{MAX_VALUE} (min {values.min()}, max "
-                            f"{values.max()}); shards hold uint16")
+            raise DataError(f"{name}: value outside 0..{MAX_VALUE} (min {values.min()}, "
+                            f"max {values.max()}); shards hold uint16")
         values = values.astype("<u2")
     info = atomic_write(path, header_bytes(values.size), np.ascontiguousarray(values))
     return {**info, "tokens": int(values.size)}
@@ -149,9 +170,10 @@ def read_shard(path) -> np.ndarray:
     """Values of a shard as a read-only uint16 memory map; DataError for anything but a whole, valid shard."""
     path = Path(path)
     try:
-        size = path.stat().st_size
+        size = regular_size(path)
         with open(path, "rb") as file:
-            header = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4")
+            raw = file.read(HEADER_BYTES)
+        header = np.frombuffer(raw[:len(raw) // 4 * 4], dtype="<u4")
     except OSError as error:
         raise DataError(f"{path.name}: cannot be read ({error.strerror}); check that it exists and its "
                         "permissions") from None
@@ -162,7 +184,7 @@ def read_shard(path) -> np.ndarray:
         raise DataError(f"{path.name}: byte 0: magic {header[0]}, version {header[1]}; expected {MAGIC}, "
                         f"{VERSION}: not a token shard, or damaged; fetch or build it again")
     count = int(header[2])
-    if count < 0 or size != HEADER_BYTES + 2 * count:
+    if size != HEADER_BYTES + 2 * count:
         kind = "truncated" if size < HEADER_BYTES + 2 * count else "too long"
         raise DataError(f"{path.name}: {kind}: the header promises {count:,} tokens = "
                         f"{HEADER_BYTES + 2 * count:,} bytes, the file has {size:,}; fetch or build it again")
@@ -175,14 +197,15 @@ def read_shard(path) -> np.ndarray:
 # Documents
 # ----------------------------------------------------------------------------------------------------
 def text_hash(utf8: bytes) -> int:
-    """64-bit content hash of a document: 8-byte BLAKE2b of its original UTF-8 as a little-endian int."""
+    """64-bit content hash of a document: 8-byte BLAKE2b of its UTF-8, little-endian."""
     return int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "little")
 
 
 def hash_in_validation(value: int, share: float) -> bool:
-    """Split by content: True for a `share` of all 64-bit hashes. Equal documents always go to the same side.
+    """Split by content: True for a `share` of all 64-bit hashes.
 
-    The hash is scrambled first, so that the split is independent of other uses of its low or high bits.
+    Equal documents always go to the same side. The hash is scrambled first, so that the
+    split is independent of other uses of its low or high bits.
     """
     return (value * 0x9E3779B97F4A7C15 % 2 ** 64) < int(share * 2 ** 64)
 
@@ -196,32 +219,69 @@ def hex_hash(value: int) -> str:
 # Manifest
 # ----------------------------------------------------------------------------------------------------
 def fingerprint(files: list[dict], tokenizer_sha256: str | None) -> str:
-    """Identity of a data set: SHA-256 of the sorted lines "<sha256> <name>" of its shards, then its model."""
-    lines = sorted(f"{f['sha256']} {f['name']}" for f in files if f.get("kind") in KINDS)
+    """Identity of a data set: SHA-256 of lines "<sha256> <name>".
+
+    Those of its shards, sorted, then its tokenizer's.
+    """
+    shards = [f for f in files if f.get("kind") in KINDS]
+    lines = sorted(f"{f['sha256']} {f['name']}" for f in shards)
     lines.append(f"{tokenizer_sha256 or '-'} {TOKENIZER}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def write_manifest(folder, manifest: dict) -> dict:
-    """Complete `manifest` with format and fingerprint and write it atomically; returns what was written."""
+    """Complete `manifest` with format and fingerprint, write it, and return it."""
     sha = (manifest.get("tokenizer") or {}).get("sha256")
-    manifest = {"format": MANIFEST_FORMAT, "fingerprint": fingerprint(manifest["files"], sha), **manifest}
-    atomic_write(Path(folder) / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=True) + "\n").encode())
+    identity = fingerprint(manifest["files"], sha)
+    manifest = {"format": MANIFEST_FORMAT, "fingerprint": identity, **manifest}
+    text = json.dumps(manifest, indent=1, ensure_ascii=True) + "\n"
+    atomic_write(Path(folder) / MANIFEST, text.encode())
     return manifest
 
 
 def read_manifest(folder):
     """The manifest of a folder, None where there is none; DataError where it cannot be understood."""
     path = Path(folder) / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
+        if regular_size(path) > MANIFEST_BYTES:
+            raise ValueError(f"more than {MANIFEST_BYTES:,} bytes")
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{MANIFEST} in {folder} cannot be read ({error}); delete it and build or fetch "
-                        "again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{MANIFEST} in {folder} cannot be read ({str(error)[:200]}); delete it and build or "
+                        "fetch again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
         shown = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise DataError(f"{MANIFEST} in {folder}: format {shown!r}, expected {MANIFEST_FORMAT!r}; another "
                         "program or version made it: move it away and run data/check.py --write-manifest")
+    if fault := manifest_fault(manifest):
+        raise DataError(f"{MANIFEST} in {folder} is damaged ({fault}); delete it and build or fetch again")
     return manifest
+
+
+def manifest_fault(manifest: dict) -> str:
+    """What in a manifest is not as write_manifest leaves it; empty: nothing."""
+    def is_count(value):
+        return type(value) is int and 0 <= value < 2 ** 63
+
+    if not isinstance(manifest.get("files"), list) or not isinstance(manifest.get("fingerprint"), str):
+        return "files is no list, or the fingerprint no text"
+    for i, entry in enumerate(manifest["files"]):
+        if not isinstance(entry, dict):
+            return f"file {i} is no object"
+        if not all(isinstance(entry.get(key), str) for key in ("name", "kind", "sha256")):
+            return f"file {i} lacks name, kind or sha256"
+        if not is_count(entry.get("size")):
+            return f"file {i} lacks its size"
+        if not all(is_count(entry.get(key, 0)) for key in ("tokens", "documents", "text_bytes")):
+            return f"file {i} counts what is no whole number"
+    if not isinstance(manifest.get("variant", ""), str):
+        return "variant is no text"
+    for key in ("split", "tokenizer"):      # no tokenizer: null
+        if not isinstance(manifest.get(key) or {}, dict):
+            return f"{key} is no object"
+    described = manifest.get("tokenizer") or {"vocab_size": 0, "sha256": ""}
+    if not is_count(described.get("vocab_size")) or not isinstance(described.get("sha256"), str):
+        return "the tokenizer lacks vocab_size or sha256"
+    return ""

@@ -39,6 +39,8 @@ def find_inputs(paths, skip=None) -> list[Path]:
             found += sorted(inside, key=lambda p: p.relative_to(path).as_posix())
         elif not path.exists():
             raise DataError(f"{path}: no such file or folder")
+        elif not path.is_file():
+            raise DataError(f"{path}: a pipe or device; copy what it gives into a file")
         elif not kind_of(path):
             raise DataError(f"{path}: unknown kind of file; known: {', '.join(JSONL + ('.parquet',) + TEXT)}")
         else:
@@ -170,6 +172,9 @@ def decode_item(kind: str, item, field: str, where: str) -> str:
     if kind == "text":
         if item is None:
             return ""
+        if not isinstance(item, (str, bytes)):
+            raise DataError(f"{where}: column {field!r} holds {type(item).__name__}, not text; name the "
+                            "column of text with --text-field")
         return item if isinstance(item, str) else item.decode("utf-8")
     if not item.strip():
         return ""
@@ -177,9 +182,11 @@ def decode_item(kind: str, item, field: str, where: str) -> str:
         record = json.loads(item)
     except UnicodeError:
         raise
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error}); remove or repair the line") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({str(error)[:200]}); remove or repair the line") from None
     text = record.get(field) if isinstance(record, dict) else None
+    if isinstance(record, dict) and field in record and text is None:
+        return ""                                 # as an empty value of Parquet: left out
     if not isinstance(text, str):
         names = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
         raise DataError(f"{where}: no string {field!r} in it (found: {names}); name the field with "

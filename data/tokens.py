@@ -1,14 +1,16 @@
-"""Tokenizers with a byte account: text -> ids, and for every id the bytes of original text it stands for.
+"""Tokenizers with a byte account: text -> ids, and for every id its bytes of text.
 
-Our own tokenizers are lossless: decoding the ids of a document gives exactly its text. That needs
+Our own tokenizers are lossless: decoding the ids of a document gives its very text:
   * the identity normaliser, with white space neither collapsed nor stripped;
   * byte fallback, so that any character can be spelled;
-  * no dummy prefix. SentencePiece's dummy prefix puts a space before a text and drops one when decoding,
-    which is exact only for texts encoded in one go. But a text with a literal U+2581 (the sign SentencePiece
-    uses for a space) must be encoded in parts, as the library cannot tell the sign from a space; we spell the
-    sign in its three bytes, which decode to the sign itself.
-Published tokenizers normalise: they collapse and strip white space and replace some characters, so their ids
-do not determine the text. They are supported with the field's byte account (see normalise.py).
+  * no dummy prefix. SentencePiece's dummy prefix puts a space before a text and drops
+    one when decoding, which is exact only for texts encoded in one go. But a text with
+    a literal U+2581 (the sign SentencePiece uses for a space) must be encoded in parts,
+    as the library cannot tell the sign from a space; we spell the sign in its three
+    bytes, which decode to the sign itself.
+Published tokenizers normalise: they collapse and strip white space and replace some
+characters, so their ids do not determine the text. They are supported with the field's
+byte account (see normalise.py).
 """
 from __future__ import annotations
 
@@ -31,45 +33,69 @@ PLAIN, CASEOPS, BYTES = "sentencepiece", "caseops", "byte"
 # ----------------------------------------------------------------------------------------------------
 # Making tokenizers
 # ----------------------------------------------------------------------------------------------------
-def train_bpe(texts, vocab_size: int, case_operators: bool = False, limit: int = 100_000_000) -> bytes:
-    """Train a lossless SentencePiece BPE on an iterable of texts; returns the serialised model.
+def train_bpe(
+    texts, vocab_size: int, case_operators: bool = False, limit: int = 100_000_000
+) -> bytes:
+    """Train a lossless SentencePiece BPE on texts; returns the serialised model.
 
-    case_operators: transform the texts with CaseOps and give its operators ids 4 to 7. Reading stops after
-    `limit` bytes of UTF-8. The result depends only on the texts and the arguments.
+    case_operators: transform the texts with CaseOps and give its operators ids 4 to 7.
+    Reading stops after `limit` bytes of UTF-8. The result depends only on the texts and
+    the arguments.
     """
     symbols = list(caseops.OPERATORS) if case_operators else []
     low, high = BYTE_VOCAB + len(symbols) + 12, 16384
     if not low <= vocab_size <= high:
-        raise DataError(f"vocabulary of {vocab_size}: must be {low}..{high}, of which {low - 12} are bytes, "
-                        "special ids and operators; for smaller ones use the byte tokenizer (vocabulary 260)")
+        raise DataError(f"vocabulary of {vocab_size}: must be {low}..{high}, of which "
+                        f"{low - 12} are bytes, special ids and operators; "
+                        "for smaller ones use the byte tokenizer (vocabulary 260)")
     spm = need("sentencepiece", "training a tokenizer")
-    sentences = list(training_sentences(map(caseops.encode, texts) if case_operators else texts, limit))
+    if case_operators:
+        texts = map(caseops.encode, texts)
+    sentences = list(training_sentences(texts, limit))
+    lossless = {
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "byte_fallback": True,
+    }
+    ids = {"pad_id": PAD, "bos_id": BOS, "eos_id": EOS, "unk_id": UNK}
     problem = ""
-    for coverage in (0.9995, 0.99, 0.98):     # small vocabularies leave rare characters to the byte tokens
+    for coverage in (0.9995, 0.99, 0.98):  # rare characters are left to the byte tokens
         model = io.BytesIO()
         try:
             spm.SentencePieceTrainer.train(
-                sentence_iterator=iter(sentences), model_writer=model, model_type="bpe",
-                vocab_size=vocab_size, normalization_rule_name="identity", add_dummy_prefix=False,
-                remove_extra_whitespaces=False,
-                byte_fallback=True, split_digits=True, character_coverage=coverage, required_chars=SPACE,
-                max_sentence_length=1 << 16, pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK,
-                user_defined_symbols=symbols, num_threads=1, minloglevel=3)
+                sentence_iterator=iter(sentences),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                split_digits=True,
+                character_coverage=coverage,
+                required_chars=SPACE,
+                max_sentence_length=1 << 16,
+                user_defined_symbols=symbols,
+                num_threads=1,
+                minloglevel=3,
+                **lossless,
+                **ids,
+            )
             return model.getvalue()
         except RuntimeError as error:
             problem = str(error).strip()[-160:]
             if "required_chars" not in problem:
                 break
-    remedy = ("the alphabet alone needs more: raise the vocabulary" if "required_chars" in problem else
-              "usually there is too little text: lower the vocabulary or add documents")
-    raise DataError(f"SentencePiece could not train {vocab_size} pieces ({problem}); {remedy}")
+    remedy = "usually there is too little text: lower the vocabulary or add documents"
+    if "required_chars" in problem:
+        remedy = "the alphabet alone needs more: raise the vocabulary"
+    raise DataError(f"SentencePiece could not train {vocab_size} pieces ({problem}); "
+                    f"{remedy}")
 
 
 def training_sentences(texts, limit: int):
-    """Cut texts into training sentences of at most 4,000 characters, until `limit` bytes are used up."""
+    """Sentences of at most 4,000 characters, until `limit` bytes are used up."""
     for text in texts:
         for start in range(0, len(text), 4000):
-            # U+2581 means a space to the trainer, and NUL ends its strings; both are spelled in bytes anyway
+            # U+2581 means a space to the trainer, and NUL ends its strings; both are
+            # spelled in bytes anyway
             piece = text[start:start + 4000].replace(SPACE, " ").replace("\0", " ")
             limit -= len(piece.encode("utf-8", "replace"))
             yield piece
@@ -78,14 +104,17 @@ def training_sentences(texts, limit: int):
 
 
 def byte_model() -> bytes:
-    """The byte tokenizer as a SentencePiece model: id 4 + b is byte b, so that every program can load it."""
+    """The byte tokenizer as a SentencePiece model, for any program: id 4 + b is byte b."""
     specials = [("<pad>", CONTROL), ("<s>", CONTROL), ("</s>", CONTROL), ("<unk>", UNKNOWN)]
     pieces = specials + [(f"<0x{b:02X}>", BYTE) for b in range(256)]
     model = b""
     for name, kind in pieces:
-        model += write_field(1, write_field(1, name.encode()) + write_field(2, 0.0) + write_field(3, kind))
-    trainer = {3: 2, 4: len(pieces), 35: 1, 40: UNK, 41: BOS, 42: EOS, 43: PAD}     # BPE, byte fallback, ids
-    normaliser = {1: b"identity", 3: 0, 4: 0, 5: 0}   # a visible space would be spelled in three bytes
+        piece = write_field(1, name.encode()) + write_field(2, 0.0) + write_field(3, kind)
+        model += write_field(1, piece)
+    trainer = {3: 2, 4: len(pieces), 35: 1}  # BPE, size, byte fallback
+    trainer |= {40: UNK, 41: BOS, 42: EOS, 43: PAD}
+    # a visible space would be spelled in three bytes
+    normaliser = {1: b"identity", 3: 0, 4: 0, 5: 0}
     for number, spec in ((2, trainer), (3, normaliser)):
         model += write_field(number, b"".join(write_field(k, v) for k, v in spec.items()))
     return model
@@ -95,12 +124,14 @@ def byte_model() -> bytes:
 # Using them
 # ----------------------------------------------------------------------------------------------------
 class Tokenizer:
-    """A serialised SentencePiece model with exact byte counts. Raises DataError where it cannot serve.
+    """A serialised SentencePiece model with exact byte counts.
 
-    Attributes: kind ("sentencepiece", "caseops" or "byte", found out from the pieces), vocab_size, normaliser
-    (its name), lossless, bytes_of ((V,) int64: bytes of text per id; operators and special ids 0).
-    field_rule: for normalising tokenizers, leave white space stripped from a document's ends uncounted, as
-    published sidecars do; by default it goes to the first and last token, so that every byte is counted.
+    Raises DataError where it cannot serve. Attributes: kind ("sentencepiece", "caseops"
+    or "byte", found out from the pieces), vocab_size, normaliser (its name), lossless,
+    bytes_of ((V,) int64: bytes of text per id; operators and special ids 0).
+    field_rule: for normalising tokenizers, leave white space stripped from a document's
+    ends uncounted, as published sidecars do; by default it goes to the first and last
+    token, so that every byte is counted.
     """
 
     def __init__(self, model: bytes, field_rule: bool = False):
@@ -108,16 +139,17 @@ class Tokenizer:
         try:
             self.spm = spm.SentencePieceProcessor(model_proto=model)
             self.spec = parse_model(model)
-        except (RuntimeError, ValueError, IndexError, struct.error, UnicodeDecodeError) as error:
-            raise DataError(f"tokenizer: not a SentencePiece model ({str(error).strip()[-120:]}); check the "
-                            "file") from None
+        except (RuntimeError, ValueError, IndexError, struct.error) as error:
+            reason = str(error).strip()[-120:]
+            raise DataError(f"tokenizer: not a SentencePiece model ({reason}); "
+                            "check the file") from None
         self.vocab_size = self.spm.get_piece_size()
         if self.spm.bos_id() != BOS:
-            raise DataError(f"tokenizer: BOS has id {self.spm.bos_id()}, shards need {BOS}; use one trained "
-                            "so")
+            raise DataError(f"tokenizer: BOS has id {self.spm.bos_id()}, "
+                            f"shards need {BOS}; use one trained so")
         if self.vocab_size - 1 > MAX_VALUE:
-            raise DataError(f"tokenizer: {self.vocab_size:,} pieces do not fit uint16; at most "
-                            f"{MAX_VALUE + 1:,}")
+            raise DataError(f"tokenizer: {self.vocab_size:,} pieces do not fit uint16; "
+                            f"at most {MAX_VALUE + 1:,}")
         self.kind = self.find_kind()
         self.normaliser = self.spec.normaliser or "?"
         self.lossless = self.kind == BYTES or self.spec.is_lossless()
@@ -131,31 +163,40 @@ class Tokenizer:
 
     def describe(self, info: dict) -> dict:
         """The tokenizer's entry in a manifest; info: size and sha256 of its file."""
-        return {"file": TOKENIZER, "kind": self.kind, "vocab_size": self.vocab_size,
-                "normaliser": self.normaliser, "lossless": self.lossless, "size": info["size"],
-                "sha256": info["sha256"]}
+        return {
+            "file": TOKENIZER,
+            "kind": self.kind,
+            "vocab_size": self.vocab_size,
+            "normaliser": self.normaliser,
+            "lossless": self.lossless,
+            "size": info["size"],
+            "sha256": info["sha256"],
+        }
 
     def find_kind(self) -> str:
         """The kind of tokenizer, from its pieces."""
         types = {name: kind for name, kind in self.spec.pieces}
         if not any(kind in (NORMAL, USER_DEFINED) for kind in types.values()):
             return BYTES
-        return CASEOPS if all(types.get(op) == USER_DEFINED for op in caseops.OPERATORS) else PLAIN
+        operators = [types.get(operator) for operator in caseops.OPERATORS]
+        return CASEOPS if set(operators) == {USER_DEFINED} else PLAIN
 
     def piece_bytes(self) -> np.ndarray:
-        """(V,) bytes of text per id: spaces included, 1 for byte tokens, 0 for special ids and operators."""
+        """(V,) bytes of text per id: spaces count, special ids and operators are 0."""
+        silent = caseops.OPERATORS if self.kind == CASEOPS else ()
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
         for i, (name, kind) in enumerate(self.spec.pieces):
             if kind == BYTE:
                 sizes[i] = 1
-            elif kind in (NORMAL, USER_DEFINED) and not (self.kind == CASEOPS and name in caseops.OPERATORS):
+            elif kind in (NORMAL, USER_DEFINED) and name not in silent:
                 sizes[i] = len(name.replace(SPACE, " ").encode("utf-8"))
         return sizes
 
     def encode(self, texts: list[str]):
-        """texts -> (ids uint16, bytes uint16, tokens per text int64): in a row, each with BOS in front.
+        """texts -> (ids uint16, bytes uint16, tokens per text int64): all in a row.
 
-        Texts must be free of lone surrogates. Raises DataError for bytes that are not accounted for.
+        BOS stands in front of each. Texts must be free of lone surrogates. Raises
+        DataError for bytes that are not accounted for.
         """
         if self.kind == BYTES:
             return encode_bytes(texts)
@@ -163,16 +204,23 @@ class Tokenizer:
             return self.words.encode(texts)
         rows = [self.encode_normalising(text) for text in texts]
         lengths = np.array([len(ids) for ids, _ in rows], dtype=np.int64)
-        return (np.concatenate([np.zeros(0, np.uint16), *(ids for ids, _ in rows)]),
-                np.concatenate([np.zeros(0, np.uint16), *(counts for _, counts in rows)]), lengths)
+        none = np.zeros(0, np.uint16)  # there may be no text
+        ids = np.concatenate([none, *(ids for ids, _ in rows)])
+        counts = np.concatenate([none, *(counts for _, counts in rows)])
+        return ids, counts, lengths
 
     def encode_words(self, words: list[str]):
-        """words -> (ids (n,) of all in a row, ids per word (W,)), int64. Words have spaces only in front."""
+        """words -> (ids (n,) of all in a row, ids per word (W,)), int64.
+
+        Words have spaces only in front.
+        """
         if self.kind == CASEOPS:
             # NUL is no letter, so words joined by it do not touch
             joined = "\0".join(words)
-            alone = joined.count("\0") >= len(words)
-            words = [caseops.encode(w) for w in words] if alone else caseops.encode(joined).split("\0")
+            if joined.count("\0") >= len(words):  # some word holds one
+                words = [caseops.encode(word) for word in words]
+            else:
+                words = caseops.encode(joined).split("\0")
         found = self.spm.encode(words, num_threads=1)
         for i, word in enumerate(words):
             if SPACE in word:
@@ -181,7 +229,7 @@ class Tokenizer:
         return flat, np.array([len(ids) for ids in found], np.int64)
 
     def encode_with_sign(self, text: str) -> list[int]:
-        """Ids of a text with literal U+2581, which the library would read as a space: spelled in bytes."""
+        """Ids of a text with literal U+2581, in bytes: the library would read a space."""
         first, *rest = text.split(SPACE)
         ids = self.spm.encode(first)
         for part in rest:
@@ -192,7 +240,7 @@ class Tokenizer:
         """Bytes of original text per id (n,) of a lossless tokenizer, int64."""
         counts = self.bytes_of[ids]
         if self.kind == CASEOPS:
-            escaped = -1                              # an operator behind an escape stands for itself
+            escaped = -1  # an operator behind an escape stands for itself
             for at in np.flatnonzero(ids == self.escape).tolist():
                 if at != escaped and at + 1 < len(ids):
                     escaped = at + 1
@@ -206,7 +254,7 @@ class Tokenizer:
         utf8 = text.encode("utf-8")
         ids = np.array(self.spm.encode(text), dtype=np.int64)
         original = caseops.original_bytes(utf8) if self.kind == CASEOPS else np.ones(len(utf8), bool)
-        counts = self.surfaces.counts(text, ids, original, whole=not self.field_rule)
+        counts = within_uint16(self.surfaces.counts(text, ids, original, whole=not self.field_rule), text)
         return (np.concatenate([[BOS], ids]).astype(np.uint16),
                 np.concatenate([[0], counts]).astype(np.uint16))
 
@@ -225,6 +273,25 @@ class Tokenizer:
         return int(caseops.original_bytes(utf8).sum()) if self.kind == CASEOPS else len(utf8)
 
 
+def within_uint16(counts: np.ndarray, text: str) -> np.ndarray:
+    """The same bytes per token with none above 65,535: what is too much goes to the tokens beside, the next
+    ones first. DataError when there are too few of them."""
+    if not counts.size or counts.max() <= MAX_VALUE:
+        return counts
+    for order in (slice(None), slice(None, None, -1)):
+        counts, excess = counts[order].copy(), 0
+        for i, count in enumerate(counts.tolist()):
+            counts[i] = min(count + excess, MAX_VALUE)
+            excess += count - counts[i]
+        counts = counts[order]
+        if not excess:
+            return counts
+        counts[order][-1] += excess
+    raise DataError(f"a document of {counts.size:,} tokens and {counts.sum():,} bytes (it starts with "
+                    f"{text[:40]!r}): a sidecar holds at most {MAX_VALUE:,} bytes a token; shorten its white "
+                    "space")
+
+
 def encode_bytes(texts: list[str]):
     """The byte tokenizer: BOS, then 4 + byte for every byte of UTF-8. Returns what Tokenizer.encode does."""
     utf8 = [text.encode("utf-8") for text in texts]
@@ -237,7 +304,7 @@ def encode_bytes(texts: list[str]):
 
 
 class Words(dict):
-    """Word -> row of the tables, numbering unseen words on first sight (`fresh` collects them)."""
+    """Word -> row of the tables; unseen words get the next row and go to `fresh`."""
 
     def __init__(self):
         super().__init__()
@@ -251,15 +318,22 @@ class Words(dict):
 
 
 class WordEncoder:
-    """Encodes documents word by word through a cache: several times as fast as the tokenizer itself.
+    """Encodes documents word by word through a cache: several times as fast.
 
-    A "word" is a maximal stretch without spaces together with the one space before it. A lossless BPE never
-    joins across a space (its pieces have one in front only), and CaseOps never looks across one, so encoding
-    words apart gives exactly the tokens of the whole text; tests compare. A kind of tokenizer supplies
-    `encode_words` (list of str -> ids in a row, ids per word) and `count` (ids -> bytes of text per id).
+    A "word" is a maximal stretch without spaces together with the one space before it. A
+    lossless BPE never joins across a space (its pieces have one in front only), and
+    CaseOps never looks across one, so encoding words apart gives exactly the tokens of
+    the whole text; tests compare. A kind of tokenizer supplies `encode_words` (list of
+    str -> ids in a row, ids per word) and `count` (ids -> bytes of text per id).
     """
 
-    def __init__(self, encode_words, count, cache_words: int = 1_000_000, cache_characters: int = 32_000_000):
+    def __init__(
+        self,
+        encode_words,
+        count,
+        cache_words: int = 1_000_000,
+        cache_characters: int = 32_000_000,
+    ):
         self.encode_words, self.count = encode_words, count
         self.limits = cache_words, cache_characters
         self.reset()
@@ -267,11 +341,12 @@ class WordEncoder:
     def reset(self):
         """Forget all words: bounds memory; the output does not depend on it."""
         self.words, self.characters = Words(), 0
-        self.ids, self.bytes = Growing(BOS, np.uint16), Growing(0, np.uint16)      # of row 0, which is BOS
+        # row 0 is BOS
+        self.ids, self.bytes = Growing(BOS, np.uint16), Growing(0, np.uint16)
         self.start, self.length = Growing(0, np.int64), Growing(1, np.int64)
 
     def encode(self, texts: list[str]):
-        """texts -> (ids uint16, bytes uint16, tokens per text int64): in a row, each with BOS in front."""
+        """As Tokenizer.encode."""
         if not texts:
             return np.zeros(0, np.uint16), np.zeros(0, np.uint16), np.zeros(0, np.int64)
         rows, counts, row_of = [], [], self.words.__getitem__
@@ -322,6 +397,7 @@ class Growing:
         """Append; the room doubles when it is full."""
         end = self.size + len(values)
         if end > len(self.room):
-            self.room = np.concatenate([self.room, np.empty(max(end, len(self.room)), self.room.dtype)])
+            more = np.empty(max(end, len(self.room)), self.room.dtype)
+            self.room = np.concatenate([self.room, more])
         self.room[self.size:end] = values
         self.size = end

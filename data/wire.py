@@ -1,6 +1,7 @@
-"""Just enough of the protobuf wire format to look into a SentencePiece model and to write a tiny one.
+"""Just enough protobuf wire format to read SentencePiece models and write a tiny one.
 
-The library itself does not tell which normaliser a model uses, and its own parser needs another package.
+The library itself does not tell which normaliser a model uses, and its own parser needs
+another package.
 """
 from __future__ import annotations
 
@@ -24,11 +25,12 @@ class ModelSpec:
     def is_lossless(self) -> bool:
         """True if decoding gives back every text that was encoded."""
         spelled = sum(kind == BYTE for _, kind in self.pieces) == 256
-        # a piece with a space anywhere but in front would join what the word cache keeps apart
+        # a space anywhere but in front would join what the word cache keeps apart
         texts = [name for name, kind in self.pieces if kind in (NORMAL, USER_DEFINED)]
         in_front = all("\u2581" not in text[1:] for text in texts)
-        return (spelled and in_front and not self.charsmap and not self.dummy_prefix
-                and not self.collapse_spaces and self.escape_spaces and not self.space_as_suffix)
+        changes = self.charsmap or self.dummy_prefix or self.collapse_spaces
+        spaces_shown = self.escape_spaces and not self.space_as_suffix
+        return spelled and in_front and not changes and spaces_shown
 
 
 def read_varint(data: bytes, at: int):
@@ -43,7 +45,8 @@ def read_varint(data: bytes, at: int):
 
 
 def read_fields(data: bytes):
-    """(field number, value) pairs of a message: int for varints, bytes otherwise. ValueError if damaged."""
+    """(field number, value) pairs of a message: int for varints, bytes otherwise.
+    ValueError if damaged."""
     at = 0
     while at < len(data):
         key, at = read_varint(data, at)
@@ -81,7 +84,8 @@ def write_varint(value: int) -> bytes:
 
 
 def parse_model(model: bytes) -> ModelSpec:
-    """Pieces and normaliser of a serialised SentencePiece model. Raises ValueError if it is none."""
+    """Pieces and normaliser of a serialised SentencePiece model. Raises ValueError if
+    it is none."""
     pieces, trainer, normaliser = [], {}, {}
     for number, value in read_fields(model):
         if number == 1:
@@ -93,6 +97,12 @@ def parse_model(model: bytes) -> ModelSpec:
             normaliser = dict(read_fields(value))
     if not pieces:
         raise ValueError("no pieces")
-    return ModelSpec(tuple(pieces), normaliser.get(1, b"").decode(), normaliser.get(2, b""),
-                     bool(normaliser.get(3, 1)), bool(normaliser.get(4, 1)), bool(normaliser.get(5, 1)),
-                     bool(trainer.get(24, 0)))
+    return ModelSpec(
+        pieces=tuple(pieces),
+        normaliser=normaliser.get(1, b"").decode(),
+        charsmap=normaliser.get(2, b""),
+        dummy_prefix=bool(normaliser.get(3, 1)),
+        collapse_spaces=bool(normaliser.get(4, 1)),
+        escape_spaces=bool(normaliser.get(5, 1)),
+        space_as_suffix=bool(trainer.get(24, 0)),
+    )

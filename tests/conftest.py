@@ -17,6 +17,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined: before the import
 torch.set_num_threads(1)
 
+import fixtures  # noqa: E402
+
 import train_gpt as tg  # noqa: E402
 from data import check  # noqa: E402
 
@@ -148,6 +150,13 @@ def write_manifest(folder: Path, **changes) -> None:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def recorded():
+    """Opens a folder of the packed reference numbers by its name."""
+    with fixtures.FixtureSet(ROOT / "tests" / "parity") as found:
+        yield found.folder
 
 
 @pytest.fixture

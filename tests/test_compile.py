@@ -57,15 +57,14 @@ def test_training_meets_no_graph_that_its_warm_up_has_not(data, tracing):
     trainer = tg.Trainer(s, world, model)
     trainer.warm_up()
     known, stream = tracing(), tg.Prefetch(tg.open_train_stream(s, world, trainer.tokens), world.device)
-    curriculum, passes_met = tg.Curriculum(s), set()
+    curriculum, looped = tg.Curriculum(s), set()
     for step in range(s.iterations):
-        length, passes, lr = curriculum.at(step, step / s.iterations)
-        trainer.micro_step(stream.next(length), tg.layer_plan(s, True, passes))
+        length, looping, lr = curriculum.at(step, step / s.iterations)
+        trainer.micro_step(stream.next(length), tg.layer_plan(s, looping))
         trainer.update(lr, 0.9)
-        trainer.set_sharpness(curriculum.sharpness(step, tg.lr_share(s, step / s.iterations)))
-        passes_met.add(passes)
+        looped.add(looping)
     stream.close()
-    assert passes_met == {1, 2} and trainer.alpha is not None
+    assert looped == {False, True} and trainer.sharpness is not None
     # with and without the loop and soft rounding; the stand-in does not look at the longest segment
     assert known == tracing() == 4
 
@@ -88,7 +87,7 @@ def test_evaluation_meets_no_graph_that_its_probes_have_not(tracing):
 
     compiled = scores(s)
     assert tracing() == known
-    assert np.allclose(compiled, scores(settings(**SHAPE, COMPILE="0")), rtol=0, atol=1e-5)
+    assert np.allclose(compiled, scores(settings(**SHAPE, COMPILE="0")), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("changes, graphs", [

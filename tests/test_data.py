@@ -25,9 +25,6 @@ from data.build import Recipe  # noqa: E402
 from data.shards import BOS, DataError  # noqa: E402
 from data.variants import Variant  # noqa: E402
 
-PARITY = ROOT.parent / "shared" / "parity"
-needs_parity = pytest.mark.skipif(not PARITY.exists(), reason="reference numbers not here")
-
 ODD = ["", " ", "  two  spaces  ", "\n\n\ttabs\tand\nlines \n", "literal \u2581 sign\u2581\u2581 again",
        "\u2581", "NUL \0 inside", "\ue001 \ue004\ue002 operators", "<s> <unk> <0x41> </s>",
        "Ünïcödé 中文字 العربية \U0001f600",
@@ -141,13 +138,12 @@ def test_vocabulary_bounds():
         tokens.train_bpe(["a b c"], 4096)
 
 
-@needs_parity
-def test_published_caseops_sidecar_is_reproduced():
-    safetensors = pytest.importorskip("safetensors.numpy")
-    fixture = json.loads((PARITY / "caseops/sidecar.json").read_text())
-    arrays = safetensors.load_file(PARITY / "caseops/sidecar.safetensors")
+def test_published_caseops_sidecar_is_reproduced(recorded):
+    folder = recorded("caseops")
+    fixture = json.loads(folder.texts["sidecar"])
+    arrays = {name: x.numpy() for name, x in folder.arrays("sidecar").items()}
     texts = [d["text"] for d in fixture["docs"]]
-    raw = (PARITY / "caseops" / fixture["model"]).read_bytes()
+    raw = (folder.path / fixture["model"]).read_bytes()
     ids, counts, lengths = tokens.Tokenizer(raw, field_rule=True).encode(texts)
     assert np.array_equal(ids, arrays["tokens"]) and np.array_equal(counts, arrays["bytes"])
     assert np.array_equal(np.cumsum(lengths), arrays["offsets"][1:])
@@ -160,24 +156,22 @@ def test_published_caseops_sidecar_is_reproduced():
             assert int(model.encode([text])[1].sum()) == len(text.encode())
 
 
-@needs_parity
 @pytest.mark.parametrize("name", ["small_nfkc", "small_identity"])
-def test_byte_rule_fixtures(name):
-    safetensors = pytest.importorskip("safetensors.numpy")
-    fixture = json.loads((PARITY / f"bpb/{name}.json").read_text())
-    arrays = safetensors.load_file(PARITY / f"bpb/{name}.safetensors")
-    model = tokens.Tokenizer((PARITY / f"bpb/{name}.model").read_bytes())
+def test_byte_rule_fixtures(name, recorded):
+    folder = recorded("bpb")
+    fixture = json.loads(folder.texts[name])
+    model = tokens.Tokenizer((folder.path / f"{name}.model").read_bytes())
     assert model.lossless == (name == "small_identity")
     ids, counts, _ = model.encode([t["text"] for t in fixture["texts"]])
-    assert np.array_equal(ids, arrays["ids"])
+    assert np.array_equal(ids, folder.arrays(name)["ids"])
     if model.lossless:
         assert int(counts.sum()) == sum(t["utf8"] for t in fixture["texts"])
 
 
-@needs_parity
-def test_published_shards_are_read():
-    ids = shards.read_shard(PARITY / "caseops/fineweb_val_000000.bin")
-    values = shards.read_shard(PARITY / "caseops/fineweb_val_bytes_000000.bin")
+def test_published_shards_are_read(recorded):
+    path = recorded("caseops").path
+    ids = shards.read_shard(path / "fineweb_val_000000.bin")
+    values = shards.read_shard(path / "fineweb_val_bytes_000000.bin")
     assert ids.size == values.size and not values[ids == BOS].any() and (ids == BOS).sum() == 30
 
 
@@ -277,10 +271,11 @@ def test_kill_and_restart_by_command(built, jsonl, tmp_path):
     time.sleep(0.3)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    time.sleep(2)                                   # orphaned workers notice within a second, or never were
     listing, mark = Path("/proc"), str(tmp_path).encode()
-    if listing.is_dir():
-        assert not [p for p in listing.glob("[0-9]*") if mark in environment(p)]
+    deadline = time.time() + 60                     # orphaned workers notice within a second, or never were
+    while orphans := [p for p in listing.glob("[0-9]*") if mark in environment(p)]:
+        assert time.time() < deadline, orphans
+        time.sleep(0.1)
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "out") == contents(built)

@@ -76,14 +76,6 @@ def test_fresh_tables_change_nothing_but_learn():
     assert model.bigram_embed.grad.abs().sum() > 0 and model.ve_proj.grad.abs().sum() > 0
 
 
-def test_passes_over_the_loop_rise_as_scheduled_and_each_is_warmed_up():
-    s = settings(NUM_LOOPS=3, LOOP_SCHEDULE="1@0.4,3@0.7,4@1", TRAIN_SEQ_SCHEDULE="32@0.5,64@1")
-    assert [tg.passes_at(s, p) for p in (0, 0.4, 0.41, 0.7, 1)] == [1, 1, 3, 3, 4]
-    assert tg.graphs_met(s) == [(32, 1), (32, 3), (64, 3), (64, 4)]
-    plans = [tg.layer_plan(s, True, n) for n in (1, 3, 4)]
-    assert [plan.slots for plan in plans] == [4, 8, 10] and plans[2] == tg.layer_plan(s, True)
-
-
 def train_steps(s, count=3):
     """A trainer after a few steps, and its starting weights."""
     model = sine_model(s)
@@ -122,19 +114,6 @@ def test_report_names_what_no_optimiser_has():
     assert {"softcap_pos", "softcap_neg"} <= set(trainer.optimiser.never_trained())
 
 
-def test_report_names_what_training_was_too_short_for():
-    s = settings(**TABLES, NUM_LOOPS=1, RECUR_START_STEP=3, LATE_QAT_THRESHOLD=0.5, LATE_QAT_MIN_STEP=3,
-                 TRAIN_SEQ_SCHEDULE="32@0.5,64@1", TRAIN_SEQ_LEN=64, TRAIN_BATCH_TOKENS=512,
-                 WARMDOWN_FRAC=0.5)
-    curriculum = tg.Curriculum(s)
-    curriculum.at(0, 0.1)
-    assert curriculum.unreached().keys() == {
-        "NUM_LOOPS", "LATE_QAT_THRESHOLD", "TRAIN_SEQ_SCHEDULE", "WARMDOWN_FRAC"}
-    curriculum.at(3, 0.6)
-    curriculum.sharpness(3, 0.4)
-    assert curriculum.unreached() == {}
-
-
 def test_soft_rounding_is_for_training_only_and_gets_sharper():
     s = settings(**TABLES, LATE_QAT_THRESHOLD=0.5, LATE_QAT_MIN_STEP=2)
     model, x, plan = sine_model(s), tokens(1, 20), tg.layer_plan(s, True)
@@ -142,8 +121,8 @@ def test_soft_rounding_is_for_training_only_and_gets_sharper():
     model.sharpness = torch.tensor(1.0)
     soft = model.losses(x, x.roll(-1, 1), plan, training=True)
     assert not torch.allclose(plain, soft, atol=1e-4)
-    curriculum = tg.Curriculum(s)
-    got = [curriculum.sharpness(k, lr) for k, lr in ((1, 0.1), (2, 0.6), (3, 0.4), (4, 0.9), (600, 0.9))]
+    trainer = tg.Trainer(s, tg.World(), model)
+    got = [trainer.sharpness_after(k, lr) for k, lr in ((1, 0.1), (2, 0.6), (3, 0.4), (4, 0.9), (600, 0.9))]
     assert got[:3] == [None, None, 1.0] and 1 < got[3] < got[4] == 16
 
 
@@ -172,7 +151,6 @@ def test_batches_read_ahead_are_cut_anew_and_nothing_is_lost(tmp_path):
         (dict(TRAIN_SEQ_SCHEDULE="64@1", TRAIN_LOADER="shuffled"), "windows of one length"),
         (dict(VE_ENABLED=1, VE_LAYERS="3,4"), "VE_LAYERS=3,4 must be layers below NUM_LAYERS=4"),
         (dict(BIGRAM_VOCAB_SIZE=1), "leaves no row"),
-        (dict(LOOP_SCHEDULE="1@0.5,3@1"), "LOOP_SCHEDULE=1@0.5,3@1 must end on.*NUM_LOOPS=1"),
         (dict(SLOT_ENABLED=1), "SLOT_ENABLED=1 is not to be had"),
         (dict(WARMDOWN_ITERS=3500), "set WARMDOWN_FRAC"),
         (dict(RECUR_LAYERS="1,3"), "RECUR_LAYERS=1,3 must be consecutive"),

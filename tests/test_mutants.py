@@ -133,6 +133,91 @@ def test_adaptation_sees_nothing_later(s, monkeypatch):
     assert_caught(s, TTT)
 
 
+def attention_sees(ahead):
+    """Every query also sees the token `ahead` places after it, and nothing else that is later."""
+    def mutant(patch):
+        def rows(q, k, v):
+            T, keys = q.shape[1], k.shape[1]
+            back = torch.arange(keys - T, keys)[:, None] - torch.arange(keys)
+            seen, groups = (back >= 0) | (back == -ahead), q.shape[2] // k.shape[2]
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+        patch.setattr(tg, "plain_rows", rows)
+    return mutant
+
+
+def embedding_holds(ahead):
+    """A token's embedding holds a tenth of the one `ahead` places after it."""
+    def mutant(patch):
+        def make(real):
+            def embed(self, ids, layout, *more):
+                x = real(self, ids, layout, *more)
+                return x + 0.1 * F.pad(x[:, ahead:], (0, 0, 0, x.size(1) - x[:, ahead:].size(1)))
+            return embed
+        replace(patch, tg.GPT, "embed", make)
+    return mutant
+
+
+def largest_changes(s) -> dict[str, float]:
+    """What each of C1's probes says changed at earlier targets."""
+    probes = tg.run_probes(s, tg.World(), sine_model(s))
+    return {p.name: float(p.figure.split()[2]) for p in probes if p.figure.startswith("largest change")}
+
+
+@pytest.fixture
+def one_layer(s):
+    """Settings of a model of one layer, scored in every way."""
+    return dataclasses.replace(s, num_layers=1, num_loops=0, xsa_last_n=0, parallel_start_layer=0,
+                               sliding_window_enabled=True)
+
+
+def test_one_layer_as_it_is_passes(one_layer):
+    assert set(largest_changes(one_layer).values()) == {0.0}
+
+
+@pytest.mark.parametrize("mutant, ahead", [(attention_sees, 1), (attention_sees, 2), (attention_sees, 3),
+                                           (embedding_holds, 1)])
+def test_one_layer_shows_a_leak_at_full_strength(one_layer, mutant, ahead, monkeypatch):
+    """Of the scored target itself (one ahead of the input), of the next token and of the one after it. Where
+    a leak counts, a loss of about ln 300 moves by far more than a thousandth; rounding, by a millionth."""
+    mutant(ahead)(monkeypatch)
+    changes = largest_changes(one_layer)
+    assert set(changes) == {WINDOWS, SLIDING, TTT} and min(changes.values()) > 1e-3, changes
+
+
+@once
+@pytest.mark.parametrize("changes", [
+    dict(eval_kv_reuse=False, val_batch_tokens=64), dict(ttt_kv_reuse=True, ttt_cache_lambda=0.5),
+    dict(ngram_tilt_enabled=True)], ids=str)
+def test_one_layer_shows_a_leak_however_it_is_scored(one_layer, changes, monkeypatch):
+    """In packed rows, beside the cache mixture and under the n-gram tilt."""
+    s = dataclasses.replace(one_layer, **changes)
+    attention_sees(1)(monkeypatch)
+    changed = largest_changes(s)
+    assert min(changed[name] for name in (WINDOWS, SLIDING, TTT)) > 1e-3, changed
+
+
+@once
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_one_layer_shows_what_is_read_from_the_targets(one_layer, ahead, monkeypatch):
+    """The hidden state holds a target that it is given. Its own: its probabilities sum to far more than 1,
+    which is C2's to see; a later one is seen by C1."""
+    def make(real):
+        def losses(self, ids, targets, *args, **more):
+            given = F.embedding(targets.view(-1, *ids.shape)[0], self.tok_emb)[:, ahead:]
+            with pytest.MonkeyPatch.context() as inner:
+                replace(inner, tg.GPT, "embed", lambda embed: lambda *a:
+                        embed(*a) + F.pad(given, (0, 0, 0, ids.size(1) - given.size(1))))
+                return real(self, ids, targets, *args, **more)
+        return losses
+    replace(monkeypatch, tg.GPT, "losses", make)
+    if ahead:
+        assert min(largest_changes(one_layer).values()) > 1e-3
+    else:
+        assert_caught(one_layer, WINDOWS_SUM, TTT_SUM)
+
+
 # --- distributions that are none
 
 def with_losses(patch, change):

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import environment, run_script, settings, sine_model, summary, tg
+from conftest import CONFIGS, environment, load_config, run_script, settings, sine_model, summary, tg
 
 WORDS = dict(within_tau=0.45, within_boost=0.75, word_tau=0.65, word_boost=0.75, agree_add_boost=0.5)
 FIELD = dict(ttt_kv_reuse=False, ttt_shared_a=False, ttt_optimizer="adam", ttt_doc_order="length")
@@ -65,6 +65,29 @@ def test_published_violations_fail_their_probes(s, changes, caught):
     failed = {p.name for p in tg.run_probes(s, tg.World(), sine_model(s)) if not p.ok}
     also = {"C1 n-gram hints", "C1 sliding windows", "C2 sliding windows"}
     assert set(caught) <= failed <= {*caught, *also}
+
+
+@pytest.mark.parametrize("tau, hits, asked", [(0.45, 9, 20), (0.65, 13, 20), (0.7, 7, 10), (0.8, 4, 5)])
+@pytest.mark.parametrize("expert", ["token_threshold", "within_tau", "word_tau"])
+def test_a_confidence_of_exactly_the_threshold_opens_the_gate(s, expert, tau, hits, asked, monkeypatch):
+    """As published: a float32 ratio is compared with the threshold as a float32."""
+    off = dict(token_threshold=2.0, within_tau=2.0, word_tau=2.0)
+    s = dataclasses.replace(s, **{**off, expert: tau})
+    share = np.float32(hits) / np.float32(asked)
+    below = np.nextafter(share, np.float32(0))
+    monkeypatch.setattr(tg, "ngram_experts", lambda *_: {
+        expert: (np.array([5, 6, 7]), np.array([below, share, 1], np.float32))})
+    assert tg.Hints.of(s, np.arange(4)).at.tolist() == [1, 2]
+
+
+def test_every_threshold_in_use_is_one_of_those_tested():
+    """Thresholds above 1 switch an expert off."""
+    seen = set()
+    for name in CONFIGS:
+        s = tg.Settings.from_env(load_config(name))
+        if s.ngram_tilt_enabled:
+            seen |= {tau for tau, _ in tg.experts_in_use(s).values()}
+    assert seen and seen <= {0.45, 0.65, 0.7, 0.8}
 
 
 def test_hints_change_the_score_but_not_what_adapters_learn_from(s, data):

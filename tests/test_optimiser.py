@@ -80,7 +80,7 @@ def test_schedules():
     )
     assert [tg.lr_share(s, p) for p in (0, 0.5, 0.75, 1.0)] == [1.0, 1.0, 0.5, 0.1]
     assert [round(tg.muon_momentum(s, k), 6) for k in (0, 5, 10, 99)] == [0.92, 0.945, 0.97, 0.97]
-    assert [tg.passes_at(s, p) for p in (0.34, 0.35)] == [1, 2]
+    assert [tg.Curriculum(s).loops(0, p) for p in (0.34, 0.35)] == [False, True]
 
 
 def test_warm_up_is_undone(s):

@@ -1,5 +1,6 @@
 """GPTQ, low-rank repair, and the whole model there and back."""
 
+import fault_fits
 import numpy as np
 import pytest
 import torch
@@ -36,7 +37,8 @@ def test_gptq_is_rounding_when_columns_do_not_interact():
 def test_blocks_only_change_the_order_of_sums(block):
     w, h = problem()
     scale = tg.row_scales(w, 6, 12.85)
-    assert (gptq(w, h, scale, 6, block=block) == gptq(w, h, scale, 6)).float().mean() > 0.995
+    # one code at the edge between two, which last bits decide, changes what follows in its row: 1 of 24
+    assert (gptq(w, h, scale, 6, block=block) == gptq(w, h, scale, 6)).float().mean() > 0.9
 
 
 def test_a_batch_is_its_matrices_and_dead_columns_are_zero():
@@ -46,7 +48,7 @@ def test_a_batch_is_its_matrices_and_dead_columns_are_zero():
     scale = tg.row_scales(w, 6, 12.85)
     both = gptq(w, h, scale, 6)
     for i in range(2):
-        assert (both[i] == gptq(w[i], h[i], scale[i], 6)).float().mean() > 0.999
+        assert (both[i] == gptq(w[i], h[i], scale[i], 6)).float().mean() > 0.9
     assert not both[1][:, 5].any() and both[0][:, 5].any()
 
 
@@ -56,6 +58,84 @@ def test_a_dead_column_is_damped_as_a_live_one():
     order, u, dead, _ = tg.hessian_factor(h[None], 0.01)
     assert order.tolist() == [[0, 1, 2]] and dead.tolist() == [[False, True, False]]
     assert torch.allclose(u[0].diagonal(), (torch.tensor([4.0, 1.0, 1.0]) + 0.02) ** -0.5)
+
+
+NOT_DEFINITE = torch.tensor([[1.0, 1.5], [1.5, 1.0]])  # eigenvalues -0.5 and 2.5: damping 0.5 and more helps
+
+
+def test_a_hessian_that_cannot_be_factored_is_damped_ten_times_more():
+    """Until it can be; its neighbours in the batch as they were asked for."""
+    h, damp = torch.stack([torch.eye(2), NOT_DEFINITE, 3 * torch.eye(2)]), torch.full((3, 1), 0.01)
+    found, taken = tg.damped_factor(h, damp)
+    assert taken.flatten().tolist() == pytest.approx([0.01, 1.0, 0.01])
+    for i, want in enumerate(taken):
+        alone = tg.hessian_factor(h[i:i + 1], want[None])
+        assert all(torch.equal(part[i], one[0]) for part, one in zip(found, alone, strict=True))
+
+
+@pytest.mark.parametrize("make", fault_fits.HESSIANS)
+@pytest.mark.parametrize("damp", [1e-6, 0.01])
+def test_every_hessian_leaves_a_factor(make, damp):
+    """Few calibration rows, dead inputs, none at all, tiny, huge and broken ones."""
+    h = make(64, torch.Generator().manual_seed(0))
+    (order, u, dead, ratio), taken = tg.damped_factor(h[None], torch.tensor([[damp]]))
+    assert order.sort().values.tolist() == [list(range(64))]
+    assert u.isfinite().all() and ratio.isfinite().all() and (ratio > 0).all()
+    assert (taken == torch.inf).all() == (not h.isfinite().all())
+    assert make is not fault_fits.usual or taken.item() == pytest.approx(damp)
+
+
+class Log:
+    def __init__(self):
+        self.events = []
+
+    def log(self, event, **values):
+        self.events.append((event, values))
+
+
+@pytest.mark.parametrize("allocation", ["fisher", "hand"])
+def test_what_calibration_left_unusable_is_said_once(monkeypatch, allocation):
+    monkeypatch.setattr(tg, "SMALL_TENSOR", 1000)
+    s, run = settings(QUANT_ALLOCATION=allocation, LQER_ENABLED=0), Log()
+    weights = tg.matrix_views({n: p.detach() for n, p in sine_model(s).named_parameters()})
+    bad, worse = "blocks.0.mlp.fc.weight", "blocks.1.mlp.fc.weight"
+    not_definite = torch.block_diag(NOT_DEFINITE, torch.eye(62))
+    blob = tg.quantise_to_fit(s, tg.World(), run, weights, tg.Curvature({
+        bad: not_definite, worse: torch.full((64, 64), torch.nan)}, {worse: torch.full((128,), torch.inf)}))
+    assert set(tg.read_artifact(s, blob, "it").weights) == set(weights)
+    told = [values for event, values in run.events if event == "curvature"]
+    assert [x["matrices"] for x in told] == [[bad], [worse]]
+    assert "damping 1 instead of 0.01" in told[0]["how"] and "not finite" in told[1]["how"]
+
+
+# ---- degenerate weights
+
+
+@pytest.mark.parametrize("bits", [2, 6, 8])
+def test_rows_without_spread_are_stored_as_they_are(bits):
+    """By hand: of a constant row the step is its value, of a zero row nothing."""
+    w = torch.tensor([[0.25] * 8, [-3.0] * 8, [0.0] * 8, [1e-9] * 8])
+    scale = tg.row_steps(w, bits, 12.85)
+    order, u, dead, _ = tg.hessian_factor(torch.eye(8)[None])
+    codes = tg.round_in_order(w[None], scale[None].float(), order, u, dead, 2 ** (bits - 1) - 1)[0]
+    assert torch.equal(codes * scale[:, None].float(), torch.tensor([0.25, -3, 0, 0])[:, None].expand(4, 8))
+    assert not codes[2:].any()
+
+
+def test_what_is_beyond_half_precision_is_its_largest_number():
+    """Steps and small tensors alike: an infinity would be refused by the artifact's reader."""
+    huge = torch.tensor([[1e30, -1e30], [1.0, 2.0]])
+    stored = [tg.to_half(huge), tg.row_scales(huge, 6, 1e9)]
+    stored += [*tg.quantise_rows(huge), *tg.lqer_asym(huge, huge, 2)]
+    assert all(x.isfinite().all() for x in stored)
+    assert tg.to_half(huge)[0].tolist() == [65504, -65504]
+    assert torch.equal(tg.to_half(huge)[1], huge[1].half())
+
+
+def test_fits_of_degenerate_models_end_well():
+    """Within the limit and read back bit for bit, or refused because no step would do."""
+    ends = fault_fits.fits(14, seed=6)
+    assert not set(ends) - {"fitted", "refused"} and ends["fitted"] > 8, ends
 
 
 @pytest.mark.parametrize("allocation", ["fisher", "hand"])
@@ -89,6 +169,35 @@ def test_low_rank_is_the_best_approximation(shape):
     a, b = tg.low_rank(e, 4)
     best = torch.linalg.svdvals(e)[4:].norm()
     assert torch.allclose((e - a @ b).norm(), best, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
+def test_the_sign_of_a_repair_is_a_rule_not_lapacks_choice(monkeypatch, shape):
+    """Whichever signs the eigenvectors come with, the same factors are stored."""
+    s, e = settings(LQER_ASYM_GROUP=8), torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    real, stored = torch.linalg.eigh, []
+    for sign in (1, -1):
+        def eigh(gram, sign=sign):
+            values, vectors = real(gram)
+            return torch.return_types.linalg_eigh((values, sign * vectors))
+        monkeypatch.setattr(torch.linalg, "eigh", eigh)
+        stored.append(tg.pack_factors(s, "m", *tg.low_rank(e, 4))[1])
+    assert all(torch.equal(stored[0][key], stored[1][key]) for key in stored[0])
+    assert (e - tg.factors_of(stored[0], "m")).norm() < e.norm()
+
+
+def test_each_pair_of_factors_gets_the_sign_that_is_stored_better():
+    g = torch.Generator().manual_seed(4)
+    a, b = torch.randn(40, 4, generator=g), torch.randn(4, 24, generator=g)
+
+    def errors(a, b):      # of every pair on its own
+        x, y = tg.asym_values(*tg.lqer_asym(a, b, 8))
+        return torch.stack([(a[:, [i]] @ b[[i]] - x[:, [i]] @ y[[i]]).norm() for i in range(4)])
+
+    both = torch.stack((errors(a, b), errors(-a, -b)))
+    signed = tg.asym_signs(a, b, 8)
+    assert torch.allclose(errors(*signed), both.min(0).values) and both[0].ne(both[1]).any()
+    assert torch.allclose(signed[0] @ signed[1], a @ b, atol=1e-5)
 
 
 def quantised(monkeypatch, **changes):
@@ -205,6 +314,67 @@ def test_fisher_is_the_expected_square_of_the_gradient():
     assert torch.nn.functional.cosine_similarity(got, want, dim=0) > 0.93
     assert got.sum() == pytest.approx(want.sum().item(), rel=0.25)
     assert fisher["tok_emb.weight"].shape == (300,) and (fisher["tok_emb.weight"] > 0).all()
+
+
+def embedding_times_three(patch):
+    """A mechanism that this script does not have."""
+    real = tg.GPT.embed
+    patch.setattr(tg.GPT, "embed", lambda *args: 3 * real(*args))
+
+
+MECHANISMS = [
+    {}, dict(SMEAR_GATE_ENABLED=0), dict(SMEAR_GATE_KIND="channels"),
+    dict(VE_ENABLED=1, VE_LAYERS="1,3", VE_DIM=16), dict(BIGRAM_VOCAB_SIZE=40, BIGRAM_DIM=16),
+    dict(BIGRAM_VOCAB_SIZE=40, BIGRAM_DIM=64, SMEAR_GATE_KIND="channels"),
+    dict(LOGIT_SOFTCAP=2), dict(ASYM_LOGIT_RESCALE=1), dict(LN_SCALE=0, SKIP_GATES_ENABLED=0),
+    dict(PARALLEL_LANES="separate"), dict(PARALLEL_FINAL_LANE="attn"), dict(PARALLEL_FINAL_LANE="mlp"),
+    dict(NUM_LAYERS=1, NUM_LOOPS=0, PARALLEL_START_LAYER=0, XSA_LAST_N=0), embedding_times_three]
+
+
+@pytest.mark.parametrize("mechanism, tied", [
+    *((m, 0) for m in MECHANISMS), ({}, 1), (dict(ASYM_LOGIT_RESCALE=1), 1), (embedding_times_three, 1)],
+    ids=lambda value: getattr(value, "__name__", str(value)))
+def test_sensitivities_of_embedding_and_head_are_autograds(mechanism, tied, monkeypatch):
+    """For every mechanism between a looked-up row and the loss: what a row costs where it is read, against
+    the gradient of the same drawn labels (every token occurs once, so that a row's is a place's), and where
+    it is written, against the expectation over all labels."""
+    changes = mechanism if isinstance(mechanism, dict) else {}
+    if not isinstance(mechanism, dict):
+        mechanism(monkeypatch)
+    s = settings(QUANT_ALLOCATION="fisher", TIE_EMBEDDINGS=tied, VOCAB_SIZE=100, **changes)
+    model, x, tap = sine_model(s), torch.arange(20, 100, 6)[None], tg.HessianTap(s)
+    if s.asym_logit_rescale:
+        model.softcap_pos.data.fill_(1.5)
+        model.softcap_neg.data.fill_(0.7)
+    plan = tg.layer_plan(s, True)
+    hidden = model.hidden(x, plan, tap=tap)
+    tap.add_squares(model, x, hidden, torch.Generator().manual_seed(0))
+    tap.batches = 1
+    curvature = tap.finish()
+
+    hidden = model.hidden(x, plan)
+    head = (model.tok_emb if tied else model.lm_head).detach()
+    z = (hidden[0] @ head.T).detach().requires_grad_()
+    monkeypatch.setattr(model, "raw_logits", lambda hidden, adapter=None: hidden)
+    log_p = model.logits(z).log_softmax(-1)
+    drawn = torch.rand(len(z), 1, generator=torch.Generator().manual_seed(0))
+    label = torch.searchsorted(log_p.exp().cumsum(1), drawn)
+    d_z = torch.autograd.grad(log_p.gather(1, label).sum(), z, retain_graph=True)[0]
+    read = torch.autograd.grad(hidden, model.tok_emb, (d_z @ head)[None])[0].square().mean(1)
+    written = torch.zeros(100)
+    for i in range(100):      # d log p_i / dz at all places at once
+        d_z = torch.autograd.grad(log_p[:, i].sum(), z, retain_graph=True)[0]
+        written += (log_p[:, i, None].exp() * d_z.square()).sum(0).detach() / len(z)
+
+    def same(got, want):
+        assert (got - want).abs().max() < 1e-3 * want.max() and (read > 0).sum() == len(z)
+
+    if tied:      # both in one: the Hessian's diagonal takes the mean cost of reading along
+        h = hidden.detach().square().sum((0, 1)).mean()
+        same(curvature.fisher["tok_emb.weight"], (written * h + read) / (h + read.mean() / written.mean()))
+    else:
+        same(curvature.fisher["tok_emb.weight"], read)
+        same(curvature.fisher["lm_head.weight"], written)
 
 
 @pytest.mark.parametrize("packed", [True, False])

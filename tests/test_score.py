@@ -139,7 +139,7 @@ def test_a_document_beyond_the_window_costs_one_pass(s, monkeypatch):
     first = np.concatenate([np.arange(n - 1) < s.eval_seq_len for n in val.documents.length])
     assert 0 < first.sum() < targets
     gap = (books[0] - books[1]).abs()
-    assert gap[first].max() < 1e-6 < gap.max()
+    assert gap[first].max() < 2e-5 < 1e-3 < gap.max()
     cut = passes.index(0)
     assert sum(passes[:cut]) < targets + 8 * len(val.documents) and sum(passes[cut:]) > 2 * targets
 

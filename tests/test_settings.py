@@ -63,7 +63,6 @@ def test_full_size_model_has_the_published_parameters():
         ({"MATRIX_LR": "fast"}, ["MATRIX_LR=fast", "number"]),
         ({"MATRIX_LR": "nan"}, ["MATRIX_LR=nan", "number"]),
         ({"TIE_EMBEDDINGS": "yes"}, ["TIE_EMBEDDINGS=yes", "0 or 1"]),
-        ({"COMPRESSOR": "zip"}, ["COMPRESSOR=zip", "ans"]),
         ({"GATED_ATTN_ENABLED": "1"}, ["SPARSE_ATTN_GATE_ENABLED", "GATED_ATTN_ENABLED"]),
         ({"EVAL_STRIDE": "4096"}, ["EVAL_STRIDE=4096", "EVAL_SEQ_LEN=2048"]),
         ({"TTT_CHUNK_SIZE": "4096"}, ["TTT_CHUNK_SIZE=4096", "TTT_EVAL_SEQ_LEN=2048"]),
@@ -75,10 +74,6 @@ def test_full_size_model_has_the_published_parameters():
         ({"TTT_SHORT_SCORE_FIRST_STEPS": "²:8"}, ["TTT_SHORT_SCORE_FIRST_STEPS=²:8", "256:8"]),
         ({"TTT_MASK": "no_k"}, ["TTT_MASK=no_k", "no_qv"]),
         ({"TTT_EVAL_ONLY": "1"}, ["TTT_EVAL_ONLY=1", "EVAL_ONLY_QUANTIZED_PATH"]),
-        ({"LOOP_SCHEDULE": "3@0.5,2@1"}, ["LOOP_SCHEDULE=3@0.5,2@1", "NUM_LOOPS=2"]),
-        ({"LOOP_SCHEDULE": "1.9@0.5,3@1"}, ["1.9@0.5"]),
-        ({"LOOP_SCHEDULE": "1@0.5,3@1", "RECUR_START_STEP": "5"}, ["RECUR_START_STEP=5", "keep one"]),
-        ({"ASYM_LOGIT_TRAIN": "1"}, ["ASYM_LOGIT_TRAIN=1 has", "set ASYM_LOGIT_RESCALE=1"]),
     ],
 )
 def test_bad_settings_name_value_bound_and_remedy(env, words):

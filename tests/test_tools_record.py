@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 
@@ -131,8 +132,16 @@ def rescript(run, tmp_path):
     make_run(run, 0, 61, script=SCRIPT + b"# changed\n")
 
 
+def score_again(run):
+    """An evaluation of the same run by another script."""
+    with open(run / "metrics.jsonl", "a") as f:
+        f.write(json.dumps({"event": "code", "sha256": "0" * 64}) + "\n")
+        f.write(json.dumps({"event": "final", "val_bpb": 1.06}) + "\n")
+
+
 BAD = {"mixed configurations": (lambda r, t: settings_of(r[1], MATRIX_LR=0.03), r"MATRIX_LR=0.026 and 0.03"),
        "mixed code": (lambda r, t: rescript(r[1], t), "ran different code"),
+       "scored by another script": (lambda r, t: score_again(r[0]), "by another script than the one that"),
        "over size": (lambda r, t: [make_run(t / f"b{n}", n, size=15_999_900) and None for n in (1, 2, 3)],
                      "over the limit"),
        "training over time": (lambda r, t: change(r[2], "summary", train_seconds=600.4),
@@ -202,7 +211,8 @@ def test_a_record_of_this_repository_is_whole(folder):
         summary = json.loads((folder / f"summary_seed{seed}.json").read_text())
         assert summary["val_bpb"] == result["val_bpb"] and f"{result['val_bpb']:.8f}" in (
             folder / "README.md").read_text()
-        assert f"final val_bpb={result['val_bpb']:.6f}" in (folder / f"train_seed{seed}.log").read_text()
+        logged = re.search(r"final val_bpb=([\d.]+)", (folder / f"train_seed{seed}.log").read_text())
+        assert float(logged[1]) == pytest.approx(result["val_bpb"], abs=1e-6)
         events = map(json.loads, (folder / f"metrics_seed{seed}.jsonl").read_text().splitlines())
         assert {"step_time", "profile", "final"} <= {event["event"] for event in events}
     assert sum(path.stat().st_size for path in folder.iterdir()) < 500_000

@@ -114,10 +114,14 @@ def test_a_killed_worker_loses_and_doubles_nothing(place):
                              *words(place, "--trials", 5, "--workers", 2, "--seeds", "1,2")],
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 60
-    while not (place / "out" / "study.db").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(1)
-    killed = kill_a_worker(study(place), deadline)
+    found = None
+    while found is None:  # the file is there before its tables are
+        try:
+            found = study(place)
+        except Exception:
+            assert time.monotonic() < deadline and done.poll() is None
+            time.sleep(0.1)
+    killed = kill_a_worker(found, deadline)
     said, _ = done.communicate(timeout=90)
     assert done.returncode == 0, said
     complete, dead = check_points(study(place), 5)

@@ -78,7 +78,7 @@ def test_any_number_of_ranks_gives_the_same_score(s):
     alone = bpb(tg.World())
     for size in (2, 3):
         with ThreadPoolExecutor(size) as pool:
-            assert all(abs(x - alone) < 1e-6 for x in pool.map(bpb, ranks_as_threads(size)))
+            assert all(abs(x - alone) < 2e-5 for x in pool.map(bpb, ranks_as_threads(size)))
 
 
 def test_every_target_is_scored_once_before_anything_learns_from_it(s):
@@ -244,7 +244,7 @@ def test_where_later_documents_end_is_nothing_to_earlier_ones(s, at):
         losses.append(ttt.ledger.loss)
     first = min(635, at)
     gap = (losses[0] - losses[1]).abs()
-    assert gap[:first - 1].max() < 1e-6 < gap[first - 1:].max()
+    assert gap[:first - 1].max() < 2e-5 < 1e-3 < gap[first - 1:].max()
 
 
 @pytest.mark.parametrize("spent, level", [(1.0, 0), (5.5, 2)])
@@ -366,7 +366,7 @@ def test_the_corrector_on_two_ranks(s, order):
         both = pool.map(lambda world: tg.PhasedTTT(s, world, sine_model(s), tg.Validation(s)).run().bpb,
                         ranks_as_threads(2))
         one, other = both
-    assert one == other and (abs(one - alone) < 1e-6) == (order == "stream")
+    assert one == other and (abs(one - alone) < 2e-5) == (order == "stream")
 
 
 def test_limits_of_documents_that_adapt():

@@ -1,12 +1,14 @@
-"""What each mechanism is worth: runs that differ from one configuration by one thing, seed by seed.
+"""What each mechanism is worth: runs unlike one configuration in one thing, by seed.
 
-    set -a; . configs/best.env; . my_sizes.env; set +a; python tools/ablate.py runs/ablation --seeds 1 2 3
+    set -a; . configs/best.env; . my_sizes.env; set +a
+    python tools/ablate.py runs/ablation --seeds 1 2 3
 
-The environment is the configuration, and every row changes what it names. Rows of TRAINED are trained and
-scored by their averaged weights (prequant_val_bpb); rows of SCORED start from the weights of the base and are
-scored by the artifact (val_bpb). Finished runs of the same settings are taken up again, others are run anew;
-a folder with a finished run of other settings is refused. The table shows the paired difference over
-seeds with its standard error: negative means that the change helps.
+The environment is the configuration, and every row changes what it names. Rows of
+TRAINED are trained and scored by their averaged weights (prequant_val_bpb); rows of
+SCORED start from the weights of the base and are scored by the artifact (val_bpb).
+Finished runs of the same settings are taken up again, others are run anew; a folder
+with a finished run of other settings is refused. The table shows the paired difference
+over seeds with its standard error: negative means that the change helps.
 """
 
 from __future__ import annotations
@@ -21,13 +23,24 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
-if __package__ in (None, ""):  # run as a script: make `tools` importable from anywhere
+if __package__ in (None, ""):  # run as a script: make `tools` importable
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from tools.common import SCRIPT, ToolError, load_run, relative, run_cli, write_atomic
+from tools.common import (
+    SCRIPT,
+    ToolError,
+    command_line,
+    load_run,
+    relative,
+    run_cli,
+    write_atomic,
+)
 
 DONE = "ablate.json"  # in a run's folder once it has succeeded: the settings it was given
+BASE = "the configuration"  # the row that the others are compared with
 
+BIGRAM = "BIGRAM_VOCAB_SIZE=2048 BIGRAM_DIM=64"
+GROWING = "TRAIN_SEQ_SCHEDULE=128@0.3,256@0.7,512@1"
 TRAINED = {
     "no U-Net skip gates": "SKIP_GATES_ENABLED=0",
     "no smear gate": "SMEAR_GATE_ENABLED=0",
@@ -35,29 +48,23 @@ TRAINED = {
     "dense attention gate": "SPARSE_ATTN_GATE_ENABLED=0 GATED_ATTN_ENABLED=1",
     "projected attention gate": "SPARSE_ATTN_GATE_ENABLED=0 ATTN_OUT_GATE_ENABLED=1",
     "no XSA": "XSA_LAST_N=0",
-    "gated XSA": "GATED_XSA=1",
     "no depth recurrence": "NUM_LOOPS=0",
-    "recurrence in steps": "LOOP_SCHEDULE=1@0.35,2@0.65,3@1",
     "no parallel lanes": "PARALLEL_START_LAYER=0",
     "ReLU squared": "NEGATIVE_SLOPE=0",
     "no scale by depth": "LN_SCALE=0",
-    "bigram table": "BIGRAM_VOCAB_SIZE=2048 BIGRAM_DIM=64",
+    "bigram table": BIGRAM,
     "value embeddings": "VE_ENABLED=1 VE_DIM=64 VE_LAYERS=4,5",
     "untied head": "TIE_EMBEDDINGS=0",
-    "two trained caps": "ASYM_LOGIT_RESCALE=1 ASYM_LOGIT_TRAIN=1",
     "no floor of the learning rate": "MIN_LR=0",
-    "split learning rate, early x 0.7": "MATRIX_LR_EARLY=0.0182 MATRIX_LR_LATE=0.026 BANK_SPLIT=3",
+    "split learning rate, early x 0.7":
+        "MATRIX_LR_EARLY=0.0182 MATRIX_LR_LATE=0.026 BANK_SPLIT=3",
     "no row normalisation in Muon": "MUON_ROW_NORMALIZE=0",
     "one quintic in Muon": "MUON_COEFFICIENTS=quintic",
-    "centralised updates": "GRAD_CENTRALIZE=1",
-    "weight decay tapers to 0": "WD_TAPER_FINAL_MULT=0",
-    "label smoothing 0.05": "LABEL_SMOOTH=0.05",
     "no averaging": "EMA_DECAY=0",
     "coprime windows": "TRAIN_LOADER=coprime",
-    "growing context": "TRAIN_SEQ_SCHEDULE=128@0.3,256@0.7,512@1 SEQ_CHANGE_WARMUP_STEPS=4",
-    "growing context, no warm-ups": "TRAIN_SEQ_SCHEDULE=128@0.3,256@0.7,512@1 SEQ_CHANGE_WARMUP_STEPS=0",
-    "bigram table, soft rounding": "BIGRAM_VOCAB_SIZE=2048 BIGRAM_DIM=64 LATE_QAT_THRESHOLD=0.5 "
-                                   "LATE_QAT_MIN_STEP=0",
+    "growing context": f"{GROWING} SEQ_CHANGE_WARMUP_STEPS=4",
+    "growing context, no warm-ups": f"{GROWING} SEQ_CHANGE_WARMUP_STEPS=0",
+    "bigram table, soft rounding": f"{BIGRAM} LATE_QAT_THRESHOLD=0.5 LATE_QAT_MIN_STEP=0",
 }
 BY_HAND = "QUANT_ALLOCATION=hand QUANT_TRELLIS=0"
 MODULES = "GPTQ_DAMP_EMBED=0.005 GPTQ_DAMP_MLP=0.02"
@@ -68,7 +75,6 @@ SCORED = {
     "steps by hand, LQER by gain": f"{BY_HAND} LQER_ENABLED=1 LQER_GAIN_SELECT=1",
     "steps by hand, damping by module": f"{BY_HAND} {MODULES}",
     "damping by module": MODULES,
-    "shuffled brotli": "COMPRESSOR=brotli",
     "steps by hand, AWQ": f"{BY_HAND} AWQ_LITE_ENABLED=1",
     "no trellis": "QUANT_TRELLIS=0",
     "logit calibration": "LOGIT_CALIB_ENABLED=1",
@@ -86,28 +92,43 @@ SCORED = {
     "two steps a chunk": "TTT_GRAD_STEPS=2",
     "n-gram tilt": "NGRAM_TILT_ENABLED=1",
     "n-gram tilt, shrinking boost": "NGRAM_TILT_ENABLED=1 NGRAM_BOOST_GAMMA=1",
-    "three experts that agree": "NGRAM_TILT_ENABLED=1 WITHIN_TAU=0.45 WITHIN_BOOST=0.75 WORD_TAU=0.65 "
-                                "WORD_BOOST=0.75 AGREE_ADD_BOOST=0.5",
+    "three experts that agree":
+        "NGRAM_TILT_ENABLED=1 WITHIN_TAU=0.45 WITHIN_BOOST=0.75 "
+        "WORD_TAU=0.65 WORD_BOOST=0.75 AGREE_ADD_BOOST=0.5",
     "n-gram corrector": "CORRECTOR_ALPHA=0.3 CORRECTOR_ORDERS=2,3,5",
 }
+PARTS = (  # part of the study, its rows, and the score in summary.json that it compares
+    ("trained", TRAINED, "prequant_val_bpb"),
+    ("scored", SCORED, "val_bpb"),
+)
 
 
 def run(folder: Path, changes: str, **more: str) -> dict | None:
-    """The summary of one run, run now unless it is there; None when it failed (its log stays)."""
-    env = {**os.environ, **dict(c.split("=", 1) for c in changes.split()), **more,
-           "ARTIFACT_DIR": str(folder)}
+    """The summary of one run, run now unless it is there.
+
+    changes: "SETTING=value …". None when it failed; its log stays.
+    """
+    env = {**os.environ, **settings_in(changes), **more, "ARTIFACT_DIR": str(folder)}
     if not is_done(folder, env):
-        shutil.rmtree(folder, ignore_errors=True)      # what was cut short cannot be gone on with
+        shutil.rmtree(folder, ignore_errors=True)  # what was cut short cannot go on
         folder.mkdir(parents=True)
+        command = [sys.executable, str(SCRIPT)]
         with open(folder / "output.log", "w") as log:
-            if subprocess.run([sys.executable, str(SCRIPT)], env=env, stdout=log, stderr=log).returncode:
-                return None
-        write_atomic(folder / DONE, json.dumps(given_settings(folder, env), indent=1))
+            done = subprocess.run(command, env=env, stdout=log, stderr=log)
+        if done.returncode:
+            return None
+        given = given_settings(folder, env)
+        write_atomic(folder / DONE, json.dumps(given, indent=1))
     return load_run(folder).summary
 
 
+def settings_in(changes: str) -> dict[str, str]:
+    """"A=1 B=2" -> {"A": "1", "B": "2"}"""
+    return dict(change.split("=", 1) for change in changes.split())
+
+
 def given_settings(folder: Path, env: dict) -> dict[str, str]:
-    """What the environment sets of the settings that the run in the folder names in its summary."""
+    """Those settings of the folder's run that the environment sets."""
     names = load_run(folder).summary["settings"]
     return {k: env[k] for k in sorted(names) if k in env}
 
@@ -116,74 +137,117 @@ def is_done(folder: Path, env: dict) -> bool:
     """The folder holds a finished run of these settings; a ToolError for one of others."""
     try:
         wanted = given_settings(folder, env)
-    except (ToolError, KeyError):      # not there, or cut short
+    except (ToolError, KeyError):  # not there, or cut short
         return False
     if not (folder / DONE).is_file():
-        raise ToolError(f"{relative(folder)} holds a finished run, but not its settings ({DONE}): "
-                        "choose another folder, or delete it to run it again")
+        raise ToolError(
+            f"{relative(folder)} holds a finished run, but not its settings ({DONE}): "
+            "choose another folder, or delete it to run it again")
     known = json.loads((folder / DONE).read_text())
-    unlike = [k for k in sorted({*known, *wanted}) if known.get(k) != wanted.get(k)]
+    names = sorted({*known, *wanted})
+    unlike = [k for k in names if known.get(k) != wanted.get(k)]
     if unlike:
-        pairs = ", ".join(f"{k}={known.get(k)}, now {wanted.get(k)}" for k in unlike[:4])
-        raise ToolError(f"{relative(folder)} holds a run of other settings ({pairs}): choose another folder")
+        pairs = [f"{k}={known.get(k)}, now {wanted.get(k)}" for k in unlike[:4]]
+        raise ToolError(
+            f"{relative(folder)} holds a run of other settings ({', '.join(pairs)}): "
+            "choose another folder")
     return True
 
 
 def table(results: dict, base: str, key: str, seeds: list[int]) -> list[str]:
-    """Markdown: score of the base, then every row's paired difference ± standard error."""
-    values = {name: [r and r.get(key) for r in runs] for name, runs in results.items()}
+    """Markdown: score of the base, then every row's paired difference ± standard error.
+
+    results: {row: a summary, or None, for every seed}.
+    """
+    of_base = results[base]
     lines = ["| change | BPB | difference | seeds |", "|---|---|---|---|"]
-    for name, row in values.items():
-        pairs = [(v, b) for v, b in zip(row, values[base]) if v is not None and b is not None]
-        if not pairs:
-            lines.append(f"| {name} | failed | | 0 of {len(seeds)} |")
+    for name, runs in results.items():
+        values, differences = [], []
+        for summary, other in zip(runs, of_base):
+            value = (summary or {}).get(key)
+            reference = (other or {}).get(key)
+            if value is not None and reference is not None:
+                values.append(value)
+                differences.append(value - reference)
+        count = f"{len(values)} of {len(seeds)}"
+        if not values:
+            lines.append(f"| {name} | failed | | {count} |")
             continue
-        d = [v - b for v, b in pairs]
-        error = f" ± {stdev(d) / len(d) ** 0.5:.4f}" if len(d) > 1 else ""
-        shown = "" if name == base else f"{mean(d):+.4f}{error}"
-        lines.append(f"| {name} | {mean(v for v, _ in pairs):.4f} | {shown} | {len(d)} of {len(seeds)} |")
+        shown = "" if name == base else mean_and_error(differences)
+        lines.append(f"| {name} | {mean(values):.4f} | {shown} | {count} |")
     return lines
+
+
+def mean_and_error(differences: list[float]) -> str:
+    """Mean ± standard error, the latter where there are two."""
+    count = len(differences)
+    if count == 1:
+        return f"{differences[0]:+.4f}"
+    error = stdev(differences) / count**0.5
+    return f"{mean(differences):+.4f} ± {error:.4f}"
+
+
+def study_part(part: str, rows: dict, args: argparse.Namespace, pool) -> dict:
+    """Run one part's rows: {row: a summary by seed, None where a run failed}.
+
+    Seed by seed, so that an interrupted study has whole rows.
+    """
+    weights = args.out / "trained" / "base"
+    trained = part == "trained"
+
+    def train(seed: int) -> dict | None:
+        return run(weights / str(seed), "", SEED=str(seed), PREQUANT_ONLY="1")
+
+    if not trained:  # every seed's weights first
+        list(pool.map(train, args.seeds))
+    jobs: dict[str, list] = {name: [] for name in rows}
+    for seed in args.seeds:
+        given = {"SEED": str(seed)}
+        if trained:
+            given["PREQUANT_ONLY"] = "1"
+        else:
+            given["EVAL_ONLY_PATH"] = str(weights / str(seed) / "final_model.pt")
+        for name, changes in rows.items():
+            label = "base" if name == BASE else name.replace(" ", "_").replace(",", "")
+            folder = args.out / part / label / str(seed)
+            jobs[name].append(pool.submit(run, folder, changes, **given))
+    results = {}
+    for name, row in jobs.items():
+        results[name] = [job.result() for job in row]
+    return results
 
 
 def study(args: argparse.Namespace, pool: ThreadPoolExecutor) -> None:
     """Run what is asked for and print the tables."""
-    base = "the configuration"
-    for part, rows, key in (("trained", TRAINED, "prequant_val_bpb"), ("scored", SCORED, "val_bpb")):
-        chosen = {base: "", **{k: v for k, v in rows.items()
-                               if not args.rows or any(r in k for r in args.rows)}}
+    for part, known, key in PARTS:
         if args.part not in (part, "both"):
             continue
-        jobs = {}
-        if part == "scored":       # every seed's weights first
-            list(pool.map(lambda s: run(args.out / "trained" / "base" / str(s), "", SEED=str(s),
-                                        PREQUANT_ONLY="1"), args.seeds))
-        for seed in args.seeds:    # seed by seed, so that an interrupted study has whole rows
-            more = ({"PREQUANT_ONLY": "1"} if part == "trained" else
-                    {"EVAL_ONLY_PATH": str(args.out / "trained" / "base" / str(seed) / "final_model.pt")})
-            for name, changes in chosen.items():
-                label = "base" if name == base else name.replace(" ", "_").replace(",", "")
-                folder = args.out / part / label / str(seed)
-                job = pool.submit(run, folder, changes, SEED=str(seed), **more)
-                jobs.setdefault(name, []).append(job)
-        results = {name: [j.result() for j in row] for name, row in jobs.items()}
-        print("\n".join([f"\n{key}", *table(results, base, key, args.seeds)]), flush=True)
+        rows = {BASE: ""}
+        for name, changes in known.items():
+            if not args.rows or any(word in name for word in args.rows):
+                rows[name] = changes
+        results = study_part(part, rows, args, pool)
+        lines = [f"\n{key}", *table(results, BASE, key, args.seeds)]
+        print("\n".join(lines), flush=True)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder of the runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--workers", type=int, default=1, help="runs side by side")
-    parser.add_argument("--part", choices=("trained", "scored", "both"), default="both")
-    parser.add_argument("--rows", nargs="*", help="only rows whose name contains one of these")
+    """Command line."""
+    parser = command_line(__doc__)
+    add = parser.add_argument
+    add("out", type=Path, help="folder of the runs")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    add("--workers", type=int, default=1, help="runs side by side")
+    add("--part", choices=("trained", "scored", "both"), default="both")
+    add("--rows", nargs="*", help="only rows whose name contains one of these")
     args = parser.parse_args()
 
     with ThreadPoolExecutor(args.workers) as pool:
         try:
             study(args, pool)
         except ToolError:
-            pool.shutdown(wait=False, cancel_futures=True)      # what has begun ends, the rest is not begun
+            # what has begun ends, the rest is not begun
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
     return 0
 

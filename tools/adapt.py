@@ -1,20 +1,22 @@
-"""Ways of test-time training side by side: the same model, the same documents, paired differences.
+"""Ways of test-time training side by side: one model, one set of documents, differences.
 
-    python tools/adapt.py runs/demo/final_model.int6.ptz --out runs/adapt --max-tokens 1000 \\
-        'none: TTT_LORA_LR=0' 'fast: TTT_LORA_LR=1e-3' 'exact: TTT_KV_REUSE=0 TTT_LORA_LR=1e-3'
+    python tools/adapt.py runs/demo/final_model.int6.ptz --out runs/adapt \\
+        'none: TTT_LORA_LR=0' 'fast: TTT_LORA_LR=1e-3' 'exact: TTT_KV_REUSE=0'
 
-Settings are the environment's, each row changes some of them; TTT_ENABLED=0 is a row of sliding windows at
-EVAL_STRIDE. Documents come from the validation shards of DATA_PATH: to choose a learning rate, point it at
-held-out training documents. Differences are against the first row and against --reference, in nats per token,
-with standard errors over documents; the two halves are the even and the odd documents, so that what is chosen
-on one can be reported on the other. Rows already in the --out folder are read, not run again, where artifact,
-settings and documents are the same.
+Settings are the environment's, each row changes some of them; TTT_ENABLED=0 is a row of
+sliding windows at EVAL_STRIDE. Documents come from the validation shards of DATA_PATH:
+to choose a learning rate, point it at held-out training documents. Differences are
+against the first row and against --reference, in nats per token, with standard errors
+over documents; the two halves are the even and the odd documents, so that what is
+chosen on one can be reported on the other. Rows already in the --out folder are read,
+not run again, where artifact, settings and documents are the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import os
 import sys
 import time
@@ -23,10 +25,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-if __package__ in (None, ""):  # run as a script: make `tools` and `train_gpt` importable from anywhere
+if __package__ in (None, ""):  # run as a script: make `tools` importable
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from tools.common import ToolError, need, run_cli, table
+from tools.common import ToolError, command_line, need, run_cli, table
 
 LENGTHS = (0, 128, 256, 512, 1024, 2048, 10**9)
 POSITIONS = (0, 48, 144, 336, 720, 1440, 10**9)
@@ -42,20 +44,29 @@ class Row(NamedTuple):
 
 def identity(s, artifact: Path, keep: tuple[int, int, int]) -> str:
     """What a row's losses depend on, in short: artifact, settings, choice of documents."""
-    return hashlib.sha256(artifact.read_bytes() + repr((s, keep)).encode()).hexdigest()
+    choices = repr((s, keep)).encode()
+    return hashlib.sha256(artifact.read_bytes() + choices).hexdigest()
 
 
 def measure(tg, s, artifact: Path, keep: tuple[int, int, int]) -> tuple[Row, np.ndarray]:
-    """The row of settings s, and the documents' lengths. keep: their number, fewest and most tokens."""
+    """The row of settings s, and the documents' lengths.
+
+    keep: how many documents, from the start, of how many tokens at least and at most.
+    """
     world = tg.World.join({})
     tg.set_up(s, world)
-    model, val, (count, low, high) = tg.build_model(s, world), tg.Validation(s), keep
+    model = tg.build_model(s, world)
+    val = tg.Validation(s)
     tg.open_artifact(s, world, model, artifact)
     documents = val.documents
-    chosen = np.flatnonzero((documents.length >= low) & (documents.length <= high))[:count]
+    count, low, high = keep
+    fits = (documents.length >= low) & (documents.length <= high)
+    chosen = np.flatnonzero(fits)[:count]
     if len(chosen) < 2:
-        raise ToolError(f"{len(chosen)} documents have {low} to {high} tokens: raise --max-tokens")
-    documents.start, documents.length = documents.start[chosen], documents.length[chosen]
+        raise ToolError(f"{len(chosen)} documents have {low} to {high} tokens: "
+                        "raise --max-tokens")
+    documents.start = documents.start[chosen]
+    documents.length = documents.length[chosen]
     begin = time.process_time()
     val.hints = tg.Hints.build(s, world, val, s.ttt_enabled)
     if s.ttt_enabled:
@@ -65,87 +76,148 @@ def measure(tg, s, artifact: Path, keep: tuple[int, int, int]) -> tuple[Row, np.
         books = tg.Scorer(s, world, model)
         books.windows(val, s.eval_stride)
     seconds = time.process_time() - begin
-    return Row("", books.ledger.loss.cpu().numpy()[books.ledger.expected], seconds), documents.length - 1
+    losses = books.ledger.loss.cpu().numpy()[books.ledger.expected]
+    return Row("", losses, seconds), documents.length - 1
+
+
+def starts_of(lengths: np.ndarray) -> np.ndarray:
+    """Where documents of these lengths begin in the stream of their targets."""
+    return np.cumsum(lengths) - lengths
 
 
 def paired(difference: np.ndarray, lengths: np.ndarray) -> tuple[float, float]:
-    """Mean of a difference (targets,) per token, and its standard error over documents of these lengths."""
-    sums = np.add.reduceat(difference, np.cumsum(lengths) - lengths)
-    mean, n = sums.sum() / lengths.sum(), len(lengths)
-    spread = np.square(sums - mean * lengths).sum() * n / max(n - 1, 1)
-    return mean, float(np.sqrt(spread)) / lengths.sum()
+    """Mean per token of a difference (targets,); its standard error over documents."""
+    sums = np.add.reduceat(difference, starts_of(lengths))
+    targets, documents = lengths.sum(), len(lengths)
+    mean = sums.sum() / targets
+    spread = np.square(sums - mean * lengths).sum() * documents / max(documents - 1, 1)
+    return mean, float(np.sqrt(spread)) / targets
 
 
 def shown(row: Row, other: Row, lengths: np.ndarray, pick: np.ndarray) -> str:
-    """Paired difference of two rows over the picked targets (bool), as mean ± standard error."""
-    inside = np.add.reduceat(pick.astype(int), np.cumsum(lengths) - lengths)
-    mean, error = paired((row.losses - other.losses)[pick], inside[inside > 0])
+    """Paired difference of two rows over the picked targets (bool): mean ± error."""
+    inside = np.add.reduceat(pick.astype(int), starts_of(lengths))
+    difference = (row.losses - other.losses)[pick]
+    mean, error = paired(difference, inside[inside > 0])
     return f"{mean:+.4f} ± {error:.4f}"
 
 
-def report(rows: list[Row], lengths: np.ndarray, reference: Row) -> str:
-    """Three tables: the whole with its halves, by document length, by position in the document."""
-    first, every = rows[0], np.ones(lengths.sum(), bool)
+def whole_table(rows: list[Row], lengths: np.ndarray, reference: Row) -> str:
+    """All targets, and those of the even and of the odd documents."""
+    first = rows[0]
+    targets = lengths.sum()
     document = np.repeat(np.arange(len(lengths)), lengths)
-    position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    halves = [document % 2 == h for h in (0, 1)]
-    head = ("row", "loss", f"against {first.name}", "even half", "odd half", f"against {reference.name}",
-            "odd half", "CPU s", "targets/s")
-    whole = table(head, [
-        (r.name, f"{r.losses.mean():.4f}", *(shown(r, first, lengths, p) for p in (every, *halves)),
-         *(shown(r, reference, lengths, p) for p in (every, halves[1])), f"{r.seconds:.0f}",
-         f"{len(every) / r.seconds:.0f}") for r in rows], markdown=True)
+    every = np.ones(targets, bool)
+    even = document % 2 == 0
+    odd = ~even
+    head = ["row", "loss", f"against {first.name}", "even half", "odd half"]
+    head += [f"against {reference.name}", "odd half", "CPU s", "targets/s"]
+    cells = []
+    for row in rows:
+        against_first = [shown(row, first, lengths, pick) for pick in (every, even, odd)]
+        against_other = [shown(row, reference, lengths, pick) for pick in (every, odd)]
+        cells.append([
+            row.name,
+            f"{row.losses.mean():.4f}",
+            *against_first,
+            *against_other,
+            f"{row.seconds:.0f}",
+            f"{targets / row.seconds:.0f}",
+        ])
+    return table(head, cells, markdown=True)
 
-    def curve(what: str, of: np.ndarray, bounds: tuple) -> str:
-        spans = [(a, b, (of >= a) & (of < b)) for a, b in zip(bounds, bounds[1:])]
-        spans = [(f"{a}-{b}" if b < bounds[-1] else f"{a}-", pick) for a, b, pick in spans if pick.any()]
-        return table((what, "documents", *(r.name for r in rows[1:])), [
-            (name, len(np.unique(document[pick])), *(shown(r, first, lengths, pick) for r in rows[1:]))
-            for name, pick in spans], markdown=True)
 
-    return "\n\n".join((f"{len(lengths)} documents, {lengths.sum():,} targets", whole,
-                        curve("length", lengths[document], LENGTHS), curve("position", position, POSITIONS)))
+def curve_table(
+    what: str, of: np.ndarray, bounds: tuple, rows: list[Row], lengths: np.ndarray
+) -> str:
+    """Gains over the first row where a figure `of` each target lies within two bounds."""
+    first, others = rows[0], rows[1:]
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    cells = []
+    for low, high in itertools.pairwise(bounds):
+        pick = (of >= low) & (of < high)
+        if not pick.any():
+            continue
+        span = f"{low}-" if high == bounds[-1] else f"{low}-{high}"
+        count = len(np.unique(document[pick]))
+        gains = [shown(row, first, lengths, pick) for row in others]
+        cells.append([span, count, *gains])
+    return table([what, "documents", *(r.name for r in others)], cells, markdown=True)
+
+
+def report(rows: list[Row], lengths: np.ndarray, reference: Row) -> str:
+    """Three tables: the whole with its halves, by document length, by position in it."""
+    length = np.repeat(lengths, lengths)
+    position = np.arange(lengths.sum()) - np.repeat(starts_of(lengths), lengths)
+    parts = [
+        f"{len(lengths)} documents, {lengths.sum():,} targets",
+        whole_table(rows, lengths, reference),
+        curve_table("length", length, LENGTHS, rows, lengths),
+        curve_table("position", position, POSITIONS, rows, lengths),
+    ]
+    return "\n\n".join(parts)
+
+
+def kept_row(tg, text: str, args: argparse.Namespace) -> tuple[Row, np.ndarray]:
+    """A row of the command line and its documents' lengths, read back or measured."""
+    name, _, settings = text.partition(":")
+    path = args.out / f"{name.strip().replace(' ', '_')}.npz"
+    env = dict(os.environ)
+    env.update(pair.split("=", 1) for pair in settings.split())
+    env["EVAL_MAX_SECONDS"] = "0"
+    keep = (args.documents, args.min_tokens, args.max_tokens)
+    try:
+        s = tg.Settings.from_env(env)
+        key = identity(s, args.artifact, keep)
+        if not path.is_file() or str(np.load(path).get("key")) != key:
+            row, lengths = measure(tg, s, args.artifact, keep)
+            figures = {"losses": row.losses, "seconds": row.seconds, "lengths": lengths}
+            np.savez(path, key=key, **figures)
+    except tg.UserError as error:
+        raise ToolError(f"row {name}: {error}") from None
+    kept = np.load(path)
+    losses = kept["losses"].astype(np.float64)
+    return Row(name.strip(), losses, float(kept["seconds"])), kept["lengths"]
+
+
+def parse(arguments) -> argparse.Namespace:
+    """Command line."""
+    parser = command_line(__doc__)
+    add = parser.add_argument
+    add("artifact", type=Path, help="a run's final_model.int6.ptz")
+    add("rows", nargs="+",
+        help="'name: SETTING=value …'; the first is what gains refer to")
+    add("--out", type=Path, required=True, help="folder that keeps each row's losses")
+    add("--documents", type=int, default=200, help="how many, from the stream's start")
+    add("--min-tokens", type=int, default=2, help="shortest document")
+    add("--max-tokens", type=int, default=10**9, help="longest document")
+    add("--reference", help="name of the row that others are held against (the last)")
+    return parser.parse_args(arguments)
 
 
 def main(arguments=None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("artifact", type=Path, help="a run's final_model.int6.ptz")
-    parser.add_argument("rows", nargs="+", help="'name: SETTING=value …'; the first is what gains refer to")
-    parser.add_argument("--out", type=Path, required=True, help="folder that keeps each row's losses")
-    parser.add_argument("--documents", type=int, default=200, help="how many, from the stream's start")
-    parser.add_argument("--min-tokens", type=int, default=2, help="shortest document")
-    parser.add_argument("--max-tokens", type=int, default=10**9, help="longest document")
-    parser.add_argument("--reference", help="name of the row that the others are held against (the last)")
-    args = parser.parse_args(arguments)
+    """Entry."""
+    args = parse(arguments)
     need("torch", "this tool")
     import train_gpt as tg
 
-    rows, lengths = [], None
+    rows: list[Row] = []
+    lengths = None
     args.out.mkdir(parents=True, exist_ok=True)
     for text in args.rows:
-        name, _, settings = text.partition(":")
-        path = args.out / f"{name.strip().replace(' ', '_')}.npz"
-        env = {**os.environ, **dict(pair.split("=", 1) for pair in settings.split()), "EVAL_MAX_SECONDS": "0"}
-        keep = (args.documents, args.min_tokens, args.max_tokens)
-        try:
-            s = tg.Settings.from_env(env)
-            key = identity(s, args.artifact, keep)
-            if not path.is_file() or str(np.load(path).get("key")) != key:
-                row, spans = measure(tg, s, args.artifact, keep)
-                np.savez(path, losses=row.losses, seconds=row.seconds, lengths=spans, key=key)
-        except tg.UserError as error:
-            raise ToolError(f"row {name}: {error}") from None
-        kept = np.load(path)
-        if lengths is not None and not np.array_equal(lengths, kept["lengths"]):
-            raise ToolError(f"row {name} was measured on other documents: keep the data settings the same")
-        lengths = kept["lengths"]
-        rows.append(Row(name.strip(), kept["losses"].astype(np.float64), float(kept["seconds"])))
-        print(f"{name}: {rows[-1].losses.mean():.4f} nats, {rows[-1].seconds:.1f} CPU s", flush=True)
-    named = {r.name: r for r in rows}
-    if args.reference and args.reference not in named:
-        raise ToolError(f"--reference {args.reference} is none of the rows {', '.join(named)}")
-    text = report(rows, lengths, named[args.reference] if args.reference else rows[-1])
+        row, of_row = kept_row(tg, text, args)
+        if lengths is not None and not np.array_equal(lengths, of_row):
+            raise ToolError(f"row {row.name} was measured on other documents: "
+                            "keep the data settings the same")
+        lengths = of_row
+        rows.append(row)
+        figures = f"{row.losses.mean():.4f} nats, {row.seconds:.1f} CPU s"
+        print(f"{row.name}: {figures}", flush=True)
+    named = {row.name: row for row in rows}
+    reference = args.reference or rows[-1].name
+    if reference not in named:
+        raise ToolError(f"--reference {reference} is none of the rows {', '.join(named)}")
+    text = report(rows, lengths, named[reference])
     (args.out / "report.md").write_text(text + "\n")
     print(text)
     return 0

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
+import importlib.util
 import json
 import os
 import re
 import sys
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable, Sequence
@@ -212,3 +213,30 @@ def published() -> dict:
     """Published results per seed, by name (pr1855, …)."""
     data = json.loads((Path(__file__).parent / "published.json").read_text())
     return {k: v for k, v in data.items() if isinstance(v, dict)}
+
+
+@contextmanager
+def script_module(source: bytes, name: str):
+    """A trainer's source as a module, which is forgotten after; importing does no work."""
+    need("torch", "a script's own functions")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.py"
+        path.write_bytes(source)
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            try:
+                spec.loader.exec_module(module)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise ToolError(f"the script cannot be imported ({reason})") from None
+            yield module
+        finally:
+            del sys.modules[name]
+
+
+def write_shard(tg, path: Path, values) -> None:
+    """Token ids, or bytes by token (n,), as a shard of the trainer `tg`."""
+    header = tg.np.zeros(tg.SHARD_HEADER, "<i4")
+    header[:3] = tg.SHARD_MAGIC, tg.SHARD_VERSION, len(values)
+    path.write_bytes(header.tobytes() + values.astype("<u2").tobytes())

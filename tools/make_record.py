@@ -6,8 +6,9 @@
 
 The folder gets README.md, submission.json, train_gpt.py (as the runs' logs hold it; with --packed, and for
 runs of CODE_FORM=packed always, its self-extracting form), requirements.txt, and per seed
-train_seed<N>.log, metrics_seed<N>.jsonl and summary_seed<N>.json, with relative paths only. Runs that cannot
-make a record are refused with the reason. Before the folder is put in place, its script is run inside it, in
+train_seed<N>.log, metrics_seed<N>.jsonl and summary_seed<N>.json, with relative paths only. A run that ended
+early and went on in its own folder makes one too; the README says what was run again. Runs that cannot make a
+record are refused with the reason. Before the folder is put in place, its script is run inside it, in
 eval-only mode, on an artifact of the runs, and its score is compared.
 
 Tracks: record (8xH100, 600 s + 600 s, three seeds, the full validation set) and non_record (other hardware,
@@ -144,6 +145,9 @@ def check_alike(runs: list[RunFiles]) -> bytes:
     for run in runs:
         digest = hashlib.sha256(run.source()).hexdigest()
         logged = run.last("code").get("sha256")
+        if len({e.get("sha256") for e in run.of("code")}) > 1:
+            refuse([run], "it was quantised or scored again by another script than the one that trained: "
+                   "score it again with that one, which train.log holds")
         if digest != logged:
             refuse([run],
                    f"the source in train.log has sha256 {digest[:12]}…, the log says {str(logged)[:12]}…: "
@@ -375,6 +379,7 @@ def compliance(record: Record) -> list[str]:
         out.append(f"seed {run.seed}: {c['targets']:,} targets in {c.get('documents', 0):,} documents scored "
                    f"exactly once ({c['bytes']:,} bytes); training and packing {s['train_seconds']:.1f} s, "
                    f"evaluation {s['eval_seconds']:.1f} s; {record.total(run):,} of {ARTIFACT_LIMIT:,} bytes")
+        out += [f"seed {run.seed}: {line}" for line in run_again(s)]
         for e in run.of("probe"):
             said = f"{e['name']}: {e['figure']}, {'holds' if e['ok'] else 'FAILED'}"
             probes.setdefault(said, []).append(str(run.seed))
@@ -385,6 +390,23 @@ def compliance(record: Record) -> list[str]:
     if not all(record.values("compliant")):
         out.insert(0, "**NON-COMPLIANT**: not every run kept the rules; this is a study, no result")
     return out
+
+
+def run_again(s: dict) -> list[str]:
+    """What a summary says of stages that were run again, after the run had ended early."""
+    lines = []
+    if s.get("stopped"):
+        lines.append(f"training ended early: {s['stopped']}")
+    if s.get("quantising_runs", 1) > 1:
+        times = s["quantising_runs"]
+        lines.append(f"the weights were quantised {times} times; the artifact is of the last time")
+    if s.get("evaluation_runs", 1) > 1:
+        times = s["evaluation_runs"]
+        lines.append(f"the evaluation was run {times} times; scores and seconds are of the last")
+    if differing := s.get("not_as_in_training"):
+        told = ", ".join(f"{k}={there} in training, then {here}" for k, (here, there) in differing.items())
+        lines.append(f"what was not as in training: {told}")
+    return lines
 
 
 def reproduce(record: Record) -> str:
