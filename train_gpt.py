@@ -3830,8 +3830,9 @@ class HessianTap:
         self.outputs.clear()
         self.tokens += ids.numel()
 
-    def finish(self, world: World = World()) -> Curvature:
+    def finish(self, world: World | None = None) -> Curvature:
         """Mean over all ranks' batches; c_k and c_v share c_q's Hessian (see input_of)."""
+        world = world or World()
         batches, tokens = world.total(torch.tensor([self.batches, self.tokens], dtype=torch.float64,
                                                    device=world.device)).tolist()
         means = {name: world.total(h).div_(batches) for name, h in self.sums.items()}
@@ -4213,8 +4214,9 @@ class Quantiser:
 
     @torch.no_grad()
     def __init__(self, s: Settings, weights: Mapping[str, Tensor], curvature: Curvature,
-                 world: World = World()):
-        self.s, self.weights, self.world = s, weights, world
+                 world: World | None = None):
+        self.s, self.weights = s, weights
+        self.world = world = world or World()
         self.hessians, fisher = ({n: x for n, x in part.items() if x.isfinite().all()}
                                  for part in (curvature.hessians, curvature.fisher))
         self.names = [n for n, w in weights.items() if storage_of(s, n, w).kind == "gptq"]
