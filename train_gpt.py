@@ -7,9 +7,10 @@
 600 s of training produce averaged weights; GPTQ rounds them to int6; the packed artifact and this script stay
 under 16,000,000 bytes together; the artifact is read back and scored in bits per byte (BPB), first by sliding
 windows, then by score-first test-time training (TTT). Environment variables are the only configuration.
-Chapters   1 Settings      2 Run: world, clocks, log   3 Data         4 Model         5 Adapter
-           6 Kernels       7 Optimiser                 8 Training     9 Quantise     10 Pack
-          11 Score        12 Adapt                    13 Checks      14 Main
+Chapters   PART ONE, the system      1 Story      2 Settings   3 Model   4 Optimiser   5 Training   6 Quantise
+                                     7 Score      8 Adapt
+           PART TWO, machinery       9 World     10 Data      11 Kernels   12 Pack   13 Counts   14 Probes
+           PART THREE, lineage      what the older systems did differently: it only adds, and can be cut off
 
 Shape letters: B rows, T tokens, D model width, H query heads, K key/value heads, V vocabulary, L layers,
 R x C a weight matrix (out, in), S executed layer slots (a looped layer has several).
@@ -75,9 +76,11 @@ except ImportError:               # the plain twins are complete without it
 ARTIFACT_LIMIT = 16_000_000   # bytes: this script as shipped + the packed model
 MOST_ARTIFACT = 1 << 26       # bytes of a file that is read as one
 CANONICAL_VAL_DOCS = 50_000   # documents of FineWeb's validation split
+BUDGET_SECONDS = 600.0        # the competition's, for all up to the artifact and again for the evaluation
 BOS = 1                       # begins every document, in every tokenizer of the field
 RMS_EPS = 1.1920929e-07       # float32 machine epsilon
 LN2 = math.log(2.0)
+ARTIFACT_NAME, WEIGHTS_NAME = "final_model.int6.ptz", "final_model.pt"
 
 
 class UserError(Exception):
@@ -104,7 +107,276 @@ class Interrupted(BaseException):
 
 
 # ============================================================================================================
-# 1  Settings: one frozen table, read once from the environment
+# PART ONE: the system. What a competitor reads and changes.
+# ============================================================================================================
+
+
+# ============================================================================================================
+# 1  Story: the whole run, told straight down
+# ============================================================================================================
+
+def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
+    """Entry: 0 when all went well, 1 when --check found something or the script failed, 2 on a user's
+    mistake, 130 or 143 when interrupted."""
+    rank, run = 0, None
+    SIGNALS.install()
+    for screen in sys.stdout, sys.stderr:
+        with contextlib.suppress(AttributeError):      # a screen of ASCII gets ? for what it cannot show
+            screen.reconfigure(errors="replace")
+    try:
+        if "--help" in argv or "-h" in argv:
+            print_help()
+            return 0
+        check_temporary_folder()
+        if list(argv[:1]) == ["--check"]:
+            return check_command(" ".join(argv[1:]))
+        if argv:
+            raise UserError(f"unknown argument {argv[0]}: settings come from the environment; see --help")
+        rank = launcher_ranks(os.environ).rank
+        s = Settings.from_env(os.environ)
+        world = World.join(os.environ)
+        why = set_up(s, world)
+        run = Run(s, world)
+        pipeline(s, world, run, why)
+        run.close()
+        world.leave()
+        return 0
+    except (Exception, Interrupted) as error:
+        return end_early(error, run, rank)
+
+
+def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
+    """train -> average -> quantise -> pack -> read back -> score: the whole story."""
+    log_start(s, world, run)
+    for reason in study_reasons(s):
+        run.not_compliant(reason)
+    if world.device.type == "cpu" and not s.eval_only_quantized_path and (slow := slow_batch(s)):
+        run.warn(slow)
+    world.beat("checking")
+    for finding in run_checks(s, world, run.dir, why):
+        run.log("check", what=finding.name, detail=finding.figure)
+        if not finding.ok:
+            raise UserError(finding.figure)
+        if finding.name == "data fingerprint":
+            run.summary["data_fingerprint"] = finding.figure
+    run.save_summary()
+    world.beat("set-up")
+    model, val = build_model(s, world), Validation(s)
+    if not s.eval_only_quantized_path:
+        with Validation.seal():
+            clock, stream = learn(s, world, run, model, val)
+            for study in STUDIES:
+                study.after_training(s, world, run, model, val)
+            if not s.prequant_only:
+                compress(s, world, run, model, clock, stream.next)
+        remove_safety_copies(run)
+        stream.close()
+        if not s.quantize_only:
+            world.beat("scoring")
+            score = Scorer(s, world, model).windows(val, s.eval_seq_len)
+            check_score("prequant", score)
+            run.log("score_prequant", val_loss=score.loss, val_bpb=score.bpb)
+            run.summary["prequant_val_bpb"] = score.bpb
+            run.save_summary()
+    if not (s.quantize_only or s.prequant_only):
+        path = Path(s.eval_only_quantized_path or run.dir / ARTIFACT_NAME)
+        score_artifact(s, world, run, model, val, path)
+    closing_block(s, world, run, val)
+    run.save_summary()
+
+
+def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> tuple[Clock, Prefetch]:
+    """Warm up, rehearse, train to the average, or read EVAL_ONLY_PATH; the training clock and the stream."""
+    drop_ballast(run)      # of a run that was killed
+    if s.eval_only_path:
+        facts = read_weights(s.eval_only_path, model)
+        stream = Prefetch(open_train_stream(s, world, s.batch_shape(world.size)[1]), world.device)
+        return take_over(s, run, facts), stream
+    state = read_checkpoint(s, world, run) if s.resume else None
+    if world.main:
+        check_disk(run.dir, bytes_of_results(s), ballast=True)
+    trainer = Trainer(s, world, model)
+    world.beat("warm-up")
+    run.log("warm_up", seconds=trainer.warm_up())
+    world.beat("rehearsal")
+    rehearsed = rehearse(s, world, run, trainer)
+    reserve, warning = reserved(s, rehearsed)
+    if warning:
+        run.log("warning", text=warning)
+
+    def validate(step: int, looping: bool) -> None:
+        score = Scorer(s, world, model).windows(val, s.eval_seq_len, looping)
+        run.log("validation", step=step, val_loss=score.loss, val_bpb=score.bpb)
+        if step == 0:
+            run.summary["untrained_val_bpb"] = score.bpb
+
+    if state:
+        run.summary["untrained_val_bpb"] = state["untrained_val_bpb"]
+    try:
+        with SIGNALS.held():
+            trained = train(s, world, run, trainer, reserve, validate, state)
+            if not trained.facts["stopped"]:
+                model.load_state_dict(trainer.ema)
+                save_weights(run, model, trained.facts)
+            if trained.signal:
+                world.barrier()      # rank 0 has written its file before any rank ends
+                how = trained.facts["stopped"] or "ended"
+                raise SIGNALS.error(f"training was {how}", trained.signal)
+    finally:
+        drop_ballast(run)
+    training_reports(s, run, trainer, trained)
+    run.save_summary()
+    run.note_go_on()
+    return trained.clock, trained.stream
+
+
+def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
+          validate: Callable, state: Mapping[str, Any] | None = None) -> Trained:
+    """The training loop, to ITERATIONS, until a step would pass MAX_WALLCLOCK_SECONDS - reserve, or until a
+    signal; validate(step, looping) scores the weights off the clock. state: of the checkpoint to go on from.
+    UserError when loss or gradient stop being finite."""
+    budget = s.max_wallclock_seconds - reserve if s.max_wallclock_seconds else 0.0
+    curriculum, progress = Curriculum(s), Progress(s, world, run, trainer.model, budget)
+    step = go_on_from(state, trainer, curriculum) if state else 0
+    stream = open_stream(s, world, trainer.tokens, state["batches"] if state else 0)
+    # graphs that were not warmed up take minutes in between
+    kind = "step" if s.warmup_steps or not compiles(s, world.device) else "compiling-step"
+    world.beat(f"{kind} {step}")
+    world.barrier()
+    clock, step_seconds, before = Clock(s.max_wallclock_seconds), 0.0, 0.0
+    clock.start -= state["seconds"] if state else 0.0
+    looping, progress.epochs = curriculum.loops(step, 0.0), int(stream.epoch)
+    measured = [x for x in (0.1, 0.5, 0.9) if x * s.iterations >= step]    # shares whose next step is timed
+    watch, keeper = FiniteWatch(), AverageKeeper(s, world, run, trainer, clock)
+    checkpoints = Checkpoints(s, world, run, trainer, watch, clock)
+    while True:
+        if s.val_loss_every and step % s.val_loss_every == 0:
+            sync(world.device)            # queued steps are charged before the clock stops
+            with clock.exclude():
+                validate(step, looping)
+                sync(world.device)
+        elapsed, stop, bad = world.agree_step(clock.elapsed(), SIGNALS.number, watch.first_bad())
+        step_seconds, before = max(elapsed - before, 0.9 * step_seconds) if step else 0.0, elapsed
+        ended = step >= s.iterations or (budget and elapsed + step_seconds > budget)
+        if ended or stop or bad:
+            break
+        checkpoints.offer(step, elapsed, curriculum, stream)
+        done = min(elapsed / budget, 1.0) if budget else step / s.iterations
+        length, looping, lr = curriculum.at(step, done)
+        plan = layer_plan(s, looping)
+        if measured and done >= measured[0]:
+            measured.pop(0)
+            trainer.measure()
+        losses = [trainer.micro_step(stream.next(length), plan) for _ in range(trainer.accum)]
+        world.beat(f"{kind} {step + 1}")
+        norm = trainer.update(lr, muon_momentum(s, step))
+        step += 1
+        loss = sum(losses) / trainer.accum
+        watch.record(step, loss, norm)
+        keeper.offer(step)
+        world.beat(f"{kind} {step}")
+        progress.events(step, stream, trainer, looping)
+        if budget and budget - elapsed < 10 * step_seconds:
+            sync(world.device)            # near the end the host must not run ahead of the GPU
+        progress.report(step, clock, loss, norm, lr, plan)
+    sync(world.device)
+    seconds = clock.elapsed()
+    stopped = "" if ended else f"stopped at step {step}"
+    bad = end_of_steps(world, trainer, watch, step)
+    keeper.close(step, "" if bad else stopped)
+    if bad:
+        raise watch.error(bad)
+    if stopped:
+        checkpoints.write(step, curriculum, stream)
+    facts = weight_facts(s, world, step, seconds, stopped)
+    run.log("train_end", steps=step, seconds=seconds, step_ms=facts["step_ms"], epochs=stream.epoch,
+            tokens=step * s.train_batch_tokens)
+    run.summary.update(steps=step, step_ms=facts["step_ms"])
+    return Trained(clock, stream, facts, stop)
+
+
+def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next_batch: Callable) -> None:
+    """Calibrate, quantise, pack and write the artifact, on the training clock."""
+    begin = clock.elapsed()
+    world.beat("calibrating")
+    curvature = calibrate(s, world, model, next_batch)
+    sync(world.device)
+    calibrated = clock.elapsed()
+    world.beat("quantising")
+    weights = matrix_views({n: p.detach() for n, p in model.named_parameters()})
+    blob = quantise_to_fit(s, world, run, weights, curvature, clock if run.time_known else None)
+    if s.logit_calib_enabled:
+        blob = calibrate_logits(s, world, run, blob)
+    seconds, size = world.agree(write_artifact(s, run, blob, clock) if world.main else None)
+    run.log("artifact", bytes=size, total=check_size(size, s.code_form), train_seconds=seconds,
+            calibrate_s=calibrated - begin, quantise_and_pack_s=seconds - calibrated)
+    run.note_go_on()
+
+
+def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validation, path: Path) -> None:
+    """The evaluation: open the artifact, score its weights by plain windows, sliding windows and TTT."""
+    world.beat("scoring")
+    count_up(run, "evaluation_runs")
+    size, mark, digest = open_artifact(s, world, model, path)
+    if world.main and digest != run.summary.get("artifact_digest", digest):
+        raise UserError(f"{path} is not the artifact that this run wrote (digest {digest}, not "
+                        f"{run.summary['artifact_digest']}): quantise again, with EVAL_ONLY_PATH")
+    total = check_size(size, s.code_form)
+    run.summary.update(artifact_bytes=size, total_bytes=total, artifact_digest=digest)
+    for reason in filter(None, mark.split("; ")):
+        run.not_compliant(reason)
+    run.save_summary()
+    log_probes(s, world, run, model)
+    clock = Clock(s.eval_max_seconds)
+    open_artifact(s, world, model, path)       # once more, on the clock
+    scorer = Scorer(s, world, model)
+    stages = {"quantized": s.eval_seq_len, **({"sliding": s.eval_stride} if s.sliding_window_enabled else {})}
+    for stage, stride in stages.items():
+        diagnostic = stage == "quantized" and (s.sliding_window_enabled or s.ttt_enabled)
+        with clock.exclude() if diagnostic else contextlib.nullcontext():
+            val.hints = None if diagnostic else Hints.build(s, world, val, False)
+            final = scorer.windows(val, stride)
+        log_score(run, stage, final, scorer.ledger, clock)
+    if s.ttt_enabled:
+        if val.hints is None or "stream" not in (s.ttt_doc_order, s.ngram_doc_order):
+            val.hints = Hints.build(s, world, val, True)
+        which = {"stream": "first", "length": "longest"}[s.ttt_doc_order]
+        rounds = ttt_rounds(s, val.documents.length)
+        phases, learnt = len(rounds) - 1, rounds[-2].train_on if len(rounds) > 1 else ()
+        lengths = [val.documents.length[r.train_on].sum() for r in rounds[:-1]]
+        steps = sum(phase_steps(s, int(tokens)) for tokens in lengths)
+        learn_from = f"the {which} {len(learnt):,} documents" if steps else "none, no step is taken"
+        run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
+                base_weights_learn_from=learn_from, base_weight_steps=steps,
+                ngram_hints=0 if val.hints is None else len(val.hints.at), elapsed=clock.elapsed())
+        if s.phased_ttt_prefix_docs and phases < s.phased_ttt_num_phases:
+            run.log("settings_without_effect", PHASED_TTT_NUM_PHASES=f"{len(val.documents):,} documents make "
+                    f"{phases} phases of {s.phased_ttt_num_phases}")
+
+        def trace(event: str, **values) -> None:
+            if event == "give_up":
+                run.log("watchdog", **values)
+
+        ttt = PhasedTTT(s, world, model, val, trace, clock)
+        final = ttt.run()
+        log_score(run, "ttt", final, ttt.ledger, clock)
+    seconds = clock.elapsed()
+    check_budget(run, "evaluation", seconds, "EVAL_MAX_SECONDS", s.eval_max_seconds)
+    run.log("coverage", targets=final.tokens, bytes=int(final.byte_sum), documents=len(val.documents),
+            complete=True, seconds_off_the_clock=clock.excluded)
+    run.summary.update(val_bpb=final.bpb, val_loss=final.loss, eval_seconds=seconds,
+                       tokens_scored=final.tokens, bytes_scored=int(final.byte_sum), byte_rule=val.rule)
+    run.save_summary()
+    with run.guarded("the score by decodable bytes"):
+        decodable = read_manifest(s).get("decodable_val_bytes")
+        if decodable and s.val_doc_fraction == 1:     # normalising tokenizers lose bytes that the rule counts
+            run.summary["val_bpb_decodable"] = final.loss_sum / LN2 / decodable
+            run.log("honest_bytes", counted=int(final.byte_sum), decodable=decodable,
+                    val_bpb_decodable=run.summary["val_bpb_decodable"])
+
+
+# ============================================================================================================
+# 2  Settings: one frozen table, read once from the environment
 # ============================================================================================================
 
 # Bounds of settings that have none of their own; of text: its characters.
@@ -466,87 +738,6 @@ class Settings:
         return {k: v for (k, v), f in zip(self.as_env().items(), fields(self)) if v != f.default}
 
 
-BY_HAND = {"AWQ_LITE_ENABLED": "0"}     # what changes steps that are set by hand -> its idle value
-LEFT_OUT = "left out: no published system gained by it"
-# Names of the field's commands that set nothing here: (the one value they may have, None: any; why).
-NO_SETTINGS = {name: (only, why) for only, why, names in (
-    (None, "lossless all of them: our own coder takes their place", "COMPRESSOR"),
-    (None, "always so: all targets are scored, by the calibrated loss, hints on the clock, graphs warmed up",
-     "EVAL_INCLUDE_TAIL LOGIT_CALIB_APPLY_TTT_UPDATE NGRAM_HINT_PRECOMPUTE_OUTSIDE COMPILE_SHAPE_WARMUP "
-     "COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_LOOP_MODES"),
-    (None, "the field's scripts get nothing from it either",
-     "ROPE_TRAIN_SEQ_LEN TTT_EVAL_BATCHES MUON_BETA2 SWA_ENABLED SWA_EVERY CONTROL_TENSOR_NAME_PATTERNS"),
-    (None, "part of something left out",
-     "GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS MUON_HUBER_DELTA TTT_OUTPUT_DIR "
-     "TTT_HEARTBEAT_SECONDS TTT_SHORT_BETA2 TTT_SHORT_LORA_LR TTT_SHORT_LORA_RANK TTT_SHORT_WEIGHT_DECAY "
-     "TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM"),
-    (0, LEFT_OUT, "DTG_ENABLED FORCE_STOP_STEP GATED_ATTENTION GATED_XSA GLOBAL_TTT_DOC_LIMIT "
-     "GRAD_CENTRALIZE LABEL_SMOOTH LAWA_ENABLED LR_FLOOR MIDRUN_CAP_LOG_UPDATES MTP_NUM_HEADS "
-     "MUON_HUBER_WD OPTROT_ENABLED QAT_ENABLED SLOT_ENABLED TRIGRAM TTT_DOC_LIMIT "
-     "TTT_GRAD_STEPS_CLEAN TTT_LORA_EMA_DECAY TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED "
-     "VALUE_RESIDUAL"),
-    (1, LEFT_OUT, "WD_TAPER_FINAL_MULT"), ("sgd", LEFT_OUT, "GLOBAL_TTT_OPTIMIZER"),
-    (0, "set EVAL_ONLY_QUANTIZED_PATH to the artifact instead", "TTT_EVAL_ONLY"),
-    (0, "set WARMDOWN_FRAC to its share of the steps you expect", "WARMDOWN_ITERS"),
-    (1, "built in", "GPTQ_ENABLED USE_GPTQ SDCLIP_ENABLED TTT_UPDATE_EVERY"),
-    (0, "built in", "SPARSE_ATTN_GATE_INIT_STD"), (0.01, "built in", "GATED_ATTN_INIT_STD"),
-    (512, "embeddings are as wide as the model", "EMBEDDING_DIM"),
-) for name in names.split()}
-ALIASES = {   # old name -> the settings it stands for
-    "PHASED_TTT_ENABLED": "TTT_ENABLED", "TTT_MASK": "TTT_Q_LORA TTT_V_LORA",
-    "RECUR_LAYERS": "LOOP_START LOOP_END NUM_LOOPS",
-    "SDCLIP_K": "MATRIX_CLIP_SIGMAS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS",
-    "SDCLIP_K_INT6": "MATRIX_CLIP_SIGMAS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS",
-    "SDCLIP_K_EMBED": "EMBED_CLIP_SIGMAS", "SDCLIP_K_INT8": "EMBED_CLIP_SIGMAS",
-    "QUANT_CLIP_RANGE": "MATRIX_BITS", "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS",
-    "GPTQ_CALIB_SAMPLES": "GPTQ_CALIBRATION_BATCHES", "GPTQ_CALIB_BATCHES": "GPTQ_CALIBRATION_BATCHES",
-    "GPTQ_RESERVE_MS": "GPTQ_RESERVE_SECONDS"}
-TTT_MASKS = {"all": "11", "baseline_all": "11", "no_q": "01", "no_v": "10", "no_qv": "00"}   # adapt Q, V
-
-
-def translate(old: str, value: str) -> Sequence[str]:
-    """The values of the settings that an old name stands for."""
-    try:
-        if old == "RECUR_LAYERS":      # they run once more after the last of them
-            layers = whole_numbers(value)
-            if all(b == a + 1 for a, b in zip(layers, layers[1:])):
-                return str(layers[0]), str(layers[-1]), "1"
-            raise ValueError
-        if old == "QUANT_CLIP_RANGE":
-            return str(int(math.log2(int(value))) + 2),
-        if old == "GPTQ_RESERVE_MS":
-            return str(float(value) / 1e3),
-        return TTT_MASKS[value] if old == "TTT_MASK" else [value] * 3
-    except (LookupError, ValueError) as error:
-        forms = {"RECUR_LAYERS": "consecutive layers, as 3,4,5", "TTT_MASK": f"one of {', '.join(TTT_MASKS)}"}
-        raise UserError(f"{old}={value} must be {forms.get(old, 'a whole number')}") from error
-
-
-MOST_SLOTS = 1024             # executed layers
-MOST_ORDER = 64               # of an n-gram
-MOST_WEIGHTS = 2 ** 31        # of a model
-# First words of settings that other programs' variables begin with as well.
-COMMON_WORDS = set("""
-    adam agree artifact asym attn awq beta1 beta2 checkpoint code compile compute data embed enable
-    eval fit fused gate gated global grad head label late logit matrix max min model num parallel
-    quant resume run scalar seed seq skip sliding tie token tokenizer train val vocab warmup word""".split())
-# Last words of the variables of images, schedulers and launchers.
-PLATFORM_WORDS = set("""
-    addr address auth cache compiler count cpus data device devices dir file gpus home host hosts
-    https id image ip job jobs key mode name node nodes path pid pod port ports procs rank region
-    root secret seq service set size threads token type url user uuid version workers""".split())
-# What others call a setting of ours, and its name here.
-OTHER_NAMES = {name: ours for ours, names in {
-    "MATRIX_LR, SCALAR_LR and TIED_EMBED_LR": "LR LEARNING_RATE MUON_LR ADAM_LR MAX_LR",
-    "MUON_WD, EMBED_WD and ADAM_WD": "WD WEIGHT_DECAY",
-    "TRAIN_BATCH_TOKENS": "BATCH BATCH_SIZE TOTAL_BATCH_SIZE TRAIN_BATCH_SIZE DEVICE_BATCH_SIZE",
-    "ITERATIONS or MAX_WALLCLOCK_SECONDS": "STEPS NUM_STEPS MAX_STEPS NUM_ITERS MAX_ITERS EPOCHS",
-    "TRAIN_SEQ_LEN and EVAL_SEQ_LEN": "SEQ_LEN BLOCK_SIZE CONTEXT_LENGTH MAX_SEQ_LEN",
-    "NUM_LAYERS": "N_LAYER N_LAYERS LAYERS DEPTH", "MODEL_DIM": "DIM N_EMBD D_MODEL WIDTH",
-    "NUM_HEADS": "N_HEAD N_HEADS HEADS", "GRAD_CLIP_NORM": "GRAD_CLIP CLIP_NORM",
-}.items() for name in names.split()}
-
-
 def chunk_steps(s: Settings) -> list[tuple[float, int]]:
     """(position, or length of a group's longest document, up to which; chunk); the last bound is infinite."""
     steps = []
@@ -580,1376 +771,8 @@ def context_stages(s: Settings) -> list[tuple[float, int]]:
     return schedule(s.train_seq_schedule, s.train_seq_len)
 
 
-def is_free_text(f) -> bool:
-    """Whether an empty value means something: not for numbers, flags and choices."""
-    return type(f.default) is str and not f.metadata["choices"]
-
-
-def is_number(text: str) -> bool:
-    """True when float() reads it as a finite number."""
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
-def whole_number(text: str) -> int | None:
-    """The whole number that the text writes, exactly; 1e3 is one too. None when it writes none."""
-    if re.fullmatch(r" *[+-]?[0-9_]{1,30} *", text):
-        return int(text.replace("_", ""))
-    whole = is_number(text) and float(text) % 1 == 0
-    return int(float(text)) if whole else None
-
-
-def whole_numbers(text: str) -> list[int]:
-    """The numbers of "9,10": 0 to a thousand million, at most 64; none when the text is anything else."""
-    parts = text.replace(" ", "").split(",")
-    good = len(parts) <= 64 and all(re.fullmatch("[0-9]{1,9}", part) for part in parts)
-    return [int(part) for part in parts] if good else []
-
-
-def parse_setting(f, text: str):
-    """The typed value of one setting; UserError with value, bound and remedy when it is not one."""
-    name, meta, kind = f.name.upper(), f.metadata, type(f.default)
-    choices = ("0", "1") if kind is bool else meta["choices"]
-    if choices and text not in choices:
-        raise UserError(f"{name}={text} must be {' or '.join(choices)}")
-    if kind is bool:
-        return text == "1"
-    if kind is str:
-        return parse_text(name, text, meta["hi"])
-    value = whole_number(text) if kind is int else float(text) if is_number(text) else None
-    if value is None:
-        raise UserError(f"{name}={text} must be {'a whole number' if kind is int else 'a number'}")
-    lo, hi = meta["lo"], meta["hi"]
-    if not lo <= value <= hi:
-        raise UserError(f"{name}={text} is out of range: it must be at least {lo} and at most {hi}")
-    return value
-
-
-def parse_text(name: str, text: str, most: int) -> str:
-    """A setting that is text, a path with ~ expanded; UserError for what no file or log line can be named."""
-    bad = ""
-    if len(text) > most or not text.isprintable():
-        bad = f"be at most {most:,} printable characters"
-    elif name == "RUN_ID" and (len(text) > 100 or text[:1] == "." or set(text) & set("/\\")):
-        bad = "be the name of a folder: at most 100 characters, no slash and no dot in front"
-    elif name.endswith(("_PATH", "_DIR")):
-        text = os.path.expanduser(text)
-        if text[:1] == "~":
-            bad = "begin with another folder: there is no such user; a folder of that name is ./~"
-        elif any(len(os.fsencode(part)) > 255 for part in text.split("/")):
-            bad = "have names of at most 255 bytes in it: choose a shorter one"
-    if bad:
-        raise UserError(f"{name}={text[:80]} must {bad}")
-    return text
-
-
-def our_words() -> set[str]:
-    """First words that only settings of ours have."""
-    return {f.name.split("_")[0] for f in fields(Settings) if "_" in f.name} - COMMON_WORDS
-
-
-def looks_like_ours(name: str, known: Mapping) -> str | None:
-    """The nearest known setting when `name` must have been meant for this script, else None.
-    It is nearly a setting's, or made of our words alone and ends in none of a platform's."""
-    if name in OTHER_NAMES:
-        return None
-    words = name.lower().split("_")
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.86 if len(name) > 4 else 1.0)
-    if words[-1] in PLATFORM_WORDS:
-        return close[0] if close and words[-1] in close[0].lower().split("_")[-1] else None
-    if not close and len(words) > 1 and name.isupper():
-        ours = {word for other in (*known, *NO_SETTINGS) for word in other.lower().split("_")}
-        if words[0] in our_words() or ours.issuperset(words):
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return close[0] if close else None
-
-
-def stray_names(env: Mapping[str, str]) -> dict[str, str]:
-    """Variables that nothing here reads though they are like settings, or what others call them,
-    and what to say of each; twenty at most. from_env refuses those that must have been meant."""
-    known = {f.name.upper() for f in fields(Settings)}
-    begins = our_words() | COMMON_WORDS
-    strays = {}
-    for name in sorted(set(env) - known - {*NO_SETTINGS, *ALIASES}):
-        like_ours = "_" in name and name.isupper() and name.split("_")[0].lower() in begins
-        if name in OTHER_NAMES:
-            strays[name] = f"not read; here it is {OTHER_NAMES[name]}"
-        elif like_ours or difflib.get_close_matches(name, known, cutoff=0.84):
-            strays[name] = "not read; no setting"
-    return dict(itertools.islice(strays.items(), 20))
-
-
-def print_help() -> None:
-    """Every setting with default, range and meaning."""
-    print(__doc__.split("Chapters")[0])
-    for f in fields(Settings):
-        meta = f.metadata
-        if meta["group"]:
-            print(f"\n{meta['group'].upper()}")
-        bounds = "|".join(meta["choices"])
-        if type(f.default) in (int, float):
-            bounds = f"{meta['lo']:g} to {meta['hi']:g}"
-        default = int(f.default) if isinstance(f.default, bool) else f.default
-        print(f"  {f.name.upper():34} {default!s:>10}  {meta['doc']}" + (f"  [{bounds}]" if bounds else ""))
-    print("\nACCEPTED OLD NAMES")
-    for old, names in ALIASES.items():
-        print(f"  {old:34} read as {names.replace(' ', ', ')}")
-    for name, (only, why) in NO_SETTINGS.items():
-        print(f"  {name:34} {'no effect' if only is None else f'only {only}'}: {why}")
-
-
 # ============================================================================================================
-# 2  Run: world, clocks, log
-# ============================================================================================================
-
-class Ranks(NamedTuple):
-    """What the launcher tells a process: its number, how many there are, and both on this machine."""
-    rank: int
-    size: int
-    local: int
-    local_size: int
-
-
-def launcher_ranks(env: Mapping[str, str]) -> Ranks:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process without them. UserError
-    when they do not fit together, or the other ranks could not be found."""
-    remedy = ("start by torchrun, or without them: env -u RANK -u WORLD_SIZE -u LOCAL_RANK "
-              "-u LOCAL_WORLD_SIZE python train_gpt.py")
-
-    def read(name: str, otherwise: int, lo: int, hi: int) -> int:
-        text = env.get(name, str(otherwise))
-        if not re.fullmatch("[0-9]{1,9}", text) or not lo <= int(text) <= hi:
-            among = "" if name == "WORLD_SIZE" else f" for WORLD_SIZE={env.get('WORLD_SIZE', 1)}"
-            raise UserError(f"{name}={text[:40]} must be a whole number from {lo} to {hi}{among}: "
-                            f"{remedy}")
-        return int(text)
-
-    size = read("WORLD_SIZE", 1, 1, 65536)
-    local_size = read("LOCAL_WORLD_SIZE", 1, 1, size)
-    rank = read("RANK", 0, 0, size - 1)
-    here = local_size if "LOCAL_WORLD_SIZE" in env else size
-    local = read("LOCAL_RANK", 0, 0, here - 1)
-    if size > 1:
-        if "RANK" not in env or not env.get("MASTER_ADDR", "").strip():
-            raise UserError(f"WORLD_SIZE={size} needs RANK and MASTER_ADDR, by which ranks find "
-                            f"each other: {remedy}")
-        read("MASTER_PORT", 0, 1, 65535)
-    return Ranks(rank, size, local, local_size)
-
-
-# First word of what a rank does -> seconds without progress of any rank, and seconds of
-# waiting in a collective, after which something hangs: the latter more, for it is not known
-# who is to blame. In evaluation a rank may wait long for those that have more to score.
-PATIENCE = {
-    "step": (45.0, 60.0),
-    "scoring": (250.0, 1800.0),
-    "adapting": (250.0, 1800.0),
-    "checking": (1500.0, 1800.0),
-}
-USUAL_PATIENCE = (250.0, 300.0)
-
-
-class Pulse:
-    """What this rank does and how far it is: set by its main thread, read by its heartbeat."""
-
-    def __init__(self):
-        self.doing, self.beats, self.at = "set-up", 0, time.monotonic()
-        self.longest: dict[str, float] = {}     # seconds between two beats, by first word
-        self.waiting = False                    # in a collective
-        self.ending = False                     # the heartbeat is about to end this process
-        self.wait = 0.0                         # the collectives' time limit in force, in seconds
-
-    def beat(self, doing: str) -> None:
-        """Progress was made; `doing` follows."""
-        now, word = time.monotonic(), doing.split()[0]
-        if word == self.doing.split()[0]:
-            self.longest[word] = max(self.longest.get(word, 0.0), now - self.at)
-        self.doing, self.at = doing, now
-        self.beats += 1
-
-    def limits(self) -> tuple[float, float]:
-        """PATIENCE now: the usual before the first step, then at least ten of the longest."""
-        word = self.doing.split()[0]
-        progress, wait = PATIENCE.get(word, USUAL_PATIENCE)
-        least = 10 * self.longest[word] if word in self.longest else USUAL_PATIENCE[0]
-        return max(progress, least), max(wait, 1.2 * least)
-
-
-@dataclass(frozen=True)
-class World:
-    """The ranks of this run; one rank is the same code. Collectives are no-ops when size is 1."""
-    rank: int = 0
-    size: int = 1
-    device: torch.device = torch.device("cpu")
-    pulse: Pulse = field(default_factory=Pulse, compare=False, repr=False)
-    threads: list[Heartbeat] = field(default_factory=list, compare=False, repr=False)
-
-    @classmethod
-    def join(cls, env: Mapping[str, str]) -> World:
-        """Join the launcher's process group: NCCL (and gloo for host values) on GPUs, gloo on a CPU."""
-        rank, size, local, _ = launcher_ranks(env)
-        device = torch.device("cpu")
-        if gpus := torch.cuda.device_count():
-            if local >= gpus:
-                raise UserError(f"LOCAL_RANK={local} but there are {gpus} GPUs here: lower --nproc_per_node")
-            device = torch.device("cuda", local)
-            torch.cuda.set_device(device)
-        if size > 1:
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=USUAL_PATIENCE[1]))
-        world = cls(rank, size, device)
-        if size > 1:
-            world.threads.append(Heartbeat(world, env))
-            world.threads[0].start()
-        return world
-
-    def beat(self, doing: str) -> None:
-        """Progress was made; `doing`, such as "step 812", follows: a job that hangs is ended."""
-        self.pulse.beat(doing)
-        wait = self.pulse.limits()[1]
-        set_wait = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
-        if set_wait and wait != self.pulse.wait and dist.is_initialized():
-            self.pulse.wait = wait
-            set_wait(timedelta(seconds=wait))
-
-    @contextlib.contextmanager
-    def waiting(self):
-        """Inside, this rank is not to blame when nothing goes on."""
-        self.pulse.waiting = True
-        yield
-        self.pulse.waiting = False
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def device_name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-
-    def total(self, x: Tensor) -> Tensor:
-        """Sum of x over ranks, in place."""
-        if self.size > 1:
-            with self.waiting():
-                dist.all_reduce(x)
-        return x
-
-    def agree(self, value):
-        """Rank 0's value on every rank (through host memory, so the GPU queue is not drained)."""
-        if self.size == 1:
-            return value
-        if type(value) is float:      # a clock
-            box = torch.tensor(value, dtype=torch.float64)
-            with self.waiting():
-                dist.broadcast(box, 0)
-            return box.item()
-        box = [value]
-        with self.waiting():
-            dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
-        return box[0]
-
-    def agree_step(self, elapsed: float, stop: int, bad_step: int) -> tuple[float, int, int]:
-        """What all ranks must know before a step, through host memory: rank 0's seconds, the number of a
-        signal that any rank received (0: none), the first step that went wrong on any rank (0: none)."""
-        if self.size == 1:
-            return elapsed, stop, bad_step
-        never = -math.inf
-        mine = [elapsed if self.main else never, stop, -bad_step or never]
-        box = torch.tensor(mine, dtype=torch.float64)
-        with self.waiting():
-            dist.all_reduce(box, op=dist.ReduceOp.MAX)
-        elapsed, stop, bad = box.tolist()
-        return elapsed, int(stop), 0 if bad == never else int(-bad)
-
-    def gather(self, value) -> list:
-        """[value of rank 0, value of rank 1, …] on every rank."""
-        if self.size == 1:
-            return [value]
-        box = [None] * self.size
-        with self.waiting():
-            dist.all_gather_object(box, value)
-        return box
-
-    def barrier(self) -> None:
-        self.agree(0.0)
-
-    def leave(self) -> None:
-        """This rank is done: the others need not watch it any more."""
-        for thread in self.threads:
-            thread.leave()
-        if self.size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
-
-
-TICK = 2.0       # seconds between two signs of life
-STOPPED = 20.0   # seconds without one after which a stopped process of this machine is given up
-SILENT = 45.0    # and one of another; one that runs here may be in a call that lets no thread run
-
-
-def process_state(pid: int) -> tuple[str, str]:
-    """(state letter, time of its start) of a process of this machine; empty where not known."""
-    try:
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return words[0], words[19]
-    except (OSError, IndexError):
-        return "", ""
-
-
-class Heartbeat(threading.Thread):
-    """Tells the other ranks, over the rendezvous store, that this process lives and what it
-    does; ends the job when one of them falls silent or nothing goes on. Under torchrun its
-    agent keeps the store, so that any rank may hang. tell(line) says why, on one rank."""
-
-    def __init__(self, world: World, env: Mapping[str, str]):
-        super().__init__(name="heartbeat", daemon=True)
-        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False,
-                              timeout=timedelta(seconds=10), wait_for_workers=False)
-        attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store = dist.PrefixStore(f"heartbeat{attempt}", store)
-        self.world, self.over, self.ticks = world, threading.Event(), 0
-        self.tell: Callable[[str], None] = lambda line: tell(f"error: {line}")
-        self.signs: dict[int, dict] = {}      # the latest of every rank
-        self.heard: dict[int, float] = {}     # when it came
-        self.moved = time.monotonic()         # when any rank made progress
-        self.last = time.monotonic()          # when this thread ran
-
-    def run(self) -> None:
-        while not self.over.wait(TICK):
-            # without an answer of the store the collectives' time limits remain
-            with contextlib.suppress(RuntimeError):
-                stuck = self.turn(time.monotonic())
-                if stuck and not self.over.is_set():
-                    self.end_job(stuck)
-
-    def turn(self, now: float) -> list[int]:
-        """One look at the others; the ranks that hold up the job."""
-        if now - self.last > 5 * TICK:      # it slept, perhaps with all others: count from now
-            self.moved, self.heard = now, dict.fromkeys(self.heard, now)
-        self.last = now
-        self.exchange(now)
-        return self.stuck(now)
-
-    def leave(self) -> None:
-        """This rank ends as it should."""
-        self.over.set()
-        with contextlib.suppress(RuntimeError):
-            self.store.set(str(self.world.rank), json.dumps({"left": True}))
-
-    def exchange(self, now: float) -> None:
-        """Give this rank's sign of life, and read those of all."""
-        pulse, pid = self.world.pulse, os.getpid()
-        self.ticks += 1
-        mine = {
-            "host": platform.node(), "pid": pid, "begun": process_state(pid)[1],
-            "tick": self.ticks, "doing": pulse.doing, "beats": pulse.beats,
-            "waiting": pulse.waiting, "limit": pulse.limits()[0]}
-        self.store.set(str(self.world.rank), json.dumps(mine))
-        keys = [str(rank) for rank in range(self.world.size)]
-        if not self.store.check(keys):
-            return
-        for rank, text in enumerate(self.store.multi_get(keys)):
-            sign, before = json.loads(text), self.signs.get(rank, {})
-            if sign != before:
-                self.heard[rank] = now
-            if sign.get("beats") != before.get("beats"):
-                self.moved = now
-            self.signs[rank] = sign
-
-    def here(self, rank: int) -> str:
-        """State letter of a rank's process if it runs on this machine, else nothing."""
-        sign = self.signs[rank]
-        state, begun = process_state(sign["pid"])
-        return state if (sign["host"], sign["begun"]) == (platform.node(), begun) else ""
-
-    def stuck(self, now: float) -> list[int]:
-        """The ranks that hold up the job: silent ones, or when nobody makes progress those that
-        wait for no other and are the least far."""
-        at_work = [rank for rank, sign in self.signs.items() if "left" not in sign]
-        silent = []
-        for rank in at_work:
-            quiet, state = now - self.heard[rank], self.here(rank)
-            patience = {"T": STOPPED, "t": STOPPED, "": SILENT}.get(state, math.inf)
-            if quiet > patience:
-                silent.append(rank)
-        limit = max([self.signs[rank]["limit"] for rank in at_work], default=math.inf)
-        if silent or now - self.moved <= limit:
-            return silent
-        busy = [rank for rank in at_work if not self.signs[rank]["waiting"]] or at_work
-        least = min(self.signs[rank]["beats"] for rank in busy)
-        return [rank for rank in busy if self.signs[rank]["beats"] == least]
-
-    def describe(self, stuck: Sequence[int]) -> str:
-        """Who made no progress since when, in one line."""
-        if len(stuck) == self.world.size:
-            return f"no rank has made progress since {self.signs[0]['doing']}"
-        said = "rank {} ({host}, pid {pid}) has made no progress since {doing}"
-        return "; ".join(said.format(rank, **self.signs[rank]) for rank in stuck)
-
-    def end_job(self, stuck: Sequence[int]) -> None:
-        """Say it, on one rank; end what is stopped, then this process: when the others have seen
-        it too, and later than those that are to blame, so that the launcher names them."""
-        self.world.pulse.ending = True
-        well = sorted(set(range(self.world.size)) - set(stuck)) or [0]
-        if self.world.rank == well[0]:
-            self.tell(self.describe(stuck))
-            self.kill_stopped(stuck)
-        time.sleep((2 if self.world.rank in stuck else 3) * TICK)
-        self.kill_stopped(stuck)
-        os._exit(1)
-
-    def kill_stopped(self, stuck: Sequence[int]) -> None:
-        """SIGKILL to those of these ranks whose processes, on this machine, are stopped."""
-        for rank in stuck:
-            if self.here(rank) in ("T", "t"):
-                with contextlib.suppress(OSError):
-                    os.kill(self.signs[rank]["pid"], signal.SIGKILL)
-
-
-def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Item indices per rank, longest first to the least loaded: by arithmetic, so the same on every rank."""
-    load, share = [0.0] * ranks, [[] for _ in range(ranks)]
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        r = load.index(min(load))
-        load[r] += costs[i]
-        share[r].append(i)
-    return share
-
-
-class Signals:
-    """What SIGINT (Ctrl-C) and SIGTERM do: the first ends training after the step under way, and anything
-    else at once by Interrupted; a second, a second or more later, ends the process at once (one request often
-    arrives twice: torchrun passes on what it gets).
-
-    SIGHUP, of a terminal that is gone, is ignored. torchrun takes it for an order to end, passes it on and
-    kills the ranks 30 s later, so there it counts as SIGTERM. To train on under torchrun, start it by nohup
-    with TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT."""
-
-    def __init__(self):
-        self.number, self.when, self.waits = 0, 0.0, False
-
-    def install(self) -> None:
-        """Listen from now on; only a process's main thread can."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        signal.signal(signal.SIGINT, self.receive)
-        signal.signal(signal.SIGTERM, self.receive)
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            launched = "TORCHELASTIC_RUN_ID" in os.environ
-            signal.signal(signal.SIGHUP, self.receive if launched else signal.SIG_IGN)
-
-    def receive(self, number: int, frame) -> None:
-        """The handler of a signal, between two instructions of the main thread."""
-        if number not in (signal.SIGINT, signal.SIGTERM):
-            number = signal.SIGTERM
-        if self.number:
-            if time.monotonic() - self.when > 1:
-                os._exit(128 + number)
-            return
-        self.number, self.when = int(number), time.monotonic()
-        if not self.waits:
-            raise self.error("the run was interrupted")
-
-    def error(self, what: str, number: int = 0) -> Interrupted:
-        """The exception that ends the run, for the signal received here or on another rank."""
-        number = number or self.number
-        if not self.number:
-            self.number, self.when = number, time.monotonic()     # what comes now is the second
-        return Interrupted(f"{what} by {signal.Signals(number).name}", number)
-
-    @contextlib.contextmanager
-    def held(self):
-        """Inside, a signal only sets `number`; what was not obeyed by the end raises there."""
-        self.waits = True
-        try:
-            yield
-        finally:
-            self.waits = False
-        if self.number:
-            raise self.error("the run was interrupted")
-
-
-SIGNALS = Signals()
-
-
-class Clock:
-    """Seconds since its start against a budget. Training: every step, calibration, GPTQ, packing, up to the
-    file on disk. Evaluation: from opening it to the last byte scored. `excluded`: seconds not charged."""
-
-    def __init__(self, budget: float = 0.0, now: Callable[[], float] = time.perf_counter):
-        self.now, self.start, self.budget, self.excluded = now, now(), budget, 0.0
-
-    def elapsed(self) -> float:
-        return self.now() - self.start - self.excluded
-
-    @contextlib.contextmanager
-    def exclude(self):
-        """Time spent inside is not charged, but kept in `excluded` for the log."""
-        begin = self.now()
-        yield
-        self.excluded += self.now() - begin
-
-
-def sync(device: torch.device) -> None:
-    """Wait for the GPU; nothing on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def write_atomic(path: Path, data: bytes, amend: Callable[[], bytes] | None = None) -> None:
-    """Write a file completely or not at all: temporary name in the same folder, flushed, then
-    renamed. amend(): called before the renaming; what it returns takes the data's place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-            if amend is not None and (amended := amend()) != data:
-                f.seek(0)
-                f.truncate()
-                f.write(amended)
-                f.flush()
-                os.fsync(f.fileno())
-        os.chmod(temp, 0o644)
-        os.replace(temp, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free space or set ARTIFACT_DIR") from error
-    finally:
-        Path(temp).unlink(missing_ok=True)
-
-
-def file_size(path: Path, most: int, what: str) -> int:
-    """Bytes of a regular file of at most `most`, known before it is opened: a pipe would wait for
-    ever, a device never end. what: what it should be, for messages. UserError for anything else."""
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; it should be {what}") from error
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{path} is no regular file; it should be {what}")
-    if found.st_size > most:
-        raise UserError(f"{path} has {found.st_size:,} bytes, at most {most:,} are read; it should "
-                        f"be {what}")
-    return found.st_size
-
-
-def read_bounded(path: Path, most: int, what: str) -> bytes:
-    """All bytes of a file that file_size() takes."""
-    file_size(path, most, what)
-    try:
-        with open(path, "rb") as f:
-            return f.read(most)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; it should be {what}") from error
-
-
-def read_json(path: Path, what: str, most: int = 1 << 26) -> dict:
-    """The object in a JSON file; UserError when it holds anything else."""
-    try:
-        found = json.loads(read_bounded(path, most, what))
-    except (ValueError, RecursionError) as error:
-        why = str(error) or type(error).__name__
-        raise UserError(f"{path} is damaged ({why}); it should be {what}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object; it should be {what}")
-    return found
-
-
-SUMMARY_KEYS = ("val_bpb val_loss sliding_val_bpb quantized_val_bpb prequant_val_bpb artifact_bytes "
-                "code_bytes total_bytes steps step_ms train_seconds eval_seconds tokens_scored "
-                "bytes_scored").split()
-# What a summary keeps when quantising or evaluation is run again in the folder of a training.
-TRAINING_KEYS = ("steps step_ms train_seconds stopped seed world_size device torch model_params "
-                 "code_sha256 untrained_val_bpb prequant_val_bpb data_fingerprint "
-                 "training_not_compliant_because artifact_digest quantising_runs "
-                 "evaluation_runs").split()
-ARTIFACT_NAME, WEIGHTS_NAME = "final_model.int6.ptz", "final_model.pt"
-# Files of writes that were killed.
-LEFTOVER = re.compile(r"\.(.+\.(pt|ptz|json)\.\w{8}|space\.\d+|ballast|average\.previous)")
-
-
-def lock_folder(folder: Path):
-    """The open file whose lock says that this run owns the folder; whatever ends the process
-    frees it. None where the disk knows no locks. UserError when another live run has it."""
-    path = folder / ".lock"
-    while True:
-        file = open(path, "a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            who = file.read(100).strip() or "its process is starting"
-            raise UserError(f"ARTIFACT_DIR={folder} is in use by a live run ({who}): wait until "
-                            "it ends, or choose another folder") from error
-        except OSError:
-            file.close()
-            return None
-        with contextlib.suppress(OSError):
-            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                file.truncate(0)
-                file.write(f"pid {os.getpid()} on {platform.node()}")
-                file.flush()
-                return file
-        file.close()      # the run that had it has just removed the file: take a new one
-
-
-def home_of(s: Settings) -> Path | None:
-    """The folder of the run whose weights or artifact this one goes on with, if any."""
-    path = Path(s.eval_only_path or s.eval_only_quantized_path)
-    if not path.name:
-        return None
-    return path.parent.parent if path.parent.name == "checkpoint" else path.parent
-
-
-class Journal:
-    """A file of lines that never ends a run: what cannot be written waits in memory, at most
-    MOST bytes of it, and is tried again with every line."""
-    MOST = 8 << 20
-
-    def __init__(self, path: Path, fresh: bool = False):
-        if fresh:
-            open(path, "wb").close()
-        self.path, self.file = path, open(path, "ab", buffering=0)
-        self.unwritten, self.fault, self.told = b"", "", False
-
-    def write(self, text: str) -> None:
-        """Append the text, or keep it and note the fault."""
-        self.unwritten += text.encode("utf-8", "replace")
-        self.fault = ""
-        try:
-            while self.unwritten:
-                self.unwritten = self.unwritten[self.file.write(self.unwritten):]
-        except (OSError, ValueError) as error:
-            self.fault = str(error)
-            if len(self.unwritten) > self.MOST:
-                self.unwritten = self.unwritten[-self.MOST // 2:].partition(b"\n")[2]
-
-
-def finite_only(value):
-    """The value with None in place of every float that JSON cannot say."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {k: finite_only(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite_only(v) for v in value]
-    return value
-
-
-def to_json(value, **options) -> str:
-    """Valid JSON of anything: no NaN, and what it does not know as text."""
-    return json.dumps(finite_only(value), default=str, **options)
-
-
-class Run:
-    """The run's folder and its one voice: text to train.log and the screen, JSON lines to metrics.jsonl.
-    Nothing that cannot be written or shown ends the run."""
-
-    def __init__(self, s: Settings, world: World):
-        name = s.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
-        self.s, self.world, self.id = s, world, world.agree(name)
-        self.dir = Path(s.artifact_dir or Path("runs") / self.id)
-        self.live = sys.stdout.isatty() and world.main
-        self.summary = {**dict.fromkeys(SUMMARY_KEYS), "compliant": True, "not_compliant_because": []}
-        self.text = self.metrics = self.lock = None
-        self.screen_failed = False
-        self.time_known = True      # that of training, which quantising goes on with
-        self.command, self.command_at = "", 0.0
-        self.resumes = s.resume
-        # when those files were written that are not this run's own
-        self.before = {} if self.resumes else {p: self.written(p) for p in self.ways_on()}
-        again = bool(self.resumes or s.eval_only_path or s.eval_only_quantized_path)
-        for thread in world.threads:
-            thread.tell = self.hung
-        if not world.main:
-            return
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            self.lock = lock_folder(self.dir)
-            earlier = self.check_folder(again)
-            self.open_journals(fresh=not again)
-        except UserError:
-            self.close()
-            raise
-        except OSError as error:
-            raise UserError(f"cannot write into ARTIFACT_DIR={self.dir}: {error.strerror}") from error
-        if self.lock is None:
-            self.warn(f"{self.dir} cannot be locked: start no other run in it")
-        else:
-            for path in [*self.dir.glob(".*"), *self.dir.glob("checkpoint/.*")]:
-                if LEFTOVER.fullmatch(path.name):
-                    path.unlink(missing_ok=True)
-        if self.goes_on():
-            self.summary.update({k: earlier[k] for k in TRAINING_KEYS if k in earlier})
-            for reason in self.summary.get("training_not_compliant_because", ()):
-                self.not_compliant(str(reason))
-
-    def open_journals(self, fresh: bool) -> None:
-        """train.log and metrics.jsonl, anew or to be appended to."""
-        names = ("train.log", "metrics.jsonl")
-        self.text, self.metrics = (Journal(self.dir / name, fresh) for name in names)
-
-    def goes_on(self) -> bool:
-        """Whether what is quantised or scored is this folder's own, or training is resumed."""
-        home = home_of(self.s)
-        return self.resumes or (home is not None and home.resolve() == self.dir.resolve())
-
-    def check_folder(self, again: bool) -> dict:
-        """The summary that lies in the folder; UserError unless this run may write there."""
-        for name in ("summary.json", WEIGHTS_NAME, ARTIFACT_NAME):
-            if (self.dir / name).is_dir():
-                raise UserError(f"{self.dir / name} is a folder: move it away")
-        if not again and (self.dir / WEIGHTS_NAME).exists():
-            raise UserError(f"ARTIFACT_DIR={self.dir} holds the weights of an earlier run: choose another "
-                            "folder; to score those, set EVAL_ONLY_PATH as well")
-        path = self.dir / "summary.json"
-        earlier = read_json(path, "the summary of a run") if again and path.exists() else {}
-        if earlier.get("steps") is not None and not self.goes_on():
-            raise UserError(f"ARTIFACT_DIR={self.dir} holds the summary of a training run, which this one "
-                            "would replace: choose another folder")
-        return earlier
-
-    def close(self) -> None:
-        """Give the folder back."""
-        if self.lock is not None:
-            with contextlib.suppress(OSError):
-                (self.dir / ".lock").unlink()
-            self.lock.close()
-            self.lock = None
-
-    def not_compliant(self, reason: str) -> None:
-        """Mark the run: its log, summary and closing block say why it is no result."""
-        if reason in self.summary["not_compliant_because"]:
-            return
-        self.summary["compliant"] = False
-        self.summary["not_compliant_because"].append(reason)
-        self.log("NON-COMPLIANT", reason=reason)
-
-    def warn(self, text: str) -> None:
-        """A warning, in the log and on screen."""
-        self.log("warning", text=text)
-
-    def log(self, event: str, quiet: bool = False, **values) -> None:
-        """A line `event key=value …` on screen and in train.log, an object in metrics.jsonl; rank 0 only."""
-        if self.text is None:
-            return
-        self.write(self.metrics, to_json({"event": event, "time": round(time.time(), 3), **values}))
-        line = " ".join([event, *(f"{k}={human(v)}" for k, v in values.items())])
-        self.write(self.text, line)
-        if not quiet:
-            self.say(line)
-        with self.guarded("the command to go on"):
-            self.note_go_on(every=5.0)      # a checkpoint may have come
-
-    def write(self, journal: Journal, line: str) -> None:
-        """A line into one of the files; the first that cannot be written is warned of."""
-        journal.write(line + "\n")
-        if journal.fault and not journal.told:
-            journal.told = True
-            self.warn(f"{journal.path} cannot be written ({journal.fault}): its lines wait in "
-                      "memory and are tried again; the run goes on")
-
-    def show(self, text: str) -> None:
-        """Put text on the screen if that works."""
-        try:
-            print(text, end="", flush=True)
-        except (OSError, ValueError) as error:
-            if isinstance(error, BrokenPipeError) or sys.stdout.closed:      # for ever
-                sys.stdout, self.live = open(os.devnull, "w"), False
-            if not self.screen_failed:
-                self.screen_failed = True
-                self.warn(f"the screen cannot be written ({error}): see train.log")
-
-    def say(self, line: str) -> None:
-        """A line on the screen only (clears a live progress line first)."""
-        if self.world.main:
-            self.show(("\r\033[K" if self.live else "") + line + "\n")
-
-    def progress(self, line: str) -> None:
-        """Overwrite the live line on a terminal; nothing elsewhere."""
-        if self.live:
-            self.show("\r\033[K" + line[:shutil.get_terminal_size().columns - 1])
-
-    def save_summary(self) -> None:
-        """What is known so far: written after every stage, so that a crash loses no score."""
-        if self.world.main:
-            with self.guarded("the summary"):
-                write_atomic(self.dir / "summary.json", to_json(self.summary, indent=1).encode())
-
-    @contextlib.contextmanager
-    def guarded(self, what: str):
-        """Inside, a failure is a warning: reports and decorations never end a run."""
-        try:
-            yield
-        except Exception as error:
-            self.warn(f"{what} failed ({in_a_line(error)}): the run goes on without")
-
-    # --- going on after an early end
-
-    def ways_on(self) -> dict[Path, dict[str, str]]:
-        """Files that a run can be continued from, best first, and the settings that do so."""
-        artifact, weights = self.dir / ARTIFACT_NAME, self.dir / WEIGHTS_NAME
-        ways = {artifact: {"EVAL_ONLY_QUANTIZED_PATH": str(artifact)},
-                weights: {"EVAL_ONLY_PATH": str(weights)}}
-        checkpoints = self.dir / "checkpoint"
-        if not self.s.max_wallclock_seconds:
-            ways[self.dir / POINTER] = {"RESUME": "1"}
-        average = checkpoints / "average.pt"
-        ways[average] = {"EVAL_ONLY_PATH": str(average)}
-        return ways
-
-    @staticmethod
-    def written(path: Path) -> int:
-        """When a file was written, in ns; 0 if it is not there."""
-        try:
-            return path.stat().st_mtime_ns
-        except OSError:
-            return 0
-
-    def way_on(self) -> dict[str, str]:
-        """The settings that go on from the best file that this run has written, if any."""
-        for path, how in self.ways_on().items():
-            if self.written(path) not in (0, self.before.get(path)):
-                return how
-        return {}
-
-    def go_on(self) -> str:
-        """The command that goes on from what is on disk; without that the one that started it."""
-        changed, how = changed_environment(self.s), self.way_on()
-        if not how:
-            return starting_command(changed)
-        left_out = ["EVAL_ONLY_PATH", "EVAL_ONLY_QUANTIZED_PATH", "RESUME"]
-        if "EVAL_ONLY_QUANTIZED_PATH" in how:      # there is nothing to stop at before the score
-            left_out += ["QUANTIZE_ONLY", "PREQUANT_ONLY"]
-        changed = {k: v for k, v in changed.items() if k not in left_out}
-        return starting_command({**changed, "ARTIFACT_DIR": str(self.dir), **how})
-
-    def note_go_on(self, every: float = 0.0) -> None:
-        """Log that command when it has changed: it is then known even after a kill. every: look
-        again after so many seconds only."""
-        if self.text is None or time.monotonic() - self.command_at < every:
-            return
-        self.command_at, command = time.monotonic(), self.go_on()
-        if command != self.command:
-            self.command = command
-            self.log("go_on", quiet=True, command=command)
-
-    def failed(self, line: str, trace: str = "", again: bool = True, event: str = "error") -> None:
-        """The last words of a run that ends early, on any rank: the error, its trace in the log
-        alone, and the command to go on. again: whether the same command may help while nothing
-        is on disk."""
-        tell(f"{event}: {line}")
-        if self.text is None:      # not rank 0: beside its lines, where the folder is shared
-            with contextlib.suppress(OSError):
-                self.open_journals(fresh=False)
-        self.log(event, quiet=True, text=line, **({"trace": trace} if trace else {}))
-        with self.guarded("the command to go on"):
-            if again or self.way_on():
-                self.note_go_on()
-                tell(f"to go on: {self.go_on()}")
-
-    def hung(self, line: str) -> None:
-        """What the heartbeat calls before it ends this process."""
-        with contextlib.suppress(Exception):
-            self.failed(line)
-
-
-def tell(line: str) -> None:
-    """A line on stderr if that works."""
-    with contextlib.suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
-
-
-def in_a_line(error: BaseException) -> str:
-    """Type and text of an exception, on one line of bounded length."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def changed_environment(s: Settings) -> dict[str, str]:
-    """The settings that differ from their defaults as a shell would set them."""
-    shown = {}
-    for name, value in s.changed().items():
-        if isinstance(value, (bool, float)) and float(value).is_integer():
-            value = int(value)
-        shown[name] = str(value)
-    return shown
-
-
-def starting_command(changed: Mapping[str, str]) -> str:
-    """The command that starts this script as it was started, under these settings."""
-    env, script = os.environ, "train_gpt.py"
-    if sys.argv[0].endswith(".py"):
-        path = Path(sys.argv[0])
-        here = path.is_absolute() and path.is_relative_to(Path.cwd())
-        script = shlex.quote(str(path.relative_to(Path.cwd()) if here else path))
-    start, size = f"python {script}", env.get("WORLD_SIZE", "1")
-    if "TORCHELASTIC_RUN_ID" in env:
-        nodes, here = env.get("GROUP_WORLD_SIZE", "1"), env.get("LOCAL_WORLD_SIZE", "1")
-        where = "--standalone" if nodes == "1" else f"--nnodes={nodes} …"
-        start = f"torchrun {where} --nproc_per_node={here} {script}"
-    elif size != "1":
-        start = f"RANK=… WORLD_SIZE={size} MASTER_ADDR=… MASTER_PORT=… {start}"
-    words = [f"{name}={shlex.quote(value)}" for name, value in changed.items()]
-    return " ".join([*words, start])
-
-
-def plain(value, most: int) -> str:
-    """A value as one line of at most so many characters of printable ASCII, for messages."""
-    text = re.sub("[^ -~]", "?", f"{value!s:.{most + 1}}")
-    return text if len(text) <= most else text[:most - 3] + "..."
-
-
-def human(value) -> str:
-    """A value as the log shows it: floats short, single words bare, the rest as JSON."""
-    if isinstance(value, float) and 0 < abs(value) < 1e-3:
-        return f"{value:.6g}"
-    if isinstance(value, float):
-        return f"{value:.6f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:.1f}"
-    if isinstance(value, str) and " " not in value and (value.isprintable() or not value):
-        return value
-    return to_json(value, ensure_ascii=False, separators=(",", ":"))
-
-
-# ============================================================================================================
-# 3  Data: shards, training streams, validation documents, bytes per token
-# ============================================================================================================
-
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256    # 256 little-endian int32, then uint16 tokens
-
-
-def read_shard(path: Path) -> np.ndarray:
-    """Tokens of one shard, (N,) uint16, mapped not loaded. UserError when it is missing, foreign or cut."""
-    path, again = Path(path), "fetch or build the data again"
-    try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):       # a pipe would wait for ever
-            raise UserError(f"{path} is no token shard but a folder, pipe or device; {again}")
-        size, header = found.st_size, np.fromfile(path, dtype="<u4", count=SHARD_HEADER)
-    except OSError as error:
-        raise UserError(f"cannot read shard {path}: {error.strerror}; {again}") from error
-    if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise UserError(f"{path} is no token shard: it starts with {header[:2].tolist()}, expected "
-                        f"[{SHARD_MAGIC}, {SHARD_VERSION}]; {again}")
-    count = int(header[2])
-    expected = 4 * SHARD_HEADER + 2 * count
-    if size != expected:
-        raise UserError(f"{path} has {size:,} bytes but its header promises {expected:,}: "
-                        f"{'truncated' if size < expected else 'too long'}; {again}")
-    if count < 2:
-        raise UserError(f"{path} holds {count} tokens: at least 2 are needed; {again}")
-    return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
-
-
-def list_shards(folder: Path, kind: str) -> list[Path]:
-    """Sorted `fineweb_<kind>_*.bin` of a folder; kind is train, val or val_bytes. UserError when none."""
-    folder = Path(folder)
-    if kind == "val" and Validation.sealed:
-        raise RuntimeError(SEALED)
-    found = sorted(folder.glob(f"fineweb_{kind}_*.bin"))
-    found = [p for p in found if kind != "val" or "_bytes_" not in p.name]
-    if not found:
-        what = f"has no fineweb_{kind}_*.bin" if folder.is_dir() else "does not exist"
-        raise UserError(f"DATA_PATH={folder} {what}: data/README.md says how to fetch or build shards")
-    return found
-
-
-def read_tokens(s: Settings, kind: str, most: int | None = None) -> dict[Path, np.ndarray]:
-    """Tokens of all shards of a kind, by path, mapped. Refused unless the first `most` tokens of each hold
-    documents, the first of them whole (published shards are cut anywhere), and ids of the vocabulary."""
-    shards = {path: read_shard(path) for path in list_shards(s.shards, kind)}
-    for i, (path, whole) in enumerate(shards.items()):
-        tokens = whole[:most]
-        for bad, fault in (
-            (tokens[0] == 0, f"starts with 0, not with BOS (id {BOS}): it is a byte sidecar, not tokens"),
-            (not has_bos(whole), f"holds no BOS (id {BOS}): documents cannot be told apart"),
-            (i == 0 and tokens[0] != BOS,
-             f"starts with token {tokens[0]}, not BOS (id {BOS}): its first document is cut"),
-        ):
-            if bad:
-                raise UserError(f"{path} {fault}; build the shards again, with a BOS before every document")
-        check_ids(path, tokens, s.vocab_size)
-    return shards
-
-
-def has_bos(tokens: np.ndarray, block: int = 1_000_000) -> bool:
-    """Whether a BOS is among the tokens, of which no more than needed are read."""
-    return any((tokens[a:a + block] == BOS).any() for a in range(0, len(tokens), block))
-
-
-def check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
-    """Refuse tokens of a shard that are not of the vocabulary."""
-    if tokens.max() >= vocab_size:
-        at = int(np.argmax(tokens >= vocab_size))
-        raise UserError(f"{path} holds token {tokens[at]} at position {at} but VOCAB_SIZE={vocab_size}: set "
-                        "VOCAB_SIZE and TOKENIZER_PATH to those it was made with")
-
-
-def read_sidecars(s: Settings, shards: Mapping[Path, np.ndarray]) -> np.ndarray | None:
-    """Bytes of every token (N,) int64 of these shards by their sidecars; None where there are no sidecars."""
-    sidecars = [path.with_name(path.name.replace("_val_", "_val_bytes_")) for path in shards]
-    if not any(path.exists() for path in sidecars):
-        return None
-    for path, tokens in zip(sidecars, shards.values()):
-        counts, wrong = read_shard(path), "the byte sidecar belongs to other shards; fetch both again"
-        if len(counts) != len(tokens):
-            raise UserError(f"{path} has {len(counts):,} entries for {len(tokens):,} tokens: {wrong}")
-        if (at := np.flatnonzero((tokens == BOS) & (counts != 0))).size:
-            raise UserError(f"{path} counts {counts[at[0]]} bytes for the BOS at position {at[0]}: {wrong}")
-    out = np.concatenate([read_shard(path) for path in sidecars]).astype(np.int64)
-    told = manifest_total(s, "val_bytes", "text_bytes")
-    if told not in (None, out.sum()) or not out.any():
-        says = "which cannot be" if told is None else f"the manifest says {told:,}"
-        raise UserError(f"the sidecars of {s.shards} count {out.sum():,} bytes, {says}: damaged or of other "
-                        "shards; fetch both again")
-    return out
-
-
-def read_manifest(s: Settings) -> dict:
-    """The folder's manifest.json, written by the data tools; empty when there is none, or one of another
-    program. UserError when it is damaged."""
-    path, remedy = s.shards / "manifest.json", "fetch or build the data again"
-    if not path.exists():
-        return {}
-    manifest = read_json(path, f"the data tools' manifest: {remedy}")
-    if not {"files", "fingerprint"} <= set(manifest):
-        return {}
-    if fault := manifest_fault(manifest):
-        raise UserError(f"{path} is damaged ({fault}): {remedy}")
-    return manifest
-
-
-def manifest_fault(manifest: Mapping) -> str:
-    """What in a manifest is not as the data tools write it; empty: nothing."""
-    if not isinstance(manifest["files"], list) or not isinstance(manifest["fingerprint"], str):
-        return "files is no list, or the fingerprint no text"
-    for i, entry in enumerate(manifest["files"]):
-        if not isinstance(entry, dict):
-            return f"file {i} is no object"
-        if not all(isinstance(entry.get(key), str) for key in ("name", "kind")):
-            return f"file {i} has no name or no kind"
-        if not all(is_count(entry.get(key, 0)) for key in ("size", "tokens", "documents", "text_bytes")):
-            return f"file {i} counts what is no whole number"
-    for key in ("split", "tokenizer"):      # no tokenizer: null
-        if not isinstance(manifest.get(key) or {}, dict):
-            return f"{key} is no object"
-    if not is_count(manifest.get("decodable_val_bytes") or 0):
-        return "decodable_val_bytes is no whole number"
-    return ""
-
-
-def is_count(value) -> bool:
-    """Whether a value from JSON is a whole number of 0 or more."""
-    return type(value) is int and 0 <= value < 2 ** 63
-
-
-def manifest_total(s: Settings, kind: str, what: str) -> int | None:
-    """Sum of an entry over the manifest's files of a kind; None where it is not told."""
-    told = [entry.get(what) for entry in read_manifest(s).get("files", ()) if entry["kind"] == kind]
-    return None if not told or None in told else sum(told)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Documents of a packed row: cu_seqlens (n,) int32 starts, then the total as padding; longest piece.
-    isolate: a segment that begins inside a document is not smeared with the token packed before it either."""
-    cu_seqlens: Tensor
-    max_seqlen: int
-    isolate: bool = False
-
-
-class Batch(NamedTuple):
-    """x, y (B, T) int64; of a packed row: segment bounds, its longest piece, the cut, its tokens."""
-    x: Tensor
-    y: Tensor
-    cu_seqlens: Tensor | None
-    max_seqlen: int
-    cut: int = 0
-    tokens: np.ndarray | None = None
-
-    def to(self, device: torch.device) -> Batch:
-        """A copy on the device; from pinned memory without waiting."""
-        def move(t):
-            placed = t is None or t.device.type == device.type
-            return t if placed else t.pin_memory().to(device, non_blocking=True)
-        return self._replace(x=move(self.x), y=move(self.y), cu_seqlens=move(self.cu_seqlens))
-
-    def rows(self, length: int) -> Batch:
-        """The same tokens as rows of this length, documents not kept apart."""
-        return Batch(self.x.view(-1, length), self.y.view(-1, length), None, length)
-
-    def layout(self, cap: int) -> Layout | None:
-        """Document layout; `cap` bounds a piece's length and is fixed, so that compiled graphs are reused."""
-        return None if self.cu_seqlens is None else Layout(self.cu_seqlens, cap)
-
-
-def segment_bounds(bos: np.ndarray, total: int, max_len: int, bucket: int = 64) -> tuple[np.ndarray, int]:
-    """Attention segments of a row of `total` tokens: (cu_seqlens int32, longest segment). A segment starts at
-    0, at each BOS, every max_len (0: never) tokens of a document; padded with `total` to whole `bucket`s."""
-    starts = np.unique(np.concatenate([[0], np.asarray(bos, dtype=np.int64)]))
-    lengths = np.diff(np.append(starts, total))
-    if max_len > 0:
-        pieces = -(-lengths // max_len)
-        within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        starts = np.repeat(starts, pieces) + within * max_len
-        lengths = np.diff(np.append(starts, total))
-    padded = -(-(len(starts) + 1) // bucket) * bucket
-    bounds = np.full(padded, total, dtype=np.int32)
-    bounds[:len(starts)] = starts
-    return bounds, int(lengths.max())
-
-
-def packed_batch(tokens: np.ndarray, max_len: int) -> Batch:
-    """n + 1 consecutive tokens as one packed row of n inputs and targets, segmented by document."""
-    t = torch.from_numpy(tokens.astype(np.int64))
-    bounds, longest = segment_bounds(np.flatnonzero(tokens[:-1] == BOS), len(tokens) - 1, max_len)
-    return Batch(t[None, :-1], t[None, 1:], torch.from_numpy(bounds), longest, max_len, tokens)
-
-
-class Stream:
-    """Micro-batches of one rank, in an order that the files fix. max_len: of a segment or a window."""
-    windowed = False      # rows of whole windows, without document bounds
-
-    def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int,
-                 vocab_size: int = 65536):
-        self.vocab_size = vocab_size
-        self.shards = [read_shard(f) for f in files]
-        self.ends = np.cumsum([len(x) for x in self.shards])
-        self.world_size, self.rank, self.tokens, self.max_len = world_size, rank, tokens, max_len
-        self.batches = 0
-
-    @property
-    def epoch(self) -> float:
-        """Tokens that all ranks have taken, over those there are."""
-        return self.batches * self.world_size * self.tokens / int(self.ends[-1])
-
-    def next(self) -> Batch:
-        """The next micro-batch; UserError when it holds an id that is not of the vocabulary."""
-        batch, self.batches = self.cut(), self.batches + 1
-        if max(int(batch.x.max()), int(batch.y.max())) >= self.vocab_size:
-            for tokens in self.shards:
-                check_ids(Path(tokens.filename), tokens, self.vocab_size)
-        return batch
-
-    def skip(self, batches: int) -> None:
-        """Pass over so many batches, as an interrupted run has done."""
-        for _ in range(batches):
-            self.next()
-
-
-class TokenStream(Stream):
-    """All shards as one endless stream, for any number of ranks: every target once per epoch, in order."""
-
-    def __init__(self, files, **shape):
-        super().__init__(files, **shape)
-        if self.ends[-1] < self.tokens + 1:
-            raise UserError(f"{self.ends[-1]:,} training tokens are no micro-batch: lower TRAIN_BATCH_TOKENS")
-
-    def cut(self) -> Batch:
-        start, count, parts = (self.batches * self.world_size + self.rank) * self.tokens, self.tokens + 1, []
-        while count > 0:
-            start %= int(self.ends[-1])      # the stream wraps at the end of the last shard
-            i = int(np.searchsorted(self.ends, start, side="right"))
-            begin = start - int(self.ends[i]) + len(self.shards[i])
-            parts.append(np.asarray(self.shards[i][begin:begin + count]))
-            start, count = start + len(parts[-1]), count - len(parts[-1])
-        return packed_batch(np.concatenate(parts), self.max_len)
-
-    def skip(self, batches: int) -> None:
-        self.batches += batches      # where a batch lies follows from its number
-
-
-class DocPackStream(Stream):
-    """The field's: ranks cut a span of (tokens + 1) x world_size from a shard; a shorter rest is dropped."""
-
-    def __init__(self, files, **shape):
-        super().__init__(files, **shape)
-        self.span, self.shard = (self.tokens + 1) * self.world_size, 0
-        self.first = [int(np.argmax(x == BOS)) for x in self.shards]
-        self.cursor = self.first[0]
-        if all(f + self.span > len(x) for f, x in zip(self.first, self.shards)):
-            raise UserError(f"no shard holds {self.span:,} tokens from a BOS on: use TRAIN_LOADER=stream")
-
-    def cut(self) -> Batch:
-        while self.cursor + self.span > len(self.shards[self.shard]):
-            self.shard = (self.shard + 1) % len(self.shards)
-            self.cursor = self.first[self.shard]
-        begin = self.cursor + self.rank * (self.tokens + 1)
-        self.cursor += self.span
-        return packed_batch(np.asarray(self.shards[self.shard][begin:begin + self.tokens + 1]), self.max_len)
-
-
-LOADERS: dict[str, type[Stream]] = {"stream": TokenStream, "docpack": DocPackStream}
-
-
-def open_train_stream(s: Settings, world: World, tokens: int) -> Stream:
-    """The training stream that TRAIN_LOADER names, for micro-batches of `tokens` tokens."""
-    return LOADERS[s.train_loader](
-        list_shards(s.shards, "train"), world_size=world.size, rank=world.rank, tokens=tokens,
-        max_len=s.train_seq_len, vocab_size=s.vocab_size)
-
-
-class Prefetch:
-    """Batches read ahead in one thread, in the stream's order. given: how many were given out, also before
-    an interruption; epoch: of the last of them."""
-
-    def __init__(self, stream: Stream, device: torch.device, depth: int = 4):
-        self.stream, self.device, self.epoch, self.given = stream, device, 0.0, 0
-        self.reader = ThreadPoolExecutor(1)
-        self.ahead = deque(self.reader.submit(self.read) for _ in range(depth))
-
-    def read(self) -> tuple[Batch, float]:
-        return self.stream.next().to(self.device), self.stream.epoch
-
-    def next(self, cut: int = 0) -> Batch:
-        """The next batch; a packed one cut at `cut` tokens, also where it was read ahead with another."""
-        if cut:
-            self.stream.max_len = cut
-        batch, self.epoch = self.ahead.popleft().result()      # raises what the thread raised
-        self.given += 1
-        self.ahead.append(self.reader.submit(self.read))
-        stale = cut and batch.tokens is not None and batch.cut != cut
-        return packed_batch(batch.tokens, cut).to(self.device) if stale else batch
-
-    def close(self) -> None:
-        self.reader.shutdown(cancel_futures=True)
-
-
-@dataclass(frozen=True)
-class ByteTable:
-    """UTF-8 bytes behind each token. base (V) int16; lead (V): the piece begins with a space; boundary (V):
-    control, unknown or unused, after which a leading space is not counted."""
-    base: np.ndarray
-    lead: np.ndarray
-    boundary: np.ndarray
-
-    @classmethod
-    def from_sentencepiece(cls, path: Path, vocab_size: int) -> ByteTable:
-        sp = load_tokenizer(path)
-        if sp.vocab_size() != vocab_size:
-            raise UserError(f"tokenizer {path} has {sp.vocab_size()} tokens but VOCAB_SIZE={vocab_size}: set "
-                            "them to the pair that the shards were made with")
-        base, lead, boundary = (np.zeros(vocab_size, kind) for kind in (np.int16, bool, bool))
-        for i in range(vocab_size):
-            if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
-                boundary[i] = True
-            elif sp.is_byte(i):
-                base[i] = 1
-            else:
-                piece = sp.id_to_piece(i)
-                lead[i] = piece.startswith("\u2581")
-                base[i] = len(piece.removeprefix("\u2581").encode())   # only the first one stands for a space
-        return cls(base, lead, boundary)
-
-    def count(self, prev: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """Bytes (int64) of each target token after its previous token."""
-        return self.base[target].astype(np.int64) + (self.lead[target] & ~self.boundary[prev])
-
-
-MOST_MODEL, A_MODEL = 1 << 26, "the SentencePiece model of the shards"
-
-
-def load_tokenizer(path: Path):
-    """The SentencePiece model at path; UserError when it is missing or damaged."""
-    import sentencepiece
-    if not Path(path).exists():
-        raise UserError(f"TOKENIZER_PATH={path} does not exist: see data/README.md, or set TOKENIZER_PATH")
-    model = read_bounded(Path(path), MOST_MODEL, A_MODEL)
-    try:
-        return sentencepiece.SentencePieceProcessor(model_proto=model or b"empty")
-    except RuntimeError as error:
-        raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model, or damaged: set it to the "
-                        "one that the shards were made with") from error
-
-
-class Documents:
-    """Documents of a token stream: each runs from its BOS to, and including, the next BOS (its last target).
-    start, length (n,) int64; document d predicts length - 1 targets from as many inputs, from start on."""
-
-    def __init__(self, tokens: np.ndarray):
-        starts = np.flatnonzero(tokens == BOS)
-        lengths = np.diff(np.append(starts, len(tokens) - 1)) + 1
-        keep = lengths > 1                      # a BOS that ends the stream predicts nothing
-        self.start, self.length = starts[keep], lengths[keep]
-
-    def __len__(self) -> int:
-        return len(self.start)
-
-    def sample(self, fraction: float, seed: int) -> Documents:
-        """A random share of the documents, in stream order."""
-        if fraction < 1:
-            keep = sorted(random.Random(seed).sample(range(len(self)), max(1, round(len(self) * fraction))))
-            self.start, self.length = self.start[keep], self.length[keep]
-        return self
-
-
-SEALED = "validation tokens are read while the model is made, outside of scoring: that would break the rules"
-
-
-class Validation:
-    """The validation stream: tokens (N,) uint16, bytes of targets (N - 1,) int64, documents, byte rule. While
-    a run trains, calibrates and packs it is sealed: only an open ledger gets at the tokens."""
-    sealed, ledgers = False, 0
-    hints: Hints | None = None      # set for the evaluations whose scores n-gram counts tilt
-    other_targets: np.ndarray | None = None      # a probe's, in place of the stream's
-
-    @classmethod
-    @contextlib.contextmanager
-    def seal(cls):
-        """Inside, reading validation tokens raises unless a ledger is open."""
-        cls.sealed = True
-        try:
-            yield
-        finally:
-            cls.sealed = False
-
-    @property
-    def tokens(self) -> np.ndarray:
-        if self.sealed and not self.ledgers:
-            raise RuntimeError(SEALED)
-        return self.stream
-
-    @property
-    def targets(self) -> np.ndarray:
-        """What is scored after every input (N - 1,)."""
-        return self.tokens[1:] if self.other_targets is None else self.other_targets
-
-    def __init__(self, s: Settings):
-        shards = read_tokens(s, "val")
-        self.stream = np.concatenate(list(shards.values()))
-        counts = read_sidecars(s, shards)
-        if counts is not None:
-            self.rule, self.target_bytes = "sidecar", counts[1:]
-        elif s.caseops_enabled:
-            raise UserError(f"CASEOPS_ENABLED=1 needs the byte sidecars of {s.shards}: fetch them, or set 0")
-        else:
-            table = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
-            self.rule, self.target_bytes = "table", table.count(self.tokens[:-1], self.tokens[1:])
-        self.documents = Documents(self.tokens).sample(s.val_doc_fraction, s.seed)
-        spans = zip(self.documents.start.tolist(), self.documents.length.tolist())
-        if not any(self.target_bytes[a:a + n - 1].any() for a, n in spans):
-            raise UserError(f"the validation documents of {s.shards} are empty: not a byte is there to be "
-                            "predicted; fetch or build the data again, or raise VAL_DOC_FRACTION")
-
-    def open_for_study(self, run: Run, why: str) -> np.ndarray:
-        """The one door past the seal: marks the run NON-COMPLIANT, then hands out the tokens."""
-        run.not_compliant(why)
-        return self.stream
-
-    @classmethod
-    def of(cls, tokens: np.ndarray, targets: np.ndarray | None = None) -> Validation:
-        """A made-up stream, one byte a token: for probes. Nothing of it is sealed."""
-        val = cls.__new__(cls)
-        val.sealed, val.other_targets = False, targets
-        val.stream, val.rule, val.documents = tokens.astype(np.uint16), "made up", Documents(tokens)
-        val.target_bytes = (tokens[1:] != BOS).astype(np.int64)
-        return val
-
-
-# ============================================================================================================
-# 4  Model: one forward for training, scoring and adaptation
+# 3  Model: one forward for training, scoring and adaptation
 # ============================================================================================================
 
 # Role of every parameter; one without a role stops the run. matrix: Muon; the others: AdamW.
@@ -2443,556 +1266,7 @@ class GPT(nn.Module):
 
 
 # ============================================================================================================
-# 5  Adapter: low-rank deltas, one set per row of the batch
-# ============================================================================================================
-
-ADAPTED = ("q", "k", "v", "o", "mlp", "head")       # what a TTT_*_LORA switches
-
-
-class BoundAdapter(NamedTuple):
-    """An Adapter unbound for one forward: A and B per kind and slot."""
-    a: dict
-    b: dict
-    scale: float
-
-    def add(self, y: Tensor, kind: str, slot: int, x: Tensor) -> Tensor:
-        """y (B, T, out) + scale * x A' B' for x (B, T, in); y itself when this kind is not adapted."""
-        if kind not in self.a:
-            return y
-        a = self.a[kind][slot]
-        low = F.linear(x, a) if a.dim() == 2 else torch.bmm(x, a.mT)
-        return y + self.scale * torch.bmm(low, self.b[kind][slot].mT)
-
-
-class Adapter:
-    """Low-rank adapters for `rows` documents side by side: per kind A (S, rows, r, in) uniform(±1/sqrt(in))
-    and B (S, rows, out, r) zero: a fresh one changes nothing. S counts executed slots; the head has one.
-    Every document begins with the same A, drawn from SEED. With TTT_SHARED_A A is (S, r, in) and frozen."""
-
-    def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu"):
-        self.scale = s.ttt_lora_alpha / s.ttt_lora_rank
-        self.shared = s.ttt_shared_a
-        self.warm = s.ttt_warm_start_a
-        self.seed = s.seed
-        outputs = {"q": s.model_dim, "k": s.kv_dim, "v": s.kv_dim, "o": s.model_dim, "mlp": s.model_dim,
-                   "head": s.vocab_size}
-        # no nn.Parameters: torch.compile would make a graph for every number of rows
-        self.a: dict[str, Tensor] = {}
-        self.b: dict[str, Tensor] = {}
-        for kind, out in outputs.items():
-            if not getattr(s, f"ttt_{kind}_lora"):
-                continue
-            slots = 1 if kind == "head" else plan.slots
-            each = () if self.shared else (rows,)
-            self.a[kind] = torch.empty(slots, *each, s.ttt_lora_rank, s.model_dim, device=device,
-                                       requires_grad=not self.shared)
-            self.b[kind] = torch.zeros(slots, rows, out, s.ttt_lora_rank, device=device, requires_grad=True)
-        self.draw_a()
-
-    def parameters(self) -> list[Tensor]:
-        return [*self.a.values(), *self.b.values()]
-
-    def trained(self) -> list[Tensor]:
-        """What a step changes."""
-        return [p for p in self.parameters() if p.requires_grad]
-
-    @torch.no_grad()
-    def keep(self, rows: slice) -> None:
-        """Go on with these documents only (A is shared)."""
-        for kind, b in self.b.items():
-            self.b[kind] = b[:, rows].clone(memory_format=torch.contiguous_format).requires_grad_()
-
-    @torch.no_grad()
-    def draw_a(self) -> None:
-        """Fresh A. Drawn on the CPU, so that every device starts from the same numbers."""
-        generator = torch.Generator().manual_seed(self.seed)
-        for a in self.a.values():
-            drawn = torch.empty(a.size(0), *a.shape[-2:]).uniform_(-1, 1, generator=generator)
-            drawn = drawn / math.sqrt(a.size(-1))
-            a.copy_(drawn if self.shared else drawn[:, None])
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Start new documents: B back to zero; A kept (warm start) or drawn anew."""
-        for b in self.b.values():
-            b.zero_()
-        if not self.warm:
-            self.draw_a()
-
-    def bind(self, dtype: torch.dtype, head: bool = False) -> BoundAdapter:
-        """For one forward: the trunk's, or the head's."""
-        def unbound(side: dict) -> dict:
-            return {kind: p.to(dtype).unbind(0) for kind, p in side.items() if (kind == "head") == head}
-        return BoundAdapter(unbound(self.a), unbound(self.b), self.scale)
-
-
-class KeyCache:
-    """Keys and values that the earlier chunks of B documents left behind, as computed then and cut from their
-    graph: per slot (B, P, K, D), of which the last `seen` fit into a window beside the next chunk. They are
-    cut in the forward: for views torch.compile would make other graphs. position: tokens so far; last (B, 2):
-    the tokens before the next chunk. states: slot STATES keeps final hidden states (B, P, D) of length 1 and
-    the tokens that came next (B, P)."""
-    STATES = -1
-
-    def __init__(self, window: int, states: bool = False):
-        self.window, self.states = window, states
-        self.position = 0
-        self.seen = 0
-        self.last: Tensor | None = None
-        self.old: dict[int, tuple[Tensor, Tensor]] = {}
-        self.new: dict[int, tuple[Tensor, Tensor]] = {}
-        self.sealed: tuple[Tensor, dict] | None = None
-
-    def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values that a chunk's queries may see, the chunk's own last."""
-        if slot in self.old:
-            old_k, old_v = self.old[slot]
-            first = old_k.size(1) - self.seen
-            k = torch.cat((old_k.narrow(1, first, self.seen), k), dim=1)
-            v = torch.cat((old_v.narrow(1, first, self.seen), v), dim=1)
-        self.new[slot] = (k.detach(), v.detach())
-        return k, v
-
-    def seal(self, ids: Tensor) -> None:
-        """The forward of the chunk with tokens ids (B, T) was scored: the keys it saw are those to keep."""
-        self.sealed = (ids, self.new)
-        self.new = {}
-
-    def advance(self, chunk: int) -> None:
-        """The chunk is over; of its keys the next `chunk` tokens see what the window holds beside them."""
-        ids, self.old = self.sealed
-        self.sealed = None
-        self.seen = min(self.seen + ids.size(1), self.window - chunk)
-        self.position += ids.size(1)
-        text = ids if self.last is None else torch.cat((self.last, ids), dim=1)
-        self.last = text[:, -2:].contiguous()
-
-    def keep(self, rows: slice) -> None:
-        """Go on with these documents only."""
-        self.old = {slot: tuple(x[rows].clone() for x in pair) for slot, pair in self.old.items()}
-        self.last = self.last[rows]
-
-
-# ============================================================================================================
-# 6  Kernels: each beside its plain twin
-# ============================================================================================================
-
-HALF = (torch.bfloat16, torch.float16)
-
-
-def use_triton(wanted: bool | None, sensible: bool) -> bool:
-    """Triton or not: as the caller wants it, else where it is sensible for the input and installed."""
-    if wanted and triton is None:
-        raise UserError("kernel=True asks for Triton, which is not installed: `pip install triton`, or leave "
-                        "it None to use the plain PyTorch twin")
-    return (sensible and triton is not None) if wanted is None else wanted
-
-
-def operator(fake: Callable, gradient: Callable | None = None) -> Callable:
-    """Makes a function a custom operator, which torch.compile keeps whole. fake: inputs -> empty outputs.
-
-    gradient, for a function of tensors and one last number: (gradient of the first output, all tensors of the
-    inputs, outputs, that number) -> the gradients of the first inputs; the others have none.
-    """
-    def save(ctx, inputs, output):
-        *tensors, ctx.number = inputs
-        ctx.save_for_backward(*tensors, *output)
-
-    def backward(ctx, dy, *_):
-        grads = gradient(dy, *ctx.saved_tensors, ctx.number)
-        return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
-
-    def wrap(function):
-        # a name of this module's own: a second copy of the script would take the first one's operators away
-        space = re.sub(r"\W", "_", function.__module__).strip("_")
-        made = torch.library.custom_op(f"golf_{space}::{function.__name__}", function, mutates_args=())
-        made.register_fake(fake)
-        if gradient is not None:
-            made.register_autograd(backward, setup_context=save)
-        return made
-    return wrap
-
-
-if triton is not None:
-    @triton.jit
-    def ce_forward_kernel(logits_ptr, targets_ptr, loss_ptr, lse_ptr, cap, V, BLOCK: tl.constexpr):
-        """One row a program: loss and log Σ exp of s = cap·tanh(x/cap) - cap = -2·cap·sigmoid(-2x/cap).
-
-        The shift by cap cancels in the loss; the running maximum keeps any cap exact.
-        """
-        row = tl.program_id(0).to(tl.int64)             # N·V passes 2**31 at 262,144 tokens of 8,192
-        logits_ptr += row * V
-        peak, total = -float("inf"), 0.0
-        for start in range(0, V, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            x = tl.load(logits_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
-            s = tl.where(cols < V, -2 * cap / (1 + tl.exp(x * (2 / cap))), -float("inf"))
-            new_peak = tl.maximum(peak, tl.max(s, 0))
-            total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(s - new_peak), 0)
-            peak = new_peak
-        lse = peak + tl.log(total)
-        x = tl.load(logits_ptr + tl.load(targets_ptr + row)).to(tl.float32)
-        tl.store(lse_ptr + row, lse)
-        tl.store(loss_ptr + row, lse + 2 * cap / (1 + tl.exp(x * (2 / cap))))
-
-    @triton.jit
-    def ce_backward_kernel(logits_ptr, targets_ptr, lse_ptr, dloss_ptr, grad_ptr, cap, V,
-                           BLOCK: tl.constexpr):
-        """grad = dloss · (softmax(s) - onehot) · ds/dx, where ds/dx = 4u(1 - u) for u = sigmoid(-2x/cap)."""
-        row = tl.program_id(0).to(tl.int64)
-        target, lse, dloss = tl.load(targets_ptr + row), tl.load(lse_ptr + row), tl.load(dloss_ptr + row)
-        for start in range(0, V, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            x = tl.load(logits_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
-            u = 1 / (1 + tl.exp(x * (2 / cap)))
-            p = tl.exp(-2 * cap * u - lse) - tl.where(cols == target, 1.0, 0.0)
-            grad = dloss * p * (4 * u * (1 - u))
-            tl.store(grad_ptr + row * V + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < V)
-
-    @triton.jit
-    def mlp_kernel(a_ptr, b_ptr, h_ptr, out_ptr, M, N, K, b_stride_k, b_stride_n, slope,
-                   BACKWARD: tl.constexpr, KEEP_H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                   BK: tl.constexpr, GROUP: tl.constexpr):
-        """A (M, K), B (K, N) -> out (M, N) = act(A@B), h = A@B if KEEP_H; if BACKWARD, out = (A@B)·act'(h).
-
-        Programs run down GROUP row tiles before the next column tile: tiles of A and B are met again in L2.
-        """
-        pid, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
-        first = pid // (GROUP * tiles_n) * GROUP
-        height = min(tiles_m - first, GROUP)
-        tile_m = first + pid % (GROUP * tiles_n) % height
-        tile_n = pid % (GROUP * tiles_n) // height
-        rows, cols, inner = tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
-        # The tile's origin is one int64 scalar (M·N may pass 2**31), the rest int32: fewer registers.
-        below = M - tile_m * BM
-        origin = (tile_m * BM).to(tl.int64)
-        # Rows and columns out of range wrap round and are never stored: only the K loop needs a mask.
-        a_ptrs = a_ptr + origin * K + (rows % below)[:, None] * K + inner[None, :]
-        b_ptrs = b_ptr + inner[:, None] * b_stride_k + (cols % N)[None, :] * b_stride_n
-        acc = tl.zeros((BM, BN), dtype=tl.float32)
-        for k in range(0, K, BK):
-            a = tl.load(a_ptrs, mask=inner[None, :] < K - k, other=0.0)
-            b = tl.load(b_ptrs, mask=inner[:, None] < K - k, other=0.0)
-            acc = tl.dot(a, b, acc, input_precision="ieee")
-            a_ptrs += BK
-            b_ptrs += BK * b_stride_k
-        h_ptr += origin * N
-        out_ptr += origin * N
-        at = rows[:, None] * N + cols[None, :]
-        inside = (rows < below)[:, None] & (cols < N)[None, :]
-        if BACKWARD:
-            h = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            out = acc * tl.where(h > 0, 2 * h, 2 * slope * slope * h)
-        else:
-            if KEEP_H:
-                tl.store(h_ptr + at, acc.to(h_ptr.dtype.element_ty), mask=inside)
-            leaky = tl.where(acc > 0, acc, slope * acc)
-            out = leaky * leaky
-        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-# --- softcapped cross-entropy
-
-def ce_launch(V: int) -> dict:
-    """Block and warps for rows of V logits: up to 8,192 a row is one trip, 32 values a thread."""
-    block = min(triton.next_power_of_2(V), 8192)
-    return dict(BLOCK=block, num_warps=min(8, max(1, block // 256)))
-
-
-@operator(fake=lambda dloss, logits, targets, lse, cap: [logits.new_empty(logits.shape)])
-def ce_backward(dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, cap: float) -> list[Tensor]:
-    """dloss (N) -> [gradient (N, V) in the logits' dtype]; the softmax is recomputed from logits and lse."""
-    N, V = logits.shape
-    grad = torch.empty((N, V), device=logits.device, dtype=logits.dtype)
-    if N:
-        ce_backward_kernel[(N,)](logits.contiguous(), targets.contiguous(), lse, dloss.contiguous(), grad,
-                                 cap, V, **ce_launch(V))
-    return [grad]
-
-
-def per_row(logits: Tensor, *_) -> tuple[Tensor, Tensor]:
-    """Room for two float32 numbers of every row."""
-    return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
-
-
-@operator(fake=per_row, gradient=lambda dloss, logits, targets, loss, lse, cap:
-          ce_backward(dloss, logits, targets, lse, cap))
-def ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """logits (N, V), targets (N) int64 -> losses (N) and log Σ exp of the shifted logits (N), float32."""
-    N, V = logits.shape
-    loss, lse = per_row(logits)
-    if N:
-        ce_forward_kernel[(N,)](logits.contiguous(), targets.contiguous(), loss, lse, cap, V, **ce_launch(V))
-    return loss, lse
-
-
-def capped_ce(logits: Tensor, targets: Tensor, cap: float, kernel: bool | None = None) -> Tensor:
-    """Cross-entropy of cap·tanh(logits/cap): logits (N, V) bf16 or f32, targets (N) int64 -> (N) float32.
-
-    The fused kernel reads the logits once and writes nothing of their size; the plain twin is float32.
-    """
-    if use_triton(kernel, logits.is_cuda):
-        return ce_forward(logits, targets, float(cap))[0]
-    return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
-
-
-# --- leaky-ReLU² MLP
-
-# 128×256 tiles keep 128 accumulators a thread; 3 stages take 144 of an H100's 227 KB of shared memory. Fixed,
-# not autotuned: the choice would depend on timing, and the last bits of a run with it.
-MLP_TILE = dict(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3)
-
-
-def mlp_launch(a: Tensor, b: Tensor, h: Tensor, out: Tensor, slope: float, backward: bool, keep_h: bool):
-    """Run mlp_kernel on A = a (M, K) contiguous and B = b (K, N) of any strides."""
-    (M, K), N = a.shape, b.shape[1]
-    tiles = triton.cdiv(M, MLP_TILE["BM"]) * triton.cdiv(N, MLP_TILE["BN"])
-    if tiles:
-        mlp_kernel[(tiles,)](a, b, h, out, M, N, K, *b.stride(), slope, BACKWARD=backward, KEEP_H=keep_h,
-                             **MLP_TILE)
-
-
-def hidden_pair(x: Tensor, up: Tensor, slope: float, keep_h: bool) -> tuple[Tensor, Tensor]:
-    """Room for h, without rows unless it is kept, and for a (N, m)."""
-    N, m = x.shape[0], up.shape[0]
-    return x.new_empty(N if keep_h else 0, m), x.new_empty(N, m)
-
-
-@operator(fake=hidden_pair)
-def mlp_up(x: Tensor, up: Tensor, slope: float, keep_h: bool) -> tuple[Tensor, Tensor]:
-    """x (N, d), up (m, d) -> h = x @ upᵀ (N, m), or (0, m) unless keep_h, and a = leaky(h)² (N, m)."""
-    h, a = hidden_pair(x, up, slope, keep_h)
-    mlp_launch(x.contiguous(), up.mT, h, a, slope, backward=False, keep_h=keep_h)
-    return h, a
-
-
-@operator(fake=lambda dy, down, h, slope: torch.empty_like(h))
-def mlp_dh(dy: Tensor, down: Tensor, h: Tensor, slope: float) -> Tensor:
-    """dy (N, d), down (d, m), h (N, m) -> dh = (dy @ down) · act'(h) (N, m)."""
-    dh = torch.empty_like(h)
-    mlp_launch(dy.contiguous(), down, h, dh, slope, backward=True, keep_h=False)
-    return dh
-
-
-class LeakySquareMLP(torch.autograd.Function):
-    """The whole MLP as one node, because dh = (dy @ down) · act'(h) is only fused where dy is at hand.
-
-    Both h and a are kept for backward: 8 passes over an (N, m) matrix (write h, a, dh; read h once, a and dh
-    twice), the least there is. Keeping h alone halves the memory held but writes a once more, a ninth pass;
-    keeping a alone loses the sign of h.
-    """
-    @staticmethod
-    def forward(ctx, x, up, down, slope):
-        h, a = mlp_up(x, up, slope, True)
-        ctx.save_for_backward(x, up, down, h, a)
-        ctx.slope = slope
-        return a @ down.mT
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, up, down, h, a = ctx.saved_tensors
-        need_x, need_up, need_down, _ = ctx.needs_input_grad        # adaptation freezes the weights
-        dh = mlp_dh(dy, down, h, ctx.slope) if need_x or need_up else None
-        return (dh @ up if need_x else None, dh.mT @ x if need_up else None,
-                dy.mT @ a if need_down else None, None)
-
-
-def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, kernel: bool | None = None) -> Tensor:
-    """leaky_relu(x @ upᵀ, slope)² @ downᵀ: x (N, d), up (m, d), down (d, m) of one dtype -> (N, d).
-
-    Triton fuses the activation (in backward, its derivative) into the matrix product before it: bf16 in and
-    out, sums in float32. The other products are cuBLAS's.
-    """
-    if not use_triton(kernel, x.is_cuda and x.dtype in HALF):
-        return F.leaky_relu(x @ up.mT, slope).square() @ down.mT
-    if torch.is_grad_enabled() and (x.requires_grad or up.requires_grad or down.requires_grad):
-        return LeakySquareMLP.apply(x, up, down, float(slope))
-    return mlp_up(x, up, float(slope), False)[1] @ down.mT
-
-
-# --- attention
-
-ATTENTION = "plain"         # the backend in use: set it to the name that resolve_attention returns
-FLASH: dict = {}            # backend name -> its imported module, filled by attention_fault
-PACKAGES = {                # backend name -> (names that its module goes by, how to get it)
-    "fa3": ("flash_attn_interface flash_attn_3.flash_attn_interface",
-            "FlashAttention 3's wheel for this torch and CUDA (Hopper)"),
-    "fa4": ("flash_attn.cute.interface",
-            "pip install flash-attn-4, see requirements.txt (Hopper or Blackwell)"),
-    "torch": ("torch.nn.attention.varlen", "pip install 'torch>=2.10' with CUDA (Ampere or newer)")}
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> Tensor:
-    """Causal attention: q (B, T, H, D), k, v (B, T', K, D) with H a multiple of K -> (B, T, H, D).
-
-    layout None: each row is one document; if T' > T, the queries are the last T of its T' positions (cached
-    keys). Otherwise the rows, laid end to end, are cut at layout.cu_seqlens (int32, its end padded with the
-    total) into documents of at most layout.max_seqlen, and nothing is seen across a cut. Raises UserError if
-    T' < T or if a layout meets T' != T.
-    """
-    if k.shape[1] < q.shape[1] or (layout is not None and k.shape[1] != q.shape[1]):
-        raise UserError(f"attention got {q.shape[1]} queries and {k.shape[1]} keys a row: under a layout "
-                        "they must be equal, without one keys may be more; pass layout=None with cached keys")
-    # Flash kernels exist in half precision on CUDA only; float32 (parity, tests) takes the exact road.
-    name = ATTENTION if q.is_cuda and q.dtype in HALF else "plain"
-    cu, longest = (None, k.shape[1]) if layout is None else (layout.cu_seqlens, layout.max_seqlen)
-    return BACKENDS[name](q, k, v, cu, longest)
-
-
-# Every backend: q (B, T, H, D), k, v (B, T', K, D), cu (n + 1) int32 or None, the longest key sequence
-# -> (B, T, H, D). All align the causal mask bottom-right.
-def attend_fa3(q, k, v, cu, longest):
-    """FlashAttention-3: registers its own custom ops, so torch.compile traces it as it is."""
-    if cu is None:
-        y = FLASH["fa3"].flash_attn_func(q, k, v, causal=True)
-    else:
-        y = FLASH["fa3"].flash_attn_varlen_func(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu, cu,
-                                                longest, longest, causal=True)
-    return (y[0] if isinstance(y, tuple) else y).view(q.shape)      # early releases return (y, lse)
-
-
-def attend_fa4(q, k, v, cu, longest):
-    """FlashAttention-4, behind our own custom op: its Python cannot be traced."""
-    if cu is None:
-        return fa4_forward(q, k, v, None, longest)[0]
-    return fa4_forward(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu, longest)[0].view(q.shape)
-
-
-def attend_torch(q, k, v, cu, longest):
-    """PyTorch's own kernels: SDPA for plain causal squares, else the FlashAttention-2 inside varlen_attn."""
-    (B, T, H, _), keys = q.shape, k.shape[1]
-    if cu is None and T == keys:
-        return plain_rows(q, k, v)
-    rows = torch.arange(B + 1, device=q.device, dtype=torch.int32) if cu is None else None
-    cu_q, cu_k = (cu, cu) if rows is None else (rows * T, rows * keys)
-    y = FLASH["torch"].varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_q, cu_k,
-                                   T if cu is None else longest, longest, window_size=(-1, 0),
-                                   enable_gqa=H != k.shape[2])
-    return y.view(q.shape)
-
-
-def attend_plain(q, k, v, cu, longest):
-    """The twin the others are held to: SDPA on any device and dtype, one document at a time where packed."""
-    if cu is None:
-        return plain_rows(q, k, v)
-    rows = [x.flatten(0, 1)[None] for x in (q, k, v)]
-    bounds = cu.tolist()                                # the padding at its end is segments of length zero
-    parts = [plain_rows(*(x[:, a:b] for x in rows)) for a, b in zip(bounds, bounds[1:]) if b > a]
-    return torch.cat(parts, dim=1).view(q.shape)
-
-
-BACKENDS = {"fa3": attend_fa3, "fa4": attend_fa4, "torch": attend_torch, "plain": attend_plain}
-
-
-def plain_rows(q, k, v) -> Tensor:
-    """Rows that are one document each: q (B, T, H, D), k, v (B, T', K, D) -> (B, T, H, D), through SDPA."""
-    T, keys, mask = q.shape[1], k.shape[1], None
-    if T != keys:                                       # is_causal is aligned top-left
-        mask = torch.arange(keys - T, keys, device=q.device)[:, None] >= torch.arange(keys, device=q.device)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                       enable_gqa=q.shape[1] != k.shape[1])
-    return y.transpose(1, 2)
-
-
-# FlashAttention-4 registers no custom ops, and PyTorch 2.13's activate_flash_attention_impl
-# unpacks two results where 4.0.0b36 returns five: so we call its two inner functions ourselves, by keyword.
-signature = functools.cache(inspect.signature)      # reading one takes longer than launching a kernel
-
-
-def fa4_call(name: str, *tensors, cu, longest):
-    """_flash_attn_fwd or _flash_attn_bwd, with those of our options that the installed release knows."""
-    function = getattr(FLASH["fa4"], name)
-    options = dict(causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu,
-                   max_seqlen_q=None if cu is None else longest, max_seqlen_k=None if cu is None else longest,
-                   return_lse=True)
-    known = signature(function).parameters
-    return function(*tensors, **{key: value for key, value in options.items() if key in known})
-
-
-@operator(fake=lambda dy, q, k, v, *_: [x.new_empty(x.shape) for x in (q, k, v)])
-def fa4_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, y: Tensor, lse: Tensor,
-                 longest: int) -> list[Tensor]:
-    """dy, q, y (…, H, D), k, v (…, K, D) -> dq, dk, dv."""
-    grads = fa4_call("_flash_attn_bwd", q, k, v, y, dy.contiguous(), lse, cu=cu, longest=longest)
-    return [g.contiguous() for g in grads[:3]]
-
-
-def fa4_outputs(q: Tensor, *_) -> tuple[Tensor, Tensor]:
-    """Empty y and log Σ exp of the shapes that fa4_forward returns, for tracing."""
-    *rows, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((*rows, H, T), dtype=torch.float32)
-
-
-@operator(fake=fa4_outputs, gradient=fa4_backward)
-def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
-    """Rows (B, T, H, D) with cu None, or packed (N, H, D) -> y like q, and log Σ exp (B, H, T) or (H, N)."""
-    y, lse = fa4_call("_flash_attn_fwd", q, k, v, cu=cu, longest=longest)[:2]
-    return y.contiguous(), lse.contiguous()
-
-
-def self_test(name: str, device: torch.device) -> str:
-    """How a loaded backend fails, empty if it does not: forward and backward against the plain twin, on 128
-    queries, 8 query and 4 key heads of 64, in bfloat16.
-
-    Packed with a padded end, square, with cached keys; through torch.compile without graph
-    breaks. What the model would meet in its first step is met here, in seconds.
-    """
-    backend = torch.compile(BACKENDS[name], fullgraph=True, dynamic=False, backend="aot_eager")
-    for keys, bounds in ((128, [0, 40, 41, 128, 128]), (128, None), (192, None)):
-        random, results = torch.Generator().manual_seed(0), []
-        q, k, v, dy = (torch.randn(1, T, heads, 64, generator=random).to(device, torch.bfloat16)
-                       for T, heads in ((128, 8), (keys, 4), (keys, 4), (128, 8)))
-        cu = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=device)
-        leaves = [x.requires_grad_() for x in (q, k, v)]
-        for attend in (backend, attend_plain):
-            with torch.enable_grad():
-                y = attend(*leaves, cu, keys)
-            results.append([x.detach().float() for x in (y, *torch.autograd.grad(y, leaves, dy))])
-        error = max(float((a - b).norm() / b.norm()) for a, b in zip(*results))
-        if not error < 0.03:                            # bf16 gives 0.005; NaN fails too
-            return f"differs from the plain twin by {error:.1%} (bound 3%) at keys, cu = {keys, bounds}"
-    return ""
-
-
-def attention_fault(name: str, device: torch.device) -> str:
-    """Why backend `name` cannot run on `device`, in one line; empty if it can. Loads it into FLASH."""
-    if name == "plain":
-        return ""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return f"needs a CUDA GPU, the device is {device}"
-    fault = ""
-    for module in PACKAGES[name][0].split():
-        try:
-            FLASH[name] = importlib.import_module(module)
-            return self_test(name, device)
-        except Exception as error:                      # third-party kernels fail in every way there is
-            first_line = (str(error).strip() or "no message").splitlines()[0][:160]
-            fault = fault or f"{type(error).__name__}: {first_line}"
-    return fault
-
-
-def resolve_attention(choice: str, device) -> tuple[str, str]:
-    """ATTN_BACKEND auto, fa3, fa4, torch or plain -> (the backend that runs on `device`, why in one line).
-
-    Auto takes the first without an attention_fault. Raises UserError for an unknown choice and for a forced
-    one that cannot run. The caller stores the name in ATTENTION.
-    """
-    if choice not in ("auto", *BACKENDS):
-        raise UserError(f"ATTN_BACKEND={choice} is unknown; choose one of auto, {', '.join(BACKENDS)}")
-    passed_over = []
-    for name in BACKENDS if choice == "auto" else (choice,):
-        fault = attention_fault(name, torch.device(device))
-        if not fault:
-            how = "chosen" if choice == "auto" else "forced"
-            return name, "; ".join((f"attention {name} ({how})", *passed_over))
-        passed_over.append(f"not {name}: {fault}")
-    raise UserError(f"ATTN_BACKEND={choice} cannot run here: {fault}. Install {PACKAGES[choice][1]}, "
-                    "or set ATTN_BACKEND=auto")
-
-
-# ============================================================================================================
-# 7  Optimiser: Muon for the banks, AdamW for the rest
+# 4  Optimiser: Muon for the banks, AdamW for the rest
 # ============================================================================================================
 
 POLAR_EXPRESS = (   # (a, b, c) of X <- aX + (bA + cA^2)X with A = XX', one triple per iteration
@@ -3156,7 +1430,7 @@ class Optimiser:
 
 
 # ============================================================================================================
-# 8  Training: schedule, warm-up and rewind, average, loop
+# 5  Training: schedule, warm-up and rewind, average
 # ============================================================================================================
 
 def stage_at(stages: list[tuple[float, float]], progress: float):
@@ -3221,27 +1495,6 @@ class Curriculum:
     def state(self) -> dict:
         """What a run that goes on later must know of it."""
         return {"length": self.length, "changed": self.changed}
-
-
-def pick_dtype(choice: str, device: torch.device, default: torch.dtype | None = None) -> torch.dtype:
-    """The dtype a setting names; auto: `default`, else bfloat16 on a GPU and float32 on a CPU."""
-    if choice == "auto":
-        return default or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return getattr(torch, choice)
-
-
-def compiles(s: Settings, device: torch.device) -> bool:
-    """Whether to use torch.compile. Plain attention, which float32 takes too, cannot be traced."""
-    plain = ATTENTION == "plain" or pick_dtype(s.compute_dtype, device) == torch.float32
-    if s.compile == "1" and plain:
-        raise UserError("COMPILE=1 cannot trace plain attention (ATTN_BACKEND=plain, a CPU, or COMPUTE_DTYPE="
-                        "float32): set COMPILE=auto")
-    return s.compile != "0" and device.type == "cuda" and not plain
-
-
-def compiled(s: Settings, device: torch.device, fn: Callable, **options) -> Callable:
-    """fn through torch.compile where that is wanted."""
-    return torch.compile(fn, **options) if compiles(s, device) else fn
 
 
 class Trainer:
@@ -3349,186 +1602,6 @@ class Trainer:
         return batch.to(self.world.device)
 
 
-# Dense bfloat16 FLOP/s of a GPU, by part of its name.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
-              "L40": 181e12, "RTX 4090": 165e12}
-
-
-class Progress:
-    """Tells how training goes: in the log now and then, on a terminal all the time."""
-
-    def __init__(self, s: Settings, world: World, run: Run, model: GPT, budget: float):
-        self.s, self.world, self.run, self.model, self.budget = s, world, run, model, budget
-        self.last = (0, 0.0)               # step and seconds of the line before
-        self.epochs = 0                    # that have ended
-        peaks = (flops for part, flops in PEAK_FLOPS.items() if part in world.device_name)
-        self.peak = world.size * next(peaks, 0.0)
-
-    def events(self, step: int, stream: Prefetch, trainer: Trainer, looping: bool) -> None:
-        """Log the end of an epoch, and where the time of a measured step went."""
-        if int(stream.epoch) > self.epochs:
-            self.epochs = int(stream.epoch)
-            tokens = step * self.s.train_batch_tokens
-            self.run.log("epoch_end", epoch=self.epochs, step=step, tokens=tokens)
-        if trainer.laps:
-            self.run.log("step_time", quiet=True, step=step, looping=looping, parts=trainer.laps)
-            trainer.laps = None
-
-    def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, lr: float, plan: Plan) -> None:
-        """A line in the log (ten steps, then every TRAIN_LOG_EVERY), else on a terminal, two a second."""
-        s = self.s
-        logged = step <= 10 or (s.train_log_every and step % s.train_log_every == 0)
-        if not logged and not (self.run.live and clock.elapsed() - self.last[1] > 0.5):
-            return
-        loss = self.world.total(loss.clone()).item() / self.world.size if logged else loss.item()
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            return                     # FiniteWatch ends the run; JSON has no word for it
-        elapsed = clock.elapsed()      # after the loss, for which the host has waited
-        steps, seconds = step - self.last[0], max(elapsed - self.last[1], 1e-9)
-        self.last = (step, elapsed)
-        rate, looping = s.train_batch_tokens * steps / seconds, plan.slots > s.num_layers
-        used = elapsed / self.budget if self.budget else step / max(s.iterations, 1)
-        v = {"ms": 1e3 * seconds / max(steps, 1), "ms_mean": 1e3 * elapsed / step, "tok_s": round(rate),
-             "elapsed": elapsed, "used": min(used, 1.0), "eta": elapsed * (1 / max(used, 1e-9) - 1)}
-        if self.peak:      # backward costs two forwards; in documents a query sees half the window at most
-            v["mfu"] = rate * 3 * self.model.flops_per_token(plan, s.train_seq_len / 2) / self.peak
-        mfu = f" mfu {v['mfu']:.0%}" if "mfu" in v else ""
-        line = (f"step {step:5d}  loss {loss:7.4f}  {v['ms']:7.1f} ms/step (mean {v['ms_mean']:.1f})  "
-                f"{v['tok_s']:,} tok/s{mfu}  {v['used']:4.0%} of budget, {v['eta']:.0f} s left"
-                + ("  looping" if looping else ""))
-        if not logged:
-            return self.run.progress(line)
-        self.run.log("train", quiet=True, step=step, loss=loss, norm=norm.item(), lr=lr, looping=looping, **v)
-        self.run.say(line)
-
-
-class FiniteWatch:
-    """Notices the first step whose loss or gradient is not finite without waiting for the GPU: flags travel
-    to pinned memory and are read once they have arrived, a few steps late."""
-
-    def __init__(self):
-        self.flying, self.bad = deque(), 0
-
-    def record(self, step: int, loss: Tensor, norm: Tensor) -> None:
-        """Look at a step's loss and gradient norm, scalars on the device."""
-        flag, arrived = torch.isfinite(loss) & torch.isfinite(norm), None
-        if flag.is_cuda:
-            box = torch.empty((), dtype=torch.bool, pin_memory=True)
-            flag = box.copy_(flag, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self.flying.append((step, flag, arrived))
-
-    def first_bad(self, wait: bool = False) -> int:
-        """The first bad step (from 1 on) among those whose flags are here, else 0; wait: for all flags."""
-        while self.flying and not self.bad:
-            step, flag, arrived = self.flying[0]
-            if arrived is not None and not wait and not arrived.query():
-                break
-            if arrived is not None:
-                arrived.synchronize()
-            self.flying.popleft()
-            if not flag.item():
-                self.bad = step
-        return self.bad
-
-    @staticmethod
-    def error(step: int) -> UserError:
-        """What ends a run whose loss or gradient was not finite at this step."""
-        return UserError(f"the loss or the gradient is not finite at step {step}: lower MATRIX_LR or "
-                         "SCALAR_LR, or look for the cause with COMPUTE_DTYPE=float32; the folder's "
-                         "checkpoint/average.pt is the last finite average")
-
-
-AVERAGE = Path("checkpoint") / "average.pt"     # in the run's folder
-
-
-class AverageKeeper:
-    """Keeps a finite average of the weights on disk while training goes on: rank 0 copies it on the device,
-    a thread beside training checks and writes it. The newest two stay until the artifact is written:
-    final_model.pt may be damaged, or lie elsewhere, as long as nothing has been made of it."""
-
-    SECONDS = 25.0         # between two copies: on a slow disk, too, the newest is less than a minute old
-
-    def __init__(self, s: Settings, world: World, run: Run, trainer: Trainer, clock: Clock):
-        self.s, self.world, self.run, self.clock, self.average = s, world, run, clock, trainer.ema
-        self.writer, self.job, self.last, self.fault = ThreadPoolExecutor(1), None, -math.inf, ""
-        self.copy: dict[str, Tensor] = {}
-        self.written, self.warned = "", False      # what the thread has written since the log was told
-
-    def offer(self, step: int) -> None:
-        """After a step: copy the average when it is time and the writer is idle."""
-        self.tell()
-        now = time.monotonic()
-        if self.world.main and now - self.last >= self.SECONDS and (self.job is None or self.job.done()):
-            self.last = now
-            self.start(step, f"average of step {step}")
-
-    def tell(self) -> None:
-        """Log what the thread has done; a fault once."""
-        if self.written:
-            self.run.log("average", quiet=True, of=self.written)
-            self.written = ""
-        if self.fault and not self.warned:
-            self.warned = True
-            self.run.log("warning", text=f"an average could not be kept beside training ({self.fault})")
-
-    def start(self, step: int, stopped: str) -> None:
-        """Copy the average, in the order of the GPU's queue, and let the thread write it."""
-        if not self.copy:
-            self.copy = {n: torch.empty_like(t) for n, t in self.average.items()}
-        torch._foreach_copy_(list(self.copy.values()), list(self.average.values()))
-        ready = None
-        if self.world.device.type == "cuda":
-            ready = torch.cuda.Event()
-            ready.record()
-        facts = weight_facts(self.s, self.world, step, self.clock.elapsed(), stopped)
-        self.job = self.writer.submit(self.write, ready, facts)
-
-    def write(self, ready, facts: dict) -> None:
-        """In the thread: check and write the copy; a fault is kept for the log, training goes on."""
-        try:
-            tensors = to_host(self.copy, ready)
-            if not all(bool(t.isfinite().all()) for t in tensors.values()):
-                return
-            path = self.run.dir / AVERAGE
-            data = weights_to_bytes(self.s, tensors, facts)
-            with contextlib.suppress(OSError):     # no average yet, or a file system without hard links
-                twin = path.with_name(".average.previous")
-                twin.unlink(missing_ok=True)
-                os.link(path, twin)
-                os.replace(twin, path.with_name("average.previous.pt"))
-            write_atomic(path, data)
-            self.written = facts["stopped"]
-        except Exception as error:
-            self.fault = self.fault or f"{type(error).__name__}: {plain(error, 200)}"
-
-    def close(self, step: int, stopped: str) -> None:
-        """Wait for the writer; before, write the average at which training was stopped."""
-        wait_for(self.job)
-        if step and stopped and self.world.main:
-            self.start(step, stopped)
-            wait_for(self.job)
-        self.writer.shutdown()
-        self.tell()
-
-
-def wait_for(job) -> None:
-    """Wait for a thread's job, if there is one."""
-    if job is not None:
-        job.result()
-
-
-def to_host(tensors: Mapping[str, Tensor], ready) -> dict[str, Tensor]:
-    """The tensors on the host. On a GPU once `ready` has passed, by a stream of its own: no step waits."""
-    if ready is None:
-        return dict(tensors)
-    stream = torch.cuda.Stream(next(iter(tensors.values())).device)
-    stream.wait_event(ready)
-    with torch.cuda.stream(stream):
-        return {n: t.cpu() for n, t in tensors.items()}
-
-
 class Trained(NamedTuple):
     """What training leaves behind beside the Trainer's average."""
     clock: Clock
@@ -3537,231 +1610,23 @@ class Trained(NamedTuple):
     signal: int            # the number of a signal that asked for the end of the run; 0: none did
 
 
-def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
-          validate: Callable, state: Mapping[str, Any] | None = None) -> Trained:
-    """The training loop, to ITERATIONS, until a step would pass MAX_WALLCLOCK_SECONDS - reserve, or until a
-    signal; validate(step, looping) scores the weights off the clock. state: of the checkpoint to go on from.
-    UserError when loss or gradient stop being finite."""
-    budget = s.max_wallclock_seconds - reserve if s.max_wallclock_seconds else 0.0
-    curriculum, progress = Curriculum(s), Progress(s, world, run, trainer.model, budget)
-    step = go_on_from(state, trainer, curriculum) if state else 0
-    stream = open_stream(s, world, trainer.tokens, state["batches"] if state else 0)
-    # graphs that were not warmed up take minutes in between
-    kind = "step" if s.warmup_steps or not compiles(s, world.device) else "compiling-step"
-    world.beat(f"{kind} {step}")
-    world.barrier()
-    clock, step_seconds, before = Clock(s.max_wallclock_seconds), 0.0, 0.0
-    clock.start -= state["seconds"] if state else 0.0
-    looping, progress.epochs = curriculum.loops(step, 0.0), int(stream.epoch)
-    measured = [x for x in (0.1, 0.5, 0.9) if x * s.iterations >= step]    # shares whose next step is timed
-    watch, keeper = FiniteWatch(), AverageKeeper(s, world, run, trainer, clock)
-    checkpoints = Checkpoints(s, world, run, trainer, watch, clock)
-    while True:
-        if s.val_loss_every and step % s.val_loss_every == 0:
-            sync(world.device)            # queued steps are charged before the clock stops
-            with clock.exclude():
-                validate(step, looping)
-                sync(world.device)
-        elapsed, stop, bad = world.agree_step(clock.elapsed(), SIGNALS.number, watch.first_bad())
-        step_seconds, before = max(elapsed - before, 0.9 * step_seconds) if step else 0.0, elapsed
-        ended = step >= s.iterations or (budget and elapsed + step_seconds > budget)
-        if ended or stop or bad:
-            break
-        checkpoints.offer(step, elapsed, curriculum, stream)
-        done = min(elapsed / budget, 1.0) if budget else step / s.iterations
-        length, looping, lr = curriculum.at(step, done)
-        plan = layer_plan(s, looping)
-        if measured and done >= measured[0]:
-            measured.pop(0)
-            trainer.measure()
-        losses = [trainer.micro_step(stream.next(length), plan) for _ in range(trainer.accum)]
-        world.beat(f"{kind} {step + 1}")
-        norm = trainer.update(lr, muon_momentum(s, step))
-        step += 1
-        loss = sum(losses) / trainer.accum
-        watch.record(step, loss, norm)
-        keeper.offer(step)
-        world.beat(f"{kind} {step}")
-        progress.events(step, stream, trainer, looping)
-        if budget and budget - elapsed < 10 * step_seconds:
-            sync(world.device)            # near the end the host must not run ahead of the GPU
-        progress.report(step, clock, loss, norm, lr, plan)
-    sync(world.device)
-    seconds = clock.elapsed()
-    stopped = "" if ended else f"stopped at step {step}"
-    bad = end_of_steps(world, trainer, watch, step)
-    keeper.close(step, "" if bad else stopped)
-    if bad:
-        raise watch.error(bad)
-    if stopped:
-        checkpoints.write(step, curriculum, stream)
-    facts = weight_facts(s, world, step, seconds, stopped)
-    run.log("train_end", steps=step, seconds=seconds, step_ms=facts["step_ms"], epochs=stream.epoch,
-            tokens=step * s.train_batch_tokens)
-    run.summary.update(steps=step, step_ms=facts["step_ms"])
-    return Trained(clock, stream, facts, stop)
-
-
-def end_of_steps(world: World, trainer: Trainer, watch: FiniteWatch, step: int) -> int:
-    """After the last step, the first one that went wrong on any rank, or left weights that are not finite."""
-    bad = watch.first_bad(wait=True) or (0 if trainer.finite() else step)
-    return world.agree_step(0.0, 0, bad)[2]
-
-
-def weight_facts(s: Settings, world: World, steps: int, seconds: float, stopped: str) -> dict:
-    """What a file of weights says of its training; stopped: empty for a training that went to its end."""
-    return {"steps": steps, "train_seconds": seconds, "step_ms": 1e3 * seconds / max(steps, 1),
-            "stopped": stopped, "seed": s.seed, "world_size": world.size}
-
-
-def open_stream(s: Settings, world: World, tokens: int, given: int) -> Prefetch:
-    """The training stream, read ahead, after so many batches of this rank."""
-    stream = open_train_stream(s, world, tokens)
-    stream.skip(given)
-    epoch = stream.epoch
-    ahead = Prefetch(stream, world.device)
-    ahead.given, ahead.epoch = given, epoch
-    return ahead
-
-
-def training_reports(s: Settings, run: Run, trainer: Trainer, trained: Trained) -> None:
-    """What was idle in training, into the log. It comes after the weights are saved, and ends no run."""
-    if not trained.facts["steps"]:
-        return
-    with run.guarded("the report on parameters without gradients"):
-        if untouched := trainer.optimiser.never_trained():
-            run.log("never_trained", parameters=untouched)
-
-
-# --- checkpoints to go on from, for runs without a time budget
-
-POINTER = Path("checkpoint") / "resume.json"     # in the run's folder: which checkpoint is whole
-
-
-class Checkpoints:
-    """Writes all that a training must know to go on to the bit: every rank its own file, so that no shared
-    disk is needed, then rank 0 the pointer. A kill in between leaves the checkpoint before."""
-
-    def __init__(self, s: Settings, world: World, run: Run, trainer: Trainer, watch: FiniteWatch,
-                 clock: Clock):
-        self.s, self.world, self.run, self.trainer = s, world, run, trainer
-        self.watch, self.clock, self.last = watch, clock, None
-        self.wanted = s.checkpoint_every_seconds > 0 and not s.max_wallclock_seconds
-
-    def offer(self, step: int, elapsed: float, curriculum: Curriculum, stream: Prefetch) -> None:
-        """Before a step, `elapsed` seconds on rank 0's clock: write one when it is time."""
-        if self.last is None:
-            self.last = elapsed
-        elif elapsed - self.last >= self.s.checkpoint_every_seconds:
-            self.write(step, curriculum, stream)
-            self.last = elapsed
-
-    def write(self, step: int, curriculum: Curriculum, stream: Prefetch) -> None:
-        """Write one, on all ranks; without space, or with weights that are not finite, the last one stays."""
-        if not self.wanted or not step:
-            return
-        fault = ""
-        try:
-            if self.watch.first_bad(wait=True) or not self.trainer.finite():
-                raise ValueError("weights that are not finite")
-            state = self.state(step, curriculum, stream)
-            write_atomic(checkpoint_path(self.run, step, self.world.rank), sealed(state))
-        except (UserError, OSError, ValueError, RuntimeError, MemoryError) as error:
-            fault = plain(error, 200)
-        faults = list(filter(None, self.world.gather(fault)))
-        pointer = json.dumps({"step": step, "world_size": self.world.size})
-        if self.world.main and not faults:
-            try:
-                write_atomic(self.run.dir / POINTER, pointer.encode())
-            except (UserError, OSError) as error:
-                faults = [plain(error, 200)]
-        if faults := self.world.agree(faults):
-            return self.run.log("warning", text=f"no checkpoint at step {step}: {faults[0]}")
-        self.run.log("checkpoint", quiet=True, step=step)
-        remove_checkpoints(self.run, keep=step)
-
-    def state(self, step: int, curriculum: Curriculum, stream: Prefetch) -> dict:
-        """All that this rank must know to go on after this step."""
-        device = self.world.device
-        return {**self.trainer.tensors(), "settings": training_settings(self.s, self.world), "step": step,
-                "seconds": self.clock.elapsed(), "batches": stream.given, "curriculum": curriculum.state(),
-                "untrained_val_bpb": self.run.summary.get("untrained_val_bpb"),
-                "random": torch.get_rng_state(),
-                "random_gpu": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
-
-
-def checkpoint_path(run: Run, step: int, rank: int) -> Path:
-    return run.dir / "checkpoint" / f"resume.{step}.{rank}.pt"
-
-
-def remove_checkpoints(run: Run, keep: int = -1) -> None:
-    """Remove this rank's checkpoints but that of one step."""
-    for path in (run.dir / "checkpoint").glob(f"resume.*.{run.world.rank}.pt"):
-        if path != checkpoint_path(run, keep, run.world.rank):
-            with contextlib.suppress(OSError):
-                path.unlink()
-
-
-def remove_safety_copies(run: Run) -> None:
-    """Once the artifact and final_model.pt are there: remove averages and checkpoints. On every rank."""
-    if not run.world.agree((run.dir / "final_model.pt").is_file()):
-        return
-    remove_checkpoints(run)
-    with contextlib.suppress(OSError):
-        for name in (AVERAGE, AVERAGE.with_name("average.previous.pt"), POINTER):
-            if run.world.main:
-                (run.dir / name).unlink(missing_ok=True)
-        (run.dir / "checkpoint").rmdir()      # not while another rank's or somebody else's files are in it
-
-
-def training_settings(s: Settings, world: World) -> dict:
-    """The settings on which a step of training depends: they must be the same to go on."""
-    names = ["SEED", "ITERATIONS", "COMPUTE_DTYPE", "MUON_DTYPE"]
-    for group in ("data", "model", "optimiser"):
-        names += [n for n in group_names(group) if not n.startswith(("DATA_", "TOKENIZER_", "VAL_"))]
-    everything = s.as_env()
-    return {**{n: everything[n] for n in names}, "WORLD_SIZE": world.size}
-
-
-def read_checkpoint(s: Settings, world: World, run: Run) -> dict:
-    """This rank's part of the checkpoint in the run's folder; UserError when there is none that fits."""
-    path, again = run.dir / POINTER, "start anew without RESUME, in another ARTIFACT_DIR"
-    step, fault = 0, ""
-    if world.main:
-        try:
-            told = json.loads(path.read_bytes()[:1000])
-            step, size = int(told["step"]), int(told["world_size"])
-            if size != world.size:
-                fault = f"RESUME=1: {path} is of {size} ranks, these are {world.size}: start as many"
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            fault = f"RESUME=1 finds no checkpoint at {path} ({type(error).__name__}): {again}"
-    step, fault = world.agree((step, fault))
-    if fault:
-        raise UserError(fault)
-    path = checkpoint_path(run, step, world.rank)
-    state = unsealed(path, 5 * bytes_of_weights(s) + (16 << 20), f"RESUME=1: {path}", must=True)
-    theirs, differ = state.get("settings", {}), []
-    for name, here in training_settings(s, world).items():
-        if theirs.get(name) != here:
-            differ.append(f"{name}={plain(theirs.get(name), 40)} there, {here} here")
-    if differ:
-        raise UserError(f"RESUME=1: {path.name} is of another training: {'; '.join(differ[:4])}; {again}")
-    run.log("resume", step=step, seconds=state["seconds"])
-    return state
-
-
-def go_on_from(state: Mapping[str, Any], trainer: Trainer, curriculum: Curriculum) -> int:
-    """Put everything where the checkpoint had it; the step to go on after."""
-    trainer.restore(state)
-    vars(curriculum).update(state["curriculum"])
-    torch.set_rng_state(state["random"])
-    if state["random_gpu"] is not None:
-        torch.cuda.set_rng_state(state["random_gpu"], trainer.world.device)
-    return state["step"]
+def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
+    """Seconds of MAX_WALLCLOCK_SECONDS kept for quantising and packing, and what to warn of: as rehearsed,
+    but at most half, so that a slow machine still trains (the overrun is then reported); at least what is
+    asked for: a run of the field's commands, which keep too little, is not lost."""
+    if not s.max_wallclock_seconds:
+        return 0.0, ""
+    auto = s.gptq_reserve_seconds == "auto"
+    asked = 0.0 if auto else float(s.gptq_reserve_seconds)
+    kept = max(asked, min(rehearsed, s.max_wallclock_seconds / 2))
+    need = f"quantising and packing were rehearsed in {rehearsed:.1f} s: {kept:.1f} s are kept"
+    if kept < rehearsed:
+        return kept, f"{need}, for MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds:g} is less than twice that"
+    return kept, "" if auto or asked >= kept else f"{need}, not GPTQ_RESERVE_SECONDS={asked:g}"
 
 
 # ============================================================================================================
-# 9  Quantise: Hessians, GPTQ, low-rank repair
+# 6  Quantise: Hessians, GPTQ, low-rank repair
 # ============================================================================================================
 
 SMALL_TENSOR = 65536      # tensors of at most this many elements are stored as float16
@@ -4515,7 +2380,3372 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
 
 
 # ============================================================================================================
-# 10  Pack: the artifact is one file of checked streams, without pickle
+# 7  Score: the ledger and sliding windows
+# ============================================================================================================
+
+class Score(NamedTuple):
+    """Sums over scored targets: nats, bytes, targets."""
+    loss_sum: float
+    byte_sum: float
+    tokens: int
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.tokens
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte: the one formula."""
+        return self.loss_sum / LN2 / self.byte_sum
+
+
+@dataclass(frozen=True)
+class Booked:
+    """Validation tokens whose every target is on the books; nothing else of them may be trained on."""
+    tokens: np.ndarray
+
+
+PROFILE_EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096)
+
+EARLY = "an adapter step on a target that is not scored yet would break the rules"
+
+
+class LedgerError(RuntimeError):
+    """What the books of an evaluation refuse."""
+
+
+class Ledger:
+    """The books of one evaluation: every target's loss, once. What breaks the rules raises, on every rank."""
+
+    def __init__(self, val: Validation, device: torch.device):
+        val.ledgers += 1
+        self.val, n = val, len(val.tokens) - 1
+        self.loss = torch.zeros(n, device=device)
+        self.count = torch.zeros(n, dtype=torch.int32, device=device)
+        self.early = torch.zeros((), dtype=torch.bool, device=device)
+        self.expected = np.zeros(n, dtype=bool)
+        for start, length in zip(val.documents.start, val.documents.length):
+            self.expected[start:start + length - 1] = True
+
+    def book(self, positions: Tensor, losses: Tensor) -> None:
+        """Enter the losses (n,) of the targets after input positions (n,)."""
+        self.count.index_add_(0, positions, torch.ones_like(positions, dtype=torch.int32))
+        self.loss[positions] = losses.detach().float()
+
+    def require(self, positions: Tensor) -> None:
+        """Note whether all these targets are on the books: check_early() says so, nothing waits here."""
+        self.early |= (self.count[positions] == 0).any()
+
+    def check_early(self, world: World) -> None:
+        """Raise, on every rank, when one of them has asked for a target that was not on the books."""
+        if world.total(self.early.int()):
+            raise LedgerError(EARLY)
+
+    def booked(self, documents: np.ndarray, world: World) -> Booked:
+        """The tokens of these documents, if all ranks together have scored every target of theirs."""
+        self.check_early(world)
+        count = world.total(self.count.clone()).cpu().numpy()
+        spans = [(int(self.val.documents.start[d]), int(self.val.documents.length[d])) for d in documents]
+        for start, length in spans:
+            if not (count[start:start + length - 1] == 1).all():
+                raise LedgerError(f"targets of the document at {start} are not scored once each: training "
+                                  "on it would break the rules")
+        return Booked(np.concatenate([self.val.tokens[a:a + n] for a, n in spans]))
+
+    def close(self, world: World) -> Score:
+        """Sum over ranks; raises unless every expected target was scored, once, before any step on it."""
+        self.check_early(world)
+        count = world.total(self.count).cpu().numpy()
+        self.total = loss = world.total(self.loss.double()).cpu().numpy()
+        if len(wrong := np.flatnonzero(count != self.expected)):
+            at = wrong[0]
+            raise LedgerError(f"coverage is broken: {len(wrong):,} targets, the first at {at}, were scored "
+                              f"{count[at]} times instead of {int(self.expected[at])}")
+        self.val.ledgers -= 1
+        target_bytes = self.val.target_bytes[self.expected].sum()
+        return Score(float(loss.sum()), float(target_bytes), int(self.expected.sum()))
+
+    def profiles(self) -> Iterator[dict]:
+        """After close(): documents, targets, bytes, nats by a document's length, and by position in it."""
+        start, length = self.val.documents.start, self.val.documents.length - 1
+        cuts = start[:, None] + np.minimum(length[:, None], [*PROFILE_EDGES, 1 << 62])
+        sums = [np.diff(np.append(0, x.cumsum())[cuts]) for x in (self.val.target_bytes, self.total)]
+        parts = dict(zip(("tokens", "bytes", "nats"), (np.diff(cuts), *sums)))     # each (documents, buckets)
+        belongs = np.eye(len(PROFILE_EDGES), dtype=int)[np.searchsorted(PROFILE_EDGES, length, "right") - 1]
+        for by, documents, total in (("position", parts["tokens"] > 0, lambda x: x.sum(0)),
+                                     ("length", belongs, lambda x: x.sum(1) @ belongs)):
+            yield {"by": by, "edges": PROFILE_EDGES, "documents": documents.sum(0).tolist(),
+                   **{k: total(x).tolist() for k, x in parts.items()}}
+
+
+def sliding_windows(total: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
+    """Windows over `total` positions as (begin, end, first scored position): the first scores all it sees,
+    later ones their last `stride` positions; each position once."""
+    later = range(stride, total - seq_len + stride, stride)
+    return [(0, min(seq_len, total), 0),
+            *((begin, min(begin + seq_len, total), begin + seq_len - stride) for begin in later)]
+
+
+Window = tuple[int, int, int]       # absolute positions: begin, end, first scored
+
+
+def pack_rows(windows: list[Window], capacity: int) -> list[list[Window]]:
+    """Windows, longest first, filled one after the other into rows of at most `capacity` tokens."""
+    rows, used = [], capacity
+    for w in sorted(windows, key=lambda w: w[0] - w[1]):
+        used += w[1] - w[0]
+        if used > capacity or not rows:
+            rows.append([])
+            used = w[1] - w[0]
+        rows[-1].append(w)
+    return rows
+
+
+class Scorer:
+    """Scores a model on validation documents: packed rows, no attention across documents."""
+
+    def __init__(self, s: Settings, world: World, model: GPT):
+        self.s, self.world, self.model = s, world, model
+        self.losses = compiled(s, world.device, model.losses, fullgraph=True)
+        self.fixed = compiles(s, world.device)            # compiled graphs want one row length
+        self.capacity = max(s.eval_seq_len, s.val_batch_tokens // 8)
+
+    @torch.no_grad()
+    def windows(self, val: Validation, stride: int, looping: bool = True) -> Score:
+        """Score every document by windows of EVAL_SEQ_LEN at this stride, or beyond those on cached keys."""
+        s, ledger = self.s, Ledger(val, self.world.device)
+        self.ledger = ledger              # the books of the latest evaluation
+        starts, targets = val.documents.start, val.documents.length - 1
+        beyond = (targets > s.eval_seq_len) & (s.eval_kv_reuse and stride < s.eval_seq_len)
+        windows = [(a + b, a + e, a + f) for a, n in zip(starts[~beyond].tolist(), targets[~beyond].tolist())
+                   for b, e, f in sliding_windows(n, s.eval_seq_len, stride)]
+        rows, plan = pack_rows(windows, self.capacity), layer_plan(s, looping)
+        widths = [sum(end - begin for begin, end, _ in row) for row in rows]
+        for i in share_out(widths, self.world.size)[self.world.rank]:
+            self.world.beat(f"scoring row {i}")
+            self.score_row(rows[i], val, plan, ledger)
+        if beyond.any():
+            self.once(val, np.flatnonzero(beyond), stride, ledger)
+        return ledger.close(self.world)
+
+    def once(self, val: Validation, documents: np.ndarray, stride: int, ledger: Ledger) -> None:
+        """Documents computed once, `stride` tokens at a time, on the keys a window would reach."""
+        s = dataclasses.replace(self.s, ttt_eval_seq_len=self.s.eval_seq_len, ttt_chunk_size=stride,
+                                ttt_short_score_first_enabled=False, ttt_cache_lambda=0)
+        still = PhasedTTT(s, self.world, self.model, val, ledger=ledger)
+        still.level = NO_ADAPTATION
+        self.model.requires_grad_(False)       # as in adaptation, so that it has the same graphs
+        for group in still.mine(grouped(s, documents, still.lengths)):
+            still.adapt_group(group)
+        self.model.requires_grad_(True)
+
+    def score_row(self, row: list[Window], val: Validation, plan: Plan, ledger: Ledger) -> None:
+        """One forward; book the scored part of each window."""
+        lengths = np.array([e - b for b, e, _ in row])
+        at = np.concatenate([np.arange(b, e) for b, e, _ in row])
+        scored = np.flatnonzero(np.concatenate([np.arange(b, e) >= f for b, e, f in row]))
+        pad = self.capacity - len(at) if self.fixed else 0
+        total, longest = len(at) + pad, self.s.eval_seq_len
+        filler = np.arange(len(at) + longest, total, longest)       # padding is cut like documents
+        bounds = np.concatenate([[0], np.cumsum(lengths), filler, [total]]).astype(np.int32)
+        ids = np.pad(val.tokens[at].astype(np.int64), (0, pad))
+        targets = np.pad(val.targets[at].astype(np.int64), (0, pad))
+        x, y, cu = (torch.from_numpy(a).to(self.world.device) for a in (ids[None], targets[None], bounds))
+        if self.fixed:
+            torch._dynamo.mark_dynamic(cu, 0)
+        forward = functools.partial(self.losses, plan=plan, layout=Layout(cu, longest, isolate=True))
+        losses = tilted_losses(self.s, forward, x, y, np.pad(at, (0, pad))[None], val.hints)[1][0]
+        positions, keep = (torch.from_numpy(i).to(losses.device) for i in (at[scored], scored))
+        ledger.book(positions, losses[keep])
+
+
+# ============================================================================================================
+# 8  Adapt: score-first test-time training
+# ============================================================================================================
+
+ADAPTED = ("q", "k", "v", "o", "mlp", "head")       # what a TTT_*_LORA switches
+
+
+class BoundAdapter(NamedTuple):
+    """An Adapter unbound for one forward: A and B per kind and slot."""
+    a: dict
+    b: dict
+    scale: float
+
+    def add(self, y: Tensor, kind: str, slot: int, x: Tensor) -> Tensor:
+        """y (B, T, out) + scale * x A' B' for x (B, T, in); y itself when this kind is not adapted."""
+        if kind not in self.a:
+            return y
+        a = self.a[kind][slot]
+        low = F.linear(x, a) if a.dim() == 2 else torch.bmm(x, a.mT)
+        return y + self.scale * torch.bmm(low, self.b[kind][slot].mT)
+
+
+class Adapter:
+    """Low-rank adapters for `rows` documents side by side: per kind A (S, rows, r, in) uniform(±1/sqrt(in))
+    and B (S, rows, out, r) zero: a fresh one changes nothing. S counts executed slots; the head has one.
+    Every document begins with the same A, drawn from SEED. With TTT_SHARED_A A is (S, r, in) and frozen."""
+
+    def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu"):
+        self.scale = s.ttt_lora_alpha / s.ttt_lora_rank
+        self.shared = s.ttt_shared_a
+        self.warm = s.ttt_warm_start_a
+        self.seed = s.seed
+        outputs = {"q": s.model_dim, "k": s.kv_dim, "v": s.kv_dim, "o": s.model_dim, "mlp": s.model_dim,
+                   "head": s.vocab_size}
+        # no nn.Parameters: torch.compile would make a graph for every number of rows
+        self.a: dict[str, Tensor] = {}
+        self.b: dict[str, Tensor] = {}
+        for kind, out in outputs.items():
+            if not getattr(s, f"ttt_{kind}_lora"):
+                continue
+            slots = 1 if kind == "head" else plan.slots
+            each = () if self.shared else (rows,)
+            self.a[kind] = torch.empty(slots, *each, s.ttt_lora_rank, s.model_dim, device=device,
+                                       requires_grad=not self.shared)
+            self.b[kind] = torch.zeros(slots, rows, out, s.ttt_lora_rank, device=device, requires_grad=True)
+        self.draw_a()
+
+    def parameters(self) -> list[Tensor]:
+        return [*self.a.values(), *self.b.values()]
+
+    def trained(self) -> list[Tensor]:
+        """What a step changes."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def keep(self, rows: slice) -> None:
+        """Go on with these documents only (A is shared)."""
+        for kind, b in self.b.items():
+            self.b[kind] = b[:, rows].clone(memory_format=torch.contiguous_format).requires_grad_()
+
+    @torch.no_grad()
+    def draw_a(self) -> None:
+        """Fresh A. Drawn on the CPU, so that every device starts from the same numbers."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for a in self.a.values():
+            drawn = torch.empty(a.size(0), *a.shape[-2:]).uniform_(-1, 1, generator=generator)
+            drawn = drawn / math.sqrt(a.size(-1))
+            a.copy_(drawn if self.shared else drawn[:, None])
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Start new documents: B back to zero; A kept (warm start) or drawn anew."""
+        for b in self.b.values():
+            b.zero_()
+        if not self.warm:
+            self.draw_a()
+
+    def bind(self, dtype: torch.dtype, head: bool = False) -> BoundAdapter:
+        """For one forward: the trunk's, or the head's."""
+        def unbound(side: dict) -> dict:
+            return {kind: p.to(dtype).unbind(0) for kind, p in side.items() if (kind == "head") == head}
+        return BoundAdapter(unbound(self.a), unbound(self.b), self.scale)
+
+
+class KeyCache:
+    """Keys and values that the earlier chunks of B documents left behind, as computed then and cut from their
+    graph: per slot (B, P, K, D), of which the last `seen` fit into a window beside the next chunk. They are
+    cut in the forward: for views torch.compile would make other graphs. position: tokens so far; last (B, 2):
+    the tokens before the next chunk. states: slot STATES keeps final hidden states (B, P, D) of length 1 and
+    the tokens that came next (B, P)."""
+    STATES = -1
+
+    def __init__(self, window: int, states: bool = False):
+        self.window, self.states = window, states
+        self.position = 0
+        self.seen = 0
+        self.last: Tensor | None = None
+        self.old: dict[int, tuple[Tensor, Tensor]] = {}
+        self.new: dict[int, tuple[Tensor, Tensor]] = {}
+        self.sealed: tuple[Tensor, dict] | None = None
+
+    def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values that a chunk's queries may see, the chunk's own last."""
+        if slot in self.old:
+            old_k, old_v = self.old[slot]
+            first = old_k.size(1) - self.seen
+            k = torch.cat((old_k.narrow(1, first, self.seen), k), dim=1)
+            v = torch.cat((old_v.narrow(1, first, self.seen), v), dim=1)
+        self.new[slot] = (k.detach(), v.detach())
+        return k, v
+
+    def seal(self, ids: Tensor) -> None:
+        """The forward of the chunk with tokens ids (B, T) was scored: the keys it saw are those to keep."""
+        self.sealed = (ids, self.new)
+        self.new = {}
+
+    def advance(self, chunk: int) -> None:
+        """The chunk is over; of its keys the next `chunk` tokens see what the window holds beside them."""
+        ids, self.old = self.sealed
+        self.sealed = None
+        self.seen = min(self.seen + ids.size(1), self.window - chunk)
+        self.position += ids.size(1)
+        text = ids if self.last is None else torch.cat((self.last, ids), dim=1)
+        self.last = text[:, -2:].contiguous()
+
+    def keep(self, rows: slice) -> None:
+        """Go on with these documents only."""
+        self.old = {slot: tuple(x[rows].clone() for x in pair) for slot, pair in self.old.items()}
+        self.last = self.last[rows]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A chunk already on the books: adapt() takes nothing else, so it cannot see ahead. losses (B, W) with
+    their graph, the chunk's in the last columns; `again` recomputes them after a step."""
+    losses: Tensor
+    chunk: int
+    positions: Tensor
+    again: Callable[[], Tensor]
+
+
+class ChunkWindow(NamedTuple):
+    """A chunk of a batch of documents: per row the first input (relative to the document), the first scored
+    column, the number of scored columns (0: the document has ended); W columns."""
+    begin: np.ndarray
+    offset: np.ndarray
+    count: np.ndarray
+    width: int
+
+
+def chunk_window(s: Settings, targets: np.ndarray, begin: int, end: int, cached: bool) -> ChunkWindow:
+    """The chunk [begin, end) of targets: alone where earlier keys are cached, else rows reach back at most
+    TTT_EVAL_SEQ_LEN inputs; in the field's order from where the document ends, if that is in the chunk, in
+    stream order from the chunk's end: nothing about later tokens is known. targets (B,): per document."""
+    last, window = np.minimum(end, targets), s.ttt_eval_seq_len
+    count = np.maximum(last - begin, 0)
+    if cached:
+        first, width = begin, end - begin
+    else:
+        known_end = last if s.ttt_doc_order == "length" else end
+        first, width = np.maximum(known_end - window, 0), min(end, window)
+    first = np.where(count > 0, first, 0)
+    return ChunkWindow(first, np.where(count > 0, begin - first, 0), count, width)
+
+
+def chunk_bounds(s: Settings, length: int) -> list[int]:
+    """Targets at which the chunks of a group begin whose longest document has `length` tokens, and the end of
+    the last one. In stream order the size goes by the position in the document, so that no later document has
+    a say in how an earlier one is cut; in the field's order by `length`."""
+    steps, bounds = chunk_steps(s), [0]
+    if s.ttt_doc_order == "length":
+        steps = [(math.inf, next(chunk for bound, chunk in steps if length <= bound))]
+    for bound, chunk in steps:
+        while bounds[-1] < min(bound, length - 1):
+            bounds.append(bounds[-1] + min(chunk, s.ttt_eval_seq_len))
+    return bounds
+
+
+def trained_rows(s: Settings, targets: np.ndarray, end: int) -> np.ndarray:
+    """(B,) bool: the documents, of targets (B,), that learn from a chunk ending at target `end`: those going
+    on, within TTT_TRAIN_*_DOC_LEN; in stream order by the position reached, as no end is known yet."""
+    most, goes_on = s.ttt_train_max_doc_len or math.inf, targets > end
+    if s.ttt_doc_order == "stream":
+        return goes_on & (end < most)
+    return goes_on & (targets + 1 >= s.ttt_train_min_doc_len) & (targets < most)
+
+
+def kept_rows(batch: int, live: int) -> int:
+    """Rows for `live` documents left: `batch` halved while they fit in, but not to 1, a graph of its own."""
+    while live <= batch // 2 > 1:
+        batch //= 2
+    return batch
+
+
+class Round(NamedTuple):
+    """Groups of documents between which no state passes, in the order of work, and the documents on which the
+    base weights are trained once all of them are scored (none after the last round)."""
+    groups: list[np.ndarray]
+    train_on: np.ndarray | None
+
+
+def grouped(s: Settings, documents: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """Documents (their numbers) in groups of at most TTT_BATCH_SIZE of similar lengths, longest first. In
+    stream order groups are about equal: a single document left over would need a graph of its own."""
+    order, size = documents[np.argsort(lengths[documents], kind="stable")], s.ttt_batch_size
+    cuts = range(size, len(order), size) if s.ttt_doc_order == "length" else -(-len(order) // size)
+    groups = np.array_split(order, cuts) if len(order) else []
+    return sorted(groups, key=lambda g: -lengths[g].max())
+
+
+def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
+    """The groups of all documents, cut at the phase boundaries. TTT_DOC_ORDER=stream: round i holds the i-th
+    part of the stream's first documents, so that none is influenced by a later one. length: as in the field
+    the longest documents of all come first; a phase trains on the shortest groups scored so far."""
+    phases = s.phased_ttt_num_phases if s.phased_ttt_prefix_docs else 0
+    bounds = [s.phased_ttt_prefix_docs * (i + 1) // phases for i in range(phases)]
+    everything, rounds, begin = np.arange(len(lengths)), [], 0
+    if s.ttt_doc_order == "stream":
+        for end in (b for b in bounds if begin < b <= len(lengths)):
+            rounds.append(Round(grouped(s, everything[begin:end], lengths), everything[:end]))
+            begin = end
+        return rounds + [Round(grouped(s, everything[begin:], lengths), None)]
+    current, done = [], []
+    for group in grouped(s, everything, lengths):
+        current.append(group)
+        done.append(group)
+        if len(rounds) < phases and sum(map(len, done)) >= bounds[len(rounds)]:
+            by_length = np.concatenate(sorted(done, key=lambda g: lengths[g].max()))
+            rounds.append(Round(current, by_length[:bounds[len(rounds)]]))
+            current = []
+    return rounds + [Round(current, None)]
+
+
+# What the watchdog gives up, in this order, when the evaluation would outlast its budget.
+GIVE_UP = ("nothing", "further phases on the base weights", "adaptation")
+NO_ADAPTATION = 2
+WATCH_EVERY = 8             # chunks between two looks at the clock
+
+
+class PhasedTTT:
+    """Score-first phased test-time training. Each document has its own adapter, scored chunk by chunk and
+    adapted only by booked chunks; at each phase boundary the base weights are trained on whole booked
+    documents. Ranks share the groups by predicted cost. clock: the evaluation's, watched so that every target
+    is scored in time. trace(event, **values) observes: lora, reset, chunk, sgd_step, phase, give_up."""
+
+    def __init__(self, s: Settings, world: World, model: GPT, val: Validation, trace: Callable | None = None,
+                 clock: Clock | None = None, ledger: Ledger | None = None):
+        self.s, self.world, self.model, self.val = s, world, model, val
+        self.trace, self.clock = trace or (lambda event, **values: None), clock
+        self.plan, self.lengths = layer_plan(s, True), val.documents.length
+        self.losses = compiled(s, world.device, model.losses, fullgraph=True, dynamic=True)
+        self.ledger = ledger or Ledger(val, world.device)
+        self.level = 0
+        self.kept: Adapter | None = None
+        # Seconds and token-passes of adaptation, without phases and waiting; costs of what is still to do.
+        self.spent, self.done, self.left = 0.0, 0.0, np.zeros(len(GIVE_UP))
+        self.phase_pace, self.phase_tokens = 0.0, 0    # seconds a token of a phase; tokens to train on
+
+    def costs(self, group: np.ndarray) -> np.ndarray:
+        """Predicted token-passes of a group at every level of GIVE_UP; a backward counts twice a forward."""
+        longest = int(self.lengths[group].max())
+        ends = np.minimum(chunk_bounds(self.s, longest)[1:], self.s.ttt_eval_seq_len)
+        adapting = 3 * (longest if self.s.ttt_kv_reuse else ends.sum())
+        return len(group) * np.array([adapting, adapting, longest], float)
+
+    def mine(self, groups: list[np.ndarray]) -> list[np.ndarray]:
+        """This rank's share of the groups."""
+        share = share_out([self.costs(g)[self.level] for g in groups], self.world.size)[self.world.rank]
+        return [groups[i] for i in sorted(share)]
+
+    def run(self) -> Score:
+        """Score every document once. The model's weights end as the last phase left them."""
+        rounds = ttt_rounds(self.s, self.lengths)
+        todo = [self.mine(r.groups) for r in rounds]
+        self.left = sum((self.costs(g) for mine in todo for g in mine), self.left)
+        self.phase_tokens = sum(int(self.lengths[r.train_on].sum()) for r in rounds[:-1])
+        self.model.requires_grad_(False)           # adapters learn; the base weights only in a phase
+        for r, mine in zip(rounds, todo):
+            self.begin_round()
+            for group in mine:
+                self.adapt_group(group)
+            level = max(self.world.gather(self.level))          # all ranks take part in a phase or none
+            if level > self.level:
+                self.give_up(level, by="another rank")
+            if r.train_on is not None and self.level == 0:
+                booked, phase = self.ledger.booked(r.train_on, self.world), Clock()
+                self.global_phase(booked)
+                sync(self.world.device)
+                self.phase_pace = phase.elapsed() / len(booked.tokens)
+                self.phase_tokens -= int(self.lengths[r.train_on].sum())
+        self.model.requires_grad_(True)
+        return self.ledger.close(self.world)
+
+    def begin_round(self) -> None:
+        """Nothing passes from round to round; within one, A may go on to other groups."""
+        self.kept = None
+        if self.s.ttt_doc_order == "length" and not self.s.ttt_shared_a:
+            self.kept = self.adapter_for(self.s.ttt_batch_size)
+
+    def watch(self) -> None:
+        """Give up as little as lets the predicted end lie within EVAL_MAX_SECONDS."""
+        if self.clock is None or not self.clock.budget:
+            return
+        now = self.clock.elapsed()
+        pace = self.spent / self.done if self.done else 0.0
+        ends = now + pace * self.left
+        ends[0] += self.phase_pace * self.phase_tokens
+        fits = (i for i in range(self.level, NO_ADAPTATION) if ends[i] <= self.clock.budget)
+        level = next(fits, NO_ADAPTATION) if now < self.clock.budget else NO_ADAPTATION
+        if level > self.level:
+            self.give_up(level, elapsed=now, predicted_end=ends[self.level])
+
+    def give_up(self, level: int, **why) -> None:
+        """From now on do without what GIVE_UP names up to this level."""
+        self.trace("give_up", what=", ".join(GIVE_UP[1:level + 1]), **why)
+        self.level = level
+
+    def adapter_for(self, rows: int) -> Adapter:
+        """The kept one, reset for new documents, where it has as many rows, else a fresh one."""
+        kept = self.kept is not None and rows == self.s.ttt_batch_size
+        adapter = self.kept if kept else Adapter(self.s, self.plan, rows, self.world.device)
+        if kept:
+            adapter.reset()
+        self.trace("reset" if kept else "lora", adapter=adapter)
+        return adapter
+
+    def optimiser(self, adapter: Adapter) -> torch.optim.Optimizer | None:
+        """AdamW over a group's adapters; none for the stateless rule."""
+        s, params, lr = self.s, adapter.trained(), self.s.ttt_lora_lr * self.s.ttt_local_lr_mult
+        if s.ttt_optimizer == "normalised":
+            return None
+        return torch.optim.AdamW(params, lr=lr, betas=(s.ttt_beta1, s.ttt_beta2), eps=1e-10,
+                                 weight_decay=s.ttt_weight_decay, fused=self.world.device.type == "cuda")
+
+    def adapt_group(self, group: np.ndarray) -> None:
+        """Score a group's documents chunk by chunk; after each chunk adapt those that have another one."""
+        self.watch()
+        s, level = self.s, self.level
+        cached, learns = s.ttt_kv_reuse or level == NO_ADAPTATION, level < NO_ADAPTATION
+        starts, targets = self.val.documents.start[group], self.lengths[group] - 1
+        if len(group) == 1 < s.ttt_batch_size:      # an empty row beside it: one would need its own graphs
+            starts, targets = np.repeat(starts, 2), np.append(0, targets)
+        adapter = self.adapter_for(len(starts)) if learns else None
+        optimiser = self.optimiser(adapter) if learns else None
+        cache = KeyCache(s.ttt_eval_seq_len, states=s.ttt_cache_lambda > 0) if cached else None
+        bounds = chunk_bounds(s, int(self.lengths[group].max()))
+        costs, counted, since = self.costs(group), 0, Clock()
+        for n, (begin, end) in enumerate(zip(bounds, bounds[1:]), start=1):
+            self.world.beat(f"adapting to chunk {n} of {len(group)} documents")
+            if cached and begin:
+                cache.advance(end - begin)
+            ended = int(np.searchsorted(targets, begin, side="right"))       # targets rise within a group
+            stateless = optimiser is None and (adapter is None or adapter.shared)
+            rows = slice(len(targets) - kept_rows(s.ttt_batch_size, len(targets) - ended), None)
+            if cached and stateless and rows.start > 0:
+                starts, targets = starts[rows], targets[rows]
+                for keeper in (cache,) if adapter is None else (cache, adapter):
+                    keeper.keep(rows)
+            later = learns & trained_rows(s, targets, end)
+            with torch.set_grad_enabled(bool(later.any())):
+                window = chunk_window(s, targets, begin, end, cached)
+                scored = self.score_chunk(starts, window, adapter, cache)
+                if later.any():
+                    self.adapt(adapter, optimiser, scored, torch.from_numpy(later).to(self.world.device))
+            if n % WATCH_EVERY == 0 or end == bounds[-1]:
+                sync(self.world.device)
+                work = costs * (end - counted) / bounds[-1]
+                self.spent, self.done = self.spent + since.elapsed(), self.done + work[self.level]
+                self.left = self.left - work
+                self.watch()
+                learns, counted, since = learns and self.level < NO_ADAPTATION, end, Clock()
+
+    def score_chunk(self, starts: np.ndarray, w: ChunkWindow, adapter: Adapter | None,
+                    cache: KeyCache | None) -> Scored:
+        """One forward over the chunk and its context; its losses are booked before anything can learn."""
+        column = np.arange(w.width)
+        valid = (column < (w.offset + w.count)[:, None])
+        at = np.where(valid, (starts + w.begin)[:, None] + column, 0)
+        tokens, device = self.val.tokens, self.world.device
+        x, y = (torch.from_numpy(np.where(valid, part[at], 0).astype(np.int64)).to(device)
+                for part in (tokens, self.val.targets))
+
+        def forward(x: Tensor = x, y: Tensor = y) -> Tensor:
+            return self.losses(x, y, self.plan, None, adapter, None, cache)
+
+        losses, booked = tilted_losses(self.s, forward, x, y, at, self.val.hints)
+        if cache is not None and cache.states:
+            booked = mixed_with_cache(self.s, booked, cache)
+        counted = valid & (column >= w.offset[:, None])
+        positions, keep = (torch.from_numpy(i).to(device) for i in (at[counted], np.flatnonzero(counted)))
+        self.ledger.book(positions, booked.flatten()[keep])
+        if cache is not None:      # the keys of the forward that was scored, whatever the steps do
+            cache.seal(x)
+        self.trace("chunk", x=x, y=y, losses=booked.detach(), offsets=w.offset, counts=w.count, width=w.width,
+                   at=at, counted=counted)
+        return Scored(losses, int(w.count.max()), positions, forward)
+
+    def adapt(self, adapter: Adapter, optimiser: torch.optim.Optimizer | None, scored: Scored,
+              later: Tensor) -> None:
+        """TTT_GRAD_STEPS steps on the mean loss of the booked chunk, of documents that have a later one."""
+        self.ledger.require(scored.positions)
+        losses, trained = scored.losses, adapter.trained()
+        for step in range(self.s.ttt_grad_steps):
+            if step:
+                losses = scored.again()
+            (losses[:, -scored.chunk:].mean(dim=1) * later).sum().backward(inputs=trained)
+            if optimiser is None:
+                lr = self.s.ttt_lora_lr * self.s.ttt_local_lr_mult
+                normalised_step(trained, lr, self.s.ttt_weight_decay)
+            else:
+                optimiser.step()
+            for p in trained:      # at once: torch.compile would make a graph for tensors that have one
+                p.grad = None
+
+    # --- the base weights
+
+    def global_phase(self, booked: Booked) -> None:
+        """SGD on all base weights over booked documents; the learning rate falls as a cosine over chunks."""
+        s, tokens = self.s, booked.tokens
+        chunks = -(-(len(tokens) - 1) // s.global_ttt_chunk_tokens)
+        params = self.model.requires_grad_(True).parameters()
+        optimiser = torch.optim.SGD(params, momentum=s.global_ttt_momentum)
+        for c in range(max(chunks - 1, 1)):    # as published, the last chunk is left out, unless it is alone
+            part = tokens[c * s.global_ttt_chunk_tokens:(c + 1) * s.global_ttt_chunk_tokens + 1]
+            rows = (len(part) - 1) // s.eval_seq_len
+            optimiser.param_groups[0]["lr"] = self.global_lr(c, chunks)
+            self.world.beat(f"adapting the base weights, chunk {c + 1}")
+            for _ in range(s.global_ttt_epochs):
+                for r in range(0, rows, s.global_ttt_batch_seqs):
+                    begin, n = r * s.eval_seq_len, min(s.global_ttt_batch_seqs, rows - r) * s.eval_seq_len
+                    self.global_step(part[begin:begin + n + 1], optimiser)
+        self.model.requires_grad_(False)
+        self.trace("phase", model=self.model, tokens=tokens)
+
+    def global_lr(self, c: int, chunks: int) -> float:
+        """Learning rate of chunk c: linear warm-up, then a cosine to the last chunk."""
+        s, warm = self.s, self.s.global_ttt_warmup_chunks
+        if c < warm:
+            f = c / max(warm - 1, 1)
+            return s.global_ttt_warmup_start_lr + f * (s.global_ttt_lr - s.global_ttt_warmup_start_lr)
+        return s.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * (c - warm) / max(chunks - 1 - warm, 1)))
+
+    def global_step(self, tokens: np.ndarray, optimiser: torch.optim.SGD) -> None:
+        """One momentum step on a run of tokens, which the ranks share by whole documents, or rows."""
+        s, world, total = self.s, self.world, len(tokens) - 1
+        starts = np.flatnonzero(tokens[:-1] == BOS)
+        if not s.global_ttt_respect_doc_boundaries:
+            starts = np.arange(0, total, s.eval_seq_len)
+        starts = np.unique(np.append(starts, (0, total)))
+        begin, end = starts[np.searchsorted(starts, [total * (world.rank + i) // world.size for i in (0, 1)])]
+        loss = torch.zeros((), device=world.device)
+        if end > begin:
+            batch = packed_batch(tokens[begin:end + 1], s.eval_seq_len).to(world.device)
+            batch = batch if s.global_ttt_respect_doc_boundaries else batch.rows(s.eval_seq_len)
+            losses = self.model.losses(batch.x, batch.y, self.plan, batch.layout(batch.max_seqlen))
+            loss = losses.sum() / total
+            loss.backward()
+        norm = total_gradients(world, self.model, s.global_ttt_grad_clip)
+        optimiser.step()
+        optimiser.zero_grad()
+        self.trace("sgd_step", loss=world.total(loss.detach().clone()), n_tokens=total, grad_norm=norm,
+                   lr=optimiser.param_groups[0]["lr"])
+
+
+def total_gradients(world: World, model: GPT, clip: float) -> Tensor:
+    """Sum all gradients over the ranks and clip their norm (0: no clipping); returns the norm before."""
+    for p in model.parameters():
+        p.grad = world.total(torch.zeros_like(p) if p.grad is None else p.grad)
+    return nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+
+
+@torch.no_grad()
+def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
+    """Losses (B, T) of a chunk's targets once the model's probability p is mixed with what earlier places of
+    the document say. Place i says the token that came after it, with weight
+    a_i = exp(TTT_CACHE_THETA (cos(h_i, h_t) - 1)); all together count w = min(0.6, TTT_CACHE_LAMBDA max a_i):
+    (1 - w) p + w sum(a_i [i's token is the target]) / sum(a_i), which sums to 1 over the vocabulary."""
+    past, said = cache.new[cache.STATES]
+    h, targets = (x[:, -losses.size(1):] for x in (past, said))
+    place = torch.arange(past.size(1), device=h.device)
+    earlier = place < place[-h.size(1):, None]                   # what came after t itself is the target
+    a = torch.exp(s.ttt_cache_theta * (h.float() @ past.float().mT - 1)) * earlier
+    chance = (a * (said[:, None] == targets[..., None])).sum(-1) / a.sum(-1).clamp(min=1e-30)
+    w = (s.ttt_cache_lambda * a.amax(-1)).clamp(max=0.6)
+    return -torch.log((1 - w) * torch.exp(-losses) + w * chance)
+
+
+@torch.no_grad()
+def normalised_step(params: list[Tensor], lr: float, weight_decay: float) -> None:
+    """Steps of matrices (…, R, C) along their gradient over its RMS, matrix by matrix: no state."""
+    for p in params:
+        size = p.grad.square().mean(dim=(-2, -1), keepdim=True).sqrt()
+        p.mul_(1 - lr * weight_decay).sub_(p.grad / (size + 1e-12), alpha=lr)
+
+
+def phase_steps(s: Settings, tokens: int) -> int:
+    """Steps of the base weights in a phase over so many tokens (see PhasedTTT.global_phase)."""
+    chunks, steps = -(-(tokens - 1) // s.global_ttt_chunk_tokens), 0
+    for c in range(max(chunks - 1, 1)):
+        inputs = min(s.global_ttt_chunk_tokens, tokens - 1 - c * s.global_ttt_chunk_tokens)
+        steps += -(-(inputs // s.eval_seq_len) // s.global_ttt_batch_seqs) * s.global_ttt_epochs
+    return steps
+
+
+# ============================================================================================================
+# PART TWO: machinery behind plain doors. A reader may stop before it.
+# ============================================================================================================
+
+
+# ============================================================================================================
+# 9  World, clocks, log, and what is kept on disk
+# ============================================================================================================
+
+def set_up(s: Settings, world: World) -> str:
+    """Seeds, arithmetic, attention backend: once per process. Returns why this backend."""
+    torch.manual_seed(s.seed)
+    torch.set_float32_matmul_precision("high" if world.device.type == "cuda" else "highest")
+    if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launcher_ranks(os.environ).local_size))
+    torch._dynamo.config.recompile_limit = 64      # plans, grad modes and batch shapes share one code object
+    torch.fx.experimental._config.use_duck_shape = False       # sizes that are equal by chance stay apart
+    global ATTENTION
+    ATTENTION, why = resolve_attention(s.attn_backend, world.device)
+    names = world.gather(ATTENTION)
+    if len(set(names)) > 1:
+        raise UserError(f"the ranks would use different attention kernels {names}; this one: {why}. Set "
+                        "ATTN_BACKEND to one that runs everywhere")
+    return why
+
+
+def pick_dtype(choice: str, device: torch.device, default: torch.dtype | None = None) -> torch.dtype:
+    """The dtype a setting names; auto: `default`, else bfloat16 on a GPU and float32 on a CPU."""
+    if choice == "auto":
+        return default or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return getattr(torch, choice)
+
+
+def compiles(s: Settings, device: torch.device) -> bool:
+    """Whether to use torch.compile. Plain attention, which float32 takes too, cannot be traced."""
+    plain = ATTENTION == "plain" or pick_dtype(s.compute_dtype, device) == torch.float32
+    if s.compile == "1" and plain:
+        raise UserError("COMPILE=1 cannot trace plain attention (ATTN_BACKEND=plain, a CPU, or COMPUTE_DTYPE="
+                        "float32): set COMPILE=auto")
+    return s.compile != "0" and device.type == "cuda" and not plain
+
+
+def compiled(s: Settings, device: torch.device, fn: Callable, **options) -> Callable:
+    """fn through torch.compile where that is wanted."""
+    return torch.compile(fn, **options) if compiles(s, device) else fn
+
+
+def build_model(s: Settings, world: World) -> GPT:
+    """The seeded model on this rank's device: every rank draws the same weights."""
+    model = GPT(s, torch.Generator().manual_seed(s.seed)).to(world.device)
+    model.compute_dtype = pick_dtype(s.compute_dtype, world.device)
+    return model
+
+
+def is_free_text(f) -> bool:
+    """Whether an empty value means something: not for numbers, flags and choices."""
+    return type(f.default) is str and not f.metadata["choices"]
+
+
+def is_number(text: str) -> bool:
+    """True when float() reads it as a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def whole_number(text: str) -> int | None:
+    """The whole number that the text writes, exactly; 1e3 is one too. None when it writes none."""
+    if re.fullmatch(r" *[+-]?[0-9_]{1,30} *", text):
+        return int(text.replace("_", ""))
+    whole = is_number(text) and float(text) % 1 == 0
+    return int(float(text)) if whole else None
+
+
+def whole_numbers(text: str) -> list[int]:
+    """The numbers of "9,10": 0 to a thousand million, at most 64; none when the text is anything else."""
+    parts = text.replace(" ", "").split(",")
+    good = len(parts) <= 64 and all(re.fullmatch("[0-9]{1,9}", part) for part in parts)
+    return [int(part) for part in parts] if good else []
+
+
+def parse_setting(f, text: str):
+    """The typed value of one setting; UserError with value, bound and remedy when it is not one."""
+    name, meta, kind = f.name.upper(), f.metadata, type(f.default)
+    choices = ("0", "1") if kind is bool else meta["choices"]
+    if choices and text not in choices:
+        raise UserError(f"{name}={text} must be {' or '.join(choices)}")
+    if kind is bool:
+        return text == "1"
+    if kind is str:
+        return parse_text(name, text, meta["hi"])
+    value = whole_number(text) if kind is int else float(text) if is_number(text) else None
+    if value is None:
+        raise UserError(f"{name}={text} must be {'a whole number' if kind is int else 'a number'}")
+    lo, hi = meta["lo"], meta["hi"]
+    if not lo <= value <= hi:
+        raise UserError(f"{name}={text} is out of range: it must be at least {lo} and at most {hi}")
+    return value
+
+
+def parse_text(name: str, text: str, most: int) -> str:
+    """A setting that is text, a path with ~ expanded; UserError for what no file or log line can be named."""
+    bad = ""
+    if len(text) > most or not text.isprintable():
+        bad = f"be at most {most:,} printable characters"
+    elif name == "RUN_ID" and (len(text) > 100 or text[:1] == "." or set(text) & set("/\\")):
+        bad = "be the name of a folder: at most 100 characters, no slash and no dot in front"
+    elif name.endswith(("_PATH", "_DIR")):
+        text = os.path.expanduser(text)
+        if text[:1] == "~":
+            bad = "begin with another folder: there is no such user; a folder of that name is ./~"
+        elif any(len(os.fsencode(part)) > 255 for part in text.split("/")):
+            bad = "have names of at most 255 bytes in it: choose a shorter one"
+    if bad:
+        raise UserError(f"{name}={text[:80]} must {bad}")
+    return text
+
+
+MOST_SLOTS = 1024             # executed layers
+MOST_ORDER = 64               # of an n-gram
+MOST_WEIGHTS = 2 ** 31        # of a model
+
+BY_HAND = {"AWQ_LITE_ENABLED": "0"}     # what changes steps that are set by hand -> its idle value
+LEFT_OUT = "left out: no published system gained by it"
+# Names of the field's commands that set nothing here: (the one value they may have, None: any; why).
+NO_SETTINGS = {name: (only, why) for only, why, names in (
+    (None, "lossless all of them: our own coder takes their place", "COMPRESSOR"),
+    (None, "always so: all targets are scored, by the calibrated loss, hints on the clock, graphs warmed up",
+     "EVAL_INCLUDE_TAIL LOGIT_CALIB_APPLY_TTT_UPDATE NGRAM_HINT_PRECOMPUTE_OUTSIDE COMPILE_SHAPE_WARMUP "
+     "COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_LOOP_MODES"),
+    (None, "the field's scripts get nothing from it either",
+     "ROPE_TRAIN_SEQ_LEN TTT_EVAL_BATCHES MUON_BETA2 SWA_ENABLED SWA_EVERY CONTROL_TENSOR_NAME_PATTERNS"),
+    (None, "part of something left out",
+     "GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS MUON_HUBER_DELTA TTT_OUTPUT_DIR "
+     "TTT_HEARTBEAT_SECONDS TTT_SHORT_BETA2 TTT_SHORT_LORA_LR TTT_SHORT_LORA_RANK TTT_SHORT_WEIGHT_DECAY "
+     "TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM"),
+    (0, LEFT_OUT, "DTG_ENABLED FORCE_STOP_STEP GATED_ATTENTION GATED_XSA GLOBAL_TTT_DOC_LIMIT "
+     "GRAD_CENTRALIZE LABEL_SMOOTH LAWA_ENABLED LR_FLOOR MIDRUN_CAP_LOG_UPDATES MTP_NUM_HEADS "
+     "MUON_HUBER_WD OPTROT_ENABLED QAT_ENABLED SLOT_ENABLED TRIGRAM TTT_DOC_LIMIT "
+     "TTT_GRAD_STEPS_CLEAN TTT_LORA_EMA_DECAY TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED "
+     "VALUE_RESIDUAL"),
+    (1, LEFT_OUT, "WD_TAPER_FINAL_MULT"), ("sgd", LEFT_OUT, "GLOBAL_TTT_OPTIMIZER"),
+    (0, "set EVAL_ONLY_QUANTIZED_PATH to the artifact instead", "TTT_EVAL_ONLY"),
+    (0, "set WARMDOWN_FRAC to its share of the steps you expect", "WARMDOWN_ITERS"),
+    (1, "built in", "GPTQ_ENABLED USE_GPTQ SDCLIP_ENABLED TTT_UPDATE_EVERY"),
+    (0, "built in", "SPARSE_ATTN_GATE_INIT_STD"), (0.01, "built in", "GATED_ATTN_INIT_STD"),
+    (512, "embeddings are as wide as the model", "EMBEDDING_DIM"),
+) for name in names.split()}
+ALIASES = {   # old name -> the settings it stands for
+    "PHASED_TTT_ENABLED": "TTT_ENABLED", "TTT_MASK": "TTT_Q_LORA TTT_V_LORA",
+    "RECUR_LAYERS": "LOOP_START LOOP_END NUM_LOOPS",
+    "SDCLIP_K": "MATRIX_CLIP_SIGMAS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS",
+    "SDCLIP_K_INT6": "MATRIX_CLIP_SIGMAS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS",
+    "SDCLIP_K_EMBED": "EMBED_CLIP_SIGMAS", "SDCLIP_K_INT8": "EMBED_CLIP_SIGMAS",
+    "QUANT_CLIP_RANGE": "MATRIX_BITS", "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS",
+    "GPTQ_CALIB_SAMPLES": "GPTQ_CALIBRATION_BATCHES", "GPTQ_CALIB_BATCHES": "GPTQ_CALIBRATION_BATCHES",
+    "GPTQ_RESERVE_MS": "GPTQ_RESERVE_SECONDS"}
+TTT_MASKS = {"all": "11", "baseline_all": "11", "no_q": "01", "no_v": "10", "no_qv": "00"}   # adapt Q, V
+
+
+def translate(old: str, value: str) -> Sequence[str]:
+    """The values of the settings that an old name stands for."""
+    try:
+        if old == "RECUR_LAYERS":      # they run once more after the last of them
+            layers = whole_numbers(value)
+            if all(b == a + 1 for a, b in zip(layers, layers[1:])):
+                return str(layers[0]), str(layers[-1]), "1"
+            raise ValueError
+        if old == "QUANT_CLIP_RANGE":
+            return str(int(math.log2(int(value))) + 2),
+        if old == "GPTQ_RESERVE_MS":
+            return str(float(value) / 1e3),
+        return TTT_MASKS[value] if old == "TTT_MASK" else [value] * 3
+    except (LookupError, ValueError) as error:
+        forms = {"RECUR_LAYERS": "consecutive layers, as 3,4,5", "TTT_MASK": f"one of {', '.join(TTT_MASKS)}"}
+        raise UserError(f"{old}={value} must be {forms.get(old, 'a whole number')}") from error
+
+
+# First words of settings that other programs' variables begin with as well.
+COMMON_WORDS = set("""
+    adam agree artifact asym attn awq beta1 beta2 checkpoint code compile compute data embed enable
+    eval fit fused gate gated global grad head label late logit matrix max min model num parallel
+    quant resume run scalar seed seq skip sliding tie token tokenizer train val vocab warmup word""".split())
+# Last words of the variables of images, schedulers and launchers.
+PLATFORM_WORDS = set("""
+    addr address auth cache compiler count cpus data device devices dir file gpus home host hosts
+    https id image ip job jobs key mode name node nodes path pid pod port ports procs rank region
+    root secret seq service set size threads token type url user uuid version workers""".split())
+# What others call a setting of ours, and its name here.
+OTHER_NAMES = {name: ours for ours, names in {
+    "MATRIX_LR, SCALAR_LR and TIED_EMBED_LR": "LR LEARNING_RATE MUON_LR ADAM_LR MAX_LR",
+    "MUON_WD, EMBED_WD and ADAM_WD": "WD WEIGHT_DECAY",
+    "TRAIN_BATCH_TOKENS": "BATCH BATCH_SIZE TOTAL_BATCH_SIZE TRAIN_BATCH_SIZE DEVICE_BATCH_SIZE",
+    "ITERATIONS or MAX_WALLCLOCK_SECONDS": "STEPS NUM_STEPS MAX_STEPS NUM_ITERS MAX_ITERS EPOCHS",
+    "TRAIN_SEQ_LEN and EVAL_SEQ_LEN": "SEQ_LEN BLOCK_SIZE CONTEXT_LENGTH MAX_SEQ_LEN",
+    "NUM_LAYERS": "N_LAYER N_LAYERS LAYERS DEPTH", "MODEL_DIM": "DIM N_EMBD D_MODEL WIDTH",
+    "NUM_HEADS": "N_HEAD N_HEADS HEADS", "GRAD_CLIP_NORM": "GRAD_CLIP CLIP_NORM",
+}.items() for name in names.split()}
+
+
+def our_words() -> set[str]:
+    """First words that only settings of ours have."""
+    return {f.name.split("_")[0] for f in fields(Settings) if "_" in f.name} - COMMON_WORDS
+
+
+def looks_like_ours(name: str, known: Mapping) -> str | None:
+    """The nearest known setting when `name` must have been meant for this script, else None.
+    It is nearly a setting's, or made of our words alone and ends in none of a platform's."""
+    if name in OTHER_NAMES:
+        return None
+    words = name.lower().split("_")
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.86 if len(name) > 4 else 1.0)
+    if words[-1] in PLATFORM_WORDS:
+        return close[0] if close and words[-1] in close[0].lower().split("_")[-1] else None
+    if not close and len(words) > 1 and name.isupper():
+        ours = {word for other in (*known, *NO_SETTINGS) for word in other.lower().split("_")}
+        if words[0] in our_words() or ours.issuperset(words):
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return close[0] if close else None
+
+
+def stray_names(env: Mapping[str, str]) -> dict[str, str]:
+    """Variables that nothing here reads though they are like settings, or what others call them,
+    and what to say of each; twenty at most. from_env refuses those that must have been meant."""
+    known = {f.name.upper() for f in fields(Settings)}
+    begins = our_words() | COMMON_WORDS
+    strays = {}
+    for name in sorted(set(env) - known - {*NO_SETTINGS, *ALIASES}):
+        like_ours = "_" in name and name.isupper() and name.split("_")[0].lower() in begins
+        if name in OTHER_NAMES:
+            strays[name] = f"not read; here it is {OTHER_NAMES[name]}"
+        elif like_ours or difflib.get_close_matches(name, known, cutoff=0.84):
+            strays[name] = "not read; no setting"
+    return dict(itertools.islice(strays.items(), 20))
+
+
+def print_help() -> None:
+    """Every setting with default, range and meaning."""
+    print(__doc__.split("Chapters")[0])
+    for f in fields(Settings):
+        meta = f.metadata
+        if meta["group"]:
+            print(f"\n{meta['group'].upper()}")
+        bounds = "|".join(meta["choices"])
+        if type(f.default) in (int, float):
+            bounds = f"{meta['lo']:g} to {meta['hi']:g}"
+        default = int(f.default) if isinstance(f.default, bool) else f.default
+        print(f"  {f.name.upper():34} {default!s:>10}  {meta['doc']}" + (f"  [{bounds}]" if bounds else ""))
+    print("\nACCEPTED OLD NAMES")
+    for old, names in ALIASES.items():
+        print(f"  {old:34} read as {names.replace(' ', ', ')}")
+    for name, (only, why) in NO_SETTINGS.items():
+        print(f"  {name:34} {'no effect' if only is None else f'only {only}'}: {why}")
+
+
+class Ranks(NamedTuple):
+    """What the launcher tells a process: its number, how many there are, and both on this machine."""
+    rank: int
+    size: int
+    local: int
+    local_size: int
+
+
+def launcher_ranks(env: Mapping[str, str]) -> Ranks:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process without them. UserError
+    when they do not fit together, or the other ranks could not be found."""
+    remedy = ("start by torchrun, or without them: env -u RANK -u WORLD_SIZE -u LOCAL_RANK "
+              "-u LOCAL_WORLD_SIZE python train_gpt.py")
+
+    def read(name: str, otherwise: int, lo: int, hi: int) -> int:
+        text = env.get(name, str(otherwise))
+        if not re.fullmatch("[0-9]{1,9}", text) or not lo <= int(text) <= hi:
+            among = "" if name == "WORLD_SIZE" else f" for WORLD_SIZE={env.get('WORLD_SIZE', 1)}"
+            raise UserError(f"{name}={text[:40]} must be a whole number from {lo} to {hi}{among}: "
+                            f"{remedy}")
+        return int(text)
+
+    size = read("WORLD_SIZE", 1, 1, 65536)
+    local_size = read("LOCAL_WORLD_SIZE", 1, 1, size)
+    rank = read("RANK", 0, 0, size - 1)
+    here = local_size if "LOCAL_WORLD_SIZE" in env else size
+    local = read("LOCAL_RANK", 0, 0, here - 1)
+    if size > 1:
+        if "RANK" not in env or not env.get("MASTER_ADDR", "").strip():
+            raise UserError(f"WORLD_SIZE={size} needs RANK and MASTER_ADDR, by which ranks find "
+                            f"each other: {remedy}")
+        read("MASTER_PORT", 0, 1, 65535)
+    return Ranks(rank, size, local, local_size)
+
+
+# First word of what a rank does -> seconds without progress of any rank, and seconds of
+# waiting in a collective, after which something hangs: the latter more, for it is not known
+# who is to blame. In evaluation a rank may wait long for those that have more to score.
+PATIENCE = {
+    "step": (45.0, 60.0),
+    "scoring": (250.0, 1800.0),
+    "adapting": (250.0, 1800.0),
+    "checking": (1500.0, 1800.0),
+}
+USUAL_PATIENCE = (250.0, 300.0)
+
+
+class Pulse:
+    """What this rank does and how far it is: set by its main thread, read by its heartbeat."""
+
+    def __init__(self):
+        self.doing, self.beats, self.at = "set-up", 0, time.monotonic()
+        self.longest: dict[str, float] = {}     # seconds between two beats, by first word
+        self.waiting = False                    # in a collective
+        self.ending = False                     # the heartbeat is about to end this process
+        self.wait = 0.0                         # the collectives' time limit in force, in seconds
+
+    def beat(self, doing: str) -> None:
+        """Progress was made; `doing` follows."""
+        now, word = time.monotonic(), doing.split()[0]
+        if word == self.doing.split()[0]:
+            self.longest[word] = max(self.longest.get(word, 0.0), now - self.at)
+        self.doing, self.at = doing, now
+        self.beats += 1
+
+    def limits(self) -> tuple[float, float]:
+        """PATIENCE now: the usual before the first step, then at least ten of the longest."""
+        word = self.doing.split()[0]
+        progress, wait = PATIENCE.get(word, USUAL_PATIENCE)
+        least = 10 * self.longest[word] if word in self.longest else USUAL_PATIENCE[0]
+        return max(progress, least), max(wait, 1.2 * least)
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of this run; one rank is the same code. Collectives are no-ops when size is 1."""
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    pulse: Pulse = field(default_factory=Pulse, compare=False, repr=False)
+    threads: list[Heartbeat] = field(default_factory=list, compare=False, repr=False)
+
+    @classmethod
+    def join(cls, env: Mapping[str, str]) -> World:
+        """Join the launcher's process group: NCCL (and gloo for host values) on GPUs, gloo on a CPU."""
+        rank, size, local, _ = launcher_ranks(env)
+        device = torch.device("cpu")
+        if gpus := torch.cuda.device_count():
+            if local >= gpus:
+                raise UserError(f"LOCAL_RANK={local} but there are {gpus} GPUs here: lower --nproc_per_node")
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        if size > 1:
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=USUAL_PATIENCE[1]))
+        world = cls(rank, size, device)
+        if size > 1:
+            world.threads.append(Heartbeat(world, env))
+            world.threads[0].start()
+        return world
+
+    def beat(self, doing: str) -> None:
+        """Progress was made; `doing`, such as "step 812", follows: a job that hangs is ended."""
+        self.pulse.beat(doing)
+        wait = self.pulse.limits()[1]
+        set_wait = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
+        if set_wait and wait != self.pulse.wait and dist.is_initialized():
+            self.pulse.wait = wait
+            set_wait(timedelta(seconds=wait))
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Inside, this rank is not to blame when nothing goes on."""
+        self.pulse.waiting = True
+        yield
+        self.pulse.waiting = False
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum of x over ranks, in place."""
+        if self.size > 1:
+            with self.waiting():
+                dist.all_reduce(x)
+        return x
+
+    def agree(self, value):
+        """Rank 0's value on every rank (through host memory, so the GPU queue is not drained)."""
+        if self.size == 1:
+            return value
+        if type(value) is float:      # a clock
+            box = torch.tensor(value, dtype=torch.float64)
+            with self.waiting():
+                dist.broadcast(box, 0)
+            return box.item()
+        box = [value]
+        with self.waiting():
+            dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+        return box[0]
+
+    def agree_step(self, elapsed: float, stop: int, bad_step: int) -> tuple[float, int, int]:
+        """What all ranks must know before a step, through host memory: rank 0's seconds, the number of a
+        signal that any rank received (0: none), the first step that went wrong on any rank (0: none)."""
+        if self.size == 1:
+            return elapsed, stop, bad_step
+        never = -math.inf
+        mine = [elapsed if self.main else never, stop, -bad_step or never]
+        box = torch.tensor(mine, dtype=torch.float64)
+        with self.waiting():
+            dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        elapsed, stop, bad = box.tolist()
+        return elapsed, int(stop), 0 if bad == never else int(-bad)
+
+    def gather(self, value) -> list:
+        """[value of rank 0, value of rank 1, …] on every rank."""
+        if self.size == 1:
+            return [value]
+        box = [None] * self.size
+        with self.waiting():
+            dist.all_gather_object(box, value)
+        return box
+
+    def barrier(self) -> None:
+        self.agree(0.0)
+
+    def leave(self) -> None:
+        """This rank is done: the others need not watch it any more."""
+        for thread in self.threads:
+            thread.leave()
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+TICK = 2.0       # seconds between two signs of life
+STOPPED = 20.0   # seconds without one after which a stopped process of this machine is given up
+SILENT = 45.0    # and one of another; one that runs here may be in a call that lets no thread run
+
+
+def process_state(pid: int) -> tuple[str, str]:
+    """(state letter, time of its start) of a process of this machine; empty where not known."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return words[0], words[19]
+    except (OSError, IndexError):
+        return "", ""
+
+
+class Heartbeat(threading.Thread):
+    """Tells the other ranks, over the rendezvous store, that this process lives and what it
+    does; ends the job when one of them falls silent or nothing goes on. Under torchrun its
+    agent keeps the store, so that any rank may hang. tell(line) says why, on one rank."""
+
+    def __init__(self, world: World, env: Mapping[str, str]):
+        super().__init__(name="heartbeat", daemon=True)
+        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False,
+                              timeout=timedelta(seconds=10), wait_for_workers=False)
+        attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = dist.PrefixStore(f"heartbeat{attempt}", store)
+        self.world, self.over, self.ticks = world, threading.Event(), 0
+        self.tell: Callable[[str], None] = lambda line: tell(f"error: {line}")
+        self.signs: dict[int, dict] = {}      # the latest of every rank
+        self.heard: dict[int, float] = {}     # when it came
+        self.moved = time.monotonic()         # when any rank made progress
+        self.last = time.monotonic()          # when this thread ran
+
+    def run(self) -> None:
+        while not self.over.wait(TICK):
+            # without an answer of the store the collectives' time limits remain
+            with contextlib.suppress(RuntimeError):
+                stuck = self.turn(time.monotonic())
+                if stuck and not self.over.is_set():
+                    self.end_job(stuck)
+
+    def turn(self, now: float) -> list[int]:
+        """One look at the others; the ranks that hold up the job."""
+        if now - self.last > 5 * TICK:      # it slept, perhaps with all others: count from now
+            self.moved, self.heard = now, dict.fromkeys(self.heard, now)
+        self.last = now
+        self.exchange(now)
+        return self.stuck(now)
+
+    def leave(self) -> None:
+        """This rank ends as it should."""
+        self.over.set()
+        with contextlib.suppress(RuntimeError):
+            self.store.set(str(self.world.rank), json.dumps({"left": True}))
+
+    def exchange(self, now: float) -> None:
+        """Give this rank's sign of life, and read those of all."""
+        pulse, pid = self.world.pulse, os.getpid()
+        self.ticks += 1
+        mine = {
+            "host": platform.node(), "pid": pid, "begun": process_state(pid)[1],
+            "tick": self.ticks, "doing": pulse.doing, "beats": pulse.beats,
+            "waiting": pulse.waiting, "limit": pulse.limits()[0]}
+        self.store.set(str(self.world.rank), json.dumps(mine))
+        keys = [str(rank) for rank in range(self.world.size)]
+        if not self.store.check(keys):
+            return
+        for rank, text in enumerate(self.store.multi_get(keys)):
+            sign, before = json.loads(text), self.signs.get(rank, {})
+            if sign != before:
+                self.heard[rank] = now
+            if sign.get("beats") != before.get("beats"):
+                self.moved = now
+            self.signs[rank] = sign
+
+    def here(self, rank: int) -> str:
+        """State letter of a rank's process if it runs on this machine, else nothing."""
+        sign = self.signs[rank]
+        state, begun = process_state(sign["pid"])
+        return state if (sign["host"], sign["begun"]) == (platform.node(), begun) else ""
+
+    def stuck(self, now: float) -> list[int]:
+        """The ranks that hold up the job: silent ones, or when nobody makes progress those that
+        wait for no other and are the least far."""
+        at_work = [rank for rank, sign in self.signs.items() if "left" not in sign]
+        silent = []
+        for rank in at_work:
+            quiet, state = now - self.heard[rank], self.here(rank)
+            patience = {"T": STOPPED, "t": STOPPED, "": SILENT}.get(state, math.inf)
+            if quiet > patience:
+                silent.append(rank)
+        limit = max([self.signs[rank]["limit"] for rank in at_work], default=math.inf)
+        if silent or now - self.moved <= limit:
+            return silent
+        busy = [rank for rank in at_work if not self.signs[rank]["waiting"]] or at_work
+        least = min(self.signs[rank]["beats"] for rank in busy)
+        return [rank for rank in busy if self.signs[rank]["beats"] == least]
+
+    def describe(self, stuck: Sequence[int]) -> str:
+        """Who made no progress since when, in one line."""
+        if len(stuck) == self.world.size:
+            return f"no rank has made progress since {self.signs[0]['doing']}"
+        said = "rank {} ({host}, pid {pid}) has made no progress since {doing}"
+        return "; ".join(said.format(rank, **self.signs[rank]) for rank in stuck)
+
+    def end_job(self, stuck: Sequence[int]) -> None:
+        """Say it, on one rank; end what is stopped, then this process: when the others have seen
+        it too, and later than those that are to blame, so that the launcher names them."""
+        self.world.pulse.ending = True
+        well = sorted(set(range(self.world.size)) - set(stuck)) or [0]
+        if self.world.rank == well[0]:
+            self.tell(self.describe(stuck))
+            self.kill_stopped(stuck)
+        time.sleep((2 if self.world.rank in stuck else 3) * TICK)
+        self.kill_stopped(stuck)
+        os._exit(1)
+
+    def kill_stopped(self, stuck: Sequence[int]) -> None:
+        """SIGKILL to those of these ranks whose processes, on this machine, are stopped."""
+        for rank in stuck:
+            if self.here(rank) in ("T", "t"):
+                with contextlib.suppress(OSError):
+                    os.kill(self.signs[rank]["pid"], signal.SIGKILL)
+
+
+def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Item indices per rank, longest first to the least loaded: by arithmetic, so the same on every rank."""
+    load, share = [0.0] * ranks, [[] for _ in range(ranks)]
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        r = load.index(min(load))
+        load[r] += costs[i]
+        share[r].append(i)
+    return share
+
+
+class Signals:
+    """What SIGINT (Ctrl-C) and SIGTERM do: the first ends training after the step under way, and anything
+    else at once by Interrupted; a second, a second or more later, ends the process at once (one request often
+    arrives twice: torchrun passes on what it gets).
+
+    SIGHUP, of a terminal that is gone, is ignored. torchrun takes it for an order to end, passes it on and
+    kills the ranks 30 s later, so there it counts as SIGTERM. To train on under torchrun, start it by nohup
+    with TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT."""
+
+    def __init__(self):
+        self.number, self.when, self.waits = 0, 0.0, False
+
+    def install(self) -> None:
+        """Listen from now on; only a process's main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        signal.signal(signal.SIGINT, self.receive)
+        signal.signal(signal.SIGTERM, self.receive)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            launched = "TORCHELASTIC_RUN_ID" in os.environ
+            signal.signal(signal.SIGHUP, self.receive if launched else signal.SIG_IGN)
+
+    def receive(self, number: int, frame) -> None:
+        """The handler of a signal, between two instructions of the main thread."""
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            number = signal.SIGTERM
+        if self.number:
+            if time.monotonic() - self.when > 1:
+                os._exit(128 + number)
+            return
+        self.number, self.when = int(number), time.monotonic()
+        if not self.waits:
+            raise self.error("the run was interrupted")
+
+    def error(self, what: str, number: int = 0) -> Interrupted:
+        """The exception that ends the run, for the signal received here or on another rank."""
+        number = number or self.number
+        if not self.number:
+            self.number, self.when = number, time.monotonic()     # what comes now is the second
+        return Interrupted(f"{what} by {signal.Signals(number).name}", number)
+
+    @contextlib.contextmanager
+    def held(self):
+        """Inside, a signal only sets `number`; what was not obeyed by the end raises there."""
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
+        if self.number:
+            raise self.error("the run was interrupted")
+
+
+SIGNALS = Signals()
+
+
+class Clock:
+    """Seconds since its start against a budget. Training: every step, calibration, GPTQ, packing, up to the
+    file on disk. Evaluation: from opening it to the last byte scored. `excluded`: seconds not charged."""
+
+    def __init__(self, budget: float = 0.0, now: Callable[[], float] = time.perf_counter):
+        self.now, self.start, self.budget, self.excluded = now, now(), budget, 0.0
+
+    def elapsed(self) -> float:
+        return self.now() - self.start - self.excluded
+
+    @contextlib.contextmanager
+    def exclude(self):
+        """Time spent inside is not charged, but kept in `excluded` for the log."""
+        begin = self.now()
+        yield
+        self.excluded += self.now() - begin
+
+
+def sync(device: torch.device) -> None:
+    """Wait for the GPU; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def write_atomic(path: Path, data: bytes, amend: Callable[[], bytes] | None = None) -> None:
+    """Write a file completely or not at all: temporary name in the same folder, flushed, then
+    renamed. amend(): called before the renaming; what it returns takes the data's place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+            if amend is not None and (amended := amend()) != data:
+                f.seek(0)
+                f.truncate()
+                f.write(amended)
+                f.flush()
+                os.fsync(f.fileno())
+        os.chmod(temp, 0o644)
+        os.replace(temp, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; free space or set ARTIFACT_DIR") from error
+    finally:
+        Path(temp).unlink(missing_ok=True)
+
+
+def file_size(path: Path, most: int, what: str) -> int:
+    """Bytes of a regular file of at most `most`, known before it is opened: a pipe would wait for
+    ever, a device never end. what: what it should be, for messages. UserError for anything else."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; it should be {what}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path} is no regular file; it should be {what}")
+    if found.st_size > most:
+        raise UserError(f"{path} has {found.st_size:,} bytes, at most {most:,} are read; it should "
+                        f"be {what}")
+    return found.st_size
+
+
+def read_bounded(path: Path, most: int, what: str) -> bytes:
+    """All bytes of a file that file_size() takes."""
+    file_size(path, most, what)
+    try:
+        with open(path, "rb") as f:
+            return f.read(most)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; it should be {what}") from error
+
+
+def read_json(path: Path, what: str, most: int = 1 << 26) -> dict:
+    """The object in a JSON file; UserError when it holds anything else."""
+    try:
+        found = json.loads(read_bounded(path, most, what))
+    except (ValueError, RecursionError) as error:
+        why = str(error) or type(error).__name__
+        raise UserError(f"{path} is damaged ({why}); it should be {what}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object; it should be {what}")
+    return found
+
+
+SUMMARY_KEYS = ("val_bpb val_loss sliding_val_bpb quantized_val_bpb prequant_val_bpb artifact_bytes "
+                "code_bytes total_bytes steps step_ms train_seconds eval_seconds tokens_scored "
+                "bytes_scored").split()
+# What a summary keeps when quantising or evaluation is run again in the folder of a training.
+TRAINING_KEYS = ("steps step_ms train_seconds stopped seed world_size device torch model_params "
+                 "code_sha256 untrained_val_bpb prequant_val_bpb data_fingerprint "
+                 "training_not_compliant_because artifact_digest quantising_runs "
+                 "evaluation_runs").split()
+# Files of writes that were killed.
+LEFTOVER = re.compile(r"\.(.+\.(pt|ptz|json)\.\w{8}|space\.\d+|ballast|average\.previous)")
+
+
+def lock_folder(folder: Path):
+    """The open file whose lock says that this run owns the folder; whatever ends the process
+    frees it. None where the disk knows no locks. UserError when another live run has it."""
+    path = folder / ".lock"
+    while True:
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            who = file.read(100).strip() or "its process is starting"
+            raise UserError(f"ARTIFACT_DIR={folder} is in use by a live run ({who}): wait until "
+                            "it ends, or choose another folder") from error
+        except OSError:
+            file.close()
+            return None
+        with contextlib.suppress(OSError):
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                file.truncate(0)
+                file.write(f"pid {os.getpid()} on {platform.node()}")
+                file.flush()
+                return file
+        file.close()      # the run that had it has just removed the file: take a new one
+
+
+def home_of(s: Settings) -> Path | None:
+    """The folder of the run whose weights or artifact this one goes on with, if any."""
+    path = Path(s.eval_only_path or s.eval_only_quantized_path)
+    if not path.name:
+        return None
+    return path.parent.parent if path.parent.name == "checkpoint" else path.parent
+
+
+class Journal:
+    """A file of lines that never ends a run: what cannot be written waits in memory, at most
+    MOST bytes of it, and is tried again with every line."""
+    MOST = 8 << 20
+
+    def __init__(self, path: Path, fresh: bool = False):
+        if fresh:
+            open(path, "wb").close()
+        self.path, self.file = path, open(path, "ab", buffering=0)
+        self.unwritten, self.fault, self.told = b"", "", False
+
+    def write(self, text: str) -> None:
+        """Append the text, or keep it and note the fault."""
+        self.unwritten += text.encode("utf-8", "replace")
+        self.fault = ""
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten):]
+        except (OSError, ValueError) as error:
+            self.fault = str(error)
+            if len(self.unwritten) > self.MOST:
+                self.unwritten = self.unwritten[-self.MOST // 2:].partition(b"\n")[2]
+
+
+def finite_only(value):
+    """The value with None in place of every float that JSON cannot say."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {k: finite_only(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_only(v) for v in value]
+    return value
+
+
+def to_json(value, **options) -> str:
+    """Valid JSON of anything: no NaN, and what it does not know as text."""
+    return json.dumps(finite_only(value), default=str, **options)
+
+
+class Run:
+    """The run's folder and its one voice: text to train.log and the screen, JSON lines to metrics.jsonl.
+    Nothing that cannot be written or shown ends the run."""
+
+    def __init__(self, s: Settings, world: World):
+        name = s.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
+        self.s, self.world, self.id = s, world, world.agree(name)
+        self.dir = Path(s.artifact_dir or Path("runs") / self.id)
+        self.live = sys.stdout.isatty() and world.main
+        self.summary = {**dict.fromkeys(SUMMARY_KEYS), "compliant": True, "not_compliant_because": []}
+        self.text = self.metrics = self.lock = None
+        self.screen_failed = False
+        self.time_known = True      # that of training, which quantising goes on with
+        self.command, self.command_at = "", 0.0
+        self.resumes = s.resume
+        # when those files were written that are not this run's own
+        self.before = {} if self.resumes else {p: self.written(p) for p in self.ways_on()}
+        again = bool(self.resumes or s.eval_only_path or s.eval_only_quantized_path)
+        for thread in world.threads:
+            thread.tell = self.hung
+        if not world.main:
+            return
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.lock = lock_folder(self.dir)
+            earlier = self.check_folder(again)
+            self.open_journals(fresh=not again)
+        except UserError:
+            self.close()
+            raise
+        except OSError as error:
+            raise UserError(f"cannot write into ARTIFACT_DIR={self.dir}: {error.strerror}") from error
+        if self.lock is None:
+            self.warn(f"{self.dir} cannot be locked: start no other run in it")
+        else:
+            for path in [*self.dir.glob(".*"), *self.dir.glob("checkpoint/.*")]:
+                if LEFTOVER.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+        if self.goes_on():
+            self.summary.update({k: earlier[k] for k in TRAINING_KEYS if k in earlier})
+            for reason in self.summary.get("training_not_compliant_because", ()):
+                self.not_compliant(str(reason))
+
+    def open_journals(self, fresh: bool) -> None:
+        """train.log and metrics.jsonl, anew or to be appended to."""
+        names = ("train.log", "metrics.jsonl")
+        self.text, self.metrics = (Journal(self.dir / name, fresh) for name in names)
+
+    def goes_on(self) -> bool:
+        """Whether what is quantised or scored is this folder's own, or training is resumed."""
+        home = home_of(self.s)
+        return self.resumes or (home is not None and home.resolve() == self.dir.resolve())
+
+    def check_folder(self, again: bool) -> dict:
+        """The summary that lies in the folder; UserError unless this run may write there."""
+        for name in ("summary.json", WEIGHTS_NAME, ARTIFACT_NAME):
+            if (self.dir / name).is_dir():
+                raise UserError(f"{self.dir / name} is a folder: move it away")
+        if not again and (self.dir / WEIGHTS_NAME).exists():
+            raise UserError(f"ARTIFACT_DIR={self.dir} holds the weights of an earlier run: choose another "
+                            "folder; to score those, set EVAL_ONLY_PATH as well")
+        path = self.dir / "summary.json"
+        earlier = read_json(path, "the summary of a run") if again and path.exists() else {}
+        if earlier.get("steps") is not None and not self.goes_on():
+            raise UserError(f"ARTIFACT_DIR={self.dir} holds the summary of a training run, which this one "
+                            "would replace: choose another folder")
+        return earlier
+
+    def close(self) -> None:
+        """Give the folder back."""
+        if self.lock is not None:
+            with contextlib.suppress(OSError):
+                (self.dir / ".lock").unlink()
+            self.lock.close()
+            self.lock = None
+
+    def not_compliant(self, reason: str) -> None:
+        """Mark the run: its log, summary and closing block say why it is no result."""
+        if reason in self.summary["not_compliant_because"]:
+            return
+        self.summary["compliant"] = False
+        self.summary["not_compliant_because"].append(reason)
+        self.log("NON-COMPLIANT", reason=reason)
+
+    def warn(self, text: str) -> None:
+        """A warning, in the log and on screen."""
+        self.log("warning", text=text)
+
+    def log(self, event: str, quiet: bool = False, **values) -> None:
+        """A line `event key=value …` on screen and in train.log, an object in metrics.jsonl; rank 0 only."""
+        if self.text is None:
+            return
+        self.write(self.metrics, to_json({"event": event, "time": round(time.time(), 3), **values}))
+        line = " ".join([event, *(f"{k}={human(v)}" for k, v in values.items())])
+        self.write(self.text, line)
+        if not quiet:
+            self.say(line)
+        with self.guarded("the command to go on"):
+            self.note_go_on(every=5.0)      # a checkpoint may have come
+
+    def write(self, journal: Journal, line: str) -> None:
+        """A line into one of the files; the first that cannot be written is warned of."""
+        journal.write(line + "\n")
+        if journal.fault and not journal.told:
+            journal.told = True
+            self.warn(f"{journal.path} cannot be written ({journal.fault}): its lines wait in "
+                      "memory and are tried again; the run goes on")
+
+    def show(self, text: str) -> None:
+        """Put text on the screen if that works."""
+        try:
+            print(text, end="", flush=True)
+        except (OSError, ValueError) as error:
+            if isinstance(error, BrokenPipeError) or sys.stdout.closed:      # for ever
+                sys.stdout, self.live = open(os.devnull, "w"), False
+            if not self.screen_failed:
+                self.screen_failed = True
+                self.warn(f"the screen cannot be written ({error}): see train.log")
+
+    def say(self, line: str) -> None:
+        """A line on the screen only (clears a live progress line first)."""
+        if self.world.main:
+            self.show(("\r\033[K" if self.live else "") + line + "\n")
+
+    def progress(self, line: str) -> None:
+        """Overwrite the live line on a terminal; nothing elsewhere."""
+        if self.live:
+            self.show("\r\033[K" + line[:shutil.get_terminal_size().columns - 1])
+
+    def save_summary(self) -> None:
+        """What is known so far: written after every stage, so that a crash loses no score."""
+        if self.world.main:
+            with self.guarded("the summary"):
+                write_atomic(self.dir / "summary.json", to_json(self.summary, indent=1).encode())
+
+    @contextlib.contextmanager
+    def guarded(self, what: str):
+        """Inside, a failure is a warning: reports and decorations never end a run."""
+        try:
+            yield
+        except Exception as error:
+            self.warn(f"{what} failed ({in_a_line(error)}): the run goes on without")
+
+    # --- going on after an early end
+
+    def ways_on(self) -> dict[Path, dict[str, str]]:
+        """Files that a run can be continued from, best first, and the settings that do so."""
+        artifact, weights = self.dir / ARTIFACT_NAME, self.dir / WEIGHTS_NAME
+        ways = {artifact: {"EVAL_ONLY_QUANTIZED_PATH": str(artifact)},
+                weights: {"EVAL_ONLY_PATH": str(weights)}}
+        checkpoints = self.dir / "checkpoint"
+        if not self.s.max_wallclock_seconds:
+            ways[self.dir / POINTER] = {"RESUME": "1"}
+        average = checkpoints / "average.pt"
+        ways[average] = {"EVAL_ONLY_PATH": str(average)}
+        return ways
+
+    @staticmethod
+    def written(path: Path) -> int:
+        """When a file was written, in ns; 0 if it is not there."""
+        try:
+            return path.stat().st_mtime_ns
+        except OSError:
+            return 0
+
+    def way_on(self) -> dict[str, str]:
+        """The settings that go on from the best file that this run has written, if any."""
+        for path, how in self.ways_on().items():
+            if self.written(path) not in (0, self.before.get(path)):
+                return how
+        return {}
+
+    def go_on(self) -> str:
+        """The command that goes on from what is on disk; without that the one that started it."""
+        changed, how = changed_environment(self.s), self.way_on()
+        if not how:
+            return starting_command(changed)
+        left_out = ["EVAL_ONLY_PATH", "EVAL_ONLY_QUANTIZED_PATH", "RESUME"]
+        if "EVAL_ONLY_QUANTIZED_PATH" in how:      # there is nothing to stop at before the score
+            left_out += ["QUANTIZE_ONLY", "PREQUANT_ONLY"]
+        changed = {k: v for k, v in changed.items() if k not in left_out}
+        return starting_command({**changed, "ARTIFACT_DIR": str(self.dir), **how})
+
+    def note_go_on(self, every: float = 0.0) -> None:
+        """Log that command when it has changed: it is then known even after a kill. every: look
+        again after so many seconds only."""
+        if self.text is None or time.monotonic() - self.command_at < every:
+            return
+        self.command_at, command = time.monotonic(), self.go_on()
+        if command != self.command:
+            self.command = command
+            self.log("go_on", quiet=True, command=command)
+
+    def failed(self, line: str, trace: str = "", again: bool = True, event: str = "error") -> None:
+        """The last words of a run that ends early, on any rank: the error, its trace in the log
+        alone, and the command to go on. again: whether the same command may help while nothing
+        is on disk."""
+        tell(f"{event}: {line}")
+        if self.text is None:      # not rank 0: beside its lines, where the folder is shared
+            with contextlib.suppress(OSError):
+                self.open_journals(fresh=False)
+        self.log(event, quiet=True, text=line, **({"trace": trace} if trace else {}))
+        with self.guarded("the command to go on"):
+            if again or self.way_on():
+                self.note_go_on()
+                tell(f"to go on: {self.go_on()}")
+
+    def hung(self, line: str) -> None:
+        """What the heartbeat calls before it ends this process."""
+        with contextlib.suppress(Exception):
+            self.failed(line)
+
+
+def tell(line: str) -> None:
+    """A line on stderr if that works."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def in_a_line(error: BaseException) -> str:
+    """Type and text of an exception, on one line of bounded length."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def changed_environment(s: Settings) -> dict[str, str]:
+    """The settings that differ from their defaults as a shell would set them."""
+    shown = {}
+    for name, value in s.changed().items():
+        if isinstance(value, (bool, float)) and float(value).is_integer():
+            value = int(value)
+        shown[name] = str(value)
+    return shown
+
+
+def starting_command(changed: Mapping[str, str]) -> str:
+    """The command that starts this script as it was started, under these settings."""
+    env, script = os.environ, "train_gpt.py"
+    if sys.argv[0].endswith(".py"):
+        path = Path(sys.argv[0])
+        here = path.is_absolute() and path.is_relative_to(Path.cwd())
+        script = shlex.quote(str(path.relative_to(Path.cwd()) if here else path))
+    start, size = f"python {script}", env.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in env:
+        nodes, here = env.get("GROUP_WORLD_SIZE", "1"), env.get("LOCAL_WORLD_SIZE", "1")
+        where = "--standalone" if nodes == "1" else f"--nnodes={nodes} …"
+        start = f"torchrun {where} --nproc_per_node={here} {script}"
+    elif size != "1":
+        start = f"RANK=… WORLD_SIZE={size} MASTER_ADDR=… MASTER_PORT=… {start}"
+    words = [f"{name}={shlex.quote(value)}" for name, value in changed.items()]
+    return " ".join([*words, start])
+
+
+def plain(value, most: int) -> str:
+    """A value as one line of at most so many characters of printable ASCII, for messages."""
+    text = re.sub("[^ -~]", "?", f"{value!s:.{most + 1}}")
+    return text if len(text) <= most else text[:most - 3] + "..."
+
+
+def human(value) -> str:
+    """A value as the log shows it: floats short, single words bare, the rest as JSON."""
+    if isinstance(value, float) and 0 < abs(value) < 1e-3:
+        return f"{value:.6g}"
+    if isinstance(value, float):
+        return f"{value:.6f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:.1f}"
+    if isinstance(value, str) and " " not in value and (value.isprintable() or not value):
+        return value
+    return to_json(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def public_settings(values: Mapping) -> dict:
+    """Settings without the paths of this machine."""
+    return {k: v for k, v in values.items() if not k.endswith(("_PATH", "_DIR"))}
+
+
+def closest_system(s: Settings) -> tuple[str, dict] | None:
+    """The configuration beside this script nearest to the settings, and what differs as [here, there]."""
+    found, mine = [], s.as_env()
+    for path in sorted(Path(__file__).parent.glob("configs/pr*.env")):
+        lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
+        with contextlib.suppress(UserError):       # written for another version of this script
+            told = dict(line.split("=", 1) for line in lines if "=" in line)
+            theirs = Settings.from_env(told).as_env()
+            compared = {*told, *s.changed()} & set(mine) - {"RUN_ID", "SEED"}
+            found.append((path.stem, {k: [mine[k], theirs[k]] for k in compared if mine[k] != theirs[k]}))
+    if not found:
+        return None
+    _, differs = min(found, key=lambda x: len(x[1]))
+    return ", ".join(name for name, d in found if d == differs), public_settings(differs)
+
+
+def log_start(s: Settings, world: World, run: Run) -> None:
+    """What runs, where: into the log before anything else."""
+    parameters = sum(map(math.prod, GPT.shapes(s).values()))
+    settings, dtype = public_settings(s.as_env()), pick_dtype(s.compute_dtype, world.device)
+    run.log("start", run_id=run.id, device=world.device_name, world_size=world.size, torch=torch.__version__,
+            python=platform.python_version(), dtype=str(dtype), attention=ATTENTION,
+            parameters=parameters)
+    run.log("settings", quiet=True, **settings)
+    run.log("changed_settings", quiet=True, **public_settings(s.changed()))
+    if ignored := {k: why for k, (_, why) in NO_SETTINGS.items() if k in os.environ}:
+        run.log("settings_without_effect", **ignored)
+    if strays := stray_names(os.environ):
+        run.log("unknown_names", **strays)
+    with run.guarded("the search for the closest system"):
+        if near := closest_system(s):
+            name, differs = near
+            run.log("closest_system", name=name, differences=len(differs))
+            run.log("differences", quiet=True, **differs)
+    source = Path(__file__).read_bytes()
+    digest = hashlib.sha256(source).hexdigest()
+    run.log("code", bytes=len(source), compressed=len(self_extracting(source)), sha256=digest)
+    if world.main and run.summary.get("code_sha256") != digest:      # else the log has it already
+        encoding = "latin-1" if source.startswith(b"# coding: latin-1") else "utf-8"
+        run.write(run.text, source.decode(encoding) + "\n" + "=" * 100)
+    run.summary.update(code_bytes=code_bytes(s.code_form), code_form=s.code_form)
+    compare_with_training(run, dict(
+        seed=s.seed, world_size=world.size, device=world.device_name, torch=torch.__version__,
+        model_params=parameters, code_sha256=digest, settings=settings))
+
+
+MAY_DIFFER = ("RUN_ID", "QUANTIZE_ONLY", "PREQUANT_ONLY", "RESUME", "settings", "seed")
+
+
+def compare_with_training(run: Run, here: dict) -> None:
+    """Facts and settings into the summary; a warning of those that are not as in the summary
+    beside the file that is quantised or scored. In a run's own folder the summary keeps what
+    was true of its training."""
+    differing = {}
+    with run.guarded("the comparison with training"):
+        differing = differences_from_training(run, here)
+    if differing:
+        run.warn("not as in the summary beside the weights: " + "; ".join(
+            f"{name}={here} here, {there} there" for name, (here, there) in differing.items()))
+    if run.goes_on():
+        run.summary["not_as_in_training"] = differing
+        here = {k: v for k, v in here.items() if k == "settings" or k not in run.summary}
+    run.summary.update(here)
+
+
+def differences_from_training(run: Run, here: Mapping) -> dict[str, list]:
+    """What of it is not as in the summary beside the weights or artifact: [here, there] by name."""
+    home = home_of(run.s)
+    if home is None or not run.world.main:
+        return {}
+    path, there = home / "summary.json", {}
+    summary = read_json(path, "the summary of a run") if path.exists() else {}
+    there.update(summary)
+    there.update(summary.get("settings", {}))
+    for name, (_, trained) in summary.get("not_as_in_training", {}).items():
+        there[name] = trained      # scored differently before: training is what counts
+    differing = {}
+    for name, value in {**here, **here["settings"]}.items():
+        if name not in MAY_DIFFER and there.get(name, value) != value:
+            differing[name] = [value, there[name]]
+    return differing
+
+
+# Dense bfloat16 FLOP/s of a GPU, by part of its name.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
+              "L40": 181e12, "RTX 4090": 165e12}
+
+
+class Progress:
+    """Tells how training goes: in the log now and then, on a terminal all the time."""
+
+    def __init__(self, s: Settings, world: World, run: Run, model: GPT, budget: float):
+        self.s, self.world, self.run, self.model, self.budget = s, world, run, model, budget
+        self.last = (0, 0.0)               # step and seconds of the line before
+        self.epochs = 0                    # that have ended
+        peaks = (flops for part, flops in PEAK_FLOPS.items() if part in world.device_name)
+        self.peak = world.size * next(peaks, 0.0)
+
+    def events(self, step: int, stream: Prefetch, trainer: Trainer, looping: bool) -> None:
+        """Log the end of an epoch, and where the time of a measured step went."""
+        if int(stream.epoch) > self.epochs:
+            self.epochs = int(stream.epoch)
+            tokens = step * self.s.train_batch_tokens
+            self.run.log("epoch_end", epoch=self.epochs, step=step, tokens=tokens)
+        if trainer.laps:
+            self.run.log("step_time", quiet=True, step=step, looping=looping, parts=trainer.laps)
+            trainer.laps = None
+
+    def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, lr: float, plan: Plan) -> None:
+        """A line in the log (ten steps, then every TRAIN_LOG_EVERY), else on a terminal, two a second."""
+        s = self.s
+        logged = step <= 10 or (s.train_log_every and step % s.train_log_every == 0)
+        if not logged and not (self.run.live and clock.elapsed() - self.last[1] > 0.5):
+            return
+        loss = self.world.total(loss.clone()).item() / self.world.size if logged else loss.item()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            return                     # FiniteWatch ends the run; JSON has no word for it
+        elapsed = clock.elapsed()      # after the loss, for which the host has waited
+        steps, seconds = step - self.last[0], max(elapsed - self.last[1], 1e-9)
+        self.last = (step, elapsed)
+        rate, looping = s.train_batch_tokens * steps / seconds, plan.slots > s.num_layers
+        used = elapsed / self.budget if self.budget else step / max(s.iterations, 1)
+        v = {"ms": 1e3 * seconds / max(steps, 1), "ms_mean": 1e3 * elapsed / step, "tok_s": round(rate),
+             "elapsed": elapsed, "used": min(used, 1.0), "eta": elapsed * (1 / max(used, 1e-9) - 1)}
+        if self.peak:      # backward costs two forwards; in documents a query sees half the window at most
+            v["mfu"] = rate * 3 * self.model.flops_per_token(plan, s.train_seq_len / 2) / self.peak
+        mfu = f" mfu {v['mfu']:.0%}" if "mfu" in v else ""
+        line = (f"step {step:5d}  loss {loss:7.4f}  {v['ms']:7.1f} ms/step (mean {v['ms_mean']:.1f})  "
+                f"{v['tok_s']:,} tok/s{mfu}  {v['used']:4.0%} of budget, {v['eta']:.0f} s left"
+                + ("  looping" if looping else ""))
+        if not logged:
+            return self.run.progress(line)
+        self.run.log("train", quiet=True, step=step, loss=loss, norm=norm.item(), lr=lr, looping=looping, **v)
+        self.run.say(line)
+
+
+class FiniteWatch:
+    """Notices the first step whose loss or gradient is not finite without waiting for the GPU: flags travel
+    to pinned memory and are read once they have arrived, a few steps late."""
+
+    def __init__(self):
+        self.flying, self.bad = deque(), 0
+
+    def record(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        """Look at a step's loss and gradient norm, scalars on the device."""
+        flag, arrived = torch.isfinite(loss) & torch.isfinite(norm), None
+        if flag.is_cuda:
+            box = torch.empty((), dtype=torch.bool, pin_memory=True)
+            flag = box.copy_(flag, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.flying.append((step, flag, arrived))
+
+    def first_bad(self, wait: bool = False) -> int:
+        """The first bad step (from 1 on) among those whose flags are here, else 0; wait: for all flags."""
+        while self.flying and not self.bad:
+            step, flag, arrived = self.flying[0]
+            if arrived is not None and not wait and not arrived.query():
+                break
+            if arrived is not None:
+                arrived.synchronize()
+            self.flying.popleft()
+            if not flag.item():
+                self.bad = step
+        return self.bad
+
+    @staticmethod
+    def error(step: int) -> UserError:
+        """What ends a run whose loss or gradient was not finite at this step."""
+        return UserError(f"the loss or the gradient is not finite at step {step}: lower MATRIX_LR or "
+                         "SCALAR_LR, or look for the cause with COMPUTE_DTYPE=float32; the folder's "
+                         "checkpoint/average.pt is the last finite average")
+
+
+def end_of_steps(world: World, trainer: Trainer, watch: FiniteWatch, step: int) -> int:
+    """After the last step, the first one that went wrong on any rank, or left weights that are not finite."""
+    bad = watch.first_bad(wait=True) or (0 if trainer.finite() else step)
+    return world.agree_step(0.0, 0, bad)[2]
+
+
+def training_reports(s: Settings, run: Run, trainer: Trainer, trained: Trained) -> None:
+    """What was idle in training, into the log. It comes after the weights are saved, and ends no run."""
+    if not trained.facts["steps"]:
+        return
+    with run.guarded("the report on parameters without gradients"):
+        if untouched := trainer.optimiser.never_trained():
+            run.log("never_trained", parameters=untouched)
+
+
+AVERAGE = Path("checkpoint") / "average.pt"     # in the run's folder
+
+
+class AverageKeeper:
+    """Keeps a finite average of the weights on disk while training goes on: rank 0 copies it on the device,
+    a thread beside training checks and writes it. The newest two stay until the artifact is written:
+    final_model.pt may be damaged, or lie elsewhere, as long as nothing has been made of it."""
+
+    SECONDS = 25.0         # between two copies: on a slow disk, too, the newest is less than a minute old
+
+    def __init__(self, s: Settings, world: World, run: Run, trainer: Trainer, clock: Clock):
+        self.s, self.world, self.run, self.clock, self.average = s, world, run, clock, trainer.ema
+        self.writer, self.job, self.last, self.fault = ThreadPoolExecutor(1), None, -math.inf, ""
+        self.copy: dict[str, Tensor] = {}
+        self.written, self.warned = "", False      # what the thread has written since the log was told
+
+    def offer(self, step: int) -> None:
+        """After a step: copy the average when it is time and the writer is idle."""
+        self.tell()
+        now = time.monotonic()
+        if self.world.main and now - self.last >= self.SECONDS and (self.job is None or self.job.done()):
+            self.last = now
+            self.start(step, f"average of step {step}")
+
+    def tell(self) -> None:
+        """Log what the thread has done; a fault once."""
+        if self.written:
+            self.run.log("average", quiet=True, of=self.written)
+            self.written = ""
+        if self.fault and not self.warned:
+            self.warned = True
+            self.run.log("warning", text=f"an average could not be kept beside training ({self.fault})")
+
+    def start(self, step: int, stopped: str) -> None:
+        """Copy the average, in the order of the GPU's queue, and let the thread write it."""
+        if not self.copy:
+            self.copy = {n: torch.empty_like(t) for n, t in self.average.items()}
+        torch._foreach_copy_(list(self.copy.values()), list(self.average.values()))
+        ready = None
+        if self.world.device.type == "cuda":
+            ready = torch.cuda.Event()
+            ready.record()
+        facts = weight_facts(self.s, self.world, step, self.clock.elapsed(), stopped)
+        self.job = self.writer.submit(self.write, ready, facts)
+
+    def write(self, ready, facts: dict) -> None:
+        """In the thread: check and write the copy; a fault is kept for the log, training goes on."""
+        try:
+            tensors = to_host(self.copy, ready)
+            if not all(bool(t.isfinite().all()) for t in tensors.values()):
+                return
+            path = self.run.dir / AVERAGE
+            data = weights_to_bytes(self.s, tensors, facts)
+            with contextlib.suppress(OSError):     # no average yet, or a file system without hard links
+                twin = path.with_name(".average.previous")
+                twin.unlink(missing_ok=True)
+                os.link(path, twin)
+                os.replace(twin, path.with_name("average.previous.pt"))
+            write_atomic(path, data)
+            self.written = facts["stopped"]
+        except Exception as error:
+            self.fault = self.fault or f"{type(error).__name__}: {plain(error, 200)}"
+
+    def close(self, step: int, stopped: str) -> None:
+        """Wait for the writer; before, write the average at which training was stopped."""
+        wait_for(self.job)
+        if step and stopped and self.world.main:
+            self.start(step, stopped)
+            wait_for(self.job)
+        self.writer.shutdown()
+        self.tell()
+
+
+def wait_for(job) -> None:
+    """Wait for a thread's job, if there is one."""
+    if job is not None:
+        job.result()
+
+
+def to_host(tensors: Mapping[str, Tensor], ready) -> dict[str, Tensor]:
+    """The tensors on the host. On a GPU once `ready` has passed, by a stream of its own: no step waits."""
+    if ready is None:
+        return dict(tensors)
+    stream = torch.cuda.Stream(next(iter(tensors.values())).device)
+    stream.wait_event(ready)
+    with torch.cuda.stream(stream):
+        return {n: t.cpu() for n, t in tensors.items()}
+
+
+def weight_facts(s: Settings, world: World, steps: int, seconds: float, stopped: str) -> dict:
+    """What a file of weights says of its training; stopped: empty for a training that went to its end."""
+    return {"steps": steps, "train_seconds": seconds, "step_ms": 1e3 * seconds / max(steps, 1),
+            "stopped": stopped, "seed": s.seed, "world_size": world.size}
+
+
+# --- checkpoints to go on from, for runs without a time budget
+
+POINTER = Path("checkpoint") / "resume.json"     # in the run's folder: which checkpoint is whole
+
+
+class Checkpoints:
+    """Writes all that a training must know to go on to the bit: every rank its own file, so that no shared
+    disk is needed, then rank 0 the pointer. A kill in between leaves the checkpoint before."""
+
+    def __init__(self, s: Settings, world: World, run: Run, trainer: Trainer, watch: FiniteWatch,
+                 clock: Clock):
+        self.s, self.world, self.run, self.trainer = s, world, run, trainer
+        self.watch, self.clock, self.last = watch, clock, None
+        self.wanted = s.checkpoint_every_seconds > 0 and not s.max_wallclock_seconds
+
+    def offer(self, step: int, elapsed: float, curriculum: Curriculum, stream: Prefetch) -> None:
+        """Before a step, `elapsed` seconds on rank 0's clock: write one when it is time."""
+        if self.last is None:
+            self.last = elapsed
+        elif elapsed - self.last >= self.s.checkpoint_every_seconds:
+            self.write(step, curriculum, stream)
+            self.last = elapsed
+
+    def write(self, step: int, curriculum: Curriculum, stream: Prefetch) -> None:
+        """Write one, on all ranks; without space, or with weights that are not finite, the last one stays."""
+        if not self.wanted or not step:
+            return
+        fault = ""
+        try:
+            if self.watch.first_bad(wait=True) or not self.trainer.finite():
+                raise ValueError("weights that are not finite")
+            state = self.state(step, curriculum, stream)
+            write_atomic(checkpoint_path(self.run, step, self.world.rank), sealed(state))
+        except (UserError, OSError, ValueError, RuntimeError, MemoryError) as error:
+            fault = plain(error, 200)
+        faults = list(filter(None, self.world.gather(fault)))
+        pointer = json.dumps({"step": step, "world_size": self.world.size})
+        if self.world.main and not faults:
+            try:
+                write_atomic(self.run.dir / POINTER, pointer.encode())
+            except (UserError, OSError) as error:
+                faults = [plain(error, 200)]
+        if faults := self.world.agree(faults):
+            return self.run.log("warning", text=f"no checkpoint at step {step}: {faults[0]}")
+        self.run.log("checkpoint", quiet=True, step=step)
+        remove_checkpoints(self.run, keep=step)
+
+    def state(self, step: int, curriculum: Curriculum, stream: Prefetch) -> dict:
+        """All that this rank must know to go on after this step."""
+        device = self.world.device
+        return {**self.trainer.tensors(), "settings": training_settings(self.s, self.world), "step": step,
+                "seconds": self.clock.elapsed(), "batches": stream.given, "curriculum": curriculum.state(),
+                "untrained_val_bpb": self.run.summary.get("untrained_val_bpb"),
+                "random": torch.get_rng_state(),
+                "random_gpu": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+def checkpoint_path(run: Run, step: int, rank: int) -> Path:
+    return run.dir / "checkpoint" / f"resume.{step}.{rank}.pt"
+
+
+def remove_checkpoints(run: Run, keep: int = -1) -> None:
+    """Remove this rank's checkpoints but that of one step."""
+    for path in (run.dir / "checkpoint").glob(f"resume.*.{run.world.rank}.pt"):
+        if path != checkpoint_path(run, keep, run.world.rank):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def remove_safety_copies(run: Run) -> None:
+    """Once the artifact and final_model.pt are there: remove averages and checkpoints. On every rank."""
+    if not run.world.agree((run.dir / "final_model.pt").is_file()):
+        return
+    remove_checkpoints(run)
+    with contextlib.suppress(OSError):
+        for name in (AVERAGE, AVERAGE.with_name("average.previous.pt"), POINTER):
+            if run.world.main:
+                (run.dir / name).unlink(missing_ok=True)
+        (run.dir / "checkpoint").rmdir()      # not while another rank's or somebody else's files are in it
+
+
+def training_settings(s: Settings, world: World) -> dict:
+    """The settings on which a step of training depends: they must be the same to go on."""
+    names = ["SEED", "ITERATIONS", "COMPUTE_DTYPE", "MUON_DTYPE"]
+    for group in ("data", "model", "optimiser"):
+        names += [n for n in group_names(group) if not n.startswith(("DATA_", "TOKENIZER_", "VAL_"))]
+    everything = s.as_env()
+    return {**{n: everything[n] for n in names}, "WORLD_SIZE": world.size}
+
+
+def read_checkpoint(s: Settings, world: World, run: Run) -> dict:
+    """This rank's part of the checkpoint in the run's folder; UserError when there is none that fits."""
+    path, again = run.dir / POINTER, "start anew without RESUME, in another ARTIFACT_DIR"
+    step, fault = 0, ""
+    if world.main:
+        try:
+            told = json.loads(path.read_bytes()[:1000])
+            step, size = int(told["step"]), int(told["world_size"])
+            if size != world.size:
+                fault = f"RESUME=1: {path} is of {size} ranks, these are {world.size}: start as many"
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            fault = f"RESUME=1 finds no checkpoint at {path} ({type(error).__name__}): {again}"
+    step, fault = world.agree((step, fault))
+    if fault:
+        raise UserError(fault)
+    path = checkpoint_path(run, step, world.rank)
+    state = unsealed(path, 5 * bytes_of_weights(s) + (16 << 20), f"RESUME=1: {path}", must=True)
+    theirs, differ = state.get("settings", {}), []
+    for name, here in training_settings(s, world).items():
+        if theirs.get(name) != here:
+            differ.append(f"{name}={plain(theirs.get(name), 40)} there, {here} here")
+    if differ:
+        raise UserError(f"RESUME=1: {path.name} is of another training: {'; '.join(differ[:4])}; {again}")
+    run.log("resume", step=step, seconds=state["seconds"])
+    return state
+
+
+def go_on_from(state: Mapping[str, Any], trainer: Trainer, curriculum: Curriculum) -> int:
+    """Put everything where the checkpoint had it; the step to go on after."""
+    trainer.restore(state)
+    vars(curriculum).update(state["curriculum"])
+    torch.set_rng_state(state["random"])
+    if state["random_gpu"] is not None:
+        torch.cuda.set_rng_state(state["random_gpu"], trainer.world.device)
+    return state["step"]
+
+
+SEAL = b"blake2b:"     # then 64 hexadecimal digits: the comment that ends a sealed archive
+SEAL_BYTES = len(SEAL) + 64
+MOST_PICKLED = 2 << 20     # bytes; all but tensors: 30 kB of the default model, 0.9 MB of one of 256 layers
+ZIP_END = 22           # bytes of a zip's last record without its comment
+
+
+def sealed(box: dict) -> bytes:
+    """torch.save's archive of `box` with a digest of all of it as the archive's comment, which torch.load
+    passes over: torch itself does not check the sums that an archive holds."""
+    out = io.BytesIO()
+    torch.save(box, out)
+    body = out.getvalue()[:-2] + struct.pack("<H", SEAL_BYTES)
+    return body + seal_of(body)
+
+
+def seal_of(body: bytes) -> bytes:
+    return SEAL + hashlib.blake2b(body, digest_size=32).hexdigest().encode()
+
+
+def unsealed(path: str | Path, most: int, what: str, must: bool = False) -> dict:
+    """What sealed() wrote to a file of at most `most` bytes. UserError, one line that begins with `what`, for
+    all else: within seconds, and before anything is unpickled. An archive without a digest passes with a
+    warning, for files of earlier versions have none; not if it must have one."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
+            raise ValueError(f"it is no file of at most {most:,} bytes")
+        data = Path(path).read_bytes()
+        if not has_seal(data):
+            if must:
+                raise ValueError("it is damaged, or of another kind")
+            print(f"warning: {what}: it is of an earlier version, without a digest", file=sys.stderr)
+        check_records(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")      # of odd pickles: a refusal is one line
+            box = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if not isinstance(box, dict):
+            raise ValueError("it holds something else")
+        return box
+    except Exception as error:     # zipfile, pickletools and torch.load raise many types for a foreign file
+        why = plain(getattr(error, "strerror", None) or error, 100)
+        raise UserError(f"{what}: {type(error).__name__}, {why}; give the file as a run wrote it") from error
+
+
+def has_seal(data: bytes) -> bool:
+    """Whether an archive ends with the digest of what precedes it; ValueError: with a wrong one, or it is no
+    archive that torch.save has written."""
+    last_record = b"PK\5\6"
+    if data[-ZIP_END - SEAL_BYTES:][:4] == last_record:
+        if data[-SEAL_BYTES:] != seal_of(data[:-SEAL_BYTES]):
+            raise ValueError("it is damaged: its digest does not fit")
+        return True
+    if data[-ZIP_END:][:4] != last_record or data[-2:] != bytes(2):
+        raise ValueError("it is damaged, or of another kind")
+    return False
+
+
+def check_records(data: bytes) -> None:
+    """ValueError unless an archive unfolds to no more than it is: nothing compressed, and pickles that are
+    short and hardly repeat a tuple: one that holds another twice, and so on, is hashed for ever."""
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    records = archive.infolist()
+    pickles = [r for r in records if r.filename.endswith(".pkl")]
+    if (any(r.compress_type != zipfile.ZIP_STORED for r in records)
+            or sum(r.file_size for r in records) > len(data)
+            or sum(r.file_size for r in pickles) > MOST_PICKLED):
+        raise ValueError("it unfolds to more than it should")
+    for record in pickles:
+        before, tuples, repeated = "", set(), 0
+        for op, place, _ in pickletools.genops(archive.read(record)):
+            if "PUT" in op.name and before.startswith("TUPLE"):
+                tuples.add(place)
+            repeated += "GET" in op.name and place in tuples
+            before = op.name
+        if repeated > 16:      # the optimiser's state repeats four
+            raise ValueError("it unfolds to more than it should")
+
+
+def weights_to_bytes(s: Settings, params: Mapping[str, Tensor], facts: dict) -> bytes:
+    """The file of weights: under the field's names, with their architecture and facts of their training."""
+    weights = {n: p.detach().cpu() for n, p in field_views(dict(params)).items()}
+    return sealed({"architecture": s.to_be_stored(architecture(s)), "weights": weights, "facts": facts})
+
+
+def save_weights(run: Run, model: GPT, facts: dict) -> None:
+    """The averaged weights, the moment training ends: whatever fails later, they are on disk. Without space
+    in the run's folder other places are tried; without any the run goes on with the weights in memory."""
+    if not run.world.main:
+        return
+    drop_ballast(run)
+    data = weights_to_bytes(model.s, dict(model.named_parameters()), facts)
+    elsewhere = f"final_model.{run.id}.pt"
+    for place in (lambda: run.dir / "final_model.pt", lambda: Path.cwd() / elsewhere,
+                  lambda: Path(tempfile.gettempdir()) / elsewhere):
+        try:
+            path = place()
+            write_atomic(path, data)
+        except (UserError, OSError) as error:
+            run.log("warning", text=f"the weights cannot be saved there ({plain(error, 300)})")
+            continue
+        if path.parent != run.dir:
+            run.log("warning", text=f"the weights were saved as {path}: EVAL_ONLY_PATH={path} goes on")
+        return
+    run.log("warning", text="the weights could not be saved anywhere: they are only in memory")
+
+
+def read_weights(path: str, model: GPT) -> dict:
+    """Averaged weights saved by an earlier run into the model; what the file says of their training (see
+    weight_facts; {}: an earlier version's file). UserError, one short line, for anything else."""
+    what, again = f"EVAL_ONLY_PATH={plain(path, 80)}", "give a run's final_model.pt"
+    views = field_views({n: p.data for n, p in model.named_parameters()})
+    most = bytes_of_weights(model.s) + 1024 * len(views) + (1 << 20)
+    box = unsealed(path, most, f"{what} holds no averaged weights of this script")
+    weights, theirs, facts = (box.get(key, {}) for key in ("weights", "architecture", "facts"))
+    if not (isinstance(weights, dict) and are_settings(theirs) and are_facts(facts)):
+        raise UserError(f"{what} holds no averaged weights of this script: {again}")
+    check_architecture(model.s, theirs, f"{what} holds weights")
+    if strangers := set(weights) ^ set(views):
+        raise UserError(f"{what} does not fit the model that the settings describe: {len(strangers)} tensors "
+                        f"({plain(min(strangers, key=str), 60)}, …) are missing or too much; {again}")
+    for name, view in views.items():
+        w = weights[name]
+        if not isinstance(w, Tensor) or (w.dtype, w.layout) != (torch.float32, torch.strided):
+            raise UserError(f"{what} holds {name} in another form than float32 numbers; {again}")
+        if w.shape != view.shape or not w.isfinite().all():
+            raise UserError(f"{what} holds {name} in another shape, or not finite; {again}")
+    load_weights(model, weights, what, field_views)
+    return facts
+
+
+def are_settings(values) -> bool:
+    """Whether these are values of settings by name."""
+    return isinstance(values, dict) and all(
+        type(k) is str and type(v) in (bool, int, float, str) for k, v in values.items())
+
+
+def are_facts(facts) -> bool:
+    """Whether a file's facts are such as weight_facts gives, or none at all."""
+    kinds = {"steps": int, "train_seconds": float, "step_ms": float, "stopped": str, "seed": int,
+             "world_size": int}
+    if facts == {}:
+        return True
+    if not isinstance(facts, dict) or {k: type(v) for k, v in facts.items()} != kinds:
+        return False
+    numbers = [v for v in facts.values() if not isinstance(v, str)]
+    return all(0 <= v < 2 ** 63 for v in numbers) and facts["stopped"] == plain(facts["stopped"], 40)
+
+
+def take_over(s: Settings, run: Run, facts: Mapping) -> Clock:
+    """The training clock that quantising goes on with. In the folder of the run that trained it
+    has run for as long as the weights say; else the time is not known."""
+    clock, seconds = Clock(s.max_wallclock_seconds), facts.get("train_seconds")
+    run.time_known = run.goes_on() and seconds is not None
+    if run.time_known:
+        clock.start -= seconds
+        keys = ("steps", "step_ms", "stopped")
+        told = {k: facts[k] for k in keys if facts.get(k) not in (None, "")}
+        if run.summary.get("steps") is None:      # killed in training: nothing has said it yet
+            run.log("train_end", seconds=seconds, **told)
+        run.summary.update(told)
+        run.log("going_on", train_seconds=seconds, **told)
+    return clock
+
+
+def check_budget(run: Run, what: str, seconds: float, name: str, setting: float) -> None:
+    """Over its setting (0: none) or the competition's budget a run is NON-COMPLIANT."""
+    for budget, of in ((BUDGET_SECONDS, "the competition's"), (setting or math.inf, name)):
+        if seconds > budget:
+            run.not_compliant(f"{what} took {seconds:.1f} s of {of} {budget:g} s")
+            return
+
+
+def marked(blob: bytes, why: str) -> bytes:
+    """The artifact, telling whoever scores it why it is NON-COMPLIANT, in at most MARK_BYTES more."""
+    header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
+    both = filter(None, [header.get("not_compliant"), plain_mark(why)[:MARK_BYTES - 32]])
+    header["not_compliant"] = plain_mark("; ".join(both))
+    return artifact_to_bytes(header, streams)
+
+
+def plain_mark(text: str) -> str:
+    """A mark as it is written and read: bounded ASCII that takes one byte each in JSON."""
+    return re.sub(r'[^ -~]|["\\]', "?", text[:MARK_BYTES])
+
+
+def write_artifact(s: Settings, run: Run, blob: bytes, clock: Clock) -> tuple[float, int]:
+    """Put the artifact on disk, on rank 0; seconds of training's clock, and bytes. It is judged
+    when its bytes are on disk, and gets its name only with the mark and the summary that tell
+    the verdict: no kill comes between."""
+    def judged() -> bytes:
+        nonlocal blob, seconds
+        seconds = clock.elapsed()
+        if not run.time_known:
+            run.not_compliant("the weights come from EVAL_ONLY_PATH: their training time is not known")
+        else:
+            check_budget(run, "training, calibration and packing (for which GPTQ_RESERVE_SECONDS keeps time)",
+                         seconds, "MAX_WALLCLOCK_SECONDS", s.max_wallclock_seconds)
+        of_scoring = study_reasons(s)
+        of_training = [why for why in run.summary["not_compliant_because"] if why not in of_scoring]
+        if of_training:
+            blob = marked(blob, "; ".join(of_training))
+        run.summary.update(
+            artifact_bytes=len(blob), artifact_digest=digest_of(blob).hex(),
+            total_bytes=len(blob) + code_bytes(s.code_form), train_seconds=seconds,
+            training_not_compliant_because=of_training)
+        run.save_summary()
+        return blob
+
+    seconds = 0.0
+    count_up(run, "quantising_runs")
+    write_atomic(run.dir / ARTIFACT_NAME, blob, judged)
+    return seconds, len(blob)
+
+
+def count_up(run: Run, key: str) -> None:
+    """One more run of a stage that can be run again in the same folder."""
+    run.summary[key] = run.summary.get(key, 0) + 1
+
+
+def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> tuple[int, str, str]:
+    """The weights of the artifact at path into the model; its size, mark and digest."""
+    blob = read_bounded(path, MOST_ARTIFACT, "a run's final_model.int6.ptz") if world.main else None
+    blob = world.agree(blob)
+    found = read_artifact(s, blob, path.name)
+    load_weights(model, found.weights, path.name)
+    raw = found.calibration
+    model.calibration = None if raw is None else calibrated_by(s, raw.to(world.device))
+    return len(blob), found.mark, digest_of(blob).hex()
+
+
+def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) -> None:
+    """A stage's score, into the summary at once, and off the clock its profiles."""
+    check_score(stage, score)
+    run.log(f"score_{stage}", val_loss=score.loss, val_bpb=score.bpb, elapsed=clock.elapsed())
+    run.summary[f"{stage}_val_bpb"] = score.bpb
+    with clock.exclude():
+        run.save_summary()
+        with run.guarded(f"the profiles of {stage}"):
+            for profile in ledger.profiles():
+                run.log("profile", quiet=True, stage=stage, **profile)
+
+
+def check_score(stage: str, score: Score) -> None:
+    """A score that is not finite is none."""
+    if not math.isfinite(score.bpb):
+        raise UserError(f"the score of the stage {stage} is {score.bpb}: the weights are of no use "
+                        "(too large a learning rate, or a damaged file); train again, with a lower "
+                        "MATRIX_LR")
+
+
+TEXT_BASELINE_LIMIT = 8 << 20     # bytes of validation text that general-purpose compressors can manage
+
+
+def text_baselines(s: Settings, val: Validation) -> dict[str, float]:
+    """Bits per byte of general-purpose compressors on the validation text, when it is short enough."""
+    if s.caseops_enabled or val.target_bytes.sum() > TEXT_BASELINE_LIMIT:     # CaseOps text is transformed
+        return {}
+    sp, documents = load_tokenizer(s.tokenizer), zip(val.documents.start, val.documents.length)
+    pieces = (val.tokens[a + 1:a + n] for a, n in documents)
+    text = "\n".join(sp.decode(piece[piece != BOS].tolist()) for piece in pieces).encode()
+    return {"brotli-11": 8 * len(brotli.compress(text, quality=11)) / len(text),
+            "xz -9e": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)}
+
+
+def closing_block(s: Settings, world: World, run: Run, val: Validation) -> None:
+    """Every score, size and time, and one last line that is easy to grep."""
+    summary = run.summary
+    run.say("\n" + "-" * 72)
+    for label, key in (("untrained", "untrained_val_bpb"), ("averaged weights", "prequant_val_bpb"),
+                       ("quantised", "quantized_val_bpb"), ("sliding windows", "sliding_val_bpb"),
+                       ("test-time training", "ttt_val_bpb")):
+        if summary.get(key) is not None:
+            run.say(f"{label:28} {summary[key]:10.5f} BPB")
+    summary["text_baselines"] = {}
+    if world.main:
+        with run.guarded("the comparison with text compressors"):
+            summary["text_baselines"] = text_baselines(s, val)
+    for label, bpb in summary["text_baselines"].items():
+        run.say(f"{label + ' on the same text':28} {bpb:10.5f} bits per byte")
+    if summary["artifact_bytes"]:
+        run.say(f"{'artifact + script':28} {summary['artifact_bytes']:,} + {summary['code_bytes']:,} = "
+                f"{summary['total_bytes']:,} of {ARTIFACT_LIMIT:,} bytes")
+    for reason in summary["not_compliant_because"]:
+        run.say(f"NON-COMPLIANT: {reason}")
+    run.say("-" * 72)
+    keys = ("val_bpb", "sliding_val_bpb", "quantized_val_bpb", "total_bytes", "steps", "train_seconds",
+            "eval_seconds", "tokens_scored", "seed")
+    run.log("final", **{k: summary[k] for k in keys if summary[k] is not None})
+
+
+# What takes less memory, by the first word of what a rank was doing.
+LESS_MEMORY = {"scoring": "lower VAL_BATCH_TOKENS", "adapting": "lower TTT_BATCH_SIZE",
+               "quantising": "free memory on the host"}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether host or GPU had no more memory to give."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    said = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    return isinstance(error, (RuntimeError, OSError)) and any(words in text for words in said)
+
+
+def end_early(error: BaseException, run: Run | None, rank: int) -> int:
+    """Say in one line why the run ends, and how to go on; the exit status."""
+    if SIGNALS.number and not isinstance(error, Interrupted):
+        # a collective broke because another rank obeyed first
+        error = SIGNALS.error("the run was interrupted")
+    pulse = run.world.pulse if run is not None else Pulse()
+    if rank:
+        time.sleep(2)     # rank 0 says it, unless it alone did not see the mistake
+    if pulse.ending:      # the heartbeat has said why and is about to end this process
+        time.sleep(60)
+    status, line, trace = getattr(error, "status", 2), str(error), ""
+    if is_out_of_memory(error):
+        word = pulse.doing.split()[0]
+        less = LESS_MEMORY.get(word, "raise GRAD_ACCUM_STEPS, or lower TRAIN_BATCH_TOKENS")
+        why = f"{in_a_line(error):.160}"
+        line = f"out of memory at \"{pulse.doing}\" on rank {rank} ({why}): {less}"
+    elif not isinstance(error, UserError) and not hasattr(error, "status"):
+        status, line = 1, in_a_line(error)
+        trace = "".join(traceback.format_exception(error))
+    event = "error"
+    if isinstance(error, Interrupted):
+        event = "interrupted"
+        if rank:      # rank 0 has said it
+            return status
+    if run is None:
+        tell(f"{event}: {line}")
+        if trace:      # there is no log yet
+            tell(trace)
+        return status
+    run.failed(line, trace, again=not isinstance(error, UserError), event=event)
+    run.close()
+    return status
+
+
+# ============================================================================================================
+# 10  Data: shards, training streams, validation documents, bytes per token
+# ============================================================================================================
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256    # 256 little-endian int32, then uint16 tokens
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Tokens of one shard, (N,) uint16, mapped not loaded. UserError when it is missing, foreign or cut."""
+    path, again = Path(path), "fetch or build the data again"
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):       # a pipe would wait for ever
+            raise UserError(f"{path} is no token shard but a folder, pipe or device; {again}")
+        size, header = found.st_size, np.fromfile(path, dtype="<u4", count=SHARD_HEADER)
+    except OSError as error:
+        raise UserError(f"cannot read shard {path}: {error.strerror}; {again}") from error
+    if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(f"{path} is no token shard: it starts with {header[:2].tolist()}, expected "
+                        f"[{SHARD_MAGIC}, {SHARD_VERSION}]; {again}")
+    count = int(header[2])
+    expected = 4 * SHARD_HEADER + 2 * count
+    if size != expected:
+        raise UserError(f"{path} has {size:,} bytes but its header promises {expected:,}: "
+                        f"{'truncated' if size < expected else 'too long'}; {again}")
+    if count < 2:
+        raise UserError(f"{path} holds {count} tokens: at least 2 are needed; {again}")
+    return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
+
+
+def list_shards(folder: Path, kind: str) -> list[Path]:
+    """Sorted `fineweb_<kind>_*.bin` of a folder; kind is train, val or val_bytes. UserError when none."""
+    folder = Path(folder)
+    if kind == "val" and Validation.sealed:
+        raise RuntimeError(SEALED)
+    found = sorted(folder.glob(f"fineweb_{kind}_*.bin"))
+    found = [p for p in found if kind != "val" or "_bytes_" not in p.name]
+    if not found:
+        what = f"has no fineweb_{kind}_*.bin" if folder.is_dir() else "does not exist"
+        raise UserError(f"DATA_PATH={folder} {what}: data/README.md says how to fetch or build shards")
+    return found
+
+
+def read_tokens(s: Settings, kind: str, most: int | None = None) -> dict[Path, np.ndarray]:
+    """Tokens of all shards of a kind, by path, mapped. Refused unless the first `most` tokens of each hold
+    documents, the first of them whole (published shards are cut anywhere), and ids of the vocabulary."""
+    shards = {path: read_shard(path) for path in list_shards(s.shards, kind)}
+    for i, (path, whole) in enumerate(shards.items()):
+        tokens = whole[:most]
+        for bad, fault in (
+            (tokens[0] == 0, f"starts with 0, not with BOS (id {BOS}): it is a byte sidecar, not tokens"),
+            (not has_bos(whole), f"holds no BOS (id {BOS}): documents cannot be told apart"),
+            (i == 0 and tokens[0] != BOS,
+             f"starts with token {tokens[0]}, not BOS (id {BOS}): its first document is cut"),
+        ):
+            if bad:
+                raise UserError(f"{path} {fault}; build the shards again, with a BOS before every document")
+        check_ids(path, tokens, s.vocab_size)
+    return shards
+
+
+def has_bos(tokens: np.ndarray, block: int = 1_000_000) -> bool:
+    """Whether a BOS is among the tokens, of which no more than needed are read."""
+    return any((tokens[a:a + block] == BOS).any() for a in range(0, len(tokens), block))
+
+
+def check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
+    """Refuse tokens of a shard that are not of the vocabulary."""
+    if tokens.max() >= vocab_size:
+        at = int(np.argmax(tokens >= vocab_size))
+        raise UserError(f"{path} holds token {tokens[at]} at position {at} but VOCAB_SIZE={vocab_size}: set "
+                        "VOCAB_SIZE and TOKENIZER_PATH to those it was made with")
+
+
+def read_sidecars(s: Settings, shards: Mapping[Path, np.ndarray]) -> np.ndarray | None:
+    """Bytes of every token (N,) int64 of these shards by their sidecars; None where there are no sidecars."""
+    sidecars = [path.with_name(path.name.replace("_val_", "_val_bytes_")) for path in shards]
+    if not any(path.exists() for path in sidecars):
+        return None
+    for path, tokens in zip(sidecars, shards.values()):
+        counts, wrong = read_shard(path), "the byte sidecar belongs to other shards; fetch both again"
+        if len(counts) != len(tokens):
+            raise UserError(f"{path} has {len(counts):,} entries for {len(tokens):,} tokens: {wrong}")
+        if (at := np.flatnonzero((tokens == BOS) & (counts != 0))).size:
+            raise UserError(f"{path} counts {counts[at[0]]} bytes for the BOS at position {at[0]}: {wrong}")
+    out = np.concatenate([read_shard(path) for path in sidecars]).astype(np.int64)
+    told = manifest_total(s, "val_bytes", "text_bytes")
+    if told not in (None, out.sum()) or not out.any():
+        says = "which cannot be" if told is None else f"the manifest says {told:,}"
+        raise UserError(f"the sidecars of {s.shards} count {out.sum():,} bytes, {says}: damaged or of other "
+                        "shards; fetch both again")
+    return out
+
+
+def read_manifest(s: Settings) -> dict:
+    """The folder's manifest.json, written by the data tools; empty when there is none, or one of another
+    program. UserError when it is damaged."""
+    path, remedy = s.shards / "manifest.json", "fetch or build the data again"
+    if not path.exists():
+        return {}
+    manifest = read_json(path, f"the data tools' manifest: {remedy}")
+    if not {"files", "fingerprint"} <= set(manifest):
+        return {}
+    if fault := manifest_fault(manifest):
+        raise UserError(f"{path} is damaged ({fault}): {remedy}")
+    return manifest
+
+
+def manifest_fault(manifest: Mapping) -> str:
+    """What in a manifest is not as the data tools write it; empty: nothing."""
+    if not isinstance(manifest["files"], list) or not isinstance(manifest["fingerprint"], str):
+        return "files is no list, or the fingerprint no text"
+    for i, entry in enumerate(manifest["files"]):
+        if not isinstance(entry, dict):
+            return f"file {i} is no object"
+        if not all(isinstance(entry.get(key), str) for key in ("name", "kind")):
+            return f"file {i} has no name or no kind"
+        if not all(is_count(entry.get(key, 0)) for key in ("size", "tokens", "documents", "text_bytes")):
+            return f"file {i} counts what is no whole number"
+    for key in ("split", "tokenizer"):      # no tokenizer: null
+        if not isinstance(manifest.get(key) or {}, dict):
+            return f"{key} is no object"
+    if not is_count(manifest.get("decodable_val_bytes") or 0):
+        return "decodable_val_bytes is no whole number"
+    return ""
+
+
+def is_count(value) -> bool:
+    """Whether a value from JSON is a whole number of 0 or more."""
+    return type(value) is int and 0 <= value < 2 ** 63
+
+
+def manifest_total(s: Settings, kind: str, what: str) -> int | None:
+    """Sum of an entry over the manifest's files of a kind; None where it is not told."""
+    told = [entry.get(what) for entry in read_manifest(s).get("files", ()) if entry["kind"] == kind]
+    return None if not told or None in told else sum(told)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Documents of a packed row: cu_seqlens (n,) int32 starts, then the total as padding; longest piece.
+    isolate: a segment that begins inside a document is not smeared with the token packed before it either."""
+    cu_seqlens: Tensor
+    max_seqlen: int
+    isolate: bool = False
+
+
+class Batch(NamedTuple):
+    """x, y (B, T) int64; of a packed row: segment bounds, its longest piece, the cut, its tokens."""
+    x: Tensor
+    y: Tensor
+    cu_seqlens: Tensor | None
+    max_seqlen: int
+    cut: int = 0
+    tokens: np.ndarray | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """A copy on the device; from pinned memory without waiting."""
+        def move(t):
+            placed = t is None or t.device.type == device.type
+            return t if placed else t.pin_memory().to(device, non_blocking=True)
+        return self._replace(x=move(self.x), y=move(self.y), cu_seqlens=move(self.cu_seqlens))
+
+    def rows(self, length: int) -> Batch:
+        """The same tokens as rows of this length, documents not kept apart."""
+        return Batch(self.x.view(-1, length), self.y.view(-1, length), None, length)
+
+    def layout(self, cap: int) -> Layout | None:
+        """Document layout; `cap` bounds a piece's length and is fixed, so that compiled graphs are reused."""
+        return None if self.cu_seqlens is None else Layout(self.cu_seqlens, cap)
+
+
+def segment_bounds(bos: np.ndarray, total: int, max_len: int, bucket: int = 64) -> tuple[np.ndarray, int]:
+    """Attention segments of a row of `total` tokens: (cu_seqlens int32, longest segment). A segment starts at
+    0, at each BOS, every max_len (0: never) tokens of a document; padded with `total` to whole `bucket`s."""
+    starts = np.unique(np.concatenate([[0], np.asarray(bos, dtype=np.int64)]))
+    lengths = np.diff(np.append(starts, total))
+    if max_len > 0:
+        pieces = -(-lengths // max_len)
+        within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        starts = np.repeat(starts, pieces) + within * max_len
+        lengths = np.diff(np.append(starts, total))
+    padded = -(-(len(starts) + 1) // bucket) * bucket
+    bounds = np.full(padded, total, dtype=np.int32)
+    bounds[:len(starts)] = starts
+    return bounds, int(lengths.max())
+
+
+def packed_batch(tokens: np.ndarray, max_len: int) -> Batch:
+    """n + 1 consecutive tokens as one packed row of n inputs and targets, segmented by document."""
+    t = torch.from_numpy(tokens.astype(np.int64))
+    bounds, longest = segment_bounds(np.flatnonzero(tokens[:-1] == BOS), len(tokens) - 1, max_len)
+    return Batch(t[None, :-1], t[None, 1:], torch.from_numpy(bounds), longest, max_len, tokens)
+
+
+class Stream:
+    """Micro-batches of one rank, in an order that the files fix. max_len: of a segment or a window."""
+    windowed = False      # rows of whole windows, without document bounds
+
+    def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int,
+                 vocab_size: int = 65536):
+        self.vocab_size = vocab_size
+        self.shards = [read_shard(f) for f in files]
+        self.ends = np.cumsum([len(x) for x in self.shards])
+        self.world_size, self.rank, self.tokens, self.max_len = world_size, rank, tokens, max_len
+        self.batches = 0
+
+    @property
+    def epoch(self) -> float:
+        """Tokens that all ranks have taken, over those there are."""
+        return self.batches * self.world_size * self.tokens / int(self.ends[-1])
+
+    def next(self) -> Batch:
+        """The next micro-batch; UserError when it holds an id that is not of the vocabulary."""
+        batch, self.batches = self.cut(), self.batches + 1
+        if max(int(batch.x.max()), int(batch.y.max())) >= self.vocab_size:
+            for tokens in self.shards:
+                check_ids(Path(tokens.filename), tokens, self.vocab_size)
+        return batch
+
+    def skip(self, batches: int) -> None:
+        """Pass over so many batches, as an interrupted run has done."""
+        for _ in range(batches):
+            self.next()
+
+
+class TokenStream(Stream):
+    """All shards as one endless stream, for any number of ranks: every target once per epoch, in order."""
+
+    def __init__(self, files, **shape):
+        super().__init__(files, **shape)
+        if self.ends[-1] < self.tokens + 1:
+            raise UserError(f"{self.ends[-1]:,} training tokens are no micro-batch: lower TRAIN_BATCH_TOKENS")
+
+    def cut(self) -> Batch:
+        start, count, parts = (self.batches * self.world_size + self.rank) * self.tokens, self.tokens + 1, []
+        while count > 0:
+            start %= int(self.ends[-1])      # the stream wraps at the end of the last shard
+            i = int(np.searchsorted(self.ends, start, side="right"))
+            begin = start - int(self.ends[i]) + len(self.shards[i])
+            parts.append(np.asarray(self.shards[i][begin:begin + count]))
+            start, count = start + len(parts[-1]), count - len(parts[-1])
+        return packed_batch(np.concatenate(parts), self.max_len)
+
+    def skip(self, batches: int) -> None:
+        self.batches += batches      # where a batch lies follows from its number
+
+
+class DocPackStream(Stream):
+    """The field's: ranks cut a span of (tokens + 1) x world_size from a shard; a shorter rest is dropped."""
+
+    def __init__(self, files, **shape):
+        super().__init__(files, **shape)
+        self.span, self.shard = (self.tokens + 1) * self.world_size, 0
+        self.first = [int(np.argmax(x == BOS)) for x in self.shards]
+        self.cursor = self.first[0]
+        if all(f + self.span > len(x) for f, x in zip(self.first, self.shards)):
+            raise UserError(f"no shard holds {self.span:,} tokens from a BOS on: use TRAIN_LOADER=stream")
+
+    def cut(self) -> Batch:
+        while self.cursor + self.span > len(self.shards[self.shard]):
+            self.shard = (self.shard + 1) % len(self.shards)
+            self.cursor = self.first[self.shard]
+        begin = self.cursor + self.rank * (self.tokens + 1)
+        self.cursor += self.span
+        return packed_batch(np.asarray(self.shards[self.shard][begin:begin + self.tokens + 1]), self.max_len)
+
+
+LOADERS: dict[str, type[Stream]] = {"stream": TokenStream, "docpack": DocPackStream}
+
+
+def open_train_stream(s: Settings, world: World, tokens: int) -> Stream:
+    """The training stream that TRAIN_LOADER names, for micro-batches of `tokens` tokens."""
+    return LOADERS[s.train_loader](
+        list_shards(s.shards, "train"), world_size=world.size, rank=world.rank, tokens=tokens,
+        max_len=s.train_seq_len, vocab_size=s.vocab_size)
+
+
+def open_stream(s: Settings, world: World, tokens: int, given: int) -> Prefetch:
+    """The training stream, read ahead, after so many batches of this rank."""
+    stream = open_train_stream(s, world, tokens)
+    stream.skip(given)
+    epoch = stream.epoch
+    ahead = Prefetch(stream, world.device)
+    ahead.given, ahead.epoch = given, epoch
+    return ahead
+
+
+class Prefetch:
+    """Batches read ahead in one thread, in the stream's order. given: how many were given out, also before
+    an interruption; epoch: of the last of them."""
+
+    def __init__(self, stream: Stream, device: torch.device, depth: int = 4):
+        self.stream, self.device, self.epoch, self.given = stream, device, 0.0, 0
+        self.reader = ThreadPoolExecutor(1)
+        self.ahead = deque(self.reader.submit(self.read) for _ in range(depth))
+
+    def read(self) -> tuple[Batch, float]:
+        return self.stream.next().to(self.device), self.stream.epoch
+
+    def next(self, cut: int = 0) -> Batch:
+        """The next batch; a packed one cut at `cut` tokens, also where it was read ahead with another."""
+        if cut:
+            self.stream.max_len = cut
+        batch, self.epoch = self.ahead.popleft().result()      # raises what the thread raised
+        self.given += 1
+        self.ahead.append(self.reader.submit(self.read))
+        stale = cut and batch.tokens is not None and batch.cut != cut
+        return packed_batch(batch.tokens, cut).to(self.device) if stale else batch
+
+    def close(self) -> None:
+        self.reader.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class ByteTable:
+    """UTF-8 bytes behind each token. base (V) int16; lead (V): the piece begins with a space; boundary (V):
+    control, unknown or unused, after which a leading space is not counted."""
+    base: np.ndarray
+    lead: np.ndarray
+    boundary: np.ndarray
+
+    @classmethod
+    def from_sentencepiece(cls, path: Path, vocab_size: int) -> ByteTable:
+        sp = load_tokenizer(path)
+        if sp.vocab_size() != vocab_size:
+            raise UserError(f"tokenizer {path} has {sp.vocab_size()} tokens but VOCAB_SIZE={vocab_size}: set "
+                            "them to the pair that the shards were made with")
+        base, lead, boundary = (np.zeros(vocab_size, kind) for kind in (np.int16, bool, bool))
+        for i in range(vocab_size):
+            if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
+                boundary[i] = True
+            elif sp.is_byte(i):
+                base[i] = 1
+            else:
+                piece = sp.id_to_piece(i)
+                lead[i] = piece.startswith("\u2581")
+                base[i] = len(piece.removeprefix("\u2581").encode())   # only the first one stands for a space
+        return cls(base, lead, boundary)
+
+    def count(self, prev: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """Bytes (int64) of each target token after its previous token."""
+        return self.base[target].astype(np.int64) + (self.lead[target] & ~self.boundary[prev])
+
+
+MOST_MODEL, A_MODEL = 1 << 26, "the SentencePiece model of the shards"
+
+
+def load_tokenizer(path: Path):
+    """The SentencePiece model at path; UserError when it is missing or damaged."""
+    import sentencepiece
+    if not Path(path).exists():
+        raise UserError(f"TOKENIZER_PATH={path} does not exist: see data/README.md, or set TOKENIZER_PATH")
+    model = read_bounded(Path(path), MOST_MODEL, A_MODEL)
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model or b"empty")
+    except RuntimeError as error:
+        raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model, or damaged: set it to the "
+                        "one that the shards were made with") from error
+
+
+class Documents:
+    """Documents of a token stream: each runs from its BOS to, and including, the next BOS (its last target).
+    start, length (n,) int64; document d predicts length - 1 targets from as many inputs, from start on."""
+
+    def __init__(self, tokens: np.ndarray):
+        starts = np.flatnonzero(tokens == BOS)
+        lengths = np.diff(np.append(starts, len(tokens) - 1)) + 1
+        keep = lengths > 1                      # a BOS that ends the stream predicts nothing
+        self.start, self.length = starts[keep], lengths[keep]
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def sample(self, fraction: float, seed: int) -> Documents:
+        """A random share of the documents, in stream order."""
+        if fraction < 1:
+            keep = sorted(random.Random(seed).sample(range(len(self)), max(1, round(len(self) * fraction))))
+            self.start, self.length = self.start[keep], self.length[keep]
+        return self
+
+
+SEALED = "validation tokens are read while the model is made, outside of scoring: that would break the rules"
+
+
+class Validation:
+    """The validation stream: tokens (N,) uint16, bytes of targets (N - 1,) int64, documents, byte rule. While
+    a run trains, calibrates and packs it is sealed: only an open ledger gets at the tokens."""
+    sealed, ledgers = False, 0
+    hints: Hints | None = None      # set for the evaluations whose scores n-gram counts tilt
+    other_targets: np.ndarray | None = None      # a probe's, in place of the stream's
+
+    @classmethod
+    @contextlib.contextmanager
+    def seal(cls):
+        """Inside, reading validation tokens raises unless a ledger is open."""
+        cls.sealed = True
+        try:
+            yield
+        finally:
+            cls.sealed = False
+
+    @property
+    def tokens(self) -> np.ndarray:
+        if self.sealed and not self.ledgers:
+            raise RuntimeError(SEALED)
+        return self.stream
+
+    @property
+    def targets(self) -> np.ndarray:
+        """What is scored after every input (N - 1,)."""
+        return self.tokens[1:] if self.other_targets is None else self.other_targets
+
+    def __init__(self, s: Settings):
+        shards = read_tokens(s, "val")
+        self.stream = np.concatenate(list(shards.values()))
+        counts = read_sidecars(s, shards)
+        if counts is not None:
+            self.rule, self.target_bytes = "sidecar", counts[1:]
+        elif s.caseops_enabled:
+            raise UserError(f"CASEOPS_ENABLED=1 needs the byte sidecars of {s.shards}: fetch them, or set 0")
+        else:
+            table = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
+            self.rule, self.target_bytes = "table", table.count(self.tokens[:-1], self.tokens[1:])
+        self.documents = Documents(self.tokens).sample(s.val_doc_fraction, s.seed)
+        spans = zip(self.documents.start.tolist(), self.documents.length.tolist())
+        if not any(self.target_bytes[a:a + n - 1].any() for a, n in spans):
+            raise UserError(f"the validation documents of {s.shards} are empty: not a byte is there to be "
+                            "predicted; fetch or build the data again, or raise VAL_DOC_FRACTION")
+
+    def open_for_study(self, run: Run, why: str) -> np.ndarray:
+        """The one door past the seal: marks the run NON-COMPLIANT, then hands out the tokens."""
+        run.not_compliant(why)
+        return self.stream
+
+    @classmethod
+    def of(cls, tokens: np.ndarray, targets: np.ndarray | None = None) -> Validation:
+        """A made-up stream, one byte a token: for probes. Nothing of it is sealed."""
+        val = cls.__new__(cls)
+        val.sealed, val.other_targets = False, targets
+        val.stream, val.rule, val.documents = tokens.astype(np.uint16), "made up", Documents(tokens)
+        val.target_bytes = (tokens[1:] != BOS).astype(np.int64)
+        return val
+
+
+# ============================================================================================================
+# 11  Kernels: each beside its plain twin
+# ============================================================================================================
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def use_triton(wanted: bool | None, sensible: bool) -> bool:
+    """Triton or not: as the caller wants it, else where it is sensible for the input and installed."""
+    if wanted and triton is None:
+        raise UserError("kernel=True asks for Triton, which is not installed: `pip install triton`, or leave "
+                        "it None to use the plain PyTorch twin")
+    return (sensible and triton is not None) if wanted is None else wanted
+
+
+def operator(fake: Callable, gradient: Callable | None = None) -> Callable:
+    """Makes a function a custom operator, which torch.compile keeps whole. fake: inputs -> empty outputs.
+
+    gradient, for a function of tensors and one last number: (gradient of the first output, all tensors of the
+    inputs, outputs, that number) -> the gradients of the first inputs; the others have none.
+    """
+    def save(ctx, inputs, output):
+        *tensors, ctx.number = inputs
+        ctx.save_for_backward(*tensors, *output)
+
+    def backward(ctx, dy, *_):
+        grads = gradient(dy, *ctx.saved_tensors, ctx.number)
+        return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
+
+    def wrap(function):
+        # a name of this module's own: a second copy of the script would take the first one's operators away
+        space = re.sub(r"\W", "_", function.__module__).strip("_")
+        made = torch.library.custom_op(f"golf_{space}::{function.__name__}", function, mutates_args=())
+        made.register_fake(fake)
+        if gradient is not None:
+            made.register_autograd(backward, setup_context=save)
+        return made
+    return wrap
+
+
+if triton is not None:
+    @triton.jit
+    def ce_forward_kernel(logits_ptr, targets_ptr, loss_ptr, lse_ptr, cap, V, BLOCK: tl.constexpr):
+        """One row a program: loss and log Σ exp of s = cap·tanh(x/cap) - cap = -2·cap·sigmoid(-2x/cap).
+
+        The shift by cap cancels in the loss; the running maximum keeps any cap exact.
+        """
+        row = tl.program_id(0).to(tl.int64)             # N·V passes 2**31 at 262,144 tokens of 8,192
+        logits_ptr += row * V
+        peak, total = -float("inf"), 0.0
+        for start in range(0, V, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            x = tl.load(logits_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
+            s = tl.where(cols < V, -2 * cap / (1 + tl.exp(x * (2 / cap))), -float("inf"))
+            new_peak = tl.maximum(peak, tl.max(s, 0))
+            total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(s - new_peak), 0)
+            peak = new_peak
+        lse = peak + tl.log(total)
+        x = tl.load(logits_ptr + tl.load(targets_ptr + row)).to(tl.float32)
+        tl.store(lse_ptr + row, lse)
+        tl.store(loss_ptr + row, lse + 2 * cap / (1 + tl.exp(x * (2 / cap))))
+
+    @triton.jit
+    def ce_backward_kernel(logits_ptr, targets_ptr, lse_ptr, dloss_ptr, grad_ptr, cap, V,
+                           BLOCK: tl.constexpr):
+        """grad = dloss · (softmax(s) - onehot) · ds/dx, where ds/dx = 4u(1 - u) for u = sigmoid(-2x/cap)."""
+        row = tl.program_id(0).to(tl.int64)
+        target, lse, dloss = tl.load(targets_ptr + row), tl.load(lse_ptr + row), tl.load(dloss_ptr + row)
+        for start in range(0, V, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            x = tl.load(logits_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
+            u = 1 / (1 + tl.exp(x * (2 / cap)))
+            p = tl.exp(-2 * cap * u - lse) - tl.where(cols == target, 1.0, 0.0)
+            grad = dloss * p * (4 * u * (1 - u))
+            tl.store(grad_ptr + row * V + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < V)
+
+    @triton.jit
+    def mlp_kernel(a_ptr, b_ptr, h_ptr, out_ptr, M, N, K, b_stride_k, b_stride_n, slope,
+                   BACKWARD: tl.constexpr, KEEP_H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                   BK: tl.constexpr, GROUP: tl.constexpr):
+        """A (M, K), B (K, N) -> out (M, N) = act(A@B), h = A@B if KEEP_H; if BACKWARD, out = (A@B)·act'(h).
+
+        Programs run down GROUP row tiles before the next column tile: tiles of A and B are met again in L2.
+        """
+        pid, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
+        first = pid // (GROUP * tiles_n) * GROUP
+        height = min(tiles_m - first, GROUP)
+        tile_m = first + pid % (GROUP * tiles_n) % height
+        tile_n = pid % (GROUP * tiles_n) // height
+        rows, cols, inner = tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+        # The tile's origin is one int64 scalar (M·N may pass 2**31), the rest int32: fewer registers.
+        below = M - tile_m * BM
+        origin = (tile_m * BM).to(tl.int64)
+        # Rows and columns out of range wrap round and are never stored: only the K loop needs a mask.
+        a_ptrs = a_ptr + origin * K + (rows % below)[:, None] * K + inner[None, :]
+        b_ptrs = b_ptr + inner[:, None] * b_stride_k + (cols % N)[None, :] * b_stride_n
+        acc = tl.zeros((BM, BN), dtype=tl.float32)
+        for k in range(0, K, BK):
+            a = tl.load(a_ptrs, mask=inner[None, :] < K - k, other=0.0)
+            b = tl.load(b_ptrs, mask=inner[:, None] < K - k, other=0.0)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
+            a_ptrs += BK
+            b_ptrs += BK * b_stride_k
+        h_ptr += origin * N
+        out_ptr += origin * N
+        at = rows[:, None] * N + cols[None, :]
+        inside = (rows < below)[:, None] & (cols < N)[None, :]
+        if BACKWARD:
+            h = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            out = acc * tl.where(h > 0, 2 * h, 2 * slope * slope * h)
+        else:
+            if KEEP_H:
+                tl.store(h_ptr + at, acc.to(h_ptr.dtype.element_ty), mask=inside)
+            leaky = tl.where(acc > 0, acc, slope * acc)
+            out = leaky * leaky
+        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+# --- softcapped cross-entropy
+
+def ce_launch(V: int) -> dict:
+    """Block and warps for rows of V logits: up to 8,192 a row is one trip, 32 values a thread."""
+    block = min(triton.next_power_of_2(V), 8192)
+    return dict(BLOCK=block, num_warps=min(8, max(1, block // 256)))
+
+
+@operator(fake=lambda dloss, logits, targets, lse, cap: [logits.new_empty(logits.shape)])
+def ce_backward(dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, cap: float) -> list[Tensor]:
+    """dloss (N) -> [gradient (N, V) in the logits' dtype]; the softmax is recomputed from logits and lse."""
+    N, V = logits.shape
+    grad = torch.empty((N, V), device=logits.device, dtype=logits.dtype)
+    if N:
+        ce_backward_kernel[(N,)](logits.contiguous(), targets.contiguous(), lse, dloss.contiguous(), grad,
+                                 cap, V, **ce_launch(V))
+    return [grad]
+
+
+def per_row(logits: Tensor, *_) -> tuple[Tensor, Tensor]:
+    """Room for two float32 numbers of every row."""
+    return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
+
+
+@operator(fake=per_row, gradient=lambda dloss, logits, targets, loss, lse, cap:
+          ce_backward(dloss, logits, targets, lse, cap))
+def ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """logits (N, V), targets (N) int64 -> losses (N) and log Σ exp of the shifted logits (N), float32."""
+    N, V = logits.shape
+    loss, lse = per_row(logits)
+    if N:
+        ce_forward_kernel[(N,)](logits.contiguous(), targets.contiguous(), loss, lse, cap, V, **ce_launch(V))
+    return loss, lse
+
+
+def capped_ce(logits: Tensor, targets: Tensor, cap: float, kernel: bool | None = None) -> Tensor:
+    """Cross-entropy of cap·tanh(logits/cap): logits (N, V) bf16 or f32, targets (N) int64 -> (N) float32.
+
+    The fused kernel reads the logits once and writes nothing of their size; the plain twin is float32.
+    """
+    if use_triton(kernel, logits.is_cuda):
+        return ce_forward(logits, targets, float(cap))[0]
+    return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
+
+
+# --- leaky-ReLU² MLP
+
+# 128×256 tiles keep 128 accumulators a thread; 3 stages take 144 of an H100's 227 KB of shared memory. Fixed,
+# not autotuned: the choice would depend on timing, and the last bits of a run with it.
+MLP_TILE = dict(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3)
+
+
+def mlp_launch(a: Tensor, b: Tensor, h: Tensor, out: Tensor, slope: float, backward: bool, keep_h: bool):
+    """Run mlp_kernel on A = a (M, K) contiguous and B = b (K, N) of any strides."""
+    (M, K), N = a.shape, b.shape[1]
+    tiles = triton.cdiv(M, MLP_TILE["BM"]) * triton.cdiv(N, MLP_TILE["BN"])
+    if tiles:
+        mlp_kernel[(tiles,)](a, b, h, out, M, N, K, *b.stride(), slope, BACKWARD=backward, KEEP_H=keep_h,
+                             **MLP_TILE)
+
+
+def hidden_pair(x: Tensor, up: Tensor, slope: float, keep_h: bool) -> tuple[Tensor, Tensor]:
+    """Room for h, without rows unless it is kept, and for a (N, m)."""
+    N, m = x.shape[0], up.shape[0]
+    return x.new_empty(N if keep_h else 0, m), x.new_empty(N, m)
+
+
+@operator(fake=hidden_pair)
+def mlp_up(x: Tensor, up: Tensor, slope: float, keep_h: bool) -> tuple[Tensor, Tensor]:
+    """x (N, d), up (m, d) -> h = x @ upᵀ (N, m), or (0, m) unless keep_h, and a = leaky(h)² (N, m)."""
+    h, a = hidden_pair(x, up, slope, keep_h)
+    mlp_launch(x.contiguous(), up.mT, h, a, slope, backward=False, keep_h=keep_h)
+    return h, a
+
+
+@operator(fake=lambda dy, down, h, slope: torch.empty_like(h))
+def mlp_dh(dy: Tensor, down: Tensor, h: Tensor, slope: float) -> Tensor:
+    """dy (N, d), down (d, m), h (N, m) -> dh = (dy @ down) · act'(h) (N, m)."""
+    dh = torch.empty_like(h)
+    mlp_launch(dy.contiguous(), down, h, dh, slope, backward=True, keep_h=False)
+    return dh
+
+
+class LeakySquareMLP(torch.autograd.Function):
+    """The whole MLP as one node, because dh = (dy @ down) · act'(h) is only fused where dy is at hand.
+
+    Both h and a are kept for backward: 8 passes over an (N, m) matrix (write h, a, dh; read h once, a and dh
+    twice), the least there is. Keeping h alone halves the memory held but writes a once more, a ninth pass;
+    keeping a alone loses the sign of h.
+    """
+    @staticmethod
+    def forward(ctx, x, up, down, slope):
+        h, a = mlp_up(x, up, slope, True)
+        ctx.save_for_backward(x, up, down, h, a)
+        ctx.slope = slope
+        return a @ down.mT
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, up, down, h, a = ctx.saved_tensors
+        need_x, need_up, need_down, _ = ctx.needs_input_grad        # adaptation freezes the weights
+        dh = mlp_dh(dy, down, h, ctx.slope) if need_x or need_up else None
+        return (dh @ up if need_x else None, dh.mT @ x if need_up else None,
+                dy.mT @ a if need_down else None, None)
+
+
+def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, kernel: bool | None = None) -> Tensor:
+    """leaky_relu(x @ upᵀ, slope)² @ downᵀ: x (N, d), up (m, d), down (d, m) of one dtype -> (N, d).
+
+    Triton fuses the activation (in backward, its derivative) into the matrix product before it: bf16 in and
+    out, sums in float32. The other products are cuBLAS's.
+    """
+    if not use_triton(kernel, x.is_cuda and x.dtype in HALF):
+        return F.leaky_relu(x @ up.mT, slope).square() @ down.mT
+    if torch.is_grad_enabled() and (x.requires_grad or up.requires_grad or down.requires_grad):
+        return LeakySquareMLP.apply(x, up, down, float(slope))
+    return mlp_up(x, up, float(slope), False)[1] @ down.mT
+
+
+# --- attention
+
+ATTENTION = "plain"         # the backend in use: set it to the name that resolve_attention returns
+FLASH: dict = {}            # backend name -> its imported module, filled by attention_fault
+PACKAGES = {                # backend name -> (names that its module goes by, how to get it)
+    "fa3": ("flash_attn_interface flash_attn_3.flash_attn_interface",
+            "FlashAttention 3's wheel for this torch and CUDA (Hopper)"),
+    "fa4": ("flash_attn.cute.interface",
+            "pip install flash-attn-4, see requirements.txt (Hopper or Blackwell)"),
+    "torch": ("torch.nn.attention.varlen", "pip install 'torch>=2.10' with CUDA (Ampere or newer)")}
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> Tensor:
+    """Causal attention: q (B, T, H, D), k, v (B, T', K, D) with H a multiple of K -> (B, T, H, D).
+
+    layout None: each row is one document; if T' > T, the queries are the last T of its T' positions (cached
+    keys). Otherwise the rows, laid end to end, are cut at layout.cu_seqlens (int32, its end padded with the
+    total) into documents of at most layout.max_seqlen, and nothing is seen across a cut. Raises UserError if
+    T' < T or if a layout meets T' != T.
+    """
+    if k.shape[1] < q.shape[1] or (layout is not None and k.shape[1] != q.shape[1]):
+        raise UserError(f"attention got {q.shape[1]} queries and {k.shape[1]} keys a row: under a layout "
+                        "they must be equal, without one keys may be more; pass layout=None with cached keys")
+    # Flash kernels exist in half precision on CUDA only; float32 (parity, tests) takes the exact road.
+    name = ATTENTION if q.is_cuda and q.dtype in HALF else "plain"
+    cu, longest = (None, k.shape[1]) if layout is None else (layout.cu_seqlens, layout.max_seqlen)
+    return BACKENDS[name](q, k, v, cu, longest)
+
+
+# Every backend: q (B, T, H, D), k, v (B, T', K, D), cu (n + 1) int32 or None, the longest key sequence
+# -> (B, T, H, D). All align the causal mask bottom-right.
+def attend_fa3(q, k, v, cu, longest):
+    """FlashAttention-3: registers its own custom ops, so torch.compile traces it as it is."""
+    if cu is None:
+        y = FLASH["fa3"].flash_attn_func(q, k, v, causal=True)
+    else:
+        y = FLASH["fa3"].flash_attn_varlen_func(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu, cu,
+                                                longest, longest, causal=True)
+    return (y[0] if isinstance(y, tuple) else y).view(q.shape)      # early releases return (y, lse)
+
+
+def attend_fa4(q, k, v, cu, longest):
+    """FlashAttention-4, behind our own custom op: its Python cannot be traced."""
+    if cu is None:
+        return fa4_forward(q, k, v, None, longest)[0]
+    return fa4_forward(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu, longest)[0].view(q.shape)
+
+
+def attend_torch(q, k, v, cu, longest):
+    """PyTorch's own kernels: SDPA for plain causal squares, else the FlashAttention-2 inside varlen_attn."""
+    (B, T, H, _), keys = q.shape, k.shape[1]
+    if cu is None and T == keys:
+        return plain_rows(q, k, v)
+    rows = torch.arange(B + 1, device=q.device, dtype=torch.int32) if cu is None else None
+    cu_q, cu_k = (cu, cu) if rows is None else (rows * T, rows * keys)
+    y = FLASH["torch"].varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_q, cu_k,
+                                   T if cu is None else longest, longest, window_size=(-1, 0),
+                                   enable_gqa=H != k.shape[2])
+    return y.view(q.shape)
+
+
+def attend_plain(q, k, v, cu, longest):
+    """The twin the others are held to: SDPA on any device and dtype, one document at a time where packed."""
+    if cu is None:
+        return plain_rows(q, k, v)
+    rows = [x.flatten(0, 1)[None] for x in (q, k, v)]
+    bounds = cu.tolist()                                # the padding at its end is segments of length zero
+    parts = [plain_rows(*(x[:, a:b] for x in rows)) for a, b in zip(bounds, bounds[1:]) if b > a]
+    return torch.cat(parts, dim=1).view(q.shape)
+
+
+BACKENDS = {"fa3": attend_fa3, "fa4": attend_fa4, "torch": attend_torch, "plain": attend_plain}
+
+
+def plain_rows(q, k, v) -> Tensor:
+    """Rows that are one document each: q (B, T, H, D), k, v (B, T', K, D) -> (B, T, H, D), through SDPA."""
+    T, keys, mask = q.shape[1], k.shape[1], None
+    if T != keys:                                       # is_causal is aligned top-left
+        mask = torch.arange(keys - T, keys, device=q.device)[:, None] >= torch.arange(keys, device=q.device)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                       enable_gqa=q.shape[1] != k.shape[1])
+    return y.transpose(1, 2)
+
+
+# FlashAttention-4 registers no custom ops, and PyTorch 2.13's activate_flash_attention_impl
+# unpacks two results where 4.0.0b36 returns five: so we call its two inner functions ourselves, by keyword.
+signature = functools.cache(inspect.signature)      # reading one takes longer than launching a kernel
+
+
+def fa4_call(name: str, *tensors, cu, longest):
+    """_flash_attn_fwd or _flash_attn_bwd, with those of our options that the installed release knows."""
+    function = getattr(FLASH["fa4"], name)
+    options = dict(causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu,
+                   max_seqlen_q=None if cu is None else longest, max_seqlen_k=None if cu is None else longest,
+                   return_lse=True)
+    known = signature(function).parameters
+    return function(*tensors, **{key: value for key, value in options.items() if key in known})
+
+
+@operator(fake=lambda dy, q, k, v, *_: [x.new_empty(x.shape) for x in (q, k, v)])
+def fa4_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, y: Tensor, lse: Tensor,
+                 longest: int) -> list[Tensor]:
+    """dy, q, y (…, H, D), k, v (…, K, D) -> dq, dk, dv."""
+    grads = fa4_call("_flash_attn_bwd", q, k, v, y, dy.contiguous(), lse, cu=cu, longest=longest)
+    return [g.contiguous() for g in grads[:3]]
+
+
+def fa4_outputs(q: Tensor, *_) -> tuple[Tensor, Tensor]:
+    """Empty y and log Σ exp of the shapes that fa4_forward returns, for tracing."""
+    *rows, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((*rows, H, T), dtype=torch.float32)
+
+
+@operator(fake=fa4_outputs, gradient=fa4_backward)
+def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
+    """Rows (B, T, H, D) with cu None, or packed (N, H, D) -> y like q, and log Σ exp (B, H, T) or (H, N)."""
+    y, lse = fa4_call("_flash_attn_fwd", q, k, v, cu=cu, longest=longest)[:2]
+    return y.contiguous(), lse.contiguous()
+
+
+def self_test(name: str, device: torch.device) -> str:
+    """How a loaded backend fails, empty if it does not: forward and backward against the plain twin, on 128
+    queries, 8 query and 4 key heads of 64, in bfloat16.
+
+    Packed with a padded end, square, with cached keys; through torch.compile without graph
+    breaks. What the model would meet in its first step is met here, in seconds.
+    """
+    backend = torch.compile(BACKENDS[name], fullgraph=True, dynamic=False, backend="aot_eager")
+    for keys, bounds in ((128, [0, 40, 41, 128, 128]), (128, None), (192, None)):
+        random, results = torch.Generator().manual_seed(0), []
+        q, k, v, dy = (torch.randn(1, T, heads, 64, generator=random).to(device, torch.bfloat16)
+                       for T, heads in ((128, 8), (keys, 4), (keys, 4), (128, 8)))
+        cu = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=device)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        for attend in (backend, attend_plain):
+            with torch.enable_grad():
+                y = attend(*leaves, cu, keys)
+            results.append([x.detach().float() for x in (y, *torch.autograd.grad(y, leaves, dy))])
+        error = max(float((a - b).norm() / b.norm()) for a, b in zip(*results))
+        if not error < 0.03:                            # bf16 gives 0.005; NaN fails too
+            return f"differs from the plain twin by {error:.1%} (bound 3%) at keys, cu = {keys, bounds}"
+    return ""
+
+
+def attention_fault(name: str, device: torch.device) -> str:
+    """Why backend `name` cannot run on `device`, in one line; empty if it can. Loads it into FLASH."""
+    if name == "plain":
+        return ""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return f"needs a CUDA GPU, the device is {device}"
+    fault = ""
+    for module in PACKAGES[name][0].split():
+        try:
+            FLASH[name] = importlib.import_module(module)
+            return self_test(name, device)
+        except Exception as error:                      # third-party kernels fail in every way there is
+            first_line = (str(error).strip() or "no message").splitlines()[0][:160]
+            fault = fault or f"{type(error).__name__}: {first_line}"
+    return fault
+
+
+def resolve_attention(choice: str, device) -> tuple[str, str]:
+    """ATTN_BACKEND auto, fa3, fa4, torch or plain -> (the backend that runs on `device`, why in one line).
+
+    Auto takes the first without an attention_fault. Raises UserError for an unknown choice and for a forced
+    one that cannot run. The caller stores the name in ATTENTION.
+    """
+    if choice not in ("auto", *BACKENDS):
+        raise UserError(f"ATTN_BACKEND={choice} is unknown; choose one of auto, {', '.join(BACKENDS)}")
+    passed_over = []
+    for name in BACKENDS if choice == "auto" else (choice,):
+        fault = attention_fault(name, torch.device(device))
+        if not fault:
+            how = "chosen" if choice == "auto" else "forced"
+            return name, "; ".join((f"attention {name} ({how})", *passed_over))
+        passed_over.append(f"not {name}: {fault}")
+    raise UserError(f"ATTN_BACKEND={choice} cannot run here: {fault}. Install {PACKAGES[choice][1]}, "
+                    "or set ATTN_BACKEND=auto")
+
+
+# ============================================================================================================
+# 12  Pack: the artifact is one file of checked streams, without pickle
 # ============================================================================================================
 
 # --- container
@@ -5278,111 +6508,8 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
 
 
 # ============================================================================================================
-# 11  Score: the ledger and sliding windows
+# 13  Counts of earlier text: the score leans towards what followed the same context before
 # ============================================================================================================
-
-class Score(NamedTuple):
-    """Sums over scored targets: nats, bytes, targets."""
-    loss_sum: float
-    byte_sum: float
-    tokens: int
-
-    @property
-    def loss(self) -> float:
-        return self.loss_sum / self.tokens
-
-    @property
-    def bpb(self) -> float:
-        """Bits per byte: the one formula."""
-        return self.loss_sum / LN2 / self.byte_sum
-
-
-@dataclass(frozen=True)
-class Booked:
-    """Validation tokens whose every target is on the books; nothing else of them may be trained on."""
-    tokens: np.ndarray
-
-
-PROFILE_EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096)
-
-
-EARLY = "an adapter step on a target that is not scored yet would break the rules"
-
-
-class Finding(NamedTuple):
-    """Something that was put to the test: a line of --check, or a probe."""
-    name: str
-    ok: bool
-    figure: str
-
-
-class LedgerError(RuntimeError):
-    """What the books of an evaluation refuse."""
-
-
-class Ledger:
-    """The books of one evaluation: every target's loss, once. What breaks the rules raises, on every rank."""
-
-    def __init__(self, val: Validation, device: torch.device):
-        val.ledgers += 1
-        self.val, n = val, len(val.tokens) - 1
-        self.loss = torch.zeros(n, device=device)
-        self.count = torch.zeros(n, dtype=torch.int32, device=device)
-        self.early = torch.zeros((), dtype=torch.bool, device=device)
-        self.expected = np.zeros(n, dtype=bool)
-        for start, length in zip(val.documents.start, val.documents.length):
-            self.expected[start:start + length - 1] = True
-
-    def book(self, positions: Tensor, losses: Tensor) -> None:
-        """Enter the losses (n,) of the targets after input positions (n,)."""
-        self.count.index_add_(0, positions, torch.ones_like(positions, dtype=torch.int32))
-        self.loss[positions] = losses.detach().float()
-
-    def require(self, positions: Tensor) -> None:
-        """Note whether all these targets are on the books: check_early() says so, nothing waits here."""
-        self.early |= (self.count[positions] == 0).any()
-
-    def check_early(self, world: World) -> None:
-        """Raise, on every rank, when one of them has asked for a target that was not on the books."""
-        if world.total(self.early.int()):
-            raise LedgerError(EARLY)
-
-    def booked(self, documents: np.ndarray, world: World) -> Booked:
-        """The tokens of these documents, if all ranks together have scored every target of theirs."""
-        self.check_early(world)
-        count = world.total(self.count.clone()).cpu().numpy()
-        spans = [(int(self.val.documents.start[d]), int(self.val.documents.length[d])) for d in documents]
-        for start, length in spans:
-            if not (count[start:start + length - 1] == 1).all():
-                raise LedgerError(f"targets of the document at {start} are not scored once each: training "
-                                  "on it would break the rules")
-        return Booked(np.concatenate([self.val.tokens[a:a + n] for a, n in spans]))
-
-    def close(self, world: World) -> Score:
-        """Sum over ranks; raises unless every expected target was scored, once, before any step on it."""
-        self.check_early(world)
-        count = world.total(self.count).cpu().numpy()
-        self.total = loss = world.total(self.loss.double()).cpu().numpy()
-        if len(wrong := np.flatnonzero(count != self.expected)):
-            at = wrong[0]
-            raise LedgerError(f"coverage is broken: {len(wrong):,} targets, the first at {at}, were scored "
-                              f"{count[at]} times instead of {int(self.expected[at])}")
-        self.val.ledgers -= 1
-        target_bytes = self.val.target_bytes[self.expected].sum()
-        return Score(float(loss.sum()), float(target_bytes), int(self.expected.sum()))
-
-    def profiles(self) -> Iterator[dict]:
-        """After close(): documents, targets, bytes, nats by a document's length, and by position in it."""
-        start, length = self.val.documents.start, self.val.documents.length - 1
-        cuts = start[:, None] + np.minimum(length[:, None], [*PROFILE_EDGES, 1 << 62])
-        sums = [np.diff(np.append(0, x.cumsum())[cuts]) for x in (self.val.target_bytes, self.total)]
-        parts = dict(zip(("tokens", "bytes", "nats"), (np.diff(cuts), *sums)))     # each (documents, buckets)
-        belongs = np.eye(len(PROFILE_EDGES), dtype=int)[np.searchsorted(PROFILE_EDGES, length, "right") - 1]
-        for by, documents, total in (("position", parts["tokens"] > 0, lambda x: x.sum(0)),
-                                     ("length", belongs, lambda x: x.sum(1) @ belongs)):
-            yield {"by": by, "edges": PROFILE_EDGES, "documents": documents.sum(0).tolist(),
-                   **{k: total(x).tolist() for k, x in parts.items()}}
-
 
 # --- n-gram tilt: the score leans towards what followed the same context earlier
 
@@ -5565,453 +6692,46 @@ def tilted_losses(s: Settings, losses: Callable, ids: Tensor, targets: Tensor, a
     return every[0], tilt(s, every.detach(), targets, hint, confidence)
 
 
-def sliding_windows(total: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
-    """Windows over `total` positions as (begin, end, first scored position): the first scores all it sees,
-    later ones their last `stride` positions; each position once."""
-    later = range(stride, total - seq_len + stride, stride)
-    return [(0, min(seq_len, total), 0),
-            *((begin, min(begin + seq_len, total), begin + seq_len - stride) for begin in later)]
-
-
-Window = tuple[int, int, int]       # absolute positions: begin, end, first scored
-
-
-def pack_rows(windows: list[Window], capacity: int) -> list[list[Window]]:
-    """Windows, longest first, filled one after the other into rows of at most `capacity` tokens."""
-    rows, used = [], capacity
-    for w in sorted(windows, key=lambda w: w[0] - w[1]):
-        used += w[1] - w[0]
-        if used > capacity or not rows:
-            rows.append([])
-            used = w[1] - w[0]
-        rows[-1].append(w)
-    return rows
-
-
-class Scorer:
-    """Scores a model on validation documents: packed rows, no attention across documents."""
-
-    def __init__(self, s: Settings, world: World, model: GPT):
-        self.s, self.world, self.model = s, world, model
-        self.losses = compiled(s, world.device, model.losses, fullgraph=True)
-        self.fixed = compiles(s, world.device)            # compiled graphs want one row length
-        self.capacity = max(s.eval_seq_len, s.val_batch_tokens // 8)
-
-    @torch.no_grad()
-    def windows(self, val: Validation, stride: int, looping: bool = True) -> Score:
-        """Score every document by windows of EVAL_SEQ_LEN at this stride, or beyond those on cached keys."""
-        s, ledger = self.s, Ledger(val, self.world.device)
-        self.ledger = ledger              # the books of the latest evaluation
-        starts, targets = val.documents.start, val.documents.length - 1
-        beyond = (targets > s.eval_seq_len) & (s.eval_kv_reuse and stride < s.eval_seq_len)
-        windows = [(a + b, a + e, a + f) for a, n in zip(starts[~beyond].tolist(), targets[~beyond].tolist())
-                   for b, e, f in sliding_windows(n, s.eval_seq_len, stride)]
-        rows, plan = pack_rows(windows, self.capacity), layer_plan(s, looping)
-        widths = [sum(end - begin for begin, end, _ in row) for row in rows]
-        for i in share_out(widths, self.world.size)[self.world.rank]:
-            self.world.beat(f"scoring row {i}")
-            self.score_row(rows[i], val, plan, ledger)
-        if beyond.any():
-            self.once(val, np.flatnonzero(beyond), stride, ledger)
-        return ledger.close(self.world)
-
-    def once(self, val: Validation, documents: np.ndarray, stride: int, ledger: Ledger) -> None:
-        """Documents computed once, `stride` tokens at a time, on the keys a window would reach."""
-        s = dataclasses.replace(self.s, ttt_eval_seq_len=self.s.eval_seq_len, ttt_chunk_size=stride,
-                                ttt_short_score_first_enabled=False, ttt_cache_lambda=0)
-        still = PhasedTTT(s, self.world, self.model, val, ledger=ledger)
-        still.level = NO_ADAPTATION
-        self.model.requires_grad_(False)       # as in adaptation, so that it has the same graphs
-        for group in still.mine(grouped(s, documents, still.lengths)):
-            still.adapt_group(group)
-        self.model.requires_grad_(True)
-
-    def score_row(self, row: list[Window], val: Validation, plan: Plan, ledger: Ledger) -> None:
-        """One forward; book the scored part of each window."""
-        lengths = np.array([e - b for b, e, _ in row])
-        at = np.concatenate([np.arange(b, e) for b, e, _ in row])
-        scored = np.flatnonzero(np.concatenate([np.arange(b, e) >= f for b, e, f in row]))
-        pad = self.capacity - len(at) if self.fixed else 0
-        total, longest = len(at) + pad, self.s.eval_seq_len
-        filler = np.arange(len(at) + longest, total, longest)       # padding is cut like documents
-        bounds = np.concatenate([[0], np.cumsum(lengths), filler, [total]]).astype(np.int32)
-        ids = np.pad(val.tokens[at].astype(np.int64), (0, pad))
-        targets = np.pad(val.targets[at].astype(np.int64), (0, pad))
-        x, y, cu = (torch.from_numpy(a).to(self.world.device) for a in (ids[None], targets[None], bounds))
-        if self.fixed:
-            torch._dynamo.mark_dynamic(cu, 0)
-        forward = functools.partial(self.losses, plan=plan, layout=Layout(cu, longest, isolate=True))
-        losses = tilted_losses(self.s, forward, x, y, np.pad(at, (0, pad))[None], val.hints)[1][0]
-        positions, keep = (torch.from_numpy(i).to(losses.device) for i in (at[scored], scored))
-        ledger.book(positions, losses[keep])
-
-
 # ============================================================================================================
-# 12  Adapt: score-first test-time training
+# 14  Probes and checks: what is proved before the first step and before the evaluation clock
 # ============================================================================================================
 
-@dataclass(frozen=True)
-class Scored:
-    """A chunk already on the books: adapt() takes nothing else, so it cannot see ahead. losses (B, W) with
-    their graph, the chunk's in the last columns; `again` recomputes them after a step."""
-    losses: Tensor
-    chunk: int
-    positions: Tensor
-    again: Callable[[], Tensor]
+class Finding(NamedTuple):
+    """Something that was put to the test: a line of --check, or a probe."""
+    name: str
+    ok: bool
+    figure: str
 
 
-class ChunkWindow(NamedTuple):
-    """A chunk of a batch of documents: per row the first input (relative to the document), the first scored
-    column, the number of scored columns (0: the document has ended); W columns."""
-    begin: np.ndarray
-    offset: np.ndarray
-    count: np.ndarray
-    width: int
+class Study:
+    """A mode that breaks the rules, for study only: every run of it is marked NON-COMPLIANT."""
+
+    def reason(self, s: Settings) -> str:
+        """Why the score of these settings, whatever the training, is no result; empty if it may be one."""
+        return ""
+
+    def after_training(self, s: Settings, world: World, run: Run, model: GPT, val: Validation) -> None:
+        """What is done with the averaged weights before they are quantised."""
+
+    def before_probing(self, s: Settings, world: World, model: GPT, tokens: np.ndarray) -> None:
+        """The same with a probe's tokens (N,), briefly, before its windows are scored."""
 
 
-def chunk_window(s: Settings, targets: np.ndarray, begin: int, end: int, cached: bool) -> ChunkWindow:
-    """The chunk [begin, end) of targets: alone where earlier keys are cached, else rows reach back at most
-    TTT_EVAL_SEQ_LEN inputs; in the field's order from where the document ends, if that is in the chunk, in
-    stream order from the chunk's end: nothing about later tokens is known. targets (B,): per document."""
-    last, window = np.minimum(end, targets), s.ttt_eval_seq_len
-    count = np.maximum(last - begin, 0)
-    if cached:
-        first, width = begin, end - begin
-    else:
-        known_end = last if s.ttt_doc_order == "length" else end
-        first, width = np.maximum(known_end - window, 0), min(end, window)
-    first = np.where(count > 0, first, 0)
-    return ChunkWindow(first, np.where(count > 0, begin - first, 0), count, width)
+class PartOfValidation(Study):
+    """Only a share of the documents is scored."""
+
+    def reason(self, s: Settings) -> str:
+        if s.val_doc_fraction == 1:
+            return ""
+        return f"VAL_DOC_FRACTION={s.val_doc_fraction:g}: only a part of the documents is scored"
 
 
-def chunk_bounds(s: Settings, length: int) -> list[int]:
-    """Targets at which the chunks of a group begin whose longest document has `length` tokens, and the end of
-    the last one. In stream order the size goes by the position in the document, so that no later document has
-    a say in how an earlier one is cut; in the field's order by `length`."""
-    steps, bounds = chunk_steps(s), [0]
-    if s.ttt_doc_order == "length":
-        steps = [(math.inf, next(chunk for bound, chunk in steps if length <= bound))]
-    for bound, chunk in steps:
-        while bounds[-1] < min(bound, length - 1):
-            bounds.append(bounds[-1] + min(chunk, s.ttt_eval_seq_len))
-    return bounds
+STUDIES: list[Study] = [PartOfValidation()]
 
 
-def trained_rows(s: Settings, targets: np.ndarray, end: int) -> np.ndarray:
-    """(B,) bool: the documents, of targets (B,), that learn from a chunk ending at target `end`: those going
-    on, within TTT_TRAIN_*_DOC_LEN; in stream order by the position reached, as no end is known yet."""
-    most, goes_on = s.ttt_train_max_doc_len or math.inf, targets > end
-    if s.ttt_doc_order == "stream":
-        return goes_on & (end < most)
-    return goes_on & (targets + 1 >= s.ttt_train_min_doc_len) & (targets < most)
-
-
-def kept_rows(batch: int, live: int) -> int:
-    """Rows for `live` documents left: `batch` halved while they fit in, but not to 1, a graph of its own."""
-    while live <= batch // 2 > 1:
-        batch //= 2
-    return batch
-
-
-class Round(NamedTuple):
-    """Groups of documents between which no state passes, in the order of work, and the documents on which the
-    base weights are trained once all of them are scored (none after the last round)."""
-    groups: list[np.ndarray]
-    train_on: np.ndarray | None
-
-
-def grouped(s: Settings, documents: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    """Documents (their numbers) in groups of at most TTT_BATCH_SIZE of similar lengths, longest first. In
-    stream order groups are about equal: a single document left over would need a graph of its own."""
-    order, size = documents[np.argsort(lengths[documents], kind="stable")], s.ttt_batch_size
-    cuts = range(size, len(order), size) if s.ttt_doc_order == "length" else -(-len(order) // size)
-    groups = np.array_split(order, cuts) if len(order) else []
-    return sorted(groups, key=lambda g: -lengths[g].max())
-
-
-def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
-    """The groups of all documents, cut at the phase boundaries. TTT_DOC_ORDER=stream: round i holds the i-th
-    part of the stream's first documents, so that none is influenced by a later one. length: as in the field
-    the longest documents of all come first; a phase trains on the shortest groups scored so far."""
-    phases = s.phased_ttt_num_phases if s.phased_ttt_prefix_docs else 0
-    bounds = [s.phased_ttt_prefix_docs * (i + 1) // phases for i in range(phases)]
-    everything, rounds, begin = np.arange(len(lengths)), [], 0
-    if s.ttt_doc_order == "stream":
-        for end in (b for b in bounds if begin < b <= len(lengths)):
-            rounds.append(Round(grouped(s, everything[begin:end], lengths), everything[:end]))
-            begin = end
-        return rounds + [Round(grouped(s, everything[begin:], lengths), None)]
-    current, done = [], []
-    for group in grouped(s, everything, lengths):
-        current.append(group)
-        done.append(group)
-        if len(rounds) < phases and sum(map(len, done)) >= bounds[len(rounds)]:
-            by_length = np.concatenate(sorted(done, key=lambda g: lengths[g].max()))
-            rounds.append(Round(current, by_length[:bounds[len(rounds)]]))
-            current = []
-    return rounds + [Round(current, None)]
-
-
-# What the watchdog gives up, in this order, when the evaluation would outlast its budget.
-GIVE_UP = ("nothing", "further phases on the base weights", "adaptation")
-NO_ADAPTATION = 2
-WATCH_EVERY = 8             # chunks between two looks at the clock
-
-
-class PhasedTTT:
-    """Score-first phased test-time training. Each document has its own adapter, scored chunk by chunk and
-    adapted only by booked chunks; at each phase boundary the base weights are trained on whole booked
-    documents. Ranks share the groups by predicted cost. clock: the evaluation's, watched so that every target
-    is scored in time. trace(event, **values) observes: lora, reset, chunk, sgd_step, phase, give_up."""
-
-    def __init__(self, s: Settings, world: World, model: GPT, val: Validation, trace: Callable | None = None,
-                 clock: Clock | None = None, ledger: Ledger | None = None):
-        self.s, self.world, self.model, self.val = s, world, model, val
-        self.trace, self.clock = trace or (lambda event, **values: None), clock
-        self.plan, self.lengths = layer_plan(s, True), val.documents.length
-        self.losses = compiled(s, world.device, model.losses, fullgraph=True, dynamic=True)
-        self.ledger = ledger or Ledger(val, world.device)
-        self.level = 0
-        self.kept: Adapter | None = None
-        # Seconds and token-passes of adaptation, without phases and waiting; costs of what is still to do.
-        self.spent, self.done, self.left = 0.0, 0.0, np.zeros(len(GIVE_UP))
-        self.phase_pace, self.phase_tokens = 0.0, 0    # seconds a token of a phase; tokens to train on
-
-    def costs(self, group: np.ndarray) -> np.ndarray:
-        """Predicted token-passes of a group at every level of GIVE_UP; a backward counts twice a forward."""
-        longest = int(self.lengths[group].max())
-        ends = np.minimum(chunk_bounds(self.s, longest)[1:], self.s.ttt_eval_seq_len)
-        adapting = 3 * (longest if self.s.ttt_kv_reuse else ends.sum())
-        return len(group) * np.array([adapting, adapting, longest], float)
-
-    def mine(self, groups: list[np.ndarray]) -> list[np.ndarray]:
-        """This rank's share of the groups."""
-        share = share_out([self.costs(g)[self.level] for g in groups], self.world.size)[self.world.rank]
-        return [groups[i] for i in sorted(share)]
-
-    def run(self) -> Score:
-        """Score every document once. The model's weights end as the last phase left them."""
-        rounds = ttt_rounds(self.s, self.lengths)
-        todo = [self.mine(r.groups) for r in rounds]
-        self.left = sum((self.costs(g) for mine in todo for g in mine), self.left)
-        self.phase_tokens = sum(int(self.lengths[r.train_on].sum()) for r in rounds[:-1])
-        self.model.requires_grad_(False)           # adapters learn; the base weights only in a phase
-        for r, mine in zip(rounds, todo):
-            self.begin_round()
-            for group in mine:
-                self.adapt_group(group)
-            level = max(self.world.gather(self.level))          # all ranks take part in a phase or none
-            if level > self.level:
-                self.give_up(level, by="another rank")
-            if r.train_on is not None and self.level == 0:
-                booked, phase = self.ledger.booked(r.train_on, self.world), Clock()
-                self.global_phase(booked)
-                sync(self.world.device)
-                self.phase_pace = phase.elapsed() / len(booked.tokens)
-                self.phase_tokens -= int(self.lengths[r.train_on].sum())
-        self.model.requires_grad_(True)
-        return self.ledger.close(self.world)
-
-    def begin_round(self) -> None:
-        """Nothing passes from round to round; within one, A may go on to other groups."""
-        self.kept = None
-        if self.s.ttt_doc_order == "length" and not self.s.ttt_shared_a:
-            self.kept = self.adapter_for(self.s.ttt_batch_size)
-
-    def watch(self) -> None:
-        """Give up as little as lets the predicted end lie within EVAL_MAX_SECONDS."""
-        if self.clock is None or not self.clock.budget:
-            return
-        now = self.clock.elapsed()
-        pace = self.spent / self.done if self.done else 0.0
-        ends = now + pace * self.left
-        ends[0] += self.phase_pace * self.phase_tokens
-        fits = (i for i in range(self.level, NO_ADAPTATION) if ends[i] <= self.clock.budget)
-        level = next(fits, NO_ADAPTATION) if now < self.clock.budget else NO_ADAPTATION
-        if level > self.level:
-            self.give_up(level, elapsed=now, predicted_end=ends[self.level])
-
-    def give_up(self, level: int, **why) -> None:
-        """From now on do without what GIVE_UP names up to this level."""
-        self.trace("give_up", what=", ".join(GIVE_UP[1:level + 1]), **why)
-        self.level = level
-
-    def adapter_for(self, rows: int) -> Adapter:
-        """The kept one, reset for new documents, where it has as many rows, else a fresh one."""
-        kept = self.kept is not None and rows == self.s.ttt_batch_size
-        adapter = self.kept if kept else Adapter(self.s, self.plan, rows, self.world.device)
-        if kept:
-            adapter.reset()
-        self.trace("reset" if kept else "lora", adapter=adapter)
-        return adapter
-
-    def optimiser(self, adapter: Adapter) -> torch.optim.Optimizer | None:
-        """AdamW over a group's adapters; none for the stateless rule."""
-        s, params, lr = self.s, adapter.trained(), self.s.ttt_lora_lr * self.s.ttt_local_lr_mult
-        if s.ttt_optimizer == "normalised":
-            return None
-        return torch.optim.AdamW(params, lr=lr, betas=(s.ttt_beta1, s.ttt_beta2), eps=1e-10,
-                                 weight_decay=s.ttt_weight_decay, fused=self.world.device.type == "cuda")
-
-    def adapt_group(self, group: np.ndarray) -> None:
-        """Score a group's documents chunk by chunk; after each chunk adapt those that have another one."""
-        self.watch()
-        s, level = self.s, self.level
-        cached, learns = s.ttt_kv_reuse or level == NO_ADAPTATION, level < NO_ADAPTATION
-        starts, targets = self.val.documents.start[group], self.lengths[group] - 1
-        if len(group) == 1 < s.ttt_batch_size:      # an empty row beside it: one would need its own graphs
-            starts, targets = np.repeat(starts, 2), np.append(0, targets)
-        adapter = self.adapter_for(len(starts)) if learns else None
-        optimiser = self.optimiser(adapter) if learns else None
-        cache = KeyCache(s.ttt_eval_seq_len, states=s.ttt_cache_lambda > 0) if cached else None
-        bounds = chunk_bounds(s, int(self.lengths[group].max()))
-        costs, counted, since = self.costs(group), 0, Clock()
-        for n, (begin, end) in enumerate(zip(bounds, bounds[1:]), start=1):
-            self.world.beat(f"adapting to chunk {n} of {len(group)} documents")
-            if cached and begin:
-                cache.advance(end - begin)
-            ended = int(np.searchsorted(targets, begin, side="right"))       # targets rise within a group
-            stateless = optimiser is None and (adapter is None or adapter.shared)
-            rows = slice(len(targets) - kept_rows(s.ttt_batch_size, len(targets) - ended), None)
-            if cached and stateless and rows.start > 0:
-                starts, targets = starts[rows], targets[rows]
-                for keeper in (cache,) if adapter is None else (cache, adapter):
-                    keeper.keep(rows)
-            later = learns & trained_rows(s, targets, end)
-            with torch.set_grad_enabled(bool(later.any())):
-                window = chunk_window(s, targets, begin, end, cached)
-                scored = self.score_chunk(starts, window, adapter, cache)
-                if later.any():
-                    self.adapt(adapter, optimiser, scored, torch.from_numpy(later).to(self.world.device))
-            if n % WATCH_EVERY == 0 or end == bounds[-1]:
-                sync(self.world.device)
-                work = costs * (end - counted) / bounds[-1]
-                self.spent, self.done = self.spent + since.elapsed(), self.done + work[self.level]
-                self.left = self.left - work
-                self.watch()
-                learns, counted, since = learns and self.level < NO_ADAPTATION, end, Clock()
-
-    def score_chunk(self, starts: np.ndarray, w: ChunkWindow, adapter: Adapter | None,
-                    cache: KeyCache | None) -> Scored:
-        """One forward over the chunk and its context; its losses are booked before anything can learn."""
-        column = np.arange(w.width)
-        valid = (column < (w.offset + w.count)[:, None])
-        at = np.where(valid, (starts + w.begin)[:, None] + column, 0)
-        tokens, device = self.val.tokens, self.world.device
-        x, y = (torch.from_numpy(np.where(valid, part[at], 0).astype(np.int64)).to(device)
-                for part in (tokens, self.val.targets))
-
-        def forward(x: Tensor = x, y: Tensor = y) -> Tensor:
-            return self.losses(x, y, self.plan, None, adapter, None, cache)
-
-        losses, booked = tilted_losses(self.s, forward, x, y, at, self.val.hints)
-        if cache is not None and cache.states:
-            booked = mixed_with_cache(self.s, booked, cache)
-        counted = valid & (column >= w.offset[:, None])
-        positions, keep = (torch.from_numpy(i).to(device) for i in (at[counted], np.flatnonzero(counted)))
-        self.ledger.book(positions, booked.flatten()[keep])
-        if cache is not None:      # the keys of the forward that was scored, whatever the steps do
-            cache.seal(x)
-        self.trace("chunk", x=x, y=y, losses=booked.detach(), offsets=w.offset, counts=w.count, width=w.width,
-                   at=at, counted=counted)
-        return Scored(losses, int(w.count.max()), positions, forward)
-
-    def adapt(self, adapter: Adapter, optimiser: torch.optim.Optimizer | None, scored: Scored,
-              later: Tensor) -> None:
-        """TTT_GRAD_STEPS steps on the mean loss of the booked chunk, of documents that have a later one."""
-        self.ledger.require(scored.positions)
-        losses, trained = scored.losses, adapter.trained()
-        for step in range(self.s.ttt_grad_steps):
-            if step:
-                losses = scored.again()
-            (losses[:, -scored.chunk:].mean(dim=1) * later).sum().backward(inputs=trained)
-            if optimiser is None:
-                lr = self.s.ttt_lora_lr * self.s.ttt_local_lr_mult
-                normalised_step(trained, lr, self.s.ttt_weight_decay)
-            else:
-                optimiser.step()
-            for p in trained:      # at once: torch.compile would make a graph for tensors that have one
-                p.grad = None
-
-    # --- the base weights
-
-    def global_phase(self, booked: Booked) -> None:
-        """SGD on all base weights over booked documents; the learning rate falls as a cosine over chunks."""
-        s, tokens = self.s, booked.tokens
-        chunks = -(-(len(tokens) - 1) // s.global_ttt_chunk_tokens)
-        params = self.model.requires_grad_(True).parameters()
-        optimiser = torch.optim.SGD(params, momentum=s.global_ttt_momentum)
-        for c in range(max(chunks - 1, 1)):    # as published, the last chunk is left out, unless it is alone
-            part = tokens[c * s.global_ttt_chunk_tokens:(c + 1) * s.global_ttt_chunk_tokens + 1]
-            rows = (len(part) - 1) // s.eval_seq_len
-            optimiser.param_groups[0]["lr"] = self.global_lr(c, chunks)
-            self.world.beat(f"adapting the base weights, chunk {c + 1}")
-            for _ in range(s.global_ttt_epochs):
-                for r in range(0, rows, s.global_ttt_batch_seqs):
-                    begin, n = r * s.eval_seq_len, min(s.global_ttt_batch_seqs, rows - r) * s.eval_seq_len
-                    self.global_step(part[begin:begin + n + 1], optimiser)
-        self.model.requires_grad_(False)
-        self.trace("phase", model=self.model, tokens=tokens)
-
-    def global_lr(self, c: int, chunks: int) -> float:
-        """Learning rate of chunk c: linear warm-up, then a cosine to the last chunk."""
-        s, warm = self.s, self.s.global_ttt_warmup_chunks
-        if c < warm:
-            f = c / max(warm - 1, 1)
-            return s.global_ttt_warmup_start_lr + f * (s.global_ttt_lr - s.global_ttt_warmup_start_lr)
-        return s.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * (c - warm) / max(chunks - 1 - warm, 1)))
-
-    def global_step(self, tokens: np.ndarray, optimiser: torch.optim.SGD) -> None:
-        """One momentum step on a run of tokens, which the ranks share by whole documents, or rows."""
-        s, world, total = self.s, self.world, len(tokens) - 1
-        starts = np.flatnonzero(tokens[:-1] == BOS)
-        if not s.global_ttt_respect_doc_boundaries:
-            starts = np.arange(0, total, s.eval_seq_len)
-        starts = np.unique(np.append(starts, (0, total)))
-        begin, end = starts[np.searchsorted(starts, [total * (world.rank + i) // world.size for i in (0, 1)])]
-        loss = torch.zeros((), device=world.device)
-        if end > begin:
-            batch = packed_batch(tokens[begin:end + 1], s.eval_seq_len).to(world.device)
-            batch = batch if s.global_ttt_respect_doc_boundaries else batch.rows(s.eval_seq_len)
-            losses = self.model.losses(batch.x, batch.y, self.plan, batch.layout(batch.max_seqlen))
-            loss = losses.sum() / total
-            loss.backward()
-        norm = total_gradients(world, self.model, s.global_ttt_grad_clip)
-        optimiser.step()
-        optimiser.zero_grad()
-        self.trace("sgd_step", loss=world.total(loss.detach().clone()), n_tokens=total, grad_norm=norm,
-                   lr=optimiser.param_groups[0]["lr"])
-
-
-def total_gradients(world: World, model: GPT, clip: float) -> Tensor:
-    """Sum all gradients over the ranks and clip their norm (0: no clipping); returns the norm before."""
-    for p in model.parameters():
-        p.grad = world.total(torch.zeros_like(p) if p.grad is None else p.grad)
-    return nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
-
-
-@torch.no_grad()
-def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
-    """Losses (B, T) of a chunk's targets once the model's probability p is mixed with what earlier places of
-    the document say. Place i says the token that came after it, with weight
-    a_i = exp(TTT_CACHE_THETA (cos(h_i, h_t) - 1)); all together count w = min(0.6, TTT_CACHE_LAMBDA max a_i):
-    (1 - w) p + w sum(a_i [i's token is the target]) / sum(a_i), which sums to 1 over the vocabulary."""
-    past, said = cache.new[cache.STATES]
-    h, targets = (x[:, -losses.size(1):] for x in (past, said))
-    place = torch.arange(past.size(1), device=h.device)
-    earlier = place < place[-h.size(1):, None]                   # what came after t itself is the target
-    a = torch.exp(s.ttt_cache_theta * (h.float() @ past.float().mT - 1)) * earlier
-    chance = (a * (said[:, None] == targets[..., None])).sum(-1) / a.sum(-1).clamp(min=1e-30)
-    w = (s.ttt_cache_lambda * a.amax(-1)).clamp(max=0.6)
-    return -torch.log((1 - w) * torch.exp(-losses) + w * chance)
-
-
-@torch.no_grad()
-def normalised_step(params: list[Tensor], lr: float, weight_decay: float) -> None:
-    """Steps of matrices (…, R, C) along their gradient over its RMS, matrix by matrix: no state."""
-    for p in params:
-        size = p.grad.square().mean(dim=(-2, -1), keepdim=True).sqrt()
-        p.mul_(1 - lr * weight_decay).sub_(p.grad / (size + 1e-12), alpha=lr)
+def study_reasons(s: Settings) -> list[str]:
+    """Why the score of these settings, whatever the training, is no result."""
+    return [reason for study in STUDIES if (reason := study.reason(s))]
 
 
 # --- probes: evidence for the four conditions, from the functions that score
@@ -6098,6 +6818,17 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
     finally:
         torch.set_num_threads(threads)
     return [*probes, Finding("C3 C4 ledger", ok, figure)]
+
+
+def log_probes(s: Settings, world: World, run: Run, model: GPT) -> None:
+    """Evidence for C1-C4 into log and summary; a condition that fails makes the run NON-COMPLIANT."""
+    clock, probes = Clock(), run_probes(s, world, model)
+    run.summary["probes"] = {p.name: {"ok": p.ok, "figure": p.figure} for p in probes}
+    for p in probes:
+        run.log("probe", name=p.name, ok=p.ok, figure=p.figure)
+        if not p.ok:
+            run.not_compliant(f"the probe {p.name} failed: {p.figure}")
+    run.log("probes", seconds=clock.elapsed())
 
 
 def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) -> Iterator[Finding]:
@@ -6201,9 +6932,28 @@ def probe_normalisation(s: Settings, world: World, model: GPT) -> Iterator[Findi
                       f"{s.vocab_size:,} probabilities sum to {total:.7f}")
 
 
-# ============================================================================================================
-# 13  Checks: everything that can go wrong is tried before the first step
-# ============================================================================================================
+def check_command(which: str) -> int:
+    """--check: one line per finding; 1 when something is wrong. --check settings needs no data."""
+    if which not in ("", "settings", "data"):
+        raise UserError(f"--check {which} must be --check, --check settings or --check data")
+    s = Settings.from_env(os.environ)
+    ranks = launcher_ranks({"WORLD_SIZE": str(max(1, torch.cuda.device_count())), "RANK": "0",
+                            "MASTER_ADDR": "localhost", "MASTER_PORT": "1", **os.environ})
+    if not s.eval_only_quantized_path:
+        s.batch_shape(ranks.size)
+    print(f"ok    settings: {len(s.changed())} differ from the defaults")
+    for name, what in stray_names(os.environ).items():
+        print(f"warn  {name}: {what}")
+    if which == "settings":
+        return 0
+    findings = run_checks(s, World.join({}), Path(s.artifact_dir or "runs"))
+    if which == "data":
+        others = ("made before", "device", "attention", "batch", "folder", "disk", "size")
+        findings = [f for f in findings if f.name not in others]
+    for f in findings:
+        print(f"{'ok   ' if f.ok else 'FAIL '} {f.name}: {f.figure}")
+    return int(any(not f.ok for f in findings))
+
 
 def check_train_shards(s: Settings) -> str:
     """Headers of all training shards and the first million tokens of each; DATA_CHECK=full: all tokens."""
@@ -6502,747 +7252,6 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
             pack_s=packing.elapsed() - probing.elapsed(), score_s=probing.elapsed(),
             random_artifact_bytes=len(blob), reserve_s=reserve, seconds=begin.elapsed())
     return reserve
-
-
-# ============================================================================================================
-# 14  Main
-# ============================================================================================================
-
-def set_up(s: Settings, world: World) -> str:
-    """Seeds, arithmetic, attention backend: once per process. Returns why this backend."""
-    torch.manual_seed(s.seed)
-    torch.set_float32_matmul_precision("high" if world.device.type == "cuda" else "highest")
-    if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launcher_ranks(os.environ).local_size))
-    torch._dynamo.config.recompile_limit = 64      # plans, grad modes and batch shapes share one code object
-    torch.fx.experimental._config.use_duck_shape = False       # sizes that are equal by chance stay apart
-    global ATTENTION
-    ATTENTION, why = resolve_attention(s.attn_backend, world.device)
-    names = world.gather(ATTENTION)
-    if len(set(names)) > 1:
-        raise UserError(f"the ranks would use different attention kernels {names}; this one: {why}. Set "
-                        "ATTN_BACKEND to one that runs everywhere")
-    return why
-
-
-def build_model(s: Settings, world: World) -> GPT:
-    """The seeded model on this rank's device: every rank draws the same weights."""
-    model = GPT(s, torch.Generator().manual_seed(s.seed)).to(world.device)
-    model.compute_dtype = pick_dtype(s.compute_dtype, world.device)
-    return model
-
-
-def public_settings(values: Mapping) -> dict:
-    """Settings without the paths of this machine."""
-    return {k: v for k, v in values.items() if not k.endswith(("_PATH", "_DIR"))}
-
-
-def closest_system(s: Settings) -> tuple[str, dict] | None:
-    """The configuration beside this script nearest to the settings, and what differs as [here, there]."""
-    found, mine = [], s.as_env()
-    for path in sorted(Path(__file__).parent.glob("configs/pr*.env")):
-        lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
-        with contextlib.suppress(UserError):       # written for another version of this script
-            told = dict(line.split("=", 1) for line in lines if "=" in line)
-            theirs = Settings.from_env(told).as_env()
-            compared = {*told, *s.changed()} & set(mine) - {"RUN_ID", "SEED"}
-            found.append((path.stem, {k: [mine[k], theirs[k]] for k in compared if mine[k] != theirs[k]}))
-    if not found:
-        return None
-    _, differs = min(found, key=lambda x: len(x[1]))
-    return ", ".join(name for name, d in found if d == differs), public_settings(differs)
-
-
-def log_start(s: Settings, world: World, run: Run) -> None:
-    """What runs, where: into the log before anything else."""
-    parameters = sum(map(math.prod, GPT.shapes(s).values()))
-    settings, dtype = public_settings(s.as_env()), pick_dtype(s.compute_dtype, world.device)
-    run.log("start", run_id=run.id, device=world.device_name, world_size=world.size, torch=torch.__version__,
-            python=platform.python_version(), dtype=str(dtype), attention=ATTENTION,
-            parameters=parameters)
-    run.log("settings", quiet=True, **settings)
-    run.log("changed_settings", quiet=True, **public_settings(s.changed()))
-    if ignored := {k: why for k, (_, why) in NO_SETTINGS.items() if k in os.environ}:
-        run.log("settings_without_effect", **ignored)
-    if strays := stray_names(os.environ):
-        run.log("unknown_names", **strays)
-    with run.guarded("the search for the closest system"):
-        if near := closest_system(s):
-            name, differs = near
-            run.log("closest_system", name=name, differences=len(differs))
-            run.log("differences", quiet=True, **differs)
-    source = Path(__file__).read_bytes()
-    digest = hashlib.sha256(source).hexdigest()
-    run.log("code", bytes=len(source), compressed=len(self_extracting(source)), sha256=digest)
-    if world.main and run.summary.get("code_sha256") != digest:      # else the log has it already
-        encoding = "latin-1" if source.startswith(b"# coding: latin-1") else "utf-8"
-        run.write(run.text, source.decode(encoding) + "\n" + "=" * 100)
-    run.summary.update(code_bytes=code_bytes(s.code_form), code_form=s.code_form)
-    compare_with_training(run, dict(
-        seed=s.seed, world_size=world.size, device=world.device_name, torch=torch.__version__,
-        model_params=parameters, code_sha256=digest, settings=settings))
-
-
-MAY_DIFFER = ("RUN_ID", "QUANTIZE_ONLY", "PREQUANT_ONLY", "RESUME", "settings", "seed")
-
-
-def compare_with_training(run: Run, here: dict) -> None:
-    """Facts and settings into the summary; a warning of those that are not as in the summary
-    beside the file that is quantised or scored. In a run's own folder the summary keeps what
-    was true of its training."""
-    differing = {}
-    with run.guarded("the comparison with training"):
-        differing = differences_from_training(run, here)
-    if differing:
-        run.warn("not as in the summary beside the weights: " + "; ".join(
-            f"{name}={here} here, {there} there" for name, (here, there) in differing.items()))
-    if run.goes_on():
-        run.summary["not_as_in_training"] = differing
-        here = {k: v for k, v in here.items() if k == "settings" or k not in run.summary}
-    run.summary.update(here)
-
-
-def differences_from_training(run: Run, here: Mapping) -> dict[str, list]:
-    """What of it is not as in the summary beside the weights or artifact: [here, there] by name."""
-    home = home_of(run.s)
-    if home is None or not run.world.main:
-        return {}
-    path, there = home / "summary.json", {}
-    summary = read_json(path, "the summary of a run") if path.exists() else {}
-    there.update(summary)
-    there.update(summary.get("settings", {}))
-    for name, (_, trained) in summary.get("not_as_in_training", {}).items():
-        there[name] = trained      # scored differently before: training is what counts
-    differing = {}
-    for name, value in {**here, **here["settings"]}.items():
-        if name not in MAY_DIFFER and there.get(name, value) != value:
-            differing[name] = [value, there[name]]
-    return differing
-
-
-SEAL = b"blake2b:"     # then 64 hexadecimal digits: the comment that ends a sealed archive
-SEAL_BYTES = len(SEAL) + 64
-MOST_PICKLED = 2 << 20     # bytes; all but tensors: 30 kB of the default model, 0.9 MB of one of 256 layers
-ZIP_END = 22           # bytes of a zip's last record without its comment
-
-
-def sealed(box: dict) -> bytes:
-    """torch.save's archive of `box` with a digest of all of it as the archive's comment, which torch.load
-    passes over: torch itself does not check the sums that an archive holds."""
-    out = io.BytesIO()
-    torch.save(box, out)
-    body = out.getvalue()[:-2] + struct.pack("<H", SEAL_BYTES)
-    return body + seal_of(body)
-
-
-def seal_of(body: bytes) -> bytes:
-    return SEAL + hashlib.blake2b(body, digest_size=32).hexdigest().encode()
-
-
-def unsealed(path: str | Path, most: int, what: str, must: bool = False) -> dict:
-    """What sealed() wrote to a file of at most `most` bytes. UserError, one line that begins with `what`, for
-    all else: within seconds, and before anything is unpickled. An archive without a digest passes with a
-    warning, for files of earlier versions have none; not if it must have one."""
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
-            raise ValueError(f"it is no file of at most {most:,} bytes")
-        data = Path(path).read_bytes()
-        if not has_seal(data):
-            if must:
-                raise ValueError("it is damaged, or of another kind")
-            print(f"warning: {what}: it is of an earlier version, without a digest", file=sys.stderr)
-        check_records(data)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")      # of odd pickles: a refusal is one line
-            box = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        if not isinstance(box, dict):
-            raise ValueError("it holds something else")
-        return box
-    except Exception as error:     # zipfile, pickletools and torch.load raise many types for a foreign file
-        why = plain(getattr(error, "strerror", None) or error, 100)
-        raise UserError(f"{what}: {type(error).__name__}, {why}; give the file as a run wrote it") from error
-
-
-def has_seal(data: bytes) -> bool:
-    """Whether an archive ends with the digest of what precedes it; ValueError: with a wrong one, or it is no
-    archive that torch.save has written."""
-    last_record = b"PK\5\6"
-    if data[-ZIP_END - SEAL_BYTES:][:4] == last_record:
-        if data[-SEAL_BYTES:] != seal_of(data[:-SEAL_BYTES]):
-            raise ValueError("it is damaged: its digest does not fit")
-        return True
-    if data[-ZIP_END:][:4] != last_record or data[-2:] != bytes(2):
-        raise ValueError("it is damaged, or of another kind")
-    return False
-
-
-def check_records(data: bytes) -> None:
-    """ValueError unless an archive unfolds to no more than it is: nothing compressed, and pickles that are
-    short and hardly repeat a tuple: one that holds another twice, and so on, is hashed for ever."""
-    archive = zipfile.ZipFile(io.BytesIO(data))
-    records = archive.infolist()
-    pickles = [r for r in records if r.filename.endswith(".pkl")]
-    if (any(r.compress_type != zipfile.ZIP_STORED for r in records)
-            or sum(r.file_size for r in records) > len(data)
-            or sum(r.file_size for r in pickles) > MOST_PICKLED):
-        raise ValueError("it unfolds to more than it should")
-    for record in pickles:
-        before, tuples, repeated = "", set(), 0
-        for op, place, _ in pickletools.genops(archive.read(record)):
-            if "PUT" in op.name and before.startswith("TUPLE"):
-                tuples.add(place)
-            repeated += "GET" in op.name and place in tuples
-            before = op.name
-        if repeated > 16:      # the optimiser's state repeats four
-            raise ValueError("it unfolds to more than it should")
-
-
-def weights_to_bytes(s: Settings, params: Mapping[str, Tensor], facts: dict) -> bytes:
-    """The file of weights: under the field's names, with their architecture and facts of their training."""
-    weights = {n: p.detach().cpu() for n, p in field_views(dict(params)).items()}
-    return sealed({"architecture": s.to_be_stored(architecture(s)), "weights": weights, "facts": facts})
-
-
-def save_weights(run: Run, model: GPT, facts: dict) -> None:
-    """The averaged weights, the moment training ends: whatever fails later, they are on disk. Without space
-    in the run's folder other places are tried; without any the run goes on with the weights in memory."""
-    if not run.world.main:
-        return
-    drop_ballast(run)
-    data = weights_to_bytes(model.s, dict(model.named_parameters()), facts)
-    elsewhere = f"final_model.{run.id}.pt"
-    for place in (lambda: run.dir / "final_model.pt", lambda: Path.cwd() / elsewhere,
-                  lambda: Path(tempfile.gettempdir()) / elsewhere):
-        try:
-            path = place()
-            write_atomic(path, data)
-        except (UserError, OSError) as error:
-            run.log("warning", text=f"the weights cannot be saved there ({plain(error, 300)})")
-            continue
-        if path.parent != run.dir:
-            run.log("warning", text=f"the weights were saved as {path}: EVAL_ONLY_PATH={path} goes on")
-        return
-    run.log("warning", text="the weights could not be saved anywhere: they are only in memory")
-
-
-def read_weights(path: str, model: GPT) -> dict:
-    """Averaged weights saved by an earlier run into the model; what the file says of their training (see
-    weight_facts; {}: an earlier version's file). UserError, one short line, for anything else."""
-    what, again = f"EVAL_ONLY_PATH={plain(path, 80)}", "give a run's final_model.pt"
-    views = field_views({n: p.data for n, p in model.named_parameters()})
-    most = bytes_of_weights(model.s) + 1024 * len(views) + (1 << 20)
-    box = unsealed(path, most, f"{what} holds no averaged weights of this script")
-    weights, theirs, facts = (box.get(key, {}) for key in ("weights", "architecture", "facts"))
-    if not (isinstance(weights, dict) and are_settings(theirs) and are_facts(facts)):
-        raise UserError(f"{what} holds no averaged weights of this script: {again}")
-    check_architecture(model.s, theirs, f"{what} holds weights")
-    if strangers := set(weights) ^ set(views):
-        raise UserError(f"{what} does not fit the model that the settings describe: {len(strangers)} tensors "
-                        f"({plain(min(strangers, key=str), 60)}, …) are missing or too much; {again}")
-    for name, view in views.items():
-        w = weights[name]
-        if not isinstance(w, Tensor) or (w.dtype, w.layout) != (torch.float32, torch.strided):
-            raise UserError(f"{what} holds {name} in another form than float32 numbers; {again}")
-        if w.shape != view.shape or not w.isfinite().all():
-            raise UserError(f"{what} holds {name} in another shape, or not finite; {again}")
-    load_weights(model, weights, what, field_views)
-    return facts
-
-
-def are_settings(values) -> bool:
-    """Whether these are values of settings by name."""
-    return isinstance(values, dict) and all(
-        type(k) is str and type(v) in (bool, int, float, str) for k, v in values.items())
-
-
-def are_facts(facts) -> bool:
-    """Whether a file's facts are such as weight_facts gives, or none at all."""
-    kinds = {"steps": int, "train_seconds": float, "step_ms": float, "stopped": str, "seed": int,
-             "world_size": int}
-    if facts == {}:
-        return True
-    if not isinstance(facts, dict) or {k: type(v) for k, v in facts.items()} != kinds:
-        return False
-    numbers = [v for v in facts.values() if not isinstance(v, str)]
-    return all(0 <= v < 2 ** 63 for v in numbers) and facts["stopped"] == plain(facts["stopped"], 40)
-
-
-def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
-    """Seconds of MAX_WALLCLOCK_SECONDS kept for quantising and packing, and what to warn of: as rehearsed,
-    but at most half, so that a slow machine still trains (the overrun is then reported); at least what is
-    asked for: a run of the field's commands, which keep too little, is not lost."""
-    if not s.max_wallclock_seconds:
-        return 0.0, ""
-    auto = s.gptq_reserve_seconds == "auto"
-    asked = 0.0 if auto else float(s.gptq_reserve_seconds)
-    kept = max(asked, min(rehearsed, s.max_wallclock_seconds / 2))
-    need = f"quantising and packing were rehearsed in {rehearsed:.1f} s: {kept:.1f} s are kept"
-    if kept < rehearsed:
-        return kept, f"{need}, for MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds:g} is less than twice that"
-    return kept, "" if auto or asked >= kept else f"{need}, not GPTQ_RESERVE_SECONDS={asked:g}"
-
-
-def take_over(s: Settings, run: Run, facts: Mapping) -> Clock:
-    """The training clock that quantising goes on with. In the folder of the run that trained it
-    has run for as long as the weights say; else the time is not known."""
-    clock, seconds = Clock(s.max_wallclock_seconds), facts.get("train_seconds")
-    run.time_known = run.goes_on() and seconds is not None
-    if run.time_known:
-        clock.start -= seconds
-        keys = ("steps", "step_ms", "stopped")
-        told = {k: facts[k] for k in keys if facts.get(k) not in (None, "")}
-        if run.summary.get("steps") is None:      # killed in training: nothing has said it yet
-            run.log("train_end", seconds=seconds, **told)
-        run.summary.update(told)
-        run.log("going_on", train_seconds=seconds, **told)
-    return clock
-
-
-def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> tuple[Clock, Prefetch]:
-    """Warm up, rehearse, train to the average, or read EVAL_ONLY_PATH; the training clock and the stream."""
-    drop_ballast(run)      # of a run that was killed
-    if s.eval_only_path:
-        facts = read_weights(s.eval_only_path, model)
-        stream = Prefetch(open_train_stream(s, world, s.batch_shape(world.size)[1]), world.device)
-        return take_over(s, run, facts), stream
-    state = read_checkpoint(s, world, run) if s.resume else None
-    if world.main:
-        check_disk(run.dir, bytes_of_results(s), ballast=True)
-    trainer = Trainer(s, world, model)
-    world.beat("warm-up")
-    run.log("warm_up", seconds=trainer.warm_up())
-    world.beat("rehearsal")
-    rehearsed = rehearse(s, world, run, trainer)
-    reserve, warning = reserved(s, rehearsed)
-    if warning:
-        run.log("warning", text=warning)
-
-    def validate(step: int, looping: bool) -> None:
-        score = Scorer(s, world, model).windows(val, s.eval_seq_len, looping)
-        run.log("validation", step=step, val_loss=score.loss, val_bpb=score.bpb)
-        if step == 0:
-            run.summary["untrained_val_bpb"] = score.bpb
-
-    if state:
-        run.summary["untrained_val_bpb"] = state["untrained_val_bpb"]
-    try:
-        with SIGNALS.held():
-            trained = train(s, world, run, trainer, reserve, validate, state)
-            if not trained.facts["stopped"]:
-                model.load_state_dict(trainer.ema)
-                save_weights(run, model, trained.facts)
-            if trained.signal:
-                world.barrier()      # rank 0 has written its file before any rank ends
-                how = trained.facts["stopped"] or "ended"
-                raise SIGNALS.error(f"training was {how}", trained.signal)
-    finally:
-        drop_ballast(run)
-    training_reports(s, run, trainer, trained)
-    run.save_summary()
-    run.note_go_on()
-    return trained.clock, trained.stream
-
-
-BUDGET_SECONDS = 600.0    # the competition's, for all up to the artifact and again for the evaluation
-
-
-def check_budget(run: Run, what: str, seconds: float, name: str, setting: float) -> None:
-    """Over its setting (0: none) or the competition's budget a run is NON-COMPLIANT."""
-    for budget, of in ((BUDGET_SECONDS, "the competition's"), (setting or math.inf, name)):
-        if seconds > budget:
-            run.not_compliant(f"{what} took {seconds:.1f} s of {of} {budget:g} s")
-            return
-
-
-def marked(blob: bytes, why: str) -> bytes:
-    """The artifact, telling whoever scores it why it is NON-COMPLIANT, in at most MARK_BYTES more."""
-    header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
-    both = filter(None, [header.get("not_compliant"), plain_mark(why)[:MARK_BYTES - 32]])
-    header["not_compliant"] = plain_mark("; ".join(both))
-    return artifact_to_bytes(header, streams)
-
-
-def plain_mark(text: str) -> str:
-    """A mark as it is written and read: bounded ASCII that takes one byte each in JSON."""
-    return re.sub(r'[^ -~]|["\\]', "?", text[:MARK_BYTES])
-
-
-def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next_batch: Callable) -> None:
-    """Calibrate, quantise, pack and write the artifact, on the training clock."""
-    begin = clock.elapsed()
-    world.beat("calibrating")
-    curvature = calibrate(s, world, model, next_batch)
-    sync(world.device)
-    calibrated = clock.elapsed()
-    world.beat("quantising")
-    weights = matrix_views({n: p.detach() for n, p in model.named_parameters()})
-    blob = quantise_to_fit(s, world, run, weights, curvature, clock if run.time_known else None)
-    if s.logit_calib_enabled:
-        blob = calibrate_logits(s, world, run, blob)
-    seconds, size = world.agree(write_artifact(s, run, blob, clock) if world.main else None)
-    run.log("artifact", bytes=size, total=check_size(size, s.code_form), train_seconds=seconds,
-            calibrate_s=calibrated - begin, quantise_and_pack_s=seconds - calibrated)
-    run.note_go_on()
-
-
-def write_artifact(s: Settings, run: Run, blob: bytes, clock: Clock) -> tuple[float, int]:
-    """Put the artifact on disk, on rank 0; seconds of training's clock, and bytes. It is judged
-    when its bytes are on disk, and gets its name only with the mark and the summary that tell
-    the verdict: no kill comes between."""
-    def judged() -> bytes:
-        nonlocal blob, seconds
-        seconds = clock.elapsed()
-        if not run.time_known:
-            run.not_compliant("the weights come from EVAL_ONLY_PATH: their training time is not known")
-        else:
-            check_budget(run, "training, calibration and packing (for which GPTQ_RESERVE_SECONDS keeps time)",
-                         seconds, "MAX_WALLCLOCK_SECONDS", s.max_wallclock_seconds)
-        of_scoring = study_reasons(s)
-        of_training = [why for why in run.summary["not_compliant_because"] if why not in of_scoring]
-        if of_training:
-            blob = marked(blob, "; ".join(of_training))
-        run.summary.update(
-            artifact_bytes=len(blob), artifact_digest=digest_of(blob).hex(),
-            total_bytes=len(blob) + code_bytes(s.code_form), train_seconds=seconds,
-            training_not_compliant_because=of_training)
-        run.save_summary()
-        return blob
-
-    seconds = 0.0
-    count_up(run, "quantising_runs")
-    write_atomic(run.dir / ARTIFACT_NAME, blob, judged)
-    return seconds, len(blob)
-
-
-def count_up(run: Run, key: str) -> None:
-    """One more run of a stage that can be run again in the same folder."""
-    run.summary[key] = run.summary.get(key, 0) + 1
-
-
-def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validation, path: Path) -> None:
-    """The evaluation: open the artifact, score its weights by plain windows, sliding windows and TTT."""
-    world.beat("scoring")
-    count_up(run, "evaluation_runs")
-    size, mark, digest = open_artifact(s, world, model, path)
-    if world.main and digest != run.summary.get("artifact_digest", digest):
-        raise UserError(f"{path} is not the artifact that this run wrote (digest {digest}, not "
-                        f"{run.summary['artifact_digest']}): quantise again, with EVAL_ONLY_PATH")
-    total = check_size(size, s.code_form)
-    run.summary.update(artifact_bytes=size, total_bytes=total, artifact_digest=digest)
-    for reason in filter(None, mark.split("; ")):
-        run.not_compliant(reason)
-    run.save_summary()
-    log_probes(s, world, run, model)
-    clock = Clock(s.eval_max_seconds)
-    open_artifact(s, world, model, path)       # once more, on the clock
-    scorer = Scorer(s, world, model)
-    stages = {"quantized": s.eval_seq_len, **({"sliding": s.eval_stride} if s.sliding_window_enabled else {})}
-    for stage, stride in stages.items():
-        diagnostic = stage == "quantized" and (s.sliding_window_enabled or s.ttt_enabled)
-        with clock.exclude() if diagnostic else contextlib.nullcontext():
-            val.hints = None if diagnostic else Hints.build(s, world, val, False)
-            final = scorer.windows(val, stride)
-        log_score(run, stage, final, scorer.ledger, clock)
-    if s.ttt_enabled:
-        if val.hints is None or "stream" not in (s.ttt_doc_order, s.ngram_doc_order):
-            val.hints = Hints.build(s, world, val, True)
-        which = {"stream": "first", "length": "longest"}[s.ttt_doc_order]
-        rounds = ttt_rounds(s, val.documents.length)
-        phases, learnt = len(rounds) - 1, rounds[-2].train_on if len(rounds) > 1 else ()
-        lengths = [val.documents.length[r.train_on].sum() for r in rounds[:-1]]
-        steps = sum(phase_steps(s, int(tokens)) for tokens in lengths)
-        learn_from = f"the {which} {len(learnt):,} documents" if steps else "none, no step is taken"
-        run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
-                base_weights_learn_from=learn_from, base_weight_steps=steps,
-                ngram_hints=0 if val.hints is None else len(val.hints.at), elapsed=clock.elapsed())
-        if s.phased_ttt_prefix_docs and phases < s.phased_ttt_num_phases:
-            run.log("settings_without_effect", PHASED_TTT_NUM_PHASES=f"{len(val.documents):,} documents make "
-                    f"{phases} phases of {s.phased_ttt_num_phases}")
-
-        def trace(event: str, **values) -> None:
-            if event == "give_up":
-                run.log("watchdog", **values)
-
-        ttt = PhasedTTT(s, world, model, val, trace, clock)
-        final = ttt.run()
-        log_score(run, "ttt", final, ttt.ledger, clock)
-    seconds = clock.elapsed()
-    check_budget(run, "evaluation", seconds, "EVAL_MAX_SECONDS", s.eval_max_seconds)
-    run.log("coverage", targets=final.tokens, bytes=int(final.byte_sum), documents=len(val.documents),
-            complete=True, seconds_off_the_clock=clock.excluded)
-    run.summary.update(val_bpb=final.bpb, val_loss=final.loss, eval_seconds=seconds,
-                       tokens_scored=final.tokens, bytes_scored=int(final.byte_sum), byte_rule=val.rule)
-    run.save_summary()
-    with run.guarded("the score by decodable bytes"):
-        decodable = read_manifest(s).get("decodable_val_bytes")
-        if decodable and s.val_doc_fraction == 1:     # normalising tokenizers lose bytes that the rule counts
-            run.summary["val_bpb_decodable"] = final.loss_sum / LN2 / decodable
-            run.log("honest_bytes", counted=int(final.byte_sum), decodable=decodable,
-                    val_bpb_decodable=run.summary["val_bpb_decodable"])
-
-
-def phase_steps(s: Settings, tokens: int) -> int:
-    """Steps of the base weights in a phase over so many tokens (see PhasedTTT.global_phase)."""
-    chunks, steps = -(-(tokens - 1) // s.global_ttt_chunk_tokens), 0
-    for c in range(max(chunks - 1, 1)):
-        inputs = min(s.global_ttt_chunk_tokens, tokens - 1 - c * s.global_ttt_chunk_tokens)
-        steps += -(-(inputs // s.eval_seq_len) // s.global_ttt_batch_seqs) * s.global_ttt_epochs
-    return steps
-
-
-def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) -> None:
-    """A stage's score, into the summary at once, and off the clock its profiles."""
-    check_score(stage, score)
-    run.log(f"score_{stage}", val_loss=score.loss, val_bpb=score.bpb, elapsed=clock.elapsed())
-    run.summary[f"{stage}_val_bpb"] = score.bpb
-    with clock.exclude():
-        run.save_summary()
-        with run.guarded(f"the profiles of {stage}"):
-            for profile in ledger.profiles():
-                run.log("profile", quiet=True, stage=stage, **profile)
-
-
-def check_score(stage: str, score: Score) -> None:
-    """A score that is not finite is none."""
-    if not math.isfinite(score.bpb):
-        raise UserError(f"the score of the stage {stage} is {score.bpb}: the weights are of no use "
-                        "(too large a learning rate, or a damaged file); train again, with a lower "
-                        "MATRIX_LR")
-
-
-def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> tuple[int, str, str]:
-    """The weights of the artifact at path into the model; its size, mark and digest."""
-    blob = read_bounded(path, MOST_ARTIFACT, "a run's final_model.int6.ptz") if world.main else None
-    blob = world.agree(blob)
-    found = read_artifact(s, blob, path.name)
-    load_weights(model, found.weights, path.name)
-    raw = found.calibration
-    model.calibration = None if raw is None else calibrated_by(s, raw.to(world.device))
-    return len(blob), found.mark, digest_of(blob).hex()
-
-
-def log_probes(s: Settings, world: World, run: Run, model: GPT) -> None:
-    """Evidence for C1-C4 into log and summary; a condition that fails makes the run NON-COMPLIANT."""
-    clock, probes = Clock(), run_probes(s, world, model)
-    run.summary["probes"] = {p.name: {"ok": p.ok, "figure": p.figure} for p in probes}
-    for p in probes:
-        run.log("probe", name=p.name, ok=p.ok, figure=p.figure)
-        if not p.ok:
-            run.not_compliant(f"the probe {p.name} failed: {p.figure}")
-    run.log("probes", seconds=clock.elapsed())
-
-
-TEXT_BASELINE_LIMIT = 8 << 20     # bytes of validation text that general-purpose compressors can manage
-
-
-def text_baselines(s: Settings, val: Validation) -> dict[str, float]:
-    """Bits per byte of general-purpose compressors on the validation text, when it is short enough."""
-    if s.caseops_enabled or val.target_bytes.sum() > TEXT_BASELINE_LIMIT:     # CaseOps text is transformed
-        return {}
-    sp, documents = load_tokenizer(s.tokenizer), zip(val.documents.start, val.documents.length)
-    pieces = (val.tokens[a + 1:a + n] for a, n in documents)
-    text = "\n".join(sp.decode(piece[piece != BOS].tolist()) for piece in pieces).encode()
-    return {"brotli-11": 8 * len(brotli.compress(text, quality=11)) / len(text),
-            "xz -9e": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)}
-
-
-def closing_block(s: Settings, world: World, run: Run, val: Validation) -> None:
-    """Every score, size and time, and one last line that is easy to grep."""
-    summary = run.summary
-    run.say("\n" + "-" * 72)
-    for label, key in (("untrained", "untrained_val_bpb"), ("averaged weights", "prequant_val_bpb"),
-                       ("quantised", "quantized_val_bpb"), ("sliding windows", "sliding_val_bpb"),
-                       ("test-time training", "ttt_val_bpb")):
-        if summary.get(key) is not None:
-            run.say(f"{label:28} {summary[key]:10.5f} BPB")
-    summary["text_baselines"] = {}
-    if world.main:
-        with run.guarded("the comparison with text compressors"):
-            summary["text_baselines"] = text_baselines(s, val)
-    for label, bpb in summary["text_baselines"].items():
-        run.say(f"{label + ' on the same text':28} {bpb:10.5f} bits per byte")
-    if summary["artifact_bytes"]:
-        run.say(f"{'artifact + script':28} {summary['artifact_bytes']:,} + {summary['code_bytes']:,} = "
-                f"{summary['total_bytes']:,} of {ARTIFACT_LIMIT:,} bytes")
-    for reason in summary["not_compliant_because"]:
-        run.say(f"NON-COMPLIANT: {reason}")
-    run.say("-" * 72)
-    keys = ("val_bpb", "sliding_val_bpb", "quantized_val_bpb", "total_bytes", "steps", "train_seconds",
-            "eval_seconds", "tokens_scored", "seed")
-    run.log("final", **{k: summary[k] for k in keys if summary[k] is not None})
-
-
-class Study:
-    """A mode that breaks the rules, for study only: every run of it is marked NON-COMPLIANT."""
-
-    def reason(self, s: Settings) -> str:
-        """Why the score of these settings, whatever the training, is no result; empty if it may be one."""
-        return ""
-
-    def after_training(self, s: Settings, world: World, run: Run, model: GPT, val: Validation) -> None:
-        """What is done with the averaged weights before they are quantised."""
-
-    def before_probing(self, s: Settings, world: World, model: GPT, tokens: np.ndarray) -> None:
-        """The same with a probe's tokens (N,), briefly, before its windows are scored."""
-
-
-class PartOfValidation(Study):
-    """Only a share of the documents is scored."""
-
-    def reason(self, s: Settings) -> str:
-        if s.val_doc_fraction == 1:
-            return ""
-        return f"VAL_DOC_FRACTION={s.val_doc_fraction:g}: only a part of the documents is scored"
-
-
-STUDIES: list[Study] = [PartOfValidation()]
-
-
-def study_reasons(s: Settings) -> list[str]:
-    """Why the score of these settings, whatever the training, is no result."""
-    return [reason for study in STUDIES if (reason := study.reason(s))]
-
-
-def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
-    """train -> average -> quantise -> pack -> read back -> score: the whole story."""
-    log_start(s, world, run)
-    for reason in study_reasons(s):
-        run.not_compliant(reason)
-    if world.device.type == "cpu" and not s.eval_only_quantized_path and (slow := slow_batch(s)):
-        run.warn(slow)
-    world.beat("checking")
-    for finding in run_checks(s, world, run.dir, why):
-        run.log("check", what=finding.name, detail=finding.figure)
-        if not finding.ok:
-            raise UserError(finding.figure)
-        if finding.name == "data fingerprint":
-            run.summary["data_fingerprint"] = finding.figure
-    run.save_summary()
-    world.beat("set-up")
-    model, val = build_model(s, world), Validation(s)
-    if not s.eval_only_quantized_path:
-        with Validation.seal():
-            clock, stream = learn(s, world, run, model, val)
-            for study in STUDIES:
-                study.after_training(s, world, run, model, val)
-            if not s.prequant_only:
-                compress(s, world, run, model, clock, stream.next)
-        remove_safety_copies(run)
-        stream.close()
-        if not s.quantize_only:
-            world.beat("scoring")
-            score = Scorer(s, world, model).windows(val, s.eval_seq_len)
-            check_score("prequant", score)
-            run.log("score_prequant", val_loss=score.loss, val_bpb=score.bpb)
-            run.summary["prequant_val_bpb"] = score.bpb
-            run.save_summary()
-    if not (s.quantize_only or s.prequant_only):
-        path = Path(s.eval_only_quantized_path or run.dir / ARTIFACT_NAME)
-        score_artifact(s, world, run, model, val, path)
-    closing_block(s, world, run, val)
-    run.save_summary()
-
-
-def check_command(which: str) -> int:
-    """--check: one line per finding; 1 when something is wrong. --check settings needs no data."""
-    if which not in ("", "settings", "data"):
-        raise UserError(f"--check {which} must be --check, --check settings or --check data")
-    s = Settings.from_env(os.environ)
-    ranks = launcher_ranks({"WORLD_SIZE": str(max(1, torch.cuda.device_count())), "RANK": "0",
-                            "MASTER_ADDR": "localhost", "MASTER_PORT": "1", **os.environ})
-    if not s.eval_only_quantized_path:
-        s.batch_shape(ranks.size)
-    print(f"ok    settings: {len(s.changed())} differ from the defaults")
-    for name, what in stray_names(os.environ).items():
-        print(f"warn  {name}: {what}")
-    if which == "settings":
-        return 0
-    findings = run_checks(s, World.join({}), Path(s.artifact_dir or "runs"))
-    if which == "data":
-        others = ("made before", "device", "attention", "batch", "folder", "disk", "size")
-        findings = [f for f in findings if f.name not in others]
-    for f in findings:
-        print(f"{'ok   ' if f.ok else 'FAIL '} {f.name}: {f.figure}")
-    return int(any(not f.ok for f in findings))
-
-
-# What takes less memory, by the first word of what a rank was doing.
-LESS_MEMORY = {"scoring": "lower VAL_BATCH_TOKENS", "adapting": "lower TTT_BATCH_SIZE",
-               "quantising": "free memory on the host"}
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether host or GPU had no more memory to give."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    said = ("out of memory", "can't allocate memory", "cannot allocate memory")
-    return isinstance(error, (RuntimeError, OSError)) and any(words in text for words in said)
-
-
-def end_early(error: BaseException, run: Run | None, rank: int) -> int:
-    """Say in one line why the run ends, and how to go on; the exit status."""
-    if SIGNALS.number and not isinstance(error, Interrupted):
-        # a collective broke because another rank obeyed first
-        error = SIGNALS.error("the run was interrupted")
-    pulse = run.world.pulse if run is not None else Pulse()
-    if rank:
-        time.sleep(2)     # rank 0 says it, unless it alone did not see the mistake
-    if pulse.ending:      # the heartbeat has said why and is about to end this process
-        time.sleep(60)
-    status, line, trace = getattr(error, "status", 2), str(error), ""
-    if is_out_of_memory(error):
-        word = pulse.doing.split()[0]
-        less = LESS_MEMORY.get(word, "raise GRAD_ACCUM_STEPS, or lower TRAIN_BATCH_TOKENS")
-        why = f"{in_a_line(error):.160}"
-        line = f"out of memory at \"{pulse.doing}\" on rank {rank} ({why}): {less}"
-    elif not isinstance(error, UserError) and not hasattr(error, "status"):
-        status, line = 1, in_a_line(error)
-        trace = "".join(traceback.format_exception(error))
-    event = "error"
-    if isinstance(error, Interrupted):
-        event = "interrupted"
-        if rank:      # rank 0 has said it
-            return status
-    if run is None:
-        tell(f"{event}: {line}")
-        if trace:      # there is no log yet
-            tell(trace)
-        return status
-    run.failed(line, trace, again=not isinstance(error, UserError), event=event)
-    run.close()
-    return status
-
-
-def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
-    """Entry: 0 when all went well, 1 when --check found something or the script failed, 2 on a user's
-    mistake, 130 or 143 when interrupted."""
-    rank, run = 0, None
-    SIGNALS.install()
-    for screen in sys.stdout, sys.stderr:
-        with contextlib.suppress(AttributeError):      # a screen of ASCII gets ? for what it cannot show
-            screen.reconfigure(errors="replace")
-    try:
-        if "--help" in argv or "-h" in argv:
-            print_help()
-            return 0
-        check_temporary_folder()
-        if list(argv[:1]) == ["--check"]:
-            return check_command(" ".join(argv[1:]))
-        if argv:
-            raise UserError(f"unknown argument {argv[0]}: settings come from the environment; see --help")
-        rank = launcher_ranks(os.environ).rank
-        s = Settings.from_env(os.environ)
-        world = World.join(os.environ)
-        why = set_up(s, world)
-        run = Run(s, world)
-        pipeline(s, world, run, why)
-        run.close()
-        world.leave()
-        return 0
-    except (Exception, Interrupted) as error:
-        return end_early(error, run, rank)
 
 
 # ============================================================================================================
