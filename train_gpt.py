@@ -57,6 +57,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
+if __name__ == "__main__":      # Ctrl-C while torch is imported ends in silence, not in a trace
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -164,7 +167,7 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
     model, val = build_model(s, world), Validation(s)
     if not s.eval_only_quantized_path:
         with Validation.seal():
-            clock, stream = learn(s, world, run, model, val)
+            clock, stream = train(s, world, run, model, val)
             for study in STUDIES:
                 study.after_training(s, world, run, model, val)
             if not s.prequant_only:
@@ -185,7 +188,7 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
     run.save_summary()
 
 
-def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> tuple[Clock, Prefetch]:
+def train(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> tuple[Clock, Prefetch]:
     """Warm up, rehearse, train to the average, or read EVAL_ONLY_PATH; the training clock and the stream."""
     drop_ballast(run)      # of a run that was killed
     if s.eval_only_path:
@@ -214,7 +217,7 @@ def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
         run.summary["untrained_val_bpb"] = state["untrained_val_bpb"]
     try:
         with SIGNALS.held():
-            trained = train(s, world, run, trainer, reserve, validate, state)
+            trained = train_loop(s, world, run, trainer, reserve, validate, state)
             if not trained.facts["stopped"]:
                 model.load_state_dict(trainer.ema)
                 save_weights(run, model, trained.facts)
@@ -230,8 +233,8 @@ def learn(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
     return trained.clock, trained.stream
 
 
-def train(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
-          validate: Callable, state: Mapping[str, Any] | None = None) -> Trained:
+def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
+               validate: Callable, state: Mapping[str, Any] | None = None) -> Trained:
     """The training loop, to ITERATIONS, until a step would pass MAX_WALLCLOCK_SECONDS - reserve, or until a
     signal; validate(step, looping) scores the weights off the clock. state: of the checkpoint to go on from.
     UserError when loss or gradient stop being finite."""
@@ -884,13 +887,13 @@ class Forward:
     rope: tuple[Tensor, Tensor]
     layout: Layout | None
     adapter: BoundAdapter | None
-    tap: Callable | None
+    hook: Callable | None
     cache: KeyCache | None
 
     def observe(self, kind: str, layer: int, x: Tensor) -> None:
         """Hand an activation to the forward hook, if there is one."""
-        if self.tap is not None:
-            self.tap(kind, layer, x)
+        if self.hook is not None:
+            self.hook(kind, layer, x)
 
     def adapted(self, y: Tensor, kind: str, slot: int, x: Tensor) -> Tensor:
         """y with the adapter's delta, which reads x, for this slot, if there is one."""
@@ -1025,23 +1028,23 @@ class GPT(nn.Module):
         return self.s.rope_base
 
     def embed(self, ids: Tensor, layout: Layout | None, before: Tensor | None = None,
-              tap: Callable | None = None) -> Tensor:
+              hook: Callable | None = None) -> Tensor:
         """Normalised embeddings (B, T, D), mixed with those of the tokens before. before (B, 2): the tokens
         ahead of ids, where the rows go on from a cache."""
         length = ids.size(1)
         if before is not None:
             ids = torch.cat((before[:, -1:], ids), dim=1)
-        x = self.look_up(ids, tap)
+        x = self.look_up(ids, hook)
         if self.s.smear_gate_enabled:
             x = self.smear(x, self.smears_into(ids, layout))
         x = rms(x)
         return x if before is None else x[:, -length:]
 
-    def look_up(self, ids: Tensor, tap: Callable | None) -> Tensor:
+    def look_up(self, ids: Tensor, hook: Callable | None) -> Tensor:
         """The rows of the embedding (B, T, D) for tokens ids (B, T)."""
         x = F.embedding(ids, self.tok_emb).to(self.compute_dtype)
-        if tap is not None:
-            tap("embedding", -1, x)
+        if hook is not None:
+            hook("embedding", -1, x)
         return x
 
     def same_segment(self, ids: Tensor, layout: Layout | None) -> Tensor | None:
@@ -1103,7 +1106,7 @@ class GPT(nn.Module):
     def feed_forward(self, c: Forward, i: int, slot: int, n: Tensor) -> Tensor:
         """MLP branch of layer i on its normalised input n (B, T, D)."""
         w = c.layers[i]
-        if c.tap is None:
+        if c.hook is None:
             flat = n.flatten(0, 1)
             out = leaky_square_mlp(flat, w.up, w.down, self.s.negative_slope).view(n.shape)
         else:      # the same in steps that can be seen
@@ -1149,22 +1152,22 @@ class GPT(nn.Module):
 
     # --- the forward
 
-    def begin(self, ids: Tensor, layout: Layout | None, adapter: Adapter | None, tap: Callable | None,
+    def begin(self, ids: Tensor, layout: Layout | None, adapter: Adapter | None, hook: Callable | None,
               cache: KeyCache | None) -> Forward:
         """All that the layers of one forward share; its x0 is where they start from."""
         start = 0 if cache is None else cache.position
         window = 0 if cache is None else cache.window
-        x = self.embed(ids, layout, cache.last if start else None, tap)
+        x = self.embed(ids, layout, cache.last if start else None, hook)
         rope = self.rope(ids.size(1), ids.device, start, window)
         bound = None if adapter is None else adapter.bind(x.dtype)
-        return Forward(self.layer_weights(), x, rope, layout, bound, tap, cache)
+        return Forward(self.layer_weights(), x, rope, layout, bound, hook, cache)
 
     def hidden(self, ids: Tensor, plan: Plan, layout: Layout | None = None, adapter: Adapter | None = None,
-               tap: Callable | None = None, cache: KeyCache | None = None) -> Tensor:
+               hook: Callable | None = None, cache: KeyCache | None = None) -> Tensor:
         """Final normalised hidden state (B, T, D) of tokens ids (B, T). layout: documents of a packed row
-        (None: each row is causal). adapter: low-rank deltas. tap(kind, layer, x) sees the activations. cache:
-        the rows go on where it ends."""
-        c = self.begin(ids, layout, adapter, tap, cache)
+        (None: each row is causal). adapter: low-rank deltas. hook(kind, layer, x) sees the activations.
+        cache: the rows go on where it ends."""
+        c = self.begin(ids, layout, adapter, hook, cache)
         x, skips = c.x0, []
         for slot, i in enumerate(plan.encoder):
             x = self.block(c, i, slot, x)
@@ -1235,11 +1238,11 @@ class GPT(nn.Module):
         return two_caps or self.calibration is not None
 
     def losses(self, ids: Tensor, targets: Tensor, plan: Plan, layout: Layout | None = None,
-               adapter: Adapter | None = None, tap: Callable | None = None, cache: KeyCache | None = None,
+               adapter: Adapter | None = None, hook: Callable | None = None, cache: KeyCache | None = None,
                training: bool = False) -> Tensor:
         """Cross-entropy of every target in nats, (B, T) float32; of targets (N, B, T), N tokens a place, the
         first's have a graph. training: as published, without the two caps."""
-        hidden = self.hidden(ids, plan, layout, adapter, tap, cache)
+        hidden = self.hidden(ids, plan, layout, adapter, hook, cache)
         if self.scores_plain_logits(adapter, training):
             z = self.logits(hidden, adapter)
             loss = functools.partial(F.cross_entropy, reduction="none")
@@ -1504,7 +1507,7 @@ class Trainer:
         self.s, self.world, self.model = s, world, model
         self.accum, self.tokens = s.batch_shape(world.size)
         self.losses = compiled(s, world.device, model.losses, fullgraph=True)
-        self.laps: dict[str, float] | None = None     # on a measured step: ms by part
+        self.parts: dict[str, float] | None = None     # on a measured step: ms by part
         self.rewind()
 
     def rewind(self) -> None:
@@ -1542,35 +1545,35 @@ class Trainer:
     def measure(self) -> None:
         """Make the next step a measured one."""
         sync(self.world.device)
-        self.laps, self.watch = {}, Clock()
+        self.parts, self.watch = {}, Clock()
 
-    def lap(self, part: str) -> None:
-        """On a measured step: wait for the GPU, charge the ms since the last lap to part."""
-        if self.laps is not None:
+    def charge(self, part: str) -> None:
+        """On a measured step: wait for the GPU, charge the ms since the last time to part."""
+        if self.parts is not None:
             sync(self.world.device)
-            self.laps[part] = self.laps.get(part, 0.0) + 1e3 * self.watch.elapsed()
+            self.parts[part] = self.parts.get(part, 0.0) + 1e3 * self.watch.elapsed()
             self.watch = Clock()
 
     def micro_step(self, batch: Batch, plan: Plan) -> Tensor:
         """Forward and backward of one micro-batch; returns its mean loss (nats per token)."""
-        self.lap("data")
+        self.charge("data")
         if batch.cu_seqlens is not None and compiles(self.s, self.world.device):
             torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
         layout = batch.layout(batch.cut or self.s.train_seq_len)
         loss = self.losses(batch.x, batch.y, plan, layout, training=True).mean()
-        self.lap("forward")
+        self.charge("forward")
         (loss / self.accum).backward()
-        self.lap("backward")
+        self.charge("backward")
         return loss.detach()
 
     def update(self, lr: float, momentum: float) -> Tensor:
         """Optimiser step (at a share of the peak rate) and weight average; the norm before clipping."""
         norm = self.optimiser.step(lr, momentum)
-        self.lap("optimiser")
+        self.charge("optimiser")
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.model.parameters()],
                                  1 - self.s.ema_decay)
-        self.lap("average")
+        self.charge("average")
         return norm
 
     def warm_up(self) -> float:
@@ -1639,8 +1642,8 @@ class Curvature(NamedTuple):
     fisher: Mapping[str, Tensor] = {}     # g (R): (dL/dy)^2, mean over visits and tokens; absent: all alike
 
 
-class HessianTap:
-    """A forward's tap that sums x'x of every matrix input, each visit counted, and (dL/dy)^2 of outputs."""
+class HessianHook:
+    """A forward's hook that sums x'x of every matrix input, each visit counted, and (dL/dy)^2 of outputs."""
 
     INPUTS = {"attn_in": "blocks.{}.attn.c_q.weight", "heads": "blocks.{}.attn.proj.weight",
               "mlp_in": "blocks.{}.mlp.fc.weight", "mlp_act": "blocks.{}.mlp.proj.weight"}
@@ -1734,16 +1737,16 @@ def pieces(batch: Batch, most: int) -> Iterator[Batch]:
 
 def calibrate(s: Settings, world: World, model: GPT, next_batch: Callable[[], Batch]) -> Curvature:
     """Curvature over GPTQ_CALIBRATION_BATCHES training micro-batches, shared out over the ranks, loops on."""
-    tap, plan, fisher = HessianTap(s), layer_plan(s, True), s.quant_allocation == "fisher"
+    hook, plan, fisher = HessianHook(s), layer_plan(s, True), s.quant_allocation == "fisher"
     generator = torch.Generator(world.device).manual_seed(s.seed + world.rank)
     for _ in range(-(-s.gptq_calibration_batches // world.size)):
         for part in pieces(next_batch().to(world.device), CALIBRATION_TOKENS):
             with torch.set_grad_enabled(fisher):
-                hidden = model.hidden(part.x, plan, part.layout(s.train_seq_len), tap=tap)
+                hidden = model.hidden(part.x, plan, part.layout(s.train_seq_len), hook=hook)
             if fisher:
-                tap.add_squares(model, part.x, hidden, generator)
-        tap.batches += 1
-    return tap.finish(world)
+                hook.add_squares(model, part.x, hidden, generator)
+        hook.batches += 1
+    return hook.finish(world)
 
 
 def to_half(x: Tensor) -> Tensor:
@@ -2093,7 +2096,7 @@ class Quantiser:
         costs = [sum((len(w) + w.size(1) / 3) * w.size(1) ** 2 for w in map(weights.get, group))
                  for group in inputs.values()]
         keys = [list(inputs)[i] for i in sorted(share_out(costs, world.size)[world.rank])]
-        self.mine = [n for key in keys for n in inputs[key]]
+        self.own = [n for key in keys for n in inputs[key]]
         # what calibration left that is not used as it is: matrix -> what is done instead
         self.unusual = {n: "sensitivities that are not finite: as fine as the others on average"
                         for n in curvature.fisher if n not in fisher}
@@ -2107,9 +2110,10 @@ class Quantiser:
         self.steps = self.allocate(fisher) if self.fisher else {}
         for key, (order, u, dead, _) in self.factors.items():
             self.factors[key] = order, u / self.columns_of(key)[order], dead
-        self.spread = sum(world.gather(sum(map(self.spread_of, self.mine), np.zeros(511))))
+        self.deviations = sum(world.gather(sum(map(self.deviations_of, self.own), np.zeros(511))))
         # beyond this nine codes in ten would be in rows whose steps cannot shrink; hand: the settings' steps
-        low = np.searchsorted(self.spread.cumsum(), 0.1 * self.spread.sum()) - len(self.spread) // 2
+        below = self.deviations.cumsum()
+        low = np.searchsorted(below, 0.1 * below[-1]) - len(below) // 2
         self.finest = 2 ** (low / OCTAVE) / (TOP_CODE / 4) if self.fisher else 1.0
 
     def factorise(self, names: list[str]) -> None:
@@ -2129,7 +2133,7 @@ class Quantiser:
         """Stored steps, `.row` and `.col`, with step^2 g_row d_col the same for all weights of all matrices,
         d being the variance of a column's input given the columns that GPTQ rounds after it."""
         rows, columns, level = {}, {}, {}
-        for name in self.mine:
+        for name in self.own:
             if (key := input_of(name)) not in columns:
                 ratio = self.factors[key][3].double().log2()      # of d^-1/2
                 level[key] = ratio.mean()
@@ -2165,7 +2169,7 @@ class Quantiser:
         least = (OCTAVE * largest.clamp_min(1e-9).log2()).ceil().clamp(-127, 127).to(torch.int8)
         return torch.maximum(self.steps[name + ".row"].to(w.device), least)
 
-    def spread_of(self, name: str) -> np.ndarray:
+    def deviations_of(self, name: str) -> np.ndarray:
         """How many codes have which standard deviation at unit 1: counts (511) by eighths of an octave around
         1, taking a code's variance as that of its row times that of its column."""
         rows = octaves(self.steps[name + ".row"]) if self.fisher else self.rows_of(name, 1.0).float()
@@ -2193,7 +2197,7 @@ class Quantiser:
             else:
                 out.tensors[name], out.meta[name] = to_half(w).cpu(), "passthrough (float16)"
         batches: dict[tuple, list[str]] = {}
-        for name in self.mine:
+        for name in self.own:
             w = self.weights[name]
             batches.setdefault((w.shape, storage_of(self.s, name, w).bits), []).append(name)
         done: dict[str, Tensor] = {}
@@ -2516,16 +2520,16 @@ class Scorer:
         s, ledger = self.s, Ledger(val, self.world.device)
         self.ledger = ledger              # the books of the latest evaluation
         starts, targets = val.documents.start, val.documents.length - 1
-        beyond = (targets > s.eval_seq_len) & (s.eval_kv_reuse and stride < s.eval_seq_len)
-        windows = [(a + b, a + e, a + f) for a, n in zip(starts[~beyond].tolist(), targets[~beyond].tolist())
+        longer = (targets > s.eval_seq_len) & (s.eval_kv_reuse and stride < s.eval_seq_len)
+        windows = [(a + b, a + e, a + f) for a, n in zip(starts[~longer].tolist(), targets[~longer].tolist())
                    for b, e, f in sliding_windows(n, s.eval_seq_len, stride)]
         rows, plan = pack_rows(windows, self.capacity), layer_plan(s, looping)
         widths = [sum(end - begin for begin, end, _ in row) for row in rows]
         for i in share_out(widths, self.world.size)[self.world.rank]:
             self.world.beat(f"scoring row {i}")
             self.score_row(rows[i], val, plan, ledger)
-        if beyond.any():
-            self.once(val, np.flatnonzero(beyond), stride, ledger)
+        if longer.any():
+            self.once(val, np.flatnonzero(longer), stride, ledger)
         return ledger.close(self.world)
 
     def once(self, val: Validation, documents: np.ndarray, stride: int, ledger: Ledger) -> None:
@@ -2535,7 +2539,7 @@ class Scorer:
         still = PhasedTTT(s, self.world, self.model, val, ledger=ledger)
         still.level = NO_ADAPTATION
         self.model.requires_grad_(False)       # as in adaptation, so that it has the same graphs
-        for group in still.mine(grouped(s, documents, still.lengths)):
+        for group in still.own_share(grouped(s, documents, still.lengths)):
             still.adapt_group(group)
         self.model.requires_grad_(True)
 
@@ -2746,7 +2750,7 @@ def trained_rows(s: Settings, targets: np.ndarray, end: int) -> np.ndarray:
     return goes_on & (targets + 1 >= s.ttt_train_min_doc_len) & (targets < most)
 
 
-def kept_rows(batch: int, live: int) -> int:
+def rows_kept_for(batch: int, live: int) -> int:
     """Rows for `live` documents left: `batch` halved while they fit in, but not to 1, a graph of its own."""
     while live <= batch // 2 > 1:
         batch //= 2
@@ -2824,7 +2828,7 @@ class PhasedTTT:
         adapting = 3 * (longest if self.s.ttt_kv_reuse else ends.sum())
         return len(group) * np.array([adapting, adapting, longest], float)
 
-    def mine(self, groups: list[np.ndarray]) -> list[np.ndarray]:
+    def own_share(self, groups: list[np.ndarray]) -> list[np.ndarray]:
         """This rank's share of the groups."""
         share = share_out([self.costs(g)[self.level] for g in groups], self.world.size)[self.world.rank]
         return [groups[i] for i in sorted(share)]
@@ -2832,7 +2836,7 @@ class PhasedTTT:
     def run(self) -> Score:
         """Score every document once. The model's weights end as the last phase left them."""
         rounds = ttt_rounds(self.s, self.lengths)
-        todo = [self.mine(r.groups) for r in rounds]
+        todo = [self.own_share(r.groups) for r in rounds]
         self.left = sum((self.costs(g) for mine in todo for g in mine), self.left)
         self.phase_tokens = sum(int(self.lengths[r.train_on].sum()) for r in rounds[:-1])
         self.model.requires_grad_(False)           # adapters learn; the base weights only in a phase
@@ -2912,7 +2916,7 @@ class PhasedTTT:
                 cache.advance(end - begin)
             ended = int(np.searchsorted(targets, begin, side="right"))       # targets rise within a group
             stateless = optimiser is None and (adapter is None or adapter.shared)
-            rows = slice(len(targets) - kept_rows(s.ttt_batch_size, len(targets) - ended), None)
+            rows = slice(len(targets) - rows_kept_for(s.ttt_batch_size, len(targets) - ended), None)
             if cached and stateless and rows.start > 0:
                 starts, targets = starts[rows], targets[rows]
                 for keeper in (cache,) if adapter is None else (cache, adapter):
@@ -4236,9 +4240,9 @@ class Progress:
             self.epochs = int(stream.epoch)
             tokens = step * self.s.train_batch_tokens
             self.run.log("epoch_end", epoch=self.epochs, step=step, tokens=tokens)
-        if trainer.laps:
-            self.run.log("step_time", quiet=True, step=step, looping=looping, parts=trainer.laps)
-            trainer.laps = None
+        if trainer.parts:
+            self.run.log("step_time", quiet=True, step=step, looping=looping, parts=trainer.parts)
+            trainer.parts = None
 
     def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, lr: float, plan: Plan) -> None:
         """A line in the log (ten steps, then every TRAIN_LOG_EVERY), else on a terminal, two a second."""
@@ -4350,6 +4354,7 @@ class AverageKeeper:
         if self.written:
             self.run.log("average", quiet=True, of=self.written)
             self.written = ""
+            self.run.note_go_on()      # after a kill only the log can tell
         if self.fault and not self.warned:
             self.warned = True
             self.run.log("warning", text=f"an average could not be kept beside training ({self.fault})")
@@ -6413,18 +6418,18 @@ def check_size(artifact: int, form: str = "readable") -> int:
     return total
 
 
-def estimate_bytes(spread: np.ndarray, unit: float = 1.0) -> float:
-    """Bytes of the codes of a Quantiser's spread at this unit, each coded as a Gaussian of its own size."""
-    octave = (np.arange(len(spread)) - len(spread) // 2) / OCTAVE - math.log2(unit)
+def estimate_bytes(deviations: np.ndarray, unit: float = 1.0) -> float:
+    """Bytes of codes of these deviations (see Quantiser) at this unit, each coded as a Gaussian."""
+    octave = (np.arange(len(deviations)) - len(deviations) // 2) / OCTAVE - math.log2(unit)
     sigma = np.exp2(np.minimum(octave, math.log2(TOP_CODE / 4)))
-    return float(spread @ np.log2(1 + 2 * math.pi * math.e * sigma ** 2)) / 16
+    return float(deviations @ np.log2(1 + 2 * math.pi * math.e * sigma ** 2)) / 16
 
 
-def unit_for(spread: np.ndarray, size: float, finest: float) -> float:
+def unit_for(deviations: np.ndarray, size: float, finest: float) -> float:
     """The finest unit, not below `finest`, at which the codes are estimated to take at most size bytes."""
     unit = finest
     for _ in range(40):      # a doubling saves at most one bit per code: never too far
-        bits = 8 * (estimate_bytes(spread, unit) - size) / max(spread.sum(), 1)
+        bits = 8 * (estimate_bytes(deviations, unit) - size) / max(deviations.sum(), 1)
         unit *= 2 ** min(max(bits, 0), 1)
     return unit
 
@@ -6472,12 +6477,12 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
     script = code_bytes(s.code_form)
     cap = (ARTIFACT_LIMIT - script - MARK_BYTES - 1024 * s.logit_calib_enabled      # which come later
            - LZMA_SLACK * (s.code_form == "packed"))
-    finest, spread = quantiser.finest, quantiser.spread
+    finest, deviations = quantiser.finest, quantiser.deviations
     # bytes beyond the estimate: not known before the first try, exact enough after it
-    beyond, best, over, under = 0.001 * cap, b"", 0.0, math.inf
+    overhead, best, over, under = 0.001 * cap, b"", 0.0, math.inf
     for attempt in range(12):
         margin = s.fit_margin_bytes
-        unit = unit_for(spread, cap - margin / 2 - beyond, finest)
+        unit = unit_for(deviations, cap - margin / 2 - overhead, finest)
         if not over < unit < under:      # between two tries; while nothing fits: far beyond
             unit = math.sqrt(max(over, finest) * under) if best else over * 2 ** attempt
         watch = Clock()
@@ -6487,7 +6492,7 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
         blob = world.agree(pack_model(s, q) if world.main else None)
         run.log("pack", bytes=len(blob), code_bytes=script, total=len(blob) + script, unit=unit,
                 quantise_s=quantised, pack_s=watch.elapsed() - quantised)
-        beyond = len(blob) - estimate_bytes(spread, unit)
+        overhead = len(blob) - estimate_bytes(deviations, unit)
         if len(blob) > cap:
             over = max(over, unit)
         else:
@@ -7228,7 +7233,7 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     clock = Clock()
     quantiser = Quantiser(s, matrix_views(weights), curvature, world)
     setting_up = clock.elapsed()
-    q = quantiser(unit_for(quantiser.spread, 0.99 * (ARTIFACT_LIMIT - code_bytes(s.code_form)),
+    q = quantiser(unit_for(quantiser.deviations, 0.99 * (ARTIFACT_LIMIT - code_bytes(s.code_form)),
                            quantiser.finest))
     packing = Clock()
     blob = world.agree(pack_model(s, q) if world.main else None)
@@ -7507,14 +7512,14 @@ class LineageGPT(GPT):
         return s.rope_base * (longest / s.train_seq_len) ** (dims / (dims - 2))
 
     def embed(self, ids: Tensor, layout: Layout | None, before: Tensor | None = None,
-              tap: Callable | None = None) -> Tensor:
+              hook: Callable | None = None) -> Tensor:
         s, dtype, length = self.s, self.compute_dtype, ids.size(1)
         channels = s.smear_gate_enabled and s.smear_gate_kind == "channels"
         if not channels and not s.bigram_vocab_size:
-            return super().embed(ids, layout, before, tap)
+            return super().embed(ids, layout, before, hook)
         if before is not None:      # two tokens: a bigram of the last one may be smeared
             ids = torch.cat((before[:, -2 if s.bigram_vocab_size else -1:], ids), dim=1)
-        x = self.look_up(ids, tap)
+        x = self.look_up(ids, hook)
         if s.bigram_vocab_size:
             rows = pair_rows(ids, s.bigram_vocab_size, self.same_segment(ids, layout))
             proj = getattr(self, "bigram_proj", None)
@@ -7549,7 +7554,7 @@ class LineageGPT(GPT):
         if not self.s.ve_enabled:
             return c
         return LineageForward(
-            c.layers, c.x0, c.rope, c.layout, c.adapter, c.tap, c.cache, self.token_values(ids))
+            c.layers, c.x0, c.rope, c.layout, c.adapter, c.hook, c.cache, self.token_values(ids))
 
     def project(self, c: Forward, i: int, slot: int, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().project(c, i, slot, n)

@@ -589,17 +589,17 @@ def check_logits(fx: Fixture, what: str, model, plan, layout, arrays: dict) -> N
 
 
 def check_trace(fx: Fixture, model, plan, layout, ids) -> None:
-    """Stored intermediate values, in order of execution, through the forward's tap."""
+    """Stored intermediate values, in order of execution, through the forward's hook."""
     want = fx.group("trace")
     if not want:
         return
     seen: dict[str, list] = {}
 
-    def tap(kind: str, layer: int, x: torch.Tensor) -> None:
+    def hook(kind: str, layer: int, x: torch.Tensor) -> None:
         seen.setdefault(kind, []).append((layer, x.detach()[0]))
 
     with torch.no_grad():
-        model.logits(model.hidden(ids, plan, layout, tap=tap))
+        model.logits(model.hidden(ids, plan, layout, hook=hook))
     tolerance = fx.tolerance("trace", "logits", atol=5e-5, rtol=1e-5)
     for kind, stored in want.items():
         if kind == "order":
@@ -1003,12 +1003,12 @@ def check_input_rms(fx: Fixture) -> None:
         load_model(fx, s, fx.group("param")),
         checked_plan(fx, s, fx.meta["looping_active"]),
     )
-    tap, batches = tg.HessianTap(s), fx.arrays["calibration.input_ids"]
+    hook, batches = tg.HessianHook(s), fx.arrays["calibration.input_ids"]
     with torch.no_grad():
         for ids in batches:
-            model.hidden(ids, plan, tap=tap)
-            tap.batches += 1
-    hessians = tap.finish().hessians
+            model.hidden(ids, plan, hook=hook)
+            hook.batches += 1
+    hessians = hook.finish().hessians
     for name, want in fx.group("act_rms").items():
         rms = tg.input_rms(s, name, hessians[tg.input_of(name)], batches[0].numel())
         fx.near(f"rms of {name}", rms, want, "act_rms")
@@ -1144,12 +1144,12 @@ def check_dequantise(fx: Fixture, base: Fixture) -> dict[str, torch.Tensor]:
 
 def check_hessians(fx: Fixture, s, model, plan, stored: dict) -> None:
     """Sum of XᵀX over all positions of the calibration rows, divided by the number of batches."""
-    tap = tg.HessianTap(s)
+    hook = tg.HessianHook(s)
     with torch.no_grad():
         for ids in fx.arrays["calibration.input_ids"]:
-            model.logits(model.hidden(ids, plan, tap=tap))
-            tap.batches += 1
-    hessians = tap.finish().hessians
+            model.logits(model.hidden(ids, plan, hook=hook))
+            hook.batches += 1
+    hessians = hook.finish().hessians
     tolerance = fx.tolerance("hessian", rtol=1e-4)["rtol"]
     for name, want in stored.items():
         fx.close(f"Hessian of {name}", hessians[tg.input_of(name)], want, rtol_of_max_abs=tolerance)

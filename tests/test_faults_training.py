@@ -39,7 +39,7 @@ def learn(data, folder, **changes):
     """Train as the script does: the folder's model, clock and stream."""
     s, run, model = start(data, folder, **changes)
     try:
-        clock, stream = tg.learn(s, tg.World(), run, model, None)
+        clock, stream = tg.train(s, tg.World(), run, model, None)
     finally:
         run.close()
     stream.close()
@@ -579,7 +579,7 @@ def learn(name, **more):
     s = settings(DATA_PATH=data, ARTIFACT_DIR=folder / name, **{**QUIET, **GOING_ON, **more})
     tg.SIGNALS = tg.Signals()
     tg.SIGNALS.install()
-    tg.learn(s, world, tg.Run(s, world), tg.build_model(s, world), None)[1].close()
+    tg.train(s, world, tg.Run(s, world), tg.build_model(s, world), None)[1].close()
 learn('whole')
 try:
     learn('two')

@@ -83,7 +83,7 @@ def test_the_ends_of_epochs_are_logged(data, tmp_path):
             pass
 
     trainer = tg.Trainer(s, world, tg.build_model(s, world))
-    trained = tg.train(s, world, Log(), trainer, 0.0, lambda *_: None)
+    trained = tg.train_loop(s, world, Log(), trainer, 0.0, lambda *_: None)
     trained.stream.close()
     total = sum(len(tg.read_shard(f)) for f in tg.list_shards(data, "train"))
     ends = [v for event, v in events if event == "epoch_end"]

@@ -222,8 +222,8 @@ def test_one_layer_shows_what_is_read_from_the_targets(one_layer, ahead, monkeyp
 
 def with_losses(patch, change):
     """GPT.losses with change(logits (B, T, V) float32, targets (B, T)) in place of the cross-entropy."""
-    def losses(self, ids, targets, plan, layout=None, adapter=None, tap=None, cache=None):
-        return change(self.logits(self.hidden(ids, plan, layout, adapter, tap, cache), adapter), targets)
+    def losses(self, ids, targets, plan, layout=None, adapter=None, hook=None, cache=None):
+        return change(self.logits(self.hidden(ids, plan, layout, adapter, hook, cache), adapter), targets)
     patch.setattr(tg.GPT, "losses", losses)
 
 
@@ -291,11 +291,11 @@ def test_tilt_at_the_books(s, monkeypatch):
 def test_the_better_of_adapted_and_plain(s, monkeypatch):
     """Two forwards, the smaller loss is booked: a selection that depends on the target."""
     def make(real):
-        def losses(self, ids, targets, plan, layout=None, adapter=None, tap=None, cache=None):
-            plain = real(self, ids, targets, plan, layout, None, tap, cache)
+        def losses(self, ids, targets, plan, layout=None, adapter=None, hook=None, cache=None):
+            plain = real(self, ids, targets, plan, layout, None, hook, cache)
             if adapter is None:
                 return plain
-            return torch.minimum(plain, real(self, ids, targets, plan, layout, adapter, tap, cache))
+            return torch.minimum(plain, real(self, ids, targets, plan, layout, adapter, hook, cache))
         return losses
     replace(monkeypatch, tg.GPT, "losses", make)
     assert_caught(s, TTT_SUM)

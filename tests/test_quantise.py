@@ -209,7 +209,8 @@ def quantised(monkeypatch, **changes):
     curvature = tg.calibrate(s, tg.World(), model, lambda: tg.Batch(x, x, None, 512))
     weights = tg.matrix_views({n: p.detach() for n, p in model.named_parameters()})
     quantiser = tg.Quantiser(s, weights, curvature)
-    unit = tg.unit_for(quantiser.spread, quantiser.spread.sum() * 6 / 8, quantiser.finest)  # 6 bits per code
+    six_bits = quantiser.deviations.sum() * 6 / 8
+    unit = tg.unit_for(quantiser.deviations, six_bits, quantiser.finest)
     return s, model, weights, quantiser(unit)
 
 
@@ -257,7 +258,7 @@ def test_hessians_are_summed_over_visits_and_divided_by_batches():
     batch = tg.Batch(x, x, None, 40)
     inputs = {}
     model.hidden(
-        x, tg.layer_plan(s, True), tap=lambda kind, i, v: inputs.setdefault((kind, i), []).append(v[0])
+        x, tg.layer_plan(s, True), hook=lambda kind, i, v: inputs.setdefault((kind, i), []).append(v[0])
     )
     h = tg.calibrate(s, tg.World(), model, lambda: batch).hessians
     visits = inputs["attn_in", 1]
@@ -298,13 +299,13 @@ def test_fisher_is_the_expected_square_of_the_gradient():
     model, x = sine_model(s), torch.randint(4, 300, (1, 10), generator=torch.Generator().manual_seed(0))
     plan, draws = tg.layer_plan(s, True), 60
     model.tok_emb.data *= 4
-    tap, generator = tg.HessianTap(s), torch.Generator().manual_seed(1)
+    hook, generator = tg.HessianHook(s), torch.Generator().manual_seed(1)
     for _ in range(draws):
-        tap.add_squares(model, x, model.hidden(x, plan, tap=tap), generator)
-        tap.batches += 1
-    fisher = tap.finish().fisher
+        hook.add_squares(model, x, model.hidden(x, plan, hook=hook), generator)
+        hook.batches += 1
+    fisher = hook.finish().fisher
     seen = []
-    hidden = model.hidden(x, plan, tap=lambda kind, i, v: kind == "mlp_out" and i == 0 and seen.append(v))
+    hidden = model.hidden(x, plan, hook=lambda kind, i, v: kind == "mlp_out" and i == 0 and seen.append(v))
     p = model.logits(hidden)[0].log_softmax(-1)
     want = torch.zeros(64)
     for t in range(10):
@@ -342,15 +343,15 @@ def test_sensitivities_of_embedding_and_head_are_autograds(mechanism, tied, monk
     if not isinstance(mechanism, dict):
         mechanism(monkeypatch)
     s = settings(QUANT_ALLOCATION="fisher", TIE_EMBEDDINGS=tied, VOCAB_SIZE=100, **changes)
-    model, x, tap = sine_model(s), torch.arange(20, 100, 6)[None], tg.HessianTap(s)
+    model, x, hook = sine_model(s), torch.arange(20, 100, 6)[None], tg.HessianHook(s)
     if s.asym_logit_rescale:
         model.softcap_pos.data.fill_(1.5)
         model.softcap_neg.data.fill_(0.7)
     plan = tg.layer_plan(s, True)
-    hidden = model.hidden(x, plan, tap=tap)
-    tap.add_squares(model, x, hidden, torch.Generator().manual_seed(0))
-    tap.batches = 1
-    curvature = tap.finish()
+    hidden = model.hidden(x, plan, hook=hook)
+    hook.add_squares(model, x, hidden, torch.Generator().manual_seed(0))
+    hook.batches = 1
+    curvature = hook.finish()
 
     hidden = model.hidden(x, plan)
     head = (model.tok_emb if tied else model.lm_head).detach()

@@ -391,5 +391,5 @@ def test_the_head_is_adapted_where_it_is_switched_on(s):
 
 
 def test_groups_shrink_to_few_sizes():
-    assert [tg.kept_rows(64, live) for live in (64, 33, 32, 17, 2, 1)] == [64, 64, 32, 32, 2, 2]
-    assert {tg.kept_rows(48, live) for live in range(1, 49)} == {48, 24, 12, 6, 3}
+    assert [tg.rows_kept_for(64, live) for live in (64, 33, 32, 17, 2, 1)] == [64, 64, 32, 32, 2, 2]
+    assert {tg.rows_kept_for(48, live) for live in range(1, 49)} == {48, 24, 12, 6, 3}
