@@ -56,6 +56,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
+if __name__ == "__main__":      # Ctrl-C while torch is imported ends in silence, not in a trace
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
 import torch.distributed as dist
