@@ -2,12 +2,16 @@
 
     python tests/faults.py [kills|inputs|fits|resume|all] [--seed N] [--count N] [--jobs N]
 
-kills    a small run is ended at a random moment, by SIGKILL, SIGTERM or SIGINT, alone or as two ranks; what it
-         leaves is read, and the command that it gives is followed to the score; one rank of two is stopped
-resume   a run is ended at a random step and resumed: artifact and score equal the uninterrupted run's, to the bit
-inputs   tests/fault_inputs.py         fits     tests/fault_fits.py
+kills    a small run is ended at a random moment, by SIGKILL, SIGTERM or SIGINT, alone or as
+         two ranks; what it leaves is read, and the command that it gives is followed to the
+         score; at last one rank of two is stopped
+resume   a run is ended at a random step and resumed: artifact and scores are those of a run
+         that was left alone, to the bit
+inputs   tests/fault_inputs.py
+fits     tests/fault_fits.py
 
-Prints a line for every case and a table at the end; exit status 0 only without violations.
+The data are made up, and every folder is removed at the end. Prints a line for every case and
+a table at the end; exit status 0 only without violations.
 """
 
 from __future__ import annotations
@@ -16,7 +20,9 @@ import argparse
 import collections
 import json
 import os
+import platform
 import random
+import shlex
 import signal
 import stat
 import subprocess
@@ -30,11 +36,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from conftest import ROOT, environment, make_data, settings, tg  # noqa: E402
+from conftest import ROOT, environment, make_data, settings, summary, tg  # noqa: E402
 
 SCRIPT = ROOT / "train_gpt.py"
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-STEPS = {1: 40, 2: 30}      # by ranks: seconds of training
+STEPS = {1: 40, 2: 30}      # of a run, by its ranks: some seconds of training
 COUNTS = {"kills": 60, "inputs": 300, "fits": 100, "resume": 3}
 PATIENCE = 180              # seconds for a run of ten, on a busy machine
 MOST_LOST = 60              # seconds of training that a kill may cost
@@ -54,8 +60,8 @@ os._exit(code)
 
 @dataclass
 class Case:
-    """One run to be ended. place: the event after which that happens, empty: any moment; share: of the time
-    to choose from. whom: all processes, the launcher or one rank."""
+    """One run to be ended. place: the event after which that happens, empty: any moment;
+    share: of the time to choose from. whom: all processes, the launcher or one rank."""
 
     number: int
     ranks: int
@@ -81,30 +87,35 @@ class Told:
     seconds: float = 0.0
 
 
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGKILL)
+KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+SIGNALS = (KILL, TERM, KILL, KILL, INT, KILL)
 PLACES = ("", "", "rehearsal", "average", "train_end", "artifact", "score_quantized")
 
 
 def generate(count: int, seed: int) -> list[Case]:
-    """`count` cases, two of three by SIGKILL, half of them of two ranks; equal seeds give equal cases."""
+    """`count` cases, two of three by SIGKILL, half of them of two ranks; equal seeds give equal
+    cases."""
     rng, cases = random.Random(seed), []
     for number in range(count):
         sent, ranks = SIGNALS[number % 6], 1 + number // 6 % 2
-        choices = ("all", "one") if sent == signal.SIGKILL else ("all", "launcher", "one")
+        choices = ("all", "one") if sent == KILL else ("all", "launcher", "one")
         whom = rng.choice(choices) if ranks > 1 else "all"
         changes = {"CHECKPOINT_EVERY_SECONDS": rng.choice((0, 0, 0.3))}
-        cases.append(Case(number, ranks, sent, whom, rng.choice(PLACES), rng.random(), changes))
+        place, share = rng.choice(PLACES), rng.random()
+        cases.append(Case(number, ranks, sent, whom, place, share, changes))
     return cases
 
 
 class Bench:
-    """Where runs are started: their data, a folder for each, and programs called `python` and `torchrun`."""
+    """Where runs are started: their data, a folder for each, programs called `python` and
+    `torchrun`."""
 
     def __init__(self, folder: Path):
         self.folder, self.data = folder, make_data(folder / "data")
         self.driver = folder / "driver.py"
         self.driver.write_text(DRIVER)
-        self.whole: dict[int, tuple[float, dict]] = {}      # by ranks: seconds and summary of a run left alone
+        # by ranks: seconds and summary of a run that is left alone
+        self.whole: dict[int, tuple[float, dict]] = {}
         self.programs = folder / "bin"
         self.programs.mkdir()
         for name, words in (("python", ()), ("torchrun", LAUNCHER[:2])):
@@ -112,32 +123,46 @@ class Bench:
             path.write_text(f'#!/bin/sh\nexec {" ".join([sys.executable, *words])} "$@"\n')
             path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
+    def environment(self, name: str, ranks: int, **changes) -> dict:
+        """Of a run in a folder of this name."""
+        usual = {"ITERATIONS": STEPS[ranks], "TRAIN_LOG_EVERY": 1}
+        return environment(self.data, **{**usual, "ARTIFACT_DIR": self.folder / name, **changes})
+
     def start(self, name: str, ranks: int, program: Path = SCRIPT, **changes) -> Job:
-        """A run in a folder of this name."""
-        env = environment(self.data, ITERATIONS=STEPS[ranks], TRAIN_LOG_EVERY=1, ARTIFACT_DIR=self.folder / name,
-                          **changes)
+        """Start such a run."""
         launcher = LAUNCHER if ranks > 1 else ()
-        return Job([sys.executable, *launcher, str(program)], env, self.folder / name, self.folder / f"{name}.said")
+        words = [sys.executable, *launcher, str(program)]
+        return Job(words, self.environment(name, ranks, **changes), self.folder / name)
+
+    def command(self, case: Case, name: str) -> str:
+        """How a user would have started a case's run."""
+        known = {f.name.upper() for f in tg.fields(tg.Settings)}
+        env = self.environment(name, case.ranks, **case.changes)
+        words = [f"{k}={shlex.quote(v)}" for k, v in env.items() if k in known]
+        launched = "torchrun --standalone --nproc_per_node=2"
+        return " ".join([*words, launched if case.ranks > 1 else "python", SCRIPT.name])
 
     def follow(self, command: str, name: str) -> Job:
-        """A command as the script has printed it, in a bare environment."""
+        """Start a command as it was printed, in a bare environment."""
         env = {"PATH": f"{self.programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-        return Job(["bash", "-c", command], env, self.folder / name, self.folder / f"{name}.said")
+        return Job(["bash", "-c", command], env, self.folder / name)
 
     def left_alone(self, ranks: int) -> None:
         """Measure a run that nothing ends."""
         name, begin = f"whole{ranks}", time.monotonic()
         job = self.start(name, ranks)
         if job.wait(PATIENCE):
-            raise RuntimeError(f"a run of {ranks} ranks that nothing ends has failed: {job.err[-2000:]}")
-        self.whole[ranks] = time.monotonic() - begin, tg.read_json(self.folder / name / "summary.json", "whole")
+            raise RuntimeError(f"a run that is left alone has failed: {job.err[-2000:]}")
+        self.whole[ranks] = time.monotonic() - begin, summary(job.folder)
 
 
 class Job:
-    """A command under way, in a session of its own, with its folder and what it says in a file."""
+    """A command under way, in a session of its own. What it says is in files beside the
+    folder of its run."""
 
-    def __init__(self, words: list[str], env: dict, folder: Path, said: Path):
-        self.folder, self.files = folder, (said.with_suffix(".out"), said.with_suffix(".err"))
+    def __init__(self, words: list[str], env: dict, folder: Path):
+        self.folder = folder
+        self.files = folder.with_suffix(".out"), folder.with_suffix(".err")
         self.begin = time.monotonic()
         with open(self.files[0], "w") as out, open(self.files[1], "w") as err:
             self.process = subprocess.Popen(words, env=env, cwd=ROOT, stdout=out, stderr=err,
@@ -156,7 +181,7 @@ class Job:
         try:
             status = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            send(self.family(), signal.SIGKILL)
+            send(self.family(), KILL)
             self.process.wait()
             return 124
         return status if status >= 0 else 128 - status
@@ -166,9 +191,9 @@ class Job:
 
     def family(self) -> list[int]:
         """The command's process and all below it."""
-        listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout
+        listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True)
         below = collections.defaultdict(list)
-        for line in listed.splitlines():
+        for line in listed.stdout.splitlines():
             pid, parent = map(int, line.split())
             below[parent].append(pid)
         found = [self.process.pid]
@@ -178,12 +203,18 @@ class Job:
 
     def rank(self, number: int) -> list[int]:
         """The process of one rank, if there is one yet."""
-        return [pid for pid in self.family() if f"\0RANK={number}\0".encode() in environment_of(pid)]
+        mark = f"\0RANK={number}\0".encode()
+        return [pid for pid in self.family() if mark in environment_of(pid)]
 
     def wait_for(self, event: str) -> None:
         """Until the log tells of an event, or the run ends."""
         while self.runs() and not told(self.folder, event):
             time.sleep(0.02)
+
+    def wait_for_step(self, step: int) -> None:
+        """Until the log tells of a step, or the run ends."""
+        while self.runs() and steps_of(self.folder) < step:
+            time.sleep(0.01)
 
     def wait_until(self, moment: float) -> None:
         """Until so many seconds after the start, or the run's end."""
@@ -217,7 +248,7 @@ def wait_for_end(pids: list[int], seconds: float) -> list[int]:
     while alive(pids) and time.monotonic() < end:
         time.sleep(0.05)
     late = alive(pids)
-    send(late, signal.SIGKILL)
+    send(late, KILL)
     return late
 
 
@@ -266,7 +297,9 @@ def read_file(path: Path) -> None:
 def unreadable(folder: Path) -> list[str]:
     """Files of a run that cannot be read."""
     faults = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
+    for path in sorted(folder.rglob("[!.]*")):
+        if path.is_dir():
+            continue
         try:
             read_file(path)
         except Exception as error:
@@ -279,8 +312,10 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def lost(folder: Path, moment: float) -> list[str]:
-    """A training of two steps has left nothing that is at most MOST_LOST seconds older than this moment."""
-    if steps_of(folder) < 2 or any((folder / name).exists() for name in (tg.ARTIFACT_NAME, tg.WEIGHTS_NAME)):
+    """What is wrong when a training of two steps, ended at this moment, has left no weights
+    that are at most MOST_LOST seconds older."""
+    ends = [folder / tg.ARTIFACT_NAME, folder / tg.WEIGHTS_NAME]
+    if steps_of(folder) < 2 or any(path.exists() for path in ends):
         return []
     average = folder / tg.AVERAGE
     if not average.exists():
@@ -289,14 +324,16 @@ def lost(folder: Path, moment: float) -> list[str]:
     return [f"the average is {age:.0f} s old"] if age > MOST_LOST else []
 
 
-PROGRESS = {"final": "at its end", "artifact": "in evaluation", "never_trained": "in quantising",
-            "train": "in training", "rehearsal": "in training", "start": "in set-up"}
+PROGRESS = {      # the last thing that a log tells of, and what the run does then
+    "final": "at its end", "artifact": "in evaluation", "never_trained": "in quantising",
+    "train": "in training", "rehearsal": "in training", "start": "in set-up"}
 
 
 def doing(folder: Path) -> str:
     """How far the log of a run got."""
     events = {e["event"] for e in log_of(folder)}
-    where = next((where for event, where in PROGRESS.items() if event in events), "before its log")
+    found = [where for event, where in PROGRESS.items() if event in events]
+    where = found[0] if found else "before its log"
     return f"{where}, step {steps_of(folder)}" if where == "in training" else where
 
 
@@ -304,7 +341,7 @@ def doing(folder: Path) -> str:
 
 
 def strike(job: Job, case: Case, length: float) -> list[int]:
-    """End a job as the case says; `length`: seconds of such a job. The processes that there were."""
+    """End a job, of about `length` seconds, as the case says; the processes that it had."""
     if case.place:
         job.wait_for(case.place)
         job.wait_until(time.monotonic() - job.begin + case.share / 2)
@@ -318,25 +355,13 @@ def strike(job: Job, case: Case, length: float) -> list[int]:
 
 
 def next_command(job: Job, start: str) -> str:
-    """The command to go on: the last in the log; of what is not in it yet, that on the screen, or the start."""
+    """The command to go on: the one on the screen, else the last in the log; `start` if there
+    is none yet."""
     shown = [line for line in job.err.splitlines() if line.startswith("to go on: ")]
     logged = told(job.folder, "go_on")
     if shown:
         return shown[-1].removeprefix("to go on: ")
     return logged[-1]["command"] if logged else start
-
-
-def starting(bench: Bench, name: str, case: Case) -> str:
-    """The command by which a case's run was started, as a user would type it."""
-    env = environment(bench.data, ITERATIONS=STEPS[case.ranks], TRAIN_LOG_EVERY=1, ARTIFACT_DIR=bench.folder / name,
-                      **case.changes)
-    words = [f"{k}={tg.shlex.quote(v)}" for k, v in env.items() if k in settings_names()]
-    start = "torchrun --standalone --nproc_per_node=2" if case.ranks > 1 else "python"
-    return " ".join([*words, start, SCRIPT.name])
-
-
-def settings_names() -> set[str]:
-    return {f.name.upper() for f in tg.fields(tg.Settings)}
 
 
 def way_of(command: str) -> str:
@@ -350,8 +375,9 @@ def way_of(command: str) -> str:
 
 def judge_end(case: Case, job: Job, status: int, ended: bool) -> list[str]:
     """Exit status and last words. ended: before anything was sent."""
-    faults = []
-    right = [0] if ended else [128 + case.signal, *([0] if doing(job.folder) == "at its end" else [])]
+    faults, right = [], [0 if ended else 128 + case.signal]
+    if doing(job.folder) == "at its end":      # it may have been too late
+        right.append(0)
     if case.ranks == 1 and status not in right:
         faults.append(f"exit status {status}, not {right[0]}")
     if case.ranks == 1 and "Traceback" in job.err:
@@ -370,7 +396,7 @@ def follow(bench: Bench, name: str, ranks: int, command: str) -> list[str]:
     if not any(line.startswith("final val_bpb=") for line in job.out.splitlines()):
         faults.append(f"no final line of {command}")
     faults += unreadable(job.folder) + leftovers(job.folder)
-    score = tg.read_json(job.folder / "summary.json", "the summary").get("val_bpb")
+    score = summary(job.folder).get("val_bpb")
     right = bench.whole[ranks][1]["val_bpb"]
     if not score or score != right and way_of(command) in ("artifact", "checkpoint", "start"):
         faults.append(f"the score is {score}, of the run left alone {right}")
@@ -380,21 +406,23 @@ def follow(bench: Bench, name: str, ranks: int, command: str) -> list[str]:
 def record(bench: Bench, name: str, scored_before: bool) -> list[str]:
     """What is wrong with the record that a folder makes."""
     out = bench.folder / f"{name}.records"
-    words = [str(bench.folder / name), "--name", "again", "--track", "non_record", "--date", "2026-01-01",
-             "--out", str(out), "--skip-run", "a test"]
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / "make_record.py"), *words], cwd=ROOT,
-                          capture_output=True, text=True)
+    words = [str(ROOT / "tools" / "make_record.py"), str(bench.folder / name), "--name", "again",
+             "--track", "non_record", "--date", "2026-01-01", "--out", str(out),
+             "--skip-run", "a test"]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         return [f"make_record refuses: {done.stderr.strip()[-300:]}"]
     readme = (out / "track_non_record_16mb" / "2026-01-01_again" / "README.md").read_text()
     said = "the evaluation was run 2 times" in readme
-    return [] if said == scored_before else [f"the record says again={said}, scored before={scored_before}"]
+    if said != scored_before:
+        return [f"the record says {said} of an evaluation before, there was {scored_before}"]
+    return []
 
 
 def kill(bench: Bench, case: Case) -> Told:
     """Start a run, end it, and judge what it leaves and how it goes on."""
     name, result = f"kill{case.number}", Told(case)
-    program = bench.driver if case.signal == signal.SIGKILL else SCRIPT
+    program = bench.driver if case.signal == KILL else SCRIPT
     job = bench.start(name, case.ranks, program, **case.changes)
     family = strike(job, case, bench.whole[case.ranks][0])
     ended, moment = not job.runs(), time.time()
@@ -402,21 +430,21 @@ def kill(bench: Bench, case: Case) -> Told:
     if late := wait_for_end(family, 60):
         result.faults.append(f"{len(late)} processes lived on for a minute")
     result.where = doing(job.folder)
-    result.faults += judge_end(case, job, status, ended) + unreadable(job.folder) + lost(job.folder, moment)
+    result.faults += judge_end(case, job, status, ended)
+    result.faults += unreadable(job.folder) + lost(job.folder, moment)
     if result.where != "at its end":
-        command = next_command(job, starting(bench, name, case))
+        command = next_command(job, bench.command(case, name))
         result.how = way_of(command)
-        scored = 0
-        if (job.folder / "summary.json").exists():
-            scored = json.loads((job.folder / "summary.json").read_text()).get("evaluation_runs", 0)
+        scored = result.how == "artifact" and "evaluation_runs" in summary(job.folder)
         result.faults += follow(bench, name, case.ranks, command)
         if result.how == "artifact" and not result.faults:
-            result.faults += record(bench, name, scored > 0)
+            result.faults += record(bench, name, scored)
     return result
 
 
 def stop(bench: Bench, case: Case) -> Told:
-    """One rank of two is stopped in training: named, the job ended within a minute, and it goes on."""
+    """One rank of two is stopped in training: it is named, the job ends within a minute, and
+    goes on."""
     name, result = f"stop{case.number}", Told(case)
     job = bench.start(name, 2, bench.driver)
     job.wait_for("average")
@@ -427,8 +455,10 @@ def stop(bench: Bench, case: Case) -> Told:
     status = job.wait(PATIENCE)
     late = wait_for_end(family, 5)
     if time.monotonic() - begin > 60 or late or not status:
-        result.faults.append(f"status {status} after {time.monotonic() - begin:.0f} s, {len(late)} processes left")
-    if f"error: rank 1 ({tg.platform.node()}, pid {one[0]}) has made no progress" not in job.err:
+        seconds = time.monotonic() - begin
+        result.faults.append(f"status {status} after {seconds:.0f} s, {len(late)} left")
+    named = f"error: rank 1 ({platform.node()}, pid {one[0]}) has made no progress"
+    if named not in job.err:
         result.faults.append("the stopped rank is not named")
     command = next_command(job, "")
     result.how = way_of(command)
@@ -439,15 +469,18 @@ def stop(bench: Bench, case: Case) -> Told:
 # --- to the bit
 
 
+SAME = ("artifact_digest", "val_bpb", "sliding_val_bpb", "quantized_val_bpb",
+        "prequant_val_bpb", "steps")
+
+
 def resume(bench: Bench, case: Case) -> Told:
     """A run is ended at a step and resumed: artifact and score are those of the run left alone."""
     name, result = f"resume{case.number}", Told(case)
     job = bench.start(name, case.ranks, CHECKPOINT_EVERY_SECONDS=1e-6)
     step = 3 + int(case.share * (STEPS[case.ranks] - 8))
-    while job.runs() and steps_of(job.folder) < step:
-        time.sleep(0.01)
+    job.wait_for_step(step)
     family = job.family()
-    send(family if case.signal == signal.SIGKILL else family[:1], case.signal)
+    send(family if case.signal == KILL else family[:1], case.signal)
     job.wait(PATIENCE)
     wait_for_end(family, 60)
     result.where = doing(job.folder)
@@ -456,12 +489,12 @@ def resume(bench: Bench, case: Case) -> Told:
         result.faults.append(f"status {status}: {again.err.strip()[-600:]}")
         return result
     result.how = f"step {told(job.folder, 'resume')[0]['step']}"
-    here, there = tg.read_json(job.folder / "summary.json", "it"), bench.whole[case.ranks][1]
-    for key in ("artifact_digest", "val_bpb", "sliding_val_bpb", "quantized_val_bpb", "prequant_val_bpb", "steps"):
+    here, there = summary(job.folder), bench.whole[case.ranks][1]
+    for key in SAME:
         if here[key] is None or here[key] != there[key]:
             result.faults.append(f"{key}={here[key]}, of the run left alone {there[key]}")
-    artifacts = [(bench.folder / n / tg.ARTIFACT_NAME).read_bytes() for n in (name, f"whole{case.ranks}")]
-    if artifacts[0] != artifacts[1]:
+    mine, right = (bench.folder / n / tg.ARTIFACT_NAME for n in (name, f"whole{case.ranks}"))
+    if mine.read_bytes() != right.read_bytes():
         result.faults.append("the artifact is another")
     return result
 
@@ -469,9 +502,10 @@ def resume(bench: Bench, case: Case) -> Told:
 def resumed_cases(count: int, seed: int) -> list[Case]:
     """`count` random steps for each signal and number of ranks."""
     rng, cases = random.Random(seed), []
-    for sent in (signal.SIGKILL, signal.SIGTERM):
+    for sent in (KILL, TERM):
         for ranks in (1, 2):
-            cases += [Case(len(cases) + n, ranks, sent, "all", "train", rng.random()) for n in range(count)]
+            for _ in range(count):
+                cases.append(Case(len(cases), ranks, sent, "all", "train", rng.random()))
     return cases
 
 
@@ -487,8 +521,9 @@ def tried(act, bench: Bench, case: Case) -> Told:
         result = Told(case, faults=[traceback.format_exc()])
     result.seconds = time.monotonic() - begin
     to = f" to {case.whom}" if case.ranks > 1 else ""
-    print(f"{'VIOLATION' if result.faults else 'ok':9} {act.__name__} {case.number}: {case.kind}{to} "
-          f"{result.where}; went on from {result.how} ({result.seconds:.1f} s)", flush=True)
+    verdict = "VIOLATION" if result.faults else "ok"
+    print(f"{verdict:9} {act.__name__} {case.number}: {case.kind}{to} {result.where}; went on from "
+          f"{result.how} ({result.seconds:.1f} s)", flush=True)
     for fault in result.faults:
         print(f"          {fault}", flush=True)
     return result
@@ -524,7 +559,8 @@ def try_runs(kind: str, count: int, seed: int, jobs: int) -> list[tuple[str, Tol
 
 def main(argv: list[str]) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("kind", nargs="?", choices=(*COUNTS, "all"), default="all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=0, help=f"cases, by default {COUNTS}")
@@ -535,7 +571,8 @@ def main(argv: list[str]) -> int:
         count = args.count or COUNTS[kind]
         if kind in ("inputs", "fits"):
             program = Path(__file__).with_name(f"fault_{kind}.py")
-            faults += bool(subprocess.call([sys.executable, str(program), str(count), str(args.seed)]))
+            words = [sys.executable, str(program), str(count), str(args.seed)]
+            faults += bool(subprocess.call(words))
         else:
             results += try_runs(kind, count, args.seed, args.jobs)
     if results:
