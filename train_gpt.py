@@ -3682,7 +3682,7 @@ class AverageKeeper:
         if self.written:
             self.run.log("average", quiet=True, of=self.written)
             self.written = ""
-            self.run.note_go_on()      # from it: no more than the log is left when a kill comes
+            self.run.note_go_on()      # after a kill only the log can tell
         if self.fault and not self.warned:
             self.warned = True
             self.run.log("warning", text=f"an average could not be kept beside training ({self.fault})")
