@@ -204,7 +204,12 @@ class Job:
     def rank(self, number: int) -> list[int]:
         """The process of one rank, if there is one yet."""
         mark = f"\0RANK={number}\0".encode()
-        return [pid for pid in self.family() if mark in environment_of(pid)]
+        return [pid for pid in self.family() if mark in content(f"/proc/{pid}/environ")]
+
+    def wait_for_import(self) -> None:
+        """Until the script's own first lines were run: before, Python itself answers a signal."""
+        while self.runs() and b"/numpy/" not in content(f"/proc/{self.process.pid}/maps"):
+            time.sleep(0.02)
 
     def wait_for(self, event: str) -> None:
         """Until the log tells of an event, or the run ends."""
@@ -222,9 +227,10 @@ class Job:
             time.sleep(0.01)
 
 
-def environment_of(pid: int) -> bytes:
+def content(path: str) -> bytes:
+    """Of a file that may be gone."""
     try:
-        return Path(f"/proc/{pid}/environ").read_bytes()
+        return Path(path).read_bytes()
     except OSError:
         return b""
 
@@ -243,7 +249,7 @@ def alive(pids: list[int]) -> list[int]:
 
 
 def wait_for_end(pids: list[int], seconds: float) -> list[int]:
-    """Those of these processes that are there after so many seconds; they are killed."""
+    """Those of these processes that are still there after so many seconds; they are killed."""
     end = time.monotonic() + seconds
     while alive(pids) and time.monotonic() < end:
         time.sleep(0.05)
@@ -340,8 +346,11 @@ def doing(folder: Path) -> str:
 # --- one case
 
 
-def strike(job: Job, case: Case, length: float) -> list[int]:
-    """End a job, of about `length` seconds, as the case says; the processes that it had."""
+def strike(job: Job, case: Case, length: float) -> tuple[list[int], bool]:
+    """End a job, of about `length` seconds, as the case says: the processes that it had, and
+    whether it had ended before."""
+    if case.signal == INT:
+        job.wait_for_import()
     if case.place:
         job.wait_for(case.place)
         job.wait_until(time.monotonic() - job.begin + case.share / 2)
@@ -350,8 +359,9 @@ def strike(job: Job, case: Case, length: float) -> list[int]:
     family = job.family()
     one = job.rank(1)
     whom = {"all": family, "launcher": family[:1], "one": one or family}[case.whom]
+    ended = not job.runs()
     send(whom, case.signal)
-    return family
+    return family, ended
 
 
 def next_command(job: Job, start: str) -> str:
@@ -424,8 +434,8 @@ def kill(bench: Bench, case: Case) -> Told:
     name, result = f"kill{case.number}", Told(case)
     program = bench.driver if case.signal == KILL else SCRIPT
     job = bench.start(name, case.ranks, program, **case.changes)
-    family = strike(job, case, bench.whole[case.ranks][0])
-    ended, moment = not job.runs(), time.time()
+    family, ended = strike(job, case, bench.whole[case.ranks][0])
+    moment = time.time()
     status = job.wait(PATIENCE)
     if late := wait_for_end(family, 60):
         result.faults.append(f"{len(late)} processes lived on for a minute")
