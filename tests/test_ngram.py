@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, environment, load_config, run_script, settings, sine_model, summary, tg
+from conftest import CONFIGS, environment, load_config, settings, sine_model, summary, tg
+from test_run import run_here
 
 WORDS = dict(within_tau=0.45, within_boost=0.75, word_tau=0.65, word_boost=0.75, agree_add_boost=0.5)
 FIELD = dict(ttt_kv_reuse=False, ttt_shared_a=False, ttt_optimizer="adam", ttt_doc_order="length")
@@ -136,7 +137,7 @@ def test_the_only_door_to_sealed_tokens_marks_the_run(s):
 def test_an_artifact_of_a_study_says_so_wherever_it_is_scored(data, tmp_path):
     """Pre-quantisation training, gates that leak and a calibration in one run; then its artifact alone."""
     first, again = tmp_path / "first", tmp_path / "again"
-    status, text = run_script(environment(
+    status, text = run_here(environment(
         data, ARTIFACT_DIR=first, PREQUANT_TTT_ENABLED=1, PREQUANT_TTT_EPOCHS=1, LOGIT_CALIB_ENABLED=1,
         LOGIT_CALIB_TOKENS=500, NGRAM_TILT_ENABLED=1, NGRAM_GATES="target", WITHIN_TAU=0.5, TTT_ENABLED=0))
     assert status == 0, text
@@ -146,7 +147,7 @@ def test_an_artifact_of_a_study_says_so_wherever_it_is_scored(data, tmp_path):
     assert tg.PREQUANT in reasons and "NGRAM_GATES=target" in reasons and "C1 windows" in reasons
     header, streams = tg.artifact_from_bytes((first / tg.ARTIFACT_NAME).read_bytes(), "it")
     assert header["not_compliant"] == tg.PREQUANT and len(streams[tg.CALIBRATION_STREAM]) == 60
-    status, text = run_script(environment(
+    status, text = run_here(environment(
         data, ARTIFACT_DIR=again, EVAL_ONLY_QUANTIZED_PATH=first / tg.ARTIFACT_NAME, TTT_ENABLED=0,
         SLIDING_WINDOW_ENABLED=0))
     assert status == 0, text

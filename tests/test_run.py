@@ -1,7 +1,10 @@
 """The script as a user runs it: end to end, the modes, several ranks, and every mistake it must name."""
 
+import contextlib
 import hashlib
+import io
 import json
+import os
 import shutil
 import signal
 import socket
@@ -13,7 +16,6 @@ import numpy as np
 import pytest
 from conftest import ROOT, documents, environment, run_script, summary, tg, write_shard
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 KEYS = (
     "val_bpb val_loss sliding_val_bpb quantized_val_bpb prequant_val_bpb artifact_bytes code_bytes "
     "total_bytes steps "
@@ -30,6 +32,20 @@ def finished(data, tmp_path_factory):
     status, text = run_script(environment(data, ARTIFACT_DIR=folder, **TRAINING))
     assert status == 0, text
     return folder, text
+
+
+def run_here(env, *args):
+    """What run_script gives, from main in this process: the start of another takes seconds."""
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as screens:
+        for name in set(os.environ) - set(env):
+            patch.delenv(name)
+        for name, value in env.items():
+            patch.setenv(name, value)
+        screens.enter_context(contextlib.redirect_stdout(shown))
+        screens.enter_context(contextlib.redirect_stderr(shown))
+        status = tg.main(args)
+    return status, shown.getvalue()
 
 
 def events(folder, kind):
@@ -99,8 +115,8 @@ def test_a_run_killed_while_it_evaluates_leaves_its_artifact(finished, data, tmp
     assert process.wait() in (-signal.SIGKILL, 0)       # 0: the evaluation was over before
     process.stdout.close()
     assert events(killed, "artifact") and (killed / tg.ARTIFACT_NAME).read_bytes() == packed
-    status, text = run_script(environment(data, ARTIFACT_DIR=again,
-                                          EVAL_ONLY_QUANTIZED_PATH=killed / tg.ARTIFACT_NAME))
+    status, text = run_here(environment(data, ARTIFACT_DIR=again,
+                                        EVAL_ONLY_QUANTIZED_PATH=killed / tg.ARTIFACT_NAME))
     assert status == 0, text
     for score in ("val_bpb", "sliding_val_bpb", "quantized_val_bpb"):
         assert summary(again)[score] == summary(folder)[score]
@@ -114,7 +130,7 @@ def test_eval_only_gives_the_same_scores(finished, data, tmp_path):
         ("EVAL_ONLY_PATH", "final_model.pt"),
     ):
         out = tmp_path / setting
-        status, text = run_script(environment(data, ARTIFACT_DIR=out, **{setting: folder / name}))
+        status, text = run_here(environment(data, ARTIFACT_DIR=out, **{setting: folder / name}))
         assert status == 0, text
         assert summary(out)["quantized_val_bpb"] == pytest.approx(whole["quantized_val_bpb"], rel=3e-3)
         if setting == "EVAL_ONLY_QUANTIZED_PATH":
@@ -128,7 +144,7 @@ def test_eval_only_gives_the_same_scores(finished, data, tmp_path):
 
 def test_quantize_only_stops_at_the_artifact(finished, data, tmp_path):
     folder, _ = finished
-    status, text = run_script(
+    status, text = run_here(
         environment(data, ARTIFACT_DIR=tmp_path, QUANTIZE_ONLY=1, EVAL_ONLY_PATH=folder / "final_model.pt")
     )
     assert status == 0, text
@@ -143,11 +159,18 @@ def free_port():
 
 def test_one_rank_two_ranks_and_two_nodes_agree(data, tmp_path):
     same = dict(ITERATIONS=4, TRAIN_LOG_EVERY=1, WARMUP_STEPS=0, EVAL_STRIDE=32)
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert run_script(environment(data, ARTIFACT_DIR=one, GRAD_ACCUM_STEPS=2, **same))[0] == 0
-    assert (
-        run_script(environment(data, ARTIFACT_DIR=two, GRAD_ACCUM_STEPS=1, **same), launcher=TORCHRUN)[0] == 0
-    )
+    one, two, port = tmp_path / "one", tmp_path / "two", free_port()
+    assert run_here(environment(data, ARTIFACT_DIR=one, GRAD_ACCUM_STEPS=2, **same))[0] == 0
+
+    def rank(i):
+        env = environment(data, ARTIFACT_DIR=two, GRAD_ACCUM_STEPS=1, GLOO_SOCKET_IFNAME="lo", RANK=i,
+                          LOCAL_RANK=i, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=port, **same)
+        return run_script(env)
+
+    with ThreadPoolExecutor(2) as pool:
+        ended = list(pool.map(rank, range(2)))
+    assert [status for status, _ in ended] == [0, 0], ended
     nodes, port = [tmp_path / "node0", tmp_path / "node1"], free_port()
 
     def node(i):
@@ -182,9 +205,9 @@ def test_one_rank_two_ranks_and_two_nodes_agree(data, tmp_path):
             assert {**a, "nats": 0, "time": 0} == {**b, "nats": 0, "time": 0}
 
 
-def refused(env, *words, args=(), script=ROOT / "train_gpt.py"):
+def refused(env, *words, args=()):
     """The run ends at once with one line that says it all."""
-    status, text = run_script(env, *args, script=script)
+    status, text = run_here(env, *args)
     lines = [line for line in text.splitlines() if line.startswith("error: ")]
     assert status == 2 and len(lines) == 1 and "Traceback" not in text, text
     for word in words:
@@ -269,31 +292,24 @@ def test_a_flipped_byte_and_another_configuration(finished, data, tmp_path):
 
 
 def test_check_reports_every_finding(data, tmp_path):
-    status, text = run_script(environment(data, ARTIFACT_DIR=tmp_path), "--check")
+    status, text = run_here(environment(data, ARTIFACT_DIR=tmp_path), "--check")
     assert status == 0 and text.count("ok ") >= 8 and "FAIL" not in text
-    status, text = run_script(environment(data, ARTIFACT_DIR=tmp_path, DATA_PATH="nowhere"), "--check")
+    status, text = run_here(environment(data, ARTIFACT_DIR=tmp_path, DATA_PATH="nowhere"), "--check")
     assert status == 1 and text.count("FAIL") == 3
-    assert run_script(environment(data, DATA_PATH="nowhere"), "--check", "settings")[0] == 0
+    assert run_here(environment(data, DATA_PATH="nowhere"), "--check", "settings")[0] == 0
 
 
-def test_weights_survive_a_crash_after_training(data, tmp_path):
-    crash = (
-        "import os, sys; sys.path.insert(0, '.'); import train_gpt as t\n"
-        "def boom(*a): raise RuntimeError('lost pod')\nt.calibrate = None\nreal = t.rehearse\n"
-        "t.rehearse = lambda *a: 0.0\nt.calibrate = boom\nsys.exit(t.main([]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", crash],
-        env=environment(data, ARTIFACT_DIR=tmp_path),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert "lost pod" in done.stderr
-    status, text = run_script(
-        environment(data, ARTIFACT_DIR=tmp_path / "again", EVAL_ONLY_PATH=tmp_path / "final_model.pt")
-    )
+def test_weights_survive_a_crash_after_training(data, tmp_path, monkeypatch):
+    def boom(*_):
+        raise RuntimeError("lost pod")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tg, "rehearse", lambda *_: 0.0)
+        patch.setattr(tg, "calibrate", boom)
+        status, text = run_here(environment(data, ARTIFACT_DIR=tmp_path))
+    assert status == 1 and "lost pod" in text
+    status, text = run_here(environment(data, ARTIFACT_DIR=tmp_path / "again", TTT_ENABLED=0,
+                                        EVAL_ONLY_PATH=tmp_path / "final_model.pt"))
     assert status == 0 and "final val_bpb=" in text
 
 

@@ -4,7 +4,8 @@ import json
 import shutil
 
 import pytest
-from conftest import ROOT, environment, run_script, tg
+from conftest import ROOT, environment, tg
+from test_run import run_here
 
 from tools import compare, make_record, report
 from tools.common import ARTIFACT, load_run
@@ -14,7 +15,7 @@ from tools.common import ROOT as TOOLS_ROOT
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    code, said = run_script(environment(data, ARTIFACT_DIR=folder, VAL_LOSS_EVERY=2))
+    code, said = run_here(environment(data, ARTIFACT_DIR=folder, VAL_LOSS_EVERY=2))
     assert code == 0, said
     return folder
 
