@@ -3232,8 +3232,8 @@ ALIASES = {   # old name -> the settings it stands for
 TTT_MASKS = {"all": "11", "baseline_all": "11", "no_q": "01", "no_v": "10", "no_qv": "00"}   # adapt Q, V
 
 
-# Why a script that lean() made has no more than the default of a setting that it left out.
-CUT_OFF = "only older systems use more, which this lean script leaves out: run the whole one"
+# Why a lean script has no more than the default of a setting that it left out.
+CUT_OFF = "older systems need more, which this lean script leaves out: run the whole one"
 
 
 def translate(old: str, value: str) -> Sequence[str]:
@@ -4182,7 +4182,7 @@ def log_start(s: Settings, world: World, run: Run) -> None:
     source = Path(__file__).read_bytes()
     digest = hashlib.sha256(source).hexdigest()
     form = shipped_form(s)
-    run.log("code", bytes=len(source), form=form, **{f: code_bytes(f) for f in CODE_FORMS}, sha256=digest)
+    run.log("code", bytes=len(source), form=form, shipped=code_bytes(form), sha256=digest)
     if world.main and run.summary.get("code_sha256") != digest:      # else the log has it already
         encoding = "latin-1" if source.startswith(b"# coding: latin-1") else "utf-8"
         run.write(run.text, source.decode(encoding) + "\n" + "=" * 100)
@@ -6410,9 +6410,8 @@ SCRIPT_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "
 
 
 def lean(source: bytes) -> bytes:
-    """The script that is running without its part three: all from the bar above that banner to the closing
-    block. Of the settings there the names stay, with the one value that each may have then. A script that
-    is lean already stays as it is."""
+    """The script that is running without part three, from the bar above its banner to the closing block:
+    the names of its settings stay, with the one value each may have then. A lean one stays as it is."""
     part = re.search(rb"(?ms)^# =+\n# PART THREE.*?(?=^if __name__ ==)", source)
     if part is None:
         return source
@@ -6432,7 +6431,7 @@ CODE_FORMS = ("readable", "packed", "lean", "lean_packed")
 
 
 def shipped_form(s: Settings) -> str:
-    """Which of CODE_FORMS is shipped and counted. A packed script is what it is, whatever CODE_FORM says."""
+    """Which of CODE_FORMS is shipped and counted. A packed script stays what it is."""
     if Path(__file__).read_bytes().startswith(PACKED_START):
         return "lean_packed" if Settings.__base__ is object else "packed"
     if s.code_form == "auto":
@@ -6998,6 +6997,9 @@ def check_command(which: str) -> int:
     if which == "data":
         others = ("made before", "device", "attention", "batch", "folder", "disk", "size")
         findings = [f for f in findings if f.name not in others]
+    else:
+        forms = (f"{form} {code_bytes(form):,}" for form in CODE_FORMS)
+        print(f"ok    script: {shipped_form(s)} counts, in bytes: {', '.join(forms)}")
     for f in findings:
         print(f"{'ok   ' if f.ok else 'FAIL '} {f.name}: {f.figure}")
     return int(any(not f.ok for f in findings))
