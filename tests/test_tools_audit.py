@@ -248,7 +248,7 @@ def test_an_artifact_over_the_limit(run, monkeypatch):
 
 
 def test_a_run_that_counted_the_packed_script_is_judged_by_it(run, packed, monkeypatch):
-    monkeypatch.setattr(audit, "pack_script", lambda source: packed)
+    monkeypatch.setattr(audit, "script_in_form", lambda source, form: packed if form == "packed" else source)
     change(run, code_form="packed")
     artifact, source = (run / ARTIFACT).stat().st_size, (ROOT / "train_gpt.py").stat().st_size
     monkeypatch.setattr(audit, "ARTIFACT_LIMIT", artifact + source // 2)

@@ -15,12 +15,14 @@ from tools.common import ToolError
 slow = pytest.mark.skipif(not os.environ.get("RUN_SLOW"), reason="takes minutes: set RUN_SLOW=1 to run it")
 
 # A stand-in for the trainer: it packs itself, and scores by an artifact's first byte.
-PACKING = f"""import json, lzma, os, sys
+PACKING = f"""import json, lzma, os, re, sys
 from pathlib import Path
 
 PACKED_START, SCRIPT_FILTERS = {tg.PACKED_START!r}, {tg.SCRIPT_FILTERS!r}
 
 {inspect.getsource(tg.self_extracting)}
+
+{inspect.getsource(tg.lean)}
 """
 SCRIPT = PACKING.encode() + b"""
 if __name__ == "__main__":

@@ -61,21 +61,21 @@ def test_runs_that_counted_the_packed_script_ship_it(runs, tmp_path, capsys):  #
         change(run, "summary", code_form="packed")
     assert make(runs, tmp_path / "records") == 0
     folder = tmp_path / "records" / "track_10min_16mb" / "2026-05-01_test"
-    assert (folder / "train_gpt.py").read_bytes() == make_record.pack_script(SCRIPT)
-    here = len(make_record.pack_script(SCRIPT))
+    assert (folder / "train_gpt.py").read_bytes() == make_record.script_in_form(SCRIPT, "packed")
+    here = len(make_record.script_in_form(SCRIPT, "packed"))
     said = f"s42 counted {len(SCRIPT):,} bytes of packed script, here it has {here:,}"
     assert said in capsys.readouterr().out
 
 
 def test_no_word_about_the_packed_size_where_it_is_the_counted_one(runs, tmp_path, capsys):  # noqa: F811
     for run in runs:
-        change(run, "summary", code_form="packed", code_bytes=len(make_record.pack_script(SCRIPT)))
+        change(run, "summary", code_form="packed", code_bytes=len(make_record.script_in_form(SCRIPT, "packed")))
     assert make(runs, tmp_path / "records") == 0 and "counted" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ran_packed", [False, True])
 def test_a_packed_script_is_called_so_and_its_source_is_named(tmp_path, ran_packed):
-    packed = make_record.pack_script(SCRIPT)
+    packed = make_record.script_in_form(SCRIPT, "packed")
     assert make_record.unpack_script(packed) == SCRIPT == make_record.unpack_script(SCRIPT)
     run = make_run(tmp_path / "r", 1, script=packed if ran_packed else SCRIPT)
     assert make([run], tmp_path / "records", "--track", "non_record", "--packed") == 0
