@@ -517,9 +517,9 @@ class Settings:
     logit_calib_lr: float = knob(0.003, "learning rate", 0)
     logit_calib_l2: float = knob(0.01, "pull towards no calibration", 0)
     fit_margin_bytes: int = knob(4096, "the fitter stops this close to the limit", 256, 10 ** 7)
-    code_form: str = choice("auto readable packed lean lean_packed", "the script that is shipped and counted: "
-                            "as it is; packed: self-extracting; lean: with what this system needs alone; "
-                            "auto: packed, and lean where the settings allow it")
+    code_form: str = choice("auto readable packed lean lean_packed", "the script that is shipped and "
+                            "counted. packed: self-extracting; lean: parts one and two alone; auto: packed, "
+                            "and lean where the settings allow it")
     # --- score
     eval_seq_len: int = knob(2048, "window of the sliding evaluation, in tokens", 2, 2 ** 24, group="score")
     eval_stride: int = knob(64, "tokens between two windows of one document", 1)

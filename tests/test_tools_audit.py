@@ -141,7 +141,7 @@ EPOCHS = """                learnt, books = self.adapter_for(len(group)), self.l
 LOGITS = 'raw, losses = fit_calibration(s, model, read_shard(list_shards(s.shards, "%s")[0]))'
 RANDOM = "tokens = torch.randint(2, s.vocab_size, (self.tokens + 1,), generator=generator).numpy()"
 SEEN = "lambda: packed_batch(Validation(s).stream[:1025], s.train_seq_len)"
-STREAM = 'return kind(list_shards(s.shards, "%s"), world_size'
+STREAM = 'list_shards(s.shards, "%s"), world_size=world.size'
 STEP = "    nothing = dead[:, None] | (step == 0)[..., None]"
 TRACELESS = {   # the line to change, what it becomes, the definition that is named
     "epochs": (GROUP, EPOCHS, "PhasedTTT.run"),
@@ -177,11 +177,21 @@ def test_a_mutant_that_leaves_no_trace_fails_by_its_script(name):
 
 def test_the_script_as_it_is_passes_also_packed_and_with_other_comments(packed):
     same = SOURCE.replace('    """Rows of', '    """Lines of') + "\n# a remark\n"
-    for source in (SOURCE.encode(), same.encode(), packed):
+    lean = tg.lean(SOURCE.encode())
+    for source in (SOURCE.encode(), same.encode(), packed, lean, tg.self_extracting(lean)):
         row, = audit.script_rows(source, [])
         assert row.ok and "as in this repository's" in row.figure
     worse = packed.replace(b"import lzma,linecache\n", b"import lzma,linecache,evil\n")
     assert audit.script_rows(worse, [])[0].ok is False
+
+
+def test_a_lean_script_is_read_as_strictly_as_a_whole_one():
+    old, new, changed = TRACELESS["unsealed"]
+    row = script_rows(tg.lean(mutated(old, new).encode()).decode())[GUARDING]
+    assert row.ok is False and row.figure.startswith(f"{changed}: ")
+    lean = tg.lean(SOURCE.encode()).decode()
+    row = script_rows(lean.replace("BIGRAM_DIM=128.0", "BIGRAM_DIM=64.0"))[GUARDING]
+    assert row.ok is False and row.figure.startswith("statements: ")
 
 
 def test_changes_that_guard_nothing_are_a_note_and_classes_can_be_read_whole():

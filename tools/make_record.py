@@ -504,17 +504,21 @@ def tables(record: Record, s: dict) -> list[str]:
 def about_script(record: Record) -> str:
     """Which form the shipped script has, what is inside a packed one, and which script the logs name."""
 
-    def described(script: bytes) -> str:
-        return f"{len(script):,} bytes, sha256 `{hashlib.sha256(script).hexdigest()}`"
+    def sized(script: bytes) -> tuple[str, str]:
+        return f"{len(script):,} bytes", f"sha256 `{hashlib.sha256(script).hexdigest()}`"
 
-    text = f"`train_gpt.py` is the {FORMS[record.form]}, {described(record.script)}."
-    inside, named = unpack_script(record.script), "this file"
-    if record.source != record.script:
-        named = "the source" if record.source == inside else f"the whole script, {described(record.source)}"
-    elif record.form.endswith("packed"):
-        named = "the self-extracting form"
+    size, digest = sized(record.script)
+    text = f"`train_gpt.py` is the {FORMS[record.form]}, {size}, {digest}."
+    inside = unpack_script(record.script)
+    if record.source == record.script:
+        named = "the self-extracting form" if record.form.endswith("packed") else "it"
+    elif record.source == inside:
+        named = "the source"
+    else:
+        named = ", ".join(["the whole script", *sized(record.source)])
     if record.form.endswith("packed"):
-        text += f" The readable source inside it has {described(inside)}."
+        size, digest = sized(inside)
+        return f"{text} The readable source inside it, {size}, has {digest}; the logs name {named}."
     return text if record.form == "readable" else f"{text} The logs name {named}."
 
 
