@@ -34,16 +34,23 @@ WHY_NOT = {"pr1302": ["NGRAM_GATES=target", "the probe C1 n-gram hints", "the pr
            "pr1487": TRAINED_ON_TARGETS, "pr1550": TRAINED_ON_TARGETS,
            "pr2135": ["the probe C1 test-time training"]}
 LATE = ("best", "pr1855", "pr1924", "pr2014", "pr2135")
+OLDER = {f.name.upper() for f in tg.fields(tg.Settings)} - set(tg.COMMON_SETTINGS)
 COLUMNS = ("prequant_val_bpb", "quantized_val_bpb", "sliding_val_bpb", "val_bpb")
 
 
-def run_system(name: str, data: Path, folder: Path, script: Path = ROOT / "train_gpt.py") -> tuple[bool, str]:
-    """One run by a script: whether it went through, and its line of the table."""
+def run_system(name: str, data: Path, folder: Path, lean: bool = False) -> tuple[bool, str]:
+    """One run: whether it went through, and its line of the table. lean: by the lean script, and without what
+    the overlay sets for older systems."""
     system, changes = VARIANTS.get(name, (name, {}))
     config = {**load_config(system, "small"), **changes}
     env = {k: v for k, v in environment(data).items() if k not in load_config("small")}
     env.update(config, DATA_PATH=str(data), TOKENIZER_PATH=str(data / "tokenizer.model"), VOCAB_SIZE="300",
                ARTIFACT_DIR=str(folder), OMP_NUM_THREADS="1")
+    script = ROOT / "train_gpt.py"
+    if lean:
+        env = {k: v for k, v in env.items() if k not in OLDER}
+        script = folder.with_name("lean_train_gpt.py")
+        script.write_bytes(tg.lean((ROOT / "train_gpt.py").read_bytes()))
     begin = time.perf_counter()
     status, output = run_script(env, script=script, timeout=900)
     seconds = time.perf_counter() - begin
@@ -71,9 +78,7 @@ def differences(whole: Path, lean: Path) -> list[str]:
 def run_lean(name: str, data: Path, whole: Path) -> tuple[bool, str]:
     """The run in the folder `whole` once more, by the lean script: whether it is the same, and a line."""
     folder = whole.with_name(f"{name}-lean")
-    script = whole.with_name("lean_train_gpt.py")
-    script.write_bytes(tg.lean((ROOT / "train_gpt.py").read_bytes()))
-    good, line = run_system(name, data, folder, script)
+    good, line = run_system(name, data, folder, lean=True)
     if not good:
         return False, line
     unlike = differences(whole, folder)

@@ -70,14 +70,13 @@ def test_a_good_run_passes_with_figures(run, capsys):
     assert str(run.parent) not in report and len(report.splitlines()) < 80
 
 
-ATTENTION = "y = attention(q, *((k, v) if c.cache is None else c.cache.extend(slot, k, v))"
+ATTENTION = "y = attention(q, keys, values"
 ROUND = "rounds.append(Round(grouped(s, everything[begin:end], lengths), everything"
 BOOK = "        self.ledger.book(positions, booked.flatten()[keep])\n"
 BETTER = "        self.ledger.book(positions, torch.minimum(booked, forward().detach()).flatten()[keep])\n"
 PLAN = "        rounds = ttt_rounds(self.s, self.lengths)\n"
-LOSS = "torch.stack([loss(z, first), *(loss(z.detach(), y) for y in rest)]).view(targets.shape)\n"
-GOLD = LOSS.replace("loss(z, first), *(loss(z.detach(), y) for y in rest)",
-                    "-F.logsigmoid(z.gather(1, y[:, None])[:, 0]) for y in (first, *rest)")
+LOSS = "torch.stack(scored).view(targets.shape)\n"
+GOLD = LOSS.replace("scored", "[-F.logsigmoid(z.gather(1, y[:, None])[:, 0]) for y in (first, *others)]")
 WINDOW = "begin + seq_len - stride) for begin in later)]"
 SCORE = "        losses, booked = tilted_losses(self.s, forward, x, y, at, self.val.hints)\n"
 LAST = """        ends = self.val.documents.start + self.lengths - 1
@@ -90,7 +89,7 @@ LAST = """        ends = self.val.documents.start + self.lengths - 1
 EARLY = LAST.replace("np.isin(starts + w.begin + w.offset + w.count, ends)", "w.count > 0")
 PLAIN, ADAPTED = dict(TTT_ENABLED=False), dict(SLIDING_WINDOW_ENABLED=False)
 MUTANTS = {   # the line to change, what it becomes, settings that leave what is probed, the row that fails
-    "smear": ("inside = ids[:, 1:] != BOS", "follows, inside = None, ids[:, 1:] >= 0", PLAIN, "C1 windows: "),
+    "smear": ("inside = ids[:, 1:] != BOS", "same, inside = None, ids[:, 1:] >= 0", PLAIN, "C1 windows: "),
     "attention": (ATTENTION + ", c.layout)", ATTENTION + ")", PLAIN, "C1 windows: "),
     "tilt": (LOSS, LOSS.replace("\n", " - 0.1 * (targets % 4 == 0)\n"), PLAIN, "C2 "),
     "gold": (LOSS, GOLD, PLAIN, "C2 "),
