@@ -311,7 +311,7 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
     if s.logit_calib_enabled:
         blob = calibrate_logits(s, world, run, blob)
     seconds, size = world.agree(write_artifact(s, run, blob, clock) if world.main else None)
-    run.log("artifact", bytes=size, total=check_size(size, s.code_form), train_seconds=seconds,
+    run.log("artifact", bytes=size, total=check_size(size, shipped_form(s)), train_seconds=seconds,
             calibrate_s=calibrated - begin, quantise_and_pack_s=seconds - calibrated)
     run.note_go_on()
 
@@ -324,7 +324,7 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
     if world.main and digest != run.summary.get("artifact_digest", digest):
         raise UserError(f"{path} is not the artifact that this run wrote (digest {digest}, not "
                         f"{run.summary['artifact_digest']}): quantise again, with EVAL_ONLY_PATH")
-    total = check_size(size, s.code_form)
+    total = check_size(size, shipped_form(s))
     run.summary.update(artifact_bytes=size, total_bytes=total, artifact_digest=digest)
     for reason in filter(None, mark.split("; ")):
         run.not_compliant(reason)
@@ -520,7 +520,9 @@ class Settings:
     logit_calib_lr: float = knob(0.003, "learning rate", 0)
     logit_calib_l2: float = knob(0.01, "pull towards no calibration", 0)
     fit_margin_bytes: int = knob(4096, "the fitter stops this close to the limit", 256, 10 ** 7)
-    code_form: str = choice("readable packed", "the script that is shipped and counted: as it is, or packed")
+    code_form: str = choice("auto readable packed lean lean_packed", "the script that is shipped and "
+                            "counted. packed: self-extracting; lean: parts one and two alone; auto: packed, "
+                            "and lean where the settings allow it")
     # --- score
     eval_seq_len: int = knob(2048, "window of the sliding evaluation, in tokens", 2, 2 ** 24, group="score")
     eval_stride: int = knob(64, "tokens between two windows of one document", 1)
@@ -663,6 +665,8 @@ class Settings:
              "GPTQ_RESERVE_SECONDS must be a number of seconds >= 0, or auto"),
             (is_number(reserve) and 0 < s.max_wallclock_seconds <= float(reserve),
              "GPTQ_RESERVE_SECONDS leaves nothing of MAX_WALLCLOCK_SECONDS to train in: lower it"),
+            (s.code_form.startswith("lean") and s.beyond_the_system(),
+             f"CODE_FORM leaves out what {', '.join(s.beyond_the_system())} needs: set CODE_FORM=auto"),
         ):
             self.refuse(refused, why)
         weights = sum(map(math.prod, GPT.shapes(s).values()))
@@ -739,6 +743,10 @@ class Settings:
     def changed(self) -> dict:
         """The settings that differ from their defaults."""
         return {k: v for (k, v), f in zip(self.as_env().items(), fields(self)) if v != f.default}
+
+    def beyond_the_system(self) -> list[str]:
+        """Names of settings that ask for more than parts one and two have."""
+        return []
 
 
 def chunk_steps(s: Settings) -> list[tuple[float, int]]:
@@ -2377,7 +2385,7 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
         run.log("logit_calibration", steps=len(losses), train_loss=losses.mean().item(), values=raw.tolist())
     header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
     whole = artifact_to_bytes(header, {**streams, CALIBRATION_STREAM: world.agree(values)})
-    if len(whole) + code_bytes(s.code_form) + MARK_BYTES + LZMA_SLACK <= ARTIFACT_LIMIT:
+    if len(whole) + code_bytes(shipped_form(s)) + MARK_BYTES + LZMA_SLACK <= ARTIFACT_LIMIT:
         return whole
     run.log("settings_without_effect", LOGIT_CALIB_ENABLED="no room for the calibration in the artifact")
     return blob
@@ -3228,6 +3236,10 @@ ALIASES = {   # old name -> the settings it stands for
 TTT_MASKS = {"all": "11", "baseline_all": "11", "no_q": "01", "no_v": "10", "no_qv": "00"}   # adapt Q, V
 
 
+# Why a lean script has no more than the default of a setting that it left out.
+CUT_OFF = "older systems need more, which this lean script leaves out: run the whole one"
+
+
 def translate(old: str, value: str) -> Sequence[str]:
     """The values of the settings that an old name stands for."""
     try:
@@ -3320,7 +3332,8 @@ def print_help() -> None:
     for old, names in ALIASES.items():
         print(f"  {old:34} read as {names.replace(' ', ', ')}")
     for name, (only, why) in NO_SETTINGS.items():
-        print(f"  {name:34} {'no effect' if only is None else f'only {only}'}: {why}")
+        if why != CUT_OFF:
+            print(f"  {name:34} {'no effect' if only is None else f'only {only}'}: {why}")
 
 
 class Ranks(NamedTuple):
@@ -4172,14 +4185,15 @@ def log_start(s: Settings, world: World, run: Run) -> None:
             run.log("differences", quiet=True, **differs)
     source = Path(__file__).read_bytes()
     digest = hashlib.sha256(source).hexdigest()
-    run.log("code", bytes=len(source), compressed=len(self_extracting(source)), sha256=digest)
+    form = shipped_form(s)
+    run.log("code", bytes=len(source), form=form, shipped=code_bytes(form), sha256=digest)
     if world.main and run.summary.get("code_sha256") != digest:      # else the log has it already
         encoding = "latin-1" if source.startswith(b"# coding: latin-1") else "utf-8"
         run.write(run.text, source.decode(encoding) + "\n" + "=" * 100)
-    run.summary.update(code_bytes=code_bytes(s.code_form), code_form=s.code_form)
+    run.summary.update(code_bytes=code_bytes(form), code_form=form)
     compare_with_training(run, dict(
         seed=s.seed, world_size=world.size, device=world.device_name, torch=torch.__version__,
-        model_params=parameters, code_sha256=digest, settings=settings))
+        model_params=parameters, code_sha256=digest, code_form=form, settings=settings))
 
 
 MAY_DIFFER = ("RUN_ID", "QUANTIZE_ONLY", "PREQUANT_ONLY", "RESUME", "settings", "seed")
@@ -4751,7 +4765,7 @@ def write_artifact(s: Settings, run: Run, blob: bytes, clock: Clock) -> tuple[fl
             blob = marked(blob, "; ".join(of_training))
         run.summary.update(
             artifact_bytes=len(blob), artifact_digest=digest_of(blob).hex(),
-            total_bytes=len(blob) + code_bytes(s.code_form), train_seconds=seconds,
+            total_bytes=len(blob) + code_bytes(shipped_form(s)), train_seconds=seconds,
             training_not_compliant_because=of_training)
         run.save_summary()
         return blob
@@ -6400,12 +6414,45 @@ SCRIPT_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "
                    "dict_size": 1 << 20}]
 
 
+def lean(source: bytes) -> bytes:
+    """The script that is running without part three, from the bar above its banner to the closing block:
+    the names of its settings stay, with the one value each may have then. A lean one stays as it is."""
+    part = re.search(rb"(?ms)^# =+\n# PART THREE.*?(?=^if __name__ ==)", source)
+    if part is None:
+        return source
+    system = {f.name for f in fields(Settings.__base__)}
+    only = {f.name.upper(): f.default for f in fields(Settings) if f.name not in system}
+    only |= {old: only[names] for old, names in ALIASES.items() if names in only}
+    lines = [b"NO_SETTINGS.update((name, (only, CUT_OFF)) for name, only in dict("]
+    for name, value in only.items():
+        if isinstance(value, bool) or is_number(str(value)):
+            value = float(value)      # as from_env compares it
+        lines.append(f"    {name}={value!r},".encode())
+    lines.append(b").items())\n\n\n")
+    return source[:part.start()] + b"\n".join(lines) + source[part.end():]
+
+
+CODE_FORMS = ("readable", "packed", "lean", "lean_packed")
+
+
+def shipped_form(s: Settings) -> str:
+    """Which of CODE_FORMS is shipped and counted. A packed script stays what it is."""
+    if Path(__file__).read_bytes().startswith(PACKED_START):
+        return "lean_packed" if Settings.__base__ is object else "packed"
+    if s.code_form == "auto":
+        return "packed" if s.beyond_the_system() else "lean_packed"
+    return s.code_form
+
+
 @functools.cache
 def code_bytes(form: str = "readable") -> int:
     """Size of the script that is running, in the form that is shipped; a packed one is so already."""
     source = Path(__file__).read_bytes()
-    as_it_is = form == "readable" or source.startswith(PACKED_START)
-    return len(source if as_it_is else self_extracting(source))
+    if source.startswith(PACKED_START):
+        return len(source)
+    if form.startswith("lean"):
+        source = lean(source)
+    return len(self_extracting(source) if form.endswith("packed") else source)
 
 
 def check_size(artifact: int, form: str = "readable") -> int:
@@ -6414,7 +6461,7 @@ def check_size(artifact: int, form: str = "readable") -> int:
     if total > ARTIFACT_LIMIT:
         raise UserError(f"artifact {artifact:,} + {form} script {code_bytes(form):,} = {total:,} bytes is "
                         f"{total - ARTIFACT_LIMIT:,} over the limit of {ARTIFACT_LIMIT:,}: make the model "
-                        "smaller, or ship the script packed (CODE_FORM=packed)")
+                        "smaller, or ship the smallest script (CODE_FORM=auto)")
     return total
 
 
@@ -6454,7 +6501,7 @@ def expected_size(s: Settings) -> str:
             coded += share * estimate_bytes(np.array([w.numel()]), step)
         else:
             other += HALF_BYTES * w.numel()
-    room = ARTIFACT_LIMIT - code_bytes(s.code_form) - other
+    room = ARTIFACT_LIMIT - code_bytes(shipped_form(s)) - other
     if room < codes / 4:
         raise UserError(f"{codes:,} weights would get {8 * room / max(codes, 1):.2f} bits each in what the "
                         f"limit of {ARTIFACT_LIMIT:,} bytes leaves; make the model smaller")
@@ -6474,9 +6521,9 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
     for how in sorted(set(quantiser.unusual.values())):
         matrices = [n for n, x in quantiser.unusual.items() if x == how]
         run.log("curvature", how=how, matrices=matrices)
-    script = code_bytes(s.code_form)
+    script = code_bytes(shipped_form(s))
     cap = (ARTIFACT_LIMIT - script - MARK_BYTES - 1024 * s.logit_calib_enabled      # which come later
-           - LZMA_SLACK * (s.code_form == "packed"))
+           - LZMA_SLACK * shipped_form(s).endswith("packed"))
     finest, deviations = quantiser.finest, quantiser.deviations
     # bytes beyond the estimate: not known before the first try, exact enough after it
     overhead, best, over, under = 0.001 * cap, b"", 0.0, math.inf
@@ -6955,6 +7002,9 @@ def check_command(which: str) -> int:
     if which == "data":
         others = ("made before", "device", "attention", "batch", "folder", "disk", "size")
         findings = [f for f in findings if f.name not in others]
+    else:
+        forms = (f"{form} {code_bytes(form):,}" for form in CODE_FORMS)
+        print(f"ok    script: {shipped_form(s)} counts, in bytes: {', '.join(forms)}")
     for f in findings:
         print(f"{'ok   ' if f.ok else 'FAIL '} {f.name}: {f.figure}")
     return int(any(not f.ok for f in findings))
@@ -7233,7 +7283,7 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     clock = Clock()
     quantiser = Quantiser(s, matrix_views(weights), curvature, world)
     setting_up = clock.elapsed()
-    q = quantiser(unit_for(quantiser.deviations, 0.99 * (ARTIFACT_LIMIT - code_bytes(s.code_form)),
+    q = quantiser(unit_for(quantiser.deviations, 0.99 * (ARTIFACT_LIMIT - code_bytes(shipped_form(s))),
                            quantiser.finest))
     packing = Clock()
     blob = world.agree(pack_model(s, q) if world.main else None)
@@ -7265,7 +7315,7 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
 
 # --- settings
 
-COMMON_SETTINGS = {f.name.upper() for f in fields(Settings)}
+COMMON_SETTINGS = {f.name.upper(): f for f in fields(Settings)}
 BY_HAND["QUANT_CLIP"] = "sigmas"
 ALIASES["MUONEQ_R"] = "MUON_ROW_NORMALIZE"
 
@@ -7334,6 +7384,15 @@ class LineageSettings(Settings):
     def value_layers(self) -> tuple[int, ...]:
         """VE_LAYERS as numbers."""
         return tuple(whole_numbers(self.ve_layers))
+
+    def beyond_the_system(self) -> list[str]:
+        beyond = []
+        for name, value in self.changed().items():
+            common = COMMON_SETTINGS.get(name)
+            choices = common.metadata["choices"] if common else ()
+            if not common or (choices and value not in choices):
+                beyond.append(name)
+        return beyond
 
     def to_be_stored(self, values: Mapping) -> dict:
         """Settings of older systems only where they are on: the file is the same without this part."""

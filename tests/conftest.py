@@ -57,6 +57,7 @@ TINY = dict(
     MATRIX_BITS=6,
     VAL_BATCH_TOKENS=2048,
     EMA_DECAY=0.5,
+    CODE_FORM="readable",  # nothing to compress before every run
 )
 
 

@@ -70,14 +70,13 @@ def test_a_good_run_passes_with_figures(run, capsys):
     assert str(run.parent) not in report and len(report.splitlines()) < 80
 
 
-ATTENTION = "y = attention(q, *((k, v) if c.cache is None else c.cache.extend(slot, k, v))"
+ATTENTION = "y = attention(q, keys, values"
 ROUND = "rounds.append(Round(grouped(s, everything[begin:end], lengths), everything"
 BOOK = "        self.ledger.book(positions, booked.flatten()[keep])\n"
 BETTER = "        self.ledger.book(positions, torch.minimum(booked, forward().detach()).flatten()[keep])\n"
 PLAN = "        rounds = ttt_rounds(self.s, self.lengths)\n"
-LOSS = "torch.stack([loss(z, first), *(loss(z.detach(), y) for y in rest)]).view(targets.shape)\n"
-GOLD = LOSS.replace("loss(z, first), *(loss(z.detach(), y) for y in rest)",
-                    "-F.logsigmoid(z.gather(1, y[:, None])[:, 0]) for y in (first, *rest)")
+LOSS = "torch.stack(scored).view(targets.shape)\n"
+GOLD = LOSS.replace("scored", "[-F.logsigmoid(z.gather(1, y[:, None])[:, 0]) for y in (first, *others)]")
 WINDOW = "begin + seq_len - stride) for begin in later)]"
 SCORE = "        losses, booked = tilted_losses(self.s, forward, x, y, at, self.val.hints)\n"
 LAST = """        ends = self.val.documents.start + self.lengths - 1
@@ -90,7 +89,7 @@ LAST = """        ends = self.val.documents.start + self.lengths - 1
 EARLY = LAST.replace("np.isin(starts + w.begin + w.offset + w.count, ends)", "w.count > 0")
 PLAIN, ADAPTED = dict(TTT_ENABLED=False), dict(SLIDING_WINDOW_ENABLED=False)
 MUTANTS = {   # the line to change, what it becomes, settings that leave what is probed, the row that fails
-    "smear": ("inside = ids[:, 1:] != BOS", "follows, inside = None, ids[:, 1:] >= 0", PLAIN, "C1 windows: "),
+    "smear": ("inside = ids[:, 1:] != BOS", "same, inside = None, ids[:, 1:] >= 0", PLAIN, "C1 windows: "),
     "attention": (ATTENTION + ", c.layout)", ATTENTION + ")", PLAIN, "C1 windows: "),
     "tilt": (LOSS, LOSS.replace("\n", " - 0.1 * (targets % 4 == 0)\n"), PLAIN, "C2 "),
     "gold": (LOSS, GOLD, PLAIN, "C2 "),
@@ -141,7 +140,7 @@ EPOCHS = """                learnt, books = self.adapter_for(len(group)), self.l
 LOGITS = 'raw, losses = fit_calibration(s, model, read_shard(list_shards(s.shards, "%s")[0]))'
 RANDOM = "tokens = torch.randint(2, s.vocab_size, (self.tokens + 1,), generator=generator).numpy()"
 SEEN = "lambda: packed_batch(Validation(s).stream[:1025], s.train_seq_len)"
-STREAM = 'return kind(list_shards(s.shards, "%s"), world_size'
+STREAM = 'list_shards(s.shards, "%s"), world_size=world.size'
 STEP = "    nothing = dead[:, None] | (step == 0)[..., None]"
 TRACELESS = {   # the line to change, what it becomes, the definition that is named
     "epochs": (GROUP, EPOCHS, "PhasedTTT.run"),
@@ -177,11 +176,21 @@ def test_a_mutant_that_leaves_no_trace_fails_by_its_script(name):
 
 def test_the_script_as_it_is_passes_also_packed_and_with_other_comments(packed):
     same = SOURCE.replace('    """Rows of', '    """Lines of') + "\n# a remark\n"
-    for source in (SOURCE.encode(), same.encode(), packed):
+    lean = tg.lean(SOURCE.encode())
+    for source in (SOURCE.encode(), same.encode(), packed, lean, tg.self_extracting(lean)):
         row, = audit.script_rows(source, [])
         assert row.ok and "as in this repository's" in row.figure
     worse = packed.replace(b"import lzma,linecache\n", b"import lzma,linecache,evil\n")
     assert audit.script_rows(worse, [])[0].ok is False
+
+
+def test_a_lean_script_is_read_as_strictly_as_a_whole_one():
+    old, new, changed = TRACELESS["unsealed"]
+    row = script_rows(tg.lean(mutated(old, new).encode()).decode())[GUARDING]
+    assert row.ok is False and row.figure.startswith(f"{changed}: ")
+    lean = tg.lean(SOURCE.encode()).decode()
+    row = script_rows(lean.replace("BIGRAM_DIM=128.0", "BIGRAM_DIM=64.0"))[GUARDING]
+    assert row.ok is False and row.figure.startswith("statements: ")
 
 
 def test_changes_that_guard_nothing_are_a_note_and_classes_can_be_read_whole():
@@ -248,7 +257,7 @@ def test_an_artifact_over_the_limit(run, monkeypatch):
 
 
 def test_a_run_that_counted_the_packed_script_is_judged_by_it(run, packed, monkeypatch):
-    monkeypatch.setattr(audit, "pack_script", lambda source: packed)
+    monkeypatch.setattr(audit, "script_in_form", lambda source, form: packed if form == "packed" else source)
     change(run, code_form="packed")
     artifact, source = (run / ARTIFACT).stat().st_size, (ROOT / "train_gpt.py").stat().st_size
     monkeypatch.setattr(audit, "ARTIFACT_LIMIT", artifact + source // 2)

@@ -14,16 +14,23 @@ from tools.common import ToolError
 
 slow = pytest.mark.skipif(not os.environ.get("RUN_SLOW"), reason="takes minutes: set RUN_SLOW=1 to run it")
 
-# A stand-in for the trainer: it packs itself, and scores by an artifact's first byte.
+# A stand-in for the trainer: it packs itself, and scores by an artifact's first byte. A line of it is for
+# older systems, which the setting OLDER asks for.
 PACKING = f"""import json, lzma, os, sys
 from pathlib import Path
 
 PACKED_START, SCRIPT_FILTERS = {tg.PACKED_START!r}, {tg.SCRIPT_FILTERS!r}
 
 {inspect.getsource(tg.self_extracting)}
+
+def lean(source):
+    return source.replace(b"# of older systems\\n", b"")
 """
 SCRIPT = PACKING.encode() + b"""
+# of older systems
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--check", "settings"]:
+        sys.exit("error: CODE_FORM=lean leaves out what OLDER needs" if os.environ.get("OLDER") else 0)
     if os.environ.get("BREAK"):
         sys.exit("error: BREAK is set")
     blob = Path(os.environ["EVAL_ONLY_QUANTIZED_PATH"]).read_bytes()

@@ -61,21 +61,61 @@ def test_runs_that_counted_the_packed_script_ship_it(runs, tmp_path, capsys):  #
         change(run, "summary", code_form="packed")
     assert make(runs, tmp_path / "records") == 0
     folder = tmp_path / "records" / "track_10min_16mb" / "2026-05-01_test"
-    assert (folder / "train_gpt.py").read_bytes() == make_record.pack_script(SCRIPT)
-    here = len(make_record.pack_script(SCRIPT))
+    assert (folder / "train_gpt.py").read_bytes() == make_record.script_in_form(SCRIPT, "packed")
+    here = len(make_record.script_in_form(SCRIPT, "packed"))
     said = f"s42 counted {len(SCRIPT):,} bytes of packed script, here it has {here:,}"
     assert said in capsys.readouterr().out
 
 
 def test_no_word_about_the_packed_size_where_it_is_the_counted_one(runs, tmp_path, capsys):  # noqa: F811
     for run in runs:
-        change(run, "summary", code_form="packed", code_bytes=len(make_record.pack_script(SCRIPT)))
+        size = len(make_record.script_in_form(SCRIPT, "packed"))
+        change(run, "summary", code_form="packed", code_bytes=size)
     assert make(runs, tmp_path / "records") == 0 and "counted" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["lean", "lean_packed"])
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_lean_script_is_shipped_where_it_was_counted_or_asked_for(tmp_path, form, counted):
+    shipped = make_record.script_in_form(SCRIPT, form)
+    inside = make_record.unpack_script(shipped)
+    assert inside == SCRIPT.replace(b"# of older systems\n", b"") != SCRIPT
+    run = make_run(tmp_path / "r", 1)
+    if counted:
+        change(run, "summary", code_form=form, code_bytes=len(shipped))
+    asked = [] if counted else [f"--{word}" for word in form.split("_")]
+    assert make([run], tmp_path / "records", "--track", "non_record", *asked) == 0
+    folder = tmp_path / "records" / "track_non_record_16mb" / "2026-05-01_test"
+    assert (folder / "train_gpt.py").read_bytes() == shipped
+    readme = (folder / "README.md").read_text()
+    what = {"lean": "is the lean script", "lean_packed": "is the self-extracting form of the lean script"}
+    digest = hashlib.sha256(SCRIPT).hexdigest()
+    assert what[form] in readme and f"{len(shipped):,} bytes, sha256" in readme
+    assert f"logs name the whole script, {len(SCRIPT):,} bytes, sha256 `{digest}`" in readme
+
+
+def test_settings_that_need_the_whole_script_ship_it(tmp_path):
+    run = make_run(tmp_path / "r", 1, settings={"OLDER": "1"})
+    with pytest.raises(ToolError, match="--lean cannot be: .* leaves out what OLDER needs"):
+        make([run], tmp_path / "records", "--track", "non_record", "--lean")
+    assert make([run], tmp_path / "records", "--track", "non_record") == 0
+
+
+def test_runs_that_counted_different_forms_make_no_record(runs, tmp_path):  # noqa: F811
+    change(runs[1], "summary", code_form="packed")
+    with pytest.raises(ToolError, match="counted the script as packed and readable"):
+        make(runs, tmp_path / "records")
+
+
+def test_a_packed_script_that_ran_cannot_become_lean(tmp_path):
+    run = make_run(tmp_path / "r", 1, script=make_record.script_in_form(SCRIPT, "packed"), code_form="packed")
+    with pytest.raises(ToolError, match="--lean needs runs of the readable one"):
+        make([run], tmp_path / "records", "--track", "non_record", "--lean")
 
 
 @pytest.mark.parametrize("ran_packed", [False, True])
 def test_a_packed_script_is_called_so_and_its_source_is_named(tmp_path, ran_packed):
-    packed = make_record.pack_script(SCRIPT)
+    packed = make_record.script_in_form(SCRIPT, "packed")
     assert make_record.unpack_script(packed) == SCRIPT == make_record.unpack_script(SCRIPT)
     run = make_run(tmp_path / "r", 1, script=packed if ran_packed else SCRIPT)
     assert make([run], tmp_path / "records", "--track", "non_record", "--packed") == 0

@@ -48,12 +48,12 @@ def test_no_rounding_error_against_weights_that_were_trained_further(run, tmp_pa
 def test_a_record_of_it_scores_the_same_inside_its_folder(run, data, tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_PATH", str(data))
     monkeypatch.setenv("TOKENIZER_PATH", str(data / "tokenizer.model"))
-    words = [str(run), "--name", "tiny", "--track", "non_record", "--packed", "--out", str(tmp_path),
-             "--date", "2026-05-01"]
+    words = [str(run), "--name", "tiny", "--track", "non_record", "--lean", "--packed", "--out",
+             str(tmp_path), "--date", "2026-05-01"]
     assert make_record.main(words) == 0
     folder = tmp_path / "track_non_record_16mb" / "2026-05-01_tiny"
     script = (folder / "train_gpt.py").read_bytes()
-    assert len(script) < 0.5 * len((ROOT / "train_gpt.py").read_bytes())
+    assert script == tg.self_extracting(tg.lean((ROOT / "train_gpt.py").read_bytes()))
     assert json.loads((folder / "submission.json").read_text())["bytes_code"] == len(script)
     text = "".join(path.read_text() for path in folder.iterdir() if path.name != "train_gpt.py")
     assert not [place for place in (str(data), str(ROOT), str(tmp_path)) if place in text]

@@ -53,7 +53,7 @@ from tools.common import (
     script_module,
     write_atomic,
 )
-from tools.make_record import pack_script
+from tools.make_record import counted_form, script_in_form
 
 BUDGET_SECONDS = 600.0
 VAL_DOCUMENTS = 50_000
@@ -61,9 +61,10 @@ PATHS = ("DATA_DIR", "DATA_PATH", "TOKENIZER_PATH")
 JUDGES = (  # this repository's own, as is every probe_*
     "Booked", "LedgerError", "Ledger", "Finding", "run_probes", "weights_kept",
 )
-# Whatever these chapters of train_gpt.py define guards the rules: no probe of an artifact
-# can speak for it.
-CHAPTERS = ("Run", "Data", "Training", "Score", "Adapt", "Checks", "Main")
+# Whatever these chapters of train_gpt.py, and these sections of its part three, define
+# guards the rules: no probe of an artifact can speak for it.
+CHAPTERS = ("Story", "Training", "Score", "Adapt", "World", "Data", "Counts", "Probes")
+SECTIONS = ("training", "adaptation", "data", "counts")
 GUARDS = (
     "calibrate", "calibrate_logits", "fit_calibration", "quantise_to_fit", "code_bytes",
     "check_size", "Settings.from_env", "UserError", "ARTIFACT_LIMIT", "BOS", "imports",
@@ -288,15 +289,33 @@ class Definitions:
 def definitions_here() -> tuple[Definitions, set[str]]:
     """Those of this repository's script, and the names among them that guard the rules.
 
-    These are GUARDS, and all that CHAPTERS define.
+    These are GUARDS, and all that CHAPTERS and SECTIONS define.
     """
     whole = SCRIPT.read_bytes()
-    parts = re.split(r"^# \d+  (\w+).*$", whole.decode(), flags=re.M)
-    chapters = dict(zip(parts[1::2], parts[2::2]))
+    system, _, lineage = whole.decode().partition("\n# PART THREE")
+    chapters = re.split(r"^# \d+  (\w+).*$", system, flags=re.M)[1:]
+    sections = re.split(r"^# --- (\w+).*$", lineage, flags=re.M)[1:]
     guards = set(GUARDS)
-    for title in CHAPTERS:
-        guards.update(Definitions(chapters[title].encode()).syntax)
+    for parts, guarding in ((chapters, CHAPTERS), (sections, SECTIONS)):
+        texts = dict.fromkeys(parts[::2], "")
+        for title, text in zip(parts[::2], parts[1::2]):
+            texts[title] += text
+        for title in guarding:
+            guards.update(Definitions(texts[title].encode()).syntax)
     return Definitions(whole), guards
+
+
+@functools.cache
+def lean_definitions_here() -> Definitions:
+    """Those of this repository's script in its lean form, without its part three."""
+    with script_module(SCRIPT.read_bytes(), "trusted_script") as trusted:
+        return Definitions(trusted.lean(SCRIPT.read_bytes()))
+
+
+def definitions_like(script: bytes) -> Definitions:
+    """Those of this repository's script, lean where the given one is."""
+    whole = re.search(rb"^# PART THREE", script, re.M)
+    return definitions_here()[0] if whole else lean_definitions_here()
 
 
 def names_match(name: str, names) -> bool:
@@ -309,8 +328,9 @@ def script_rows(script: bytes, read: list[str]) -> list[Check]:
 
     read: names of those that somebody has read by eye.
     """
-    ours, guards = definitions_here()
-    theirs = Definitions(unpacked(script))
+    source = unpacked(script)
+    ours, guards = definitions_like(source), definitions_here()[1]
+    theirs = Definitions(source)
     names = dict.fromkeys([*ours.syntax, *theirs.syntax])
     changed = [n for n in names if ours.syntax.get(n) != theirs.syntax.get(n)]
     for name in read:
@@ -430,10 +450,10 @@ def sizes(audit: Audit) -> list[Check]:
     """Artifact and script: under the limit, and the ones that were counted and run."""
     run = audit.run
     artifact = audit.artifact.stat().st_size
-    packed = run is not None and run.summary.get("code_form") == "packed"
-    script = len(pack_script(audit.script) if packed else audit.script)
+    form = "readable" if run is None else counted_form(run)
+    script = len(script_in_form(audit.script, form))
     total = artifact + script
-    note = " (packed)" if packed else ""
+    note = "" if form == "readable" else f" ({form})"
     figure = f"{artifact:,} + {script:,}{note} = {total:,} of {ARTIFACT_LIMIT:,} bytes"
     checks = [Check("sizes", "artifact + script", total <= ARTIFACT_LIMIT, figure)]
     if run is None:

@@ -4,8 +4,8 @@
         --github name --blurb "what is new" --lineage pr1855
     python tools/make_record.py runs/demo_* --name cpu_demo --track non_record
 
-The folder gets README.md, submission.json, train_gpt.py (as the runs' logs hold it; with --packed, and for
-runs of CODE_FORM=packed always, its self-extracting form), requirements.txt, and per seed
+The folder gets README.md, submission.json, train_gpt.py (in the form that the runs counted: as their logs
+hold it, lean, packed or both; --lean and --packed choose another form), requirements.txt, and per seed
 train_seed<N>.log, metrics_seed<N>.jsonl and summary_seed<N>.json, with relative paths only. A run that ended
 early and went on in its own folder makes one too; the README says what was run again. Runs that cannot make a
 record are refused with the reason. Before the folder is put in place, its script is run inside it, in
@@ -63,7 +63,15 @@ BUDGET_SECONDS, SEEDS_NEEDED, VAL_DOCUMENTS = 600.0, 3, 50_000
 UNLIKE_IS_FINE = {*OWN_TO_EACH_RUN, "TRAIN_LOG_EVERY", "EVAL_ONLY_PATH", "EVAL_ONLY_QUANTIZED_PATH"}
 ABSOLUTE = re.compile(r"(?<![\w.:/<])/(?:[\w.+@~-]+/)+[\w.+@~-]*")
 PACKED_START = b"# coding: latin-1\n"  # how a self-extracting script begins
-SOURCE_MARK = "[here the log holds the source of train_gpt.py: the file of that name has it, plain or packed]"
+FORMS = {  # what a run may have counted as its script, and what the README calls it
+    "readable": "readable script",
+    "packed": "self-extracting form of the script",
+    "lean": "lean script (without its part three, of which these settings use nothing)",
+    "lean_packed": "self-extracting form of the lean script (without its part three, of which these settings "
+                   "use nothing)",
+}
+SOURCE_MARK = ("[here the log holds the source of train_gpt.py: the file of that name has it, plain or "
+               "packed, whole or without its part three]")
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,7 @@ class Record:
     track: str
     source: bytes
     script: bytes
+    form: str
     args: argparse.Namespace
 
     @property
@@ -211,7 +220,7 @@ def check_size(record: Record) -> None:
     for run in record.runs:
         total = record.total(run)
         if total > ARTIFACT_LIMIT:
-            how = "" if record.args.packed else " or ship the self-extracting script (--packed)"
+            how = "" if record.form == "lean_packed" else " or ship a smaller script (--lean, --packed)"
             refuse(
                 [run],
                 f"artifact {run.summary['artifact_bytes']:,} + script {len(record.script):,} = {total:,} "
@@ -233,32 +242,72 @@ def gather(args: argparse.Namespace) -> Record:
     source = check_alike(runs)
     if args.track == "record":
         check_record_track(runs)
-    args.packed |= any(run.summary.get("code_form") == "packed" for run in runs)  # as they counted
-    script = pack_script(source) if args.packed else source
-    record = Record(sorted(runs, key=lambda r: r.seed), TRACKS[args.track], source, script, args)
+    form = shipped_form(runs, source, args)
+    script = script_in_form(source, form)
+    record = Record(sorted(runs, key=lambda r: r.seed), TRACKS[args.track], source, script, form, args)
     check_size(record)
     for run in runs:
         counted = run.summary["code_bytes"]
-        if run.summary.get("code_form") == "packed" and counted != len(script):
-            print(f"note: {relative(run.folder)} counted {counted:,} bytes of packed script, here it has "
-                  f"{len(script):,}: what is packed here counts")
+        if counted != len(script):
+            print(f"note: {relative(run.folder)} counted {counted:,} bytes of {counted_form(run)} script, "
+                  f"here it has {len(script):,}: what is shipped here counts")
     return record
 
 
-def pack_script(source: bytes) -> bytes:
-    """The self-extracting form, by the script's own function; a packed script stays as it is."""
-    if source.startswith(PACKED_START):
-        return source
-    code = ("import sys,importlib.util as u;p=sys.argv[1];s=u.spec_from_file_location('t',p);"
-            "m=u.module_from_spec(s);" "sys.modules['t']=m;s.loader.exec_module(m);"
-            "sys.stdout.buffer.write(m.self_extracting(open(p,'rb').read()))")
+def counted_form(run: RunFiles) -> str:
+    """Which of FORMS the run counted as its script."""
+    return run.summary.get("code_form", "readable")
+
+
+def shipped_form(runs: list[RunFiles], source: bytes, args: argparse.Namespace) -> str:
+    """Which of FORMS is shipped: what the runs counted, or what --lean and --packed ask for."""
+    counted = sorted({counted_form(run) for run in runs})
+    if len(counted) > 1 or counted[0] not in FORMS:
+        refuse(runs, f"they counted the script as {' and '.join(counted)}: a mean comes from one form")
+    form = counted[0]
+    if args.lean or args.packed:
+        form = "_".join(word for word in ("lean", "packed") if getattr(args, word))
+    if source.startswith(PACKED_START):      # it cannot be anything else any more
+        if args.lean and not counted[0].startswith("lean"):
+            refuse(runs, "they ran the packed whole script: --lean needs runs of the readable one")
+        form = counted[0] if counted[0].endswith("packed") else "packed"
+    elif args.lean and not counted[0].startswith("lean"):
+        for run in runs:
+            check_lean(run, source)
+    return form
+
+
+def check_lean(run: RunFiles, source: bytes) -> None:
+    """The script itself says whether the run's settings need what a lean one leaves out."""
+    env = {**os.environ, **as_environment(run.summary["settings"]), "CODE_FORM": "lean"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train_gpt.py"
         path.write_bytes(source)
-        done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, cwd=folder)
+        done = subprocess.run([sys.executable, str(path), "--check", "settings"], capture_output=True,
+                              text=True, cwd=folder, env=env)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        refuse([run], f"--lean cannot be: {said[-1] if said else 'its script does not know that form'}")
+
+
+def script_in_form(source: bytes, form: str) -> bytes:
+    """The script in one of FORMS, by its own functions; a packed script stays as it is."""
+    makers = {"lean": "lean", "packed": "self_extracting"}
+    functions = [maker for word, maker in makers.items() if word in form]
+    if source.startswith(PACKED_START) or not functions:
+        return source
+    code = ("import sys,importlib.util as u;p=sys.argv[1];s=u.spec_from_file_location('t',p);"
+            "m=u.module_from_spec(s);sys.modules['t']=m;s.loader.exec_module(m);b=open(p,'rb').read()\n"
+            "for f in sys.argv[2:]:b=getattr(m,f)(b)\n"
+            "sys.stdout.buffer.write(b)")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train_gpt.py"
+        path.write_bytes(source)
+        done = subprocess.run([sys.executable, "-c", code, str(path), *functions], capture_output=True,
+                              cwd=folder)
     if done.returncode or not done.stdout:
-        raise ToolError(
-            f"the script could not pack itself: {done.stderr.decode(errors='replace').strip()[-300:]}")
+        raise ToolError(f"the script could not make its {form} form: "
+                        f"{done.stderr.decode(errors='replace').strip()[-300:]}")
     return done.stdout
 
 
@@ -452,6 +501,27 @@ def tables(record: Record, s: dict) -> list[str]:
     return [table(head, rows, markdown=True), table(["BPB after", *seeds], stages, markdown=True)]
 
 
+def about_script(record: Record) -> str:
+    """Which form the shipped script has, what is inside a packed one, and which script the logs name."""
+
+    def sized(script: bytes) -> tuple[str, str]:
+        return f"{len(script):,} bytes", f"sha256 `{hashlib.sha256(script).hexdigest()}`"
+
+    size, digest = sized(record.script)
+    text = f"`train_gpt.py` is the {FORMS[record.form]}, {size}, {digest}."
+    inside = unpack_script(record.script)
+    if record.source == record.script:
+        named = "the self-extracting form" if record.form.endswith("packed") else "it"
+    elif record.source == inside:
+        named = "the source"
+    else:
+        named = ", ".join(["the whole script", *sized(record.source)])
+    if record.form.endswith("packed"):
+        size, digest = sized(inside)
+        return f"{text} The readable source inside it, {size}, has {digest}; the logs name {named}."
+    return text if record.form == "readable" else f"{text} The logs name {named}."
+
+
 def readme(record: Record, checked: str) -> str:
     """README.md of the folder; every figure comes from the logs."""
     s, args = submission(record), record.args
@@ -463,14 +533,6 @@ def readme(record: Record, checked: str) -> str:
     other = ("" if args.track == "record" else f"**Non-record track**, run on {s['hardware']}; trained on "
              f"{train}, scored on {val}: not comparable with the competition's leaderboard.\n\n")
     settings = ", ".join(f"`{k}={v}`" for k, v in changed_settings(record).items()) or "none"
-    packed = record.script.startswith(PACKED_START)
-    form = "self-extracting form of the script" if packed else "readable script"
-    script = f"`train_gpt.py` is the {form}, {len(record.script):,} bytes, sha256 `{s['code_sha256']}`."
-    if packed:
-        source = unpack_script(record.script)
-        named = "the self-extracting form" if record.source == record.script else "the source"
-        script += (f" The readable source inside it, {len(source):,} bytes, has sha256 "
-                   f"`{hashlib.sha256(source).hexdigest()}`; the logs name {named}.")
     parts = [
         f"# {s['name']}",
         other + (args.blurb or "No description was given."),
@@ -482,7 +544,7 @@ def readme(record: Record, checked: str) -> str:
         "## Data", data,
         "## Settings", f"Those that differ from the script's defaults: {settings}.",
         "## Compliance", "\n".join(f"- {line}" for line in compliance(record)),
-        "## How to reproduce", reproduce(record), f"{script} {checked}",
+        "## How to reproduce", reproduce(record), f"{about_script(record)} {checked}",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -587,7 +649,9 @@ def main(arguments=None) -> int:
     add("--blurb", default="", help="one or two sentences: what is new")
     add("--lineage", default="", help="the published system it stands on, or a sentence")
     add("--date", default=datetime.date.today().isoformat(), help="YYYY-MM-DD (default: today)")
-    add("--packed", action="store_true", help="ship the self-extracting form of the script")
+    add("--lean", action="store_true",
+        help="ship the script without what only older systems need (default: the form that the runs counted)")
+    add("--packed", action="store_true", help="ship the self-extracting form of it (default: the same)")
     add("--with-artifact", action="store_true", help="put the best run's artifact into the folder")
     add("--check", choices=("best", "all"), default="best", help="which artifacts are scored again")
     add("--nproc", type=int, default=0, help="processes of that run (default: as many as the runs had)")

@@ -1,0 +1,143 @@
+"""The lean script: without part three all else runs, and gives the same bytes and scores."""
+
+import importlib.util
+import re
+import sys
+
+import pytest
+from conftest import TINY, load_config, settings, summary, tg
+
+LATE = ("best", "pr1855", "pr1924", "pr2014", "pr2135")
+COMMON = {f.name for f in tg.fields(tg.Settings.__base__)}
+OLDER = [f for f in tg.fields(tg.Settings) if f.name not in COMMON]
+SOURCE = tg.Path(tg.__file__).read_bytes()
+LEAN = tg.lean(SOURCE)
+SCORES = ("prequant_val_bpb", "quantized_val_bpb", "sliding_val_bpb", "val_bpb", "val_loss")
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory):
+    """The lean script, imported."""
+    path = tmp_path_factory.mktemp("lean") / "train_gpt.py"
+    path.write_bytes(LEAN)
+    spec = importlib.util.spec_from_file_location("lean_script", path)
+    module = sys.modules["lean_script"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def named_in(text: str) -> list[str]:
+    """The settings of part three that a text names, as they are or in capitals."""
+    words = set(re.findall(r"\w+", text.lower()))
+    return [f.name for f in OLDER if f.name in words]
+
+
+def settings_of(script, **changes):
+    """The tiny settings as a script reads them."""
+    return script.Settings.from_env({k: str(v) for k, v in {**TINY, **changes}.items()})
+
+
+# --- the cut
+
+
+def test_what_is_cut_begins_at_the_bar_and_ends_at_the_closing_block():
+    head, banner, rest = SOURCE.partition(b"\n# PART THREE")
+    before = head[:head.rindex(b"\n") + 1]
+    closing = rest[rest.index(b"\nif __name__ == ") + 1:]
+    assert banner and LEAN.startswith(before) and LEAN.endswith(b"\n\n\n" + closing)
+    between = LEAN[len(before):-len(closing)].decode()
+    assert len(between.splitlines()) < len(OLDER) + 9 and "def " not in between
+    assert tg.lean(LEAN) == LEAN and len(LEAN) < 0.95 * len(SOURCE)
+
+
+def test_nothing_that_stays_names_a_setting_of_part_three():
+    system = SOURCE.partition(b"\n# PART THREE")[0].decode()
+    assert len(OLDER) > 30 and named_in(system) == []
+
+
+def test_the_lean_script_is_a_whole_script_of_its_own(cut, capsys):
+    assert not [name for name in vars(cut) if name.startswith("Lineage")]
+    assert {f.name for f in cut.fields(cut.Settings)} == COMMON
+    assert cut.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "CODE_FORM" in shown and "ACCEPTED OLD NAMES" in shown and named_in(shown) == []
+
+
+# --- settings
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_late_systems_are_read_as_by_the_whole_script(cut, name):
+    whole, lean = (script.Settings.from_env(load_config(name)).as_env() for script in (tg, cut))
+    assert lean == {k: whole[k] for k in lean} and len(lean) == len(COMMON)
+
+
+def test_settings_of_older_systems_keep_their_one_value(cut):
+    """Every default is taken, as a run's summary gives it; anything else stops the run."""
+    idle = {f.name.upper(): int(f.default) if f.default in (True, False) else f.default for f in OLDER}
+    assert settings_of(cut, **idle, MUONEQ_R=1) == settings_of(cut)
+    other = dict(VE_ENABLED=1, SKIP_ROWS="physical", MATRIX_LR_EARLY=0.03, CORRECTOR_ORDERS="2,3", MUONEQ_R=0)
+    for name, value in other.items():
+        with pytest.raises(cut.UserError, match=f"^{name}={value} .* lean script leaves out"):
+            settings_of(cut, **{name: value})
+
+
+BEYOND = dict(SMEAR_GATE_KIND="channels", BIGRAM_VOCAB_SIZE=800, QUANT_CLIP="percentile",
+              TRAIN_LOADER="coprime", TTT_OPTIMIZER="sgd", MATRIX_LR_EARLY=0.03, PREQUANT_TTT_ENABLED=1)
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_what_only_older_systems_have_needs_the_whole_script(name):
+    assert tg.shipped_form(settings(**{name: BEYOND[name]}, CODE_FORM="auto")) == "packed"
+    for form in ("lean", "lean_packed"):
+        with pytest.raises(tg.UserError, match=f"^CODE_FORM={form} .*{name}.*CODE_FORM=auto"):
+            settings(**{name: BEYOND[name]}, CODE_FORM=form)
+
+
+def test_what_the_system_has_does_not(cut):
+    same = dict(TRAIN_LOADER="docpack", TTT_OPTIMIZER="adam", LQER_ENABLED=1, SKIP_ROWS="looped", VE_DIM=128)
+    for script in (tg, cut):
+        s = settings_of(script, **same, CODE_FORM="auto")
+        assert s.beyond_the_system() == [] and script.shipped_form(s) == "lean_packed"
+        for form in script.CODE_FORMS:
+            assert script.shipped_form(settings_of(script, **same, CODE_FORM=form)) == form
+
+
+# --- what is counted
+
+
+def test_forms_are_counted_as_they_are_shipped(cut, tmp_path, monkeypatch):
+    """Of the whole script and of the lean one; a packed script is itself, whatever CODE_FORM says."""
+    made = {"readable": SOURCE, "packed": tg.self_extracting(SOURCE),
+            "lean": LEAN, "lean_packed": tg.self_extracting(LEAN)}
+    assert {form: tg.code_bytes(form) for form in tg.CODE_FORMS} == {k: len(v) for k, v in made.items()}
+    assert [cut.code_bytes(form) for form in ("readable", "lean")] == 2 * [len(LEAN)]
+    for script, form in ((tg, "packed"), (cut, "lean_packed")):
+        path = tmp_path / f"{form}.py"
+        path.write_bytes(made[form])
+        script.code_bytes.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(script, "__file__", str(path))
+            for asked in ("auto", "readable", "packed"):
+                assert script.shipped_form(settings_of(script, CODE_FORM=asked)) == form
+                assert script.code_bytes(asked) == len(made[form])
+        script.code_bytes.cache_clear()
+
+
+BRIEF = dict(NUM_LAYERS=3, PARALLEL_START_LAYER=2, VAL_DOC_FRACTION=0.4, EVAL_STRIDE=32)
+
+
+def test_a_run_of_the_lean_script_is_the_run(cut, data, tmp_path):
+    """Artifact, scores and counted bytes are those of the whole script, which ships the lean one."""
+    facts = []
+    for script, folder in ((tg, tmp_path / "whole"), (cut, tmp_path / "lean")):
+        s = settings_of(script, DATA_PATH=data, TOKENIZER_PATH=data / "tokenizer.model",
+                        ARTIFACT_DIR=folder, CODE_FORM="lean", ITERATIONS=2, **BRIEF)
+        world = script.World()
+        script.pipeline(s, world, script.Run(s, world), "test")
+        found = summary(folder)
+        assert found["code_form"] == "lean" and found["code_bytes"] == len(LEAN)
+        assert found["total_bytes"] == found["artifact_bytes"] + len(LEAN)
+        scores = [found[key] for key in SCORES]
+        facts.append(((folder / tg.ARTIFACT_NAME).read_bytes(), scores, found["steps"]))
+    assert facts[0] == facts[1] and facts[0][2] == 2
