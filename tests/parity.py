@@ -779,8 +779,16 @@ def check_split_lr(fx: Fixture) -> None:
 def check_soft_round_schedule(fx: Fixture) -> None:
     """Sharpness of soft rounding by step; it begins at a step whose learning rate is below the threshold."""
     begin = fx.meta["enabled_at_step"]
-    s = fx.settings(LATE_QAT_THRESHOLD=0.15, NUM_LAYERS=2, MODEL_DIM=16, NUM_HEADS=2, NUM_KV_HEADS=1)
-    s = dataclasses.replace(s, num_loops=0, parallel_start_layer=0, vocab_size=16, rope_dims=0)
+    s = fx.settings(
+        LATE_QAT_THRESHOLD=0.15,
+        NUM_LAYERS=2,
+        NUM_LOOPS=0,
+        MODEL_DIM=16,
+        NUM_HEADS=2,
+        NUM_KV_HEADS=1,
+        ROPE_DIMS=0,
+        VOCAB_SIZE=16,
+    )
     trainer = tg.Trainer(s, tg.World(), tg.GPT(s))
     for steps, lr in ((1999, 0.1), (begin - 1, 0.16)):
         fx.equal(f"sharpness after {steps} steps", trainer.sharpness_after(steps, lr), None)

@@ -82,6 +82,9 @@ def test_the_ends_of_epochs_are_logged(data, tmp_path):
         def say(self, text):
             pass
 
+        def note_go_on(self):
+            pass
+
     trainer = tg.Trainer(s, world, tg.build_model(s, world))
     trained = tg.train_loop(s, world, Log(), trainer, 0.0, lambda *_: None)
     trained.stream.close()

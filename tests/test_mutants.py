@@ -706,7 +706,7 @@ def test_warm_up_on_validation_tokens(s, reader, tmp_path, monkeypatch):
 @pytest.mark.parametrize("reader", ["fresh", "own", "files"])
 def test_calibration_on_validation_tokens(s, reader, tmp_path, monkeypatch):
     read = readers(monkeypatch)[reader]
-    monkeypatch.setattr(tg, "learn", lambda *_: (tg.Clock(), SimpleNamespace(next=None, close=None)))
+    monkeypatch.setattr(tg, "train", lambda *_: (tg.Clock(), SimpleNamespace(next=None, close=None)))
     replace(monkeypatch, tg, "calibrate", lambda real: lambda s, world, model, next_batch:
             real(s, world, model, lambda: tg.packed_batch(read(s)[:1025], s.train_seq_len)))
     with pytest.raises(RuntimeError, match="validation tokens are read"):

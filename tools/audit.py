@@ -4,7 +4,7 @@
     python tools/audit.py ARTIFACT my_script.py     # another one
     python tools/audit.py ARTIFACT --full --out report.md    # every byte of the data, too
     # changes that you have looked at:
-    python tools/audit.py ARTIFACT --read learn Trainer.update
+    python tools/audit.py ARTIFACT --read train Trainer.update
 
 The probes (C1-C4, see train_gpt.py) run on the artifact's weights through the script's
 own scoring functions, with the settings of the summary.json beside the artifact, or of
