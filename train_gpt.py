@@ -3236,8 +3236,7 @@ ALIASES = {   # old name -> the settings it stands for
 TTT_MASKS = {"all": "11", "baseline_all": "11", "no_q": "01", "no_v": "10", "no_qv": "00"}   # adapt Q, V
 
 
-# Why a lean script has no more than the default of a setting that it left out.
-CUT_OFF = "older systems need more, which this lean script leaves out: run the whole one"
+CUT_OFF = "older systems need more, which a lean script leaves out: run the whole one"
 
 
 def translate(old: str, value: str) -> Sequence[str]:
@@ -4183,7 +4182,7 @@ def log_start(s: Settings, world: World, run: Run) -> None:
             name, differs = near
             run.log("closest_system", name=name, differences=len(differs))
             run.log("differences", quiet=True, **differs)
-    source = Path(__file__).read_bytes()
+    source = script_source()
     digest = hashlib.sha256(source).hexdigest()
     form = shipped_form(s)
     run.log("code", bytes=len(source), form=form, shipped=code_bytes(form), sha256=digest)
@@ -6415,8 +6414,8 @@ SCRIPT_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "
 
 
 def lean(source: bytes) -> bytes:
-    """The script that is running without part three, from the bar above its banner to the closing block:
-    the names of its settings stay, with the one value each may have then. A lean one stays as it is."""
+    """The script that is running without part three, from the bar above its banner to the closing block;
+    names of its settings stay, each with its default alone. A lean script stays as it is."""
     part = re.search(rb"(?ms)^# =+\n# PART THREE.*?(?=^if __name__ ==)", source)
     if part is None:
         return source
@@ -6435,9 +6434,15 @@ def lean(source: bytes) -> bytes:
 CODE_FORMS = ("readable", "packed", "lean", "lean_packed")
 
 
+@functools.cache
+def script_source() -> bytes:
+    """The file that is running, read once."""
+    return Path(__file__).read_bytes()
+
+
 def shipped_form(s: Settings) -> str:
     """Which of CODE_FORMS is shipped and counted. A packed script stays what it is."""
-    if Path(__file__).read_bytes().startswith(PACKED_START):
+    if script_source().startswith(PACKED_START):
         return "lean_packed" if Settings.__base__ is object else "packed"
     if s.code_form == "auto":
         return "packed" if s.beyond_the_system() else "lean_packed"
@@ -6447,7 +6452,7 @@ def shipped_form(s: Settings) -> str:
 @functools.cache
 def code_bytes(form: str = "readable") -> int:
     """Size of the script that is running, in the form that is shipped; a packed one is so already."""
-    source = Path(__file__).read_bytes()
+    source = script_source()
     if source.startswith(PACKED_START):
         return len(source)
     if form.startswith("lean"):

@@ -115,9 +115,9 @@ def test_forms_are_counted_as_they_are_shipped(cut, tmp_path, monkeypatch):
     for script, form in ((tg, "packed"), (cut, "lean_packed")):
         path = tmp_path / f"{form}.py"
         path.write_bytes(made[form])
-        script.code_bytes.cache_clear()
         with monkeypatch.context() as patch:
-            patch.setattr(script, "__file__", str(path))
+            patch.setattr(script, "script_source", path.read_bytes)
+            script.code_bytes.cache_clear()
             for asked in ("auto", "readable", "packed"):
                 assert script.shipped_form(settings_of(script, CODE_FORM=asked)) == form
                 assert script.code_bytes(asked) == len(made[form])
