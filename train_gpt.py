@@ -6451,7 +6451,9 @@ def shipped_form(s: Settings) -> str:
 
 @functools.cache
 def code_bytes(form: str = "readable") -> int:
-    """Size of the script that is running, in the form that is shipped; a packed one is so already."""
+    """Size of the script that is running, in this one of CODE_FORMS; a packed one is so already."""
+    if form not in CODE_FORMS:
+        raise ValueError(f"{form} is none of {CODE_FORMS}: ask shipped_form()")
     source = script_source()
     if source.startswith(PACKED_START):
         return len(source)
@@ -6557,7 +6559,7 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
     for setting, mark in (("AWQ_LITE_ENABLED", "awqgrp"), ("LQER_ENABLED", "lqer")):
         if getattr(s, setting.lower()) and not any(mark in how for how in q.meta.values()):
             run.log("settings_without_effect", **{setting: "no matrix qualifies"})
-    check_size(len(best or blob), s.code_form)
+    check_size(len(best or blob), shipped_form(s))
     if not best:
         raise UserError(f"the artifact of {len(blob):,} bytes is over the {cap:,} that script, calibration "
                         "and packing leave of the limit: make the model smaller, or LOGIT_CALIB_ENABLED=0")

@@ -637,10 +637,11 @@ def test_the_counted_form_of_the_script():
     assert pack.check_size(100, "packed") == 100 + pack.code_bytes("packed")
 
 
-@pytest.mark.parametrize("form", ["readable", "packed", "lean_packed"])
-def test_the_fitter_leaves_room_for_the_form_that_is_shipped(monkeypatch, form):
+@pytest.mark.parametrize("chosen, form", [
+    ("readable", "readable"), ("packed", "packed"), ("lean_packed", "lean_packed"), ("auto", "lean_packed")])
+def test_the_fitter_leaves_room_for_the_form_that_is_shipped(monkeypatch, chosen, form):
     monkeypatch.setattr(pack, "SMALL_TENSOR", 1000)
-    s = settings(NUM_LAYERS=2, LOOP_END=1, LQER_ENABLED=0, QUANT_TRELLIS=0, CODE_FORM=form)
+    s = settings(NUM_LAYERS=2, LOOP_END=1, LQER_ENABLED=0, QUANT_TRELLIS=0, CODE_FORM=chosen)
     weights, curvature = random_model(s, 0)
     monkeypatch.setattr(pack, "ARTIFACT_LIMIT", pack.code_bytes(form) + 40_000)
     run = Log()
