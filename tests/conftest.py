@@ -122,7 +122,7 @@ def make_data(folder: Path) -> Path:
         write_shard(folder / f"fineweb_train_{i:06d}.bin", documents(60, i))
     val = documents(14, 99)
     write_shard(folder / "fineweb_val_000000.bin", val)
-    write_shard(folder / "fineweb_val_bytes_000000.bin", np.where(val == tg.BOS, 0, 2))
+    write_shard(folder / "fineweb_val_bytes_000000.bin", np.where(val == tg.BOS, 0, 1))
     text = folder / "text.txt"
     text.write_text("some words to train a tokenizer with " * 50)
     spm.SentencePieceTrainer.train(

@@ -516,3 +516,22 @@ def test_steps_of_the_base_weights_are_foretold(s, monkeypatch, chunk, prefix):
     ttt.global_phase(booked)
     assert len(taken) == tg.phase_steps(s, len(booked.tokens))
     assert (chunk < s.eval_seq_len) == (not taken)
+
+
+def test_an_artifact_is_scored_on_the_text_of_its_run(lost, data):
+    """Another text, or other bytes behind the same tokens, would give another score without a word."""
+    folder = lost[0]
+    s = settings(DATA_PATH=data, ARTIFACT_DIR=folder, EVAL_ONLY_QUANTIZED_PATH=folder / tg.ARTIFACT_NAME)
+    run = tg.Run(s, tg.World())
+    try:
+        run.summary["val_fingerprint"] = "another"
+        with pytest.raises(tg.UserError, match="are not those of the run"):
+            tg.check_same_text(run, tg.Validation(s))
+    finally:
+        run.close()
+
+
+def test_screens_that_are_closed_end_nothing():
+    for arguments in ("--help", "--check settings"):
+        done = subprocess.run(f"{sys.executable} train_gpt.py {arguments} >&- 2>&-", shell=True, cwd=ROOT)
+        assert done.returncode == 0

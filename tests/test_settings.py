@@ -90,7 +90,7 @@ def test_other_programs_variables_pass(name):
     assert tg.Settings.from_env({name: "x"}) == tg.Settings()
 
 
-@pytest.mark.parametrize("name", "TOKEN_TAU LOOP_PASSES QUANT_BITS WD_TAPER_END EVAL_TAIL HEAD_WD".split())
+@pytest.mark.parametrize("name", "TOKEN_TAU LOOP_PASSES QUANT_BITS EVAL_TAIL HEAD_WD".split())
 def test_names_that_begin_like_ours_are_refused(name):
     with pytest.raises(tg.UserError, match=f"unknown setting {name}: the nearest known one is "):
         tg.Settings.from_env({name: "1"})
