@@ -30,12 +30,16 @@ if __package__ in (None, ""):        # run as a script: make `data` importable f
 import numpy as np
 
 from data import shards, sources, tokens
-from data.shards import TOKENIZER, TRAIN, VAL, VAL_BYTES, DataError
+from data.shards import TOKENIZER, TRAIN, VAL, VAL_BYTES, DataError, need
 
 WORK = ".build"                      # folder inside the output folder while building
 SMALL = 20_000_000                   # bytes of input below which more of it becomes validation
 FIELDS = {"ids": np.uint16, "bytes": np.uint16, "lengths": np.int64, "sizes": np.int64, "hashes": np.uint64}
 SNAPSHOT_SECONDS = 20.0              # between two snapshots: so much work can be lost
+MOST_TOKENIZER_MB = 1_000_000
+MESSAGE_START, MESSAGE_END = 300, 165   # characters shown of a long error: with "error: " 480 at most
+# Arrow's names of the columns whose values are text, bytes or nothing
+TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
 
 
 @dataclass(frozen=True)
@@ -303,6 +307,7 @@ def build(inputs, out, recipe: Recipe, workers: int = 1, report=print,
     if manifest:
         report(f"{out} is complete already")
         return manifest
+    check_columns(files, recipe.text_field)
     folder = out / WORK
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -336,6 +341,39 @@ def check_recipe(recipe: Recipe) -> None:
         raise DataError(f"--shard-tokens {recipe.shard_tokens}: must be 1,000 to 2,147,483,647")
     if recipe.tokenizer and not Path(recipe.tokenizer).is_file():
         raise DataError(f"--tokenizer {recipe.tokenizer}: no such file")
+
+
+def check_columns(files, field: str) -> None:
+    """Refuse Parquet columns of another type than text before any work.
+
+    The values of some, as times out of range, could not even be read to be refused.
+    """
+    for path in files:
+        if sources.kind_of(path) != "parquet":
+            continue
+        for kind in column_types(path, field):
+            if not holds_text(kind):
+                raise DataError(f"{path}: column {field!r} holds {kind}, not text; name the column of text "
+                                "with --text-field")
+
+
+def column_types(path: Path, field: str) -> list:
+    """The Arrow types of a Parquet file's columns of one name; none if it is damaged."""
+    parquet = need("pyarrow.parquet", f"reading {path.name}")
+    lib = need("pyarrow.lib", f"reading {path.name}")
+    try:
+        with parquet.ParquetFile(path) as file:
+            return [column.type for column in file.schema_arrow if column.name == field]
+    except (OSError, lib.ArrowException):         # the error of reading it names the damage
+        return []
+
+
+def holds_text(kind) -> bool:
+    """True if values of this Arrow type come as text, bytes or None."""
+    types = need("pyarrow.types", "reading Parquet files")
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return str(kind) in TEXT_TYPES or types.is_fixed_size_binary(kind)
 
 
 def build_key(files, recipe: Recipe) -> str:
@@ -448,6 +486,25 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def megabytes(text: str) -> float:
+    """The value of --tokenizer-mb, at least one byte; DataError for anything else."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1e-6 <= value <= MOST_TOKENIZER_MB:    # nan is refused too
+        raise DataError(f"--tokenizer-mb {text}: must be a number above 0, at most {MOST_TOKENIZER_MB:,}")
+    return value
+
+
+def one_line(message: str) -> str:
+    """An error's text as one printable line; of a long one the beginning, and the end with the remedy."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    if len(shown) > MESSAGE_START + MESSAGE_END:
+        shown = f"{shown[:MESSAGE_START]} ... {shown[-MESSAGE_END:]}"
+    return shown
+
+
 def parse(arguments=None):
     """Command line."""
     parser = argparse.ArgumentParser(description="Build token shards from documents.", epilog=__doc__,
@@ -468,7 +525,7 @@ def parse(arguments=None):
     parser.add_argument("--field-bytes", action="store_true",
                         help="leave white space that a tokenizer strips uncounted, as published sidecars do")
     parser.add_argument("--shard-tokens", type=int, default=shards.SHARD_TOKENS, help="tokens per shard")
-    parser.add_argument("--tokenizer-mb", type=float, default=50,
+    parser.add_argument("--tokenizer-mb", type=megabytes, default=50,
                         help="MB of text to train the tokenizer on (50)")
     parser.add_argument("--snapshot-seconds", type=float, default=SNAPSHOT_SECONDS,
                         help=f"work that an interruption may cost ({SNAPSHOT_SECONDS:g} s)")
@@ -477,7 +534,15 @@ def parse(arguments=None):
 
 
 def main(arguments=None) -> int:
-    """Command line."""
+    """Command line; the text of a DataError from here is one printable line."""
+    try:
+        return run(arguments)
+    except DataError as error:
+        raise DataError(one_line(str(error))) from None
+
+
+def run(arguments) -> int:
+    """Build as the command line says, and print what was made."""
     args, start = parse(arguments), time.monotonic()
     share = args.val_share
     if share is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -134,10 +135,14 @@ def open_shards(files: dict, report: Report) -> dict:
 
 
 def check_manifest(folder: Path, manifest, files: dict, full: bool, report: Report) -> None:
-    """Files against the manifest: presence, size, and with `full` the SHA-256."""
+    """The manifest's fingerprint, and files against it: presence, size, and with `full` the SHA-256."""
     if not manifest:
         report.notes.append("no manifest.json: origin unknown, hashes not checked")
         return
+    if is_fingerprint(manifest["fingerprint"]):
+        report.fingerprint = manifest["fingerprint"]
+    else:
+        report.add(MANIFEST, "", "its fingerprint is not 64 hexadecimal digits: damaged", AGAIN)
     listed = {f["name"]: f for f in manifest["files"]}
     present = {p.name: p for paths in files.values() for p in paths}
     for name in sorted(present.keys() - listed.keys()):
@@ -150,6 +155,11 @@ def check_manifest(folder: Path, manifest, files: dict, full: bool, report: Repo
             report.add(name, "", f"{path.stat().st_size:,} bytes, the manifest says {entry['size']:,}", AGAIN)
         elif full and readable(path) and shards.file_sha256(path) != entry["sha256"]:
             report.add(name, "", "its SHA-256 differs from the manifest's: damaged or exchanged", AGAIN)
+
+
+def is_fingerprint(text: str) -> bool:
+    """True for 64 hexadecimal digits, as shards.fingerprint makes them; nothing else may be printed."""
+    return re.fullmatch("[0-9a-f]{64}", text) is not None
 
 
 def readable(path: Path) -> bool:
@@ -403,7 +413,7 @@ def check_overlap(data: dict, allowed: int, report: Report) -> None:
 
 
 def finish(data: dict, manifest, whole: bool, report: Report) -> None:
-    """Counts, identity, and the comparison of byte rules."""
+    """Counts, and the comparison of byte rules."""
     for kind in (TRAIN, VAL):
         report.tokens[kind] = sum(ids.size for _, ids in data[kind])
     listed = (manifest or {}).get("files", [])
@@ -415,7 +425,6 @@ def finish(data: dict, manifest, whole: bool, report: Report) -> None:
             report.add(data[kind][0][0] if data[kind] else kind, "",
                        f"{found:,} BOS tokens on the {kind} side, but {expected:,} documents in the manifest",
                        AGAIN)
-    report.fingerprint = (manifest or {}).get("fingerprint", "")
     counted, decodable = report.counted_bytes, report.decodable_bytes
     if counted and decodable:
         better = f": the field's rule makes scores {counted / decodable - 1:.3%} better than decodable bytes"

@@ -308,6 +308,52 @@ def test_bad_documents(line, message, tmp_path):
         build.build([path], tmp_path / "out", Recipe(bytes=True), report=lambda *_: None)
 
 
+def parquet_of(path: Path, arrays: dict) -> None:
+    """A Parquet file of these pyarrow arrays."""
+    pa = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pa.table(arrays), path)
+
+
+@pytest.mark.parametrize("unit, zone", [("s", None), ("us", "Nowhere/Atall"), ("ms", "UTC")])
+def test_a_column_of_times_is_refused_in_one_line(unit, zone, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    far = 2 ** 60                                   # beyond the last year of Python's dates
+    parquet_of(tmp_path / "times.parquet", {"text": pa.array([far], pa.timestamp(unit, zone))})
+    with pytest.raises(DataError, match="times.parquet: column 'text' holds timestamp.*--text-field"):
+        build.build([tmp_path], tmp_path / "out", Recipe(bytes=True), report=lambda *_: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_type_of_text_column_is_read(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    texts = [f"text {i}" for i in range(40)]
+    kinds = [pa.string(), pa.large_string(), pa.binary(), pa.large_binary()]
+    columns = [pa.array(texts, kind) for kind in kinds] + [pa.array(texts).dictionary_encode()]
+    for i, column in enumerate(columns):
+        parquet_of(tmp_path / f"{i}.parquet", {"text": column})
+    recipe = Recipe(bytes=True, val_share=0.3)
+    manifest = build.build([tmp_path], tmp_path / "out", recipe, report=lambda *_: None)
+    assert manifest["source"]["documents"] == len(columns) * len(texts)
+
+
+@pytest.mark.parametrize("value", ["nan", "1e400", "-1", "0", "much"])
+def test_megabytes_for_the_tokenizer_are_bounded(value, tmp_path):
+    with pytest.raises(DataError, match=f"--tokenizer-mb {value}: must be .* above 0, at most 1,000,000"):
+        build.main([str(tmp_path), "--out", str(tmp_path / "out"), f"--tokenizer-mb={value}"])
+
+
+def test_a_long_error_is_one_bounded_line(tmp_path):
+    path = tmp_path / "docs.jsonl"
+    path.write_text(json.dumps({"\x1b[2J\n" + 100_000 * "k": 1}) + "\n")
+    with pytest.raises(DataError) as caught:
+        build.main([str(path), "--out", str(tmp_path / "out"), "--bytes", "--workers", "1"])
+    said = str(caught.value)
+    assert said.isprintable() and len("error: " + said) <= 480
+    assert "line 1: no string 'text'" in said and said.endswith("name the field with --text-field")
+    assert build.one_line("a\x1b[2J\nb") == "a\\x1b[2J\\nb"
+    assert len(build.one_line(10_000 * "\0")) <= 473
+
+
 def test_invalid_characters_are_replaced_on_request(tmp_path):
     path = tmp_path / "docs.jsonl"
     path.write_bytes(b"".join(b'{"text": "n%d \xff \\ud83d"}\n' % i for i in range(50)))
@@ -481,6 +527,17 @@ def test_unreadable_file_is_found(file, built):
             said = refusals(folder)
         assert len(found) == 1 and found[0].startswith(file) and "Permission denied" in found[0], found
         assert any(file in text and "ermission" in text for text in said), said
+
+
+@pytest.mark.parametrize("value", ["", "0" * 63, "0" * 64 + "\n", "\x1b[2J\n" + "0" * 60],
+                         ids=["empty", "short", "newline", "escape"])
+def test_a_fingerprint_that_is_none_is_a_finding_and_not_printed(value, copy, capsys):
+    path = copy / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "fingerprint": value}))
+    assert check.main([str(copy), "--quick"]) == 1
+    said = capsys.readouterr().out
+    assert "WRONG manifest.json: its fingerprint is not 64 hexadecimal digits" in said
+    assert "1 findings" in said and "\x1b" not in said and "0" * 60 not in said
 
 
 def test_small_validation_set_is_not_canonical(copy):

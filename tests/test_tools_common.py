@@ -143,6 +143,22 @@ def test_damage_and_absence_are_named(runs, tmp_path):
         common.load_run(runs[1])
 
 
+@pytest.mark.parametrize("line", [b"[1]", b"null", b'{"event": "\xff"}', b'{"a": ' + 100_000 * b"["],
+                         ids=["list", "null", "no UTF-8", "deep"])
+def test_a_line_that_is_no_object_is_named(line, runs):
+    metrics, summary = runs[0] / "metrics.jsonl", runs[1] / "summary.json"
+    whole = metrics.read_bytes()
+    count = whole.count(b"\n")
+    metrics.write_bytes(whole + line + b"\n")
+    with pytest.raises(ToolError, match=f"line {count + 1} of .* is no JSON object: the file is damaged"):
+        common.read_events(metrics)
+    metrics.write_bytes(whole + line)             # as a last line that is still being written
+    assert len(common.read_events(metrics)) == count
+    summary.write_bytes(line)
+    with pytest.raises(ToolError, match="summary.json is no JSON object: the file is damaged"):
+        common.load_run(runs[1])
+
+
 def test_a_run_that_was_cut_after_a_stage_did_not_finish(runs):
     change(runs[0], "summary", val_bpb=None)      # killed between the final line and the last summary
     (runs[1] / "metrics.jsonl").write_text('{"event": "start"}\n')

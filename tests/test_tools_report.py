@@ -11,7 +11,7 @@ from test_tools_common import change, make_run, runs, slow  # noqa: F401  (runs 
 pytest.importorskip("plotly", reason="plotly is missing: pip install -r tools/requirements.txt")
 
 from tools import report  # noqa: E402
-from tools.common import ToolError, load_run  # noqa: E402
+from tools.common import ToolError, load_run, run_cli  # noqa: E402
 
 BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
 TENSORS = [{"name": f"blocks.{i}.{part}.weight", "how": "gptq (int6)", "bytes": 900 + i,
@@ -84,6 +84,15 @@ def test_a_run_that_is_not_finished_is_shown(runs, left):  # noqa: F811
     path.write_text(json.dumps(left)) if left else path.unlink()
     assert report.main([str(runs[0])]) == 0
     assert "unfinished" in (runs[0] / "report.html").read_text()
+
+
+def test_a_damaged_log_is_one_line(runs, capsys):  # noqa: F811
+    with open(runs[0] / "metrics.jsonl", "a") as f:
+        f.write("[1]\n")
+    with pytest.raises(SystemExit) as end:
+        run_cli(lambda: report.main([str(runs[0])]))
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("error: line ") and said.count("\n") == 1
 
 
 def test_non_compliant_is_said(runs):  # noqa: F811

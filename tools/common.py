@@ -160,20 +160,33 @@ class RunFiles:
 
 
 def read_events(path: Path) -> tuple[dict, ...]:
-    """The events of a metrics.jsonl; a last line that is still being written is left out."""
+    """The events of a metrics.jsonl; a last line that is still being written is left out.
+
+    Raises ToolError where the file cannot be read, or a line is no JSON object in UTF-8.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise ToolError(f"cannot read {relative(path)}: {error.strerror}; give the folder of a run") from None
     events = []
     for number, line in enumerate(lines, 1):
-        try:
-            events += [json.loads(line)] if line.strip() else []
-        except ValueError:
-            if number < len(lines):
-                raise ToolError(
-                    f"line {number} of {relative(path)} is no JSON: the file is damaged") from None
+        if not line.strip():
+            continue
+        event = json_object(line)
+        if event is not None:
+            events.append(event)
+        elif number < len(lines):
+            raise ToolError(f"line {number} of {relative(path)} is no JSON object: the file is damaged")
     return tuple(events)
+
+
+def json_object(text: bytes) -> dict | None:
+    """The JSON object that is written there in UTF-8; None if it is anything else, or nested too deeply."""
+    try:
+        value = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def load_run(folder: Path | str, finished: bool = True) -> RunFiles:
@@ -183,14 +196,14 @@ def load_run(folder: Path | str, finished: bool = True) -> RunFiles:
     if not folder.is_dir():
         raise ToolError(f"{relative(folder)} is no folder: give the folder of a run, such as runs/NAME")
     try:
-        known = json.loads((folder / "summary.json").read_text())
-        summary = {key: value for key, value in known.items() if value is not None}  # None: not reached
+        known = json_object((folder / "summary.json").read_bytes())
     except OSError:
         if finished:
             raise ToolError(f"{relative(folder)} has no summary.json: the run did not finish") from None
-        summary = {}
-    except (ValueError, AttributeError):
-        raise ToolError(f"{relative(folder / 'summary.json')} is no JSON: the file is damaged") from None
+        known = {}
+    if known is None:
+        raise ToolError(f"{relative(folder / 'summary.json')} is no JSON object: the file is damaged")
+    summary = {key: value for key, value in known.items() if value is not None}  # None: not reached
     run = RunFiles(folder, summary, read_events(folder / "metrics.jsonl"))
     if finished and not is_finished(run):
         raise ToolError(f"{relative(folder)} has no final line of its last run: the run did not finish")
