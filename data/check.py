@@ -427,6 +427,11 @@ def finish(data: dict, manifest, whole: bool, report: Report) -> None:
                        AGAIN)
     counted, decodable = report.counted_bytes, report.decodable_bytes
     if counted and decodable:
+        if counted > 1.5 * decodable:
+            report.add(
+                "fineweb_val_bytes_*.bin", "",
+                f"{counted:,} bytes are counted where the tokens decode to {decodable:,}: "
+                "scores would be too good", AGAIN)
         better = f": the field's rule makes scores {counted / decodable - 1:.3%} better than decodable bytes"
         report.notes.append(f"bytes: {counted:,} counted, {decodable:,} that the tokens determine"
                             + (better if counted != decodable else ""))
