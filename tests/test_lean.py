@@ -119,8 +119,10 @@ def test_forms_are_counted_as_they_are_shipped(cut, tmp_path, monkeypatch):
             patch.setattr(script, "script_source", path.read_bytes)
             script.code_bytes.cache_clear()
             for asked in ("auto", "readable", "packed"):
-                assert script.shipped_form(settings_of(script, CODE_FORM=asked)) == form
-                assert script.code_bytes(asked) == len(made[form])
+                shipped = script.shipped_form(settings_of(script, CODE_FORM=asked))
+                assert shipped == form and script.code_bytes(shipped) == len(made[form])
+            with pytest.raises(ValueError, match="shipped_form"):
+                script.code_bytes("auto")
         script.code_bytes.cache_clear()
 
 
