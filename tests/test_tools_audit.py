@@ -148,7 +148,7 @@ TRACELESS = {   # the line to change, what it becomes, the definition that is na
               "ByteTable.from_sentencepiece"),
     "operators": ('"sidecar", counts[1:]', '"sidecar", np.maximum(counts[1:], 1)', "Validation.__init__"),
     "shards": (STREAM % "train", STREAM % "val", "open_train_stream"),
-    "overlap": ("    check_overlap(s)\n", "", "check_manifest"),
+    "overlap": ("        check_overlap(s)\n", "        pass\n", "check_manifest"),
     "warm-up": (RANDOM, "tokens = Validation(s).stream[:self.tokens + 1].copy()", "Trainer.random_batch"),
     "logits": (LOGITS % "train", LOGITS % "val", "calibrate_logits"),
     "hessians": ("world, model, next_batch)\n    sync", f"world, model, {SEEN})\n    sync", "compress"),

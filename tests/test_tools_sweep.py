@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -108,20 +109,25 @@ def test_the_trainer_is_asked_before_anything_starts(place):
     assert not (place / "out").exists()
 
 
+def has_study(path):
+    """Whether a sweep has made its study, by reading alone: opening it by Optuna would make tables as well."""
+    try:
+        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as database:
+            return database.execute("select count(*) from studies").fetchone()[0] > 0
+    except sqlite3.OperationalError:
+        return False
+
+
 def test_a_killed_worker_loses_and_doubles_nothing(place):
     (place / "space.txt").write_text("MATRIX_LR log 0.001 0.1\nNAP = 0.15\n")
     done = subprocess.Popen([sys.executable, sweep.__file__,
                              *words(place, "--trials", 5, "--workers", 2, "--seeds", "1,2")],
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 60
-    found = None
-    while found is None:  # the file is there before its tables are
-        try:
-            found = study(place)
-        except Exception:
-            assert time.monotonic() < deadline and done.poll() is None
-            time.sleep(0.1)
-    killed = kill_a_worker(found, deadline)
+    while not has_study(place / "out" / "study.db"):
+        assert time.monotonic() < deadline and done.poll() is None
+        time.sleep(0.1)
+    killed = kill_a_worker(study(place), deadline)
     said, _ = done.communicate(timeout=90)
     assert done.returncode == 0, said
     complete, dead = check_points(study(place), 5)
