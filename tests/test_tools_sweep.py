@@ -110,7 +110,7 @@ def test_the_trainer_is_asked_before_anything_starts(place):
 
 
 def has_study(path):
-    """Whether a sweep has made its study, by reading alone: opening it by Optuna would make tables as well."""
+    """Whether a sweep has made its study, by reading alone: opened by Optuna it would get tables as well."""
     try:
         with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as database:
             return database.execute("select count(*) from studies").fetchone()[0] > 0
