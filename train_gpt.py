@@ -254,10 +254,7 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
     checkpoints = Checkpoints(s, world, run, trainer, watch, clock)
     while True:
         if s.val_loss_every and step % s.val_loss_every == 0:
-            sync(world.device)            # queued steps are charged before the clock stops
-            with clock.exclude():
-                validate(step, looping)
-                sync(world.device)
+            off_the_clock(world, clock, lambda: validate(step, looping))
         elapsed, stop, bad = world.agree_step(clock.elapsed(), SIGNALS.number, watch.first_bad())
         step_seconds, before = max(elapsed - before, 0.9 * step_seconds) if step else 0.0, elapsed
         ended = step >= s.iterations or (budget and elapsed + step_seconds > budget)
@@ -4358,6 +4355,14 @@ class FiniteWatch:
                          "folder's checkpoint/ is finite, of an earlier step")
 
 
+def off_the_clock(world: World, clock: Clock, work: Callable[[], None]) -> None:
+    """Do the work while the clock stands; steps that are queued on a GPU are charged before."""
+    sync(world.device)
+    with clock.exclude():
+        work()
+        sync(world.device)
+
+
 def end_of_steps(world: World, trainer: Trainer, watch: FiniteWatch, step: int) -> int:
     """After the last step, the first one that went wrong on any rank, or left weights that are not finite."""
     bad = watch.first_bad(wait=True) or (0 if trainer.finite() else step)
@@ -4532,6 +4537,7 @@ class Checkpoints:
 
 
 def checkpoint_path(run: Run, step: int, rank: int) -> Path:
+    """The file of one rank's checkpoint after a step."""
     return run.dir / "checkpoint" / f"resume.{step}.{rank}.pt"
 
 
@@ -4621,6 +4627,7 @@ def sealed(box: dict) -> bytes:
 
 
 def seal_of(body: bytes) -> bytes:
+    """The comment that ends a sealed archive of these bytes."""
     return SEAL + hashlib.blake2b(body, digest_size=32).hexdigest().encode()
 
 
@@ -7263,6 +7270,7 @@ def drop_ballast(run: Run) -> None:
 
 
 def bytes_of_weights(s: Settings) -> int:
+    """Bytes of the model's weights in float32."""
     return 4 * sum(map(math.prod, GPT.shapes(s).values()))
 
 
