@@ -96,7 +96,9 @@ def test_evaluation_meets_no_graph_that_its_probes_have_not(tracing):
 @pytest.mark.parametrize("changes, graphs", [
     # first chunks, later ones, and those after which no document goes on
     (dict(TTT_CACHE_LAMBDA=0.3, CORRECTOR_ALPHA=0.3, CORRECTOR_ORDERS="2,3"), 3),
-    (dict(TTT_KV_REUSE=0, TTT_SHARED_A=0, TTT_OPTIMIZER="adam", TTT_DOC_ORDER="length"), 2),
+    pytest.param(
+        dict(TTT_KV_REUSE=0, TTT_SHARED_A=0, TTT_OPTIMIZER="adam", TTT_DOC_ORDER="length"), 2,
+        marks=pytest.mark.long),
 ])
 def test_adaptation_needs_few_graphs(changes, graphs, tracing):
     """21 documents in groups of 8 and two phases: fewer rows, other chunks and new weights need no graph."""
@@ -105,7 +107,7 @@ def test_adaptation_needs_few_graphs(changes, graphs, tracing):
     assert tracing() == graphs
 
 
-@pytest.mark.parametrize("kernel", ["torch", "fa4"])
+@pytest.mark.parametrize("kernel", ["torch", pytest.param("fa4", marks=pytest.mark.long)])
 def test_the_kernels_of_a_gpu_are_traced_whole(kernel, tracing, monkeypatch):
     """Shapes alone, through the fused kernels' operators and one attention backend: a graph per plan in
     training, two for adaptation that goes on, whatever the rows and chunks."""

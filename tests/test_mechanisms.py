@@ -171,6 +171,7 @@ def test_old_names_stand_for_ours():
     assert (s.matrix_clip_sigmas, s.mlp_clip_sigmas, s.muon_row_normalize) == (11, 9, False)
 
 
+@pytest.mark.long
 def test_one_and_two_ranks_agree_with_all_of_them(data, tmp_path):
     every = dict(
         TABLES, **LANES, ASYM_LOGIT_RESCALE=1, MATRIX_LR_EARLY=0.01, BANK_SPLIT=2,
