@@ -88,22 +88,25 @@ ARTIFACT_NAME, WEIGHTS_NAME = "final_model.int6.ptz", "final_model.pt"
 
 
 class UserError(Exception):
-    """A mistake the user can fix: its text carries value, bound and remedy, and is shown alone."""
+    """A mistake the user can fix: its text carries value, bound and remedy, and is
+    shown alone."""
 
     def __init__(self, text: str):
         super().__init__(one_line(text))
 
 
 def one_line(text: str, most: int = 480) -> str:
-    """The text as one printable line; of more than `most` characters the middle is left out."""
+    """The text as one printable line; of more than `most` characters the middle is
+    left out."""
     plain = "".join(c if c.isprintable() else "?" for c in text[:most] + text[most:][-most:])
     half = most // 2 - 2
     return plain if len(plain) <= most else f"{plain[:half]} … {plain[-half:]}"
 
 
 class Interrupted(BaseException):
-    """A signal ended the run: what to say; status: the exit status, 130 or 143. It is no Exception, so that
-    no guard around a report or a reader takes it for a fault of its own."""
+    """A signal ended the run: what to say; status: the exit status, 130 or 143. It is
+    no Exception, so that no guard around a report or a reader takes it for a fault of
+    its own."""
 
     def __init__(self, text: str, number: int):
         super().__init__(text)
@@ -120,8 +123,8 @@ class Interrupted(BaseException):
 # ============================================================================================================
 
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
-    """Entry: 0 when all went well, 1 when --check found something or the script failed, 2 on a user's
-    mistake, 130 or 143 when interrupted."""
+    """Entry: 0 when all went well, 1 when --check found something or the script
+    failed, 2 on a user's mistake, 130 or 143 when interrupted."""
     rank, run = 0, None
     SIGNALS.install()
     open_screens()
@@ -189,7 +192,8 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
 
 
 def train(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> tuple[Clock, Prefetch]:
-    """Warm up, rehearse, train to the average, or read EVAL_ONLY_PATH; the training clock and the stream."""
+    """Warm up, rehearse, train to the average, or read EVAL_ONLY_PATH; the training
+    clock and the stream."""
     drop_ballast(run)      # of a run that was killed
     if s.eval_only_path:
         facts = read_weights(s.eval_only_path, model)
@@ -235,9 +239,9 @@ def train(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
 
 def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: float,
                validate: Callable, state: Mapping[str, Any] | None = None) -> Trained:
-    """The training loop, to ITERATIONS, until a step would pass MAX_WALLCLOCK_SECONDS - reserve, or until a
-    signal; validate(step, looping) scores the weights off the clock. state: of the checkpoint to go on from.
-    UserError when loss or gradient stop being finite."""
+    """To ITERATIONS, until a step would pass MAX_WALLCLOCK_SECONDS - reserve, or until
+    a signal. validate(step, looping) scores the weights off the clock; state: of the
+    checkpoint to go on from. UserError when loss or gradient stop being finite."""
     budget = s.max_wallclock_seconds - reserve if s.max_wallclock_seconds else 0.0
     curriculum, progress = Curriculum(s), Progress(s, world, run, trainer.model, budget)
     step = go_on_from(state, trainer, curriculum) if state else 0
@@ -314,7 +318,7 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
 
 
 def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validation, path: Path) -> None:
-    """The evaluation: open the artifact, score its weights by plain windows, sliding windows and TTT."""
+    """Open the artifact; score its weights by plain windows, sliding windows and TTT."""
     world.beat("scoring")
     count_up(run, "evaluation_runs")
     size, mark, digest = open_artifact(s, world, model, path)
@@ -384,7 +388,8 @@ MOST = {int: 10 ** 9, float: 1e6, str: 1000}
 
 
 def knob(default, doc, lo=None, hi=None, group=None, choices=()):
-    """A setting: default (its type is the setting's type), meaning with unit, inclusive bounds."""
+    """A setting: default (its type is the setting's type), meaning with unit,
+    inclusive bounds."""
     hi = MOST.get(type(default)) if hi is None else hi
     lo = -hi if lo is None and type(default) is float else lo
     return field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, group=group, choices=choices))
@@ -397,7 +402,8 @@ def choice(words, doc, group=None):
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting of the script. The environment name is the field's name in capitals."""
+    """Every setting of the script. The environment name is the field's name in
+    capitals."""
     # --- run
     run_id: str = knob("", "name of the run (default: date and a random tag)", group="run")
     seed: int = knob(1337, "seed of weights, adapters and data order", 0, 2 ** 63 - 1)
@@ -579,7 +585,8 @@ class Settings:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
-        """Read and check every setting; a name nothing reads stops the run with the nearest right one."""
+        """Read and check every setting; a name nothing reads stops the run with the
+        nearest right one."""
         known = {f.name.upper(): f for f in fields(cls)}
         env = {k: v for k, v in env.items() if v or (k in known and is_free_text(known[k]))}
         for name, (only, why) in NO_SETTINGS.items():
@@ -604,7 +611,8 @@ class Settings:
         return s
 
     def mistake(self, text: str) -> UserError:
-        """The error that says so: settings named before the first colon are shown with their values."""
+        """The error that says so: settings named before the first colon are shown
+        with their values."""
         fault, colon, remedy = text.partition(": ")
         shown = {k: f"{k}={int(v) if v in (True, False) else v}" for k, v in self.as_env().items()}
         return UserError(re.sub(r"[A-Z][A-Z0-9_]+", lambda m: shown.get(m[0], m[0]), fault) + colon + remedy)
@@ -615,7 +623,8 @@ class Settings:
             raise self.mistake(why)
 
     def check_consistency(self) -> None:
-        """Refuse settings that contradict each other; single values were checked when they were read."""
+        """Refuse settings that contradict each other; single values were checked when
+        they were read."""
         s, reserve = self, self.gptq_reserve_seconds
         slots = s.num_layers + s.num_loops * (s.loop_end - s.loop_start + 1)
         for refused, why in (
@@ -672,8 +681,8 @@ class Settings:
                                f"{weights:,} weights: at most {MOST_WEIGHTS:,}, lower them")
 
     def check_resume(self) -> None:
-        """Refuse checkpoints that nothing could use; RESUME where it could not go on, or would spend a budget
-        twice."""
+        """Refuse checkpoints that nothing could use; RESUME where it could not go on,
+        or would spend a budget twice."""
         if self.checkpoint_every_seconds and self.max_wallclock_seconds:
             raise self.mistake("CHECKPOINT_EVERY_SECONDS has no effect under MAX_WALLCLOCK_SECONDS: a run "
                                "with a budget keeps averages; set one of them to 0")
@@ -688,7 +697,8 @@ class Settings:
             raise self.mistake("RESUME goes on in a folder: set ARTIFACT_DIR to that of the run")
 
     def batch_shape(self, world_size: int) -> tuple[int, int]:
-        """(micro-batches per step and rank, tokens of one micro-batch), checked against the ranks."""
+        """(micro-batches per step and rank, tokens of one micro-batch), checked
+        against the ranks."""
         accum = self.grad_accum_steps or max(1, 8 // world_size)
         parts = world_size * accum
         tokens, rest = divmod(self.train_batch_tokens, parts)
@@ -715,7 +725,8 @@ class Settings:
 
     @property
     def shards(self) -> Path:
-        """DATA_PATH, else the folder that data/fetch.py makes, else the field's place for it."""
+        """DATA_PATH, else the folder that data/fetch.py makes, else the field's place
+        for it."""
         fetched = Path(self.data_dir) / f"sp{self.vocab_size}{'_caseops' * self.caseops_enabled}"
         name = f"fineweb10B_sp{self.vocab_size}"
         if self.caseops_enabled:
@@ -725,7 +736,8 @@ class Settings:
 
     @property
     def tokenizer(self) -> Path:
-        """TOKENIZER_PATH, else the one beside the shards, else the field's place for it."""
+        """TOKENIZER_PATH, else the one beside the shards, else the field's place for
+        it."""
         if not self.tokenizer_path and (self.shards / "tokenizer.model").is_file():
             return self.shards / "tokenizer.model"
         caseops = (f"datasets/fineweb10B_sp{self.vocab_size}_caseops/datasets/tokenizers/"
@@ -738,7 +750,8 @@ class Settings:
         return {f.name.upper(): getattr(self, f.name) for f in fields(self)}
 
     def to_be_stored(self, values: Mapping) -> dict:
-        """Of settings and values those that a file names; one that it does not had its default."""
+        """Of settings and values those that a file names; one that it does not had
+        its default."""
         return dict(values)
 
     def changed(self) -> dict:
@@ -751,7 +764,8 @@ class Settings:
 
 
 def chunk_steps(s: Settings) -> list[tuple[float, int]]:
-    """(position, or length of a group's longest document, up to which; chunk); the last bound is infinite."""
+    """(position, or length of a group's longest document, up to which; chunk); the
+    last bound is infinite."""
     steps = []
     if s.ttt_short_score_first_enabled:
         one = f"{s.ttt_short_doc_len}:{s.ttt_short_chunk_size}" if s.ttt_short_chunk_size else ""
@@ -765,8 +779,9 @@ def chunk_steps(s: Settings) -> list[tuple[float, int]]:
 
 
 def schedule(text: str, otherwise, kind: type = int) -> list[tuple[float, float]]:
-    """Stages (progress at which it ends, value) of "value@progress, …", by rising progress; the last one goes
-    on to the end. Without text one stage of `otherwise`. UserError unless values and shares are above 0."""
+    """Stages (progress at which it ends, value) of "value@progress, …", by rising
+    progress; the last one goes on to the end. Without text one stage of `otherwise`.
+    UserError unless values and shares are above 0."""
     stages = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         value, _, end = part.partition("@")
@@ -826,7 +841,8 @@ BANKS = {   # bank -> field's names of its first and second half (or of all its 
 
 
 def field_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under the field's names (`blocks.3.attn.q_gain`, `tok_emb.weight`, …), as views."""
+    """The same tensors under the field's names (`blocks.3.attn.q_gain`,
+    `tok_emb.weight`, …), as views."""
     views = {}
     for name, p in params.items():
         if name in PER_LAYER:
@@ -838,7 +854,8 @@ def field_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def matrix_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """field_views with the banks split into one matrix per layer (`blocks.3.mlp.fc.weight`), as views."""
+    """field_views with the banks split into one matrix per layer
+    (`blocks.3.mlp.fc.weight`), as views."""
     views = field_views(params)
     for bank, names in BANKS.items():
         if bank not in views:
@@ -852,7 +869,8 @@ def matrix_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Plan(NamedTuple):
-    """Order in which the layers run: encoder outputs are pushed, decoder layers pop them as skips."""
+    """Order in which the layers run: encoder outputs are pushed, decoder layers pop
+    them as skips."""
     encoder: tuple[int, ...]
     decoder: tuple[int, ...]
 
@@ -927,7 +945,8 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: attention output y (B, T, H, D) minus its projection on the token's own v (B, T, K, D)."""
+    """XSA: attention output y (B, T, H, D) minus its projection on the token's own v
+    (B, T, K, D)."""
     direction = F.normalize(v, dim=-1, eps=1e-12)[:, :, :, None]
     grouped = y.unflatten(2, (v.size(2), -1))
     share = (grouped * direction).sum(-1, keepdim=True)
@@ -941,8 +960,9 @@ def soft_cap(z: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
 
 
 class GPT(nn.Module):
-    """The depth-recurrent GPT. Parameters are stacked over layers and kept in float32; `compute_dtype` is the
-    activations'. Every forward takes a Plan, so recurrence is an argument, not a state."""
+    """The depth-recurrent GPT. Parameters are stacked over layers and kept in
+    float32; `compute_dtype` is the activations'. Every forward takes a Plan, so
+    recurrence is an argument, not a state."""
 
     def __init__(self, s: Settings, generator: torch.Generator | None = None):
         super().__init__()
@@ -991,7 +1011,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None) -> None:
-        """Orthogonal inputs, zero outputs: every block starts as the identity. Seeded by the generator."""
+        """Orthogonal inputs, zero outputs: every block starts as the identity. Seeded
+        by the generator."""
         self.tok_emb.normal_(0, self.s.tied_embed_init_std, generator=generator)
         for matrix in (*self.qo_bank[:self.s.num_layers], *self.kv_bank, *self.mlp_up_bank):
             nn.init.orthogonal_(matrix, generator=generator)
@@ -1003,8 +1024,9 @@ class GPT(nn.Module):
     # --- pieces
 
     def unbound(self, name: str) -> Sequence[Tensor | None]:
-        """A stacked parameter by layer, in the activations' dtype. Each stack is unbound once in a forward:
-        its gradient is then one stack, not a sum of zeros."""
+        """A stacked parameter by layer, in the activations' dtype. Each stack is
+        unbound once in a forward: its gradient is then one stack, not a sum of
+        zeros."""
         p = getattr(self, name, None)
         if p is None:
             return [None] * self.s.num_layers
@@ -1024,7 +1046,8 @@ class GPT(nn.Module):
             self.unbound("attn_gate_w"))]
 
     def rope(self, length: int, device, start: int = 0, context: int = 0) -> tuple[Tensor, Tensor]:
-        """cos, sin (length, R/2) of positions start, start + 1, …; context: tokens of the longest row."""
+        """cos, sin (length, R/2) of positions start, start + 1, …; context: tokens of
+        the longest row."""
         dims = self.s.rope_dims or self.s.head_dim
         channel = torch.arange(0, dims, 2, dtype=torch.float32, device=device)
         inverse = 1.0 / (self.rope_base(max(length, context)) ** (channel / dims))
@@ -1038,8 +1061,8 @@ class GPT(nn.Module):
 
     def embed(self, ids: Tensor, layout: Layout | None, before: Tensor | None = None,
               hook: Callable | None = None) -> Tensor:
-        """Normalised embeddings (B, T, D), mixed with those of the tokens before. before (B, 2): the tokens
-        ahead of ids, where the rows go on from a cache."""
+        """Normalised embeddings (B, T, D), mixed with those of the tokens before.
+        before (B, 2): the tokens ahead of ids, where the rows go on from a cache."""
         length = ids.size(1)
         if before is not None:
             ids = torch.cat((before[:, -1:], ids), dim=1)
@@ -1057,14 +1080,16 @@ class GPT(nn.Module):
         return x
 
     def same_segment(self, ids: Tensor, layout: Layout | None) -> Tensor | None:
-        """(1, T - 1) bool: the token before is of the same segment; None where all are."""
+        """(1, T - 1) bool: the token before is of the same segment; None where all
+        are."""
         if layout is None or not layout.isolate:
             return None
         starts = torch.zeros(ids.size(1) + 1, dtype=torch.bool, device=ids.device)
         return ~starts.index_fill(0, layout.cu_seqlens.long(), True)[None, 1:-1]
 
     def smears_into(self, ids: Tensor, layout: Layout | None) -> Tensor | None:
-        """(B or 1, T - 1) bool: the tokens after the first into which the one before is mixed; None: all."""
+        """(B or 1, T - 1) bool: the tokens after the first into which the one before
+        is mixed; None: all."""
         same = self.same_segment(ids, layout)
         if not self.s.smear_gate_bos_fix:
             return same
@@ -1072,7 +1097,8 @@ class GPT(nn.Module):
         return inside if same is None else inside & same
 
     def smear(self, x: Tensor, into: Tensor | None) -> Tensor:
-        """x (B, T, D) with the previous token's mixed in, where `into` (B or 1, T - 1) allows it."""
+        """x (B, T, D) with the previous token's mixed in, where `into` (B or 1, T -
+        1) allows it."""
         last = x[:, :-1] if into is None else x[:, :-1] * into[..., None]
         gate = torch.sigmoid(F.linear(x[:, 1:, :self.s.gate_window], self.smear_gate.to(x.dtype)))
         mixed = x[:, 1:] + gate * self.smear_lambda.to(x.dtype) * last
@@ -1098,7 +1124,8 @@ class GPT(nn.Module):
         return out
 
     def project(self, c: Forward, i: int, slot: int, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, T, H·D), keys and values (B, T, K·D) of layer i, from its normalised input n."""
+        """Queries (B, T, H·D), keys and values (B, T, K·D) of layer i, from its
+        normalised input n."""
         w = c.layers[i]
         q = c.adapted(F.linear(n, w.q), "q", slot, n)
         k = c.adapted(F.linear(n, w.k), "k", slot, n)
@@ -1108,7 +1135,8 @@ class GPT(nn.Module):
         return q, k, v
 
     def head_gate(self, weight: Tensor, n: Tensor, q_raw: Tensor) -> Tensor:
-        """Gate of every head, (B, T, H), by the first channels of the block input n; 1/2 at the start."""
+        """Gate of every head, (B, T, H), by the first channels of the block input n;
+        1/2 at the start."""
         z = F.linear(n[..., :weight.size(-1)], weight)
         return torch.sigmoid(self.s.sparse_attn_gate_scale * z)
 
@@ -1134,7 +1162,8 @@ class GPT(nn.Module):
         return x + w.mlp_scale * self.feed_forward(c, i, slot, rms(x) * scale)
 
     def branches(self, c: Forward, i: int, slot: int, lane0: Tensor, lane1: Tensor) -> tuple[Tensor, ...]:
-        """Layer i on two lanes: lane 0 mixed with x0, what attention makes of it, the MLP of lane 1."""
+        """Layer i on two lanes: lane 0 mixed with x0, what attention makes of it, the
+        MLP of lane 1."""
         w, scale = c.layers[i], self.depth_scale(i)
         mixed = w.resid_mix[0] * lane0 + w.resid_mix[1] * c.x0
         attended = w.attn_scale * self.attend(c, i, slot, rms(mixed) * scale)
@@ -1142,7 +1171,8 @@ class GPT(nn.Module):
         return mixed, attended, fed
 
     def lanes(self, c: Forward, i: int, slot: int, lane0: Tensor, lane1: Tensor) -> tuple[Tensor, Tensor]:
-        """Layer i on two lanes: attention reads lane 0, the MLP lane 1; each writes to both."""
+        """Layer i on two lanes: attention reads lane 0, the MLP lane 1; each writes
+        to both."""
         _, attended, fed = self.branches(c, i, slot, lane0, lane1)
         keep0, keep1 = c.layers[i].resid
         attended_to, fed_to = c.layers[i].post
@@ -1173,9 +1203,10 @@ class GPT(nn.Module):
 
     def hidden(self, ids: Tensor, plan: Plan, layout: Layout | None = None, adapter: Adapter | None = None,
                hook: Callable | None = None, cache: KeyCache | None = None) -> Tensor:
-        """Final normalised hidden state (B, T, D) of tokens ids (B, T). layout: documents of a packed row
-        (None: each row is causal). adapter: low-rank deltas. hook(kind, layer, x) sees the activations.
-        cache: the rows go on where it ends."""
+        """Final normalised hidden state (B, T, D) of tokens ids (B, T). layout:
+        documents of a packed row (None: each row is causal). adapter: low-rank
+        deltas. hook(kind, layer, x) sees the activations. cache: the rows go on where
+        it ends."""
         c = self.begin(ids, layout, adapter, hook, cache)
         x, skips = c.x0, []
         for slot, i in enumerate(plan.encoder):
@@ -1192,7 +1223,8 @@ class GPT(nn.Module):
         return 0 < self.s.parallel_start_layer <= i
 
     def decode(self, c: Forward, plan: Plan, x: Tensor, skips: list[Tensor]) -> Tensor:
-        """The decoder layers on the encoder's output x, with its skips; two lanes once they have begun."""
+        """The decoder layers on the encoder's output x, with its skips; two lanes
+        once they have begun."""
         lanes = None
         for j, i in enumerate(plan.decoder):
             slot = len(plan.encoder) + j
@@ -1242,15 +1274,17 @@ class GPT(nn.Module):
         return scale * z + bias
 
     def scores_plain_logits(self, adapter: Adapter | None, training: bool) -> bool:
-        """Whether a loss has to go through `logits`; else capped_ce caps and scores in one kernel."""
+        """Whether a loss has to go through `logits`; else capped_ce caps and scores
+        in one kernel."""
         two_caps = self.s.asym_logit_rescale and not training
         return two_caps or self.calibration is not None
 
     def losses(self, ids: Tensor, targets: Tensor, plan: Plan, layout: Layout | None = None,
                adapter: Adapter | None = None, hook: Callable | None = None, cache: KeyCache | None = None,
                training: bool = False) -> Tensor:
-        """Cross-entropy of every target in nats, (B, T) float32; of targets (N, B, T), N tokens a place, the
-        first's have a graph. training: as published, without the two caps."""
+        """Cross-entropy of every target in nats, (B, T) float32; of targets (N, B,
+        T), N tokens a place, the first's have a graph. training: as published,
+        without the two caps."""
         hidden = self.hidden(ids, plan, layout, adapter, hook, cache)
         if self.scores_plain_logits(adapter, training):
             z = self.logits(hidden, adapter)
@@ -1270,7 +1304,8 @@ class GPT(nn.Module):
         return torch.stack(scored).view(targets.shape)
 
     def flops_per_token(self, plan: Plan, context: float) -> float:
-        """FLOPs of one token's forward: matrices of the executed layers, head, attention over `context`."""
+        """FLOPs of one token's forward: matrices of the executed layers, head,
+        attention over `context`."""
         s = self.s
         matrices = 2 * s.model_dim * (s.model_dim + s.kv_dim + s.hidden_dim)
         layers = plan.slots * (matrices + 2 * s.model_dim * context)
@@ -1291,7 +1326,8 @@ POLAR_EXPRESS = (   # (a, b, c) of X <- aX + (bA + cA^2)X with A = XX', one trip
 
 def orthogonalise(g: Tensor, dtype: torch.dtype = torch.bfloat16,
                   coefficients: Sequence[tuple] = POLAR_EXPRESS) -> Tensor:
-    """Each matrix of g (…, R, C) with its singular values pushed to about 1 (0.86 … 1.14), in `dtype`."""
+    """Each matrix of g (…, R, C) with its singular values pushed to about 1 (0.86 …
+    1.14), in `dtype`."""
     x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
     if tall:
@@ -1305,7 +1341,8 @@ def orthogonalise(g: Tensor, dtype: torch.dtype = torch.bfloat16,
 
 def muon_direction(g: Tensor, buf: Tensor, momentum: float, row_normalize: bool = True,
                    coefficients: Sequence[tuple] = POLAR_EXPRESS, nesterov: bool = True) -> Tensor:
-    """Orthogonalised update of matrices g (n, R, C), in buf's dtype; buf is updated in place."""
+    """Orthogonalised update of matrices g (n, R, C), in buf's dtype; buf is updated
+    in place."""
     g = g.to(buf.dtype)
     buf.mul_(momentum).add_(g)
     u = g.add(buf, alpha=momentum) if nesterov else buf
@@ -1315,16 +1352,18 @@ def muon_direction(g: Tensor, buf: Tensor, momentum: float, row_normalize: bool 
 
 
 def muon_apply(p: Tensor, u: Tensor, lr: float, weight_decay: float) -> None:
-    """Decoupled decay, then the step of matrices p (n, R, C) along u; tall matrices take a longer one."""
+    """Decoupled decay, then the step of matrices p (n, R, C) along u; tall matrices
+    take a longer one."""
     longer = math.sqrt(max(1, p.size(-2) / p.size(-1)))
     p.mul_(1 - lr * weight_decay)
     p.add_(u.to(p.dtype), alpha=-lr * longer)
 
 
 class Optimiser:
-    """Owns all gradient traffic. Each rank orthogonalises its share of every bank: reduce-scatter of all
-    banks -> norm and clip of the averaged gradient -> direction of the own matrices, gathered while the next
-    bank is worked on -> every rank applies the same update. Small gradients travel as one tensor."""
+    """Owns all gradient traffic. Each rank orthogonalises its share of every bank:
+    reduce-scatter of all banks -> norm and clip of the averaged gradient -> direction
+    of the own matrices, gathered while the next bank is worked on -> every rank
+    applies the same update. Small gradients travel as one tensor."""
 
     def __init__(self, s: Settings, world: World, params: Mapping[str, nn.Parameter], dtype: torch.dtype):
         self.s, self.world = s, world
@@ -1348,13 +1387,15 @@ class Optimiser:
             self.momentum.append(torch.zeros(share, *p.shape[1:], dtype=dtype, device=p.device))
 
     def adam_rates(self) -> dict[str, tuple[float, float]]:
-        """(peak learning rate, weight decay) by role; the two logit caps, as published, are not trained."""
+        """(peak learning rate, weight decay) by role; the two logit caps, as
+        published, are not trained."""
         s = self.s
         return {"embed": (s.tied_embed_lr, s.embed_wd), "small": (s.scalar_lr, s.adam_wd)}
 
     @torch.no_grad()
     def step(self, lr_share: float, momentum: float) -> Tensor:
-        """Reduce, clip, update, clear the gradients; the norm before clipping (a tensor: no waiting)."""
+        """Reduce, clip, update, clear the gradients; the norm before clipping (a
+        tensor: no waiting)."""
         for p in (*self.banks, *self.small):      # a plan may leave rows unused, never a whole tensor
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -1375,7 +1416,8 @@ class Optimiser:
         return norm
 
     def direction(self, bank: int, g: Tensor, momentum: float) -> Tensor:
-        """Update of this rank's matrices of a bank (by number), from their averaged gradient g (n, R, C)."""
+        """Update of this rank's matrices of a bank (by number), from their averaged
+        gradient g (n, R, C)."""
         return muon_direction(g, self.momentum[bank], momentum)
 
     def apply(self, bank: int, u: Tensor, lr: float) -> None:
@@ -1383,7 +1425,8 @@ class Optimiser:
         muon_apply(self.banks[bank], u, lr, self.s.muon_wd)
 
     def never_trained(self) -> list[str]:
-        """Parameters, or rows of them, that no gradient reached: the optimiser's moment is still 0 there."""
+        """Parameters, or rows of them, that no gradient reached: the optimiser's
+        moment is still 0 there."""
         touched = {p: self.gather(buf.flatten(1).any(1).byte())()
                    for p, buf in zip(self.banks, self.momentum)}
         for p in self.small:
@@ -1400,7 +1443,8 @@ class Optimiser:
         return found
 
     def reduce(self) -> list[Tensor]:
-        """Averaged gradients: this rank's matrices of every bank (returned), all small ones (in place)."""
+        """Averaged gradients: this rank's matrices of every bank (returned), all
+        small ones (in place)."""
         size = self.world.size
         if size == 1:
             return [p.grad for p in self.banks]
@@ -1420,7 +1464,8 @@ class Optimiser:
         return shards
 
     def clip(self, matrices: list[Tensor], world: World) -> Tensor:
-        """Scale the gradients of matrices, shared out over `world`, and small ones; the norm before."""
+        """Scale the gradients of matrices, shared out over `world`, and small ones;
+        the norm before."""
         grads = matrices + [p.grad for p in self.small]
         own = sum(g.float().square().sum() for g in matrices)
         norm = (world.total(own) + sum(p.grad.square().sum() for p in self.small)).sqrt()
@@ -1429,7 +1474,8 @@ class Optimiser:
         return norm
 
     def gather(self, own: Tensor) -> Callable[[], Tensor]:
-        """Begin to collect every rank's share; what is returned waits for them, one after the other."""
+        """Begin to collect every rank's share; what is returned waits for them, one
+        after the other."""
         if self.world.size == 1:
             return lambda: own
         full = own.new_empty(len(own) * self.world.size, *own.shape[1:])
@@ -1451,7 +1497,8 @@ def stage_at(stages: list[tuple[float, float]], progress: float):
 
 
 def lr_share(s: Settings, progress: float) -> float:
-    """Share of the peak learning rate: flat, then linear over the last WARMDOWN_FRAC, at least MIN_LR."""
+    """Share of the peak learning rate: flat, then linear over the last WARMDOWN_FRAC,
+    at least MIN_LR."""
     if s.warmdown_frac <= 0 or progress < 1 - s.warmdown_frac:
         return 1.0
     return max((1 - progress) / s.warmdown_frac, s.min_lr)
@@ -1472,7 +1519,8 @@ class Curriculum:
         self.changed: int | None = None        # step at which the length changed
 
     def at(self, step: int, progress: float) -> tuple[int, bool, float]:
-        """(longest segment, whether loops run, share of the learning rate) of a step; call it in order."""
+        """(longest segment, whether loops run, share of the learning rate) of a step;
+        call it in order."""
         s = self.s
         by_step = s.train_seq_schedule_mode == "step"
         length = stage_at(self.stages, step / max(s.iterations, 1) if by_step else progress)
@@ -1493,7 +1541,8 @@ class Curriculum:
         return self.s.num_loops > 0 and progress >= self.s.enable_looping_at
 
     def graphs(self) -> list[tuple[int, bool]]:
-        """Pairs (longest segment, whether loops run) in the order in which training meets them."""
+        """Pairs (longest segment, whether loops run) in the order in which training
+        meets them."""
         s = self.s
         if s.train_seq_schedule_mode == "step" and s.max_wallclock_seconds > 0:
             return self.all_graphs()      # one goes by the step and the other by the clock: any pair may come
@@ -1510,7 +1559,8 @@ class Curriculum:
 
 
 class Trainer:
-    """Model, optimiser and average: one train step, used by warm-up and training alike."""
+    """Model, optimiser and average: one train step, used by warm-up and training
+    alike."""
 
     def __init__(self, s: Settings, world: World, model: GPT):
         self.s, self.world, self.model = s, world, model
@@ -1520,20 +1570,23 @@ class Trainer:
         self.rewind()
 
     def rewind(self) -> None:
-        """Forget optimiser state and average: training starts from the model's present weights."""
+        """Forget optimiser state and average: training starts from the model's
+        present weights."""
         dtype = pick_dtype(self.s.muon_dtype, self.world.device, self.model.compute_dtype)
         self.optimiser = Optimiser(self.s, self.world, dict(self.model.named_parameters()), dtype)
         self.ema = {n: p.detach().clone() for n, p in self.model.named_parameters()}
 
     def tensors(self) -> dict[str, Any]:
-        """Weights, average and optimiser, this rank's part of it, as they are: not copied."""
+        """Weights, average and optimiser, this rank's part of it, as they are: not
+        copied."""
         return {"weights": {n: p.detach() for n, p in self.model.named_parameters()},
                 "average": self.ema, "momentum": self.optimiser.momentum,
                 "adam": self.optimiser.adam.state_dict()}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what tensors() gave; UserError when it is of another model or of other ranks."""
+        """Take over what tensors() gave; UserError when it is of another model or of
+        other ranks."""
         mine = self.tensors()
         try:
             for part in ("weights", "average"):
@@ -1557,14 +1610,16 @@ class Trainer:
         self.parts, self.watch = {}, Clock()
 
     def charge(self, part: str) -> None:
-        """On a measured step: wait for the GPU, charge the ms since the last time to part."""
+        """On a measured step: wait for the GPU, charge the ms since the last time to
+        part."""
         if self.parts is not None:
             sync(self.world.device)
             self.parts[part] = self.parts.get(part, 0.0) + 1e3 * self.watch.elapsed()
             self.watch = Clock()
 
     def micro_step(self, batch: Batch, plan: Plan) -> Tensor:
-        """Forward and backward of one micro-batch; returns its mean loss (nats per token)."""
+        """Forward and backward of one micro-batch; returns its mean loss (nats per
+        token)."""
         self.charge("data")
         if batch.cu_seqlens is not None and compiles(self.s, self.world.device):
             torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
@@ -1576,7 +1631,8 @@ class Trainer:
         return loss.detach()
 
     def update(self, lr: float, momentum: float) -> Tensor:
-        """Optimiser step (at a share of the peak rate) and weight average; the norm before clipping."""
+        """Optimiser step (at a share of the peak rate) and weight average; the norm
+        before clipping."""
         norm = self.optimiser.step(lr, momentum)
         self.charge("optimiser")
         with torch.no_grad():
@@ -1586,7 +1642,8 @@ class Trainer:
         return norm
 
     def warm_up(self) -> float:
-        """Compile and run every graph on random tokens, then undo it. Returns the seconds it took."""
+        """Compile and run every graph on random tokens, then undo it. Returns the
+        seconds it took."""
         s, world, clock = self.s, self.world, Clock()
         generator = torch.Generator().manual_seed(s.seed + world.rank)
         with weights_kept(self.model):
@@ -1604,7 +1661,8 @@ class Trainer:
             self.update(1.0, self.s.muon_momentum)
 
     def random_batch(self, generator: torch.Generator, length: int = 0) -> Batch:
-        """A micro-batch of random tokens shaped as the loader's, cut at `length` (0: TRAIN_SEQ_LEN)."""
+        """A micro-batch of random tokens shaped as the loader's, cut at `length` (0:
+        TRAIN_SEQ_LEN)."""
         s = self.s
         tokens = torch.randint(2, s.vocab_size, (self.tokens + 1,), generator=generator).numpy()
         tokens[::max(2, s.train_seq_len // 2)] = BOS
@@ -1623,9 +1681,10 @@ class Trained(NamedTuple):
 
 
 def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
-    """Seconds of MAX_WALLCLOCK_SECONDS kept for quantising and packing, and what to warn of: as rehearsed,
-    but at most half, so that a slow machine still trains (the overrun is then reported); at least what is
-    asked for: a run of the field's commands, which keep too little, is not lost."""
+    """Seconds of MAX_WALLCLOCK_SECONDS kept for quantising and packing, and what to
+    warn of: as rehearsed, but at most half, so that a slow machine still trains (the
+    overrun is then reported); at least what is asked for: a run of the field's
+    commands, which keep too little, is not lost."""
     if not s.max_wallclock_seconds:
         return 0.0, ""
     auto = s.gptq_reserve_seconds == "auto"
@@ -1646,13 +1705,15 @@ HALF_LARGEST = 65504.0    # float16's
 
 
 class Curvature(NamedTuple):
-    """What calibration learns of the matrices, by name: an error E costs about 1/2 sum_r g_r E_r H E_r'."""
+    """What calibration learns of the matrices, by name: an error E costs about 1/2
+    sum_r g_r E_r H E_r'."""
     hessians: Mapping[str, Tensor]        # H (C, C): x'x over all visits and tokens of a mean micro-batch
     fisher: Mapping[str, Tensor] = {}     # g (R): (dL/dy)^2, mean over visits and tokens; absent: all alike
 
 
 class HessianHook:
-    """A forward's hook that sums x'x of every matrix input, each visit counted, and (dL/dy)^2 of outputs."""
+    """A forward's hook that sums x'x of every matrix input, each visit counted, and
+    (dL/dy)^2 of outputs."""
 
     INPUTS = {"attn_in": "blocks.{}.attn.c_q.weight", "heads": "blocks.{}.attn.proj.weight",
               "mlp_in": "blocks.{}.mlp.fc.weight", "mlp_act": "blocks.{}.mlp.proj.weight"}
@@ -1680,8 +1741,9 @@ class HessianHook:
 
     @torch.no_grad()
     def add_squares(self, model: GPT, ids: Tensor, hidden: Tensor, generator: torch.Generator) -> None:
-        """One backward pass from labels drawn from the model itself (Fisher's, not the data's, gradients);
-        exact expectations at the logits. Gradients of weights are never formed."""
+        """One backward pass from labels drawn from the model itself (Fisher's, not
+        the data's, gradients); exact expectations at the logits. Gradients of weights
+        are never formed."""
         cap, head = model.s.logit_softcap, model.head_weight()
         z = model.raw_logits(hidden).float().flatten(0, 1)
         if model.s.asym_logit_rescale:
@@ -1708,7 +1770,8 @@ class HessianHook:
         self.tokens += ids.numel()
 
     def finish(self, world: World | None = None) -> Curvature:
-        """Mean over all ranks' batches; c_k and c_v share c_q's Hessian (see input_of)."""
+        """Mean over all ranks' batches; c_k and c_v share c_q's Hessian (see
+        input_of)."""
         world = world or World()
         batches, tokens = world.total(torch.tensor([self.batches, self.tokens], dtype=torch.float64,
                                                    device=world.device)).tolist()
@@ -1729,8 +1792,9 @@ CALIBRATION_TOKENS = 16384    # in one pass with a graph: 98,304 hold about 68 G
 
 
 def pieces(batch: Batch, most: int) -> Iterator[Batch]:
-    """Inputs of a batch in parts of at most `most` tokens: rows, or a packed row cut at its segments and, if
-    it can be, where documents begin: then the parts know all that the whole does."""
+    """Inputs of a batch in parts of at most `most` tokens: rows, or a packed row cut
+    at its segments and, if it can be, where documents begin: then the parts know all
+    that the whole does."""
     cu, begin, total = batch.cu_seqlens, 0, batch.x.size(1)
     if cu is None:
         yield from (Batch(x, x, None, total) for x in batch.x.split(max(1, most // total)))
@@ -1745,7 +1809,8 @@ def pieces(batch: Batch, most: int) -> Iterator[Batch]:
 
 
 def calibrate(s: Settings, world: World, model: GPT, next_batch: Callable[[], Batch]) -> Curvature:
-    """Curvature over GPTQ_CALIBRATION_BATCHES training micro-batches, shared out over the ranks, loops on."""
+    """Curvature over GPTQ_CALIBRATION_BATCHES training micro-batches, shared out over
+    the ranks, loops on."""
     hook, plan, fisher = HessianHook(s), layer_plan(s, True), s.quant_allocation == "fisher"
     generator = torch.Generator(world.device).manual_seed(s.seed + world.rank)
     for _ in range(-(-s.gptq_calibration_batches // world.size)):
@@ -1759,13 +1824,14 @@ def calibrate(s: Settings, world: World, model: GPT, next_batch: Callable[[], Ba
 
 
 def to_half(x: Tensor) -> Tensor:
-    """float16; what is beyond its range becomes its largest number: no artifact holds infinities."""
+    """float16; what is beyond its range becomes its largest number: no artifact holds
+    infinities."""
     return x.float().clamp(-HALF_LARGEST, HALF_LARGEST).half()
 
 
 def row_scales(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-    """fp16 step of every row of w (…, R, C): clip_sigmas standard deviations span the codes. As
-    published it is 0 for a row without spread."""
+    """fp16 step of every row of w (…, R, C): clip_sigmas standard deviations span the
+    codes. As published it is 0 for a row without spread."""
     return to_half(clip_sigmas * w.float().std(dim=-1) / (2 ** (bits - 1) - 1))
 
 
@@ -1776,7 +1842,8 @@ def row_steps(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
 
 
 def inverse_factor(h: Tensor) -> Tensor:
-    """Upper U (n, C, C) with U'U = inverse of h: h = F F' with F upper, U = inverse of F, by halves."""
+    """Upper U (n, C, C) with U'U = inverse of h: h = F F' with F upper, U = inverse
+    of F, by halves."""
     half = h.size(-1) // 2
     if half < 256:
         factor = torch.linalg.cholesky(h.flip(-2, -1)).flip(-2, -1)
@@ -1793,10 +1860,11 @@ MOST_DAMPING = 100.0      # as much as a setting may ask for: columns are then a
 
 
 def hessian_factor(h: Tensor, damp: float | Tensor = 0.01, falling: bool = True) -> tuple[Tensor, ...]:
-    """For H (n, C, C), damped by a share (n, 1) of its mean diagonal: the columns' order (by falling
-    diagonal, or as they are), upper U with U'U = inverse of H in that order, the dead columns, and the U_jj
-    of the falling order: the inverse deviation of a column's input given those after it. float64 on a GPU,
-    where float32 products may round to TF32."""
+    """For H (n, C, C), damped by a share (n, 1) of its mean diagonal: the columns'
+    order (by falling diagonal, or as they are), upper U with U'U = inverse of H in
+    that order, the dead columns, and the U_jj of the falling order: the inverse
+    deviation of a column's input given those after it. float64 on a GPU, where
+    float32 products may round to TF32."""
     h = h.double() if h.is_cuda else h.clone()
     diag = h.diagonal(dim1=-2, dim2=-1)          # a view: writing it writes h
     dead = diag == 0
@@ -1811,9 +1879,9 @@ def hessian_factor(h: Tensor, damp: float | Tensor = 0.01, falling: bool = True)
 
 def damped_factor(h: Tensor, damp: Tensor,
                   falling: bool = True) -> tuple[tuple[Tensor, ...], Tensor]:
-    """hessian_factor of every matrix of h (n, C, C), and the damping (n, 1) that it took: what is asked
-    for, or ten times more until the matrix can be factored; infinite where nothing helps and the
-    identity stands for it."""
+    """hessian_factor of every matrix of h (n, C, C), and the damping (n, 1) that it
+    took: what is asked for, or ten times more until the matrix can be factored;
+    infinite where nothing helps and the identity stands for it."""
     try:
         found = hessian_factor(h, damp, falling)
         if all(part.isfinite().all() for part in found) and found[3].min() > 0:
@@ -1833,9 +1901,10 @@ def damped_factor(h: Tensor, damp: Tensor,
 @torch.no_grad()
 def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tensor, top: int,
                    trellis: bool = False, block: int = 128) -> Tensor:
-    """GPTQ (Frantar et al. 2022): codes (n, R, C) int8 within ±top of w under steps (n, R), column after
-    column in `order`, each one's error passed on to those still to come. order (n, C), u (n, C, C), dead
-    (n, C) are hessian_factor's; where columns have steps too, w and u come divided by them."""
+    """GPTQ (Frantar et al. 2022): codes (n, R, C) int8 within ±top of w under steps
+    (n, R), column after column in `order`, each one's error passed on to those still
+    to come. order (n, C), u (n, C, C), dead (n, C) are hessian_factor's; where
+    columns have steps too, w and u come divided by them."""
     nothing = dead[:, None] | (step == 0)[..., None]      # rows below the smallest step are zero
     w, step = w.masked_fill(nothing, 0), step[:, None].clamp_min(1e-30)
     t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R): a column is contiguous
@@ -1880,8 +1949,9 @@ ARRIVALS = np.array([np.argwhere(TRELLIS == to) for to in range(8)]).transpose(1
 
 def trellis_block(t: Tensor, unit: Tensor, slope: Tensor, state: Tensor,
                   tile: int = 16) -> tuple[Tensor, Tensor, Tensor]:
-    """The cheapest path through columns t (n, C, R), in steps, from state (n, R): (codes, errors, end state).
-    slope (n, C, 1): cost of a column's squared error. Each of 8 states keeps a survivor with its feedback."""
+    """The cheapest path through columns t (n, C, R), in steps, from state (n, R):
+    (codes, errors, end state). slope (n, C, 1): cost of a column's squared error.
+    Each of 8 states keeps a survivor with its feedback."""
     (from0, odd0), (from1, odd1) = (torch.from_numpy(a).to(t.device) for a in ARRIVALS)
     half0, half1, odd0, odd1 = (x.to(t.dtype)[:, None] / 2 for x in (from0 & 1, from1 & 1, odd0, odd1))
     cost = torch.full((t.size(0), 8, t.size(2)), torch.inf, device=t.device).scatter_(1, state[:, None], 0)
@@ -1926,7 +1996,8 @@ def trellis_block(t: Tensor, unit: Tensor, slope: Tensor, state: Tensor,
 @torch.no_grad()
 def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor], bits: tuple[int, int],
                    fine: Tensor, damp: float = 0.01) -> Tensor:
-    """Codes (R, C) int8 of one matrix by GPTQ, with the second steps and bits in the columns `fine` (C)."""
+    """Codes (R, C) int8 of one matrix by GPTQ, with the second steps and bits in the
+    columns `fine` (C)."""
     (order, u, dead, _), _ = damped_factor(h.float()[None], h.new_tensor([[damp]]))
     order, u, dead = order[0], u[0], dead[0]
     w = w.float().masked_fill(dead | (steps[0] == 0)[:, None], 0)
@@ -1940,20 +2011,23 @@ def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor], bits: tup
 
 
 def input_rms(s: Settings, name: str, h: Tensor, tokens: int = 1) -> Tensor:
-    """rms (C) of a matrix's input columns from its Hessian, a mean over micro-batches of so many tokens."""
+    """rms (C) of a matrix's input columns from its Hessian, a mean over micro-batches
+    of so many tokens."""
     slots = sum(layer_plan(s, True), ())
     visits = slots.count(int(name.split(".")[1])) if name.startswith("blocks.") else 1
     return (h.diagonal() / (visits * tokens)).sqrt()
 
 
 def group_scores(w: Tensor, rms: Tensor, size: int) -> Tensor:
-    """How much each whole group of `size` columns of w (R, C) moves the output: rms of input · mean |w|."""
+    """How much each whole group of `size` columns of w (R, C) moves the output: rms
+    of input · mean |w|."""
     return (rms * w.float().abs().mean(dim=0))[:len(rms) // size * size].view(-1, size).sum(dim=1)
 
 
 def protect(s: Settings, out: Quantised, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
             names: Sequence[str], coarser: float) -> None:
-    """AWQ-lite: the groups of columns with the highest scores of all matrices get codes of AWQ_LITE_BITS."""
+    """AWQ-lite: the groups of columns with the highest scores of all matrices get
+    codes of AWQ_LITE_BITS."""
     size, scores = s.awq_lite_group_size, []
     for name in names:
         w = weights[name]
@@ -1976,20 +2050,23 @@ def protect(s: Settings, out: Quantised, weights: Mapping[str, Tensor], hessians
 
 
 def quantise_rows(w: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
-    """w (R, C) -> int8 codes and fp16 steps (R): the largest magnitude of a row gets the largest code."""
+    """w (R, C) -> int8 codes and fp16 steps (R): the largest magnitude of a row gets
+    the largest code."""
     top = 2 ** (bits - 1) - 1
     scale = to_half(w.float().abs().amax(dim=1) / top)
     return divide_round(w, scale[:, None], -top, top), scale
 
 
 def divide_round(w: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """round(w / scale) to int8 in [low, high], halves to even; 0 where the fp16 scale is 0."""
+    """round(w / scale) to int8 in [low, high], halves to even; 0 where the fp16 scale
+    is 0."""
     scale = scale.float()
     return torch.where(scale > 0, w.float() / scale, 0.0).round().clamp(low, high).to(torch.int8)
 
 
 def lqer_asym(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a (R, k) in 2 bits, one step; b (k, C) in 4, a step per `group` values: (qA, sA (1), qB, sB (n))."""
+    """a (R, k) in 2 bits, one step; b (k, C) in 4, a step per `group` values: (qA, sA
+    (1), qB, sB (n))."""
     scale_a = to_half(a.float().abs().amax() / 1.5)[None]
     flat = b.float().reshape(-1, group)
     scale_b = to_half(flat.abs().amax(dim=1) / 7.5)
@@ -2004,8 +2081,9 @@ def asym_values(qa: Tensor, sa: Tensor, qb: Tensor, sb: Tensor) -> tuple[Tensor,
 
 
 def asym_signs(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Factors a (R, k), b (k, C), each pair with the sign that lqer_asym stores with the smaller error:
-    its codes reach further down than up. As they are where both signs are alike."""
+    """Factors a (R, k), b (k, C), each pair with the sign that lqer_asym stores with
+    the smaller error: its codes reach further down than up. As they are where both
+    signs are alike."""
     costs = []
     for sign in (1, -1):
         x, y = asym_values(*lqer_asym(sign * a, sign * b, group))
@@ -2018,8 +2096,9 @@ def asym_signs(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best a (R, r) = U S, b (r, C) = V' of an error matrix, by the smaller Gram matrix in float64. The
-    sign of a pair, LAPACK's choice, becomes a rule: the largest number of a column of a is negative."""
+    """Best a (R, r) = U S, b (r, C) = V' of an error matrix, by the smaller Gram
+    matrix in float64. The sign of a pair, LAPACK's choice, becomes a rule: the
+    largest number of a column of a is negative."""
     e = error.double()
     if e.size(0) < e.size(1):
         u = torch.linalg.eigh(e @ e.mT).eigenvectors[:, -rank:].flip(1)
@@ -2035,9 +2114,10 @@ def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Quantised:
-    """Flat tensors, how each weight is stored, and the unit of the stored steps. A weight is fp16 `<name>`,
-    int8 rows `.gq`, `.gs`, or codes `.q` with steps: fp16 rows `.scale`, or int8 eighths of an octave of rows
-    `.row` and of columns `.col` (one for all matrices of a Hessian); perhaps factors `.lqA…`."""
+    """Flat tensors, how each weight is stored, and the unit of the stored steps. A
+    weight is fp16 `<name>`, int8 rows `.gq`, `.gs`, or codes `.q` with steps: fp16
+    rows `.scale`, or int8 eighths of an octave of rows `.row` and of columns `.col`
+    (one for all matrices of a Hessian); perhaps factors `.lqA…`."""
     tensors: dict[str, Tensor]
     meta: dict[str, str]
     unit: float = 1.0
@@ -2047,7 +2127,8 @@ EMBEDDINGS = {"tok_emb.weight"}      # tables that are looked up
 
 
 class Storage(NamedTuple):
-    """How a tensor is stored: gate, half or gptq; its bits, clip_sigmas and the damping of its Hessian."""
+    """How a tensor is stored: gate, half or gptq; its bits, clip_sigmas and the
+    damping of its Hessian."""
     kind: str
     bits: int
     clip: float = 0.0
@@ -2055,8 +2136,8 @@ class Storage(NamedTuple):
 
 
 def storage_of(s: Settings, name: str, w: Tensor) -> Storage:
-    """By the settings for its kind. Tables that are looked up and their projections have no Hessian: GPTQ
-    then rounds each code by itself."""
+    """By the settings for its kind. Tables that are looked up and their projections
+    have no Hessian: GPTQ then rounds each code by itself."""
     if s.gated_attn_quant_gate and name.endswith("attn_gate_w") and w.dim() == 2 and 32 <= w.numel() <= 8192:
         return Storage("gate", 8)
     if w.numel() <= SMALL_TENSOR:
@@ -2076,7 +2157,8 @@ BATCH_ROWS = 8192      # rows of equal matrices that are rounded together
 
 
 def input_of(name: str) -> str:
-    """The first matrix of those that read the same input: they share a Hessian and steps of columns."""
+    """The first matrix of those that read the same input: they share a Hessian and
+    steps of columns."""
     return name.replace("attn.c_k", "attn.c_q").replace("attn.c_v", "attn.c_q")
 
 
@@ -2086,8 +2168,9 @@ def octaves(eighths: Tensor) -> Tensor:
 
 
 class Quantiser:
-    """A model's weights, ready to be quantised at any fineness: what does not depend on it is computed once.
-    Ranks share the matrices, those of one Hessian together; equal shapes are one batch."""
+    """A model's weights, ready to be quantised at any fineness: what does not depend
+    on it is computed once. Ranks share the matrices, those of one Hessian together;
+    equal shapes are one batch."""
 
     @torch.no_grad()
     def __init__(self, s: Settings, weights: Mapping[str, Tensor], curvature: Curvature,
@@ -2126,7 +2209,8 @@ class Quantiser:
         self.finest = 2 ** (low / OCTAVE) / (TOP_CODE / 4) if self.fisher else 1.0
 
     def factorise(self, names: list[str]) -> None:
-        """The factors of these matrices' Hessians, all of one width; without one: of the identity."""
+        """The factors of these matrices' Hessians, all of one width; without one: of
+        the identity."""
         weights = [self.weights[n] for n in names]
         eye = torch.eye(weights[0].size(1), device=weights[0].device)
         h = torch.stack([self.hessians.get(n, eye) for n in names])
@@ -2139,8 +2223,9 @@ class Quantiser:
                                       f"of {least:g}")
 
     def allocate(self, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Stored steps, `.row` and `.col`, with step^2 g_row d_col the same for all weights of all matrices,
-        d being the variance of a column's input given the columns that GPTQ rounds after it."""
+        """Stored steps, `.row` and `.col`, with step^2 g_row d_col the same for all
+        weights of all matrices, d being the variance of a column's input given the
+        columns that GPTQ rounds after it."""
         rows, columns, level = {}, {}, {}
         for name in self.own:
             if (key := input_of(name)) not in columns:
@@ -2169,7 +2254,8 @@ class Quantiser:
         return octaves(self.steps.get(input_of(name) + ".col", torch.zeros(w.size(1)))).to(w.device)
 
     def rows_of(self, name: str, unit: float) -> Tensor:
-        """Stored steps of the rows (R): fp16 by hand; or int8, then raised until no code is over the top."""
+        """Stored steps of the rows (R): fp16 by hand; or int8, then raised until no
+        code is over the top."""
         w = self.weights[name].float()
         if not self.fisher:
             stored = storage_of(self.s, name, w)
@@ -2179,8 +2265,9 @@ class Quantiser:
         return torch.maximum(self.steps[name + ".row"].to(w.device), least)
 
     def deviations_of(self, name: str) -> np.ndarray:
-        """How many codes have which standard deviation at unit 1: counts (511) by eighths of an octave around
-        1, taking a code's variance as that of its row times that of its column."""
+        """How many codes have which standard deviation at unit 1: counts (511) by
+        eighths of an octave around 1, taking a code's variance as that of its row
+        times that of its column."""
         rows = octaves(self.steps[name + ".row"]) if self.fisher else self.rows_of(name, 1.0).float()
         w = self.weights[name].float() / self.columns_of(name)
         rows = rows.to(w.device)[:, None]
@@ -2238,12 +2325,14 @@ class Quantiser:
 
     def round_by_hand(self, w: Tensor, rows: Tensor, factors: Sequence[Tensor], bits: int,
                       unit: float) -> tuple[Tensor, Tensor]:
-        """(codes, steps of rows) of matrices w (n, R, C) under steps rows (n, R) that settings gave."""
+        """(codes, steps of rows) of matrices w (n, R, C) under steps rows (n, R) that
+        settings gave."""
         return round_in_order(w, rows.float(), *factors, 2 ** (bits - 1) - 1), rows
 
 
 def repair(s: Settings, out: Quantised, weights: Mapping[str, Tensor], names: Sequence[str]) -> None:
-    """LQER: factors of the LQER_TOP_K largest errors, or where they gain most (LQER_GAIN_SELECT)."""
+    """LQER: factors of the LQER_TOP_K largest errors, or where they gain most
+    (LQER_GAIN_SELECT)."""
     within = {"all": "", "mlp": ".mlp.", "attn": ".attn.", "embed": "tok_emb"}[s.lqer_scope]
     back, found = dequantise(out), {}
     errors = {n: weights[n].float() - back[n].to(weights[n].device) for n in names if within in n}
@@ -2283,7 +2372,8 @@ def factors_of(t: Mapping[str, Tensor], name: str) -> Tensor | float:
 
 
 def half_steps(codes: np.ndarray) -> np.ndarray:
-    """Which of the codes (R, C) stand half a step higher: a walk from state 0 through every row."""
+    """Which of the codes (R, C) stand half a step higher: a walk from state 0 through
+    every row."""
     return state_bits(np.ascontiguousarray(codes.T), TRELLIS).T
 
 
@@ -2311,7 +2401,8 @@ def dequantise(q: Quantised) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str, names=matrix_views) -> None:
-    """Copy weights, under the names that `names` gives, into the model; UserError unless they fit."""
+    """Copy weights, under the names that `names` gives, into the model; UserError
+    unless they fit."""
     views = names({n: p.data for n, p in model.named_parameters()})
     wrong = sorted(set(views) ^ set(weights)) or [n for n in views if views[n].shape != weights[n].shape]
     if wrong:
@@ -2329,7 +2420,8 @@ CALIBRATION_REACH = 0.5               # a category moves its tokens' logits by a
 
 @functools.cache
 def token_categories(path: Path, vocab_size: int) -> Tensor:
-    """(V, 14) of 0 and 1: by length in bytes, by leading space and by the kind of characters."""
+    """(V, 14) of 0 and 1: by length in bytes, by leading space and by the kind of
+    characters."""
     sp, rows = load_tokenizer(path), []
     for i in range(vocab_size):
         nothing = sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
@@ -2351,7 +2443,8 @@ def calibrated_by(s: Settings, raw: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fit_calibration(s: Settings, model: GPT, tokens: np.ndarray) -> tuple[Tensor, Tensor]:
-    """The 15 numbers that serve the model best on training tokens (N,), and every step's loss."""
+    """The 15 numbers that serve the model best on training tokens (N,), and every
+    step's loss."""
     device, seen, stride = model.tok_emb.device, [], s.logit_calib_stride
     raw = torch.zeros(15, device=device, requires_grad=True)
     optimiser = torch.optim.AdamW([raw], lr=s.logit_calib_lr, weight_decay=0)
@@ -2376,7 +2469,8 @@ def fit_calibration(s: Settings, model: GPT, tokens: np.ndarray) -> tuple[Tensor
 
 
 def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
-    """The artifact with its own model's calibration, fitted in training; as it was without room."""
+    """The artifact with its own model's calibration, fitted in training; as it was
+    without room."""
     values = None
     if world.main:
         model = build_model(s, world)
@@ -2414,7 +2508,8 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Booked:
-    """Validation tokens whose every target is on the books; nothing else of them may be trained on."""
+    """Validation tokens whose every target is on the books; nothing else of them may
+    be trained on."""
     tokens: np.ndarray
 
 
@@ -2428,7 +2523,8 @@ class LedgerError(RuntimeError):
 
 
 class Ledger:
-    """The books of one evaluation: every target's loss, once. What breaks the rules raises, on every rank."""
+    """The books of one evaluation: every target's loss, once. What breaks the rules
+    raises, on every rank."""
 
     def __init__(self, val: Validation, device: torch.device):
         val.ledgers += 1
@@ -2446,16 +2542,19 @@ class Ledger:
         self.loss[positions] = losses.detach().float()
 
     def require(self, positions: Tensor) -> None:
-        """Note whether all these targets are on the books: check_early() says so, nothing waits here."""
+        """Note whether all these targets are on the books: check_early() says so,
+        nothing waits here."""
         self.early |= (self.count[positions] == 0).any()
 
     def check_early(self, world: World) -> None:
-        """Raise, on every rank, when one of them has asked for a target that was not on the books."""
+        """Raise, on every rank, when one of them has asked for a target that was not
+        on the books."""
         if world.total(self.early.int()):
             raise LedgerError(EARLY)
 
     def booked(self, documents: np.ndarray, world: World) -> Booked:
-        """The tokens of these documents, if all ranks together have scored every target of theirs."""
+        """The tokens of these documents, if all ranks together have scored every
+        target of theirs."""
         self.check_early(world)
         count = world.total(self.count.clone()).cpu().numpy()
         spans = [(int(self.val.documents.start[d]), int(self.val.documents.length[d])) for d in documents]
@@ -2466,7 +2565,8 @@ class Ledger:
         return Booked(np.concatenate([self.val.tokens[a:a + n] for a, n in spans]))
 
     def close(self, world: World) -> Score:
-        """Sum over ranks; raises unless every expected target was scored, once, before any step on it."""
+        """Sum over ranks; raises unless every expected target was scored, once,
+        before any step on it."""
         self.check_early(world)
         count = world.total(self.count).cpu().numpy()
         self.total = loss = world.total(self.loss.double()).cpu().numpy()
@@ -2479,7 +2579,8 @@ class Ledger:
         return Score(float(loss.sum()), float(target_bytes), int(self.expected.sum()))
 
     def profiles(self) -> Iterator[dict]:
-        """After close(): documents, targets, bytes, nats by a document's length, and by position in it."""
+        """After close(): documents, targets, bytes, nats by a document's length, and
+        by position in it."""
         start, length = self.val.documents.start, self.val.documents.length - 1
         cuts = start[:, None] + np.minimum(length[:, None], [*PROFILE_EDGES, 1 << 62])
         sums = [np.diff(np.append(0, x.cumsum())[cuts]) for x in (self.val.target_bytes, self.total)]
@@ -2492,8 +2593,9 @@ class Ledger:
 
 
 def sliding_windows(total: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
-    """Windows over `total` positions as (begin, end, first scored position): the first scores all it sees,
-    later ones their last `stride` positions; each position once."""
+    """Windows over `total` positions as (begin, end, first scored position): the
+    first scores all it sees, later ones their last `stride` positions; each position
+    once."""
     later = range(stride, total - seq_len + stride, stride)
     return [(0, min(seq_len, total), 0),
             *((begin, min(begin + seq_len, total), begin + seq_len - stride) for begin in later)]
@@ -2503,7 +2605,8 @@ Window = tuple[int, int, int]       # absolute positions: begin, end, first scor
 
 
 def pack_rows(windows: list[Window], capacity: int) -> list[list[Window]]:
-    """Windows, longest first, filled one after the other into rows of at most `capacity` tokens."""
+    """Windows, longest first, filled one after the other into rows of at most
+    `capacity` tokens."""
     rows, used = [], capacity
     for w in sorted(windows, key=lambda w: w[0] - w[1]):
         used += w[1] - w[0]
@@ -2515,7 +2618,8 @@ def pack_rows(windows: list[Window], capacity: int) -> list[list[Window]]:
 
 
 class Scorer:
-    """Scores a model on validation documents: packed rows, no attention across documents."""
+    """Scores a model on validation documents: packed rows, no attention across
+    documents."""
 
     def __init__(self, s: Settings, world: World, model: GPT):
         self.s, self.world, self.model = s, world, model
@@ -2525,7 +2629,8 @@ class Scorer:
 
     @torch.no_grad()
     def windows(self, val: Validation, stride: int, looping: bool = True) -> Score:
-        """Score every document by windows of EVAL_SEQ_LEN at this stride, or beyond those on cached keys."""
+        """Score every document by windows of EVAL_SEQ_LEN at this stride, or beyond
+        those on cached keys."""
         s, ledger = self.s, Ledger(val, self.world.device)
         self.ledger = ledger              # the books of the latest evaluation
         starts, targets = val.documents.start, val.documents.length - 1
@@ -2542,7 +2647,8 @@ class Scorer:
         return ledger.close(self.world)
 
     def once(self, val: Validation, documents: np.ndarray, stride: int, ledger: Ledger) -> None:
-        """Documents computed once, `stride` tokens at a time, on the keys a window would reach."""
+        """Documents computed once, `stride` tokens at a time, on the keys a window
+        would reach."""
         s = dataclasses.replace(self.s, ttt_eval_seq_len=self.s.eval_seq_len, ttt_chunk_size=stride,
                                 ttt_short_score_first_enabled=False, ttt_cache_lambda=0)
         still = PhasedTTT(s, self.world, self.model, val, ledger=ledger)
@@ -2586,7 +2692,8 @@ class BoundAdapter(NamedTuple):
     scale: float
 
     def add(self, y: Tensor, kind: str, slot: int, x: Tensor) -> Tensor:
-        """y (B, T, out) + scale * x A' B' for x (B, T, in); y itself when this kind is not adapted."""
+        """y (B, T, out) + scale * x A' B' for x (B, T, in); y itself when this kind
+        is not adapted."""
         if kind not in self.a:
             return y
         a = self.a[kind][slot]
@@ -2595,9 +2702,10 @@ class BoundAdapter(NamedTuple):
 
 
 class Adapter:
-    """Low-rank adapters for `rows` documents side by side: per kind A (S, rows, r, in) uniform(±1/sqrt(in))
-    and B (S, rows, out, r) zero: a fresh one changes nothing. S counts executed slots; the head has one.
-    Every document begins with the same A, drawn from SEED. With TTT_SHARED_A A is (S, r, in) and frozen."""
+    """Low-rank adapters for `rows` documents side by side: per kind A (S, rows, r,
+    in) uniform(±1/sqrt(in)) and B (S, rows, out, r) zero: a fresh one changes
+    nothing. S counts executed slots; the head has one. Every document begins with the
+    same A, drawn from SEED. With TTT_SHARED_A A is (S, r, in) and frozen."""
 
     def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu"):
         self.scale = s.ttt_lora_alpha / s.ttt_lora_rank
@@ -2634,7 +2742,8 @@ class Adapter:
 
     @torch.no_grad()
     def draw_a(self) -> None:
-        """Fresh A. Drawn on the CPU, so that every device starts from the same numbers."""
+        """Fresh A. Drawn on the CPU, so that every device starts from the same
+        numbers."""
         generator = torch.Generator().manual_seed(self.seed)
         for a in self.a.values():
             drawn = torch.empty(a.size(0), *a.shape[-2:]).uniform_(-1, 1, generator=generator)
@@ -2657,11 +2766,12 @@ class Adapter:
 
 
 class KeyCache:
-    """Keys and values that the earlier chunks of B documents left behind, as computed then and cut from their
-    graph: per slot (B, P, K, D), of which the last `seen` fit into a window beside the next chunk. They are
-    cut in the forward: for views torch.compile would make other graphs. position: tokens so far; last (B, 2):
-    the tokens before the next chunk. states: slot STATES keeps final hidden states (B, P, D) of length 1 and
-    the tokens that came next (B, P)."""
+    """Keys and values that the earlier chunks of B documents left behind, as computed
+    then and cut from their graph: per slot (B, P, K, D), of which the last `seen` fit
+    into a window beside the next chunk. They are cut in the forward: for views
+    torch.compile would make other graphs. position: tokens so far; last (B, 2): the
+    tokens before the next chunk. states: slot STATES keeps final hidden states (B, P,
+    D) of length 1 and the tokens that came next (B, P)."""
     STATES = -1
 
     def __init__(self, window: int, states: bool = False):
@@ -2684,12 +2794,14 @@ class KeyCache:
         return k, v
 
     def seal(self, ids: Tensor) -> None:
-        """The forward of the chunk with tokens ids (B, T) was scored: the keys it saw are those to keep."""
+        """The forward of the chunk with tokens ids (B, T) was scored: the keys it saw
+        are those to keep."""
         self.sealed = (ids, self.new)
         self.new = {}
 
     def advance(self, chunk: int) -> None:
-        """The chunk is over; of its keys the next `chunk` tokens see what the window holds beside them."""
+        """The chunk is over; of its keys the next `chunk` tokens see what the window
+        holds beside them."""
         ids, self.old = self.sealed
         self.sealed = None
         self.seen = min(self.seen + ids.size(1), self.window - chunk)
@@ -2705,8 +2817,9 @@ class KeyCache:
 
 @dataclass(frozen=True)
 class Scored:
-    """A chunk already on the books: adapt() takes nothing else, so it cannot see ahead. losses (B, W) with
-    their graph, the chunk's in the last columns; `again` recomputes them after a step."""
+    """A chunk already on the books: adapt() takes nothing else, so it cannot see
+    ahead. losses (B, W) with their graph, the chunk's in the last columns; `again`
+    recomputes them after a step."""
     losses: Tensor
     chunk: int
     positions: Tensor
@@ -2714,8 +2827,9 @@ class Scored:
 
 
 class ChunkWindow(NamedTuple):
-    """A chunk of a batch of documents: per row the first input (relative to the document), the first scored
-    column, the number of scored columns (0: the document has ended); W columns."""
+    """A chunk of a batch of documents: per row the first input (relative to the
+    document), the first scored column, the number of scored columns (0: the document
+    has ended); W columns."""
     begin: np.ndarray
     offset: np.ndarray
     count: np.ndarray
@@ -2723,9 +2837,10 @@ class ChunkWindow(NamedTuple):
 
 
 def chunk_window(s: Settings, targets: np.ndarray, begin: int, end: int, cached: bool) -> ChunkWindow:
-    """The chunk [begin, end) of targets: alone where earlier keys are cached, else rows reach back at most
-    TTT_EVAL_SEQ_LEN inputs; in the field's order from where the document ends, if that is in the chunk, in
-    stream order from the chunk's end: nothing about later tokens is known. targets (B,): per document."""
+    """The chunk [begin, end) of targets: alone where earlier keys are cached, else
+    rows reach back at most TTT_EVAL_SEQ_LEN inputs; in the field's order from where
+    the document ends, if that is in the chunk, in stream order from the chunk's end:
+    nothing about later tokens is known. targets (B,): per document."""
     last, window = np.minimum(end, targets), s.ttt_eval_seq_len
     count = np.maximum(last - begin, 0)
     if cached:
@@ -2738,9 +2853,10 @@ def chunk_window(s: Settings, targets: np.ndarray, begin: int, end: int, cached:
 
 
 def chunk_bounds(s: Settings, length: int) -> list[int]:
-    """Targets at which the chunks of a group begin whose longest document has `length` tokens, and the end of
-    the last one. In stream order the size goes by the position in the document, so that no later document has
-    a say in how an earlier one is cut; in the field's order by `length`."""
+    """Targets at which the chunks of a group begin whose longest document has
+    `length` tokens, and the end of the last one. In stream order the size goes by the
+    position in the document, so that no later document has a say in how an earlier
+    one is cut; in the field's order by `length`."""
     steps, bounds = chunk_steps(s), [0]
     if s.ttt_doc_order == "length":
         steps = [(math.inf, next(chunk for bound, chunk in steps if length <= bound))]
@@ -2751,8 +2867,9 @@ def chunk_bounds(s: Settings, length: int) -> list[int]:
 
 
 def trained_rows(s: Settings, targets: np.ndarray, end: int) -> np.ndarray:
-    """(B,) bool: the documents, of targets (B,), that learn from a chunk ending at target `end`: those going
-    on, within TTT_TRAIN_*_DOC_LEN; in stream order by the position reached, as no end is known yet."""
+    """(B,) bool: the documents, of targets (B,), that learn from a chunk ending at
+    target `end`: those going on, within TTT_TRAIN_*_DOC_LEN; in stream order by the
+    position reached, as no end is known yet."""
     most, goes_on = s.ttt_train_max_doc_len or math.inf, targets > end
     if s.ttt_doc_order == "stream":
         return goes_on & (end < most)
@@ -2760,22 +2877,25 @@ def trained_rows(s: Settings, targets: np.ndarray, end: int) -> np.ndarray:
 
 
 def rows_kept_for(batch: int, live: int) -> int:
-    """Rows for `live` documents left: `batch` halved while they fit in, but not to 1, a graph of its own."""
+    """Rows for `live` documents left: `batch` halved while they fit in, but not to 1,
+    a graph of its own."""
     while live <= batch // 2 > 1:
         batch //= 2
     return batch
 
 
 class Round(NamedTuple):
-    """Groups of documents between which no state passes, in the order of work, and the documents on which the
-    base weights are trained once all of them are scored (none after the last round)."""
+    """Groups of documents between which no state passes, in the order of work, and
+    the documents on which the base weights are trained once all of them are scored
+    (none after the last round)."""
     groups: list[np.ndarray]
     train_on: np.ndarray | None
 
 
 def grouped(s: Settings, documents: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    """Documents (their numbers) in groups of at most TTT_BATCH_SIZE of similar lengths, longest first. In
-    stream order groups are about equal: a single document left over would need a graph of its own."""
+    """Documents (their numbers) in groups of at most TTT_BATCH_SIZE of similar
+    lengths, longest first. In stream order groups are about equal: a single document
+    left over would need a graph of its own."""
     order, size = documents[np.argsort(lengths[documents], kind="stable")], s.ttt_batch_size
     cuts = range(size, len(order), size) if s.ttt_doc_order == "length" else -(-len(order) // size)
     groups = np.array_split(order, cuts) if len(order) else []
@@ -2783,9 +2903,10 @@ def grouped(s: Settings, documents: np.ndarray, lengths: np.ndarray) -> list[np.
 
 
 def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
-    """The groups of all documents, cut at the phase boundaries. TTT_DOC_ORDER=stream: round i holds the i-th
-    part of the stream's first documents, so that none is influenced by a later one. length: as in the field
-    the longest documents of all come first; a phase trains on the shortest groups scored so far."""
+    """The groups of all documents, cut at the phase boundaries. TTT_DOC_ORDER=stream:
+    round i holds the i-th part of the stream's first documents, so that none is
+    influenced by a later one. length: as in the field the longest documents of all
+    come first; a phase trains on the shortest groups scored so far."""
     phases = s.phased_ttt_num_phases if s.phased_ttt_prefix_docs else 0
     bounds = [s.phased_ttt_prefix_docs * (i + 1) // phases for i in range(phases)]
     everything, rounds, begin = np.arange(len(lengths)), [], 0
@@ -2812,10 +2933,12 @@ WATCH_EVERY = 8             # chunks between two looks at the clock
 
 
 class PhasedTTT:
-    """Score-first phased test-time training. Each document has its own adapter, scored chunk by chunk and
-    adapted only by booked chunks; at each phase boundary the base weights are trained on whole booked
-    documents. Ranks share the groups by predicted cost. clock: the evaluation's, watched so that every target
-    is scored in time. trace(event, **values) observes: lora, reset, chunk, sgd_step, phase, give_up."""
+    """Score-first phased test-time training. Each document has its own adapter,
+    scored chunk by chunk and adapted only by booked chunks; at each phase boundary
+    the base weights are trained on whole booked documents. Ranks share the groups by
+    predicted cost. clock: the evaluation's, watched so that every target is scored in
+    time. trace(event, **values) observes: lora, reset, chunk, sgd_step, phase,
+    give_up."""
 
     def __init__(self, s: Settings, world: World, model: GPT, val: Validation, trace: Callable | None = None,
                  clock: Clock | None = None, ledger: Ledger | None = None):
@@ -2831,7 +2954,8 @@ class PhasedTTT:
         self.phase_pace, self.phase_tokens = 0.0, 0    # seconds a token of a phase; tokens to train on
 
     def costs(self, group: np.ndarray) -> np.ndarray:
-        """Predicted token-passes of a group at every level of GIVE_UP; a backward counts twice a forward."""
+        """Predicted token-passes of a group at every level of GIVE_UP; a backward
+        counts twice a forward."""
         longest = int(self.lengths[group].max())
         ends = np.minimum(chunk_bounds(self.s, longest)[1:], self.s.ttt_eval_seq_len)
         adapting = 3 * (longest if self.s.ttt_kv_reuse else ends.sum())
@@ -2843,7 +2967,8 @@ class PhasedTTT:
         return [groups[i] for i in sorted(share)]
 
     def run(self) -> Score:
-        """Score every document once. The model's weights end as the last phase left them."""
+        """Score every document once. The model's weights end as the last phase left
+        them."""
         rounds = ttt_rounds(self.s, self.lengths)
         todo = [self.own_share(r.groups) for r in rounds]
         self.left = sum((self.costs(g) for mine in todo for g in mine), self.left)
@@ -2890,7 +3015,8 @@ class PhasedTTT:
         self.level = level
 
     def adapter_for(self, rows: int) -> Adapter:
-        """The kept one, reset for new documents, where it has as many rows, else a fresh one."""
+        """The kept one, reset for new documents, where it has as many rows, else a
+        fresh one."""
         kept = self.kept is not None and rows == self.s.ttt_batch_size
         adapter = self.kept if kept else Adapter(self.s, self.plan, rows, self.world.device)
         if kept:
@@ -2907,7 +3033,8 @@ class PhasedTTT:
                                  weight_decay=s.ttt_weight_decay, fused=self.world.device.type == "cuda")
 
     def adapt_group(self, group: np.ndarray) -> None:
-        """Score a group's documents chunk by chunk; after each chunk adapt those that have another one."""
+        """Score a group's documents chunk by chunk; after each chunk adapt those that
+        have another one."""
         self.watch()
         s, level = self.s, self.level
         cached, learns = s.ttt_kv_reuse or level == NO_ADAPTATION, level < NO_ADAPTATION
@@ -2946,7 +3073,8 @@ class PhasedTTT:
 
     def score_chunk(self, starts: np.ndarray, w: ChunkWindow, adapter: Adapter | None,
                     cache: KeyCache | None) -> Scored:
-        """One forward over the chunk and its context; its losses are booked before anything can learn."""
+        """One forward over the chunk and its context; its losses are booked before
+        anything can learn."""
         column = np.arange(w.width)
         valid = (column < (w.offset + w.count)[:, None])
         at = np.where(valid, (starts + w.begin)[:, None] + column, 0)
@@ -2971,7 +3099,8 @@ class PhasedTTT:
 
     def adapt(self, adapter: Adapter, optimiser: torch.optim.Optimizer | None, scored: Scored,
               later: Tensor) -> None:
-        """TTT_GRAD_STEPS steps on the mean loss of the booked chunk, of documents that have a later one."""
+        """TTT_GRAD_STEPS steps on the mean loss of the booked chunk, of documents
+        that have a later one."""
         self.ledger.require(scored.positions)
         losses, trained = scored.losses, adapter.trained()
         for step in range(self.s.ttt_grad_steps):
@@ -2989,7 +3118,8 @@ class PhasedTTT:
     # --- the base weights
 
     def global_phase(self, booked: Booked) -> None:
-        """SGD on all base weights over booked documents; the learning rate falls as a cosine over chunks."""
+        """SGD on all base weights over booked documents; the learning rate falls as a
+        cosine over chunks."""
         s, tokens = self.s, booked.tokens
         chunks = -(-(len(tokens) - 1) // s.global_ttt_chunk_tokens)
         params = self.model.requires_grad_(True).parameters()
@@ -3015,7 +3145,8 @@ class PhasedTTT:
         return s.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * (c - warm) / max(chunks - 1 - warm, 1)))
 
     def global_step(self, tokens: np.ndarray, optimiser: torch.optim.SGD) -> None:
-        """One momentum step on a run of tokens, which the ranks share by whole documents, or rows."""
+        """One momentum step on a run of tokens, which the ranks share by whole
+        documents, or rows."""
         s, world, total = self.s, self.world, len(tokens) - 1
         starts = np.flatnonzero(tokens[:-1] == BOS)
         if not s.global_ttt_respect_doc_boundaries:
@@ -3037,7 +3168,8 @@ class PhasedTTT:
 
 
 def total_gradients(world: World, model: GPT, clip: float) -> Tensor:
-    """Sum all gradients over the ranks and clip their norm (0: no clipping); returns the norm before."""
+    """Sum all gradients over the ranks and clip their norm (0: no clipping); returns
+    the norm before."""
     for p in model.parameters():
         p.grad = world.total(torch.zeros_like(p) if p.grad is None else p.grad)
     return nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
@@ -3045,10 +3177,11 @@ def total_gradients(world: World, model: GPT, clip: float) -> Tensor:
 
 @torch.no_grad()
 def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
-    """Losses (B, T) of a chunk's targets once the model's probability p is mixed with what earlier places of
-    the document say. Place i says the token that came after it, with weight
-    a_i = exp(TTT_CACHE_THETA (cos(h_i, h_t) - 1)); all together count w = min(0.6, TTT_CACHE_LAMBDA max a_i):
-    (1 - w) p + w sum(a_i [i's token is the target]) / sum(a_i), which sums to 1 over the vocabulary."""
+    """Losses (B, T) of a chunk's targets once the model's probability p is mixed with
+    what earlier places of the document say. Place i says the token that came after
+    it, with weight a_i = exp(TTT_CACHE_THETA (cos(h_i, h_t) - 1)); all together count
+    w = min(0.6, TTT_CACHE_LAMBDA max a_i): (1 - w) p + w sum(a_i [i's token is the
+    target]) / sum(a_i), which sums to 1 over the vocabulary."""
     past, said = cache.new[cache.STATES]
     h, targets = (x[:, -losses.size(1):] for x in (past, said))
     place = torch.arange(past.size(1), device=h.device)
@@ -3061,14 +3194,16 @@ def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
 
 @torch.no_grad()
 def normalised_step(params: list[Tensor], lr: float, weight_decay: float) -> None:
-    """Steps of matrices (…, R, C) along their gradient over its RMS, matrix by matrix: no state."""
+    """Steps of matrices (…, R, C) along their gradient over its RMS, matrix by
+    matrix: no state."""
     for p in params:
         size = p.grad.square().mean(dim=(-2, -1), keepdim=True).sqrt()
         p.mul_(1 - lr * weight_decay).sub_(p.grad / (size + 1e-12), alpha=lr)
 
 
 def phase_steps(s: Settings, tokens: int) -> int:
-    """Steps of the base weights in a phase over so many tokens (see PhasedTTT.global_phase)."""
+    """Steps of the base weights in a phase over so many tokens (see
+    PhasedTTT.global_phase)."""
     chunks, steps = -(-(tokens - 1) // s.global_ttt_chunk_tokens), 0
     for c in range(max(chunks - 1, 1)):
         inputs = min(s.global_ttt_chunk_tokens, tokens - 1 - c * s.global_ttt_chunk_tokens)
@@ -3086,7 +3221,8 @@ def phase_steps(s: Settings, tokens: int) -> int:
 # ============================================================================================================
 
 def set_up(s: Settings, world: World) -> str:
-    """Seeds, arithmetic, attention backend: once per process. Returns why this backend."""
+    """Seeds, arithmetic, attention backend: once per process. Returns why this
+    backend."""
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high" if world.device.type == "cuda" else "highest")
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -3103,14 +3239,16 @@ def set_up(s: Settings, world: World) -> str:
 
 
 def pick_dtype(choice: str, device: torch.device, default: torch.dtype | None = None) -> torch.dtype:
-    """The dtype a setting names; auto: `default`, else bfloat16 on a GPU and float32 on a CPU."""
+    """The dtype a setting names; auto: `default`, else bfloat16 on a GPU and float32
+    on a CPU."""
     if choice == "auto":
         return default or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     return getattr(torch, choice)
 
 
 def compiles(s: Settings, device: torch.device) -> bool:
-    """Whether to use torch.compile. Plain attention, which float32 takes too, cannot be traced."""
+    """Whether to use torch.compile. Plain attention, which float32 takes too, cannot
+    be traced."""
     plain = ATTENTION == "plain" or pick_dtype(s.compute_dtype, device) == torch.float32
     if s.compile == "1" and plain:
         raise UserError("COMPILE=1 cannot trace plain attention (ATTN_BACKEND=plain, a CPU, or COMPUTE_DTYPE="
@@ -3144,7 +3282,8 @@ def is_number(text: str) -> bool:
 
 
 def whole_number(text: str) -> int | None:
-    """The whole number that the text writes, exactly; 1e3 is one too. None when it writes none."""
+    """The whole number that the text writes, exactly; 1e3 is one too. None when it
+    writes none."""
     if re.fullmatch(r" *[+-]?[0-9][0-9_]{0,29} *", text):
         return int(text.replace("_", ""))
     if len(text) > 40 or not is_number(text):
@@ -3154,14 +3293,16 @@ def whole_number(text: str) -> int | None:
 
 
 def whole_numbers(text: str) -> list[int]:
-    """The numbers of "9,10": 0 to a thousand million, at most 64; none when the text is anything else."""
+    """The numbers of "9,10": 0 to a thousand million, at most 64; none when the text
+    is anything else."""
     parts = text.replace(" ", "").split(",")
     good = len(parts) <= 64 and all(re.fullmatch("[0-9]{1,9}", part) for part in parts)
     return [int(part) for part in parts] if good else []
 
 
 def parse_setting(f, text: str):
-    """The typed value of one setting; UserError with value, bound and remedy when it is not one."""
+    """The typed value of one setting; UserError with value, bound and remedy when it
+    is not one."""
     name, meta, kind = f.name.upper(), f.metadata, type(f.default)
     choices = ("0", "1") if kind is bool else meta["choices"]
     if choices and text not in choices:
@@ -3180,7 +3321,8 @@ def parse_setting(f, text: str):
 
 
 def parse_text(name: str, text: str, most: int) -> str:
-    """A setting that is text, a path with ~ expanded; UserError for what no file or log line can be named."""
+    """A setting that is text, a path with ~ expanded; UserError for what no file or
+    log line can be named."""
     bad = ""
     if len(text) > most or not text.isprintable():
         bad = f"be at most {most:,} printable characters"
@@ -3288,8 +3430,9 @@ def our_words() -> set[str]:
 
 
 def looks_like_ours(name: str, known: Mapping) -> str | None:
-    """The nearest known setting when `name` must have been meant for this script, else None.
-    It is nearly a setting's, or made of our words alone and ends in none of a platform's."""
+    """The nearest known setting when `name` must have been meant for this script,
+    else None. It is nearly a setting's, or made of our words alone and ends in none
+    of a platform's."""
     if name in OTHER_NAMES:
         return None
     words = name.lower().split("_")
@@ -3306,8 +3449,9 @@ def looks_like_ours(name: str, known: Mapping) -> str | None:
 
 
 def stray_names(env: Mapping[str, str]) -> dict[str, str]:
-    """Variables that nothing here reads though they are like settings, or what others call them,
-    and what to say of each; twenty at most. from_env refuses those that must have been meant."""
+    """Variables that nothing here reads though they are like settings, or what others
+    call them, and what to say of each; twenty at most. from_env refuses those that
+    must have been meant."""
     known = {f.name.upper() for f in fields(Settings)}
     begins = our_words() | COMMON_WORDS
     strays = {}
@@ -3341,7 +3485,8 @@ def print_help() -> None:
 
 
 class Ranks(NamedTuple):
-    """What the launcher tells a process: its number, how many there are, and both on this machine."""
+    """What the launcher tells a process: its number, how many there are, and both on
+    this machine."""
     rank: int
     size: int
     local: int
@@ -3349,8 +3494,8 @@ class Ranks(NamedTuple):
 
 
 def launcher_ranks(env: Mapping[str, str]) -> Ranks:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process without them. UserError
-    when they do not fit together, or the other ranks could not be found."""
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process without them.
+    UserError when they do not fit together, or the other ranks could not be found."""
     remedy = ("start by torchrun, or without them: env -u RANK -u WORLD_SIZE -u LOCAL_RANK "
               "-u LOCAL_WORLD_SIZE python train_gpt.py")
 
@@ -3397,7 +3542,8 @@ USUAL_PATIENCE = (250.0, 300.0)
 
 
 class Pulse:
-    """What this rank does and how far it is: set by its main thread, read by its heartbeat."""
+    """What this rank does and how far it is: set by its main thread, read by its
+    heartbeat."""
 
     def __init__(self):
         self.doing, self.beats, self.at = "set-up", 0, time.monotonic()
@@ -3415,7 +3561,8 @@ class Pulse:
         self.beats += 1
 
     def limits(self) -> tuple[float, float]:
-        """PATIENCE now: the usual before the first step, then at least ten of the longest."""
+        """PATIENCE now: the usual before the first step, then at least ten of the
+        longest."""
         word = self.doing.split()[0]
         progress, wait = PATIENCE.get(word, USUAL_PATIENCE)
         least = 10 * self.longest[word] if word in self.longest else USUAL_PATIENCE[0]
@@ -3424,7 +3571,8 @@ class Pulse:
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of this run; one rank is the same code. Collectives are no-ops when size is 1."""
+    """The ranks of this run; one rank is the same code. Collectives are no-ops when
+    size is 1."""
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
@@ -3433,7 +3581,8 @@ class World:
 
     @classmethod
     def join(cls, env: Mapping[str, str]) -> World:
-        """Join the launcher's process group: NCCL (and gloo for host values) on GPUs, gloo on a CPU."""
+        """Join the launcher's process group: NCCL (and gloo for host values) on GPUs,
+        gloo on a CPU."""
         rank, size, local, _ = launcher_ranks(env)
         device = torch.device("cpu")
         if gpus := torch.cuda.device_count():
@@ -3457,7 +3606,8 @@ class World:
         return world
 
     def beat(self, doing: str) -> None:
-        """Progress was made; `doing`, such as "step 812", follows: a job that hangs is ended."""
+        """Progress was made; `doing`, such as "step 812", follows: a job that hangs
+        is ended."""
         self.pulse.beat(doing)
         wait = self.pulse.limits()[1]
         set_wait = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
@@ -3488,7 +3638,8 @@ class World:
         return x
 
     def agree(self, value):
-        """Rank 0's value on every rank (through host memory, so the GPU queue is not drained)."""
+        """Rank 0's value on every rank (through host memory, so the GPU queue is not
+        drained)."""
         if self.size == 1:
             return value
         if type(value) is float:      # a clock
@@ -3502,8 +3653,9 @@ class World:
         return box[0]
 
     def agree_step(self, elapsed: float, stop: int, bad_step: int) -> tuple[float, int, int]:
-        """What all ranks must know before a step, through host memory: rank 0's seconds, the number of a
-        signal that any rank received (0: none), the first step that went wrong on any rank (0: none)."""
+        """What all ranks must know before a step, through host memory: rank 0's
+        seconds, the number of a signal that any rank received (0: none), the first
+        step that went wrong on any rank (0: none)."""
         if self.size == 1:
             return elapsed, stop, bad_step
         never = -math.inf
@@ -3540,7 +3692,8 @@ SILENT = 45.0    # and one of another; one that runs here may be in a call that 
 
 
 def process_state(pid: int) -> tuple[str, str]:
-    """(state letter, time of its start) of a process of this machine; empty where not known."""
+    """(state letter, time of its start) of a process of this machine; empty where not
+    known."""
     try:
         words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return words[0], words[19]
@@ -3549,9 +3702,10 @@ def process_state(pid: int) -> tuple[str, str]:
 
 
 class Heartbeat(threading.Thread):
-    """Tells the other ranks, over the rendezvous store, that this process lives and what it
-    does; ends the job when one of them falls silent or nothing goes on. Under torchrun its
-    agent keeps the store, so that any rank may hang. tell(line) says why, on one rank."""
+    """Tells the other ranks, over the rendezvous store, that this process lives and
+    what it does; ends the job when one of them falls silent or nothing goes on. Under
+    torchrun its agent keeps the store, so that any rank may hang. tell(line) says
+    why, on one rank."""
 
     def __init__(self, world: World, env: Mapping[str, str]):
         super().__init__(name="heartbeat", daemon=True)
@@ -3615,8 +3769,8 @@ class Heartbeat(threading.Thread):
         return state if (sign["host"], sign["begun"]) == (platform.node(), begun) else ""
 
     def stuck(self, now: float) -> list[int]:
-        """The ranks that hold up the job: silent ones, or when nobody makes progress those that
-        wait for no other and are the least far."""
+        """The ranks that hold up the job: silent ones, or when nobody makes progress
+        those that wait for no other and are the least far."""
         at_work = [rank for rank, sign in self.signs.items() if "left" not in sign]
         silent = []
         for rank in at_work:
@@ -3639,8 +3793,9 @@ class Heartbeat(threading.Thread):
         return "; ".join(said.format(rank, **self.signs[rank]) for rank in stuck)
 
     def end_job(self, stuck: Sequence[int]) -> None:
-        """Say it, on one rank; end what is stopped, then this process: when the others have seen
-        it too, and later than those that are to blame, so that the launcher names them."""
+        """Say it, on one rank; end what is stopped, then this process: when the
+        others have seen it too, and later than those that are to blame, so that the
+        launcher names them."""
         self.world.pulse.ending = True
         well = sorted(set(range(self.world.size)) - set(stuck)) or [0]
         if self.world.rank == well[0]:
@@ -3651,7 +3806,8 @@ class Heartbeat(threading.Thread):
         os._exit(1)
 
     def kill_stopped(self, stuck: Sequence[int]) -> None:
-        """SIGKILL to those of these ranks whose processes, on this machine, are stopped."""
+        """SIGKILL to those of these ranks whose processes, on this machine, are
+        stopped."""
         for rank in stuck:
             if self.here(rank) in ("T", "t"):
                 with contextlib.suppress(OSError):
@@ -3659,7 +3815,8 @@ class Heartbeat(threading.Thread):
 
 
 def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Item indices per rank, longest first to the least loaded: by arithmetic, so the same on every rank."""
+    """Item indices per rank, longest first to the least loaded: by arithmetic, so the
+    same on every rank."""
     load, share = [0.0] * ranks, [[] for _ in range(ranks)]
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         r = load.index(min(load))
@@ -3669,13 +3826,15 @@ def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
 
 
 class Signals:
-    """What SIGINT (Ctrl-C) and SIGTERM do: the first ends training after the step under way, and anything
-    else at once by Interrupted; a second, a second or more later, ends the process at once (one request often
-    arrives twice: torchrun passes on what it gets).
+    """What SIGINT (Ctrl-C) and SIGTERM do: the first ends training after the step
+    under way, and anything else at once by Interrupted; a second, a second or more
+    later, ends the process at once (one request often arrives twice: torchrun passes
+    on what it gets).
 
-    SIGHUP, of a terminal that is gone, is ignored. torchrun takes it for an order to end, passes it on and
-    kills the ranks 30 s later, so there it counts as SIGTERM. To train on under torchrun, start it by nohup
-    with TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT."""
+    SIGHUP, of a terminal that is gone, is ignored. torchrun takes it for an order to
+    end, passes it on and kills the ranks 30 s later, so there it counts as SIGTERM.
+    To train on under torchrun, start it by nohup with
+    TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT."""
 
     def __init__(self):
         self.number, self.when, self.waits = 0, 0.0, False
@@ -3703,7 +3862,8 @@ class Signals:
             raise self.error("the run was interrupted")
 
     def error(self, what: str, number: int = 0) -> Interrupted:
-        """The exception that ends the run, for the signal received here or on another rank."""
+        """The exception that ends the run, for the signal received here or on another
+        rank."""
         number = number or self.number
         if not self.number:
             self.number, self.when = number, time.monotonic()     # what comes now is the second
@@ -3711,7 +3871,8 @@ class Signals:
 
     @contextlib.contextmanager
     def held(self):
-        """Inside, a signal only sets `number`; what was not obeyed by the end raises there."""
+        """Inside, a signal only sets `number`; what was not obeyed by the end raises
+        there."""
         self.waits = True
         try:
             yield
@@ -3725,8 +3886,9 @@ SIGNALS = Signals()
 
 
 class Clock:
-    """Seconds since its start against a budget. Training: every step, calibration, GPTQ, packing, up to the
-    file on disk. Evaluation: from opening it to the last byte scored. `excluded`: seconds not charged."""
+    """Seconds since its start against a budget. Training: every step, calibration,
+    GPTQ, packing, up to the file on disk. Evaluation: from opening it to the last
+    byte scored. `excluded`: seconds not charged."""
 
     def __init__(self, budget: float = 0.0, now: Callable[[], float] = time.perf_counter):
         self.now, self.start, self.budget, self.excluded = now, now(), budget, 0.0
@@ -3749,8 +3911,9 @@ def sync(device: torch.device) -> None:
 
 
 def write_atomic(path: Path, data: bytes, amend: Callable[[], bytes] | None = None) -> None:
-    """Write a file completely or not at all: temporary name in the same folder, flushed, then
-    renamed. amend(): called before the renaming; what it returns takes the data's place."""
+    """Write a file completely or not at all: temporary name in the same folder,
+    flushed, then renamed. amend(): called before the renaming; what it returns takes
+    the data's place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -3773,8 +3936,9 @@ def write_atomic(path: Path, data: bytes, amend: Callable[[], bytes] | None = No
 
 
 def file_size(path: Path, most: int, what: str) -> int:
-    """Bytes of a regular file of at most `most`, known before it is opened: a pipe would wait for
-    ever, a device never end. what: what it should be, for messages. UserError for anything else."""
+    """Bytes of a regular file of at most `most`, known before it is opened: a pipe
+    would wait for ever, a device never end. what: what it should be, for messages.
+    UserError for anything else."""
     try:
         found = os.stat(path)
     except OSError as error:
@@ -3822,7 +3986,8 @@ LEFTOVER = re.compile(r"\.(.+\.(pt|ptz|json)\.\w{8}|space\.\d+|ballast|average\.
 
 
 def of_training(summary: Mapping, path: Path) -> dict:
-    """What a run that goes on keeps of the summary at path; UserError for values of strange types."""
+    """What a run that goes on keeps of the summary at path; UserError for values of
+    strange types."""
     kept = {k: summary[k] for k in TRAINING_KEYS if summary.get(k) is not None}
     for name, value in kept.items():
         texts = name == "training_not_compliant_because"
@@ -3834,8 +3999,9 @@ def of_training(summary: Mapping, path: Path) -> dict:
 
 
 def lock_folder(folder: Path):
-    """The open file whose lock says that this run owns the folder; whatever ends the process
-    frees it. None where the disk knows no locks. UserError when another live run has it."""
+    """The open file whose lock says that this run owns the folder; whatever ends the
+    process frees it. None where the disk knows no locks. UserError when another live
+    run has it."""
     path = folder / ".lock"
     while True:
         file = open(path, "a+", encoding="utf-8")
@@ -3867,8 +4033,8 @@ def home_of(s: Settings) -> Path | None:
 
 
 class Journal:
-    """A file of lines that never ends a run: what cannot be written waits in memory, at most
-    MOST bytes of it, and is tried again with every line."""
+    """A file of lines that never ends a run: what cannot be written waits in memory,
+    at most MOST bytes of it, and is tried again with every line."""
     MOST = 8 << 20
 
     def __init__(self, path: Path, fresh: bool = False):
@@ -3907,8 +4073,8 @@ def to_json(value, **options) -> str:
 
 
 class Run:
-    """The run's folder and its one voice: text to train.log and the screen, JSON lines to metrics.jsonl.
-    Nothing that cannot be written or shown ends the run."""
+    """The run's folder and its one voice: text to train.log and the screen, JSON
+    lines to metrics.jsonl. Nothing that cannot be written or shown ends the run."""
 
     def __init__(self, s: Settings, world: World):
         name = s.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
@@ -3955,12 +4121,14 @@ class Run:
         self.text, self.metrics = (Journal(self.dir / name, fresh) for name in names)
 
     def goes_on(self) -> bool:
-        """Whether what is quantised or scored is this folder's own, or training is resumed."""
+        """Whether what is quantised or scored is this folder's own, or training is
+        resumed."""
         home = home_of(self.s)
         return self.resumes or (home is not None and home.resolve() == self.dir.resolve())
 
     def check_folder(self, again: bool) -> dict:
-        """The summary that lies in the folder; UserError unless this run may write there."""
+        """The summary that lies in the folder; UserError unless this run may write
+        there."""
         for name in ("summary.json", WEIGHTS_NAME, ARTIFACT_NAME):
             if (self.dir / name).is_dir():
                 raise UserError(f"{self.dir / name} is a folder: move it away")
@@ -3995,7 +4163,8 @@ class Run:
         self.log("warning", text=text)
 
     def log(self, event: str, quiet: bool = False, **values) -> None:
-        """A line `event key=value …` on screen and in train.log, an object in metrics.jsonl; rank 0 only."""
+        """A line `event key=value …` on screen and in train.log, an object in
+        metrics.jsonl; rank 0 only."""
         if self.text is None:
             return
         self.write(self.metrics, to_json({"event": event, "time": round(time.time(), 3), **values}))
@@ -4036,7 +4205,8 @@ class Run:
             self.show("\r\033[K" + line[:shutil.get_terminal_size().columns - 1])
 
     def save_summary(self) -> None:
-        """What is known so far: written after every stage, so that a crash loses no score."""
+        """What is known so far: written after every stage, so that a crash loses no
+        score."""
         if self.world.main:
             with self.guarded("the summary"):
                 write_atomic(self.dir / "summary.json", to_json(self.summary, indent=1).encode())
@@ -4052,7 +4222,8 @@ class Run:
     # --- going on after an early end
 
     def ways_on(self) -> dict[Path, dict[str, str]]:
-        """Files that a run can be continued from, best first, and the settings that do so."""
+        """Files that a run can be continued from, best first, and the settings that
+        do so."""
         artifact, weights = self.dir / ARTIFACT_NAME, self.dir / WEIGHTS_NAME
         ways = {artifact: {"EVAL_ONLY_QUANTIZED_PATH": str(artifact)},
                 weights: {"EVAL_ONLY_PATH": str(weights)}}
@@ -4072,14 +4243,16 @@ class Run:
             return 0
 
     def way_on(self) -> dict[str, str]:
-        """The settings that go on from the best file that this run has written, if any."""
+        """The settings that go on from the best file that this run has written, if
+        any."""
         for path, how in self.ways_on().items():
             if self.written(path) not in (0, self.before.get(path)):
                 return how
         return {}
 
     def go_on(self) -> str:
-        """The command that goes on from what is on disk; without that the one that started it."""
+        """The command that goes on from what is on disk; without that the one that
+        started it."""
         changed, how = changed_environment(self.s), self.way_on()
         if not how:
             return starting_command(changed)
@@ -4090,8 +4263,8 @@ class Run:
         return starting_command({**changed, "ARTIFACT_DIR": str(self.dir), **how})
 
     def note_go_on(self, every: float = 0.0) -> None:
-        """Log that command when it has changed: it is then known even after a kill. every: look
-        again after so many seconds only."""
+        """Log that command when it has changed: it is then known even after a kill.
+        every: look again after so many seconds only."""
         if self.text is None or time.monotonic() - self.command_at < every:
             return
         self.command_at, command = time.monotonic(), self.go_on()
@@ -4100,9 +4273,9 @@ class Run:
             self.log("go_on", quiet=True, command=command)
 
     def failed(self, line: str, trace: str = "", again: bool = True, event: str = "error") -> None:
-        """The last words of a run that ends early, on any rank: the error, its trace in the log
-        alone, and the command to go on. again: whether the same command may help while nothing
-        is on disk."""
+        """The last words of a run that ends early, on any rank: the error, its trace
+        in the log alone, and the command to go on. again: whether the same command
+        may help while nothing is on disk."""
         tell(f"{event}: {line}")
         if self.text is None:      # not rank 0: beside its lines, where the folder is shared
             with contextlib.suppress(OSError):
@@ -4159,7 +4332,8 @@ def starting_command(changed: Mapping[str, str]) -> str:
 
 
 def plain(value, most: int) -> str:
-    """A value as one line of at most so many characters of printable ASCII, for messages."""
+    """A value as one line of at most so many characters of printable ASCII, for
+    messages."""
     text = re.sub("[^ -~]", "?", f"{value!s:.{most + 1}}")
     return text if len(text) <= most else text[:most - 3] + "..."
 
@@ -4181,7 +4355,8 @@ def public_settings(values: Mapping) -> dict:
 
 
 def closest_system(s: Settings) -> tuple[str, dict] | None:
-    """The configuration beside this script nearest to the settings, and what differs as [here, there]."""
+    """The configuration beside this script nearest to the settings, and what differs
+    as [here, there]."""
     found, mine = [], s.as_env()
     for path in sorted(Path(__file__).parent.glob("configs/pr*.env")):
         lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
@@ -4231,9 +4406,9 @@ MAY_DIFFER = ("RUN_ID", "QUANTIZE_ONLY", "PREQUANT_ONLY", "RESUME", "settings", 
 
 
 def compare_with_training(run: Run, here: dict) -> None:
-    """Facts and settings into the summary; a warning of those that are not as in the summary
-    beside the file that is quantised or scored. In a run's own folder the summary keeps what
-    was true of its training."""
+    """Facts and settings into the summary; a warning of those that are not as in the
+    summary beside the file that is quantised or scored. In a run's own folder the
+    summary keeps what was true of its training."""
     differing = {}
     with run.guarded("the comparison with training"):
         differing = differences_from_training(run, here)
@@ -4247,7 +4422,8 @@ def compare_with_training(run: Run, here: dict) -> None:
 
 
 def differences_from_training(run: Run, here: Mapping) -> dict[str, list]:
-    """What of it is not as in the summary beside the weights or artifact: [here, there] by name."""
+    """What of it is not as in the summary beside the weights or artifact: [here,
+    there] by name."""
     home = home_of(run.s)
     if home is None or not run.world.main:
         return {}
@@ -4290,7 +4466,8 @@ class Progress:
             trainer.parts = None
 
     def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, lr: float, plan: Plan) -> None:
-        """A line in the log (ten steps, then every TRAIN_LOG_EVERY), else on a terminal, two a second."""
+        """A line in the log (ten steps, then every TRAIN_LOG_EVERY), else on a
+        terminal, two a second."""
         s = self.s
         logged = step <= 10 or (s.train_log_every and step % s.train_log_every == 0)
         if not logged and not (self.run.live and clock.elapsed() - self.last[1] > 0.5):
@@ -4318,8 +4495,9 @@ class Progress:
 
 
 class FiniteWatch:
-    """Notices the first step whose loss or gradient is not finite without waiting for the GPU: flags travel
-    to pinned memory and are read once they have arrived, a few steps late."""
+    """Notices the first step whose loss or gradient is not finite without waiting for
+    the GPU: flags travel to pinned memory and are read once they have arrived, a few
+    steps late."""
 
     def __init__(self):
         self.flying, self.bad = deque(), 0
@@ -4335,7 +4513,8 @@ class FiniteWatch:
         self.flying.append((step, flag, arrived))
 
     def first_bad(self, wait: bool = False) -> int:
-        """The first bad step (from 1 on) among those whose flags are here, else 0; wait: for all flags."""
+        """The first bad step (from 1 on) among those whose flags are here, else 0;
+        wait: for all flags."""
         while self.flying and not self.bad:
             step, flag, arrived = self.flying[0]
             if arrived is not None and not wait and not arrived.query():
@@ -4356,7 +4535,8 @@ class FiniteWatch:
 
 
 def off_the_clock(world: World, clock: Clock, work: Callable[[], None]) -> None:
-    """Do the work while the clock stands; steps that are queued on a GPU are charged before."""
+    """Do the work while the clock stands; steps that are queued on a GPU are charged
+    before."""
     sync(world.device)
     with clock.exclude():
         work()
@@ -4364,13 +4544,15 @@ def off_the_clock(world: World, clock: Clock, work: Callable[[], None]) -> None:
 
 
 def end_of_steps(world: World, trainer: Trainer, watch: FiniteWatch, step: int) -> int:
-    """After the last step, the first one that went wrong on any rank, or left weights that are not finite."""
+    """After the last step, the first one that went wrong on any rank, or left weights
+    that are not finite."""
     bad = watch.first_bad(wait=True) or (0 if trainer.finite() else step)
     return world.agree_step(0.0, 0, bad)[2]
 
 
 def training_reports(s: Settings, run: Run, trainer: Trainer, trained: Trained) -> None:
-    """What was idle in training, into the log. It comes after the weights are saved, and ends no run."""
+    """What was idle in training, into the log. It comes after the weights are saved,
+    and ends no run."""
     if not trained.facts["steps"]:
         return
     with run.guarded("the report on parameters without gradients"):
@@ -4382,9 +4564,10 @@ AVERAGE = Path("checkpoint") / "average.pt"     # in the run's folder
 
 
 class AverageKeeper:
-    """Keeps a finite average of the weights on disk while training goes on: rank 0 copies it on the device,
-    a thread beside training checks and writes it. The newest two stay until the artifact is written:
-    final_model.pt may be damaged, or lie elsewhere, as long as nothing has been made of it."""
+    """Keeps a finite average of the weights on disk while training goes on: rank 0
+    copies it on the device, a thread beside training checks and writes it. The newest
+    two stay until the artifact is written: final_model.pt may be damaged, or lie
+    elsewhere, as long as nothing has been made of it."""
 
     SECONDS = 25.0         # between two copies: on a slow disk, too, the newest is less than a minute old
 
@@ -4413,7 +4596,8 @@ class AverageKeeper:
             self.run.log("warning", text=f"an average could not be kept beside training ({self.fault})")
 
     def start(self, step: int, stopped: str) -> None:
-        """Copy the average, in the order of the GPU's queue, and let the thread write it."""
+        """Copy the average, in the order of the GPU's queue, and let the thread write
+        it."""
         if not self.copy:
             self.copy = {n: torch.empty_like(t) for n, t in self.average.items()}
         torch._foreach_copy_(list(self.copy.values()), list(self.average.values()))
@@ -4425,7 +4609,8 @@ class AverageKeeper:
         self.job = self.writer.submit(self.write, ready, facts)
 
     def write(self, ready, facts: dict) -> None:
-        """In the thread: check and write the copy; a fault is kept for the log, training goes on."""
+        """In the thread: check and write the copy; a fault is kept for the log,
+        training goes on."""
         try:
             tensors = to_host(self.copy, ready)
             if not all(bool(t.isfinite().all()) for t in tensors.values()):
@@ -4443,7 +4628,8 @@ class AverageKeeper:
             self.fault = self.fault or f"{type(error).__name__}: {plain(error, 200)}"
 
     def close(self, step: int, stopped: str) -> None:
-        """Wait for the writer; before, write the average at which training was stopped."""
+        """Wait for the writer; before, write the average at which training was
+        stopped."""
         self.world.beat("saving the average")
         wait_for(self.job)
         if step and stopped and self.world.main:
@@ -4460,7 +4646,8 @@ def wait_for(job) -> None:
 
 
 def to_host(tensors: Mapping[str, Tensor], ready) -> dict[str, Tensor]:
-    """The tensors on the host. On a GPU once `ready` has passed, by a stream of its own: no step waits."""
+    """The tensors on the host. On a GPU once `ready` has passed, by a stream of its
+    own: no step waits."""
     if ready is None:
         return dict(tensors)
     stream = torch.cuda.Stream(next(iter(tensors.values())).device)
@@ -4470,7 +4657,8 @@ def to_host(tensors: Mapping[str, Tensor], ready) -> dict[str, Tensor]:
 
 
 def weight_facts(s: Settings, world: World, steps: int, seconds: float, stopped: str) -> dict:
-    """What a file of weights says of its training; stopped: empty for a training that went to its end."""
+    """What a file of weights says of its training; stopped: empty for a training that
+    went to its end."""
     return {"steps": steps, "train_seconds": seconds, "step_ms": 1e3 * seconds / max(steps, 1),
             "stopped": stopped, "seed": s.seed, "world_size": world.size}
 
@@ -4481,8 +4669,9 @@ POINTER = Path("checkpoint") / "resume.json"     # in the run's folder: which ch
 
 
 class Checkpoints:
-    """Writes all that a training must know to go on to the bit: every rank its own file, so that no shared
-    disk is needed, then rank 0 the pointer. A kill in between leaves the checkpoint before."""
+    """Writes all that a training must know to go on to the bit: every rank its own
+    file, so that no shared disk is needed, then rank 0 the pointer. A kill in between
+    leaves the checkpoint before."""
 
     def __init__(self, s: Settings, world: World, run: Run, trainer: Trainer, watch: FiniteWatch,
                  clock: Clock):
@@ -4491,7 +4680,8 @@ class Checkpoints:
         self.wanted = s.checkpoint_every_seconds > 0 and not s.max_wallclock_seconds
 
     def offer(self, step: int, elapsed: float, curriculum: Curriculum, stream: Prefetch) -> None:
-        """Before a step, `elapsed` seconds on rank 0's clock: write one when it is time."""
+        """Before a step, `elapsed` seconds on rank 0's clock: write one when it is
+        time."""
         if self.last is None:
             self.last = elapsed
         elif elapsed - self.last >= self.s.checkpoint_every_seconds:
@@ -4499,7 +4689,8 @@ class Checkpoints:
             self.last = elapsed
 
     def write(self, step: int, curriculum: Curriculum, stream: Prefetch) -> None:
-        """Write one, on all ranks; without space, or with weights that are not finite, the last one stays."""
+        """Write one, on all ranks; without space, or with weights that are not
+        finite, the last one stays."""
         if not self.wanted or not step:
             return
         fault = ""
@@ -4550,7 +4741,8 @@ def remove_checkpoints(run: Run, keep: int = -1) -> None:
 
 
 def remove_safety_copies(run: Run) -> None:
-    """Once the artifact and final_model.pt are there: remove averages and checkpoints. On every rank."""
+    """Once the artifact and final_model.pt are there: remove averages and
+    checkpoints. On every rank."""
     if not run.world.agree((run.dir / "final_model.pt").is_file()):
         return
     remove_checkpoints(run)
@@ -4562,7 +4754,8 @@ def remove_safety_copies(run: Run) -> None:
 
 
 def training_settings(s: Settings, world: World) -> dict:
-    """The settings on which a step of training depends: they must be the same to go on."""
+    """The settings on which a step of training depends: they must be the same to go
+    on."""
     names = ["SEED", "ITERATIONS", "COMPUTE_DTYPE", "MUON_DTYPE"]
     for group in ("data", "model", "optimiser"):
         names += [n for n in group_names(group) if not n.startswith(("DATA_", "TOKENIZER_", "VAL_"))]
@@ -4571,7 +4764,8 @@ def training_settings(s: Settings, world: World) -> dict:
 
 
 def read_checkpoint(s: Settings, world: World, run: Run) -> dict:
-    """This rank's part of the checkpoint in the run's folder; UserError when there is none that fits."""
+    """This rank's part of the checkpoint in the run's folder; UserError when there is
+    none that fits."""
     path, again = run.dir / POINTER, "start anew without RESUME, in another ARTIFACT_DIR"
     step, fault = 0, ""
     if world.main:
@@ -4618,8 +4812,9 @@ ZIP_END = 22           # bytes of a zip's last record without its comment
 
 
 def sealed(box: dict) -> bytes:
-    """torch.save's archive of `box` with a digest of all of it as the archive's comment, which torch.load
-    passes over: torch itself does not check the sums that an archive holds."""
+    """torch.save's archive of `box` with a digest of all of it as the archive's
+    comment, which torch.load passes over: torch itself does not check the sums that
+    an archive holds."""
     out = io.BytesIO()
     torch.save(box, out)
     body = out.getvalue()[:-2] + struct.pack("<H", SEAL_BYTES)
@@ -4632,9 +4827,10 @@ def seal_of(body: bytes) -> bytes:
 
 
 def unsealed(path: str | Path, most: int, what: str, must: bool = False) -> dict:
-    """What sealed() wrote to a file of at most `most` bytes. UserError, one line that begins with `what`, for
-    all else: within seconds, and before anything is unpickled. An archive without a digest passes with a
-    warning, for files of earlier versions have none; not if it must have one."""
+    """What sealed() wrote to a file of at most `most` bytes. UserError, one line that
+    begins with `what`, for all else: within seconds, and before anything is
+    unpickled. An archive without a digest passes with a warning, for files of earlier
+    versions have none; not if it must have one."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) or status.st_size > most:
@@ -4657,8 +4853,8 @@ def unsealed(path: str | Path, most: int, what: str, must: bool = False) -> dict
 
 
 def has_seal(data: bytes) -> bool:
-    """Whether an archive ends with the digest of what precedes it; ValueError: with a wrong one, or it is no
-    archive that torch.save has written."""
+    """Whether an archive ends with the digest of what precedes it; ValueError: with a
+    wrong one, or it is no archive that torch.save has written."""
     last_record = b"PK\5\6"
     if data[-ZIP_END - SEAL_BYTES:][:4] == last_record:
         if data[-SEAL_BYTES:] != seal_of(data[:-SEAL_BYTES]):
@@ -4670,8 +4866,9 @@ def has_seal(data: bytes) -> bool:
 
 
 def check_records(data: bytes) -> None:
-    """ValueError unless an archive unfolds to no more than it is: nothing compressed, and pickles that are
-    short and hardly repeat a tuple: one that holds another twice, and so on, is hashed for ever."""
+    """ValueError unless an archive unfolds to no more than it is: nothing compressed,
+    and pickles that are short and hardly repeat a tuple: one that holds another
+    twice, and so on, is hashed for ever."""
     archive = zipfile.ZipFile(io.BytesIO(data))
     records = archive.infolist()
     pickles = [r for r in records if r.filename.endswith(".pkl")]
@@ -4693,14 +4890,16 @@ def check_records(data: bytes) -> None:
 
 
 def weights_to_bytes(s: Settings, params: Mapping[str, Tensor], facts: dict) -> bytes:
-    """The file of weights: under the field's names, with their architecture and facts of their training."""
+    """The file of weights: under the field's names, with their architecture and facts
+    of their training."""
     weights = {n: p.detach().cpu() for n, p in field_views(dict(params)).items()}
     return sealed({"architecture": s.to_be_stored(architecture(s)), "weights": weights, "facts": facts})
 
 
 def save_weights(run: Run, model: GPT, facts: dict) -> None:
-    """The averaged weights, the moment training ends: whatever fails later, they are on disk. Without space
-    in the run's folder other places are tried; without any the run goes on with the weights in memory."""
+    """The averaged weights, the moment training ends: whatever fails later, they are
+    on disk. Without space in the run's folder other places are tried; without any the
+    run goes on with the weights in memory."""
     if not run.world.main:
         return
     drop_ballast(run)
@@ -4721,8 +4920,9 @@ def save_weights(run: Run, model: GPT, facts: dict) -> None:
 
 
 def read_weights(path: str, model: GPT) -> dict:
-    """Averaged weights saved by an earlier run into the model; what the file says of their training (see
-    weight_facts; {}: an earlier version's file). UserError, one short line, for anything else."""
+    """Averaged weights saved by an earlier run into the model; what the file says of
+    their training (see weight_facts; {}: an earlier version's file). UserError, one
+    short line, for anything else."""
     what, again = f"EVAL_ONLY_PATH={plain(path, 80)}", "give a run's final_model.pt"
     views = field_views({n: p.data for n, p in model.named_parameters()})
     most = bytes_of_weights(model.s) + 1024 * len(views) + (1 << 20)
@@ -4763,8 +4963,8 @@ def are_facts(facts) -> bool:
 
 
 def take_over(s: Settings, run: Run, facts: Mapping) -> Clock:
-    """The training clock that quantising goes on with. In the folder of the run that trained it
-    has run for as long as the weights say; else the time is not known."""
+    """The training clock that quantising goes on with. In the folder of the run that
+    trained it has run for as long as the weights say; else the time is not known."""
     clock, seconds = Clock(s.max_wallclock_seconds), facts.get("train_seconds")
     run.time_known = run.goes_on() and seconds is not None
     if run.time_known:
@@ -4787,7 +4987,8 @@ def check_budget(run: Run, what: str, seconds: float, name: str, setting: float)
 
 
 def marked(blob: bytes, why: str) -> bytes:
-    """The artifact, telling whoever scores it why it is NON-COMPLIANT, in at most MARK_BYTES more."""
+    """The artifact, telling whoever scores it why it is NON-COMPLIANT, in at most
+    MARK_BYTES more."""
     header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
     both = filter(None, [header.get("not_compliant"), plain_mark(why)[:MARK_BYTES - 32]])
     header["not_compliant"] = plain_mark("; ".join(both))
@@ -4795,14 +4996,15 @@ def marked(blob: bytes, why: str) -> bytes:
 
 
 def plain_mark(text: str) -> str:
-    """A mark as it is written and read: bounded ASCII that takes one byte each in JSON."""
+    """A mark as it is written and read: bounded ASCII that takes one byte each in
+    JSON."""
     return re.sub(r'[^ -~]|["\\]', "?", text[:MARK_BYTES])
 
 
 def write_artifact(s: Settings, run: Run, blob: bytes, clock: Clock) -> tuple[float, int]:
-    """Put the artifact on disk, on rank 0; seconds of training's clock, and bytes. It is judged
-    when its bytes are on disk, and gets its name only with the mark and the summary that tell
-    the verdict: no kill comes between."""
+    """Put the artifact on disk, on rank 0; seconds of training's clock, and bytes. It
+    is judged when its bytes are on disk, and gets its name only with the mark and the
+    summary that tell the verdict: no kill comes between."""
     def judged() -> bytes:
         nonlocal blob, seconds
         seconds = clock.elapsed()
@@ -4868,7 +5070,8 @@ TEXT_BASELINE_LIMIT = 8 << 20     # bytes of validation text that general-purpos
 
 
 def text_baselines(s: Settings, val: Validation) -> dict[str, float]:
-    """Bits per byte of general-purpose compressors on the validation text, when it is short enough."""
+    """Bits per byte of general-purpose compressors on the validation text, when it is
+    short enough."""
     if s.caseops_enabled or val.target_bytes.sum() > TEXT_BASELINE_LIMIT:     # CaseOps text is transformed
         return {}
     sp, documents = load_tokenizer(s.tokenizer), zip(val.documents.start, val.documents.length)
@@ -4910,7 +5113,8 @@ LESS_MEMORY = {"scoring": "lower VAL_BATCH_TOKENS", "adapting": "lower TTT_BATCH
 
 
 def open_screens() -> None:
-    """A screen of ASCII gets ? for what it cannot show; one that is closed is replaced by none."""
+    """A screen of ASCII gets ? for what it cannot show; one that is closed is
+    replaced by none."""
     for name in "stdout", "stderr":
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
@@ -4972,7 +5176,8 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256    # 256 little-endi
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Tokens of one shard, (N,) uint16, mapped not loaded. UserError when it is missing, foreign or cut."""
+    """Tokens of one shard, (N,) uint16, mapped not loaded. UserError when it is
+    missing, foreign or cut."""
     path, again = Path(path), "fetch or build the data again"
     try:
         found = path.stat()
@@ -4995,7 +5200,8 @@ def read_shard(path: Path) -> np.ndarray:
 
 
 def list_shards(folder: Path, kind: str) -> list[Path]:
-    """Sorted `fineweb_<kind>_*.bin` of a folder; kind is train, val or val_bytes. UserError when none."""
+    """Sorted `fineweb_<kind>_*.bin` of a folder; kind is train, val or val_bytes.
+    UserError when none."""
     folder = Path(folder)
     if kind == "val" and Validation.sealed:
         raise RuntimeError(SEALED)
@@ -5008,8 +5214,9 @@ def list_shards(folder: Path, kind: str) -> list[Path]:
 
 
 def read_tokens(s: Settings, kind: str, most: int | None = None) -> dict[Path, np.ndarray]:
-    """Tokens of all shards of a kind, by path, mapped. Refused unless the first `most` tokens of each hold
-    documents, the first of them whole (published shards are cut anywhere), and ids of the vocabulary."""
+    """Tokens of all shards of a kind, by path, mapped. Refused unless the first
+    `most` tokens of each hold documents, the first of them whole (published shards
+    are cut anywhere), and ids of the vocabulary."""
     shards = {path: read_shard(path) for path in list_shards(s.shards, kind)}
     for i, (path, whole) in enumerate(shards.items()):
         tokens = whole[:most]
@@ -5039,7 +5246,8 @@ def check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
 
 
 def read_sidecars(s: Settings, shards: Mapping[Path, np.ndarray]) -> np.ndarray | None:
-    """Bytes of every token (N,) int64 of these shards by their sidecars; None where there are no sidecars."""
+    """Bytes of every token (N,) int64 of these shards by their sidecars; None where
+    there are no sidecars."""
     sidecars = [path.with_name(path.name.replace("_val_", "_val_bytes_")) for path in shards]
     if not any(path.exists() for path in sidecars):
         return None
@@ -5059,8 +5267,8 @@ def read_sidecars(s: Settings, shards: Mapping[Path, np.ndarray]) -> np.ndarray 
 
 
 def read_manifest(s: Settings) -> dict:
-    """The folder's manifest.json, written by the data tools; empty when there is none, or one of another
-    program. UserError when it is damaged."""
+    """The folder's manifest.json, written by the data tools; empty when there is
+    none, or one of another program. UserError when it is damaged."""
     path, remedy = s.shards / "manifest.json", "fetch or build the data again"
     if not path.exists():
         return {}
@@ -5104,15 +5312,17 @@ def manifest_total(s: Settings, kind: str, what: str) -> int | None:
 
 @dataclass(frozen=True)
 class Layout:
-    """Documents of a packed row: cu_seqlens (n,) int32 starts, then the total as padding; longest piece.
-    isolate: a segment that begins inside a document is not smeared with the token packed before it either."""
+    """Documents of a packed row: cu_seqlens (n,) int32 starts, then the total as
+    padding; longest piece. isolate: a segment that begins inside a document is not
+    smeared with the token packed before it either."""
     cu_seqlens: Tensor
     max_seqlen: int
     isolate: bool = False
 
 
 class Batch(NamedTuple):
-    """x, y (B, T) int64; of a packed row: segment bounds, its longest piece, the cut, its tokens."""
+    """x, y (B, T) int64; of a packed row: segment bounds, its longest piece, the cut,
+    its tokens."""
     x: Tensor
     y: Tensor
     cu_seqlens: Tensor | None
@@ -5132,13 +5342,15 @@ class Batch(NamedTuple):
         return Batch(self.x.view(-1, length), self.y.view(-1, length), None, length)
 
     def layout(self, cap: int) -> Layout | None:
-        """Document layout; `cap` bounds a piece's length and is fixed, so that compiled graphs are reused."""
+        """Document layout; `cap` bounds a piece's length and is fixed, so that
+        compiled graphs are reused."""
         return None if self.cu_seqlens is None else Layout(self.cu_seqlens, cap)
 
 
 def segment_bounds(bos: np.ndarray, total: int, max_len: int, bucket: int = 64) -> tuple[np.ndarray, int]:
-    """Attention segments of a row of `total` tokens: (cu_seqlens int32, longest segment). A segment starts at
-    0, at each BOS, every max_len (0: never) tokens of a document; padded with `total` to whole `bucket`s."""
+    """Attention segments of a row of `total` tokens: (cu_seqlens int32, longest
+    segment). A segment starts at 0, at each BOS, every max_len (0: never) tokens of a
+    document; padded with `total` to whole `bucket`s."""
     starts = np.unique(np.concatenate([[0], np.asarray(bos, dtype=np.int64)]))
     lengths = np.diff(np.append(starts, total))
     if max_len > 0:
@@ -5153,14 +5365,16 @@ def segment_bounds(bos: np.ndarray, total: int, max_len: int, bucket: int = 64) 
 
 
 def packed_batch(tokens: np.ndarray, max_len: int) -> Batch:
-    """n + 1 consecutive tokens as one packed row of n inputs and targets, segmented by document."""
+    """n + 1 consecutive tokens as one packed row of n inputs and targets, segmented
+    by document."""
     t = torch.from_numpy(tokens.astype(np.int64))
     bounds, longest = segment_bounds(np.flatnonzero(tokens[:-1] == BOS), len(tokens) - 1, max_len)
     return Batch(t[None, :-1], t[None, 1:], torch.from_numpy(bounds), longest, max_len, tokens)
 
 
 class Stream:
-    """Micro-batches of one rank, in an order that the files fix. max_len: of a segment or a window."""
+    """Micro-batches of one rank, in an order that the files fix. max_len: of a
+    segment or a window."""
     windowed = False      # rows of whole windows, without document bounds
 
     def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int,
@@ -5177,7 +5391,8 @@ class Stream:
         return self.batches * self.world_size * self.tokens / int(self.ends[-1])
 
     def next(self) -> Batch:
-        """The next micro-batch; UserError when it holds an id that is not of the vocabulary."""
+        """The next micro-batch; UserError when it holds an id that is not of the
+        vocabulary."""
         batch, self.batches = self.cut(), self.batches + 1
         if max(int(batch.x.max()), int(batch.y.max())) >= self.vocab_size:
             for tokens in self.shards:
@@ -5191,7 +5406,8 @@ class Stream:
 
 
 class TokenStream(Stream):
-    """All shards as one endless stream, for any number of ranks: every target once per epoch, in order."""
+    """All shards as one endless stream, for any number of ranks: every target once
+    per epoch, in order."""
 
     def __init__(self, files, **shape):
         super().__init__(files, **shape)
@@ -5213,7 +5429,8 @@ class TokenStream(Stream):
 
 
 class DocPackStream(Stream):
-    """The field's: ranks cut a span of (tokens + 1) x world_size from a shard; a shorter rest is dropped."""
+    """The field's: ranks cut a span of (tokens + 1) x world_size from a shard; a
+    shorter rest is dropped."""
 
     def __init__(self, files, **shape):
         super().__init__(files, **shape)
@@ -5236,7 +5453,8 @@ LOADERS: dict[str, type[Stream]] = {"stream": TokenStream, "docpack": DocPackStr
 
 
 def open_train_stream(s: Settings, world: World, tokens: int) -> Stream:
-    """The training stream that TRAIN_LOADER names, for micro-batches of `tokens` tokens."""
+    """The training stream that TRAIN_LOADER names, for micro-batches of `tokens`
+    tokens."""
     return LOADERS[s.train_loader](
         list_shards(s.shards, "train"), world_size=world.size, rank=world.rank, tokens=tokens,
         max_len=s.train_seq_len, vocab_size=s.vocab_size)
@@ -5253,8 +5471,8 @@ def open_stream(s: Settings, world: World, tokens: int, given: int) -> Prefetch:
 
 
 class Prefetch:
-    """Batches read ahead in one thread, in the stream's order. given: how many were given out, also before
-    an interruption; epoch: of the last of them."""
+    """Batches read ahead in one thread, in the stream's order. given: how many were
+    given out, also before an interruption; epoch: of the last of them."""
 
     def __init__(self, stream: Stream, device: torch.device, depth: int = 4):
         self.stream, self.device, self.epoch, self.given = stream, device, 0.0, 0
@@ -5265,7 +5483,8 @@ class Prefetch:
         return self.stream.next().to(self.device), self.stream.epoch
 
     def next(self, cut: int = 0) -> Batch:
-        """The next batch; a packed one cut at `cut` tokens, also where it was read ahead with another."""
+        """The next batch; a packed one cut at `cut` tokens, also where it was read
+        ahead with another."""
         if cut:
             self.stream.max_len = cut
         batch, self.epoch = self.ahead.popleft().result()      # raises what the thread raised
@@ -5280,8 +5499,9 @@ class Prefetch:
 
 @dataclass(frozen=True)
 class ByteTable:
-    """UTF-8 bytes behind each token. base (V) int16; lead (V): the piece begins with a space; boundary (V):
-    control, unknown or unused, after which a leading space is not counted."""
+    """UTF-8 bytes behind each token. base (V) int16; lead (V): the piece begins with
+    a space; boundary (V): control, unknown or unused, after which a leading space is
+    not counted."""
     base: np.ndarray
     lead: np.ndarray
     boundary: np.ndarray
@@ -5326,8 +5546,9 @@ def load_tokenizer(path: Path):
 
 
 class Documents:
-    """Documents of a token stream: each runs from its BOS to, and including, the next BOS (its last target).
-    start, length (n,) int64; document d predicts length - 1 targets from as many inputs, from start on."""
+    """Documents of a token stream: each runs from its BOS to, and including, the next
+    BOS (its last target). start, length (n,) int64; document d predicts length - 1
+    targets from as many inputs, from start on."""
 
     def __init__(self, tokens: np.ndarray):
         starts = np.flatnonzero(tokens == BOS)
@@ -5350,8 +5571,9 @@ SEALED = "validation tokens are read while the model is made, outside of scoring
 
 
 class Validation:
-    """The validation stream: tokens (N,) uint16, bytes of targets (N - 1,) int64, documents, byte rule. While
-    a run trains, calibrates and packs it is sealed: only an open ledger gets at the tokens."""
+    """The validation stream: tokens (N,) uint16, bytes of targets (N - 1,) int64,
+    documents, byte rule. While a run trains, calibrates and packs it is sealed: only
+    an open ledger gets at the tokens."""
     sealed, ledgers = False, 0
     hints: Hints | None = None      # set for the evaluations whose scores n-gram counts tilt
     other_targets: np.ndarray | None = None      # a probe's, in place of the stream's
@@ -5395,7 +5617,8 @@ class Validation:
                             "predicted; fetch or build the data again, or raise VAL_DOC_FRACTION")
 
     def open_for_study(self, run: Run, why: str) -> np.ndarray:
-        """The one door past the seal: marks the run NON-COMPLIANT, then hands out the tokens."""
+        """The one door past the seal: marks the run NON-COMPLIANT, then hands out the
+        tokens."""
         run.not_compliant(why)
         return self.stream
 
@@ -5417,7 +5640,8 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def use_triton(wanted: bool | None, sensible: bool) -> bool:
-    """Triton or not: as the caller wants it, else where it is sensible for the input and installed."""
+    """Triton or not: as the caller wants it, else where it is sensible for the input
+    and installed."""
     if wanted and triton is None:
         raise UserError("kernel=True asks for Triton, which is not installed: `pip install triton`, or leave "
                         "it None to use the plain PyTorch twin")
@@ -5425,11 +5649,12 @@ def use_triton(wanted: bool | None, sensible: bool) -> bool:
 
 
 def operator(fake: Callable, gradient: Callable | None = None) -> Callable:
-    """Makes a function a custom operator, which torch.compile keeps whole. fake: inputs -> empty outputs.
+    """Makes a function a custom operator, which torch.compile keeps whole. fake:
+    inputs -> empty outputs.
 
-    gradient, for a function of tensors and one last number: (gradient of the first output, all tensors of the
-    inputs, outputs, that number) -> the gradients of the first inputs; the others have none.
-    """
+    gradient, for a function of tensors and one last number: (gradient of the first
+    output, all tensors of the inputs, outputs, that number) -> the gradients of the
+    first inputs; the others have none. """
     def save(ctx, inputs, output):
         *tensors, ctx.number = inputs
         ctx.save_for_backward(*tensors, *output)
@@ -5452,7 +5677,8 @@ def operator(fake: Callable, gradient: Callable | None = None) -> Callable:
 if triton is not None:
     @triton.jit
     def ce_forward_kernel(logits_ptr, targets_ptr, loss_ptr, lse_ptr, cap, V, BLOCK: tl.constexpr):
-        """One row a program: loss and log Σ exp of s = cap·tanh(x/cap) - cap = -2·cap·sigmoid(-2x/cap).
+        """One row a program: loss and log Σ exp of s = cap·tanh(x/cap) - cap =
+        -2·cap·sigmoid(-2x/cap).
 
         The shift by cap cancels in the loss; the running maximum keeps any cap exact.
         """
@@ -5474,7 +5700,8 @@ if triton is not None:
     @triton.jit
     def ce_backward_kernel(logits_ptr, targets_ptr, lse_ptr, dloss_ptr, grad_ptr, cap, V,
                            BLOCK: tl.constexpr):
-        """grad = dloss · (softmax(s) - onehot) · ds/dx, where ds/dx = 4u(1 - u) for u = sigmoid(-2x/cap)."""
+        """grad = dloss · (softmax(s) - onehot) · ds/dx, where ds/dx = 4u(1 - u) for u
+        = sigmoid(-2x/cap)."""
         row = tl.program_id(0).to(tl.int64)
         target, lse, dloss = tl.load(targets_ptr + row), tl.load(lse_ptr + row), tl.load(dloss_ptr + row)
         for start in range(0, V, BLOCK):
@@ -5489,10 +5716,11 @@ if triton is not None:
     def mlp_kernel(a_ptr, b_ptr, h_ptr, out_ptr, M, N, K, b_stride_k, b_stride_n, slope,
                    BACKWARD: tl.constexpr, KEEP_H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                    BK: tl.constexpr, GROUP: tl.constexpr):
-        """A (M, K), B (K, N) -> out (M, N) = act(A@B), h = A@B if KEEP_H; if BACKWARD, out = (A@B)·act'(h).
+        """A (M, K), B (K, N) -> out (M, N) = act(A@B), h = A@B if KEEP_H; if
+        BACKWARD, out = (A@B)·act'(h).
 
-        Programs run down GROUP row tiles before the next column tile: tiles of A and B are met again in L2.
-        """
+        Programs run down GROUP row tiles before the next column tile: tiles of A and
+        B are met again in L2. """
         pid, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
         first = pid // (GROUP * tiles_n) * GROUP
         height = min(tiles_m - first, GROUP)
@@ -5530,14 +5758,16 @@ if triton is not None:
 # --- softcapped cross-entropy
 
 def ce_launch(V: int) -> dict:
-    """Block and warps for rows of V logits: up to 8,192 a row is one trip, 32 values a thread."""
+    """Block and warps for rows of V logits: up to 8,192 a row is one trip, 32 values
+    a thread."""
     block = min(triton.next_power_of_2(V), 8192)
     return dict(BLOCK=block, num_warps=min(8, max(1, block // 256)))
 
 
 @operator(fake=lambda dloss, logits, targets, lse, cap: [logits.new_empty(logits.shape)])
 def ce_backward(dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, cap: float) -> list[Tensor]:
-    """dloss (N) -> [gradient (N, V) in the logits' dtype]; the softmax is recomputed from logits and lse."""
+    """dloss (N) -> [gradient (N, V) in the logits' dtype]; the softmax is recomputed
+    from logits and lse."""
     N, V = logits.shape
     grad = torch.empty((N, V), device=logits.device, dtype=logits.dtype)
     if N:
@@ -5554,7 +5784,8 @@ def per_row(logits: Tensor, *_) -> tuple[Tensor, Tensor]:
 @operator(fake=per_row, gradient=lambda dloss, logits, targets, loss, lse, cap:
           ce_backward(dloss, logits, targets, lse, cap))
 def ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """logits (N, V), targets (N) int64 -> losses (N) and log Σ exp of the shifted logits (N), float32."""
+    """logits (N, V), targets (N) int64 -> losses (N) and log Σ exp of the shifted
+    logits (N), float32."""
     N, V = logits.shape
     loss, lse = per_row(logits)
     if N:
@@ -5563,10 +5794,11 @@ def ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Ten
 
 
 def capped_ce(logits: Tensor, targets: Tensor, cap: float, kernel: bool | None = None) -> Tensor:
-    """Cross-entropy of cap·tanh(logits/cap): logits (N, V) bf16 or f32, targets (N) int64 -> (N) float32.
+    """Cross-entropy of cap·tanh(logits/cap): logits (N, V) bf16 or f32, targets (N)
+    int64 -> (N) float32.
 
-    The fused kernel reads the logits once and writes nothing of their size; the plain twin is float32.
-    """
+    The fused kernel reads the logits once and writes nothing of their size; the plain
+    twin is float32. """
     if use_triton(kernel, logits.is_cuda):
         return ce_forward(logits, targets, float(cap))[0]
     return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
@@ -5596,7 +5828,8 @@ def hidden_pair(x: Tensor, up: Tensor, slope: float, keep_h: bool) -> tuple[Tens
 
 @operator(fake=hidden_pair)
 def mlp_up(x: Tensor, up: Tensor, slope: float, keep_h: bool) -> tuple[Tensor, Tensor]:
-    """x (N, d), up (m, d) -> h = x @ upᵀ (N, m), or (0, m) unless keep_h, and a = leaky(h)² (N, m)."""
+    """x (N, d), up (m, d) -> h = x @ upᵀ (N, m), or (0, m) unless keep_h, and a =
+    leaky(h)² (N, m)."""
     h, a = hidden_pair(x, up, slope, keep_h)
     mlp_launch(x.contiguous(), up.mT, h, a, slope, backward=False, keep_h=keep_h)
     return h, a
@@ -5611,12 +5844,13 @@ def mlp_dh(dy: Tensor, down: Tensor, h: Tensor, slope: float) -> Tensor:
 
 
 class LeakySquareMLP(torch.autograd.Function):
-    """The whole MLP as one node, because dh = (dy @ down) · act'(h) is only fused where dy is at hand.
+    """The whole MLP as one node, because dh = (dy @ down) · act'(h) is only fused
+    where dy is at hand.
 
-    Both h and a are kept for backward: 8 passes over an (N, m) matrix (write h, a, dh; read h once, a and dh
-    twice), the least there is. Keeping h alone halves the memory held but writes a once more, a ninth pass;
-    keeping a alone loses the sign of h.
-    """
+    Both h and a are kept for backward: 8 passes over an (N, m) matrix (write h, a,
+    dh; read h once, a and dh twice), the least there is. Keeping h alone halves the
+    memory held but writes a once more, a ninth pass; keeping a alone loses the sign
+    of h. """
     @staticmethod
     def forward(ctx, x, up, down, slope):
         h, a = mlp_up(x, up, slope, True)
@@ -5634,11 +5868,11 @@ class LeakySquareMLP(torch.autograd.Function):
 
 
 def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, kernel: bool | None = None) -> Tensor:
-    """leaky_relu(x @ upᵀ, slope)² @ downᵀ: x (N, d), up (m, d), down (d, m) of one dtype -> (N, d).
+    """leaky_relu(x @ upᵀ, slope)² @ downᵀ: x (N, d), up (m, d), down (d, m) of one
+    dtype -> (N, d).
 
-    Triton fuses the activation (in backward, its derivative) into the matrix product before it: bf16 in and
-    out, sums in float32. The other products are cuBLAS's.
-    """
+    Triton fuses the activation (in backward, its derivative) into the matrix product
+    before it: bf16 in and out, sums in float32. The other products are cuBLAS's. """
     if not use_triton(kernel, x.is_cuda and x.dtype in HALF):
         return F.leaky_relu(x @ up.mT, slope).square() @ down.mT
     if torch.is_grad_enabled() and (x.requires_grad or up.requires_grad or down.requires_grad):
@@ -5659,13 +5893,14 @@ PACKAGES = {                # backend name -> (names that its module goes by, ho
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> Tensor:
-    """Causal attention: q (B, T, H, D), k, v (B, T', K, D) with H a multiple of K -> (B, T, H, D).
+    """Causal attention: q (B, T, H, D), k, v (B, T', K, D) with H a multiple of K ->
+    (B, T, H, D).
 
-    layout None: each row is one document; if T' > T, the queries are the last T of its T' positions (cached
-    keys). Otherwise the rows, laid end to end, are cut at layout.cu_seqlens (int32, its end padded with the
-    total) into documents of at most layout.max_seqlen, and nothing is seen across a cut. Raises UserError if
-    T' < T or if a layout meets T' != T.
-    """
+    layout None: each row is one document; if T' > T, the queries are the last T of
+    its T' positions (cached keys). Otherwise the rows, laid end to end, are cut at
+    layout.cu_seqlens (int32, its end padded with the total) into documents of at most
+    layout.max_seqlen, and nothing is seen across a cut. Raises UserError if T' < T or
+    if a layout meets T' != T. """
     if k.shape[1] < q.shape[1] or (layout is not None and k.shape[1] != q.shape[1]):
         raise UserError(f"attention got {q.shape[1]} queries and {k.shape[1]} keys a row: under a layout "
                         "they must be equal, without one keys may be more; pass layout=None with cached keys")
@@ -5678,7 +5913,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> 
 # Every backend: q (B, T, H, D), k, v (B, T', K, D), cu (n + 1) int32 or None, the longest key sequence
 # -> (B, T, H, D). All align the causal mask bottom-right.
 def attend_fa3(q, k, v, cu, longest):
-    """FlashAttention-3: registers its own custom ops, so torch.compile traces it as it is."""
+    """FlashAttention-3: registers its own custom ops, so torch.compile traces it as
+    it is."""
     if cu is None:
         y = FLASH["fa3"].flash_attn_func(q, k, v, causal=True)
     else:
@@ -5695,7 +5931,8 @@ def attend_fa4(q, k, v, cu, longest):
 
 
 def attend_torch(q, k, v, cu, longest):
-    """PyTorch's own kernels: SDPA for plain causal squares, else the FlashAttention-2 inside varlen_attn."""
+    """PyTorch's own kernels: SDPA for plain causal squares, else the FlashAttention-2
+    inside varlen_attn."""
     (B, T, H, _), keys = q.shape, k.shape[1]
     if cu is None and T == keys:
         return plain_rows(q, k, v)
@@ -5708,7 +5945,8 @@ def attend_torch(q, k, v, cu, longest):
 
 
 def attend_plain(q, k, v, cu, longest):
-    """The twin the others are held to: SDPA on any device and dtype, one document at a time where packed."""
+    """The twin the others are held to: SDPA on any device and dtype, one document at
+    a time where packed."""
     if cu is None:
         return plain_rows(q, k, v)
     rows = [x.flatten(0, 1)[None] for x in (q, k, v)]
@@ -5721,7 +5959,8 @@ BACKENDS = {"fa3": attend_fa3, "fa4": attend_fa4, "torch": attend_torch, "plain"
 
 
 def plain_rows(q, k, v) -> Tensor:
-    """Rows that are one document each: q (B, T, H, D), k, v (B, T', K, D) -> (B, T, H, D), through SDPA."""
+    """Rows that are one document each: q (B, T, H, D), k, v (B, T', K, D) -> (B, T,
+    H, D), through SDPA."""
     T, keys, mask = q.shape[1], k.shape[1], None
     if T != keys:                                       # is_causal is aligned top-left
         mask = torch.arange(keys - T, keys, device=q.device)[:, None] >= torch.arange(keys, device=q.device)
@@ -5737,7 +5976,8 @@ signature = functools.cache(inspect.signature)      # reading one takes longer t
 
 
 def fa4_call(name: str, *tensors, cu, longest):
-    """_flash_attn_fwd or _flash_attn_bwd, with those of our options that the installed release knows."""
+    """_flash_attn_fwd or _flash_attn_bwd, with those of our options that the
+    installed release knows."""
     function = getattr(FLASH["fa4"], name)
     options = dict(causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu,
                    max_seqlen_q=None if cu is None else longest, max_seqlen_k=None if cu is None else longest,
@@ -5762,17 +6002,18 @@ def fa4_outputs(q: Tensor, *_) -> tuple[Tensor, Tensor]:
 
 @operator(fake=fa4_outputs, gradient=fa4_backward)
 def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
-    """Rows (B, T, H, D) with cu None, or packed (N, H, D) -> y like q, and log Σ exp (B, H, T) or (H, N)."""
+    """Rows (B, T, H, D) with cu None, or packed (N, H, D) -> y like q, and log Σ exp
+    (B, H, T) or (H, N)."""
     y, lse = fa4_call("_flash_attn_fwd", q, k, v, cu=cu, longest=longest)[:2]
     return y.contiguous(), lse.contiguous()
 
 
 def self_test(name: str, device: torch.device) -> str:
-    """How a loaded backend fails, empty if it does not: forward and backward against the plain twin, on 128
-    queries, 8 query and 4 key heads of 64, in bfloat16.
+    """How a loaded backend fails, empty if it does not: forward and backward against
+    the plain twin, on 128 queries, 8 query and 4 key heads of 64, in bfloat16.
 
-    Packed with a padded end, square, with cached keys; through torch.compile without graph
-    breaks. What the model would meet in its first step is met here, in seconds.
+    Packed with a padded end, square, with cached keys; through torch.compile without
+    graph breaks. What the model would meet in its first step is met here, in seconds.
     """
     backend = torch.compile(BACKENDS[name], fullgraph=True, dynamic=False, backend="aot_eager")
     for keys, bounds in ((128, [0, 40, 41, 128, 128]), (128, None), (192, None)):
@@ -5792,7 +6033,8 @@ def self_test(name: str, device: torch.device) -> str:
 
 
 def attention_fault(name: str, device: torch.device) -> str:
-    """Why backend `name` cannot run on `device`, in one line; empty if it can. Loads it into FLASH."""
+    """Why backend `name` cannot run on `device`, in one line; empty if it can. Loads
+    it into FLASH."""
     if name == "plain":
         return ""
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -5809,11 +6051,12 @@ def attention_fault(name: str, device: torch.device) -> str:
 
 
 def resolve_attention(choice: str, device) -> tuple[str, str]:
-    """ATTN_BACKEND auto, fa3, fa4, torch or plain -> (the backend that runs on `device`, why in one line).
+    """ATTN_BACKEND auto, fa3, fa4, torch or plain -> (the backend that runs on
+    `device`, why in one line).
 
-    Auto takes the first without an attention_fault. Raises UserError for an unknown choice and for a forced
-    one that cannot run. The caller stores the name in ATTENTION.
-    """
+    Auto takes the first without an attention_fault. Raises UserError for an unknown
+    choice and for a forced one that cannot run. The caller stores the name in
+    ATTENTION. """
     if choice not in ("auto", *BACKENDS):
         raise UserError(f"ATTN_BACKEND={choice} is unknown; choose one of auto, {', '.join(BACKENDS)}")
     passed_over = []
@@ -5843,7 +6086,8 @@ def digest_of(data: bytes) -> bytes:
 
 
 def artifact_to_bytes(header: dict, streams: Mapping[str, bytes]) -> bytes:
-    """PREFIX, JSON {"header", "streams": [[name, bytes], …]}, streams; equal input, equal bytes."""
+    """PREFIX, JSON {"header", "streams": [[name, bytes], …]}, streams; equal input,
+    equal bytes."""
     root = {"header": header, "streams": [[name, len(data)] for name, data in streams.items()]}
     text = json.dumps(root, sort_keys=True, allow_nan=False, separators=(",", ":")).encode()
     body = b"".join([text, *streams.values()])
@@ -5851,8 +6095,8 @@ def artifact_to_bytes(header: dict, streams: Mapping[str, bytes]) -> bytes:
 
 
 def artifact_from_bytes(blob: bytes, origin: str) -> tuple[dict, dict[str, bytes]]:
-    """The (header, streams) that artifact_to_bytes was given; UserError for anything foreign, cut or altered.
-    Nothing is allocated beyond the blob's own size."""
+    """The (header, streams) that artifact_to_bytes was given; UserError for anything
+    foreign, cut or altered. Nothing is allocated beyond the blob's own size."""
     def refuse(what):
         raise UserError(f"{origin}: {what}; copy it again from where it was written, or write it again")
 
@@ -5899,8 +6143,8 @@ def brotli_pack(data: bytes, stride: int = 1) -> bytes:
 
 
 def brotli_unpack(blob: bytes, size: int, stride: int = 1) -> bytes:
-    """Inverse of brotli_pack for `size` bytes of data. UserError if the blob holds anything else; whatever it
-    claims, it is not expanded much beyond `size`."""
+    """Inverse of brotli_pack for `size` bytes of data. UserError if the blob holds
+    anything else; whatever it claims, it is not expanded much beyond `size`."""
     try:
         reader = brotli.Decompressor()
         data = reader.process(blob, output_buffer_limit=size + 1)
@@ -5935,8 +6179,9 @@ def code_level(codes: np.ndarray, axis: int | None = None) -> np.ndarray:
 
 
 def code_levels(codes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Side information of codes (R, C), int8 (1 + R + C): the level of all, and by how many quarters of an
-    octave the rms of each row and column differs from what rows (R) and columns (C) predict."""
+    """Side information of codes (R, C), int8 (1 + R + C): the level of all, and by
+    how many quarters of an octave the rms of each row and column differs from what
+    rows (R) and columns (C) predict."""
     parts = [code_level(codes)[None]]
     for axis, predicted in ((1, rows), (0, columns)):
         beyond = code_level(codes, axis) - predicted
@@ -5945,8 +6190,8 @@ def code_levels(codes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.
 
 
 def scale_contexts(levels: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> Sides:
-    """(row_ctx (R), col_ctx (C)) of one code matrix from what the decoder has, by integers alone: its
-    code_levels and what they were measured against."""
+    """(row_ctx (R), col_ctx (C)) of one code matrix from what the decoder has, by
+    integers alone: its code_levels and what they were measured against."""
     whole, *beyond = np.split(levels.astype(np.int32), [1, 1 + len(rows)])
     rows, columns = (x + 2 * more for x, more in zip((rows, columns), beyond))
     rows, columns = (x - np.sort(x)[len(x) // 2] for x in (rows, columns))
@@ -5963,8 +6208,8 @@ RANK, RIDGE, GAIN_BITS, TALL = 8, 1024, 24, 8
 
 
 def shared_factors(codes: np.ndarray) -> np.ndarray | None:
-    """Factors int8 (RANK, C) of codes (R, C) with at least TALL rows a column; None where they do not pay.
-    Noise has the variance RIDGE in units of a share's."""
+    """Factors int8 (RANK, C) of codes (R, C) with at least TALL rows a column; None
+    where they do not pay. Noise has the variance RIDGE in units of a share's."""
     if len(codes) < TALL * codes.shape[1] or codes.shape[1] <= RANK:
         return None
     rms = np.sqrt(np.square(codes, dtype=np.float32).mean(1, keepdims=True)).clip(0.25)
@@ -5976,8 +6221,9 @@ def shared_factors(codes: np.ndarray) -> np.ndarray | None:
 
 
 class Guesser:
-    """The next code of every row, by the factors (r, C) and the codes so far. In integers, but for gains that
-    are computed by single operations and exact sums, which round alike on all machines."""
+    """The next code of every row, by the factors (r, C) and the codes so far. In
+    integers, but for gains that are computed by single operations and exact sums,
+    which round alike on all machines."""
 
     def __init__(self, factors: np.ndarray, rows: int):
         self.factors, self.gains = factors.astype(np.int64), []
@@ -5998,7 +6244,8 @@ class Guesser:
 
 
 def residues(codes: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
-    """int8 (R, C): by how much codes (R, C) differ from what their factors let expect, modulo 256."""
+    """int8 (R, C): by how much codes (R, C) differ from what their factors let
+    expect, modulo 256."""
     if factors is None:
         return codes
     guesser, out = Guesser(factors, len(codes)), np.empty_like(codes)
@@ -6018,8 +6265,9 @@ ESCAPES = (128, 127)  # uint8 codes standing for even and odd ones listed apart:
 
 @functools.cache
 def normal_table(level: int, odd: int) -> np.ndarray:
-    """Frequencies (256), PROB_ONE in all, of codes as uint8 around -odd / 2 with a deviation of level eighths
-    of an octave above 1/4. In decimal arithmetic, which is the same on all machines."""
+    """Frequencies (256), PROB_ONE in all, of codes as uint8 around -odd / 2 with a
+    deviation of level eighths of an octave above 1/4. In decimal arithmetic, which is
+    the same on all machines."""
     with decimal.localcontext(decimal.Context(prec=12)):
         narrow = (decimal.Decimal(16 - level) / 4 * decimal.Decimal(2).ln()).exp() / 2
         centre = decimal.Decimal(odd) / 2
@@ -6033,7 +6281,8 @@ def normal_table(level: int, odd: int) -> np.ndarray:
 
 
 def fold(count: np.ndarray, rare: np.ndarray) -> np.ndarray:
-    """Counts (256) with those of the rare codes (256) given to the escapes of their parity."""
+    """Counts (256) with those of the rare codes (256) given to the escapes of their
+    parity."""
     kept = np.where(rare, 0, count)
     for parity, escape in enumerate(ESCAPES):
         kept[escape] = (count * rare)[parity::2].sum()
@@ -6041,8 +6290,9 @@ def fold(count: np.ndarray, rare: np.ndarray) -> np.ndarray:
 
 
 def fitted_table(count: np.ndarray) -> np.ndarray:
-    """Frequencies (256), PROB_ONE in all, for counts (256) of codes as uint8. Rare ones get none: a slot
-    costs the others 1 / PROB_ONE, and listing a code apart costs about a byte a piece."""
+    """Frequencies (256), PROB_ONE in all, for counts (256) of codes as uint8. Rare
+    ones get none: a slot costs the others 1 / PROB_ONE, and listing a code apart
+    costs about a byte a piece."""
     kept = fold(count, listed_apart(6 * PROB_ONE * count >= count.sum()))
     freq = np.maximum(kept * PROB_ONE // kept.sum(), kept > 0)
     while (excess := freq.sum() - PROB_ONE) != 0:
@@ -6053,15 +6303,16 @@ def fitted_table(count: np.ndarray) -> np.ndarray:
 
 
 def listed_apart(freq: np.ndarray) -> np.ndarray:
-    """Which codes a table (…, 256) of frequencies does not hold: the others, and what escapes stand for."""
+    """Which codes a table (…, 256) of frequencies does not hold: the others, and what
+    escapes stand for."""
     rare = freq == 0
     rare[..., ESCAPES] = True
     return rare
 
 
 def choose_table(count: np.ndarray, odd: int) -> tuple[int, np.ndarray]:
-    """(level, frequencies) of the normal table nearest to counts (256); level NO_LEVEL where one of their own
-    is worth the six bits that a frequency takes."""
+    """(level, frequencies) of the normal table nearest to counts (256); level
+    NO_LEVEL where one of their own is worth the six bits that a frequency takes."""
     def bits(freq):
         rare = listed_apart(freq)
         return fold(count, rare) @ (PROB_BITS - np.log2(np.maximum(freq, 1))) + 8 * (count @ rare)
@@ -6090,8 +6341,8 @@ def lane_count(size: int) -> int:
 
 
 def equal_widths(sides: Sequence[Sides], factors: Mapping[int, np.ndarray]) -> Iterator[tuple]:
-    """Tensors by C, those with factors alone. Yields tensor numbers (T), owner (R) in 0…T-1, row_ctx (R),
-    col_ctx (C, T), factors or None."""
+    """Tensors by C, those with factors alone. Yields tensor numbers (T), owner (R) in
+    0…T-1, row_ctx (R), col_ctx (C, T), factors or None."""
     groups = {}
     for i, (_, columns) in enumerate(sides):
         groups.setdefault((len(columns), i if i in factors else len(sides)), []).append(i)
@@ -6108,12 +6359,14 @@ def count_contexts(sides: Sequence[Sides], trellis: np.ndarray | None) -> int:
 
 
 def next_state(state: np.ndarray, codes: np.ndarray, trellis: np.ndarray) -> np.ndarray:
-    """Next trellis states (n) from states (n) and codes (n) uint8: only the parity of a code counts."""
+    """Next trellis states (n) from states (n) and codes (n) uint8: only the parity of
+    a code counts."""
     return trellis.take(state << 1 | codes & 1)
 
 
 def state_bits(codes: np.ndarray, trellis: np.ndarray) -> np.ndarray:
-    """The low bit of the trellis state before each of the codes (C, n): a walk from state 0 down a column."""
+    """The low bit of the trellis state before each of the codes (C, n): a walk from
+    state 0 down a column."""
     bits, state = np.empty(codes.shape, np.uint8), np.zeros(codes.shape[1], np.uint8)
     for bit, column in zip(bits, codes.view(np.uint8)):
         bit[:] = state & 1
@@ -6122,7 +6375,8 @@ def state_bits(codes: np.ndarray, trellis: np.ndarray) -> np.ndarray:
 
 
 def rans_encode(lanes: np.ndarray, index: np.ndarray, freq: np.ndarray, start: np.ndarray) -> list:
-    """Push a batch, last column first. lanes (n) uint32 in place, index (C, n) into freq, start -> words."""
+    """Push a batch, last column first. lanes (n) uint32 in place, index (C, n) into
+    freq, start -> words."""
     freq, start, x, words = freq.take(index), start.take(index), lanes.copy(), []
     for f, s in zip(freq[::-1], start[::-1]):
         full = np.flatnonzero(x >> 32 - PROB_BITS >= f)
@@ -6135,8 +6389,8 @@ def rans_encode(lanes: np.ndarray, index: np.ndarray, freq: np.ndarray, start: n
 
 
 class Decoder:
-    """What of a blob of codes has not been read: lanes (n) uint32, words (W) uint16, listed codes (N) uint8.
-    table: code << 24 | frequency - 1 << 12 | slot - start."""
+    """What of a blob of codes has not been read: lanes (n) uint32, words (W) uint16,
+    listed codes (N) uint8. table: code << 24 | frequency - 1 << 12 | slot - start."""
 
     def __init__(self, lanes: np.ndarray, words: np.ndarray, listed: np.ndarray, table: np.ndarray,
                  trellis: np.ndarray | None):
@@ -6152,7 +6406,8 @@ class Decoder:
         symbols[marked], self.listed = self.listed[:count], self.listed[count:]
 
     def batch(self, slots: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
-        """Pop codes (C, n) uint8. slots (C, n) uint32: where a context begins in the table."""
+        """Pop codes (C, n) uint8. slots (C, n) uint32: where a context begins in the
+        table."""
         count, read = slots.shape[1], 0
         codes, x, state = np.empty(slots.shape, np.uint8), self.lanes[:count], np.zeros(count, np.uint8)
         guesser = None if factors is None else Guesser(factors, count)
@@ -6181,10 +6436,11 @@ class Decoder:
 
 def encode_codes(codes: Sequence[np.ndarray], sides: Sequence[Sides], trellis: np.ndarray | None = None,
                  factors: Mapping[int, np.ndarray] = {}) -> bytes:
-    """Codes [int8 (R, C), …] -> bytes. sides [(row_ctx (R), col_ctx (C)), …]: the context of a code is the
-    sum of its two, 0…255; nothing may be empty. trellis: uint8 (states, 2), next state by parity of the code;
-    rows start in state 0, and the state's low bit doubles the contexts (then 0…127). factors: by number,
-    those of tensors whose residues are coded."""
+    """Codes [int8 (R, C), …] -> bytes. sides [(row_ctx (R), col_ctx (C)), …]: the
+    context of a code is the sum of its two, 0…255; nothing may be empty. trellis:
+    uint8 (states, 2), next state by parity of the code; rows start in state 0, and
+    the state's low bit doubles the contexts (then 0…127). factors: by number, those
+    of tensors whose residues are coded."""
     count, lanes = count_contexts(sides, trellis), lane_count(sum(c.size for c in codes))
     batches = []  # (C, n) uint16: context << 8 | code as uint8
     for ids, owner, rows, columns, shared in equal_widths(sides, factors):
@@ -6213,8 +6469,9 @@ def encode_codes(codes: Sequence[np.ndarray], sides: Sequence[Sides], trellis: n
 
 def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: np.ndarray | None = None,
                  factors: Mapping[int, np.ndarray] = {}) -> list[np.ndarray]:
-    """Inverse of encode_codes -> [int8 (R, C), …]. UserError if the rest is not the encoder's or the blob is
-    damaged: all words must be used up and all states be back where the encoder began."""
+    """Inverse of encode_codes -> [int8 (R, C), …]. UserError if the rest is not the
+    encoder's or the blob is damaged: all words must be used up and all states be back
+    where the encoder began."""
     def check(good, what):
         if not good:
             raise UserError(f"weight codes: {what}: damaged or other settings; write the file again")
@@ -6256,7 +6513,8 @@ Predicted = Sequence[tuple[np.ndarray, np.ndarray]]
 
 def pack_codes(codes: Sequence[np.ndarray], predicted: Predicted,
                trellis: np.ndarray | None = None) -> tuple[dict[str, bytes], list[int]]:
-    """Codes [int8 (R, C), …] as streams, and the numbers of the matrices that have factors."""
+    """Codes [int8 (R, C), …] as streams, and the numbers of the matrices that have
+    factors."""
     factors = {i: found for i, c in enumerate(codes) if (found := shared_factors(c)) is not None}
     levels = [code_levels(residues(c, factors.get(i)), *predicted[i]) for i, c in enumerate(codes)]
     sides = [scale_contexts(x, *p) for x, p in zip(levels, predicted)]
@@ -6267,7 +6525,8 @@ def pack_codes(codes: Sequence[np.ndarray], predicted: Predicted,
 
 def unpack_codes(streams: Mapping[str, bytes], tall: Sequence[int], predicted: Predicted,
                  trellis: np.ndarray | None = None) -> list[np.ndarray]:
-    """Inverse of pack_codes, `tall` being the numbers that it gave; UserError for anything else."""
+    """Inverse of pack_codes, `tall` being the numbers that it gave; UserError for
+    anything else."""
     found = split_bytes(streams[FACTOR_STREAM], [RANK * len(predicted[i][1]) for i in tall])
     levels = split_bytes(streams[LEVEL_STREAM], [1 + len(rows) + len(columns) for rows, columns in predicted])
     sides = [scale_contexts(x, *p) for x, p in zip(levels, predicted)]
@@ -6281,7 +6540,8 @@ LEVEL_STREAM, FACTOR_STREAM, CODE_STREAM, HALF_STREAM, BYTE_STREAM = "levels fac
 
 
 def architecture(s: Settings) -> dict:
-    """The settings that give a weight its meaning; an artifact is only read under the same ones."""
+    """The settings that give a weight its meaning; an artifact is only read under the
+    same ones."""
     names = [n for n in group_names("model") if "INIT" not in n and n != "ENABLE_LOOPING_AT"]
     everything = s.as_env()
     return {n: everything[n] for n in ["VOCAB_SIZE", "TRAIN_SEQ_LEN", *names]}
@@ -6298,7 +6558,8 @@ def group_names(group: str) -> list[str]:
 
 
 def stored_tensors(s: Settings, meta: Mapping[str, str]) -> list[tuple[str, str, tuple]]:
-    """(key, dtype, shape) of every tensor of a Quantised model in file order, from settings and `meta`."""
+    """(key, dtype, shape) of every tensor of a Quantised model in file order, from
+    settings and `meta`."""
     out = []
     blank = {name: torch.empty(shape, device="meta") for name, shape in GPT.shapes(s).items()}
     views = matrix_views(blank)
@@ -6351,16 +6612,18 @@ def pack_model(s: Settings, q: Quantised) -> bytes:
 
 
 def coding_plan(q: Quantised, shapes: Mapping[str, tuple]) -> tuple[list, np.ndarray | None]:
-    """What coder and decoder know of code matrices, by name: [(rows (R), columns (C)), …] how large codes are
-    expected to be against each other, in eighths of an octave, and the trellis, if any."""
+    """What coder and decoder know of code matrices, by name: [(rows (R), columns
+    (C)), …] how large codes are expected to be against each other, in eighths of an
+    octave, and the trellis, if any."""
     predicted = [tuple(-q.tensors.get(key, torch.zeros(size)).int().numpy() for key, size in
                        zip((n + ".row", input_of(n) + ".col"), shape)) for n, shape in shapes.items()]
     return predicted, TRELLIS if any("trellis" in q.meta[n] for n in shapes) else None
 
 
 def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
-    """Refuse weights whose architecture() is not that of the settings. A setting that the file does not name
-    is younger than the file and had its default; one that only the file names must have been off."""
+    """Refuse weights whose architecture() is not that of the settings. A setting that
+    the file does not name is younger than the file and had its default; one that only
+    the file names must have been off."""
     default, mine = architecture(Settings()), architecture(s)
     found = {**default, **theirs}
     wrong = []
@@ -6387,8 +6650,9 @@ class Artifact(NamedTuple):
 
 
 def read_artifact(s: Settings, blob: bytes, origin: str) -> Artifact:
-    """What an artifact's bytes hold; UserError when they are damaged, of another configuration or nonsense.
-    A right checksum proves nothing: what the file says is checked before memory or time is spent on it."""
+    """What an artifact's bytes hold; UserError when they are damaged, of another
+    configuration or nonsense. A right checksum proves nothing: what the file says is
+    checked before memory or time is spent on it."""
     header, streams = artifact_from_bytes(blob, origin)
     try:
         check_architecture(s, header.get("architecture", {}), f"{origin} is an artifact")
@@ -6404,7 +6668,8 @@ def read_artifact(s: Settings, blob: bytes, origin: str) -> Artifact:
 
 
 def read_calibration(streams: Mapping[str, bytes]) -> Tensor | None:
-    """The numbers (15) of an artifact's calibration, within fit_calibration's bounds; None: it has none."""
+    """The numbers (15) of an artifact's calibration, within fit_calibration's bounds;
+    None: it has none."""
     if CALIBRATION_STREAM not in streams:
         return None
     raw = torch.tensor(np.frombuffer(streams[CALIBRATION_STREAM], "<f4"))
@@ -6414,7 +6679,8 @@ def read_calibration(streams: Mapping[str, bytes]) -> Tensor | None:
 
 
 def with_storage(s: Settings, stored: Mapping) -> Settings:
-    """The settings, but those of STORAGE as a file says; ValueError for what no user could have set."""
+    """The settings, but those of STORAGE as a file says; ValueError for what no user
+    could have set."""
     try:
         values = {f.name: parse_setting(f, str(stored[f.name])) for f in fields(s) if f.name in STORAGE}
     except UserError as error:
@@ -6426,8 +6692,8 @@ def with_storage(s: Settings, stored: Mapping) -> Settings:
 
 def read_groups(groups: Mapping[str, list], shapes: Mapping[str, tuple],
                 meta: Mapping[str, str]) -> dict[str, Tensor]:
-    """AWQ-lite's groups of columns as tensors: where each begins, and the columns of one. They may not
-    overlap or go beyond the matrix."""
+    """AWQ-lite's groups of columns as tensors: where each begins, and the columns of
+    one. They may not overlap or go beyond the matrix."""
     protected = {n: shape[1] for n, shape in shapes.items() if "+awqgrp" in meta[n]}
     if set(groups) != {n + end for n in protected for end in (".awqg_start", ".awqg_size")}:
         raise ValueError(f"groups {sorted(groups)[:4]}")
@@ -6462,8 +6728,9 @@ def read_model(s: Settings, header: Mapping, streams: Mapping[str, bytes]) -> Qu
 
 
 def self_extracting(source: bytes) -> bytes:
-    """A script that runs `source` from its compressed form: what a record may ship. Bytes stand in a latin-1
-    string, so only five need an escape; linecache is filled so that Triton and tracebacks find the lines."""
+    """A script that runs `source` from its compressed form: what a record may ship.
+    Bytes stand in a latin-1 string, so only five need an escape; linecache is filled
+    so that Triton and tracebacks find the lines."""
     packed = lzma.compress(source, format=lzma.FORMAT_RAW, filters=SCRIPT_FILTERS)
     for byte, escape in zip((b"\\", b'"', b"\n", b"\r", b"\0"), (b"\\\\", b'\\"', b"\\n", b"\\r", b"\\x00")):
         packed = packed.replace(byte, escape)
@@ -6479,8 +6746,9 @@ SCRIPT_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "
 
 
 def lean(source: bytes) -> bytes:
-    """The script that is running without part three, from the bar above its banner to the closing block;
-    names of its settings stay, each with its default alone. A lean script stays as it is."""
+    """The script that is running without part three, from the bar above its banner to
+    the closing block; names of its settings stay, each with its default alone. A lean
+    script stays as it is."""
     part = re.search(rb"(?ms)^# =+\n# PART THREE.*?(?=^if __name__ ==)", source)
     if part is None:
         return source
@@ -6516,7 +6784,8 @@ def shipped_form(s: Settings) -> str:
 
 @functools.cache
 def code_bytes(form: str = "readable") -> int:
-    """Size of the script that is running, in this one of CODE_FORMS; a packed one is so already."""
+    """Size of the script that is running, in this one of CODE_FORMS; a packed one is
+    so already."""
     if form not in CODE_FORMS:
         raise ValueError(f"{form} is none of {CODE_FORMS}: ask shipped_form()")
     source = script_source()
@@ -6538,14 +6807,16 @@ def check_size(artifact: int, form: str = "readable") -> int:
 
 
 def estimate_bytes(deviations: np.ndarray, unit: float = 1.0) -> float:
-    """Bytes of codes of these deviations (see Quantiser) at this unit, each coded as a Gaussian."""
+    """Bytes of codes of these deviations (see Quantiser) at this unit, each coded as
+    a Gaussian."""
     octave = (np.arange(len(deviations)) - len(deviations) // 2) / OCTAVE - math.log2(unit)
     sigma = np.exp2(np.minimum(octave, math.log2(TOP_CODE / 4)))
     return float(deviations @ np.log2(1 + 2 * math.pi * math.e * sigma ** 2)) / 16
 
 
 def unit_for(deviations: np.ndarray, size: float, finest: float) -> float:
-    """The finest unit, not below `finest`, at which the codes are estimated to take at most size bytes."""
+    """The finest unit, not below `finest`, at which the codes are estimated to take
+    at most size bytes."""
     unit = finest
     for _ in range(40):      # a doubling saves at most one bit per code: never too far
         bits = 8 * (estimate_bytes(deviations, unit) - size) / max(deviations.sum(), 1)
@@ -6560,8 +6831,9 @@ GUESSED = 0.93     # what guesses leave of an embedding's codes; measured on sma
 
 
 def expected_size(s: Settings) -> str:
-    """What the artifact will weigh, from the settings alone: as if all weights were Gaussian. Errors passed
-    on by GPTQ cost about as many bytes as contexts win. UserError below two bits a code."""
+    """What the artifact will weigh, from the settings alone: as if all weights were
+    Gaussian. Errors passed on by GPTQ cost about as many bytes as contexts win.
+    UserError below two bits a code."""
     blank = {name: torch.empty(shape, device="meta") for name, shape in GPT.shapes(s).items()}
     codes, coded, other, fisher = 0, 0.0, 0, s.quant_allocation == "fisher"
     for name, w in matrix_views(blank).items():
@@ -6586,9 +6858,10 @@ def expected_size(s: Settings) -> str:
 
 def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, Tensor],
                     curvature: Curvature, clock: Clock | None = None) -> bytes:
-    """Quantise and pack as finely as the limit allows, less at most a margin. Every rank returns the
-    artifact's bytes. A size that no step reaches is a UserError. clock: training's; once something fits, no
-    further try that would pass its budget."""
+    """Quantise and pack as finely as the limit allows, less at most a margin. Every
+    rank returns the artifact's bytes. A size that no step reaches is a UserError.
+    clock: training's; once something fits, no further try that would pass its
+    budget."""
     quantiser = Quantiser(s, weights, curvature, world)
     for how in sorted(set(quantiser.unusual.values())):
         matrices = [n for n, x in quantiser.unusual.items() if x == how]
@@ -6657,16 +6930,18 @@ def span_keys(x: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.ndarray:
 
 
 def earlier_in_group(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of items sorted by key: how many that count come before each one of its key, and where keys begin."""
+    """Of items sorted by key: how many that count come before each one of its key,
+    and where keys begin."""
     new = np.append(np.ones(min(len(keys), 1), bool), keys[1:] != keys[:-1])
     seen, begin = np.cumsum(counts) - counts, np.flatnonzero(new)
     return seen - np.repeat(seen[begin], np.diff(np.append(begin, len(keys)))), new
 
 
 def online_counts(keys: np.ndarray, tokens: np.ndarray, learns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Before each of n items, in this order: the token that followed its context (key) most often and its
-    share of them, (n,) each, 0 where there was none. The first to reach a count keeps it. Only items with
-    `learns` are counted. Sorted instead of hashed, in parts of the keys that share nothing."""
+    """Before each of n items, in this order: the token that followed its context
+    (key) most often and its share of them, (n,) each, 0 where there was none. The
+    first to reach a count keeps it. Only items with `learns` are counted. Sorted
+    instead of hashed, in parts of the keys that share nothing."""
     hint, confidence = np.zeros(len(keys), tokens.dtype), np.zeros(len(keys), np.float32)
     parts = 1 if len(keys) < COUNT_IN_PARTS else 32
     part_of = (keys >> np.uint64(59)).astype(np.uint8) * (parts > 1)
@@ -6703,7 +6978,8 @@ class Expert(NamedTuple):
 
 def counted(targets: np.ndarray, items, keys: np.ndarray, learns: np.ndarray,
             asks) -> tuple[np.ndarray, np.ndarray]:
-    """Hint and confidence (n,) of the targets (n,) by online_counts of some items; 0 unless one `asks`."""
+    """Hint and confidence (n,) of the targets (n,) by online_counts of some items; 0
+    unless one `asks`."""
     hint = np.zeros(len(targets), targets.dtype)
     confidence = np.zeros(len(targets), np.float32)
     hint[items], confidence[items] = online_counts(keys, targets[items], learns[items])
@@ -6726,7 +7002,8 @@ EXPERTS = {"token": Expert("token_threshold", "token_boost", count_tokens)}
 
 
 def experts_in_use(s: Settings) -> dict[str, tuple[float, float]]:
-    """(least confidence, boost in nats) of every n-gram expert in use, in the order that decides ties."""
+    """(least confidence, boost in nats) of every n-gram expert in use, in the order
+    that decides ties."""
     found = {}
     for name, expert in EXPERTS.items():
         threshold = getattr(s, expert.threshold)
@@ -6736,15 +7013,15 @@ def experts_in_use(s: Settings) -> dict[str, tuple[float, float]]:
 
 
 def ngram_experts(s: Settings, tokens: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Hint (n,) and confidence (n,) float32 of every expert in use, for the targets tokens[1:]; each from
-    earlier tokens alone. Confidence 0: no hint."""
+    """Hint (n,) and confidence (n,) float32 of every expert in use, for the targets
+    tokens[1:]; each from earlier tokens alone. Confidence 0: no hint."""
     return {name: EXPERTS[name].count(s, tokens) for name in experts_in_use(s)}
 
 
 @dataclass(frozen=True)
 class Hints:
-    """Where an expert's gate is open: input positions `at` (m,) rising; per expert hint (E, m) and confidence
-    (E, m) float32, 0 where its own gate is closed."""
+    """Where an expert's gate is open: input positions `at` (m,) rising; per expert
+    hint (E, m) and confidence (E, m) float32, 0 where its own gate is closed."""
     at: np.ndarray
     hint: np.ndarray
     confidence: np.ndarray
@@ -6760,8 +7037,9 @@ class Hints:
 
     @classmethod
     def build(cls, s: Settings, world: World, val: Validation, adapting: bool) -> Hints | None:
-        """For the windows, or for adapting: counted once by rank 0 and handed to all. None when off. Counts
-        grow as the documents are scored: one causal order for the whole score."""
+        """For the windows, or for adapting: counted once by rank 0 and handed to all.
+        None when off. Counts grow as the documents are scored: one causal order for
+        the whole score."""
         if not s.ngram_tilt_enabled:
             return None
         found, lengths = None, val.documents.length
@@ -6789,8 +7067,9 @@ class Hints:
 
     @staticmethod
     def choose(s: Settings, q: Tensor, hints: Tensor, confidences: Tensor) -> tuple[Tensor, ...]:
-        """The expert's hint (…), -1 where its gate is closed, the model's probability of it and its boost in
-        nats. hints, confidences, and q, the model's probability of the hint, are (1, …)."""
+        """The expert's hint (…), -1 where its gate is closed, the model's probability
+        of it and its boost in nats. hints, confidences, and q, the model's
+        probability of the hint, are (1, …)."""
         speaks = confidences[0] > 0
         hint = hints[0].where(speaks, -1)
         chance = q[0].double() * speaks
@@ -6798,8 +7077,9 @@ class Hints:
 
 
 def tilt(s: Settings, losses: Tensor, targets: Tensor, hints: Tensor, confidences: Tensor) -> Tensor:
-    """Losses (…) of the targets (…) once a hint got more probability: p'(a) is proportional to
-    p(a) exp(boost [a = hint]), which sums to 1. losses (1 + E, …): of the target and of every hint."""
+    """Losses (…) of the targets (…) once a hint got more probability: p'(a) is
+    proportional to p(a) exp(boost [a = hint]), which sums to 1. losses (1 + E, …): of
+    the target and of every hint."""
     q = torch.exp(-losses[1:].double()).clamp(1e-12, 1 - 1e-12)
     hint, chance, boost = Hints.choose(s, q, hints, confidences)
     return (losses[0] - boost * (targets == hint) + torch.log1p(chance * torch.expm1(boost))).float()
@@ -6807,8 +7087,8 @@ def tilt(s: Settings, losses: Tensor, targets: Tensor, hints: Tensor, confidence
 
 def tilted_losses(s: Settings, losses: Callable, ids: Tensor, targets: Tensor, at: np.ndarray,
                   hints: Hints | None) -> tuple[Tensor, Tensor]:
-    """(losses to learn from, losses to book), (B, T) each, of the targets after input positions at (B, T):
-    the same without hints. losses(ids, targets): the model."""
+    """(losses to learn from, losses to book), (B, T) each, of the targets after input
+    positions at (B, T): the same without hints. losses(ids, targets): the model."""
     if hints is None:
         return (plain := losses(ids, targets)), plain
     hint, confidence = hints.find(at, ids.device)
@@ -6828,10 +7108,12 @@ class Finding(NamedTuple):
 
 
 class Study:
-    """A mode that breaks the rules, for study only: every run of it is marked NON-COMPLIANT."""
+    """A mode that breaks the rules, for study only: every run of it is marked
+    NON-COMPLIANT."""
 
     def reason(self, s: Settings) -> str:
-        """Why the score of these settings, whatever the training, is no result; empty if it may be one."""
+        """Why the score of these settings, whatever the training, is no result; empty
+        if it may be one."""
         return ""
 
     def after_training(self, s: Settings, world: World, run: Run, model: GPT, val: Validation) -> None:
@@ -6861,11 +7143,12 @@ def study_reasons(s: Settings) -> list[str]:
 # --- probes: evidence for the four conditions, from the functions that score
 
 def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
-    """Lengths of six documents, and two tokens of the fourth after which streams are made to differ: inside a
-    chunk in its middle, and inside its last one, beyond every window. The first is a phase's; of the others
-    fourth and fifth are adapted together, then the rest, which the sixth leaves early. Rows, filled longest
-    first, hold windows of later documents right ahead of earlier ones: the second of the fifth ahead of that
-    of the first, the third document ahead of the second."""
+    """Lengths of six documents, and two tokens of the fourth after which streams are
+    made to differ: inside a chunk in its middle, and inside its last one, beyond
+    every window. The first is a phase's; of the others fourth and fifth are adapted
+    together, then the rest, which the sixth leaves early. Rows, filled longest first,
+    hold windows of later documents right ahead of earlier ones: the second of the
+    fifth ahead of that of the first, the third document ahead of the second."""
     longest, stride = max(s.eval_seq_len, s.ttt_eval_seq_len), s.eval_stride
     chunk = next(size for bound, size in chunk_steps(s) if longest + 2 * stride <= bound)
     chunks = (longest + stride) // chunk + 1
@@ -6875,17 +7158,19 @@ def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
 
 
 class Variant(NamedTuple):
-    """A stream that differs from another in all that comes after a cut: its tokens, what is scored
-    after each of them, and the places (input positions) whose scores must not notice."""
+    """A stream that differs from another in all that comes after a cut: its tokens,
+    what is scored after each of them, and the places (input positions) whose scores
+    must not notice."""
     tokens: np.ndarray
     targets: np.ndarray
     kept: np.ndarray
 
 
 def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[Variant]]:
-    """A made-up stream, and a variant for each cut. order=length: later are the document's own tokens
-    and shorter documents' groups. The last place before a cut is scored on the token that came there in
-    the first stream: a look at its own target or beyond shows at full strength, even in one layer."""
+    """A made-up stream, and a variant for each cut. order=length: later are the
+    document's own tokens and shorter documents' groups. The last place before a cut
+    is scored on the token that came there in the first stream: a look at its own
+    target or beyond shows at full strength, even in one layer."""
     (lengths, cuts), rng = probe_documents(s), np.random.default_rng(s.seed)
     phrase = rng.integers(4, s.vocab_size, 7)      # repeated, where counts of earlier text shall have a say
     one = np.concatenate([np.append(BOS, np.resize(phrase, n - 1) if s.ngram_tilt_enabled
@@ -6904,8 +7189,9 @@ def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[Variant]]:
 
 
 def shortened_stream(s: Settings, one: np.ndarray) -> list[Variant]:
-    """The same for the stream `one` whose fourth document ends earlier, within its last chunk: its neighbours
-    in the batch and the chunks of every group are the same. None where chunks are too short for that."""
+    """The same for the stream `one` whose fourth document ends earlier, within its
+    last chunk: its neighbours in the batch and the chunks of every group are the
+    same. None where chunks are too short for that."""
     lengths, cuts = probe_documents(s)
     end, cut = sum(lengths[:4]), lengths[3] - 1 - cuts[1]
     other = np.delete(one, np.s_[end - cut:end])
@@ -6924,8 +7210,9 @@ def weights_kept(model: GPT):
 
 
 def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
-    """C1-C4 on made-up tokens, through Scorer and PhasedTTT as the settings have them; C1 on every rank, C2
-    by all together. What the ledger refuses fails a probe. The model's weights are as before afterwards."""
+    """C1-C4 on made-up tokens, through Scorer and PhasedTTT as the settings have
+    them; C1 on every rank, C2 by all together. What the ledger refuses fails a probe.
+    The model's weights are as before afterwards."""
     local, threads, probes, booked = World(device=world.device), torch.get_num_threads(), [], []
     if not compiles(s, world.device):      # many small steps: windows of eight chunks show the same
         window = max(8 * chunk_steps(s)[0][1], s.eval_stride)
@@ -6945,7 +7232,8 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
 
 
 def log_probes(s: Settings, world: World, run: Run, model: GPT) -> None:
-    """Evidence for C1-C4 into log and summary; a condition that fails makes the run NON-COMPLIANT."""
+    """Evidence for C1-C4 into log and summary; a condition that fails makes the run
+    NON-COMPLIANT."""
     clock, probes = Clock(), run_probes(s, world, model)
     run.summary["probes"] = {p.name: {"ok": p.ok, "figure": p.figure} for p in probes}
     for p in probes:
@@ -6956,7 +7244,8 @@ def log_probes(s: Settings, world: World, run: Run, model: GPT) -> None:
 
 
 def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) -> Iterator[Finding]:
-    """C1: earlier scores stay the same, to the bit, whatever comes later. booked: targets per evaluation."""
+    """C1: earlier scores stay the same, to the bit, whatever comes later. booked:
+    targets per evaluation."""
     row = min(s.eval_seq_len, 4 * min(size for _, size in chunk_steps(s)))     # of a phase's training
     ttt = dataclasses.replace(s, ttt_batch_size=4, phased_ttt_num_phases=1, phased_ttt_prefix_docs=1,
                               eval_seq_len=row, global_ttt_chunk_tokens=row)
@@ -7011,8 +7300,9 @@ def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) ->
 
 
 def probe_hints(s: Settings) -> tuple[Hints, bool]:
-    """Hints for the documents BOS 4 5 6 v, v = 0, 1, …, each as if it alone followed a text that repeats
-    BOS 4 5 6 7; and whether they were the same for every v, as they are when no target is read."""
+    """Hints for the documents BOS 4 5 6 v, v = 0, 1, …, each as if it alone followed
+    a text that repeats BOS 4 5 6 7; and whether they were the same for every v, as
+    they are when no target is read."""
     text = np.tile(np.array([BOS, 4, 5, 6, 7], np.uint16), s.token_order // 5 + 4)
     found = []
     for v in range(s.vocab_size):
@@ -7026,10 +7316,12 @@ def probe_hints(s: Settings) -> tuple[Hints, bool]:
 
 
 def probe_normalisation(s: Settings, world: World, model: GPT) -> Iterator[Finding]:
-    """C2: exp(-loss) of every possible next token, as the books have it, sums to 1: one document per token of
-    the vocabulary, scored by windows and by adapters that have learnt from its first two targets. The sum is
-    over equal hidden states, to the bit: no adapter begins with what another group learnt, and half
-    precision, which rounds rotary angles along a row, scores every document in a row of its own."""
+    """C2: exp(-loss) of every possible next token, as the books have it, sums to 1:
+    one document per token of the vocabulary, scored by windows and by adapters that
+    have learnt from its first two targets. The sum is over equal hidden states, to
+    the bit: no adapter begins with what another group learnt, and half precision,
+    which rounds rotary angles along a row, scores every document in a row of its
+    own."""
     tokens = np.tile(np.array([BOS, 4, 5, 6, 7]), s.vocab_size + 1)[:-4]
     tokens[4::5] = np.arange(s.vocab_size)
     val, half = Validation.of(tokens), model.compute_dtype in HALF
@@ -7057,7 +7349,8 @@ def probe_normalisation(s: Settings, world: World, model: GPT) -> Iterator[Findi
 
 
 def check_command(which: str) -> int:
-    """--check: one line per finding; 1 when something is wrong. --check settings needs no data."""
+    """--check: one line per finding; 1 when something is wrong. --check settings
+    needs no data."""
     if which not in ("", "settings", "data"):
         raise UserError(f"--check {which} must be --check, --check settings or --check data")
     s = Settings.from_env(os.environ)
@@ -7083,13 +7376,15 @@ def check_command(which: str) -> int:
 
 
 def check_train_shards(s: Settings) -> str:
-    """Headers of all training shards and the first million tokens of each; DATA_CHECK=full: all tokens."""
+    """Headers of all training shards and the first million tokens of each;
+    DATA_CHECK=full: all tokens."""
     shards = read_tokens(s, "train", None if s.data_check == "full" else 1_000_000)
     return f"{len(shards)} shards, {sum(map(len, shards.values())):,} tokens"
 
 
 def check_validation(s: Settings) -> str:
-    """The whole validation set: headers, BOS, ids, bytes, and the split: canonical, or a manifest's own."""
+    """The whole validation set: headers, BOS, ids, bytes, and the split: canonical,
+    or a manifest's own."""
     val, manifest = Validation(s), read_manifest(s)
     documents, told = int((val.tokens == BOS).sum()), manifest_total(s, "val", "documents")
     if told not in (None, documents):
@@ -7106,7 +7401,8 @@ def check_validation(s: Settings) -> str:
 
 
 def check_same_text(run: Run, val: Validation) -> None:
-    """The validation text's fingerprint into the summary; UserError where a run goes on with another text."""
+    """The validation text's fingerprint into the summary; UserError where a run goes
+    on with another text."""
     counts = val.target_bytes.astype("<i4")
     fingerprint = digest_of(val.stream.tobytes() + counts.tobytes()).hex()
     before = run.summary.setdefault("val_fingerprint", fingerprint)
@@ -7116,11 +7412,12 @@ def check_same_text(run: Run, val: Validation) -> None:
 
 
 def check_byte_rule(s: Settings, val: Validation) -> None:
-    """The bytes counted for all targets against the text that they decode to: by the table at most 1 % more
-    (the published rule takes three bytes for a U+2581 that is not a piece's first character), by sidecars at
-    most half as much again (a tokenizer that normalises text loses some).
-    Token by token, so that their order does not matter: a token decodes to the same bytes
-    everywhere but behind a boundary, where a leading space may be dropped."""
+    """The bytes counted for all targets against the text that they decode to: by the
+    table at most 1 % more (the published rule takes three bytes for a U+2581 that is
+    not a piece's first character), by sidecars at most half as much again (a
+    tokenizer that normalises text loses some). Token by token, so that their order
+    does not matter: a token decodes to the same bytes everywhere but behind a
+    boundary, where a leading space may be dropped."""
     table = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
     sp, target = load_tokenizer(s.tokenizer), val.tokens[1:]
     behind = table.boundary[val.tokens[:-1]]
@@ -7143,7 +7440,8 @@ def check_byte_rule(s: Settings, val: Validation) -> None:
 
 
 def check_manifest(s: Settings) -> str:
-    """Files, sizes and tokenizer against the manifest, and overlap; returns the data's fingerprint."""
+    """Files, sizes and tokenizer against the manifest, and overlap; returns the
+    data's fingerprint."""
     def sha256(path: Path, most: int) -> str:
         return hashlib.sha256(read_bounded(path, most, A_MODEL)).hexdigest()
 
@@ -7175,8 +7473,9 @@ def check_manifest(s: Settings) -> str:
 
 
 def check_overlap(s: Settings) -> None:
-    """No validation document among the training documents, by the stored 64-bit hashes of their text; without
-    those by hashes of their tokens, in the shard next to the split or, with DATA_CHECK=full, in all."""
+    """No validation document among the training documents, by the stored 64-bit
+    hashes of their text; without those by hashes of their tokens, in the shard next
+    to the split or, with DATA_CHECK=full, in all."""
     stored = [s.shards / f"document_hashes_{kind}.bin" for kind in ("train", "val")]
     if by_text := all(p.is_file() for p in stored):
         train_docs, val_docs = (np.fromfile(p, "<u8") for p in stored)
@@ -7199,7 +7498,8 @@ def check_overlap(s: Settings) -> None:
 
 
 def document_hashes(tokens: np.ndarray):
-    """(position of its BOS, 64-bit hash of the tokens after it) of every document with at least one token."""
+    """(position of its BOS, 64-bit hash of the tokens after it) of every document
+    with at least one token."""
     starts, raw = np.flatnonzero(tokens == BOS), memoryview(np.ascontiguousarray(tokens)).cast("B")
     for a, b in zip(starts.tolist(), np.append(starts[1:], len(tokens)).tolist()):
         if b - a > 1:
@@ -7223,7 +7523,8 @@ def check_folder(folder: Path) -> str:
 
 
 def check_made_before(s: Settings) -> str:
-    """The weights or the artifact that the run begins with: a file, and an artifact's header."""
+    """The weights or the artifact that the run begins with: a file, and an artifact's
+    header."""
     if s.eval_only_path:
         size = file_size(Path(s.eval_only_path), 16 * MOST_WEIGHTS, "a run's final_model.pt")
         return f"EVAL_ONLY_PATH, {size:,} bytes"
@@ -7236,8 +7537,9 @@ def check_made_before(s: Settings) -> str:
 
 
 def check_disk(folder: Path, need: int, ballast: bool = False) -> str:
-    """The folder can be written and really has `need` bytes: they are reserved, then given back, or kept as
-    ballast until there is something to write in their place."""
+    """The folder can be written and really has `need` bytes: they are reserved, then
+    given back, or kept as ballast until there is something to write in their
+    place."""
     probe = folder / (BALLAST if ballast else f".space.{os.getpid()}")
     kept = False
     try:
@@ -7315,7 +7617,8 @@ def listed_gpus() -> int:
 
 
 def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "") -> list[Finding]:
-    """Every check of the mode, in the order a user would fix them. attention_why: tried already."""
+    """Every check of the mode, in the order a user would fix them. attention_why:
+    tried already."""
     written = bytes_of_results(s)
     if not (s.eval_only_path or s.eval_only_quantized_path):
         written += 3 * bytes_of_weights(s)      # two averages beside training, and the one being written
@@ -7349,7 +7652,8 @@ def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "")
 
 
 def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
-    """A dry run, at full size on random weights, of what follows training; the seconds to reserve."""
+    """A dry run, at full size on random weights, of what follows training; the
+    seconds to reserve."""
     begin, model, generator = Clock(), trainer.model, torch.Generator().manual_seed(s.seed)
     with torch.no_grad():
         weights = {n: (torch.randn(p.shape, generator=generator) * 0.02).to(p.device)
@@ -7481,7 +7785,8 @@ class LineageSettings(Settings):
         return beyond
 
     def to_be_stored(self, values: Mapping) -> dict:
-        """Settings of older systems only where they are on: the file is the same without this part."""
+        """Settings of older systems only where they are on: the file is the same
+        without this part."""
         changed = self.changed()
         return {name: v for name, v in values.items() if name in COMMON_SETTINGS or name in changed}
 
@@ -7554,8 +7859,9 @@ PARAMETER_ORDER = (
 
 
 def pair_rows(ids: Tensor, rows: int, same_segment: Tensor | None = None) -> Tensor:
-    """Row of a hashed table for each token of ids (B, T) and the one before it, where same_segment (1, T - 1)
-    lets them meet; the last row where nothing goes before. int32 arithmetic, wrapping."""
+    """Row of a hashed table for each token of ids (B, T) and the one before it, where
+    same_segment (1, T - 1) lets them meet; the last row where nothing goes before.
+    int32 arithmetic, wrapping."""
     now = ids.int()
     row = (36313 * now[:, 1:] ^ 27191 * now[:, :-1]) % (rows - 1)
     if same_segment is not None:
@@ -7565,7 +7871,8 @@ def pair_rows(ids: Tensor, rows: int, same_segment: Tensor | None = None) -> Ten
 
 def look_up(ids: Tensor, table: Tensor, proj: Tensor | None, scale: Tensor, dtype: torch.dtype,
             sharpness: Tensor | None = None) -> Tensor:
-    """scale · proj table[ids], (B, T, out); proj (out, w) or None; sharpness: proj is rounded softly."""
+    """scale · proj table[ids], (B, T, out); proj (out, w) or None; sharpness: proj is
+    rounded softly."""
     x = F.embedding(ids, table).to(dtype)
     if proj is not None:
         if sharpness is not None:
@@ -7575,8 +7882,9 @@ def look_up(ids: Tensor, table: Tensor, proj: Tensor | None, scale: Tensor, dtyp
 
 
 def soft_round(w: Tensor, sharpness: Tensor) -> Tensor:
-    """w (R, C) near its six-bit grid, with a gradient: a sigmoid of this slope in place of each step. The
-    step of a row is its largest magnitude over 31, but at least 1/31."""
+    """w (R, C) near its six-bit grid, with a gradient: a sigmoid of this slope in
+    place of each step. The step of a row is its largest magnitude over 31, but at
+    least 1/31."""
     step = (w.abs().amax(dim=-1, keepdim=True) / 31).clamp_min(1 / 31)
     z = w / step
     low = z.floor()
@@ -7590,7 +7898,8 @@ class LineageForward(Forward):
 
 
 class LineageGPT(GPT):
-    """The models before the looped one: tables of tokens and of pairs, other lanes, gates, heads, angles."""
+    """The models before the looped one: tables of tokens and of pairs, other lanes,
+    gates, heads, angles."""
 
     def __init__(self, s: Settings, generator: torch.Generator | None = None):
         super().__init__(s, generator)
@@ -7678,7 +7987,8 @@ class LineageGPT(GPT):
         return x if before is None else x[:, -length:]
 
     def smear(self, x: Tensor, into: Tensor | None) -> Tensor:
-        """With SMEAR_GATE_KIND=channels: one strength for each channel, the same for all tokens."""
+        """With SMEAR_GATE_KIND=channels: one strength for each channel, the same for
+        all tokens."""
         if self.s.smear_gate_kind == "window":
             return super().smear(x, into)
         last = x[:, :-1] if into is None else x[:, :-1] * into[..., None]
@@ -7686,7 +7996,8 @@ class LineageGPT(GPT):
         return (1 - gate) * x + gate * F.pad(last, (0, 0, 1, 0))
 
     def token_values(self, ids: Tensor) -> dict[int, Tensor]:
-        """What the tokens ids (B, T) add to the values of a layer, (B, T, K·D), by layer."""
+        """What the tokens ids (B, T) add to the values of a layer, (B, T, K·D), by
+        layer."""
         if not self.s.ve_enabled:
             return {}
         dtype, proj = self.compute_dtype, getattr(self, "ve_proj", None)
@@ -7717,7 +8028,8 @@ class LineageGPT(GPT):
         return super().head_gate(weight, n, q_raw)
 
     def decode(self, c: Forward, plan: Plan, x: Tensor, skips: list[Tensor]) -> Tensor:
-        """With PARALLEL_LANES=separate: lanes begin with the skip in both, and later skips may be lost."""
+        """With PARALLEL_LANES=separate: lanes begin with the skip in both, and later
+        skips may be lost."""
         if self.s.parallel_lanes == "mixed":
             return super().decode(c, plan, x, skips)
         lanes = None
@@ -7768,7 +8080,8 @@ class LineageGPT(GPT):
 
 
 def table_shapes(table: str, rows: int, width: int, out: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a table of `rows` rows that is looked up, of its scale, and of its projection to `out`."""
+    """Shapes of a table of `rows` rows that is looked up, of its scale, and of its
+    projection to `out`."""
     shapes = {f"{table}_embed": (rows, width), f"{table}_scale": ()}
     if width != out:
         shapes[f"{table}_proj"] = (out, width)
@@ -7781,7 +8094,8 @@ GPT = LineageGPT
 # --- adaptation
 
 class Corrector:
-    """n-gram posterior of one row of a batch; it learns the targets of a chunk once they are booked."""
+    """n-gram posterior of one row of a batch; it learns the targets of a chunk once
+    they are booked."""
 
     def __init__(self, s: Settings):
         self.alpha = s.corrector_alpha
@@ -7793,8 +8107,9 @@ class Corrector:
         return order, *self.history[max(len(self.history) - order + 1, 0):]
 
     def bias(self) -> np.ndarray:
-        """What the logits of the next token get (V,): alpha log q of the unigrams, and for every order that
-        knows the context, of the tokens seen there, alpha times what it says beyond that."""
+        """What the logits of the next token get (V,): alpha log q of the unigrams,
+        and for every order that knows the context, of the tokens seen there, alpha
+        times what it says beyond that."""
         log_q = np.log(self.counts / self.counts.sum())
         bias = self.alpha * log_q
         for order in self.orders if self.history else ():
@@ -7841,8 +8156,8 @@ class LineageTTT(PhasedTTT):
         return torch.optim.SGD(adapter.trained(), lr, momentum=s.ttt_beta1, weight_decay=s.ttt_weight_decay)
 
     def adapter_for(self, rows: int) -> Adapter:
-        """As published, a row's counts pass from document to document in length order; in stream order its
-        last document may come later in the stream."""
+        """As published, a row's counts pass from document to document in length
+        order; in stream order its last document may come later in the stream."""
         adapter = super().adapter_for(rows)
         if self.s.corrector_alpha:
             if self.s.ttt_doc_order == "stream" or not self.correctors:
@@ -7852,7 +8167,8 @@ class LineageTTT(PhasedTTT):
 
     def score_chunk(self, starts: np.ndarray, w: ChunkWindow, adapter: Adapter | None,
                     cache: KeyCache | None) -> Scored:
-        """The counts correct the chunk's logits; they learn its targets once these are booked."""
+        """The counts correct the chunk's logits; they learn its targets once these
+        are booked."""
         if adapter is None or not adapter.correctors:
             return super().score_chunk(starts, w, adapter, cache)
         bias = torch.from_numpy(np.stack([corrector.bias() for corrector in adapter.correctors]))
@@ -7874,7 +8190,8 @@ QUINTIC = 5 * ((3.4445, -4.7750, 2.0315),)
 
 
 def split_rates(s: Settings, bank: Tensor) -> Tensor | None:
-    """Factor on each matrix (n, 1, 1) of a bank by its layer, relative to MATRIX_LR; None without a split."""
+    """Factor on each matrix (n, 1, 1) of a bank by its layer, relative to MATRIX_LR;
+    None without a split."""
     if not s.matrix_lr_early:
         return None
     layers = torch.arange(len(bank), device=bank.device) % s.num_layers
@@ -7884,7 +8201,8 @@ def split_rates(s: Settings, bank: Tensor) -> Tensor | None:
 
 
 class LineageOptimiser(Optimiser):
-    """Other coefficients of Muon, rates that differ by layer, and an output head of its own."""
+    """Other coefficients of Muon, rates that differ by layer, and an output head of
+    its own."""
 
     def __init__(self, s: Settings, world: World, params: Mapping[str, nn.Parameter], dtype: torch.dtype):
         super().__init__(s, world, params, dtype)
@@ -7927,7 +8245,8 @@ class LineageCurriculum(Curriculum):
         return s.num_loops > 0 and step >= s.recur_start_step
 
     def rate(self, progress: float) -> float:
-        """At most the value of the last point of MIDRUN_CAP_SCHEDULE that is passed, before: of its first."""
+        """At most the value of the last point of MIDRUN_CAP_SCHEDULE that is passed,
+        before: of its first."""
         share = super().rate(progress)
         if not self.s.midrun_cap_schedule:
             return share
@@ -7941,7 +8260,8 @@ class LineageCurriculum(Curriculum):
 
 
 class LineageTrainer(Trainer):
-    """Late in training the projections of bigram and value embeddings are rounded softly."""
+    """Late in training the projections of bigram and value embeddings are rounded
+    softly."""
 
     def rewind(self) -> None:
         super().rewind()
@@ -7955,7 +8275,8 @@ class LineageTrainer(Trainer):
         self.sharpness = None if sharpness is None else torch.full((), sharpness, device=device)
 
     def sharpness_after(self, steps: int, lr: float) -> float | None:
-        """Slope after so many steps, the last one at this share of the rate; None before rounding begins."""
+        """Slope after so many steps, the last one at this share of the rate; None
+        before rounding begins."""
         s = self.s
         if self.began is None and lr < s.late_qat_threshold and steps >= s.late_qat_min_step:
             self.began = steps
@@ -8005,8 +8326,9 @@ Trainer = LineageTrainer
 @torch.no_grad()
 def clip_search(w: Tensor, order: Tensor, u: Tensor, dead: Tensor, bits: int,
                 coarser: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(codes, fp16 steps (n, R)) of matrices w (n, R, C): of five percentiles of |row| as largest code, each
-    with a pass of GPTQ, the one with the least squared error. As published no step is below 1 / top."""
+    """(codes, fp16 steps (n, R)) of matrices w (n, R, C): of five percentiles of
+    |row| as largest code, each with a pass of GPTQ, the one with the least squared
+    error. As published no step is below 1 / top."""
     top, tried = 2 ** (bits - 1) - 1, []
     for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
         scale = to_half((w.abs().quantile(share, dim=-1) / top).clamp_min(1 / top) * coarser)
@@ -8041,8 +8363,9 @@ def word_pieces(path: Path, vocab_size: int) -> tuple[np.ndarray, np.ndarray, Ca
 
 
 class Words(NamedTuple):
-    """Where words lie among the targets (n,). begins, opened, outside: the target begins a word; one is open
-    before it; it belongs to none. start: target at which its word begins."""
+    """Where words lie among the targets (n,). begins, opened, outside: the target
+    begins a word; one is open before it; it belongs to none. start: target at which
+    its word begins."""
     begins: np.ndarray
     opened: np.ndarray
     outside: np.ndarray
@@ -8092,7 +8415,8 @@ EXPERTS["word"] = Expert("word_tau", "word_boost", count_words)
 
 
 def open_words(s: Settings, targets: np.ndarray, start: np.ndarray, outside: np.ndarray) -> np.ndarray:
-    """A number (n,) for the normalised text of targets[start:i + 1], the word open after i; 0: none."""
+    """A number (n,) for the normalised text of targets[start:i + 1], the word open
+    after i; 0: none."""
     def normal(text: str) -> str:
         text = text.strip()
         if s.word_normalize == "strip_punct_lower":
@@ -8114,8 +8438,9 @@ class LineageHints(Hints):
 
     @staticmethod
     def choose(s: Settings, q: Tensor, hints: Tensor, confidences: Tensor) -> tuple[Tensor, ...]:
-        """Of E experts' hints the one that promises most: it (…), -1 where no gate is open, the model's
-        probability of it and its boost in nats. q (E, …): the model's probability of every hint."""
+        """Of E experts' hints the one that promises most: it (…), -1 where no gate is
+        open, the model's probability of it and its boost in nats. q (E, …): the
+        model's probability of every hint."""
         q, p = q.double(), confidences.double()
         best, hint = torch.full_like(q[0], -math.inf), torch.full_like(hints[0], -1)
         chance, boost = torch.zeros_like(best), torch.zeros_like(best)
@@ -8152,7 +8477,8 @@ PREQUANT = "PREQUANT_TTT_ENABLED=1: the weights were trained on validation token
 
 
 def prequant_batches(s: Settings, tokens: int, world: World) -> list[np.ndarray]:
-    """Rows (by number, TRAIN_SEQ_LEN targets each) of this rank's batches; every rank has as many."""
+    """Rows (by number, TRAIN_SEQ_LEN targets each) of this rank's batches; every rank
+    has as many."""
     rows, size = (tokens - 1) // s.train_seq_len, s.prequant_ttt_batch_seqs
     if s.prequant_ttt_form == "overlapping":
         # As published, the last row begins a batch only if tokens are left over behind it.
@@ -8163,7 +8489,8 @@ def prequant_batches(s: Settings, tokens: int, world: World) -> list[np.ndarray]
 
 
 def prequant_ttt(s: Settings, world: World, model: GPT, tokens: np.ndarray, trace: Callable) -> None:
-    """AdamW epochs over validation tokens (N,). trace(loss=, lr=, grad_norm=) sees every step."""
+    """AdamW epochs over validation tokens (N,). trace(loss=, lr=, grad_norm=) sees
+    every step."""
     params, top = dict(model.named_parameters()), s.prequant_ttt_lr
     optimiser = torch.optim.AdamW(params.values(), weight_decay=0)
     views = field_views if s.prequant_ttt_form == "overlapping" else matrix_views
@@ -8211,11 +8538,13 @@ STUDIES.append(PrequantTTT())
 # --- data: loaders of whole windows
 
 class WindowStream(Stream):
-    """Rows of max_len tokens, across documents. windows: the last batch's, [(file, first token), …]."""
+    """Rows of max_len tokens, across documents. windows: the last batch's, [(file,
+    first token), …]."""
     windowed = True
 
     def phase(self, i: int) -> tuple[int, int]:
-        """A random first token for the windows of file i, and how many windows there are from it."""
+        """A random first token for the windows of file i, and how many windows there
+        are from it."""
         n, length = len(self.shards[i]), self.max_len
         most = min(length - 1, max(0, n - length - 1))
         phase = int(self.rng.integers(most + 1)) if most > 0 else 0
@@ -8253,9 +8582,10 @@ class ShuffledStream(WindowStream):
 
 
 class CoprimeStream(WindowStream):
-    """Windows drawn from many shards at once: each shard is walked in blocks of max_len by a stride coprime
-    to their number, shards are drawn by what they have left, more of them as training goes on. All ranks draw
-    the same batch, rank r takes every world_size-th window; `windows` has those of all ranks."""
+    """Windows drawn from many shards at once: each shard is walked in blocks of
+    max_len by a stride coprime to their number, shards are drawn by what they have
+    left, more of them as training goes on. All ranks draw the same batch, rank r
+    takes every world_size-th window; `windows` has those of all ranks."""
 
     def __init__(self, files, **shape):
         super().__init__(files, **shape)
@@ -8270,7 +8600,8 @@ class CoprimeStream(WindowStream):
         self.walks: dict[int, list] = {}      # shard -> starts of its blocks still to come, the next one last
 
     def walk(self, i: int) -> list[int]:
-        """A fresh walk over the blocks of shard i: random phase, start and coprime stride; reversed."""
+        """A fresh walk over the blocks of shard i: random phase, start and coprime
+        stride; reversed."""
         phase, count = self.phase(i)
         start = int(self.rng.integers(count)) if count > 1 else 0
         stride = 1
