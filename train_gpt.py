@@ -6932,8 +6932,6 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
 # 13  Counts of earlier text: the score leans towards what followed the same context before
 # ============================================================================================================
 
-# --- n-gram tilt: the score leans towards what followed the same context earlier
-
 ODD = np.uint64(0x9E3779B97F4A7C15)     # products with it spread over the upper bits
 COUNT_IN_PARTS = 1 << 20                # from so many items on: threads share the work
 
@@ -6944,52 +6942,62 @@ def scramble(x: np.ndarray) -> np.ndarray:
     return (x ^ x >> np.uint64(32)) * ODD
 
 
-def span_keys(x: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Keys (m,) of the spans x[first:end] of keys x (n,): sums of x[j] ODD^(j - end)."""
-    inverse = np.uint64(pow(int(ODD), -1, 1 << 64))
-    power = np.multiply.accumulate(np.append(np.uint64(1), np.full(len(x), ODD)))
-    sums = np.append(np.uint64(0), np.cumsum(x * power[:-1]))
-    power = np.multiply.accumulate(np.append(np.uint64(1), np.full(len(x), inverse)), out=power)
-    return (sums[end] - sums[first]) * power[end]
-
-
-def earlier_in_group(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of items sorted by key: how many that count come before each one of its key,
+def earlier_in_group(keys: np.ndarray, learns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of items sorted by key: how many with `learns` come before each one of its key,
     and where keys begin."""
     new = np.append(np.ones(min(len(keys), 1), bool), keys[1:] != keys[:-1])
-    seen, begin = np.cumsum(counts) - counts, np.flatnonzero(new)
-    return seen - np.repeat(seen[begin], np.diff(np.append(begin, len(keys)))), new
+    begin = np.flatnonzero(new)
+    earlier = np.cumsum(learns) - learns
+    size = np.diff(np.append(begin, len(keys)))
+    return earlier - np.repeat(earlier[begin], size), new
+
+
+def repeated(keys: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """Those of the items whose key may come twice, sorted by key, then in time: long
+    contexts rarely come again."""
+    bits = np.uint64(63 - len(items).bit_length())
+    bucket = (keys[items] << np.uint64(5) >> bits).astype(np.int64)
+    items = items[(np.bincount(bucket) > 1)[bucket]]
+    return items[np.argsort(keys[items], kind="stable")]
+
+
+def leaders(keys: np.ndarray, tokens: np.ndarray,
+            learns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """online_counts of items sorted by key: which have a hint, and hint and confidence
+    of these."""
+    total, new = earlier_in_group(keys, learns)
+    pairs = scramble(keys) ^ scramble(tokens)
+    by_pair = np.argsort(pairs, kind="stable")
+    count = np.empty(len(keys), np.int64)      # to which this item brings its token
+    count[by_pair] = earlier_in_group(pairs[by_pair], learns[by_pair])[0] + 1
+    level = (np.cumsum(new) << 32) + count * learns      # a later key is above all earlier ones
+    highest = np.append(0, np.maximum.accumulate(level))[:-1]
+    raises = learns & (level > highest)
+    leader = np.maximum.accumulate(np.where(raises, np.arange(len(keys)), 0))
+    known = np.flatnonzero(total)
+    most = (highest[known] & 0xFFFFFFFF).astype(np.float32)
+    return known, tokens[leader[known - 1]], most / total[known].astype(np.float32)
 
 
 def online_counts(keys: np.ndarray, tokens: np.ndarray, learns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Before each of n items, in this order: the token that followed its context
     (key) most often and its share of them, (n,) each, 0 where there was none. The
-    first to reach a count keeps it. Only items with `learns` are counted. Sorted
-    instead of hashed, in parts of the keys that share nothing."""
-    hint, confidence = np.zeros(len(keys), tokens.dtype), np.zeros(len(keys), np.float32)
-    parts = 1 if len(keys) < COUNT_IN_PARTS else 32
-    part_of = (keys >> np.uint64(59)).astype(np.uint8) * (parts > 1)
+    first to reach a count keeps it. Only items with `learns` are counted."""
+    hint = np.zeros(len(keys), tokens.dtype)
+    confidence = np.zeros(len(keys), np.float32)
 
-    def count(part: int) -> None:
-        items = np.flatnonzero(part_of == part)
-        bits = np.uint64(63 - len(items).bit_length())
-        bucket = (keys[items] << np.uint64(5) >> bits).astype(np.int64)
-        items = items[(np.bincount(bucket) > 1)[bucket]]            # long contexts rarely come again
-        items = items[np.argsort(keys[items], kind="stable")]       # by context, then in time
-        k, t, w = keys[items], tokens[items], learns[items]
-        (total, new), pairs = earlier_in_group(k, w), scramble(k) ^ scramble(t)
-        by_pair = np.argsort(pairs, kind="stable")
-        level = np.empty(len(k), np.int64)       # group, and the count that this item brings its token to
-        level[by_pair] = earlier_in_group(pairs[by_pair], w[by_pair])[0] + 1
-        level = (np.cumsum(new) << 32) + level * w
-        highest = np.append(0, np.maximum.accumulate(level))[:-1]
-        record = np.maximum.accumulate(np.where(w & (level > highest), np.arange(len(k)), 0))
-        seen = np.flatnonzero(total)
-        hint[items[seen]] = t[record[seen - 1]]
-        top = (highest[seen] & 0xFFFFFFFF).astype(np.float32)
-        confidence[items[seen]] = top / total[seen].astype(np.float32)
+    def count(items: np.ndarray) -> None:
+        items = repeated(keys, items)
+        known, hints, shares = leaders(keys[items], tokens[items], learns[items])
+        hint[items[known]] = hints
+        confidence[items[known]] = shares
 
-    list((map if parts == 1 else ThreadPoolExecutor(os.cpu_count()).map)(count, range(parts)))
+    if len(keys) < COUNT_IN_PARTS:
+        count(np.arange(len(keys)))
+    else:      # parts of the keys share nothing
+        part = (keys >> np.uint64(59)).astype(np.uint8)
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            list(threads.map(lambda i: count(np.flatnonzero(part == i)), range(32)))
     return hint, confidence
 
 
@@ -7000,26 +7008,17 @@ class Expert(NamedTuple):
     count: Callable     # (settings, tokens (n + 1)) -> hint (n,), confidence (n,) float32 of the targets
 
 
-def counted(targets: np.ndarray, items, keys: np.ndarray, learns: np.ndarray,
-            asks) -> tuple[np.ndarray, np.ndarray]:
-    """Hint and confidence (n,) of the targets (n,) by online_counts of some items; 0
-    unless one `asks`."""
-    hint = np.zeros(len(targets), targets.dtype)
-    confidence = np.zeros(len(targets), np.float32)
-    hint[items], confidence[items] = online_counts(keys, targets[items], learns[items])
-    return np.where(asks, hint, 0), np.where(asks, confidence, 0)
-
-
 def count_tokens(s: Settings, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What followed the same TOKEN_ORDER - 1 tokens earlier."""
-    n, known = len(tokens) - 1, s.token_order - 1
-    skip = min(max(known - 1, 0), n)         # targets without a whole context
+    n, context = len(tokens) - 1, s.token_order - 1
+    skip = min(max(context - 1, 0), n)         # targets without a whole context
     code = scramble(np.arange(s.vocab_size))
     keys = np.zeros(n - skip, np.uint64)
-    for i in range(known):
+    for i in range(context):
         keys *= ODD
         keys += code[tokens[i:i + len(keys)]]
-    return counted(tokens[1:], slice(skip, n), keys, np.ones(n, bool), True)
+    hint, confidence = online_counts(keys, tokens[1 + skip:], np.ones(n - skip, bool))
+    return np.pad(hint, (skip, 0)), np.pad(confidence, (skip, 0))
 
 
 EXPERTS = {"token": Expert("token_threshold", "token_boost", count_tokens)}
@@ -7028,12 +7027,8 @@ EXPERTS = {"token": Expert("token_threshold", "token_boost", count_tokens)}
 def experts_in_use(s: Settings) -> dict[str, tuple[float, float]]:
     """(least confidence, boost in nats) of every n-gram expert in use, in the order
     that decides ties."""
-    found = {}
-    for name, expert in EXPERTS.items():
-        threshold = getattr(s, expert.threshold)
-        if threshold <= 1:
-            found[name] = threshold, getattr(s, expert.boost)
-    return found
+    pairs = {name: (getattr(s, e.threshold), getattr(s, e.boost)) for name, e in EXPERTS.items()}
+    return {name: pair for name, pair in pairs.items() if pair[0] <= 1}
 
 
 def ngram_experts(s: Settings, tokens: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -7053,9 +7048,9 @@ class Hints:
     @classmethod
     def of(cls, s: Settings, tokens: np.ndarray) -> Hints:
         """For the targets tokens[1:], counted in this order."""
-        hint, confidence = (np.stack(side) for side in zip(*ngram_experts(s, tokens).values()))
-        for row, (tau, _) in zip(confidence, experts_in_use(s).values()):
-            row[row < np.float32(tau)] = 0      # as published: 9 of 20 open a gate of 0.45
+        hint, confidence = map(np.stack, zip(*ngram_experts(s, tokens).values()))
+        for row, (threshold, _) in zip(confidence, experts_in_use(s).values()):
+            row[row < np.float32(threshold)] = 0      # as published: 9 of 20 open a gate of 0.45
         at = np.flatnonzero(confidence.any(0))
         return cls(at, hint[:, at], confidence[:, at])
 
@@ -7066,27 +7061,33 @@ class Hints:
         the whole score."""
         if not s.ngram_tilt_enabled:
             return None
-        found, lengths = None, val.documents.length
-        order = np.arange(len(lengths))
+        order = np.arange(len(val.documents))
         if adapting and "stream" not in (s.ttt_doc_order, s.ngram_doc_order):
-            order = np.concatenate([group for r in ttt_rounds(s, lengths) for group in r.groups])
-        if world.main:
-            starts, ends = val.documents.start[order], np.cumsum(lengths[order] - 1)
-            text = [val.tokens[a + 1:a + n] for a, n in zip(starts, lengths[order])]
-            found = cls.of(s, np.concatenate([val.tokens[starts[:1]], *text]))
-            document = np.searchsorted(ends, found.at, side="right")      # from this order to the stream's
-            at = found.at + (starts - np.append(0, ends[:-1]))[document]
-            sort = np.argsort(at)
-            found = cls(at[sort], found.hint[:, sort], found.confidence[:, sort])
-        return world.agree(found)
+            rounds = ttt_rounds(s, val.documents.length)
+            order = np.concatenate(sum((r.groups for r in rounds), []))
+        return world.agree(cls.in_order(s, val, order) if world.main else None)
+
+    @classmethod
+    def in_order(cls, s: Settings, val: Validation, order: np.ndarray) -> Hints:
+        """Counted document by document in this order; positions are the stream's."""
+        start, targets = val.documents.start[order], val.documents.length[order] - 1
+        text = [val.tokens[a + 1:a + 1 + n] for a, n in zip(start, targets)]
+        hints = cls.of(s, np.concatenate([val.tokens[start[:1]], *text]))
+        end = np.cumsum(targets)
+        document = np.searchsorted(end, hints.at, side="right")
+        at = hints.at + (start - (end - targets))[document]
+        sort = np.argsort(at)
+        return cls(at[sort], hints.hint[:, sort], hints.confidence[:, sort])
 
     def find(self, at: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
         """Hints (E, …) int64 and confidences (E, …) at input positions (…)."""
-        hint, confidence = (np.zeros((len(self.hint), *at.shape), kind) for kind in (np.int64, np.float32))
+        hint = np.zeros((len(self.hint), *at.shape), np.int64)
+        confidence = np.zeros(hint.shape, np.float32)
         i = np.searchsorted(self.at, at)
         known = i < len(self.at)
         known[known] = self.at[i[known]] == at[known]
-        hint[:, known], confidence[:, known] = self.hint[:, i[known]], self.confidence[:, i[known]]
+        hint[:, known] = self.hint[:, i[known]]
+        confidence[:, known] = self.confidence[:, i[known]]
         return torch.from_numpy(hint).to(device), torch.from_numpy(confidence).to(device)
 
     @staticmethod
@@ -7095,9 +7096,7 @@ class Hints:
         of it and its boost in nats. hints, confidences, and q, the model's
         probability of the hint, are (1, …)."""
         speaks = confidences[0] > 0
-        hint = hints[0].where(speaks, -1)
-        chance = q[0].double() * speaks
-        return hint, chance, s.token_boost * speaks.double()
+        return hints[0].where(speaks, -1), q[0].double() * speaks, s.token_boost * speaks.double()
 
 
 def tilt(s: Settings, losses: Tensor, targets: Tensor, hints: Tensor, confidences: Tensor) -> Tensor:
@@ -7106,7 +7105,8 @@ def tilt(s: Settings, losses: Tensor, targets: Tensor, hints: Tensor, confidence
     the target and of every hint."""
     q = torch.exp(-losses[1:].double()).clamp(1e-12, 1 - 1e-12)
     hint, chance, boost = Hints.choose(s, q, hints, confidences)
-    return (losses[0] - boost * (targets == hint) + torch.log1p(chance * torch.expm1(boost))).float()
+    normaliser = torch.log1p(chance * torch.expm1(boost))
+    return (losses[0] - boost * (targets == hint) + normaliser).float()
 
 
 def tilted_losses(s: Settings, losses: Callable, ids: Tensor, targets: Tensor, at: np.ndarray,
@@ -7114,7 +7114,8 @@ def tilted_losses(s: Settings, losses: Callable, ids: Tensor, targets: Tensor, a
     """(losses to learn from, losses to book), (B, T) each, of the targets after input
     positions at (B, T): the same without hints. losses(ids, targets): the model."""
     if hints is None:
-        return (plain := losses(ids, targets)), plain
+        plain = losses(ids, targets)
+        return plain, plain
     hint, confidence = hints.find(at, ids.device)
     every = losses(ids, torch.cat((targets[None], hint)))
     return every[0], tilt(s, every.detach(), targets, hint, confidence)
@@ -7125,7 +7126,7 @@ def tilted_losses(s: Settings, losses: Callable, ids: Tensor, targets: Tensor, a
 # ============================================================================================================
 
 class Finding(NamedTuple):
-    """Something that was put to the test: a line of --check, or a probe."""
+    """A line of --check, or what a probe says."""
     name: str
     ok: bool
     figure: str
@@ -7136,15 +7137,14 @@ class Study:
     NON-COMPLIANT."""
 
     def reason(self, s: Settings) -> str:
-        """Why the score of these settings, whatever the training, is no result; empty
-        if it may be one."""
+        """Why a score with these settings is no result; empty if it may be one."""
         return ""
 
     def after_training(self, s: Settings, world: World, run: Run, model: GPT, val: Validation) -> None:
-        """What is done with the averaged weights before they are quantised."""
+        """What is done with the averaged weights."""
 
     def before_probing(self, s: Settings, world: World, model: GPT, tokens: np.ndarray) -> None:
-        """The same with a probe's tokens (N,), briefly, before its windows are scored."""
+        """The same with a probe's tokens (N,), briefly."""
 
 
 class PartOfValidation(Study):
@@ -7160,66 +7160,51 @@ STUDIES: list[Study] = [PartOfValidation()]
 
 
 def study_reasons(s: Settings) -> list[str]:
-    """Why the score of these settings, whatever the training, is no result."""
-    return [reason for study in STUDIES if (reason := study.reason(s))]
+    """Why a score with these settings is no result."""
+    return list(filter(None, (study.reason(s) for study in STUDIES)))
 
 
 # --- probes: evidence for the four conditions, from the functions that score
 
-def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
-    """Lengths of six documents, and two tokens of the fourth after which streams are
-    made to differ: inside a chunk in its middle, and inside its last one, beyond
-    every window. The first is a phase's; of the others fourth and fifth are adapted
-    together, then the rest, which the sixth leaves early. Rows, filled longest first,
-    hold windows of later documents right ahead of earlier ones: the second of the
-    fifth ahead of that of the first, the third document ahead of the second."""
-    longest, stride = max(s.eval_seq_len, s.ttt_eval_seq_len), s.eval_stride
-    chunk = next(size for bound, size in chunk_steps(s) if longest + 2 * stride <= bound)
-    chunks = (longest + stride) // chunk + 1
-    lengths = [s.eval_seq_len + stride // 4 + 1, 2 * chunk + 3, 2 * chunk + 4,
-               chunks * chunk + chunk // 2 + 1, s.eval_seq_len + stride // 4 + 2, chunk + chunk // 2 + 2]
-    return lengths, [n * chunk + chunk // 4 for n in (chunks // 2, chunks)]
+def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
+    """C1-C4 on made-up tokens, through Scorer and PhasedTTT as the settings have
+    them: C1 on every rank, C2 by all together."""
+    threads = torch.get_num_threads()
+    if not compiles(s, world.device):      # many small steps: windows of eight chunks show the same
+        window = max(8 * chunk_steps(s)[0][1], s.eval_stride)
+        s = dataclasses.replace(s, eval_seq_len=min(window, s.eval_seq_len),
+                                ttt_eval_seq_len=min(window, s.ttt_eval_seq_len))
+        torch.set_num_threads(1)           # and threads would wait for each other at every step
+    try:
+        with weights_kept(model):
+            return probe_conditions(s, world, model)
+    finally:
+        torch.set_num_threads(threads)
 
 
-class Variant(NamedTuple):
-    """A stream that differs from another in all that comes after a cut: its tokens,
-    what is scored after each of them, and the places (input positions) whose scores
-    must not notice."""
-    tokens: np.ndarray
-    targets: np.ndarray
-    kept: np.ndarray
+def probe_conditions(s: Settings, world: World, model: GPT) -> list[Finding]:
+    """C1, C2, and C3 with C4: every ledger books each target once, and refuses a step
+    on one that is not booked yet."""
+    findings, booked = [], []
+    try:
+        findings.extend(probe_causality(s, World(device=world.device), model, booked))
+        findings.extend(probe_normalisation(s, world, model))
+    except LedgerError as error:
+        return [*findings, Finding("C3 C4 ledger", False, str(error))]
+    figure = f"{sum(booked):,} targets booked once each, before any step on them"
+    return [*findings, Finding("C3 C4 ledger", True, figure)]
 
 
-def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[Variant]]:
-    """A made-up stream, and a variant for each cut. order=length: later are the
-    document's own tokens and shorter documents' groups. The last place before a cut
-    is scored on the token that came there in the first stream: a look at its own
-    target or beyond shows at full strength, even in one layer."""
-    (lengths, cuts), rng = probe_documents(s), np.random.default_rng(s.seed)
-    phrase = rng.integers(4, s.vocab_size, 7)      # repeated, where counts of earlier text shall have a say
-    one = np.concatenate([np.append(BOS, np.resize(phrase, n - 1) if s.ngram_tilt_enabled
-                                    else rng.integers(4, s.vocab_size, n - 1)) for n in lengths])
-    document, start, others = np.repeat(np.arange(len(lengths)), lengths), sum(lengths[:3]), []
-    for cut in cuts:
-        later = np.arange(len(one)) > start + cut
-        if order == "length":
-            shorter = ~np.isin(document, np.argsort(lengths, kind="stable")[-2:])
-            later = np.where(document == 3, later, shorter)
-        other = np.where(later & (one != BOS), 4 + (one - 3) % (s.vocab_size - 4), one)
-        targets = other[1:].copy()
-        targets[start + cut] = one[start + cut + 1]
-        others.append(Variant(other, targets, np.flatnonzero(~later[:-1])))
-    return one, others
-
-
-def shortened_stream(s: Settings, one: np.ndarray) -> list[Variant]:
-    """The same for the stream `one` whose fourth document ends earlier, within its
-    last chunk: its neighbours in the batch and the chunks of every group are the
-    same. None where chunks are too short for that."""
-    lengths, cuts = probe_documents(s)
-    end, cut = sum(lengths[:4]), lengths[3] - 1 - cuts[1]
-    other = np.delete(one, np.s_[end - cut:end])
-    return [Variant(other, other[1:], np.arange(end - cut - 1))] if cut > 0 else []
+def log_probes(s: Settings, world: World, run: Run, model: GPT) -> None:
+    """Evidence for C1-C4 into log and summary; one that fails: NON-COMPLIANT."""
+    clock = Clock()
+    probes = run_probes(s, world, model)
+    run.summary["probes"] = {p.name: {"ok": p.ok, "figure": p.figure} for p in probes}
+    for p in probes:
+        run.log("probe", name=p.name, ok=p.ok, figure=p.figure)
+        if not p.ok:
+            run.not_compliant(f"the probe {p.name} failed: {p.figure}")
+    run.log("probes", seconds=clock.elapsed())
 
 
 @contextlib.contextmanager
@@ -7233,48 +7218,15 @@ def weights_kept(model: GPT):
         model.requires_grad_(True)
 
 
-def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
-    """C1-C4 on made-up tokens, through Scorer and PhasedTTT as the settings have
-    them; C1 on every rank, C2 by all together. What the ledger refuses fails a probe.
-    The model's weights are as before afterwards."""
-    local, threads, probes, booked = World(device=world.device), torch.get_num_threads(), [], []
-    if not compiles(s, world.device):      # many small steps: windows of eight chunks show the same
-        window = max(8 * chunk_steps(s)[0][1], s.eval_stride)
-        s = dataclasses.replace(s, eval_seq_len=min(window, s.eval_seq_len),
-                                ttt_eval_seq_len=min(window, s.ttt_eval_seq_len))
-        torch.set_num_threads(1)           # and threads would wait for each other at every step
-    try:
-        with weights_kept(model):
-            probes += probe_causality(s, local, model, booked)
-            probes += probe_normalisation(s, world, model)
-        figure, ok = f"{sum(booked):,} targets booked once each, before any step on them", True
-    except LedgerError as error:
-        figure, ok = str(error), False
-    finally:
-        torch.set_num_threads(threads)
-    return [*probes, Finding("C3 C4 ledger", ok, figure)]
-
-
-def log_probes(s: Settings, world: World, run: Run, model: GPT) -> None:
-    """Evidence for C1-C4 into log and summary; a condition that fails makes the run
-    NON-COMPLIANT."""
-    clock, probes = Clock(), run_probes(s, world, model)
-    run.summary["probes"] = {p.name: {"ok": p.ok, "figure": p.figure} for p in probes}
-    for p in probes:
-        run.log("probe", name=p.name, ok=p.ok, figure=p.figure)
-        if not p.ok:
-            run.not_compliant(f"the probe {p.name} failed: {p.figure}")
-    run.log("probes", seconds=clock.elapsed())
-
-
 def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) -> Iterator[Finding]:
     """C1: earlier scores stay the same, to the bit, whatever comes later. booked:
     targets per evaluation."""
     row = min(s.eval_seq_len, 4 * min(size for _, size in chunk_steps(s)))     # of a phase's training
-    ttt = dataclasses.replace(s, ttt_batch_size=4, phased_ttt_num_phases=1, phased_ttt_prefix_docs=1,
-                              eval_seq_len=row, global_ttt_chunk_tokens=row)
+    ttt = dataclasses.replace(
+        s, ttt_batch_size=4, phased_ttt_num_phases=1, phased_ttt_prefix_docs=1,
+        eval_seq_len=row, global_ttt_chunk_tokens=row)
 
-    def windows(val: Validation, stride: int) -> Ledger:
+    def by_windows(val: Validation, stride: int = s.eval_seq_len) -> Ledger:
         for study in STUDIES:
             study.before_probing(s, world, model, val.tokens)
         scorer = Scorer(s, world, model)
@@ -7282,104 +7234,176 @@ def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) ->
         scorer.windows(val, stride)
         return scorer.ledger
 
-    def adapted(val: Validation) -> Ledger:
+    def by_adapting(val: Validation, level: int = 0) -> Ledger:
         val.hints = Hints.build(ttt, world, val, True)
         evaluation = PhasedTTT(ttt, world, model, val)
+        evaluation.level = level
         evaluation.run()
         return evaluation.ledger
 
-    def losses(evaluate: Callable, tokens: np.ndarray,
-               targets: np.ndarray | None = None) -> Tensor:
-        with weights_kept(model):
-            found = evaluate(Validation.of(tokens, targets)).loss.cpu()
-        booked.append(len(found))
-        return found
-
-    if s.ttt_enabled and compiles(s, world.device):      # for what the watchdog may fall back on
-        val = Validation.of(probe_streams(ttt, "stream")[0])
-        val.hints, evaluation = Hints.build(ttt, world, val, True), PhasedTTT(ttt, world, model, val)
-        evaluation.level = NO_ADAPTATION
-        evaluation.run()
-    evaluations = [("windows", functools.partial(windows, stride=s.eval_seq_len), s, "stream")]
+    streams = probe_streams(s, "stream")
+    yield probe_change("C1 windows", model, by_windows, *streams, booked)
     if s.sliding_window_enabled:
-        evaluations.append(("sliding windows", functools.partial(windows, stride=s.eval_stride), s, "stream"))
+        sliding = functools.partial(by_windows, stride=s.eval_stride)
+        yield probe_change("C1 sliding windows", model, sliding, *streams, booked)
     if s.ttt_enabled:
-        evaluations.append(("test-time training", adapted, ttt, s.ttt_doc_order))
-    for name, evaluate, settings, order in evaluations:
-        one, others = probe_streams(settings, order)
-        if evaluate is adapted and order == "stream":
-            others += shortened_stream(settings, one)
-        first, seen, noise = losses(evaluate, one), [], 0.0
-        for other, targets, kept in others:
-            found = losses(evaluate, other, targets)
-            gap = (found - first[:len(found)]).abs()
-            seen.append((len(kept), gap[kept].max().item(), gap.max().item()))
-        counts, earlier, rest = zip(*seen)
-        figure = (f"largest change {max(earlier):g} over {sum(counts):,} earlier targets, "
-                  f"{max(rest):.3f} over later ones")
-        if max(earlier) > 0 and world.device.type == "cuda":      # kernels that add in any order
-            noise = max((losses(evaluate, one) - first).abs().max().item() for _ in range(3))
-            figure += f"; the same stream four times differs by {noise:g}"
-        yield Finding(f"C1 {name}", max(earlier) <= 2 * noise < min(rest), figure)
+        one, variants = probe_streams(ttt, s.ttt_doc_order)
+        if s.ttt_doc_order == "stream":
+            variants += shortened_stream(ttt, one)
+        if compiles(s, world.device):      # the graphs that the watchdog may fall back on
+            by_adapting(Validation.of(one), NO_ADAPTATION)
+        yield probe_change("C1 test-time training", model, by_adapting, one, variants, booked)
 
 
-def probe_hints(s: Settings) -> tuple[Hints, bool]:
-    """Hints for the documents BOS 4 5 6 v, v = 0, 1, …, each as if it alone followed
-    a text that repeats BOS 4 5 6 7; and whether they were the same for every v, as
-    they are when no target is read."""
-    text = np.tile(np.array([BOS, 4, 5, 6, 7], np.uint16), s.token_order // 5 + 4)
-    found = []
-    for v in range(s.vocab_size):
-        text[-1] = v
-        hints = Hints.of(s, text)
-        found.append(Hints(*(x[..., hints.at >= len(text) - 5] for x in vars(hints).values())))
-    ok = all(np.array_equal(a, b) for h in found for a, b in zip(vars(h).values(), vars(found[0]).values()))
-    at = [h.at - len(text) + 5 * (v + 1) for v, h in enumerate(found)]
-    return Hints(np.concatenate(at), *(np.concatenate([vars(h)[name] for h in found], axis=1)
-                                       for name in ("hint", "confidence"))), ok
+class Variant(NamedTuple):
+    """A stream that differs from another after a cut: its tokens, what is scored
+    after each, and the places (input positions) whose scores must not notice."""
+    tokens: np.ndarray
+    targets: np.ndarray
+    kept: np.ndarray
+
+
+def probe_change(name: str, model: GPT, evaluate: Callable, one: np.ndarray, variants: list[Variant],
+                 booked: list[int]) -> Finding:
+    """Whether the scores of the stream `one` and of its variants are equal where they
+    must be, and differ elsewhere. evaluate(validation): the books."""
+    def losses(tokens: np.ndarray, targets: np.ndarray | None = None) -> Tensor:
+        with weights_kept(model):
+            loss = evaluate(Validation.of(tokens, targets)).loss
+        booked.append(len(loss))
+        return loss
+
+    first = losses(one)
+    places, noise = 0, 0.0
+    earlier, anywhere = [], []
+    for variant in variants:
+        again = losses(variant.tokens, variant.targets)
+        change = (again - first[:len(again)]).abs()
+        places += len(variant.kept)
+        earlier.append(change[variant.kept].max().item())
+        anywhere.append(change.max().item())
+    figure = (f"largest change {max(earlier):g} over {places:,} earlier targets, "
+              f"{max(anywhere):.3f} over later ones")
+    if max(earlier) > 0 and first.is_cuda:      # kernels that add in any order
+        noise = max((losses(one) - first).abs().max().item() for _ in range(3))
+        figure += f"; the same stream four times differs by {noise:g}"
+    return Finding(name, max(earlier) <= 2 * noise < min(anywhere), figure)
+
+
+def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
+    """Lengths of six documents, and two tokens of the fourth after which streams are
+    made to differ: inside a chunk in its middle, and inside its last one, beyond
+    every window. The first is a phase's; fourth and fifth are adapted together, then
+    the rest. In a row windows of later documents lie right ahead of earlier ones."""
+    longest, stride = max(s.eval_seq_len, s.ttt_eval_seq_len), s.eval_stride
+    chunk = next(size for bound, size in chunk_steps(s) if longest + 2 * stride <= bound)
+    chunks = (longest + stride) // chunk + 1
+    lengths = [
+        s.eval_seq_len + stride // 4 + 1,
+        2 * chunk + 3,
+        2 * chunk + 4,
+        chunks * chunk + chunk // 2 + 1,
+        s.eval_seq_len + stride // 4 + 2,
+        chunk + chunk // 2 + 2,
+    ]
+    return lengths, [n * chunk + chunk // 4 for n in (chunks // 2, chunks)]
+
+
+def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[Variant]]:
+    """A made-up stream, and a variant for each cut. order=length: later are the
+    document's own tokens and shorter documents. The last place before a cut is scored
+    on the first stream's token: a look at its own target shows at full strength."""
+    lengths, cuts = probe_documents(s)
+    rng = np.random.default_rng(s.seed)
+    phrase = rng.integers(4, s.vocab_size, 7)
+    documents = []
+    for n in lengths:      # repeated, where counts of earlier text shall have a say
+        text = np.resize(phrase, n - 1) if s.ngram_tilt_enabled else rng.integers(4, s.vocab_size, n - 1)
+        documents.append(np.append(BOS, text))
+    one, document = np.concatenate(documents), np.repeat(np.arange(len(lengths)), lengths)
+    longest = np.isin(document, np.argsort(lengths, kind="stable")[-2:])
+    variants = []
+    for cut in cuts:
+        last = sum(lengths[:3]) + cut
+        later = np.arange(len(one)) > last
+        if order == "length":
+            later = np.where(document == 3, later, ~longest)
+        other = np.where(later & (one != BOS), 4 + (one - 3) % (s.vocab_size - 4), one)
+        targets = other[1:].copy()
+        targets[last] = one[last + 1]
+        variants.append(Variant(other, targets, np.flatnonzero(~later[:-1])))
+    return one, variants
+
+
+def shortened_stream(s: Settings, one: np.ndarray) -> list[Variant]:
+    """A variant whose fourth document ends earlier, within its last chunk, so that the
+    chunks of every group are the same; none where chunks are too short for that."""
+    lengths, cuts = probe_documents(s)
+    end, cut = sum(lengths[:4]), lengths[3] - 1 - cuts[1]
+    other = np.delete(one, np.s_[end - cut:end])
+    return [Variant(other, other[1:], np.arange(end - cut - 1))] if cut > 0 else []
 
 
 def probe_normalisation(s: Settings, world: World, model: GPT) -> Iterator[Finding]:
     """C2: exp(-loss) of every possible next token, as the books have it, sums to 1:
     one document per token of the vocabulary, scored by windows and by adapters that
-    have learnt from its first two targets. The sum is over equal hidden states, to
-    the bit: no adapter begins with what another group learnt, and half precision,
-    which rounds rotary angles along a row, scores every document in a row of its
-    own."""
+    have learnt from its first two targets, over hidden states equal to the bit."""
     tokens = np.tile(np.array([BOS, 4, 5, 6, 7]), s.vocab_size + 1)[:-4]
     tokens[4::5] = np.arange(s.vocab_size)
-    val, half = Validation.of(tokens), model.compute_dtype in HALF
-    scorer = Scorer(dataclasses.replace(s, compile="0") if half else s, world, model)
-    scorer.capacity = 5 if half else scorer.capacity
+    val = Validation.of(tokens)
     if s.ngram_tilt_enabled:
-        val.hints, ok = probe_hints(s)
-        yield Finding("C1 n-gram hints", ok, f"{'the same' if ok else 'not the same'} for each of "
-                      f"{s.vocab_size:,} targets")
+        val.hints, same = probe_hints(s)
+        figure = f"{'the same' if same else 'not the same'} for each of {s.vocab_size:,} targets"
+        yield Finding("C1 n-gram hints", same, figure)
+    scorer = Scorer(s, world, model)
+    if model.compute_dtype in HALF:      # rounds angles along a row: a row for every document
+        scorer = Scorer(dataclasses.replace(s, compile="0"), world, model)
+        scorer.capacity = 5
     scorer.windows(val, s.eval_seq_len)
-    books = {"windows": scorer.ledger}
+    yield probe_sum("C2 windows", scorer.ledger)
     if s.ttt_enabled:
         ttt = dataclasses.replace(
             s, ttt_chunk_size=2, ttt_short_score_first_enabled=False, phased_ttt_prefix_docs=0,
             ttt_batch_size=256, ttt_lora_rank=4, ttt_lora_alpha=8.0, ttt_lora_lr=0.001,
-            ttt_doc_order="stream", ttt_warm_start_a=False, ttt_train_min_doc_len=0, ttt_train_max_doc_len=0,
-            ttt_cache_theta=min(s.ttt_cache_theta, 1.0))
+            ttt_doc_order="stream", ttt_warm_start_a=False, ttt_train_min_doc_len=0,
+            ttt_train_max_doc_len=0, ttt_cache_theta=min(s.ttt_cache_theta, 1.0))
         evaluation = PhasedTTT(ttt, world, model, val)
         evaluation.run()
-        books["test-time training"] = evaluation.ledger
-    for name, ledger in books.items():
-        total = np.exp(-ledger.total[3::5]).sum()
-        yield Finding(f"C2 {name}", bool(abs(total - 1) < 1e-4),
-                      f"{s.vocab_size:,} probabilities sum to {total:.7f}")
+        yield probe_sum("C2 test-time training", evaluation.ledger)
 
+
+def probe_sum(name: str, ledger: Ledger) -> Finding:
+    """Of the documents' fourth targets, as they are booked."""
+    p = np.exp(-ledger.total[3::5])
+    return Finding(name, bool(abs(p.sum() - 1) < 1e-4), f"{len(p):,} probabilities sum to {p.sum():.7f}")
+
+
+def probe_hints(s: Settings) -> tuple[Hints, bool]:
+    """Hints for the documents BOS 4 5 6 v, v = 0, 1, …, each as if it alone followed
+    a text that repeats BOS 4 5 6 7; and whether they are the same for every v."""
+    text = np.tile(np.array([BOS, 4, 5, 6, 7], np.uint16), s.token_order // 5 + 4)
+    begin, documents = len(text) - 5, []
+    for v in range(s.vocab_size):
+        text[-1] = v
+        hints = Hints.of(s, text)
+        rows = np.vstack([hints.at - begin, hints.hint, hints.confidence])      # exact in float64
+        documents.append(rows[:, hints.at >= begin])
+    same = all(np.array_equal(rows, documents[0]) for rows in documents)
+    at = [rows[0] + 5 * v for v, rows in enumerate(documents)]
+    hint, confidence = np.split(np.concatenate(documents, axis=1)[1:], 2)
+    return Hints(np.concatenate(at).astype(np.int64), hint, confidence), same
+
+
+# --- checks: what is known before the first step
 
 def check_command(which: str) -> int:
-    """--check: one line per finding; 1 when something is wrong. --check settings
-    needs no data."""
+    """--check: one line per finding; 1 when something is wrong."""
     if which not in ("", "settings", "data"):
         raise UserError(f"--check {which} must be --check, --check settings or --check data")
     s = Settings.from_env(os.environ)
-    ranks = launcher_ranks({"WORLD_SIZE": str(max(1, torch.cuda.device_count())), "RANK": "0",
-                            "MASTER_ADDR": "localhost", "MASTER_PORT": "1", **os.environ})
+    launcher = {"WORLD_SIZE": str(max(1, torch.cuda.device_count())), "RANK": "0",
+                "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    ranks = launcher_ranks({**launcher, **os.environ})
     if not s.eval_only_quantized_path:
         s.batch_shape(ranks.size)
     print(f"ok    settings: {len(s.changed())} differ from the defaults")
@@ -7389,8 +7413,8 @@ def check_command(which: str) -> int:
         return 0
     findings = run_checks(s, World.join({}), Path(s.artifact_dir or "runs"))
     if which == "data":
-        others = ("made before", "device", "attention", "batch", "folder", "disk", "size")
-        findings = [f for f in findings if f.name not in others]
+        of_data = ("training shards", "validation shards", "tokenizer", "data fingerprint")
+        findings = [f for f in findings if f.name in of_data]
     else:
         forms = (f"{form} {code_bytes(form):,}" for form in CODE_FORMS)
         print(f"ok    script: {shipped_form(s)} counts, in bytes: {', '.join(forms)}")
@@ -7399,25 +7423,63 @@ def check_command(which: str) -> int:
     return int(any(not f.ok for f in findings))
 
 
+def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "") -> list[Finding]:
+    """Every check of the mode, in the order a user would fix them."""
+    written = bytes_of_results(s)
+    if not (s.eval_only_path or s.eval_only_quantized_path):
+        written += 3 * bytes_of_weights(s)      # two averages beside training, and the one being written
+    checks = {
+        "made before": lambda: check_made_before(s),
+        "device": lambda: check_device(s, world),
+        "attention": lambda: attention_why or resolve_attention(s.attn_backend, world.device)[1],
+        "batch": lambda: "{} ranks x {} micro-batches of {:,} tokens".format(
+            world.size, *s.batch_shape(world.size)),
+        "folder": lambda: check_folder(folder),
+        "disk": lambda: check_disk(folder, written),
+        "size": lambda: expected_size(s),
+        "training shards": lambda: check_train_shards(s),
+        "validation shards": lambda: check_validation(s),
+        "tokenizer": lambda: "{}, {} tokens".format(
+            s.tokenizer.name, len(ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size).base)),
+        "data fingerprint": lambda: check_manifest(s),
+    }
+    if s.eval_only_quantized_path:
+        del checks["batch"], checks["training shards"]
+    elif not s.eval_only_path:
+        del checks["made before"]
+    findings = []
+    for what, check in checks.items():
+        try:
+            findings.append(Finding(what, True, check()))
+        except UserError as error:
+            findings.append(Finding(what, False, str(error)))
+        except OSError as error:
+            findings.append(Finding(what, False, f"cannot read {error.filename}: {error.strerror}; "
+                                    "check its permissions"))
+    return findings
+
+
+AGAIN = "fetch or build the data again"
+
+
 def check_train_shards(s: Settings) -> str:
-    """Headers of all training shards and the first million tokens of each;
-    DATA_CHECK=full: all tokens."""
+    """Headers of all training shards and their first tokens; DATA_CHECK=full: all."""
     shards = read_tokens(s, "train", None if s.data_check == "full" else 1_000_000)
     return f"{len(shards)} shards, {sum(map(len, shards.values())):,} tokens"
 
 
 def check_validation(s: Settings) -> str:
-    """The whole validation set: headers, BOS, ids, bytes, and the split: canonical,
-    or a manifest's own."""
+    """The whole validation set, and the split: canonical, or a manifest's own."""
     val, manifest = Validation(s), read_manifest(s)
-    documents, told = int((val.tokens == BOS).sum()), manifest_total(s, "val", "documents")
-    if told not in (None, documents):
-        raise UserError(f"the validation shards of {s.shards} hold {documents:,} documents (BOS tokens), the "
-                        f"manifest says {told:,}: fetch or build the data again")
+    documents = int((val.tokens == BOS).sum())
+    expected = manifest_total(s, "val", "documents")
+    if expected not in (None, documents):
+        raise UserError(f"the validation shards of {s.shards} hold {documents:,} documents (BOS "
+                        f"tokens), the manifest says {expected:,}: {AGAIN}")
     canonical = not manifest or (manifest.get("split") or {}).get("rule") == "first"
     if canonical and documents != CANONICAL_VAL_DOCS:
         raise UserError(f"{s.shards} holds {documents:,} validation documents, the canonical split has "
-                        f"{CANONICAL_VAL_DOCS:,}: the rest may be trained on; fetch the data again, or for a "
+                        f"{CANONICAL_VAL_DOCS:,}: the rest may be trained on; {AGAIN}, or for a "
                         f"corpus of your own: python data/check.py {s.shards} --custom --write-manifest")
     check_byte_rule(s, val)
     return (f"{len(val.tokens) - 1:,} targets, {len(val.documents):,} documents, "
@@ -7436,102 +7498,118 @@ def check_same_text(run: Run, val: Validation) -> None:
 
 
 def check_byte_rule(s: Settings, val: Validation) -> None:
-    """The bytes counted for all targets against the text that they decode to: by the
-    table at most 1 % more (the published rule takes three bytes for a U+2581 that is
-    not a piece's first character), by sidecars at most half as much again (a
-    tokenizer that normalises text loses some). Token by token, so that their order
-    does not matter: a token decodes to the same bytes everywhere but behind a
-    boundary, where a leading space may be dropped."""
-    table = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
-    sp, target = load_tokenizer(s.tokenizer), val.tokens[1:]
-    behind = table.boundary[val.tokens[:-1]]
-    words = np.flatnonzero(~table.lead & (table.base > 0))
-    word = next(([i] for i in words.tolist() if not sp.is_byte(i)), [])
-    behind_word = len(sp.decode(word).encode())
-    at_start = np.bincount(target[behind], minlength=s.vocab_size)
-    elsewhere = np.bincount(target[~behind], minlength=s.vocab_size)
-    counted, text = int(val.target_bytes.sum()), 0
-    for i in np.flatnonzero((at_start + elsewhere) * ~table.boundary).tolist():
-        first = other = 1
-        if not sp.is_byte(i):      # a byte alone decodes to a sign of three bytes
-            first = len(sp.decode([i]).encode())
-            other = len(sp.decode([*word, i]).encode()) - behind_word
-        text += int(at_start[i]) * first + int(elsewhere[i]) * other
+    """The counted bytes against the text that they decode to: by the table at most
+    1 % more (the published rule takes three bytes for a U+2581 within a piece), by
+    sidecars at most half as much again (a tokenizer that normalises loses some)."""
+    counted, text = int(val.target_bytes.sum()), decoded_bytes(s, val)
     if counted > (1.01 if val.rule == "table" else 1.5) * text:
         raise UserError(f"the byte rule counts {counted:,} bytes in {text:,}: scores would be too "
                         "good; use shards with byte sidecars, or a tokenizer without pieces of "
                         "several spaces")
 
 
-def check_manifest(s: Settings) -> str:
-    """Files, sizes and tokenizer against the manifest, and overlap; returns the
-    data's fingerprint."""
-    def sha256(path: Path, most: int) -> str:
-        return hashlib.sha256(read_bounded(path, most, A_MODEL)).hexdigest()
+def decoded_bytes(s: Settings, val: Validation) -> int:
+    """Bytes that the targets decode to, one by one: a token decodes to the same bytes
+    everywhere but behind a boundary, where a leading space may be dropped."""
+    table, sp = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size), load_tokenizer(s.tokenizer)
+    target, behind = val.tokens[1:], table.boundary[val.tokens[:-1]]
+    at_start = np.bincount(target[behind], minlength=s.vocab_size)
+    elsewhere = np.bincount(target[~behind], minlength=s.vocab_size)
+    words = np.flatnonzero(~table.lead & (table.base > 0))
+    word = next(([i] for i in words.tolist() if not sp.is_byte(i)), [])
+    total = 0
+    for i in np.flatnonzero((at_start + elsewhere) * ~table.boundary).tolist():
+        first = other = 1
+        if not sp.is_byte(i):      # a byte alone decodes to a sign of three bytes
+            first = len(sp.decode([i]).encode())
+            other = len(sp.decode([*word, i]).encode()) - len(sp.decode(word).encode())
+        total += int(at_start[i]) * first + int(elsewhere[i]) * other
+    return total
 
-    manifest, folder = read_manifest(s), s.shards
+
+def check_manifest(s: Settings) -> str:
+    """Files and tokenizer against the manifest, and overlap; the data's fingerprint."""
+    manifest = read_manifest(s)
     begins = "fineweb_val" if s.eval_only_quantized_path else "fineweb_"
-    files = {e["name"]: e for e in manifest.get("files", ()) if e["name"].startswith(begins)}
-    present = {p.name: p for p in folder.glob(f"{begins}*.bin")}
-    for name in sorted(set(files) ^ set(present)) if manifest else ():
-        what = "is missing" if name in files else "is not listed"
-        raise UserError(f"{folder / name} {what}, says manifest.json: fetch or build the data again")
-    for name, entry in files.items():
-        path, size = present[name], present[name].stat().st_size
-        if not ("size" in entry and isinstance(entry.get("sha256"), str)):
-            raise UserError(f"{folder}/manifest.json lacks size or SHA-256 of {name}: fetch or "
-                            "build the data again")
-        if size != entry["size"]:
-            raise UserError(f"{path} has {size:,} bytes, the manifest says {entry['size']:,}: fetch it again")
-        if s.data_check == "full" and sha256(path, size) != entry["sha256"]:
-            raise UserError(f"{path} is damaged, its SHA-256 is not the manifest's: fetch or build it again")
-    told = (manifest.get("tokenizer") or {}).get("sha256")
-    if told and s.tokenizer.is_file() and sha256(s.tokenizer, MOST_MODEL) != told:
-        raise UserError(f"TOKENIZER_PATH={s.tokenizer} is not the tokenizer of {folder}: set it to its own")
+    present = {p.name: p for p in sorted(s.shards.glob(f"{begins}*.bin"))}
+    if manifest:
+        files = {e["name"]: e for e in manifest["files"] if e["name"].startswith(begins)}
+        check_files(s, files, present)
+    expected = (manifest.get("tokenizer") or {}).get("sha256")
+    if expected and s.tokenizer.is_file() and sha256_of(s.tokenizer, MOST_MODEL) != expected:
+        raise UserError(f"TOKENIZER_PATH={s.tokenizer} is not the tokenizer of {s.shards}: set it to its own")
     if not s.eval_only_quantized_path:
         check_overlap(s)
     if manifest:
         return manifest["fingerprint"][:16]
-    sizes = "".join(f"{name} {present[name].stat().st_size}\n" for name in sorted(present))
+    sizes = "".join(f"{name} {path.stat().st_size}\n" for name, path in present.items())
     return f"sizes-{hashlib.sha256(sizes.encode()).hexdigest()[:16]} (no manifest.json)"
 
 
+def sha256_of(path: Path, most: int) -> str:
+    return hashlib.sha256(read_bounded(path, most, A_MODEL)).hexdigest()
+
+
+def check_files(s: Settings, files: Mapping[str, Mapping], present: Mapping[str, Path]) -> None:
+    """The manifest's entries against the files; with DATA_CHECK=full every byte."""
+    for name in sorted(set(files) ^ set(present)):
+        what = "is missing" if name in files else "is not listed"
+        raise UserError(f"{s.shards / name} {what}, says manifest.json: {AGAIN}")
+    for name, entry in files.items():
+        path, size = present[name], present[name].stat().st_size
+        if not ("size" in entry and isinstance(entry.get("sha256"), str)):
+            raise UserError(f"{s.shards}/manifest.json lacks size or SHA-256 of {name}: {AGAIN}")
+        if size != entry["size"]:
+            raise UserError(f"{path} has {size:,} bytes, the manifest says {entry['size']:,}: {AGAIN}")
+        if s.data_check == "full" and sha256_of(path, size) != entry["sha256"]:
+            raise UserError(f"{path} is damaged, its SHA-256 is not the manifest's: {AGAIN}")
+
+
 def check_overlap(s: Settings) -> None:
-    """No validation document among the training documents, by the stored 64-bit
-    hashes of their text; without those by hashes of their tokens, in the shard next
-    to the split or, with DATA_CHECK=full, in all."""
-    stored = [s.shards / f"document_hashes_{kind}.bin" for kind in ("train", "val")]
-    if by_text := all(p.is_file() for p in stored):
-        train_docs, val_docs = (np.fromfile(p, "<u8") for p in stored)
-        shared = np.flatnonzero(np.isin(train_docs, val_docs))
-        where = f"training document {shared[0]:,}" if len(shared) else ""
+    """No validation document is among the training documents, by stored hashes of
+    their text; without those by hashes of their tokens."""
+    stored = {kind: s.shards / f"document_hashes_{kind}.bin" for kind in ("train", "val")}
+    hashes = {}
+    if all(p.is_file() for p in stored.values()):
+        hashes = {kind: np.fromfile(p, "<u8") for kind, p in stored.items()}
+        at = np.flatnonzero(np.isin(hashes["train"], hashes["val"]))
+        shared = [f"training document {i:,}" for i in at]
     else:
-        known = {h for f in list_shards(s.shards, "val") for _, h in document_hashes(read_shard(f))}
-        searched = list_shards(s.shards, "train")[:None if s.data_check == "full" else 1]
-        shared = [f"{f.name} at token {at:,}" for f in searched for at, h in document_hashes(read_shard(f))
-                  if h in known]
-        where = shared[0] if shared else ""
-    if len(shared):
+        shared = shared_documents(s)
+    if shared:
         raise UserError(f"{len(shared):,} validation documents are in the training shards of {s.shards} "
-                        f"(first: {where}): a score on them is worth nothing; fetch or build the data again")
-    for kind, hashes in (("train", train_docs), ("val", val_docs)) if by_text else ():
-        told = manifest_total(s, kind, "documents")
-        if told not in (None, len(hashes)):
-            raise UserError(f"{s.shards}/document_hashes_{kind}.bin has {len(hashes):,} documents, "
-                            f"the manifest says {told:,}: fetch or build the data again")
+                        f"(first: {shared[0]}): a score on them is worth nothing; {AGAIN}")
+    for kind, values in hashes.items():
+        expected = manifest_total(s, kind, "documents")
+        if expected not in (None, len(values)):
+            raise UserError(f"{stored[kind]} has {len(values):,} documents, the manifest says "
+                            f"{expected:,}: {AGAIN}")
 
 
-def document_hashes(tokens: np.ndarray):
-    """(position of its BOS, 64-bit hash of the tokens after it) of every document
-    with at least one token."""
-    starts, raw = np.flatnonzero(tokens == BOS), memoryview(np.ascontiguousarray(tokens)).cast("B")
+def shared_documents(s: Settings) -> list[str]:
+    """Where validation documents are, in the training shard next to the split or, with
+    DATA_CHECK=full, in any."""
+    known = set()
+    for path in list_shards(s.shards, "val"):
+        known.update(value for _, value in document_hashes(read_shard(path)))
+    shared = []
+    for path in list_shards(s.shards, "train")[:None if s.data_check == "full" else 1]:
+        hashes = document_hashes(read_shard(path))
+        shared += [f"{path.name} at token {at:,}" for at, value in hashes if value in known]
+    return shared
+
+
+def document_hashes(tokens: np.ndarray) -> Iterator[tuple[int, bytes]]:
+    """(position of its BOS, 64-bit hash) of every document with a token."""
+    starts = np.flatnonzero(tokens == BOS)
+    raw = memoryview(np.ascontiguousarray(tokens)).cast("B")
     for a, b in zip(starts.tolist(), np.append(starts[1:], len(tokens)).tolist()):
         if b - a > 1:
             yield a, hashlib.blake2b(raw[2 * a + 2:2 * b], digest_size=8).digest()
 
 
 def check_temporary_folder() -> None:
-    """UserError unless there is one, in which torch keeps what it compiles."""
+    """torch keeps there what it compiles."""
     try:
         tempfile.gettempdir()
     except FileNotFoundError as error:
@@ -7540,35 +7618,32 @@ def check_temporary_folder() -> None:
 
 def check_folder(folder: Path) -> str:
     """The names of a run's files are free; UserError where a folder stands in the way."""
-    for name in ("train.log", "metrics.jsonl", "summary.json", "final_model.pt", ARTIFACT_NAME):
+    for name in ("train.log", "metrics.jsonl", "summary.json", WEIGHTS_NAME, ARTIFACT_NAME):
         if (folder / name).is_dir():
             raise UserError(f"{folder / name} is a folder: move it away or set ARTIFACT_DIR")
     return str(folder)
 
 
 def check_made_before(s: Settings) -> str:
-    """The weights or the artifact that the run begins with: a file, and an artifact's
-    header."""
+    """The weights or the artifact that the run begins with."""
     if s.eval_only_path:
         size = file_size(Path(s.eval_only_path), 16 * MOST_WEIGHTS, "a run's final_model.pt")
         return f"EVAL_ONLY_PATH, {size:,} bytes"
     path = Path(s.eval_only_quantized_path)
     blob = read_bounded(path, MOST_ARTIFACT, "a run's final_model.int6.ptz")
-    header, _ = artifact_from_bytes(blob, path.name)
-    theirs = header.get("architecture")
+    theirs = artifact_from_bytes(blob, path.name)[0].get("architecture")
     check_architecture(s, theirs if isinstance(theirs, dict) else {}, f"{path.name} is an artifact")
     return f"EVAL_ONLY_QUANTIZED_PATH, {len(blob):,} bytes"
 
 
 def check_disk(folder: Path, need: int, ballast: bool = False) -> str:
-    """The folder can be written and really has `need` bytes: they are reserved, then
-    given back, or kept as ballast until there is something to write in their
-    place."""
-    probe = folder / (BALLAST if ballast else f".space.{os.getpid()}")
+    """The folder really has `need` bytes: they are reserved, then given back, or kept
+    as ballast until there is something to write in their place."""
+    reserved_file = folder / (BALLAST if ballast else f".space.{os.getpid()}")
     kept = False
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(probe, "wb") as f:
+        with open(reserved_file, "wb") as f:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(f.fileno(), 0, need)
                 kept = ballast
@@ -7581,7 +7656,7 @@ def check_disk(folder: Path, need: int, ballast: bool = False) -> str:
     finally:
         if not kept:
             with contextlib.suppress(OSError):
-                probe.unlink()
+                reserved_file.unlink()
     return f"{need:,} bytes can be written"
 
 
@@ -7589,7 +7664,7 @@ BALLAST = ".ballast"     # in the run's folder: what the weights will take
 
 
 def drop_ballast(run: Run) -> None:
-    """Give the space that check_disk keeps back, for what is written next."""
+    """Give back the space that check_disk keeps, for what is written next."""
     if run.world.main:
         with contextlib.suppress(OSError):
             (run.dir / BALLAST).unlink(missing_ok=True)
@@ -7609,7 +7684,7 @@ FULL_BATCH = 1 << 19      # tokens of a step from which on only a GPU is fast en
 
 
 def slow_batch(s: Settings) -> str:
-    """What is to be said when a CPU is given a GPU's batch; nothing for a small one."""
+    """What to say of a GPU's batch on a CPU; nothing of a small one."""
     if s.train_batch_tokens < FULL_BATCH:
         return ""
     return (f"TRAIN_BATCH_TOKENS={s.train_batch_tokens:,} on a CPU: a step may take many "
@@ -7621,9 +7696,8 @@ def check_device(s: Settings, world: World) -> str:
     text = f"{world.device_name}, {torch.get_num_threads()} host threads"
     if world.device.type != "cpu":
         return text
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    meant = hidden is not None and hidden.strip() in ("", "-1", "NoDevFiles")
-    if not meant and (gpus := listed_gpus()):
+    on_purpose = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles")
+    if not on_purpose and (gpus := listed_gpus()):
         raise UserError(f"nvidia-smi lists {gpus} GPUs but torch {torch.__version__} sees none: "
                         "install a torch build for this driver, or set CUDA_VISIBLE_DEVICES= to "
                         "use the CPU")
@@ -7640,75 +7714,30 @@ def listed_gpus() -> int:
     return sum(line.startswith("GPU ") for line in done.stdout.splitlines())
 
 
-def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "") -> list[Finding]:
-    """Every check of the mode, in the order a user would fix them. attention_why:
-    tried already."""
-    written = bytes_of_results(s)
-    if not (s.eval_only_path or s.eval_only_quantized_path):
-        written += 3 * bytes_of_weights(s)      # two averages beside training, and the one being written
-    checks = {
-        "device": lambda: check_device(s, world),
-        "attention": lambda: attention_why or resolve_attention(s.attn_backend, world.device)[1],
-        "batch": lambda: "{} ranks x {} micro-batches of {:,} tokens".format(
-            world.size, *s.batch_shape(world.size)),
-        "folder": lambda: check_folder(folder),
-        "disk": lambda: check_disk(folder, written),
-        "size": lambda: expected_size(s),
-        "training shards": lambda: check_train_shards(s),
-        "validation shards": lambda: check_validation(s),
-        "tokenizer": lambda: f"{s.tokenizer.name}, "
-                             f"{len(ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size).base)} tokens",
-        "data fingerprint": lambda: check_manifest(s)}
-    if s.eval_only_quantized_path:
-        del checks["batch"], checks["training shards"]
-    if s.eval_only_path or s.eval_only_quantized_path:
-        checks = {"made before": lambda: check_made_before(s), **checks}
-    findings = []
-    for what, check in checks.items():
-        try:
-            findings.append(Finding(what, True, check()))
-        except UserError as error:
-            findings.append(Finding(what, False, str(error)))
-        except OSError as error:
-            findings.append(Finding(what, False, f"cannot read {error.filename}: {error.strerror}; check its "
-                                    "permissions"))
-    return findings
-
+# --- the rehearsal: what follows training, before the first step
 
 def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
-    """A dry run, at full size on random weights, of what follows training; the
-    seconds to reserve."""
-    begin, model, generator = Clock(), trainer.model, torch.Generator().manual_seed(s.seed)
+    """A dry run on random weights of what follows training; the seconds to reserve."""
+    begin, model = Clock(), trainer.model
+    generator = torch.Generator().manual_seed(s.seed)
     with torch.no_grad():
         weights = {n: (torch.randn(p.shape, generator=generator) * 0.02).to(p.device)
                    for n, p in model.named_parameters()}
-    batch, one = trainer.random_batch(generator), dataclasses.replace(s, gptq_calibration_batches=world.size)
-    calibrate(one, world, model, lambda: batch)               # the first pass allocates; the second is timed
-    sync(world.device)
-    clock = Clock()
-    curvature = calibrate(one, world, model, lambda: batch)
-    sync(world.device)
-    seconds = clock.elapsed() * -(-s.gptq_calibration_batches // world.size)
-    if s.logit_calib_enabled:
-        few, tokens = 2 * s.logit_calib_batch_seqs * s.logit_calib_stride, batch.x.flatten().cpu().numpy()
-        clock = Clock()
-        fit_calibration(dataclasses.replace(s, logit_calib_tokens=few, logit_calib_epochs=1), model, tokens)
-        seconds += clock.elapsed() * s.logit_calib_epochs * max(1, s.logit_calib_tokens / few)
+    calibrating, curvature = rehearse_calibration(s, world, model, trainer.random_batch(generator))
     clock = Clock()
     quantiser = Quantiser(s, matrix_views(weights), curvature, world)
     setting_up = clock.elapsed()
-    q = quantiser(unit_for(quantiser.deviations, 0.99 * (ARTIFACT_LIMIT - code_bytes(shipped_form(s))),
-                           quantiser.finest))
-    packing = Clock()
+    room = ARTIFACT_LIMIT - code_bytes(shipped_form(s))
+    q = quantiser(unit_for(quantiser.deviations, 0.99 * room, quantiser.finest))
+    quantised = clock.elapsed()
     blob = world.agree(pack_model(s, q) if world.main else None)
+    packed = clock.elapsed()
     # the fitter takes about three tries; 100 MB/s for saving the weights; a quarter to spare
-    saving = sum(4 * p.numel() for p in model.parameters()) / 1e8
-    need = seconds + 3 * clock.elapsed() - 2 * setting_up + saving
-    reading = Clock()
+    need = calibrating + 3 * packed - 2 * setting_up + bytes_of_weights(s) / 1e8
     back = read_artifact(s, blob, "the rehearsal's artifact").weights
     if s.logit_calib_enabled:      # it works on a second model, read back from the artifact
         load_weights(build_model(s, world), back, "the rehearsal's artifact")
-        need += reading.elapsed()
+        need += clock.elapsed() - packed
     reserve = world.agree(1.0 + 1.25 * need)
     if any(not torch.equal(back[n], w) for n, w in dequantise(q).items()):
         raise RuntimeError("the packed model does not read back as it was written")
@@ -7717,10 +7746,28 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     # blocks start as the identity: C1 has nothing to see yet
     if failed and not study_reasons(dataclasses.replace(s, val_doc_fraction=1.0)):
         raise RuntimeError(f"the scorer's probes fail on the untrained model: {failed}")
-    run.log("rehearsal", calibrate_s=seconds, quantise_s=packing.start - clock.start,
-            pack_s=packing.elapsed() - probing.elapsed(), score_s=probing.elapsed(),
-            random_artifact_bytes=len(blob), reserve_s=reserve, seconds=begin.elapsed())
+    run.log("rehearsal", calibrate_s=calibrating, quantise_s=quantised, pack_s=packed - quantised,
+            score_s=probing.elapsed(), random_artifact_bytes=len(blob), reserve_s=reserve,
+            seconds=begin.elapsed())
     return reserve
+
+
+def rehearse_calibration(s: Settings, world: World, model: GPT, batch: Batch) -> tuple[float, Curvature]:
+    """Seconds that calibration, of matrices and logits, will take; its Hessians."""
+    one = dataclasses.replace(s, gptq_calibration_batches=world.size)
+    calibrate(one, world, model, lambda: batch)      # the first pass allocates; the second is timed
+    sync(world.device)
+    clock = Clock()
+    curvature = calibrate(one, world, model, lambda: batch)
+    sync(world.device)
+    seconds = clock.elapsed() * -(-s.gptq_calibration_batches // world.size)
+    if s.logit_calib_enabled:
+        few = 2 * s.logit_calib_batch_seqs * s.logit_calib_stride
+        short = dataclasses.replace(s, logit_calib_tokens=few, logit_calib_epochs=1)
+        clock = Clock()
+        fit_calibration(short, model, batch.x.flatten().cpu().numpy())
+        seconds += clock.elapsed() * s.logit_calib_epochs * max(1, s.logit_calib_tokens / few)
+    return seconds, curvature
 
 
 # ============================================================================================================
@@ -7785,7 +7832,6 @@ class LineageSettings(Settings):
     corrector_orders: str = knob("8", "its orders, as 2,3,5")
     ngram_gates: str = choice("previous open_word target", "who speaks when; target: NON-COMPLIANT")
     ngram_choice: str = choice("model confidence", "what weighs hints: probability, or own confidence")
-    ngram_boost_gamma: float = knob(0.0, "boosts shrink by (1 - the hint's probability) to this power", 0)
     within_tau: float = knob(99.0, "the same for the expert of the open word's next token", 0)
     within_boost: float = knob(0.0, "nats added to its hint's logit", 0)
     word_order: int = knob(4, "expert of the next word's first token: order in words", 1, 1024)
@@ -7800,13 +7846,13 @@ class LineageSettings(Settings):
         return tuple(whole_numbers(self.ve_layers))
 
     def beyond_the_system(self) -> list[str]:
-        beyond = []
+        names = []
         for name, value in self.changed().items():
             common = COMMON_SETTINGS.get(name)
             choices = common.metadata["choices"] if common else ()
             if not common or (choices and value not in choices):
-                beyond.append(name)
-        return beyond
+                names.append(name)
+        return names
 
     def to_be_stored(self, values: Mapping) -> dict:
         """Settings of older systems only where they are on: the file is the same
@@ -7816,29 +7862,33 @@ class LineageSettings(Settings):
 
     def check_consistency(self) -> None:
         super().check_consistency()
-        s = self
-        orders = [1]      # none are asked for: tokens alone are counted
-        if s.corrector_orders:
-            orders = whole_numbers(s.corrector_orders.strip(","))
-        gates = s.sparse_attn_gate_enabled + s.gated_attn_enabled + s.attn_out_gate_enabled
-        ve_layers = whole_numbers(s.ve_layers) or [math.inf]
-        schedule(s.midrun_cap_schedule, 1.0, float)
-        for refused, why in (
-            (s.rope_yarn and (s.rope_dims or s.head_dim) == 2,
-             "ROPE_YARN has no exponent for 2 rotated channels: raise ROPE_DIMS or set ROPE_YARN=0"),
-            (s.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE leaves no row for pairs: set 0, or more"),
-            (s.ve_enabled and (max(ve_layers) >= s.num_layers or len({*ve_layers}) < len(ve_layers)),
-             "VE_LAYERS must be layers below NUM_LAYERS, each once: as 9,10"),
-            (s.matrix_lr_early and not s.matrix_lr, "MATRIX_LR_EARLY is relative to MATRIX_LR: raise that"),
-            (gates > 1, "more than one attention gate is on: keep one of SPARSE_ATTN_GATE_ENABLED, "
-                        "GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED and set the others to 0"),
-            (not orders or not 0 < min(orders) <= max(orders) <= MOST_ORDER,
-             f"CORRECTOR_ORDERS does not fit: it must be whole numbers from 1 to {MOST_ORDER}, as 2,3,5"),
-            (s.quant_clip != "sigmas" and s.quant_allocation != "hand",
-             "QUANT_CLIP changes steps that are set by hand, not by QUANT_ALLOCATION: "
-             "set QUANT_ALLOCATION=hand or leave it out"),
-        ):
-            self.refuse(refused, why)
+        check_lineage(self)
+
+
+def check_lineage(s: LineageSettings) -> None:
+    """Refuse settings of older systems that do not go together."""
+    schedule(s.midrun_cap_schedule, 1.0, float)
+    if s.rope_yarn and (s.rope_dims or s.head_dim) == 2:
+        raise UserError("ROPE_YARN=1 has no exponent for 2 rotated channels: raise ROPE_DIMS or "
+                        "set ROPE_YARN=0")
+    if s.bigram_vocab_size == 1:
+        raise UserError("BIGRAM_VOCAB_SIZE=1 leaves no row for pairs: set 0, or more")
+    layers = s.value_layers
+    if s.ve_enabled and not (layers and max(layers) < s.num_layers and len({*layers}) == len(layers)):
+        raise UserError(f"VE_LAYERS={s.ve_layers} must be layers below NUM_LAYERS={s.num_layers}, "
+                        "each once: as 9,10")
+    if s.matrix_lr_early and not s.matrix_lr:
+        raise UserError(f"MATRIX_LR_EARLY={s.matrix_lr_early:g} is relative to MATRIX_LR=0: raise that")
+    if s.sparse_attn_gate_enabled + s.gated_attn_enabled + s.attn_out_gate_enabled > 1:
+        raise UserError("more than one attention gate is on: keep one of SPARSE_ATTN_GATE_ENABLED, "
+                        "GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED and set the others to 0")
+    orders = whole_numbers(s.corrector_orders.strip(","))
+    if s.corrector_orders and not (orders and 0 < min(orders) <= max(orders) <= MOST_ORDER):
+        raise UserError(f"CORRECTOR_ORDERS={s.corrector_orders} must be whole numbers from 1 to "
+                        f"{MOST_ORDER}, as 2,3,5")
+    if s.quant_clip != "sigmas" and s.quant_allocation != "hand":
+        raise UserError(f"QUANT_CLIP={s.quant_clip} changes steps that are set by hand, not by "
+                        f"QUANT_ALLOCATION={s.quant_allocation}: set that to hand or leave it out")
 
 
 Settings = LineageSettings
@@ -7883,9 +7933,8 @@ PARAMETER_ORDER = (
 
 
 def pair_rows(ids: Tensor, rows: int, same_segment: Tensor | None = None) -> Tensor:
-    """Row of a hashed table for each token of ids (B, T) and the one before it, where
-    same_segment (1, T - 1) lets them meet; the last row where nothing goes before.
-    int32 arithmetic, wrapping."""
+    """Row of a hashed table for each token of ids (B, T) and the one before it; the
+    last row where same_segment (1, T - 1) parts them. int32, wrapping."""
     now = ids.int()
     row = (36313 * now[:, 1:] ^ 27191 * now[:, :-1]) % (rows - 1)
     if same_segment is not None:
@@ -7895,8 +7944,8 @@ def pair_rows(ids: Tensor, rows: int, same_segment: Tensor | None = None) -> Ten
 
 def look_up(ids: Tensor, table: Tensor, proj: Tensor | None, scale: Tensor, dtype: torch.dtype,
             sharpness: Tensor | None = None) -> Tensor:
-    """scale · proj table[ids], (B, T, out); proj (out, w) or None; sharpness: proj is
-    rounded softly."""
+    """scale · proj table[ids], (B, T, out); proj (out, w) or None, softly rounded if
+    there is a sharpness."""
     x = F.embedding(ids, table).to(dtype)
     if proj is not None:
         if sharpness is not None:
@@ -7906,9 +7955,8 @@ def look_up(ids: Tensor, table: Tensor, proj: Tensor | None, scale: Tensor, dtyp
 
 
 def soft_round(w: Tensor, sharpness: Tensor) -> Tensor:
-    """w (R, C) near its six-bit grid, with a gradient: a sigmoid of this slope in
-    place of each step. The step of a row is its largest magnitude over 31, but at
-    least 1/31."""
+    """w (R, C) near its six-bit grid: a sigmoid of this slope in place of each step. A
+    row's step is its largest magnitude over 31, but at least 1/31."""
     step = (w.abs().amax(dim=-1, keepdim=True) / 31).clamp_min(1 / 31)
     z = w / step
     low = z.floor()
@@ -7922,8 +7970,7 @@ class LineageForward(Forward):
 
 
 class LineageGPT(GPT):
-    """The models before the looped one: tables of tokens and of pairs, other lanes,
-    gates, heads, angles."""
+    """Tables of tokens and of pairs; other lanes, gates, heads, angles."""
 
     def __init__(self, s: Settings, generator: torch.Generator | None = None):
         super().__init__(s, generator)
@@ -8011,8 +8058,7 @@ class LineageGPT(GPT):
         return x if before is None else x[:, -length:]
 
     def smear(self, x: Tensor, into: Tensor | None) -> Tensor:
-        """With SMEAR_GATE_KIND=channels: one strength for each channel, the same for
-        all tokens."""
+        """With SMEAR_GATE_KIND=channels: one strength for each channel."""
         if self.s.smear_gate_kind == "window":
             return super().smear(x, into)
         last = x[:, :-1] if into is None else x[:, :-1] * into[..., None]
@@ -8020,10 +8066,7 @@ class LineageGPT(GPT):
         return (1 - gate) * x + gate * F.pad(last, (0, 0, 1, 0))
 
     def token_values(self, ids: Tensor) -> dict[int, Tensor]:
-        """What the tokens ids (B, T) add to the values of a layer, (B, T, K·D), by
-        layer."""
-        if not self.s.ve_enabled:
-            return {}
+        """What the tokens ids (B, T) add to values, (B, T, K·D), by layer."""
         dtype, proj = self.compute_dtype, getattr(self, "ve_proj", None)
         shared = look_up(ids, self.ve_embed, proj, self.ve_scale, dtype, self.sharpness)
         scales = self.ve_layer_scales.to(dtype)
@@ -8052,19 +8095,19 @@ class LineageGPT(GPT):
         return super().head_gate(weight, n, q_raw)
 
     def decode(self, c: Forward, plan: Plan, x: Tensor, skips: list[Tensor]) -> Tensor:
-        """With PARALLEL_LANES=separate: lanes begin with the skip in both, and later
-        skips may be lost."""
+        """With PARALLEL_LANES=separate: the first skip is in both lanes, later ones join
+        lane 0 or are lost."""
         if self.s.parallel_lanes == "mixed":
             return super().decode(c, plan, x, skips)
         lanes = None
         for j, i in enumerate(plan.decoder):
             slot = len(plan.encoder) + j
-            has_skip = skips and j < len(self.skip_weights)
-            skip = skips.pop() if has_skip else None
-            if has_skip and lanes is None:
-                x = self.merge_skip(j, x, skip)
-            elif has_skip and self.is_parallel(i) and self.s.skip_into_lanes:
-                lanes = self.merge_skip(j, lanes[0], skip), lanes[1]
+            if skips and j < len(self.skip_weights):
+                skip = skips.pop()
+                if lanes is None:
+                    x = self.merge_skip(j, x, skip)
+                elif self.is_parallel(i) and self.s.skip_into_lanes:
+                    lanes = self.merge_skip(j, lanes[0], skip), lanes[1]
             if self.is_parallel(i):
                 lane0, lane1 = lanes or (x, x)
                 mixed, attended, fed = self.branches(c, i, slot, lane0, lane1)
@@ -8072,7 +8115,6 @@ class LineageGPT(GPT):
             elif lanes is None:
                 x = self.block(c, i, slot, x)
         return x if lanes is None else self.join(*lanes)
-
 
     def join(self, lane0: Tensor, lane1: Tensor) -> Tensor:
         if self.s.parallel_lanes == "separate":
@@ -8094,7 +8136,6 @@ class LineageGPT(GPT):
         return self.tok_emb if self.s.tie_embeddings else self.lm_head
 
     def logits(self, hidden: Tensor, adapter: Adapter | None = None) -> Tensor:
-        """Corrected by counts, where an adapter has some."""
         z = super().logits(hidden, adapter)
         return z if adapter is None or adapter.bias is None else z + adapter.bias
 
@@ -8104,8 +8145,8 @@ class LineageGPT(GPT):
 
 
 def table_shapes(table: str, rows: int, width: int, out: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a table of `rows` rows that is looked up, of its scale, and of its
-    projection to `out`."""
+    """Shapes of a table, of its scale, and of its projection where it is not as wide
+    as `out`."""
     shapes = {f"{table}_embed": (rows, width), f"{table}_scale": ()}
     if width != out:
         shapes[f"{table}_proj"] = (out, width)
@@ -8123,9 +8164,10 @@ class Corrector:
 
     def __init__(self, s: Settings):
         self.alpha = s.corrector_alpha
-        self.orders = sorted({int(n) for n in s.corrector_orders.split(",") if n})
-        self.counts, self.history = np.ones(s.vocab_size), []
-        self.followers: dict[tuple, dict[int, int]] = {}
+        self.orders = sorted(set(whole_numbers(s.corrector_orders.strip(","))))
+        self.counts = np.ones(s.vocab_size)
+        self.history: list[int] = []
+        self.followers: dict[tuple, dict[int, int]] = {}      # context -> how often each token followed
 
     def context(self, order: int) -> tuple:
         return order, *self.history[max(len(self.history) - order + 1, 0):]
@@ -8137,17 +8179,19 @@ class Corrector:
         log_q = np.log(self.counts / self.counts.sum())
         bias = self.alpha * log_q
         for order in self.orders if self.history else ():
-            if seen := self.followers.get(self.context(order)):
-                tokens, counts = (np.array(list(x)) for x in (seen.keys(), seen.values()))
+            followers = self.followers.get(self.context(order))
+            if followers:
+                tokens = np.array(list(followers))
+                counts = np.array(list(followers.values()))
                 share = np.log((counts + 1) / (counts.sum() + len(log_q)))
                 bias[tokens] += self.alpha * (share - log_q[tokens])
         return bias
 
-    def learn(self, tokens: list[int]) -> None:
+    def update(self, tokens: list[int]) -> None:
         for token in tokens:
             for order in self.orders:
-                seen = self.followers.setdefault(self.context(order), {})
-                seen[token] = seen.get(token, 0) + 1
+                followers = self.followers.setdefault(self.context(order), {})
+                followers[token] = followers.get(token, 0) + 1
             self.history.append(token)
             self.counts[token] += 1
 
@@ -8158,7 +8202,7 @@ class LineageAdapter(Adapter):
     def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu"):
         super().__init__(s, plan, rows, device)
         self.correctors: list[Corrector] = []
-        self.bias: Tensor | None = None     # theirs for a chunk, (rows, 1, V) bfloat16: added to the logits
+        self.bias: Tensor | None = None     # of a chunk's logits, (rows, 1, V) bfloat16
 
     def keep(self, rows: slice) -> None:
         super().keep(rows)
@@ -8180,8 +8224,8 @@ class LineageTTT(PhasedTTT):
         return torch.optim.SGD(adapter.trained(), lr, momentum=s.ttt_beta1, weight_decay=s.ttt_weight_decay)
 
     def adapter_for(self, rows: int) -> Adapter:
-        """As published, a row's counts pass from document to document in length
-        order; in stream order its last document may come later in the stream."""
+        """As published, counts pass from document to document in length order; in stream
+        order a row's last document may come later in the stream."""
         adapter = super().adapter_for(rows)
         if self.s.corrector_alpha:
             if self.s.ttt_doc_order == "stream" or not self.correctors:
@@ -8191,16 +8235,14 @@ class LineageTTT(PhasedTTT):
 
     def score_chunk(self, starts: np.ndarray, w: ChunkWindow, adapter: Adapter | None,
                     cache: KeyCache | None) -> Scored:
-        """The counts correct the chunk's logits; they learn its targets once these
-        are booked."""
         if adapter is None or not adapter.correctors:
             return super().score_chunk(starts, w, adapter, cache)
-        bias = torch.from_numpy(np.stack([corrector.bias() for corrector in adapter.correctors]))
-        adapter.bias = bias.to(self.world.device, torch.bfloat16)[:, None]
+        bias = np.stack([corrector.bias() for corrector in adapter.correctors])
+        adapter.bias = torch.from_numpy(bias).to(self.world.device, torch.bfloat16)[:, None]
         scored = super().score_chunk(starts, w, adapter, cache)
         first = starts + w.begin + w.offset + 1
         for corrector, begin, count in zip(adapter.correctors, first, w.count):
-            corrector.learn(self.val.tokens[begin:begin + count].tolist())
+            corrector.update(self.val.tokens[begin:begin + count].tolist())
         return scored
 
 
@@ -8214,8 +8256,8 @@ QUINTIC = 5 * ((3.4445, -4.7750, 2.0315),)
 
 
 def split_rates(s: Settings, bank: Tensor) -> Tensor | None:
-    """Factor on each matrix (n, 1, 1) of a bank by its layer, relative to MATRIX_LR;
-    None without a split."""
+    """Factor (n, 1, 1) on MATRIX_LR of each matrix of a bank, by its layer; None
+    without a split."""
     if not s.matrix_lr_early:
         return None
     layers = torch.arange(len(bank), device=bank.device) % s.num_layers
@@ -8225,8 +8267,7 @@ def split_rates(s: Settings, bank: Tensor) -> Tensor | None:
 
 
 class LineageOptimiser(Optimiser):
-    """Other coefficients of Muon, rates that differ by layer, and an output head of
-    its own."""
+    """Other coefficients of Muon, rates by layer, and an output head of its own."""
 
     def __init__(self, s: Settings, world: World, params: Mapping[str, nn.Parameter], dtype: torch.dtype):
         super().__init__(s, world, params, dtype)
@@ -8236,8 +8277,8 @@ class LineageOptimiser(Optimiser):
         rates = super().adam_rates()
         if self.s.tie_embeddings:
             return rates
-        return {"embed": (self.s.embed_lr, self.s.embed_wd), "head": (self.s.head_lr, self.s.embed_wd),
-                "small": rates["small"]}
+        decay = self.s.embed_wd
+        return {"embed": (self.s.embed_lr, decay), "head": (self.s.head_lr, decay), "small": rates["small"]}
 
     def direction(self, bank: int, g: Tensor, momentum: float) -> Tensor:
         s, split, buf = self.s, self.split[bank], self.momentum[bank]
@@ -8284,8 +8325,7 @@ class LineageCurriculum(Curriculum):
 
 
 class LineageTrainer(Trainer):
-    """Late in training the projections of bigram and value embeddings are rounded
-    softly."""
+    """Late in training the projections of the token tables are rounded softly."""
 
     def rewind(self) -> None:
         super().rewind()
@@ -8295,12 +8335,12 @@ class LineageTrainer(Trainer):
 
     def set_sharpness(self, sharpness: float | None) -> None:
         """Slope of the rounding from now on; None: there is none."""
-        device = self.world.device
-        self.sharpness = None if sharpness is None else torch.full((), sharpness, device=device)
+        self.sharpness = None
+        if sharpness is not None:
+            self.sharpness = torch.full((), sharpness, device=self.world.device)
 
     def sharpness_after(self, steps: int, lr: float) -> float | None:
-        """Slope after so many steps, the last one at this share of the rate; None
-        before rounding begins."""
+        """Slope after so many steps, the last one at this share of the rate."""
         s = self.s
         if self.began is None and lr < s.late_qat_threshold and steps >= s.late_qat_min_step:
             self.began = steps
@@ -8353,11 +8393,14 @@ def clip_search(w: Tensor, order: Tensor, u: Tensor, dead: Tensor, bits: int,
     """(codes, fp16 steps (n, R)) of matrices w (n, R, C): of five percentiles of
     |row| as largest code, each with a pass of GPTQ, the one with the least squared
     error. As published no step is below 1 / top."""
-    top, tried = 2 ** (bits - 1) - 1, []
+    top = 2 ** (bits - 1) - 1
+    tried = []
     for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
-        scale = to_half((w.abs().quantile(share, dim=-1) / top).clamp_min(1 / top) * coarser)
+        largest = w.abs().quantile(share, dim=-1)
+        scale = to_half((largest / top).clamp_min(1 / top) * coarser)
         codes = round_in_order(w, scale.float(), order, u, dead, top)
-        tried.append(((w - codes * scale[..., None].float()).square().mean(dim=(-2, -1)), codes, scale))
+        error = w - codes * scale[..., None].float()
+        tried.append((error.square().mean(dim=(-2, -1)), codes, scale))
     error, codes, scales = (torch.stack(x) for x in zip(*tried))
     best = error.argmin(0), torch.arange(len(w), device=w.device)
     return codes[best], scales[best]
@@ -8381,9 +8424,34 @@ Quantiser = LineageQuantiser
 @functools.cache
 def word_pieces(path: Path, vocab_size: int) -> tuple[np.ndarray, np.ndarray, Callable]:
     """Which tokens begin a word and which belong to none (V,), and the decoder."""
-    sp, breaks = load_tokenizer(path), {*range(9, 21), 36}     # ids, as published, of bytes that end a word
-    return (np.array([sp.id_to_piece(i).startswith("\u2581") for i in range(vocab_size)]),
-            np.array([i == BOS or (i in breaks and sp.is_byte(i)) for i in range(vocab_size)]), sp.decode)
+    sp = load_tokenizer(path)
+    starts = np.zeros(vocab_size, bool)
+    outside = np.zeros(vocab_size, bool)
+    outside[BOS] = True
+    for i in range(vocab_size):
+        starts[i] = sp.id_to_piece(i).startswith("\u2581")
+        if 9 <= i < 21 or i == 36:      # ids, as published, of bytes that end a word
+            outside[i] |= sp.is_byte(i)
+    return starts, outside, sp.decode
+
+
+def span_keys(x: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Keys (m,) of the spans x[first:end] of keys x (n,): sums of x[j] ODD^(j - end)."""
+    inverse = np.uint64(pow(int(ODD), -1, 1 << 64))
+    power = np.append(np.uint64(1), np.full(len(x), ODD))
+    sums = np.append(np.uint64(0), np.cumsum(x * np.multiply.accumulate(power)[:-1]))
+    power[1:] = inverse
+    return (sums[end] - sums[first]) * np.multiply.accumulate(power, out=power)[end]
+
+
+def counted(targets: np.ndarray, items: np.ndarray, keys: np.ndarray, learns: np.ndarray,
+            asks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Hint and confidence (n,) of the targets (n,) by online_counts of some items; 0
+    unless one `asks`."""
+    hint = np.zeros(len(targets), targets.dtype)
+    confidence = np.zeros(len(targets), np.float32)
+    hint[items], confidence[items] = online_counts(keys, targets[items], learns[items])
+    return hint * asks, confidence * asks
 
 
 class Words(NamedTuple):
@@ -8411,26 +8479,32 @@ def count_within(s: Settings, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarra
     w = Words.of(s, targets)
     learns = w.opened & ~w.outside & ~w.begins
     items = np.flatnonzero(w.opened)
-    keys = span_keys(scramble(np.arange(s.vocab_size))[targets], w.start[items - 1], items)
+    codes = scramble(np.arange(s.vocab_size))[targets]
+    keys = span_keys(codes, w.start[items - 1], items)
     return counted(targets, items, keys, learns, learns if s.ngram_gates == "target" else w.opened)
 
 
 def count_words(s: Settings, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first token of the word that followed the same WORD_ORDER - 1 words earlier."""
-    targets, depth = tokens[1:], s.word_order - 1
+    """The first token of the word that followed the same WORD_ORDER - 1 words earlier:
+    the open one as if it ended here, then closed ones."""
+    targets = tokens[1:]
     w = Words.of(s, targets)
-    at = np.arange(len(targets))
-    word = open_words(s, targets, w.start, w.outside)       # number of the open word, up to here
-    ends = ~w.outside & np.append(w.begins[1:] | w.outside[1:], True) & (word > 0)
+    word = open_words(s, targets, w)
+    ends = np.append(w.begins[1:] | w.outside[1:], True) & (word > 0)
     closed = np.append(0, word[ends])
-    unfinished = np.append(0, word[:-1] * ~w.outside[:-1])
+    unfinished = np.append(0, word[:-1])
+    at = np.arange(len(targets))
     before = np.append(0, np.cumsum(ends))[np.where(w.opened, w.start[at - 1], at)]     # words closed by then
     keys = np.zeros(len(targets), np.uint64)
-    for i in range(depth):       # context: the open word as if it ended here, then closed ones
+    for i in range(s.word_order - 1):
         last = closed[np.maximum(before - i + (unfinished > 0), 0)]
-        keys = keys * ODD + scramble(np.where((unfinished > 0) & (i == 0), unfinished, last))
-    items = np.flatnonzero(before + (unfinished > 0) >= depth)
-    asks = {"target": w.begins, "previous": ~w.opened, "open_word": True}[s.ngram_gates]
+        if i == 0:
+            last = np.where(unfinished > 0, unfinished, last)
+        keys = keys * ODD + scramble(last)
+    items = np.flatnonzero(before + (unfinished > 0) >= s.word_order - 1)
+    asks = np.ones(len(targets), bool)
+    if s.ngram_gates != "open_word":
+        asks = w.begins if s.ngram_gates == "target" else ~w.opened
     return counted(targets, items, keys[items], w.begins, asks)
 
 
@@ -8438,23 +8512,28 @@ EXPERTS["within"] = Expert("within_tau", "within_boost", count_within)
 EXPERTS["word"] = Expert("word_tau", "word_boost", count_words)
 
 
-def open_words(s: Settings, targets: np.ndarray, start: np.ndarray, outside: np.ndarray) -> np.ndarray:
-    """A number (n,) for the normalised text of targets[start:i + 1], the word open
-    after i; 0: none."""
-    def normal(text: str) -> str:
-        text = text.strip()
-        if s.word_normalize == "strip_punct_lower":
-            text = text.strip(".,:;!?()[]{}<>\"'`")
-        return text if s.word_normalize == "identity" else text.lower()
-
+def open_words(s: Settings, targets: np.ndarray, w: Words) -> np.ndarray:
+    """A number (n,) for the normalised text of the word open after each target; 0:
+    there is none."""
     decode = word_pieces(s.tokenizer, s.vocab_size)[2]
-    items = np.flatnonzero(~outside)
-    numbers, word = {"": 0}, np.zeros(len(targets), np.int64)
-    keys = span_keys(scramble(targets), start[items], items + 1)
-    _, where, back = np.unique(keys, return_index=True, return_inverse=True)
-    texts = [normal(decode(targets[start[i]:i + 1].tolist())) for i in items[where]]
-    word[items] = np.array([numbers.setdefault(x, len(numbers)) for x in texts], np.int64)[back.ravel()]
+    items = np.flatnonzero(~w.outside)
+    keys = span_keys(scramble(targets), w.start[items], items + 1)
+    _, first, of_item = np.unique(keys, return_index=True, return_inverse=True)
+    numbers, number_of = {"": 0}, []
+    for i in items[first]:
+        text = normal_word(s, decode(targets[w.start[i]:i + 1].tolist()))
+        number_of.append(numbers.setdefault(text, len(numbers)))
+    word = np.zeros(len(targets), np.int64)
+    word[items] = np.array(number_of, np.int64)[of_item.ravel()]
     return word
+
+
+def normal_word(s: Settings, text: str) -> str:
+    """Equal for words that WORD_NORMALIZE makes equal."""
+    text = text.strip()
+    if s.word_normalize == "strip_punct_lower":
+        text = text.strip(".,:;!?()[]{}<>\"'`")
+    return text if s.word_normalize == "identity" else text.lower()
 
 
 class LineageHints(Hints):
@@ -8466,17 +8545,20 @@ class LineageHints(Hints):
         open, the model's probability of it and its boost in nats. q (E, …): the
         model's probability of every hint."""
         q, p = q.double(), confidences.double()
-        best, hint = torch.full_like(q[0], -math.inf), torch.full_like(hints[0], -1)
+        best = torch.full_like(q[0], -math.inf)
+        hint = torch.full_like(hints[0], -1)
         chance, boost = torch.zeros_like(best), torch.zeros_like(best)
-        for e, (_, b) in enumerate(experts_in_use(s).values()):
+        for e, (_, nats) in enumerate(experts_in_use(s).values()):
             weight = q[e] if s.ngram_choice == "model" else p[e]
-            gain = (p[e] * b - torch.log1p(weight * math.expm1(b))).float().double()
+            gain = p[e] * nats - torch.log1p(weight * math.expm1(nats))
+            gain = gain.float().double()
             better = (p[e] > 0) & (gain > best)
-            best, hint = torch.where(better, gain, best), torch.where(better, hints[e], hint)
-            chance, boost = torch.where(better, q[e], chance), torch.where(better, b, boost)
+            best = torch.where(better, gain, best)
+            hint = torch.where(better, hints[e], hint)
+            chance = torch.where(better, q[e], chance)
+            boost = torch.where(better, nats, boost)
         agree = ((p > 0) & (hints == hint)).sum(0)
-        boost = boost + s.agree_add_boost * (agree > 1)
-        return hint, chance, boost * (1 - chance) ** s.ngram_boost_gamma
+        return hint, chance, boost + s.agree_add_boost * (agree > 1)
 
 
 Hints = LineageHints
@@ -8486,10 +8568,8 @@ class TargetGates(Study):
     """Gates that look at the very token that is predicted, as published."""
 
     def reason(self, s: Settings) -> str:
-        reads = s.ngram_tilt_enabled and s.ngram_gates == "target"
-        if reads and experts_in_use(s).keys() != {"token"}:
-            return "NGRAM_GATES=target: n-gram experts read the token that they predict"
-        return ""
+        reads = s.ngram_tilt_enabled and s.ngram_gates == "target" and {*experts_in_use(s)} != {"token"}
+        return "NGRAM_GATES=target: n-gram experts read the token that they predict" if reads else ""
 
 
 STUDIES.append(TargetGates())
@@ -8509,37 +8589,48 @@ def prequant_batches(s: Settings, tokens: int, world: World) -> list[np.ndarray]
         begins = range(0, -((1 - tokens) // s.train_seq_len) - 1, size)
         return [np.arange(k, min(k + size + 1, rows)) for k in begins]
     begin, end = (rows * r // world.size for r in (world.rank, world.rank + 1))
-    return [np.arange(k, min(k + size, end)) for k in range(begin, begin - (-rows // world.size), size)]
+    largest_share = -(-rows // world.size)
+    return [np.arange(k, min(k + size, end)) for k in range(begin, begin + largest_share, size)]
 
 
 def prequant_ttt(s: Settings, world: World, model: GPT, tokens: np.ndarray, trace: Callable) -> None:
     """AdamW epochs over validation tokens (N,). trace(loss=, lr=, grad_norm=) sees
     every step."""
-    params, top = dict(model.named_parameters()), s.prequant_ttt_lr
-    optimiser = torch.optim.AdamW(params.values(), weight_decay=0)
-    views = field_views if s.prequant_ttt_form == "overlapping" else matrix_views
-    frozen = tuple(f"blocks.{i}." for i in range(s.prequant_ttt_freeze_blocks))
+    optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0)
     for epoch in range(s.prequant_ttt_epochs):
-        fall = 0.45 * (1 - math.cos(math.pi * epoch / s.prequant_ttt_epochs)) * s.prequant_ttt_cosine_decay
-        lr = optimiser.param_groups[0]["lr"] = top * (1 - fall)
+        lr = s.prequant_ttt_lr
+        if s.prequant_ttt_cosine_decay:
+            lr *= 1 - 0.45 * (1 - math.cos(math.pi * epoch / s.prequant_ttt_epochs))
+        optimiser.param_groups[0]["lr"] = lr
         for rows in prequant_batches(s, len(tokens), world):
             world.beat("studying a batch of validation text")
-            model.zero_grad()
-            loss = torch.zeros(())
-            if len(rows):
-                t = tokens[rows[:, None] * s.train_seq_len + np.arange(s.train_seq_len + 1)].astype(np.int64)
-                x, y = (torch.from_numpy(a).to(world.device) for a in (t[:, :-1], t[:, 1:]))
-                loss = model.losses(x, y, layer_plan(s, True)).mean()
-                loss.backward()
-            for p in params.values():
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad / world.size
-            for name, g in views({n: p.grad for n, p in params.items()}).items():
-                if name.startswith(frozen):
-                    g.zero_()
+            loss = prequant_gradients(s, world, model, tokens, rows)
             norm = total_gradients(world, model, s.prequant_ttt_grad_clip)
             optimiser.step()
-            trace(loss=loss.item(), lr=lr, grad_norm=norm.item())
+            trace(loss=loss, lr=lr, grad_norm=norm.item())
     model.zero_grad()
+
+
+def prequant_gradients(s: Settings, world: World, model: GPT, tokens: np.ndarray, rows: np.ndarray) -> float:
+    """The loss of some rows; its gradient, over the ranks, but none of frozen blocks."""
+    model.zero_grad()
+    loss = torch.zeros(())
+    if len(rows):
+        first = rows[:, None] * s.train_seq_len
+        t = torch.from_numpy(tokens[first + np.arange(s.train_seq_len + 1)].astype(np.int64))
+        t = t.to(world.device)
+        loss = model.losses(t[:, :-1], t[:, 1:], layer_plan(s, True)).mean()
+        loss.backward()
+    grads = {}
+    for name, p in model.named_parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad / world.size
+        grads[name] = p.grad
+    views = field_views if s.prequant_ttt_form == "overlapping" else matrix_views
+    frozen = tuple(f"blocks.{i}." for i in range(s.prequant_ttt_freeze_blocks))
+    for name, g in views(grads).items():
+        if name.startswith(frozen):
+            g.zero_()
+    return loss.item()
 
 
 class PrequantTTT(Study):
@@ -8570,7 +8661,7 @@ class WindowStream(Stream):
         """A random first token for the windows of file i, and how many windows there
         are from it."""
         n, length = len(self.shards[i]), self.max_len
-        most = min(length - 1, max(0, n - length - 1))
+        most = min(length - 1, n - length - 1)
         phase = int(self.rng.integers(most + 1)) if most > 0 else 0
         return phase, (n - 1 - phase) // length
 
@@ -8581,12 +8672,13 @@ class WindowStream(Stream):
 
 
 class ShuffledStream(WindowStream):
-    """Windows in random order; rank r owns files r, r + world_size, … ."""
+    """Windows in random order; rank r owns files r, r + world_size, …"""
 
     def __init__(self, files, **shape):
         super().__init__(files, **shape)
         self.rng = np.random.Generator(np.random.PCG64(self.rank))
-        self.owned, self.starts = range(self.rank, len(files), self.world_size), {}
+        self.owned = range(self.rank, len(files), self.world_size)
+        self.starts: dict[int, list[int]] = {}
         if not any(len(self.shards[i]) > self.max_len for i in self.owned):
             raise UserError(f"rank {self.rank} of {self.world_size} owns none of {len(files)} shards with "
                             f"{self.max_len + 1} tokens: use TRAIN_LOADER=stream")
@@ -8621,41 +8713,53 @@ class CoprimeStream(WindowStream):
         self.eligible = np.flatnonzero(self.blocks)
         if not len(self.eligible):
             raise UserError(f"no training shard holds {self.max_len + 1} tokens: lower TRAIN_SEQ_LEN")
-        self.walks: dict[int, list] = {}      # shard -> starts of its blocks still to come, the next one last
+        self.walks: dict[int, list[int]] = {}      # shard -> starts of its blocks to come, the next one last
 
     def walk(self, i: int) -> list[int]:
         """A fresh walk over the blocks of shard i: random phase, start and coprime
         stride; reversed."""
         phase, count = self.phase(i)
-        start = int(self.rng.integers(count)) if count > 1 else 0
-        stride = 1
-        while count > 1 and math.gcd(stride := int(self.rng.integers(1, count)), count) != 1:
-            pass
+        start, stride = 0, 1
+        if count > 1:
+            start, stride = int(self.rng.integers(count)), 0
+            while math.gcd(stride, count) != 1:
+                stride = int(self.rng.integers(1, count))
         return [phase + (start + j * stride) % count * self.max_len for j in reversed(range(count))]
 
     def take(self, i: int, count: int) -> list[tuple[int, int]]:
         """The next `count` blocks of shard i, shuffled."""
-        out = []
-        while len(out) < count:
+        blocks = []
+        while len(blocks) < count:
             if not self.walks.get(i):
                 self.walks[i] = self.walk(i)
-            out.append((i, self.walks[i].pop()))
-        return [out[k] for k in self.rng.permutation(count)] if count > 1 else out
+            blocks.append((i, self.walks[i].pop()))
+        return [blocks[k] for k in self.rng.permutation(count)] if count > 1 else blocks
+
+    def left(self, i: int) -> int:
+        """Blocks of shard i before its next walk, at least one."""
+        return max(len(self.walks[i]), 1) if i in self.walks else self.blocks[i]
+
+    def draw(self, size: int) -> list[tuple[int, int]]:
+        """How many of a batch's windows come from which shards: [(shard, windows), …]."""
+        progress = min(self.batches / 1800, 1.0)
+        p = np.array([self.left(i) for i in self.eligible], np.float64) ** (0.9 - 0.4 * progress)
+        p /= p.sum()
+        most = min(len(p), size)
+        low = min(max(8, self.world_size), most)
+        high = min(max(32, 8 * self.world_size), most)
+        mixed = max(1, min(round(low + progress * (high - low)), most))
+        chosen = self.rng.choice(len(p), size=mixed, replace=False, p=p)
+        counts = np.ones(mixed, np.int64)
+        if size > mixed:
+            counts += self.rng.multinomial(size - mixed, p[chosen] / p[chosen].sum())
+        order = self.rng.permutation(mixed)
+        return list(zip(self.eligible[chosen][order].tolist(), counts[order].tolist()))
 
     def cut(self) -> Batch:
-        size, progress = self.tokens // self.max_len * self.world_size, min(self.batches / 1800, 1.0)
-        left = np.array([max(len(self.walks[i]), 1) if i in self.walks else self.blocks[i]
-                         for i in self.eligible], np.float64)
-        p = left ** (0.9 - 0.4 * progress)
-        p /= p.sum()
-        low, high = (min(max(a, b * self.world_size), len(p), size) for a, b in ((8, 1), (32, 8)))
-        mixed = max(1, min(round(low + progress * (high - low)), len(p), size))
-        chosen = self.rng.choice(len(p), size=mixed, replace=False, p=p)
-        counts = 1 + (self.rng.multinomial(size - mixed, p[chosen] / p[chosen].sum()) if size > mixed else 0)
-        order = self.rng.permutation(mixed)
-        counts = np.broadcast_to(counts, mixed)[order]
-        buckets = [self.take(int(i), int(n)) for i, n in zip(self.eligible[chosen][order], counts)]
-        self.windows, active = [], list(range(mixed))
+        size = self.tokens // self.max_len * self.world_size
+        buckets = [self.take(i, count) for i, count in self.draw(size)]
+        self.windows = []
+        active = list(range(len(buckets)))
         while active:
             active = [active[k] for k in self.rng.permutation(len(active))]
             self.windows += [buckets[b].pop() for b in active]

@@ -1924,7 +1924,7 @@ def bias_by_chunks(s: tg.Settings, tokens: list[int], chunk: int) -> torch.Tenso
     corrector, rows = tg.Corrector(s), []
     for i in range(0, len(tokens), chunk):
         rows += [corrector.bias()] * len(tokens[i : i + chunk])
-        corrector.learn(tokens[i : i + chunk])
+        corrector.update(tokens[i : i + chunk])
     return torch.from_numpy(np.stack(rows)).float()
 
 

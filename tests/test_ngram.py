@@ -47,7 +47,7 @@ def test_the_token_expert_counts_as_a_dictionary_does(s, order, parts_from, monk
 
 
 @pytest.mark.parametrize("changes", [
-    {}, dict(ngram_boost_gamma=1.0), WORDS, dict(WORDS, ngram_gates="open_word", ngram_choice="confidence"),
+    {}, WORDS, dict(WORDS, ngram_gates="open_word", ngram_choice="confidence"),
     FIELD, dict(corrector_alpha=0.3, corrector_orders="2,3"), dict(FIELD, corrector_alpha=0.3)], ids=str)
 def test_causal_counts_pass_every_probe(s, changes):
     s = dataclasses.replace(s, **changes)

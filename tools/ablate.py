@@ -91,7 +91,6 @@ SCORED = {
     "adapters: not the MLP": "TTT_MLP_LORA=0",
     "two steps a chunk": "TTT_GRAD_STEPS=2",
     "n-gram tilt": "NGRAM_TILT_ENABLED=1",
-    "n-gram tilt, shrinking boost": "NGRAM_TILT_ENABLED=1 NGRAM_BOOST_GAMMA=1",
     "three experts that agree":
         "NGRAM_TILT_ENABLED=1 WITHIN_TAU=0.45 WITHIN_BOOST=0.75 "
         "WORD_TAU=0.65 WORD_BOOST=0.75 AGREE_ADD_BOOST=0.5",
