@@ -5640,15 +5640,13 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def use_triton(wanted: bool | None, sensible: bool) -> bool:
-    """As the caller wants it, else where it is sensible for the input and Triton is
-    installed."""
+    """As the caller wants it, else where it is sensible and Triton is installed."""
     if wanted and triton is None:
-        raise UserError("kernel=True asks for Triton, which is not installed: `pip install triton`, "
-                        "or leave it None to use the plain PyTorch twin")
+        raise UserError("kernel=True needs Triton: `pip install triton`, or leave it None")
     return (sensible and triton is not None) if wanted is None else wanted
 
 
-# A name of this module's own: a second copy of the script would take the first one's operators away.
+# a name of this module's own: a second copy of the script has its own operators
 OPERATORS = "golf_" + re.sub(r"\W", "_", __name__).strip("_")
 
 
@@ -5658,7 +5656,7 @@ def operator(function: Callable) -> Callable:
 
 
 def save_all(ctx, inputs, output):
-    """For the gradient of an operator of some tensors and a number."""
+    """What the gradient of an operator of some tensors and a number needs."""
     *tensors, ctx.number = inputs
     ctx.save_for_backward(*tensors, *output)
 
@@ -5667,9 +5665,8 @@ if triton is not None:
     @triton.jit
     def ce_forward_kernel(logits_ptr, targets_ptr, loss_ptr, lse_ptr, cap, V, BLOCK: tl.constexpr):
         """One row a program: loss and log Σ exp of s = cap·tanh(x/cap) - cap =
-        -2·cap·sigmoid(-2x/cap). The shift by cap cancels in the loss; the running
-        maximum keeps any cap exact."""
-        row = tl.program_id(0).to(tl.int64)             # N·V passes 2**31 at 262,144 tokens of 8,192
+        -2·cap·sigmoid(-2x/cap). The shift by cap cancels in the loss."""
+        row = tl.program_id(0).to(tl.int64)     # N·V passes 2**31 at 262,144 tokens of 8,192
         logits_ptr += row * V
         peak, total = -float("inf"), 0.0
         for start in range(0, V, BLOCK):
@@ -5719,10 +5716,10 @@ if triton is not None:
         rows = tl.arange(0, BM)
         cols = tile_n * BN + tl.arange(0, BN)
         inner = tl.arange(0, BK)
-        # The tile's origin is one int64 scalar (M·N may pass 2**31), the rest int32: fewer registers.
+        # the tile's origin is one int64 scalar (M·N may pass 2**31), the rest int32: fewer registers
         below = M - tile_m * BM
         origin = (tile_m * BM).to(tl.int64)
-        # Rows and columns out of range wrap round and are never stored: only the K loop needs a mask.
+        # rows and columns out of range wrap round, never stored: only the K loop needs a mask
         a_ptrs = a_ptr + origin * K + (rows % below)[:, None] * K + inner[None, :]
         b_ptrs = b_ptr + inner[:, None] * b_stride_k + (cols % N)[None, :] * b_stride_n
         acc = tl.zeros((BM, BN), dtype=tl.float32)
@@ -5750,8 +5747,7 @@ if triton is not None:
 # --- softcapped cross-entropy
 
 def ce_launch(V: int) -> dict:
-    """Block and warps for rows of V logits: up to 8,192 a row is one trip, 32 values
-    a thread."""
+    """For rows of V logits: up to 8,192 a row is one trip, 32 values a thread."""
     block = min(triton.next_power_of_2(V), 8192)
     return dict(BLOCK=block, num_warps=min(8, max(1, block // 256)))
 
@@ -5774,8 +5770,7 @@ def ce_backward_shape(dloss, logits, *_):
 
 @operator
 def ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """logits (N, V), targets (N) int64 -> losses (N) and log Σ exp of the shifted
-    logits (N), float32."""
+    """logits (N, V), targets (N) int64 -> losses and log Σ exp, (N) float32."""
     N, V = logits.shape
     loss, lse = per_row(logits)
     if N:
@@ -5786,8 +5781,8 @@ def ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Ten
 
 @ce_forward.register_fake
 def per_row(logits, *_):
-    """Room for two float32 numbers of every row."""
-    return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
+    loss = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    return loss, torch.empty_like(loss)
 
 
 def ce_gradient(ctx, dloss, _):
@@ -5808,12 +5803,12 @@ def capped_ce(logits: Tensor, targets: Tensor, cap: float, kernel: bool | None =
 
 # --- leaky-ReLU² MLP
 
-# 128×256 tiles keep 128 accumulators a thread; 3 stages take 144 of an H100's 227 KB of shared memory.
-# Fixed, not autotuned: the choice would depend on timing, and the last bits of a run with it.
+# 128×256 tiles keep 128 accumulators a thread; 3 stages take 144 of an H100's 227 KB of shared
+# memory. Autotuning would let the last bits of a run depend on timing.
 MLP_TILE = dict(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3)
 
 
-def mlp_launch(a: Tensor, b: Tensor, h: Tensor, out: Tensor, slope: float, backward: bool, keep_h: bool):
+def mlp_launch(a, b, h, out, slope, backward=False, keep_h=False) -> None:
     """Run mlp_kernel on A = a (M, K) contiguous and B = b (K, N) of any strides."""
     M, K = a.shape
     N = b.shape[1]
@@ -5828,7 +5823,7 @@ def mlp_up(x: Tensor, up: Tensor, slope: float, keep_h: bool) -> tuple[Tensor, T
     """x (N, d), up (m, d) -> h = x @ upᵀ (N, m), or (0, m) unless keep_h, and a =
     leaky(h)² (N, m)."""
     h, a = hidden_pair(x, up, slope, keep_h)
-    mlp_launch(x.contiguous(), up.mT, h, a, slope, backward=False, keep_h=keep_h)
+    mlp_launch(x.contiguous(), up.mT, h, a, slope, keep_h=keep_h)
     return h, a
 
 
@@ -5843,7 +5838,7 @@ def hidden_pair(x, up, slope, keep_h):
 def mlp_dh(dy: Tensor, down: Tensor, h: Tensor, slope: float) -> Tensor:
     """dy (N, d), down (d, m), h (N, m) -> dh = (dy @ down) · act'(h) (N, m)."""
     dh = torch.empty_like(h)
-    mlp_launch(dy.contiguous(), down, h, dh, slope, backward=True, keep_h=False)
+    mlp_launch(dy.contiguous(), down, h, dh, slope, backward=True)
     return dh
 
 
@@ -5867,7 +5862,7 @@ class LeakySquareMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, up, down, h, a = ctx.saved_tensors
-        need_x, need_up, need_down, _ = ctx.needs_input_grad        # adaptation freezes the weights
+        need_x, need_up, need_down, _ = ctx.needs_input_grad    # adaptation freezes the weights
         dh = mlp_dh(dy, down, h, ctx.slope) if need_x or need_up else None
         return (dh @ up if need_x else None,
                 dh.mT @ x if need_up else None,
@@ -5875,7 +5870,8 @@ class LeakySquareMLP(torch.autograd.Function):
                 None)
 
 
-def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, kernel: bool | None = None) -> Tensor:
+def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float,
+                     kernel: bool | None = None) -> Tensor:
     """leaky_relu(x @ upᵀ, slope)² @ downᵀ: x (N, d), up (m, d), down (d, m) of one
     dtype -> (N, d). Triton fuses the activation (in backward, its derivative) into
     the matrix product before it; the other products are cuBLAS's."""
@@ -5888,9 +5884,9 @@ def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, kernel: 
 
 # --- attention
 
-ATTENTION = "plain"         # the backend in use: set it to the name that resolve_attention returns
-FLASH: dict = {}            # backend name -> its imported module, filled by attention_fault
-PACKAGES = {                # backend name -> (names that its module goes by, how to get it)
+ATTENTION = "plain"     # the backend in use: what resolve_attention returned
+FLASH: dict = {}        # backend name -> its imported module, filled by attention_fault
+PACKAGES = {            # backend name -> (names that its module goes by, how to get it)
     "fa3": ("flash_attn_interface flash_attn_3.flash_attn_interface",
             "FlashAttention 3's wheel for this torch and CUDA (Hopper)"),
     "fa4": ("flash_attn.cute.interface",
@@ -5910,9 +5906,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> 
     max_seqlen, and nothing is seen across a cut."""
     if k.shape[1] < q.shape[1] or (layout is not None and k.shape[1] != q.shape[1]):
         raise UserError(f"attention got {q.shape[1]} queries and {k.shape[1]} keys a row: under a "
-                        "layout they must be equal, without one keys may be more; pass "
-                        "layout=None with cached keys")
-    # Flash kernels exist in half precision on CUDA only; float32 (parity, tests) takes the exact road.
+                        "layout they must be equal; pass layout=None with cached keys")
+    # flash kernels exist in half precision on CUDA only
     name = ATTENTION if q.is_cuda and q.dtype in HALF else "plain"
     if layout is None:
         return BACKENDS[name](q, k, v, None, k.shape[1])
@@ -5928,7 +5923,7 @@ def attend_fa3(q, k, v, cu, longest):
     else:
         y = FLASH["fa3"].flash_attn_varlen_func(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1),
                                                 cu, cu, longest, longest, causal=True)
-    y = y[0] if isinstance(y, tuple) else y             # early releases return (y, lse)
+    y = y[0] if isinstance(y, tuple) else y     # early releases return (y, lse)
     return y.view(q.shape)
 
 
@@ -5965,7 +5960,7 @@ def attend_plain(q, k, v, cu, longest):
     bounds = cu.tolist()
     parts = []
     for a, b in zip(bounds, bounds[1:]):
-        if b > a:                                       # the padding is segments of length zero
+        if b > a:     # the padding is segments of length zero
             parts.append(plain_rows(q_rows[:, a:b], k_rows[:, a:b], v_rows[:, a:b]))
     return torch.cat(parts, dim=1).view(q.shape)
 
@@ -5974,11 +5969,10 @@ BACKENDS = {"fa3": attend_fa3, "fa4": attend_fa4, "torch": attend_torch, "plain"
 
 
 def plain_rows(q, k, v) -> Tensor:
-    """Rows that are one document each: q (B, T, H, D), k, v (B, T', K, D) -> (B, T,
-    H, D), through SDPA."""
+    """SDPA of rows that are one document each, as a backend without cu."""
     T, keys = q.shape[1], k.shape[1]
     mask = None
-    if T != keys:                                       # is_causal is aligned top-left
+    if T != keys:     # is_causal is aligned top-left
         key = torch.arange(keys, device=q.device)
         mask = torch.arange(keys - T, keys, device=q.device)[:, None] >= key
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -5987,9 +5981,9 @@ def plain_rows(q, k, v) -> Tensor:
     return y.transpose(1, 2)
 
 
-# FlashAttention-4 registers no custom ops, and PyTorch 2.13's activate_flash_attention_impl unpacks
-# two results where 4.0.0b36 returns five: so we call its two inner functions ourselves, by keyword.
-signature = functools.cache(inspect.signature)      # reading one takes longer than launching a kernel
+# FlashAttention-4 registers no custom ops, and PyTorch 2.13's activate_flash_attention_impl
+# unpacks two results where 4.0.0b36 returns five: we call its inner functions, by keyword.
+signature = functools.cache(inspect.signature)    # reading one takes longer than launching a kernel
 
 
 def fa4_call(name: str, *tensors, cu, longest):
@@ -6017,7 +6011,8 @@ def fa4_backward_shapes(dy, q, k, v, *_):
 
 
 @operator
-def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
+def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None,
+                longest: int) -> tuple[Tensor, Tensor]:
     """Rows (B, T, H, D) with cu None, or packed (N, H, D) -> y like q, and log Σ exp
     (B, H, T) or (H, N)."""
     y, lse = fa4_call("_flash_attn_fwd", q, k, v, cu=cu, longest=longest)[:2]
@@ -6053,16 +6048,17 @@ def self_test(name: str, device: torch.device) -> str:
         for attend in (backend, attend_plain):
             with torch.enable_grad():
                 y = attend(*leaves, cu, keys)
-            results.append([x.detach().float() for x in (y, *torch.autograd.grad(y, leaves, dy))])
+            gradients = torch.autograd.grad(y, leaves, dy)
+            results.append([x.detach().float() for x in (y, *gradients)])
         errors = [float((a - b).norm() / b.norm()) for a, b in zip(*results)]
-        if not all(error < 0.03 for error in errors):   # bf16 gives 0.005; NaN fails too
-            return f"differs from the plain twin by {max(errors):.1%} (bound 3%) at keys, cu = {keys, bounds}"
+        if not all(error < 0.03 for error in errors):     # bf16 gives 0.005; NaN fails too
+            return (f"differs from the plain twin by {max(errors):.1%} (bound 3%) "
+                    f"at {keys} keys, cu = {bounds}")
     return ""
 
 
 def attention_fault(name: str, device: torch.device) -> str:
-    """Why backend `name` cannot run on `device`, in one line; empty if it can. Loads
-    it into FLASH."""
+    """Why a backend cannot run on `device`; empty if it can: it is in FLASH then."""
     if name == "plain":
         return ""
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -6072,7 +6068,7 @@ def attention_fault(name: str, device: torch.device) -> str:
         try:
             FLASH[name] = importlib.import_module(module)
             return self_test(name, device)
-        except Exception as error:                      # third-party kernels fail in every way there is
+        except Exception as error:     # third-party kernels fail in every way there is
             first_line = (str(error).strip() or "no message").splitlines()[0][:160]
             fault = fault or f"{type(error).__name__}: {first_line}"
     return fault
@@ -6080,9 +6076,10 @@ def attention_fault(name: str, device: torch.device) -> str:
 
 def resolve_attention(choice: str, device) -> tuple[str, str]:
     """ATTN_BACKEND -> (the backend that runs on `device`, why in one line); auto: the
-    first without a fault. The caller stores the name in ATTENTION."""
+    first without a fault."""
     if choice not in ("auto", *BACKENDS):
-        raise UserError(f"ATTN_BACKEND={choice} is unknown; choose one of auto, {', '.join(BACKENDS)}")
+        names = ", ".join(BACKENDS)
+        raise UserError(f"ATTN_BACKEND={choice} is unknown; choose one of auto, {names}")
     passed_over = []
     for name in BACKENDS if choice == "auto" else (choice,):
         fault = attention_fault(name, torch.device(device))
