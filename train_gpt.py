@@ -6931,6 +6931,7 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
 
 ODD = np.uint64(0x9E3779B97F4A7C15)     # products with it spread over the upper bits
 COUNT_IN_PARTS = 1 << 20                # from so many items on: threads share the work
+Guesses = tuple[np.ndarray, np.ndarray]     # hint (n,) and confidence (n,) float32; 0, 0: none
 
 
 def scramble(x: np.ndarray) -> np.ndarray:
@@ -6940,8 +6941,8 @@ def scramble(x: np.ndarray) -> np.ndarray:
 
 
 def earlier_in_group(keys: np.ndarray, learns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of items sorted by key: how many with `learns` come before each one of its key,
-    and where keys begin."""
+    """Of items sorted by key: how many of its key with `learns` come before each one,
+    and whether it is the first."""
     new = np.append(np.ones(min(len(keys), 1), bool), keys[1:] != keys[:-1])
     begin = np.flatnonzero(new)
     earlier = np.cumsum(learns) - learns
@@ -6950,44 +6951,41 @@ def earlier_in_group(keys: np.ndarray, learns: np.ndarray) -> tuple[np.ndarray, 
 
 
 def repeated(keys: np.ndarray, items: np.ndarray) -> np.ndarray:
-    """Those of the items whose key may come twice, sorted by key, then in time: long
-    contexts rarely come again."""
+    """Items whose key may come twice, which those of long contexts rarely do; sorted
+    by key, then in time."""
     bits = np.uint64(63 - len(items).bit_length())
     bucket = (keys[items] << np.uint64(5) >> bits).astype(np.int64)
     items = items[(np.bincount(bucket) > 1)[bucket]]
     return items[np.argsort(keys[items], kind="stable")]
 
 
-def leaders(keys: np.ndarray, tokens: np.ndarray,
-            learns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """online_counts of items sorted by key: which have a hint, and hint and confidence
-    of these."""
+def leading_tokens(keys: np.ndarray, tokens: np.ndarray, learns: np.ndarray) -> Guesses:
+    """online_counts of items sorted by key."""
     total, new = earlier_in_group(keys, learns)
     pairs = scramble(keys) ^ scramble(tokens)
     by_pair = np.argsort(pairs, kind="stable")
-    count = np.empty(len(keys), np.int64)      # to which this item brings its token
+    count = np.empty(len(keys), np.int64)       # to which this item brings its token
     count[by_pair] = earlier_in_group(pairs[by_pair], learns[by_pair])[0] + 1
-    level = (np.cumsum(new) << 32) + count * learns      # a later key is above all earlier ones
+    level = (np.cumsum(new) << 32) + count * learns     # a later key is above all earlier ones
     highest = np.append(0, np.maximum.accumulate(level))[:-1]
-    raises = learns & (level > highest)
-    leader = np.maximum.accumulate(np.where(raises, np.arange(len(keys)), 0))
-    known = np.flatnonzero(total)
-    most = (highest[known] & 0xFFFFFFFF).astype(np.float32)
-    return known, tokens[leader[known - 1]], most / total[known].astype(np.float32)
+    leads = np.where(learns & (level > highest), np.arange(len(keys)), 0)
+    leader = np.append(0, np.maximum.accumulate(leads))[:-1]
+    most = (highest & 0xFFFFFFFF).astype(np.float32)
+    share = most / np.maximum(total, 1).astype(np.float32)
+    return np.where(total > 0, tokens[leader], 0), np.where(total > 0, share, 0)
 
 
-def online_counts(keys: np.ndarray, tokens: np.ndarray, learns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def online_counts(keys: np.ndarray, tokens: np.ndarray, learns: np.ndarray) -> Guesses:
     """Before each of n items, in this order: the token that followed its context
-    (key) most often and its share of them, (n,) each, 0 where there was none. The
-    first to reach a count keeps it. Only items with `learns` are counted."""
+    (key) most often, and its share of them. The first to reach a count keeps it. Only
+    items with `learns` are counted."""
     hint = np.zeros(len(keys), tokens.dtype)
     confidence = np.zeros(len(keys), np.float32)
 
     def count(items: np.ndarray) -> None:
         items = repeated(keys, items)
-        known, hints, shares = leaders(keys[items], tokens[items], learns[items])
-        hint[items[known]] = hints
-        confidence[items[known]] = shares
+        guesses = leading_tokens(keys[items], tokens[items], learns[items])
+        hint[items], confidence[items] = guesses
 
     if len(keys) < COUNT_IN_PARTS:
         count(np.arange(len(keys)))
@@ -6999,13 +6997,13 @@ def online_counts(keys: np.ndarray, tokens: np.ndarray, learns: np.ndarray) -> t
 
 
 class Expert(NamedTuple):
-    """A way to guess the next token from earlier text, and the settings that use it."""
+    """A way to guess the next token from earlier text: names of settings, and how."""
     threshold: str      # speaks from this confidence on
     boost: str          # nats added to its hint's logit
-    count: Callable     # (settings, tokens (n + 1)) -> hint (n,), confidence (n,) float32 of the targets
+    count: Callable     # (settings, tokens (n + 1)) -> Guesses of the targets tokens[1:]
 
 
-def count_tokens(s: Settings, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def count_tokens(s: Settings, tokens: np.ndarray) -> Guesses:
     """What followed the same TOKEN_ORDER - 1 tokens earlier."""
     n, context = len(tokens) - 1, s.token_order - 1
     skip = min(max(context - 1, 0), n)         # targets without a whole context
@@ -7022,22 +7020,20 @@ EXPERTS = {"token": Expert("token_threshold", "token_boost", count_tokens)}
 
 
 def experts_in_use(s: Settings) -> dict[str, tuple[float, float]]:
-    """(least confidence, boost in nats) of every n-gram expert in use, in the order
-    that decides ties."""
+    """(least confidence, boost in nats) of the experts; the order decides ties."""
     pairs = {name: (getattr(s, e.threshold), getattr(s, e.boost)) for name, e in EXPERTS.items()}
     return {name: pair for name, pair in pairs.items() if pair[0] <= 1}
 
 
-def ngram_experts(s: Settings, tokens: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Hint (n,) and confidence (n,) float32 of every expert in use, for the targets
-    tokens[1:]; each from earlier tokens alone. Confidence 0: no hint."""
+def ngram_experts(s: Settings, tokens: np.ndarray) -> dict[str, Guesses]:
+    """Of every expert in use, for the targets tokens[1:]; from earlier tokens alone."""
     return {name: EXPERTS[name].count(s, tokens) for name in experts_in_use(s)}
 
 
 @dataclass(frozen=True)
 class Hints:
-    """Where an expert's gate is open: input positions `at` (m,) rising; per expert
-    hint (E, m) and confidence (E, m) float32, 0 where its own gate is closed."""
+    """Where an expert speaks: input positions `at` (m,) rising; per expert hint (E, m)
+    and confidence (E, m) float32, 0 where it is silent."""
     at: np.ndarray
     hint: np.ndarray
     confidence: np.ndarray
@@ -7047,15 +7043,14 @@ class Hints:
         """For the targets tokens[1:], counted in this order."""
         hint, confidence = map(np.stack, zip(*ngram_experts(s, tokens).values()))
         for row, (threshold, _) in zip(confidence, experts_in_use(s).values()):
-            row[row < np.float32(threshold)] = 0      # as published: 9 of 20 open a gate of 0.45
+            row[row < np.float32(threshold)] = 0     # as published: 9 of 20 reach 0.45
         at = np.flatnonzero(confidence.any(0))
         return cls(at, hint[:, at], confidence[:, at])
 
     @classmethod
     def build(cls, s: Settings, world: World, val: Validation, adapting: bool) -> Hints | None:
-        """For the windows, or for adapting: counted once by rank 0 and handed to all.
-        None when off. Counts grow as the documents are scored: one causal order for
-        the whole score."""
+        """For the windows, or for adapting: counted by rank 0, in the order in which the
+        documents are scored."""
         if not s.ngram_tilt_enabled:
             return None
         order = np.arange(len(val.documents))
@@ -7089,17 +7084,16 @@ class Hints:
 
     @staticmethod
     def choose(s: Settings, q: Tensor, hints: Tensor, confidences: Tensor) -> tuple[Tensor, ...]:
-        """The expert's hint (…), -1 where its gate is closed, the model's probability
-        of it and its boost in nats. hints, confidences, and q, the model's
-        probability of the hint, are (1, …)."""
+        """The expert's hint (…), -1 where it is silent, the model's probability of it and
+        its boost in nats. hints, confidences, and q of the hints are (1, …)."""
         speaks = confidences[0] > 0
-        return hints[0].where(speaks, -1), q[0].double() * speaks, s.token_boost * speaks.double()
+        boost = s.token_boost * speaks.double()
+        return hints[0].where(speaks, -1), q[0].double() * speaks, boost
 
 
 def tilt(s: Settings, losses: Tensor, targets: Tensor, hints: Tensor, confidences: Tensor) -> Tensor:
-    """Losses (…) of the targets (…) once a hint got more probability: p'(a) is
-    proportional to p(a) exp(boost [a = hint]), which sums to 1. losses (1 + E, …): of
-    the target and of every hint."""
+    """Losses (…) of the targets under p'(a) = p(a) exp(boost [a = hint]) / normaliser.
+    losses (1 + E, …): of the target and of every hint."""
     q = torch.exp(-losses[1:].double()).clamp(1e-12, 1 - 1e-12)
     hint, chance, boost = Hints.choose(s, q, hints, confidences)
     normaliser = torch.log1p(chance * torch.expm1(boost))
@@ -7108,8 +7102,8 @@ def tilt(s: Settings, losses: Tensor, targets: Tensor, hints: Tensor, confidence
 
 def tilted_losses(s: Settings, losses: Callable, ids: Tensor, targets: Tensor, at: np.ndarray,
                   hints: Hints | None) -> tuple[Tensor, Tensor]:
-    """(losses to learn from, losses to book), (B, T) each, of the targets after input
-    positions at (B, T): the same without hints. losses(ids, targets): the model."""
+    """(losses to learn from, losses to book) of the targets after input positions
+    at (B, T): the same without hints. losses(ids, targets): the model."""
     if hints is None:
         plain = losses(ids, targets)
         return plain, plain
@@ -7137,10 +7131,12 @@ class Study:
         """Why a score with these settings is no result; empty if it may be one."""
         return ""
 
-    def after_training(self, s: Settings, world: World, run: Run, model: GPT, val: Validation) -> None:
+    def after_training(self, s: Settings, world: World, run: Run, model: GPT,
+                       val: Validation) -> None:
         """What is done with the averaged weights."""
 
-    def before_probing(self, s: Settings, world: World, model: GPT, tokens: np.ndarray) -> None:
+    def before_probing(self, s: Settings, world: World, model: GPT,
+                       tokens: np.ndarray) -> None:
         """The same with a probe's tokens (N,), briefly."""
 
 
@@ -7148,9 +7144,8 @@ class PartOfValidation(Study):
     """Only a share of the documents is scored."""
 
     def reason(self, s: Settings) -> str:
-        if s.val_doc_fraction == 1:
-            return ""
-        return f"VAL_DOC_FRACTION={s.val_doc_fraction:g}: only a part of the documents is scored"
+        share = s.val_doc_fraction
+        return f"VAL_DOC_FRACTION={share:g}: only a part is scored" if share < 1 else ""
 
 
 STUDIES: list[Study] = [PartOfValidation()]
@@ -7167,11 +7162,12 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
     """C1-C4 on made-up tokens, through Scorer and PhasedTTT as the settings have
     them: C1 on every rank, C2 by all together."""
     threads = torch.get_num_threads()
-    if not compiles(s, world.device):      # many small steps: windows of eight chunks show the same
+    if not compiles(s, world.device):
+        # windows of eight chunks show the same; threads would only wait for each other
         window = max(8 * chunk_steps(s)[0][1], s.eval_stride)
         s = dataclasses.replace(s, eval_seq_len=min(window, s.eval_seq_len),
                                 ttt_eval_seq_len=min(window, s.ttt_eval_seq_len))
-        torch.set_num_threads(1)           # and threads would wait for each other at every step
+        torch.set_num_threads(1)
     try:
         with weights_kept(model):
             return probe_conditions(s, world, model)
@@ -7180,11 +7176,12 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
 
 
 def probe_conditions(s: Settings, world: World, model: GPT) -> list[Finding]:
-    """C1, C2, and C3 with C4: every ledger books each target once, and refuses a step
-    on one that is not booked yet."""
+    """C1, C2, and C3 with C4: every ledger books each target once, and refuses a
+    step on one that is not booked yet."""
     findings, booked = [], []
+    alone = World(device=world.device)
     try:
-        findings.extend(probe_causality(s, World(device=world.device), model, booked))
+        findings.extend(probe_causality(s, alone, model, booked))
         findings.extend(probe_normalisation(s, world, model))
     except LedgerError as error:
         return [*findings, Finding("C3 C4 ledger", False, str(error))]
@@ -7215,10 +7212,12 @@ def weights_kept(model: GPT):
         model.requires_grad_(True)
 
 
-def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) -> Iterator[Finding]:
+def probe_causality(s: Settings, world: World, model: GPT,
+                    booked: list[int]) -> Iterator[Finding]:
     """C1: earlier scores stay the same, to the bit, whatever comes later. booked:
     targets per evaluation."""
-    row = min(s.eval_seq_len, 4 * min(size for _, size in chunk_steps(s)))     # of a phase's training
+    shortest = min(size for _, size in chunk_steps(s))
+    row = min(s.eval_seq_len, 4 * shortest)      # of a phase's training
     ttt = dataclasses.replace(
         s, ttt_batch_size=4, phased_ttt_num_phases=1, phased_ttt_prefix_docs=1,
         eval_seq_len=row, global_ttt_chunk_tokens=row)
@@ -7238,18 +7237,19 @@ def probe_causality(s: Settings, world: World, model: GPT, booked: list[int]) ->
         evaluation.run()
         return evaluation.ledger
 
+    change = functools.partial(probe_change, model, booked)
     streams = probe_streams(s, "stream")
-    yield probe_change("C1 windows", model, by_windows, *streams, booked)
+    yield change("C1 windows", by_windows, *streams)
     if s.sliding_window_enabled:
         sliding = functools.partial(by_windows, stride=s.eval_stride)
-        yield probe_change("C1 sliding windows", model, sliding, *streams, booked)
+        yield change("C1 sliding windows", sliding, *streams)
     if s.ttt_enabled:
         one, variants = probe_streams(ttt, s.ttt_doc_order)
         if s.ttt_doc_order == "stream":
             variants += shortened_stream(ttt, one)
         if compiles(s, world.device):      # the graphs that the watchdog may fall back on
             by_adapting(Validation.of(one), NO_ADAPTATION)
-        yield probe_change("C1 test-time training", model, by_adapting, one, variants, booked)
+        yield change("C1 test-time training", by_adapting, one, variants)
 
 
 class Variant(NamedTuple):
@@ -7260,10 +7260,10 @@ class Variant(NamedTuple):
     kept: np.ndarray
 
 
-def probe_change(name: str, model: GPT, evaluate: Callable, one: np.ndarray, variants: list[Variant],
-                 booked: list[int]) -> Finding:
-    """Whether the scores of the stream `one` and of its variants are equal where they
-    must be, and differ elsewhere. evaluate(validation): the books."""
+def probe_change(model: GPT, booked: list[int], name: str, evaluate: Callable,
+                 one: np.ndarray, variants: list[Variant]) -> Finding:
+    """Whether the scores of a stream and its variants are equal where they must be,
+    and differ elsewhere. evaluate(validation): the books."""
     def losses(tokens: np.ndarray, targets: np.ndarray | None = None) -> Tensor:
         with weights_kept(model):
             loss = evaluate(Validation.of(tokens, targets)).loss
@@ -7288,10 +7288,10 @@ def probe_change(name: str, model: GPT, evaluate: Callable, one: np.ndarray, var
 
 
 def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
-    """Lengths of six documents, and two tokens of the fourth after which streams are
-    made to differ: inside a chunk in its middle, and inside its last one, beyond
-    every window. The first is a phase's; fourth and fifth are adapted together, then
-    the rest. In a row windows of later documents lie right ahead of earlier ones."""
+    """Lengths of six documents, and two tokens of the fourth after which streams
+    differ: inside a chunk in its middle, and in its last one, past every window. The
+    first is a phase's; fourth and fifth are adapted together, then the rest. In a row
+    windows of later documents lie right ahead of earlier ones."""
     longest, stride = max(s.eval_seq_len, s.ttt_eval_seq_len), s.eval_stride
     chunk = next(size for bound, size in chunk_steps(s) if longest + 2 * stride <= bound)
     chunks = (longest + stride) // chunk + 1
@@ -7308,16 +7308,19 @@ def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
 
 def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[Variant]]:
     """A made-up stream, and a variant for each cut. order=length: later are the
-    document's own tokens and shorter documents. The last place before a cut is scored
-    on the first stream's token: a look at its own target shows at full strength."""
+    document's own tokens and shorter documents. The last place before a cut is
+    scored on the first stream's token: a look at it shows at full strength."""
     lengths, cuts = probe_documents(s)
     rng = np.random.default_rng(s.seed)
     phrase = rng.integers(4, s.vocab_size, 7)
     documents = []
-    for n in lengths:      # repeated, where counts of earlier text shall have a say
-        text = np.resize(phrase, n - 1) if s.ngram_tilt_enabled else rng.integers(4, s.vocab_size, n - 1)
+    for n in lengths:
+        text = np.resize(phrase, n - 1)      # repeated, for counts of earlier text to have a say
+        if not s.ngram_tilt_enabled:
+            text = rng.integers(4, s.vocab_size, n - 1)
         documents.append(np.append(BOS, text))
-    one, document = np.concatenate(documents), np.repeat(np.arange(len(lengths)), lengths)
+    one = np.concatenate(documents)
+    document = np.repeat(np.arange(len(lengths)), lengths)
     longest = np.isin(document, np.argsort(lengths, kind="stable")[-2:])
     variants = []
     for cut in cuts:
@@ -7325,7 +7328,8 @@ def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[Variant]]:
         later = np.arange(len(one)) > last
         if order == "length":
             later = np.where(document == 3, later, ~longest)
-        other = np.where(later & (one != BOS), 4 + (one - 3) % (s.vocab_size - 4), one)
+        next_token = 4 + (one - 3) % (s.vocab_size - 4)
+        other = np.where(later & (one != BOS), next_token, one)
         targets = other[1:].copy()
         targets[last] = one[last + 1]
         variants.append(Variant(other, targets, np.flatnonzero(~later[:-1])))
@@ -7333,8 +7337,8 @@ def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[Variant]]:
 
 
 def shortened_stream(s: Settings, one: np.ndarray) -> list[Variant]:
-    """A variant whose fourth document ends earlier, within its last chunk, so that the
-    chunks of every group are the same; none where chunks are too short for that."""
+    """A variant whose fourth document ends earlier, within its last chunk: every
+    group has the same chunks. None where chunks are too short for that."""
     lengths, cuts = probe_documents(s)
     end, cut = sum(lengths[:4]), lengths[3] - 1 - cuts[1]
     other = np.delete(one, np.s_[end - cut:end])
@@ -7350,20 +7354,20 @@ def probe_normalisation(s: Settings, world: World, model: GPT) -> Iterator[Findi
     val = Validation.of(tokens)
     if s.ngram_tilt_enabled:
         val.hints, same = probe_hints(s)
-        figure = f"{'the same' if same else 'not the same'} for each of {s.vocab_size:,} targets"
-        yield Finding("C1 n-gram hints", same, figure)
+        figure = "the same" if same else "not the same"
+        yield Finding("C1 n-gram hints", same, f"{figure} for each of {s.vocab_size:,} targets")
     scorer = Scorer(s, world, model)
-    if model.compute_dtype in HALF:      # rounds angles along a row: a row for every document
+    if model.compute_dtype in HALF:      # it rounds angles along a row: one for every document
         scorer = Scorer(dataclasses.replace(s, compile="0"), world, model)
         scorer.capacity = 5
     scorer.windows(val, s.eval_seq_len)
     yield probe_sum("C2 windows", scorer.ledger)
     if s.ttt_enabled:
         ttt = dataclasses.replace(
-            s, ttt_chunk_size=2, ttt_short_score_first_enabled=False, phased_ttt_prefix_docs=0,
-            ttt_batch_size=256, ttt_lora_rank=4, ttt_lora_alpha=8.0, ttt_lora_lr=0.001,
-            ttt_doc_order="stream", ttt_warm_start_a=False, ttt_train_min_doc_len=0,
-            ttt_train_max_doc_len=0, ttt_cache_theta=min(s.ttt_cache_theta, 1.0))
+            s, ttt_chunk_size=2, ttt_short_score_first_enabled=False, ttt_batch_size=256,
+            ttt_lora_rank=4, ttt_lora_alpha=8.0, ttt_lora_lr=0.001, ttt_warm_start_a=False,
+            ttt_train_min_doc_len=0, ttt_train_max_doc_len=0, ttt_doc_order="stream",
+            phased_ttt_prefix_docs=0, ttt_cache_theta=min(s.ttt_cache_theta, 1.0))
         evaluation = PhasedTTT(ttt, world, model, val)
         evaluation.run()
         yield probe_sum("C2 test-time training", evaluation.ledger)
@@ -7372,18 +7376,19 @@ def probe_normalisation(s: Settings, world: World, model: GPT) -> Iterator[Findi
 def probe_sum(name: str, ledger: Ledger) -> Finding:
     """Of the documents' fourth targets, as they are booked."""
     p = np.exp(-ledger.total[3::5])
-    return Finding(name, bool(abs(p.sum() - 1) < 1e-4), f"{len(p):,} probabilities sum to {p.sum():.7f}")
+    total = float(p.sum())
+    return Finding(name, abs(total - 1) < 1e-4, f"{len(p):,} probabilities sum to {total:.7f}")
 
 
 def probe_hints(s: Settings) -> tuple[Hints, bool]:
-    """Hints for the documents BOS 4 5 6 v, v = 0, 1, …, each as if it alone followed
-    a text that repeats BOS 4 5 6 7; and whether they are the same for every v."""
+    """Hints for the documents BOS 4 5 6 v, each as if it alone followed a text that
+    repeats BOS 4 5 6 7; and whether they are the same for every token v."""
     text = np.tile(np.array([BOS, 4, 5, 6, 7], np.uint16), s.token_order // 5 + 4)
     begin, documents = len(text) - 5, []
     for v in range(s.vocab_size):
         text[-1] = v
         hints = Hints.of(s, text)
-        rows = np.vstack([hints.at - begin, hints.hint, hints.confidence])      # exact in float64
+        rows = np.vstack([hints.at - begin, hints.hint, hints.confidence])     # float64
         documents.append(rows[:, hints.at >= begin])
     same = all(np.array_equal(rows, documents[0]) for rows in documents)
     at = [rows[0] + 5 * v for v, rows in enumerate(documents)]
@@ -7396,7 +7401,7 @@ def probe_hints(s: Settings) -> tuple[Hints, bool]:
 def check_command(which: str) -> int:
     """--check: one line per finding; 1 when something is wrong."""
     if which not in ("", "settings", "data"):
-        raise UserError(f"--check {which} must be --check, --check settings or --check data")
+        raise UserError(f"--check {which} must be: --check, --check settings or --check data")
     s = Settings.from_env(os.environ)
     launcher = {"WORLD_SIZE": str(max(1, torch.cuda.device_count())), "RANK": "0",
                 "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
@@ -7410,25 +7415,27 @@ def check_command(which: str) -> int:
         return 0
     findings = run_checks(s, World.join({}), Path(s.artifact_dir or "runs"))
     if which == "data":
-        of_data = ("training shards", "validation shards", "tokenizer", "data fingerprint")
+        of_data = "training shards", "validation shards", "tokenizer", "data fingerprint"
         findings = [f for f in findings if f.name in of_data]
     else:
-        forms = (f"{form} {code_bytes(form):,}" for form in CODE_FORMS)
-        print(f"ok    script: {shipped_form(s)} counts, in bytes: {', '.join(forms)}")
+        forms = ", ".join(f"{form} {code_bytes(form):,}" for form in CODE_FORMS)
+        print(f"ok    script: {shipped_form(s)} counts, in bytes: {forms}")
     for f in findings:
         print(f"{'ok   ' if f.ok else 'FAIL '} {f.name}: {f.figure}")
     return int(any(not f.ok for f in findings))
 
 
-def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "") -> list[Finding]:
+def run_checks(s: Settings, world: World, folder: Path,
+               attention_why: str = "") -> list[Finding]:
     """Every check of the mode, in the order a user would fix them."""
     written = bytes_of_results(s)
     if not (s.eval_only_path or s.eval_only_quantized_path):
-        written += 3 * bytes_of_weights(s)      # two averages beside training, and the one being written
+        written += 3 * bytes_of_weights(s)      # two averages, and one being written
     checks = {
         "made before": lambda: check_made_before(s),
         "device": lambda: check_device(s, world),
-        "attention": lambda: attention_why or resolve_attention(s.attn_backend, world.device)[1],
+        "attention": lambda: (
+            attention_why or resolve_attention(s.attn_backend, world.device)[1]),
         "batch": lambda: "{} ranks x {} micro-batches of {:,} tokens".format(
             world.size, *s.batch_shape(world.size)),
         "folder": lambda: check_folder(folder),
@@ -7436,8 +7443,7 @@ def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "")
         "size": lambda: expected_size(s),
         "training shards": lambda: check_train_shards(s),
         "validation shards": lambda: check_validation(s),
-        "tokenizer": lambda: "{}, {} tokens".format(
-            s.tokenizer.name, len(ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size).base)),
+        "tokenizer": lambda: check_tokenizer(s),
         "data fingerprint": lambda: check_manifest(s),
     }
     if s.eval_only_quantized_path:
@@ -7451,16 +7457,22 @@ def run_checks(s: Settings, world: World, folder: Path, attention_why: str = "")
         except UserError as error:
             findings.append(Finding(what, False, str(error)))
         except OSError as error:
-            findings.append(Finding(what, False, f"cannot read {error.filename}: {error.strerror}; "
-                                    "check its permissions"))
+            fault = f"cannot read {error.filename}: {error.strerror}; check its permissions"
+            findings.append(Finding(what, False, fault))
     return findings
+
+
+def check_tokenizer(s: Settings) -> str:
+    """A SentencePiece model of VOCAB_SIZE tokens."""
+    table = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
+    return f"{s.tokenizer.name}, {len(table.base)} tokens"
 
 
 AGAIN = "fetch or build the data again"
 
 
 def check_train_shards(s: Settings) -> str:
-    """Headers of all training shards and their first tokens; DATA_CHECK=full: all."""
+    """Headers and first tokens of all training shards; DATA_CHECK=full: all tokens."""
     shards = read_tokens(s, "train", None if s.data_check == "full" else 1_000_000)
     return f"{len(shards)} shards, {sum(map(len, shards.values())):,} tokens"
 
@@ -7471,27 +7483,27 @@ def check_validation(s: Settings) -> str:
     documents = int((val.tokens == BOS).sum())
     expected = manifest_total(s, "val", "documents")
     if expected not in (None, documents):
-        raise UserError(f"the validation shards of {s.shards} hold {documents:,} documents (BOS "
-                        f"tokens), the manifest says {expected:,}: {AGAIN}")
+        raise UserError(f"the validation shards of {s.shards} hold {documents:,} documents, "
+                        f"the manifest says {expected:,}: {AGAIN}")
     canonical = not manifest or (manifest.get("split") or {}).get("rule") == "first"
     if canonical and documents != CANONICAL_VAL_DOCS:
-        raise UserError(f"{s.shards} holds {documents:,} validation documents, the canonical split has "
-                        f"{CANONICAL_VAL_DOCS:,}: the rest may be trained on; {AGAIN}, or for a "
-                        f"corpus of your own: python data/check.py {s.shards} --custom --write-manifest")
+        raise UserError(f"{s.shards} holds {documents:,} validation documents, the canonical "
+                        f"split has {CANONICAL_VAL_DOCS:,}: {AGAIN}, or for a corpus of your own: "
+                        f"python data/check.py {s.shards} --custom --write-manifest")
     check_byte_rule(s, val)
     return (f"{len(val.tokens) - 1:,} targets, {len(val.documents):,} documents, "
             f"{int(val.target_bytes.sum()):,} bytes by {val.rule}")
 
 
 def check_same_text(run: Run, val: Validation) -> None:
-    """The validation text's fingerprint into the summary; UserError where a run goes
-    on with another text."""
+    """The validation text's fingerprint into the summary: a run goes on with its own."""
     counts = val.target_bytes.astype("<i4")
     fingerprint = digest_of(val.stream.tobytes() + counts.tobytes()).hex()
     before = run.summary.setdefault("val_fingerprint", fingerprint)
     if before != fingerprint:
-        raise UserError(f"the validation text or its bytes ({fingerprint}) are not those of the run in "
-                        f"{run.dir} ({before}): set DATA_PATH to its own, or another ARTIFACT_DIR")
+        raise UserError(f"the validation text or its bytes ({fingerprint}) are not those of the "
+                        f"run in {run.dir} ({before}): set DATA_PATH to its own, or another "
+                        "ARTIFACT_DIR")
 
 
 def check_byte_rule(s: Settings, val: Validation) -> None:
@@ -7500,32 +7512,34 @@ def check_byte_rule(s: Settings, val: Validation) -> None:
     sidecars at most half as much again (a tokenizer that normalises loses some)."""
     counted, text = int(val.target_bytes.sum()), decoded_bytes(s, val)
     if counted > (1.01 if val.rule == "table" else 1.5) * text:
-        raise UserError(f"the byte rule counts {counted:,} bytes in {text:,}: scores would be too "
-                        "good; use shards with byte sidecars, or a tokenizer without pieces of "
-                        "several spaces")
+        raise UserError(f"the byte rule counts {counted:,} bytes in {text:,}: scores would be "
+                        "too good; use shards with byte sidecars, or a tokenizer without "
+                        "pieces of several spaces")
 
 
 def decoded_bytes(s: Settings, val: Validation) -> int:
-    """Bytes that the targets decode to, one by one: a token decodes to the same bytes
-    everywhere but behind a boundary, where a leading space may be dropped."""
-    table, sp = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size), load_tokenizer(s.tokenizer)
+    """Bytes that the targets decode to, one by one: the same everywhere but behind a
+    boundary, where a leading space may be dropped."""
+    table = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
+    sp = load_tokenizer(s.tokenizer)
     target, behind = val.tokens[1:], table.boundary[val.tokens[:-1]]
     at_start = np.bincount(target[behind], minlength=s.vocab_size)
     elsewhere = np.bincount(target[~behind], minlength=s.vocab_size)
     words = np.flatnonzero(~table.lead & (table.base > 0))
     word = next(([i] for i in words.tolist() if not sp.is_byte(i)), [])
+    behind_word = len(sp.decode(word).encode())
     total = 0
     for i in np.flatnonzero((at_start + elsewhere) * ~table.boundary).tolist():
         first = other = 1
         if not sp.is_byte(i):      # a byte alone decodes to a sign of three bytes
             first = len(sp.decode([i]).encode())
-            other = len(sp.decode([*word, i]).encode()) - len(sp.decode(word).encode())
+            other = len(sp.decode([*word, i]).encode()) - behind_word
         total += int(at_start[i]) * first + int(elsewhere[i]) * other
     return total
 
 
 def check_manifest(s: Settings) -> str:
-    """Files and tokenizer against the manifest, and overlap; the data's fingerprint."""
+    """Files, tokenizer and overlap; the data's fingerprint."""
     manifest = read_manifest(s)
     begins = "fineweb_val" if s.eval_only_quantized_path else "fineweb_"
     present = {p.name: p for p in sorted(s.shards.glob(f"{begins}*.bin"))}
@@ -7533,32 +7547,36 @@ def check_manifest(s: Settings) -> str:
         files = {e["name"]: e for e in manifest["files"] if e["name"].startswith(begins)}
         check_files(s, files, present)
     expected = (manifest.get("tokenizer") or {}).get("sha256")
-    if expected and s.tokenizer.is_file() and sha256_of(s.tokenizer, MOST_MODEL) != expected:
-        raise UserError(f"TOKENIZER_PATH={s.tokenizer} is not the tokenizer of {s.shards}: set it to its own")
+    if expected and s.tokenizer.is_file():
+        if sha256_of(s.tokenizer, MOST_MODEL) != expected:
+            raise UserError(f"TOKENIZER_PATH={s.tokenizer} is not the tokenizer of {s.shards}: "
+                            "set it to its own")
     if not s.eval_only_quantized_path:
         check_overlap(s)
     if manifest:
         return manifest["fingerprint"][:16]
     sizes = "".join(f"{name} {path.stat().st_size}\n" for name, path in present.items())
-    return f"sizes-{hashlib.sha256(sizes.encode()).hexdigest()[:16]} (no manifest.json)"
+    digest = hashlib.sha256(sizes.encode()).hexdigest()
+    return f"sizes-{digest[:16]} (no manifest.json)"
 
 
 def sha256_of(path: Path, most: int) -> str:
     return hashlib.sha256(read_bounded(path, most, A_MODEL)).hexdigest()
 
 
-def check_files(s: Settings, files: Mapping[str, Mapping], present: Mapping[str, Path]) -> None:
+def check_files(s: Settings, files: Mapping, present: Mapping[str, Path]) -> None:
     """The manifest's entries against the files; with DATA_CHECK=full every byte."""
     for name in sorted(set(files) ^ set(present)):
         what = "is missing" if name in files else "is not listed"
         raise UserError(f"{s.shards / name} {what}, says manifest.json: {AGAIN}")
-    for name, entry in files.items():
-        path, size = present[name], present[name].stat().st_size
-        if not ("size" in entry and isinstance(entry.get("sha256"), str)):
+    for name, path in present.items():
+        expected, digest = (files[name].get(key) for key in ("size", "sha256"))
+        size = path.stat().st_size
+        if expected is None or not isinstance(digest, str):
             raise UserError(f"{s.shards}/manifest.json lacks size or SHA-256 of {name}: {AGAIN}")
-        if size != entry["size"]:
-            raise UserError(f"{path} has {size:,} bytes, the manifest says {entry['size']:,}: {AGAIN}")
-        if s.data_check == "full" and sha256_of(path, size) != entry["sha256"]:
+        if size != expected:
+            raise UserError(f"{path} has {size:,} bytes, the manifest says {expected:,}: {AGAIN}")
+        if s.data_check == "full" and sha256_of(path, size) != digest:
             raise UserError(f"{path} is damaged, its SHA-256 is not the manifest's: {AGAIN}")
 
 
@@ -7574,8 +7592,8 @@ def check_overlap(s: Settings) -> None:
     else:
         shared = shared_documents(s)
     if shared:
-        raise UserError(f"{len(shared):,} validation documents are in the training shards of {s.shards} "
-                        f"(first: {shared[0]}): a score on them is worth nothing; {AGAIN}")
+        raise UserError(f"{len(shared):,} validation documents are in the training shards of "
+                        f"{s.shards} (first: {shared[0]}): {AGAIN}")
     for kind, values in hashes.items():
         expected = manifest_total(s, kind, "documents")
         if expected not in (None, len(values)):
@@ -7584,13 +7602,13 @@ def check_overlap(s: Settings) -> None:
 
 
 def shared_documents(s: Settings) -> list[str]:
-    """Where validation documents are, in the training shard next to the split or, with
-    DATA_CHECK=full, in any."""
+    """Where validation documents are in the training shard next to the split or,
+    with DATA_CHECK=full, in any."""
     known = set()
     for path in list_shards(s.shards, "val"):
         known.update(value for _, value in document_hashes(read_shard(path)))
-    shared = []
-    for path in list_shards(s.shards, "train")[:None if s.data_check == "full" else 1]:
+    shared, searched = [], list_shards(s.shards, "train")
+    for path in searched if s.data_check == "full" else searched[:1]:
         hashes = document_hashes(read_shard(path))
         shared += [f"{path.name} at token {at:,}" for at, value in hashes if value in known]
     return shared
@@ -7610,11 +7628,11 @@ def check_temporary_folder() -> None:
     try:
         tempfile.gettempdir()
     except FileNotFoundError as error:
-        raise UserError("no temporary folder can be written: set TMPDIR to a folder that can") from error
+        raise UserError("no temporary folder can be written: set TMPDIR to one that can") from error
 
 
 def check_folder(folder: Path) -> str:
-    """The names of a run's files are free; UserError where a folder stands in the way."""
+    """The names of a run's files are free."""
     for name in ("train.log", "metrics.jsonl", "summary.json", WEIGHTS_NAME, ARTIFACT_NAME):
         if (folder / name).is_dir():
             raise UserError(f"{folder / name} is a folder: move it away or set ARTIFACT_DIR")
@@ -7628,8 +7646,10 @@ def check_made_before(s: Settings) -> str:
         return f"EVAL_ONLY_PATH, {size:,} bytes"
     path = Path(s.eval_only_quantized_path)
     blob = read_bounded(path, MOST_ARTIFACT, "a run's final_model.int6.ptz")
-    theirs = artifact_from_bytes(blob, path.name)[0].get("architecture")
-    check_architecture(s, theirs if isinstance(theirs, dict) else {}, f"{path.name} is an artifact")
+    header, _ = artifact_from_bytes(blob, path.name)
+    theirs = header.get("architecture")
+    theirs = theirs if isinstance(theirs, dict) else {}
+    check_architecture(s, theirs, f"{path.name} is an artifact")
     return f"EVAL_ONLY_QUANTIZED_PATH, {len(blob):,} bytes"
 
 
@@ -7648,8 +7668,8 @@ def check_disk(folder: Path, need: int, ballast: bool = False) -> str:
                 raise OSError(28, "No space left on device")
     except OSError as error:
         free = shutil.disk_usage(folder).free if folder.is_dir() else 0
-        raise UserError(f"ARTIFACT_DIR={folder} cannot take {need:,} bytes ({error.strerror}; {free:,} "
-                        "free): free space or set ARTIFACT_DIR to another disk") from error
+        raise UserError(f"ARTIFACT_DIR={folder} cannot take {need:,} bytes ({error.strerror}; "
+                        f"{free:,} free): free space or set ARTIFACT_DIR to another disk") from error
     finally:
         if not kept:
             with contextlib.suppress(OSError):
@@ -7684,20 +7704,20 @@ def slow_batch(s: Settings) -> str:
     """What to say of a GPU's batch on a CPU; nothing of a small one."""
     if s.train_batch_tokens < FULL_BATCH:
         return ""
-    return (f"TRAIN_BATCH_TOKENS={s.train_batch_tokens:,} on a CPU: a step may take many "
+    return (f"TRAIN_BATCH_TOKENS={s.train_batch_tokens:,} on a CPU: a step may take "
             "minutes; for a small run use configs/demo.env")
 
 
 def check_device(s: Settings, world: World) -> str:
-    """Where it runs; UserError where the machine has GPUs that torch does not see."""
+    """Where it runs: not on a CPU beside GPUs that torch does not see."""
     text = f"{world.device_name}, {torch.get_num_threads()} host threads"
     if world.device.type != "cpu":
         return text
-    on_purpose = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles")
-    if not on_purpose and (gpus := listed_gpus()):
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip()
+    if visible not in ("", "-1", "NoDevFiles") and (gpus := listed_gpus()):
         raise UserError(f"nvidia-smi lists {gpus} GPUs but torch {torch.__version__} sees none: "
-                        "install a torch build for this driver, or set CUDA_VISIBLE_DEVICES= to "
-                        "use the CPU")
+                        "install a torch build for this driver, or set CUDA_VISIBLE_DEVICES= "
+                        "to use the CPU")
     slow = slow_batch(s)
     return f"{text}; WARNING: {slow}" if slow and not s.eval_only_quantized_path else text
 
@@ -7705,10 +7725,10 @@ def check_device(s: Settings, world: World) -> str:
 def listed_gpus() -> int:
     """GPUs that the driver knows of; 0 without a driver."""
     try:
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return 0
-    return sum(line.startswith("GPU ") for line in done.stdout.splitlines())
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
 
 
 # --- the rehearsal: what follows training, before the first step
@@ -7720,7 +7740,8 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     with torch.no_grad():
         weights = {n: (torch.randn(p.shape, generator=generator) * 0.02).to(p.device)
                    for n, p in model.named_parameters()}
-    calibrating, curvature = rehearse_calibration(s, world, model, trainer.random_batch(generator))
+    batch = trainer.random_batch(generator)
+    calibrating, curvature = rehearse_calibration(s, world, model, batch)
     clock = Clock()
     quantiser = Quantiser(s, matrix_views(weights), curvature, world)
     setting_up = clock.elapsed()
@@ -7729,7 +7750,7 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     quantised = clock.elapsed()
     blob = world.agree(pack_model(s, q) if world.main else None)
     packed = clock.elapsed()
-    # the fitter takes about three tries; 100 MB/s for saving the weights; a quarter to spare
+    # the fitter takes about three tries; weights are saved at 100 MB/s; a quarter to spare
     need = calibrating + 3 * packed - 2 * setting_up + bytes_of_weights(s) / 1e8
     back = read_artifact(s, blob, "the rehearsal's artifact").weights
     if s.logit_calib_enabled:      # it works on a second model, read back from the artifact
@@ -7739,20 +7760,21 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     if any(not torch.equal(back[n], w) for n, w in dequantise(q).items()):
         raise RuntimeError("the packed model does not read back as it was written")
     probing = Clock()
-    failed = [p for p in run_probes(s, world, model) if not p.ok and not p.name.startswith("C1")]
-    # blocks start as the identity: C1 has nothing to see yet
+    failed = [p for p in run_probes(s, world, model) if not p.ok]
+    failed = [p for p in failed if not p.name.startswith("C1")]     # blocks are the identity yet
     if failed and not study_reasons(dataclasses.replace(s, val_doc_fraction=1.0)):
         raise RuntimeError(f"the scorer's probes fail on the untrained model: {failed}")
-    run.log("rehearsal", calibrate_s=calibrating, quantise_s=quantised, pack_s=packed - quantised,
-            score_s=probing.elapsed(), random_artifact_bytes=len(blob), reserve_s=reserve,
-            seconds=begin.elapsed())
+    run.log("rehearsal", calibrate_s=calibrating, quantise_s=quantised,
+            pack_s=packed - quantised, score_s=probing.elapsed(),
+            random_artifact_bytes=len(blob), reserve_s=reserve, seconds=begin.elapsed())
     return reserve
 
 
-def rehearse_calibration(s: Settings, world: World, model: GPT, batch: Batch) -> tuple[float, Curvature]:
+def rehearse_calibration(s: Settings, world: World, model: GPT,
+                         batch: Batch) -> tuple[float, Curvature]:
     """Seconds that calibration, of matrices and logits, will take; its Hessians."""
     one = dataclasses.replace(s, gptq_calibration_batches=world.size)
-    calibrate(one, world, model, lambda: batch)      # the first pass allocates; the second is timed
+    calibrate(one, world, model, lambda: batch)      # the first pass allocates
     sync(world.device)
     clock = Clock()
     curvature = calibrate(one, world, model, lambda: batch)
@@ -7763,7 +7785,8 @@ def rehearse_calibration(s: Settings, world: World, model: GPT, batch: Batch) ->
         short = dataclasses.replace(s, logit_calib_tokens=few, logit_calib_epochs=1)
         clock = Clock()
         fit_calibration(short, model, batch.x.flatten().cpu().numpy())
-        seconds += clock.elapsed() * s.logit_calib_epochs * max(1, s.logit_calib_tokens / few)
+        passes = s.logit_calib_epochs * max(1, s.logit_calib_tokens / few)
+        seconds += clock.elapsed() * passes
     return seconds, curvature
 
 
