@@ -6931,16 +6931,17 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
 
 ODD = np.uint64(0x9E3779B97F4A7C15)     # products with it spread over the upper bits
 COUNT_IN_PARTS = 1 << 20                # from so many items on: threads share the work
-Guesses = tuple[np.ndarray, np.ndarray]     # hint (n,) and confidence (n,) float32; 0, 0: none
+Array = np.ndarray
+Guesses = tuple[Array, Array]           # hint (n,) and confidence (n,) float32; 0, 0: none
 
 
-def scramble(x: np.ndarray) -> np.ndarray:
+def scramble(x: Array) -> Array:
     """A 64-bit key of each integer."""
     x = (x.astype(np.uint64) + np.uint64(1)) * ODD
     return (x ^ x >> np.uint64(32)) * ODD
 
 
-def earlier_in_group(keys: np.ndarray, learns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def earlier_in_group(keys: Array, learns: Array) -> tuple[Array, Array]:
     """Of items sorted by key: how many of its key with `learns` come before each one,
     and whether it is the first."""
     new = np.append(np.ones(min(len(keys), 1), bool), keys[1:] != keys[:-1])
@@ -6950,23 +6951,25 @@ def earlier_in_group(keys: np.ndarray, learns: np.ndarray) -> tuple[np.ndarray, 
     return earlier - np.repeat(earlier[begin], size), new
 
 
-def repeated(keys: np.ndarray, items: np.ndarray) -> np.ndarray:
+def repeated(keys: Array, items: Array) -> Array:
     """Items whose key may come twice, which those of long contexts rarely do; sorted
     by key, then in time."""
     bits = np.uint64(63 - len(items).bit_length())
-    bucket = (keys[items] << np.uint64(5) >> bits).astype(np.int64)
+    bucket = keys[items] << np.uint64(5) >> bits
+    bucket = bucket.astype(np.int64)
     items = items[(np.bincount(bucket) > 1)[bucket]]
     return items[np.argsort(keys[items], kind="stable")]
 
 
-def leading_tokens(keys: np.ndarray, tokens: np.ndarray, learns: np.ndarray) -> Guesses:
+def leading_tokens(keys: Array, tokens: Array, learns: Array) -> Guesses:
     """online_counts of items sorted by key."""
     total, new = earlier_in_group(keys, learns)
     pairs = scramble(keys) ^ scramble(tokens)
     by_pair = np.argsort(pairs, kind="stable")
     count = np.empty(len(keys), np.int64)       # to which this item brings its token
     count[by_pair] = earlier_in_group(pairs[by_pair], learns[by_pair])[0] + 1
-    level = (np.cumsum(new) << 32) + count * learns     # a later key is above all earlier ones
+    level = np.cumsum(new) << 32                # a later key is above all earlier ones
+    level += count * learns
     highest = np.append(0, np.maximum.accumulate(level))[:-1]
     leads = np.where(learns & (level > highest), np.arange(len(keys)), 0)
     leader = np.append(0, np.maximum.accumulate(leads))[:-1]
@@ -6975,14 +6978,14 @@ def leading_tokens(keys: np.ndarray, tokens: np.ndarray, learns: np.ndarray) -> 
     return np.where(total > 0, tokens[leader], 0), np.where(total > 0, share, 0)
 
 
-def online_counts(keys: np.ndarray, tokens: np.ndarray, learns: np.ndarray) -> Guesses:
+def online_counts(keys: Array, tokens: Array, learns: Array) -> Guesses:
     """Before each of n items, in this order: the token that followed its context
     (key) most often, and its share of them. The first to reach a count keeps it. Only
     items with `learns` are counted."""
     hint = np.zeros(len(keys), tokens.dtype)
     confidence = np.zeros(len(keys), np.float32)
 
-    def count(items: np.ndarray) -> None:
+    def count(items: Array) -> None:
         items = repeated(keys, items)
         guesses = leading_tokens(keys[items], tokens[items], learns[items])
         hint[items], confidence[items] = guesses
@@ -7003,7 +7006,7 @@ class Expert(NamedTuple):
     count: Callable     # (settings, tokens (n + 1)) -> Guesses of the targets tokens[1:]
 
 
-def count_tokens(s: Settings, tokens: np.ndarray) -> Guesses:
+def count_tokens(s: Settings, tokens: Array) -> Guesses:
     """What followed the same TOKEN_ORDER - 1 tokens earlier."""
     n, context = len(tokens) - 1, s.token_order - 1
     skip = min(max(context - 1, 0), n)         # targets without a whole context
@@ -7021,11 +7024,15 @@ EXPERTS = {"token": Expert("token_threshold", "token_boost", count_tokens)}
 
 def experts_in_use(s: Settings) -> dict[str, tuple[float, float]]:
     """(least confidence, boost in nats) of the experts; the order decides ties."""
-    pairs = {name: (getattr(s, e.threshold), getattr(s, e.boost)) for name, e in EXPERTS.items()}
-    return {name: pair for name, pair in pairs.items() if pair[0] <= 1}
+    used = {}
+    for name, expert in EXPERTS.items():
+        threshold = getattr(s, expert.threshold)
+        if threshold <= 1:
+            used[name] = threshold, getattr(s, expert.boost)
+    return used
 
 
-def ngram_experts(s: Settings, tokens: np.ndarray) -> dict[str, Guesses]:
+def ngram_experts(s: Settings, tokens: Array) -> dict[str, Guesses]:
     """Of every expert in use, for the targets tokens[1:]; from earlier tokens alone."""
     return {name: EXPERTS[name].count(s, tokens) for name in experts_in_use(s)}
 
@@ -7034,12 +7041,12 @@ def ngram_experts(s: Settings, tokens: np.ndarray) -> dict[str, Guesses]:
 class Hints:
     """Where an expert speaks: input positions `at` (m,) rising; per expert hint (E, m)
     and confidence (E, m) float32, 0 where it is silent."""
-    at: np.ndarray
-    hint: np.ndarray
-    confidence: np.ndarray
+    at: Array
+    hint: Array
+    confidence: Array
 
     @classmethod
-    def of(cls, s: Settings, tokens: np.ndarray) -> Hints:
+    def of(cls, s: Settings, tokens: Array) -> Hints:
         """For the targets tokens[1:], counted in this order."""
         hint, confidence = map(np.stack, zip(*ngram_experts(s, tokens).values()))
         for row, (threshold, _) in zip(confidence, experts_in_use(s).values()):
@@ -7048,7 +7055,8 @@ class Hints:
         return cls(at, hint[:, at], confidence[:, at])
 
     @classmethod
-    def build(cls, s: Settings, world: World, val: Validation, adapting: bool) -> Hints | None:
+    def build(cls, s: Settings, world: World, val: Validation,
+              adapting: bool) -> Hints | None:
         """For the windows, or for adapting: counted by rank 0, in the order in which the
         documents are scored."""
         if not s.ngram_tilt_enabled:
@@ -7060,7 +7068,7 @@ class Hints:
         return world.agree(cls.in_order(s, val, order) if world.main else None)
 
     @classmethod
-    def in_order(cls, s: Settings, val: Validation, order: np.ndarray) -> Hints:
+    def in_order(cls, s: Settings, val: Validation, order: Array) -> Hints:
         """Counted document by document in this order; positions are the stream's."""
         start, targets = val.documents.start[order], val.documents.length[order] - 1
         text = [val.tokens[a + 1:a + 1 + n] for a, n in zip(start, targets)]
@@ -7071,7 +7079,7 @@ class Hints:
         sort = np.argsort(at)
         return cls(at[sort], hints.hint[:, sort], hints.confidence[:, sort])
 
-    def find(self, at: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    def find(self, at: Array, device: torch.device) -> tuple[Tensor, Tensor]:
         """Hints (E, …) int64 and confidences (E, …) at input positions (…)."""
         hint = np.zeros((len(self.hint), *at.shape), np.int64)
         confidence = np.zeros(hint.shape, np.float32)
@@ -7083,7 +7091,8 @@ class Hints:
         return torch.from_numpy(hint).to(device), torch.from_numpy(confidence).to(device)
 
     @staticmethod
-    def choose(s: Settings, q: Tensor, hints: Tensor, confidences: Tensor) -> tuple[Tensor, ...]:
+    def choose(s: Settings, q: Tensor, hints: Tensor,
+               confidences: Tensor) -> tuple[Tensor, ...]:
         """The expert's hint (…), -1 where it is silent, the model's probability of it and
         its boost in nats. hints, confidences, and q of the hints are (1, …)."""
         speaks = confidences[0] > 0
@@ -7091,7 +7100,8 @@ class Hints:
         return hints[0].where(speaks, -1), q[0].double() * speaks, boost
 
 
-def tilt(s: Settings, losses: Tensor, targets: Tensor, hints: Tensor, confidences: Tensor) -> Tensor:
+def tilt(s: Settings, losses: Tensor, targets: Tensor, hints: Tensor,
+         confidences: Tensor) -> Tensor:
     """Losses (…) of the targets under p'(a) = p(a) exp(boost [a = hint]) / normaliser.
     losses (1 + E, …): of the target and of every hint."""
     q = torch.exp(-losses[1:].double()).clamp(1e-12, 1 - 1e-12)
@@ -7100,8 +7110,8 @@ def tilt(s: Settings, losses: Tensor, targets: Tensor, hints: Tensor, confidence
     return (losses[0] - boost * (targets == hint) + normaliser).float()
 
 
-def tilted_losses(s: Settings, losses: Callable, ids: Tensor, targets: Tensor, at: np.ndarray,
-                  hints: Hints | None) -> tuple[Tensor, Tensor]:
+def tilted_losses(s: Settings, losses: Callable, ids: Tensor, targets: Tensor,
+                  at: Array, hints: Hints | None) -> tuple[Tensor, Tensor]:
     """(losses to learn from, losses to book) of the targets after input positions
     at (B, T): the same without hints. losses(ids, targets): the model."""
     if hints is None:
@@ -7804,43 +7814,43 @@ ALIASES["MUONEQ_R"] = "MUON_ROW_NORMALIZE"
 @dataclass(frozen=True)
 class LineageSettings(Settings):
     """The settings of older systems beside the others."""
-    train_loader: str = choice("stream docpack shuffled coprime", "stream: every target once; or the field's")
-    ttt_optimizer: str = choice("normalised adam sgd", "steps: the gradient over its RMS, AdamW, or SGD")
-    parallel_lanes: str = choice("mixed separate", "lanes write to both; or stay apart and are blended",
+    train_loader: str = choice("stream docpack shuffled coprime", "every target once; or the field's")
+    ttt_optimizer: str = choice("normalised adam sgd", "the gradient over its RMS, AdamW, SGD")
+    parallel_lanes: str = choice("mixed separate", "lanes write to both; or are blended last",
                                  group="model")
-    parallel_final_lane: str = choice("mean mlp attn", "which mixed lane is read at the end")
+    parallel_final_lane: str = choice("mean mlp attn", "the mixed lane that is read last")
     skip_gates_enabled: bool = knob(True, "gate the U-Net skips")
-    skip_rows: str = choice("looped physical", "skips: half of the looped order, or of the physical layers")
-    skip_into_lanes: bool = knob(True, "skips that come after the lanes began join lane 0; 0: they are lost")
-    smear_gate_kind: str = choice("window channels", "one strength by GATE_WINDOW channels; one each")
-    bigram_vocab_size: int = knob(0, "rows of a hashed table of token pairs, added to the embedding", 0)
+    skip_rows: str = choice("looped physical", "what skips halve: the looped order, or layers")
+    skip_into_lanes: bool = knob(True, "later skips join lane 0; 0: they are lost")
+    smear_gate_kind: str = choice("window channels", "one strength, or one for each channel")
+    bigram_vocab_size: int = knob(0, "rows of a hashed table of token pairs", 0)
     bigram_dim: int = knob(128, "its width", 1, 65536)
-    ve_enabled: bool = knob(False, "value embeddings: a second token table, added to values")
+    ve_enabled: bool = knob(False, "a second token table, added to values")
     ve_dim: int = knob(128, "its width", 1, 65536)
-    ve_layers: str = knob("9,10", "layers whose values it is added to")
-    gated_attn_enabled: bool = knob(False, "gate each head by the whole block input instead")
-    attn_out_gate_enabled: bool = knob(False, "gate each head by 2 sigmoid of GATE_WINDOW channels instead")
-    attn_out_gate_src: str = choice("proj q", "it reads the block input or raw queries")
-    rope_yarn: bool = knob(False, "rescale the rotary base beyond TRAIN_SEQ_LEN (NTK scaling)")
-    tie_embeddings: bool = knob(True, "the input embedding is the output projection")
-    embed_lr: float = knob(0.6, "AdamW's learning rate of an untied input embedding", 0, group="optimiser")
-    head_lr: float = knob(0.008, "AdamW's learning rate of an untied output head", 0)
-    muon_backend_steps: int = knob(5, "Newton-Schulz iterations (more than 5 run as 5)", 1)
-    muon_row_normalize: bool = knob(True, "normalise each row of the update before Newton-Schulz")
-    muon_coefficients: str = choice("polar quintic", "Polar Express, or one quintic for all iterations")
-    matrix_lr_early: float = knob(0.0, "MATRIX_LR of the layers before BANK_SPLIT; 0: no split", 0)
-    matrix_lr_late: float = knob(0.0, "MATRIX_LR of the others; 0: MATRIX_LR", 0)
+    ve_layers: str = knob("9,10", "layers whose values get it")
+    gated_attn_enabled: bool = knob(False, "gate heads by the whole block input")
+    attn_out_gate_enabled: bool = knob(False, "gate heads by 2 sigmoid of GATE_WINDOW channels")
+    attn_out_gate_src: str = choice("proj q", "of the block input, or of raw queries")
+    rope_yarn: bool = knob(False, "rescale the rotary base past TRAIN_SEQ_LEN (NTK)")
+    tie_embeddings: bool = knob(True, "the embedding is the output projection")
+    embed_lr: float = knob(0.6, "learning rate of an untied embedding", 0, group="optimiser")
+    head_lr: float = knob(0.008, "learning rate of an untied head", 0)
+    muon_backend_steps: int = knob(5, "Newton-Schulz iterations, at most 5", 1)
+    muon_row_normalize: bool = knob(True, "normalise rows before Newton-Schulz")
+    muon_coefficients: str = choice("polar quintic", "Polar Express; or one for all iterations")
+    matrix_lr_early: float = knob(0.0, "MATRIX_LR before layer BANK_SPLIT; 0: no split", 0)
+    matrix_lr_late: float = knob(0.0, "that of the other layers; 0: MATRIX_LR", 0)
     bank_split: int = knob(5, "the first late layer", 0)
-    split_lr_target: str = choice("update gradient", "the split scales it; gradient: published, to no effect")
-    midrun_cap_schedule: str = knob("", "caps on the share of the learning rate: cap@progress, …")
-    recur_start_step: int = knob(0, "step at which loops begin; 0: by ENABLE_LOOPING_AT", 0)
-    late_qat_threshold: float = knob(0.0, "share of the learning rate below which the projections of bigram "
-                                     "and value embeddings train softly rounded; 0: never", 0, 1)
+    split_lr_target: str = choice("update gradient", "gradient: as published, to no effect")
+    midrun_cap_schedule: str = knob("", "caps on the rate's share: cap@progress, …")
+    recur_start_step: int = knob(0, "step at which loops begin; 0: ENABLE_LOOPING_AT", 0)
+    late_qat_threshold: float = knob(0.0, "share of the rate below which table projections are "
+                                     "softly rounded; 0: never", 0, 1)
     late_qat_min_step: int = knob(2000, "and not before this step", 0)
-    prequant_ttt_enabled: bool = knob(False, "study, NON-COMPLIANT: train on validation tokens last")
+    prequant_ttt_enabled: bool = knob(False, "NON-COMPLIANT study: learn validation text")
     prequant_ttt_epochs: int = knob(10, "passes over them", 1)
     prequant_ttt_lr: float = knob(0.00045, "AdamW's learning rate", 0)
-    prequant_ttt_cosine_decay: bool = knob(True, "down to a tenth of it, epoch by epoch")
+    prequant_ttt_cosine_decay: bool = knob(True, "down to a tenth, epoch by epoch")
     prequant_ttt_batch_seqs: int = knob(32, "rows of TRAIN_SEQ_LEN in a batch", 1)
     prequant_ttt_grad_clip: float = knob(1.0, "largest gradient norm", 0)
     prequant_ttt_freeze_blocks: int = knob(1, "first layers that stay as they are", 0)
@@ -7850,15 +7860,15 @@ class LineageSettings(Settings):
     corrector_alpha: float = knob(0.0, "n-gram posterior added to the logits of TTT; 0: none", 0,
                                   group="score")
     corrector_orders: str = knob("8", "its orders, as 2,3,5")
-    ngram_gates: str = choice("previous open_word target", "who speaks when; target: NON-COMPLIANT")
-    ngram_choice: str = choice("model confidence", "what weighs hints: probability, or own confidence")
-    within_tau: float = knob(99.0, "the same for the expert of the open word's next token", 0)
+    ngram_gates: str = choice("previous open_word target", "who may speak; target: NON-COMPLIANT")
+    ngram_choice: str = choice("model confidence", "hints go by the model's probability, or theirs")
+    within_tau: float = knob(99.0, "expert of the open word's next token: threshold", 0)
     within_boost: float = knob(0.0, "nats added to its hint's logit", 0)
-    word_order: int = knob(4, "expert of the next word's first token: order in words", 1, 1024)
+    word_order: int = knob(4, "expert of the next word: order in words", 1, 1024)
     word_normalize: str = choice("strip_punct_lower lower identity", "equal words")
-    word_tau: float = knob(99.0, "it speaks from this confidence on; above 1: never", 0)
+    word_tau: float = knob(99.0, "its threshold; above 1: never", 0)
     word_boost: float = knob(0.0, "nats added to its hint's logit", 0)
-    agree_add_boost: float = knob(0.0, "more nats when another expert gives the same hint", 0)
+    agree_add_boost: float = knob(0.0, "more nats for a hint of two experts", 0)
 
     @property
     def value_layers(self) -> tuple[int, ...]:
@@ -7875,10 +7885,10 @@ class LineageSettings(Settings):
         return names
 
     def to_be_stored(self, values: Mapping) -> dict:
-        """Settings of older systems only where they are on: the file is the same
-        without this part."""
+        """Settings of older systems only where they are on."""
         changed = self.changed()
-        return {name: v for name, v in values.items() if name in COMMON_SETTINGS or name in changed}
+        names = COMMON_SETTINGS.keys() | changed
+        return {name: v for name, v in values.items() if name in names}
 
     def check_consistency(self) -> None:
         super().check_consistency()
@@ -7889,19 +7899,19 @@ def check_lineage(s: LineageSettings) -> None:
     """Refuse settings of older systems that do not go together."""
     schedule(s.midrun_cap_schedule, 1.0, float)
     if s.rope_yarn and (s.rope_dims or s.head_dim) == 2:
-        raise UserError("ROPE_YARN=1 has no exponent for 2 rotated channels: raise ROPE_DIMS or "
-                        "set ROPE_YARN=0")
+        raise UserError("ROPE_YARN=1 has no exponent for 2 rotated channels: raise ROPE_DIMS")
     if s.bigram_vocab_size == 1:
         raise UserError("BIGRAM_VOCAB_SIZE=1 leaves no row for pairs: set 0, or more")
-    layers = s.value_layers
-    if s.ve_enabled and not (layers and max(layers) < s.num_layers and len({*layers}) == len(layers)):
+    layers = set(s.value_layers)
+    fits = layers and max(layers) < s.num_layers and len(layers) == len(s.value_layers)
+    if s.ve_enabled and not fits:
         raise UserError(f"VE_LAYERS={s.ve_layers} must be layers below NUM_LAYERS={s.num_layers}, "
                         "each once: as 9,10")
     if s.matrix_lr_early and not s.matrix_lr:
-        raise UserError(f"MATRIX_LR_EARLY={s.matrix_lr_early:g} is relative to MATRIX_LR=0: raise that")
+        raise UserError(f"MATRIX_LR_EARLY={s.matrix_lr_early:g} needs a MATRIX_LR above 0: raise it")
     if s.sparse_attn_gate_enabled + s.gated_attn_enabled + s.attn_out_gate_enabled > 1:
-        raise UserError("more than one attention gate is on: keep one of SPARSE_ATTN_GATE_ENABLED, "
-                        "GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED and set the others to 0")
+        raise UserError("more than one attention gate is on: set all but one of "
+                        "SPARSE_ATTN_GATE_ENABLED, GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED to 0")
     orders = whole_numbers(s.corrector_orders.strip(","))
     if s.corrector_orders and not (orders and 0 < min(orders) <= max(orders) <= MOST_ORDER):
         raise UserError(f"CORRECTOR_ORDERS={s.corrector_orders} must be whole numbers from 1 to "
@@ -7945,11 +7955,11 @@ WHOLE.update(
 )
 EMBEDDINGS.update(("lm_head.weight", "bigram.embed.weight", "ve_shared.embed.weight"))
 # Parameters in the order of their making: sums over all of them are taken in it.
-PARAMETER_ORDER = (
-    "tok_emb qo_bank kv_bank mlp_up_bank mlp_down_bank attn_scale mlp_scale resid_mix q_gain skip_weights "
-    "parallel_post_lambdas parallel_resid_lambdas lane_merge lm_head skip_gates smear_gate smear_lambda "
-    "smear_channels bigram_embed bigram_scale bigram_proj ve_embed ve_scale ve_proj ve_layer_scales "
-    "softcap_pos softcap_neg attn_gate_w attn_gate_proj").split()
+PARAMETER_ORDER = """
+    tok_emb qo_bank kv_bank mlp_up_bank mlp_down_bank attn_scale mlp_scale resid_mix q_gain
+    skip_weights parallel_post_lambdas parallel_resid_lambdas lane_merge lm_head skip_gates
+    smear_gate smear_lambda smear_channels bigram_embed bigram_scale bigram_proj ve_embed
+    ve_scale ve_proj ve_layer_scales softcap_pos softcap_neg attn_gate_w attn_gate_proj""".split()
 
 
 def pair_rows(ids: Tensor, rows: int, same_segment: Tensor | None = None) -> Tensor:
@@ -7994,8 +8004,8 @@ class LineageGPT(GPT):
 
     def __init__(self, s: Settings, generator: torch.Generator | None = None):
         super().__init__(s, generator)
-        self.rope_length = 0                         # tokens that the rotary table was once made for
-        self.sharpness: Tensor | None = None         # of soft rounding, in late training
+        self.rope_length = 0                     # of the longest row so far
+        self.sharpness: Tensor | None = None     # of soft rounding, in late training
 
     @classmethod
     def shapes(cls, s: Settings) -> dict[str, tuple[int, ...]]:
@@ -8035,7 +8045,7 @@ class LineageGPT(GPT):
         super().init_weights(generator)
         if self.s.gated_attn_enabled:
             self.attn_gate_w.normal_(0, 0.01, generator=generator)
-        if hasattr(self, "bigram_proj"):     # of table and projection one starts at 0: both would stay there
+        if hasattr(self, "bigram_proj"):      # with the table at 0 as well both would stay there
             nn.init.orthogonal_(self.bigram_proj, generator=generator)
         if self.s.ve_enabled:
             self.ve_embed.normal_(0, 0.01, generator=generator)
@@ -8058,17 +8068,19 @@ class LineageGPT(GPT):
 
     def embed(self, ids: Tensor, layout: Layout | None, before: Tensor | None = None,
               hook: Callable | None = None) -> Tensor:
-        s, dtype, length = self.s, self.compute_dtype, ids.size(1)
+        s, length = self.s, ids.size(1)
         channels = s.smear_gate_enabled and s.smear_gate_kind == "channels"
         if not channels and not s.bigram_vocab_size:
             return super().embed(ids, layout, before, hook)
         if before is not None:      # two tokens: a bigram of the last one may be smeared
-            ids = torch.cat((before[:, -2 if s.bigram_vocab_size else -1:], ids), dim=1)
+            most = 2 if s.bigram_vocab_size else 1
+            ids = torch.cat((before[:, -most:], ids), dim=1)
         x = self.look_up(ids, hook)
         if s.bigram_vocab_size:
             rows = pair_rows(ids, s.bigram_vocab_size, self.same_segment(ids, layout))
             proj = getattr(self, "bigram_proj", None)
-            x = x + look_up(rows, self.bigram_embed, proj, self.bigram_scale, dtype, self.sharpness)
+            x = x + look_up(rows, self.bigram_embed, proj, self.bigram_scale,
+                            self.compute_dtype, self.sharpness)
         if channels:
             x = self.smear(rms(x), self.smears_into(ids, layout))
         elif s.smear_gate_enabled:
@@ -8096,8 +8108,8 @@ class LineageGPT(GPT):
         c = super().begin(ids, *how)
         if not self.s.ve_enabled:
             return c
-        return LineageForward(
-            c.layers, c.x0, c.rope, c.layout, c.adapter, c.hook, c.cache, self.token_values(ids))
+        return LineageForward(c.layers, c.x0, c.rope, c.layout, c.adapter, c.hook, c.cache,
+                              self.token_values(ids))
 
     def project(self, c: Forward, i: int, slot: int, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().project(c, i, slot, n)
@@ -8115,7 +8127,7 @@ class LineageGPT(GPT):
         return super().head_gate(weight, n, q_raw)
 
     def decode(self, c: Forward, plan: Plan, x: Tensor, skips: list[Tensor]) -> Tensor:
-        """With PARALLEL_LANES=separate: the first skip is in both lanes, later ones join
+        """With PARALLEL_LANES=separate a first skip is in both lanes, later ones join
         lane 0 or are lost."""
         if self.s.parallel_lanes == "mixed":
             return super().decode(c, plan, x, skips)
@@ -8179,23 +8191,21 @@ GPT = LineageGPT
 # --- adaptation
 
 class Corrector:
-    """n-gram posterior of one row of a batch; it learns the targets of a chunk once
-    they are booked."""
+    """n-gram posterior of one row of a batch, updated with what is booked."""
 
     def __init__(self, s: Settings):
         self.alpha = s.corrector_alpha
         self.orders = sorted(set(whole_numbers(s.corrector_orders.strip(","))))
         self.counts = np.ones(s.vocab_size)
         self.history: list[int] = []
-        self.followers: dict[tuple, dict[int, int]] = {}      # context -> how often each token followed
+        self.followers: dict[tuple, dict[int, int]] = {}      # context -> {token: times}
 
     def context(self, order: int) -> tuple:
         return order, *self.history[max(len(self.history) - order + 1, 0):]
 
     def bias(self) -> np.ndarray:
-        """What the logits of the next token get (V,): alpha log q of the unigrams,
-        and for every order that knows the context, of the tokens seen there, alpha
-        times what it says beyond that."""
+        """Added to the logits (V,): alpha log q of the unigrams and, of tokens that
+        followed a context, alpha times the log of their share there over q."""
         log_q = np.log(self.counts / self.counts.sum())
         bias = self.alpha * log_q
         for order in self.orders if self.history else ():
@@ -8240,12 +8250,12 @@ class LineageTTT(PhasedTTT):
         s = self.s
         if s.ttt_optimizer != "sgd":
             return super().optimiser(adapter)
-        lr = s.ttt_lora_lr * s.ttt_local_lr_mult
-        return torch.optim.SGD(adapter.trained(), lr, momentum=s.ttt_beta1, weight_decay=s.ttt_weight_decay)
+        return torch.optim.SGD(adapter.trained(), s.ttt_lora_lr * s.ttt_local_lr_mult,
+                               momentum=s.ttt_beta1, weight_decay=s.ttt_weight_decay)
 
     def adapter_for(self, rows: int) -> Adapter:
-        """As published, counts pass from document to document in length order; in stream
-        order a row's last document may come later in the stream."""
+        """As published, counts pass from document to document; not in stream order, where
+        a row's last document may come later."""
         adapter = super().adapter_for(rows)
         if self.s.corrector_alpha:
             if self.s.ttt_doc_order == "stream" or not self.correctors:
@@ -8258,7 +8268,8 @@ class LineageTTT(PhasedTTT):
         if adapter is None or not adapter.correctors:
             return super().score_chunk(starts, w, adapter, cache)
         bias = np.stack([corrector.bias() for corrector in adapter.correctors])
-        adapter.bias = torch.from_numpy(bias).to(self.world.device, torch.bfloat16)[:, None]
+        bias = torch.from_numpy(bias).to(self.world.device, torch.bfloat16)
+        adapter.bias = bias[:, None]
         scored = super().score_chunk(starts, w, adapter, cache)
         first = starts + w.begin + w.offset + 1
         for corrector, begin, count in zip(adapter.correctors, first, w.count):
@@ -8289,7 +8300,8 @@ def split_rates(s: Settings, bank: Tensor) -> Tensor | None:
 class LineageOptimiser(Optimiser):
     """Other coefficients of Muon, rates by layer, and an output head of its own."""
 
-    def __init__(self, s: Settings, world: World, params: Mapping[str, nn.Parameter], dtype: torch.dtype):
+    def __init__(self, s: Settings, world: World, params: Mapping[str, nn.Parameter],
+                 dtype: torch.dtype):
         super().__init__(s, world, params, dtype)
         self.split = [split_rates(s, bank) for bank in self.banks]
 
@@ -8297,8 +8309,9 @@ class LineageOptimiser(Optimiser):
         rates = super().adam_rates()
         if self.s.tie_embeddings:
             return rates
-        decay = self.s.embed_wd
-        return {"embed": (self.s.embed_lr, decay), "head": (self.s.head_lr, decay), "small": rates["small"]}
+        embed = self.s.embed_lr, self.s.embed_wd
+        head = self.s.head_lr, self.s.embed_wd
+        return {"embed": embed, "head": head, "small": rates["small"]}
 
     def direction(self, bank: int, g: Tensor, momentum: float) -> Tensor:
         s, split, buf = self.s, self.split[bank], self.momentum[bank]
@@ -8306,7 +8319,8 @@ class LineageOptimiser(Optimiser):
             own = split[len(buf) * self.world.rank:][:len(buf)]
             g[:len(own)] *= own
         coefficients = QUINTIC if s.muon_coefficients == "quintic" else POLAR_EXPRESS
-        return muon_direction(g, buf, momentum, s.muon_row_normalize, coefficients[:s.muon_backend_steps])
+        return muon_direction(g, buf, momentum, s.muon_row_normalize,
+                              coefficients[:s.muon_backend_steps])
 
     def apply(self, bank: int, u: Tensor, lr: float) -> None:
         split = self.split[bank]
@@ -8364,7 +8378,9 @@ class LineageTrainer(Trainer):
         s = self.s
         if self.began is None and lr < s.late_qat_threshold and steps >= s.late_qat_min_step:
             self.began = steps
-        return None if self.began is None else 1 + 15 * min((steps - self.began) / 500, 1.0)
+        if self.began is None:
+            return None
+        return 1 + 15 * min((steps - self.began) / 500, 1.0)
 
     def micro_step(self, batch: Batch, plan: Plan) -> Tensor:
         self.model.sharpness = self.sharpness
@@ -8442,20 +8458,18 @@ Quantiser = LineageQuantiser
 # --- counts of earlier text: experts of words
 
 @functools.cache
-def word_pieces(path: Path, vocab_size: int) -> tuple[np.ndarray, np.ndarray, Callable]:
+def word_pieces(path: Path, vocab_size: int) -> tuple[Array, Array, Callable]:
     """Which tokens begin a word and which belong to none (V,), and the decoder."""
     sp = load_tokenizer(path)
-    starts = np.zeros(vocab_size, bool)
+    starts = [sp.id_to_piece(i).startswith("\u2581") for i in range(vocab_size)]
     outside = np.zeros(vocab_size, bool)
+    for i in (*range(9, 21), 36):      # ids, as published, of bytes that end a word
+        outside[i] = sp.is_byte(i)
     outside[BOS] = True
-    for i in range(vocab_size):
-        starts[i] = sp.id_to_piece(i).startswith("\u2581")
-        if 9 <= i < 21 or i == 36:      # ids, as published, of bytes that end a word
-            outside[i] |= sp.is_byte(i)
-    return starts, outside, sp.decode
+    return np.array(starts), outside, sp.decode
 
 
-def span_keys(x: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.ndarray:
+def span_keys(x: Array, first: Array, end: Array) -> Array:
     """Keys (m,) of the spans x[first:end] of keys x (n,): sums of x[j] ODD^(j - end)."""
     inverse = np.uint64(pow(int(ODD), -1, 1 << 64))
     power = np.append(np.uint64(1), np.full(len(x), ODD))
@@ -8464,8 +8478,8 @@ def span_keys(x: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.ndarray:
     return (sums[end] - sums[first]) * np.multiply.accumulate(power, out=power)[end]
 
 
-def counted(targets: np.ndarray, items: np.ndarray, keys: np.ndarray, learns: np.ndarray,
-            asks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def counted(targets: Array, items: Array, keys: Array, learns: Array,
+            asks: Array) -> Guesses:
     """Hint and confidence (n,) of the targets (n,) by online_counts of some items; 0
     unless one `asks`."""
     hint = np.zeros(len(targets), targets.dtype)
@@ -8478,13 +8492,13 @@ class Words(NamedTuple):
     """Where words lie among the targets (n,). begins, opened, outside: the target
     begins a word; one is open before it; it belongs to none. start: target at which
     its word begins."""
-    begins: np.ndarray
-    opened: np.ndarray
-    outside: np.ndarray
-    start: np.ndarray
+    begins: Array
+    opened: Array
+    outside: Array
+    start: Array
 
     @classmethod
-    def of(cls, s: Settings, targets: np.ndarray) -> Words:
+    def of(cls, s: Settings, targets: Array) -> Words:
         starts, boundary, _ = word_pieces(s.tokenizer, s.vocab_size)
         outside = boundary[targets]
         opened = np.append(False, ~outside[:-1])
@@ -8493,7 +8507,7 @@ class Words(NamedTuple):
         return cls(begins, opened, outside, start)
 
 
-def count_within(s: Settings, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def count_within(s: Settings, tokens: Array) -> Guesses:
     """What continued the same open word earlier."""
     targets = tokens[1:]
     w = Words.of(s, targets)
@@ -8501,10 +8515,11 @@ def count_within(s: Settings, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarra
     items = np.flatnonzero(w.opened)
     codes = scramble(np.arange(s.vocab_size))[targets]
     keys = span_keys(codes, w.start[items - 1], items)
-    return counted(targets, items, keys, learns, learns if s.ngram_gates == "target" else w.opened)
+    asks = learns if s.ngram_gates == "target" else w.opened
+    return counted(targets, items, keys, learns, asks)
 
 
-def count_words(s: Settings, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def count_words(s: Settings, tokens: Array) -> Guesses:
     """The first token of the word that followed the same WORD_ORDER - 1 words earlier:
     the open one as if it ended here, then closed ones."""
     targets = tokens[1:]
@@ -8514,7 +8529,8 @@ def count_words(s: Settings, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray
     closed = np.append(0, word[ends])
     unfinished = np.append(0, word[:-1])
     at = np.arange(len(targets))
-    before = np.append(0, np.cumsum(ends))[np.where(w.opened, w.start[at - 1], at)]     # words closed by then
+    boundary = np.where(w.opened, w.start[at - 1], at)
+    before = np.append(0, np.cumsum(ends))[boundary]      # words closed by then
     keys = np.zeros(len(targets), np.uint64)
     for i in range(s.word_order - 1):
         last = closed[np.maximum(before - i + (unfinished > 0), 0)]
@@ -8532,7 +8548,7 @@ EXPERTS["within"] = Expert("within_tau", "within_boost", count_within)
 EXPERTS["word"] = Expert("word_tau", "word_boost", count_words)
 
 
-def open_words(s: Settings, targets: np.ndarray, w: Words) -> np.ndarray:
+def open_words(s: Settings, targets: Array, w: Words) -> Array:
     """A number (n,) for the normalised text of the word open after each target; 0:
     there is none."""
     decode = word_pieces(s.tokenizer, s.vocab_size)[2]
@@ -8588,8 +8604,10 @@ class TargetGates(Study):
     """Gates that look at the very token that is predicted, as published."""
 
     def reason(self, s: Settings) -> str:
-        reads = s.ngram_tilt_enabled and s.ngram_gates == "target" and {*experts_in_use(s)} != {"token"}
-        return "NGRAM_GATES=target: n-gram experts read the token that they predict" if reads else ""
+        reads = s.ngram_tilt_enabled and s.ngram_gates == "target"
+        if not reads or {*experts_in_use(s)} == {"token"}:
+            return ""
+        return "NGRAM_GATES=target: n-gram experts read the token that they predict"
 
 
 STUDIES.append(TargetGates())
@@ -8597,7 +8615,8 @@ STUDIES.append(TargetGates())
 
 # --- training on validation tokens before quantising, which the rules forbid
 
-PREQUANT = "PREQUANT_TTT_ENABLED=1: the weights were trained on validation tokens before they were scored"
+PREQUANT = ("PREQUANT_TTT_ENABLED=1: the weights were trained on validation tokens before they "
+            "were scored")
 
 
 def prequant_batches(s: Settings, tokens: int, world: World) -> list[np.ndarray]:
@@ -8609,13 +8628,13 @@ def prequant_batches(s: Settings, tokens: int, world: World) -> list[np.ndarray]
         begins = range(0, -((1 - tokens) // s.train_seq_len) - 1, size)
         return [np.arange(k, min(k + size + 1, rows)) for k in begins]
     begin, end = (rows * r // world.size for r in (world.rank, world.rank + 1))
-    largest_share = -(-rows // world.size)
-    return [np.arange(k, min(k + size, end)) for k in range(begin, begin + largest_share, size)]
+    begins = range(begin, begin - (-rows // world.size), size)
+    return [np.arange(k, min(k + size, end)) for k in begins]
 
 
-def prequant_ttt(s: Settings, world: World, model: GPT, tokens: np.ndarray, trace: Callable) -> None:
-    """AdamW epochs over validation tokens (N,). trace(loss=, lr=, grad_norm=) sees
-    every step."""
+def prequant_ttt(s: Settings, world: World, model: GPT, tokens: np.ndarray,
+                 trace: Callable) -> None:
+    """AdamW epochs over validation tokens (N,). trace(loss=, lr=, grad_norm=): a step."""
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0)
     for epoch in range(s.prequant_ttt_epochs):
         lr = s.prequant_ttt_lr
@@ -8631,14 +8650,14 @@ def prequant_ttt(s: Settings, world: World, model: GPT, tokens: np.ndarray, trac
     model.zero_grad()
 
 
-def prequant_gradients(s: Settings, world: World, model: GPT, tokens: np.ndarray, rows: np.ndarray) -> float:
+def prequant_gradients(s: Settings, world: World, model: GPT, tokens: np.ndarray,
+                       rows: np.ndarray) -> float:
     """The loss of some rows; its gradient, over the ranks, but none of frozen blocks."""
     model.zero_grad()
     loss = torch.zeros(())
     if len(rows):
-        first = rows[:, None] * s.train_seq_len
-        t = torch.from_numpy(tokens[first + np.arange(s.train_seq_len + 1)].astype(np.int64))
-        t = t.to(world.device)
+        at = rows[:, None] * s.train_seq_len + np.arange(s.train_seq_len + 1)
+        t = torch.from_numpy(tokens[at].astype(np.int64)).to(world.device)
         loss = model.losses(t[:, :-1], t[:, 1:], layer_plan(s, True)).mean()
         loss.backward()
     grads = {}
@@ -8656,14 +8675,18 @@ def prequant_gradients(s: Settings, world: World, model: GPT, tokens: np.ndarray
 class PrequantTTT(Study):
     """Validation tokens teach the averaged weights before they are scored on them."""
 
-    def after_training(self, s: Settings, world: World, run: Run, model: GPT, val: Validation) -> None:
+    def after_training(self, s: Settings, world: World, run: Run, model: GPT,
+                       val: Validation) -> None:
         if s.prequant_ttt_enabled:
             tokens = val.open_for_study(run, PREQUANT)
-            prequant_ttt(s, world, model, tokens, functools.partial(run.log, "prequant_ttt", True))
+            trace = functools.partial(run.log, "prequant_ttt", True)
+            prequant_ttt(s, world, model, tokens, trace)
 
-    def before_probing(self, s: Settings, world: World, model: GPT, tokens: np.ndarray) -> None:
+    def before_probing(self, s: Settings, world: World, model: GPT,
+                       tokens: np.ndarray) -> None:
         if s.prequant_ttt_enabled:
-            brief = dataclasses.replace(s, prequant_ttt_epochs=1, train_seq_len=min(s.train_seq_len, 64))
+            length = min(s.train_seq_len, 64)
+            brief = dataclasses.replace(s, prequant_ttt_epochs=1, train_seq_len=length)
             prequant_ttt(brief, world, model, tokens, lambda **step: None)
 
 
@@ -8673,13 +8696,12 @@ STUDIES.append(PrequantTTT())
 # --- data: loaders of whole windows
 
 class WindowStream(Stream):
-    """Rows of max_len tokens, across documents. windows: the last batch's, [(file,
-    first token), …]."""
+    """Rows of max_len tokens, across documents. windows: (file, first token) of the
+    last batch's."""
     windowed = True
 
     def phase(self, i: int) -> tuple[int, int]:
-        """A random first token for the windows of file i, and how many windows there
-        are from it."""
+        """A random first token in file i, and how many windows there are from it."""
         n, length = len(self.shards[i]), self.max_len
         most = min(length - 1, n - length - 1)
         phase = int(self.rng.integers(most + 1)) if most > 0 else 0
@@ -8700,14 +8722,15 @@ class ShuffledStream(WindowStream):
         self.owned = range(self.rank, len(files), self.world_size)
         self.starts: dict[int, list[int]] = {}
         if not any(len(self.shards[i]) > self.max_len for i in self.owned):
-            raise UserError(f"rank {self.rank} of {self.world_size} owns none of {len(files)} shards with "
-                            f"{self.max_len + 1} tokens: use TRAIN_LOADER=stream")
+            raise UserError(f"rank {self.rank} of {self.world_size} owns none of {len(files)} shards "
+                            f"with {self.max_len + 1} tokens: use TRAIN_LOADER=stream")
 
     def take(self) -> tuple[int, int]:
-        if not any(self.starts.values()):      # a fresh permutation of the windows of every file
+        if not any(self.starts.values()):      # a fresh permutation of all windows
             for i in self.owned:
                 phase, count = self.phase(i)
-                self.starts[i] = (phase + self.rng.permutation(count) * self.max_len).tolist()
+                starts = phase + self.rng.permutation(count) * self.max_len
+                self.starts[i] = starts.tolist()
         left = np.array([len(self.starts[i]) for i in self.owned], dtype=np.float64)
         i = self.owned[int(self.rng.choice(len(self.owned), p=left / left.sum()))]
         return i, self.starts[i].pop()
@@ -8718,10 +8741,10 @@ class ShuffledStream(WindowStream):
 
 
 class CoprimeStream(WindowStream):
-    """Windows drawn from many shards at once: each shard is walked in blocks of
-    max_len by a stride coprime to their number, shards are drawn by what they have
-    left, more of them as training goes on. All ranks draw the same batch, rank r
-    takes every world_size-th window; `windows` has those of all ranks."""
+    """Windows from many shards at once: each is walked in blocks of max_len by a stride
+    coprime to their number; shards are drawn by what they have left, more of them as
+    training goes on. All ranks draw the same batch and take every world_size-th
+    window; `windows` has those of all ranks."""
 
     def __init__(self, files, **shape):
         super().__init__(files, **shape)
@@ -8732,19 +8755,20 @@ class CoprimeStream(WindowStream):
         self.blocks = [(len(x) - 1) // self.max_len for x in self.shards]
         self.eligible = np.flatnonzero(self.blocks)
         if not len(self.eligible):
-            raise UserError(f"no training shard holds {self.max_len + 1} tokens: lower TRAIN_SEQ_LEN")
-        self.walks: dict[int, list[int]] = {}      # shard -> starts of its blocks to come, the next one last
+            raise UserError(f"no training shard holds {self.max_len + 1} tokens: "
+                            "lower TRAIN_SEQ_LEN")
+        self.walks: dict[int, list[int]] = {}      # shard -> starts of blocks, the next one last
 
     def walk(self, i: int) -> list[int]:
-        """A fresh walk over the blocks of shard i: random phase, start and coprime
-        stride; reversed."""
+        """A fresh walk over the blocks of shard i, reversed."""
         phase, count = self.phase(i)
         start, stride = 0, 1
         if count > 1:
             start, stride = int(self.rng.integers(count)), 0
             while math.gcd(stride, count) != 1:
                 stride = int(self.rng.integers(1, count))
-        return [phase + (start + j * stride) % count * self.max_len for j in reversed(range(count))]
+        steps = reversed(range(count))
+        return [phase + (start + j * stride) % count * self.max_len for j in steps]
 
     def take(self, i: int, count: int) -> list[tuple[int, int]]:
         """The next `count` blocks of shard i, shuffled."""
@@ -8760,9 +8784,10 @@ class CoprimeStream(WindowStream):
         return max(len(self.walks[i]), 1) if i in self.walks else self.blocks[i]
 
     def draw(self, size: int) -> list[tuple[int, int]]:
-        """How many of a batch's windows come from which shards: [(shard, windows), …]."""
+        """[(shard, how many of a batch's windows come from it), …]."""
         progress = min(self.batches / 1800, 1.0)
-        p = np.array([self.left(i) for i in self.eligible], np.float64) ** (0.9 - 0.4 * progress)
+        left = np.array([self.left(i) for i in self.eligible], np.float64)
+        p = left ** (0.9 - 0.4 * progress)
         p /= p.sum()
         most = min(len(p), size)
         low = min(max(8, self.world_size), most)
@@ -8795,6 +8820,6 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    # A failed rank must not wait for the others in a collective, and a finished one not be torn down while
-    # threads of its libraries still run: that now and then ends in an abort after the last line.
+    # A failed rank must not wait for the others in a collective, and a finished one not be torn down
+    # while threads of its libraries still run: that now and then ends in an abort.
     os._exit(code)
