@@ -5914,15 +5914,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> 
     return BACKENDS[name](q, k, v, layout.cu_seqlens, layout.max_seqlen)
 
 
-# Every backend: q (B, T, H, D), k, v (B, T', K, D), cu (n + 1) int32 or None, the longest key
-# sequence -> (B, T, H, D). All align the causal mask bottom-right.
+# Every backend: q (B, T, H, D), k, v (B, T', K, D), cu (n + 1) int32 or None, the longest
+# key sequence -> (B, T, H, D). All align the causal mask bottom-right.
 def attend_fa3(q, k, v, cu, longest):
     """FlashAttention-3: its own custom ops let torch.compile trace it as it is."""
+    module = FLASH["fa3"]
     if cu is None:
-        y = FLASH["fa3"].flash_attn_func(q, k, v, causal=True)
+        y = module.flash_attn_func(q, k, v, causal=True)
     else:
-        y = FLASH["fa3"].flash_attn_varlen_func(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1),
-                                                cu, cu, longest, longest, causal=True)
+        flat = [x.flatten(0, 1) for x in (q, k, v)]
+        y = module.flash_attn_varlen_func(*flat, cu, cu, longest, longest, causal=True)
     y = y[0] if isinstance(y, tuple) else y     # early releases return (y, lse)
     return y.view(q.shape)
 
@@ -5931,8 +5932,8 @@ def attend_fa4(q, k, v, cu, longest):
     """FlashAttention-4, behind our own custom op: its Python cannot be traced."""
     if cu is None:
         return fa4_forward(q, k, v, None, longest)[0]
-    y, _ = fa4_forward(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu, longest)
-    return y.view(q.shape)
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    return fa4_forward(*flat, cu, longest)[0].view(q.shape)
 
 
 def attend_torch(q, k, v, cu, longest):
@@ -5945,9 +5946,9 @@ def attend_torch(q, k, v, cu, longest):
     if cu is None:
         rows = torch.arange(B + 1, device=q.device, dtype=torch.int32)
         cu_q, cu_k, longest_q = rows * T, rows * keys, T
-    y = FLASH["torch"].varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1),
-                                   cu_q, cu_k, longest_q, longest, window_size=(-1, 0),
-                                   enable_gqa=H != k.shape[2])
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    y = FLASH["torch"].varlen_attn(*flat, cu_q, cu_k, longest_q, longest,
+                                   window_size=(-1, 0), enable_gqa=H != k.shape[2])
     return y.view(q.shape)
 
 
@@ -6042,7 +6043,7 @@ def self_test(name: str, device: torch.device) -> str:
         shapes = (128, 8), (keys, 4), (keys, 4), (128, 8)
         q, k, v, dy = (torch.randn(1, *shape, 64, generator=random).to(device, torch.bfloat16)
                        for shape in shapes)
-        cu = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=device)
+        cu = bounds and torch.tensor(bounds, dtype=torch.int32, device=device)
         leaves = [x.requires_grad_() for x in (q, k, v)]
         results = []
         for attend in (backend, attend_plain):
@@ -6084,11 +6085,11 @@ def resolve_attention(choice: str, device) -> tuple[str, str]:
     for name in BACKENDS if choice == "auto" else (choice,):
         fault = attention_fault(name, torch.device(device))
         if not fault:
-            how = "chosen" if choice == "auto" else "forced"
-            return name, "; ".join((f"attention {name} ({how})", *passed_over))
+            by = "chosen" if choice == "auto" else "forced"
+            return name, "; ".join((f"attention {name} ({by})", *passed_over))
         passed_over.append(f"not {name}: {fault}")
-    raise UserError(f"ATTN_BACKEND={choice} cannot run here: {fault}. Install {PACKAGES[choice][1]}, "
-                    "or set ATTN_BACKEND=auto")
+    raise UserError(f"ATTN_BACKEND={choice} cannot run here: {fault}. "
+                    f"Install {PACKAGES[choice][1]}, or set ATTN_BACKEND=auto")
 
 
 # ============================================================================================================
@@ -6942,8 +6943,8 @@ def scramble(x: Array) -> Array:
 
 
 def earlier_in_group(keys: Array, learns: Array) -> tuple[Array, Array]:
-    """Of items sorted by key: how many of its key with `learns` come before each one,
-    and whether it is the first."""
+    """Of items sorted by key: how many of its key with `learns` come before each
+    one, and whether it is the first."""
     new = np.append(np.ones(min(len(keys), 1), bool), keys[1:] != keys[:-1])
     begin = np.flatnonzero(new)
     earlier = np.cumsum(learns) - learns
@@ -6966,22 +6967,24 @@ def leading_tokens(keys: Array, tokens: Array, learns: Array) -> Guesses:
     total, new = earlier_in_group(keys, learns)
     pairs = scramble(keys) ^ scramble(tokens)
     by_pair = np.argsort(pairs, kind="stable")
-    count = np.empty(len(keys), np.int64)       # to which this item brings its token
-    count[by_pair] = earlier_in_group(pairs[by_pair], learns[by_pair])[0] + 1
-    level = np.cumsum(new) << 32                # a later key is above all earlier ones
+    before, _ = earlier_in_group(pairs[by_pair], learns[by_pair])
+    count = np.empty(len(keys), np.int64)
+    count[by_pair] = before + 1           # to which this item brings its token
+    level = np.cumsum(new) << 32          # a later key is above all earlier ones
     level += count * learns
     highest = np.append(0, np.maximum.accumulate(level))[:-1]
     leads = np.where(learns & (level > highest), np.arange(len(keys)), 0)
     leader = np.append(0, np.maximum.accumulate(leads))[:-1]
     most = (highest & 0xFFFFFFFF).astype(np.float32)
     share = most / np.maximum(total, 1).astype(np.float32)
-    return np.where(total > 0, tokens[leader], 0), np.where(total > 0, share, 0)
+    known = total > 0
+    return tokens[leader] * known, share * known
 
 
 def online_counts(keys: Array, tokens: Array, learns: Array) -> Guesses:
     """Before each of n items, in this order: the token that followed its context
-    (key) most often, and its share of them. The first to reach a count keeps it. Only
-    items with `learns` are counted."""
+    (key) most often, and its share of them. The first to reach a count keeps it.
+    Only items with `learns` are counted."""
     hint = np.zeros(len(keys), tokens.dtype)
     confidence = np.zeros(len(keys), np.float32)
 
@@ -6992,10 +6995,10 @@ def online_counts(keys: Array, tokens: Array, learns: Array) -> Guesses:
 
     if len(keys) < COUNT_IN_PARTS:
         count(np.arange(len(keys)))
-    else:      # parts of the keys share nothing
-        part = (keys >> np.uint64(59)).astype(np.uint8)
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            list(threads.map(lambda i: count(np.flatnonzero(part == i)), range(32)))
+        return hint, confidence
+    part = (keys >> np.uint64(59)).astype(np.uint8)      # parts share nothing
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(lambda i: count(np.flatnonzero(part == i)), range(32)))
     return hint, confidence
 
 
@@ -7015,7 +7018,8 @@ def count_tokens(s: Settings, tokens: Array) -> Guesses:
     for i in range(context):
         keys *= ODD
         keys += code[tokens[i:i + len(keys)]]
-    hint, confidence = online_counts(keys, tokens[1 + skip:], np.ones(n - skip, bool))
+    every = np.ones(n - skip, bool)
+    hint, confidence = online_counts(keys, tokens[1 + skip:], every)
     return np.pad(hint, (skip, 0)), np.pad(confidence, (skip, 0))
 
 
@@ -7033,7 +7037,7 @@ def experts_in_use(s: Settings) -> dict[str, tuple[float, float]]:
 
 
 def ngram_experts(s: Settings, tokens: Array) -> dict[str, Guesses]:
-    """Of every expert in use, for the targets tokens[1:]; from earlier tokens alone."""
+    """Of every expert in use, for the targets tokens[1:], from earlier tokens."""
     return {name: EXPERTS[name].count(s, tokens) for name in experts_in_use(s)}
 
 
@@ -7048,9 +7052,10 @@ class Hints:
     @classmethod
     def of(cls, s: Settings, tokens: Array) -> Hints:
         """For the targets tokens[1:], counted in this order."""
-        hint, confidence = map(np.stack, zip(*ngram_experts(s, tokens).values()))
-        for row, (threshold, _) in zip(confidence, experts_in_use(s).values()):
-            row[row < np.float32(threshold)] = 0     # as published: 9 of 20 reach 0.45
+        guesses = ngram_experts(s, tokens).values()
+        hint, confidence = map(np.stack, zip(*guesses))
+        for row, (least, _) in zip(confidence, experts_in_use(s).values()):
+            row[row < np.float32(least)] = 0     # as published: 9 of 20 reach 0.45
         at = np.flatnonzero(confidence.any(0))
         return cls(at, hint[:, at], confidence[:, at])
 
@@ -7070,7 +7075,8 @@ class Hints:
     @classmethod
     def in_order(cls, s: Settings, val: Validation, order: Array) -> Hints:
         """Counted document by document in this order; positions are the stream's."""
-        start, targets = val.documents.start[order], val.documents.length[order] - 1
+        start = val.documents.start[order]
+        targets = val.documents.length[order] - 1
         text = [val.tokens[a + 1:a + 1 + n] for a, n in zip(start, targets)]
         hints = cls.of(s, np.concatenate([val.tokens[start[:1]], *text]))
         end = np.cumsum(targets)
@@ -7093,8 +7099,8 @@ class Hints:
     @staticmethod
     def choose(s: Settings, q: Tensor, hints: Tensor,
                confidences: Tensor) -> tuple[Tensor, ...]:
-        """The expert's hint (…), -1 where it is silent, the model's probability of it and
-        its boost in nats. hints, confidences, and q of the hints are (1, …)."""
+        """The hint (…), -1 where the expert is silent, its probability in the model and
+        its boost in nats. hints, confidences and q, of the hints, are (1, …)."""
         speaks = confidences[0] > 0
         boost = s.token_boost * speaks.double()
         return hints[0].where(speaks, -1), q[0].double() * speaks, boost
@@ -7186,17 +7192,22 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
 
 
 def probe_conditions(s: Settings, world: World, model: GPT) -> list[Finding]:
-    """C1, C2, and C3 with C4: every ledger books each target once, and refuses a
-    step on one that is not booked yet."""
-    findings, booked = [], []
+    """One after the other; a ledger that refuses something ends them."""
+    findings, booked, refusal = [], [], ""
     alone = World(device=world.device)
     try:
         findings.extend(probe_causality(s, alone, model, booked))
         findings.extend(probe_normalisation(s, world, model))
     except LedgerError as error:
-        return [*findings, Finding("C3 C4 ledger", False, str(error))]
+        refusal = str(error)
+    return [*findings, probe_ledger(booked, refusal)]
+
+
+def probe_ledger(booked: list[int], refusal: str) -> Finding:
+    """C3 and C4: the books of every evaluation took each target once, and no step was
+    made on one that was not on them."""
     figure = f"{sum(booked):,} targets booked once each, before any step on them"
-    return [*findings, Finding("C3 C4 ledger", True, figure)]
+    return Finding("C3 C4 ledger", not refusal, refusal or figure)
 
 
 def log_probes(s: Settings, world: World, run: Run, model: GPT) -> None:
@@ -7965,8 +7976,8 @@ PARAMETER_ORDER = """
 def pair_rows(ids: Tensor, rows: int, same_segment: Tensor | None = None) -> Tensor:
     """Row of a hashed table for each token of ids (B, T) and the one before it; the
     last row where same_segment (1, T - 1) parts them. int32, wrapping."""
-    now = ids.int()
-    row = (36313 * now[:, 1:] ^ 27191 * now[:, :-1]) % (rows - 1)
+    ids = ids.int()
+    row = (36313 * ids[:, 1:] ^ 27191 * ids[:, :-1]) % (rows - 1)
     if same_segment is not None:
         row = row.where(same_segment, rows - 1)
     return F.pad(row, (1, 0), value=rows - 1).long()
@@ -8104,8 +8115,8 @@ class LineageGPT(GPT):
         scales = self.ve_layer_scales.to(dtype)
         return {i: shared * scale for i, scale in zip(self.s.value_layers, scales)}
 
-    def begin(self, ids: Tensor, *how) -> Forward:
-        c = super().begin(ids, *how)
+    def begin(self, ids: Tensor, *context) -> Forward:
+        c = super().begin(ids, *context)
         if not self.s.ve_enabled:
             return c
         return LineageForward(c.layers, c.x0, c.rope, c.layout, c.adapter, c.hook, c.cache,

@@ -155,14 +155,20 @@ class Fixture:
     def fail(self, text: str) -> None:
         self.failures.append(text)
 
+    def other_shape(self, what: str, got: torch.Tensor, want: torch.Tensor) -> bool:
+        differ = got.shape != want.shape
+        if differ:
+            self.fail(f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
+        return differ
+
     def close(self, what: str, got, want, *, atol=0.0, rtol=0.0, rtol_of_max_abs=0.0) -> None:
         """|got - want| <= atol + rtol·|want| + rtol_of_max_abs·max|want|, in every entry."""
         if isinstance(want, torch.Tensor):
             self.source.compared.add((want.data_ptr(), want.numel()))
         got, want = _float64(got), _float64(want)
         self.compared += 1
-        if got.shape != want.shape:
-            return self.fail(f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
+        if self.other_shape(what, got, want):
+            return None
         if self.source.thinned:  # NaN marks what was not stored
             got, want = got[~want.isnan()], want[~want.isnan()]
         if not want.numel():
@@ -191,8 +197,8 @@ class Fixture:
         self.compared += 1
         if _is_array(got) or _is_array(want):
             got, want = _tensor(got), _tensor(want)
-            if got.shape != want.shape:
-                return self.fail(f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
+            if self.other_shape(what, got, want):
+                return None
             differ = (got.double() != want.double()).flatten()
             if differ.any():
                 at = int(differ.int().argmax())
@@ -208,8 +214,8 @@ class Fixture:
         """Quantised integers: at least `share` equal, none more than `apart` apart (rounding ties ripple)."""
         got, want = _float64(got), _float64(want)
         self.compared += 1
-        if got.shape != want.shape:
-            return self.fail(f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
+        if self.other_shape(what, got, want):
+            return None
         same, worst = float((got == want).double().mean()), float((got - want).abs().max())
         if same < share or worst > apart:
             self.fail(
@@ -1253,18 +1259,20 @@ def check_loader(fx: Fixture) -> None:
         check_docpack(fx)
 
 
+def micro_batch_tokens(meta: dict) -> int:
+    return meta["global_tokens"] // (meta["world_size"] * meta["grad_accum_steps"])
+
+
+def stream_of_rank(kind: type, files: list[Path], meta: dict) -> tg.Stream:
+    shape = {key: meta[key] for key in ("world_size", "rank")}
+    return kind(files, tokens=micro_batch_tokens(meta), max_len=meta["train_seq_len"], **shape)
+
+
 def check_docpack(fx: Fixture) -> None:
     meta, want = fx.meta, fx.arrays
-    tokens = meta["global_tokens"] // (meta["world_size"] * meta["grad_accum_steps"])
     files = shard_files(fx, meta["files"].split()[0])
     fx.equal("tokens per shard", [len(tg.read_shard(f)) for f in files], meta["shard_tokens"])
-    stream = tg.DocPackStream(
-        files,
-        world_size=meta["world_size"],
-        rank=meta["rank"],
-        tokens=tokens,
-        max_len=meta["train_seq_len"],
-    )
+    stream = stream_of_rank(tg.DocPackStream, files, meta)
     for k in range(meta["batches"]):
         batch = stream.next()
         fx.equal(f"batch {k} inputs", batch.x, want["inputs"][k][None])
@@ -1279,13 +1287,11 @@ def check_coprime(fx: Fixture) -> None:
     """The coprime-stride stream; its seed hangs on the paths as given, so it is opened from the folder."""
     meta, want = fx.meta, fx.arrays
     jumps = {int(k.split()[-1]): n for k, n in meta["batches_built_jumps"].items()}
-    tokens = meta["global_tokens"] // (meta["world_size"] * meta["grad_accum_steps"])
+    ranks = range(meta["world_size"])
     with moved_to(fx.folder):
         files = sorted(Path().glob(meta["pattern"]))
-        shape = dict(world_size=meta["world_size"], tokens=tokens, max_len=meta["seq_len"])
-        streams = [
-            tg.CoprimeStream(files, rank=rank, **shape) for rank in range(meta["world_size"])
-        ]
+        stream = dict(meta, train_seq_len=meta["seq_len"])
+        streams = [stream_of_rank(tg.CoprimeStream, files, dict(stream, rank=r)) for r in ranks]
     fx.equal("tokens per shard", [len(x) for x in streams[0].shards], meta["shard_tokens"])
     for k in range(meta["batches"]):
         for rank, stream in enumerate(streams):
@@ -1324,15 +1330,8 @@ def check_chunks(fx: Fixture) -> None:
 
 def check_shuffled(fx: Fixture) -> None:
     meta, want = fx.meta, fx.arrays
-    tokens = meta["global_tokens"] // (meta["world_size"] * meta["grad_accum_steps"])
     files = shard_files(fx, re.sub(r"\d+\.bin$", "*.bin", meta["files_of_rank"][0]))
-    stream = tg.ShuffledStream(
-        files,
-        world_size=meta["world_size"],
-        rank=meta["rank"],
-        tokens=tokens,
-        max_len=meta["train_seq_len"],
-    )
+    stream = stream_of_rank(tg.ShuffledStream, files, meta)
     order = []
     for k in range(meta["batches"]):
         batch = stream.next()
