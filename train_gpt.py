@@ -7502,10 +7502,7 @@ def check_validation(s: Settings) -> str:
     """The whole validation set, and the split: canonical, or a manifest's own."""
     val, manifest = Validation(s), read_manifest(s)
     documents = int((val.tokens == BOS).sum())
-    expected = manifest_total(s, "val", "documents")
-    if expected not in (None, documents):
-        raise UserError(f"the validation shards of {s.shards} hold {documents:,} documents, "
-                        f"the manifest says {expected:,}: {AGAIN}")
+    check_documents(s, "val", documents, f"{s.shards}/fineweb_val_*.bin")
     canonical = not manifest or (manifest.get("split") or {}).get("rule") == "first"
     if canonical and documents != CANONICAL_VAL_DOCS:
         raise UserError(f"{s.shards} holds {documents:,} validation documents, the canonical "
@@ -7514,6 +7511,13 @@ def check_validation(s: Settings) -> str:
     check_byte_rule(s, val)
     return (f"{len(val.tokens) - 1:,} targets, {len(val.documents):,} documents, "
             f"{int(val.target_bytes.sum()):,} bytes by {val.rule}")
+
+
+def check_documents(s: Settings, kind: str, documents: int, where: str | Path) -> None:
+    """As many as the manifest says, where it does."""
+    expected = manifest_total(s, kind, "documents")
+    if expected not in (None, documents):
+        raise UserError(f"{where} has {documents:,} documents, the manifest says {expected:,}: {AGAIN}")
 
 
 def check_same_text(run: Run, val: Validation) -> None:
@@ -7616,10 +7620,7 @@ def check_overlap(s: Settings) -> None:
         raise UserError(f"{len(shared):,} validation documents are in the training shards of "
                         f"{s.shards} (first: {shared[0]}): {AGAIN}")
     for kind, values in hashes.items():
-        expected = manifest_total(s, kind, "documents")
-        if expected not in (None, len(values)):
-            raise UserError(f"{stored[kind]} has {len(values):,} documents, the manifest says "
-                            f"{expected:,}: {AGAIN}")
+        check_documents(s, kind, len(values), stored[kind])
 
 
 def shared_documents(s: Settings) -> list[str]:
