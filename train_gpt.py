@@ -7830,7 +7830,7 @@ class LineageSettings(Settings):
     ttt_optimizer: str = choice("normalised adam sgd", "the gradient over its RMS, AdamW, SGD")
     parallel_lanes: str = choice("mixed separate", "lanes write to both; or are blended last",
                                  group="model")
-    parallel_final_lane: str = choice("mean mlp attn", "the mixed lane that is read last")
+    parallel_final_lane: str = choice("mean mlp attn", "which mixed lane is read at the end")
     skip_gates_enabled: bool = knob(True, "gate the U-Net skips")
     skip_rows: str = choice("looped physical", "what skips halve: the looped order, or layers")
     skip_into_lanes: bool = knob(True, "later skips join lane 0; 0: they are lost")
@@ -7909,21 +7909,21 @@ class LineageSettings(Settings):
 
 def check_lineage(s: LineageSettings) -> None:
     """Refuse settings of older systems that do not go together."""
-    schedule(s.midrun_cap_schedule, 1.0, float)
     if s.rope_yarn and (s.rope_dims or s.head_dim) == 2:
-        raise UserError("ROPE_YARN=1 has no exponent for 2 rotated channels: raise ROPE_DIMS")
+        raise UserError("ROPE_YARN=1 has no exponent for 2 rotated channels: raise ROPE_DIMS or "
+                        "set ROPE_YARN=0")
     if s.bigram_vocab_size == 1:
         raise UserError("BIGRAM_VOCAB_SIZE=1 leaves no row for pairs: set 0, or more")
-    layers = set(s.value_layers)
-    fits = layers and max(layers) < s.num_layers and len(layers) == len(s.value_layers)
-    if s.ve_enabled and not fits:
+    layers = s.value_layers
+    if s.ve_enabled and not (layers and max(layers) < s.num_layers and len({*layers}) == len(layers)):
         raise UserError(f"VE_LAYERS={s.ve_layers} must be layers below NUM_LAYERS={s.num_layers}, "
                         "each once: as 9,10")
     if s.matrix_lr_early and not s.matrix_lr:
-        raise UserError(f"MATRIX_LR_EARLY={s.matrix_lr_early:g} needs a MATRIX_LR above 0: raise it")
+        raise UserError(f"MATRIX_LR_EARLY={s.matrix_lr_early:g} is relative to MATRIX_LR=0: raise that")
     if s.sparse_attn_gate_enabled + s.gated_attn_enabled + s.attn_out_gate_enabled > 1:
-        raise UserError("more than one attention gate is on: set all but one of "
-                        "SPARSE_ATTN_GATE_ENABLED, GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED to 0")
+        raise UserError("more than one attention gate is on: keep one of SPARSE_ATTN_GATE_ENABLED, "
+                        "GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED and set the others to 0")
+    schedule(s.midrun_cap_schedule, 1.0, float)
     orders = whole_numbers(s.corrector_orders.strip(","))
     if s.corrector_orders and not (orders and 0 < min(orders) <= max(orders) <= MOST_ORDER):
         raise UserError(f"CORRECTOR_ORDERS={s.corrector_orders} must be whole numbers from 1 to "
