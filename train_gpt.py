@@ -6953,8 +6953,8 @@ def earlier_in_group(keys: Array, learns: Array) -> tuple[Array, Array]:
 
 
 def repeated(keys: Array, items: Array) -> Array:
-    """Items whose key may come twice, which those of long contexts rarely do; sorted
-    by key, then in time."""
+    """Items whose key may come twice, sorted by it, then in time. Long contexts rarely
+    do."""
     bits = np.uint64(63 - len(items).bit_length())
     bucket = keys[items] << np.uint64(5) >> bits
     bucket = bucket.astype(np.int64)
@@ -7062,8 +7062,7 @@ class Hints:
     @classmethod
     def build(cls, s: Settings, world: World, val: Validation,
               adapting: bool) -> Hints | None:
-        """For the windows, or for adapting: counted by rank 0, in the order in which the
-        documents are scored."""
+        """For the windows, or for adapting: counted by rank 0 in the order of scoring."""
         if not s.ngram_tilt_enabled:
             return None
         order = np.arange(len(val.documents))
@@ -7413,8 +7412,9 @@ def probe_hints(s: Settings) -> tuple[Hints, bool]:
         documents.append(rows[:, hints.at >= begin])
     same = all(np.array_equal(rows, documents[0]) for rows in documents)
     at = [rows[0] + 5 * v for v, rows in enumerate(documents)]
+    at = np.concatenate(at).astype(np.int64)
     hint, confidence = np.split(np.concatenate(documents, axis=1)[1:], 2)
-    return Hints(np.concatenate(at).astype(np.int64), hint, confidence), same
+    return Hints(at, hint, confidence), same
 
 
 # --- checks: what is known before the first step
@@ -7422,7 +7422,7 @@ def probe_hints(s: Settings) -> tuple[Hints, bool]:
 def check_command(which: str) -> int:
     """--check: one line per finding; 1 when something is wrong."""
     if which not in ("", "settings", "data"):
-        raise UserError(f"--check {which} must be: --check, --check settings or --check data")
+        raise UserError(f"--check {which} is unknown: --check, --check settings or --check data")
     s = Settings.from_env(os.environ)
     launcher = {"WORLD_SIZE": str(max(1, torch.cuda.device_count())), "RANK": "0",
                 "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
@@ -7517,7 +7517,8 @@ def check_documents(s: Settings, kind: str, documents: int, where: str | Path) -
     """As many as the manifest says, where it does."""
     expected = manifest_total(s, kind, "documents")
     if expected not in (None, documents):
-        raise UserError(f"{where} has {documents:,} documents, the manifest says {expected:,}: {AGAIN}")
+        raise UserError(f"{where} has {documents:,} documents, the manifest says "
+                        f"{expected:,}: {AGAIN}")
 
 
 def check_same_text(run: Run, val: Validation) -> None:
@@ -7629,10 +7630,14 @@ def shared_documents(s: Settings) -> list[str]:
     known = set()
     for path in list_shards(s.shards, "val"):
         known.update(value for _, value in document_hashes(read_shard(path)))
-    shared, searched = [], list_shards(s.shards, "train")
-    for path in searched if s.data_check == "full" else searched[:1]:
-        hashes = document_hashes(read_shard(path))
-        shared += [f"{path.name} at token {at:,}" for at, value in hashes if value in known]
+    shared = []
+    searched = list_shards(s.shards, "train")
+    if s.data_check != "full":
+        del searched[1:]
+    for path in searched:
+        for at, value in document_hashes(read_shard(path)):
+            if value in known:
+                shared.append(f"{path.name} at token {at:,}")
     return shared
 
 
@@ -7650,7 +7655,7 @@ def check_temporary_folder() -> None:
     try:
         tempfile.gettempdir()
     except FileNotFoundError as error:
-        raise UserError("no temporary folder can be written: set TMPDIR to one that can") from error
+        raise UserError("no temporary folder can be written: set TMPDIR to one") from error
 
 
 def check_folder(folder: Path) -> str:
@@ -7691,7 +7696,7 @@ def check_disk(folder: Path, need: int, ballast: bool = False) -> str:
     except OSError as error:
         free = shutil.disk_usage(folder).free if folder.is_dir() else 0
         raise UserError(f"ARTIFACT_DIR={folder} cannot take {need:,} bytes ({error.strerror}; "
-                        f"{free:,} free): free space or set ARTIFACT_DIR to another disk") from error
+                        f"{free:,} free): free space or set it to another disk") from error
     finally:
         if not kept:
             with contextlib.suppress(OSError):
@@ -7741,16 +7746,19 @@ def check_device(s: Settings, world: World) -> str:
                         "install a torch build for this driver, or set CUDA_VISIBLE_DEVICES= "
                         "to use the CPU")
     slow = slow_batch(s)
-    return f"{text}; WARNING: {slow}" if slow and not s.eval_only_quantized_path else text
+    if slow and not s.eval_only_quantized_path:
+        text += f"; WARNING: {slow}"
+    return text
 
 
 def listed_gpus() -> int:
     """GPUs that the driver knows of; 0 without a driver."""
     try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True,
+                                 timeout=20).stdout
     except (OSError, subprocess.SubprocessError):
         return 0
-    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+    return sum(line.startswith("GPU ") for line in listing.splitlines())
 
 
 # --- the rehearsal: what follows training, before the first step
