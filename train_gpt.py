@@ -6930,6 +6930,8 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
 # 13  Counts of earlier text: the score leans towards what followed the same context before
 # ============================================================================================================
 
+# --- n-gram tilt: the score leans towards what followed the same context earlier
+
 ODD = np.uint64(0x9E3779B97F4A7C15)     # products with it spread over the upper bits
 COUNT_IN_PARTS = 1 << 20                # from so many items on: threads share the work
 Array = np.ndarray
@@ -7896,13 +7898,13 @@ class LineageSettings(Settings):
         return tuple(whole_numbers(self.ve_layers))
 
     def beyond_the_system(self) -> list[str]:
-        names = []
+        beyond = []
         for name, value in self.changed().items():
             common = COMMON_SETTINGS.get(name)
             choices = common.metadata["choices"] if common else ()
             if not common or (choices and value not in choices):
-                names.append(name)
-        return names
+                beyond.append(name)
+        return beyond
 
     def to_be_stored(self, values: Mapping) -> dict:
         """Settings of older systems only where they are on."""
