@@ -32,7 +32,6 @@ import json
 import lzma
 import math
 import os
-import pickletools
 import platform
 import random
 import re
@@ -49,8 +48,6 @@ import threading
 import time
 import traceback
 import uuid
-import warnings
-import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -3221,8 +3218,7 @@ def phase_steps(s: Settings, tokens: int) -> int:
 # ============================================================================================================
 
 def set_up(s: Settings, world: World) -> str:
-    """Seeds, arithmetic, attention backend: once per process. Returns why this
-    backend."""
+    """Seeds, arithmetic and attention of this process. Returns why this attention."""
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high" if world.device.type == "cuda" else "highest")
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -3233,13 +3229,13 @@ def set_up(s: Settings, world: World) -> str:
     ATTENTION, why = resolve_attention(s.attn_backend, world.device)
     names = world.gather(ATTENTION)
     if len(set(names)) > 1:
-        raise UserError(f"the ranks would use different attention kernels {names}; this one: {why}. Set "
-                        "ATTN_BACKEND to one that runs everywhere")
+        raise UserError(f"the ranks would use different attention kernels {names}; this one: {why}. "
+                        "Set ATTN_BACKEND to one that runs everywhere")
     return why
 
 
 def pick_dtype(choice: str, device: torch.device, default: torch.dtype | None = None) -> torch.dtype:
-    """The dtype a setting names; auto: `default`, else bfloat16 on a GPU and float32
+    """The dtype a setting names. auto: `default`, else bfloat16 on a GPU and float32
     on a CPU."""
     if choice == "auto":
         return default or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -3251,8 +3247,8 @@ def compiles(s: Settings, device: torch.device) -> bool:
     be traced."""
     plain = ATTENTION == "plain" or pick_dtype(s.compute_dtype, device) == torch.float32
     if s.compile == "1" and plain:
-        raise UserError("COMPILE=1 cannot trace plain attention (ATTN_BACKEND=plain, a CPU, or COMPUTE_DTYPE="
-                        "float32): set COMPILE=auto")
+        raise UserError("COMPILE=1 cannot trace plain attention (ATTN_BACKEND=plain, a CPU, or "
+                        "COMPUTE_DTYPE=float32): set COMPILE=auto")
     return s.compile != "0" and device.type == "cuda" and not plain
 
 
@@ -3268,13 +3264,15 @@ def build_model(s: Settings, world: World) -> GPT:
     return model
 
 
+# --- reading settings
+
 def is_free_text(f) -> bool:
     """Whether an empty value means something: not for numbers, flags and choices."""
     return type(f.default) is str and not f.metadata["choices"]
 
 
 def is_number(text: str) -> bool:
-    """True when float() reads it as a finite number."""
+    """Whether float() reads a finite number."""
     try:
         return math.isfinite(float(text))
     except ValueError:
@@ -3282,39 +3280,39 @@ def is_number(text: str) -> bool:
 
 
 def whole_number(text: str) -> int | None:
-    """The whole number that the text writes, exactly; 1e3 is one too. None when it
-    writes none."""
-    if re.fullmatch(r" *[+-]?[0-9][0-9_]{0,29} *", text):
-        return int(text.replace("_", ""))
+    """The whole number that the text writes, to the last digit; 1e3 is one too. None:
+    it writes none."""
     if len(text) > 40 or not is_number(text):
         return None
-    value = decimal.Decimal(text.strip().replace("_", ""))
+    value = decimal.Decimal(text)
     return int(value) if value == value.to_integral_value() else None
 
 
 def whole_numbers(text: str) -> list[int]:
-    """The numbers of "9,10": 0 to a thousand million, at most 64; none when the text
-    is anything else."""
+    """The numbers of "9,10": at most 64, of at most nine digits. None of them when
+    the text is anything else."""
     parts = text.replace(" ", "").split(",")
     good = len(parts) <= 64 and all(re.fullmatch("[0-9]{1,9}", part) for part in parts)
     return [int(part) for part in parts] if good else []
 
 
 def parse_setting(f, text: str):
-    """The typed value of one setting; UserError with value, bound and remedy when it
-    is not one."""
-    name, meta, kind = f.name.upper(), f.metadata, type(f.default)
-    choices = ("0", "1") if kind is bool else meta["choices"]
+    """The typed value of one setting; UserError when the text is none."""
+    name, kind = f.name.upper(), type(f.default)
+    lo, hi = f.metadata["lo"], f.metadata["hi"]
+    choices = ("0", "1") if kind is bool else f.metadata["choices"]
     if choices and text not in choices:
         raise UserError(f"{name}={text} must be {' or '.join(choices)}")
     if kind is bool:
         return text == "1"
     if kind is str:
-        return parse_text(name, text, meta["hi"])
-    value = whole_number(text) if kind is int else float(text) if is_number(text) else None
+        return parse_text(name, text, hi)
+    if kind is int:
+        value, what = whole_number(text), "a whole number"
+    else:
+        value, what = float(text) if is_number(text) else None, "a number"
     if value is None:
-        raise UserError(f"{name}={text} must be {'a whole number' if kind is int else 'a number'}")
-    lo, hi = meta["lo"], meta["hi"]
+        raise UserError(f"{name}={text} must be {what}")
     if not lo <= value <= hi:
         raise UserError(f"{name}={text} is out of range: it must be at least {lo} and at most {hi}")
     return value
@@ -3323,19 +3321,19 @@ def parse_setting(f, text: str):
 def parse_text(name: str, text: str, most: int) -> str:
     """A setting that is text, a path with ~ expanded; UserError for what no file or
     log line can be named."""
-    bad = ""
+    rule = ""
     if len(text) > most or not text.isprintable():
-        bad = f"be at most {most:,} printable characters"
+        rule = f"be at most {most:,} printable characters"
     elif name == "RUN_ID" and (len(text) > 100 or text[:1] == "." or set(text) & set("/\\")):
-        bad = "be the name of a folder: at most 100 characters, no slash and no dot in front"
+        rule = "be the name of a folder: at most 100 characters, no slash and no dot in front"
     elif name.endswith(("_PATH", "_DIR")):
         text = os.path.expanduser(text)
         if text[:1] == "~":
-            bad = "begin with another folder: there is no such user; a folder of that name is ./~"
+            rule = "begin with another folder: there is no such user; a folder of that name is ./~"
         elif any(len(os.fsencode(part)) > 255 for part in text.split("/")):
-            bad = "have names of at most 255 bytes in it: choose a shorter one"
-    if bad:
-        raise UserError(f"{name}={text[:80]} must {bad}")
+            rule = "have names of at most 255 bytes in it: choose a shorter one"
+    if rule:
+        raise UserError(f"{name}={text[:80]} must {rule}")
     return text
 
 
@@ -3345,6 +3343,7 @@ MOST_WEIGHTS = 2 ** 31        # of a model
 
 BY_HAND = {"AWQ_LITE_ENABLED": "0"}     # what changes steps that are set by hand -> its idle value
 LEFT_OUT = "left out: no published system gained by it"
+CUT_OFF = "older systems need more, which a lean script leaves out: run the whole one"
 # Names of the field's commands that set nothing here: (the one value they may have, None: any; why).
 NO_SETTINGS = {name: (only, why) for only, why, names in (
     (None, "lossless all of them: our own coder takes their place", "COMPRESSOR"),
@@ -3362,11 +3361,13 @@ NO_SETTINGS = {name: (only, why) for only, why, names in (
      "MUON_HUBER_WD OPTROT_ENABLED QAT_ENABLED SLOT_ENABLED TRIGRAM TTT_DOC_LIMIT "
      "TTT_GRAD_STEPS_CLEAN TTT_LORA_EMA_DECAY TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED "
      "VALUE_RESIDUAL"),
-    (1, LEFT_OUT, "WD_TAPER_FINAL_MULT"), ("sgd", LEFT_OUT, "GLOBAL_TTT_OPTIMIZER"),
+    (1, LEFT_OUT, "WD_TAPER_FINAL_MULT"),
+    ("sgd", LEFT_OUT, "GLOBAL_TTT_OPTIMIZER"),
     (0, "set EVAL_ONLY_QUANTIZED_PATH to the artifact instead", "TTT_EVAL_ONLY"),
     (0, "set WARMDOWN_FRAC to its share of the steps you expect", "WARMDOWN_ITERS"),
     (1, "built in", "GPTQ_ENABLED USE_GPTQ SDCLIP_ENABLED TTT_UPDATE_EVERY"),
-    (0, "built in", "SPARSE_ATTN_GATE_INIT_STD"), (0.01, "built in", "GATED_ATTN_INIT_STD"),
+    (0, "built in", "SPARSE_ATTN_GATE_INIT_STD"),
+    (0.01, "built in", "GATED_ATTN_INIT_STD"),
     (512, "embeddings are as wide as the model", "EMBEDDING_DIM"),
 ) for name in names.split()}
 ALIASES = {   # old name -> the settings it stands for
@@ -3381,25 +3382,26 @@ ALIASES = {   # old name -> the settings it stands for
 TTT_MASKS = {"all": "11", "baseline_all": "11", "no_q": "01", "no_v": "10", "no_qv": "00"}   # adapt Q, V
 
 
-CUT_OFF = "older systems need more, which a lean script leaves out: run the whole one"
-
-
 def translate(old: str, value: str) -> Sequence[str]:
     """The values of the settings that an old name stands for."""
+    form = "a whole number"
     try:
         if old == "RECUR_LAYERS":      # they run once more after the last of them
+            form = "consecutive layers, as 3,4,5"
             layers = whole_numbers(value)
-            if all(b == a + 1 for a, b in zip(layers, layers[1:])):
-                return str(layers[0]), str(layers[-1]), "1"
-            raise ValueError
+            if layers != list(range(layers[0], layers[0] + len(layers))):
+                raise ValueError
+            return str(layers[0]), str(layers[-1]), "1"
+        if old == "TTT_MASK":
+            form = f"one of {', '.join(TTT_MASKS)}"
+            return TTT_MASKS[value]
         if old == "QUANT_CLIP_RANGE":
             return str(int(math.log2(int(value))) + 2),
         if old == "GPTQ_RESERVE_MS":
             return str(float(value) / 1e3),
-        return TTT_MASKS[value] if old == "TTT_MASK" else [value] * 3
+        return [value] * 3
     except (LookupError, ValueError) as error:
-        forms = {"RECUR_LAYERS": "consecutive layers, as 3,4,5", "TTT_MASK": f"one of {', '.join(TTT_MASKS)}"}
-        raise UserError(f"{old}={value} must be {forms.get(old, 'a whole number')}") from error
+        raise UserError(f"{old}={value} must be {form}") from error
 
 
 # First words of settings that other programs' variables begin with as well.
@@ -3430,20 +3432,18 @@ def our_words() -> set[str]:
 
 
 def looks_like_ours(name: str, known: Mapping) -> str | None:
-    """The nearest known setting when `name` must have been meant for this script,
-    else None. It is nearly a setting's, or made of our words alone and ends in none
-    of a platform's."""
-    if name in OTHER_NAMES:
-        return None
+    """The nearest known setting when `name` must have been meant for this script: it
+    is nearly a setting's, or made of our words alone and ends in none of a platform's.
+    Else None."""
     words = name.lower().split("_")
-    if {"port", "service"} & set(words[1:]):      # of a scheduler's services
+    if name in OTHER_NAMES or {"port", "service"} & set(words[1:]):      # or of a scheduler's services
         return None
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.86 if len(name) > 4 else 1.0)
     if words[-1] in PLATFORM_WORDS:
         return close[0] if close and words[-1] in close[0].lower().split("_")[-1] else None
     if not close and len(words) > 1 and name.isupper():
-        ours = {word for other in (*known, *NO_SETTINGS) for word in other.lower().split("_")}
-        if words[0] in our_words() or ours.issuperset(words):
+        vocabulary = set("_".join([*known, *NO_SETTINGS]).lower().split("_"))
+        if words[0] in our_words() or vocabulary.issuperset(words):
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return close[0] if close else None
 
@@ -3453,10 +3453,10 @@ def stray_names(env: Mapping[str, str]) -> dict[str, str]:
     call them, and what to say of each; twenty at most. from_env refuses those that
     must have been meant."""
     known = {f.name.upper() for f in fields(Settings)}
-    begins = our_words() | COMMON_WORDS
+    first_words = our_words() | COMMON_WORDS
     strays = {}
     for name in sorted(set(env) - known - {*NO_SETTINGS, *ALIASES}):
-        like_ours = "_" in name and name.isupper() and name.split("_")[0].lower() in begins
+        like_ours = "_" in name and name.isupper() and name.split("_")[0].lower() in first_words
         if name in OTHER_NAMES:
             strays[name] = f"not read; here it is {OTHER_NAMES[name]}"
         elif like_ours or difflib.get_close_matches(name, known, cutoff=0.84):
@@ -3484,6 +3484,8 @@ def print_help() -> None:
             print(f"  {name:34} {'no effect' if only is None else f'only {only}'}: {why}")
 
 
+# --- the ranks
+
 class Ranks(NamedTuple):
     """What the launcher tells a process: its number, how many there are, and both on
     this machine."""
@@ -3493,40 +3495,32 @@ class Ranks(NamedTuple):
     local_size: int
 
 
+LAUNCH = ("start by torchrun, or without them: env -u RANK -u WORLD_SIZE -u LOCAL_RANK "
+          "-u LOCAL_WORLD_SIZE python train_gpt.py")
+
+
+def launcher_number(env: Mapping[str, str], name: str, default: int, lo: int, hi: int) -> int:
+    """A number that the launcher sets; UserError unless it lies in lo … hi."""
+    text = env.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", text) or not lo <= int(text) <= hi:
+        raise UserError(f"{name}={text[:40]} must be a whole number from {lo} to {hi}: {LAUNCH}")
+    return int(text)
+
+
 def launcher_ranks(env: Mapping[str, str]) -> Ranks:
     """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process without them.
     UserError when they do not fit together, or the other ranks could not be found."""
-    remedy = ("start by torchrun, or without them: env -u RANK -u WORLD_SIZE -u LOCAL_RANK "
-              "-u LOCAL_WORLD_SIZE python train_gpt.py")
-
-    def read(name: str, otherwise: int, lo: int, hi: int) -> int:
-        text = env.get(name, str(otherwise))
-        if not re.fullmatch("[0-9]{1,9}", text) or not lo <= int(text) <= hi:
-            among = "" if name == "WORLD_SIZE" else f" for WORLD_SIZE={env.get('WORLD_SIZE', 1)}"
-            raise UserError(f"{name}={text[:40]} must be a whole number from {lo} to {hi}{among}: "
-                            f"{remedy}")
-        return int(text)
-
-    size = read("WORLD_SIZE", 1, 1, 65536)
-    local_size = read("LOCAL_WORLD_SIZE", 1, 1, size)
-    rank = read("RANK", 0, 0, size - 1)
-    here = local_size if "LOCAL_WORLD_SIZE" in env else size
-    local = read("LOCAL_RANK", 0, 0, here - 1)
+    size = launcher_number(env, "WORLD_SIZE", 1, 1, 65536)
+    local_size = launcher_number(env, "LOCAL_WORLD_SIZE", 1, 1, size)
+    most_local = local_size if "LOCAL_WORLD_SIZE" in env else size
+    rank = launcher_number(env, "RANK", 0, 0, size - 1)
+    local = launcher_number(env, "LOCAL_RANK", 0, 0, most_local - 1)
     if size > 1:
         if "RANK" not in env or not env.get("MASTER_ADDR", "").strip():
             raise UserError(f"WORLD_SIZE={size} needs RANK and MASTER_ADDR, by which ranks find "
-                            f"each other: {remedy}")
-        read("MASTER_PORT", 0, 1, 65535)
+                            f"each other: {LAUNCH}")
+        launcher_number(env, "MASTER_PORT", 0, 1, 65535)
     return Ranks(rank, size, local, local_size)
-
-
-def find_master(env: Mapping[str, str]) -> None:
-    """UserError unless MASTER_ADDR is the name or number of a machine."""
-    try:
-        socket.getaddrinfo(env["MASTER_ADDR"], int(env["MASTER_PORT"]))
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"MASTER_ADDR={env['MASTER_ADDR'][:80]} is no machine's name "
-                        f"({in_a_line(error):.80}): set it to rank 0's") from error
 
 
 # First word of what a rank does -> seconds without progress of any rank, and seconds of
@@ -3561,7 +3555,7 @@ class Pulse:
         self.beats += 1
 
     def limits(self) -> tuple[float, float]:
-        """PATIENCE now: the usual before the first step, then at least ten of the
+        """PATIENCE now: at least the usual before the first step, then ten of the
         longest."""
         word = self.doing.split()[0]
         progress, wait = PATIENCE.get(word, USUAL_PATIENCE)
@@ -3569,7 +3563,7 @@ class Pulse:
         return max(progress, least), max(wait, 1.2 * least)
 
 
-@dataclass(frozen=True)
+@dataclass
 class World:
     """The ranks of this run; one rank is the same code. Collectives are no-ops when
     size is 1."""
@@ -3577,32 +3571,32 @@ class World:
     size: int = 1
     device: torch.device = torch.device("cpu")
     pulse: Pulse = field(default_factory=Pulse, compare=False, repr=False)
-    threads: list[Heartbeat] = field(default_factory=list, compare=False, repr=False)
+    heartbeat: Heartbeat | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def join(cls, env: Mapping[str, str]) -> World:
         """Join the launcher's process group: NCCL (and gloo for host values) on GPUs,
         gloo on a CPU."""
         rank, size, local, _ = launcher_ranks(env)
-        device = torch.device("cpu")
+        world = cls(rank, size)
         if gpus := torch.cuda.device_count():
             if local >= gpus:
                 raise UserError(f"LOCAL_RANK={local} but there are {gpus} GPUs here: lower --nproc_per_node")
-            device = torch.device("cuda", local)
-            torch.cuda.set_device(device)
-        if size > 1:
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            find_master(env)
-            try:
-                dist.init_process_group(backend, timeout=timedelta(seconds=USUAL_PATIENCE[1]))
-            except (RuntimeError, ValueError) as error:
-                raise UserError(f"the ranks cannot meet at MASTER_ADDR={env['MASTER_ADDR']}, MASTER_PORT="
-                                f"{env['MASTER_PORT']} ({in_a_line(error):.120}): free the port, or start by "
-                                "torchrun") from error
-        world = cls(rank, size, device)
-        if size > 1:
-            world.threads.append(Heartbeat(world, env))
-            world.threads[0].start()
+            world.device = torch.device("cuda", local)
+            torch.cuda.set_device(world.device)
+        if size == 1:
+            return world
+        address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+        try:
+            socket.getaddrinfo(address, port)      # torch would look for the machine for minutes
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo",
+                                    timeout=timedelta(seconds=USUAL_PATIENCE[1]))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"the ranks cannot meet at MASTER_ADDR={address[:80]}, MASTER_PORT={port} "
+                            f"({in_a_line(error):.120}): set them to rank 0's machine and a free port, or "
+                            "start by torchrun") from error
+        world.heartbeat = Heartbeat(world, env)
+        world.heartbeat.start()
         return world
 
     def beat(self, doing: str) -> None:
@@ -3638,15 +3632,10 @@ class World:
         return x
 
     def agree(self, value):
-        """Rank 0's value on every rank (through host memory, so the GPU queue is not
-        drained)."""
+        """Rank 0's value on every rank, through host memory: the GPU's queue is not
+        drained."""
         if self.size == 1:
             return value
-        if type(value) is float:      # a clock
-            box = torch.tensor(value, dtype=torch.float64)
-            with self.waiting():
-                dist.broadcast(box, 0)
-            return box.item()
         box = [value]
         with self.waiting():
             dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
@@ -3659,11 +3648,11 @@ class World:
         if self.size == 1:
             return elapsed, stop, bad_step
         never = -math.inf
-        mine = [elapsed if self.main else never, stop, -bad_step or never]
-        box = torch.tensor(mine, dtype=torch.float64)
+        ours = [elapsed if self.main else never, stop, -bad_step or never]
+        largest = torch.tensor(ours, dtype=torch.float64)
         with self.waiting():
-            dist.all_reduce(box, op=dist.ReduceOp.MAX)
-        elapsed, stop, bad = box.tolist()
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        elapsed, stop, bad = largest.tolist()
         return elapsed, int(stop), 0 if bad == never else int(-bad)
 
     def gather(self, value) -> list:
@@ -3676,12 +3665,12 @@ class World:
         return box
 
     def barrier(self) -> None:
-        self.agree(0.0)
+        self.agree(None)
 
     def leave(self) -> None:
         """This rank is done: the others need not watch it any more."""
-        for thread in self.threads:
-            thread.leave()
+        if self.heartbeat is not None:
+            self.heartbeat.leave()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -3702,10 +3691,10 @@ def process_state(pid: int) -> tuple[str, str]:
 
 
 class Heartbeat(threading.Thread):
-    """Tells the other ranks, over the rendezvous store, that this process lives and
-    what it does; ends the job when one of them falls silent or nothing goes on. Under
-    torchrun its agent keeps the store, so that any rank may hang. tell(line) says
-    why, on one rank."""
+    """Gives the other ranks, over the rendezvous store, signs that this process lives,
+    and what it does; ends the job when one of them falls silent or nothing goes on.
+    Under torchrun its agent keeps the store, so that any rank may hang. tell(line)
+    says why, on one rank."""
 
     def __init__(self, world: World, env: Mapping[str, str]):
         super().__init__(name="heartbeat", daemon=True)
@@ -3713,7 +3702,7 @@ class Heartbeat(threading.Thread):
                               timeout=timedelta(seconds=10), wait_for_workers=False)
         attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"heartbeat{attempt}", store)
-        self.world, self.over, self.ticks = world, threading.Event(), 0
+        self.world, self.over = world, threading.Event()
         self.tell: Callable[[str], None] = lambda line: tell(f"error: {line}")
         self.signs: dict[int, dict] = {}      # the latest of every rank
         self.heard: dict[int, float] = {}     # when it came
@@ -3731,7 +3720,8 @@ class Heartbeat(threading.Thread):
     def turn(self, now: float) -> list[int]:
         """One look at the others; the ranks that hold up the job."""
         if now - self.last > 5 * TICK:      # it slept, perhaps with all others: count from now
-            self.moved, self.heard = now, dict.fromkeys(self.heard, now)
+            self.moved = now
+            self.heard = dict.fromkeys(self.heard, now)
         self.last = now
         self.exchange(now)
         return self.stuck(now)
@@ -3745,12 +3735,10 @@ class Heartbeat(threading.Thread):
     def exchange(self, now: float) -> None:
         """Give this rank's sign of life, and read those of all."""
         pulse, pid = self.world.pulse, os.getpid()
-        self.ticks += 1
-        mine = {
-            "host": platform.node(), "pid": pid, "begun": process_state(pid)[1],
-            "tick": self.ticks, "doing": pulse.doing, "beats": pulse.beats,
-            "waiting": pulse.waiting, "limit": pulse.limits()[0]}
-        self.store.set(str(self.world.rank), json.dumps(mine))
+        sign = {"host": platform.node(), "pid": pid, "begun": process_state(pid)[1], "at": now,
+                "doing": pulse.doing, "beats": pulse.beats, "waiting": pulse.waiting,
+                "limit": pulse.limits()[0]}
+        self.store.set(str(self.world.rank), json.dumps(sign))
         keys = [str(rank) for rank in range(self.world.size)]
         if not self.store.check(keys):
             return
@@ -3762,7 +3750,7 @@ class Heartbeat(threading.Thread):
                 self.moved = now
             self.signs[rank] = sign
 
-    def here(self, rank: int) -> str:
+    def state_here(self, rank: int) -> str:
         """State letter of a rank's process if it runs on this machine, else nothing."""
         sign = self.signs[rank]
         state, begun = process_state(sign["pid"])
@@ -3771,45 +3759,41 @@ class Heartbeat(threading.Thread):
     def stuck(self, now: float) -> list[int]:
         """The ranks that hold up the job: silent ones, or when nobody makes progress
         those that wait for no other and are the least far."""
-        at_work = [rank for rank, sign in self.signs.items() if "left" not in sign]
-        silent = []
-        for rank in at_work:
-            quiet, state = now - self.heard[rank], self.here(rank)
-            patience = {"T": STOPPED, "t": STOPPED, "": SILENT}.get(state, math.inf)
-            if quiet > patience:
-                silent.append(rank)
-        limit = max([self.signs[rank]["limit"] for rank in at_work], default=math.inf)
+        at_work = {rank: sign for rank, sign in self.signs.items() if "left" not in sign}
+        patience = {"T": STOPPED, "t": STOPPED, "": SILENT}
+        silent = [rank for rank in at_work
+                  if now - self.heard[rank] > patience.get(self.state_here(rank), math.inf)]
+        limit = max([sign["limit"] for sign in at_work.values()], default=math.inf)
         if silent or now - self.moved <= limit:
             return silent
-        busy = [rank for rank in at_work if not self.signs[rank]["waiting"]] or at_work
-        least = min(self.signs[rank]["beats"] for rank in busy)
-        return [rank for rank in busy if self.signs[rank]["beats"] == least]
+        busy = [rank for rank, sign in at_work.items() if not sign["waiting"]] or list(at_work)
+        least = min(at_work[rank]["beats"] for rank in busy)
+        return [rank for rank in busy if at_work[rank]["beats"] == least]
 
     def describe(self, stuck: Sequence[int]) -> str:
         """Who made no progress since when, in one line."""
         if len(stuck) == self.world.size:
             return f"no rank has made progress since {self.signs[0]['doing']}"
-        said = "rank {} ({host}, pid {pid}) has made no progress since {doing}"
-        return "; ".join(said.format(rank, **self.signs[rank]) for rank in stuck)
+        text = "rank {} ({host}, pid {pid}) has made no progress since {doing}"
+        return "; ".join(text.format(rank, **self.signs[rank]) for rank in stuck)
 
     def end_job(self, stuck: Sequence[int]) -> None:
         """Say it, on one rank; end what is stopped, then this process: when the
         others have seen it too, and later than those that are to blame, so that the
         launcher names them."""
         self.world.pulse.ending = True
-        well = sorted(set(range(self.world.size)) - set(stuck)) or [0]
-        if self.world.rank == well[0]:
+        rank, healthy = self.world.rank, set(range(self.world.size)) - set(stuck)
+        if rank == min(healthy, default=0):
             self.tell(self.describe(stuck))
             self.kill_stopped(stuck)
-        time.sleep((2 if self.world.rank in stuck else 3) * TICK)
+        time.sleep((2 if rank in stuck else 3) * TICK)
         self.kill_stopped(stuck)
         os._exit(1)
 
     def kill_stopped(self, stuck: Sequence[int]) -> None:
-        """SIGKILL to those of these ranks whose processes, on this machine, are
-        stopped."""
+        """SIGKILL to those of these ranks that are stopped, on this machine."""
         for rank in stuck:
-            if self.here(rank) in ("T", "t"):
+            if self.state_here(rank) in ("T", "t"):
                 with contextlib.suppress(OSError):
                     os.kill(self.signs[rank]["pid"], signal.SIGKILL)
 
@@ -3825,16 +3809,17 @@ def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
     return share
 
 
+# --- signals and clocks
+
 class Signals:
     """What SIGINT (Ctrl-C) and SIGTERM do: the first ends training after the step
-    under way, and anything else at once by Interrupted; a second, a second or more
-    later, ends the process at once (one request often arrives twice: torchrun passes
-    on what it gets).
+    under way, anything else at once by Interrupted; a second, at least a second later
+    (torchrun passes on what it gets: one request often arrives twice), ends the
+    process at once.
 
-    SIGHUP, of a terminal that is gone, is ignored. torchrun takes it for an order to
-    end, passes it on and kills the ranks 30 s later, so there it counts as SIGTERM.
-    To train on under torchrun, start it by nohup with
-    TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT."""
+    SIGHUP, of a terminal that is gone, is ignored. Under torchrun, which then kills
+    its ranks 30 s later, it counts as SIGTERM; to train on there, start it by nohup
+    with TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT."""
 
     def __init__(self):
         self.number, self.when, self.waits = 0, 0.0, False
@@ -3845,14 +3830,13 @@ class Signals:
             return
         signal.signal(signal.SIGINT, self.receive)
         signal.signal(signal.SIGTERM, self.receive)
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             launched = "TORCHELASTIC_RUN_ID" in os.environ
             signal.signal(signal.SIGHUP, self.receive if launched else signal.SIG_IGN)
 
     def receive(self, number: int, frame) -> None:
         """The handler of a signal, between two instructions of the main thread."""
-        if number not in (signal.SIGINT, signal.SIGTERM):
-            number = signal.SIGTERM
+        number = signal.SIGTERM if number == signal.SIGHUP else number
         if self.number:
             if time.monotonic() - self.when > 1:
                 os._exit(128 + number)
@@ -3864,9 +3848,9 @@ class Signals:
     def error(self, what: str, number: int = 0) -> Interrupted:
         """The exception that ends the run, for the signal received here or on another
         rank."""
+        if not self.number:      # what comes from now on is the second
+            self.number, self.when = number, time.monotonic()
         number = number or self.number
-        if not self.number:
-            self.number, self.when = number, time.monotonic()     # what comes now is the second
         return Interrupted(f"{what} by {signal.Signals(number).name}", number)
 
     @contextlib.contextmanager
@@ -3910,68 +3894,111 @@ def sync(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def write_atomic(path: Path, data: bytes, amend: Callable[[], bytes] | None = None) -> None:
-    """Write a file completely or not at all: temporary name in the same folder,
-    flushed, then renamed. amend(): called before the renaming; what it returns takes
-    the data's place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+# --- files
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file completely or not at all: under a temporary name in the same
+    folder, flushed, then renamed."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-            if amend is not None and (amended := amend()) != data:
-                f.seek(0)
-                f.truncate()
-                f.write(amended)
-                f.flush()
-                os.fsync(f.fileno())
-        os.chmod(temp, 0o644)
-        os.replace(temp, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; free space or set ARTIFACT_DIR") from error
     finally:
-        Path(temp).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def file_size(path: Path, most: int, what: str) -> int:
     """Bytes of a regular file of at most `most`, known before it is opened: a pipe
     would wait for ever, a device never end. what: what it should be, for messages.
     UserError for anything else."""
+    fault, size = "", 0
     try:
-        found = os.stat(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; it should be {what}") from error
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{path} is no regular file; it should be {what}")
-    if found.st_size > most:
-        raise UserError(f"{path} has {found.st_size:,} bytes, at most {most:,} are read; it should "
-                        f"be {what}")
-    return found.st_size
+        status = os.stat(path)
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            fault = "is no regular file"
+        elif size > most:
+            fault = f"has {size:,} bytes, at most {most:,} are read"
+    except (OSError, ValueError) as error:
+        fault = f"cannot be read: {getattr(error, 'strerror', error)}"
+    if fault:
+        raise UserError(f"{path} {fault}; it should be {what}")
+    return size
 
 
 def read_bounded(path: Path, most: int, what: str) -> bytes:
     """All bytes of a file that file_size() takes."""
     file_size(path, most, what)
     try:
-        with open(path, "rb") as f:
-            return f.read(most)
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; it should be {what}") from error
 
 
-def read_json(path: Path, what: str, most: int = 1 << 26) -> dict:
+def read_json(path: Path, what: str) -> dict:
     """The object in a JSON file; UserError when it holds anything else."""
     try:
-        found = json.loads(read_bounded(path, most, what))
+        value = json.loads(read_bounded(path, 1 << 26, what))
     except (ValueError, RecursionError) as error:
         why = str(error) or type(error).__name__
         raise UserError(f"{path} is damaged ({why}); it should be {what}") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object; it should be {what}")
-    return found
+    return value
 
+
+def finite_only(value):
+    """The value with None in place of every float that JSON cannot say."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {k: finite_only(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_only(v) for v in value]
+    return value
+
+
+def to_json(value, **options) -> str:
+    """Valid JSON of anything: no NaN, and what it does not know as text."""
+    return json.dumps(finite_only(value), default=str, **options)
+
+
+def in_a_line(error: BaseException) -> str:
+    """Type and text of an exception, on one line of bounded length."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def plain(value, most: int) -> str:
+    """A value as one line of at most `most` characters of printable ASCII."""
+    text = re.sub("[^ -~]", "?", f"{value!s:.{most + 1}}")
+    return text if len(text) <= most else text[:most - 3] + "..."
+
+
+def human(value) -> str:
+    """A value as the log shows it: floats short, single words bare, the rest as JSON."""
+    if isinstance(value, float) and 0 < abs(value) < 1e-3:
+        return f"{value:.6g}"
+    if isinstance(value, float):
+        return f"{value:.6f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:.1f}"
+    if isinstance(value, str) and " " not in value and (value.isprintable() or not value):
+        return value
+    return to_json(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def tell(line: str) -> None:
+    """A line on stderr if that works."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
+# --- the run's folder and its log
 
 SUMMARY_KEYS = ("val_bpb val_loss sliding_val_bpb quantized_val_bpb prequant_val_bpb artifact_bytes "
                 "code_bytes total_bytes steps step_ms train_seconds eval_seconds tokens_scored "
@@ -3981,8 +4008,8 @@ TRAINING_KEYS = ("steps step_ms train_seconds stopped seed world_size device tor
                  "code_sha256 untrained_val_bpb prequant_val_bpb data_fingerprint val_fingerprint "
                  "training_not_compliant_because artifact_digest quantising_runs "
                  "evaluation_runs").split()
-# Files of writes that were killed.
-LEFTOVER = re.compile(r"\.(.+\.(pt|ptz|json)\.\w{8}|space\.\d+|ballast|average\.previous)")
+LEFTOVER = re.compile(r"\.(.+\.(pt|ptz|json)(\.\w{8})+|space\.\d+|ballast)")     # of writes that were killed
+AVERAGE = Path("checkpoint") / "average.pt"     # in the run's folder
 
 
 def of_training(summary: Mapping, path: Path) -> dict:
@@ -3990,9 +4017,9 @@ def of_training(summary: Mapping, path: Path) -> dict:
     strange types."""
     kept = {k: summary[k] for k in TRAINING_KEYS if summary.get(k) is not None}
     for name, value in kept.items():
-        texts = name == "training_not_compliant_because"
-        good = isinstance(value, list) and all(isinstance(x, str) for x in value) if texts else (
-            isinstance(value, (int, float, str)) and (not name.endswith("_runs") or type(value) is int))
+        good = isinstance(value, int if name.endswith("_runs") else (int, float, str))
+        if name == "training_not_compliant_because":
+            good = isinstance(value, list) and all(isinstance(x, str) for x in value)
         if not good:
             raise UserError(f"{path} is damaged: {name} is {plain(value, 40)}; move it away")
     return kept
@@ -4009,8 +4036,8 @@ def lock_folder(folder: Path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            who = file.read(100).strip() or "its process is starting"
-            raise UserError(f"ARTIFACT_DIR={folder} is in use by a live run ({who}): wait until "
+            owner = file.read(100).strip() or "its process is starting"
+            raise UserError(f"ARTIFACT_DIR={folder} is in use by a live run ({owner}): wait until "
                             "it ends, or choose another folder") from error
         except OSError:
             file.close()
@@ -4041,35 +4068,22 @@ class Journal:
         if fresh:
             open(path, "wb").close()
         self.path, self.file = path, open(path, "ab", buffering=0)
-        self.unwritten, self.fault, self.told = b"", "", False
+        self.unwritten, self.failed = b"", False
 
-    def write(self, text: str) -> None:
-        """Append the text, or keep it and note the fault."""
-        self.unwritten += text.encode("utf-8", "replace")
-        self.fault = ""
+    def write(self, line: str) -> str:
+        """Append the line, or keep it; the fault, the first time that there is one."""
+        self.unwritten += f"{line}\n".encode("utf-8", "replace")
         try:
             while self.unwritten:
-                self.unwritten = self.unwritten[self.file.write(self.unwritten):]
+                written = self.file.write(self.unwritten)
+                self.unwritten = self.unwritten[written:]
         except (OSError, ValueError) as error:
-            self.fault = str(error)
             if len(self.unwritten) > self.MOST:
                 self.unwritten = self.unwritten[-self.MOST // 2:].partition(b"\n")[2]
-
-
-def finite_only(value):
-    """The value with None in place of every float that JSON cannot say."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {k: finite_only(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite_only(v) for v in value]
-    return value
-
-
-def to_json(value, **options) -> str:
-    """Valid JSON of anything: no NaN, and what it does not know as text."""
-    return json.dumps(finite_only(value), default=str, **options)
+            if not self.failed:
+                self.failed = True
+                return str(error)
+        return ""
 
 
 class Run:
@@ -4086,24 +4100,29 @@ class Run:
         self.screen_failed = False
         self.time_known = True      # that of training, which quantising goes on with
         self.command, self.command_at = "", 0.0
-        self.resumes = s.resume
-        # when those files were written that are not this run's own
-        self.before = {} if self.resumes else {p: self.written(p) for p in self.ways_on()}
-        again = bool(self.resumes or s.eval_only_path or s.eval_only_quantized_path)
-        for thread in world.threads:
-            thread.tell = self.hung
+        self.of_others = [] if s.resume else self.restart_points()
+        if world.heartbeat is not None:
+            world.heartbeat.tell = self.hung
         if not world.main:
             return
         try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            self.lock = lock_folder(self.dir)
-            earlier = self.check_folder(again)
-            self.open_journals(fresh=not again)
+            self.open_folder()
         except UserError:
             self.close()
             raise
         except OSError as error:
             raise UserError(f"cannot write into ARTIFACT_DIR={self.dir}: {error.strerror}") from error
+
+    # --- the folder
+
+    def open_folder(self) -> None:
+        """Own the folder: its lock, its journals, and what its summary says of a
+        training that goes on. UserError unless this run may write there."""
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.lock = lock_folder(self.dir)
+        again = bool(self.s.resume or home_of(self.s))
+        earlier = self.check_folder(again)
+        self.open_journals(fresh=not again)
         if self.lock is None:
             self.warn(f"{self.dir} cannot be locked: start no other run in it")
         else:
@@ -4113,18 +4132,18 @@ class Run:
         if self.goes_on():
             self.summary.update(of_training(earlier, self.dir / "summary.json"))
             for reason in self.summary.get("training_not_compliant_because", ()):
-                self.not_compliant(str(reason))
+                self.not_compliant(reason)
 
     def open_journals(self, fresh: bool) -> None:
         """train.log and metrics.jsonl, anew or to be appended to."""
-        names = ("train.log", "metrics.jsonl")
-        self.text, self.metrics = (Journal(self.dir / name, fresh) for name in names)
+        self.text = Journal(self.dir / "train.log", fresh)
+        self.metrics = Journal(self.dir / "metrics.jsonl", fresh)
 
     def goes_on(self) -> bool:
         """Whether what is quantised or scored is this folder's own, or training is
         resumed."""
         home = home_of(self.s)
-        return self.resumes or (home is not None and home.resolve() == self.dir.resolve())
+        return self.s.resume or (home is not None and home.resolve() == self.dir.resolve())
 
     def check_folder(self, again: bool) -> dict:
         """The summary that lies in the folder; UserError unless this run may write
@@ -4150,17 +4169,14 @@ class Run:
             self.lock.close()
             self.lock = None
 
-    def not_compliant(self, reason: str) -> None:
-        """Mark the run: its log, summary and closing block say why it is no result."""
-        if reason in self.summary["not_compliant_because"]:
-            return
-        self.summary["compliant"] = False
-        self.summary["not_compliant_because"].append(reason)
-        self.log("NON-COMPLIANT", reason=reason)
+    def save_summary(self) -> None:
+        """What is known so far: written after every stage, so that a crash loses no
+        score."""
+        if self.world.main:
+            with self.guarded("the summary"):
+                write_atomic(self.dir / "summary.json", to_json(self.summary, indent=1).encode())
 
-    def warn(self, text: str) -> None:
-        """A warning, in the log and on screen."""
-        self.log("warning", text=text)
+    # --- the log and the screen
 
     def log(self, event: str, quiet: bool = False, **values) -> None:
         """A line `event key=value …` on screen and in train.log, an object in
@@ -4176,17 +4192,17 @@ class Run:
             self.note_go_on(every=5.0)      # a checkpoint may have come
 
     def write(self, journal: Journal, line: str) -> None:
-        """A line into one of the files; the first that cannot be written is warned of."""
-        journal.write(line + "\n")
-        if journal.fault and not journal.told:
-            journal.told = True
-            self.warn(f"{journal.path} cannot be written ({journal.fault}): its lines wait in "
-                      "memory and are tried again; the run goes on")
+        """A line into one of the journals; the first fault is warned of."""
+        if fault := journal.write(line):
+            self.warn(f"{journal.path} cannot be written ({fault}): its lines wait in memory and are "
+                      "tried again; the run goes on")
 
-    def show(self, text: str) -> None:
-        """Put text on the screen if that works."""
+    def say(self, line: str, end: str = "\n") -> None:
+        """A line on rank 0's screen if that works, in place of a live one."""
+        if not self.world.main:
+            return
         try:
-            print(text, end="", flush=True)
+            print(("\r\033[K" if self.live else "") + line, end=end, flush=True)
         except (OSError, ValueError) as error:
             if isinstance(error, BrokenPipeError) or sys.stdout.closed:      # for ever
                 sys.stdout, self.live = open(os.devnull, "w"), False
@@ -4194,22 +4210,21 @@ class Run:
                 self.screen_failed = True
                 self.warn(f"the screen cannot be written ({error}): see train.log")
 
-    def say(self, line: str) -> None:
-        """A line on the screen only (clears a live progress line first)."""
-        if self.world.main:
-            self.show(("\r\033[K" if self.live else "") + line + "\n")
-
     def progress(self, line: str) -> None:
         """Overwrite the live line on a terminal; nothing elsewhere."""
         if self.live:
-            self.show("\r\033[K" + line[:shutil.get_terminal_size().columns - 1])
+            self.say(line[:shutil.get_terminal_size().columns - 1], end="")
 
-    def save_summary(self) -> None:
-        """What is known so far: written after every stage, so that a crash loses no
-        score."""
-        if self.world.main:
-            with self.guarded("the summary"):
-                write_atomic(self.dir / "summary.json", to_json(self.summary, indent=1).encode())
+    def warn(self, text: str) -> None:
+        """A warning, in the log and on screen."""
+        self.log("warning", text=text)
+
+    def not_compliant(self, reason: str) -> None:
+        """Mark the run: its log, summary and closing block say why it is no result."""
+        if reason not in self.summary["not_compliant_because"]:
+            self.summary["compliant"] = False
+            self.summary["not_compliant_because"].append(reason)
+            self.log("NON-COMPLIANT", reason=reason)
 
     @contextlib.contextmanager
     def guarded(self, what: str):
@@ -4221,46 +4236,41 @@ class Run:
 
     # --- going on after an early end
 
-    def ways_on(self) -> dict[Path, dict[str, str]]:
-        """Files that a run can be continued from, best first, and the settings that
-        do so."""
-        artifact, weights = self.dir / ARTIFACT_NAME, self.dir / WEIGHTS_NAME
-        ways = {artifact: {"EVAL_ONLY_QUANTIZED_PATH": str(artifact)},
-                weights: {"EVAL_ONLY_PATH": str(weights)}}
-        checkpoints = self.dir / "checkpoint"
+    def restart_points(self) -> list[tuple[str, str, int]]:
+        """Files here that a run can go on from, best first: the setting that does so,
+        its value, and when the file was written, in ns."""
+        files = [("EVAL_ONLY_QUANTIZED_PATH", self.dir / ARTIFACT_NAME),
+                 ("EVAL_ONLY_PATH", self.dir / WEIGHTS_NAME),
+                 ("EVAL_ONLY_PATH", self.dir / AVERAGE)]
         if not self.s.max_wallclock_seconds:
-            ways[self.dir / POINTER] = {"RESUME": "1"}
-        average = checkpoints / "average.pt"
-        ways[average] = {"EVAL_ONLY_PATH": str(average)}
-        return ways
+            files[2:2] = [("RESUME", path) for path in self.dir.glob("checkpoint/resume.*.0.pt")]
+        points = []
+        for name, path in files:
+            with contextlib.suppress(OSError):
+                written = path.stat().st_mtime_ns
+                points.append((name, "1" if name == "RESUME" else str(path), written))
+        return points
 
-    @staticmethod
-    def written(path: Path) -> int:
-        """When a file was written, in ns; 0 if it is not there."""
-        try:
-            return path.stat().st_mtime_ns
-        except OSError:
-            return 0
-
-    def way_on(self) -> dict[str, str]:
-        """The settings that go on from the best file that this run has written, if
+    def restart_setting(self) -> dict[str, str]:
+        """The setting that goes on from the best file that this run has written, if
         any."""
-        for path, how in self.ways_on().items():
-            if self.written(path) not in (0, self.before.get(path)):
-                return how
+        for point in self.restart_points():
+            if point not in self.of_others:
+                name, value, _ = point
+                return {name: value}
         return {}
 
     def go_on(self) -> str:
         """The command that goes on from what is on disk; without that the one that
         started it."""
-        changed, how = changed_environment(self.s), self.way_on()
-        if not how:
+        changed, restart = changed_environment(self.s), self.restart_setting()
+        if not restart:
             return starting_command(changed)
         left_out = ["EVAL_ONLY_PATH", "EVAL_ONLY_QUANTIZED_PATH", "RESUME"]
-        if "EVAL_ONLY_QUANTIZED_PATH" in how:      # there is nothing to stop at before the score
+        if "EVAL_ONLY_QUANTIZED_PATH" in restart:      # there is nothing to stop at before the score
             left_out += ["QUANTIZE_ONLY", "PREQUANT_ONLY"]
         changed = {k: v for k, v in changed.items() if k not in left_out}
-        return starting_command({**changed, "ARTIFACT_DIR": str(self.dir), **how})
+        return starting_command({**changed, "ARTIFACT_DIR": str(self.dir), **restart})
 
     def note_go_on(self, every: float = 0.0) -> None:
         """Log that command when it has changed: it is then known even after a kill.
@@ -4282,7 +4292,7 @@ class Run:
                 self.open_journals(fresh=False)
         self.log(event, quiet=True, text=line, **({"trace": trace} if trace else {}))
         with self.guarded("the command to go on"):
-            if again or self.way_on():
+            if again or self.restart_setting():
                 self.note_go_on()
                 tell(f"to go on: {self.go_on()}")
 
@@ -4292,25 +4302,14 @@ class Run:
             self.failed(line)
 
 
-def tell(line: str) -> None:
-    """A line on stderr if that works."""
-    with contextlib.suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
-
-
-def in_a_line(error: BaseException) -> str:
-    """Type and text of an exception, on one line of bounded length."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
 def changed_environment(s: Settings) -> dict[str, str]:
     """The settings that differ from their defaults as a shell would set them."""
-    shown = {}
+    texts = {}
     for name, value in s.changed().items():
         if isinstance(value, (bool, float)) and float(value).is_integer():
             value = int(value)
-        shown[name] = str(value)
-    return shown
+        texts[name] = str(value)
+    return texts
 
 
 def starting_command(changed: Mapping[str, str]) -> str:
@@ -4318,36 +4317,20 @@ def starting_command(changed: Mapping[str, str]) -> str:
     env, script = os.environ, "train_gpt.py"
     if sys.argv[0].endswith(".py"):
         path = Path(sys.argv[0])
-        here = path.is_absolute() and path.is_relative_to(Path.cwd())
-        script = shlex.quote(str(path.relative_to(Path.cwd()) if here else path))
+        inside = path.is_absolute() and path.is_relative_to(Path.cwd())
+        script = shlex.quote(str(path.relative_to(Path.cwd()) if inside else path))
     start, size = f"python {script}", env.get("WORLD_SIZE", "1")
     if "TORCHELASTIC_RUN_ID" in env:
-        nodes, here = env.get("GROUP_WORLD_SIZE", "1"), env.get("LOCAL_WORLD_SIZE", "1")
+        nodes, local = env.get("GROUP_WORLD_SIZE", "1"), env.get("LOCAL_WORLD_SIZE", "1")
         where = "--standalone" if nodes == "1" else f"--nnodes={nodes} …"
-        start = f"torchrun {where} --nproc_per_node={here} {script}"
+        start = f"torchrun {where} --nproc_per_node={local} {script}"
     elif size != "1":
         start = f"RANK=… WORLD_SIZE={size} MASTER_ADDR=… MASTER_PORT=… {start}"
     words = [f"{name}={shlex.quote(value)}" for name, value in changed.items()]
     return " ".join([*words, start])
 
 
-def plain(value, most: int) -> str:
-    """A value as one line of at most so many characters of printable ASCII, for
-    messages."""
-    text = re.sub("[^ -~]", "?", f"{value!s:.{most + 1}}")
-    return text if len(text) <= most else text[:most - 3] + "..."
-
-
-def human(value) -> str:
-    """A value as the log shows it: floats short, single words bare, the rest as JSON."""
-    if isinstance(value, float) and 0 < abs(value) < 1e-3:
-        return f"{value:.6g}"
-    if isinstance(value, float):
-        return f"{value:.6f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:.1f}"
-    if isinstance(value, str) and " " not in value and (value.isprintable() or not value):
-        return value
-    return to_json(value, ensure_ascii=False, separators=(",", ":"))
-
+# --- what the log says at the start
 
 def public_settings(values: Mapping) -> dict:
     """Settings without the paths of this machine."""
@@ -4355,29 +4338,30 @@ def public_settings(values: Mapping) -> dict:
 
 
 def closest_system(s: Settings) -> tuple[str, dict] | None:
-    """The configuration beside this script nearest to the settings, and what differs
+    """The configurations beside this script nearest to the settings, and what differs
     as [here, there]."""
-    found, mine = [], s.as_env()
+    here, systems = s.as_env(), {}
     for path in sorted(Path(__file__).parent.glob("configs/pr*.env")):
         lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
+        config = dict(line.split("=", 1) for line in lines if "=" in line)
         with contextlib.suppress(UserError):       # written for another version of this script
-            told = dict(line.split("=", 1) for line in lines if "=" in line)
-            theirs = Settings.from_env(told).as_env()
-            compared = {*told, *s.changed()} & set(mine) - {"RUN_ID", "SEED"}
-            found.append((path.stem, {k: [mine[k], theirs[k]] for k in compared if mine[k] != theirs[k]}))
-    if not found:
+            there = Settings.from_env(config).as_env()
+            compared = {*config, *s.changed()} & set(here) - {"RUN_ID", "SEED"}
+            systems[path.stem] = {k: [here[k], there[k]] for k in compared if here[k] != there[k]}
+    if not systems:
         return None
-    _, differs = min(found, key=lambda x: len(x[1]))
-    return ", ".join(name for name, d in found if d == differs), public_settings(differs)
+    nearest = min(systems.values(), key=len)
+    names = [name for name, differing in systems.items() if differing == nearest]
+    return ", ".join(names), public_settings(nearest)
 
 
 def log_start(s: Settings, world: World, run: Run) -> None:
     """What runs, where: into the log before anything else."""
     parameters = sum(map(math.prod, GPT.shapes(s).values()))
     settings, dtype = public_settings(s.as_env()), pick_dtype(s.compute_dtype, world.device)
-    run.log("start", run_id=run.id, device=world.device_name, world_size=world.size, torch=torch.__version__,
-            python=platform.python_version(), dtype=str(dtype), attention=ATTENTION,
-            parameters=parameters)
+    run.log("start", run_id=run.id, device=world.device_name, world_size=world.size,
+            torch=torch.__version__, python=platform.python_version(), dtype=str(dtype),
+            attention=ATTENTION, parameters=parameters)
     run.log("settings", quiet=True, **settings)
     run.log("changed_settings", quiet=True, **public_settings(s.changed()))
     if ignored := {k: why for k, (_, why) in NO_SETTINGS.items() if k in os.environ}:
@@ -4385,18 +4369,17 @@ def log_start(s: Settings, world: World, run: Run) -> None:
     if strays := stray_names(os.environ):
         run.log("unknown_names", **strays)
     with run.guarded("the search for the closest system"):
-        if near := closest_system(s):
-            name, differs = near
-            run.log("closest_system", name=name, differences=len(differs))
-            run.log("differences", quiet=True, **differs)
-    source = script_source()
-    digest = hashlib.sha256(source).hexdigest()
-    form = shipped_form(s)
-    run.log("code", bytes=len(source), form=form, shipped=code_bytes(form), sha256=digest)
+        if closest := closest_system(s):
+            name, differing = closest
+            run.log("closest_system", name=name, differences=len(differing))
+            run.log("differences", quiet=True, **differing)
+    source, form = script_source(), shipped_form(s)
+    digest, shipped = hashlib.sha256(source).hexdigest(), code_bytes(form)
+    run.log("code", bytes=len(source), form=form, shipped=shipped, sha256=digest)
     if world.main and run.summary.get("code_sha256") != digest:      # else the log has it already
         encoding = "latin-1" if source.startswith(b"# coding: latin-1") else "utf-8"
         run.write(run.text, source.decode(encoding) + "\n" + "=" * 100)
-    run.summary.update(code_bytes=code_bytes(form), code_form=form)
+    run.summary.update(code_bytes=shipped, code_form=form)
     compare_with_training(run, dict(
         seed=s.seed, world_size=world.size, device=world.device_name, torch=torch.__version__,
         model_params=parameters, code_sha256=digest, code_form=form, settings=settings))
@@ -4411,7 +4394,10 @@ def compare_with_training(run: Run, here: dict) -> None:
     summary keeps what was true of its training."""
     differing = {}
     with run.guarded("the comparison with training"):
-        differing = differences_from_training(run, here)
+        there = in_training(run)
+        for name, value in {**here, **here["settings"]}.items():
+            if name not in MAY_DIFFER and there.get(name, value) != value:
+                differing[name] = [value, there[name]]
     if differing:
         run.warn("not as in the summary beside the weights: " + "; ".join(
             f"{name}={here} here, {there} there" for name, (here, there) in differing.items()))
@@ -4421,24 +4407,20 @@ def compare_with_training(run: Run, here: dict) -> None:
     run.summary.update(here)
 
 
-def differences_from_training(run: Run, here: Mapping) -> dict[str, list]:
-    """What of it is not as in the summary beside the weights or artifact: [here,
-    there] by name."""
+def in_training(run: Run) -> dict:
+    """Facts and settings, by name, of the training whose weights or artifact this run
+    goes on with."""
     home = home_of(run.s)
-    if home is None or not run.world.main:
+    if home is None or not run.world.main or not (home / "summary.json").exists():
         return {}
-    path, there = home / "summary.json", {}
-    summary = read_json(path, "the summary of a run") if path.exists() else {}
-    there.update(summary)
-    there.update(summary.get("settings", {}))
+    summary = read_json(home / "summary.json", "the summary of a run")
+    there = {**summary, **summary.get("settings", {})}
     for name, (_, trained) in summary.get("not_as_in_training", {}).items():
         there[name] = trained      # scored differently before: training is what counts
-    differing = {}
-    for name, value in {**here, **here["settings"]}.items():
-        if name not in MAY_DIFFER and there.get(name, value) != value:
-            differing[name] = [value, there[name]]
-    return differing
+    return there
 
+
+# --- watching training
 
 # Dense bfloat16 FLOP/s of a GPU, by part of its name.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
@@ -4446,7 +4428,7 @@ PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e
 
 
 class Progress:
-    """Tells how training goes: in the log now and then, on a terminal all the time."""
+    """Says how training goes: in the log now and then, on a terminal all the time."""
 
     def __init__(self, s: Settings, world: World, run: Run, model: GPT, budget: float):
         self.s, self.world, self.run, self.model, self.budget = s, world, run, model, budget
@@ -4475,23 +4457,30 @@ class Progress:
         loss = self.world.total(loss.clone()).item() / self.world.size if logged else loss.item()
         if not math.isfinite(loss) or not math.isfinite(norm):
             return                     # FiniteWatch ends the run; JSON has no word for it
-        elapsed = clock.elapsed()      # after the loss, for which the host has waited
-        steps, seconds = step - self.last[0], max(elapsed - self.last[1], 1e-9)
-        self.last = (step, elapsed)
-        rate, looping = s.train_batch_tokens * steps / seconds, plan.slots > s.num_layers
-        used = elapsed / self.budget if self.budget else step / max(s.iterations, 1)
-        v = {"ms": 1e3 * seconds / max(steps, 1), "ms_mean": 1e3 * elapsed / step, "tok_s": round(rate),
-             "elapsed": elapsed, "used": min(used, 1.0), "eta": elapsed * (1 / max(used, 1e-9) - 1)}
-        if self.peak:      # backward costs two forwards; in documents a query sees half the window at most
-            v["mfu"] = rate * 3 * self.model.flops_per_token(plan, s.train_seq_len / 2) / self.peak
-        mfu = f" mfu {v['mfu']:.0%}" if "mfu" in v else ""
-        line = (f"step {step:5d}  loss {loss:7.4f}  {v['ms']:7.1f} ms/step (mean {v['ms_mean']:.1f})  "
-                f"{v['tok_s']:,} tok/s{mfu}  {v['used']:4.0%} of budget, {v['eta']:.0f} s left"
-                + ("  looping" if looping else ""))
+        pace, looping = self.pace(step, clock.elapsed(), plan), plan.slots > s.num_layers
+        line = (f"step {step:5d}  loss {loss:7.4f}  {pace['ms']:7.1f} ms/step (mean {pace['ms_mean']:.1f})  "
+                f"{pace['tok_s']:,} tok/s")
+        if "mfu" in pace:
+            line += f" mfu {pace['mfu']:.0%}"
+        line += f"  {pace['used']:4.0%} of budget, {pace['eta']:.0f} s left" + "  looping" * looping
         if not logged:
             return self.run.progress(line)
-        self.run.log("train", quiet=True, step=step, loss=loss, norm=norm.item(), lr=lr, looping=looping, **v)
+        self.run.log("train", quiet=True, step=step, loss=loss, norm=norm.item(), lr=lr,
+                     looping=looping, **pace)
         self.run.say(line)
+
+    def pace(self, step: int, elapsed: float, plan: Plan) -> dict[str, float]:
+        """Speed since the line before, and how far the training is."""
+        steps, seconds = step - self.last[0], max(elapsed - self.last[1], 1e-9)
+        self.last = (step, elapsed)
+        rate = self.s.train_batch_tokens * steps / seconds
+        used = elapsed / self.budget if self.budget else step / max(self.s.iterations, 1)
+        pace = {"ms": 1e3 * seconds / max(steps, 1), "ms_mean": 1e3 * elapsed / step, "tok_s": round(rate),
+                "elapsed": elapsed, "used": min(used, 1.0), "eta": elapsed * (1 / max(used, 1e-9) - 1)}
+        if self.peak:      # backward costs two forwards; in documents a query sees half the window at most
+            flops = 3 * self.model.flops_per_token(plan, self.s.train_seq_len / 2)
+            pace["mfu"] = rate * flops / self.peak
+        return pace
 
 
 class FiniteWatch:
@@ -4517,9 +4506,9 @@ class FiniteWatch:
         wait: for all flags."""
         while self.flying and not self.bad:
             step, flag, arrived = self.flying[0]
-            if arrived is not None and not wait and not arrived.query():
-                break
             if arrived is not None:
+                if not wait and not arrived.query():
+                    break
                 arrived.synchronize()
             self.flying.popleft()
             if not flag.item():
@@ -4551,17 +4540,14 @@ def end_of_steps(world: World, trainer: Trainer, watch: FiniteWatch, step: int) 
 
 
 def training_reports(s: Settings, run: Run, trainer: Trainer, trained: Trained) -> None:
-    """What was idle in training, into the log. It comes after the weights are saved,
-    and ends no run."""
-    if not trained.facts["steps"]:
-        return
+    """What was idle in training, into the log, after the weights are saved."""
     with run.guarded("the report on parameters without gradients"):
-        if untouched := trainer.optimiser.never_trained():
+        untouched = trainer.optimiser.never_trained() if trained.facts["steps"] else []
+        if untouched:
             run.log("never_trained", parameters=untouched)
 
 
-AVERAGE = Path("checkpoint") / "average.pt"     # in the run's folder
-
+# --- averages beside training
 
 class AverageKeeper:
     """Keeps a finite average of the weights on disk while training goes on: rank 0
@@ -4573,87 +4559,71 @@ class AverageKeeper:
 
     def __init__(self, s: Settings, world: World, run: Run, trainer: Trainer, clock: Clock):
         self.s, self.world, self.run, self.clock, self.average = s, world, run, clock, trainer.ema
-        self.writer, self.job, self.last, self.fault = ThreadPoolExecutor(1), None, -math.inf, ""
+        self.writer, self.job = ThreadPoolExecutor(1), None
         self.copy: dict[str, Tensor] = {}
-        self.written, self.warned = "", False      # what the thread has written since the log was told
+        self.last, self.failed = -math.inf, False
 
     def offer(self, step: int) -> None:
         """After a step: copy the average when it is time and the writer is idle."""
-        self.tell()
-        now = time.monotonic()
-        if self.world.main and now - self.last >= self.SECONDS and (self.job is None or self.job.done()):
-            self.last = now
+        if self.job is not None and self.job.done():
+            self.finish()
+        due = time.monotonic() - self.last >= self.SECONDS
+        if self.world.main and due and self.job is None:
             self.start(step, f"average of step {step}")
-
-    def tell(self) -> None:
-        """Log what the thread has done; a fault once."""
-        if self.written:
-            self.run.log("average", quiet=True, of=self.written)
-            self.written = ""
-            self.run.note_go_on()      # after a kill only the log can tell
-        if self.fault and not self.warned:
-            self.warned = True
-            self.run.log("warning", text=f"an average could not be kept beside training ({self.fault})")
 
     def start(self, step: int, stopped: str) -> None:
         """Copy the average, in the order of the GPU's queue, and let the thread write
         it."""
+        self.last = time.monotonic()
         if not self.copy:
             self.copy = {n: torch.empty_like(t) for n, t in self.average.items()}
         torch._foreach_copy_(list(self.copy.values()), list(self.average.values()))
-        ready = None
-        if self.world.device.type == "cuda":
-            ready = torch.cuda.Event()
-            ready.record()
+        stream = contextlib.nullcontext()
+        if self.world.device.type == "cuda":      # a stream of its own: no step waits for the way to the host
+            own = torch.cuda.Stream(self.world.device)
+            own.wait_stream(torch.cuda.current_stream(self.world.device))
+            stream = torch.cuda.stream(own)
         facts = weight_facts(self.s, self.world, step, self.clock.elapsed(), stopped)
-        self.job = self.writer.submit(self.write, ready, facts)
+        self.job = self.writer.submit(self.write, stream, facts)
 
-    def write(self, ready, facts: dict) -> None:
-        """In the thread: check and write the copy; a fault is kept for the log,
-        training goes on."""
+    def write(self, stream, facts: dict) -> str:
+        """In the thread: check and write the copy. What was written; empty: it is not
+        finite."""
+        with stream:
+            tensors = {n: t.cpu() for n, t in self.copy.items()}
+        if not all(bool(t.isfinite().all()) for t in tensors.values()):
+            return ""
+        path = self.run.dir / AVERAGE
+        previous = path.with_name("average.previous.pt")
+        data = weights_to_bytes(self.s, tensors, facts)
+        with contextlib.suppress(OSError):     # no average yet, or a file system without hard links
+            previous.unlink(missing_ok=True)
+            os.link(path, previous)
+        write_atomic(path, data)
+        return facts["stopped"]
+
+    def finish(self) -> None:
+        """Wait for the thread, and log what it has done; a fault once."""
+        if self.job is None:
+            return
         try:
-            tensors = to_host(self.copy, ready)
-            if not all(bool(t.isfinite().all()) for t in tensors.values()):
-                return
-            path = self.run.dir / AVERAGE
-            data = weights_to_bytes(self.s, tensors, facts)
-            with contextlib.suppress(OSError):     # no average yet, or a file system without hard links
-                twin = path.with_name(".average.previous")
-                twin.unlink(missing_ok=True)
-                os.link(path, twin)
-                os.replace(twin, path.with_name("average.previous.pt"))
-            write_atomic(path, data)
-            self.written = facts["stopped"]
+            if written := self.job.result():
+                self.run.log("average", quiet=True, of=written)
+                self.run.note_go_on()      # after a kill only the log can tell
         except Exception as error:
-            self.fault = self.fault or f"{type(error).__name__}: {plain(error, 200)}"
+            if not self.failed:
+                self.run.warn(f"an average could not be kept beside training ({in_a_line(error)})")
+            self.failed = True
+        self.job = None
 
     def close(self, step: int, stopped: str) -> None:
-        """Wait for the writer; before, write the average at which training was
-        stopped."""
+        """Wait for the writer; then write the average at which training was stopped."""
         self.world.beat("saving the average")
-        wait_for(self.job)
+        self.finish()
         if step and stopped and self.world.main:
             self.start(step, stopped)
-            wait_for(self.job)
+            self.finish()
         self.writer.shutdown()
-        self.tell()
-
-
-def wait_for(job) -> None:
-    """Wait for a thread's job, if there is one."""
-    if job is not None:
-        job.result()
-
-
-def to_host(tensors: Mapping[str, Tensor], ready) -> dict[str, Tensor]:
-    """The tensors on the host. On a GPU once `ready` has passed, by a stream of its
-    own: no step waits."""
-    if ready is None:
-        return dict(tensors)
-    stream = torch.cuda.Stream(next(iter(tensors.values())).device)
-    stream.wait_event(ready)
-    with torch.cuda.stream(stream):
-        return {n: t.cpu() for n, t in tensors.items()}
 
 
 def weight_facts(s: Settings, world: World, steps: int, seconds: float, stopped: str) -> dict:
@@ -4665,13 +4635,10 @@ def weight_facts(s: Settings, world: World, steps: int, seconds: float, stopped:
 
 # --- checkpoints to go on from, for runs without a time budget
 
-POINTER = Path("checkpoint") / "resume.json"     # in the run's folder: which checkpoint is whole
-
-
 class Checkpoints:
     """Writes all that a training must know to go on to the bit: every rank its own
-    file, so that no shared disk is needed, then rank 0 the pointer. A kill in between
-    leaves the checkpoint before."""
+    file, so that no shared disk is needed. Rank 0 writes last: where its file is, the
+    checkpoint is whole."""
 
     def __init__(self, s: Settings, world: World, run: Run, trainer: Trainer, watch: FiniteWatch,
                  clock: Clock):
@@ -4693,29 +4660,29 @@ class Checkpoints:
         finite, the last one stays."""
         if not self.wanted or not step:
             return
-        fault = ""
-        before = self.world.pulse.doing
+        before, main = self.world.pulse.doing, self.world.main
         self.world.beat(f"saving a checkpoint of step {step}")
-        try:
-            if self.watch.first_bad(wait=True) or not self.trainer.finite():
-                raise ValueError("weights that are not finite")
-            state = self.state(step, curriculum, stream)
-            write_atomic(checkpoint_path(self.run, step, self.world.rank), sealed(state))
-        except (UserError, OSError, ValueError, RuntimeError, MemoryError) as error:
-            fault = plain(error, 200)
-        faults = list(filter(None, self.world.gather(fault)))
-        pointer = json.dumps({"step": step, "world_size": self.world.size})
-        if self.world.main and not faults:
-            try:
-                write_atomic(self.run.dir / POINTER, pointer.encode())
-            except (UserError, OSError) as error:
-                faults = [plain(error, 200)]
-        faults = self.world.agree(faults)
+        fault = "" if main else self.write_part(step, curriculum, stream)
+        fault = next(filter(None, self.world.gather(fault)), "")
+        if main and not fault:
+            fault = self.write_part(step, curriculum, stream)
+        fault = self.world.agree(fault)
         self.world.beat(before)
-        if faults:
-            return self.run.log("warning", text=f"no checkpoint at step {step}: {faults[0]}")
+        if fault:
+            return self.run.warn(f"no checkpoint at step {step}: {fault}")
         self.run.log("checkpoint", quiet=True, step=step)
         remove_checkpoints(self.run, keep=step)
+
+    def write_part(self, step: int, curriculum: Curriculum, stream: Prefetch) -> str:
+        """Write this rank's file; why it cannot be, else nothing."""
+        try:
+            if self.watch.first_bad(wait=True) or not self.trainer.finite():
+                return "weights that are not finite"
+            data = sealed(self.state(step, curriculum, stream))
+            write_atomic(checkpoint_path(self.run, step), data)
+        except (UserError, ValueError, RuntimeError, MemoryError) as error:
+            return plain(error, 200)
+        return ""
 
     def state(self, step: int, curriculum: Curriculum, stream: Prefetch) -> dict:
         """All that this rank must know to go on after this step."""
@@ -4727,29 +4694,35 @@ class Checkpoints:
                 "random_gpu": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
 
 
-def checkpoint_path(run: Run, step: int, rank: int) -> Path:
-    """The file of one rank's checkpoint after a step."""
-    return run.dir / "checkpoint" / f"resume.{step}.{rank}.pt"
+def checkpoint_path(run: Run, step: int) -> Path:
+    """The file of this rank's checkpoint after a step."""
+    return run.dir / "checkpoint" / f"resume.{step}.{run.world.rank}.pt"
+
+
+def checkpoint_steps(run: Run) -> list[int]:
+    """The steps after which this rank has a checkpoint."""
+    names = [path.name for path in run.dir.glob(f"checkpoint/resume.*.{run.world.rank}.pt")]
+    return [int(step) for step in (name.split(".")[1] for name in names) if step.isdecimal()]
 
 
 def remove_checkpoints(run: Run, keep: int = -1) -> None:
     """Remove this rank's checkpoints but that of one step."""
-    for path in (run.dir / "checkpoint").glob(f"resume.*.{run.world.rank}.pt"):
-        if path != checkpoint_path(run, keep, run.world.rank):
+    for step in checkpoint_steps(run):
+        if step != keep:
             with contextlib.suppress(OSError):
-                path.unlink()
+                checkpoint_path(run, step).unlink()
 
 
 def remove_safety_copies(run: Run) -> None:
     """Once the artifact and final_model.pt are there: remove averages and
     checkpoints. On every rank."""
-    if not run.world.agree((run.dir / "final_model.pt").is_file()):
+    if not run.world.agree((run.dir / WEIGHTS_NAME).is_file()):
         return
     remove_checkpoints(run)
     with contextlib.suppress(OSError):
-        for name in (AVERAGE, AVERAGE.with_name("average.previous.pt"), POINTER):
-            if run.world.main:
-                (run.dir / name).unlink(missing_ok=True)
+        if run.world.main:
+            for name in ("average.pt", "average.previous.pt"):
+                (run.dir / AVERAGE).with_name(name).unlink(missing_ok=True)
         (run.dir / "checkpoint").rmdir()      # not while another rank's or somebody else's files are in it
 
 
@@ -4764,31 +4737,20 @@ def training_settings(s: Settings, world: World) -> dict:
 
 
 def read_checkpoint(s: Settings, world: World, run: Run) -> dict:
-    """This rank's part of the checkpoint in the run's folder; UserError when there is
-    none that fits."""
-    path, again = run.dir / POINTER, "start anew without RESUME, in another ARTIFACT_DIR"
-    step, fault = 0, ""
-    if world.main:
-        try:
-            told = read_json(path, "a checkpoint's", 1000)
-            step, size = told["step"], told["world_size"]
-            if type(step) is not int or type(size) is not int:
-                raise ValueError("steps and ranks are no numbers")
-            if size != world.size:
-                fault = f"RESUME=1: {path} is of {size} ranks, these are {world.size}: start as many"
-        except (UserError, OSError, ValueError, LookupError, TypeError) as error:
-            fault = f"RESUME=1 finds no checkpoint at {path} ({type(error).__name__}): {again}"
-    step, fault = world.agree((step, fault))
-    if fault:
-        raise UserError(fault)
-    path = checkpoint_path(run, step, world.rank)
-    state = unsealed(path, 5 * bytes_of_weights(s) + (16 << 20), f"RESUME=1: {path}", must=True)
-    theirs, differ = state.get("settings", {}), []
+    """This rank's part of the newest checkpoint in the run's folder; UserError when
+    there is none that fits."""
+    again = "start anew without RESUME, in another ARTIFACT_DIR"
+    step = world.agree(max(checkpoint_steps(run), default=0))
+    if not step:
+        raise UserError(f"RESUME=1 finds no checkpoint in {run.dir / 'checkpoint'}: {again}")
+    path = checkpoint_path(run, step)
+    state = unsealed(path, 5 * bytes_of_weights(s) + (16 << 20), f"RESUME=1: {path}")
+    theirs, differing = state.get("settings", {}), []
     for name, here in training_settings(s, world).items():
         if theirs.get(name) != here:
-            differ.append(f"{name}={plain(theirs.get(name), 40)} there, {here} here")
-    if differ:
-        raise UserError(f"RESUME=1: {path.name} is of another training: {'; '.join(differ[:4])}; {again}")
+            differing.append(f"{name}={plain(theirs.get(name), 40)} there, {here} here")
+    if differing:
+        raise UserError(f"RESUME=1: {path.name} is of another training: {'; '.join(differing[:4])}; {again}")
     run.log("resume", step=step, seconds=state["seconds"])
     return state
 
@@ -4803,18 +4765,15 @@ def go_on_from(state: Mapping[str, Any], trainer: Trainer, curriculum: Curriculu
     return state["step"]
 
 
+# --- files of weights
+
 SEAL = b"blake2b:"     # then 64 hexadecimal digits: the comment that ends a sealed archive
 SEAL_BYTES = len(SEAL) + 64
-PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", *(
-    f"torch {kind}Storage" for kind in "Byte Char Short Int Long Half BFloat16 Float Double Bool".split())}
-MOST_PICKLED = 2 << 20     # bytes; all but tensors: 30 kB of the default model, 0.9 MB of one of 256 layers
-ZIP_END = 22           # bytes of a zip's last record without its comment
 
 
 def sealed(box: dict) -> bytes:
-    """torch.save's archive of `box` with a digest of all of it as the archive's
-    comment, which torch.load passes over: torch itself does not check the sums that
-    an archive holds."""
+    """torch.save's archive of `box`, with a digest of all of it as the archive's
+    comment, which torch.load passes over: torch does not check an archive's sums."""
     out = io.BytesIO()
     torch.save(box, out)
     body = out.getvalue()[:-2] + struct.pack("<H", SEAL_BYTES)
@@ -4826,67 +4785,25 @@ def seal_of(body: bytes) -> bytes:
     return SEAL + hashlib.blake2b(body, digest_size=32).hexdigest().encode()
 
 
-def unsealed(path: str | Path, most: int, what: str, must: bool = False) -> dict:
-    """What sealed() wrote to a file of at most `most` bytes. UserError, one line that
-    begins with `what`, for all else: within seconds, and before anything is
-    unpickled. An archive without a digest passes with a warning, for files of earlier
-    versions have none; not if it must have one."""
+@contextlib.contextmanager
+def refused(what: str):
+    """Inside, whatever a reader of a foreign file raises becomes one UserError line
+    that begins with `what`."""
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
-            raise ValueError(f"it is no file of at most {most:,} bytes")
-        data = Path(path).read_bytes()
-        if not has_seal(data):
-            if must:
-                raise ValueError("it is damaged, or of another kind")
-            print(f"warning: {what}: it is of an earlier version, without a digest", file=sys.stderr)
-        check_records(data)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")      # of odd pickles: a refusal is one line
-            box = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        if not isinstance(box, dict):
-            raise ValueError("it holds something else")
-        return box
-    except Exception as error:     # zipfile, pickletools and torch.load raise many types for a foreign file
-        why = plain(getattr(error, "strerror", None) or error, 100)
-        raise UserError(f"{what}: {type(error).__name__}, {why}; give the file as a run wrote it") from error
+        yield
+    except Exception as error:
+        why = str(error) or type(error).__name__
+        raise UserError(f"{what}: {plain(why, 160)}; give the file as a run wrote it") from error
 
 
-def has_seal(data: bytes) -> bool:
-    """Whether an archive ends with the digest of what precedes it; ValueError: with a
-    wrong one, or it is no archive that torch.save has written."""
-    last_record = b"PK\5\6"
-    if data[-ZIP_END - SEAL_BYTES:][:4] == last_record:
+def unsealed(path: Path, most: int, what: str) -> dict:
+    """What sealed() wrote to a file of at most `most` bytes. UserError for all else,
+    at once: nothing is unpickled before its digest fits."""
+    with refused(what):
+        data = read_bounded(path, most, "a file that a run wrote")
         if data[-SEAL_BYTES:] != seal_of(data[:-SEAL_BYTES]):
-            raise ValueError("it is damaged: its digest does not fit")
-        return True
-    if data[-ZIP_END:][:4] != last_record or data[-2:] != bytes(2):
-        raise ValueError("it is damaged, or of another kind")
-    return False
-
-
-def check_records(data: bytes) -> None:
-    """ValueError unless an archive unfolds to no more than it is: nothing compressed,
-    and pickles that are short and hardly repeat a tuple: one that holds another
-    twice, and so on, is hashed for ever."""
-    archive = zipfile.ZipFile(io.BytesIO(data))
-    records = archive.infolist()
-    pickles = [r for r in records if r.filename.endswith(".pkl")]
-    if (any(r.compress_type != zipfile.ZIP_STORED for r in records)
-            or sum(r.file_size for r in records) > len(data)
-            or sum(r.file_size for r in pickles) > MOST_PICKLED):
-        raise ValueError("it unfolds to more than it should")
-    for record in pickles:
-        before, tuples, repeated = "", set(), 0
-        for at, (op, place, _) in enumerate(pickletools.genops(archive.read(record))):
-            if op.name == "PROTO" and at or "GLOBAL" in op.name and place not in PICKLED:
-                raise ValueError("it asks for more than tensors")
-            if "PUT" in op.name and before.startswith("TUPLE"):
-                tuples.add(place)
-            repeated += "GET" in op.name and place in tuples
-            before = op.name
-        if repeated > 16:      # the optimiser's state repeats four
-            raise ValueError("it unfolds to more than it should")
+            raise ValueError("it is damaged, or not as train_gpt.sealed writes it")
+        return dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
 
 
 def weights_to_bytes(s: Settings, params: Mapping[str, Tensor], facts: dict) -> bytes:
@@ -4905,78 +4822,57 @@ def save_weights(run: Run, model: GPT, facts: dict) -> None:
     drop_ballast(run)
     data = weights_to_bytes(model.s, dict(model.named_parameters()), facts)
     elsewhere = f"final_model.{run.id}.pt"
-    for place in (lambda: run.dir / "final_model.pt", lambda: Path.cwd() / elsewhere,
-                  lambda: Path(tempfile.gettempdir()) / elsewhere):
+    for path in (run.dir / WEIGHTS_NAME, Path(elsewhere), Path(tempfile.gettempdir()) / elsewhere):
         try:
-            path = place()
             write_atomic(path, data)
-        except (UserError, OSError) as error:
-            run.log("warning", text=f"the weights cannot be saved there ({plain(error, 300)})")
+        except UserError as error:
+            run.warn(f"the weights cannot be saved there ({plain(error, 300)})")
             continue
-        if path.parent != run.dir:
-            run.log("warning", text=f"the weights were saved as {path}: EVAL_ONLY_PATH={path} goes on")
+        if path.name == elsewhere:
+            path = path.absolute()
+            run.warn(f"the weights were saved as {path}: EVAL_ONLY_PATH={path} goes on")
         return
-    run.log("warning", text="the weights could not be saved anywhere: they are only in memory")
+    run.warn("the weights could not be saved anywhere: they are only in memory")
 
 
 def read_weights(path: str, model: GPT) -> dict:
     """Averaged weights saved by an earlier run into the model; what the file says of
-    their training (see weight_facts; {}: an earlier version's file). UserError, one
-    short line, for anything else."""
-    what, again = f"EVAL_ONLY_PATH={plain(path, 80)}", "give a run's final_model.pt"
-    views = field_views({n: p.data for n, p in model.named_parameters()})
-    most = bytes_of_weights(model.s) + 1024 * len(views) + (1 << 20)
-    box = unsealed(path, most, f"{what} holds no averaged weights of this script")
-    weights, theirs, facts = (box.get(key, {}) for key in ("weights", "architecture", "facts"))
-    if not (isinstance(weights, dict) and are_settings(theirs) and are_facts(facts)):
-        raise UserError(f"{what} holds no averaged weights of this script: {again}")
-    check_architecture(model.s, theirs, f"{what} holds weights")
-    if strangers := set(weights) ^ set(views):
-        raise UserError(f"{what} does not fit the model that the settings describe: {len(strangers)} tensors "
-                        f"({plain(min(strangers, key=str), 60)}, …) are missing or too much; {again}")
-    for name, view in views.items():
-        w = weights[name]
-        if not isinstance(w, Tensor) or (w.dtype, w.layout) != (torch.float32, torch.strided):
-            raise UserError(f"{what} holds {name} in another form than float32 numbers; {again}")
-        if w.shape != view.shape or not w.isfinite().all():
-            raise UserError(f"{what} holds {name} in another shape, or not finite; {again}")
-    load_weights(model, weights, what, field_views)
+    their training (see weight_facts). UserError, one short line, for anything else."""
+    what = f"EVAL_ONLY_PATH={plain(path, 80)}"
+    most = bytes_of_weights(model.s) + (2 << 20)
+    box = unsealed(Path(path), most, what)
+    with refused(what):
+        weights, facts = box["weights"], box["facts"]
+        check_architecture(model.s, box["architecture"], "it holds weights")
+        form = (torch.float32, torch.strided)
+        odd = [n for n, w in weights.items() if (w.dtype, w.layout) != form]
+        if not odd:
+            load_weights(model, weights, "it", field_views)
+            odd = [n for n, w in weights.items() if not w.isfinite().all()]
+        if odd:
+            raise ValueError(f"{odd[0]} is not of finite float32 numbers")
+        if set(facts) != set(weight_facts(model.s, World(), 0, 0.0, "")):
+            raise ValueError("it does not say how the weights were trained")
     return facts
-
-
-def are_settings(values) -> bool:
-    """Whether these are values of settings by name."""
-    return isinstance(values, dict) and all(
-        type(k) is str and type(v) in (bool, int, float, str) for k, v in values.items())
-
-
-def are_facts(facts) -> bool:
-    """Whether a file's facts are such as weight_facts gives, or none at all."""
-    kinds = {"steps": int, "train_seconds": float, "step_ms": float, "stopped": str, "seed": int,
-             "world_size": int}
-    if facts == {}:
-        return True
-    if not isinstance(facts, dict) or {k: type(v) for k, v in facts.items()} != kinds:
-        return False
-    numbers = [v for v in facts.values() if not isinstance(v, str)]
-    return all(0 <= v < 2 ** 63 for v in numbers) and facts["stopped"] == plain(facts["stopped"], 40)
 
 
 def take_over(s: Settings, run: Run, facts: Mapping) -> Clock:
     """The training clock that quantising goes on with. In the folder of the run that
     trained it has run for as long as the weights say; else the time is not known."""
-    clock, seconds = Clock(s.max_wallclock_seconds), facts.get("train_seconds")
-    run.time_known = run.goes_on() and seconds is not None
+    clock = Clock(s.max_wallclock_seconds)
+    run.time_known = run.goes_on()
     if run.time_known:
+        seconds = facts["train_seconds"]
         clock.start -= seconds
-        keys = ("steps", "step_ms", "stopped")
-        told = {k: facts[k] for k in keys if facts.get(k) not in (None, "")}
+        of_steps = {k: facts[k] for k in ("steps", "step_ms", "stopped") if facts[k] != ""}
         if run.summary.get("steps") is None:      # killed in training: nothing has said it yet
-            run.log("train_end", seconds=seconds, **told)
-        run.summary.update(told)
-        run.log("going_on", train_seconds=seconds, **told)
+            run.log("train_end", seconds=seconds, **of_steps)
+        run.summary.update(of_steps)
+        run.log("going_on", train_seconds=seconds, **of_steps)
     return clock
 
+
+# --- the artifact, its verdict and its scores
 
 def check_budget(run: Run, what: str, seconds: float, name: str, setting: float) -> None:
     """Over its setting (0: none) or the competition's budget a run is NON-COMPLIANT."""
@@ -4990,8 +4886,8 @@ def marked(blob: bytes, why: str) -> bytes:
     """The artifact, telling whoever scores it why it is NON-COMPLIANT, in at most
     MARK_BYTES more."""
     header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
-    both = filter(None, [header.get("not_compliant"), plain_mark(why)[:MARK_BYTES - 32]])
-    header["not_compliant"] = plain_mark("; ".join(both))
+    reasons = filter(None, [header.get("not_compliant"), plain_mark(why)[:MARK_BYTES - 32]])
+    header["not_compliant"] = plain_mark("; ".join(reasons))
     return artifact_to_bytes(header, streams)
 
 
@@ -5004,29 +4900,27 @@ def plain_mark(text: str) -> str:
 def write_artifact(s: Settings, run: Run, blob: bytes, clock: Clock) -> tuple[float, int]:
     """Put the artifact on disk, on rank 0; seconds of training's clock, and bytes. It
     is judged when its bytes are on disk, and gets its name only with the mark and the
-    summary that tell the verdict: no kill comes between."""
-    def judged() -> bytes:
-        nonlocal blob, seconds
-        seconds = clock.elapsed()
-        if not run.time_known:
-            run.not_compliant("the weights come from EVAL_ONLY_PATH: their training time is not known")
-        else:
-            check_budget(run, "training, calibration and packing (for which GPTQ_RESERVE_SECONDS keeps time)",
-                         seconds, "MAX_WALLCLOCK_SECONDS", s.max_wallclock_seconds)
-        of_scoring = study_reasons(s)
-        of_training = [why for why in run.summary["not_compliant_because"] if why not in of_scoring]
-        if of_training:
-            blob = marked(blob, "; ".join(of_training))
-        run.summary.update(
-            artifact_bytes=len(blob), artifact_digest=digest_of(blob).hex(),
-            total_bytes=len(blob) + code_bytes(shipped_form(s)), train_seconds=seconds,
-            training_not_compliant_because=of_training)
-        run.save_summary()
-        return blob
-
-    seconds = 0.0
+    summary that say the verdict: no kill comes between."""
+    unjudged = run.dir / f".{ARTIFACT_NAME}.unjudged"
     count_up(run, "quantising_runs")
-    write_atomic(run.dir / ARTIFACT_NAME, blob, judged)
+    write_atomic(unjudged, blob)
+    seconds = clock.elapsed()
+    if not run.time_known:
+        run.not_compliant("the weights come from EVAL_ONLY_PATH: their training time is not known")
+    else:
+        check_budget(run, "training, calibration and packing (for which GPTQ_RESERVE_SECONDS keeps time)",
+                     seconds, "MAX_WALLCLOCK_SECONDS", s.max_wallclock_seconds)
+    of_scoring = study_reasons(s)
+    of_training = [why for why in run.summary["not_compliant_because"] if why not in of_scoring]
+    if of_training:
+        blob = marked(blob, "; ".join(of_training))
+        write_atomic(unjudged, blob)
+    run.summary.update(
+        artifact_bytes=len(blob), artifact_digest=digest_of(blob).hex(),
+        total_bytes=len(blob) + code_bytes(shipped_form(s)), train_seconds=seconds,
+        training_not_compliant_because=of_training)
+    run.save_summary()
+    os.replace(unjudged, run.dir / ARTIFACT_NAME)
     return seconds, len(blob)
 
 
@@ -5037,13 +4931,13 @@ def count_up(run: Run, key: str) -> None:
 
 def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> tuple[int, str, str]:
     """The weights of the artifact at path into the model; its size, mark and digest."""
-    blob = read_bounded(path, MOST_ARTIFACT, "a run's final_model.int6.ptz") if world.main else None
+    blob = read_bounded(path, MOST_ARTIFACT, f"a run's {ARTIFACT_NAME}") if world.main else None
     blob = world.agree(blob)
-    found = read_artifact(s, blob, path.name)
-    load_weights(model, found.weights, path.name)
-    raw = found.calibration
+    artifact = read_artifact(s, blob, path.name)
+    load_weights(model, artifact.weights, path.name)
+    raw = artifact.calibration
     model.calibration = None if raw is None else calibrated_by(s, raw.to(world.device))
-    return len(blob), found.mark, digest_of(blob).hex()
+    return len(blob), artifact.mark, digest_of(blob).hex()
 
 
 def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) -> None:
@@ -5062,23 +4956,7 @@ def check_score(stage: str, score: Score) -> None:
     """A score that is not finite is none."""
     if not math.isfinite(score.bpb):
         raise UserError(f"the score of the stage {stage} is {score.bpb}: the weights are of no use "
-                        "(too large a learning rate, or a damaged file); train again, with a lower "
-                        "MATRIX_LR")
-
-
-TEXT_BASELINE_LIMIT = 8 << 20     # bytes of validation text that general-purpose compressors can manage
-
-
-def text_baselines(s: Settings, val: Validation) -> dict[str, float]:
-    """Bits per byte of general-purpose compressors on the validation text, when it is
-    short enough."""
-    if s.caseops_enabled or val.target_bytes.sum() > TEXT_BASELINE_LIMIT:     # CaseOps text is transformed
-        return {}
-    sp, documents = load_tokenizer(s.tokenizer), zip(val.documents.start, val.documents.length)
-    pieces = (val.tokens[a + 1:a + n] for a, n in documents)
-    text = "\n".join(sp.decode(piece[piece != BOS].tolist()) for piece in pieces).encode()
-    return {"brotli-11": 8 * len(brotli.compress(text, quality=11)) / len(text),
-            "xz -9e": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)}
+                        "(too large a learning rate, or a damaged file); train again, with a lower MATRIX_LR")
 
 
 def closing_block(s: Settings, world: World, run: Run, val: Validation) -> None:
@@ -5090,12 +4968,6 @@ def closing_block(s: Settings, world: World, run: Run, val: Validation) -> None:
                        ("test-time training", "ttt_val_bpb")):
         if summary.get(key) is not None:
             run.say(f"{label:28} {summary[key]:10.5f} BPB")
-    summary["text_baselines"] = {}
-    if world.main:
-        with run.guarded("the comparison with text compressors"):
-            summary["text_baselines"] = text_baselines(s, val)
-    for label, bpb in summary["text_baselines"].items():
-        run.say(f"{label + ' on the same text':28} {bpb:10.5f} bits per byte")
     if summary["artifact_bytes"]:
         run.say(f"{'artifact + script':28} {summary['artifact_bytes']:,} + {summary['code_bytes']:,} = "
                 f"{summary['total_bytes']:,} of {ARTIFACT_LIMIT:,} bytes")
@@ -5106,6 +4978,8 @@ def closing_block(s: Settings, world: World, run: Run, val: Validation) -> None:
             "eval_seconds", "tokens_scored", "seed")
     run.log("final", **{k: summary[k] for k in keys if summary[k] is not None})
 
+
+# --- the end of a process
 
 # What takes less memory, by the first word of what a rank was doing.
 LESS_MEMORY = {"scoring": "lower VAL_BATCH_TOKENS", "adapting": "lower TTT_BATCH_SIZE",
@@ -5126,9 +5000,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether host or GPU had no more memory to give."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
-    text = str(error).lower()
-    said = ("out of memory", "can't allocate memory", "cannot allocate memory")
-    return isinstance(error, (RuntimeError, OSError)) and any(words in text for words in said)
+    words = re.search("out of memory|can(no|')t allocate memory", str(error), re.IGNORECASE)
+    return isinstance(error, (RuntimeError, OSError)) and words is not None
 
 
 def end_early(error: BaseException, run: Run | None, rank: int) -> int:
@@ -5144,27 +5017,24 @@ def end_early(error: BaseException, run: Run | None, rank: int) -> int:
     if isinstance(error, BrokenPipeError) and run is None:      # as in --help | head
         sys.stdout = open(os.devnull, "w")
         return 0
-    status, line, trace = getattr(error, "status", 2), str(error), ""
-    if is_out_of_memory(error):
-        word = pulse.doing.split()[0]
-        less = LESS_MEMORY.get(word, "raise GRAD_ACCUM_STEPS, or lower TRAIN_BATCH_TOKENS")
-        why = f"{in_a_line(error):.160}"
-        line = f"out of memory at \"{pulse.doing}\" on rank {rank} ({why}): {less}"
-    elif not isinstance(error, UserError) and not hasattr(error, "status"):
-        status, line = 1, in_a_line(error)
-        trace = "".join(traceback.format_exception(error))
-    event = "error"
+    event, status, line, trace = "error", 2, str(error), ""
     if isinstance(error, Interrupted):
-        event = "interrupted"
+        event, status = "interrupted", error.status
         if rank:      # rank 0 has said it
             return status
+    elif is_out_of_memory(error):
+        less = LESS_MEMORY.get(pulse.doing.split()[0], "raise GRAD_ACCUM_STEPS, or lower TRAIN_BATCH_TOKENS")
+        line = f"out of memory at \"{pulse.doing}\" on rank {rank} ({in_a_line(error):.160}): {less}"
+    elif not isinstance(error, UserError):
+        status, line = 1, in_a_line(error)
+        trace = "".join(traceback.format_exception(error))
     if run is None:
         tell(f"{event}: {line}")
         if trace:      # there is no log yet
             tell(trace)
-        return status
-    run.failed(line, trace, again=not isinstance(error, UserError), event=event)
-    run.close()
+    else:
+        run.failed(line, trace, again=not isinstance(error, UserError), event=event)
+        run.close()
     return status
 
 
