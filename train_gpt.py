@@ -3243,8 +3243,7 @@ def pick_dtype(choice: str, device: torch.device, default: torch.dtype | None = 
 
 
 def compiles(s: Settings, device: torch.device) -> bool:
-    """Whether to use torch.compile. Plain attention, which float32 takes too, cannot
-    be traced."""
+    """Whether to use torch.compile. Plain attention, as of float32, cannot be traced."""
     plain = ATTENTION == "plain" or pick_dtype(s.compute_dtype, device) == torch.float32
     if s.compile == "1" and plain:
         raise UserError("COMPILE=1 cannot trace plain attention (ATTN_BACKEND=plain, a CPU, or "
@@ -3280,8 +3279,7 @@ def is_number(text: str) -> bool:
 
 
 def whole_number(text: str) -> int | None:
-    """The whole number that the text writes, to the last digit; 1e3 is one too. None:
-    it writes none."""
+    """The whole number that the text writes, to the last digit, 1e3 too; else None."""
     if len(text) > 40 or not is_number(text):
         return None
     value = decimal.Decimal(text)
@@ -3289,8 +3287,7 @@ def whole_number(text: str) -> int | None:
 
 
 def whole_numbers(text: str) -> list[int]:
-    """The numbers of "9,10": at most 64, of at most nine digits. None of them when
-    the text is anything else."""
+    """The numbers of "9,10", at most 64; none when the text is anything else."""
     parts = text.replace(" ", "").split(",")
     good = len(parts) <= 64 and all(re.fullmatch("[0-9]{1,9}", part) for part in parts)
     return [int(part) for part in parts] if good else []
@@ -3433,8 +3430,7 @@ def our_words() -> set[str]:
 
 def looks_like_ours(name: str, known: Mapping) -> str | None:
     """The nearest known setting when `name` must have been meant for this script: it
-    is nearly a setting's, or made of our words alone and ends in none of a platform's.
-    Else None."""
+    is nearly a setting's, or made of our words alone. Else None."""
     words = name.lower().split("_")
     if name in OTHER_NAMES or {"port", "service"} & set(words[1:]):      # or of a scheduler's services
         return None
@@ -3449,9 +3445,8 @@ def looks_like_ours(name: str, known: Mapping) -> str | None:
 
 
 def stray_names(env: Mapping[str, str]) -> dict[str, str]:
-    """Variables that nothing here reads though they are like settings, or what others
-    call them, and what to say of each; twenty at most. from_env refuses those that
-    must have been meant."""
+    """Variables like settings that nothing here reads, and what to say of each; twenty
+    at most. from_env refuses those that must have been meant."""
     known = {f.name.upper() for f in fields(Settings)}
     first_words = our_words() | COMMON_WORDS
     strays = {}
@@ -3509,7 +3504,7 @@ def launcher_number(env: Mapping[str, str], name: str, default: int, lo: int, hi
 
 def launcher_ranks(env: Mapping[str, str]) -> Ranks:
     """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process without them.
-    UserError when they do not fit together, or the other ranks could not be found."""
+    UserError when they do not fit together."""
     size = launcher_number(env, "WORLD_SIZE", 1, 1, 65536)
     local_size = launcher_number(env, "LOCAL_WORLD_SIZE", 1, 1, size)
     most_local = local_size if "LOCAL_WORLD_SIZE" in env else size
@@ -3536,8 +3531,7 @@ USUAL_PATIENCE = (250.0, 300.0)
 
 
 class Pulse:
-    """What this rank does and how far it is: set by its main thread, read by its
-    heartbeat."""
+    """What this rank does and how far it is, for its heartbeat."""
 
     def __init__(self):
         self.doing, self.beats, self.at = "set-up", 0, time.monotonic()
@@ -3555,8 +3549,7 @@ class Pulse:
         self.beats += 1
 
     def limits(self) -> tuple[float, float]:
-        """PATIENCE now: at least the usual before the first step, then ten of the
-        longest."""
+        """PATIENCE now; at least ten of the longest so far."""
         word = self.doing.split()[0]
         progress, wait = PATIENCE.get(word, USUAL_PATIENCE)
         least = 10 * self.longest[word] if word in self.longest else USUAL_PATIENCE[0]
@@ -3565,8 +3558,7 @@ class Pulse:
 
 @dataclass
 class World:
-    """The ranks of this run; one rank is the same code. Collectives are no-ops when
-    size is 1."""
+    """The ranks of this run; one rank is the same code."""
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
@@ -3600,8 +3592,7 @@ class World:
         return world
 
     def beat(self, doing: str) -> None:
-        """Progress was made; `doing`, such as "step 812", follows: a job that hangs
-        is ended."""
+        """Progress was made; `doing`, such as "step 812", follows."""
         self.pulse.beat(doing)
         wait = self.pulse.limits()[1]
         set_wait = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
@@ -3632,8 +3623,7 @@ class World:
         return x
 
     def agree(self, value):
-        """Rank 0's value on every rank, through host memory: the GPU's queue is not
-        drained."""
+        """Rank 0's value on every rank. The GPU's queue is not drained."""
         if self.size == 1:
             return value
         box = [value]
@@ -3642,9 +3632,9 @@ class World:
         return box[0]
 
     def agree_step(self, elapsed: float, stop: int, bad_step: int) -> tuple[float, int, int]:
-        """What all ranks must know before a step, through host memory: rank 0's
-        seconds, the number of a signal that any rank received (0: none), the first
-        step that went wrong on any rank (0: none)."""
+        """What all ranks must know before a step: rank 0's seconds, the number of a
+        signal that any rank received (0: none), the first step that went wrong on any
+        rank (0: none)."""
         if self.size == 1:
             return elapsed, stop, bad_step
         never = -math.inf
@@ -3681,8 +3671,7 @@ SILENT = 45.0    # and one of another; one that runs here may be in a call that 
 
 
 def process_state(pid: int) -> tuple[str, str]:
-    """(state letter, time of its start) of a process of this machine; empty where not
-    known."""
+    """(state letter, start) of a process of this machine; empty where not known."""
     try:
         words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return words[0], words[19]
@@ -3691,10 +3680,10 @@ def process_state(pid: int) -> tuple[str, str]:
 
 
 class Heartbeat(threading.Thread):
-    """Gives the other ranks, over the rendezvous store, signs that this process lives,
-    and what it does; ends the job when one of them falls silent or nothing goes on.
-    Under torchrun its agent keeps the store, so that any rank may hang. tell(line)
-    says why, on one rank."""
+    """Gives the other ranks signs that this process lives, and what it does; ends the
+    job when one of them falls silent or nothing goes on. The rendezvous store carries
+    the signs: torchrun's agent keeps it, so that any rank may hang. tell(line) says
+    why, on one rank."""
 
     def __init__(self, world: World, env: Mapping[str, str]):
         super().__init__(name="heartbeat", daemon=True)
@@ -3758,7 +3747,7 @@ class Heartbeat(threading.Thread):
 
     def stuck(self, now: float) -> list[int]:
         """The ranks that hold up the job: silent ones, or when nobody makes progress
-        those that wait for no other and are the least far."""
+        the least far of those that wait for no other."""
         at_work = {rank: sign for rank, sign in self.signs.items() if "left" not in sign}
         patience = {"T": STOPPED, "t": STOPPED, "": SILENT}
         silent = [rank for rank in at_work
@@ -3778,9 +3767,8 @@ class Heartbeat(threading.Thread):
         return "; ".join(text.format(rank, **self.signs[rank]) for rank in stuck)
 
     def end_job(self, stuck: Sequence[int]) -> None:
-        """Say it, on one rank; end what is stopped, then this process: when the
-        others have seen it too, and later than those that are to blame, so that the
-        launcher names them."""
+        """Say it, on one rank; end what is stopped, then this process: later than the
+        ranks that are to blame, so that the launcher names them."""
         self.world.pulse.ending = True
         rank, healthy = self.world.rank, set(range(self.world.size)) - set(stuck)
         if rank == min(healthy, default=0):
@@ -3799,8 +3787,7 @@ class Heartbeat(threading.Thread):
 
 
 def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Item indices per rank, longest first to the least loaded: by arithmetic, so the
-    same on every rank."""
+    """Item indices per rank, longest first to the least loaded."""
     load, share = [0.0] * ranks, [[] for _ in range(ranks)]
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         r = load.index(min(load))
@@ -3846,8 +3833,7 @@ class Signals:
             raise self.error("the run was interrupted")
 
     def error(self, what: str, number: int = 0) -> Interrupted:
-        """The exception that ends the run, for the signal received here or on another
-        rank."""
+        """What ends the run, for the signal received here or on another rank."""
         if not self.number:      # what comes from now on is the second
             self.number, self.when = number, time.monotonic()
         number = number or self.number
@@ -3855,8 +3841,7 @@ class Signals:
 
     @contextlib.contextmanager
     def held(self):
-        """Inside, a signal only sets `number`; what was not obeyed by the end raises
-        there."""
+        """Inside, a signal only sets `number`; the end raises what was not obeyed."""
         self.waits = True
         try:
             yield
@@ -3897,8 +3882,7 @@ def sync(device: torch.device) -> None:
 # --- files
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file completely or not at all: under a temporary name in the same
-    folder, flushed, then renamed."""
+    """Write a file completely or not at all: flushed, then renamed."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -3916,8 +3900,8 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def file_size(path: Path, most: int, what: str) -> int:
     """Bytes of a regular file of at most `most`, known before it is opened: a pipe
-    would wait for ever, a device never end. what: what it should be, for messages.
-    UserError for anything else."""
+    would wait for ever, a device never end. UserError for anything else; what: what
+    it should be."""
     fault, size = "", 0
     try:
         status = os.stat(path)
@@ -4013,8 +3997,7 @@ AVERAGE = Path("checkpoint") / "average.pt"     # in the run's folder
 
 
 def of_training(summary: Mapping, path: Path) -> dict:
-    """What a run that goes on keeps of the summary at path; UserError for values of
-    strange types."""
+    """What a run that goes on keeps of the summary at path."""
     kept = {k: summary[k] for k in TRAINING_KEYS if summary.get(k) is not None}
     for name, value in kept.items():
         good = isinstance(value, int if name.endswith("_runs") else (int, float, str))
@@ -4026,9 +4009,8 @@ def of_training(summary: Mapping, path: Path) -> dict:
 
 
 def lock_folder(folder: Path):
-    """The open file whose lock says that this run owns the folder; whatever ends the
-    process frees it. None where the disk knows no locks. UserError when another live
-    run has it."""
+    """The open file whose lock says that this run owns the folder, until the process
+    ends. None where the disk knows no locks. UserError when another live run has it."""
     path = folder / ".lock"
     while True:
         file = open(path, "a+", encoding="utf-8")
@@ -4100,7 +4082,7 @@ class Run:
         self.screen_failed = False
         self.time_known = True      # that of training, which quantising goes on with
         self.command, self.command_at = "", 0.0
-        self.of_others = [] if s.resume else self.restart_points()
+        self.started = 0            # files written before, by the disk's clock in ns, are of another run
         if world.heartbeat is not None:
             world.heartbeat.tell = self.hung
         if not world.main:
@@ -4116,10 +4098,12 @@ class Run:
     # --- the folder
 
     def open_folder(self) -> None:
-        """Own the folder: its lock, its journals, and what its summary says of a
-        training that goes on. UserError unless this run may write there."""
+        """Lock, journals, and what the summary says of a training that goes on.
+        UserError unless this run may write there."""
         self.dir.mkdir(parents=True, exist_ok=True)
         self.lock = lock_folder(self.dir)
+        if self.lock is not None and not self.s.resume:
+            self.started = os.fstat(self.lock.fileno()).st_mtime_ns
         again = bool(self.s.resume or home_of(self.s))
         earlier = self.check_folder(again)
         self.open_journals(fresh=not again)
@@ -4140,14 +4124,12 @@ class Run:
         self.metrics = Journal(self.dir / "metrics.jsonl", fresh)
 
     def goes_on(self) -> bool:
-        """Whether what is quantised or scored is this folder's own, or training is
-        resumed."""
+        """Whether this folder's own training, weights or artifact is gone on with."""
         home = home_of(self.s)
         return self.s.resume or (home is not None and home.resolve() == self.dir.resolve())
 
     def check_folder(self, again: bool) -> dict:
-        """The summary that lies in the folder; UserError unless this run may write
-        there."""
+        """The summary in the folder; UserError unless this run may write there."""
         for name in ("summary.json", WEIGHTS_NAME, ARTIFACT_NAME):
             if (self.dir / name).is_dir():
                 raise UserError(f"{self.dir / name} is a folder: move it away")
@@ -4170,8 +4152,7 @@ class Run:
             self.lock = None
 
     def save_summary(self) -> None:
-        """What is known so far: written after every stage, so that a crash loses no
-        score."""
+        """What is known so far: after every stage, so that a crash loses no score."""
         if self.world.main:
             with self.guarded("the summary"):
                 write_atomic(self.dir / "summary.json", to_json(self.summary, indent=1).encode())
@@ -4236,33 +4217,22 @@ class Run:
 
     # --- going on after an early end
 
-    def restart_points(self) -> list[tuple[str, str, int]]:
-        """Files here that a run can go on from, best first: the setting that does so,
-        its value, and when the file was written, in ns."""
-        files = [("EVAL_ONLY_QUANTIZED_PATH", self.dir / ARTIFACT_NAME),
-                 ("EVAL_ONLY_PATH", self.dir / WEIGHTS_NAME),
-                 ("EVAL_ONLY_PATH", self.dir / AVERAGE)]
-        if not self.s.max_wallclock_seconds:
-            files[2:2] = [("RESUME", path) for path in self.dir.glob("checkpoint/resume.*.0.pt")]
-        points = []
-        for name, path in files:
-            with contextlib.suppress(OSError):
-                written = path.stat().st_mtime_ns
-                points.append((name, "1" if name == "RESUME" else str(path), written))
-        return points
-
     def restart_setting(self) -> dict[str, str]:
         """The setting that goes on from the best file that this run has written, if
         any."""
-        for point in self.restart_points():
-            if point not in self.of_others:
-                name, value, _ = point
-                return {name: value}
+        files = [("EVAL_ONLY_QUANTIZED_PATH", self.dir / ARTIFACT_NAME),
+                 ("EVAL_ONLY_PATH", self.dir / WEIGHTS_NAME)]
+        if not self.s.max_wallclock_seconds:
+            files += [("RESUME", path) for path in self.dir.glob("checkpoint/resume.*.0.pt")]
+        files.append(("EVAL_ONLY_PATH", self.dir / AVERAGE))
+        for name, path in files:
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime_ns >= self.started:
+                    return {name: "1" if name == "RESUME" else str(path)}
         return {}
 
     def go_on(self) -> str:
-        """The command that goes on from what is on disk; without that the one that
-        started it."""
+        """The command that goes on from what is on disk, else that starts anew."""
         changed, restart = changed_environment(self.s), self.restart_setting()
         if not restart:
             return starting_command(changed)
@@ -4273,8 +4243,8 @@ class Run:
         return starting_command({**changed, "ARTIFACT_DIR": str(self.dir), **restart})
 
     def note_go_on(self, every: float = 0.0) -> None:
-        """Log that command when it has changed: it is then known even after a kill.
-        every: look again after so many seconds only."""
+        """Log that command when it has changed, for after a kill; look again after
+        `every` seconds only."""
         if self.text is None or time.monotonic() - self.command_at < every:
             return
         self.command_at, command = time.monotonic(), self.go_on()
@@ -4283,9 +4253,8 @@ class Run:
             self.log("go_on", quiet=True, command=command)
 
     def failed(self, line: str, trace: str = "", again: bool = True, event: str = "error") -> None:
-        """The last words of a run that ends early, on any rank: the error, its trace
-        in the log alone, and the command to go on. again: whether the same command
-        may help while nothing is on disk."""
+        """The last words of a run, on any rank: the error, its trace in the log alone,
+        and the command to go on. again: whether to start anew may help."""
         tell(f"{event}: {line}")
         if self.text is None:      # not rank 0: beside its lines, where the folder is shared
             with contextlib.suppress(OSError):
@@ -4390,7 +4359,7 @@ MAY_DIFFER = ("RUN_ID", "QUANTIZE_ONLY", "PREQUANT_ONLY", "RESUME", "settings", 
 
 def compare_with_training(run: Run, here: dict) -> None:
     """Facts and settings into the summary; a warning of those that are not as in the
-    summary beside the file that is quantised or scored. In a run's own folder the
+    summary beside the weights or artifact gone on with. In a run's own folder the
     summary keeps what was true of its training."""
     differing = {}
     with run.guarded("the comparison with training"):
@@ -4408,8 +4377,7 @@ def compare_with_training(run: Run, here: dict) -> None:
 
 
 def in_training(run: Run) -> dict:
-    """Facts and settings, by name, of the training whose weights or artifact this run
-    goes on with."""
+    """Facts and settings, by name, of the training that this run goes on with."""
     home = home_of(run.s)
     if home is None or not run.world.main or not (home / "summary.json").exists():
         return {}
@@ -4484,9 +4452,8 @@ class Progress:
 
 
 class FiniteWatch:
-    """Notices the first step whose loss or gradient is not finite without waiting for
-    the GPU: flags travel to pinned memory and are read once they have arrived, a few
-    steps late."""
+    """Notices the first step whose loss or gradient is not finite, without waiting for
+    the GPU: flags are read once they have arrived on the host, a few steps late."""
 
     def __init__(self):
         self.flying, self.bad = deque(), 0
@@ -4502,8 +4469,7 @@ class FiniteWatch:
         self.flying.append((step, flag, arrived))
 
     def first_bad(self, wait: bool = False) -> int:
-        """The first bad step (from 1 on) among those whose flags are here, else 0;
-        wait: for all flags."""
+        """The first bad step whose flag is here, else 0; wait: for all flags."""
         while self.flying and not self.bad:
             step, flag, arrived = self.flying[0]
             if arrived is not None:
@@ -4524,8 +4490,7 @@ class FiniteWatch:
 
 
 def off_the_clock(world: World, clock: Clock, work: Callable[[], None]) -> None:
-    """Do the work while the clock stands; steps that are queued on a GPU are charged
-    before."""
+    """Do the work while the clock stands; steps queued on a GPU are charged before."""
     sync(world.device)
     with clock.exclude():
         work()
@@ -4533,8 +4498,7 @@ def off_the_clock(world: World, clock: Clock, work: Callable[[], None]) -> None:
 
 
 def end_of_steps(world: World, trainer: Trainer, watch: FiniteWatch, step: int) -> int:
-    """After the last step, the first one that went wrong on any rank, or left weights
-    that are not finite."""
+    """After the last step, the first that went wrong on any rank; 0: none."""
     bad = watch.first_bad(wait=True) or (0 if trainer.finite() else step)
     return world.agree_step(0.0, 0, bad)[2]
 
@@ -4572,8 +4536,7 @@ class AverageKeeper:
             self.start(step, f"average of step {step}")
 
     def start(self, step: int, stopped: str) -> None:
-        """Copy the average, in the order of the GPU's queue, and let the thread write
-        it."""
+        """Copy the average, in the GPU's queue, and let the thread write it."""
         self.last = time.monotonic()
         if not self.copy:
             self.copy = {n: torch.empty_like(t) for n, t in self.average.items()}
@@ -4587,8 +4550,7 @@ class AverageKeeper:
         self.job = self.writer.submit(self.write, stream, facts)
 
     def write(self, stream, facts: dict) -> str:
-        """In the thread: check and write the copy. What was written; empty: it is not
-        finite."""
+        """In the thread: check and write the copy; what was written, if it is finite."""
         with stream:
             tensors = {n: t.cpu() for n, t in self.copy.items()}
         if not all(bool(t.isfinite().all()) for t in tensors.values()):
@@ -4627,8 +4589,7 @@ class AverageKeeper:
 
 
 def weight_facts(s: Settings, world: World, steps: int, seconds: float, stopped: str) -> dict:
-    """What a file of weights says of its training; stopped: empty for a training that
-    went to its end."""
+    """What a file of weights says of its training; stopped: how it ended early."""
     return {"steps": steps, "train_seconds": seconds, "step_ms": 1e3 * seconds / max(steps, 1),
             "stopped": stopped, "seed": s.seed, "world_size": world.size}
 
@@ -4647,8 +4608,7 @@ class Checkpoints:
         self.wanted = s.checkpoint_every_seconds > 0 and not s.max_wallclock_seconds
 
     def offer(self, step: int, elapsed: float, curriculum: Curriculum, stream: Prefetch) -> None:
-        """Before a step, `elapsed` seconds on rank 0's clock: write one when it is
-        time."""
+        """Before a step, at `elapsed` seconds: write one when it is time."""
         if self.last is None:
             self.last = elapsed
         elif elapsed - self.last >= self.s.checkpoint_every_seconds:
@@ -4714,8 +4674,7 @@ def remove_checkpoints(run: Run, keep: int = -1) -> None:
 
 
 def remove_safety_copies(run: Run) -> None:
-    """Once the artifact and final_model.pt are there: remove averages and
-    checkpoints. On every rank."""
+    """On every rank, once artifact and weights are there: averages, checkpoints."""
     if not run.world.agree((run.dir / WEIGHTS_NAME).is_file()):
         return
     remove_checkpoints(run)
@@ -4727,8 +4686,7 @@ def remove_safety_copies(run: Run) -> None:
 
 
 def training_settings(s: Settings, world: World) -> dict:
-    """The settings on which a step of training depends: they must be the same to go
-    on."""
+    """The settings on which a step depends: they must be the same to go on."""
     names = ["SEED", "ITERATIONS", "COMPUTE_DTYPE", "MUON_DTYPE"]
     for group in ("data", "model", "optimiser"):
         names += [n for n in group_names(group) if not n.startswith(("DATA_", "TOKENIZER_", "VAL_"))]
@@ -4737,8 +4695,7 @@ def training_settings(s: Settings, world: World) -> dict:
 
 
 def read_checkpoint(s: Settings, world: World, run: Run) -> dict:
-    """This rank's part of the newest checkpoint in the run's folder; UserError when
-    there is none that fits."""
+    """This rank's part of the newest checkpoint; UserError when none fits."""
     again = "start anew without RESUME, in another ARTIFACT_DIR"
     step = world.agree(max(checkpoint_steps(run), default=0))
     if not step:
@@ -4807,16 +4764,14 @@ def unsealed(path: Path, most: int, what: str) -> dict:
 
 
 def weights_to_bytes(s: Settings, params: Mapping[str, Tensor], facts: dict) -> bytes:
-    """The file of weights: under the field's names, with their architecture and facts
-    of their training."""
+    """The file of weights, with their architecture and facts of their training."""
     weights = {n: p.detach().cpu() for n, p in field_views(dict(params)).items()}
     return sealed({"architecture": s.to_be_stored(architecture(s)), "weights": weights, "facts": facts})
 
 
 def save_weights(run: Run, model: GPT, facts: dict) -> None:
-    """The averaged weights, the moment training ends: whatever fails later, they are
-    on disk. Without space in the run's folder other places are tried; without any the
-    run goes on with the weights in memory."""
+    """The averaged weights to disk, the moment training ends. Without space in the
+    run's folder other places are tried; without any the run goes on all the same."""
     if not run.world.main:
         return
     drop_ballast(run)
@@ -4836,8 +4791,8 @@ def save_weights(run: Run, model: GPT, facts: dict) -> None:
 
 
 def read_weights(path: str, model: GPT) -> dict:
-    """Averaged weights saved by an earlier run into the model; what the file says of
-    their training (see weight_facts). UserError, one short line, for anything else."""
+    """A file of averaged weights into the model; its facts (see weight_facts).
+    UserError, one short line, for anything else."""
     what = f"EVAL_ONLY_PATH={plain(path, 80)}"
     most = bytes_of_weights(model.s) + (2 << 20)
     box = unsealed(Path(path), most, what)
@@ -4857,8 +4812,8 @@ def read_weights(path: str, model: GPT) -> dict:
 
 
 def take_over(s: Settings, run: Run, facts: Mapping) -> Clock:
-    """The training clock that quantising goes on with. In the folder of the run that
-    trained it has run for as long as the weights say; else the time is not known."""
+    """The training clock that quantising goes on with. Only in the folder of the run
+    that trained is the time known: it is what the weights say."""
     clock = Clock(s.max_wallclock_seconds)
     run.time_known = run.goes_on()
     if run.time_known:
@@ -4883,8 +4838,7 @@ def check_budget(run: Run, what: str, seconds: float, name: str, setting: float)
 
 
 def marked(blob: bytes, why: str) -> bytes:
-    """The artifact, telling whoever scores it why it is NON-COMPLIANT, in at most
-    MARK_BYTES more."""
+    """The artifact with a mark, of at most MARK_BYTES, why it is NON-COMPLIANT."""
     header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
     reasons = filter(None, [header.get("not_compliant"), plain_mark(why)[:MARK_BYTES - 32]])
     header["not_compliant"] = plain_mark("; ".join(reasons))
@@ -4892,15 +4846,14 @@ def marked(blob: bytes, why: str) -> bytes:
 
 
 def plain_mark(text: str) -> str:
-    """A mark as it is written and read: bounded ASCII that takes one byte each in
-    JSON."""
+    """A mark as it is written and read: bounded ASCII, one byte each in JSON."""
     return re.sub(r'[^ -~]|["\\]', "?", text[:MARK_BYTES])
 
 
 def write_artifact(s: Settings, run: Run, blob: bytes, clock: Clock) -> tuple[float, int]:
     """Put the artifact on disk, on rank 0; seconds of training's clock, and bytes. It
-    is judged when its bytes are on disk, and gets its name only with the mark and the
-    summary that say the verdict: no kill comes between."""
+    is judged when its bytes are on disk, and gets its name only when mark and summary
+    say the verdict: no kill comes between."""
     unjudged = run.dir / f".{ARTIFACT_NAME}.unjudged"
     count_up(run, "quantising_runs")
     write_atomic(unjudged, blob)
@@ -4987,8 +4940,7 @@ LESS_MEMORY = {"scoring": "lower VAL_BATCH_TOKENS", "adapting": "lower TTT_BATCH
 
 
 def open_screens() -> None:
-    """A screen of ASCII gets ? for what it cannot show; one that is closed is
-    replaced by none."""
+    """A screen of ASCII gets ? for what it cannot show; a closed one is replaced."""
     for name in "stdout", "stderr":
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
@@ -5043,68 +4995,64 @@ def end_early(error: BaseException, run: Run | None, rank: int) -> int:
 # ============================================================================================================
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256    # 256 little-endian int32, then uint16 tokens
+AGAIN = "fetch or build the data again"
 
 
 def read_shard(path: Path) -> np.ndarray:
     """Tokens of one shard, (N,) uint16, mapped not loaded. UserError when it is
     missing, foreign or cut."""
-    path, again = Path(path), "fetch or build the data again"
+    path, fault = Path(path), ""
+    size = file_size(path, 1 << 40, f"a token shard: {AGAIN}")
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):       # a pipe would wait for ever
-            raise UserError(f"{path} is no token shard but a folder, pipe or device; {again}")
-        size, header = found.st_size, np.fromfile(path, dtype="<u4", count=SHARD_HEADER)
+        header = np.fromfile(path, dtype="<u4", count=SHARD_HEADER)
     except OSError as error:
-        raise UserError(f"cannot read shard {path}: {error.strerror}; {again}") from error
-    if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise UserError(f"{path} is no token shard: it starts with {header[:2].tolist()}, expected "
-                        f"[{SHARD_MAGIC}, {SHARD_VERSION}]; {again}")
-    count = int(header[2])
+        raise UserError(f"{path} cannot be read: {error.strerror}; {AGAIN}") from error
+    magic, version, count = header[:3].tolist() if len(header) == SHARD_HEADER else (0, 0, 0)
     expected = 4 * SHARD_HEADER + 2 * count
-    if size != expected:
-        raise UserError(f"{path} has {size:,} bytes but its header promises {expected:,}: "
-                        f"{'truncated' if size < expected else 'too long'}; {again}")
-    if count < 2:
-        raise UserError(f"{path} holds {count} tokens: at least 2 are needed; {again}")
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+        fault = (f"is no token shard: it starts with {header[:2].tolist()}, expected "
+                 f"[{SHARD_MAGIC}, {SHARD_VERSION}]")
+    elif size != expected:
+        fault = (f"has {size:,} bytes but its header promises {expected:,}: "
+                 f"{'truncated' if size < expected else 'too long'}")
+    elif count < 2:
+        fault = f"holds {count} tokens: at least 2 are needed"
+    if fault:
+        raise UserError(f"{path} {fault}; {AGAIN}")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
 
 
 def list_shards(folder: Path, kind: str) -> list[Path]:
-    """Sorted `fineweb_<kind>_*.bin` of a folder; kind is train, val or val_bytes.
-    UserError when none."""
+    """Sorted `fineweb_<kind>_*.bin` of a folder; kind is train or val. UserError when
+    none."""
     folder = Path(folder)
     if kind == "val" and Validation.sealed:
         raise RuntimeError(SEALED)
-    found = sorted(folder.glob(f"fineweb_{kind}_*.bin"))
-    found = [p for p in found if kind != "val" or "_bytes_" not in p.name]
-    if not found:
-        what = f"has no fineweb_{kind}_*.bin" if folder.is_dir() else "does not exist"
-        raise UserError(f"DATA_PATH={folder} {what}: data/README.md says how to fetch or build shards")
-    return found
+    paths = sorted(p for p in folder.glob(f"fineweb_{kind}_*.bin") if "_bytes_" not in p.name)
+    if not paths:
+        fault = f"has no fineweb_{kind}_*.bin" if folder.is_dir() else "does not exist"
+        raise UserError(f"DATA_PATH={folder} {fault}: data/README.md says how to fetch or build shards")
+    return paths
 
 
 def read_tokens(s: Settings, kind: str, most: int | None = None) -> dict[Path, np.ndarray]:
-    """Tokens of all shards of a kind, by path, mapped. Refused unless the first
-    `most` tokens of each hold documents, the first of them whole (published shards
-    are cut anywhere), and ids of the vocabulary."""
-    shards = {path: read_shard(path) for path in list_shards(s.shards, kind)}
-    for i, (path, whole) in enumerate(shards.items()):
-        tokens = whole[:most]
-        for bad, fault in (
-            (tokens[0] == 0, f"starts with 0, not with BOS (id {BOS}): it is a byte sidecar, not tokens"),
-            (not has_bos(whole), f"holds no BOS (id {BOS}): documents cannot be told apart"),
-            (i == 0 and tokens[0] != BOS,
-             f"starts with token {tokens[0]}, not BOS (id {BOS}): its first document is cut"),
-        ):
-            if bad:
-                raise UserError(f"{path} {fault}; build the shards again, with a BOS before every document")
-        check_ids(path, tokens, s.vocab_size)
+    """Tokens of all shards of a kind, by path, mapped. Refused unless each holds
+    documents, the first of them whole (published shards are cut anywhere), and the
+    first `most` tokens are of the vocabulary."""
+    shards, block = {}, 1_000_000
+    for path in list_shards(s.shards, kind):
+        tokens, fault = read_shard(path), ""
+        if tokens[0] == 0:
+            fault = f"starts with 0, not with BOS (id {BOS}): it is a byte sidecar, not tokens"
+        elif not any((tokens[a:a + block] == BOS).any() for a in range(0, len(tokens), block)):
+            fault = f"holds no BOS (id {BOS}): documents cannot be told apart"
+        elif not shards and tokens[0] != BOS:
+            fault = f"starts with token {tokens[0]}, not BOS (id {BOS}): its first document is cut"
+        if fault:
+            raise UserError(f"{path} {fault}; build the shards again, with a BOS before every document")
+        check_ids(path, tokens[:most], s.vocab_size)
+        shards[path] = tokens
     return shards
-
-
-def has_bos(tokens: np.ndarray, block: int = 1_000_000) -> bool:
-    """Whether a BOS is among the tokens, of which no more than needed are read."""
-    return any((tokens[a:a + block] == BOS).any() for a in range(0, len(tokens), block))
 
 
 def check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
@@ -5118,40 +5066,42 @@ def check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
 def read_sidecars(s: Settings, shards: Mapping[Path, np.ndarray]) -> np.ndarray | None:
     """Bytes of every token (N,) int64 of these shards by their sidecars; None where
     there are no sidecars."""
-    sidecars = [path.with_name(path.name.replace("_val_", "_val_bytes_")) for path in shards]
-    if not any(path.exists() for path in sidecars):
+    paths = [path.with_name(path.name.replace("_val_", "_val_bytes_")) for path in shards]
+    if not any(path.exists() for path in paths):
         return None
-    for path, tokens in zip(sidecars, shards.values()):
-        counts, wrong = read_shard(path), "the byte sidecar belongs to other shards; fetch both again"
-        if len(counts) != len(tokens):
-            raise UserError(f"{path} has {len(counts):,} entries for {len(tokens):,} tokens: {wrong}")
-        if (at := np.flatnonzero((tokens == BOS) & (counts != 0))).size:
-            raise UserError(f"{path} counts {counts[at[0]]} bytes for the BOS at position {at[0]}: {wrong}")
-    out = np.concatenate([read_shard(path) for path in sidecars]).astype(np.int64)
-    told = manifest_total(s, "val_bytes", "text_bytes")
-    if told not in (None, out.sum()) or not out.any():
-        says = "which cannot be" if told is None else f"the manifest says {told:,}"
-        raise UserError(f"the sidecars of {s.shards} count {out.sum():,} bytes, {says}: damaged or of other "
-                        "shards; fetch both again")
-    return out
+    counts, remedy = [], "the byte sidecar belongs to other shards; fetch both again"
+    for path, tokens in zip(paths, shards.values()):
+        count = read_shard(path)
+        if len(count) != len(tokens):
+            raise UserError(f"{path} has {len(count):,} entries for {len(tokens):,} tokens: {remedy}")
+        if (at := np.flatnonzero((tokens == BOS) & (count != 0))).size:
+            raise UserError(f"{path} counts {count[at[0]]} bytes for the BOS at position {at[0]}: {remedy}")
+        counts.append(count.astype(np.int64))
+    total = int(sum(count.sum() for count in counts))
+    expected = manifest_total(s, "val_bytes", "text_bytes")
+    if not total or expected not in (None, total):
+        fault = "which cannot be" if expected is None else f"the manifest says {expected:,}"
+        raise UserError(f"the sidecars of {s.shards} count {total:,} bytes, {fault}: {remedy}")
+    return np.concatenate(counts)
 
 
 def read_manifest(s: Settings) -> dict:
     """The folder's manifest.json, written by the data tools; empty when there is
     none, or one of another program. UserError when it is damaged."""
-    path, remedy = s.shards / "manifest.json", "fetch or build the data again"
+    path = s.shards / "manifest.json"
     if not path.exists():
         return {}
-    manifest = read_json(path, f"the data tools' manifest: {remedy}")
+    manifest = read_json(path, f"the data tools' manifest: {AGAIN}")
     if not {"files", "fingerprint"} <= set(manifest):
         return {}
     if fault := manifest_fault(manifest):
-        raise UserError(f"{path} is damaged ({fault}): {remedy}")
+        raise UserError(f"{path} is damaged ({fault}): {AGAIN}")
     return manifest
 
 
 def manifest_fault(manifest: Mapping) -> str:
     """What in a manifest is not as the data tools write it; empty: nothing."""
+    counts = {"decodable_val_bytes": manifest.get("decodable_val_bytes") or 0}
     if not isinstance(manifest["files"], list) or not isinstance(manifest["fingerprint"], str):
         return "files is no list, or the fingerprint no text"
     for i, entry in enumerate(manifest["files"]):
@@ -5159,25 +5109,21 @@ def manifest_fault(manifest: Mapping) -> str:
             return f"file {i} is no object"
         if not all(isinstance(entry.get(key), str) for key in ("name", "kind")):
             return f"file {i} has no name or no kind"
-        if not all(is_count(entry.get(key, 0)) for key in ("size", "tokens", "documents", "text_bytes")):
-            return f"file {i} counts what is no whole number"
+        for key in ("size", "tokens", "documents", "text_bytes"):
+            counts[f"{key} of file {i}"] = entry.get(key, 0)
     for key in ("split", "tokenizer"):      # no tokenizer: null
         if not isinstance(manifest.get(key) or {}, dict):
             return f"{key} is no object"
-    if not is_count(manifest.get("decodable_val_bytes") or 0):
-        return "decodable_val_bytes is no whole number"
+    for name, count in counts.items():
+        if type(count) is not int or not 0 <= count < 2 ** 63:
+            return f"{name} is no whole number"
     return ""
 
 
-def is_count(value) -> bool:
-    """Whether a value from JSON is a whole number of 0 or more."""
-    return type(value) is int and 0 <= value < 2 ** 63
-
-
 def manifest_total(s: Settings, kind: str, what: str) -> int | None:
-    """Sum of an entry over the manifest's files of a kind; None where it is not told."""
-    told = [entry.get(what) for entry in read_manifest(s).get("files", ()) if entry["kind"] == kind]
-    return None if not told or None in told else sum(told)
+    """Sum of an entry over the manifest's files of a kind; None where it is not said."""
+    entries = [e.get(what) for e in read_manifest(s).get("files", ()) if e["kind"] == kind]
+    return sum(entries) if entries and None not in entries else None
 
 
 @dataclass(frozen=True)
@@ -5218,9 +5164,9 @@ class Batch(NamedTuple):
 
 
 def segment_bounds(bos: np.ndarray, total: int, max_len: int, bucket: int = 64) -> tuple[np.ndarray, int]:
-    """Attention segments of a row of `total` tokens: (cu_seqlens int32, longest
-    segment). A segment starts at 0, at each BOS, every max_len (0: never) tokens of a
-    document; padded with `total` to whole `bucket`s."""
+    """Attention segments of a row of `total` tokens: (cu_seqlens int32, padded with
+    `total` to whole `bucket`s; longest segment). A segment starts at 0, at each BOS,
+    and every max_len (0: never) tokens of a document."""
     starts = np.unique(np.concatenate([[0], np.asarray(bos, dtype=np.int64)]))
     lengths = np.diff(np.append(starts, total))
     if max_len > 0:
@@ -5263,7 +5209,8 @@ class Stream:
     def next(self) -> Batch:
         """The next micro-batch; UserError when it holds an id that is not of the
         vocabulary."""
-        batch, self.batches = self.cut(), self.batches + 1
+        batch = self.cut()
+        self.batches += 1
         if max(int(batch.x.max()), int(batch.y.max())) >= self.vocab_size:
             for tokens in self.shards:
                 check_ids(Path(tokens.filename), tokens, self.vocab_size)
@@ -5285,13 +5232,16 @@ class TokenStream(Stream):
             raise UserError(f"{self.ends[-1]:,} training tokens are no micro-batch: lower TRAIN_BATCH_TOKENS")
 
     def cut(self) -> Batch:
-        start, count, parts = (self.batches * self.world_size + self.rank) * self.tokens, self.tokens + 1, []
-        while count > 0:
+        start = (self.batches * self.world_size + self.rank) * self.tokens
+        missing, parts = self.tokens + 1, []
+        while missing > 0:
             start %= int(self.ends[-1])      # the stream wraps at the end of the last shard
             i = int(np.searchsorted(self.ends, start, side="right"))
             begin = start - int(self.ends[i]) + len(self.shards[i])
-            parts.append(np.asarray(self.shards[i][begin:begin + count]))
-            start, count = start + len(parts[-1]), count - len(parts[-1])
+            part = np.asarray(self.shards[i][begin:begin + missing])
+            parts.append(part)
+            start += len(part)
+            missing -= len(part)
         return packed_batch(np.concatenate(parts), self.max_len)
 
     def skip(self, batches: int) -> None:
@@ -5316,7 +5266,8 @@ class DocPackStream(Stream):
             self.cursor = self.first[self.shard]
         begin = self.cursor + self.rank * (self.tokens + 1)
         self.cursor += self.span
-        return packed_batch(np.asarray(self.shards[self.shard][begin:begin + self.tokens + 1]), self.max_len)
+        tokens = self.shards[self.shard][begin:begin + self.tokens + 1]
+        return packed_batch(np.asarray(tokens), self.max_len)
 
 
 LOADERS: dict[str, type[Stream]] = {"stream": TokenStream, "docpack": DocPackStream}
@@ -5334,18 +5285,15 @@ def open_stream(s: Settings, world: World, tokens: int, given: int) -> Prefetch:
     """The training stream, read ahead, after so many batches of this rank."""
     stream = open_train_stream(s, world, tokens)
     stream.skip(given)
-    epoch = stream.epoch
-    ahead = Prefetch(stream, world.device)
-    ahead.given, ahead.epoch = given, epoch
-    return ahead
+    return Prefetch(stream, world.device, given)
 
 
 class Prefetch:
     """Batches read ahead in one thread, in the stream's order. given: how many were
     given out, also before an interruption; epoch: of the last of them."""
 
-    def __init__(self, stream: Stream, device: torch.device, depth: int = 4):
-        self.stream, self.device, self.epoch, self.given = stream, device, 0.0, 0
+    def __init__(self, stream: Stream, device: torch.device, given: int = 0, depth: int = 4):
+        self.stream, self.device, self.given, self.epoch = stream, device, given, stream.epoch
         self.reader = ThreadPoolExecutor(1)
         self.ahead = deque(self.reader.submit(self.read) for _ in range(depth))
 
@@ -5369,9 +5317,9 @@ class Prefetch:
 
 @dataclass(frozen=True)
 class ByteTable:
-    """UTF-8 bytes behind each token. base (V) int16; lead (V): the piece begins with
-    a space; boundary (V): control, unknown or unused, after which a leading space is
-    not counted."""
+    """UTF-8 bytes of each token: base (V) int16, and one more for a piece that begins
+    with a space, lead (V), unless a control, unknown or unused one, boundary (V), is
+    before it."""
     base: np.ndarray
     lead: np.ndarray
     boundary: np.ndarray
@@ -5390,8 +5338,8 @@ class ByteTable:
                 base[i] = 1
             else:
                 piece = sp.id_to_piece(i)
-                lead[i] = piece.startswith("\u2581")
-                base[i] = len(piece.removeprefix("\u2581").encode())   # only the first one stands for a space
+                lead[i] = piece.startswith("\u2581")      # only the first one stands for a space
+                base[i] = len(piece.removeprefix("\u2581").encode())
         return cls(base, lead, boundary)
 
     def count(self, prev: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -5417,8 +5365,7 @@ def load_tokenizer(path: Path):
 
 class Documents:
     """Documents of a token stream: each runs from its BOS to, and including, the next
-    BOS (its last target). start, length (n,) int64; document d predicts length - 1
-    targets from as many inputs, from start on."""
+    BOS (its last target). start, length (n,) int64; length - 1 targets."""
 
     def __init__(self, tokens: np.ndarray):
         starts = np.flatnonzero(tokens == BOS)
@@ -5432,7 +5379,8 @@ class Documents:
     def sample(self, fraction: float, seed: int) -> Documents:
         """A random share of the documents, in stream order."""
         if fraction < 1:
-            keep = sorted(random.Random(seed).sample(range(len(self)), max(1, round(len(self) * fraction))))
+            count = max(1, round(len(self) * fraction))
+            keep = sorted(random.Random(seed).sample(range(len(self)), count))
             self.start, self.length = self.start[keep], self.length[keep]
         return self
 
@@ -5496,8 +5444,8 @@ class Validation:
     def of(cls, tokens: np.ndarray, targets: np.ndarray | None = None) -> Validation:
         """A made-up stream, one byte a token: for probes. Nothing of it is sealed."""
         val = cls.__new__(cls)
-        val.sealed, val.other_targets = False, targets
-        val.stream, val.rule, val.documents = tokens.astype(np.uint16), "made up", Documents(tokens)
+        val.sealed, val.rule, val.other_targets = False, "made up", targets
+        val.stream, val.documents = tokens.astype(np.uint16), Documents(tokens)
         val.target_bytes = (tokens[1:] != BOS).astype(np.int64)
         return val
 
