@@ -3219,22 +3219,26 @@ def phase_steps(s: Settings, tokens: int) -> int:
 
 def set_up(s: Settings, world: World) -> str:
     """Seeds, arithmetic and attention of this process. Returns why this attention."""
+    global ATTENTION
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high" if world.device.type == "cuda" else "highest")
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launcher_ranks(os.environ).local_size))
-    torch._dynamo.config.recompile_limit = 64      # plans, grad modes and batch shapes share one code object
-    torch.fx.experimental._config.use_duck_shape = False       # sizes that are equal by chance stay apart
-    global ATTENTION
+        neighbours = launcher_ranks(os.environ).local_size
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
+    # plans, grad modes and batch shapes share one code object
+    torch._dynamo.config.recompile_limit = 64
+    # sizes that are equal by chance stay apart
+    torch.fx.experimental._config.use_duck_shape = False
     ATTENTION, why = resolve_attention(s.attn_backend, world.device)
     names = world.gather(ATTENTION)
     if len(set(names)) > 1:
-        raise UserError(f"the ranks would use different attention kernels {names}; this one: {why}. "
-                        "Set ATTN_BACKEND to one that runs everywhere")
+        raise UserError(f"the ranks would use different attention kernels {names}; this one: "
+                        f"{why}. Set ATTN_BACKEND to one that runs everywhere")
     return why
 
 
-def pick_dtype(choice: str, device: torch.device, default: torch.dtype | None = None) -> torch.dtype:
+def pick_dtype(choice: str, device: torch.device,
+               default: torch.dtype | None = None) -> torch.dtype:
     """The dtype a setting names. auto: `default`, else bfloat16 on a GPU and float32
     on a CPU."""
     if choice == "auto":
@@ -3246,8 +3250,8 @@ def compiles(s: Settings, device: torch.device) -> bool:
     """Whether to use torch.compile. Plain attention, as of float32, cannot be traced."""
     plain = ATTENTION == "plain" or pick_dtype(s.compute_dtype, device) == torch.float32
     if s.compile == "1" and plain:
-        raise UserError("COMPILE=1 cannot trace plain attention (ATTN_BACKEND=plain, a CPU, or "
-                        "COMPUTE_DTYPE=float32): set COMPILE=auto")
+        raise UserError("COMPILE=1 cannot trace plain attention (ATTN_BACKEND=plain, a CPU, "
+                        "or COMPUTE_DTYPE=float32): set COMPILE=auto")
     return s.compile != "0" and device.type == "cuda" and not plain
 
 
@@ -3344,20 +3348,21 @@ CUT_OFF = "older systems need more, which a lean script leaves out: run the whol
 # Names of the field's commands that set nothing here: (the one value they may have, None: any; why).
 NO_SETTINGS = {name: (only, why) for only, why, names in (
     (None, "lossless all of them: our own coder takes their place", "COMPRESSOR"),
-    (None, "always so: all targets are scored, by the calibrated loss, hints on the clock, graphs warmed up",
-     "EVAL_INCLUDE_TAIL LOGIT_CALIB_APPLY_TTT_UPDATE NGRAM_HINT_PRECOMPUTE_OUTSIDE COMPILE_SHAPE_WARMUP "
-     "COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_LOOP_MODES"),
-    (None, "the field's scripts get nothing from it either",
-     "ROPE_TRAIN_SEQ_LEN TTT_EVAL_BATCHES MUON_BETA2 SWA_ENABLED SWA_EVERY CONTROL_TENSOR_NAME_PATTERNS"),
-    (None, "part of something left out",
-     "GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS MUON_HUBER_DELTA TTT_OUTPUT_DIR "
-     "TTT_HEARTBEAT_SECONDS TTT_SHORT_BETA2 TTT_SHORT_LORA_LR TTT_SHORT_LORA_RANK TTT_SHORT_WEIGHT_DECAY "
-     "TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM"),
-    (0, LEFT_OUT, "DTG_ENABLED FORCE_STOP_STEP GATED_ATTENTION GATED_XSA GLOBAL_TTT_DOC_LIMIT "
-     "GRAD_CENTRALIZE LABEL_SMOOTH LAWA_ENABLED LR_FLOOR MIDRUN_CAP_LOG_UPDATES MTP_NUM_HEADS "
-     "MUON_HUBER_WD OPTROT_ENABLED QAT_ENABLED SLOT_ENABLED TRIGRAM TTT_DOC_LIMIT "
-     "TTT_GRAD_STEPS_CLEAN TTT_LORA_EMA_DECAY TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED "
-     "VALUE_RESIDUAL"),
+    (None, "always so: all targets are scored, by the calibrated loss, with graphs warmed up", """
+     COMPILE_SHAPE_WARMUP COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_LOOP_MODES
+     EVAL_INCLUDE_TAIL LOGIT_CALIB_APPLY_TTT_UPDATE NGRAM_HINT_PRECOMPUTE_OUTSIDE"""),
+    (None, "the field's scripts get nothing from it either", """
+     CONTROL_TENSOR_NAME_PATTERNS MUON_BETA2 ROPE_TRAIN_SEQ_LEN SWA_ENABLED SWA_EVERY
+     TTT_EVAL_BATCHES"""),
+    (None, "part of something left out", """
+     GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS MUON_HUBER_DELTA TTT_HEARTBEAT_SECONDS
+     TTT_OUTPUT_DIR TTT_SHORT_BETA2 TTT_SHORT_LORA_LR TTT_SHORT_LORA_RANK TTT_SHORT_WEIGHT_DECAY
+     TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM"""),
+    (0, LEFT_OUT, """
+     DTG_ENABLED FORCE_STOP_STEP GATED_ATTENTION GATED_XSA GLOBAL_TTT_DOC_LIMIT GRAD_CENTRALIZE
+     LABEL_SMOOTH LAWA_ENABLED LR_FLOOR MIDRUN_CAP_LOG_UPDATES MTP_NUM_HEADS MUON_HUBER_WD
+     OPTROT_ENABLED QAT_ENABLED SLOT_ENABLED TRIGRAM TTT_DOC_LIMIT TTT_GRAD_STEPS_CLEAN
+     TTT_LORA_EMA_DECAY TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED VALUE_RESIDUAL"""),
     (1, LEFT_OUT, "WD_TAPER_FINAL_MULT"),
     ("sgd", LEFT_OUT, "GLOBAL_TTT_OPTIMIZER"),
     (0, "set EVAL_ONLY_QUANTIZED_PATH to the artifact instead", "TTT_EVAL_ONLY"),
@@ -3368,15 +3373,21 @@ NO_SETTINGS = {name: (only, why) for only, why, names in (
     (512, "embeddings are as wide as the model", "EMBEDDING_DIM"),
 ) for name in names.split()}
 ALIASES = {   # old name -> the settings it stands for
-    "PHASED_TTT_ENABLED": "TTT_ENABLED", "TTT_MASK": "TTT_Q_LORA TTT_V_LORA",
+    "GPTQ_CALIB_BATCHES": "GPTQ_CALIBRATION_BATCHES",
+    "GPTQ_CALIB_SAMPLES": "GPTQ_CALIBRATION_BATCHES",
+    "GPTQ_RESERVE_MS": "GPTQ_RESERVE_SECONDS",
+    "PHASED_TTT_ENABLED": "TTT_ENABLED",
+    "QUANT_CLIP_RANGE": "MATRIX_BITS",
     "RECUR_LAYERS": "LOOP_START LOOP_END NUM_LOOPS",
     "SDCLIP_K": "MATRIX_CLIP_SIGMAS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS",
+    "SDCLIP_K_EMBED": "EMBED_CLIP_SIGMAS",
     "SDCLIP_K_INT6": "MATRIX_CLIP_SIGMAS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS",
-    "SDCLIP_K_EMBED": "EMBED_CLIP_SIGMAS", "SDCLIP_K_INT8": "EMBED_CLIP_SIGMAS",
-    "QUANT_CLIP_RANGE": "MATRIX_BITS", "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS",
-    "GPTQ_CALIB_SAMPLES": "GPTQ_CALIBRATION_BATCHES", "GPTQ_CALIB_BATCHES": "GPTQ_CALIBRATION_BATCHES",
-    "GPTQ_RESERVE_MS": "GPTQ_RESERVE_SECONDS"}
-TTT_MASKS = {"all": "11", "baseline_all": "11", "no_q": "01", "no_v": "10", "no_qv": "00"}   # adapt Q, V
+    "SDCLIP_K_INT8": "EMBED_CLIP_SIGMAS",
+    "TTT_MASK": "TTT_Q_LORA TTT_V_LORA",
+    "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS",
+}
+# Whether Q and V are adapted.
+TTT_MASKS = {"all": "11", "baseline_all": "11", "no_q": "01", "no_v": "10", "no_qv": "00"}
 
 
 def translate(old: str, value: str) -> Sequence[str]:
@@ -3463,14 +3474,16 @@ def print_help() -> None:
     """Every setting with default, range and meaning."""
     print(__doc__.split("Chapters")[0])
     for f in fields(Settings):
-        meta = f.metadata
+        meta, default = f.metadata, f.default
         if meta["group"]:
             print(f"\n{meta['group'].upper()}")
-        bounds = "|".join(meta["choices"])
-        if type(f.default) in (int, float):
-            bounds = f"{meta['lo']:g} to {meta['hi']:g}"
-        default = int(f.default) if isinstance(f.default, bool) else f.default
-        print(f"  {f.name.upper():34} {default!s:>10}  {meta['doc']}" + (f"  [{bounds}]" if bounds else ""))
+        bounds = ""
+        if meta["choices"]:
+            bounds = f"  [{'|'.join(meta['choices'])}]"
+        elif type(default) in (int, float):
+            bounds = f"  [{meta['lo']:g} to {meta['hi']:g}]"
+        default = int(default) if type(default) is bool else default
+        print(f"  {f.name.upper():34} {default!s:>10}  {meta['doc']}{bounds}")
     print("\nACCEPTED OLD NAMES")
     for old, names in ALIASES.items():
         print(f"  {old:34} read as {names.replace(' ', ', ')}")
@@ -3573,7 +3586,8 @@ class World:
         world = cls(rank, size)
         if gpus := torch.cuda.device_count():
             if local >= gpus:
-                raise UserError(f"LOCAL_RANK={local} but there are {gpus} GPUs here: lower --nproc_per_node")
+                raise UserError(f"LOCAL_RANK={local} but there are {gpus} GPUs here: lower "
+                                "--nproc_per_node")
             world.device = torch.device("cuda", local)
             torch.cuda.set_device(world.device)
         if size == 1:
@@ -3584,9 +3598,9 @@ class World:
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo",
                                     timeout=timedelta(seconds=USUAL_PATIENCE[1]))
         except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"the ranks cannot meet at MASTER_ADDR={address[:80]}, MASTER_PORT={port} "
-                            f"({in_a_line(error):.120}): set them to rank 0's machine and a free port, or "
-                            "start by torchrun") from error
+            raise UserError(f"the ranks cannot meet at MASTER_ADDR={address[:80]}, MASTER_PORT="
+                            f"{port} ({in_a_line(error):.120}): set them to rank 0's machine and "
+                            "a free port, or start by torchrun") from error
         world.heartbeat = Heartbeat(world, env)
         world.heartbeat.start()
         return world
@@ -3800,9 +3814,8 @@ def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
 
 class Signals:
     """What SIGINT (Ctrl-C) and SIGTERM do: the first ends training after the step
-    under way, anything else at once by Interrupted; a second, at least a second later
-    (torchrun passes on what it gets: one request often arrives twice), ends the
-    process at once.
+    under way, anything else by Interrupted; a second ends the process at once, unless
+    it follows within a second (by torchrun one request often arrives twice).
 
     SIGHUP, of a terminal that is gone, is ignored. Under torchrun, which then kills
     its ranks 30 s later, it counts as SIGTERM; to train on there, start it by nohup
@@ -3892,7 +3905,8 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free space or set ARTIFACT_DIR") from error
+        raise UserError(f"cannot write {path}: {error.strerror}; free space or set "
+                        "ARTIFACT_DIR") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -3992,8 +4006,15 @@ TRAINING_KEYS = ("steps step_ms train_seconds stopped seed world_size device tor
                  "code_sha256 untrained_val_bpb prequant_val_bpb data_fingerprint val_fingerprint "
                  "training_not_compliant_because artifact_digest quantising_runs "
                  "evaluation_runs").split()
-LEFTOVER = re.compile(r"\.(.+\.(pt|ptz|json)(\.\w{8})+|space\.\d+|ballast)")     # of writes that were killed
+# Files of writes that were killed.
+LEFTOVER = re.compile(r"\.(.+\.(pt|ptz|json)(\.\w{8})+|space\.\d+|ballast)")
 AVERAGE = Path("checkpoint") / "average.pt"     # in the run's folder
+
+
+def read_summary(folder: Path) -> dict:
+    """The summary of the run in a folder; empty when there is none."""
+    path = folder / "summary.json"
+    return read_json(path, "the summary of a run") if path.exists() else {}
 
 
 def of_training(summary: Mapping, path: Path) -> dict:
@@ -4019,8 +4040,8 @@ def lock_folder(folder: Path):
         except BlockingIOError as error:
             file.seek(0)
             owner = file.read(100).strip() or "its process is starting"
-            raise UserError(f"ARTIFACT_DIR={folder} is in use by a live run ({owner}): wait until "
-                            "it ends, or choose another folder") from error
+            raise UserError(f"ARTIFACT_DIR={folder} is in use by a live run ({owner}): wait "
+                            "until it ends, or choose another folder") from error
         except OSError:
             file.close()
             return None
@@ -4034,7 +4055,10 @@ def lock_folder(folder: Path):
 
 
 def home_of(s: Settings) -> Path | None:
-    """The folder of the run whose weights or artifact this one goes on with, if any."""
+    """The folder of the run whose training, weights or artifact this one goes on with,
+    if any."""
+    if s.resume:
+        return Path(s.artifact_dir)
     path = Path(s.eval_only_path or s.eval_only_quantized_path)
     if not path.name:
         return None
@@ -4077,12 +4101,13 @@ class Run:
         self.s, self.world, self.id = s, world, world.agree(name)
         self.dir = Path(s.artifact_dir or Path("runs") / self.id)
         self.live = sys.stdout.isatty() and world.main
-        self.summary = {**dict.fromkeys(SUMMARY_KEYS), "compliant": True, "not_compliant_because": []}
+        self.summary = dict.fromkeys(SUMMARY_KEYS)
+        self.summary.update(compliant=True, not_compliant_because=[])
         self.text = self.metrics = self.lock = None
         self.screen_failed = False
         self.time_known = True      # that of training, which quantising goes on with
-        self.command, self.command_at = "", 0.0
-        self.started = 0            # files written before, by the disk's clock in ns, are of another run
+        self.command = ""           # the last one that was logged, to go on
+        self.started = 0            # by the disk's clock in ns: files written before are another run's
         if world.heartbeat is not None:
             world.heartbeat.tell = self.hung
         if not world.main:
@@ -4104,9 +4129,8 @@ class Run:
         self.lock = lock_folder(self.dir)
         if self.lock is not None and not self.s.resume:
             self.started = os.fstat(self.lock.fileno()).st_mtime_ns
-        again = bool(self.s.resume or home_of(self.s))
-        earlier = self.check_folder(again)
-        self.open_journals(fresh=not again)
+        earlier = self.check_folder()
+        self.open_journals(fresh=home_of(self.s) is None)
         if self.lock is None:
             self.warn(f"{self.dir} cannot be locked: start no other run in it")
         else:
@@ -4126,21 +4150,23 @@ class Run:
     def goes_on(self) -> bool:
         """Whether this folder's own training, weights or artifact is gone on with."""
         home = home_of(self.s)
-        return self.s.resume or (home is not None and home.resolve() == self.dir.resolve())
+        return home is not None and home.resolve() == self.dir.resolve()
 
-    def check_folder(self, again: bool) -> dict:
-        """The summary in the folder; UserError unless this run may write there."""
+    def check_folder(self) -> dict:
+        """The summary in the folder, of a run gone on with; UserError unless this run
+        may write there."""
         for name in ("summary.json", WEIGHTS_NAME, ARTIFACT_NAME):
             if (self.dir / name).is_dir():
                 raise UserError(f"{self.dir / name} is a folder: move it away")
-        if not again and (self.dir / WEIGHTS_NAME).exists():
-            raise UserError(f"ARTIFACT_DIR={self.dir} holds the weights of an earlier run: choose another "
-                            "folder; to score those, set EVAL_ONLY_PATH as well")
-        path = self.dir / "summary.json"
-        earlier = read_json(path, "the summary of a run") if again and path.exists() else {}
+        if home_of(self.s) is None:
+            if (self.dir / WEIGHTS_NAME).exists():
+                raise UserError(f"ARTIFACT_DIR={self.dir} holds the weights of an earlier run: "
+                                "choose another; to score those, set EVAL_ONLY_PATH as well")
+            return {}
+        earlier = read_summary(self.dir)
         if earlier.get("steps") is not None and not self.goes_on():
-            raise UserError(f"ARTIFACT_DIR={self.dir} holds the summary of a training run, which this one "
-                            "would replace: choose another folder")
+            raise UserError(f"ARTIFACT_DIR={self.dir} holds the summary of a training, which "
+                            "this run would replace: choose another")
         return earlier
 
     def close(self) -> None:
@@ -4164,19 +4190,20 @@ class Run:
         metrics.jsonl; rank 0 only."""
         if self.text is None:
             return
-        self.write(self.metrics, to_json({"event": event, "time": round(time.time(), 3), **values}))
+        moment = round(time.time(), 3)
+        self.write(self.metrics, to_json({"event": event, "time": moment, **values}))
         line = " ".join([event, *(f"{k}={human(v)}" for k, v in values.items())])
         self.write(self.text, line)
         if not quiet:
             self.say(line)
         with self.guarded("the command to go on"):
-            self.note_go_on(every=5.0)      # a checkpoint may have come
+            self.note_go_on()      # a checkpoint may have come
 
     def write(self, journal: Journal, line: str) -> None:
         """A line into one of the journals; the first fault is warned of."""
         if fault := journal.write(line):
-            self.warn(f"{journal.path} cannot be written ({fault}): its lines wait in memory and are "
-                      "tried again; the run goes on")
+            self.warn(f"{journal.path} cannot be written ({fault}): its lines wait in memory "
+                      "and are tried again; the run goes on")
 
     def say(self, line: str, end: str = "\n") -> None:
         """A line on rank 0's screen if that works, in place of a live one."""
@@ -4237,22 +4264,20 @@ class Run:
         if not restart:
             return starting_command(changed)
         left_out = ["EVAL_ONLY_PATH", "EVAL_ONLY_QUANTIZED_PATH", "RESUME"]
-        if "EVAL_ONLY_QUANTIZED_PATH" in restart:      # there is nothing to stop at before the score
+        if "EVAL_ONLY_QUANTIZED_PATH" in restart:      # nothing to stop at before the score
             left_out += ["QUANTIZE_ONLY", "PREQUANT_ONLY"]
         changed = {k: v for k, v in changed.items() if k not in left_out}
         return starting_command({**changed, "ARTIFACT_DIR": str(self.dir), **restart})
 
-    def note_go_on(self, every: float = 0.0) -> None:
-        """Log that command when it has changed, for after a kill; look again after
-        `every` seconds only."""
-        if self.text is None or time.monotonic() - self.command_at < every:
-            return
-        self.command_at, command = time.monotonic(), self.go_on()
+    def note_go_on(self) -> None:
+        """Log that command when it has changed: after a kill only the log can say it."""
+        command = self.go_on() if self.text else self.command
         if command != self.command:
             self.command = command
             self.log("go_on", quiet=True, command=command)
 
-    def failed(self, line: str, trace: str = "", again: bool = True, event: str = "error") -> None:
+    def failed(self, line: str, trace: str = "", again: bool = True,
+               event: str = "error") -> None:
         """The last words of a run, on any rank: the error, its trace in the log alone,
         and the command to go on. again: whether to start anew may help."""
         tell(f"{event}: {line}")
@@ -4262,7 +4287,6 @@ class Run:
         self.log(event, quiet=True, text=line, **({"trace": trace} if trace else {}))
         with self.guarded("the command to go on"):
             if again or self.restart_setting():
-                self.note_go_on()
                 tell(f"to go on: {self.go_on()}")
 
     def hung(self, line: str) -> None:
@@ -4311,8 +4335,8 @@ def closest_system(s: Settings) -> tuple[str, dict] | None:
     as [here, there]."""
     here, systems = s.as_env(), {}
     for path in sorted(Path(__file__).parent.glob("configs/pr*.env")):
-        lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
-        config = dict(line.split("=", 1) for line in lines if "=" in line)
+        text = re.sub("#.*", "", path.read_text(encoding="utf-8"))
+        config = dict(re.findall(r"^(\w+)=(.*?)\s*$", text, re.MULTILINE))
         with contextlib.suppress(UserError):       # written for another version of this script
             there = Settings.from_env(config).as_env()
             compared = {*config, *s.changed()} & set(here) - {"RUN_ID", "SEED"}
@@ -4345,7 +4369,7 @@ def log_start(s: Settings, world: World, run: Run) -> None:
     source, form = script_source(), shipped_form(s)
     digest, shipped = hashlib.sha256(source).hexdigest(), code_bytes(form)
     run.log("code", bytes=len(source), form=form, shipped=shipped, sha256=digest)
-    if world.main and run.summary.get("code_sha256") != digest:      # else the log has it already
+    if world.main and run.summary.get("code_sha256") != digest:      # else the log has it
         encoding = "latin-1" if source.startswith(b"# coding: latin-1") else "utf-8"
         run.write(run.text, source.decode(encoding) + "\n" + "=" * 100)
     run.summary.update(code_bytes=shipped, code_form=form)
@@ -4379,9 +4403,9 @@ def compare_with_training(run: Run, here: dict) -> None:
 def in_training(run: Run) -> dict:
     """Facts and settings, by name, of the training that this run goes on with."""
     home = home_of(run.s)
-    if home is None or not run.world.main or not (home / "summary.json").exists():
+    if home is None or not run.world.main:
         return {}
-    summary = read_json(home / "summary.json", "the summary of a run")
+    summary = read_summary(home)
     there = {**summary, **summary.get("settings", {})}
     for name, (_, trained) in summary.get("not_as_in_training", {}).items():
         there[name] = trained      # scored differently before: training is what counts
@@ -4391,8 +4415,8 @@ def in_training(run: Run) -> dict:
 # --- watching training
 
 # Dense bfloat16 FLOP/s of a GPU, by part of its name.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
-              "L40": 181e12, "RTX 4090": 165e12}
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
+              "A100": 312e12, "L40": 181e12, "RTX 4090": 165e12}
 
 
 class Progress:
@@ -4412,10 +4436,12 @@ class Progress:
             tokens = step * self.s.train_batch_tokens
             self.run.log("epoch_end", epoch=self.epochs, step=step, tokens=tokens)
         if trainer.parts:
-            self.run.log("step_time", quiet=True, step=step, looping=looping, parts=trainer.parts)
+            self.run.log("step_time", quiet=True, step=step, looping=looping,
+                         parts=trainer.parts)
             trainer.parts = None
 
-    def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, lr: float, plan: Plan) -> None:
+    def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, lr: float,
+               plan: Plan) -> None:
         """A line in the log (ten steps, then every TRAIN_LOG_EVERY), else on a
         terminal, two a second."""
         s = self.s
@@ -4425,12 +4451,14 @@ class Progress:
         loss = self.world.total(loss.clone()).item() / self.world.size if logged else loss.item()
         if not math.isfinite(loss) or not math.isfinite(norm):
             return                     # FiniteWatch ends the run; JSON has no word for it
-        pace, looping = self.pace(step, clock.elapsed(), plan), plan.slots > s.num_layers
-        line = (f"step {step:5d}  loss {loss:7.4f}  {pace['ms']:7.1f} ms/step (mean {pace['ms_mean']:.1f})  "
-                f"{pace['tok_s']:,} tok/s")
+        looping = plan.slots > s.num_layers
+        pace = self.pace(step, clock.elapsed(), plan)
+        line = (f"step {step:5d}  loss {loss:7.4f}  {pace['ms']:7.1f} ms/step "
+                f"(mean {pace['ms_mean']:.1f})  {pace['tok_s']:,} tok/s")
         if "mfu" in pace:
             line += f" mfu {pace['mfu']:.0%}"
-        line += f"  {pace['used']:4.0%} of budget, {pace['eta']:.0f} s left" + "  looping" * looping
+        line += f"  {pace['used']:4.0%} of budget, {pace['eta']:.0f} s left"
+        line += "  looping" * looping
         if not logged:
             return self.run.progress(line)
         self.run.log("train", quiet=True, step=step, loss=loss, norm=norm.item(), lr=lr,
@@ -4439,13 +4467,16 @@ class Progress:
 
     def pace(self, step: int, elapsed: float, plan: Plan) -> dict[str, float]:
         """Speed since the line before, and how far the training is."""
-        steps, seconds = step - self.last[0], max(elapsed - self.last[1], 1e-9)
+        steps = step - self.last[0]
+        seconds = max(elapsed - self.last[1], 1e-9)
         self.last = (step, elapsed)
         rate = self.s.train_batch_tokens * steps / seconds
         used = elapsed / self.budget if self.budget else step / max(self.s.iterations, 1)
-        pace = {"ms": 1e3 * seconds / max(steps, 1), "ms_mean": 1e3 * elapsed / step, "tok_s": round(rate),
-                "elapsed": elapsed, "used": min(used, 1.0), "eta": elapsed * (1 / max(used, 1e-9) - 1)}
-        if self.peak:      # backward costs two forwards; in documents a query sees half the window at most
+        pace = {"ms": 1e3 * seconds / max(steps, 1), "ms_mean": 1e3 * elapsed / step,
+                "tok_s": round(rate), "elapsed": elapsed, "used": min(used, 1.0),
+                "eta": elapsed * (1 / max(used, 1e-9) - 1)}
+        if self.peak:
+            # backward costs two forwards; in documents a query sees half the window at most
             flops = 3 * self.model.flops_per_token(plan, self.s.train_seq_len / 2)
             pace["mfu"] = rate * flops / self.peak
         return pace
@@ -4484,9 +4515,9 @@ class FiniteWatch:
     @staticmethod
     def error(step: int) -> UserError:
         """What ends a run whose loss or gradient was not finite at this step."""
-        return UserError(f"the loss or the gradient is not finite at step {step}: lower MATRIX_LR or "
-                         "SCALAR_LR, or look for the cause with COMPUTE_DTYPE=float32; an average in the "
-                         "folder's checkpoint/ is finite, of an earlier step")
+        return UserError(f"the loss or the gradient is not finite at step {step}: lower "
+                         "MATRIX_LR or SCALAR_LR, or look for the cause with COMPUTE_DTYPE="
+                         "float32; checkpoint/ holds a finite average of an earlier step")
 
 
 def off_the_clock(world: World, clock: Clock, work: Callable[[], None]) -> None:
@@ -4519,10 +4550,11 @@ class AverageKeeper:
     two stay until the artifact is written: final_model.pt may be damaged, or lie
     elsewhere, as long as nothing has been made of it."""
 
-    SECONDS = 25.0         # between two copies: on a slow disk, too, the newest is less than a minute old
+    SECONDS = 25.0         # between two copies: the newest is then less than a minute old
 
     def __init__(self, s: Settings, world: World, run: Run, trainer: Trainer, clock: Clock):
-        self.s, self.world, self.run, self.clock, self.average = s, world, run, clock, trainer.ema
+        self.s, self.world, self.run, self.clock = s, world, run, clock
+        self.average = trainer.ema
         self.writer, self.job = ThreadPoolExecutor(1), None
         self.copy: dict[str, Tensor] = {}
         self.last, self.failed = -math.inf, False
@@ -4542,7 +4574,7 @@ class AverageKeeper:
             self.copy = {n: torch.empty_like(t) for n, t in self.average.items()}
         torch._foreach_copy_(list(self.copy.values()), list(self.average.values()))
         stream = contextlib.nullcontext()
-        if self.world.device.type == "cuda":      # a stream of its own: no step waits for the way to the host
+        if self.world.device.type == "cuda":      # to the host by a stream of its own: no step waits
             own = torch.cuda.Stream(self.world.device)
             own.wait_stream(torch.cuda.current_stream(self.world.device))
             stream = torch.cuda.stream(own)
@@ -4571,7 +4603,6 @@ class AverageKeeper:
         try:
             if written := self.job.result():
                 self.run.log("average", quiet=True, of=written)
-                self.run.note_go_on()      # after a kill only the log can tell
         except Exception as error:
             if not self.failed:
                 self.run.warn(f"an average could not be kept beside training ({in_a_line(error)})")
@@ -4647,11 +4678,17 @@ class Checkpoints:
     def state(self, step: int, curriculum: Curriculum, stream: Prefetch) -> dict:
         """All that this rank must know to go on after this step."""
         device = self.world.device
-        return {**self.trainer.tensors(), "settings": training_settings(self.s, self.world), "step": step,
-                "seconds": self.clock.elapsed(), "batches": stream.given, "curriculum": curriculum.state(),
-                "untrained_val_bpb": self.run.summary.get("untrained_val_bpb"),
-                "random": torch.get_rng_state(),
-                "random_gpu": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+        on_gpu = device.type == "cuda"
+        return {
+            **self.trainer.tensors(),
+            "settings": training_settings(self.s, self.world),
+            "step": step,
+            "seconds": self.clock.elapsed(),
+            "batches": stream.given,
+            "curriculum": curriculum.state(),
+            "untrained_val_bpb": self.run.summary.get("untrained_val_bpb"),
+            "random": torch.get_rng_state(),
+            "random_gpu": torch.cuda.get_rng_state(device) if on_gpu else None}
 
 
 def checkpoint_path(run: Run, step: int) -> Path:
@@ -4661,8 +4698,9 @@ def checkpoint_path(run: Run, step: int) -> Path:
 
 def checkpoint_steps(run: Run) -> list[int]:
     """The steps after which this rank has a checkpoint."""
-    names = [path.name for path in run.dir.glob(f"checkpoint/resume.*.{run.world.rank}.pt")]
-    return [int(step) for step in (name.split(".")[1] for name in names) if step.isdecimal()]
+    paths = run.dir.glob(f"checkpoint/resume.*.{run.world.rank}.pt")
+    steps = [path.name.split(".")[1] for path in paths]
+    return [int(step) for step in steps if step.isdecimal()]
 
 
 def remove_checkpoints(run: Run, keep: int = -1) -> None:
@@ -4682,16 +4720,17 @@ def remove_safety_copies(run: Run) -> None:
         if run.world.main:
             for name in ("average.pt", "average.previous.pt"):
                 (run.dir / AVERAGE).with_name(name).unlink(missing_ok=True)
-        (run.dir / "checkpoint").rmdir()      # not while another rank's or somebody else's files are in it
+        (run.dir / "checkpoint").rmdir()      # unless files of others are in it
 
 
 def training_settings(s: Settings, world: World) -> dict:
     """The settings on which a step depends: they must be the same to go on."""
     names = ["SEED", "ITERATIONS", "COMPUTE_DTYPE", "MUON_DTYPE"]
     for group in ("data", "model", "optimiser"):
-        names += [n for n in group_names(group) if not n.startswith(("DATA_", "TOKENIZER_", "VAL_"))]
-    everything = s.as_env()
-    return {**{n: everything[n] for n in names}, "WORLD_SIZE": world.size}
+        names += group_names(group)
+    where = ("DATA_", "TOKENIZER_", "VAL_")
+    values = {k: v for k, v in s.as_env().items() if k in names and not k.startswith(where)}
+    return {**values, "WORLD_SIZE": world.size}
 
 
 def read_checkpoint(s: Settings, world: World, run: Run) -> dict:
@@ -4707,7 +4746,8 @@ def read_checkpoint(s: Settings, world: World, run: Run) -> dict:
         if theirs.get(name) != here:
             differing.append(f"{name}={plain(theirs.get(name), 40)} there, {here} here")
     if differing:
-        raise UserError(f"RESUME=1: {path.name} is of another training: {'; '.join(differing[:4])}; {again}")
+        raise UserError(f"RESUME=1: {path.name} is of another training: "
+                        f"{'; '.join(differing[:4])}; {again}")
     run.log("resume", step=step, seconds=state["seconds"])
     return state
 
@@ -4766,7 +4806,8 @@ def unsealed(path: Path, most: int, what: str) -> dict:
 def weights_to_bytes(s: Settings, params: Mapping[str, Tensor], facts: dict) -> bytes:
     """The file of weights, with their architecture and facts of their training."""
     weights = {n: p.detach().cpu() for n, p in field_views(dict(params)).items()}
-    return sealed({"architecture": s.to_be_stored(architecture(s)), "weights": weights, "facts": facts})
+    made_with = s.to_be_stored(architecture(s))
+    return sealed({"architecture": made_with, "weights": weights, "facts": facts})
 
 
 def save_weights(run: Run, model: GPT, facts: dict) -> None:
@@ -4777,7 +4818,8 @@ def save_weights(run: Run, model: GPT, facts: dict) -> None:
     drop_ballast(run)
     data = weights_to_bytes(model.s, dict(model.named_parameters()), facts)
     elsewhere = f"final_model.{run.id}.pt"
-    for path in (run.dir / WEIGHTS_NAME, Path(elsewhere), Path(tempfile.gettempdir()) / elsewhere):
+    temporary = Path(tempfile.gettempdir()) / elsewhere
+    for path in (run.dir / WEIGHTS_NAME, Path(elsewhere), temporary):
         try:
             write_atomic(path, data)
         except UserError as error:
@@ -4859,10 +4901,11 @@ def write_artifact(s: Settings, run: Run, blob: bytes, clock: Clock) -> tuple[fl
     write_atomic(unjudged, blob)
     seconds = clock.elapsed()
     if not run.time_known:
-        run.not_compliant("the weights come from EVAL_ONLY_PATH: their training time is not known")
+        run.not_compliant("the weights come from EVAL_ONLY_PATH: their training time is not "
+                          "known")
     else:
-        check_budget(run, "training, calibration and packing (for which GPTQ_RESERVE_SECONDS keeps time)",
-                     seconds, "MAX_WALLCLOCK_SECONDS", s.max_wallclock_seconds)
+        check_budget(run, "training, calibration and packing (for which GPTQ_RESERVE_SECONDS "
+                     "keeps time)", seconds, "MAX_WALLCLOCK_SECONDS", s.max_wallclock_seconds)
     of_scoring = study_reasons(s)
     of_training = [why for why in run.summary["not_compliant_because"] if why not in of_scoring]
     if of_training:
@@ -4908,28 +4951,28 @@ def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) 
 def check_score(stage: str, score: Score) -> None:
     """A score that is not finite is none."""
     if not math.isfinite(score.bpb):
-        raise UserError(f"the score of the stage {stage} is {score.bpb}: the weights are of no use "
-                        "(too large a learning rate, or a damaged file); train again, with a lower MATRIX_LR")
+        raise UserError(f"the score of the stage {stage} is {score.bpb}: the weights are of no "
+                        "use (too large a learning rate?); train again, with a lower MATRIX_LR")
 
 
 def closing_block(s: Settings, world: World, run: Run, val: Validation) -> None:
     """Every score, size and time, and one last line that is easy to grep."""
-    summary = run.summary
+    summary = {k: v for k, v in run.summary.items() if v is not None}
     run.say("\n" + "-" * 72)
-    for label, key in (("untrained", "untrained_val_bpb"), ("averaged weights", "prequant_val_bpb"),
-                       ("quantised", "quantized_val_bpb"), ("sliding windows", "sliding_val_bpb"),
-                       ("test-time training", "ttt_val_bpb")):
-        if summary.get(key) is not None:
-            run.say(f"{label:28} {summary[key]:10.5f} BPB")
-    if summary["artifact_bytes"]:
-        run.say(f"{'artifact + script':28} {summary['artifact_bytes']:,} + {summary['code_bytes']:,} = "
-                f"{summary['total_bytes']:,} of {ARTIFACT_LIMIT:,} bytes")
+    for label, stage in (("untrained", "untrained"), ("averaged weights", "prequant"),
+                         ("quantised", "quantized"), ("sliding windows", "sliding"),
+                         ("test-time training", "ttt")):
+        if f"{stage}_val_bpb" in summary:
+            run.say(f"{label:28} {summary[f'{stage}_val_bpb']:10.5f} BPB")
+    if summary.get("artifact_bytes"):
+        run.say(f"{'artifact + script':28} {summary['artifact_bytes']:,} + "
+                f"{summary['code_bytes']:,} = {summary['total_bytes']:,} of {ARTIFACT_LIMIT:,} bytes")
     for reason in summary["not_compliant_because"]:
         run.say(f"NON-COMPLIANT: {reason}")
     run.say("-" * 72)
-    keys = ("val_bpb", "sliding_val_bpb", "quantized_val_bpb", "total_bytes", "steps", "train_seconds",
-            "eval_seconds", "tokens_scored", "seed")
-    run.log("final", **{k: summary[k] for k in keys if summary[k] is not None})
+    keys = ("val_bpb", "sliding_val_bpb", "quantized_val_bpb", "total_bytes", "steps",
+            "train_seconds", "eval_seconds", "tokens_scored", "seed")
+    run.log("final", **{k: summary[k] for k in keys if k in summary})
 
 
 # --- the end of a process
@@ -4937,6 +4980,7 @@ def closing_block(s: Settings, world: World, run: Run, val: Validation) -> None:
 # What takes less memory, by the first word of what a rank was doing.
 LESS_MEMORY = {"scoring": "lower VAL_BATCH_TOKENS", "adapting": "lower TTT_BATCH_SIZE",
                "quantising": "free memory on the host"}
+LESS_IN_TRAINING = "raise GRAD_ACCUM_STEPS, or lower TRAIN_BATCH_TOKENS"
 
 
 def open_screens() -> None:
@@ -4975,8 +5019,9 @@ def end_early(error: BaseException, run: Run | None, rank: int) -> int:
         if rank:      # rank 0 has said it
             return status
     elif is_out_of_memory(error):
-        less = LESS_MEMORY.get(pulse.doing.split()[0], "raise GRAD_ACCUM_STEPS, or lower TRAIN_BATCH_TOKENS")
-        line = f"out of memory at \"{pulse.doing}\" on rank {rank} ({in_a_line(error):.160}): {less}"
+        less = LESS_MEMORY.get(pulse.doing.split()[0], LESS_IN_TRAINING)
+        line = (f"out of memory at \"{pulse.doing}\" on rank {rank} "
+                f"({in_a_line(error):.160}): {less}")
     elif not isinstance(error, UserError):
         status, line = 1, in_a_line(error)
         trace = "".join(traceback.format_exception(error))
@@ -4994,7 +5039,8 @@ def end_early(error: BaseException, run: Run | None, rank: int) -> int:
 # 10  Data: shards, training streams, validation documents, bytes per token
 # ============================================================================================================
 
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256    # 256 little-endian int32, then uint16 tokens
+# A shard is 256 little-endian int32, then uint16 tokens.
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
 AGAIN = "fetch or build the data again"
 
 
@@ -5031,7 +5077,7 @@ def list_shards(folder: Path, kind: str) -> list[Path]:
     paths = sorted(p for p in folder.glob(f"fineweb_{kind}_*.bin") if "_bytes_" not in p.name)
     if not paths:
         fault = f"has no fineweb_{kind}_*.bin" if folder.is_dir() else "does not exist"
-        raise UserError(f"DATA_PATH={folder} {fault}: data/README.md says how to fetch or build shards")
+        raise UserError(f"DATA_PATH={folder} {fault}: data/README.md says how to get shards")
     return paths
 
 
@@ -5047,9 +5093,9 @@ def read_tokens(s: Settings, kind: str, most: int | None = None) -> dict[Path, n
         elif not any((tokens[a:a + block] == BOS).any() for a in range(0, len(tokens), block)):
             fault = f"holds no BOS (id {BOS}): documents cannot be told apart"
         elif not shards and tokens[0] != BOS:
-            fault = f"starts with token {tokens[0]}, not BOS (id {BOS}): its first document is cut"
+            fault = f"starts with token {tokens[0]}, not BOS (id {BOS}): its document is cut"
         if fault:
-            raise UserError(f"{path} {fault}; build the shards again, with a BOS before every document")
+            raise UserError(f"{path} {fault}; build the shards again, each document after a BOS")
         check_ids(path, tokens[:most], s.vocab_size)
         shards[path] = tokens
     return shards
@@ -5059,8 +5105,8 @@ def check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
     """Refuse tokens of a shard that are not of the vocabulary."""
     if tokens.max() >= vocab_size:
         at = int(np.argmax(tokens >= vocab_size))
-        raise UserError(f"{path} holds token {tokens[at]} at position {at} but VOCAB_SIZE={vocab_size}: set "
-                        "VOCAB_SIZE and TOKENIZER_PATH to those it was made with")
+        raise UserError(f"{path} holds token {tokens[at]} at position {at} but VOCAB_SIZE="
+                        f"{vocab_size}: set it and TOKENIZER_PATH to those it was made with")
 
 
 def read_sidecars(s: Settings, shards: Mapping[Path, np.ndarray]) -> np.ndarray | None:
@@ -5073,9 +5119,11 @@ def read_sidecars(s: Settings, shards: Mapping[Path, np.ndarray]) -> np.ndarray 
     for path, tokens in zip(paths, shards.values()):
         count = read_shard(path)
         if len(count) != len(tokens):
-            raise UserError(f"{path} has {len(count):,} entries for {len(tokens):,} tokens: {remedy}")
+            raise UserError(f"{path} has {len(count):,} entries for {len(tokens):,} tokens: "
+                            f"{remedy}")
         if (at := np.flatnonzero((tokens == BOS) & (count != 0))).size:
-            raise UserError(f"{path} counts {count[at[0]]} bytes for the BOS at position {at[0]}: {remedy}")
+            raise UserError(f"{path} counts {count[at[0]]} bytes for the BOS at position "
+                            f"{at[0]}: {remedy}")
         counts.append(count.astype(np.int64))
     total = int(sum(count.sum() for count in counts))
     expected = manifest_total(s, "val_bytes", "text_bytes")
@@ -5163,7 +5211,8 @@ class Batch(NamedTuple):
         return None if self.cu_seqlens is None else Layout(self.cu_seqlens, cap)
 
 
-def segment_bounds(bos: np.ndarray, total: int, max_len: int, bucket: int = 64) -> tuple[np.ndarray, int]:
+def segment_bounds(bos: np.ndarray, total: int, max_len: int,
+                   bucket: int = 64) -> tuple[np.ndarray, int]:
     """Attention segments of a row of `total` tokens: (cu_seqlens int32, padded with
     `total` to whole `bucket`s; longest segment). A segment starts at 0, at each BOS,
     and every max_len (0: never) tokens of a document."""
@@ -5184,7 +5233,8 @@ def packed_batch(tokens: np.ndarray, max_len: int) -> Batch:
     """n + 1 consecutive tokens as one packed row of n inputs and targets, segmented
     by document."""
     t = torch.from_numpy(tokens.astype(np.int64))
-    bounds, longest = segment_bounds(np.flatnonzero(tokens[:-1] == BOS), len(tokens) - 1, max_len)
+    bos = np.flatnonzero(tokens[:-1] == BOS)
+    bounds, longest = segment_bounds(bos, len(tokens) - 1, max_len)
     return Batch(t[None, :-1], t[None, 1:], torch.from_numpy(bounds), longest, max_len, tokens)
 
 
@@ -5229,7 +5279,8 @@ class TokenStream(Stream):
     def __init__(self, files, **shape):
         super().__init__(files, **shape)
         if self.ends[-1] < self.tokens + 1:
-            raise UserError(f"{self.ends[-1]:,} training tokens are no micro-batch: lower TRAIN_BATCH_TOKENS")
+            raise UserError(f"{self.ends[-1]:,} training tokens are no micro-batch: lower "
+                            "TRAIN_BATCH_TOKENS")
 
     def cut(self) -> Batch:
         start = (self.batches * self.world_size + self.rank) * self.tokens
@@ -5258,7 +5309,8 @@ class DocPackStream(Stream):
         self.first = [int(np.argmax(x == BOS)) for x in self.shards]
         self.cursor = self.first[0]
         if all(f + self.span > len(x) for f, x in zip(self.first, self.shards)):
-            raise UserError(f"no shard holds {self.span:,} tokens from a BOS on: use TRAIN_LOADER=stream")
+            raise UserError(f"no shard holds {self.span:,} tokens from a BOS on: use "
+                            "TRAIN_LOADER=stream")
 
     def cut(self) -> Batch:
         while self.cursor + self.span > len(self.shards[self.shard]):
@@ -5328,8 +5380,8 @@ class ByteTable:
     def from_sentencepiece(cls, path: Path, vocab_size: int) -> ByteTable:
         sp = load_tokenizer(path)
         if sp.vocab_size() != vocab_size:
-            raise UserError(f"tokenizer {path} has {sp.vocab_size()} tokens but VOCAB_SIZE={vocab_size}: set "
-                            "them to the pair that the shards were made with")
+            raise UserError(f"tokenizer {path} has {sp.vocab_size()} tokens but VOCAB_SIZE="
+                            f"{vocab_size}: set them to the pair that the shards were made with")
         base, lead, boundary = (np.zeros(vocab_size, kind) for kind in (np.int16, bool, bool))
         for i in range(vocab_size):
             if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
@@ -5354,13 +5406,13 @@ def load_tokenizer(path: Path):
     """The SentencePiece model at path; UserError when it is missing or damaged."""
     import sentencepiece
     if not Path(path).exists():
-        raise UserError(f"TOKENIZER_PATH={path} does not exist: see data/README.md, or set TOKENIZER_PATH")
+        raise UserError(f"TOKENIZER_PATH={path} does not exist: see data/README.md, or set it")
     model = read_bounded(Path(path), MOST_MODEL, A_MODEL)
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=model or b"empty")
     except RuntimeError as error:
-        raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model, or damaged: set it to the "
-                        "one that the shards were made with") from error
+        raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model, or damaged: set it "
+                        "to the one that the shards were made with") from error
 
 
 class Documents:
@@ -5385,7 +5437,7 @@ class Documents:
         return self
 
 
-SEALED = "validation tokens are read while the model is made, outside of scoring: that would break the rules"
+SEALED = "validation tokens are read while the model is made, which would break the rules"
 
 
 class Validation:
@@ -5424,15 +5476,16 @@ class Validation:
         if counts is not None:
             self.rule, self.target_bytes = "sidecar", counts[1:]
         elif s.caseops_enabled:
-            raise UserError(f"CASEOPS_ENABLED=1 needs the byte sidecars of {s.shards}: fetch them, or set 0")
+            raise UserError(f"CASEOPS_ENABLED=1 needs the byte sidecars of {s.shards}: fetch "
+                            "them, or set it to 0")
         else:
             table = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
             self.rule, self.target_bytes = "table", table.count(self.tokens[:-1], self.tokens[1:])
         self.documents = Documents(self.tokens).sample(s.val_doc_fraction, s.seed)
         spans = zip(self.documents.start.tolist(), self.documents.length.tolist())
         if not any(self.target_bytes[a:a + n - 1].any() for a, n in spans):
-            raise UserError(f"the validation documents of {s.shards} are empty: not a byte is there to be "
-                            "predicted; fetch or build the data again, or raise VAL_DOC_FRACTION")
+            raise UserError(f"the validation documents of {s.shards} are empty: nothing is to be "
+                            f"predicted; {AGAIN}, or raise VAL_DOC_FRACTION")
 
     def open_for_study(self, run: Run, why: str) -> np.ndarray:
         """The one door past the seal: marks the run NON-COMPLIANT, then hands out the
