@@ -288,7 +288,7 @@ def test_a_flipped_byte_and_another_configuration(finished, data, tmp_path):
     )
     refused(
         environment(data, EVAL_ONLY_PATH=folder / "train.log", ARTIFACT_DIR=tmp_path / "r"),
-        "no averaged weights",
+        "train.log: it is damaged",
     )
 
 
