@@ -4099,7 +4099,7 @@ class Run:
     def __init__(self, s: Settings, world: World):
         name = s.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
         self.s, self.world, self.id = s, world, world.agree(name)
-        self.dir = Path(s.artifact_dir or Path("runs") / self.id)
+        self.dir, self.home = Path(s.artifact_dir or Path("runs") / self.id), home_of(s)
         self.live = sys.stdout.isatty() and world.main
         self.summary = dict.fromkeys(SUMMARY_KEYS)
         self.summary.update(compliant=True, not_compliant_because=[])
@@ -4130,7 +4130,7 @@ class Run:
         if self.lock is not None and not self.s.resume:
             self.started = os.fstat(self.lock.fileno()).st_mtime_ns
         earlier = self.check_folder()
-        self.open_journals(fresh=home_of(self.s) is None)
+        self.open_journals(fresh=self.home is None)
         if self.lock is None:
             self.warn(f"{self.dir} cannot be locked: start no other run in it")
         else:
@@ -4149,8 +4149,7 @@ class Run:
 
     def goes_on(self) -> bool:
         """Whether this folder's own training, weights or artifact is gone on with."""
-        home = home_of(self.s)
-        return home is not None and home.resolve() == self.dir.resolve()
+        return self.home is not None and self.home.resolve() == self.dir.resolve()
 
     def check_folder(self) -> dict:
         """The summary in the folder, of a run gone on with; UserError unless this run
@@ -4158,7 +4157,7 @@ class Run:
         for name in ("summary.json", WEIGHTS_NAME, ARTIFACT_NAME):
             if (self.dir / name).is_dir():
                 raise UserError(f"{self.dir / name} is a folder: move it away")
-        if home_of(self.s) is None:
+        if self.home is None:
             if (self.dir / WEIGHTS_NAME).exists():
                 raise UserError(f"ARTIFACT_DIR={self.dir} holds the weights of an earlier run: "
                                 "choose another; to score those, set EVAL_ONLY_PATH as well")
@@ -4196,7 +4195,7 @@ class Run:
         self.write(self.text, line)
         if not quiet:
             self.say(line)
-        with self.guarded("the command to go on"):
+        with contextlib.suppress(Exception):
             self.note_go_on()      # a checkpoint may have come
 
     def write(self, journal: Journal, line: str) -> None:
@@ -4402,10 +4401,9 @@ def compare_with_training(run: Run, here: dict) -> None:
 
 def in_training(run: Run) -> dict:
     """Facts and settings, by name, of the training that this run goes on with."""
-    home = home_of(run.s)
-    if home is None or not run.world.main:
+    if run.home is None or not run.world.main:
         return {}
-    summary = read_summary(home)
+    summary = read_summary(run.home)
     there = {**summary, **summary.get("settings", {})}
     for name, (_, trained) in summary.get("not_as_in_training", {}).items():
         there[name] = trained      # scored differently before: training is what counts
@@ -4712,14 +4710,14 @@ def remove_checkpoints(run: Run, keep: int = -1) -> None:
 
 
 def remove_safety_copies(run: Run) -> None:
-    """On every rank, once artifact and weights are there: averages, checkpoints."""
+    """Remove averages and checkpoints once artifact and weights are there, on all ranks."""
     if not run.world.agree((run.dir / WEIGHTS_NAME).is_file()):
         return
     remove_checkpoints(run)
     with contextlib.suppress(OSError):
         if run.world.main:
-            for name in ("average.pt", "average.previous.pt"):
-                (run.dir / AVERAGE).with_name(name).unlink(missing_ok=True)
+            for path in run.dir.glob("checkpoint/average*.pt"):
+                path.unlink()
         (run.dir / "checkpoint").rmdir()      # unless files of others are in it
 
 
