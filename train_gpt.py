@@ -5147,9 +5147,9 @@ def read_manifest(s: Settings) -> dict:
 
 def manifest_fault(manifest: Mapping) -> str:
     """What in a manifest is not as the data tools write it; empty: nothing."""
-    counts = {"decodable_val_bytes": manifest.get("decodable_val_bytes") or 0}
     if not isinstance(manifest["files"], list) or not isinstance(manifest["fingerprint"], str):
         return "files is no list, or the fingerprint no text"
+    counts = {"decodable_val_bytes": manifest.get("decodable_val_bytes") or 0}
     for i, entry in enumerate(manifest["files"]):
         if not isinstance(entry, dict):
             return f"file {i} is no object"
@@ -5174,9 +5174,8 @@ def manifest_total(s: Settings, kind: str, what: str) -> int | None:
 
 @dataclass(frozen=True)
 class Layout:
-    """Documents of a packed row: cu_seqlens (n,) int32 starts, then the total as
-    padding; longest piece. isolate: a segment that begins inside a document is not
-    smeared with the token packed before it either."""
+    """Documents of a packed row: cu_seqlens (n,) int32 starts, padded with the total;
+    longest piece. isolate: nor is a piece smeared with the token packed before it."""
     cu_seqlens: Tensor
     max_seqlen: int
     isolate: bool = False
@@ -5204,8 +5203,7 @@ class Batch(NamedTuple):
         return Batch(self.x.view(-1, length), self.y.view(-1, length), None, length)
 
     def layout(self, cap: int) -> Layout | None:
-        """Document layout; `cap` bounds a piece's length and is fixed, so that
-        compiled graphs are reused."""
+        """Documents; `cap` bounds a piece's length: it is fixed, as graphs need it."""
         return None if self.cu_seqlens is None else Layout(self.cu_seqlens, cap)
 
 
@@ -5214,22 +5212,18 @@ def segment_bounds(bos: np.ndarray, total: int, max_len: int,
     """Attention segments of a row of `total` tokens: (cu_seqlens int32, padded with
     `total` to whole `bucket`s; longest segment). A segment starts at 0, at each BOS,
     and every max_len (0: never) tokens of a document."""
-    starts = np.unique(np.concatenate([[0], np.asarray(bos, dtype=np.int64)]))
-    lengths = np.diff(np.append(starts, total))
+    starts = np.unique(np.append(0, bos)).astype(np.int64)
     if max_len > 0:
-        pieces = -(-lengths // max_len)
-        within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        starts = np.repeat(starts, pieces) + within * max_len
-        lengths = np.diff(np.append(starts, total))
-    padded = -(-(len(starts) + 1) // bucket) * bucket
-    bounds = np.full(padded, total, dtype=np.int32)
+        ends = np.append(starts[1:], total)
+        starts = np.concatenate([np.arange(a, b, max_len) for a, b in zip(starts, ends)])
+    buckets = len(starts) // bucket + 1      # room for the last end, too
+    bounds = np.full(buckets * bucket, total, dtype=np.int32)
     bounds[:len(starts)] = starts
-    return bounds, int(lengths.max())
+    return bounds, int(np.diff(bounds).max())
 
 
 def packed_batch(tokens: np.ndarray, max_len: int) -> Batch:
-    """n + 1 consecutive tokens as one packed row of n inputs and targets, segmented
-    by document."""
+    """n + 1 tokens as one packed row of n inputs and targets, cut by document."""
     t = torch.from_numpy(tokens.astype(np.int64))
     bos = np.flatnonzero(tokens[:-1] == BOS)
     bounds, longest = segment_bounds(bos, len(tokens) - 1, max_len)
@@ -5255,8 +5249,7 @@ class Stream:
         return self.batches * self.world_size * self.tokens / int(self.ends[-1])
 
     def next(self) -> Batch:
-        """The next micro-batch; UserError when it holds an id that is not of the
-        vocabulary."""
+        """The next micro-batch; UserError for an id that is not of the vocabulary."""
         batch = self.cut()
         self.batches += 1
         if max(int(batch.x.max()), int(batch.y.max())) >= self.vocab_size:
@@ -5324,8 +5317,7 @@ LOADERS: dict[str, type[Stream]] = {"stream": TokenStream, "docpack": DocPackStr
 
 
 def open_train_stream(s: Settings, world: World, tokens: int) -> Stream:
-    """The training stream that TRAIN_LOADER names, for micro-batches of `tokens`
-    tokens."""
+    """The stream that TRAIN_LOADER names, for micro-batches of `tokens` tokens."""
     return LOADERS[s.train_loader](
         list_shards(s.shards, "train"), world_size=world.size, rank=world.rank, tokens=tokens,
         max_len=s.train_seq_len, vocab_size=s.vocab_size)
