@@ -184,7 +184,7 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
     if not (s.quantize_only or s.prequant_only):
         path = Path(s.eval_only_quantized_path or run.dir / ARTIFACT_NAME)
         score_artifact(s, world, run, model, val, path)
-    closing_block(s, world, run, val)
+    closing_block(run)
     run.save_summary()
 
 
@@ -228,7 +228,7 @@ def train(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
                 raise SIGNALS.error(f"training was {how}", trained.signal)
     finally:
         drop_ballast(run)
-    training_reports(s, run, trainer, trained)
+    training_reports(run, trainer, trained)
     run.save_summary()
     run.note_go_on()
     return trained.clock, trained.stream
@@ -3912,44 +3912,45 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def refused(what: str, remedy: str):
+    """Inside, whatever a foreign file makes its reader raise becomes one UserError
+    line: `what`, why, and the remedy."""
+    try:
+        yield
+    except Exception as error:
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"{what}: {plain(why, 160)}; {remedy}") from error
+
+
 def file_size(path: Path, most: int, what: str) -> int:
     """Bytes of a regular file of at most `most`, known before it is opened: a pipe
     would wait for ever, a device never end. UserError for anything else; what: what
     it should be."""
-    fault, size = "", 0
-    try:
+    with refused(f"{path} cannot be read", f"it should be {what}"):
         status = os.stat(path)
-        size = status.st_size
         if not stat.S_ISREG(status.st_mode):
-            fault = "is no regular file"
-        elif size > most:
-            fault = f"has {size:,} bytes, at most {most:,} are read"
-    except (OSError, ValueError) as error:
-        fault = f"cannot be read: {getattr(error, 'strerror', error)}"
-    if fault:
-        raise UserError(f"{path} {fault}; it should be {what}")
-    return size
+            raise ValueError("it is no regular file")
+        if status.st_size > most:
+            raise ValueError(f"it has {status.st_size:,} bytes, at most {most:,} are read")
+        return status.st_size
 
 
 def read_bounded(path: Path, most: int, what: str) -> bytes:
     """All bytes of a file that file_size() takes."""
     file_size(path, most, what)
-    try:
+    with refused(f"{path} cannot be read", f"it should be {what}"):
         return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; it should be {what}") from error
 
 
 def read_json(path: Path, what: str) -> dict:
     """The object in a JSON file; UserError when it holds anything else."""
-    try:
-        value = json.loads(read_bounded(path, 1 << 26, what))
-    except (ValueError, RecursionError) as error:
-        why = str(error) or type(error).__name__
-        raise UserError(f"{path} is damaged ({why}); it should be {what}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object; it should be {what}")
-    return value
+    data = read_bounded(path, 1 << 26, what)
+    with refused(f"{path} is damaged", f"it should be {what}"):
+        value = json.loads(data)
+        if not isinstance(value, dict):
+            raise ValueError("it holds no JSON object")
+        return value
 
 
 def finite_only(value):
@@ -4074,10 +4075,10 @@ class Journal:
         if fresh:
             open(path, "wb").close()
         self.path, self.file = path, open(path, "ab", buffering=0)
-        self.unwritten, self.failed = b"", False
+        self.unwritten = b""
 
     def write(self, line: str) -> str:
-        """Append the line, or keep it; the fault, the first time that there is one."""
+        """Append the line, or keep it and say why."""
         self.unwritten += f"{line}\n".encode("utf-8", "replace")
         try:
             while self.unwritten:
@@ -4086,9 +4087,7 @@ class Journal:
         except (OSError, ValueError) as error:
             if len(self.unwritten) > self.MOST:
                 self.unwritten = self.unwritten[-self.MOST // 2:].partition(b"\n")[2]
-            if not self.failed:
-                self.failed = True
-                return str(error)
+            return str(error)
         return ""
 
 
@@ -4104,7 +4103,7 @@ class Run:
         self.summary = dict.fromkeys(SUMMARY_KEYS)
         self.summary.update(compliant=True, not_compliant_because=[])
         self.text = self.metrics = self.lock = None
-        self.screen_failed = False
+        self.warned = set()         # what was warned of, and is not again
         self.time_known = True      # that of training, which quantising goes on with
         self.command = ""           # the last one that was logged, to go on
         self.started = 0            # by the disk's clock in ns: files written before are another run's
@@ -4199,10 +4198,10 @@ class Run:
             self.note_go_on()      # a checkpoint may have come
 
     def write(self, journal: Journal, line: str) -> None:
-        """A line into one of the journals; the first fault is warned of."""
+        """A line into one of the journals."""
         if fault := journal.write(line):
             self.warn(f"{journal.path} cannot be written ({fault}): its lines wait in memory "
-                      "and are tried again; the run goes on")
+                      "and are tried again; the run goes on", once=journal)
 
     def say(self, line: str, end: str = "\n") -> None:
         """A line on rank 0's screen if that works, in place of a live one."""
@@ -4213,18 +4212,18 @@ class Run:
         except (OSError, ValueError) as error:
             if isinstance(error, BrokenPipeError) or sys.stdout.closed:      # for ever
                 sys.stdout, self.live = open(os.devnull, "w"), False
-            if not self.screen_failed:
-                self.screen_failed = True
-                self.warn(f"the screen cannot be written ({error}): see train.log")
+            self.warn(f"the screen cannot be written ({error}): see train.log", once="screen")
 
     def progress(self, line: str) -> None:
         """Overwrite the live line on a terminal; nothing elsewhere."""
         if self.live:
             self.say(line[:shutil.get_terminal_size().columns - 1], end="")
 
-    def warn(self, text: str) -> None:
-        """A warning, in the log and on screen."""
-        self.log("warning", text=text)
+    def warn(self, text: str, once=None) -> None:
+        """A warning, in the log and on screen; of some matters (`once`) only the first."""
+        if once is None or once not in self.warned:
+            self.warned.add(once)
+            self.log("warning", text=text)
 
     def not_compliant(self, reason: str) -> None:
         """Mark the run: its log, summary and closing block say why it is no result."""
@@ -4296,21 +4295,14 @@ class Run:
 
 def changed_environment(s: Settings) -> dict[str, str]:
     """The settings that differ from their defaults as a shell would set them."""
-    texts = {}
-    for name, value in s.changed().items():
-        if isinstance(value, (bool, float)) and float(value).is_integer():
-            value = int(value)
-        texts[name] = str(value)
-    return texts
+    return {k: str(int(v) if type(v) is bool else v) for k, v in s.changed().items()}
 
 
 def starting_command(changed: Mapping[str, str]) -> str:
     """The command that starts this script as it was started, under these settings."""
     env, script = os.environ, "train_gpt.py"
     if sys.argv[0].endswith(".py"):
-        path = Path(sys.argv[0])
-        inside = path.is_absolute() and path.is_relative_to(Path.cwd())
-        script = shlex.quote(str(path.relative_to(Path.cwd()) if inside else path))
+        script = shlex.quote(sys.argv[0].removeprefix(f"{os.getcwd()}/"))
     start, size = f"python {script}", env.get("WORLD_SIZE", "1")
     if "TORCHELASTIC_RUN_ID" in env:
         nodes, local = env.get("GROUP_WORLD_SIZE", "1"), env.get("LOCAL_WORLD_SIZE", "1")
@@ -4532,7 +4524,7 @@ def end_of_steps(world: World, trainer: Trainer, watch: FiniteWatch, step: int) 
     return world.agree_step(0.0, 0, bad)[2]
 
 
-def training_reports(s: Settings, run: Run, trainer: Trainer, trained: Trained) -> None:
+def training_reports(run: Run, trainer: Trainer, trained: Trained) -> None:
     """What was idle in training, into the log, after the weights are saved."""
     with run.guarded("the report on parameters without gradients"):
         untouched = trainer.optimiser.never_trained() if trained.facts["steps"] else []
@@ -4555,7 +4547,7 @@ class AverageKeeper:
         self.average = trainer.ema
         self.writer, self.job = ThreadPoolExecutor(1), None
         self.copy: dict[str, Tensor] = {}
-        self.last, self.failed = -math.inf, False
+        self.last = -math.inf
 
     def offer(self, step: int) -> None:
         """After a step: copy the average when it is time and the writer is idle."""
@@ -4595,16 +4587,15 @@ class AverageKeeper:
         return facts["stopped"]
 
     def finish(self) -> None:
-        """Wait for the thread, and log what it has done; a fault once."""
+        """Wait for the thread, and log what it has done."""
         if self.job is None:
             return
         try:
             if written := self.job.result():
                 self.run.log("average", quiet=True, of=written)
         except Exception as error:
-            if not self.failed:
-                self.run.warn(f"an average could not be kept beside training ({in_a_line(error)})")
-            self.failed = True
+            why = in_a_line(error)
+            self.run.warn(f"an average could not be kept beside training ({why})", once="average")
         self.job = None
 
     def close(self, step: int, stopped: str) -> None:
@@ -4764,6 +4755,7 @@ def go_on_from(state: Mapping[str, Any], trainer: Trainer, curriculum: Curriculu
 
 SEAL = b"blake2b:"     # then 64 hexadecimal digits: the comment that ends a sealed archive
 SEAL_BYTES = len(SEAL) + 64
+AS_WRITTEN = "give the file as a run wrote it"
 
 
 def sealed(box: dict) -> bytes:
@@ -4780,21 +4772,10 @@ def seal_of(body: bytes) -> bytes:
     return SEAL + hashlib.blake2b(body, digest_size=32).hexdigest().encode()
 
 
-@contextlib.contextmanager
-def refused(what: str):
-    """Inside, whatever a reader of a foreign file raises becomes one UserError line
-    that begins with `what`."""
-    try:
-        yield
-    except Exception as error:
-        why = str(error) or type(error).__name__
-        raise UserError(f"{what}: {plain(why, 160)}; give the file as a run wrote it") from error
-
-
 def unsealed(path: Path, most: int, what: str) -> dict:
     """What sealed() wrote to a file of at most `most` bytes. UserError for all else,
     at once: nothing is unpickled before its digest fits."""
-    with refused(what):
+    with refused(what, AS_WRITTEN):
         data = read_bounded(path, most, "a file that a run wrote")
         if data[-SEAL_BYTES:] != seal_of(data[:-SEAL_BYTES]):
             raise ValueError("it is damaged, or not as train_gpt.sealed writes it")
@@ -4836,7 +4817,7 @@ def read_weights(path: str, model: GPT) -> dict:
     what = f"EVAL_ONLY_PATH={plain(path, 80)}"
     most = bytes_of_weights(model.s) + (2 << 20)
     box = unsealed(Path(path), most, what)
-    with refused(what):
+    with refused(what, AS_WRITTEN):
         weights, facts = box["weights"], box["facts"]
         check_architecture(model.s, box["architecture"], "it holds weights")
         form = (torch.float32, torch.strided)
@@ -4953,7 +4934,7 @@ def check_score(stage: str, score: Score) -> None:
                         "use (too large a learning rate?); train again, with a lower MATRIX_LR")
 
 
-def closing_block(s: Settings, world: World, run: Run, val: Validation) -> None:
+def closing_block(run: Run) -> None:
     """Every score, size and time, and one last line that is easy to grep."""
     summary = {k: v for k, v in run.summary.items() if v is not None}
     run.say("\n" + "-" * 72)
@@ -5047,10 +5028,8 @@ def read_shard(path: Path) -> np.ndarray:
     missing, foreign or cut."""
     path, fault = Path(path), ""
     size = file_size(path, 1 << 40, f"a token shard: {AGAIN}")
-    try:
+    with refused(f"{path} cannot be read", AGAIN):
         header = np.fromfile(path, dtype="<u4", count=SHARD_HEADER)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; {AGAIN}") from error
     magic, version, count = header[:3].tolist() if len(header) == SHARD_HEADER else (0, 0, 0)
     expected = 4 * SHARD_HEADER + 2 * count
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
@@ -5398,11 +5377,8 @@ def load_tokenizer(path: Path):
     if not Path(path).exists():
         raise UserError(f"TOKENIZER_PATH={path} does not exist: see data/README.md, or set it")
     model = read_bounded(Path(path), MOST_MODEL, A_MODEL)
-    try:
+    with refused(f"TOKENIZER_PATH={path} is damaged", f"set it to {A_MODEL}"):
         return sentencepiece.SentencePieceProcessor(model_proto=model or b"empty")
-    except RuntimeError as error:
-        raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model, or damaged: set it "
-                        "to the one that the shards were made with") from error
 
 
 class Documents:

@@ -243,7 +243,7 @@ def keeper(folder, run=None):
         def log(self, event, quiet=False, **values):
             self.lines.append(values)
 
-        def warn(self, text):
+        def warn(self, text, once=None):
             self.lines.append({"text": text})
 
         def note_go_on(self):
