@@ -3474,7 +3474,8 @@ def print_help() -> None:
     """Every setting with default, range and meaning."""
     print(__doc__.split("Chapters")[0])
     for f in fields(Settings):
-        meta, default = f.metadata, f.default
+        meta = f.metadata
+        default = f.default
         if meta["group"]:
             print(f"\n{meta['group'].upper()}")
         bounds = ""
@@ -3555,7 +3556,8 @@ class Pulse:
 
     def beat(self, doing: str) -> None:
         """Progress was made; `doing` follows."""
-        now, word = time.monotonic(), doing.split()[0]
+        now = time.monotonic()
+        word = doing.split()[0]
         if word == self.doing.split()[0]:
             self.longest[word] = max(self.longest.get(word, 0.0), now - self.at)
         self.doing, self.at = doing, now
@@ -3705,7 +3707,8 @@ class Heartbeat(threading.Thread):
                               timeout=timedelta(seconds=10), wait_for_workers=False)
         attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"heartbeat{attempt}", store)
-        self.world, self.over = world, threading.Event()
+        self.world = world
+        self.over = threading.Event()
         self.tell: Callable[[str], None] = lambda line: tell(f"error: {line}")
         self.signs: dict[int, dict] = {}      # the latest of every rank
         self.heard: dict[int, float] = {}     # when it came
@@ -3737,7 +3740,8 @@ class Heartbeat(threading.Thread):
 
     def exchange(self, now: float) -> None:
         """Give this rank's sign of life, and read those of all."""
-        pulse, pid = self.world.pulse, os.getpid()
+        pulse = self.world.pulse
+        pid = os.getpid()
         sign = {"host": platform.node(), "pid": pid, "begun": process_state(pid)[1], "at": now,
                 "doing": pulse.doing, "beats": pulse.beats, "waiting": pulse.waiting,
                 "limit": pulse.limits()[0]}
@@ -3784,7 +3788,8 @@ class Heartbeat(threading.Thread):
         """Say it, on one rank; end what is stopped, then this process: later than the
         ranks that are to blame, so that the launcher names them."""
         self.world.pulse.ending = True
-        rank, healthy = self.world.rank, set(range(self.world.size)) - set(stuck)
+        rank = self.world.rank
+        healthy = set(range(self.world.size)) - set(stuck)
         if rank == min(healthy, default=0):
             self.tell(self.describe(stuck))
             self.kill_stopped(stuck)
@@ -3802,7 +3807,8 @@ class Heartbeat(threading.Thread):
 
 def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
     """Item indices per rank, longest first to the least loaded."""
-    load, share = [0.0] * ranks, [[] for _ in range(ranks)]
+    load = [0.0] * ranks
+    share = [[] for _ in range(ranks)]
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         r = load.index(min(load))
         load[r] += costs[i]
@@ -3822,7 +3828,9 @@ class Signals:
     with TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT."""
 
     def __init__(self):
-        self.number, self.when, self.waits = 0, 0.0, False
+        self.number = 0        # of the first signal
+        self.when = 0.0        # it came, by the monotonic clock
+        self.waits = False     # inside held()
 
     def install(self) -> None:
         """Listen from now on; only a process's main thread can."""
@@ -3873,7 +3881,10 @@ class Clock:
     byte scored. `excluded`: seconds not charged."""
 
     def __init__(self, budget: float = 0.0, now: Callable[[], float] = time.perf_counter):
-        self.now, self.start, self.budget, self.excluded = now, now(), budget, 0.0
+        self.now = now
+        self.start = now()
+        self.budget = budget
+        self.excluded = 0.0
 
     def elapsed(self) -> float:
         return self.now() - self.start - self.excluded
@@ -4074,7 +4085,8 @@ class Journal:
     def __init__(self, path: Path, fresh: bool = False):
         if fresh:
             open(path, "wb").close()
-        self.path, self.file = path, open(path, "ab", buffering=0)
+        self.path = path
+        self.file = open(path, "ab", buffering=0)
         self.unwritten = b""
 
     def write(self, line: str) -> str:
@@ -4098,7 +4110,8 @@ class Run:
     def __init__(self, s: Settings, world: World):
         name = s.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
         self.s, self.world, self.id = s, world, world.agree(name)
-        self.dir, self.home = Path(s.artifact_dir or Path("runs") / self.id), home_of(s)
+        self.dir = Path(s.artifact_dir or Path("runs") / self.id)
+        self.home = home_of(s)
         self.live = sys.stdout.isatty() and world.main
         self.summary = dict.fromkeys(SUMMARY_KEYS)
         self.summary.update(compliant=True, not_compliant_because=[])
@@ -4211,7 +4224,8 @@ class Run:
             print(("\r\033[K" if self.live else "") + line, end=end, flush=True)
         except (OSError, ValueError) as error:
             if isinstance(error, BrokenPipeError) or sys.stdout.closed:      # for ever
-                sys.stdout, self.live = open(os.devnull, "w"), False
+                sys.stdout = open(os.devnull, "w")
+                self.live = False
             self.warn(f"the screen cannot be written ({error}): see train.log", once="screen")
 
     def progress(self, line: str) -> None:
@@ -4258,7 +4272,8 @@ class Run:
 
     def go_on(self) -> str:
         """The command that goes on from what is on disk, else that starts anew."""
-        changed, restart = changed_environment(self.s), self.restart_setting()
+        changed = changed_environment(self.s)
+        restart = self.restart_setting()
         if not restart:
             return starting_command(changed)
         left_out = ["EVAL_ONLY_PATH", "EVAL_ONLY_QUANTIZED_PATH", "RESUME"]
@@ -4300,10 +4315,12 @@ def changed_environment(s: Settings) -> dict[str, str]:
 
 def starting_command(changed: Mapping[str, str]) -> str:
     """The command that starts this script as it was started, under these settings."""
-    env, script = os.environ, "train_gpt.py"
+    env = os.environ
+    script = "train_gpt.py"
     if sys.argv[0].endswith(".py"):
         script = shlex.quote(sys.argv[0].removeprefix(f"{os.getcwd()}/"))
-    start, size = f"python {script}", env.get("WORLD_SIZE", "1")
+    start = f"python {script}"
+    size = env.get("WORLD_SIZE", "1")
     if "TORCHELASTIC_RUN_ID" in env:
         nodes, local = env.get("GROUP_WORLD_SIZE", "1"), env.get("LOCAL_WORLD_SIZE", "1")
         where = "--standalone" if nodes == "1" else f"--nnodes={nodes} …"
@@ -4324,7 +4341,8 @@ def public_settings(values: Mapping) -> dict:
 def closest_system(s: Settings) -> tuple[str, dict] | None:
     """The configurations beside this script nearest to the settings, and what differs
     as [here, there]."""
-    here, systems = s.as_env(), {}
+    here = s.as_env()
+    systems = {}
     for path in sorted(Path(__file__).parent.glob("configs/pr*.env")):
         text = re.sub("#.*", "", path.read_text(encoding="utf-8"))
         config = dict(re.findall(r"^(\w+)=(.*?)\s*$", text, re.MULTILINE))
@@ -4342,7 +4360,8 @@ def closest_system(s: Settings) -> tuple[str, dict] | None:
 def log_start(s: Settings, world: World, run: Run) -> None:
     """What runs, where: into the log before anything else."""
     parameters = sum(map(math.prod, GPT.shapes(s).values()))
-    settings, dtype = public_settings(s.as_env()), pick_dtype(s.compute_dtype, world.device)
+    settings = public_settings(s.as_env())
+    dtype = pick_dtype(s.compute_dtype, world.device)
     run.log("start", run_id=run.id, device=world.device_name, world_size=world.size,
             torch=torch.__version__, python=platform.python_version(), dtype=str(dtype),
             attention=ATTENTION, parameters=parameters)
@@ -4357,8 +4376,10 @@ def log_start(s: Settings, world: World, run: Run) -> None:
             name, differing = closest
             run.log("closest_system", name=name, differences=len(differing))
             run.log("differences", quiet=True, **differing)
-    source, form = script_source(), shipped_form(s)
-    digest, shipped = hashlib.sha256(source).hexdigest(), code_bytes(form)
+    source = script_source()
+    form = shipped_form(s)
+    digest = hashlib.sha256(source).hexdigest()
+    shipped = code_bytes(form)
     run.log("code", bytes=len(source), form=form, shipped=shipped, sha256=digest)
     if world.main and run.summary.get("code_sha256") != digest:      # else the log has it
         encoding = "latin-1" if source.startswith(b"# coding: latin-1") else "utf-8"
@@ -4477,11 +4498,13 @@ class FiniteWatch:
     the GPU: flags are read once they have arrived on the host, a few steps late."""
 
     def __init__(self):
-        self.flying, self.bad = deque(), 0
+        self.flying = deque()
+        self.bad = 0
 
     def record(self, step: int, loss: Tensor, norm: Tensor) -> None:
         """Look at a step's loss and gradient norm, scalars on the device."""
-        flag, arrived = torch.isfinite(loss) & torch.isfinite(norm), None
+        flag = torch.isfinite(loss) & torch.isfinite(norm)
+        arrived = None
         if flag.is_cuda:
             box = torch.empty((), dtype=torch.bool, pin_memory=True)
             flag = box.copy_(flag, non_blocking=True)
@@ -4545,7 +4568,8 @@ class AverageKeeper:
     def __init__(self, s: Settings, world: World, run: Run, trainer: Trainer, clock: Clock):
         self.s, self.world, self.run, self.clock = s, world, run, clock
         self.average = trainer.ema
-        self.writer, self.job = ThreadPoolExecutor(1), None
+        self.writer = ThreadPoolExecutor(1)
+        self.job = None
         self.copy: dict[str, Tensor] = {}
         self.last = -math.inf
 
@@ -4624,7 +4648,9 @@ class Checkpoints:
     def __init__(self, s: Settings, world: World, run: Run, trainer: Trainer, watch: FiniteWatch,
                  clock: Clock):
         self.s, self.world, self.run, self.trainer = s, world, run, trainer
-        self.watch, self.clock, self.last = watch, clock, None
+        self.watch = watch
+        self.clock = clock
+        self.last = None
         self.wanted = s.checkpoint_every_seconds > 0 and not s.max_wallclock_seconds
 
     def offer(self, step: int, elapsed: float, curriculum: Curriculum, stream: Prefetch) -> None:
@@ -4640,7 +4666,8 @@ class Checkpoints:
         finite, the last one stays."""
         if not self.wanted or not step:
             return
-        before, main = self.world.pulse.doing, self.world.main
+        before = self.world.pulse.doing
+        main = self.world.main
         self.world.beat(f"saving a checkpoint of step {step}")
         fault = "" if main else self.write_part(step, curriculum, stream)
         fault = next(filter(None, self.world.gather(fault)), "")
@@ -4730,7 +4757,8 @@ def read_checkpoint(s: Settings, world: World, run: Run) -> dict:
         raise UserError(f"RESUME=1 finds no checkpoint in {run.dir / 'checkpoint'}: {again}")
     path = checkpoint_path(run, step)
     state = unsealed(path, 5 * bytes_of_weights(s) + (16 << 20), f"RESUME=1: {path}")
-    theirs, differing = state.get("settings", {}), []
+    theirs = state.get("settings", {})
+    differing = []
     for name, here in training_settings(s, world).items():
         if theirs.get(name) != here:
             differing.append(f"{name}={plain(theirs.get(name), 40)} there, {here} here")
@@ -5026,7 +5054,8 @@ AGAIN = "fetch or build the data again"
 def read_shard(path: Path) -> np.ndarray:
     """Tokens of one shard, (N,) uint16, mapped not loaded. UserError when it is
     missing, foreign or cut."""
-    path, fault = Path(path), ""
+    path = Path(path)
+    fault = ""
     size = file_size(path, 1 << 40, f"a token shard: {AGAIN}")
     with refused(f"{path} cannot be read", AGAIN):
         header = np.fromfile(path, dtype="<u4", count=SHARD_HEADER)
@@ -5062,9 +5091,11 @@ def read_tokens(s: Settings, kind: str, most: int | None = None) -> dict[Path, n
     """Tokens of all shards of a kind, by path, mapped. Refused unless each holds
     documents, the first of them whole (published shards are cut anywhere), and the
     first `most` tokens are of the vocabulary."""
-    shards, block = {}, 1_000_000
+    shards = {}
+    block = 1_000_000
     for path in list_shards(s.shards, kind):
-        tokens, fault = read_shard(path), ""
+        tokens = read_shard(path)
+        fault = ""
         if tokens[0] == 0:
             fault = f"starts with 0, not with BOS (id {BOS}): it is a byte sidecar, not tokens"
         elif not any((tokens[a:a + block] == BOS).any() for a in range(0, len(tokens), block)):
@@ -5092,7 +5123,8 @@ def read_sidecars(s: Settings, shards: Mapping[Path, np.ndarray]) -> np.ndarray 
     paths = [path.with_name(path.name.replace("_val_", "_val_bytes_")) for path in shards]
     if not any(path.exists() for path in paths):
         return None
-    counts, remedy = [], "the byte sidecar belongs to other shards; fetch both again"
+    counts = []
+    remedy = "the byte sidecar belongs to other shards; fetch both again"
     for path, tokens in zip(paths, shards.values()):
         count = read_shard(path)
         if len(count) != len(tokens):
@@ -5254,7 +5286,8 @@ class TokenStream(Stream):
 
     def cut(self) -> Batch:
         start = (self.batches * self.world_size + self.rank) * self.tokens
-        missing, parts = self.tokens + 1, []
+        missing = self.tokens + 1
+        parts = []
         while missing > 0:
             start %= int(self.ends[-1])      # the stream wraps at the end of the last shard
             i = int(np.searchsorted(self.ends, start, side="right"))
@@ -5275,7 +5308,8 @@ class DocPackStream(Stream):
 
     def __init__(self, files, **shape):
         super().__init__(files, **shape)
-        self.span, self.shard = (self.tokens + 1) * self.world_size, 0
+        self.span = (self.tokens + 1) * self.world_size
+        self.shard = 0
         self.first = [int(np.argmax(x == BOS)) for x in self.shards]
         self.cursor = self.first[0]
         if all(f + self.span > len(x) for f, x in zip(self.first, self.shards)):
@@ -5463,8 +5497,11 @@ class Validation:
     def of(cls, tokens: np.ndarray, targets: np.ndarray | None = None) -> Validation:
         """A made-up stream, one byte a token: for probes. Nothing of it is sealed."""
         val = cls.__new__(cls)
-        val.sealed, val.rule, val.other_targets = False, "made up", targets
-        val.stream, val.documents = tokens.astype(np.uint16), Documents(tokens)
+        val.sealed = False
+        val.rule = "made up"
+        val.other_targets = targets
+        val.stream = tokens.astype(np.uint16)
+        val.documents = Documents(tokens)
         val.target_bytes = (tokens[1:] != BOS).astype(np.int64)
         return val
 
