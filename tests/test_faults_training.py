@@ -320,10 +320,10 @@ def test_weights_and_facts_come_back_and_torch_reads_the_file(tmp_path):
 
 def test_a_setting_that_is_younger_than_the_file_had_its_default(tmp_path):
     box, path = good_box(settings()), tmp_path / "old.pt"
-    del box["architecture"]["LN_SCALE"]
+    del box["architecture"]["ROPE_BASE"]
     path.write_bytes(tg.sealed(box))
     assert tg.read_weights(str(path), tg.GPT(settings())) == FACTS
-    assert "LN_SCALE=True there, False here" in refuses(path, settings(LN_SCALE=0))
+    assert "ROPE_BASE=10000.0 there, 500.0 here" in refuses(path, settings(ROPE_BASE=500))
 
 
 def test_a_file_without_a_digest_is_refused(tmp_path):
