@@ -3823,9 +3823,9 @@ class Signals:
     under way, anything else by Interrupted; a second ends the process at once, unless
     it follows within a second (by torchrun one request often arrives twice).
 
-    SIGHUP, of a terminal that is gone, is ignored. Under torchrun, which then kills
-    its ranks 30 s later, it counts as SIGTERM; to train on there, start it by nohup
-    with TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT."""
+    SIGHUP, of a terminal that is gone, is ignored. Under torchrun, which kills its
+    ranks 30 s later, it counts as SIGTERM; to train on there, start it by nohup with
+    TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT."""
 
     def __init__(self):
         self.number = 0        # of the first signal
@@ -4666,15 +4666,16 @@ class Checkpoints:
         finite, the last one stays."""
         if not self.wanted or not step:
             return
-        before = self.world.pulse.doing
-        main = self.world.main
-        self.world.beat(f"saving a checkpoint of step {step}")
-        fault = "" if main else self.write_part(step, curriculum, stream)
-        fault = next(filter(None, self.world.gather(fault)), "")
-        if main and not fault:
+        world, fault = self.world, ""
+        before = world.pulse.doing
+        world.beat(f"saving a checkpoint of step {step}")
+        if not world.main:
             fault = self.write_part(step, curriculum, stream)
-        fault = self.world.agree(fault)
-        self.world.beat(before)
+        faults = list(filter(None, world.gather(fault)))
+        if world.main:
+            fault = faults[0] if faults else self.write_part(step, curriculum, stream)
+        fault = world.agree(fault)
+        world.beat(before)
         if fault:
             return self.run.warn(f"no checkpoint at step {step}: {fault}")
         self.run.log("checkpoint", quiet=True, step=step)
@@ -4843,8 +4844,7 @@ def read_weights(path: str, model: GPT) -> dict:
     """A file of averaged weights into the model; its facts (see weight_facts).
     UserError, one short line, for anything else."""
     what = f"EVAL_ONLY_PATH={plain(path, 80)}"
-    most = bytes_of_weights(model.s) + (2 << 20)
-    box = unsealed(Path(path), most, what)
+    box = unsealed(Path(path), bytes_of_weights(model.s) + (16 << 20), what)
     with refused(what, AS_WRITTEN):
         weights, facts = box["weights"], box["facts"]
         check_architecture(model.s, box["architecture"], "it holds weights")
