@@ -540,6 +540,14 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(data, tmp_pa
     assert killed and tg.read_checkpoint(s, tg.World(), run)["step"] == 4
 
 
+def test_a_checkpoint_that_one_rank_cannot_write_is_none(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(tg.World, "gather", lambda self, fault: [fault, "rank 1: No space left"])
+    learn(data, tmp_path, **{**GOING_ON, "ITERATIONS": 3})
+    assert not list(tmp_path.glob("checkpoint/resume.*"))
+    said = [event["text"] for event in events(tmp_path, "warning")]
+    assert said[0] == "no checkpoint at step 1: rank 1: No space left"
+
+
 def test_resume_is_refused_where_it_cannot_go_on(data, tmp_path, monkeypatch):
     for changes, word in ((dict(MAX_WALLCLOCK_SECONDS=60), "MAX_WALLCLOCK_SECONDS=60"),
                           (dict(EVAL_ONLY_PATH="x.pt"), "EVAL_ONLY_PATH"),
