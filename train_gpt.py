@@ -3247,7 +3247,7 @@ def pick_dtype(choice: str, device: torch.device,
 
 
 def compiles(s: Settings, device: torch.device) -> bool:
-    """Whether to use torch.compile. Plain attention, as of float32, cannot be traced."""
+    """Whether to use torch.compile, which cannot trace plain attention."""
     plain = ATTENTION == "plain" or pick_dtype(s.compute_dtype, device) == torch.float32
     if s.compile == "1" and plain:
         raise UserError("COMPILE=1 cannot trace plain attention (ATTN_BACKEND=plain, a CPU, "
@@ -3992,7 +3992,7 @@ def plain(value, most: int) -> str:
 
 
 def human(value) -> str:
-    """A value as the log shows it: floats short, single words bare, the rest as JSON."""
+    """A value for the log: floats short, single words bare, the rest as JSON."""
     if isinstance(value, float) and 0 < abs(value) < 1e-3:
         return f"{value:.6g}"
     if isinstance(value, float):
@@ -4234,7 +4234,7 @@ class Run:
             self.say(line[:shutil.get_terminal_size().columns - 1], end="")
 
     def warn(self, text: str, once=None) -> None:
-        """A warning, in the log and on screen; of some matters (`once`) only the first."""
+        """A warning, in log and on screen; of a matter named by `once` the first only."""
         if once is None or once not in self.warned:
             self.warned.add(once)
             self.log("warning", text=text)
@@ -4283,7 +4283,7 @@ class Run:
         return starting_command({**changed, "ARTIFACT_DIR": str(self.dir), **restart})
 
     def note_go_on(self) -> None:
-        """Log that command when it has changed: after a kill only the log can say it."""
+        """Log that command when it has changed: it is read after a kill."""
         command = self.go_on() if self.text else self.command
         if command != self.command:
             self.command = command
@@ -4596,7 +4596,7 @@ class AverageKeeper:
         self.job = self.writer.submit(self.write, stream, facts)
 
     def write(self, stream, facts: dict) -> str:
-        """In the thread: check and write the copy; what was written, if it is finite."""
+        """In the thread: write the copy if it is finite; what was written."""
         with stream:
             tensors = {n: t.cpu() for n, t in self.copy.items()}
         if not all(bool(t.isfinite().all()) for t in tensors.values()):
@@ -4729,7 +4729,7 @@ def remove_checkpoints(run: Run, keep: int = -1) -> None:
 
 
 def remove_safety_copies(run: Run) -> None:
-    """Remove averages and checkpoints once artifact and weights are there, on all ranks."""
+    """Remove averages and checkpoints, once artifact and weights are there."""
     if not run.world.agree((run.dir / WEIGHTS_NAME).is_file()):
         return
     remove_checkpoints(run)
@@ -5178,7 +5178,7 @@ def manifest_fault(manifest: Mapping) -> str:
 
 
 def manifest_total(s: Settings, kind: str, what: str) -> int | None:
-    """Sum of an entry over the manifest's files of a kind; None where it is not said."""
+    """Sum of an entry over the manifest's files of a kind; None where one lacks it."""
     entries = [e.get(what) for e in read_manifest(s).get("files", ()) if e["kind"] == kind]
     return sum(entries) if entries and None not in entries else None
 
