@@ -32,7 +32,6 @@ import json
 import lzma
 import math
 import os
-import pickletools
 import platform
 import random
 import re
@@ -49,8 +48,6 @@ import threading
 import time
 import traceback
 import uuid
-import warnings
-import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -187,7 +184,7 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
     if not (s.quantize_only or s.prequant_only):
         path = Path(s.eval_only_quantized_path or run.dir / ARTIFACT_NAME)
         score_artifact(s, world, run, model, val, path)
-    closing_block(s, world, run, val)
+    closing_block(run)
     run.save_summary()
 
 
@@ -231,7 +228,7 @@ def train(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
                 raise SIGNALS.error(f"training was {how}", trained.signal)
     finally:
         drop_ballast(run)
-    training_reports(s, run, trainer, trained)
+    training_reports(run, trainer, trained)
     run.save_summary()
     run.note_go_on()
     return trained.clock, trained.stream
@@ -3221,25 +3218,28 @@ def phase_steps(s: Settings, tokens: int) -> int:
 # ============================================================================================================
 
 def set_up(s: Settings, world: World) -> str:
-    """Seeds, arithmetic, attention backend: once per process. Returns why this
-    backend."""
+    """Seeds, arithmetic and attention of this process. Returns why this attention."""
+    global ATTENTION
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high" if world.device.type == "cuda" else "highest")
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launcher_ranks(os.environ).local_size))
-    torch._dynamo.config.recompile_limit = 64      # plans, grad modes and batch shapes share one code object
-    torch.fx.experimental._config.use_duck_shape = False       # sizes that are equal by chance stay apart
-    global ATTENTION
+        neighbours = launcher_ranks(os.environ).local_size
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
+    # plans, grad modes and batch shapes share one code object
+    torch._dynamo.config.recompile_limit = 64
+    # sizes that are equal by chance stay apart
+    torch.fx.experimental._config.use_duck_shape = False
     ATTENTION, why = resolve_attention(s.attn_backend, world.device)
     names = world.gather(ATTENTION)
     if len(set(names)) > 1:
-        raise UserError(f"the ranks would use different attention kernels {names}; this one: {why}. Set "
-                        "ATTN_BACKEND to one that runs everywhere")
+        raise UserError(f"the ranks would use different attention kernels {names}; this one: "
+                        f"{why}. Set ATTN_BACKEND to one that runs everywhere")
     return why
 
 
-def pick_dtype(choice: str, device: torch.device, default: torch.dtype | None = None) -> torch.dtype:
-    """The dtype a setting names; auto: `default`, else bfloat16 on a GPU and float32
+def pick_dtype(choice: str, device: torch.device,
+               default: torch.dtype | None = None) -> torch.dtype:
+    """The dtype a setting names. auto: `default`, else bfloat16 on a GPU and float32
     on a CPU."""
     if choice == "auto":
         return default or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -3247,12 +3247,11 @@ def pick_dtype(choice: str, device: torch.device, default: torch.dtype | None = 
 
 
 def compiles(s: Settings, device: torch.device) -> bool:
-    """Whether to use torch.compile. Plain attention, which float32 takes too, cannot
-    be traced."""
+    """Whether to use torch.compile, which cannot trace plain attention."""
     plain = ATTENTION == "plain" or pick_dtype(s.compute_dtype, device) == torch.float32
     if s.compile == "1" and plain:
-        raise UserError("COMPILE=1 cannot trace plain attention (ATTN_BACKEND=plain, a CPU, or COMPUTE_DTYPE="
-                        "float32): set COMPILE=auto")
+        raise UserError("COMPILE=1 cannot trace plain attention (ATTN_BACKEND=plain, a CPU, "
+                        "or COMPUTE_DTYPE=float32): set COMPILE=auto")
     return s.compile != "0" and device.type == "cuda" and not plain
 
 
@@ -3268,13 +3267,15 @@ def build_model(s: Settings, world: World) -> GPT:
     return model
 
 
+# --- reading settings
+
 def is_free_text(f) -> bool:
     """Whether an empty value means something: not for numbers, flags and choices."""
     return type(f.default) is str and not f.metadata["choices"]
 
 
 def is_number(text: str) -> bool:
-    """True when float() reads it as a finite number."""
+    """Whether float() reads a finite number."""
     try:
         return math.isfinite(float(text))
     except ValueError:
@@ -3282,39 +3283,37 @@ def is_number(text: str) -> bool:
 
 
 def whole_number(text: str) -> int | None:
-    """The whole number that the text writes, exactly; 1e3 is one too. None when it
-    writes none."""
-    if re.fullmatch(r" *[+-]?[0-9][0-9_]{0,29} *", text):
-        return int(text.replace("_", ""))
+    """The whole number that the text writes, to the last digit, 1e3 too; else None."""
     if len(text) > 40 or not is_number(text):
         return None
-    value = decimal.Decimal(text.strip().replace("_", ""))
+    value = decimal.Decimal(text)
     return int(value) if value == value.to_integral_value() else None
 
 
 def whole_numbers(text: str) -> list[int]:
-    """The numbers of "9,10": 0 to a thousand million, at most 64; none when the text
-    is anything else."""
+    """The numbers of "9,10", at most 64; none when the text is anything else."""
     parts = text.replace(" ", "").split(",")
     good = len(parts) <= 64 and all(re.fullmatch("[0-9]{1,9}", part) for part in parts)
     return [int(part) for part in parts] if good else []
 
 
 def parse_setting(f, text: str):
-    """The typed value of one setting; UserError with value, bound and remedy when it
-    is not one."""
-    name, meta, kind = f.name.upper(), f.metadata, type(f.default)
-    choices = ("0", "1") if kind is bool else meta["choices"]
+    """The typed value of one setting; UserError when the text is none."""
+    name, kind = f.name.upper(), type(f.default)
+    lo, hi = f.metadata["lo"], f.metadata["hi"]
+    choices = ("0", "1") if kind is bool else f.metadata["choices"]
     if choices and text not in choices:
         raise UserError(f"{name}={text} must be {' or '.join(choices)}")
     if kind is bool:
         return text == "1"
     if kind is str:
-        return parse_text(name, text, meta["hi"])
-    value = whole_number(text) if kind is int else float(text) if is_number(text) else None
+        return parse_text(name, text, hi)
+    if kind is int:
+        value, what = whole_number(text), "a whole number"
+    else:
+        value, what = float(text) if is_number(text) else None, "a number"
     if value is None:
-        raise UserError(f"{name}={text} must be {'a whole number' if kind is int else 'a number'}")
-    lo, hi = meta["lo"], meta["hi"]
+        raise UserError(f"{name}={text} must be {what}")
     if not lo <= value <= hi:
         raise UserError(f"{name}={text} is out of range: it must be at least {lo} and at most {hi}")
     return value
@@ -3323,19 +3322,19 @@ def parse_setting(f, text: str):
 def parse_text(name: str, text: str, most: int) -> str:
     """A setting that is text, a path with ~ expanded; UserError for what no file or
     log line can be named."""
-    bad = ""
+    rule = ""
     if len(text) > most or not text.isprintable():
-        bad = f"be at most {most:,} printable characters"
+        rule = f"be at most {most:,} printable characters"
     elif name == "RUN_ID" and (len(text) > 100 or text[:1] == "." or set(text) & set("/\\")):
-        bad = "be the name of a folder: at most 100 characters, no slash and no dot in front"
+        rule = "be the name of a folder: at most 100 characters, no slash and no dot in front"
     elif name.endswith(("_PATH", "_DIR")):
         text = os.path.expanduser(text)
         if text[:1] == "~":
-            bad = "begin with another folder: there is no such user; a folder of that name is ./~"
+            rule = "begin with another folder: there is no such user; a folder of that name is ./~"
         elif any(len(os.fsencode(part)) > 255 for part in text.split("/")):
-            bad = "have names of at most 255 bytes in it: choose a shorter one"
-    if bad:
-        raise UserError(f"{name}={text[:80]} must {bad}")
+            rule = "have names of at most 255 bytes in it: choose a shorter one"
+    if rule:
+        raise UserError(f"{name}={text[:80]} must {rule}")
     return text
 
 
@@ -3345,61 +3344,72 @@ MOST_WEIGHTS = 2 ** 31        # of a model
 
 BY_HAND = {"AWQ_LITE_ENABLED": "0"}     # what changes steps that are set by hand -> its idle value
 LEFT_OUT = "left out: no published system gained by it"
+CUT_OFF = "older systems need more, which a lean script leaves out: run the whole one"
 # Names of the field's commands that set nothing here: (the one value they may have, None: any; why).
 NO_SETTINGS = {name: (only, why) for only, why, names in (
     (None, "lossless all of them: our own coder takes their place", "COMPRESSOR"),
-    (None, "always so: all targets are scored, by the calibrated loss, hints on the clock, graphs warmed up",
-     "EVAL_INCLUDE_TAIL LOGIT_CALIB_APPLY_TTT_UPDATE NGRAM_HINT_PRECOMPUTE_OUTSIDE COMPILE_SHAPE_WARMUP "
-     "COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_LOOP_MODES"),
-    (None, "the field's scripts get nothing from it either",
-     "ROPE_TRAIN_SEQ_LEN TTT_EVAL_BATCHES MUON_BETA2 SWA_ENABLED SWA_EVERY CONTROL_TENSOR_NAME_PATTERNS"),
-    (None, "part of something left out",
-     "GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS MUON_HUBER_DELTA TTT_OUTPUT_DIR "
-     "TTT_HEARTBEAT_SECONDS TTT_SHORT_BETA2 TTT_SHORT_LORA_LR TTT_SHORT_LORA_RANK TTT_SHORT_WEIGHT_DECAY "
-     "TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM"),
-    (0, LEFT_OUT, "DTG_ENABLED FORCE_STOP_STEP GATED_ATTENTION GATED_XSA GLOBAL_TTT_DOC_LIMIT "
-     "GRAD_CENTRALIZE LABEL_SMOOTH LAWA_ENABLED LR_FLOOR MIDRUN_CAP_LOG_UPDATES MTP_NUM_HEADS "
-     "MUON_HUBER_WD OPTROT_ENABLED QAT_ENABLED SLOT_ENABLED TRIGRAM TTT_DOC_LIMIT "
-     "TTT_GRAD_STEPS_CLEAN TTT_LORA_EMA_DECAY TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED "
-     "VALUE_RESIDUAL"),
-    (1, LEFT_OUT, "WD_TAPER_FINAL_MULT"), ("sgd", LEFT_OUT, "GLOBAL_TTT_OPTIMIZER"),
+    (None, "always so: all targets are scored, by the calibrated loss, with graphs warmed up", """
+     COMPILE_SHAPE_WARMUP COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_LOOP_MODES
+     EVAL_INCLUDE_TAIL LOGIT_CALIB_APPLY_TTT_UPDATE NGRAM_HINT_PRECOMPUTE_OUTSIDE"""),
+    (None, "the field's scripts get nothing from it either", """
+     CONTROL_TENSOR_NAME_PATTERNS MUON_BETA2 ROPE_TRAIN_SEQ_LEN SWA_ENABLED SWA_EVERY
+     TTT_EVAL_BATCHES"""),
+    (None, "part of something left out", """
+     GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS MUON_HUBER_DELTA TTT_HEARTBEAT_SECONDS
+     TTT_OUTPUT_DIR TTT_SHORT_BETA2 TTT_SHORT_LORA_LR TTT_SHORT_LORA_RANK TTT_SHORT_WEIGHT_DECAY
+     TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM"""),
+    (0, LEFT_OUT, """
+     DTG_ENABLED FORCE_STOP_STEP GATED_ATTENTION GATED_XSA GLOBAL_TTT_DOC_LIMIT GRAD_CENTRALIZE
+     LABEL_SMOOTH LAWA_ENABLED LR_FLOOR MIDRUN_CAP_LOG_UPDATES MTP_NUM_HEADS MUON_HUBER_WD
+     OPTROT_ENABLED QAT_ENABLED SLOT_ENABLED TRIGRAM TTT_DOC_LIMIT TTT_GRAD_STEPS_CLEAN
+     TTT_LORA_EMA_DECAY TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED VALUE_RESIDUAL"""),
+    (1, LEFT_OUT, "WD_TAPER_FINAL_MULT"),
+    ("sgd", LEFT_OUT, "GLOBAL_TTT_OPTIMIZER"),
     (0, "set EVAL_ONLY_QUANTIZED_PATH to the artifact instead", "TTT_EVAL_ONLY"),
     (0, "set WARMDOWN_FRAC to its share of the steps you expect", "WARMDOWN_ITERS"),
     (1, "built in", "GPTQ_ENABLED USE_GPTQ SDCLIP_ENABLED TTT_UPDATE_EVERY"),
-    (0, "built in", "SPARSE_ATTN_GATE_INIT_STD"), (0.01, "built in", "GATED_ATTN_INIT_STD"),
+    (0, "built in", "SPARSE_ATTN_GATE_INIT_STD"),
+    (0.01, "built in", "GATED_ATTN_INIT_STD"),
     (512, "embeddings are as wide as the model", "EMBEDDING_DIM"),
 ) for name in names.split()}
 ALIASES = {   # old name -> the settings it stands for
-    "PHASED_TTT_ENABLED": "TTT_ENABLED", "TTT_MASK": "TTT_Q_LORA TTT_V_LORA",
+    "GPTQ_CALIB_BATCHES": "GPTQ_CALIBRATION_BATCHES",
+    "GPTQ_CALIB_SAMPLES": "GPTQ_CALIBRATION_BATCHES",
+    "GPTQ_RESERVE_MS": "GPTQ_RESERVE_SECONDS",
+    "PHASED_TTT_ENABLED": "TTT_ENABLED",
+    "QUANT_CLIP_RANGE": "MATRIX_BITS",
     "RECUR_LAYERS": "LOOP_START LOOP_END NUM_LOOPS",
     "SDCLIP_K": "MATRIX_CLIP_SIGMAS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS",
+    "SDCLIP_K_EMBED": "EMBED_CLIP_SIGMAS",
     "SDCLIP_K_INT6": "MATRIX_CLIP_SIGMAS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS",
-    "SDCLIP_K_EMBED": "EMBED_CLIP_SIGMAS", "SDCLIP_K_INT8": "EMBED_CLIP_SIGMAS",
-    "QUANT_CLIP_RANGE": "MATRIX_BITS", "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS",
-    "GPTQ_CALIB_SAMPLES": "GPTQ_CALIBRATION_BATCHES", "GPTQ_CALIB_BATCHES": "GPTQ_CALIBRATION_BATCHES",
-    "GPTQ_RESERVE_MS": "GPTQ_RESERVE_SECONDS"}
-TTT_MASKS = {"all": "11", "baseline_all": "11", "no_q": "01", "no_v": "10", "no_qv": "00"}   # adapt Q, V
-
-
-CUT_OFF = "older systems need more, which a lean script leaves out: run the whole one"
+    "SDCLIP_K_INT8": "EMBED_CLIP_SIGMAS",
+    "TTT_MASK": "TTT_Q_LORA TTT_V_LORA",
+    "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS",
+}
+# Whether Q and V are adapted.
+TTT_MASKS = {"all": "11", "baseline_all": "11", "no_q": "01", "no_v": "10", "no_qv": "00"}
 
 
 def translate(old: str, value: str) -> Sequence[str]:
     """The values of the settings that an old name stands for."""
+    form = "a whole number"
     try:
         if old == "RECUR_LAYERS":      # they run once more after the last of them
+            form = "consecutive layers, as 3,4,5"
             layers = whole_numbers(value)
-            if all(b == a + 1 for a, b in zip(layers, layers[1:])):
-                return str(layers[0]), str(layers[-1]), "1"
-            raise ValueError
+            if layers != list(range(layers[0], layers[0] + len(layers))):
+                raise ValueError
+            return str(layers[0]), str(layers[-1]), "1"
+        if old == "TTT_MASK":
+            form = f"one of {', '.join(TTT_MASKS)}"
+            return TTT_MASKS[value]
         if old == "QUANT_CLIP_RANGE":
             return str(int(math.log2(int(value))) + 2),
         if old == "GPTQ_RESERVE_MS":
             return str(float(value) / 1e3),
-        return TTT_MASKS[value] if old == "TTT_MASK" else [value] * 3
+        return [value] * 3
     except (LookupError, ValueError) as error:
-        forms = {"RECUR_LAYERS": "consecutive layers, as 3,4,5", "TTT_MASK": f"one of {', '.join(TTT_MASKS)}"}
-        raise UserError(f"{old}={value} must be {forms.get(old, 'a whole number')}") from error
+        raise UserError(f"{old}={value} must be {form}") from error
 
 
 # First words of settings that other programs' variables begin with as well.
@@ -3430,33 +3440,29 @@ def our_words() -> set[str]:
 
 
 def looks_like_ours(name: str, known: Mapping) -> str | None:
-    """The nearest known setting when `name` must have been meant for this script,
-    else None. It is nearly a setting's, or made of our words alone and ends in none
-    of a platform's."""
-    if name in OTHER_NAMES:
-        return None
+    """The nearest known setting when `name` must have been meant for this script: it
+    is nearly a setting's, or made of our words alone. Else None."""
     words = name.lower().split("_")
-    if {"port", "service"} & set(words[1:]):      # of a scheduler's services
+    if name in OTHER_NAMES or {"port", "service"} & set(words[1:]):      # or of a scheduler's services
         return None
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.86 if len(name) > 4 else 1.0)
     if words[-1] in PLATFORM_WORDS:
         return close[0] if close and words[-1] in close[0].lower().split("_")[-1] else None
     if not close and len(words) > 1 and name.isupper():
-        ours = {word for other in (*known, *NO_SETTINGS) for word in other.lower().split("_")}
-        if words[0] in our_words() or ours.issuperset(words):
+        vocabulary = set("_".join([*known, *NO_SETTINGS]).lower().split("_"))
+        if words[0] in our_words() or vocabulary.issuperset(words):
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return close[0] if close else None
 
 
 def stray_names(env: Mapping[str, str]) -> dict[str, str]:
-    """Variables that nothing here reads though they are like settings, or what others
-    call them, and what to say of each; twenty at most. from_env refuses those that
-    must have been meant."""
+    """Variables like settings that nothing here reads, and what to say of each; twenty
+    at most. from_env refuses those that must have been meant."""
     known = {f.name.upper() for f in fields(Settings)}
-    begins = our_words() | COMMON_WORDS
+    first_words = our_words() | COMMON_WORDS
     strays = {}
     for name in sorted(set(env) - known - {*NO_SETTINGS, *ALIASES}):
-        like_ours = "_" in name and name.isupper() and name.split("_")[0].lower() in begins
+        like_ours = "_" in name and name.isupper() and name.split("_")[0].lower() in first_words
         if name in OTHER_NAMES:
             strays[name] = f"not read; here it is {OTHER_NAMES[name]}"
         elif like_ours or difflib.get_close_matches(name, known, cutoff=0.84):
@@ -3469,13 +3475,16 @@ def print_help() -> None:
     print(__doc__.split("Chapters")[0])
     for f in fields(Settings):
         meta = f.metadata
+        default = f.default
         if meta["group"]:
             print(f"\n{meta['group'].upper()}")
-        bounds = "|".join(meta["choices"])
-        if type(f.default) in (int, float):
-            bounds = f"{meta['lo']:g} to {meta['hi']:g}"
-        default = int(f.default) if isinstance(f.default, bool) else f.default
-        print(f"  {f.name.upper():34} {default!s:>10}  {meta['doc']}" + (f"  [{bounds}]" if bounds else ""))
+        bounds = ""
+        if meta["choices"]:
+            bounds = f"  [{'|'.join(meta['choices'])}]"
+        elif type(default) in (int, float):
+            bounds = f"  [{meta['lo']:g} to {meta['hi']:g}]"
+        default = int(default) if type(default) is bool else default
+        print(f"  {f.name.upper():34} {default!s:>10}  {meta['doc']}{bounds}")
     print("\nACCEPTED OLD NAMES")
     for old, names in ALIASES.items():
         print(f"  {old:34} read as {names.replace(' ', ', ')}")
@@ -3483,6 +3492,8 @@ def print_help() -> None:
         if why != CUT_OFF:
             print(f"  {name:34} {'no effect' if only is None else f'only {only}'}: {why}")
 
+
+# --- the ranks
 
 class Ranks(NamedTuple):
     """What the launcher tells a process: its number, how many there are, and both on
@@ -3493,40 +3504,32 @@ class Ranks(NamedTuple):
     local_size: int
 
 
+LAUNCH = ("start by torchrun, or without them: env -u RANK -u WORLD_SIZE -u LOCAL_RANK "
+          "-u LOCAL_WORLD_SIZE python train_gpt.py")
+
+
+def launcher_number(env: Mapping[str, str], name: str, default: int, lo: int, hi: int) -> int:
+    """A number that the launcher sets; UserError unless it lies in lo … hi."""
+    text = env.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", text) or not lo <= int(text) <= hi:
+        raise UserError(f"{name}={text[:40]} must be a whole number from {lo} to {hi}: {LAUNCH}")
+    return int(text)
+
+
 def launcher_ranks(env: Mapping[str, str]) -> Ranks:
     """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process without them.
-    UserError when they do not fit together, or the other ranks could not be found."""
-    remedy = ("start by torchrun, or without them: env -u RANK -u WORLD_SIZE -u LOCAL_RANK "
-              "-u LOCAL_WORLD_SIZE python train_gpt.py")
-
-    def read(name: str, otherwise: int, lo: int, hi: int) -> int:
-        text = env.get(name, str(otherwise))
-        if not re.fullmatch("[0-9]{1,9}", text) or not lo <= int(text) <= hi:
-            among = "" if name == "WORLD_SIZE" else f" for WORLD_SIZE={env.get('WORLD_SIZE', 1)}"
-            raise UserError(f"{name}={text[:40]} must be a whole number from {lo} to {hi}{among}: "
-                            f"{remedy}")
-        return int(text)
-
-    size = read("WORLD_SIZE", 1, 1, 65536)
-    local_size = read("LOCAL_WORLD_SIZE", 1, 1, size)
-    rank = read("RANK", 0, 0, size - 1)
-    here = local_size if "LOCAL_WORLD_SIZE" in env else size
-    local = read("LOCAL_RANK", 0, 0, here - 1)
+    UserError when they do not fit together."""
+    size = launcher_number(env, "WORLD_SIZE", 1, 1, 65536)
+    local_size = launcher_number(env, "LOCAL_WORLD_SIZE", 1, 1, size)
+    most_local = local_size if "LOCAL_WORLD_SIZE" in env else size
+    rank = launcher_number(env, "RANK", 0, 0, size - 1)
+    local = launcher_number(env, "LOCAL_RANK", 0, 0, most_local - 1)
     if size > 1:
         if "RANK" not in env or not env.get("MASTER_ADDR", "").strip():
             raise UserError(f"WORLD_SIZE={size} needs RANK and MASTER_ADDR, by which ranks find "
-                            f"each other: {remedy}")
-        read("MASTER_PORT", 0, 1, 65535)
+                            f"each other: {LAUNCH}")
+        launcher_number(env, "MASTER_PORT", 0, 1, 65535)
     return Ranks(rank, size, local, local_size)
-
-
-def find_master(env: Mapping[str, str]) -> None:
-    """UserError unless MASTER_ADDR is the name or number of a machine."""
-    try:
-        socket.getaddrinfo(env["MASTER_ADDR"], int(env["MASTER_PORT"]))
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"MASTER_ADDR={env['MASTER_ADDR'][:80]} is no machine's name "
-                        f"({in_a_line(error):.80}): set it to rank 0's") from error
 
 
 # First word of what a rank does -> seconds without progress of any rank, and seconds of
@@ -3542,8 +3545,7 @@ USUAL_PATIENCE = (250.0, 300.0)
 
 
 class Pulse:
-    """What this rank does and how far it is: set by its main thread, read by its
-    heartbeat."""
+    """What this rank does and how far it is, for its heartbeat."""
 
     def __init__(self):
         self.doing, self.beats, self.at = "set-up", 0, time.monotonic()
@@ -3554,60 +3556,59 @@ class Pulse:
 
     def beat(self, doing: str) -> None:
         """Progress was made; `doing` follows."""
-        now, word = time.monotonic(), doing.split()[0]
+        now = time.monotonic()
+        word = doing.split()[0]
         if word == self.doing.split()[0]:
             self.longest[word] = max(self.longest.get(word, 0.0), now - self.at)
         self.doing, self.at = doing, now
         self.beats += 1
 
     def limits(self) -> tuple[float, float]:
-        """PATIENCE now: the usual before the first step, then at least ten of the
-        longest."""
+        """PATIENCE now; at least ten of the longest so far."""
         word = self.doing.split()[0]
         progress, wait = PATIENCE.get(word, USUAL_PATIENCE)
         least = 10 * self.longest[word] if word in self.longest else USUAL_PATIENCE[0]
         return max(progress, least), max(wait, 1.2 * least)
 
 
-@dataclass(frozen=True)
+@dataclass
 class World:
-    """The ranks of this run; one rank is the same code. Collectives are no-ops when
-    size is 1."""
+    """The ranks of this run; one rank is the same code."""
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
     pulse: Pulse = field(default_factory=Pulse, compare=False, repr=False)
-    threads: list[Heartbeat] = field(default_factory=list, compare=False, repr=False)
+    heartbeat: Heartbeat | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def join(cls, env: Mapping[str, str]) -> World:
         """Join the launcher's process group: NCCL (and gloo for host values) on GPUs,
         gloo on a CPU."""
         rank, size, local, _ = launcher_ranks(env)
-        device = torch.device("cpu")
+        world = cls(rank, size)
         if gpus := torch.cuda.device_count():
             if local >= gpus:
-                raise UserError(f"LOCAL_RANK={local} but there are {gpus} GPUs here: lower --nproc_per_node")
-            device = torch.device("cuda", local)
-            torch.cuda.set_device(device)
-        if size > 1:
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            find_master(env)
-            try:
-                dist.init_process_group(backend, timeout=timedelta(seconds=USUAL_PATIENCE[1]))
-            except (RuntimeError, ValueError) as error:
-                raise UserError(f"the ranks cannot meet at MASTER_ADDR={env['MASTER_ADDR']}, MASTER_PORT="
-                                f"{env['MASTER_PORT']} ({in_a_line(error):.120}): free the port, or start by "
-                                "torchrun") from error
-        world = cls(rank, size, device)
-        if size > 1:
-            world.threads.append(Heartbeat(world, env))
-            world.threads[0].start()
+                raise UserError(f"LOCAL_RANK={local} but there are {gpus} GPUs here: lower "
+                                "--nproc_per_node")
+            world.device = torch.device("cuda", local)
+            torch.cuda.set_device(world.device)
+        if size == 1:
+            return world
+        address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+        try:
+            socket.getaddrinfo(address, port)      # torch would look for the machine for minutes
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo",
+                                    timeout=timedelta(seconds=USUAL_PATIENCE[1]))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"the ranks cannot meet at MASTER_ADDR={address[:80]}, MASTER_PORT="
+                            f"{port} ({in_a_line(error):.120}): set them to rank 0's machine and "
+                            "a free port, or start by torchrun") from error
+        world.heartbeat = Heartbeat(world, env)
+        world.heartbeat.start()
         return world
 
     def beat(self, doing: str) -> None:
-        """Progress was made; `doing`, such as "step 812", follows: a job that hangs
-        is ended."""
+        """Progress was made; `doing`, such as "step 812", follows."""
         self.pulse.beat(doing)
         wait = self.pulse.limits()[1]
         set_wait = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
@@ -3638,32 +3639,26 @@ class World:
         return x
 
     def agree(self, value):
-        """Rank 0's value on every rank (through host memory, so the GPU queue is not
-        drained)."""
+        """Rank 0's value on every rank. The GPU's queue is not drained."""
         if self.size == 1:
             return value
-        if type(value) is float:      # a clock
-            box = torch.tensor(value, dtype=torch.float64)
-            with self.waiting():
-                dist.broadcast(box, 0)
-            return box.item()
         box = [value]
         with self.waiting():
             dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
     def agree_step(self, elapsed: float, stop: int, bad_step: int) -> tuple[float, int, int]:
-        """What all ranks must know before a step, through host memory: rank 0's
-        seconds, the number of a signal that any rank received (0: none), the first
-        step that went wrong on any rank (0: none)."""
+        """What all ranks must know before a step: rank 0's seconds, the number of a
+        signal that any rank received (0: none), the first step that went wrong on any
+        rank (0: none)."""
         if self.size == 1:
             return elapsed, stop, bad_step
         never = -math.inf
-        mine = [elapsed if self.main else never, stop, -bad_step or never]
-        box = torch.tensor(mine, dtype=torch.float64)
+        ours = [elapsed if self.main else never, stop, -bad_step or never]
+        largest = torch.tensor(ours, dtype=torch.float64)
         with self.waiting():
-            dist.all_reduce(box, op=dist.ReduceOp.MAX)
-        elapsed, stop, bad = box.tolist()
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        elapsed, stop, bad = largest.tolist()
         return elapsed, int(stop), 0 if bad == never else int(-bad)
 
     def gather(self, value) -> list:
@@ -3676,12 +3671,12 @@ class World:
         return box
 
     def barrier(self) -> None:
-        self.agree(0.0)
+        self.agree(None)
 
     def leave(self) -> None:
         """This rank is done: the others need not watch it any more."""
-        for thread in self.threads:
-            thread.leave()
+        if self.heartbeat is not None:
+            self.heartbeat.leave()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -3692,8 +3687,7 @@ SILENT = 45.0    # and one of another; one that runs here may be in a call that 
 
 
 def process_state(pid: int) -> tuple[str, str]:
-    """(state letter, time of its start) of a process of this machine; empty where not
-    known."""
+    """(state letter, start) of a process of this machine; empty where not known."""
     try:
         words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return words[0], words[19]
@@ -3702,9 +3696,9 @@ def process_state(pid: int) -> tuple[str, str]:
 
 
 class Heartbeat(threading.Thread):
-    """Tells the other ranks, over the rendezvous store, that this process lives and
-    what it does; ends the job when one of them falls silent or nothing goes on. Under
-    torchrun its agent keeps the store, so that any rank may hang. tell(line) says
+    """Gives the other ranks signs that this process lives, and what it does; ends the
+    job when one of them falls silent or nothing goes on. The rendezvous store carries
+    the signs: torchrun's agent keeps it, so that any rank may hang. tell(line) says
     why, on one rank."""
 
     def __init__(self, world: World, env: Mapping[str, str]):
@@ -3713,7 +3707,8 @@ class Heartbeat(threading.Thread):
                               timeout=timedelta(seconds=10), wait_for_workers=False)
         attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"heartbeat{attempt}", store)
-        self.world, self.over, self.ticks = world, threading.Event(), 0
+        self.world = world
+        self.over = threading.Event()
         self.tell: Callable[[str], None] = lambda line: tell(f"error: {line}")
         self.signs: dict[int, dict] = {}      # the latest of every rank
         self.heard: dict[int, float] = {}     # when it came
@@ -3731,7 +3726,8 @@ class Heartbeat(threading.Thread):
     def turn(self, now: float) -> list[int]:
         """One look at the others; the ranks that hold up the job."""
         if now - self.last > 5 * TICK:      # it slept, perhaps with all others: count from now
-            self.moved, self.heard = now, dict.fromkeys(self.heard, now)
+            self.moved = now
+            self.heard = dict.fromkeys(self.heard, now)
         self.last = now
         self.exchange(now)
         return self.stuck(now)
@@ -3744,13 +3740,12 @@ class Heartbeat(threading.Thread):
 
     def exchange(self, now: float) -> None:
         """Give this rank's sign of life, and read those of all."""
-        pulse, pid = self.world.pulse, os.getpid()
-        self.ticks += 1
-        mine = {
-            "host": platform.node(), "pid": pid, "begun": process_state(pid)[1],
-            "tick": self.ticks, "doing": pulse.doing, "beats": pulse.beats,
-            "waiting": pulse.waiting, "limit": pulse.limits()[0]}
-        self.store.set(str(self.world.rank), json.dumps(mine))
+        pulse = self.world.pulse
+        pid = os.getpid()
+        sign = {"host": platform.node(), "pid": pid, "begun": process_state(pid)[1], "at": now,
+                "doing": pulse.doing, "beats": pulse.beats, "waiting": pulse.waiting,
+                "limit": pulse.limits()[0]}
+        self.store.set(str(self.world.rank), json.dumps(sign))
         keys = [str(rank) for rank in range(self.world.size)]
         if not self.store.check(keys):
             return
@@ -3762,7 +3757,7 @@ class Heartbeat(threading.Thread):
                 self.moved = now
             self.signs[rank] = sign
 
-    def here(self, rank: int) -> str:
+    def state_here(self, rank: int) -> str:
         """State letter of a rank's process if it runs on this machine, else nothing."""
         sign = self.signs[rank]
         state, begun = process_state(sign["pid"])
@@ -3770,54 +3765,50 @@ class Heartbeat(threading.Thread):
 
     def stuck(self, now: float) -> list[int]:
         """The ranks that hold up the job: silent ones, or when nobody makes progress
-        those that wait for no other and are the least far."""
-        at_work = [rank for rank, sign in self.signs.items() if "left" not in sign]
-        silent = []
-        for rank in at_work:
-            quiet, state = now - self.heard[rank], self.here(rank)
-            patience = {"T": STOPPED, "t": STOPPED, "": SILENT}.get(state, math.inf)
-            if quiet > patience:
-                silent.append(rank)
-        limit = max([self.signs[rank]["limit"] for rank in at_work], default=math.inf)
+        the least far of those that wait for no other."""
+        at_work = {rank: sign for rank, sign in self.signs.items() if "left" not in sign}
+        patience = {"T": STOPPED, "t": STOPPED, "": SILENT}
+        silent = [rank for rank in at_work
+                  if now - self.heard[rank] > patience.get(self.state_here(rank), math.inf)]
+        limit = max([sign["limit"] for sign in at_work.values()], default=math.inf)
         if silent or now - self.moved <= limit:
             return silent
-        busy = [rank for rank in at_work if not self.signs[rank]["waiting"]] or at_work
-        least = min(self.signs[rank]["beats"] for rank in busy)
-        return [rank for rank in busy if self.signs[rank]["beats"] == least]
+        busy = [rank for rank, sign in at_work.items() if not sign["waiting"]] or list(at_work)
+        least = min(at_work[rank]["beats"] for rank in busy)
+        return [rank for rank in busy if at_work[rank]["beats"] == least]
 
     def describe(self, stuck: Sequence[int]) -> str:
         """Who made no progress since when, in one line."""
         if len(stuck) == self.world.size:
             return f"no rank has made progress since {self.signs[0]['doing']}"
-        said = "rank {} ({host}, pid {pid}) has made no progress since {doing}"
-        return "; ".join(said.format(rank, **self.signs[rank]) for rank in stuck)
+        text = "rank {} ({host}, pid {pid}) has made no progress since {doing}"
+        return "; ".join(text.format(rank, **self.signs[rank]) for rank in stuck)
 
     def end_job(self, stuck: Sequence[int]) -> None:
-        """Say it, on one rank; end what is stopped, then this process: when the
-        others have seen it too, and later than those that are to blame, so that the
-        launcher names them."""
+        """Say it, on one rank; end what is stopped, then this process: later than the
+        ranks that are to blame, so that the launcher names them."""
         self.world.pulse.ending = True
-        well = sorted(set(range(self.world.size)) - set(stuck)) or [0]
-        if self.world.rank == well[0]:
+        rank = self.world.rank
+        healthy = set(range(self.world.size)) - set(stuck)
+        if rank == min(healthy, default=0):
             self.tell(self.describe(stuck))
             self.kill_stopped(stuck)
-        time.sleep((2 if self.world.rank in stuck else 3) * TICK)
+        time.sleep((2 if rank in stuck else 3) * TICK)
         self.kill_stopped(stuck)
         os._exit(1)
 
     def kill_stopped(self, stuck: Sequence[int]) -> None:
-        """SIGKILL to those of these ranks whose processes, on this machine, are
-        stopped."""
+        """SIGKILL to those of these ranks that are stopped, on this machine."""
         for rank in stuck:
-            if self.here(rank) in ("T", "t"):
+            if self.state_here(rank) in ("T", "t"):
                 with contextlib.suppress(OSError):
                     os.kill(self.signs[rank]["pid"], signal.SIGKILL)
 
 
 def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Item indices per rank, longest first to the least loaded: by arithmetic, so the
-    same on every rank."""
-    load, share = [0.0] * ranks, [[] for _ in range(ranks)]
+    """Item indices per rank, longest first to the least loaded."""
+    load = [0.0] * ranks
+    share = [[] for _ in range(ranks)]
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         r = load.index(min(load))
         load[r] += costs[i]
@@ -3825,19 +3816,21 @@ def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
     return share
 
 
+# --- signals and clocks
+
 class Signals:
     """What SIGINT (Ctrl-C) and SIGTERM do: the first ends training after the step
-    under way, and anything else at once by Interrupted; a second, a second or more
-    later, ends the process at once (one request often arrives twice: torchrun passes
-    on what it gets).
+    under way, anything else by Interrupted; a second ends the process at once, unless
+    it follows within a second (by torchrun one request often arrives twice).
 
-    SIGHUP, of a terminal that is gone, is ignored. torchrun takes it for an order to
-    end, passes it on and kills the ranks 30 s later, so there it counts as SIGTERM.
-    To train on under torchrun, start it by nohup with
+    SIGHUP, of a terminal that is gone, is ignored. Under torchrun, which kills its
+    ranks 30 s later, it counts as SIGTERM; to train on there, start it by nohup with
     TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT."""
 
     def __init__(self):
-        self.number, self.when, self.waits = 0, 0.0, False
+        self.number = 0        # of the first signal
+        self.when = 0.0        # it came, by the monotonic clock
+        self.waits = False     # inside held()
 
     def install(self) -> None:
         """Listen from now on; only a process's main thread can."""
@@ -3845,14 +3838,13 @@ class Signals:
             return
         signal.signal(signal.SIGINT, self.receive)
         signal.signal(signal.SIGTERM, self.receive)
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             launched = "TORCHELASTIC_RUN_ID" in os.environ
             signal.signal(signal.SIGHUP, self.receive if launched else signal.SIG_IGN)
 
     def receive(self, number: int, frame) -> None:
         """The handler of a signal, between two instructions of the main thread."""
-        if number not in (signal.SIGINT, signal.SIGTERM):
-            number = signal.SIGTERM
+        number = signal.SIGTERM if number == signal.SIGHUP else number
         if self.number:
             if time.monotonic() - self.when > 1:
                 os._exit(128 + number)
@@ -3862,17 +3854,15 @@ class Signals:
             raise self.error("the run was interrupted")
 
     def error(self, what: str, number: int = 0) -> Interrupted:
-        """The exception that ends the run, for the signal received here or on another
-        rank."""
+        """What ends the run, for the signal received here or on another rank."""
+        if not self.number:      # what comes from now on is the second
+            self.number, self.when = number, time.monotonic()
         number = number or self.number
-        if not self.number:
-            self.number, self.when = number, time.monotonic()     # what comes now is the second
         return Interrupted(f"{what} by {signal.Signals(number).name}", number)
 
     @contextlib.contextmanager
     def held(self):
-        """Inside, a signal only sets `number`; what was not obeyed by the end raises
-        there."""
+        """Inside, a signal only sets `number`; the end raises what was not obeyed."""
         self.waits = True
         try:
             yield
@@ -3891,7 +3881,10 @@ class Clock:
     byte scored. `excluded`: seconds not charged."""
 
     def __init__(self, budget: float = 0.0, now: Callable[[], float] = time.perf_counter):
-        self.now, self.start, self.budget, self.excluded = now, now(), budget, 0.0
+        self.now = now
+        self.start = now()
+        self.budget = budget
+        self.excluded = 0.0
 
     def elapsed(self) -> float:
         return self.now() - self.start - self.excluded
@@ -3910,150 +3903,65 @@ def sync(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def write_atomic(path: Path, data: bytes, amend: Callable[[], bytes] | None = None) -> None:
-    """Write a file completely or not at all: temporary name in the same folder,
-    flushed, then renamed. amend(): called before the renaming; what it returns takes
-    the data's place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+# --- files
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file completely or not at all: flushed, then renamed."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-            if amend is not None and (amended := amend()) != data:
-                f.seek(0)
-                f.truncate()
-                f.write(amended)
-                f.flush()
-                os.fsync(f.fileno())
-        os.chmod(temp, 0o644)
-        os.replace(temp, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free space or set ARTIFACT_DIR") from error
+        raise UserError(f"cannot write {path}: {error.strerror}; free space or set "
+                        "ARTIFACT_DIR") from error
     finally:
-        Path(temp).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def refused(what: str, remedy: str):
+    """Inside, whatever a foreign file makes its reader raise becomes one UserError
+    line: `what`, why, and the remedy."""
+    try:
+        yield
+    except Exception as error:
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"{what}: {plain(why, 160)}; {remedy}") from error
 
 
 def file_size(path: Path, most: int, what: str) -> int:
     """Bytes of a regular file of at most `most`, known before it is opened: a pipe
-    would wait for ever, a device never end. what: what it should be, for messages.
-    UserError for anything else."""
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; it should be {what}") from error
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{path} is no regular file; it should be {what}")
-    if found.st_size > most:
-        raise UserError(f"{path} has {found.st_size:,} bytes, at most {most:,} are read; it should "
-                        f"be {what}")
-    return found.st_size
+    would wait for ever, a device never end. UserError for anything else; what: what
+    it should be."""
+    with refused(f"{path} cannot be read", f"it should be {what}"):
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no regular file")
+        if status.st_size > most:
+            raise ValueError(f"it has {status.st_size:,} bytes, at most {most:,} are read")
+        return status.st_size
 
 
 def read_bounded(path: Path, most: int, what: str) -> bytes:
     """All bytes of a file that file_size() takes."""
     file_size(path, most, what)
-    try:
-        with open(path, "rb") as f:
-            return f.read(most)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; it should be {what}") from error
+    with refused(f"{path} cannot be read", f"it should be {what}"):
+        return path.read_bytes()
 
 
-def read_json(path: Path, what: str, most: int = 1 << 26) -> dict:
+def read_json(path: Path, what: str) -> dict:
     """The object in a JSON file; UserError when it holds anything else."""
-    try:
-        found = json.loads(read_bounded(path, most, what))
-    except (ValueError, RecursionError) as error:
-        why = str(error) or type(error).__name__
-        raise UserError(f"{path} is damaged ({why}); it should be {what}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object; it should be {what}")
-    return found
-
-
-SUMMARY_KEYS = ("val_bpb val_loss sliding_val_bpb quantized_val_bpb prequant_val_bpb artifact_bytes "
-                "code_bytes total_bytes steps step_ms train_seconds eval_seconds tokens_scored "
-                "bytes_scored").split()
-# What a summary keeps when quantising or evaluation is run again in the folder of a training.
-TRAINING_KEYS = ("steps step_ms train_seconds stopped seed world_size device torch model_params "
-                 "code_sha256 untrained_val_bpb prequant_val_bpb data_fingerprint val_fingerprint "
-                 "training_not_compliant_because artifact_digest quantising_runs "
-                 "evaluation_runs").split()
-# Files of writes that were killed.
-LEFTOVER = re.compile(r"\.(.+\.(pt|ptz|json)\.\w{8}|space\.\d+|ballast|average\.previous)")
-
-
-def of_training(summary: Mapping, path: Path) -> dict:
-    """What a run that goes on keeps of the summary at path; UserError for values of
-    strange types."""
-    kept = {k: summary[k] for k in TRAINING_KEYS if summary.get(k) is not None}
-    for name, value in kept.items():
-        texts = name == "training_not_compliant_because"
-        good = isinstance(value, list) and all(isinstance(x, str) for x in value) if texts else (
-            isinstance(value, (int, float, str)) and (not name.endswith("_runs") or type(value) is int))
-        if not good:
-            raise UserError(f"{path} is damaged: {name} is {plain(value, 40)}; move it away")
-    return kept
-
-
-def lock_folder(folder: Path):
-    """The open file whose lock says that this run owns the folder; whatever ends the
-    process frees it. None where the disk knows no locks. UserError when another live
-    run has it."""
-    path = folder / ".lock"
-    while True:
-        file = open(path, "a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            who = file.read(100).strip() or "its process is starting"
-            raise UserError(f"ARTIFACT_DIR={folder} is in use by a live run ({who}): wait until "
-                            "it ends, or choose another folder") from error
-        except OSError:
-            file.close()
-            return None
-        with contextlib.suppress(OSError):
-            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                file.truncate(0)
-                file.write(f"pid {os.getpid()} on {platform.node()}")
-                file.flush()
-                return file
-        file.close()      # the run that had it has just removed the file: take a new one
-
-
-def home_of(s: Settings) -> Path | None:
-    """The folder of the run whose weights or artifact this one goes on with, if any."""
-    path = Path(s.eval_only_path or s.eval_only_quantized_path)
-    if not path.name:
-        return None
-    return path.parent.parent if path.parent.name == "checkpoint" else path.parent
-
-
-class Journal:
-    """A file of lines that never ends a run: what cannot be written waits in memory,
-    at most MOST bytes of it, and is tried again with every line."""
-    MOST = 8 << 20
-
-    def __init__(self, path: Path, fresh: bool = False):
-        if fresh:
-            open(path, "wb").close()
-        self.path, self.file = path, open(path, "ab", buffering=0)
-        self.unwritten, self.fault, self.told = b"", "", False
-
-    def write(self, text: str) -> None:
-        """Append the text, or keep it and note the fault."""
-        self.unwritten += text.encode("utf-8", "replace")
-        self.fault = ""
-        try:
-            while self.unwritten:
-                self.unwritten = self.unwritten[self.file.write(self.unwritten):]
-        except (OSError, ValueError) as error:
-            self.fault = str(error)
-            if len(self.unwritten) > self.MOST:
-                self.unwritten = self.unwritten[-self.MOST // 2:].partition(b"\n")[2]
+    data = read_bounded(path, 1 << 26, what)
+    with refused(f"{path} is damaged", f"it should be {what}"):
+        value = json.loads(data)
+        if not isinstance(value, dict):
+            raise ValueError("it holds no JSON object")
+        return value
 
 
 def finite_only(value):
@@ -4072,6 +3980,129 @@ def to_json(value, **options) -> str:
     return json.dumps(finite_only(value), default=str, **options)
 
 
+def in_a_line(error: BaseException) -> str:
+    """Type and text of an exception, on one line of bounded length."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def plain(value, most: int) -> str:
+    """A value as one line of at most `most` characters of printable ASCII."""
+    text = re.sub("[^ -~]", "?", f"{value!s:.{most + 1}}")
+    return text if len(text) <= most else text[:most - 3] + "..."
+
+
+def human(value) -> str:
+    """A value for the log: floats short, single words bare, the rest as JSON."""
+    if isinstance(value, float) and 0 < abs(value) < 1e-3:
+        return f"{value:.6g}"
+    if isinstance(value, float):
+        return f"{value:.6f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:.1f}"
+    if isinstance(value, str) and " " not in value and (value.isprintable() or not value):
+        return value
+    return to_json(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def tell(line: str) -> None:
+    """A line on stderr if that works."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
+# --- the run's folder and its log
+
+SUMMARY_KEYS = ("val_bpb val_loss sliding_val_bpb quantized_val_bpb prequant_val_bpb artifact_bytes "
+                "code_bytes total_bytes steps step_ms train_seconds eval_seconds tokens_scored "
+                "bytes_scored").split()
+# What a summary keeps when quantising or evaluation is run again in the folder of a training.
+TRAINING_KEYS = ("steps step_ms train_seconds stopped seed world_size device torch model_params "
+                 "code_sha256 untrained_val_bpb prequant_val_bpb data_fingerprint val_fingerprint "
+                 "training_not_compliant_because artifact_digest quantising_runs "
+                 "evaluation_runs").split()
+# Files of writes that were killed.
+LEFTOVER = re.compile(r"\.(.+\.(pt|ptz|json)(\.\w{8})+|space\.\d+|ballast)")
+AVERAGE = Path("checkpoint") / "average.pt"     # in the run's folder
+
+
+def read_summary(folder: Path) -> dict:
+    """The summary of the run in a folder; empty when there is none."""
+    path = folder / "summary.json"
+    return read_json(path, "the summary of a run") if path.exists() else {}
+
+
+def of_training(summary: Mapping, path: Path) -> dict:
+    """What a run that goes on keeps of the summary at path."""
+    kept = {k: summary[k] for k in TRAINING_KEYS if summary.get(k) is not None}
+    for name, value in kept.items():
+        good = isinstance(value, int if name.endswith("_runs") else (int, float, str))
+        if name == "training_not_compliant_because":
+            good = isinstance(value, list) and all(isinstance(x, str) for x in value)
+        if not good:
+            raise UserError(f"{path} is damaged: {name} is {plain(value, 40)}; move it away")
+    return kept
+
+
+def lock_folder(folder: Path):
+    """The open file whose lock says that this run owns the folder, until the process
+    ends. None where the disk knows no locks. UserError when another live run has it."""
+    path = folder / ".lock"
+    while True:
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read(100).strip() or "its process is starting"
+            raise UserError(f"ARTIFACT_DIR={folder} is in use by a live run ({owner}): wait "
+                            "until it ends, or choose another folder") from error
+        except OSError:
+            file.close()
+            return None
+        with contextlib.suppress(OSError):
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                file.truncate(0)
+                file.write(f"pid {os.getpid()} on {platform.node()}")
+                file.flush()
+                return file
+        file.close()      # the run that had it has just removed the file: take a new one
+
+
+def home_of(s: Settings) -> Path | None:
+    """The folder of the run whose training, weights or artifact this one goes on with,
+    if any."""
+    if s.resume:
+        return Path(s.artifact_dir)
+    path = Path(s.eval_only_path or s.eval_only_quantized_path)
+    if not path.name:
+        return None
+    return path.parent.parent if path.parent.name == "checkpoint" else path.parent
+
+
+class Journal:
+    """A file of lines that never ends a run: what cannot be written waits in memory,
+    at most MOST bytes of it, and is tried again with every line."""
+    MOST = 8 << 20
+
+    def __init__(self, path: Path, fresh: bool = False):
+        if fresh:
+            open(path, "wb").close()
+        self.path = path
+        self.file = open(path, "ab", buffering=0)
+        self.unwritten = b""
+
+    def write(self, line: str) -> str:
+        """Append the line, or keep it and say why."""
+        self.unwritten += f"{line}\n".encode("utf-8", "replace")
+        try:
+            while self.unwritten:
+                written = self.file.write(self.unwritten)
+                self.unwritten = self.unwritten[written:]
+        except (OSError, ValueError) as error:
+            if len(self.unwritten) > self.MOST:
+                self.unwritten = self.unwritten[-self.MOST // 2:].partition(b"\n")[2]
+            return str(error)
+        return ""
+
+
 class Run:
     """The run's folder and its one voice: text to train.log and the screen, JSON
     lines to metrics.jsonl. Nothing that cannot be written or shown ends the run."""
@@ -4080,30 +4111,38 @@ class Run:
         name = s.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
         self.s, self.world, self.id = s, world, world.agree(name)
         self.dir = Path(s.artifact_dir or Path("runs") / self.id)
+        self.home = home_of(s)
         self.live = sys.stdout.isatty() and world.main
-        self.summary = {**dict.fromkeys(SUMMARY_KEYS), "compliant": True, "not_compliant_because": []}
+        self.summary = dict.fromkeys(SUMMARY_KEYS)
+        self.summary.update(compliant=True, not_compliant_because=[])
         self.text = self.metrics = self.lock = None
-        self.screen_failed = False
+        self.warned = set()         # what was warned of, and is not again
         self.time_known = True      # that of training, which quantising goes on with
-        self.command, self.command_at = "", 0.0
-        self.resumes = s.resume
-        # when those files were written that are not this run's own
-        self.before = {} if self.resumes else {p: self.written(p) for p in self.ways_on()}
-        again = bool(self.resumes or s.eval_only_path or s.eval_only_quantized_path)
-        for thread in world.threads:
-            thread.tell = self.hung
+        self.command = ""           # the last one that was logged, to go on
+        self.started = 0            # by the disk's clock in ns: files written before are another run's
+        if world.heartbeat is not None:
+            world.heartbeat.tell = self.hung
         if not world.main:
             return
         try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            self.lock = lock_folder(self.dir)
-            earlier = self.check_folder(again)
-            self.open_journals(fresh=not again)
+            self.open_folder()
         except UserError:
             self.close()
             raise
         except OSError as error:
             raise UserError(f"cannot write into ARTIFACT_DIR={self.dir}: {error.strerror}") from error
+
+    # --- the folder
+
+    def open_folder(self) -> None:
+        """Lock, journals, and what the summary says of a training that goes on.
+        UserError unless this run may write there."""
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.lock = lock_folder(self.dir)
+        if self.lock is not None and not self.s.resume:
+            self.started = os.fstat(self.lock.fileno()).st_mtime_ns
+        earlier = self.check_folder()
+        self.open_journals(fresh=self.home is None)
         if self.lock is None:
             self.warn(f"{self.dir} cannot be locked: start no other run in it")
         else:
@@ -4113,33 +4152,32 @@ class Run:
         if self.goes_on():
             self.summary.update(of_training(earlier, self.dir / "summary.json"))
             for reason in self.summary.get("training_not_compliant_because", ()):
-                self.not_compliant(str(reason))
+                self.not_compliant(reason)
 
     def open_journals(self, fresh: bool) -> None:
         """train.log and metrics.jsonl, anew or to be appended to."""
-        names = ("train.log", "metrics.jsonl")
-        self.text, self.metrics = (Journal(self.dir / name, fresh) for name in names)
+        self.text = Journal(self.dir / "train.log", fresh)
+        self.metrics = Journal(self.dir / "metrics.jsonl", fresh)
 
     def goes_on(self) -> bool:
-        """Whether what is quantised or scored is this folder's own, or training is
-        resumed."""
-        home = home_of(self.s)
-        return self.resumes or (home is not None and home.resolve() == self.dir.resolve())
+        """Whether this folder's own training, weights or artifact is gone on with."""
+        return self.home is not None and self.home.resolve() == self.dir.resolve()
 
-    def check_folder(self, again: bool) -> dict:
-        """The summary that lies in the folder; UserError unless this run may write
-        there."""
+    def check_folder(self) -> dict:
+        """The summary in the folder, of a run gone on with; UserError unless this run
+        may write there."""
         for name in ("summary.json", WEIGHTS_NAME, ARTIFACT_NAME):
             if (self.dir / name).is_dir():
                 raise UserError(f"{self.dir / name} is a folder: move it away")
-        if not again and (self.dir / WEIGHTS_NAME).exists():
-            raise UserError(f"ARTIFACT_DIR={self.dir} holds the weights of an earlier run: choose another "
-                            "folder; to score those, set EVAL_ONLY_PATH as well")
-        path = self.dir / "summary.json"
-        earlier = read_json(path, "the summary of a run") if again and path.exists() else {}
+        if self.home is None:
+            if (self.dir / WEIGHTS_NAME).exists():
+                raise UserError(f"ARTIFACT_DIR={self.dir} holds the weights of an earlier run: "
+                                "choose another; to score those, set EVAL_ONLY_PATH as well")
+            return {}
+        earlier = read_summary(self.dir)
         if earlier.get("steps") is not None and not self.goes_on():
-            raise UserError(f"ARTIFACT_DIR={self.dir} holds the summary of a training run, which this one "
-                            "would replace: choose another folder")
+            raise UserError(f"ARTIFACT_DIR={self.dir} holds the summary of a training, which "
+                            "this run would replace: choose another")
         return earlier
 
     def close(self) -> None:
@@ -4150,66 +4188,63 @@ class Run:
             self.lock.close()
             self.lock = None
 
-    def not_compliant(self, reason: str) -> None:
-        """Mark the run: its log, summary and closing block say why it is no result."""
-        if reason in self.summary["not_compliant_because"]:
-            return
-        self.summary["compliant"] = False
-        self.summary["not_compliant_because"].append(reason)
-        self.log("NON-COMPLIANT", reason=reason)
+    def save_summary(self) -> None:
+        """What is known so far: after every stage, so that a crash loses no score."""
+        if self.world.main:
+            with self.guarded("the summary"):
+                write_atomic(self.dir / "summary.json", to_json(self.summary, indent=1).encode())
 
-    def warn(self, text: str) -> None:
-        """A warning, in the log and on screen."""
-        self.log("warning", text=text)
+    # --- the log and the screen
 
     def log(self, event: str, quiet: bool = False, **values) -> None:
         """A line `event key=value …` on screen and in train.log, an object in
         metrics.jsonl; rank 0 only."""
         if self.text is None:
             return
-        self.write(self.metrics, to_json({"event": event, "time": round(time.time(), 3), **values}))
+        moment = round(time.time(), 3)
+        self.write(self.metrics, to_json({"event": event, "time": moment, **values}))
         line = " ".join([event, *(f"{k}={human(v)}" for k, v in values.items())])
         self.write(self.text, line)
         if not quiet:
             self.say(line)
-        with self.guarded("the command to go on"):
-            self.note_go_on(every=5.0)      # a checkpoint may have come
+        with contextlib.suppress(Exception):
+            self.note_go_on()      # a checkpoint may have come
 
     def write(self, journal: Journal, line: str) -> None:
-        """A line into one of the files; the first that cannot be written is warned of."""
-        journal.write(line + "\n")
-        if journal.fault and not journal.told:
-            journal.told = True
-            self.warn(f"{journal.path} cannot be written ({journal.fault}): its lines wait in "
-                      "memory and are tried again; the run goes on")
+        """A line into one of the journals."""
+        if fault := journal.write(line):
+            self.warn(f"{journal.path} cannot be written ({fault}): its lines wait in memory "
+                      "and are tried again; the run goes on", once=journal)
 
-    def show(self, text: str) -> None:
-        """Put text on the screen if that works."""
+    def say(self, line: str, end: str = "\n") -> None:
+        """A line on rank 0's screen if that works, in place of a live one."""
+        if not self.world.main:
+            return
         try:
-            print(text, end="", flush=True)
+            print(("\r\033[K" if self.live else "") + line, end=end, flush=True)
         except (OSError, ValueError) as error:
             if isinstance(error, BrokenPipeError) or sys.stdout.closed:      # for ever
-                sys.stdout, self.live = open(os.devnull, "w"), False
-            if not self.screen_failed:
-                self.screen_failed = True
-                self.warn(f"the screen cannot be written ({error}): see train.log")
-
-    def say(self, line: str) -> None:
-        """A line on the screen only (clears a live progress line first)."""
-        if self.world.main:
-            self.show(("\r\033[K" if self.live else "") + line + "\n")
+                sys.stdout = open(os.devnull, "w")
+                self.live = False
+            self.warn(f"the screen cannot be written ({error}): see train.log", once="screen")
 
     def progress(self, line: str) -> None:
         """Overwrite the live line on a terminal; nothing elsewhere."""
         if self.live:
-            self.show("\r\033[K" + line[:shutil.get_terminal_size().columns - 1])
+            self.say(line[:shutil.get_terminal_size().columns - 1], end="")
 
-    def save_summary(self) -> None:
-        """What is known so far: written after every stage, so that a crash loses no
-        score."""
-        if self.world.main:
-            with self.guarded("the summary"):
-                write_atomic(self.dir / "summary.json", to_json(self.summary, indent=1).encode())
+    def warn(self, text: str, once=None) -> None:
+        """A warning, in log and on screen; of a matter named by `once` the first only."""
+        if once is None or once not in self.warned:
+            self.warned.add(once)
+            self.log("warning", text=text)
+
+    def not_compliant(self, reason: str) -> None:
+        """Mark the run: its log, summary and closing block say why it is no result."""
+        if reason not in self.summary["not_compliant_because"]:
+            self.summary["compliant"] = False
+            self.summary["not_compliant_because"].append(reason)
+            self.log("NON-COMPLIANT", reason=reason)
 
     @contextlib.contextmanager
     def guarded(self, what: str):
@@ -4221,69 +4256,50 @@ class Run:
 
     # --- going on after an early end
 
-    def ways_on(self) -> dict[Path, dict[str, str]]:
-        """Files that a run can be continued from, best first, and the settings that
-        do so."""
-        artifact, weights = self.dir / ARTIFACT_NAME, self.dir / WEIGHTS_NAME
-        ways = {artifact: {"EVAL_ONLY_QUANTIZED_PATH": str(artifact)},
-                weights: {"EVAL_ONLY_PATH": str(weights)}}
-        checkpoints = self.dir / "checkpoint"
-        if not self.s.max_wallclock_seconds:
-            ways[self.dir / POINTER] = {"RESUME": "1"}
-        average = checkpoints / "average.pt"
-        ways[average] = {"EVAL_ONLY_PATH": str(average)}
-        return ways
-
-    @staticmethod
-    def written(path: Path) -> int:
-        """When a file was written, in ns; 0 if it is not there."""
-        try:
-            return path.stat().st_mtime_ns
-        except OSError:
-            return 0
-
-    def way_on(self) -> dict[str, str]:
-        """The settings that go on from the best file that this run has written, if
+    def restart_setting(self) -> dict[str, str]:
+        """The setting that goes on from the best file that this run has written, if
         any."""
-        for path, how in self.ways_on().items():
-            if self.written(path) not in (0, self.before.get(path)):
-                return how
+        files = [("EVAL_ONLY_QUANTIZED_PATH", self.dir / ARTIFACT_NAME),
+                 ("EVAL_ONLY_PATH", self.dir / WEIGHTS_NAME)]
+        if not self.s.max_wallclock_seconds:
+            files += [("RESUME", path) for path in self.dir.glob("checkpoint/resume.*.0.pt")]
+        files.append(("EVAL_ONLY_PATH", self.dir / AVERAGE))
+        for name, path in files:
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime_ns >= self.started:
+                    return {name: "1" if name == "RESUME" else str(path)}
         return {}
 
     def go_on(self) -> str:
-        """The command that goes on from what is on disk; without that the one that
-        started it."""
-        changed, how = changed_environment(self.s), self.way_on()
-        if not how:
+        """The command that goes on from what is on disk, else that starts anew."""
+        changed = changed_environment(self.s)
+        restart = self.restart_setting()
+        if not restart:
             return starting_command(changed)
         left_out = ["EVAL_ONLY_PATH", "EVAL_ONLY_QUANTIZED_PATH", "RESUME"]
-        if "EVAL_ONLY_QUANTIZED_PATH" in how:      # there is nothing to stop at before the score
+        if "EVAL_ONLY_QUANTIZED_PATH" in restart:      # nothing to stop at before the score
             left_out += ["QUANTIZE_ONLY", "PREQUANT_ONLY"]
         changed = {k: v for k, v in changed.items() if k not in left_out}
-        return starting_command({**changed, "ARTIFACT_DIR": str(self.dir), **how})
+        return starting_command({**changed, "ARTIFACT_DIR": str(self.dir), **restart})
 
-    def note_go_on(self, every: float = 0.0) -> None:
-        """Log that command when it has changed: it is then known even after a kill.
-        every: look again after so many seconds only."""
-        if self.text is None or time.monotonic() - self.command_at < every:
-            return
-        self.command_at, command = time.monotonic(), self.go_on()
+    def note_go_on(self) -> None:
+        """Log that command when it has changed: it is read after a kill."""
+        command = self.go_on() if self.text else self.command
         if command != self.command:
             self.command = command
             self.log("go_on", quiet=True, command=command)
 
-    def failed(self, line: str, trace: str = "", again: bool = True, event: str = "error") -> None:
-        """The last words of a run that ends early, on any rank: the error, its trace
-        in the log alone, and the command to go on. again: whether the same command
-        may help while nothing is on disk."""
+    def failed(self, line: str, trace: str = "", again: bool = True,
+               event: str = "error") -> None:
+        """The last words of a run, on any rank: the error, its trace in the log alone,
+        and the command to go on. again: whether to start anew may help."""
         tell(f"{event}: {line}")
         if self.text is None:      # not rank 0: beside its lines, where the folder is shared
             with contextlib.suppress(OSError):
                 self.open_journals(fresh=False)
         self.log(event, quiet=True, text=line, **({"trace": trace} if trace else {}))
         with self.guarded("the command to go on"):
-            if again or self.way_on():
-                self.note_go_on()
+            if again or self.restart_setting():
                 tell(f"to go on: {self.go_on()}")
 
     def hung(self, line: str) -> None:
@@ -4292,62 +4308,30 @@ class Run:
             self.failed(line)
 
 
-def tell(line: str) -> None:
-    """A line on stderr if that works."""
-    with contextlib.suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
-
-
-def in_a_line(error: BaseException) -> str:
-    """Type and text of an exception, on one line of bounded length."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
 def changed_environment(s: Settings) -> dict[str, str]:
     """The settings that differ from their defaults as a shell would set them."""
-    shown = {}
-    for name, value in s.changed().items():
-        if isinstance(value, (bool, float)) and float(value).is_integer():
-            value = int(value)
-        shown[name] = str(value)
-    return shown
+    return {k: str(int(v) if type(v) is bool else v) for k, v in s.changed().items()}
 
 
 def starting_command(changed: Mapping[str, str]) -> str:
     """The command that starts this script as it was started, under these settings."""
-    env, script = os.environ, "train_gpt.py"
+    env = os.environ
+    script = "train_gpt.py"
     if sys.argv[0].endswith(".py"):
-        path = Path(sys.argv[0])
-        here = path.is_absolute() and path.is_relative_to(Path.cwd())
-        script = shlex.quote(str(path.relative_to(Path.cwd()) if here else path))
-    start, size = f"python {script}", env.get("WORLD_SIZE", "1")
+        script = shlex.quote(sys.argv[0].removeprefix(f"{os.getcwd()}/"))
+    start = f"python {script}"
+    size = env.get("WORLD_SIZE", "1")
     if "TORCHELASTIC_RUN_ID" in env:
-        nodes, here = env.get("GROUP_WORLD_SIZE", "1"), env.get("LOCAL_WORLD_SIZE", "1")
+        nodes, local = env.get("GROUP_WORLD_SIZE", "1"), env.get("LOCAL_WORLD_SIZE", "1")
         where = "--standalone" if nodes == "1" else f"--nnodes={nodes} …"
-        start = f"torchrun {where} --nproc_per_node={here} {script}"
+        start = f"torchrun {where} --nproc_per_node={local} {script}"
     elif size != "1":
         start = f"RANK=… WORLD_SIZE={size} MASTER_ADDR=… MASTER_PORT=… {start}"
     words = [f"{name}={shlex.quote(value)}" for name, value in changed.items()]
     return " ".join([*words, start])
 
 
-def plain(value, most: int) -> str:
-    """A value as one line of at most so many characters of printable ASCII, for
-    messages."""
-    text = re.sub("[^ -~]", "?", f"{value!s:.{most + 1}}")
-    return text if len(text) <= most else text[:most - 3] + "..."
-
-
-def human(value) -> str:
-    """A value as the log shows it: floats short, single words bare, the rest as JSON."""
-    if isinstance(value, float) and 0 < abs(value) < 1e-3:
-        return f"{value:.6g}"
-    if isinstance(value, float):
-        return f"{value:.6f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:.1f}"
-    if isinstance(value, str) and " " not in value and (value.isprintable() or not value):
-        return value
-    return to_json(value, ensure_ascii=False, separators=(",", ":"))
-
+# --- what the log says at the start
 
 def public_settings(values: Mapping) -> dict:
     """Settings without the paths of this machine."""
@@ -4355,29 +4339,32 @@ def public_settings(values: Mapping) -> dict:
 
 
 def closest_system(s: Settings) -> tuple[str, dict] | None:
-    """The configuration beside this script nearest to the settings, and what differs
+    """The configurations beside this script nearest to the settings, and what differs
     as [here, there]."""
-    found, mine = [], s.as_env()
+    here = s.as_env()
+    systems = {}
     for path in sorted(Path(__file__).parent.glob("configs/pr*.env")):
-        lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
+        text = re.sub("#.*", "", path.read_text(encoding="utf-8"))
+        config = dict(re.findall(r"^(\w+)=(.*?)\s*$", text, re.MULTILINE))
         with contextlib.suppress(UserError):       # written for another version of this script
-            told = dict(line.split("=", 1) for line in lines if "=" in line)
-            theirs = Settings.from_env(told).as_env()
-            compared = {*told, *s.changed()} & set(mine) - {"RUN_ID", "SEED"}
-            found.append((path.stem, {k: [mine[k], theirs[k]] for k in compared if mine[k] != theirs[k]}))
-    if not found:
+            there = Settings.from_env(config).as_env()
+            compared = {*config, *s.changed()} & set(here) - {"RUN_ID", "SEED"}
+            systems[path.stem] = {k: [here[k], there[k]] for k in compared if here[k] != there[k]}
+    if not systems:
         return None
-    _, differs = min(found, key=lambda x: len(x[1]))
-    return ", ".join(name for name, d in found if d == differs), public_settings(differs)
+    nearest = min(systems.values(), key=len)
+    names = [name for name, differing in systems.items() if differing == nearest]
+    return ", ".join(names), public_settings(nearest)
 
 
 def log_start(s: Settings, world: World, run: Run) -> None:
     """What runs, where: into the log before anything else."""
     parameters = sum(map(math.prod, GPT.shapes(s).values()))
-    settings, dtype = public_settings(s.as_env()), pick_dtype(s.compute_dtype, world.device)
-    run.log("start", run_id=run.id, device=world.device_name, world_size=world.size, torch=torch.__version__,
-            python=platform.python_version(), dtype=str(dtype), attention=ATTENTION,
-            parameters=parameters)
+    settings = public_settings(s.as_env())
+    dtype = pick_dtype(s.compute_dtype, world.device)
+    run.log("start", run_id=run.id, device=world.device_name, world_size=world.size,
+            torch=torch.__version__, python=platform.python_version(), dtype=str(dtype),
+            attention=ATTENTION, parameters=parameters)
     run.log("settings", quiet=True, **settings)
     run.log("changed_settings", quiet=True, **public_settings(s.changed()))
     if ignored := {k: why for k, (_, why) in NO_SETTINGS.items() if k in os.environ}:
@@ -4385,18 +4372,19 @@ def log_start(s: Settings, world: World, run: Run) -> None:
     if strays := stray_names(os.environ):
         run.log("unknown_names", **strays)
     with run.guarded("the search for the closest system"):
-        if near := closest_system(s):
-            name, differs = near
-            run.log("closest_system", name=name, differences=len(differs))
-            run.log("differences", quiet=True, **differs)
+        if closest := closest_system(s):
+            name, differing = closest
+            run.log("closest_system", name=name, differences=len(differing))
+            run.log("differences", quiet=True, **differing)
     source = script_source()
-    digest = hashlib.sha256(source).hexdigest()
     form = shipped_form(s)
-    run.log("code", bytes=len(source), form=form, shipped=code_bytes(form), sha256=digest)
-    if world.main and run.summary.get("code_sha256") != digest:      # else the log has it already
+    digest = hashlib.sha256(source).hexdigest()
+    shipped = code_bytes(form)
+    run.log("code", bytes=len(source), form=form, shipped=shipped, sha256=digest)
+    if world.main and run.summary.get("code_sha256") != digest:      # else the log has it
         encoding = "latin-1" if source.startswith(b"# coding: latin-1") else "utf-8"
         run.write(run.text, source.decode(encoding) + "\n" + "=" * 100)
-    run.summary.update(code_bytes=code_bytes(form), code_form=form)
+    run.summary.update(code_bytes=shipped, code_form=form)
     compare_with_training(run, dict(
         seed=s.seed, world_size=world.size, device=world.device_name, torch=torch.__version__,
         model_params=parameters, code_sha256=digest, code_form=form, settings=settings))
@@ -4407,11 +4395,14 @@ MAY_DIFFER = ("RUN_ID", "QUANTIZE_ONLY", "PREQUANT_ONLY", "RESUME", "settings", 
 
 def compare_with_training(run: Run, here: dict) -> None:
     """Facts and settings into the summary; a warning of those that are not as in the
-    summary beside the file that is quantised or scored. In a run's own folder the
+    summary beside the weights or artifact gone on with. In a run's own folder the
     summary keeps what was true of its training."""
     differing = {}
     with run.guarded("the comparison with training"):
-        differing = differences_from_training(run, here)
+        there = in_training(run)
+        for name, value in {**here, **here["settings"]}.items():
+            if name not in MAY_DIFFER and there.get(name, value) != value:
+                differing[name] = [value, there[name]]
     if differing:
         run.warn("not as in the summary beside the weights: " + "; ".join(
             f"{name}={here} here, {there} there" for name, (here, there) in differing.items()))
@@ -4421,32 +4412,26 @@ def compare_with_training(run: Run, here: dict) -> None:
     run.summary.update(here)
 
 
-def differences_from_training(run: Run, here: Mapping) -> dict[str, list]:
-    """What of it is not as in the summary beside the weights or artifact: [here,
-    there] by name."""
-    home = home_of(run.s)
-    if home is None or not run.world.main:
+def in_training(run: Run) -> dict:
+    """Facts and settings, by name, of the training that this run goes on with."""
+    if run.home is None or not run.world.main:
         return {}
-    path, there = home / "summary.json", {}
-    summary = read_json(path, "the summary of a run") if path.exists() else {}
-    there.update(summary)
-    there.update(summary.get("settings", {}))
+    summary = read_summary(run.home)
+    there = {**summary, **summary.get("settings", {})}
     for name, (_, trained) in summary.get("not_as_in_training", {}).items():
         there[name] = trained      # scored differently before: training is what counts
-    differing = {}
-    for name, value in {**here, **here["settings"]}.items():
-        if name not in MAY_DIFFER and there.get(name, value) != value:
-            differing[name] = [value, there[name]]
-    return differing
+    return there
 
+
+# --- watching training
 
 # Dense bfloat16 FLOP/s of a GPU, by part of its name.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
-              "L40": 181e12, "RTX 4090": 165e12}
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
+              "A100": 312e12, "L40": 181e12, "RTX 4090": 165e12}
 
 
 class Progress:
-    """Tells how training goes: in the log now and then, on a terminal all the time."""
+    """Says how training goes: in the log now and then, on a terminal all the time."""
 
     def __init__(self, s: Settings, world: World, run: Run, model: GPT, budget: float):
         self.s, self.world, self.run, self.model, self.budget = s, world, run, model, budget
@@ -4462,10 +4447,12 @@ class Progress:
             tokens = step * self.s.train_batch_tokens
             self.run.log("epoch_end", epoch=self.epochs, step=step, tokens=tokens)
         if trainer.parts:
-            self.run.log("step_time", quiet=True, step=step, looping=looping, parts=trainer.parts)
+            self.run.log("step_time", quiet=True, step=step, looping=looping,
+                         parts=trainer.parts)
             trainer.parts = None
 
-    def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, lr: float, plan: Plan) -> None:
+    def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, lr: float,
+               plan: Plan) -> None:
         """A line in the log (ten steps, then every TRAIN_LOG_EVERY), else on a
         terminal, two a second."""
         s = self.s
@@ -4475,36 +4462,49 @@ class Progress:
         loss = self.world.total(loss.clone()).item() / self.world.size if logged else loss.item()
         if not math.isfinite(loss) or not math.isfinite(norm):
             return                     # FiniteWatch ends the run; JSON has no word for it
-        elapsed = clock.elapsed()      # after the loss, for which the host has waited
-        steps, seconds = step - self.last[0], max(elapsed - self.last[1], 1e-9)
-        self.last = (step, elapsed)
-        rate, looping = s.train_batch_tokens * steps / seconds, plan.slots > s.num_layers
-        used = elapsed / self.budget if self.budget else step / max(s.iterations, 1)
-        v = {"ms": 1e3 * seconds / max(steps, 1), "ms_mean": 1e3 * elapsed / step, "tok_s": round(rate),
-             "elapsed": elapsed, "used": min(used, 1.0), "eta": elapsed * (1 / max(used, 1e-9) - 1)}
-        if self.peak:      # backward costs two forwards; in documents a query sees half the window at most
-            v["mfu"] = rate * 3 * self.model.flops_per_token(plan, s.train_seq_len / 2) / self.peak
-        mfu = f" mfu {v['mfu']:.0%}" if "mfu" in v else ""
-        line = (f"step {step:5d}  loss {loss:7.4f}  {v['ms']:7.1f} ms/step (mean {v['ms_mean']:.1f})  "
-                f"{v['tok_s']:,} tok/s{mfu}  {v['used']:4.0%} of budget, {v['eta']:.0f} s left"
-                + ("  looping" if looping else ""))
+        looping = plan.slots > s.num_layers
+        pace = self.pace(step, clock.elapsed(), plan)
+        line = (f"step {step:5d}  loss {loss:7.4f}  {pace['ms']:7.1f} ms/step "
+                f"(mean {pace['ms_mean']:.1f})  {pace['tok_s']:,} tok/s")
+        if "mfu" in pace:
+            line += f" mfu {pace['mfu']:.0%}"
+        line += f"  {pace['used']:4.0%} of budget, {pace['eta']:.0f} s left"
+        line += "  looping" * looping
         if not logged:
             return self.run.progress(line)
-        self.run.log("train", quiet=True, step=step, loss=loss, norm=norm.item(), lr=lr, looping=looping, **v)
+        self.run.log("train", quiet=True, step=step, loss=loss, norm=norm.item(), lr=lr,
+                     looping=looping, **pace)
         self.run.say(line)
+
+    def pace(self, step: int, elapsed: float, plan: Plan) -> dict[str, float]:
+        """Speed since the line before, and how far the training is."""
+        steps = step - self.last[0]
+        seconds = max(elapsed - self.last[1], 1e-9)
+        self.last = (step, elapsed)
+        rate = self.s.train_batch_tokens * steps / seconds
+        used = elapsed / self.budget if self.budget else step / max(self.s.iterations, 1)
+        pace = {"ms": 1e3 * seconds / max(steps, 1), "ms_mean": 1e3 * elapsed / step,
+                "tok_s": round(rate), "elapsed": elapsed, "used": min(used, 1.0),
+                "eta": elapsed * (1 / max(used, 1e-9) - 1)}
+        if self.peak:
+            # backward costs two forwards; in documents a query sees half the window at most
+            flops = 3 * self.model.flops_per_token(plan, self.s.train_seq_len / 2)
+            pace["mfu"] = rate * flops / self.peak
+        return pace
 
 
 class FiniteWatch:
-    """Notices the first step whose loss or gradient is not finite without waiting for
-    the GPU: flags travel to pinned memory and are read once they have arrived, a few
-    steps late."""
+    """Notices the first step whose loss or gradient is not finite, without waiting for
+    the GPU: flags are read once they have arrived on the host, a few steps late."""
 
     def __init__(self):
-        self.flying, self.bad = deque(), 0
+        self.flying = deque()
+        self.bad = 0
 
     def record(self, step: int, loss: Tensor, norm: Tensor) -> None:
         """Look at a step's loss and gradient norm, scalars on the device."""
-        flag, arrived = torch.isfinite(loss) & torch.isfinite(norm), None
+        flag = torch.isfinite(loss) & torch.isfinite(norm)
+        arrived = None
         if flag.is_cuda:
             box = torch.empty((), dtype=torch.bool, pin_memory=True)
             flag = box.copy_(flag, non_blocking=True)
@@ -4513,13 +4513,12 @@ class FiniteWatch:
         self.flying.append((step, flag, arrived))
 
     def first_bad(self, wait: bool = False) -> int:
-        """The first bad step (from 1 on) among those whose flags are here, else 0;
-        wait: for all flags."""
+        """The first bad step whose flag is here, else 0; wait: for all flags."""
         while self.flying and not self.bad:
             step, flag, arrived = self.flying[0]
-            if arrived is not None and not wait and not arrived.query():
-                break
             if arrived is not None:
+                if not wait and not arrived.query():
+                    break
                 arrived.synchronize()
             self.flying.popleft()
             if not flag.item():
@@ -4529,14 +4528,13 @@ class FiniteWatch:
     @staticmethod
     def error(step: int) -> UserError:
         """What ends a run whose loss or gradient was not finite at this step."""
-        return UserError(f"the loss or the gradient is not finite at step {step}: lower MATRIX_LR or "
-                         "SCALAR_LR, or look for the cause with COMPUTE_DTYPE=float32; an average in the "
-                         "folder's checkpoint/ is finite, of an earlier step")
+        return UserError(f"the loss or the gradient is not finite at step {step}: lower "
+                         "MATRIX_LR or SCALAR_LR, or look for the cause with COMPUTE_DTYPE="
+                         "float32; checkpoint/ holds a finite average of an earlier step")
 
 
 def off_the_clock(world: World, clock: Clock, work: Callable[[], None]) -> None:
-    """Do the work while the clock stands; steps that are queued on a GPU are charged
-    before."""
+    """Do the work while the clock stands; steps queued on a GPU are charged before."""
     sync(world.device)
     with clock.exclude():
         work()
@@ -4544,24 +4542,20 @@ def off_the_clock(world: World, clock: Clock, work: Callable[[], None]) -> None:
 
 
 def end_of_steps(world: World, trainer: Trainer, watch: FiniteWatch, step: int) -> int:
-    """After the last step, the first one that went wrong on any rank, or left weights
-    that are not finite."""
+    """After the last step, the first that went wrong on any rank; 0: none."""
     bad = watch.first_bad(wait=True) or (0 if trainer.finite() else step)
     return world.agree_step(0.0, 0, bad)[2]
 
 
-def training_reports(s: Settings, run: Run, trainer: Trainer, trained: Trained) -> None:
-    """What was idle in training, into the log. It comes after the weights are saved,
-    and ends no run."""
-    if not trained.facts["steps"]:
-        return
+def training_reports(run: Run, trainer: Trainer, trained: Trained) -> None:
+    """What was idle in training, into the log, after the weights are saved."""
     with run.guarded("the report on parameters without gradients"):
-        if untouched := trainer.optimiser.never_trained():
+        untouched = trainer.optimiser.never_trained() if trained.facts["steps"] else []
+        if untouched:
             run.log("never_trained", parameters=untouched)
 
 
-AVERAGE = Path("checkpoint") / "average.pt"     # in the run's folder
-
+# --- averages beside training
 
 class AverageKeeper:
     """Keeps a finite average of the weights on disk while training goes on: rank 0
@@ -4569,119 +4563,98 @@ class AverageKeeper:
     two stay until the artifact is written: final_model.pt may be damaged, or lie
     elsewhere, as long as nothing has been made of it."""
 
-    SECONDS = 25.0         # between two copies: on a slow disk, too, the newest is less than a minute old
+    SECONDS = 25.0         # between two copies: the newest is then less than a minute old
 
     def __init__(self, s: Settings, world: World, run: Run, trainer: Trainer, clock: Clock):
-        self.s, self.world, self.run, self.clock, self.average = s, world, run, clock, trainer.ema
-        self.writer, self.job, self.last, self.fault = ThreadPoolExecutor(1), None, -math.inf, ""
+        self.s, self.world, self.run, self.clock = s, world, run, clock
+        self.average = trainer.ema
+        self.writer = ThreadPoolExecutor(1)
+        self.job = None
         self.copy: dict[str, Tensor] = {}
-        self.written, self.warned = "", False      # what the thread has written since the log was told
+        self.last = -math.inf
 
     def offer(self, step: int) -> None:
         """After a step: copy the average when it is time and the writer is idle."""
-        self.tell()
-        now = time.monotonic()
-        if self.world.main and now - self.last >= self.SECONDS and (self.job is None or self.job.done()):
-            self.last = now
+        if self.job is not None and self.job.done():
+            self.finish()
+        due = time.monotonic() - self.last >= self.SECONDS
+        if self.world.main and due and self.job is None:
             self.start(step, f"average of step {step}")
 
-    def tell(self) -> None:
-        """Log what the thread has done; a fault once."""
-        if self.written:
-            self.run.log("average", quiet=True, of=self.written)
-            self.written = ""
-            self.run.note_go_on()      # after a kill only the log can tell
-        if self.fault and not self.warned:
-            self.warned = True
-            self.run.log("warning", text=f"an average could not be kept beside training ({self.fault})")
-
     def start(self, step: int, stopped: str) -> None:
-        """Copy the average, in the order of the GPU's queue, and let the thread write
-        it."""
+        """Copy the average, in the GPU's queue, and let the thread write it."""
+        self.last = time.monotonic()
         if not self.copy:
             self.copy = {n: torch.empty_like(t) for n, t in self.average.items()}
         torch._foreach_copy_(list(self.copy.values()), list(self.average.values()))
-        ready = None
-        if self.world.device.type == "cuda":
-            ready = torch.cuda.Event()
-            ready.record()
+        stream = contextlib.nullcontext()
+        if self.world.device.type == "cuda":      # to the host by a stream of its own: no step waits
+            own = torch.cuda.Stream(self.world.device)
+            own.wait_stream(torch.cuda.current_stream(self.world.device))
+            stream = torch.cuda.stream(own)
         facts = weight_facts(self.s, self.world, step, self.clock.elapsed(), stopped)
-        self.job = self.writer.submit(self.write, ready, facts)
+        self.job = self.writer.submit(self.write, stream, facts)
 
-    def write(self, ready, facts: dict) -> None:
-        """In the thread: check and write the copy; a fault is kept for the log,
-        training goes on."""
+    def write(self, stream, facts: dict) -> str:
+        """In the thread: write the copy if it is finite; what was written."""
+        with stream:
+            tensors = {n: t.cpu() for n, t in self.copy.items()}
+        if not all(bool(t.isfinite().all()) for t in tensors.values()):
+            return ""
+        path = self.run.dir / AVERAGE
+        previous = path.with_name("average.previous.pt")
+        data = weights_to_bytes(self.s, tensors, facts)
+        with contextlib.suppress(OSError):     # no average yet, or a file system without hard links
+            previous.unlink(missing_ok=True)
+            os.link(path, previous)
+        write_atomic(path, data)
+        return facts["stopped"]
+
+    def finish(self) -> None:
+        """Wait for the thread, and log what it has done."""
+        if self.job is None:
+            return
         try:
-            tensors = to_host(self.copy, ready)
-            if not all(bool(t.isfinite().all()) for t in tensors.values()):
-                return
-            path = self.run.dir / AVERAGE
-            data = weights_to_bytes(self.s, tensors, facts)
-            with contextlib.suppress(OSError):     # no average yet, or a file system without hard links
-                twin = path.with_name(".average.previous")
-                twin.unlink(missing_ok=True)
-                os.link(path, twin)
-                os.replace(twin, path.with_name("average.previous.pt"))
-            write_atomic(path, data)
-            self.written = facts["stopped"]
+            if written := self.job.result():
+                self.run.log("average", quiet=True, of=written)
         except Exception as error:
-            self.fault = self.fault or f"{type(error).__name__}: {plain(error, 200)}"
+            why = in_a_line(error)
+            self.run.warn(f"an average could not be kept beside training ({why})", once="average")
+        self.job = None
 
     def close(self, step: int, stopped: str) -> None:
-        """Wait for the writer; before, write the average at which training was
-        stopped."""
+        """Wait for the writer; then write the average at which training was stopped."""
         self.world.beat("saving the average")
-        wait_for(self.job)
+        self.finish()
         if step and stopped and self.world.main:
             self.start(step, stopped)
-            wait_for(self.job)
+            self.finish()
         self.writer.shutdown()
-        self.tell()
-
-
-def wait_for(job) -> None:
-    """Wait for a thread's job, if there is one."""
-    if job is not None:
-        job.result()
-
-
-def to_host(tensors: Mapping[str, Tensor], ready) -> dict[str, Tensor]:
-    """The tensors on the host. On a GPU once `ready` has passed, by a stream of its
-    own: no step waits."""
-    if ready is None:
-        return dict(tensors)
-    stream = torch.cuda.Stream(next(iter(tensors.values())).device)
-    stream.wait_event(ready)
-    with torch.cuda.stream(stream):
-        return {n: t.cpu() for n, t in tensors.items()}
 
 
 def weight_facts(s: Settings, world: World, steps: int, seconds: float, stopped: str) -> dict:
-    """What a file of weights says of its training; stopped: empty for a training that
-    went to its end."""
+    """What a file of weights says of its training; stopped: how it ended early."""
     return {"steps": steps, "train_seconds": seconds, "step_ms": 1e3 * seconds / max(steps, 1),
             "stopped": stopped, "seed": s.seed, "world_size": world.size}
 
 
 # --- checkpoints to go on from, for runs without a time budget
 
-POINTER = Path("checkpoint") / "resume.json"     # in the run's folder: which checkpoint is whole
-
-
 class Checkpoints:
     """Writes all that a training must know to go on to the bit: every rank its own
-    file, so that no shared disk is needed, then rank 0 the pointer. A kill in between
-    leaves the checkpoint before."""
+    file, so that no shared disk is needed. Rank 0 writes last: where its file is, the
+    checkpoint is whole."""
 
     def __init__(self, s: Settings, world: World, run: Run, trainer: Trainer, watch: FiniteWatch,
                  clock: Clock):
         self.s, self.world, self.run, self.trainer = s, world, run, trainer
-        self.watch, self.clock, self.last = watch, clock, None
+        self.watch = watch
+        self.clock = clock
+        self.last = None
         self.wanted = s.checkpoint_every_seconds > 0 and not s.max_wallclock_seconds
 
     def offer(self, step: int, elapsed: float, curriculum: Curriculum, stream: Prefetch) -> None:
-        """Before a step, `elapsed` seconds on rank 0's clock: write one when it is
-        time."""
+        """Before a step, at `elapsed` seconds: write one when it is time."""
         if self.last is None:
             self.last = elapsed
         elif elapsed - self.last >= self.s.checkpoint_every_seconds:
@@ -4693,102 +4666,106 @@ class Checkpoints:
         finite, the last one stays."""
         if not self.wanted or not step:
             return
-        fault = ""
-        before = self.world.pulse.doing
-        self.world.beat(f"saving a checkpoint of step {step}")
-        try:
-            if self.watch.first_bad(wait=True) or not self.trainer.finite():
-                raise ValueError("weights that are not finite")
-            state = self.state(step, curriculum, stream)
-            write_atomic(checkpoint_path(self.run, step, self.world.rank), sealed(state))
-        except (UserError, OSError, ValueError, RuntimeError, MemoryError) as error:
-            fault = plain(error, 200)
-        faults = list(filter(None, self.world.gather(fault)))
-        pointer = json.dumps({"step": step, "world_size": self.world.size})
-        if self.world.main and not faults:
-            try:
-                write_atomic(self.run.dir / POINTER, pointer.encode())
-            except (UserError, OSError) as error:
-                faults = [plain(error, 200)]
-        faults = self.world.agree(faults)
-        self.world.beat(before)
-        if faults:
-            return self.run.log("warning", text=f"no checkpoint at step {step}: {faults[0]}")
+        world, fault = self.world, ""
+        before = world.pulse.doing
+        world.beat(f"saving a checkpoint of step {step}")
+        if not world.main:
+            fault = self.write_part(step, curriculum, stream)
+        faults = list(filter(None, world.gather(fault)))
+        if world.main:
+            fault = faults[0] if faults else self.write_part(step, curriculum, stream)
+        fault = world.agree(fault)
+        world.beat(before)
+        if fault:
+            return self.run.warn(f"no checkpoint at step {step}: {fault}")
         self.run.log("checkpoint", quiet=True, step=step)
         remove_checkpoints(self.run, keep=step)
+
+    def write_part(self, step: int, curriculum: Curriculum, stream: Prefetch) -> str:
+        """Write this rank's file; why it cannot be, else nothing."""
+        try:
+            if self.watch.first_bad(wait=True) or not self.trainer.finite():
+                return "weights that are not finite"
+            data = sealed(self.state(step, curriculum, stream))
+            write_atomic(checkpoint_path(self.run, step), data)
+        except (UserError, ValueError, RuntimeError, MemoryError) as error:
+            return plain(error, 200)
+        return ""
 
     def state(self, step: int, curriculum: Curriculum, stream: Prefetch) -> dict:
         """All that this rank must know to go on after this step."""
         device = self.world.device
-        return {**self.trainer.tensors(), "settings": training_settings(self.s, self.world), "step": step,
-                "seconds": self.clock.elapsed(), "batches": stream.given, "curriculum": curriculum.state(),
-                "untrained_val_bpb": self.run.summary.get("untrained_val_bpb"),
-                "random": torch.get_rng_state(),
-                "random_gpu": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+        on_gpu = device.type == "cuda"
+        return {
+            **self.trainer.tensors(),
+            "settings": training_settings(self.s, self.world),
+            "step": step,
+            "seconds": self.clock.elapsed(),
+            "batches": stream.given,
+            "curriculum": curriculum.state(),
+            "untrained_val_bpb": self.run.summary.get("untrained_val_bpb"),
+            "random": torch.get_rng_state(),
+            "random_gpu": torch.cuda.get_rng_state(device) if on_gpu else None}
 
 
-def checkpoint_path(run: Run, step: int, rank: int) -> Path:
-    """The file of one rank's checkpoint after a step."""
-    return run.dir / "checkpoint" / f"resume.{step}.{rank}.pt"
+def checkpoint_path(run: Run, step: int) -> Path:
+    """The file of this rank's checkpoint after a step."""
+    return run.dir / "checkpoint" / f"resume.{step}.{run.world.rank}.pt"
+
+
+def checkpoint_steps(run: Run) -> list[int]:
+    """The steps after which this rank has a checkpoint."""
+    paths = run.dir.glob(f"checkpoint/resume.*.{run.world.rank}.pt")
+    steps = [path.name.split(".")[1] for path in paths]
+    return [int(step) for step in steps if step.isdecimal()]
 
 
 def remove_checkpoints(run: Run, keep: int = -1) -> None:
     """Remove this rank's checkpoints but that of one step."""
-    for path in (run.dir / "checkpoint").glob(f"resume.*.{run.world.rank}.pt"):
-        if path != checkpoint_path(run, keep, run.world.rank):
+    for step in checkpoint_steps(run):
+        if step != keep:
             with contextlib.suppress(OSError):
-                path.unlink()
+                checkpoint_path(run, step).unlink()
 
 
 def remove_safety_copies(run: Run) -> None:
-    """Once the artifact and final_model.pt are there: remove averages and
-    checkpoints. On every rank."""
-    if not run.world.agree((run.dir / "final_model.pt").is_file()):
+    """Remove averages and checkpoints, once artifact and weights are there."""
+    if not run.world.agree((run.dir / WEIGHTS_NAME).is_file()):
         return
     remove_checkpoints(run)
     with contextlib.suppress(OSError):
-        for name in (AVERAGE, AVERAGE.with_name("average.previous.pt"), POINTER):
-            if run.world.main:
-                (run.dir / name).unlink(missing_ok=True)
-        (run.dir / "checkpoint").rmdir()      # not while another rank's or somebody else's files are in it
+        if run.world.main:
+            for path in run.dir.glob("checkpoint/average*.pt"):
+                path.unlink()
+        (run.dir / "checkpoint").rmdir()      # unless files of others are in it
 
 
 def training_settings(s: Settings, world: World) -> dict:
-    """The settings on which a step of training depends: they must be the same to go
-    on."""
+    """The settings on which a step depends: they must be the same to go on."""
     names = ["SEED", "ITERATIONS", "COMPUTE_DTYPE", "MUON_DTYPE"]
     for group in ("data", "model", "optimiser"):
-        names += [n for n in group_names(group) if not n.startswith(("DATA_", "TOKENIZER_", "VAL_"))]
-    everything = s.as_env()
-    return {**{n: everything[n] for n in names}, "WORLD_SIZE": world.size}
+        names += group_names(group)
+    where = ("DATA_", "TOKENIZER_", "VAL_")
+    values = {k: v for k, v in s.as_env().items() if k in names and not k.startswith(where)}
+    return {**values, "WORLD_SIZE": world.size}
 
 
 def read_checkpoint(s: Settings, world: World, run: Run) -> dict:
-    """This rank's part of the checkpoint in the run's folder; UserError when there is
-    none that fits."""
-    path, again = run.dir / POINTER, "start anew without RESUME, in another ARTIFACT_DIR"
-    step, fault = 0, ""
-    if world.main:
-        try:
-            told = read_json(path, "a checkpoint's", 1000)
-            step, size = told["step"], told["world_size"]
-            if type(step) is not int or type(size) is not int:
-                raise ValueError("steps and ranks are no numbers")
-            if size != world.size:
-                fault = f"RESUME=1: {path} is of {size} ranks, these are {world.size}: start as many"
-        except (UserError, OSError, ValueError, LookupError, TypeError) as error:
-            fault = f"RESUME=1 finds no checkpoint at {path} ({type(error).__name__}): {again}"
-    step, fault = world.agree((step, fault))
-    if fault:
-        raise UserError(fault)
-    path = checkpoint_path(run, step, world.rank)
-    state = unsealed(path, 5 * bytes_of_weights(s) + (16 << 20), f"RESUME=1: {path}", must=True)
-    theirs, differ = state.get("settings", {}), []
+    """This rank's part of the newest checkpoint; UserError when none fits."""
+    again = "start anew without RESUME, in another ARTIFACT_DIR"
+    step = world.agree(max(checkpoint_steps(run), default=0))
+    if not step:
+        raise UserError(f"RESUME=1 finds no checkpoint in {run.dir / 'checkpoint'}: {again}")
+    path = checkpoint_path(run, step)
+    state = unsealed(path, 5 * bytes_of_weights(s) + (16 << 20), f"RESUME=1: {path}")
+    theirs = state.get("settings", {})
+    differing = []
     for name, here in training_settings(s, world).items():
         if theirs.get(name) != here:
-            differ.append(f"{name}={plain(theirs.get(name), 40)} there, {here} here")
-    if differ:
-        raise UserError(f"RESUME=1: {path.name} is of another training: {'; '.join(differ[:4])}; {again}")
+            differing.append(f"{name}={plain(theirs.get(name), 40)} there, {here} here")
+    if differing:
+        raise UserError(f"RESUME=1: {path.name} is of another training: "
+                        f"{'; '.join(differing[:4])}; {again}")
     run.log("resume", step=step, seconds=state["seconds"])
     return state
 
@@ -4803,18 +4780,16 @@ def go_on_from(state: Mapping[str, Any], trainer: Trainer, curriculum: Curriculu
     return state["step"]
 
 
+# --- files of weights
+
 SEAL = b"blake2b:"     # then 64 hexadecimal digits: the comment that ends a sealed archive
 SEAL_BYTES = len(SEAL) + 64
-PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", *(
-    f"torch {kind}Storage" for kind in "Byte Char Short Int Long Half BFloat16 Float Double Bool".split())}
-MOST_PICKLED = 2 << 20     # bytes; all but tensors: 30 kB of the default model, 0.9 MB of one of 256 layers
-ZIP_END = 22           # bytes of a zip's last record without its comment
+AS_WRITTEN = "give the file as a run wrote it"
 
 
 def sealed(box: dict) -> bytes:
-    """torch.save's archive of `box` with a digest of all of it as the archive's
-    comment, which torch.load passes over: torch itself does not check the sums that
-    an archive holds."""
+    """torch.save's archive of `box`, with a digest of all of it as the archive's
+    comment, which torch.load passes over: torch does not check an archive's sums."""
     out = io.BytesIO()
     torch.save(box, out)
     body = out.getvalue()[:-2] + struct.pack("<H", SEAL_BYTES)
@@ -4826,157 +4801,82 @@ def seal_of(body: bytes) -> bytes:
     return SEAL + hashlib.blake2b(body, digest_size=32).hexdigest().encode()
 
 
-def unsealed(path: str | Path, most: int, what: str, must: bool = False) -> dict:
-    """What sealed() wrote to a file of at most `most` bytes. UserError, one line that
-    begins with `what`, for all else: within seconds, and before anything is
-    unpickled. An archive without a digest passes with a warning, for files of earlier
-    versions have none; not if it must have one."""
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
-            raise ValueError(f"it is no file of at most {most:,} bytes")
-        data = Path(path).read_bytes()
-        if not has_seal(data):
-            if must:
-                raise ValueError("it is damaged, or of another kind")
-            print(f"warning: {what}: it is of an earlier version, without a digest", file=sys.stderr)
-        check_records(data)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")      # of odd pickles: a refusal is one line
-            box = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        if not isinstance(box, dict):
-            raise ValueError("it holds something else")
-        return box
-    except Exception as error:     # zipfile, pickletools and torch.load raise many types for a foreign file
-        why = plain(getattr(error, "strerror", None) or error, 100)
-        raise UserError(f"{what}: {type(error).__name__}, {why}; give the file as a run wrote it") from error
-
-
-def has_seal(data: bytes) -> bool:
-    """Whether an archive ends with the digest of what precedes it; ValueError: with a
-    wrong one, or it is no archive that torch.save has written."""
-    last_record = b"PK\5\6"
-    if data[-ZIP_END - SEAL_BYTES:][:4] == last_record:
+def unsealed(path: Path, most: int, what: str) -> dict:
+    """What sealed() wrote to a file of at most `most` bytes. UserError for all else,
+    at once: nothing is unpickled before its digest fits."""
+    with refused(what, AS_WRITTEN):
+        data = read_bounded(path, most, "a file that a run wrote")
         if data[-SEAL_BYTES:] != seal_of(data[:-SEAL_BYTES]):
-            raise ValueError("it is damaged: its digest does not fit")
-        return True
-    if data[-ZIP_END:][:4] != last_record or data[-2:] != bytes(2):
-        raise ValueError("it is damaged, or of another kind")
-    return False
-
-
-def check_records(data: bytes) -> None:
-    """ValueError unless an archive unfolds to no more than it is: nothing compressed,
-    and pickles that are short and hardly repeat a tuple: one that holds another
-    twice, and so on, is hashed for ever."""
-    archive = zipfile.ZipFile(io.BytesIO(data))
-    records = archive.infolist()
-    pickles = [r for r in records if r.filename.endswith(".pkl")]
-    if (any(r.compress_type != zipfile.ZIP_STORED for r in records)
-            or sum(r.file_size for r in records) > len(data)
-            or sum(r.file_size for r in pickles) > MOST_PICKLED):
-        raise ValueError("it unfolds to more than it should")
-    for record in pickles:
-        before, tuples, repeated = "", set(), 0
-        for at, (op, place, _) in enumerate(pickletools.genops(archive.read(record))):
-            if op.name == "PROTO" and at or "GLOBAL" in op.name and place not in PICKLED:
-                raise ValueError("it asks for more than tensors")
-            if "PUT" in op.name and before.startswith("TUPLE"):
-                tuples.add(place)
-            repeated += "GET" in op.name and place in tuples
-            before = op.name
-        if repeated > 16:      # the optimiser's state repeats four
-            raise ValueError("it unfolds to more than it should")
+            raise ValueError("it is damaged, or not as train_gpt.sealed writes it")
+        return dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
 
 
 def weights_to_bytes(s: Settings, params: Mapping[str, Tensor], facts: dict) -> bytes:
-    """The file of weights: under the field's names, with their architecture and facts
-    of their training."""
+    """The file of weights, with their architecture and facts of their training."""
     weights = {n: p.detach().cpu() for n, p in field_views(dict(params)).items()}
-    return sealed({"architecture": s.to_be_stored(architecture(s)), "weights": weights, "facts": facts})
+    made_with = s.to_be_stored(architecture(s))
+    return sealed({"architecture": made_with, "weights": weights, "facts": facts})
 
 
 def save_weights(run: Run, model: GPT, facts: dict) -> None:
-    """The averaged weights, the moment training ends: whatever fails later, they are
-    on disk. Without space in the run's folder other places are tried; without any the
-    run goes on with the weights in memory."""
+    """The averaged weights to disk, the moment training ends. Without space in the
+    run's folder other places are tried; without any the run goes on all the same."""
     if not run.world.main:
         return
     drop_ballast(run)
     data = weights_to_bytes(model.s, dict(model.named_parameters()), facts)
     elsewhere = f"final_model.{run.id}.pt"
-    for place in (lambda: run.dir / "final_model.pt", lambda: Path.cwd() / elsewhere,
-                  lambda: Path(tempfile.gettempdir()) / elsewhere):
+    temporary = Path(tempfile.gettempdir()) / elsewhere
+    for path in (run.dir / WEIGHTS_NAME, Path(elsewhere), temporary):
         try:
-            path = place()
             write_atomic(path, data)
-        except (UserError, OSError) as error:
-            run.log("warning", text=f"the weights cannot be saved there ({plain(error, 300)})")
+        except UserError as error:
+            run.warn(f"the weights cannot be saved there ({plain(error, 300)})")
             continue
-        if path.parent != run.dir:
-            run.log("warning", text=f"the weights were saved as {path}: EVAL_ONLY_PATH={path} goes on")
+        if path.name == elsewhere:
+            path = path.absolute()
+            run.warn(f"the weights were saved as {path}: EVAL_ONLY_PATH={path} goes on")
         return
-    run.log("warning", text="the weights could not be saved anywhere: they are only in memory")
+    run.warn("the weights could not be saved anywhere: they are only in memory")
 
 
 def read_weights(path: str, model: GPT) -> dict:
-    """Averaged weights saved by an earlier run into the model; what the file says of
-    their training (see weight_facts; {}: an earlier version's file). UserError, one
-    short line, for anything else."""
-    what, again = f"EVAL_ONLY_PATH={plain(path, 80)}", "give a run's final_model.pt"
-    views = field_views({n: p.data for n, p in model.named_parameters()})
-    most = bytes_of_weights(model.s) + 1024 * len(views) + (1 << 20)
-    box = unsealed(path, most, f"{what} holds no averaged weights of this script")
-    weights, theirs, facts = (box.get(key, {}) for key in ("weights", "architecture", "facts"))
-    if not (isinstance(weights, dict) and are_settings(theirs) and are_facts(facts)):
-        raise UserError(f"{what} holds no averaged weights of this script: {again}")
-    check_architecture(model.s, theirs, f"{what} holds weights")
-    if strangers := set(weights) ^ set(views):
-        raise UserError(f"{what} does not fit the model that the settings describe: {len(strangers)} tensors "
-                        f"({plain(min(strangers, key=str), 60)}, …) are missing or too much; {again}")
-    for name, view in views.items():
-        w = weights[name]
-        if not isinstance(w, Tensor) or (w.dtype, w.layout) != (torch.float32, torch.strided):
-            raise UserError(f"{what} holds {name} in another form than float32 numbers; {again}")
-        if w.shape != view.shape or not w.isfinite().all():
-            raise UserError(f"{what} holds {name} in another shape, or not finite; {again}")
-    load_weights(model, weights, what, field_views)
+    """A file of averaged weights into the model; its facts (see weight_facts).
+    UserError, one short line, for anything else."""
+    what = f"EVAL_ONLY_PATH={plain(path, 80)}"
+    box = unsealed(Path(path), bytes_of_weights(model.s) + (16 << 20), what)
+    with refused(what, AS_WRITTEN):
+        weights, facts = box["weights"], box["facts"]
+        check_architecture(model.s, box["architecture"], "it holds weights")
+        form = (torch.float32, torch.strided)
+        odd = [n for n, w in weights.items() if (w.dtype, w.layout) != form]
+        if not odd:
+            load_weights(model, weights, "it", field_views)
+            odd = [n for n, w in weights.items() if not w.isfinite().all()]
+        if odd:
+            raise ValueError(f"{odd[0]} is not of finite float32 numbers")
+        if set(facts) != set(weight_facts(model.s, World(), 0, 0.0, "")):
+            raise ValueError("it does not say how the weights were trained")
     return facts
 
 
-def are_settings(values) -> bool:
-    """Whether these are values of settings by name."""
-    return isinstance(values, dict) and all(
-        type(k) is str and type(v) in (bool, int, float, str) for k, v in values.items())
-
-
-def are_facts(facts) -> bool:
-    """Whether a file's facts are such as weight_facts gives, or none at all."""
-    kinds = {"steps": int, "train_seconds": float, "step_ms": float, "stopped": str, "seed": int,
-             "world_size": int}
-    if facts == {}:
-        return True
-    if not isinstance(facts, dict) or {k: type(v) for k, v in facts.items()} != kinds:
-        return False
-    numbers = [v for v in facts.values() if not isinstance(v, str)]
-    return all(0 <= v < 2 ** 63 for v in numbers) and facts["stopped"] == plain(facts["stopped"], 40)
-
-
 def take_over(s: Settings, run: Run, facts: Mapping) -> Clock:
-    """The training clock that quantising goes on with. In the folder of the run that
-    trained it has run for as long as the weights say; else the time is not known."""
-    clock, seconds = Clock(s.max_wallclock_seconds), facts.get("train_seconds")
-    run.time_known = run.goes_on() and seconds is not None
+    """The training clock that quantising goes on with. Only in the folder of the run
+    that trained is the time known: it is what the weights say."""
+    clock = Clock(s.max_wallclock_seconds)
+    run.time_known = run.goes_on()
     if run.time_known:
+        seconds = facts["train_seconds"]
         clock.start -= seconds
-        keys = ("steps", "step_ms", "stopped")
-        told = {k: facts[k] for k in keys if facts.get(k) not in (None, "")}
+        of_steps = {k: facts[k] for k in ("steps", "step_ms", "stopped") if facts[k] != ""}
         if run.summary.get("steps") is None:      # killed in training: nothing has said it yet
-            run.log("train_end", seconds=seconds, **told)
-        run.summary.update(told)
-        run.log("going_on", train_seconds=seconds, **told)
+            run.log("train_end", seconds=seconds, **of_steps)
+        run.summary.update(of_steps)
+        run.log("going_on", train_seconds=seconds, **of_steps)
     return clock
 
+
+# --- the artifact, its verdict and its scores
 
 def check_budget(run: Run, what: str, seconds: float, name: str, setting: float) -> None:
     """Over its setting (0: none) or the competition's budget a run is NON-COMPLIANT."""
@@ -4987,46 +4887,43 @@ def check_budget(run: Run, what: str, seconds: float, name: str, setting: float)
 
 
 def marked(blob: bytes, why: str) -> bytes:
-    """The artifact, telling whoever scores it why it is NON-COMPLIANT, in at most
-    MARK_BYTES more."""
+    """The artifact with a mark, of at most MARK_BYTES, why it is NON-COMPLIANT."""
     header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
-    both = filter(None, [header.get("not_compliant"), plain_mark(why)[:MARK_BYTES - 32]])
-    header["not_compliant"] = plain_mark("; ".join(both))
+    reasons = filter(None, [header.get("not_compliant"), plain_mark(why)[:MARK_BYTES - 32]])
+    header["not_compliant"] = plain_mark("; ".join(reasons))
     return artifact_to_bytes(header, streams)
 
 
 def plain_mark(text: str) -> str:
-    """A mark as it is written and read: bounded ASCII that takes one byte each in
-    JSON."""
+    """A mark as it is written and read: bounded ASCII, one byte each in JSON."""
     return re.sub(r'[^ -~]|["\\]', "?", text[:MARK_BYTES])
 
 
 def write_artifact(s: Settings, run: Run, blob: bytes, clock: Clock) -> tuple[float, int]:
     """Put the artifact on disk, on rank 0; seconds of training's clock, and bytes. It
-    is judged when its bytes are on disk, and gets its name only with the mark and the
-    summary that tell the verdict: no kill comes between."""
-    def judged() -> bytes:
-        nonlocal blob, seconds
-        seconds = clock.elapsed()
-        if not run.time_known:
-            run.not_compliant("the weights come from EVAL_ONLY_PATH: their training time is not known")
-        else:
-            check_budget(run, "training, calibration and packing (for which GPTQ_RESERVE_SECONDS keeps time)",
-                         seconds, "MAX_WALLCLOCK_SECONDS", s.max_wallclock_seconds)
-        of_scoring = study_reasons(s)
-        of_training = [why for why in run.summary["not_compliant_because"] if why not in of_scoring]
-        if of_training:
-            blob = marked(blob, "; ".join(of_training))
-        run.summary.update(
-            artifact_bytes=len(blob), artifact_digest=digest_of(blob).hex(),
-            total_bytes=len(blob) + code_bytes(shipped_form(s)), train_seconds=seconds,
-            training_not_compliant_because=of_training)
-        run.save_summary()
-        return blob
-
-    seconds = 0.0
+    is judged when its bytes are on disk, and gets its name only when mark and summary
+    say the verdict: no kill comes between."""
+    unjudged = run.dir / f".{ARTIFACT_NAME}.unjudged"
     count_up(run, "quantising_runs")
-    write_atomic(run.dir / ARTIFACT_NAME, blob, judged)
+    write_atomic(unjudged, blob)
+    seconds = clock.elapsed()
+    if not run.time_known:
+        run.not_compliant("the weights come from EVAL_ONLY_PATH: their training time is not "
+                          "known")
+    else:
+        check_budget(run, "training, calibration and packing (for which GPTQ_RESERVE_SECONDS "
+                     "keeps time)", seconds, "MAX_WALLCLOCK_SECONDS", s.max_wallclock_seconds)
+    of_scoring = study_reasons(s)
+    of_training = [why for why in run.summary["not_compliant_because"] if why not in of_scoring]
+    if of_training:
+        blob = marked(blob, "; ".join(of_training))
+        write_atomic(unjudged, blob)
+    run.summary.update(
+        artifact_bytes=len(blob), artifact_digest=digest_of(blob).hex(),
+        total_bytes=len(blob) + code_bytes(shipped_form(s)), train_seconds=seconds,
+        training_not_compliant_because=of_training)
+    run.save_summary()
+    os.replace(unjudged, run.dir / ARTIFACT_NAME)
     return seconds, len(blob)
 
 
@@ -5037,13 +4934,13 @@ def count_up(run: Run, key: str) -> None:
 
 def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> tuple[int, str, str]:
     """The weights of the artifact at path into the model; its size, mark and digest."""
-    blob = read_bounded(path, MOST_ARTIFACT, "a run's final_model.int6.ptz") if world.main else None
+    blob = read_bounded(path, MOST_ARTIFACT, f"a run's {ARTIFACT_NAME}") if world.main else None
     blob = world.agree(blob)
-    found = read_artifact(s, blob, path.name)
-    load_weights(model, found.weights, path.name)
-    raw = found.calibration
+    artifact = read_artifact(s, blob, path.name)
+    load_weights(model, artifact.weights, path.name)
+    raw = artifact.calibration
     model.calibration = None if raw is None else calibrated_by(s, raw.to(world.device))
-    return len(blob), found.mark, digest_of(blob).hex()
+    return len(blob), artifact.mark, digest_of(blob).hex()
 
 
 def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) -> None:
@@ -5061,60 +4958,40 @@ def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) 
 def check_score(stage: str, score: Score) -> None:
     """A score that is not finite is none."""
     if not math.isfinite(score.bpb):
-        raise UserError(f"the score of the stage {stage} is {score.bpb}: the weights are of no use "
-                        "(too large a learning rate, or a damaged file); train again, with a lower "
-                        "MATRIX_LR")
+        raise UserError(f"the score of the stage {stage} is {score.bpb}: the weights are of no "
+                        "use (too large a learning rate?); train again, with a lower MATRIX_LR")
 
 
-TEXT_BASELINE_LIMIT = 8 << 20     # bytes of validation text that general-purpose compressors can manage
-
-
-def text_baselines(s: Settings, val: Validation) -> dict[str, float]:
-    """Bits per byte of general-purpose compressors on the validation text, when it is
-    short enough."""
-    if s.caseops_enabled or val.target_bytes.sum() > TEXT_BASELINE_LIMIT:     # CaseOps text is transformed
-        return {}
-    sp, documents = load_tokenizer(s.tokenizer), zip(val.documents.start, val.documents.length)
-    pieces = (val.tokens[a + 1:a + n] for a, n in documents)
-    text = "\n".join(sp.decode(piece[piece != BOS].tolist()) for piece in pieces).encode()
-    return {"brotli-11": 8 * len(brotli.compress(text, quality=11)) / len(text),
-            "xz -9e": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)}
-
-
-def closing_block(s: Settings, world: World, run: Run, val: Validation) -> None:
+def closing_block(run: Run) -> None:
     """Every score, size and time, and one last line that is easy to grep."""
-    summary = run.summary
+    summary = {k: v for k, v in run.summary.items() if v is not None}
     run.say("\n" + "-" * 72)
-    for label, key in (("untrained", "untrained_val_bpb"), ("averaged weights", "prequant_val_bpb"),
-                       ("quantised", "quantized_val_bpb"), ("sliding windows", "sliding_val_bpb"),
-                       ("test-time training", "ttt_val_bpb")):
-        if summary.get(key) is not None:
-            run.say(f"{label:28} {summary[key]:10.5f} BPB")
-    summary["text_baselines"] = {}
-    if world.main:
-        with run.guarded("the comparison with text compressors"):
-            summary["text_baselines"] = text_baselines(s, val)
-    for label, bpb in summary["text_baselines"].items():
-        run.say(f"{label + ' on the same text':28} {bpb:10.5f} bits per byte")
-    if summary["artifact_bytes"]:
-        run.say(f"{'artifact + script':28} {summary['artifact_bytes']:,} + {summary['code_bytes']:,} = "
-                f"{summary['total_bytes']:,} of {ARTIFACT_LIMIT:,} bytes")
+    for label, stage in (("untrained", "untrained"), ("averaged weights", "prequant"),
+                         ("quantised", "quantized"), ("sliding windows", "sliding"),
+                         ("test-time training", "ttt")):
+        if f"{stage}_val_bpb" in summary:
+            run.say(f"{label:28} {summary[f'{stage}_val_bpb']:10.5f} BPB")
+    if summary.get("artifact_bytes"):
+        run.say(f"{'artifact + script':28} {summary['artifact_bytes']:,} + "
+                f"{summary['code_bytes']:,} = {summary['total_bytes']:,} of {ARTIFACT_LIMIT:,} bytes")
     for reason in summary["not_compliant_because"]:
         run.say(f"NON-COMPLIANT: {reason}")
     run.say("-" * 72)
-    keys = ("val_bpb", "sliding_val_bpb", "quantized_val_bpb", "total_bytes", "steps", "train_seconds",
-            "eval_seconds", "tokens_scored", "seed")
-    run.log("final", **{k: summary[k] for k in keys if summary[k] is not None})
+    keys = ("val_bpb", "sliding_val_bpb", "quantized_val_bpb", "total_bytes", "steps",
+            "train_seconds", "eval_seconds", "tokens_scored", "seed")
+    run.log("final", **{k: summary[k] for k in keys if k in summary})
 
+
+# --- the end of a process
 
 # What takes less memory, by the first word of what a rank was doing.
 LESS_MEMORY = {"scoring": "lower VAL_BATCH_TOKENS", "adapting": "lower TTT_BATCH_SIZE",
                "quantising": "free memory on the host"}
+LESS_IN_TRAINING = "raise GRAD_ACCUM_STEPS, or lower TRAIN_BATCH_TOKENS"
 
 
 def open_screens() -> None:
-    """A screen of ASCII gets ? for what it cannot show; one that is closed is
-    replaced by none."""
+    """A screen of ASCII gets ? for what it cannot show; a closed one is replaced."""
     for name in "stdout", "stderr":
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
@@ -5126,9 +5003,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether host or GPU had no more memory to give."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
-    text = str(error).lower()
-    said = ("out of memory", "can't allocate memory", "cannot allocate memory")
-    return isinstance(error, (RuntimeError, OSError)) and any(words in text for words in said)
+    words = re.search("out of memory|can(no|')t allocate memory", str(error), re.IGNORECASE)
+    return isinstance(error, (RuntimeError, OSError)) and words is not None
 
 
 def end_early(error: BaseException, run: Run | None, rank: int) -> int:
@@ -5144,27 +5020,25 @@ def end_early(error: BaseException, run: Run | None, rank: int) -> int:
     if isinstance(error, BrokenPipeError) and run is None:      # as in --help | head
         sys.stdout = open(os.devnull, "w")
         return 0
-    status, line, trace = getattr(error, "status", 2), str(error), ""
-    if is_out_of_memory(error):
-        word = pulse.doing.split()[0]
-        less = LESS_MEMORY.get(word, "raise GRAD_ACCUM_STEPS, or lower TRAIN_BATCH_TOKENS")
-        why = f"{in_a_line(error):.160}"
-        line = f"out of memory at \"{pulse.doing}\" on rank {rank} ({why}): {less}"
-    elif not isinstance(error, UserError) and not hasattr(error, "status"):
-        status, line = 1, in_a_line(error)
-        trace = "".join(traceback.format_exception(error))
-    event = "error"
+    event, status, line, trace = "error", 2, str(error), ""
     if isinstance(error, Interrupted):
-        event = "interrupted"
+        event, status = "interrupted", error.status
         if rank:      # rank 0 has said it
             return status
+    elif is_out_of_memory(error):
+        less = LESS_MEMORY.get(pulse.doing.split()[0], LESS_IN_TRAINING)
+        line = (f"out of memory at \"{pulse.doing}\" on rank {rank} "
+                f"({in_a_line(error):.160}): {less}")
+    elif not isinstance(error, UserError):
+        status, line = 1, in_a_line(error)
+        trace = "".join(traceback.format_exception(error))
     if run is None:
         tell(f"{event}: {line}")
         if trace:      # there is no log yet
             tell(trace)
-        return status
-    run.failed(line, trace, again=not isinstance(error, UserError), event=event)
-    run.close()
+    else:
+        run.failed(line, trace, again=not isinstance(error, UserError), event=event)
+        run.close()
     return status
 
 
@@ -5172,111 +5046,113 @@ def end_early(error: BaseException, run: Run | None, rank: int) -> int:
 # 10  Data: shards, training streams, validation documents, bytes per token
 # ============================================================================================================
 
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256    # 256 little-endian int32, then uint16 tokens
+# A shard is 256 little-endian int32, then uint16 tokens.
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
+AGAIN = "fetch or build the data again"
 
 
 def read_shard(path: Path) -> np.ndarray:
     """Tokens of one shard, (N,) uint16, mapped not loaded. UserError when it is
     missing, foreign or cut."""
-    path, again = Path(path), "fetch or build the data again"
-    try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):       # a pipe would wait for ever
-            raise UserError(f"{path} is no token shard but a folder, pipe or device; {again}")
-        size, header = found.st_size, np.fromfile(path, dtype="<u4", count=SHARD_HEADER)
-    except OSError as error:
-        raise UserError(f"cannot read shard {path}: {error.strerror}; {again}") from error
-    if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise UserError(f"{path} is no token shard: it starts with {header[:2].tolist()}, expected "
-                        f"[{SHARD_MAGIC}, {SHARD_VERSION}]; {again}")
-    count = int(header[2])
+    path = Path(path)
+    fault = ""
+    size = file_size(path, 1 << 40, f"a token shard: {AGAIN}")
+    with refused(f"{path} cannot be read", AGAIN):
+        header = np.fromfile(path, dtype="<u4", count=SHARD_HEADER)
+    magic, version, count = header[:3].tolist() if len(header) == SHARD_HEADER else (0, 0, 0)
     expected = 4 * SHARD_HEADER + 2 * count
-    if size != expected:
-        raise UserError(f"{path} has {size:,} bytes but its header promises {expected:,}: "
-                        f"{'truncated' if size < expected else 'too long'}; {again}")
-    if count < 2:
-        raise UserError(f"{path} holds {count} tokens: at least 2 are needed; {again}")
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+        fault = (f"is no token shard: it starts with {header[:2].tolist()}, expected "
+                 f"[{SHARD_MAGIC}, {SHARD_VERSION}]")
+    elif size != expected:
+        fault = (f"has {size:,} bytes but its header promises {expected:,}: "
+                 f"{'truncated' if size < expected else 'too long'}")
+    elif count < 2:
+        fault = f"holds {count} tokens: at least 2 are needed"
+    if fault:
+        raise UserError(f"{path} {fault}; {AGAIN}")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
 
 
 def list_shards(folder: Path, kind: str) -> list[Path]:
-    """Sorted `fineweb_<kind>_*.bin` of a folder; kind is train, val or val_bytes.
-    UserError when none."""
+    """Sorted `fineweb_<kind>_*.bin` of a folder; kind is train or val. UserError when
+    none."""
     folder = Path(folder)
     if kind == "val" and Validation.sealed:
         raise RuntimeError(SEALED)
-    found = sorted(folder.glob(f"fineweb_{kind}_*.bin"))
-    found = [p for p in found if kind != "val" or "_bytes_" not in p.name]
-    if not found:
-        what = f"has no fineweb_{kind}_*.bin" if folder.is_dir() else "does not exist"
-        raise UserError(f"DATA_PATH={folder} {what}: data/README.md says how to fetch or build shards")
-    return found
+    paths = sorted(p for p in folder.glob(f"fineweb_{kind}_*.bin") if "_bytes_" not in p.name)
+    if not paths:
+        fault = f"has no fineweb_{kind}_*.bin" if folder.is_dir() else "does not exist"
+        raise UserError(f"DATA_PATH={folder} {fault}: data/README.md says how to get shards")
+    return paths
 
 
 def read_tokens(s: Settings, kind: str, most: int | None = None) -> dict[Path, np.ndarray]:
-    """Tokens of all shards of a kind, by path, mapped. Refused unless the first
-    `most` tokens of each hold documents, the first of them whole (published shards
-    are cut anywhere), and ids of the vocabulary."""
-    shards = {path: read_shard(path) for path in list_shards(s.shards, kind)}
-    for i, (path, whole) in enumerate(shards.items()):
-        tokens = whole[:most]
-        for bad, fault in (
-            (tokens[0] == 0, f"starts with 0, not with BOS (id {BOS}): it is a byte sidecar, not tokens"),
-            (not has_bos(whole), f"holds no BOS (id {BOS}): documents cannot be told apart"),
-            (i == 0 and tokens[0] != BOS,
-             f"starts with token {tokens[0]}, not BOS (id {BOS}): its first document is cut"),
-        ):
-            if bad:
-                raise UserError(f"{path} {fault}; build the shards again, with a BOS before every document")
-        check_ids(path, tokens, s.vocab_size)
+    """Tokens of all shards of a kind, by path, mapped. Refused unless each holds
+    documents, the first of them whole (published shards are cut anywhere), and the
+    first `most` tokens are of the vocabulary."""
+    shards = {}
+    block = 1_000_000
+    for path in list_shards(s.shards, kind):
+        tokens = read_shard(path)
+        fault = ""
+        if tokens[0] == 0:
+            fault = f"starts with 0, not with BOS (id {BOS}): it is a byte sidecar, not tokens"
+        elif not any((tokens[a:a + block] == BOS).any() for a in range(0, len(tokens), block)):
+            fault = f"holds no BOS (id {BOS}): documents cannot be told apart"
+        elif not shards and tokens[0] != BOS:
+            fault = f"starts with token {tokens[0]}, not BOS (id {BOS}): its document is cut"
+        if fault:
+            raise UserError(f"{path} {fault}; build the shards again, each document after a BOS")
+        check_ids(path, tokens[:most], s.vocab_size)
+        shards[path] = tokens
     return shards
-
-
-def has_bos(tokens: np.ndarray, block: int = 1_000_000) -> bool:
-    """Whether a BOS is among the tokens, of which no more than needed are read."""
-    return any((tokens[a:a + block] == BOS).any() for a in range(0, len(tokens), block))
 
 
 def check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
     """Refuse tokens of a shard that are not of the vocabulary."""
     if tokens.max() >= vocab_size:
         at = int(np.argmax(tokens >= vocab_size))
-        raise UserError(f"{path} holds token {tokens[at]} at position {at} but VOCAB_SIZE={vocab_size}: set "
-                        "VOCAB_SIZE and TOKENIZER_PATH to those it was made with")
+        raise UserError(f"{path} holds token {tokens[at]} at position {at} but VOCAB_SIZE="
+                        f"{vocab_size}: set it and TOKENIZER_PATH to those it was made with")
 
 
 def read_sidecars(s: Settings, shards: Mapping[Path, np.ndarray]) -> np.ndarray | None:
     """Bytes of every token (N,) int64 of these shards by their sidecars; None where
     there are no sidecars."""
-    sidecars = [path.with_name(path.name.replace("_val_", "_val_bytes_")) for path in shards]
-    if not any(path.exists() for path in sidecars):
+    paths = [path.with_name(path.name.replace("_val_", "_val_bytes_")) for path in shards]
+    if not any(path.exists() for path in paths):
         return None
-    for path, tokens in zip(sidecars, shards.values()):
-        counts, wrong = read_shard(path), "the byte sidecar belongs to other shards; fetch both again"
-        if len(counts) != len(tokens):
-            raise UserError(f"{path} has {len(counts):,} entries for {len(tokens):,} tokens: {wrong}")
-        if (at := np.flatnonzero((tokens == BOS) & (counts != 0))).size:
-            raise UserError(f"{path} counts {counts[at[0]]} bytes for the BOS at position {at[0]}: {wrong}")
-    out = np.concatenate([read_shard(path) for path in sidecars]).astype(np.int64)
-    told = manifest_total(s, "val_bytes", "text_bytes")
-    if told not in (None, out.sum()) or not out.any():
-        says = "which cannot be" if told is None else f"the manifest says {told:,}"
-        raise UserError(f"the sidecars of {s.shards} count {out.sum():,} bytes, {says}: damaged or of other "
-                        "shards; fetch both again")
-    return out
+    counts = []
+    remedy = "the byte sidecar belongs to other shards; fetch both again"
+    for path, tokens in zip(paths, shards.values()):
+        count = read_shard(path)
+        if len(count) != len(tokens):
+            raise UserError(f"{path} has {len(count):,} entries for {len(tokens):,} tokens: "
+                            f"{remedy}")
+        if (at := np.flatnonzero((tokens == BOS) & (count != 0))).size:
+            raise UserError(f"{path} counts {count[at[0]]} bytes for the BOS at position "
+                            f"{at[0]}: {remedy}")
+        counts.append(count.astype(np.int64))
+    total = int(sum(count.sum() for count in counts))
+    expected = manifest_total(s, "val_bytes", "text_bytes")
+    if not total or expected not in (None, total):
+        fault = "which cannot be" if expected is None else f"the manifest says {expected:,}"
+        raise UserError(f"the sidecars of {s.shards} count {total:,} bytes, {fault}: {remedy}")
+    return np.concatenate(counts)
 
 
 def read_manifest(s: Settings) -> dict:
     """The folder's manifest.json, written by the data tools; empty when there is
     none, or one of another program. UserError when it is damaged."""
-    path, remedy = s.shards / "manifest.json", "fetch or build the data again"
+    path = s.shards / "manifest.json"
     if not path.exists():
         return {}
-    manifest = read_json(path, f"the data tools' manifest: {remedy}")
+    manifest = read_json(path, f"the data tools' manifest: {AGAIN}")
     if not {"files", "fingerprint"} <= set(manifest):
         return {}
     if fault := manifest_fault(manifest):
-        raise UserError(f"{path} is damaged ({fault}): {remedy}")
+        raise UserError(f"{path} is damaged ({fault}): {AGAIN}")
     return manifest
 
 
@@ -5284,37 +5160,33 @@ def manifest_fault(manifest: Mapping) -> str:
     """What in a manifest is not as the data tools write it; empty: nothing."""
     if not isinstance(manifest["files"], list) or not isinstance(manifest["fingerprint"], str):
         return "files is no list, or the fingerprint no text"
+    counts = {"decodable_val_bytes": manifest.get("decodable_val_bytes") or 0}
     for i, entry in enumerate(manifest["files"]):
         if not isinstance(entry, dict):
             return f"file {i} is no object"
         if not all(isinstance(entry.get(key), str) for key in ("name", "kind")):
             return f"file {i} has no name or no kind"
-        if not all(is_count(entry.get(key, 0)) for key in ("size", "tokens", "documents", "text_bytes")):
-            return f"file {i} counts what is no whole number"
+        for key in ("size", "tokens", "documents", "text_bytes"):
+            counts[f"{key} of file {i}"] = entry.get(key, 0)
     for key in ("split", "tokenizer"):      # no tokenizer: null
         if not isinstance(manifest.get(key) or {}, dict):
             return f"{key} is no object"
-    if not is_count(manifest.get("decodable_val_bytes") or 0):
-        return "decodable_val_bytes is no whole number"
+    for name, count in counts.items():
+        if type(count) is not int or not 0 <= count < 2 ** 63:
+            return f"{name} is no whole number"
     return ""
 
 
-def is_count(value) -> bool:
-    """Whether a value from JSON is a whole number of 0 or more."""
-    return type(value) is int and 0 <= value < 2 ** 63
-
-
 def manifest_total(s: Settings, kind: str, what: str) -> int | None:
-    """Sum of an entry over the manifest's files of a kind; None where it is not told."""
-    told = [entry.get(what) for entry in read_manifest(s).get("files", ()) if entry["kind"] == kind]
-    return None if not told or None in told else sum(told)
+    """Sum of an entry over the manifest's files of a kind; None where one lacks it."""
+    entries = [e.get(what) for e in read_manifest(s).get("files", ()) if e["kind"] == kind]
+    return sum(entries) if entries and None not in entries else None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Documents of a packed row: cu_seqlens (n,) int32 starts, then the total as
-    padding; longest piece. isolate: a segment that begins inside a document is not
-    smeared with the token packed before it either."""
+    """Documents of a packed row: cu_seqlens (n,) int32 starts, padded with the total;
+    longest piece. isolate: nor is a piece smeared with the token packed before it."""
     cu_seqlens: Tensor
     max_seqlen: int
     isolate: bool = False
@@ -5342,33 +5214,30 @@ class Batch(NamedTuple):
         return Batch(self.x.view(-1, length), self.y.view(-1, length), None, length)
 
     def layout(self, cap: int) -> Layout | None:
-        """Document layout; `cap` bounds a piece's length and is fixed, so that
-        compiled graphs are reused."""
+        """Documents; `cap` bounds a piece's length: it is fixed, as graphs need it."""
         return None if self.cu_seqlens is None else Layout(self.cu_seqlens, cap)
 
 
-def segment_bounds(bos: np.ndarray, total: int, max_len: int, bucket: int = 64) -> tuple[np.ndarray, int]:
-    """Attention segments of a row of `total` tokens: (cu_seqlens int32, longest
-    segment). A segment starts at 0, at each BOS, every max_len (0: never) tokens of a
-    document; padded with `total` to whole `bucket`s."""
-    starts = np.unique(np.concatenate([[0], np.asarray(bos, dtype=np.int64)]))
-    lengths = np.diff(np.append(starts, total))
+def segment_bounds(bos: np.ndarray, total: int, max_len: int,
+                   bucket: int = 64) -> tuple[np.ndarray, int]:
+    """Attention segments of a row of `total` tokens: (cu_seqlens int32, padded with
+    `total` to whole `bucket`s; longest segment). A segment starts at 0, at each BOS,
+    and every max_len (0: never) tokens of a document."""
+    starts = np.unique(np.append(0, bos)).astype(np.int64)
     if max_len > 0:
-        pieces = -(-lengths // max_len)
-        within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        starts = np.repeat(starts, pieces) + within * max_len
-        lengths = np.diff(np.append(starts, total))
-    padded = -(-(len(starts) + 1) // bucket) * bucket
-    bounds = np.full(padded, total, dtype=np.int32)
+        ends = np.append(starts[1:], total)
+        starts = np.concatenate([np.arange(a, b, max_len) for a, b in zip(starts, ends)])
+    buckets = len(starts) // bucket + 1      # room for the last end, too
+    bounds = np.full(buckets * bucket, total, dtype=np.int32)
     bounds[:len(starts)] = starts
-    return bounds, int(lengths.max())
+    return bounds, int(np.diff(bounds).max())
 
 
 def packed_batch(tokens: np.ndarray, max_len: int) -> Batch:
-    """n + 1 consecutive tokens as one packed row of n inputs and targets, segmented
-    by document."""
+    """n + 1 tokens as one packed row of n inputs and targets, cut by document."""
     t = torch.from_numpy(tokens.astype(np.int64))
-    bounds, longest = segment_bounds(np.flatnonzero(tokens[:-1] == BOS), len(tokens) - 1, max_len)
+    bos = np.flatnonzero(tokens[:-1] == BOS)
+    bounds, longest = segment_bounds(bos, len(tokens) - 1, max_len)
     return Batch(t[None, :-1], t[None, 1:], torch.from_numpy(bounds), longest, max_len, tokens)
 
 
@@ -5391,9 +5260,9 @@ class Stream:
         return self.batches * self.world_size * self.tokens / int(self.ends[-1])
 
     def next(self) -> Batch:
-        """The next micro-batch; UserError when it holds an id that is not of the
-        vocabulary."""
-        batch, self.batches = self.cut(), self.batches + 1
+        """The next micro-batch; UserError for an id that is not of the vocabulary."""
+        batch = self.cut()
+        self.batches += 1
         if max(int(batch.x.max()), int(batch.y.max())) >= self.vocab_size:
             for tokens in self.shards:
                 check_ids(Path(tokens.filename), tokens, self.vocab_size)
@@ -5412,16 +5281,21 @@ class TokenStream(Stream):
     def __init__(self, files, **shape):
         super().__init__(files, **shape)
         if self.ends[-1] < self.tokens + 1:
-            raise UserError(f"{self.ends[-1]:,} training tokens are no micro-batch: lower TRAIN_BATCH_TOKENS")
+            raise UserError(f"{self.ends[-1]:,} training tokens are no micro-batch: lower "
+                            "TRAIN_BATCH_TOKENS")
 
     def cut(self) -> Batch:
-        start, count, parts = (self.batches * self.world_size + self.rank) * self.tokens, self.tokens + 1, []
-        while count > 0:
+        start = (self.batches * self.world_size + self.rank) * self.tokens
+        missing = self.tokens + 1
+        parts = []
+        while missing > 0:
             start %= int(self.ends[-1])      # the stream wraps at the end of the last shard
             i = int(np.searchsorted(self.ends, start, side="right"))
             begin = start - int(self.ends[i]) + len(self.shards[i])
-            parts.append(np.asarray(self.shards[i][begin:begin + count]))
-            start, count = start + len(parts[-1]), count - len(parts[-1])
+            part = np.asarray(self.shards[i][begin:begin + missing])
+            parts.append(part)
+            start += len(part)
+            missing -= len(part)
         return packed_batch(np.concatenate(parts), self.max_len)
 
     def skip(self, batches: int) -> None:
@@ -5434,11 +5308,13 @@ class DocPackStream(Stream):
 
     def __init__(self, files, **shape):
         super().__init__(files, **shape)
-        self.span, self.shard = (self.tokens + 1) * self.world_size, 0
+        self.span = (self.tokens + 1) * self.world_size
+        self.shard = 0
         self.first = [int(np.argmax(x == BOS)) for x in self.shards]
         self.cursor = self.first[0]
         if all(f + self.span > len(x) for f, x in zip(self.first, self.shards)):
-            raise UserError(f"no shard holds {self.span:,} tokens from a BOS on: use TRAIN_LOADER=stream")
+            raise UserError(f"no shard holds {self.span:,} tokens from a BOS on: use "
+                            "TRAIN_LOADER=stream")
 
     def cut(self) -> Batch:
         while self.cursor + self.span > len(self.shards[self.shard]):
@@ -5446,15 +5322,15 @@ class DocPackStream(Stream):
             self.cursor = self.first[self.shard]
         begin = self.cursor + self.rank * (self.tokens + 1)
         self.cursor += self.span
-        return packed_batch(np.asarray(self.shards[self.shard][begin:begin + self.tokens + 1]), self.max_len)
+        tokens = self.shards[self.shard][begin:begin + self.tokens + 1]
+        return packed_batch(np.asarray(tokens), self.max_len)
 
 
 LOADERS: dict[str, type[Stream]] = {"stream": TokenStream, "docpack": DocPackStream}
 
 
 def open_train_stream(s: Settings, world: World, tokens: int) -> Stream:
-    """The training stream that TRAIN_LOADER names, for micro-batches of `tokens`
-    tokens."""
+    """The stream that TRAIN_LOADER names, for micro-batches of `tokens` tokens."""
     return LOADERS[s.train_loader](
         list_shards(s.shards, "train"), world_size=world.size, rank=world.rank, tokens=tokens,
         max_len=s.train_seq_len, vocab_size=s.vocab_size)
@@ -5464,18 +5340,15 @@ def open_stream(s: Settings, world: World, tokens: int, given: int) -> Prefetch:
     """The training stream, read ahead, after so many batches of this rank."""
     stream = open_train_stream(s, world, tokens)
     stream.skip(given)
-    epoch = stream.epoch
-    ahead = Prefetch(stream, world.device)
-    ahead.given, ahead.epoch = given, epoch
-    return ahead
+    return Prefetch(stream, world.device, given)
 
 
 class Prefetch:
     """Batches read ahead in one thread, in the stream's order. given: how many were
     given out, also before an interruption; epoch: of the last of them."""
 
-    def __init__(self, stream: Stream, device: torch.device, depth: int = 4):
-        self.stream, self.device, self.epoch, self.given = stream, device, 0.0, 0
+    def __init__(self, stream: Stream, device: torch.device, given: int = 0, depth: int = 4):
+        self.stream, self.device, self.given, self.epoch = stream, device, given, stream.epoch
         self.reader = ThreadPoolExecutor(1)
         self.ahead = deque(self.reader.submit(self.read) for _ in range(depth))
 
@@ -5499,9 +5372,9 @@ class Prefetch:
 
 @dataclass(frozen=True)
 class ByteTable:
-    """UTF-8 bytes behind each token. base (V) int16; lead (V): the piece begins with
-    a space; boundary (V): control, unknown or unused, after which a leading space is
-    not counted."""
+    """UTF-8 bytes of each token: base (V) int16, and one more for a piece that begins
+    with a space, lead (V), unless a control, unknown or unused one, boundary (V), is
+    before it."""
     base: np.ndarray
     lead: np.ndarray
     boundary: np.ndarray
@@ -5510,8 +5383,8 @@ class ByteTable:
     def from_sentencepiece(cls, path: Path, vocab_size: int) -> ByteTable:
         sp = load_tokenizer(path)
         if sp.vocab_size() != vocab_size:
-            raise UserError(f"tokenizer {path} has {sp.vocab_size()} tokens but VOCAB_SIZE={vocab_size}: set "
-                            "them to the pair that the shards were made with")
+            raise UserError(f"tokenizer {path} has {sp.vocab_size()} tokens but VOCAB_SIZE="
+                            f"{vocab_size}: set them to the pair that the shards were made with")
         base, lead, boundary = (np.zeros(vocab_size, kind) for kind in (np.int16, bool, bool))
         for i in range(vocab_size):
             if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
@@ -5520,8 +5393,8 @@ class ByteTable:
                 base[i] = 1
             else:
                 piece = sp.id_to_piece(i)
-                lead[i] = piece.startswith("\u2581")
-                base[i] = len(piece.removeprefix("\u2581").encode())   # only the first one stands for a space
+                lead[i] = piece.startswith("\u2581")      # only the first one stands for a space
+                base[i] = len(piece.removeprefix("\u2581").encode())
         return cls(base, lead, boundary)
 
     def count(self, prev: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -5536,19 +5409,15 @@ def load_tokenizer(path: Path):
     """The SentencePiece model at path; UserError when it is missing or damaged."""
     import sentencepiece
     if not Path(path).exists():
-        raise UserError(f"TOKENIZER_PATH={path} does not exist: see data/README.md, or set TOKENIZER_PATH")
+        raise UserError(f"TOKENIZER_PATH={path} does not exist: see data/README.md, or set it")
     model = read_bounded(Path(path), MOST_MODEL, A_MODEL)
-    try:
+    with refused(f"TOKENIZER_PATH={path} is damaged", f"set it to {A_MODEL}"):
         return sentencepiece.SentencePieceProcessor(model_proto=model or b"empty")
-    except RuntimeError as error:
-        raise UserError(f"TOKENIZER_PATH={path} is no SentencePiece model, or damaged: set it to the "
-                        "one that the shards were made with") from error
 
 
 class Documents:
     """Documents of a token stream: each runs from its BOS to, and including, the next
-    BOS (its last target). start, length (n,) int64; document d predicts length - 1
-    targets from as many inputs, from start on."""
+    BOS (its last target). start, length (n,) int64; length - 1 targets."""
 
     def __init__(self, tokens: np.ndarray):
         starts = np.flatnonzero(tokens == BOS)
@@ -5562,12 +5431,13 @@ class Documents:
     def sample(self, fraction: float, seed: int) -> Documents:
         """A random share of the documents, in stream order."""
         if fraction < 1:
-            keep = sorted(random.Random(seed).sample(range(len(self)), max(1, round(len(self) * fraction))))
+            count = max(1, round(len(self) * fraction))
+            keep = sorted(random.Random(seed).sample(range(len(self)), count))
             self.start, self.length = self.start[keep], self.length[keep]
         return self
 
 
-SEALED = "validation tokens are read while the model is made, outside of scoring: that would break the rules"
+SEALED = "validation tokens are read while the model is made, which would break the rules"
 
 
 class Validation:
@@ -5606,15 +5476,16 @@ class Validation:
         if counts is not None:
             self.rule, self.target_bytes = "sidecar", counts[1:]
         elif s.caseops_enabled:
-            raise UserError(f"CASEOPS_ENABLED=1 needs the byte sidecars of {s.shards}: fetch them, or set 0")
+            raise UserError(f"CASEOPS_ENABLED=1 needs the byte sidecars of {s.shards}: fetch "
+                            "them, or set it to 0")
         else:
             table = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
             self.rule, self.target_bytes = "table", table.count(self.tokens[:-1], self.tokens[1:])
         self.documents = Documents(self.tokens).sample(s.val_doc_fraction, s.seed)
         spans = zip(self.documents.start.tolist(), self.documents.length.tolist())
         if not any(self.target_bytes[a:a + n - 1].any() for a, n in spans):
-            raise UserError(f"the validation documents of {s.shards} are empty: not a byte is there to be "
-                            "predicted; fetch or build the data again, or raise VAL_DOC_FRACTION")
+            raise UserError(f"the validation documents of {s.shards} are empty: nothing is to be "
+                            f"predicted; {AGAIN}, or raise VAL_DOC_FRACTION")
 
     def open_for_study(self, run: Run, why: str) -> np.ndarray:
         """The one door past the seal: marks the run NON-COMPLIANT, then hands out the
@@ -5626,8 +5497,11 @@ class Validation:
     def of(cls, tokens: np.ndarray, targets: np.ndarray | None = None) -> Validation:
         """A made-up stream, one byte a token: for probes. Nothing of it is sealed."""
         val = cls.__new__(cls)
-        val.sealed, val.other_targets = False, targets
-        val.stream, val.rule, val.documents = tokens.astype(np.uint16), "made up", Documents(tokens)
+        val.sealed = False
+        val.rule = "made up"
+        val.other_targets = targets
+        val.stream = tokens.astype(np.uint16)
+        val.documents = Documents(tokens)
         val.target_bytes = (tokens[1:] != BOS).astype(np.int64)
         return val
 

@@ -77,12 +77,12 @@ class Case:
 
 
 @dataclass
-class Told:
-    """What came of a case. where: what the run was doing; how: it went on."""
+class Outcome:
+    """What came of a case. where: what the run was doing; went_on: from what."""
 
     case: Case
     where: str = ""
-    how: str = "-"
+    went_on: str = "-"
     faults: list = field(default_factory=list)
     seconds: float = 0.0
 
@@ -213,7 +213,7 @@ class Job:
 
     def wait_for(self, event: str) -> None:
         """Until the log tells of an event, or the run ends."""
-        while self.runs() and not told(self.folder, event):
+        while self.runs() and not events_of(self.folder, event):
             time.sleep(0.02)
 
     def wait_for_step(self, step: int) -> None:
@@ -276,13 +276,13 @@ def log_of(folder: Path) -> list[dict]:
     return [strict(line) for line in lines]
 
 
-def told(folder: Path, event: str) -> list[dict]:
+def events_of(folder: Path, event: str) -> list[dict]:
     return [e for e in log_of(folder) if e["event"] == event]
 
 
 def steps_of(folder: Path) -> int:
     """Steps that the log tells of."""
-    return max((e["step"] for e in told(folder, "train")), default=0)
+    return max((e["step"] for e in events_of(folder, "train")), default=0)
 
 
 def read_file(path: Path) -> None:
@@ -293,7 +293,7 @@ def read_file(path: Path) -> None:
     elif path.suffix == ".json":
         strict(path.read_text())
     elif path.name.startswith("resume."):
-        tg.unsealed(path, 1 << 30, "a checkpoint", must=True)
+        tg.unsealed(path, 1 << 30, "a checkpoint")
     elif path.suffix == ".pt":
         tg.read_weights(str(path), tg.GPT(s))
     elif path.suffix == ".ptz":
@@ -368,7 +368,7 @@ def next_command(job: Job, start: str) -> str:
     """The command to go on: the one on the screen, else the last in the log; `start` if there
     is none yet."""
     shown = [line for line in job.err.splitlines() if line.startswith("to go on: ")]
-    logged = told(job.folder, "go_on")
+    logged = events_of(job.folder, "go_on")
     if shown:
         return shown[-1].removeprefix("to go on: ")
     return logged[-1]["command"] if logged else start
@@ -429,9 +429,9 @@ def record(bench: Bench, name: str, scored_before: bool) -> list[str]:
     return []
 
 
-def kill(bench: Bench, case: Case) -> Told:
+def kill(bench: Bench, case: Case) -> Outcome:
     """Start a run, end it, and judge what it leaves and how it goes on."""
-    name, result = f"kill{case.number}", Told(case)
+    name, result = f"kill{case.number}", Outcome(case)
     program = bench.driver if case.signal == KILL else SCRIPT
     job = bench.start(name, case.ranks, program, **case.changes)
     family, ended = strike(job, case, bench.whole[case.ranks][0])
@@ -444,18 +444,18 @@ def kill(bench: Bench, case: Case) -> Told:
     result.faults += unreadable(job.folder) + lost(job.folder, moment)
     if result.where != "at its end":
         command = next_command(job, bench.command(case, name))
-        result.how = way_of(command)
-        scored = result.how == "artifact" and "evaluation_runs" in summary(job.folder)
+        result.went_on = way_of(command)
+        scored = result.went_on == "artifact" and "evaluation_runs" in summary(job.folder)
         result.faults += follow(bench, name, case.ranks, command)
-        if result.how == "artifact" and not result.faults:
+        if result.went_on == "artifact" and not result.faults:
             result.faults += record(bench, name, scored)
     return result
 
 
-def stop(bench: Bench, case: Case) -> Told:
+def stop(bench: Bench, case: Case) -> Outcome:
     """One rank of two is stopped in training: it is named, the job ends within a minute, and
     goes on."""
-    name, result = f"stop{case.number}", Told(case)
+    name, result = f"stop{case.number}", Outcome(case)
     job = bench.start(name, 2, bench.driver)
     job.wait_for("average")
     family, one = job.family(), job.rank(1)
@@ -471,7 +471,7 @@ def stop(bench: Bench, case: Case) -> Told:
     if named not in job.err:
         result.faults.append("the stopped rank is not named")
     command = next_command(job, "")
-    result.how = way_of(command)
+    result.went_on = way_of(command)
     result.faults += unreadable(job.folder) + follow(bench, name, 2, command)
     return result
 
@@ -483,9 +483,9 @@ SAME = ("artifact_digest", "val_bpb", "sliding_val_bpb", "quantized_val_bpb",
         "prequant_val_bpb", "steps")
 
 
-def resume(bench: Bench, case: Case) -> Told:
+def resume(bench: Bench, case: Case) -> Outcome:
     """A run is ended at a step and resumed: artifact and score are those of the run left alone."""
-    name, result = f"resume{case.number}", Told(case)
+    name, result = f"resume{case.number}", Outcome(case)
     job = bench.start(name, case.ranks, CHECKPOINT_EVERY_SECONDS=1e-6)
     step = 3 + int(case.share * (STEPS[case.ranks] - 8))
     job.wait_for_step(step)
@@ -498,13 +498,13 @@ def resume(bench: Bench, case: Case) -> Told:
     if status := again.wait(PATIENCE):
         result.faults.append(f"status {status}: {again.err.strip()[-600:]}")
         return result
-    result.how = f"step {told(job.folder, 'resume')[0]['step']}"
+    result.went_on = f"step {events_of(job.folder, 'resume')[0]['step']}"
     here, there = summary(job.folder), bench.whole[case.ranks][1]
     for key in SAME:
         if here[key] is None or here[key] != there[key]:
             result.faults.append(f"{key}={here[key]}, of the run left alone {there[key]}")
-    mine, right = (bench.folder / n / tg.ARTIFACT_NAME for n in (name, f"whole{case.ranks}"))
-    if mine.read_bytes() != right.read_bytes():
+    ours, right = (bench.folder / n / tg.ARTIFACT_NAME for n in (name, f"whole{case.ranks}"))
+    if ours.read_bytes() != right.read_bytes():
         result.faults.append("the artifact is another")
     return result
 
@@ -522,37 +522,37 @@ def resumed_cases(count: int, seed: int) -> list[Case]:
 # --- all of them
 
 
-def tried(act, bench: Bench, case: Case) -> Told:
+def tried(act, bench: Bench, case: Case) -> Outcome:
     """What came of a case, told in a line at once."""
     begin = time.monotonic()
     try:
         result = act(bench, case)
     except Exception:
-        result = Told(case, faults=[traceback.format_exc()])
+        result = Outcome(case, faults=[traceback.format_exc()])
     result.seconds = time.monotonic() - begin
     to = f" to {case.whom}" if case.ranks > 1 else ""
     verdict = "VIOLATION" if result.faults else "ok"
     print(f"{verdict:9} {act.__name__} {case.number}: {case.kind}{to} {result.where}; went on from "
-          f"{result.how} ({result.seconds:.1f} s)", flush=True)
+          f"{result.went_on} ({result.seconds:.1f} s)", flush=True)
     for fault in result.faults:
         print(f"          {fault}", flush=True)
     return result
 
 
-def table(results: list[tuple[str, Told]]) -> None:
+def table(results: list[tuple[str, Outcome]]) -> None:
     """Counts and seconds by kind."""
     groups = collections.defaultdict(list)
     for act, result in results:
         groups[f"{act}: {result.case.kind}"].append(result)
         groups[f"{act}: ended {result.where.split(',')[0]}"].append(result)
-        groups[f"{act}: went on from {result.how.split()[0]}"].append(result)
+        groups[f"{act}: went on from {result.went_on.split()[0]}"].append(result)
     print(f"\n{'':40} cases  faults  seconds")
     for kind, rows in sorted(groups.items()):
         faults = sum(bool(row.faults) for row in rows)
         print(f"{kind:40} {len(rows):5}  {faults:6}  {sum(row.seconds for row in rows):7.1f}")
 
 
-def try_runs(kind: str, count: int, seed: int, jobs: int) -> list[tuple[str, Told]]:
+def try_runs(kind: str, count: int, seed: int, jobs: int) -> list[tuple[str, Outcome]]:
     """The cases of one kind, `jobs` at a time."""
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))

@@ -440,7 +440,7 @@ FAULTS = {
     "sidecar value": (lambda f: rewrite(f / SIDE0, set_value(7, 99)), SIDE0, "token 7: 99 bytes for token",
                       "count .* bytes, the manifest says"),
     "no sidecar": (lambda f: (f / SIDE0).unlink(), SIDE0, "missing|not there",
-                   f"cannot read shard .*{SIDE0}: No such file"),
+                   f"{SIDE0} cannot be read: No such file"),
     "no BOS": (lambda f: rewrite(f / VAL0, lambda v: v[v != BOS]), VAL0, "no BOS", f"{VAL0} holds no BOS"),
     "no BOS, training": (lambda f: rewrite(f / TRAIN1, lambda v: v[v != BOS]), TRAIN1, "no BOS",
                          f"{TRAIN1} holds no BOS"),

@@ -219,7 +219,7 @@ def test_flags_are_read_when_they_have_arrived():
 def test_averages_are_on_disk_while_training_goes_on(data, tmp_path, monkeypatch):
     monkeypatch.setattr(tg.AverageKeeper, "SECONDS", 0.0)
     monkeypatch.setattr(tg.AverageKeeper, "start", lambda self, *x, go=tg.AverageKeeper.start: (
-        go(self, *x), tg.wait_for(self.job)))
+        go(self, *x), self.finish()))
     seen = {}
 
     def look():
@@ -243,6 +243,9 @@ def keeper(folder, run=None):
         def log(self, event, quiet=False, **values):
             self.lines.append(values)
 
+        def warn(self, text, once=None):
+            self.lines.append({"text": text})
+
         def note_go_on(self):
             pass
 
@@ -255,13 +258,13 @@ def keeper(folder, run=None):
 def test_an_average_that_is_not_finite_or_cannot_be_written_leaves_the_older(tmp_path, monkeypatch):
     kept, ema, lines = keeper(tmp_path)
     kept.offer(1)
-    tg.wait_for(kept.job)
+    kept.finish()
     before = (tmp_path / tg.AVERAGE).read_bytes()
     next(iter(ema.values())).view(-1)[0] = float("nan")
     kept.start(2, "average of step 2")
-    tg.wait_for(kept.job)
+    kept.finish()
     next(iter(ema.values())).view(-1)[0] = 0
-    monkeypatch.setattr(tg, "write_atomic", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(tg, "write_atomic", lambda *_: (_ for _ in ()).throw(tg.UserError("No space left")))
     kept.close(3, "stopped at step 3")
     assert (tmp_path / tg.AVERAGE).read_bytes() == before
     assert "No space left" in lines[-1]["text"]
@@ -315,15 +318,18 @@ def test_weights_and_facts_come_back_and_torch_reads_the_file(tmp_path):
     assert facts_of(path) == FACTS
 
 
-def test_files_of_earlier_versions_pass_with_a_warning(tmp_path, capsys):
-    s = settings()
-    box = good_box(s)
-    del box["facts"], box["architecture"]["LN_SCALE"]      # a setting that was added later
-    path = tmp_path / "old.pt"
-    path.write_bytes(saved(box))
-    assert tg.read_weights(str(path), tg.GPT(s)) == {}
-    assert "without a digest" in capsys.readouterr().err
-    assert "LN_SCALE=True there, False here" in refuses(path, settings(LN_SCALE=0))
+def test_a_setting_that_is_younger_than_the_file_had_its_default(tmp_path):
+    box, path = good_box(settings()), tmp_path / "old.pt"
+    del box["architecture"]["ROPE_BASE"]
+    path.write_bytes(tg.sealed(box))
+    assert tg.read_weights(str(path), tg.GPT(settings())) == FACTS
+    assert "ROPE_BASE=10000.0 there, 500.0 here" in refuses(path, settings(ROPE_BASE=500))
+
+
+def test_a_file_without_a_digest_is_refused(tmp_path):
+    path = tmp_path / "w.pt"
+    path.write_bytes(saved(good_box(settings())))
+    assert "not as train_gpt.sealed writes it" in refuses(path)
 
 
 def test_every_flipped_bit_is_noticed(tmp_path):
@@ -363,8 +369,7 @@ CONTENTS = {
     "no architecture": lambda: {**good_box(settings()), "architecture": {}},
     "unknown setting": lambda: {**good_box(settings()), "architecture": {
         **tg.architecture(settings()), "X" * 10 ** 5 + "\n": "y" * 10 ** 5}},
-    "facts": lambda: {**good_box(settings()), "facts": {**FACTS, "steps": -1}},
-    "facts nan": lambda: {**good_box(settings()), "facts": {**FACTS, "step_ms": float("nan")}},
+    "no facts": lambda: {**good_box(settings()), "facts": {}},
     "long name": lambda: {**good_box(settings()), "weights": {"n\n" * 10 ** 5: GAIN}},
     "odd names": lambda: {**good_box(settings()), "weights": {1: GAIN, "a": GAIN, None: GAIN}},
 }
@@ -452,7 +457,7 @@ def test_weights_find_another_place_when_the_disk_is_full(data, tmp_path, monkey
     def no_space(path, content):
         if path.name.startswith("final_model") and len(failed) < full:
             failed.append(path)
-            raise OSError(28, "No space left on device")
+            raise tg.UserError(f"cannot write {path}: No space left on device")
         write(path, content)
 
     monkeypatch.setattr(tg, "write_atomic", no_space)
@@ -523,7 +528,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(data, tmp_pa
     write, killed = tg.write_atomic, []
 
     def deadly(path, content):
-        if path.name == "resume.json" and json.loads(content)["step"] == 5:
+        if path.name == "resume.5.0.pt":
             killed.append(path)
             raise KeyboardInterrupt
         write(path, content)
@@ -533,6 +538,14 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(data, tmp_pa
         learn(data, tmp_path, **GOING_ON)
     s, run, _ = start(data, tmp_path, RESUME=1, **GOING_ON)
     assert killed and tg.read_checkpoint(s, tg.World(), run)["step"] == 4
+
+
+def test_a_checkpoint_that_one_rank_cannot_write_is_none(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(tg.World, "gather", lambda self, fault: [fault, "rank 1: No space left"])
+    learn(data, tmp_path, **{**GOING_ON, "ITERATIONS": 3})
+    assert not list(tmp_path.glob("checkpoint/resume.*"))
+    said = [event["text"] for event in events(tmp_path, "warning")]
+    assert said[0] == "no checkpoint at step 1: rank 1: No space left"
 
 
 def test_resume_is_refused_where_it_cannot_go_on(data, tmp_path, monkeypatch):
@@ -550,17 +563,14 @@ def test_resume_is_refused_where_it_cannot_go_on(data, tmp_path, monkeypatch):
                           (dict(ITERATIONS=99), "ITERATIONS=8 there")):
         with pytest.raises(tg.UserError, match=word):
             learn(data, tmp_path / "r", RESUME=1, **{**GOING_ON, **changes})
-    pointer = tmp_path / "r" / tg.POINTER
-    pointer.write_text('{"step": 2, "world_size": 2}')
-    with pytest.raises(tg.UserError, match="is of 2 ranks"):
-        learn(data, tmp_path / "r", RESUME=1, **GOING_ON)
-    pointer.write_text('{"step": 1, "world_size": 1}')
-    with pytest.raises(tg.UserError, match="resume.1.0.pt"):
-        learn(data, tmp_path / "r", RESUME=1, **GOING_ON)
     whole = tmp_path / "r" / "checkpoint" / "resume.2.0.pt"
+    box = torch.load(whole, weights_only=True)
+    box["settings"]["WORLD_SIZE"] = 2
+    whole.write_bytes(tg.sealed(box))
+    with pytest.raises(tg.UserError, match="WORLD_SIZE=2 there, 1 here"):
+        learn(data, tmp_path / "r", RESUME=1, **GOING_ON)
     whole.write_bytes(whole.read_bytes()[:-1])
-    pointer.write_text('{"step": 2, "world_size": 1}')
-    with pytest.raises(tg.UserError, match="damaged"):
+    with pytest.raises(tg.UserError, match="resume.2.0.pt: it is damaged"):
         learn(data, tmp_path / "r", RESUME=1, **GOING_ON)
 
 

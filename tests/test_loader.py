@@ -126,6 +126,8 @@ def test_prefetch_keeps_the_order_and_hands_errors_over(shards):
     ahead.close()
 
     class Broken:
+        epoch = 0.0
+
         def next(self):
             raise tg.UserError("the disk went away")
 
@@ -157,7 +159,7 @@ def test_spoilt_sidecars_are_refused(built):
         (lambda f: f.write_bytes(f.read_bytes()[:100]), "no token shard"),
         (lambda f: write_shard(f, documents(3, 0), magic=7), "no token shard"),
         (lambda f: write_shard(f, documents(3, 0), count=10**9), "truncated"),
-        (lambda f: f.unlink(), "cannot read"),
+        (lambda f: f.unlink(), "cannot be read"),
     ],
 )
 def test_damaged_shards_are_refused(tmp_path, spoil, words):

@@ -72,7 +72,7 @@ def test_a_run_leaves_everything_behind(finished):
     assert (ROOT / "train_gpt.py").read_text() in log and str(ROOT) not in log.replace(
         (ROOT / "train_gpt.py").read_text(), ""
     )
-    assert "brotli-11" in text and "xz -9e" in text and "untrained" in text
+    assert "untrained" in text
 
 
 def test_it_learns_and_the_books_agree(finished):
@@ -288,7 +288,7 @@ def test_a_flipped_byte_and_another_configuration(finished, data, tmp_path):
     )
     refused(
         environment(data, EVAL_ONLY_PATH=folder / "train.log", ARTIFACT_DIR=tmp_path / "r"),
-        "no averaged weights",
+        "train.log: it is damaged",
     )
 
 
