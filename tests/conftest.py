@@ -180,7 +180,7 @@ def environment(data: Path, **changes) -> dict:
 
 
 def run_script(
-    env: dict, *args: str, launcher: tuple = (), script: Path = ROOT / "train_gpt.py", timeout: float = 120
+    env: dict, *args: str, launcher: tuple = (), script: Path = ROOT / "train_gpt.py", timeout: float = 900
 ):
     """The script in a process of its own: (exit status, output)."""
     done = subprocess.run(

@@ -77,7 +77,7 @@ def stopped_rank(data, folder: Path):
         if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes():
             os.kill(pid, signal.SIGSTOP)
             begin = time.monotonic()
-            output = job.communicate(timeout=60)[0]
+            output = job.communicate(timeout=600)[0]
             return pid, time.monotonic() - begin, output
     raise AssertionError("there is no rank 1")
 
@@ -418,7 +418,7 @@ def test_a_run_into_head_with_its_log_on_a_full_disk(lost, data, tmp_path):
     artifact = lost[0] / tg.ARTIFACT_NAME
     env = environment(data, ARTIFACT_DIR=tmp_path, EVAL_ONLY_QUANTIZED_PATH=artifact, **SHORT)
     done = subprocess.run(["bash", "-c", f"{sys.executable} train_gpt.py | head -3; exit ${{PIPESTATUS[0]}}"],
-                          env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+                          env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert summary(tmp_path)["val_bpb"] > 0 and len(done.stdout.splitlines()) == 3
     assert len(events(tmp_path, "warning")) == 2 and events(tmp_path, "final")

@@ -98,7 +98,7 @@ def test_a_signal_stops_training_after_the_step_and_a_lost_terminal_does_not(dat
     process.send_signal(signal.SIGHUP)
     next(line for line in process.stdout if line == "did 9\n")
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 130 and "Traceback" not in err
     last = [line for line in out.splitlines() if line.startswith("did ")][-1:]
     step = int(last[0].split()[1]) if last else 9
@@ -615,7 +615,7 @@ def test_two_ranks_stop_together_and_go_on_to_the_bit(data, tmp_path):
                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
         ranks.append(subprocess.Popen([sys.executable, "-c", TWO_RANKS, str(tmp_path), str(data)], cwd=ROOT,
                                       env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    out = [process.communicate(timeout=100)[0] for process in ranks]
+    out = [process.communicate(timeout=600)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [143, 143], out
     before = tmp_path / "two" / "checkpoint" / "average.previous.pt"      # of the run that was resumed
     assert facts_of(before)["stopped"] == "stopped at step 5"

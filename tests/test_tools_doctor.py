@@ -114,8 +114,10 @@ def test_the_rehearsal_tells_what_failed(monkeypatch):
     assert states(found) == [FAIL] and found[0].found == "RuntimeError: no kernel image"
 
 
-def test_the_rehearsal_runs_every_stage():
-    assert states(doctor.check_rehearsal()) == [OK]
+def test_the_rehearsal_runs_every_stage(monkeypatch):
+    monkeypatch.setattr(doctor, "REHEARSAL_SECONDS", 600)      # the machine of a test may be busy
+    found = doctor.check_rehearsal()
+    assert states(found) == [OK], found
 
 
 def test_quick_on_this_machine():

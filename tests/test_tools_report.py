@@ -135,7 +135,7 @@ def browse(page, *options):
                            "--window-size=1280,4200", "--virtual-time-budget=10000",
                            "--disable-background-networking", "--disable-component-update", "--no-first-run",
                            "--host-resolver-rules=MAP * ~NOTFOUND", *options, page.as_uri()],
-                          capture_output=True, text=True, timeout=120)
+                          capture_output=True, text=True, timeout=600)
 
 
 @slow

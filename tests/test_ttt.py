@@ -50,7 +50,7 @@ def test_the_same_score_every_time(s):
 
 def ranks_as_threads(size) -> list[tg.World]:
     """The worlds of `size` ranks that meet in this process."""
-    barrier, box = threading.Barrier(size, timeout=60), [None] * size
+    barrier, box = threading.Barrier(size, timeout=300), [None] * size
 
     class Rank(tg.World):
         def gather(self, value):
