@@ -2374,7 +2374,7 @@ def factors_of(t: Mapping[str, Tensor], name: str) -> Tensor | float:
 def half_steps(codes: np.ndarray) -> np.ndarray:
     """Which of the codes (R, C) stand half a step higher: a walk from state 0 through
     every row."""
-    return state_bits(np.ascontiguousarray(codes.T), TRELLIS).T
+    return state_bits(np.ascontiguousarray(codes.T)).T
 
 
 def dequantise(q: Quantised) -> dict[str, Tensor]:
@@ -6076,8 +6076,9 @@ def resolve_attention(choice: str, device) -> tuple[str, str]:
 
 # --- container
 
-MAGIC, ARTIFACT_VERSION = b"\x93PGOLF\r\n", 3    # a high byte and a line end: text-mode copies are noticed
-PREFIX = struct.Struct("<8sHI8s")                # magic, version, bytes of JSON, digest of all that follows
+MAGIC = b"\x93PGOLF\r\n"             # a high byte and a line end: copies in text mode are noticed
+ARTIFACT_VERSION = 4
+PREFIX = struct.Struct("<8sHI8s")    # magic, version, bytes of JSON, digest of all that follows
 
 
 def digest_of(data: bytes) -> bytes:
@@ -6088,7 +6089,8 @@ def digest_of(data: bytes) -> bytes:
 def artifact_to_bytes(header: dict, streams: Mapping[str, bytes]) -> bytes:
     """PREFIX, JSON {"header", "streams": [[name, bytes], …]}, streams; equal input,
     equal bytes."""
-    root = {"header": header, "streams": [[name, len(data)] for name, data in streams.items()]}
+    sizes = [[name, len(data)] for name, data in streams.items()]
+    root = {"header": header, "streams": sizes}
     text = json.dumps(root, sort_keys=True, allow_nan=False, separators=(",", ":")).encode()
     body = b"".join([text, *streams.values()])
     return PREFIX.pack(MAGIC, ARTIFACT_VERSION, len(text), digest_of(body)) + body
@@ -6102,20 +6104,23 @@ def artifact_from_bytes(blob: bytes, origin: str) -> tuple[dict, dict[str, bytes
 
     if blob[:8] != MAGIC or len(blob) < PREFIX.size:
         refuse(f"is no artifact of this trainer (starts with {blob[:8]!r}, not {MAGIC!r}) or is cut off")
-    _, version, at, digest = PREFIX.unpack_from(blob)
-    body, streams = blob[PREFIX.size:], {}
+    _, version, begin, digest = PREFIX.unpack_from(blob)
+    body = blob[PREFIX.size:]
     if version != ARTIFACT_VERSION:
         refuse(f"has format version {version}, this script reads {ARTIFACT_VERSION}")
     if digest_of(body) != digest:
         refuse(f"is cut off or damaged ({len(blob):,} bytes, checksum)")
+    streams = {}
     try:
-        root = json.loads(body[:at])
+        root = json.loads(body[:begin])
         for name, size in root["streams"]:
-            streams[str(name)], at = body[at:at + int(size)], at + int(size)
-            if not 0 <= int(size) <= at <= len(body):
+            end = begin + int(size)
+            if not begin <= end <= len(body):
                 raise ValueError(f"stream {name} of {size} bytes")
-        if at != len(body):
-            raise ValueError(f"{len(body) - at} bytes too many")
+            streams[str(name)] = body[begin:end]
+            begin = end
+        if begin != len(body):
+            raise ValueError(f"{len(body) - begin} bytes too many")
         return dict(root["header"]), streams
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         refuse(f"has a header that cannot be read ({type(error).__name__})")
@@ -6132,8 +6137,9 @@ def byte_unshuffle(data: bytes, stride: int) -> bytes:
     """Inverse of byte_shuffle."""
     out, begin = bytearray(len(data)), 0
     for i in range(stride):
-        end = begin + len(range(i, len(data), stride))
-        out[i::stride], begin = data[begin:end], end
+        end = begin + len(out[i::stride])
+        out[i::stride] = data[begin:end]
+        begin = end
     return bytes(out)
 
 
@@ -6158,18 +6164,18 @@ def brotli_unpack(blob: bytes, size: int, stride: int = 1) -> bytes:
 
 def split_bytes(blob: bytes, sizes: Sequence[int], dtype: str = "i1") -> list[np.ndarray]:
     """Arrays of these sizes that brotli_pack was given one after the other."""
+    if not sizes:
+        return []
     stride = np.dtype(dtype).itemsize
-    flat = np.frombuffer(brotli_unpack(blob, stride * sum(sizes), stride), dtype).copy()
-    return np.split(flat, np.cumsum(sizes)[:-1]) if sizes else []
+    data = brotli_unpack(blob, stride * sum(sizes), stride)
+    return np.split(np.frombuffer(data, dtype).copy(), np.cumsum(sizes)[:-1])
 
 
-# --- contexts
+# --- contexts: how large a code is expected to be, in eighths of an octave
 
-Sides = tuple[np.ndarray, np.ndarray]  # row_ctx (R), col_ctx (C) of one code matrix
-
-# A context says how large a code is expected to be, in eighths of an octave: for rows 7 octaves upwards from
-# an rms of 1/4, for columns 1.5 octaves to either side.
-ROW_LEVELS, COLUMN_REACH = 56, 12
+Sides = tuple[np.ndarray, np.ndarray]  # row contexts (R), column contexts (C) of one code matrix
+ROW_LEVELS = 56       # of a row: 7 octaves upwards from an rms of 1/4
+COLUMN_REACH = 12     # of a column: 1.5 octaves to either side
 
 
 def code_level(codes: np.ndarray, axis: int | None = None) -> np.ndarray:
@@ -6184,19 +6190,23 @@ def code_levels(codes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.
     rows (R) and columns (C) predict."""
     parts = [code_level(codes)[None]]
     for axis, predicted in ((1, rows), (0, columns)):
-        beyond = code_level(codes, axis) - predicted
-        parts.append(np.rint((beyond - np.median(beyond)) / 2).clip(-127, 127))
+        excess = code_level(codes, axis) - predicted
+        excess = excess - np.median(excess)
+        parts.append(np.rint(excess / 2).clip(-127, 127))
     return np.concatenate(parts).astype(np.int8)
 
 
 def scale_contexts(levels: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> Sides:
-    """(row_ctx (R), col_ctx (C)) of one code matrix from what the decoder has, by
-    integers alone: its code_levels and what they were measured against."""
-    whole, *beyond = np.split(levels.astype(np.int32), [1, 1 + len(rows)])
-    rows, columns = (x + 2 * more for x, more in zip((rows, columns), beyond))
-    rows, columns = (x - np.sort(x)[len(x) // 2] for x in (rows, columns))
-    return ((rows + whole + 2 * OCTAVE).clip(0, ROW_LEVELS - 1),
-            columns.clip(-COLUMN_REACH, COLUMN_REACH) + COLUMN_REACH)
+    """The contexts of one code matrix from what the decoder has, by integers alone:
+    its code_levels and what they were measured against."""
+    overall, *excess = np.split(levels.astype(np.int32), [1, 1 + len(rows)])
+    sides = []
+    for predicted, quarters in zip((rows, columns), excess):
+        level = predicted + 2 * quarters
+        sides.append(level - np.sort(level)[len(level) // 2])
+    rows, columns = sides
+    rows = (rows + overall + 2 * OCTAVE).clip(0, ROW_LEVELS - 1)
+    return rows, columns.clip(-COLUMN_REACH, COLUMN_REACH) + COLUMN_REACH
 
 
 # --- guesses
@@ -6204,20 +6214,25 @@ def scale_contexts(levels: np.ndarray, rows: np.ndarray, columns: np.ndarray) ->
 # The rows of an embedding share directions: what has been read of a row tells something of its next code. A
 # row is taken as a sum of RANK factors, its shares in them unknown, plus noise; the guess is the recursive
 # least-squares estimate, and only what differs from it is coded.
-RANK, RIDGE, GAIN_BITS, TALL = 8, 1024, 24, 8
+RANK = 8
+RIDGE = 1024       # the noise's variance in units of a share's
+GAIN_BITS = 24     # gains are integers of this many fractional bits
+TALL = 8           # rows a column has at least where factors may pay
 
 
 def shared_factors(codes: np.ndarray) -> np.ndarray | None:
-    """Factors int8 (RANK, C) of codes (R, C) with at least TALL rows a column; None
-    where they do not pay. Noise has the variance RIDGE in units of a share's."""
+    """Factors int8 (RANK, C) of codes (R, C); None where they do not pay."""
     if len(codes) < TALL * codes.shape[1] or codes.shape[1] <= RANK:
         return None
     rms = np.sqrt(np.square(codes, dtype=np.float32).mean(1, keepdims=True)).clip(0.25)
     size, axes = np.linalg.eigh((codes / rms).T @ (codes / rms))
     excess = np.maximum(size[-RANK:] / size[:-RANK].mean() - 1, 0)
-    factors = np.rint(np.sqrt(RIDGE * excess) * axes[:, -RANK:]).T.clip(-127, 127).astype(np.int8)
-    before, after = (np.square(x / rms).mean(0) + 1e-9 for x in (codes, residues(codes, factors)))
-    return factors if len(codes) / 2 * np.log2(before / after).sum() > 8 * factors.size else None
+    factors = np.rint(np.sqrt(RIDGE * excess) * axes[:, -RANK:]).T
+    factors = factors.clip(-127, 127).astype(np.int8)
+    before = np.square(codes / rms).mean(0) + 1e-9
+    after = np.square(residues(codes, factors) / rms).mean(0) + 1e-9
+    bits = len(codes) / 2 * np.log2(before / after).sum()
+    return factors if bits > 8 * factors.size else None
 
 
 class Guesser:
@@ -6226,19 +6241,22 @@ class Guesser:
     which round alike on all machines."""
 
     def __init__(self, factors: np.ndarray, rows: int):
-        self.factors, self.gains = factors.astype(np.int64), []
-        self.sums, spread = np.zeros((len(factors), rows), np.int64), np.eye(len(factors)) / RIDGE
+        self.factors = factors.astype(np.int64)
+        self.sums = np.zeros((len(factors), rows), np.int64)
+        self.gains = []
+        covariance = np.eye(len(factors)) / RIDGE
         for column in factors.T.astype(float):
-            gain = np.array([math.fsum(row) for row in spread * column])
+            gain = np.array([math.fsum(row) for row in covariance * column])
             self.gains.append(np.rint(gain * 2.0 ** GAIN_BITS).astype(np.int64))
-            spread = spread - gain[:, None] * gain / (1 + math.fsum(gain * column))
+            covariance = covariance - gain[:, None] * gain / (1 + math.fsum(gain * column))
 
     def guess(self, j: int) -> np.ndarray:
         """Column j, int8 (rows)."""
-        guess = self.gains[j] @ self.sums + (1 << GAIN_BITS - 1) >> GAIN_BITS
+        half = 1 << GAIN_BITS - 1
+        guess = self.gains[j] @ self.sums + half >> GAIN_BITS
         return guess.clip(-127, 127).astype(np.int8)
 
-    def learn(self, j: int, codes: np.ndarray) -> None:
+    def observe(self, j: int, codes: np.ndarray) -> None:
         """Take in column j's true codes, int8 (rows)."""
         self.sums += self.factors[:, j, None] * codes
 
@@ -6251,15 +6269,15 @@ def residues(codes: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
     guesser, out = Guesser(factors, len(codes)), np.empty_like(codes)
     for j in range(codes.shape[1]):
         out[:, j] = codes[:, j] - guesser.guess(j)
-        guesser.learn(j, codes[:, j])
+        guesser.observe(j, codes[:, j])
     return out
 
 
-# --- tables
+# --- tables: how often the codes of a context occur
 
 PROB_BITS = 12
 PROB_ONE = 1 << PROB_BITS
-NO_LEVEL = 255        # a table of its own
+OWN_TABLE = 255       # in the place of a level: the table is in the file
 ESCAPES = (128, 127)  # uint8 codes standing for even and odd ones listed apart: a trellis walks on parity
 
 
@@ -6271,34 +6289,37 @@ def normal_table(level: int, odd: int) -> np.ndarray:
     with decimal.localcontext(decimal.Context(prec=12)):
         narrow = (decimal.Decimal(16 - level) / 4 * decimal.Decimal(2).ln()).exp() / 2
         centre = decimal.Decimal(odd) / 2
-        weight = np.array([int((-narrow * (k + centre) ** 2).exp() * 10 ** 9) for k in range(-128, 128)])
+        density = [(-narrow * (k + centre) ** 2).exp() for k in range(-128, 128)]
+        weight = np.array([int(x * 10 ** 9) for x in density])
     weight = np.roll(weight, -128)
     weight[ESCAPES,] = 0
     freq, left = np.divmod(weight * (PROB_ONE - 2), weight.sum())
     freq[ESCAPES,] = 1
-    freq[np.argsort(-left, kind="stable")[:PROB_ONE - freq.sum()]] += 1
+    missing = PROB_ONE - freq.sum()
+    freq[np.argsort(-left, kind="stable")[:missing]] += 1
     return freq
 
 
 def fold(count: np.ndarray, rare: np.ndarray) -> np.ndarray:
     """Counts (256) with those of the rare codes (256) given to the escapes of their
     parity."""
-    kept = np.where(rare, 0, count)
+    folded = np.where(rare, 0, count)
     for parity, escape in enumerate(ESCAPES):
-        kept[escape] = (count * rare)[parity::2].sum()
-    return kept
+        folded[escape] = (count * rare)[parity::2].sum()
+    return folded
 
 
 def fitted_table(count: np.ndarray) -> np.ndarray:
     """Frequencies (256), PROB_ONE in all, for counts (256) of codes as uint8. Rare
     ones get none: a slot costs the others 1 / PROB_ONE, and listing a code apart
     costs about a byte a piece."""
-    kept = fold(count, listed_apart(6 * PROB_ONE * count >= count.sum()))
-    freq = np.maximum(kept * PROB_ONE // kept.sum(), kept > 0)
+    count = fold(count, listed_apart(6 * PROB_ONE * count >= count.sum()))
+    freq = np.maximum(count * PROB_ONE // count.sum(), count > 0)
     while (excess := freq.sum() - PROB_ONE) != 0:
         step = -1 if excess > 0 else 1
-        gain = kept * np.log2(np.maximum(freq + step, 1) / np.maximum(freq, 1))  # bits won by moving a slot
-        freq[np.where((kept > 0) & (freq + step > 0), gain, -np.inf).argmax()] += step
+        gain = count * np.log2(np.maximum(freq + step, 1) / np.maximum(freq, 1))  # bits won by moving a slot
+        movable = (count > 0) & (freq + step > 0)
+        freq[np.where(movable, gain, -np.inf).argmax()] += step
     return freq
 
 
@@ -6311,8 +6332,8 @@ def listed_apart(freq: np.ndarray) -> np.ndarray:
 
 
 def choose_table(count: np.ndarray, odd: int) -> tuple[int, np.ndarray]:
-    """(level, frequencies) of the normal table nearest to counts (256); level
-    NO_LEVEL where one of their own is worth the six bits that a frequency takes."""
+    """(level, frequencies) of the normal table nearest to counts (256); OWN_TABLE
+    where one of their own is worth the six bits that a frequency takes."""
     def bits(freq):
         rare = listed_apart(freq)
         return fold(count, rare) @ (PROB_BITS - np.log2(np.maximum(freq, 1))) + 8 * (count @ rare)
@@ -6320,10 +6341,14 @@ def choose_table(count: np.ndarray, odd: int) -> tuple[int, np.ndarray]:
     code = np.arange(256, dtype=np.uint8).view(np.int8) + odd / 2
     power = count @ code ** 2 / max(count.sum(), 1)
     near = round(2 * OCTAVE + OCTAVE / 2 * math.log2(max(power, 1 / 16)))
-    level, freq = min(((k, normal_table(k, odd)) for k in range(max(near - 1, 0), near + 2)),
-                      key=lambda x: bits(x[1]))
-    own = fitted_table(count) if count.any() else freq
-    return (NO_LEVEL, own) if bits(own) + 6 * np.count_nonzero(own) < bits(freq) else (level, freq)
+    levels = range(max(near - 1, 0), near + 2)
+    level = min(levels, key=lambda x: bits(normal_table(x, odd)))
+    freq = normal_table(level, odd)
+    if count.any():
+        own = fitted_table(count)
+        if bits(own) + 6 * np.count_nonzero(own) < bits(freq):
+            return OWN_TABLE, own
+    return level, freq
 
 
 # --- codes
@@ -6332,7 +6357,12 @@ def choose_table(count: np.ndarray, odd: int) -> tuple[int, np.ndarray]:
 # through the columns together. Rows of all tensors with equal C are stacked, and lanes live on from batch to
 # batch: Python's loop is (rows / lanes) x columns long whatever the number of tensors, a lane costs 4 bytes.
 LOW, LANES = 1 << 16, 1024
-CODES_HEAD = struct.Struct("<HHII")  # lanes, K, listed codes, bytes of (own tables, listed codes) packed
+CODES_HEAD = struct.Struct("<HHII")  # lanes, contexts, listed codes, bytes of (own tables, listed codes)
+
+
+def code_fault(what: str) -> UserError:
+    """What a decoder raises."""
+    return UserError(f"weight codes: {what}: damaged or other settings; write the file again")
 
 
 def lane_count(size: int) -> int:
@@ -6340,169 +6370,200 @@ def lane_count(size: int) -> int:
     return min(LANES, 1 + (size >> 14))
 
 
-def equal_widths(sides: Sequence[Sides], factors: Mapping[int, np.ndarray]) -> Iterator[tuple]:
-    """Tensors by C, those with factors alone. Yields tensor numbers (T), owner (R) in
-    0…T-1, row_ctx (R), col_ctx (C, T), factors or None."""
+class Stack(NamedTuple):
+    """Code matrices of one width C, their rows below one another."""
+    ids: list[int]                 # numbers of the T matrices
+    owner: np.ndarray              # (R) which of them a row belongs to, 0…T-1
+    rows: np.ndarray               # (R) row contexts
+    columns: np.ndarray            # (C, T) column contexts
+    factors: np.ndarray | None     # (RANK, C), of a matrix that is stacked alone
+
+    def batches(self, lanes: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """(which rows, their contexts (C, n)), a row for each lane."""
+        for begin in range(0, len(self.rows), lanes):
+            part = slice(begin, begin + lanes)
+            yield part, self.columns[:, self.owner[part]] + self.rows[part]
+
+
+def stacked(sides: Sequence[Sides], factors: Mapping[int, np.ndarray]) -> Iterator[Stack]:
+    """All matrices by width, those with factors alone."""
     groups = {}
     for i, (_, columns) in enumerate(sides):
-        groups.setdefault((len(columns), i if i in factors else len(sides)), []).append(i)
-    for (_, first), ids in sorted(groups.items()):
+        alone = i if i in factors else len(sides)
+        groups.setdefault((len(columns), alone), []).append(i)
+    for (_, alone), ids in sorted(groups.items()):
         rows, columns = zip(*(sides[i] for i in ids))
         owner = np.repeat(np.arange(len(ids)), [len(r) for r in rows])
-        rows, columns = np.concatenate(rows).astype(np.int32), np.stack(columns, 1).astype(np.int32)
-        yield ids, owner, rows, columns, factors.get(first)
+        rows = np.concatenate(rows).astype(np.int32)
+        columns = np.stack(columns, 1).astype(np.int32)
+        yield Stack(ids, owner, rows, columns, factors.get(alone))
 
 
-def count_contexts(sides: Sequence[Sides], trellis: np.ndarray | None) -> int:
-    """K: contexts are 0…K-1, twice as many with a trellis."""
-    return max(int(max(r) + max(c)) for r, c in sides) + 1 << (trellis is not None)
+def count_contexts(sides: Sequence[Sides], trellis: bool) -> int:
+    """How many contexts there are, twice as many with a trellis."""
+    return max(int(max(rows) + max(columns)) for rows, columns in sides) + 1 << trellis
 
 
-def next_state(state: np.ndarray, codes: np.ndarray, trellis: np.ndarray) -> np.ndarray:
+def next_state(state: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """Next trellis states (n) from states (n) and codes (n) uint8: only the parity of
     a code counts."""
-    return trellis.take(state << 1 | codes & 1)
+    return TRELLIS.take(state << 1 | codes & 1)
 
 
-def state_bits(codes: np.ndarray, trellis: np.ndarray) -> np.ndarray:
+def state_bits(codes: np.ndarray) -> np.ndarray:
     """The low bit of the trellis state before each of the codes (C, n): a walk from
     state 0 down a column."""
     bits, state = np.empty(codes.shape, np.uint8), np.zeros(codes.shape[1], np.uint8)
     for bit, column in zip(bits, codes.view(np.uint8)):
         bit[:] = state & 1
-        state = next_state(state, column, trellis)
+        state = next_state(state, column)
     return bits
 
 
 def rans_encode(lanes: np.ndarray, index: np.ndarray, freq: np.ndarray, start: np.ndarray) -> list:
     """Push a batch, last column first. lanes (n) uint32 in place, index (C, n) into
     freq, start -> words."""
-    freq, start, x, words = freq.take(index), start.take(index), lanes.copy(), []
-    for f, s in zip(freq[::-1], start[::-1]):
+    x, words = lanes.copy(), []
+    for symbols in index[::-1]:
+        f = freq.take(symbols)
         full = np.flatnonzero(x >> 32 - PROB_BITS >= f)
         words.append((x[full] & 0xFFFF).astype("<u2"))
         x[full] >>= 16
         quotient = x // f
-        x = (quotient << PROB_BITS) + (x - quotient * f) + s
+        x = (quotient << PROB_BITS) + (x - quotient * f) + start.take(symbols)
     lanes[:] = x
     return words
 
 
-class Decoder:
-    """What of a blob of codes has not been read: lanes (n) uint32, words (W) uint16,
-    listed codes (N) uint8. table: code << 24 | frequency - 1 << 12 | slot - start."""
+def encode_codes(codes: Sequence[np.ndarray], sides: Sequence[Sides], trellis: bool = False,
+                 factors: Mapping[int, np.ndarray] = {}) -> bytes:
+    """Codes [int8 (R, C), …] -> bytes; nothing may be empty. The context of a code is
+    the sum of its two sides, 0…255; with a trellis, where rows start in state 0, its
+    double (0…127) plus the state's low bit. factors: by number, those of tensors
+    whose residues are coded."""
+    count, lanes = count_contexts(sides, trellis), lane_count(sum(c.size for c in codes))
+    batches = []  # (C, n) uint16: context << 8 | code as uint8
+    for stack in stacked(sides, factors):
+        true = np.concatenate([codes[i] for i in stack.ids])
+        coded = residues(true, stack.factors).view(np.uint8)
+        for part, context in stack.batches(lanes):
+            if trellis:
+                context = 2 * context + state_bits(np.ascontiguousarray(true[part].T))
+            batches.append((context << 8 | coded[part].T).astype(np.uint16))
+    counts = sum(np.bincount(b.ravel(), minlength=count << 8) for b in batches).reshape(count, 256)
+    levels, freq = zip(*(choose_table(n, i & trellis) for i, n in enumerate(counts)))
+    freq = np.stack(freq)
+    rare = listed_apart(freq)
+    own = freq[np.array(levels) == OWN_TABLE].astype("<u2").tobytes()
+    listed = b"".join(b[rare.take(b)].astype(np.uint8).tobytes() for b in batches)
+    front = brotli_pack(byte_shuffle(own, 2) + listed)
+    pushed = np.where(rare, np.tile(ESCAPES, 128), np.arange(256)) + 256 * np.arange(count)[:, None]
+    start = np.cumsum(freq, 1) - freq
+    freq, start = (table.astype(np.uint32).take(pushed) for table in (freq, start))
+    states, words = np.full(lanes, LOW, np.uint32), []
+    for batch in reversed(batches):
+        words += rans_encode(states[:batch.shape[1]], batch, freq, start)
+    head = CODES_HEAD.pack(lanes, count, len(listed), len(front))
+    return b"".join([head, bytes(levels), front, states.astype("<u4").tobytes(),
+                     *(w.tobytes() for w in reversed(words))])
 
-    def __init__(self, lanes: np.ndarray, words: np.ndarray, listed: np.ndarray, table: np.ndarray,
-                 trellis: np.ndarray | None):
-        self.lanes, self.words, self.listed, self.table = lanes, words, listed, table
-        self.trellis = trellis
+
+@dataclass
+class Decoder:
+    """What of a blob of codes has not been read."""
+    lanes: np.ndarray     # (n) uint32
+    words: np.ndarray     # (W) uint16
+    listed: np.ndarray    # (N) uint8
+    table: np.ndarray     # of lookup_table
+    trellis: bool
 
     def reveal(self, symbols: np.ndarray) -> None:
         """Put listed codes in the place of escapes."""
         marked = (symbols == ESCAPES[0]) | (symbols == ESCAPES[1])
         count = np.count_nonzero(marked)
         if count > self.listed.size:
-            raise UserError("a listed weight code is missing: damaged; write the file again")
+            raise code_fault("a listed one is missing")
         symbols[marked], self.listed = self.listed[:count], self.listed[count:]
 
     def batch(self, slots: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
         """Pop codes (C, n) uint8. slots (C, n) uint32: where a context begins in the
         table."""
-        count, read = slots.shape[1], 0
+        count = slots.shape[1]
         codes, x, state = np.empty(slots.shape, np.uint8), self.lanes[:count], np.zeros(count, np.uint8)
         guesser = None if factors is None else Guesser(factors, count)
         for j, slot in enumerate(slots):
-            if self.trellis is not None:
+            if self.trellis:
                 slot += (state & 1).astype(np.uint32) << PROB_BITS
             entry = self.table.take(slot + (x & PROB_ONE - 1))
             codes[j] = entry >> 24
-            x = ((entry >> PROB_BITS & PROB_ONE - 1) + 1) * (x >> PROB_BITS) + (entry & PROB_ONE - 1)
+            width = (entry >> PROB_BITS & PROB_ONE - 1) + 1
+            x = width * (x >> PROB_BITS) + (entry & PROB_ONE - 1)
             low = np.flatnonzero(x < LOW)
-            if low.size > self.words.size - read:
-                raise UserError("weight codes end too soon: damaged or other settings; write the file again")
-            x[low] = x[low] << 16 | self.words[read:read + low.size]
-            read += low.size
+            if low.size > self.words.size:
+                raise code_fault("they end too soon")
+            x[low] = x[low] << 16 | self.words[:low.size]
+            self.words = self.words[low.size:]
             if guesser is not None:
                 self.reveal(codes[j])
                 codes[j] += guesser.guess(j).view(np.uint8)
-                guesser.learn(j, codes[j].view(np.int8))
-            if self.trellis is not None:
-                state = next_state(state, codes[j], self.trellis)
-        self.lanes[:count], self.words = x, self.words[read:]
+                guesser.observe(j, codes[j].view(np.int8))
+            if self.trellis:
+                state = next_state(state, codes[j])
+        self.lanes[:count] = x
         if guesser is None:
             self.reveal(codes)
         return codes
 
 
-def encode_codes(codes: Sequence[np.ndarray], sides: Sequence[Sides], trellis: np.ndarray | None = None,
-                 factors: Mapping[int, np.ndarray] = {}) -> bytes:
-    """Codes [int8 (R, C), …] -> bytes. sides [(row_ctx (R), col_ctx (C)), …]: the
-    context of a code is the sum of its two, 0…255; nothing may be empty. trellis:
-    uint8 (states, 2), next state by parity of the code; rows start in state 0, and
-    the state's low bit doubles the contexts (then 0…127). factors: by number, those
-    of tensors whose residues are coded."""
-    count, lanes = count_contexts(sides, trellis), lane_count(sum(c.size for c in codes))
-    batches = []  # (C, n) uint16: context << 8 | code as uint8
-    for ids, owner, rows, columns, shared in equal_widths(sides, factors):
-        stack = np.concatenate([codes[i] for i in ids])
-        shown = residues(stack, shared).view(np.uint8)
-        for part in (slice(at, at + lanes) for at in range(0, len(rows), lanes)):
-            context = columns[:, owner[part]] + rows[part]
-            if trellis is not None:
-                context = 2 * context + state_bits(np.ascontiguousarray(stack[part].T), trellis)
-            batches.append((context << 8 | shown[part].T).astype(np.uint16))
-    counts = sum(np.bincount(b.ravel(), minlength=count << 8) for b in batches).reshape(count, 256)
-    levels, freq = zip(*(choose_table(n, i & (trellis is not None)) for i, n in enumerate(counts)))
-    freq = np.stack(freq)
-    rare = listed_apart(freq)
-    listed = b"".join(b[rare.take(b)].astype(np.uint8).tobytes() for b in batches)
-    alias = np.where(rare, np.tile(ESCAPES, 128), np.arange(256)) + 256 * np.arange(count)[:, None]
-    pushed, start = (a.astype(np.uint32).take(alias) for a in (freq, np.cumsum(freq, 1) - freq))
-    states, words = np.full(lanes, LOW, np.uint32), []
-    for batch in reversed(batches):
-        words += rans_encode(states[:batch.shape[1]], batch, pushed, start)
-    own = freq[np.array(levels) == NO_LEVEL].astype("<u2").tobytes()
-    front = brotli_pack(byte_shuffle(own, 2) + listed)
-    return b"".join([CODES_HEAD.pack(lanes, count, len(listed), len(front)), bytes(levels), front,
-                     states.astype("<u4").tobytes(), *(w.tobytes() for w in reversed(words))])
+def lookup_table(freq: np.ndarray) -> np.ndarray:
+    """For frequencies (contexts, 256), uint32 of every slot: code << 24 |
+    frequency - 1 << 12 | slot - the code's first slot."""
+    freq = freq.ravel()
+    symbol = np.repeat(np.arange(freq.size), freq)      # context << 8 | code
+    offset = np.arange(symbol.size) - (np.cumsum(freq) - freq)[symbol]
+    return ((symbol & 255) << 24 | freq[symbol] - 1 << PROB_BITS | offset).astype(np.uint32)
 
 
-def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: np.ndarray | None = None,
+def read_tables(levels: bytes, front: bytes, listed: int, trellis: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Frequencies (contexts, 256), and as many listed codes uint8."""
+    own_size = 512 * levels.count(OWN_TABLE)
+    data = brotli_unpack(front, own_size + listed)
+    own = iter(np.frombuffer(byte_unshuffle(data[:own_size], 2), "<u2").reshape(-1, 256).astype(np.int64))
+    tables = [next(own) if level == OWN_TABLE else normal_table(level, i & trellis)
+              for i, level in enumerate(levels)]
+    freq = np.stack(tables)
+    if (freq.sum(1) != PROB_ONE).any():
+        raise code_fault(f"a table does not sum to {PROB_ONE}")
+    return freq, np.frombuffer(data, np.uint8)[own_size:]
+
+
+def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: bool = False,
                  factors: Mapping[int, np.ndarray] = {}) -> list[np.ndarray]:
     """Inverse of encode_codes -> [int8 (R, C), …]. UserError if the rest is not the
     encoder's or the blob is damaged: all words must be used up and all states be back
     where the encoder began."""
-    def check(good, what):
-        if not good:
-            raise UserError(f"weight codes: {what}: damaged or other settings; write the file again")
-
-    count, size, out = count_contexts(sides, trellis), sum(len(r) * len(c) for r, c in sides), {}
-    lanes, stored, n_listed, n_front = CODES_HEAD.unpack(blob[:CODES_HEAD.size].ljust(CODES_HEAD.size, b"\0"))
-    levels, front = blob[CODES_HEAD.size:CODES_HEAD.size + count], CODES_HEAD.size + count + n_front
-    rest = len(blob) - front - 4 * lanes
-    check(lanes == lane_count(size) and stored == count and n_listed <= size and rest >= 0 and rest % 2 == 0,
-          f"header {lanes, stored, n_listed, n_front} for {count} contexts, {size} codes, {len(blob)} bytes")
-    owns = 512 * levels.count(NO_LEVEL)
-    raw = brotli_unpack(blob[front - n_front:front], owns + n_listed)
-    own = iter(np.frombuffer(byte_unshuffle(raw[:owns], 2), "<u2").reshape(-1, 256).astype(np.int64))
-    freq = np.stack([next(own) if level == NO_LEVEL else normal_table(level, i & (trellis is not None))
-                     for i, level in enumerate(levels)])
-    check((freq.sum(1) == PROB_ONE).all(), f"a table does not sum to {PROB_ONE}")
-    slot_owner = np.repeat(np.arange(freq.size), freq.ravel())                   # context << 8 | code
-    offset = np.arange(slot_owner.size) - (np.cumsum(freq) - freq.ravel())[slot_owner]
-    table = ((slot_owner & 255) << 24 | freq.ravel()[slot_owner] - 1 << PROB_BITS | offset).astype(np.uint32)
-    decoder = Decoder(np.frombuffer(blob, "<u4", lanes, front).astype(np.uint32),
-                      np.frombuffer(blob, "<u2", offset=len(blob) - rest),
-                      np.frombuffer(raw, np.uint8)[owns:], table, trellis)
-    for ids, owner, rows, columns, shared in equal_widths(sides, factors):
-        stack = np.empty((len(rows), len(columns)), np.uint8)
-        for part in (slice(at, at + lanes) for at in range(0, len(rows), lanes)):
-            context = columns[:, owner[part]] + rows[part]
-            slots = context.astype(np.uint32) << PROB_BITS + (trellis is not None)
-            stack[part] = decoder.batch(slots, shared).T
-        out.update((i, stack[owner == t].view(np.int8)) for t, i in enumerate(ids))
-    check(not decoder.words.size and not decoder.listed.size and (decoder.lanes == LOW).all(),
-          "states do not return to the start")
+    count, size = count_contexts(sides, trellis), sum(len(r) * len(c) for r, c in sides)
+    head = CODES_HEAD.unpack(blob[:CODES_HEAD.size].ljust(CODES_HEAD.size, b"\0"))
+    lanes, stored, n_listed, n_front = head
+    front = CODES_HEAD.size + count      # where it begins
+    states = front + n_front
+    words = states + 4 * lanes
+    rest = len(blob) - words
+    if (lanes, stored) != (lane_count(size), count) or n_listed > size or rest < 0 or rest % 2:
+        raise code_fault(f"header {head} for {count} contexts, {size} codes, {len(blob)} bytes")
+    freq, listed = read_tables(blob[CODES_HEAD.size:front], blob[front:states], n_listed, trellis)
+    decoder = Decoder(np.frombuffer(blob, "<u4", lanes, states).astype(np.uint32),
+                      np.frombuffer(blob, "<u2", offset=words), listed, lookup_table(freq), trellis)
+    out = {}
+    for stack in stacked(sides, factors):
+        codes = np.empty((len(stack.rows), len(stack.columns)), np.uint8)
+        for part, context in stack.batches(lanes):
+            slots = context.astype(np.uint32) << PROB_BITS + trellis
+            codes[part] = decoder.batch(slots, stack.factors).T
+        for t, i in enumerate(stack.ids):
+            out[i] = codes[stack.owner == t].view(np.int8)
+    if decoder.words.size or decoder.listed.size or (decoder.lanes != LOW).any():
+        raise code_fault("states do not return to the start")
     return [out[i] for i in range(len(sides))]
 
 
@@ -6512,25 +6573,30 @@ Predicted = Sequence[tuple[np.ndarray, np.ndarray]]
 
 
 def pack_codes(codes: Sequence[np.ndarray], predicted: Predicted,
-               trellis: np.ndarray | None = None) -> tuple[dict[str, bytes], list[int]]:
+               trellis: bool = False) -> tuple[dict[str, bytes], list[int]]:
     """Codes [int8 (R, C), …] as streams, and the numbers of the matrices that have
     factors."""
-    factors = {i: found for i, c in enumerate(codes) if (found := shared_factors(c)) is not None}
-    levels = [code_levels(residues(c, factors.get(i)), *predicted[i]) for i, c in enumerate(codes)]
+    factors, levels = {}, []
+    for i, matrix in enumerate(codes):
+        shared = shared_factors(matrix)
+        if shared is not None:
+            factors[i] = shared
+        levels.append(code_levels(residues(matrix, shared), *predicted[i]))
     sides = [scale_contexts(x, *p) for x, p in zip(levels, predicted)]
-    return {FACTOR_STREAM: brotli_pack(b"".join(x.tobytes() for x in factors.values())),
-            LEVEL_STREAM: brotli_pack(b"".join(x.tobytes() for x in levels)),
-            CODE_STREAM: encode_codes(codes, sides, trellis, factors) if codes else b""}, list(factors)
+    streams = {FACTOR_STREAM: brotli_pack(b"".join(x.tobytes() for x in factors.values())),
+               LEVEL_STREAM: brotli_pack(b"".join(x.tobytes() for x in levels)),
+               CODE_STREAM: encode_codes(codes, sides, trellis, factors) if codes else b""}
+    return streams, list(factors)
 
 
 def unpack_codes(streams: Mapping[str, bytes], tall: Sequence[int], predicted: Predicted,
-                 trellis: np.ndarray | None = None) -> list[np.ndarray]:
+                 trellis: bool = False) -> list[np.ndarray]:
     """Inverse of pack_codes, `tall` being the numbers that it gave; UserError for
     anything else."""
-    found = split_bytes(streams[FACTOR_STREAM], [RANK * len(predicted[i][1]) for i in tall])
+    flat = split_bytes(streams[FACTOR_STREAM], [RANK * len(predicted[i][1]) for i in tall])
+    factors = {i: x.reshape(RANK, -1) for i, x in zip(tall, flat)}
     levels = split_bytes(streams[LEVEL_STREAM], [1 + len(rows) + len(columns) for rows, columns in predicted])
     sides = [scale_contexts(x, *p) for x, p in zip(levels, predicted)]
-    factors = {i: x.reshape(RANK, -1) for i, x in zip(tall, found)}
     return decode_codes(streams[CODE_STREAM], sides, trellis, factors) if sides else []
 
 
@@ -6611,13 +6677,13 @@ def pack_model(s: Settings, q: Quantised) -> bytes:
     return artifact_to_bytes(header, streams)
 
 
-def coding_plan(q: Quantised, shapes: Mapping[str, tuple]) -> tuple[list, np.ndarray | None]:
+def coding_plan(q: Quantised, shapes: Mapping[str, tuple]) -> tuple[list, bool]:
     """What coder and decoder know of code matrices, by name: [(rows (R), columns
     (C)), …] how large codes are expected to be against each other, in eighths of an
-    octave, and the trellis, if any."""
+    octave, and whether they walk the trellis."""
     predicted = [tuple(-q.tensors.get(key, torch.zeros(size)).int().numpy() for key, size in
                        zip((n + ".row", input_of(n) + ".col"), shape)) for n, shape in shapes.items()]
-    return predicted, TRELLIS if any("trellis" in q.meta[n] for n in shapes) else None
+    return predicted, any("trellis" in q.meta[n] for n in shapes)
 
 
 def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
