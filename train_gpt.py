@@ -497,9 +497,6 @@ class Settings:
     attn_clip_sigmas: float = knob(13.0, "the same for attention matrices", 0.1)
     mlp_clip_sigmas: float = knob(11.5, "the same for MLP matrices", 0.1)
     embed_clip_sigmas: float = knob(14.0, "the same for the embedding", 0.1)
-    gptq_damp_embed: float = knob(0.01, "damping of embeddings' Hessians by their mean diagonal", 1e-6, 100)
-    gptq_damp_mlp: float = knob(0.01, "the same for MLP matrices", 1e-6, 100)
-    gptq_damp_attn: float = knob(0.01, "the same for attention matrices", 1e-6, 100)
     awq_lite_enabled: bool = knob(False, "finer codes for the columns that matter most")
     awq_lite_bits: int = knob(8, "their bits", 2, 8)
     awq_lite_group_size: int = knob(64, "columns of a group", 1)
@@ -510,10 +507,6 @@ class Settings:
     lqer_enabled: bool = knob(False, "low-rank repair of the largest rounding errors")
     lqer_rank: int = knob(4, "its rank", 1, 65536)
     lqer_top_k: int = knob(3, "how many matrices get it", 0)
-    lqer_scope: str = choice("all mlp attn embed", "which matrices may get it")
-    lqer_gain_select: bool = knob(False, "choose them by the error it removes, not by the error there is")
-    lqer_factor_bits: int = knob(4, "bits of its symmetric form", 2, 8)
-    lqer_asym_enabled: bool = knob(True, "asymmetric form: 2-bit and 4-bit factors")
     lqer_asym_group: int = knob(64, "values that share a scale in the 4-bit factor", 1)
     logit_calib_enabled: bool = knob(False, "fit scale and 14 biases of the quantised logits in training")
     logit_calib_tokens: int = knob(100000, "training targets for it", 1)
@@ -1859,7 +1852,10 @@ def inverse_factor(h: Tensor) -> Tensor:
 MOST_DAMPING = 100.0      # as much as a setting may ask for: columns are then all but alone
 
 
-def hessian_factor(h: Tensor, damp: float | Tensor = 0.01, falling: bool = True) -> tuple[Tensor, ...]:
+DAMPING = 0.01         # of a Hessian, as a share of its mean diagonal
+
+
+def hessian_factor(h: Tensor, damp: float | Tensor = DAMPING, falling: bool = True) -> tuple[Tensor, ...]:
     """For H (n, C, C), damped by a share (n, 1) of its mean diagonal: the columns'
     order (by falling diagonal, or as they are), upper U with U'U = inverse of H in
     that order, the dead columns, and the U_jj of the falling order: the inverse
@@ -1995,7 +1991,7 @@ def trellis_block(t: Tensor, unit: Tensor, slope: Tensor, state: Tensor,
 
 @torch.no_grad()
 def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor], bits: tuple[int, int],
-                   fine: Tensor, damp: float = 0.01) -> Tensor:
+                   fine: Tensor, damp: float = DAMPING) -> Tensor:
     """Codes (R, C) int8 of one matrix by GPTQ, with the second steps and bits in the
     columns `fine` (C)."""
     (order, u, dead, _), _ = damped_factor(h.float()[None], h.new_tensor([[damp]]))
@@ -2042,7 +2038,7 @@ def protect(s: Settings, out: Quantised, weights: Mapping[str, Tensor], hessians
         fine = torch.isin(torch.arange(w.size(1)) // size * size, torch.tensor(starts))
         high = row_steps(w, s.awq_lite_bits, stored.clip * coarser)
         steps, bits = (out.tensors[name + ".scale"].to(w.device), high), (stored.bits, s.awq_lite_bits)
-        codes = gptq_protected(w, hessians[input_of(name)], steps, bits, fine, stored.damp)
+        codes = gptq_protected(w, hessians[input_of(name)], steps, bits, fine)
         out.tensors.update({name + ".q": codes.cpu(), name + ".awqg_s_hi": high.cpu(),
                             name + ".awqg_start": torch.tensor(starts, dtype=torch.int16),
                             name + ".awqg_size": torch.tensor([size], dtype=torch.int16)})
@@ -2127,12 +2123,10 @@ EMBEDDINGS = {"tok_emb.weight"}      # tables that are looked up
 
 
 class Storage(NamedTuple):
-    """How a tensor is stored: gate, half or gptq; its bits, clip_sigmas and the
-    damping of its Hessian."""
+    """How a tensor is stored: gate, half or gptq; its bits and clip_sigmas."""
     kind: str
     bits: int
     clip: float = 0.0
-    damp: float = 0.0
 
 
 def storage_of(s: Settings, name: str, w: Tensor) -> Storage:
@@ -2143,11 +2137,11 @@ def storage_of(s: Settings, name: str, w: Tensor) -> Storage:
     if w.numel() <= SMALL_TENSOR:
         return Storage("half", 16)
     if name in EMBEDDINGS:
-        return Storage("gptq", s.embed_bits, s.embed_clip_sigmas, s.gptq_damp_embed)
+        return Storage("gptq", s.embed_bits, s.embed_clip_sigmas)
     if ".mlp." in name:
-        return Storage("gptq", s.matrix_bits, s.mlp_clip_sigmas, s.gptq_damp_mlp)
+        return Storage("gptq", s.matrix_bits, s.mlp_clip_sigmas)
     clip = s.attn_clip_sigmas if ".attn." in name else s.matrix_clip_sigmas
-    return Storage("gptq", s.matrix_bits, clip, s.gptq_damp_attn)
+    return Storage("gptq", s.matrix_bits, clip)
 
 
 OCTAVE = 8             # stored steps are eighths of an octave
@@ -2214,13 +2208,12 @@ class Quantiser:
         weights = [self.weights[n] for n in names]
         eye = torch.eye(weights[0].size(1), device=weights[0].device)
         h = torch.stack([self.hessians.get(n, eye) for n in names])
-        asked = h.new_tensor([[storage_of(self.s, n, w).damp] for n, w in zip(names, weights)])
-        found, taken = damped_factor(h, asked, falling=not self.trellis)
+        found, taken = damped_factor(h, h.new_full((len(h), 1), DAMPING), falling=not self.trellis)
         self.factors.update(zip(names, zip(*found)))
-        for name, least, most in zip(names, asked[:, 0].tolist(), taken[:, 0].tolist()):
-            if most > least:
-                self.unusual[name] = (f"a Hessian that cannot be factored: damping {most:g} instead "
-                                      f"of {least:g}")
+        for name, damping in zip(names, taken[:, 0].tolist()):
+            if damping > 2 * DAMPING:
+                self.unusual[name] = (f"a Hessian that cannot be factored: damping {damping:g} instead "
+                                      f"of {DAMPING:g}")
 
     def allocate(self, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Stored steps, `.row` and `.col`, with step^2 g_row d_col the same for all
@@ -2305,7 +2298,7 @@ class Quantiser:
         if self.s.awq_lite_enabled:
             protect(self.s, out, self.weights, self.hessians, self.names, unit)
         if self.s.lqer_enabled:
-            repair(self.s, out, self.weights, self.names)
+            self.repair(out)
         return out
 
     def round(self, done: dict, names: list[str], bits: int, unit: float) -> None:
@@ -2322,42 +2315,46 @@ class Quantiser:
             # clones, because a pickled view takes its whole stack along
             done.update((n + end, x.clone()) for n, x in zip(names, stack.cpu()))
 
-
     def round_by_hand(self, w: Tensor, rows: Tensor, factors: Sequence[Tensor], bits: int,
                       unit: float) -> tuple[Tensor, Tensor]:
         """(codes, steps of rows) of matrices w (n, R, C) under steps rows (n, R) that
         settings gave."""
         return round_in_order(w, rows.float(), *factors, 2 ** (bits - 1) - 1), rows
 
+    def repair(self, out: Quantised) -> None:
+        """LQER: low-rank factors for the matrices with the largest rounding errors."""
+        decoded = dequantise(out)
+        errors = {}
+        for name in self.names:
+            w = self.weights[name]
+            errors[name] = w.float() - decoded[name].to(w.device)
+        for name in self.to_repair(errors):
+            form, factors = self.pack_factors(name, *low_rank(errors[name], self.s.lqer_rank))
+            out.tensors.update(factors)
+            out.meta[name] += "+" + form
 
-def repair(s: Settings, out: Quantised, weights: Mapping[str, Tensor], names: Sequence[str]) -> None:
-    """LQER: factors of the LQER_TOP_K largest errors, or where they gain most
-    (LQER_GAIN_SELECT)."""
-    within = {"all": "", "mlp": ".mlp.", "attn": ".attn.", "embed": "tok_emb"}[s.lqer_scope]
-    back, found = dequantise(out), {}
-    errors = {n: weights[n].float() - back[n].to(weights[n].device) for n in names if within in n}
-    sizes = {n: e.norm().item() for n, e in errors.items()}
-    first = sorted(errors, key=lambda n: -sizes[n])
-    for name in first if s.lqer_gain_select else first[:s.lqer_top_k]:
-        label, parts = pack_factors(s, name, *low_rank(errors[name], s.lqer_rank))
-        left = (errors[name].cpu() - factors_of(parts, name)).norm().item() if s.lqer_gain_select else 0.0
-        found[name] = sizes[name] - left, label, parts
-    for name in sorted(found, key=lambda n: -found[n][0])[:s.lqer_top_k]:
-        gain, label, parts = found[name]
-        if gain > 0:
-            out.tensors.update(parts)
-            out.meta[name] += "+" + label
+    def to_repair(self, errors: Mapping[str, Tensor]) -> list[str]:
+        """The LQER_TOP_K matrices of the largest errors (R, C)."""
+        sizes = {name: error.norm().item() for name, error in errors.items()}
+        largest = sorted(sizes, key=lambda name: -sizes[name])
+        return [name for name in largest[:self.s.lqer_top_k] if sizes[name] > 0]
+
+    def pack_factors(self, name: str, a: Tensor, b: Tensor) -> tuple[str, dict[str, Tensor]]:
+        """(form, tensors) in which the factors a (R, r), b (r, C) of a matrix are stored:
+        asymmetric where b falls into whole groups of LQER_ASYM_GROUP values."""
+        group = self.s.lqer_asym_group
+        if b.numel() % group:
+            return symmetric_factors(name, a, b)
+        parts = lqer_asym(*asym_signs(a, b, group), group)
+        ends = ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a")
+        return "lqer_asym", {f"{name}.{end}": part.cpu() for end, part in zip(ends, parts)}
 
 
-def pack_factors(s: Settings, name: str, a: Tensor, b: Tensor) -> tuple[str, dict[str, Tensor]]:
-    """How the factors a (R, r), b (r, C) of a matrix are stored, and their tensors."""
-    if s.lqer_asym_enabled and b.numel() % s.lqer_asym_group == 0:
-        label, ends = "lqer_asym", ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a")
-        parts = lqer_asym(*asym_signs(a, b, s.lqer_asym_group), s.lqer_asym_group)
-    else:      # one step per row of each
-        label, ends = "lqer", ("lqA", "lqAs", "lqB", "lqBs")
-        parts = (*quantise_rows(a, s.lqer_factor_bits), *quantise_rows(b, s.lqer_factor_bits))
-    return label, {f"{name}.{end}": part.cpu() for end, part in zip(ends, parts)}
+def symmetric_factors(name: str, a: Tensor, b: Tensor, bits: int = 4) -> tuple[str, dict[str, Tensor]]:
+    """Form and tensors of factors with one step for each of their rows."""
+    parts = (*quantise_rows(a, bits), *quantise_rows(b, bits))
+    ends = ("lqA", "lqAs", "lqB", "lqBs")
+    return "lqer", {f"{name}.{end}": part.cpu() for end, part in zip(ends, parts)}
 
 
 def factors_of(t: Mapping[str, Tensor], name: str) -> Tensor | float:
@@ -7822,6 +7819,10 @@ class LineageSettings(Settings):
     prequant_ttt_form: str = choice("sharded overlapping", "ranks share rows; or all train on all, unfrozen")
     quant_clip: str = choice("sigmas percentile", "those sigmas; or the best of five percentiles of a row",
                              group="quantise")
+    lqer_scope: str = choice("all mlp attn embed", "which matrices may get a low-rank repair")
+    lqer_gain_select: bool = knob(False, "choose them by the error it removes, not by the error there is")
+    lqer_asym_enabled: bool = knob(True, "asymmetric factors; 0: symmetric ones")
+    lqer_factor_bits: int = knob(4, "bits of the symmetric ones", 2, 8)
     corrector_alpha: float = knob(0.0, "n-gram posterior added to the logits of TTT; 0: none", 0,
                                   group="score")
     corrector_orders: str = knob("8", "its orders, as 2,3,5")
@@ -8406,13 +8407,33 @@ def clip_search(w: Tensor, order: Tensor, u: Tensor, dead: Tensor, bits: int,
 
 
 class LineageQuantiser(Quantiser):
-    """Steps by a search over percentiles."""
+    """Steps by a search over percentiles, other choices and another form of repairs."""
 
     def round_by_hand(self, w: Tensor, rows: Tensor, factors: Sequence[Tensor], bits: int,
                       unit: float) -> tuple[Tensor, Tensor]:
         if self.s.quant_clip == "percentile":
             return clip_search(w, *factors, bits, unit)
         return super().round_by_hand(w, rows, factors, bits, unit)
+
+    def to_repair(self, errors: Mapping[str, Tensor]) -> list[str]:
+        """Within LQER_SCOPE; with LQER_GAIN_SELECT those whose error shrinks most."""
+        s, gains = self.s, {}
+        part_of_name = {"all": "", "mlp": ".mlp.", "attn": ".attn.", "embed": "tok_emb"}[s.lqer_scope]
+        errors = {name: error for name, error in errors.items() if part_of_name in name}
+        if not s.lqer_gain_select:
+            return super().to_repair(errors)
+        for name, error in errors.items():
+            _, factors = self.pack_factors(name, *low_rank(error, s.lqer_rank))
+            left = error.cpu() - factors_of(factors, name)
+            gains[name] = error.norm().item() - left.norm().item()
+        best = sorted(gains, key=lambda name: -gains[name])
+        return [name for name in best[:s.lqer_top_k] if gains[name] > 0]
+
+    def pack_factors(self, name: str, a: Tensor, b: Tensor) -> tuple[str, dict[str, Tensor]]:
+        """With LQER_ASYM_ENABLED=0 all are symmetric."""
+        if self.s.lqer_asym_enabled and b.numel() % self.s.lqer_asym_group == 0:
+            return super().pack_factors(name, a, b)
+        return symmetric_factors(name, a, b, self.s.lqer_factor_bits)
 
 
 Quantiser = LineageQuantiser
