@@ -1693,9 +1693,7 @@ def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
 # 6  Quantise: Hessians, GPTQ, low-rank repair
 # ============================================================================================================
 
-SMALL_TENSOR = 65536      # tensors of at most this many elements are stored as float16
-HALF_LARGEST = 65504.0    # float16's
-
+# --- calibration: what training data says about the matrices
 
 class Curvature(NamedTuple):
     """What calibration learns of the matrices, by name: an error E costs about 1/2
@@ -1705,8 +1703,8 @@ class Curvature(NamedTuple):
 
 
 class HessianHook:
-    """A forward's hook that sums x'x of every matrix input, each visit counted, and
-    (dL/dy)^2 of outputs."""
+    """A forward hook that sums x'x of every matrix's input, each visit counted, and
+    (dL/dy)^2 of its output."""
 
     INPUTS = {"attn_in": "blocks.{}.attn.c_q.weight", "heads": "blocks.{}.attn.proj.weight",
               "mlp_in": "blocks.{}.mlp.fc.weight", "mlp_act": "blocks.{}.mlp.proj.weight"}
@@ -1723,7 +1721,8 @@ class HessianHook:
         self.batches = self.tokens = 0
 
     def __call__(self, kind: str, layer: int, x: Tensor) -> None:
-        if name := self.head if kind == "head_in" else self.INPUTS.get(kind, "").format(layer):
+        name = self.head if kind == "head_in" else self.INPUTS.get(kind, "").format(layer)
+        if name:
             flat = x.detach().flatten(0, -2).float()
             if name in self.sums:
                 self.sums[name].addmm_(flat.mT, flat)
@@ -1735,30 +1734,22 @@ class HessianHook:
     @torch.no_grad()
     def add_squares(self, model: GPT, ids: Tensor, hidden: Tensor, generator: torch.Generator) -> None:
         """One backward pass from labels drawn from the model itself (Fisher's, not
-        the data's, gradients); exact expectations at the logits. Gradients of weights
-        are never formed."""
-        cap, head = model.s.logit_softcap, model.head_weight()
-        z = model.raw_logits(hidden).float().flatten(0, 1)
-        if model.s.asym_logit_rescale:
-            cap = torch.where(z > 0, model.softcap_pos, model.softcap_neg)
-        squash = (z / cap).tanh_()
-        p = (cap * squash).softmax(-1)
-        slope = 1 - squash.square_()
-        squares = {self.head: (p * (1 - p) * slope.square()).sum(0)}
-        drawn = torch.rand(len(p), 1, generator=generator, device=p.device)      # alike in pieces and whole
-        label = torch.searchsorted(p.cumsum(1), drawn).clamp_max_(p.size(1) - 1)
-        d_logits = p.scatter_add_(1, label, -torch.ones_like(label, dtype=p.dtype)).mul_(slope)
-        d_hidden = (d_logits.to(hidden.dtype) @ head.to(hidden.dtype)).view_as(hidden)
+        the data's, gradients); gradients of weights are never formed."""
+        d_logits, expected = drawn_gradient(model, hidden, generator)
+        head = model.head_weight().to(hidden.dtype)
+        d_hidden = (d_logits.to(hidden.dtype) @ head).view_as(hidden)
+        squares = {self.head: expected}
         names, outputs = zip(*self.outputs)
-        for name, dx in zip(names, torch.autograd.grad(hidden, outputs, d_hidden)):
-            dx2 = dx.flatten(0, 1).float().square()
+        for name, dy in zip(names, torch.autograd.grad(hidden, outputs, d_hidden)):
+            square = dy.flatten(0, 1).float().square()
             if name == "embedding":      # of rows as looked up, whatever is done with them then
-                rows = p.new_zeros(len(model.tok_emb))
-                dx2 = rows.index_add_(0, ids.flatten(), dx2.mean(1))
+                rows = square.new_zeros(len(model.tok_emb))
+                square = rows.index_add_(0, ids.flatten(), square.mean(1))
             else:
-                dx2 = dx2.sum(0) / names.count(name)
-            squares[name] = squares.get(name, 0) + dx2
-        self.squares = {name: self.squares.get(name, 0) + x for name, x in squares.items()}
+                square = square.sum(0) / names.count(name)
+            squares[name] = squares.get(name, 0) + square
+        for name, square in squares.items():
+            self.squares[name] = self.squares.get(name, 0) + square
         self.outputs.clear()
         self.tokens += ids.numel()
 
@@ -1766,19 +1757,36 @@ class HessianHook:
         """Mean over all ranks' batches; c_k and c_v share c_q's Hessian (see
         input_of)."""
         world = world or World()
-        batches, tokens = world.total(torch.tensor([self.batches, self.tokens], dtype=torch.float64,
-                                                   device=world.device)).tolist()
-        means = {name: world.total(h).div_(batches) for name, h in self.sums.items()}
+        counts = torch.tensor([self.batches, self.tokens], dtype=torch.float64, device=world.device)
+        batches, tokens = world.total(counts).tolist()
+        hessians = {name: world.total(h).div_(batches) for name, h in self.sums.items()}
         fisher = {name: world.total(x).div_(tokens) for name, x in self.squares.items()}
         if fisher:      # the embedding also costs where it is read: alike in all columns, as damping is
             read = fisher.pop("embedding") * (tokens / batches)
             if self.head == "tok_emb.weight":
-                h, g = means[self.head].diagonal(), fisher[self.head]
+                h, g = hessians[self.head].diagonal(), fisher[self.head]
                 written, damp = g * h.mean(), read.mean() / g.mean()
                 h += damp
                 read = (written + read) / h.mean()
             fisher["tok_emb.weight"] = read
-        return Curvature(means, fisher)
+        return Curvature(hessians, fisher)
+
+
+def drawn_gradient(model: GPT, hidden: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """dL/dlogits (N, V) for a label drawn at each of N positions, and the sum of its
+    expected squares (V)."""
+    z = model.raw_logits(hidden).float().flatten(0, 1)
+    cap = model.s.logit_softcap
+    if model.s.asym_logit_rescale:
+        cap = torch.where(z > 0, model.softcap_pos, model.softcap_neg)
+    squash = (z / cap).tanh_()
+    p = (cap * squash).softmax(-1)
+    slope = 1 - squash.square_()
+    expected = (p * (1 - p) * slope.square()).sum(0)
+    drawn = torch.rand(len(p), 1, generator=generator, device=p.device)      # alike in pieces and whole
+    label = torch.searchsorted(p.cumsum(1), drawn).clamp_max_(p.size(1) - 1)
+    p.scatter_add_(1, label, -torch.ones_like(label, dtype=p.dtype))
+    return p.mul_(slope), expected
 
 
 CALIBRATION_TOKENS = 16384    # in one pass with a graph: 98,304 hold about 68 GB by count, these 11
@@ -1790,12 +1798,15 @@ def pieces(batch: Batch, most: int) -> Iterator[Batch]:
     that the whole does."""
     cu, begin, total = batch.cu_seqlens, 0, batch.x.size(1)
     if cu is None:
-        yield from (Batch(x, x, None, total) for x in batch.x.split(max(1, most // total)))
+        for x in batch.x.split(max(1, most // total)):
+            yield Batch(x, x, None, total)
         return
     bounds = cu.unique().tolist()
     while begin < total:
-        near = [b for b in bounds if begin < b <= begin + most] or [min(b for b in bounds if b > begin)]
-        end = max([b for b in near if b == total or batch.x[0, b] == BOS] or near)
+        later = [b for b in bounds if b > begin]
+        near = [b for b in later if b <= begin + most] or later[:1]
+        documents = [b for b in near if b == total or batch.x[0, b] == BOS]
+        end = max(documents or near)
         x = batch.x[:, begin:end]
         yield Batch(x, x, cu[(cu >= begin) & (cu <= end)] - begin, batch.max_seqlen)
         begin = end
@@ -1816,6 +1827,180 @@ def calibrate(s: Settings, world: World, model: GPT, next_batch: Callable[[], Ba
     return hook.finish(world)
 
 
+# --- what is stored of a weight: quantiser, packer, reader and size forecast all go by this table
+
+CODE_STREAM, HALF_STREAM, BYTE_STREAM = "codes", "half", "bytes"    # entropy-coded int8, float16, int8
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A form in which a weight (R, C) is stored, or what is stored beside it.
+    tensors: the end of each one's name, its stream, its shape (see stored_shape).
+    restore(weight so far, base step, *tensors) gives the float32 weight."""
+    tensors: tuple[tuple[str, str, str], ...]
+    restore: Callable[..., Tensor]
+
+    def keys(self, name: str) -> list[str]:
+        """Names of the tensors that are stored of a weight."""
+        return [(input_of(name) if end == ".col" else name) + end for end, _, _ in self.tensors]
+
+
+@dataclass
+class Quantised:
+    """Stored tensors, and each weight's form: a name of STORAGE, with what is stored
+    beside it as in `gptq (int6)+lqer_asym`."""
+    tensors: dict[str, Tensor]
+    forms: dict[str, str]
+    base_step: float = 1.0      # all stored int8 steps are relative to it
+
+    def add(self, name: str, form: str, tensors: Sequence[Tensor]) -> None:
+        """Store a weight, or something beside it."""
+        self.tensors.update((key, x.cpu()) for key, x in zip(STORAGE[form].keys(name), tensors))
+        self.forms[name] = f"{self.forms[name]}+{form}" if name in self.forms else form
+
+
+def dequantise(q: Quantised) -> dict[str, Tensor]:
+    """The float32 weights that a quantised model stands for, by name."""
+    weights = {}
+    for name, forms in q.forms.items():
+        w = None
+        for form in forms.split("+"):
+            storage = STORAGE[form]
+            w = storage.restore(w, q.base_step, *(q.tensors[key] for key in storage.keys(name)))
+        weights[name] = w
+    return weights
+
+
+def by_rows(codes: Tensor, steps: Tensor) -> Tensor:
+    """Weights (R, C) of codes under fp16 steps (R)."""
+    return codes * steps.float()[:, None]
+
+
+def by_curvature(base_step: float, codes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Weights (R, C) of codes under steps of rows and columns in eighths of an octave."""
+    return codes * ((base_step * octaves(rows))[:, None] * octaves(columns))
+
+
+def on_trellis(codes: Tensor) -> Tensor:
+    """Codes with the half steps that the trellis adds."""
+    return codes + 0.5 * torch.from_numpy(half_steps(codes.numpy()))
+
+
+ROWS = ((".q", CODE_STREAM, "RC"), (".scale", HALF_STREAM, "R"))
+CURVATURE = ((".q", CODE_STREAM, "RC"), (".row", BYTE_STREAM, "R"), (".col", BYTE_STREAM, "C"))
+FINE = ((".q", CODE_STREAM, "RC"), (".awqg_s_hi", HALF_STREAM, "R"), (".awqg_fine", BYTE_STREAM, "C"))
+STORAGE = {
+    "passthrough (float16)": Storage(
+        (("", HALF_STREAM, "all"),),
+        lambda w, base, x: x.float()),
+    "gate_int8_row": Storage(
+        ((".gq", BYTE_STREAM, "RC"), (".gs", HALF_STREAM, "R")),
+        lambda w, base, codes, steps: by_rows(codes, steps)),
+    "gptq (fisher)": Storage(CURVATURE, lambda w, base, *tensors: by_curvature(base, *tensors)),
+    "gptq (trellis)": Storage(
+        CURVATURE,
+        lambda w, base, codes, *steps: by_curvature(base, on_trellis(codes), *steps)),
+    **{f"gptq (int{bits})": Storage(ROWS, lambda w, base, codes, steps: by_rows(codes, steps))
+       for bits in range(2, 9)},
+    **{f"awqgrpint{bits}": Storage(      # finer codes in the columns that are marked
+        FINE, lambda w, base, codes, steps, fine: torch.where(fine != 0, by_rows(codes, steps), w))
+       for bits in range(2, 9)},
+    "lqer_asym": Storage(
+        ((".lqA_a", BYTE_STREAM, "Rk"), (".lqAs_a", HALF_STREAM, "1"),
+         (".lqB_a", BYTE_STREAM, "kC"), (".lqBs_a", HALF_STREAM, "g")),
+        lambda w, base, *stored: w + torch.matmul(*asym_values(*stored))),
+    "lqer": Storage(
+        ((".lqA", BYTE_STREAM, "Rk"), (".lqAs", HALF_STREAM, "R"),
+         (".lqB", BYTE_STREAM, "kC"), (".lqBs", HALF_STREAM, "k")),
+        lambda w, base, a, a_steps, b, b_steps: w + by_rows(a, a_steps) @ by_rows(b, b_steps)),
+}
+
+
+def stored_shape(s: Settings, shape: Sequence[int], letters: str) -> tuple[int, ...]:
+    """A tensor's shape, as letters of: rows R, columns C, the factors' rank k, the
+    groups g that share a step; `all`: the weight's own. ValueError where only a
+    matrix has such."""
+    if letters == "all":
+        return tuple(shape)
+    rows, columns = shape
+    rank = min(s.lqer_rank, rows, columns)
+    sizes = {"R": rows, "C": columns, "k": rank, "g": rank * columns // s.lqer_asym_group, "1": 1}
+    return tuple(sizes[letter] for letter in letters)
+
+
+def stored_tensors(s: Settings, forms: Mapping[str, str]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """{stream: {tensor: shape}} in the file's order, of weights in these forms;
+    ValueError unless they are the model's weights."""
+    streams: dict[str, dict] = {CODE_STREAM: {}, HALF_STREAM: {}, BYTE_STREAM: {}}
+    views = blank_views(s)
+    if set(forms) != set(views):
+        raise ValueError(f"other tensors: {sorted(set(forms) ^ set(views))[:3]}")
+    for name, w in views.items():
+        for form in forms[name].split("+"):
+            storage = STORAGE[form]
+            for key, (_, stream, letters) in zip(storage.keys(name), storage.tensors):
+                streams[stream][key] = stored_shape(s, w.shape, letters)
+    return streams
+
+
+def blank_views(s: Settings) -> dict[str, Tensor]:
+    """The model's weights, by the names they are stored under, without memory."""
+    return matrix_views({n: torch.empty(shape, device="meta") for n, shape in GPT.shapes(s).items()})
+
+
+def input_of(name: str) -> str:
+    """The first matrix of those that read the same input: they share a Hessian and
+    steps of columns."""
+    return name.replace("attn.c_k", "attn.c_q").replace("attn.c_v", "attn.c_q")
+
+
+class Precision(NamedTuple):
+    """How finely a weight is stored, and in which form; steps by hand have so many
+    bits for a range of so many standard deviations."""
+    form: str
+    bits: int = 16
+    clip_sigmas: float = 0.0
+
+    @property
+    def coded(self) -> bool:
+        return self.form.startswith("gptq")
+
+
+SMALL_TENSOR = 65536                 # tensors of at most this many elements are stored as float16
+EMBEDDINGS = {"tok_emb.weight"}      # tables that are looked up
+
+
+def precision_of(s: Settings, name: str, w: Tensor) -> Precision:
+    """By the settings for its kind. Tables that are looked up and their projections
+    have no Hessian: GPTQ then rounds each code by itself."""
+    if s.gated_attn_quant_gate and name.endswith("attn_gate_w") and w.dim() == 2 and 32 <= w.numel() <= 8192:
+        return Precision("gate_int8_row")
+    if w.numel() <= SMALL_TENSOR:
+        return Precision("passthrough (float16)")
+    bits, clip_sigmas = s.matrix_bits, s.matrix_clip_sigmas
+    if name in EMBEDDINGS:
+        bits, clip_sigmas = s.embed_bits, s.embed_clip_sigmas
+    elif ".mlp." in name:
+        clip_sigmas = s.mlp_clip_sigmas
+    elif ".attn." in name:
+        clip_sigmas = s.attn_clip_sigmas
+    form = f"gptq (int{bits})"
+    if s.quant_allocation == "fisher":
+        form = "gptq (trellis)" if s.quant_trellis else "gptq (fisher)"
+    return Precision(form, bits, clip_sigmas)
+
+
+# --- steps: the distance of two codes
+
+OCTAVE = 8             # stored steps are eighths of an octave
+HALF_LARGEST = 65504.0    # float16's
+
+
+def octaves(eighths: Tensor) -> Tensor:
+    """Steps float32 from stored int8 ones."""
+    return torch.exp2(eighths.double() / OCTAVE).float()
+
+
 def to_half(x: Tensor) -> Tensor:
     """float16; what is beyond its range becomes its largest number: no artifact holds
     infinities."""
@@ -1834,6 +2019,27 @@ def row_steps(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
     return torch.where(step > 0, step, to_half(w.abs().amax(dim=-1)))
 
 
+def quantise_rows(w: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """w (R, C) -> int8 codes and fp16 steps (R): the largest magnitude of a row gets
+    the largest code."""
+    top = 2 ** (bits - 1) - 1
+    scale = to_half(w.float().abs().amax(dim=1) / top)
+    return divide_round(w, scale[:, None], -top, top), scale
+
+
+def divide_round(w: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """round(w / scale) to int8 in [low, high], halves to even; 0 where the fp16 scale
+    is 0."""
+    scale = scale.float()
+    return torch.where(scale > 0, w.float() / scale, 0.0).round().clamp(low, high).to(torch.int8)
+
+
+# --- GPTQ (Frantar et al. 2022): columns are rounded one after the other, and later ones take up the errors
+
+DAMPING = 0.01            # of a Hessian, as a share of its mean diagonal
+MOST_DAMPING = 100.0      # columns are then all but alone
+
+
 def inverse_factor(h: Tensor) -> Tensor:
     """Upper U (n, C, C) with U'U = inverse of h: h = F F' with F upper, U = inverse
     of F, by halves."""
@@ -1845,22 +2051,18 @@ def inverse_factor(h: Tensor) -> Tensor:
     u, after = torch.zeros_like(h), inverse_factor(h[:, half:, half:])
     x = h[:, :half, half:] @ after.mT
     before = inverse_factor(h[:, :half, :half] - x @ x.mT)
-    u[:, :half, :half], u[:, half:, half:], u[:, :half, half:] = before, after, -(before @ x) @ after
+    u[:, :half, :half] = before
+    u[:, half:, half:] = after
+    u[:, :half, half:] = -(before @ x) @ after
     return u
 
 
-MOST_DAMPING = 100.0      # as much as a setting may ask for: columns are then all but alone
-
-
-DAMPING = 0.01         # of a Hessian, as a share of its mean diagonal
-
-
-def hessian_factor(h: Tensor, damp: float | Tensor = DAMPING, falling: bool = True) -> tuple[Tensor, ...]:
-    """For H (n, C, C), damped by a share (n, 1) of its mean diagonal: the columns'
-    order (by falling diagonal, or as they are), upper U with U'U = inverse of H in
-    that order, the dead columns, and the U_jj of the falling order: the inverse
-    deviation of a column's input given those after it. float64 on a GPU, where
-    float32 products may round to TF32."""
+def hessian_factor(h: Tensor, damp: float = DAMPING, falling: bool = True) -> tuple[Tensor, ...]:
+    """For H (n, C, C), damped by a share of its mean diagonal: the columns' order (by
+    falling diagonal, or as they are), upper U with U'U = inverse of H in that order,
+    the dead columns, and the U_jj of the falling order: the inverse deviation of a
+    column's input given those after it. float64 on a GPU, where float32 products may
+    round to TF32."""
     h = h.double() if h.is_cuda else h.clone()
     diag = h.diagonal(dim1=-2, dim2=-1)          # a view: writing it writes h
     dead = diag == 0
@@ -1869,69 +2071,72 @@ def hessian_factor(h: Tensor, damp: float | Tensor = DAMPING, falling: bool = Tr
     order = diag.argsort(dim=-1, descending=True, stable=True)
     u = inverse_factor(torch.stack([m[o][:, o] for m, o in zip(h, order)]))
     ratio = torch.empty_like(diag).scatter_(-1, order, u.diagonal(dim1=-2, dim2=-1))
-    u = u if falling else inverse_factor(h)
-    return order if falling else order.sort().values, u.float(), dead, ratio.float()
+    if not falling:
+        u, order = inverse_factor(h), order.sort().values
+    return order, u.float(), dead, ratio.float()
 
 
-def damped_factor(h: Tensor, damp: Tensor,
-                  falling: bool = True) -> tuple[tuple[Tensor, ...], Tensor]:
-    """hessian_factor of every matrix of h (n, C, C), and the damping (n, 1) that it
-    took: what is asked for, or ten times more until the matrix can be factored;
-    infinite where nothing helps and the identity stands for it."""
+def damped_factor(h: Tensor, damp: float = DAMPING,
+                  falling: bool = True) -> tuple[tuple[Tensor, ...], list[float]]:
+    """hessian_factor of every matrix of h (n, C, C), and the damping of each: what is
+    asked for, or ten times more until the matrix can be factored; infinite where
+    nothing helps and the identity stands for it."""
     try:
-        found = hessian_factor(h, damp, falling)
-        if all(part.isfinite().all() for part in found) and found[3].min() > 0:
-            return found, damp
+        parts = hessian_factor(h, damp, falling)
+        if all(part.isfinite().all() for part in parts) and parts[3].min() > 0:
+            return parts, [damp] * len(h)
     except torch.linalg.LinAlgError:
         pass
     if len(h) > 1:
-        each = [damped_factor(*one, falling) for one in zip(h.split(1), damp.split(1))]
-        parts, damps = zip(*each)
-        return tuple(torch.cat(part) for part in zip(*parts)), torch.cat(damps)
-    if damp.item() < MOST_DAMPING:
-        return damped_factor(h, (10 * damp).clamp_min(1e-6), falling)
+        parts, damps = zip(*(damped_factor(m, damp, falling) for m in h.split(1)))
+        return tuple(torch.cat(part) for part in zip(*parts)), sum(damps, [])
+    if damp < MOST_DAMPING:
+        return damped_factor(h, 10 * damp, falling)
     eye = torch.eye(h.size(-1), dtype=h.dtype, device=h.device)[None]
-    return hessian_factor(eye, 0.0, falling), torch.full_like(damp, math.inf)
+    return hessian_factor(eye, 0.0, falling), [math.inf]
 
 
 @torch.no_grad()
 def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tensor, top: int,
                    trellis: bool = False, block: int = 128) -> Tensor:
-    """GPTQ (Frantar et al. 2022): codes (n, R, C) int8 within ±top of w under steps
-    (n, R), column after column in `order`, each one's error passed on to those still
-    to come. order (n, C), u (n, C, C), dead (n, C) are hessian_factor's; where
-    columns have steps too, w and u come divided by them."""
+    """Codes (n, R, C) int8 within ±top of w under steps (n, R), column after column in
+    `order`, each one's error passed on to those still to come. order (n, C),
+    u (n, C, C), dead (n, C) are hessian_factor's; where columns have steps too, w and
+    u come divided by them."""
     nothing = dead[:, None] | (step == 0)[..., None]      # rows below the smallest step are zero
     w, step = w.masked_fill(nothing, 0), step[:, None].clamp_min(1e-30)
     t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R): a column is contiguous
     diag = u.diagonal(dim1=-2, dim2=-1)[..., None]               # an error e of column j costs (e / diag_j)^2
-    unit = u / diag                                              # rows scaled to a unit diagonal
+    feedback = u / diag                                          # what of it each later column takes up
     codes, columns = torch.empty_like(t, dtype=torch.int8), t.size(1)
     state = torch.zeros_like(t[:, 0], dtype=torch.long)
     for begin in range(0, columns, block):
         end = min(begin + block, columns)
+        x, inner = t[:, begin:end], feedback[:, begin:end, begin:end]
         if trellis:
-            q, error, state = trellis_block(t[:, begin:end] / step, unit[:, begin:end, begin:end],
-                                            diag[:, begin:end] ** -2, state)
+            q, error, state = trellis_block(x / step, inner, diag[:, begin:end] ** -2, state)
             error *= step
         else:
-            q, error = plain_block(t[:, begin:end], step, unit[:, begin:end, begin:end], top)
+            q, error = plain_block(x, step, inner, top)
         codes[:, begin:end] = q
-        t[:, end:] -= unit[:, begin:end, end:].mT @ error
+        t[:, end:] -= feedback[:, begin:end, end:].mT @ error
     return torch.stack([c[o].mT for c, o in zip(codes, order.argsort(dim=-1))])
 
 
-def plain_block(t: Tensor, step: Tensor, unit: Tensor, top: int, tile: int = 16) -> tuple[Tensor, Tensor]:
+def plain_block(t: Tensor, step: Tensor, feedback: Tensor, top: int,
+                tile: int = 16) -> tuple[Tensor, Tensor]:
     """Round columns t (n, C, R) one after the other: (codes, errors). t is used up."""
     codes, error = torch.empty_like(t), torch.empty_like(t)
     for left in range(0, t.size(1), tile):
         right = min(left + tile, t.size(1))
         for j in range(left, right):
-            codes[:, j:j + 1] = q = (t[:, j:j + 1] / step).round().clamp_(-top, top)
-            error[:, j:j + 1] = e = t[:, j:j + 1] - q * step
-            if j + 1 < right:
-                t[:, j + 1:right] -= unit[:, j, j + 1:right, None] * e
-        t[:, right:] -= unit[:, left:right, right:].mT @ error[:, left:right]
+            column = t[:, j:j + 1]
+            q = (column / step).round().clamp_(-top, top)
+            e = column - q * step
+            codes[:, j:j + 1] = q
+            error[:, j:j + 1] = e
+            t[:, j + 1:right] -= feedback[:, j, j + 1:right, None] * e
+        t[:, right:] -= feedback[:, left:right, right:].mT @ error[:, left:right]
     return codes, error
 
 
@@ -1943,68 +2148,296 @@ TRELLIS = np.array([[s >> 1 ^ 5 * (s & 1) ^ 2 * parity for parity in (0, 1)] for
 ARRIVALS = np.array([np.argwhere(TRELLIS == to) for to in range(8)]).transpose(1, 2, 0)
 
 
-def trellis_block(t: Tensor, unit: Tensor, slope: Tensor, state: Tensor,
+def half_steps(codes: np.ndarray) -> np.ndarray:
+    """Which of the codes (R, C) stand half a step higher: a walk from state 0 through
+    every row."""
+    return state_bits(np.ascontiguousarray(codes.T)).T
+
+
+def trellis_block(t: Tensor, feedback: Tensor, slope: Tensor, state: Tensor,
                   tile: int = 16) -> tuple[Tensor, Tensor, Tensor]:
     """The cheapest path through columns t (n, C, R), in steps, from state (n, R):
     (codes, errors, end state). slope (n, C, 1): cost of a column's squared error.
     Each of 8 states keeps a survivor with its feedback."""
-    (from0, odd0), (from1, odd1) = (torch.from_numpy(a).to(t.device) for a in ARRIVALS)
-    half0, half1, odd0, odd1 = (x.to(t.dtype)[:, None] / 2 for x in (from0 & 1, from1 & 1, odd0, odd1))
+    arrivals = []
+    for source, parity in torch.from_numpy(ARRIVALS).to(t.device):
+        arrivals.append((source, (source & 1).to(t.dtype)[:, None] / 2, parity.to(t.dtype)[:, None] / 2))
     cost = torch.full((t.size(0), 8, t.size(2)), torch.inf, device=t.device).scatter_(1, state[:, None], 0)
+    states = torch.arange(8, device=t.device)[:, None].expand_as(cost)
     rest, tiles = t[:, :, None].expand(-1, -1, 8, -1), []          # (n, C, states, R)
-
-    def arrive(x, before, half, odd, slope):
-        y = x - half
-        k = (y / 2 - odd).round_().clamp_(-63, 62).add_(odd).mul_(2)
-        e = y - k
-        return k, e, torch.addcmul(before, e, e * slope)
-
     for left in range(0, t.size(1), tile):
         x, rest, path = rest[:, :tile], rest[:, tile:], []
         right = left + x.size(1)
         for j in range(left, right):
-            x0, x1 = x.index_select(2, from0), x.index_select(2, from1)
-            k0, e0, c0 = arrive(x0[:, 0], cost[:, from0], half0, odd0, slope[:, j, None])
-            k1, e1, c1 = arrive(x1[:, 0], cost[:, from1], half1, odd1, slope[:, j, None])
-            second = c1 < c0
-            cost, e = torch.minimum(c0, c1), torch.where(second, e1, e0)
-            path.append((torch.where(second, k1, k0), e, torch.where(second, from1[:, None], from0[:, None])))
-            x = torch.where(second[:, None], x1[:, 1:], x0[:, 1:])
-            x -= unit[:, j, j + 1:right, None, None] * e[:, None]
-        at, traced = torch.arange(8, device=t.device)[:, None].expand_as(cost), []
-        for k, e, parent in reversed(path):
-            traced.append((k.gather(1, at), e.gather(1, at)))
-            at = parent.gather(1, at)
-        codes, errors = (torch.stack(v, 1) for v in zip(*reversed(traced)))      # (n, tile, states, R)
-        tiles.append((codes, errors, at))
-        rest = rest.gather(2, at[:, None].expand_as(rest))
-        rest = rest - (unit[:, left:right, right:].mT @ errors.flatten(2)).view_as(rest)
+            options = []
+            for source, half, odd in arrivals:
+                columns = x.index_select(2, source)
+                y = columns[:, 0] - half
+                code = (y / 2 - odd).round_().clamp_(-63, 62).add_(odd).mul_(2)
+                e = y - code
+                total = torch.addcmul(cost[:, source], e, e * slope[:, j, None])
+                options.append((total, code, e, source[:, None], columns[:, 1:]))
+            second = options[1][0] < options[0][0]
+            cost, code, e, parent = (torch.where(second, b, a) for a, b in zip(*(o[:4] for o in options)))
+            path.append((code, e, parent))
+            x = torch.where(second[:, None], options[1][4], options[0][4])
+            x -= feedback[:, j, j + 1:right, None, None] * e[:, None]
+        codes, errors, start = trace_back(path, states)
+        tiles.append((codes, errors, start))
+        rest = rest.gather(2, start[:, None].expand_as(rest))
+        rest = rest - (feedback[:, left:right, right:].mT @ errors.flatten(2)).view_as(rest)
     at = end = cost.argmin(1, keepdim=True)
     best = []
     for codes, errors, start in reversed(tiles):
         pick = at[:, None].expand(-1, codes.size(1), -1, -1)
-        best.append([v.gather(2, pick)[:, :, 0] for v in (codes, errors)])
+        best.append([part.gather(2, pick)[:, :, 0] for part in (codes, errors)])
         at = start.gather(1, at)
-    codes, errors = (torch.cat(v, 1) for v in zip(*reversed(best)))
+    codes, errors = (torch.cat(part, 1) for part in zip(*reversed(best)))
     return codes, errors, end[:, 0]
 
 
-@torch.no_grad()
-def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor], bits: tuple[int, int],
-                   fine: Tensor, damp: float = DAMPING) -> Tensor:
-    """Codes (R, C) int8 of one matrix by GPTQ, with the second steps and bits in the
-    columns `fine` (C)."""
-    (order, u, dead, _), _ = damped_factor(h.float()[None], h.new_tensor([[damp]]))
-    order, u, dead = order[0], u[0], dead[0]
-    w = w.float().masked_fill(dead | (steps[0] == 0)[:, None], 0)
-    t, codes = w[:, order].mT.contiguous(), torch.empty_like(w.mT)
-    for j, column in enumerate(order.tolist()):
-        which = int(fine[column])
-        step, top = steps[which].float().clamp_min(1e-30), 2 ** (bits[which] - 1) - 1
-        codes[column] = q = (t[j] / step).round().clamp_(-top, top)
-        t[j + 1:] -= (u[j, j + 1:] / u[j, j])[:, None] * (t[j] - q * step)
-    return codes.mT.to(torch.int8).contiguous()
+def trace_back(path: list[tuple[Tensor, Tensor, Tensor]], at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and errors (n, tile, 8, R) of the paths that end in the states at
+    (n, 8, R), and the states they began in."""
+    traced = []
+    for code, error, parent in reversed(path):
+        traced.append((code.gather(1, at), error.gather(1, at)))
+        at = parent.gather(1, at)
+    codes, errors = (torch.stack(part, 1) for part in zip(*reversed(traced)))
+    return codes, errors, at
 
+
+# --- the whole model
+
+FISHER_FLOOR = 0.03    # smallest sensitivity of a row, as a share of its matrix's mean
+TOP_CODE = 126         # the coder's escapes are above
+BATCH_ROWS = 8192      # rows of equal matrices that are rounded together
+
+
+class Quantiser:
+    """A model's weights, ready to be quantised at any fineness: what does not depend
+    on it is computed once. Ranks share the matrices, those of one Hessian together;
+    equal shapes are one batch."""
+
+    @torch.no_grad()
+    def __init__(self, s: Settings, weights: Mapping[str, Tensor], curvature: Curvature,
+                 world: World | None = None):
+        self.s, self.weights, self.world = s, weights, world or World()
+        self.precision = {n: precision_of(s, n, w) for n, w in weights.items()}
+        self.names = [n for n, p in self.precision.items() if p.coded]
+        self.fisher = s.quant_allocation == "fisher" and bool(self.names)
+        self.trellis = self.fisher and s.quant_trellis
+        # what calibration left that is not used as it is: matrix -> what is done instead
+        self.unusual: dict[str, str] = {}
+        fisher = self.finite(curvature.fisher,
+                             "sensitivities that are not finite: as fine as the others on average")
+        self.hessians = self.finite(curvature.hessians, "a Hessian that is not finite: the identity instead")
+        inputs: dict[str, list[str]] = {}
+        for name in self.names:
+            inputs.setdefault(input_of(name), []).append(name)
+        costs = [self.cost_of(group) for group in inputs.values()]
+        share = share_out(costs, self.world.size)[self.world.rank]
+        keys = [key for i, key in enumerate(inputs) if i in share]
+        self.own = sum((inputs[key] for key in keys), [])
+        self.factors: dict[str, tuple[Tensor, ...]] = {}
+        for width in sorted({weights[n].size(1) for n in keys}):
+            self.factorise([n for n in keys if weights[n].size(1) == width])
+        for part in self.world.gather(self.unusual):
+            self.unusual.update(part)
+        self.steps = self.allocate(fisher) if self.fisher else {}
+        for key, (order, u, dead, _) in self.factors.items():
+            self.factors[key] = order, u / self.columns_of(key)[order], dead
+        deviations = sum(map(self.deviations_of, self.own), np.zeros(511))
+        self.deviations = sum(self.world.gather(deviations))
+        self.finest = 1.0      # base step; by hand: the settings' steps
+        if self.fisher:        # below this nine codes in ten would be in rows whose steps cannot shrink
+            below = self.deviations.cumsum()
+            low = np.searchsorted(below, 0.1 * below[-1]) - len(below) // 2
+            self.finest = 2 ** (low / OCTAVE) / (TOP_CODE / 4)
+
+    def finite(self, tensors: Mapping[str, Tensor], instead: str) -> dict[str, Tensor]:
+        """Those that are; of the others it is noted what is done instead."""
+        out = {name: x for name, x in tensors.items() if x.isfinite().all()}
+        self.unusual.update((name, instead) for name in tensors if name not in out)
+        return out
+
+    def cost_of(self, names: Sequence[str]) -> float:
+        """Of rounding matrices (R, C) that share an input."""
+        shapes = [self.weights[n].shape for n in names]
+        return sum((rows + columns / 3) * columns ** 2 for rows, columns in shapes)
+
+    def factorise(self, names: list[str]) -> None:
+        """The factors of these matrices' Hessians, all of one width; without one: of
+        the identity."""
+        w = self.weights[names[0]]
+        eye = torch.eye(w.size(1), device=w.device)
+        h = torch.stack([self.hessians.get(n, eye) for n in names])
+        parts, damps = damped_factor(h, falling=not self.trellis)
+        self.factors.update(zip(names, zip(*parts)))
+        for name, damp in zip(names, damps):
+            if damp > DAMPING:
+                self.unusual[name] = (f"a Hessian that cannot be factored: damping {damp:g} instead "
+                                      f"of {DAMPING:g}")
+
+    def allocate(self, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Stored steps, `.row` and `.col`, with step^2 g_row d_col the same for all
+        weights of all matrices, d being the variance of a column's input given the
+        columns that GPTQ rounds after it."""
+        rows, columns, level = {}, {}, {}      # log2, of this rank's matrices
+        for name in self.own:
+            key = input_of(name)
+            if key not in columns:
+                ratio = self.factors[key][3].double().log2()      # of d^-1/2
+                level[key] = ratio.mean()
+                columns[key] = (ratio - level[key]).cpu()
+            if name in fisher:
+                g = fisher[name].double()
+                g = g.clamp_min(max(FISHER_FLOOR * g.mean().item(), 1e-30))
+                rows[name] = (level[key] - g.log2() / 2).cpu()
+        for other_rows, other_columns in self.world.gather((rows, columns)):
+            rows.update(other_rows)
+            columns.update(other_columns)
+        sizes = {n: self.weights[n].double().square().mean(1).clamp_min(1e-20).log2().cpu() / 2
+                 for n in self.names}
+        offsets = [(rows[n] - sizes[n]).mean() for n in rows]
+        for name in self.names:
+            if name not in rows:      # not measured: as fine for its weights as the others on average
+                rows[name] = sizes[name] + (sum(offsets) / len(offsets) if offsets else 0)
+        middle = torch.cat([rows[n] for n in self.names]).mean()
+        steps = {n + ".row": rows[n] - middle for n in self.names}
+        steps.update((key + ".col", x) for key, x in columns.items())
+        return {key: (OCTAVE * x).round().clamp(-127, 127).to(torch.int8) for key, x in steps.items()}
+
+    def columns_of(self, name: str) -> Tensor:
+        """Step of every column (C) against the others."""
+        w = self.weights[name]
+        if not self.fisher:
+            return torch.ones(w.size(1), device=w.device)
+        return octaves(self.steps[input_of(name) + ".col"]).to(w.device)
+
+    def rows_of(self, name: str, base_step: float) -> Tensor:
+        """Stored steps of the rows (R): fp16 by hand; or int8, then raised until no
+        code is over the top."""
+        w, precision = self.weights[name].float(), self.precision[name]
+        if not self.fisher:
+            return row_steps(w, precision.bits, precision.clip_sigmas * base_step)
+        largest = (w / self.columns_of(name)).abs().amax(1) / (0.9 * TOP_CODE * base_step)
+        least = (OCTAVE * largest.clamp_min(1e-9).log2()).ceil().clamp(-127, 127).to(torch.int8)
+        return torch.maximum(self.steps[name + ".row"].to(w.device), least)
+
+    def deviations_of(self, name: str) -> np.ndarray:
+        """How many codes have which standard deviation at base step 1: counts (511) by
+        eighths of an octave around 1, taking a code's variance as that of its row
+        times that of its column."""
+        rows = octaves(self.steps[name + ".row"]) if self.fisher else self.rows_of(name, 1.0).float()
+        w = self.weights[name].float() / self.columns_of(name)
+        rows = rows.to(w.device)[:, None]
+        power = (w / rows.clamp_min(1e-30)).square().clamp_max(1e30)
+        power = power.masked_fill(rows == 0, 0)
+        counts = []
+        for x in (power.mean(1), power.mean(0) / power.mean().clamp_min(1e-20)):
+            level = (OCTAVE / 2 * x.clamp_min(1e-20).log2()).round().add(128).clamp(0, 255)
+            counts.append(level.int().bincount(minlength=256).cpu().numpy())
+        return np.convolve(*counts)
+
+    @torch.no_grad()
+    def __call__(self, base_step: float = 1.0) -> Quantised:
+        """The whole model on every rank, all steps times `base_step`."""
+        q, rounded = Quantised({}, {}, base_step if self.fisher else 1.0), {}
+        for part in self.world.gather(self.round_own(base_step)):
+            rounded.update(part)
+        for name, w in self.weights.items():
+            form = self.precision[name].form
+            if name not in rounded:
+                tensors = quantise_rows(w) if form == "gate_int8_row" else [to_half(w)]
+            elif self.fisher:
+                tensors = [*rounded[name], self.steps[input_of(name) + ".col"]]
+            else:
+                tensors = rounded[name]
+            q.add(name, form, tensors)
+        if self.s.awq_lite_enabled:
+            self.protect(q, base_step)
+        if self.s.lqer_enabled:
+            self.repair(q)
+        return q
+
+    def round_own(self, base_step: float) -> dict[str, tuple[Tensor, Tensor]]:
+        """Codes and rows' steps of this rank's matrices, on the CPU."""
+        batches: dict[tuple, list[str]] = {}
+        for name in self.own:
+            batches.setdefault((self.weights[name].shape, self.precision[name].bits), []).append(name)
+        rounded = {}
+        for (shape, bits), names in batches.items():
+            count = max(1, BATCH_ROWS // shape[0])
+            for begin in range(0, len(names), count):
+                batch = names[begin:begin + count]
+                codes, rows = self.round(batch, bits, base_step)
+                for name, c, r in zip(batch, codes.cpu(), rows.cpu()):
+                    rounded[name] = c.clone(), r.clone()      # a pickled view takes its whole stack along
+        return rounded
+
+    def round(self, names: list[str], bits: int, base_step: float) -> tuple[Tensor, Tensor]:
+        """Codes (n, R, C) and rows' steps (n, R) of equally shaped matrices."""
+        w = torch.stack([self.weights[n].float() for n in names])
+        factors = [torch.stack(x) for x in zip(*(self.factors[input_of(n)] for n in names))]
+        rows = torch.stack([self.rows_of(n, base_step) for n in names])
+        if not self.fisher:
+            return self.round_by_hand(w, rows, factors, bits, base_step)
+        w = w / torch.stack([self.columns_of(n) for n in names])[:, None]
+        return round_in_order(w, octaves(rows) * base_step, *factors, TOP_CODE, self.trellis), rows
+
+    def round_by_hand(self, w: Tensor, rows: Tensor, factors: Sequence[Tensor], bits: int,
+                      base_step: float) -> tuple[Tensor, Tensor]:
+        """(codes, steps of rows) of matrices w (n, R, C) under steps rows (n, R) that
+        settings gave."""
+        return round_in_order(w, rows.float(), *factors, 2 ** (bits - 1) - 1), rows
+
+    def protect(self, q: Quantised, base_step: float) -> None:
+        """AWQ-lite: of all matrices, the groups of columns with the highest scores get
+        codes of AWQ_LITE_BITS."""
+        high_bits, size, groups = self.s.awq_lite_bits, self.s.awq_lite_group_size, []
+        for name in self.names:
+            h = self.hessians.get(input_of(name))
+            if h is not None and self.precision[name].bits < high_bits:
+                scores = group_scores(self.weights[name], input_rms(self.s, name, h), size)
+                groups += [(score, name, i * size) for i, score in enumerate(scores.tolist())]
+        fine: dict[str, Tensor] = {}      # (C) int8: 1 in the columns that are chosen
+        for _, name, begin in sorted(groups, key=lambda x: -x[0])[:self.s.awq_lite_group_top_k]:
+            chosen = fine.setdefault(name, torch.zeros(self.weights[name].size(1), dtype=torch.int8))
+            chosen[begin:begin + size] = 1
+        for name, chosen in fine.items():
+            w, precision = self.weights[name].float(), self.precision[name]
+            high = row_steps(w, high_bits, precision.clip_sigmas * base_step)
+            steps = q.tensors[name + ".scale"].to(w.device), high
+            h = self.hessians[input_of(name)]
+            codes = gptq_protected(w, h, steps, (precision.bits, high_bits), chosen)
+            q.add(name, f"awqgrpint{high_bits}", [codes, high, chosen])
+
+    def repair(self, q: Quantised) -> None:
+        """LQER: low-rank factors for the matrices with the largest rounding errors."""
+        decoded, errors = dequantise(q), {}
+        for name in self.names:
+            w = self.weights[name]
+            errors[name] = w.float() - decoded[name].to(w.device)
+        for name in self.to_repair(errors):
+            q.add(name, *self.pack_factors(*low_rank(errors[name], self.s.lqer_rank)))
+
+    def to_repair(self, errors: Mapping[str, Tensor]) -> list[str]:
+        """The LQER_TOP_K matrices of the largest errors (R, C)."""
+        sizes = {name: error.norm().item() for name, error in errors.items()}
+        largest = sorted(sizes, key=lambda name: -sizes[name])
+        return [name for name in largest[:self.s.lqer_top_k] if sizes[name] > 0]
+
+    def pack_factors(self, a: Tensor, b: Tensor) -> tuple[str, Sequence[Tensor]]:
+        """(form, tensors) in which the factors a (R, k), b (k, C) of a matrix are stored:
+        asymmetric where b falls into whole groups of LQER_ASYM_GROUP values."""
+        group = self.s.lqer_asym_group
+        if b.numel() % group:
+            return symmetric_factors(a, b)
+        return "lqer_asym", lqer_asym(*asym_signs(a, b, group), group)
+
+
+# --- finer codes for the columns that matter most: AWQ-lite
 
 def input_rms(s: Settings, name: str, h: Tensor, tokens: int = 1) -> Tensor:
     """rms (C) of a matrix's input columns from its Hessian, a mean over micro-batches
@@ -2020,44 +2453,47 @@ def group_scores(w: Tensor, rms: Tensor, size: int) -> Tensor:
     return (rms * w.float().abs().mean(dim=0))[:len(rms) // size * size].view(-1, size).sum(dim=1)
 
 
-def protect(s: Settings, out: Quantised, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
-            names: Sequence[str], coarser: float) -> None:
-    """AWQ-lite: the groups of columns with the highest scores of all matrices get
-    codes of AWQ_LITE_BITS."""
-    size, scores = s.awq_lite_group_size, []
-    for name in names:
-        w = weights[name]
-        if input_of(name) in hessians and storage_of(s, name, w).bits < s.awq_lite_bits:
-            values = group_scores(w, input_rms(s, name, hessians[input_of(name)]), size).tolist()
-            scores += [(value, name, i * size) for i, value in enumerate(values)]
-    chosen: dict[str, list[int]] = {}
-    for _, name, start in sorted(scores, key=lambda x: -x[0])[:s.awq_lite_group_top_k]:
-        chosen.setdefault(name, []).append(start)
-    for name, starts in chosen.items():
-        w, stored = weights[name].float(), storage_of(s, name, weights[name])
-        fine = torch.isin(torch.arange(w.size(1)) // size * size, torch.tensor(starts))
-        high = row_steps(w, s.awq_lite_bits, stored.clip * coarser)
-        steps, bits = (out.tensors[name + ".scale"].to(w.device), high), (stored.bits, s.awq_lite_bits)
-        codes = gptq_protected(w, hessians[input_of(name)], steps, bits, fine)
-        out.tensors.update({name + ".q": codes.cpu(), name + ".awqg_s_hi": high.cpu(),
-                            name + ".awqg_start": torch.tensor(starts, dtype=torch.int16),
-                            name + ".awqg_size": torch.tensor([size], dtype=torch.int16)})
-        out.meta[name] += f"+awqgrpint{s.awq_lite_bits}"
+@torch.no_grad()
+def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor], bits: tuple[int, int],
+                   fine: Tensor) -> Tensor:
+    """Codes (R, C) int8 of one matrix by GPTQ, with the second steps and bits in the
+    columns `fine` (C)."""
+    order, u, dead, _ = (part[0] for part in damped_factor(h.float()[None])[0])
+    w = w.float().masked_fill(dead | (steps[0] == 0)[:, None], 0)
+    t, codes = w[:, order].mT.contiguous(), torch.empty_like(w.mT)
+    for j, column in enumerate(order.tolist()):
+        kind = int(fine[column])
+        step, top = steps[kind].float().clamp_min(1e-30), 2 ** (bits[kind] - 1) - 1
+        q = (t[j] / step).round().clamp_(-top, top)
+        codes[column] = q
+        t[j + 1:] -= (u[j, j + 1:] / u[j, j])[:, None] * (t[j] - q * step)
+    return codes.mT.to(torch.int8).contiguous()
 
 
-def quantise_rows(w: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
-    """w (R, C) -> int8 codes and fp16 steps (R): the largest magnitude of a row gets
-    the largest code."""
-    top = 2 ** (bits - 1) - 1
-    scale = to_half(w.float().abs().amax(dim=1) / top)
-    return divide_round(w, scale[:, None], -top, top), scale
+# --- low-rank repair of rounding errors: LQER
+
+@torch.no_grad()
+def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best a (R, k) = U S, b (k, C) = V' of an error matrix, by the smaller Gram
+    matrix in float64. The sign of a pair, LAPACK's choice, becomes a rule: the
+    largest number of a column of a is negative."""
+    e = error.double()
+    if e.size(0) < e.size(1):
+        u = torch.linalg.eigh(e @ e.mT).eigenvectors[:, -rank:].flip(1)
+        b = u.mT @ e
+        length = b.norm(dim=1)
+        a, b = u * length, b / length.clamp_min(1e-300)[:, None]
+    else:
+        v = torch.linalg.eigh(e.mT @ e).eigenvectors[:, -rank:].flip(1)
+        a, b = e @ v, v.mT
+    largest = a.gather(0, a.abs().argmax(0, keepdim=True))
+    sign = torch.where(largest > 0, -1.0, 1.0)
+    return (a * sign).float(), (b * sign.mT).float().contiguous()
 
 
-def divide_round(w: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """round(w / scale) to int8 in [low, high], halves to even; 0 where the fp16 scale
-    is 0."""
-    scale = scale.float()
-    return torch.where(scale > 0, w.float() / scale, 0.0).round().clamp(low, high).to(torch.int8)
+def symmetric_factors(a: Tensor, b: Tensor, bits: int = 4) -> tuple[str, Sequence[Tensor]]:
+    """Form and tensors of factors with one step for each of their rows."""
+    return "lqer", (*quantise_rows(a, bits), *quantise_rows(b, bits))
 
 
 def lqer_asym(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -2082,318 +2518,12 @@ def asym_signs(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor]:
     signs are alike."""
     costs = []
     for sign in (1, -1):
-        x, y = asym_values(*lqer_asym(sign * a, sign * b, group))
-        x, y, u, v = x.double(), y.double(), sign * a.double(), sign * b.double()
-        shared = (x * u).sum(0) * (y * v).sum(1)      # of the stored pair with the true one
+        stored = asym_values(*lqer_asym(sign * a, sign * b, group))
+        x, y = (part.double() for part in stored)
+        shared = (x * a * sign).sum(0) * (y * b * sign).sum(1)      # of the stored pair with the true one
         costs.append(x.square().sum(0) * y.square().sum(1) - 2 * shared)
     sign = torch.where(costs[1] < costs[0], -1.0, 1.0)
     return a * sign, b * sign[:, None]
-
-
-@torch.no_grad()
-def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best a (R, r) = U S, b (r, C) = V' of an error matrix, by the smaller Gram
-    matrix in float64. The sign of a pair, LAPACK's choice, becomes a rule: the
-    largest number of a column of a is negative."""
-    e = error.double()
-    if e.size(0) < e.size(1):
-        u = torch.linalg.eigh(e @ e.mT).eigenvectors[:, -rank:].flip(1)
-        sv = (u.mT @ e).norm(dim=1)
-        a, b = u * sv, (u.mT @ e) / sv.clamp_min(1e-300)[:, None]
-    else:
-        v = torch.linalg.eigh(e.mT @ e).eigenvectors[:, -rank:].flip(1)
-        a, b = e @ v, v.mT
-    largest = a.gather(0, a.abs().argmax(0, keepdim=True))
-    sign = torch.where(largest > 0, -1.0, 1.0)
-    return (a * sign).float(), (b * sign.mT).float().contiguous()
-
-
-@dataclass
-class Quantised:
-    """Flat tensors, how each weight is stored, and the unit of the stored steps. A
-    weight is fp16 `<name>`, int8 rows `.gq`, `.gs`, or codes `.q` with steps: fp16
-    rows `.scale`, or int8 eighths of an octave of rows `.row` and of columns `.col`
-    (one for all matrices of a Hessian); perhaps factors `.lqA…`."""
-    tensors: dict[str, Tensor]
-    meta: dict[str, str]
-    unit: float = 1.0
-
-
-EMBEDDINGS = {"tok_emb.weight"}      # tables that are looked up
-
-
-class Storage(NamedTuple):
-    """How a tensor is stored: gate, half or gptq; its bits and clip_sigmas."""
-    kind: str
-    bits: int
-    clip: float = 0.0
-
-
-def storage_of(s: Settings, name: str, w: Tensor) -> Storage:
-    """By the settings for its kind. Tables that are looked up and their projections
-    have no Hessian: GPTQ then rounds each code by itself."""
-    if s.gated_attn_quant_gate and name.endswith("attn_gate_w") and w.dim() == 2 and 32 <= w.numel() <= 8192:
-        return Storage("gate", 8)
-    if w.numel() <= SMALL_TENSOR:
-        return Storage("half", 16)
-    if name in EMBEDDINGS:
-        return Storage("gptq", s.embed_bits, s.embed_clip_sigmas)
-    if ".mlp." in name:
-        return Storage("gptq", s.matrix_bits, s.mlp_clip_sigmas)
-    clip = s.attn_clip_sigmas if ".attn." in name else s.matrix_clip_sigmas
-    return Storage("gptq", s.matrix_bits, clip)
-
-
-OCTAVE = 8             # stored steps are eighths of an octave
-FISHER_FLOOR = 0.03    # smallest sensitivity of a row, as a share of its matrix's mean
-TOP_CODE = 126         # the coder's escapes are above
-BATCH_ROWS = 8192      # rows of equal matrices that are rounded together
-
-
-def input_of(name: str) -> str:
-    """The first matrix of those that read the same input: they share a Hessian and
-    steps of columns."""
-    return name.replace("attn.c_k", "attn.c_q").replace("attn.c_v", "attn.c_q")
-
-
-def octaves(eighths: Tensor) -> Tensor:
-    """Steps float32 from stored int8 ones."""
-    return torch.exp2(eighths.double() / OCTAVE).float()
-
-
-class Quantiser:
-    """A model's weights, ready to be quantised at any fineness: what does not depend
-    on it is computed once. Ranks share the matrices, those of one Hessian together;
-    equal shapes are one batch."""
-
-    @torch.no_grad()
-    def __init__(self, s: Settings, weights: Mapping[str, Tensor], curvature: Curvature,
-                 world: World | None = None):
-        self.s, self.weights = s, weights
-        self.world = world = world or World()
-        self.hessians, fisher = ({n: x for n, x in part.items() if x.isfinite().all()}
-                                 for part in (curvature.hessians, curvature.fisher))
-        self.names = [n for n, w in weights.items() if storage_of(s, n, w).kind == "gptq"]
-        self.fisher = s.quant_allocation == "fisher" and bool(self.names)
-        self.trellis = self.fisher and s.quant_trellis
-        inputs: dict[str, list[str]] = {}
-        for name in self.names:
-            inputs.setdefault(input_of(name), []).append(name)
-        costs = [sum((len(w) + w.size(1) / 3) * w.size(1) ** 2 for w in map(weights.get, group))
-                 for group in inputs.values()]
-        keys = [list(inputs)[i] for i in sorted(share_out(costs, world.size)[world.rank])]
-        self.own = [n for key in keys for n in inputs[key]]
-        # what calibration left that is not used as it is: matrix -> what is done instead
-        self.unusual = {n: "sensitivities that are not finite: as fine as the others on average"
-                        for n in curvature.fisher if n not in fisher}
-        self.unusual.update((n, "a Hessian that is not finite: the identity instead")
-                            for n in curvature.hessians if n not in self.hessians)
-        self.factors: dict[str, tuple[Tensor, ...]] = {}
-        for width in sorted({weights[n].size(1) for n in keys}):
-            self.factorise([n for n in keys if weights[n].size(1) == width])
-        for part in world.gather(self.unusual):
-            self.unusual.update(part)
-        self.steps = self.allocate(fisher) if self.fisher else {}
-        for key, (order, u, dead, _) in self.factors.items():
-            self.factors[key] = order, u / self.columns_of(key)[order], dead
-        self.deviations = sum(world.gather(sum(map(self.deviations_of, self.own), np.zeros(511))))
-        # beyond this nine codes in ten would be in rows whose steps cannot shrink; hand: the settings' steps
-        below = self.deviations.cumsum()
-        low = np.searchsorted(below, 0.1 * below[-1]) - len(below) // 2
-        self.finest = 2 ** (low / OCTAVE) / (TOP_CODE / 4) if self.fisher else 1.0
-
-    def factorise(self, names: list[str]) -> None:
-        """The factors of these matrices' Hessians, all of one width; without one: of
-        the identity."""
-        weights = [self.weights[n] for n in names]
-        eye = torch.eye(weights[0].size(1), device=weights[0].device)
-        h = torch.stack([self.hessians.get(n, eye) for n in names])
-        found, taken = damped_factor(h, h.new_full((len(h), 1), DAMPING), falling=not self.trellis)
-        self.factors.update(zip(names, zip(*found)))
-        for name, damping in zip(names, taken[:, 0].tolist()):
-            if damping > 2 * DAMPING:
-                self.unusual[name] = (f"a Hessian that cannot be factored: damping {damping:g} instead "
-                                      f"of {DAMPING:g}")
-
-    def allocate(self, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Stored steps, `.row` and `.col`, with step^2 g_row d_col the same for all
-        weights of all matrices, d being the variance of a column's input given the
-        columns that GPTQ rounds after it."""
-        rows, columns, level = {}, {}, {}
-        for name in self.own:
-            if (key := input_of(name)) not in columns:
-                ratio = self.factors[key][3].double().log2()      # of d^-1/2
-                level[key] = ratio.mean()
-                columns[key] = (ratio - level[key]).cpu()
-            if name in fisher:
-                g = fisher[name].double()
-                g = g.clamp_min(max(FISHER_FLOOR * g.mean().item(), 1e-30))
-                rows[name] = (level[key] - g.log2() / 2).cpu()
-        rows, columns = ({n: x for part in self.world.gather(found) for n, x in part.items()}
-                         for found in (rows, columns))
-        size = {n: self.weights[n].double().square().mean(1).clamp_min(1e-20).log2().cpu() / 2
-                for n in self.names}
-        known = [(rows[n] - size[n]).mean() for n in rows]
-        for n in set(size) - set(rows):      # not measured: as fine for its weights as the others on average
-            rows[n] = size[n] + (sum(known) / len(known) if known else 0)
-        middle = torch.cat([rows[n] for n in self.names]).mean()
-        steps = {**{n + ".row": rows[n] - middle for n in self.names},
-                 **{n + ".col": columns[n] for n in self.names if n in columns}}
-        return {n: (OCTAVE * x).round().clamp(-127, 127).to(torch.int8) for n, x in steps.items()}
-
-    def columns_of(self, name: str) -> Tensor:
-        """Step of every column (C) against the others."""
-        w = self.weights[name]
-        return octaves(self.steps.get(input_of(name) + ".col", torch.zeros(w.size(1)))).to(w.device)
-
-    def rows_of(self, name: str, unit: float) -> Tensor:
-        """Stored steps of the rows (R): fp16 by hand; or int8, then raised until no
-        code is over the top."""
-        w = self.weights[name].float()
-        if not self.fisher:
-            stored = storage_of(self.s, name, w)
-            return row_steps(w, stored.bits, stored.clip * unit)
-        largest = (w / self.columns_of(name)).abs().amax(1) / (0.9 * TOP_CODE * unit)
-        least = (OCTAVE * largest.clamp_min(1e-9).log2()).ceil().clamp(-127, 127).to(torch.int8)
-        return torch.maximum(self.steps[name + ".row"].to(w.device), least)
-
-    def deviations_of(self, name: str) -> np.ndarray:
-        """How many codes have which standard deviation at unit 1: counts (511) by
-        eighths of an octave around 1, taking a code's variance as that of its row
-        times that of its column."""
-        rows = octaves(self.steps[name + ".row"]) if self.fisher else self.rows_of(name, 1.0).float()
-        w = self.weights[name].float() / self.columns_of(name)
-        rows = rows.to(w.device)[:, None]
-        power = (w / rows.clamp_min(1e-30)).square().clamp_max(1e30)
-        power = power.masked_fill(rows == 0, 0)
-        rows, columns = power.mean(1), power.mean(0) / power.mean().clamp_min(1e-20)
-        counts = ((OCTAVE / 2 * x.clamp_min(1e-20).log2()).round().add(128).clamp(0, 255).int().bincount(
-            minlength=256) for x in (rows, columns))
-        return np.convolve(*(x.cpu().numpy() for x in counts))
-
-    @torch.no_grad()
-    def __call__(self, unit: float = 1.0) -> Quantised:
-        """The whole model on every rank, all steps times `unit`."""
-        out = Quantised(dict(self.steps), {}, unit if self.fisher else 1.0)
-        how = f"gptq ({'trellis' if self.trellis else 'fisher'})"
-        for name, w in self.weights.items():
-            stored = storage_of(self.s, name, w)
-            if stored.kind == "gptq":
-                out.meta[name] = how if self.fisher else f"gptq (int{stored.bits})"
-            elif stored.kind == "gate":
-                out.tensors[name + ".gq"], out.tensors[name + ".gs"] = (t.cpu() for t in quantise_rows(w))
-                out.meta[name] = "gate_int8_row"
-            else:
-                out.tensors[name], out.meta[name] = to_half(w).cpu(), "passthrough (float16)"
-        batches: dict[tuple, list[str]] = {}
-        for name in self.own:
-            w = self.weights[name]
-            batches.setdefault((w.shape, storage_of(self.s, name, w).bits), []).append(name)
-        done: dict[str, Tensor] = {}
-        for (shape, bits), names in batches.items():
-            for at in range(0, len(names), count := max(1, BATCH_ROWS // shape[0])):
-                self.round(done, names[at:at + count], bits, unit)
-        for part in self.world.gather(done):
-            out.tensors.update(part)
-        if self.s.awq_lite_enabled:
-            protect(self.s, out, self.weights, self.hessians, self.names, unit)
-        if self.s.lqer_enabled:
-            self.repair(out)
-        return out
-
-    def round(self, done: dict, names: list[str], bits: int, unit: float) -> None:
-        """Codes and rows' steps of equally shaped matrices into `done`."""
-        w = torch.stack([self.weights[n].float() for n in names])
-        order, u, dead = (torch.stack(x) for x in zip(*(self.factors[input_of(n)] for n in names)))
-        rows = torch.stack([self.rows_of(n, unit) for n in names])
-        if self.fisher:
-            w = w / torch.stack([self.columns_of(n) for n in names])[:, None]
-            codes = round_in_order(w, octaves(rows) * unit, order, u, dead, TOP_CODE, self.trellis)
-        else:
-            codes, rows = self.round_by_hand(w, rows, (order, u, dead), bits, unit)
-        for end, stack in ((".row" if self.fisher else ".scale", rows), (".q", codes)):
-            # clones, because a pickled view takes its whole stack along
-            done.update((n + end, x.clone()) for n, x in zip(names, stack.cpu()))
-
-    def round_by_hand(self, w: Tensor, rows: Tensor, factors: Sequence[Tensor], bits: int,
-                      unit: float) -> tuple[Tensor, Tensor]:
-        """(codes, steps of rows) of matrices w (n, R, C) under steps rows (n, R) that
-        settings gave."""
-        return round_in_order(w, rows.float(), *factors, 2 ** (bits - 1) - 1), rows
-
-    def repair(self, out: Quantised) -> None:
-        """LQER: low-rank factors for the matrices with the largest rounding errors."""
-        decoded = dequantise(out)
-        errors = {}
-        for name in self.names:
-            w = self.weights[name]
-            errors[name] = w.float() - decoded[name].to(w.device)
-        for name in self.to_repair(errors):
-            form, factors = self.pack_factors(name, *low_rank(errors[name], self.s.lqer_rank))
-            out.tensors.update(factors)
-            out.meta[name] += "+" + form
-
-    def to_repair(self, errors: Mapping[str, Tensor]) -> list[str]:
-        """The LQER_TOP_K matrices of the largest errors (R, C)."""
-        sizes = {name: error.norm().item() for name, error in errors.items()}
-        largest = sorted(sizes, key=lambda name: -sizes[name])
-        return [name for name in largest[:self.s.lqer_top_k] if sizes[name] > 0]
-
-    def pack_factors(self, name: str, a: Tensor, b: Tensor) -> tuple[str, dict[str, Tensor]]:
-        """(form, tensors) in which the factors a (R, r), b (r, C) of a matrix are stored:
-        asymmetric where b falls into whole groups of LQER_ASYM_GROUP values."""
-        group = self.s.lqer_asym_group
-        if b.numel() % group:
-            return symmetric_factors(name, a, b)
-        parts = lqer_asym(*asym_signs(a, b, group), group)
-        ends = ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a")
-        return "lqer_asym", {f"{name}.{end}": part.cpu() for end, part in zip(ends, parts)}
-
-
-def symmetric_factors(name: str, a: Tensor, b: Tensor, bits: int = 4) -> tuple[str, dict[str, Tensor]]:
-    """Form and tensors of factors with one step for each of their rows."""
-    parts = (*quantise_rows(a, bits), *quantise_rows(b, bits))
-    ends = ("lqA", "lqAs", "lqB", "lqBs")
-    return "lqer", {f"{name}.{end}": part.cpu() for end, part in zip(ends, parts)}
-
-
-def factors_of(t: Mapping[str, Tensor], name: str) -> Tensor | float:
-    """The product (R, C) of a matrix's stored factors; 0 where it has none."""
-    if name + ".lqA_a" in t:
-        a, b = asym_values(*(t[f"{name}.lq{end}_a"] for end in ("A", "As", "B", "Bs")))
-        return a @ b
-    if name + ".lqA" in t:
-        a, b = (t[f"{name}.lq{x}"] * t[f"{name}.lq{x}s"].float()[:, None] for x in "AB")
-        return a @ b
-    return 0.0
-
-
-def half_steps(codes: np.ndarray) -> np.ndarray:
-    """Which of the codes (R, C) stand half a step higher: a walk from state 0 through
-    every row."""
-    return state_bits(np.ascontiguousarray(codes.T)).T
-
-
-def dequantise(q: Quantised) -> dict[str, Tensor]:
-    """The float32 weights that a quantised model stands for, by name."""
-    weights, t = {}, q.tensors
-    for name, how in q.meta.items():
-        if name in t:
-            weights[name] = t[name].float()
-            continue
-        if name + ".row" in t:
-            w = t[name + ".q"].float()
-            if "trellis" in how:
-                w += 0.5 * torch.from_numpy(half_steps(t[name + ".q"].numpy()))
-            w *= (q.unit * octaves(t[name + ".row"]))[:, None] * octaves(t[input_of(name) + ".col"])
-        else:
-            codes, steps = (name + end for end in ((".gq", ".gs") if name + ".gq" in t else (".q", ".scale")))
-            w = t[codes] * t[steps].float()[:, None]
-        for start in t.get(name + ".awqg_start", torch.empty(0)).tolist():
-            group = slice(start, start + int(t[name + ".awqg_size"]))
-            w[:, group] = t[name + ".q"][:, group] * t[name + ".awqg_s_hi"].float()[:, None]
-        weights[name] = w + factors_of(t, name)
-    return weights
 
 
 @torch.no_grad()
@@ -2425,10 +2555,14 @@ def token_categories(path: Path, vocab_size: int) -> Tensor:
         piece = "" if nothing else sp.id_to_piece(i)
         text = chr(int(piece[3:5], 16)) if sp.is_byte(i) else piece.lstrip("\u2581")
         size = 1 if sp.is_byte(i) else len(text.encode())
-        rows.append([*(size == n for n in (1, 2, 3, 4)), 5 <= size <= 8, size >= 9, piece[:1] == "\u2581",
-                     "\n" in text or "\r" in text, any(c.isdigit() for c in text),
+        rows.append([*(size == n for n in (1, 2, 3, 4)), 5 <= size <= 8, size >= 9,
+                     piece[:1] == "\u2581",
+                     "\n" in text or "\r" in text,
+                     any(c.isdigit() for c in text),
                      bool(text) and not any(c.isalnum() or c.isspace() for c in text),
-                     any(c.isalpha() for c in text), text.islower(), text.isupper(),
+                     any(c.isalpha() for c in text),
+                     text.islower(),
+                     text.isupper(),
                      text[:1].isupper() and text[1:].islower()])
     return torch.tensor(rows, dtype=torch.float32)
 
@@ -2441,28 +2575,30 @@ def calibrated_by(s: Settings, raw: Tensor) -> tuple[Tensor, Tensor]:
 
 def fit_calibration(s: Settings, model: GPT, tokens: np.ndarray) -> tuple[Tensor, Tensor]:
     """The 15 numbers that serve the model best on training tokens (N,), and every
-    step's loss."""
-    device, seen, stride = model.tok_emb.device, [], s.logit_calib_stride
+    step's loss. Each window scores one block of LOGIT_CALIB_STRIDE tokens, after what
+    fits before."""
+    device, losses, stride = model.tok_emb.device, [], s.logit_calib_stride
     raw = torch.zeros(15, device=device, requires_grad=True)
     optimiser = torch.optim.AdamW([raw], lr=s.logit_calib_lr, weight_decay=0)
     total = min(s.logit_calib_tokens, len(tokens) - 1)
-    blocks = np.arange(0, total, stride)              # each window scores one block, after what fits before
+    blocks = np.arange(0, total, stride)
     for i in [*range(0, len(blocks), s.logit_calib_batch_seqs)] * s.logit_calib_epochs:
         first = blocks[i:i + s.logit_calib_batch_seqs, None]
         at = np.maximum(first - s.eval_seq_len + stride, 0) + np.arange(s.eval_seq_len)
         scored = torch.from_numpy((at >= first) & (at < np.minimum(first + stride, total))).to(device)
-        x, y = (torch.from_numpy(tokens[np.minimum(at + j, len(tokens) - 1)].astype(np.int64)).to(device)
-                for j in (0, 1))
+        pairs = tokens[np.minimum(np.stack((at, at + 1)), len(tokens) - 1)]
+        x, y = torch.from_numpy(pairs.astype(np.int64)).to(device)
         with torch.no_grad():
             z = model.logits(model.hidden(x, layer_plan(s, True))[scored])
         scale, bias = calibrated_by(s, raw)
-        seen.append(loss := F.cross_entropy(scale * z + bias, y[scored]))
+        loss = F.cross_entropy(scale * z + bias, y[scored])
+        losses.append(loss)
         optimiser.zero_grad()
         (loss + s.logit_calib_l2 * (raw[1:].square().mean() + (scale - 1) ** 2)).backward()
         optimiser.step()
         with torch.no_grad():
             raw[1:].clamp_(-CALIBRATION_REACH, CALIBRATION_REACH)
-    return raw.detach(), torch.stack(seen).detach()
+    return raw.detach(), torch.stack(losses).detach()
 
 
 def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
@@ -2476,7 +2612,8 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
         values = raw.cpu().numpy().astype("<f4").tobytes()
         run.log("logit_calibration", steps=len(losses), train_loss=losses.mean().item(), values=raw.tolist())
     header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
-    whole = artifact_to_bytes(header, {**streams, CALIBRATION_STREAM: world.agree(values)})
+    streams[CALIBRATION_STREAM] = world.agree(values)
+    whole = artifact_to_bytes(header, streams)
     if len(whole) + code_bytes(shipped_form(s)) + MARK_BYTES + LZMA_SLACK <= ARTIFACT_LIMIT:
         return whole
     run.log("settings_without_effect", LOGIT_CALIB_ENABLED="no room for the calibration in the artifact")
@@ -6599,7 +6736,9 @@ def unpack_codes(streams: Mapping[str, bytes], tall: Sequence[int], predicted: P
 
 # --- the model in the container
 
-LEVEL_STREAM, FACTOR_STREAM, CODE_STREAM, HALF_STREAM, BYTE_STREAM = "levels factors codes half bytes".split()
+LEVEL_STREAM, FACTOR_STREAM = "levels", "factors"
+PLAIN_STREAMS = {HALF_STREAM: "<f2", BYTE_STREAM: "i1"}      # brotli is enough for them
+SIZES = ("lqer_rank", "lqer_asym_group")                     # settings that a file says for itself
 
 
 def architecture(s: Settings) -> dict:
@@ -6620,79 +6759,15 @@ def group_names(group: str) -> list[str]:
     return names
 
 
-def stored_tensors(s: Settings, meta: Mapping[str, str]) -> list[tuple[str, str, tuple]]:
-    """(key, dtype, shape) of every tensor of a Quantised model in file order, from
-    settings and `meta`."""
-    out = []
-    blank = {name: torch.empty(shape, device="meta") for name, shape in GPT.shapes(s).items()}
-    views = matrix_views(blank)
-    if set(meta) != set(views):
-        raise ValueError(f"other tensors: {sorted(set(meta) ^ set(views))[:3]}")
-    for name, w in views.items():
-        shape, how = tuple(w.shape), meta[name]
-        if how.startswith(("gptq", "gate")) and len(shape) != 2:
-            raise ValueError(f"{name} {shape} as {how}, which is for matrices")
-        if how.startswith("gptq"):
-            out.append((name + ".q", "int8", shape))
-            if how.startswith("gptq (int"):
-                out.append((name + ".scale", "half", shape[:1]))
-            else:
-                out.append((name + ".row", "int8", shape[:1]))
-                out += [(name + ".col", "int8", shape[1:])] if input_of(name) == name else []
-            (rows, columns), r = shape, min(s.lqer_rank, *shape)
-            groups = r * columns // s.lqer_asym_group
-            if "+awqgrp" in how:
-                out.append((name + ".awqg_s_hi", "half", shape[:1]))
-            if how.endswith("+lqer_asym"):
-                out += [(name + ".lqA_a", "int8", (rows, r)), (name + ".lqAs_a", "half", (1,)),
-                        (name + ".lqB_a", "int8", (r, columns)), (name + ".lqBs_a", "half", (groups,))]
-            elif how.endswith("+lqer"):
-                out += [(name + ".lqA", "int8", (rows, r)), (name + ".lqAs", "half", (rows,)),
-                        (name + ".lqB", "int8", (r, columns)), (name + ".lqBs", "half", (r,))]
-        elif how == "gate_int8_row":
-            out += [(name + ".gq", "int8", shape), (name + ".gs", "half", shape[:1])]
-        else:
-            out.append((name, "half", shape))
-    return out
-
-
-def pack_model(s: Settings, q: Quantised) -> bytes:
-    """A quantised model as the bytes of an artifact."""
-    entries = stored_tensors(s, q.meta)
-    shapes = {key[:-2]: shape for key, _, shape in entries if key.endswith(".q")}
-    codes = [q.tensors[n + ".q"].numpy() for n in shapes]
-    streams, tall = pack_codes(codes, *coding_plan(q, shapes))
-    for stream, kind, stride in ((HALF_STREAM, "half", 2), (BYTE_STREAM, "int8", 1)):
-        part = [q.tensors[key].numpy().tobytes() for key, dtype, _ in entries
-                if dtype == kind and not key.endswith(".q")]
-        streams[stream] = brotli_pack(b"".join(part), stride)
-    ways = {how: [n for n in q.meta if q.meta[n] == how] for how in q.meta.values()}    # few ways, many names
-    header = {"architecture": s.to_be_stored(architecture(s)), "meta": ways, "factors": tall,
-              "storage": {n: getattr(s, n) for n in STORAGE},
-              "groups": {key: x.tolist() for key, x in q.tensors.items() if x.dtype == torch.int16},
-              "unit": q.unit}
-    return artifact_to_bytes(header, streams)
-
-
-def coding_plan(q: Quantised, shapes: Mapping[str, tuple]) -> tuple[list, bool]:
-    """What coder and decoder know of code matrices, by name: [(rows (R), columns
-    (C)), …] how large codes are expected to be against each other, in eighths of an
-    octave, and whether they walk the trellis."""
-    predicted = [tuple(-q.tensors.get(key, torch.zeros(size)).int().numpy() for key, size in
-                       zip((n + ".row", input_of(n) + ".col"), shape)) for n, shape in shapes.items()]
-    return predicted, any("trellis" in q.meta[n] for n in shapes)
-
-
 def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
     """Refuse weights whose architecture() is not that of the settings. A setting that
     the file does not name is younger than the file and had its default; one that only
     the file names must have been off."""
-    default, mine = architecture(Settings()), architecture(s)
-    found = {**default, **theirs}
-    wrong = []
-    for name, there in found.items():
-        if (there != mine[name]) if name in mine else there:
-            wrong.append(f"{plain(name, 40)}={plain(there, 24)} there, {mine.get(name, 'unknown')} here")
+    ours, wrong = architecture(s), []
+    for name, there in {**architecture(Settings()), **theirs}.items():
+        here = ours.get(name, "unknown")
+        if there != here and (name in ours or there):
+            wrong.append(f"{plain(name, 40)}={plain(there, 24)} there, {here} here")
     if not theirs:
         wrong = ["it names no settings"]
     if wrong:
@@ -6701,7 +6776,58 @@ def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
                         "settings it was made with")
 
 
-STORAGE = ("lqer_rank", "lqer_asym_group")     # settings that a file says for itself
+def coding_plan(q: Quantised, shapes: Mapping[str, tuple]) -> tuple[Predicted, bool]:
+    """What coder and decoder know of the code matrices `<name>.q` of these shapes: by
+    their steps, how large codes are expected to be against each other; and whether
+    they walk the trellis."""
+    predicted, names = [], [key.removesuffix(".q") for key in shapes]
+    for name, (rows, columns) in zip(names, shapes.values()):
+        row_steps = q.tensors.get(name + ".row", torch.zeros(rows))
+        column_steps = q.tensors.get(input_of(name) + ".col", torch.zeros(columns))
+        predicted.append((-row_steps.int().numpy(), -column_steps.int().numpy()))
+    return predicted, any("trellis" in q.forms[name] for name in names)
+
+
+def pack_model(s: Settings, q: Quantised) -> bytes:
+    """A quantised model as the bytes of an artifact."""
+    stored = stored_tensors(s, q.forms)
+    codes = [q.tensors[key].numpy() for key in stored[CODE_STREAM]]
+    streams, tall = pack_codes(codes, *coding_plan(q, stored[CODE_STREAM]))
+    for stream, dtype in PLAIN_STREAMS.items():
+        data = b"".join(q.tensors[key].numpy().tobytes() for key in stored[stream])
+        streams[stream] = brotli_pack(data, np.dtype(dtype).itemsize)
+    forms: dict[str, list[str]] = {}      # few forms, many names
+    for name, form in q.forms.items():
+        forms.setdefault(form, []).append(name)
+    header = {"architecture": s.to_be_stored(architecture(s)), "forms": forms, "factors": tall,
+              "sizes": {name: getattr(s, name) for name in SIZES}, "base_step": q.base_step}
+    return artifact_to_bytes(header, streams)
+
+
+def read_model(s: Settings, header: Mapping, streams: Mapping[str, bytes]) -> Quantised:
+    """The Quantised model of an artifact's header and streams."""
+    sizes, base_step, tall = (header[key] for key in ("sizes", "base_step", "factors"))
+    if set(sizes) != {*SIZES} or not all(type(x) is int and x > 0 for x in sizes.values()):
+        raise ValueError(f"sizes {sizes}")
+    if not 0 < base_step < math.inf:
+        raise ValueError(f"base step {base_step}")
+    q = Quantised({}, {}, base_step)
+    for form, names in header["forms"].items():
+        if not q.forms.keys().isdisjoint(names):
+            raise ValueError("a tensor that is stored twice")
+        q.forms.update(dict.fromkeys(names, form))
+    stored = stored_tensors(dataclasses.replace(s, **sizes), q.forms)
+    for stream, dtype in PLAIN_STREAMS.items():
+        shapes = stored[stream]
+        parts = split_bytes(streams[stream], [math.prod(x) for x in shapes.values()], dtype)
+        for (key, shape), part in zip(shapes.items(), parts):
+            q.tensors[key] = torch.from_numpy(part.reshape(shape))
+    shapes = stored[CODE_STREAM]
+    if tall != sorted(set(tall) & set(range(len(shapes)))):
+        raise ValueError(f"factors of {tall}")
+    codes = unpack_codes(streams, tall, *coding_plan(q, shapes))
+    q.tensors.update((key, torch.from_numpy(x)) for key, x in zip(shapes, codes))
+    return q
 
 
 class Artifact(NamedTuple):
@@ -6741,54 +6867,7 @@ def read_calibration(streams: Mapping[str, bytes]) -> Tensor | None:
     return raw
 
 
-def with_storage(s: Settings, stored: Mapping) -> Settings:
-    """The settings, but those of STORAGE as a file says; ValueError for what no user
-    could have set."""
-    try:
-        values = {f.name: parse_setting(f, str(stored[f.name])) for f in fields(s) if f.name in STORAGE}
-    except UserError as error:
-        raise ValueError(str(error)) from error
-    if values != stored:
-        raise ValueError(f"storage {stored}")
-    return dataclasses.replace(s, **values)
-
-
-def read_groups(groups: Mapping[str, list], shapes: Mapping[str, tuple],
-                meta: Mapping[str, str]) -> dict[str, Tensor]:
-    """AWQ-lite's groups of columns as tensors: where each begins, and the columns of
-    one. They may not overlap or go beyond the matrix."""
-    protected = {n: shape[1] for n, shape in shapes.items() if "+awqgrp" in meta[n]}
-    if set(groups) != {n + end for n in protected for end in (".awqg_start", ".awqg_size")}:
-        raise ValueError(f"groups {sorted(groups)[:4]}")
-    for name, columns in protected.items():
-        starts, (size,) = groups[name + ".awqg_start"], groups[name + ".awqg_size"]
-        if len(set(starts)) < len(starts) or not set(starts) <= set(range(0, columns - size + 1, size)):
-            raise ValueError(f"groups of {name}")
-    return {key: torch.tensor(x, dtype=torch.int16) for key, x in groups.items()}
-
-
-def read_model(s: Settings, header: Mapping, streams: Mapping[str, bytes]) -> Quantised:
-    """The Quantised model of an artifact's header and streams."""
-    s = with_storage(s, header["storage"])
-    if not 0 < header["unit"] < math.inf:
-        raise ValueError(f"unit {header['unit']}")
-    q = Quantised({}, {name: how for how, names in header["meta"].items() for name in names}, header["unit"])
-    if len(q.meta) != sum(map(len, header["meta"].values())):
-        raise ValueError("a tensor that is stored twice")
-    entries = stored_tensors(s, q.meta)
-    shapes = {key[:-2]: shape for key, _, shape in entries if key.endswith(".q")}
-    q.tensors.update(read_groups(header["groups"], shapes, q.meta))
-    for stream, kind, dtype in ((HALF_STREAM, "half", "<f2"), (BYTE_STREAM, "int8", "i1")):
-        part = [(key, shape) for key, how, shape in entries if how == kind and not key.endswith(".q")]
-        pieces = split_bytes(streams[stream], [math.prod(shape) for _, shape in part], dtype)
-        q.tensors.update({key: torch.from_numpy(x.reshape(shape)) for (key, shape), x in zip(part, pieces)})
-    tall = header["factors"]
-    if tall != sorted(set(tall) & set(range(len(shapes)))):
-        raise ValueError(f"factors of {tall}")
-    codes = unpack_codes(streams, tall, *coding_plan(q, shapes))
-    q.tensors.update({n + ".q": torch.from_numpy(c.reshape(shapes[n])) for n, c in zip(shapes, codes)})
-    return q
-
+# --- the script as it is shipped
 
 def self_extracting(source: bytes) -> bytes:
     """A script that runs `source` from its compressed form: what a record may ship.
@@ -6869,23 +6948,7 @@ def check_size(artifact: int, form: str = "readable") -> int:
     return total
 
 
-def estimate_bytes(deviations: np.ndarray, unit: float = 1.0) -> float:
-    """Bytes of codes of these deviations (see Quantiser) at this unit, each coded as
-    a Gaussian."""
-    octave = (np.arange(len(deviations)) - len(deviations) // 2) / OCTAVE - math.log2(unit)
-    sigma = np.exp2(np.minimum(octave, math.log2(TOP_CODE / 4)))
-    return float(deviations @ np.log2(1 + 2 * math.pi * math.e * sigma ** 2)) / 16
-
-
-def unit_for(deviations: np.ndarray, size: float, finest: float) -> float:
-    """The finest unit, not below `finest`, at which the codes are estimated to take
-    at most size bytes."""
-    unit = finest
-    for _ in range(40):      # a doubling saves at most one bit per code: never too far
-        bits = 8 * (estimate_bytes(deviations, unit) - size) / max(deviations.sum(), 1)
-        unit *= 2 ** min(max(bits, 0), 1)
-    return unit
-
+# --- fitting the limit
 
 LZMA_SLACK = 256   # bytes: another liblzma may pack the script a little worse
 MARK_BYTES = 256   # for what makes a run NON-COMPLIANT when its artifact is fitted already
@@ -6893,28 +6956,47 @@ HALF_BYTES = 1.7   # of a float16 number, shuffled and by brotli; measured on th
 GUESSED = 0.93     # what guesses leave of an embedding's codes; measured on small trained models: 0.92, 0.94
 
 
+def estimate_bytes(deviations: np.ndarray, base_step: float = 1.0) -> float:
+    """Bytes of codes of these deviations (see Quantiser) at this base step, each
+    coded as a Gaussian."""
+    octave = (np.arange(len(deviations)) - len(deviations) // 2) / OCTAVE - math.log2(base_step)
+    sigma = np.exp2(np.minimum(octave, math.log2(TOP_CODE / 4)))
+    return float(deviations @ np.log2(1 + 2 * math.pi * math.e * sigma ** 2)) / 16
+
+
+def base_step_for(deviations: np.ndarray, size: float, finest: float) -> float:
+    """The finest base step, not below `finest`, at which the codes are estimated to
+    take at most size bytes."""
+    base_step = finest
+    for _ in range(40):      # a doubling saves at most one bit per code: never too far
+        excess = estimate_bytes(deviations, base_step) - size
+        bits = 8 * excess / max(deviations.sum(), 1)
+        base_step *= 2 ** min(max(bits, 0), 1)
+    return base_step
+
+
 def expected_size(s: Settings) -> str:
     """What the artifact will weigh, from the settings alone: as if all weights were
     Gaussian. Errors passed on by GPTQ cost about as many bytes as contexts win.
     UserError below two bits a code."""
-    blank = {name: torch.empty(shape, device="meta") for name, shape in GPT.shapes(s).items()}
-    codes, coded, other, fisher = 0, 0.0, 0, s.quant_allocation == "fisher"
-    for name, w in matrix_views(blank).items():
-        stored = storage_of(s, name, w)
-        if stored.kind == "gptq":
-            codes, other = codes + w.numel(), other + sum(w.shape)
-            share = GUESSED if w.size(0) >= TALL * w.size(1) else 1.0
-            step = 4 / TOP_CODE if fisher else stored.clip / (2 ** (stored.bits - 1) - 1)      # at the finest
-            coded += share * estimate_bytes(np.array([w.numel()]), step)
-        else:
-            other += HALF_BYTES * w.numel()
+    views = blank_views(s)
+    precision = {name: precision_of(s, name, w) for name, w in views.items()}
+    stored = stored_tensors(s, {name: p.form for name, p in precision.items()})
+    codes, halves, small = (sum(map(math.prod, shapes.values())) for shapes in stored.values())
+    coded, other, fisher = 0.0, HALF_BYTES * halves + small, s.quant_allocation == "fisher"
+    for name, p in precision.items():
+        if p.coded:
+            rows, columns = views[name].shape
+            share = GUESSED if rows >= TALL * columns else 1.0
+            step = 4 / TOP_CODE if fisher else p.clip_sigmas / (2 ** (p.bits - 1) - 1)      # at the finest
+            coded += share * estimate_bytes(np.array([rows * columns]), step)
     room = ARTIFACT_LIMIT - code_bytes(shipped_form(s)) - other
     if room < codes / 4:
         raise UserError(f"{codes:,} weights would get {8 * room / max(codes, 1):.2f} bits each in what the "
                         f"limit of {ARTIFACT_LIMIT:,} bytes leaves; make the model smaller")
     if coded < room:
-        return (f"about {coded + other:,.0f} bytes, {room - coded:,.0f} under the limit"
-                + f", with {codes:,} weights at their finest" * (fisher and codes > 0))
+        finest = f", with {codes:,} weights at their finest" if fisher and codes else ""
+        return f"about {coded + other:,.0f} bytes, {room - coded:,.0f} under the limit{finest}"
     return (f"about {room + other:,.0f} bytes: {codes:,} weights fitted to the limit, at about "
             f"{8 * room / codes:.2f} bits each")
 
@@ -6926,39 +7008,39 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
     clock: training's; once something fits, no further try that would pass its
     budget."""
     quantiser = Quantiser(s, weights, curvature, world)
-    for how in sorted(set(quantiser.unusual.values())):
-        matrices = [n for n, x in quantiser.unusual.items() if x == how]
-        run.log("curvature", how=how, matrices=matrices)
-    script = code_bytes(shipped_form(s))
-    cap = (ARTIFACT_LIMIT - script - MARK_BYTES - 1024 * s.logit_calib_enabled      # which come later
-           - LZMA_SLACK * shipped_form(s).endswith("packed"))
-    finest, deviations = quantiser.finest, quantiser.deviations
-    # bytes beyond the estimate: not known before the first try, exact enough after it
-    overhead, best, over, under = 0.001 * cap, b"", 0.0, math.inf
+    for instead in sorted(set(quantiser.unusual.values())):
+        matrices = [name for name, x in quantiser.unusual.items() if x == instead]
+        run.log("curvature", used=instead, matrices=matrices)
+    form = shipped_form(s)
+    script = code_bytes(form)
+    cap = ARTIFACT_LIMIT - script - MARK_BYTES      # mark and calibration come later
+    cap -= 1024 * s.logit_calib_enabled + LZMA_SLACK * form.endswith("packed")
+    finest, deviations, margin = quantiser.finest, quantiser.deviations, s.fit_margin_bytes
+    overhead = 0.001 * cap      # bytes beyond the estimate: after the first try exact enough
+    best, over, under = b"", 0.0, math.inf      # base steps that were too fine, and fine enough
     for attempt in range(12):
-        margin = s.fit_margin_bytes
-        unit = unit_for(deviations, cap - margin / 2 - overhead, finest)
-        if not over < unit < under:      # between two tries; while nothing fits: far beyond
-            unit = math.sqrt(max(over, finest) * under) if best else over * 2 ** attempt
+        base_step = base_step_for(deviations, cap - margin / 2 - overhead, finest)
+        if not over < base_step < under:      # between two tries; while nothing fits: far beyond
+            base_step = math.sqrt(max(over, finest) * under) if best else over * 2 ** attempt
         watch = Clock()
         world.beat(f"quantising try {attempt + 1}")
-        q = quantiser(unit)
+        q = quantiser(base_step)
         quantised = watch.elapsed()
         blob = world.agree(pack_model(s, q) if world.main else None)
-        run.log("pack", bytes=len(blob), code_bytes=script, total=len(blob) + script, unit=unit,
+        run.log("pack", bytes=len(blob), code_bytes=script, total=len(blob) + script, base_step=base_step,
                 quantise_s=quantised, pack_s=watch.elapsed() - quantised)
-        overhead = len(blob) - estimate_bytes(deviations, unit)
+        overhead = len(blob) - estimate_bytes(deviations, base_step)
         if len(blob) > cap:
-            over = max(over, unit)
+            over = max(over, base_step)
         else:
-            best, under = max(best, blob, key=len), min(under, unit)
-            if unit <= finest or len(blob) >= cap - margin:
+            best, under = max(best, blob, key=len), min(under, base_step)
+            if base_step <= finest or len(blob) >= cap - margin:
                 break
         late = clock is not None and 0 < clock.budget < clock.elapsed() + 1.2 * watch.elapsed()
         if best and world.agree(late):
             break
     for setting, mark in (("AWQ_LITE_ENABLED", "awqgrp"), ("LQER_ENABLED", "lqer")):
-        if getattr(s, setting.lower()) and not any(mark in how for how in q.meta.values()):
+        if getattr(s, setting.lower()) and not any(mark in form for form in q.forms.values()):
             run.log("settings_without_effect", **{setting: "no matrix qualifies"})
     check_size(len(best or blob), shipped_form(s))
     if not best:
@@ -7736,8 +7818,8 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     clock = Clock()
     quantiser = Quantiser(s, matrix_views(weights), curvature, world)
     setting_up = clock.elapsed()
-    q = quantiser(unit_for(quantiser.deviations, 0.99 * (ARTIFACT_LIMIT - code_bytes(shipped_form(s))),
-                           quantiser.finest))
+    room = 0.99 * (ARTIFACT_LIMIT - code_bytes(shipped_form(s)))
+    q = quantiser(base_step_for(quantiser.deviations, room, quantiser.finest))
     packing = Clock()
     blob = world.agree(pack_model(s, q) if world.main else None)
     # the fitter takes about three tries; 100 MB/s for saving the weights; a quarter to spare
@@ -8410,10 +8492,10 @@ class LineageQuantiser(Quantiser):
     """Steps by a search over percentiles, other choices and another form of repairs."""
 
     def round_by_hand(self, w: Tensor, rows: Tensor, factors: Sequence[Tensor], bits: int,
-                      unit: float) -> tuple[Tensor, Tensor]:
+                      base_step: float) -> tuple[Tensor, Tensor]:
         if self.s.quant_clip == "percentile":
-            return clip_search(w, *factors, bits, unit)
-        return super().round_by_hand(w, rows, factors, bits, unit)
+            return clip_search(w, *factors, bits, base_step)
+        return super().round_by_hand(w, rows, factors, bits, base_step)
 
     def to_repair(self, errors: Mapping[str, Tensor]) -> list[str]:
         """Within LQER_SCOPE; with LQER_GAIN_SELECT those whose error shrinks most."""
@@ -8423,17 +8505,17 @@ class LineageQuantiser(Quantiser):
         if not s.lqer_gain_select:
             return super().to_repair(errors)
         for name, error in errors.items():
-            _, factors = self.pack_factors(name, *low_rank(error, s.lqer_rank))
-            left = error.cpu() - factors_of(factors, name)
+            form, tensors = self.pack_factors(*low_rank(error, s.lqer_rank))
+            left = error - STORAGE[form].restore(0.0, 1.0, *tensors)
             gains[name] = error.norm().item() - left.norm().item()
         best = sorted(gains, key=lambda name: -gains[name])
         return [name for name in best[:s.lqer_top_k] if gains[name] > 0]
 
-    def pack_factors(self, name: str, a: Tensor, b: Tensor) -> tuple[str, dict[str, Tensor]]:
+    def pack_factors(self, a: Tensor, b: Tensor) -> tuple[str, Sequence[Tensor]]:
         """With LQER_ASYM_ENABLED=0 all are symmetric."""
         if self.s.lqer_asym_enabled and b.numel() % self.s.lqer_asym_group == 0:
-            return super().pack_factors(name, a, b)
-        return symmetric_factors(name, a, b, self.s.lqer_factor_bits)
+            return super().pack_factors(a, b)
+        return symmetric_factors(a, b, self.s.lqer_factor_bits)
 
 
 Quantiser = LineageQuantiser
