@@ -1696,10 +1696,10 @@ def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
 # --- calibration: what training data says about the matrices
 
 class Curvature(NamedTuple):
-    """What calibration learns of the matrices, by name: an error E costs about 1/2
-    sum_r g_r E_r H E_r'."""
-    hessians: Mapping[str, Tensor]        # H (C, C): x'x over all visits and tokens of a mean micro-batch
-    fisher: Mapping[str, Tensor] = {}     # g (R): (dL/dy)^2, mean over visits and tokens; absent: all alike
+    """What calibration learns of matrices, by name: an error E costs about
+    1/2 sum_r g_r E_r H E_r'."""
+    hessians: Mapping[str, Tensor]        # H (C, C): x'x over all visits and tokens of a micro-batch
+    fisher: Mapping[str, Tensor] = {}     # g (R): mean (dL/dy)^2; absent: all alike
 
 
 class HessianHook:
@@ -1732,7 +1732,8 @@ class HessianHook:
             self.outputs.append((self.OUTPUTS[kind].format(layer), x))
 
     @torch.no_grad()
-    def add_squares(self, model: GPT, ids: Tensor, hidden: Tensor, generator: torch.Generator) -> None:
+    def add_squares(self, model: GPT, ids: Tensor, hidden: Tensor,
+                    generator: torch.Generator) -> None:
         """One backward pass from labels drawn from the model itself (Fisher's, not
         the data's, gradients); gradients of weights are never formed."""
         d_logits, expected = drawn_gradient(model, hidden, generator)
@@ -1742,7 +1743,7 @@ class HessianHook:
         names, outputs = zip(*self.outputs)
         for name, dy in zip(names, torch.autograd.grad(hidden, outputs, d_hidden)):
             square = dy.flatten(0, 1).float().square()
-            if name == "embedding":      # of rows as looked up, whatever is done with them then
+            if name == "embedding":      # of rows as looked up
                 rows = square.new_zeros(len(model.tok_emb))
                 square = rows.index_add_(0, ids.flatten(), square.mean(1))
             else:
@@ -1754,14 +1755,13 @@ class HessianHook:
         self.tokens += ids.numel()
 
     def finish(self, world: World | None = None) -> Curvature:
-        """Mean over all ranks' batches; c_k and c_v share c_q's Hessian (see
-        input_of)."""
+        """Mean over all ranks' batches; c_k and c_v share c_q's Hessian."""
         world = world or World()
-        counts = torch.tensor([self.batches, self.tokens], dtype=torch.float64, device=world.device)
-        batches, tokens = world.total(counts).tolist()
+        counts = torch.tensor([self.batches, self.tokens], dtype=torch.float64)
+        batches, tokens = world.total(counts.to(world.device)).tolist()
         hessians = {name: world.total(h).div_(batches) for name, h in self.sums.items()}
         fisher = {name: world.total(x).div_(tokens) for name, x in self.squares.items()}
-        if fisher:      # the embedding also costs where it is read: alike in all columns, as damping is
+        if fisher:      # reading the embedding costs alike in all columns, as damping does
             read = fisher.pop("embedding") * (tokens / batches)
             if self.head == "tok_emb.weight":
                 h, g = hessians[self.head].diagonal(), fisher[self.head]
@@ -1772,8 +1772,9 @@ class HessianHook:
         return Curvature(hessians, fisher)
 
 
-def drawn_gradient(model: GPT, hidden: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """dL/dlogits (N, V) for a label drawn at each of N positions, and the sum of its
+def drawn_gradient(model: GPT, hidden: Tensor,
+                   generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """dL/dlogits (N, V) for a label drawn at each position, and the sum of its
     expected squares (V)."""
     z = model.raw_logits(hidden).float().flatten(0, 1)
     cap = model.s.logit_softcap
@@ -1783,19 +1784,19 @@ def drawn_gradient(model: GPT, hidden: Tensor, generator: torch.Generator) -> tu
     p = (cap * squash).softmax(-1)
     slope = 1 - squash.square_()
     expected = (p * (1 - p) * slope.square()).sum(0)
-    drawn = torch.rand(len(p), 1, generator=generator, device=p.device)      # alike in pieces and whole
+    # a number per position: alike in pieces and whole
+    drawn = torch.rand(len(p), 1, generator=generator, device=p.device)
     label = torch.searchsorted(p.cumsum(1), drawn).clamp_max_(p.size(1) - 1)
     p.scatter_add_(1, label, -torch.ones_like(label, dtype=p.dtype))
     return p.mul_(slope), expected
 
 
-CALIBRATION_TOKENS = 16384    # in one pass with a graph: 98,304 hold about 68 GB by count, these 11
+CALIBRATION_TOKENS = 16384    # in a pass with a graph: 98,304 hold about 68 GB, these 11
 
 
 def pieces(batch: Batch, most: int) -> Iterator[Batch]:
     """Inputs of a batch in parts of at most `most` tokens: rows, or a packed row cut
-    at its segments and, if it can be, where documents begin: then the parts know all
-    that the whole does."""
+    at its segments, where documents begin if it can be: then nothing is lost."""
     cu, begin, total = batch.cu_seqlens, 0, batch.x.size(1)
     if cu is None:
         for x in batch.x.split(max(1, most // total)):
@@ -1812,10 +1813,12 @@ def pieces(batch: Batch, most: int) -> Iterator[Batch]:
         begin = end
 
 
-def calibrate(s: Settings, world: World, model: GPT, next_batch: Callable[[], Batch]) -> Curvature:
+def calibrate(s: Settings, world: World, model: GPT,
+              next_batch: Callable[[], Batch]) -> Curvature:
     """Curvature over GPTQ_CALIBRATION_BATCHES training micro-batches, shared out over
     the ranks, loops on."""
-    hook, plan, fisher = HessianHook(s), layer_plan(s, True), s.quant_allocation == "fisher"
+    hook, plan = HessianHook(s), layer_plan(s, True)
+    fisher = s.quant_allocation == "fisher"
     generator = torch.Generator(world.device).manual_seed(s.seed + world.rank)
     for _ in range(-(-s.gptq_calibration_batches // world.size)):
         for part in pieces(next_batch().to(world.device), CALIBRATION_TOKENS):
@@ -1827,35 +1830,38 @@ def calibrate(s: Settings, world: World, model: GPT, next_batch: Callable[[], Ba
     return hook.finish(world)
 
 
-# --- what is stored of a weight: quantiser, packer, reader and size forecast all go by this table
+# --- what is stored of a weight: quantiser, packer, reader and size forecast go by this table
 
-CODE_STREAM, HALF_STREAM, BYTE_STREAM = "codes", "half", "bytes"    # entropy-coded int8, float16, int8
+CODE_STREAM = "codes"     # of the artifact: int8, entropy-coded
+HALF_STREAM = "half"      # float16
+BYTE_STREAM = "bytes"     # int8
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A form in which a weight (R, C) is stored, or what is stored beside it.
-    tensors: the end of each one's name, its stream, its shape (see stored_shape).
-    restore(weight so far, base step, *tensors) gives the float32 weight."""
+    """A form in which a weight is stored, or what is stored beside it.
+    tensors: the end of each one's name, its stream, its shape (see stored_shape);
+    restore(weight so far, base step, *tensors) is the float32 weight."""
     tensors: tuple[tuple[str, str, str], ...]
     restore: Callable[..., Tensor]
 
     def keys(self, name: str) -> list[str]:
-        """Names of the tensors that are stored of a weight."""
-        return [(input_of(name) if end == ".col" else name) + end for end, _, _ in self.tensors]
+        """Names of a weight's tensors; steps of columns are those of its input."""
+        ends = [end for end, _, _ in self.tensors]
+        return [(input_of(name) if end == ".col" else name) + end for end in ends]
 
 
 @dataclass
 class Quantised:
-    """Stored tensors, and each weight's form: a name of STORAGE, with what is stored
-    beside it as in `gptq (int6)+lqer_asym`."""
+    """A model as it is stored."""
     tensors: dict[str, Tensor]
-    forms: dict[str, str]
-    base_step: float = 1.0      # all stored int8 steps are relative to it
+    forms: dict[str, str]       # of each weight, a name of STORAGE, or as `gptq (int6)+lqer_asym`
+    base_step: float = 1.0      # stored int8 steps are relative to it
 
     def add(self, name: str, form: str, tensors: Sequence[Tensor]) -> None:
         """Store a weight, or something beside it."""
-        self.tensors.update((key, x.cpu()) for key, x in zip(STORAGE[form].keys(name), tensors))
+        for key, x in zip(STORAGE[form].keys(name), tensors):
+            self.tensors[key] = x.cpu()
         self.forms[name] = f"{self.forms[name]}+{form}" if name in self.forms else form
 
 
@@ -1865,8 +1871,8 @@ def dequantise(q: Quantised) -> dict[str, Tensor]:
     for name, forms in q.forms.items():
         w = None
         for form in forms.split("+"):
-            storage = STORAGE[form]
-            w = storage.restore(w, q.base_step, *(q.tensors[key] for key in storage.keys(name)))
+            tensors = [q.tensors[key] for key in STORAGE[form].keys(name)]
+            w = STORAGE[form].restore(w, q.base_step, *tensors)
         weights[name] = w
     return weights
 
@@ -1877,7 +1883,7 @@ def by_rows(codes: Tensor, steps: Tensor) -> Tensor:
 
 
 def by_curvature(base_step: float, codes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Weights (R, C) of codes under steps of rows and columns in eighths of an octave."""
+    """Weights (R, C) of codes under steps of rows (R) and columns (C) in octaves."""
     return codes * ((base_step * octaves(rows))[:, None] * octaves(columns))
 
 
@@ -1886,9 +1892,8 @@ def on_trellis(codes: Tensor) -> Tensor:
     return codes + 0.5 * torch.from_numpy(half_steps(codes.numpy()))
 
 
-ROWS = ((".q", CODE_STREAM, "RC"), (".scale", HALF_STREAM, "R"))
-CURVATURE = ((".q", CODE_STREAM, "RC"), (".row", BYTE_STREAM, "R"), (".col", BYTE_STREAM, "C"))
-FINE = ((".q", CODE_STREAM, "RC"), (".awqg_s_hi", HALF_STREAM, "R"), (".awqg_fine", BYTE_STREAM, "C"))
+CODES = (".q", CODE_STREAM, "RC")
+CURVATURE = (CODES, (".row", BYTE_STREAM, "R"), (".col", BYTE_STREAM, "C"))
 STORAGE = {
     "passthrough (float16)": Storage(
         (("", HALF_STREAM, "all"),),
@@ -1896,39 +1901,44 @@ STORAGE = {
     "gate_int8_row": Storage(
         ((".gq", BYTE_STREAM, "RC"), (".gs", HALF_STREAM, "R")),
         lambda w, base, codes, steps: by_rows(codes, steps)),
-    "gptq (fisher)": Storage(CURVATURE, lambda w, base, *tensors: by_curvature(base, *tensors)),
+    "gptq (fisher)": Storage(
+        CURVATURE,
+        lambda w, base, *tensors: by_curvature(base, *tensors)),
     "gptq (trellis)": Storage(
         CURVATURE,
         lambda w, base, codes, *steps: by_curvature(base, on_trellis(codes), *steps)),
-    **{f"gptq (int{bits})": Storage(ROWS, lambda w, base, codes, steps: by_rows(codes, steps))
-       for bits in range(2, 9)},
-    **{f"awqgrpint{bits}": Storage(      # finer codes in the columns that are marked
-        FINE, lambda w, base, codes, steps, fine: torch.where(fine != 0, by_rows(codes, steps), w))
-       for bits in range(2, 9)},
     "lqer_asym": Storage(
         ((".lqA_a", BYTE_STREAM, "Rk"), (".lqAs_a", HALF_STREAM, "1"),
          (".lqB_a", BYTE_STREAM, "kC"), (".lqBs_a", HALF_STREAM, "g")),
-        lambda w, base, *stored: w + torch.matmul(*asym_values(*stored))),
+        lambda w, base, *tensors: w + torch.matmul(*asym_values(*tensors))),
     "lqer": Storage(
         ((".lqA", BYTE_STREAM, "Rk"), (".lqAs", HALF_STREAM, "R"),
          (".lqB", BYTE_STREAM, "kC"), (".lqBs", HALF_STREAM, "k")),
-        lambda w, base, a, a_steps, b, b_steps: w + by_rows(a, a_steps) @ by_rows(b, b_steps)),
+        lambda w, base, a, sa, b, sb: w + by_rows(a, sa) @ by_rows(b, sb)),
 }
+for bits in range(2, 9):
+    STORAGE[f"gptq (int{bits})"] = Storage(
+        (CODES, (".scale", HALF_STREAM, "R")),
+        lambda w, base, codes, steps: by_rows(codes, steps))
+    STORAGE[f"awqgrpint{bits}"] = Storage(      # finer codes in the columns that are marked
+        (CODES, (".awqg_s_hi", HALF_STREAM, "R"), (".awqg_fine", BYTE_STREAM, "C")),
+        lambda w, base, codes, steps, fine: torch.where(fine != 0, by_rows(codes, steps), w))
 
 
 def stored_shape(s: Settings, shape: Sequence[int], letters: str) -> tuple[int, ...]:
-    """A tensor's shape, as letters of: rows R, columns C, the factors' rank k, the
-    groups g that share a step; `all`: the weight's own. ValueError where only a
-    matrix has such."""
+    """A tensor's shape, by letters: of a weight (R, C), its factors' rank k, the
+    groups g of their values; `all`: the weight's own. ValueError where only a matrix
+    has such."""
     if letters == "all":
         return tuple(shape)
     rows, columns = shape
     rank = min(s.lqer_rank, rows, columns)
-    sizes = {"R": rows, "C": columns, "k": rank, "g": rank * columns // s.lqer_asym_group, "1": 1}
+    groups = rank * columns // s.lqer_asym_group
+    sizes = {"R": rows, "C": columns, "k": rank, "g": groups, "1": 1}
     return tuple(sizes[letter] for letter in letters)
 
 
-def stored_tensors(s: Settings, forms: Mapping[str, str]) -> dict[str, dict[str, tuple[int, ...]]]:
+def stored_tensors(s: Settings, forms: Mapping[str, str]) -> dict[str, dict[str, tuple]]:
     """{stream: {tensor: shape}} in the file's order, of weights in these forms;
     ValueError unless they are the model's weights."""
     streams: dict[str, dict] = {CODE_STREAM: {}, HALF_STREAM: {}, BYTE_STREAM: {}}
@@ -1944,19 +1954,20 @@ def stored_tensors(s: Settings, forms: Mapping[str, str]) -> dict[str, dict[str,
 
 
 def blank_views(s: Settings) -> dict[str, Tensor]:
-    """The model's weights, by the names they are stored under, without memory."""
-    return matrix_views({n: torch.empty(shape, device="meta") for n, shape in GPT.shapes(s).items()})
+    """The model's weights by the names they are stored under, without memory."""
+    shapes = GPT.shapes(s)
+    return matrix_views({n: torch.empty(shapes[n], device="meta") for n in shapes})
 
 
 def input_of(name: str) -> str:
-    """The first matrix of those that read the same input: they share a Hessian and
-    steps of columns."""
+    """The first matrix that reads the same input: they share a Hessian and steps of
+    columns."""
     return name.replace("attn.c_k", "attn.c_q").replace("attn.c_v", "attn.c_q")
 
 
 class Precision(NamedTuple):
-    """How finely a weight is stored, and in which form; steps by hand have so many
-    bits for a range of so many standard deviations."""
+    """A weight's form and, for steps by hand, bits and their range in standard
+    deviations of a row."""
     form: str
     bits: int = 16
     clip_sigmas: float = 0.0
@@ -1966,14 +1977,15 @@ class Precision(NamedTuple):
         return self.form.startswith("gptq")
 
 
-SMALL_TENSOR = 65536                 # tensors of at most this many elements are stored as float16
+SMALL_TENSOR = 65536                 # of at most this many elements: stored as float16
 EMBEDDINGS = {"tok_emb.weight"}      # tables that are looked up
 
 
 def precision_of(s: Settings, name: str, w: Tensor) -> Precision:
     """By the settings for its kind. Tables that are looked up and their projections
     have no Hessian: GPTQ then rounds each code by itself."""
-    if s.gated_attn_quant_gate and name.endswith("attn_gate_w") and w.dim() == 2 and 32 <= w.numel() <= 8192:
+    gate = name.endswith("attn_gate_w") and w.dim() == 2 and 32 <= w.numel() <= 8192
+    if gate and s.gated_attn_quant_gate:
         return Precision("gate_int8_row")
     if w.numel() <= SMALL_TENSOR:
         return Precision("passthrough (float16)")
@@ -1992,7 +2004,7 @@ def precision_of(s: Settings, name: str, w: Tensor) -> Precision:
 
 # --- steps: the distance of two codes
 
-OCTAVE = 8             # stored steps are eighths of an octave
+OCTAVE = 8                # stored int8 steps are eighths of an octave
 HALF_LARGEST = 65504.0    # float16's
 
 
@@ -2001,15 +2013,19 @@ def octaves(eighths: Tensor) -> Tensor:
     return torch.exp2(eighths.double() / OCTAVE).float()
 
 
+def to_eighths(log2: Tensor) -> Tensor:
+    """Stored int8 steps from their logarithms."""
+    return (OCTAVE * log2).round().clamp(-127, 127).to(torch.int8)
+
+
 def to_half(x: Tensor) -> Tensor:
-    """float16; what is beyond its range becomes its largest number: no artifact holds
-    infinities."""
+    """float16; beyond its range its largest number: no artifact holds infinities."""
     return x.float().clamp(-HALF_LARGEST, HALF_LARGEST).half()
 
 
 def row_scales(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
     """fp16 step of every row of w (…, R, C): clip_sigmas standard deviations span the
-    codes. As published it is 0 for a row without spread."""
+    codes. As published, 0 for a row without spread."""
     return to_half(clip_sigmas * w.float().std(dim=-1) / (2 ** (bits - 1) - 1))
 
 
@@ -2020,21 +2036,21 @@ def row_steps(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
 
 
 def quantise_rows(w: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
-    """w (R, C) -> int8 codes and fp16 steps (R): the largest magnitude of a row gets
-    the largest code."""
+    """w (R, C) -> int8 codes and fp16 steps (R): a row's largest magnitude gets the
+    largest code."""
     top = 2 ** (bits - 1) - 1
     scale = to_half(w.float().abs().amax(dim=1) / top)
     return divide_round(w, scale[:, None], -top, top), scale
 
 
 def divide_round(w: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """round(w / scale) to int8 in [low, high], halves to even; 0 where the fp16 scale
-    is 0."""
+    """round(w / scale) to int8 in [low, high], halves to even; 0 where scale is 0."""
     scale = scale.float()
-    return torch.where(scale > 0, w.float() / scale, 0.0).round().clamp(low, high).to(torch.int8)
+    ratio = torch.where(scale > 0, w.float() / scale, 0.0)
+    return ratio.round().clamp(low, high).to(torch.int8)
 
 
-# --- GPTQ (Frantar et al. 2022): columns are rounded one after the other, and later ones take up the errors
+# --- GPTQ (Frantar et al. 2022): columns are rounded in turn, later ones take up the errors
 
 DAMPING = 0.01            # of a Hessian, as a share of its mean diagonal
 MOST_DAMPING = 100.0      # columns are then all but alone
@@ -2057,12 +2073,12 @@ def inverse_factor(h: Tensor) -> Tensor:
     return u
 
 
-def hessian_factor(h: Tensor, damp: float = DAMPING, falling: bool = True) -> tuple[Tensor, ...]:
+def hessian_factor(h: Tensor, damp: float = DAMPING,
+                   falling: bool = True) -> tuple[Tensor, ...]:
     """For H (n, C, C), damped by a share of its mean diagonal: the columns' order (by
     falling diagonal, or as they are), upper U with U'U = inverse of H in that order,
     the dead columns, and the U_jj of the falling order: the inverse deviation of a
-    column's input given those after it. float64 on a GPU, where float32 products may
-    round to TF32."""
+    column's input given those after it. float64 on a GPU: float32 may be TF32."""
     h = h.double() if h.is_cuda else h.clone()
     diag = h.diagonal(dim1=-2, dim2=-1)          # a view: writing it writes h
     dead = diag == 0
@@ -2078,9 +2094,9 @@ def hessian_factor(h: Tensor, damp: float = DAMPING, falling: bool = True) -> tu
 
 def damped_factor(h: Tensor, damp: float = DAMPING,
                   falling: bool = True) -> tuple[tuple[Tensor, ...], list[float]]:
-    """hessian_factor of every matrix of h (n, C, C), and the damping of each: what is
-    asked for, or ten times more until the matrix can be factored; infinite where
-    nothing helps and the identity stands for it."""
+    """hessian_factor of all matrices of h (n, C, C), and the damping of each: ten
+    times more until it can be factored; infinite where nothing helps and the identity
+    stands for it."""
     try:
         parts = hessian_factor(h, damp, falling)
         if all(part.isfinite().all() for part in parts) and parts[3].min() > 0:
@@ -2099,22 +2115,22 @@ def damped_factor(h: Tensor, damp: float = DAMPING,
 @torch.no_grad()
 def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tensor, top: int,
                    trellis: bool = False, block: int = 128) -> Tensor:
-    """Codes (n, R, C) int8 within ±top of w under steps (n, R), column after column in
-    `order`, each one's error passed on to those still to come. order (n, C),
+    """Codes (n, R, C) int8 within ±top of w under steps (n, R). order (n, C),
     u (n, C, C), dead (n, C) are hessian_factor's; where columns have steps too, w and
     u come divided by them."""
-    nothing = dead[:, None] | (step == 0)[..., None]      # rows below the smallest step are zero
-    w, step = w.masked_fill(nothing, 0), step[:, None].clamp_min(1e-30)
-    t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R): a column is contiguous
-    diag = u.diagonal(dim1=-2, dim2=-1)[..., None]               # an error e of column j costs (e / diag_j)^2
-    feedback = u / diag                                          # what of it each later column takes up
+    zero = dead[:, None] | (step == 0)[..., None]      # rows below the smallest step are, too
+    w, step = w.masked_fill(zero, 0), step[:, None].clamp_min(1e-30)
+    t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R): contiguous columns
+    diag = u.diagonal(dim1=-2, dim2=-1)[..., None]      # error e of column j costs (e / diag_j)^2
+    feedback = u / diag                                 # what of it each later column takes up
     codes, columns = torch.empty_like(t, dtype=torch.int8), t.size(1)
     state = torch.zeros_like(t[:, 0], dtype=torch.long)
     for begin in range(0, columns, block):
         end = min(begin + block, columns)
         x, inner = t[:, begin:end], feedback[:, begin:end, begin:end]
         if trellis:
-            q, error, state = trellis_block(x / step, inner, diag[:, begin:end] ** -2, state)
+            slope = diag[:, begin:end] ** -2
+            q, error, state = trellis_block(x / step, inner, slope, state)
             error *= step
         else:
             q, error = plain_block(x, step, inner, top)
@@ -2140,17 +2156,17 @@ def plain_block(t: Tensor, step: Tensor, feedback: Tensor, top: int,
     return codes, error
 
 
-# Trellis-coded quantisation (Marcellin and Fischer 1990), Ungerboeck's 8 states. In state s a code k means
-# k + (s & 1) / 2 steps, and its parity chooses the next state: a row's path sees a grid of half steps at the
-# rate of whole ones.
-TRELLIS = np.array([[s >> 1 ^ 5 * (s & 1) ^ 2 * parity for parity in (0, 1)] for s in range(8)], np.uint8)
+# Trellis-coded quantisation (Marcellin and Fischer 1990), Ungerboeck's 8 states. In state s a code k
+# means k + (s & 1) / 2 steps, and its parity chooses the next state: a row's path sees a grid of half
+# steps at the rate of whole ones.
+STATE = np.arange(8)[:, None]
+TRELLIS = (STATE >> 1 ^ 5 * (STATE & 1) ^ [0, 2]).astype(np.uint8)      # next state, by parity
 # arrivals of each state: two (state, parity) each
 ARRIVALS = np.array([np.argwhere(TRELLIS == to) for to in range(8)]).transpose(1, 2, 0)
 
 
 def half_steps(codes: np.ndarray) -> np.ndarray:
-    """Which of the codes (R, C) stand half a step higher: a walk from state 0 through
-    every row."""
+    """Which codes (R, C) stand half a step higher: a walk from state 0 through a row."""
     return state_bits(np.ascontiguousarray(codes.T)).T
 
 
@@ -2161,8 +2177,10 @@ def trellis_block(t: Tensor, feedback: Tensor, slope: Tensor, state: Tensor,
     Each of 8 states keeps a survivor with its feedback."""
     arrivals = []
     for source, parity in torch.from_numpy(ARRIVALS).to(t.device):
-        arrivals.append((source, (source & 1).to(t.dtype)[:, None] / 2, parity.to(t.dtype)[:, None] / 2))
-    cost = torch.full((t.size(0), 8, t.size(2)), torch.inf, device=t.device).scatter_(1, state[:, None], 0)
+        half, odd = (bit.to(t.dtype)[:, None] / 2 for bit in (source & 1, parity))
+        arrivals.append((source, half, odd))
+    cost = torch.full((t.size(0), 8, t.size(2)), torch.inf, device=t.device)
+    cost.scatter_(1, state[:, None], 0)
     states = torch.arange(8, device=t.device)[:, None].expand_as(cost)
     rest, tiles = t[:, :, None].expand(-1, -1, 8, -1), []          # (n, C, states, R)
     for left in range(0, t.size(1), tile):
@@ -2177,10 +2195,11 @@ def trellis_block(t: Tensor, feedback: Tensor, slope: Tensor, state: Tensor,
                 e = y - code
                 total = torch.addcmul(cost[:, source], e, e * slope[:, j, None])
                 options.append((total, code, e, source[:, None], columns[:, 1:]))
-            second = options[1][0] < options[0][0]
-            cost, code, e, parent = (torch.where(second, b, a) for a, b in zip(*(o[:4] for o in options)))
+            (*first, later0), (*second, later1) = options
+            better = second[0] < first[0]
+            cost, code, e, parent = (torch.where(better, b, a) for a, b in zip(first, second))
             path.append((code, e, parent))
-            x = torch.where(second[:, None], options[1][4], options[0][4])
+            x = torch.where(better[:, None], later1, later0)
             x -= feedback[:, j, j + 1:right, None, None] * e[:, None]
         codes, errors, start = trace_back(path, states)
         tiles.append((codes, errors, start))
@@ -2196,8 +2215,9 @@ def trellis_block(t: Tensor, feedback: Tensor, slope: Tensor, state: Tensor,
     return codes, errors, end[:, 0]
 
 
-def trace_back(path: list[tuple[Tensor, Tensor, Tensor]], at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes and errors (n, tile, 8, R) of the paths that end in the states at
+def trace_back(path: list[tuple[Tensor, Tensor, Tensor]],
+               at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and errors (n, tile, 8, R) of the paths that end in the states `at`
     (n, 8, R), and the states they began in."""
     traced = []
     for code, error, parent in reversed(path):
@@ -2215,9 +2235,8 @@ BATCH_ROWS = 8192      # rows of equal matrices that are rounded together
 
 
 class Quantiser:
-    """A model's weights, ready to be quantised at any fineness: what does not depend
-    on it is computed once. Ranks share the matrices, those of one Hessian together;
-    equal shapes are one batch."""
+    """A model's weights, ready to be quantised at any fineness. Ranks share the
+    matrices, those of one Hessian together; equal shapes are one batch."""
 
     @torch.no_grad()
     def __init__(self, s: Settings, weights: Mapping[str, Tensor], curvature: Curvature,
@@ -2229,13 +2248,17 @@ class Quantiser:
         self.trellis = self.fisher and s.quant_trellis
         # what calibration left that is not used as it is: matrix -> what is done instead
         self.unusual: dict[str, str] = {}
-        fisher = self.finite(curvature.fisher,
-                             "sensitivities that are not finite: as fine as the others on average")
-        self.hessians = self.finite(curvature.hessians, "a Hessian that is not finite: the identity instead")
+        fisher = self.finite(
+            curvature.fisher, "sensitivities that are not finite: as fine as the others on average")
+        self.hessians = self.finite(
+            curvature.hessians, "a Hessian that is not finite: the identity instead")
         inputs: dict[str, list[str]] = {}
         for name in self.names:
             inputs.setdefault(input_of(name), []).append(name)
-        costs = [self.cost_of(group) for group in inputs.values()]
+        costs = []
+        for key, group in inputs.items():
+            columns, rows = weights[key].size(1), sum(len(weights[n]) for n in group)
+            costs.append((rows + len(group) * columns / 3) * columns ** 2)
         share = share_out(costs, self.world.size)[self.world.rank]
         keys = [key for i, key in enumerate(inputs) if i in share]
         self.own = sum((inputs[key] for key in keys), [])
@@ -2250,7 +2273,7 @@ class Quantiser:
         deviations = sum(map(self.deviations_of, self.own), np.zeros(511))
         self.deviations = sum(self.world.gather(deviations))
         self.finest = 1.0      # base step; by hand: the settings' steps
-        if self.fisher:        # below this nine codes in ten would be in rows whose steps cannot shrink
+        if self.fisher:        # nine codes in ten are in rows whose steps can shrink
             below = self.deviations.cumsum()
             low = np.searchsorted(below, 0.1 * below[-1]) - len(below) // 2
             self.finest = 2 ** (low / OCTAVE) / (TOP_CODE / 4)
@@ -2261,14 +2284,8 @@ class Quantiser:
         self.unusual.update((name, instead) for name in tensors if name not in out)
         return out
 
-    def cost_of(self, names: Sequence[str]) -> float:
-        """Of rounding matrices (R, C) that share an input."""
-        shapes = [self.weights[n].shape for n in names]
-        return sum((rows + columns / 3) * columns ** 2 for rows, columns in shapes)
-
     def factorise(self, names: list[str]) -> None:
-        """The factors of these matrices' Hessians, all of one width; without one: of
-        the identity."""
+        """The factors of these matrices' Hessians of one width; without: the identity's."""
         w = self.weights[names[0]]
         eye = torch.eye(w.size(1), device=w.device)
         h = torch.stack([self.hessians.get(n, eye) for n in names])
@@ -2276,13 +2293,13 @@ class Quantiser:
         self.factors.update(zip(names, zip(*parts)))
         for name, damp in zip(names, damps):
             if damp > DAMPING:
-                self.unusual[name] = (f"a Hessian that cannot be factored: damping {damp:g} instead "
-                                      f"of {DAMPING:g}")
+                self.unusual[name] = ("a Hessian that cannot be factored: "
+                                      f"damping {damp:g} instead of {DAMPING:g}")
 
     def allocate(self, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Stored steps, `.row` and `.col`, with step^2 g_row d_col the same for all
-        weights of all matrices, d being the variance of a column's input given the
-        columns that GPTQ rounds after it."""
+        weights, d being the variance of a column's input given the columns that GPTQ
+        rounds after it."""
         rows, columns, level = {}, {}, {}      # log2, of this rank's matrices
         for name in self.own:
             key = input_of(name)
@@ -2297,16 +2314,17 @@ class Quantiser:
         for other_rows, other_columns in self.world.gather((rows, columns)):
             rows.update(other_rows)
             columns.update(other_columns)
-        sizes = {n: self.weights[n].double().square().mean(1).clamp_min(1e-20).log2().cpu() / 2
-                 for n in self.names}
-        offsets = [(rows[n] - sizes[n]).mean() for n in rows]
+        sizes = {}      # rms of rows
         for name in self.names:
-            if name not in rows:      # not measured: as fine for its weights as the others on average
-                rows[name] = sizes[name] + (sum(offsets) / len(offsets) if offsets else 0)
+            power = self.weights[name].double().square().mean(1)
+            sizes[name] = power.clamp_min(1e-20).log2().cpu() / 2
+        offsets = [(rows[n] - sizes[n]).mean() for n in rows]
+        for name in sizes.keys() - rows.keys():      # not measured: as fine as the others on average
+            rows[name] = sizes[name] + sum(offsets) / max(len(offsets), 1)
         middle = torch.cat([rows[n] for n in self.names]).mean()
         steps = {n + ".row": rows[n] - middle for n in self.names}
         steps.update((key + ".col", x) for key, x in columns.items())
-        return {key: (OCTAVE * x).round().clamp(-127, 127).to(torch.int8) for key, x in steps.items()}
+        return {key: to_eighths(x) for key, x in steps.items()}
 
     def columns_of(self, name: str) -> Tensor:
         """Step of every column (C) against the others."""
@@ -2316,20 +2334,23 @@ class Quantiser:
         return octaves(self.steps[input_of(name) + ".col"]).to(w.device)
 
     def rows_of(self, name: str, base_step: float) -> Tensor:
-        """Stored steps of the rows (R): fp16 by hand; or int8, then raised until no
-        code is over the top."""
+        """Stored steps of the rows (R): fp16 by hand; or int8, raised until no code is
+        over the top."""
         w, precision = self.weights[name].float(), self.precision[name]
         if not self.fisher:
             return row_steps(w, precision.bits, precision.clip_sigmas * base_step)
         largest = (w / self.columns_of(name)).abs().amax(1) / (0.9 * TOP_CODE * base_step)
-        least = (OCTAVE * largest.clamp_min(1e-9).log2()).ceil().clamp(-127, 127).to(torch.int8)
+        least = to_eighths((OCTAVE * largest.clamp_min(1e-9).log2()).ceil() / OCTAVE)
         return torch.maximum(self.steps[name + ".row"].to(w.device), least)
 
     def deviations_of(self, name: str) -> np.ndarray:
         """How many codes have which standard deviation at base step 1: counts (511) by
-        eighths of an octave around 1, taking a code's variance as that of its row
+        eighths of an octave around 1, as if a code's variance were that of its row
         times that of its column."""
-        rows = octaves(self.steps[name + ".row"]) if self.fisher else self.rows_of(name, 1.0).float()
+        if self.fisher:
+            rows = octaves(self.steps[name + ".row"])
+        else:
+            rows = self.rows_of(name, 1.0).float()
         w = self.weights[name].float() / self.columns_of(name)
         rows = rows.to(w.device)[:, None]
         power = (w / rows.clamp_min(1e-30)).square().clamp_max(1e30)
@@ -2365,15 +2386,16 @@ class Quantiser:
         """Codes and rows' steps of this rank's matrices, on the CPU."""
         batches: dict[tuple, list[str]] = {}
         for name in self.own:
-            batches.setdefault((self.weights[name].shape, self.precision[name].bits), []).append(name)
+            kind = self.weights[name].shape, self.precision[name].bits
+            batches.setdefault(kind, []).append(name)
         rounded = {}
         for (shape, bits), names in batches.items():
             count = max(1, BATCH_ROWS // shape[0])
             for begin in range(0, len(names), count):
                 batch = names[begin:begin + count]
                 codes, rows = self.round(batch, bits, base_step)
-                for name, c, r in zip(batch, codes.cpu(), rows.cpu()):
-                    rounded[name] = c.clone(), r.clone()      # a pickled view takes its whole stack along
+                for name, *views in zip(batch, codes.cpu(), rows.cpu()):
+                    rounded[name] = [x.clone() for x in views]      # whose stacks need not be sent
         return rounded
 
     def round(self, names: list[str], bits: int, base_step: float) -> tuple[Tensor, Tensor]:
@@ -2384,7 +2406,8 @@ class Quantiser:
         if not self.fisher:
             return self.round_by_hand(w, rows, factors, bits, base_step)
         w = w / torch.stack([self.columns_of(n) for n in names])[:, None]
-        return round_in_order(w, octaves(rows) * base_step, *factors, TOP_CODE, self.trellis), rows
+        steps = octaves(rows) * base_step
+        return round_in_order(w, steps, *factors, TOP_CODE, self.trellis), rows
 
     def round_by_hand(self, w: Tensor, rows: Tensor, factors: Sequence[Tensor], bits: int,
                       base_step: float) -> tuple[Tensor, Tensor]:
@@ -2395,22 +2418,24 @@ class Quantiser:
     def protect(self, q: Quantised, base_step: float) -> None:
         """AWQ-lite: of all matrices, the groups of columns with the highest scores get
         codes of AWQ_LITE_BITS."""
-        high_bits, size, groups = self.s.awq_lite_bits, self.s.awq_lite_group_size, []
+        s, weights, groups = self.s, self.weights, []
+        size, high_bits = s.awq_lite_group_size, s.awq_lite_bits
         for name in self.names:
             h = self.hessians.get(input_of(name))
             if h is not None and self.precision[name].bits < high_bits:
-                scores = group_scores(self.weights[name], input_rms(self.s, name, h), size)
+                scores = group_scores(weights[name], input_rms(s, name, h), size)
                 groups += [(score, name, i * size) for i, score in enumerate(scores.tolist())]
+        groups.sort(key=lambda group: -group[0])
         fine: dict[str, Tensor] = {}      # (C) int8: 1 in the columns that are chosen
-        for _, name, begin in sorted(groups, key=lambda x: -x[0])[:self.s.awq_lite_group_top_k]:
-            chosen = fine.setdefault(name, torch.zeros(self.weights[name].size(1), dtype=torch.int8))
-            chosen[begin:begin + size] = 1
+        for _, name, begin in groups[:s.awq_lite_group_top_k]:
+            columns = torch.zeros(weights[name].size(1), dtype=torch.int8)
+            fine.setdefault(name, columns)[begin:begin + size] = 1
         for name, chosen in fine.items():
-            w, precision = self.weights[name].float(), self.precision[name]
+            w, precision = weights[name].float(), self.precision[name]
             high = row_steps(w, high_bits, precision.clip_sigmas * base_step)
             steps = q.tensors[name + ".scale"].to(w.device), high
-            h = self.hessians[input_of(name)]
-            codes = gptq_protected(w, h, steps, (precision.bits, high_bits), chosen)
+            h, bits = self.hessians[input_of(name)], (precision.bits, high_bits)
+            codes = gptq_protected(w, h, steps, bits, chosen)
             q.add(name, f"awqgrpint{high_bits}", [codes, high, chosen])
 
     def repair(self, q: Quantised) -> None:
@@ -2450,12 +2475,13 @@ def input_rms(s: Settings, name: str, h: Tensor, tokens: int = 1) -> Tensor:
 def group_scores(w: Tensor, rms: Tensor, size: int) -> Tensor:
     """How much each whole group of `size` columns of w (R, C) moves the output: rms
     of input · mean |w|."""
-    return (rms * w.float().abs().mean(dim=0))[:len(rms) // size * size].view(-1, size).sum(dim=1)
+    score, whole = rms * w.float().abs().mean(dim=0), len(rms) // size * size
+    return score[:whole].view(-1, size).sum(dim=1)
 
 
 @torch.no_grad()
-def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor], bits: tuple[int, int],
-                   fine: Tensor) -> Tensor:
+def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor],
+                   bits: tuple[int, int], fine: Tensor) -> Tensor:
     """Codes (R, C) int8 of one matrix by GPTQ, with the second steps and bits in the
     columns `fine` (C)."""
     order, u, dead, _ = (part[0] for part in damped_factor(h.float()[None])[0])
@@ -2520,21 +2546,25 @@ def asym_signs(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor]:
     for sign in (1, -1):
         stored = asym_values(*lqer_asym(sign * a, sign * b, group))
         x, y = (part.double() for part in stored)
-        shared = (x * a * sign).sum(0) * (y * b * sign).sum(1)      # of the stored pair with the true one
+        # the true pair's part in the stored one
+        shared = (x * a * sign).sum(0) * (y * b * sign).sum(1)
         costs.append(x.square().sum(0) * y.square().sum(1) - 2 * shared)
     sign = torch.where(costs[1] < costs[0], -1.0, 1.0)
     return a * sign, b * sign[:, None]
 
 
 @torch.no_grad()
-def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str, names=matrix_views) -> None:
+def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str,
+                 names: Callable = matrix_views) -> None:
     """Copy weights, under the names that `names` gives, into the model; UserError
     unless they fit."""
     views = names({n: p.data for n, p in model.named_parameters()})
-    wrong = sorted(set(views) ^ set(weights)) or [n for n in views if views[n].shape != weights[n].shape]
+    wrong = sorted(set(views) ^ set(weights))
+    if not wrong:
+        wrong = [n for n in views if views[n].shape != weights[n].shape]
     if wrong:
-        raise UserError(f"{origin} does not fit the model that the settings describe: {len(wrong)} tensors "
-                        f"differ ({', '.join(wrong[:3])}…); use the settings it was made with")
+        raise UserError(f"{origin} does not fit the settings' model: {len(wrong)} tensors differ "
+                        f"({', '.join(wrong[:3])}…); use the settings it was made with")
     for name, view in views.items():
         view.copy_(weights[name])
 
@@ -2542,13 +2572,12 @@ def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str, names=m
 # --- logit calibration: scaled and shifted by what a token looks like
 
 CALIBRATION_STREAM = "calibration"    # in the artifact: 1 + 14 float32
-CALIBRATION_REACH = 0.5               # a category moves its tokens' logits by at most this much
+CALIBRATION_REACH = 0.5               # most by which a category moves its tokens' logits
 
 
 @functools.cache
 def token_categories(path: Path, vocab_size: int) -> Tensor:
-    """(V, 14) of 0 and 1: by length in bytes, by leading space and by the kind of
-    characters."""
+    """(V, 14) of 0 and 1: by length in bytes, leading space and kind of characters."""
     sp, rows = load_tokenizer(path), []
     for i in range(vocab_size):
         nothing = sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
@@ -2575,8 +2604,7 @@ def calibrated_by(s: Settings, raw: Tensor) -> tuple[Tensor, Tensor]:
 
 def fit_calibration(s: Settings, model: GPT, tokens: np.ndarray) -> tuple[Tensor, Tensor]:
     """The 15 numbers that serve the model best on training tokens (N,), and every
-    step's loss. Each window scores one block of LOGIT_CALIB_STRIDE tokens, after what
-    fits before."""
+    step's loss. A window scores LOGIT_CALIB_STRIDE tokens, after what fits before."""
     device, losses, stride = model.tok_emb.device, [], s.logit_calib_stride
     raw = torch.zeros(15, device=device, requires_grad=True)
     optimiser = torch.optim.AdamW([raw], lr=s.logit_calib_lr, weight_decay=0)
@@ -2585,16 +2613,19 @@ def fit_calibration(s: Settings, model: GPT, tokens: np.ndarray) -> tuple[Tensor
     for i in [*range(0, len(blocks), s.logit_calib_batch_seqs)] * s.logit_calib_epochs:
         first = blocks[i:i + s.logit_calib_batch_seqs, None]
         at = np.maximum(first - s.eval_seq_len + stride, 0) + np.arange(s.eval_seq_len)
-        scored = torch.from_numpy((at >= first) & (at < np.minimum(first + stride, total))).to(device)
+        scored = (at >= first) & (at < np.minimum(first + stride, total))
         pairs = tokens[np.minimum(np.stack((at, at + 1)), len(tokens) - 1)]
         x, y = torch.from_numpy(pairs.astype(np.int64)).to(device)
+        scored = torch.from_numpy(scored).to(device)
         with torch.no_grad():
-            z = model.logits(model.hidden(x, layer_plan(s, True))[scored])
+            hidden = model.hidden(x, layer_plan(s, True))
+            z = model.logits(hidden[scored])
         scale, bias = calibrated_by(s, raw)
         loss = F.cross_entropy(scale * z + bias, y[scored])
         losses.append(loss)
+        penalty = raw[1:].square().mean() + (scale - 1) ** 2
         optimiser.zero_grad()
-        (loss + s.logit_calib_l2 * (raw[1:].square().mean() + (scale - 1) ** 2)).backward()
+        (loss + s.logit_calib_l2 * penalty).backward()
         optimiser.step()
         with torch.no_grad():
             raw[1:].clamp_(-CALIBRATION_REACH, CALIBRATION_REACH)
@@ -2602,21 +2633,21 @@ def fit_calibration(s: Settings, model: GPT, tokens: np.ndarray) -> tuple[Tensor
 
 
 def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
-    """The artifact with its own model's calibration, fitted in training; as it was
-    without room."""
+    """The artifact with its own model's calibration; as it was without room."""
     values = None
     if world.main:
         model = build_model(s, world)
         load_weights(model, read_artifact(s, blob, ARTIFACT_NAME).weights, ARTIFACT_NAME)
         raw, losses = fit_calibration(s, model, read_shard(list_shards(s.shards, "train")[0]))
         values = raw.cpu().numpy().astype("<f4").tobytes()
-        run.log("logit_calibration", steps=len(losses), train_loss=losses.mean().item(), values=raw.tolist())
+        run.log("logit_calibration", steps=len(losses), train_loss=losses.mean().item(),
+                values=raw.tolist())
     header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
     streams[CALIBRATION_STREAM] = world.agree(values)
     whole = artifact_to_bytes(header, streams)
     if len(whole) + code_bytes(shipped_form(s)) + MARK_BYTES + LZMA_SLACK <= ARTIFACT_LIMIT:
         return whole
-    run.log("settings_without_effect", LOGIT_CALIB_ENABLED="no room for the calibration in the artifact")
+    run.log("settings_without_effect", LOGIT_CALIB_ENABLED="no room for it in the artifact")
     return blob
 
 
@@ -2642,8 +2673,7 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Booked:
-    """Validation tokens whose every target is on the books; nothing else of them may
-    be trained on."""
+    """Validation tokens whose every target is on the books, so they may be trained on."""
     tokens: np.ndarray
 
 
@@ -2658,7 +2688,7 @@ class LedgerError(RuntimeError):
 
 class Ledger:
     """The books of one evaluation: every target's loss, once. What breaks the rules
-    raises, on every rank."""
+    raises on every rank."""
 
     def __init__(self, val: Validation, device: torch.device):
         val.ledgers += 1
@@ -2676,115 +2706,123 @@ class Ledger:
         self.loss[positions] = losses.detach().float()
 
     def require(self, positions: Tensor) -> None:
-        """Note whether all these targets are on the books: check_early() says so,
-        nothing waits here."""
+        """Note for check_early whether all these targets are on the books: no wait here."""
         self.early |= (self.count[positions] == 0).any()
 
     def check_early(self, world: World) -> None:
-        """Raise, on every rank, when one of them has asked for a target that was not
-        on the books."""
+        """Raise when a rank has asked for a target that was not on the books."""
         if world.total(self.early.int()):
             raise LedgerError(EARLY)
 
     def booked(self, documents: np.ndarray, world: World) -> Booked:
-        """The tokens of these documents, if all ranks together have scored every
-        target of theirs."""
+        """The tokens of these documents, if the ranks have scored all their targets."""
         self.check_early(world)
         count = world.total(self.count.clone()).cpu().numpy()
-        spans = [(int(self.val.documents.start[d]), int(self.val.documents.length[d])) for d in documents]
-        for start, length in spans:
+        tokens = []
+        for d in documents:
+            start, length = self.val.documents.start[d], self.val.documents.length[d]
             if not (count[start:start + length - 1] == 1).all():
-                raise LedgerError(f"targets of the document at {start} are not scored once each: training "
-                                  "on it would break the rules")
-        return Booked(np.concatenate([self.val.tokens[a:a + n] for a, n in spans]))
+                raise LedgerError(f"targets of the document at {start} are not scored once each: "
+                                  "training on it would break the rules")
+            tokens.append(self.val.tokens[start:start + length])
+        return Booked(np.concatenate(tokens))
 
     def close(self, world: World) -> Score:
-        """Sum over ranks; raises unless every expected target was scored, once,
-        before any step on it."""
+        """Sum over ranks; raises unless every expected target was scored, once, before
+        any step on it."""
         self.check_early(world)
         count = world.total(self.count).cpu().numpy()
-        self.total = loss = world.total(self.loss.double()).cpu().numpy()
-        if len(wrong := np.flatnonzero(count != self.expected)):
+        self.total = world.total(self.loss.double()).cpu().numpy()
+        wrong = np.flatnonzero(count != self.expected)
+        if len(wrong):
             at = wrong[0]
-            raise LedgerError(f"coverage is broken: {len(wrong):,} targets, the first at {at}, were scored "
-                              f"{count[at]} times instead of {int(self.expected[at])}")
+            raise LedgerError(f"coverage is broken: {len(wrong):,} targets, the first at {at}, were "
+                              f"scored {count[at]} times instead of {int(self.expected[at])}")
         self.val.ledgers -= 1
         target_bytes = self.val.target_bytes[self.expected].sum()
-        return Score(float(loss.sum()), float(target_bytes), int(self.expected.sum()))
+        return Score(float(self.total.sum()), float(target_bytes), int(self.expected.sum()))
 
     def profiles(self) -> Iterator[dict]:
-        """After close(): documents, targets, bytes, nats by a document's length, and
-        by position in it."""
+        """After close(): documents, targets, bytes, nats by position in a document, and
+        by its length."""
         start, length = self.val.documents.start, self.val.documents.length - 1
-        cuts = start[:, None] + np.minimum(length[:, None], [*PROFILE_EDGES, 1 << 62])
-        sums = [np.diff(np.append(0, x.cumsum())[cuts]) for x in (self.val.target_bytes, self.total)]
-        parts = dict(zip(("tokens", "bytes", "nats"), (np.diff(cuts), *sums)))     # each (documents, buckets)
-        belongs = np.eye(len(PROFILE_EDGES), dtype=int)[np.searchsorted(PROFILE_EDGES, length, "right") - 1]
-        for by, documents, total in (("position", parts["tokens"] > 0, lambda x: x.sum(0)),
-                                     ("length", belongs, lambda x: x.sum(1) @ belongs)):
-            yield {"by": by, "edges": PROFILE_EDGES, "documents": documents.sum(0).tolist(),
-                   **{k: total(x).tolist() for k, x in parts.items()}}
+        edges = [*PROFILE_EDGES, 1 << 62]
+        cuts = start[:, None] + np.minimum(length[:, None], edges)
+        parts = {"tokens": np.diff(cuts)}      # each (documents, buckets of positions)
+        for name, values in (("bytes", self.val.target_bytes), ("nats", self.total)):
+            parts[name] = np.diff(np.append(0, values.cumsum())[cuts])
+        bucket = np.searchsorted(PROFILE_EDGES, length, "right") - 1
+        belongs = np.eye(len(PROFILE_EDGES), dtype=int)[bucket]
+        whole = {name: x.sum(1, keepdims=True) * belongs for name, x in parts.items()}
+        for by, tables in (("position", parts), ("length", whole)):
+            documents = (tables["tokens"] > 0).sum(0)
+            sums = {name: x.sum(0).tolist() for name, x in tables.items()}
+            yield {"by": by, "edges": PROFILE_EDGES, "documents": documents.tolist(), **sums}
 
 
-def sliding_windows(total: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
-    """Windows over `total` positions as (begin, end, first scored position): the
-    first scores all it sees, later ones their last `stride` positions; each position
-    once."""
-    later = range(stride, total - seq_len + stride, stride)
-    return [(0, min(seq_len, total), 0),
-            *((begin, min(begin + seq_len, total), begin + seq_len - stride) for begin in later)]
+Window = tuple[int, int, int]       # positions: begin, end, first scored
 
 
-Window = tuple[int, int, int]       # absolute positions: begin, end, first scored
+def sliding_windows(total: int, seq_len: int, stride: int) -> list[Window]:
+    """Windows over `total` positions: the first scores all it sees, later ones their
+    last `stride` positions; each position once."""
+    windows = [(0, min(seq_len, total), 0)]
+    for begin in range(stride, total - seq_len + stride, stride):
+        end = begin + seq_len
+        windows.append((begin, min(end, total), end - stride))
+    return windows
 
 
 def pack_rows(windows: list[Window], capacity: int) -> list[list[Window]]:
-    """Windows, longest first, filled one after the other into rows of at most
-    `capacity` tokens."""
+    """Windows, longest first, put into rows of at most `capacity` tokens."""
     rows, used = [], capacity
-    for w in sorted(windows, key=lambda w: w[0] - w[1]):
-        used += w[1] - w[0]
+    for begin, end, first in sorted(windows, key=lambda w: w[0] - w[1]):
+        used += end - begin
         if used > capacity or not rows:
             rows.append([])
-            used = w[1] - w[0]
-        rows[-1].append(w)
+            used = end - begin
+        rows[-1].append((begin, end, first))
     return rows
 
 
 class Scorer:
-    """Scores a model on validation documents: packed rows, no attention across
-    documents."""
+    """Scores a model on validation documents in packed rows; they do not see each other."""
 
     def __init__(self, s: Settings, world: World, model: GPT):
         self.s, self.world, self.model = s, world, model
         self.losses = compiled(s, world.device, model.losses, fullgraph=True)
-        self.fixed = compiles(s, world.device)            # compiled graphs want one row length
+        self.fixed = compiles(s, world.device)      # compiled graphs want one row length
         self.capacity = max(s.eval_seq_len, s.val_batch_tokens // 8)
 
     @torch.no_grad()
     def windows(self, val: Validation, stride: int, looping: bool = True) -> Score:
-        """Score every document by windows of EVAL_SEQ_LEN at this stride, or beyond
-        those on cached keys."""
+        """Score every document by windows of EVAL_SEQ_LEN at this stride, longer ones on
+        cached keys if EVAL_KV_REUSE."""
         s, ledger = self.s, Ledger(val, self.world.device)
-        self.ledger = ledger              # the books of the latest evaluation
-        starts, targets = val.documents.start, val.documents.length - 1
-        longer = (targets > s.eval_seq_len) & (s.eval_kv_reuse and stride < s.eval_seq_len)
-        windows = [(a + b, a + e, a + f) for a, n in zip(starts[~longer].tolist(), targets[~longer].tolist())
-                   for b, e, f in sliding_windows(n, s.eval_seq_len, stride)]
+        self.ledger = ledger      # the books of the latest evaluation
+        targets = val.documents.length - 1
+        cached = (targets > s.eval_seq_len) & (s.eval_kv_reuse and stride < s.eval_seq_len)
+        windows = []
+        for d in np.flatnonzero(~cached):
+            start = int(val.documents.start[d])
+            for window in sliding_windows(int(targets[d]), s.eval_seq_len, stride):
+                windows.append(tuple(start + position for position in window))
         rows, plan = pack_rows(windows, self.capacity), layer_plan(s, looping)
         widths = [sum(end - begin for begin, end, _ in row) for row in rows]
         for i in share_out(widths, self.world.size)[self.world.rank]:
             self.world.beat(f"scoring row {i}")
             self.score_row(rows[i], val, plan, ledger)
-        if longer.any():
-            self.once(val, np.flatnonzero(longer), stride, ledger)
+        if cached.any():
+            self.score_cached(val, np.flatnonzero(cached), stride, ledger)
         return ledger.close(self.world)
 
-    def once(self, val: Validation, documents: np.ndarray, stride: int, ledger: Ledger) -> None:
-        """Documents computed once, `stride` tokens at a time, on the keys a window
+    def score_cached(self, val: Validation, documents: np.ndarray, stride: int,
+                     ledger: Ledger) -> None:
+        """Compute documents once, `stride` tokens at a time, on the keys that a window
         would reach."""
-        s = dataclasses.replace(self.s, ttt_eval_seq_len=self.s.eval_seq_len, ttt_chunk_size=stride,
-                                ttt_short_score_first_enabled=False, ttt_cache_lambda=0)
+        s = dataclasses.replace(
+            self.s, ttt_eval_seq_len=self.s.eval_seq_len, ttt_chunk_size=stride,
+            ttt_short_score_first_enabled=False, ttt_cache_lambda=0)
         still = PhasedTTT(s, self.world, self.model, val, ledger=ledger)
         still.level = NO_ADAPTATION
         self.model.requires_grad_(False)       # as in adaptation, so that it has the same graphs
@@ -2794,22 +2832,26 @@ class Scorer:
 
     def score_row(self, row: list[Window], val: Validation, plan: Plan, ledger: Ledger) -> None:
         """One forward; book the scored part of each window."""
-        lengths = np.array([e - b for b, e, _ in row])
-        at = np.concatenate([np.arange(b, e) for b, e, _ in row])
-        scored = np.flatnonzero(np.concatenate([np.arange(b, e) >= f for b, e, f in row]))
-        pad = self.capacity - len(at) if self.fixed else 0
-        total, longest = len(at) + pad, self.s.eval_seq_len
-        filler = np.arange(len(at) + longest, total, longest)       # padding is cut like documents
-        bounds = np.concatenate([[0], np.cumsum(lengths), filler, [total]]).astype(np.int32)
-        ids = np.pad(val.tokens[at].astype(np.int64), (0, pad))
-        targets = np.pad(val.targets[at].astype(np.int64), (0, pad))
-        x, y, cu = (torch.from_numpy(a).to(self.world.device) for a in (ids[None], targets[None], bounds))
+        spans = [np.arange(begin, end) for begin, end, _ in row]
+        scored = np.concatenate([span >= first for span, (_, _, first) in zip(spans, row)])
+        scored = np.flatnonzero(scored)
+        lengths = [len(span) for span in spans]
+        used, longest = sum(lengths), self.s.eval_seq_len
+        total = self.capacity if self.fixed else used
+        at = np.pad(np.concatenate(spans), (0, total - used))
+        filler = np.arange(used + longest, total, longest)       # padding is cut like documents
+        bounds = np.concatenate([[0], np.cumsum(lengths), filler, [total]])
+        device = self.world.device
+        cu = torch.from_numpy(bounds.astype(np.int32)).to(device)
+        x, y = (torch.from_numpy(tokens[at].astype(np.int64))[None].to(device)
+                for tokens in (val.tokens, val.targets))
         if self.fixed:
             torch._dynamo.mark_dynamic(cu, 0)
-        forward = functools.partial(self.losses, plan=plan, layout=Layout(cu, longest, isolate=True))
-        losses = tilted_losses(self.s, forward, x, y, np.pad(at, (0, pad))[None], val.hints)[1][0]
-        positions, keep = (torch.from_numpy(i).to(losses.device) for i in (at[scored], scored))
-        ledger.book(positions, losses[keep])
+        layout = Layout(cu, longest, isolate=True)
+        forward = functools.partial(self.losses, plan=plan, layout=layout)
+        losses = tilted_losses(self.s, forward, x, y, at[None], val.hints)[1][0]
+        booked = torch.from_numpy(at[scored]).to(device)
+        ledger.book(booked, losses[torch.from_numpy(scored).to(device)])
 
 
 # ============================================================================================================
@@ -6234,10 +6276,10 @@ def artifact_from_bytes(blob: bytes, origin: str) -> tuple[dict, dict[str, bytes
     """The (header, streams) that artifact_to_bytes was given; UserError for anything
     foreign, cut or altered. Nothing is allocated beyond the blob's own size."""
     def refuse(what):
-        raise UserError(f"{origin}: {what}; copy it again from where it was written, or write it again")
+        raise UserError(f"{origin}: {what}; copy it again, or write it again")
 
     if blob[:8] != MAGIC or len(blob) < PREFIX.size:
-        refuse(f"is no artifact of this trainer (starts with {blob[:8]!r}, not {MAGIC!r}) or is cut off")
+        refuse(f"no artifact of this trainer (starts with {blob[:8]!r}, not {MAGIC!r}), or cut off")
     _, version, begin, digest = PREFIX.unpack_from(blob)
     body = blob[PREFIX.size:]
     if version != ARTIFACT_VERSION:
@@ -6285,14 +6327,14 @@ def brotli_pack(data: bytes, stride: int = 1) -> bytes:
 def brotli_unpack(blob: bytes, size: int, stride: int = 1) -> bytes:
     """Inverse of brotli_pack for `size` bytes of data. UserError if the blob holds
     anything else; whatever it claims, it is not expanded much beyond `size`."""
+    reader = brotli.Decompressor()
     try:
-        reader = brotli.Decompressor()
         data = reader.process(blob, output_buffer_limit=size + 1)
         if len(data) != size or not reader.is_finished():
-            raise brotli.error(f"{len(data)} bytes, and {'no' if reader.is_finished() else 'more'} to come")
+            raise brotli.error(f"{len(data)} bytes" + " and more" * (not reader.is_finished()))
     except brotli.error as error:
-        raise UserError(f"compressed stream ({len(blob)} bytes, for {size}): {error}: damaged or written "
-                        "with other settings; write the file again") from error
+        raise UserError(f"compressed stream ({len(blob)} bytes, for {size}): {error}: damaged "
+                        "or of other settings; write the file again") from error
     return byte_unshuffle(data, stride)
 
 
@@ -6307,7 +6349,7 @@ def split_bytes(blob: bytes, sizes: Sequence[int], dtype: str = "i1") -> list[np
 
 # --- contexts: how large a code is expected to be, in eighths of an octave
 
-Sides = tuple[np.ndarray, np.ndarray]  # row contexts (R), column contexts (C) of one code matrix
+Sides = tuple[np.ndarray, np.ndarray]  # contexts of rows (R), of columns (C)
 ROW_LEVELS = 56       # of a row: 7 octaves upwards from an rms of 1/4
 COLUMN_REACH = 12     # of a column: 1.5 octaves to either side
 
@@ -6319,9 +6361,9 @@ def code_level(codes: np.ndarray, axis: int | None = None) -> np.ndarray:
 
 
 def code_levels(codes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Side information of codes (R, C), int8 (1 + R + C): the level of all, and by
-    how many quarters of an octave the rms of each row and column differs from what
-    rows (R) and columns (C) predict."""
+    """Side information of codes (R, C), int8 (1 + R + C): the level of all, and by how
+    many quarters of an octave the rms of each row and column differs from what rows
+    (R) and columns (C) predict."""
     parts = [code_level(codes)[None]]
     for axis, predicted in ((1, rows), (0, columns)):
         excess = code_level(codes, axis) - predicted
@@ -6331,8 +6373,8 @@ def code_levels(codes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.
 
 
 def scale_contexts(levels: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> Sides:
-    """The contexts of one code matrix from what the decoder has, by integers alone:
-    its code_levels and what they were measured against."""
+    """The contexts of one code matrix from its code_levels and what they were measured
+    against, by integers alone."""
     overall, *excess = np.split(levels.astype(np.int32), [1, 1 + len(rows)])
     sides = []
     for predicted, quarters in zip((rows, columns), excess):
@@ -6345,8 +6387,8 @@ def scale_contexts(levels: np.ndarray, rows: np.ndarray, columns: np.ndarray) ->
 
 # --- guesses
 
-# The rows of an embedding share directions: what has been read of a row tells something of its next code. A
-# row is taken as a sum of RANK factors, its shares in them unknown, plus noise; the guess is the recursive
+# The rows of an embedding share directions: what has been read of a row tells of its next code. A row is
+# taken as a sum of RANK factors, its shares in them unknown, plus noise; the guess is the recursive
 # least-squares estimate, and only what differs from it is coded.
 RANK = 8
 RIDGE = 1024       # the noise's variance in units of a share's
@@ -6371,8 +6413,8 @@ def shared_factors(codes: np.ndarray) -> np.ndarray | None:
 
 class Guesser:
     """The next code of every row, by the factors (r, C) and the codes so far. In
-    integers, but for gains that are computed by single operations and exact sums,
-    which round alike on all machines."""
+    integers, but for gains from single operations and exact sums, which round alike
+    on all machines."""
 
     def __init__(self, factors: np.ndarray, rows: int):
         self.factors = factors.astype(np.int64)
@@ -6396,8 +6438,7 @@ class Guesser:
 
 
 def residues(codes: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
-    """int8 (R, C): by how much codes (R, C) differ from what their factors let
-    expect, modulo 256."""
+    """int8 (R, C): codes (R, C) less what their factors let expect, modulo 256."""
     if factors is None:
         return codes
     guesser, out = Guesser(factors, len(codes)), np.empty_like(codes)
@@ -6412,14 +6453,14 @@ def residues(codes: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
 PROB_BITS = 12
 PROB_ONE = 1 << PROB_BITS
 OWN_TABLE = 255       # in the place of a level: the table is in the file
-ESCAPES = (128, 127)  # uint8 codes standing for even and odd ones listed apart: a trellis walks on parity
+ESCAPES = (128, 127)  # uint8 codes for even and odd ones listed apart: a trellis walks on parity
 
 
 @functools.cache
 def normal_table(level: int, odd: int) -> np.ndarray:
     """Frequencies (256), PROB_ONE in all, of codes as uint8 around -odd / 2 with a
-    deviation of level eighths of an octave above 1/4. In decimal arithmetic, which is
-    the same on all machines."""
+    deviation of level eighths of an octave above 1/4. Decimal arithmetic is the same
+    on all machines."""
     with decimal.localcontext(decimal.Context(prec=12)):
         narrow = (decimal.Decimal(16 - level) / 4 * decimal.Decimal(2).ln()).exp() / 2
         centre = decimal.Decimal(odd) / 2
@@ -6435,8 +6476,7 @@ def normal_table(level: int, odd: int) -> np.ndarray:
 
 
 def fold(count: np.ndarray, rare: np.ndarray) -> np.ndarray:
-    """Counts (256) with those of the rare codes (256) given to the escapes of their
-    parity."""
+    """Counts (256), those of the rare codes (256) given to their parity's escapes."""
     folded = np.where(rare, 0, count)
     for parity, escape in enumerate(ESCAPES):
         folded[escape] = (count * rare)[parity::2].sum()
@@ -6444,33 +6484,32 @@ def fold(count: np.ndarray, rare: np.ndarray) -> np.ndarray:
 
 
 def fitted_table(count: np.ndarray) -> np.ndarray:
-    """Frequencies (256), PROB_ONE in all, for counts (256) of codes as uint8. Rare
-    ones get none: a slot costs the others 1 / PROB_ONE, and listing a code apart
-    costs about a byte a piece."""
+    """Frequencies (256), PROB_ONE in all, for counts (256) of codes as uint8. Rare ones
+    get none: a slot costs the others 1 / PROB_ONE, listing a code apart a byte."""
     count = fold(count, listed_apart(6 * PROB_ONE * count >= count.sum()))
     freq = np.maximum(count * PROB_ONE // count.sum(), count > 0)
     while (excess := freq.sum() - PROB_ONE) != 0:
         step = -1 if excess > 0 else 1
-        gain = count * np.log2(np.maximum(freq + step, 1) / np.maximum(freq, 1))  # bits won by moving a slot
+        bits_won = count * np.log2(np.maximum(freq + step, 1) / np.maximum(freq, 1))
         movable = (count > 0) & (freq + step > 0)
-        freq[np.where(movable, gain, -np.inf).argmax()] += step
+        freq[np.where(movable, bits_won, -np.inf).argmax()] += step
     return freq
 
 
 def listed_apart(freq: np.ndarray) -> np.ndarray:
-    """Which codes a table (…, 256) of frequencies does not hold: the others, and what
-    escapes stand for."""
+    """Which codes a table (…, 256) of frequencies does not hold; escapes among them."""
     rare = freq == 0
     rare[..., ESCAPES] = True
     return rare
 
 
 def choose_table(count: np.ndarray, odd: int) -> tuple[int, np.ndarray]:
-    """(level, frequencies) of the normal table nearest to counts (256); OWN_TABLE
-    where one of their own is worth the six bits that a frequency takes."""
+    """(level, frequencies) of the normal table nearest to counts (256); OWN_TABLE where
+    one of their own is worth the six bits that a frequency takes."""
     def bits(freq):
         rare = listed_apart(freq)
-        return fold(count, rare) @ (PROB_BITS - np.log2(np.maximum(freq, 1))) + 8 * (count @ rare)
+        each = PROB_BITS - np.log2(np.maximum(freq, 1))
+        return fold(count, rare) @ each + 8 * (count @ rare)
 
     code = np.arange(256, dtype=np.uint8).view(np.int8) + odd / 2
     power = count @ code ** 2 / max(count.sum(), 1)
@@ -6488,10 +6527,10 @@ def choose_table(count: np.ndarray, odd: int) -> tuple[int, np.ndarray]:
 # --- codes
 
 # rANS (Duda 2013; interleaved as in Giesen 2014). A lane is one state; it codes a row, and all lanes go
-# through the columns together. Rows of all tensors with equal C are stacked, and lanes live on from batch to
-# batch: Python's loop is (rows / lanes) x columns long whatever the number of tensors, a lane costs 4 bytes.
+# through the columns together. Rows of all tensors with equal C are stacked, and lanes live on from batch
+# to batch: Python's loop is (rows / lanes) x columns long, and a lane costs 4 bytes.
 LOW, LANES = 1 << 16, 1024
-CODES_HEAD = struct.Struct("<HHII")  # lanes, contexts, listed codes, bytes of (own tables, listed codes)
+CODES_HEAD = struct.Struct("<HHII")  # lanes, contexts, listed codes, bytes of own tables and those
 
 
 def code_fault(what: str) -> UserError:
@@ -6539,24 +6578,25 @@ def count_contexts(sides: Sequence[Sides], trellis: bool) -> int:
 
 
 def next_state(state: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Next trellis states (n) from states (n) and codes (n) uint8: only the parity of
-    a code counts."""
+    """Next trellis states (n) from states (n) and codes (n) uint8, by their parity."""
     return TRELLIS.take(state << 1 | codes & 1)
 
 
 def state_bits(codes: np.ndarray) -> np.ndarray:
     """The low bit of the trellis state before each of the codes (C, n): a walk from
     state 0 down a column."""
-    bits, state = np.empty(codes.shape, np.uint8), np.zeros(codes.shape[1], np.uint8)
+    bits = np.empty(codes.shape, np.uint8)
+    state = np.zeros(codes.shape[1], np.uint8)
     for bit, column in zip(bits, codes.view(np.uint8)):
         bit[:] = state & 1
         state = next_state(state, column)
     return bits
 
 
-def rans_encode(lanes: np.ndarray, index: np.ndarray, freq: np.ndarray, start: np.ndarray) -> list:
-    """Push a batch, last column first. lanes (n) uint32 in place, index (C, n) into
-    freq, start -> words."""
+def rans_encode(lanes: np.ndarray, index: np.ndarray, freq: np.ndarray,
+                start: np.ndarray) -> list[np.ndarray]:
+    """Push a batch, last column first: lanes (n) uint32 in place, index (C, n) into
+    freq and start -> words."""
     x, words = lanes.copy(), []
     for symbols in index[::-1]:
         f = freq.take(symbols)
@@ -6571,10 +6611,10 @@ def rans_encode(lanes: np.ndarray, index: np.ndarray, freq: np.ndarray, start: n
 
 def encode_codes(codes: Sequence[np.ndarray], sides: Sequence[Sides], trellis: bool = False,
                  factors: Mapping[int, np.ndarray] = {}) -> bytes:
-    """Codes [int8 (R, C), …] -> bytes; nothing may be empty. The context of a code is
-    the sum of its two sides, 0…255; with a trellis, where rows start in state 0, its
-    double (0…127) plus the state's low bit. factors: by number, those of tensors
-    whose residues are coded."""
+    """Codes [int8 (R, C), …] -> bytes; nothing may be empty. A code's context is the
+    sum of its sides, 0…255; with a trellis, where rows start in state 0, twice that
+    (0…127) plus the state's low bit. factors: by number, of tensors whose residues are
+    coded."""
     count, lanes = count_contexts(sides, trellis), lane_count(sum(c.size for c in codes))
     batches = []  # (C, n) uint16: context << 8 | code as uint8
     for stack in stacked(sides, factors):
@@ -6584,22 +6624,24 @@ def encode_codes(codes: Sequence[np.ndarray], sides: Sequence[Sides], trellis: b
             if trellis:
                 context = 2 * context + state_bits(np.ascontiguousarray(true[part].T))
             batches.append((context << 8 | coded[part].T).astype(np.uint16))
-    counts = sum(np.bincount(b.ravel(), minlength=count << 8) for b in batches).reshape(count, 256)
-    levels, freq = zip(*(choose_table(n, i & trellis) for i, n in enumerate(counts)))
-    freq = np.stack(freq)
+    counts = sum(np.bincount(batch.ravel(), minlength=count << 8) for batch in batches)
+    tables = [choose_table(n, i & trellis) for i, n in enumerate(counts.reshape(count, 256))]
+    levels = bytes(level for level, _ in tables)
+    freq = np.stack([table for _, table in tables])
     rare = listed_apart(freq)
-    own = freq[np.array(levels) == OWN_TABLE].astype("<u2").tobytes()
+    own = b"".join(table.astype("<u2").tobytes() for level, table in tables if level == OWN_TABLE)
     listed = b"".join(b[rare.take(b)].astype(np.uint8).tobytes() for b in batches)
     front = brotli_pack(byte_shuffle(own, 2) + listed)
-    pushed = np.where(rare, np.tile(ESCAPES, 128), np.arange(256)) + 256 * np.arange(count)[:, None]
+    pushed = np.where(rare, np.tile(ESCAPES, 128), np.arange(256))
+    pushed += 256 * np.arange(count)[:, None]
     start = np.cumsum(freq, 1) - freq
     freq, start = (table.astype(np.uint32).take(pushed) for table in (freq, start))
     states, words = np.full(lanes, LOW, np.uint32), []
     for batch in reversed(batches):
         words += rans_encode(states[:batch.shape[1]], batch, freq, start)
     head = CODES_HEAD.pack(lanes, count, len(listed), len(front))
-    return b"".join([head, bytes(levels), front, states.astype("<u4").tobytes(),
-                     *(w.tobytes() for w in reversed(words))])
+    words = np.concatenate(words[::-1]).tobytes()
+    return b"".join([head, levels, front, states.astype("<u4").tobytes(), words])
 
 
 @dataclass
@@ -6611,46 +6653,38 @@ class Decoder:
     table: np.ndarray     # of lookup_table
     trellis: bool
 
-    def reveal(self, symbols: np.ndarray) -> None:
-        """Put listed codes in the place of escapes."""
-        marked = (symbols == ESCAPES[0]) | (symbols == ESCAPES[1])
-        count = np.count_nonzero(marked)
-        if count > self.listed.size:
-            raise code_fault("a listed one is missing")
-        symbols[marked], self.listed = self.listed[:count], self.listed[count:]
-
     def batch(self, slots: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
         """Pop codes (C, n) uint8. slots (C, n) uint32: where a context begins in the
         table."""
-        count = slots.shape[1]
-        codes, x, state = np.empty(slots.shape, np.uint8), self.lanes[:count], np.zeros(count, np.uint8)
-        guesser = None if factors is None else Guesser(factors, count)
-        for j, slot in enumerate(slots):
+        n = slots.shape[1]
+        x, state = self.lanes[:n], np.zeros(n, np.uint8)
+        codes = np.empty(slots.shape, np.uint8)
+        guesser = None if factors is None else Guesser(factors, n)
+        for j, (slot, code) in enumerate(zip(slots, codes)):
             if self.trellis:
                 slot += (state & 1).astype(np.uint32) << PROB_BITS
             entry = self.table.take(slot + (x & PROB_ONE - 1))
-            codes[j] = entry >> 24
+            code[:] = entry >> 24
             width = (entry >> PROB_BITS & PROB_ONE - 1) + 1
             x = width * (x >> PROB_BITS) + (entry & PROB_ONE - 1)
             low = np.flatnonzero(x < LOW)
-            if low.size > self.words.size:
+            escaped = np.flatnonzero((code == ESCAPES[0]) | (code == ESCAPES[1]))
+            if low.size > self.words.size or escaped.size > self.listed.size:
                 raise code_fault("they end too soon")
             x[low] = x[low] << 16 | self.words[:low.size]
-            self.words = self.words[low.size:]
+            code[escaped] = self.listed[:escaped.size]
+            self.words, self.listed = self.words[low.size:], self.listed[escaped.size:]
             if guesser is not None:
-                self.reveal(codes[j])
-                codes[j] += guesser.guess(j).view(np.uint8)
-                guesser.observe(j, codes[j].view(np.int8))
+                code += guesser.guess(j).view(np.uint8)
+                guesser.observe(j, code.view(np.int8))
             if self.trellis:
-                state = next_state(state, codes[j])
-        self.lanes[:count] = x
-        if guesser is None:
-            self.reveal(codes)
+                state = next_state(state, code)
+        self.lanes[:n] = x
         return codes
 
 
 def lookup_table(freq: np.ndarray) -> np.ndarray:
-    """For frequencies (contexts, 256), uint32 of every slot: code << 24 |
+    """Of every slot, from frequencies (contexts, 256), uint32: code << 24 |
     frequency - 1 << 12 | slot - the code's first slot."""
     freq = freq.ravel()
     symbol = np.repeat(np.arange(freq.size), freq)      # context << 8 | code
@@ -6658,14 +6692,15 @@ def lookup_table(freq: np.ndarray) -> np.ndarray:
     return ((symbol & 255) << 24 | freq[symbol] - 1 << PROB_BITS | offset).astype(np.uint32)
 
 
-def read_tables(levels: bytes, front: bytes, listed: int, trellis: bool) -> tuple[np.ndarray, np.ndarray]:
+def read_tables(levels: bytes, front: bytes, listed: int,
+                trellis: bool) -> tuple[np.ndarray, np.ndarray]:
     """Frequencies (contexts, 256), and as many listed codes uint8."""
     own_size = 512 * levels.count(OWN_TABLE)
     data = brotli_unpack(front, own_size + listed)
-    own = iter(np.frombuffer(byte_unshuffle(data[:own_size], 2), "<u2").reshape(-1, 256).astype(np.int64))
-    tables = [next(own) if level == OWN_TABLE else normal_table(level, i & trellis)
-              for i, level in enumerate(levels)]
-    freq = np.stack(tables)
+    own = np.frombuffer(byte_unshuffle(data[:own_size], 2), "<u2").astype(np.int64)
+    own = iter(own.reshape(-1, 256))
+    freq = np.stack([next(own) if level == OWN_TABLE else normal_table(level, i & trellis)
+                     for i, level in enumerate(levels)])
     if (freq.sum(1) != PROB_ONE).any():
         raise code_fault(f"a table does not sum to {PROB_ONE}")
     return freq, np.frombuffer(data, np.uint8)[own_size:]
@@ -6673,9 +6708,8 @@ def read_tables(levels: bytes, front: bytes, listed: int, trellis: bool) -> tupl
 
 def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: bool = False,
                  factors: Mapping[int, np.ndarray] = {}) -> list[np.ndarray]:
-    """Inverse of encode_codes -> [int8 (R, C), …]. UserError if the rest is not the
-    encoder's or the blob is damaged: all words must be used up and all states be back
-    where the encoder began."""
+    """Inverse of encode_codes -> [int8 (R, C), …]. UserError for anything else: all
+    words must be used up and all states be back where the encoder began."""
     count, size = count_contexts(sides, trellis), sum(len(r) * len(c) for r, c in sides)
     head = CODES_HEAD.unpack(blob[:CODES_HEAD.size].ljust(CODES_HEAD.size, b"\0"))
     lanes, stored, n_listed, n_front = head
@@ -6683,11 +6717,14 @@ def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: bool = False,
     states = front + n_front
     words = states + 4 * lanes
     rest = len(blob) - words
-    if (lanes, stored) != (lane_count(size), count) or n_listed > size or rest < 0 or rest % 2:
+    expected = lanes == lane_count(size) and stored == count and n_listed <= size
+    if not expected or rest < 0 or rest % 2:
         raise code_fault(f"header {head} for {count} contexts, {size} codes, {len(blob)} bytes")
-    freq, listed = read_tables(blob[CODES_HEAD.size:front], blob[front:states], n_listed, trellis)
+    levels = blob[CODES_HEAD.size:front]
+    freq, listed = read_tables(levels, blob[front:states], n_listed, trellis)
     decoder = Decoder(np.frombuffer(blob, "<u4", lanes, states).astype(np.uint32),
-                      np.frombuffer(blob, "<u2", offset=words), listed, lookup_table(freq), trellis)
+                      np.frombuffer(blob, "<u2", offset=words), listed,
+                      lookup_table(freq), trellis)
     out = {}
     for stack in stacked(sides, factors):
         codes = np.empty((len(stack.rows), len(stack.columns)), np.uint8)
@@ -6701,15 +6738,14 @@ def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: bool = False,
     return [out[i] for i in range(len(sides))]
 
 
-# rows (R), columns (C) of each matrix: how large codes are expected to be against each other, in eighths of
-# an octave, by what the decoder has
+# of each matrix, for rows (R) and columns (C): how large codes are expected to be against each other, in
+# eighths of an octave, by what the decoder has
 Predicted = Sequence[tuple[np.ndarray, np.ndarray]]
 
 
 def pack_codes(codes: Sequence[np.ndarray], predicted: Predicted,
                trellis: bool = False) -> tuple[dict[str, bytes], list[int]]:
-    """Codes [int8 (R, C), …] as streams, and the numbers of the matrices that have
-    factors."""
+    """Codes [int8 (R, C), …] as streams, and which of the matrices have factors."""
     factors, levels = {}, []
     for i, matrix in enumerate(codes):
         shared = shared_factors(matrix)
@@ -6717,9 +6753,10 @@ def pack_codes(codes: Sequence[np.ndarray], predicted: Predicted,
             factors[i] = shared
         levels.append(code_levels(residues(matrix, shared), *predicted[i]))
     sides = [scale_contexts(x, *p) for x, p in zip(levels, predicted)]
-    streams = {FACTOR_STREAM: brotli_pack(b"".join(x.tobytes() for x in factors.values())),
-               LEVEL_STREAM: brotli_pack(b"".join(x.tobytes() for x in levels)),
-               CODE_STREAM: encode_codes(codes, sides, trellis, factors) if codes else b""}
+    streams = {}
+    for stream, arrays in ((FACTOR_STREAM, factors.values()), (LEVEL_STREAM, levels)):
+        streams[stream] = brotli_pack(b"".join(x.tobytes() for x in arrays))
+    streams[CODE_STREAM] = encode_codes(codes, sides, trellis, factors) if codes else b""
     return streams, list(factors)
 
 
@@ -6729,7 +6766,8 @@ def unpack_codes(streams: Mapping[str, bytes], tall: Sequence[int], predicted: P
     anything else."""
     flat = split_bytes(streams[FACTOR_STREAM], [RANK * len(predicted[i][1]) for i in tall])
     factors = {i: x.reshape(RANK, -1) for i, x in zip(tall, flat)}
-    levels = split_bytes(streams[LEVEL_STREAM], [1 + len(rows) + len(columns) for rows, columns in predicted])
+    sizes = [1 + len(rows) + len(columns) for rows, columns in predicted]
+    levels = split_bytes(streams[LEVEL_STREAM], sizes)
     sides = [scale_contexts(x, *p) for x, p in zip(levels, predicted)]
     return decode_codes(streams[CODE_STREAM], sides, trellis, factors) if sides else []
 
@@ -6760,9 +6798,8 @@ def group_names(group: str) -> list[str]:
 
 
 def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
-    """Refuse weights whose architecture() is not that of the settings. A setting that
-    the file does not name is younger than the file and had its default; one that only
-    the file names must have been off."""
+    """Refuse weights of another architecture(). A setting that the file does not name
+    is younger than it and had its default; one that only the file names must be off."""
     ours, wrong = architecture(s), []
     for name, there in {**architecture(Settings()), **theirs}.items():
         here = ours.get(name, "unknown")
@@ -6772,19 +6809,18 @@ def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
         wrong = ["it names no settings"]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{what} of another configuration: {plain('; '.join(wrong[:3]), 150)}{more}; use the "
-                        "settings it was made with")
+        raise UserError(f"{what} of another configuration: {plain('; '.join(wrong[:3]), 150)}{more}; "
+                        "use the settings it was made with")
 
 
 def coding_plan(q: Quantised, shapes: Mapping[str, tuple]) -> tuple[Predicted, bool]:
-    """What coder and decoder know of the code matrices `<name>.q` of these shapes: by
-    their steps, how large codes are expected to be against each other; and whether
-    they walk the trellis."""
+    """What coder and decoder know of the codes `<name>.q` of these shapes: how large
+    their steps let expect them to be; and whether they walk the trellis."""
     predicted, names = [], [key.removesuffix(".q") for key in shapes]
     for name, (rows, columns) in zip(names, shapes.values()):
-        row_steps = q.tensors.get(name + ".row", torch.zeros(rows))
-        column_steps = q.tensors.get(input_of(name) + ".col", torch.zeros(columns))
-        predicted.append((-row_steps.int().numpy(), -column_steps.int().numpy()))
+        steps = (q.tensors.get(name + ".row", torch.zeros(rows)),
+                 q.tensors.get(input_of(name) + ".col", torch.zeros(columns)))
+        predicted.append(tuple(-x.int().numpy() for x in steps))
     return predicted, any("trellis" in q.forms[name] for name in names)
 
 
@@ -6799,8 +6835,9 @@ def pack_model(s: Settings, q: Quantised) -> bytes:
     forms: dict[str, list[str]] = {}      # few forms, many names
     for name, form in q.forms.items():
         forms.setdefault(form, []).append(name)
-    header = {"architecture": s.to_be_stored(architecture(s)), "forms": forms, "factors": tall,
-              "sizes": {name: getattr(s, name) for name in SIZES}, "base_step": q.base_step}
+    header = {"architecture": s.to_be_stored(architecture(s)), "forms": forms,
+              "factors": tall, "base_step": q.base_step,
+              "sizes": {name: getattr(s, name) for name in SIZES}}
     return artifact_to_bytes(header, streams)
 
 
@@ -6847,7 +6884,8 @@ def read_artifact(s: Settings, blob: bytes, origin: str) -> Artifact:
         check_architecture(s, header.get("architecture", {}), f"{origin} is an artifact")
         q, mark = read_model(s, header, streams), header.get("not_compliant", "")
         weights = dequantise(q)
-        if not all(w.isfinite().all() for w in weights.values()) or not isinstance(mark, str):
+        finite = all(w.isfinite().all() for w in weights.values())
+        if not finite or not isinstance(mark, str):
             raise ValueError("weights that are not finite, or a mark that is no text")
         return Artifact(q, weights, read_calibration(streams), plain_mark(mark))
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError,
