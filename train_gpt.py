@@ -1696,22 +1696,18 @@ def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
 # --- calibration: what training data says about the matrices
 
 class Curvature(NamedTuple):
-    """What calibration learns of matrices, by name: an error E costs about
-    1/2 sum_r g_r E_r H E_r'."""
+    """What calibration learns: an error E of a matrix costs about 1/2 sum_r g_r E_r H
+    E_r'."""
     hessians: Mapping[str, Tensor]        # H (C, C): x'x over all visits and tokens of a micro-batch
     fisher: Mapping[str, Tensor] = {}     # g (R): mean (dL/dy)^2; absent: all alike
 
 
 class HessianHook:
-    """A forward hook that sums x'x of every matrix's input, each visit counted, and
-    (dL/dy)^2 of its output."""
+    """A forward hook: sums x'x of the matrices' inputs and (dL/dy)^2 of outputs."""
 
-    INPUTS = {"attn_in": "blocks.{}.attn.c_q.weight", "heads": "blocks.{}.attn.proj.weight",
-              "mlp_in": "blocks.{}.mlp.fc.weight", "mlp_act": "blocks.{}.mlp.proj.weight"}
-    OUTPUTS = {"q_out": "blocks.{}.attn.c_q.weight", "k_out": "blocks.{}.attn.c_k.weight",
-               "v_out": "blocks.{}.attn.c_v.weight", "attn_out": "blocks.{}.attn.proj.weight",
-               "up_out": "blocks.{}.mlp.fc.weight", "mlp_out": "blocks.{}.mlp.proj.weight",
-               "embedding": "embedding"}
+    INPUTS = {"attn_in": "attn.c_q", "heads": "attn.proj", "mlp_in": "mlp.fc", "mlp_act": "mlp.proj"}
+    OUTPUTS = {"q_out": "attn.c_q", "k_out": "attn.c_k", "v_out": "attn.c_v",
+               "attn_out": "attn.proj", "up_out": "mlp.fc", "mlp_out": "mlp.proj"}
 
     def __init__(self, s: Settings):
         self.head = GPT.head_name(s)
@@ -1721,15 +1717,19 @@ class HessianHook:
         self.batches = self.tokens = 0
 
     def __call__(self, kind: str, layer: int, x: Tensor) -> None:
-        name = self.head if kind == "head_in" else self.INPUTS.get(kind, "").format(layer)
-        if name:
+        if kind in self.INPUTS or kind == "head_in":
+            name = self.head
+            if kind != "head_in":
+                name = f"blocks.{layer}.{self.INPUTS[kind]}.weight"
             flat = x.detach().flatten(0, -2).float()
             if name in self.sums:
                 self.sums[name].addmm_(flat.mT, flat)
             else:
                 self.sums[name] = flat.mT @ flat
         if x.requires_grad and kind in self.OUTPUTS:
-            self.outputs.append((self.OUTPUTS[kind].format(layer), x))
+            self.outputs.append((f"blocks.{layer}.{self.OUTPUTS[kind]}.weight", x))
+        elif x.requires_grad and kind == "embedding":
+            self.outputs.append((kind, x))
 
     @torch.no_grad()
     def add_squares(self, model: GPT, ids: Tensor, hidden: Tensor,
@@ -1774,8 +1774,7 @@ class HessianHook:
 
 def drawn_gradient(model: GPT, hidden: Tensor,
                    generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """dL/dlogits (N, V) for a label drawn at each position, and the sum of its
-    expected squares (V)."""
+    """dL/dlogits (N, V) for drawn labels, and the sum of expected squares (V)."""
     z = model.raw_logits(hidden).float().flatten(0, 1)
     cap = model.s.logit_softcap
     if model.s.asym_logit_rescale:
@@ -1791,12 +1790,12 @@ def drawn_gradient(model: GPT, hidden: Tensor,
     return p.mul_(slope), expected
 
 
-CALIBRATION_TOKENS = 16384    # in a pass with a graph: 98,304 hold about 68 GB, these 11
+CALIBRATION_TOKENS = 16384    # in a pass with a graph: they hold about 11 GB
 
 
 def pieces(batch: Batch, most: int) -> Iterator[Batch]:
-    """Inputs of a batch in parts of at most `most` tokens: rows, or a packed row cut
-    at its segments, where documents begin if it can be: then nothing is lost."""
+    """Inputs of a batch, at most `most` tokens each: rows, or a packed row cut at
+    segments, if it can be where documents begin: then nothing is lost."""
     cu, begin, total = batch.cu_seqlens, 0, batch.x.size(1)
     if cu is None:
         for x in batch.x.split(max(1, most // total)):
@@ -1815,15 +1814,15 @@ def pieces(batch: Batch, most: int) -> Iterator[Batch]:
 
 def calibrate(s: Settings, world: World, model: GPT,
               next_batch: Callable[[], Batch]) -> Curvature:
-    """Curvature over GPTQ_CALIBRATION_BATCHES training micro-batches, shared out over
-    the ranks, loops on."""
+    """Over GPTQ_CALIBRATION_BATCHES training micro-batches of all ranks, loops on."""
     hook, plan = HessianHook(s), layer_plan(s, True)
     fisher = s.quant_allocation == "fisher"
     generator = torch.Generator(world.device).manual_seed(s.seed + world.rank)
     for _ in range(-(-s.gptq_calibration_batches // world.size)):
         for part in pieces(next_batch().to(world.device), CALIBRATION_TOKENS):
             with torch.set_grad_enabled(fisher):
-                hidden = model.hidden(part.x, plan, part.layout(s.train_seq_len), hook=hook)
+                layout = part.layout(s.train_seq_len)
+                hidden = model.hidden(part.x, plan, layout, hook=hook)
             if fisher:
                 hook.add_squares(model, part.x, hidden, generator)
         hook.batches += 1
@@ -1839,14 +1838,14 @@ BYTE_STREAM = "bytes"     # int8
 
 @dataclass(frozen=True)
 class Storage:
-    """A form in which a weight is stored, or what is stored beside it.
-    tensors: the end of each one's name, its stream, its shape (see stored_shape);
-    restore(weight so far, base step, *tensors) is the float32 weight."""
+    """What is stored of a weight, or beside it. tensors: of each the end of its name,
+    stream, shape (see stored_shape); restore(weight so far, base step, *tensors) is
+    the float32 weight."""
     tensors: tuple[tuple[str, str, str], ...]
     restore: Callable[..., Tensor]
 
     def keys(self, name: str) -> list[str]:
-        """Names of a weight's tensors; steps of columns are those of its input."""
+        """Names of a weight's tensors; columns' steps belong to its input."""
         ends = [end for end, _, _ in self.tensors]
         return [(input_of(name) if end == ".col" else name) + end for end in ends]
 
@@ -1855,14 +1854,15 @@ class Storage:
 class Quantised:
     """A model as it is stored."""
     tensors: dict[str, Tensor]
-    forms: dict[str, str]       # of each weight, a name of STORAGE, or as `gptq (int6)+lqer_asym`
+    forms: dict[str, str]       # each weight's, of STORAGE, or as `gptq (int6)+lqer`
     base_step: float = 1.0      # stored int8 steps are relative to it
 
     def add(self, name: str, form: str, tensors: Sequence[Tensor]) -> None:
         """Store a weight, or something beside it."""
         for key, x in zip(STORAGE[form].keys(name), tensors):
             self.tensors[key] = x.cpu()
-        self.forms[name] = f"{self.forms[name]}+{form}" if name in self.forms else form
+        before = self.forms.get(name)
+        self.forms[name] = f"{before}+{form}" if before else form
 
 
 def dequantise(q: Quantised) -> dict[str, Tensor]:
@@ -1920,15 +1920,14 @@ for bits in range(2, 9):
     STORAGE[f"gptq (int{bits})"] = Storage(
         (CODES, (".scale", HALF_STREAM, "R")),
         lambda w, base, codes, steps: by_rows(codes, steps))
-    STORAGE[f"awqgrpint{bits}"] = Storage(      # finer codes in the columns that are marked
+    STORAGE[f"awqgrpint{bits}"] = Storage(      # finer codes in marked columns
         (CODES, (".awqg_s_hi", HALF_STREAM, "R"), (".awqg_fine", BYTE_STREAM, "C")),
         lambda w, base, codes, steps, fine: torch.where(fine != 0, by_rows(codes, steps), w))
 
 
 def stored_shape(s: Settings, shape: Sequence[int], letters: str) -> tuple[int, ...]:
-    """A tensor's shape, by letters: of a weight (R, C), its factors' rank k, the
-    groups g of their values; `all`: the weight's own. ValueError where only a matrix
-    has such."""
+    """A tensor's shape by letters: a weight's R and C, its factors' rank k, the
+    groups g of their values. ValueError where only a matrix has such."""
     if letters == "all":
         return tuple(shape)
     rows, columns = shape
@@ -1939,8 +1938,7 @@ def stored_shape(s: Settings, shape: Sequence[int], letters: str) -> tuple[int, 
 
 
 def stored_tensors(s: Settings, forms: Mapping[str, str]) -> dict[str, dict[str, tuple]]:
-    """{stream: {tensor: shape}} in the file's order, of weights in these forms;
-    ValueError unless they are the model's weights."""
+    """{stream: {tensor: shape}} in the file's order; ValueError for other weights."""
     streams: dict[str, dict] = {CODE_STREAM: {}, HALF_STREAM: {}, BYTE_STREAM: {}}
     views = blank_views(s)
     if set(forms) != set(views):
@@ -1954,20 +1952,18 @@ def stored_tensors(s: Settings, forms: Mapping[str, str]) -> dict[str, dict[str,
 
 
 def blank_views(s: Settings) -> dict[str, Tensor]:
-    """The model's weights by the names they are stored under, without memory."""
+    """The model's weights as they are named in files, without memory."""
     shapes = GPT.shapes(s)
     return matrix_views({n: torch.empty(shapes[n], device="meta") for n in shapes})
 
 
 def input_of(name: str) -> str:
-    """The first matrix that reads the same input: they share a Hessian and steps of
-    columns."""
+    """The first matrix of this input: they share a Hessian and columns' steps."""
     return name.replace("attn.c_k", "attn.c_q").replace("attn.c_v", "attn.c_q")
 
 
 class Precision(NamedTuple):
-    """A weight's form and, for steps by hand, bits and their range in standard
-    deviations of a row."""
+    """A weight's form; for steps by hand, bits and range in deviations of a row."""
     form: str
     bits: int = 16
     clip_sigmas: float = 0.0
@@ -1977,13 +1973,13 @@ class Precision(NamedTuple):
         return self.form.startswith("gptq")
 
 
-SMALL_TENSOR = 65536                 # of at most this many elements: stored as float16
+SMALL_TENSOR = 65536                 # of no more elements: stored as float16
 EMBEDDINGS = {"tok_emb.weight"}      # tables that are looked up
 
 
 def precision_of(s: Settings, name: str, w: Tensor) -> Precision:
-    """By the settings for its kind. Tables that are looked up and their projections
-    have no Hessian: GPTQ then rounds each code by itself."""
+    """By its kind. What is looked up, and projections of it, have no Hessian: GPTQ
+    then rounds each code by itself."""
     gate = name.endswith("attn_gate_w") and w.dim() == 2 and 32 <= w.numel() <= 8192
     if gate and s.gated_attn_quant_gate:
         return Precision("gate_int8_row")
@@ -2024,8 +2020,8 @@ def to_half(x: Tensor) -> Tensor:
 
 
 def row_scales(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-    """fp16 step of every row of w (…, R, C): clip_sigmas standard deviations span the
-    codes. As published, 0 for a row without spread."""
+    """fp16 step of every row of w (…, R, C): clip_sigmas deviations span the codes.
+    As published, 0 for a row without spread."""
     return to_half(clip_sigmas * w.float().std(dim=-1) / (2 ** (bits - 1) - 1))
 
 
@@ -2036,8 +2032,7 @@ def row_steps(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
 
 
 def quantise_rows(w: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
-    """w (R, C) -> int8 codes and fp16 steps (R): a row's largest magnitude gets the
-    largest code."""
+    """w (R, C) -> int8 codes, the largest for a row's largest, and fp16 steps (R)."""
     top = 2 ** (bits - 1) - 1
     scale = to_half(w.float().abs().amax(dim=1) / top)
     return divide_round(w, scale[:, None], -top, top), scale
@@ -2057,8 +2052,8 @@ MOST_DAMPING = 100.0      # columns are then all but alone
 
 
 def inverse_factor(h: Tensor) -> Tensor:
-    """Upper U (n, C, C) with U'U = inverse of h: h = F F' with F upper, U = inverse
-    of F, by halves."""
+    """Upper U (n, C, C) with U'U = inverse of h, by halves: h = F F', U = inverse of
+    F."""
     half = h.size(-1) // 2
     if half < 256:
         factor = torch.linalg.cholesky(h.flip(-2, -1)).flip(-2, -1)
@@ -2094,9 +2089,8 @@ def hessian_factor(h: Tensor, damp: float = DAMPING,
 
 def damped_factor(h: Tensor, damp: float = DAMPING,
                   falling: bool = True) -> tuple[tuple[Tensor, ...], list[float]]:
-    """hessian_factor of all matrices of h (n, C, C), and the damping of each: ten
-    times more until it can be factored; infinite where nothing helps and the identity
-    stands for it."""
+    """hessian_factor of h (n, C, C), and each one's damping: ten times more until it
+    can be factored; infinite where nothing helps and the identity stands for it."""
     try:
         parts = hessian_factor(h, damp, falling)
         if all(part.isfinite().all() for part in parts) and parts[3].min() > 0:
@@ -2118,11 +2112,11 @@ def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tens
     """Codes (n, R, C) int8 within ±top of w under steps (n, R). order (n, C),
     u (n, C, C), dead (n, C) are hessian_factor's; where columns have steps too, w and
     u come divided by them."""
-    zero = dead[:, None] | (step == 0)[..., None]      # rows below the smallest step are, too
+    zero = dead[:, None] | (step == 0)[..., None]
     w, step = w.masked_fill(zero, 0), step[:, None].clamp_min(1e-30)
-    t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R): contiguous columns
-    diag = u.diagonal(dim1=-2, dim2=-1)[..., None]      # error e of column j costs (e / diag_j)^2
-    feedback = u / diag                                 # what of it each later column takes up
+    t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R)
+    diag = u.diagonal(dim1=-2, dim2=-1)[..., None]      # an error e costs (e / diag)^2
+    feedback = u / diag                                 # what of it later columns take up
     codes, columns = torch.empty_like(t, dtype=torch.int8), t.size(1)
     state = torch.zeros_like(t[:, 0], dtype=torch.long)
     for begin in range(0, columns, block):
@@ -2160,21 +2154,21 @@ def plain_block(t: Tensor, step: Tensor, feedback: Tensor, top: int,
 # means k + (s & 1) / 2 steps, and its parity chooses the next state: a row's path sees a grid of half
 # steps at the rate of whole ones.
 STATE = np.arange(8)[:, None]
-TRELLIS = (STATE >> 1 ^ 5 * (STATE & 1) ^ [0, 2]).astype(np.uint8)      # next state, by parity
+TRELLIS = (STATE >> 1 ^ 5 * (STATE & 1) ^ [0, 2]).astype(np.uint8)      # next, by parity
 # arrivals of each state: two (state, parity) each
 ARRIVALS = np.array([np.argwhere(TRELLIS == to) for to in range(8)]).transpose(1, 2, 0)
 
 
 def half_steps(codes: np.ndarray) -> np.ndarray:
-    """Which codes (R, C) stand half a step higher: a walk from state 0 through a row."""
+    """Which of the codes (R, C) stand half a step higher: rows start in state 0."""
     return state_bits(np.ascontiguousarray(codes.T)).T
 
 
 def trellis_block(t: Tensor, feedback: Tensor, slope: Tensor, state: Tensor,
                   tile: int = 16) -> tuple[Tensor, Tensor, Tensor]:
     """The cheapest path through columns t (n, C, R), in steps, from state (n, R):
-    (codes, errors, end state). slope (n, C, 1): cost of a column's squared error.
-    Each of 8 states keeps a survivor with its feedback."""
+    (codes, errors, end state). slope (n, C, 1): cost of a squared error. Each state
+    keeps a survivor with its feedback."""
     arrivals = []
     for source, parity in torch.from_numpy(ARRIVALS).to(t.device):
         half, odd = (bit.to(t.dtype)[:, None] / 2 for bit in (source & 1, parity))
@@ -2204,7 +2198,8 @@ def trellis_block(t: Tensor, feedback: Tensor, slope: Tensor, state: Tensor,
         codes, errors, start = trace_back(path, states)
         tiles.append((codes, errors, start))
         rest = rest.gather(2, start[:, None].expand_as(rest))
-        rest = rest - (feedback[:, left:right, right:].mT @ errors.flatten(2)).view_as(rest)
+        passed_on = feedback[:, left:right, right:].mT @ errors.flatten(2)
+        rest = rest - passed_on.view_as(rest)
     at = end = cost.argmin(1, keepdim=True)
     best = []
     for codes, errors, start in reversed(tiles):
@@ -2217,8 +2212,8 @@ def trellis_block(t: Tensor, feedback: Tensor, slope: Tensor, state: Tensor,
 
 def trace_back(path: list[tuple[Tensor, Tensor, Tensor]],
                at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes and errors (n, tile, 8, R) of the paths that end in the states `at`
-    (n, 8, R), and the states they began in."""
+    """Codes and errors (n, tile, 8, R) of the paths that end in states `at` (n, 8,
+    R), and the states where they began."""
     traced = []
     for code, error, parent in reversed(path):
         traced.append((code.gather(1, at), error.gather(1, at)))
@@ -2229,7 +2224,7 @@ def trace_back(path: list[tuple[Tensor, Tensor, Tensor]],
 
 # --- the whole model
 
-FISHER_FLOOR = 0.03    # smallest sensitivity of a row, as a share of its matrix's mean
+FISHER_FLOOR = 0.03    # a row's smallest sensitivity, by its matrix's mean
 TOP_CODE = 126         # the coder's escapes are above
 BATCH_ROWS = 8192      # rows of equal matrices that are rounded together
 
@@ -2248,16 +2243,17 @@ class Quantiser:
         self.trellis = self.fisher and s.quant_trellis
         # what calibration left that is not used as it is: matrix -> what is done instead
         self.unusual: dict[str, str] = {}
-        fisher = self.finite(
-            curvature.fisher, "sensitivities that are not finite: as fine as the others on average")
-        self.hessians = self.finite(
-            curvature.hessians, "a Hessian that is not finite: the identity instead")
+        fisher = self.finite(curvature.fisher, "sensitivities that are not finite: "
+                             "as fine as the others on average")
+        self.hessians = self.finite(curvature.hessians, "a Hessian that is not finite: "
+                                    "the identity instead")
         inputs: dict[str, list[str]] = {}
         for name in self.names:
             inputs.setdefault(input_of(name), []).append(name)
         costs = []
         for key, group in inputs.items():
-            columns, rows = weights[key].size(1), sum(len(weights[n]) for n in group)
+            columns = weights[key].size(1)
+            rows = sum(len(weights[n]) for n in group)
             costs.append((rows + len(group) * columns / 3) * columns ** 2)
         share = share_out(costs, self.world.size)[self.world.rank]
         keys = [key for i, key in enumerate(inputs) if i in share]
@@ -2285,7 +2281,7 @@ class Quantiser:
         return out
 
     def factorise(self, names: list[str]) -> None:
-        """The factors of these matrices' Hessians of one width; without: the identity's."""
+        """Factors of these Hessians of one width; of the identity without one."""
         w = self.weights[names[0]]
         eye = torch.eye(w.size(1), device=w.device)
         h = torch.stack([self.hessians.get(n, eye) for n in names])
@@ -2297,9 +2293,9 @@ class Quantiser:
                                       f"damping {damp:g} instead of {DAMPING:g}")
 
     def allocate(self, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Stored steps, `.row` and `.col`, with step^2 g_row d_col the same for all
-        weights, d being the variance of a column's input given the columns that GPTQ
-        rounds after it."""
+        """Stored steps `.row`, `.col`, with step^2 g_row d_col the same for all
+        weights; d: the variance of a column's input given those that GPTQ rounds
+        later."""
         rows, columns, level = {}, {}, {}      # log2, of this rank's matrices
         for name in self.own:
             key = input_of(name)
@@ -2319,7 +2315,7 @@ class Quantiser:
             power = self.weights[name].double().square().mean(1)
             sizes[name] = power.clamp_min(1e-20).log2().cpu() / 2
         offsets = [(rows[n] - sizes[n]).mean() for n in rows]
-        for name in sizes.keys() - rows.keys():      # not measured: as fine as the others on average
+        for name in sizes.keys() - rows.keys():      # as fine as the others on average
             rows[name] = sizes[name] + sum(offsets) / max(len(offsets), 1)
         middle = torch.cat([rows[n] for n in self.names]).mean()
         steps = {n + ".row": rows[n] - middle for n in self.names}
@@ -2334,8 +2330,8 @@ class Quantiser:
         return octaves(self.steps[input_of(name) + ".col"]).to(w.device)
 
     def rows_of(self, name: str, base_step: float) -> Tensor:
-        """Stored steps of the rows (R): fp16 by hand; or int8, raised until no code is
-        over the top."""
+        """Stored steps of rows (R): fp16 by hand; int8 such that no code is over the
+        top."""
         w, precision = self.weights[name].float(), self.precision[name]
         if not self.fisher:
             return row_steps(w, precision.bits, precision.clip_sigmas * base_step)
@@ -2344,9 +2340,8 @@ class Quantiser:
         return torch.maximum(self.steps[name + ".row"].to(w.device), least)
 
     def deviations_of(self, name: str) -> np.ndarray:
-        """How many codes have which standard deviation at base step 1: counts (511) by
-        eighths of an octave around 1, as if a code's variance were that of its row
-        times that of its column."""
+        """Counts (511) of codes by their deviation at base step 1, in eighths of an
+        octave around 1, as if its square were a row's times a column's."""
         if self.fisher:
             rows = octaves(self.steps[name + ".row"])
         else:
@@ -2357,8 +2352,9 @@ class Quantiser:
         power = power.masked_fill(rows == 0, 0)
         counts = []
         for x in (power.mean(1), power.mean(0) / power.mean().clamp_min(1e-20)):
-            level = (OCTAVE / 2 * x.clamp_min(1e-20).log2()).round().add(128).clamp(0, 255)
-            counts.append(level.int().bincount(minlength=256).cpu().numpy())
+            level = (OCTAVE / 2 * x.clamp_min(1e-20).log2()).round() + 128
+            level = level.clamp(0, 255).int()
+            counts.append(level.bincount(minlength=256).cpu().numpy())
         return np.convolve(*counts)
 
     @torch.no_grad()
@@ -2395,13 +2391,14 @@ class Quantiser:
                 batch = names[begin:begin + count]
                 codes, rows = self.round(batch, bits, base_step)
                 for name, *views in zip(batch, codes.cpu(), rows.cpu()):
-                    rounded[name] = [x.clone() for x in views]      # whose stacks need not be sent
+                    rounded[name] = [x.clone() for x in views]      # without their stack
         return rounded
 
     def round(self, names: list[str], bits: int, base_step: float) -> tuple[Tensor, Tensor]:
         """Codes (n, R, C) and rows' steps (n, R) of equally shaped matrices."""
         w = torch.stack([self.weights[n].float() for n in names])
-        factors = [torch.stack(x) for x in zip(*(self.factors[input_of(n)] for n in names))]
+        factors = zip(*(self.factors[input_of(n)] for n in names))
+        factors = [torch.stack(part) for part in factors]
         rows = torch.stack([self.rows_of(n, base_step) for n in names])
         if not self.fisher:
             return self.round_by_hand(w, rows, factors, bits, base_step)
@@ -2411,13 +2408,11 @@ class Quantiser:
 
     def round_by_hand(self, w: Tensor, rows: Tensor, factors: Sequence[Tensor], bits: int,
                       base_step: float) -> tuple[Tensor, Tensor]:
-        """(codes, steps of rows) of matrices w (n, R, C) under steps rows (n, R) that
-        settings gave."""
+        """Codes of w (n, R, C), and the steps rows (n, R) that settings gave."""
         return round_in_order(w, rows.float(), *factors, 2 ** (bits - 1) - 1), rows
 
     def protect(self, q: Quantised, base_step: float) -> None:
-        """AWQ-lite: of all matrices, the groups of columns with the highest scores get
-        codes of AWQ_LITE_BITS."""
+        """AWQ-lite: the groups of columns with the highest scores get AWQ_LITE_BITS."""
         s, weights, groups = self.s, self.weights, []
         size, high_bits = s.awq_lite_group_size, s.awq_lite_bits
         for name in self.names:
@@ -2454,8 +2449,8 @@ class Quantiser:
         return [name for name in largest[:self.s.lqer_top_k] if sizes[name] > 0]
 
     def pack_factors(self, a: Tensor, b: Tensor) -> tuple[str, Sequence[Tensor]]:
-        """(form, tensors) in which the factors a (R, k), b (k, C) of a matrix are stored:
-        asymmetric where b falls into whole groups of LQER_ASYM_GROUP values."""
+        """Form and tensors of the factors a (R, k), b (k, C) of a matrix: asymmetric
+        where b falls into whole groups of LQER_ASYM_GROUP values."""
         group = self.s.lqer_asym_group
         if b.numel() % group:
             return symmetric_factors(a, b)
@@ -2465,16 +2460,14 @@ class Quantiser:
 # --- finer codes for the columns that matter most: AWQ-lite
 
 def input_rms(s: Settings, name: str, h: Tensor, tokens: int = 1) -> Tensor:
-    """rms (C) of a matrix's input columns from its Hessian, a mean over micro-batches
-    of so many tokens."""
+    """rms (C) of a matrix's input, from its Hessian: a mean over so many tokens."""
     slots = sum(layer_plan(s, True), ())
     visits = slots.count(int(name.split(".")[1])) if name.startswith("blocks.") else 1
     return (h.diagonal() / (visits * tokens)).sqrt()
 
 
 def group_scores(w: Tensor, rms: Tensor, size: int) -> Tensor:
-    """How much each whole group of `size` columns of w (R, C) moves the output: rms
-    of input · mean |w|."""
+    """rms of input · mean |w|, for each whole group of `size` columns of w (R, C)."""
     score, whole = rms * w.float().abs().mean(dim=0), len(rms) // size * size
     return score[:whole].view(-1, size).sum(dim=1)
 
@@ -2482,7 +2475,7 @@ def group_scores(w: Tensor, rms: Tensor, size: int) -> Tensor:
 @torch.no_grad()
 def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor],
                    bits: tuple[int, int], fine: Tensor) -> Tensor:
-    """Codes (R, C) int8 of one matrix by GPTQ, with the second steps and bits in the
+    """GPTQ's codes (R, C) int8 of one matrix, with the second steps and bits in the
     columns `fine` (C)."""
     order, u, dead, _ = (part[0] for part in damped_factor(h.float()[None])[0])
     w = w.float().masked_fill(dead | (steps[0] == 0)[:, None], 0)
@@ -2501,8 +2494,8 @@ def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor],
 @torch.no_grad()
 def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Best a (R, k) = U S, b (k, C) = V' of an error matrix, by the smaller Gram
-    matrix in float64. The sign of a pair, LAPACK's choice, becomes a rule: the
-    largest number of a column of a is negative."""
+    matrix. The sign of a pair is a rule, not LAPACK's: a column's largest number is
+    negative."""
     e = error.double()
     if e.size(0) < e.size(1):
         u = torch.linalg.eigh(e @ e.mT).eigenvectors[:, -rank:].flip(1)
@@ -2523,8 +2516,7 @@ def symmetric_factors(a: Tensor, b: Tensor, bits: int = 4) -> tuple[str, Sequenc
 
 
 def lqer_asym(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a (R, k) in 2 bits, one step; b (k, C) in 4, a step per `group` values: (qA, sA
-    (1), qB, sB (n))."""
+    """a (R, k) in 2 bits, one step; b (k, C) in 4, a step per `group` values."""
     scale_a = to_half(a.float().abs().amax() / 1.5)[None]
     flat = b.float().reshape(-1, group)
     scale_b = to_half(flat.abs().amax(dim=1) / 7.5)
@@ -2533,15 +2525,14 @@ def lqer_asym(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor,
 
 
 def asym_values(qa: Tensor, sa: Tensor, qb: Tensor, sb: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors (R, k), (k, C) float32 that lqer_asym's codes and steps stand for."""
+    """The factors (R, k), (k, C) float32 that these codes and steps stand for."""
     b = qb.float().view(len(sb), -1) * sb.float()[:, None]
     return qa * sa.float(), b.view(qb.shape)
 
 
 def asym_signs(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Factors a (R, k), b (k, C), each pair with the sign that lqer_asym stores with
-    the smaller error: its codes reach further down than up. As they are where both
-    signs are alike."""
+    the smaller error: its codes reach further down than up."""
     costs = []
     for sign in (1, -1):
         stored = asym_values(*lqer_asym(sign * a, sign * b, group))
@@ -2556,8 +2547,7 @@ def asym_signs(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str,
                  names: Callable = matrix_views) -> None:
-    """Copy weights, under the names that `names` gives, into the model; UserError
-    unless they fit."""
+    """Copy weights, named as by `names`, into the model; UserError unless they fit."""
     views = names({n: p.data for n, p in model.named_parameters()})
     wrong = sorted(set(views) ^ set(weights))
     if not wrong:
@@ -2572,12 +2562,12 @@ def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str,
 # --- logit calibration: scaled and shifted by what a token looks like
 
 CALIBRATION_STREAM = "calibration"    # in the artifact: 1 + 14 float32
-CALIBRATION_REACH = 0.5               # most by which a category moves its tokens' logits
+CALIBRATION_REACH = 0.5               # most that a category adds to logits
 
 
 @functools.cache
 def token_categories(path: Path, vocab_size: int) -> Tensor:
-    """(V, 14) of 0 and 1: by length in bytes, leading space and kind of characters."""
+    """(V, 14) of 0 and 1: by length in bytes, leading space, kind of characters."""
     sp, rows = load_tokenizer(path), []
     for i in range(vocab_size):
         nothing = sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
@@ -2603,15 +2593,16 @@ def calibrated_by(s: Settings, raw: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fit_calibration(s: Settings, model: GPT, tokens: np.ndarray) -> tuple[Tensor, Tensor]:
-    """The 15 numbers that serve the model best on training tokens (N,), and every
-    step's loss. A window scores LOGIT_CALIB_STRIDE tokens, after what fits before."""
+    """The 15 numbers that serve the model best on training tokens (N,), and the
+    losses. A window scores LOGIT_CALIB_STRIDE tokens, after what fits before."""
     device, losses, stride = model.tok_emb.device, [], s.logit_calib_stride
     raw = torch.zeros(15, device=device, requires_grad=True)
     optimiser = torch.optim.AdamW([raw], lr=s.logit_calib_lr, weight_decay=0)
     total = min(s.logit_calib_tokens, len(tokens) - 1)
     blocks = np.arange(0, total, stride)
-    for i in [*range(0, len(blocks), s.logit_calib_batch_seqs)] * s.logit_calib_epochs:
-        first = blocks[i:i + s.logit_calib_batch_seqs, None]
+    batch = s.logit_calib_batch_seqs
+    for i in [*range(0, len(blocks), batch)] * s.logit_calib_epochs:
+        first = blocks[i:i + batch, None]
         at = np.maximum(first - s.eval_seq_len + stride, 0) + np.arange(s.eval_seq_len)
         scored = (at >= first) & (at < np.minimum(first + stride, total))
         pairs = tokens[np.minimum(np.stack((at, at + 1)), len(tokens) - 1)]
@@ -2633,7 +2624,7 @@ def fit_calibration(s: Settings, model: GPT, tokens: np.ndarray) -> tuple[Tensor
 
 
 def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
-    """The artifact with its own model's calibration; as it was without room."""
+    """The artifact with its model's calibration; as it was without room."""
     values = None
     if world.main:
         model = build_model(s, world)
@@ -2645,7 +2636,8 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
     header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
     streams[CALIBRATION_STREAM] = world.agree(values)
     whole = artifact_to_bytes(header, streams)
-    if len(whole) + code_bytes(shipped_form(s)) + MARK_BYTES + LZMA_SLACK <= ARTIFACT_LIMIT:
+    script = code_bytes(shipped_form(s)) + LZMA_SLACK
+    if len(whole) + script + MARK_BYTES <= ARTIFACT_LIMIT:
         return whole
     run.log("settings_without_effect", LOGIT_CALIB_ENABLED="no room for it in the artifact")
     return blob
@@ -2673,7 +2665,8 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Booked:
-    """Validation tokens whose every target is on the books, so they may be trained on."""
+    """Validation tokens whose targets are all on the books, so training may use
+    them."""
     tokens: np.ndarray
 
 
@@ -2687,8 +2680,8 @@ class LedgerError(RuntimeError):
 
 
 class Ledger:
-    """The books of one evaluation: every target's loss, once. What breaks the rules
-    raises on every rank."""
+    """The books of one evaluation: every target's loss, once. A breach of the rules
+    raises, on every rank."""
 
     def __init__(self, val: Validation, device: torch.device):
         val.ledgers += 1
@@ -2702,11 +2695,12 @@ class Ledger:
 
     def book(self, positions: Tensor, losses: Tensor) -> None:
         """Enter the losses (n,) of the targets after input positions (n,)."""
-        self.count.index_add_(0, positions, torch.ones_like(positions, dtype=torch.int32))
+        ones = torch.ones_like(positions, dtype=torch.int32)
+        self.count.index_add_(0, positions, ones)
         self.loss[positions] = losses.detach().float()
 
     def require(self, positions: Tensor) -> None:
-        """Note for check_early whether all these targets are on the books: no wait here."""
+        """Note for check_early whether all these targets are on the books."""
         self.early |= (self.count[positions] == 0).any()
 
     def check_early(self, world: World) -> None:
@@ -2719,16 +2713,16 @@ class Ledger:
         self.check_early(world)
         count = world.total(self.count.clone()).cpu().numpy()
         tokens = []
-        for d in documents:
-            start, length = self.val.documents.start[d], self.val.documents.length[d]
+        starts, lengths = self.val.documents.start, self.val.documents.length
+        for start, length in zip(starts[documents], lengths[documents]):
             if not (count[start:start + length - 1] == 1).all():
-                raise LedgerError(f"targets of the document at {start} are not scored once each: "
-                                  "training on it would break the rules")
+                raise LedgerError(f"targets of the document at {start} are not scored "
+                                  "once each: training on it would break the rules")
             tokens.append(self.val.tokens[start:start + length])
         return Booked(np.concatenate(tokens))
 
     def close(self, world: World) -> Score:
-        """Sum over ranks; raises unless every expected target was scored, once, before
+        """Sum over ranks; raises unless every expected target was scored once, before
         any step on it."""
         self.check_early(world)
         count = world.total(self.count).cpu().numpy()
@@ -2736,19 +2730,19 @@ class Ledger:
         wrong = np.flatnonzero(count != self.expected)
         if len(wrong):
             at = wrong[0]
-            raise LedgerError(f"coverage is broken: {len(wrong):,} targets, the first at {at}, were "
-                              f"scored {count[at]} times instead of {int(self.expected[at])}")
+            raise LedgerError(
+                f"coverage is broken: {len(wrong):,} targets, the first at {at}, "
+                f"were scored {count[at]} times instead of {int(self.expected[at])}")
         self.val.ledgers -= 1
         target_bytes = self.val.target_bytes[self.expected].sum()
         return Score(float(self.total.sum()), float(target_bytes), int(self.expected.sum()))
 
     def profiles(self) -> Iterator[dict]:
-        """After close(): documents, targets, bytes, nats by position in a document, and
-        by its length."""
+        """After close(): sums by position in a document, and by a document's length."""
         start, length = self.val.documents.start, self.val.documents.length - 1
         edges = [*PROFILE_EDGES, 1 << 62]
         cuts = start[:, None] + np.minimum(length[:, None], edges)
-        parts = {"tokens": np.diff(cuts)}      # each (documents, buckets of positions)
+        parts = {"tokens": np.diff(cuts)}      # each (documents, buckets)
         for name, values in (("bytes", self.val.target_bytes), ("nats", self.total)):
             parts[name] = np.diff(np.append(0, values.cumsum())[cuts])
         bucket = np.searchsorted(PROFILE_EDGES, length, "right") - 1
@@ -2757,15 +2751,15 @@ class Ledger:
         for by, tables in (("position", parts), ("length", whole)):
             documents = (tables["tokens"] > 0).sum(0)
             sums = {name: x.sum(0).tolist() for name, x in tables.items()}
-            yield {"by": by, "edges": PROFILE_EDGES, "documents": documents.tolist(), **sums}
+            yield {"by": by, "edges": PROFILE_EDGES,
+                   "documents": documents.tolist(), **sums}
 
 
 Window = tuple[int, int, int]       # positions: begin, end, first scored
 
 
 def sliding_windows(total: int, seq_len: int, stride: int) -> list[Window]:
-    """Windows over `total` positions: the first scores all it sees, later ones their
-    last `stride` positions; each position once."""
+    """The first window scores all it sees, later ones their last `stride` positions."""
     windows = [(0, min(seq_len, total), 0)]
     for begin in range(stride, total - seq_len + stride, stride):
         end = begin + seq_len
@@ -2786,7 +2780,7 @@ def pack_rows(windows: list[Window], capacity: int) -> list[list[Window]]:
 
 
 class Scorer:
-    """Scores a model on validation documents in packed rows; they do not see each other."""
+    """Scores a model on documents in packed rows; they do not see one another."""
 
     def __init__(self, s: Settings, world: World, model: GPT):
         self.s, self.world, self.model = s, world, model
@@ -2796,12 +2790,13 @@ class Scorer:
 
     @torch.no_grad()
     def windows(self, val: Validation, stride: int, looping: bool = True) -> Score:
-        """Score every document by windows of EVAL_SEQ_LEN at this stride, longer ones on
-        cached keys if EVAL_KV_REUSE."""
+        """Score all documents by windows of EVAL_SEQ_LEN at this stride; longer ones
+        on cached keys if EVAL_KV_REUSE."""
         s, ledger = self.s, Ledger(val, self.world.device)
         self.ledger = ledger      # the books of the latest evaluation
         targets = val.documents.length - 1
-        cached = (targets > s.eval_seq_len) & (s.eval_kv_reuse and stride < s.eval_seq_len)
+        cached = targets > s.eval_seq_len
+        cached &= s.eval_kv_reuse and stride < s.eval_seq_len
         windows = []
         for d in np.flatnonzero(~cached):
             start = int(val.documents.start[d])
@@ -2818,28 +2813,29 @@ class Scorer:
 
     def score_cached(self, val: Validation, documents: np.ndarray, stride: int,
                      ledger: Ledger) -> None:
-        """Compute documents once, `stride` tokens at a time, on the keys that a window
-        would reach."""
+        """Compute documents once, `stride` tokens at a time, on the keys a window
+        reaches."""
         s = dataclasses.replace(
             self.s, ttt_eval_seq_len=self.s.eval_seq_len, ttt_chunk_size=stride,
             ttt_short_score_first_enabled=False, ttt_cache_lambda=0)
         still = PhasedTTT(s, self.world, self.model, val, ledger=ledger)
         still.level = NO_ADAPTATION
-        self.model.requires_grad_(False)       # as in adaptation, so that it has the same graphs
+        self.model.requires_grad_(False)       # as in adaptation, for the same graphs
         for group in still.own_share(grouped(s, documents, still.lengths)):
             still.adapt_group(group)
         self.model.requires_grad_(True)
 
-    def score_row(self, row: list[Window], val: Validation, plan: Plan, ledger: Ledger) -> None:
+    def score_row(self, row: list[Window], val: Validation, plan: Plan,
+                  ledger: Ledger) -> None:
         """One forward; book the scored part of each window."""
         spans = [np.arange(begin, end) for begin, end, _ in row]
-        scored = np.concatenate([span >= first for span, (_, _, first) in zip(spans, row)])
-        scored = np.flatnonzero(scored)
+        marked = [span >= first for span, (_, _, first) in zip(spans, row)]
+        scored = np.flatnonzero(np.concatenate(marked))
         lengths = [len(span) for span in spans]
         used, longest = sum(lengths), self.s.eval_seq_len
         total = self.capacity if self.fixed else used
         at = np.pad(np.concatenate(spans), (0, total - used))
-        filler = np.arange(used + longest, total, longest)       # padding is cut like documents
+        filler = np.arange(used + longest, total, longest)       # padding, cut alike
         bounds = np.concatenate([[0], np.cumsum(lengths), filler, [total]])
         device = self.world.device
         cu = torch.from_numpy(bounds.astype(np.int32)).to(device)
@@ -6250,11 +6246,14 @@ def resolve_attention(choice: str, device) -> tuple[str, str]:
 # 12  Pack: the artifact is one file of checked streams, without pickle
 # ============================================================================================================
 
+Array = np.ndarray
+
+
 # --- container
 
-MAGIC = b"\x93PGOLF\r\n"             # a high byte and a line end: copies in text mode are noticed
+MAGIC = b"\x93PGOLF\r\n"             # copies in text mode are noticed
 ARTIFACT_VERSION = 4
-PREFIX = struct.Struct("<8sHI8s")    # magic, version, bytes of JSON, digest of all that follows
+PREFIX = struct.Struct("<8sHI8s")    # magic, version, bytes of JSON, digest of the rest
 
 
 def digest_of(data: bytes) -> bytes:
@@ -6263,18 +6262,18 @@ def digest_of(data: bytes) -> bytes:
 
 
 def artifact_to_bytes(header: dict, streams: Mapping[str, bytes]) -> bytes:
-    """PREFIX, JSON {"header", "streams": [[name, bytes], …]}, streams; equal input,
-    equal bytes."""
+    """PREFIX, JSON {"header", "streams": [[name, bytes], …]}, streams."""
     sizes = [[name, len(data)] for name, data in streams.items()]
     root = {"header": header, "streams": sizes}
-    text = json.dumps(root, sort_keys=True, allow_nan=False, separators=(",", ":")).encode()
+    text = json.dumps(root, sort_keys=True, allow_nan=False, separators=(",", ":"))
+    text = text.encode()
     body = b"".join([text, *streams.values()])
     return PREFIX.pack(MAGIC, ARTIFACT_VERSION, len(text), digest_of(body)) + body
 
 
 def artifact_from_bytes(blob: bytes, origin: str) -> tuple[dict, dict[str, bytes]]:
-    """The (header, streams) that artifact_to_bytes was given; UserError for anything
-    foreign, cut or altered. Nothing is allocated beyond the blob's own size."""
+    """artifact_to_bytes' (header, streams); UserError for what is foreign, cut or
+    altered. Nothing is allocated beyond the blob's own size."""
     def refuse(what):
         raise UserError(f"{origin}: {what}; copy it again, or write it again")
 
@@ -6292,11 +6291,11 @@ def artifact_from_bytes(blob: bytes, origin: str) -> tuple[dict, dict[str, bytes
         for name, size in root["streams"]:
             end = begin + int(size)
             if not begin <= end <= len(body):
-                raise ValueError(f"stream {name} of {size} bytes")
+                raise ValueError("beyond the file")
             streams[str(name)] = body[begin:end]
             begin = end
         if begin != len(body):
-            raise ValueError(f"{len(body) - begin} bytes too many")
+            raise ValueError("bytes too many")
         return dict(root["header"]), streams
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         refuse(f"has a header that cannot be read ({type(error).__name__})")
@@ -6305,7 +6304,7 @@ def artifact_from_bytes(blob: bytes, origin: str) -> tuple[dict, dict[str, bytes
 # --- bytes
 
 def byte_shuffle(data: bytes, stride: int) -> bytes:
-    """bytes -> same length: all bytes at positions 0 mod stride, then 1 mod stride, …"""
+    """All bytes at positions 0 mod stride, then those at 1 mod stride, …"""
     return b"".join(data[i::stride] for i in range(stride))
 
 
@@ -6320,28 +6319,26 @@ def byte_unshuffle(data: bytes, stride: int) -> bytes:
 
 
 def brotli_pack(data: bytes, stride: int = 1) -> bytes:
-    """bytes -> bytes. stride: bytes per item (2 for float16)."""
+    """stride: bytes per item (2 for float16)."""
     return brotli.compress(byte_shuffle(data, stride), quality=11, lgwin=24)
 
 
 def brotli_unpack(blob: bytes, size: int, stride: int = 1) -> bytes:
-    """Inverse of brotli_pack for `size` bytes of data. UserError if the blob holds
-    anything else; whatever it claims, it is not expanded much beyond `size`."""
+    """Inverse of brotli_pack; UserError unless it gives `size` bytes: no more is
+    expanded."""
     reader = brotli.Decompressor()
     try:
         data = reader.process(blob, output_buffer_limit=size + 1)
         if len(data) != size or not reader.is_finished():
-            raise brotli.error(f"{len(data)} bytes" + " and more" * (not reader.is_finished()))
+            raise brotli.error(f"{len(data)} bytes came")
     except brotli.error as error:
         raise UserError(f"compressed stream ({len(blob)} bytes, for {size}): {error}: damaged "
                         "or of other settings; write the file again") from error
     return byte_unshuffle(data, stride)
 
 
-def split_bytes(blob: bytes, sizes: Sequence[int], dtype: str = "i1") -> list[np.ndarray]:
+def split_bytes(blob: bytes, sizes: Sequence[int], dtype: str = "i1") -> list[Array]:
     """Arrays of these sizes that brotli_pack was given one after the other."""
-    if not sizes:
-        return []
     stride = np.dtype(dtype).itemsize
     data = brotli_unpack(blob, stride * sum(sizes), stride)
     return np.split(np.frombuffer(data, dtype).copy(), np.cumsum(sizes)[:-1])
@@ -6349,21 +6346,20 @@ def split_bytes(blob: bytes, sizes: Sequence[int], dtype: str = "i1") -> list[np
 
 # --- contexts: how large a code is expected to be, in eighths of an octave
 
-Sides = tuple[np.ndarray, np.ndarray]  # contexts of rows (R), of columns (C)
+Sides = tuple[Array, Array]  # contexts of rows (R), of columns (C)
 ROW_LEVELS = 56       # of a row: 7 octaves upwards from an rms of 1/4
 COLUMN_REACH = 12     # of a column: 1.5 octaves to either side
 
 
-def code_level(codes: np.ndarray, axis: int | None = None) -> np.ndarray:
+def code_level(codes: Array, axis: int | None = None) -> Array:
     """log2 of the rms of codes along an axis, int in eighths of an octave."""
     power = np.mean(np.square(codes, dtype=np.float32), axis=axis, dtype=np.float64)
     return np.rint(OCTAVE / 2 * np.log2(np.maximum(power, 1 / 16))).astype(int)
 
 
-def code_levels(codes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Side information of codes (R, C), int8 (1 + R + C): the level of all, and by how
-    many quarters of an octave the rms of each row and column differs from what rows
-    (R) and columns (C) predict."""
+def code_levels(codes: Array, rows: Array, columns: Array) -> Array:
+    """Of codes (R, C), int8 (1 + R + C): the level of all; by how many quarters of an
+    octave rows and columns differ from what rows (R), columns (C) predict."""
     parts = [code_level(codes)[None]]
     for axis, predicted in ((1, rows), (0, columns)):
         excess = code_level(codes, axis) - predicted
@@ -6372,9 +6368,8 @@ def code_levels(codes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.
     return np.concatenate(parts).astype(np.int8)
 
 
-def scale_contexts(levels: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> Sides:
-    """The contexts of one code matrix from its code_levels and what they were measured
-    against, by integers alone."""
+def scale_contexts(levels: Array, rows: Array, columns: Array) -> Sides:
+    """The contexts of a code matrix, by integers alone: inverse of code_levels."""
     overall, *excess = np.split(levels.astype(np.int32), [1, 1 + len(rows)])
     sides = []
     for predicted, quarters in zip((rows, columns), excess):
@@ -6396,7 +6391,7 @@ GAIN_BITS = 24     # gains are integers of this many fractional bits
 TALL = 8           # rows a column has at least where factors may pay
 
 
-def shared_factors(codes: np.ndarray) -> np.ndarray | None:
+def shared_factors(codes: Array) -> Array | None:
     """Factors int8 (RANK, C) of codes (R, C); None where they do not pay."""
     if len(codes) < TALL * codes.shape[1] or codes.shape[1] <= RANK:
         return None
@@ -6413,10 +6408,9 @@ def shared_factors(codes: np.ndarray) -> np.ndarray | None:
 
 class Guesser:
     """The next code of every row, by the factors (r, C) and the codes so far. In
-    integers, but for gains from single operations and exact sums, which round alike
-    on all machines."""
+    integers, but for gains from exact sums, which round alike on all machines."""
 
-    def __init__(self, factors: np.ndarray, rows: int):
+    def __init__(self, factors: Array, rows: int):
         self.factors = factors.astype(np.int64)
         self.sums = np.zeros((len(factors), rows), np.int64)
         self.gains = []
@@ -6426,18 +6420,18 @@ class Guesser:
             self.gains.append(np.rint(gain * 2.0 ** GAIN_BITS).astype(np.int64))
             covariance = covariance - gain[:, None] * gain / (1 + math.fsum(gain * column))
 
-    def guess(self, j: int) -> np.ndarray:
+    def guess(self, j: int) -> Array:
         """Column j, int8 (rows)."""
         half = 1 << GAIN_BITS - 1
         guess = self.gains[j] @ self.sums + half >> GAIN_BITS
         return guess.clip(-127, 127).astype(np.int8)
 
-    def observe(self, j: int, codes: np.ndarray) -> None:
+    def observe(self, j: int, codes: Array) -> None:
         """Take in column j's true codes, int8 (rows)."""
         self.sums += self.factors[:, j, None] * codes
 
 
-def residues(codes: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
+def residues(codes: Array, factors: Array | None) -> Array:
     """int8 (R, C): codes (R, C) less what their factors let expect, modulo 256."""
     if factors is None:
         return codes
@@ -6453,14 +6447,13 @@ def residues(codes: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
 PROB_BITS = 12
 PROB_ONE = 1 << PROB_BITS
 OWN_TABLE = 255       # in the place of a level: the table is in the file
-ESCAPES = (128, 127)  # uint8 codes for even and odd ones listed apart: a trellis walks on parity
+ESCAPES = (128, 127)  # uint8 codes for even and odd ones that are listed apart
 
 
 @functools.cache
-def normal_table(level: int, odd: int) -> np.ndarray:
+def normal_table(level: int, odd: int) -> Array:
     """Frequencies (256), PROB_ONE in all, of codes as uint8 around -odd / 2 with a
-    deviation of level eighths of an octave above 1/4. Decimal arithmetic is the same
-    on all machines."""
+    deviation of level eighths of an octave above 1/4; alike on all machines."""
     with decimal.localcontext(decimal.Context(prec=12)):
         narrow = (decimal.Decimal(16 - level) / 4 * decimal.Decimal(2).ln()).exp() / 2
         centre = decimal.Decimal(odd) / 2
@@ -6475,17 +6468,17 @@ def normal_table(level: int, odd: int) -> np.ndarray:
     return freq
 
 
-def fold(count: np.ndarray, rare: np.ndarray) -> np.ndarray:
-    """Counts (256), those of the rare codes (256) given to their parity's escapes."""
+def fold(count: Array, rare: Array) -> Array:
+    """Counts (256), those of rare codes (256) given to their parity's escape."""
     folded = np.where(rare, 0, count)
     for parity, escape in enumerate(ESCAPES):
         folded[escape] = (count * rare)[parity::2].sum()
     return folded
 
 
-def fitted_table(count: np.ndarray) -> np.ndarray:
-    """Frequencies (256), PROB_ONE in all, for counts (256) of codes as uint8. Rare ones
-    get none: a slot costs the others 1 / PROB_ONE, listing a code apart a byte."""
+def fitted_table(count: Array) -> Array:
+    """Frequencies (256), PROB_ONE in all, for counts (256). Rare codes get none: a
+    slot costs the others 1 / PROB_ONE, listing a code apart a byte."""
     count = fold(count, listed_apart(6 * PROB_ONE * count >= count.sum()))
     freq = np.maximum(count * PROB_ONE // count.sum(), count > 0)
     while (excess := freq.sum() - PROB_ONE) != 0:
@@ -6496,16 +6489,16 @@ def fitted_table(count: np.ndarray) -> np.ndarray:
     return freq
 
 
-def listed_apart(freq: np.ndarray) -> np.ndarray:
-    """Which codes a table (…, 256) of frequencies does not hold; escapes among them."""
+def listed_apart(freq: Array) -> Array:
+    """Which codes are not held by tables (…, 256) of frequencies."""
     rare = freq == 0
     rare[..., ESCAPES] = True
     return rare
 
 
-def choose_table(count: np.ndarray, odd: int) -> tuple[int, np.ndarray]:
-    """(level, frequencies) of the normal table nearest to counts (256); OWN_TABLE where
-    one of their own is worth the six bits that a frequency takes."""
+def choose_table(count: Array, odd: int) -> tuple[int, Array]:
+    """(level, frequencies) of the normal table nearest to counts (256); OWN_TABLE
+    where their own is worth the six bits that a frequency takes."""
     def bits(freq):
         rare = listed_apart(freq)
         each = PROB_BITS - np.log2(np.maximum(freq, 1))
@@ -6530,7 +6523,7 @@ def choose_table(count: np.ndarray, odd: int) -> tuple[int, np.ndarray]:
 # through the columns together. Rows of all tensors with equal C are stacked, and lanes live on from batch
 # to batch: Python's loop is (rows / lanes) x columns long, and a lane costs 4 bytes.
 LOW, LANES = 1 << 16, 1024
-CODES_HEAD = struct.Struct("<HHII")  # lanes, contexts, listed codes, bytes of own tables and those
+CODES_HEAD = struct.Struct("<HHII")  # lanes, contexts, listed codes, bytes in front
 
 
 def code_fault(what: str) -> UserError:
@@ -6545,20 +6538,20 @@ def lane_count(size: int) -> int:
 
 class Stack(NamedTuple):
     """Code matrices of one width C, their rows below one another."""
-    ids: list[int]                 # numbers of the T matrices
-    owner: np.ndarray              # (R) which of them a row belongs to, 0…T-1
-    rows: np.ndarray               # (R) row contexts
-    columns: np.ndarray            # (C, T) column contexts
-    factors: np.ndarray | None     # (RANK, C), of a matrix that is stacked alone
+    ids: list[int]            # numbers of the T matrices
+    owner: Array              # (R) which of them a row belongs to, 0…T-1
+    rows: Array               # (R) row contexts
+    columns: Array            # (C, T) column contexts
+    factors: Array | None     # (RANK, C), of a matrix that is stacked alone
 
-    def batches(self, lanes: int) -> Iterator[tuple[slice, np.ndarray]]:
+    def batches(self, lanes: int) -> Iterator[tuple[slice, Array]]:
         """(which rows, their contexts (C, n)), a row for each lane."""
         for begin in range(0, len(self.rows), lanes):
             part = slice(begin, begin + lanes)
             yield part, self.columns[:, self.owner[part]] + self.rows[part]
 
 
-def stacked(sides: Sequence[Sides], factors: Mapping[int, np.ndarray]) -> Iterator[Stack]:
+def stacked(sides: Sequence[Sides], factors: Mapping[int, Array]) -> Iterator[Stack]:
     """All matrices by width, those with factors alone."""
     groups = {}
     for i, (_, columns) in enumerate(sides):
@@ -6577,14 +6570,13 @@ def count_contexts(sides: Sequence[Sides], trellis: bool) -> int:
     return max(int(max(rows) + max(columns)) for rows, columns in sides) + 1 << trellis
 
 
-def next_state(state: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Next trellis states (n) from states (n) and codes (n) uint8, by their parity."""
+def next_state(state: Array, codes: Array) -> Array:
+    """Next trellis states (n) after codes (n) uint8, by their parity."""
     return TRELLIS.take(state << 1 | codes & 1)
 
 
-def state_bits(codes: np.ndarray) -> np.ndarray:
-    """The low bit of the trellis state before each of the codes (C, n): a walk from
-    state 0 down a column."""
+def state_bits(codes: Array) -> Array:
+    """The trellis states' low bits before each of the codes (C, n), from state 0."""
     bits = np.empty(codes.shape, np.uint8)
     state = np.zeros(codes.shape[1], np.uint8)
     for bit, column in zip(bits, codes.view(np.uint8)):
@@ -6593,10 +6585,9 @@ def state_bits(codes: np.ndarray) -> np.ndarray:
     return bits
 
 
-def rans_encode(lanes: np.ndarray, index: np.ndarray, freq: np.ndarray,
-                start: np.ndarray) -> list[np.ndarray]:
+def rans_encode(lanes: Array, index: Array, freq: Array, start: Array) -> list[Array]:
     """Push a batch, last column first: lanes (n) uint32 in place, index (C, n) into
-    freq and start -> words."""
+    freq, start -> words."""
     x, words = lanes.copy(), []
     for symbols in index[::-1]:
         f = freq.take(symbols)
@@ -6609,13 +6600,13 @@ def rans_encode(lanes: np.ndarray, index: np.ndarray, freq: np.ndarray,
     return words
 
 
-def encode_codes(codes: Sequence[np.ndarray], sides: Sequence[Sides], trellis: bool = False,
-                 factors: Mapping[int, np.ndarray] = {}) -> bytes:
+def encode_codes(codes: Sequence[Array], sides: Sequence[Sides], trellis: bool = False,
+                 factors: Mapping[int, Array] = {}) -> bytes:
     """Codes [int8 (R, C), …] -> bytes; nothing may be empty. A code's context is the
-    sum of its sides, 0…255; with a trellis, where rows start in state 0, twice that
-    (0…127) plus the state's low bit. factors: by number, of tensors whose residues are
-    coded."""
-    count, lanes = count_contexts(sides, trellis), lane_count(sum(c.size for c in codes))
+    sum of its sides, 0…255; with a trellis twice that (0…127) plus the state's low
+    bit. factors: by number, of tensors whose residues are coded."""
+    count = count_contexts(sides, trellis)
+    lanes = lane_count(sum(matrix.size for matrix in codes))
     batches = []  # (C, n) uint16: context << 8 | code as uint8
     for stack in stacked(sides, factors):
         true = np.concatenate([codes[i] for i in stack.ids])
@@ -6625,11 +6616,13 @@ def encode_codes(codes: Sequence[np.ndarray], sides: Sequence[Sides], trellis: b
                 context = 2 * context + state_bits(np.ascontiguousarray(true[part].T))
             batches.append((context << 8 | coded[part].T).astype(np.uint16))
     counts = sum(np.bincount(batch.ravel(), minlength=count << 8) for batch in batches)
-    tables = [choose_table(n, i & trellis) for i, n in enumerate(counts.reshape(count, 256))]
+    counts = counts.reshape(count, 256)
+    tables = [choose_table(n, i & trellis) for i, n in enumerate(counts)]
     levels = bytes(level for level, _ in tables)
     freq = np.stack([table for _, table in tables])
     rare = listed_apart(freq)
-    own = b"".join(table.astype("<u2").tobytes() for level, table in tables if level == OWN_TABLE)
+    own = [table for level, table in tables if level == OWN_TABLE]
+    own = np.array(own, "<u2").tobytes()
     listed = b"".join(b[rare.take(b)].astype(np.uint8).tobytes() for b in batches)
     front = brotli_pack(byte_shuffle(own, 2) + listed)
     pushed = np.where(rare, np.tile(ESCAPES, 128), np.arange(256))
@@ -6647,15 +6640,14 @@ def encode_codes(codes: Sequence[np.ndarray], sides: Sequence[Sides], trellis: b
 @dataclass
 class Decoder:
     """What of a blob of codes has not been read."""
-    lanes: np.ndarray     # (n) uint32
-    words: np.ndarray     # (W) uint16
-    listed: np.ndarray    # (N) uint8
-    table: np.ndarray     # of lookup_table
+    lanes: Array     # (n) uint32
+    words: Array     # (W) uint16
+    listed: Array    # (N) uint8
+    table: Array     # of lookup_table
     trellis: bool
 
-    def batch(self, slots: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
-        """Pop codes (C, n) uint8. slots (C, n) uint32: where a context begins in the
-        table."""
+    def batch(self, slots: Array, factors: Array | None) -> Array:
+        """Pop codes (C, n) uint8; slots (C, n) uint32: where contexts begin."""
         n = slots.shape[1]
         x, state = self.lanes[:n], np.zeros(n, np.uint8)
         codes = np.empty(slots.shape, np.uint8)
@@ -6673,7 +6665,8 @@ class Decoder:
                 raise code_fault("they end too soon")
             x[low] = x[low] << 16 | self.words[:low.size]
             code[escaped] = self.listed[:escaped.size]
-            self.words, self.listed = self.words[low.size:], self.listed[escaped.size:]
+            self.words = self.words[low.size:]
+            self.listed = self.listed[escaped.size:]
             if guesser is not None:
                 code += guesser.guess(j).view(np.uint8)
                 guesser.observe(j, code.view(np.int8))
@@ -6683,7 +6676,7 @@ class Decoder:
         return codes
 
 
-def lookup_table(freq: np.ndarray) -> np.ndarray:
+def lookup_table(freq: Array) -> Array:
     """Of every slot, from frequencies (contexts, 256), uint32: code << 24 |
     frequency - 1 << 12 | slot - the code's first slot."""
     freq = freq.ravel()
@@ -6692,8 +6685,7 @@ def lookup_table(freq: np.ndarray) -> np.ndarray:
     return ((symbol & 255) << 24 | freq[symbol] - 1 << PROB_BITS | offset).astype(np.uint32)
 
 
-def read_tables(levels: bytes, front: bytes, listed: int,
-                trellis: bool) -> tuple[np.ndarray, np.ndarray]:
+def read_tables(levels: bytes, front: bytes, listed: int, trellis: bool) -> tuple[Array, Array]:
     """Frequencies (contexts, 256), and as many listed codes uint8."""
     own_size = 512 * levels.count(OWN_TABLE)
     data = brotli_unpack(front, own_size + listed)
@@ -6707,10 +6699,11 @@ def read_tables(levels: bytes, front: bytes, listed: int,
 
 
 def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: bool = False,
-                 factors: Mapping[int, np.ndarray] = {}) -> list[np.ndarray]:
-    """Inverse of encode_codes -> [int8 (R, C), …]. UserError for anything else: all
-    words must be used up and all states be back where the encoder began."""
-    count, size = count_contexts(sides, trellis), sum(len(r) * len(c) for r, c in sides)
+                 factors: Mapping[int, Array] = {}) -> list[Array]:
+    """Inverse of encode_codes. UserError for anything else: all words must be used up
+    and all states be back where the encoder began."""
+    count = count_contexts(sides, trellis)
+    size = sum(len(rows) * len(columns) for rows, columns in sides)
     head = CODES_HEAD.unpack(blob[:CODES_HEAD.size].ljust(CODES_HEAD.size, b"\0"))
     lanes, stored, n_listed, n_front = head
     front = CODES_HEAD.size + count      # where it begins
@@ -6722,9 +6715,10 @@ def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: bool = False,
         raise code_fault(f"header {head} for {count} contexts, {size} codes, {len(blob)} bytes")
     levels = blob[CODES_HEAD.size:front]
     freq, listed = read_tables(levels, blob[front:states], n_listed, trellis)
-    decoder = Decoder(np.frombuffer(blob, "<u4", lanes, states).astype(np.uint32),
-                      np.frombuffer(blob, "<u2", offset=words), listed,
-                      lookup_table(freq), trellis)
+    decoder = Decoder(
+        lanes=np.frombuffer(blob, "<u4", lanes, states).astype(np.uint32),
+        words=np.frombuffer(blob, "<u2", offset=words),
+        listed=listed, table=lookup_table(freq), trellis=trellis)
     out = {}
     for stack in stacked(sides, factors):
         codes = np.empty((len(stack.rows), len(stack.columns)), np.uint8)
@@ -6740,12 +6734,12 @@ def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: bool = False,
 
 # of each matrix, for rows (R) and columns (C): how large codes are expected to be against each other, in
 # eighths of an octave, by what the decoder has
-Predicted = Sequence[tuple[np.ndarray, np.ndarray]]
+Predicted = Sequence[tuple[Array, Array]]
 
 
-def pack_codes(codes: Sequence[np.ndarray], predicted: Predicted,
+def pack_codes(codes: Sequence[Array], predicted: Predicted,
                trellis: bool = False) -> tuple[dict[str, bytes], list[int]]:
-    """Codes [int8 (R, C), …] as streams, and which of the matrices have factors."""
+    """Codes [int8 (R, C), …] as streams, and which matrices have factors."""
     factors, levels = {}, []
     for i, matrix in enumerate(codes):
         shared = shared_factors(matrix)
@@ -6761,9 +6755,8 @@ def pack_codes(codes: Sequence[np.ndarray], predicted: Predicted,
 
 
 def unpack_codes(streams: Mapping[str, bytes], tall: Sequence[int], predicted: Predicted,
-                 trellis: bool = False) -> list[np.ndarray]:
-    """Inverse of pack_codes, `tall` being the numbers that it gave; UserError for
-    anything else."""
+                 trellis: bool = False) -> list[Array]:
+    """Inverse of pack_codes, `tall` having factors; UserError for anything else."""
     flat = split_bytes(streams[FACTOR_STREAM], [RANK * len(predicted[i][1]) for i in tall])
     factors = {i: x.reshape(RANK, -1) for i, x in zip(tall, flat)}
     sizes = [1 + len(rows) + len(columns) for rows, columns in predicted]
@@ -6775,13 +6768,12 @@ def unpack_codes(streams: Mapping[str, bytes], tall: Sequence[int], predicted: P
 # --- the model in the container
 
 LEVEL_STREAM, FACTOR_STREAM = "levels", "factors"
-PLAIN_STREAMS = {HALF_STREAM: "<f2", BYTE_STREAM: "i1"}      # brotli is enough for them
-SIZES = ("lqer_rank", "lqer_asym_group")                     # settings that a file says for itself
+PLAIN_STREAMS = {HALF_STREAM: "<f2", BYTE_STREAM: "i1"}      # for brotli
+SIZES = ("lqer_rank", "lqer_asym_group")      # settings that a file says for itself
 
 
 def architecture(s: Settings) -> dict:
-    """The settings that give a weight its meaning; an artifact is only read under the
-    same ones."""
+    """The settings that give a weight its meaning: no others read an artifact."""
     names = [n for n in group_names("model") if "INIT" not in n and n != "ENABLE_LOOPING_AT"]
     everything = s.as_env()
     return {n: everything[n] for n in ["VOCAB_SIZE", "TRAIN_SEQ_LEN", *names]}
@@ -6799,7 +6791,7 @@ def group_names(group: str) -> list[str]:
 
 def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
     """Refuse weights of another architecture(). A setting that the file does not name
-    is younger than it and had its default; one that only the file names must be off."""
+    had its default; one that only the file names must be off."""
     ours, wrong = architecture(s), []
     for name, there in {**architecture(Settings()), **theirs}.items():
         here = ours.get(name, "unknown")
@@ -6814,8 +6806,8 @@ def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
 
 
 def coding_plan(q: Quantised, shapes: Mapping[str, tuple]) -> tuple[Predicted, bool]:
-    """What coder and decoder know of the codes `<name>.q` of these shapes: how large
-    their steps let expect them to be; and whether they walk the trellis."""
+    """What coder and decoder know of the codes `<name>.q`: how large steps let expect
+    them to be, and whether they walk the trellis."""
     predicted, names = [], [key.removesuffix(".q") for key in shapes]
     for name, (rows, columns) in zip(names, shapes.values()):
         steps = (q.tensors.get(name + ".row", torch.zeros(rows)),
@@ -6844,7 +6836,8 @@ def pack_model(s: Settings, q: Quantised) -> bytes:
 def read_model(s: Settings, header: Mapping, streams: Mapping[str, bytes]) -> Quantised:
     """The Quantised model of an artifact's header and streams."""
     sizes, base_step, tall = (header[key] for key in ("sizes", "base_step", "factors"))
-    if set(sizes) != {*SIZES} or not all(type(x) is int and x > 0 for x in sizes.values()):
+    whole = all(type(x) is int and x > 0 for x in sizes.values())
+    if set(sizes) != {*SIZES} or not whole:
         raise ValueError(f"sizes {sizes}")
     if not 0 < base_step < math.inf:
         raise ValueError(f"base step {base_step}")
@@ -6856,7 +6849,8 @@ def read_model(s: Settings, header: Mapping, streams: Mapping[str, bytes]) -> Qu
     stored = stored_tensors(dataclasses.replace(s, **sizes), q.forms)
     for stream, dtype in PLAIN_STREAMS.items():
         shapes = stored[stream]
-        parts = split_bytes(streams[stream], [math.prod(x) for x in shapes.values()], dtype)
+        lengths = [math.prod(shape) for shape in shapes.values()]
+        parts = split_bytes(streams[stream], lengths, dtype)
         for (key, shape), part in zip(shapes.items(), parts):
             q.tensors[key] = torch.from_numpy(part.reshape(shape))
     shapes = stored[CODE_STREAM]
@@ -6877,8 +6871,7 @@ class Artifact(NamedTuple):
 
 def read_artifact(s: Settings, blob: bytes, origin: str) -> Artifact:
     """What an artifact's bytes hold; UserError when they are damaged, of another
-    configuration or nonsense. A right checksum proves nothing: what the file says is
-    checked before memory or time is spent on it."""
+    configuration or nonsense: all is checked before memory or time is spent on it."""
     header, streams = artifact_from_bytes(blob, origin)
     try:
         check_architecture(s, header.get("architecture", {}), f"{origin} is an artifact")
@@ -6895,12 +6888,13 @@ def read_artifact(s: Settings, blob: bytes, origin: str) -> Artifact:
 
 
 def read_calibration(streams: Mapping[str, bytes]) -> Tensor | None:
-    """The numbers (15) of an artifact's calibration, within fit_calibration's bounds;
-    None: it has none."""
+    """An artifact's calibration (15), within fit_calibration's bounds; None:
+    without."""
     if CALIBRATION_STREAM not in streams:
         return None
     raw = torch.tensor(np.frombuffer(streams[CALIBRATION_STREAM], "<f4"))
-    if len(raw) != 15 or not raw.isfinite().all() or raw[1:].abs().max() > CALIBRATION_REACH:
+    good = len(raw) == 15 and raw.isfinite().all()
+    if not good or raw[1:].abs().max() > CALIBRATION_REACH:
         raise ValueError(f"{len(raw)} numbers that are no calibration")
     return raw
 
@@ -6908,11 +6902,11 @@ def read_calibration(streams: Mapping[str, bytes]) -> Tensor | None:
 # --- the script as it is shipped
 
 def self_extracting(source: bytes) -> bytes:
-    """A script that runs `source` from its compressed form: what a record may ship.
-    Bytes stand in a latin-1 string, so only five need an escape; linecache is filled
-    so that Triton and tracebacks find the lines."""
+    """A script that runs `source` from its compressed form, a latin-1 string, in
+    which five bytes need an escape. linecache is filled for Triton and tracebacks."""
     packed = lzma.compress(source, format=lzma.FORMAT_RAW, filters=SCRIPT_FILTERS)
-    for byte, escape in zip((b"\\", b'"', b"\n", b"\r", b"\0"), (b"\\\\", b'\\"', b"\\n", b"\\r", b"\\x00")):
+    escapes = {b"\\": b"\\\\", b'"': b'\\"', b"\n": b"\\n", b"\r": b"\\r", b"\0": b"\\x00"}
+    for byte, escape in escapes.items():
         packed = packed.replace(byte, escape)
     return (PACKED_START + b"import lzma,linecache\n"
             b"s=lzma.decompress(\"" + packed + b"\".encode('latin-1'),3,None,"
@@ -6926,9 +6920,8 @@ SCRIPT_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "
 
 
 def lean(source: bytes) -> bytes:
-    """The script that is running without part three, from the bar above its banner to
-    the closing block; names of its settings stay, each with its default alone. A lean
-    script stays as it is."""
+    """A script without part three, from the bar above its banner to the closing
+    block; its settings' names stay, each with its default alone."""
     part = re.search(rb"(?ms)^# =+\n# PART THREE.*?(?=^if __name__ ==)", source)
     if part is None:
         return source
@@ -6964,8 +6957,7 @@ def shipped_form(s: Settings) -> str:
 
 @functools.cache
 def code_bytes(form: str = "readable") -> int:
-    """Size of the script that is running, in this one of CODE_FORMS; a packed one is
-    so already."""
+    """Size of the running script in one of CODE_FORMS; a packed one stays so."""
     if form not in CODE_FORMS:
         raise ValueError(f"{form} is none of {CODE_FORMS}: ask shipped_form()")
     source = script_source()
@@ -6980,9 +6972,9 @@ def check_size(artifact: int, form: str = "readable") -> int:
     """Artifact plus script in bytes; UserError when it is over the limit."""
     total = artifact + code_bytes(form)
     if total > ARTIFACT_LIMIT:
-        raise UserError(f"artifact {artifact:,} + {form} script {code_bytes(form):,} = {total:,} bytes is "
-                        f"{total - ARTIFACT_LIMIT:,} over the limit of {ARTIFACT_LIMIT:,}: make the model "
-                        "smaller, or ship the smallest script (CODE_FORM=auto)")
+        raise UserError(f"artifact {artifact:,} + {form} script {code_bytes(form):,} = {total:,} bytes "
+                        f"is {total - ARTIFACT_LIMIT:,} over the limit of {ARTIFACT_LIMIT:,}: make the "
+                        "model smaller, or ship the smallest script (CODE_FORM=auto)")
     return total
 
 
@@ -6990,21 +6982,20 @@ def check_size(artifact: int, form: str = "readable") -> int:
 
 LZMA_SLACK = 256   # bytes: another liblzma may pack the script a little worse
 MARK_BYTES = 256   # for what makes a run NON-COMPLIANT when its artifact is fitted already
-HALF_BYTES = 1.7   # of a float16 number, shuffled and by brotli; measured on the demo: 1.69
-GUESSED = 0.93     # what guesses leave of an embedding's codes; measured on small trained models: 0.92, 0.94
+HALF_BYTES = 1.7   # of a float16 number in the file; measured on the demo: 1.69
+GUESSED = 0.93     # what guesses leave of an embedding's codes; measured: 0.92, 0.94
 
 
-def estimate_bytes(deviations: np.ndarray, base_step: float = 1.0) -> float:
-    """Bytes of codes of these deviations (see Quantiser) at this base step, each
-    coded as a Gaussian."""
-    octave = (np.arange(len(deviations)) - len(deviations) // 2) / OCTAVE - math.log2(base_step)
+def estimate_bytes(deviations: Array, base_step: float = 1.0) -> float:
+    """Bytes of codes of these deviations (see Quantiser), coded as Gaussians."""
+    level = np.arange(len(deviations)) - len(deviations) // 2
+    octave = level / OCTAVE - math.log2(base_step)
     sigma = np.exp2(np.minimum(octave, math.log2(TOP_CODE / 4)))
     return float(deviations @ np.log2(1 + 2 * math.pi * math.e * sigma ** 2)) / 16
 
 
-def base_step_for(deviations: np.ndarray, size: float, finest: float) -> float:
-    """The finest base step, not below `finest`, at which the codes are estimated to
-    take at most size bytes."""
+def base_step_for(deviations: Array, size: float, finest: float) -> float:
+    """The finest base step, from `finest`, for which estimate_bytes is at most size."""
     base_step = finest
     for _ in range(40):      # a doubling saves at most one bit per code: never too far
         excess = estimate_bytes(deviations, base_step) - size
@@ -7014,8 +7005,7 @@ def base_step_for(deviations: np.ndarray, size: float, finest: float) -> float:
 
 
 def expected_size(s: Settings) -> str:
-    """What the artifact will weigh, from the settings alone: as if all weights were
-    Gaussian. Errors passed on by GPTQ cost about as many bytes as contexts win.
+    """What the artifact will weigh, by the settings, as if all weights were Gaussian.
     UserError below two bits a code."""
     views = blank_views(s)
     precision = {name: precision_of(s, name, w) for name, w in views.items()}
@@ -7026,25 +7016,24 @@ def expected_size(s: Settings) -> str:
         if p.coded:
             rows, columns = views[name].shape
             share = GUESSED if rows >= TALL * columns else 1.0
-            step = 4 / TOP_CODE if fisher else p.clip_sigmas / (2 ** (p.bits - 1) - 1)      # at the finest
-            coded += share * estimate_bytes(np.array([rows * columns]), step)
+            finest = 4 / TOP_CODE if fisher else p.clip_sigmas / (2 ** (p.bits - 1) - 1)
+            coded += share * estimate_bytes(np.array([rows * columns]), finest)
     room = ARTIFACT_LIMIT - code_bytes(shipped_form(s)) - other
     if room < codes / 4:
-        raise UserError(f"{codes:,} weights would get {8 * room / max(codes, 1):.2f} bits each in what the "
-                        f"limit of {ARTIFACT_LIMIT:,} bytes leaves; make the model smaller")
+        raise UserError(f"{codes:,} weights would get {8 * room / max(codes, 1):.2f} bits each in "
+                        f"what the limit of {ARTIFACT_LIMIT:,} bytes leaves; make the model smaller")
     if coded < room:
-        finest = f", with {codes:,} weights at their finest" if fisher and codes else ""
-        return f"about {coded + other:,.0f} bytes, {room - coded:,.0f} under the limit{finest}"
-    return (f"about {room + other:,.0f} bytes: {codes:,} weights fitted to the limit, at about "
-            f"{8 * room / codes:.2f} bits each")
+        note = f", with {codes:,} weights at their finest" if fisher and codes else ""
+        return f"about {coded + other:,.0f} bytes, {room - coded:,.0f} under the limit{note}"
+    return (f"about {room + other:,.0f} bytes: {codes:,} weights fitted to the limit, "
+            f"at about {8 * room / codes:.2f} bits each")
 
 
 def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, Tensor],
                     curvature: Curvature, clock: Clock | None = None) -> bytes:
-    """Quantise and pack as finely as the limit allows, less at most a margin. Every
-    rank returns the artifact's bytes. A size that no step reaches is a UserError.
-    clock: training's; once something fits, no further try that would pass its
-    budget."""
+    """Quantise and pack as finely as the limit allows, less at most a margin: the
+    artifact, on every rank. UserError for a size that no step reaches. clock:
+    training's; once something fits, no try that would pass its budget."""
     quantiser = Quantiser(s, weights, curvature, world)
     for instead in sorted(set(quantiser.unusual.values())):
         matrices = [name for name, x in quantiser.unusual.items() if x == instead]
@@ -7053,20 +7042,23 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
     script = code_bytes(form)
     cap = ARTIFACT_LIMIT - script - MARK_BYTES      # mark and calibration come later
     cap -= 1024 * s.logit_calib_enabled + LZMA_SLACK * form.endswith("packed")
-    finest, deviations, margin = quantiser.finest, quantiser.deviations, s.fit_margin_bytes
-    overhead = 0.001 * cap      # bytes beyond the estimate: after the first try exact enough
-    best, over, under = b"", 0.0, math.inf      # base steps that were too fine, and fine enough
+    finest, deviations = quantiser.finest, quantiser.deviations
+    margin = s.fit_margin_bytes
+    overhead = 0.001 * cap      # bytes beyond the estimate: exact enough after a try
+    best, over, under = b"", 0.0, math.inf      # base steps: too fine, coarse enough
     for attempt in range(12):
         base_step = base_step_for(deviations, cap - margin / 2 - overhead, finest)
-        if not over < base_step < under:      # between two tries; while nothing fits: far beyond
-            base_step = math.sqrt(max(over, finest) * under) if best else over * 2 ** attempt
+        if not over < base_step < under:
+            base_step = over * 2 ** attempt      # while nothing fits: far beyond
+            if best:
+                base_step = math.sqrt(max(over, finest) * under)
         watch = Clock()
         world.beat(f"quantising try {attempt + 1}")
         q = quantiser(base_step)
         quantised = watch.elapsed()
         blob = world.agree(pack_model(s, q) if world.main else None)
-        run.log("pack", bytes=len(blob), code_bytes=script, total=len(blob) + script, base_step=base_step,
-                quantise_s=quantised, pack_s=watch.elapsed() - quantised)
+        run.log("pack", bytes=len(blob), code_bytes=script, total=len(blob) + script,
+                base_step=base_step, quantise_s=quantised, pack_s=watch.elapsed() - quantised)
         overhead = len(blob) - estimate_bytes(deviations, base_step)
         if len(blob) > cap:
             over = max(over, base_step)
@@ -7074,16 +7066,20 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
             best, under = max(best, blob, key=len), min(under, base_step)
             if base_step <= finest or len(blob) >= cap - margin:
                 break
-        late = clock is not None and 0 < clock.budget < clock.elapsed() + 1.2 * watch.elapsed()
+        late = False
+        if clock is not None:
+            late = 0 < clock.budget < clock.elapsed() + 1.2 * watch.elapsed()
         if best and world.agree(late):
             break
     for setting, mark in (("AWQ_LITE_ENABLED", "awqgrp"), ("LQER_ENABLED", "lqer")):
-        if getattr(s, setting.lower()) and not any(mark in form for form in q.forms.values()):
+        used = any(mark in form for form in q.forms.values())
+        if getattr(s, setting.lower()) and not used:
             run.log("settings_without_effect", **{setting: "no matrix qualifies"})
     check_size(len(best or blob), shipped_form(s))
     if not best:
-        raise UserError(f"the artifact of {len(blob):,} bytes is over the {cap:,} that script, calibration "
-                        "and packing leave of the limit: make the model smaller, or LOGIT_CALIB_ENABLED=0")
+        raise UserError(f"the artifact of {len(blob):,} bytes is over the {cap:,} that script, "
+                        "calibration and packing leave of the limit: make the model smaller, "
+                        "or LOGIT_CALIB_ENABLED=0")
     return best
 
 
