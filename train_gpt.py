@@ -1892,6 +1892,7 @@ def on_trellis(codes: Tensor) -> Tensor:
     return codes + 0.5 * torch.from_numpy(half_steps(codes.numpy()))
 
 
+# form: what is stored, and how the weight w comes back of it
 CODES = (".q", CODE_STREAM, "RC")
 CURVATURE = (CODES, (".row", BYTE_STREAM, "R"), (".col", BYTE_STREAM, "C"))
 STORAGE = {
@@ -1944,7 +1945,10 @@ def stored_tensors(s: Settings, forms: Mapping[str, str]) -> dict[str, dict[str,
     if set(forms) != set(views):
         raise ValueError(f"other tensors: {sorted(set(forms) ^ set(views))[:3]}")
     for name, w in views.items():
-        for form in forms[name].split("+"):
+        parts = forms[name].split("+")
+        if len(set(parts)) < len(parts):
+            raise ValueError(f"{name} as {forms[name]}")
+        for form in parts:
             storage = STORAGE[form]
             for key, (_, stream, letters) in zip(storage.keys(name), storage.tensors):
                 streams[stream][key] = stored_shape(s, w.shape, letters)

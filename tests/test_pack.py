@@ -372,6 +372,8 @@ NONSENSE = {  # changes to a good header that leave the file itself well-formed
         **{form: [n for n in names if n != "smear_lambda"] for form, names in h["forms"].items()}}),
     "a mark of numbers": lambda h: h.update(not_compliant=5),
     "no tensors": lambda h: h.update(forms={}),
+    "all forms twice": lambda h: h.update(forms={
+        f"{form}+{form}": names for form, names in h["forms"].items()}),
     "other forms": lambda h: h.update(forms={"passthrough (float16)": sum(h["forms"].values(), [])}),
     "no factors": lambda h: h.pop("factors"),
     "factors of nothing": lambda h: h.update(factors=[1000]),
