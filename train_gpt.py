@@ -2263,8 +2263,11 @@ class Quantiser:
         keys = [key for i, key in enumerate(inputs) if i in share]
         self.own = sum((inputs[key] for key in keys), [])
         self.factors: dict[str, tuple[Tensor, ...]] = {}
-        for width in sorted({weights[n].size(1) for n in keys}):
-            self.factorise([n for n in keys if weights[n].size(1) == width])
+        by_width: dict[int, list[str]] = {}
+        for key in keys:
+            by_width.setdefault(weights[key].size(1), []).append(key)
+        for same_width in by_width.values():
+            self.factorise(same_width)
         for part in self.world.gather(self.unusual):
             self.unusual.update(part)
         self.steps = self.allocate(fisher) if self.fisher else {}
@@ -2807,7 +2810,9 @@ class Scorer:
             for window in sliding_windows(int(targets[d]), s.eval_seq_len, stride):
                 windows.append(tuple(start + position for position in window))
         rows, plan = pack_rows(windows, self.capacity), layer_plan(s, looping)
-        widths = [sum(end - begin for begin, end, _ in row) for row in rows]
+        widths = []
+        for row in rows:
+            widths.append(sum(end - begin for begin, end, _ in row))
         for i in share_out(widths, self.world.size)[self.world.rank]:
             self.world.beat(f"scoring row {i}")
             self.score_row(rows[i], val, plan, ledger)
