@@ -494,9 +494,6 @@ class Settings:
     attn_clip_sigmas: float = knob(13.0, "the same for attention matrices", 0.1)
     mlp_clip_sigmas: float = knob(11.5, "the same for MLP matrices", 0.1)
     embed_clip_sigmas: float = knob(14.0, "the same for the embedding", 0.1)
-    gptq_damp_embed: float = knob(0.01, "damping of embeddings' Hessians by their mean diagonal", 1e-6, 100)
-    gptq_damp_mlp: float = knob(0.01, "the same for MLP matrices", 1e-6, 100)
-    gptq_damp_attn: float = knob(0.01, "the same for attention matrices", 1e-6, 100)
     awq_lite_enabled: bool = knob(False, "finer codes for the columns that matter most")
     awq_lite_bits: int = knob(8, "their bits", 2, 8)
     awq_lite_group_size: int = knob(64, "columns of a group", 1)
@@ -507,10 +504,6 @@ class Settings:
     lqer_enabled: bool = knob(False, "low-rank repair of the largest rounding errors")
     lqer_rank: int = knob(4, "its rank", 1, 65536)
     lqer_top_k: int = knob(3, "how many matrices get it", 0)
-    lqer_scope: str = choice("all mlp attn embed", "which matrices may get it")
-    lqer_gain_select: bool = knob(False, "choose them by the error it removes, not by the error there is")
-    lqer_factor_bits: int = knob(4, "bits of its symmetric form", 2, 8)
-    lqer_asym_enabled: bool = knob(True, "asymmetric form: 2-bit and 4-bit factors")
     lqer_asym_group: int = knob(64, "values that share a scale in the 4-bit factor", 1)
     logit_calib_enabled: bool = knob(False, "fit scale and 14 biases of the quantised logits in training")
     logit_calib_tokens: int = knob(100000, "training targets for it", 1)
@@ -1697,27 +1690,21 @@ def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
 # 6  Quantise: Hessians, GPTQ, low-rank repair
 # ============================================================================================================
 
-SMALL_TENSOR = 65536      # tensors of at most this many elements are stored as float16
-HALF_LARGEST = 65504.0    # float16's
-
+# --- calibration: what training data says about the matrices
 
 class Curvature(NamedTuple):
-    """What calibration learns of the matrices, by name: an error E costs about 1/2
-    sum_r g_r E_r H E_r'."""
-    hessians: Mapping[str, Tensor]        # H (C, C): x'x over all visits and tokens of a mean micro-batch
-    fisher: Mapping[str, Tensor] = {}     # g (R): (dL/dy)^2, mean over visits and tokens; absent: all alike
+    """What calibration learns: an error E of a matrix costs about 1/2 sum_r g_r E_r H
+    E_r'."""
+    hessians: Mapping[str, Tensor]        # H (C, C): x'x over all visits and tokens of a micro-batch
+    fisher: Mapping[str, Tensor] = {}     # g (R): mean (dL/dy)^2; absent: all alike
 
 
 class HessianHook:
-    """A forward's hook that sums x'x of every matrix input, each visit counted, and
-    (dL/dy)^2 of outputs."""
+    """A forward hook: sums x'x of the matrices' inputs and (dL/dy)^2 of outputs."""
 
-    INPUTS = {"attn_in": "blocks.{}.attn.c_q.weight", "heads": "blocks.{}.attn.proj.weight",
-              "mlp_in": "blocks.{}.mlp.fc.weight", "mlp_act": "blocks.{}.mlp.proj.weight"}
-    OUTPUTS = {"q_out": "blocks.{}.attn.c_q.weight", "k_out": "blocks.{}.attn.c_k.weight",
-               "v_out": "blocks.{}.attn.c_v.weight", "attn_out": "blocks.{}.attn.proj.weight",
-               "up_out": "blocks.{}.mlp.fc.weight", "mlp_out": "blocks.{}.mlp.proj.weight",
-               "embedding": "embedding"}
+    INPUTS = {"attn_in": "attn.c_q", "heads": "attn.proj", "mlp_in": "mlp.fc", "mlp_act": "mlp.proj"}
+    OUTPUTS = {"q_out": "attn.c_q", "k_out": "attn.c_k", "v_out": "attn.c_v",
+               "attn_out": "attn.proj", "up_out": "mlp.fc", "mlp_out": "mlp.proj"}
 
     def __init__(self, s: Settings):
         self.head = GPT.head_name(s)
@@ -1727,108 +1714,315 @@ class HessianHook:
         self.batches = self.tokens = 0
 
     def __call__(self, kind: str, layer: int, x: Tensor) -> None:
-        if name := self.head if kind == "head_in" else self.INPUTS.get(kind, "").format(layer):
+        if kind in self.INPUTS or kind == "head_in":
+            name = self.head
+            if kind != "head_in":
+                name = f"blocks.{layer}.{self.INPUTS[kind]}.weight"
             flat = x.detach().flatten(0, -2).float()
             if name in self.sums:
                 self.sums[name].addmm_(flat.mT, flat)
             else:
                 self.sums[name] = flat.mT @ flat
         if x.requires_grad and kind in self.OUTPUTS:
-            self.outputs.append((self.OUTPUTS[kind].format(layer), x))
+            self.outputs.append((f"blocks.{layer}.{self.OUTPUTS[kind]}.weight", x))
+        elif x.requires_grad and kind == "embedding":
+            self.outputs.append((kind, x))
 
     @torch.no_grad()
-    def add_squares(self, model: GPT, ids: Tensor, hidden: Tensor, generator: torch.Generator) -> None:
+    def add_squares(self, model: GPT, ids: Tensor, hidden: Tensor,
+                    generator: torch.Generator) -> None:
         """One backward pass from labels drawn from the model itself (Fisher's, not
-        the data's, gradients); exact expectations at the logits. Gradients of weights
-        are never formed."""
-        cap, head = model.s.logit_softcap, model.head_weight()
-        z = model.raw_logits(hidden).float().flatten(0, 1)
-        if model.s.asym_logit_rescale:
-            cap = torch.where(z > 0, model.softcap_pos, model.softcap_neg)
-        squash = (z / cap).tanh_()
-        p = (cap * squash).softmax(-1)
-        slope = 1 - squash.square_()
-        squares = {self.head: (p * (1 - p) * slope.square()).sum(0)}
-        drawn = torch.rand(len(p), 1, generator=generator, device=p.device)      # alike in pieces and whole
-        label = torch.searchsorted(p.cumsum(1), drawn).clamp_max_(p.size(1) - 1)
-        d_logits = p.scatter_add_(1, label, -torch.ones_like(label, dtype=p.dtype)).mul_(slope)
-        d_hidden = (d_logits.to(hidden.dtype) @ head.to(hidden.dtype)).view_as(hidden)
+        the data's, gradients); gradients of weights are never formed."""
+        d_logits, expected = drawn_gradient(model, hidden, generator)
+        head = model.head_weight().to(hidden.dtype)
+        d_hidden = (d_logits.to(hidden.dtype) @ head).view_as(hidden)
+        squares = {self.head: expected}
         names, outputs = zip(*self.outputs)
-        for name, dx in zip(names, torch.autograd.grad(hidden, outputs, d_hidden)):
-            dx2 = dx.flatten(0, 1).float().square()
-            if name == "embedding":      # of rows as looked up, whatever is done with them then
-                rows = p.new_zeros(len(model.tok_emb))
-                dx2 = rows.index_add_(0, ids.flatten(), dx2.mean(1))
+        for name, dy in zip(names, torch.autograd.grad(hidden, outputs, d_hidden)):
+            square = dy.flatten(0, 1).float().square()
+            if name == "embedding":      # of rows as looked up
+                rows = square.new_zeros(len(model.tok_emb))
+                square = rows.index_add_(0, ids.flatten(), square.mean(1))
             else:
-                dx2 = dx2.sum(0) / names.count(name)
-            squares[name] = squares.get(name, 0) + dx2
-        self.squares = {name: self.squares.get(name, 0) + x for name, x in squares.items()}
+                square = square.sum(0) / names.count(name)
+            squares[name] = squares.get(name, 0) + square
+        for name, square in squares.items():
+            self.squares[name] = self.squares.get(name, 0) + square
         self.outputs.clear()
         self.tokens += ids.numel()
 
     def finish(self, world: World | None = None) -> Curvature:
-        """Mean over all ranks' batches; c_k and c_v share c_q's Hessian (see
-        input_of)."""
+        """Mean over all ranks' batches; c_k and c_v share c_q's Hessian."""
         world = world or World()
-        batches, tokens = world.total(torch.tensor([self.batches, self.tokens], dtype=torch.float64,
-                                                   device=world.device)).tolist()
-        means = {name: world.total(h).div_(batches) for name, h in self.sums.items()}
+        counts = torch.tensor([self.batches, self.tokens], dtype=torch.float64)
+        batches, tokens = world.total(counts.to(world.device)).tolist()
+        hessians = {name: world.total(h).div_(batches) for name, h in self.sums.items()}
         fisher = {name: world.total(x).div_(tokens) for name, x in self.squares.items()}
-        if fisher:      # the embedding also costs where it is read: alike in all columns, as damping is
+        if fisher:      # reading the embedding costs alike in all columns, as damping does
             read = fisher.pop("embedding") * (tokens / batches)
             if self.head == "tok_emb.weight":
-                h, g = means[self.head].diagonal(), fisher[self.head]
+                h, g = hessians[self.head].diagonal(), fisher[self.head]
                 written, damp = g * h.mean(), read.mean() / g.mean()
                 h += damp
                 read = (written + read) / h.mean()
             fisher["tok_emb.weight"] = read
-        return Curvature(means, fisher)
+        return Curvature(hessians, fisher)
 
 
-CALIBRATION_TOKENS = 16384    # in one pass with a graph: 98,304 hold about 68 GB by count, these 11
+def drawn_gradient(model: GPT, hidden: Tensor,
+                   generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """dL/dlogits (N, V) for drawn labels, and the sum of expected squares (V)."""
+    z = model.raw_logits(hidden).float().flatten(0, 1)
+    cap = model.s.logit_softcap
+    if model.s.asym_logit_rescale:
+        cap = torch.where(z > 0, model.softcap_pos, model.softcap_neg)
+    squash = (z / cap).tanh_()
+    p = (cap * squash).softmax(-1)
+    slope = 1 - squash.square_()
+    expected = (p * (1 - p) * slope.square()).sum(0)
+    # a number per position: alike in pieces and whole
+    drawn = torch.rand(len(p), 1, generator=generator, device=p.device)
+    label = torch.searchsorted(p.cumsum(1), drawn).clamp_max_(p.size(1) - 1)
+    p.scatter_add_(1, label, -torch.ones_like(label, dtype=p.dtype))
+    return p.mul_(slope), expected
+
+
+CALIBRATION_TOKENS = 16384    # in a pass with a graph: they hold about 11 GB
 
 
 def pieces(batch: Batch, most: int) -> Iterator[Batch]:
-    """Inputs of a batch in parts of at most `most` tokens: rows, or a packed row cut
-    at its segments and, if it can be, where documents begin: then the parts know all
-    that the whole does."""
+    """Inputs of a batch, at most `most` tokens each: rows, or a packed row cut at
+    segments, if it can be where documents begin: then nothing is lost."""
     cu, begin, total = batch.cu_seqlens, 0, batch.x.size(1)
     if cu is None:
-        yield from (Batch(x, x, None, total) for x in batch.x.split(max(1, most // total)))
+        for x in batch.x.split(max(1, most // total)):
+            yield Batch(x, x, None, total)
         return
     bounds = cu.unique().tolist()
     while begin < total:
-        near = [b for b in bounds if begin < b <= begin + most] or [min(b for b in bounds if b > begin)]
-        end = max([b for b in near if b == total or batch.x[0, b] == BOS] or near)
+        later = [b for b in bounds if b > begin]
+        near = [b for b in later if b <= begin + most] or later[:1]
+        documents = [b for b in near if b == total or batch.x[0, b] == BOS]
+        end = max(documents or near)
         x = batch.x[:, begin:end]
         yield Batch(x, x, cu[(cu >= begin) & (cu <= end)] - begin, batch.max_seqlen)
         begin = end
 
 
-def calibrate(s: Settings, world: World, model: GPT, next_batch: Callable[[], Batch]) -> Curvature:
-    """Curvature over GPTQ_CALIBRATION_BATCHES training micro-batches, shared out over
-    the ranks, loops on."""
-    hook, plan, fisher = HessianHook(s), layer_plan(s, True), s.quant_allocation == "fisher"
+def calibrate(s: Settings, world: World, model: GPT,
+              next_batch: Callable[[], Batch]) -> Curvature:
+    """Over GPTQ_CALIBRATION_BATCHES training micro-batches of all ranks, loops on."""
+    hook, plan = HessianHook(s), layer_plan(s, True)
+    fisher = s.quant_allocation == "fisher"
     generator = torch.Generator(world.device).manual_seed(s.seed + world.rank)
     for _ in range(-(-s.gptq_calibration_batches // world.size)):
         for part in pieces(next_batch().to(world.device), CALIBRATION_TOKENS):
             with torch.set_grad_enabled(fisher):
-                hidden = model.hidden(part.x, plan, part.layout(s.train_seq_len), hook=hook)
+                layout = part.layout(s.train_seq_len)
+                hidden = model.hidden(part.x, plan, layout, hook=hook)
             if fisher:
                 hook.add_squares(model, part.x, hidden, generator)
         hook.batches += 1
     return hook.finish(world)
 
 
+# --- what is stored of a weight: quantiser, packer, reader and size forecast go by this table
+
+CODE_STREAM = "codes"     # of the artifact: int8, entropy-coded
+HALF_STREAM = "half"      # float16
+BYTE_STREAM = "bytes"     # int8
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What is stored of a weight, or beside it. tensors: of each the end of its name,
+    stream, shape (see stored_shape); restore(weight so far, base step, *tensors) is
+    the float32 weight."""
+    tensors: tuple[tuple[str, str, str], ...]
+    restore: Callable[..., Tensor]
+
+    def keys(self, name: str) -> list[str]:
+        """Names of a weight's tensors; columns' steps belong to its input."""
+        ends = [end for end, _, _ in self.tensors]
+        return [(input_of(name) if end == ".col" else name) + end for end in ends]
+
+
+@dataclass
+class Quantised:
+    """A model as it is stored."""
+    tensors: dict[str, Tensor]
+    forms: dict[str, str]       # each weight's, of STORAGE, or as `gptq (int6)+lqer`
+    base_step: float = 1.0      # stored int8 steps are relative to it
+
+    def add(self, name: str, form: str, tensors: Sequence[Tensor]) -> None:
+        """Store a weight, or something beside it."""
+        for key, x in zip(STORAGE[form].keys(name), tensors):
+            self.tensors[key] = x.cpu()
+        before = self.forms.get(name)
+        self.forms[name] = f"{before}+{form}" if before else form
+
+
+def dequantise(q: Quantised) -> dict[str, Tensor]:
+    """The float32 weights that a quantised model stands for, by name."""
+    weights = {}
+    for name, forms in q.forms.items():
+        w = None
+        for form in forms.split("+"):
+            tensors = [q.tensors[key] for key in STORAGE[form].keys(name)]
+            w = STORAGE[form].restore(w, q.base_step, *tensors)
+        weights[name] = w
+    return weights
+
+
+def by_rows(codes: Tensor, steps: Tensor) -> Tensor:
+    """Weights (R, C) of codes under fp16 steps (R)."""
+    return codes * steps.float()[:, None]
+
+
+def by_curvature(base_step: float, codes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Weights (R, C) of codes under steps of rows (R) and columns (C) in octaves."""
+    return codes * ((base_step * octaves(rows))[:, None] * octaves(columns))
+
+
+def on_trellis(codes: Tensor) -> Tensor:
+    """Codes with the half steps that the trellis adds."""
+    return codes + 0.5 * torch.from_numpy(half_steps(codes.numpy()))
+
+
+# form: what is stored, and how the weight w comes back of it
+CODES = (".q", CODE_STREAM, "RC")
+CURVATURE = (CODES, (".row", BYTE_STREAM, "R"), (".col", BYTE_STREAM, "C"))
+STORAGE = {
+    "passthrough (float16)": Storage(
+        (("", HALF_STREAM, "all"),),
+        lambda w, base, x: x.float()),
+    "gate_int8_row": Storage(
+        ((".gq", BYTE_STREAM, "RC"), (".gs", HALF_STREAM, "R")),
+        lambda w, base, codes, steps: by_rows(codes, steps)),
+    "gptq (fisher)": Storage(
+        CURVATURE,
+        lambda w, base, *tensors: by_curvature(base, *tensors)),
+    "gptq (trellis)": Storage(
+        CURVATURE,
+        lambda w, base, codes, *steps: by_curvature(base, on_trellis(codes), *steps)),
+    "lqer_asym": Storage(
+        ((".lqA_a", BYTE_STREAM, "Rk"), (".lqAs_a", HALF_STREAM, "1"),
+         (".lqB_a", BYTE_STREAM, "kC"), (".lqBs_a", HALF_STREAM, "g")),
+        lambda w, base, *tensors: w + torch.matmul(*asym_values(*tensors))),
+    "lqer": Storage(
+        ((".lqA", BYTE_STREAM, "Rk"), (".lqAs", HALF_STREAM, "R"),
+         (".lqB", BYTE_STREAM, "kC"), (".lqBs", HALF_STREAM, "k")),
+        lambda w, base, a, sa, b, sb: w + by_rows(a, sa) @ by_rows(b, sb)),
+}
+for bits in range(2, 9):
+    STORAGE[f"gptq (int{bits})"] = Storage(
+        (CODES, (".scale", HALF_STREAM, "R")),
+        lambda w, base, codes, steps: by_rows(codes, steps))
+    STORAGE[f"awqgrpint{bits}"] = Storage(      # finer codes in marked columns
+        (CODES, (".awqg_s_hi", HALF_STREAM, "R"), (".awqg_fine", BYTE_STREAM, "C")),
+        lambda w, base, codes, steps, fine: torch.where(fine != 0, by_rows(codes, steps), w))
+
+
+def stored_shape(s: Settings, shape: Sequence[int], letters: str) -> tuple[int, ...]:
+    """A tensor's shape by letters: a weight's R and C, its factors' rank k, the
+    groups g of their values. ValueError where only a matrix has such."""
+    if letters == "all":
+        return tuple(shape)
+    rows, columns = shape
+    rank = min(s.lqer_rank, rows, columns)
+    groups = rank * columns // s.lqer_asym_group
+    sizes = {"R": rows, "C": columns, "k": rank, "g": groups, "1": 1}
+    return tuple(sizes[letter] for letter in letters)
+
+
+def stored_tensors(s: Settings, forms: Mapping[str, str]) -> dict[str, dict[str, tuple]]:
+    """{stream: {tensor: shape}} in the file's order; ValueError for other weights."""
+    streams: dict[str, dict] = {CODE_STREAM: {}, HALF_STREAM: {}, BYTE_STREAM: {}}
+    views = blank_views(s)
+    if set(forms) != set(views):
+        raise ValueError(f"other tensors: {sorted(set(forms) ^ set(views))[:3]}")
+    for name, w in views.items():
+        parts = forms[name].split("+")
+        if len(set(parts)) < len(parts):
+            raise ValueError(f"{name} as {forms[name]}")
+        for form in parts:
+            storage = STORAGE[form]
+            for key, (_, stream, letters) in zip(storage.keys(name), storage.tensors):
+                streams[stream][key] = stored_shape(s, w.shape, letters)
+    return streams
+
+
+def blank_views(s: Settings) -> dict[str, Tensor]:
+    """The model's weights as they are named in files, without memory."""
+    shapes = GPT.shapes(s)
+    return matrix_views({n: torch.empty(shapes[n], device="meta") for n in shapes})
+
+
+def input_of(name: str) -> str:
+    """The first matrix of this input: they share a Hessian and columns' steps."""
+    return name.replace("attn.c_k", "attn.c_q").replace("attn.c_v", "attn.c_q")
+
+
+class Precision(NamedTuple):
+    """A weight's form; for steps by hand, bits and range in deviations of a row."""
+    form: str
+    bits: int = 16
+    clip_sigmas: float = 0.0
+
+    @property
+    def coded(self) -> bool:
+        return self.form.startswith("gptq")
+
+
+SMALL_TENSOR = 65536                 # of no more elements: stored as float16
+EMBEDDINGS = {"tok_emb.weight"}      # tables that are looked up
+
+
+def precision_of(s: Settings, name: str, w: Tensor) -> Precision:
+    """By its kind. What is looked up, and projections of it, have no Hessian: GPTQ
+    then rounds each code by itself."""
+    gate = name.endswith("attn_gate_w") and w.dim() == 2 and 32 <= w.numel() <= 8192
+    if gate and s.gated_attn_quant_gate:
+        return Precision("gate_int8_row")
+    if w.numel() <= SMALL_TENSOR:
+        return Precision("passthrough (float16)")
+    bits, clip_sigmas = s.matrix_bits, s.matrix_clip_sigmas
+    if name in EMBEDDINGS:
+        bits, clip_sigmas = s.embed_bits, s.embed_clip_sigmas
+    elif ".mlp." in name:
+        clip_sigmas = s.mlp_clip_sigmas
+    elif ".attn." in name:
+        clip_sigmas = s.attn_clip_sigmas
+    form = f"gptq (int{bits})"
+    if s.quant_allocation == "fisher":
+        form = "gptq (trellis)" if s.quant_trellis else "gptq (fisher)"
+    return Precision(form, bits, clip_sigmas)
+
+
+# --- steps: the distance of two codes
+
+OCTAVE = 8                # stored int8 steps are eighths of an octave
+HALF_LARGEST = 65504.0    # float16's
+
+
+def octaves(eighths: Tensor) -> Tensor:
+    """Steps float32 from stored int8 ones."""
+    return torch.exp2(eighths.double() / OCTAVE).float()
+
+
+def to_eighths(log2: Tensor) -> Tensor:
+    """Stored int8 steps from their logarithms."""
+    return (OCTAVE * log2).round().clamp(-127, 127).to(torch.int8)
+
+
 def to_half(x: Tensor) -> Tensor:
-    """float16; what is beyond its range becomes its largest number: no artifact holds
-    infinities."""
+    """float16; beyond its range its largest number: no artifact holds infinities."""
     return x.float().clamp(-HALF_LARGEST, HALF_LARGEST).half()
 
 
 def row_scales(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-    """fp16 step of every row of w (…, R, C): clip_sigmas standard deviations span the
-    codes. As published it is 0 for a row without spread."""
+    """fp16 step of every row of w (…, R, C): clip_sigmas deviations span the codes.
+    As published, 0 for a row without spread."""
     return to_half(clip_sigmas * w.float().std(dim=-1) / (2 ** (bits - 1) - 1))
 
 
@@ -1838,9 +2032,29 @@ def row_steps(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
     return torch.where(step > 0, step, to_half(w.abs().amax(dim=-1)))
 
 
+def quantise_rows(w: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """w (R, C) -> int8 codes, the largest for a row's largest, and fp16 steps (R)."""
+    top = 2 ** (bits - 1) - 1
+    scale = to_half(w.float().abs().amax(dim=1) / top)
+    return divide_round(w, scale[:, None], -top, top), scale
+
+
+def divide_round(w: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """round(w / scale) to int8 in [low, high], halves to even; 0 where scale is 0."""
+    scale = scale.float()
+    ratio = torch.where(scale > 0, w.float() / scale, 0.0)
+    return ratio.round().clamp(low, high).to(torch.int8)
+
+
+# --- GPTQ (Frantar et al. 2022): columns are rounded in turn, later ones take up the errors
+
+DAMPING = 0.01            # of a Hessian, as a share of its mean diagonal
+MOST_DAMPING = 100.0      # columns are then all but alone
+
+
 def inverse_factor(h: Tensor) -> Tensor:
-    """Upper U (n, C, C) with U'U = inverse of h: h = F F' with F upper, U = inverse
-    of F, by halves."""
+    """Upper U (n, C, C) with U'U = inverse of h, by halves: h = F F', U = inverse of
+    F."""
     half = h.size(-1) // 2
     if half < 256:
         factor = torch.linalg.cholesky(h.flip(-2, -1)).flip(-2, -1)
@@ -1849,19 +2063,18 @@ def inverse_factor(h: Tensor) -> Tensor:
     u, after = torch.zeros_like(h), inverse_factor(h[:, half:, half:])
     x = h[:, :half, half:] @ after.mT
     before = inverse_factor(h[:, :half, :half] - x @ x.mT)
-    u[:, :half, :half], u[:, half:, half:], u[:, :half, half:] = before, after, -(before @ x) @ after
+    u[:, :half, :half] = before
+    u[:, half:, half:] = after
+    u[:, :half, half:] = -(before @ x) @ after
     return u
 
 
-MOST_DAMPING = 100.0      # as much as a setting may ask for: columns are then all but alone
-
-
-def hessian_factor(h: Tensor, damp: float | Tensor = 0.01, falling: bool = True) -> tuple[Tensor, ...]:
-    """For H (n, C, C), damped by a share (n, 1) of its mean diagonal: the columns'
-    order (by falling diagonal, or as they are), upper U with U'U = inverse of H in
-    that order, the dead columns, and the U_jj of the falling order: the inverse
-    deviation of a column's input given those after it. float64 on a GPU, where
-    float32 products may round to TF32."""
+def hessian_factor(h: Tensor, damp: float = DAMPING,
+                   falling: bool = True) -> tuple[Tensor, ...]:
+    """For H (n, C, C), damped by a share of its mean diagonal: the columns' order (by
+    falling diagonal, or as they are), upper U with U'U = inverse of H in that order,
+    the dead columns, and the U_jj of the falling order: the inverse deviation of a
+    column's input given those after it. float64 on a GPU: float32 may be TF32."""
     h = h.double() if h.is_cuda else h.clone()
     diag = h.diagonal(dim1=-2, dim2=-1)          # a view: writing it writes h
     dead = diag == 0
@@ -1870,237 +2083,429 @@ def hessian_factor(h: Tensor, damp: float | Tensor = 0.01, falling: bool = True)
     order = diag.argsort(dim=-1, descending=True, stable=True)
     u = inverse_factor(torch.stack([m[o][:, o] for m, o in zip(h, order)]))
     ratio = torch.empty_like(diag).scatter_(-1, order, u.diagonal(dim1=-2, dim2=-1))
-    u = u if falling else inverse_factor(h)
-    return order if falling else order.sort().values, u.float(), dead, ratio.float()
+    if not falling:
+        u, order = inverse_factor(h), order.sort().values
+    return order, u.float(), dead, ratio.float()
 
 
-def damped_factor(h: Tensor, damp: Tensor,
-                  falling: bool = True) -> tuple[tuple[Tensor, ...], Tensor]:
-    """hessian_factor of every matrix of h (n, C, C), and the damping (n, 1) that it
-    took: what is asked for, or ten times more until the matrix can be factored;
-    infinite where nothing helps and the identity stands for it."""
+def damped_factor(h: Tensor, damp: float = DAMPING,
+                  falling: bool = True) -> tuple[tuple[Tensor, ...], list[float]]:
+    """hessian_factor of h (n, C, C), and each one's damping: ten times more until it
+    can be factored; infinite where nothing helps and the identity stands for it."""
     try:
-        found = hessian_factor(h, damp, falling)
-        if all(part.isfinite().all() for part in found) and found[3].min() > 0:
-            return found, damp
+        parts = hessian_factor(h, damp, falling)
+        if all(part.isfinite().all() for part in parts) and parts[3].min() > 0:
+            return parts, [damp] * len(h)
     except torch.linalg.LinAlgError:
         pass
     if len(h) > 1:
-        each = [damped_factor(*one, falling) for one in zip(h.split(1), damp.split(1))]
-        parts, damps = zip(*each)
-        return tuple(torch.cat(part) for part in zip(*parts)), torch.cat(damps)
-    if damp.item() < MOST_DAMPING:
-        return damped_factor(h, (10 * damp).clamp_min(1e-6), falling)
+        parts, damps = zip(*(damped_factor(m, damp, falling) for m in h.split(1)))
+        return tuple(torch.cat(part) for part in zip(*parts)), sum(damps, [])
+    if damp < MOST_DAMPING:
+        return damped_factor(h, 10 * damp, falling)
     eye = torch.eye(h.size(-1), dtype=h.dtype, device=h.device)[None]
-    return hessian_factor(eye, 0.0, falling), torch.full_like(damp, math.inf)
+    return hessian_factor(eye, 0.0, falling), [math.inf]
 
 
 @torch.no_grad()
 def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tensor, top: int,
                    trellis: bool = False, block: int = 128) -> Tensor:
-    """GPTQ (Frantar et al. 2022): codes (n, R, C) int8 within ±top of w under steps
-    (n, R), column after column in `order`, each one's error passed on to those still
-    to come. order (n, C), u (n, C, C), dead (n, C) are hessian_factor's; where
-    columns have steps too, w and u come divided by them."""
-    nothing = dead[:, None] | (step == 0)[..., None]      # rows below the smallest step are zero
-    w, step = w.masked_fill(nothing, 0), step[:, None].clamp_min(1e-30)
-    t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R): a column is contiguous
-    diag = u.diagonal(dim1=-2, dim2=-1)[..., None]               # an error e of column j costs (e / diag_j)^2
-    unit = u / diag                                              # rows scaled to a unit diagonal
+    """Codes (n, R, C) int8 within ±top of w under steps (n, R). order (n, C),
+    u (n, C, C), dead (n, C) are hessian_factor's; where columns have steps too, w and
+    u come divided by them."""
+    zero = dead[:, None] | (step == 0)[..., None]
+    w, step = w.masked_fill(zero, 0), step[:, None].clamp_min(1e-30)
+    t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R)
+    diag = u.diagonal(dim1=-2, dim2=-1)[..., None]      # an error e costs (e / diag)^2
+    feedback = u / diag                                 # what of it later columns take up
     codes, columns = torch.empty_like(t, dtype=torch.int8), t.size(1)
     state = torch.zeros_like(t[:, 0], dtype=torch.long)
     for begin in range(0, columns, block):
         end = min(begin + block, columns)
+        x, inner = t[:, begin:end], feedback[:, begin:end, begin:end]
         if trellis:
-            q, error, state = trellis_block(t[:, begin:end] / step, unit[:, begin:end, begin:end],
-                                            diag[:, begin:end] ** -2, state)
+            slope = diag[:, begin:end] ** -2
+            q, error, state = trellis_block(x / step, inner, slope, state)
             error *= step
         else:
-            q, error = plain_block(t[:, begin:end], step, unit[:, begin:end, begin:end], top)
+            q, error = plain_block(x, step, inner, top)
         codes[:, begin:end] = q
-        t[:, end:] -= unit[:, begin:end, end:].mT @ error
+        t[:, end:] -= feedback[:, begin:end, end:].mT @ error
     return torch.stack([c[o].mT for c, o in zip(codes, order.argsort(dim=-1))])
 
 
-def plain_block(t: Tensor, step: Tensor, unit: Tensor, top: int, tile: int = 16) -> tuple[Tensor, Tensor]:
+def plain_block(t: Tensor, step: Tensor, feedback: Tensor, top: int,
+                tile: int = 16) -> tuple[Tensor, Tensor]:
     """Round columns t (n, C, R) one after the other: (codes, errors). t is used up."""
     codes, error = torch.empty_like(t), torch.empty_like(t)
     for left in range(0, t.size(1), tile):
         right = min(left + tile, t.size(1))
         for j in range(left, right):
-            codes[:, j:j + 1] = q = (t[:, j:j + 1] / step).round().clamp_(-top, top)
-            error[:, j:j + 1] = e = t[:, j:j + 1] - q * step
-            if j + 1 < right:
-                t[:, j + 1:right] -= unit[:, j, j + 1:right, None] * e
-        t[:, right:] -= unit[:, left:right, right:].mT @ error[:, left:right]
+            column = t[:, j:j + 1]
+            q = (column / step).round().clamp_(-top, top)
+            e = column - q * step
+            codes[:, j:j + 1] = q
+            error[:, j:j + 1] = e
+            t[:, j + 1:right] -= feedback[:, j, j + 1:right, None] * e
+        t[:, right:] -= feedback[:, left:right, right:].mT @ error[:, left:right]
     return codes, error
 
 
-# Trellis-coded quantisation (Marcellin and Fischer 1990), Ungerboeck's 8 states. In state s a code k means
-# k + (s & 1) / 2 steps, and its parity chooses the next state: a row's path sees a grid of half steps at the
-# rate of whole ones.
-TRELLIS = np.array([[s >> 1 ^ 5 * (s & 1) ^ 2 * parity for parity in (0, 1)] for s in range(8)], np.uint8)
+# Trellis-coded quantisation (Marcellin and Fischer 1990), Ungerboeck's 8 states. In state s a code k
+# means k + (s & 1) / 2 steps, and its parity chooses the next state: a row's path sees a grid of half
+# steps at the rate of whole ones.
+STATE = np.arange(8)[:, None]
+TRELLIS = (STATE >> 1 ^ 5 * (STATE & 1) ^ [0, 2]).astype(np.uint8)      # next, by parity
 # arrivals of each state: two (state, parity) each
 ARRIVALS = np.array([np.argwhere(TRELLIS == to) for to in range(8)]).transpose(1, 2, 0)
 
 
-def trellis_block(t: Tensor, unit: Tensor, slope: Tensor, state: Tensor,
+def half_steps(codes: np.ndarray) -> np.ndarray:
+    """Which of the codes (R, C) stand half a step higher: rows start in state 0."""
+    return state_bits(np.ascontiguousarray(codes.T)).T
+
+
+def trellis_block(t: Tensor, feedback: Tensor, slope: Tensor, state: Tensor,
                   tile: int = 16) -> tuple[Tensor, Tensor, Tensor]:
     """The cheapest path through columns t (n, C, R), in steps, from state (n, R):
-    (codes, errors, end state). slope (n, C, 1): cost of a column's squared error.
-    Each of 8 states keeps a survivor with its feedback."""
-    (from0, odd0), (from1, odd1) = (torch.from_numpy(a).to(t.device) for a in ARRIVALS)
-    half0, half1, odd0, odd1 = (x.to(t.dtype)[:, None] / 2 for x in (from0 & 1, from1 & 1, odd0, odd1))
-    cost = torch.full((t.size(0), 8, t.size(2)), torch.inf, device=t.device).scatter_(1, state[:, None], 0)
+    (codes, errors, end state). slope (n, C, 1): cost of a squared error. Each state
+    keeps a survivor with its feedback."""
+    arrivals = []
+    for source, parity in torch.from_numpy(ARRIVALS).to(t.device):
+        half, odd = (bit.to(t.dtype)[:, None] / 2 for bit in (source & 1, parity))
+        arrivals.append((source, half, odd))
+    cost = torch.full((t.size(0), 8, t.size(2)), torch.inf, device=t.device)
+    cost.scatter_(1, state[:, None], 0)
+    states = torch.arange(8, device=t.device)[:, None].expand_as(cost)
     rest, tiles = t[:, :, None].expand(-1, -1, 8, -1), []          # (n, C, states, R)
-
-    def arrive(x, before, half, odd, slope):
-        y = x - half
-        k = (y / 2 - odd).round_().clamp_(-63, 62).add_(odd).mul_(2)
-        e = y - k
-        return k, e, torch.addcmul(before, e, e * slope)
-
     for left in range(0, t.size(1), tile):
         x, rest, path = rest[:, :tile], rest[:, tile:], []
         right = left + x.size(1)
         for j in range(left, right):
-            x0, x1 = x.index_select(2, from0), x.index_select(2, from1)
-            k0, e0, c0 = arrive(x0[:, 0], cost[:, from0], half0, odd0, slope[:, j, None])
-            k1, e1, c1 = arrive(x1[:, 0], cost[:, from1], half1, odd1, slope[:, j, None])
-            second = c1 < c0
-            cost, e = torch.minimum(c0, c1), torch.where(second, e1, e0)
-            path.append((torch.where(second, k1, k0), e, torch.where(second, from1[:, None], from0[:, None])))
-            x = torch.where(second[:, None], x1[:, 1:], x0[:, 1:])
-            x -= unit[:, j, j + 1:right, None, None] * e[:, None]
-        at, traced = torch.arange(8, device=t.device)[:, None].expand_as(cost), []
-        for k, e, parent in reversed(path):
-            traced.append((k.gather(1, at), e.gather(1, at)))
-            at = parent.gather(1, at)
-        codes, errors = (torch.stack(v, 1) for v in zip(*reversed(traced)))      # (n, tile, states, R)
-        tiles.append((codes, errors, at))
-        rest = rest.gather(2, at[:, None].expand_as(rest))
-        rest = rest - (unit[:, left:right, right:].mT @ errors.flatten(2)).view_as(rest)
+            options = []
+            for source, half, odd in arrivals:
+                columns = x.index_select(2, source)
+                y = columns[:, 0] - half
+                code = (y / 2 - odd).round_().clamp_(-63, 62).add_(odd).mul_(2)
+                e = y - code
+                total = torch.addcmul(cost[:, source], e, e * slope[:, j, None])
+                options.append((total, code, e, source[:, None], columns[:, 1:]))
+            (*first, later0), (*second, later1) = options
+            better = second[0] < first[0]
+            cost, code, e, parent = (torch.where(better, b, a) for a, b in zip(first, second))
+            path.append((code, e, parent))
+            x = torch.where(better[:, None], later1, later0)
+            x -= feedback[:, j, j + 1:right, None, None] * e[:, None]
+        codes, errors, start = trace_back(path, states)
+        tiles.append((codes, errors, start))
+        rest = rest.gather(2, start[:, None].expand_as(rest))
+        passed_on = feedback[:, left:right, right:].mT @ errors.flatten(2)
+        rest = rest - passed_on.view_as(rest)
     at = end = cost.argmin(1, keepdim=True)
     best = []
     for codes, errors, start in reversed(tiles):
         pick = at[:, None].expand(-1, codes.size(1), -1, -1)
-        best.append([v.gather(2, pick)[:, :, 0] for v in (codes, errors)])
+        best.append([part.gather(2, pick)[:, :, 0] for part in (codes, errors)])
         at = start.gather(1, at)
-    codes, errors = (torch.cat(v, 1) for v in zip(*reversed(best)))
+    codes, errors = (torch.cat(part, 1) for part in zip(*reversed(best)))
     return codes, errors, end[:, 0]
 
 
-@torch.no_grad()
-def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor], bits: tuple[int, int],
-                   fine: Tensor, damp: float = 0.01) -> Tensor:
-    """Codes (R, C) int8 of one matrix by GPTQ, with the second steps and bits in the
-    columns `fine` (C)."""
-    (order, u, dead, _), _ = damped_factor(h.float()[None], h.new_tensor([[damp]]))
-    order, u, dead = order[0], u[0], dead[0]
-    w = w.float().masked_fill(dead | (steps[0] == 0)[:, None], 0)
-    t, codes = w[:, order].mT.contiguous(), torch.empty_like(w.mT)
-    for j, column in enumerate(order.tolist()):
-        which = int(fine[column])
-        step, top = steps[which].float().clamp_min(1e-30), 2 ** (bits[which] - 1) - 1
-        codes[column] = q = (t[j] / step).round().clamp_(-top, top)
-        t[j + 1:] -= (u[j, j + 1:] / u[j, j])[:, None] * (t[j] - q * step)
-    return codes.mT.to(torch.int8).contiguous()
+def trace_back(path: list[tuple[Tensor, Tensor, Tensor]],
+               at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and errors (n, tile, 8, R) of the paths that end in states `at` (n, 8,
+    R), and the states where they began."""
+    traced = []
+    for code, error, parent in reversed(path):
+        traced.append((code.gather(1, at), error.gather(1, at)))
+        at = parent.gather(1, at)
+    codes, errors = (torch.stack(part, 1) for part in zip(*reversed(traced)))
+    return codes, errors, at
 
+
+# --- the whole model
+
+FISHER_FLOOR = 0.03    # a row's smallest sensitivity, by its matrix's mean
+TOP_CODE = 126         # the coder's escapes are above
+BATCH_ROWS = 8192      # rows of equal matrices that are rounded together
+
+
+class Quantiser:
+    """A model's weights, ready to be quantised at any fineness. Ranks share the
+    matrices, those of one Hessian together; equal shapes are one batch."""
+
+    @torch.no_grad()
+    def __init__(self, s: Settings, weights: Mapping[str, Tensor], curvature: Curvature,
+                 world: World | None = None):
+        self.s, self.weights, self.world = s, weights, world or World()
+        self.precision = {n: precision_of(s, n, w) for n, w in weights.items()}
+        self.names = [n for n, p in self.precision.items() if p.coded]
+        self.fisher = s.quant_allocation == "fisher" and bool(self.names)
+        self.trellis = self.fisher and s.quant_trellis
+        # what calibration left that is not used as it is: matrix -> what is done instead
+        self.unusual: dict[str, str] = {}
+        fisher = self.finite(curvature.fisher, "sensitivities that are not finite: "
+                             "as fine as the others on average")
+        self.hessians = self.finite(curvature.hessians, "a Hessian that is not finite: "
+                                    "the identity instead")
+        inputs: dict[str, list[str]] = {}
+        for name in self.names:
+            inputs.setdefault(input_of(name), []).append(name)
+        costs = []
+        for key, group in inputs.items():
+            columns = weights[key].size(1)
+            rows = sum(len(weights[n]) for n in group)
+            costs.append((rows + len(group) * columns / 3) * columns ** 2)
+        share = share_out(costs, self.world.size)[self.world.rank]
+        keys = [key for i, key in enumerate(inputs) if i in share]
+        self.own = sum((inputs[key] for key in keys), [])
+        self.factors: dict[str, tuple[Tensor, ...]] = {}
+        by_width: dict[int, list[str]] = {}
+        for key in keys:
+            by_width.setdefault(weights[key].size(1), []).append(key)
+        for same_width in by_width.values():
+            self.factorise(same_width)
+        for part in self.world.gather(self.unusual):
+            self.unusual.update(part)
+        self.steps = self.allocate(fisher) if self.fisher else {}
+        for key, (order, u, dead, _) in self.factors.items():
+            self.factors[key] = order, u / self.columns_of(key)[order], dead
+        deviations = sum(map(self.deviations_of, self.own), np.zeros(511))
+        self.deviations = sum(self.world.gather(deviations))
+        self.finest = 1.0      # base step; by hand: the settings' steps
+        if self.fisher:        # nine codes in ten are in rows whose steps can shrink
+            below = self.deviations.cumsum()
+            low = np.searchsorted(below, 0.1 * below[-1]) - len(below) // 2
+            self.finest = 2 ** (low / OCTAVE) / (TOP_CODE / 4)
+
+    def finite(self, tensors: Mapping[str, Tensor], instead: str) -> dict[str, Tensor]:
+        """Those that are; of the others it is noted what is done instead."""
+        out = {name: x for name, x in tensors.items() if x.isfinite().all()}
+        self.unusual.update((name, instead) for name in tensors if name not in out)
+        return out
+
+    def factorise(self, names: list[str]) -> None:
+        """Factors of these Hessians of one width; of the identity without one."""
+        w = self.weights[names[0]]
+        eye = torch.eye(w.size(1), device=w.device)
+        h = torch.stack([self.hessians.get(n, eye) for n in names])
+        parts, damps = damped_factor(h, falling=not self.trellis)
+        self.factors.update(zip(names, zip(*parts)))
+        for name, damp in zip(names, damps):
+            if damp > DAMPING:
+                self.unusual[name] = ("a Hessian that cannot be factored: "
+                                      f"damping {damp:g} instead of {DAMPING:g}")
+
+    def allocate(self, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Stored steps `.row`, `.col`, with step^2 g_row d_col the same for all
+        weights; d: the variance of a column's input given those that GPTQ rounds
+        later."""
+        rows, columns, level = {}, {}, {}      # log2, of this rank's matrices
+        for name in self.own:
+            key = input_of(name)
+            if key not in columns:
+                ratio = self.factors[key][3].double().log2()      # of d^-1/2
+                level[key] = ratio.mean()
+                columns[key] = (ratio - level[key]).cpu()
+            if name in fisher:
+                g = fisher[name].double()
+                g = g.clamp_min(max(FISHER_FLOOR * g.mean().item(), 1e-30))
+                rows[name] = (level[key] - g.log2() / 2).cpu()
+        for other_rows, other_columns in self.world.gather((rows, columns)):
+            rows.update(other_rows)
+            columns.update(other_columns)
+        sizes = {}      # rms of rows
+        for name in self.names:
+            power = self.weights[name].double().square().mean(1)
+            sizes[name] = power.clamp_min(1e-20).log2().cpu() / 2
+        offsets = [(rows[n] - sizes[n]).mean() for n in rows]
+        for name in sizes.keys() - rows.keys():      # as fine as the others on average
+            rows[name] = sizes[name] + sum(offsets) / max(len(offsets), 1)
+        middle = torch.cat([rows[n] for n in self.names]).mean()
+        steps = {n + ".row": rows[n] - middle for n in self.names}
+        steps.update((key + ".col", x) for key, x in columns.items())
+        return {key: to_eighths(x) for key, x in steps.items()}
+
+    def columns_of(self, name: str) -> Tensor:
+        """Step of every column (C) against the others."""
+        w = self.weights[name]
+        if not self.fisher:
+            return torch.ones(w.size(1), device=w.device)
+        return octaves(self.steps[input_of(name) + ".col"]).to(w.device)
+
+    def rows_of(self, name: str, base_step: float) -> Tensor:
+        """Stored steps of rows (R): fp16 by hand; int8 such that no code is over the
+        top."""
+        w, precision = self.weights[name].float(), self.precision[name]
+        if not self.fisher:
+            return row_steps(w, precision.bits, precision.clip_sigmas * base_step)
+        largest = (w / self.columns_of(name)).abs().amax(1) / (0.9 * TOP_CODE * base_step)
+        least = to_eighths((OCTAVE * largest.clamp_min(1e-9).log2()).ceil() / OCTAVE)
+        return torch.maximum(self.steps[name + ".row"].to(w.device), least)
+
+    def deviations_of(self, name: str) -> np.ndarray:
+        """Counts (511) of codes by their deviation at base step 1, in eighths of an
+        octave around 1, as if its square were a row's times a column's."""
+        if self.fisher:
+            rows = octaves(self.steps[name + ".row"])
+        else:
+            rows = self.rows_of(name, 1.0).float()
+        w = self.weights[name].float() / self.columns_of(name)
+        rows = rows.to(w.device)[:, None]
+        power = (w / rows.clamp_min(1e-30)).square().clamp_max(1e30)
+        power = power.masked_fill(rows == 0, 0)
+        counts = []
+        for x in (power.mean(1), power.mean(0) / power.mean().clamp_min(1e-20)):
+            level = (OCTAVE / 2 * x.clamp_min(1e-20).log2()).round() + 128
+            level = level.clamp(0, 255).int()
+            counts.append(level.bincount(minlength=256).cpu().numpy())
+        return np.convolve(*counts)
+
+    @torch.no_grad()
+    def __call__(self, base_step: float = 1.0) -> Quantised:
+        """The whole model on every rank, all steps times `base_step`."""
+        q, rounded = Quantised({}, {}, base_step if self.fisher else 1.0), {}
+        for part in self.world.gather(self.round_own(base_step)):
+            rounded.update(part)
+        for name, w in self.weights.items():
+            form = self.precision[name].form
+            if name not in rounded:
+                tensors = quantise_rows(w) if form == "gate_int8_row" else [to_half(w)]
+            elif self.fisher:
+                tensors = [*rounded[name], self.steps[input_of(name) + ".col"]]
+            else:
+                tensors = rounded[name]
+            q.add(name, form, tensors)
+        if self.s.awq_lite_enabled:
+            self.protect(q, base_step)
+        if self.s.lqer_enabled:
+            self.repair(q)
+        return q
+
+    def round_own(self, base_step: float) -> dict[str, tuple[Tensor, Tensor]]:
+        """Codes and rows' steps of this rank's matrices, on the CPU."""
+        batches: dict[tuple, list[str]] = {}
+        for name in self.own:
+            kind = self.weights[name].shape, self.precision[name].bits
+            batches.setdefault(kind, []).append(name)
+        rounded = {}
+        for (shape, bits), names in batches.items():
+            count = max(1, BATCH_ROWS // shape[0])
+            for begin in range(0, len(names), count):
+                batch = names[begin:begin + count]
+                codes, rows = self.round(batch, bits, base_step)
+                for name, *views in zip(batch, codes.cpu(), rows.cpu()):
+                    rounded[name] = [x.clone() for x in views]      # without their stack
+        return rounded
+
+    def round(self, names: list[str], bits: int, base_step: float) -> tuple[Tensor, Tensor]:
+        """Codes (n, R, C) and rows' steps (n, R) of equally shaped matrices."""
+        w = torch.stack([self.weights[n].float() for n in names])
+        factors = zip(*(self.factors[input_of(n)] for n in names))
+        factors = [torch.stack(part) for part in factors]
+        rows = torch.stack([self.rows_of(n, base_step) for n in names])
+        if not self.fisher:
+            return self.round_by_hand(w, rows, factors, bits, base_step)
+        w = w / torch.stack([self.columns_of(n) for n in names])[:, None]
+        steps = octaves(rows) * base_step
+        return round_in_order(w, steps, *factors, TOP_CODE, self.trellis), rows
+
+    def round_by_hand(self, w: Tensor, rows: Tensor, factors: Sequence[Tensor], bits: int,
+                      base_step: float) -> tuple[Tensor, Tensor]:
+        """Codes of w (n, R, C), and the steps rows (n, R) that settings gave."""
+        return round_in_order(w, rows.float(), *factors, 2 ** (bits - 1) - 1), rows
+
+    def protect(self, q: Quantised, base_step: float) -> None:
+        """AWQ-lite: the groups of columns with the highest scores get AWQ_LITE_BITS."""
+        s, weights, groups = self.s, self.weights, []
+        size, high_bits = s.awq_lite_group_size, s.awq_lite_bits
+        for name in self.names:
+            h = self.hessians.get(input_of(name))
+            if h is not None and self.precision[name].bits < high_bits:
+                scores = group_scores(weights[name], input_rms(s, name, h), size)
+                groups += [(score, name, i * size) for i, score in enumerate(scores.tolist())]
+        groups.sort(key=lambda group: -group[0])
+        fine: dict[str, Tensor] = {}      # (C) int8: 1 in the columns that are chosen
+        for _, name, begin in groups[:s.awq_lite_group_top_k]:
+            columns = torch.zeros(weights[name].size(1), dtype=torch.int8)
+            fine.setdefault(name, columns)[begin:begin + size] = 1
+        for name, chosen in fine.items():
+            w, precision = weights[name].float(), self.precision[name]
+            high = row_steps(w, high_bits, precision.clip_sigmas * base_step)
+            steps = q.tensors[name + ".scale"].to(w.device), high
+            h, bits = self.hessians[input_of(name)], (precision.bits, high_bits)
+            codes = gptq_protected(w, h, steps, bits, chosen)
+            q.add(name, f"awqgrpint{high_bits}", [codes, high, chosen])
+
+    def repair(self, q: Quantised) -> None:
+        """LQER: low-rank factors for the matrices with the largest rounding errors."""
+        decoded, errors = dequantise(q), {}
+        for name in self.names:
+            w = self.weights[name]
+            errors[name] = w.float() - decoded[name].to(w.device)
+        for name in self.to_repair(errors):
+            q.add(name, *self.pack_factors(*low_rank(errors[name], self.s.lqer_rank)))
+
+    def to_repair(self, errors: Mapping[str, Tensor]) -> list[str]:
+        """The LQER_TOP_K matrices of the largest errors (R, C)."""
+        sizes = {name: error.norm().item() for name, error in errors.items()}
+        largest = sorted(sizes, key=lambda name: -sizes[name])
+        return [name for name in largest[:self.s.lqer_top_k] if sizes[name] > 0]
+
+    def pack_factors(self, a: Tensor, b: Tensor) -> tuple[str, Sequence[Tensor]]:
+        """Form and tensors of the factors a (R, k), b (k, C) of a matrix: asymmetric
+        where b falls into whole groups of LQER_ASYM_GROUP values."""
+        group = self.s.lqer_asym_group
+        if b.numel() % group:
+            return symmetric_factors(a, b)
+        return "lqer_asym", lqer_asym(*asym_signs(a, b, group), group)
+
+
+# --- finer codes for the columns that matter most: AWQ-lite
 
 def input_rms(s: Settings, name: str, h: Tensor, tokens: int = 1) -> Tensor:
-    """rms (C) of a matrix's input columns from its Hessian, a mean over micro-batches
-    of so many tokens."""
+    """rms (C) of a matrix's input, from its Hessian: a mean over so many tokens."""
     slots = sum(layer_plan(s, True), ())
     visits = slots.count(int(name.split(".")[1])) if name.startswith("blocks.") else 1
     return (h.diagonal() / (visits * tokens)).sqrt()
 
 
 def group_scores(w: Tensor, rms: Tensor, size: int) -> Tensor:
-    """How much each whole group of `size` columns of w (R, C) moves the output: rms
-    of input · mean |w|."""
-    return (rms * w.float().abs().mean(dim=0))[:len(rms) // size * size].view(-1, size).sum(dim=1)
-
-
-def protect(s: Settings, out: Quantised, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
-            names: Sequence[str], coarser: float) -> None:
-    """AWQ-lite: the groups of columns with the highest scores of all matrices get
-    codes of AWQ_LITE_BITS."""
-    size, scores = s.awq_lite_group_size, []
-    for name in names:
-        w = weights[name]
-        if input_of(name) in hessians and storage_of(s, name, w).bits < s.awq_lite_bits:
-            values = group_scores(w, input_rms(s, name, hessians[input_of(name)]), size).tolist()
-            scores += [(value, name, i * size) for i, value in enumerate(values)]
-    chosen: dict[str, list[int]] = {}
-    for _, name, start in sorted(scores, key=lambda x: -x[0])[:s.awq_lite_group_top_k]:
-        chosen.setdefault(name, []).append(start)
-    for name, starts in chosen.items():
-        w, stored = weights[name].float(), storage_of(s, name, weights[name])
-        fine = torch.isin(torch.arange(w.size(1)) // size * size, torch.tensor(starts))
-        high = row_steps(w, s.awq_lite_bits, stored.clip * coarser)
-        steps, bits = (out.tensors[name + ".scale"].to(w.device), high), (stored.bits, s.awq_lite_bits)
-        codes = gptq_protected(w, hessians[input_of(name)], steps, bits, fine, stored.damp)
-        out.tensors.update({name + ".q": codes.cpu(), name + ".awqg_s_hi": high.cpu(),
-                            name + ".awqg_start": torch.tensor(starts, dtype=torch.int16),
-                            name + ".awqg_size": torch.tensor([size], dtype=torch.int16)})
-        out.meta[name] += f"+awqgrpint{s.awq_lite_bits}"
-
-
-def quantise_rows(w: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
-    """w (R, C) -> int8 codes and fp16 steps (R): the largest magnitude of a row gets
-    the largest code."""
-    top = 2 ** (bits - 1) - 1
-    scale = to_half(w.float().abs().amax(dim=1) / top)
-    return divide_round(w, scale[:, None], -top, top), scale
-
-
-def divide_round(w: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """round(w / scale) to int8 in [low, high], halves to even; 0 where the fp16 scale
-    is 0."""
-    scale = scale.float()
-    return torch.where(scale > 0, w.float() / scale, 0.0).round().clamp(low, high).to(torch.int8)
-
-
-def lqer_asym(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a (R, k) in 2 bits, one step; b (k, C) in 4, a step per `group` values: (qA, sA
-    (1), qB, sB (n))."""
-    scale_a = to_half(a.float().abs().amax() / 1.5)[None]
-    flat = b.float().reshape(-1, group)
-    scale_b = to_half(flat.abs().amax(dim=1) / 7.5)
-    qb = divide_round(flat, scale_b[:, None], -8, 7).view(b.shape)
-    return divide_round(a, scale_a, -2, 1), scale_a, qb, scale_b
-
-
-def asym_values(qa: Tensor, sa: Tensor, qb: Tensor, sb: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors (R, k), (k, C) float32 that lqer_asym's codes and steps stand for."""
-    b = qb.float().view(len(sb), -1) * sb.float()[:, None]
-    return qa * sa.float(), b.view(qb.shape)
-
-
-def asym_signs(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Factors a (R, k), b (k, C), each pair with the sign that lqer_asym stores with
-    the smaller error: its codes reach further down than up. As they are where both
-    signs are alike."""
-    costs = []
-    for sign in (1, -1):
-        x, y = asym_values(*lqer_asym(sign * a, sign * b, group))
-        x, y, u, v = x.double(), y.double(), sign * a.double(), sign * b.double()
-        shared = (x * u).sum(0) * (y * v).sum(1)      # of the stored pair with the true one
-        costs.append(x.square().sum(0) * y.square().sum(1) - 2 * shared)
-    sign = torch.where(costs[1] < costs[0], -1.0, 1.0)
-    return a * sign, b * sign[:, None]
+    """rms of input · mean |w|, for each whole group of `size` columns of w (R, C)."""
+    score, whole = rms * w.float().abs().mean(dim=0), len(rms) // size * size
+    return score[:whole].view(-1, size).sum(dim=1)
 
 
 @torch.no_grad()
+def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor],
+                   bits: tuple[int, int], fine: Tensor) -> Tensor:
+    """GPTQ's codes (R, C) int8 of one matrix, with the second steps and bits in the
+    columns `fine` (C)."""
+    order, u, dead, _ = (part[0] for part in damped_factor(h.float()[None])[0])
+    w = w.float().masked_fill(dead | (steps[0] == 0)[:, None], 0)
+    t, codes = w[:, order].mT.contiguous(), torch.empty_like(w.mT)
+    for j, column in enumerate(order.tolist()):
+        kind = int(fine[column])
+        step, top = steps[kind].float().clamp_min(1e-30), 2 ** (bits[kind] - 1) - 1
+        q = (t[j] / step).round().clamp_(-top, top)
+        codes[column] = q
+        t[j + 1:] -= (u[j, j + 1:] / u[j, j])[:, None] * (t[j] - q * step)
+    return codes.mT.to(torch.int8).contiguous()
+
+
+# --- low-rank repair of rounding errors: LQER
+
+@torch.no_grad()
 def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best a (R, r) = U S, b (r, C) = V' of an error matrix, by the smaller Gram
-    matrix in float64. The sign of a pair, LAPACK's choice, becomes a rule: the
-    largest number of a column of a is negative."""
+    """Best a (R, k) = U S, b (k, C) = V' of an error matrix, by the smaller Gram
+    matrix. The sign of a pair is a rule, not LAPACK's: a column's largest number is
+    negative."""
     e = error.double()
     if e.size(0) < e.size(1):
         u = torch.linalg.eigh(e @ e.mT).eigenvectors[:, -rank:].flip(1)
-        sv = (u.mT @ e).norm(dim=1)
-        a, b = u * sv, (u.mT @ e) / sv.clamp_min(1e-300)[:, None]
+        b = u.mT @ e
+        length = b.norm(dim=1)
+        a, b = u * length, b / length.clamp_min(1e-300)[:, None]
     else:
         v = torch.linalg.eigh(e.mT @ e).eigenvectors[:, -rank:].flip(1)
         a, b = e @ v, v.mT
@@ -2109,302 +2514,51 @@ def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (a * sign).float(), (b * sign.mT).float().contiguous()
 
 
-@dataclass
-class Quantised:
-    """Flat tensors, how each weight is stored, and the unit of the stored steps. A
-    weight is fp16 `<name>`, int8 rows `.gq`, `.gs`, or codes `.q` with steps: fp16
-    rows `.scale`, or int8 eighths of an octave of rows `.row` and of columns `.col`
-    (one for all matrices of a Hessian); perhaps factors `.lqA…`."""
-    tensors: dict[str, Tensor]
-    meta: dict[str, str]
-    unit: float = 1.0
+def symmetric_factors(a: Tensor, b: Tensor, bits: int = 4) -> tuple[str, Sequence[Tensor]]:
+    """Form and tensors of factors with one step for each of their rows."""
+    return "lqer", (*quantise_rows(a, bits), *quantise_rows(b, bits))
 
 
-EMBEDDINGS = {"tok_emb.weight"}      # tables that are looked up
+def lqer_asym(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """a (R, k) in 2 bits, one step; b (k, C) in 4, a step per `group` values."""
+    scale_a = to_half(a.float().abs().amax() / 1.5)[None]
+    flat = b.float().reshape(-1, group)
+    scale_b = to_half(flat.abs().amax(dim=1) / 7.5)
+    qb = divide_round(flat, scale_b[:, None], -8, 7).view(b.shape)
+    return divide_round(a, scale_a, -2, 1), scale_a, qb, scale_b
 
 
-class Storage(NamedTuple):
-    """How a tensor is stored: gate, half or gptq; its bits, clip_sigmas and the
-    damping of its Hessian."""
-    kind: str
-    bits: int
-    clip: float = 0.0
-    damp: float = 0.0
+def asym_values(qa: Tensor, sa: Tensor, qb: Tensor, sb: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors (R, k), (k, C) float32 that these codes and steps stand for."""
+    b = qb.float().view(len(sb), -1) * sb.float()[:, None]
+    return qa * sa.float(), b.view(qb.shape)
 
 
-def storage_of(s: Settings, name: str, w: Tensor) -> Storage:
-    """By the settings for its kind. Tables that are looked up and their projections
-    have no Hessian: GPTQ then rounds each code by itself."""
-    if s.gated_attn_quant_gate and name.endswith("attn_gate_w") and w.dim() == 2 and 32 <= w.numel() <= 8192:
-        return Storage("gate", 8)
-    if w.numel() <= SMALL_TENSOR:
-        return Storage("half", 16)
-    if name in EMBEDDINGS:
-        return Storage("gptq", s.embed_bits, s.embed_clip_sigmas, s.gptq_damp_embed)
-    if ".mlp." in name:
-        return Storage("gptq", s.matrix_bits, s.mlp_clip_sigmas, s.gptq_damp_mlp)
-    clip = s.attn_clip_sigmas if ".attn." in name else s.matrix_clip_sigmas
-    return Storage("gptq", s.matrix_bits, clip, s.gptq_damp_attn)
-
-
-OCTAVE = 8             # stored steps are eighths of an octave
-FISHER_FLOOR = 0.03    # smallest sensitivity of a row, as a share of its matrix's mean
-TOP_CODE = 126         # the coder's escapes are above
-BATCH_ROWS = 8192      # rows of equal matrices that are rounded together
-
-
-def input_of(name: str) -> str:
-    """The first matrix of those that read the same input: they share a Hessian and
-    steps of columns."""
-    return name.replace("attn.c_k", "attn.c_q").replace("attn.c_v", "attn.c_q")
-
-
-def octaves(eighths: Tensor) -> Tensor:
-    """Steps float32 from stored int8 ones."""
-    return torch.exp2(eighths.double() / OCTAVE).float()
-
-
-class Quantiser:
-    """A model's weights, ready to be quantised at any fineness: what does not depend
-    on it is computed once. Ranks share the matrices, those of one Hessian together;
-    equal shapes are one batch."""
-
-    @torch.no_grad()
-    def __init__(self, s: Settings, weights: Mapping[str, Tensor], curvature: Curvature,
-                 world: World | None = None):
-        self.s, self.weights = s, weights
-        self.world = world = world or World()
-        self.hessians, fisher = ({n: x for n, x in part.items() if x.isfinite().all()}
-                                 for part in (curvature.hessians, curvature.fisher))
-        self.names = [n for n, w in weights.items() if storage_of(s, n, w).kind == "gptq"]
-        self.fisher = s.quant_allocation == "fisher" and bool(self.names)
-        self.trellis = self.fisher and s.quant_trellis
-        inputs: dict[str, list[str]] = {}
-        for name in self.names:
-            inputs.setdefault(input_of(name), []).append(name)
-        costs = [sum((len(w) + w.size(1) / 3) * w.size(1) ** 2 for w in map(weights.get, group))
-                 for group in inputs.values()]
-        keys = [list(inputs)[i] for i in sorted(share_out(costs, world.size)[world.rank])]
-        self.own = [n for key in keys for n in inputs[key]]
-        # what calibration left that is not used as it is: matrix -> what is done instead
-        self.unusual = {n: "sensitivities that are not finite: as fine as the others on average"
-                        for n in curvature.fisher if n not in fisher}
-        self.unusual.update((n, "a Hessian that is not finite: the identity instead")
-                            for n in curvature.hessians if n not in self.hessians)
-        self.factors: dict[str, tuple[Tensor, ...]] = {}
-        for width in sorted({weights[n].size(1) for n in keys}):
-            self.factorise([n for n in keys if weights[n].size(1) == width])
-        for part in world.gather(self.unusual):
-            self.unusual.update(part)
-        self.steps = self.allocate(fisher) if self.fisher else {}
-        for key, (order, u, dead, _) in self.factors.items():
-            self.factors[key] = order, u / self.columns_of(key)[order], dead
-        self.deviations = sum(world.gather(sum(map(self.deviations_of, self.own), np.zeros(511))))
-        # beyond this nine codes in ten would be in rows whose steps cannot shrink; hand: the settings' steps
-        below = self.deviations.cumsum()
-        low = np.searchsorted(below, 0.1 * below[-1]) - len(below) // 2
-        self.finest = 2 ** (low / OCTAVE) / (TOP_CODE / 4) if self.fisher else 1.0
-
-    def factorise(self, names: list[str]) -> None:
-        """The factors of these matrices' Hessians, all of one width; without one: of
-        the identity."""
-        weights = [self.weights[n] for n in names]
-        eye = torch.eye(weights[0].size(1), device=weights[0].device)
-        h = torch.stack([self.hessians.get(n, eye) for n in names])
-        asked = h.new_tensor([[storage_of(self.s, n, w).damp] for n, w in zip(names, weights)])
-        found, taken = damped_factor(h, asked, falling=not self.trellis)
-        self.factors.update(zip(names, zip(*found)))
-        for name, least, most in zip(names, asked[:, 0].tolist(), taken[:, 0].tolist()):
-            if most > least:
-                self.unusual[name] = (f"a Hessian that cannot be factored: damping {most:g} instead "
-                                      f"of {least:g}")
-
-    def allocate(self, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Stored steps, `.row` and `.col`, with step^2 g_row d_col the same for all
-        weights of all matrices, d being the variance of a column's input given the
-        columns that GPTQ rounds after it."""
-        rows, columns, level = {}, {}, {}
-        for name in self.own:
-            if (key := input_of(name)) not in columns:
-                ratio = self.factors[key][3].double().log2()      # of d^-1/2
-                level[key] = ratio.mean()
-                columns[key] = (ratio - level[key]).cpu()
-            if name in fisher:
-                g = fisher[name].double()
-                g = g.clamp_min(max(FISHER_FLOOR * g.mean().item(), 1e-30))
-                rows[name] = (level[key] - g.log2() / 2).cpu()
-        rows, columns = ({n: x for part in self.world.gather(found) for n, x in part.items()}
-                         for found in (rows, columns))
-        size = {n: self.weights[n].double().square().mean(1).clamp_min(1e-20).log2().cpu() / 2
-                for n in self.names}
-        known = [(rows[n] - size[n]).mean() for n in rows]
-        for n in set(size) - set(rows):      # not measured: as fine for its weights as the others on average
-            rows[n] = size[n] + (sum(known) / len(known) if known else 0)
-        middle = torch.cat([rows[n] for n in self.names]).mean()
-        steps = {**{n + ".row": rows[n] - middle for n in self.names},
-                 **{n + ".col": columns[n] for n in self.names if n in columns}}
-        return {n: (OCTAVE * x).round().clamp(-127, 127).to(torch.int8) for n, x in steps.items()}
-
-    def columns_of(self, name: str) -> Tensor:
-        """Step of every column (C) against the others."""
-        w = self.weights[name]
-        return octaves(self.steps.get(input_of(name) + ".col", torch.zeros(w.size(1)))).to(w.device)
-
-    def rows_of(self, name: str, unit: float) -> Tensor:
-        """Stored steps of the rows (R): fp16 by hand; or int8, then raised until no
-        code is over the top."""
-        w = self.weights[name].float()
-        if not self.fisher:
-            stored = storage_of(self.s, name, w)
-            return row_steps(w, stored.bits, stored.clip * unit)
-        largest = (w / self.columns_of(name)).abs().amax(1) / (0.9 * TOP_CODE * unit)
-        least = (OCTAVE * largest.clamp_min(1e-9).log2()).ceil().clamp(-127, 127).to(torch.int8)
-        return torch.maximum(self.steps[name + ".row"].to(w.device), least)
-
-    def deviations_of(self, name: str) -> np.ndarray:
-        """How many codes have which standard deviation at unit 1: counts (511) by
-        eighths of an octave around 1, taking a code's variance as that of its row
-        times that of its column."""
-        rows = octaves(self.steps[name + ".row"]) if self.fisher else self.rows_of(name, 1.0).float()
-        w = self.weights[name].float() / self.columns_of(name)
-        rows = rows.to(w.device)[:, None]
-        power = (w / rows.clamp_min(1e-30)).square().clamp_max(1e30)
-        power = power.masked_fill(rows == 0, 0)
-        rows, columns = power.mean(1), power.mean(0) / power.mean().clamp_min(1e-20)
-        counts = ((OCTAVE / 2 * x.clamp_min(1e-20).log2()).round().add(128).clamp(0, 255).int().bincount(
-            minlength=256) for x in (rows, columns))
-        return np.convolve(*(x.cpu().numpy() for x in counts))
-
-    @torch.no_grad()
-    def __call__(self, unit: float = 1.0) -> Quantised:
-        """The whole model on every rank, all steps times `unit`."""
-        out = Quantised(dict(self.steps), {}, unit if self.fisher else 1.0)
-        how = f"gptq ({'trellis' if self.trellis else 'fisher'})"
-        for name, w in self.weights.items():
-            stored = storage_of(self.s, name, w)
-            if stored.kind == "gptq":
-                out.meta[name] = how if self.fisher else f"gptq (int{stored.bits})"
-            elif stored.kind == "gate":
-                out.tensors[name + ".gq"], out.tensors[name + ".gs"] = (t.cpu() for t in quantise_rows(w))
-                out.meta[name] = "gate_int8_row"
-            else:
-                out.tensors[name], out.meta[name] = to_half(w).cpu(), "passthrough (float16)"
-        batches: dict[tuple, list[str]] = {}
-        for name in self.own:
-            w = self.weights[name]
-            batches.setdefault((w.shape, storage_of(self.s, name, w).bits), []).append(name)
-        done: dict[str, Tensor] = {}
-        for (shape, bits), names in batches.items():
-            for at in range(0, len(names), count := max(1, BATCH_ROWS // shape[0])):
-                self.round(done, names[at:at + count], bits, unit)
-        for part in self.world.gather(done):
-            out.tensors.update(part)
-        if self.s.awq_lite_enabled:
-            protect(self.s, out, self.weights, self.hessians, self.names, unit)
-        if self.s.lqer_enabled:
-            repair(self.s, out, self.weights, self.names)
-        return out
-
-    def round(self, done: dict, names: list[str], bits: int, unit: float) -> None:
-        """Codes and rows' steps of equally shaped matrices into `done`."""
-        w = torch.stack([self.weights[n].float() for n in names])
-        order, u, dead = (torch.stack(x) for x in zip(*(self.factors[input_of(n)] for n in names)))
-        rows = torch.stack([self.rows_of(n, unit) for n in names])
-        if self.fisher:
-            w = w / torch.stack([self.columns_of(n) for n in names])[:, None]
-            codes = round_in_order(w, octaves(rows) * unit, order, u, dead, TOP_CODE, self.trellis)
-        else:
-            codes, rows = self.round_by_hand(w, rows, (order, u, dead), bits, unit)
-        for end, stack in ((".row" if self.fisher else ".scale", rows), (".q", codes)):
-            # clones, because a pickled view takes its whole stack along
-            done.update((n + end, x.clone()) for n, x in zip(names, stack.cpu()))
-
-
-    def round_by_hand(self, w: Tensor, rows: Tensor, factors: Sequence[Tensor], bits: int,
-                      unit: float) -> tuple[Tensor, Tensor]:
-        """(codes, steps of rows) of matrices w (n, R, C) under steps rows (n, R) that
-        settings gave."""
-        return round_in_order(w, rows.float(), *factors, 2 ** (bits - 1) - 1), rows
-
-
-def repair(s: Settings, out: Quantised, weights: Mapping[str, Tensor], names: Sequence[str]) -> None:
-    """LQER: factors of the LQER_TOP_K largest errors, or where they gain most
-    (LQER_GAIN_SELECT)."""
-    within = {"all": "", "mlp": ".mlp.", "attn": ".attn.", "embed": "tok_emb"}[s.lqer_scope]
-    back, found = dequantise(out), {}
-    errors = {n: weights[n].float() - back[n].to(weights[n].device) for n in names if within in n}
-    sizes = {n: e.norm().item() for n, e in errors.items()}
-    first = sorted(errors, key=lambda n: -sizes[n])
-    for name in first if s.lqer_gain_select else first[:s.lqer_top_k]:
-        label, parts = pack_factors(s, name, *low_rank(errors[name], s.lqer_rank))
-        left = (errors[name].cpu() - factors_of(parts, name)).norm().item() if s.lqer_gain_select else 0.0
-        found[name] = sizes[name] - left, label, parts
-    for name in sorted(found, key=lambda n: -found[n][0])[:s.lqer_top_k]:
-        gain, label, parts = found[name]
-        if gain > 0:
-            out.tensors.update(parts)
-            out.meta[name] += "+" + label
-
-
-def pack_factors(s: Settings, name: str, a: Tensor, b: Tensor) -> tuple[str, dict[str, Tensor]]:
-    """How the factors a (R, r), b (r, C) of a matrix are stored, and their tensors."""
-    if s.lqer_asym_enabled and b.numel() % s.lqer_asym_group == 0:
-        label, ends = "lqer_asym", ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a")
-        parts = lqer_asym(*asym_signs(a, b, s.lqer_asym_group), s.lqer_asym_group)
-    else:      # one step per row of each
-        label, ends = "lqer", ("lqA", "lqAs", "lqB", "lqBs")
-        parts = (*quantise_rows(a, s.lqer_factor_bits), *quantise_rows(b, s.lqer_factor_bits))
-    return label, {f"{name}.{end}": part.cpu() for end, part in zip(ends, parts)}
-
-
-def factors_of(t: Mapping[str, Tensor], name: str) -> Tensor | float:
-    """The product (R, C) of a matrix's stored factors; 0 where it has none."""
-    if name + ".lqA_a" in t:
-        a, b = asym_values(*(t[f"{name}.lq{end}_a"] for end in ("A", "As", "B", "Bs")))
-        return a @ b
-    if name + ".lqA" in t:
-        a, b = (t[f"{name}.lq{x}"] * t[f"{name}.lq{x}s"].float()[:, None] for x in "AB")
-        return a @ b
-    return 0.0
-
-
-def half_steps(codes: np.ndarray) -> np.ndarray:
-    """Which of the codes (R, C) stand half a step higher: a walk from state 0 through
-    every row."""
-    return state_bits(np.ascontiguousarray(codes.T), TRELLIS).T
-
-
-def dequantise(q: Quantised) -> dict[str, Tensor]:
-    """The float32 weights that a quantised model stands for, by name."""
-    weights, t = {}, q.tensors
-    for name, how in q.meta.items():
-        if name in t:
-            weights[name] = t[name].float()
-            continue
-        if name + ".row" in t:
-            w = t[name + ".q"].float()
-            if "trellis" in how:
-                w += 0.5 * torch.from_numpy(half_steps(t[name + ".q"].numpy()))
-            w *= (q.unit * octaves(t[name + ".row"]))[:, None] * octaves(t[input_of(name) + ".col"])
-        else:
-            codes, steps = (name + end for end in ((".gq", ".gs") if name + ".gq" in t else (".q", ".scale")))
-            w = t[codes] * t[steps].float()[:, None]
-        for start in t.get(name + ".awqg_start", torch.empty(0)).tolist():
-            group = slice(start, start + int(t[name + ".awqg_size"]))
-            w[:, group] = t[name + ".q"][:, group] * t[name + ".awqg_s_hi"].float()[:, None]
-        weights[name] = w + factors_of(t, name)
-    return weights
+def asym_signs(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Factors a (R, k), b (k, C), each pair with the sign that lqer_asym stores with
+    the smaller error: its codes reach further down than up."""
+    costs = []
+    for sign in (1, -1):
+        stored = asym_values(*lqer_asym(sign * a, sign * b, group))
+        x, y = (part.double() for part in stored)
+        # the true pair's part in the stored one
+        shared = (x * a * sign).sum(0) * (y * b * sign).sum(1)
+        costs.append(x.square().sum(0) * y.square().sum(1) - 2 * shared)
+    sign = torch.where(costs[1] < costs[0], -1.0, 1.0)
+    return a * sign, b * sign[:, None]
 
 
 @torch.no_grad()
-def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str, names=matrix_views) -> None:
-    """Copy weights, under the names that `names` gives, into the model; UserError
-    unless they fit."""
+def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str,
+                 names: Callable = matrix_views) -> None:
+    """Copy weights, named as by `names`, into the model; UserError unless they fit."""
     views = names({n: p.data for n, p in model.named_parameters()})
-    wrong = sorted(set(views) ^ set(weights)) or [n for n in views if views[n].shape != weights[n].shape]
+    wrong = sorted(set(views) ^ set(weights))
+    if not wrong:
+        wrong = [n for n in views if views[n].shape != weights[n].shape]
     if wrong:
-        raise UserError(f"{origin} does not fit the model that the settings describe: {len(wrong)} tensors "
-                        f"differ ({', '.join(wrong[:3])}…); use the settings it was made with")
+        raise UserError(f"{origin} does not fit the settings' model: {len(wrong)} tensors differ "
+                        f"({', '.join(wrong[:3])}…); use the settings it was made with")
     for name, view in views.items():
         view.copy_(weights[name])
 
@@ -2412,23 +2566,26 @@ def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str, names=m
 # --- logit calibration: scaled and shifted by what a token looks like
 
 CALIBRATION_STREAM = "calibration"    # in the artifact: 1 + 14 float32
-CALIBRATION_REACH = 0.5               # a category moves its tokens' logits by at most this much
+CALIBRATION_REACH = 0.5               # most that a category adds to logits
 
 
 @functools.cache
 def token_categories(path: Path, vocab_size: int) -> Tensor:
-    """(V, 14) of 0 and 1: by length in bytes, by leading space and by the kind of
-    characters."""
+    """(V, 14) of 0 and 1: by length in bytes, leading space, kind of characters."""
     sp, rows = load_tokenizer(path), []
     for i in range(vocab_size):
         nothing = sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
         piece = "" if nothing else sp.id_to_piece(i)
         text = chr(int(piece[3:5], 16)) if sp.is_byte(i) else piece.lstrip("\u2581")
         size = 1 if sp.is_byte(i) else len(text.encode())
-        rows.append([*(size == n for n in (1, 2, 3, 4)), 5 <= size <= 8, size >= 9, piece[:1] == "\u2581",
-                     "\n" in text or "\r" in text, any(c.isdigit() for c in text),
+        rows.append([*(size == n for n in (1, 2, 3, 4)), 5 <= size <= 8, size >= 9,
+                     piece[:1] == "\u2581",
+                     "\n" in text or "\r" in text,
+                     any(c.isdigit() for c in text),
                      bool(text) and not any(c.isalnum() or c.isspace() for c in text),
-                     any(c.isalpha() for c in text), text.islower(), text.isupper(),
+                     any(c.isalpha() for c in text),
+                     text.islower(),
+                     text.isupper(),
                      text[:1].isupper() and text[1:].islower()])
     return torch.tensor(rows, dtype=torch.float32)
 
@@ -2440,46 +2597,53 @@ def calibrated_by(s: Settings, raw: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fit_calibration(s: Settings, model: GPT, tokens: np.ndarray) -> tuple[Tensor, Tensor]:
-    """The 15 numbers that serve the model best on training tokens (N,), and every
-    step's loss."""
-    device, seen, stride = model.tok_emb.device, [], s.logit_calib_stride
+    """The 15 numbers that serve the model best on training tokens (N,), and the
+    losses. A window scores LOGIT_CALIB_STRIDE tokens, after what fits before."""
+    device, losses, stride = model.tok_emb.device, [], s.logit_calib_stride
     raw = torch.zeros(15, device=device, requires_grad=True)
     optimiser = torch.optim.AdamW([raw], lr=s.logit_calib_lr, weight_decay=0)
     total = min(s.logit_calib_tokens, len(tokens) - 1)
-    blocks = np.arange(0, total, stride)              # each window scores one block, after what fits before
-    for i in [*range(0, len(blocks), s.logit_calib_batch_seqs)] * s.logit_calib_epochs:
-        first = blocks[i:i + s.logit_calib_batch_seqs, None]
+    blocks = np.arange(0, total, stride)
+    batch = s.logit_calib_batch_seqs
+    for i in [*range(0, len(blocks), batch)] * s.logit_calib_epochs:
+        first = blocks[i:i + batch, None]
         at = np.maximum(first - s.eval_seq_len + stride, 0) + np.arange(s.eval_seq_len)
-        scored = torch.from_numpy((at >= first) & (at < np.minimum(first + stride, total))).to(device)
-        x, y = (torch.from_numpy(tokens[np.minimum(at + j, len(tokens) - 1)].astype(np.int64)).to(device)
-                for j in (0, 1))
+        scored = (at >= first) & (at < np.minimum(first + stride, total))
+        pairs = tokens[np.minimum(np.stack((at, at + 1)), len(tokens) - 1)]
+        x, y = torch.from_numpy(pairs.astype(np.int64)).to(device)
+        scored = torch.from_numpy(scored).to(device)
         with torch.no_grad():
-            z = model.logits(model.hidden(x, layer_plan(s, True))[scored])
+            hidden = model.hidden(x, layer_plan(s, True))
+            z = model.logits(hidden[scored])
         scale, bias = calibrated_by(s, raw)
-        seen.append(loss := F.cross_entropy(scale * z + bias, y[scored]))
+        loss = F.cross_entropy(scale * z + bias, y[scored])
+        losses.append(loss)
+        penalty = raw[1:].square().mean() + (scale - 1) ** 2
         optimiser.zero_grad()
-        (loss + s.logit_calib_l2 * (raw[1:].square().mean() + (scale - 1) ** 2)).backward()
+        (loss + s.logit_calib_l2 * penalty).backward()
         optimiser.step()
         with torch.no_grad():
             raw[1:].clamp_(-CALIBRATION_REACH, CALIBRATION_REACH)
-    return raw.detach(), torch.stack(seen).detach()
+    return raw.detach(), torch.stack(losses).detach()
 
 
 def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
-    """The artifact with its own model's calibration, fitted in training; as it was
-    without room."""
+    """The artifact with its model's calibration; as it was without room."""
     values = None
     if world.main:
         model = build_model(s, world)
         load_weights(model, read_artifact(s, blob, ARTIFACT_NAME).weights, ARTIFACT_NAME)
         raw, losses = fit_calibration(s, model, read_shard(list_shards(s.shards, "train")[0]))
         values = raw.cpu().numpy().astype("<f4").tobytes()
-        run.log("logit_calibration", steps=len(losses), train_loss=losses.mean().item(), values=raw.tolist())
+        run.log("logit_calibration", steps=len(losses), train_loss=losses.mean().item(),
+                values=raw.tolist())
     header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
-    whole = artifact_to_bytes(header, {**streams, CALIBRATION_STREAM: world.agree(values)})
-    if len(whole) + code_bytes(shipped_form(s)) + MARK_BYTES + LZMA_SLACK <= ARTIFACT_LIMIT:
+    streams[CALIBRATION_STREAM] = world.agree(values)
+    whole = artifact_to_bytes(header, streams)
+    script = code_bytes(shipped_form(s)) + LZMA_SLACK
+    if len(whole) + script + MARK_BYTES <= ARTIFACT_LIMIT:
         return whole
-    run.log("settings_without_effect", LOGIT_CALIB_ENABLED="no room for the calibration in the artifact")
+    run.log("settings_without_effect", LOGIT_CALIB_ENABLED="no room for it in the artifact")
     return blob
 
 
@@ -2505,8 +2669,8 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Booked:
-    """Validation tokens whose every target is on the books; nothing else of them may
-    be trained on."""
+    """Validation tokens whose targets are all on the books, so training may use
+    them."""
     tokens: np.ndarray
 
 
@@ -2520,7 +2684,7 @@ class LedgerError(RuntimeError):
 
 
 class Ledger:
-    """The books of one evaluation: every target's loss, once. What breaks the rules
+    """The books of one evaluation: every target's loss, once. A breach of the rules
     raises, on every rank."""
 
     def __init__(self, val: Validation, device: torch.device):
@@ -2535,144 +2699,161 @@ class Ledger:
 
     def book(self, positions: Tensor, losses: Tensor) -> None:
         """Enter the losses (n,) of the targets after input positions (n,)."""
-        self.count.index_add_(0, positions, torch.ones_like(positions, dtype=torch.int32))
+        ones = torch.ones_like(positions, dtype=torch.int32)
+        self.count.index_add_(0, positions, ones)
         self.loss[positions] = losses.detach().float()
 
     def require(self, positions: Tensor) -> None:
-        """Note whether all these targets are on the books: check_early() says so,
-        nothing waits here."""
+        """Note for check_early whether all these targets are on the books."""
         self.early |= (self.count[positions] == 0).any()
 
     def check_early(self, world: World) -> None:
-        """Raise, on every rank, when one of them has asked for a target that was not
-        on the books."""
+        """Raise when a rank has asked for a target that was not on the books."""
         if world.total(self.early.int()):
             raise LedgerError(EARLY)
 
     def booked(self, documents: np.ndarray, world: World) -> Booked:
-        """The tokens of these documents, if all ranks together have scored every
-        target of theirs."""
+        """The tokens of these documents, if the ranks have scored all their targets."""
         self.check_early(world)
         count = world.total(self.count.clone()).cpu().numpy()
-        spans = [(int(self.val.documents.start[d]), int(self.val.documents.length[d])) for d in documents]
-        for start, length in spans:
+        tokens = []
+        starts, lengths = self.val.documents.start, self.val.documents.length
+        for start, length in zip(starts[documents], lengths[documents]):
             if not (count[start:start + length - 1] == 1).all():
-                raise LedgerError(f"targets of the document at {start} are not scored once each: training "
-                                  "on it would break the rules")
-        return Booked(np.concatenate([self.val.tokens[a:a + n] for a, n in spans]))
+                raise LedgerError(f"targets of the document at {start} are not scored "
+                                  "once each: training on it would break the rules")
+            tokens.append(self.val.tokens[start:start + length])
+        return Booked(np.concatenate(tokens))
 
     def close(self, world: World) -> Score:
-        """Sum over ranks; raises unless every expected target was scored, once,
-        before any step on it."""
+        """Sum over ranks; raises unless every expected target was scored once, before
+        any step on it."""
         self.check_early(world)
         count = world.total(self.count).cpu().numpy()
-        self.total = loss = world.total(self.loss.double()).cpu().numpy()
-        if len(wrong := np.flatnonzero(count != self.expected)):
+        self.total = world.total(self.loss.double()).cpu().numpy()
+        wrong = np.flatnonzero(count != self.expected)
+        if len(wrong):
             at = wrong[0]
-            raise LedgerError(f"coverage is broken: {len(wrong):,} targets, the first at {at}, were scored "
-                              f"{count[at]} times instead of {int(self.expected[at])}")
+            raise LedgerError(
+                f"coverage is broken: {len(wrong):,} targets, the first at {at}, "
+                f"were scored {count[at]} times instead of {int(self.expected[at])}")
         self.val.ledgers -= 1
         target_bytes = self.val.target_bytes[self.expected].sum()
-        return Score(float(loss.sum()), float(target_bytes), int(self.expected.sum()))
+        return Score(float(self.total.sum()), float(target_bytes), int(self.expected.sum()))
 
     def profiles(self) -> Iterator[dict]:
-        """After close(): documents, targets, bytes, nats by a document's length, and
-        by position in it."""
+        """After close(): sums by position in a document, and by a document's length."""
         start, length = self.val.documents.start, self.val.documents.length - 1
-        cuts = start[:, None] + np.minimum(length[:, None], [*PROFILE_EDGES, 1 << 62])
-        sums = [np.diff(np.append(0, x.cumsum())[cuts]) for x in (self.val.target_bytes, self.total)]
-        parts = dict(zip(("tokens", "bytes", "nats"), (np.diff(cuts), *sums)))     # each (documents, buckets)
-        belongs = np.eye(len(PROFILE_EDGES), dtype=int)[np.searchsorted(PROFILE_EDGES, length, "right") - 1]
-        for by, documents, total in (("position", parts["tokens"] > 0, lambda x: x.sum(0)),
-                                     ("length", belongs, lambda x: x.sum(1) @ belongs)):
-            yield {"by": by, "edges": PROFILE_EDGES, "documents": documents.sum(0).tolist(),
-                   **{k: total(x).tolist() for k, x in parts.items()}}
+        edges = [*PROFILE_EDGES, 1 << 62]
+        cuts = start[:, None] + np.minimum(length[:, None], edges)
+        parts = {"tokens": np.diff(cuts)}      # each (documents, buckets)
+        for name, values in (("bytes", self.val.target_bytes), ("nats", self.total)):
+            parts[name] = np.diff(np.append(0, values.cumsum())[cuts])
+        bucket = np.searchsorted(PROFILE_EDGES, length, "right") - 1
+        belongs = np.eye(len(PROFILE_EDGES), dtype=int)[bucket]
+        whole = {name: x.sum(1, keepdims=True) * belongs for name, x in parts.items()}
+        for by, tables in (("position", parts), ("length", whole)):
+            documents = (tables["tokens"] > 0).sum(0)
+            sums = {name: x.sum(0).tolist() for name, x in tables.items()}
+            yield {"by": by, "edges": PROFILE_EDGES,
+                   "documents": documents.tolist(), **sums}
 
 
-def sliding_windows(total: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
-    """Windows over `total` positions as (begin, end, first scored position): the
-    first scores all it sees, later ones their last `stride` positions; each position
-    once."""
-    later = range(stride, total - seq_len + stride, stride)
-    return [(0, min(seq_len, total), 0),
-            *((begin, min(begin + seq_len, total), begin + seq_len - stride) for begin in later)]
+Window = tuple[int, int, int]       # positions: begin, end, first scored
 
 
-Window = tuple[int, int, int]       # absolute positions: begin, end, first scored
+def sliding_windows(total: int, seq_len: int, stride: int) -> list[Window]:
+    """The first window scores all it sees, later ones their last `stride` positions."""
+    windows = [(0, min(seq_len, total), 0)]
+    for begin in range(stride, total - seq_len + stride, stride):
+        end = begin + seq_len
+        windows.append((begin, min(end, total), end - stride))
+    return windows
 
 
 def pack_rows(windows: list[Window], capacity: int) -> list[list[Window]]:
-    """Windows, longest first, filled one after the other into rows of at most
-    `capacity` tokens."""
+    """Windows, longest first, put into rows of at most `capacity` tokens."""
     rows, used = [], capacity
-    for w in sorted(windows, key=lambda w: w[0] - w[1]):
-        used += w[1] - w[0]
+    for begin, end, first in sorted(windows, key=lambda w: w[0] - w[1]):
+        used += end - begin
         if used > capacity or not rows:
             rows.append([])
-            used = w[1] - w[0]
-        rows[-1].append(w)
+            used = end - begin
+        rows[-1].append((begin, end, first))
     return rows
 
 
 class Scorer:
-    """Scores a model on validation documents: packed rows, no attention across
-    documents."""
+    """Scores a model on documents in packed rows; they do not see one another."""
 
     def __init__(self, s: Settings, world: World, model: GPT):
         self.s, self.world, self.model = s, world, model
         self.losses = compiled(s, world.device, model.losses, fullgraph=True)
-        self.fixed = compiles(s, world.device)            # compiled graphs want one row length
+        self.fixed = compiles(s, world.device)      # compiled graphs want one row length
         self.capacity = max(s.eval_seq_len, s.val_batch_tokens // 8)
 
     @torch.no_grad()
     def windows(self, val: Validation, stride: int, looping: bool = True) -> Score:
-        """Score every document by windows of EVAL_SEQ_LEN at this stride, or beyond
-        those on cached keys."""
+        """Score all documents by windows of EVAL_SEQ_LEN at this stride; longer ones
+        on cached keys if EVAL_KV_REUSE."""
         s, ledger = self.s, Ledger(val, self.world.device)
-        self.ledger = ledger              # the books of the latest evaluation
-        starts, targets = val.documents.start, val.documents.length - 1
-        longer = (targets > s.eval_seq_len) & (s.eval_kv_reuse and stride < s.eval_seq_len)
-        windows = [(a + b, a + e, a + f) for a, n in zip(starts[~longer].tolist(), targets[~longer].tolist())
-                   for b, e, f in sliding_windows(n, s.eval_seq_len, stride)]
+        self.ledger = ledger      # the books of the latest evaluation
+        targets = val.documents.length - 1
+        cached = targets > s.eval_seq_len
+        cached &= s.eval_kv_reuse and stride < s.eval_seq_len
+        windows = []
+        for d in np.flatnonzero(~cached):
+            start = int(val.documents.start[d])
+            for window in sliding_windows(int(targets[d]), s.eval_seq_len, stride):
+                windows.append(tuple(start + position for position in window))
         rows, plan = pack_rows(windows, self.capacity), layer_plan(s, looping)
-        widths = [sum(end - begin for begin, end, _ in row) for row in rows]
+        widths = []
+        for row in rows:
+            widths.append(sum(end - begin for begin, end, _ in row))
         for i in share_out(widths, self.world.size)[self.world.rank]:
             self.world.beat(f"scoring row {i}")
             self.score_row(rows[i], val, plan, ledger)
-        if longer.any():
-            self.once(val, np.flatnonzero(longer), stride, ledger)
+        if cached.any():
+            self.score_cached(val, np.flatnonzero(cached), stride, ledger)
         return ledger.close(self.world)
 
-    def once(self, val: Validation, documents: np.ndarray, stride: int, ledger: Ledger) -> None:
-        """Documents computed once, `stride` tokens at a time, on the keys a window
-        would reach."""
-        s = dataclasses.replace(self.s, ttt_eval_seq_len=self.s.eval_seq_len, ttt_chunk_size=stride,
-                                ttt_short_score_first_enabled=False, ttt_cache_lambda=0)
+    def score_cached(self, val: Validation, documents: np.ndarray, stride: int,
+                     ledger: Ledger) -> None:
+        """Compute documents once, `stride` tokens at a time, on the keys a window
+        reaches."""
+        s = dataclasses.replace(
+            self.s, ttt_eval_seq_len=self.s.eval_seq_len, ttt_chunk_size=stride,
+            ttt_short_score_first_enabled=False, ttt_cache_lambda=0)
         still = PhasedTTT(s, self.world, self.model, val, ledger=ledger)
         still.level = NO_ADAPTATION
-        self.model.requires_grad_(False)       # as in adaptation, so that it has the same graphs
+        self.model.requires_grad_(False)       # as in adaptation, for the same graphs
         for group in still.own_share(grouped(s, documents, still.lengths)):
             still.adapt_group(group)
         self.model.requires_grad_(True)
 
-    def score_row(self, row: list[Window], val: Validation, plan: Plan, ledger: Ledger) -> None:
+    def score_row(self, row: list[Window], val: Validation, plan: Plan,
+                  ledger: Ledger) -> None:
         """One forward; book the scored part of each window."""
-        lengths = np.array([e - b for b, e, _ in row])
-        at = np.concatenate([np.arange(b, e) for b, e, _ in row])
-        scored = np.flatnonzero(np.concatenate([np.arange(b, e) >= f for b, e, f in row]))
-        pad = self.capacity - len(at) if self.fixed else 0
-        total, longest = len(at) + pad, self.s.eval_seq_len
-        filler = np.arange(len(at) + longest, total, longest)       # padding is cut like documents
-        bounds = np.concatenate([[0], np.cumsum(lengths), filler, [total]]).astype(np.int32)
-        ids = np.pad(val.tokens[at].astype(np.int64), (0, pad))
-        targets = np.pad(val.targets[at].astype(np.int64), (0, pad))
-        x, y, cu = (torch.from_numpy(a).to(self.world.device) for a in (ids[None], targets[None], bounds))
+        spans = [np.arange(begin, end) for begin, end, _ in row]
+        marked = [span >= first for span, (_, _, first) in zip(spans, row)]
+        scored = np.flatnonzero(np.concatenate(marked))
+        lengths = [len(span) for span in spans]
+        used, longest = sum(lengths), self.s.eval_seq_len
+        total = self.capacity if self.fixed else used
+        at = np.pad(np.concatenate(spans), (0, total - used))
+        filler = np.arange(used + longest, total, longest)       # padding, cut alike
+        bounds = np.concatenate([[0], np.cumsum(lengths), filler, [total]])
+        device = self.world.device
+        cu = torch.from_numpy(bounds.astype(np.int32)).to(device)
+        x, y = (torch.from_numpy(tokens[at].astype(np.int64))[None].to(device)
+                for tokens in (val.tokens, val.targets))
         if self.fixed:
             torch._dynamo.mark_dynamic(cu, 0)
-        forward = functools.partial(self.losses, plan=plan, layout=Layout(cu, longest, isolate=True))
-        losses = tilted_losses(self.s, forward, x, y, np.pad(at, (0, pad))[None], val.hints)[1][0]
-        positions, keep = (torch.from_numpy(i).to(losses.device) for i in (at[scored], scored))
-        ledger.book(positions, losses[keep])
+        layout = Layout(cu, longest, isolate=True)
+        forward = functools.partial(self.losses, plan=plan, layout=layout)
+        losses = tilted_losses(self.s, forward, x, y, at[None], val.hints)[1][0]
+        booked = torch.from_numpy(at[scored]).to(device)
+        ledger.book(booked, losses[torch.from_numpy(scored).to(device)])
 
 
 # ============================================================================================================
@@ -5970,10 +6151,14 @@ def resolve_attention(choice: str, device) -> tuple[str, str]:
 # 12  Pack: the artifact is one file of checked streams, without pickle
 # ============================================================================================================
 
+Array = np.ndarray
+
+
 # --- container
 
-MAGIC, ARTIFACT_VERSION = b"\x93PGOLF\r\n", 3    # a high byte and a line end: text-mode copies are noticed
-PREFIX = struct.Struct("<8sHI8s")                # magic, version, bytes of JSON, digest of all that follows
+MAGIC = b"\x93PGOLF\r\n"             # copies in text mode are noticed
+ARTIFACT_VERSION = 4
+PREFIX = struct.Struct("<8sHI8s")    # magic, version, bytes of JSON, digest of the rest
 
 
 def digest_of(data: bytes) -> bytes:
@@ -5982,36 +6167,40 @@ def digest_of(data: bytes) -> bytes:
 
 
 def artifact_to_bytes(header: dict, streams: Mapping[str, bytes]) -> bytes:
-    """PREFIX, JSON {"header", "streams": [[name, bytes], …]}, streams; equal input,
-    equal bytes."""
-    root = {"header": header, "streams": [[name, len(data)] for name, data in streams.items()]}
-    text = json.dumps(root, sort_keys=True, allow_nan=False, separators=(",", ":")).encode()
+    """PREFIX, JSON {"header", "streams": [[name, bytes], …]}, streams."""
+    sizes = [[name, len(data)] for name, data in streams.items()]
+    root = {"header": header, "streams": sizes}
+    text = json.dumps(root, sort_keys=True, allow_nan=False, separators=(",", ":"))
+    text = text.encode()
     body = b"".join([text, *streams.values()])
     return PREFIX.pack(MAGIC, ARTIFACT_VERSION, len(text), digest_of(body)) + body
 
 
 def artifact_from_bytes(blob: bytes, origin: str) -> tuple[dict, dict[str, bytes]]:
-    """The (header, streams) that artifact_to_bytes was given; UserError for anything
-    foreign, cut or altered. Nothing is allocated beyond the blob's own size."""
+    """artifact_to_bytes' (header, streams); UserError for what is foreign, cut or
+    altered. Nothing is allocated beyond the blob's own size."""
     def refuse(what):
-        raise UserError(f"{origin}: {what}; copy it again from where it was written, or write it again")
+        raise UserError(f"{origin}: {what}; copy it again, or write it again")
 
     if blob[:8] != MAGIC or len(blob) < PREFIX.size:
-        refuse(f"is no artifact of this trainer (starts with {blob[:8]!r}, not {MAGIC!r}) or is cut off")
-    _, version, at, digest = PREFIX.unpack_from(blob)
-    body, streams = blob[PREFIX.size:], {}
+        refuse(f"no artifact of this trainer (starts with {blob[:8]!r}, not {MAGIC!r}), or cut off")
+    _, version, begin, digest = PREFIX.unpack_from(blob)
+    body = blob[PREFIX.size:]
     if version != ARTIFACT_VERSION:
         refuse(f"has format version {version}, this script reads {ARTIFACT_VERSION}")
     if digest_of(body) != digest:
         refuse(f"is cut off or damaged ({len(blob):,} bytes, checksum)")
+    streams = {}
     try:
-        root = json.loads(body[:at])
+        root = json.loads(body[:begin])
         for name, size in root["streams"]:
-            streams[str(name)], at = body[at:at + int(size)], at + int(size)
-            if not 0 <= int(size) <= at <= len(body):
-                raise ValueError(f"stream {name} of {size} bytes")
-        if at != len(body):
-            raise ValueError(f"{len(body) - at} bytes too many")
+            end = begin + int(size)
+            if not begin <= end <= len(body):
+                raise ValueError("beyond the file")
+            streams[str(name)] = body[begin:end]
+            begin = end
+        if begin != len(body):
+            raise ValueError("bytes too many")
         return dict(root["header"]), streams
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         refuse(f"has a header that cannot be read ({type(error).__name__})")
@@ -6020,7 +6209,7 @@ def artifact_from_bytes(blob: bytes, origin: str) -> tuple[dict, dict[str, bytes
 # --- bytes
 
 def byte_shuffle(data: bytes, stride: int) -> bytes:
-    """bytes -> same length: all bytes at positions 0 mod stride, then 1 mod stride, …"""
+    """All bytes at positions 0 mod stride, then those at 1 mod stride, …"""
     return b"".join(data[i::stride] for i in range(stride))
 
 
@@ -6028,207 +6217,223 @@ def byte_unshuffle(data: bytes, stride: int) -> bytes:
     """Inverse of byte_shuffle."""
     out, begin = bytearray(len(data)), 0
     for i in range(stride):
-        end = begin + len(range(i, len(data), stride))
-        out[i::stride], begin = data[begin:end], end
+        end = begin + len(out[i::stride])
+        out[i::stride] = data[begin:end]
+        begin = end
     return bytes(out)
 
 
 def brotli_pack(data: bytes, stride: int = 1) -> bytes:
-    """bytes -> bytes. stride: bytes per item (2 for float16)."""
+    """stride: bytes per item (2 for float16)."""
     return brotli.compress(byte_shuffle(data, stride), quality=11, lgwin=24)
 
 
 def brotli_unpack(blob: bytes, size: int, stride: int = 1) -> bytes:
-    """Inverse of brotli_pack for `size` bytes of data. UserError if the blob holds
-    anything else; whatever it claims, it is not expanded much beyond `size`."""
+    """Inverse of brotli_pack; UserError unless it gives `size` bytes: no more is
+    expanded."""
+    reader = brotli.Decompressor()
     try:
-        reader = brotli.Decompressor()
         data = reader.process(blob, output_buffer_limit=size + 1)
         if len(data) != size or not reader.is_finished():
-            raise brotli.error(f"{len(data)} bytes, and {'no' if reader.is_finished() else 'more'} to come")
+            raise brotli.error(f"{len(data)} bytes came")
     except brotli.error as error:
-        raise UserError(f"compressed stream ({len(blob)} bytes, for {size}): {error}: damaged or written "
-                        "with other settings; write the file again") from error
+        raise UserError(f"compressed stream ({len(blob)} bytes, for {size}): {error}: damaged "
+                        "or of other settings; write the file again") from error
     return byte_unshuffle(data, stride)
 
 
-def split_bytes(blob: bytes, sizes: Sequence[int], dtype: str = "i1") -> list[np.ndarray]:
+def split_bytes(blob: bytes, sizes: Sequence[int], dtype: str = "i1") -> list[Array]:
     """Arrays of these sizes that brotli_pack was given one after the other."""
     stride = np.dtype(dtype).itemsize
-    flat = np.frombuffer(brotli_unpack(blob, stride * sum(sizes), stride), dtype).copy()
-    return np.split(flat, np.cumsum(sizes)[:-1]) if sizes else []
+    data = brotli_unpack(blob, stride * sum(sizes), stride)
+    return np.split(np.frombuffer(data, dtype).copy(), np.cumsum(sizes)[:-1])
 
 
-# --- contexts
+# --- contexts: how large a code is expected to be, in eighths of an octave
 
-Sides = tuple[np.ndarray, np.ndarray]  # row_ctx (R), col_ctx (C) of one code matrix
-
-# A context says how large a code is expected to be, in eighths of an octave: for rows 7 octaves upwards from
-# an rms of 1/4, for columns 1.5 octaves to either side.
-ROW_LEVELS, COLUMN_REACH = 56, 12
+Sides = tuple[Array, Array]  # contexts of rows (R), of columns (C)
+ROW_LEVELS = 56       # of a row: 7 octaves upwards from an rms of 1/4
+COLUMN_REACH = 12     # of a column: 1.5 octaves to either side
 
 
-def code_level(codes: np.ndarray, axis: int | None = None) -> np.ndarray:
+def code_level(codes: Array, axis: int | None = None) -> Array:
     """log2 of the rms of codes along an axis, int in eighths of an octave."""
     power = np.mean(np.square(codes, dtype=np.float32), axis=axis, dtype=np.float64)
     return np.rint(OCTAVE / 2 * np.log2(np.maximum(power, 1 / 16))).astype(int)
 
 
-def code_levels(codes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Side information of codes (R, C), int8 (1 + R + C): the level of all, and by
-    how many quarters of an octave the rms of each row and column differs from what
-    rows (R) and columns (C) predict."""
+def code_levels(codes: Array, rows: Array, columns: Array) -> Array:
+    """Of codes (R, C), int8 (1 + R + C): the level of all; by how many quarters of an
+    octave rows and columns differ from what rows (R), columns (C) predict."""
     parts = [code_level(codes)[None]]
     for axis, predicted in ((1, rows), (0, columns)):
-        beyond = code_level(codes, axis) - predicted
-        parts.append(np.rint((beyond - np.median(beyond)) / 2).clip(-127, 127))
+        excess = code_level(codes, axis) - predicted
+        excess = excess - np.median(excess)
+        parts.append(np.rint(excess / 2).clip(-127, 127))
     return np.concatenate(parts).astype(np.int8)
 
 
-def scale_contexts(levels: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> Sides:
-    """(row_ctx (R), col_ctx (C)) of one code matrix from what the decoder has, by
-    integers alone: its code_levels and what they were measured against."""
-    whole, *beyond = np.split(levels.astype(np.int32), [1, 1 + len(rows)])
-    rows, columns = (x + 2 * more for x, more in zip((rows, columns), beyond))
-    rows, columns = (x - np.sort(x)[len(x) // 2] for x in (rows, columns))
-    return ((rows + whole + 2 * OCTAVE).clip(0, ROW_LEVELS - 1),
-            columns.clip(-COLUMN_REACH, COLUMN_REACH) + COLUMN_REACH)
+def scale_contexts(levels: Array, rows: Array, columns: Array) -> Sides:
+    """The contexts of a code matrix, by integers alone: inverse of code_levels."""
+    overall, *excess = np.split(levels.astype(np.int32), [1, 1 + len(rows)])
+    sides = []
+    for predicted, quarters in zip((rows, columns), excess):
+        level = predicted + 2 * quarters
+        sides.append(level - np.sort(level)[len(level) // 2])
+    rows, columns = sides
+    rows = (rows + overall + 2 * OCTAVE).clip(0, ROW_LEVELS - 1)
+    return rows, columns.clip(-COLUMN_REACH, COLUMN_REACH) + COLUMN_REACH
 
 
 # --- guesses
 
-# The rows of an embedding share directions: what has been read of a row tells something of its next code. A
-# row is taken as a sum of RANK factors, its shares in them unknown, plus noise; the guess is the recursive
+# The rows of an embedding share directions: what has been read of a row tells of its next code. A row is
+# taken as a sum of RANK factors, its shares in them unknown, plus noise; the guess is the recursive
 # least-squares estimate, and only what differs from it is coded.
-RANK, RIDGE, GAIN_BITS, TALL = 8, 1024, 24, 8
+RANK = 8
+RIDGE = 1024       # the noise's variance in units of a share's
+GAIN_BITS = 24     # gains are integers of this many fractional bits
+TALL = 8           # rows a column has at least where factors may pay
 
 
-def shared_factors(codes: np.ndarray) -> np.ndarray | None:
-    """Factors int8 (RANK, C) of codes (R, C) with at least TALL rows a column; None
-    where they do not pay. Noise has the variance RIDGE in units of a share's."""
+def shared_factors(codes: Array) -> Array | None:
+    """Factors int8 (RANK, C) of codes (R, C); None where they do not pay."""
     if len(codes) < TALL * codes.shape[1] or codes.shape[1] <= RANK:
         return None
     rms = np.sqrt(np.square(codes, dtype=np.float32).mean(1, keepdims=True)).clip(0.25)
     size, axes = np.linalg.eigh((codes / rms).T @ (codes / rms))
     excess = np.maximum(size[-RANK:] / size[:-RANK].mean() - 1, 0)
-    factors = np.rint(np.sqrt(RIDGE * excess) * axes[:, -RANK:]).T.clip(-127, 127).astype(np.int8)
-    before, after = (np.square(x / rms).mean(0) + 1e-9 for x in (codes, residues(codes, factors)))
-    return factors if len(codes) / 2 * np.log2(before / after).sum() > 8 * factors.size else None
+    factors = np.rint(np.sqrt(RIDGE * excess) * axes[:, -RANK:]).T
+    factors = factors.clip(-127, 127).astype(np.int8)
+    before = np.square(codes / rms).mean(0) + 1e-9
+    after = np.square(residues(codes, factors) / rms).mean(0) + 1e-9
+    bits = len(codes) / 2 * np.log2(before / after).sum()
+    return factors if bits > 8 * factors.size else None
 
 
 class Guesser:
     """The next code of every row, by the factors (r, C) and the codes so far. In
-    integers, but for gains that are computed by single operations and exact sums,
-    which round alike on all machines."""
+    integers, but for gains from exact sums, which round alike on all machines."""
 
-    def __init__(self, factors: np.ndarray, rows: int):
-        self.factors, self.gains = factors.astype(np.int64), []
-        self.sums, spread = np.zeros((len(factors), rows), np.int64), np.eye(len(factors)) / RIDGE
+    def __init__(self, factors: Array, rows: int):
+        self.factors = factors.astype(np.int64)
+        self.sums = np.zeros((len(factors), rows), np.int64)
+        self.gains = []
+        covariance = np.eye(len(factors)) / RIDGE
         for column in factors.T.astype(float):
-            gain = np.array([math.fsum(row) for row in spread * column])
+            gain = np.array([math.fsum(row) for row in covariance * column])
             self.gains.append(np.rint(gain * 2.0 ** GAIN_BITS).astype(np.int64))
-            spread = spread - gain[:, None] * gain / (1 + math.fsum(gain * column))
+            covariance = covariance - gain[:, None] * gain / (1 + math.fsum(gain * column))
 
-    def guess(self, j: int) -> np.ndarray:
+    def guess(self, j: int) -> Array:
         """Column j, int8 (rows)."""
-        guess = self.gains[j] @ self.sums + (1 << GAIN_BITS - 1) >> GAIN_BITS
+        half = 1 << GAIN_BITS - 1
+        guess = self.gains[j] @ self.sums + half >> GAIN_BITS
         return guess.clip(-127, 127).astype(np.int8)
 
-    def learn(self, j: int, codes: np.ndarray) -> None:
+    def observe(self, j: int, codes: Array) -> None:
         """Take in column j's true codes, int8 (rows)."""
         self.sums += self.factors[:, j, None] * codes
 
 
-def residues(codes: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
-    """int8 (R, C): by how much codes (R, C) differ from what their factors let
-    expect, modulo 256."""
+def residues(codes: Array, factors: Array | None) -> Array:
+    """int8 (R, C): codes (R, C) less what their factors let expect, modulo 256."""
     if factors is None:
         return codes
     guesser, out = Guesser(factors, len(codes)), np.empty_like(codes)
     for j in range(codes.shape[1]):
         out[:, j] = codes[:, j] - guesser.guess(j)
-        guesser.learn(j, codes[:, j])
+        guesser.observe(j, codes[:, j])
     return out
 
 
-# --- tables
+# --- tables: how often the codes of a context occur
 
 PROB_BITS = 12
 PROB_ONE = 1 << PROB_BITS
-NO_LEVEL = 255        # a table of its own
-ESCAPES = (128, 127)  # uint8 codes standing for even and odd ones listed apart: a trellis walks on parity
+OWN_TABLE = 255       # in the place of a level: the table is in the file
+ESCAPES = (128, 127)  # uint8 codes for even and odd ones that are listed apart
 
 
 @functools.cache
-def normal_table(level: int, odd: int) -> np.ndarray:
+def normal_table(level: int, odd: int) -> Array:
     """Frequencies (256), PROB_ONE in all, of codes as uint8 around -odd / 2 with a
-    deviation of level eighths of an octave above 1/4. In decimal arithmetic, which is
-    the same on all machines."""
+    deviation of level eighths of an octave above 1/4; alike on all machines."""
     with decimal.localcontext(decimal.Context(prec=12)):
         narrow = (decimal.Decimal(16 - level) / 4 * decimal.Decimal(2).ln()).exp() / 2
         centre = decimal.Decimal(odd) / 2
-        weight = np.array([int((-narrow * (k + centre) ** 2).exp() * 10 ** 9) for k in range(-128, 128)])
+        density = [(-narrow * (k + centre) ** 2).exp() for k in range(-128, 128)]
+        weight = np.array([int(x * 10 ** 9) for x in density])
     weight = np.roll(weight, -128)
     weight[ESCAPES,] = 0
     freq, left = np.divmod(weight * (PROB_ONE - 2), weight.sum())
     freq[ESCAPES,] = 1
-    freq[np.argsort(-left, kind="stable")[:PROB_ONE - freq.sum()]] += 1
+    missing = PROB_ONE - freq.sum()
+    freq[np.argsort(-left, kind="stable")[:missing]] += 1
     return freq
 
 
-def fold(count: np.ndarray, rare: np.ndarray) -> np.ndarray:
-    """Counts (256) with those of the rare codes (256) given to the escapes of their
-    parity."""
-    kept = np.where(rare, 0, count)
+def fold(count: Array, rare: Array) -> Array:
+    """Counts (256), those of rare codes (256) given to their parity's escape."""
+    folded = np.where(rare, 0, count)
     for parity, escape in enumerate(ESCAPES):
-        kept[escape] = (count * rare)[parity::2].sum()
-    return kept
+        folded[escape] = (count * rare)[parity::2].sum()
+    return folded
 
 
-def fitted_table(count: np.ndarray) -> np.ndarray:
-    """Frequencies (256), PROB_ONE in all, for counts (256) of codes as uint8. Rare
-    ones get none: a slot costs the others 1 / PROB_ONE, and listing a code apart
-    costs about a byte a piece."""
-    kept = fold(count, listed_apart(6 * PROB_ONE * count >= count.sum()))
-    freq = np.maximum(kept * PROB_ONE // kept.sum(), kept > 0)
+def fitted_table(count: Array) -> Array:
+    """Frequencies (256), PROB_ONE in all, for counts (256). Rare codes get none: a
+    slot costs the others 1 / PROB_ONE, listing a code apart a byte."""
+    count = fold(count, listed_apart(6 * PROB_ONE * count >= count.sum()))
+    freq = np.maximum(count * PROB_ONE // count.sum(), count > 0)
     while (excess := freq.sum() - PROB_ONE) != 0:
         step = -1 if excess > 0 else 1
-        gain = kept * np.log2(np.maximum(freq + step, 1) / np.maximum(freq, 1))  # bits won by moving a slot
-        freq[np.where((kept > 0) & (freq + step > 0), gain, -np.inf).argmax()] += step
+        bits_won = count * np.log2(np.maximum(freq + step, 1) / np.maximum(freq, 1))
+        movable = (count > 0) & (freq + step > 0)
+        freq[np.where(movable, bits_won, -np.inf).argmax()] += step
     return freq
 
 
-def listed_apart(freq: np.ndarray) -> np.ndarray:
-    """Which codes a table (…, 256) of frequencies does not hold: the others, and what
-    escapes stand for."""
+def listed_apart(freq: Array) -> Array:
+    """Which codes are not held by tables (…, 256) of frequencies."""
     rare = freq == 0
     rare[..., ESCAPES] = True
     return rare
 
 
-def choose_table(count: np.ndarray, odd: int) -> tuple[int, np.ndarray]:
-    """(level, frequencies) of the normal table nearest to counts (256); level
-    NO_LEVEL where one of their own is worth the six bits that a frequency takes."""
+def choose_table(count: Array, odd: int) -> tuple[int, Array]:
+    """(level, frequencies) of the normal table nearest to counts (256); OWN_TABLE
+    where their own is worth the six bits that a frequency takes."""
     def bits(freq):
         rare = listed_apart(freq)
-        return fold(count, rare) @ (PROB_BITS - np.log2(np.maximum(freq, 1))) + 8 * (count @ rare)
+        each = PROB_BITS - np.log2(np.maximum(freq, 1))
+        return fold(count, rare) @ each + 8 * (count @ rare)
 
     code = np.arange(256, dtype=np.uint8).view(np.int8) + odd / 2
     power = count @ code ** 2 / max(count.sum(), 1)
     near = round(2 * OCTAVE + OCTAVE / 2 * math.log2(max(power, 1 / 16)))
-    level, freq = min(((k, normal_table(k, odd)) for k in range(max(near - 1, 0), near + 2)),
-                      key=lambda x: bits(x[1]))
-    own = fitted_table(count) if count.any() else freq
-    return (NO_LEVEL, own) if bits(own) + 6 * np.count_nonzero(own) < bits(freq) else (level, freq)
+    levels = range(max(near - 1, 0), near + 2)
+    level = min(levels, key=lambda x: bits(normal_table(x, odd)))
+    freq = normal_table(level, odd)
+    if count.any():
+        own = fitted_table(count)
+        if bits(own) + 6 * np.count_nonzero(own) < bits(freq):
+            return OWN_TABLE, own
+    return level, freq
 
 
 # --- codes
 
 # rANS (Duda 2013; interleaved as in Giesen 2014). A lane is one state; it codes a row, and all lanes go
-# through the columns together. Rows of all tensors with equal C are stacked, and lanes live on from batch to
-# batch: Python's loop is (rows / lanes) x columns long whatever the number of tensors, a lane costs 4 bytes.
+# through the columns together. Rows of all tensors with equal C are stacked, and lanes live on from batch
+# to batch: Python's loop is (rows / lanes) x columns long, and a lane costs 4 bytes.
 LOW, LANES = 1 << 16, 1024
-CODES_HEAD = struct.Struct("<HHII")  # lanes, K, listed codes, bytes of (own tables, listed codes) packed
+CODES_HEAD = struct.Struct("<HHII")  # lanes, contexts, listed codes, bytes in front
+
+
+def code_fault(what: str) -> UserError:
+    """What a decoder raises."""
+    return UserError(f"weight codes: {what}: damaged or other settings; write the file again")
 
 
 def lane_count(size: int) -> int:
@@ -6236,208 +6441,244 @@ def lane_count(size: int) -> int:
     return min(LANES, 1 + (size >> 14))
 
 
-def equal_widths(sides: Sequence[Sides], factors: Mapping[int, np.ndarray]) -> Iterator[tuple]:
-    """Tensors by C, those with factors alone. Yields tensor numbers (T), owner (R) in
-    0…T-1, row_ctx (R), col_ctx (C, T), factors or None."""
+class Stack(NamedTuple):
+    """Code matrices of one width C, their rows below one another."""
+    ids: list[int]            # numbers of the T matrices
+    owner: Array              # (R) which of them a row belongs to, 0…T-1
+    rows: Array               # (R) row contexts
+    columns: Array            # (C, T) column contexts
+    factors: Array | None     # (RANK, C), of a matrix that is stacked alone
+
+    def batches(self, lanes: int) -> Iterator[tuple[slice, Array]]:
+        """(which rows, their contexts (C, n)), a row for each lane."""
+        for begin in range(0, len(self.rows), lanes):
+            part = slice(begin, begin + lanes)
+            yield part, self.columns[:, self.owner[part]] + self.rows[part]
+
+
+def stacked(sides: Sequence[Sides], factors: Mapping[int, Array]) -> Iterator[Stack]:
+    """All matrices by width, those with factors alone."""
     groups = {}
     for i, (_, columns) in enumerate(sides):
-        groups.setdefault((len(columns), i if i in factors else len(sides)), []).append(i)
-    for (_, first), ids in sorted(groups.items()):
+        alone = i if i in factors else len(sides)
+        groups.setdefault((len(columns), alone), []).append(i)
+    for (_, alone), ids in sorted(groups.items()):
         rows, columns = zip(*(sides[i] for i in ids))
         owner = np.repeat(np.arange(len(ids)), [len(r) for r in rows])
-        rows, columns = np.concatenate(rows).astype(np.int32), np.stack(columns, 1).astype(np.int32)
-        yield ids, owner, rows, columns, factors.get(first)
+        rows = np.concatenate(rows).astype(np.int32)
+        columns = np.stack(columns, 1).astype(np.int32)
+        yield Stack(ids, owner, rows, columns, factors.get(alone))
 
 
-def count_contexts(sides: Sequence[Sides], trellis: np.ndarray | None) -> int:
-    """K: contexts are 0…K-1, twice as many with a trellis."""
-    return max(int(max(r) + max(c)) for r, c in sides) + 1 << (trellis is not None)
+def count_contexts(sides: Sequence[Sides], trellis: bool) -> int:
+    """How many contexts there are, twice as many with a trellis."""
+    return max(int(max(rows) + max(columns)) for rows, columns in sides) + 1 << trellis
 
 
-def next_state(state: np.ndarray, codes: np.ndarray, trellis: np.ndarray) -> np.ndarray:
-    """Next trellis states (n) from states (n) and codes (n) uint8: only the parity of
-    a code counts."""
-    return trellis.take(state << 1 | codes & 1)
+def next_state(state: Array, codes: Array) -> Array:
+    """Next trellis states (n) after codes (n) uint8, by their parity."""
+    return TRELLIS.take(state << 1 | codes & 1)
 
 
-def state_bits(codes: np.ndarray, trellis: np.ndarray) -> np.ndarray:
-    """The low bit of the trellis state before each of the codes (C, n): a walk from
-    state 0 down a column."""
-    bits, state = np.empty(codes.shape, np.uint8), np.zeros(codes.shape[1], np.uint8)
+def state_bits(codes: Array) -> Array:
+    """The trellis states' low bits before each of the codes (C, n), from state 0."""
+    bits = np.empty(codes.shape, np.uint8)
+    state = np.zeros(codes.shape[1], np.uint8)
     for bit, column in zip(bits, codes.view(np.uint8)):
         bit[:] = state & 1
-        state = next_state(state, column, trellis)
+        state = next_state(state, column)
     return bits
 
 
-def rans_encode(lanes: np.ndarray, index: np.ndarray, freq: np.ndarray, start: np.ndarray) -> list:
-    """Push a batch, last column first. lanes (n) uint32 in place, index (C, n) into
+def rans_encode(lanes: Array, index: Array, freq: Array, start: Array) -> list[Array]:
+    """Push a batch, last column first: lanes (n) uint32 in place, index (C, n) into
     freq, start -> words."""
-    freq, start, x, words = freq.take(index), start.take(index), lanes.copy(), []
-    for f, s in zip(freq[::-1], start[::-1]):
+    x, words = lanes.copy(), []
+    for symbols in index[::-1]:
+        f = freq.take(symbols)
         full = np.flatnonzero(x >> 32 - PROB_BITS >= f)
         words.append((x[full] & 0xFFFF).astype("<u2"))
         x[full] >>= 16
         quotient = x // f
-        x = (quotient << PROB_BITS) + (x - quotient * f) + s
+        x = (quotient << PROB_BITS) + (x - quotient * f) + start.take(symbols)
     lanes[:] = x
     return words
 
 
+def encode_codes(codes: Sequence[Array], sides: Sequence[Sides], trellis: bool = False,
+                 factors: Mapping[int, Array] = {}) -> bytes:
+    """Codes [int8 (R, C), …] -> bytes; nothing may be empty. A code's context is the
+    sum of its sides, 0…255; with a trellis twice that (0…127) plus the state's low
+    bit. factors: by number, of tensors whose residues are coded."""
+    count = count_contexts(sides, trellis)
+    lanes = lane_count(sum(matrix.size for matrix in codes))
+    batches = []  # (C, n) uint16: context << 8 | code as uint8
+    for stack in stacked(sides, factors):
+        true = np.concatenate([codes[i] for i in stack.ids])
+        coded = residues(true, stack.factors).view(np.uint8)
+        for part, context in stack.batches(lanes):
+            if trellis:
+                context = 2 * context + state_bits(np.ascontiguousarray(true[part].T))
+            batches.append((context << 8 | coded[part].T).astype(np.uint16))
+    counts = sum(np.bincount(batch.ravel(), minlength=count << 8) for batch in batches)
+    counts = counts.reshape(count, 256)
+    tables = [choose_table(n, i & trellis) for i, n in enumerate(counts)]
+    levels = bytes(level for level, _ in tables)
+    freq = np.stack([table for _, table in tables])
+    rare = listed_apart(freq)
+    own = [table for level, table in tables if level == OWN_TABLE]
+    own = np.array(own, "<u2").tobytes()
+    listed = b"".join(b[rare.take(b)].astype(np.uint8).tobytes() for b in batches)
+    front = brotli_pack(byte_shuffle(own, 2) + listed)
+    pushed = np.where(rare, np.tile(ESCAPES, 128), np.arange(256))
+    pushed += 256 * np.arange(count)[:, None]
+    start = np.cumsum(freq, 1) - freq
+    freq, start = (table.astype(np.uint32).take(pushed) for table in (freq, start))
+    states, words = np.full(lanes, LOW, np.uint32), []
+    for batch in reversed(batches):
+        words += rans_encode(states[:batch.shape[1]], batch, freq, start)
+    head = CODES_HEAD.pack(lanes, count, len(listed), len(front))
+    words = np.concatenate(words[::-1]).tobytes()
+    return b"".join([head, levels, front, states.astype("<u4").tobytes(), words])
+
+
+@dataclass
 class Decoder:
-    """What of a blob of codes has not been read: lanes (n) uint32, words (W) uint16,
-    listed codes (N) uint8. table: code << 24 | frequency - 1 << 12 | slot - start."""
+    """What of a blob of codes has not been read."""
+    lanes: Array     # (n) uint32
+    words: Array     # (W) uint16
+    listed: Array    # (N) uint8
+    table: Array     # of lookup_table
+    trellis: bool
 
-    def __init__(self, lanes: np.ndarray, words: np.ndarray, listed: np.ndarray, table: np.ndarray,
-                 trellis: np.ndarray | None):
-        self.lanes, self.words, self.listed, self.table = lanes, words, listed, table
-        self.trellis = trellis
-
-    def reveal(self, symbols: np.ndarray) -> None:
-        """Put listed codes in the place of escapes."""
-        marked = (symbols == ESCAPES[0]) | (symbols == ESCAPES[1])
-        count = np.count_nonzero(marked)
-        if count > self.listed.size:
-            raise UserError("a listed weight code is missing: damaged; write the file again")
-        symbols[marked], self.listed = self.listed[:count], self.listed[count:]
-
-    def batch(self, slots: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
-        """Pop codes (C, n) uint8. slots (C, n) uint32: where a context begins in the
-        table."""
-        count, read = slots.shape[1], 0
-        codes, x, state = np.empty(slots.shape, np.uint8), self.lanes[:count], np.zeros(count, np.uint8)
-        guesser = None if factors is None else Guesser(factors, count)
-        for j, slot in enumerate(slots):
-            if self.trellis is not None:
+    def batch(self, slots: Array, factors: Array | None) -> Array:
+        """Pop codes (C, n) uint8; slots (C, n) uint32: where contexts begin."""
+        n = slots.shape[1]
+        x, state = self.lanes[:n], np.zeros(n, np.uint8)
+        codes = np.empty(slots.shape, np.uint8)
+        guesser = None if factors is None else Guesser(factors, n)
+        for j, (slot, code) in enumerate(zip(slots, codes)):
+            if self.trellis:
                 slot += (state & 1).astype(np.uint32) << PROB_BITS
             entry = self.table.take(slot + (x & PROB_ONE - 1))
-            codes[j] = entry >> 24
-            x = ((entry >> PROB_BITS & PROB_ONE - 1) + 1) * (x >> PROB_BITS) + (entry & PROB_ONE - 1)
+            code[:] = entry >> 24
+            width = (entry >> PROB_BITS & PROB_ONE - 1) + 1
+            x = width * (x >> PROB_BITS) + (entry & PROB_ONE - 1)
             low = np.flatnonzero(x < LOW)
-            if low.size > self.words.size - read:
-                raise UserError("weight codes end too soon: damaged or other settings; write the file again")
-            x[low] = x[low] << 16 | self.words[read:read + low.size]
-            read += low.size
+            escaped = np.flatnonzero((code == ESCAPES[0]) | (code == ESCAPES[1]))
+            if low.size > self.words.size or escaped.size > self.listed.size:
+                raise code_fault("they end too soon")
+            x[low] = x[low] << 16 | self.words[:low.size]
+            code[escaped] = self.listed[:escaped.size]
+            self.words = self.words[low.size:]
+            self.listed = self.listed[escaped.size:]
             if guesser is not None:
-                self.reveal(codes[j])
-                codes[j] += guesser.guess(j).view(np.uint8)
-                guesser.learn(j, codes[j].view(np.int8))
-            if self.trellis is not None:
-                state = next_state(state, codes[j], self.trellis)
-        self.lanes[:count], self.words = x, self.words[read:]
-        if guesser is None:
-            self.reveal(codes)
+                code += guesser.guess(j).view(np.uint8)
+                guesser.observe(j, code.view(np.int8))
+            if self.trellis:
+                state = next_state(state, code)
+        self.lanes[:n] = x
         return codes
 
 
-def encode_codes(codes: Sequence[np.ndarray], sides: Sequence[Sides], trellis: np.ndarray | None = None,
-                 factors: Mapping[int, np.ndarray] = {}) -> bytes:
-    """Codes [int8 (R, C), …] -> bytes. sides [(row_ctx (R), col_ctx (C)), …]: the
-    context of a code is the sum of its two, 0…255; nothing may be empty. trellis:
-    uint8 (states, 2), next state by parity of the code; rows start in state 0, and
-    the state's low bit doubles the contexts (then 0…127). factors: by number, those
-    of tensors whose residues are coded."""
-    count, lanes = count_contexts(sides, trellis), lane_count(sum(c.size for c in codes))
-    batches = []  # (C, n) uint16: context << 8 | code as uint8
-    for ids, owner, rows, columns, shared in equal_widths(sides, factors):
-        stack = np.concatenate([codes[i] for i in ids])
-        shown = residues(stack, shared).view(np.uint8)
-        for part in (slice(at, at + lanes) for at in range(0, len(rows), lanes)):
-            context = columns[:, owner[part]] + rows[part]
-            if trellis is not None:
-                context = 2 * context + state_bits(np.ascontiguousarray(stack[part].T), trellis)
-            batches.append((context << 8 | shown[part].T).astype(np.uint16))
-    counts = sum(np.bincount(b.ravel(), minlength=count << 8) for b in batches).reshape(count, 256)
-    levels, freq = zip(*(choose_table(n, i & (trellis is not None)) for i, n in enumerate(counts)))
-    freq = np.stack(freq)
-    rare = listed_apart(freq)
-    listed = b"".join(b[rare.take(b)].astype(np.uint8).tobytes() for b in batches)
-    alias = np.where(rare, np.tile(ESCAPES, 128), np.arange(256)) + 256 * np.arange(count)[:, None]
-    pushed, start = (a.astype(np.uint32).take(alias) for a in (freq, np.cumsum(freq, 1) - freq))
-    states, words = np.full(lanes, LOW, np.uint32), []
-    for batch in reversed(batches):
-        words += rans_encode(states[:batch.shape[1]], batch, pushed, start)
-    own = freq[np.array(levels) == NO_LEVEL].astype("<u2").tobytes()
-    front = brotli_pack(byte_shuffle(own, 2) + listed)
-    return b"".join([CODES_HEAD.pack(lanes, count, len(listed), len(front)), bytes(levels), front,
-                     states.astype("<u4").tobytes(), *(w.tobytes() for w in reversed(words))])
+def lookup_table(freq: Array) -> Array:
+    """Of every slot, from frequencies (contexts, 256), uint32: code << 24 |
+    frequency - 1 << 12 | slot - the code's first slot."""
+    freq = freq.ravel()
+    symbol = np.repeat(np.arange(freq.size), freq)      # context << 8 | code
+    offset = np.arange(symbol.size) - (np.cumsum(freq) - freq)[symbol]
+    return ((symbol & 255) << 24 | freq[symbol] - 1 << PROB_BITS | offset).astype(np.uint32)
 
 
-def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: np.ndarray | None = None,
-                 factors: Mapping[int, np.ndarray] = {}) -> list[np.ndarray]:
-    """Inverse of encode_codes -> [int8 (R, C), …]. UserError if the rest is not the
-    encoder's or the blob is damaged: all words must be used up and all states be back
-    where the encoder began."""
-    def check(good, what):
-        if not good:
-            raise UserError(f"weight codes: {what}: damaged or other settings; write the file again")
-
-    count, size, out = count_contexts(sides, trellis), sum(len(r) * len(c) for r, c in sides), {}
-    lanes, stored, n_listed, n_front = CODES_HEAD.unpack(blob[:CODES_HEAD.size].ljust(CODES_HEAD.size, b"\0"))
-    levels, front = blob[CODES_HEAD.size:CODES_HEAD.size + count], CODES_HEAD.size + count + n_front
-    rest = len(blob) - front - 4 * lanes
-    check(lanes == lane_count(size) and stored == count and n_listed <= size and rest >= 0 and rest % 2 == 0,
-          f"header {lanes, stored, n_listed, n_front} for {count} contexts, {size} codes, {len(blob)} bytes")
-    owns = 512 * levels.count(NO_LEVEL)
-    raw = brotli_unpack(blob[front - n_front:front], owns + n_listed)
-    own = iter(np.frombuffer(byte_unshuffle(raw[:owns], 2), "<u2").reshape(-1, 256).astype(np.int64))
-    freq = np.stack([next(own) if level == NO_LEVEL else normal_table(level, i & (trellis is not None))
+def read_tables(levels: bytes, front: bytes, listed: int, trellis: bool) -> tuple[Array, Array]:
+    """Frequencies (contexts, 256), and as many listed codes uint8."""
+    own_size = 512 * levels.count(OWN_TABLE)
+    data = brotli_unpack(front, own_size + listed)
+    own = np.frombuffer(byte_unshuffle(data[:own_size], 2), "<u2").astype(np.int64)
+    own = iter(own.reshape(-1, 256))
+    freq = np.stack([next(own) if level == OWN_TABLE else normal_table(level, i & trellis)
                      for i, level in enumerate(levels)])
-    check((freq.sum(1) == PROB_ONE).all(), f"a table does not sum to {PROB_ONE}")
-    slot_owner = np.repeat(np.arange(freq.size), freq.ravel())                   # context << 8 | code
-    offset = np.arange(slot_owner.size) - (np.cumsum(freq) - freq.ravel())[slot_owner]
-    table = ((slot_owner & 255) << 24 | freq.ravel()[slot_owner] - 1 << PROB_BITS | offset).astype(np.uint32)
-    decoder = Decoder(np.frombuffer(blob, "<u4", lanes, front).astype(np.uint32),
-                      np.frombuffer(blob, "<u2", offset=len(blob) - rest),
-                      np.frombuffer(raw, np.uint8)[owns:], table, trellis)
-    for ids, owner, rows, columns, shared in equal_widths(sides, factors):
-        stack = np.empty((len(rows), len(columns)), np.uint8)
-        for part in (slice(at, at + lanes) for at in range(0, len(rows), lanes)):
-            context = columns[:, owner[part]] + rows[part]
-            slots = context.astype(np.uint32) << PROB_BITS + (trellis is not None)
-            stack[part] = decoder.batch(slots, shared).T
-        out.update((i, stack[owner == t].view(np.int8)) for t, i in enumerate(ids))
-    check(not decoder.words.size and not decoder.listed.size and (decoder.lanes == LOW).all(),
-          "states do not return to the start")
+    if (freq.sum(1) != PROB_ONE).any():
+        raise code_fault(f"a table does not sum to {PROB_ONE}")
+    return freq, np.frombuffer(data, np.uint8)[own_size:]
+
+
+def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: bool = False,
+                 factors: Mapping[int, Array] = {}) -> list[Array]:
+    """Inverse of encode_codes. UserError for anything else: all words must be used up
+    and all states be back where the encoder began."""
+    count = count_contexts(sides, trellis)
+    size = sum(len(rows) * len(columns) for rows, columns in sides)
+    head = CODES_HEAD.unpack(blob[:CODES_HEAD.size].ljust(CODES_HEAD.size, b"\0"))
+    lanes, stored, n_listed, n_front = head
+    front = CODES_HEAD.size + count      # where it begins
+    states = front + n_front
+    words = states + 4 * lanes
+    rest = len(blob) - words
+    expected = lanes == lane_count(size) and stored == count and n_listed <= size
+    if not expected or rest < 0 or rest % 2:
+        raise code_fault(f"header {head} for {count} contexts, {size} codes, {len(blob)} bytes")
+    levels = blob[CODES_HEAD.size:front]
+    freq, listed = read_tables(levels, blob[front:states], n_listed, trellis)
+    decoder = Decoder(
+        lanes=np.frombuffer(blob, "<u4", lanes, states).astype(np.uint32),
+        words=np.frombuffer(blob, "<u2", offset=words),
+        listed=listed, table=lookup_table(freq), trellis=trellis)
+    out = {}
+    for stack in stacked(sides, factors):
+        codes = np.empty((len(stack.rows), len(stack.columns)), np.uint8)
+        for part, context in stack.batches(lanes):
+            slots = context.astype(np.uint32) << PROB_BITS + trellis
+            codes[part] = decoder.batch(slots, stack.factors).T
+        for t, i in enumerate(stack.ids):
+            out[i] = codes[stack.owner == t].view(np.int8)
+    if decoder.words.size or decoder.listed.size or (decoder.lanes != LOW).any():
+        raise code_fault("states do not return to the start")
     return [out[i] for i in range(len(sides))]
 
 
-# rows (R), columns (C) of each matrix: how large codes are expected to be against each other, in eighths of
-# an octave, by what the decoder has
-Predicted = Sequence[tuple[np.ndarray, np.ndarray]]
+# of each matrix, for rows (R) and columns (C): how large codes are expected to be against each other, in
+# eighths of an octave, by what the decoder has
+Predicted = Sequence[tuple[Array, Array]]
 
 
-def pack_codes(codes: Sequence[np.ndarray], predicted: Predicted,
-               trellis: np.ndarray | None = None) -> tuple[dict[str, bytes], list[int]]:
-    """Codes [int8 (R, C), …] as streams, and the numbers of the matrices that have
-    factors."""
-    factors = {i: found for i, c in enumerate(codes) if (found := shared_factors(c)) is not None}
-    levels = [code_levels(residues(c, factors.get(i)), *predicted[i]) for i, c in enumerate(codes)]
+def pack_codes(codes: Sequence[Array], predicted: Predicted,
+               trellis: bool = False) -> tuple[dict[str, bytes], list[int]]:
+    """Codes [int8 (R, C), …] as streams, and which matrices have factors."""
+    factors, levels = {}, []
+    for i, matrix in enumerate(codes):
+        shared = shared_factors(matrix)
+        if shared is not None:
+            factors[i] = shared
+        levels.append(code_levels(residues(matrix, shared), *predicted[i]))
     sides = [scale_contexts(x, *p) for x, p in zip(levels, predicted)]
-    return {FACTOR_STREAM: brotli_pack(b"".join(x.tobytes() for x in factors.values())),
-            LEVEL_STREAM: brotli_pack(b"".join(x.tobytes() for x in levels)),
-            CODE_STREAM: encode_codes(codes, sides, trellis, factors) if codes else b""}, list(factors)
+    streams = {}
+    for stream, arrays in ((FACTOR_STREAM, factors.values()), (LEVEL_STREAM, levels)):
+        streams[stream] = brotli_pack(b"".join(x.tobytes() for x in arrays))
+    streams[CODE_STREAM] = encode_codes(codes, sides, trellis, factors) if codes else b""
+    return streams, list(factors)
 
 
 def unpack_codes(streams: Mapping[str, bytes], tall: Sequence[int], predicted: Predicted,
-                 trellis: np.ndarray | None = None) -> list[np.ndarray]:
-    """Inverse of pack_codes, `tall` being the numbers that it gave; UserError for
-    anything else."""
-    found = split_bytes(streams[FACTOR_STREAM], [RANK * len(predicted[i][1]) for i in tall])
-    levels = split_bytes(streams[LEVEL_STREAM], [1 + len(rows) + len(columns) for rows, columns in predicted])
+                 trellis: bool = False) -> list[Array]:
+    """Inverse of pack_codes, `tall` having factors; UserError for anything else."""
+    flat = split_bytes(streams[FACTOR_STREAM], [RANK * len(predicted[i][1]) for i in tall])
+    factors = {i: x.reshape(RANK, -1) for i, x in zip(tall, flat)}
+    sizes = [1 + len(rows) + len(columns) for rows, columns in predicted]
+    levels = split_bytes(streams[LEVEL_STREAM], sizes)
     sides = [scale_contexts(x, *p) for x, p in zip(levels, predicted)]
-    factors = {i: x.reshape(RANK, -1) for i, x in zip(tall, found)}
     return decode_codes(streams[CODE_STREAM], sides, trellis, factors) if sides else []
 
 
 # --- the model in the container
 
-LEVEL_STREAM, FACTOR_STREAM, CODE_STREAM, HALF_STREAM, BYTE_STREAM = "levels factors codes half bytes".split()
+LEVEL_STREAM, FACTOR_STREAM = "levels", "factors"
+PLAIN_STREAMS = {HALF_STREAM: "<f2", BYTE_STREAM: "i1"}      # for brotli
+SIZES = ("lqer_rank", "lqer_asym_group")      # settings that a file says for itself
 
 
 def architecture(s: Settings) -> dict:
-    """The settings that give a weight its meaning; an artifact is only read under the
-    same ones."""
+    """The settings that give a weight its meaning: no others read an artifact."""
     names = [n for n in group_names("model") if "INIT" not in n and n != "ENABLE_LOOPING_AT"]
     everything = s.as_env()
     return {n: everything[n] for n in ["VOCAB_SIZE", "TRAIN_SEQ_LEN", *names]}
@@ -6453,88 +6694,76 @@ def group_names(group: str) -> list[str]:
     return names
 
 
-def stored_tensors(s: Settings, meta: Mapping[str, str]) -> list[tuple[str, str, tuple]]:
-    """(key, dtype, shape) of every tensor of a Quantised model in file order, from
-    settings and `meta`."""
-    out = []
-    blank = {name: torch.empty(shape, device="meta") for name, shape in GPT.shapes(s).items()}
-    views = matrix_views(blank)
-    if set(meta) != set(views):
-        raise ValueError(f"other tensors: {sorted(set(meta) ^ set(views))[:3]}")
-    for name, w in views.items():
-        shape, how = tuple(w.shape), meta[name]
-        if how.startswith(("gptq", "gate")) and len(shape) != 2:
-            raise ValueError(f"{name} {shape} as {how}, which is for matrices")
-        if how.startswith("gptq"):
-            out.append((name + ".q", "int8", shape))
-            if how.startswith("gptq (int"):
-                out.append((name + ".scale", "half", shape[:1]))
-            else:
-                out.append((name + ".row", "int8", shape[:1]))
-                out += [(name + ".col", "int8", shape[1:])] if input_of(name) == name else []
-            (rows, columns), r = shape, min(s.lqer_rank, *shape)
-            groups = r * columns // s.lqer_asym_group
-            if "+awqgrp" in how:
-                out.append((name + ".awqg_s_hi", "half", shape[:1]))
-            if how.endswith("+lqer_asym"):
-                out += [(name + ".lqA_a", "int8", (rows, r)), (name + ".lqAs_a", "half", (1,)),
-                        (name + ".lqB_a", "int8", (r, columns)), (name + ".lqBs_a", "half", (groups,))]
-            elif how.endswith("+lqer"):
-                out += [(name + ".lqA", "int8", (rows, r)), (name + ".lqAs", "half", (rows,)),
-                        (name + ".lqB", "int8", (r, columns)), (name + ".lqBs", "half", (r,))]
-        elif how == "gate_int8_row":
-            out += [(name + ".gq", "int8", shape), (name + ".gs", "half", shape[:1])]
-        else:
-            out.append((name, "half", shape))
-    return out
-
-
-def pack_model(s: Settings, q: Quantised) -> bytes:
-    """A quantised model as the bytes of an artifact."""
-    entries = stored_tensors(s, q.meta)
-    shapes = {key[:-2]: shape for key, _, shape in entries if key.endswith(".q")}
-    codes = [q.tensors[n + ".q"].numpy() for n in shapes]
-    streams, tall = pack_codes(codes, *coding_plan(q, shapes))
-    for stream, kind, stride in ((HALF_STREAM, "half", 2), (BYTE_STREAM, "int8", 1)):
-        part = [q.tensors[key].numpy().tobytes() for key, dtype, _ in entries
-                if dtype == kind and not key.endswith(".q")]
-        streams[stream] = brotli_pack(b"".join(part), stride)
-    ways = {how: [n for n in q.meta if q.meta[n] == how] for how in q.meta.values()}    # few ways, many names
-    header = {"architecture": s.to_be_stored(architecture(s)), "meta": ways, "factors": tall,
-              "storage": {n: getattr(s, n) for n in STORAGE},
-              "groups": {key: x.tolist() for key, x in q.tensors.items() if x.dtype == torch.int16},
-              "unit": q.unit}
-    return artifact_to_bytes(header, streams)
-
-
-def coding_plan(q: Quantised, shapes: Mapping[str, tuple]) -> tuple[list, np.ndarray | None]:
-    """What coder and decoder know of code matrices, by name: [(rows (R), columns
-    (C)), …] how large codes are expected to be against each other, in eighths of an
-    octave, and the trellis, if any."""
-    predicted = [tuple(-q.tensors.get(key, torch.zeros(size)).int().numpy() for key, size in
-                       zip((n + ".row", input_of(n) + ".col"), shape)) for n, shape in shapes.items()]
-    return predicted, TRELLIS if any("trellis" in q.meta[n] for n in shapes) else None
-
-
 def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
-    """Refuse weights whose architecture() is not that of the settings. A setting that
-    the file does not name is younger than the file and had its default; one that only
-    the file names must have been off."""
-    default, mine = architecture(Settings()), architecture(s)
-    found = {**default, **theirs}
-    wrong = []
-    for name, there in found.items():
-        if (there != mine[name]) if name in mine else there:
-            wrong.append(f"{plain(name, 40)}={plain(there, 24)} there, {mine.get(name, 'unknown')} here")
+    """Refuse weights of another architecture(). A setting that the file does not name
+    had its default; one that only the file names must be off."""
+    ours, wrong = architecture(s), []
+    for name, there in {**architecture(Settings()), **theirs}.items():
+        here = ours.get(name, "unknown")
+        if there != here and (name in ours or there):
+            wrong.append(f"{plain(name, 40)}={plain(there, 24)} there, {here} here")
     if not theirs:
         wrong = ["it names no settings"]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{what} of another configuration: {plain('; '.join(wrong[:3]), 150)}{more}; use the "
-                        "settings it was made with")
+        raise UserError(f"{what} of another configuration: {plain('; '.join(wrong[:3]), 150)}{more}; "
+                        "use the settings it was made with")
 
 
-STORAGE = ("lqer_rank", "lqer_asym_group")     # settings that a file says for itself
+def coding_plan(q: Quantised, shapes: Mapping[str, tuple]) -> tuple[Predicted, bool]:
+    """What coder and decoder know of the codes `<name>.q`: how large steps let expect
+    them to be, and whether they walk the trellis."""
+    predicted, names = [], [key.removesuffix(".q") for key in shapes]
+    for name, (rows, columns) in zip(names, shapes.values()):
+        steps = (q.tensors.get(name + ".row", torch.zeros(rows)),
+                 q.tensors.get(input_of(name) + ".col", torch.zeros(columns)))
+        predicted.append(tuple(-x.int().numpy() for x in steps))
+    return predicted, any("trellis" in q.forms[name] for name in names)
+
+
+def pack_model(s: Settings, q: Quantised) -> bytes:
+    """A quantised model as the bytes of an artifact."""
+    stored = stored_tensors(s, q.forms)
+    codes = [q.tensors[key].numpy() for key in stored[CODE_STREAM]]
+    streams, tall = pack_codes(codes, *coding_plan(q, stored[CODE_STREAM]))
+    for stream, dtype in PLAIN_STREAMS.items():
+        data = b"".join(q.tensors[key].numpy().tobytes() for key in stored[stream])
+        streams[stream] = brotli_pack(data, np.dtype(dtype).itemsize)
+    forms: dict[str, list[str]] = {}      # few forms, many names
+    for name, form in q.forms.items():
+        forms.setdefault(form, []).append(name)
+    header = {"architecture": s.to_be_stored(architecture(s)), "forms": forms,
+              "factors": tall, "base_step": q.base_step,
+              "sizes": {name: getattr(s, name) for name in SIZES}}
+    return artifact_to_bytes(header, streams)
+
+
+def read_model(s: Settings, header: Mapping, streams: Mapping[str, bytes]) -> Quantised:
+    """The Quantised model of an artifact's header and streams."""
+    sizes, base_step, tall = (header[key] for key in ("sizes", "base_step", "factors"))
+    whole = all(type(x) is int and x > 0 for x in sizes.values())
+    if set(sizes) != {*SIZES} or not whole:
+        raise ValueError(f"sizes {sizes}")
+    if not 0 < base_step < math.inf:
+        raise ValueError(f"base step {base_step}")
+    q = Quantised({}, {}, base_step)
+    for form, names in header["forms"].items():
+        if not q.forms.keys().isdisjoint(names):
+            raise ValueError("a tensor that is stored twice")
+        q.forms.update(dict.fromkeys(names, form))
+    stored = stored_tensors(dataclasses.replace(s, **sizes), q.forms)
+    for stream, dtype in PLAIN_STREAMS.items():
+        shapes = stored[stream]
+        lengths = [math.prod(shape) for shape in shapes.values()]
+        parts = split_bytes(streams[stream], lengths, dtype)
+        for (key, shape), part in zip(shapes.items(), parts):
+            q.tensors[key] = torch.from_numpy(part.reshape(shape))
+    shapes = stored[CODE_STREAM]
+    if tall != sorted(set(tall) & set(range(len(shapes)))):
+        raise ValueError(f"factors of {tall}")
+    codes = unpack_codes(streams, tall, *coding_plan(q, shapes))
+    q.tensors.update((key, torch.from_numpy(x)) for key, x in zip(shapes, codes))
+    return q
 
 
 class Artifact(NamedTuple):
@@ -6547,14 +6776,14 @@ class Artifact(NamedTuple):
 
 def read_artifact(s: Settings, blob: bytes, origin: str) -> Artifact:
     """What an artifact's bytes hold; UserError when they are damaged, of another
-    configuration or nonsense. A right checksum proves nothing: what the file says is
-    checked before memory or time is spent on it."""
+    configuration or nonsense: all is checked before memory or time is spent on it."""
     header, streams = artifact_from_bytes(blob, origin)
     try:
         check_architecture(s, header.get("architecture", {}), f"{origin} is an artifact")
         q, mark = read_model(s, header, streams), header.get("not_compliant", "")
         weights = dequantise(q)
-        if not all(w.isfinite().all() for w in weights.values()) or not isinstance(mark, str):
+        finite = all(w.isfinite().all() for w in weights.values())
+        if not finite or not isinstance(mark, str):
             raise ValueError("weights that are not finite, or a mark that is no text")
         return Artifact(q, weights, read_calibration(streams), plain_mark(mark))
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError,
@@ -6564,71 +6793,25 @@ def read_artifact(s: Settings, blob: bytes, origin: str) -> Artifact:
 
 
 def read_calibration(streams: Mapping[str, bytes]) -> Tensor | None:
-    """The numbers (15) of an artifact's calibration, within fit_calibration's bounds;
-    None: it has none."""
+    """An artifact's calibration (15), within fit_calibration's bounds; None:
+    without."""
     if CALIBRATION_STREAM not in streams:
         return None
     raw = torch.tensor(np.frombuffer(streams[CALIBRATION_STREAM], "<f4"))
-    if len(raw) != 15 or not raw.isfinite().all() or raw[1:].abs().max() > CALIBRATION_REACH:
+    good = len(raw) == 15 and raw.isfinite().all()
+    if not good or raw[1:].abs().max() > CALIBRATION_REACH:
         raise ValueError(f"{len(raw)} numbers that are no calibration")
     return raw
 
 
-def with_storage(s: Settings, stored: Mapping) -> Settings:
-    """The settings, but those of STORAGE as a file says; ValueError for what no user
-    could have set."""
-    try:
-        values = {f.name: parse_setting(f, str(stored[f.name])) for f in fields(s) if f.name in STORAGE}
-    except UserError as error:
-        raise ValueError(str(error)) from error
-    if values != stored:
-        raise ValueError(f"storage {stored}")
-    return dataclasses.replace(s, **values)
-
-
-def read_groups(groups: Mapping[str, list], shapes: Mapping[str, tuple],
-                meta: Mapping[str, str]) -> dict[str, Tensor]:
-    """AWQ-lite's groups of columns as tensors: where each begins, and the columns of
-    one. They may not overlap or go beyond the matrix."""
-    protected = {n: shape[1] for n, shape in shapes.items() if "+awqgrp" in meta[n]}
-    if set(groups) != {n + end for n in protected for end in (".awqg_start", ".awqg_size")}:
-        raise ValueError(f"groups {sorted(groups)[:4]}")
-    for name, columns in protected.items():
-        starts, (size,) = groups[name + ".awqg_start"], groups[name + ".awqg_size"]
-        if len(set(starts)) < len(starts) or not set(starts) <= set(range(0, columns - size + 1, size)):
-            raise ValueError(f"groups of {name}")
-    return {key: torch.tensor(x, dtype=torch.int16) for key, x in groups.items()}
-
-
-def read_model(s: Settings, header: Mapping, streams: Mapping[str, bytes]) -> Quantised:
-    """The Quantised model of an artifact's header and streams."""
-    s = with_storage(s, header["storage"])
-    if not 0 < header["unit"] < math.inf:
-        raise ValueError(f"unit {header['unit']}")
-    q = Quantised({}, {name: how for how, names in header["meta"].items() for name in names}, header["unit"])
-    if len(q.meta) != sum(map(len, header["meta"].values())):
-        raise ValueError("a tensor that is stored twice")
-    entries = stored_tensors(s, q.meta)
-    shapes = {key[:-2]: shape for key, _, shape in entries if key.endswith(".q")}
-    q.tensors.update(read_groups(header["groups"], shapes, q.meta))
-    for stream, kind, dtype in ((HALF_STREAM, "half", "<f2"), (BYTE_STREAM, "int8", "i1")):
-        part = [(key, shape) for key, how, shape in entries if how == kind and not key.endswith(".q")]
-        pieces = split_bytes(streams[stream], [math.prod(shape) for _, shape in part], dtype)
-        q.tensors.update({key: torch.from_numpy(x.reshape(shape)) for (key, shape), x in zip(part, pieces)})
-    tall = header["factors"]
-    if tall != sorted(set(tall) & set(range(len(shapes)))):
-        raise ValueError(f"factors of {tall}")
-    codes = unpack_codes(streams, tall, *coding_plan(q, shapes))
-    q.tensors.update({n + ".q": torch.from_numpy(c.reshape(shapes[n])) for n, c in zip(shapes, codes)})
-    return q
-
+# --- the script as it is shipped
 
 def self_extracting(source: bytes) -> bytes:
-    """A script that runs `source` from its compressed form: what a record may ship.
-    Bytes stand in a latin-1 string, so only five need an escape; linecache is filled
-    so that Triton and tracebacks find the lines."""
+    """A script that runs `source` from its compressed form, a latin-1 string, in
+    which five bytes need an escape. linecache is filled for Triton and tracebacks."""
     packed = lzma.compress(source, format=lzma.FORMAT_RAW, filters=SCRIPT_FILTERS)
-    for byte, escape in zip((b"\\", b'"', b"\n", b"\r", b"\0"), (b"\\\\", b'\\"', b"\\n", b"\\r", b"\\x00")):
+    escapes = {b"\\": b"\\\\", b'"': b'\\"', b"\n": b"\\n", b"\r": b"\\r", b"\0": b"\\x00"}
+    for byte, escape in escapes.items():
         packed = packed.replace(byte, escape)
     return (PACKED_START + b"import lzma,linecache\n"
             b"s=lzma.decompress(\"" + packed + b"\".encode('latin-1'),3,None,"
@@ -6642,9 +6825,8 @@ SCRIPT_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "
 
 
 def lean(source: bytes) -> bytes:
-    """The script that is running without part three, from the bar above its banner to
-    the closing block; names of its settings stay, each with its default alone. A lean
-    script stays as it is."""
+    """A script without part three, from the bar above its banner to the closing
+    block; its settings' names stay, each with its default alone."""
     part = re.search(rb"(?ms)^# =+\n# PART THREE.*?(?=^if __name__ ==)", source)
     if part is None:
         return source
@@ -6680,8 +6862,7 @@ def shipped_form(s: Settings) -> str:
 
 @functools.cache
 def code_bytes(form: str = "readable") -> int:
-    """Size of the script that is running, in this one of CODE_FORMS; a packed one is
-    so already."""
+    """Size of the running script in one of CODE_FORMS; a packed one stays so."""
     if form not in CODE_FORMS:
         raise ValueError(f"{form} is none of {CODE_FORMS}: ask shipped_form()")
     source = script_source()
@@ -6696,107 +6877,114 @@ def check_size(artifact: int, form: str = "readable") -> int:
     """Artifact plus script in bytes; UserError when it is over the limit."""
     total = artifact + code_bytes(form)
     if total > ARTIFACT_LIMIT:
-        raise UserError(f"artifact {artifact:,} + {form} script {code_bytes(form):,} = {total:,} bytes is "
-                        f"{total - ARTIFACT_LIMIT:,} over the limit of {ARTIFACT_LIMIT:,}: make the model "
-                        "smaller, or ship the smallest script (CODE_FORM=auto)")
+        raise UserError(f"artifact {artifact:,} + {form} script {code_bytes(form):,} = {total:,} bytes "
+                        f"is {total - ARTIFACT_LIMIT:,} over the limit of {ARTIFACT_LIMIT:,}: make the "
+                        "model smaller, or ship the smallest script (CODE_FORM=auto)")
     return total
 
 
-def estimate_bytes(deviations: np.ndarray, unit: float = 1.0) -> float:
-    """Bytes of codes of these deviations (see Quantiser) at this unit, each coded as
-    a Gaussian."""
-    octave = (np.arange(len(deviations)) - len(deviations) // 2) / OCTAVE - math.log2(unit)
+# --- fitting the limit
+
+LZMA_SLACK = 256   # bytes: another liblzma may pack the script a little worse
+MARK_BYTES = 256   # for what makes a run NON-COMPLIANT when its artifact is fitted already
+HALF_BYTES = 1.7   # of a float16 number in the file; measured on the demo: 1.69
+GUESSED = 0.93     # what guesses leave of an embedding's codes; measured: 0.92, 0.94
+
+
+def estimate_bytes(deviations: Array, base_step: float = 1.0) -> float:
+    """Bytes of codes of these deviations (see Quantiser), coded as Gaussians."""
+    level = np.arange(len(deviations)) - len(deviations) // 2
+    octave = level / OCTAVE - math.log2(base_step)
     sigma = np.exp2(np.minimum(octave, math.log2(TOP_CODE / 4)))
     return float(deviations @ np.log2(1 + 2 * math.pi * math.e * sigma ** 2)) / 16
 
 
-def unit_for(deviations: np.ndarray, size: float, finest: float) -> float:
-    """The finest unit, not below `finest`, at which the codes are estimated to take
-    at most size bytes."""
-    unit = finest
+def base_step_for(deviations: Array, size: float, finest: float) -> float:
+    """The finest base step, from `finest`, for which estimate_bytes is at most size."""
+    base_step = finest
     for _ in range(40):      # a doubling saves at most one bit per code: never too far
-        bits = 8 * (estimate_bytes(deviations, unit) - size) / max(deviations.sum(), 1)
-        unit *= 2 ** min(max(bits, 0), 1)
-    return unit
-
-
-LZMA_SLACK = 256   # bytes: another liblzma may pack the script a little worse
-MARK_BYTES = 256   # for what makes a run NON-COMPLIANT when its artifact is fitted already
-HALF_BYTES = 1.7   # of a float16 number, shuffled and by brotli; measured on the demo: 1.69
-GUESSED = 0.93     # what guesses leave of an embedding's codes; measured on small trained models: 0.92, 0.94
+        excess = estimate_bytes(deviations, base_step) - size
+        bits = 8 * excess / max(deviations.sum(), 1)
+        base_step *= 2 ** min(max(bits, 0), 1)
+    return base_step
 
 
 def expected_size(s: Settings) -> str:
-    """What the artifact will weigh, from the settings alone: as if all weights were
-    Gaussian. Errors passed on by GPTQ cost about as many bytes as contexts win.
+    """What the artifact will weigh, by the settings, as if all weights were Gaussian.
     UserError below two bits a code."""
-    blank = {name: torch.empty(shape, device="meta") for name, shape in GPT.shapes(s).items()}
-    codes, coded, other, fisher = 0, 0.0, 0, s.quant_allocation == "fisher"
-    for name, w in matrix_views(blank).items():
-        stored = storage_of(s, name, w)
-        if stored.kind == "gptq":
-            codes, other = codes + w.numel(), other + sum(w.shape)
-            share = GUESSED if w.size(0) >= TALL * w.size(1) else 1.0
-            step = 4 / TOP_CODE if fisher else stored.clip / (2 ** (stored.bits - 1) - 1)      # at the finest
-            coded += share * estimate_bytes(np.array([w.numel()]), step)
-        else:
-            other += HALF_BYTES * w.numel()
+    views = blank_views(s)
+    precision = {name: precision_of(s, name, w) for name, w in views.items()}
+    stored = stored_tensors(s, {name: p.form for name, p in precision.items()})
+    codes, halves, small = (sum(map(math.prod, shapes.values())) for shapes in stored.values())
+    coded, other, fisher = 0.0, HALF_BYTES * halves + small, s.quant_allocation == "fisher"
+    for name, p in precision.items():
+        if p.coded:
+            rows, columns = views[name].shape
+            share = GUESSED if rows >= TALL * columns else 1.0
+            finest = 4 / TOP_CODE if fisher else p.clip_sigmas / (2 ** (p.bits - 1) - 1)
+            coded += share * estimate_bytes(np.array([rows * columns]), finest)
     room = ARTIFACT_LIMIT - code_bytes(shipped_form(s)) - other
     if room < codes / 4:
-        raise UserError(f"{codes:,} weights would get {8 * room / max(codes, 1):.2f} bits each in what the "
-                        f"limit of {ARTIFACT_LIMIT:,} bytes leaves; make the model smaller")
+        raise UserError(f"{codes:,} weights would get {8 * room / max(codes, 1):.2f} bits each in "
+                        f"what the limit of {ARTIFACT_LIMIT:,} bytes leaves; make the model smaller")
     if coded < room:
-        return (f"about {coded + other:,.0f} bytes, {room - coded:,.0f} under the limit"
-                + f", with {codes:,} weights at their finest" * (fisher and codes > 0))
-    return (f"about {room + other:,.0f} bytes: {codes:,} weights fitted to the limit, at about "
-            f"{8 * room / codes:.2f} bits each")
+        note = f", with {codes:,} weights at their finest" if fisher and codes else ""
+        return f"about {coded + other:,.0f} bytes, {room - coded:,.0f} under the limit{note}"
+    return (f"about {room + other:,.0f} bytes: {codes:,} weights fitted to the limit, "
+            f"at about {8 * room / codes:.2f} bits each")
 
 
 def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, Tensor],
                     curvature: Curvature, clock: Clock | None = None) -> bytes:
-    """Quantise and pack as finely as the limit allows, less at most a margin. Every
-    rank returns the artifact's bytes. A size that no step reaches is a UserError.
-    clock: training's; once something fits, no further try that would pass its
-    budget."""
+    """Quantise and pack as finely as the limit allows, less at most a margin: the
+    artifact, on every rank. UserError for a size that no step reaches. clock:
+    training's; once something fits, no try that would pass its budget."""
     quantiser = Quantiser(s, weights, curvature, world)
-    for how in sorted(set(quantiser.unusual.values())):
-        matrices = [n for n, x in quantiser.unusual.items() if x == how]
-        run.log("curvature", how=how, matrices=matrices)
-    script = code_bytes(shipped_form(s))
-    cap = (ARTIFACT_LIMIT - script - MARK_BYTES - 1024 * s.logit_calib_enabled      # which come later
-           - LZMA_SLACK * shipped_form(s).endswith("packed"))
+    for instead in sorted(set(quantiser.unusual.values())):
+        matrices = [name for name, x in quantiser.unusual.items() if x == instead]
+        run.log("curvature", used=instead, matrices=matrices)
+    form = shipped_form(s)
+    script = code_bytes(form)
+    cap = ARTIFACT_LIMIT - script - MARK_BYTES      # mark and calibration come later
+    cap -= 1024 * s.logit_calib_enabled + LZMA_SLACK * form.endswith("packed")
     finest, deviations = quantiser.finest, quantiser.deviations
-    # bytes beyond the estimate: not known before the first try, exact enough after it
-    overhead, best, over, under = 0.001 * cap, b"", 0.0, math.inf
+    margin = s.fit_margin_bytes
+    overhead = 0.001 * cap      # bytes beyond the estimate: exact enough after a try
+    best, over, under = b"", 0.0, math.inf      # base steps: too fine, coarse enough
     for attempt in range(12):
-        margin = s.fit_margin_bytes
-        unit = unit_for(deviations, cap - margin / 2 - overhead, finest)
-        if not over < unit < under:      # between two tries; while nothing fits: far beyond
-            unit = math.sqrt(max(over, finest) * under) if best else over * 2 ** attempt
+        base_step = base_step_for(deviations, cap - margin / 2 - overhead, finest)
+        if not over < base_step < under:
+            base_step = over * 2 ** attempt      # while nothing fits: far beyond
+            if best:
+                base_step = math.sqrt(max(over, finest) * under)
         watch = Clock()
         world.beat(f"quantising try {attempt + 1}")
-        q = quantiser(unit)
+        q = quantiser(base_step)
         quantised = watch.elapsed()
         blob = world.agree(pack_model(s, q) if world.main else None)
-        run.log("pack", bytes=len(blob), code_bytes=script, total=len(blob) + script, unit=unit,
-                quantise_s=quantised, pack_s=watch.elapsed() - quantised)
-        overhead = len(blob) - estimate_bytes(deviations, unit)
+        run.log("pack", bytes=len(blob), code_bytes=script, total=len(blob) + script,
+                base_step=base_step, quantise_s=quantised, pack_s=watch.elapsed() - quantised)
+        overhead = len(blob) - estimate_bytes(deviations, base_step)
         if len(blob) > cap:
-            over = max(over, unit)
+            over = max(over, base_step)
         else:
-            best, under = max(best, blob, key=len), min(under, unit)
-            if unit <= finest or len(blob) >= cap - margin:
+            best, under = max(best, blob, key=len), min(under, base_step)
+            if base_step <= finest or len(blob) >= cap - margin:
                 break
-        late = clock is not None and 0 < clock.budget < clock.elapsed() + 1.2 * watch.elapsed()
+        late = False
+        if clock is not None:
+            late = 0 < clock.budget < clock.elapsed() + 1.2 * watch.elapsed()
         if best and world.agree(late):
             break
     for setting, mark in (("AWQ_LITE_ENABLED", "awqgrp"), ("LQER_ENABLED", "lqer")):
-        if getattr(s, setting.lower()) and not any(mark in how for how in q.meta.values()):
+        used = any(mark in form for form in q.forms.values())
+        if getattr(s, setting.lower()) and not used:
             run.log("settings_without_effect", **{setting: "no matrix qualifies"})
     check_size(len(best or blob), shipped_form(s))
     if not best:
-        raise UserError(f"the artifact of {len(blob):,} bytes is over the {cap:,} that script, calibration "
-                        "and packing leave of the limit: make the model smaller, or LOGIT_CALIB_ENABLED=0")
+        raise UserError(f"the artifact of {len(blob):,} bytes is over the {cap:,} that script, "
+                        "calibration and packing leave of the limit: make the model smaller, "
+                        "or LOGIT_CALIB_ENABLED=0")
     return best
 
 
@@ -7652,7 +7840,7 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     quantiser = Quantiser(s, matrix_views(weights), curvature, world)
     setting_up = clock.elapsed()
     room = ARTIFACT_LIMIT - code_bytes(shipped_form(s))
-    q = quantiser(unit_for(quantiser.deviations, 0.99 * room, quantiser.finest))
+    q = quantiser(base_step_for(quantiser.deviations, 0.99 * room, quantiser.finest))
     quantised = clock.elapsed()
     blob = world.agree(pack_model(s, q) if world.main else None)
     packed = clock.elapsed()
@@ -7753,6 +7941,10 @@ class LineageSettings(Settings):
     prequant_ttt_form: str = choice("sharded overlapping", "ranks share rows; or all train on all, unfrozen")
     quant_clip: str = choice("sigmas percentile", "those sigmas; or the best of five percentiles of a row",
                              group="quantise")
+    lqer_scope: str = choice("all mlp attn embed", "which matrices may get a low-rank repair")
+    lqer_gain_select: bool = knob(False, "choose them by the error it removes, not by the error there is")
+    lqer_asym_enabled: bool = knob(True, "asymmetric factors; 0: symmetric ones")
+    lqer_factor_bits: int = knob(4, "bits of the symmetric ones", 2, 8)
     corrector_alpha: float = knob(0.0, "n-gram posterior added to the logits of TTT; 0: none", 0,
                                   group="score")
     corrector_orders: str = knob("8", "its orders, as 2,3,5")
@@ -8339,13 +8531,33 @@ def clip_search(w: Tensor, order: Tensor, u: Tensor, dead: Tensor, bits: int,
 
 
 class LineageQuantiser(Quantiser):
-    """Steps by a search over percentiles."""
+    """Steps by a search over percentiles, other choices and another form of repairs."""
 
     def round_by_hand(self, w: Tensor, rows: Tensor, factors: Sequence[Tensor], bits: int,
-                      unit: float) -> tuple[Tensor, Tensor]:
+                      base_step: float) -> tuple[Tensor, Tensor]:
         if self.s.quant_clip == "percentile":
-            return clip_search(w, *factors, bits, unit)
-        return super().round_by_hand(w, rows, factors, bits, unit)
+            return clip_search(w, *factors, bits, base_step)
+        return super().round_by_hand(w, rows, factors, bits, base_step)
+
+    def to_repair(self, errors: Mapping[str, Tensor]) -> list[str]:
+        """Within LQER_SCOPE; with LQER_GAIN_SELECT those whose error shrinks most."""
+        s, gains = self.s, {}
+        part_of_name = {"all": "", "mlp": ".mlp.", "attn": ".attn.", "embed": "tok_emb"}[s.lqer_scope]
+        errors = {name: error for name, error in errors.items() if part_of_name in name}
+        if not s.lqer_gain_select:
+            return super().to_repair(errors)
+        for name, error in errors.items():
+            form, tensors = self.pack_factors(*low_rank(error, s.lqer_rank))
+            left = error - STORAGE[form].restore(0.0, 1.0, *tensors)
+            gains[name] = error.norm().item() - left.norm().item()
+        best = sorted(gains, key=lambda name: -gains[name])
+        return [name for name in best[:s.lqer_top_k] if gains[name] > 0]
+
+    def pack_factors(self, a: Tensor, b: Tensor) -> tuple[str, Sequence[Tensor]]:
+        """With LQER_ASYM_ENABLED=0 all are symmetric."""
+        if self.s.lqer_asym_enabled and b.numel() % self.s.lqer_asym_group == 0:
+            return super().pack_factors(a, b)
+        return symmetric_factors(a, b, self.s.lqer_factor_bits)
 
 
 Quantiser = LineageQuantiser

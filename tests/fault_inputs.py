@@ -384,7 +384,7 @@ def artifacts(rng: random.Random) -> Iterator[Case]:
     junk = [None, 1, "x", [], {}, {"a": 1}, [[]], -1, 1e300, "9" * 3000]
     s = tg.Settings.from_env({k: str(v) for k, v in TINY.items()})
     while True:
-        keys = ("meta", "factors", "storage", "groups", "unit", "not_compliant")
+        keys = ("forms", "factors", "sizes", "base_step", "not_compliant")
         header = {key: rng.choice(junk) for key in keys}
         header["architecture"] = rng.choice([tg.architecture(s), rng.choice(junk)])
         names = rng.sample(["levels", "codes", "half"], 2)

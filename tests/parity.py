@@ -1046,11 +1046,14 @@ def check_lqer_variants(fx: Fixture) -> None:
         s = fx.settings(**case["env"], NUM_LOOPS=0, QUANT_ALLOCATION="hand", QUANT_TRELLIS=0)
         done = tg.Quantiser(s, weights, tg.Curvature(hessians))()
         stored = {**fx.group_raw(f"{first}.quant"), **fx.group_raw(f"{variant}.quant")}
-        stored = {k: v for k, v in stored.items() if not re.search(r"\.(lq|awqg)", k) or k in done.tensors}
-        fx.equal(f"{variant} ways", done.meta, case["meta"])
-        fx.equal(f"{variant} tensors", sorted(done.tensors), sorted(stored))
-        for key in set(stored) & set(done.tensors):
-            compare_quantised(fx, f"{variant} {key}", done.tensors[key], stored[key])
+        tensors = as_published(done.tensors, s.awq_lite_group_size)
+        stored = {k: v for k, v in stored.items() if not re.search(r"\.(lq|awqg)", k) or k in tensors}
+        fx.equal(f"{variant} forms", done.forms, case["meta"])
+        fx.equal(f"{variant} tensors", sorted(tensors), sorted(stored))
+        for key in set(stored) & set(tensors):
+            in_order = key.endswith("awqg_start")      # the field's: by falling score
+            want = stored[key].sort().values if in_order else stored[key]
+            compare_quantised(fx, f"{variant} {key}", tensors[key], want)
         restored = tg.dequantise(done)
         for name, want in case["dequantised_error"].items():
             got = float((weights[name] - restored[name]).double().norm())
@@ -1059,11 +1062,23 @@ def check_lqer_variants(fx: Fixture) -> None:
                      rtol=0.01)
         for name, kind in case["meta"].items():
             if "lqer" in kind:
-                bare = weights[name] - restored[name] + tg.factors_of(done.tensors, name)
-                mine, theirs = (float((bare - tg.factors_of(side, name)).double().norm())
-                                for side in (done.tensors, stored))
+                mine, theirs = (repair_of(side, name, kind) for side in (done.tensors, stored))
+                bare = _float64(weights[name] - restored[name]) + mine
+                mine, theirs = (float((bare - repair).norm()) for repair in (mine, theirs))
                 fx.close(f"{variant} error that the repair of {name} leaves", max(mine, theirs), theirs,
                          rtol=0.01)
+
+
+def as_published(tensors: dict, size: int) -> dict:
+    """Which columns are fine as the field stores it: where their groups begin, and how wide one is."""
+    out = dict(tensors)
+    for key in tensors:
+        name, _, end = key.rpartition(".")
+        if end == "awqg_fine":
+            starts = out.pop(key)[::size].nonzero()[:, 0] * size
+            out[f"{name}.awqg_start"] = starts.to(torch.int16)
+            out[f"{name}.awqg_size"] = torch.tensor([size], dtype=torch.int16)
+    return out
 
 
 def check_percentile(fx: Fixture) -> None:
@@ -1128,7 +1143,7 @@ def check_gptq_model(fx: Fixture, base: Fixture, **overrides) -> None:
     done = tg.Quantiser(s, weights, tg.Curvature(stored))()
     kinds = fx.meta["meta"]
     for name, kind in kinds.items():
-        fx.equal(f"routing of {name}", done.meta.get(name), kind)
+        fx.equal(f"routing of {name}", done.forms.get(name), kind)
     for key, want in fx.group_raw("quant").items():
         compare_quantised(fx, key, done.tensors.get(key), want)
     restored = tg.dequantise(done)
@@ -1146,7 +1161,7 @@ def check_gptq_model(fx: Fixture, base: Fixture, **overrides) -> None:
 
 def check_dequantise(fx: Fixture, base: Fixture) -> dict[str, torch.Tensor]:
     """The stored integers, scales and factors restored by the trainer, against stored weights and totals."""
-    stored = tg.dequantise(tg.Quantised(tensors=stored_quant(fx, base), meta=fx.meta["meta"]))
+    stored = tg.dequantise(tg.Quantised(stored_quant(fx, base), fx.meta["meta"]))
     for name, facts in fx.meta["dequant_stats"].items():
         value = _float64(stored[name])
         fx.close(f"dequantised {name} sum", value.sum(), facts["sum"], atol=1e-4, rtol=1e-6)
@@ -1192,12 +1207,10 @@ def check_repairs(fx: Fixture, got: dict, want: dict) -> None:
 
 
 def repair_of(tensors: dict, name: str, kind: str) -> torch.Tensor:
-    """What the factors add: the restored matrix with them minus the one without."""
-    own = {k: v for k, v in tensors.items() if k.startswith(name + ".")}
-    bare = {k: v for k, v in own.items() if ".lq" not in k}
-    return _float64(tg.dequantise(tg.Quantised(own, {name: kind}))[name]) - _float64(
-        tg.dequantise(tg.Quantised(bare, {name: kind}))[name]
-    )
+    """What the factors add."""
+    form = kind.split("+")[-1]
+    factors = (tensors[key] for key in tg.STORAGE[form].keys(name))
+    return _float64(tg.STORAGE[form].restore(0.0, 1.0, *factors))
 
 
 def check_quantised_loss(fx: Fixture, model, plan, stored: dict, restored: dict) -> None:

@@ -15,22 +15,6 @@ from conftest import tg as pack
 
 UserError = pack.UserError
 
-TRELLIS = {4: (0o5, 0o2), 8: (0o13, 0o4), 64: (0o103, 0o24)}
-
-
-def trellis(states):
-    """Next-state table (states, 2) from parity-check polynomials: z0 = state & 1, z1 = parity of the code."""
-    h0, h1 = TRELLIS[states]
-    bits = states.bit_length() - 1
-    table = np.zeros((states, 2), np.uint8)
-    for s in range(states):
-        for z1 in range(2):
-            w = [s >> i & 1 for i in range(bits)] + [0]
-            new = [w[i] ^ (h0 >> i & s & 1) ^ (h1 >> i & z1 & 1) for i in range(1, bits + 1)]
-            table[s, z1] = sum(b << i for i, b in enumerate(new))
-    return table
-
-
 def gaussian(shapes, sigma, seed=0):
     rng = np.random.default_rng(seed)
     return [np.rint(sigma * rng.standard_normal(s)).clip(-127, 127).astype(np.int8) for s in shapes]
@@ -50,11 +34,11 @@ def entropy_bytes(codes):
 # ---- codes
 
 
-@pytest.mark.parametrize("walk", [None, 4, 8, 64])
+@pytest.mark.parametrize("walk", [False, True])
 @pytest.mark.parametrize("sigma", [0, 0.1, 2.4, 4.5, 40, 400])
 def test_codes_round_trip(sigma, walk):
     codes = gaussian([(5, 7), (64, 48), (1, 48), (48, 7), (3, 1), (1, 1)], sigma)
-    sides, walk = plain_sides(codes), walk and trellis(walk)
+    sides = plain_sides(codes)
     blob = pack.encode_codes(codes, sides, walk)
     assert blob == pack.encode_codes(codes, sides, walk)
     for a, b in zip(codes, pack.decode_codes(blob, sides, walk), strict=True):
@@ -84,9 +68,9 @@ def test_codes_frozen_bytes():
         "50f08335850c5800b4d39500a433f50061c39a1e96c2ab9085a5bcaf5f8e242f7f707c525194e546895aa2bec9f172d0"
         "dde4184ca019519653172884b6565f4dc24c94eacfe4d770217bacd34f2c36c3"
     )
-    for a, b in zip(codes, pack.decode_codes(blob, sides, trellis(8), factors), strict=True):
+    for a, b in zip(codes, pack.decode_codes(blob, sides, True, factors), strict=True):
         assert np.array_equal(a, b)
-    assert pack.encode_codes(codes, sides, trellis(8), factors)[-8:] == blob[-8:]  # brotli's may differ
+    assert pack.encode_codes(codes, sides, True, factors)[-8:] == blob[-8:]  # brotli's may differ
 
 
 def test_codes_near_entropy():
@@ -119,10 +103,9 @@ def shared(rows, columns, strength, seed=0):
     return np.rint(values).clip(-128, 127).astype(np.int8)
 
 
-@pytest.mark.parametrize("walk", [None, 8])
+@pytest.mark.parametrize("walk", [False, True])
 def test_what_rows_share_is_guessed(walk):
     """Residues take fewer bytes, the codes come back, and plain noise is left alone."""
-    walk = walk and trellis(walk)
     codes = [shared(1500, 64, 0.5), *gaussian([(200, 64), (30, 7)], 2.4)]
     factors = {0: pack.shared_factors(codes[0])}
 
@@ -145,8 +128,8 @@ def test_residues_wrap_and_escapes_are_guessed_through():
     codes = [(shared(600, 40, 2.0).astype(int) * 9).clip(-128, 127).astype(np.int8)]
     factors = {0: np.random.default_rng(0).integers(-127, 128, (8, 40)).astype(np.int8)}
     sides = plain_sides(codes)
-    blob = pack.encode_codes(codes, sides, trellis(8), factors)
-    assert np.array_equal(pack.decode_codes(blob, sides, trellis(8), factors)[0], codes[0])
+    blob = pack.encode_codes(codes, sides, True, factors)
+    assert np.array_equal(pack.decode_codes(blob, sides, True, factors)[0], codes[0])
 
 
 def test_normal_tables_are_frozen():
@@ -188,7 +171,7 @@ def test_wrong_side_information_is_refused():
         with pytest.raises(UserError):
             pack.decode_codes(blob, wrong)
     with pytest.raises(UserError):
-        pack.decode_codes(blob, sides, trellis(8))
+        pack.decode_codes(blob, sides, True)
 
 
 def test_lanes_are_not_the_files_to_choose():
@@ -358,7 +341,7 @@ def test_a_model_is_read_back_bit_for_bit(monkeypatch, changes):
     q = pack.Quantiser(s, weights, pack.Curvature({}))(0.01)
     blob = pack.pack_model(s, q)
     back = pack.read_artifact(s, blob, "test").model
-    assert back.meta == q.meta and set(back.tensors) == set(q.tensors)
+    assert back.forms == q.forms and set(back.tensors) == set(q.tensors)
     assert all(
         torch.equal(back.tensors[k], v) and back.tensors[k].dtype == v.dtype for k, v in q.tensors.items()
     )
@@ -368,37 +351,37 @@ def test_a_model_is_read_back_bit_for_bit(monkeypatch, changes):
 
 
 NONSENSE = {  # changes to a good header that leave the file itself well-formed
-    "no unit": lambda h: h.pop("unit"),
-    "unit 0": lambda h: h.update(unit=0),
-    "unit text": lambda h: h.update(unit="1"),
-    "no storage": lambda h: h.pop("storage"),
-    "strange storage": lambda h: h["storage"].update(nothing=1),
-    "storage of nothing": lambda h: h.update(storage={}),
-    "another setting": lambda h: h["storage"].update(vocab_size=300),
-    "a group of 0": lambda h: h["storage"].update(lqer_asym_group=0),
-    "a rank of text": lambda h: h["storage"].update(lqer_rank="4"),
-    "a rank of 0.5": lambda h: h["storage"].update(lqer_rank=0.5),
-    "a huge rank": lambda h: h["storage"].update(lqer_rank=3_000_000),
+    "no base step": lambda h: h.pop("base_step"),
+    "base step 0": lambda h: h.update(base_step=0),
+    "base step text": lambda h: h.update(base_step="1"),
+    "no sizes": lambda h: h.pop("sizes"),
+    "strange sizes": lambda h: h["sizes"].update(nothing=1),
+    "sizes of nothing": lambda h: h.update(sizes={}),
+    "another setting": lambda h: h["sizes"].update(vocab_size=300),
+    "a group of 0": lambda h: h["sizes"].update(lqer_asym_group=0),
+    "a rank of text": lambda h: h["sizes"].update(lqer_rank="4"),
+    "a rank of 0.5": lambda h: h["sizes"].update(lqer_rank=0.5),
+    "a huge rank": lambda h: h["sizes"].update(lqer_rank=3_000_000),
     "architecture 5": lambda h: h.update(architecture=5),
-    "a unit beyond floats": lambda h: h.update(unit=1e300),
-    "ways in a list": lambda h: h.update(meta=[]),
-    "one tensor more": lambda h: h["meta"]["passthrough (float16)"].append("more"),
-    "a tensor twice": lambda h: h["meta"].update(gate_int8_row=["skip_weights"]),
-    "a vector by rows": lambda h: h.update(meta={
+    "a base step beyond floats": lambda h: h.update(base_step=1e300),
+    "forms in a list": lambda h: h.update(forms=[]),
+    "one tensor more": lambda h: h["forms"]["passthrough (float16)"].append("more"),
+    "a tensor twice": lambda h: h["forms"].update(gate_int8_row=["skip_weights"]),
+    "a vector by rows": lambda h: h.update(forms={
         "gate_int8_row": ["smear_lambda"],
-        **{how: [n for n in names if n != "smear_lambda"] for how, names in h["meta"].items()}}),
+        **{form: [n for n in names if n != "smear_lambda"] for form, names in h["forms"].items()}}),
     "a mark of numbers": lambda h: h.update(not_compliant=5),
-    "no tensors": lambda h: h.update(meta={}),
-    "other ways": lambda h: h.update(meta={"passthrough (float16)": sum(h["meta"].values(), [])}),
+    "no tensors": lambda h: h.update(forms={}),
+    "all forms twice": lambda h: h.update(forms={
+        f"{form}+{form}": names for form, names in h["forms"].items()}),
+    "other forms": lambda h: h.update(forms={"passthrough (float16)": sum(h["forms"].values(), [])}),
     "no factors": lambda h: h.pop("factors"),
     "factors of nothing": lambda h: h.update(factors=[1000]),
     "factors of another": lambda h: h.update(factors=[1]),
     "factors again and again": lambda h: h.update(factors=h["factors"] * 1000),
     "factors that are none": lambda h: h.update(factors=5),
-    "groups": lambda h: h.update(groups={"x": "y"}),
-    "groups of a matrix without": lambda h: h.update(groups={"tok_emb.weight.awqg_start": [0]}),
-    "no rank": lambda h: h["storage"].pop("lqer_rank"),
-    "another storage": lambda h: h["storage"].update(compressor="brotli"),
+    "no rank": lambda h: h["sizes"].pop("lqer_rank"),
+    "an unknown form": lambda h: h["forms"].update(zip=h["forms"].pop("passthrough (float16)")),
 }
 
 
@@ -568,7 +551,7 @@ def test_the_fitter_lands_just_under_the_limit(monkeypatch, changes, shares):
         monkeypatch.setattr(pack, "ARTIFACT_LIMIT", pack.code_bytes() + int(share * whole))
         fitted = pack.quantise_to_fit(s, pack.World(), run, weights, curvature)
         left = pack.ARTIFACT_LIMIT - pack.code_bytes() - pack.MARK_BYTES - len(fitted)
-        assert 0 <= left and (left <= s.fit_margin_bytes or run.rows[-1]["unit"] == quantiser.finest)
+        assert 0 <= left and (left <= s.fit_margin_bytes or run.rows[-1]["base_step"] == quantiser.finest)
         assert len(fitted) in [row["bytes"] for row in run.rows]
     monkeypatch.setattr(pack, "ARTIFACT_LIMIT", pack.code_bytes())
     with pytest.raises(UserError, match="over the limit"):
@@ -591,8 +574,8 @@ def test_the_estimate_is_what_a_gaussian_costs(sigma):
     codes, spread = gaussian([(512, 512)], sigma), np.zeros(511)
     spread[255] = codes[0].size
     assert pack.estimate_bytes(spread, 1 / sigma) == pytest.approx(entropy_bytes(codes), rel=0.01)
-    unit = pack.unit_for(spread, 0.4 * codes[0].size, 1e-3)
-    assert pack.estimate_bytes(spread, unit) == pytest.approx(0.4 * codes[0].size, rel=1e-3)
+    base_step = pack.base_step_for(spread, 0.4 * codes[0].size, 1e-3)
+    assert pack.estimate_bytes(spread, base_step) == pytest.approx(0.4 * codes[0].size, rel=1e-3)
 
 
 def test_expected_size_is_what_trained_like_weights_take(monkeypatch):
@@ -602,7 +585,7 @@ def test_expected_size_is_what_trained_like_weights_take(monkeypatch):
     weights, hessians = random_model(s, 0)[0], {}
     for i, (name, w) in enumerate(weights.items()):
         w.copy_(0.02 * torch.randn(w.shape, generator=torch.Generator().manual_seed(i)))
-        if pack.storage_of(s, name, w).kind == "gptq" and pack.input_of(name) == name:
+        if pack.precision_of(s, name, w).coded and pack.input_of(name) == name:
             x = torch.randn(2048, 24, generator=torch.Generator().manual_seed(i))
             mix = torch.randn(24, w.size(1), generator=torch.Generator().manual_seed(99 + i))
             x = x @ mix + 3 * torch.randn(2048, w.size(1), generator=torch.Generator().manual_seed(i))

@@ -77,7 +77,7 @@ BETTER = "        self.ledger.book(positions, torch.minimum(booked, forward().de
 PLAN = "        rounds = ttt_rounds(self.s, self.lengths)\n"
 LOSS = "torch.stack(scored).view(targets.shape)\n"
 GOLD = LOSS.replace("scored", "[-F.logsigmoid(z.gather(1, y[:, None])[:, 0]) for y in (first, *others)]")
-WINDOW = "begin + seq_len - stride) for begin in later)]"
+WINDOW = "        windows.append((begin, min(end, total), end - stride))\n"
 SCORE = "        losses, booked = tilted_losses(self.s, forward, x, y, at, self.val.hints)\n"
 LAST = """        ends = self.val.documents.start + self.lengths - 1
         rows = np.isin(starts + w.begin + w.offset + w.count, ends)
@@ -100,7 +100,7 @@ MUTANTS = {   # the line to change, what it becomes, settings that leave what is
     "phase": (ROUND + "[:end]))", ROUND + "))", ADAPTED, "C3 C4 ledger: targets of the document at "),
     "ahead": (PLAN, PLAN + "        self.global_phase(Booked(self.val.tokens))\n", ADAPTED,
               "C1 test-time training: "),
-    "tail": (WINDOW, WINDOW.replace("later", "later if begin + seq_len <= total"), PLAIN,
+    "tail": (WINDOW, "        if end <= total:\n    " + WINDOW, PLAIN,
              "C3 C4 ledger: coverage is broken"),
 }
 
@@ -141,7 +141,7 @@ LOGITS = 'raw, losses = fit_calibration(s, model, read_shard(list_shards(s.shard
 RANDOM = "tokens = torch.randint(2, s.vocab_size, (self.tokens + 1,), generator=generator).numpy()"
 SEEN = "lambda: packed_batch(Validation(s).stream[:1025], s.train_seq_len)"
 STREAM = 'list_shards(s.shards, "%s"), world_size=world.size'
-STEP = "    nothing = dead[:, None] | (step == 0)[..., None]"
+STEP = "    zero = dead[:, None] | (step == 0)[..., None]"
 TRACELESS = {   # the line to change, what it becomes, the definition that is named
     "epochs": (GROUP, EPOCHS, "PhasedTTT.run"),
     "space": ('len(piece.removeprefix("\\u2581").encode())', "len(piece.encode())",

@@ -543,7 +543,7 @@ def codes_of(b: Bench, source: str):
         else:
             q = quantised_run(b, source, env)
     codes = {k[:-2]: t.numpy() for k, t in q.tensors.items() if k.endswith(".q")}
-    shapes = {name: tuple(array.shape) for name, array in codes.items()}
+    shapes = {name + ".q": array.shape for name, array in codes.items()}
     return codes, *tg.coding_plan(q, shapes)
 
 

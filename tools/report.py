@@ -598,33 +598,30 @@ def tensors_of(run: RunFiles) -> list[dict]:
         # a marked artifact's weights were trained on after final_model.pt was written
         errors = {} if header.get("not_compliant") else rounding_errors(tg, s, run, q)
         shares = stream_shares(tg, s, q)
-    sizes = dict.fromkeys(q.meta, 0.0)
+    sizes = dict.fromkeys(q.forms, 0.0)
     for stream, parts in shares.items():
         length = len(streams.get(stream, b""))
         whole = max(sum(parts.values()), 1e-9)
         for name, amount in parts.items():
             sizes[name] += length * amount / whole
     rows = []
-    for name, how in q.meta.items():
+    for name, form in q.forms.items():
         error = errors.get(name)
-        rows.append({"name": name, "how": how, "bytes": round(sizes[name]), "error": error})
+        rows.append({"name": name, "how": form, "bytes": round(sizes[name]), "error": error})
     return rows
 
 
 def stream_shares(tg, s, q) -> dict[str, dict[str, float]]:
     """Per coded stream of a quantised model: what each tensor puts into it, uncoded."""
     shares: dict[str, dict[str, float]] = {}
-    for key, dtype, _ in tg.stored_tensors(s, q.meta):
-        owners = [name for name in q.meta if key == name or key.startswith(name + ".")]
-        owner = max(owners, key=len)
-        array = q.tensors[key].numpy()
-        if key.endswith(".q"):
-            stream, amount = tg.CODE_STREAM, entropy_bytes(array)
-        else:
-            stream = tg.HALF_STREAM if dtype == "half" else tg.BYTE_STREAM
-            amount = array.nbytes
+    for stream, shapes in tg.stored_tensors(s, q.forms).items():
         parts = shares.setdefault(stream, {})
-        parts[owner] = parts.get(owner, 0.0) + amount
+        for key in shapes:
+            owners = [name for name in q.forms if key == name or key.startswith(name + ".")]
+            owner = max(owners, key=len)
+            array = q.tensors[key].numpy()
+            amount = entropy_bytes(array) if stream == tg.CODE_STREAM else array.nbytes
+            parts[owner] = parts.get(owner, 0.0) + amount
     return shares
 
 
