@@ -360,6 +360,9 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
         def trace(event: str, **values) -> None:
             if event == "give_up":
                 run.log("watchdog", **values)
+            elif event == "shortened":
+                run.log("warning", text=f"{values['steps']} adapter steps were too large for this model and "
+                        "shortened: lower TTT_LORA_LR, or set TTT_STEP_NATS=0.5")
 
         ttt = PhasedTTT(s, world, model, val, trace, clock)
         final = ttt.run()
@@ -2712,8 +2715,8 @@ class Adapter:
         self.shared = s.ttt_shared_a
         self.warm = s.ttt_warm_start_a
         self.seed = s.seed
-        outputs = {"q": s.model_dim, "k": s.kv_dim, "v": s.kv_dim, "o": s.model_dim, "mlp": s.model_dim,
-                   "head": s.vocab_size}
+        outputs = dict.fromkeys(ADAPTED, s.model_dim)
+        outputs.update(k=s.kv_dim, v=s.kv_dim, head=s.vocab_size)
         # no nn.Parameters: torch.compile would make a graph for every number of rows
         self.a: dict[str, Tensor] = {}
         self.b: dict[str, Tensor] = {}
@@ -2724,21 +2727,23 @@ class Adapter:
             each = () if self.shared else (rows,)
             self.a[kind] = torch.empty(slots, *each, s.ttt_lora_rank, s.model_dim, device=device,
                                        requires_grad=not self.shared)
-            self.b[kind] = torch.zeros(slots, rows, out, s.ttt_lora_rank, device=device, requires_grad=True)
+            self.b[kind] = torch.zeros(slots, rows, out, s.ttt_lora_rank, device=device,
+                                       requires_grad=True)
         self.draw_a()
 
     def parameters(self) -> list[Tensor]:
         return [*self.a.values(), *self.b.values()]
 
     def trained(self) -> list[Tensor]:
-        """What a step changes."""
+        """What a step changes, each (S, rows, …)."""
         return [p for p in self.parameters() if p.requires_grad]
 
     @torch.no_grad()
     def keep(self, rows: slice) -> None:
         """Go on with these documents only (A is shared)."""
         for kind, b in self.b.items():
-            self.b[kind] = b[:, rows].clone(memory_format=torch.contiguous_format).requires_grad_()
+            kept = b[:, rows].clone(memory_format=torch.contiguous_format)
+            self.b[kind] = kept.requires_grad_()
 
     @torch.no_grad()
     def draw_a(self) -> None:
@@ -2766,53 +2771,68 @@ class Adapter:
 
 
 class KeyCache:
-    """Keys and values that the earlier chunks of B documents left behind, as computed
-    then and cut from their graph: per slot (B, P, K, D), of which the last `seen` fit
-    into a window beside the next chunk. They are cut in the forward: for views
-    torch.compile would make other graphs. position: tokens so far; last (B, 2): the
-    tokens before the next chunk. states: slot STATES keeps final hidden states (B, P,
-    D) of length 1 and the tokens that came next (B, P)."""
+    """Keys and values that earlier forwards of B documents left behind, cut from
+    their graph: per slot (B, P, K, D). The next forward sees `seen` of them, up to
+    index `end`; what lies beyond is of the suffix, which it runs again and thereby
+    overwrites. They are cut in the forward: for views torch.compile would make other
+    graphs. position: the document's tokens before the forward; last (B, 2): the
+    nearest of them. states: slot STATES keeps final hidden states (B, P, D) of length
+    1 and the tokens that came next (B, P)."""
     STATES = -1
 
     def __init__(self, window: int, states: bool = False):
-        self.window, self.states = window, states
+        self.window = window
+        self.states = states
         self.position = 0
         self.seen = 0
+        self.end = 0
         self.last: Tensor | None = None
         self.old: dict[int, tuple[Tensor, Tensor]] = {}
         self.new: dict[int, tuple[Tensor, Tensor]] = {}
         self.sealed: tuple[Tensor, dict] | None = None
 
     def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values that a chunk's queries may see, the chunk's own last."""
+        """All keys and values that a forward's queries may see, its own last."""
         if slot in self.old:
             old_k, old_v = self.old[slot]
-            first = old_k.size(1) - self.seen
+            first = self.end - self.seen
             k = torch.cat((old_k.narrow(1, first, self.seen), k), dim=1)
             v = torch.cat((old_v.narrow(1, first, self.seen), v), dim=1)
         self.new[slot] = (k.detach(), v.detach())
         return k, v
 
     def seal(self, ids: Tensor) -> None:
-        """The forward of the chunk with tokens ids (B, T) was scored: the keys it saw
-        are those to keep."""
+        """The forward over tokens ids (B, T) was scored: the keys it saw are those to
+        keep."""
         self.sealed = (ids, self.new)
         self.new = {}
 
-    def advance(self, chunk: int) -> None:
-        """The chunk is over; of its keys the next `chunk` tokens see what the window
-        holds beside them."""
+    def advance(self, chunk: int, suffix: int = 0) -> int:
+        """The chunk is over. The next forward runs the newest tokens again, `suffix`
+        of them, and then `chunk` new ones, on as many older keys as the window holds
+        beside them; returns how many again. Where no two tokens lie ahead of the
+        suffix, as early in a document, all are run, as in a document's first forward:
+        that needs no graph of its own, nor does a suffix of any other length."""
         ids, self.old = self.sealed
         self.sealed = None
-        self.seen = min(self.seen + ids.size(1), self.window - chunk)
-        self.position += ids.size(1)
         text = ids if self.last is None else torch.cat((self.last, ids), dim=1)
-        self.last = text[:, -2:].contiguous()
+        keys = self.seen + ids.size(1)
+        room = self.window - chunk
+        again = min(suffix, room)
+        self.end = keys - again
+        self.seen = min(self.end, room - again)
+        self.position += ids.size(1) - again
+        if self.seen < 2:
+            self.position, self.seen, self.last, self.old = 0, 0, None, {}
+            return min(keys, room)
+        self.last = text[:, :text.size(1) - again][:, -2:].contiguous()
+        return again
 
     def keep(self, rows: slice) -> None:
         """Go on with these documents only."""
         self.old = {slot: tuple(x[rows].clone() for x in pair) for slot, pair in self.old.items()}
-        self.last = self.last[rows]
+        if self.last is not None:
+            self.last = self.last[rows]
 
 
 @dataclass(frozen=True)
@@ -2826,6 +2846,8 @@ class Scored:
     again: Callable[[], Tensor]
 
 
+# --- which tokens, documents and phases, in which order
+
 class ChunkWindow(NamedTuple):
     """A chunk of a batch of documents: per row the first input (relative to the
     document), the first scored column, the number of scored columns (0: the document
@@ -2836,20 +2858,25 @@ class ChunkWindow(NamedTuple):
     width: int
 
 
-def chunk_window(s: Settings, targets: np.ndarray, begin: int, end: int, cached: bool) -> ChunkWindow:
-    """The chunk [begin, end) of targets: alone where earlier keys are cached, else
-    rows reach back at most TTT_EVAL_SEQ_LEN inputs; in the field's order from where
-    the document ends, if that is in the chunk, in stream order from the chunk's end:
-    nothing about later tokens is known. targets (B,): per document."""
-    last, window = np.minimum(end, targets), s.ttt_eval_seq_len
+def chunk_window(s: Settings, targets: np.ndarray, begin: int, end: int,
+                 again: int | None) -> ChunkWindow:
+    """The chunk [begin, end) of targets, and the inputs before it that are run again:
+    so many where the others' keys are cached. None: what TTT_EVAL_SEQ_LEN reaches, in
+    the field's order from where the document ends, if that is in the chunk, in stream
+    order from the chunk's end: nothing about later tokens is known. targets (B,): per
+    document."""
+    last = np.minimum(end, targets)
     count = np.maximum(last - begin, 0)
-    if cached:
-        first, width = begin, end - begin
-    else:
+    if again is None:
         known_end = last if s.ttt_doc_order == "length" else end
-        first, width = np.maximum(known_end - window, 0), min(end, window)
+        first = np.maximum(known_end - s.ttt_eval_seq_len, 0)
+        width = min(end, s.ttt_eval_seq_len)
+    else:
+        first = begin - again
+        width = end - first
     first = np.where(count > 0, first, 0)
-    return ChunkWindow(first, np.where(count > 0, begin - first, 0), count, width)
+    offset = np.where(count > 0, begin - first, 0)
+    return ChunkWindow(first, offset, count, width)
 
 
 def chunk_bounds(s: Settings, length: int) -> list[int]:
@@ -2870,7 +2897,8 @@ def trained_rows(s: Settings, targets: np.ndarray, end: int) -> np.ndarray:
     """(B,) bool: the documents, of targets (B,), that learn from a chunk ending at
     target `end`: those going on, within TTT_TRAIN_*_DOC_LEN; in stream order by the
     position reached, as no end is known yet."""
-    most, goes_on = s.ttt_train_max_doc_len or math.inf, targets > end
+    most = s.ttt_train_max_doc_len or math.inf
+    goes_on = targets > end
     if s.ttt_doc_order == "stream":
         return goes_on & (end < most)
     return goes_on & (targets + 1 >= s.ttt_train_min_doc_len) & (targets < most)
@@ -2896,10 +2924,12 @@ def grouped(s: Settings, documents: np.ndarray, lengths: np.ndarray) -> list[np.
     """Documents (their numbers) in groups of at most TTT_BATCH_SIZE of similar
     lengths, longest first. In stream order groups are about equal: a single document
     left over would need a graph of its own."""
-    order, size = documents[np.argsort(lengths[documents], kind="stable")], s.ttt_batch_size
+    if not len(documents):
+        return []
+    order = documents[np.argsort(lengths[documents], kind="stable")]
+    size = s.ttt_batch_size
     cuts = range(size, len(order), size) if s.ttt_doc_order == "length" else -(-len(order) // size)
-    groups = np.array_split(order, cuts) if len(order) else []
-    return sorted(groups, key=lambda g: -lengths[g].max())
+    return sorted(np.array_split(order, cuts), key=lambda group: -lengths[group].max())
 
 
 def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
@@ -2909,11 +2939,13 @@ def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
     come first; a phase trains on the shortest groups scored so far."""
     phases = s.phased_ttt_num_phases if s.phased_ttt_prefix_docs else 0
     bounds = [s.phased_ttt_prefix_docs * (i + 1) // phases for i in range(phases)]
-    everything, rounds, begin = np.arange(len(lengths)), [], 0
+    everything, rounds = np.arange(len(lengths)), []
     if s.ttt_doc_order == "stream":
-        for end in (b for b in bounds if begin < b <= len(lengths)):
-            rounds.append(Round(grouped(s, everything[begin:end], lengths), everything[:end]))
-            begin = end
+        begin = 0
+        for end in bounds:
+            if begin < end <= len(lengths):
+                rounds.append(Round(grouped(s, everything[begin:end], lengths), everything[:end]))
+                begin = end
         return rounds + [Round(grouped(s, everything[begin:], lengths), None)]
     current, done = [], []
     for group in grouped(s, everything, lengths):
@@ -2926,10 +2958,74 @@ def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
     return rounds + [Round(current, None)]
 
 
-# What the watchdog gives up, in this order, when the evaluation would outlast its budget.
-GIVE_UP = ("nothing", "further phases on the base weights", "adaptation")
-NO_ADAPTATION = 2
+# --- one step
+
+# A step that promises to lower its own chunk's loss by more nats than this is not believed, but shortened to
+# SAFE_NATS. On a trained 135M model with cached keys .3 to .6 were best, and at 2 adapting cost more than it gained;
+# the field's exact encoding with AdamW gained at up to 2.7.
+MOST_NATS, MOST_NATS_ADAM, SAFE_NATS = 1.25, 4.0, 0.3
+MOST_RATE = 0.01         # of TTT_STEP_NATS, where gradients vanish; the best rate on toy models was .008
+
+
+def step_rates(s: Settings, promised: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Learning rates (rows,) for documents whose chunk has mean losses (rows,), and
+    which of them were shortened (bool). promised (rows,): nats by which a rate of 1
+    promises to lower that loss. TTT_STEP_NATS: the rate that promises so much, but no
+    more than a quarter of the loss. Else TTT_LORA_LR, or where that promises more
+    than MOST_NATS, the one for SAFE_NATS."""
+    if s.ttt_step_nats:
+        fall = (losses / 4).clamp(max=s.ttt_step_nats)
+        rates = torch.where(promised > 0, fall / promised, 0.0)
+        return rates.clamp(max=MOST_RATE), torch.zeros_like(promised, dtype=torch.bool)
+    lr = s.ttt_lora_lr * s.ttt_local_lr_mult
+    shortened = lr * promised > MOST_NATS
+    return torch.where(shortened, SAFE_NATS / promised, lr), shortened
+
+
+@torch.no_grad()
+def normalised_step(s: Settings, params: list[Tensor], losses: Tensor) -> Tensor:
+    """A step of every document's matrices (S, rows, R, C), each along its gradient
+    over the gradient's RMS: no state. To first order a rate of 1 lowers the loss by
+    the sum of N * RMS over the document's matrices of N entries. Returns which rows
+    (bool) were shortened."""
+    sizes = [p.grad.square().mean(dim=(-2, -1)).sqrt() for p in params]
+    entries = [p.size(-2) * p.size(-1) for p in params]
+    promised = sum(n * size.sum(0) for n, size in zip(entries, sizes))
+    rates, shortened = step_rates(s, promised, losses)
+    for p, size in zip(params, sizes):
+        p.mul_(1 - rates[:, None, None] * s.ttt_weight_decay)
+        p.addcmul_(p.grad, (rates / (size + 1e-12))[..., None, None], value=-1)
+    return shortened
+
+
+@torch.no_grad()
+def optimiser_step(optimiser: torch.optim.Optimizer, params: list[Tensor]) -> Tensor:
+    """The optimiser's step, to the bit; but where it promises a document more than
+    MOST_NATS_ADAM, the part of it that promises SAFE_NATS. Returns where (rows,)."""
+    before = [p.clone() for p in params]
+    optimiser.step()
+    promise = torch.zeros(params[0].size(1), device=params[0].device)
+    for p, old in zip(params, before):
+        promise += ((old - p) * p.grad).sum(dim=(0, 2, 3))
+    shortened = promise > MOST_NATS_ADAM
+    part = (SAFE_NATS / promise)[:, None, None]
+    for p, old in zip(params, before):
+        p.copy_(torch.where(shortened[:, None, None], torch.lerp(old, p, part), p))
+    return shortened
+
+
+# --- the evaluation
+
+# What the watchdog gives up, more at each level, when the evaluation would outlast its budget.
+GIVE_UP = ("nothing", "further phases on the base weights", "phases and two thirds of TTT_SUFFIX",
+           "phases and TTT_SUFFIX", "phases and adaptation")
+NO_ADAPTATION = len(GIVE_UP) - 1
 WATCH_EVERY = 8             # chunks between two looks at the clock
+
+
+def suffixes(s: Settings) -> tuple[int, ...]:
+    """Tokens that are run again at every level of GIVE_UP."""
+    return s.ttt_suffix, s.ttt_suffix, s.ttt_suffix // 3, 0, 0
 
 
 class PhasedTTT:
@@ -2938,56 +3034,67 @@ class PhasedTTT:
     the base weights are trained on whole booked documents. Ranks share the groups by
     predicted cost. clock: the evaluation's, watched so that every target is scored in
     time. trace(event, **values) observes: lora, reset, chunk, sgd_step, phase,
-    give_up."""
+    give_up, shortened."""
 
     def __init__(self, s: Settings, world: World, model: GPT, val: Validation, trace: Callable | None = None,
                  clock: Clock | None = None, ledger: Ledger | None = None):
         self.s, self.world, self.model, self.val = s, world, model, val
-        self.trace, self.clock = trace or (lambda event, **values: None), clock
-        self.plan, self.lengths = layer_plan(s, True), val.documents.length
+        self.trace = trace or (lambda event, **values: None)
+        self.clock = clock
+        self.plan = layer_plan(s, True)
+        self.lengths = val.documents.length
         self.losses = compiled(s, world.device, model.losses, fullgraph=True, dynamic=True)
         self.ledger = ledger or Ledger(val, world.device)
         self.level = 0
         self.kept: Adapter | None = None
+        self.shortened = torch.zeros((), dtype=torch.int64, device=world.device)
         # Seconds and token-passes of adaptation, without phases and waiting; costs of what is still to do.
-        self.spent, self.done, self.left = 0.0, 0.0, np.zeros(len(GIVE_UP))
-        self.phase_pace, self.phase_tokens = 0.0, 0    # seconds a token of a phase; tokens to train on
+        self.spent = 0.0
+        self.done = 0.0
+        self.left = np.zeros(len(GIVE_UP))
+        self.phase_pace = 0.0       # seconds a token of a phase
+        self.phase_tokens = 0       # still to train on
 
     def costs(self, group: np.ndarray) -> np.ndarray:
         """Predicted token-passes of a group at every level of GIVE_UP; a backward
         counts twice a forward."""
-        longest = int(self.lengths[group].max())
-        ends = np.minimum(chunk_bounds(self.s, longest)[1:], self.s.ttt_eval_seq_len)
-        adapting = 3 * (longest if self.s.ttt_kv_reuse else ends.sum())
-        return len(group) * np.array([adapting, adapting, longest], float)
+        s, longest = self.s, int(self.lengths[group].max())
+        bounds = np.array(chunk_bounds(s, longest))
+        window = np.minimum(bounds[1:], s.ttt_eval_seq_len)
+        passes = []
+        for suffix in suffixes(s):
+            columns = np.minimum(window, np.diff(bounds) + suffix) if s.ttt_kv_reuse else window
+            passes.append(3 * columns.sum())
+        passes[NO_ADAPTATION] = longest
+        return len(group) * np.array(passes, float)
 
     def own_share(self, groups: list[np.ndarray]) -> list[np.ndarray]:
         """This rank's share of the groups."""
-        share = share_out([self.costs(g)[self.level] for g in groups], self.world.size)[self.world.rank]
+        costs = [self.costs(group)[self.level] for group in groups]
+        share = share_out(costs, self.world.size)[self.world.rank]
         return [groups[i] for i in sorted(share)]
 
     def run(self) -> Score:
         """Score every document once. The model's weights end as the last phase left
         them."""
         rounds = ttt_rounds(self.s, self.lengths)
-        todo = [self.own_share(r.groups) for r in rounds]
-        self.left = sum((self.costs(g) for mine in todo for g in mine), self.left)
+        shares = [self.own_share(r.groups) for r in rounds]
+        self.left = sum(map(self.costs, itertools.chain(*shares)), self.left)
         self.phase_tokens = sum(int(self.lengths[r.train_on].sum()) for r in rounds[:-1])
         self.model.requires_grad_(False)           # adapters learn; the base weights only in a phase
-        for r, mine in zip(rounds, todo):
+        for r, share in zip(rounds, shares):
             self.begin_round()
-            for group in mine:
+            for group in share:
                 self.adapt_group(group)
             level = max(self.world.gather(self.level))          # all ranks take part in a phase or none
             if level > self.level:
                 self.give_up(level, by="another rank")
             if r.train_on is not None and self.level == 0:
-                booked, phase = self.ledger.booked(r.train_on, self.world), Clock()
-                self.global_phase(booked)
-                sync(self.world.device)
-                self.phase_pace = phase.elapsed() / len(booked.tokens)
-                self.phase_tokens -= int(self.lengths[r.train_on].sum())
+                self.phase(r.train_on)
         self.model.requires_grad_(True)
+        shortened = int(self.world.total(self.shortened))
+        if shortened:
+            self.trace("shortened", steps=shortened)
         return self.ledger.close(self.world)
 
     def begin_round(self) -> None:
@@ -3010,73 +3117,81 @@ class PhasedTTT:
             self.give_up(level, elapsed=now, predicted_end=ends[self.level])
 
     def give_up(self, level: int, **why) -> None:
-        """From now on do without what GIVE_UP names up to this level."""
-        self.trace("give_up", what=", ".join(GIVE_UP[1:level + 1]), **why)
+        """From now on do without what GIVE_UP names at this level."""
+        self.trace("give_up", what=GIVE_UP[level], **why)
         self.level = level
+
+    def count_work(self, work: np.ndarray, since: Clock) -> None:
+        """Work of these costs is done: for the prediction, and a look at the clock."""
+        sync(self.world.device)
+        self.spent += since.elapsed()
+        self.done += work[self.level]
+        self.left = self.left - work
+        self.watch()
 
     def adapter_for(self, rows: int) -> Adapter:
         """The kept one, reset for new documents, where it has as many rows, else a
         fresh one."""
-        kept = self.kept is not None and rows == self.s.ttt_batch_size
-        adapter = self.kept if kept else Adapter(self.s, self.plan, rows, self.world.device)
-        if kept:
-            adapter.reset()
-        self.trace("reset" if kept else "lora", adapter=adapter)
+        if self.kept is not None and rows == self.s.ttt_batch_size:
+            self.kept.reset()
+            self.trace("reset", adapter=self.kept)
+            return self.kept
+        adapter = Adapter(self.s, self.plan, rows, self.world.device)
+        self.trace("lora", adapter=adapter)
         return adapter
 
     def optimiser(self, adapter: Adapter) -> torch.optim.Optimizer | None:
         """AdamW over a group's adapters; none for the stateless rule."""
-        s, params, lr = self.s, adapter.trained(), self.s.ttt_lora_lr * self.s.ttt_local_lr_mult
+        s = self.s
         if s.ttt_optimizer == "normalised":
             return None
-        return torch.optim.AdamW(params, lr=lr, betas=(s.ttt_beta1, s.ttt_beta2), eps=1e-10,
+        return torch.optim.AdamW(adapter.trained(), lr=s.ttt_lora_lr * s.ttt_local_lr_mult,
+                                 betas=(s.ttt_beta1, s.ttt_beta2), eps=1e-10,
                                  weight_decay=s.ttt_weight_decay, fused=self.world.device.type == "cuda")
 
     def adapt_group(self, group: np.ndarray) -> None:
         """Score a group's documents chunk by chunk; after each chunk adapt those that
         have another one."""
         self.watch()
-        s, level = self.s, self.level
-        cached, learns = s.ttt_kv_reuse or level == NO_ADAPTATION, level < NO_ADAPTATION
+        s, learns = self.s, self.level < NO_ADAPTATION
         starts, targets = self.val.documents.start[group], self.lengths[group] - 1
         if len(group) == 1 < s.ttt_batch_size:      # an empty row beside it: one would need its own graphs
             starts, targets = np.repeat(starts, 2), np.append(0, targets)
         adapter = self.adapter_for(len(starts)) if learns else None
         optimiser = self.optimiser(adapter) if learns else None
+        cached = s.ttt_kv_reuse or not learns
         cache = KeyCache(s.ttt_eval_seq_len, states=s.ttt_cache_lambda > 0) if cached else None
+        stateless = optimiser is None and (adapter is None or adapter.shared)
         bounds = chunk_bounds(s, int(self.lengths[group].max()))
         costs, counted, since = self.costs(group), 0, Clock()
         for n, (begin, end) in enumerate(zip(bounds, bounds[1:]), start=1):
             self.world.beat(f"adapting to chunk {n} of {len(group)} documents")
+            again = 0 if cached else None
             if cached and begin:
-                cache.advance(end - begin)
+                again = cache.advance(end - begin, suffixes(s)[self.level])
             ended = int(np.searchsorted(targets, begin, side="right"))       # targets rise within a group
-            stateless = optimiser is None and (adapter is None or adapter.shared)
-            rows = slice(len(targets) - rows_kept_for(s.ttt_batch_size, len(targets) - ended), None)
-            if cached and stateless and rows.start > 0:
+            kept = rows_kept_for(s.ttt_batch_size, len(targets) - ended)
+            if cached and stateless and kept < len(targets):
+                rows = slice(-kept, None)
                 starts, targets = starts[rows], targets[rows]
                 for keeper in (cache,) if adapter is None else (cache, adapter):
                     keeper.keep(rows)
-            later = learns & trained_rows(s, targets, end)
-            with torch.set_grad_enabled(bool(later.any())):
-                window = chunk_window(s, targets, begin, end, cached)
+            with torch.set_grad_enabled(adapter is not None):      # always, once learning: one graph less
+                window = chunk_window(s, targets, begin, end, again)
                 scored = self.score_chunk(starts, window, adapter, cache)
-                if later.any():
+                later = trained_rows(s, targets, end)
+                if later.any() and self.level < NO_ADAPTATION:
                     self.adapt(adapter, optimiser, scored, torch.from_numpy(later).to(self.world.device))
             if n % WATCH_EVERY == 0 or end == bounds[-1]:
-                sync(self.world.device)
-                work = costs * (end - counted) / bounds[-1]
-                self.spent, self.done = self.spent + since.elapsed(), self.done + work[self.level]
-                self.left = self.left - work
-                self.watch()
-                learns, counted, since = learns and self.level < NO_ADAPTATION, end, Clock()
+                self.count_work(costs * (end - counted) / bounds[-1], since)
+                counted, since = end, Clock()
 
     def score_chunk(self, starts: np.ndarray, w: ChunkWindow, adapter: Adapter | None,
                     cache: KeyCache | None) -> Scored:
         """One forward over the chunk and its context; its losses are booked before
         anything can learn."""
         column = np.arange(w.width)
-        valid = (column < (w.offset + w.count)[:, None])
+        valid = column < (w.offset + w.count)[:, None]
         at = np.where(valid, (starts + w.begin)[:, None] + column, 0)
         tokens, device = self.val.tokens, self.world.device
         x, y = (torch.from_numpy(np.where(valid, part[at], 0).astype(np.int64)).to(device)
@@ -3089,7 +3204,8 @@ class PhasedTTT:
         if cache is not None and cache.states:
             booked = mixed_with_cache(self.s, booked, cache)
         counted = valid & (column >= w.offset[:, None])
-        positions, keep = (torch.from_numpy(i).to(device) for i in (at[counted], np.flatnonzero(counted)))
+        positions = torch.from_numpy(at[counted]).to(device)
+        keep = torch.from_numpy(np.flatnonzero(counted)).to(device)
         self.ledger.book(positions, booked.flatten()[keep])
         if cache is not None:      # the keys of the forward that was scored, whatever the steps do
             cache.seal(x)
@@ -3106,16 +3222,25 @@ class PhasedTTT:
         for step in range(self.s.ttt_grad_steps):
             if step:
                 losses = scored.again()
-            (losses[:, -scored.chunk:].mean(dim=1) * later).sum().backward(inputs=trained)
+            of_chunk = losses[:, -scored.chunk:].mean(dim=1)
+            (of_chunk * later).sum().backward(inputs=trained)
             if optimiser is None:
-                lr = self.s.ttt_lora_lr * self.s.ttt_local_lr_mult
-                normalised_step(trained, lr, self.s.ttt_weight_decay)
+                shortened = normalised_step(self.s, trained, of_chunk.detach())
             else:
-                optimiser.step()
+                shortened = optimiser_step(optimiser, trained)
+            self.shortened += shortened.sum()
             for p in trained:      # at once: torch.compile would make a graph for tensors that have one
                 p.grad = None
 
     # --- the base weights
+
+    def phase(self, documents: np.ndarray) -> None:
+        """Train the base weights on these documents, all of them booked."""
+        booked, clock = self.ledger.booked(documents, self.world), Clock()
+        self.global_phase(booked)
+        sync(self.world.device)
+        self.phase_pace = clock.elapsed() / len(booked.tokens)
+        self.phase_tokens -= int(self.lengths[documents].sum())
 
     def global_phase(self, booked: Booked) -> None:
         """SGD on all base weights over booked documents; the learning rate falls as a
@@ -3131,7 +3256,8 @@ class PhasedTTT:
             self.world.beat(f"adapting the base weights, chunk {c + 1}")
             for _ in range(s.global_ttt_epochs):
                 for r in range(0, rows, s.global_ttt_batch_seqs):
-                    begin, n = r * s.eval_seq_len, min(s.global_ttt_batch_seqs, rows - r) * s.eval_seq_len
+                    begin = r * s.eval_seq_len
+                    n = min(s.global_ttt_batch_seqs, rows - r) * s.eval_seq_len
                     self.global_step(part[begin:begin + n + 1], optimiser)
         self.model.requires_grad_(False)
         self.trace("phase", model=self.model, tokens=tokens)
@@ -3140,9 +3266,10 @@ class PhasedTTT:
         """Learning rate of chunk c: linear warm-up, then a cosine to the last chunk."""
         s, warm = self.s, self.s.global_ttt_warmup_chunks
         if c < warm:
-            f = c / max(warm - 1, 1)
-            return s.global_ttt_warmup_start_lr + f * (s.global_ttt_lr - s.global_ttt_warmup_start_lr)
-        return s.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * (c - warm) / max(chunks - 1 - warm, 1)))
+            done = c / max(warm - 1, 1)
+            return s.global_ttt_warmup_start_lr + done * (s.global_ttt_lr - s.global_ttt_warmup_start_lr)
+        done = (c - warm) / max(chunks - 1 - warm, 1)
+        return s.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * done))
 
     def global_step(self, tokens: np.ndarray, optimiser: torch.optim.SGD) -> None:
         """One momentum step on a run of tokens, which the ranks share by whole
@@ -3152,7 +3279,8 @@ class PhasedTTT:
         if not s.global_ttt_respect_doc_boundaries:
             starts = np.arange(0, total, s.eval_seq_len)
         starts = np.unique(np.append(starts, (0, total)))
-        begin, end = starts[np.searchsorted(starts, [total * (world.rank + i) // world.size for i in (0, 1)])]
+        fair = np.array([world.rank, world.rank + 1]) * total // world.size
+        begin, end = starts[np.searchsorted(starts, fair)]
         loss = torch.zeros((), device=world.device)
         if end > begin:
             batch = packed_batch(tokens[begin:end + 1], s.eval_seq_len).to(world.device)
@@ -3175,6 +3303,18 @@ def total_gradients(world: World, model: GPT, clip: float) -> Tensor:
     return nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
 
 
+def phase_steps(s: Settings, tokens: int) -> int:
+    """Steps of the base weights in a phase over so many tokens (see
+    PhasedTTT.global_phase)."""
+    chunks, steps = -(-(tokens - 1) // s.global_ttt_chunk_tokens), 0
+    for c in range(max(chunks - 1, 1)):
+        inputs = min(s.global_ttt_chunk_tokens, tokens - 1 - c * s.global_ttt_chunk_tokens)
+        steps += -(-(inputs // s.eval_seq_len) // s.global_ttt_batch_seqs) * s.global_ttt_epochs
+    return steps
+
+
+# --- beside the adapters
+
 @torch.no_grad()
 def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
     """Losses (B, T) of a chunk's targets once the model's probability p is mixed with
@@ -3187,28 +3327,10 @@ def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
     place = torch.arange(past.size(1), device=h.device)
     earlier = place < place[-h.size(1):, None]                   # what came after t itself is the target
     a = torch.exp(s.ttt_cache_theta * (h.float() @ past.float().mT - 1)) * earlier
-    chance = (a * (said[:, None] == targets[..., None])).sum(-1) / a.sum(-1).clamp(min=1e-30)
+    agrees = said[:, None] == targets[..., None]
+    chance = (a * agrees).sum(-1) / a.sum(-1).clamp(min=1e-30)
     w = (s.ttt_cache_lambda * a.amax(-1)).clamp(max=0.6)
     return -torch.log((1 - w) * torch.exp(-losses) + w * chance)
-
-
-@torch.no_grad()
-def normalised_step(params: list[Tensor], lr: float, weight_decay: float) -> None:
-    """Steps of matrices (…, R, C) along their gradient over its RMS, matrix by
-    matrix: no state."""
-    for p in params:
-        size = p.grad.square().mean(dim=(-2, -1), keepdim=True).sqrt()
-        p.mul_(1 - lr * weight_decay).sub_(p.grad / (size + 1e-12), alpha=lr)
-
-
-def phase_steps(s: Settings, tokens: int) -> int:
-    """Steps of the base weights in a phase over so many tokens (see
-    PhasedTTT.global_phase)."""
-    chunks, steps = -(-(tokens - 1) // s.global_ttt_chunk_tokens), 0
-    for c in range(max(chunks - 1, 1)):
-        inputs = min(s.global_ttt_chunk_tokens, tokens - 1 - c * s.global_ttt_chunk_tokens)
-        steps += -(-(inputs // s.eval_seq_len) // s.global_ttt_batch_seqs) * s.global_ttt_epochs
-    return steps
 
 
 # ============================================================================================================

@@ -84,7 +84,7 @@ LAST = """        ends = self.val.documents.start + self.lengths - 1
         if adapter is not None and rows.any():
             with torch.enable_grad():
                 (forward().mean(1) * torch.from_numpy(rows)).sum().backward(inputs=adapter.trained())
-            normalised_step(adapter.trained(), self.s.ttt_lora_lr, 0.0)
+            normalised_step(self.s, adapter.trained(), torch.ones(len(starts)))
 """
 EARLY = LAST.replace("np.isin(starts + w.begin + w.offset + w.count, ends)", "w.count > 0")
 PLAIN, ADAPTED = dict(TTT_ENABLED=False), dict(SLIDING_WINDOW_ENABLED=False)

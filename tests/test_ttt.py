@@ -247,7 +247,7 @@ def test_where_later_documents_end_is_nothing_to_earlier_ones(s, at):
     assert gap[:first - 1].max() < 2e-5 < 1e-3 < gap[first - 1:].max()
 
 
-@pytest.mark.parametrize("spent, level", [(1.0, 0), (5.5, 2)])
+@pytest.mark.parametrize("spent, level", [(1.0, 0), (5.5, tg.NO_ADAPTATION)])
 def test_the_watchdog_predicts_from_adaptation_alone(s, spent, level):
     """Half of 100 s is gone, most of it in phases and waiting: what counts is the pace of the groups done."""
     told = []
