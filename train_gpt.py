@@ -439,7 +439,6 @@ class Settings:
     train_batch_tokens: int = knob(786432, "tokens of one optimiser step, over all ranks", 1)
     train_seq_len: int = knob(2048, "documents are cut to this many tokens in training", 2, 2 ** 24)
     train_seq_schedule: str = knob("", "progressive context: length@progress, …; the largest: TRAIN_SEQ_LEN")
-    train_seq_schedule_mode: str = choice("wallclock step", "progress: of the budget, or of ITERATIONS")
     seq_change_warmup_steps: int = knob(32, "steps of the learning rate's ramp after a change; 0: none", 0)
     grad_accum_steps: int = knob(0, "micro-batches of a step and rank; 0: 8 / number of ranks", 0)
     val_batch_tokens: int = knob(524288, "tokens of a scoring batch, over 8 micro-batches", 8)
@@ -453,7 +452,6 @@ class Settings:
     negative_slope: float = knob(0.5, "slope of the MLP's squared LeakyReLU below zero", 0, 1)
     logit_softcap: float = knob(30.0, "logits are cap * tanh(z / cap)", 1e-3)
     asym_logit_rescale: bool = knob(False, "two caps, for positive and negative logits, used in evaluation")
-    ln_scale: bool = knob(True, "block inputs are scaled by 1 / sqrt(layer + 1)")
     rope_base: float = knob(10000.0, "rotary base", 1, 1e12)
     rope_dims: int = knob(16, "rotated channels of a head; 0: all", 0)
     qk_gain_init: float = knob(5.0, "initial gain of the normalised queries, per head")
@@ -534,8 +532,6 @@ class Settings:
                                                "TTT_DOC_ORDER=length for groups of shorter documents")
     ttt_short_score_first_steps: str = knob("8000:24", "position (length: longest document of a group) below "
                                             "which:chunk, …; beyond: TTT_CHUNK_SIZE")
-    ttt_short_doc_len: int = knob(2000, "the one step when TTT_SHORT_SCORE_FIRST_STEPS is empty", 0)
-    ttt_short_chunk_size: int = knob(24, "its chunk; 0: none", 0)
     ttt_batch_size: int = knob(64, "documents adapted side by side", 1, 65536)
     ttt_lora_rank: int = knob(80, "rank of the adapters", 1, 65536)
     ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank", 0)
@@ -567,9 +563,6 @@ class Settings:
     global_ttt_chunk_tokens: int = knob(32768, "tokens of one step of its learning rate", 2)
     global_ttt_batch_seqs: int = knob(32, "sequences of one batch", 1)
     global_ttt_grad_clip: float = knob(1.0, "largest gradient norm; 0: no clipping", 0)
-    global_ttt_respect_doc_boundaries: bool = knob(True, "no attention across documents there")
-    global_ttt_warmup_chunks: int = knob(0, "chunks of linear warm-up", 0)
-    global_ttt_warmup_start_lr: float = knob(0.0, "learning rate at its start", 0)
     ngram_tilt_enabled: bool = knob(False, "tilt scores towards what followed the same context earlier")
     ngram_doc_order: str = choice("scored stream", "what counts grow by")
     token_order: int = knob(16, "token expert: length of context and hint together", 1, 1024)
@@ -738,6 +731,12 @@ class Settings:
         plain = f"tokenizers/fineweb_{self.vocab_size}_bpe.model"
         return Path(self.tokenizer_path or Path(self.data_dir) / (caseops if self.caseops_enabled else plain))
 
+    @property
+    def first_chunks(self) -> str:
+        """Chunks of TTT that differ from TTT_CHUNK_SIZE, as length:chunk, …; may be
+        empty."""
+        return self.ttt_short_score_first_steps if self.ttt_short_score_first_enabled else ""
+
     def as_env(self) -> dict:
         """Every setting under its environment name, JSON types."""
         return {f.name.upper(): getattr(self, f.name) for f in fields(self)}
@@ -759,15 +758,12 @@ class Settings:
 def chunk_steps(s: Settings) -> list[tuple[float, int]]:
     """(position, or length of a group's longest document, up to which; chunk); the
     last bound is infinite."""
-    steps = []
-    if s.ttt_short_score_first_enabled:
-        one = f"{s.ttt_short_doc_len}:{s.ttt_short_chunk_size}" if s.ttt_short_chunk_size else ""
-        text = s.ttt_short_score_first_steps or one
-        for part in filter(None, text.replace("=", ":").replace(" ", "").split(",")):
-            step = whole_numbers(part.replace(":", ",", 1))
-            if len(step) != 2 or min(step) < 1:
-                raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, as 256:8,2000:24")
-            steps.append((step[0], step[1]))
+    text, steps = s.first_chunks, []
+    for part in filter(None, text.replace("=", ":").replace(" ", "").split(",")):
+        step = whole_numbers(part.replace(":", ",", 1))
+        if len(step) != 2 or min(step) < 1:
+            raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, as 256:8,2000:24")
+        steps.append((step[0], step[1]))
     return sorted(steps) + [(math.inf, s.ttt_chunk_size)]
 
 
@@ -1175,7 +1171,8 @@ class GPT(nn.Module):
                 keep1 * lane1 + attended_to1 * attended + fed_to1 * fed)
 
     def depth_scale(self, i: int) -> float:
-        return 1 / math.sqrt(i + 1) if self.s.ln_scale else 1.0
+        """Factor on the input of both branches of layer i."""
+        return 1 / math.sqrt(i + 1)
 
     def merge_skip(self, j: int, x: Tensor, skip: Tensor) -> Tensor:
         """U-Net skip number j into the stream x; a gate of 1 keeps the stream."""
@@ -1515,8 +1512,7 @@ class Curriculum:
         """(longest segment, whether loops run, share of the learning rate) of a step;
         call it in order."""
         s = self.s
-        by_step = s.train_seq_schedule_mode == "step"
-        length = stage_at(self.stages, step / max(s.iterations, 1) if by_step else progress)
+        length = stage_at(self.stages, progress)
         if length != self.length:
             self.changed = step or None
             self.length = length
@@ -1536,15 +1532,9 @@ class Curriculum:
     def graphs(self) -> list[tuple[int, bool]]:
         """Pairs (longest segment, whether loops run) in the order in which training
         meets them."""
-        s = self.s
-        if s.train_seq_schedule_mode == "step" and s.max_wallclock_seconds > 0:
-            return self.all_graphs()      # one goes by the step and the other by the clock: any pair may come
-        changes = [0.0, s.enable_looping_at, *(math.nextafter(end, 2) for end, _ in self.stages[:-1])]
+        changes = [0.0, self.s.enable_looping_at, *(math.nextafter(end, 2) for end, _ in self.stages[:-1])]
         met = [(stage_at(self.stages, at), self.loops(0, at)) for at in sorted(changes)]
         return list(dict.fromkeys(met))
-
-    def all_graphs(self) -> list[tuple[int, bool]]:
-        return [(length, loops) for _, length in self.stages for loops in (False, True)]
 
     def state(self) -> dict:
         """What a run that goes on later must know of it."""
@@ -3134,26 +3124,18 @@ class PhasedTTT:
         self.trace("phase", model=self.model, tokens=tokens)
 
     def global_lr(self, c: int, chunks: int) -> float:
-        """Learning rate of chunk c: linear warm-up, then a cosine to the last chunk."""
-        s, warm = self.s, self.s.global_ttt_warmup_chunks
-        if c < warm:
-            f = c / max(warm - 1, 1)
-            return s.global_ttt_warmup_start_lr + f * (s.global_ttt_lr - s.global_ttt_warmup_start_lr)
-        return s.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * (c - warm) / max(chunks - 1 - warm, 1)))
+        """Learning rate of chunk c: a cosine to the last chunk."""
+        return self.s.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * c / max(chunks - 1, 1)))
 
     def global_step(self, tokens: np.ndarray, optimiser: torch.optim.SGD) -> None:
         """One momentum step on a run of tokens, which the ranks share by whole
         documents, or rows."""
         s, world, total = self.s, self.world, len(tokens) - 1
-        starts = np.flatnonzero(tokens[:-1] == BOS)
-        if not s.global_ttt_respect_doc_boundaries:
-            starts = np.arange(0, total, s.eval_seq_len)
-        starts = np.unique(np.append(starts, (0, total)))
+        starts = np.unique(np.append(self.row_starts(tokens), (0, total)))
         begin, end = starts[np.searchsorted(starts, [total * (world.rank + i) // world.size for i in (0, 1)])]
         loss = torch.zeros((), device=world.device)
         if end > begin:
-            batch = packed_batch(tokens[begin:end + 1], s.eval_seq_len).to(world.device)
-            batch = batch if s.global_ttt_respect_doc_boundaries else batch.rows(s.eval_seq_len)
+            batch = self.rows_of(tokens[begin:end + 1]).to(world.device)
             losses = self.model.losses(batch.x, batch.y, self.plan, batch.layout(batch.max_seqlen))
             loss = losses.sum() / total
             loss.backward()
@@ -3162,6 +3144,14 @@ class PhasedTTT:
         optimiser.zero_grad()
         self.trace("sgd_step", loss=world.total(loss.detach().clone()), n_tokens=total, grad_norm=norm,
                    lr=optimiser.param_groups[0]["lr"])
+
+    def row_starts(self, tokens: np.ndarray) -> np.ndarray:
+        """Where a run of tokens may be cut for the ranks: at its documents."""
+        return np.flatnonzero(tokens[:-1] == BOS)
+
+    def rows_of(self, tokens: np.ndarray) -> Batch:
+        """The batch of a rank's tokens: packed documents of at most EVAL_SEQ_LEN."""
+        return packed_batch(tokens, self.s.eval_seq_len)
 
 
 def total_gradients(world: World, model: GPT, clip: float) -> Tensor:
@@ -3365,6 +3355,7 @@ NO_SETTINGS = {name: (only, why) for only, why, names in (
     (1, "built in", "GPTQ_ENABLED USE_GPTQ SDCLIP_ENABLED TTT_UPDATE_EVERY"),
     (0, "built in", "SPARSE_ATTN_GATE_INIT_STD"), (0.01, "built in", "GATED_ATTN_INIT_STD"),
     (512, "embeddings are as wide as the model", "EMBEDDING_DIM"),
+    ("wallclock", "always by the training budget", "TRAIN_SEQ_SCHEDULE_MODE"),
 ) for name in names.split()}
 ALIASES = {   # old name -> the settings it stands for
     "PHASED_TTT_ENABLED": "TTT_ENABLED", "TTT_MASK": "TTT_Q_LORA TTT_V_LORA",
@@ -7714,6 +7705,7 @@ class LineageSettings(Settings):
     ttt_optimizer: str = choice("normalised adam sgd", "steps: the gradient over its RMS, AdamW, or SGD")
     parallel_lanes: str = choice("mixed separate", "lanes write to both; or stay apart and are blended",
                                  group="model")
+    ln_scale: bool = knob(True, "block inputs are scaled by 1 / sqrt(layer + 1)")
     parallel_final_lane: str = choice("mean mlp attn", "which mixed lane is read at the end")
     skip_gates_enabled: bool = knob(True, "gate the U-Net skips")
     skip_rows: str = choice("looped physical", "skips: half of the looped order, or of the physical layers")
@@ -7757,8 +7749,14 @@ class LineageSettings(Settings):
     lqer_gain_select: bool = knob(False, "choose them by the error it removes, not by the error there is")
     lqer_asym_enabled: bool = knob(True, "asymmetric factors; 0: symmetric ones")
     lqer_factor_bits: int = knob(4, "bits of the symmetric ones", 2, 8)
-    corrector_alpha: float = knob(0.0, "n-gram posterior added to the logits of TTT; 0: none", 0,
+    ttt_short_doc_len: int = knob(2000, "the one step when TTT_SHORT_SCORE_FIRST_STEPS is empty", 0,
                                   group="score")
+    ttt_short_chunk_size: int = knob(24, "its chunk; 0: none", 0)
+    global_ttt_respect_doc_boundaries: bool = knob(True, "base weights learn without attention across "
+                                                   "documents; 0: from rows of EVAL_SEQ_LEN")
+    global_ttt_warmup_chunks: int = knob(0, "chunks of linear warm-up of GLOBAL_TTT_LR", 0)
+    global_ttt_warmup_start_lr: float = knob(0.0, "learning rate at its start", 0)
+    corrector_alpha: float = knob(0.0, "n-gram posterior added to the logits of TTT; 0: none", 0)
     corrector_orders: str = knob("8", "its orders, as 2,3,5")
     ngram_gates: str = choice("previous open_word target", "who speaks when; target: NON-COMPLIANT")
     ngram_choice: str = choice("model confidence", "what weighs hints: probability, or own confidence")
@@ -7776,6 +7774,14 @@ class LineageSettings(Settings):
         """VE_LAYERS as numbers."""
         return tuple(whole_numbers(self.ve_layers))
 
+    @property
+    def first_chunks(self) -> str:
+        """The older form has one step, of TTT_SHORT_DOC_LEN."""
+        steps = super().first_chunks
+        if steps or not self.ttt_short_score_first_enabled or not self.ttt_short_chunk_size:
+            return steps
+        return f"{self.ttt_short_doc_len}:{self.ttt_short_chunk_size}"
+
     def beyond_the_system(self) -> list[str]:
         beyond = []
         for name, value in self.changed().items():
@@ -7783,6 +7789,8 @@ class LineageSettings(Settings):
             choices = common.metadata["choices"] if common else ()
             if not common or (choices and value not in choices):
                 beyond.append(name)
+        if self.first_chunks != super().first_chunks:
+            beyond.append("TTT_SHORT_DOC_LEN")
         return beyond
 
     def to_be_stored(self, values: Mapping) -> dict:
@@ -8058,6 +8066,9 @@ class LineageGPT(GPT):
             return super().join(lane0, lane1)
         return lane1 if self.s.parallel_final_lane == "mlp" else lane0
 
+    def depth_scale(self, i: int) -> float:
+        return super().depth_scale(i) if self.s.ln_scale else 1.0
+
     def merge_skip(self, j: int, x: Tensor, skip: Tensor) -> Tensor:
         if self.s.skip_gates_enabled:
             return super().merge_skip(j, x, skip)
@@ -8166,6 +8177,25 @@ class LineageTTT(PhasedTTT):
             adapter.correctors = self.correctors[:rows]
         return adapter
 
+    def global_lr(self, c: int, chunks: int) -> float:
+        """After GLOBAL_TTT_WARMUP_CHUNKS of a linear warm-up."""
+        s, warm = self.s, self.s.global_ttt_warmup_chunks
+        if c >= warm:
+            return super().global_lr(c - warm, chunks - warm)
+        share = c / max(warm - 1, 1)
+        return (1 - share) * s.global_ttt_warmup_start_lr + share * s.global_ttt_lr
+
+    def row_starts(self, tokens: np.ndarray) -> np.ndarray:
+        if self.s.global_ttt_respect_doc_boundaries:
+            return super().row_starts(tokens)
+        return np.arange(0, len(tokens) - 1, self.s.eval_seq_len)
+
+    def rows_of(self, tokens: np.ndarray) -> Batch:
+        batch = super().rows_of(tokens)
+        if self.s.global_ttt_respect_doc_boundaries:
+            return batch
+        return batch.rows(self.s.eval_seq_len)
+
     def score_chunk(self, starts: np.ndarray, w: ChunkWindow, adapter: Adapter | None,
                     cache: KeyCache | None) -> Scored:
         """The counts correct the chunk's logits; they learn its targets once these
@@ -8257,7 +8287,10 @@ class LineageCurriculum(Curriculum):
         return min(share, caps[-1])
 
     def graphs(self) -> list[tuple[int, bool]]:
-        return self.all_graphs() if self.s.recur_start_step else super().graphs()
+        if not self.s.recur_start_step:
+            return super().graphs()
+        lengths = [length for _, length in self.stages]      # by the clock, loops by the step: any pair
+        return list(itertools.product(lengths, (False, True)))
 
 
 class LineageTrainer(Trainer):
