@@ -593,94 +593,18 @@ class Settings:
                                 f"this one by: env -u {name} python train_gpt.py")
         s = cls(**{f.name: parse_setting(f, env[name]) for name, f in known.items() if name in env})
         s.check_consistency()
-        s.check_resume()
         return s
 
-    def mistake(self, text: str) -> UserError:
-        """The error that says so: settings named before the first colon are shown
-        with their values."""
-        fault, colon, remedy = text.partition(": ")
-        shown = {k: f"{k}={int(v) if v in (True, False) else v}" for k, v in self.as_env().items()}
-        return UserError(re.sub(r"[A-Z][A-Z0-9_]+", lambda m: shown.get(m[0], m[0]), fault) + colon + remedy)
-
-    def refuse(self, refused, why: str) -> None:
-        """Raise the mistake `why` if something is to be refused."""
-        if refused:
-            raise self.mistake(why)
-
     def check_consistency(self) -> None:
-        """Refuse settings that contradict each other; single values were checked when
-        they were read."""
-        s, reserve = self, self.gptq_reserve_seconds
-        slots = s.num_layers + s.num_loops * (s.loop_end - s.loop_start + 1)
-        for refused, why in (
-            (s.model_dim % s.num_heads,
-             f"MODEL_DIM is not divisible by NUM_HEADS: choose a multiple of {s.num_heads}"),
-            (s.num_heads % s.num_kv_heads, "NUM_HEADS is not divisible by NUM_KV_HEADS: choose a divisor"),
-            (s.head_dim % 2, "MODEL_DIM over NUM_HEADS is odd: rotary embedding needs it even"),
-            (s.rope_dims % 2 or s.rope_dims > s.head_dim,
-             f"ROPE_DIMS does not fit: it must be even and at most the head width {s.head_dim}"),
-            (s.gate_window > s.model_dim, "GATE_WINDOW exceeds MODEL_DIM: lower it"),
-            (s.hidden_dim < 1, "MLP_MULT leaves no hidden unit of MODEL_DIM: raise it"),
-            (s.num_loops and not s.loop_start <= s.loop_end < s.num_layers,
-             "LOOP_START <= LOOP_END < NUM_LAYERS does not hold: correct them, or set NUM_LOOPS=0"),
-            (slots > MOST_SLOTS, f"NUM_LOOPS makes {slots} executed layers: at most {MOST_SLOTS}, lower it"),
-            (s.eval_stride > s.eval_seq_len, "EVAL_STRIDE exceeds EVAL_SEQ_LEN: lower it"),
-            (max(chunk for _, chunk in chunk_steps(s)) > s.ttt_eval_seq_len, "TTT_CHUNK_SIZE, or a chunk of "
-             "TTT_SHORT_SCORE_FIRST_STEPS, exceeds TTT_EVAL_SEQ_LEN: lower it"),
-            (s.eval_only_path and s.eval_only_quantized_path,
-             "EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH are both set: keep one"),
-            (s.quantize_only and s.prequant_only,
-             "QUANTIZE_ONLY and PREQUANT_ONLY leave nothing to make: keep one"),
-            (s.eval_only_quantized_path and (s.quantize_only or s.prequant_only),
-             "EVAL_ONLY_QUANTIZED_PATH scores an artifact, which QUANTIZE_ONLY and PREQUANT_ONLY leave out: "
-             "set both to 0"),
-            (max(length for _, length in context_stages(s)) != s.train_seq_len,
-             "TRAIN_SEQ_LEN is not the longest stage of TRAIN_SEQ_SCHEDULE: make them equal"),
-            (s.train_seq_schedule and LOADERS[s.train_loader].windowed,
-             "TRAIN_LOADER has windows of one length: TRAIN_SEQ_SCHEDULE needs stream or docpack"),
-            (s.ttt_doc_order == "stream" and s.ttt_warm_start_a and not s.ttt_shared_a,
-             "TTT_DOC_ORDER, TTT_WARM_START_A and TTT_SHARED_A let A carry what later documents taught it to "
-             "earlier ones: set TTT_WARM_START_A=0 or TTT_DOC_ORDER=length"),
-            (s.ttt_doc_order == "stream" and s.ttt_train_min_doc_len,
-             "TTT_TRAIN_MIN_DOC_LEN asks where a document ends before it is read, which TTT_DOC_ORDER does "
-             "not allow: set TTT_TRAIN_MIN_DOC_LEN=0 or TTT_DOC_ORDER=length"),
-            (s.ttt_enabled and not any(getattr(s, f"ttt_{kind}_lora") for kind in ADAPTED),
-             "TTT_ENABLED has nothing to adapt: set a TTT_*_LORA to 1, or TTT_ENABLED=0"),
-            (s.ttt_cache_lambda and not s.ttt_kv_reuse, "TTT_CACHE_LAMBDA needs TTT_KV_REUSE: set it to 1"),
-            (s.ngram_tilt_enabled and not experts_in_use(s), "NGRAM_TILT_ENABLED has no expert in use: "
-             f"lower {' or '.join(e.threshold.upper() for e in EXPERTS.values())} to at most 1"),
-            (s.awq_lite_enabled and s.quant_allocation != "hand",
-             "AWQ_LITE_ENABLED changes steps that are set by hand, not by QUANT_ALLOCATION: "
-             "set QUANT_ALLOCATION=hand or leave it out"),
-            (reserve != "auto" and not (is_number(reserve) and float(reserve) >= 0),
-             "GPTQ_RESERVE_SECONDS must be a number of seconds >= 0, or auto"),
-            (is_number(reserve) and 0 < s.max_wallclock_seconds <= float(reserve),
-             "GPTQ_RESERVE_SECONDS leaves nothing of MAX_WALLCLOCK_SECONDS to train in: lower it"),
-            (s.code_form.startswith("lean") and s.beyond_the_system(),
-             f"CODE_FORM leaves out what {', '.join(s.beyond_the_system())} needs: set CODE_FORM=auto"),
-        ):
-            self.refuse(refused, why)
-        weights = sum(map(math.prod, GPT.shapes(s).values()))
-        if weights > MOST_WEIGHTS:
-            raise self.mistake("MODEL_DIM, NUM_LAYERS, MLP_MULT and VOCAB_SIZE make "
-                               f"{weights:,} weights: at most {MOST_WEIGHTS:,}, lower them")
-
-    def check_resume(self) -> None:
-        """Refuse checkpoints that nothing could use; RESUME where it could not go on,
-        or would spend a budget twice."""
-        if self.checkpoint_every_seconds and self.max_wallclock_seconds:
-            raise self.mistake("CHECKPOINT_EVERY_SECONDS has no effect under MAX_WALLCLOCK_SECONDS: a run "
-                               "with a budget keeps averages; set one of them to 0")
-        if not self.resume:
-            return
-        if self.max_wallclock_seconds:
-            raise self.mistake("RESUME would spend MAX_WALLCLOCK_SECONDS twice: a run with a budget goes on "
-                               "by EVAL_ONLY_PATH=…/checkpoint/average.pt")
-        if self.eval_only_path or self.eval_only_quantized_path:
-            raise self.mistake("RESUME trains: leave EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH out")
-        if not self.artifact_dir:
-            raise self.mistake("RESUME goes on in a folder: set ARTIFACT_DIR to that of the run")
+        """Refuse settings that contradict each other; every chapter knows its own."""
+        check_model(self)
+        check_scoring(self)
+        check_adapt(self)
+        check_counts(self)
+        check_run(self)
+        check_training(self)
+        check_quantise(self)
+        check_code_form(self)
 
     def batch_shape(self, world_size: int) -> tuple[int, int]:
         """(micro-batches per step and rank, tokens of one micro-batch), checked
@@ -689,12 +613,14 @@ class Settings:
         parts = world_size * accum
         tokens, rest = divmod(self.train_batch_tokens, parts)
         if rest:
-            raise self.mistake(f"TRAIN_BATCH_TOKENS is not divisible by {world_size} ranks x {accum} "
-                               f"micro-batches: choose a multiple of {parts}, or GRAD_ACCUM_STEPS")
+            raise UserError(f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not divisible by "
+                            f"{world_size} ranks x {accum} micro-batches: choose a multiple of {parts}, "
+                            "or another GRAD_ACCUM_STEPS")
         for _, length in context_stages(self):
             if tokens % length and (self.train_seq_schedule or LOADERS[self.train_loader].windowed):
-                raise self.mistake(f"TRAIN_BATCH_TOKENS makes micro-batches of {tokens} tokens, no rows of "
-                                   f"{length}: choose a multiple of {parts * length}")
+                raise UserError(f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} makes micro-batches of "
+                                f"{tokens} tokens, no rows of {length}: choose a multiple of "
+                                f"{parts * length}")
         return accum, tokens
 
     @property
@@ -790,6 +716,39 @@ def context_stages(s: Settings) -> list[tuple[float, int]]:
 # ============================================================================================================
 # 3  Model: one forward for training, scoring and adaptation
 # ============================================================================================================
+
+def check_model(s: Settings) -> None:
+    """Refuse sizes and shapes that do not fit together."""
+    if s.model_dim % s.num_heads:
+        raise UserError(f"MODEL_DIM={s.model_dim} is not divisible by NUM_HEADS={s.num_heads}: "
+                        f"choose a multiple of {s.num_heads}")
+    if s.num_heads % s.num_kv_heads:
+        raise UserError(f"NUM_HEADS={s.num_heads} is not divisible by NUM_KV_HEADS={s.num_kv_heads}: "
+                        "choose a divisor")
+    if s.head_dim % 2:
+        raise UserError(f"MODEL_DIM={s.model_dim} over NUM_HEADS={s.num_heads} is odd: "
+                        "rotary embedding needs it even")
+    if s.rope_dims % 2 or s.rope_dims > s.head_dim:
+        raise UserError(f"ROPE_DIMS={s.rope_dims} does not fit: it must be even and at most the "
+                        f"head width {s.head_dim}")
+    if s.gate_window > s.model_dim:
+        raise UserError(f"GATE_WINDOW={s.gate_window} exceeds MODEL_DIM={s.model_dim}: lower it")
+    if s.hidden_dim < 1:
+        raise UserError(f"MLP_MULT={s.mlp_mult:g} leaves no hidden unit of MODEL_DIM={s.model_dim}: "
+                        "raise it")
+    if s.num_loops and not s.loop_start <= s.loop_end < s.num_layers:
+        raise UserError(f"LOOP_START={s.loop_start} <= LOOP_END={s.loop_end} < NUM_LAYERS={s.num_layers} "
+                        "does not hold: correct them, or set NUM_LOOPS=0")
+    slots = s.num_layers + s.num_loops * (s.loop_end - s.loop_start + 1)
+    if slots > MOST_SLOTS:
+        raise UserError(f"NUM_LOOPS={s.num_loops} makes {slots} executed layers: at most {MOST_SLOTS}, "
+                        "lower it")
+    weights = sum(map(math.prod, GPT.shapes(s).values()))
+    if weights > MOST_WEIGHTS:
+        raise UserError(f"MODEL_DIM={s.model_dim}, NUM_LAYERS={s.num_layers}, MLP_MULT={s.mlp_mult:g} and "
+                        f"VOCAB_SIZE={s.vocab_size} make {weights:,} weights: at most {MOST_WEIGHTS:,}, "
+                        "lower them")
+
 
 # Role of every parameter; one without a role stops the run. matrix: Muon; the others: AdamW.
 ROLES = {
@@ -1481,6 +1440,25 @@ class Optimiser:
 # 5  Training: schedule, warm-up and rewind, average
 # ============================================================================================================
 
+def check_training(s: Settings) -> None:
+    """Refuse a schedule without its longest stage, and a reserve that leaves no time."""
+    longest = max(length for _, length in context_stages(s))
+    if longest != s.train_seq_len:
+        raise UserError(f"TRAIN_SEQ_LEN={s.train_seq_len} is not the longest stage of TRAIN_SEQ_SCHEDULE="
+                        f"{s.train_seq_schedule}, {longest}: make them equal")
+    if s.train_seq_schedule and LOADERS[s.train_loader].windowed:
+        raise UserError(f"TRAIN_LOADER={s.train_loader} has windows of one length: TRAIN_SEQ_SCHEDULE "
+                        "needs stream or docpack")
+    reserve, budget = s.gptq_reserve_seconds, s.max_wallclock_seconds
+    if reserve == "auto":
+        return
+    if not is_number(reserve) or float(reserve) < 0:
+        raise UserError(f"GPTQ_RESERVE_SECONDS={reserve} must be a number of seconds >= 0, or auto")
+    if 0 < budget <= float(reserve):
+        raise UserError(f"GPTQ_RESERVE_SECONDS={reserve} leaves nothing of MAX_WALLCLOCK_SECONDS={budget:g} "
+                        "to train in: lower it")
+
+
 def stage_at(stages: list[tuple[float, float]], progress: float):
     """The value of the first stage that has not ended."""
     return next(value for end, value in stages if min(progress, 1.0) <= end)
@@ -1682,6 +1660,13 @@ def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
 # ============================================================================================================
 # 6  Quantise: Hessians, GPTQ, low-rank repair
 # ============================================================================================================
+
+def check_quantise(s: Settings) -> None:
+    """Refuse what has no effect on steps by curvature."""
+    if s.awq_lite_enabled and s.quant_allocation != "hand":
+        raise UserError("AWQ_LITE_ENABLED=1 changes steps that are set by hand, not by "
+                        f"QUANT_ALLOCATION={s.quant_allocation}: set QUANT_ALLOCATION=hand or leave it out")
+
 
 SMALL_TENSOR = 65536      # tensors of at most this many elements are stored as float16
 HALF_LARGEST = 65504.0    # float16's
@@ -2477,6 +2462,12 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
 # 7  Score: the ledger and sliding windows
 # ============================================================================================================
 
+def check_scoring(s: Settings) -> None:
+    """Refuse windows that would leave targets out."""
+    if s.eval_stride > s.eval_seq_len:
+        raise UserError(f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}: lower it")
+
+
 class Score(NamedTuple):
     """Sums over scored targets: nats, bytes, targets."""
     loss_sum: float
@@ -2668,6 +2659,26 @@ class Scorer:
 # ============================================================================================================
 # 8  Adapt: score-first test-time training
 # ============================================================================================================
+
+def check_adapt(s: Settings) -> None:
+    """Refuse adaptation that could not work, or would let later text reach earlier."""
+    largest = max(chunk for _, chunk in chunk_steps(s))
+    if largest > s.ttt_eval_seq_len:
+        raise UserError(f"TTT_CHUNK_SIZE={s.ttt_chunk_size}, or a chunk of TTT_SHORT_SCORE_FIRST_STEPS="
+                        f"{s.first_chunks}, exceeds TTT_EVAL_SEQ_LEN={s.ttt_eval_seq_len}: lower it")
+    if s.ttt_doc_order == "stream" and s.ttt_warm_start_a and not s.ttt_shared_a:
+        raise UserError("TTT_DOC_ORDER=stream, TTT_WARM_START_A=1 and TTT_SHARED_A=0 let A carry what later "
+                        "documents taught it to earlier ones: set TTT_WARM_START_A=0 or "
+                        "TTT_DOC_ORDER=length")
+    if s.ttt_doc_order == "stream" and s.ttt_train_min_doc_len:
+        raise UserError(f"TTT_TRAIN_MIN_DOC_LEN={s.ttt_train_min_doc_len} asks where a document ends before "
+                        "it is read, which TTT_DOC_ORDER=stream does not allow: set TTT_TRAIN_MIN_DOC_LEN=0 "
+                        "or TTT_DOC_ORDER=length")
+    if s.ttt_enabled and not any(getattr(s, f"ttt_{kind}_lora") for kind in ADAPTED):
+        raise UserError("TTT_ENABLED=1 has nothing to adapt: set a TTT_*_LORA to 1, or TTT_ENABLED=0")
+    if s.ttt_cache_lambda and not s.ttt_kv_reuse:
+        raise UserError(f"TTT_CACHE_LAMBDA={s.ttt_cache_lambda:g} needs TTT_KV_REUSE=1, not 0")
+
 
 ADAPTED = ("q", "k", "v", "o", "mlp", "head")       # what a TTT_*_LORA switches
 
@@ -3206,6 +3217,31 @@ def phase_steps(s: Settings, tokens: int) -> int:
 # ============================================================================================================
 # 9  World, clocks, log, and what is kept on disk
 # ============================================================================================================
+
+def check_run(s: Settings) -> None:
+    """Refuse stages that exclude each other, and to go on where it cannot be done."""
+    if s.eval_only_path and s.eval_only_quantized_path:
+        raise UserError(f"EVAL_ONLY_PATH={s.eval_only_path} and EVAL_ONLY_QUANTIZED_PATH="
+                        f"{s.eval_only_quantized_path} are both set: keep one")
+    if s.quantize_only and s.prequant_only:
+        raise UserError("QUANTIZE_ONLY=1 and PREQUANT_ONLY=1 leave nothing to make: keep one")
+    if s.eval_only_quantized_path and (s.quantize_only or s.prequant_only):
+        raise UserError(f"EVAL_ONLY_QUANTIZED_PATH={s.eval_only_quantized_path} scores an artifact, which "
+                        "QUANTIZE_ONLY and PREQUANT_ONLY leave out: set both to 0")
+    budget, every = s.max_wallclock_seconds, s.checkpoint_every_seconds
+    if every and budget:
+        raise UserError(f"CHECKPOINT_EVERY_SECONDS={every:g} has no effect under MAX_WALLCLOCK_SECONDS="
+                        f"{budget:g}: a run with a budget keeps averages; set one of them to 0")
+    if not s.resume:
+        return
+    if budget:
+        raise UserError(f"RESUME=1 would spend MAX_WALLCLOCK_SECONDS={budget:g} twice: a run with a budget "
+                        "goes on by EVAL_ONLY_PATH=…/checkpoint/average.pt")
+    if s.eval_only_path or s.eval_only_quantized_path:
+        raise UserError("RESUME=1 trains: leave EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH out")
+    if not s.artifact_dir:
+        raise UserError("RESUME=1 goes on in a folder: set ARTIFACT_DIR to that of the run")
+
 
 def set_up(s: Settings, world: World) -> str:
     """Seeds, arithmetic, attention backend: once per process. Returns why this
@@ -6062,6 +6098,13 @@ def resolve_attention(choice: str, device) -> tuple[str, str]:
 # 12  Pack: the artifact is one file of checked streams, without pickle
 # ============================================================================================================
 
+def check_code_form(s: Settings) -> None:
+    """Refuse to ship the script without what its settings need."""
+    if s.code_form.startswith("lean") and (names := s.beyond_the_system()):
+        raise UserError(f"CODE_FORM={s.code_form} leaves out what {', '.join(names)} needs: "
+                        "set CODE_FORM=auto")
+
+
 # --- container
 
 MAGIC, ARTIFACT_VERSION = b"\x93PGOLF\r\n", 3    # a high byte and a line end: text-mode copies are noticed
@@ -6895,6 +6938,13 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
 # ============================================================================================================
 # 13  Counts of earlier text: the score leans towards what followed the same context before
 # ============================================================================================================
+
+def check_counts(s: Settings) -> None:
+    """Refuse a tilt by which no expert ever speaks."""
+    if s.ngram_tilt_enabled and not experts_in_use(s):
+        thresholds = " or ".join(expert.threshold.upper() for expert in EXPERTS.values())
+        raise UserError(f"NGRAM_TILT_ENABLED=1 has no expert in use: lower {thresholds} to at most 1")
+
 
 # --- n-gram tilt: the score leans towards what followed the same context earlier
 
@@ -7801,29 +7851,33 @@ class LineageSettings(Settings):
 
     def check_consistency(self) -> None:
         super().check_consistency()
-        s = self
-        orders = [1]      # none are asked for: tokens alone are counted
-        if s.corrector_orders:
-            orders = whole_numbers(s.corrector_orders.strip(","))
-        gates = s.sparse_attn_gate_enabled + s.gated_attn_enabled + s.attn_out_gate_enabled
-        ve_layers = whole_numbers(s.ve_layers) or [math.inf]
-        schedule(s.midrun_cap_schedule, 1.0, float)
-        for refused, why in (
-            (s.rope_yarn and (s.rope_dims or s.head_dim) == 2,
-             "ROPE_YARN has no exponent for 2 rotated channels: raise ROPE_DIMS or set ROPE_YARN=0"),
-            (s.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE leaves no row for pairs: set 0, or more"),
-            (s.ve_enabled and (max(ve_layers) >= s.num_layers or len({*ve_layers}) < len(ve_layers)),
-             "VE_LAYERS must be layers below NUM_LAYERS, each once: as 9,10"),
-            (s.matrix_lr_early and not s.matrix_lr, "MATRIX_LR_EARLY is relative to MATRIX_LR: raise that"),
-            (gates > 1, "more than one attention gate is on: keep one of SPARSE_ATTN_GATE_ENABLED, "
-                        "GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED and set the others to 0"),
-            (not orders or not 0 < min(orders) <= max(orders) <= MOST_ORDER,
-             f"CORRECTOR_ORDERS does not fit: it must be whole numbers from 1 to {MOST_ORDER}, as 2,3,5"),
-            (s.quant_clip != "sigmas" and s.quant_allocation != "hand",
-             "QUANT_CLIP changes steps that are set by hand, not by QUANT_ALLOCATION: "
-             "set QUANT_ALLOCATION=hand or leave it out"),
-        ):
-            self.refuse(refused, why)
+        check_lineage(self)
+
+
+def check_lineage(s: LineageSettings) -> None:
+    """Refuse settings of older systems that do not go together."""
+    if s.rope_yarn and (s.rope_dims or s.head_dim) == 2:
+        raise UserError("ROPE_YARN=1 has no exponent for 2 rotated channels: raise ROPE_DIMS or "
+                        "set ROPE_YARN=0")
+    if s.bigram_vocab_size == 1:
+        raise UserError("BIGRAM_VOCAB_SIZE=1 leaves no row for pairs: set 0, or more")
+    layers = s.value_layers
+    if s.ve_enabled and not (layers and max(layers) < s.num_layers and len({*layers}) == len(layers)):
+        raise UserError(f"VE_LAYERS={s.ve_layers} must be layers below NUM_LAYERS={s.num_layers}, "
+                        "each once: as 9,10")
+    if s.matrix_lr_early and not s.matrix_lr:
+        raise UserError(f"MATRIX_LR_EARLY={s.matrix_lr_early:g} is relative to MATRIX_LR=0: raise that")
+    if s.sparse_attn_gate_enabled + s.gated_attn_enabled + s.attn_out_gate_enabled > 1:
+        raise UserError("more than one attention gate is on: keep one of SPARSE_ATTN_GATE_ENABLED, "
+                        "GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED and set the others to 0")
+    schedule(s.midrun_cap_schedule, 1.0, float)
+    orders = whole_numbers(s.corrector_orders.strip(","))
+    if s.corrector_orders and not (orders and 0 < min(orders) <= max(orders) <= MOST_ORDER):
+        raise UserError(f"CORRECTOR_ORDERS={s.corrector_orders} must be whole numbers from 1 to "
+                        f"{MOST_ORDER}, as 2,3,5")
+    if s.quant_clip != "sigmas" and s.quant_allocation != "hand":
+        raise UserError(f"QUANT_CLIP={s.quant_clip} changes steps that are set by hand, not by "
+                        f"QUANT_ALLOCATION={s.quant_allocation}: set that to hand or leave it out")
 
 
 Settings = LineageSettings
