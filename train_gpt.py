@@ -389,15 +389,18 @@ MOST = {int: 10 ** 9, float: 1e6, str: 1000}
 
 def knob(default, doc, lo=None, hi=None, group=None, choices=()):
     """A setting: default (its type is the setting's type), meaning with unit,
-    inclusive bounds."""
-    hi = MOST.get(type(default)) if hi is None else hi
-    lo = -hi if lo is None and type(default) is float else lo
+    inclusive bounds. group: heading of --help over this one and those that follow."""
+    if hi is None:
+        hi = MOST.get(type(default))
+    if lo is None and type(default) is float:
+        lo = -hi
     return field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, group=group, choices=choices))
 
 
 def choice(words, doc, group=None):
     """A setting that is one of some words, the first by default."""
-    return knob(words.split()[0], doc, group=group, choices=words.split())
+    choices = words.split()
+    return knob(choices[0], doc, group=group, choices=choices)
 
 
 @dataclass(frozen=True)
@@ -405,66 +408,81 @@ class Settings:
     """Every setting of the script. The environment name is the field's name in
     capitals."""
     # --- run
-    run_id: str = knob("", "name of the run (default: date and a random tag)", group="run")
+    run_id: str = knob("", "name of the run; by default date and a random tag", group="run")
     seed: int = knob(1337, "seed of weights, adapters and data order", 0, 2 ** 63 - 1)
     artifact_dir: str = knob("", "folder of the run's files (default: runs/<RUN_ID>)")
-    max_wallclock_seconds: float = knob(600.0, "training budget in s, artifact included; 0: ITERATIONS; over "
-                                        "600 s used is NON-COMPLIANT", 0)
-    eval_max_seconds: float = knob(600.0, "evaluation budget in s, watched by TTT; 0: none; over 600 s used "
-                                   "is NON-COMPLIANT", 0)
-    iterations: int = knob(20000, "most optimiser steps; without a time budget the schedule's length", 0)
-    train_log_every: int = knob(500, "steps between progress lines (the first ten always show)", 0)
-    val_loss_every: int = knob(0, "steps between validations in training, step 0 included; 0: none", 0)
-    checkpoint_every_seconds: float = knob(0.0, "seconds between checkpoints to go on from, without a time "
-                                           "budget; 0: none", 0)
-    resume: bool = knob(False, "go on from the checkpoint in ARTIFACT_DIR, to the bit, without a time budget")
-    eval_only_path: str = knob("", "averaged weights (.pt) to quantise, pack and score without training")
+    max_wallclock_seconds: float = knob(
+        600.0, "training budget in s, artifact included; above 600 NON-COMPLIANT; 0: none", 0)
+    eval_max_seconds: float = knob(
+        600.0, "evaluation budget in s, kept by TTT; above 600 NON-COMPLIANT; 0: none", 0)
+    iterations: int = knob(
+        20000, "most optimiser steps; without a budget the schedule's length", 0)
+    train_log_every: int = knob(
+        500, "steps between progress lines; the first ten always show", 0)
+    val_loss_every: int = knob(0, "steps between validations, from step 0 on; 0: none", 0)
+    checkpoint_every_seconds: float = knob(
+        0.0, "s between checkpoints, in a run without a budget; 0: none", 0)
+    resume: bool = knob(
+        False, "go on from the checkpoint in ARTIFACT_DIR, to the bit; without a budget")
+    eval_only_path: str = knob(
+        "", "averaged weights (.pt) to quantise, pack and score, untrained")
     eval_only_quantized_path: str = knob("", "artifact (.ptz) to score, nothing else")
     quantize_only: bool = knob(False, "stop when the artifact is written")
     prequant_only: bool = knob(False, "stop after scoring the averaged weights")
     # --- device
     attn_backend: str = choice("auto fa3 fa4 torch plain", "attention", group="device")
     compile: str = choice("auto 0 1", "torch.compile; auto: on a GPU")
-    compute_dtype: str = choice("auto float32 bfloat16", "activations; auto: bfloat16 on a GPU")
-    muon_dtype: str = choice("auto float32 bfloat16", "Muon and its traffic; auto: as above")
+    compute_dtype: str = choice(
+        "auto float32 bfloat16", "activations; auto: bfloat16 on GPUs")
+    muon_dtype: str = choice(
+        "auto float32 bfloat16", "Muon and its traffic; auto: as above")
     fused_ce_enabled: bool = knob(True, "fused cross-entropy kernel on a GPU")
     # --- data
     data_dir: str = knob("./data/", "folder that the next two default to", group="data")
     data_path: str = knob("", "folder with fineweb_train_*.bin and fineweb_val_*.bin")
     tokenizer_path: str = knob("", "SentencePiece model of the shards")
     vocab_size: int = knob(8192, "tokens in the vocabulary", 2, 65536)
-    caseops_enabled: bool = knob(True, "shards of the CaseOps tokenizer; needs the byte sidecar")
-    data_check: str = choice("quick full", "the data before training; full: every byte and every document")
-    train_loader: str = choice("stream docpack", "stream: every target once; or the field's")
-    train_batch_tokens: int = knob(786432, "tokens of one optimiser step, over all ranks", 1)
-    train_seq_len: int = knob(2048, "documents are cut to this many tokens in training", 2, 2 ** 24)
-    train_seq_schedule: str = knob("", "progressive context: length@progress, …; the largest: TRAIN_SEQ_LEN")
-    seq_change_warmup_steps: int = knob(32, "steps of the learning rate's ramp after a change; 0: none", 0)
-    grad_accum_steps: int = knob(0, "micro-batches of a step and rank; 0: 8 / number of ranks", 0)
-    val_batch_tokens: int = knob(524288, "tokens of a scoring batch, over 8 micro-batches", 8)
-    val_doc_fraction: float = knob(1.0, "share of the validation documents (below 1: no result)", 0, 1)
+    caseops_enabled: bool = knob(True, "shards of the CaseOps tokenizer, with byte sidecar")
+    data_check: str = choice(
+        "quick full", "data before training; full: every byte and document")
+    train_loader: str = choice("stream docpack", "every target once; or the field's")
+    train_batch_tokens: int = knob(786432, "tokens of one optimiser step, all ranks", 1)
+    train_seq_len: int = knob(2048, "documents are cut to this many tokens", 2, 2 ** 24)
+    train_seq_schedule: str = knob(
+        "", "growing context: length@progress, …; the last is TRAIN_SEQ_LEN")
+    seq_change_warmup_steps: int = knob(
+        32, "steps of a learning-rate ramp after a change; 0: none", 0)
+    grad_accum_steps: int = knob(0, "micro-batches of a step and rank; 0: 8 / ranks", 0)
+    val_batch_tokens: int = knob(524288, "tokens of a scoring batch, in 8 micro-batches", 8)
+    val_doc_fraction: float = knob(
+        1.0, "share of the validation documents; below 1 it is no result", 0, 1)
     # --- model
     num_layers: int = knob(11, "physical layers", 1, 256, group="model")
     model_dim: int = knob(512, "width", 8, 65536)
     num_heads: int = knob(8, "query heads", 1, 1024)
     num_kv_heads: int = knob(4, "key/value heads", 1, 1024)
     mlp_mult: float = knob(4.0, "hidden units of the MLP per channel", 0.01, 256)
-    negative_slope: float = knob(0.5, "slope of the MLP's squared LeakyReLU below zero", 0, 1)
+    negative_slope: float = knob(0.5, "slope of the MLP's squared LeakyReLU below 0", 0, 1)
     logit_softcap: float = knob(30.0, "logits are cap * tanh(z / cap)", 1e-3)
-    asym_logit_rescale: bool = knob(False, "two caps, for positive and negative logits, used in evaluation")
+    asym_logit_rescale: bool = knob(
+        False, "in evaluation, two caps: for positive and negative logits")
     rope_base: float = knob(10000.0, "rotary base", 1, 1e12)
     rope_dims: int = knob(16, "rotated channels of a head; 0: all", 0)
     qk_gain_init: float = knob(5.0, "initial gain of the normalised queries, per head")
-    xsa_last_n: int = knob(11, "last layers whose attention output is made orthogonal to its own value", 0)
+    xsa_last_n: int = knob(
+        11, "last layers whose attention output is made orthogonal to its value", 0)
     num_loops: int = knob(2, "extra passes over layers LOOP_START..LOOP_END", 0, 1000)
     loop_start: int = knob(3, "first layer of the loop", 0)
     loop_end: int = knob(5, "last layer of the loop", 0)
-    enable_looping_at: float = knob(0.35, "share of the training budget after which loops run", 0, 1)
-    parallel_start_layer: int = knob(8, "decoder layers from here on run as two lanes; 0: none", 0)
+    enable_looping_at: float = knob(
+        0.35, "share of training's time after which loops run", 0, 1)
+    parallel_start_layer: int = knob(
+        8, "decoder layers from here on have two lanes; 0: none", 0)
     gate_window: int = knob(12, "channels that the smear and attention gates read", 1)
     smear_gate_enabled: bool = knob(True, "mix the previous token's embedding in")
     smear_gate_bos_fix: bool = knob(True, "never across a BOS")
-    sparse_attn_gate_enabled: bool = knob(True, "gate each head by GATE_WINDOW channels of the block input")
+    sparse_attn_gate_enabled: bool = knob(
+        True, "gate heads by GATE_WINDOW channels of the block input")
     sparse_attn_gate_scale: float = knob(0.5, "slope of that gate")
     tied_embed_init_std: float = knob(0.005, "initial spread of the embedding", 0)
     # --- optimiser
@@ -481,17 +499,22 @@ class Settings:
     muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", 0, 0.999999)
     muon_momentum_warmup_steps: int = knob(1500, "steps of the momentum's warm-up", 0)
     grad_clip_norm: float = knob(0.3, "largest norm of the gradient; 0: no clipping", 0)
-    grad_clip_mode: str = choice("global per_rank", "clip the average, or as the field each rank's own")
-    warmup_steps: int = knob(20, "compile and warm-up steps on random tokens, undone before training", 0)
-    warmdown_frac: float = knob(0.85, "last share of the budget, of falling learning rate", 0, 1)
+    grad_clip_mode: str = choice(
+        "global per_rank", "clip the average; or, as the field, each rank's")
+    warmup_steps: int = knob(20, "steps on random tokens that compile, then undone", 0)
+    warmdown_frac: float = knob(
+        0.85, "last share of training, with a falling learning rate", 0, 1)
     min_lr: float = knob(0.1, "lowest learning rate, as a share of the peak", 0, 1)
     ema_decay: float = knob(0.9965, "averaging of the weights, per step", 0, 0.999999)
     # --- quantise and pack
-    quant_allocation: str = choice("fisher hand", "steps by curvature; or bits and sigmas", group="quantise")
-    quant_trellis: bool = knob(True, "trellis-coded quantisation (8 states), with fisher steps")
+    quant_allocation: str = choice(
+        "fisher hand", "steps by curvature; or by bits, sigmas", group="quantise")
+    quant_trellis: bool = knob(
+        True, "trellis-coded quantisation, 8 states, with fisher steps")
     matrix_bits: int = knob(6, "bits of the matrices (hand)", 2, 8)
     embed_bits: int = knob(7, "bits of the embedding (hand)", 2, 8)
-    matrix_clip_sigmas: float = knob(12.85, "range of the codes in standard deviations of a row (hand)", 0.1)
+    matrix_clip_sigmas: float = knob(
+        12.85, "range of codes in standard deviations of a row (hand)", 0.1)
     attn_clip_sigmas: float = knob(13.0, "the same for attention matrices", 0.1)
     mlp_clip_sigmas: float = knob(11.5, "the same for MLP matrices", 0.1)
     embed_clip_sigmas: float = knob(14.0, "the same for the embedding", 0.1)
@@ -499,39 +522,48 @@ class Settings:
     awq_lite_bits: int = knob(8, "their bits", 2, 8)
     awq_lite_group_size: int = knob(64, "columns of a group", 1)
     awq_lite_group_top_k: int = knob(1, "groups, over all matrices", 1)
-    gated_attn_quant_gate: bool = knob(True, "store attention gates as int8 per row, not float16")
-    gptq_calibration_batches: int = knob(16, "training micro-batches behind the Hessians, over all ranks", 1)
-    gptq_reserve_seconds: str = knob("auto", "least training seconds for chapters 9 and 10; auto: rehearsed")
+    gated_attn_quant_gate: bool = knob(True, "attention gates as int8 per row, not float16")
+    gptq_calibration_batches: int = knob(
+        16, "training micro-batches, of all ranks, behind the Hessians", 1)
+    gptq_reserve_seconds: str = knob(
+        "auto", "least s of the budget for quantising and packing; auto: rehearsed")
     lqer_enabled: bool = knob(False, "low-rank repair of the largest rounding errors")
     lqer_rank: int = knob(4, "its rank", 1, 65536)
     lqer_top_k: int = knob(3, "how many matrices get it", 0)
     lqer_asym_group: int = knob(64, "values that share a scale in the 4-bit factor", 1)
-    logit_calib_enabled: bool = knob(False, "fit scale and 14 biases of the quantised logits in training")
+    logit_calib_enabled: bool = knob(
+        False, "fit scale and 14 biases of the quantised logits in training")
     logit_calib_tokens: int = knob(100000, "training targets for it", 1)
     logit_calib_stride: int = knob(64, "targets scored in a window of EVAL_SEQ_LEN", 1)
     logit_calib_batch_seqs: int = knob(8, "windows of one step", 1)
     logit_calib_epochs: int = knob(1, "passes over them", 1)
     logit_calib_lr: float = knob(0.003, "learning rate", 0)
     logit_calib_l2: float = knob(0.01, "pull towards no calibration", 0)
-    fit_margin_bytes: int = knob(4096, "the fitter stops this close to the limit", 256, 10 ** 7)
-    code_form: str = choice("auto readable packed lean lean_packed", "the script that is shipped and "
-                            "counted. packed: self-extracting; lean: parts one and two alone; auto: packed, "
-                            "and lean where the settings allow it")
+    fit_margin_bytes: int = knob(
+        4096, "the fitter stops this close to the limit", 256, 10 ** 7)
+    code_form: str = choice(
+        "auto readable packed lean lean_packed",
+        "the script that ships and counts. packed: self-extracting; lean: without part three, "
+        "where no setting needs it; auto: the smallest")
     # --- score
-    eval_seq_len: int = knob(2048, "window of the sliding evaluation, in tokens", 2, 2 ** 24, group="score")
+    eval_seq_len: int = knob(
+        2048, "tokens of a window of the sliding evaluation", 2, 2 ** 24, group="score")
     eval_stride: int = knob(64, "tokens between two windows of one document", 1)
     sliding_window_enabled: bool = knob(True, "score the artifact by sliding windows")
-    eval_kv_reuse: bool = knob(True, "keep keys and values beyond the window; 0: encode again")
+    eval_kv_reuse: bool = knob(
+        True, "keep keys and values beyond the window; 0: encode again")
     ttt_enabled: bool = knob(True, "score the artifact with score-first test-time training")
     ttt_eval_seq_len: int = knob(2048, "context of TTT, in tokens", 2, 2 ** 24)
-    ttt_kv_reuse: bool = knob(True, "keep earlier keys and values; 0: encode the context again and again")
+    ttt_kv_reuse: bool = knob(
+        True, "keep earlier keys and values; 0: encode the context again")
     ttt_shared_a: bool = knob(True, "one frozen A for all documents, only B is adapted")
-    ttt_doc_order: str = choice("stream length", "adapt in the stream's order, or longest first as the field")
+    ttt_doc_order: str = choice(
+        "stream length", "adapt in the stream's order; or longest first, as the field")
     ttt_chunk_size: int = knob(48, "tokens scored between two adapter steps", 1)
-    ttt_short_score_first_enabled: bool = knob(True, "smaller chunks in the first tokens of a document; with "
-                                               "TTT_DOC_ORDER=length for groups of shorter documents")
-    ttt_short_score_first_steps: str = knob("8000:24", "position (length: longest document of a group) below "
-                                            "which:chunk, …; beyond: TTT_CHUNK_SIZE")
+    ttt_short_score_first_enabled: bool = knob(
+        True, "other chunks at the start of a document; with order length: for short ones")
+    ttt_short_score_first_steps: str = knob(
+        "8000:24", "position (order length: longest document) up to which:chunk, …")
     ttt_batch_size: int = knob(64, "documents adapted side by side", 1, 65536)
     ttt_lora_rank: int = knob(80, "rank of the adapters", 1, 65536)
     ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank", 0)
@@ -542,20 +574,22 @@ class Settings:
     ttt_o_lora: bool = knob(True, "adapt the attention output (from the block input)")
     ttt_mlp_lora: bool = knob(True, "adapt the MLP")
     ttt_head_lora: bool = knob(True, "adapt the output head")
-    ttt_optimizer: str = choice("normalised adam", "steps: the gradient over its RMS, or AdamW")
+    ttt_optimizer: str = choice("normalised adam", "steps: gradient over its RMS; or AdamW")
     ttt_local_lr_mult: float = knob(1.0, "factor on TTT_LORA_LR", 0)
     ttt_beta1: float = knob(0.0, "AdamW's first moment, or SGD's momentum", 0, 0.999999)
     ttt_beta2: float = knob(0.99, "AdamW's second moment", 0, 0.999999)
     ttt_weight_decay: float = knob(0.5, "weight decay of the adapters", 0)
     ttt_grad_steps: int = knob(1, "adapter steps per chunk", 1)
-    ttt_train_min_doc_len: int = knob(0, "shorter documents are scored without adapting: as published, their "
-                                      "end is known beforehand", 0)
-    ttt_train_max_doc_len: int = knob(0, "so are longer ones (stream: their tokens beyond); 0: none", 0)
-    ttt_cache_lambda: float = knob(0.0, "weight, in TTT's scores, of what followed earlier hidden states of "
-                                   "the document that are like the present one; 0: none", 0, 1)
+    ttt_train_min_doc_len: int = knob(
+        0, "shorter documents only get scored; with order length alone", 0)
+    ttt_train_max_doc_len: int = knob(
+        0, "so do longer ones (order stream: tokens beyond); 0: none", 0)
+    ttt_cache_lambda: float = knob(
+        0.0, "weight in scores of what followed like hidden states before; 0: none", 0, 1)
     ttt_cache_theta: float = knob(36.0, "how fast a state's say falls with its distance", 0)
-    ttt_warm_start_a: bool = knob(True, "keep A from document to document (B always restarts at 0)")
-    phased_ttt_prefix_docs: int = knob(2500, "documents that adapt the base weights once they are scored", 0)
+    ttt_warm_start_a: bool = knob(True, "keep A from document to document; B restarts at 0")
+    phased_ttt_prefix_docs: int = knob(
+        2500, "documents that, once scored, adapt the base weights", 0)
     phased_ttt_num_phases: int = knob(3, "in how many phases", 1)
     global_ttt_lr: float = knob(0.001, "SGD on the base weights: peak learning rate", 0)
     global_ttt_momentum: float = knob(0.9, "its momentum", 0, 0.999999)
@@ -563,10 +597,11 @@ class Settings:
     global_ttt_chunk_tokens: int = knob(32768, "tokens of one step of its learning rate", 2)
     global_ttt_batch_seqs: int = knob(32, "sequences of one batch", 1)
     global_ttt_grad_clip: float = knob(1.0, "largest gradient norm; 0: no clipping", 0)
-    ngram_tilt_enabled: bool = knob(False, "tilt scores towards what followed the same context earlier")
+    ngram_tilt_enabled: bool = knob(
+        False, "tilt scores towards what followed the same context before")
     ngram_doc_order: str = choice("scored stream", "what counts grow by")
-    token_order: int = knob(16, "token expert: length of context and hint together", 1, 1024)
-    token_threshold: float = knob(0.8, "it speaks from this confidence on; above 1: never", 0)
+    token_order: int = knob(16, "token expert: length of context with hint", 1, 1024)
+    token_threshold: float = knob(0.8, "it speaks from this confidence on", 0)
     token_boost: float = knob(2.625, "nats added to its hint's logit", 0)
 
     @classmethod
@@ -574,24 +609,10 @@ class Settings:
         """Read and check every setting; a name nothing reads stops the run with the
         nearest right one."""
         known = {f.name.upper(): f for f in fields(cls)}
-        env = {k: v for k, v in env.items() if v or (k in known and is_free_text(known[k]))}
-        for name, (only, why) in NO_SETTINGS.items():
-            value = env.pop(name, "")
-            if name == "EMBEDDING_DIM" and is_number(env.get("MODEL_DIM", "")):
-                only = float(env["MODEL_DIM"])
-            if value and only is not None and (float(value) if is_number(value) else value) != only:
-                raise UserError(f"{name}={value} is not to be had here, only {only}: {why}")
-        for old in ALIASES:
-            if value := env.pop(old, ""):
-                env = {**dict(zip(ALIASES[old].split(), translate(old, value))), **env}
-        if any(env.get(name, idle) != idle for name, idle in BY_HAND.items()):
-            env.setdefault("QUANT_ALLOCATION", "hand")
-        for name in env:
-            if name not in known and (nearest := looks_like_ours(name, known)) is not None:
-                raise UserError(f"unknown setting {name}: the nearest known one is {nearest} "
-                                "(python train_gpt.py --help lists all); if it is of another program, start "
-                                f"this one by: env -u {name} python train_gpt.py")
-        s = cls(**{f.name: parse_setting(f, env[name]) for name, f in known.items() if name in env})
+        env = without_old_names(env, known)
+        refuse_misspelt(env, known)
+        values = {f.name: parse_setting(f, env[name]) for name, f in known.items() if name in env}
+        s = cls(**values)
         s.check_consistency()
         return s
 
@@ -610,17 +631,16 @@ class Settings:
         """(micro-batches per step and rank, tokens of one micro-batch), checked
         against the ranks."""
         accum = self.grad_accum_steps or max(1, 8 // world_size)
-        parts = world_size * accum
-        tokens, rest = divmod(self.train_batch_tokens, parts)
-        if rest:
-            raise UserError(f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not divisible by "
-                            f"{world_size} ranks x {accum} micro-batches: choose a multiple of {parts}, "
-                            "or another GRAD_ACCUM_STEPS")
-        for _, length in context_stages(self):
-            if tokens % length and (self.train_seq_schedule or LOADERS[self.train_loader].windowed):
-                raise UserError(f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} makes micro-batches of "
-                                f"{tokens} tokens, no rows of {length}: choose a multiple of "
-                                f"{parts * length}")
+        batch, parts = self.train_batch_tokens, world_size * accum
+        if batch % parts:
+            raise UserError(f"TRAIN_BATCH_TOKENS={batch} is not divisible by {world_size} ranks x {accum} "
+                            f"micro-batches: choose a multiple of {parts}, or another GRAD_ACCUM_STEPS")
+        tokens = batch // parts
+        if self.train_seq_schedule or LOADERS[self.train_loader].windowed:
+            for _, length in context_stages(self):
+                if tokens % length:
+                    raise UserError(f"TRAIN_BATCH_TOKENS={batch} makes micro-batches of {tokens} tokens, "
+                                    f"no rows of {length}: choose a multiple of {parts * length}")
         return accum, tokens
 
     @property
@@ -639,23 +659,30 @@ class Settings:
     def shards(self) -> Path:
         """DATA_PATH, else the folder that data/fetch.py makes, else the field's place
         for it."""
-        fetched = Path(self.data_dir) / f"sp{self.vocab_size}{'_caseops' * self.caseops_enabled}"
-        name = f"fineweb10B_sp{self.vocab_size}"
-        if self.caseops_enabled:
-            name = f"{name}_caseops/datasets/datasets/{name}_lossless_caps_caseops_v1_reserved"
-        field_place = Path(self.data_dir) / "datasets" / name
-        return Path(self.data_path or (fetched if fetched.is_dir() else field_place))
+        if self.data_path:
+            return Path(self.data_path)
+        folder, name = Path(self.data_dir), f"sp{self.vocab_size}"
+        fetched = folder / (f"{name}_caseops" if self.caseops_enabled else name)
+        if fetched.is_dir():
+            return fetched
+        if not self.caseops_enabled:
+            return folder / "datasets" / f"fineweb10B_{name}"
+        return (folder / f"datasets/fineweb10B_{name}_caseops/datasets/datasets"
+                / f"fineweb10B_{name}_lossless_caps_caseops_v1_reserved")
 
     @property
     def tokenizer(self) -> Path:
         """TOKENIZER_PATH, else the one beside the shards, else the field's place for
         it."""
-        if not self.tokenizer_path and (self.shards / "tokenizer.model").is_file():
-            return self.shards / "tokenizer.model"
-        caseops = (f"datasets/fineweb10B_sp{self.vocab_size}_caseops/datasets/tokenizers/"
-                   f"fineweb_{self.vocab_size}_bpe_lossless_caps_caseops_v1_reserved.model")
-        plain = f"tokenizers/fineweb_{self.vocab_size}_bpe.model"
-        return Path(self.tokenizer_path or Path(self.data_dir) / (caseops if self.caseops_enabled else plain))
+        if self.tokenizer_path:
+            return Path(self.tokenizer_path)
+        beside, folder, v = self.shards / "tokenizer.model", Path(self.data_dir), self.vocab_size
+        if beside.is_file():
+            return beside
+        if not self.caseops_enabled:
+            return folder / "tokenizers" / f"fineweb_{v}_bpe.model"
+        return (folder / f"datasets/fineweb10B_sp{v}_caseops/datasets/tokenizers"
+                / f"fineweb_{v}_bpe_lossless_caps_caseops_v1_reserved.model")
 
     @property
     def first_chunks(self) -> str:
@@ -674,7 +701,8 @@ class Settings:
 
     def changed(self) -> dict:
         """The settings that differ from their defaults."""
-        return {k: v for (k, v), f in zip(self.as_env().items(), fields(self)) if v != f.default}
+        defaults = {f.name.upper(): f.default for f in fields(self)}
+        return {name: value for name, value in self.as_env().items() if value != defaults[name]}
 
     def beyond_the_system(self) -> list[str]:
         """Names of settings that ask for more than parts one and two have."""
@@ -684,8 +712,8 @@ class Settings:
 def chunk_steps(s: Settings) -> list[tuple[float, int]]:
     """(position, or length of a group's longest document, up to which; chunk); the
     last bound is infinite."""
-    text, steps = s.first_chunks, []
-    for part in filter(None, text.replace("=", ":").replace(" ", "").split(",")):
+    steps, text = [], s.first_chunks
+    for part in listed(text.replace("=", ":")):
         step = whole_numbers(part.replace(":", ",", 1))
         if len(step) != 2 or min(step) < 1:
             raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, as 256:8,2000:24")
@@ -698,14 +726,23 @@ def schedule(text: str, otherwise, kind: type = int) -> list[tuple[float, float]
     progress; the last one goes on to the end. Without text one stage of `otherwise`.
     UserError unless values and shares are above 0."""
     stages = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    for part in listed(text):
         value, _, end = part.partition("@")
         good = is_number(value) and is_number(end) and 0 < float(end) <= 1
         if not good or float(value) <= 0 or kind(float(value)) != float(value):
             raise UserError(f"the stage {part} must be value@progress with 0 < progress <= 1, as 1024@0.1")
         stages.append((float(end), kind(float(value))))
-    stages = sorted(stages) or [(1.0, otherwise)]
-    return stages if stages[-1][0] == 1 else stages + [(1.0, stages[-1][1])]
+    if not stages:
+        return [(1.0, otherwise)]
+    stages.sort()
+    if stages[-1][0] < 1:
+        stages.append((1.0, stages[-1][1]))
+    return stages
+
+
+def listed(text: str) -> list[str]:
+    """The entries of "a, b, …"; empty ones are left out."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def context_stages(s: Settings) -> list[tuple[float, int]]:
@@ -3241,6 +3278,35 @@ def check_run(s: Settings) -> None:
         raise UserError("RESUME=1 trains: leave EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH out")
     if not s.artifact_dir:
         raise UserError("RESUME=1 goes on in a folder: set ARTIFACT_DIR to that of the run")
+
+
+def without_old_names(env: Mapping[str, str], known: Mapping) -> dict[str, str]:
+    """The variables under today's names; without empty ones (but where an empty text
+    means something) and without those that set nothing here."""
+    env = {k: v for k, v in env.items() if v or (k in known and is_free_text(known[k]))}
+    for name, (only, why) in NO_SETTINGS.items():
+        value = env.pop(name, "")
+        if name == "EMBEDDING_DIM" and is_number(env.get("MODEL_DIM", "")):
+            only = float(env["MODEL_DIM"])
+        if value and only is not None and (float(value) if is_number(value) else value) != only:
+            raise UserError(f"{name}={value} is not to be had here, only {only}: {why}")
+    for old, names in ALIASES.items():
+        if value := env.pop(old, ""):
+            meant = dict(zip(names.split(), translate(old, value)))
+            env = {**meant, **env}      # a setting's own name counts
+    if any(env.get(name, idle) != idle for name, idle in BY_HAND.items()):
+        env.setdefault("QUANT_ALLOCATION", "hand")
+    return env
+
+
+def refuse_misspelt(env: Mapping[str, str], known: Mapping) -> None:
+    """UserError for a variable that must have been meant for this script, with the
+    nearest right name."""
+    for name in env:
+        if name not in known and (nearest := looks_like_ours(name, known)) is not None:
+            raise UserError(f"unknown setting {name}: the nearest known one is {nearest} "
+                            "(python train_gpt.py --help lists all); if it is of another program, start "
+                            f"this one by: env -u {name} python train_gpt.py")
 
 
 def set_up(s: Settings, world: World) -> str:
