@@ -392,15 +392,18 @@ MOST = {int: 10 ** 9, float: 1e6, str: 1000}
 
 def knob(default, doc, lo=None, hi=None, group=None, choices=()):
     """A setting: default (its type is the setting's type), meaning with unit,
-    inclusive bounds."""
-    hi = MOST.get(type(default)) if hi is None else hi
-    lo = -hi if lo is None and type(default) is float else lo
+    inclusive bounds. group: heading of --help over this one and those that follow."""
+    if hi is None:
+        hi = MOST.get(type(default))
+    if lo is None and type(default) is float:
+        lo = -hi
     return field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, group=group, choices=choices))
 
 
 def choice(words, doc, group=None):
     """A setting that is one of some words, the first by default."""
-    return knob(words.split()[0], doc, group=group, choices=words.split())
+    choices = words.split()
+    return knob(choices[0], doc, group=group, choices=choices)
 
 
 @dataclass(frozen=True)
@@ -408,68 +411,81 @@ class Settings:
     """Every setting of the script. The environment name is the field's name in
     capitals."""
     # --- run
-    run_id: str = knob("", "name of the run (default: date and a random tag)", group="run")
+    run_id: str = knob("", "name of the run; by default date and a random tag", group="run")
     seed: int = knob(1337, "seed of weights, adapters and data order", 0, 2 ** 63 - 1)
     artifact_dir: str = knob("", "folder of the run's files (default: runs/<RUN_ID>)")
-    max_wallclock_seconds: float = knob(600.0, "training budget in s, artifact included; 0: ITERATIONS; over "
-                                        "600 s used is NON-COMPLIANT", 0)
-    eval_max_seconds: float = knob(600.0, "evaluation budget in s, watched by TTT; 0: none; over 600 s used "
-                                   "is NON-COMPLIANT", 0)
-    iterations: int = knob(20000, "most optimiser steps; without a time budget the schedule's length", 0)
-    train_log_every: int = knob(500, "steps between progress lines (the first ten always show)", 0)
-    val_loss_every: int = knob(0, "steps between validations in training, step 0 included; 0: none", 0)
-    checkpoint_every_seconds: float = knob(0.0, "seconds between checkpoints to go on from, without a time "
-                                           "budget; 0: none", 0)
-    resume: bool = knob(False, "go on from the checkpoint in ARTIFACT_DIR, to the bit, without a time budget")
-    eval_only_path: str = knob("", "averaged weights (.pt) to quantise, pack and score without training")
+    max_wallclock_seconds: float = knob(
+        600.0, "training budget in s, artifact included; above 600 NON-COMPLIANT; 0: none", 0)
+    eval_max_seconds: float = knob(
+        600.0, "evaluation budget in s, kept by TTT; above 600 NON-COMPLIANT; 0: none", 0)
+    iterations: int = knob(
+        20000, "most optimiser steps; without a budget the schedule's length", 0)
+    train_log_every: int = knob(
+        500, "steps between progress lines; the first ten always show", 0)
+    val_loss_every: int = knob(0, "steps between validations, from step 0 on; 0: none", 0)
+    checkpoint_every_seconds: float = knob(
+        0.0, "s between checkpoints, in a run without a budget; 0: none", 0)
+    resume: bool = knob(
+        False, "go on from the checkpoint in ARTIFACT_DIR, to the bit; without a budget")
+    eval_only_path: str = knob(
+        "", "averaged weights (.pt) to quantise, pack and score, untrained")
     eval_only_quantized_path: str = knob("", "artifact (.ptz) to score, nothing else")
     quantize_only: bool = knob(False, "stop when the artifact is written")
     prequant_only: bool = knob(False, "stop after scoring the averaged weights")
     # --- device
     attn_backend: str = choice("auto fa3 fa4 torch plain", "attention", group="device")
     compile: str = choice("auto 0 1", "torch.compile; auto: on a GPU")
-    compute_dtype: str = choice("auto float32 bfloat16", "activations; auto: bfloat16 on a GPU")
-    muon_dtype: str = choice("auto float32 bfloat16", "Muon and its traffic; auto: as above")
+    compute_dtype: str = choice(
+        "auto float32 bfloat16", "activations; auto: bfloat16 on GPUs")
+    muon_dtype: str = choice(
+        "auto float32 bfloat16", "Muon and its traffic; auto: as above")
     fused_ce_enabled: bool = knob(True, "fused cross-entropy kernel on a GPU")
     # --- data
     data_dir: str = knob("./data/", "folder that the next two default to", group="data")
     data_path: str = knob("", "folder with fineweb_train_*.bin and fineweb_val_*.bin")
     tokenizer_path: str = knob("", "SentencePiece model of the shards")
     vocab_size: int = knob(8192, "tokens in the vocabulary", 2, 65536)
-    caseops_enabled: bool = knob(True, "shards of the CaseOps tokenizer; needs the byte sidecar")
-    data_check: str = choice("quick full", "the data before training; full: every byte and every document")
-    train_loader: str = choice("stream docpack", "stream: every target once; or the field's")
-    train_batch_tokens: int = knob(786432, "tokens of one optimiser step, over all ranks", 1)
-    train_seq_len: int = knob(2048, "documents are cut to this many tokens in training", 2, 2 ** 24)
-    train_seq_schedule: str = knob("", "progressive context: length@progress, …; the largest: TRAIN_SEQ_LEN")
-    train_seq_schedule_mode: str = choice("wallclock step", "progress: of the budget, or of ITERATIONS")
-    seq_change_warmup_steps: int = knob(32, "steps of the learning rate's ramp after a change; 0: none", 0)
-    grad_accum_steps: int = knob(0, "micro-batches of a step and rank; 0: 8 / number of ranks", 0)
-    val_batch_tokens: int = knob(524288, "tokens of a scoring batch, over 8 micro-batches", 8)
-    val_doc_fraction: float = knob(1.0, "share of the validation documents (below 1: no result)", 0, 1)
+    caseops_enabled: bool = knob(True, "shards of the CaseOps tokenizer, with byte sidecar")
+    data_check: str = choice(
+        "quick full", "data before training; full: every byte and document")
+    train_loader: str = choice("stream docpack", "every target once; or the field's")
+    train_batch_tokens: int = knob(786432, "tokens of one optimiser step, all ranks", 1)
+    train_seq_len: int = knob(2048, "documents are cut to this many tokens", 2, 2 ** 24)
+    train_seq_schedule: str = knob(
+        "", "growing context: length@progress, …; the last is TRAIN_SEQ_LEN")
+    seq_change_warmup_steps: int = knob(
+        32, "steps of a learning-rate ramp after a change; 0: none", 0)
+    grad_accum_steps: int = knob(0, "micro-batches of a step and rank; 0: 8 / ranks", 0)
+    val_batch_tokens: int = knob(524288, "tokens of a scoring batch, in 8 micro-batches", 8)
+    val_doc_fraction: float = knob(
+        1.0, "share of the validation documents; below 1 it is no result", 0, 1)
     # --- model
     num_layers: int = knob(11, "physical layers", 1, 256, group="model")
     model_dim: int = knob(512, "width", 8, 65536)
     num_heads: int = knob(8, "query heads", 1, 1024)
     num_kv_heads: int = knob(4, "key/value heads", 1, 1024)
     mlp_mult: float = knob(4.0, "hidden units of the MLP per channel", 0.01, 256)
-    negative_slope: float = knob(0.5, "slope of the MLP's squared LeakyReLU below zero", 0, 1)
+    negative_slope: float = knob(0.5, "slope of the MLP's squared LeakyReLU below 0", 0, 1)
     logit_softcap: float = knob(30.0, "logits are cap * tanh(z / cap)", 1e-3)
-    asym_logit_rescale: bool = knob(False, "two caps, for positive and negative logits, used in evaluation")
-    ln_scale: bool = knob(True, "block inputs are scaled by 1 / sqrt(layer + 1)")
+    asym_logit_rescale: bool = knob(
+        False, "in evaluation, two caps: for positive and negative logits")
     rope_base: float = knob(10000.0, "rotary base", 1, 1e12)
     rope_dims: int = knob(16, "rotated channels of a head; 0: all", 0)
     qk_gain_init: float = knob(5.0, "initial gain of the normalised queries, per head")
-    xsa_last_n: int = knob(11, "last layers whose attention output is made orthogonal to its own value", 0)
+    xsa_last_n: int = knob(
+        11, "last layers whose attention output is made orthogonal to its value", 0)
     num_loops: int = knob(2, "extra passes over layers LOOP_START..LOOP_END", 0, 1000)
     loop_start: int = knob(3, "first layer of the loop", 0)
     loop_end: int = knob(5, "last layer of the loop", 0)
-    enable_looping_at: float = knob(0.35, "share of the training budget after which loops run", 0, 1)
-    parallel_start_layer: int = knob(8, "decoder layers from here on run as two lanes; 0: none", 0)
+    enable_looping_at: float = knob(
+        0.35, "share of training's time after which loops run", 0, 1)
+    parallel_start_layer: int = knob(
+        8, "decoder layers from here on have two lanes; 0: none", 0)
     gate_window: int = knob(12, "channels that the smear and attention gates read", 1)
     smear_gate_enabled: bool = knob(True, "mix the previous token's embedding in")
     smear_gate_bos_fix: bool = knob(True, "never across a BOS")
-    sparse_attn_gate_enabled: bool = knob(True, "gate each head by GATE_WINDOW channels of the block input")
+    sparse_attn_gate_enabled: bool = knob(
+        True, "gate heads by GATE_WINDOW channels of the block input")
     sparse_attn_gate_scale: float = knob(0.5, "slope of that gate")
     tied_embed_init_std: float = knob(0.005, "initial spread of the embedding", 0)
     # --- optimiser
@@ -486,90 +502,100 @@ class Settings:
     muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", 0, 0.999999)
     muon_momentum_warmup_steps: int = knob(1500, "steps of the momentum's warm-up", 0)
     grad_clip_norm: float = knob(0.3, "largest norm of the gradient; 0: no clipping", 0)
-    grad_clip_mode: str = choice("global per_rank", "clip the average, or as the field each rank's own")
-    warmup_steps: int = knob(20, "compile and warm-up steps on random tokens, undone before training", 0)
-    warmdown_frac: float = knob(0.85, "last share of the budget, of falling learning rate", 0, 1)
+    grad_clip_mode: str = choice(
+        "global per_rank", "clip the average; or, as the field, each rank's")
+    warmup_steps: int = knob(20, "steps on random tokens that compile, then undone", 0)
+    warmdown_frac: float = knob(
+        0.85, "last share of training, with a falling learning rate", 0, 1)
     min_lr: float = knob(0.1, "lowest learning rate, as a share of the peak", 0, 1)
     ema_decay: float = knob(0.9965, "averaging of the weights, per step", 0, 0.999999)
     # --- quantise and pack
-    quant_allocation: str = choice("fisher hand", "steps by curvature; or bits and sigmas", group="quantise")
-    quant_trellis: bool = knob(True, "trellis-coded quantisation (8 states), with fisher steps")
+    quant_allocation: str = choice(
+        "fisher hand", "steps by curvature; or by bits, sigmas", group="quantise")
+    quant_trellis: bool = knob(
+        True, "trellis-coded quantisation, 8 states, with fisher steps")
     matrix_bits: int = knob(6, "bits of the matrices (hand)", 2, 8)
     embed_bits: int = knob(7, "bits of the embedding (hand)", 2, 8)
-    matrix_clip_sigmas: float = knob(12.85, "range of the codes in standard deviations of a row (hand)", 0.1)
+    matrix_clip_sigmas: float = knob(
+        12.85, "range of codes in standard deviations of a row (hand)", 0.1)
     attn_clip_sigmas: float = knob(13.0, "the same for attention matrices", 0.1)
     mlp_clip_sigmas: float = knob(11.5, "the same for MLP matrices", 0.1)
     embed_clip_sigmas: float = knob(14.0, "the same for the embedding", 0.1)
-    gptq_damp_embed: float = knob(0.01, "damping of embeddings' Hessians by their mean diagonal", 1e-6, 100)
-    gptq_damp_mlp: float = knob(0.01, "the same for MLP matrices", 1e-6, 100)
-    gptq_damp_attn: float = knob(0.01, "the same for attention matrices", 1e-6, 100)
     awq_lite_enabled: bool = knob(False, "finer codes for the columns that matter most")
     awq_lite_bits: int = knob(8, "their bits", 2, 8)
     awq_lite_group_size: int = knob(64, "columns of a group", 1)
     awq_lite_group_top_k: int = knob(1, "groups, over all matrices", 1)
-    gated_attn_quant_gate: bool = knob(True, "store attention gates as int8 per row, not float16")
-    gptq_calibration_batches: int = knob(16, "training micro-batches behind the Hessians, over all ranks", 1)
-    gptq_reserve_seconds: str = knob("auto", "least training seconds for chapters 9 and 10; auto: rehearsed")
+    gated_attn_quant_gate: bool = knob(True, "attention gates as int8 per row, not float16")
+    gptq_calibration_batches: int = knob(
+        16, "training micro-batches, of all ranks, behind the Hessians", 1)
+    gptq_reserve_seconds: str = knob(
+        "auto", "least s of the budget for quantising and packing; auto: rehearsed")
     lqer_enabled: bool = knob(False, "low-rank repair of the largest rounding errors")
     lqer_rank: int = knob(4, "its rank", 1, 65536)
     lqer_top_k: int = knob(3, "how many matrices get it", 0)
-    lqer_scope: str = choice("all mlp attn embed", "which matrices may get it")
-    lqer_gain_select: bool = knob(False, "choose them by the error it removes, not by the error there is")
-    lqer_factor_bits: int = knob(4, "bits of its symmetric form", 2, 8)
-    lqer_asym_enabled: bool = knob(True, "asymmetric form: 2-bit and 4-bit factors")
     lqer_asym_group: int = knob(64, "values that share a scale in the 4-bit factor", 1)
-    logit_calib_enabled: bool = knob(False, "fit scale and 14 biases of the quantised logits in training")
+    logit_calib_enabled: bool = knob(
+        False, "fit scale and 14 biases of the quantised logits in training")
     logit_calib_tokens: int = knob(100000, "training targets for it", 1)
     logit_calib_stride: int = knob(64, "targets scored in a window of EVAL_SEQ_LEN", 1)
     logit_calib_batch_seqs: int = knob(8, "windows of one step", 1)
     logit_calib_epochs: int = knob(1, "passes over them", 1)
     logit_calib_lr: float = knob(0.003, "learning rate", 0)
     logit_calib_l2: float = knob(0.01, "pull towards no calibration", 0)
-    fit_margin_bytes: int = knob(4096, "the fitter stops this close to the limit", 256, 10 ** 7)
-    code_form: str = choice("auto readable packed lean lean_packed", "the script that is shipped and "
-                            "counted. packed: self-extracting; lean: parts one and two alone; auto: packed, "
-                            "and lean where the settings allow it")
+    fit_margin_bytes: int = knob(
+        4096, "the fitter stops this close to the limit", 256, 10 ** 7)
+    code_form: str = choice(
+        "auto readable packed lean lean_packed",
+        "the script that ships and counts. packed: self-extracting; lean: without part three, "
+        "where no setting needs it; auto: the smallest")
     # --- score
-    eval_seq_len: int = knob(2048, "window of the sliding evaluation, in tokens", 2, 2 ** 24, group="score")
+    eval_seq_len: int = knob(
+        2048, "tokens of a window of the sliding evaluation", 2, 2 ** 24, group="score")
     eval_stride: int = knob(64, "tokens between two windows of one document", 1)
     sliding_window_enabled: bool = knob(True, "score the artifact by sliding windows")
-    eval_kv_reuse: bool = knob(True, "keep keys and values beyond the window; 0: encode again")
+    eval_kv_reuse: bool = knob(
+        True, "keep keys and values beyond the window; 0: encode again")
     ttt_enabled: bool = knob(True, "score the artifact with score-first test-time training")
     ttt_eval_seq_len: int = knob(2048, "context of TTT, in tokens", 2, 2 ** 24)
-    ttt_kv_reuse: bool = knob(True, "keep earlier keys and values; 0: encode the context again and again")
+    ttt_kv_reuse: bool = knob(
+        True, "keep earlier keys and values; 0: encode the context again")
+    ttt_suffix: int = knob(0, "newest cached tokens run again, with gradient, before a chunk", 0)
     ttt_shared_a: bool = knob(True, "one frozen A for all documents, only B is adapted")
-    ttt_doc_order: str = choice("stream length", "adapt in the stream's order, or longest first as the field")
+    ttt_doc_order: str = choice(
+        "stream length", "adapt in the stream's order; or longest first, as the field")
     ttt_chunk_size: int = knob(48, "tokens scored between two adapter steps", 1)
-    ttt_short_score_first_enabled: bool = knob(True, "smaller chunks in the first tokens of a document; with "
-                                               "TTT_DOC_ORDER=length for groups of shorter documents")
-    ttt_short_score_first_steps: str = knob("8000:24", "position (length: longest document of a group) below "
-                                            "which:chunk, …; beyond: TTT_CHUNK_SIZE")
-    ttt_short_doc_len: int = knob(2000, "the one step when TTT_SHORT_SCORE_FIRST_STEPS is empty", 0)
-    ttt_short_chunk_size: int = knob(24, "its chunk; 0: none", 0)
+    ttt_short_score_first_enabled: bool = knob(
+        True, "other chunks at the start of a document; with order length: for short ones")
+    ttt_short_score_first_steps: str = knob(
+        "8000:24", "position (order length: longest document) up to which:chunk, …")
     ttt_batch_size: int = knob(64, "documents adapted side by side", 1, 65536)
     ttt_lora_rank: int = knob(80, "rank of the adapters", 1, 65536)
     ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank", 0)
     ttt_lora_lr: float = knob(8e-5, "learning rate of the adapters", 0)
+    ttt_step_nats: float = knob(
+        0.0, "nats that a step's rate promises to take off its chunk's loss; 0: TTT_LORA_LR", 0, 1)
     ttt_q_lora: bool = knob(True, "adapt queries")
     ttt_k_lora: bool = knob(True, "adapt keys")
     ttt_v_lora: bool = knob(True, "adapt values")
     ttt_o_lora: bool = knob(True, "adapt the attention output (from the block input)")
     ttt_mlp_lora: bool = knob(True, "adapt the MLP")
     ttt_head_lora: bool = knob(True, "adapt the output head")
-    ttt_optimizer: str = choice("normalised adam", "steps: the gradient over its RMS, or AdamW")
+    ttt_optimizer: str = choice("normalised adam", "steps: gradient over its RMS; or AdamW")
     ttt_local_lr_mult: float = knob(1.0, "factor on TTT_LORA_LR", 0)
     ttt_beta1: float = knob(0.0, "AdamW's first moment, or SGD's momentum", 0, 0.999999)
     ttt_beta2: float = knob(0.99, "AdamW's second moment", 0, 0.999999)
     ttt_weight_decay: float = knob(0.5, "weight decay of the adapters", 0)
     ttt_grad_steps: int = knob(1, "adapter steps per chunk", 1)
-    ttt_train_min_doc_len: int = knob(0, "shorter documents are scored without adapting: as published, their "
-                                      "end is known beforehand", 0)
-    ttt_train_max_doc_len: int = knob(0, "so are longer ones (stream: their tokens beyond); 0: none", 0)
-    ttt_cache_lambda: float = knob(0.0, "weight, in TTT's scores, of what followed earlier hidden states of "
-                                   "the document that are like the present one; 0: none", 0, 1)
+    ttt_train_min_doc_len: int = knob(
+        0, "shorter documents only get scored; with order length alone", 0)
+    ttt_train_max_doc_len: int = knob(
+        0, "so do longer ones (order stream: tokens beyond); 0: none", 0)
+    ttt_cache_lambda: float = knob(
+        0.0, "weight in scores of what followed like hidden states before; 0: none", 0, 1)
     ttt_cache_theta: float = knob(36.0, "how fast a state's say falls with its distance", 0)
-    ttt_warm_start_a: bool = knob(True, "keep A from document to document (B always restarts at 0)")
-    phased_ttt_prefix_docs: int = knob(2500, "documents that adapt the base weights once they are scored", 0)
+    ttt_warm_start_a: bool = knob(True, "keep A from document to document; B restarts at 0")
+    phased_ttt_prefix_docs: int = knob(
+        2500, "documents that, once scored, adapt the base weights", 0)
     phased_ttt_num_phases: int = knob(3, "in how many phases", 1)
     global_ttt_lr: float = knob(0.001, "SGD on the base weights: peak learning rate", 0)
     global_ttt_momentum: float = knob(0.9, "its momentum", 0, 0.999999)
@@ -577,13 +603,11 @@ class Settings:
     global_ttt_chunk_tokens: int = knob(32768, "tokens of one step of its learning rate", 2)
     global_ttt_batch_seqs: int = knob(32, "sequences of one batch", 1)
     global_ttt_grad_clip: float = knob(1.0, "largest gradient norm; 0: no clipping", 0)
-    global_ttt_respect_doc_boundaries: bool = knob(True, "no attention across documents there")
-    global_ttt_warmup_chunks: int = knob(0, "chunks of linear warm-up", 0)
-    global_ttt_warmup_start_lr: float = knob(0.0, "learning rate at its start", 0)
-    ngram_tilt_enabled: bool = knob(False, "tilt scores towards what followed the same context earlier")
+    ngram_tilt_enabled: bool = knob(
+        False, "tilt scores towards what followed the same context before")
     ngram_doc_order: str = choice("scored stream", "what counts grow by")
-    token_order: int = knob(16, "token expert: length of context and hint together", 1, 1024)
-    token_threshold: float = knob(0.8, "it speaks from this confidence on; above 1: never", 0)
+    token_order: int = knob(16, "token expert: length of context with hint", 1, 1024)
+    token_threshold: float = knob(0.8, "it speaks from this confidence on", 0)
     token_boost: float = knob(2.625, "nats added to its hint's logit", 0)
 
     @classmethod
@@ -591,127 +615,38 @@ class Settings:
         """Read and check every setting; a name nothing reads stops the run with the
         nearest right one."""
         known = {f.name.upper(): f for f in fields(cls)}
-        env = {k: v for k, v in env.items() if v or (k in known and is_free_text(known[k]))}
-        for name, (only, why) in NO_SETTINGS.items():
-            value = env.pop(name, "")
-            if name == "EMBEDDING_DIM" and is_number(env.get("MODEL_DIM", "")):
-                only = float(env["MODEL_DIM"])
-            if value and only is not None and (float(value) if is_number(value) else value) != only:
-                raise UserError(f"{name}={value} is not to be had here, only {only}: {why}")
-        for old in ALIASES:
-            if value := env.pop(old, ""):
-                env = {**dict(zip(ALIASES[old].split(), translate(old, value))), **env}
-        if any(env.get(name, idle) != idle for name, idle in BY_HAND.items()):
-            env.setdefault("QUANT_ALLOCATION", "hand")
-        for name in env:
-            if name not in known and (nearest := looks_like_ours(name, known)) is not None:
-                raise UserError(f"unknown setting {name}: the nearest known one is {nearest} "
-                                "(python train_gpt.py --help lists all); if it is of another program, start "
-                                f"this one by: env -u {name} python train_gpt.py")
-        s = cls(**{f.name: parse_setting(f, env[name]) for name, f in known.items() if name in env})
+        env = without_old_names(env, known)
+        refuse_misspelt(env, known)
+        values = {f.name: parse_setting(f, env[name]) for name, f in known.items() if name in env}
+        s = cls(**values)
         s.check_consistency()
-        s.check_resume()
         return s
 
-    def mistake(self, text: str) -> UserError:
-        """The error that says so: settings named before the first colon are shown
-        with their values."""
-        fault, colon, remedy = text.partition(": ")
-        shown = {k: f"{k}={int(v) if v in (True, False) else v}" for k, v in self.as_env().items()}
-        return UserError(re.sub(r"[A-Z][A-Z0-9_]+", lambda m: shown.get(m[0], m[0]), fault) + colon + remedy)
-
-    def refuse(self, refused, why: str) -> None:
-        """Raise the mistake `why` if something is to be refused."""
-        if refused:
-            raise self.mistake(why)
-
     def check_consistency(self) -> None:
-        """Refuse settings that contradict each other; single values were checked when
-        they were read."""
-        s, reserve = self, self.gptq_reserve_seconds
-        slots = s.num_layers + s.num_loops * (s.loop_end - s.loop_start + 1)
-        for refused, why in (
-            (s.model_dim % s.num_heads,
-             f"MODEL_DIM is not divisible by NUM_HEADS: choose a multiple of {s.num_heads}"),
-            (s.num_heads % s.num_kv_heads, "NUM_HEADS is not divisible by NUM_KV_HEADS: choose a divisor"),
-            (s.head_dim % 2, "MODEL_DIM over NUM_HEADS is odd: rotary embedding needs it even"),
-            (s.rope_dims % 2 or s.rope_dims > s.head_dim,
-             f"ROPE_DIMS does not fit: it must be even and at most the head width {s.head_dim}"),
-            (s.gate_window > s.model_dim, "GATE_WINDOW exceeds MODEL_DIM: lower it"),
-            (s.hidden_dim < 1, "MLP_MULT leaves no hidden unit of MODEL_DIM: raise it"),
-            (s.num_loops and not s.loop_start <= s.loop_end < s.num_layers,
-             "LOOP_START <= LOOP_END < NUM_LAYERS does not hold: correct them, or set NUM_LOOPS=0"),
-            (slots > MOST_SLOTS, f"NUM_LOOPS makes {slots} executed layers: at most {MOST_SLOTS}, lower it"),
-            (s.eval_stride > s.eval_seq_len, "EVAL_STRIDE exceeds EVAL_SEQ_LEN: lower it"),
-            (max(chunk for _, chunk in chunk_steps(s)) > s.ttt_eval_seq_len, "TTT_CHUNK_SIZE, or a chunk of "
-             "TTT_SHORT_SCORE_FIRST_STEPS, exceeds TTT_EVAL_SEQ_LEN: lower it"),
-            (s.eval_only_path and s.eval_only_quantized_path,
-             "EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH are both set: keep one"),
-            (s.quantize_only and s.prequant_only,
-             "QUANTIZE_ONLY and PREQUANT_ONLY leave nothing to make: keep one"),
-            (s.eval_only_quantized_path and (s.quantize_only or s.prequant_only),
-             "EVAL_ONLY_QUANTIZED_PATH scores an artifact, which QUANTIZE_ONLY and PREQUANT_ONLY leave out: "
-             "set both to 0"),
-            (max(length for _, length in context_stages(s)) != s.train_seq_len,
-             "TRAIN_SEQ_LEN is not the longest stage of TRAIN_SEQ_SCHEDULE: make them equal"),
-            (s.train_seq_schedule and LOADERS[s.train_loader].windowed,
-             "TRAIN_LOADER has windows of one length: TRAIN_SEQ_SCHEDULE needs stream or docpack"),
-            (s.ttt_doc_order == "stream" and s.ttt_warm_start_a and not s.ttt_shared_a,
-             "TTT_DOC_ORDER, TTT_WARM_START_A and TTT_SHARED_A let A carry what later documents taught it to "
-             "earlier ones: set TTT_WARM_START_A=0 or TTT_DOC_ORDER=length"),
-            (s.ttt_doc_order == "stream" and s.ttt_train_min_doc_len,
-             "TTT_TRAIN_MIN_DOC_LEN asks where a document ends before it is read, which TTT_DOC_ORDER does "
-             "not allow: set TTT_TRAIN_MIN_DOC_LEN=0 or TTT_DOC_ORDER=length"),
-            (s.ttt_enabled and not any(getattr(s, f"ttt_{kind}_lora") for kind in ADAPTED),
-             "TTT_ENABLED has nothing to adapt: set a TTT_*_LORA to 1, or TTT_ENABLED=0"),
-            (s.ttt_cache_lambda and not s.ttt_kv_reuse, "TTT_CACHE_LAMBDA needs TTT_KV_REUSE: set it to 1"),
-            (s.ngram_tilt_enabled and not experts_in_use(s), "NGRAM_TILT_ENABLED has no expert in use: "
-             f"lower {' or '.join(e.threshold.upper() for e in EXPERTS.values())} to at most 1"),
-            (s.awq_lite_enabled and s.quant_allocation != "hand",
-             "AWQ_LITE_ENABLED changes steps that are set by hand, not by QUANT_ALLOCATION: "
-             "set QUANT_ALLOCATION=hand or leave it out"),
-            (reserve != "auto" and not (is_number(reserve) and float(reserve) >= 0),
-             "GPTQ_RESERVE_SECONDS must be a number of seconds >= 0, or auto"),
-            (is_number(reserve) and 0 < s.max_wallclock_seconds <= float(reserve),
-             "GPTQ_RESERVE_SECONDS leaves nothing of MAX_WALLCLOCK_SECONDS to train in: lower it"),
-            (s.code_form.startswith("lean") and s.beyond_the_system(),
-             f"CODE_FORM leaves out what {', '.join(s.beyond_the_system())} needs: set CODE_FORM=auto"),
-        ):
-            self.refuse(refused, why)
-        weights = sum(map(math.prod, GPT.shapes(s).values()))
-        if weights > MOST_WEIGHTS:
-            raise self.mistake("MODEL_DIM, NUM_LAYERS, MLP_MULT and VOCAB_SIZE make "
-                               f"{weights:,} weights: at most {MOST_WEIGHTS:,}, lower them")
-
-    def check_resume(self) -> None:
-        """Refuse checkpoints that nothing could use; RESUME where it could not go on,
-        or would spend a budget twice."""
-        if self.checkpoint_every_seconds and self.max_wallclock_seconds:
-            raise self.mistake("CHECKPOINT_EVERY_SECONDS has no effect under MAX_WALLCLOCK_SECONDS: a run "
-                               "with a budget keeps averages; set one of them to 0")
-        if not self.resume:
-            return
-        if self.max_wallclock_seconds:
-            raise self.mistake("RESUME would spend MAX_WALLCLOCK_SECONDS twice: a run with a budget goes on "
-                               "by EVAL_ONLY_PATH=…/checkpoint/average.pt")
-        if self.eval_only_path or self.eval_only_quantized_path:
-            raise self.mistake("RESUME trains: leave EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH out")
-        if not self.artifact_dir:
-            raise self.mistake("RESUME goes on in a folder: set ARTIFACT_DIR to that of the run")
+        """Refuse settings that contradict each other; every chapter knows its own."""
+        check_model(self)
+        check_scoring(self)
+        check_adapt(self)
+        check_counts(self)
+        check_run(self)
+        check_training(self)
+        check_quantise(self)
+        check_code_form(self)
 
     def batch_shape(self, world_size: int) -> tuple[int, int]:
         """(micro-batches per step and rank, tokens of one micro-batch), checked
         against the ranks."""
         accum = self.grad_accum_steps or max(1, 8 // world_size)
-        parts = world_size * accum
-        tokens, rest = divmod(self.train_batch_tokens, parts)
-        if rest:
-            raise self.mistake(f"TRAIN_BATCH_TOKENS is not divisible by {world_size} ranks x {accum} "
-                               f"micro-batches: choose a multiple of {parts}, or GRAD_ACCUM_STEPS")
-        for _, length in context_stages(self):
-            if tokens % length and (self.train_seq_schedule or LOADERS[self.train_loader].windowed):
-                raise self.mistake(f"TRAIN_BATCH_TOKENS makes micro-batches of {tokens} tokens, no rows of "
-                                   f"{length}: choose a multiple of {parts * length}")
+        batch, parts = self.train_batch_tokens, world_size * accum
+        if batch % parts:
+            raise UserError(f"TRAIN_BATCH_TOKENS={batch} is not divisible by {world_size} ranks x {accum} "
+                            f"micro-batches: choose a multiple of {parts}, or another GRAD_ACCUM_STEPS")
+        tokens = batch // parts
+        if self.train_seq_schedule or LOADERS[self.train_loader].windowed:
+            for _, length in context_stages(self):
+                if tokens % length:
+                    raise UserError(f"TRAIN_BATCH_TOKENS={batch} makes micro-batches of {tokens} tokens, "
+                                    f"no rows of {length}: choose a multiple of {parts * length}")
         return accum, tokens
 
     @property
@@ -730,23 +665,36 @@ class Settings:
     def shards(self) -> Path:
         """DATA_PATH, else the folder that data/fetch.py makes, else the field's place
         for it."""
-        fetched = Path(self.data_dir) / f"sp{self.vocab_size}{'_caseops' * self.caseops_enabled}"
-        name = f"fineweb10B_sp{self.vocab_size}"
-        if self.caseops_enabled:
-            name = f"{name}_caseops/datasets/datasets/{name}_lossless_caps_caseops_v1_reserved"
-        field_place = Path(self.data_dir) / "datasets" / name
-        return Path(self.data_path or (fetched if fetched.is_dir() else field_place))
+        if self.data_path:
+            return Path(self.data_path)
+        folder, name = Path(self.data_dir), f"sp{self.vocab_size}"
+        fetched = folder / (f"{name}_caseops" if self.caseops_enabled else name)
+        if fetched.is_dir():
+            return fetched
+        if not self.caseops_enabled:
+            return folder / "datasets" / f"fineweb10B_{name}"
+        return (folder / f"datasets/fineweb10B_{name}_caseops/datasets/datasets"
+                / f"fineweb10B_{name}_lossless_caps_caseops_v1_reserved")
 
     @property
     def tokenizer(self) -> Path:
         """TOKENIZER_PATH, else the one beside the shards, else the field's place for
         it."""
-        if not self.tokenizer_path and (self.shards / "tokenizer.model").is_file():
-            return self.shards / "tokenizer.model"
-        caseops = (f"datasets/fineweb10B_sp{self.vocab_size}_caseops/datasets/tokenizers/"
-                   f"fineweb_{self.vocab_size}_bpe_lossless_caps_caseops_v1_reserved.model")
-        plain = f"tokenizers/fineweb_{self.vocab_size}_bpe.model"
-        return Path(self.tokenizer_path or Path(self.data_dir) / (caseops if self.caseops_enabled else plain))
+        if self.tokenizer_path:
+            return Path(self.tokenizer_path)
+        beside, folder, v = self.shards / "tokenizer.model", Path(self.data_dir), self.vocab_size
+        if beside.is_file():
+            return beside
+        if not self.caseops_enabled:
+            return folder / "tokenizers" / f"fineweb_{v}_bpe.model"
+        return (folder / f"datasets/fineweb10B_sp{v}_caseops/datasets/tokenizers"
+                / f"fineweb_{v}_bpe_lossless_caps_caseops_v1_reserved.model")
+
+    @property
+    def first_chunks(self) -> str:
+        """Chunks of TTT that differ from TTT_CHUNK_SIZE, as length:chunk, …; may be
+        empty."""
+        return self.ttt_short_score_first_steps if self.ttt_short_score_first_enabled else ""
 
     def as_env(self) -> dict:
         """Every setting under its environment name, JSON types."""
@@ -759,7 +707,8 @@ class Settings:
 
     def changed(self) -> dict:
         """The settings that differ from their defaults."""
-        return {k: v for (k, v), f in zip(self.as_env().items(), fields(self)) if v != f.default}
+        defaults = {f.name.upper(): f.default for f in fields(self)}
+        return {name: value for name, value in self.as_env().items() if value != defaults[name]}
 
     def beyond_the_system(self) -> list[str]:
         """Names of settings that ask for more than parts one and two have."""
@@ -769,15 +718,12 @@ class Settings:
 def chunk_steps(s: Settings) -> list[tuple[float, int]]:
     """(position, or length of a group's longest document, up to which; chunk); the
     last bound is infinite."""
-    steps = []
-    if s.ttt_short_score_first_enabled:
-        one = f"{s.ttt_short_doc_len}:{s.ttt_short_chunk_size}" if s.ttt_short_chunk_size else ""
-        text = s.ttt_short_score_first_steps or one
-        for part in filter(None, text.replace("=", ":").replace(" ", "").split(",")):
-            step = whole_numbers(part.replace(":", ",", 1))
-            if len(step) != 2 or min(step) < 1:
-                raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, as 256:8,2000:24")
-            steps.append((step[0], step[1]))
+    steps, text = [], s.first_chunks
+    for part in listed(text.replace("=", ":")):
+        step = whole_numbers(part.replace(":", ",", 1))
+        if len(step) != 2 or min(step) < 1:
+            raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, as 256:8,2000:24")
+        steps.append((step[0], step[1]))
     return sorted(steps) + [(math.inf, s.ttt_chunk_size)]
 
 
@@ -786,14 +732,23 @@ def schedule(text: str, otherwise, kind: type = int) -> list[tuple[float, float]
     progress; the last one goes on to the end. Without text one stage of `otherwise`.
     UserError unless values and shares are above 0."""
     stages = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    for part in listed(text):
         value, _, end = part.partition("@")
         good = is_number(value) and is_number(end) and 0 < float(end) <= 1
         if not good or float(value) <= 0 or kind(float(value)) != float(value):
             raise UserError(f"the stage {part} must be value@progress with 0 < progress <= 1, as 1024@0.1")
         stages.append((float(end), kind(float(value))))
-    stages = sorted(stages) or [(1.0, otherwise)]
-    return stages if stages[-1][0] == 1 else stages + [(1.0, stages[-1][1])]
+    if not stages:
+        return [(1.0, otherwise)]
+    stages.sort()
+    if stages[-1][0] < 1:
+        stages.append((1.0, stages[-1][1]))
+    return stages
+
+
+def listed(text: str) -> list[str]:
+    """The entries of "a, b, …"; empty ones are left out."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def context_stages(s: Settings) -> list[tuple[float, int]]:
@@ -804,6 +759,39 @@ def context_stages(s: Settings) -> list[tuple[float, int]]:
 # ============================================================================================================
 # 3  Model: one forward for training, scoring and adaptation
 # ============================================================================================================
+
+def check_model(s: Settings) -> None:
+    """Refuse sizes and shapes that do not fit together."""
+    if s.model_dim % s.num_heads:
+        raise UserError(f"MODEL_DIM={s.model_dim} is not divisible by NUM_HEADS={s.num_heads}: "
+                        f"choose a multiple of {s.num_heads}")
+    if s.num_heads % s.num_kv_heads:
+        raise UserError(f"NUM_HEADS={s.num_heads} is not divisible by NUM_KV_HEADS={s.num_kv_heads}: "
+                        "choose a divisor")
+    if s.head_dim % 2:
+        raise UserError(f"MODEL_DIM={s.model_dim} over NUM_HEADS={s.num_heads} is odd: "
+                        "rotary embedding needs it even")
+    if s.rope_dims % 2 or s.rope_dims > s.head_dim:
+        raise UserError(f"ROPE_DIMS={s.rope_dims} does not fit: it must be even and at most the "
+                        f"head width {s.head_dim}")
+    if s.gate_window > s.model_dim:
+        raise UserError(f"GATE_WINDOW={s.gate_window} exceeds MODEL_DIM={s.model_dim}: lower it")
+    if s.hidden_dim < 1:
+        raise UserError(f"MLP_MULT={s.mlp_mult:g} leaves no hidden unit of MODEL_DIM={s.model_dim}: "
+                        "raise it")
+    if s.num_loops and not s.loop_start <= s.loop_end < s.num_layers:
+        raise UserError(f"LOOP_START={s.loop_start} <= LOOP_END={s.loop_end} < NUM_LAYERS={s.num_layers} "
+                        "does not hold: correct them, or set NUM_LOOPS=0")
+    slots = s.num_layers + s.num_loops * (s.loop_end - s.loop_start + 1)
+    if slots > MOST_SLOTS:
+        raise UserError(f"NUM_LOOPS={s.num_loops} makes {slots} executed layers: at most {MOST_SLOTS}, "
+                        "lower it")
+    weights = sum(map(math.prod, GPT.shapes(s).values()))
+    if weights > MOST_WEIGHTS:
+        raise UserError(f"MODEL_DIM={s.model_dim}, NUM_LAYERS={s.num_layers}, MLP_MULT={s.mlp_mult:g} and "
+                        f"VOCAB_SIZE={s.vocab_size} make {weights:,} weights: at most {MOST_WEIGHTS:,}, "
+                        "lower them")
+
 
 # Role of every parameter; one without a role stops the run. matrix: Muon; the others: AdamW.
 ROLES = {
@@ -1185,7 +1173,8 @@ class GPT(nn.Module):
                 keep1 * lane1 + attended_to1 * attended + fed_to1 * fed)
 
     def depth_scale(self, i: int) -> float:
-        return 1 / math.sqrt(i + 1) if self.s.ln_scale else 1.0
+        """Factor on the input of both branches of layer i."""
+        return 1 / math.sqrt(i + 1)
 
     def merge_skip(self, j: int, x: Tensor, skip: Tensor) -> Tensor:
         """U-Net skip number j into the stream x; a gate of 1 keeps the stream."""
@@ -1494,6 +1483,25 @@ class Optimiser:
 # 5  Training: schedule, warm-up and rewind, average
 # ============================================================================================================
 
+def check_training(s: Settings) -> None:
+    """Refuse a schedule without its longest stage, and a reserve that leaves no time."""
+    longest = max(length for _, length in context_stages(s))
+    if longest != s.train_seq_len:
+        raise UserError(f"TRAIN_SEQ_LEN={s.train_seq_len} is not the longest stage of TRAIN_SEQ_SCHEDULE="
+                        f"{s.train_seq_schedule}, {longest}: make them equal")
+    if s.train_seq_schedule and LOADERS[s.train_loader].windowed:
+        raise UserError(f"TRAIN_LOADER={s.train_loader} has windows of one length: TRAIN_SEQ_SCHEDULE "
+                        "needs stream or docpack")
+    reserve, budget = s.gptq_reserve_seconds, s.max_wallclock_seconds
+    if reserve == "auto":
+        return
+    if not is_number(reserve) or float(reserve) < 0:
+        raise UserError(f"GPTQ_RESERVE_SECONDS={reserve} must be a number of seconds >= 0, or auto")
+    if 0 < budget <= float(reserve):
+        raise UserError(f"GPTQ_RESERVE_SECONDS={reserve} leaves nothing of MAX_WALLCLOCK_SECONDS={budget:g} "
+                        "to train in: lower it")
+
+
 def stage_at(stages: list[tuple[float, float]], progress: float):
     """The value of the first stage that has not ended."""
     return next(value for end, value in stages if min(progress, 1.0) <= end)
@@ -1525,8 +1533,7 @@ class Curriculum:
         """(longest segment, whether loops run, share of the learning rate) of a step;
         call it in order."""
         s = self.s
-        by_step = s.train_seq_schedule_mode == "step"
-        length = stage_at(self.stages, step / max(s.iterations, 1) if by_step else progress)
+        length = stage_at(self.stages, progress)
         if length != self.length:
             self.changed = step or None
             self.length = length
@@ -1546,15 +1553,9 @@ class Curriculum:
     def graphs(self) -> list[tuple[int, bool]]:
         """Pairs (longest segment, whether loops run) in the order in which training
         meets them."""
-        s = self.s
-        if s.train_seq_schedule_mode == "step" and s.max_wallclock_seconds > 0:
-            return self.all_graphs()      # one goes by the step and the other by the clock: any pair may come
-        changes = [0.0, s.enable_looping_at, *(math.nextafter(end, 2) for end, _ in self.stages[:-1])]
+        changes = [0.0, self.s.enable_looping_at, *(math.nextafter(end, 2) for end, _ in self.stages[:-1])]
         met = [(stage_at(self.stages, at), self.loops(0, at)) for at in sorted(changes)]
         return list(dict.fromkeys(met))
-
-    def all_graphs(self) -> list[tuple[int, bool]]:
-        return [(length, loops) for _, length in self.stages for loops in (False, True)]
 
     def state(self) -> dict:
         """What a run that goes on later must know of it."""
@@ -1702,6 +1703,13 @@ def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
 # ============================================================================================================
 # 6  Quantise: Hessians, GPTQ, low-rank repair
 # ============================================================================================================
+
+def check_quantise(s: Settings) -> None:
+    """Refuse what has no effect on steps by curvature."""
+    if s.awq_lite_enabled and s.quant_allocation != "hand":
+        raise UserError("AWQ_LITE_ENABLED=1 changes steps that are set by hand, not by "
+                        f"QUANT_ALLOCATION={s.quant_allocation}: set QUANT_ALLOCATION=hand or leave it out")
+
 
 SMALL_TENSOR = 65536      # tensors of at most this many elements are stored as float16
 HALF_LARGEST = 65504.0    # float16's
@@ -1862,7 +1870,10 @@ def inverse_factor(h: Tensor) -> Tensor:
 MOST_DAMPING = 100.0      # as much as a setting may ask for: columns are then all but alone
 
 
-def hessian_factor(h: Tensor, damp: float | Tensor = 0.01, falling: bool = True) -> tuple[Tensor, ...]:
+DAMPING = 0.01         # of a Hessian, as a share of its mean diagonal
+
+
+def hessian_factor(h: Tensor, damp: float | Tensor = DAMPING, falling: bool = True) -> tuple[Tensor, ...]:
     """For H (n, C, C), damped by a share (n, 1) of its mean diagonal: the columns'
     order (by falling diagonal, or as they are), upper U with U'U = inverse of H in
     that order, the dead columns, and the U_jj of the falling order: the inverse
@@ -1998,7 +2009,7 @@ def trellis_block(t: Tensor, unit: Tensor, slope: Tensor, state: Tensor,
 
 @torch.no_grad()
 def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor], bits: tuple[int, int],
-                   fine: Tensor, damp: float = 0.01) -> Tensor:
+                   fine: Tensor, damp: float = DAMPING) -> Tensor:
     """Codes (R, C) int8 of one matrix by GPTQ, with the second steps and bits in the
     columns `fine` (C)."""
     (order, u, dead, _), _ = damped_factor(h.float()[None], h.new_tensor([[damp]]))
@@ -2045,7 +2056,7 @@ def protect(s: Settings, out: Quantised, weights: Mapping[str, Tensor], hessians
         fine = torch.isin(torch.arange(w.size(1)) // size * size, torch.tensor(starts))
         high = row_steps(w, s.awq_lite_bits, stored.clip * coarser)
         steps, bits = (out.tensors[name + ".scale"].to(w.device), high), (stored.bits, s.awq_lite_bits)
-        codes = gptq_protected(w, hessians[input_of(name)], steps, bits, fine, stored.damp)
+        codes = gptq_protected(w, hessians[input_of(name)], steps, bits, fine)
         out.tensors.update({name + ".q": codes.cpu(), name + ".awqg_s_hi": high.cpu(),
                             name + ".awqg_start": torch.tensor(starts, dtype=torch.int16),
                             name + ".awqg_size": torch.tensor([size], dtype=torch.int16)})
@@ -2130,12 +2141,10 @@ EMBEDDINGS = {"tok_emb.weight"}      # tables that are looked up
 
 
 class Storage(NamedTuple):
-    """How a tensor is stored: gate, half or gptq; its bits, clip_sigmas and the
-    damping of its Hessian."""
+    """How a tensor is stored: gate, half or gptq; its bits and clip_sigmas."""
     kind: str
     bits: int
     clip: float = 0.0
-    damp: float = 0.0
 
 
 def storage_of(s: Settings, name: str, w: Tensor) -> Storage:
@@ -2146,11 +2155,11 @@ def storage_of(s: Settings, name: str, w: Tensor) -> Storage:
     if w.numel() <= SMALL_TENSOR:
         return Storage("half", 16)
     if name in EMBEDDINGS:
-        return Storage("gptq", s.embed_bits, s.embed_clip_sigmas, s.gptq_damp_embed)
+        return Storage("gptq", s.embed_bits, s.embed_clip_sigmas)
     if ".mlp." in name:
-        return Storage("gptq", s.matrix_bits, s.mlp_clip_sigmas, s.gptq_damp_mlp)
+        return Storage("gptq", s.matrix_bits, s.mlp_clip_sigmas)
     clip = s.attn_clip_sigmas if ".attn." in name else s.matrix_clip_sigmas
-    return Storage("gptq", s.matrix_bits, clip, s.gptq_damp_attn)
+    return Storage("gptq", s.matrix_bits, clip)
 
 
 OCTAVE = 8             # stored steps are eighths of an octave
@@ -2217,13 +2226,12 @@ class Quantiser:
         weights = [self.weights[n] for n in names]
         eye = torch.eye(weights[0].size(1), device=weights[0].device)
         h = torch.stack([self.hessians.get(n, eye) for n in names])
-        asked = h.new_tensor([[storage_of(self.s, n, w).damp] for n, w in zip(names, weights)])
-        found, taken = damped_factor(h, asked, falling=not self.trellis)
+        found, taken = damped_factor(h, h.new_full((len(h), 1), DAMPING), falling=not self.trellis)
         self.factors.update(zip(names, zip(*found)))
-        for name, least, most in zip(names, asked[:, 0].tolist(), taken[:, 0].tolist()):
-            if most > least:
-                self.unusual[name] = (f"a Hessian that cannot be factored: damping {most:g} instead "
-                                      f"of {least:g}")
+        for name, damping in zip(names, taken[:, 0].tolist()):
+            if damping > 2 * DAMPING:
+                self.unusual[name] = (f"a Hessian that cannot be factored: damping {damping:g} instead "
+                                      f"of {DAMPING:g}")
 
     def allocate(self, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Stored steps, `.row` and `.col`, with step^2 g_row d_col the same for all
@@ -2308,7 +2316,7 @@ class Quantiser:
         if self.s.awq_lite_enabled:
             protect(self.s, out, self.weights, self.hessians, self.names, unit)
         if self.s.lqer_enabled:
-            repair(self.s, out, self.weights, self.names)
+            self.repair(out)
         return out
 
     def round(self, done: dict, names: list[str], bits: int, unit: float) -> None:
@@ -2325,42 +2333,46 @@ class Quantiser:
             # clones, because a pickled view takes its whole stack along
             done.update((n + end, x.clone()) for n, x in zip(names, stack.cpu()))
 
-
     def round_by_hand(self, w: Tensor, rows: Tensor, factors: Sequence[Tensor], bits: int,
                       unit: float) -> tuple[Tensor, Tensor]:
         """(codes, steps of rows) of matrices w (n, R, C) under steps rows (n, R) that
         settings gave."""
         return round_in_order(w, rows.float(), *factors, 2 ** (bits - 1) - 1), rows
 
+    def repair(self, out: Quantised) -> None:
+        """LQER: low-rank factors for the matrices with the largest rounding errors."""
+        decoded = dequantise(out)
+        errors = {}
+        for name in self.names:
+            w = self.weights[name]
+            errors[name] = w.float() - decoded[name].to(w.device)
+        for name in self.to_repair(errors):
+            form, factors = self.pack_factors(name, *low_rank(errors[name], self.s.lqer_rank))
+            out.tensors.update(factors)
+            out.meta[name] += "+" + form
 
-def repair(s: Settings, out: Quantised, weights: Mapping[str, Tensor], names: Sequence[str]) -> None:
-    """LQER: factors of the LQER_TOP_K largest errors, or where they gain most
-    (LQER_GAIN_SELECT)."""
-    within = {"all": "", "mlp": ".mlp.", "attn": ".attn.", "embed": "tok_emb"}[s.lqer_scope]
-    back, found = dequantise(out), {}
-    errors = {n: weights[n].float() - back[n].to(weights[n].device) for n in names if within in n}
-    sizes = {n: e.norm().item() for n, e in errors.items()}
-    first = sorted(errors, key=lambda n: -sizes[n])
-    for name in first if s.lqer_gain_select else first[:s.lqer_top_k]:
-        label, parts = pack_factors(s, name, *low_rank(errors[name], s.lqer_rank))
-        left = (errors[name].cpu() - factors_of(parts, name)).norm().item() if s.lqer_gain_select else 0.0
-        found[name] = sizes[name] - left, label, parts
-    for name in sorted(found, key=lambda n: -found[n][0])[:s.lqer_top_k]:
-        gain, label, parts = found[name]
-        if gain > 0:
-            out.tensors.update(parts)
-            out.meta[name] += "+" + label
+    def to_repair(self, errors: Mapping[str, Tensor]) -> list[str]:
+        """The LQER_TOP_K matrices of the largest errors (R, C)."""
+        sizes = {name: error.norm().item() for name, error in errors.items()}
+        largest = sorted(sizes, key=lambda name: -sizes[name])
+        return [name for name in largest[:self.s.lqer_top_k] if sizes[name] > 0]
+
+    def pack_factors(self, name: str, a: Tensor, b: Tensor) -> tuple[str, dict[str, Tensor]]:
+        """(form, tensors) in which the factors a (R, r), b (r, C) of a matrix are stored:
+        asymmetric where b falls into whole groups of LQER_ASYM_GROUP values."""
+        group = self.s.lqer_asym_group
+        if b.numel() % group:
+            return symmetric_factors(name, a, b)
+        parts = lqer_asym(*asym_signs(a, b, group), group)
+        ends = ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a")
+        return "lqer_asym", {f"{name}.{end}": part.cpu() for end, part in zip(ends, parts)}
 
 
-def pack_factors(s: Settings, name: str, a: Tensor, b: Tensor) -> tuple[str, dict[str, Tensor]]:
-    """How the factors a (R, r), b (r, C) of a matrix are stored, and their tensors."""
-    if s.lqer_asym_enabled and b.numel() % s.lqer_asym_group == 0:
-        label, ends = "lqer_asym", ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a")
-        parts = lqer_asym(*asym_signs(a, b, s.lqer_asym_group), s.lqer_asym_group)
-    else:      # one step per row of each
-        label, ends = "lqer", ("lqA", "lqAs", "lqB", "lqBs")
-        parts = (*quantise_rows(a, s.lqer_factor_bits), *quantise_rows(b, s.lqer_factor_bits))
-    return label, {f"{name}.{end}": part.cpu() for end, part in zip(ends, parts)}
+def symmetric_factors(name: str, a: Tensor, b: Tensor, bits: int = 4) -> tuple[str, dict[str, Tensor]]:
+    """Form and tensors of factors with one step for each of their rows."""
+    parts = (*quantise_rows(a, bits), *quantise_rows(b, bits))
+    ends = ("lqA", "lqAs", "lqB", "lqBs")
+    return "lqer", {f"{name}.{end}": part.cpu() for end, part in zip(ends, parts)}
 
 
 def factors_of(t: Mapping[str, Tensor], name: str) -> Tensor | float:
@@ -2492,6 +2504,12 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
 # ============================================================================================================
 # 7  Score: the ledger and sliding windows
 # ============================================================================================================
+
+def check_scoring(s: Settings) -> None:
+    """Refuse windows that would leave targets out."""
+    if s.eval_stride > s.eval_seq_len:
+        raise UserError(f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}: lower it")
+
 
 class Score(NamedTuple):
     """Sums over scored targets: nats, bytes, targets."""
@@ -2684,6 +2702,26 @@ class Scorer:
 # ============================================================================================================
 # 8  Adapt: score-first test-time training
 # ============================================================================================================
+
+def check_adapt(s: Settings) -> None:
+    """Refuse adaptation that could not work, or would let later text reach earlier."""
+    largest = max(chunk for _, chunk in chunk_steps(s))
+    if largest > s.ttt_eval_seq_len:
+        raise UserError(f"TTT_CHUNK_SIZE={s.ttt_chunk_size}, or a chunk of TTT_SHORT_SCORE_FIRST_STEPS="
+                        f"{s.first_chunks}, exceeds TTT_EVAL_SEQ_LEN={s.ttt_eval_seq_len}: lower it")
+    if s.ttt_doc_order == "stream" and s.ttt_warm_start_a and not s.ttt_shared_a:
+        raise UserError("TTT_DOC_ORDER=stream, TTT_WARM_START_A=1 and TTT_SHARED_A=0 let A carry what later "
+                        "documents taught it to earlier ones: set TTT_WARM_START_A=0 or "
+                        "TTT_DOC_ORDER=length")
+    if s.ttt_doc_order == "stream" and s.ttt_train_min_doc_len:
+        raise UserError(f"TTT_TRAIN_MIN_DOC_LEN={s.ttt_train_min_doc_len} asks where a document ends before "
+                        "it is read, which TTT_DOC_ORDER=stream does not allow: set TTT_TRAIN_MIN_DOC_LEN=0 "
+                        "or TTT_DOC_ORDER=length")
+    if s.ttt_enabled and not any(getattr(s, f"ttt_{kind}_lora") for kind in ADAPTED):
+        raise UserError("TTT_ENABLED=1 has nothing to adapt: set a TTT_*_LORA to 1, or TTT_ENABLED=0")
+    if s.ttt_cache_lambda and not s.ttt_kv_reuse:
+        raise UserError(f"TTT_CACHE_LAMBDA={s.ttt_cache_lambda:g} needs TTT_KV_REUSE=1, not 0")
+
 
 ADAPTED = ("q", "k", "v", "o", "mlp", "head")       # what a TTT_*_LORA switches
 
@@ -3263,28 +3301,18 @@ class PhasedTTT:
         self.trace("phase", model=self.model, tokens=tokens)
 
     def global_lr(self, c: int, chunks: int) -> float:
-        """Learning rate of chunk c: linear warm-up, then a cosine to the last chunk."""
-        s, warm = self.s, self.s.global_ttt_warmup_chunks
-        if c < warm:
-            done = c / max(warm - 1, 1)
-            return s.global_ttt_warmup_start_lr + done * (s.global_ttt_lr - s.global_ttt_warmup_start_lr)
-        done = (c - warm) / max(chunks - 1 - warm, 1)
-        return s.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * done))
+        """Learning rate of chunk c: a cosine to the last chunk."""
+        return self.s.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * c / max(chunks - 1, 1)))
 
     def global_step(self, tokens: np.ndarray, optimiser: torch.optim.SGD) -> None:
         """One momentum step on a run of tokens, which the ranks share by whole
         documents, or rows."""
         s, world, total = self.s, self.world, len(tokens) - 1
-        starts = np.flatnonzero(tokens[:-1] == BOS)
-        if not s.global_ttt_respect_doc_boundaries:
-            starts = np.arange(0, total, s.eval_seq_len)
-        starts = np.unique(np.append(starts, (0, total)))
-        fair = np.array([world.rank, world.rank + 1]) * total // world.size
-        begin, end = starts[np.searchsorted(starts, fair)]
+        starts = np.unique(np.append(self.row_starts(tokens), (0, total)))
+        begin, end = starts[np.searchsorted(starts, [total * (world.rank + i) // world.size for i in (0, 1)])]
         loss = torch.zeros((), device=world.device)
         if end > begin:
-            batch = packed_batch(tokens[begin:end + 1], s.eval_seq_len).to(world.device)
-            batch = batch if s.global_ttt_respect_doc_boundaries else batch.rows(s.eval_seq_len)
+            batch = self.rows_of(tokens[begin:end + 1]).to(world.device)
             losses = self.model.losses(batch.x, batch.y, self.plan, batch.layout(batch.max_seqlen))
             loss = losses.sum() / total
             loss.backward()
@@ -3293,6 +3321,14 @@ class PhasedTTT:
         optimiser.zero_grad()
         self.trace("sgd_step", loss=world.total(loss.detach().clone()), n_tokens=total, grad_norm=norm,
                    lr=optimiser.param_groups[0]["lr"])
+
+    def row_starts(self, tokens: np.ndarray) -> np.ndarray:
+        """Where a run of tokens may be cut for the ranks: at its documents."""
+        return np.flatnonzero(tokens[:-1] == BOS)
+
+    def rows_of(self, tokens: np.ndarray) -> Batch:
+        """The batch of a rank's tokens: packed documents of at most EVAL_SEQ_LEN."""
+        return packed_batch(tokens, self.s.eval_seq_len)
 
 
 def total_gradients(world: World, model: GPT, clip: float) -> Tensor:
@@ -3341,6 +3377,60 @@ def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
 # ============================================================================================================
 # 9  World, clocks, log, and what is kept on disk
 # ============================================================================================================
+
+def check_run(s: Settings) -> None:
+    """Refuse stages that exclude each other, and to go on where it cannot be done."""
+    if s.eval_only_path and s.eval_only_quantized_path:
+        raise UserError(f"EVAL_ONLY_PATH={s.eval_only_path} and EVAL_ONLY_QUANTIZED_PATH="
+                        f"{s.eval_only_quantized_path} are both set: keep one")
+    if s.quantize_only and s.prequant_only:
+        raise UserError("QUANTIZE_ONLY=1 and PREQUANT_ONLY=1 leave nothing to make: keep one")
+    if s.eval_only_quantized_path and (s.quantize_only or s.prequant_only):
+        raise UserError(f"EVAL_ONLY_QUANTIZED_PATH={s.eval_only_quantized_path} scores an artifact, which "
+                        "QUANTIZE_ONLY and PREQUANT_ONLY leave out: set both to 0")
+    budget, every = s.max_wallclock_seconds, s.checkpoint_every_seconds
+    if every and budget:
+        raise UserError(f"CHECKPOINT_EVERY_SECONDS={every:g} has no effect under MAX_WALLCLOCK_SECONDS="
+                        f"{budget:g}: a run with a budget keeps averages; set one of them to 0")
+    if not s.resume:
+        return
+    if budget:
+        raise UserError(f"RESUME=1 would spend MAX_WALLCLOCK_SECONDS={budget:g} twice: a run with a budget "
+                        "goes on by EVAL_ONLY_PATH=…/checkpoint/average.pt")
+    if s.eval_only_path or s.eval_only_quantized_path:
+        raise UserError("RESUME=1 trains: leave EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH out")
+    if not s.artifact_dir:
+        raise UserError("RESUME=1 goes on in a folder: set ARTIFACT_DIR to that of the run")
+
+
+def without_old_names(env: Mapping[str, str], known: Mapping) -> dict[str, str]:
+    """The variables under today's names; without empty ones (but where an empty text
+    means something) and without those that set nothing here."""
+    env = {k: v for k, v in env.items() if v or (k in known and is_free_text(known[k]))}
+    for name, (only, why) in NO_SETTINGS.items():
+        value = env.pop(name, "")
+        if name == "EMBEDDING_DIM" and is_number(env.get("MODEL_DIM", "")):
+            only = float(env["MODEL_DIM"])
+        if value and only is not None and (float(value) if is_number(value) else value) != only:
+            raise UserError(f"{name}={value} is not to be had here, only {only}: {why}")
+    for old, names in ALIASES.items():
+        if value := env.pop(old, ""):
+            meant = dict(zip(names.split(), translate(old, value)))
+            env = {**meant, **env}      # a setting's own name counts
+    if any(env.get(name, idle) != idle for name, idle in BY_HAND.items()):
+        env.setdefault("QUANT_ALLOCATION", "hand")
+    return env
+
+
+def refuse_misspelt(env: Mapping[str, str], known: Mapping) -> None:
+    """UserError for a variable that must have been meant for this script, with the
+    nearest right name."""
+    for name in env:
+        if name not in known and (nearest := looks_like_ours(name, known)) is not None:
+            raise UserError(f"unknown setting {name}: the nearest known one is {nearest} "
+                            "(python train_gpt.py --help lists all); if it is of another program, start "
+                            f"this one by: env -u {name} python train_gpt.py")
+
 
 def set_up(s: Settings, world: World) -> str:
     """Seeds, arithmetic, attention backend: once per process. Returns why this
@@ -3490,6 +3580,7 @@ NO_SETTINGS = {name: (only, why) for only, why, names in (
     (1, "built in", "GPTQ_ENABLED USE_GPTQ SDCLIP_ENABLED TTT_UPDATE_EVERY"),
     (0, "built in", "SPARSE_ATTN_GATE_INIT_STD"), (0.01, "built in", "GATED_ATTN_INIT_STD"),
     (512, "embeddings are as wide as the model", "EMBEDDING_DIM"),
+    ("wallclock", "always by the training budget", "TRAIN_SEQ_SCHEDULE_MODE"),
 ) for name in names.split()}
 ALIASES = {   # old name -> the settings it stands for
     "PHASED_TTT_ENABLED": "TTT_ENABLED", "TTT_MASK": "TTT_Q_LORA TTT_V_LORA",
@@ -6196,6 +6287,13 @@ def resolve_attention(choice: str, device) -> tuple[str, str]:
 # 12  Pack: the artifact is one file of checked streams, without pickle
 # ============================================================================================================
 
+def check_code_form(s: Settings) -> None:
+    """Refuse to ship the script without what its settings need."""
+    if s.code_form.startswith("lean") and (names := s.beyond_the_system()):
+        raise UserError(f"CODE_FORM={s.code_form} leaves out what {', '.join(names)} needs: "
+                        "set CODE_FORM=auto")
+
+
 # --- container
 
 MAGIC, ARTIFACT_VERSION = b"\x93PGOLF\r\n", 3    # a high byte and a line end: text-mode copies are noticed
@@ -7030,6 +7128,13 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
 # 13  Counts of earlier text: the score leans towards what followed the same context before
 # ============================================================================================================
 
+def check_counts(s: Settings) -> None:
+    """Refuse a tilt by which no expert ever speaks."""
+    if s.ngram_tilt_enabled and not experts_in_use(s):
+        thresholds = " or ".join(expert.threshold.upper() for expert in EXPERTS.values())
+        raise UserError(f"NGRAM_TILT_ENABLED=1 has no expert in use: lower {thresholds} to at most 1")
+
+
 # --- n-gram tilt: the score leans towards what followed the same context earlier
 
 ODD = np.uint64(0x9E3779B97F4A7C15)     # products with it spread over the upper bits
@@ -7839,6 +7944,7 @@ class LineageSettings(Settings):
     ttt_optimizer: str = choice("normalised adam sgd", "steps: the gradient over its RMS, AdamW, or SGD")
     parallel_lanes: str = choice("mixed separate", "lanes write to both; or stay apart and are blended",
                                  group="model")
+    ln_scale: bool = knob(True, "block inputs are scaled by 1 / sqrt(layer + 1)")
     parallel_final_lane: str = choice("mean mlp attn", "which mixed lane is read at the end")
     skip_gates_enabled: bool = knob(True, "gate the U-Net skips")
     skip_rows: str = choice("looped physical", "skips: half of the looped order, or of the physical layers")
@@ -7878,8 +7984,18 @@ class LineageSettings(Settings):
     prequant_ttt_form: str = choice("sharded overlapping", "ranks share rows; or all train on all, unfrozen")
     quant_clip: str = choice("sigmas percentile", "those sigmas; or the best of five percentiles of a row",
                              group="quantise")
-    corrector_alpha: float = knob(0.0, "n-gram posterior added to the logits of TTT; 0: none", 0,
+    lqer_scope: str = choice("all mlp attn embed", "which matrices may get a low-rank repair")
+    lqer_gain_select: bool = knob(False, "choose them by the error it removes, not by the error there is")
+    lqer_asym_enabled: bool = knob(True, "asymmetric factors; 0: symmetric ones")
+    lqer_factor_bits: int = knob(4, "bits of the symmetric ones", 2, 8)
+    ttt_short_doc_len: int = knob(2000, "the one step when TTT_SHORT_SCORE_FIRST_STEPS is empty", 0,
                                   group="score")
+    ttt_short_chunk_size: int = knob(24, "its chunk; 0: none", 0)
+    global_ttt_respect_doc_boundaries: bool = knob(True, "base weights learn without attention across "
+                                                   "documents; 0: from rows of EVAL_SEQ_LEN")
+    global_ttt_warmup_chunks: int = knob(0, "chunks of linear warm-up of GLOBAL_TTT_LR", 0)
+    global_ttt_warmup_start_lr: float = knob(0.0, "learning rate at its start", 0)
+    corrector_alpha: float = knob(0.0, "n-gram posterior added to the logits of TTT; 0: none", 0)
     corrector_orders: str = knob("8", "its orders, as 2,3,5")
     ngram_gates: str = choice("previous open_word target", "who speaks when; target: NON-COMPLIANT")
     ngram_choice: str = choice("model confidence", "what weighs hints: probability, or own confidence")
@@ -7897,6 +8013,14 @@ class LineageSettings(Settings):
         """VE_LAYERS as numbers."""
         return tuple(whole_numbers(self.ve_layers))
 
+    @property
+    def first_chunks(self) -> str:
+        """The older form has one step, of TTT_SHORT_DOC_LEN."""
+        steps = super().first_chunks
+        if steps or not self.ttt_short_score_first_enabled or not self.ttt_short_chunk_size:
+            return steps
+        return f"{self.ttt_short_doc_len}:{self.ttt_short_chunk_size}"
+
     def beyond_the_system(self) -> list[str]:
         beyond = []
         for name, value in self.changed().items():
@@ -7904,6 +8028,8 @@ class LineageSettings(Settings):
             choices = common.metadata["choices"] if common else ()
             if not common or (choices and value not in choices):
                 beyond.append(name)
+        if self.first_chunks != super().first_chunks:
+            beyond.append("TTT_SHORT_DOC_LEN")
         return beyond
 
     def to_be_stored(self, values: Mapping) -> dict:
@@ -7914,29 +8040,33 @@ class LineageSettings(Settings):
 
     def check_consistency(self) -> None:
         super().check_consistency()
-        s = self
-        orders = [1]      # none are asked for: tokens alone are counted
-        if s.corrector_orders:
-            orders = whole_numbers(s.corrector_orders.strip(","))
-        gates = s.sparse_attn_gate_enabled + s.gated_attn_enabled + s.attn_out_gate_enabled
-        ve_layers = whole_numbers(s.ve_layers) or [math.inf]
-        schedule(s.midrun_cap_schedule, 1.0, float)
-        for refused, why in (
-            (s.rope_yarn and (s.rope_dims or s.head_dim) == 2,
-             "ROPE_YARN has no exponent for 2 rotated channels: raise ROPE_DIMS or set ROPE_YARN=0"),
-            (s.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE leaves no row for pairs: set 0, or more"),
-            (s.ve_enabled and (max(ve_layers) >= s.num_layers or len({*ve_layers}) < len(ve_layers)),
-             "VE_LAYERS must be layers below NUM_LAYERS, each once: as 9,10"),
-            (s.matrix_lr_early and not s.matrix_lr, "MATRIX_LR_EARLY is relative to MATRIX_LR: raise that"),
-            (gates > 1, "more than one attention gate is on: keep one of SPARSE_ATTN_GATE_ENABLED, "
-                        "GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED and set the others to 0"),
-            (not orders or not 0 < min(orders) <= max(orders) <= MOST_ORDER,
-             f"CORRECTOR_ORDERS does not fit: it must be whole numbers from 1 to {MOST_ORDER}, as 2,3,5"),
-            (s.quant_clip != "sigmas" and s.quant_allocation != "hand",
-             "QUANT_CLIP changes steps that are set by hand, not by QUANT_ALLOCATION: "
-             "set QUANT_ALLOCATION=hand or leave it out"),
-        ):
-            self.refuse(refused, why)
+        check_lineage(self)
+
+
+def check_lineage(s: LineageSettings) -> None:
+    """Refuse settings of older systems that do not go together."""
+    if s.rope_yarn and (s.rope_dims or s.head_dim) == 2:
+        raise UserError("ROPE_YARN=1 has no exponent for 2 rotated channels: raise ROPE_DIMS or "
+                        "set ROPE_YARN=0")
+    if s.bigram_vocab_size == 1:
+        raise UserError("BIGRAM_VOCAB_SIZE=1 leaves no row for pairs: set 0, or more")
+    layers = s.value_layers
+    if s.ve_enabled and not (layers and max(layers) < s.num_layers and len({*layers}) == len(layers)):
+        raise UserError(f"VE_LAYERS={s.ve_layers} must be layers below NUM_LAYERS={s.num_layers}, "
+                        "each once: as 9,10")
+    if s.matrix_lr_early and not s.matrix_lr:
+        raise UserError(f"MATRIX_LR_EARLY={s.matrix_lr_early:g} is relative to MATRIX_LR=0: raise that")
+    if s.sparse_attn_gate_enabled + s.gated_attn_enabled + s.attn_out_gate_enabled > 1:
+        raise UserError("more than one attention gate is on: keep one of SPARSE_ATTN_GATE_ENABLED, "
+                        "GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED and set the others to 0")
+    schedule(s.midrun_cap_schedule, 1.0, float)
+    orders = whole_numbers(s.corrector_orders.strip(","))
+    if s.corrector_orders and not (orders and 0 < min(orders) <= max(orders) <= MOST_ORDER):
+        raise UserError(f"CORRECTOR_ORDERS={s.corrector_orders} must be whole numbers from 1 to "
+                        f"{MOST_ORDER}, as 2,3,5")
+    if s.quant_clip != "sigmas" and s.quant_allocation != "hand":
+        raise UserError(f"QUANT_CLIP={s.quant_clip} changes steps that are set by hand, not by "
+                        f"QUANT_ALLOCATION={s.quant_allocation}: set that to hand or leave it out")
 
 
 Settings = LineageSettings
@@ -8179,6 +8309,9 @@ class LineageGPT(GPT):
             return super().join(lane0, lane1)
         return lane1 if self.s.parallel_final_lane == "mlp" else lane0
 
+    def depth_scale(self, i: int) -> float:
+        return super().depth_scale(i) if self.s.ln_scale else 1.0
+
     def merge_skip(self, j: int, x: Tensor, skip: Tensor) -> Tensor:
         if self.s.skip_gates_enabled:
             return super().merge_skip(j, x, skip)
@@ -8287,6 +8420,25 @@ class LineageTTT(PhasedTTT):
             adapter.correctors = self.correctors[:rows]
         return adapter
 
+    def global_lr(self, c: int, chunks: int) -> float:
+        """After GLOBAL_TTT_WARMUP_CHUNKS of a linear warm-up."""
+        s, warm = self.s, self.s.global_ttt_warmup_chunks
+        if c >= warm:
+            return super().global_lr(c - warm, chunks - warm)
+        share = c / max(warm - 1, 1)
+        return (1 - share) * s.global_ttt_warmup_start_lr + share * s.global_ttt_lr
+
+    def row_starts(self, tokens: np.ndarray) -> np.ndarray:
+        if self.s.global_ttt_respect_doc_boundaries:
+            return super().row_starts(tokens)
+        return np.arange(0, len(tokens) - 1, self.s.eval_seq_len)
+
+    def rows_of(self, tokens: np.ndarray) -> Batch:
+        batch = super().rows_of(tokens)
+        if self.s.global_ttt_respect_doc_boundaries:
+            return batch
+        return batch.rows(self.s.eval_seq_len)
+
     def score_chunk(self, starts: np.ndarray, w: ChunkWindow, adapter: Adapter | None,
                     cache: KeyCache | None) -> Scored:
         """The counts correct the chunk's logits; they learn its targets once these
@@ -8378,7 +8530,10 @@ class LineageCurriculum(Curriculum):
         return min(share, caps[-1])
 
     def graphs(self) -> list[tuple[int, bool]]:
-        return self.all_graphs() if self.s.recur_start_step else super().graphs()
+        if not self.s.recur_start_step:
+            return super().graphs()
+        lengths = [length for _, length in self.stages]      # by the clock, loops by the step: any pair
+        return list(itertools.product(lengths, (False, True)))
 
 
 class LineageTrainer(Trainer):
@@ -8462,13 +8617,33 @@ def clip_search(w: Tensor, order: Tensor, u: Tensor, dead: Tensor, bits: int,
 
 
 class LineageQuantiser(Quantiser):
-    """Steps by a search over percentiles."""
+    """Steps by a search over percentiles, other choices and another form of repairs."""
 
     def round_by_hand(self, w: Tensor, rows: Tensor, factors: Sequence[Tensor], bits: int,
                       unit: float) -> tuple[Tensor, Tensor]:
         if self.s.quant_clip == "percentile":
             return clip_search(w, *factors, bits, unit)
         return super().round_by_hand(w, rows, factors, bits, unit)
+
+    def to_repair(self, errors: Mapping[str, Tensor]) -> list[str]:
+        """Within LQER_SCOPE; with LQER_GAIN_SELECT those whose error shrinks most."""
+        s, gains = self.s, {}
+        part_of_name = {"all": "", "mlp": ".mlp.", "attn": ".attn.", "embed": "tok_emb"}[s.lqer_scope]
+        errors = {name: error for name, error in errors.items() if part_of_name in name}
+        if not s.lqer_gain_select:
+            return super().to_repair(errors)
+        for name, error in errors.items():
+            _, factors = self.pack_factors(name, *low_rank(error, s.lqer_rank))
+            left = error.cpu() - factors_of(factors, name)
+            gains[name] = error.norm().item() - left.norm().item()
+        best = sorted(gains, key=lambda name: -gains[name])
+        return [name for name in best[:s.lqer_top_k] if gains[name] > 0]
+
+    def pack_factors(self, name: str, a: Tensor, b: Tensor) -> tuple[str, dict[str, Tensor]]:
+        """With LQER_ASYM_ENABLED=0 all are symmetric."""
+        if self.s.lqer_asym_enabled and b.numel() % self.s.lqer_asym_group == 0:
+            return super().pack_factors(name, a, b)
+        return symmetric_factors(name, a, b, self.s.lqer_factor_bits)
 
 
 Quantiser = LineageQuantiser

@@ -53,8 +53,8 @@ def adapted(s, model, val) -> float:
 
 
 def test_training_meets_no_graph_that_its_warm_up_has_not(data, tracing):
-    s = settings(DATA_PATH=data, TRAIN_SEQ_SCHEDULE="32@0.5,64@1", TRAIN_SEQ_SCHEDULE_MODE="step",
-                 ITERATIONS=6, RECUR_START_STEP=2, LATE_QAT_THRESHOLD=0.5, LATE_QAT_MIN_STEP=3,
+    s = settings(DATA_PATH=data, TRAIN_SEQ_SCHEDULE="32@0.5,64@1", ITERATIONS=6,
+                 RECUR_START_STEP=2, LATE_QAT_THRESHOLD=0.5, LATE_QAT_MIN_STEP=3,
                  BIGRAM_VOCAB_SIZE=64, BIGRAM_DIM=16, **SHAPE)
     world, model = tg.World(), sine_model(s)
     trainer = tg.Trainer(s, world, model)

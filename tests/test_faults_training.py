@@ -318,12 +318,12 @@ def test_weights_and_facts_come_back_and_torch_reads_the_file(tmp_path):
 def test_files_of_earlier_versions_pass_with_a_warning(tmp_path, capsys):
     s = settings()
     box = good_box(s)
-    del box["facts"], box["architecture"]["LN_SCALE"]      # a setting that was added later
+    del box["facts"], box["architecture"]["ROPE_BASE"]      # a setting that was added later
     path = tmp_path / "old.pt"
     path.write_bytes(saved(box))
     assert tg.read_weights(str(path), tg.GPT(s)) == {}
     assert "without a digest" in capsys.readouterr().err
-    assert "LN_SCALE=True there, False here" in refuses(path, settings(LN_SCALE=0))
+    assert "ROPE_BASE=10000.0 there, 500.0 here" in refuses(path, settings(ROPE_BASE=500))
 
 
 def test_every_flipped_bit_is_noticed(tmp_path):

@@ -67,14 +67,11 @@ TRAINED = {
     "bigram table, soft rounding": f"{BIGRAM} LATE_QAT_THRESHOLD=0.5 LATE_QAT_MIN_STEP=0",
 }
 BY_HAND = "QUANT_ALLOCATION=hand QUANT_TRELLIS=0"
-MODULES = "GPTQ_DAMP_EMBED=0.005 GPTQ_DAMP_MLP=0.02"
 SCORED = {
     "steps by hand": BY_HAND,
     "steps by hand, LQER": f"{BY_HAND} LQER_ENABLED=1",
     "steps by hand, LQER symmetric": f"{BY_HAND} LQER_ENABLED=1 LQER_ASYM_ENABLED=0",
     "steps by hand, LQER by gain": f"{BY_HAND} LQER_ENABLED=1 LQER_GAIN_SELECT=1",
-    "steps by hand, damping by module": f"{BY_HAND} {MODULES}",
-    "damping by module": MODULES,
     "steps by hand, AWQ": f"{BY_HAND} AWQ_LITE_ENABLED=1",
     "no trellis": "QUANT_TRELLIS=0",
     "logit calibration": "LOGIT_CALIB_ENABLED=1",
