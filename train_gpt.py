@@ -348,7 +348,7 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
         rounds = ttt_rounds(s, val.documents.length)
         phases, learnt = len(rounds) - 1, rounds[-2].train_on if len(rounds) > 1 else ()
         lengths = [val.documents.length[r.train_on].sum() for r in rounds[:-1]]
-        steps = sum(phase_steps(s, int(tokens)) for tokens in lengths)
+        steps = sum(len(phase_steps(s, int(tokens))) for tokens in lengths)
         learn_from = f"the {which} {len(learnt):,} documents" if steps else "none, no step is taken"
         run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
                 base_weights_learn_from=learn_from, base_weight_steps=steps,
@@ -2721,6 +2721,11 @@ def check_adapt(s: Settings) -> None:
         raise UserError("TTT_ENABLED=1 has nothing to adapt: set a TTT_*_LORA to 1, or TTT_ENABLED=0")
     if s.ttt_cache_lambda and not s.ttt_kv_reuse:
         raise UserError(f"TTT_CACHE_LAMBDA={s.ttt_cache_lambda:g} needs TTT_KV_REUSE=1, not 0")
+    if s.ttt_suffix and not s.ttt_kv_reuse:
+        raise UserError(f"TTT_SUFFIX={s.ttt_suffix} needs TTT_KV_REUSE=1, not 0")
+    if s.ttt_step_nats and s.ttt_optimizer != "normalised":
+        raise UserError(f"TTT_STEP_NATS={s.ttt_step_nats:g} needs TTT_OPTIMIZER=normalised, not "
+                        f"{s.ttt_optimizer}")
 
 
 ADAPTED = ("q", "k", "v", "o", "mlp", "head")       # what a TTT_*_LORA switches
@@ -2999,8 +3004,8 @@ def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
 # --- one step
 
 # A step that promises to lower its own chunk's loss by more nats than this is not believed, but shortened to
-# SAFE_NATS. On a trained 135M model with cached keys .3 to .6 were best, and at 2 adapting cost more than it gained;
-# the field's exact encoding with AdamW gained at up to 2.7.
+# SAFE_NATS. With cached keys .3 to .6 were best on a trained 135M model, beyond 2 adapting cost more than it
+# gained; AdamW on exact encoding still gained at 2.7.
 MOST_NATS, MOST_NATS_ADAM, SAFE_NATS = 1.25, 4.0, 0.3
 MOST_RATE = 0.01         # of TTT_STEP_NATS, where gradients vanish; the best rate on toy models was .008
 
@@ -3281,22 +3286,15 @@ class PhasedTTT:
         self.phase_tokens -= int(self.lengths[documents].sum())
 
     def global_phase(self, booked: Booked) -> None:
-        """SGD on all base weights over booked documents; the learning rate falls as a
-        cosine over chunks."""
-        s, tokens = self.s, booked.tokens
-        chunks = -(-(len(tokens) - 1) // s.global_ttt_chunk_tokens)
+        """SGD on all base weights over booked documents."""
+        tokens = booked.tokens
+        chunks = -(-(len(tokens) - 1) // self.s.global_ttt_chunk_tokens)
         params = self.model.requires_grad_(True).parameters()
-        optimiser = torch.optim.SGD(params, momentum=s.global_ttt_momentum)
-        for c in range(max(chunks - 1, 1)):    # as published, the last chunk is left out, unless it is alone
-            part = tokens[c * s.global_ttt_chunk_tokens:(c + 1) * s.global_ttt_chunk_tokens + 1]
-            rows = (len(part) - 1) // s.eval_seq_len
-            optimiser.param_groups[0]["lr"] = self.global_lr(c, chunks)
+        optimiser = torch.optim.SGD(params, momentum=self.s.global_ttt_momentum)
+        for c, begin, end in phase_steps(self.s, len(tokens)):
             self.world.beat(f"adapting the base weights, chunk {c + 1}")
-            for _ in range(s.global_ttt_epochs):
-                for r in range(0, rows, s.global_ttt_batch_seqs):
-                    begin = r * s.eval_seq_len
-                    n = min(s.global_ttt_batch_seqs, rows - r) * s.eval_seq_len
-                    self.global_step(part[begin:begin + n + 1], optimiser)
+            optimiser.param_groups[0]["lr"] = self.global_lr(c, chunks)
+            self.global_step(tokens[begin:end + 1], optimiser)
         self.model.requires_grad_(False)
         self.trace("phase", model=self.model, tokens=tokens)
 
@@ -3309,7 +3307,8 @@ class PhasedTTT:
         documents, or rows."""
         s, world, total = self.s, self.world, len(tokens) - 1
         starts = np.unique(np.append(self.row_starts(tokens), (0, total)))
-        begin, end = starts[np.searchsorted(starts, [total * (world.rank + i) // world.size for i in (0, 1)])]
+        fair = np.array([world.rank, world.rank + 1]) * total // world.size
+        begin, end = starts[np.searchsorted(starts, fair)]
         loss = torch.zeros((), device=world.device)
         if end > begin:
             batch = self.rows_of(tokens[begin:end + 1]).to(world.device)
@@ -3339,13 +3338,16 @@ def total_gradients(world: World, model: GPT, clip: float) -> Tensor:
     return nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
 
 
-def phase_steps(s: Settings, tokens: int) -> int:
-    """Steps of the base weights in a phase over so many tokens (see
-    PhasedTTT.global_phase)."""
-    chunks, steps = -(-(tokens - 1) // s.global_ttt_chunk_tokens), 0
+def phase_steps(s: Settings, tokens: int) -> list[tuple[int, int, int]]:
+    """The steps of the base weights in a phase over so many tokens: chunk, first
+    input, end. As published the last chunk is left out, unless it is alone."""
+    size, length, steps = s.global_ttt_chunk_tokens, s.eval_seq_len, []
+    chunks = -(-(tokens - 1) // size)
     for c in range(max(chunks - 1, 1)):
-        inputs = min(s.global_ttt_chunk_tokens, tokens - 1 - c * s.global_ttt_chunk_tokens)
-        steps += -(-(inputs // s.eval_seq_len) // s.global_ttt_batch_seqs) * s.global_ttt_epochs
+        rows = min(size, tokens - 1 - c * size) // length
+        firsts = list(range(0, rows, s.global_ttt_batch_seqs))
+        cuts = [c * size + row * length for row in (*firsts, rows)]
+        steps += s.global_ttt_epochs * [(c, *pair) for pair in zip(cuts, cuts[1:])]
     return steps
 
 

@@ -94,16 +94,22 @@ def test_evaluation_meets_no_graph_that_its_probes_have_not(tracing):
 
 
 @pytest.mark.parametrize("changes, graphs", [
-    # first chunks, later ones, and those after which no document goes on
-    (dict(TTT_CACHE_LAMBDA=0.3, CORRECTOR_ALPHA=0.3, CORRECTOR_ORDERS="2,3"), 3),
+    # a document's beginning, and what goes on from cached keys
+    (dict(TTT_CACHE_LAMBDA=0.3, CORRECTOR_ALPHA=0.3, CORRECTOR_ORDERS="2,3"), 2),
+    (dict(TTT_SUFFIX=20, TTT_STEP_NATS=0.3), 2),
     pytest.param(
-        dict(TTT_KV_REUSE=0, TTT_SHARED_A=0, TTT_OPTIMIZER="adam", TTT_DOC_ORDER="length"), 2,
+        dict(TTT_KV_REUSE=0, TTT_SHARED_A=0, TTT_OPTIMIZER="adam", TTT_DOC_ORDER="length"), 1,
         marks=pytest.mark.long),
 ])
 def test_adaptation_needs_few_graphs(changes, graphs, tracing):
-    """21 documents in groups of 8 and two phases: fewer rows, other chunks and new weights need no graph."""
+    """21 documents in groups of 8 and two phases: fewer rows, other chunks, suffixes and new weights need no
+    graph."""
     s = settings(**SHAPE, **changes)
-    adapted(s, sine_model(s), tg.Validation.of(documents(21, 5, lo=5, hi=200)))
+    ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation.of(documents(21, 5, lo=5, hi=200)))
+    ttt.run()
+    if s.ttt_suffix:
+        for ttt.level in (2, 3):
+            ttt.adapt_group(np.arange(5, 9))
     assert tracing() == graphs
 
 
