@@ -2749,15 +2749,13 @@ class BoundAdapter(NamedTuple):
 
 class Adapter:
     """Low-rank adapters for `rows` documents side by side: per kind A (S, rows, r,
-    in) uniform(±1/sqrt(in)) and B (S, rows, out, r) zero: a fresh one changes
-    nothing. S counts executed slots; the head has one. Every document begins with the
-    same A, drawn from SEED. With TTT_SHARED_A A is (S, r, in) and frozen."""
+    in) uniform(±1/sqrt(in)), the same for each, and B (S, rows, out, r) zero: a fresh
+    one changes nothing. S counts executed slots; the head has one. With TTT_SHARED_A
+    A is (S, r, in) and frozen."""
 
     def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu"):
+        self.s = s
         self.scale = s.ttt_lora_alpha / s.ttt_lora_rank
-        self.shared = s.ttt_shared_a
-        self.warm = s.ttt_warm_start_a
-        self.seed = s.seed
         outputs = dict.fromkeys(ADAPTED, s.model_dim)
         outputs.update(k=s.kv_dim, v=s.kv_dim, head=s.vocab_size)
         # no nn.Parameters: torch.compile would make a graph for every number of rows
@@ -2767,9 +2765,9 @@ class Adapter:
             if not getattr(s, f"ttt_{kind}_lora"):
                 continue
             slots = 1 if kind == "head" else plan.slots
-            each = () if self.shared else (rows,)
-            self.a[kind] = torch.empty(slots, *each, s.ttt_lora_rank, s.model_dim, device=device,
-                                       requires_grad=not self.shared)
+            each = (slots,) if s.ttt_shared_a else (slots, rows)
+            self.a[kind] = torch.empty(*each, s.ttt_lora_rank, s.model_dim, device=device,
+                                       requires_grad=not s.ttt_shared_a)
             self.b[kind] = torch.zeros(slots, rows, out, s.ttt_lora_rank, device=device,
                                        requires_grad=True)
         self.draw_a()
@@ -2790,37 +2788,37 @@ class Adapter:
 
     @torch.no_grad()
     def draw_a(self) -> None:
-        """Fresh A. Drawn on the CPU, so that every device starts from the same
-        numbers."""
-        generator = torch.Generator().manual_seed(self.seed)
+        """Fresh A, drawn on the CPU: every device starts from the same numbers."""
+        generator = torch.Generator().manual_seed(self.s.seed)
         for a in self.a.values():
             drawn = torch.empty(a.size(0), *a.shape[-2:]).uniform_(-1, 1, generator=generator)
             drawn = drawn / math.sqrt(a.size(-1))
-            a.copy_(drawn if self.shared else drawn[:, None])
+            a.copy_(drawn if self.s.ttt_shared_a else drawn[:, None])
 
     @torch.no_grad()
     def reset(self) -> None:
         """Start new documents: B back to zero; A kept (warm start) or drawn anew."""
         for b in self.b.values():
             b.zero_()
-        if not self.warm:
+        if not self.s.ttt_warm_start_a:
             self.draw_a()
 
     def bind(self, dtype: torch.dtype, head: bool = False) -> BoundAdapter:
         """For one forward: the trunk's, or the head's."""
         def unbound(side: dict) -> dict:
-            return {kind: p.to(dtype).unbind(0) for kind, p in side.items() if (kind == "head") == head}
+            wanted = [kind for kind in side if (kind == "head") == head]
+            return {kind: side[kind].to(dtype).unbind(0) for kind in wanted}
         return BoundAdapter(unbound(self.a), unbound(self.b), self.scale)
 
 
 class KeyCache:
     """Keys and values that earlier forwards of B documents left behind, cut from
     their graph: per slot (B, P, K, D). The next forward sees `seen` of them, up to
-    index `end`; what lies beyond is of the suffix, which it runs again and thereby
-    overwrites. They are cut in the forward: for views torch.compile would make other
-    graphs. position: the document's tokens before the forward; last (B, 2): the
-    nearest of them. states: slot STATES keeps final hidden states (B, P, D) of length
-    1 and the tokens that came next (B, P)."""
+    index `end`; beyond lies the suffix, which it runs again and overwrites. They are
+    cut in the forward: for views torch.compile would make other graphs. position: the
+    document's tokens before the forward; last (B, 2): the nearest of them. states:
+    slot STATES keeps final hidden states (B, P, D) of length 1 and the tokens that
+    came next (B, P)."""
     STATES = -1
 
     def __init__(self, window: int, states: bool = False):
@@ -2851,11 +2849,11 @@ class KeyCache:
         self.new = {}
 
     def advance(self, chunk: int, suffix: int = 0) -> int:
-        """The chunk is over. The next forward runs the newest tokens again, `suffix`
-        of them, and then `chunk` new ones, on as many older keys as the window holds
-        beside them; returns how many again. Where no two tokens lie ahead of the
-        suffix, as early in a document, all are run, as in a document's first forward:
-        that needs no graph of its own, nor does a suffix of any other length."""
+        """The chunk is over. The next forward runs the newest `suffix` tokens again
+        and then `chunk` new ones, on the older keys that the window holds beside
+        them; returns how many again. Where fewer than two lie ahead of the suffix, as
+        early in a document, all are run: the graph is a document's first one then,
+        and otherwise one for every length of a suffix."""
         ids, self.old = self.sealed
         self.sealed = None
         text = ids if self.last is None else torch.cat((self.last, ids), dim=1)
@@ -2880,8 +2878,8 @@ class KeyCache:
 
 @dataclass(frozen=True)
 class Scored:
-    """A chunk already on the books: adapt() takes nothing else, so it cannot see
-    ahead. losses (B, W) with their graph, the chunk's in the last columns; `again`
+    """A chunk on the books: adapt() takes nothing else, so it cannot see ahead.
+    losses (B, W) with their graph, the chunk's in the last columns; `again`
     recomputes them after a step."""
     losses: Tensor
     chunk: int
@@ -2892,9 +2890,8 @@ class Scored:
 # --- which tokens, documents and phases, in which order
 
 class ChunkWindow(NamedTuple):
-    """A chunk of a batch of documents: per row the first input (relative to the
-    document), the first scored column, the number of scored columns (0: the document
-    has ended); W columns."""
+    """A chunk of B documents, per row: the first input (relative to the document),
+    the first scored column, how many are scored (0: it has ended); W columns."""
     begin: np.ndarray
     offset: np.ndarray
     count: np.ndarray
@@ -2903,11 +2900,10 @@ class ChunkWindow(NamedTuple):
 
 def chunk_window(s: Settings, targets: np.ndarray, begin: int, end: int,
                  again: int | None) -> ChunkWindow:
-    """The chunk [begin, end) of targets, and the inputs before it that are run again:
-    so many where the others' keys are cached. None: what TTT_EVAL_SEQ_LEN reaches, in
-    the field's order from where the document ends, if that is in the chunk, in stream
-    order from the chunk's end: nothing about later tokens is known. targets (B,): per
-    document."""
+    """The chunk [begin, end) of targets, with `again` inputs before it where older
+    keys are cached. None: those within TTT_EVAL_SEQ_LEN, in the field's order of
+    where the document ends, if that is in the chunk, in stream order of the chunk's
+    end: nothing about later tokens is known. targets (B,): per document."""
     last = np.minimum(end, targets)
     count = np.maximum(last - begin, 0)
     if again is None:
@@ -2923,10 +2919,9 @@ def chunk_window(s: Settings, targets: np.ndarray, begin: int, end: int,
 
 
 def chunk_bounds(s: Settings, length: int) -> list[int]:
-    """Targets at which the chunks of a group begin whose longest document has
-    `length` tokens, and the end of the last one. In stream order the size goes by the
-    position in the document, so that no later document has a say in how an earlier
-    one is cut; in the field's order by `length`."""
+    """Where the chunks of a group begin whose longest document has `length` tokens,
+    and the last one's end. In stream order sizes go by position, so that no later
+    document has a say in how an earlier one is cut; in the field's by `length`."""
     steps, bounds = chunk_steps(s), [0]
     if s.ttt_doc_order == "length":
         steps = [(math.inf, next(chunk for bound, chunk in steps if length <= bound))]
@@ -2938,8 +2933,8 @@ def chunk_bounds(s: Settings, length: int) -> list[int]:
 
 def trained_rows(s: Settings, targets: np.ndarray, end: int) -> np.ndarray:
     """(B,) bool: the documents, of targets (B,), that learn from a chunk ending at
-    target `end`: those going on, within TTT_TRAIN_*_DOC_LEN; in stream order by the
-    position reached, as no end is known yet."""
+    `end`: those going on, within TTT_TRAIN_*_DOC_LEN; in stream order by the position
+    reached, as no end is known yet."""
     most = s.ttt_train_max_doc_len or math.inf
     goes_on = targets > end
     if s.ttt_doc_order == "stream":
@@ -2957,16 +2952,15 @@ def rows_kept_for(batch: int, live: int) -> int:
 
 class Round(NamedTuple):
     """Groups of documents between which no state passes, in the order of work, and
-    the documents on which the base weights are trained once all of them are scored
-    (none after the last round)."""
+    those on which the base weights are trained afterwards (none in the last)."""
     groups: list[np.ndarray]
     train_on: np.ndarray | None
 
 
 def grouped(s: Settings, documents: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     """Documents (their numbers) in groups of at most TTT_BATCH_SIZE of similar
-    lengths, longest first. In stream order groups are about equal: a single document
-    left over would need a graph of its own."""
+    lengths, longest first. In stream order of about equal size: a single document
+    would need a graph of its own."""
     if not len(documents):
         return []
     order = documents[np.argsort(lengths[documents], kind="stable")]
@@ -2976,10 +2970,10 @@ def grouped(s: Settings, documents: np.ndarray, lengths: np.ndarray) -> list[np.
 
 
 def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
-    """The groups of all documents, cut at the phase boundaries. TTT_DOC_ORDER=stream:
-    round i holds the i-th part of the stream's first documents, so that none is
-    influenced by a later one. length: as in the field the longest documents of all
-    come first; a phase trains on the shortest groups scored so far."""
+    """The groups of all documents, cut at the phases. TTT_DOC_ORDER=stream: round i
+    holds the i-th part of the stream's first documents, so that none is influenced by
+    a later one. length: as in the field the longest come first, and a phase trains on
+    the shortest groups scored so far."""
     phases = s.phased_ttt_num_phases if s.phased_ttt_prefix_docs else 0
     bounds = [s.phased_ttt_prefix_docs * (i + 1) // phases for i in range(phases)]
     everything, rounds = np.arange(len(lengths)), []
@@ -3003,38 +2997,32 @@ def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
 
 # --- one step
 
-# A step that promises to lower its own chunk's loss by more nats than this is not believed, but shortened to
-# SAFE_NATS. With cached keys .3 to .6 were best on a trained 135M model, beyond 2 adapting cost more than it
-# gained; AdamW on exact encoding still gained at 2.7.
+# Nats off its own chunk's loss beyond which a step's promise is not believed, and what it is then cut to.
+# A trained 135M model on cached keys gained most at .3 to .6 and lost from 2 on; encoded exactly, by AdamW,
+# it still gained at 2.7.
 MOST_NATS, MOST_NATS_ADAM, SAFE_NATS = 1.25, 4.0, 0.3
-MOST_RATE = 0.01         # of TTT_STEP_NATS, where gradients vanish; the best rate on toy models was .008
-
-
-def step_rates(s: Settings, promised: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Learning rates (rows,) for documents whose chunk has mean losses (rows,), and
-    which of them were shortened (bool). promised (rows,): nats by which a rate of 1
-    promises to lower that loss. TTT_STEP_NATS: the rate that promises so much, but no
-    more than a quarter of the loss. Else TTT_LORA_LR, or where that promises more
-    than MOST_NATS, the one for SAFE_NATS."""
-    if s.ttt_step_nats:
-        fall = (losses / 4).clamp(max=s.ttt_step_nats)
-        rates = torch.where(promised > 0, fall / promised, 0.0)
-        return rates.clamp(max=MOST_RATE), torch.zeros_like(promised, dtype=torch.bool)
-    lr = s.ttt_lora_lr * s.ttt_local_lr_mult
-    shortened = lr * promised > MOST_NATS
-    return torch.where(shortened, SAFE_NATS / promised, lr), shortened
+MOST_RATE = 0.01       # of TTT_STEP_NATS, where gradients vanish; toy models liked .008
 
 
 @torch.no_grad()
 def normalised_step(s: Settings, params: list[Tensor], losses: Tensor) -> Tensor:
     """A step of every document's matrices (S, rows, R, C), each along its gradient
-    over the gradient's RMS: no state. To first order a rate of 1 lowers the loss by
-    the sum of N * RMS over the document's matrices of N entries. Returns which rows
-    (bool) were shortened."""
+    over the gradient's RMS: no state. To first order a rate of 1 lowers the document's
+    loss (rows,) by the sum of N * RMS over its matrices of N entries. The rate is
+    TTT_LORA_LR, or what promises TTT_STEP_NATS, though no more than a quarter of the
+    loss. Returns which rows (bool) were shortened."""
     sizes = [p.grad.square().mean(dim=(-2, -1)).sqrt() for p in params]
-    entries = [p.size(-2) * p.size(-1) for p in params]
-    promised = sum(n * size.sum(0) for n, size in zip(entries, sizes))
-    rates, shortened = step_rates(s, promised, losses)
+    promised = torch.zeros_like(losses)
+    for p, size in zip(params, sizes):
+        promised += p.size(-2) * p.size(-1) * size.sum(0)
+    if s.ttt_step_nats:
+        fall = (losses / 4).clamp(max=s.ttt_step_nats)
+        rates = (fall / promised.clamp(min=1e-30)).clamp(max=MOST_RATE)
+        shortened = torch.zeros_like(promised, dtype=torch.bool)
+    else:
+        lr = s.ttt_lora_lr * s.ttt_local_lr_mult
+        shortened = lr * promised > MOST_NATS
+        rates = torch.where(shortened, SAFE_NATS / promised, lr)
     for p, size in zip(params, sizes):
         p.mul_(1 - rates[:, None, None] * s.ttt_weight_decay)
         p.addcmul_(p.grad, (rates / (size + 1e-12))[..., None, None], value=-1)
@@ -3047,9 +3035,8 @@ def optimiser_step(optimiser: torch.optim.Optimizer, params: list[Tensor]) -> Te
     MOST_NATS_ADAM, the part of it that promises SAFE_NATS. Returns where (rows,)."""
     before = [p.clone() for p in params]
     optimiser.step()
-    promise = torch.zeros(params[0].size(1), device=params[0].device)
-    for p, old in zip(params, before):
-        promise += ((old - p) * p.grad).sum(dim=(0, 2, 3))
+    moves = [((old - p) * p.grad).sum(dim=(0, 2, 3)) for p, old in zip(params, before)]
+    promise = torch.stack(moves).sum(0)
     shortened = promise > MOST_NATS_ADAM
     part = (SAFE_NATS / promise)[:, None, None]
     for p, old in zip(params, before):
@@ -3072,9 +3059,9 @@ def suffixes(s: Settings) -> tuple[int, ...]:
 
 
 class PhasedTTT:
-    """Score-first phased test-time training. Each document has its own adapter,
-    scored chunk by chunk and adapted only by booked chunks; at each phase boundary
-    the base weights are trained on whole booked documents. Ranks share the groups by
+    """Score-first phased test-time training. Each document has its own adapter and is
+    scored chunk by chunk; only booked chunks adapt it; at each phase boundary the
+    base weights are trained on whole booked documents. Ranks share the groups by
     predicted cost. clock: the evaluation's, watched so that every target is scored in
     time. trace(event, **values) observes: lora, reset, chunk, sgd_step, phase,
     give_up, shortened."""
@@ -3091,10 +3078,9 @@ class PhasedTTT:
         self.level = 0
         self.kept: Adapter | None = None
         self.shortened = torch.zeros((), dtype=torch.int64, device=world.device)
-        # Seconds and token-passes of adaptation, without phases and waiting; costs of what is still to do.
-        self.spent = 0.0
-        self.done = 0.0
-        self.left = np.zeros(len(GIVE_UP))
+        self.spent = 0.0            # seconds of adaptation, without phases and waiting
+        self.done = 0.0             # token-passes in them
+        self.left = np.zeros(len(GIVE_UP))      # those still to do, at every level
         self.phase_pace = 0.0       # seconds a token of a phase
         self.phase_tokens = 0       # still to train on
 
@@ -3104,12 +3090,12 @@ class PhasedTTT:
         s, longest = self.s, int(self.lengths[group].max())
         bounds = np.array(chunk_bounds(s, longest))
         window = np.minimum(bounds[1:], s.ttt_eval_seq_len)
-        passes = []
-        for suffix in suffixes(s):
-            columns = np.minimum(window, np.diff(bounds) + suffix) if s.ttt_kv_reuse else window
-            passes.append(3 * columns.sum())
+        columns = np.tile(window, (len(GIVE_UP), 1))
+        if s.ttt_kv_reuse:
+            columns = np.minimum(window, np.diff(bounds) + np.array(suffixes(s))[:, None])
+        passes = 3.0 * columns.sum(1)
         passes[NO_ADAPTATION] = longest
-        return len(group) * np.array(passes, float)
+        return len(group) * passes
 
     def own_share(self, groups: list[np.ndarray]) -> list[np.ndarray]:
         """This rank's share of the groups."""
@@ -3124,12 +3110,12 @@ class PhasedTTT:
         shares = [self.own_share(r.groups) for r in rounds]
         self.left = sum(map(self.costs, itertools.chain(*shares)), self.left)
         self.phase_tokens = sum(int(self.lengths[r.train_on].sum()) for r in rounds[:-1])
-        self.model.requires_grad_(False)           # adapters learn; the base weights only in a phase
+        self.model.requires_grad_(False)        # but in a phase
         for r, share in zip(rounds, shares):
             self.begin_round()
             for group in share:
                 self.adapt_group(group)
-            level = max(self.world.gather(self.level))          # all ranks take part in a phase or none
+            level = max(self.world.gather(self.level))      # all take part in a phase or none
             if level > self.level:
                 self.give_up(level, by="another rank")
             if r.train_on is not None and self.level == 0:
@@ -3154,8 +3140,8 @@ class PhasedTTT:
         pace = self.spent / self.done if self.done else 0.0
         ends = now + pace * self.left
         ends[0] += self.phase_pace * self.phase_tokens
-        fits = (i for i in range(self.level, NO_ADAPTATION) if ends[i] <= self.clock.budget)
-        level = next(fits, NO_ADAPTATION) if now < self.clock.budget else NO_ADAPTATION
+        fits = (i for i in range(self.level, NO_ADAPTATION) if ends[i] < self.clock.budget)
+        level = next(fits, NO_ADAPTATION)
         if level > self.level:
             self.give_up(level, elapsed=now, predicted_end=ends[self.level])
 
@@ -3165,7 +3151,7 @@ class PhasedTTT:
         self.level = level
 
     def count_work(self, work: np.ndarray, since: Clock) -> None:
-        """Work of these costs is done: for the prediction, and a look at the clock."""
+        """Work of these costs is done: update the prediction and act on it."""
         sync(self.world.device)
         self.spent += since.elapsed()
         self.done += work[self.level]
@@ -3198,13 +3184,13 @@ class PhasedTTT:
         self.watch()
         s, learns = self.s, self.level < NO_ADAPTATION
         starts, targets = self.val.documents.start[group], self.lengths[group] - 1
-        if len(group) == 1 < s.ttt_batch_size:      # an empty row beside it: one would need its own graphs
+        if len(group) == 1 < s.ttt_batch_size:      # an empty row beside it: one is a graph more
             starts, targets = np.repeat(starts, 2), np.append(0, targets)
         adapter = self.adapter_for(len(starts)) if learns else None
         optimiser = self.optimiser(adapter) if learns else None
         cached = s.ttt_kv_reuse or not learns
         cache = KeyCache(s.ttt_eval_seq_len, states=s.ttt_cache_lambda > 0) if cached else None
-        stateless = optimiser is None and (adapter is None or adapter.shared)
+        rows_end = cached and optimiser is None and (adapter is None or s.ttt_shared_a)
         bounds = chunk_bounds(s, int(self.lengths[group].max()))
         costs, counted, since = self.costs(group), 0, Clock()
         for n, (begin, end) in enumerate(zip(bounds, bounds[1:]), start=1):
@@ -3212,14 +3198,14 @@ class PhasedTTT:
             again = 0 if cached else None
             if cached and begin:
                 again = cache.advance(end - begin, suffixes(s)[self.level])
-            ended = int(np.searchsorted(targets, begin, side="right"))       # targets rise within a group
+            ended = int(np.searchsorted(targets, begin, side="right"))     # targets rise in a group
             kept = rows_kept_for(s.ttt_batch_size, len(targets) - ended)
-            if cached and stateless and kept < len(targets):
+            if rows_end and kept < len(targets):
                 rows = slice(-kept, None)
                 starts, targets = starts[rows], targets[rows]
                 for keeper in (cache,) if adapter is None else (cache, adapter):
                     keeper.keep(rows)
-            with torch.set_grad_enabled(adapter is not None):      # always, once learning: one graph less
+            with torch.set_grad_enabled(adapter is not None):   # whatever the level: a graph less
                 window = chunk_window(s, targets, begin, end, again)
                 scored = self.score_chunk(starts, window, adapter, cache)
                 later = trained_rows(s, targets, end)
@@ -3265,14 +3251,14 @@ class PhasedTTT:
         for step in range(self.s.ttt_grad_steps):
             if step:
                 losses = scored.again()
-            of_chunk = losses[:, -scored.chunk:].mean(dim=1)
-            (of_chunk * later).sum().backward(inputs=trained)
+            of_chunk = losses[:, -scored.chunk:].mean(dim=1) * later
+            of_chunk.sum().backward(inputs=trained)
             if optimiser is None:
                 shortened = normalised_step(self.s, trained, of_chunk.detach())
             else:
                 shortened = optimiser_step(optimiser, trained)
             self.shortened += shortened.sum()
-            for p in trained:      # at once: torch.compile would make a graph for tensors that have one
+            for p in trained:      # at once: tensors that have one are a graph more
                 p.grad = None
 
     # --- the base weights
@@ -3363,7 +3349,7 @@ def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
     past, said = cache.new[cache.STATES]
     h, targets = (x[:, -losses.size(1):] for x in (past, said))
     place = torch.arange(past.size(1), device=h.device)
-    earlier = place < place[-h.size(1):, None]                   # what came after t itself is the target
+    earlier = place < place[-h.size(1):, None]          # what came after t itself is the target
     a = torch.exp(s.ttt_cache_theta * (h.float() @ past.float().mT - 1)) * earlier
     agrees = said[:, None] == targets[..., None]
     chance = (a * agrees).sum(-1) / a.sum(-1).clamp(min=1e-30)
@@ -7444,7 +7430,7 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
     The model's weights are as before afterwards."""
     local, threads, probes, booked = World(device=world.device), torch.get_num_threads(), [], []
     if not compiles(s, world.device):      # many small steps: windows of eight chunks show the same
-        window = max(8 * chunk_steps(s)[0][1], s.eval_stride)
+        window = max(8 * chunk_steps(s)[0][1] + s.ttt_suffix, s.eval_stride)
         s = dataclasses.replace(s, eval_seq_len=min(window, s.eval_seq_len),
                                 ttt_eval_seq_len=min(window, s.ttt_eval_seq_len))
         torch.set_num_threads(1)           # and threads would wait for each other at every step

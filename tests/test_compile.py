@@ -102,12 +102,13 @@ def test_evaluation_meets_no_graph_that_its_probes_have_not(tracing):
         marks=pytest.mark.long),
 ])
 def test_adaptation_needs_few_graphs(changes, graphs, tracing):
-    """21 documents in groups of 8 and two phases: fewer rows, other chunks, suffixes and new weights need no
-    graph."""
+    """21 documents in groups of 8 and two phases: fewer rows, other chunks and suffixes and new weights need
+    no graph."""
     s = settings(**SHAPE, **changes)
     ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation.of(documents(21, 5, lo=5, hi=200)))
     ttt.run()
     if s.ttt_suffix:
+        ttt.model.requires_grad_(False)
         for ttt.level in (2, 3):
             ttt.adapt_group(np.arange(5, 9))
     assert tracing() == graphs
