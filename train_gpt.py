@@ -2814,11 +2814,10 @@ class Adapter:
 class KeyCache:
     """Keys and values that earlier forwards of B documents left behind, cut from
     their graph: per slot (B, P, K, D). The next forward sees `seen` of them, up to
-    index `end`; beyond lies the suffix, which it runs again and overwrites. They are
-    cut in the forward: for views torch.compile would make other graphs. position: the
-    document's tokens before the forward; last (B, 2): the nearest of them. states:
-    slot STATES keeps final hidden states (B, P, D) of length 1 and the tokens that
-    came next (B, P)."""
+    index `end`; beyond lies the suffix, which it runs again and overwrites. position:
+    the document's tokens before the forward; last (B, 2): the nearest of them.
+    states: slot STATES keeps final hidden states (B, P, D) of length 1 and the tokens
+    that came next (B, P)."""
     STATES = -1
 
     def __init__(self, window: int, states: bool = False):
@@ -2834,7 +2833,7 @@ class KeyCache:
 
     def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values that a forward's queries may see, its own last."""
-        if slot in self.old:
+        if slot in self.old:      # cut here: views would need other graphs
             old_k, old_v = self.old[slot]
             first = self.end - self.seen
             k = torch.cat((old_k.narrow(1, first, self.seen), k), dim=1)
@@ -2849,11 +2848,11 @@ class KeyCache:
         self.new = {}
 
     def advance(self, chunk: int, suffix: int = 0) -> int:
-        """The chunk is over. The next forward runs the newest `suffix` tokens again
+        """The chunk is over. The next forward runs the newest `suffix` tokens again,
         and then `chunk` new ones, on the older keys that the window holds beside
-        them; returns how many again. Where fewer than two lie ahead of the suffix, as
-        early in a document, all are run: the graph is a document's first one then,
-        and otherwise one for every length of a suffix."""
+        them; returns how many again. Where fewer than two lie ahead of the suffix,
+        all are run, on the graph of a document's beginning; any other length of the
+        suffix shares one graph."""
         ids, self.old = self.sealed
         self.sealed = None
         text = ids if self.last is None else torch.cat((self.last, ids), dim=1)
@@ -2871,7 +2870,8 @@ class KeyCache:
 
     def keep(self, rows: slice) -> None:
         """Go on with these documents only."""
-        self.old = {slot: tuple(x[rows].clone() for x in pair) for slot, pair in self.old.items()}
+        for slot, (k, v) in self.old.items():
+            self.old[slot] = (k[rows].clone(), v[rows].clone())
         if self.last is not None:
             self.last = self.last[rows]
 
@@ -2900,10 +2900,9 @@ class ChunkWindow(NamedTuple):
 
 def chunk_window(s: Settings, targets: np.ndarray, begin: int, end: int,
                  again: int | None) -> ChunkWindow:
-    """The chunk [begin, end) of targets, with `again` inputs before it where older
-    keys are cached. None: those within TTT_EVAL_SEQ_LEN, in the field's order of
-    where the document ends, if that is in the chunk, in stream order of the chunk's
-    end: nothing about later tokens is known. targets (B,): per document."""
+    """The chunk [begin, end) of documents of `targets` (B,), with `again` inputs
+    before it. None, without cached keys: what TTT_EVAL_SEQ_LEN reaches from the
+    chunk's end; in the field's order from the document's, where that comes first."""
     last = np.minimum(end, targets)
     count = np.maximum(last - begin, 0)
     if again is None:
@@ -2932,9 +2931,8 @@ def chunk_bounds(s: Settings, length: int) -> list[int]:
 
 
 def trained_rows(s: Settings, targets: np.ndarray, end: int) -> np.ndarray:
-    """(B,) bool: the documents, of targets (B,), that learn from a chunk ending at
-    `end`: those going on, within TTT_TRAIN_*_DOC_LEN; in stream order by the position
-    reached, as no end is known yet."""
+    """(B,) bool: which documents learn from a chunk ending at `end`: those going on,
+    within TTT_TRAIN_*_DOC_LEN; in stream order by the position, as no end is known."""
     most = s.ttt_train_max_doc_len or math.inf
     goes_on = targets > end
     if s.ttt_doc_order == "stream":
@@ -3059,11 +3057,10 @@ def suffixes(s: Settings) -> tuple[int, ...]:
 
 
 class PhasedTTT:
-    """Score-first phased test-time training. Each document has its own adapter and is
-    scored chunk by chunk; only booked chunks adapt it; at each phase boundary the
-    base weights are trained on whole booked documents. Ranks share the groups by
-    predicted cost. clock: the evaluation's, watched so that every target is scored in
-    time. trace(event, **values) observes: lora, reset, chunk, sgd_step, phase,
+    """Score-first phased test-time training: each document has its own adapter, which
+    booked chunks alone adapt; between rounds the base weights are trained on whole
+    booked documents. clock: the evaluation's, watched so that every target is scored
+    in time. trace(event, **values) observes: lora, reset, chunk, sgd_step, phase,
     give_up, shortened."""
 
     def __init__(self, s: Settings, world: World, model: GPT, val: Validation, trace: Callable | None = None,
@@ -3085,8 +3082,7 @@ class PhasedTTT:
         self.phase_tokens = 0       # still to train on
 
     def costs(self, group: np.ndarray) -> np.ndarray:
-        """Predicted token-passes of a group at every level of GIVE_UP; a backward
-        counts twice a forward."""
+        """Predicted token-passes of a group at every level; a backward is two."""
         s, longest = self.s, int(self.lengths[group].max())
         bounds = np.array(chunk_bounds(s, longest))
         window = np.minimum(bounds[1:], s.ttt_eval_seq_len)
@@ -3104,8 +3100,7 @@ class PhasedTTT:
         return [groups[i] for i in sorted(share)]
 
     def run(self) -> Score:
-        """Score every document once. The model's weights end as the last phase left
-        them."""
+        """Score every document once; the weights stay as the last phase left them."""
         rounds = ttt_rounds(self.s, self.lengths)
         shares = [self.own_share(r.groups) for r in rounds]
         self.left = sum(map(self.costs, itertools.chain(*shares)), self.left)
@@ -3127,7 +3122,7 @@ class PhasedTTT:
         return self.ledger.close(self.world)
 
     def begin_round(self) -> None:
-        """Nothing passes from round to round; within one, A may go on to other groups."""
+        """Nothing passes from round to round; within one, A may."""
         self.kept = None
         if self.s.ttt_doc_order == "length" and not self.s.ttt_shared_a:
             self.kept = self.adapter_for(self.s.ttt_batch_size)
@@ -3159,8 +3154,7 @@ class PhasedTTT:
         self.watch()
 
     def adapter_for(self, rows: int) -> Adapter:
-        """The kept one, reset for new documents, where it has as many rows, else a
-        fresh one."""
+        """The kept one, reset, where it has as many rows; else a fresh one."""
         if self.kept is not None and rows == self.s.ttt_batch_size:
             self.kept.reset()
             self.trace("reset", adapter=self.kept)
@@ -3174,23 +3168,23 @@ class PhasedTTT:
         s = self.s
         if s.ttt_optimizer == "normalised":
             return None
-        return torch.optim.AdamW(adapter.trained(), lr=s.ttt_lora_lr * s.ttt_local_lr_mult,
-                                 betas=(s.ttt_beta1, s.ttt_beta2), eps=1e-10,
-                                 weight_decay=s.ttt_weight_decay, fused=self.world.device.type == "cuda")
+        lr = s.ttt_lora_lr * s.ttt_local_lr_mult
+        fused = self.world.device.type == "cuda"
+        return torch.optim.AdamW(adapter.trained(), lr, (s.ttt_beta1, s.ttt_beta2), eps=1e-10,
+                                 weight_decay=s.ttt_weight_decay, fused=fused)
 
     def adapt_group(self, group: np.ndarray) -> None:
-        """Score a group's documents chunk by chunk; after each chunk adapt those that
-        have another one."""
+        """Score a group's documents chunk by chunk, adapting those that go on."""
         self.watch()
         s, learns = self.s, self.level < NO_ADAPTATION
         starts, targets = self.val.documents.start[group], self.lengths[group] - 1
-        if len(group) == 1 < s.ttt_batch_size:      # an empty row beside it: one is a graph more
+        if len(group) == 1 < s.ttt_batch_size:      # an empty row beside it: a graph less
             starts, targets = np.repeat(starts, 2), np.append(0, targets)
         adapter = self.adapter_for(len(starts)) if learns else None
         optimiser = self.optimiser(adapter) if learns else None
         cached = s.ttt_kv_reuse or not learns
         cache = KeyCache(s.ttt_eval_seq_len, states=s.ttt_cache_lambda > 0) if cached else None
-        rows_end = cached and optimiser is None and (adapter is None or s.ttt_shared_a)
+        shrinks = cached and optimiser is None and (s.ttt_shared_a or not learns)
         bounds = chunk_bounds(s, int(self.lengths[group].max()))
         costs, counted, since = self.costs(group), 0, Clock()
         for n, (begin, end) in enumerate(zip(bounds, bounds[1:]), start=1):
@@ -3198,33 +3192,34 @@ class PhasedTTT:
             again = 0 if cached else None
             if cached and begin:
                 again = cache.advance(end - begin, suffixes(s)[self.level])
-            ended = int(np.searchsorted(targets, begin, side="right"))     # targets rise in a group
-            kept = rows_kept_for(s.ttt_batch_size, len(targets) - ended)
-            if rows_end and kept < len(targets):
+            live = int((targets > begin).sum())
+            kept = rows_kept_for(s.ttt_batch_size, live)
+            if shrinks and kept < len(targets):         # the longest documents come last
                 rows = slice(-kept, None)
                 starts, targets = starts[rows], targets[rows]
                 for keeper in (cache,) if adapter is None else (cache, adapter):
                     keeper.keep(rows)
-            with torch.set_grad_enabled(adapter is not None):   # whatever the level: a graph less
+            with torch.set_grad_enabled(adapter is not None):       # at every level: a graph less
                 window = chunk_window(s, targets, begin, end, again)
                 scored = self.score_chunk(starts, window, adapter, cache)
                 later = trained_rows(s, targets, end)
                 if later.any() and self.level < NO_ADAPTATION:
-                    self.adapt(adapter, optimiser, scored, torch.from_numpy(later).to(self.world.device))
+                    self.adapt(adapter, optimiser, scored, self.on_device(later))
             if n % WATCH_EVERY == 0 or end == bounds[-1]:
                 self.count_work(costs * (end - counted) / bounds[-1], since)
                 counted, since = end, Clock()
 
+    def on_device(self, x: np.ndarray) -> Tensor:
+        return torch.from_numpy(x).to(self.world.device)
+
     def score_chunk(self, starts: np.ndarray, w: ChunkWindow, adapter: Adapter | None,
                     cache: KeyCache | None) -> Scored:
-        """One forward over the chunk and its context; its losses are booked before
-        anything can learn."""
+        """One forward over the chunk and its context; booked before anything learns."""
         column = np.arange(w.width)
         valid = column < (w.offset + w.count)[:, None]
         at = np.where(valid, (starts + w.begin)[:, None] + column, 0)
-        tokens, device = self.val.tokens, self.world.device
-        x, y = (torch.from_numpy(np.where(valid, part[at], 0).astype(np.int64)).to(device)
-                for part in (tokens, self.val.targets))
+        x, y = (self.on_device(np.where(valid, tokens[at], 0).astype(np.int64))
+                for tokens in (self.val.tokens, self.val.targets))
 
         def forward(x: Tensor = x, y: Tensor = y) -> Tensor:
             return self.losses(x, y, self.plan, None, adapter, None, cache)
@@ -3233,10 +3228,10 @@ class PhasedTTT:
         if cache is not None and cache.states:
             booked = mixed_with_cache(self.s, booked, cache)
         counted = valid & (column >= w.offset[:, None])
-        positions = torch.from_numpy(at[counted]).to(device)
-        keep = torch.from_numpy(np.flatnonzero(counted)).to(device)
+        positions = self.on_device(at[counted])
+        keep = self.on_device(np.flatnonzero(counted))
         self.ledger.book(positions, booked.flatten()[keep])
-        if cache is not None:      # the keys of the forward that was scored, whatever the steps do
+        if cache is not None:      # of the forward that was scored, whatever the steps do
             cache.seal(x)
         self.trace("chunk", x=x, y=y, losses=booked.detach(), offsets=w.offset, counts=w.count, width=w.width,
                    at=at, counted=counted)
@@ -3244,8 +3239,7 @@ class PhasedTTT:
 
     def adapt(self, adapter: Adapter, optimiser: torch.optim.Optimizer | None, scored: Scored,
               later: Tensor) -> None:
-        """TTT_GRAD_STEPS steps on the mean loss of the booked chunk, of documents
-        that have a later one."""
+        """TTT_GRAD_STEPS steps of the documents in `later` on their booked chunk."""
         self.ledger.require(scored.positions)
         losses, trained = scored.losses, adapter.trained()
         for step in range(self.s.ttt_grad_steps):
@@ -3341,11 +3335,11 @@ def phase_steps(s: Settings, tokens: int) -> list[tuple[int, int, int]]:
 
 @torch.no_grad()
 def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
-    """Losses (B, T) of a chunk's targets once the model's probability p is mixed with
-    what earlier places of the document say. Place i says the token that came after
-    it, with weight a_i = exp(TTT_CACHE_THETA (cos(h_i, h_t) - 1)); all together count
-    w = min(0.6, TTT_CACHE_LAMBDA max a_i): (1 - w) p + w sum(a_i [i's token is the
-    target]) / sum(a_i), which sums to 1 over the vocabulary."""
+    """Losses (B, T) once the model's probability p is mixed with what earlier places
+    of the document say. Place i says the token that came after it, with weight a_i =
+    exp(TTT_CACHE_THETA (cos(h_i, h_t) - 1)); all together count w = min(0.6,
+    TTT_CACHE_LAMBDA max a_i): (1 - w) p + w sum(a_i [i's token is the target]) /
+    sum(a_i), which sums to 1 over the vocabulary."""
     past, said = cache.new[cache.STATES]
     h, targets = (x[:, -losses.size(1):] for x in (past, said))
     place = torch.arange(past.size(1), device=h.device)

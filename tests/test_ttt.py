@@ -364,13 +364,13 @@ def test_where_later_documents_end_is_nothing_to_earlier_ones(s, at):
 @pytest.mark.parametrize("spent, level", [(1.0, 0), (5.5, tg.NO_ADAPTATION)])
 def test_the_watchdog_predicts_from_adaptation_alone(s, spent, level):
     """Half of 100 s is gone, most of it in phases and waiting: what counts is the pace of the groups done."""
-    told = []
-    ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s), lambda event, **v: told.append(v),
+    given_up = []
+    ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s), lambda event, **v: given_up.append(v),
                        tg.Clock(100, now=iter([0.0, 50.0]).__next__))
     group = np.arange(4)
     ttt.spent, ttt.done, ttt.left = spent, ttt.costs(group)[0], 10 * ttt.costs(group)
     ttt.watch()
-    assert ttt.level == level and len(told) == (level > 0)
+    assert ttt.level == level and len(given_up) == (level > 0)
 
 
 @fast_form
@@ -517,7 +517,7 @@ def test_limits_of_documents_that_adapt():
 def test_the_head_is_adapted_where_it_is_switched_on(s):
     s = changed(s, phased_ttt_prefix_docs=0)
     without = changed(s, ttt_head_lora=False)
-    kinds, others = (set(tg.Adapter(how, tg.layer_plan(s, True), 2).b) for how in (s, without))
+    kinds, others = (set(tg.Adapter(form, tg.layer_plan(s, True), 2).b) for form in (s, without))
     assert kinds - others == {"head"} and run(s)[1].loss != run(without)[1].loss
     off = {f"TTT_{kind.upper()}_LORA": 0 for kind in tg.ADAPTED}
     with pytest.raises(tg.UserError, match="TTT_ENABLED=1 has nothing to adapt"):
