@@ -755,36 +755,36 @@ def context_stages(s: Settings) -> list[tuple[float, int]]:
 # ============================================================================================================
 
 def check_model(s: Settings) -> None:
-    """Refuse sizes and shapes that do not fit together."""
+    """Refuse sizes that do not fit together."""
     if s.model_dim % s.num_heads:
         raise UserError(f"MODEL_DIM={s.model_dim} is not divisible by NUM_HEADS={s.num_heads}: "
                         f"choose a multiple of {s.num_heads}")
     if s.num_heads % s.num_kv_heads:
-        raise UserError(f"NUM_HEADS={s.num_heads} is not divisible by NUM_KV_HEADS={s.num_kv_heads}: "
-                        "choose a divisor")
+        raise UserError(f"NUM_HEADS={s.num_heads} is not divisible by NUM_KV_HEADS="
+                        f"{s.num_kv_heads}: choose a divisor")
     if s.head_dim % 2:
         raise UserError(f"MODEL_DIM={s.model_dim} over NUM_HEADS={s.num_heads} is odd: "
                         "rotary embedding needs it even")
     if s.rope_dims % 2 or s.rope_dims > s.head_dim:
-        raise UserError(f"ROPE_DIMS={s.rope_dims} does not fit: it must be even and at most the "
-                        f"head width {s.head_dim}")
+        raise UserError(f"ROPE_DIMS={s.rope_dims} does not fit: it must be even and at most "
+                        f"the head width {s.head_dim}")
     if s.gate_window > s.model_dim:
         raise UserError(f"GATE_WINDOW={s.gate_window} exceeds MODEL_DIM={s.model_dim}: lower it")
     if s.hidden_dim < 1:
-        raise UserError(f"MLP_MULT={s.mlp_mult:g} leaves no hidden unit of MODEL_DIM={s.model_dim}: "
-                        "raise it")
+        raise UserError(f"MLP_MULT={s.mlp_mult:g} leaves no hidden unit of MODEL_DIM="
+                        f"{s.model_dim}: raise it")
     if s.num_loops and not s.loop_start <= s.loop_end < s.num_layers:
-        raise UserError(f"LOOP_START={s.loop_start} <= LOOP_END={s.loop_end} < NUM_LAYERS={s.num_layers} "
-                        "does not hold: correct them, or set NUM_LOOPS=0")
+        raise UserError(f"LOOP_START={s.loop_start} <= LOOP_END={s.loop_end} < NUM_LAYERS="
+                        f"{s.num_layers} does not hold: correct them, or set NUM_LOOPS=0")
     slots = s.num_layers + s.num_loops * (s.loop_end - s.loop_start + 1)
     if slots > MOST_SLOTS:
-        raise UserError(f"NUM_LOOPS={s.num_loops} makes {slots} executed layers: at most {MOST_SLOTS}, "
-                        "lower it")
+        raise UserError(f"NUM_LOOPS={s.num_loops} makes {slots} executed layers: "
+                        f"at most {MOST_SLOTS}, lower it")
     weights = sum(map(math.prod, GPT.shapes(s).values()))
     if weights > MOST_WEIGHTS:
-        raise UserError(f"MODEL_DIM={s.model_dim}, NUM_LAYERS={s.num_layers}, MLP_MULT={s.mlp_mult:g} and "
-                        f"VOCAB_SIZE={s.vocab_size} make {weights:,} weights: at most {MOST_WEIGHTS:,}, "
-                        "lower them")
+        raise UserError(f"MODEL_DIM={s.model_dim}, NUM_LAYERS={s.num_layers}, MLP_MULT="
+                        f"{s.mlp_mult:g} and VOCAB_SIZE={s.vocab_size} make {weights:,} "
+                        f"weights: at most {MOST_WEIGHTS:,}, lower them")
 
 
 # Role of every parameter; one without a role stops the run. matrix: Muon; the others: AdamW.
@@ -839,17 +839,15 @@ def field_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def matrix_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """field_views with the banks split into one matrix per layer
-    (`blocks.3.mlp.fc.weight`), as views."""
+    """field_views with the banks split into matrices (`blocks.3.mlp.fc.weight`)."""
     views = field_views(params)
     for bank, names in BANKS.items():
         if bank not in views:
             continue
-        stack = views.pop(bank)
-        layers = len(stack) // len(names)
-        for half, name in enumerate(names):
-            for layer in range(layers):
-                views[f"blocks.{layer}.{name}"] = stack[half * layers + layer]
+        parts = views.pop(bank).chunk(len(names))
+        for name, part in zip(names, parts):
+            for layer in range(len(part)):
+                views[f"blocks.{layer}.{name}"] = part[layer]
     return views
 
 
@@ -908,7 +906,7 @@ class Forward:
             self.hook(kind, layer, x)
 
     def adapted(self, y: Tensor, kind: str, slot: int, x: Tensor) -> Tensor:
-        """y with the adapter's delta, which reads x, for this slot, if there is one."""
+        """y with the adapter's delta for this slot, which reads x, if there is one."""
         if self.adapter is None:
             return y
         return self.adapter.add(y, kind, slot, x)
@@ -923,10 +921,10 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding of the first 2 x (table width) channels. x (B, T, heads, D)."""
     cos, sin = (table[:, None, :].to(x.dtype) for table in rope)
     half = cos.size(-1)
-    u = x[..., :half]
-    w = x[..., half:2 * half]
+    first = x[..., :half]
+    second = x[..., half:2 * half]
     rest = x[..., 2 * half:]
-    return torch.cat((u * cos + w * sin, w * cos - u * sin, rest), dim=-1)
+    return torch.cat((first * cos + second * sin, second * cos - first * sin, rest), dim=-1)
 
 
 def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
@@ -988,16 +986,14 @@ class GPT(nn.Module):
 
     def initial_values(self) -> dict[str, float]:
         """Parameters that begin at one value; the others begin at 0 or are drawn."""
-        s = self.s
+        cap = self.s.logit_softcap
         return dict(
-            attn_scale=1, mlp_scale=1, q_gain=s.qk_gain_init, skip_weights=1,
-            parallel_post_lambdas=1, parallel_resid_lambdas=1.1,
-            softcap_pos=s.logit_softcap, softcap_neg=s.logit_softcap)
+            attn_scale=1, mlp_scale=1, q_gain=self.s.qk_gain_init, skip_weights=1,
+            parallel_post_lambdas=1, parallel_resid_lambdas=1.1, softcap_pos=cap, softcap_neg=cap)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None) -> None:
-        """Orthogonal inputs, zero outputs: every block starts as the identity. Seeded
-        by the generator."""
+        """Orthogonal inputs, zero outputs: every block starts as the identity."""
         self.tok_emb.normal_(0, self.s.tied_embed_init_std, generator=generator)
         for matrix in (*self.qo_bank[:self.s.num_layers], *self.kv_bank, *self.mlp_up_bank):
             nn.init.orthogonal_(matrix, generator=generator)
@@ -1022,13 +1018,14 @@ class GPT(nn.Module):
         layers = self.s.num_layers
         qo = self.unbound("qo_bank")
         kv = self.unbound("kv_bank")
-        return [LayerWeights(*weights) for weights in zip(
+        stacks = (
             qo[:layers], kv[:layers], kv[layers:], qo[layers:],
             self.unbound("mlp_up_bank"), self.unbound("mlp_down_bank"),
             self.unbound("attn_scale"), self.unbound("mlp_scale"),
             self.unbound("resid_mix"), self.unbound("q_gain"),
             self.unbound("parallel_post_lambdas"), self.unbound("parallel_resid_lambdas"),
-            self.unbound("attn_gate_w"))]
+            self.unbound("attn_gate_w"))
+        return [LayerWeights(*weights) for weights in zip(*stacks)]
 
     def rope(self, length: int, device, start: int = 0, context: int = 0) -> tuple[Tensor, Tensor]:
         """cos, sin (length, R/2) of positions start, start + 1, …; context: tokens of
@@ -1065,8 +1062,7 @@ class GPT(nn.Module):
         return x
 
     def same_segment(self, ids: Tensor, layout: Layout | None) -> Tensor | None:
-        """(1, T - 1) bool: the token before is of the same segment; None where all
-        are."""
+        """(1, T - 1) bool: the token before is of the same segment; None: all are."""
         if layout is None or not layout.isolate:
             return None
         starts = torch.zeros(ids.size(1) + 1, dtype=torch.bool, device=ids.device)
@@ -1082,93 +1078,95 @@ class GPT(nn.Module):
         return inside if same is None else inside & same
 
     def smear(self, x: Tensor, into: Tensor | None) -> Tensor:
-        """x (B, T, D) with the previous token's mixed in, where `into` (B or 1, T -
-        1) allows it."""
+        """x (B, T, D) with the previous token's mixed in, where `into` allows it."""
         last = x[:, :-1] if into is None else x[:, :-1] * into[..., None]
         gate = torch.sigmoid(F.linear(x[:, 1:, :self.s.gate_window], self.smear_gate.to(x.dtype)))
         mixed = x[:, 1:] + gate * self.smear_lambda.to(x.dtype) * last
         return torch.cat((x[:, :1], mixed), dim=1)
 
-    def attend(self, c: Forward, i: int, slot: int, n: Tensor) -> Tensor:
-        """Attention branch of layer i on its normalised input n (B, T, D)."""
-        s, w = self.s, c.layers[i]
-        q_raw, k, v = self.project(c, i, slot, n)
-        q, k, v = (x.unflatten(2, (-1, s.head_dim)) for x in (q_raw, k, v))
-        q = rotate(rms(q), c.rope) * w.q_gain[:, None]
-        k = rotate(rms(k), c.rope)
-        keys, values = (k, v) if c.cache is None else c.cache.extend(slot, k, v)
-        y = attention(q, keys, values, c.layout)
-        if i >= s.num_layers - s.xsa_last_n:
+    def attend(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor:
+        """Attention branch of a layer on its normalised input x (B, T, D)."""
+        s, weights = self.s, forward.layers[layer]
+        q_flat, k, v = self.project(forward, layer, slot, x)
+        q, k, v = (flat.unflatten(2, (-1, s.head_dim)) for flat in (q_flat, k, v))
+        q = rotate(rms(q), forward.rope) * weights.q_gain[:, None]
+        k = rotate(rms(k), forward.rope)
+        keys, values = (k, v) if forward.cache is None else forward.cache.extend(slot, k, v)
+        y = attention(q, keys, values, forward.layout)
+        if layer >= s.num_layers - s.xsa_last_n:
             y = remove_own_value(y, v)
-        if w.gate is not None:
-            y = y * self.head_gate(w.gate, n, q_raw)[..., None]
+        if weights.gate is not None:
+            y = y * self.head_gate(weights.gate, x, q_flat)[..., None]
         y = y.flatten(2)
-        c.observe("heads", i, y)
-        out = c.adapted(F.linear(y, w.o), "o", slot, n)     # the adapter reads the block input, not the heads
-        c.observe("attn_out", i, out)
+        forward.observe("heads", layer, y)
+        out = F.linear(y, weights.o)
+        out = forward.adapted(out, "o", slot, x)     # the adapter reads the block input, not the heads
+        forward.observe("attn_out", layer, out)
         return out
 
-    def project(self, c: Forward, i: int, slot: int, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, T, H·D), keys and values (B, T, K·D) of layer i, from its
-        normalised input n."""
-        w = c.layers[i]
-        q = c.adapted(F.linear(n, w.q), "q", slot, n)
-        k = c.adapted(F.linear(n, w.k), "k", slot, n)
-        v = c.adapted(F.linear(n, w.v), "v", slot, n)
-        for kind, x in (("attn_in", n), ("q_out", q), ("k_out", k), ("v_out", v)):
-            c.observe(kind, i, x)
+    def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H·D), keys and values (B, T, K·D) of a layer's normalised
+        input x."""
+        weights = forward.layers[layer]
+        q = forward.adapted(F.linear(x, weights.q), "q", slot, x)
+        k = forward.adapted(F.linear(x, weights.k), "k", slot, x)
+        v = forward.adapted(F.linear(x, weights.v), "v", slot, x)
+        for kind, seen in (("attn_in", x), ("q_out", q), ("k_out", k), ("v_out", v)):
+            forward.observe(kind, layer, seen)
         return q, k, v
 
-    def head_gate(self, weight: Tensor, n: Tensor, q_raw: Tensor) -> Tensor:
-        """Gate of every head, (B, T, H), by the first channels of the block input n;
+    def head_gate(self, weight: Tensor, x: Tensor, q_flat: Tensor) -> Tensor:
+        """Gate of every head, (B, T, H), by the first channels of the block input x;
         1/2 at the start."""
-        z = F.linear(n[..., :weight.size(-1)], weight)
-        return torch.sigmoid(self.s.sparse_attn_gate_scale * z)
+        logit = F.linear(x[..., :weight.size(-1)], weight)
+        return torch.sigmoid(self.s.sparse_attn_gate_scale * logit)
 
-    def feed_forward(self, c: Forward, i: int, slot: int, n: Tensor) -> Tensor:
-        """MLP branch of layer i on its normalised input n (B, T, D)."""
-        w = c.layers[i]
-        if c.hook is None:
-            flat = n.flatten(0, 1)
-            out = leaky_square_mlp(flat, w.up, w.down, self.s.negative_slope).view(n.shape)
+    def feed_forward(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor:
+        """MLP branch of a layer on its normalised input x (B, T, D)."""
+        weights, slope = forward.layers[layer], self.s.negative_slope
+        if forward.hook is None:
+            rows = x.flatten(0, 1)
+            out = leaky_square_mlp(rows, weights.up, weights.down, slope).view(x.shape)
         else:      # the same in steps that can be seen
-            up = F.linear(n, w.up)
-            hidden = F.leaky_relu(up, self.s.negative_slope).square()
-            out = F.linear(hidden, w.down)
-            for kind, x in (("mlp_in", n), ("up_out", up), ("mlp_act", hidden), ("mlp_out", out)):
-                c.observe(kind, i, x)
-        return c.adapted(out, "mlp", slot, n)
+            up = F.linear(x, weights.up)
+            hidden = F.leaky_relu(up, slope).square()
+            out = F.linear(hidden, weights.down)
+            for kind, seen in (("mlp_in", x), ("up_out", up), ("mlp_act", hidden), ("mlp_out", out)):
+                forward.observe(kind, layer, seen)
+        return forward.adapted(out, "mlp", slot, x)
 
-    def block(self, c: Forward, i: int, slot: int, x: Tensor) -> Tensor:
-        """Layer i on the one residual stream."""
-        w, scale = c.layers[i], self.depth_scale(i)
-        x = w.resid_mix[0] * x + w.resid_mix[1] * c.x0
-        x = x + w.attn_scale * self.attend(c, i, slot, rms(x) * scale)
-        return x + w.mlp_scale * self.feed_forward(c, i, slot, rms(x) * scale)
+    def block(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor:
+        """A layer on the one residual stream x (B, T, D)."""
+        weights, scale = forward.layers[layer], self.depth_scale(layer)
+        x = weights.resid_mix[0] * x + weights.resid_mix[1] * forward.x0
+        x = x + weights.attn_scale * self.attend(forward, layer, slot, rms(x) * scale)
+        return x + weights.mlp_scale * self.feed_forward(forward, layer, slot, rms(x) * scale)
 
-    def branches(self, c: Forward, i: int, slot: int, lane0: Tensor, lane1: Tensor) -> tuple[Tensor, ...]:
-        """Layer i on two lanes: lane 0 mixed with x0, what attention makes of it, the
-        MLP of lane 1."""
-        w, scale = c.layers[i], self.depth_scale(i)
-        mixed = w.resid_mix[0] * lane0 + w.resid_mix[1] * c.x0
-        attended = w.attn_scale * self.attend(c, i, slot, rms(mixed) * scale)
-        fed = w.mlp_scale * self.feed_forward(c, i, slot, rms(lane1) * scale)
+    def branches(self, forward: Forward, layer: int, slot: int, lane0: Tensor,
+                 lane1: Tensor) -> tuple[Tensor, ...]:
+        """A layer on two lanes: lane 0 mixed with x0, what attention makes of it, what
+        the MLP makes of lane 1."""
+        weights, scale = forward.layers[layer], self.depth_scale(layer)
+        mixed = weights.resid_mix[0] * lane0 + weights.resid_mix[1] * forward.x0
+        attended = weights.attn_scale * self.attend(forward, layer, slot, rms(mixed) * scale)
+        fed = weights.mlp_scale * self.feed_forward(forward, layer, slot, rms(lane1) * scale)
         return mixed, attended, fed
 
-    def lanes(self, c: Forward, i: int, slot: int, lane0: Tensor, lane1: Tensor) -> tuple[Tensor, Tensor]:
-        """Layer i on two lanes: attention reads lane 0, the MLP lane 1; each writes
-        to both."""
-        _, attended, fed = self.branches(c, i, slot, lane0, lane1)
-        keep0, keep1 = c.layers[i].resid
-        attended_to, fed_to = c.layers[i].post
+    def lanes(self, forward: Forward, layer: int, slot: int, lane0: Tensor,
+              lane1: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer on two lanes: attention reads lane 0, the MLP lane 1; each writes to
+        both."""
+        _, attended, fed = self.branches(forward, layer, slot, lane0, lane1)
+        keep0, keep1 = forward.layers[layer].resid
+        attended_to, fed_to = forward.layers[layer].post
         attended_to0, attended_to1 = attended_to
         fed_to0, fed_to1 = fed_to
         return (keep0 * lane0 + attended_to0 * attended + fed_to0 * fed,
                 keep1 * lane1 + attended_to1 * attended + fed_to1 * fed)
 
-    def depth_scale(self, i: int) -> float:
-        """Factor on the input of both branches of layer i."""
-        return 1 / math.sqrt(i + 1)
+    def depth_scale(self, layer: int) -> float:
+        """Factor on the input of both branches of a layer."""
+        return 1 / math.sqrt(layer + 1)
 
     def merge_skip(self, j: int, x: Tensor, skip: Tensor) -> Tensor:
         """U-Net skip number j into the stream x; a gate of 1 keeps the stream."""
@@ -1193,36 +1191,36 @@ class GPT(nn.Module):
         documents of a packed row (None: each row is causal). adapter: low-rank
         deltas. hook(kind, layer, x) sees the activations. cache: the rows go on where
         it ends."""
-        c = self.begin(ids, layout, adapter, hook, cache)
-        x, skips = c.x0, []
-        for slot, i in enumerate(plan.encoder):
-            x = self.block(c, i, slot, x)
+        forward = self.begin(ids, layout, adapter, hook, cache)
+        x, skips = forward.x0, []
+        for slot, layer in enumerate(plan.encoder):
+            x = self.block(forward, layer, slot, x)
             skips.append(x)
-        x = self.decode(c, plan, x, skips)
+        x = self.decode(forward, plan, x, skips)
         out = rms(x)
-        for kind, value in (("x0", c.x0), ("pre_final_norm", x), ("head_in", out)):
-            c.observe(kind, -1, value)
+        for kind, seen in (("x0", forward.x0), ("pre_final_norm", x), ("head_in", out)):
+            forward.observe(kind, -1, seen)
         return out
 
-    def is_parallel(self, i: int) -> bool:
-        """Whether layer i works on two lanes."""
-        return 0 < self.s.parallel_start_layer <= i
+    def is_parallel(self, layer: int) -> bool:
+        """Whether a layer works on two lanes."""
+        return 0 < self.s.parallel_start_layer <= layer
 
-    def decode(self, c: Forward, plan: Plan, x: Tensor, skips: list[Tensor]) -> Tensor:
+    def decode(self, forward: Forward, plan: Plan, x: Tensor, skips: list[Tensor]) -> Tensor:
         """The decoder layers on the encoder's output x, with its skips; two lanes
         once they have begun."""
         lanes = None
-        for j, i in enumerate(plan.decoder):
+        for j, layer in enumerate(plan.decoder):
             slot = len(plan.encoder) + j
-            if lanes is None and self.is_parallel(i):
-                lanes = x, x
             has_skip = skips and j < len(self.skip_weights)
+            if lanes is None and self.is_parallel(layer):
+                lanes = x, x
             if lanes is None:
                 x = self.merge_skip(j, x, skips.pop()) if has_skip else x
-                x = self.block(c, i, slot, x)
-            elif self.is_parallel(i):
+                x = self.block(forward, layer, slot, x)
+            elif self.is_parallel(layer):
                 lane0 = self.merge_skip(j, lanes[0], skips.pop()) if has_skip else lanes[0]
-                lanes = self.lanes(c, i, slot, lane0, lanes[1])
+                lanes = self.lanes(forward, layer, slot, lane0, lanes[1])
             elif has_skip:
                 skips.pop()          # the one stream no longer reaches the output
         return x if lanes is None else self.join(*lanes)
@@ -1260,8 +1258,7 @@ class GPT(nn.Module):
         return scale * z + bias
 
     def scores_plain_logits(self, adapter: Adapter | None, training: bool) -> bool:
-        """Whether a loss has to go through `logits`; else capped_ce caps and scores
-        in one kernel."""
+        """Whether a loss has to go through `logits`; else one kernel caps and scores."""
         two_caps = self.s.asym_logit_rescale and not training
         return two_caps or self.calibration is not None
 
