@@ -1324,22 +1324,22 @@ def orthogonalise(g: Tensor, dtype: torch.dtype = torch.bfloat16,
 
 def muon_direction(g: Tensor, buf: Tensor, momentum: float, row_normalize: bool = True,
                    coefficients: Sequence[tuple] = POLAR_EXPRESS, nesterov: bool = True) -> Tensor:
-    """Orthogonalised update of matrices g (n, R, C), in buf's dtype; buf is updated
-    in place."""
+    """Orthogonalised update of matrices g (n, R, C), in buf's dtype; buf, their
+    momentum, is updated in place."""
     g = g.to(buf.dtype)
     buf.mul_(momentum).add_(g)
-    u = g.add(buf, alpha=momentum) if nesterov else buf
+    update = g.add(buf, alpha=momentum) if nesterov else buf
     if row_normalize:
-        u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    return orthogonalise(u, buf.dtype, coefficients)
+        update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    return orthogonalise(update, buf.dtype, coefficients)
 
 
-def muon_apply(p: Tensor, u: Tensor, lr: float, weight_decay: float) -> None:
-    """Decoupled decay, then the step of matrices p (n, R, C) along u; tall matrices
-    take a longer one."""
+def muon_apply(p: Tensor, update: Tensor, lr: float, weight_decay: float) -> None:
+    """Decoupled decay, then the step of matrices p (n, R, C); a longer one for tall
+    matrices."""
     longer = math.sqrt(max(1, p.size(-2) / p.size(-1)))
     p.mul_(1 - lr * weight_decay)
-    p.add_(u.to(p.dtype), alpha=-lr * longer)
+    p.add_(update.to(p.dtype), alpha=-lr * longer)
 
 
 class Optimiser:
@@ -1357,11 +1357,11 @@ class Optimiser:
             by_role[ROLES[name]].append(p)
         self.names = {p: name for name, p in params.items()}
         self.banks = sorted(by_role["matrix"], key=lambda p: -p.numel())
-        groups = []
+        groups, self.small = [], []
         for role, (lr, weight_decay) in self.adam_rates().items():
             if by_role[role]:
                 groups.append(dict(params=by_role[role], lr=lr, peak=lr, weight_decay=weight_decay))
-        self.small = [p for group in groups for p in group["params"]]
+                self.small += by_role[role]
         self.adam = torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), eps=s.adam_eps,
                                       fused=world.device.type == "cuda")
         self.momentum = []      # of as many matrices a rank; the last rank's are padded
@@ -1388,7 +1388,9 @@ class Optimiser:
         else:
             shards = self.reduce()
             norm = self.clip(shards, self.world)
-        updates = [self.gather(self.direction(bank, g, momentum)) for bank, g in enumerate(shards)]
+        updates = []
+        for bank, g in enumerate(shards):
+            updates.append(self.gather(self.direction(bank, g, momentum)))
         for group in self.adam.param_groups:
             group["lr"] = group["peak"] * lr_share
         self.adam.step()
@@ -1403,27 +1405,9 @@ class Optimiser:
         gradient g (n, R, C)."""
         return muon_direction(g, self.momentum[bank], momentum)
 
-    def apply(self, bank: int, u: Tensor, lr: float) -> None:
-        """Step of all matrices of a bank along their updates u (n, R, C)."""
-        muon_apply(self.banks[bank], u, lr, self.s.muon_wd)
-
-    def never_trained(self) -> list[str]:
-        """Parameters, or rows of them, that no gradient reached: the optimiser's
-        moment is still 0 there."""
-        touched = {p: self.gather(buf.flatten(1).any(1).byte())()
-                   for p, buf in zip(self.banks, self.momentum)}
-        for p in self.small:
-            if not p.numel():      # as the skips of a model of one layer: nothing is there to be trained
-                touched[p] = torch.ones(0)
-                continue
-            touched[p] = self.adam.state[p]["exp_avg_sq"].reshape(len(p) if p.dim() else 1, -1).any(1)
-        found = [name for p, name in self.names.items() if p not in touched]     # in no optimiser at all
-        for p, rows in touched.items():
-            rows = rows[:len(p)] if p.dim() else rows
-            if idle := (rows == 0).nonzero().flatten().tolist():
-                some = f" {len(idle)} of {len(rows)} rows, the first {idle[:20]}"
-                found.append(self.names[p] + some * (len(idle) < len(rows)))
-        return found
+    def apply(self, bank: int, update: Tensor, lr: float) -> None:
+        """Step of all matrices (n, R, C) of a bank."""
+        muon_apply(self.banks[bank], update, lr, self.s.muon_wd)
 
     def reduce(self) -> list[Tensor]:
         """Averaged gradients: this rank's matrices of every bank (returned), all
@@ -1439,7 +1423,8 @@ class Optimiser:
             works.append(dist.reduce_scatter_tensor(shards[-1], full, async_op=True))
         flat = torch.cat([p.grad.flatten() for p in self.small])
         dist.all_reduce(flat)
-        for p, g in zip(self.small, flat.div_(size).split([p.numel() for p in self.small])):
+        averaged = flat.div_(size).split([p.numel() for p in self.small])
+        for p, g in zip(self.small, averaged):
             p.grad.copy_(g.view_as(p))
         for work, shard in zip(works, shards):
             work.wait()
@@ -1449,11 +1434,11 @@ class Optimiser:
     def clip(self, matrices: list[Tensor], world: World) -> Tensor:
         """Scale the gradients of matrices, shared out over `world`, and small ones;
         the norm before."""
-        grads = matrices + [p.grad for p in self.small]
-        own = sum(g.float().square().sum() for g in matrices)
-        norm = (world.total(own) + sum(p.grad.square().sum() for p in self.small)).sqrt()
+        small = [p.grad for p in self.small]
+        squares = world.total(sum(g.float().square().sum() for g in matrices))
+        norm = (squares + sum(g.square().sum() for g in small)).sqrt()
         if self.s.grad_clip_norm > 0:
-            torch._foreach_mul_(grads, (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1))
+            torch._foreach_mul_(matrices + small, (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1))
         return norm
 
     def gather(self, own: Tensor) -> Callable[[], Tensor]:
@@ -1468,6 +1453,24 @@ class Optimiser:
             work.wait()
             return full
         return arrived
+
+    def never_trained(self) -> list[str]:
+        """Parameters, or rows of them, that no gradient reached: the optimiser's
+        moment is still 0 there."""
+        touched = {}
+        for p, buf in zip(self.banks, self.momentum):
+            touched[p] = self.gather(buf.flatten(1).any(1).byte())()[:len(p)]
+        for p in self.small:
+            moment = self.adam.state[p]["exp_avg_sq"]
+            touched[p] = moment.flatten() if p.dim() < 2 else moment.flatten(1).any(1)
+        found = [name for p, name in self.names.items() if p not in touched]     # in no optimiser at all
+        for p, rows in touched.items():
+            idle = (rows == 0).nonzero().flatten().tolist()
+            if len(idle) == len(rows) > 0:
+                found.append(self.names[p])
+            elif idle:
+                found.append(f"{self.names[p]} {len(idle)} of {len(rows)} rows, the first {idle[:20]}")
+        return found
 
 
 # ============================================================================================================
