@@ -140,9 +140,9 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
         rank = launcher_ranks(os.environ).rank
         s = Settings.from_env(os.environ)
         world = World.join(os.environ)
-        why = set_up(s, world)
+        attention_reason = set_up(s, world)
         run = Run(s, world)
-        pipeline(s, world, run, why)
+        pipeline(s, world, run, attention_reason)
         run.close()
         world.leave()
         return 0
@@ -150,40 +150,16 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
         return end_early(error, run, rank)
 
 
-def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
+def pipeline(s: Settings, world: World, run: Run, attention_reason: str) -> None:
     """train -> average -> quantise -> pack -> read back -> score: the whole story."""
     log_start(s, world, run)
-    for reason in study_reasons(s):
-        run.not_compliant(reason)
-    if world.device.type == "cpu" and not s.eval_only_quantized_path and (slow := slow_batch(s)):
-        run.warn(slow)
-    world.beat("checking")
-    for finding in run_checks(s, world, run.dir, why):
-        run.log("check", what=finding.name, detail=finding.figure)
-        if not finding.ok:
-            raise UserError(finding.figure)
-        if finding.name == "data fingerprint":
-            run.summary.setdefault("data_fingerprint", finding.figure)
-    run.save_summary()
+    check_before_start(s, world, run, attention_reason)
     world.beat("set-up")
-    model, val = build_model(s, world), Validation(s)
+    model = build_model(s, world)
+    val = Validation(s)
     check_same_text(run, val)
     if not s.eval_only_quantized_path:
-        with Validation.seal():
-            clock, stream = train(s, world, run, model, val)
-            for study in STUDIES:
-                study.after_training(s, world, run, model, val)
-            if not s.prequant_only:
-                compress(s, world, run, model, clock, stream.next)
-        remove_safety_copies(run)
-        stream.close()
-        if not s.quantize_only:
-            world.beat("scoring")
-            score = Scorer(s, world, model).windows(val, s.eval_seq_len)
-            check_score("prequant", score)
-            run.log("score_prequant", val_loss=score.loss, val_bpb=score.bpb)
-            run.summary["prequant_val_bpb"] = score.bpb
-            run.save_summary()
+        make_artifact(s, world, run, model, val)
     if not (s.quantize_only or s.prequant_only):
         path = Path(s.eval_only_quantized_path or run.dir / ARTIFACT_NAME)
         score_artifact(s, world, run, model, val, path)
@@ -191,23 +167,46 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
     run.save_summary()
 
 
+def make_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> None:
+    """From random weights to a file: train, average, quantise, pack, all on the training
+    clock. Then, off it, the score of the averaged weights."""
+    with Validation.seal():      # nothing in here can learn from a validation token
+        clock, stream = train(s, world, run, model, val)
+        for study in STUDIES:
+            study.after_training(s, world, run, model, val)
+        if not s.prequant_only:
+            compress(s, world, run, model, clock, stream.next)
+    remove_safety_copies(run)
+    stream.close()
+    if not s.quantize_only:
+        world.beat("scoring")
+        score = Scorer(s, world, model).windows(val, s.eval_seq_len)
+        check_score("prequant", score)
+        run.log("score_prequant", val_loss=score.loss, val_bpb=score.bpb)
+        run.summary["prequant_val_bpb"] = score.bpb
+        run.save_summary()
+
+
 def train(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> tuple[Clock, Prefetch]:
-    """Warm up, rehearse, train to the average, or read EVAL_ONLY_PATH; the training
-    clock and the stream."""
+    """Averaged weights in the model, trained or from EVAL_ONLY_PATH; the training clock
+    and the stream, both of which quantising goes on with."""
     drop_ballast(run)      # of a run that was killed
     if s.eval_only_path:
         facts = read_weights(s.eval_only_path, model)
         stream = Prefetch(open_train_stream(s, world, s.batch_shape(world.size)[1]), world.device)
         return take_over(s, run, facts), stream
     state = read_checkpoint(s, world, run) if s.resume else None
+    if state:
+        run.summary["untrained_val_bpb"] = state["untrained_val_bpb"]
     if world.main:
         check_disk(run.dir, bytes_of_results(s), ballast=True)
+
+    # before the clock starts: compile every graph, and see how long packing takes
     trainer = Trainer(s, world, model)
     world.beat("warm-up")
     run.log("warm_up", seconds=trainer.warm_up())
     world.beat("rehearsal")
-    rehearsed = rehearse(s, world, run, trainer)
-    reserve, warning = reserved(s, rehearsed)
+    reserve, warning = reserved(s, rehearse(s, world, run, trainer))
     if warning:
         run.log("warning", text=warning)
 
@@ -217,8 +216,6 @@ def train(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
         if step == 0:
             run.summary["untrained_val_bpb"] = score.bpb
 
-    if state:
-        run.summary["untrained_val_bpb"] = state["untrained_val_bpb"]
     try:
         with SIGNALS.held():
             trained = train_loop(s, world, run, trainer, reserve, validate, state)
@@ -227,8 +224,8 @@ def train(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
                 save_weights(run, model, trained.facts)
             if trained.signal:
                 world.barrier()      # rank 0 has written its file before any rank ends
-                how = trained.facts["stopped"] or "ended"
-                raise SIGNALS.error(f"training was {how}", trained.signal)
+                end = trained.facts["stopped"] or "ended"
+                raise SIGNALS.error(f"training was {end}", trained.signal)
     finally:
         drop_ballast(run)
     training_reports(s, run, trainer, trained)
@@ -242,46 +239,44 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
     """To ITERATIONS, until a step would pass MAX_WALLCLOCK_SECONDS - reserve, or until
     a signal. validate(step, looping) scores the weights off the clock; state: of the
     checkpoint to go on from. UserError when loss or gradient stop being finite."""
-    budget = s.max_wallclock_seconds - reserve if s.max_wallclock_seconds else 0.0
-    curriculum, progress = Curriculum(s), Progress(s, world, run, trainer.model, budget)
+    curriculum, pace = Curriculum(s), Pace(s, reserve)
     step = go_on_from(state, trainer, curriculum) if state else 0
     stream = open_stream(s, world, trainer.tokens, state["batches"] if state else 0)
+    progress = Progress(s, world, run, trainer.model, pace.budget)
+    progress.epochs = int(stream.epoch)
+    looping = curriculum.loops(step, 0.0)
     # graphs that were not warmed up take minutes in between
-    kind = "step" if s.warmup_steps or not compiles(s, world.device) else "compiling-step"
-    world.beat(f"{kind} {step}")
+    beat = "step" if s.warmup_steps or not compiles(s, world.device) else "compiling-step"
+    world.beat(f"{beat} {step}")
     world.barrier()
-    clock, step_seconds, before = Clock(s.max_wallclock_seconds), 0.0, 0.0
+    clock = Clock(s.max_wallclock_seconds)
     clock.start -= state["seconds"] if state else 0.0
-    looping, progress.epochs = curriculum.loops(step, 0.0), int(stream.epoch)
-    measured = [x for x in (0.1, 0.5, 0.9) if x * s.iterations >= step]    # shares whose next step is timed
     watch, keeper = FiniteWatch(), AverageKeeper(s, world, run, trainer, clock)
     checkpoints = Checkpoints(s, world, run, trainer, watch, clock)
     while True:
         if s.val_loss_every and step % s.val_loss_every == 0:
             off_the_clock(world, clock, lambda: validate(step, looping))
         elapsed, stop, bad = world.agree_step(clock.elapsed(), SIGNALS.number, watch.first_bad())
-        step_seconds, before = max(elapsed - before, 0.9 * step_seconds) if step else 0.0, elapsed
-        ended = step >= s.iterations or (budget and elapsed + step_seconds > budget)
+        pace.observe(step, elapsed)
+        ended = pace.ended(step)
         if ended or stop or bad:
             break
         checkpoints.offer(step, elapsed, curriculum, stream)
-        done = min(elapsed / budget, 1.0) if budget else step / s.iterations
-        length, looping, lr = curriculum.at(step, done)
-        plan = layer_plan(s, looping)
-        if measured and done >= measured[0]:
-            measured.pop(0)
-            trainer.measure()
+        share = pace.progress(step)
+        length, looping, lr = curriculum.at(step, share)
+        plan = layer_plan(s, looping)      # the order of the layers: this is where loops are on or off
+        trainer.measure(share)
         losses = [trainer.micro_step(stream.next(length), plan) for _ in range(trainer.accum)]
-        world.beat(f"{kind} {step + 1}")
+        world.beat(f"{beat} {step + 1}")
         norm = trainer.update(lr, muon_momentum(s, step))
         step += 1
         loss = sum(losses) / trainer.accum
         watch.record(step, loss, norm)
         keeper.offer(step)
-        world.beat(f"{kind} {step}")
+        world.beat(f"{beat} {step}")
         progress.events(step, stream, trainer, looping)
-        if budget and budget - elapsed < 10 * step_seconds:
-            sync(world.device)            # near the end the host must not run ahead of the GPU
+        if pace.near_end():
+            sync(world.device)            # the host must not run ahead of the GPU
         progress.report(step, clock, loss, norm, lr, plan)
     sync(world.device)
     seconds = clock.elapsed()
@@ -300,7 +295,8 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
 
 
 def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next_batch: Callable) -> None:
-    """Calibrate, quantise, pack and write the artifact, on the training clock."""
+    """Calibrate, quantise, pack and write the artifact: the last part of the training
+    clock."""
     begin = clock.elapsed()
     world.beat("calibrating")
     curvature = calibrate(s, world, model, next_batch)
@@ -318,65 +314,72 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
 
 
 def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validation, path: Path) -> None:
-    """Open the artifact; score its weights by plain windows, sliding windows and TTT."""
+    """Open the artifact; score its weights by plain windows, sliding windows and TTT, on
+    the evaluation clock."""
     world.beat("scoring")
+    judge_artifact(s, world, run, model, path)
+    log_probes(s, world, run, model)
+    clock = Clock(s.eval_max_seconds)
+    open_artifact(s, world, model, path)       # once more, on the clock
+    scorer = Scorer(s, world, model)
+    alone = not (s.sliding_window_enabled or s.ttt_enabled)
+    with contextlib.nullcontext() if alone else clock.exclude():      # else it is a diagnostic
+        val.hints = Hints.build(s, world, val, False) if alone else None
+        score = scorer.windows(val, s.eval_seq_len)
+    log_score(run, "quantized", score, scorer.ledger, clock)
+    if s.sliding_window_enabled:
+        val.hints = Hints.build(s, world, val, False)
+        score = scorer.windows(val, s.eval_stride)
+        log_score(run, "sliding", score, scorer.ledger, clock)
+    if s.ttt_enabled:
+        score = adapt_and_score(s, world, run, model, val, clock)
+    book_result(s, run, val, score, clock)
+
+
+def judge_artifact(s: Settings, world: World, run: Run, model: GPT, path: Path) -> None:
+    """UserError unless the file is whole, within the limit, and this run's if it says so;
+    why it is NON-COMPLIANT, if it is, goes into the summary."""
     count_up(run, "evaluation_runs")
     size, mark, digest = open_artifact(s, world, model, path)
-    if world.main and digest != run.summary.get("artifact_digest", digest):
-        raise UserError(f"{path} is not the artifact that this run wrote (digest {digest}, not "
-                        f"{run.summary['artifact_digest']}): quantise again, with EVAL_ONLY_PATH")
+    expected = run.summary.get("artifact_digest", digest)
+    if world.main and digest != expected:
+        raise UserError(f"{path} is not the artifact that this run wrote (digest {digest}, not {expected}): "
+                        "quantise again, with EVAL_ONLY_PATH")
     total = check_size(size, shipped_form(s))
     run.summary.update(artifact_bytes=size, total_bytes=total, artifact_digest=digest)
     for reason in filter(None, mark.split("; ")):
         run.not_compliant(reason)
     run.save_summary()
-    log_probes(s, world, run, model)
-    clock = Clock(s.eval_max_seconds)
-    open_artifact(s, world, model, path)       # once more, on the clock
-    scorer = Scorer(s, world, model)
-    stages = {"quantized": s.eval_seq_len, **({"sliding": s.eval_stride} if s.sliding_window_enabled else {})}
-    for stage, stride in stages.items():
-        diagnostic = stage == "quantized" and (s.sliding_window_enabled or s.ttt_enabled)
-        with clock.exclude() if diagnostic else contextlib.nullcontext():
-            val.hints = None if diagnostic else Hints.build(s, world, val, False)
-            final = scorer.windows(val, stride)
-        log_score(run, stage, final, scorer.ledger, clock)
-    if s.ttt_enabled:
-        if val.hints is None or "stream" not in (s.ttt_doc_order, s.ngram_doc_order):
-            val.hints = Hints.build(s, world, val, True)
-        which = {"stream": "first", "length": "longest"}[s.ttt_doc_order]
-        rounds = ttt_rounds(s, val.documents.length)
-        phases, learnt = len(rounds) - 1, rounds[-2].train_on if len(rounds) > 1 else ()
-        lengths = [val.documents.length[r.train_on].sum() for r in rounds[:-1]]
-        steps = sum(phase_steps(s, int(tokens)) for tokens in lengths)
-        learn_from = f"the {which} {len(learnt):,} documents" if steps else "none, no step is taken"
-        run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
-                base_weights_learn_from=learn_from, base_weight_steps=steps,
-                ngram_hints=0 if val.hints is None else len(val.hints.at), elapsed=clock.elapsed())
-        if s.phased_ttt_prefix_docs and phases < s.phased_ttt_num_phases:
-            run.log("settings_without_effect", PHASED_TTT_NUM_PHASES=f"{len(val.documents):,} documents make "
-                    f"{phases} phases of {s.phased_ttt_num_phases}")
 
-        def trace(event: str, **values) -> None:
-            if event == "give_up":
-                run.log("watchdog", **values)
 
-        ttt = PhasedTTT(s, world, model, val, trace, clock)
-        final = ttt.run()
-        log_score(run, "ttt", final, ttt.ledger, clock)
+def adapt_and_score(s: Settings, world: World, run: Run, model: GPT, val: Validation, clock: Clock) -> Score:
+    """Score-first test-time training: what has been scored may be learnt from."""
+    if val.hints is None or "stream" not in (s.ttt_doc_order, s.ngram_doc_order):
+        val.hints = Hints.build(s, world, val, True)
+    log_adaptation(s, run, val, clock)
+
+    def trace(event: str, **values) -> None:
+        if event == "give_up":
+            run.log("watchdog", **values)
+
+    ttt = PhasedTTT(s, world, model, val, trace, clock)
+    score = ttt.run()
+    log_score(run, "ttt", score, ttt.ledger, clock)
+    return score
+
+
+def book_result(s: Settings, run: Run, val: Validation, score: Score, clock: Clock) -> None:
+    """The last score is the result: every target was scored once, in so many seconds."""
     seconds = clock.elapsed()
     check_budget(run, "evaluation", seconds, "EVAL_MAX_SECONDS", s.eval_max_seconds)
-    run.log("coverage", targets=final.tokens, bytes=int(final.byte_sum), documents=len(val.documents),
+    scored_bytes = int(score.byte_sum)
+    run.log("coverage", targets=score.tokens, bytes=scored_bytes, documents=len(val.documents),
             complete=True, seconds_off_the_clock=clock.excluded)
-    run.summary.update(val_bpb=final.bpb, val_loss=final.loss, eval_seconds=seconds,
-                       tokens_scored=final.tokens, bytes_scored=int(final.byte_sum), byte_rule=val.rule)
+    run.summary.update(val_bpb=score.bpb, val_loss=score.loss, eval_seconds=seconds,
+                       tokens_scored=score.tokens, bytes_scored=scored_bytes, byte_rule=val.rule)
     run.save_summary()
     with run.guarded("the score by decodable bytes"):
-        decodable = read_manifest(s).get("decodable_val_bytes")
-        if decodable and s.val_doc_fraction == 1:     # normalising tokenizers lose bytes that the rule counts
-            run.summary["val_bpb_decodable"] = final.loss_sum / LN2 / decodable
-            run.log("honest_bytes", counted=int(final.byte_sum), decodable=decodable,
-                    val_bpb_decodable=run.summary["val_bpb_decodable"])
+        log_decodable_score(s, run, score)
 
 
 # ============================================================================================================
@@ -1481,19 +1484,19 @@ def check_training(s: Settings) -> None:
     """Refuse a schedule without its longest stage, and a reserve that leaves no time."""
     longest = max(length for _, length in context_stages(s))
     if longest != s.train_seq_len:
-        raise UserError(f"TRAIN_SEQ_LEN={s.train_seq_len} is not the longest stage of TRAIN_SEQ_SCHEDULE="
-                        f"{s.train_seq_schedule}, {longest}: make them equal")
+        raise UserError(f"TRAIN_SEQ_LEN={s.train_seq_len} is not {longest}, the longest stage of "
+                        f"TRAIN_SEQ_SCHEDULE={s.train_seq_schedule}: make them equal")
     if s.train_seq_schedule and LOADERS[s.train_loader].windowed:
-        raise UserError(f"TRAIN_LOADER={s.train_loader} has windows of one length: TRAIN_SEQ_SCHEDULE "
-                        "needs stream or docpack")
+        raise UserError(f"TRAIN_LOADER={s.train_loader} has windows of one length: "
+                        "TRAIN_SEQ_SCHEDULE needs stream or docpack")
     reserve, budget = s.gptq_reserve_seconds, s.max_wallclock_seconds
     if reserve == "auto":
         return
     if not is_number(reserve) or float(reserve) < 0:
         raise UserError(f"GPTQ_RESERVE_SECONDS={reserve} must be a number of seconds >= 0, or auto")
     if 0 < budget <= float(reserve):
-        raise UserError(f"GPTQ_RESERVE_SECONDS={reserve} leaves nothing of MAX_WALLCLOCK_SECONDS={budget:g} "
-                        "to train in: lower it")
+        raise UserError(f"GPTQ_RESERVE_SECONDS={reserve} leaves nothing of MAX_WALLCLOCK_SECONDS="
+                        f"{budget:g} to train in: lower it")
 
 
 def stage_at(stages: list[tuple[float, float]], progress: float):
@@ -1511,8 +1514,42 @@ def lr_share(s: Settings, progress: float) -> float:
 
 def muon_momentum(s: Settings, step: int) -> float:
     """Momentum at a step: linear warm-up over MUON_MOMENTUM_WARMUP_STEPS."""
-    f = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
-    return (1 - f) * s.muon_momentum_warmup_start + f * s.muon_momentum
+    if step >= s.muon_momentum_warmup_steps:
+        return s.muon_momentum
+    share = step / s.muon_momentum_warmup_steps
+    return (1 - share) * s.muon_momentum_warmup_start + share * s.muon_momentum
+
+
+class Pace:
+    """How far training is, and whether another step fits in: by the seconds that
+    MAX_WALLCLOCK_SECONDS leaves after the reserve, or without a budget by
+    ITERATIONS."""
+
+    def __init__(self, s: Settings, reserve: float):
+        self.iterations = s.iterations
+        self.budget = s.max_wallclock_seconds - reserve if s.max_wallclock_seconds else 0.0
+        self.elapsed = 0.0
+        self.step_seconds = 0.0      # a quick step does not count at once: the next may be slow again
+
+    def observe(self, step: int, elapsed: float) -> None:
+        """Before a step: seconds of training so far, the same on all ranks."""
+        if step:
+            self.step_seconds = max(elapsed - self.elapsed, 0.9 * self.step_seconds)
+        self.elapsed = elapsed
+
+    def ended(self, step: int) -> bool:
+        """Whether this step would be one too many."""
+        if self.budget and self.elapsed + self.step_seconds > self.budget:
+            return True
+        return step >= self.iterations
+
+    def near_end(self) -> bool:
+        """Whether fewer than ten steps are left."""
+        return 0 < self.budget < self.elapsed + 10 * self.step_seconds
+
+    def progress(self, step: int) -> float:
+        """Share of training that is done, 0 to 1."""
+        return min(self.elapsed / self.budget, 1.0) if self.budget else step / self.iterations
 
 
 class Curriculum:
@@ -1526,30 +1563,30 @@ class Curriculum:
     def at(self, step: int, progress: float) -> tuple[int, bool, float]:
         """(longest segment, whether loops run, share of the learning rate) of a step;
         call it in order."""
-        s = self.s
         length = stage_at(self.stages, progress)
         if length != self.length:
             self.changed = step or None
             self.length = length
-        lr = self.rate(progress)
-        if self.changed is not None and s.seq_change_warmup_steps:
-            lr *= min((step - self.changed + 1) / s.seq_change_warmup_steps, 1.0)
+        lr, ramp = self.rate(progress), self.s.seq_change_warmup_steps
+        if self.changed is not None and ramp:
+            lr *= min((step - self.changed + 1) / ramp, 1.0)
         return length, self.loops(step, progress), lr
 
     def rate(self, progress: float) -> float:
-        """Share of the peak learning rate at this share of the training budget."""
+        """Share of the peak learning rate at this share of training."""
         return lr_share(self.s, progress)
 
     def loops(self, step: int, progress: float) -> bool:
-        """Whether loops run then."""
+        """Whether the looped layers run more than once then."""
         return self.s.num_loops > 0 and progress >= self.s.enable_looping_at
 
     def graphs(self) -> list[tuple[int, bool]]:
         """Pairs (longest segment, whether loops run) in the order in which training
         meets them."""
-        changes = [0.0, self.s.enable_looping_at, *(math.nextafter(end, 2) for end, _ in self.stages[:-1])]
-        met = [(stage_at(self.stages, at), self.loops(0, at)) for at in sorted(changes)]
-        return list(dict.fromkeys(met))
+        changes = [0.0, self.s.enable_looping_at]
+        changes += [math.nextafter(end, 2) for end, _ in self.stages[:-1]]
+        pairs = [(stage_at(self.stages, at), self.loops(0, at)) for at in sorted(changes)]
+        return list(dict.fromkeys(pairs))
 
     def state(self) -> dict:
         """What a run that goes on later must know of it."""
@@ -1564,6 +1601,7 @@ class Trainer:
         self.s, self.world, self.model = s, world, model
         self.accum, self.tokens = s.batch_shape(world.size)
         self.losses = compiled(s, world.device, model.losses, fullgraph=True)
+        self.to_measure = [0.1, 0.5, 0.9]              # shares of training whose next step is timed
         self.parts: dict[str, float] | None = None     # on a measured step: ms by part
         self.rewind()
 
@@ -1573,47 +1611,6 @@ class Trainer:
         dtype = pick_dtype(self.s.muon_dtype, self.world.device, self.model.compute_dtype)
         self.optimiser = Optimiser(self.s, self.world, dict(self.model.named_parameters()), dtype)
         self.ema = {n: p.detach().clone() for n, p in self.model.named_parameters()}
-
-    def tensors(self) -> dict[str, Any]:
-        """Weights, average and optimiser, this rank's part of it, as they are: not
-        copied."""
-        return {"weights": {n: p.detach() for n, p in self.model.named_parameters()},
-                "average": self.ema, "momentum": self.optimiser.momentum,
-                "adam": self.optimiser.adam.state_dict()}
-
-    @torch.no_grad()
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what tensors() gave; UserError when it is of another model or of
-        other ranks."""
-        mine = self.tensors()
-        try:
-            for part in ("weights", "average"):
-                for name, tensor in mine[part].items():
-                    tensor.copy_(state[part][name])
-            for buf, saved in zip(mine["momentum"], state["momentum"], strict=True):
-                buf.copy_(saved)
-            self.optimiser.adam.load_state_dict(state["adam"])
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"the checkpoint does not fit this model ({type(error).__name__}: "
-                            f"{plain(error, 100)}): start anew without RESUME") from error
-
-    def finite(self) -> bool:
-        """Whether weights and average are, on this rank."""
-        tensors = [*self.ema.values(), *self.model.parameters()]
-        return all(bool(t.detach().isfinite().all()) for t in tensors)
-
-    def measure(self) -> None:
-        """Make the next step a measured one."""
-        sync(self.world.device)
-        self.parts, self.watch = {}, Clock()
-
-    def charge(self, part: str) -> None:
-        """On a measured step: wait for the GPU, charge the ms since the last time to
-        part."""
-        if self.parts is not None:
-            sync(self.world.device)
-            self.parts[part] = self.parts.get(part, 0.0) + 1e3 * self.watch.elapsed()
-            self.watch = Clock()
 
     def micro_step(self, batch: Batch, plan: Plan) -> Tensor:
         """Forward and backward of one micro-batch; returns its mean loss (nats per
@@ -1633,22 +1630,37 @@ class Trainer:
         before clipping."""
         norm = self.optimiser.step(lr, momentum)
         self.charge("optimiser")
+        weights = [p.detach() for p in self.model.parameters()]
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.model.parameters()],
-                                 1 - self.s.ema_decay)
+            torch._foreach_lerp_(list(self.ema.values()), weights, 1 - self.s.ema_decay)
         self.charge("average")
         return norm
+
+    def measure(self, progress: float) -> None:
+        """Make the next step a measured one, when it is time."""
+        if self.to_measure and progress >= self.to_measure[0]:
+            self.to_measure = [share for share in self.to_measure if share > progress]
+            sync(self.world.device)
+            self.parts, self.watch = {}, Clock()
+
+    def charge(self, part: str) -> None:
+        """On a measured step: wait for the GPU, charge the ms since the last time to
+        part."""
+        if self.parts is not None:
+            sync(self.world.device)
+            self.parts[part] = self.parts.get(part, 0.0) + 1e3 * self.watch.elapsed()
+            self.watch = Clock()
 
     def warm_up(self) -> float:
         """Compile and run every graph on random tokens, then undo it. Returns the
         seconds it took."""
-        s, world, clock = self.s, self.world, Clock()
-        generator = torch.Generator().manual_seed(s.seed + world.rank)
+        s, clock = self.s, Clock()
+        generator = torch.Generator().manual_seed(s.seed + self.world.rank)
         with weights_kept(self.model):
             for length, looping in Curriculum(s).graphs():
                 self.warm_graph(length, layer_plan(s, looping), generator)
         self.rewind()
-        sync(world.device)
+        sync(self.world.device)
         return clock.elapsed()
 
     def warm_graph(self, length: int, plan: Plan, generator: torch.Generator) -> None:
@@ -1669,6 +1681,34 @@ class Trainer:
             batch = batch.rows(s.train_seq_len)
         return batch.to(self.world.device)
 
+    def finite(self) -> bool:
+        """Whether weights and average are, on this rank."""
+        tensors = [*self.ema.values(), *self.model.parameters()]
+        return all(bool(t.detach().isfinite().all()) for t in tensors)
+
+    def tensors(self) -> dict[str, Any]:
+        """Weights, average and optimiser, this rank's part of it, as they are: not
+        copied."""
+        return {"weights": {n: p.detach() for n, p in self.model.named_parameters()},
+                "average": self.ema, "momentum": self.optimiser.momentum,
+                "adam": self.optimiser.adam.state_dict()}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what tensors() gave; UserError when it is of another model or of
+        other ranks."""
+        own = self.tensors()
+        try:
+            for part in ("weights", "average"):
+                for name, tensor in own[part].items():
+                    tensor.copy_(state[part][name])
+            for buf, saved in zip(own["momentum"], state["momentum"], strict=True):
+                buf.copy_(saved)
+            self.optimiser.adam.load_state_dict(state["adam"])
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"the checkpoint does not fit this model ({type(error).__name__}: "
+                            f"{plain(error, 100)}): start anew without RESUME") from error
+
 
 class Trained(NamedTuple):
     """What training leaves behind beside the Trainer's average."""
@@ -1683,15 +1723,18 @@ def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
     warn of: as rehearsed, but at most half, so that a slow machine still trains (the
     overrun is then reported); at least what is asked for: a run of the field's
     commands, which keep too little, is not lost."""
-    if not s.max_wallclock_seconds:
+    budget = s.max_wallclock_seconds
+    if not budget:
         return 0.0, ""
     auto = s.gptq_reserve_seconds == "auto"
     asked = 0.0 if auto else float(s.gptq_reserve_seconds)
-    kept = max(asked, min(rehearsed, s.max_wallclock_seconds / 2))
+    kept = max(asked, min(rehearsed, budget / 2))
     need = f"quantising and packing were rehearsed in {rehearsed:.1f} s: {kept:.1f} s are kept"
     if kept < rehearsed:
-        return kept, f"{need}, for MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds:g} is less than twice that"
-    return kept, "" if auto or asked >= kept else f"{need}, not GPTQ_RESERVE_SECONDS={asked:g}"
+        return kept, f"{need}, for MAX_WALLCLOCK_SECONDS={budget:g} is less than twice that"
+    if auto or asked >= kept:
+        return kept, ""
+    return kept, f"{need}, not GPTQ_RESERVE_SECONDS={asked:g}"
 
 
 # ============================================================================================================
@@ -2715,6 +2758,23 @@ def check_adapt(s: Settings) -> None:
         raise UserError("TTT_ENABLED=1 has nothing to adapt: set a TTT_*_LORA to 1, or TTT_ENABLED=0")
     if s.ttt_cache_lambda and not s.ttt_kv_reuse:
         raise UserError(f"TTT_CACHE_LAMBDA={s.ttt_cache_lambda:g} needs TTT_KV_REUSE=1, not 0")
+
+
+def log_adaptation(s: Settings, run: Run, val: Validation, clock: Clock) -> None:
+    """What adapts to what, into the log."""
+    lengths = val.documents.length
+    *phases, _ = ttt_rounds(s, lengths)
+    steps = sum(phase_steps(s, int(lengths[phase.train_on].sum())) for phase in phases)
+    learn_from = "none, no step is taken"
+    if steps:
+        which = {"stream": "first", "length": "longest"}[s.ttt_doc_order]
+        learn_from = f"the {which} {len(phases[-1].train_on):,} documents"
+    run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
+            base_weights_learn_from=learn_from, base_weight_steps=steps,
+            ngram_hints=0 if val.hints is None else len(val.hints.at), elapsed=clock.elapsed())
+    if s.phased_ttt_prefix_docs and len(phases) < s.phased_ttt_num_phases:
+        run.log("settings_without_effect", PHASED_TTT_NUM_PHASES=f"{len(lengths):,} documents make "
+                f"{len(phases)} phases of {s.phased_ttt_num_phases}")
 
 
 ADAPTED = ("q", "k", "v", "o", "mlp", "head")       # what a TTT_*_LORA switches
@@ -5148,6 +5208,15 @@ def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) 
                 run.log("profile", quiet=True, stage=stage, **profile)
 
 
+def log_decodable_score(s: Settings, run: Run, score: Score) -> None:
+    """The score by the bytes that the text has: normalising tokenizers lose some that the
+    rule counts."""
+    decodable = read_manifest(s).get("decodable_val_bytes")
+    if decodable and s.val_doc_fraction == 1:
+        bpb = run.summary["val_bpb_decodable"] = score.loss_sum / LN2 / decodable
+        run.log("honest_bytes", counted=int(score.byte_sum), decodable=decodable, val_bpb_decodable=bpb)
+
+
 def check_score(stage: str, score: Score) -> None:
     """A score that is not finite is none."""
     if not math.isfinite(score.bpb):
@@ -7203,6 +7272,23 @@ def tilted_losses(s: Settings, losses: Callable, ids: Tensor, targets: Tensor, a
 # ============================================================================================================
 # 14  Probes and checks: what is proved before the first step and before the evaluation clock
 # ============================================================================================================
+
+def check_before_start(s: Settings, world: World, run: Run, attention_reason: str) -> None:
+    """All that can be checked before anything is spent, into the log; UserError at the
+    first that fails."""
+    for reason in study_reasons(s):
+        run.not_compliant(reason)
+    if world.device.type == "cpu" and not s.eval_only_quantized_path and (slow := slow_batch(s)):
+        run.warn(slow)
+    world.beat("checking")
+    for finding in run_checks(s, world, run.dir, attention_reason):
+        run.log("check", what=finding.name, detail=finding.figure)
+        if not finding.ok:
+            raise UserError(finding.figure)
+        if finding.name == "data fingerprint":
+            run.summary.setdefault("data_fingerprint", finding.figure)
+    run.save_summary()
+
 
 class Finding(NamedTuple):
     """Something that was put to the test: a line of --check, or a probe."""
