@@ -1,19 +1,25 @@
-"""train_gpt.py: one script that trains, quantises, packs and scores a depth-recurrent GPT (Parameter Golf).
+"""train_gpt.py: one script that trains, quantises, packs and scores a depth-recurrent
+GPT (Parameter Golf).
 
-    torchrun --standalone --nproc_per_node=8 train_gpt.py        # the competition run, on 8 H100
-    python train_gpt.py --help                                   # every setting: default, range, meaning
-    python train_gpt.py --check                                  # all that can be checked without training
+    torchrun --standalone --nproc_per_node=8 train_gpt.py    # the competition run
+    python train_gpt.py --help        # every setting: default, range, meaning
+    python train_gpt.py --check       # all that can be checked without training
 
-600 s of training produce averaged weights; GPTQ rounds them to int6; the packed artifact and this script stay
-under 16,000,000 bytes together; the artifact is read back and scored in bits per byte (BPB), first by sliding
-windows, then by score-first test-time training (TTT). Environment variables are the only configuration.
-Chapters   PART ONE, the system      1 Story      2 Settings   3 Model   4 Optimiser   5 Training   6 Quantise
-                                     7 Score      8 Adapt
-           PART TWO, machinery       9 World     10 Data      11 Kernels   12 Pack   13 Counts   14 Probes
-           PART THREE, lineage      what the older systems did differently: it only adds, and can be cut off
+600 s of training produce averaged weights; GPTQ rounds them to int6; the packed artifact
+and this script stay under 16,000,000 bytes together; the artifact is read back and scored
+in bits per byte (BPB), first by sliding windows, then by score-first test-time training
+(TTT). Environment variables are the only configuration.
 
-Shape letters: B rows, T tokens, D model width, H query heads, K key/value heads, V vocabulary, L layers,
-R x C a weight matrix (out, in), S executed layer slots (a looped layer has several).
+Chapters    PART ONE, the system     1 Story  2 Settings  3 Model  4 Optimiser
+                                     5 Training  6 Quantise  7 Score  8 Adapt
+            PART TWO, machinery      9 World  10 Data  11 Kernels  12 Pack  13 Counts
+                                     14 Probes
+            PART THREE, lineage      what the older systems did differently: it only
+                                     adds, and can be cut off
+
+Shape letters: B rows, T tokens, D model width, H query heads, K key/value heads,
+V vocabulary, L layers, R x C a weight matrix (out, in), S executed layer slots (a looped
+layer has several).
 """
 from __future__ import annotations
 
@@ -69,8 +75,9 @@ from torch import Tensor, nn
 
 try:
     import brotli
-except ImportError as error:      # before anything is spent: nothing can be packed or read without it
-    raise SystemExit("error: the package brotli is missing: pip install -r requirements.txt") from error
+except ImportError as error:      # now, before anything is spent: nothing can be packed without it
+    missing = "error: the package brotli is missing: pip install -r requirements.txt"
+    raise SystemExit(missing) from error
 try:
     import triton
     import triton.language as tl
@@ -80,11 +87,12 @@ except ImportError:               # the plain twins are complete without it
 ARTIFACT_LIMIT = 16_000_000   # bytes: this script as shipped + the packed model
 MOST_ARTIFACT = 1 << 26       # bytes of a file that is read as one
 CANONICAL_VAL_DOCS = 50_000   # documents of FineWeb's validation split
-BUDGET_SECONDS = 600.0        # the competition's, for all up to the artifact and again for the evaluation
+BUDGET_SECONDS = 600.0        # for all up to the artifact, and as many for the evaluation
 BOS = 1                       # begins every document, in every tokenizer of the field
 RMS_EPS = 1.1920929e-07       # float32 machine epsilon
 LN2 = math.log(2.0)
-ARTIFACT_NAME, WEIGHTS_NAME = "final_model.int6.ptz", "final_model.pt"
+ARTIFACT_NAME = "final_model.int6.ptz"
+WEIGHTS_NAME = "final_model.pt"
 
 
 class UserError(Exception):
@@ -122,6 +130,11 @@ class Interrupted(BaseException):
 # 1  Story: the whole run, told straight down
 # ============================================================================================================
 
+# Where to look. A token enters train_loop from the stream and becomes a loss in GPT.losses. Curriculum
+# decides the context, the loop and the rate of every step; layer_plan makes of the loop an order of layers.
+# The 600 s of training hold train_loop and compress, those of the evaluation score_artifact from its clock
+# on. A new gate has a shape in GPT.shapes, a role in ROLES, its use in GPT.attend and its switch in Settings.
+
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     """Entry: 0 when all went well, 1 when --check found something or the script
     failed, 2 on a user's mistake, 130 or 143 when interrupted."""
@@ -136,7 +149,8 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
         if list(argv[:1]) == ["--check"]:
             return check_command(" ".join(argv[1:]))
         if argv:
-            raise UserError(f"unknown argument {argv[0]}: settings come from the environment; see --help")
+            raise UserError(f"unknown argument {argv[0]}: settings come from the environment, "
+                            "see --help")
         rank = launcher_ranks(os.environ).rank
         s = Settings.from_env(os.environ)
         world = World.join(os.environ)
@@ -264,7 +278,7 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
         checkpoints.offer(step, elapsed, curriculum, stream)
         share = pace.progress(step)
         length, looping, lr = curriculum.at(step, share)
-        plan = layer_plan(s, looping)      # the order of the layers: this is where loops are on or off
+        plan = layer_plan(s, looping)
         trainer.measure(share)
         losses = [trainer.micro_step(stream.next(length), plan) for _ in range(trainer.accum)]
         world.beat(f"{beat} {step + 1}")
@@ -343,8 +357,8 @@ def judge_artifact(s: Settings, world: World, run: Run, model: GPT, path: Path) 
     size, mark, digest = open_artifact(s, world, model, path)
     expected = run.summary.get("artifact_digest", digest)
     if world.main and digest != expected:
-        raise UserError(f"{path} is not the artifact that this run wrote (digest {digest}, not {expected}): "
-                        "quantise again, with EVAL_ONLY_PATH")
+        raise UserError(f"{path} is not the artifact that this run wrote (digest {digest}, not "
+                        f"{expected}): quantise again, with EVAL_ONLY_PATH")
     total = check_size(size, shipped_form(s))
     run.summary.update(artifact_bytes=size, total_bytes=total, artifact_digest=digest)
     for reason in filter(None, mark.split("; ")):
@@ -636,14 +650,16 @@ class Settings:
         accum = self.grad_accum_steps or max(1, 8 // world_size)
         batch, parts = self.train_batch_tokens, world_size * accum
         if batch % parts:
-            raise UserError(f"TRAIN_BATCH_TOKENS={batch} is not divisible by {world_size} ranks x {accum} "
-                            f"micro-batches: choose a multiple of {parts}, or another GRAD_ACCUM_STEPS")
+            raise UserError(f"TRAIN_BATCH_TOKENS={batch} is not divisible by {world_size} ranks x "
+                            f"{accum} micro-batches: choose a multiple of {parts}, or another "
+                            "GRAD_ACCUM_STEPS")
         tokens = batch // parts
         if self.train_seq_schedule or LOADERS[self.train_loader].windowed:
             for _, length in context_stages(self):
                 if tokens % length:
-                    raise UserError(f"TRAIN_BATCH_TOKENS={batch} makes micro-batches of {tokens} tokens, "
-                                    f"no rows of {length}: choose a multiple of {parts * length}")
+                    raise UserError(f"TRAIN_BATCH_TOKENS={batch} makes micro-batches of {tokens} "
+                                    f"tokens, no rows of {length}: choose a multiple of "
+                                    f"{parts * length}")
         return accum, tokens
 
     @property
@@ -719,7 +735,8 @@ def chunk_steps(s: Settings) -> list[tuple[float, int]]:
     for part in listed(text.replace("=", ":")):
         step = whole_numbers(part.replace(":", ",", 1))
         if len(step) != 2 or min(step) < 1:
-            raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, as 256:8,2000:24")
+            raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, "
+                            "as 256:8,2000:24")
         steps.append((step[0], step[1]))
     return sorted(steps) + [(math.inf, s.ttt_chunk_size)]
 
@@ -733,7 +750,8 @@ def schedule(text: str, otherwise, kind: type = int) -> list[tuple[float, float]
         value, _, end = part.partition("@")
         good = is_number(value) and is_number(end) and 0 < float(end) <= 1
         if not good or float(value) <= 0 or kind(float(value)) != float(value):
-            raise UserError(f"the stage {part} must be value@progress with 0 < progress <= 1, as 1024@0.1")
+            raise UserError(f"the stage {part} must be value@progress with 0 < progress <= 1, "
+                            "as 1024@0.1")
         stages.append((float(end), kind(float(value))))
     if not stages:
         return [(1.0, otherwise)]
@@ -954,7 +972,7 @@ class GPT(nn.Module):
         super().__init__()
         self.s = s
         self.compute_dtype = torch.float32
-        self.calibration: tuple[Tensor, Tensor] | None = None      # scale () and bias (V,) of capped logits
+        self.calibration: tuple[Tensor, Tensor] | None = None      # of capped logits: scale (), bias (V,)
         for name, shape in self.shapes(s).items():
             setattr(self, name, nn.Parameter(torch.zeros(shape)))
         self.init_weights(generator)
@@ -1102,8 +1120,8 @@ class GPT(nn.Module):
             y = y * self.head_gate(weights.gate, x, q_flat)[..., None]
         y = y.flatten(2)
         forward.observe("heads", layer, y)
-        out = F.linear(y, weights.o)
-        out = forward.adapted(out, "o", slot, x)     # the adapter reads the block input, not the heads
+        # the adapter of the output reads the block input, not the heads
+        out = forward.adapted(F.linear(y, weights.o), "o", slot, x)
         forward.observe("attn_out", layer, out)
         return out
 
@@ -1385,7 +1403,8 @@ class Optimiser:
         for p in (*self.banks, *self.small):      # a plan may leave rows unused, never a whole tensor
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        if self.s.grad_clip_mode == "per_rank":   # as the field: a rank with an unusual batch counts for less
+        # as the field, per rank: one with an unusual batch then counts for less
+        if self.s.grad_clip_mode == "per_rank":
             norm = self.clip([p.grad for p in self.banks], World())
             shards = self.reduce()
         else:
@@ -1441,7 +1460,8 @@ class Optimiser:
         squares = world.total(sum(g.float().square().sum() for g in matrices))
         norm = (squares + sum(g.square().sum() for g in small)).sqrt()
         if self.s.grad_clip_norm > 0:
-            torch._foreach_mul_(matrices + small, (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1))
+            factor = (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1)
+            torch._foreach_mul_(matrices + small, factor)
         return norm
 
     def gather(self, own: Tensor) -> Callable[[], Tensor]:
@@ -1466,13 +1486,15 @@ class Optimiser:
         for p in self.small:
             moment = self.adam.state[p]["exp_avg_sq"]
             touched[p] = moment.flatten() if p.dim() < 2 else moment.flatten(1).any(1)
-        found = [name for p, name in self.names.items() if p not in touched]     # in no optimiser at all
+        # parameters that are in no optimiser at all, then those with rows that never moved
+        found = [name for p, name in self.names.items() if p not in touched]
         for p, rows in touched.items():
             idle = (rows == 0).nonzero().flatten().tolist()
             if len(idle) == len(rows) > 0:
                 found.append(self.names[p])
             elif idle:
-                found.append(f"{self.names[p]} {len(idle)} of {len(rows)} rows, the first {idle[:20]}")
+                some = f"{len(idle)} of {len(rows)} rows, the first {idle[:20]}"
+                found.append(f"{self.names[p]} {some}")
         return found
 
 
@@ -1521,18 +1543,17 @@ def muon_momentum(s: Settings, step: int) -> float:
 
 
 class Pace:
-    """How far training is, and whether another step fits in: by the seconds that
-    MAX_WALLCLOCK_SECONDS leaves after the reserve, or without a budget by
-    ITERATIONS."""
+    """How far training is, and whether another step fits in: by the budget less its
+    reserve, or without one by ITERATIONS."""
 
     def __init__(self, s: Settings, reserve: float):
         self.iterations = s.iterations
         self.budget = s.max_wallclock_seconds - reserve if s.max_wallclock_seconds else 0.0
         self.elapsed = 0.0
-        self.step_seconds = 0.0      # a quick step does not count at once: the next may be slow again
+        self.step_seconds = 0.0      # falls slowly: after a quick step a slow one may come
 
     def observe(self, step: int, elapsed: float) -> None:
-        """Before a step: seconds of training so far, the same on all ranks."""
+        """Seconds of training before a step, the same on all ranks."""
         if step:
             self.step_seconds = max(elapsed - self.elapsed, 0.9 * self.step_seconds)
         self.elapsed = elapsed
