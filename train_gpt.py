@@ -5,10 +5,10 @@ GPT (Parameter Golf).
     python train_gpt.py --help        # every setting: default, range, meaning
     python train_gpt.py --check       # all that can be checked without training
 
-600 s of training produce averaged weights; GPTQ rounds them to int6; the packed artifact
-and this script stay under 16,000,000 bytes together; the artifact is read back and scored
-in bits per byte (BPB), first by sliding windows, then by score-first test-time training
-(TTT). Environment variables are the only configuration.
+600 s of training produce averaged weights; GPTQ rounds them to int6; the packed
+artifact and this script stay under 16,000,000 bytes together; the artifact is read
+back and scored in bits per byte (BPB), first by sliding windows, then by score-first
+test-time training (TTT). Environment variables are the only configuration.
 
 Chapters    PART ONE, the system     1 Story  2 Settings  3 Model  4 Optimiser
                                      5 Training  6 Quantise  7 Score  8 Adapt
@@ -17,9 +17,9 @@ Chapters    PART ONE, the system     1 Story  2 Settings  3 Model  4 Optimiser
             PART THREE, lineage      what the older systems did differently: it only
                                      adds, and can be cut off
 
-Shape letters: B rows, T tokens, D model width, H query heads, K key/value heads,
-V vocabulary, L layers, R x C a weight matrix (out, in), S executed layer slots (a looped
-layer has several).
+Shape letters: B rows, T tokens, D model width, H query heads, K key/value heads, V
+vocabulary, L layers, R x C a weight matrix (out, in), S executed layer slots (a
+looped layer has several).
 """
 from __future__ import annotations
 
@@ -182,8 +182,8 @@ def pipeline(s: Settings, world: World, run: Run, attention_reason: str) -> None
 
 
 def make_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> None:
-    """From random weights to a file: train, average, quantise, pack, all on the training
-    clock. Then, off it, the score of the averaged weights."""
+    """Train, average, quantise, pack, all on the training clock; then, off it, the score
+    of the averaged weights."""
     with Validation.seal():      # nothing in here can learn from a validation token
         clock, stream = train(s, world, run, model, val)
         for study in STUDIES:
@@ -202,8 +202,8 @@ def make_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validati
 
 
 def train(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> tuple[Clock, Prefetch]:
-    """Averaged weights in the model, trained or from EVAL_ONLY_PATH; the training clock
-    and the stream, both of which quantising goes on with."""
+    """Averaged weights into the model, by training or from EVAL_ONLY_PATH; the clock and
+    the stream that quantising goes on with."""
     drop_ballast(run)      # of a run that was killed
     if s.eval_only_path:
         facts = read_weights(s.eval_only_path, model)
@@ -276,6 +276,7 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
         if ended or stop or bad:
             break
         checkpoints.offer(step, elapsed, curriculum, stream)
+        # the step: on how long a context, with or without loops, at which rate
         share = pace.progress(step)
         length, looping, lr = curriculum.at(step, share)
         plan = layer_plan(s, looping)
@@ -285,6 +286,7 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
         norm = trainer.update(lr, muon_momentum(s, step))
         step += 1
         loss = sum(losses) / trainer.accum
+        # what is kept and told of it
         watch.record(step, loss, norm)
         keeper.offer(step)
         world.beat(f"{beat} {step}")
@@ -309,8 +311,7 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
 
 
 def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next_batch: Callable) -> None:
-    """Calibrate, quantise, pack and write the artifact: the last part of the training
-    clock."""
+    """Calibrate, quantise, pack and write the artifact, still on the training clock."""
     begin = clock.elapsed()
     world.beat("calibrating")
     curvature = calibrate(s, world, model, next_batch)
@@ -328,8 +329,7 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
 
 
 def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validation, path: Path) -> None:
-    """Open the artifact; score its weights by plain windows, sliding windows and TTT, on
-    the evaluation clock."""
+    """Score the artifact by plain windows, sliding windows and TTT."""
     world.beat("scoring")
     judge_artifact(s, world, run, model, path)
     log_probes(s, world, run, model)
@@ -351,8 +351,8 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
 
 
 def judge_artifact(s: Settings, world: World, run: Run, model: GPT, path: Path) -> None:
-    """UserError unless the file is whole, within the limit, and this run's if it says so;
-    why it is NON-COMPLIANT, if it is, goes into the summary."""
+    """UserError unless the file is whole, within the limit and of this run; its marks of
+    NON-COMPLIANT go into the summary."""
     count_up(run, "evaluation_runs")
     size, mark, digest = open_artifact(s, world, model, path)
     expected = run.summary.get("artifact_digest", digest)
@@ -383,7 +383,7 @@ def adapt_and_score(s: Settings, world: World, run: Run, model: GPT, val: Valida
 
 
 def book_result(s: Settings, run: Run, val: Validation, score: Score, clock: Clock) -> None:
-    """The last score is the result: every target was scored once, in so many seconds."""
+    """The last score is the result; the evaluation clock ends here."""
     seconds = clock.elapsed()
     check_budget(run, "evaluation", seconds, "EVAL_MAX_SECONDS", s.eval_max_seconds)
     scored_bytes = int(score.byte_sum)
@@ -1026,9 +1026,8 @@ class GPT(nn.Module):
     # --- pieces
 
     def unbound(self, name: str) -> Sequence[Tensor | None]:
-        """A stacked parameter by layer, in the activations' dtype. Each stack is
-        unbound once in a forward: its gradient is then one stack, not a sum of
-        zeros."""
+        """A stacked parameter by layer, in the activations' dtype. Unbound once in a
+        forward: its gradient is then one stack, not a sum of zeros."""
         p = getattr(self, name, None)
         if p is None:
             return [None] * self.s.num_layers
@@ -1049,8 +1048,7 @@ class GPT(nn.Module):
         return [LayerWeights(*weights) for weights in zip(*stacks)]
 
     def rope(self, length: int, device, start: int = 0, context: int = 0) -> tuple[Tensor, Tensor]:
-        """cos, sin (length, R/2) of positions start, start + 1, …; context: tokens of
-        the longest row."""
+        """cos, sin (length, R/2) of positions from start on; context: the longest row."""
         dims = self.s.rope_dims or self.s.head_dim
         channel = torch.arange(0, dims, 2, dtype=torch.float32, device=device)
         inverse = 1.0 / (self.rope_base(max(length, context)) ** (channel / dims))
@@ -1090,8 +1088,7 @@ class GPT(nn.Module):
         return ~starts.index_fill(0, layout.cu_seqlens.long(), True)[None, 1:-1]
 
     def smears_into(self, ids: Tensor, layout: Layout | None) -> Tensor | None:
-        """(B or 1, T - 1) bool: the tokens after the first into which the one before
-        is mixed; None: all."""
+        """(B or 1, T - 1) bool: tokens that take in the one before; None: all do."""
         same = self.same_segment(ids, layout)
         if not self.s.smear_gate_bos_fix:
             return same
@@ -1126,8 +1123,7 @@ class GPT(nn.Module):
         return out
 
     def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, T, H·D), keys and values (B, T, K·D) of a layer's normalised
-        input x."""
+        """Queries (B, T, H·D), keys and values (B, T, K·D) of a layer's input x."""
         weights = forward.layers[layer]
         q = forward.adapted(F.linear(x, weights.q), "q", slot, x)
         k = forward.adapted(F.linear(x, weights.k), "k", slot, x)
@@ -1137,8 +1133,7 @@ class GPT(nn.Module):
         return q, k, v
 
     def head_gate(self, weight: Tensor, x: Tensor, q_flat: Tensor) -> Tensor:
-        """Gate of every head, (B, T, H), by the first channels of the block input x;
-        1/2 at the start."""
+        """Gate (B, T, H) of the heads by the first channels of x; 1/2 at the start."""
         logit = F.linear(x[..., :weight.size(-1)], weight)
         return torch.sigmoid(self.s.sparse_attn_gate_scale * logit)
 
@@ -1165,8 +1160,7 @@ class GPT(nn.Module):
 
     def branches(self, forward: Forward, layer: int, slot: int, lane0: Tensor,
                  lane1: Tensor) -> tuple[Tensor, ...]:
-        """A layer on two lanes: lane 0 mixed with x0, what attention makes of it, what
-        the MLP makes of lane 1."""
+        """Lane 0 mixed with x0, what attention makes of it, what the MLP of lane 1."""
         weights, scale = forward.layers[layer], self.depth_scale(layer)
         mixed = weights.resid_mix[0] * lane0 + weights.resid_mix[1] * forward.x0
         attended = weights.attn_scale * self.attend(forward, layer, slot, rms(mixed) * scale)
@@ -1175,8 +1169,7 @@ class GPT(nn.Module):
 
     def lanes(self, forward: Forward, layer: int, slot: int, lane0: Tensor,
               lane1: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer on two lanes: attention reads lane 0, the MLP lane 1; each writes to
-        both."""
+        """Attention reads lane 0, the MLP lane 1; each writes to both."""
         _, attended, fed = self.branches(forward, layer, slot, lane0, lane1)
         keep0, keep1 = forward.layers[layer].resid
         attended_to, fed_to = forward.layers[layer].post
@@ -1228,8 +1221,7 @@ class GPT(nn.Module):
         return 0 < self.s.parallel_start_layer <= layer
 
     def decode(self, forward: Forward, plan: Plan, x: Tensor, skips: list[Tensor]) -> Tensor:
-        """The decoder layers on the encoder's output x, with its skips; two lanes
-        once they have begun."""
+        """The decoder on the encoder's output x, with its skips; late layers on lanes."""
         lanes = None
         for j, layer in enumerate(plan.decoder):
             slot = len(plan.encoder) + j
@@ -1308,8 +1300,7 @@ class GPT(nn.Module):
         return torch.stack(scored).view(targets.shape)
 
     def flops_per_token(self, plan: Plan, context: float) -> float:
-        """FLOPs of one token's forward: matrices of the executed layers, head,
-        attention over `context`."""
+        """FLOPs of one token's forward, with attention over `context` tokens."""
         s = self.s
         matrices = 2 * s.model_dim * (s.model_dim + s.kv_dim + s.hidden_dim)
         layers = plan.slots * (matrices + 2 * s.model_dim * context)
@@ -1330,8 +1321,7 @@ POLAR_EXPRESS = (   # (a, b, c) of X <- aX + (bA + cA^2)X with A = XX', one trip
 
 def orthogonalise(g: Tensor, dtype: torch.dtype = torch.bfloat16,
                   coefficients: Sequence[tuple] = POLAR_EXPRESS) -> Tensor:
-    """Each matrix of g (…, R, C) with its singular values pushed to about 1 (0.86 …
-    1.14), in `dtype`."""
+    """Matrices g (…, R, C), in `dtype`, with singular values near 1 (0.86 … 1.14)."""
     x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
     if tall:
@@ -1345,8 +1335,7 @@ def orthogonalise(g: Tensor, dtype: torch.dtype = torch.bfloat16,
 
 def muon_direction(g: Tensor, buf: Tensor, momentum: float, row_normalize: bool = True,
                    coefficients: Sequence[tuple] = POLAR_EXPRESS, nesterov: bool = True) -> Tensor:
-    """Orthogonalised update of matrices g (n, R, C), in buf's dtype; buf, their
-    momentum, is updated in place."""
+    """Update of matrices (n, R, C) by gradient g and momentum buf, which is changed."""
     g = g.to(buf.dtype)
     buf.mul_(momentum).add_(g)
     update = g.add(buf, alpha=momentum) if nesterov else buf
@@ -1356,8 +1345,7 @@ def muon_direction(g: Tensor, buf: Tensor, momentum: float, row_normalize: bool 
 
 
 def muon_apply(p: Tensor, update: Tensor, lr: float, weight_decay: float) -> None:
-    """Decoupled decay, then the step of matrices p (n, R, C); a longer one for tall
-    matrices."""
+    """Decoupled decay and the step of matrices p (n, R, C); tall ones take a longer."""
     longer = math.sqrt(max(1, p.size(-2) / p.size(-1)))
     p.mul_(1 - lr * weight_decay)
     p.add_(update.to(p.dtype), alpha=-lr * longer)
@@ -1391,15 +1379,13 @@ class Optimiser:
             self.momentum.append(torch.zeros(share, *p.shape[1:], dtype=dtype, device=p.device))
 
     def adam_rates(self) -> dict[str, tuple[float, float]]:
-        """(peak learning rate, weight decay) by role; the two logit caps, as
-        published, are not trained."""
+        """(peak rate, weight decay) by role; the logit caps are not trained, as published."""
         s = self.s
         return {"embed": (s.tied_embed_lr, s.embed_wd), "small": (s.scalar_lr, s.adam_wd)}
 
     @torch.no_grad()
     def step(self, lr_share: float, momentum: float) -> Tensor:
-        """Reduce, clip, update, clear the gradients; the norm before clipping (a
-        tensor: no waiting)."""
+        """Reduce, clip, update, clear the gradients; the norm before clipping."""
         for p in (*self.banks, *self.small):      # a plan may leave rows unused, never a whole tensor
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -1423,8 +1409,7 @@ class Optimiser:
         return norm
 
     def direction(self, bank: int, g: Tensor, momentum: float) -> Tensor:
-        """Update of this rank's matrices of a bank (by number), from their averaged
-        gradient g (n, R, C)."""
+        """Update of this rank's matrices of a bank from their averaged gradient g."""
         return muon_direction(g, self.momentum[bank], momentum)
 
     def apply(self, bank: int, update: Tensor, lr: float) -> None:
@@ -1432,8 +1417,7 @@ class Optimiser:
         muon_apply(self.banks[bank], update, lr, self.s.muon_wd)
 
     def reduce(self) -> list[Tensor]:
-        """Averaged gradients: this rank's matrices of every bank (returned), all
-        small ones (in place)."""
+        """Average the gradients; small ones in place, own matrices are returned."""
         size = self.world.size
         if size == 1:
             return [p.grad for p in self.banks]
@@ -1454,8 +1438,7 @@ class Optimiser:
         return shards
 
     def clip(self, matrices: list[Tensor], world: World) -> Tensor:
-        """Scale the gradients of matrices, shared out over `world`, and small ones;
-        the norm before."""
+        """Scale small gradients and matrices, shared by `world`; the norm before."""
         small = [p.grad for p in self.small]
         squares = world.total(sum(g.float().square().sum() for g in matrices))
         norm = (squares + sum(g.square().sum() for g in small)).sqrt()
@@ -1465,8 +1448,7 @@ class Optimiser:
         return norm
 
     def gather(self, own: Tensor) -> Callable[[], Tensor]:
-        """Begin to collect every rank's share; what is returned waits for them, one
-        after the other."""
+        """Begin to collect all ranks' shares; what is returned waits for them."""
         if self.world.size == 1:
             return lambda: own
         full = own.new_empty(len(own) * self.world.size, *own.shape[1:])
@@ -1478,8 +1460,7 @@ class Optimiser:
         return arrived
 
     def never_trained(self) -> list[str]:
-        """Parameters, or rows of them, that no gradient reached: the optimiser's
-        moment is still 0 there."""
+        """Parameters, or rows, that no gradient reached: their moment is still 0."""
         touched = {}
         for p, buf in zip(self.banks, self.momentum):
             touched[p] = self.gather(buf.flatten(1).any(1).byte())()[:len(p)]
@@ -1527,8 +1508,7 @@ def stage_at(stages: list[tuple[float, float]], progress: float):
 
 
 def lr_share(s: Settings, progress: float) -> float:
-    """Share of the peak learning rate: flat, then linear over the last WARMDOWN_FRAC,
-    at least MIN_LR."""
+    """Share of the peak rate: flat, then linear over WARMDOWN_FRAC, at least MIN_LR."""
     if s.warmdown_frac <= 0 or progress < 1 - s.warmdown_frac:
         return 1.0
     return max((1 - progress) / s.warmdown_frac, s.min_lr)
@@ -1582,8 +1562,7 @@ class Curriculum:
         self.changed: int | None = None        # step at which the length changed
 
     def at(self, step: int, progress: float) -> tuple[int, bool, float]:
-        """(longest segment, whether loops run, share of the learning rate) of a step;
-        call it in order."""
+        """(longest segment, whether loops run, share of the rate) of a step, in order."""
         length = stage_at(self.stages, progress)
         if length != self.length:
             self.changed = step or None
@@ -1602,8 +1581,7 @@ class Curriculum:
         return self.s.num_loops > 0 and progress >= self.s.enable_looping_at
 
     def graphs(self) -> list[tuple[int, bool]]:
-        """Pairs (longest segment, whether loops run) in the order in which training
-        meets them."""
+        """(longest segment, whether loops run): pairs in the order of training."""
         changes = [0.0, self.s.enable_looping_at]
         changes += [math.nextafter(end, 2) for end, _ in self.stages[:-1]]
         pairs = [(stage_at(self.stages, at), self.loops(0, at)) for at in sorted(changes)]
@@ -1615,8 +1593,7 @@ class Curriculum:
 
 
 class Trainer:
-    """Model, optimiser and average: one train step, used by warm-up and training
-    alike."""
+    """Model, optimiser and average: the one train step, also of the warm-up."""
 
     def __init__(self, s: Settings, world: World, model: GPT):
         self.s, self.world, self.model = s, world, model
@@ -1627,15 +1604,13 @@ class Trainer:
         self.rewind()
 
     def rewind(self) -> None:
-        """Forget optimiser state and average: training starts from the model's
-        present weights."""
+        """Forget optimiser state and average: start from the model's present weights."""
         dtype = pick_dtype(self.s.muon_dtype, self.world.device, self.model.compute_dtype)
         self.optimiser = Optimiser(self.s, self.world, dict(self.model.named_parameters()), dtype)
         self.ema = {n: p.detach().clone() for n, p in self.model.named_parameters()}
 
     def micro_step(self, batch: Batch, plan: Plan) -> Tensor:
-        """Forward and backward of one micro-batch; returns its mean loss (nats per
-        token)."""
+        """Forward and backward of one micro-batch; its mean loss, nats per token."""
         self.charge("data")
         if batch.cu_seqlens is not None and compiles(self.s, self.world.device):
             torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
@@ -1647,8 +1622,7 @@ class Trainer:
         return loss.detach()
 
     def update(self, lr: float, momentum: float) -> Tensor:
-        """Optimiser step (at a share of the peak rate) and weight average; the norm
-        before clipping."""
+        """Step at a share of the peak rate, then average; the norm before clipping."""
         norm = self.optimiser.step(lr, momentum)
         self.charge("optimiser")
         weights = [p.detach() for p in self.model.parameters()]
@@ -1665,16 +1639,14 @@ class Trainer:
             self.parts, self.watch = {}, Clock()
 
     def charge(self, part: str) -> None:
-        """On a measured step: wait for the GPU, charge the ms since the last time to
-        part."""
+        """On a measured step: charge the ms since the last call to this part."""
         if self.parts is not None:
             sync(self.world.device)
             self.parts[part] = self.parts.get(part, 0.0) + 1e3 * self.watch.elapsed()
             self.watch = Clock()
 
     def warm_up(self) -> float:
-        """Compile and run every graph on random tokens, then undo it. Returns the
-        seconds it took."""
+        """Compile and run every graph on random tokens, undo it; the seconds it took."""
         s, clock = self.s, Clock()
         generator = torch.Generator().manual_seed(s.seed + self.world.rank)
         with weights_kept(self.model):
@@ -1692,8 +1664,7 @@ class Trainer:
             self.update(1.0, self.s.muon_momentum)
 
     def random_batch(self, generator: torch.Generator, length: int = 0) -> Batch:
-        """A micro-batch of random tokens shaped as the loader's, cut at `length` (0:
-        TRAIN_SEQ_LEN)."""
+        """Random tokens in the loader's shape, cut at `length` (0: TRAIN_SEQ_LEN)."""
         s = self.s
         tokens = torch.randint(2, s.vocab_size, (self.tokens + 1,), generator=generator).numpy()
         tokens[::max(2, s.train_seq_len // 2)] = BOS
@@ -1708,16 +1679,14 @@ class Trainer:
         return all(bool(t.detach().isfinite().all()) for t in tensors)
 
     def tensors(self) -> dict[str, Any]:
-        """Weights, average and optimiser, this rank's part of it, as they are: not
-        copied."""
+        """Weights, average and optimiser of this rank, not copied."""
         return {"weights": {n: p.detach() for n, p in self.model.named_parameters()},
                 "average": self.ema, "momentum": self.optimiser.momentum,
                 "adam": self.optimiser.adam.state_dict()}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what tensors() gave; UserError when it is of another model or of
-        other ranks."""
+        """Take over what tensors() gave; UserError when it is of another model."""
         own = self.tensors()
         try:
             for part in ("weights", "average"):
@@ -1740,10 +1709,9 @@ class Trained(NamedTuple):
 
 
 def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
-    """Seconds of MAX_WALLCLOCK_SECONDS kept for quantising and packing, and what to
-    warn of: as rehearsed, but at most half, so that a slow machine still trains (the
-    overrun is then reported); at least what is asked for: a run of the field's
-    commands, which keep too little, is not lost."""
+    """Seconds of the budget kept for quantising and packing, and a warning or "". As
+    rehearsed, but at most half: a slow machine still trains, and reports the overrun.
+    At least what is asked for; the field's commands ask for too little."""
     budget = s.max_wallclock_seconds
     if not budget:
         return 0.0, ""
