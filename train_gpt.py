@@ -442,7 +442,7 @@ class Settings:
     resume: bool = knob(
         False, "go on from the checkpoint in ARTIFACT_DIR, to the bit; without a budget")
     eval_only_path: str = knob(
-        "", "averaged weights (.pt) to quantise, pack and score, untrained")
+        "", "averaged weights (.pt) to quantise, pack and score; no training")
     eval_only_quantized_path: str = knob("", "artifact (.ptz) to score, nothing else")
     quantize_only: bool = knob(False, "stop when the artifact is written")
     prequant_only: bool = knob(False, "stop after scoring the averaged weights")
@@ -466,7 +466,7 @@ class Settings:
     train_batch_tokens: int = knob(786432, "tokens of one optimiser step, all ranks", 1)
     train_seq_len: int = knob(2048, "documents are cut to this many tokens", 2, 2 ** 24)
     train_seq_schedule: str = knob(
-        "", "growing context: length@progress, …; the last is TRAIN_SEQ_LEN")
+        "", "growing context: length@progress, …; the largest is TRAIN_SEQ_LEN")
     seq_change_warmup_steps: int = knob(
         32, "steps of a learning-rate ramp after a change; 0: none", 0)
     grad_accum_steps: int = knob(0, "micro-batches of a step and rank; 0: 8 / ranks", 0)
