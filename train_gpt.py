@@ -447,7 +447,8 @@ class Settings:
     quantize_only: bool = knob(False, "stop when the artifact is written")
     prequant_only: bool = knob(False, "stop after scoring the averaged weights")
     # --- device
-    attn_backend: str = choice("auto fa3 fa4 torch plain", "attention", group="device")
+    attn_backend: str = choice(
+        "auto fa3 fa4 torch plain", "kernel of attention", group="device")
     compile: str = choice("auto 0 1", "torch.compile; auto: on a GPU")
     compute_dtype: str = choice(
         "auto float32 bfloat16", "activations; auto: bfloat16 on GPUs")
@@ -2746,7 +2747,8 @@ def check_adapt(s: Settings) -> None:
     if s.ttt_enabled and not any(getattr(s, f"ttt_{kind}_lora") for kind in ADAPTED):
         raise UserError("TTT_ENABLED=1 has nothing to adapt: set a TTT_*_LORA to 1, or TTT_ENABLED=0")
     if s.ttt_cache_lambda and not s.ttt_kv_reuse:
-        raise UserError(f"TTT_CACHE_LAMBDA={s.ttt_cache_lambda:g} needs TTT_KV_REUSE=1, not 0")
+        raise UserError(f"TTT_CACHE_LAMBDA={s.ttt_cache_lambda:g} needs cached keys, not "
+                        "TTT_KV_REUSE=0: set it to 1")
 
 
 def log_adaptation(s: Settings, run: Run, val: Validation, clock: Clock) -> None:
