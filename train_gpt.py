@@ -286,7 +286,7 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
         norm = trainer.update(lr, muon_momentum(s, step))
         step += 1
         loss = sum(losses) / trainer.accum
-        # what is kept and told of it
+        # what is kept and logged of it
         watch.record(step, loss, norm)
         keeper.offer(step)
         world.beat(f"{beat} {step}")
@@ -1469,15 +1469,15 @@ class Optimiser:
             moment = self.adam.state[p]["exp_avg_sq"]
             touched[p] = moment.flatten() if p.dim() < 2 else moment.flatten(1).any(1)
         # parameters that are in no optimiser at all, then those with rows that never moved
-        found = [name for p, name in self.names.items() if p not in touched]
+        untouched = [name for p, name in self.names.items() if p not in touched]
         for p, rows in touched.items():
             idle = (rows == 0).nonzero().flatten().tolist()
             if len(idle) == len(rows) > 0:
-                found.append(self.names[p])
+                untouched.append(self.names[p])
             elif idle:
                 some = f"{len(idle)} of {len(rows)} rows, the first {idle[:20]}"
-                found.append(f"{self.names[p]} {some}")
-        return found
+                untouched.append(f"{self.names[p]} {some}")
+        return untouched
 
 
 # ============================================================================================================
@@ -1585,7 +1585,9 @@ class Curriculum:
         """(longest segment, whether loops run): pairs in the order of training."""
         changes = [0.0, self.s.enable_looping_at]
         changes += [math.nextafter(end, 2) for end, _ in self.stages[:-1]]
-        pairs = [(stage_at(self.stages, at), self.loops(0, at)) for at in sorted(changes)]
+        pairs = []
+        for progress in sorted(changes):
+            pairs.append((stage_at(self.stages, progress), self.loops(0, progress)))
         return list(dict.fromkeys(pairs))
 
     def state(self) -> dict:
