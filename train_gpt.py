@@ -1737,7 +1737,8 @@ def check_quantise(s: Settings) -> None:
     """Refuse what has no effect on steps by curvature."""
     if s.awq_lite_enabled and s.quant_allocation != "hand":
         raise UserError("AWQ_LITE_ENABLED=1 changes steps that are set by hand, not by "
-                        f"QUANT_ALLOCATION={s.quant_allocation}: set QUANT_ALLOCATION=hand or leave it out")
+                        f"QUANT_ALLOCATION={s.quant_allocation}: set QUANT_ALLOCATION=hand "
+                        "or leave it out")
 
 
 SMALL_TENSOR = 65536      # tensors of at most this many elements are stored as float16
@@ -2537,7 +2538,8 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
 def check_scoring(s: Settings) -> None:
     """Refuse windows that would leave targets out."""
     if s.eval_stride > s.eval_seq_len:
-        raise UserError(f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}: lower it")
+        raise UserError(f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}: "
+                        "lower it")
 
 
 class Score(NamedTuple):
@@ -2736,18 +2738,20 @@ def check_adapt(s: Settings) -> None:
     """Refuse adaptation that could not work, or would let later text reach earlier."""
     largest = max(chunk for _, chunk in chunk_steps(s))
     if largest > s.ttt_eval_seq_len:
-        raise UserError(f"TTT_CHUNK_SIZE={s.ttt_chunk_size}, or a chunk of TTT_SHORT_SCORE_FIRST_STEPS="
-                        f"{s.first_chunks}, exceeds TTT_EVAL_SEQ_LEN={s.ttt_eval_seq_len}: lower it")
+        raise UserError(f"TTT_CHUNK_SIZE={s.ttt_chunk_size}, or a chunk of "
+                        f"TTT_SHORT_SCORE_FIRST_STEPS={s.first_chunks}, exceeds TTT_EVAL_SEQ_LEN="
+                        f"{s.ttt_eval_seq_len}: lower it")
     if s.ttt_doc_order == "stream" and s.ttt_warm_start_a and not s.ttt_shared_a:
-        raise UserError("TTT_DOC_ORDER=stream, TTT_WARM_START_A=1 and TTT_SHARED_A=0 let A carry what later "
-                        "documents taught it to earlier ones: set TTT_WARM_START_A=0 or "
-                        "TTT_DOC_ORDER=length")
-    if s.ttt_doc_order == "stream" and s.ttt_train_min_doc_len:
-        raise UserError(f"TTT_TRAIN_MIN_DOC_LEN={s.ttt_train_min_doc_len} asks where a document ends before "
-                        "it is read, which TTT_DOC_ORDER=stream does not allow: set TTT_TRAIN_MIN_DOC_LEN=0 "
+        raise UserError("TTT_DOC_ORDER=stream, TTT_WARM_START_A=1 and TTT_SHARED_A=0 let A carry "
+                        "what later documents taught it to earlier ones: set TTT_WARM_START_A=0 "
                         "or TTT_DOC_ORDER=length")
+    if s.ttt_doc_order == "stream" and s.ttt_train_min_doc_len:
+        raise UserError(f"TTT_TRAIN_MIN_DOC_LEN={s.ttt_train_min_doc_len} asks where a document "
+                        "ends before it is read, which TTT_DOC_ORDER=stream does not allow: set "
+                        "TTT_TRAIN_MIN_DOC_LEN=0 or TTT_DOC_ORDER=length")
     if s.ttt_enabled and not any(getattr(s, f"ttt_{kind}_lora") for kind in ADAPTED):
-        raise UserError("TTT_ENABLED=1 has nothing to adapt: set a TTT_*_LORA to 1, or TTT_ENABLED=0")
+        raise UserError("TTT_ENABLED=1 has nothing to adapt: set a TTT_*_LORA to 1, "
+                        "or TTT_ENABLED=0")
     if s.ttt_cache_lambda and not s.ttt_kv_reuse:
         raise UserError(f"TTT_CACHE_LAMBDA={s.ttt_cache_lambda:g} needs cached keys, not "
                         "TTT_KV_REUSE=0: set it to 1")
@@ -3316,17 +3320,18 @@ def check_run(s: Settings) -> None:
     if s.quantize_only and s.prequant_only:
         raise UserError("QUANTIZE_ONLY=1 and PREQUANT_ONLY=1 leave nothing to make: keep one")
     if s.eval_only_quantized_path and (s.quantize_only or s.prequant_only):
-        raise UserError(f"EVAL_ONLY_QUANTIZED_PATH={s.eval_only_quantized_path} scores an artifact, which "
-                        "QUANTIZE_ONLY and PREQUANT_ONLY leave out: set both to 0")
+        raise UserError(f"EVAL_ONLY_QUANTIZED_PATH={s.eval_only_quantized_path} scores an artifact, "
+                        "which QUANTIZE_ONLY and PREQUANT_ONLY leave out: set both to 0")
     budget, every = s.max_wallclock_seconds, s.checkpoint_every_seconds
     if every and budget:
-        raise UserError(f"CHECKPOINT_EVERY_SECONDS={every:g} has no effect under MAX_WALLCLOCK_SECONDS="
-                        f"{budget:g}: a run with a budget keeps averages; set one of them to 0")
+        raise UserError(f"CHECKPOINT_EVERY_SECONDS={every:g} has no effect under "
+                        f"MAX_WALLCLOCK_SECONDS={budget:g}: a run with a budget keeps averages; "
+                        "set one of them to 0")
     if not s.resume:
         return
     if budget:
-        raise UserError(f"RESUME=1 would spend MAX_WALLCLOCK_SECONDS={budget:g} twice: a run with a budget "
-                        "goes on by EVAL_ONLY_PATH=…/checkpoint/average.pt")
+        raise UserError(f"RESUME=1 would spend MAX_WALLCLOCK_SECONDS={budget:g} twice: a run with a "
+                        "budget goes on by EVAL_ONLY_PATH=…/checkpoint/average.pt")
     if s.eval_only_path or s.eval_only_quantized_path:
         raise UserError("RESUME=1 trains: leave EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH out")
     if not s.artifact_dir:
@@ -3358,8 +3363,8 @@ def refuse_misspelt(env: Mapping[str, str], known: Mapping) -> None:
     for name in env:
         if name not in known and (nearest := looks_like_ours(name, known)) is not None:
             raise UserError(f"unknown setting {name}: the nearest known one is {nearest} "
-                            "(python train_gpt.py --help lists all); if it is of another program, start "
-                            f"this one by: env -u {name} python train_gpt.py")
+                            "(python train_gpt.py --help lists all); if it is of another program, "
+                            f"start this one by: env -u {name} python train_gpt.py")
 
 
 def set_up(s: Settings, world: World) -> str:
@@ -5207,7 +5212,8 @@ def log_decodable_score(s: Settings, run: Run, score: Score) -> None:
     decodable = read_manifest(s).get("decodable_val_bytes")
     if decodable and s.val_doc_fraction == 1:
         bpb = run.summary["val_bpb_decodable"] = score.loss_sum / LN2 / decodable
-        run.log("honest_bytes", counted=int(score.byte_sum), decodable=decodable, val_bpb_decodable=bpb)
+        run.log("honest_bytes", counted=int(score.byte_sum), decodable=decodable,
+                val_bpb_decodable=bpb)
 
 
 def check_score(stage: str, score: Score) -> None:
@@ -7071,7 +7077,8 @@ def check_counts(s: Settings) -> None:
     """Refuse a tilt by which no expert ever speaks."""
     if s.ngram_tilt_enabled and not experts_in_use(s):
         thresholds = " or ".join(expert.threshold.upper() for expert in EXPERTS.values())
-        raise UserError(f"NGRAM_TILT_ENABLED=1 has no expert in use: lower {thresholds} to at most 1")
+        raise UserError("NGRAM_TILT_ENABLED=1 has no expert in use: "
+                        f"lower {thresholds} to at most 1")
 
 
 # --- n-gram tilt: the score leans towards what followed the same context earlier
