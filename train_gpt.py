@@ -1,19 +1,25 @@
-"""train_gpt.py: one script that trains, quantises, packs and scores a depth-recurrent GPT (Parameter Golf).
+"""train_gpt.py: one script that trains, quantises, packs and scores a depth-recurrent
+GPT (Parameter Golf).
 
-    torchrun --standalone --nproc_per_node=8 train_gpt.py        # the competition run, on 8 H100
-    python train_gpt.py --help                                   # every setting: default, range, meaning
-    python train_gpt.py --check                                  # all that can be checked without training
+    torchrun --standalone --nproc_per_node=8 train_gpt.py    # the competition run
+    python train_gpt.py --help        # every setting: default, range, meaning
+    python train_gpt.py --check       # all that can be checked without training
 
-600 s of training produce averaged weights; GPTQ rounds them to int6; the packed artifact and this script stay
-under 16,000,000 bytes together; the artifact is read back and scored in bits per byte (BPB), first by sliding
-windows, then by score-first test-time training (TTT). Environment variables are the only configuration.
-Chapters   PART ONE, the system      1 Story      2 Settings   3 Model   4 Optimiser   5 Training   6 Quantise
-                                     7 Score      8 Adapt
-           PART TWO, machinery       9 World     10 Data      11 Kernels   12 Pack   13 Counts   14 Probes
-           PART THREE, lineage      what the older systems did differently: it only adds, and can be cut off
+600 s of training produce averaged weights; GPTQ rounds them to int6; the packed
+artifact and this script stay under 16,000,000 bytes together; the artifact is read
+back and scored in bits per byte (BPB), first by sliding windows, then by score-first
+test-time training (TTT). Environment variables are the only configuration.
 
-Shape letters: B rows, T tokens, D model width, H query heads, K key/value heads, V vocabulary, L layers,
-R x C a weight matrix (out, in), S executed layer slots (a looped layer has several).
+Chapters    PART ONE, the system     1 Story  2 Settings  3 Model  4 Optimiser
+                                     5 Training  6 Quantise  7 Score  8 Adapt
+            PART TWO, machinery      9 World  10 Data  11 Kernels  12 Pack  13 Counts
+                                     14 Probes
+            PART THREE, lineage      what the older systems did differently: it only
+                                     adds, and can be cut off
+
+Shape letters: B rows, T tokens, D model width, H query heads, K key/value heads, V
+vocabulary, L layers, R x C a weight matrix (out, in), S executed layer slots (a
+looped layer has several).
 """
 from __future__ import annotations
 
@@ -69,8 +75,9 @@ from torch import Tensor, nn
 
 try:
     import brotli
-except ImportError as error:      # before anything is spent: nothing can be packed or read without it
-    raise SystemExit("error: the package brotli is missing: pip install -r requirements.txt") from error
+except ImportError as error:      # now, before anything is spent: nothing can be packed without it
+    missing = "error: the package brotli is missing: pip install -r requirements.txt"
+    raise SystemExit(missing) from error
 try:
     import triton
     import triton.language as tl
@@ -80,11 +87,12 @@ except ImportError:               # the plain twins are complete without it
 ARTIFACT_LIMIT = 16_000_000   # bytes: this script as shipped + the packed model
 MOST_ARTIFACT = 1 << 26       # bytes of a file that is read as one
 CANONICAL_VAL_DOCS = 50_000   # documents of FineWeb's validation split
-BUDGET_SECONDS = 600.0        # the competition's, for all up to the artifact and again for the evaluation
+BUDGET_SECONDS = 600.0        # for all up to the artifact, and as many for the evaluation
 BOS = 1                       # begins every document, in every tokenizer of the field
 RMS_EPS = 1.1920929e-07       # float32 machine epsilon
 LN2 = math.log(2.0)
-ARTIFACT_NAME, WEIGHTS_NAME = "final_model.int6.ptz", "final_model.pt"
+ARTIFACT_NAME = "final_model.int6.ptz"
+WEIGHTS_NAME = "final_model.pt"
 
 
 class UserError(Exception):
@@ -122,6 +130,11 @@ class Interrupted(BaseException):
 # 1  Story: the whole run, told straight down
 # ============================================================================================================
 
+# Where to look. A token enters train_loop from the stream and becomes a loss in GPT.losses. Curriculum
+# decides the context, the loop and the rate of every step; layer_plan makes of the loop an order of layers.
+# The 600 s of training hold train_loop and compress, those of the evaluation score_artifact from its clock
+# on. A new gate has a shape in GPT.shapes, a role in ROLES, its use in GPT.attend and its switch in Settings.
+
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     """Entry: 0 when all went well, 1 when --check found something or the script
     failed, 2 on a user's mistake, 130 or 143 when interrupted."""
@@ -136,13 +149,14 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
         if list(argv[:1]) == ["--check"]:
             return check_command(" ".join(argv[1:]))
         if argv:
-            raise UserError(f"unknown argument {argv[0]}: settings come from the environment; see --help")
+            raise UserError(f"unknown argument {argv[0]}: settings come from the environment, "
+                            "see --help")
         rank = launcher_ranks(os.environ).rank
         s = Settings.from_env(os.environ)
         world = World.join(os.environ)
-        why = set_up(s, world)
+        attention_reason = set_up(s, world)
         run = Run(s, world)
-        pipeline(s, world, run, why)
+        pipeline(s, world, run, attention_reason)
         run.close()
         world.leave()
         return 0
@@ -150,40 +164,16 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
         return end_early(error, run, rank)
 
 
-def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
+def pipeline(s: Settings, world: World, run: Run, attention_reason: str) -> None:
     """train -> average -> quantise -> pack -> read back -> score: the whole story."""
     log_start(s, world, run)
-    for reason in study_reasons(s):
-        run.not_compliant(reason)
-    if world.device.type == "cpu" and not s.eval_only_quantized_path and (slow := slow_batch(s)):
-        run.warn(slow)
-    world.beat("checking")
-    for finding in run_checks(s, world, run.dir, why):
-        run.log("check", what=finding.name, detail=finding.figure)
-        if not finding.ok:
-            raise UserError(finding.figure)
-        if finding.name == "data fingerprint":
-            run.summary.setdefault("data_fingerprint", finding.figure)
-    run.save_summary()
+    check_before_start(s, world, run, attention_reason)
     world.beat("set-up")
-    model, val = build_model(s, world), Validation(s)
+    model = build_model(s, world)
+    val = Validation(s)
     check_same_text(run, val)
     if not s.eval_only_quantized_path:
-        with Validation.seal():
-            clock, stream = train(s, world, run, model, val)
-            for study in STUDIES:
-                study.after_training(s, world, run, model, val)
-            if not s.prequant_only:
-                compress(s, world, run, model, clock, stream.next)
-        remove_safety_copies(run)
-        stream.close()
-        if not s.quantize_only:
-            world.beat("scoring")
-            score = Scorer(s, world, model).windows(val, s.eval_seq_len)
-            check_score("prequant", score)
-            run.log("score_prequant", val_loss=score.loss, val_bpb=score.bpb)
-            run.summary["prequant_val_bpb"] = score.bpb
-            run.save_summary()
+        make_artifact(s, world, run, model, val)
     if not (s.quantize_only or s.prequant_only):
         path = Path(s.eval_only_quantized_path or run.dir / ARTIFACT_NAME)
         score_artifact(s, world, run, model, val, path)
@@ -191,23 +181,46 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
     run.save_summary()
 
 
+def make_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> None:
+    """Train, average, quantise, pack, all on the training clock; then, off it, the score
+    of the averaged weights."""
+    with Validation.seal():      # nothing in here can learn from a validation token
+        clock, stream = train(s, world, run, model, val)
+        for study in STUDIES:
+            study.after_training(s, world, run, model, val)
+        if not s.prequant_only:
+            compress(s, world, run, model, clock, stream.next)
+    remove_safety_copies(run)
+    stream.close()
+    if not s.quantize_only:
+        world.beat("scoring")
+        score = Scorer(s, world, model).windows(val, s.eval_seq_len)
+        check_score("prequant", score)
+        run.log("score_prequant", val_loss=score.loss, val_bpb=score.bpb)
+        run.summary["prequant_val_bpb"] = score.bpb
+        run.save_summary()
+
+
 def train(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> tuple[Clock, Prefetch]:
-    """Warm up, rehearse, train to the average, or read EVAL_ONLY_PATH; the training
-    clock and the stream."""
+    """Averaged weights into the model, by training or from EVAL_ONLY_PATH; the clock and
+    the stream that quantising goes on with."""
     drop_ballast(run)      # of a run that was killed
     if s.eval_only_path:
         facts = read_weights(s.eval_only_path, model)
         stream = Prefetch(open_train_stream(s, world, s.batch_shape(world.size)[1]), world.device)
         return take_over(s, run, facts), stream
     state = read_checkpoint(s, world, run) if s.resume else None
+    if state:
+        run.summary["untrained_val_bpb"] = state["untrained_val_bpb"]
     if world.main:
         check_disk(run.dir, bytes_of_results(s), ballast=True)
+
+    # before the clock starts: compile every graph, and see how long packing takes
     trainer = Trainer(s, world, model)
     world.beat("warm-up")
     run.log("warm_up", seconds=trainer.warm_up())
     world.beat("rehearsal")
-    rehearsed = rehearse(s, world, run, trainer)
-    reserve, warning = reserved(s, rehearsed)
+    reserve, warning = reserved(s, rehearse(s, world, run, trainer))
     if warning:
         run.log("warning", text=warning)
 
@@ -217,8 +230,6 @@ def train(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
         if step == 0:
             run.summary["untrained_val_bpb"] = score.bpb
 
-    if state:
-        run.summary["untrained_val_bpb"] = state["untrained_val_bpb"]
     try:
         with SIGNALS.held():
             trained = train_loop(s, world, run, trainer, reserve, validate, state)
@@ -227,8 +238,8 @@ def train(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
                 save_weights(run, model, trained.facts)
             if trained.signal:
                 world.barrier()      # rank 0 has written its file before any rank ends
-                how = trained.facts["stopped"] or "ended"
-                raise SIGNALS.error(f"training was {how}", trained.signal)
+                end = trained.facts["stopped"] or "ended"
+                raise SIGNALS.error(f"training was {end}", trained.signal)
     finally:
         drop_ballast(run)
     training_reports(s, run, trainer, trained)
@@ -242,46 +253,46 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
     """To ITERATIONS, until a step would pass MAX_WALLCLOCK_SECONDS - reserve, or until
     a signal. validate(step, looping) scores the weights off the clock; state: of the
     checkpoint to go on from. UserError when loss or gradient stop being finite."""
-    budget = s.max_wallclock_seconds - reserve if s.max_wallclock_seconds else 0.0
-    curriculum, progress = Curriculum(s), Progress(s, world, run, trainer.model, budget)
+    curriculum, pace = Curriculum(s), Pace(s, reserve)
     step = go_on_from(state, trainer, curriculum) if state else 0
     stream = open_stream(s, world, trainer.tokens, state["batches"] if state else 0)
+    progress = Progress(s, world, run, trainer.model, pace.budget)
+    progress.epochs = int(stream.epoch)
+    looping = curriculum.loops(step, 0.0)
     # graphs that were not warmed up take minutes in between
-    kind = "step" if s.warmup_steps or not compiles(s, world.device) else "compiling-step"
-    world.beat(f"{kind} {step}")
+    beat = "step" if s.warmup_steps or not compiles(s, world.device) else "compiling-step"
+    world.beat(f"{beat} {step}")
     world.barrier()
-    clock, step_seconds, before = Clock(s.max_wallclock_seconds), 0.0, 0.0
+    clock = Clock(s.max_wallclock_seconds)
     clock.start -= state["seconds"] if state else 0.0
-    looping, progress.epochs = curriculum.loops(step, 0.0), int(stream.epoch)
-    measured = [x for x in (0.1, 0.5, 0.9) if x * s.iterations >= step]    # shares whose next step is timed
     watch, keeper = FiniteWatch(), AverageKeeper(s, world, run, trainer, clock)
     checkpoints = Checkpoints(s, world, run, trainer, watch, clock)
     while True:
         if s.val_loss_every and step % s.val_loss_every == 0:
             off_the_clock(world, clock, lambda: validate(step, looping))
         elapsed, stop, bad = world.agree_step(clock.elapsed(), SIGNALS.number, watch.first_bad())
-        step_seconds, before = max(elapsed - before, 0.9 * step_seconds) if step else 0.0, elapsed
-        ended = step >= s.iterations or (budget and elapsed + step_seconds > budget)
+        pace.observe(step, elapsed)
+        ended = pace.ended(step)
         if ended or stop or bad:
             break
         checkpoints.offer(step, elapsed, curriculum, stream)
-        done = min(elapsed / budget, 1.0) if budget else step / s.iterations
-        length, looping, lr = curriculum.at(step, done)
+        # the step: on how long a context, with or without loops, at which rate
+        share = pace.progress(step)
+        length, looping, lr = curriculum.at(step, share)
         plan = layer_plan(s, looping)
-        if measured and done >= measured[0]:
-            measured.pop(0)
-            trainer.measure()
+        trainer.measure(share)
         losses = [trainer.micro_step(stream.next(length), plan) for _ in range(trainer.accum)]
-        world.beat(f"{kind} {step + 1}")
+        world.beat(f"{beat} {step + 1}")
         norm = trainer.update(lr, muon_momentum(s, step))
         step += 1
         loss = sum(losses) / trainer.accum
+        # what is kept and logged of it
         watch.record(step, loss, norm)
         keeper.offer(step)
-        world.beat(f"{kind} {step}")
+        world.beat(f"{beat} {step}")
         progress.events(step, stream, trainer, looping)
-        if budget and budget - elapsed < 10 * step_seconds:
-            sync(world.device)            # near the end the host must not run ahead of the GPU
+        if pace.near_end():
+            sync(world.device)            # the host must not run ahead of the GPU
         progress.report(step, clock, loss, norm, lr, plan)
     sync(world.device)
     seconds = clock.elapsed()
@@ -300,7 +311,7 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
 
 
 def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next_batch: Callable) -> None:
-    """Calibrate, quantise, pack and write the artifact, on the training clock."""
+    """Calibrate, quantise, pack and write the artifact, still on the training clock."""
     begin = clock.elapsed()
     world.beat("calibrating")
     curvature = calibrate(s, world, model, next_batch)
@@ -318,68 +329,73 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
 
 
 def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validation, path: Path) -> None:
-    """Open the artifact; score its weights by plain windows, sliding windows and TTT."""
+    """Score the artifact by plain windows, sliding windows and TTT."""
     world.beat("scoring")
+    judge_artifact(s, world, run, model, path)
+    log_probes(s, world, run, model)
+    clock = Clock(s.eval_max_seconds)
+    open_artifact(s, world, model, path)       # once more, on the clock
+    scorer = Scorer(s, world, model)
+    alone = not (s.sliding_window_enabled or s.ttt_enabled)
+    with contextlib.nullcontext() if alone else clock.exclude():      # else it is a diagnostic
+        val.hints = Hints.build(s, world, val, False) if alone else None
+        score = scorer.windows(val, s.eval_seq_len)
+    log_score(run, "quantized", score, scorer.ledger, clock)
+    if s.sliding_window_enabled:
+        val.hints = Hints.build(s, world, val, False)
+        score = scorer.windows(val, s.eval_stride)
+        log_score(run, "sliding", score, scorer.ledger, clock)
+    if s.ttt_enabled:
+        score = adapt_and_score(s, world, run, model, val, clock)
+    book_result(s, run, val, score, clock)
+
+
+def judge_artifact(s: Settings, world: World, run: Run, model: GPT, path: Path) -> None:
+    """UserError unless the file is whole, within the limit and of this run; its marks of
+    NON-COMPLIANT go into the summary."""
     count_up(run, "evaluation_runs")
     size, mark, digest = open_artifact(s, world, model, path)
-    if world.main and digest != run.summary.get("artifact_digest", digest):
+    expected = run.summary.get("artifact_digest", digest)
+    if world.main and digest != expected:
         raise UserError(f"{path} is not the artifact that this run wrote (digest {digest}, not "
-                        f"{run.summary['artifact_digest']}): quantise again, with EVAL_ONLY_PATH")
+                        f"{expected}): quantise again, with EVAL_ONLY_PATH")
     total = check_size(size, shipped_form(s))
     run.summary.update(artifact_bytes=size, total_bytes=total, artifact_digest=digest)
     for reason in filter(None, mark.split("; ")):
         run.not_compliant(reason)
     run.save_summary()
-    log_probes(s, world, run, model)
-    clock = Clock(s.eval_max_seconds)
-    open_artifact(s, world, model, path)       # once more, on the clock
-    scorer = Scorer(s, world, model)
-    stages = {"quantized": s.eval_seq_len, **({"sliding": s.eval_stride} if s.sliding_window_enabled else {})}
-    for stage, stride in stages.items():
-        diagnostic = stage == "quantized" and (s.sliding_window_enabled or s.ttt_enabled)
-        with clock.exclude() if diagnostic else contextlib.nullcontext():
-            val.hints = None if diagnostic else Hints.build(s, world, val, False)
-            final = scorer.windows(val, stride)
-        log_score(run, stage, final, scorer.ledger, clock)
-    if s.ttt_enabled:
-        if val.hints is None or "stream" not in (s.ttt_doc_order, s.ngram_doc_order):
-            val.hints = Hints.build(s, world, val, True)
-        which = {"stream": "first", "length": "longest"}[s.ttt_doc_order]
-        rounds = ttt_rounds(s, val.documents.length)
-        phases, learnt = len(rounds) - 1, rounds[-2].train_on if len(rounds) > 1 else ()
-        lengths = [val.documents.length[r.train_on].sum() for r in rounds[:-1]]
-        steps = sum(len(phase_steps(s, int(tokens))) for tokens in lengths)
-        learn_from = f"the {which} {len(learnt):,} documents" if steps else "none, no step is taken"
-        run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
-                base_weights_learn_from=learn_from, base_weight_steps=steps,
-                ngram_hints=0 if val.hints is None else len(val.hints.at), elapsed=clock.elapsed())
-        if s.phased_ttt_prefix_docs and phases < s.phased_ttt_num_phases:
-            run.log("settings_without_effect", PHASED_TTT_NUM_PHASES=f"{len(val.documents):,} documents make "
-                    f"{phases} phases of {s.phased_ttt_num_phases}")
 
-        def trace(event: str, **values) -> None:
-            if event == "give_up":
-                run.log("watchdog", **values)
-            elif event == "shortened":
-                run.log("warning", text=f"{values['steps']} adapter steps were too large for this model and "
-                        "shortened: lower TTT_LORA_LR, or set TTT_STEP_NATS=0.5")
 
-        ttt = PhasedTTT(s, world, model, val, trace, clock)
-        final = ttt.run()
-        log_score(run, "ttt", final, ttt.ledger, clock)
+def adapt_and_score(s: Settings, world: World, run: Run, model: GPT, val: Validation, clock: Clock) -> Score:
+    """Score-first test-time training: what has been scored may be learnt from."""
+    if val.hints is None or "stream" not in (s.ttt_doc_order, s.ngram_doc_order):
+        val.hints = Hints.build(s, world, val, True)
+    log_adaptation(s, run, val, clock)
+
+    def trace(event: str, **values) -> None:
+        if event == "give_up":
+            run.log("watchdog", **values)
+        if event == "warning":
+            run.log("warning", **values)
+
+    ttt = PhasedTTT(s, world, model, val, trace, clock)
+    score = ttt.run()
+    log_score(run, "ttt", score, ttt.ledger, clock)
+    return score
+
+
+def book_result(s: Settings, run: Run, val: Validation, score: Score, clock: Clock) -> None:
+    """The last score is the result; the evaluation clock ends here."""
     seconds = clock.elapsed()
     check_budget(run, "evaluation", seconds, "EVAL_MAX_SECONDS", s.eval_max_seconds)
-    run.log("coverage", targets=final.tokens, bytes=int(final.byte_sum), documents=len(val.documents),
+    scored_bytes = int(score.byte_sum)
+    run.log("coverage", targets=score.tokens, bytes=scored_bytes, documents=len(val.documents),
             complete=True, seconds_off_the_clock=clock.excluded)
-    run.summary.update(val_bpb=final.bpb, val_loss=final.loss, eval_seconds=seconds,
-                       tokens_scored=final.tokens, bytes_scored=int(final.byte_sum), byte_rule=val.rule)
+    run.summary.update(val_bpb=score.bpb, val_loss=score.loss, eval_seconds=seconds,
+                       tokens_scored=score.tokens, bytes_scored=scored_bytes, byte_rule=val.rule)
     run.save_summary()
     with run.guarded("the score by decodable bytes"):
-        decodable = read_manifest(s).get("decodable_val_bytes")
-        if decodable and s.val_doc_fraction == 1:     # normalising tokenizers lose bytes that the rule counts
-            run.summary["val_bpb_decodable"] = final.loss_sum / LN2 / decodable
-            run.log("honest_bytes", counted=int(final.byte_sum), decodable=decodable,
-                    val_bpb_decodable=run.summary["val_bpb_decodable"])
+        log_decodable_score(s, run, score)
 
 
 # ============================================================================================================
@@ -428,12 +444,13 @@ class Settings:
     resume: bool = knob(
         False, "go on from the checkpoint in ARTIFACT_DIR, to the bit; without a budget")
     eval_only_path: str = knob(
-        "", "averaged weights (.pt) to quantise, pack and score, untrained")
+        "", "averaged weights (.pt) to quantise, pack and score; no training")
     eval_only_quantized_path: str = knob("", "artifact (.ptz) to score, nothing else")
     quantize_only: bool = knob(False, "stop when the artifact is written")
     prequant_only: bool = knob(False, "stop after scoring the averaged weights")
     # --- device
-    attn_backend: str = choice("auto fa3 fa4 torch plain", "attention", group="device")
+    attn_backend: str = choice(
+        "auto fa3 fa4 torch plain", "kernel of attention", group="device")
     compile: str = choice("auto 0 1", "torch.compile; auto: on a GPU")
     compute_dtype: str = choice(
         "auto float32 bfloat16", "activations; auto: bfloat16 on GPUs")
@@ -452,7 +469,7 @@ class Settings:
     train_batch_tokens: int = knob(786432, "tokens of one optimiser step, all ranks", 1)
     train_seq_len: int = knob(2048, "documents are cut to this many tokens", 2, 2 ** 24)
     train_seq_schedule: str = knob(
-        "", "growing context: length@progress, …; the last is TRAIN_SEQ_LEN")
+        "", "growing context: length@progress, …; the largest is TRAIN_SEQ_LEN")
     seq_change_warmup_steps: int = knob(
         32, "steps of a learning-rate ramp after a change; 0: none", 0)
     grad_accum_steps: int = knob(0, "micro-batches of a step and rank; 0: 8 / ranks", 0)
@@ -639,14 +656,16 @@ class Settings:
         accum = self.grad_accum_steps or max(1, 8 // world_size)
         batch, parts = self.train_batch_tokens, world_size * accum
         if batch % parts:
-            raise UserError(f"TRAIN_BATCH_TOKENS={batch} is not divisible by {world_size} ranks x {accum} "
-                            f"micro-batches: choose a multiple of {parts}, or another GRAD_ACCUM_STEPS")
+            raise UserError(f"TRAIN_BATCH_TOKENS={batch} is not divisible by {world_size} ranks x "
+                            f"{accum} micro-batches: choose a multiple of {parts}, or another "
+                            "GRAD_ACCUM_STEPS")
         tokens = batch // parts
         if self.train_seq_schedule or LOADERS[self.train_loader].windowed:
             for _, length in context_stages(self):
                 if tokens % length:
-                    raise UserError(f"TRAIN_BATCH_TOKENS={batch} makes micro-batches of {tokens} tokens, "
-                                    f"no rows of {length}: choose a multiple of {parts * length}")
+                    raise UserError(f"TRAIN_BATCH_TOKENS={batch} makes micro-batches of {tokens} "
+                                    f"tokens, no rows of {length}: choose a multiple of "
+                                    f"{parts * length}")
         return accum, tokens
 
     @property
@@ -722,7 +741,8 @@ def chunk_steps(s: Settings) -> list[tuple[float, int]]:
     for part in listed(text.replace("=", ":")):
         step = whole_numbers(part.replace(":", ",", 1))
         if len(step) != 2 or min(step) < 1:
-            raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, as 256:8,2000:24")
+            raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, "
+                            "as 256:8,2000:24")
         steps.append((step[0], step[1]))
     return sorted(steps) + [(math.inf, s.ttt_chunk_size)]
 
@@ -736,7 +756,8 @@ def schedule(text: str, otherwise, kind: type = int) -> list[tuple[float, float]
         value, _, end = part.partition("@")
         good = is_number(value) and is_number(end) and 0 < float(end) <= 1
         if not good or float(value) <= 0 or kind(float(value)) != float(value):
-            raise UserError(f"the stage {part} must be value@progress with 0 < progress <= 1, as 1024@0.1")
+            raise UserError(f"the stage {part} must be value@progress with 0 < progress <= 1, "
+                            "as 1024@0.1")
         stages.append((float(end), kind(float(value))))
     if not stages:
         return [(1.0, otherwise)]
@@ -761,36 +782,36 @@ def context_stages(s: Settings) -> list[tuple[float, int]]:
 # ============================================================================================================
 
 def check_model(s: Settings) -> None:
-    """Refuse sizes and shapes that do not fit together."""
+    """Refuse sizes that do not fit together."""
     if s.model_dim % s.num_heads:
         raise UserError(f"MODEL_DIM={s.model_dim} is not divisible by NUM_HEADS={s.num_heads}: "
                         f"choose a multiple of {s.num_heads}")
     if s.num_heads % s.num_kv_heads:
-        raise UserError(f"NUM_HEADS={s.num_heads} is not divisible by NUM_KV_HEADS={s.num_kv_heads}: "
-                        "choose a divisor")
+        raise UserError(f"NUM_HEADS={s.num_heads} is not divisible by NUM_KV_HEADS="
+                        f"{s.num_kv_heads}: choose a divisor")
     if s.head_dim % 2:
         raise UserError(f"MODEL_DIM={s.model_dim} over NUM_HEADS={s.num_heads} is odd: "
                         "rotary embedding needs it even")
     if s.rope_dims % 2 or s.rope_dims > s.head_dim:
-        raise UserError(f"ROPE_DIMS={s.rope_dims} does not fit: it must be even and at most the "
-                        f"head width {s.head_dim}")
+        raise UserError(f"ROPE_DIMS={s.rope_dims} does not fit: it must be even and at most "
+                        f"the head width {s.head_dim}")
     if s.gate_window > s.model_dim:
         raise UserError(f"GATE_WINDOW={s.gate_window} exceeds MODEL_DIM={s.model_dim}: lower it")
     if s.hidden_dim < 1:
-        raise UserError(f"MLP_MULT={s.mlp_mult:g} leaves no hidden unit of MODEL_DIM={s.model_dim}: "
-                        "raise it")
+        raise UserError(f"MLP_MULT={s.mlp_mult:g} leaves no hidden unit of MODEL_DIM="
+                        f"{s.model_dim}: raise it")
     if s.num_loops and not s.loop_start <= s.loop_end < s.num_layers:
-        raise UserError(f"LOOP_START={s.loop_start} <= LOOP_END={s.loop_end} < NUM_LAYERS={s.num_layers} "
-                        "does not hold: correct them, or set NUM_LOOPS=0")
+        raise UserError(f"LOOP_START={s.loop_start} <= LOOP_END={s.loop_end} < NUM_LAYERS="
+                        f"{s.num_layers} does not hold: correct them, or set NUM_LOOPS=0")
     slots = s.num_layers + s.num_loops * (s.loop_end - s.loop_start + 1)
     if slots > MOST_SLOTS:
-        raise UserError(f"NUM_LOOPS={s.num_loops} makes {slots} executed layers: at most {MOST_SLOTS}, "
-                        "lower it")
+        raise UserError(f"NUM_LOOPS={s.num_loops} makes {slots} executed layers: "
+                        f"at most {MOST_SLOTS}, lower it")
     weights = sum(map(math.prod, GPT.shapes(s).values()))
     if weights > MOST_WEIGHTS:
-        raise UserError(f"MODEL_DIM={s.model_dim}, NUM_LAYERS={s.num_layers}, MLP_MULT={s.mlp_mult:g} and "
-                        f"VOCAB_SIZE={s.vocab_size} make {weights:,} weights: at most {MOST_WEIGHTS:,}, "
-                        "lower them")
+        raise UserError(f"MODEL_DIM={s.model_dim}, NUM_LAYERS={s.num_layers}, MLP_MULT="
+                        f"{s.mlp_mult:g} and VOCAB_SIZE={s.vocab_size} make {weights:,} "
+                        f"weights: at most {MOST_WEIGHTS:,}, lower them")
 
 
 # Role of every parameter; one without a role stops the run. matrix: Muon; the others: AdamW.
@@ -845,17 +866,15 @@ def field_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def matrix_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """field_views with the banks split into one matrix per layer
-    (`blocks.3.mlp.fc.weight`), as views."""
+    """field_views with the banks split into matrices (`blocks.3.mlp.fc.weight`)."""
     views = field_views(params)
     for bank, names in BANKS.items():
         if bank not in views:
             continue
-        stack = views.pop(bank)
-        layers = len(stack) // len(names)
-        for half, name in enumerate(names):
-            for layer in range(layers):
-                views[f"blocks.{layer}.{name}"] = stack[half * layers + layer]
+        parts = views.pop(bank).chunk(len(names))
+        for name, part in zip(names, parts):
+            for layer in range(len(part)):
+                views[f"blocks.{layer}.{name}"] = part[layer]
     return views
 
 
@@ -914,7 +933,7 @@ class Forward:
             self.hook(kind, layer, x)
 
     def adapted(self, y: Tensor, kind: str, slot: int, x: Tensor) -> Tensor:
-        """y with the adapter's delta, which reads x, for this slot, if there is one."""
+        """y with the adapter's delta for this slot, which reads x, if there is one."""
         if self.adapter is None:
             return y
         return self.adapter.add(y, kind, slot, x)
@@ -929,10 +948,10 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding of the first 2 x (table width) channels. x (B, T, heads, D)."""
     cos, sin = (table[:, None, :].to(x.dtype) for table in rope)
     half = cos.size(-1)
-    u = x[..., :half]
-    w = x[..., half:2 * half]
+    first = x[..., :half]
+    second = x[..., half:2 * half]
     rest = x[..., 2 * half:]
-    return torch.cat((u * cos + w * sin, w * cos - u * sin, rest), dim=-1)
+    return torch.cat((first * cos + second * sin, second * cos - first * sin, rest), dim=-1)
 
 
 def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
@@ -959,7 +978,7 @@ class GPT(nn.Module):
         super().__init__()
         self.s = s
         self.compute_dtype = torch.float32
-        self.calibration: tuple[Tensor, Tensor] | None = None      # scale () and bias (V,) of capped logits
+        self.calibration: tuple[Tensor, Tensor] | None = None      # of capped logits: scale (), bias (V,)
         for name, shape in self.shapes(s).items():
             setattr(self, name, nn.Parameter(torch.zeros(shape)))
         self.init_weights(generator)
@@ -994,16 +1013,14 @@ class GPT(nn.Module):
 
     def initial_values(self) -> dict[str, float]:
         """Parameters that begin at one value; the others begin at 0 or are drawn."""
-        s = self.s
+        cap = self.s.logit_softcap
         return dict(
-            attn_scale=1, mlp_scale=1, q_gain=s.qk_gain_init, skip_weights=1,
-            parallel_post_lambdas=1, parallel_resid_lambdas=1.1,
-            softcap_pos=s.logit_softcap, softcap_neg=s.logit_softcap)
+            attn_scale=1, mlp_scale=1, q_gain=self.s.qk_gain_init, skip_weights=1,
+            parallel_post_lambdas=1, parallel_resid_lambdas=1.1, softcap_pos=cap, softcap_neg=cap)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None) -> None:
-        """Orthogonal inputs, zero outputs: every block starts as the identity. Seeded
-        by the generator."""
+        """Orthogonal inputs, zero outputs: every block starts as the identity."""
         self.tok_emb.normal_(0, self.s.tied_embed_init_std, generator=generator)
         for matrix in (*self.qo_bank[:self.s.num_layers], *self.kv_bank, *self.mlp_up_bank):
             nn.init.orthogonal_(matrix, generator=generator)
@@ -1015,9 +1032,8 @@ class GPT(nn.Module):
     # --- pieces
 
     def unbound(self, name: str) -> Sequence[Tensor | None]:
-        """A stacked parameter by layer, in the activations' dtype. Each stack is
-        unbound once in a forward: its gradient is then one stack, not a sum of
-        zeros."""
+        """A stacked parameter by layer, in the activations' dtype. Unbound once in a
+        forward: its gradient is then one stack, not a sum of zeros."""
         p = getattr(self, name, None)
         if p is None:
             return [None] * self.s.num_layers
@@ -1028,17 +1044,17 @@ class GPT(nn.Module):
         layers = self.s.num_layers
         qo = self.unbound("qo_bank")
         kv = self.unbound("kv_bank")
-        return [LayerWeights(*weights) for weights in zip(
+        stacks = (
             qo[:layers], kv[:layers], kv[layers:], qo[layers:],
             self.unbound("mlp_up_bank"), self.unbound("mlp_down_bank"),
             self.unbound("attn_scale"), self.unbound("mlp_scale"),
             self.unbound("resid_mix"), self.unbound("q_gain"),
             self.unbound("parallel_post_lambdas"), self.unbound("parallel_resid_lambdas"),
-            self.unbound("attn_gate_w"))]
+            self.unbound("attn_gate_w"))
+        return [LayerWeights(*weights) for weights in zip(*stacks)]
 
     def rope(self, length: int, device, start: int = 0, context: int = 0) -> tuple[Tensor, Tensor]:
-        """cos, sin (length, R/2) of positions start, start + 1, …; context: tokens of
-        the longest row."""
+        """cos, sin (length, R/2) of positions from start on; context: the longest row."""
         dims = self.s.rope_dims or self.s.head_dim
         channel = torch.arange(0, dims, 2, dtype=torch.float32, device=device)
         inverse = 1.0 / (self.rope_base(max(length, context)) ** (channel / dims))
@@ -1071,16 +1087,14 @@ class GPT(nn.Module):
         return x
 
     def same_segment(self, ids: Tensor, layout: Layout | None) -> Tensor | None:
-        """(1, T - 1) bool: the token before is of the same segment; None where all
-        are."""
+        """(1, T - 1) bool: the token before is of the same segment; None: all are."""
         if layout is None or not layout.isolate:
             return None
         starts = torch.zeros(ids.size(1) + 1, dtype=torch.bool, device=ids.device)
         return ~starts.index_fill(0, layout.cu_seqlens.long(), True)[None, 1:-1]
 
     def smears_into(self, ids: Tensor, layout: Layout | None) -> Tensor | None:
-        """(B or 1, T - 1) bool: the tokens after the first into which the one before
-        is mixed; None: all."""
+        """(B or 1, T - 1) bool: tokens that take in the one before; None: all do."""
         same = self.same_segment(ids, layout)
         if not self.s.smear_gate_bos_fix:
             return same
@@ -1088,93 +1102,91 @@ class GPT(nn.Module):
         return inside if same is None else inside & same
 
     def smear(self, x: Tensor, into: Tensor | None) -> Tensor:
-        """x (B, T, D) with the previous token's mixed in, where `into` (B or 1, T -
-        1) allows it."""
+        """x (B, T, D) with the previous token's mixed in, where `into` allows it."""
         last = x[:, :-1] if into is None else x[:, :-1] * into[..., None]
         gate = torch.sigmoid(F.linear(x[:, 1:, :self.s.gate_window], self.smear_gate.to(x.dtype)))
         mixed = x[:, 1:] + gate * self.smear_lambda.to(x.dtype) * last
         return torch.cat((x[:, :1], mixed), dim=1)
 
-    def attend(self, c: Forward, i: int, slot: int, n: Tensor) -> Tensor:
-        """Attention branch of layer i on its normalised input n (B, T, D)."""
-        s, w = self.s, c.layers[i]
-        q_raw, k, v = self.project(c, i, slot, n)
-        q, k, v = (x.unflatten(2, (-1, s.head_dim)) for x in (q_raw, k, v))
-        q = rotate(rms(q), c.rope) * w.q_gain[:, None]
-        k = rotate(rms(k), c.rope)
-        keys, values = (k, v) if c.cache is None else c.cache.extend(slot, k, v)
-        y = attention(q, keys, values, c.layout)
-        if i >= s.num_layers - s.xsa_last_n:
+    def attend(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor:
+        """Attention branch of a layer on its normalised input x (B, T, D)."""
+        s, weights = self.s, forward.layers[layer]
+        q_flat, k, v = self.project(forward, layer, slot, x)
+        q, k, v = (flat.unflatten(2, (-1, s.head_dim)) for flat in (q_flat, k, v))
+        q = rotate(rms(q), forward.rope) * weights.q_gain[:, None]
+        k = rotate(rms(k), forward.rope)
+        keys, values = (k, v) if forward.cache is None else forward.cache.extend(slot, k, v)
+        y = attention(q, keys, values, forward.layout)
+        if layer >= s.num_layers - s.xsa_last_n:
             y = remove_own_value(y, v)
-        if w.gate is not None:
-            y = y * self.head_gate(w.gate, n, q_raw)[..., None]
+        if weights.gate is not None:
+            y = y * self.head_gate(weights.gate, x, q_flat)[..., None]
         y = y.flatten(2)
-        c.observe("heads", i, y)
-        out = c.adapted(F.linear(y, w.o), "o", slot, n)     # the adapter reads the block input, not the heads
-        c.observe("attn_out", i, out)
+        forward.observe("heads", layer, y)
+        # the adapter of the output reads the block input, not the heads
+        out = forward.adapted(F.linear(y, weights.o), "o", slot, x)
+        forward.observe("attn_out", layer, out)
         return out
 
-    def project(self, c: Forward, i: int, slot: int, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, T, H·D), keys and values (B, T, K·D) of layer i, from its
-        normalised input n."""
-        w = c.layers[i]
-        q = c.adapted(F.linear(n, w.q), "q", slot, n)
-        k = c.adapted(F.linear(n, w.k), "k", slot, n)
-        v = c.adapted(F.linear(n, w.v), "v", slot, n)
-        for kind, x in (("attn_in", n), ("q_out", q), ("k_out", k), ("v_out", v)):
-            c.observe(kind, i, x)
+    def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H·D), keys and values (B, T, K·D) of a layer's input x."""
+        weights = forward.layers[layer]
+        q = forward.adapted(F.linear(x, weights.q), "q", slot, x)
+        k = forward.adapted(F.linear(x, weights.k), "k", slot, x)
+        v = forward.adapted(F.linear(x, weights.v), "v", slot, x)
+        for kind, seen in (("attn_in", x), ("q_out", q), ("k_out", k), ("v_out", v)):
+            forward.observe(kind, layer, seen)
         return q, k, v
 
-    def head_gate(self, weight: Tensor, n: Tensor, q_raw: Tensor) -> Tensor:
-        """Gate of every head, (B, T, H), by the first channels of the block input n;
-        1/2 at the start."""
-        z = F.linear(n[..., :weight.size(-1)], weight)
-        return torch.sigmoid(self.s.sparse_attn_gate_scale * z)
+    def head_gate(self, weight: Tensor, x: Tensor, q_flat: Tensor) -> Tensor:
+        """Gate (B, T, H) of the heads by the first channels of x; 1/2 at the start."""
+        logit = F.linear(x[..., :weight.size(-1)], weight)
+        return torch.sigmoid(self.s.sparse_attn_gate_scale * logit)
 
-    def feed_forward(self, c: Forward, i: int, slot: int, n: Tensor) -> Tensor:
-        """MLP branch of layer i on its normalised input n (B, T, D)."""
-        w = c.layers[i]
-        if c.hook is None:
-            flat = n.flatten(0, 1)
-            out = leaky_square_mlp(flat, w.up, w.down, self.s.negative_slope).view(n.shape)
+    def feed_forward(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor:
+        """MLP branch of a layer on its normalised input x (B, T, D)."""
+        weights, slope = forward.layers[layer], self.s.negative_slope
+        if forward.hook is None:
+            rows = x.flatten(0, 1)
+            out = leaky_square_mlp(rows, weights.up, weights.down, slope).view(x.shape)
         else:      # the same in steps that can be seen
-            up = F.linear(n, w.up)
-            hidden = F.leaky_relu(up, self.s.negative_slope).square()
-            out = F.linear(hidden, w.down)
-            for kind, x in (("mlp_in", n), ("up_out", up), ("mlp_act", hidden), ("mlp_out", out)):
-                c.observe(kind, i, x)
-        return c.adapted(out, "mlp", slot, n)
+            up = F.linear(x, weights.up)
+            hidden = F.leaky_relu(up, slope).square()
+            out = F.linear(hidden, weights.down)
+            for kind, seen in (("mlp_in", x), ("up_out", up), ("mlp_act", hidden), ("mlp_out", out)):
+                forward.observe(kind, layer, seen)
+        return forward.adapted(out, "mlp", slot, x)
 
-    def block(self, c: Forward, i: int, slot: int, x: Tensor) -> Tensor:
-        """Layer i on the one residual stream."""
-        w, scale = c.layers[i], self.depth_scale(i)
-        x = w.resid_mix[0] * x + w.resid_mix[1] * c.x0
-        x = x + w.attn_scale * self.attend(c, i, slot, rms(x) * scale)
-        return x + w.mlp_scale * self.feed_forward(c, i, slot, rms(x) * scale)
+    def block(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor:
+        """A layer on the one residual stream x (B, T, D)."""
+        weights, scale = forward.layers[layer], self.depth_scale(layer)
+        x = weights.resid_mix[0] * x + weights.resid_mix[1] * forward.x0
+        x = x + weights.attn_scale * self.attend(forward, layer, slot, rms(x) * scale)
+        return x + weights.mlp_scale * self.feed_forward(forward, layer, slot, rms(x) * scale)
 
-    def branches(self, c: Forward, i: int, slot: int, lane0: Tensor, lane1: Tensor) -> tuple[Tensor, ...]:
-        """Layer i on two lanes: lane 0 mixed with x0, what attention makes of it, the
-        MLP of lane 1."""
-        w, scale = c.layers[i], self.depth_scale(i)
-        mixed = w.resid_mix[0] * lane0 + w.resid_mix[1] * c.x0
-        attended = w.attn_scale * self.attend(c, i, slot, rms(mixed) * scale)
-        fed = w.mlp_scale * self.feed_forward(c, i, slot, rms(lane1) * scale)
+    def branches(self, forward: Forward, layer: int, slot: int, lane0: Tensor,
+                 lane1: Tensor) -> tuple[Tensor, ...]:
+        """Lane 0 mixed with x0, what attention makes of it, what the MLP of lane 1."""
+        weights, scale = forward.layers[layer], self.depth_scale(layer)
+        mixed = weights.resid_mix[0] * lane0 + weights.resid_mix[1] * forward.x0
+        attended = weights.attn_scale * self.attend(forward, layer, slot, rms(mixed) * scale)
+        fed = weights.mlp_scale * self.feed_forward(forward, layer, slot, rms(lane1) * scale)
         return mixed, attended, fed
 
-    def lanes(self, c: Forward, i: int, slot: int, lane0: Tensor, lane1: Tensor) -> tuple[Tensor, Tensor]:
-        """Layer i on two lanes: attention reads lane 0, the MLP lane 1; each writes
-        to both."""
-        _, attended, fed = self.branches(c, i, slot, lane0, lane1)
-        keep0, keep1 = c.layers[i].resid
-        attended_to, fed_to = c.layers[i].post
+    def lanes(self, forward: Forward, layer: int, slot: int, lane0: Tensor,
+              lane1: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention reads lane 0, the MLP lane 1; each writes to both."""
+        _, attended, fed = self.branches(forward, layer, slot, lane0, lane1)
+        keep0, keep1 = forward.layers[layer].resid
+        attended_to, fed_to = forward.layers[layer].post
         attended_to0, attended_to1 = attended_to
         fed_to0, fed_to1 = fed_to
         return (keep0 * lane0 + attended_to0 * attended + fed_to0 * fed,
                 keep1 * lane1 + attended_to1 * attended + fed_to1 * fed)
 
-    def depth_scale(self, i: int) -> float:
-        """Factor on the input of both branches of layer i."""
-        return 1 / math.sqrt(i + 1)
+    def depth_scale(self, layer: int) -> float:
+        """Factor on the input of both branches of a layer."""
+        return 1 / math.sqrt(layer + 1)
 
     def merge_skip(self, j: int, x: Tensor, skip: Tensor) -> Tensor:
         """U-Net skip number j into the stream x; a gate of 1 keeps the stream."""
@@ -1199,36 +1211,35 @@ class GPT(nn.Module):
         documents of a packed row (None: each row is causal). adapter: low-rank
         deltas. hook(kind, layer, x) sees the activations. cache: the rows go on where
         it ends."""
-        c = self.begin(ids, layout, adapter, hook, cache)
-        x, skips = c.x0, []
-        for slot, i in enumerate(plan.encoder):
-            x = self.block(c, i, slot, x)
+        forward = self.begin(ids, layout, adapter, hook, cache)
+        x, skips = forward.x0, []
+        for slot, layer in enumerate(plan.encoder):
+            x = self.block(forward, layer, slot, x)
             skips.append(x)
-        x = self.decode(c, plan, x, skips)
+        x = self.decode(forward, plan, x, skips)
         out = rms(x)
-        for kind, value in (("x0", c.x0), ("pre_final_norm", x), ("head_in", out)):
-            c.observe(kind, -1, value)
+        for kind, seen in (("x0", forward.x0), ("pre_final_norm", x), ("head_in", out)):
+            forward.observe(kind, -1, seen)
         return out
 
-    def is_parallel(self, i: int) -> bool:
-        """Whether layer i works on two lanes."""
-        return 0 < self.s.parallel_start_layer <= i
+    def is_parallel(self, layer: int) -> bool:
+        """Whether a layer works on two lanes."""
+        return 0 < self.s.parallel_start_layer <= layer
 
-    def decode(self, c: Forward, plan: Plan, x: Tensor, skips: list[Tensor]) -> Tensor:
-        """The decoder layers on the encoder's output x, with its skips; two lanes
-        once they have begun."""
+    def decode(self, forward: Forward, plan: Plan, x: Tensor, skips: list[Tensor]) -> Tensor:
+        """The decoder on the encoder's output x, with its skips; late layers on lanes."""
         lanes = None
-        for j, i in enumerate(plan.decoder):
+        for j, layer in enumerate(plan.decoder):
             slot = len(plan.encoder) + j
-            if lanes is None and self.is_parallel(i):
-                lanes = x, x
             has_skip = skips and j < len(self.skip_weights)
+            if lanes is None and self.is_parallel(layer):
+                lanes = x, x
             if lanes is None:
                 x = self.merge_skip(j, x, skips.pop()) if has_skip else x
-                x = self.block(c, i, slot, x)
-            elif self.is_parallel(i):
+                x = self.block(forward, layer, slot, x)
+            elif self.is_parallel(layer):
                 lane0 = self.merge_skip(j, lanes[0], skips.pop()) if has_skip else lanes[0]
-                lanes = self.lanes(c, i, slot, lane0, lanes[1])
+                lanes = self.lanes(forward, layer, slot, lane0, lanes[1])
             elif has_skip:
                 skips.pop()          # the one stream no longer reaches the output
         return x if lanes is None else self.join(*lanes)
@@ -1266,8 +1277,7 @@ class GPT(nn.Module):
         return scale * z + bias
 
     def scores_plain_logits(self, adapter: Adapter | None, training: bool) -> bool:
-        """Whether a loss has to go through `logits`; else capped_ce caps and scores
-        in one kernel."""
+        """Whether a loss has to go through `logits`; else one kernel caps and scores."""
         two_caps = self.s.asym_logit_rescale and not training
         return two_caps or self.calibration is not None
 
@@ -1296,8 +1306,7 @@ class GPT(nn.Module):
         return torch.stack(scored).view(targets.shape)
 
     def flops_per_token(self, plan: Plan, context: float) -> float:
-        """FLOPs of one token's forward: matrices of the executed layers, head,
-        attention over `context`."""
+        """FLOPs of one token's forward, with attention over `context` tokens."""
         s = self.s
         matrices = 2 * s.model_dim * (s.model_dim + s.kv_dim + s.hidden_dim)
         layers = plan.slots * (matrices + 2 * s.model_dim * context)
@@ -1318,8 +1327,7 @@ POLAR_EXPRESS = (   # (a, b, c) of X <- aX + (bA + cA^2)X with A = XX', one trip
 
 def orthogonalise(g: Tensor, dtype: torch.dtype = torch.bfloat16,
                   coefficients: Sequence[tuple] = POLAR_EXPRESS) -> Tensor:
-    """Each matrix of g (…, R, C) with its singular values pushed to about 1 (0.86 …
-    1.14), in `dtype`."""
+    """Matrices g (…, R, C), in `dtype`, with singular values near 1 (0.86 … 1.14)."""
     x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
     if tall:
@@ -1333,22 +1341,20 @@ def orthogonalise(g: Tensor, dtype: torch.dtype = torch.bfloat16,
 
 def muon_direction(g: Tensor, buf: Tensor, momentum: float, row_normalize: bool = True,
                    coefficients: Sequence[tuple] = POLAR_EXPRESS, nesterov: bool = True) -> Tensor:
-    """Orthogonalised update of matrices g (n, R, C), in buf's dtype; buf is updated
-    in place."""
+    """Update of matrices (n, R, C) by gradient g and momentum buf, which is changed."""
     g = g.to(buf.dtype)
     buf.mul_(momentum).add_(g)
-    u = g.add(buf, alpha=momentum) if nesterov else buf
+    update = g.add(buf, alpha=momentum) if nesterov else buf
     if row_normalize:
-        u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    return orthogonalise(u, buf.dtype, coefficients)
+        update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    return orthogonalise(update, buf.dtype, coefficients)
 
 
-def muon_apply(p: Tensor, u: Tensor, lr: float, weight_decay: float) -> None:
-    """Decoupled decay, then the step of matrices p (n, R, C) along u; tall matrices
-    take a longer one."""
+def muon_apply(p: Tensor, update: Tensor, lr: float, weight_decay: float) -> None:
+    """Decoupled decay and the step of matrices p (n, R, C); tall ones take a longer."""
     longer = math.sqrt(max(1, p.size(-2) / p.size(-1)))
     p.mul_(1 - lr * weight_decay)
-    p.add_(u.to(p.dtype), alpha=-lr * longer)
+    p.add_(update.to(p.dtype), alpha=-lr * longer)
 
 
 class Optimiser:
@@ -1366,11 +1372,11 @@ class Optimiser:
             by_role[ROLES[name]].append(p)
         self.names = {p: name for name, p in params.items()}
         self.banks = sorted(by_role["matrix"], key=lambda p: -p.numel())
-        groups = []
+        groups, self.small = [], []
         for role, (lr, weight_decay) in self.adam_rates().items():
             if by_role[role]:
                 groups.append(dict(params=by_role[role], lr=lr, peak=lr, weight_decay=weight_decay))
-        self.small = [p for group in groups for p in group["params"]]
+                self.small += by_role[role]
         self.adam = torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), eps=s.adam_eps,
                                       fused=world.device.type == "cuda")
         self.momentum = []      # of as many matrices a rank; the last rank's are padded
@@ -1379,25 +1385,26 @@ class Optimiser:
             self.momentum.append(torch.zeros(share, *p.shape[1:], dtype=dtype, device=p.device))
 
     def adam_rates(self) -> dict[str, tuple[float, float]]:
-        """(peak learning rate, weight decay) by role; the two logit caps, as
-        published, are not trained."""
+        """(peak rate, weight decay) by role; the logit caps are not trained, as published."""
         s = self.s
         return {"embed": (s.tied_embed_lr, s.embed_wd), "small": (s.scalar_lr, s.adam_wd)}
 
     @torch.no_grad()
     def step(self, lr_share: float, momentum: float) -> Tensor:
-        """Reduce, clip, update, clear the gradients; the norm before clipping (a
-        tensor: no waiting)."""
+        """Reduce, clip, update, clear the gradients; the norm before clipping."""
         for p in (*self.banks, *self.small):      # a plan may leave rows unused, never a whole tensor
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        if self.s.grad_clip_mode == "per_rank":   # as the field: a rank with an unusual batch counts for less
+        # as the field, per rank: one with an unusual batch then counts for less
+        if self.s.grad_clip_mode == "per_rank":
             norm = self.clip([p.grad for p in self.banks], World())
             shards = self.reduce()
         else:
             shards = self.reduce()
             norm = self.clip(shards, self.world)
-        updates = [self.gather(self.direction(bank, g, momentum)) for bank, g in enumerate(shards)]
+        updates = []
+        for bank, g in enumerate(shards):
+            updates.append(self.gather(self.direction(bank, g, momentum)))
         for group in self.adam.param_groups:
             group["lr"] = group["peak"] * lr_share
         self.adam.step()
@@ -1408,35 +1415,15 @@ class Optimiser:
         return norm
 
     def direction(self, bank: int, g: Tensor, momentum: float) -> Tensor:
-        """Update of this rank's matrices of a bank (by number), from their averaged
-        gradient g (n, R, C)."""
+        """Update of this rank's matrices of a bank from their averaged gradient g."""
         return muon_direction(g, self.momentum[bank], momentum)
 
-    def apply(self, bank: int, u: Tensor, lr: float) -> None:
-        """Step of all matrices of a bank along their updates u (n, R, C)."""
-        muon_apply(self.banks[bank], u, lr, self.s.muon_wd)
-
-    def never_trained(self) -> list[str]:
-        """Parameters, or rows of them, that no gradient reached: the optimiser's
-        moment is still 0 there."""
-        touched = {p: self.gather(buf.flatten(1).any(1).byte())()
-                   for p, buf in zip(self.banks, self.momentum)}
-        for p in self.small:
-            if not p.numel():      # as the skips of a model of one layer: nothing is there to be trained
-                touched[p] = torch.ones(0)
-                continue
-            touched[p] = self.adam.state[p]["exp_avg_sq"].reshape(len(p) if p.dim() else 1, -1).any(1)
-        found = [name for p, name in self.names.items() if p not in touched]     # in no optimiser at all
-        for p, rows in touched.items():
-            rows = rows[:len(p)] if p.dim() else rows
-            if idle := (rows == 0).nonzero().flatten().tolist():
-                some = f" {len(idle)} of {len(rows)} rows, the first {idle[:20]}"
-                found.append(self.names[p] + some * (len(idle) < len(rows)))
-        return found
+    def apply(self, bank: int, update: Tensor, lr: float) -> None:
+        """Step of all matrices (n, R, C) of a bank."""
+        muon_apply(self.banks[bank], update, lr, self.s.muon_wd)
 
     def reduce(self) -> list[Tensor]:
-        """Averaged gradients: this rank's matrices of every bank (returned), all
-        small ones (in place)."""
+        """Average the gradients; small ones in place, own matrices are returned."""
         size = self.world.size
         if size == 1:
             return [p.grad for p in self.banks]
@@ -1448,7 +1435,8 @@ class Optimiser:
             works.append(dist.reduce_scatter_tensor(shards[-1], full, async_op=True))
         flat = torch.cat([p.grad.flatten() for p in self.small])
         dist.all_reduce(flat)
-        for p, g in zip(self.small, flat.div_(size).split([p.numel() for p in self.small])):
+        averaged = flat.div_(size).split([p.numel() for p in self.small])
+        for p, g in zip(self.small, averaged):
             p.grad.copy_(g.view_as(p))
         for work, shard in zip(works, shards):
             work.wait()
@@ -1456,18 +1444,17 @@ class Optimiser:
         return shards
 
     def clip(self, matrices: list[Tensor], world: World) -> Tensor:
-        """Scale the gradients of matrices, shared out over `world`, and small ones;
-        the norm before."""
-        grads = matrices + [p.grad for p in self.small]
-        own = sum(g.float().square().sum() for g in matrices)
-        norm = (world.total(own) + sum(p.grad.square().sum() for p in self.small)).sqrt()
+        """Scale small gradients and matrices, shared by `world`; the norm before."""
+        small = [p.grad for p in self.small]
+        squares = world.total(sum(g.float().square().sum() for g in matrices))
+        norm = (squares + sum(g.square().sum() for g in small)).sqrt()
         if self.s.grad_clip_norm > 0:
-            torch._foreach_mul_(grads, (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1))
+            factor = (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1)
+            torch._foreach_mul_(matrices + small, factor)
         return norm
 
     def gather(self, own: Tensor) -> Callable[[], Tensor]:
-        """Begin to collect every rank's share; what is returned waits for them, one
-        after the other."""
+        """Begin to collect all ranks' shares; what is returned waits for them."""
         if self.world.size == 1:
             return lambda: own
         full = own.new_empty(len(own) * self.world.size, *own.shape[1:])
@@ -1478,6 +1465,25 @@ class Optimiser:
             return full
         return arrived
 
+    def never_trained(self) -> list[str]:
+        """Parameters, or rows, that no gradient reached: their moment is still 0."""
+        touched = {}
+        for p, buf in zip(self.banks, self.momentum):
+            touched[p] = self.gather(buf.flatten(1).any(1).byte())()[:len(p)]
+        for p in self.small:
+            moment = self.adam.state[p]["exp_avg_sq"]
+            touched[p] = moment.flatten() if p.dim() < 2 else moment.flatten(1).any(1)
+        # parameters that are in no optimiser at all, then those with rows that never moved
+        untouched = [name for p, name in self.names.items() if p not in touched]
+        for p, rows in touched.items():
+            idle = (rows == 0).nonzero().flatten().tolist()
+            if len(idle) == len(rows) > 0:
+                untouched.append(self.names[p])
+            elif idle:
+                some = f"{len(idle)} of {len(rows)} rows, the first {idle[:20]}"
+                untouched.append(f"{self.names[p]} {some}")
+        return untouched
+
 
 # ============================================================================================================
 # 5  Training: schedule, warm-up and rewind, average
@@ -1487,19 +1493,19 @@ def check_training(s: Settings) -> None:
     """Refuse a schedule without its longest stage, and a reserve that leaves no time."""
     longest = max(length for _, length in context_stages(s))
     if longest != s.train_seq_len:
-        raise UserError(f"TRAIN_SEQ_LEN={s.train_seq_len} is not the longest stage of TRAIN_SEQ_SCHEDULE="
-                        f"{s.train_seq_schedule}, {longest}: make them equal")
+        raise UserError(f"TRAIN_SEQ_LEN={s.train_seq_len} is not {longest}, the longest stage of "
+                        f"TRAIN_SEQ_SCHEDULE={s.train_seq_schedule}: make them equal")
     if s.train_seq_schedule and LOADERS[s.train_loader].windowed:
-        raise UserError(f"TRAIN_LOADER={s.train_loader} has windows of one length: TRAIN_SEQ_SCHEDULE "
-                        "needs stream or docpack")
+        raise UserError(f"TRAIN_LOADER={s.train_loader} has windows of one length: "
+                        "TRAIN_SEQ_SCHEDULE needs stream or docpack")
     reserve, budget = s.gptq_reserve_seconds, s.max_wallclock_seconds
     if reserve == "auto":
         return
     if not is_number(reserve) or float(reserve) < 0:
         raise UserError(f"GPTQ_RESERVE_SECONDS={reserve} must be a number of seconds >= 0, or auto")
     if 0 < budget <= float(reserve):
-        raise UserError(f"GPTQ_RESERVE_SECONDS={reserve} leaves nothing of MAX_WALLCLOCK_SECONDS={budget:g} "
-                        "to train in: lower it")
+        raise UserError(f"GPTQ_RESERVE_SECONDS={reserve} leaves nothing of MAX_WALLCLOCK_SECONDS="
+                        f"{budget:g} to train in: lower it")
 
 
 def stage_at(stages: list[tuple[float, float]], progress: float):
@@ -1508,8 +1514,7 @@ def stage_at(stages: list[tuple[float, float]], progress: float):
 
 
 def lr_share(s: Settings, progress: float) -> float:
-    """Share of the peak learning rate: flat, then linear over the last WARMDOWN_FRAC,
-    at least MIN_LR."""
+    """Share of the peak rate: flat, then linear over WARMDOWN_FRAC, at least MIN_LR."""
     if s.warmdown_frac <= 0 or progress < 1 - s.warmdown_frac:
         return 1.0
     return max((1 - progress) / s.warmdown_frac, s.min_lr)
@@ -1517,8 +1522,41 @@ def lr_share(s: Settings, progress: float) -> float:
 
 def muon_momentum(s: Settings, step: int) -> float:
     """Momentum at a step: linear warm-up over MUON_MOMENTUM_WARMUP_STEPS."""
-    f = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
-    return (1 - f) * s.muon_momentum_warmup_start + f * s.muon_momentum
+    if step >= s.muon_momentum_warmup_steps:
+        return s.muon_momentum
+    share = step / s.muon_momentum_warmup_steps
+    return (1 - share) * s.muon_momentum_warmup_start + share * s.muon_momentum
+
+
+class Pace:
+    """How far training is, and whether another step fits in: by the budget less its
+    reserve, or without one by ITERATIONS."""
+
+    def __init__(self, s: Settings, reserve: float):
+        self.iterations = s.iterations
+        self.budget = s.max_wallclock_seconds - reserve if s.max_wallclock_seconds else 0.0
+        self.elapsed = 0.0
+        self.step_seconds = 0.0      # falls slowly: after a quick step a slow one may come
+
+    def observe(self, step: int, elapsed: float) -> None:
+        """Seconds of training before a step, the same on all ranks."""
+        if step:
+            self.step_seconds = max(elapsed - self.elapsed, 0.9 * self.step_seconds)
+        self.elapsed = elapsed
+
+    def ended(self, step: int) -> bool:
+        """Whether this step would be one too many."""
+        if self.budget and self.elapsed + self.step_seconds > self.budget:
+            return True
+        return step >= self.iterations
+
+    def near_end(self) -> bool:
+        """Whether fewer than ten steps are left."""
+        return 0 < self.budget < self.elapsed + 10 * self.step_seconds
+
+    def progress(self, step: int) -> float:
+        """Share of training that is done, 0 to 1."""
+        return min(self.elapsed / self.budget, 1.0) if self.budget else step / self.iterations
 
 
 class Curriculum:
@@ -1530,32 +1568,32 @@ class Curriculum:
         self.changed: int | None = None        # step at which the length changed
 
     def at(self, step: int, progress: float) -> tuple[int, bool, float]:
-        """(longest segment, whether loops run, share of the learning rate) of a step;
-        call it in order."""
-        s = self.s
+        """(longest segment, whether loops run, share of the rate) of a step, in order."""
         length = stage_at(self.stages, progress)
         if length != self.length:
             self.changed = step or None
             self.length = length
-        lr = self.rate(progress)
-        if self.changed is not None and s.seq_change_warmup_steps:
-            lr *= min((step - self.changed + 1) / s.seq_change_warmup_steps, 1.0)
+        lr, ramp = self.rate(progress), self.s.seq_change_warmup_steps
+        if self.changed is not None and ramp:
+            lr *= min((step - self.changed + 1) / ramp, 1.0)
         return length, self.loops(step, progress), lr
 
     def rate(self, progress: float) -> float:
-        """Share of the peak learning rate at this share of the training budget."""
+        """Share of the peak learning rate at this share of training."""
         return lr_share(self.s, progress)
 
     def loops(self, step: int, progress: float) -> bool:
-        """Whether loops run then."""
+        """Whether the looped layers run more than once then."""
         return self.s.num_loops > 0 and progress >= self.s.enable_looping_at
 
     def graphs(self) -> list[tuple[int, bool]]:
-        """Pairs (longest segment, whether loops run) in the order in which training
-        meets them."""
-        changes = [0.0, self.s.enable_looping_at, *(math.nextafter(end, 2) for end, _ in self.stages[:-1])]
-        met = [(stage_at(self.stages, at), self.loops(0, at)) for at in sorted(changes)]
-        return list(dict.fromkeys(met))
+        """(longest segment, whether loops run): pairs in the order of training."""
+        changes = [0.0, self.s.enable_looping_at]
+        changes += [math.nextafter(end, 2) for end, _ in self.stages[:-1]]
+        pairs = []
+        for progress in sorted(changes):
+            pairs.append((stage_at(self.stages, progress), self.loops(0, progress)))
+        return list(dict.fromkeys(pairs))
 
     def state(self) -> dict:
         """What a run that goes on later must know of it."""
@@ -1563,67 +1601,24 @@ class Curriculum:
 
 
 class Trainer:
-    """Model, optimiser and average: one train step, used by warm-up and training
-    alike."""
+    """Model, optimiser and average: the one train step, also of the warm-up."""
 
     def __init__(self, s: Settings, world: World, model: GPT):
         self.s, self.world, self.model = s, world, model
         self.accum, self.tokens = s.batch_shape(world.size)
         self.losses = compiled(s, world.device, model.losses, fullgraph=True)
+        self.to_measure = [0.1, 0.5, 0.9]              # shares of training whose next step is timed
         self.parts: dict[str, float] | None = None     # on a measured step: ms by part
         self.rewind()
 
     def rewind(self) -> None:
-        """Forget optimiser state and average: training starts from the model's
-        present weights."""
+        """Forget optimiser state and average: start from the model's present weights."""
         dtype = pick_dtype(self.s.muon_dtype, self.world.device, self.model.compute_dtype)
         self.optimiser = Optimiser(self.s, self.world, dict(self.model.named_parameters()), dtype)
         self.ema = {n: p.detach().clone() for n, p in self.model.named_parameters()}
 
-    def tensors(self) -> dict[str, Any]:
-        """Weights, average and optimiser, this rank's part of it, as they are: not
-        copied."""
-        return {"weights": {n: p.detach() for n, p in self.model.named_parameters()},
-                "average": self.ema, "momentum": self.optimiser.momentum,
-                "adam": self.optimiser.adam.state_dict()}
-
-    @torch.no_grad()
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what tensors() gave; UserError when it is of another model or of
-        other ranks."""
-        mine = self.tensors()
-        try:
-            for part in ("weights", "average"):
-                for name, tensor in mine[part].items():
-                    tensor.copy_(state[part][name])
-            for buf, saved in zip(mine["momentum"], state["momentum"], strict=True):
-                buf.copy_(saved)
-            self.optimiser.adam.load_state_dict(state["adam"])
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"the checkpoint does not fit this model ({type(error).__name__}: "
-                            f"{plain(error, 100)}): start anew without RESUME") from error
-
-    def finite(self) -> bool:
-        """Whether weights and average are, on this rank."""
-        tensors = [*self.ema.values(), *self.model.parameters()]
-        return all(bool(t.detach().isfinite().all()) for t in tensors)
-
-    def measure(self) -> None:
-        """Make the next step a measured one."""
-        sync(self.world.device)
-        self.parts, self.watch = {}, Clock()
-
-    def charge(self, part: str) -> None:
-        """On a measured step: wait for the GPU, charge the ms since the last time to
-        part."""
-        if self.parts is not None:
-            sync(self.world.device)
-            self.parts[part] = self.parts.get(part, 0.0) + 1e3 * self.watch.elapsed()
-            self.watch = Clock()
-
     def micro_step(self, batch: Batch, plan: Plan) -> Tensor:
-        """Forward and backward of one micro-batch; returns its mean loss (nats per
-        token)."""
+        """Forward and backward of one micro-batch; its mean loss, nats per token."""
         self.charge("data")
         if batch.cu_seqlens is not None and compiles(self.s, self.world.device):
             torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
@@ -1635,26 +1630,38 @@ class Trainer:
         return loss.detach()
 
     def update(self, lr: float, momentum: float) -> Tensor:
-        """Optimiser step (at a share of the peak rate) and weight average; the norm
-        before clipping."""
+        """Step at a share of the peak rate, then average; the norm before clipping."""
         norm = self.optimiser.step(lr, momentum)
         self.charge("optimiser")
+        weights = [p.detach() for p in self.model.parameters()]
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.model.parameters()],
-                                 1 - self.s.ema_decay)
+            torch._foreach_lerp_(list(self.ema.values()), weights, 1 - self.s.ema_decay)
         self.charge("average")
         return norm
 
+    def measure(self, progress: float) -> None:
+        """Make the next step a measured one, when it is time."""
+        if self.to_measure and progress >= self.to_measure[0]:
+            self.to_measure = [share for share in self.to_measure if share > progress]
+            sync(self.world.device)
+            self.parts, self.watch = {}, Clock()
+
+    def charge(self, part: str) -> None:
+        """On a measured step: charge the ms since the last call to this part."""
+        if self.parts is not None:
+            sync(self.world.device)
+            self.parts[part] = self.parts.get(part, 0.0) + 1e3 * self.watch.elapsed()
+            self.watch = Clock()
+
     def warm_up(self) -> float:
-        """Compile and run every graph on random tokens, then undo it. Returns the
-        seconds it took."""
-        s, world, clock = self.s, self.world, Clock()
-        generator = torch.Generator().manual_seed(s.seed + world.rank)
+        """Compile and run every graph on random tokens, undo it; the seconds it took."""
+        s, clock = self.s, Clock()
+        generator = torch.Generator().manual_seed(s.seed + self.world.rank)
         with weights_kept(self.model):
             for length, looping in Curriculum(s).graphs():
                 self.warm_graph(length, layer_plan(s, looping), generator)
         self.rewind()
-        sync(world.device)
+        sync(self.world.device)
         return clock.elapsed()
 
     def warm_graph(self, length: int, plan: Plan, generator: torch.Generator) -> None:
@@ -1665,8 +1672,7 @@ class Trainer:
             self.update(1.0, self.s.muon_momentum)
 
     def random_batch(self, generator: torch.Generator, length: int = 0) -> Batch:
-        """A micro-batch of random tokens shaped as the loader's, cut at `length` (0:
-        TRAIN_SEQ_LEN)."""
+        """Random tokens in the loader's shape, cut at `length` (0: TRAIN_SEQ_LEN)."""
         s = self.s
         tokens = torch.randint(2, s.vocab_size, (self.tokens + 1,), generator=generator).numpy()
         tokens[::max(2, s.train_seq_len // 2)] = BOS
@@ -1674,6 +1680,32 @@ class Trainer:
         if LOADERS[s.train_loader].windowed:
             batch = batch.rows(s.train_seq_len)
         return batch.to(self.world.device)
+
+    def finite(self) -> bool:
+        """Whether weights and average are, on this rank."""
+        tensors = [*self.ema.values(), *self.model.parameters()]
+        return all(bool(t.detach().isfinite().all()) for t in tensors)
+
+    def tensors(self) -> dict[str, Any]:
+        """Weights, average and optimiser of this rank, not copied."""
+        return {"weights": {n: p.detach() for n, p in self.model.named_parameters()},
+                "average": self.ema, "momentum": self.optimiser.momentum,
+                "adam": self.optimiser.adam.state_dict()}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what tensors() gave; UserError when it is of another model."""
+        own = self.tensors()
+        try:
+            for part in ("weights", "average"):
+                for name, tensor in own[part].items():
+                    tensor.copy_(state[part][name])
+            for buf, saved in zip(own["momentum"], state["momentum"], strict=True):
+                buf.copy_(saved)
+            self.optimiser.adam.load_state_dict(state["adam"])
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"the checkpoint does not fit this model ({type(error).__name__}: "
+                            f"{plain(error, 100)}): start anew without RESUME") from error
 
 
 class Trained(NamedTuple):
@@ -1685,19 +1717,21 @@ class Trained(NamedTuple):
 
 
 def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
-    """Seconds of MAX_WALLCLOCK_SECONDS kept for quantising and packing, and what to
-    warn of: as rehearsed, but at most half, so that a slow machine still trains (the
-    overrun is then reported); at least what is asked for: a run of the field's
-    commands, which keep too little, is not lost."""
-    if not s.max_wallclock_seconds:
+    """Seconds of the budget kept for quantising and packing, and a warning or "". As
+    rehearsed, but at most half: a slow machine still trains, and reports the overrun.
+    At least what is asked for; the field's commands ask for too little."""
+    budget = s.max_wallclock_seconds
+    if not budget:
         return 0.0, ""
     auto = s.gptq_reserve_seconds == "auto"
     asked = 0.0 if auto else float(s.gptq_reserve_seconds)
-    kept = max(asked, min(rehearsed, s.max_wallclock_seconds / 2))
+    kept = max(asked, min(rehearsed, budget / 2))
     need = f"quantising and packing were rehearsed in {rehearsed:.1f} s: {kept:.1f} s are kept"
     if kept < rehearsed:
-        return kept, f"{need}, for MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds:g} is less than twice that"
-    return kept, "" if auto or asked >= kept else f"{need}, not GPTQ_RESERVE_SECONDS={asked:g}"
+        return kept, f"{need}, for MAX_WALLCLOCK_SECONDS={budget:g} is less than twice that"
+    if auto or asked >= kept:
+        return kept, ""
+    return kept, f"{need}, not GPTQ_RESERVE_SECONDS={asked:g}"
 
 
 # ============================================================================================================
@@ -1708,7 +1742,8 @@ def check_quantise(s: Settings) -> None:
     """Refuse what has no effect on steps by curvature."""
     if s.awq_lite_enabled and s.quant_allocation != "hand":
         raise UserError("AWQ_LITE_ENABLED=1 changes steps that are set by hand, not by "
-                        f"QUANT_ALLOCATION={s.quant_allocation}: set QUANT_ALLOCATION=hand or leave it out")
+                        f"QUANT_ALLOCATION={s.quant_allocation}: set QUANT_ALLOCATION=hand "
+                        "or leave it out")
 
 
 SMALL_TENSOR = 65536      # tensors of at most this many elements are stored as float16
@@ -2508,7 +2543,8 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
 def check_scoring(s: Settings) -> None:
     """Refuse windows that would leave targets out."""
     if s.eval_stride > s.eval_seq_len:
-        raise UserError(f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}: lower it")
+        raise UserError(f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}: "
+                        "lower it")
 
 
 class Score(NamedTuple):
@@ -2707,25 +2743,46 @@ def check_adapt(s: Settings) -> None:
     """Refuse adaptation that could not work, or would let later text reach earlier."""
     largest = max(chunk for _, chunk in chunk_steps(s))
     if largest > s.ttt_eval_seq_len:
-        raise UserError(f"TTT_CHUNK_SIZE={s.ttt_chunk_size}, or a chunk of TTT_SHORT_SCORE_FIRST_STEPS="
-                        f"{s.first_chunks}, exceeds TTT_EVAL_SEQ_LEN={s.ttt_eval_seq_len}: lower it")
+        raise UserError(f"TTT_CHUNK_SIZE={s.ttt_chunk_size}, or a chunk of "
+                        f"TTT_SHORT_SCORE_FIRST_STEPS={s.first_chunks}, exceeds TTT_EVAL_SEQ_LEN="
+                        f"{s.ttt_eval_seq_len}: lower it")
     if s.ttt_doc_order == "stream" and s.ttt_warm_start_a and not s.ttt_shared_a:
-        raise UserError("TTT_DOC_ORDER=stream, TTT_WARM_START_A=1 and TTT_SHARED_A=0 let A carry what later "
-                        "documents taught it to earlier ones: set TTT_WARM_START_A=0 or "
-                        "TTT_DOC_ORDER=length")
-    if s.ttt_doc_order == "stream" and s.ttt_train_min_doc_len:
-        raise UserError(f"TTT_TRAIN_MIN_DOC_LEN={s.ttt_train_min_doc_len} asks where a document ends before "
-                        "it is read, which TTT_DOC_ORDER=stream does not allow: set TTT_TRAIN_MIN_DOC_LEN=0 "
+        raise UserError("TTT_DOC_ORDER=stream, TTT_WARM_START_A=1 and TTT_SHARED_A=0 let A carry "
+                        "what later documents taught it to earlier ones: set TTT_WARM_START_A=0 "
                         "or TTT_DOC_ORDER=length")
+    if s.ttt_doc_order == "stream" and s.ttt_train_min_doc_len:
+        raise UserError(f"TTT_TRAIN_MIN_DOC_LEN={s.ttt_train_min_doc_len} asks where a document "
+                        "ends before it is read, which TTT_DOC_ORDER=stream does not allow: set "
+                        "TTT_TRAIN_MIN_DOC_LEN=0 or TTT_DOC_ORDER=length")
     if s.ttt_enabled and not any(getattr(s, f"ttt_{kind}_lora") for kind in ADAPTED):
-        raise UserError("TTT_ENABLED=1 has nothing to adapt: set a TTT_*_LORA to 1, or TTT_ENABLED=0")
+        raise UserError("TTT_ENABLED=1 has nothing to adapt: set a TTT_*_LORA to 1, "
+                        "or TTT_ENABLED=0")
     if s.ttt_cache_lambda and not s.ttt_kv_reuse:
-        raise UserError(f"TTT_CACHE_LAMBDA={s.ttt_cache_lambda:g} needs TTT_KV_REUSE=1, not 0")
+        raise UserError(f"TTT_CACHE_LAMBDA={s.ttt_cache_lambda:g} needs cached keys, not "
+                        "TTT_KV_REUSE=0: set it to 1")
     if s.ttt_suffix and not s.ttt_kv_reuse:
-        raise UserError(f"TTT_SUFFIX={s.ttt_suffix} needs TTT_KV_REUSE=1, not 0")
+        raise UserError(f"TTT_SUFFIX={s.ttt_suffix} needs cached keys, not TTT_KV_REUSE=0: "
+                        "set it to 1")
     if s.ttt_step_nats and s.ttt_optimizer != "normalised":
         raise UserError(f"TTT_STEP_NATS={s.ttt_step_nats:g} needs TTT_OPTIMIZER=normalised, not "
-                        f"{s.ttt_optimizer}")
+                        f"{s.ttt_optimizer}: set one of them")
+
+
+def log_adaptation(s: Settings, run: Run, val: Validation, clock: Clock) -> None:
+    """What adapts to what, into the log."""
+    lengths = val.documents.length
+    *phases, _ = ttt_rounds(s, lengths)
+    steps = sum(len(phase_steps(s, int(lengths[phase.train_on].sum()))) for phase in phases)
+    learn_from = "none, no step is taken"
+    if steps:
+        which = {"stream": "first", "length": "longest"}[s.ttt_doc_order]
+        learn_from = f"the {which} {len(phases[-1].train_on):,} documents"
+    run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
+            base_weights_learn_from=learn_from, base_weight_steps=steps,
+            ngram_hints=0 if val.hints is None else len(val.hints.at), elapsed=clock.elapsed())
+    if s.phased_ttt_prefix_docs and len(phases) < s.phased_ttt_num_phases:
+        run.log("settings_without_effect", PHASED_TTT_NUM_PHASES=f"{len(lengths):,} documents make "
+                f"{len(phases)} phases of {s.phased_ttt_num_phases}")
 
 
 ADAPTED = ("q", "k", "v", "o", "mlp", "head")       # what a TTT_*_LORA switches
@@ -3061,7 +3118,7 @@ class PhasedTTT:
     booked chunks alone adapt; between rounds the base weights are trained on whole
     booked documents. clock: the evaluation's, watched so that every target is scored
     in time. trace(event, **values) observes: lora, reset, chunk, sgd_step, phase,
-    give_up, shortened."""
+    give_up, warning."""
 
     def __init__(self, s: Settings, world: World, model: GPT, val: Validation, trace: Callable | None = None,
                  clock: Clock | None = None, ledger: Ledger | None = None):
@@ -3118,7 +3175,8 @@ class PhasedTTT:
         self.model.requires_grad_(True)
         shortened = int(self.world.total(self.shortened))
         if shortened:
-            self.trace("shortened", steps=shortened)
+            self.trace("warning", text=f"{shortened:,} adapter steps promised more than this model can "
+                       "gain and were shortened: lower TTT_LORA_LR, or set TTT_STEP_NATS=0.5")
         return self.ledger.close(self.world)
 
     def begin_round(self) -> None:
@@ -3368,17 +3426,18 @@ def check_run(s: Settings) -> None:
     if s.quantize_only and s.prequant_only:
         raise UserError("QUANTIZE_ONLY=1 and PREQUANT_ONLY=1 leave nothing to make: keep one")
     if s.eval_only_quantized_path and (s.quantize_only or s.prequant_only):
-        raise UserError(f"EVAL_ONLY_QUANTIZED_PATH={s.eval_only_quantized_path} scores an artifact, which "
-                        "QUANTIZE_ONLY and PREQUANT_ONLY leave out: set both to 0")
+        raise UserError(f"EVAL_ONLY_QUANTIZED_PATH={s.eval_only_quantized_path} scores an artifact, "
+                        "which QUANTIZE_ONLY and PREQUANT_ONLY leave out: set both to 0")
     budget, every = s.max_wallclock_seconds, s.checkpoint_every_seconds
     if every and budget:
-        raise UserError(f"CHECKPOINT_EVERY_SECONDS={every:g} has no effect under MAX_WALLCLOCK_SECONDS="
-                        f"{budget:g}: a run with a budget keeps averages; set one of them to 0")
+        raise UserError(f"CHECKPOINT_EVERY_SECONDS={every:g} has no effect under "
+                        f"MAX_WALLCLOCK_SECONDS={budget:g}: a run with a budget keeps averages; "
+                        "set one of them to 0")
     if not s.resume:
         return
     if budget:
-        raise UserError(f"RESUME=1 would spend MAX_WALLCLOCK_SECONDS={budget:g} twice: a run with a budget "
-                        "goes on by EVAL_ONLY_PATH=…/checkpoint/average.pt")
+        raise UserError(f"RESUME=1 would spend MAX_WALLCLOCK_SECONDS={budget:g} twice: a run with a "
+                        "budget goes on by EVAL_ONLY_PATH=…/checkpoint/average.pt")
     if s.eval_only_path or s.eval_only_quantized_path:
         raise UserError("RESUME=1 trains: leave EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH out")
     if not s.artifact_dir:
@@ -3410,8 +3469,8 @@ def refuse_misspelt(env: Mapping[str, str], known: Mapping) -> None:
     for name in env:
         if name not in known and (nearest := looks_like_ours(name, known)) is not None:
             raise UserError(f"unknown setting {name}: the nearest known one is {nearest} "
-                            "(python train_gpt.py --help lists all); if it is of another program, start "
-                            f"this one by: env -u {name} python train_gpt.py")
+                            "(python train_gpt.py --help lists all); if it is of another program, "
+                            f"start this one by: env -u {name} python train_gpt.py")
 
 
 def set_up(s: Settings, world: World) -> str:
@@ -5251,6 +5310,16 @@ def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) 
         with run.guarded(f"the profiles of {stage}"):
             for profile in ledger.profiles():
                 run.log("profile", quiet=True, stage=stage, **profile)
+
+
+def log_decodable_score(s: Settings, run: Run, score: Score) -> None:
+    """The score by the bytes that the text has: normalising tokenizers lose some that the
+    rule counts."""
+    decodable = read_manifest(s).get("decodable_val_bytes")
+    if decodable and s.val_doc_fraction == 1:
+        bpb = run.summary["val_bpb_decodable"] = score.loss_sum / LN2 / decodable
+        run.log("honest_bytes", counted=int(score.byte_sum), decodable=decodable,
+                val_bpb_decodable=bpb)
 
 
 def check_score(stage: str, score: Score) -> None:
@@ -7114,7 +7183,8 @@ def check_counts(s: Settings) -> None:
     """Refuse a tilt by which no expert ever speaks."""
     if s.ngram_tilt_enabled and not experts_in_use(s):
         thresholds = " or ".join(expert.threshold.upper() for expert in EXPERTS.values())
-        raise UserError(f"NGRAM_TILT_ENABLED=1 has no expert in use: lower {thresholds} to at most 1")
+        raise UserError("NGRAM_TILT_ENABLED=1 has no expert in use: "
+                        f"lower {thresholds} to at most 1")
 
 
 # --- n-gram tilt: the score leans towards what followed the same context earlier
@@ -7308,6 +7378,23 @@ def tilted_losses(s: Settings, losses: Callable, ids: Tensor, targets: Tensor, a
 # ============================================================================================================
 # 14  Probes and checks: what is proved before the first step and before the evaluation clock
 # ============================================================================================================
+
+def check_before_start(s: Settings, world: World, run: Run, attention_reason: str) -> None:
+    """All that can be checked before anything is spent, into the log; UserError at the
+    first that fails."""
+    for reason in study_reasons(s):
+        run.not_compliant(reason)
+    if world.device.type == "cpu" and not s.eval_only_quantized_path and (slow := slow_batch(s)):
+        run.warn(slow)
+    world.beat("checking")
+    for finding in run_checks(s, world, run.dir, attention_reason):
+        run.log("check", what=finding.name, detail=finding.figure)
+        if not finding.ok:
+            raise UserError(finding.figure)
+        if finding.name == "data fingerprint":
+            run.summary.setdefault("data_fingerprint", finding.figure)
+    run.save_summary()
+
 
 class Finding(NamedTuple):
     """Something that was put to the test: a line of --check, or a probe."""

@@ -90,7 +90,7 @@ EARLY = LAST.replace("np.isin(starts + w.begin + w.offset + w.count, ends)", "w.
 PLAIN, ADAPTED = dict(TTT_ENABLED=False), dict(SLIDING_WINDOW_ENABLED=False)
 MUTANTS = {   # the line to change, what it becomes, settings that leave what is probed, the row that fails
     "smear": ("inside = ids[:, 1:] != BOS", "same, inside = None, ids[:, 1:] >= 0", PLAIN, "C1 windows: "),
-    "attention": (ATTENTION + ", c.layout)", ATTENTION + ")", PLAIN, "C1 windows: "),
+    "attention": (ATTENTION + ", forward.layout)", ATTENTION + ")", PLAIN, "C1 windows: "),
     "tilt": (LOSS, LOSS.replace("\n", " - 0.1 * (targets % 4 == 0)\n"), PLAIN, "C2 "),
     "gold": (LOSS, GOLD, PLAIN, "C2 "),
     "early": (SCORE, EARLY + SCORE, ADAPTED, "C1 test-time training: "),
