@@ -1,19 +1,25 @@
-"""train_gpt.py: one script that trains, quantises, packs and scores a depth-recurrent GPT (Parameter Golf).
+"""train_gpt.py: one script that trains, quantises, packs and scores a depth-recurrent
+GPT (Parameter Golf).
 
-    torchrun --standalone --nproc_per_node=8 train_gpt.py        # the competition run, on 8 H100
-    python train_gpt.py --help                                   # every setting: default, range, meaning
-    python train_gpt.py --check                                  # all that can be checked without training
+    torchrun --standalone --nproc_per_node=8 train_gpt.py    # the competition run
+    python train_gpt.py --help        # every setting: default, range, meaning
+    python train_gpt.py --check       # all that can be checked without training
 
-600 s of training produce averaged weights; GPTQ rounds them to int6; the packed artifact and this script stay
-under 16,000,000 bytes together; the artifact is read back and scored in bits per byte (BPB), first by sliding
-windows, then by score-first test-time training (TTT). Environment variables are the only configuration.
-Chapters   PART ONE, the system      1 Story      2 Settings   3 Model   4 Optimiser   5 Training   6 Quantise
-                                     7 Score      8 Adapt
-           PART TWO, machinery       9 World     10 Data      11 Kernels   12 Pack   13 Counts   14 Probes
-           PART THREE, lineage      what the older systems did differently: it only adds, and can be cut off
+600 s of training produce averaged weights; GPTQ rounds them to int6; the packed
+artifact and this script stay under 16,000,000 bytes together; the artifact is read
+back and scored in bits per byte (BPB), first by sliding windows, then by score-first
+test-time training (TTT). Environment variables are the only configuration.
 
-Shape letters: B rows, T tokens, D model width, H query heads, K key/value heads, V vocabulary, L layers,
-R x C a weight matrix (out, in), S executed layer slots (a looped layer has several).
+Chapters    PART ONE, the system     1 Story  2 Settings  3 Model  4 Optimiser
+                                     5 Training  6 Quantise  7 Score  8 Adapt
+            PART TWO, machinery      9 World  10 Data  11 Kernels  12 Pack  13 Counts
+                                     14 Probes
+            PART THREE, lineage      what the older systems did differently: it only
+                                     adds, and can be cut off
+
+Shape letters: B rows, T tokens, D model width, H query heads, K key/value heads, V
+vocabulary, L layers, R x C a weight matrix (out, in), S executed layer slots (a
+looped layer has several).
 """
 from __future__ import annotations
 
@@ -66,8 +72,9 @@ from torch import Tensor, nn
 
 try:
     import brotli
-except ImportError as error:      # before anything is spent: nothing can be packed or read without it
-    raise SystemExit("error: the package brotli is missing: pip install -r requirements.txt") from error
+except ImportError as error:      # now, before anything is spent: nothing can be packed without it
+    missing = "error: the package brotli is missing: pip install -r requirements.txt"
+    raise SystemExit(missing) from error
 try:
     import triton
     import triton.language as tl
@@ -77,11 +84,12 @@ except ImportError:               # the plain twins are complete without it
 ARTIFACT_LIMIT = 16_000_000   # bytes: this script as shipped + the packed model
 MOST_ARTIFACT = 1 << 26       # bytes of a file that is read as one
 CANONICAL_VAL_DOCS = 50_000   # documents of FineWeb's validation split
-BUDGET_SECONDS = 600.0        # the competition's, for all up to the artifact and again for the evaluation
+BUDGET_SECONDS = 600.0        # for all up to the artifact, and as many for the evaluation
 BOS = 1                       # begins every document, in every tokenizer of the field
 RMS_EPS = 1.1920929e-07       # float32 machine epsilon
 LN2 = math.log(2.0)
-ARTIFACT_NAME, WEIGHTS_NAME = "final_model.int6.ptz", "final_model.pt"
+ARTIFACT_NAME = "final_model.int6.ptz"
+WEIGHTS_NAME = "final_model.pt"
 
 
 class UserError(Exception):
@@ -119,6 +127,11 @@ class Interrupted(BaseException):
 # 1  Story: the whole run, told straight down
 # ============================================================================================================
 
+# Where to look. A token enters train_loop from the stream and becomes a loss in GPT.losses. Curriculum
+# decides the context, the loop and the rate of every step; layer_plan makes of the loop an order of layers.
+# The 600 s of training hold train_loop and compress, those of the evaluation score_artifact from its clock
+# on. A new gate has a shape in GPT.shapes, a role in ROLES, its use in GPT.attend and its switch in Settings.
+
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     """Entry: 0 when all went well, 1 when --check found something or the script
     failed, 2 on a user's mistake, 130 or 143 when interrupted."""
@@ -133,13 +146,14 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
         if list(argv[:1]) == ["--check"]:
             return check_command(" ".join(argv[1:]))
         if argv:
-            raise UserError(f"unknown argument {argv[0]}: settings come from the environment; see --help")
+            raise UserError(f"unknown argument {argv[0]}: settings come from the environment, "
+                            "see --help")
         rank = launcher_ranks(os.environ).rank
         s = Settings.from_env(os.environ)
         world = World.join(os.environ)
-        why = set_up(s, world)
+        attention_reason = set_up(s, world)
         run = Run(s, world)
-        pipeline(s, world, run, why)
+        pipeline(s, world, run, attention_reason)
         run.close()
         world.leave()
         return 0
@@ -147,40 +161,16 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
         return end_early(error, run, rank)
 
 
-def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
+def pipeline(s: Settings, world: World, run: Run, attention_reason: str) -> None:
     """train -> average -> quantise -> pack -> read back -> score: the whole story."""
     log_start(s, world, run)
-    for reason in study_reasons(s):
-        run.not_compliant(reason)
-    if world.device.type == "cpu" and not s.eval_only_quantized_path and (slow := slow_batch(s)):
-        run.warn(slow)
-    world.beat("checking")
-    for finding in run_checks(s, world, run.dir, why):
-        run.log("check", what=finding.name, detail=finding.figure)
-        if not finding.ok:
-            raise UserError(finding.figure)
-        if finding.name == "data fingerprint":
-            run.summary.setdefault("data_fingerprint", finding.figure)
-    run.save_summary()
+    check_before_start(s, world, run, attention_reason)
     world.beat("set-up")
-    model, val = build_model(s, world), Validation(s)
+    model = build_model(s, world)
+    val = Validation(s)
     check_same_text(run, val)
     if not s.eval_only_quantized_path:
-        with Validation.seal():
-            clock, stream = train(s, world, run, model, val)
-            for study in STUDIES:
-                study.after_training(s, world, run, model, val)
-            if not s.prequant_only:
-                compress(s, world, run, model, clock, stream.next)
-        remove_safety_copies(run)
-        stream.close()
-        if not s.quantize_only:
-            world.beat("scoring")
-            score = Scorer(s, world, model).windows(val, s.eval_seq_len)
-            check_score("prequant", score)
-            run.log("score_prequant", val_loss=score.loss, val_bpb=score.bpb)
-            run.summary["prequant_val_bpb"] = score.bpb
-            run.save_summary()
+        make_artifact(s, world, run, model, val)
     if not (s.quantize_only or s.prequant_only):
         path = Path(s.eval_only_quantized_path or run.dir / ARTIFACT_NAME)
         score_artifact(s, world, run, model, val, path)
@@ -188,23 +178,46 @@ def pipeline(s: Settings, world: World, run: Run, why: str) -> None:
     run.save_summary()
 
 
+def make_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> None:
+    """Train, average, quantise, pack, all on the training clock; then, off it, the score
+    of the averaged weights."""
+    with Validation.seal():      # nothing in here can learn from a validation token
+        clock, stream = train(s, world, run, model, val)
+        for study in STUDIES:
+            study.after_training(s, world, run, model, val)
+        if not s.prequant_only:
+            compress(s, world, run, model, clock, stream.next)
+    remove_safety_copies(run)
+    stream.close()
+    if not s.quantize_only:
+        world.beat("scoring")
+        score = Scorer(s, world, model).windows(val, s.eval_seq_len)
+        check_score("prequant", score)
+        run.log("score_prequant", val_loss=score.loss, val_bpb=score.bpb)
+        run.summary["prequant_val_bpb"] = score.bpb
+        run.save_summary()
+
+
 def train(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> tuple[Clock, Prefetch]:
-    """Warm up, rehearse, train to the average, or read EVAL_ONLY_PATH; the training
-    clock and the stream."""
+    """Averaged weights into the model, by training or from EVAL_ONLY_PATH; the clock and
+    the stream that quantising goes on with."""
     drop_ballast(run)      # of a run that was killed
     if s.eval_only_path:
         facts = read_weights(s.eval_only_path, model)
         stream = Prefetch(open_train_stream(s, world, s.batch_shape(world.size)[1]), world.device)
         return take_over(s, run, facts), stream
     state = read_checkpoint(s, world, run) if s.resume else None
+    if state:
+        run.summary["untrained_val_bpb"] = state["untrained_val_bpb"]
     if world.main:
         check_disk(run.dir, bytes_of_results(s), ballast=True)
+
+    # before the clock starts: compile every graph, and see how long packing takes
     trainer = Trainer(s, world, model)
     world.beat("warm-up")
     run.log("warm_up", seconds=trainer.warm_up())
     world.beat("rehearsal")
-    rehearsed = rehearse(s, world, run, trainer)
-    reserve, warning = reserved(s, rehearsed)
+    reserve, warning = reserved(s, rehearse(s, world, run, trainer))
     if warning:
         run.log("warning", text=warning)
 
@@ -214,8 +227,6 @@ def train(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
         if step == 0:
             run.summary["untrained_val_bpb"] = score.bpb
 
-    if state:
-        run.summary["untrained_val_bpb"] = state["untrained_val_bpb"]
     try:
         with SIGNALS.held():
             trained = train_loop(s, world, run, trainer, reserve, validate, state)
@@ -224,8 +235,8 @@ def train(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
                 save_weights(run, model, trained.facts)
             if trained.signal:
                 world.barrier()      # rank 0 has written its file before any rank ends
-                how = trained.facts["stopped"] or "ended"
-                raise SIGNALS.error(f"training was {how}", trained.signal)
+                end = trained.facts["stopped"] or "ended"
+                raise SIGNALS.error(f"training was {end}", trained.signal)
     finally:
         drop_ballast(run)
     training_reports(run, trainer, trained)
@@ -239,46 +250,46 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
     """To ITERATIONS, until a step would pass MAX_WALLCLOCK_SECONDS - reserve, or until
     a signal. validate(step, looping) scores the weights off the clock; state: of the
     checkpoint to go on from. UserError when loss or gradient stop being finite."""
-    budget = s.max_wallclock_seconds - reserve if s.max_wallclock_seconds else 0.0
-    curriculum, progress = Curriculum(s), Progress(s, world, run, trainer.model, budget)
+    curriculum, pace = Curriculum(s), Pace(s, reserve)
     step = go_on_from(state, trainer, curriculum) if state else 0
     stream = open_stream(s, world, trainer.tokens, state["batches"] if state else 0)
+    progress = Progress(s, world, run, trainer.model, pace.budget)
+    progress.epochs = int(stream.epoch)
+    looping = curriculum.loops(step, 0.0)
     # graphs that were not warmed up take minutes in between
-    kind = "step" if s.warmup_steps or not compiles(s, world.device) else "compiling-step"
-    world.beat(f"{kind} {step}")
+    beat = "step" if s.warmup_steps or not compiles(s, world.device) else "compiling-step"
+    world.beat(f"{beat} {step}")
     world.barrier()
-    clock, step_seconds, before = Clock(s.max_wallclock_seconds), 0.0, 0.0
+    clock = Clock(s.max_wallclock_seconds)
     clock.start -= state["seconds"] if state else 0.0
-    looping, progress.epochs = curriculum.loops(step, 0.0), int(stream.epoch)
-    measured = [x for x in (0.1, 0.5, 0.9) if x * s.iterations >= step]    # shares whose next step is timed
     watch, keeper = FiniteWatch(), AverageKeeper(s, world, run, trainer, clock)
     checkpoints = Checkpoints(s, world, run, trainer, watch, clock)
     while True:
         if s.val_loss_every and step % s.val_loss_every == 0:
             off_the_clock(world, clock, lambda: validate(step, looping))
         elapsed, stop, bad = world.agree_step(clock.elapsed(), SIGNALS.number, watch.first_bad())
-        step_seconds, before = max(elapsed - before, 0.9 * step_seconds) if step else 0.0, elapsed
-        ended = step >= s.iterations or (budget and elapsed + step_seconds > budget)
+        pace.observe(step, elapsed)
+        ended = pace.ended(step)
         if ended or stop or bad:
             break
         checkpoints.offer(step, elapsed, curriculum, stream)
-        done = min(elapsed / budget, 1.0) if budget else step / s.iterations
-        length, looping, lr = curriculum.at(step, done)
+        # the step: on how long a context, with or without loops, at which rate
+        share = pace.progress(step)
+        length, looping, lr = curriculum.at(step, share)
         plan = layer_plan(s, looping)
-        if measured and done >= measured[0]:
-            measured.pop(0)
-            trainer.measure()
+        trainer.measure(share)
         losses = [trainer.micro_step(stream.next(length), plan) for _ in range(trainer.accum)]
-        world.beat(f"{kind} {step + 1}")
+        world.beat(f"{beat} {step + 1}")
         norm = trainer.update(lr, muon_momentum(s, step))
         step += 1
         loss = sum(losses) / trainer.accum
+        # what is kept and logged of it
         watch.record(step, loss, norm)
         keeper.offer(step)
-        world.beat(f"{kind} {step}")
+        world.beat(f"{beat} {step}")
         progress.events(step, stream, trainer, looping)
-        if budget and budget - elapsed < 10 * step_seconds:
-            sync(world.device)            # near the end the host must not run ahead of the GPU
+        if pace.near_end():
+            sync(world.device)            # the host must not run ahead of the GPU
         progress.report(step, clock, loss, norm, lr, plan)
     sync(world.device)
     seconds = clock.elapsed()
@@ -297,7 +308,7 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
 
 
 def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next_batch: Callable) -> None:
-    """Calibrate, quantise, pack and write the artifact, on the training clock."""
+    """Calibrate, quantise, pack and write the artifact, still on the training clock."""
     begin = clock.elapsed()
     world.beat("calibrating")
     curvature = calibrate(s, world, model, next_batch)
@@ -315,65 +326,73 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
 
 
 def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validation, path: Path) -> None:
-    """Open the artifact; score its weights by plain windows, sliding windows and TTT."""
+    """Score the artifact by plain windows, sliding windows and TTT."""
     world.beat("scoring")
+    judge_artifact(s, world, run, model, path)
+    log_probes(s, world, run, model)
+    clock = Clock(s.eval_max_seconds)
+    open_artifact(s, world, model, path)       # once more, on the clock
+    scorer = Scorer(s, world, model)
+    alone = not (s.sliding_window_enabled or s.ttt_enabled)
+    with contextlib.nullcontext() if alone else clock.exclude():      # else it is a diagnostic
+        val.hints = Hints.build(s, world, val, False) if alone else None
+        score = scorer.windows(val, s.eval_seq_len)
+    log_score(run, "quantized", score, scorer.ledger, clock)
+    if s.sliding_window_enabled:
+        val.hints = Hints.build(s, world, val, False)
+        score = scorer.windows(val, s.eval_stride)
+        log_score(run, "sliding", score, scorer.ledger, clock)
+    if s.ttt_enabled:
+        score = adapt_and_score(s, world, run, model, val, clock)
+    book_result(s, run, val, score, clock)
+
+
+def judge_artifact(s: Settings, world: World, run: Run, model: GPT, path: Path) -> None:
+    """UserError unless the file is whole, within the limit and of this run; its marks of
+    NON-COMPLIANT go into the summary."""
     count_up(run, "evaluation_runs")
     size, mark, digest = open_artifact(s, world, model, path)
-    if world.main and digest != run.summary.get("artifact_digest", digest):
+    expected = run.summary.get("artifact_digest", digest)
+    if world.main and digest != expected:
         raise UserError(f"{path} is not the artifact that this run wrote (digest {digest}, not "
-                        f"{run.summary['artifact_digest']}): quantise again, with EVAL_ONLY_PATH")
+                        f"{expected}): quantise again, with EVAL_ONLY_PATH")
     total = check_size(size, shipped_form(s))
     run.summary.update(artifact_bytes=size, total_bytes=total, artifact_digest=digest)
     for reason in filter(None, mark.split("; ")):
         run.not_compliant(reason)
     run.save_summary()
-    log_probes(s, world, run, model)
-    clock = Clock(s.eval_max_seconds)
-    open_artifact(s, world, model, path)       # once more, on the clock
-    scorer = Scorer(s, world, model)
-    stages = {"quantized": s.eval_seq_len, **({"sliding": s.eval_stride} if s.sliding_window_enabled else {})}
-    for stage, stride in stages.items():
-        diagnostic = stage == "quantized" and (s.sliding_window_enabled or s.ttt_enabled)
-        with clock.exclude() if diagnostic else contextlib.nullcontext():
-            val.hints = None if diagnostic else Hints.build(s, world, val, False)
-            final = scorer.windows(val, stride)
-        log_score(run, stage, final, scorer.ledger, clock)
-    if s.ttt_enabled:
-        if val.hints is None or "stream" not in (s.ttt_doc_order, s.ngram_doc_order):
-            val.hints = Hints.build(s, world, val, True)
-        which = {"stream": "first", "length": "longest"}[s.ttt_doc_order]
-        rounds = ttt_rounds(s, val.documents.length)
-        phases, learnt = len(rounds) - 1, rounds[-2].train_on if len(rounds) > 1 else ()
-        lengths = [val.documents.length[r.train_on].sum() for r in rounds[:-1]]
-        steps = sum(phase_steps(s, int(tokens)) for tokens in lengths)
-        learn_from = f"the {which} {len(learnt):,} documents" if steps else "none, no step is taken"
-        run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
-                base_weights_learn_from=learn_from, base_weight_steps=steps,
-                ngram_hints=0 if val.hints is None else len(val.hints.at), elapsed=clock.elapsed())
-        if s.phased_ttt_prefix_docs and phases < s.phased_ttt_num_phases:
-            run.log("settings_without_effect", PHASED_TTT_NUM_PHASES=f"{len(val.documents):,} documents make "
-                    f"{phases} phases of {s.phased_ttt_num_phases}")
 
-        def trace(event: str, **values) -> None:
-            if event == "give_up":
-                run.log("watchdog", **values)
 
-        ttt = PhasedTTT(s, world, model, val, trace, clock)
-        final = ttt.run()
-        log_score(run, "ttt", final, ttt.ledger, clock)
+def adapt_and_score(s: Settings, world: World, run: Run, model: GPT, val: Validation, clock: Clock) -> Score:
+    """Score-first test-time training: what has been scored may be learnt from."""
+    if val.hints is None or "stream" not in (s.ttt_doc_order, s.ngram_doc_order):
+        val.hints = Hints.build(s, world, val, True)
+    log_adaptation(s, run, val, clock)
+
+    def trace(event: str, **values) -> None:
+        if event == "give_up":
+            run.log("watchdog", **values)
+        if event == "warning":
+            run.log("warning", **values)
+
+    ttt = PhasedTTT(s, world, model, val, trace, clock)
+    score = ttt.run()
+    log_score(run, "ttt", score, ttt.ledger, clock)
+    return score
+
+
+def book_result(s: Settings, run: Run, val: Validation, score: Score, clock: Clock) -> None:
+    """The last score is the result; the evaluation clock ends here."""
     seconds = clock.elapsed()
     check_budget(run, "evaluation", seconds, "EVAL_MAX_SECONDS", s.eval_max_seconds)
-    run.log("coverage", targets=final.tokens, bytes=int(final.byte_sum), documents=len(val.documents),
+    scored_bytes = int(score.byte_sum)
+    run.log("coverage", targets=score.tokens, bytes=scored_bytes, documents=len(val.documents),
             complete=True, seconds_off_the_clock=clock.excluded)
-    run.summary.update(val_bpb=final.bpb, val_loss=final.loss, eval_seconds=seconds,
-                       tokens_scored=final.tokens, bytes_scored=int(final.byte_sum), byte_rule=val.rule)
+    run.summary.update(val_bpb=score.bpb, val_loss=score.loss, eval_seconds=seconds,
+                       tokens_scored=score.tokens, bytes_scored=scored_bytes, byte_rule=val.rule)
     run.save_summary()
     with run.guarded("the score by decodable bytes"):
-        decodable = read_manifest(s).get("decodable_val_bytes")
-        if decodable and s.val_doc_fraction == 1:     # normalising tokenizers lose bytes that the rule counts
-            run.summary["val_bpb_decodable"] = final.loss_sum / LN2 / decodable
-            run.log("honest_bytes", counted=int(final.byte_sum), decodable=decodable,
-                    val_bpb_decodable=run.summary["val_bpb_decodable"])
+        log_decodable_score(s, run, score)
 
 
 # ============================================================================================================
@@ -386,15 +405,18 @@ MOST = {int: 10 ** 9, float: 1e6, str: 1000}
 
 def knob(default, doc, lo=None, hi=None, group=None, choices=()):
     """A setting: default (its type is the setting's type), meaning with unit,
-    inclusive bounds."""
-    hi = MOST.get(type(default)) if hi is None else hi
-    lo = -hi if lo is None and type(default) is float else lo
+    inclusive bounds. group: heading of --help over this one and those that follow."""
+    if hi is None:
+        hi = MOST.get(type(default))
+    if lo is None and type(default) is float:
+        lo = -hi
     return field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, group=group, choices=choices))
 
 
 def choice(words, doc, group=None):
     """A setting that is one of some words, the first by default."""
-    return knob(words.split()[0], doc, group=group, choices=words.split())
+    choices = words.split()
+    return knob(choices[0], doc, group=group, choices=choices)
 
 
 @dataclass(frozen=True)
@@ -402,68 +424,82 @@ class Settings:
     """Every setting of the script. The environment name is the field's name in
     capitals."""
     # --- run
-    run_id: str = knob("", "name of the run (default: date and a random tag)", group="run")
+    run_id: str = knob("", "name of the run; by default date and a random tag", group="run")
     seed: int = knob(1337, "seed of weights, adapters and data order", 0, 2 ** 63 - 1)
     artifact_dir: str = knob("", "folder of the run's files (default: runs/<RUN_ID>)")
-    max_wallclock_seconds: float = knob(600.0, "training budget in s, artifact included; 0: ITERATIONS; over "
-                                        "600 s used is NON-COMPLIANT", 0)
-    eval_max_seconds: float = knob(600.0, "evaluation budget in s, watched by TTT; 0: none; over 600 s used "
-                                   "is NON-COMPLIANT", 0)
-    iterations: int = knob(20000, "most optimiser steps; without a time budget the schedule's length", 0)
-    train_log_every: int = knob(500, "steps between progress lines (the first ten always show)", 0)
-    val_loss_every: int = knob(0, "steps between validations in training, step 0 included; 0: none", 0)
-    checkpoint_every_seconds: float = knob(0.0, "seconds between checkpoints to go on from, without a time "
-                                           "budget; 0: none", 0)
-    resume: bool = knob(False, "go on from the checkpoint in ARTIFACT_DIR, to the bit, without a time budget")
-    eval_only_path: str = knob("", "averaged weights (.pt) to quantise, pack and score without training")
+    max_wallclock_seconds: float = knob(
+        600.0, "training budget in s, artifact included; above 600 NON-COMPLIANT; 0: none", 0)
+    eval_max_seconds: float = knob(
+        600.0, "evaluation budget in s, kept by TTT; above 600 NON-COMPLIANT; 0: none", 0)
+    iterations: int = knob(
+        20000, "most optimiser steps; without a budget the schedule's length", 0)
+    train_log_every: int = knob(
+        500, "steps between progress lines; the first ten always show", 0)
+    val_loss_every: int = knob(0, "steps between validations, from step 0 on; 0: none", 0)
+    checkpoint_every_seconds: float = knob(
+        0.0, "s between checkpoints, in a run without a budget; 0: none", 0)
+    resume: bool = knob(
+        False, "go on from the checkpoint in ARTIFACT_DIR, to the bit; without a budget")
+    eval_only_path: str = knob(
+        "", "averaged weights (.pt) to quantise, pack and score; no training")
     eval_only_quantized_path: str = knob("", "artifact (.ptz) to score, nothing else")
     quantize_only: bool = knob(False, "stop when the artifact is written")
     prequant_only: bool = knob(False, "stop after scoring the averaged weights")
     # --- device
-    attn_backend: str = choice("auto fa3 fa4 torch plain", "attention", group="device")
+    attn_backend: str = choice(
+        "auto fa3 fa4 torch plain", "kernel of attention", group="device")
     compile: str = choice("auto 0 1", "torch.compile; auto: on a GPU")
-    compute_dtype: str = choice("auto float32 bfloat16", "activations; auto: bfloat16 on a GPU")
-    muon_dtype: str = choice("auto float32 bfloat16", "Muon and its traffic; auto: as above")
+    compute_dtype: str = choice(
+        "auto float32 bfloat16", "activations; auto: bfloat16 on GPUs")
+    muon_dtype: str = choice(
+        "auto float32 bfloat16", "Muon and its traffic; auto: as above")
     fused_ce_enabled: bool = knob(True, "fused cross-entropy kernel on a GPU")
     # --- data
     data_dir: str = knob("./data/", "folder that the next two default to", group="data")
     data_path: str = knob("", "folder with fineweb_train_*.bin and fineweb_val_*.bin")
     tokenizer_path: str = knob("", "SentencePiece model of the shards")
     vocab_size: int = knob(8192, "tokens in the vocabulary", 2, 65536)
-    caseops_enabled: bool = knob(True, "shards of the CaseOps tokenizer; needs the byte sidecar")
-    data_check: str = choice("quick full", "the data before training; full: every byte and every document")
-    train_loader: str = choice("stream docpack", "stream: every target once; or the field's")
-    train_batch_tokens: int = knob(786432, "tokens of one optimiser step, over all ranks", 1)
-    train_seq_len: int = knob(2048, "documents are cut to this many tokens in training", 2, 2 ** 24)
-    train_seq_schedule: str = knob("", "progressive context: length@progress, …; the largest: TRAIN_SEQ_LEN")
-    train_seq_schedule_mode: str = choice("wallclock step", "progress: of the budget, or of ITERATIONS")
-    seq_change_warmup_steps: int = knob(32, "steps of the learning rate's ramp after a change; 0: none", 0)
-    grad_accum_steps: int = knob(0, "micro-batches of a step and rank; 0: 8 / number of ranks", 0)
-    val_batch_tokens: int = knob(524288, "tokens of a scoring batch, over 8 micro-batches", 8)
-    val_doc_fraction: float = knob(1.0, "share of the validation documents (below 1: no result)", 0, 1)
+    caseops_enabled: bool = knob(True, "shards of the CaseOps tokenizer, with byte sidecar")
+    data_check: str = choice(
+        "quick full", "data before training; full: every byte and document")
+    train_loader: str = choice("stream docpack", "every target once; or the field's")
+    train_batch_tokens: int = knob(786432, "tokens of one optimiser step, all ranks", 1)
+    train_seq_len: int = knob(2048, "documents are cut to this many tokens", 2, 2 ** 24)
+    train_seq_schedule: str = knob(
+        "", "growing context: length@progress, …; the largest is TRAIN_SEQ_LEN")
+    seq_change_warmup_steps: int = knob(
+        32, "steps of a learning-rate ramp after a change; 0: none", 0)
+    grad_accum_steps: int = knob(0, "micro-batches of a step and rank; 0: 8 / ranks", 0)
+    val_batch_tokens: int = knob(524288, "tokens of a scoring batch, in 8 micro-batches", 8)
+    val_doc_fraction: float = knob(
+        1.0, "share of the validation documents; below 1 it is no result", 0, 1)
     # --- model
     num_layers: int = knob(11, "physical layers", 1, 256, group="model")
     model_dim: int = knob(512, "width", 8, 65536)
     num_heads: int = knob(8, "query heads", 1, 1024)
     num_kv_heads: int = knob(4, "key/value heads", 1, 1024)
     mlp_mult: float = knob(4.0, "hidden units of the MLP per channel", 0.01, 256)
-    negative_slope: float = knob(0.5, "slope of the MLP's squared LeakyReLU below zero", 0, 1)
+    negative_slope: float = knob(0.5, "slope of the MLP's squared LeakyReLU below 0", 0, 1)
     logit_softcap: float = knob(30.0, "logits are cap * tanh(z / cap)", 1e-3)
-    asym_logit_rescale: bool = knob(False, "two caps, for positive and negative logits, used in evaluation")
-    ln_scale: bool = knob(True, "block inputs are scaled by 1 / sqrt(layer + 1)")
+    asym_logit_rescale: bool = knob(
+        False, "in evaluation, two caps: for positive and negative logits")
     rope_base: float = knob(10000.0, "rotary base", 1, 1e12)
     rope_dims: int = knob(16, "rotated channels of a head; 0: all", 0)
     qk_gain_init: float = knob(5.0, "initial gain of the normalised queries, per head")
-    xsa_last_n: int = knob(11, "last layers whose attention output is made orthogonal to its own value", 0)
+    xsa_last_n: int = knob(
+        11, "last layers whose attention output is made orthogonal to its value", 0)
     num_loops: int = knob(2, "extra passes over layers LOOP_START..LOOP_END", 0, 1000)
     loop_start: int = knob(3, "first layer of the loop", 0)
     loop_end: int = knob(5, "last layer of the loop", 0)
-    enable_looping_at: float = knob(0.35, "share of the training budget after which loops run", 0, 1)
-    parallel_start_layer: int = knob(8, "decoder layers from here on run as two lanes; 0: none", 0)
+    enable_looping_at: float = knob(
+        0.35, "share of training's time after which loops run", 0, 1)
+    parallel_start_layer: int = knob(
+        8, "decoder layers from here on have two lanes; 0: none", 0)
     gate_window: int = knob(12, "channels that the smear and attention gates read", 1)
     smear_gate_enabled: bool = knob(True, "mix the previous token's embedding in")
     smear_gate_bos_fix: bool = knob(True, "never across a BOS")
-    sparse_attn_gate_enabled: bool = knob(True, "gate each head by GATE_WINDOW channels of the block input")
+    sparse_attn_gate_enabled: bool = knob(
+        True, "gate heads by GATE_WINDOW channels of the block input")
     sparse_attn_gate_scale: float = knob(0.5, "slope of that gate")
     tied_embed_init_std: float = knob(0.005, "initial spread of the embedding", 0)
     # --- optimiser
@@ -480,17 +516,22 @@ class Settings:
     muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", 0, 0.999999)
     muon_momentum_warmup_steps: int = knob(1500, "steps of the momentum's warm-up", 0)
     grad_clip_norm: float = knob(0.3, "largest norm of the gradient; 0: no clipping", 0)
-    grad_clip_mode: str = choice("global per_rank", "clip the average, or as the field each rank's own")
-    warmup_steps: int = knob(20, "compile and warm-up steps on random tokens, undone before training", 0)
-    warmdown_frac: float = knob(0.85, "last share of the budget, of falling learning rate", 0, 1)
+    grad_clip_mode: str = choice(
+        "global per_rank", "clip the average; or, as the field, each rank's")
+    warmup_steps: int = knob(20, "steps on random tokens that compile, then undone", 0)
+    warmdown_frac: float = knob(
+        0.85, "last share of training, with a falling learning rate", 0, 1)
     min_lr: float = knob(0.1, "lowest learning rate, as a share of the peak", 0, 1)
     ema_decay: float = knob(0.9965, "averaging of the weights, per step", 0, 0.999999)
     # --- quantise and pack
-    quant_allocation: str = choice("fisher hand", "steps by curvature; or bits and sigmas", group="quantise")
-    quant_trellis: bool = knob(True, "trellis-coded quantisation (8 states), with fisher steps")
+    quant_allocation: str = choice(
+        "fisher hand", "steps by curvature; or by bits, sigmas", group="quantise")
+    quant_trellis: bool = knob(
+        True, "trellis-coded quantisation, 8 states, with fisher steps")
     matrix_bits: int = knob(6, "bits of the matrices (hand)", 2, 8)
     embed_bits: int = knob(7, "bits of the embedding (hand)", 2, 8)
-    matrix_clip_sigmas: float = knob(12.85, "range of the codes in standard deviations of a row (hand)", 0.1)
+    matrix_clip_sigmas: float = knob(
+        12.85, "range of codes in standard deviations of a row (hand)", 0.1)
     attn_clip_sigmas: float = knob(13.0, "the same for attention matrices", 0.1)
     mlp_clip_sigmas: float = knob(11.5, "the same for MLP matrices", 0.1)
     embed_clip_sigmas: float = knob(14.0, "the same for the embedding", 0.1)
@@ -498,65 +539,77 @@ class Settings:
     awq_lite_bits: int = knob(8, "their bits", 2, 8)
     awq_lite_group_size: int = knob(64, "columns of a group", 1)
     awq_lite_group_top_k: int = knob(1, "groups, over all matrices", 1)
-    gated_attn_quant_gate: bool = knob(True, "store attention gates as int8 per row, not float16")
-    gptq_calibration_batches: int = knob(16, "training micro-batches behind the Hessians, over all ranks", 1)
-    gptq_reserve_seconds: str = knob("auto", "least training seconds for chapters 9 and 10; auto: rehearsed")
+    gated_attn_quant_gate: bool = knob(True, "attention gates as int8 per row, not float16")
+    gptq_calibration_batches: int = knob(
+        16, "training micro-batches, of all ranks, behind the Hessians", 1)
+    gptq_reserve_seconds: str = knob(
+        "auto", "least s of the budget for quantising and packing; auto: rehearsed")
     lqer_enabled: bool = knob(False, "low-rank repair of the largest rounding errors")
     lqer_rank: int = knob(4, "its rank", 1, 65536)
     lqer_top_k: int = knob(3, "how many matrices get it", 0)
     lqer_asym_group: int = knob(64, "values that share a scale in the 4-bit factor", 1)
-    logit_calib_enabled: bool = knob(False, "fit scale and 14 biases of the quantised logits in training")
+    logit_calib_enabled: bool = knob(
+        False, "fit scale and 14 biases of the quantised logits in training")
     logit_calib_tokens: int = knob(100000, "training targets for it", 1)
     logit_calib_stride: int = knob(64, "targets scored in a window of EVAL_SEQ_LEN", 1)
     logit_calib_batch_seqs: int = knob(8, "windows of one step", 1)
     logit_calib_epochs: int = knob(1, "passes over them", 1)
     logit_calib_lr: float = knob(0.003, "learning rate", 0)
     logit_calib_l2: float = knob(0.01, "pull towards no calibration", 0)
-    fit_margin_bytes: int = knob(4096, "the fitter stops this close to the limit", 256, 10 ** 7)
-    code_form: str = choice("auto readable packed lean lean_packed", "the script that is shipped and "
-                            "counted. packed: self-extracting; lean: parts one and two alone; auto: packed, "
-                            "and lean where the settings allow it")
+    fit_margin_bytes: int = knob(
+        4096, "the fitter stops this close to the limit", 256, 10 ** 7)
+    code_form: str = choice(
+        "auto readable packed lean lean_packed",
+        "the script that ships and counts. packed: self-extracting; lean: without part three, "
+        "where no setting needs it; auto: the smallest")
     # --- score
-    eval_seq_len: int = knob(2048, "window of the sliding evaluation, in tokens", 2, 2 ** 24, group="score")
+    eval_seq_len: int = knob(
+        2048, "tokens of a window of the sliding evaluation", 2, 2 ** 24, group="score")
     eval_stride: int = knob(64, "tokens between two windows of one document", 1)
     sliding_window_enabled: bool = knob(True, "score the artifact by sliding windows")
-    eval_kv_reuse: bool = knob(True, "keep keys and values beyond the window; 0: encode again")
+    eval_kv_reuse: bool = knob(
+        True, "keep keys and values beyond the window; 0: encode again")
     ttt_enabled: bool = knob(True, "score the artifact with score-first test-time training")
     ttt_eval_seq_len: int = knob(2048, "context of TTT, in tokens", 2, 2 ** 24)
-    ttt_kv_reuse: bool = knob(True, "keep earlier keys and values; 0: encode the context again and again")
+    ttt_kv_reuse: bool = knob(
+        True, "keep earlier keys and values; 0: encode the context again")
+    ttt_suffix: int = knob(0, "newest cached tokens run again, with gradient, before a chunk", 0)
     ttt_shared_a: bool = knob(True, "one frozen A for all documents, only B is adapted")
-    ttt_doc_order: str = choice("stream length", "adapt in the stream's order, or longest first as the field")
+    ttt_doc_order: str = choice(
+        "stream length", "adapt in the stream's order; or longest first, as the field")
     ttt_chunk_size: int = knob(48, "tokens scored between two adapter steps", 1)
-    ttt_short_score_first_enabled: bool = knob(True, "smaller chunks in the first tokens of a document; with "
-                                               "TTT_DOC_ORDER=length for groups of shorter documents")
-    ttt_short_score_first_steps: str = knob("8000:24", "position (length: longest document of a group) below "
-                                            "which:chunk, …; beyond: TTT_CHUNK_SIZE")
-    ttt_short_doc_len: int = knob(2000, "the one step when TTT_SHORT_SCORE_FIRST_STEPS is empty", 0)
-    ttt_short_chunk_size: int = knob(24, "its chunk; 0: none", 0)
+    ttt_short_score_first_enabled: bool = knob(
+        True, "other chunks at the start of a document; with order length: for short ones")
+    ttt_short_score_first_steps: str = knob(
+        "8000:24", "position (order length: longest document) up to which:chunk, …")
     ttt_batch_size: int = knob(64, "documents adapted side by side", 1, 65536)
     ttt_lora_rank: int = knob(80, "rank of the adapters", 1, 65536)
     ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank", 0)
     ttt_lora_lr: float = knob(8e-5, "learning rate of the adapters", 0)
+    ttt_step_nats: float = knob(
+        0.0, "nats that a step's rate promises to take off its chunk's loss; 0: TTT_LORA_LR", 0, 1)
     ttt_q_lora: bool = knob(True, "adapt queries")
     ttt_k_lora: bool = knob(True, "adapt keys")
     ttt_v_lora: bool = knob(True, "adapt values")
     ttt_o_lora: bool = knob(True, "adapt the attention output (from the block input)")
     ttt_mlp_lora: bool = knob(True, "adapt the MLP")
     ttt_head_lora: bool = knob(True, "adapt the output head")
-    ttt_optimizer: str = choice("normalised adam", "steps: the gradient over its RMS, or AdamW")
+    ttt_optimizer: str = choice("normalised adam", "steps: gradient over its RMS; or AdamW")
     ttt_local_lr_mult: float = knob(1.0, "factor on TTT_LORA_LR", 0)
     ttt_beta1: float = knob(0.0, "AdamW's first moment, or SGD's momentum", 0, 0.999999)
     ttt_beta2: float = knob(0.99, "AdamW's second moment", 0, 0.999999)
     ttt_weight_decay: float = knob(0.5, "weight decay of the adapters", 0)
     ttt_grad_steps: int = knob(1, "adapter steps per chunk", 1)
-    ttt_train_min_doc_len: int = knob(0, "shorter documents are scored without adapting: as published, their "
-                                      "end is known beforehand", 0)
-    ttt_train_max_doc_len: int = knob(0, "so are longer ones (stream: their tokens beyond); 0: none", 0)
-    ttt_cache_lambda: float = knob(0.0, "weight, in TTT's scores, of what followed earlier hidden states of "
-                                   "the document that are like the present one; 0: none", 0, 1)
+    ttt_train_min_doc_len: int = knob(
+        0, "shorter documents only get scored; with order length alone", 0)
+    ttt_train_max_doc_len: int = knob(
+        0, "so do longer ones (order stream: tokens beyond); 0: none", 0)
+    ttt_cache_lambda: float = knob(
+        0.0, "weight in scores of what followed like hidden states before; 0: none", 0, 1)
     ttt_cache_theta: float = knob(36.0, "how fast a state's say falls with its distance", 0)
-    ttt_warm_start_a: bool = knob(True, "keep A from document to document (B always restarts at 0)")
-    phased_ttt_prefix_docs: int = knob(2500, "documents that adapt the base weights once they are scored", 0)
+    ttt_warm_start_a: bool = knob(True, "keep A from document to document; B restarts at 0")
+    phased_ttt_prefix_docs: int = knob(
+        2500, "documents that, once scored, adapt the base weights", 0)
     phased_ttt_num_phases: int = knob(3, "in how many phases", 1)
     global_ttt_lr: float = knob(0.001, "SGD on the base weights: peak learning rate", 0)
     global_ttt_momentum: float = knob(0.9, "its momentum", 0, 0.999999)
@@ -564,13 +617,11 @@ class Settings:
     global_ttt_chunk_tokens: int = knob(32768, "tokens of one step of its learning rate", 2)
     global_ttt_batch_seqs: int = knob(32, "sequences of one batch", 1)
     global_ttt_grad_clip: float = knob(1.0, "largest gradient norm; 0: no clipping", 0)
-    global_ttt_respect_doc_boundaries: bool = knob(True, "no attention across documents there")
-    global_ttt_warmup_chunks: int = knob(0, "chunks of linear warm-up", 0)
-    global_ttt_warmup_start_lr: float = knob(0.0, "learning rate at its start", 0)
-    ngram_tilt_enabled: bool = knob(False, "tilt scores towards what followed the same context earlier")
+    ngram_tilt_enabled: bool = knob(
+        False, "tilt scores towards what followed the same context before")
     ngram_doc_order: str = choice("scored stream", "what counts grow by")
-    token_order: int = knob(16, "token expert: length of context and hint together", 1, 1024)
-    token_threshold: float = knob(0.8, "it speaks from this confidence on; above 1: never", 0)
+    token_order: int = knob(16, "token expert: length of context with hint", 1, 1024)
+    token_threshold: float = knob(0.8, "it speaks from this confidence on", 0)
     token_boost: float = knob(2.625, "nats added to its hint's logit", 0)
 
     @classmethod
@@ -578,127 +629,40 @@ class Settings:
         """Read and check every setting; a name nothing reads stops the run with the
         nearest right one."""
         known = {f.name.upper(): f for f in fields(cls)}
-        env = {k: v for k, v in env.items() if v or (k in known and is_free_text(known[k]))}
-        for name, (only, why) in NO_SETTINGS.items():
-            value = env.pop(name, "")
-            if name == "EMBEDDING_DIM" and is_number(env.get("MODEL_DIM", "")):
-                only = float(env["MODEL_DIM"])
-            if value and only is not None and (float(value) if is_number(value) else value) != only:
-                raise UserError(f"{name}={value} is not to be had here, only {only}: {why}")
-        for old in ALIASES:
-            if value := env.pop(old, ""):
-                env = {**dict(zip(ALIASES[old].split(), translate(old, value))), **env}
-        if any(env.get(name, idle) != idle for name, idle in BY_HAND.items()):
-            env.setdefault("QUANT_ALLOCATION", "hand")
-        for name in env:
-            if name not in known and (nearest := looks_like_ours(name, known)) is not None:
-                raise UserError(f"unknown setting {name}: the nearest known one is {nearest} "
-                                "(python train_gpt.py --help lists all); if it is of another program, start "
-                                f"this one by: env -u {name} python train_gpt.py")
-        s = cls(**{f.name: parse_setting(f, env[name]) for name, f in known.items() if name in env})
+        env = without_old_names(env, known)
+        refuse_misspelt(env, known)
+        values = {f.name: parse_setting(f, env[name]) for name, f in known.items() if name in env}
+        s = cls(**values)
         s.check_consistency()
-        s.check_resume()
         return s
 
-    def mistake(self, text: str) -> UserError:
-        """The error that says so: settings named before the first colon are shown
-        with their values."""
-        fault, colon, remedy = text.partition(": ")
-        shown = {k: f"{k}={int(v) if v in (True, False) else v}" for k, v in self.as_env().items()}
-        return UserError(re.sub(r"[A-Z][A-Z0-9_]+", lambda m: shown.get(m[0], m[0]), fault) + colon + remedy)
-
-    def refuse(self, refused, why: str) -> None:
-        """Raise the mistake `why` if something is to be refused."""
-        if refused:
-            raise self.mistake(why)
-
     def check_consistency(self) -> None:
-        """Refuse settings that contradict each other; single values were checked when
-        they were read."""
-        s, reserve = self, self.gptq_reserve_seconds
-        slots = s.num_layers + s.num_loops * (s.loop_end - s.loop_start + 1)
-        for refused, why in (
-            (s.model_dim % s.num_heads,
-             f"MODEL_DIM is not divisible by NUM_HEADS: choose a multiple of {s.num_heads}"),
-            (s.num_heads % s.num_kv_heads, "NUM_HEADS is not divisible by NUM_KV_HEADS: choose a divisor"),
-            (s.head_dim % 2, "MODEL_DIM over NUM_HEADS is odd: rotary embedding needs it even"),
-            (s.rope_dims % 2 or s.rope_dims > s.head_dim,
-             f"ROPE_DIMS does not fit: it must be even and at most the head width {s.head_dim}"),
-            (s.gate_window > s.model_dim, "GATE_WINDOW exceeds MODEL_DIM: lower it"),
-            (s.hidden_dim < 1, "MLP_MULT leaves no hidden unit of MODEL_DIM: raise it"),
-            (s.num_loops and not s.loop_start <= s.loop_end < s.num_layers,
-             "LOOP_START <= LOOP_END < NUM_LAYERS does not hold: correct them, or set NUM_LOOPS=0"),
-            (slots > MOST_SLOTS, f"NUM_LOOPS makes {slots} executed layers: at most {MOST_SLOTS}, lower it"),
-            (s.eval_stride > s.eval_seq_len, "EVAL_STRIDE exceeds EVAL_SEQ_LEN: lower it"),
-            (max(chunk for _, chunk in chunk_steps(s)) > s.ttt_eval_seq_len, "TTT_CHUNK_SIZE, or a chunk of "
-             "TTT_SHORT_SCORE_FIRST_STEPS, exceeds TTT_EVAL_SEQ_LEN: lower it"),
-            (s.eval_only_path and s.eval_only_quantized_path,
-             "EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH are both set: keep one"),
-            (s.quantize_only and s.prequant_only,
-             "QUANTIZE_ONLY and PREQUANT_ONLY leave nothing to make: keep one"),
-            (s.eval_only_quantized_path and (s.quantize_only or s.prequant_only),
-             "EVAL_ONLY_QUANTIZED_PATH scores an artifact, which QUANTIZE_ONLY and PREQUANT_ONLY leave out: "
-             "set both to 0"),
-            (max(length for _, length in context_stages(s)) != s.train_seq_len,
-             "TRAIN_SEQ_LEN is not the longest stage of TRAIN_SEQ_SCHEDULE: make them equal"),
-            (s.train_seq_schedule and LOADERS[s.train_loader].windowed,
-             "TRAIN_LOADER has windows of one length: TRAIN_SEQ_SCHEDULE needs stream or docpack"),
-            (s.ttt_doc_order == "stream" and s.ttt_warm_start_a and not s.ttt_shared_a,
-             "TTT_DOC_ORDER, TTT_WARM_START_A and TTT_SHARED_A let A carry what later documents taught it to "
-             "earlier ones: set TTT_WARM_START_A=0 or TTT_DOC_ORDER=length"),
-            (s.ttt_doc_order == "stream" and s.ttt_train_min_doc_len,
-             "TTT_TRAIN_MIN_DOC_LEN asks where a document ends before it is read, which TTT_DOC_ORDER does "
-             "not allow: set TTT_TRAIN_MIN_DOC_LEN=0 or TTT_DOC_ORDER=length"),
-            (s.ttt_enabled and not any(getattr(s, f"ttt_{kind}_lora") for kind in ADAPTED),
-             "TTT_ENABLED has nothing to adapt: set a TTT_*_LORA to 1, or TTT_ENABLED=0"),
-            (s.ttt_cache_lambda and not s.ttt_kv_reuse, "TTT_CACHE_LAMBDA needs TTT_KV_REUSE: set it to 1"),
-            (s.ngram_tilt_enabled and not experts_in_use(s), "NGRAM_TILT_ENABLED has no expert in use: "
-             f"lower {' or '.join(e.threshold.upper() for e in EXPERTS.values())} to at most 1"),
-            (s.awq_lite_enabled and s.quant_allocation != "hand",
-             "AWQ_LITE_ENABLED changes steps that are set by hand, not by QUANT_ALLOCATION: "
-             "set QUANT_ALLOCATION=hand or leave it out"),
-            (reserve != "auto" and not (is_number(reserve) and float(reserve) >= 0),
-             "GPTQ_RESERVE_SECONDS must be a number of seconds >= 0, or auto"),
-            (is_number(reserve) and 0 < s.max_wallclock_seconds <= float(reserve),
-             "GPTQ_RESERVE_SECONDS leaves nothing of MAX_WALLCLOCK_SECONDS to train in: lower it"),
-            (s.code_form.startswith("lean") and s.beyond_the_system(),
-             f"CODE_FORM leaves out what {', '.join(s.beyond_the_system())} needs: set CODE_FORM=auto"),
-        ):
-            self.refuse(refused, why)
-        weights = sum(map(math.prod, GPT.shapes(s).values()))
-        if weights > MOST_WEIGHTS:
-            raise self.mistake("MODEL_DIM, NUM_LAYERS, MLP_MULT and VOCAB_SIZE make "
-                               f"{weights:,} weights: at most {MOST_WEIGHTS:,}, lower them")
-
-    def check_resume(self) -> None:
-        """Refuse checkpoints that nothing could use; RESUME where it could not go on,
-        or would spend a budget twice."""
-        if self.checkpoint_every_seconds and self.max_wallclock_seconds:
-            raise self.mistake("CHECKPOINT_EVERY_SECONDS has no effect under MAX_WALLCLOCK_SECONDS: a run "
-                               "with a budget keeps averages; set one of them to 0")
-        if not self.resume:
-            return
-        if self.max_wallclock_seconds:
-            raise self.mistake("RESUME would spend MAX_WALLCLOCK_SECONDS twice: a run with a budget goes on "
-                               "by EVAL_ONLY_PATH=…/checkpoint/average.pt")
-        if self.eval_only_path or self.eval_only_quantized_path:
-            raise self.mistake("RESUME trains: leave EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH out")
-        if not self.artifact_dir:
-            raise self.mistake("RESUME goes on in a folder: set ARTIFACT_DIR to that of the run")
+        """Refuse settings that contradict each other; every chapter knows its own."""
+        check_model(self)
+        check_scoring(self)
+        check_adapt(self)
+        check_counts(self)
+        check_run(self)
+        check_training(self)
+        check_quantise(self)
+        check_code_form(self)
 
     def batch_shape(self, world_size: int) -> tuple[int, int]:
         """(micro-batches per step and rank, tokens of one micro-batch), checked
         against the ranks."""
         accum = self.grad_accum_steps or max(1, 8 // world_size)
-        parts = world_size * accum
-        tokens, rest = divmod(self.train_batch_tokens, parts)
-        if rest:
-            raise self.mistake(f"TRAIN_BATCH_TOKENS is not divisible by {world_size} ranks x {accum} "
-                               f"micro-batches: choose a multiple of {parts}, or GRAD_ACCUM_STEPS")
-        for _, length in context_stages(self):
-            if tokens % length and (self.train_seq_schedule or LOADERS[self.train_loader].windowed):
-                raise self.mistake(f"TRAIN_BATCH_TOKENS makes micro-batches of {tokens} tokens, no rows of "
-                                   f"{length}: choose a multiple of {parts * length}")
+        batch, parts = self.train_batch_tokens, world_size * accum
+        if batch % parts:
+            raise UserError(f"TRAIN_BATCH_TOKENS={batch} is not divisible by {world_size} ranks x "
+                            f"{accum} micro-batches: choose a multiple of {parts}, or another "
+                            "GRAD_ACCUM_STEPS")
+        tokens = batch // parts
+        if self.train_seq_schedule or LOADERS[self.train_loader].windowed:
+            for _, length in context_stages(self):
+                if tokens % length:
+                    raise UserError(f"TRAIN_BATCH_TOKENS={batch} makes micro-batches of {tokens} "
+                                    f"tokens, no rows of {length}: choose a multiple of "
+                                    f"{parts * length}")
         return accum, tokens
 
     @property
@@ -717,23 +681,36 @@ class Settings:
     def shards(self) -> Path:
         """DATA_PATH, else the folder that data/fetch.py makes, else the field's place
         for it."""
-        fetched = Path(self.data_dir) / f"sp{self.vocab_size}{'_caseops' * self.caseops_enabled}"
-        name = f"fineweb10B_sp{self.vocab_size}"
-        if self.caseops_enabled:
-            name = f"{name}_caseops/datasets/datasets/{name}_lossless_caps_caseops_v1_reserved"
-        field_place = Path(self.data_dir) / "datasets" / name
-        return Path(self.data_path or (fetched if fetched.is_dir() else field_place))
+        if self.data_path:
+            return Path(self.data_path)
+        folder, name = Path(self.data_dir), f"sp{self.vocab_size}"
+        fetched = folder / (f"{name}_caseops" if self.caseops_enabled else name)
+        if fetched.is_dir():
+            return fetched
+        if not self.caseops_enabled:
+            return folder / "datasets" / f"fineweb10B_{name}"
+        return (folder / f"datasets/fineweb10B_{name}_caseops/datasets/datasets"
+                / f"fineweb10B_{name}_lossless_caps_caseops_v1_reserved")
 
     @property
     def tokenizer(self) -> Path:
         """TOKENIZER_PATH, else the one beside the shards, else the field's place for
         it."""
-        if not self.tokenizer_path and (self.shards / "tokenizer.model").is_file():
-            return self.shards / "tokenizer.model"
-        caseops = (f"datasets/fineweb10B_sp{self.vocab_size}_caseops/datasets/tokenizers/"
-                   f"fineweb_{self.vocab_size}_bpe_lossless_caps_caseops_v1_reserved.model")
-        plain = f"tokenizers/fineweb_{self.vocab_size}_bpe.model"
-        return Path(self.tokenizer_path or Path(self.data_dir) / (caseops if self.caseops_enabled else plain))
+        if self.tokenizer_path:
+            return Path(self.tokenizer_path)
+        beside, folder, v = self.shards / "tokenizer.model", Path(self.data_dir), self.vocab_size
+        if beside.is_file():
+            return beside
+        if not self.caseops_enabled:
+            return folder / "tokenizers" / f"fineweb_{v}_bpe.model"
+        return (folder / f"datasets/fineweb10B_sp{v}_caseops/datasets/tokenizers"
+                / f"fineweb_{v}_bpe_lossless_caps_caseops_v1_reserved.model")
+
+    @property
+    def first_chunks(self) -> str:
+        """Chunks of TTT that differ from TTT_CHUNK_SIZE, as length:chunk, …; may be
+        empty."""
+        return self.ttt_short_score_first_steps if self.ttt_short_score_first_enabled else ""
 
     def as_env(self) -> dict:
         """Every setting under its environment name, JSON types."""
@@ -746,7 +723,8 @@ class Settings:
 
     def changed(self) -> dict:
         """The settings that differ from their defaults."""
-        return {k: v for (k, v), f in zip(self.as_env().items(), fields(self)) if v != f.default}
+        defaults = {f.name.upper(): f.default for f in fields(self)}
+        return {name: value for name, value in self.as_env().items() if value != defaults[name]}
 
     def beyond_the_system(self) -> list[str]:
         """Names of settings that ask for more than parts one and two have."""
@@ -756,15 +734,13 @@ class Settings:
 def chunk_steps(s: Settings) -> list[tuple[float, int]]:
     """(position, or length of a group's longest document, up to which; chunk); the
     last bound is infinite."""
-    steps = []
-    if s.ttt_short_score_first_enabled:
-        one = f"{s.ttt_short_doc_len}:{s.ttt_short_chunk_size}" if s.ttt_short_chunk_size else ""
-        text = s.ttt_short_score_first_steps or one
-        for part in filter(None, text.replace("=", ":").replace(" ", "").split(",")):
-            step = whole_numbers(part.replace(":", ",", 1))
-            if len(step) != 2 or min(step) < 1:
-                raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, as 256:8,2000:24")
-            steps.append((step[0], step[1]))
+    steps, text = [], s.first_chunks
+    for part in listed(text.replace("=", ":")):
+        step = whole_numbers(part.replace(":", ",", 1))
+        if len(step) != 2 or min(step) < 1:
+            raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, "
+                            "as 256:8,2000:24")
+        steps.append((step[0], step[1]))
     return sorted(steps) + [(math.inf, s.ttt_chunk_size)]
 
 
@@ -773,14 +749,24 @@ def schedule(text: str, otherwise, kind: type = int) -> list[tuple[float, float]
     progress; the last one goes on to the end. Without text one stage of `otherwise`.
     UserError unless values and shares are above 0."""
     stages = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    for part in listed(text):
         value, _, end = part.partition("@")
         good = is_number(value) and is_number(end) and 0 < float(end) <= 1
         if not good or float(value) <= 0 or kind(float(value)) != float(value):
-            raise UserError(f"the stage {part} must be value@progress with 0 < progress <= 1, as 1024@0.1")
+            raise UserError(f"the stage {part} must be value@progress with 0 < progress <= 1, "
+                            "as 1024@0.1")
         stages.append((float(end), kind(float(value))))
-    stages = sorted(stages) or [(1.0, otherwise)]
-    return stages if stages[-1][0] == 1 else stages + [(1.0, stages[-1][1])]
+    if not stages:
+        return [(1.0, otherwise)]
+    stages.sort()
+    if stages[-1][0] < 1:
+        stages.append((1.0, stages[-1][1]))
+    return stages
+
+
+def listed(text: str) -> list[str]:
+    """The entries of "a, b, …"; empty ones are left out."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def context_stages(s: Settings) -> list[tuple[float, int]]:
@@ -791,6 +777,39 @@ def context_stages(s: Settings) -> list[tuple[float, int]]:
 # ============================================================================================================
 # 3  Model: one forward for training, scoring and adaptation
 # ============================================================================================================
+
+def check_model(s: Settings) -> None:
+    """Refuse sizes that do not fit together."""
+    if s.model_dim % s.num_heads:
+        raise UserError(f"MODEL_DIM={s.model_dim} is not divisible by NUM_HEADS={s.num_heads}: "
+                        f"choose a multiple of {s.num_heads}")
+    if s.num_heads % s.num_kv_heads:
+        raise UserError(f"NUM_HEADS={s.num_heads} is not divisible by NUM_KV_HEADS="
+                        f"{s.num_kv_heads}: choose a divisor")
+    if s.head_dim % 2:
+        raise UserError(f"MODEL_DIM={s.model_dim} over NUM_HEADS={s.num_heads} is odd: "
+                        "rotary embedding needs it even")
+    if s.rope_dims % 2 or s.rope_dims > s.head_dim:
+        raise UserError(f"ROPE_DIMS={s.rope_dims} does not fit: it must be even and at most "
+                        f"the head width {s.head_dim}")
+    if s.gate_window > s.model_dim:
+        raise UserError(f"GATE_WINDOW={s.gate_window} exceeds MODEL_DIM={s.model_dim}: lower it")
+    if s.hidden_dim < 1:
+        raise UserError(f"MLP_MULT={s.mlp_mult:g} leaves no hidden unit of MODEL_DIM="
+                        f"{s.model_dim}: raise it")
+    if s.num_loops and not s.loop_start <= s.loop_end < s.num_layers:
+        raise UserError(f"LOOP_START={s.loop_start} <= LOOP_END={s.loop_end} < NUM_LAYERS="
+                        f"{s.num_layers} does not hold: correct them, or set NUM_LOOPS=0")
+    slots = s.num_layers + s.num_loops * (s.loop_end - s.loop_start + 1)
+    if slots > MOST_SLOTS:
+        raise UserError(f"NUM_LOOPS={s.num_loops} makes {slots} executed layers: "
+                        f"at most {MOST_SLOTS}, lower it")
+    weights = sum(map(math.prod, GPT.shapes(s).values()))
+    if weights > MOST_WEIGHTS:
+        raise UserError(f"MODEL_DIM={s.model_dim}, NUM_LAYERS={s.num_layers}, MLP_MULT="
+                        f"{s.mlp_mult:g} and VOCAB_SIZE={s.vocab_size} make {weights:,} "
+                        f"weights: at most {MOST_WEIGHTS:,}, lower them")
+
 
 # Role of every parameter; one without a role stops the run. matrix: Muon; the others: AdamW.
 ROLES = {
@@ -844,17 +863,15 @@ def field_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def matrix_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """field_views with the banks split into one matrix per layer
-    (`blocks.3.mlp.fc.weight`), as views."""
+    """field_views with the banks split into matrices (`blocks.3.mlp.fc.weight`)."""
     views = field_views(params)
     for bank, names in BANKS.items():
         if bank not in views:
             continue
-        stack = views.pop(bank)
-        layers = len(stack) // len(names)
-        for half, name in enumerate(names):
-            for layer in range(layers):
-                views[f"blocks.{layer}.{name}"] = stack[half * layers + layer]
+        parts = views.pop(bank).chunk(len(names))
+        for name, part in zip(names, parts):
+            for layer in range(len(part)):
+                views[f"blocks.{layer}.{name}"] = part[layer]
     return views
 
 
@@ -913,7 +930,7 @@ class Forward:
             self.hook(kind, layer, x)
 
     def adapted(self, y: Tensor, kind: str, slot: int, x: Tensor) -> Tensor:
-        """y with the adapter's delta, which reads x, for this slot, if there is one."""
+        """y with the adapter's delta for this slot, which reads x, if there is one."""
         if self.adapter is None:
             return y
         return self.adapter.add(y, kind, slot, x)
@@ -928,10 +945,10 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding of the first 2 x (table width) channels. x (B, T, heads, D)."""
     cos, sin = (table[:, None, :].to(x.dtype) for table in rope)
     half = cos.size(-1)
-    u = x[..., :half]
-    w = x[..., half:2 * half]
+    first = x[..., :half]
+    second = x[..., half:2 * half]
     rest = x[..., 2 * half:]
-    return torch.cat((u * cos + w * sin, w * cos - u * sin, rest), dim=-1)
+    return torch.cat((first * cos + second * sin, second * cos - first * sin, rest), dim=-1)
 
 
 def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
@@ -958,7 +975,7 @@ class GPT(nn.Module):
         super().__init__()
         self.s = s
         self.compute_dtype = torch.float32
-        self.calibration: tuple[Tensor, Tensor] | None = None      # scale () and bias (V,) of capped logits
+        self.calibration: tuple[Tensor, Tensor] | None = None      # of capped logits: scale (), bias (V,)
         for name, shape in self.shapes(s).items():
             setattr(self, name, nn.Parameter(torch.zeros(shape)))
         self.init_weights(generator)
@@ -993,16 +1010,14 @@ class GPT(nn.Module):
 
     def initial_values(self) -> dict[str, float]:
         """Parameters that begin at one value; the others begin at 0 or are drawn."""
-        s = self.s
+        cap = self.s.logit_softcap
         return dict(
-            attn_scale=1, mlp_scale=1, q_gain=s.qk_gain_init, skip_weights=1,
-            parallel_post_lambdas=1, parallel_resid_lambdas=1.1,
-            softcap_pos=s.logit_softcap, softcap_neg=s.logit_softcap)
+            attn_scale=1, mlp_scale=1, q_gain=self.s.qk_gain_init, skip_weights=1,
+            parallel_post_lambdas=1, parallel_resid_lambdas=1.1, softcap_pos=cap, softcap_neg=cap)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None) -> None:
-        """Orthogonal inputs, zero outputs: every block starts as the identity. Seeded
-        by the generator."""
+        """Orthogonal inputs, zero outputs: every block starts as the identity."""
         self.tok_emb.normal_(0, self.s.tied_embed_init_std, generator=generator)
         for matrix in (*self.qo_bank[:self.s.num_layers], *self.kv_bank, *self.mlp_up_bank):
             nn.init.orthogonal_(matrix, generator=generator)
@@ -1014,9 +1029,8 @@ class GPT(nn.Module):
     # --- pieces
 
     def unbound(self, name: str) -> Sequence[Tensor | None]:
-        """A stacked parameter by layer, in the activations' dtype. Each stack is
-        unbound once in a forward: its gradient is then one stack, not a sum of
-        zeros."""
+        """A stacked parameter by layer, in the activations' dtype. Unbound once in a
+        forward: its gradient is then one stack, not a sum of zeros."""
         p = getattr(self, name, None)
         if p is None:
             return [None] * self.s.num_layers
@@ -1027,17 +1041,17 @@ class GPT(nn.Module):
         layers = self.s.num_layers
         qo = self.unbound("qo_bank")
         kv = self.unbound("kv_bank")
-        return [LayerWeights(*weights) for weights in zip(
+        stacks = (
             qo[:layers], kv[:layers], kv[layers:], qo[layers:],
             self.unbound("mlp_up_bank"), self.unbound("mlp_down_bank"),
             self.unbound("attn_scale"), self.unbound("mlp_scale"),
             self.unbound("resid_mix"), self.unbound("q_gain"),
             self.unbound("parallel_post_lambdas"), self.unbound("parallel_resid_lambdas"),
-            self.unbound("attn_gate_w"))]
+            self.unbound("attn_gate_w"))
+        return [LayerWeights(*weights) for weights in zip(*stacks)]
 
     def rope(self, length: int, device, start: int = 0, context: int = 0) -> tuple[Tensor, Tensor]:
-        """cos, sin (length, R/2) of positions start, start + 1, …; context: tokens of
-        the longest row."""
+        """cos, sin (length, R/2) of positions from start on; context: the longest row."""
         dims = self.s.rope_dims or self.s.head_dim
         channel = torch.arange(0, dims, 2, dtype=torch.float32, device=device)
         inverse = 1.0 / (self.rope_base(max(length, context)) ** (channel / dims))
@@ -1070,16 +1084,14 @@ class GPT(nn.Module):
         return x
 
     def same_segment(self, ids: Tensor, layout: Layout | None) -> Tensor | None:
-        """(1, T - 1) bool: the token before is of the same segment; None where all
-        are."""
+        """(1, T - 1) bool: the token before is of the same segment; None: all are."""
         if layout is None or not layout.isolate:
             return None
         starts = torch.zeros(ids.size(1) + 1, dtype=torch.bool, device=ids.device)
         return ~starts.index_fill(0, layout.cu_seqlens.long(), True)[None, 1:-1]
 
     def smears_into(self, ids: Tensor, layout: Layout | None) -> Tensor | None:
-        """(B or 1, T - 1) bool: the tokens after the first into which the one before
-        is mixed; None: all."""
+        """(B or 1, T - 1) bool: tokens that take in the one before; None: all do."""
         same = self.same_segment(ids, layout)
         if not self.s.smear_gate_bos_fix:
             return same
@@ -1087,92 +1099,91 @@ class GPT(nn.Module):
         return inside if same is None else inside & same
 
     def smear(self, x: Tensor, into: Tensor | None) -> Tensor:
-        """x (B, T, D) with the previous token's mixed in, where `into` (B or 1, T -
-        1) allows it."""
+        """x (B, T, D) with the previous token's mixed in, where `into` allows it."""
         last = x[:, :-1] if into is None else x[:, :-1] * into[..., None]
         gate = torch.sigmoid(F.linear(x[:, 1:, :self.s.gate_window], self.smear_gate.to(x.dtype)))
         mixed = x[:, 1:] + gate * self.smear_lambda.to(x.dtype) * last
         return torch.cat((x[:, :1], mixed), dim=1)
 
-    def attend(self, c: Forward, i: int, slot: int, n: Tensor) -> Tensor:
-        """Attention branch of layer i on its normalised input n (B, T, D)."""
-        s, w = self.s, c.layers[i]
-        q_raw, k, v = self.project(c, i, slot, n)
-        q, k, v = (x.unflatten(2, (-1, s.head_dim)) for x in (q_raw, k, v))
-        q = rotate(rms(q), c.rope) * w.q_gain[:, None]
-        k = rotate(rms(k), c.rope)
-        keys, values = (k, v) if c.cache is None else c.cache.extend(slot, k, v)
-        y = attention(q, keys, values, c.layout)
-        if i >= s.num_layers - s.xsa_last_n:
+    def attend(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor:
+        """Attention branch of a layer on its normalised input x (B, T, D)."""
+        s, weights = self.s, forward.layers[layer]
+        q_flat, k, v = self.project(forward, layer, slot, x)
+        q, k, v = (flat.unflatten(2, (-1, s.head_dim)) for flat in (q_flat, k, v))
+        q = rotate(rms(q), forward.rope) * weights.q_gain[:, None]
+        k = rotate(rms(k), forward.rope)
+        keys, values = (k, v) if forward.cache is None else forward.cache.extend(slot, k, v)
+        y = attention(q, keys, values, forward.layout)
+        if layer >= s.num_layers - s.xsa_last_n:
             y = remove_own_value(y, v)
-        if w.gate is not None:
-            y = y * self.head_gate(w.gate, n, q_raw)[..., None]
+        if weights.gate is not None:
+            y = y * self.head_gate(weights.gate, x, q_flat)[..., None]
         y = y.flatten(2)
-        c.observe("heads", i, y)
-        out = c.adapted(F.linear(y, w.o), "o", slot, n)     # the adapter reads the block input, not the heads
-        c.observe("attn_out", i, out)
+        forward.observe("heads", layer, y)
+        # the adapter of the output reads the block input, not the heads
+        out = forward.adapted(F.linear(y, weights.o), "o", slot, x)
+        forward.observe("attn_out", layer, out)
         return out
 
-    def project(self, c: Forward, i: int, slot: int, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, T, H·D), keys and values (B, T, K·D) of layer i, from its
-        normalised input n."""
-        w = c.layers[i]
-        q = c.adapted(F.linear(n, w.q), "q", slot, n)
-        k = c.adapted(F.linear(n, w.k), "k", slot, n)
-        v = c.adapted(F.linear(n, w.v), "v", slot, n)
-        for kind, x in (("attn_in", n), ("q_out", q), ("k_out", k), ("v_out", v)):
-            c.observe(kind, i, x)
+    def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H·D), keys and values (B, T, K·D) of a layer's input x."""
+        weights = forward.layers[layer]
+        q = forward.adapted(F.linear(x, weights.q), "q", slot, x)
+        k = forward.adapted(F.linear(x, weights.k), "k", slot, x)
+        v = forward.adapted(F.linear(x, weights.v), "v", slot, x)
+        for kind, seen in (("attn_in", x), ("q_out", q), ("k_out", k), ("v_out", v)):
+            forward.observe(kind, layer, seen)
         return q, k, v
 
-    def head_gate(self, weight: Tensor, n: Tensor, q_raw: Tensor) -> Tensor:
-        """Gate of every head, (B, T, H), by the first channels of the block input n;
-        1/2 at the start."""
-        z = F.linear(n[..., :weight.size(-1)], weight)
-        return torch.sigmoid(self.s.sparse_attn_gate_scale * z)
+    def head_gate(self, weight: Tensor, x: Tensor, q_flat: Tensor) -> Tensor:
+        """Gate (B, T, H) of the heads by the first channels of x; 1/2 at the start."""
+        logit = F.linear(x[..., :weight.size(-1)], weight)
+        return torch.sigmoid(self.s.sparse_attn_gate_scale * logit)
 
-    def feed_forward(self, c: Forward, i: int, slot: int, n: Tensor) -> Tensor:
-        """MLP branch of layer i on its normalised input n (B, T, D)."""
-        w = c.layers[i]
-        if c.hook is None:
-            flat = n.flatten(0, 1)
-            out = leaky_square_mlp(flat, w.up, w.down, self.s.negative_slope).view(n.shape)
+    def feed_forward(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor:
+        """MLP branch of a layer on its normalised input x (B, T, D)."""
+        weights, slope = forward.layers[layer], self.s.negative_slope
+        if forward.hook is None:
+            rows = x.flatten(0, 1)
+            out = leaky_square_mlp(rows, weights.up, weights.down, slope).view(x.shape)
         else:      # the same in steps that can be seen
-            up = F.linear(n, w.up)
-            hidden = F.leaky_relu(up, self.s.negative_slope).square()
-            out = F.linear(hidden, w.down)
-            for kind, x in (("mlp_in", n), ("up_out", up), ("mlp_act", hidden), ("mlp_out", out)):
-                c.observe(kind, i, x)
-        return c.adapted(out, "mlp", slot, n)
+            up = F.linear(x, weights.up)
+            hidden = F.leaky_relu(up, slope).square()
+            out = F.linear(hidden, weights.down)
+            for kind, seen in (("mlp_in", x), ("up_out", up), ("mlp_act", hidden), ("mlp_out", out)):
+                forward.observe(kind, layer, seen)
+        return forward.adapted(out, "mlp", slot, x)
 
-    def block(self, c: Forward, i: int, slot: int, x: Tensor) -> Tensor:
-        """Layer i on the one residual stream."""
-        w, scale = c.layers[i], self.depth_scale(i)
-        x = w.resid_mix[0] * x + w.resid_mix[1] * c.x0
-        x = x + w.attn_scale * self.attend(c, i, slot, rms(x) * scale)
-        return x + w.mlp_scale * self.feed_forward(c, i, slot, rms(x) * scale)
+    def block(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor:
+        """A layer on the one residual stream x (B, T, D)."""
+        weights, scale = forward.layers[layer], self.depth_scale(layer)
+        x = weights.resid_mix[0] * x + weights.resid_mix[1] * forward.x0
+        x = x + weights.attn_scale * self.attend(forward, layer, slot, rms(x) * scale)
+        return x + weights.mlp_scale * self.feed_forward(forward, layer, slot, rms(x) * scale)
 
-    def branches(self, c: Forward, i: int, slot: int, lane0: Tensor, lane1: Tensor) -> tuple[Tensor, ...]:
-        """Layer i on two lanes: lane 0 mixed with x0, what attention makes of it, the
-        MLP of lane 1."""
-        w, scale = c.layers[i], self.depth_scale(i)
-        mixed = w.resid_mix[0] * lane0 + w.resid_mix[1] * c.x0
-        attended = w.attn_scale * self.attend(c, i, slot, rms(mixed) * scale)
-        fed = w.mlp_scale * self.feed_forward(c, i, slot, rms(lane1) * scale)
+    def branches(self, forward: Forward, layer: int, slot: int, lane0: Tensor,
+                 lane1: Tensor) -> tuple[Tensor, ...]:
+        """Lane 0 mixed with x0, what attention makes of it, what the MLP of lane 1."""
+        weights, scale = forward.layers[layer], self.depth_scale(layer)
+        mixed = weights.resid_mix[0] * lane0 + weights.resid_mix[1] * forward.x0
+        attended = weights.attn_scale * self.attend(forward, layer, slot, rms(mixed) * scale)
+        fed = weights.mlp_scale * self.feed_forward(forward, layer, slot, rms(lane1) * scale)
         return mixed, attended, fed
 
-    def lanes(self, c: Forward, i: int, slot: int, lane0: Tensor, lane1: Tensor) -> tuple[Tensor, Tensor]:
-        """Layer i on two lanes: attention reads lane 0, the MLP lane 1; each writes
-        to both."""
-        _, attended, fed = self.branches(c, i, slot, lane0, lane1)
-        keep0, keep1 = c.layers[i].resid
-        attended_to, fed_to = c.layers[i].post
+    def lanes(self, forward: Forward, layer: int, slot: int, lane0: Tensor,
+              lane1: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention reads lane 0, the MLP lane 1; each writes to both."""
+        _, attended, fed = self.branches(forward, layer, slot, lane0, lane1)
+        keep0, keep1 = forward.layers[layer].resid
+        attended_to, fed_to = forward.layers[layer].post
         attended_to0, attended_to1 = attended_to
         fed_to0, fed_to1 = fed_to
         return (keep0 * lane0 + attended_to0 * attended + fed_to0 * fed,
                 keep1 * lane1 + attended_to1 * attended + fed_to1 * fed)
 
-    def depth_scale(self, i: int) -> float:
-        return 1 / math.sqrt(i + 1) if self.s.ln_scale else 1.0
+    def depth_scale(self, layer: int) -> float:
+        """Factor on the input of both branches of a layer."""
+        return 1 / math.sqrt(layer + 1)
 
     def merge_skip(self, j: int, x: Tensor, skip: Tensor) -> Tensor:
         """U-Net skip number j into the stream x; a gate of 1 keeps the stream."""
@@ -1197,36 +1208,35 @@ class GPT(nn.Module):
         documents of a packed row (None: each row is causal). adapter: low-rank
         deltas. hook(kind, layer, x) sees the activations. cache: the rows go on where
         it ends."""
-        c = self.begin(ids, layout, adapter, hook, cache)
-        x, skips = c.x0, []
-        for slot, i in enumerate(plan.encoder):
-            x = self.block(c, i, slot, x)
+        forward = self.begin(ids, layout, adapter, hook, cache)
+        x, skips = forward.x0, []
+        for slot, layer in enumerate(plan.encoder):
+            x = self.block(forward, layer, slot, x)
             skips.append(x)
-        x = self.decode(c, plan, x, skips)
+        x = self.decode(forward, plan, x, skips)
         out = rms(x)
-        for kind, value in (("x0", c.x0), ("pre_final_norm", x), ("head_in", out)):
-            c.observe(kind, -1, value)
+        for kind, seen in (("x0", forward.x0), ("pre_final_norm", x), ("head_in", out)):
+            forward.observe(kind, -1, seen)
         return out
 
-    def is_parallel(self, i: int) -> bool:
-        """Whether layer i works on two lanes."""
-        return 0 < self.s.parallel_start_layer <= i
+    def is_parallel(self, layer: int) -> bool:
+        """Whether a layer works on two lanes."""
+        return 0 < self.s.parallel_start_layer <= layer
 
-    def decode(self, c: Forward, plan: Plan, x: Tensor, skips: list[Tensor]) -> Tensor:
-        """The decoder layers on the encoder's output x, with its skips; two lanes
-        once they have begun."""
+    def decode(self, forward: Forward, plan: Plan, x: Tensor, skips: list[Tensor]) -> Tensor:
+        """The decoder on the encoder's output x, with its skips; late layers on lanes."""
         lanes = None
-        for j, i in enumerate(plan.decoder):
+        for j, layer in enumerate(plan.decoder):
             slot = len(plan.encoder) + j
-            if lanes is None and self.is_parallel(i):
-                lanes = x, x
             has_skip = skips and j < len(self.skip_weights)
+            if lanes is None and self.is_parallel(layer):
+                lanes = x, x
             if lanes is None:
                 x = self.merge_skip(j, x, skips.pop()) if has_skip else x
-                x = self.block(c, i, slot, x)
-            elif self.is_parallel(i):
+                x = self.block(forward, layer, slot, x)
+            elif self.is_parallel(layer):
                 lane0 = self.merge_skip(j, lanes[0], skips.pop()) if has_skip else lanes[0]
-                lanes = self.lanes(c, i, slot, lane0, lanes[1])
+                lanes = self.lanes(forward, layer, slot, lane0, lanes[1])
             elif has_skip:
                 skips.pop()          # the one stream no longer reaches the output
         return x if lanes is None else self.join(*lanes)
@@ -1264,8 +1274,7 @@ class GPT(nn.Module):
         return scale * z + bias
 
     def scores_plain_logits(self, adapter: Adapter | None, training: bool) -> bool:
-        """Whether a loss has to go through `logits`; else capped_ce caps and scores
-        in one kernel."""
+        """Whether a loss has to go through `logits`; else one kernel caps and scores."""
         two_caps = self.s.asym_logit_rescale and not training
         return two_caps or self.calibration is not None
 
@@ -1294,8 +1303,7 @@ class GPT(nn.Module):
         return torch.stack(scored).view(targets.shape)
 
     def flops_per_token(self, plan: Plan, context: float) -> float:
-        """FLOPs of one token's forward: matrices of the executed layers, head,
-        attention over `context`."""
+        """FLOPs of one token's forward, with attention over `context` tokens."""
         s = self.s
         matrices = 2 * s.model_dim * (s.model_dim + s.kv_dim + s.hidden_dim)
         layers = plan.slots * (matrices + 2 * s.model_dim * context)
@@ -1316,8 +1324,7 @@ POLAR_EXPRESS = (   # (a, b, c) of X <- aX + (bA + cA^2)X with A = XX', one trip
 
 def orthogonalise(g: Tensor, dtype: torch.dtype = torch.bfloat16,
                   coefficients: Sequence[tuple] = POLAR_EXPRESS) -> Tensor:
-    """Each matrix of g (…, R, C) with its singular values pushed to about 1 (0.86 …
-    1.14), in `dtype`."""
+    """Matrices g (…, R, C), in `dtype`, with singular values near 1 (0.86 … 1.14)."""
     x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
     if tall:
@@ -1331,22 +1338,20 @@ def orthogonalise(g: Tensor, dtype: torch.dtype = torch.bfloat16,
 
 def muon_direction(g: Tensor, buf: Tensor, momentum: float, row_normalize: bool = True,
                    coefficients: Sequence[tuple] = POLAR_EXPRESS, nesterov: bool = True) -> Tensor:
-    """Orthogonalised update of matrices g (n, R, C), in buf's dtype; buf is updated
-    in place."""
+    """Update of matrices (n, R, C) by gradient g and momentum buf, which is changed."""
     g = g.to(buf.dtype)
     buf.mul_(momentum).add_(g)
-    u = g.add(buf, alpha=momentum) if nesterov else buf
+    update = g.add(buf, alpha=momentum) if nesterov else buf
     if row_normalize:
-        u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    return orthogonalise(u, buf.dtype, coefficients)
+        update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    return orthogonalise(update, buf.dtype, coefficients)
 
 
-def muon_apply(p: Tensor, u: Tensor, lr: float, weight_decay: float) -> None:
-    """Decoupled decay, then the step of matrices p (n, R, C) along u; tall matrices
-    take a longer one."""
+def muon_apply(p: Tensor, update: Tensor, lr: float, weight_decay: float) -> None:
+    """Decoupled decay and the step of matrices p (n, R, C); tall ones take a longer."""
     longer = math.sqrt(max(1, p.size(-2) / p.size(-1)))
     p.mul_(1 - lr * weight_decay)
-    p.add_(u.to(p.dtype), alpha=-lr * longer)
+    p.add_(update.to(p.dtype), alpha=-lr * longer)
 
 
 class Optimiser:
@@ -1364,11 +1369,11 @@ class Optimiser:
             by_role[ROLES[name]].append(p)
         self.names = {p: name for name, p in params.items()}
         self.banks = sorted(by_role["matrix"], key=lambda p: -p.numel())
-        groups = []
+        groups, self.small = [], []
         for role, (lr, weight_decay) in self.adam_rates().items():
             if by_role[role]:
                 groups.append(dict(params=by_role[role], lr=lr, peak=lr, weight_decay=weight_decay))
-        self.small = [p for group in groups for p in group["params"]]
+                self.small += by_role[role]
         self.adam = torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), eps=s.adam_eps,
                                       fused=world.device.type == "cuda")
         self.momentum = []      # of as many matrices a rank; the last rank's are padded
@@ -1377,25 +1382,26 @@ class Optimiser:
             self.momentum.append(torch.zeros(share, *p.shape[1:], dtype=dtype, device=p.device))
 
     def adam_rates(self) -> dict[str, tuple[float, float]]:
-        """(peak learning rate, weight decay) by role; the two logit caps, as
-        published, are not trained."""
+        """(peak rate, weight decay) by role; the logit caps are not trained, as published."""
         s = self.s
         return {"embed": (s.tied_embed_lr, s.embed_wd), "small": (s.scalar_lr, s.adam_wd)}
 
     @torch.no_grad()
     def step(self, lr_share: float, momentum: float) -> Tensor:
-        """Reduce, clip, update, clear the gradients; the norm before clipping (a
-        tensor: no waiting)."""
+        """Reduce, clip, update, clear the gradients; the norm before clipping."""
         for p in (*self.banks, *self.small):      # a plan may leave rows unused, never a whole tensor
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        if self.s.grad_clip_mode == "per_rank":   # as the field: a rank with an unusual batch counts for less
+        # as the field, per rank: one with an unusual batch then counts for less
+        if self.s.grad_clip_mode == "per_rank":
             norm = self.clip([p.grad for p in self.banks], World())
             shards = self.reduce()
         else:
             shards = self.reduce()
             norm = self.clip(shards, self.world)
-        updates = [self.gather(self.direction(bank, g, momentum)) for bank, g in enumerate(shards)]
+        updates = []
+        for bank, g in enumerate(shards):
+            updates.append(self.gather(self.direction(bank, g, momentum)))
         for group in self.adam.param_groups:
             group["lr"] = group["peak"] * lr_share
         self.adam.step()
@@ -1406,35 +1412,15 @@ class Optimiser:
         return norm
 
     def direction(self, bank: int, g: Tensor, momentum: float) -> Tensor:
-        """Update of this rank's matrices of a bank (by number), from their averaged
-        gradient g (n, R, C)."""
+        """Update of this rank's matrices of a bank from their averaged gradient g."""
         return muon_direction(g, self.momentum[bank], momentum)
 
-    def apply(self, bank: int, u: Tensor, lr: float) -> None:
-        """Step of all matrices of a bank along their updates u (n, R, C)."""
-        muon_apply(self.banks[bank], u, lr, self.s.muon_wd)
-
-    def never_trained(self) -> list[str]:
-        """Parameters, or rows of them, that no gradient reached: the optimiser's
-        moment is still 0 there."""
-        touched = {p: self.gather(buf.flatten(1).any(1).byte())()
-                   for p, buf in zip(self.banks, self.momentum)}
-        for p in self.small:
-            if not p.numel():      # as the skips of a model of one layer: nothing is there to be trained
-                touched[p] = torch.ones(0)
-                continue
-            touched[p] = self.adam.state[p]["exp_avg_sq"].reshape(len(p) if p.dim() else 1, -1).any(1)
-        found = [name for p, name in self.names.items() if p not in touched]     # in no optimiser at all
-        for p, rows in touched.items():
-            rows = rows[:len(p)] if p.dim() else rows
-            if idle := (rows == 0).nonzero().flatten().tolist():
-                some = f" {len(idle)} of {len(rows)} rows, the first {idle[:20]}"
-                found.append(self.names[p] + some * (len(idle) < len(rows)))
-        return found
+    def apply(self, bank: int, update: Tensor, lr: float) -> None:
+        """Step of all matrices (n, R, C) of a bank."""
+        muon_apply(self.banks[bank], update, lr, self.s.muon_wd)
 
     def reduce(self) -> list[Tensor]:
-        """Averaged gradients: this rank's matrices of every bank (returned), all
-        small ones (in place)."""
+        """Average the gradients; small ones in place, own matrices are returned."""
         size = self.world.size
         if size == 1:
             return [p.grad for p in self.banks]
@@ -1446,7 +1432,8 @@ class Optimiser:
             works.append(dist.reduce_scatter_tensor(shards[-1], full, async_op=True))
         flat = torch.cat([p.grad.flatten() for p in self.small])
         dist.all_reduce(flat)
-        for p, g in zip(self.small, flat.div_(size).split([p.numel() for p in self.small])):
+        averaged = flat.div_(size).split([p.numel() for p in self.small])
+        for p, g in zip(self.small, averaged):
             p.grad.copy_(g.view_as(p))
         for work, shard in zip(works, shards):
             work.wait()
@@ -1454,18 +1441,17 @@ class Optimiser:
         return shards
 
     def clip(self, matrices: list[Tensor], world: World) -> Tensor:
-        """Scale the gradients of matrices, shared out over `world`, and small ones;
-        the norm before."""
-        grads = matrices + [p.grad for p in self.small]
-        own = sum(g.float().square().sum() for g in matrices)
-        norm = (world.total(own) + sum(p.grad.square().sum() for p in self.small)).sqrt()
+        """Scale small gradients and matrices, shared by `world`; the norm before."""
+        small = [p.grad for p in self.small]
+        squares = world.total(sum(g.float().square().sum() for g in matrices))
+        norm = (squares + sum(g.square().sum() for g in small)).sqrt()
         if self.s.grad_clip_norm > 0:
-            torch._foreach_mul_(grads, (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1))
+            factor = (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1)
+            torch._foreach_mul_(matrices + small, factor)
         return norm
 
     def gather(self, own: Tensor) -> Callable[[], Tensor]:
-        """Begin to collect every rank's share; what is returned waits for them, one
-        after the other."""
+        """Begin to collect all ranks' shares; what is returned waits for them."""
         if self.world.size == 1:
             return lambda: own
         full = own.new_empty(len(own) * self.world.size, *own.shape[1:])
@@ -1476,10 +1462,48 @@ class Optimiser:
             return full
         return arrived
 
+    def never_trained(self) -> list[str]:
+        """Parameters, or rows, that no gradient reached: their moment is still 0."""
+        touched = {}
+        for p, buf in zip(self.banks, self.momentum):
+            touched[p] = self.gather(buf.flatten(1).any(1).byte())()[:len(p)]
+        for p in self.small:
+            moment = self.adam.state[p]["exp_avg_sq"]
+            touched[p] = moment.flatten() if p.dim() < 2 else moment.flatten(1).any(1)
+        # parameters that are in no optimiser at all, then those with rows that never moved
+        untouched = [name for p, name in self.names.items() if p not in touched]
+        for p, rows in touched.items():
+            idle = (rows == 0).nonzero().flatten().tolist()
+            if len(idle) == len(rows) > 0:
+                untouched.append(self.names[p])
+            elif idle:
+                some = f"{len(idle)} of {len(rows)} rows, the first {idle[:20]}"
+                untouched.append(f"{self.names[p]} {some}")
+        return untouched
+
 
 # ============================================================================================================
 # 5  Training: schedule, warm-up and rewind, average
 # ============================================================================================================
+
+def check_training(s: Settings) -> None:
+    """Refuse a schedule without its longest stage, and a reserve that leaves no time."""
+    longest = max(length for _, length in context_stages(s))
+    if longest != s.train_seq_len:
+        raise UserError(f"TRAIN_SEQ_LEN={s.train_seq_len} is not {longest}, the longest stage of "
+                        f"TRAIN_SEQ_SCHEDULE={s.train_seq_schedule}: make them equal")
+    if s.train_seq_schedule and LOADERS[s.train_loader].windowed:
+        raise UserError(f"TRAIN_LOADER={s.train_loader} has windows of one length: "
+                        "TRAIN_SEQ_SCHEDULE needs stream or docpack")
+    reserve, budget = s.gptq_reserve_seconds, s.max_wallclock_seconds
+    if reserve == "auto":
+        return
+    if not is_number(reserve) or float(reserve) < 0:
+        raise UserError(f"GPTQ_RESERVE_SECONDS={reserve} must be a number of seconds >= 0, or auto")
+    if 0 < budget <= float(reserve):
+        raise UserError(f"GPTQ_RESERVE_SECONDS={reserve} leaves nothing of MAX_WALLCLOCK_SECONDS="
+                        f"{budget:g} to train in: lower it")
+
 
 def stage_at(stages: list[tuple[float, float]], progress: float):
     """The value of the first stage that has not ended."""
@@ -1487,8 +1511,7 @@ def stage_at(stages: list[tuple[float, float]], progress: float):
 
 
 def lr_share(s: Settings, progress: float) -> float:
-    """Share of the peak learning rate: flat, then linear over the last WARMDOWN_FRAC,
-    at least MIN_LR."""
+    """Share of the peak rate: flat, then linear over WARMDOWN_FRAC, at least MIN_LR."""
     if s.warmdown_frac <= 0 or progress < 1 - s.warmdown_frac:
         return 1.0
     return max((1 - progress) / s.warmdown_frac, s.min_lr)
@@ -1496,8 +1519,41 @@ def lr_share(s: Settings, progress: float) -> float:
 
 def muon_momentum(s: Settings, step: int) -> float:
     """Momentum at a step: linear warm-up over MUON_MOMENTUM_WARMUP_STEPS."""
-    f = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
-    return (1 - f) * s.muon_momentum_warmup_start + f * s.muon_momentum
+    if step >= s.muon_momentum_warmup_steps:
+        return s.muon_momentum
+    share = step / s.muon_momentum_warmup_steps
+    return (1 - share) * s.muon_momentum_warmup_start + share * s.muon_momentum
+
+
+class Pace:
+    """How far training is, and whether another step fits in: by the budget less its
+    reserve, or without one by ITERATIONS."""
+
+    def __init__(self, s: Settings, reserve: float):
+        self.iterations = s.iterations
+        self.budget = s.max_wallclock_seconds - reserve if s.max_wallclock_seconds else 0.0
+        self.elapsed = 0.0
+        self.step_seconds = 0.0      # falls slowly: after a quick step a slow one may come
+
+    def observe(self, step: int, elapsed: float) -> None:
+        """Seconds of training before a step, the same on all ranks."""
+        if step:
+            self.step_seconds = max(elapsed - self.elapsed, 0.9 * self.step_seconds)
+        self.elapsed = elapsed
+
+    def ended(self, step: int) -> bool:
+        """Whether this step would be one too many."""
+        if self.budget and self.elapsed + self.step_seconds > self.budget:
+            return True
+        return step >= self.iterations
+
+    def near_end(self) -> bool:
+        """Whether fewer than ten steps are left."""
+        return 0 < self.budget < self.elapsed + 10 * self.step_seconds
+
+    def progress(self, step: int) -> float:
+        """Share of training that is done, 0 to 1."""
+        return min(self.elapsed / self.budget, 1.0) if self.budget else step / self.iterations
 
 
 class Curriculum:
@@ -1509,39 +1565,32 @@ class Curriculum:
         self.changed: int | None = None        # step at which the length changed
 
     def at(self, step: int, progress: float) -> tuple[int, bool, float]:
-        """(longest segment, whether loops run, share of the learning rate) of a step;
-        call it in order."""
-        s = self.s
-        by_step = s.train_seq_schedule_mode == "step"
-        length = stage_at(self.stages, step / max(s.iterations, 1) if by_step else progress)
+        """(longest segment, whether loops run, share of the rate) of a step, in order."""
+        length = stage_at(self.stages, progress)
         if length != self.length:
             self.changed = step or None
             self.length = length
-        lr = self.rate(progress)
-        if self.changed is not None and s.seq_change_warmup_steps:
-            lr *= min((step - self.changed + 1) / s.seq_change_warmup_steps, 1.0)
+        lr, ramp = self.rate(progress), self.s.seq_change_warmup_steps
+        if self.changed is not None and ramp:
+            lr *= min((step - self.changed + 1) / ramp, 1.0)
         return length, self.loops(step, progress), lr
 
     def rate(self, progress: float) -> float:
-        """Share of the peak learning rate at this share of the training budget."""
+        """Share of the peak learning rate at this share of training."""
         return lr_share(self.s, progress)
 
     def loops(self, step: int, progress: float) -> bool:
-        """Whether loops run then."""
+        """Whether the looped layers run more than once then."""
         return self.s.num_loops > 0 and progress >= self.s.enable_looping_at
 
     def graphs(self) -> list[tuple[int, bool]]:
-        """Pairs (longest segment, whether loops run) in the order in which training
-        meets them."""
-        s = self.s
-        if s.train_seq_schedule_mode == "step" and s.max_wallclock_seconds > 0:
-            return self.all_graphs()      # one goes by the step and the other by the clock: any pair may come
-        changes = [0.0, s.enable_looping_at, *(math.nextafter(end, 2) for end, _ in self.stages[:-1])]
-        met = [(stage_at(self.stages, at), self.loops(0, at)) for at in sorted(changes)]
-        return list(dict.fromkeys(met))
-
-    def all_graphs(self) -> list[tuple[int, bool]]:
-        return [(length, loops) for _, length in self.stages for loops in (False, True)]
+        """(longest segment, whether loops run): pairs in the order of training."""
+        changes = [0.0, self.s.enable_looping_at]
+        changes += [math.nextafter(end, 2) for end, _ in self.stages[:-1]]
+        pairs = []
+        for progress in sorted(changes):
+            pairs.append((stage_at(self.stages, progress), self.loops(0, progress)))
+        return list(dict.fromkeys(pairs))
 
     def state(self) -> dict:
         """What a run that goes on later must know of it."""
@@ -1549,67 +1598,24 @@ class Curriculum:
 
 
 class Trainer:
-    """Model, optimiser and average: one train step, used by warm-up and training
-    alike."""
+    """Model, optimiser and average: the one train step, also of the warm-up."""
 
     def __init__(self, s: Settings, world: World, model: GPT):
         self.s, self.world, self.model = s, world, model
         self.accum, self.tokens = s.batch_shape(world.size)
         self.losses = compiled(s, world.device, model.losses, fullgraph=True)
+        self.to_measure = [0.1, 0.5, 0.9]              # shares of training whose next step is timed
         self.parts: dict[str, float] | None = None     # on a measured step: ms by part
         self.rewind()
 
     def rewind(self) -> None:
-        """Forget optimiser state and average: training starts from the model's
-        present weights."""
+        """Forget optimiser state and average: start from the model's present weights."""
         dtype = pick_dtype(self.s.muon_dtype, self.world.device, self.model.compute_dtype)
         self.optimiser = Optimiser(self.s, self.world, dict(self.model.named_parameters()), dtype)
         self.ema = {n: p.detach().clone() for n, p in self.model.named_parameters()}
 
-    def tensors(self) -> dict[str, Any]:
-        """Weights, average and optimiser, this rank's part of it, as they are: not
-        copied."""
-        return {"weights": {n: p.detach() for n, p in self.model.named_parameters()},
-                "average": self.ema, "momentum": self.optimiser.momentum,
-                "adam": self.optimiser.adam.state_dict()}
-
-    @torch.no_grad()
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what tensors() gave; UserError when it is of another model or of
-        other ranks."""
-        mine = self.tensors()
-        try:
-            for part in ("weights", "average"):
-                for name, tensor in mine[part].items():
-                    tensor.copy_(state[part][name])
-            for buf, saved in zip(mine["momentum"], state["momentum"], strict=True):
-                buf.copy_(saved)
-            self.optimiser.adam.load_state_dict(state["adam"])
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"the checkpoint does not fit this model ({type(error).__name__}: "
-                            f"{plain(error, 100)}): start anew without RESUME") from error
-
-    def finite(self) -> bool:
-        """Whether weights and average are, on this rank."""
-        tensors = [*self.ema.values(), *self.model.parameters()]
-        return all(bool(t.detach().isfinite().all()) for t in tensors)
-
-    def measure(self) -> None:
-        """Make the next step a measured one."""
-        sync(self.world.device)
-        self.parts, self.watch = {}, Clock()
-
-    def charge(self, part: str) -> None:
-        """On a measured step: wait for the GPU, charge the ms since the last time to
-        part."""
-        if self.parts is not None:
-            sync(self.world.device)
-            self.parts[part] = self.parts.get(part, 0.0) + 1e3 * self.watch.elapsed()
-            self.watch = Clock()
-
     def micro_step(self, batch: Batch, plan: Plan) -> Tensor:
-        """Forward and backward of one micro-batch; returns its mean loss (nats per
-        token)."""
+        """Forward and backward of one micro-batch; its mean loss, nats per token."""
         self.charge("data")
         if batch.cu_seqlens is not None and compiles(self.s, self.world.device):
             torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
@@ -1621,26 +1627,38 @@ class Trainer:
         return loss.detach()
 
     def update(self, lr: float, momentum: float) -> Tensor:
-        """Optimiser step (at a share of the peak rate) and weight average; the norm
-        before clipping."""
+        """Step at a share of the peak rate, then average; the norm before clipping."""
         norm = self.optimiser.step(lr, momentum)
         self.charge("optimiser")
+        weights = [p.detach() for p in self.model.parameters()]
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.model.parameters()],
-                                 1 - self.s.ema_decay)
+            torch._foreach_lerp_(list(self.ema.values()), weights, 1 - self.s.ema_decay)
         self.charge("average")
         return norm
 
+    def measure(self, progress: float) -> None:
+        """Make the next step a measured one, when it is time."""
+        if self.to_measure and progress >= self.to_measure[0]:
+            self.to_measure = [share for share in self.to_measure if share > progress]
+            sync(self.world.device)
+            self.parts, self.watch = {}, Clock()
+
+    def charge(self, part: str) -> None:
+        """On a measured step: charge the ms since the last call to this part."""
+        if self.parts is not None:
+            sync(self.world.device)
+            self.parts[part] = self.parts.get(part, 0.0) + 1e3 * self.watch.elapsed()
+            self.watch = Clock()
+
     def warm_up(self) -> float:
-        """Compile and run every graph on random tokens, then undo it. Returns the
-        seconds it took."""
-        s, world, clock = self.s, self.world, Clock()
-        generator = torch.Generator().manual_seed(s.seed + world.rank)
+        """Compile and run every graph on random tokens, undo it; the seconds it took."""
+        s, clock = self.s, Clock()
+        generator = torch.Generator().manual_seed(s.seed + self.world.rank)
         with weights_kept(self.model):
             for length, looping in Curriculum(s).graphs():
                 self.warm_graph(length, layer_plan(s, looping), generator)
         self.rewind()
-        sync(world.device)
+        sync(self.world.device)
         return clock.elapsed()
 
     def warm_graph(self, length: int, plan: Plan, generator: torch.Generator) -> None:
@@ -1651,8 +1669,7 @@ class Trainer:
             self.update(1.0, self.s.muon_momentum)
 
     def random_batch(self, generator: torch.Generator, length: int = 0) -> Batch:
-        """A micro-batch of random tokens shaped as the loader's, cut at `length` (0:
-        TRAIN_SEQ_LEN)."""
+        """Random tokens in the loader's shape, cut at `length` (0: TRAIN_SEQ_LEN)."""
         s = self.s
         tokens = torch.randint(2, s.vocab_size, (self.tokens + 1,), generator=generator).numpy()
         tokens[::max(2, s.train_seq_len // 2)] = BOS
@@ -1660,6 +1677,32 @@ class Trainer:
         if LOADERS[s.train_loader].windowed:
             batch = batch.rows(s.train_seq_len)
         return batch.to(self.world.device)
+
+    def finite(self) -> bool:
+        """Whether weights and average are, on this rank."""
+        tensors = [*self.ema.values(), *self.model.parameters()]
+        return all(bool(t.detach().isfinite().all()) for t in tensors)
+
+    def tensors(self) -> dict[str, Any]:
+        """Weights, average and optimiser of this rank, not copied."""
+        return {"weights": {n: p.detach() for n, p in self.model.named_parameters()},
+                "average": self.ema, "momentum": self.optimiser.momentum,
+                "adam": self.optimiser.adam.state_dict()}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what tensors() gave; UserError when it is of another model."""
+        own = self.tensors()
+        try:
+            for part in ("weights", "average"):
+                for name, tensor in own[part].items():
+                    tensor.copy_(state[part][name])
+            for buf, saved in zip(own["momentum"], state["momentum"], strict=True):
+                buf.copy_(saved)
+            self.optimiser.adam.load_state_dict(state["adam"])
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"the checkpoint does not fit this model ({type(error).__name__}: "
+                            f"{plain(error, 100)}): start anew without RESUME") from error
 
 
 class Trained(NamedTuple):
@@ -1671,24 +1714,34 @@ class Trained(NamedTuple):
 
 
 def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
-    """Seconds of MAX_WALLCLOCK_SECONDS kept for quantising and packing, and what to
-    warn of: as rehearsed, but at most half, so that a slow machine still trains (the
-    overrun is then reported); at least what is asked for: a run of the field's
-    commands, which keep too little, is not lost."""
-    if not s.max_wallclock_seconds:
+    """Seconds of the budget kept for quantising and packing, and a warning or "". As
+    rehearsed, but at most half: a slow machine still trains, and reports the overrun.
+    At least what is asked for; the field's commands ask for too little."""
+    budget = s.max_wallclock_seconds
+    if not budget:
         return 0.0, ""
     auto = s.gptq_reserve_seconds == "auto"
     asked = 0.0 if auto else float(s.gptq_reserve_seconds)
-    kept = max(asked, min(rehearsed, s.max_wallclock_seconds / 2))
+    kept = max(asked, min(rehearsed, budget / 2))
     need = f"quantising and packing were rehearsed in {rehearsed:.1f} s: {kept:.1f} s are kept"
     if kept < rehearsed:
-        return kept, f"{need}, for MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds:g} is less than twice that"
-    return kept, "" if auto or asked >= kept else f"{need}, not GPTQ_RESERVE_SECONDS={asked:g}"
+        return kept, f"{need}, for MAX_WALLCLOCK_SECONDS={budget:g} is less than twice that"
+    if auto or asked >= kept:
+        return kept, ""
+    return kept, f"{need}, not GPTQ_RESERVE_SECONDS={asked:g}"
 
 
 # ============================================================================================================
 # 6  Quantise: Hessians, GPTQ, low-rank repair
 # ============================================================================================================
+
+def check_quantise(s: Settings) -> None:
+    """Refuse what has no effect on steps by curvature."""
+    if s.awq_lite_enabled and s.quant_allocation != "hand":
+        raise UserError("AWQ_LITE_ENABLED=1 changes steps that are set by hand, not by "
+                        f"QUANT_ALLOCATION={s.quant_allocation}: set QUANT_ALLOCATION=hand "
+                        "or leave it out")
+
 
 # --- calibration: what training data says about the matrices
 
@@ -2651,6 +2704,13 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
 # 7  Score: the ledger and sliding windows
 # ============================================================================================================
 
+def check_scoring(s: Settings) -> None:
+    """Refuse windows that would leave targets out."""
+    if s.eval_stride > s.eval_seq_len:
+        raise UserError(f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}: "
+                        "lower it")
+
+
 class Score(NamedTuple):
     """Sums over scored targets: nats, bytes, targets."""
     loss_sum: float
@@ -2860,6 +2920,52 @@ class Scorer:
 # 8  Adapt: score-first test-time training
 # ============================================================================================================
 
+def check_adapt(s: Settings) -> None:
+    """Refuse adaptation that could not work, or would let later text reach earlier."""
+    largest = max(chunk for _, chunk in chunk_steps(s))
+    if largest > s.ttt_eval_seq_len:
+        raise UserError(f"TTT_CHUNK_SIZE={s.ttt_chunk_size}, or a chunk of "
+                        f"TTT_SHORT_SCORE_FIRST_STEPS={s.first_chunks}, exceeds TTT_EVAL_SEQ_LEN="
+                        f"{s.ttt_eval_seq_len}: lower it")
+    if s.ttt_doc_order == "stream" and s.ttt_warm_start_a and not s.ttt_shared_a:
+        raise UserError("TTT_DOC_ORDER=stream, TTT_WARM_START_A=1 and TTT_SHARED_A=0 let A carry "
+                        "what later documents taught it to earlier ones: set TTT_WARM_START_A=0 "
+                        "or TTT_DOC_ORDER=length")
+    if s.ttt_doc_order == "stream" and s.ttt_train_min_doc_len:
+        raise UserError(f"TTT_TRAIN_MIN_DOC_LEN={s.ttt_train_min_doc_len} asks where a document "
+                        "ends before it is read, which TTT_DOC_ORDER=stream does not allow: set "
+                        "TTT_TRAIN_MIN_DOC_LEN=0 or TTT_DOC_ORDER=length")
+    if s.ttt_enabled and not any(getattr(s, f"ttt_{kind}_lora") for kind in ADAPTED):
+        raise UserError("TTT_ENABLED=1 has nothing to adapt: set a TTT_*_LORA to 1, "
+                        "or TTT_ENABLED=0")
+    if s.ttt_cache_lambda and not s.ttt_kv_reuse:
+        raise UserError(f"TTT_CACHE_LAMBDA={s.ttt_cache_lambda:g} needs cached keys, not "
+                        "TTT_KV_REUSE=0: set it to 1")
+    if s.ttt_suffix and not s.ttt_kv_reuse:
+        raise UserError(f"TTT_SUFFIX={s.ttt_suffix} needs cached keys, not TTT_KV_REUSE=0: "
+                        "set it to 1")
+    if s.ttt_step_nats and s.ttt_optimizer != "normalised":
+        raise UserError(f"TTT_STEP_NATS={s.ttt_step_nats:g} needs TTT_OPTIMIZER=normalised, not "
+                        f"{s.ttt_optimizer}: set one of them")
+
+
+def log_adaptation(s: Settings, run: Run, val: Validation, clock: Clock) -> None:
+    """What adapts to what, into the log."""
+    lengths = val.documents.length
+    *phases, _ = ttt_rounds(s, lengths)
+    steps = sum(len(phase_steps(s, int(lengths[phase.train_on].sum()))) for phase in phases)
+    learn_from = "none, no step is taken"
+    if steps:
+        which = {"stream": "first", "length": "longest"}[s.ttt_doc_order]
+        learn_from = f"the {which} {len(phases[-1].train_on):,} documents"
+    run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
+            base_weights_learn_from=learn_from, base_weight_steps=steps,
+            ngram_hints=0 if val.hints is None else len(val.hints.at), elapsed=clock.elapsed())
+    if s.phased_ttt_prefix_docs and len(phases) < s.phased_ttt_num_phases:
+        run.log("settings_without_effect", PHASED_TTT_NUM_PHASES=f"{len(lengths):,} documents make "
+                f"{len(phases)} phases of {s.phased_ttt_num_phases}")
+
+
 ADAPTED = ("q", "k", "v", "o", "mlp", "head")       # what a TTT_*_LORA switches
 
 
@@ -2881,17 +2987,15 @@ class BoundAdapter(NamedTuple):
 
 class Adapter:
     """Low-rank adapters for `rows` documents side by side: per kind A (S, rows, r,
-    in) uniform(±1/sqrt(in)) and B (S, rows, out, r) zero: a fresh one changes
-    nothing. S counts executed slots; the head has one. Every document begins with the
-    same A, drawn from SEED. With TTT_SHARED_A A is (S, r, in) and frozen."""
+    in) uniform(±1/sqrt(in)), the same for each, and B (S, rows, out, r) zero: a fresh
+    one changes nothing. S counts executed slots; the head has one. With TTT_SHARED_A
+    A is (S, r, in) and frozen."""
 
     def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu"):
+        self.s = s
         self.scale = s.ttt_lora_alpha / s.ttt_lora_rank
-        self.shared = s.ttt_shared_a
-        self.warm = s.ttt_warm_start_a
-        self.seed = s.seed
-        outputs = {"q": s.model_dim, "k": s.kv_dim, "v": s.kv_dim, "o": s.model_dim, "mlp": s.model_dim,
-                   "head": s.vocab_size}
+        outputs = dict.fromkeys(ADAPTED, s.model_dim)
+        outputs.update(k=s.kv_dim, v=s.kv_dim, head=s.vocab_size)
         # no nn.Parameters: torch.compile would make a graph for every number of rows
         self.a: dict[str, Tensor] = {}
         self.b: dict[str, Tensor] = {}
@@ -2899,104 +3003,121 @@ class Adapter:
             if not getattr(s, f"ttt_{kind}_lora"):
                 continue
             slots = 1 if kind == "head" else plan.slots
-            each = () if self.shared else (rows,)
-            self.a[kind] = torch.empty(slots, *each, s.ttt_lora_rank, s.model_dim, device=device,
-                                       requires_grad=not self.shared)
-            self.b[kind] = torch.zeros(slots, rows, out, s.ttt_lora_rank, device=device, requires_grad=True)
+            each = (slots,) if s.ttt_shared_a else (slots, rows)
+            self.a[kind] = torch.empty(*each, s.ttt_lora_rank, s.model_dim, device=device,
+                                       requires_grad=not s.ttt_shared_a)
+            self.b[kind] = torch.zeros(slots, rows, out, s.ttt_lora_rank, device=device,
+                                       requires_grad=True)
         self.draw_a()
 
     def parameters(self) -> list[Tensor]:
         return [*self.a.values(), *self.b.values()]
 
     def trained(self) -> list[Tensor]:
-        """What a step changes."""
+        """What a step changes, each (S, rows, …)."""
         return [p for p in self.parameters() if p.requires_grad]
 
     @torch.no_grad()
     def keep(self, rows: slice) -> None:
         """Go on with these documents only (A is shared)."""
         for kind, b in self.b.items():
-            self.b[kind] = b[:, rows].clone(memory_format=torch.contiguous_format).requires_grad_()
+            kept = b[:, rows].clone(memory_format=torch.contiguous_format)
+            self.b[kind] = kept.requires_grad_()
 
     @torch.no_grad()
     def draw_a(self) -> None:
-        """Fresh A. Drawn on the CPU, so that every device starts from the same
-        numbers."""
-        generator = torch.Generator().manual_seed(self.seed)
+        """Fresh A, drawn on the CPU: every device starts from the same numbers."""
+        generator = torch.Generator().manual_seed(self.s.seed)
         for a in self.a.values():
             drawn = torch.empty(a.size(0), *a.shape[-2:]).uniform_(-1, 1, generator=generator)
             drawn = drawn / math.sqrt(a.size(-1))
-            a.copy_(drawn if self.shared else drawn[:, None])
+            a.copy_(drawn if self.s.ttt_shared_a else drawn[:, None])
 
     @torch.no_grad()
     def reset(self) -> None:
         """Start new documents: B back to zero; A kept (warm start) or drawn anew."""
         for b in self.b.values():
             b.zero_()
-        if not self.warm:
+        if not self.s.ttt_warm_start_a:
             self.draw_a()
 
     def bind(self, dtype: torch.dtype, head: bool = False) -> BoundAdapter:
         """For one forward: the trunk's, or the head's."""
         def unbound(side: dict) -> dict:
-            return {kind: p.to(dtype).unbind(0) for kind, p in side.items() if (kind == "head") == head}
+            wanted = [kind for kind in side if (kind == "head") == head]
+            return {kind: side[kind].to(dtype).unbind(0) for kind in wanted}
         return BoundAdapter(unbound(self.a), unbound(self.b), self.scale)
 
 
 class KeyCache:
-    """Keys and values that the earlier chunks of B documents left behind, as computed
-    then and cut from their graph: per slot (B, P, K, D), of which the last `seen` fit
-    into a window beside the next chunk. They are cut in the forward: for views
-    torch.compile would make other graphs. position: tokens so far; last (B, 2): the
-    tokens before the next chunk. states: slot STATES keeps final hidden states (B, P,
-    D) of length 1 and the tokens that came next (B, P)."""
+    """Keys and values that earlier forwards of B documents left behind, cut from
+    their graph: per slot (B, P, K, D). The next forward sees `seen` of them, up to
+    index `end`; beyond lies the suffix, which it runs again and overwrites. position:
+    the document's tokens before the forward; last (B, 2): the nearest of them.
+    states: slot STATES keeps final hidden states (B, P, D) of length 1 and the tokens
+    that came next (B, P)."""
     STATES = -1
 
     def __init__(self, window: int, states: bool = False):
-        self.window, self.states = window, states
+        self.window = window
+        self.states = states
         self.position = 0
         self.seen = 0
+        self.end = 0
         self.last: Tensor | None = None
         self.old: dict[int, tuple[Tensor, Tensor]] = {}
         self.new: dict[int, tuple[Tensor, Tensor]] = {}
         self.sealed: tuple[Tensor, dict] | None = None
 
     def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values that a chunk's queries may see, the chunk's own last."""
-        if slot in self.old:
+        """All keys and values that a forward's queries may see, its own last."""
+        if slot in self.old:      # cut here: views would need other graphs
             old_k, old_v = self.old[slot]
-            first = old_k.size(1) - self.seen
+            first = self.end - self.seen
             k = torch.cat((old_k.narrow(1, first, self.seen), k), dim=1)
             v = torch.cat((old_v.narrow(1, first, self.seen), v), dim=1)
         self.new[slot] = (k.detach(), v.detach())
         return k, v
 
     def seal(self, ids: Tensor) -> None:
-        """The forward of the chunk with tokens ids (B, T) was scored: the keys it saw
-        are those to keep."""
+        """The forward over tokens ids (B, T) was scored: the keys it saw are those to
+        keep."""
         self.sealed = (ids, self.new)
         self.new = {}
 
-    def advance(self, chunk: int) -> None:
-        """The chunk is over; of its keys the next `chunk` tokens see what the window
-        holds beside them."""
+    def advance(self, chunk: int, suffix: int = 0) -> int:
+        """The chunk is over. The next forward runs the newest `suffix` tokens again,
+        and then `chunk` new ones, on the older keys that the window holds beside
+        them; returns how many again. Where fewer than two lie ahead of the suffix,
+        all are run, on the graph of a document's beginning; any other length of the
+        suffix shares one graph."""
         ids, self.old = self.sealed
         self.sealed = None
-        self.seen = min(self.seen + ids.size(1), self.window - chunk)
-        self.position += ids.size(1)
         text = ids if self.last is None else torch.cat((self.last, ids), dim=1)
-        self.last = text[:, -2:].contiguous()
+        keys = self.seen + ids.size(1)
+        room = self.window - chunk
+        again = min(suffix, room)
+        self.end = keys - again
+        self.seen = min(self.end, room - again)
+        self.position += ids.size(1) - again
+        if self.seen < 2:
+            self.position, self.seen, self.last, self.old = 0, 0, None, {}
+            return min(keys, room)
+        self.last = text[:, :text.size(1) - again][:, -2:].contiguous()
+        return again
 
     def keep(self, rows: slice) -> None:
         """Go on with these documents only."""
-        self.old = {slot: tuple(x[rows].clone() for x in pair) for slot, pair in self.old.items()}
-        self.last = self.last[rows]
+        for slot, (k, v) in self.old.items():
+            self.old[slot] = (k[rows].clone(), v[rows].clone())
+        if self.last is not None:
+            self.last = self.last[rows]
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A chunk already on the books: adapt() takes nothing else, so it cannot see
-    ahead. losses (B, W) with their graph, the chunk's in the last columns; `again`
+    """A chunk on the books: adapt() takes nothing else, so it cannot see ahead.
+    losses (B, W) with their graph, the chunk's in the last columns; `again`
     recomputes them after a step."""
     losses: Tensor
     chunk: int
@@ -3004,37 +3125,40 @@ class Scored:
     again: Callable[[], Tensor]
 
 
+# --- which tokens, documents and phases, in which order
+
 class ChunkWindow(NamedTuple):
-    """A chunk of a batch of documents: per row the first input (relative to the
-    document), the first scored column, the number of scored columns (0: the document
-    has ended); W columns."""
+    """A chunk of B documents, per row: the first input (relative to the document),
+    the first scored column, how many are scored (0: it has ended); W columns."""
     begin: np.ndarray
     offset: np.ndarray
     count: np.ndarray
     width: int
 
 
-def chunk_window(s: Settings, targets: np.ndarray, begin: int, end: int, cached: bool) -> ChunkWindow:
-    """The chunk [begin, end) of targets: alone where earlier keys are cached, else
-    rows reach back at most TTT_EVAL_SEQ_LEN inputs; in the field's order from where
-    the document ends, if that is in the chunk, in stream order from the chunk's end:
-    nothing about later tokens is known. targets (B,): per document."""
-    last, window = np.minimum(end, targets), s.ttt_eval_seq_len
+def chunk_window(s: Settings, targets: np.ndarray, begin: int, end: int,
+                 again: int | None) -> ChunkWindow:
+    """The chunk [begin, end) of documents of `targets` (B,), with `again` inputs
+    before it. None, without cached keys: what TTT_EVAL_SEQ_LEN reaches from the
+    chunk's end; in the field's order from the document's, where that comes first."""
+    last = np.minimum(end, targets)
     count = np.maximum(last - begin, 0)
-    if cached:
-        first, width = begin, end - begin
-    else:
+    if again is None:
         known_end = last if s.ttt_doc_order == "length" else end
-        first, width = np.maximum(known_end - window, 0), min(end, window)
+        first = np.maximum(known_end - s.ttt_eval_seq_len, 0)
+        width = min(end, s.ttt_eval_seq_len)
+    else:
+        first = begin - again
+        width = end - first
     first = np.where(count > 0, first, 0)
-    return ChunkWindow(first, np.where(count > 0, begin - first, 0), count, width)
+    offset = np.where(count > 0, begin - first, 0)
+    return ChunkWindow(first, offset, count, width)
 
 
 def chunk_bounds(s: Settings, length: int) -> list[int]:
-    """Targets at which the chunks of a group begin whose longest document has
-    `length` tokens, and the end of the last one. In stream order the size goes by the
-    position in the document, so that no later document has a say in how an earlier
-    one is cut; in the field's order by `length`."""
+    """Where the chunks of a group begin whose longest document has `length` tokens,
+    and the last one's end. In stream order sizes go by position, so that no later
+    document has a say in how an earlier one is cut; in the field's by `length`."""
     steps, bounds = chunk_steps(s), [0]
     if s.ttt_doc_order == "length":
         steps = [(math.inf, next(chunk for bound, chunk in steps if length <= bound))]
@@ -3045,10 +3169,10 @@ def chunk_bounds(s: Settings, length: int) -> list[int]:
 
 
 def trained_rows(s: Settings, targets: np.ndarray, end: int) -> np.ndarray:
-    """(B,) bool: the documents, of targets (B,), that learn from a chunk ending at
-    target `end`: those going on, within TTT_TRAIN_*_DOC_LEN; in stream order by the
-    position reached, as no end is known yet."""
-    most, goes_on = s.ttt_train_max_doc_len or math.inf, targets > end
+    """(B,) bool: which documents learn from a chunk ending at `end`: those going on,
+    within TTT_TRAIN_*_DOC_LEN; in stream order by the position, as no end is known."""
+    most = s.ttt_train_max_doc_len or math.inf
+    goes_on = targets > end
     if s.ttt_doc_order == "stream":
         return goes_on & (end < most)
     return goes_on & (targets + 1 >= s.ttt_train_min_doc_len) & (targets < most)
@@ -3064,34 +3188,37 @@ def rows_kept_for(batch: int, live: int) -> int:
 
 class Round(NamedTuple):
     """Groups of documents between which no state passes, in the order of work, and
-    the documents on which the base weights are trained once all of them are scored
-    (none after the last round)."""
+    those on which the base weights are trained afterwards (none in the last)."""
     groups: list[np.ndarray]
     train_on: np.ndarray | None
 
 
 def grouped(s: Settings, documents: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     """Documents (their numbers) in groups of at most TTT_BATCH_SIZE of similar
-    lengths, longest first. In stream order groups are about equal: a single document
-    left over would need a graph of its own."""
-    order, size = documents[np.argsort(lengths[documents], kind="stable")], s.ttt_batch_size
+    lengths, longest first. In stream order of about equal size: a single document
+    would need a graph of its own."""
+    if not len(documents):
+        return []
+    order = documents[np.argsort(lengths[documents], kind="stable")]
+    size = s.ttt_batch_size
     cuts = range(size, len(order), size) if s.ttt_doc_order == "length" else -(-len(order) // size)
-    groups = np.array_split(order, cuts) if len(order) else []
-    return sorted(groups, key=lambda g: -lengths[g].max())
+    return sorted(np.array_split(order, cuts), key=lambda group: -lengths[group].max())
 
 
 def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
-    """The groups of all documents, cut at the phase boundaries. TTT_DOC_ORDER=stream:
-    round i holds the i-th part of the stream's first documents, so that none is
-    influenced by a later one. length: as in the field the longest documents of all
-    come first; a phase trains on the shortest groups scored so far."""
+    """The groups of all documents, cut at the phases. TTT_DOC_ORDER=stream: round i
+    holds the i-th part of the stream's first documents, so that none is influenced by
+    a later one. length: as in the field the longest come first, and a phase trains on
+    the shortest groups scored so far."""
     phases = s.phased_ttt_num_phases if s.phased_ttt_prefix_docs else 0
     bounds = [s.phased_ttt_prefix_docs * (i + 1) // phases for i in range(phases)]
-    everything, rounds, begin = np.arange(len(lengths)), [], 0
+    everything, rounds = np.arange(len(lengths)), []
     if s.ttt_doc_order == "stream":
-        for end in (b for b in bounds if begin < b <= len(lengths)):
-            rounds.append(Round(grouped(s, everything[begin:end], lengths), everything[:end]))
-            begin = end
+        begin = 0
+        for end in bounds:
+            if begin < end <= len(lengths):
+                rounds.append(Round(grouped(s, everything[begin:end], lengths), everything[:end]))
+                begin = end
         return rounds + [Round(grouped(s, everything[begin:], lengths), None)]
     current, done = [], []
     for group in grouped(s, everything, lengths):
@@ -3104,72 +3231,137 @@ def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
     return rounds + [Round(current, None)]
 
 
-# What the watchdog gives up, in this order, when the evaluation would outlast its budget.
-GIVE_UP = ("nothing", "further phases on the base weights", "adaptation")
-NO_ADAPTATION = 2
+# --- one step
+
+# Nats off its own chunk's loss beyond which a step's promise is not believed, and what it is then cut to.
+# A trained 135M model on cached keys gained most at .3 to .6 and lost from 2 on; encoded exactly, by AdamW,
+# it still gained at 2.7.
+MOST_NATS, MOST_NATS_ADAM, SAFE_NATS = 1.25, 4.0, 0.3
+MOST_RATE = 0.01       # of TTT_STEP_NATS, where gradients vanish; toy models liked .008
+
+
+@torch.no_grad()
+def normalised_step(s: Settings, params: list[Tensor], losses: Tensor) -> Tensor:
+    """A step of every document's matrices (S, rows, R, C), each along its gradient
+    over the gradient's RMS: no state. To first order a rate of 1 lowers the document's
+    loss (rows,) by the sum of N * RMS over its matrices of N entries. The rate is
+    TTT_LORA_LR, or what promises TTT_STEP_NATS, though no more than a quarter of the
+    loss. Returns which rows (bool) were shortened."""
+    sizes = [p.grad.square().mean(dim=(-2, -1)).sqrt() for p in params]
+    promised = torch.zeros_like(losses)
+    for p, size in zip(params, sizes):
+        promised += p.size(-2) * p.size(-1) * size.sum(0)
+    if s.ttt_step_nats:
+        fall = (losses / 4).clamp(max=s.ttt_step_nats)
+        rates = (fall / promised.clamp(min=1e-30)).clamp(max=MOST_RATE)
+        shortened = torch.zeros_like(promised, dtype=torch.bool)
+    else:
+        lr = s.ttt_lora_lr * s.ttt_local_lr_mult
+        shortened = lr * promised > MOST_NATS
+        rates = torch.where(shortened, SAFE_NATS / promised, lr)
+    for p, size in zip(params, sizes):
+        p.mul_(1 - rates[:, None, None] * s.ttt_weight_decay)
+        p.addcmul_(p.grad, (rates / (size + 1e-12))[..., None, None], value=-1)
+    return shortened
+
+
+@torch.no_grad()
+def optimiser_step(optimiser: torch.optim.Optimizer, params: list[Tensor]) -> Tensor:
+    """The optimiser's step, to the bit; but where it promises a document more than
+    MOST_NATS_ADAM, the part of it that promises SAFE_NATS. Returns where (rows,)."""
+    before = [p.clone() for p in params]
+    optimiser.step()
+    moves = [((old - p) * p.grad).sum(dim=(0, 2, 3)) for p, old in zip(params, before)]
+    promise = torch.stack(moves).sum(0)
+    shortened = promise > MOST_NATS_ADAM
+    part = (SAFE_NATS / promise)[:, None, None]
+    for p, old in zip(params, before):
+        p.copy_(torch.where(shortened[:, None, None], torch.lerp(old, p, part), p))
+    return shortened
+
+
+# --- the evaluation
+
+# What the watchdog gives up, more at each level, when the evaluation would outlast its budget.
+GIVE_UP = ("nothing", "further phases on the base weights", "phases and two thirds of TTT_SUFFIX",
+           "phases and TTT_SUFFIX", "phases and adaptation")
+NO_ADAPTATION = len(GIVE_UP) - 1
 WATCH_EVERY = 8             # chunks between two looks at the clock
 
 
+def suffixes(s: Settings) -> tuple[int, ...]:
+    """Tokens that are run again at every level of GIVE_UP."""
+    return s.ttt_suffix, s.ttt_suffix, s.ttt_suffix // 3, 0, 0
+
+
 class PhasedTTT:
-    """Score-first phased test-time training. Each document has its own adapter,
-    scored chunk by chunk and adapted only by booked chunks; at each phase boundary
-    the base weights are trained on whole booked documents. Ranks share the groups by
-    predicted cost. clock: the evaluation's, watched so that every target is scored in
-    time. trace(event, **values) observes: lora, reset, chunk, sgd_step, phase,
-    give_up."""
+    """Score-first phased test-time training: each document has its own adapter, which
+    booked chunks alone adapt; between rounds the base weights are trained on whole
+    booked documents. clock: the evaluation's, watched so that every target is scored
+    in time. trace(event, **values) observes: lora, reset, chunk, sgd_step, phase,
+    give_up, warning."""
 
     def __init__(self, s: Settings, world: World, model: GPT, val: Validation, trace: Callable | None = None,
                  clock: Clock | None = None, ledger: Ledger | None = None):
         self.s, self.world, self.model, self.val = s, world, model, val
-        self.trace, self.clock = trace or (lambda event, **values: None), clock
-        self.plan, self.lengths = layer_plan(s, True), val.documents.length
+        self.trace = trace or (lambda event, **values: None)
+        self.clock = clock
+        self.plan = layer_plan(s, True)
+        self.lengths = val.documents.length
         self.losses = compiled(s, world.device, model.losses, fullgraph=True, dynamic=True)
         self.ledger = ledger or Ledger(val, world.device)
         self.level = 0
         self.kept: Adapter | None = None
-        # Seconds and token-passes of adaptation, without phases and waiting; costs of what is still to do.
-        self.spent, self.done, self.left = 0.0, 0.0, np.zeros(len(GIVE_UP))
-        self.phase_pace, self.phase_tokens = 0.0, 0    # seconds a token of a phase; tokens to train on
+        self.shortened = torch.zeros((), dtype=torch.int64, device=world.device)
+        self.spent = 0.0            # seconds of adaptation, without phases and waiting
+        self.done = 0.0             # token-passes in them
+        self.left = np.zeros(len(GIVE_UP))      # those still to do, at every level
+        self.phase_pace = 0.0       # seconds a token of a phase
+        self.phase_tokens = 0       # still to train on
 
     def costs(self, group: np.ndarray) -> np.ndarray:
-        """Predicted token-passes of a group at every level of GIVE_UP; a backward
-        counts twice a forward."""
-        longest = int(self.lengths[group].max())
-        ends = np.minimum(chunk_bounds(self.s, longest)[1:], self.s.ttt_eval_seq_len)
-        adapting = 3 * (longest if self.s.ttt_kv_reuse else ends.sum())
-        return len(group) * np.array([adapting, adapting, longest], float)
+        """Predicted token-passes of a group at every level; a backward is two."""
+        s, longest = self.s, int(self.lengths[group].max())
+        bounds = np.array(chunk_bounds(s, longest))
+        window = np.minimum(bounds[1:], s.ttt_eval_seq_len)
+        columns = np.tile(window, (len(GIVE_UP), 1))
+        if s.ttt_kv_reuse:
+            columns = np.minimum(window, np.diff(bounds) + np.array(suffixes(s))[:, None])
+        passes = 3.0 * columns.sum(1)
+        passes[NO_ADAPTATION] = longest
+        return len(group) * passes
 
     def own_share(self, groups: list[np.ndarray]) -> list[np.ndarray]:
         """This rank's share of the groups."""
-        share = share_out([self.costs(g)[self.level] for g in groups], self.world.size)[self.world.rank]
+        costs = [self.costs(group)[self.level] for group in groups]
+        share = share_out(costs, self.world.size)[self.world.rank]
         return [groups[i] for i in sorted(share)]
 
     def run(self) -> Score:
-        """Score every document once. The model's weights end as the last phase left
-        them."""
+        """Score every document once; the weights stay as the last phase left them."""
         rounds = ttt_rounds(self.s, self.lengths)
-        todo = [self.own_share(r.groups) for r in rounds]
-        self.left = sum((self.costs(g) for mine in todo for g in mine), self.left)
+        shares = [self.own_share(r.groups) for r in rounds]
+        self.left = sum(map(self.costs, itertools.chain(*shares)), self.left)
         self.phase_tokens = sum(int(self.lengths[r.train_on].sum()) for r in rounds[:-1])
-        self.model.requires_grad_(False)           # adapters learn; the base weights only in a phase
-        for r, mine in zip(rounds, todo):
+        self.model.requires_grad_(False)        # but in a phase
+        for r, share in zip(rounds, shares):
             self.begin_round()
-            for group in mine:
+            for group in share:
                 self.adapt_group(group)
-            level = max(self.world.gather(self.level))          # all ranks take part in a phase or none
+            level = max(self.world.gather(self.level))      # all take part in a phase or none
             if level > self.level:
                 self.give_up(level, by="another rank")
             if r.train_on is not None and self.level == 0:
-                booked, phase = self.ledger.booked(r.train_on, self.world), Clock()
-                self.global_phase(booked)
-                sync(self.world.device)
-                self.phase_pace = phase.elapsed() / len(booked.tokens)
-                self.phase_tokens -= int(self.lengths[r.train_on].sum())
+                self.phase(r.train_on)
         self.model.requires_grad_(True)
+        shortened = int(self.world.total(self.shortened))
+        if shortened:
+            self.trace("warning", text=f"{shortened:,} adapter steps promised more than this model can "
+                       "gain and were shortened: lower TTT_LORA_LR, or set TTT_STEP_NATS=0.5")
         return self.ledger.close(self.world)
 
     def begin_round(self) -> None:
-        """Nothing passes from round to round; within one, A may go on to other groups."""
+        """Nothing passes from round to round; within one, A may."""
         self.kept = None
         if self.s.ttt_doc_order == "length" and not self.s.ttt_shared_a:
             self.kept = self.adapter_for(self.s.ttt_batch_size)
@@ -3182,83 +3374,91 @@ class PhasedTTT:
         pace = self.spent / self.done if self.done else 0.0
         ends = now + pace * self.left
         ends[0] += self.phase_pace * self.phase_tokens
-        fits = (i for i in range(self.level, NO_ADAPTATION) if ends[i] <= self.clock.budget)
-        level = next(fits, NO_ADAPTATION) if now < self.clock.budget else NO_ADAPTATION
+        fits = (i for i in range(self.level, NO_ADAPTATION) if ends[i] < self.clock.budget)
+        level = next(fits, NO_ADAPTATION)
         if level > self.level:
             self.give_up(level, elapsed=now, predicted_end=ends[self.level])
 
     def give_up(self, level: int, **why) -> None:
-        """From now on do without what GIVE_UP names up to this level."""
-        self.trace("give_up", what=", ".join(GIVE_UP[1:level + 1]), **why)
+        """From now on do without what GIVE_UP names at this level."""
+        self.trace("give_up", what=GIVE_UP[level], **why)
         self.level = level
 
+    def count_work(self, work: np.ndarray, since: Clock) -> None:
+        """Work of these costs is done: update the prediction and act on it."""
+        sync(self.world.device)
+        self.spent += since.elapsed()
+        self.done += work[self.level]
+        self.left = self.left - work
+        self.watch()
+
     def adapter_for(self, rows: int) -> Adapter:
-        """The kept one, reset for new documents, where it has as many rows, else a
-        fresh one."""
-        kept = self.kept is not None and rows == self.s.ttt_batch_size
-        adapter = self.kept if kept else Adapter(self.s, self.plan, rows, self.world.device)
-        if kept:
-            adapter.reset()
-        self.trace("reset" if kept else "lora", adapter=adapter)
+        """The kept one, reset, where it has as many rows; else a fresh one."""
+        if self.kept is not None and rows == self.s.ttt_batch_size:
+            self.kept.reset()
+            self.trace("reset", adapter=self.kept)
+            return self.kept
+        adapter = Adapter(self.s, self.plan, rows, self.world.device)
+        self.trace("lora", adapter=adapter)
         return adapter
 
     def optimiser(self, adapter: Adapter) -> torch.optim.Optimizer | None:
         """AdamW over a group's adapters; none for the stateless rule."""
-        s, params, lr = self.s, adapter.trained(), self.s.ttt_lora_lr * self.s.ttt_local_lr_mult
+        s = self.s
         if s.ttt_optimizer == "normalised":
             return None
-        return torch.optim.AdamW(params, lr=lr, betas=(s.ttt_beta1, s.ttt_beta2), eps=1e-10,
-                                 weight_decay=s.ttt_weight_decay, fused=self.world.device.type == "cuda")
+        lr = s.ttt_lora_lr * s.ttt_local_lr_mult
+        fused = self.world.device.type == "cuda"
+        return torch.optim.AdamW(adapter.trained(), lr, (s.ttt_beta1, s.ttt_beta2), eps=1e-10,
+                                 weight_decay=s.ttt_weight_decay, fused=fused)
 
     def adapt_group(self, group: np.ndarray) -> None:
-        """Score a group's documents chunk by chunk; after each chunk adapt those that
-        have another one."""
+        """Score a group's documents chunk by chunk, adapting those that go on."""
         self.watch()
-        s, level = self.s, self.level
-        cached, learns = s.ttt_kv_reuse or level == NO_ADAPTATION, level < NO_ADAPTATION
+        s, learns = self.s, self.level < NO_ADAPTATION
         starts, targets = self.val.documents.start[group], self.lengths[group] - 1
-        if len(group) == 1 < s.ttt_batch_size:      # an empty row beside it: one would need its own graphs
+        if len(group) == 1 < s.ttt_batch_size:      # an empty row beside it: a graph less
             starts, targets = np.repeat(starts, 2), np.append(0, targets)
         adapter = self.adapter_for(len(starts)) if learns else None
         optimiser = self.optimiser(adapter) if learns else None
+        cached = s.ttt_kv_reuse or not learns
         cache = KeyCache(s.ttt_eval_seq_len, states=s.ttt_cache_lambda > 0) if cached else None
+        shrinks = cached and optimiser is None and (s.ttt_shared_a or not learns)
         bounds = chunk_bounds(s, int(self.lengths[group].max()))
         costs, counted, since = self.costs(group), 0, Clock()
         for n, (begin, end) in enumerate(zip(bounds, bounds[1:]), start=1):
             self.world.beat(f"adapting to chunk {n} of {len(group)} documents")
+            again = 0 if cached else None
             if cached and begin:
-                cache.advance(end - begin)
-            ended = int(np.searchsorted(targets, begin, side="right"))       # targets rise within a group
-            stateless = optimiser is None and (adapter is None or adapter.shared)
-            rows = slice(len(targets) - rows_kept_for(s.ttt_batch_size, len(targets) - ended), None)
-            if cached and stateless and rows.start > 0:
+                again = cache.advance(end - begin, suffixes(s)[self.level])
+            live = int((targets > begin).sum())
+            kept = rows_kept_for(s.ttt_batch_size, live)
+            if shrinks and kept < len(targets):         # the longest documents come last
+                rows = slice(-kept, None)
                 starts, targets = starts[rows], targets[rows]
                 for keeper in (cache,) if adapter is None else (cache, adapter):
                     keeper.keep(rows)
-            later = learns & trained_rows(s, targets, end)
-            with torch.set_grad_enabled(bool(later.any())):
-                window = chunk_window(s, targets, begin, end, cached)
+            with torch.set_grad_enabled(adapter is not None):       # at every level: a graph less
+                window = chunk_window(s, targets, begin, end, again)
                 scored = self.score_chunk(starts, window, adapter, cache)
-                if later.any():
-                    self.adapt(adapter, optimiser, scored, torch.from_numpy(later).to(self.world.device))
+                later = trained_rows(s, targets, end)
+                if later.any() and self.level < NO_ADAPTATION:
+                    self.adapt(adapter, optimiser, scored, self.on_device(later))
             if n % WATCH_EVERY == 0 or end == bounds[-1]:
-                sync(self.world.device)
-                work = costs * (end - counted) / bounds[-1]
-                self.spent, self.done = self.spent + since.elapsed(), self.done + work[self.level]
-                self.left = self.left - work
-                self.watch()
-                learns, counted, since = learns and self.level < NO_ADAPTATION, end, Clock()
+                self.count_work(costs * (end - counted) / bounds[-1], since)
+                counted, since = end, Clock()
+
+    def on_device(self, x: np.ndarray) -> Tensor:
+        return torch.from_numpy(x).to(self.world.device)
 
     def score_chunk(self, starts: np.ndarray, w: ChunkWindow, adapter: Adapter | None,
                     cache: KeyCache | None) -> Scored:
-        """One forward over the chunk and its context; its losses are booked before
-        anything can learn."""
+        """One forward over the chunk and its context; booked before anything learns."""
         column = np.arange(w.width)
-        valid = (column < (w.offset + w.count)[:, None])
+        valid = column < (w.offset + w.count)[:, None]
         at = np.where(valid, (starts + w.begin)[:, None] + column, 0)
-        tokens, device = self.val.tokens, self.world.device
-        x, y = (torch.from_numpy(np.where(valid, part[at], 0).astype(np.int64)).to(device)
-                for part in (tokens, self.val.targets))
+        x, y = (self.on_device(np.where(valid, tokens[at], 0).astype(np.int64))
+                for tokens in (self.val.tokens, self.val.targets))
 
         def forward(x: Tensor = x, y: Tensor = y) -> Tensor:
             return self.losses(x, y, self.plan, None, adapter, None, cache)
@@ -3267,9 +3467,10 @@ class PhasedTTT:
         if cache is not None and cache.states:
             booked = mixed_with_cache(self.s, booked, cache)
         counted = valid & (column >= w.offset[:, None])
-        positions, keep = (torch.from_numpy(i).to(device) for i in (at[counted], np.flatnonzero(counted)))
+        positions = self.on_device(at[counted])
+        keep = self.on_device(np.flatnonzero(counted))
         self.ledger.book(positions, booked.flatten()[keep])
-        if cache is not None:      # the keys of the forward that was scored, whatever the steps do
+        if cache is not None:      # of the forward that was scored, whatever the steps do
             cache.seal(x)
         self.trace("chunk", x=x, y=y, losses=booked.detach(), offsets=w.offset, counts=w.count, width=w.width,
                    at=at, counted=counted)
@@ -3277,64 +3478,59 @@ class PhasedTTT:
 
     def adapt(self, adapter: Adapter, optimiser: torch.optim.Optimizer | None, scored: Scored,
               later: Tensor) -> None:
-        """TTT_GRAD_STEPS steps on the mean loss of the booked chunk, of documents
-        that have a later one."""
+        """TTT_GRAD_STEPS steps of the documents in `later` on their booked chunk."""
         self.ledger.require(scored.positions)
         losses, trained = scored.losses, adapter.trained()
         for step in range(self.s.ttt_grad_steps):
             if step:
                 losses = scored.again()
-            (losses[:, -scored.chunk:].mean(dim=1) * later).sum().backward(inputs=trained)
+            of_chunk = losses[:, -scored.chunk:].mean(dim=1) * later
+            of_chunk.sum().backward(inputs=trained)
             if optimiser is None:
-                lr = self.s.ttt_lora_lr * self.s.ttt_local_lr_mult
-                normalised_step(trained, lr, self.s.ttt_weight_decay)
+                shortened = normalised_step(self.s, trained, of_chunk.detach())
             else:
-                optimiser.step()
-            for p in trained:      # at once: torch.compile would make a graph for tensors that have one
+                shortened = optimiser_step(optimiser, trained)
+            self.shortened += shortened.sum()
+            for p in trained:      # at once: tensors that have one are a graph more
                 p.grad = None
 
     # --- the base weights
 
+    def phase(self, documents: np.ndarray) -> None:
+        """Train the base weights on these documents, all of them booked."""
+        booked, clock = self.ledger.booked(documents, self.world), Clock()
+        self.global_phase(booked)
+        sync(self.world.device)
+        self.phase_pace = clock.elapsed() / len(booked.tokens)
+        self.phase_tokens -= int(self.lengths[documents].sum())
+
     def global_phase(self, booked: Booked) -> None:
-        """SGD on all base weights over booked documents; the learning rate falls as a
-        cosine over chunks."""
-        s, tokens = self.s, booked.tokens
-        chunks = -(-(len(tokens) - 1) // s.global_ttt_chunk_tokens)
+        """SGD on all base weights over booked documents."""
+        tokens = booked.tokens
+        chunks = -(-(len(tokens) - 1) // self.s.global_ttt_chunk_tokens)
         params = self.model.requires_grad_(True).parameters()
-        optimiser = torch.optim.SGD(params, momentum=s.global_ttt_momentum)
-        for c in range(max(chunks - 1, 1)):    # as published, the last chunk is left out, unless it is alone
-            part = tokens[c * s.global_ttt_chunk_tokens:(c + 1) * s.global_ttt_chunk_tokens + 1]
-            rows = (len(part) - 1) // s.eval_seq_len
-            optimiser.param_groups[0]["lr"] = self.global_lr(c, chunks)
+        optimiser = torch.optim.SGD(params, momentum=self.s.global_ttt_momentum)
+        for c, begin, end in phase_steps(self.s, len(tokens)):
             self.world.beat(f"adapting the base weights, chunk {c + 1}")
-            for _ in range(s.global_ttt_epochs):
-                for r in range(0, rows, s.global_ttt_batch_seqs):
-                    begin, n = r * s.eval_seq_len, min(s.global_ttt_batch_seqs, rows - r) * s.eval_seq_len
-                    self.global_step(part[begin:begin + n + 1], optimiser)
+            optimiser.param_groups[0]["lr"] = self.global_lr(c, chunks)
+            self.global_step(tokens[begin:end + 1], optimiser)
         self.model.requires_grad_(False)
         self.trace("phase", model=self.model, tokens=tokens)
 
     def global_lr(self, c: int, chunks: int) -> float:
-        """Learning rate of chunk c: linear warm-up, then a cosine to the last chunk."""
-        s, warm = self.s, self.s.global_ttt_warmup_chunks
-        if c < warm:
-            f = c / max(warm - 1, 1)
-            return s.global_ttt_warmup_start_lr + f * (s.global_ttt_lr - s.global_ttt_warmup_start_lr)
-        return s.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * (c - warm) / max(chunks - 1 - warm, 1)))
+        """Learning rate of chunk c: a cosine to the last chunk."""
+        return self.s.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * c / max(chunks - 1, 1)))
 
     def global_step(self, tokens: np.ndarray, optimiser: torch.optim.SGD) -> None:
         """One momentum step on a run of tokens, which the ranks share by whole
         documents, or rows."""
         s, world, total = self.s, self.world, len(tokens) - 1
-        starts = np.flatnonzero(tokens[:-1] == BOS)
-        if not s.global_ttt_respect_doc_boundaries:
-            starts = np.arange(0, total, s.eval_seq_len)
-        starts = np.unique(np.append(starts, (0, total)))
-        begin, end = starts[np.searchsorted(starts, [total * (world.rank + i) // world.size for i in (0, 1)])]
+        starts = np.unique(np.append(self.row_starts(tokens), (0, total)))
+        fair = np.array([world.rank, world.rank + 1]) * total // world.size
+        begin, end = starts[np.searchsorted(starts, fair)]
         loss = torch.zeros((), device=world.device)
         if end > begin:
-            batch = packed_batch(tokens[begin:end + 1], s.eval_seq_len).to(world.device)
-            batch = batch if s.global_ttt_respect_doc_boundaries else batch.rows(s.eval_seq_len)
+            batch = self.rows_of(tokens[begin:end + 1]).to(world.device)
             losses = self.model.losses(batch.x, batch.y, self.plan, batch.layout(batch.max_seqlen))
             loss = losses.sum() / total
             loss.backward()
@@ -3343,6 +3539,14 @@ class PhasedTTT:
         optimiser.zero_grad()
         self.trace("sgd_step", loss=world.total(loss.detach().clone()), n_tokens=total, grad_norm=norm,
                    lr=optimiser.param_groups[0]["lr"])
+
+    def row_starts(self, tokens: np.ndarray) -> np.ndarray:
+        """Where a run of tokens may be cut for the ranks: at its documents."""
+        return np.flatnonzero(tokens[:-1] == BOS)
+
+    def rows_of(self, tokens: np.ndarray) -> Batch:
+        """The batch of a rank's tokens: packed documents of at most EVAL_SEQ_LEN."""
+        return packed_batch(tokens, self.s.eval_seq_len)
 
 
 def total_gradients(world: World, model: GPT, clip: float) -> Tensor:
@@ -3353,40 +3557,37 @@ def total_gradients(world: World, model: GPT, clip: float) -> Tensor:
     return nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
 
 
+def phase_steps(s: Settings, tokens: int) -> list[tuple[int, int, int]]:
+    """The steps of the base weights in a phase over so many tokens: chunk, first
+    input, end. As published the last chunk is left out, unless it is alone."""
+    size, length, steps = s.global_ttt_chunk_tokens, s.eval_seq_len, []
+    chunks = -(-(tokens - 1) // size)
+    for c in range(max(chunks - 1, 1)):
+        rows = min(size, tokens - 1 - c * size) // length
+        firsts = list(range(0, rows, s.global_ttt_batch_seqs))
+        cuts = [c * size + row * length for row in (*firsts, rows)]
+        steps += s.global_ttt_epochs * [(c, *pair) for pair in zip(cuts, cuts[1:])]
+    return steps
+
+
+# --- beside the adapters
+
 @torch.no_grad()
 def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
-    """Losses (B, T) of a chunk's targets once the model's probability p is mixed with
-    what earlier places of the document say. Place i says the token that came after
-    it, with weight a_i = exp(TTT_CACHE_THETA (cos(h_i, h_t) - 1)); all together count
-    w = min(0.6, TTT_CACHE_LAMBDA max a_i): (1 - w) p + w sum(a_i [i's token is the
-    target]) / sum(a_i), which sums to 1 over the vocabulary."""
+    """Losses (B, T) once the model's probability p is mixed with what earlier places
+    of the document say. Place i says the token that came after it, with weight a_i =
+    exp(TTT_CACHE_THETA (cos(h_i, h_t) - 1)); all together count w = min(0.6,
+    TTT_CACHE_LAMBDA max a_i): (1 - w) p + w sum(a_i [i's token is the target]) /
+    sum(a_i), which sums to 1 over the vocabulary."""
     past, said = cache.new[cache.STATES]
     h, targets = (x[:, -losses.size(1):] for x in (past, said))
     place = torch.arange(past.size(1), device=h.device)
-    earlier = place < place[-h.size(1):, None]                   # what came after t itself is the target
+    earlier = place < place[-h.size(1):, None]          # what came after t itself is the target
     a = torch.exp(s.ttt_cache_theta * (h.float() @ past.float().mT - 1)) * earlier
-    chance = (a * (said[:, None] == targets[..., None])).sum(-1) / a.sum(-1).clamp(min=1e-30)
+    agrees = said[:, None] == targets[..., None]
+    chance = (a * agrees).sum(-1) / a.sum(-1).clamp(min=1e-30)
     w = (s.ttt_cache_lambda * a.amax(-1)).clamp(max=0.6)
     return -torch.log((1 - w) * torch.exp(-losses) + w * chance)
-
-
-@torch.no_grad()
-def normalised_step(params: list[Tensor], lr: float, weight_decay: float) -> None:
-    """Steps of matrices (…, R, C) along their gradient over its RMS, matrix by
-    matrix: no state."""
-    for p in params:
-        size = p.grad.square().mean(dim=(-2, -1), keepdim=True).sqrt()
-        p.mul_(1 - lr * weight_decay).sub_(p.grad / (size + 1e-12), alpha=lr)
-
-
-def phase_steps(s: Settings, tokens: int) -> int:
-    """Steps of the base weights in a phase over so many tokens (see
-    PhasedTTT.global_phase)."""
-    chunks, steps = -(-(tokens - 1) // s.global_ttt_chunk_tokens), 0
-    for c in range(max(chunks - 1, 1)):
-        inputs = min(s.global_ttt_chunk_tokens, tokens - 1 - c * s.global_ttt_chunk_tokens)
-        steps += -(-(inputs // s.eval_seq_len) // s.global_ttt_batch_seqs) * s.global_ttt_epochs
-    return steps
 
 
 # ============================================================================================================
@@ -3397,6 +3598,61 @@ def phase_steps(s: Settings, tokens: int) -> int:
 # ============================================================================================================
 # 9  World, clocks, log, and what is kept on disk
 # ============================================================================================================
+
+def check_run(s: Settings) -> None:
+    """Refuse stages that exclude each other, and to go on where it cannot be done."""
+    if s.eval_only_path and s.eval_only_quantized_path:
+        raise UserError(f"EVAL_ONLY_PATH={s.eval_only_path} and EVAL_ONLY_QUANTIZED_PATH="
+                        f"{s.eval_only_quantized_path} are both set: keep one")
+    if s.quantize_only and s.prequant_only:
+        raise UserError("QUANTIZE_ONLY=1 and PREQUANT_ONLY=1 leave nothing to make: keep one")
+    if s.eval_only_quantized_path and (s.quantize_only or s.prequant_only):
+        raise UserError(f"EVAL_ONLY_QUANTIZED_PATH={s.eval_only_quantized_path} scores an artifact, "
+                        "which QUANTIZE_ONLY and PREQUANT_ONLY leave out: set both to 0")
+    budget, every = s.max_wallclock_seconds, s.checkpoint_every_seconds
+    if every and budget:
+        raise UserError(f"CHECKPOINT_EVERY_SECONDS={every:g} has no effect under "
+                        f"MAX_WALLCLOCK_SECONDS={budget:g}: a run with a budget keeps averages; "
+                        "set one of them to 0")
+    if not s.resume:
+        return
+    if budget:
+        raise UserError(f"RESUME=1 would spend MAX_WALLCLOCK_SECONDS={budget:g} twice: a run with a "
+                        "budget goes on by EVAL_ONLY_PATH=…/checkpoint/average.pt")
+    if s.eval_only_path or s.eval_only_quantized_path:
+        raise UserError("RESUME=1 trains: leave EVAL_ONLY_PATH and EVAL_ONLY_QUANTIZED_PATH out")
+    if not s.artifact_dir:
+        raise UserError("RESUME=1 goes on in a folder: set ARTIFACT_DIR to that of the run")
+
+
+def without_old_names(env: Mapping[str, str], known: Mapping) -> dict[str, str]:
+    """The variables under today's names; without empty ones (but where an empty text
+    means something) and without those that set nothing here."""
+    env = {k: v for k, v in env.items() if v or (k in known and is_free_text(known[k]))}
+    for name, (only, why) in NO_SETTINGS.items():
+        value = env.pop(name, "")
+        if name == "EMBEDDING_DIM" and is_number(env.get("MODEL_DIM", "")):
+            only = float(env["MODEL_DIM"])
+        if value and only is not None and (float(value) if is_number(value) else value) != only:
+            raise UserError(f"{name}={value} is not to be had here, only {only}: {why}")
+    for old, names in ALIASES.items():
+        if value := env.pop(old, ""):
+            meant = dict(zip(names.split(), translate(old, value)))
+            env = {**meant, **env}      # a setting's own name counts
+    if any(env.get(name, idle) != idle for name, idle in BY_HAND.items()):
+        env.setdefault("QUANT_ALLOCATION", "hand")
+    return env
+
+
+def refuse_misspelt(env: Mapping[str, str], known: Mapping) -> None:
+    """UserError for a variable that must have been meant for this script, with the
+    nearest right name."""
+    for name in env:
+        if name not in known and (nearest := looks_like_ours(name, known)) is not None:
+            raise UserError(f"unknown setting {name}: the nearest known one is {nearest} "
+                            "(python train_gpt.py --help lists all); if it is of another program, "
+                            f"start this one by: env -u {name} python train_gpt.py")
+
 
 def set_up(s: Settings, world: World) -> str:
     """Seeds, arithmetic and attention of this process. Returns why this attention."""
@@ -3552,6 +3808,7 @@ NO_SETTINGS = {name: (only, why) for only, why, names in (
     (0, "built in", "SPARSE_ATTN_GATE_INIT_STD"),
     (0.01, "built in", "GATED_ATTN_INIT_STD"),
     (512, "embeddings are as wide as the model", "EMBEDDING_DIM"),
+    ("wallclock", "always by the training budget", "TRAIN_SEQ_SCHEDULE_MODE"),
 ) for name in names.split()}
 ALIASES = {   # old name -> the settings it stands for
     "GPTQ_CALIB_BATCHES": "GPTQ_CALIBRATION_BATCHES",
@@ -5136,6 +5393,16 @@ def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) 
                 run.log("profile", quiet=True, stage=stage, **profile)
 
 
+def log_decodable_score(s: Settings, run: Run, score: Score) -> None:
+    """The score by the bytes that the text has: normalising tokenizers lose some that the
+    rule counts."""
+    decodable = read_manifest(s).get("decodable_val_bytes")
+    if decodable and s.val_doc_fraction == 1:
+        bpb = run.summary["val_bpb_decodable"] = score.loss_sum / LN2 / decodable
+        run.log("honest_bytes", counted=int(score.byte_sum), decodable=decodable,
+                val_bpb_decodable=bpb)
+
+
 def check_score(stage: str, score: Score) -> None:
     """A score that is not finite is none."""
     if not math.isfinite(score.bpb):
@@ -6151,6 +6418,13 @@ def resolve_attention(choice: str, device) -> tuple[str, str]:
 # 12  Pack: the artifact is one file of checked streams, without pickle
 # ============================================================================================================
 
+def check_code_form(s: Settings) -> None:
+    """Refuse to ship the script without what its settings need."""
+    if s.code_form.startswith("lean") and (names := s.beyond_the_system()):
+        raise UserError(f"CODE_FORM={s.code_form} leaves out what {', '.join(names)} needs: "
+                        "set CODE_FORM=auto")
+
+
 Array = np.ndarray
 
 
@@ -6992,11 +7266,18 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
 # 13  Counts of earlier text: the score leans towards what followed the same context before
 # ============================================================================================================
 
+def check_counts(s: Settings) -> None:
+    """Refuse a tilt by which no expert ever speaks."""
+    if s.ngram_tilt_enabled and not experts_in_use(s):
+        thresholds = " or ".join(expert.threshold.upper() for expert in EXPERTS.values())
+        raise UserError("NGRAM_TILT_ENABLED=1 has no expert in use: "
+                        f"lower {thresholds} to at most 1")
+
+
 # --- n-gram tilt: the score leans towards what followed the same context earlier
 
 ODD = np.uint64(0x9E3779B97F4A7C15)     # products with it spread over the upper bits
 COUNT_IN_PARTS = 1 << 20                # from so many items on: threads share the work
-Array = np.ndarray
 Guesses = tuple[Array, Array]           # hint (n,) and confidence (n,) float32; 0, 0: none
 
 
@@ -7195,6 +7476,23 @@ def tilted_losses(s: Settings, losses: Callable, ids: Tensor, targets: Tensor,
 # 14  Probes and checks: what is proved before the first step and before the evaluation clock
 # ============================================================================================================
 
+def check_before_start(s: Settings, world: World, run: Run, attention_reason: str) -> None:
+    """All that can be checked before anything is spent, into the log; UserError at the
+    first that fails."""
+    for reason in study_reasons(s):
+        run.not_compliant(reason)
+    if world.device.type == "cpu" and not s.eval_only_quantized_path and (slow := slow_batch(s)):
+        run.warn(slow)
+    world.beat("checking")
+    for finding in run_checks(s, world, run.dir, attention_reason):
+        run.log("check", what=finding.name, detail=finding.figure)
+        if not finding.ok:
+            raise UserError(finding.figure)
+        if finding.name == "data fingerprint":
+            run.summary.setdefault("data_fingerprint", finding.figure)
+    run.save_summary()
+
+
 class Finding(NamedTuple):
     """A line of --check, or what a probe says."""
     name: str
@@ -7243,7 +7541,7 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
     threads = torch.get_num_threads()
     if not compiles(s, world.device):
         # windows of eight chunks show the same; threads would only wait for each other
-        window = max(8 * chunk_steps(s)[0][1], s.eval_stride)
+        window = max(8 * chunk_steps(s)[0][1] + s.ttt_suffix, s.eval_stride)
         s = dataclasses.replace(s, eval_seq_len=min(window, s.eval_seq_len),
                                 ttt_eval_seq_len=min(window, s.ttt_eval_seq_len))
         torch.set_num_threads(1)
@@ -7902,6 +8200,7 @@ class LineageSettings(Settings):
     ttt_optimizer: str = choice("normalised adam sgd", "the gradient over its RMS, AdamW, SGD")
     parallel_lanes: str = choice("mixed separate", "lanes write to both; or are blended last",
                                  group="model")
+    ln_scale: bool = knob(True, "block inputs are scaled by 1 / sqrt(layer + 1)")
     parallel_final_lane: str = choice("mean mlp attn", "which mixed lane is read at the end")
     skip_gates_enabled: bool = knob(True, "gate the U-Net skips")
     skip_rows: str = choice("looped physical", "what skips halve: the looped order, or layers")
@@ -7945,8 +8244,14 @@ class LineageSettings(Settings):
     lqer_gain_select: bool = knob(False, "choose them by the error it removes, not by the error there is")
     lqer_asym_enabled: bool = knob(True, "asymmetric factors; 0: symmetric ones")
     lqer_factor_bits: int = knob(4, "bits of the symmetric ones", 2, 8)
-    corrector_alpha: float = knob(0.0, "n-gram posterior added to the logits of TTT; 0: none", 0,
+    ttt_short_doc_len: int = knob(2000, "the one step when TTT_SHORT_SCORE_FIRST_STEPS is empty", 0,
                                   group="score")
+    ttt_short_chunk_size: int = knob(24, "its chunk; 0: none", 0)
+    global_ttt_respect_doc_boundaries: bool = knob(True, "base weights learn without attention across "
+                                                   "documents; 0: from rows of EVAL_SEQ_LEN")
+    global_ttt_warmup_chunks: int = knob(0, "chunks of linear warm-up of GLOBAL_TTT_LR", 0)
+    global_ttt_warmup_start_lr: float = knob(0.0, "learning rate at its start", 0)
+    corrector_alpha: float = knob(0.0, "n-gram posterior added to the logits of TTT; 0: none", 0)
     corrector_orders: str = knob("8", "its orders, as 2,3,5")
     ngram_gates: str = choice("previous open_word target", "who may speak; target: NON-COMPLIANT")
     ngram_choice: str = choice("model confidence", "hints go by the model's probability, or theirs")
@@ -7963,6 +8268,14 @@ class LineageSettings(Settings):
         """VE_LAYERS as numbers."""
         return tuple(whole_numbers(self.ve_layers))
 
+    @property
+    def first_chunks(self) -> str:
+        """The older form has one step, of TTT_SHORT_DOC_LEN."""
+        steps = super().first_chunks
+        if steps or not self.ttt_short_score_first_enabled or not self.ttt_short_chunk_size:
+            return steps
+        return f"{self.ttt_short_doc_len}:{self.ttt_short_chunk_size}"
+
     def beyond_the_system(self) -> list[str]:
         beyond = []
         for name, value in self.changed().items():
@@ -7970,6 +8283,8 @@ class LineageSettings(Settings):
             choices = common.metadata["choices"] if common else ()
             if not common or (choices and value not in choices):
                 beyond.append(name)
+        if self.first_chunks != super().first_chunks:
+            beyond.append("TTT_SHORT_DOC_LEN")
         return beyond
 
     def to_be_stored(self, values: Mapping) -> dict:
@@ -8243,6 +8558,9 @@ class LineageGPT(GPT):
             return super().join(lane0, lane1)
         return lane1 if self.s.parallel_final_lane == "mlp" else lane0
 
+    def depth_scale(self, i: int) -> float:
+        return super().depth_scale(i) if self.s.ln_scale else 1.0
+
     def merge_skip(self, j: int, x: Tensor, skip: Tensor) -> Tensor:
         if self.s.skip_gates_enabled:
             return super().merge_skip(j, x, skip)
@@ -8351,6 +8669,25 @@ class LineageTTT(PhasedTTT):
             adapter.correctors = self.correctors[:rows]
         return adapter
 
+    def global_lr(self, c: int, chunks: int) -> float:
+        """After GLOBAL_TTT_WARMUP_CHUNKS of a linear warm-up."""
+        s, warm = self.s, self.s.global_ttt_warmup_chunks
+        if c >= warm:
+            return super().global_lr(c - warm, chunks - warm)
+        share = c / max(warm - 1, 1)
+        return (1 - share) * s.global_ttt_warmup_start_lr + share * s.global_ttt_lr
+
+    def row_starts(self, tokens: np.ndarray) -> np.ndarray:
+        if self.s.global_ttt_respect_doc_boundaries:
+            return super().row_starts(tokens)
+        return np.arange(0, len(tokens) - 1, self.s.eval_seq_len)
+
+    def rows_of(self, tokens: np.ndarray) -> Batch:
+        batch = super().rows_of(tokens)
+        if self.s.global_ttt_respect_doc_boundaries:
+            return batch
+        return batch.rows(self.s.eval_seq_len)
+
     def score_chunk(self, starts: np.ndarray, w: ChunkWindow, adapter: Adapter | None,
                     cache: KeyCache | None) -> Scored:
         if adapter is None or not adapter.correctors:
@@ -8443,7 +8780,10 @@ class LineageCurriculum(Curriculum):
         return min(share, caps[-1])
 
     def graphs(self) -> list[tuple[int, bool]]:
-        return self.all_graphs() if self.s.recur_start_step else super().graphs()
+        if not self.s.recur_start_step:
+            return super().graphs()
+        lengths = [length for _, length in self.stages]      # by the clock, loops by the step: any pair
+        return list(itertools.product(lengths, (False, True)))
 
 
 class LineageTrainer(Trainer):

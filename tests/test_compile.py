@@ -53,8 +53,8 @@ def adapted(s, model, val) -> float:
 
 
 def test_training_meets_no_graph_that_its_warm_up_has_not(data, tracing):
-    s = settings(DATA_PATH=data, TRAIN_SEQ_SCHEDULE="32@0.5,64@1", TRAIN_SEQ_SCHEDULE_MODE="step",
-                 ITERATIONS=6, RECUR_START_STEP=2, LATE_QAT_THRESHOLD=0.5, LATE_QAT_MIN_STEP=3,
+    s = settings(DATA_PATH=data, TRAIN_SEQ_SCHEDULE="32@0.5,64@1", ITERATIONS=6,
+                 RECUR_START_STEP=2, LATE_QAT_THRESHOLD=0.5, LATE_QAT_MIN_STEP=3,
                  BIGRAM_VOCAB_SIZE=64, BIGRAM_DIM=16, **SHAPE)
     world, model = tg.World(), sine_model(s)
     trainer = tg.Trainer(s, world, model)
@@ -94,16 +94,23 @@ def test_evaluation_meets_no_graph_that_its_probes_have_not(tracing):
 
 
 @pytest.mark.parametrize("changes, graphs", [
-    # first chunks, later ones, and those after which no document goes on
-    (dict(TTT_CACHE_LAMBDA=0.3, CORRECTOR_ALPHA=0.3, CORRECTOR_ORDERS="2,3"), 3),
+    # a document's beginning, and what goes on from cached keys
+    (dict(TTT_CACHE_LAMBDA=0.3, CORRECTOR_ALPHA=0.3, CORRECTOR_ORDERS="2,3"), 2),
+    (dict(TTT_SUFFIX=20, TTT_STEP_NATS=0.3), 2),
     pytest.param(
-        dict(TTT_KV_REUSE=0, TTT_SHARED_A=0, TTT_OPTIMIZER="adam", TTT_DOC_ORDER="length"), 2,
+        dict(TTT_KV_REUSE=0, TTT_SHARED_A=0, TTT_OPTIMIZER="adam", TTT_DOC_ORDER="length"), 1,
         marks=pytest.mark.long),
 ])
 def test_adaptation_needs_few_graphs(changes, graphs, tracing):
-    """21 documents in groups of 8 and two phases: fewer rows, other chunks and new weights need no graph."""
+    """21 documents in groups of 8 and two phases: fewer rows, other chunks and suffixes and new weights need
+    no graph."""
     s = settings(**SHAPE, **changes)
-    adapted(s, sine_model(s), tg.Validation.of(documents(21, 5, lo=5, hi=200)))
+    ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation.of(documents(21, 5, lo=5, hi=200)))
+    ttt.run()
+    if s.ttt_suffix:
+        ttt.model.requires_grad_(False)
+        for ttt.level in (2, 3):
+            ttt.adapt_group(np.arange(5, 9))
     assert tracing() == graphs
 
 

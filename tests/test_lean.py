@@ -83,7 +83,8 @@ def test_settings_of_older_systems_keep_their_one_value(cut):
 
 
 BEYOND = dict(SMEAR_GATE_KIND="channels", BIGRAM_VOCAB_SIZE=800, QUANT_CLIP="percentile",
-              TRAIN_LOADER="coprime", TTT_OPTIMIZER="sgd", MATRIX_LR_EARLY=0.03, PREQUANT_TTT_ENABLED=1)
+              TRAIN_LOADER="coprime", TTT_OPTIMIZER="sgd", MATRIX_LR_EARLY=0.03, PREQUANT_TTT_ENABLED=1,
+              LN_SCALE=0, LQER_ASYM_ENABLED=0, GLOBAL_TTT_WARMUP_CHUNKS=2, TTT_SHORT_CHUNK_SIZE=8)
 
 
 @pytest.mark.parametrize("name", BEYOND)
@@ -92,6 +93,14 @@ def test_what_only_older_systems_have_needs_the_whole_script(name):
     for form in ("lean", "lean_packed"):
         with pytest.raises(tg.UserError, match=f"^CODE_FORM={form} .*{name}.*CODE_FORM=auto"):
             settings(**{name: BEYOND[name]}, CODE_FORM=form)
+
+
+def test_the_older_form_of_short_chunks_needs_it_where_it_is_in_force():
+    """Without steps the older form gives one by default; the lean script has none."""
+    s = settings(TTT_SHORT_SCORE_FIRST_STEPS="", CODE_FORM="auto")
+    assert tg.chunk_steps(s)[0] == (2000, 24) and tg.shipped_form(s) == "packed"
+    s = settings(TTT_SHORT_SCORE_FIRST_STEPS="", TTT_SHORT_SCORE_FIRST_ENABLED=0, CODE_FORM="auto")
+    assert len(tg.chunk_steps(s)) == 1 and tg.shipped_form(s) == "lean_packed"
 
 
 def test_what_the_system_has_does_not(cut):

@@ -146,7 +146,7 @@ def test_batches_read_ahead_are_cut_anew_and_nothing_is_lost(tmp_path):
 @pytest.mark.parametrize(
     "changes, text",
     [
-        (dict(TRAIN_SEQ_SCHEDULE="16@0.5,32@1"), "TRAIN_SEQ_LEN=64 is not the longest stage"),
+        (dict(TRAIN_SEQ_SCHEDULE="16@0.5,32@1"), "TRAIN_SEQ_LEN=64 is not 32, the longest stage"),
         (dict(TRAIN_SEQ_SCHEDULE="64"), "must be value@progress"),
         (dict(TRAIN_SEQ_SCHEDULE="64@1", TRAIN_LOADER="shuffled"), "windows of one length"),
         (dict(VE_ENABLED=1, VE_LAYERS="3,4"), "VE_LAYERS=3,4 must be layers below NUM_LAYERS=4"),

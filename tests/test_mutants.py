@@ -381,6 +381,49 @@ def test_training_on_the_last_chunk_before_scoring_it(s, monkeypatch):
     assert_caught(s, TTT)
 
 
+def with_suffix(s):
+    """The newest cached tokens are run again in front of every chunk."""
+    return dataclasses.replace(s, ttt_suffix=24, ttt_step_nats=0.3)
+
+
+@once
+def test_a_suffix_as_it_is_passes(s):
+    assert not findings(with_suffix(s))
+
+
+@once
+def test_a_suffix_sees_nothing_later(s, monkeypatch):
+    attention_one_ahead(monkeypatch)
+    assert_caught(with_suffix(s), TTT)
+
+
+@once
+def test_a_suffix_that_is_booked_again(s, monkeypatch):
+    def make(real):
+        def window(*args):
+            w = real(*args)
+            again = np.minimum(w.offset, 4)
+            return w._replace(offset=w.offset - again, count=w.count + again)
+        return window
+    replace(monkeypatch, tg, "chunk_window", make)
+    assert_caught(with_suffix(s), LEDGER, "not scored once each")
+
+
+@once
+def test_scores_overwritten_by_those_of_the_suffix(s, monkeypatch):
+    """Adapters that have learnt from a token score it once more, behind the ledger's back."""
+    def make(real):
+        def score_chunk(self, starts, w, adapter, cache):
+            scored = real(self, starts, w, adapter, cache)
+            for row, start in enumerate(starts + w.begin):
+                again = w.offset[row]
+                self.ledger.loss[start:start + again] = scored.losses[row, :again].detach()
+            return scored
+        return score_chunk
+    replace(monkeypatch, tg.PhasedTTT, "score_chunk", make)
+    assert_caught(with_suffix(s), TTT)
+
+
 def test_a_step_before_the_booking(s, monkeypatch):
     """The losses are computed, learnt from, and booked afterwards: the ledger refuses the step."""
     waiting, book = [], tg.Ledger.book
@@ -527,8 +570,8 @@ def test_dropped_last_window(s, monkeypatch):
 
 def test_dropped_last_chunk(s, monkeypatch):
     def make(real):
-        def window(s, targets, begin, end, cached):
-            w, whole = real(s, targets, begin, end, cached), np.minimum(end, targets) == end
+        def window(s, targets, begin, end, again):
+            w, whole = real(s, targets, begin, end, again), np.minimum(end, targets) == end
             return w._replace(count=np.where(whole, w.count, 0)) if whole.any() else w
         return window
     replace(monkeypatch, tg, "chunk_window", make)

@@ -83,6 +83,25 @@ def test_schedules():
     assert [tg.Curriculum(s).loops(0, p) for p in (0.34, 0.35)] == [False, True]
 
 
+def test_a_step_is_taken_only_if_it_fits_into_the_budget():
+    pace = tg.Pace(settings(MAX_WALLCLOCK_SECONDS=100, ITERATIONS=1000), reserve=20)
+    for step, elapsed in enumerate((0, 2, 4, 5)):
+        pace.observe(step, elapsed)
+    assert pace.step_seconds == pytest.approx(1.8)      # of the slower step before, not of the last
+    assert pace.progress(3) == 5 / 80 and not pace.ended(3) and not pace.near_end()
+    pace.observe(50, 78.5)
+    pace.step_seconds = 1.4
+    assert pace.near_end() and not pace.ended(50)
+    pace.step_seconds = 1.6
+    assert pace.ended(50)
+
+
+def test_without_a_budget_iterations_decide():
+    pace = tg.Pace(settings(ITERATIONS=10), reserve=20)
+    pace.observe(5, 1e9)
+    assert pace.progress(5) == 0.5 and not pace.ended(9) and pace.ended(10) and not pace.near_end()
+
+
 def test_warm_up_is_undone(s):
     model = sine_model(s)
     trainer = tg.Trainer(s, tg.World(), model)

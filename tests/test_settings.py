@@ -74,6 +74,17 @@ def test_full_size_model_has_the_published_parameters():
         ({"TTT_SHORT_SCORE_FIRST_STEPS": "²:8"}, ["TTT_SHORT_SCORE_FIRST_STEPS=²:8", "256:8"]),
         ({"TTT_MASK": "no_k"}, ["TTT_MASK=no_k", "no_qv"]),
         ({"TTT_EVAL_ONLY": "1"}, ["TTT_EVAL_ONLY=1", "EVAL_ONLY_QUANTIZED_PATH"]),
+        ({"NUM_LOOPS": "500"}, ["NUM_LOOPS=500", "1511 executed layers", "1024"]),
+        ({"MODEL_DIM": "65536", "MLP_MULT": "256"}, ["MODEL_DIM=65536", "weights", "2,147,483,648"]),
+        ({"QUANTIZE_ONLY": "1", "PREQUANT_ONLY": "1"}, ["QUANTIZE_ONLY=1", "PREQUANT_ONLY=1", "keep one"]),
+        ({"RESUME": "1"}, ["RESUME=1", "MAX_WALLCLOCK_SECONDS=600", "EVAL_ONLY_PATH"]),
+        ({"CHECKPOINT_EVERY_SECONDS": "60"}, ["CHECKPOINT_EVERY_SECONDS=60", "MAX_WALLCLOCK_SECONDS=600"]),
+        ({"TTT_SHARED_A": "0"}, ["TTT_SHARED_A=0", "TTT_WARM_START_A=0", "TTT_DOC_ORDER=length"]),
+        ({"TTT_CACHE_LAMBDA": "0.5", "TTT_KV_REUSE": "0"}, ["TTT_CACHE_LAMBDA=0.5", "TTT_KV_REUSE=0"]),
+        ({"TRAIN_SEQ_SCHEDULE": "512@0.5"}, ["TRAIN_SEQ_LEN=2048", "TRAIN_SEQ_SCHEDULE=512@0.5", "512,"]),
+        ({"AWQ_LITE_ENABLED": "1", "QUANT_ALLOCATION": "fisher"}, ["AWQ_LITE_ENABLED=1", "=hand"]),
+        ({"NGRAM_TILT_ENABLED": "1", "TOKEN_THRESHOLD": "2"}, ["TOKEN_THRESHOLD", "at most 1"]),
+        ({"TRAIN_SEQ_SCHEDULE_MODE": "step"}, ["TRAIN_SEQ_SCHEDULE_MODE=step", "only wallclock"]),
     ],
 )
 def test_bad_settings_name_value_bound_and_remedy(env, words):

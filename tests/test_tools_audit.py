@@ -84,13 +84,13 @@ LAST = """        ends = self.val.documents.start + self.lengths - 1
         if adapter is not None and rows.any():
             with torch.enable_grad():
                 (forward().mean(1) * torch.from_numpy(rows)).sum().backward(inputs=adapter.trained())
-            normalised_step(adapter.trained(), self.s.ttt_lora_lr, 0.0)
+            normalised_step(self.s, adapter.trained(), torch.ones(len(starts)))
 """
 EARLY = LAST.replace("np.isin(starts + w.begin + w.offset + w.count, ends)", "w.count > 0")
 PLAIN, ADAPTED = dict(TTT_ENABLED=False), dict(SLIDING_WINDOW_ENABLED=False)
 MUTANTS = {   # the line to change, what it becomes, settings that leave what is probed, the row that fails
     "smear": ("inside = ids[:, 1:] != BOS", "same, inside = None, ids[:, 1:] >= 0", PLAIN, "C1 windows: "),
-    "attention": (ATTENTION + ", c.layout)", ATTENTION + ")", PLAIN, "C1 windows: "),
+    "attention": (ATTENTION + ", forward.layout)", ATTENTION + ")", PLAIN, "C1 windows: "),
     "tilt": (LOSS, LOSS.replace("\n", " - 0.1 * (targets % 4 == 0)\n"), PLAIN, "C2 "),
     "gold": (LOSS, GOLD, PLAIN, "C2 "),
     "early": (SCORE, EARLY + SCORE, ADAPTED, "C1 test-time training: "),

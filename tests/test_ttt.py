@@ -9,12 +9,15 @@ import torch
 from conftest import settings, sine_model, tg
 
 EXACT = dict(ttt_kv_reuse=False, ttt_shared_a=False, ttt_optimizer="adam", ttt_doc_order="length")
+FORMS = dict(fast={}, exact=EXACT, suffix=dict(ttt_suffix=20, ttt_step_nats=0.3))
+every_form = pytest.mark.parametrize("s", FORMS, indirect=True)
+fast_form = pytest.mark.parametrize("s", ["fast"], indirect=True)
 
 
 @pytest.fixture(params=["fast", "exact"])
 def s(request, s):
-    """Every test below holds for the default way of adapting and for the field's."""
-    return s if request.param == "fast" else changed(s, **EXACT)
+    """Every test below holds for the default form of adapting and for the field's, some for a suffix too."""
+    return changed(s, **FORMS[request.param])
 
 
 def run(s, val=None, trace=None):
@@ -44,6 +47,7 @@ def test_without_learning_it_is_plain_scoring(s):
         assert torch.allclose(ttt.ledger.loss[a : a + n - 1], alone, atol=3e-5)
 
 
+@every_form
 def test_the_same_score_every_time(s):
     assert run(s)[1] == run(s)[1]
 
@@ -68,6 +72,7 @@ def ranks_as_threads(size) -> list[tg.World]:
     return [Rank(rank, size) for rank in range(size)]
 
 
+@every_form
 def test_any_number_of_ranks_gives_the_same_score(s):
     """With the warm start off; phases on the base weights included."""
     s = changed(s, ttt_warm_start_a=False, ttt_doc_order="stream", ttt_batch_size=2)
@@ -81,6 +86,7 @@ def test_any_number_of_ranks_gives_the_same_score(s):
             assert all(abs(x - alone) < 2e-5 for x in pool.map(bpb, ranks_as_threads(size)))
 
 
+@every_form
 def test_every_target_is_scored_once_before_anything_learns_from_it(s):
     events = []
     real_adapt, real_book = tg.PhasedTTT.adapt, tg.Ledger.book
@@ -95,6 +101,7 @@ def test_every_target_is_scored_once_before_anything_learns_from_it(s):
     assert 0 < events.count("adapt") < events.count("book")  # the last chunk of a group never trains
 
 
+@every_form
 def test_later_tokens_of_a_document_never_change_its_earlier_scores(s):
     s = changed(s, phased_ttt_prefix_docs=0)
     val = tg.Validation(s)
@@ -139,9 +146,12 @@ def test_learning_rate_of_the_base_weights():
     assert np.allclose([ttt.global_lr(c, 5) for c in range(5)], [0.01, 0.1, 0.1, 0.05, 0.0])
 
 
-def test_cached_keys_are_the_full_forward(s):
+@fast_form
+@pytest.mark.parametrize("suffix", [0, 1, 10, 40])
+def test_cached_keys_are_the_full_forward(s, suffix):
     """Chunk after chunk on cached keys, nothing learned: the losses of the documents scored whole."""
-    s = changed(s, ttt_kv_reuse=True, ttt_lora_lr=0.0, phased_ttt_prefix_docs=0, ttt_eval_seq_len=256)
+    s = changed(s, ttt_lora_lr=0.0, phased_ttt_prefix_docs=0, ttt_eval_seq_len=256, ttt_suffix=suffix,
+                ttt_short_score_first_steps="1:1,20:7,50:9")
     fast, _ = run(s)
     whole, _ = run(changed(s, ttt_kv_reuse=False))
     assert torch.allclose(fast.ledger.loss, whole.ledger.loss, atol=3e-5)
@@ -184,6 +194,109 @@ def test_cached_keys_end_at_the_window(s):
     assert torch.equal(last_chunk(x), last_chunk(other))
 
 
+@fast_form
+def test_a_suffix_over_the_whole_window_is_exact_encoding(s):
+    """The same chunks and steps, in documents of up to twice the window."""
+    s = changed(s, phased_ttt_prefix_docs=0)
+    for steps in (dict(ttt_lora_lr=0.001), dict(ttt_step_nats=0.3)):
+        exact, _ = run(changed(s, ttt_kv_reuse=False, **steps))
+        covering, _ = run(changed(s, ttt_suffix=64, **steps))
+        partial, _ = run(changed(s, ttt_suffix=20, **steps))
+        assert torch.allclose(exact.ledger.loss, covering.ledger.loss, atol=1e-5)
+        assert not torch.allclose(exact.ledger.loss, partial.ledger.loss, atol=1e-3)
+
+
+def test_which_tokens_a_cache_runs_again():
+    """A window of 24, a suffix of 12; at first less than a suffix is there, at last the chunk leaves none."""
+    cache, tokens, seen = tg.KeyCache(24), torch.arange(100)[None], []
+    end = again = 0
+    for chunk in (1, 7, 8, 8, 8, 16):
+        if end:
+            again = cache.advance(chunk, 12)
+        last = None if cache.last is None else cache.last[0].tolist()
+        seen.append((again, cache.position, cache.seen, last))
+        cache.seal(tokens[:, end - again:end + chunk])
+        end += chunk
+    assert seen == [(0, 0, 0, None), (1, 0, 0, None), (8, 0, 0, None), (12, 4, 4, [2, 3]),
+                    (12, 12, 4, [10, 11]), (8, 0, 0, None)]
+
+
+def gradients(rows=3):
+    """Two kinds of adapters with gradients of different sizes."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(n, rows, *shape, generator=generator) for n, shape in ((2, (5, 4)), (1, (9, 4)))]
+    for scale, p in zip((2.0, 0.4), params):
+        p.grad = scale * torch.randn(p.shape, generator=generator)
+    return params
+
+
+def falls(params, before) -> list[float]:
+    """What a step from `before` promised every document, to first order."""
+    return sum(((old - p) * p.grad).sum(dim=(0, 2, 3)) for p, old in zip(params, before)).tolist()
+
+
+def stepped(params, losses, **changes):
+    """What a step promised, and which rows were shortened."""
+    before = [p.clone() for p in params]
+    shortened = tg.normalised_step(settings(TTT_WEIGHT_DECAY=0, **changes), params, torch.tensor(losses))
+    return falls(params, before), shortened.tolist()
+
+
+def test_a_step_promises_what_was_asked_for():
+    """The second document has no gradient; of a loss of 0.8 no more than a quarter is promised."""
+    params = gradients()
+    before = [p.clone() for p in params]
+    for p in params:
+        p.grad[:, 1] = 0
+    promised, shortened = stepped(params, [3.0, 3.0, 0.8], TTT_STEP_NATS=0.5)
+    assert promised == pytest.approx([0.5, 0, 0.2], rel=1e-5) and not any(shortened)
+    assert all(torch.equal(p[:, 1], old[:, 1]) for p, old in zip(params, before))
+    for p in params:
+        p.grad *= 1e-6
+    total = sum(p.grad[0, 0].numel() * p.grad.square().mean((-2, -1)).sqrt().sum(0) for p in params)
+    assert stepped(params, [3.0] * 3, TTT_STEP_NATS=0.5)[0] == pytest.approx(
+        (tg.MOST_RATE * total).tolist(), rel=1e-4)
+    with pytest.raises(tg.UserError, match="TTT_STEP_NATS=0.5 needs TTT_OPTIMIZER=normalised, not adam"):
+        settings(TTT_STEP_NATS=0.5, TTT_OPTIMIZER="adam")
+    with pytest.raises(tg.UserError, match="TTT_SUFFIX=8 needs cached keys, not TTT_KV_REUSE=0"):
+        settings(TTT_SUFFIX=8, TTT_KV_REUSE=0)
+
+
+def test_a_step_that_promises_too_much_is_shortened():
+    params = gradients()
+    usual, shortened = stepped(params, [3.0] * 3, TTT_LORA_LR=0.005)
+    assert max(usual) < tg.MOST_NATS and not any(shortened)
+    assert stepped(params, [3.0] * 3, TTT_LORA_LR=0.01)[0] == pytest.approx([2 * x for x in usual], rel=1e-4)
+    promised, shortened = stepped(params, [3.0] * 3, TTT_LORA_LR=10)
+    assert promised == pytest.approx([tg.SAFE_NATS] * 3, rel=1e-4) and all(shortened)
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
+def test_an_optimisers_step_is_its_own_unless_it_promises_too_much(make):
+    params, twins = gradients(), gradients()
+    tg.optimiser_step(make(params, lr=0.01), params)
+    make(twins, lr=0.01).step()
+    assert all(torch.equal(p, twin) for p, twin in zip(params, twins))
+    before = [p.clone() for p in params]
+    for p in params:
+        p.grad *= torch.tensor([1.0, 0, 1.0])[:, None, None]
+    assert tg.optimiser_step(make(params, lr=100, weight_decay=0), params).tolist() == [True, False, True]
+    assert falls(params, before) == pytest.approx([tg.SAFE_NATS, 0, tg.SAFE_NATS], rel=1e-3)
+
+
+@pytest.mark.parametrize("lr", [0.1, 1.0])
+def test_a_rate_far_too_large_does_no_harm(s, lr):
+    """The best is 0.001."""
+    warnings = []
+    s = changed(s, phased_ttt_prefix_docs=0)
+    _, still = run(changed(s, ttt_lora_lr=0.0))
+    _, adapted = run(changed(s, ttt_lora_lr=lr),
+                     trace=lambda event, **v: warnings.append(v["text"]) if event == "warning" else None)
+    assert adapted.loss < still.loss + 0.01
+    assert len(warnings) == 1 and "lower TTT_LORA_LR" in warnings[0]
+
+
+@every_form
 def test_a_documents_score_does_not_depend_on_its_group(s):
     s = changed(s, ttt_warm_start_a=False, phased_ttt_prefix_docs=0, ttt_shared_a=True, ttt_kv_reuse=True,
                 ttt_optimizer="normalised")
@@ -192,6 +305,7 @@ def test_a_documents_score_does_not_depend_on_its_group(s):
     assert torch.allclose(a.ledger.loss, b.ledger.loss, atol=1e-4)
 
 
+@every_form
 def test_in_stream_order_nothing_later_influences_an_earlier_document(s):
     s = changed(s, ttt_doc_order="stream", ttt_shared_a=True, ttt_kv_reuse=True, ttt_optimizer="normalised")
     val, other = tg.Validation(s), tg.Validation(s)
@@ -224,6 +338,7 @@ def test_chunks_by_length_or_by_position():
         settings(TTT_SHORT_SCORE_FIRST_STEPS="600-3")
 
 
+@every_form
 @pytest.mark.parametrize("at", [560, 680])
 def test_where_later_documents_end_is_nothing_to_earlier_ones(s, at):
     """A BOS moves; computed in float64, as rows of other shapes add in another order. Earlier: all targets
@@ -247,18 +362,36 @@ def test_where_later_documents_end_is_nothing_to_earlier_ones(s, at):
     assert gap[:first - 1].max() < 2e-5 < 1e-3 < gap[first - 1:].max()
 
 
-@pytest.mark.parametrize("spent, level", [(1.0, 0), (5.5, 2)])
+@pytest.mark.parametrize("spent, level", [(1.0, 0), (5.5, tg.NO_ADAPTATION)])
 def test_the_watchdog_predicts_from_adaptation_alone(s, spent, level):
     """Half of 100 s is gone, most of it in phases and waiting: what counts is the pace of the groups done."""
-    told = []
-    ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s), lambda event, **v: told.append(v),
+    given_up = []
+    ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s), lambda event, **v: given_up.append(v),
                        tg.Clock(100, now=iter([0.0, 50.0]).__next__))
     group = np.arange(4)
     ttt.spent, ttt.done, ttt.left = spent, ttt.costs(group)[0], 10 * ttt.costs(group)
     ttt.watch()
-    assert ttt.level == level and len(told) == (level > 0)
+    assert ttt.level == level and len(given_up) == (level > 0)
 
 
+@fast_form
+@pytest.mark.parametrize("level, suffix", [(2, 7), (3, 0)])
+def test_the_watchdog_shortens_the_suffix_before_it_gives_up_adapting(s, level, suffix):
+    """Half of 100 s is gone; the other half is enough at this level, whose scores are those of its suffix."""
+    s = changed(s, ttt_suffix=21, phased_ttt_prefix_docs=0)
+    ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s),
+                       clock=tg.Clock(100, now=iter([0.0, 50.0]).__next__))
+    left = sum(map(ttt.costs, np.arange(14)[:, None]))
+    assert left[0] == left[1] > left[2] > left[3] > left[4]
+    ttt.spent, ttt.done, ttt.left = 49 / left[level], 1.0, left
+    ttt.watch()
+    assert ttt.level == level
+    ttt.clock = None
+    ttt.run()
+    assert torch.equal(ttt.ledger.loss, run(changed(s, ttt_suffix=suffix))[0].ledger.loss)
+
+
+@every_form
 @pytest.mark.parametrize("budget, given_up", [(1e9, None), (0.5, "adaptation")])
 def test_the_watchdog_scores_everything_in_time(s, budget, given_up):
     """A clock that runs a second per look: with half a second left all is given up, nothing skipped."""
@@ -271,10 +404,11 @@ def test_the_watchdog_scores_everything_in_time(s, budget, given_up):
     assert (what == []) if given_up is None else what[-1].endswith(given_up)
 
 
+@every_form
 def test_a_cache_mixture_is_what_it_says(s):
     """Against one made place by place from all earlier hidden states, with nothing learned."""
-    s = changed(s, ttt_kv_reuse=True, ttt_lora_lr=0.0, phased_ttt_prefix_docs=0, ttt_eval_seq_len=256,
-                ttt_cache_lambda=0.4, ttt_cache_theta=3.0)
+    s = changed(s, ttt_kv_reuse=True, ttt_lora_lr=0.0, ttt_step_nats=0.0, phased_ttt_prefix_docs=0,
+                ttt_eval_seq_len=256, ttt_cache_lambda=0.4, ttt_cache_theta=3.0)
     ttt, _ = run(s)
     model, documents = sine_model(s), ttt.val.documents
     for a, n in zip(documents.start[:4], documents.length):
@@ -307,7 +441,7 @@ def test_adapters_learn_the_plain_loss_beside_a_cache_mixture(s):
 
 
 def test_a_cache_mixture_needs_cached_keys():
-    with pytest.raises(tg.UserError, match="TTT_CACHE_LAMBDA=0.5 needs TTT_KV_REUSE=0: set it to 1"):
+    with pytest.raises(tg.UserError, match="TTT_CACHE_LAMBDA=0.5 needs .*, not TTT_KV_REUSE=0: set"):
         settings(TTT_CACHE_LAMBDA=0.5, TTT_KV_REUSE=0)
 
 
@@ -319,6 +453,7 @@ def test_a_phase_on_few_tokens_trains_all_the_same(s):
     assert steps
 
 
+@every_form
 def test_the_watchdog_gives_up_within_a_group(s):
     """All documents are one group of many chunks; the clock runs out while it is adapted."""
     s = changed(s, ttt_batch_size=64, phased_ttt_prefix_docs=0, ttt_chunk_size=4,
@@ -383,7 +518,7 @@ def test_limits_of_documents_that_adapt():
 def test_the_head_is_adapted_where_it_is_switched_on(s):
     s = changed(s, phased_ttt_prefix_docs=0)
     without = changed(s, ttt_head_lora=False)
-    kinds, others = (set(tg.Adapter(how, tg.layer_plan(s, True), 2).b) for how in (s, without))
+    kinds, others = (set(tg.Adapter(form, tg.layer_plan(s, True), 2).b) for form in (s, without))
     assert kinds - others == {"head"} and run(s)[1].loss != run(without)[1].loss
     off = {f"TTT_{kind.upper()}_LORA": 0 for kind in tg.ADAPTED}
     with pytest.raises(tg.UserError, match="TTT_ENABLED=1 has nothing to adapt"):

@@ -248,17 +248,19 @@ def ttt_cases(tg, torch, s, device, documents: int) -> list[Case]:
     for slot in range(plan.slots):
         pair = (torch.zeros(keys, dtype=torch.bfloat16, device=device) for _ in range(2))
         cache.old[slot] = tuple(pair)
-    cache.position = cache.seen = held
+    cache.position = cache.seen = cache.end = held
     cache.last = torch.zeros((documents, 2), dtype=torch.int64, device=device)
     ids = torch.zeros((documents, chunk), dtype=torch.int64, device=device)
 
     def losses():
         return [model.losses(ids, ids, plan, None, adapter, None, cache)]
 
+    chunk_losses = torch.ones(documents, device=device)
+
     def step():
         for p in adapter.trained():
             p.grad = torch.zeros_like(p)
-        tg.normalised_step(adapter.trained(), 1e-4, 0.5)
+        tg.normalised_step(s, adapter.trained(), chunk_losses)
         return [p.detach() for p in adapter.trained()]
 
     name = f"score and adapt {documents} x {chunk} tokens, {held:,} cached keys"

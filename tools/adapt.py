@@ -1,7 +1,8 @@
-"""Ways of test-time training side by side: one model, one set of documents, differences.
+"""Forms of test-time training side by side: one model, one set of documents, differences.
 
     python tools/adapt.py runs/demo/final_model.int6.ptz --out runs/adapt \\
-        'none: TTT_LORA_LR=0' 'fast: TTT_LORA_LR=1e-3' 'exact: TTT_KV_REUSE=0'
+        'none: TTT_LORA_LR=0' 'fast: TTT_LORA_LR=1e-3' 'exact: TTT_KV_REUSE=0' \\
+        'suffix: TTT_SUFFIX=24 TTT_STEP_NATS=0.5'
 
 Settings are the environment's, each row changes some of them; TTT_ENABLED=0 is a row of
 sliding windows at EVAL_STRIDE. Documents come from the validation shards of DATA_PATH:
@@ -35,7 +36,7 @@ POSITIONS = (0, 48, 144, 336, 720, 1440, 10**9)
 
 
 class Row(NamedTuple):
-    """One way: its losses (targets,) in stream order, and the processor seconds it took."""
+    """One form: its losses (targets,) in stream order, and the processor seconds it took."""
 
     name: str
     losses: np.ndarray
@@ -94,7 +95,7 @@ def paired(difference: np.ndarray, lengths: np.ndarray) -> tuple[float, float]:
     return mean, float(np.sqrt(spread)) / targets
 
 
-def shown(row: Row, other: Row, lengths: np.ndarray, pick: np.ndarray) -> str:
+def paired_text(row: Row, other: Row, lengths: np.ndarray, pick: np.ndarray) -> str:
     """Paired difference of two rows over the picked targets (bool): mean ± error."""
     inside = np.add.reduceat(pick.astype(int), starts_of(lengths))
     difference = (row.losses - other.losses)[pick]
@@ -114,8 +115,8 @@ def whole_table(rows: list[Row], lengths: np.ndarray, reference: Row) -> str:
     head += [f"against {reference.name}", "odd half", "CPU s", "targets/s"]
     cells = []
     for row in rows:
-        against_first = [shown(row, first, lengths, pick) for pick in (every, even, odd)]
-        against_other = [shown(row, reference, lengths, pick) for pick in (every, odd)]
+        against_first = [paired_text(row, first, lengths, pick) for pick in (every, even, odd)]
+        against_other = [paired_text(row, reference, lengths, pick) for pick in (every, odd)]
         cells.append([
             row.name,
             f"{row.losses.mean():.4f}",
@@ -140,7 +141,7 @@ def curve_table(
             continue
         span = f"{low}-" if high == bounds[-1] else f"{low}-{high}"
         count = len(np.unique(document[pick]))
-        gains = [shown(row, first, lengths, pick) for row in others]
+        gains = [paired_text(row, first, lengths, pick) for row in others]
         cells.append([span, count, *gains])
     return table([what, "documents", *(r.name for r in others)], cells, markdown=True)
 
