@@ -255,7 +255,8 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
     stream = open_stream(s, world, trainer.tokens, state["batches"] if state else 0)
     progress = Progress(s, world, run, trainer.model, pace.budget)
     progress.epochs = int(stream.epoch)
-    looping = curriculum.loops(step, 0.0)
+    last = max(step - 1, 0)      # a validation scores by the loops of the step before it
+    looping = curriculum.loops(last, pace.progress(last))
     # graphs that were not warmed up take minutes in between
     beat = "step" if s.warmup_steps or not compiles(s, world.device) else "compiling-step"
     world.beat(f"{beat} {step}")
@@ -1553,7 +1554,9 @@ class Pace:
 
     def progress(self, step: int) -> float:
         """Share of training that is done, 0 to 1."""
-        return min(self.elapsed / self.budget, 1.0) if self.budget else step / self.iterations
+        if self.budget:
+            return min(self.elapsed / self.budget, 1.0)
+        return step / max(self.iterations, 1)
 
 
 class Curriculum:

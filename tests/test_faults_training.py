@@ -524,6 +524,23 @@ def test_a_resumed_run_equals_one_left_alone(data, tmp_path, monkeypatch, kind):
     assert clock.elapsed() > events(tmp_path / "two", "resume")[0]["seconds"] > 0
 
 
+def test_a_resumed_run_validates_with_the_loops_of_one_left_alone(data, tmp_path, monkeypatch):
+    """Loops run from step 3 of 8 on; the checkpoint is of step 5, at which a validation is due."""
+    seen, score = [], tg.Score(1.0, 1.0, 1)
+    monkeypatch.setattr(tg.Scorer, "windows", lambda self, val, stride, looping: seen.append(looping) or score)
+    changes = {**GOING_ON, "VAL_LOSS_EVERY": 1, "ENABLE_LOOPING_AT": 0.35}
+    learn(data, tmp_path / "whole", **{**changes, "CHECKPOINT_EVERY_SECONDS": 0})
+    assert seen == 4 * [False] + 5 * [True]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(tg.Interrupted):
+            learn(data, tmp_path / "two", **changes)
+    monkeypatch.setattr(tg, "SIGNALS", tg.Signals())
+    seen.clear()
+    learn(data, tmp_path / "two", RESUME=1, **changes)
+    assert seen == 4 * [True]
+
+
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(data, tmp_path, monkeypatch):
     write, killed = tg.write_atomic, []
 
