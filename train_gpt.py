@@ -17,9 +17,10 @@ Chapters    PART ONE, the system     1 Story  2 Settings  3 Model  4 Optimiser
             PART THREE, lineage      what the older systems did differently: it only
                                      adds, and can be cut off
 
-Shape letters: B rows, T tokens, D model width, H query heads, K key/value heads, V
-vocabulary, L layers, R x C a weight matrix (out, in), S executed layer slots (a
-looped layer has several).
+Shape letters: B rows, T tokens, D model width, H query heads, K key/value heads, Dh
+head width, V vocabulary, L layers, S executed layer slots (a looped layer has
+several), R x C a weight matrix (out, in), r rank of an adapter or repair, E experts,
+P cached tokens, W tokens of a chunk with its context, n and N any number of things.
 """
 from __future__ import annotations
 
@@ -129,8 +130,30 @@ class Interrupted(BaseException):
 
 # Where to look. A token enters train_loop from the stream and becomes a loss in GPT.losses. Curriculum
 # decides the context, the loop and the rate of every step; layer_plan makes of the loop an order of layers.
-# The 600 s of training hold train_loop and compress, those of the evaluation score_artifact from its clock
-# on. A new gate has a shape in GPT.shapes, a role in ROLES, its use in GPT.attend and its switch in Settings.
+#
+# The 600 s of training run from the barrier in train_loop until compress has written the artifact. All in
+# between counts (steps, files of weights, waiting for ranks, reports, summaries, studies), validations alone
+# do not. Those of the evaluation run from the clock in score_artifact, which then reads the artifact, to the
+# last score.
+#
+# A new gate per layer needs its switch in Settings, its shape in GPT.shapes, its start in GPT.initial_values
+# (if not 0), a role in ROLES, the field's name in PER_LAYER, a field of LayerWeights that GPT.layer_weights
+# fills, and its use in GPT.attend. It is stored as float16; as int8 if its name ends in attn_gate_w.
+#
+# What the story takes from later chapters:
+#   World        this rank among the others: sums, barriers, agree (all hear rank 0), beat (a sign of life)
+#   Run          the run's folder, its log and its summary
+#   Clock        seconds of a budget; time inside exclude() is not charged
+#   FiniteWatch, AverageKeeper, Checkpoints   what keeps a training from being lost
+#   Prefetch     the stream: next(length) gives a Batch of documents cut to that many tokens
+#   Batch        tokens x, targets y (B, T); layout() says who in a packed row may see whom (Layout)
+#   Validation   the validation text: tokens, documents, bytes; sealed while a run trains
+#   Scorer       scores by windows, as PhasedTTT does while it adapts: each target once, in a Ledger
+#   Hints        guesses of n-gram counts that scores are tilted by; None: they are not
+#   Study        a mode that breaks the rules and says so (NON-COMPLIANT)
+#
+# Seams: a small method that seems to decide nothing, or an argument that nothing reads, is there for part
+# three to override.
 
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     """Entry: 0 when all went well, 1 when --check found something or the script
@@ -253,8 +276,8 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
     curriculum, pace = Curriculum(s), Pace(s, reserve)
     step = go_on_from(state, trainer, curriculum) if state else 0
     stream = open_stream(s, world, trainer.tokens, state["batches"] if state else 0)
-    progress = Progress(s, world, run, trainer.model, pace.budget)
-    progress.epochs = int(stream.epoch)
+    reports = Progress(s, world, run, trainer.model, pace.budget)
+    reports.epochs = int(stream.epoch)
     last = max(step - 1, 0)      # a validation scores by the loops of the step before it
     looping = curriculum.loops(last, pace.progress(last))
     # graphs that were not warmed up take minutes in between
@@ -263,42 +286,44 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
     world.barrier()
     clock = Clock(s.max_wallclock_seconds)
     clock.start -= state["seconds"] if state else 0.0
-    watch, keeper = FiniteWatch(), AverageKeeper(s, world, run, trainer, clock)
-    checkpoints = Checkpoints(s, world, run, trainer, watch, clock)
+    finite_watch = FiniteWatch()
+    keeper = AverageKeeper(s, world, run, trainer, clock)
+    checkpoints = Checkpoints(s, world, run, trainer, finite_watch, clock)
     while True:
         if s.val_loss_every and step % s.val_loss_every == 0:
             off_the_clock(world, clock, lambda: validate(step, looping))
-        elapsed, stop, bad = world.agree_step(clock.elapsed(), SIGNALS.number, watch.first_bad())
+        first_bad = finite_watch.first_bad()
+        elapsed, stop, bad = world.agree_step(clock.elapsed(), SIGNALS.number, first_bad)
         pace.observe(step, elapsed)
         ended = pace.ended(step)
         if ended or stop or bad:
             break
         checkpoints.offer(step, elapsed, curriculum, stream)
         # the step: on how long a context, with or without loops, at which rate
-        share = pace.progress(step)
-        length, looping, lr = curriculum.at(step, share)
+        progress = pace.progress(step)
+        length, looping, rate_share = curriculum.advance(step, progress)
         plan = layer_plan(s, looping)
-        trainer.measure(share)
+        trainer.measure(progress)
         losses = [trainer.micro_step(stream.next(length), plan) for _ in range(trainer.accum)]
         world.beat(f"{beat} {step + 1}")
-        norm = trainer.update(lr, muon_momentum(s, step))
+        norm = trainer.update(rate_share, muon_momentum(s, step))
         step += 1
         loss = sum(losses) / trainer.accum
         # what is kept and logged of it
-        watch.record(step, loss, norm)
+        finite_watch.record(step, loss, norm)
         keeper.offer(step)
         world.beat(f"{beat} {step}")
-        progress.events(step, stream, trainer, looping)
+        reports.events(step, stream, trainer, looping)
         if pace.near_end():
             sync(world.device)            # the host must not run ahead of the GPU
-        progress.report(step, clock, loss, norm, lr, plan)
+        reports.report(step, clock, loss, norm, rate_share, plan)
     sync(world.device)
     seconds = clock.elapsed()
     stopped = "" if ended else f"stopped at step {step}"
-    bad = end_of_steps(world, trainer, watch, step)
+    bad = end_of_steps(world, trainer, finite_watch, step)
     keeper.close(step, "" if bad else stopped)
     if bad:
-        raise watch.error(bad)
+        raise finite_watch.error(bad)
     if stopped:
         checkpoints.write(step, curriculum, stream)
     facts = weight_facts(s, world, step, seconds, stopped)
@@ -336,11 +361,11 @@ def score_artifact(s: Settings, world: World, run: Run, model: GPT, val: Validat
     scorer = Scorer(s, world, model)
     alone = not (s.sliding_window_enabled or s.ttt_enabled)
     with contextlib.nullcontext() if alone else clock.exclude():      # else it is a diagnostic
-        val.hints = Hints.build(s, world, val, False) if alone else None
+        val.hints = Hints.for_windows(s, world, val) if alone else None
         score = scorer.windows(val, s.eval_seq_len)
     log_score(run, "quantized", score, scorer.ledger, clock)
     if s.sliding_window_enabled:
-        val.hints = Hints.build(s, world, val, False)
+        val.hints = Hints.for_windows(s, world, val)
         score = scorer.windows(val, s.eval_stride)
         log_score(run, "sliding", score, scorer.ledger, clock)
     if s.ttt_enabled:
@@ -366,8 +391,8 @@ def judge_artifact(s: Settings, world: World, run: Run, model: GPT, path: Path) 
 
 def adapt_and_score(s: Settings, world: World, run: Run, model: GPT, val: Validation, clock: Clock) -> Score:
     """Score-first test-time training: what has been scored may be learnt from."""
-    if val.hints is None or "stream" not in (s.ttt_doc_order, s.ngram_doc_order):
-        val.hints = Hints.build(s, world, val, True)
+    if val.hints is None or Hints.orders_differ(s):
+        val.hints = Hints.for_adapting(s, world, val)
     log_adaptation(s, run, val, clock)
 
     def trace(event: str, **values) -> None:
@@ -582,7 +607,8 @@ class Settings:
     ttt_short_score_first_enabled: bool = knob(
         True, "other chunks at the start of a document; with order length: for short ones")
     ttt_short_score_first_steps: str = knob(
-        "8000:24", "position (order length: longest document) up to which:chunk, …")
+        "8000:24", "until:chunk, …: the chunk before that token of a document; with order "
+        "length, of a group with no longer document")
     ttt_batch_size: int = knob(64, "documents adapted side by side", 1, 65536)
     ttt_lora_rank: int = knob(80, "rank of the adapters", 1, 65536)
     ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank", 0)
@@ -615,12 +641,12 @@ class Settings:
     global_ttt_lr: float = knob(0.001, "SGD on the base weights: peak learning rate", 0)
     global_ttt_momentum: float = knob(0.9, "its momentum", 0, 0.999999)
     global_ttt_epochs: int = knob(1, "passes over the documents already scored", 1)
-    global_ttt_chunk_tokens: int = knob(32768, "tokens of one step of its learning rate", 2)
+    global_ttt_chunk_tokens: int = knob(32768, "tokens learnt at one rate, which then falls", 2)
     global_ttt_batch_seqs: int = knob(32, "sequences of one batch", 1)
     global_ttt_grad_clip: float = knob(1.0, "largest gradient norm; 0: no clipping", 0)
     ngram_tilt_enabled: bool = knob(
         False, "tilt scores towards what followed the same context before")
-    ngram_doc_order: str = choice("scored stream", "what counts grow by")
+    ngram_doc_order: str = choice("scored stream", "order in which text is counted")
     token_order: int = knob(16, "token expert: length of context with hint", 1, 1024)
     token_threshold: float = knob(0.8, "it speaks from this confidence on", 0)
     token_boost: float = knob(2.625, "nats added to its hint's logit", 0)
@@ -719,7 +745,7 @@ class Settings:
 
     def to_be_stored(self, values: Mapping) -> dict:
         """Of settings and values those that a file names; one that it does not had
-        its default."""
+        its default. A seam: part three leaves out what is off."""
         return dict(values)
 
     def changed(self) -> dict:
@@ -728,7 +754,7 @@ class Settings:
         return {name: value for name, value in self.as_env().items() if value != defaults[name]}
 
     def beyond_the_system(self) -> list[str]:
-        """Names of settings that ask for more than parts one and two have."""
+        """Names of settings that ask for more than parts one and two have: a seam."""
         return []
 
 
@@ -812,7 +838,8 @@ def check_model(s: Settings) -> None:
                         f"weights: at most {MOST_WEIGHTS:,}, lower them")
 
 
-# Role of every parameter; one without a role stops the run. matrix: Muon; the others: AdamW.
+# Role of every parameter; one without a role stops the run. matrix: Muon trains it; embed, small: AdamW;
+# cap: nothing does.
 ROLES = {
     "tok_emb": "embed",
     "qo_bank": "matrix",
@@ -916,14 +943,14 @@ class LayerWeights(NamedTuple):
 
 @dataclass
 class Forward:
-    """What one forward carries from layer to layer."""
+    """What the layers of one forward share."""
     layers: list[LayerWeights]
-    x0: Tensor
-    rope: tuple[Tensor, Tensor]
-    layout: Layout | None
-    adapter: BoundAdapter | None
-    hook: Callable | None
-    cache: KeyCache | None
+    x0: Tensor                       # (B, T, D): the embeddings, which every layer may mix in
+    rope: tuple[Tensor, Tensor]      # cos, sin (T, rotated channels / 2)
+    layout: Layout | None            # documents of a packed row; None: rows are causal
+    adapter: BoundAdapter | None     # low-rank deltas of TTT
+    hook: Callable | None            # hook(kind, layer, x) sees activations
+    cache: KeyCache | None           # keys and values of earlier tokens
 
     def observe(self, kind: str, layer: int, x: Tensor) -> None:
         """Hand an activation to the forward hook, if there is one."""
@@ -943,7 +970,7 @@ def rms(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of the first 2 x (table width) channels. x (B, T, heads, D)."""
+    """Rotary embedding of the first 2 x (table width) channels. x (B, T, heads, Dh)."""
     cos, sin = (table[:, None, :].to(x.dtype) for table in rope)
     half = cos.size(-1)
     first = x[..., :half]
@@ -953,12 +980,12 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: attention output y (B, T, H, D) minus its projection on the token's own v
-    (B, T, K, D)."""
+    """XSA: attention output y (B, T, H, Dh) minus its projection on the token's own v
+    (B, T, K, Dh)."""
     direction = F.normalize(v, dim=-1, eps=1e-12)[:, :, :, None]
     grouped = y.unflatten(2, (v.size(2), -1))
-    share = (grouped * direction).sum(-1, keepdim=True)
-    return (grouped - share * direction).flatten(2, 3)
+    length = (grouped * direction).sum(-1, keepdim=True)
+    return (grouped - length * direction).flatten(2, 3)
 
 
 def soft_cap(z: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
@@ -967,10 +994,21 @@ def soft_cap(z: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
     return cap * torch.tanh(z / cap)
 
 
+def candidate_losses(loss: Callable, z: Tensor, candidates: Tensor) -> Tensor:
+    """loss(logits, tokens) of N candidates (N, n) a place, by logits z (n, V); only
+    that of the first ones has a graph."""
+    first, *others = candidates.unbind(0)
+    scored = [loss(z, first)]
+    for tokens in others:
+        scored.append(loss(z.detach(), tokens))
+    return torch.stack(scored)
+
+
 class GPT(nn.Module):
     """The depth-recurrent GPT. Parameters are stacked over layers and kept in
     float32; `compute_dtype` is the activations'. Every forward takes a Plan, so
-    recurrence is an argument, not a state."""
+    recurrence is an argument, not a state. Seams: rope_base, look_up, project,
+    head_gate, branches, depth_scale, join, head_name, head_weight."""
 
     def __init__(self, s: Settings, generator: torch.Generator | None = None):
         super().__init__()
@@ -1009,23 +1047,24 @@ class GPT(nn.Module):
             shapes["attn_gate_w"] = (layers, s.num_heads, s.gate_window)
         return shapes
 
-    def initial_values(self) -> dict[str, float]:
-        """Parameters that begin at one value; the others begin at 0 or are drawn."""
+    def initial_values(self) -> dict[str, Any]:
+        """Where parameters begin, broadcast; the others begin at 0 or are drawn."""
         cap = self.s.logit_softcap
+        only_the_stream = ((1,), (0,))      # of the stream and x0
         return dict(
-            attn_scale=1, mlp_scale=1, q_gain=self.s.qk_gain_init, skip_weights=1,
-            parallel_post_lambdas=1, parallel_resid_lambdas=1.1, softcap_pos=cap, softcap_neg=cap)
+            attn_scale=1, mlp_scale=1, resid_mix=only_the_stream, q_gain=self.s.qk_gain_init,
+            skip_weights=1, parallel_post_lambdas=1, parallel_resid_lambdas=1.1,
+            softcap_pos=cap, softcap_neg=cap)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None) -> None:
-        """Orthogonal inputs, zero outputs: every block starts as the identity."""
+        """Orthogonal inputs, zero outputs: at the start no branch adds anything."""
         self.tok_emb.normal_(0, self.s.tied_embed_init_std, generator=generator)
         for matrix in (*self.qo_bank[:self.s.num_layers], *self.kv_bank, *self.mlp_up_bank):
             nn.init.orthogonal_(matrix, generator=generator)
         for name, value in self.initial_values().items():
             if hasattr(self, name):
-                getattr(self, name).fill_(value)
-        self.resid_mix[:, 0] = 1
+                getattr(self, name).copy_(torch.tensor(value))
 
     # --- pieces
 
@@ -1042,17 +1081,29 @@ class GPT(nn.Module):
         layers = self.s.num_layers
         qo = self.unbound("qo_bank")
         kv = self.unbound("kv_bank")
-        stacks = (
-            qo[:layers], kv[:layers], kv[layers:], qo[layers:],
-            self.unbound("mlp_up_bank"), self.unbound("mlp_down_bank"),
-            self.unbound("attn_scale"), self.unbound("mlp_scale"),
-            self.unbound("resid_mix"), self.unbound("q_gain"),
-            self.unbound("parallel_post_lambdas"), self.unbound("parallel_resid_lambdas"),
-            self.unbound("attn_gate_w"))
-        return [LayerWeights(*weights) for weights in zip(*stacks)]
+        stacks = dict(
+            q=qo[:layers],
+            o=qo[layers:],
+            k=kv[:layers],
+            v=kv[layers:],
+            up=self.unbound("mlp_up_bank"),
+            down=self.unbound("mlp_down_bank"),
+            attn_scale=self.unbound("attn_scale"),
+            mlp_scale=self.unbound("mlp_scale"),
+            resid_mix=self.unbound("resid_mix"),
+            q_gain=self.unbound("q_gain"),
+            post=self.unbound("parallel_post_lambdas"),
+            resid=self.unbound("parallel_resid_lambdas"),
+            gate=self.unbound("attn_gate_w"))
+        weights = []
+        for layer in range(layers):
+            own = {name: stack[layer] for name, stack in stacks.items()}
+            weights.append(LayerWeights(**own))
+        return weights
 
     def rope(self, length: int, device, start: int = 0, context: int = 0) -> tuple[Tensor, Tensor]:
-        """cos, sin (length, R/2) of positions from start on; context: the longest row."""
+        """cos, sin (length, rotated channels / 2) of positions from start on; context:
+        the longest row."""
         dims = self.s.rope_dims or self.s.head_dim
         channel = torch.arange(0, dims, 2, dtype=torch.float32, device=device)
         inverse = 1.0 / (self.rope_base(max(length, context)) ** (channel / dims))
@@ -1061,13 +1112,14 @@ class GPT(nn.Module):
         return angle.cos(), angle.sin()
 
     def rope_base(self, longest: int) -> float:
-        """Base of the rotary angles for rows of at most `longest` tokens."""
+        """Base of the rotary angles; longest: of the rows, in tokens, a seam."""
         return self.s.rope_base
 
     def embed(self, ids: Tensor, layout: Layout | None, before: Tensor | None = None,
               hook: Callable | None = None) -> Tensor:
         """Normalised embeddings (B, T, D), mixed with those of the tokens before.
-        before (B, 2): the tokens ahead of ids, where the rows go on from a cache."""
+        before (B, 2): the tokens ahead of ids, where the rows go on from a cache; the
+        nearest is mixed in (the other one serves part three's bigrams)."""
         length = ids.size(1)
         if before is not None:
             ids = torch.cat((before[:, -1:], ids), dim=1)
@@ -1127,7 +1179,7 @@ class GPT(nn.Module):
         return out
 
     def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, T, H·D), keys and values (B, T, K·D) of a layer's input x."""
+        """Queries (B, T, H·Dh), keys and values (B, T, K·Dh) of a layer's input x."""
         weights = forward.layers[layer]
         q = forward.adapted(F.linear(x, weights.q), "q", slot, x)
         k = forward.adapted(F.linear(x, weights.k), "k", slot, x)
@@ -1137,7 +1189,8 @@ class GPT(nn.Module):
         return q, k, v
 
     def head_gate(self, weight: Tensor, x: Tensor, q_flat: Tensor) -> Tensor:
-        """Gate (B, T, H) of the heads by the first channels of x; 1/2 at the start."""
+        """Gate (B, T, H) of the heads by the first channels of x; 1/2 at the start.
+        q_flat: a seam."""
         logit = F.linear(x[..., :weight.size(-1)], weight)
         return torch.sigmoid(self.s.sparse_attn_gate_scale * logit)
 
@@ -1149,9 +1202,9 @@ class GPT(nn.Module):
             out = leaky_square_mlp(rows, weights.up, weights.down, slope).view(x.shape)
         else:      # the same in steps that can be seen
             up = F.linear(x, weights.up)
-            hidden = F.leaky_relu(up, slope).square()
-            out = F.linear(hidden, weights.down)
-            for kind, seen in (("mlp_in", x), ("up_out", up), ("mlp_act", hidden), ("mlp_out", out)):
+            act = F.leaky_relu(up, slope).square()
+            out = F.linear(act, weights.down)
+            for kind, seen in (("mlp_in", x), ("up_out", up), ("mlp_act", act), ("mlp_out", out)):
                 forward.observe(kind, layer, seen)
         return forward.adapted(out, "mlp", slot, x)
 
@@ -1164,7 +1217,8 @@ class GPT(nn.Module):
 
     def branches(self, forward: Forward, layer: int, slot: int, lane0: Tensor,
                  lane1: Tensor) -> tuple[Tensor, ...]:
-        """Lane 0 mixed with x0, what attention makes of it, what the MLP of lane 1."""
+        """Lane 0 mixed with x0 (for part three's lanes), what attention makes of it,
+        what the MLP of lane 1."""
         weights, scale = forward.layers[layer], self.depth_scale(layer)
         mixed = weights.resid_mix[0] * lane0 + weights.resid_mix[1] * forward.x0
         attended = weights.attn_scale * self.attend(forward, layer, slot, rms(mixed) * scale)
@@ -1203,8 +1257,9 @@ class GPT(nn.Module):
         bound = None if adapter is None else adapter.bind(x.dtype)
         return Forward(self.layer_weights(), x, rope, layout, bound, hook, cache)
 
-    def hidden(self, ids: Tensor, plan: Plan, layout: Layout | None = None, adapter: Adapter | None = None,
-               hook: Callable | None = None, cache: KeyCache | None = None) -> Tensor:
+    def final_hidden(self, ids: Tensor, plan: Plan, layout: Layout | None = None,
+                     adapter: Adapter | None = None, hook: Callable | None = None,
+                     cache: KeyCache | None = None) -> Tensor:
         """Final normalised hidden state (B, T, D) of tokens ids (B, T). layout:
         documents of a packed row (None: each row is causal). adapter: low-rank
         deltas. hook(kind, layer, x) sees the activations. cache: the rows go on where
@@ -1225,21 +1280,20 @@ class GPT(nn.Module):
         return 0 < self.s.parallel_start_layer <= layer
 
     def decode(self, forward: Forward, plan: Plan, x: Tensor, skips: list[Tensor]) -> Tensor:
-        """The decoder on the encoder's output x, with its skips; late layers on lanes."""
+        """The decoder on the encoder's output x, with its skips. Once a layer has split
+        the stream into two lanes, one that knows no lanes (a loop may come back to it)
+        is left out."""
         lanes = None
         for j, layer in enumerate(plan.decoder):
             slot = len(plan.encoder) + j
-            has_skip = skips and j < len(self.skip_weights)
-            if lanes is None and self.is_parallel(layer):
-                lanes = x, x
-            if lanes is None:
-                x = self.merge_skip(j, x, skips.pop()) if has_skip else x
+            skip = skips.pop() if skips and j < len(self.skip_weights) else None
+            if self.is_parallel(layer):
+                lane0, lane1 = lanes or (x, x)
+                lane0 = lane0 if skip is None else self.merge_skip(j, lane0, skip)
+                lanes = self.lanes(forward, layer, slot, lane0, lane1)
+            elif lanes is None:
+                x = x if skip is None else self.merge_skip(j, x, skip)
                 x = self.block(forward, layer, slot, x)
-            elif self.is_parallel(layer):
-                lane0 = self.merge_skip(j, lanes[0], skips.pop()) if has_skip else lanes[0]
-                lanes = self.lanes(forward, layer, slot, lane0, lanes[1])
-            elif has_skip:
-                skips.pop()          # the one stream no longer reaches the output
         return x if lanes is None else self.join(*lanes)
 
     def join(self, lane0: Tensor, lane1: Tensor) -> Tensor:
@@ -1282,10 +1336,10 @@ class GPT(nn.Module):
     def losses(self, ids: Tensor, targets: Tensor, plan: Plan, layout: Layout | None = None,
                adapter: Adapter | None = None, hook: Callable | None = None, cache: KeyCache | None = None,
                training: bool = False) -> Tensor:
-        """Cross-entropy of every target in nats, (B, T) float32; of targets (N, B,
-        T), N tokens a place, the first's have a graph. training: as published,
+        """Cross-entropy in nats, float32, of the targets (B, T), or of N candidates a
+        place (N, B, T), of which only the first have a graph. training: as published,
         without the two caps."""
-        hidden = self.hidden(ids, plan, layout, adapter, hook, cache)
+        hidden = self.final_hidden(ids, plan, layout, adapter, hook, cache)
         if self.scores_plain_logits(adapter, training):
             z = self.logits(hidden, adapter)
             loss = functools.partial(F.cross_entropy, reduction="none")
@@ -1293,15 +1347,11 @@ class GPT(nn.Module):
             z = self.raw_logits(hidden, adapter)
             kernel = None if self.s.fused_ce_enabled else False      # None: where it can run
             loss = functools.partial(capped_ce, cap=self.s.logit_softcap, kernel=kernel)
-        z = z.flatten(0, 1)
-        places = targets[None] if targets.dim() == ids.dim() else targets
-        first, *others = places.flatten(1).unbind(0)
+        candidates = targets if targets.dim() > ids.dim() else targets[None]
         if cache is not None and cache.states:
-            cache.extend(cache.STATES, F.normalize(hidden, dim=-1), first.view_as(ids))
-        scored = [loss(z, first)]
-        for tokens in others:
-            scored.append(loss(z.detach(), tokens))
-        return torch.stack(scored).view(targets.shape)
+            cache.remember(hidden, candidates[0])
+        scored = candidate_losses(loss, z.flatten(0, 1), candidates.flatten(1))
+        return scored.view(targets.shape)
 
     def flops_per_token(self, plan: Plan, context: float) -> float:
         """FLOPs of one token's forward, with attention over `context` tokens."""
@@ -1356,10 +1406,11 @@ def muon_apply(p: Tensor, update: Tensor, lr: float, weight_decay: float) -> Non
 
 
 class Optimiser:
-    """Owns all gradient traffic. Each rank orthogonalises its share of every bank:
-    reduce-scatter of all banks -> norm and clip of the averaged gradient -> direction
-    of the own matrices, gathered while the next bank is worked on -> every rank
-    applies the same update. Small gradients travel as one tensor."""
+    """Owns all gradient traffic of training. Each rank orthogonalises its part of
+    every bank: reduce-scatter of all banks -> norm and clip of the averaged gradient
+    -> direction of the own matrices, gathered while the next bank is worked on ->
+    every rank applies the same update. Small gradients travel as one tensor. Seams:
+    adam_rates, direction, apply."""
 
     def __init__(self, s: Settings, world: World, params: Mapping[str, nn.Parameter], dtype: torch.dtype):
         self.s, self.world = s, world
@@ -1379,8 +1430,8 @@ class Optimiser:
                                       fused=world.device.type == "cuda")
         self.momentum = []      # of as many matrices a rank; the last rank's are padded
         for p in self.banks:
-            share = -(-len(p) // world.size)
-            self.momentum.append(torch.zeros(share, *p.shape[1:], dtype=dtype, device=p.device))
+            each = -(-len(p) // world.size)
+            self.momentum.append(torch.zeros(each, *p.shape[1:], dtype=dtype, device=p.device))
 
     def adam_rates(self) -> dict[str, tuple[float, float]]:
         """(peak rate, weight decay) by role; the logit caps are not trained, as published."""
@@ -1388,8 +1439,9 @@ class Optimiser:
         return {"embed": (s.tied_embed_lr, s.embed_wd), "small": (s.scalar_lr, s.adam_wd)}
 
     @torch.no_grad()
-    def step(self, lr_share: float, momentum: float) -> Tensor:
-        """Reduce, clip, update, clear the gradients; the norm before clipping."""
+    def step(self, rate_share: float, momentum: float) -> Tensor:
+        """Reduce, clip, update at a share of the peak rates, clear the gradients; the
+        norm before clipping."""
         for p in (*self.banks, *self.small):      # a plan may leave rows unused, never a whole tensor
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -1404,10 +1456,10 @@ class Optimiser:
         for bank, g in enumerate(shards):
             updates.append(self.gather(self.direction(bank, g, momentum)))
         for group in self.adam.param_groups:
-            group["lr"] = group["peak"] * lr_share
+            group["lr"] = group["peak"] * rate_share
         self.adam.step()
         for bank, arrived in enumerate(updates):
-            self.apply(bank, arrived()[:len(self.banks[bank])], self.s.matrix_lr * lr_share)
+            self.apply(bank, arrived()[:len(self.banks[bank])], self.s.matrix_lr * rate_share)
         for p in (*self.banks, *self.small):
             p.grad = None
         return norm
@@ -1511,7 +1563,7 @@ def stage_at(stages: list[tuple[float, float]], progress: float):
     return next(value for end, value in stages if min(progress, 1.0) <= end)
 
 
-def lr_share(s: Settings, progress: float) -> float:
+def warmdown_share(s: Settings, progress: float) -> float:
     """Share of the peak rate: flat, then linear over WARMDOWN_FRAC, at least MIN_LR."""
     if s.warmdown_frac <= 0 or progress < 1 - s.warmdown_frac:
         return 1.0
@@ -1522,8 +1574,8 @@ def muon_momentum(s: Settings, step: int) -> float:
     """Momentum at a step: linear warm-up over MUON_MOMENTUM_WARMUP_STEPS."""
     if step >= s.muon_momentum_warmup_steps:
         return s.muon_momentum
-    share = step / s.muon_momentum_warmup_steps
-    return (1 - share) * s.muon_momentum_warmup_start + share * s.muon_momentum
+    done = step / s.muon_momentum_warmup_steps
+    return (1 - done) * s.muon_momentum_warmup_start + done * s.muon_momentum
 
 
 class Pace:
@@ -1560,27 +1612,30 @@ class Pace:
 
 
 class Curriculum:
-    """What changes while training goes on: longest segment, loop, learning rate."""
+    """What changes while training goes on: longest segment, loop, learning rate.
+    Seams: rate_share, loops."""
 
     def __init__(self, s: Settings):
         self.s, self.stages = s, context_stages(s)
         self.length = 0
         self.changed: int | None = None        # step at which the length changed
 
-    def at(self, step: int, progress: float) -> tuple[int, bool, float]:
-        """(longest segment, whether loops run, share of the rate) of a step, in order."""
+    def advance(self, step: int, progress: float) -> tuple[int, bool, float]:
+        """(longest segment, whether loops run, share of the peak rate) of this step; it
+        remembers when the length changed."""
         length = stage_at(self.stages, progress)
         if length != self.length:
             self.changed = step or None
             self.length = length
-        lr, ramp = self.rate(progress), self.s.seq_change_warmup_steps
+        rate_share = self.rate_share(progress)
+        ramp = self.s.seq_change_warmup_steps
         if self.changed is not None and ramp:
-            lr *= min((step - self.changed + 1) / ramp, 1.0)
-        return length, self.loops(step, progress), lr
+            rate_share *= min((step - self.changed + 1) / ramp, 1.0)
+        return length, self.loops(step, progress), rate_share
 
-    def rate(self, progress: float) -> float:
+    def rate_share(self, progress: float) -> float:
         """Share of the peak learning rate at this share of training."""
-        return lr_share(self.s, progress)
+        return warmdown_share(self.s, progress)
 
     def loops(self, step: int, progress: float) -> bool:
         """Whether the looped layers run more than once then."""
@@ -1629,9 +1684,9 @@ class Trainer:
         self.charge("backward")
         return loss.detach()
 
-    def update(self, lr: float, momentum: float) -> Tensor:
+    def update(self, rate_share: float, momentum: float) -> Tensor:
         """Step at a share of the peak rate, then average; the norm before clipping."""
-        norm = self.optimiser.step(lr, momentum)
+        norm = self.optimiser.step(rate_share, momentum)
         self.charge("optimiser")
         weights = [p.detach() for p in self.model.parameters()]
         with torch.no_grad():
@@ -1644,14 +1699,14 @@ class Trainer:
         if self.to_measure and progress >= self.to_measure[0]:
             self.to_measure = [share for share in self.to_measure if share > progress]
             sync(self.world.device)
-            self.parts, self.watch = {}, Clock()
+            self.parts, self.stopwatch = {}, Clock()
 
     def charge(self, part: str) -> None:
         """On a measured step: charge the ms since the last call to this part."""
         if self.parts is not None:
             sync(self.world.device)
-            self.parts[part] = self.parts.get(part, 0.0) + 1e3 * self.watch.elapsed()
-            self.watch = Clock()
+            self.parts[part] = self.parts.get(part, 0.0) + 1e3 * self.stopwatch.elapsed()
+            self.stopwatch = Clock()
 
     def warm_up(self) -> float:
         """Compile and run every graph on random tokens, undo it; the seconds it took."""
@@ -1875,7 +1930,7 @@ def calibrate(s: Settings, world: World, model: GPT,
         for part in pieces(next_batch().to(world.device), CALIBRATION_TOKENS):
             with torch.set_grad_enabled(fisher):
                 layout = part.layout(s.train_seq_len)
-                hidden = model.hidden(part.x, plan, layout, hook=hook)
+                hidden = model.final_hidden(part.x, plan, layout, hook=hook)
             if fisher:
                 hook.add_squares(model, part.x, hidden, generator)
         hook.batches += 1
@@ -2669,7 +2724,7 @@ def fit_calibration(s: Settings, model: GPT, tokens: np.ndarray) -> tuple[Tensor
         x, y = torch.from_numpy(pairs.astype(np.int64)).to(device)
         scored = torch.from_numpy(scored).to(device)
         with torch.no_grad():
-            hidden = model.hidden(x, layer_plan(s, True))
+            hidden = model.final_hidden(x, layer_plan(s, True))
             z = model.logits(hidden[scored])
         scale, bias = calibrated_by(s, raw)
         loss = F.cross_entropy(scale * z + bias, y[scored])
@@ -3081,6 +3136,10 @@ class KeyCache:
             v = torch.cat((old_v.narrow(1, first, self.seen), v), dim=1)
         self.new[slot] = (k.detach(), v.detach())
         return k, v
+
+    def remember(self, hidden: Tensor, tokens: Tensor) -> None:
+        """Keep final hidden states (B, T, D) and the tokens (B, T) that follow them."""
+        self.extend(self.STATES, F.normalize(hidden, dim=-1), tokens)
 
     def seal(self, ids: Tensor) -> None:
         """The forward over tokens ids (B, T) was scored: the keys it saw are those to
@@ -4892,7 +4951,7 @@ class Progress:
                          parts=trainer.parts)
             trainer.parts = None
 
-    def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, lr: float,
+    def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, rate_share: float,
                plan: Plan) -> None:
         """A line in the log (ten steps, then every TRAIN_LOG_EVERY), else on a
         terminal, two a second."""
@@ -4913,8 +4972,8 @@ class Progress:
         line += "  looping" * looping
         if not logged:
             return self.run.progress(line)
-        self.run.log("train", quiet=True, step=step, loss=loss, norm=norm.item(), lr=lr,
-                     looping=looping, **pace)
+        self.run.log("train", quiet=True, step=step, loss=loss, norm=norm.item(),
+                     lr=rate_share, looping=looping, **pace)
         self.run.say(line)
 
     def pace(self, step: int, elapsed: float, plan: Plan) -> dict[str, float]:
@@ -6222,8 +6281,8 @@ PACKAGES = {            # backend name -> (names that its module goes by, how to
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> Tensor:
-    """Causal attention: q (B, T, H, D), k, v (B, T', K, D), H a multiple of K ->
-    (B, T, H, D).
+    """Causal attention: q (B, T, H, Dh), k, v (B, T', K, Dh), H a multiple of K ->
+    (B, T, H, Dh).
 
     Without a layout each row is one document, the queries the last T of its T'
     positions (cached keys). With one the rows, laid end to end, are cut at its
@@ -6239,8 +6298,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> 
     return BACKENDS[name](q, k, v, layout.cu_seqlens, layout.max_seqlen)
 
 
-# Every backend: q (B, T, H, D), k, v (B, T', K, D), cu (n + 1) int32 or None, the longest
-# key sequence -> (B, T, H, D). All align the causal mask bottom-right.
+# Every backend: q (B, T, H, Dh), k, v (B, T', K, Dh), cu (n + 1) int32 or None, the longest
+# key sequence -> (B, T, H, Dh). All align the causal mask bottom-right.
 def attend_fa3(q, k, v, cu, longest):
     """FlashAttention-3: its own custom ops let torch.compile trace it as it is."""
     module = FLASH["fa3"]
@@ -6339,7 +6398,7 @@ def fa4_backward_shapes(dy, q, k, v, *_):
 @operator
 def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None,
                 longest: int) -> tuple[Tensor, Tensor]:
-    """Rows (B, T, H, D) with cu None, or packed (N, H, D) -> y like q, and log Σ exp
+    """Rows (B, T, H, Dh) with cu None, or packed (N, H, Dh) -> y like q, and log Σ exp
     (B, H, T) or (H, N)."""
     y, lse = fa4_call("_flash_attn_fwd", q, k, v, cu=cu, longest=longest)[:2]
     return y.contiguous(), lse.contiguous()
@@ -7408,15 +7467,31 @@ class Hints:
         return cls(at, hint[:, at], confidence[:, at])
 
     @classmethod
-    def build(cls, s: Settings, world: World, val: Validation,
-              adapting: bool) -> Hints | None:
-        """For the windows, or for adapting: counted by rank 0 in the order of scoring."""
+    def for_windows(cls, s: Settings, world: World, val: Validation) -> Hints | None:
+        """Counted in the stream's order; None where nothing is tilted."""
+        return cls.from_main(s, world, val, np.arange(len(val.documents)))
+
+    @classmethod
+    def for_adapting(cls, s: Settings, world: World, val: Validation) -> Hints | None:
+        """The same for TTT, counted in the order in which it scores the documents."""
+        if not cls.orders_differ(s):
+            return cls.for_windows(s, world, val)
+        groups = []
+        for ttt_round in ttt_rounds(s, val.documents.length):
+            groups += ttt_round.groups
+        return cls.from_main(s, world, val, np.concatenate(groups))
+
+    @staticmethod
+    def orders_differ(s: Settings) -> bool:
+        """Whether TTT counts the documents in another order than the windows do."""
+        return s.ngram_tilt_enabled and "stream" not in (s.ttt_doc_order, s.ngram_doc_order)
+
+    @classmethod
+    def from_main(cls, s: Settings, world: World, val: Validation,
+                  order: Array) -> Hints | None:
+        """Counted by rank 0, the same on all; None where nothing is tilted."""
         if not s.ngram_tilt_enabled:
             return None
-        order = np.arange(len(val.documents))
-        if adapting and "stream" not in (s.ttt_doc_order, s.ngram_doc_order):
-            rounds = ttt_rounds(s, val.documents.length)
-            order = np.concatenate(sum((r.groups for r in rounds), []))
         return world.agree(cls.in_order(s, val, order) if world.main else None)
 
     @classmethod
@@ -7611,12 +7686,12 @@ def probe_causality(s: Settings, world: World, model: GPT,
         for study in STUDIES:
             study.before_probing(s, world, model, val.tokens)
         scorer = Scorer(s, world, model)
-        val.hints = Hints.build(s, world, val, False)
+        val.hints = Hints.for_windows(s, world, val)
         scorer.windows(val, stride)
         return scorer.ledger
 
     def by_adapting(val: Validation, level: int = 0) -> Ledger:
-        val.hints = Hints.build(ttt, world, val, True)
+        val.hints = Hints.for_adapting(ttt, world, val)
         evaluation = PhasedTTT(ttt, world, model, val)
         evaluation.level = level
         evaluation.run()
@@ -8401,7 +8476,7 @@ def soft_round(w: Tensor, sharpness: Tensor) -> Tensor:
 
 @dataclass
 class LineageForward(Forward):
-    """values: what the tokens add to the values of a layer, (B, T, K·D), by layer."""
+    """values: what the tokens add to the values of a layer, (B, T, K·Dh), by layer."""
     values: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -8442,7 +8517,7 @@ class LineageGPT(GPT):
             shapes["attn_gate_proj"] = (layers, s.num_heads, s.gate_window)
         return {name: shapes[name] for name in PARAMETER_ORDER if name in shapes}
 
-    def initial_values(self) -> dict[str, float]:
+    def initial_values(self) -> dict[str, Any]:
         return super().initial_values() | dict(
             lane_merge=0.5, bigram_scale=0.05, ve_scale=0.1, ve_layer_scales=1)
 
@@ -8504,7 +8579,7 @@ class LineageGPT(GPT):
         return (1 - gate) * x + gate * F.pad(last, (0, 0, 1, 0))
 
     def token_values(self, ids: Tensor) -> dict[int, Tensor]:
-        """What the tokens ids (B, T) add to values, (B, T, K·D), by layer."""
+        """What the tokens ids (B, T) add to values, (B, T, K·Dh), by layer."""
         dtype, proj = self.compute_dtype, getattr(self, "ve_proj", None)
         shared = look_up(ids, self.ve_embed, proj, self.ve_scale, dtype, self.sharpness)
         scales = self.ve_layer_scales.to(dtype)
@@ -8771,10 +8846,10 @@ class LineageCurriculum(Curriculum):
             return super().loops(step, progress)
         return s.num_loops > 0 and step >= s.recur_start_step
 
-    def rate(self, progress: float) -> float:
+    def rate_share(self, progress: float) -> float:
         """At most the value of the last point of MIDRUN_CAP_SCHEDULE that is passed,
         before: of its first."""
-        share = super().rate(progress)
+        share = super().rate_share(progress)
         if not self.s.midrun_cap_schedule:
             return share
         points = schedule(self.s.midrun_cap_schedule, 1.0, float)
@@ -8804,10 +8879,11 @@ class LineageTrainer(Trainer):
         if sharpness is not None:
             self.sharpness = torch.full((), sharpness, device=self.world.device)
 
-    def sharpness_after(self, steps: int, lr: float) -> float | None:
+    def sharpness_after(self, steps: int, rate_share: float) -> float | None:
         """Slope after so many steps, the last one at this share of the rate."""
         s = self.s
-        if self.began is None and lr < s.late_qat_threshold and steps >= s.late_qat_min_step:
+        due = rate_share < s.late_qat_threshold and steps >= s.late_qat_min_step
+        if self.began is None and due:
             self.began = steps
         if self.began is None:
             return None
@@ -8820,10 +8896,10 @@ class LineageTrainer(Trainer):
         finally:
             self.model.sharpness = None
 
-    def update(self, lr: float, momentum: float) -> Tensor:
-        norm = super().update(lr, momentum)
+    def update(self, rate_share: float, momentum: float) -> Tensor:
+        norm = super().update(rate_share, momentum)
         self.steps += 1
-        self.set_sharpness(self.sharpness_after(self.steps, lr))
+        self.set_sharpness(self.sharpness_after(self.steps, rate_share))
         return norm
 
     def warm_graph(self, length: int, plan: Plan, generator: torch.Generator) -> None:

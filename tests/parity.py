@@ -363,7 +363,7 @@ def check_gpt_forward(fx: Fixture) -> None:
         "logits_after_longer_call" in batched
     ):  # the reference kept the rotary table of its longest call
         model.rope_length = packed["input_ids"].numel()
-        logits = model.logits(model.hidden(batched["input_ids"], plan))
+        logits = model.logits(model.final_hidden(batched["input_ids"], plan))
         fx.near(
             "batched logits after a longer call",
             logits,
@@ -568,7 +568,7 @@ def check_asymmetric_cap(fx: Fixture) -> None:
         model = load_model(fx, s, fx.group("param"))
         plan = tg.layer_plan(s, fx.meta["looping_active"])
         ids, targets = fx.arrays["input_ids"], fx.arrays["target_ids"]
-        logits = model.logits(model.hidden(ids, plan))
+        logits = model.logits(model.final_hidden(ids, plan))
         fx.near(f"{kind} logits", logits, want["forward_logits"], "forward_logits")
         scored = model.losses(ids, targets, plan, adapter=tg.Adapter(s, plan, len(ids)))
         fx.near(f"{kind} scored", scored, want["ttt_per_token_loss_with_zero_B"], "loss")
@@ -588,7 +588,7 @@ def check_logits(fx: Fixture, what: str, model, plan, layout, arrays: dict) -> N
     if layout is not None:
         ids, targets = ids[None], targets[None]
     with torch.no_grad():
-        logits = model.logits(model.hidden(ids, plan, layout)).reshape(want.shape)
+        logits = model.logits(model.final_hidden(ids, plan, layout)).reshape(want.shape)
         losses = model.losses(ids, targets, plan, layout)
     fx.near(f"{what} logits", logits, want, "logits", atol=5e-5, rtol=1e-5)
     fx.near(f"{what} loss", losses.mean(), arrays["loss"].flatten()[0], "loss", atol=1e-5)
@@ -605,7 +605,7 @@ def check_trace(fx: Fixture, model, plan, layout, ids) -> None:
         seen.setdefault(kind, []).append((layer, x.detach()[0]))
 
     with torch.no_grad():
-        model.logits(model.hidden(ids, plan, layout, hook=hook))
+        model.logits(model.final_hidden(ids, plan, layout, hook=hook))
     tolerance = fx.tolerance("trace", "logits", atol=5e-5, rtol=1e-5)
     for kind, stored in want.items():
         if kind == "order":
@@ -837,7 +837,7 @@ def check_progressive_context(fx: Fixture) -> None:
         )
         curriculum, changes, rows = tg.Curriculum(s), [], fx.arrays[f"{name}.trajectory"].tolist()
         for before, (step, _, progress, length, lr) in zip([None, *rows], rows):
-            got = curriculum.at(int(step), progress)
+            got = curriculum.advance(int(step), progress)
             fx.equal(f"{name} length at {step:g}", got[0], int(length))
             fx.near(f"{name} learning rate at {step:g}", got[2], lr, "lr_scale")
             changes += [[int(step), got[0]]] if before and before[3] != got[0] else []
@@ -1020,7 +1020,7 @@ def check_input_rms(fx: Fixture) -> None:
     hook, batches = tg.HessianHook(s), fx.arrays["calibration.input_ids"]
     with torch.no_grad():
         for ids in batches:
-            model.hidden(ids, plan, hook=hook)
+            model.final_hidden(ids, plan, hook=hook)
             hook.batches += 1
     hessians = hook.finish().hessians
     for name, want in fx.group("act_rms").items():
@@ -1176,7 +1176,7 @@ def check_hessians(fx: Fixture, s, model, plan, stored: dict) -> None:
     hook = tg.HessianHook(s)
     with torch.no_grad():
         for ids in fx.arrays["calibration.input_ids"]:
-            model.logits(model.hidden(ids, plan, hook=hook))
+            model.logits(model.final_hidden(ids, plan, hook=hook))
             hook.batches += 1
     hessians = hook.finish().hessians
     tolerance = fx.tolerance("hessian", rtol=1e-4)["rtol"]
@@ -1424,7 +1424,7 @@ def train_run(fx: Fixture, s: tg.Settings, want: dict) -> dict:
     trainer = tg.Trainer(s, tg.World(), model)
     got = {key: [] for key in ("micro_loss", "step_loss", "grad_norm", "lr", "momentum")}
     for step in range(len(want["step_loss"])):
-        share, momentum = tg.lr_share(s, step / s.iterations), tg.muon_momentum(s, step)
+        share, momentum = tg.warmdown_share(s, step / s.iterations), tg.muon_momentum(s, step)
         looping = step / s.iterations >= s.enable_looping_at
         plan = tg.layer_plan(s, looping)
         fx.equal(
@@ -1473,7 +1473,7 @@ def check_ttt_phased_eval(fx: Fixture) -> None:
     documents, want = np.stack([val.documents.start, val.documents.length], 1), fx.arrays["docs"]
     fx.equal("documents", documents, want[want[:, 1] > 1])  # one token predicts nothing
     val.documents = val.documents.sample(s.val_doc_fraction, s.seed)
-    val.hints = tg.Hints.build(s, tg.World(), val, adapting=True)
+    val.hints = tg.Hints.for_adapting(s, tg.World(), val)
     result = tg.PhasedTTT(s, tg.World(), model, val, trace=seen).run()
     fx.equal("tokens scored", result.tokens, int(final["token_count"]))
     fx.equal("bytes scored", int(result.byte_sum), int(final["byte_sum"]))
@@ -1685,7 +1685,7 @@ class TableModel(tg.GPT):
     def init_weights(self, generator=None):
         """Nothing: no weight is used."""
 
-    def hidden(self, ids, *rest):
+    def final_hidden(self, ids, *rest):
         return ids
 
     def raw_logits(self, hidden, adapter=None):

@@ -62,7 +62,7 @@ def test_training_meets_no_graph_that_its_warm_up_has_not(data, tracing):
     known, stream = tracing(), tg.Prefetch(tg.open_train_stream(s, world, trainer.tokens), world.device)
     curriculum, looped = tg.Curriculum(s), set()
     for step in range(s.iterations):
-        length, looping, lr = curriculum.at(step, step / s.iterations)
+        length, looping, lr = curriculum.advance(step, step / s.iterations)
         trainer.micro_step(stream.next(length), tg.layer_plan(s, looping))
         trainer.update(lr, 0.9)
         looped.add(looping)

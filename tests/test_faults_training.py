@@ -527,7 +527,8 @@ def test_a_resumed_run_equals_one_left_alone(data, tmp_path, monkeypatch, kind):
 def test_a_resumed_run_validates_with_the_loops_of_one_left_alone(data, tmp_path, monkeypatch):
     """Loops run from step 3 of 8 on; the checkpoint is of step 5, at which a validation is due."""
     seen, score = [], tg.Score(1.0, 1.0, 1)
-    monkeypatch.setattr(tg.Scorer, "windows", lambda self, val, stride, looping: seen.append(looping) or score)
+    monkeypatch.setattr(tg.Scorer, "windows", lambda self, val, stride, looping:
+                        seen.append(looping) or score)
     changes = {**GOING_ON, "VAL_LOSS_EVERY": 1, "ENABLE_LOOPING_AT": 0.35}
     learn(data, tmp_path / "whole", **{**changes, "CHECKPOINT_EVERY_SECONDS": 0})
     assert seen == 4 * [False] + 5 * [True]

@@ -59,7 +59,7 @@ def training_numbers():
         losses.append(
             trainer.micro_step(tg.Batch(x[:, :-1], x[:, 1:], None, 66), tg.layer_plan(s, step > 0)).item()
         )
-        trainer.update(tg.lr_share(s, step / 3), tg.muon_momentum(s, step))
+        trainer.update(tg.warmdown_share(s, step / 3), tg.muon_momentum(s, step))
     return {
         "train.losses": losses,
         "train.ema": [v for n in sorted(trainer.ema) for v in checksum(trainer.ema[n])[1:2]],

@@ -94,7 +94,7 @@ def test_every_threshold_in_use_is_one_of_those_tested():
 def test_hints_change_the_score_but_not_what_adapters_learn_from(s, data):
     val, s = tg.Validation(s), dataclasses.replace(s, token_order=3)
     model, losses = sine_model(s), {}
-    for hints in (None, tg.Hints.build(s, tg.World(), val, True)):
+    for hints in (None, tg.Hints.for_adapting(s, tg.World(), val)):
         chunks, val.hints = [], hints
         ttt = tg.PhasedTTT(s, tg.World(), model, val, lambda event, chunks=chunks, **v: chunks.append(v))
         window = tg.chunk_window(s, np.array([16, 16]), 0, 16, again=0)

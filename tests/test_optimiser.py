@@ -78,7 +78,7 @@ def test_schedules():
         MUON_MOMENTUM_WARMUP_STEPS=10,
         ENABLE_LOOPING_AT=0.35,
     )
-    assert [tg.lr_share(s, p) for p in (0, 0.5, 0.75, 1.0)] == [1.0, 1.0, 0.5, 0.1]
+    assert [tg.warmdown_share(s, p) for p in (0, 0.5, 0.75, 1.0)] == [1.0, 1.0, 0.5, 0.1]
     assert [round(tg.muon_momentum(s, k), 6) for k in (0, 5, 10, 99)] == [0.92, 0.945, 0.97, 0.97]
     assert [tg.Curriculum(s).loops(0, p) for p in (0.34, 0.35)] == [False, True]
 

@@ -235,7 +235,7 @@ def test_hessians_are_summed_over_visits_and_divided_by_batches():
     model, x = sine_model(s), torch.randint(4, 300, (1, 40), generator=torch.Generator().manual_seed(0))
     batch = tg.Batch(x, x, None, 40)
     inputs = {}
-    model.hidden(
+    model.final_hidden(
         x, tg.layer_plan(s, True), hook=lambda kind, i, v: inputs.setdefault((kind, i), []).append(v[0])
     )
     h = tg.calibrate(s, tg.World(), model, lambda: batch).hessians
@@ -279,11 +279,16 @@ def test_fisher_is_the_expected_square_of_the_gradient():
     model.tok_emb.data *= 4
     hook, generator = tg.HessianHook(s), torch.Generator().manual_seed(1)
     for _ in range(draws):
-        hook.add_squares(model, x, model.hidden(x, plan, hook=hook), generator)
+        hook.add_squares(model, x, model.final_hidden(x, plan, hook=hook), generator)
         hook.batches += 1
     fisher = hook.finish().fisher
     seen = []
-    hidden = model.hidden(x, plan, hook=lambda kind, i, v: kind == "mlp_out" and i == 0 and seen.append(v))
+
+    def hook_of_mlp(kind, layer, v):
+        if kind == "mlp_out" and layer == 0:
+            seen.append(v)
+
+    hidden = model.final_hidden(x, plan, hook=hook_of_mlp)
     p = model.logits(hidden)[0].log_softmax(-1)
     want = torch.zeros(64)
     for t in range(10):
@@ -326,12 +331,12 @@ def test_sensitivities_of_embedding_and_head_are_autograds(mechanism, tied, monk
         model.softcap_pos.data.fill_(1.5)
         model.softcap_neg.data.fill_(0.7)
     plan = tg.layer_plan(s, True)
-    hidden = model.hidden(x, plan, hook=hook)
+    hidden = model.final_hidden(x, plan, hook=hook)
     hook.add_squares(model, x, hidden, torch.Generator().manual_seed(0))
     hook.batches = 1
     curvature = hook.finish()
 
-    hidden = model.hidden(x, plan)
+    hidden = model.final_hidden(x, plan)
     head = (model.tok_emb if tied else model.lm_head).detach()
     z = (hidden[0] @ head.T).detach().requires_grad_()
     monkeypatch.setattr(model, "raw_logits", lambda hidden, adapter=None: hidden)

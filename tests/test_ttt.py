@@ -414,7 +414,7 @@ def test_a_cache_mixture_is_what_it_says(s):
     for a, n in zip(documents.start[:4], documents.length):
         doc = torch.from_numpy(ttt.val.tokens[a:a + n].astype(np.int64))
         with torch.no_grad():
-            hidden = model.hidden(doc[None, :-1], ttt.plan)
+            hidden = model.final_hidden(doc[None, :-1], ttt.plan)
             p = torch.exp(-model.losses(doc[None, :-1], doc[None, 1:], ttt.plan)[0])
         h = hidden[0] / hidden[0].norm(dim=-1, keepdim=True)
         for t in range(1, n - 1):

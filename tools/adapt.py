@@ -69,7 +69,8 @@ def measure(tg, s, artifact: Path, keep: tuple[int, int, int]) -> tuple[Row, np.
     documents.start = documents.start[chosen]
     documents.length = documents.length[chosen]
     begin = time.process_time()
-    val.hints = tg.Hints.build(s, world, val, s.ttt_enabled)
+    count = tg.Hints.for_adapting if s.ttt_enabled else tg.Hints.for_windows
+    val.hints = count(s, world, val)
     if s.ttt_enabled:
         books = tg.PhasedTTT(s, world, model, val)
         books.run()

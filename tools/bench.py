@@ -401,7 +401,7 @@ def ngram(b: Bench) -> list[Row]:
         whole = repetitive_tokens(FINEWEB_TARGETS + 1)
         whole[::957] = b.tg.BOS  # about 50,000 documents
         val = b.tg.Validation.of(whole)
-        ms = b.once(lambda: b.tg.Hints.build(s, b.world, val, False))
+        ms = b.once(lambda: b.tg.Hints.for_windows(s, b.world, val))
         note = f"{FINEWEB_TARGETS:,} positions, {os.cpu_count()} cores"
         rows.append(Row(group, "the whole stream", ms, note=note))
     return rows
