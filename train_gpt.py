@@ -276,8 +276,7 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
     curriculum, pace = Curriculum(s), Pace(s, reserve)
     step = go_on_from(state, trainer, curriculum) if state else 0
     stream = open_stream(s, world, trainer.tokens, state["batches"] if state else 0)
-    reports = Progress(s, world, run, trainer.model, pace.budget)
-    reports.epochs = int(stream.epoch)
+    reports = Progress(s, world, run, trainer.model, pace.budget, int(stream.epoch))
     last = max(step - 1, 0)      # a validation scores by the loops of the step before it
     looping = curriculum.loops(last, pace.progress(last))
     # graphs that were not warmed up take minutes in between
@@ -327,10 +326,16 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
     if stopped:
         checkpoints.write(step, curriculum, stream)
     facts = weight_facts(s, world, step, seconds, stopped)
-    run.log("train_end", steps=step, seconds=seconds, step_ms=facts["step_ms"], epochs=stream.epoch,
-            tokens=step * s.train_batch_tokens)
-    run.summary.update(steps=step, step_ms=facts["step_ms"])
+    log_train_end(s, run, facts, stream.epoch)
     return Trained(clock, stream, facts, stop)
+
+
+def log_train_end(s: Settings, run: Run, facts: dict, epochs: float) -> None:
+    """Length and speed of a training, into log and summary."""
+    steps, step_ms = facts["steps"], facts["step_ms"]
+    run.log("train_end", steps=steps, seconds=facts["train_seconds"], step_ms=step_ms,
+            epochs=epochs, tokens=steps * s.train_batch_tokens)
+    run.summary.update(steps=steps, step_ms=step_ms)
 
 
 def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next_batch: Callable) -> None:
@@ -607,8 +612,8 @@ class Settings:
     ttt_short_score_first_enabled: bool = knob(
         True, "other chunks at the start of a document; with order length: for short ones")
     ttt_short_score_first_steps: str = knob(
-        "8000:24", "until:chunk, …: the chunk before that token of a document; with order "
-        "length, of a group with no longer document")
+        "8000:24", "until:chunk, …: chunks before that token of a document; order length: of "
+        "groups without a longer one")
     ttt_batch_size: int = knob(64, "documents adapted side by side", 1, 65536)
     ttt_lora_rank: int = knob(80, "rank of the adapters", 1, 65536)
     ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank", 0)
@@ -646,7 +651,8 @@ class Settings:
     global_ttt_grad_clip: float = knob(1.0, "largest gradient norm; 0: no clipping", 0)
     ngram_tilt_enabled: bool = knob(
         False, "tilt scores towards what followed the same context before")
-    ngram_doc_order: str = choice("scored stream", "order in which text is counted")
+    ngram_doc_order: str = choice(
+        "scored stream", "documents are counted as scored; or in the stream's order")
     token_order: int = knob(16, "token expert: length of context with hint", 1, 1024)
     token_threshold: float = knob(0.8, "it speaks from this confidence on", 0)
     token_boost: float = knob(2.625, "nats added to its hint's logit", 0)
@@ -4933,10 +4939,11 @@ PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e
 class Progress:
     """Says how training goes: in the log now and then, on a terminal all the time."""
 
-    def __init__(self, s: Settings, world: World, run: Run, model: GPT, budget: float):
+    def __init__(self, s: Settings, world: World, run: Run, model: GPT, budget: float,
+                 epochs: int):
         self.s, self.world, self.run, self.model, self.budget = s, world, run, model, budget
         self.last = (0, 0.0)               # step and seconds of the line before
-        self.epochs = 0                    # that have ended
+        self.epochs = epochs               # that have ended
         peaks = (flops for part, flops in PEAK_FLOPS.items() if part in world.device_name)
         self.peak = world.size * next(peaks, 0.0)
 
