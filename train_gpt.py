@@ -612,8 +612,8 @@ class Settings:
     ttt_short_score_first_enabled: bool = knob(
         True, "other chunks at the start of a document; with order length: for short ones")
     ttt_short_score_first_steps: str = knob(
-        "8000:24", "until:chunk, …: chunks before that token of a document; order length: of "
-        "groups without a longer one")
+        "8000:24", "until:chunk, …: size of chunks up to that token of a document; order "
+        "length: in groups of documents up to that length")
     ttt_batch_size: int = knob(64, "documents adapted side by side", 1, 65536)
     ttt_lora_rank: int = knob(80, "rank of the adapters", 1, 65536)
     ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank", 0)
@@ -1013,8 +1013,8 @@ def candidate_losses(loss: Callable, z: Tensor, candidates: Tensor) -> Tensor:
 class GPT(nn.Module):
     """The depth-recurrent GPT. Parameters are stacked over layers and kept in
     float32; `compute_dtype` is the activations'. Every forward takes a Plan, so
-    recurrence is an argument, not a state. Seams: rope_base, look_up, project,
-    head_gate, branches, depth_scale, join, head_name, head_weight."""
+    recurrence is an argument, not a state. Seams: rope_base, project, head_gate,
+    branches, depth_scale, join, head_name, head_weight."""
 
     def __init__(self, s: Settings, generator: torch.Generator | None = None):
         super().__init__()
@@ -1335,7 +1335,8 @@ class GPT(nn.Module):
         return scale * z + bias
 
     def scores_plain_logits(self, adapter: Adapter | None, training: bool) -> bool:
-        """Whether a loss has to go through `logits`; else one kernel caps and scores."""
+        """Whether a loss has to go through `logits`; else one kernel caps and scores.
+        adapter: a seam."""
         two_caps = self.s.asym_logit_rescale and not training
         return two_caps or self.calibration is not None
 
@@ -1644,7 +1645,7 @@ class Curriculum:
         return warmdown_share(self.s, progress)
 
     def loops(self, step: int, progress: float) -> bool:
-        """Whether the looped layers run more than once then."""
+        """Whether the looped layers run more than once then. step: a seam."""
         return self.s.num_loops > 0 and progress >= self.s.enable_looping_at
 
     def graphs(self) -> list[tuple[int, bool]]:
