@@ -75,8 +75,8 @@ ROUND = "rounds.append(Round(grouped(s, everything[begin:end], lengths), everyth
 BOOK = "        self.ledger.book(positions, booked.flatten()[keep])\n"
 BETTER = "        self.ledger.book(positions, torch.minimum(booked, forward().detach()).flatten()[keep])\n"
 PLAN = "        rounds = ttt_rounds(self.s, self.lengths)\n"
-LOSS = "torch.stack(scored).view(targets.shape)\n"
-GOLD = LOSS.replace("scored", "[-F.logsigmoid(z.gather(1, y[:, None])[:, 0]) for y in (first, *others)]")
+LOSS = "        return scored.view(targets.shape)\n"
+GOLD = ("        scored = -F.logsigmoid(z.flatten(0, 1).gather(1, candidates.flatten(1).T)).T\n" + LOSS)
 WINDOW = "        windows.append((begin, min(end, total), end - stride))\n"
 SCORE = "        losses, booked = tilted_losses(self.s, forward, x, y, at, self.val.hints)\n"
 LAST = """        ends = self.val.documents.start + self.lengths - 1
