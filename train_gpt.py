@@ -1811,15 +1811,29 @@ class HessianHook:
         batches, tokens = world.total(counts.to(world.device)).tolist()
         hessians = {name: world.total(h).div_(batches) for name, h in self.sums.items()}
         fisher = {name: world.total(x).div_(tokens) for name, x in self.squares.items()}
-        if fisher:      # reading the embedding costs alike in all columns, as damping does
-            read = fisher.pop("embedding") * (tokens / batches)
-            if self.head == "tok_emb.weight":
-                h, g = hessians[self.head].diagonal(), fisher[self.head]
-                written, damp = g * h.mean(), read.mean() / g.mean()
-                h += damp
-                read = (written + read) / h.mean()
-            fisher["tok_emb.weight"] = read
+        if not fisher:
+            return Curvature(hessians)
+        read = fisher.pop("embedding") * (tokens / batches)      # of a micro-batch, like H
+        if self.head == "tok_emb.weight":
+            h, written = hessians[self.head], fisher[self.head]
+            hessians[self.head], read = tied_curvature(h, written, read)
+        fisher["tok_emb.weight"] = read
         return Curvature(hessians, fisher)
+
+
+def tied_curvature(h: Tensor, written: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
+    """H' (C, C) and g' (V) of an embedding that is the head as well. An error E_v of
+    row v costs written_v E_v H E_v' at the head, and read_v |E_v|^2, alike in all
+    columns, where it is looked up. That H' has the same mean and every g' the same
+    mean over columns as the two together,
+
+        H'   = H + I mean(read) / mean(written)
+        g'_v = (written_v mean(diag H) + read_v) / mean(diag H')
+    """
+    tied = h.clone()
+    tied.diagonal().add_(read.mean() / written.mean())
+    both = written * h.diagonal().mean() + read
+    return tied, both / tied.diagonal().mean()
 
 
 def drawn_gradient(model: GPT, hidden: Tensor,
@@ -2207,10 +2221,10 @@ def plain_block(t: Tensor, step: Tensor, feedback: Tensor, top: int,
 # Trellis-coded quantisation (Marcellin and Fischer 1990), Ungerboeck's 8 states. In state s a code k
 # means k + (s & 1) / 2 steps, and its parity chooses the next state: a row's path sees a grid of half
 # steps at the rate of whole ones.
-STATE = np.arange(8)[:, None]
-TRELLIS = (STATE >> 1 ^ 5 * (STATE & 1) ^ [0, 2]).astype(np.uint8)      # next, by parity
-# arrivals of each state: two (state, parity) each
-ARRIVALS = np.array([np.argwhere(TRELLIS == to) for to in range(8)]).transpose(1, 2, 0)
+TRELLIS = np.array([                  # next state, of an even and of an odd code
+    [0, 2], [5, 7], [1, 3], [4, 6], [2, 0], [7, 5], [3, 1], [6, 4]], np.uint8)
+# two edges into every state: (edge, state before or parity, state)
+ARRIVALS = np.stack([np.argwhere(TRELLIS == state) for state in range(8)], axis=-1)
 
 
 def half_steps(codes: np.ndarray) -> np.ndarray:
@@ -2218,69 +2232,118 @@ def half_steps(codes: np.ndarray) -> np.ndarray:
     return state_bits(np.ascontiguousarray(codes.T)).T
 
 
+class Edge(NamedTuple):
+    """One of the two edges into every state."""
+    source: Tensor    # (8) the state before
+    half: Tensor      # (8, 1) 0 or 1/2: what codes there are shifted by
+    odd: Tensor       # (8, 1) 0 or 1/2: half the parity that leads here
+
+
+class Arrival(NamedTuple):
+    """The best path into every state, (n, 8, R) each: its whole cost, its last code
+    and error, in steps, and the state before."""
+    cost: Tensor
+    code: Tensor
+    error: Tensor
+    parent: Tensor
+
+
+def trellis_edges(like: Tensor) -> list[Edge]:
+    """Both, on the device of `like`."""
+    edges = []
+    for source, parity in torch.from_numpy(ARRIVALS).to(like.device):
+        half = (source & 1).to(like.dtype)[:, None] / 2
+        odd = parity.to(like.dtype)[:, None] / 2
+        edges.append(Edge(source, half, odd))
+    return edges
+
+
 def trellis_block(t: Tensor, feedback: Tensor, slope: Tensor, state: Tensor,
                   tile: int = 16) -> tuple[Tensor, Tensor, Tensor]:
     """The cheapest path through columns t (n, C, R), in steps, from state (n, R):
     (codes, errors, end state). slope (n, C, 1): cost of a squared error. Each state
-    keeps a survivor with its feedback."""
-    arrivals = []
-    for source, parity in torch.from_numpy(ARRIVALS).to(t.device):
-        half, odd = (bit.to(t.dtype)[:, None] / 2 for bit in (source & 1, parity))
-        arrivals.append((source, half, odd))
+    keeps its best path, and what that path's feedback made of later columns."""
+    edges = trellis_edges(t)
     cost = torch.full((t.size(0), 8, t.size(2)), torch.inf, device=t.device)
     cost.scatter_(1, state[:, None], 0)
-    states = torch.arange(8, device=t.device)[:, None].expand_as(cost)
-    rest, tiles = t[:, :, None].expand(-1, -1, 8, -1), []          # (n, C, states, R)
+    rest = t[:, :, None].expand(-1, -1, 8, -1)          # (n, C, 8, R)
+    tiles = []
     for left in range(0, t.size(1), tile):
-        x, rest, path = rest[:, :tile], rest[:, tile:], []
-        right = left + x.size(1)
+        right = min(left + tile, t.size(1))
+        x, path = rest[:, :tile], []
         for j in range(left, right):
-            options = []
-            for source, half, odd in arrivals:
-                columns = x.index_select(2, source)
-                y = columns[:, 0] - half
-                code = (y / 2 - odd).round_().clamp_(-63, 62).add_(odd).mul_(2)
-                e = y - code
-                total = torch.addcmul(cost[:, source], e, e * slope[:, j, None])
-                options.append((total, code, e, source[:, None], columns[:, 1:]))
-            (*first, later0), (*second, later1) = options
-            better = second[0] < first[0]
-            cost, code, e, parent = (torch.where(better, b, a) for a, b in zip(first, second))
-            path.append((code, e, parent))
-            x = torch.where(better[:, None], later1, later0)
-            x -= feedback[:, j, j + 1:right, None, None] * e[:, None]
-        codes, errors, start = trace_back(path, states)
+            arrival = extend_survivors(edges, x[:, 0], cost, slope[:, j, None])
+            path.append(arrival)
+            cost = arrival.cost
+            x = of_parents(x[:, 1:], arrival.parent)
+            x -= feedback[:, j, j + 1:right, None, None] * arrival.error[:, None]
+        codes, errors, start = trace_back(path)
         tiles.append((codes, errors, start))
-        rest = rest.gather(2, start[:, None].expand_as(rest))
+        rest = of_parents(rest[:, tile:], start)
         passed_on = feedback[:, left:right, right:].mT @ errors.flatten(2)
         rest = rest - passed_on.view_as(rest)
-    at = end = cost.argmin(1, keepdim=True)
-    best = []
-    for codes, errors, start in reversed(tiles):
-        pick = at[:, None].expand(-1, codes.size(1), -1, -1)
-        best.append([part.gather(2, pick)[:, :, 0] for part in (codes, errors)])
-        at = start.gather(1, at)
-    codes, errors = (torch.cat(part, 1) for part in zip(*reversed(best)))
+    end = cost.argmin(1, keepdim=True)
+    codes, errors = join_tiles(tiles, end)
     return codes, errors, end[:, 0]
 
 
-def trace_back(path: list[tuple[Tensor, Tensor, Tensor]],
-               at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes and errors (n, tile, 8, R) of the paths that end in states `at` (n, 8,
-    R), and the states where they began."""
-    traced = []
-    for code, error, parent in reversed(path):
-        traced.append((code.gather(1, at), error.gather(1, at)))
-        at = parent.gather(1, at)
-    codes, errors = (torch.stack(part, 1) for part in zip(*reversed(traced)))
-    return codes, errors, at
+def extend_survivors(edges: Sequence[Edge], column: Tensor, cost: Tensor,
+                     slope: Tensor) -> Arrival:
+    """The cheaper of the two edges into every state, through a column (n, 8, R) as
+    each state's path left it, after costs (n, 8, R)."""
+    arrivals = []
+    for source, half, odd in edges:
+        y = column.index_select(1, source) - half
+        pair = (y / 2 - odd).round_().clamp_(-TOP_CODE // 2, TOP_CODE // 2 - 1)
+        code = pair.add_(odd).mul_(2)      # of this edge's parity
+        error = y - code
+        total = torch.addcmul(cost[:, source], error, error * slope)
+        arrivals.append(Arrival(total, code, error, source[:, None]))
+    first, second = arrivals
+    better = second.cost < first.cost
+    return Arrival(*(torch.where(better, b, a) for a, b in zip(first, second)))
+
+
+def of_parents(columns: Tensor, parent: Tensor) -> Tensor:
+    """Columns (n, C, 8, R) as the states' parents (n, 8, R) hold them."""
+    return columns.gather(2, parent[:, None].expand_as(columns))
+
+
+def trace_back(path: Sequence[Arrival]) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and errors (n, tile, 8, R) of the paths that end in each state, and the
+    states (n, 8, R) where they began."""
+    states = torch.arange(8, device=path[0].cost.device)
+    at = states[:, None].expand_as(path[0].cost)
+    codes, errors = [], []
+    for arrival in reversed(path):
+        codes.append(arrival.code.gather(1, at))
+        errors.append(arrival.error.gather(1, at))
+        at = arrival.parent.gather(1, at)
+    return torch.stack(codes[::-1], 1), torch.stack(errors[::-1], 1), at
+
+
+def join_tiles(tiles: Sequence[tuple[Tensor, Tensor, Tensor]],
+               end: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and errors (n, C, R) of the one path that ends in states `end`
+    (n, 1, R), from trace_back's of every tile."""
+    codes, errors, at = [], [], end
+    for tile_codes, tile_errors, start in reversed(tiles):
+        pick = at[:, None].expand(-1, tile_codes.size(1), -1, -1)
+        codes.append(tile_codes.gather(2, pick)[:, :, 0])
+        errors.append(tile_errors.gather(2, pick)[:, :, 0])
+        at = start.gather(1, at)
+    return torch.cat(codes[::-1], 1), torch.cat(errors[::-1], 1)
 
 
 # --- the whole model
 
 FISHER_FLOOR = 0.03    # a row's smallest sensitivity, by its matrix's mean
-TOP_CODE = 126         # the coder's escapes are above
 BATCH_ROWS = 8192      # rows of equal matrices that are rounded together
+TOP_CODE = 126                       # the coder's escapes are above
+LARGEST_CODE = 0.9 * TOP_CODE        # of a row's largest weight, before errors are fed back
+LARGEST_DEVIATION = TOP_CODE / 4     # of codes: of Gaussian ones the top is four deviations away
+FREE_AT_FINEST = 0.1                 # share of codes that a still finer base step would change
+DEVIATION_BINS = 256                 # of rows, of columns: eighths of an octave around 1
 
 
 class Quantiser:
@@ -2301,35 +2364,45 @@ class Quantiser:
                              "as fine as the others on average")
         self.hessians = self.finite(curvature.hessians, "a Hessian that is not finite: "
                                     "the identity instead")
-        inputs: dict[str, list[str]] = {}
+        self.own = self.share_matrices()
+        self.factors: dict[str, tuple[Tensor, ...]] = {}      # by input: see round_in_order
+        ratios = self.factor_hessians()
+        self.steps = self.allocate(fisher, ratios) if self.fisher else {}
+        self.deviations = self.count_deviations()
+        self.finest = self.finest_step() if self.fisher else 1.0      # by hand: the settings'
+
+    def share_matrices(self) -> list[str]:
+        """This rank's matrices: those of one Hessian together, costs shared evenly."""
+        by_input: dict[str, list[str]] = {}
         for name in self.names:
-            inputs.setdefault(input_of(name), []).append(name)
+            by_input.setdefault(input_of(name), []).append(name)
+        groups = list(by_input.values())
         costs = []
-        for key, group in inputs.items():
-            columns = weights[key].size(1)
-            rows = sum(len(weights[n]) for n in group)
+        for group in groups:
+            columns = self.weights[group[0]].size(1)
+            rows = sum(len(self.weights[name]) for name in group)
             costs.append((rows + len(group) * columns / 3) * columns ** 2)
-        share = share_out(costs, self.world.size)[self.world.rank]
-        keys = [key for i, key in enumerate(inputs) if i in share]
-        self.own = sum((inputs[key] for key in keys), [])
-        self.factors: dict[str, tuple[Tensor, ...]] = {}
+        own = share_out(costs, self.world.size)[self.world.rank]
+        return sum((groups[i] for i in sorted(own)), [])
+
+    def factor_hessians(self) -> dict[str, Tensor]:
+        """Factors of this rank's Hessians, all of one width at once; of each input (C)
+        the inverse deviations given the columns that GPTQ rounds later."""
         by_width: dict[int, list[str]] = {}
-        for key in keys:
-            by_width.setdefault(weights[key].size(1), []).append(key)
+        for key in dict.fromkeys(map(input_of, self.own)):
+            by_width.setdefault(self.weights[key].size(1), []).append(key)
+        ratios = {}
         for same_width in by_width.values():
-            self.factorise(same_width)
+            ratios.update(self.factorise(same_width))
         for part in self.world.gather(self.unusual):
             self.unusual.update(part)
-        self.steps = self.allocate(fisher) if self.fisher else {}
-        for key, (order, u, dead, _) in self.factors.items():
-            self.factors[key] = order, u / self.columns_of(key)[order], dead
-        deviations = sum(map(self.deviations_of, self.own), np.zeros(511))
-        self.deviations = sum(self.world.gather(deviations))
-        self.finest = 1.0      # base step; by hand: the settings' steps
-        if self.fisher:        # nine codes in ten are in rows whose steps can shrink
-            below = self.deviations.cumsum()
-            low = np.searchsorted(below, 0.1 * below[-1]) - len(below) // 2
-            self.finest = 2 ** (low / OCTAVE) / (TOP_CODE / 4)
+        return ratios
+
+    def finest_step(self) -> float:
+        """The base step below which next to no code grows: most rows are at the top."""
+        below = self.deviations.cumsum()
+        level = np.searchsorted(below, FREE_AT_FINEST * below[-1]) - len(below) // 2
+        return 2 ** (level / OCTAVE) / LARGEST_DEVIATION
 
     def finite(self, tensors: Mapping[str, Tensor], instead: str) -> dict[str, Tensor]:
         """Those that are; of the others it is noted what is done instead."""
@@ -2337,27 +2410,30 @@ class Quantiser:
         self.unusual.update((name, instead) for name in tensors if name not in out)
         return out
 
-    def factorise(self, names: list[str]) -> None:
-        """Factors of these Hessians of one width; of the identity without one."""
+    def factorise(self, names: list[str]) -> dict[str, Tensor]:
+        """Factor these Hessians of one width, the identity where there is none; the
+        inverse deviations of their inputs."""
         w = self.weights[names[0]]
         eye = torch.eye(w.size(1), device=w.device)
         h = torch.stack([self.hessians.get(n, eye) for n in names])
-        parts, damps = damped_factor(h, falling=not self.trellis)
-        self.factors.update(zip(names, zip(*parts)))
+        (*factors, ratios), damps = damped_factor(h, falling=not self.trellis)
+        self.factors.update(zip(names, zip(*factors)))
         for name, damp in zip(names, damps):
             if damp > DAMPING:
                 self.unusual[name] = ("a Hessian that cannot be factored: "
                                       f"damping {damp:g} instead of {DAMPING:g}")
+        return dict(zip(names, ratios))
 
-    def allocate(self, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def allocate(self, fisher: Mapping[str, Tensor],
+                 ratios: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Stored steps `.row`, `.col`, with step^2 g_row d_col the same for all
         weights; d: the variance of a column's input given those that GPTQ rounds
-        later."""
+        later, its ratio^-2."""
         rows, columns, level = {}, {}, {}      # log2, of this rank's matrices
         for name in self.own:
             key = input_of(name)
             if key not in columns:
-                ratio = self.factors[key][3].double().log2()      # of d^-1/2
+                ratio = ratios[key].double().log2()
                 level[key] = ratio.mean()
                 columns[key] = (ratio - level[key]).cpu()
             if name in fisher:
@@ -2392,13 +2468,21 @@ class Quantiser:
         w, precision = self.weights[name].float(), self.precision[name]
         if not self.fisher:
             return row_steps(w, precision.bits, precision.clip_sigmas * base_step)
-        largest = (w / self.columns_of(name)).abs().amax(1) / (0.9 * TOP_CODE * base_step)
-        least = to_eighths((OCTAVE * largest.clamp_min(1e-9).log2()).ceil() / OCTAVE)
+        largest = (w / self.columns_of(name)).abs().amax(1)
+        least = (largest / (LARGEST_CODE * base_step)).clamp_min(1e-9).log2()
+        least = to_eighths((OCTAVE * least).ceil() / OCTAVE)
         return torch.maximum(self.steps[name + ".row"].to(w.device), least)
 
+    def count_deviations(self) -> np.ndarray:
+        """Of all ranks' matrices, deviations_of's counts."""
+        counts = np.zeros(2 * DEVIATION_BINS - 1)
+        for name in self.own:
+            counts += self.deviations_of(name)
+        return sum(self.world.gather(counts))
+
     def deviations_of(self, name: str) -> np.ndarray:
-        """Counts (511) of codes by their deviation at base step 1, in eighths of an
-        octave around 1, as if its square were a row's times a column's."""
+        """How many codes have which deviation at base step 1: counts by eighths of an
+        octave. The middle one is an eighth below 1: size forecasts err upwards."""
         if self.fisher:
             rows = octaves(self.steps[name + ".row"])
         else:
@@ -2407,12 +2491,10 @@ class Quantiser:
         rows = rows.to(w.device)[:, None]
         power = (w / rows.clamp_min(1e-30)).square().clamp_max(1e30)
         power = power.masked_fill(rows == 0, 0)
-        counts = []
-        for x in (power.mean(1), power.mean(0) / power.mean().clamp_min(1e-20)):
-            level = (OCTAVE / 2 * x.clamp_min(1e-20).log2()).round() + 128
-            level = level.clamp(0, 255).int()
-            counts.append(level.bincount(minlength=256).cpu().numpy())
-        return np.convolve(*counts)
+        row_counts = count_levels(power.mean(1))
+        column_counts = count_levels(power.mean(0) / power.mean().clamp_min(1e-20))
+        # taken as a row's times a column's: logarithms add, so their counts convolve
+        return np.convolve(row_counts, column_counts)
 
     @torch.no_grad()
     def __call__(self, base_step: float = 1.0) -> Quantised:
@@ -2455,13 +2537,16 @@ class Quantiser:
         """Codes (n, R, C) and rows' steps (n, R) of equally shaped matrices."""
         w = torch.stack([self.weights[n].float() for n in names])
         factors = zip(*(self.factors[input_of(n)] for n in names))
-        factors = [torch.stack(part) for part in factors]
+        order, u, dead = (torch.stack(part) for part in factors)
         rows = torch.stack([self.rows_of(n, base_step) for n in names])
         if not self.fisher:
-            return self.round_by_hand(w, rows, factors, bits, base_step)
-        w = w / torch.stack([self.columns_of(n) for n in names])[:, None]
+            return self.round_by_hand(w, rows, (order, u, dead), bits, base_step)
+        columns = torch.stack([self.columns_of(n) for n in names])
+        w = w / columns[:, None]
+        u = u / columns.gather(1, order)[:, None]
         steps = octaves(rows) * base_step
-        return round_in_order(w, steps, *factors, TOP_CODE, self.trellis), rows
+        codes = round_in_order(w, steps, order, u, dead, TOP_CODE, self.trellis)
+        return codes, rows
 
     def round_by_hand(self, w: Tensor, rows: Tensor, factors: Sequence[Tensor], bits: int,
                       base_step: float) -> tuple[Tensor, Tensor]:
@@ -2512,6 +2597,14 @@ class Quantiser:
         if b.numel() % group:
             return symmetric_factors(a, b)
         return "lqer_asym", lqer_asym(*asym_signs(a, b, group), group)
+
+
+def count_levels(power: Tensor) -> np.ndarray:
+    """Counts (DEVIATION_BINS) of mean squares (N) by deviation, in eighths of an
+    octave; bin DEVIATION_BINS // 2 is 1."""
+    level = (OCTAVE / 2 * power.clamp_min(1e-20).log2()).round() + DEVIATION_BINS // 2
+    level = level.clamp(0, DEVIATION_BINS - 1).int()
+    return level.bincount(minlength=DEVIATION_BINS).cpu().numpy()
 
 
 # --- finer codes for the columns that matter most: AWQ-lite
@@ -7169,7 +7262,7 @@ def estimate_bytes(deviations: Array, base_step: float = 1.0) -> float:
     """Bytes of codes of these deviations (see Quantiser), coded as Gaussians."""
     level = np.arange(len(deviations)) - len(deviations) // 2
     octave = level / OCTAVE - math.log2(base_step)
-    sigma = np.exp2(np.minimum(octave, math.log2(TOP_CODE / 4)))
+    sigma = np.exp2(np.minimum(octave, math.log2(LARGEST_DEVIATION)))
     return float(deviations @ np.log2(1 + 2 * math.pi * math.e * sigma ** 2)) / 16
 
 
@@ -7195,7 +7288,7 @@ def expected_size(s: Settings) -> str:
         if p.coded:
             rows, columns = views[name].shape
             share = GUESSED if rows >= TALL * columns else 1.0
-            finest = 4 / TOP_CODE if fisher else p.clip_sigmas / (2 ** (p.bits - 1) - 1)
+            finest = 1 / LARGEST_DEVIATION if fisher else p.clip_sigmas / (2 ** (p.bits - 1) - 1)
             coded += share * estimate_bytes(np.array([rows * columns]), finest)
     room = ARTIFACT_LIMIT - code_bytes(shipped_form(s)) - other
     if room < codes / 4:
