@@ -1803,9 +1803,9 @@ def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
 def check_quantise(s: Settings) -> None:
     """Refuse what has no effect on steps by curvature."""
     if s.awq_lite_enabled and s.quant_allocation != "hand":
-        raise UserError("AWQ_LITE_ENABLED=1 changes steps that are set by hand, not by "
-                        f"QUANT_ALLOCATION={s.quant_allocation}: set QUANT_ALLOCATION=hand "
-                        "or leave it out")
+        raise UserError("AWQ_LITE_ENABLED=1 changes steps that are set by hand, "
+                        f"not by QUANT_ALLOCATION={s.quant_allocation}: "
+                        "set QUANT_ALLOCATION=hand or leave it out")
 
 
 # --- calibration: what training data says about the matrices
@@ -1813,14 +1813,17 @@ def check_quantise(s: Settings) -> None:
 class Curvature(NamedTuple):
     """What calibration learns: an error E of a matrix costs about 1/2 sum_r g_r E_r H
     E_r'."""
-    hessians: Mapping[str, Tensor]        # H (C, C): x'x over all visits and tokens of a micro-batch
-    fisher: Mapping[str, Tensor] = {}     # g (R): mean (dL/dy)^2; absent: all alike
+    # H (C, C): x'x over all visits and tokens of a micro-batch
+    hessians: Mapping[str, Tensor]
+    # g (R): mean (dL/dy)^2; absent: all alike
+    fisher: Mapping[str, Tensor] = {}
 
 
 class HessianHook:
     """A forward hook: sums x'x of the matrices' inputs and (dL/dy)^2 of outputs."""
 
-    INPUTS = {"attn_in": "attn.c_q", "heads": "attn.proj", "mlp_in": "mlp.fc", "mlp_act": "mlp.proj"}
+    INPUTS = {"attn_in": "attn.c_q", "heads": "attn.proj",
+              "mlp_in": "mlp.fc", "mlp_act": "mlp.proj"}
     OUTPUTS = {"q_out": "attn.c_q", "k_out": "attn.c_k", "v_out": "attn.c_v",
                "attn_out": "attn.proj", "up_out": "mlp.fc", "mlp_out": "mlp.proj"}
 
@@ -1832,6 +1835,7 @@ class HessianHook:
         self.batches = self.tokens = 0
 
     def __call__(self, kind: str, layer: int, x: Tensor) -> None:
+        """x (…, C): what a layer has of this kind, on one visit."""
         if kind in self.INPUTS or kind == "head_in":
             name = self.head
             if kind != "head_in":
@@ -1874,17 +1878,35 @@ class HessianHook:
         world = world or World()
         counts = torch.tensor([self.batches, self.tokens], dtype=torch.float64)
         batches, tokens = world.total(counts.to(world.device)).tolist()
-        hessians = {name: world.total(h).div_(batches) for name, h in self.sums.items()}
-        fisher = {name: world.total(x).div_(tokens) for name, x in self.squares.items()}
-        if fisher:      # reading the embedding costs alike in all columns, as damping does
-            read = fisher.pop("embedding") * (tokens / batches)
-            if self.head == "tok_emb.weight":
-                h, g = hessians[self.head].diagonal(), fisher[self.head]
-                written, damp = g * h.mean(), read.mean() / g.mean()
-                h += damp
-                read = (written + read) / h.mean()
-            fisher["tok_emb.weight"] = read
+        hessians, fisher = {}, {}
+        for name, h in self.sums.items():
+            hessians[name] = world.total(h).div_(batches)
+        for name, squares in self.squares.items():
+            fisher[name] = world.total(squares).div_(tokens)
+        if not fisher:
+            return Curvature(hessians)
+        # of a micro-batch, like H
+        read = fisher.pop("embedding") * (tokens / batches)
+        if self.head == "tok_emb.weight":
+            h, written = hessians[self.head], fisher[self.head]
+            hessians[self.head], read = tied_curvature(h, written, read)
+        fisher["tok_emb.weight"] = read
         return Curvature(hessians, fisher)
+
+
+def tied_curvature(h: Tensor, written: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
+    """H' (C, C) and g' (V) of an embedding that is the head as well. An error E of
+    row v costs written_v E H E' at the head and read_v |E|^2, alike in all columns,
+    where it is looked up. One product g'_v E H' E' stands for both: the shape of H'
+    is that of the mean row, and each row's mean over columns is its own.
+
+        H'   = H + I mean(read) / mean(written)
+        g'_v = (written_v mean(diag H) + read_v) / mean(diag H')
+    """
+    tied = h.clone()
+    tied.diagonal().add_(read.mean() / written.mean())
+    both = written * h.diagonal().mean() + read
+    return tied, both / tied.diagonal().mean()
 
 
 def drawn_gradient(model: GPT, hidden: Tensor,
@@ -1944,6 +1966,56 @@ def calibrate(s: Settings, world: World, model: GPT,
     return hook.finish(world)
 
 
+# --- steps: the distance of two codes
+
+# A weight is a code times a step. By the default, "gptq (trellis)", the step is one base step of the file
+# times 2^(row / 8) times 2^(column / 8), row and column of a matrix being int8; every second state of the
+# trellis adds half a step (see GPTQ, below). By hand, a row's step is a float16.
+OCTAVE = 8                # stored int8 steps are eighths of an octave
+HALF_LARGEST = 65504.0    # float16's
+
+
+def octaves(eighths: Tensor) -> Tensor:
+    """Steps float32 from stored int8 ones."""
+    return torch.exp2(eighths.double() / OCTAVE).float()
+
+
+def to_eighths(log2: Tensor) -> Tensor:
+    """Stored int8 steps from their logarithms."""
+    return (OCTAVE * log2).round().clamp(-127, 127).to(torch.int8)
+
+
+def to_half(x: Tensor) -> Tensor:
+    """float16; beyond its range its largest number: no artifact holds infinities."""
+    return x.float().clamp(-HALF_LARGEST, HALF_LARGEST).half()
+
+
+def row_scales(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
+    """fp16 step of every row of w (…, R, C): clip_sigmas deviations span the codes.
+    As published, 0 for a row without spread."""
+    return to_half(clip_sigmas * w.float().std(dim=-1) / (2 ** (bits - 1) - 1))
+
+
+def row_steps(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
+    """row_scales, but a row without spread has its largest magnitude as step."""
+    step = row_scales(w, bits, clip_sigmas)
+    return torch.where(step > 0, step, to_half(w.abs().amax(dim=-1)))
+
+
+def quantise_rows(w: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """w (R, C) -> int8 codes, the largest for a row's largest, and fp16 steps (R)."""
+    top = 2 ** (bits - 1) - 1
+    scale = to_half(w.float().abs().amax(dim=1) / top)
+    return divide_round(w, scale[:, None], -top, top), scale
+
+
+def divide_round(w: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """round(w / scale) to int8 in [low, high], halves to even; 0 where scale is 0."""
+    scale = scale.float()
+    ratio = torch.where(scale > 0, w.float() / scale, 0.0)
+    return ratio.round().clamp(low, high).to(torch.int8)
+
+
 # --- what is stored of a weight: quantiser, packer, reader and size forecast go by this table
 
 CODE_STREAM = "codes"     # of the artifact: int8, entropy-coded
@@ -1997,7 +2069,8 @@ def by_rows(codes: Tensor, steps: Tensor) -> Tensor:
     return codes * steps.float()[:, None]
 
 
-def by_curvature(base_step: float, codes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def by_curvature(base_step: float, codes: Tensor, rows: Tensor,
+                 columns: Tensor) -> Tensor:
     """Weights (R, C) of codes under steps of rows (R) and columns (C) in octaves."""
     return codes * ((base_step * octaves(rows))[:, None] * octaves(columns))
 
@@ -2019,7 +2092,7 @@ STORAGE = {
         lambda w, base, codes, steps: by_rows(codes, steps)),
     "gptq (fisher)": Storage(
         CURVATURE,
-        lambda w, base, *tensors: by_curvature(base, *tensors)),
+        lambda w, base, codes, *steps: by_curvature(base, codes, *steps)),
     "gptq (trellis)": Storage(
         CURVATURE,
         lambda w, base, codes, *steps: by_curvature(base, on_trellis(codes), *steps)),
@@ -2038,7 +2111,46 @@ for bits in range(2, 9):
         lambda w, base, codes, steps: by_rows(codes, steps))
     STORAGE[f"awqgrpint{bits}"] = Storage(      # finer codes in marked columns
         (CODES, (".awqg_s_hi", HALF_STREAM, "R"), (".awqg_fine", BYTE_STREAM, "C")),
-        lambda w, base, codes, steps, fine: torch.where(fine != 0, by_rows(codes, steps), w))
+        lambda w, base, codes, steps, fine:
+            torch.where(fine != 0, by_rows(codes, steps), w))
+
+
+class Precision(NamedTuple):
+    """A weight's form; for steps by hand, bits and range in deviations of a row."""
+    form: str
+    bits: int = 16
+    clip_sigmas: float = 0.0
+
+    @property
+    def coded(self) -> bool:
+        """Whether it is rounded to entropy-coded codes."""
+        return self.form.startswith("gptq")
+
+
+SMALL_TENSOR = 65536                 # of no more elements: stored as float16
+GATE_SIZES = range(32, 8193)         # elements of gates that GATED_ATTN_QUANT_GATE means
+EMBEDDINGS = {"tok_emb.weight"}      # tables that are looked up
+
+
+def precision_of(s: Settings, name: str, w: Tensor) -> Precision:
+    """By its kind. What is looked up, and projections of it, have no Hessian: GPTQ
+    then rounds each code by itself."""
+    gate = name.endswith("attn_gate_w") and w.dim() == 2
+    if gate and w.numel() in GATE_SIZES and s.gated_attn_quant_gate:
+        return Precision("gate_int8_row")
+    if w.numel() <= SMALL_TENSOR:
+        return Precision("passthrough (float16)")
+    bits, clip_sigmas = s.matrix_bits, s.matrix_clip_sigmas
+    if name in EMBEDDINGS:
+        bits, clip_sigmas = s.embed_bits, s.embed_clip_sigmas
+    elif ".mlp." in name:
+        clip_sigmas = s.mlp_clip_sigmas
+    elif ".attn." in name:
+        clip_sigmas = s.attn_clip_sigmas
+    form = f"gptq (int{bits})"
+    if s.quant_allocation == "fisher":
+        form = "gptq (trellis)" if s.quant_trellis else "gptq (fisher)"
+    return Precision(form, bits, clip_sigmas)
 
 
 def stored_shape(s: Settings, shape: Sequence[int], letters: str) -> tuple[int, ...]:
@@ -2081,100 +2193,18 @@ def input_of(name: str) -> str:
     return name.replace("attn.c_k", "attn.c_q").replace("attn.c_v", "attn.c_q")
 
 
-class Precision(NamedTuple):
-    """A weight's form; for steps by hand, bits and range in deviations of a row."""
-    form: str
-    bits: int = 16
-    clip_sigmas: float = 0.0
-
-    @property
-    def coded(self) -> bool:
-        return self.form.startswith("gptq")
-
-
-SMALL_TENSOR = 65536                 # of no more elements: stored as float16
-EMBEDDINGS = {"tok_emb.weight"}      # tables that are looked up
-
-
-def precision_of(s: Settings, name: str, w: Tensor) -> Precision:
-    """By its kind. What is looked up, and projections of it, have no Hessian: GPTQ
-    then rounds each code by itself."""
-    gate = name.endswith("attn_gate_w") and w.dim() == 2 and 32 <= w.numel() <= 8192
-    if gate and s.gated_attn_quant_gate:
-        return Precision("gate_int8_row")
-    if w.numel() <= SMALL_TENSOR:
-        return Precision("passthrough (float16)")
-    bits, clip_sigmas = s.matrix_bits, s.matrix_clip_sigmas
-    if name in EMBEDDINGS:
-        bits, clip_sigmas = s.embed_bits, s.embed_clip_sigmas
-    elif ".mlp." in name:
-        clip_sigmas = s.mlp_clip_sigmas
-    elif ".attn." in name:
-        clip_sigmas = s.attn_clip_sigmas
-    form = f"gptq (int{bits})"
-    if s.quant_allocation == "fisher":
-        form = "gptq (trellis)" if s.quant_trellis else "gptq (fisher)"
-    return Precision(form, bits, clip_sigmas)
-
-
-# --- steps: the distance of two codes
-
-OCTAVE = 8                # stored int8 steps are eighths of an octave
-HALF_LARGEST = 65504.0    # float16's
-
-
-def octaves(eighths: Tensor) -> Tensor:
-    """Steps float32 from stored int8 ones."""
-    return torch.exp2(eighths.double() / OCTAVE).float()
-
-
-def to_eighths(log2: Tensor) -> Tensor:
-    """Stored int8 steps from their logarithms."""
-    return (OCTAVE * log2).round().clamp(-127, 127).to(torch.int8)
-
-
-def to_half(x: Tensor) -> Tensor:
-    """float16; beyond its range its largest number: no artifact holds infinities."""
-    return x.float().clamp(-HALF_LARGEST, HALF_LARGEST).half()
-
-
-def row_scales(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-    """fp16 step of every row of w (…, R, C): clip_sigmas deviations span the codes.
-    As published, 0 for a row without spread."""
-    return to_half(clip_sigmas * w.float().std(dim=-1) / (2 ** (bits - 1) - 1))
-
-
-def row_steps(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-    """row_scales, but a row without spread has its largest magnitude as step."""
-    step = row_scales(w, bits, clip_sigmas)
-    return torch.where(step > 0, step, to_half(w.abs().amax(dim=-1)))
-
-
-def quantise_rows(w: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
-    """w (R, C) -> int8 codes, the largest for a row's largest, and fp16 steps (R)."""
-    top = 2 ** (bits - 1) - 1
-    scale = to_half(w.float().abs().amax(dim=1) / top)
-    return divide_round(w, scale[:, None], -top, top), scale
-
-
-def divide_round(w: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """round(w / scale) to int8 in [low, high], halves to even; 0 where scale is 0."""
-    scale = scale.float()
-    ratio = torch.where(scale > 0, w.float() / scale, 0.0)
-    return ratio.round().clamp(low, high).to(torch.int8)
-
-
 # --- GPTQ (Frantar et al. 2022): columns are rounded in turn, later ones take up the errors
 
 DAMPING = 0.01            # of a Hessian, as a share of its mean diagonal
 MOST_DAMPING = 100.0      # columns are then all but alone
+SMALLEST_HALVED = 512     # columns of a Hessian that is factored by halves
 
 
 def inverse_factor(h: Tensor) -> Tensor:
     """Upper U (n, C, C) with U'U = inverse of h, by halves: h = F F', U = inverse of
     F."""
     half = h.size(-1) // 2
-    if half < 256:
+    if h.size(-1) < SMALLEST_HALVED:
         factor = torch.linalg.cholesky(h.flip(-2, -1)).flip(-2, -1)
         eye = torch.eye(h.size(-1), dtype=h.dtype, device=h.device).expand_as(h)
         return torch.linalg.solve_triangular(factor, eye, upper=True)
@@ -2212,7 +2242,9 @@ def damped_factor(h: Tensor, damp: float = DAMPING,
     can be factored; infinite where nothing helps and the identity stands for it."""
     try:
         parts = hessian_factor(h, damp, falling)
-        if all(part.isfinite().all() for part in parts) and parts[3].min() > 0:
+        finite = all(part.isfinite().all() for part in parts)
+        ratio = parts[-1]
+        if finite and ratio.min() > 0:
             return parts, [damp] * len(h)
     except torch.linalg.LinAlgError:
         pass
@@ -2226,20 +2258,21 @@ def damped_factor(h: Tensor, damp: float = DAMPING,
 
 
 @torch.no_grad()
-def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tensor, top: int,
-                   trellis: bool = False, block: int = 128) -> Tensor:
+def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tensor,
+                   top: int, trellis: bool = False, block: int = 128) -> Tensor:
     """Codes (n, R, C) int8 within ±top of w under steps (n, R). order (n, C),
     u (n, C, C), dead (n, C) are hessian_factor's; where columns have steps too, w and
     u come divided by them."""
     zero = dead[:, None] | (step == 0)[..., None]
     w, step = w.masked_fill(zero, 0), step[:, None].clamp_min(1e-30)
     t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R)
-    diag = u.diagonal(dim1=-2, dim2=-1)[..., None]      # an error e costs (e / diag)^2
-    feedback = u / diag                                 # what of it later columns take up
-    codes, columns = torch.empty_like(t, dtype=torch.int8), t.size(1)
+    # an error e costs (e / diag)^2, and later columns take up feedback times it
+    diag = u.diagonal(dim1=-2, dim2=-1)[..., None]
+    feedback = u / diag
+    codes = torch.empty_like(t, dtype=torch.int8)
     state = torch.zeros_like(t[:, 0], dtype=torch.long)
-    for begin in range(0, columns, block):
-        end = min(begin + block, columns)
+    for begin in range(0, t.size(1), block):
+        end = min(begin + block, t.size(1))
         x, inner = t[:, begin:end], feedback[:, begin:end, begin:end]
         if trellis:
             slope = diag[:, begin:end] ** -2
@@ -2254,7 +2287,7 @@ def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tens
 
 def plain_block(t: Tensor, step: Tensor, feedback: Tensor, top: int,
                 tile: int = 16) -> tuple[Tensor, Tensor]:
-    """Round columns t (n, C, R) one after the other: (codes, errors). t is used up."""
+    """Round columns t (n, C, R), which is used up, in turn: (codes, errors)."""
     codes, error = torch.empty_like(t), torch.empty_like(t)
     for left in range(0, t.size(1), tile):
         right = min(left + tile, t.size(1))
@@ -2272,10 +2305,10 @@ def plain_block(t: Tensor, step: Tensor, feedback: Tensor, top: int,
 # Trellis-coded quantisation (Marcellin and Fischer 1990), Ungerboeck's 8 states. In state s a code k
 # means k + (s & 1) / 2 steps, and its parity chooses the next state: a row's path sees a grid of half
 # steps at the rate of whole ones.
-STATE = np.arange(8)[:, None]
-TRELLIS = (STATE >> 1 ^ 5 * (STATE & 1) ^ [0, 2]).astype(np.uint8)      # next, by parity
-# arrivals of each state: two (state, parity) each
-ARRIVALS = np.array([np.argwhere(TRELLIS == to) for to in range(8)]).transpose(1, 2, 0)
+TRELLIS = np.array([                  # next state, of an even and of an odd code
+    [0, 2], [5, 7], [1, 3], [4, 6], [2, 0], [7, 5], [3, 1], [6, 4]], np.uint8)
+# two edges into every state: (edge, state before or parity, state)
+ARRIVALS = np.stack([np.argwhere(TRELLIS == state) for state in range(8)], axis=-1)
 
 
 def half_steps(codes: np.ndarray) -> np.ndarray:
@@ -2283,69 +2316,111 @@ def half_steps(codes: np.ndarray) -> np.ndarray:
     return state_bits(np.ascontiguousarray(codes.T)).T
 
 
+class Arrival(NamedTuple):
+    """The best path into every state, (n, 8, R) each: its whole cost, its last code
+    and error, in steps, and the state before."""
+    cost: Tensor
+    code: Tensor
+    error: Tensor
+    parent: Tensor
+
+
+def trellis_edges(like: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The two edges into every state: the state before (8), the half step there
+    (8, 1) and half the code's parity (8, 1)."""
+    edges = []
+    for source, parity in torch.from_numpy(ARRIVALS).to(like.device):
+        half, odd = ((x.to(like.dtype) / 2)[:, None] for x in (source & 1, parity))
+        edges.append((source, half, odd))
+    return edges
+
+
 def trellis_block(t: Tensor, feedback: Tensor, slope: Tensor, state: Tensor,
                   tile: int = 16) -> tuple[Tensor, Tensor, Tensor]:
     """The cheapest path through columns t (n, C, R), in steps, from state (n, R):
     (codes, errors, end state). slope (n, C, 1): cost of a squared error. Each state
-    keeps a survivor with its feedback."""
-    arrivals = []
-    for source, parity in torch.from_numpy(ARRIVALS).to(t.device):
-        half, odd = (bit.to(t.dtype)[:, None] / 2 for bit in (source & 1, parity))
-        arrivals.append((source, half, odd))
+    keeps its best path, and what that path's feedback made of later columns."""
+    edges = trellis_edges(t)
     cost = torch.full((t.size(0), 8, t.size(2)), torch.inf, device=t.device)
     cost.scatter_(1, state[:, None], 0)
-    states = torch.arange(8, device=t.device)[:, None].expand_as(cost)
-    rest, tiles = t[:, :, None].expand(-1, -1, 8, -1), []          # (n, C, states, R)
+    rest = t[:, :, None].expand(-1, -1, 8, -1)          # (n, C, 8, R)
+    tiles = []
     for left in range(0, t.size(1), tile):
-        x, rest, path = rest[:, :tile], rest[:, tile:], []
-        right = left + x.size(1)
+        right = min(left + tile, t.size(1))
+        x, path = rest[:, :tile], []
         for j in range(left, right):
-            options = []
-            for source, half, odd in arrivals:
-                columns = x.index_select(2, source)
-                y = columns[:, 0] - half
-                code = (y / 2 - odd).round_().clamp_(-63, 62).add_(odd).mul_(2)
-                e = y - code
-                total = torch.addcmul(cost[:, source], e, e * slope[:, j, None])
-                options.append((total, code, e, source[:, None], columns[:, 1:]))
-            (*first, later0), (*second, later1) = options
-            better = second[0] < first[0]
-            cost, code, e, parent = (torch.where(better, b, a) for a, b in zip(first, second))
-            path.append((code, e, parent))
-            x = torch.where(better[:, None], later1, later0)
-            x -= feedback[:, j, j + 1:right, None, None] * e[:, None]
-        codes, errors, start = trace_back(path, states)
+            arrival = extend_survivors(edges, x[:, 0], cost, slope[:, j, None])
+            path.append(arrival)
+            cost = arrival.cost
+            x = of_parents(x[:, 1:], arrival.parent)
+            x -= feedback[:, j, j + 1:right, None, None] * arrival.error[:, None]
+        codes, errors, start = trace_back(path)
         tiles.append((codes, errors, start))
-        rest = rest.gather(2, start[:, None].expand_as(rest))
+        rest = of_parents(rest[:, tile:], start)
         passed_on = feedback[:, left:right, right:].mT @ errors.flatten(2)
         rest = rest - passed_on.view_as(rest)
-    at = end = cost.argmin(1, keepdim=True)
-    best = []
-    for codes, errors, start in reversed(tiles):
-        pick = at[:, None].expand(-1, codes.size(1), -1, -1)
-        best.append([part.gather(2, pick)[:, :, 0] for part in (codes, errors)])
-        at = start.gather(1, at)
-    codes, errors = (torch.cat(part, 1) for part in zip(*reversed(best)))
+    end = cost.argmin(1, keepdim=True)
+    codes, errors = join_tiles(tiles, end)
     return codes, errors, end[:, 0]
 
 
-def trace_back(path: list[tuple[Tensor, Tensor, Tensor]],
-               at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes and errors (n, tile, 8, R) of the paths that end in states `at` (n, 8,
-    R), and the states where they began."""
-    traced = []
-    for code, error, parent in reversed(path):
-        traced.append((code.gather(1, at), error.gather(1, at)))
-        at = parent.gather(1, at)
-    codes, errors = (torch.stack(part, 1) for part in zip(*reversed(traced)))
-    return codes, errors, at
+def extend_survivors(edges: Sequence[tuple], column: Tensor, cost: Tensor,
+                     slope: Tensor) -> Arrival:
+    """The cheaper of the two edges into every state, through a column (n, 8, R) as
+    each state's path left it, after costs (n, 8, R)."""
+    arrivals = []
+    for source, half, odd in edges:
+        y = column.index_select(1, source) - half
+        pair = (y / 2 - odd).round_().clamp_(-TOP_CODE // 2, TOP_CODE // 2 - 1)
+        code = pair.add_(odd).mul_(2)      # of this edge's parity
+        error = y - code
+        total = torch.addcmul(cost[:, source], error, error * slope)
+        arrivals.append(Arrival(total, code, error, source[:, None]))
+    first, second = arrivals
+    better = second.cost < first.cost
+    return Arrival(*(torch.where(better, b, a) for a, b in zip(first, second)))
+
+
+def of_parents(columns: Tensor, parent: Tensor) -> Tensor:
+    """Columns (n, C, 8, R) as the states' parents (n, 8, R) hold them."""
+    return columns.gather(2, parent[:, None].expand_as(columns))
+
+
+def trace_back(path: Sequence[Arrival]) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and errors (n, tile, 8, R) of the paths that end in each state, and the
+    states (n, 8, R) where they began."""
+    states = torch.arange(8, device=path[0].cost.device)
+    at = states[:, None].expand_as(path[0].cost)
+    codes, errors = [], []
+    for arrival in reversed(path):
+        codes.append(arrival.code.gather(1, at))
+        errors.append(arrival.error.gather(1, at))
+        at = arrival.parent.gather(1, at)
+    return torch.stack(codes[::-1], 1), torch.stack(errors[::-1], 1), at
+
+
+def join_tiles(tiles: Sequence[tuple[Tensor, Tensor, Tensor]],
+               end: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and errors (n, C, R) of the one path that ends in states `end`
+    (n, 1, R), from trace_back's of every tile."""
+    codes, errors, at = [], [], end
+    for tile_codes, tile_errors, start in reversed(tiles):
+        pick = at[:, None].expand(-1, tile_codes.size(1), -1, -1)
+        codes.append(tile_codes.gather(2, pick)[:, :, 0])
+        errors.append(tile_errors.gather(2, pick)[:, :, 0])
+        at = start.gather(1, at)
+    return torch.cat(codes[::-1], 1), torch.cat(errors[::-1], 1)
 
 
 # --- the whole model
 
 FISHER_FLOOR = 0.03    # a row's smallest sensitivity, by its matrix's mean
-TOP_CODE = 126         # the coder's escapes are above
 BATCH_ROWS = 8192      # rows of equal matrices that are rounded together
+TOP_CODE = 126         # the coder's escapes are above
+LARGEST_CODE = 0.9 * TOP_CODE        # of a row's largest weight: feedback may add to it
+LARGEST_DEVIATION = TOP_CODE / 4     # of codes: few Gaussian ones are over the top
+ROWS_LEFT_OUT = 0.1    # share of codes that a base step below the finest would change
+DEVIATION_BINS = 256   # of rows and of columns: eighths of an octave around 1
 
 
 class Quantiser:
@@ -2353,8 +2428,8 @@ class Quantiser:
     matrices, those of one Hessian together; equal shapes are one batch."""
 
     @torch.no_grad()
-    def __init__(self, s: Settings, weights: Mapping[str, Tensor], curvature: Curvature,
-                 world: World | None = None):
+    def __init__(self, s: Settings, weights: Mapping[str, Tensor],
+                 curvature: Curvature, world: World | None = None):
         self.s, self.weights, self.world = s, weights, world or World()
         self.precision = {n: precision_of(s, n, w) for n, w in weights.items()}
         self.names = [n for n, p in self.precision.items() if p.coded]
@@ -2362,67 +2437,73 @@ class Quantiser:
         self.trellis = self.fisher and s.quant_trellis
         # what calibration left that is not used as it is: matrix -> what is done instead
         self.unusual: dict[str, str] = {}
-        fisher = self.finite(curvature.fisher, "sensitivities that are not finite: "
-                             "as fine as the others on average")
-        self.hessians = self.finite(curvature.hessians, "a Hessian that is not finite: "
-                                    "the identity instead")
-        inputs: dict[str, list[str]] = {}
-        for name in self.names:
-            inputs.setdefault(input_of(name), []).append(name)
-        costs = []
-        for key, group in inputs.items():
-            columns = weights[key].size(1)
-            rows = sum(len(weights[n]) for n in group)
-            costs.append((rows + len(group) * columns / 3) * columns ** 2)
-        share = share_out(costs, self.world.size)[self.world.rank]
-        keys = [key for i, key in enumerate(inputs) if i in share]
-        self.own = sum((inputs[key] for key in keys), [])
+        fisher = self.finite(
+            curvature.fisher,
+            "sensitivities that are not finite: as fine as the others on average")
+        self.hessians = self.finite(
+            curvature.hessians, "a Hessian that is not finite: the identity instead")
+        self.own = self.share_matrices()
+        # by input: order, u and dead of round_in_order
         self.factors: dict[str, tuple[Tensor, ...]] = {}
-        by_width: dict[int, list[str]] = {}
-        for key in keys:
-            by_width.setdefault(weights[key].size(1), []).append(key)
-        for same_width in by_width.values():
-            self.factorise(same_width)
-        for part in self.world.gather(self.unusual):
-            self.unusual.update(part)
-        self.steps = self.allocate(fisher) if self.fisher else {}
-        for key, (order, u, dead, _) in self.factors.items():
-            self.factors[key] = order, u / self.columns_of(key)[order], dead
-        deviations = sum(map(self.deviations_of, self.own), np.zeros(511))
-        self.deviations = sum(self.world.gather(deviations))
-        self.finest = 1.0      # base step; by hand: the settings' steps
-        if self.fisher:        # nine codes in ten are in rows whose steps can shrink
-            below = self.deviations.cumsum()
-            low = np.searchsorted(below, 0.1 * below[-1]) - len(below) // 2
-            self.finest = 2 ** (low / OCTAVE) / (TOP_CODE / 4)
+        ratios = self.factor_hessians()
+        self.steps = self.allocate(fisher, ratios) if self.fisher else {}
+        self.deviations = self.count_deviations()
+        self.finest = self.finest_step()
 
-    def finite(self, tensors: Mapping[str, Tensor], instead: str) -> dict[str, Tensor]:
+    def finite(self, tensors: Mapping[str, Tensor],
+               instead: str) -> dict[str, Tensor]:
         """Those that are; of the others it is noted what is done instead."""
         out = {name: x for name, x in tensors.items() if x.isfinite().all()}
         self.unusual.update((name, instead) for name in tensors if name not in out)
         return out
 
-    def factorise(self, names: list[str]) -> None:
-        """Factors of these Hessians of one width; of the identity without one."""
-        w = self.weights[names[0]]
-        eye = torch.eye(w.size(1), device=w.device)
-        h = torch.stack([self.hessians.get(n, eye) for n in names])
-        parts, damps = damped_factor(h, falling=not self.trellis)
-        self.factors.update(zip(names, zip(*parts)))
-        for name, damp in zip(names, damps):
-            if damp > DAMPING:
-                self.unusual[name] = ("a Hessian that cannot be factored: "
-                                      f"damping {damp:g} instead of {DAMPING:g}")
+    def share_matrices(self) -> list[str]:
+        """This rank's: those of one Hessian together, costs shared evenly."""
+        by_input: dict[str, list[str]] = {}
+        for name in self.names:
+            by_input.setdefault(input_of(name), []).append(name)
+        groups = list(by_input.values())
+        costs = []
+        for group in groups:
+            columns = self.weights[group[0]].size(1)
+            rows = sum(len(self.weights[name]) for name in group)
+            # a row takes C^2 to round, a Hessian C^3 / 3 to factor
+            costs.append((rows + len(group) * columns / 3) * columns ** 2)
+        own = share_out(costs, self.world.size)[self.world.rank]
+        return sum((groups[i] for i in sorted(own)), [])
 
-    def allocate(self, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def factor_hessians(self) -> dict[str, Tensor]:
+        """Factor this rank's Hessians, all of one width at once, the identity where
+        there is none. Inverse deviations (C) of each input, given the columns that
+        GPTQ rounds later."""
+        by_width: dict[int, list[str]] = {}
+        for key in dict.fromkeys(map(input_of, self.own)):
+            by_width.setdefault(self.weights[key].size(1), []).append(key)
+        ratios = {}
+        for columns, keys in by_width.items():
+            eye = torch.eye(columns, device=self.weights[keys[0]].device)
+            h = torch.stack([self.hessians.get(key, eye) for key in keys])
+            (*factors, ratio), damps = damped_factor(h, falling=not self.trellis)
+            self.factors.update(zip(keys, zip(*factors)))
+            ratios.update(zip(keys, ratio))
+            for key, damp in zip(keys, damps):
+                if damp > DAMPING:
+                    self.unusual[key] = ("a Hessian that cannot be factored: damping "
+                                         f"{damp:g} instead of {DAMPING:g}")
+        for part in self.world.gather(self.unusual):
+            self.unusual.update(part)
+        return ratios
+
+    def allocate(self, fisher: Mapping[str, Tensor],
+                 ratios: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Stored steps `.row`, `.col`, with step^2 g_row d_col the same for all
         weights; d: the variance of a column's input given those that GPTQ rounds
-        later."""
+        later, its ratio^-2."""
         rows, columns, level = {}, {}, {}      # log2, of this rank's matrices
         for name in self.own:
             key = input_of(name)
             if key not in columns:
-                ratio = self.factors[key][3].double().log2()      # of d^-1/2
+                ratio = ratios[key].double().log2()
                 level[key] = ratio.mean()
                 columns[key] = (ratio - level[key]).cpu()
             if name in fisher:
@@ -2457,13 +2538,21 @@ class Quantiser:
         w, precision = self.weights[name].float(), self.precision[name]
         if not self.fisher:
             return row_steps(w, precision.bits, precision.clip_sigmas * base_step)
-        largest = (w / self.columns_of(name)).abs().amax(1) / (0.9 * TOP_CODE * base_step)
-        least = to_eighths((OCTAVE * largest.clamp_min(1e-9).log2()).ceil() / OCTAVE)
+        largest = (w / self.columns_of(name)).abs().amax(1)
+        least = (largest / (LARGEST_CODE * base_step)).clamp_min(1e-9).log2()
+        least = to_eighths((OCTAVE * least).ceil() / OCTAVE)
         return torch.maximum(self.steps[name + ".row"].to(w.device), least)
 
+    def count_deviations(self) -> np.ndarray:
+        """Of all ranks' matrices, deviations_of's counts."""
+        counts = np.zeros(2 * DEVIATION_BINS - 1)
+        for name in self.own:
+            counts += self.deviations_of(name)
+        return sum(self.world.gather(counts))
+
     def deviations_of(self, name: str) -> np.ndarray:
-        """Counts (511) of codes by their deviation at base step 1, in eighths of an
-        octave around 1, as if its square were a row's times a column's."""
+        """How many codes have which deviation at base step 1: counts by eighths of an
+        octave. The middle one is an eighth below 1: size forecasts err upwards."""
         if self.fisher:
             rows = octaves(self.steps[name + ".row"])
         else:
@@ -2472,25 +2561,35 @@ class Quantiser:
         rows = rows.to(w.device)[:, None]
         power = (w / rows.clamp_min(1e-30)).square().clamp_max(1e30)
         power = power.masked_fill(rows == 0, 0)
-        counts = []
-        for x in (power.mean(1), power.mean(0) / power.mean().clamp_min(1e-20)):
-            level = (OCTAVE / 2 * x.clamp_min(1e-20).log2()).round() + 128
-            level = level.clamp(0, 255).int()
-            counts.append(level.bincount(minlength=256).cpu().numpy())
-        return np.convolve(*counts)
+        row_counts = count_levels(power.mean(1))
+        column_counts = count_levels(power.mean(0) / power.mean().clamp_min(1e-20))
+        # taken as a row's times a column's: logarithms add, so their counts convolve
+        return np.convolve(row_counts, column_counts)
+
+    def finest_step(self) -> float:
+        """The base step below which most rows' steps stay, their codes being at the
+        top. By hand 1, the settings' steps."""
+        if not self.fisher:
+            return 1.0
+        below = self.deviations.cumsum()
+        level = np.searchsorted(below, ROWS_LEFT_OUT * below[-1]) - len(below) // 2
+        return 2 ** (level / OCTAVE) / LARGEST_DEVIATION
 
     @torch.no_grad()
     def __call__(self, base_step: float = 1.0) -> Quantised:
         """The whole model on every rank, all steps times `base_step`."""
-        q, rounded = Quantised({}, {}, base_step if self.fisher else 1.0), {}
+        q = Quantised({}, {}, base_step if self.fisher else 1.0)
+        rounded = {}
         for part in self.world.gather(self.round_own(base_step)):
             rounded.update(part)
         for name, w in self.weights.items():
             form = self.precision[name].form
-            if name not in rounded:
-                tensors = quantise_rows(w) if form == "gate_int8_row" else [to_half(w)]
+            if form == "gate_int8_row":
+                tensors = quantise_rows(w)
+            elif name not in rounded:
+                tensors = [to_half(w)]
             elif self.fisher:
-                tensors = [*rounded[name], self.steps[input_of(name) + ".col"]]
+                tensors = *rounded[name], self.steps[input_of(name) + ".col"]
             else:
                 tensors = rounded[name]
             q.add(name, form, tensors)
@@ -2513,20 +2612,25 @@ class Quantiser:
                 batch = names[begin:begin + count]
                 codes, rows = self.round(batch, bits, base_step)
                 for name, *views in zip(batch, codes.cpu(), rows.cpu()):
-                    rounded[name] = [x.clone() for x in views]      # without their stack
+                    # without the memory of the whole stack
+                    rounded[name] = [x.clone() for x in views]
         return rounded
 
-    def round(self, names: list[str], bits: int, base_step: float) -> tuple[Tensor, Tensor]:
+    def round(self, names: list[str], bits: int,
+              base_step: float) -> tuple[Tensor, Tensor]:
         """Codes (n, R, C) and rows' steps (n, R) of equally shaped matrices."""
         w = torch.stack([self.weights[n].float() for n in names])
         factors = zip(*(self.factors[input_of(n)] for n in names))
-        factors = [torch.stack(part) for part in factors]
+        order, u, dead = (torch.stack(part) for part in factors)
         rows = torch.stack([self.rows_of(n, base_step) for n in names])
         if not self.fisher:
-            return self.round_by_hand(w, rows, factors, bits, base_step)
-        w = w / torch.stack([self.columns_of(n) for n in names])[:, None]
+            return self.round_by_hand(w, rows, (order, u, dead), bits, base_step)
+        columns = torch.stack([self.columns_of(n) for n in names])
+        w = w / columns[:, None]
+        u = u / columns.gather(1, order)[:, None]
         steps = octaves(rows) * base_step
-        return round_in_order(w, steps, *factors, TOP_CODE, self.trellis), rows
+        codes = round_in_order(w, steps, order, u, dead, TOP_CODE, self.trellis)
+        return codes, rows
 
     def round_by_hand(self, w: Tensor, rows: Tensor, factors: Sequence[Tensor], bits: int,
                       base_step: float) -> tuple[Tensor, Tensor]:
@@ -2534,16 +2638,19 @@ class Quantiser:
         return round_in_order(w, rows.float(), *factors, 2 ** (bits - 1) - 1), rows
 
     def protect(self, q: Quantised, base_step: float) -> None:
-        """AWQ-lite: the groups of columns with the highest scores get AWQ_LITE_BITS."""
-        s, weights, groups = self.s, self.weights, []
+        """AWQ-lite: groups of columns with the highest scores get AWQ_LITE_BITS."""
+        s, weights = self.s, self.weights
         size, high_bits = s.awq_lite_group_size, s.awq_lite_bits
+        groups = []      # (score, matrix, first column)
         for name in self.names:
             h = self.hessians.get(input_of(name))
             if h is not None and self.precision[name].bits < high_bits:
                 scores = group_scores(weights[name], input_rms(s, name, h), size)
-                groups += [(score, name, i * size) for i, score in enumerate(scores.tolist())]
+                for i, score in enumerate(scores.tolist()):
+                    groups.append((score, name, i * size))
         groups.sort(key=lambda group: -group[0])
-        fine: dict[str, Tensor] = {}      # (C) int8: 1 in the columns that are chosen
+        # (C) int8: 1 in the columns that are chosen
+        fine: dict[str, Tensor] = {}
         for _, name, begin in groups[:s.awq_lite_group_top_k]:
             columns = torch.zeros(weights[name].size(1), dtype=torch.int8)
             fine.setdefault(name, columns)[begin:begin + size] = 1
@@ -2556,7 +2663,7 @@ class Quantiser:
             q.add(name, f"awqgrpint{high_bits}", [codes, high, chosen])
 
     def repair(self, q: Quantised) -> None:
-        """LQER: low-rank factors for the matrices with the largest rounding errors."""
+        """LQER: low-rank factors for matrices with the largest rounding errors."""
         decoded, errors = dequantise(q), {}
         for name in self.names:
             w = self.weights[name]
@@ -2579,6 +2686,14 @@ class Quantiser:
         return "lqer_asym", lqer_asym(*asym_signs(a, b, group), group)
 
 
+def count_levels(power: Tensor) -> np.ndarray:
+    """Counts (DEVIATION_BINS) of mean squares (N) by deviation, in eighths of an
+    octave; bin DEVIATION_BINS // 2 is 1."""
+    level = (OCTAVE / 2 * power.clamp_min(1e-20).log2()).round() + DEVIATION_BINS // 2
+    level = level.clamp(0, DEVIATION_BINS - 1).int()
+    return level.bincount(minlength=DEVIATION_BINS).cpu().numpy()
+
+
 # --- finer codes for the columns that matter most: AWQ-lite
 
 def input_rms(s: Settings, name: str, h: Tensor, tokens: int = 1) -> Tensor:
@@ -2589,8 +2704,9 @@ def input_rms(s: Settings, name: str, h: Tensor, tokens: int = 1) -> Tensor:
 
 
 def group_scores(w: Tensor, rms: Tensor, size: int) -> Tensor:
-    """rms of input · mean |w|, for each whole group of `size` columns of w (R, C)."""
-    score, whole = rms * w.float().abs().mean(dim=0), len(rms) // size * size
+    """rms of input · mean |w|, of each whole group of columns of w (R, C)."""
+    score = rms * w.float().abs().mean(dim=0)
+    whole = len(rms) // size * size
     return score[:whole].view(-1, size).sum(dim=1)
 
 
@@ -2632,13 +2748,15 @@ def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (a * sign).float(), (b * sign.mT).float().contiguous()
 
 
-def symmetric_factors(a: Tensor, b: Tensor, bits: int = 4) -> tuple[str, Sequence[Tensor]]:
+def symmetric_factors(a: Tensor, b: Tensor,
+                      bits: int = 4) -> tuple[str, Sequence[Tensor]]:
     """Form and tensors of factors with one step for each of their rows."""
     return "lqer", (*quantise_rows(a, bits), *quantise_rows(b, bits))
 
 
-def lqer_asym(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a (R, k) in 2 bits, one step; b (k, C) in 4, a step per `group` values."""
+def lqer_asym(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, ...]:
+    """a (R, k) in 2 bits, one step; b (k, C) in 4, a step per `group` values. Codes
+    reach from -2 to 1 and from -8 to 7: the largest number is half way between."""
     scale_a = to_half(a.float().abs().amax() / 1.5)[None]
     flat = b.float().reshape(-1, group)
     scale_b = to_half(flat.abs().amax(dim=1) / 7.5)
@@ -2646,7 +2764,8 @@ def lqer_asym(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor,
     return divide_round(a, scale_a, -2, 1), scale_a, qb, scale_b
 
 
-def asym_values(qa: Tensor, sa: Tensor, qb: Tensor, sb: Tensor) -> tuple[Tensor, Tensor]:
+def asym_values(qa: Tensor, sa: Tensor, qb: Tensor,
+                sb: Tensor) -> tuple[Tensor, Tensor]:
     """The factors (R, k), (k, C) float32 that these codes and steps stand for."""
     b = qb.float().view(len(sb), -1) * sb.float()[:, None]
     return qa * sa.float(), b.view(qb.shape)
@@ -2675,28 +2794,30 @@ def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str,
     if not wrong:
         wrong = [n for n in views if views[n].shape != weights[n].shape]
     if wrong:
-        raise UserError(f"{origin} does not fit the settings' model: {len(wrong)} tensors differ "
-                        f"({', '.join(wrong[:3])}…); use the settings it was made with")
+        raise UserError(f"{origin} does not fit the settings' model: "
+                        f"{len(wrong)} tensors differ ({', '.join(wrong[:3])}…); "
+                        "use the settings it was made with")
     for name, view in views.items():
         view.copy_(weights[name])
 
 
 # --- logit calibration: scaled and shifted by what a token looks like
 
-CALIBRATION_STREAM = "calibration"    # in the artifact: 1 + 14 float32
+CATEGORIES = 14                       # of token_categories
+CALIBRATION_STREAM = "calibration"    # in the artifact: 1 + CATEGORIES float32
 CALIBRATION_REACH = 0.5               # most that a category adds to logits
 
 
 @functools.cache
 def token_categories(path: Path, vocab_size: int) -> Tensor:
-    """(V, 14) of 0 and 1: by length in bytes, leading space, kind of characters."""
+    """(V, CATEGORIES) of 0 and 1: length in bytes, leading space, kind of letters."""
     sp, rows = load_tokenizer(path), []
     for i in range(vocab_size):
         nothing = sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
         piece = "" if nothing else sp.id_to_piece(i)
         text = chr(int(piece[3:5], 16)) if sp.is_byte(i) else piece.lstrip("\u2581")
         size = 1 if sp.is_byte(i) else len(text.encode())
-        rows.append([*(size == n for n in (1, 2, 3, 4)), 5 <= size <= 8, size >= 9,
+        rows.append([size == 1, size == 2, size == 3, size == 4, 5 <= size <= 8, size >= 9,
                      piece[:1] == "\u2581",
                      "\n" in text or "\r" in text,
                      any(c.isdigit() for c in text),
@@ -2709,7 +2830,7 @@ def token_categories(path: Path, vocab_size: int) -> Tensor:
 
 
 def calibrated_by(s: Settings, raw: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale () and bias (V,) of capped logits that the 15 numbers raw stand for."""
+    """Scale () in 0.9…1.1 and bias (V) of capped logits that raw (15) stands for."""
     bias = token_categories(s.tokenizer, s.vocab_size).to(raw.device) @ raw[1:]
     return 0.9 + 0.2 * torch.sigmoid(raw[0]), bias
 
@@ -2717,15 +2838,17 @@ def calibrated_by(s: Settings, raw: Tensor) -> tuple[Tensor, Tensor]:
 def fit_calibration(s: Settings, model: GPT, tokens: np.ndarray) -> tuple[Tensor, Tensor]:
     """The 15 numbers that serve the model best on training tokens (N,), and the
     losses. A window scores LOGIT_CALIB_STRIDE tokens, after what fits before."""
-    device, losses, stride = model.tok_emb.device, [], s.logit_calib_stride
-    raw = torch.zeros(15, device=device, requires_grad=True)
+    device, stride = model.tok_emb.device, s.logit_calib_stride
+    losses = []
+    raw = torch.zeros(1 + CATEGORIES, device=device, requires_grad=True)
     optimiser = torch.optim.AdamW([raw], lr=s.logit_calib_lr, weight_decay=0)
     total = min(s.logit_calib_tokens, len(tokens) - 1)
     blocks = np.arange(0, total, stride)
     batch = s.logit_calib_batch_seqs
     for i in [*range(0, len(blocks), batch)] * s.logit_calib_epochs:
         first = blocks[i:i + batch, None]
-        at = np.maximum(first - s.eval_seq_len + stride, 0) + np.arange(s.eval_seq_len)
+        begin = np.maximum(first - s.eval_seq_len + stride, 0)
+        at = begin + np.arange(s.eval_seq_len)
         scored = (at >= first) & (at < np.minimum(first + stride, total))
         pairs = tokens[np.minimum(np.stack((at, at + 1)), len(tokens) - 1)]
         x, y = torch.from_numpy(pairs.astype(np.int64)).to(device)
@@ -2750,18 +2873,21 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
     values = None
     if world.main:
         model = build_model(s, world)
-        load_weights(model, read_artifact(s, blob, ARTIFACT_NAME).weights, ARTIFACT_NAME)
-        raw, losses = fit_calibration(s, model, read_shard(list_shards(s.shards, "train")[0]))
+        artifact = read_artifact(s, blob, ARTIFACT_NAME)
+        load_weights(model, artifact.weights, ARTIFACT_NAME)
+        first = list_shards(s.shards, "train")[0]
+        raw, losses = fit_calibration(s, model, read_shard(first))
         values = raw.cpu().numpy().astype("<f4").tobytes()
-        run.log("logit_calibration", steps=len(losses), train_loss=losses.mean().item(),
-                values=raw.tolist())
+        run.log("logit_calibration", steps=len(losses),
+                train_loss=losses.mean().item(), values=raw.tolist())
     header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
     streams[CALIBRATION_STREAM] = world.agree(values)
     whole = artifact_to_bytes(header, streams)
     script = code_bytes(shipped_form(s)) + LZMA_SLACK
     if len(whole) + script + MARK_BYTES <= ARTIFACT_LIMIT:
         return whole
-    run.log("settings_without_effect", LOGIT_CALIB_ENABLED="no room for it in the artifact")
+    run.log("settings_without_effect",
+            LOGIT_CALIB_ENABLED="no room for it in the artifact")
     return blob
 
 
@@ -6491,8 +6617,8 @@ def resolve_attention(choice: str, device) -> tuple[str, str]:
 def check_code_form(s: Settings) -> None:
     """Refuse to ship the script without what its settings need."""
     if s.code_form.startswith("lean") and (names := s.beyond_the_system()):
-        raise UserError(f"CODE_FORM={s.code_form} leaves out what {', '.join(names)} needs: "
-                        "set CODE_FORM=auto")
+        raise UserError(f"CODE_FORM={s.code_form} leaves out what "
+                        f"{', '.join(names)} needs: set CODE_FORM=auto")
 
 
 Array = np.ndarray
@@ -6527,7 +6653,8 @@ def artifact_from_bytes(blob: bytes, origin: str) -> tuple[dict, dict[str, bytes
         raise UserError(f"{origin}: {what}; copy it again, or write it again")
 
     if blob[:8] != MAGIC or len(blob) < PREFIX.size:
-        refuse(f"no artifact of this trainer (starts with {blob[:8]!r}, not {MAGIC!r}), or cut off")
+        refuse("no artifact of this trainer "
+               f"(starts with {blob[:8]!r}, not {MAGIC!r}), or cut off")
     _, version, begin, digest = PREFIX.unpack_from(blob)
     body = blob[PREFIX.size:]
     if version != ARTIFACT_VERSION:
@@ -6581,8 +6708,9 @@ def brotli_unpack(blob: bytes, size: int, stride: int = 1) -> bytes:
         if len(data) != size or not reader.is_finished():
             raise brotli.error(f"{len(data)} bytes came")
     except brotli.error as error:
-        raise UserError(f"compressed stream ({len(blob)} bytes, for {size}): {error}: damaged "
-                        "or of other settings; write the file again") from error
+        raise UserError(f"compressed stream ({len(blob)} bytes, for {size}): "
+                        f"{error}: damaged or of other settings; "
+                        "write the file again") from error
     return byte_unshuffle(data, stride)
 
 
@@ -6644,7 +6772,8 @@ def shared_factors(codes: Array) -> Array | None:
     """Factors int8 (RANK, C) of codes (R, C); None where they do not pay."""
     if len(codes) < TALL * codes.shape[1] or codes.shape[1] <= RANK:
         return None
-    rms = np.sqrt(np.square(codes, dtype=np.float32).mean(1, keepdims=True)).clip(0.25)
+    power = np.square(codes, dtype=np.float32).mean(1, keepdims=True)
+    rms = np.sqrt(power).clip(0.25)
     size, axes = np.linalg.eigh((codes / rms).T @ (codes / rms))
     excess = np.maximum(size[-RANK:] / size[:-RANK].mean() - 1, 0)
     factors = np.rint(np.sqrt(RIDGE * excess) * axes[:, -RANK:]).T
@@ -6667,7 +6796,8 @@ class Guesser:
         for column in factors.T.astype(float):
             gain = np.array([math.fsum(row) for row in covariance * column])
             self.gains.append(np.rint(gain * 2.0 ** GAIN_BITS).astype(np.int64))
-            covariance = covariance - gain[:, None] * gain / (1 + math.fsum(gain * column))
+            shrink = gain[:, None] * gain / (1 + math.fsum(gain * column))
+            covariance = covariance - shrink
 
     def guess(self, j: int) -> Array:
         """Column j, int8 (rows)."""
@@ -6777,7 +6907,8 @@ CODES_HEAD = struct.Struct("<HHII")  # lanes, contexts, listed codes, bytes in f
 
 def code_fault(what: str) -> UserError:
     """What a decoder raises."""
-    return UserError(f"weight codes: {what}: damaged or other settings; write the file again")
+    return UserError(f"weight codes: {what}: damaged or other settings; "
+                     "write the file again")
 
 
 def lane_count(size: int) -> int:
@@ -6816,7 +6947,8 @@ def stacked(sides: Sequence[Sides], factors: Mapping[int, Array]) -> Iterator[St
 
 def count_contexts(sides: Sequence[Sides], trellis: bool) -> int:
     """How many contexts there are, twice as many with a trellis."""
-    return max(int(max(rows) + max(columns)) for rows, columns in sides) + 1 << trellis
+    last = max(int(max(rows) + max(columns)) for rows, columns in sides)
+    return last + 1 << trellis
 
 
 def next_state(state: Array, codes: Array) -> Array:
@@ -6864,7 +6996,9 @@ def encode_codes(codes: Sequence[Array], sides: Sequence[Sides], trellis: bool =
             if trellis:
                 context = 2 * context + state_bits(np.ascontiguousarray(true[part].T))
             batches.append((context << 8 | coded[part].T).astype(np.uint16))
-    counts = sum(np.bincount(batch.ravel(), minlength=count << 8) for batch in batches)
+    counts = np.zeros(count << 8, int)
+    for batch in batches:
+        counts += np.bincount(batch.ravel(), minlength=count << 8)
     counts = counts.reshape(count, 256)
     tables = [choose_table(n, i & trellis) for i, n in enumerate(counts)]
     levels = bytes(level for level, _ in tables)
@@ -6872,7 +7006,8 @@ def encode_codes(codes: Sequence[Array], sides: Sequence[Sides], trellis: bool =
     rare = listed_apart(freq)
     own = [table for level, table in tables if level == OWN_TABLE]
     own = np.array(own, "<u2").tobytes()
-    listed = b"".join(b[rare.take(b)].astype(np.uint8).tobytes() for b in batches)
+    listed = [batch[rare.take(batch)].astype(np.uint8) for batch in batches]
+    listed = b"".join(x.tobytes() for x in listed)
     front = brotli_pack(byte_shuffle(own, 2) + listed)
     pushed = np.where(rare, np.tile(ESCAPES, 128), np.arange(256))
     pushed += 256 * np.arange(count)[:, None]
@@ -6931,17 +7066,25 @@ def lookup_table(freq: Array) -> Array:
     freq = freq.ravel()
     symbol = np.repeat(np.arange(freq.size), freq)      # context << 8 | code
     offset = np.arange(symbol.size) - (np.cumsum(freq) - freq)[symbol]
-    return ((symbol & 255) << 24 | freq[symbol] - 1 << PROB_BITS | offset).astype(np.uint32)
+    code, width = symbol & 255, freq[symbol]
+    entry = code << 24 | width - 1 << PROB_BITS | offset
+    return entry.astype(np.uint32)
 
 
-def read_tables(levels: bytes, front: bytes, listed: int, trellis: bool) -> tuple[Array, Array]:
+def read_tables(levels: bytes, front: bytes, listed: int,
+                trellis: bool) -> tuple[Array, Array]:
     """Frequencies (contexts, 256), and as many listed codes uint8."""
     own_size = 512 * levels.count(OWN_TABLE)
     data = brotli_unpack(front, own_size + listed)
     own = np.frombuffer(byte_unshuffle(data[:own_size], 2), "<u2").astype(np.int64)
     own = iter(own.reshape(-1, 256))
-    freq = np.stack([next(own) if level == OWN_TABLE else normal_table(level, i & trellis)
-                     for i, level in enumerate(levels)])
+    tables = []
+    for i, level in enumerate(levels):
+        if level == OWN_TABLE:
+            tables.append(next(own))
+        else:
+            tables.append(normal_table(level, i & trellis))
+    freq = np.stack(tables)
     if (freq.sum(1) != PROB_ONE).any():
         raise code_fault(f"a table does not sum to {PROB_ONE}")
     return freq, np.frombuffer(data, np.uint8)[own_size:]
@@ -6961,7 +7104,8 @@ def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: bool = False,
     rest = len(blob) - words
     expected = lanes == lane_count(size) and stored == count and n_listed <= size
     if not expected or rest < 0 or rest % 2:
-        raise code_fault(f"header {head} for {count} contexts, {size} codes, {len(blob)} bytes")
+        raise code_fault(f"header {head} for {count} contexts, {size} codes, "
+                         f"{len(blob)} bytes")
     levels = blob[CODES_HEAD.size:front]
     freq, listed = read_tables(levels, blob[front:states], n_listed, trellis)
     decoder = Decoder(
@@ -6999,19 +7143,24 @@ def pack_codes(codes: Sequence[Array], predicted: Predicted,
     streams = {}
     for stream, arrays in ((FACTOR_STREAM, factors.values()), (LEVEL_STREAM, levels)):
         streams[stream] = brotli_pack(b"".join(x.tobytes() for x in arrays))
-    streams[CODE_STREAM] = encode_codes(codes, sides, trellis, factors) if codes else b""
+    streams[CODE_STREAM] = b""
+    if codes:
+        streams[CODE_STREAM] = encode_codes(codes, sides, trellis, factors)
     return streams, list(factors)
 
 
 def unpack_codes(streams: Mapping[str, bytes], tall: Sequence[int], predicted: Predicted,
                  trellis: bool = False) -> list[Array]:
     """Inverse of pack_codes, `tall` having factors; UserError for anything else."""
-    flat = split_bytes(streams[FACTOR_STREAM], [RANK * len(predicted[i][1]) for i in tall])
+    sizes = [RANK * len(predicted[i][1]) for i in tall]
+    flat = split_bytes(streams[FACTOR_STREAM], sizes)
     factors = {i: x.reshape(RANK, -1) for i, x in zip(tall, flat)}
     sizes = [1 + len(rows) + len(columns) for rows, columns in predicted]
     levels = split_bytes(streams[LEVEL_STREAM], sizes)
     sides = [scale_contexts(x, *p) for x, p in zip(levels, predicted)]
-    return decode_codes(streams[CODE_STREAM], sides, trellis, factors) if sides else []
+    if not sides:
+        return []
+    return decode_codes(streams[CODE_STREAM], sides, trellis, factors)
 
 
 # --- the model in the container
@@ -7023,9 +7172,12 @@ SIZES = ("lqer_rank", "lqer_asym_group")      # settings that a file says for it
 
 def architecture(s: Settings) -> dict:
     """The settings that give a weight its meaning: no others read an artifact."""
-    names = [n for n in group_names("model") if "INIT" not in n and n != "ENABLE_LOOPING_AT"]
     everything = s.as_env()
-    return {n: everything[n] for n in ["VOCAB_SIZE", "TRAIN_SEQ_LEN", *names]}
+    names = ["VOCAB_SIZE", "TRAIN_SEQ_LEN"]
+    for name in group_names("model"):
+        if "INIT" not in name and name != "ENABLE_LOOPING_AT":
+            names.append(name)
+    return {name: everything[name] for name in names}
 
 
 def group_names(group: str) -> list[str]:
@@ -7050,7 +7202,8 @@ def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
         wrong = ["it names no settings"]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{what} of another configuration: {plain('; '.join(wrong[:3]), 150)}{more}; "
+        raise UserError(f"{what} of another configuration: "
+                        f"{plain('; '.join(wrong[:3]), 150)}{more}; "
                         "use the settings it was made with")
 
 
@@ -7084,7 +7237,8 @@ def pack_model(s: Settings, q: Quantised) -> bytes:
 
 def read_model(s: Settings, header: Mapping, streams: Mapping[str, bytes]) -> Quantised:
     """The Quantised model of an artifact's header and streams."""
-    sizes, base_step, tall = (header[key] for key in ("sizes", "base_step", "factors"))
+    sizes, base_step = header["sizes"], header["base_step"]
+    tall = header["factors"]
     whole = all(type(x) is int and x > 0 for x in sizes.values())
     if set(sizes) != {*SIZES} or not whole:
         raise ValueError(f"sizes {sizes}")
@@ -7123,17 +7277,20 @@ def read_artifact(s: Settings, blob: bytes, origin: str) -> Artifact:
     configuration or nonsense: all is checked before memory or time is spent on it."""
     header, streams = artifact_from_bytes(blob, origin)
     try:
-        check_architecture(s, header.get("architecture", {}), f"{origin} is an artifact")
-        q, mark = read_model(s, header, streams), header.get("not_compliant", "")
+        theirs = header.get("architecture", {})
+        check_architecture(s, theirs, f"{origin} is an artifact")
+        q = read_model(s, header, streams)
+        mark = header.get("not_compliant", "")
         weights = dequantise(q)
         finite = all(w.isfinite().all() for w in weights.values())
         if not finite or not isinstance(mark, str):
             raise ValueError("weights that are not finite, or a mark that is no text")
         return Artifact(q, weights, read_calibration(streams), plain_mark(mark))
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError,
-            MemoryError) as error:      # well-formed, but not ours
-        raise UserError(f"{origin} has contents that do not fit together ({type(error).__name__}: "
-                        f"{error!s:.200}): write it again") from error
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError,
+            RuntimeError, MemoryError) as error:      # well-formed, but not ours
+        raise UserError(f"{origin} has contents that do not fit together "
+                        f"({type(error).__name__}: {error!s:.200}): "
+                        "write it again") from error
 
 
 def read_calibration(streams: Mapping[str, bytes]) -> Tensor | None:
@@ -7142,7 +7299,7 @@ def read_calibration(streams: Mapping[str, bytes]) -> Tensor | None:
     if CALIBRATION_STREAM not in streams:
         return None
     raw = torch.tensor(np.frombuffer(streams[CALIBRATION_STREAM], "<f4"))
-    good = len(raw) == 15 and raw.isfinite().all()
+    good = len(raw) == 1 + CATEGORIES and raw.isfinite().all()
     if not good or raw[1:].abs().max() > CALIBRATION_REACH:
         raise ValueError(f"{len(raw)} numbers that are no calibration")
     return raw
@@ -7154,7 +7311,8 @@ def self_extracting(source: bytes) -> bytes:
     """A script that runs `source` from its compressed form, a latin-1 string, in
     which five bytes need an escape. linecache is filled for Triton and tracebacks."""
     packed = lzma.compress(source, format=lzma.FORMAT_RAW, filters=SCRIPT_FILTERS)
-    escapes = {b"\\": b"\\\\", b'"': b'\\"', b"\n": b"\\n", b"\r": b"\\r", b"\0": b"\\x00"}
+    escapes = {b"\\": b"\\\\", b'"': b'\\"', b"\n": b"\\n", b"\r": b"\\r",
+               b"\0": b"\\x00"}
     for byte, escape in escapes.items():
         packed = packed.replace(byte, escape)
     return (PACKED_START + b"import lzma,linecache\n"
@@ -7164,8 +7322,8 @@ def self_extracting(source: bytes) -> bytes:
 
 
 PACKED_START = b"# coding: latin-1\n"
-SCRIPT_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "pb": 0,
-                   "dict_size": 1 << 20}]
+SCRIPT_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME,
+                   "lc": 4, "pb": 0, "dict_size": 1 << 20}]
 
 
 def lean(source: bytes) -> bytes:
@@ -7196,7 +7354,7 @@ def script_source() -> bytes:
 
 
 def shipped_form(s: Settings) -> str:
-    """Which of CODE_FORMS is shipped and counted. A packed script stays what it is."""
+    """Which of CODE_FORMS is shipped and counted. A packed script stays so."""
     if script_source().startswith(PACKED_START):
         return "lean_packed" if Settings.__base__ is object else "packed"
     if s.code_form == "auto":
@@ -7206,7 +7364,7 @@ def shipped_form(s: Settings) -> str:
 
 @functools.cache
 def code_bytes(form: str = "readable") -> int:
-    """Size of the running script in one of CODE_FORMS; a packed one stays so."""
+    """Size of the running script in one of CODE_FORMS, or as it is if packed."""
     if form not in CODE_FORMS:
         raise ValueError(f"{form} is none of {CODE_FORMS}: ask shipped_form()")
     source = script_source()
@@ -7219,18 +7377,24 @@ def code_bytes(form: str = "readable") -> int:
 
 def check_size(artifact: int, form: str = "readable") -> int:
     """Artifact plus script in bytes; UserError when it is over the limit."""
-    total = artifact + code_bytes(form)
-    if total > ARTIFACT_LIMIT:
-        raise UserError(f"artifact {artifact:,} + {form} script {code_bytes(form):,} = {total:,} bytes "
-                        f"is {total - ARTIFACT_LIMIT:,} over the limit of {ARTIFACT_LIMIT:,}: make the "
-                        "model smaller, or ship the smallest script (CODE_FORM=auto)")
+    script = code_bytes(form)
+    total = artifact + script
+    over = total - ARTIFACT_LIMIT
+    if over > 0:
+        raise UserError(f"artifact {artifact:,} + {form} script {script:,} = {total:,} bytes "
+                        f"is {over:,} over the limit of {ARTIFACT_LIMIT:,}: make the model "
+                        "smaller, or ship the smallest script (CODE_FORM=auto)")
     return total
 
 
 # --- fitting the limit
 
 LZMA_SLACK = 256   # bytes: another liblzma may pack the script a little worse
-MARK_BYTES = 256   # for what makes a run NON-COMPLIANT when its artifact is fitted already
+MARK_BYTES = 256   # for what makes a run NON-COMPLIANT when its artifact is fitted
+CALIBRATION_BYTES = 1024     # for logit calibration, with room to spare
+MOST_TRIES = 12
+FIRST_OVERHEAD = 0.001       # share of the size beyond its estimate; then the last try's
+SLOWEST_TRY = 1.2            # a try's time, by that of the one before
 HALF_BYTES = 1.7   # of a float16 number in the file; measured on the demo: 1.69
 GUESSED = 0.93     # what guesses leave of an embedding's codes; measured: 0.92, 0.94
 
@@ -7239,7 +7403,7 @@ def estimate_bytes(deviations: Array, base_step: float = 1.0) -> float:
     """Bytes of codes of these deviations (see Quantiser), coded as Gaussians."""
     level = np.arange(len(deviations)) - len(deviations) // 2
     octave = level / OCTAVE - math.log2(base_step)
-    sigma = np.exp2(np.minimum(octave, math.log2(TOP_CODE / 4)))
+    sigma = np.exp2(np.minimum(octave, math.log2(LARGEST_DEVIATION)))
     return float(deviations @ np.log2(1 + 2 * math.pi * math.e * sigma ** 2)) / 16
 
 
@@ -7259,23 +7423,55 @@ def expected_size(s: Settings) -> str:
     views = blank_views(s)
     precision = {name: precision_of(s, name, w) for name, w in views.items()}
     stored = stored_tensors(s, {name: p.form for name, p in precision.items()})
-    codes, halves, small = (sum(map(math.prod, shapes.values())) for shapes in stored.values())
-    coded, other, fisher = 0.0, HALF_BYTES * halves + small, s.quant_allocation == "fisher"
+    codes, halves, small = (sum(map(math.prod, shapes.values()))
+                            for shapes in stored.values())
+    other = HALF_BYTES * halves + small
+    fisher = s.quant_allocation == "fisher"
+    coded = 0.0      # bytes, at the finest
     for name, p in precision.items():
         if p.coded:
             rows, columns = views[name].shape
             share = GUESSED if rows >= TALL * columns else 1.0
-            finest = 4 / TOP_CODE if fisher else p.clip_sigmas / (2 ** (p.bits - 1) - 1)
+            finest = 1 / LARGEST_DEVIATION
+            if not fisher:
+                finest = p.clip_sigmas / (2 ** (p.bits - 1) - 1)
             coded += share * estimate_bytes(np.array([rows * columns]), finest)
     room = ARTIFACT_LIMIT - code_bytes(shipped_form(s)) - other
+    bits = 8 * room / max(codes, 1)
     if room < codes / 4:
-        raise UserError(f"{codes:,} weights would get {8 * room / max(codes, 1):.2f} bits each in "
-                        f"what the limit of {ARTIFACT_LIMIT:,} bytes leaves; make the model smaller")
+        raise UserError(f"{codes:,} weights would get {bits:.2f} bits each in what the "
+                        f"limit of {ARTIFACT_LIMIT:,} bytes leaves; "
+                        "make the model smaller")
     if coded < room:
         note = f", with {codes:,} weights at their finest" if fisher and codes else ""
-        return f"about {coded + other:,.0f} bytes, {room - coded:,.0f} under the limit{note}"
+        return (f"about {coded + other:,.0f} bytes, "
+                f"{room - coded:,.0f} under the limit{note}")
     return (f"about {room + other:,.0f} bytes: {codes:,} weights fitted to the limit, "
-            f"at about {8 * room / codes:.2f} bits each")
+            f"at about {bits:.2f} bits each")
+
+
+def room_for_model(s: Settings) -> int:
+    """Bytes an artifact may have when it is fitted: marks and calibration come later."""
+    form = shipped_form(s)
+    room = ARTIFACT_LIMIT - code_bytes(form) - MARK_BYTES
+    if s.logit_calib_enabled:
+        room -= CALIBRATION_BYTES
+    return room - LZMA_SLACK if form.endswith("packed") else room
+
+
+def quantise_once(run: Run, quantiser: Quantiser,
+                  base_step: float) -> tuple[Quantised, bytes]:
+    """The model at one base step, and its artifact, on every rank."""
+    s, world = quantiser.s, quantiser.world
+    watch = Clock()
+    q = quantiser(base_step)
+    quantised = watch.elapsed()
+    blob = world.agree(pack_model(s, q) if world.main else None)
+    script = code_bytes(shipped_form(s))
+    run.log("pack", bytes=len(blob), code_bytes=script, total=len(blob) + script,
+            base_step=base_step, quantise_s=quantised,
+            pack_s=watch.elapsed() - quantised)
+    return q, blob
 
 
 def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, Tensor],
@@ -7287,15 +7483,11 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
     for instead in sorted(set(quantiser.unusual.values())):
         matrices = [name for name, x in quantiser.unusual.items() if x == instead]
         run.log("curvature", used=instead, matrices=matrices)
-    form = shipped_form(s)
-    script = code_bytes(form)
-    cap = ARTIFACT_LIMIT - script - MARK_BYTES      # mark and calibration come later
-    cap -= 1024 * s.logit_calib_enabled + LZMA_SLACK * form.endswith("packed")
+    cap, margin = room_for_model(s), s.fit_margin_bytes
     finest, deviations = quantiser.finest, quantiser.deviations
-    margin = s.fit_margin_bytes
-    overhead = 0.001 * cap      # bytes beyond the estimate: exact enough after a try
+    overhead = FIRST_OVERHEAD * cap      # bytes beyond the estimate
     best, over, under = b"", 0.0, math.inf      # base steps: too fine, coarse enough
-    for attempt in range(12):
+    for attempt in range(MOST_TRIES):
         base_step = base_step_for(deviations, cap - margin / 2 - overhead, finest)
         if not over < base_step < under:
             base_step = over * 2 ** attempt      # while nothing fits: far beyond
@@ -7303,11 +7495,7 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
                 base_step = math.sqrt(max(over, finest) * under)
         watch = Clock()
         world.beat(f"quantising try {attempt + 1}")
-        q = quantiser(base_step)
-        quantised = watch.elapsed()
-        blob = world.agree(pack_model(s, q) if world.main else None)
-        run.log("pack", bytes=len(blob), code_bytes=script, total=len(blob) + script,
-                base_step=base_step, quantise_s=quantised, pack_s=watch.elapsed() - quantised)
+        q, blob = quantise_once(run, quantiser, base_step)
         overhead = len(blob) - estimate_bytes(deviations, base_step)
         if len(blob) > cap:
             over = max(over, base_step)
@@ -7317,7 +7505,8 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
                 break
         late = False
         if clock is not None:
-            late = 0 < clock.budget < clock.elapsed() + 1.2 * watch.elapsed()
+            next_ends = clock.elapsed() + SLOWEST_TRY * watch.elapsed()
+            late = 0 < clock.budget < next_ends
         if best and world.agree(late):
             break
     for setting, mark in (("AWQ_LITE_ENABLED", "awqgrp"), ("LQER_ENABLED", "lqer")):
@@ -7326,9 +7515,9 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
             run.log("settings_without_effect", **{setting: "no matrix qualifies"})
     check_size(len(best or blob), shipped_form(s))
     if not best:
-        raise UserError(f"the artifact of {len(blob):,} bytes is over the {cap:,} that script, "
-                        "calibration and packing leave of the limit: make the model smaller, "
-                        "or LOGIT_CALIB_ENABLED=0")
+        raise UserError(f"the artifact of {len(blob):,} bytes is over the {cap:,} that "
+                        "script, calibration and packing leave of the limit: "
+                        "make the model smaller, or LOGIT_CALIB_ENABLED=0")
     return best
 
 
