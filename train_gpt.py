@@ -2421,6 +2421,15 @@ LARGEST_CODE = 0.9 * TOP_CODE        # of a row's largest weight: feedback may a
 LARGEST_DEVIATION = TOP_CODE / 4     # of codes: few Gaussian ones are over the top
 ROWS_LEFT_OUT = 0.1    # share of codes that a base step below the finest would change
 DEVIATION_BINS = 256   # of rows and of columns: eighths of an octave around 1
+NO_DEVIATIONS = np.zeros(2 * DEVIATION_BINS - 1)
+
+
+def names_by(kind: Callable, names: Sequence[str] | Mapping) -> dict[Any, list[str]]:
+    """{kind: its names}, both in the order of the names."""
+    groups = {}
+    for name in names:
+        groups.setdefault(kind(name), []).append(name)
+    return groups
 
 
 class Quantiser:
@@ -2447,7 +2456,8 @@ class Quantiser:
         self.factors: dict[str, tuple[Tensor, ...]] = {}
         ratios = self.factor_hessians()
         self.steps = self.allocate(fisher, ratios) if self.fisher else {}
-        self.deviations = self.count_deviations()
+        deviations = sum(map(self.deviations_of, self.own), NO_DEVIATIONS)
+        self.deviations = sum(self.world.gather(deviations))
         self.finest = self.finest_step()
 
     def finite(self, tensors: Mapping[str, Tensor],
@@ -2459,10 +2469,7 @@ class Quantiser:
 
     def share_matrices(self) -> list[str]:
         """This rank's: those of one Hessian together, costs shared evenly."""
-        by_input: dict[str, list[str]] = {}
-        for name in self.names:
-            by_input.setdefault(input_of(name), []).append(name)
-        groups = list(by_input.values())
+        groups = list(names_by(input_of, self.names).values())
         costs = []
         for group in groups:
             columns = self.weights[group[0]].size(1)
@@ -2476,9 +2483,8 @@ class Quantiser:
         """Factor this rank's Hessians, all of one width at once, the identity where
         there is none. Inverse deviations (C) of each input, given the columns that
         GPTQ rounds later."""
-        by_width: dict[int, list[str]] = {}
-        for key in dict.fromkeys(map(input_of, self.own)):
-            by_width.setdefault(self.weights[key].size(1), []).append(key)
+        inputs = names_by(input_of, self.own)
+        by_width = names_by(lambda key: self.weights[key].size(1), inputs)
         ratios = {}
         for columns, keys in by_width.items():
             eye = torch.eye(columns, device=self.weights[keys[0]].device)
@@ -2543,13 +2549,6 @@ class Quantiser:
         least = to_eighths((OCTAVE * least).ceil() / OCTAVE)
         return torch.maximum(self.steps[name + ".row"].to(w.device), least)
 
-    def count_deviations(self) -> np.ndarray:
-        """Of all ranks' matrices, deviations_of's counts."""
-        counts = np.zeros(2 * DEVIATION_BINS - 1)
-        for name in self.own:
-            counts += self.deviations_of(name)
-        return sum(self.world.gather(counts))
-
     def deviations_of(self, name: str) -> np.ndarray:
         """How many codes have which deviation at base step 1: counts by eighths of an
         octave. The middle one is an eighth below 1: size forecasts err upwards."""
@@ -2601,12 +2600,11 @@ class Quantiser:
 
     def round_own(self, base_step: float) -> dict[str, tuple[Tensor, Tensor]]:
         """Codes and rows' steps of this rank's matrices, on the CPU."""
-        batches: dict[tuple, list[str]] = {}
-        for name in self.own:
-            kind = self.weights[name].shape, self.precision[name].bits
-            batches.setdefault(kind, []).append(name)
+        def kind(name):
+            return self.weights[name].shape, self.precision[name].bits
+
         rounded = {}
-        for (shape, bits), names in batches.items():
+        for (shape, bits), names in names_by(kind, self.own).items():
             count = max(1, BATCH_ROWS // shape[0])
             for begin in range(0, len(names), count):
                 batch = names[begin:begin + count]
@@ -7226,9 +7224,7 @@ def pack_model(s: Settings, q: Quantised) -> bytes:
     for stream, dtype in PLAIN_STREAMS.items():
         data = b"".join(q.tensors[key].numpy().tobytes() for key in stored[stream])
         streams[stream] = brotli_pack(data, np.dtype(dtype).itemsize)
-    forms: dict[str, list[str]] = {}      # few forms, many names
-    for name, form in q.forms.items():
-        forms.setdefault(form, []).append(name)
+    forms = names_by(q.forms.get, q.forms)      # few forms, many names
     header = {"architecture": s.to_be_stored(architecture(s)), "forms": forms,
               "factors": tall, "base_step": q.base_step,
               "sizes": {name: getattr(s, name) for name in SIZES}}
