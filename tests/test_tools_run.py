@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from conftest import ROOT, environment, tg
-from test_run import run_here
+from test_story import run_here
 
 from tools import compare, make_record, report
 from tools.common import ARTIFACT, load_run

@@ -102,7 +102,7 @@ def test_where_time_and_bits_went_is_logged(finished):
             assert sum(e["tokens"]) == summary(folder)["tokens_scored"]
 
 
-@pytest.mark.long      # tests/test_faults_kills.py kills a run every day
+@pytest.mark.long      # tests/test_going_on.py kills a run every day
 def test_a_run_killed_while_it_evaluates_leaves_its_artifact(finished, data, tmp_path):
     """A training run, killed once its artifact is written: it scores as that of a run left alone."""
     folder, _ = finished

@@ -578,7 +578,7 @@ TWO_RANKS = """
 import os, sys; sys.path[:0] = ['.', 'tests']
 from pathlib import Path
 from conftest import tg
-from test_faults_training import GOING_ON, QUIET, settings
+from test_kept_on_disk import GOING_ON, QUIET, settings
 folder, data = Path(sys.argv[1]), sys.argv[2]
 world = tg.World.join(os.environ)
 tg.rehearse = lambda *a: 0.0
