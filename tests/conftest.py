@@ -1,7 +1,10 @@
 """What the tests share: a tiny model's settings, made-up shards, and the script run as a user would."""
 
+import contextlib
+import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +64,14 @@ TINY = dict(
 )
 
 
+# Mechanisms of the published systems that are off by default.
+TABLES = dict(
+    BIGRAM_VOCAB_SIZE=50, BIGRAM_DIM=12, VE_ENABLED=1, VE_DIM=10, VE_LAYERS="1,3", SMEAR_GATE_KIND="channels"
+)
+
+
+LANES = dict(PARALLEL_LANES="separate", PARALLEL_START_LAYER=2, SKIP_ROWS="physical")
+
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.env") if p.stem not in ("demo", "small"))
 
 
@@ -88,6 +99,11 @@ def sine_model(s: tg.Settings) -> tg.GPT:
             )
             p.copy_(wave * (0.5 if p.dim() < 3 else p.shape[-1] ** -0.5))
     return model
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Drawn tokens, none of which begins a document."""
+    return torch.randint(4, 300, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def documents(count: int, seed: int, vocab: int = 300, lo: int = 5, hi: int = 150) -> np.ndarray:
@@ -196,3 +212,44 @@ def run_script(
 
 def summary(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text())
+
+
+def run_here(env: dict, *args: str):
+    """What run_script gives, from main in this process: the start of another takes seconds."""
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as screens:
+        for name in set(os.environ) - set(env):
+            patch.delenv(name)
+        for name, value in env.items():
+            patch.setenv(name, value)
+        screens.enter_context(contextlib.redirect_stdout(shown))
+        screens.enter_context(contextlib.redirect_stderr(shown))
+        status = tg.main(args)
+    return status, shown.getvalue()
+
+
+def events(folder: Path, kind: str) -> list[dict]:
+    """Every event of a kind; a line that is no strict JSON fails."""
+    def refuse(word):
+        raise ValueError(word)
+
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line, parse_constant=refuse) for line in lines]
+    return [event for event in found if event["event"] == kind]
+
+
+def open_run(folder: Path, world=None, **changes) -> tg.Run:
+    """A run in a folder, with the tiny settings."""
+    return tg.Run(settings(ARTIFACT_DIR=folder, **changes), world or tg.World())
+
+
+def facts_of(path: Path) -> dict:
+    """What a file of weights says of its training."""
+    return torch.load(path, weights_only=True)["facts"]
+
+
+def free_port() -> int:
+    """A port that nobody listens to."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

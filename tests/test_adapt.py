@@ -1,4 +1,4 @@
-"""Score-first test-time training: order, causality, determinism."""
+"""Adapt: score-first test-time training: order, causality, determinism."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -528,3 +528,17 @@ def test_the_head_is_adapted_where_it_is_switched_on(s):
 def test_groups_shrink_to_few_sizes():
     assert [tg.rows_kept_for(64, live) for live in (64, 33, 32, 17, 2, 1)] == [64, 64, 32, 32, 2, 2]
     assert {tg.rows_kept_for(48, live) for live in range(1, 49)} == {48, 24, 12, 6, 3}
+
+
+@fast_form
+@pytest.mark.parametrize("chunk, prefix", [(32, 4), (64, 4), (100, 9), (200, 14)])
+def test_steps_of_the_base_weights_are_foretold(s, monkeypatch, chunk, prefix):
+    s = tg.dataclasses.replace(s, global_ttt_chunk_tokens=chunk, phased_ttt_prefix_docs=prefix)
+    taken, val = [], tg.Validation(s)
+    monkeypatch.setattr(tg.PhasedTTT, "global_step", lambda *_: taken.append(1))
+    ttt = tg.PhasedTTT(s, tg.World(), tg.GPT(s), val)
+    starts, lengths = val.documents.start[:prefix], val.documents.length[:prefix]
+    booked = tg.Booked(np.concatenate([val.tokens[a:a + n] for a, n in zip(starts, lengths, strict=True)]))
+    ttt.global_phase(booked)
+    assert len(taken) == len(tg.phase_steps(s, len(booked.tokens)))
+    assert (chunk < s.eval_seq_len) == (not taken)

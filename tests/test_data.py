@@ -1,13 +1,17 @@
-"""Shards, training streams, documents and bytes."""
+"""Data: shards, training streams, validation documents, bytes per token, the folder and its manifest."""
 
+import io
 import json
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import documents, settings, tg, write_manifest, write_shard
+from conftest import documents, make_data, settings, tg, write_manifest, write_shard
+
+from data import check
 
 
 @pytest.fixture
@@ -276,3 +280,128 @@ def test_a_spoilt_folder_is_refused(built, spoil, words):
     spoil(folder)
     with pytest.raises(tg.UserError, match=words):
         tg.check_manifest(s)
+
+
+@pytest.mark.parametrize("loader", "stream docpack shuffled coprime".split())
+def test_an_id_beyond_the_vocabulary_is_seen_when_it_is_read(loader, tmp_path):
+    for i in range(2):
+        shard = documents(20, i)
+        shard[len(shard) // 2] = 300 if i else 299
+        path = write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", shard)
+    s = settings(DATA_PATH=tmp_path, TRAIN_LOADER=loader)
+    stream = tg.open_train_stream(s, tg.World(), 64)
+    with pytest.raises(tg.UserError, match=f"{path} holds token 300 at position {len(shard) // 2} but"):
+        for _ in range(2 * len(shard)):
+            stream.next()
+
+
+def test_a_shard_that_begins_with_a_long_document(data, tmp_path):
+    text = np.full(1_000_001, 9)
+    text[0] = tg.BOS
+    write_shard(tmp_path / "fineweb_train_000000.bin", np.append(text, documents(5, 0)))
+    path = write_shard(tmp_path / "fineweb_train_000001.bin", np.append(text[1:], documents(5, 1)))
+    for how in ("quick", "full"):
+        assert "2 shards" in tg.check_train_shards(settings(DATA_PATH=tmp_path, DATA_CHECK=how))
+    write_shard(path, text[1:])
+    with pytest.raises(tg.UserError, match="holds no BOS"):
+        tg.check_train_shards(settings(DATA_PATH=tmp_path))
+
+
+def test_a_header_of_more_tokens_than_an_int32_counts(tmp_path):
+    path = write_shard(tmp_path / "x.bin", documents(3, 0), count=10 - 2**31)
+    with pytest.raises(tg.UserError, match="promises 4,294,968,340: truncated"):
+        tg.read_shard(path)
+
+
+# --- the byte rule
+
+
+SPACES = "\u2581" * 4      # as a tokenizer writes four spaces
+
+
+def odd_tokenizer(folder, symbols):
+    """A tokenizer with pieces that begin with several spaces."""
+    import sentencepiece as spm
+
+    model = io.BytesIO()
+    text = ["some words to train a tokenizer with"] * 50
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=model, vocab_size=300, model_type="bpe",
+        byte_fallback=True, pad_id=0, bos_id=1, eos_id=2, unk_id=3, user_defined_symbols=symbols,
+        minloglevel=2)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return spm.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+@pytest.fixture
+def tabled(tmp_path):
+    """A folder without sidecars whose tokenizer has a piece of four spaces: (folder, settings, tokenizer)."""
+    folder = make_data(tmp_path / "tabled")
+    (folder / "fineweb_val_bytes_000000.bin").unlink()
+    sp = odd_tokenizer(folder, [SPACES])
+    write_manifest(folder)
+    return folder, settings(DATA_PATH=folder, TOKENIZER_PATH=folder / "tokenizer.model"), sp
+
+
+def findings(folder) -> str:
+    return "\n".join(map(str, check.check(folder).findings))
+
+
+def test_a_good_table_passes(tabled):
+    folder, s, sp = tabled
+    docs = [[tg.BOS, *sp.encode("some words to train é ü a tokenizer")]] * 60
+    write_shard(folder / "fineweb_val_000000.bin", np.concatenate(docs))
+    write_manifest(folder)
+    assert "60 documents" in tg.check_validation(s) and not findings(folder)
+
+
+@pytest.mark.parametrize("odd_first", [True, False])
+def test_the_byte_rule_is_checked_on_all_documents(tabled, odd_first):
+    folder, s, sp = tabled
+    plain = [[tg.BOS, *sp.encode("some words to train a tokenizer with")]] * 400
+    odd = [[tg.BOS, *sp.encode("some"), *[sp.piece_to_id(SPACES)] * 40]] * 20
+    docs = odd + plain if odd_first else plain + odd
+    write_shard(folder / "fineweb_val_000000.bin", np.concatenate(docs))
+    write_manifest(folder)
+    with pytest.raises(tg.UserError, match="the byte rule counts"):
+        tg.check_validation(s)
+    assert "the byte rule counts" in findings(folder)
+
+
+def test_validation_without_a_word_is_refused(tabled):
+    folder, s, _ = tabled
+    write_shard(folder / "fineweb_val_000000.bin", np.full(20, tg.BOS))
+    write_manifest(folder)
+    with pytest.raises(tg.UserError, match="the validation documents of .* are empty"):
+        tg.Validation(s)
+    assert "all its documents are empty" in findings(folder)
+
+
+def test_stored_hashes_that_were_cut(tmp_path):
+    folder = make_data(tmp_path / "hashed")
+    s = settings(DATA_PATH=folder, TOKENIZER_PATH=folder / "tokenizer.model")
+    for kind, count, first in (("train", 120, 0), ("val", 14, 500)):
+        np.arange(first, first + count, dtype="<u8").tofile(folder / f"document_hashes_{kind}.bin")
+    tg.check_manifest(s)
+    assert not findings(folder)
+    os.truncate(folder / "document_hashes_train.bin", 8 * 119)
+    with pytest.raises(tg.UserError, match="hashes_train.bin has 119 documents, the manifest says 120"):
+        tg.check_manifest(s)
+    assert "119 hashes for 120 documents" in findings(folder)
+
+
+def test_batches_read_ahead_are_cut_anew_and_nothing_is_lost(tmp_path):
+    shard = write_shard(tmp_path / "fineweb_train_000000.bin", documents(60, 0))
+
+    def stream(cut):
+        return tg.TokenStream([shard], world_size=1, rank=0, tokens=128, max_len=cut)
+
+    ahead, steady = tg.Prefetch(stream(16), torch.device("cpu")), {cut: stream(cut) for cut in (16, 64)}
+    try:
+        for k in range(9):
+            cut = 16 if k < 4 else 64
+            got, want = ahead.next(cut), {c: s.next() for c, s in steady.items()}[cut]
+            assert torch.equal(got.x, want.x) and torch.equal(got.cu_seqlens, want.cu_seqlens)
+            assert got.cut == cut and got.layout(got.cut).max_seqlen == cut
+    finally:
+        ahead.close()

@@ -687,3 +687,19 @@ def test_offline_message():
     pytest.importorskip("huggingface_hub")
     error = fetch.Hub("owner/name", Path("x")).explain(ConnectionError("no route"))
     assert "cannot be reached" in str(error) and "--hub FOLDER" in str(error)
+
+
+def test_many_spaces_keep_their_bytes():
+    text = "a" + " " * 70_000 + "b"
+    spread = tokens.within_uint16(np.array([1, 70_000, 1]), text)
+    assert spread.sum() == 70_002 and spread.max() <= 65_535
+    assert tokens.within_uint16(np.array([1, 2, 70_000]), text).tolist() == [1, 4467, 65_535]
+    with pytest.raises(DataError, match="a document of 1 tokens and 70,001 bytes"):
+        tokens.within_uint16(np.array([70_001]), text)
+
+
+def test_null_text_is_an_empty_document():
+    lines = [json.dumps(record).encode() for record in ({"text": None}, {"text": "x"})]
+    assert sources.texts_of(sources.Batch("a.jsonl", 1, "json", lines)) == (["", "x"], 0)
+    with pytest.raises(DataError, match="row 1: column 'text' holds int, not text"):
+        sources.texts_of(sources.Batch("a.parquet", 1, "text", [5]))

@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from conftest import TINY, load_config, settings, summary, tg
+from conftest import TINY, environment, load_config, run_script, settings, summary, tg
 
 LATE = ("best", "pr1855", "pr1924", "pr2014", "pr2135")
 COMMON = {f.name for f in tg.fields(tg.Settings.__base__)}
@@ -152,3 +152,12 @@ def test_a_run_of_the_lean_script_is_the_run(cut, data, tmp_path):
         scores = [found[key] for key in SCORES]
         facts.append(((folder / tg.ARTIFACT_NAME).read_bytes(), scores, found["steps"]))
     assert facts[0] == facts[1] and facts[0][2] == 2
+
+
+def test_a_run_counts_the_form_of_the_script_that_it_names(data, tmp_path):
+    few = dict(QUANTIZE_ONLY=1, TTT_ENABLED=0, ITERATIONS=1)
+    status, output = run_script(environment(data, CODE_FORM="packed", ARTIFACT_DIR=tmp_path, **few))
+    assert status == 0, output
+    s = summary(tmp_path)
+    assert s["code_form"] == "packed" and s["code_bytes"] == tg.code_bytes("packed")
+    assert s["total_bytes"] == (tmp_path / "final_model.int6.ptz").stat().st_size + s["code_bytes"]

@@ -1,48 +1,16 @@
-"""Faults while a run is under way: what hangs, what cannot be written, who owns a folder, how it goes on."""
+"""World and clocks: ranks that hang, memory and devices that are not there, signals, launchers."""
 
-import errno
-import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, settings, summary, tg
-
-from tools import make_record
-from tools.common import load_run
-
-SHORT = dict(ITERATIONS=2, WARMUP_STEPS=0, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0)
-
-
-def events(folder: Path, kind: str) -> list[dict]:
-    """Every event of a kind; a line that is no strict JSON fails."""
-    def refuse(word):
-        raise ValueError(word)
-
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    found = [json.loads(line, parse_constant=refuse) for line in lines]
-    return [event for event in found if event["event"] == kind]
-
-
-def start(monkeypatch, env: dict) -> int:
-    """The script's main under this environment; its exit status."""
-    for name in list(os.environ):
-        monkeypatch.delenv(name)
-    for name, value in env.items():
-        monkeypatch.setenv(name, str(value))
-    return tg.main([])
-
-
-def open_run(folder: Path, world=None, **changes) -> tg.Run:
-    return tg.Run(settings(ARTIFACT_DIR=folder, **changes), world or tg.World())
-
+from conftest import ROOT, environment, events, facts_of, open_run, run_script, settings, tg
 
 # --- what hangs
 
@@ -181,297 +149,7 @@ def test_slow_steps_are_given_ten_times_their_length(monkeypatch):
     assert beat.describe(found).startswith("no rank has made progress since step")
 
 
-# --- what cannot be written
-
-
-class Full:
-    """A file on a disk that is full until `room` is set."""
-
-    def __init__(self, file):
-        self.file, self.room = file, False
-
-    def write(self, data):
-        if not self.room:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return self.file.write(data[:7])      # a short write
-
-
-def test_a_full_disk_loses_no_line_and_is_said_once(tmp_path, capsys):
-    run = open_run(tmp_path)
-    run.log("before", n=0)
-    full = run.text.file = Full(run.text.file)
-    for n in range(3):
-        run.log("during", n=n)
-    full.room = True
-    run.log("after", n=1)
-    lines = (tmp_path / "train.log").read_text().splitlines()
-    assert [line for line in lines if not line.startswith(("warning", "go_on"))] == [
-        "before n=0", "during n=0", "during n=1", "during n=2", "after n=1"]
-    assert capsys.readouterr().out.count("No space left") == 1
-    full.room = False
-    for _ in range(300):
-        run.log("much", text="x" * 50_000)
-    assert len(run.text.unwritten) <= run.text.MOST
-
-
-def test_a_summary_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
-    run = open_run(tmp_path)
-    monkeypatch.setattr(tg.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
-    run.save_summary()
-    assert "I/O error" in events(tmp_path, "warning")[0]["text"]
-
-
-@pytest.mark.parametrize("fault", [
-    BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError(errno.EIO, "I/O error"),
-    ValueError("I/O operation on closed file")])
-def test_a_screen_that_is_gone_ends_nothing(tmp_path, monkeypatch, fault):
-    class Gone:
-        closed = False
-
-        def write(self, text):
-            raise fault
-
-        isatty = flush = fileno = lambda self: 0
-
-    run = open_run(tmp_path)
-    monkeypatch.setattr(tg.sys, "stdout", Gone())
-    run.log("one", a=1)
-    run.log("two", a=1)
-    assert events(tmp_path, "two") and len(events(tmp_path, "warning")) == 1
-
-
-def test_what_json_cannot_say_is_null(tmp_path):
-    run = open_run(tmp_path)
-    run.log("odd", a=float("nan"), b=[1.0, float("inf")], c={"d": -np.inf}, e=np.float32(2), f=Path("x"))
-    (event,) = events(tmp_path, "odd")
-    assert event["a"] is None and event["b"] == [1.0, None] and event["c"] == {"d": None}
-    run.summary["val_bpb"] = float("nan")
-    run.save_summary()
-    assert summary(tmp_path)["val_bpb"] is None
-    run.log("text", words="two\nlines", word="a\x1bb")
-    text = (tmp_path / "train.log").read_text()
-    assert "\x1b" not in text and [line.split()[0] for line in text.splitlines()] == ["odd", "go_on", "text"]
-
-
-# --- whose a folder is
-
-
-def test_a_folder_has_one_live_run(tmp_path):
-    run = open_run(tmp_path)
-    with pytest.raises(tg.UserError, match=rf"in use by a live run \(pid {os.getpid()} on "):
-        open_run(tmp_path)
-    for name in (".final_model.pt.abcd_123", ".summary.json.abcdefgh", ".space.77", "mine.txt", ".keep"):
-        (tmp_path / name).write_text("")
-    run.close()
-    again = open_run(tmp_path)      # the next owner takes away what killed writes have left
-    left = {p.name for p in tmp_path.iterdir()}
-    assert left == {"train.log", "metrics.jsonl", ".lock", "mine.txt", ".keep"}
-    again.close()
-    assert not (tmp_path / ".lock").exists()
-
-
-def test_a_lock_ends_with_its_process(tmp_path):
-    code = f"import sys, os; sys.path.insert(0, {str(ROOT)!r}); import fcntl, pathlib, signal\n" \
-           f"f = open({str(tmp_path / '.lock')!r}, 'a+'); fcntl.flock(f, fcntl.LOCK_EX)\n" \
-           "print('locked', flush=True); signal.pause()"
-    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "locked\n"
-    with pytest.raises(tg.UserError, match="in use by a live run"):
-        open_run(tmp_path)
-    other.kill()
-    other.wait()
-    open_run(tmp_path).close()
-
-
-def test_where_nothing_can_be_locked_it_is_said(tmp_path, monkeypatch):
-    def unsupported(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(tg.fcntl, "flock", unsupported)
-    open_run(tmp_path)
-    assert "cannot be locked" in events(tmp_path, "warning")[0]["text"]
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "null", "5", "[" * 100_000], ids=lambda text: text[:6])
-def test_a_summary_that_is_none_is_one_line(tmp_path, text):
-    (tmp_path / "summary.json").write_text(text)
-    with pytest.raises(tg.UserError, match="summary.json is damaged"):
-        open_run(tmp_path, EVAL_ONLY_PATH=tmp_path / tg.WEIGHTS_NAME)
-    assert not (tmp_path / ".lock").exists()
-
-
-@pytest.mark.parametrize("name", ["summary.json", "train.log", tg.ARTIFACT_NAME])
-def test_a_folder_in_place_of_a_file_is_one_line(tmp_path, name):
-    (tmp_path / name).mkdir()
-    with pytest.raises(tg.UserError, match="ARTIFACT_DIR|move it away"):
-        open_run(tmp_path)
-
-
-# --- the mark
-
-
-def late_clock(seconds: float) -> tg.Clock:
-    clock = tg.Clock(600.0)
-    clock.start -= seconds
-    return clock
-
-
-def test_a_late_artifact_is_marked_before_it_has_its_name(tmp_path, monkeypatch):
-    run, seen = open_run(tmp_path), []
-    rename = os.replace
-
-    def watched(source, target):
-        if Path(target).name == tg.ARTIFACT_NAME:
-            seen.append((Path(source).read_bytes(), summary(tmp_path)))
-        rename(source, target)
-
-    monkeypatch.setattr(tg.os, "replace", watched)
-    blob = tg.artifact_to_bytes({}, {"codes": b"123"})
-    seconds, size = tg.write_artifact(run.s, run, blob, late_clock(601))
-    ((there, said),) = seen
-    assert seconds > 601 and len(there) == size and "not_compliant" in tg.artifact_from_bytes(there, "it")[0]
-    assert not said["compliant"] and said["train_seconds"] > 601
-    assert said["artifact_digest"] == tg.digest_of((tmp_path / tg.ARTIFACT_NAME).read_bytes()).hex()
-    tg.write_artifact(run.s, open_run(tmp_path / "in_time"), blob, late_clock(10))
-    assert (tmp_path / "in_time" / tg.ARTIFACT_NAME).read_bytes() == blob
-
-
-@pytest.mark.parametrize("mark", ["a\nb\x1b[2J", "x; " * 200_000, "é\u202e" * 40])
-def test_a_mark_is_plain_and_short_wherever_it_comes_from(mark):
-    plain = tg.plain_mark(mark)
-    assert plain.isascii() and plain.isprintable() and 0 < len(plain) <= 256
-    blob = tg.marked(tg.artifact_to_bytes({"not_compliant": mark}, {}), mark)
-    assert len(tg.artifact_from_bytes(blob, "it")[0]["not_compliant"]) <= 256
-
-
-# --- the score, and what comes after it
-
-
-def test_a_score_that_is_not_finite_is_an_error(tmp_path):
-    run = open_run(tmp_path)
-    with pytest.raises(tg.UserError, match="score of the stage sliding is nan"):
-        tg.log_score(run, "sliding", tg.Score(float("nan"), 10.0, 5), None, tg.Clock())
-    assert not events(tmp_path, "score_sliding")
-
-
-@pytest.fixture(scope="module")
-def lost(data, tmp_path_factory):
-    """A run that was lost when its artifact was written and its evaluation began: folder, stderr, status."""
-    folder, patch = tmp_path_factory.mktemp("lost") / "a run", pytest.MonkeyPatch()
-    said = []
-    with patch.context() as patched:
-        patched.setattr(tg, "log_probes", lambda *_: (_ for _ in ()).throw(RuntimeError("lost\npod")))
-        patched.setattr(tg, "tell", said.append)
-        patched.setattr(tg.sys, "argv", ["train_gpt.py"])
-        status = start(patched, environment(data, ARTIFACT_DIR=folder, **SHORT))
-    return folder, said, status
-
-
-def command_environment(line: str) -> dict:
-    """The settings that a printed command sets, beside those that every process here has."""
-    words = shlex.split(line.removeprefix("to go on: "))
-    assert words[-2:] == ["python", "train_gpt.py"]
-    return {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", **dict(w.split("=", 1) for w in words[:-2])}
-
-
-def test_an_unexpected_end_is_two_lines_and_its_trace_is_in_the_log(lost):
-    folder, said, status = lost
-    assert status == 1 and said[0] == "error: RuntimeError: lost pod" and len(said) == 2
-    assert "Traceback" in events(folder, "error")[0]["trace"]
-    restarts = [shlex.split(event["command"])[-3] for event in events(folder, "go_on")]
-    artifact = f"EVAL_ONLY_QUANTIZED_PATH={folder / tg.ARTIFACT_NAME}"
-    assert restarts[-2:] == [f"EVAL_ONLY_PATH={folder / tg.WEIGHTS_NAME}", artifact]
-    assert said[1] == f"to go on: {events(folder, 'go_on')[-1]['command']}"
-
-
-def test_going_on_by_the_printed_command_makes_a_record(lost, data, tmp_path, monkeypatch, capsys):
-    folder, said, _ = lost
-    before = summary(folder)
-
-    def broken(*_):
-        raise ValueError("no such text")
-
-    monkeypatch.setattr(tg, "closest_system", broken)          # what decorates fails
-    monkeypatch.setattr(tg.Ledger, "profiles", broken)
-    monkeypatch.setattr(tg, "run_probes", lambda *_: [])
-    assert start(monkeypatch, {**command_environment(said[1]), "EVAL_STRIDE": "32"}) == 0
-    after = summary(folder)
-    assert after["val_bpb"] > 0 and after["compliant"]
-    for key in ("steps", "step_ms", "train_seconds", "artifact_digest"):
-        assert after[key] == before[key] is not None, key
-    assert after["evaluation_runs"] == 2 and after["quantising_runs"] == 1
-    assert after["not_as_in_training"] == {"EVAL_STRIDE": [32, 16]}
-    warnings = [event["text"] for event in events(folder, "warning")]
-    assert any("EVAL_STRIDE=32 here, 16 there" in text for text in warnings)
-    assert sum("no such text" in text for text in warnings) == 2
-    assert len(events(folder, "train_end")) == 1 and len(events(folder, "final")) == 1
-    assert load_run(folder).source() == (ROOT / "train_gpt.py").read_bytes()
-    made = make_record.main([str(folder), "--name", "again", "--track", "non_record", "--date", "2026-01-01",
-                             "--out", str(tmp_path), "--skip-run", "a test"])
-    readme = (tmp_path / "track_non_record_16mb" / "2026-01-01_again" / "README.md").read_text()
-    assert made == 0 and "the evaluation was run 2 times" in readme and "EVAL_STRIDE=16 in training" in readme
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_run_into_head_with_its_log_on_a_full_disk(lost, data, tmp_path):
-    (tmp_path / "train.log").symlink_to("/dev/full")
-    artifact = lost[0] / tg.ARTIFACT_NAME
-    env = environment(data, ARTIFACT_DIR=tmp_path, EVAL_ONLY_QUANTIZED_PATH=artifact, **SHORT)
-    done = subprocess.run(["bash", "-c", f"{sys.executable} train_gpt.py | head -3; exit ${{PIPESTATUS[0]}}"],
-                          env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    assert summary(tmp_path)["val_bpb"] > 0 and len(done.stdout.splitlines()) == 3
-    assert len(events(tmp_path, "warning")) == 2 and events(tmp_path, "final")
-
-
-def test_an_artifact_that_is_not_the_one_written_is_refused(lost, tmp_path, monkeypatch, data):
-    folder, said, _ = lost
-    path = folder / tg.ARTIFACT_NAME
-    blob = path.read_bytes()
-    try:
-        path.write_bytes(tg.marked(blob, "another one"))
-        assert start(monkeypatch, command_environment(said[1])) == 2
-        assert "is not the artifact that this run wrote" in events(folder, "error")[-1]["text"]
-    finally:
-        path.write_bytes(blob)
-
-
-def test_quantising_goes_on_with_the_training_clock(tmp_path):
-    (tmp_path / "summary.json").write_text(json.dumps({"training_not_compliant_because": ["it was late"]}))
-    facts = {"steps": 7, "train_seconds": 500.0, "step_ms": 3.5, "stopped": "average of step 7"}
-    run = open_run(tmp_path, EVAL_ONLY_PATH=tmp_path / "checkpoint" / "average.pt")
-    clock = tg.take_over(run.s, run, facts)
-    assert run.time_known and 500 <= clock.elapsed() < 510
-    assert run.summary["steps"] == 7 and run.summary["stopped"] == "average of step 7"
-    assert events(tmp_path, "train_end")[0]["seconds"] == 500
-    assert run.summary["not_compliant_because"] == ["it was late"]      # nothing washes it out
-    elsewhere = open_run(tmp_path / "b", EVAL_ONLY_PATH=tmp_path / "checkpoint" / "average.pt")
-    assert tg.take_over(elsewhere.s, elsewhere, facts).elapsed() < 10 and not elsewhere.time_known
-
-
-def test_the_way_on_is_the_best_that_is_on_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(tg.sys, "argv", ["some/train_gpt.py"])
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
-    run = open_run(Path("run"), TRAIN_SEQ_SCHEDULE="32@0.5, 64@1", TRAIN_LOADER="stream")
-    commands = []
-    for name in ("", "checkpoint/average.pt", "checkpoint/resume.3.0.pt", "final_model.pt", tg.ARTIFACT_NAME):
-        if name:
-            (tmp_path / "run" / name).write_bytes(b"x")
-        commands.append(run.go_on())
-    assert all("TRAIN_SEQ_SCHEDULE='32@0.5, 64@1'" in command for command in commands)
-    assert all(command.endswith("python some/train_gpt.py") for command in commands)
-    restarts = ["EVAL_ONLY_PATH=run/checkpoint/average.pt", "RESUME=1", "EVAL_ONLY_PATH=run/final_model.pt",
-            "EVAL_ONLY_QUANTIZED_PATH=run/final_model.int6.ptz"]
-    assert [restart in command for restart, command in zip(restarts, commands[1:], strict=True)] == [True] * 4
-    assert not any(restart in commands[0] for restart in restarts)
-    run.close()
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    fresh = open_run(Path("other"), MAX_WALLCLOCK_SECONDS=100)
-    assert fresh.go_on().endswith("torchrun --nnodes=2 … --nproc_per_node=4 some/train_gpt.py")
+# --- memory and devices
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"),
@@ -483,9 +161,6 @@ def test_out_of_memory_is_one_line_with_a_remedy(tmp_path, capsys, error):
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith('error: out of memory at "adapting to chunk 3"') and "TTT_BATCH_SIZE" in said[0]
     assert said[1].startswith("to go on: ") and len(said) == 2
-
-
-# --- devices and settings that cannot act
 
 
 def test_gpus_that_torch_does_not_see_are_a_fault(tmp_path, monkeypatch):
@@ -502,33 +177,124 @@ def test_gpus_that_torch_does_not_see_are_a_fault(tmp_path, monkeypatch):
     assert "TRAIN_BATCH_TOKENS=786,432 on a CPU" in tg.check_device(full, tg.World())
 
 
-@pytest.mark.parametrize("chunk, prefix", [(32, 4), (64, 4), (100, 9), (200, 14)])
-def test_steps_of_the_base_weights_are_foretold(s, monkeypatch, chunk, prefix):
-    s = tg.dataclasses.replace(s, global_ttt_chunk_tokens=chunk, phased_ttt_prefix_docs=prefix)
-    taken, val = [], tg.Validation(s)
-    monkeypatch.setattr(tg.PhasedTTT, "global_step", lambda *_: taken.append(1))
-    ttt = tg.PhasedTTT(s, tg.World(), tg.GPT(s), val)
-    starts, lengths = val.documents.start[:prefix], val.documents.length[:prefix]
-    booked = tg.Booked(np.concatenate([val.tokens[a:a + n] for a, n in zip(starts, lengths, strict=True)]))
-    ttt.global_phase(booked)
-    assert len(taken) == len(tg.phase_steps(s, len(booked.tokens)))
-    assert (chunk < s.eval_seq_len) == (not taken)
-
-
-def test_an_artifact_is_scored_on_the_text_of_its_run(lost, data):
-    """Another text, or other bytes behind the same tokens, would give another score without a word."""
-    folder = lost[0]
-    s = settings(DATA_PATH=data, ARTIFACT_DIR=folder, EVAL_ONLY_QUANTIZED_PATH=folder / tg.ARTIFACT_NAME)
-    run = tg.Run(s, tg.World())
-    try:
-        run.summary["val_fingerprint"] = "another"
-        with pytest.raises(tg.UserError, match="are not those of the run"):
-            tg.check_same_text(run, tg.Validation(s))
-    finally:
-        run.close()
-
-
 def test_screens_that_are_closed_end_nothing():
     for arguments in ("--help", "--check settings"):
         done = subprocess.run(f"{sys.executable} train_gpt.py {arguments} >&- 2>&-", shell=True, cwd=ROOT)
         assert done.returncode == 0
+
+
+# --- signals
+
+
+PATIENT = """
+import sys; sys.path.insert(0, '.'); import train_gpt as t
+t.rehearse = lambda *a: 0.0
+after = t.Progress.events
+def events(self, step, *rest):
+    after(self, step, *rest)
+    print('did', step, flush=True)
+t.Progress.events = events
+code = t.main([])
+sys.stdout.flush()
+t.os._exit(code)
+"""
+
+
+def test_a_signal_stops_training_after_the_step_and_a_lost_terminal_does_not(data, tmp_path):
+    env = environment(data, ARTIFACT_DIR=tmp_path, WARMUP_STEPS=0,
+                      TRAIN_LOG_EVERY=500, ITERATIONS=1_000_000)
+    process = subprocess.Popen([sys.executable, "-c", PATIENT], cwd=ROOT, env=env, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    next(line for line in process.stdout if line == "did 2\n")
+    process.send_signal(signal.SIGHUP)
+    next(line for line in process.stdout if line == "did 9\n")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 130 and "Traceback" not in err
+    last = [line for line in out.splitlines() if line.startswith("did ")][-1:]
+    step = int(last[0].split()[1]) if last else 9
+    assert f"training was stopped at step {step} by SIGINT" in err
+    facts = facts_of(tmp_path / tg.AVERAGE)
+    assert facts["stopped"] == f"stopped at step {step}" and facts["steps"] == step
+    assert not (tmp_path / "final_model.pt").exists() and not (tmp_path / tg.BALLAST).exists()
+
+
+def child(act):
+    """A process that listens to signals and acts: (its id, the pipe into which it says that it is ready)."""
+    ours, theirs = os.pipe()
+    if pid := os.fork():
+        os.close(theirs)
+        return pid, ours
+    code = 99
+    try:
+        signals = tg.Signals()
+        signals.install()
+        act(signals, lambda: os.write(theirs, b"!"))
+    except tg.Interrupted as stop:
+        code = stop.status
+    finally:
+        os._exit(code)
+
+
+def ends(act, *sent, until_the_end=0):
+    """The exit status of such a process after these signals; the last may be sent again and again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)      # a fork beside torch's threads
+        pid, ours = child(act)
+    os.read(ours, 1)
+    os.close(ours)
+    for number in sent:
+        os.kill(pid, number)
+        time.sleep(0.05)
+    while until_the_end:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        os.kill(pid, until_the_end)
+        time.sleep(0.1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_what_a_signal_does_outside_of_training_and_what_a_second_one_does():
+    def evaluation(signals, ready):
+        ready()
+        time.sleep(60)
+
+    def long_step(signals, ready):
+        with signals.held():
+            ready()
+            time.sleep(600)
+
+    def short_step(signals, ready):
+        with signals.held():
+            ready()
+            time.sleep(0.3)
+        time.sleep(60)
+
+    assert ends(evaluation, signal.SIGHUP, signal.SIGTERM) == 143
+    assert ends(short_step, signal.SIGINT, signal.SIGINT) == 130      # one request that came twice
+    begin = time.monotonic()
+    assert ends(long_step, signal.SIGTERM, until_the_end=signal.SIGINT) == 130
+    assert time.monotonic() - begin < 300
+
+
+def test_a_guard_around_a_report_does_not_swallow_an_interruption():
+    assert not issubclass(tg.Interrupted, Exception)
+
+
+# --- launchers
+
+
+@pytest.mark.parametrize("env, ranks", [
+    ({}, (0, 1, 0, 1)),
+    ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, (0, 1, 0, 1)),
+    ({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "a",
+      "MASTER_PORT": "29500"}, (9, 16, 1, 8)),
+])
+def test_what_launchers_say(env, ranks):
+    assert tg.launcher_ranks(env) == ranks
+
+
+def test_a_start_with_a_bad_launcher_ends_at_once(data):
+    status, shown = run_script(environment(data, RANK="abc", WORLD_SIZE=""))
+    assert status == 2 and shown.startswith("error: WORLD_SIZE= must be") and shown.count("\n") == 1
