@@ -177,6 +177,15 @@ def recorded():
 
 
 @pytest.fixture
+def runs(tmp_path) -> list[Path]:
+    """Three good runs, made up."""
+    from made_runs import make_run  # it imports this file
+
+    return [make_run(tmp_path / "runs" / f"s{seed}", seed, bpb)
+            for seed, bpb in ((42, 60), (0, 61), (1234, 62))]
+
+
+@pytest.fixture
 def s(data) -> tg.Settings:
     return settings(DATA_PATH=data, TOKENIZER_PATH=data / "tokenizer.model")
 
@@ -228,14 +237,24 @@ def run_here(env: dict, *args: str):
     return status, shown.getvalue()
 
 
-def events(folder: Path, kind: str) -> list[dict]:
-    """Every event of a kind; a line that is no strict JSON fails."""
+def strict(text: str):
+    """JSON without NaN; ValueError for anything else."""
     def refuse(word):
-        raise ValueError(word)
+        raise ValueError(f"{word} in JSON")
 
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    found = [json.loads(line, parse_constant=refuse) for line in lines]
-    return [event for event in found if event["event"] == kind]
+    return json.loads(text, parse_constant=refuse)
+
+
+def log_of(folder: Path) -> list[dict]:
+    """The events in a run's log; ValueError for a complete line that is no strict JSON."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [strict(line) for line in lines]
+
+
+def events(folder: Path, kind: str) -> list[dict]:
+    """Those of one kind."""
+    return [event for event in log_of(folder) if event["event"] == kind]
 
 
 def open_run(folder: Path, world=None, **changes) -> tg.Run:

@@ -1,4 +1,5 @@
 """Data tools: demo, building shards, their checks, fetching; small, on a CPU, without network."""
+
 import contextlib
 import gzip
 import json
@@ -15,15 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import settings, tg
+from conftest import ROOT, settings, tg
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from data import build, check, demo, fetch, shards, sources, tokens  # noqa: E402
-from data.build import Recipe  # noqa: E402
-from data.shards import BOS, DataError  # noqa: E402
-from data.variants import Variant  # noqa: E402
+from data import build, check, demo, fetch, shards, sources, tokens
+from data.build import Recipe
+from data.shards import BOS, DataError
+from data.variants import Variant
 
 ODD = ["", " ", "  two  spaces  ", "\n\n\ttabs\tand\nlines \n", "literal \u2581 sign\u2581\u2581 again",
        "\u2581", "NUL \0 inside", "\ue001 \ue004\ue002 operators", "<s> <unk> <0x41> </s>",

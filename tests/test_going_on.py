@@ -53,7 +53,7 @@ def test_all_that_a_killed_run_has_left_can_be_read(left):
 
 
 def test_it_goes_on_by_the_command_in_its_log(bench, killed):
-    command = faults.events_of(killed, "go_on")[-1]["command"]
+    command = events(killed, "go_on")[-1]["command"]
     assert faults.way_of(command) == "average" and "ITERATIONS=100000" in command
     job = bench.follow(command, "killed")
     assert job.wait(120) == 0, job.err

@@ -8,19 +8,16 @@ import contextlib
 import dataclasses
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, settings, sine_model, tg, write_shard
+from conftest import settings, sine_model, tg, write_shard
 
-sys.path.insert(0, str(ROOT))
-
-from data import build, shards  # noqa: E402
-from data import check as data_check  # noqa: E402
+from data import build, shards
+from data import check as data_check
 
 WINDOWS, SLIDING, TTT = "C1 windows", "C1 sliding windows", "C1 test-time training"
 WINDOWS_SUM, TTT_SUM = "C2 windows", "C2 test-time training"

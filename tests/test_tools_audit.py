@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from conftest import ROOT, settings, tg
+from made_runs import change
 
 from data import check as data_check
 from tools import audit
@@ -35,7 +36,7 @@ def finished(data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def packed():
+def packed_script():
     return tg.self_extracting(SOURCE.encode())
 
 
@@ -44,11 +45,6 @@ def run(finished, data, tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_PATH", str(data))
     monkeypatch.setenv("TOKENIZER_PATH", str(data / "tokenizer.model"))
     return shutil.copytree(finished, tmp_path / "run")
-
-
-def change(folder, **values):
-    path = folder / "summary.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def audited(folder, capsys, *args):
@@ -118,7 +114,7 @@ def test_a_mutant_fails_with_the_reason(run, name, capsys):
     lying = lying.replace("def run_checks(", "def run_probes(*a):\n    return []\n\n\ndef run_checks(", 1)
     script = run / "script.py"
     script.write_text(lying)
-    change(run, settings={**load_run(run).summary["settings"], **probed})
+    change(run, "summary", settings={**load_run(run).summary["settings"], **probed})
     status, printed, report = audited(run, capsys, script, "--read", "run_probes", "run_probes_unused")
     assert status == 1 and "FAIL: " in printed
     assert "| note | read by eye, says --read | run_probes, run_probes_unused |" in report
@@ -174,13 +170,13 @@ def test_a_mutant_that_leaves_no_trace_fails_by_its_script(name):
     assert row.ok is False and row.figure.startswith(f"{changed}: ") and "--read" in row.figure
 
 
-def test_the_script_as_it_is_passes_also_packed_and_with_other_comments(packed):
+def test_the_script_as_it_is_passes_also_packed_and_with_other_comments(packed_script):
     same = SOURCE.replace('    """Rows of', '    """Lines of') + "\n# a remark\n"
     lean = tg.lean(SOURCE.encode())
-    for source in (SOURCE.encode(), same.encode(), packed, lean, tg.self_extracting(lean)):
+    for source in (SOURCE.encode(), same.encode(), packed_script, lean, tg.self_extracting(lean)):
         row, = audit.script_rows(source, [])
         assert row.ok and "as in this repository's" in row.figure
-    worse = packed.replace(b"import lzma,linecache\n", b"import lzma,linecache,evil\n")
+    worse = packed_script.replace(b"import lzma,linecache\n", b"import lzma,linecache,evil\n")
     assert audit.script_rows(worse, [])[0].ok is False
 
 
@@ -221,7 +217,7 @@ def test_an_artifact_that_is_marked_fails_though_its_run_says_nothing(run, capsy
     header, streams = tg.artifact_from_bytes((run / ARTIFACT).read_bytes(), "the artifact")
     blob = tg.artifact_to_bytes({**header, "not_compliant": "it saw the answers"}, streams)
     (run / ARTIFACT).write_bytes(blob)
-    change(run, artifact_bytes=len(blob))
+    change(run, "summary", artifact_bytes=len(blob))
     status, printed, report = audited(run, capsys)
     assert status == 1 and "FAIL  the artifact calls itself compliant: it saw the answers" in printed
     assert printed.splitlines()[-1].startswith("FAIL: 1 of ") and "| **FAIL** | the artifact calls" in report
@@ -238,7 +234,7 @@ def test_an_artifact_that_is_marked_fails_though_its_run_says_nothing(run, capsy
     (dict(probes={"C1 windows": {"ok": False, "figure": "0.1"}}), "probes of the run itself")])
 def test_what_the_files_say(run, changes, row):
     assert all(c.ok is not False for c in files_only(run).values())
-    change(run, **changes)
+    change(run, "summary", **changes)
     assert files_only(run)[row].ok is False
 
 
@@ -246,7 +242,7 @@ def test_a_run_without_coverage_or_with_a_part_of_the_documents(run):
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [json.dumps(e) + "\n" for e in events if e["event"] != "coverage"]
     (run / "metrics.jsonl").write_text("".join(lines))
-    change(run, settings={**load_run(run).summary["settings"], "VAL_DOC_FRACTION": 0.5})
+    change(run, "summary", settings={**load_run(run).summary["settings"], "VAL_DOC_FRACTION": 0.5})
     rows = files_only(run)
     assert rows["every target scored once"].ok is False and rows["whole validation set"].ok is False
 
@@ -256,20 +252,21 @@ def test_an_artifact_over_the_limit(run, monkeypatch):
     assert files_only(run)["artifact + script"].ok is False
 
 
-def test_a_run_that_counted_the_packed_script_is_judged_by_it(run, packed, monkeypatch):
-    monkeypatch.setattr(audit, "script_in_form", lambda source, form: packed if form == "packed" else source)
-    change(run, code_form="packed")
+def test_a_run_that_counted_the_packed_script_is_judged_by_it(run, packed_script, monkeypatch):
+    forms = {"packed": packed_script, "readable": SOURCE.encode()}
+    monkeypatch.setattr(audit, "script_in_form", lambda source, form: forms[form])
+    change(run, "summary", code_form="packed")
     artifact, source = (run / ARTIFACT).stat().st_size, (ROOT / "train_gpt.py").stat().st_size
     monkeypatch.setattr(audit, "ARTIFACT_LIMIT", artifact + source // 2)
     check = files_only(run)["artifact + script"]
     assert check.ok and "(packed)" in check.figure
-    change(run, code_form="readable")
+    change(run, "summary", code_form="readable")
     assert files_only(run)["artifact + script"].ok is False
 
 
 def test_bytes_that_are_not_the_datas(run):
     said = load_run(run).summary
-    change(run, bytes_scored=said["bytes_scored"] + 7,
+    change(run, "summary", bytes_scored=said["bytes_scored"] + 7,
            val_bpb=said["val_bpb"] * said["bytes_scored"] / (said["bytes_scored"] + 7))
     rows = {c.what: c for c in audit.data_checks(tg, True, opened(run))}
     assert rows["bytes that the score divides by"].ok is False
@@ -307,7 +304,7 @@ def test_mistakes_are_one_line(run, tmp_path):
 
 
 def test_a_summary_without_settings(run):
-    change(run, settings=None)
+    change(run, "summary", settings=None)
     path = run / "summary.json"
     summary = json.loads(path.read_text())
     del summary["settings"]
