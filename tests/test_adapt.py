@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import settings, sine_model, tg
+from conftest import documents, settings, sine_model, tg
 
 EXACT = dict(ttt_kv_reuse=False, ttt_shared_a=False, ttt_optimizer="adam", ttt_doc_order="length")
 FORMS = dict(fast={}, exact=EXACT, suffix=dict(ttt_suffix=20, ttt_step_nats=0.3))
@@ -141,8 +141,7 @@ def test_several_steps_and_sgd(s):
 
 def test_learning_rate_of_the_base_weights():
     s = settings(GLOBAL_TTT_LR=0.1, GLOBAL_TTT_WARMUP_CHUNKS=2, GLOBAL_TTT_WARMUP_START_LR=0.01)
-    ttt = tg.PhasedTTT.__new__(tg.PhasedTTT)
-    ttt.s = s
+    ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation.of(documents(3, 0)))
     assert np.allclose([ttt.global_lr(c, 5) for c in range(5)], [0.01, 0.1, 0.1, 0.05, 0.0])
 
 

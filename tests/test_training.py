@@ -78,24 +78,54 @@ def test_a_step_that_is_not_finite_ends_training_and_is_named(data, tmp_path, mo
     tg.read_weights(str(tmp_path / tg.AVERAGE), tg.GPT(settings()))
 
 
-def test_flags_are_read_when_they_have_arrived():
-    class Arrival:
-        def __init__(self):
-            self.here = False
+class OnDevice(torch.Tensor):
+    """A number that says it is on a GPU."""
 
-        def query(self):
-            return self.here
+    is_cuda = True
 
-        def synchronize(self):
-            self.here = True
 
-    watch, arrivals = tg.FiniteWatch(), [Arrival() for _ in range(3)]
-    for step, good in enumerate((True, False, True), 1):
-        watch.flying.append((step, torch.tensor(good), arrivals[step - 1]))
-    assert watch.first_bad() == 0 and len(watch.flying) == 3
-    arrivals[0].here = True
-    assert watch.first_bad() == 0 and len(watch.flying) == 2
-    assert watch.first_bad(wait=True) == 2 == watch.first_bad()
+class Arrival:
+    """A GPU's event, which happens when a test says so."""
+
+    made = []
+
+    def record(self):
+        self.here = False
+        self.made.append(self)
+
+    def query(self):
+        return self.here
+
+    def synchronize(self):
+        self.here = True
+
+
+def watch_on_a_gpu(monkeypatch) -> tg.FiniteWatch:
+    empty = torch.empty
+    monkeypatch.setattr(tg.torch, "empty", lambda *shape, pin_memory, **more: empty(*shape, **more))
+    monkeypatch.setattr(tg.torch.cuda, "Event", Arrival)
+    monkeypatch.setattr(Arrival, "made", [])
+    return tg.FiniteWatch()
+
+
+def test_flags_are_read_when_they_have_arrived(monkeypatch):
+    watch = watch_on_a_gpu(monkeypatch)
+    one = torch.tensor(1.0).as_subclass(OnDevice)
+    for step, loss in enumerate((one, one, one * float("nan"), one), 1):
+        watch.record(step, loss, one)
+    assert watch.first_bad() == 0
+    for arrival in Arrival.made[1:]:
+        arrival.here = True
+    assert watch.first_bad() == 0             # the first is not here, and they are read in their order
+    Arrival.made[0].here = True
+    assert watch.first_bad() == 3
+
+
+def test_all_flags_are_waited_for_at_the_end(monkeypatch):
+    watch = watch_on_a_gpu(monkeypatch)
+    for step, loss in enumerate((1.0, float("inf")), 1):
+        watch.record(step, torch.tensor(loss).as_subclass(OnDevice), torch.tensor(1.0))
+    assert watch.first_bad() == 0 and watch.first_bad(wait=True) == 2 == watch.first_bad()
 
 
 # --- averages beside training
