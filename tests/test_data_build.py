@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, settings, tg
+from conftest import ROOT, contents, settings, tg
 
-from data import build, check, demo, fetch, shards, sources, tokens
+from data import build, check, fetch, shards, sources, tokens
 from data.build import Recipe
 from data.shards import BOS, DataError
 from data.variants import Variant
@@ -63,10 +63,6 @@ def built(jsonl, tmp_path_factory):
 @pytest.fixture
 def copy(built, tmp_path):
     return Path(shutil.copytree(built, tmp_path / "copy"))
-
-
-def contents(folder: Path) -> dict:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
 
 
 def all_documents(folder: Path, kind: str, model) -> list[str]:
@@ -612,38 +608,6 @@ def test_write_manifest(copy, capsys):
 # ----------------------------------------------------------------------------------------------------
 # Demo and fetch
 # ----------------------------------------------------------------------------------------------------
-def test_demo(tmp_path):
-    start = time.process_time()                     # not the clock: the machine may be busy
-    assert demo.make_demo(tmp_path / "demo", 400)
-    assert time.process_time() - start < 40
-    start = time.process_time()
-    assert not demo.make_demo(tmp_path / "demo", 400)
-    assert time.process_time() - start < 1
-    report = check.check(tmp_path / "demo")
-    assert not report.findings and report.counted_bytes == report.decodable_bytes <= 200_000
-    assert 0.01 < report.documents["val"] / report.documents["train"] < 0.1
-    assert [p.name for p in tmp_path.iterdir()] == ["demo"]
-
-
-def test_a_damaged_demo_is_made_again_and_equally(tmp_path, monkeypatch):
-    """Of a part of the library's files."""
-    some = demo.stdlib_files()[::6]
-    monkeypatch.setattr(demo, "stdlib_files", lambda: some)
-    assert demo.make_demo(tmp_path / "demo", 400)
-    first = contents(tmp_path / "demo")
-    os.truncate(tmp_path / "demo" / VAL0, 3000)
-    assert demo.make_demo(tmp_path / "demo", 400)
-    assert contents(tmp_path / "demo") == first
-    assert [p.name for p in tmp_path.iterdir()] == ["demo"]
-
-
-def test_demo_does_not_replace_other_folders(tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(DataError, match="not a demo folder"):
-        demo.make_demo(tmp_path / "mine")
-
-
 @pytest.fixture
 def hub(built, tmp_path, monkeypatch):
     """A folder laid out like a hub repository, with the built shards in it."""
