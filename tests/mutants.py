@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import sine_model, tg
 
 WINDOWS, SLIDING, TTT = "C1 windows", "C1 sliding windows", "C1 test-time training"
