@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -71,6 +72,10 @@ TABLES = dict(
 
 
 LANES = dict(PARALLEL_LANES="separate", PARALLEL_START_LAYER=2, SKIP_ROWS="physical")
+
+# Few layers: what is traced takes its time by the layer.
+FEW_LAYERS = dict(NUM_LAYERS=2, LOOP_START=0, LOOP_END=0, PARALLEL_START_LAYER=1, XSA_LAST_N=2,
+             TTT_BATCH_SIZE=8, TTT_SHORT_SCORE_FIRST_STEPS="32:8", TTT_LORA_LR=0.001)
 
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.env") if p.stem not in ("demo", "small"))
 
@@ -183,6 +188,36 @@ def runs(tmp_path) -> list[Path]:
 
     return [make_run(tmp_path / "runs" / f"s{seed}", seed, bpb)
             for seed, bpb in ((42, 60), (0, 61), (1234, 62))]
+
+
+def masked_attention(q, k, v, cu, longest):
+    """attend_plain's results without a loop over documents."""
+    if cu is None:
+        return tg.plain_rows(q, k, v)
+    rows = [x.flatten(0, 1)[None].transpose(1, 2) for x in (q, k, v)]
+    at = torch.arange(rows[0].size(2), dtype=cu.dtype)
+    document = torch.searchsorted(cu, at, right=True)
+    mask = (document[:, None] == document) & (at[:, None] >= at)
+    grouped = q.shape[2] != k.shape[2]
+    y = F.scaled_dot_product_attention(*rows, attn_mask=mask, enable_gqa=grouped)
+    return y.transpose(1, 2).reshape(q.shape)
+
+
+@pytest.fixture
+def tracing(monkeypatch):
+    """Compilation as on a GPU, by dynamo alone; yields the number of graphs made so far."""
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    tg.set_up(settings(), tg.World())
+    # it remembers what operators give, which costs more here than it saves
+    monkeypatch.setattr(torch._dynamo.config, "fake_tensor_cache_enabled", False)
+    monkeypatch.setitem(tg.BACKENDS, "plain", masked_attention)
+    monkeypatch.setattr(tg, "compiles", lambda s, device: s.compile != "0")
+    monkeypatch.setattr(tg, "compiled", lambda s, device, fn, **how: torch.compile(
+        fn, backend="eager", **how) if s.compile != "0" else fn)
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -338,7 +338,7 @@ def test_chunks_by_length_or_by_position():
 
 
 @every_form
-@pytest.mark.parametrize("at", [560, 680])
+@pytest.mark.parametrize("at", [560, pytest.param(680, marks=pytest.mark.long)])
 def test_where_later_documents_end_is_nothing_to_earlier_ones(s, at):
     """A BOS moves; computed in float64, as rows of other shapes add in another order. Earlier: all targets
     before the first place that differs, the last document's own beginning among them."""

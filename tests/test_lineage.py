@@ -136,6 +136,7 @@ def test_a_run_of_the_lean_script_is_the_run(cut, data, tmp_path):
     assert facts[0] == facts[1] and facts[0][2] == 2
 
 
+@pytest.mark.long      # the forms are counted above, and a run of the lean script counts its own
 def test_a_run_counts_the_form_of_the_script_that_it_names(data, tmp_path):
     few = dict(QUANTIZE_ONLY=1, TTT_ENABLED=0, ITERATIONS=1)
     status, output = run_script(environment(data, CODE_FORM="packed", ARTIFACT_DIR=tmp_path, **few))

@@ -537,7 +537,11 @@ class Log:
 
 @pytest.mark.parametrize(
     "changes, shares",
-    [(dict(), [0.7]), (dict(QUANT_TRELLIS=0), [0.5, 0.9, 1.1]), (dict(QUANT_ALLOCATION="hand"), [0.8, 1.1])],
+    [
+        (dict(), [0.7]),
+        pytest.param(dict(QUANT_TRELLIS=0), [0.5, 0.9, 1.1], marks=pytest.mark.long),
+        (dict(QUANT_ALLOCATION="hand"), [0.8, 1.1]),
+    ],
 )
 def test_the_fitter_lands_just_under_the_limit(monkeypatch, changes, shares):
     """At several limits: never over, at most FIT_MARGIN_BYTES under, or all codes at their finest."""

@@ -231,6 +231,7 @@ def test_weights_survive_a_crash_after_training(data, tmp_path, monkeypatch):
     assert status == 0 and "final val_bpb=" in text
 
 
+@pytest.mark.long      # test_tools_run.py scores by a packed script
 def test_the_self_extracting_script_is_the_script(finished, data, tmp_path):
     folder, _ = finished
     source = (ROOT / "train_gpt.py").read_bytes()
