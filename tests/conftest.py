@@ -1,4 +1,5 @@
-"""What the tests share: a tiny model's settings, made-up shards, and the script run as a user would."""
+"""What the tests share: a tiny model's settings, made-up shards, the script run as a user would, and
+readers of what it leaves."""
 
 import contextlib
 import io
@@ -78,6 +79,9 @@ FEW_LAYERS = dict(NUM_LAYERS=2, LOOP_START=0, LOOP_END=0, PARALLEL_START_LAYER=1
              TTT_BATCH_SIZE=8, TTT_SHORT_SCORE_FIRST_STEPS="32:8", TTT_LORA_LR=0.001)
 
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.env") if p.stem not in ("demo", "small"))
+
+
+# --- settings, models and made-up data
 
 
 def load_config(*names: str) -> dict:
@@ -169,6 +173,9 @@ def write_manifest(folder: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+# --- fixtures
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
@@ -190,39 +197,12 @@ def runs(tmp_path) -> list[Path]:
             for seed, bpb in ((42, 60), (0, 61), (1234, 62))]
 
 
-def masked_attention(q, k, v, cu, longest):
-    """attend_plain's results without a loop over documents."""
-    if cu is None:
-        return tg.plain_rows(q, k, v)
-    rows = [x.flatten(0, 1)[None].transpose(1, 2) for x in (q, k, v)]
-    at = torch.arange(rows[0].size(2), dtype=cu.dtype)
-    document = torch.searchsorted(cu, at, right=True)
-    mask = (document[:, None] == document) & (at[:, None] >= at)
-    grouped = q.shape[2] != k.shape[2]
-    y = F.scaled_dot_product_attention(*rows, attn_mask=mask, enable_gqa=grouped)
-    return y.transpose(1, 2).reshape(q.shape)
-
-
-@pytest.fixture
-def tracing(monkeypatch):
-    """Compilation as on a GPU, by dynamo alone; yields the number of graphs made so far."""
-    counters = torch._dynamo.utils.counters
-    torch._dynamo.reset()
-    counters.clear()
-    tg.set_up(settings(), tg.World())
-    # it remembers what operators give, which costs more here than it saves
-    monkeypatch.setattr(torch._dynamo.config, "fake_tensor_cache_enabled", False)
-    monkeypatch.setitem(tg.BACKENDS, "plain", masked_attention)
-    monkeypatch.setattr(tg, "compiles", lambda s, device: s.compile != "0")
-    monkeypatch.setattr(tg, "compiled", lambda s, device, fn, **how: torch.compile(
-        fn, backend="eager", **how) if s.compile != "0" else fn)
-    yield lambda: counters["stats"]["unique_graphs"]
-    torch._dynamo.reset()
-
-
 @pytest.fixture
 def s(data) -> tg.Settings:
     return settings(DATA_PATH=data, TOKENIZER_PATH=data / "tokenizer.model")
+
+
+# --- runs, and what they leave
 
 
 def environment(data: Path, **changes) -> dict:
@@ -310,4 +290,38 @@ def free_port() -> int:
 
 
 def contents(folder: Path) -> dict:
+    """Name and bytes of a folder's files."""
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+# --- compilation as on a GPU
+
+
+def masked_attention(q, k, v, cu, longest):
+    """attend_plain's results without a loop over documents."""
+    if cu is None:
+        return tg.plain_rows(q, k, v)
+    rows = [x.flatten(0, 1)[None].transpose(1, 2) for x in (q, k, v)]
+    at = torch.arange(rows[0].size(2), dtype=cu.dtype)
+    document = torch.searchsorted(cu, at, right=True)
+    mask = (document[:, None] == document) & (at[:, None] >= at)
+    grouped = q.shape[2] != k.shape[2]
+    y = F.scaled_dot_product_attention(*rows, attn_mask=mask, enable_gqa=grouped)
+    return y.transpose(1, 2).reshape(q.shape)
+
+
+@pytest.fixture
+def tracing(monkeypatch):
+    """Compilation as on a GPU, by dynamo alone; yields the number of graphs made so far."""
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    tg.set_up(settings(), tg.World())
+    # it remembers what operators give, which costs more here than it saves
+    monkeypatch.setattr(torch._dynamo.config, "fake_tensor_cache_enabled", False)
+    monkeypatch.setitem(tg.BACKENDS, "plain", masked_attention)
+    monkeypatch.setattr(tg, "compiles", lambda s, device: s.compile != "0")
+    monkeypatch.setattr(tg, "compiled", lambda s, device, fn, **how: torch.compile(
+        fn, backend="eager", **how) if s.compile != "0" else fn)
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
