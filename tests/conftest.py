@@ -173,7 +173,15 @@ def write_manifest(folder: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-# --- fixtures
+# --- order and fixtures
+
+# The longest begin: at the end no worker waits for another's last file.
+FIRST = ("test_parity.py", "test_story.py", "test_ranks.py", "test_tools_audit.py", "test_probes_adapting.py",
+         "test_compile_scoring.py", "test_adapt.py", "test_probes.py", "test_compile.py")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
 @pytest.fixture(scope="session")
