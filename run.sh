@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ./run.sh         set up, then run the main job: the full configuration where GPUs and FineWeb shards are, else the demo
-# ./run.sh test    set up, then pass the tests
+# ./run.sh test    set up, then pass the tests; ./run.sh test quick passes those of tests/quick.txt
 # ./run.sh doctor  set up, then say whether this machine will complete a run
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -80,6 +80,10 @@ use_demo() {
 case "${1:-}" in
 test)
     install requirements.txt data/requirements.txt tools/requirements.txt requirements-dev.txt
+    if [ "${2:-}" = quick ]; then
+        # shellcheck disable=SC2046
+        exec "$PYTHON" -m pytest $(grep '^tests/' tests/quick.txt) "${@:3}"
+    fi
     exec "$PYTHON" -m pytest "${@:2}"
     ;;
 doctor)

@@ -1,7 +1,11 @@
-"""What the tests share: a tiny model's settings, made-up shards, and the script run as a user would."""
+"""What the tests share: a tiny model's settings, made-up shards, the script run as a user would, and
+readers of what it leaves."""
 
+import contextlib
+import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -61,7 +66,22 @@ TINY = dict(
 )
 
 
+# Mechanisms of the published systems that are off by default.
+TABLES = dict(
+    BIGRAM_VOCAB_SIZE=50, BIGRAM_DIM=12, VE_ENABLED=1, VE_DIM=10, VE_LAYERS="1,3", SMEAR_GATE_KIND="channels"
+)
+
+
+LANES = dict(PARALLEL_LANES="separate", PARALLEL_START_LAYER=2, SKIP_ROWS="physical")
+
+# Few layers: what is traced takes its time by the layer.
+FEW_LAYERS = dict(NUM_LAYERS=2, LOOP_START=0, LOOP_END=0, PARALLEL_START_LAYER=1, XSA_LAST_N=2,
+             TTT_BATCH_SIZE=8, TTT_SHORT_SCORE_FIRST_STEPS="32:8", TTT_LORA_LR=0.001)
+
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.env") if p.stem not in ("demo", "small"))
+
+
+# --- settings, models and made-up data
 
 
 def load_config(*names: str) -> dict:
@@ -88,6 +108,11 @@ def sine_model(s: tg.Settings) -> tg.GPT:
             )
             p.copy_(wave * (0.5 if p.dim() < 3 else p.shape[-1] ** -0.5))
     return model
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Drawn tokens, none of which begins a document."""
+    return torch.randint(4, 300, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def documents(count: int, seed: int, vocab: int = 300, lo: int = 5, hi: int = 150) -> np.ndarray:
@@ -148,6 +173,17 @@ def write_manifest(folder: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+# --- order and fixtures
+
+# The longest begin: at the end no worker waits for another's last file.
+FIRST = ("test_parity.py", "test_story.py", "test_ranks.py", "test_tools_audit.py", "test_probes_adapting.py",
+         "test_compile_scoring.py", "test_adapt.py", "test_probes.py", "test_compile.py")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
@@ -161,8 +197,20 @@ def recorded():
 
 
 @pytest.fixture
+def runs(tmp_path) -> list[Path]:
+    """Three good runs, made up."""
+    from made_runs import make_run  # it imports this file
+
+    return [make_run(tmp_path / "runs" / f"s{seed}", seed, bpb)
+            for seed, bpb in ((42, 60), (0, 61), (1234, 62))]
+
+
+@pytest.fixture
 def s(data) -> tg.Settings:
     return settings(DATA_PATH=data, TOKENIZER_PATH=data / "tokenizer.model")
+
+
+# --- runs, and what they leave
 
 
 def environment(data: Path, **changes) -> dict:
@@ -196,3 +244,92 @@ def run_script(
 
 def summary(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text())
+
+
+def run_here(env: dict, *args: str):
+    """What run_script gives, from main in this process: the start of another takes seconds."""
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as screens:
+        for name in set(os.environ) - set(env):
+            patch.delenv(name)
+        for name, value in env.items():
+            patch.setenv(name, value)
+        screens.enter_context(contextlib.redirect_stdout(shown))
+        screens.enter_context(contextlib.redirect_stderr(shown))
+        status = tg.main(args)
+    return status, shown.getvalue()
+
+
+def strict(text: str):
+    """JSON without NaN; ValueError for anything else."""
+    def refuse(word):
+        raise ValueError(f"{word} in JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def log_of(folder: Path) -> list[dict]:
+    """The events in a run's log; ValueError for a complete line that is no strict JSON."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [strict(line) for line in lines]
+
+
+def events(folder: Path, kind: str) -> list[dict]:
+    """Those of one kind."""
+    return [event for event in log_of(folder) if event["event"] == kind]
+
+
+def open_run(folder: Path, world=None, **changes) -> tg.Run:
+    """A run in a folder, with the tiny settings."""
+    return tg.Run(settings(ARTIFACT_DIR=folder, **changes), world or tg.World())
+
+
+def facts_of(path: Path) -> dict:
+    """What a file of weights says of its training."""
+    return torch.load(path, weights_only=True)["facts"]
+
+
+def free_port() -> int:
+    """A port that nobody listens to."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def contents(folder: Path) -> dict:
+    """Name and bytes of a folder's files."""
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+# --- compilation as on a GPU
+
+
+def masked_attention(q, k, v, cu, longest):
+    """attend_plain's results without a loop over documents."""
+    if cu is None:
+        return tg.plain_rows(q, k, v)
+    rows = [x.flatten(0, 1)[None].transpose(1, 2) for x in (q, k, v)]
+    at = torch.arange(rows[0].size(2), dtype=cu.dtype)
+    document = torch.searchsorted(cu, at, right=True)
+    mask = (document[:, None] == document) & (at[:, None] >= at)
+    grouped = q.shape[2] != k.shape[2]
+    y = F.scaled_dot_product_attention(*rows, attn_mask=mask, enable_gqa=grouped)
+    return y.transpose(1, 2).reshape(q.shape)
+
+
+@pytest.fixture
+def tracing(monkeypatch):
+    """Compilation as on a GPU, by dynamo alone; yields the number of graphs made so far."""
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    tg.set_up(settings(), tg.World())
+    # it remembers what operators give, which costs more here than it saves
+    monkeypatch.setattr(torch._dynamo.config, "fake_tensor_cache_enabled", False)
+    monkeypatch.setitem(tg.BACKENDS, "plain", masked_attention)
+    monkeypatch.setattr(tg, "compiles", lambda s, device: s.compile != "0")
+    monkeypatch.setattr(tg, "compiled", lambda s, device, fn, **how: torch.compile(
+        fn, backend="eager", **how) if s.compile != "0" else fn)
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()

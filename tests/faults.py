@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
 import os
 import platform
 import random
@@ -36,7 +35,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from conftest import ROOT, environment, make_data, settings, summary, tg  # noqa: E402
+from conftest import ROOT, environment, events, log_of, make_data, settings, strict, summary, tg  # noqa: E402
 
 SCRIPT = ROOT / "train_gpt.py"
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -213,7 +212,7 @@ class Job:
 
     def wait_for(self, event: str) -> None:
         """Until the log tells of an event, or the run ends."""
-        while self.runs() and not events_of(self.folder, event):
+        while self.runs() and not events(self.folder, event):
             time.sleep(0.02)
 
     def wait_for_step(self, step: int) -> None:
@@ -261,28 +260,9 @@ def wait_for_end(pids: list[int], seconds: float) -> list[int]:
 # --- what a run leaves
 
 
-def strict(text: str):
-    """JSON without NaN; ValueError for anything else."""
-    def refuse(word):
-        raise ValueError(f"{word} in JSON")
-
-    return json.loads(text, parse_constant=refuse)
-
-
-def log_of(folder: Path) -> list[dict]:
-    """The events in a run's log; ValueError for a complete line that is no strict JSON."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [strict(line) for line in lines]
-
-
-def events_of(folder: Path, event: str) -> list[dict]:
-    return [e for e in log_of(folder) if e["event"] == event]
-
-
 def steps_of(folder: Path) -> int:
     """Steps that the log tells of."""
-    return max((e["step"] for e in events_of(folder, "train")), default=0)
+    return max((e["step"] for e in events(folder, "train")), default=0)
 
 
 def read_file(path: Path) -> None:
@@ -337,8 +317,8 @@ PROGRESS = {      # the last thing that a log tells of, and what the run does th
 
 def doing(folder: Path) -> str:
     """How far the log of a run got."""
-    events = {e["event"] for e in log_of(folder)}
-    found = [where for event, where in PROGRESS.items() if event in events]
+    logged = {e["event"] for e in log_of(folder)}
+    found = [where for event, where in PROGRESS.items() if event in logged]
     where = found[0] if found else "before its log"
     return f"{where}, step {steps_of(folder)}" if where == "in training" else where
 
@@ -368,7 +348,7 @@ def next_command(job: Job, start: str) -> str:
     """The command to go on: the one on the screen, else the last in the log; `start` if there
     is none yet."""
     shown = [line for line in job.err.splitlines() if line.startswith("to go on: ")]
-    logged = events_of(job.folder, "go_on")
+    logged = events(job.folder, "go_on")
     if shown:
         return shown[-1].removeprefix("to go on: ")
     return logged[-1]["command"] if logged else start
@@ -498,7 +478,7 @@ def resume(bench: Bench, case: Case) -> Outcome:
     if status := again.wait(PATIENCE):
         result.faults.append(f"status {status}: {again.err.strip()[-600:]}")
         return result
-    result.went_on = f"step {events_of(job.folder, 'resume')[0]['step']}"
+    result.went_on = f"step {events(job.folder, 'resume')[0]['step']}"
     here, there = summary(job.folder), bench.whole[case.ranks][1]
     for key in SAME:
         if here[key] is None or here[key] != there[key]:

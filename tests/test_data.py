@@ -1,689 +1,407 @@
-"""Data tools: demo, building shards, their checks, fetching; small, on a CPU, without network."""
-import contextlib
-import gzip
+"""Data: shards, training streams, validation documents, bytes per token, the folder and its manifest."""
+
+import io
 import json
-import lzma
 import os
-import re
 import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import settings, tg
+import torch
+from conftest import documents, make_data, settings, tg, write_manifest, write_shard
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from data import build, check, demo, fetch, shards, sources, tokens  # noqa: E402
-from data.build import Recipe  # noqa: E402
-from data.shards import BOS, DataError  # noqa: E402
-from data.variants import Variant  # noqa: E402
-
-ODD = ["", " ", "  two  spaces  ", "\n\n\ttabs\tand\nlines \n", "literal \u2581 sign\u2581\u2581 again",
-       "\u2581", "NUL \0 inside", "\ue001 \ue004\ue002 operators", "<s> <unk> <0x41> </s>",
-       "Ünïcödé 中文字 العربية \U0001f600",
-       "e\u0301 \ufb01 \uff21 \u200b\u3000\u00a0", "The HTTP of McDonald's iPhone"]
-
-
-def words(seed: int, count: int) -> str:
-    """Made-up English-like text that is the same everywhere."""
-    rng = np.random.default_rng(seed)
-    stock = ("The river and a House of NASA were quiet; people, however, said nothing to McDonald about 1984 "
-             "or \"why\" Zoë's café (near Main Street) had closed again.\n\nIt was late").split(" ")
-    return " ".join(stock[i] for i in rng.integers(0, len(stock), count))
-
-
-def corpus() -> list[str]:
-    """Documents with everything in them that has ever caused trouble."""
-    return [words(i, 40 + i % 60) for i in range(150)] + [t for t in ODD if t]
-
-
-@pytest.fixture(scope="module")
-def jsonl(tmp_path_factory):
-    path = tmp_path_factory.mktemp("corpus") / "docs.jsonl"
-    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in corpus()))
-    return path
-
-
-SMALL = {"vocab": 340, "val_share": 0.2, "shard_tokens": 4000}
-
-
-@pytest.fixture(scope="module")
-def built(jsonl, tmp_path_factory):
-    """A folder of good shards (do not change it; see `copy`)."""
-    out = tmp_path_factory.mktemp("built") / "out"
-    build.build([jsonl], out, Recipe(**SMALL), report=lambda *_: None)
-    return out
+from data import check
 
 
 @pytest.fixture
-def copy(built, tmp_path):
-    return Path(shutil.copytree(built, tmp_path / "copy"))
-
-
-def contents(folder: Path) -> dict:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
-
-
-def all_documents(folder: Path, kind: str, model) -> list[str]:
-    found = []
-    for path in shards.list_shards(folder, kind):
-        found += [model.decode(d) for d in check.documents(shards.read_shard(path))]
-    return found
-
-
-# ----------------------------------------------------------------------------------------------------
-# Tokenizers
-# ----------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module", params=["plain", "caseops", "byte"])
-def model(request):
-    if request.param == "byte":
-        return tokens.Tokenizer(tokens.byte_model())
-    return tokens.Tokenizer(tokens.train_bpe(corpus(), 340, request.param == "caseops"))
-
-
-def test_own_tokenizers_are_lossless_and_count_every_byte(model):
-    assert model.lossless
-    texts = corpus() + ODD
-    ids, counts, lengths = model.encode(texts)
-    at = 0
-    for text, n in zip(texts, lengths.tolist(), strict=True):
-        assert ids[at] == BOS and counts[at] == 0
-        assert model.decode(ids[at:at + n]) == text
-        assert int(counts[at:at + n].sum()) == len(text.encode()) == model.decodable_bytes(ids[at:at + n])
-        at += n
-    assert at == ids.size == counts.size
-    again = tokens.Tokenizer(model.model if hasattr(model, "model") else model.spm.serialized_model_proto())
-    if again.kind != "byte":                       # a cache that forgets everything gives the same
-        again.words.limits = 5, 50
-        parts = [again.encode([t]) for t in texts]
-        assert np.array_equal(np.concatenate([p[0] for p in parts]), ids)
-
-
-def test_words_apart_equal_the_library_on_whole_texts(model):
-    if model.kind == "byte":
-        pytest.skip("no words")
-    from data import caseops
-    for text in corpus() + ODD:
-        if "\u2581" in text:
-            continue                               # the library takes it for a space
-        whole = caseops.encode(text) if model.kind == "caseops" else text
-        assert model.encode([text])[0].tolist() == [BOS] + model.spm.encode(whole)
-
-
-def test_lossless_on_arbitrary_text(model):
-    hypothesis = pytest.importorskip("hypothesis")
-
-    @hypothesis.settings(max_examples=150, deadline=None)
-    @hypothesis.given(hypothesis.strategies.text(max_size=40))
-    def property_holds(text):
-        ids, counts, _ = model.encode([text])
-        assert model.decode(ids) == text
-        assert int(counts.sum()) == len(text.encode())
-
-    property_holds()
-
-
-def test_vocabulary_bounds():
-    for size in (256, 20_000):
-        with pytest.raises(DataError, match=f"{size}.*must be 272..16384"):
-            tokens.train_bpe(["text"], size)
-    with pytest.raises(DataError, match="too little text"):
-        tokens.train_bpe(["a b c"], 4096)
-
-
-def test_published_caseops_sidecar_is_reproduced(recorded):
-    folder = recorded("caseops")
-    fixture = json.loads(folder.texts["sidecar"])
-    arrays = {name: x.numpy() for name, x in folder.arrays("sidecar").items()}
-    texts = [d["text"] for d in fixture["docs"]]
-    raw = (folder.path / fixture["model"]).read_bytes()
-    ids, counts, lengths = tokens.Tokenizer(raw, field_rule=True).encode(texts)
-    assert np.array_equal(ids, arrays["tokens"]) and np.array_equal(counts, arrays["bytes"])
-    assert np.array_equal(np.cumsum(lengths), arrays["offsets"][1:])
-    model = tokens.Tokenizer(raw)
-    assert not model.lossless and model.kind == "caseops"
-    parts = np.split(ids, arrays["offsets"][1:-1])
-    assert sum(map(model.decodable_bytes, parts)) == fixture["totals"]["decoded"]
-    for text, part in zip(texts, parts, strict=True):        # by default every byte counts
-        if part.size > 1:
-            assert int(model.encode([text])[1].sum()) == len(text.encode())
-
-
-@pytest.mark.parametrize("name", ["small_nfkc", "small_identity"])
-def test_byte_rule_fixtures(name, recorded):
-    folder = recorded("bpb")
-    fixture = json.loads(folder.texts[name])
-    model = tokens.Tokenizer((folder.path / f"{name}.model").read_bytes())
-    assert model.lossless == (name == "small_identity")
-    ids, counts, _ = model.encode([t["text"] for t in fixture["texts"]])
-    assert np.array_equal(ids, folder.arrays(name)["ids"])
-    if model.lossless:
-        assert int(counts.sum()) == sum(t["utf8"] for t in fixture["texts"])
-
-
-def test_published_shards_are_read(recorded):
-    path = recorded("caseops").path
-    ids = shards.read_shard(path / "fineweb_val_000000.bin")
-    values = shards.read_shard(path / "fineweb_val_bytes_000000.bin")
-    assert ids.size == values.size and not values[ids == BOS].any() and (ids == BOS).sum() == 30
-
-
-# ----------------------------------------------------------------------------------------------------
-# Building
-# ----------------------------------------------------------------------------------------------------
-def test_nothing_is_lost_and_sides_are_apart(built):
-    manifest = shards.read_manifest(built)
-    model = tokens.Tokenizer((built / "tokenizer.model").read_bytes())
-    found = {kind: all_documents(built, kind, model) for kind in ("train", "val")}
-    assert sorted(found["train"] + found["val"]) == sorted(corpus())
-    assert not set(found["train"]) & set(found["val"])
-    for kind, texts in found.items():
-        mine = [f for f in manifest["files"] if f["kind"] == kind]
-        assert sum(f["text_bytes"] for f in mine) == sum(len(t.encode()) for t in texts)
-        assert sum(f["documents"] for f in mine) == len(texts)
-        stored = np.fromfile(built / f"document_hashes_{kind}.bin", "<u8").tolist()
-        assert stored == [shards.text_hash(t.encode()) for t in texts]
-        assert mine[0]["first_document"] == shards.hex_hash(stored[0])
-    assert len(shards.list_shards(built, "train")) > 2
-    for path in shards.list_shards(built, "train"):
-        ids = shards.read_shard(path)
-        assert ids[0] == BOS and ids.size <= 4000
-    assert not (built / ".build").exists()
-    assert not check.check(built).findings
-
-
-@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.xz", ".jsonl.gz", ".jsonl.zst", ".parquet", "folder"])
-def test_every_input_format_gives_the_same_shards(ending, built, tmp_path):
-    texts = corpus()
-    lines = "".join(json.dumps({"text": t}) + "\n" for t in texts).encode()
-    path = tmp_path / f"docs{ending}"
-    if ending == "folder":
-        path = tmp_path / "texts"
-        path.mkdir()
-        for i, text in enumerate(texts):
-            (path / f"{i:04d}.txt").write_bytes(text.encode())
-    elif ending == ".parquet":
-        pa = pytest.importorskip("pyarrow")
-        parquet = pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(pa.table({"text": texts, "other": list(range(len(texts)))}), path)
-    else:
-        if ending.endswith("zst"):
-            lines = pytest.importorskip("zstandard").ZstdCompressor().compress(lines)
-        pack = {".jsonl.xz": lzma.compress, ".jsonl.gz": gzip.compress}.get(ending, bytes)
-        path.write_bytes(pack(lines))
-    build.build([path], tmp_path / "out", Recipe(**SMALL), report=lambda *_: None)
-    first, second = contents(built), contents(tmp_path / "out")
-    del first["manifest.json"], second["manifest.json"]
-    assert first == second
-
-
-def test_workers_and_batches_do_not_change_the_output(built, jsonl, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BATCH_BYTES", 5000)
-    build.build([jsonl], tmp_path / "out", Recipe(**SMALL), workers=2, report=lambda *_: None)
-    assert contents(tmp_path / "out") == contents(built)
-
-
-def test_going_on_after_every_possible_stop(built, jsonl, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BATCH_BYTES", 9000)
-    out, add, limit = tmp_path / "out", build.Output.add, 0
-
-    def stop_after(self, part):
-        add(self, part)
-        if self.counts["batches"] > limit:
-            raise RuntimeError("stopped")
-
-    monkeypatch.setattr(build.Output, "add", stop_after)
-    while not (out / "manifest.json").exists():
-        limit += 1                                  # every attempt comes one batch further
-        try:
-            build.build([jsonl], out, Recipe(**SMALL), report=lambda *_: None, pause=-1)
-        except RuntimeError:
-            assert limit < 50
-            assert not any(out.glob("*.bin"))
-    assert limit > 5 and contents(out) == contents(built)
-
-
-def environment(process: Path) -> bytes:
-    """Environment of a running process, b"" if it is gone or another user's."""
-    try:
-        return (process / "environ").read_bytes()
-    except OSError:
-        return b""
-
-
-def test_kill_and_restart_by_command(built, jsonl, tmp_path):
-    command = [sys.executable, str(ROOT / "data/build.py"), str(jsonl), "--out", str(tmp_path / "out"),
-               *"--vocab 340 --val-share 0.2 --shard-tokens 4000 --workers 2 --snapshot-seconds 0".split()]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "DATA_TEST_MARK": str(tmp_path)})
-    deadline = time.time() + 30
-    while process.poll() is None and time.time() < deadline:
-        if list(tmp_path.glob("out/.build/tokenizer*")):
-            break
-        time.sleep(0.01)
-    time.sleep(0.3)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    listing, mark = Path("/proc"), str(tmp_path).encode()
-    deadline = time.time() + 60                     # orphaned workers notice within a second, or never were
-    while orphans := [p for p in listing.glob("[0-9]*") if mark in environment(p)]:
-        assert time.time() < deadline, orphans
-        time.sleep(0.1)
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "out") == contents(built)
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0 and "complete already" in again.stdout
-
-
-def test_first_documents_split_drops_training_copies(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "VAL_DOCS", 20)
-    texts = corpus()
-    path = tmp_path / "docs.jsonl"
-    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts + texts[:3]))
-    manifest = build.build([path], tmp_path / "out", Recipe(vocab=340, split="first"), report=lambda *_: None)
-    model = tokens.Tokenizer((tmp_path / "out/tokenizer.model").read_bytes())
-    assert all_documents(tmp_path / "out", "val", model) == texts[:20]
-    assert all_documents(tmp_path / "out", "train", model) == texts[20:]
-    assert manifest["source"]["duplicates_of_validation"] == 3
-    assert not check.check(tmp_path / "out").findings
-
-
-@pytest.mark.parametrize("line, message", [
-    (b"{not json}", "docs.jsonl, line 2: not JSON"), (b'{"body": "x"}', "no string 'text'.*--text-field"),
-    (b'{"text": "\xff"}', "line 2: .*--invalid replace"),
-    (b'{"text": "\\ud800"}', "line 2: .*--invalid replace"),
-    (b"[1]", "no string 'text'")])
-def test_bad_documents(line, message, tmp_path):
-    path = tmp_path / "docs.jsonl"
-    path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
-    with pytest.raises(DataError, match=message):
-        build.build([path], tmp_path / "out", Recipe(bytes=True), report=lambda *_: None)
-
-
-def parquet_of(path: Path, arrays: dict) -> None:
-    """A Parquet file of these pyarrow arrays."""
-    pa = pytest.importorskip("pyarrow")
-    pytest.importorskip("pyarrow.parquet").write_table(pa.table(arrays), path)
-
-
-@pytest.mark.parametrize("unit, zone", [("s", None), ("us", "Nowhere/Atall"), ("ms", "UTC")])
-def test_a_column_of_times_is_refused_in_one_line(unit, zone, tmp_path):
-    pa = pytest.importorskip("pyarrow")
-    far = 2 ** 60                                   # beyond the last year of Python's dates
-    parquet_of(tmp_path / "times.parquet", {"text": pa.array([far], pa.timestamp(unit, zone))})
-    with pytest.raises(DataError, match="times.parquet: column 'text' holds timestamp.*--text-field"):
-        build.build([tmp_path], tmp_path / "out", Recipe(bytes=True), report=lambda *_: None)
-    assert not (tmp_path / "out").exists()
-
-
-def test_every_type_of_text_column_is_read(tmp_path):
-    pa = pytest.importorskip("pyarrow")
-    texts = [f"text {i}" for i in range(40)]
-    kinds = [pa.string(), pa.large_string(), pa.binary(), pa.large_binary()]
-    columns = [pa.array(texts, kind) for kind in kinds] + [pa.array(texts).dictionary_encode()]
-    for i, column in enumerate(columns):
-        parquet_of(tmp_path / f"{i}.parquet", {"text": column})
-    recipe = Recipe(bytes=True, val_share=0.3)
-    manifest = build.build([tmp_path], tmp_path / "out", recipe, report=lambda *_: None)
-    assert manifest["source"]["documents"] == len(columns) * len(texts)
-
-
-@pytest.mark.parametrize("value", ["nan", "1e400", "-1", "0", "much"])
-def test_megabytes_for_the_tokenizer_are_bounded(value, tmp_path):
-    with pytest.raises(DataError, match=f"--tokenizer-mb {value}: must be .* above 0, at most 1,000,000"):
-        build.main([str(tmp_path), "--out", str(tmp_path / "out"), f"--tokenizer-mb={value}"])
-
-
-def test_a_long_error_is_one_bounded_line(tmp_path):
-    path = tmp_path / "docs.jsonl"
-    path.write_text(json.dumps({"\x1b[2J\n" + 100_000 * "k": 1}) + "\n")
-    with pytest.raises(DataError) as caught:
-        build.main([str(path), "--out", str(tmp_path / "out"), "--bytes", "--workers", "1"])
-    said = str(caught.value)
-    assert said.isprintable() and len("error: " + said) <= 480
-    assert "line 1: no string 'text'" in said and said.endswith("name the field with --text-field")
-    assert build.one_line("a\x1b[2J\nb") == "a\\x1b[2J\\nb"
-    assert len(build.one_line(10_000 * "\0")) <= 473
-
-
-def test_invalid_characters_are_replaced_on_request(tmp_path):
-    path = tmp_path / "docs.jsonl"
-    path.write_bytes(b"".join(b'{"text": "n%d \xff \\ud83d"}\n' % i for i in range(50)))
-    recipe = Recipe(bytes=True, replace=True, val_share=0.3)
-    manifest = build.build([path], tmp_path / "out", recipe, report=print)
-    assert manifest["source"]["repaired"] == 50
-    texts = all_documents(tmp_path / "out", "val", tokens.Tokenizer(tokens.byte_model()))
-    assert texts and all(t.endswith("\ufffd \ufffd") for t in texts)
-
-
-def test_truncated_archive_is_an_error(tmp_path):
-    path = tmp_path / "docs.jsonl.xz"
-    path.write_bytes(lzma.compress(b'{"text": "good"}\n' * 1000)[:-20])
-    with pytest.raises(DataError, match="docs.jsonl.xz: damaged"):
-        build.build([path], tmp_path / "out", Recipe(bytes=True), report=lambda *_: None)
-
-
-def test_command_line_errors_are_one_line(tmp_path, built):
-    for arguments in (["build.py", str(tmp_path / "none"), "--out", str(tmp_path / "o")],
-                      ["build.py", str(tmp_path), "--out", str(tmp_path / "o")],
-                      ["build.py", str(ROOT / "data/README.md"), "--out", str(built)],
-                      ["fetch.py", "sp8193"], ["fetch.py", "byte260"],
-                      ["fetch.py", "sp1024", "--hub", str(tmp_path / "none"), "--out", str(tmp_path / "f")]):
-        done = subprocess.run([sys.executable, str(ROOT / "data" / arguments[0]), *arguments[1:]],
-                              capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 2, done
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done
-
-
-# ----------------------------------------------------------------------------------------------------
-# Checking: every fault is found, by name and place
-# ----------------------------------------------------------------------------------------------------
-def rewrite(path: Path, change) -> None:
-    """Write a shard again with changed values (and a right header)."""
-    values = np.array(shards.read_shard(path))
-    shards.write_shard(path, change(values))
-
-
-def set_value(at, value):
-    def change(values):
-        values[at] = value
-        return values
-    return change
-
-
-def plant(folder: Path) -> None:
-    """Put a validation document into the last training shard."""
-    document = check.documents(shards.read_shard(shards.list_shards(folder, "val")[0]))[1]
-    rewrite(shards.list_shards(folder, "train")[-1], lambda v: np.concatenate([v, [BOS], document]))
-
-
-def no_manifest(folder: Path) -> None:
-    (folder / "manifest.json").unlink()
-    for path in folder.glob("document_hashes*"):
-        path.unlink()
-
-
-def swap(first: Path, second: Path) -> None:
-    """Exchange two files."""
-    first.rename(first.parent / "x")
-    second.rename(first)
-    (first.parent / "x").rename(second)
-
-
-TRAIN1, TRAIN99 = "fineweb_train_000001.bin", "fineweb_train_000099.bin"
-VAL0, SIDE0, SIDE1 = "fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin", "fineweb_val_bytes_000001.bin"
-VAL9 = "fineweb_val_000009.bin"
-# name: what to do to a folder; the file that data/check.py names, and its message; the trainer's message
-FAULTS = {
-    "truncated": (lambda f: os.truncate(f / VAL0, 2000), VAL0, "truncated: the header promises",
-                  f"{VAL0} has 2,000 bytes but its header promises .* truncated"),
-    "truncated training": (lambda f: os.truncate(f / TRAIN1, 2000), TRAIN1, "truncated: the header promises",
-                           f"{TRAIN1} has 2,000 bytes but its header promises .* truncated"),
-    "too short": (lambda f: os.truncate(f / VAL0, 100), VAL0, "shorter than the 1024-byte header",
-                  f"{VAL0} is no token shard"),
-    "magic": (lambda f: (f / VAL0).write_bytes(b"\0\0\0\0" + (f / VAL0).read_bytes()[4:]), VAL0, "magic 0",
-              f"{VAL0} is no token shard: it starts with .0, 1., expected"),
-    "swapped sidecars": (lambda f: swap(f / SIDE0, f / SIDE1), SIDE0, "belongs to other shards",
-                         f"{SIDE0} has .* entries for .* belongs to other shards"),
-    "sidecar for tokens": (lambda f: swap(f / VAL0, f / SIDE0), VAL0, "this is a byte sidecar",
-                           f"{VAL0} starts with 0, .* it is a byte sidecar"),
-    "sidecar globbed": (lambda f: shutil.copy(f / SIDE0, f / VAL9), VAL9, "this is a byte sidecar",
-                        f"{VAL9} starts with 0, .* it is a byte sidecar"),
-    "sidecar value": (lambda f: rewrite(f / SIDE0, set_value(7, 99)), SIDE0, "token 7: 99 bytes for token",
-                      "count .* bytes, the manifest says"),
-    "no sidecar": (lambda f: (f / SIDE0).unlink(), SIDE0, "missing|not there",
-                   f"{SIDE0} cannot be read: No such file"),
-    "no BOS": (lambda f: rewrite(f / VAL0, lambda v: v[v != BOS]), VAL0, "no BOS", f"{VAL0} holds no BOS"),
-    "no BOS, training": (lambda f: rewrite(f / TRAIN1, lambda v: v[v != BOS]), TRAIN1, "no BOS",
-                         f"{TRAIN1} holds no BOS"),
-    "first BOS gone": (lambda f: rewrite(f / VAL0, set_value(0, 50)), VAL0, "token 0: id 50 instead of BOS",
-                       f"{VAL0} starts with token 50, not BOS"),
-    "one BOS gone": (lambda f: rewrite(f / VAL0, lambda v: set_value(np.flatnonzero(v == BOS)[2], 50)(v)), "",
-                     "BOS tokens on the val side", "documents .BOS tokens., the manifest says"),
-    "vocabulary": (lambda f: rewrite(f / VAL0, set_value(123, 340)), VAL0,
-                   "token 123: id 340 .* vocabulary of 340",
-                   f"{VAL0} holds token 340 at position 123 but VOCAB_SIZE=340"),
-    "vocabulary, training": (lambda f: rewrite(f / TRAIN1, set_value(123, 340)), TRAIN1,
-                             "token 123: id 340 .* vocabulary of 340",
-                             f"{TRAIN1} holds token 340 at position 123 but VOCAB_SIZE=340"),
-    "planted": (plant, "fineweb_train", "a training document that is a validation document",
-                "bytes, the manifest says"),
-    "missing shard": (lambda f: (f / TRAIN1).unlink(), TRAIN1, "not there", f"{TRAIN1} is missing"),
-    "foreign shard": (lambda f: shutil.copy(f / VAL0, f / TRAIN99), TRAIN99, "comes from elsewhere",
-                      f"{TRAIN99} is not listed"),
-    "tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(tokens.byte_model()), "tokenizer.model",
-                  "not the tokenizer the shards were made with", "has 260 tokens but VOCAB_SIZE=340"),
-    "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model", "missing",
-                     "TOKENIZER_PATH=.* does not exist"),
-    "empty": (lambda f: [p.unlink() for p in f.iterdir()], "", "no fineweb_train_", "has no fineweb_train_"),
-    "manifest": (lambda f: (f / "manifest.json").write_text("{"), "manifest.json", "cannot be read",
-                 "manifest.json is damaged"),
+def shards(tmp_path):
+    return [
+        write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", documents(n, i)) for i, n in enumerate((9, 4, 7))
+    ]
+
+
+def test_stream_gives_every_target_once_per_epoch_for_any_number_of_ranks(shards):
+    whole = np.concatenate([tg.read_shard(f) for f in shards])
+    count = len(whole)
+    for ranks in (1, 2, 3):
+        streams = [
+            tg.TokenStream(shards, world_size=ranks, rank=r, tokens=32, max_len=16) for r in range(ranks)
+        ]
+        batches = [b for _ in range(-(-count // (32 * ranks)) + 1) for b in (s.next() for s in streams)]
+        x, y = (torch.cat([b[i][0] for b in batches])[:count].numpy() for i in (0, 1))
+        assert (x == whole).all() and (y == np.roll(whole, -1)).all()
+
+
+WINDOWS = dict(tokens=48, max_len=16)
+STREAMS = {
+    tg.TokenStream: dict(tokens=40, max_len=16),
+    tg.DocPackStream: dict(tokens=40, max_len=16),
+    tg.ShuffledStream: WINDOWS,
+    tg.CoprimeStream: WINDOWS,
 }
-ONLY_BY_MANIFEST = {"missing shard", "foreign shard", "tokenizer", "no tokenizer", "manifest", "one BOS gone",
-                    "no sidecar"}
 
 
-def refusals(folder: Path, **changes) -> list[str]:
-    """What the trainer says about a folder of data before the first step."""
-    s = settings(DATA_PATH=folder, TOKENIZER_PATH=folder / "tokenizer.model", VOCAB_SIZE=340, **changes)
-    return [f.figure for f in tg.run_checks(s, tg.World(), folder.parent / "runs", "plain") if not f.ok]
+def same(a: tg.Batch, b: tg.Batch) -> bool:
+    return all(p is q is None or torch.equal(p, q) for p, q in zip(a[:3], b[:3]))
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("manifest", [True, False])
-def test_fault_is_found(fault, manifest, copy):
-    inject, file, message, refusal = FAULTS[fault]
-    if not manifest:
-        if fault in ONLY_BY_MANIFEST:
-            pytest.skip("only a manifest can tell")
-        no_manifest(copy)
-    assert not check.check(copy, custom=True).findings
-    assert not manifest or not refusals(copy)
-    inject(copy)
-    found = [str(f) for f in check.check(copy, custom=True).findings]
-    if fault == "planted" and manifest:             # then the file's hash gives it away first
-        assert any("SHA-256 differs" in f or "bytes, the manifest says" in f for f in found)
-    else:
-        assert any(re.search(message, f) and f.startswith(file) for f in found), found
-    assert check.main([str(copy), "--custom"]) == 1
-    if manifest:
-        said = refusals(copy)
-        assert any(re.search(refusal, text) for text in said), said
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("kind", STREAMS)
+def test_the_files_fix_the_order_over_several_epochs(shards, kind, rank):
+    ranks = (rank, rank, 1 - rank)
+    first, second, other = (kind(shards, world_size=2, rank=r, **STREAMS[kind]) for r in ranks)
+    batches = [(first.next(), second.next(), other.next()) for _ in range(60)]
+    assert first.epoch == second.epoch > 2
+    assert all(same(a, b) and not same(a, c) for a, b, c in batches)
+    assert not any(same(a[0], b[0]) for a, b in zip(batches, batches[1:]))
 
 
-@contextlib.contextmanager
-def as_ordinary_user():
-    """Give up the right of root to read everything, where the tests have it."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
+def test_the_order_of_the_stream_does_not_depend_on_the_ranks(shards):
+    one, two = (tg.TokenStream(shards, world_size=n, rank=n - 1, tokens=40, max_len=16) for n in (1, 2))
+    for _ in range(60):
+        first, second = one.next(), one.next()
+        assert same(two.next(), second) and not same(first, second) and one.epoch == two.epoch
 
 
-@pytest.mark.parametrize("file", [VAL0, TRAIN1, "tokenizer.model", "manifest.json",
-                                  "document_hashes_train.bin"])
-def test_unreadable_file_is_found(file, built):
-    with tempfile.TemporaryDirectory() as temp:     # pytest's own folders are closed to other users
-        folder = Path(shutil.copytree(built, Path(temp) / "copy"))
-        for path in (Path(temp), folder):
-            path.chmod(0o755)
-        (folder.parent / "runs").mkdir()
-        (folder.parent / "runs").chmod(0o777)
-        (folder / file).chmod(0)
-        with as_ordinary_user():
-            found = [str(f) for f in check.check(folder).findings]
-            said = refusals(folder)
-        assert len(found) == 1 and found[0].startswith(file) and "Permission denied" in found[0], found
-        assert any(file in text and "ermission" in text for text in said), said
+@pytest.mark.parametrize("kind", STREAMS)
+def test_an_epoch_is_the_tokens_of_all_shards(shards, kind):
+    stream = kind(shards, world_size=1, rank=0, **STREAMS[kind])
+    total = sum(len(tg.read_shard(f)) for f in shards)
+    assert stream.epoch == 0
+    taken = sum(stream.next().x.numel() for _ in range(200))
+    assert stream.epoch == taken / total > 4
 
 
-@pytest.mark.parametrize("value", ["", "0" * 63, "0" * 64 + "\n", "\x1b[2J\n" + "0" * 60],
-                         ids=["empty", "short", "newline", "escape"])
-def test_a_fingerprint_that_is_none_is_a_finding_and_not_printed(value, copy, capsys):
-    path = copy / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "fingerprint": value}))
-    assert check.main([str(copy), "--quick"]) == 1
-    said = capsys.readouterr().out
-    assert "WRONG manifest.json: its fingerprint is not 64 hexadecimal digits" in said
-    assert "1 findings" in said and "\x1b" not in said and "0" * 60 not in said
+def test_the_ends_of_epochs_are_logged(data, tmp_path):
+    s = settings(DATA_PATH=data, TRAIN_BATCH_TOKENS=2048, ITERATIONS=12)
+    events, world = [], tg.World()
+
+    class Log:
+        live, summary, dir = False, {}, tmp_path
+
+        def log(self, event, **values):
+            events.append((event, values))
+
+        def say(self, text):
+            pass
+
+        def note_go_on(self):
+            pass
+
+    trainer = tg.Trainer(s, world, tg.build_model(s, world))
+    trained = tg.train_loop(s, world, Log(), trainer, 0.0, lambda *_: None)
+    trained.stream.close()
+    total = sum(len(tg.read_shard(f)) for f in tg.list_shards(data, "train"))
+    ends = [v for event, v in events if event == "epoch_end"]
+    assert [v["epoch"] for v in ends] == [1, 2]
+    for v in ends:
+        assert 0 <= v["tokens"] - v["epoch"] * total < 2048 and v["tokens"] == 2048 * v["step"]
+    assert dict(events)["train_end"]["epochs"] == 12 * 2048 / total
 
 
-def test_small_validation_set_is_not_canonical(copy):
-    """10,000 documents offered as the canonical split: by a folder as published, and by a manifest."""
-    rewrite(copy / VAL0, lambda _: np.tile(np.uint16([BOS, 9]), 10_000))
-    for path in sorted(copy.glob("fineweb_val_*"))[1:]:
-        path.unlink()
-    no_manifest(copy)
-    for _ in range(2):
-        found = [str(f) for f in check.check(copy).findings]
-        said = refusals(copy)
-        assert len(found) == 1 and "10,000 validation documents" in found[0]
-        assert "the competition's split is the first 50,000" in found[0]
-        assert len(said) == 1 and "10,000 validation documents, the canonical split has 50,000" in said[0]
-        check.write_manifest(copy, None)
-        manifest = shards.read_manifest(copy)
-        shards.write_manifest(copy, {**manifest, "split": {"rule": "first"}})
+def test_segments_start_at_documents_and_are_cut(shards):
+    batch = tg.TokenStream(shards, world_size=1, rank=0, tokens=256, max_len=16).next()
+    bounds = np.unique(batch.cu_seqlens.numpy())
+    assert bounds[0] == 0 and bounds[-1] == 256 and np.diff(bounds).max() <= 16 == batch.max_seqlen
+    assert set(np.flatnonzero(batch.x[0].numpy() == tg.BOS)) <= set(bounds)
 
 
-def test_planted_document_without_a_manifest_is_found_by_the_trainers_full_check(copy):
-    plant(copy)
-    no_manifest(copy)
-    check.write_manifest(copy, None)                # which knows nothing of where the shards come from
-    assert not refusals(copy, DATA_CHECK="quick")
-    assert re.search("1 validation documents are in the training shards.*at token",
-                     " ".join(refusals(copy, DATA_CHECK="full")))
+def test_docpack_span_that_ends_exactly_at_the_shards_end_is_used(tmp_path):
+    f = write_shard(tmp_path / "a.bin", np.append(tg.BOS, np.arange(4, 4 + 65)))  # two spans of 33
+    stream = tg.DocPackStream([f], world_size=1, rank=0, tokens=32, max_len=0)
+    first, second, again = (stream.next().x for _ in range(3))
+    assert first[0, 0] == tg.BOS and second[0, 0] == 4 + 32 and torch.equal(first, again)
 
 
-def test_quick_check_finds_planted_document_by_stored_hashes(copy):
-    train, val = copy / "document_hashes_train.bin", copy / "document_hashes_val.bin"
-    train.write_bytes(train.read_bytes()[:-8] + val.read_bytes()[8:16])
-    assert any("are validation documents" in str(f) for f in check.check(copy).findings)
+def test_shuffled_shard_barely_longer_than_a_window(tmp_path):
+    f = write_shard(tmp_path / "a.bin", np.append(tg.BOS, np.arange(4, 4 + 32)))
+    stream = tg.ShuffledStream([f], world_size=1, rank=0, tokens=32, max_len=32)
+    assert [stream.next().x[0, 0].item() for _ in range(3)] == [tg.BOS] * 3
 
 
-def test_document_across_two_shards_is_seen(tmp_path):
-    """A validation document that a training shard boundary cuts in two is still found."""
-    document = np.arange(10, 60)
-    shards.write_shard(tmp_path / VAL0, np.concatenate([[BOS], document, [BOS], document + 1]))
-    first = np.concatenate([[BOS, 5, 6, BOS], document[:20]])
-    shards.write_shard(tmp_path / "fineweb_train_000000.bin", first)
-    shards.write_shard(tmp_path / "fineweb_train_000001.bin", np.concatenate([document[20:], [BOS, 9, 9]]))
-    found = [str(f) for f in check.check(tmp_path, custom=True).findings]
-    assert len(found) == 1 and found[0].startswith("fineweb_train_000000.bin, token 3")
+def test_prefetch_keeps_the_order_and_hands_errors_over(shards):
+    plain = tg.TokenStream(shards, world_size=1, rank=0, tokens=32, max_len=16)
+    ahead = tg.Prefetch(
+        tg.TokenStream(shards, world_size=1, rank=0, tokens=32, max_len=16), torch.device("cpu")
+    )
+    for _ in range(30):
+        assert torch.equal(plain.next().x, ahead.next().x) and ahead.epoch == plain.epoch
+    ahead.close()
+
+    class Broken:
+        epoch = 0.0
+
+        def next(self):
+            raise tg.UserError("the disk went away")
+
+    with pytest.raises(tg.UserError, match="went away"):
+        tg.Prefetch(Broken(), torch.device("cpu")).next()
 
 
-def test_each_command_prints_the_next_one(tmp_path):
-    """From a folder of texts to the trainer's own check with nothing but what was printed."""
-    texts = tmp_path / "my texts"
-    texts.mkdir()
-    for i, text in enumerate(corpus()[:60]):
-        (texts / f"{i}.txt").write_text(text)
-    command = f"{sys.executable} {ROOT}/data/build.py 'my texts' --out 'own data' --vocab 340 --caseops"
-    said = []
-    for _ in range(3):
-        env = {k: v for k, v in os.environ.items() if k.startswith(("PATH", "OMP", "HOME"))}
-        env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
-        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done
-        said.append(done.stdout)
-        command = next((li[6:] for li in done.stdout.splitlines() if li.startswith("next: ")), "")
-        command = command.replace("train_gpt.py", "train_gpt.py --check data")
-    assert "good: fingerprint" in said[1] and "VOCAB_SIZE=340 CASEOPS_ENABLED=1 torchrun" in said[1]
-    assert "ok    data fingerprint" in said[2] and "340 tokens" in said[2] and not command
+def test_spoilt_sidecars_are_refused(built):
+    folder, s = built
+    path = folder / "fineweb_val_bytes_000000.bin"
+    counts = np.array(tg.read_shard(path))
+    write_shard(path, counts[::-1])
+    with pytest.raises(tg.UserError, match="for the BOS at position"):
+        tg.Validation(s)
+    write_shard(path, counts)
+    files = [dict(name=path.name, kind="val_bytes", text_bytes=int(counts.sum()) + 1)]
+    write_manifest(folder, files=files)
+    with pytest.raises(tg.UserError, match="the manifest says"):
+        tg.Validation(s)
+    shutil.copy(path, folder / "fineweb_val_000000.bin")
+    with pytest.raises(tg.UserError, match="it is a byte sidecar"):
+        tg.Validation(s)
 
 
-def test_write_manifest(copy, capsys):
-    no_manifest(copy)
-    assert check.main([str(copy), "--custom"]) == 0
-    assert f"check.py {copy} --custom --write-manifest\n" in capsys.readouterr().out
-    assert check.main([str(copy), "--custom", "--write-manifest"]) == 0
-    assert not check.check(copy).findings and check.check(copy).fingerprint
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda f: f.write_bytes(f.read_bytes()[:-10]), "truncated"),
+        (lambda f: f.write_bytes(f.read_bytes()[:100]), "no token shard"),
+        (lambda f: write_shard(f, documents(3, 0), magic=7), "no token shard"),
+        (lambda f: write_shard(f, documents(3, 0), count=10**9), "truncated"),
+        (lambda f: f.unlink(), "cannot be read"),
+    ],
+)
+def test_damaged_shards_are_refused(tmp_path, spoil, words):
+    f = write_shard(tmp_path / "x.bin", documents(3, 0))
+    spoil(f)
+    with pytest.raises(tg.UserError, match=words):
+        tg.read_shard(f)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Demo and fetch
-# ----------------------------------------------------------------------------------------------------
-def test_demo(tmp_path):
-    start = time.process_time()                     # not the clock: the machine may be busy
-    assert demo.make_demo(tmp_path / "demo", 400)
-    assert time.process_time() - start < 40
-    start = time.process_time()
-    assert not demo.make_demo(tmp_path / "demo", 400)
-    assert time.process_time() - start < 1
-    report = check.check(tmp_path / "demo")
-    assert not report.findings and report.counted_bytes == report.decodable_bytes <= 200_000
-    assert 0.01 < report.documents["val"] / report.documents["train"] < 0.1
-    assert [p.name for p in tmp_path.iterdir()] == ["demo"]
+def test_documents_cover_the_stream():
+    tokens = documents(9, 5)
+    docs = tg.Documents(tokens)
+    covered = np.concatenate([np.arange(a, a + n - 1) for a, n in zip(docs.start, docs.length)])
+    assert (covered == np.arange(len(tokens) - 1)).all()
+    assert len(tg.Documents(np.append(tokens, tg.BOS))) == len(docs)  # a last BOS alone predicts nothing
 
 
-def test_a_damaged_demo_is_made_again_and_equally(tmp_path, monkeypatch):
-    """Of a part of the library's files."""
-    some = demo.stdlib_files()[::6]
-    monkeypatch.setattr(demo, "stdlib_files", lambda: some)
-    assert demo.make_demo(tmp_path / "demo", 400)
-    first = contents(tmp_path / "demo")
-    os.truncate(tmp_path / "demo" / VAL0, 3000)
-    assert demo.make_demo(tmp_path / "demo", 400)
-    assert contents(tmp_path / "demo") == first
-    assert [p.name for p in tmp_path.iterdir()] == ["demo"]
+def test_validation_counts_bytes_by_sidecar_or_table(s, data, tmp_path):
+    val = tg.Validation(s)
+    assert val.rule == "sidecar" and val.target_bytes.sum() == (val.tokens[1:] != tg.BOS).sum()
+    for f in Path(data).glob("fineweb_val_0*.bin"):
+        (tmp_path / f.name).write_bytes(f.read_bytes())
+    table = tg.Validation(tg.dataclasses.replace(s, data_path=str(tmp_path)))
+    assert table.rule == "table"
+    with pytest.raises(tg.UserError, match="needs the byte sidecar"):
+        tg.Validation(tg.dataclasses.replace(s, data_path=str(tmp_path), caseops_enabled=True))
+    write_shard(tmp_path / "fineweb_val_bytes_000000.bin", val.tokens[:-3])
+    with pytest.raises(tg.UserError, match="belongs to other shards"):
+        tg.Validation(tg.dataclasses.replace(s, data_path=str(tmp_path)))
 
 
-def test_demo_does_not_replace_other_folders(tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(DataError, match="not a demo folder"):
-        demo.make_demo(tmp_path / "mine")
+# --- the data folder against its manifest
 
 
 @pytest.fixture
-def hub(built, tmp_path, monkeypatch):
-    """A folder laid out like a hub repository, with the built shards in it."""
-    val = sum(f["documents"] for f in shards.read_manifest(built)["files"] if f["kind"] == "val")
-    monkeypatch.setattr(shards, "VAL_DOCS", val)
-    variant = Variant("test", "owner/name", "datasets/x", "tokenizers/t.model", 340, sidecar=True)
-    folder = tmp_path / "hub" / "datasets" / "x"
-    shutil.copytree(built, folder)
-    (tmp_path / "hub/tokenizers").mkdir()
-    shutil.move(folder / "tokenizer.model", tmp_path / "hub/tokenizers/t.model")
+def built(data, tmp_path):
+    """Settings and folder of a whole data set with its manifest."""
+    folder = tmp_path / "built"
+    shutil.copytree(data, folder)
+    write_manifest(folder)
+    return folder, settings(DATA_PATH=folder, TOKENIZER_PATH=folder / "tokenizer.model", DATA_CHECK="full")
+
+
+def test_a_good_folder_passes_and_names_its_fingerprint(built):
+    folder, s = built
+    fingerprint = json.loads((folder / "manifest.json").read_text())["fingerprint"]
+    assert tg.check_manifest(s) == fingerprint[:16] and "14 documents" in tg.check_validation(s)
     (folder / "manifest.json").unlink()
-    return variant, tmp_path / "hub", tmp_path / "got"
+    assert "no manifest.json" in tg.check_manifest(s)
 
 
-def test_fetch(hub, built):
-    variant, folder, out = hub
-    said = []
-    manifest = fetch.fetch(variant, out, fetch.LocalHub(folder), 2, said.append)
-    assert len(shards.list_shards(out, "train")) == 2 and len(said) == len(manifest["files"])
-    assert (out / VAL0).read_bytes() == (built / VAL0).read_bytes()
-    os.truncate(out / VAL0, 1500)                   # an interrupted transfer: only that file comes again
-    said.clear()
-    assert fetch.fetch(variant, out, fetch.LocalHub(folder), 3, said.append) != manifest
-    assert [s.split()[1] for s in said] == [VAL0, "fineweb_train_000002.bin"]
-    assert not check.check(out).findings
+@pytest.mark.parametrize("manifest", [True, False])
+def test_few_validation_documents_are_not_the_canonical_split(built, manifest):
+    folder, s = built
+    write_manifest(folder, split=dict(rule="first"))
+    if not manifest:
+        (folder / "manifest.json").unlink()
+    with pytest.raises(tg.UserError, match="14 validation documents, the canonical split has 50,000"):
+        tg.check_validation(s)
 
 
-def test_fetch_refuses_what_is_not_there_or_damaged(hub):
-    variant, folder, out = hub
-    with pytest.raises(DataError, match="lower --train-shards"):
-        fetch.fetch(variant, out, fetch.LocalHub(folder), 500, print)
-    os.truncate(folder / "datasets/x" / VAL0, 1500)
-    with pytest.raises(DataError, match="truncated"):
-        fetch.fetch(variant, out, fetch.LocalHub(folder), 1, print)
-    assert not (out / "manifest.json").exists()
+def plant(folder):
+    """One validation document among the training documents."""
+    val = np.array(tg.read_shard(folder / "fineweb_val_000000.bin"))
+    docs = tg.Documents(val)
+    a, n = int(docs.start[3]), int(docs.length[3])
+    train = np.array(tg.read_shard(folder / "fineweb_train_000001.bin"))
+    write_shard(folder / "fineweb_train_000001.bin", np.concatenate([train, val[a : a + n - 1]]))
+    write_manifest(folder)
 
 
-def test_offline_message():
-    pytest.importorskip("huggingface_hub")
-    error = fetch.Hub("owner/name", Path("x")).explain(ConnectionError("no route"))
-    assert "cannot be reached" in str(error) and "--hub FOLDER" in str(error)
+def near_the_split(folder):
+    """The first training shard begins with the last validation document."""
+    path = folder / "fineweb_train_000000.bin"
+    val = np.array(tg.read_shard(folder / "fineweb_val_000000.bin"))
+    last = val[int(np.flatnonzero(val == tg.BOS)[-1]) :]
+    write_shard(path, np.concatenate([last, tg.read_shard(path)]))
+    write_manifest(folder)
+
+
+def test_quick_checks_search_the_shard_next_to_the_split(built):
+    folder, s = built
+    near_the_split(folder)
+    with pytest.raises(tg.UserError, match="fineweb_train_000000.bin at token 0"):
+        tg.check_manifest(tg.dataclasses.replace(s, data_check="quick"))
+
+
+def flip(folder):
+    raw = bytearray((folder / "fineweb_train_000000.bin").read_bytes())
+    raw[1500] ^= 1
+    (folder / "fineweb_train_000000.bin").write_bytes(raw)
+
+
+def hashes(folder):
+    for kind, values in (("train", [5, 6, 7]), ("val", [8, 6])):
+        np.array(values, "<u8").tofile(folder / f"document_hashes_{kind}.bin")
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (plant, "1 validation documents are in the training shards.*fineweb_train_000001.bin at token"),
+        (hashes, "1 validation documents are in the training shards.*training document 1"),
+        (flip, "fineweb_train_000000.bin is damaged, its SHA-256"),
+        (lambda f: (f / "fineweb_train_000001.bin").unlink(), "fineweb_train_000001.bin is missing"),
+        (lambda f: write_shard(f / "fineweb_train_000009.bin", documents(2, 1)), "000009.bin is not listed"),
+        (lambda f: write_shard(f / "fineweb_train_000001.bin", documents(2, 1)), "the manifest says"),
+        (lambda f: (f / "tokenizer.model").write_bytes(b"other"), "is not the tokenizer of"),
+        (lambda f: (f / "manifest.json").write_text("{"), "manifest.json is damaged"),
+    ],
+)
+def test_a_spoilt_folder_is_refused(built, spoil, words):
+    folder, s = built
+    spoil(folder)
+    with pytest.raises(tg.UserError, match=words):
+        tg.check_manifest(s)
+
+
+@pytest.mark.parametrize("loader", "stream docpack shuffled coprime".split())
+def test_an_id_beyond_the_vocabulary_is_seen_when_it_is_read(loader, tmp_path):
+    for i in range(2):
+        shard = documents(20, i)
+        shard[len(shard) // 2] = 300 if i else 299
+        path = write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", shard)
+    s = settings(DATA_PATH=tmp_path, TRAIN_LOADER=loader)
+    stream = tg.open_train_stream(s, tg.World(), 64)
+    with pytest.raises(tg.UserError, match=f"{path} holds token 300 at position {len(shard) // 2} but"):
+        for _ in range(2 * len(shard)):
+            stream.next()
+
+
+def test_a_shard_that_begins_with_a_long_document(data, tmp_path):
+    text = np.full(1_000_001, 9)
+    text[0] = tg.BOS
+    write_shard(tmp_path / "fineweb_train_000000.bin", np.append(text, documents(5, 0)))
+    path = write_shard(tmp_path / "fineweb_train_000001.bin", np.append(text[1:], documents(5, 1)))
+    for how in ("quick", "full"):
+        assert "2 shards" in tg.check_train_shards(settings(DATA_PATH=tmp_path, DATA_CHECK=how))
+    write_shard(path, text[1:])
+    with pytest.raises(tg.UserError, match="holds no BOS"):
+        tg.check_train_shards(settings(DATA_PATH=tmp_path))
+
+
+def test_a_header_of_more_tokens_than_an_int32_counts(tmp_path):
+    path = write_shard(tmp_path / "x.bin", documents(3, 0), count=10 - 2**31)
+    with pytest.raises(tg.UserError, match="promises 4,294,968,340: truncated"):
+        tg.read_shard(path)
+
+
+# --- the byte rule
+
+
+SPACES = "\u2581" * 4      # as a tokenizer writes four spaces
+
+
+def odd_tokenizer(folder, symbols):
+    """A tokenizer with pieces that begin with several spaces."""
+    import sentencepiece as spm
+
+    model = io.BytesIO()
+    text = ["some words to train a tokenizer with"] * 50
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=model, vocab_size=300, model_type="bpe",
+        byte_fallback=True, pad_id=0, bos_id=1, eos_id=2, unk_id=3, user_defined_symbols=symbols,
+        minloglevel=2)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return spm.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+@pytest.fixture
+def tabled(tmp_path):
+    """A folder without sidecars whose tokenizer has a piece of four spaces: (folder, settings, tokenizer)."""
+    folder = make_data(tmp_path / "tabled")
+    (folder / "fineweb_val_bytes_000000.bin").unlink()
+    sp = odd_tokenizer(folder, [SPACES])
+    write_manifest(folder)
+    return folder, settings(DATA_PATH=folder, TOKENIZER_PATH=folder / "tokenizer.model"), sp
+
+
+def findings(folder) -> str:
+    return "\n".join(map(str, check.check(folder).findings))
+
+
+def test_a_good_table_passes(tabled):
+    folder, s, sp = tabled
+    docs = [[tg.BOS, *sp.encode("some words to train é ü a tokenizer")]] * 60
+    write_shard(folder / "fineweb_val_000000.bin", np.concatenate(docs))
+    write_manifest(folder)
+    assert "60 documents" in tg.check_validation(s) and not findings(folder)
+
+
+@pytest.mark.parametrize("odd_first", [True, False])
+def test_the_byte_rule_is_checked_on_all_documents(tabled, odd_first):
+    folder, s, sp = tabled
+    plain = [[tg.BOS, *sp.encode("some words to train a tokenizer with")]] * 400
+    odd = [[tg.BOS, *sp.encode("some"), *[sp.piece_to_id(SPACES)] * 40]] * 20
+    docs = odd + plain if odd_first else plain + odd
+    write_shard(folder / "fineweb_val_000000.bin", np.concatenate(docs))
+    write_manifest(folder)
+    with pytest.raises(tg.UserError, match="the byte rule counts"):
+        tg.check_validation(s)
+    assert "the byte rule counts" in findings(folder)
+
+
+def test_validation_without_a_word_is_refused(tabled):
+    folder, s, _ = tabled
+    write_shard(folder / "fineweb_val_000000.bin", np.full(20, tg.BOS))
+    write_manifest(folder)
+    with pytest.raises(tg.UserError, match="the validation documents of .* are empty"):
+        tg.Validation(s)
+    assert "all its documents are empty" in findings(folder)
+
+
+def test_stored_hashes_that_were_cut(tmp_path):
+    folder = make_data(tmp_path / "hashed")
+    s = settings(DATA_PATH=folder, TOKENIZER_PATH=folder / "tokenizer.model")
+    for kind, count, first in (("train", 120, 0), ("val", 14, 500)):
+        np.arange(first, first + count, dtype="<u8").tofile(folder / f"document_hashes_{kind}.bin")
+    tg.check_manifest(s)
+    assert not findings(folder)
+    os.truncate(folder / "document_hashes_train.bin", 8 * 119)
+    with pytest.raises(tg.UserError, match="hashes_train.bin has 119 documents, the manifest says 120"):
+        tg.check_manifest(s)
+    assert "119 hashes for 120 documents" in findings(folder)
+
+
+def test_batches_read_ahead_are_cut_anew_and_nothing_is_lost(tmp_path):
+    shard = write_shard(tmp_path / "fineweb_train_000000.bin", documents(60, 0))
+
+    def stream(cut):
+        return tg.TokenStream([shard], world_size=1, rank=0, tokens=128, max_len=cut)
+
+    ahead, steady = tg.Prefetch(stream(16), torch.device("cpu")), {cut: stream(cut) for cut in (16, 64)}
+    try:
+        for k in range(9):
+            cut = 16 if k < 4 else 64
+            got, want = ahead.next(cut), {c: s.next() for c, s in steady.items()}[cut]
+            assert torch.equal(got.x, want.x) and torch.equal(got.cu_seqlens, want.cu_seqlens)
+            assert got.cut == cut and got.layout(got.cut).max_seqlen == cut
+    finally:
+        ahead.close()

@@ -84,9 +84,8 @@ def evaluation_numbers():
     tokens = np.concatenate([formula_tokens(1, n)[0].numpy() for n in (30, 74, 111, 20)]).astype(np.uint16)
     tokens[0] = tg.BOS
     s = settings(TTT_LORA_RANK=2, PHASED_TTT_PREFIX_DOCS=2, PHASED_TTT_NUM_PHASES=1)
-    val = tg.Validation.__new__(tg.Validation)
-    val.stream, val.target_bytes = tokens, np.where(tokens[1:] == tg.BOS, 0, 3).astype(np.int64)
-    val.documents, val.rule = tg.Documents(tokens), "formula"
+    val = tg.Validation.of(tokens)
+    val.target_bytes *= 3
 
     def wave(event, adapter=None, **_):
         if event == "lora":

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import settings, sine_model, tg
+from conftest import LANES, TABLES, settings, sine_model, tg, tokens
 
 GATES = [
     dict(),
@@ -16,10 +16,6 @@ GATES = [
         PARALLEL_START_LAYER=0,
     ),
 ]
-
-
-def tokens(*shape, seed=0):
-    return torch.randint(4, 300, shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("changes", GATES)
@@ -115,3 +111,68 @@ def test_bfloat16_activations_stay_close():
     exact = model.losses(x, y, plan)
     model.compute_dtype = torch.bfloat16
     assert (model.losses(x, y, plan) - exact).abs().mean() < 0.05
+
+
+# --- mechanisms of published systems that are off by default: each does what it says, whatever is on
+
+
+MECHANISMS = (
+    TABLES,
+    {**TABLES, "SMEAR_GATE_BOS_FIX": 0, "BIGRAM_DIM": 64, "VE_DIM": 32},
+    {**LANES, "SKIP_INTO_LANES": 0},
+    {**LANES, "ASYM_LOGIT_RESCALE": 1, "NEGATIVE_SLOPE": 0.3},
+)
+
+
+@pytest.mark.parametrize("changes", MECHANISMS)
+def test_scored_segments_know_nothing_of_their_neighbours(changes):
+    s = settings(**changes)
+    model, plan, x = sine_model(s), tg.layer_plan(s, True), tokens(1, 48)
+    y, cuts = x.roll(-1, 1), (0, 17, 40, 48)
+    layout = tg.Layout(torch.tensor([*cuts, 48], dtype=torch.int32), 23, isolate=True)
+    with torch.no_grad():
+        packed = model.losses(x, y, plan, layout)
+        alone = [model.losses(x[:, a:b], y[:, a:b], plan) for a, b in zip(cuts, cuts[1:])]
+    assert torch.allclose(packed, torch.cat(alone, 1), atol=2e-5)
+
+
+@pytest.mark.parametrize("changes", MECHANISMS)
+def test_cached_chunks_equal_the_whole_row(changes):
+    s = settings(**changes)
+    model, plan, x = sine_model(s), tg.layer_plan(s, True), tokens(2, 30)
+    x[:, 13] = tg.BOS
+    y, cache, parts = x.roll(-1, 1), tg.KeyCache(96), []
+    with torch.no_grad():
+        whole = model.losses(x, y, plan)
+        for a, b in ((0, 10), (10, 21), (21, 30)):
+            if a:
+                cache.advance(b - a)
+            parts.append(model.losses(x[:, a:b], y[:, a:b], plan, cache=cache))
+            cache.seal(x[:, a:b])
+    assert torch.allclose(whole, torch.cat(parts, 1), atol=2e-5)
+
+
+@pytest.mark.parametrize("changes", MECHANISMS)
+def test_each_mechanism_matters_and_every_new_parameter_is_trained(changes):
+    s, plain = settings(**changes), settings()
+    model, x = sine_model(s), tokens(2, 30)
+    plan = tg.layer_plan(s, True)
+    model.losses(x, x.roll(-1, 1), plan, training=True).mean().backward()
+    new = set(tg.GPT.shapes(s)) - set(tg.GPT.shapes(plain))
+    caps = {"softcap_pos", "softcap_neg"}
+    assert new and all(getattr(model, n).grad.abs().sum() > 0 for n in new - caps)
+    assert all(getattr(model, n).grad is None for n in new & caps)
+
+
+def test_fresh_tables_change_nothing_but_learn():
+    s = settings(BIGRAM_VOCAB_SIZE=50, BIGRAM_DIM=12, VE_ENABLED=1, VE_DIM=10, VE_LAYERS="1")
+    plain, model = tg.GPT(settings()), tg.GPT(s)
+    for name, p in plain.named_parameters():
+        getattr(model, name).data.copy_(p.data)
+    for m in (plain, model):      # with the outputs at zero every layer is the identity
+        m.qo_bank.data.fill_(0.01)
+    x, plan = tokens(2, 20), tg.layer_plan(s, True)
+    mine, theirs = (m.losses(x, x.roll(-1, 1), plan) for m in (model, plain))
+    assert torch.allclose(mine, theirs, atol=1e-6)
+    mine.sum().backward()
+    assert model.bigram_embed.grad.abs().sum() > 0 and model.ve_proj.grad.abs().sum() > 0

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import settings, sine_model, tg
+from conftest import LANES, settings, sine_model, tg, tokens
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 24, 24)])
@@ -69,44 +69,39 @@ def test_a_parameter_without_a_role_stops_the_run():
         )
 
 
-def test_schedules():
-    s = settings(
-        WARMDOWN_FRAC=0.5,
-        MIN_LR=0.1,
-        MUON_MOMENTUM=0.97,
-        MUON_MOMENTUM_WARMUP_START=0.92,
-        MUON_MOMENTUM_WARMUP_STEPS=10,
-        ENABLE_LOOPING_AT=0.35,
-    )
-    assert [tg.warmdown_share(s, p) for p in (0, 0.5, 0.75, 1.0)] == [1.0, 1.0, 0.5, 0.1]
-    assert [round(tg.muon_momentum(s, k), 6) for k in (0, 5, 10, 99)] == [0.92, 0.945, 0.97, 0.97]
-    assert [tg.Curriculum(s).loops(0, p) for p in (0.34, 0.35)] == [False, True]
-
-
-def test_a_step_is_taken_only_if_it_fits_into_the_budget():
-    pace = tg.Pace(settings(MAX_WALLCLOCK_SECONDS=100, ITERATIONS=1000), reserve=20)
-    for step, elapsed in enumerate((0, 2, 4, 5)):
-        pace.observe(step, elapsed)
-    assert pace.step_seconds == pytest.approx(1.8)      # of the slower step before, not of the last
-    assert pace.progress(3) == 5 / 80 and not pace.ended(3) and not pace.near_end()
-    pace.observe(50, 78.5)
-    pace.step_seconds = 1.4
-    assert pace.near_end() and not pace.ended(50)
-    pace.step_seconds = 1.6
-    assert pace.ended(50)
-
-
-def test_without_a_budget_iterations_decide():
-    pace = tg.Pace(settings(ITERATIONS=10), reserve=20)
-    pace.observe(5, 1e9)
-    assert pace.progress(5) == 0.5 and not pace.ended(9) and pace.ended(10) and not pace.near_end()
-
-
-def test_warm_up_is_undone(s):
+def train_steps(s, count=3):
+    """A trainer after a few steps, and its starting weights."""
     model = sine_model(s)
-    trainer = tg.Trainer(s, tg.World(), model)
-    before = [p.detach().clone() for p in model.parameters()]
-    trainer.warm_up()
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
-    assert all(torch.equal(e, q) for e, q in zip(trainer.ema.values(), before))
-    assert not trainer.optimiser.adam.state and all(not m.any() for m in trainer.optimiser.momentum)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trainer, x = tg.Trainer(s, tg.World(), model), tokens(1, 65)
+    for _ in range(count):
+        trainer.micro_step(tg.Batch(x[:, :-1], x[:, 1:], None, 64), tg.layer_plan(s, True))
+        trainer.update(1.0, 0.9)
+    return trainer, before
+
+
+def test_split_rate_scales_the_step_of_early_layers_and_the_published_form_does_not():
+    ends = {}
+    for target, early in (("update", 0.0), ("update", 0.013), ("gradient", 0.013)):
+        s = settings(
+            MATRIX_LR=0.026, MATRIX_LR_EARLY=early, BANK_SPLIT=2, MUON_WD=0, SPLIT_LR_TARGET=target
+        )
+        trainer, before = train_steps(s, 1)
+        ends[target, early] = trainer.model.kv_bank.data - before["kv_bank"]
+    whole, split, gradient = ends.values()
+    factor = torch.tensor([0.5, 0.5, 1, 1] * 2)[:, None, None]
+    assert torch.allclose(split, whole * factor, atol=1e-6)
+    assert torch.allclose(gradient, whole, atol=1e-5)
+
+
+def test_report_names_what_no_gradient_reached():
+    s = settings(**LANES, SKIP_INTO_LANES=0, NUM_LOOPS=0)
+    trainer, _ = train_steps(s)
+    idle = dict(entry.partition(" ")[::2] for entry in trainer.optimiser.never_trained())
+    assert idle["skip_weights"] == idle["skip_gates"] == "1 of 2 rows, the first [1]"
+    assert not {"qo_bank", "kv_bank", "resid_mix", "lane_merge"} & set(idle)
+
+
+def test_report_names_what_no_optimiser_has():
+    trainer, _ = train_steps(settings(ASYM_LOGIT_RESCALE=1))
+    assert {"softcap_pos", "softcap_neg"} <= set(trainer.optimiser.never_trained())

@@ -150,8 +150,8 @@ def test_low_rank_is_the_best_approximation(shape):
 def test_the_sign_of_a_repair_is_a_rule_not_lapacks_choice(monkeypatch, shape):
     """Whichever signs the eigenvectors come with, the same factors are stored."""
     s, e = settings(LQER_ASYM_GROUP=8), torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    quantiser = tg.Quantiser.__new__(tg.Quantiser)      # of no model
-    quantiser.s = s
+    weights = tg.matrix_views({n: p.detach() for n, p in sine_model(s).named_parameters()})
+    quantiser = tg.Quantiser(s, weights, tg.Curvature({}))
     real, stored = torch.linalg.eigh, []
     for sign in (1, -1):
         def eigh(gram, sign=sign):

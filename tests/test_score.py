@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import sine_model, tg
+from conftest import events, open_run, sine_model, tg
 
 
 @pytest.mark.parametrize("total", [1, 15, 16, 63, 64, 65, 80, 81, 200])
@@ -155,3 +155,10 @@ def test_a_raised_setting_raises_no_budget(seconds, setting, reason):
 
     tg.check_budget(Run, "evaluation", seconds, "EVAL_MAX_SECONDS", setting)
     assert marks == ([f"evaluation took {seconds:.1f} s of {reason}"] if reason else [])
+
+
+def test_a_score_that_is_not_finite_is_an_error(tmp_path):
+    run = open_run(tmp_path)
+    with pytest.raises(tg.UserError, match="score of the stage sliding is nan"):
+        tg.log_score(run, "sliding", tg.Score(float("nan"), 10.0, 5), None, tg.Clock())
+    assert not events(tmp_path, "score_sliding")

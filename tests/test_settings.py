@@ -1,7 +1,12 @@
-"""Settings: names, bounds, contradictions, and the command of the record that the defaults follow."""
+"""Settings: names, bounds, contradictions, the record's command, and configurations of published systems."""
+
+import math
+import os
+import re
 
 import pytest
-from conftest import settings, tg
+import torch
+from conftest import CONFIGS, ROOT, load_config, run_script, settings, tg
 
 # The run command of the record that the defaults follow, as its authors published it.
 RECORD_COMMAND = """
@@ -140,3 +145,173 @@ def test_help_lists_every_setting(capsys):
     assert tg.main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"  {f.name.upper()} " in shown for f in tg.fields(tg.Settings))
+
+
+# --- reading the environment
+
+
+def test_every_setting_is_bounded_on_both_sides():
+    for f in tg.fields(tg.Settings):
+        lo, hi = f.metadata["lo"], f.metadata["hi"]
+        if type(f.default) in (int, float):
+            assert lo <= f.default <= hi < 2**64, f.name
+        elif type(f.default) is str:
+            assert f.metadata["choices"] or hi, f.name
+
+
+@pytest.mark.parametrize("text, number", [
+    ("9007199254740993", 9007199254740993), ("1e3", 1000), (" 7 ", 7), ("+7", 7), ("007", 7), ("1_000", 1000),
+    ("2.0", 2), ("1.5", None), ("", None), ("7x", None), ("nan", None), ("1e400", None), ("9" * 5000, None),
+])
+def test_whole_numbers_are_read_as_they_are(text, number):
+    assert tg.whole_number(text) == number
+
+
+def test_a_seed_is_kept_to_the_last_digit():
+    assert tg.Settings.from_env({"SEED": "9007199254740993"}).seed == 9007199254740993
+
+
+def test_a_path_may_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert tg.Settings.from_env({"ARTIFACT_DIR": "~/x"}).artifact_dir == "/home/ann/x"
+    assert tg.Settings.from_env({"ARTIFACT_DIR": "./~"}).artifact_dir == "./~"
+
+
+def test_names_of_other_programs_warn_and_pass():
+    assert tg.Settings.from_env(dict.fromkeys(STRANGERS, "1")) == tg.Settings()
+    assert set(tg.stray_names(dict.fromkeys(STRANGERS, "1"))) == set(STRANGERS)
+    silent = "PATH HOME LANG OMP_NUM_THREADS NCCL_DEBUG RANK SEED MUONEQ_R TRIGRAM".split()
+    assert not tg.stray_names(dict.fromkeys(silent, "1"))
+
+
+@pytest.mark.parametrize("name, ours", [("LR", "MATRIX_LR"), ("BATCH_SIZE", "TRAIN_BATCH_TOKENS"), (
+    "MAX_STEPS", "ITERATIONS"), ("WEIGHT_DECAY", "MUON_WD")])
+def test_what_others_call_a_setting_is_told_its_name_here(name, ours):
+    assert tg.Settings.from_env({name: "8"}) == tg.Settings()
+    assert ours in tg.stray_names({name: "8"})[name]
+
+
+def test_the_check_shows_strangers_in_a_line_each(monkeypatch, capsys):
+    monkeypatch.setenv("LR", "0.02")
+    assert tg.main(["--check", "settings"]) == 0
+    assert "warn  LR: not read; here it is MATRIX_LR" in capsys.readouterr().out
+
+
+def test_a_misspelling_says_how_to_leave_it_out():
+    with pytest.raises(tg.UserError, match="MODEL_DIMS: .* is MODEL_DIM .*: env -u MODEL_DIMS python"):
+        tg.Settings.from_env({"MODEL_DIMS": "512"})
+
+
+def test_an_error_is_one_short_printable_line():
+    text = str(tg.UserError("first\nsecond\x1b[31m" + "y" * 1_000_000 + "; the remedy"))
+    assert text.isprintable() and len(text) <= 500
+    assert text.startswith("first?second") and text.endswith("; the remedy")
+
+
+def test_help_on_a_screen_of_ascii():
+    status, shown = run_script({**os.environ, "PYTHONIOENCODING": "ascii"}, "--help")
+    assert status == 0 and "MODEL_DIM" in shown and "Traceback" not in shown and shown.isascii()
+
+
+STRANGERS = """
+ENABLE_HTTPS ENABLE_AUTH PARALLEL_SEQ HEAD_NODE_IP GLOBAL_RANK MODEL_DIR DATASET_PATH NUM_THREADS
+TRAIN_JOB_7_SERVICE_HOST TRAIN_JOB_7_SERVICE_PORT MODEL_PATH NUM_GPUS MATRIX_HOST LOOP_DEVICE
+TOKEN_FILE""".split()
+
+
+# --- older names and mechanisms
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        (dict(TRAIN_SEQ_SCHEDULE="16@0.5,32@1"), "TRAIN_SEQ_LEN=64 is not 32, the longest stage"),
+        (dict(TRAIN_SEQ_SCHEDULE="64"), "must be value@progress"),
+        (dict(TRAIN_SEQ_SCHEDULE="64@1", TRAIN_LOADER="shuffled"), "windows of one length"),
+        (dict(VE_ENABLED=1, VE_LAYERS="3,4"), "VE_LAYERS=3,4 must be layers below NUM_LAYERS=4"),
+        (dict(BIGRAM_VOCAB_SIZE=1), "leaves no row"),
+        (dict(SLOT_ENABLED=1), "SLOT_ENABLED=1 is not to be had"),
+        (dict(WARMDOWN_ITERS=3500), "set WARMDOWN_FRAC"),
+        (dict(RECUR_LAYERS="1,3"), "RECUR_LAYERS=1,3 must be consecutive"),
+    ],
+)
+def test_contradictions_are_refused_with_the_remedy(changes, text):
+    with pytest.raises(tg.UserError, match=text):
+        settings(**changes)
+
+
+def test_old_names_stand_for_ours():
+    s = tg.Settings.from_env(
+        dict(RECUR_LAYERS="3,4", GPTQ_RESERVE_MS="9000", QUANT_CLIP_RANGE="15", SDCLIP_K="11", MUONEQ_R="0",
+             MLP_CLIP_SIGMAS="9", SLOT_ENABLED="0", TTT_LORA_EMA_DECAY="0.0", GPTQ_CALIB_SAMPLES="8")
+    )
+    assert (s.loop_start, s.loop_end, s.num_loops) == (3, 4, 1)
+    assert (s.gptq_reserve_seconds, s.matrix_bits, s.gptq_calibration_batches) == ("9.0", 5, 8)
+    assert (s.matrix_clip_sigmas, s.mlp_clip_sigmas, s.muon_row_normalize) == (11, 9, False)
+
+
+# --- the published systems' configurations: they parse, and have the published size
+
+
+SYSTEMS = [name for name in CONFIGS if name.startswith("pr")]
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_published_parameter_count(name):
+    s = tg.Settings.from_env(load_config(name))
+    text = (ROOT / "configs" / f"{name}.env").read_text().replace("\n# ", " ")
+    published = int(re.search(r"([\d,]+) parameters", text).group(1).replace(",", ""))
+    assert sum(math.prod(shape) for shape in tg.GPT.shapes(s).values()) == published
+    with torch.device("meta"):
+        model = tg.GPT(s)
+    assert sum(p.numel() for p in model.parameters()) == published
+    assert set(dict(model.named_parameters())) <= set(tg.ROLES)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_authors_command_works_alone_and_changes_nothing_after_its_configuration(name):
+    text = (ROOT / "configs" / f"{name}.env").read_text()
+    lines = re.findall(r"^#   (\S+=.*)$", text, re.M)
+    command = dict(pair.split("=", 1) for line in lines for pair in line.split())
+    assert command
+    tg.Settings.from_env(command)
+    config = load_config(name)
+    alone, both = (tg.Settings.from_env(env).as_env() for env in (config, {**config, **command}))
+    # what they keep of the clock is a least here: what the rehearsal needs is kept in any case
+    assert {k for k in alone if alone[k] != both[k]} <= {"GPTQ_RESERVE_SECONDS"}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_name_of_a_configuration_is_known(name):
+    known = {f.name.upper() for f in tg.fields(tg.Settings)}
+    known |= set(tg.NO_SETTINGS) | set(tg.ALIASES)
+    assert set(load_config(name)) <= known
+
+
+def test_best_is_the_default_and_names_every_choice():
+    best, default = load_config("best"), tg.Settings()
+    assert tg.Settings.from_env(best) == default
+    choices = {f.name.upper() for f in tg.fields(default) if f.name.endswith("_enabled")}
+    choices |= set(tg.closest_system(default)[1])
+    assert choices <= set(best) | {"FUSED_CE_ENABLED", "LQER_ASYM_ENABLED"}
+
+
+def test_systems_with_equal_settings_are_named_together():
+    name, differs = tg.closest_system(tg.Settings.from_env(load_config("pr1741")))
+    assert name == "pr1610, pr1741" and not differs
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_small_sizes_keep_the_mechanisms(name):
+    full, small = (tg.Settings.from_env(load_config(*names)) for names in ((name,), (name, "small")))
+    assert set(tg.GPT.shapes(full)) == set(tg.GPT.shapes(small))
+    assert tg.layer_plan(full, True) == tg.layer_plan(small, True)
+    switches = [f.name for f in tg.fields(full) if f.name.endswith("_enabled") or f.metadata["choices"]]
+    assert [getattr(full, n) for n in switches] == [getattr(small, n) for n in switches]
+    assert len(tg.context_stages(full)) == len(tg.context_stages(small))
+
+
+def test_start_names_the_nearest_system():
+    changed = {**load_config("pr2014"), "MATRIX_LR": "0.03", "DATA_PATH": "/elsewhere", "BIGRAM_DIM": "64"}
+    name, differs = tg.closest_system(tg.Settings.from_env(changed))
+    assert name == "pr2014" and differs == {"MATRIX_LR": [0.03, 0.026], "BIGRAM_DIM": [64, 128]}

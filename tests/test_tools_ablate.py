@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conftest import load_config
-from test_tools_common import make_run
+from made_runs import make_run
 
 import train_gpt as t
 from tools import ablate

@@ -9,6 +9,7 @@ from tools import account, bench
 from tools.common import ToolError
 
 
+@pytest.mark.long
 def test_every_group_runs_and_writes_json(tmp_path):
     out = tmp_path / "bench.json"
     assert bench.main(["--rounds", "1", "--size", "small", "--json", str(out)]) == 0

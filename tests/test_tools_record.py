@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from test_tools_common import SCRIPT, change, make_run, runs  # noqa: F401  (runs is a fixture)
+from made_runs import SCRIPT, change, make_run
 
 from tools import make_record
 from tools.common import ARTIFACT, ROOT, ToolError
@@ -23,7 +23,7 @@ def make(folders, out, *more):
     return make_record.main(words)
 
 
-def test_a_good_record(runs, tmp_path, capsys):  # noqa: F811
+def test_a_good_record(runs, tmp_path, capsys):
     assert make(runs, tmp_path / "records", "--author", "A. Person", "--lineage", "pr1855") == 0
     folder = tmp_path / "records" / "track_10min_16mb" / "2026-05-01_test"
     names = {p.name for p in folder.iterdir()}
@@ -47,7 +47,7 @@ def test_a_good_record(runs, tmp_path, capsys):  # noqa: F811
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
 
-def test_the_packed_script_is_what_is_run_and_counted(runs, tmp_path):  # noqa: F811
+def test_the_packed_script_is_what_is_run_and_counted(runs, tmp_path):
     assert make(runs, tmp_path / "records", "--packed", "--with-artifact", "--check", "all") == 0
     folder = tmp_path / "records" / "track_10min_16mb" / "2026-05-01_test"
     script = (folder / "train_gpt.py").read_bytes()
@@ -56,7 +56,7 @@ def test_the_packed_script_is_what_is_run_and_counted(runs, tmp_path):  # noqa: 
     assert s["bytes_code"] == len(script) and s["bytes_total"] == 1000 + len(script)
 
 
-def test_runs_that_counted_the_packed_script_ship_it(runs, tmp_path, capsys):  # noqa: F811
+def test_runs_that_counted_the_packed_script_ship_it(runs, tmp_path, capsys):
     for run in runs:
         change(run, "summary", code_form="packed")
     assert make(runs, tmp_path / "records") == 0
@@ -67,7 +67,7 @@ def test_runs_that_counted_the_packed_script_ship_it(runs, tmp_path, capsys):  #
     assert said in capsys.readouterr().out
 
 
-def test_no_word_about_the_packed_size_where_it_is_the_counted_one(runs, tmp_path, capsys):  # noqa: F811
+def test_no_word_about_the_packed_size_where_it_is_the_counted_one(runs, tmp_path, capsys):
     for run in runs:
         size = len(make_record.script_in_form(SCRIPT, "packed"))
         change(run, "summary", code_form="packed", code_bytes=size)
@@ -101,7 +101,7 @@ def test_settings_that_need_the_whole_script_ship_it(tmp_path):
     assert make([run], tmp_path / "records", "--track", "non_record") == 0
 
 
-def test_runs_that_counted_different_forms_make_no_record(runs, tmp_path):  # noqa: F811
+def test_runs_that_counted_different_forms_make_no_record(runs, tmp_path):
     change(runs[1], "summary", code_form="packed")
     with pytest.raises(ToolError, match="counted the script as packed and readable"):
         make(runs, tmp_path / "records")
@@ -209,7 +209,7 @@ BAD = {"mixed configurations": (lambda r, t: settings_of(r[1], MATRIX_LR=0.03), 
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_cases_are_refused_with_the_reason(runs, tmp_path, case):  # noqa: F811
+def test_bad_cases_are_refused_with_the_reason(runs, tmp_path, case):
     spoil, reason = BAD[case]
     spoil(runs, tmp_path)
     folders = [tmp_path / f"b{n}" for n in (1, 2, 3)] if case == "over size" else runs
@@ -218,26 +218,26 @@ def test_bad_cases_are_refused_with_the_reason(runs, tmp_path, case):  # noqa: F
     assert not list((tmp_path / "records").rglob("*.py"))
 
 
-def test_two_seeds_are_no_record(runs, tmp_path):  # noqa: F811
+def test_two_seeds_are_no_record(runs, tmp_path):
     with pytest.raises(ToolError, match="needs 3 seeds"):
         make(runs[:2], tmp_path / "records")
 
 
-def test_a_changed_log_is_refused(runs, tmp_path):  # noqa: F811
+def test_a_changed_log_is_refused(runs, tmp_path):
     log = runs[0] / "train.log"
     log.write_text(log.read_text().replace("blob[0] / 1000", "blob[0] / 2000"))
     with pytest.raises(ToolError, match="the log was changed"):
         make(runs, tmp_path / "records")
 
 
-def test_a_score_that_does_not_repeat_makes_no_folder(runs, tmp_path):  # noqa: F811
+def test_a_score_that_does_not_repeat_makes_no_folder(runs, tmp_path):
     (runs[0] / ARTIFACT).write_bytes(bytes([63]) * 1000)
     with pytest.raises(ToolError, match="scores 1.06300000 BPB"):
         make(runs, tmp_path / "records")
     assert list((tmp_path / "records" / "track_10min_16mb").iterdir()) == []
 
 
-def test_a_script_that_fails_inside_its_folder(runs, tmp_path, monkeypatch):  # noqa: F811
+def test_a_script_that_fails_inside_its_folder(runs, tmp_path, monkeypatch):
     monkeypatch.setenv("BREAK", "1")
     with pytest.raises(ToolError, match="failed inside its folder .*BREAK is set"):
         make(runs, tmp_path / "records")

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from test_tools_common import change, make_run, runs, slow  # noqa: F401  (runs is a fixture)
+from made_runs import change, make_run
 
 pytest.importorskip("plotly", reason="plotly is missing: pip install -r tools/requirements.txt")
 
@@ -29,7 +29,7 @@ def profile(stage, by, shift):
 
 
 @pytest.fixture
-def whole(runs, monkeypatch):  # noqa: F811
+def whole(runs, monkeypatch):
     """Three runs with all that the page can show; bytes per tensor, which need the real script, are given."""
     parts = {"data": 1.0, "forward": 30.0, "backward": 60.0}
     stages = enumerate(("ttt", "sliding", "quantized"))
@@ -68,7 +68,7 @@ def test_the_page_shows_the_figures_of_summary_json(whole, tmp_path):
     assert str(tmp_path) not in page
 
 
-def test_missing_events_are_named_and_the_rest_is_drawn(runs, capsys):  # noqa: F811
+def test_missing_events_are_named_and_the_rest_is_drawn(runs, capsys):
     assert report.main([str(runs[0])]) == 0
     said = capsys.readouterr()
     assert "not shown: Where a step's time goes (no step_time events)" in said.out
@@ -79,14 +79,14 @@ def test_missing_events_are_named_and_the_rest_is_drawn(runs, capsys):  # noqa: 
 
 
 @pytest.mark.parametrize("left", [None, {"val_bpb": None, "quantized_val_bpb": 1.07, "steps": 9, "seed": 1}])
-def test_a_run_that_is_not_finished_is_shown(runs, left):  # noqa: F811
+def test_a_run_that_is_not_finished_is_shown(runs, left):
     path = runs[0] / "summary.json"
     path.write_text(json.dumps(left)) if left else path.unlink()
     assert report.main([str(runs[0])]) == 0
     assert "unfinished" in (runs[0] / "report.html").read_text()
 
 
-def test_a_damaged_log_is_one_line(runs, capsys):  # noqa: F811
+def test_a_damaged_log_is_one_line(runs, capsys):
     with open(runs[0] / "metrics.jsonl", "a") as f:
         f.write("[1]\n")
     with pytest.raises(SystemExit) as end:
@@ -95,7 +95,7 @@ def test_a_damaged_log_is_one_line(runs, capsys):  # noqa: F811
     assert end.value.code == 2 and said.startswith("error: line ") and said.count("\n") == 1
 
 
-def test_non_compliant_is_said(runs):  # noqa: F811
+def test_non_compliant_is_said(runs):
     change(runs[0], "summary", compliant=False)
     report.main([str(runs[0])])
     assert "NON-COMPLIANT" in (runs[0] / "report.html").read_text()
@@ -107,13 +107,13 @@ def test_names_are_escaped(tmp_path):
     assert "a<b>" not in (run / "report.html").read_text().split("<main>")[1].split("<section>")[0]
 
 
-def test_phases_add_up(runs):  # noqa: F811
+def test_phases_add_up(runs):
     clocks = report.phases(load_run(runs[0]))
     assert sum(s for _, s in clocks["training budget"]) == pytest.approx(589.0 + 4.1 + 5.2)
     assert sum(s for _, s in clocks["evaluation budget"]) == pytest.approx(480.0)
 
 
-def test_phases_of_a_log_with_an_eval_only_run_behind(runs):  # noqa: F811
+def test_phases_of_a_log_with_an_eval_only_run_behind(runs):
     alone = report.phases(load_run(runs[0]))
     add_events(runs[0], {"event": "start"}, {"event": "pack", "quantise_s": 50.0, "pack_s": 60.0},
                {"event": "artifact", "calibrate_s": 70.0}, {"event": "score_sliding", "elapsed": 90.0},
@@ -124,7 +124,7 @@ def test_phases_of_a_log_with_an_eval_only_run_behind(runs):  # noqa: F811
     assert ("probes", 3.0) in both["outside the clocks"]
 
 
-def test_too_many_runs(runs):  # noqa: F811
+def test_too_many_runs(runs):
     with pytest.raises(ToolError, match="at most 8"):
         report.main([str(runs[0])] * 9)
 
@@ -138,7 +138,7 @@ def browse(page, *options):
                           capture_output=True, text=True, timeout=600)
 
 
-@slow
+@pytest.mark.long
 @pytest.mark.skipif(not BROWSER, reason="no Chromium or Chrome is installed")
 def test_in_a_real_browser(whole, tmp_path):
     out, picture = tmp_path / "page.html", tmp_path / "page.png"

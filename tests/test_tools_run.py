@@ -4,8 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import ROOT, environment, tg
-from test_run import run_here
+from conftest import ROOT, environment, run_here, tg
 
 from tools import compare, make_record, report
 from tools.common import ARTIFACT, load_run

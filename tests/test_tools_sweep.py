@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-from test_tools_common import slow
 
 optuna = pytest.importorskip("optuna", reason="optuna is missing: pip install -r tools/requirements.txt")
 
@@ -252,7 +251,7 @@ def real_sweep(tmp_path, env, *more, url=None):
     print((tmp_path / "sweep.log").read_text())
 
 
-@slow
+@pytest.mark.long
 def test_eight_real_trials_two_workers_one_killed_sqlite(tmp_path, tiny_environment):
     real_sweep(tmp_path, tiny_environment)
 
@@ -296,12 +295,12 @@ def postgres(tmp_path_factory):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@slow
+@pytest.mark.long
 def test_eight_real_trials_two_workers_one_killed_postgres(tmp_path, tiny_environment, postgres):
     real_sweep(tmp_path, tiny_environment, "--storage", postgres.replace("+psycopg2", ""), url=postgres)
 
 
-@slow
+@pytest.mark.long
 def test_a_second_machine_joins_on_postgres(place, postgres):
     (place / "space.txt").write_text("MATRIX_LR log 0.001 0.1\nNAP = 0.3\n")
     first = subprocess.Popen([sys.executable, sweep.__file__,

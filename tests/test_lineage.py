@@ -1,11 +1,10 @@
-"""The lean script: without part three all else runs, and gives the same bytes and scores."""
+"""Lineage: without part three, in the lean script, all else runs and gives the same bytes and scores."""
 
 import importlib.util
-import re
 import sys
 
 import pytest
-from conftest import TINY, load_config, settings, summary, tg
+from conftest import TINY, environment, load_config, run_script, settings, summary, tg
 
 LATE = ("best", "pr1855", "pr1924", "pr2014", "pr2135")
 COMMON = {f.name for f in tg.fields(tg.Settings.__base__)}
@@ -26,12 +25,6 @@ def cut(tmp_path_factory):
     return module
 
 
-def named_in(text: str) -> list[str]:
-    """The settings of part three that a text names, as they are or in capitals."""
-    words = set(re.findall(r"\w+", text.lower()))
-    return [f.name for f in OLDER if f.name in words]
-
-
 def settings_of(script, **changes):
     """The tiny settings as a script reads them."""
     return script.Settings.from_env({k: str(v) for k, v in {**TINY, **changes}.items()})
@@ -40,27 +33,16 @@ def settings_of(script, **changes):
 # --- the cut
 
 
-def test_what_is_cut_begins_at_the_bar_and_ends_at_the_closing_block():
-    head, banner, rest = SOURCE.partition(b"\n# PART THREE")
-    before = head[:head.rindex(b"\n") + 1]
-    closing = rest[rest.index(b"\nif __name__ == ") + 1:]
-    assert banner and LEAN.startswith(before) and LEAN.endswith(b"\n\n\n" + closing)
-    between = LEAN[len(before):-len(closing)].decode()
-    assert len(between.splitlines()) < len(OLDER) + 9 and "def " not in between
+def test_cutting_again_cuts_nothing():
     assert tg.lean(LEAN) == LEAN and len(LEAN) < 0.95 * len(SOURCE)
 
 
-def test_nothing_that_stays_names_a_setting_of_part_three():
-    system = SOURCE.partition(b"\n# PART THREE")[0].decode()
-    assert len(OLDER) > 30 and named_in(system) == []
-
-
-def test_the_lean_script_is_a_whole_script_of_its_own(cut, capsys):
-    assert not [name for name in vars(cut) if name.startswith("Lineage")]
-    assert {f.name for f in cut.fields(cut.Settings)} == COMMON
+def test_the_lean_script_has_no_setting_of_an_older_system(cut, capsys):
+    assert len(OLDER) > 30 and {f.name for f in cut.fields(cut.Settings)} == COMMON
     assert cut.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert "CODE_FORM" in shown and "ACCEPTED OLD NAMES" in shown and named_in(shown) == []
+    assert all(f"  {name.upper()} " in shown for name in COMMON) and "ACCEPTED OLD NAMES" in shown
+    assert not any(f"  {f.name.upper()} " in shown for f in OLDER)
 
 
 # --- settings
@@ -152,3 +134,13 @@ def test_a_run_of_the_lean_script_is_the_run(cut, data, tmp_path):
         scores = [found[key] for key in SCORES]
         facts.append(((folder / tg.ARTIFACT_NAME).read_bytes(), scores, found["steps"]))
     assert facts[0] == facts[1] and facts[0][2] == 2
+
+
+@pytest.mark.long      # the forms are counted above, and a run of the lean script counts its own
+def test_a_run_counts_the_form_of_the_script_that_it_names(data, tmp_path):
+    few = dict(QUANTIZE_ONLY=1, TTT_ENABLED=0, ITERATIONS=1)
+    status, output = run_script(environment(data, CODE_FORM="packed", ARTIFACT_DIR=tmp_path, **few))
+    assert status == 0, output
+    s = summary(tmp_path)
+    assert s["code_form"] == "packed" and s["code_bytes"] == tg.code_bytes("packed")
+    assert s["total_bytes"] == (tmp_path / "final_model.int6.ptz").stat().st_size + s["code_bytes"]

@@ -1,14 +1,10 @@
 """CaseOps: lossless on arbitrary Unicode, bit-exact with the reference, and what malformed text means."""
+
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from data import caseops  # noqa: E402
+from data import caseops
 
 T, A, N, E = caseops.OPERATORS
 

@@ -1,4 +1,4 @@
-"""Score-first test-time training: order, causality, determinism."""
+"""Adapt: score-first test-time training: order, causality, determinism."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import settings, sine_model, tg
+from conftest import documents, settings, sine_model, tg
 
 EXACT = dict(ttt_kv_reuse=False, ttt_shared_a=False, ttt_optimizer="adam", ttt_doc_order="length")
 FORMS = dict(fast={}, exact=EXACT, suffix=dict(ttt_suffix=20, ttt_step_nats=0.3))
@@ -141,8 +141,7 @@ def test_several_steps_and_sgd(s):
 
 def test_learning_rate_of_the_base_weights():
     s = settings(GLOBAL_TTT_LR=0.1, GLOBAL_TTT_WARMUP_CHUNKS=2, GLOBAL_TTT_WARMUP_START_LR=0.01)
-    ttt = tg.PhasedTTT.__new__(tg.PhasedTTT)
-    ttt.s = s
+    ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation.of(documents(3, 0)))
     assert np.allclose([ttt.global_lr(c, 5) for c in range(5)], [0.01, 0.1, 0.1, 0.05, 0.0])
 
 
@@ -339,7 +338,7 @@ def test_chunks_by_length_or_by_position():
 
 
 @every_form
-@pytest.mark.parametrize("at", [560, 680])
+@pytest.mark.parametrize("at", [560, pytest.param(680, marks=pytest.mark.long)])
 def test_where_later_documents_end_is_nothing_to_earlier_ones(s, at):
     """A BOS moves; computed in float64, as rows of other shapes add in another order. Earlier: all targets
     before the first place that differs, the last document's own beginning among them."""
@@ -528,3 +527,17 @@ def test_the_head_is_adapted_where_it_is_switched_on(s):
 def test_groups_shrink_to_few_sizes():
     assert [tg.rows_kept_for(64, live) for live in (64, 33, 32, 17, 2, 1)] == [64, 64, 32, 32, 2, 2]
     assert {tg.rows_kept_for(48, live) for live in range(1, 49)} == {48, 24, 12, 6, 3}
+
+
+@fast_form
+@pytest.mark.parametrize("chunk, prefix", [(32, 4), (64, 4), (100, 9), (200, 14)])
+def test_steps_of_the_base_weights_are_foretold(s, monkeypatch, chunk, prefix):
+    s = tg.dataclasses.replace(s, global_ttt_chunk_tokens=chunk, phased_ttt_prefix_docs=prefix)
+    taken, val = [], tg.Validation(s)
+    monkeypatch.setattr(tg.PhasedTTT, "global_step", lambda *_: taken.append(1))
+    ttt = tg.PhasedTTT(s, tg.World(), tg.GPT(s), val)
+    starts, lengths = val.documents.start[:prefix], val.documents.length[:prefix]
+    booked = tg.Booked(np.concatenate([val.tokens[a:a + n] for a, n in zip(starts, lengths, strict=True)]))
+    ttt.global_phase(booked)
+    assert len(taken) == len(tg.phase_steps(s, len(booked.tokens)))
+    assert (chunk < s.eval_seq_len) == (not taken)

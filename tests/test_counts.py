@@ -5,8 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, environment, load_config, settings, sine_model, summary, tg
-from test_run import run_here
+from conftest import CONFIGS, environment, load_config, run_here, settings, sine_model, summary, tg
 
 WORDS = dict(within_tau=0.45, within_boost=0.75, word_tau=0.65, word_boost=0.75, agree_add_boost=0.5)
 FIELD = dict(ttt_kv_reuse=False, ttt_shared_a=False, ttt_optimizer="adam", ttt_doc_order="length")

@@ -1,20 +1,14 @@
-"""The script as a user runs it: end to end, the modes, several ranks, and every mistake it must name."""
+"""Story: the script as a user runs it, end to end, its modes, and every mistake it must name."""
 
-import contextlib
 import hashlib
-import io
-import json
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import ROOT, documents, environment, run_script, summary, tg, write_shard
+from conftest import ROOT, documents, environment, events, run_here, run_script, summary, tg, write_shard
 
 KEYS = (
     "val_bpb val_loss sliding_val_bpb quantized_val_bpb prequant_val_bpb artifact_bytes code_bytes "
@@ -32,29 +26,6 @@ def finished(data, tmp_path_factory):
     status, text = run_script(environment(data, ARTIFACT_DIR=folder, **TRAINING))
     assert status == 0, text
     return folder, text
-
-
-def run_here(env, *args):
-    """What run_script gives, from main in this process: the start of another takes seconds."""
-    shown = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as screens:
-        for name in set(os.environ) - set(env):
-            patch.delenv(name)
-        for name, value in env.items():
-            patch.setenv(name, value)
-        screens.enter_context(contextlib.redirect_stdout(shown))
-        screens.enter_context(contextlib.redirect_stderr(shown))
-        status = tg.main(args)
-    return status, shown.getvalue()
-
-
-def events(folder, kind):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [e for e in lines if e["event"] == kind]
-
-
-def losses(folder):
-    return [e["loss"] for e in events(folder, "train")]
 
 
 def test_a_run_leaves_everything_behind(finished):
@@ -102,7 +73,7 @@ def test_where_time_and_bits_went_is_logged(finished):
             assert sum(e["tokens"]) == summary(folder)["tokens_scored"]
 
 
-@pytest.mark.long      # tests/test_faults_kills.py kills a run every day
+@pytest.mark.long      # tests/test_going_on.py kills a run every day
 def test_a_run_killed_while_it_evaluates_leaves_its_artifact(finished, data, tmp_path):
     """A training run, killed once its artifact is written: it scores as that of a run left alone."""
     folder, _ = finished
@@ -150,60 +121,6 @@ def test_quantize_only_stops_at_the_artifact(finished, data, tmp_path):
     )
     assert status == 0, text
     assert (tmp_path / "final_model.int6.ptz").exists() and summary(tmp_path)["val_bpb"] is None
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def test_one_rank_two_ranks_and_two_nodes_agree(data, tmp_path):
-    same = dict(ITERATIONS=4, TRAIN_LOG_EVERY=1, WARMUP_STEPS=0, EVAL_STRIDE=32)
-    one, two, port = tmp_path / "one", tmp_path / "two", free_port()
-    assert run_here(environment(data, ARTIFACT_DIR=one, GRAD_ACCUM_STEPS=2, **same))[0] == 0
-
-    def rank(i):
-        env = environment(data, ARTIFACT_DIR=two, GRAD_ACCUM_STEPS=1, GLOO_SOCKET_IFNAME="lo", RANK=i,
-                          LOCAL_RANK=i, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=port, **same)
-        return run_script(env)
-
-    with ThreadPoolExecutor(2) as pool:
-        ended = list(pool.map(rank, range(2)))
-    assert [status for status, _ in ended] == [0, 0], ended
-    nodes, port = [tmp_path / "node0", tmp_path / "node1"], free_port()
-
-    def node(i):
-        launcher = (
-            "-m",
-            "torch.distributed.run",
-            "--nnodes=2",
-            "--nproc_per_node=1",
-            f"--node_rank={i}",
-            "--rdzv_backend=c10d",
-            f"--rdzv_endpoint=127.0.0.1:{port}",
-            "--rdzv_id=t",
-            "--local_addr=127.0.0.1",
-        )
-        # on the loopback alone: resolving this machine's name can take a minute
-        env = environment(data, ARTIFACT_DIR=nodes[i], GRAD_ACCUM_STEPS=1, GLOO_SOCKET_IFNAME="lo", **same)
-        return run_script(env, launcher=launcher)
-
-    with ThreadPoolExecutor(2) as pool:
-        ended = list(pool.map(node, range(2)))
-    assert [status for status, _ in ended] == [0, 0], ended
-    joined = next(n for n in nodes if (n / "summary.json").exists())
-    for other in (two, joined):
-        assert summary(other)["world_size"] == 2
-        assert summary(one)["probes"].keys() == summary(other)["probes"].keys()
-        assert all(probe["ok"] for probe in summary(other)["probes"].values())
-        assert np.allclose(losses(one), losses(other), atol=1e-5)
-        for key in ("sliding_val_bpb", "quantized_val_bpb", "prequant_val_bpb", "val_bpb"):
-            assert summary(one)[key] == pytest.approx(summary(other)[key], abs=2e-5), key
-        for a, b in zip(events(one, "profile"), events(other, "profile"), strict=True):
-            assert a["nats"] == pytest.approx(b["nats"], rel=2e-5)
-            assert {**a, "nats": 0, "time": 0} == {**b, "nats": 0, "time": 0}
 
 
 def refused(env, *words, args=()):
@@ -314,6 +231,7 @@ def test_weights_survive_a_crash_after_training(data, tmp_path, monkeypatch):
     assert status == 0 and "final val_bpb=" in text
 
 
+@pytest.mark.long      # test_tools_run.py scores by a packed script
 def test_the_self_extracting_script_is_the_script(finished, data, tmp_path):
     folder, _ = finished
     source = (ROOT / "train_gpt.py").read_bytes()

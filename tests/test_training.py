@@ -1,21 +1,14 @@
-"""Training that cannot be lost: signals, numbers that are not finite, averages beside training, files of
-weights, full disks, reports that fail, and going on from a checkpoint."""
+"""Training: schedules, the budget, the warm-up; and that it cannot be lost: numbers that are not finite,
+averages beside training, full disks, reports that fail, and going on from a checkpoint."""
 
-import io
-import json
 import os
-import pickle
 import signal
-import socket
 import subprocess
 import sys
-import time
-import warnings
-import zipfile
 
 import pytest
 import torch
-from conftest import ROOT, environment, settings, sine_model, tg
+from conftest import ROOT, TABLES, events, facts_of, free_port, settings, sine_model, tg, tokens
 
 QUIET = dict(WARMUP_STEPS=0, TRAIN_LOG_EVERY=500, ITERATIONS=8)
 TERM = int(signal.SIGTERM)
@@ -62,115 +55,6 @@ def stop_at(monkeypatch, step):
     at_step(monkeypatch, step, lambda: setattr(tg.SIGNALS, "number", TERM))
 
 
-def events(folder, kind):
-    def no_constant(word):
-        raise AssertionError(f"{word} is no JSON")
-
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [e for e in (json.loads(x, parse_constant=no_constant) for x in lines) if e["event"] == kind]
-
-
-def facts_of(path):
-    return torch.load(path, weights_only=True)["facts"]
-
-
-# --- signals
-
-PATIENT = """
-import sys; sys.path.insert(0, '.'); import train_gpt as t
-t.rehearse = lambda *a: 0.0
-after = t.Progress.events
-def events(self, step, *rest):
-    after(self, step, *rest)
-    print('did', step, flush=True)
-t.Progress.events = events
-code = t.main([])
-sys.stdout.flush()
-t.os._exit(code)
-"""
-
-
-def test_a_signal_stops_training_after_the_step_and_a_lost_terminal_does_not(data, tmp_path):
-    env = environment(data, ARTIFACT_DIR=tmp_path, **{**QUIET, "ITERATIONS": 1_000_000})
-    process = subprocess.Popen([sys.executable, "-c", PATIENT], cwd=ROOT, env=env, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    next(line for line in process.stdout if line == "did 2\n")
-    process.send_signal(signal.SIGHUP)
-    next(line for line in process.stdout if line == "did 9\n")
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 130 and "Traceback" not in err
-    last = [line for line in out.splitlines() if line.startswith("did ")][-1:]
-    step = int(last[0].split()[1]) if last else 9
-    assert f"training was stopped at step {step} by SIGINT" in err
-    facts = facts_of(tmp_path / tg.AVERAGE)
-    assert facts["stopped"] == f"stopped at step {step}" and facts["steps"] == step
-    assert not (tmp_path / "final_model.pt").exists() and not (tmp_path / tg.BALLAST).exists()
-
-
-def child(act):
-    """A process that listens to signals and acts: (its id, the pipe into which it says that it is ready)."""
-    ours, theirs = os.pipe()
-    if pid := os.fork():
-        os.close(theirs)
-        return pid, ours
-    code = 99
-    try:
-        signals = tg.Signals()
-        signals.install()
-        act(signals, lambda: os.write(theirs, b"!"))
-    except tg.Interrupted as stop:
-        code = stop.status
-    finally:
-        os._exit(code)
-
-
-def ends(act, *sent, until_the_end=0):
-    """The exit status of such a process after these signals; the last may be sent again and again."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)      # a fork beside torch's threads
-        pid, ours = child(act)
-    os.read(ours, 1)
-    os.close(ours)
-    for number in sent:
-        os.kill(pid, number)
-        time.sleep(0.05)
-    while until_the_end:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        os.kill(pid, until_the_end)
-        time.sleep(0.1)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def test_what_a_signal_does_outside_of_training_and_what_a_second_one_does():
-    def evaluation(signals, ready):
-        ready()
-        time.sleep(60)
-
-    def long_step(signals, ready):
-        with signals.held():
-            ready()
-            time.sleep(600)
-
-    def short_step(signals, ready):
-        with signals.held():
-            ready()
-            time.sleep(0.3)
-        time.sleep(60)
-
-    assert ends(evaluation, signal.SIGHUP, signal.SIGTERM) == 143
-    assert ends(short_step, signal.SIGINT, signal.SIGINT) == 130      # one request that came twice
-    begin = time.monotonic()
-    assert ends(long_step, signal.SIGTERM, until_the_end=signal.SIGINT) == 130
-    assert time.monotonic() - begin < 300
-
-
-def test_a_guard_around_a_report_does_not_swallow_an_interruption():
-    assert not issubclass(tg.Interrupted, Exception)
-
-
 # --- numbers that are not finite
 
 @pytest.mark.parametrize("last", [False, True])
@@ -194,24 +78,54 @@ def test_a_step_that_is_not_finite_ends_training_and_is_named(data, tmp_path, mo
     tg.read_weights(str(tmp_path / tg.AVERAGE), tg.GPT(settings()))
 
 
-def test_flags_are_read_when_they_have_arrived():
-    class Arrival:
-        def __init__(self):
-            self.here = False
+class OnDevice(torch.Tensor):
+    """A number that says it is on a GPU."""
 
-        def query(self):
-            return self.here
+    is_cuda = True
 
-        def synchronize(self):
-            self.here = True
 
-    watch, arrivals = tg.FiniteWatch(), [Arrival() for _ in range(3)]
-    for step, good in enumerate((True, False, True), 1):
-        watch.flying.append((step, torch.tensor(good), arrivals[step - 1]))
-    assert watch.first_bad() == 0 and len(watch.flying) == 3
-    arrivals[0].here = True
-    assert watch.first_bad() == 0 and len(watch.flying) == 2
-    assert watch.first_bad(wait=True) == 2 == watch.first_bad()
+class Arrival:
+    """A GPU's event, which happens when a test says so."""
+
+    made = []
+
+    def record(self):
+        self.here = False
+        self.made.append(self)
+
+    def query(self):
+        return self.here
+
+    def synchronize(self):
+        self.here = True
+
+
+def watch_on_a_gpu(monkeypatch) -> tg.FiniteWatch:
+    empty = torch.empty
+    monkeypatch.setattr(tg.torch, "empty", lambda *shape, pin_memory, **more: empty(*shape, **more))
+    monkeypatch.setattr(tg.torch.cuda, "Event", Arrival)
+    monkeypatch.setattr(Arrival, "made", [])
+    return tg.FiniteWatch()
+
+
+def test_flags_are_read_when_they_have_arrived(monkeypatch):
+    watch = watch_on_a_gpu(monkeypatch)
+    one = torch.tensor(1.0).as_subclass(OnDevice)
+    for step, loss in enumerate((one, one, one * float("nan"), one), 1):
+        watch.record(step, loss, one)
+    assert watch.first_bad() == 0
+    for arrival in Arrival.made[1:]:
+        arrival.here = True
+    assert watch.first_bad() == 0             # the first is not here, and they are read in their order
+    Arrival.made[0].here = True
+    assert watch.first_bad() == 3
+
+
+def test_all_flags_are_waited_for_at_the_end(monkeypatch):
+    watch = watch_on_a_gpu(monkeypatch)
+    for step, loss in enumerate((1.0, float("inf")), 1):
+        watch.record(step, torch.tensor(loss).as_subclass(OnDevice), torch.tensor(1.0))
+    assert watch.first_bad() == 0 and watch.first_bad(wait=True) == 2 == watch.first_bad()
 
 
 # --- averages beside training
@@ -279,154 +193,6 @@ def test_averages_go_once_the_artifact_and_the_weights_are_there(data, tmp_path)
     (tmp_path / "final_model.pt").write_bytes(b"weights")
     tg.remove_safety_copies(run)
     assert not (tmp_path / "checkpoint").exists()
-
-
-# --- weights files
-
-FACTS = {"steps": 4, "train_seconds": 2.5, "step_ms": 625.0, "stopped": "", "seed": 1, "world_size": 1}
-
-
-def good_box(s):
-    weights = {n: p.detach() for n, p in tg.field_views(dict(sine_model(s).named_parameters())).items()}
-    return {"architecture": tg.architecture(s), "weights": weights, "facts": FACTS}
-
-
-def saved(box):
-    out = io.BytesIO()
-    torch.save(box, out)
-    return out.getvalue()
-
-
-def refuses(path, s=None):
-    """The file is refused within seconds, in one short line, which is returned."""
-    begin = time.monotonic()
-    with pytest.raises(tg.UserError) as caught:
-        tg.read_weights(str(path), tg.GPT(s or settings()))
-    text = str(caught.value)
-    assert len(text) <= 300 and text.isprintable() and "EVAL_ONLY_PATH=" in text
-    assert time.monotonic() - begin < 10
-    return text
-
-
-def test_weights_and_facts_come_back_and_torch_reads_the_file(tmp_path):
-    s = settings()
-    path, model = tmp_path / "w.pt", tg.GPT(s)
-    path.write_bytes(tg.sealed(good_box(s)))
-    assert tg.read_weights(str(path), model) == FACTS
-    twin = dict(sine_model(s).named_parameters())
-    assert all(torch.equal(p, twin[n]) for n, p in model.named_parameters())
-    assert facts_of(path) == FACTS
-
-
-def test_a_setting_that_is_younger_than_the_file_had_its_default(tmp_path):
-    box, path = good_box(settings()), tmp_path / "old.pt"
-    del box["architecture"]["ROPE_BASE"]
-    path.write_bytes(tg.sealed(box))
-    assert tg.read_weights(str(path), tg.GPT(settings())) == FACTS
-    assert "ROPE_BASE=10000.0 there, 500.0 here" in refuses(path, settings(ROPE_BASE=500))
-
-
-def test_a_file_without_a_digest_is_refused(tmp_path):
-    path = tmp_path / "w.pt"
-    path.write_bytes(saved(good_box(settings())))
-    assert "not as train_gpt.sealed writes it" in refuses(path)
-
-
-def test_every_flipped_bit_is_noticed(tmp_path):
-    s = settings()
-    good, path = tg.sealed(good_box(s)), tmp_path / "w.pt"
-    places = [*range(0, len(good), len(good) // 20), *range(len(good) - 100, len(good), 5)]
-    for i, at in enumerate(places):
-        bad = bytearray(good)
-        bad[at] ^= 1 << i % 8
-        path.write_bytes(bad)
-        refuses(path)
-    for cut in (0, 10, len(good) // 2, len(good) - 1):
-        path.write_bytes(good[:cut])
-        refuses(path)
-    path.write_bytes(good + b"x")
-    refuses(path)
-
-
-def with_weight(value):
-    """A good file's contents with one tensor replaced."""
-    box = good_box(settings())
-    box["weights"]["blocks.0.attn.q_gain"] = value
-    return box
-
-
-GAIN = torch.ones(2)      # of two heads
-CONTENTS = {
-    "nan": lambda: with_weight(GAIN * float("nan")), "infinite": lambda: with_weight(GAIN / 0),
-    "boolean": lambda: with_weight(GAIN > 0), "complex": lambda: with_weight(GAIN + 1j),
-    "half": lambda: with_weight(GAIN.half()), "sparse": lambda: with_weight(GAIN.to_sparse()),
-    "a number": lambda: with_weight(1.0), "other shape": lambda: with_weight(torch.ones(3)),
-    "huge view": lambda: with_weight(torch.ones(1).expand(10 ** 12)),
-    "missing": lambda: {**good_box(settings()), "weights": {}},
-    "list": lambda: [1, 2], "text": lambda: "weights", "none": lambda: dict.fromkeys(good_box(settings())),
-    "architecture 5": lambda: {**good_box(settings()), "architecture": 5},
-    "tensor setting": lambda: {**good_box(settings()), "architecture": {"NUM_LAYERS": torch.ones(9)}},
-    "no architecture": lambda: {**good_box(settings()), "architecture": {}},
-    "unknown setting": lambda: {**good_box(settings()), "architecture": {
-        **tg.architecture(settings()), "X" * 10 ** 5 + "\n": "y" * 10 ** 5}},
-    "no facts": lambda: {**good_box(settings()), "facts": {}},
-    "long name": lambda: {**good_box(settings()), "weights": {"n\n" * 10 ** 5: GAIN}},
-    "odd names": lambda: {**good_box(settings()), "weights": {1: GAIN, "a": GAIN, None: GAIN}},
-}
-
-
-@pytest.mark.parametrize("name", CONTENTS)
-def test_other_contents_are_refused_in_one_line(tmp_path, name):
-    path = tmp_path / "w.pt"
-    path.write_bytes(tg.sealed(CONTENTS[name]()))
-    refuses(path)
-
-
-def deep_tuples(levels=60):
-    """A short pickle of one tuple that holds another twice, and so on: as a key it is hashed for ever."""
-    out = b"\x80\x02}" + b")q\x00"
-    for i in range(levels):
-        out += b"h" + bytes([i]) + b"\x86q" + bytes([i + 1])
-    return out + b"K\x01s."
-
-
-def archive(pickled, compression=zipfile.ZIP_STORED, more=b""):
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", compression) as z:
-        z.writestr("archive/data.pkl", pickled)
-        z.writestr("archive/version", "3\n")
-        z.writestr("archive/data/0", more)
-    return out.getvalue()
-
-
-def test_archives_that_unfold_are_refused(tmp_path):
-    path = tmp_path / "w.pt"
-    nested = b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."
-    for data in (archive(deep_tuples()), archive(nested), archive(b"\x80\x02K\x01.", zipfile.ZIP_DEFLATED,
-                 bytes(50 << 20)), archive(pickle.dumps(print)), archive(b""), b"PK\5\6" + bytes(18), b""):
-        path.write_bytes(data)
-        refuses(path)
-
-
-def test_what_is_no_file_is_refused(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with open(tmp_path / "large.pt", "wb") as f:
-        f.truncate(1 << 40)
-    for path in ("/dev/zero", tmp_path / "pipe", tmp_path, tmp_path / "nowhere", tmp_path / "large.pt",
-                 "x" * 5000, "a\0b"):
-        refuses(path)
-
-
-def test_a_setting_that_a_file_lacks_had_its_default():
-    s = settings()
-    theirs = tg.architecture(s)
-    tg.check_architecture(s, {**theirs, "OLD_MECHANISM": False}, "it")
-    with pytest.raises(tg.UserError, match="OLD_MECHANISM=2 there, unknown here"):
-        tg.check_architecture(s, {**theirs, "OLD_MECHANISM": 2}, "it")
-    del theirs["SMEAR_GATE_ENABLED"]
-    tg.check_architecture(s, theirs, "it")
-    with pytest.raises(tg.UserError, match="SMEAR_GATE_ENABLED=True there, False here"):
-        tg.check_architecture(settings(SMEAR_GATE_ENABLED=0), theirs, "it")
 
 
 # --- full disks, and reports that fail
@@ -596,7 +362,7 @@ TWO_RANKS = """
 import os, sys; sys.path[:0] = ['.', 'tests']
 from pathlib import Path
 from conftest import tg
-from test_faults_training import GOING_ON, QUIET, settings
+from test_training import GOING_ON, QUIET, settings
 folder, data = Path(sys.argv[1]), sys.argv[2]
 world = tg.World.join(os.environ)
 tg.rehearse = lambda *a: 0.0
@@ -624,9 +390,7 @@ os._exit(status)
 
 
 def test_two_ranks_stop_together_and_go_on_to_the_bit(data, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks = []
     for rank in range(2):
         env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
@@ -641,3 +405,61 @@ def test_two_ranks_stop_together_and_go_on_to_the_bit(data, tmp_path):
     whole, two = (torch.load(tmp_path / name / "final_model.pt", weights_only=True)["weights"]
                   for name in ("whole", "two"))
     assert all(torch.equal(w, two[n]) for n, w in whole.items())
+
+
+# --- schedules, the budget and the warm-up
+
+
+def test_soft_rounding_is_for_training_only_and_gets_sharper():
+    s = settings(**TABLES, LATE_QAT_THRESHOLD=0.5, LATE_QAT_MIN_STEP=2)
+    model, x, plan = sine_model(s), tokens(1, 20), tg.layer_plan(s, True)
+    plain = model.losses(x, x.roll(-1, 1), plan)
+    model.sharpness = torch.tensor(1.0)
+    soft = model.losses(x, x.roll(-1, 1), plan, training=True)
+    assert not torch.allclose(plain, soft, atol=1e-4)
+    trainer = tg.Trainer(s, tg.World(), model)
+    got = [trainer.sharpness_after(k, lr) for k, lr in ((1, 0.1), (2, 0.6), (3, 0.4), (4, 0.9), (600, 0.9))]
+    assert got[:3] == [None, None, 1.0] and 1 < got[3] < got[4] == 16
+
+
+def test_schedules():
+    s = settings(
+        WARMDOWN_FRAC=0.5,
+        MIN_LR=0.1,
+        MUON_MOMENTUM=0.97,
+        MUON_MOMENTUM_WARMUP_START=0.92,
+        MUON_MOMENTUM_WARMUP_STEPS=10,
+        ENABLE_LOOPING_AT=0.35,
+    )
+    assert [tg.warmdown_share(s, p) for p in (0, 0.5, 0.75, 1.0)] == [1.0, 1.0, 0.5, 0.1]
+    assert [round(tg.muon_momentum(s, k), 6) for k in (0, 5, 10, 99)] == [0.92, 0.945, 0.97, 0.97]
+    assert [tg.Curriculum(s).loops(0, p) for p in (0.34, 0.35)] == [False, True]
+
+
+def test_a_step_is_taken_only_if_it_fits_into_the_budget():
+    pace = tg.Pace(settings(MAX_WALLCLOCK_SECONDS=100, ITERATIONS=1000), reserve=20)
+    for step, elapsed in enumerate((0, 2, 4, 5)):
+        pace.observe(step, elapsed)
+    assert pace.step_seconds == pytest.approx(1.8)      # of the slower step before, not of the last
+    assert pace.progress(3) == 5 / 80 and not pace.ended(3) and not pace.near_end()
+    pace.observe(50, 78.5)
+    pace.step_seconds = 1.4
+    assert pace.near_end() and not pace.ended(50)
+    pace.step_seconds = 1.6
+    assert pace.ended(50)
+
+
+def test_without_a_budget_iterations_decide():
+    pace = tg.Pace(settings(ITERATIONS=10), reserve=20)
+    pace.observe(5, 1e9)
+    assert pace.progress(5) == 0.5 and not pace.ended(9) and pace.ended(10) and not pace.near_end()
+
+
+def test_warm_up_is_undone(s):
+    model = sine_model(s)
+    trainer = tg.Trainer(s, tg.World(), model)
+    before = [p.detach().clone() for p in model.parameters()]
+    trainer.warm_up()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+    assert all(torch.equal(e, q) for e, q in zip(trainer.ema.values(), before))
+    assert not trainer.optimiser.adam.state and all(not m.any() for m in trainer.optimiser.momentum)

@@ -1,0 +1,53 @@
+"""What torch.compile makes of scoring and adapting, as test_compile.py looks at training."""
+
+
+import numpy as np
+import pytest
+from conftest import FEW_LAYERS, documents, settings, sine_model, tg
+
+
+def adapted(s, model, val) -> float:
+    return tg.PhasedTTT(s, tg.World(), model, val).run().loss
+
+
+def test_evaluation_meets_no_graph_that_its_probes_have_not(tracing):
+    """Five documents in rounds of two, two and one; keys cached; the watchdog's way out."""
+    s, world = settings(**FEW_LAYERS, SLIDING_WINDOW_ENABLED=0), tg.World()
+    model, val = sine_model(s), tg.Validation.of(documents(5, 3, lo=5, hi=200))
+    assert tg.Scorer(s, world, model).windows(val, s.eval_seq_len) and tracing() == 1
+    assert all(p.ok for p in tg.run_probes(s, world, model))
+    known = tracing()
+
+    def scores(s):
+        scorer = tg.Scorer(s, world, model)
+        hurried = tg.PhasedTTT(s, world, model, val)
+        hurried.level = tg.NO_ADAPTATION
+        with tg.weights_kept(model):
+            return [scorer.windows(val, s.eval_seq_len).loss, scorer.windows(val, s.eval_stride).loss,
+                    hurried.run().loss, adapted(s, model, val)]
+
+    compiled = scores(s)
+    assert tracing() == known
+    assert np.allclose(compiled, scores(settings(**FEW_LAYERS, COMPILE="0")), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes, graphs", [
+    # a document's beginning, and what goes on from cached keys
+    pytest.param(
+        dict(TTT_CACHE_LAMBDA=0.3, CORRECTOR_ALPHA=0.3, CORRECTOR_ORDERS="2,3"), 2, marks=pytest.mark.long),
+    (dict(TTT_SUFFIX=20, TTT_STEP_NATS=0.3), 2),
+    pytest.param(
+        dict(TTT_KV_REUSE=0, TTT_SHARED_A=0, TTT_OPTIMIZER="adam", TTT_DOC_ORDER="length"), 1,
+        marks=pytest.mark.long),
+])
+def test_adaptation_needs_few_graphs(changes, graphs, tracing):
+    """21 documents in groups of 8 and two phases: fewer rows, other chunks and suffixes and new weights need
+    no graph."""
+    s = settings(**FEW_LAYERS, **changes)
+    ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation.of(documents(21, 5, lo=5, hi=200)))
+    ttt.run()
+    if s.ttt_suffix:
+        ttt.model.requires_grad_(False)
+        for ttt.level in (2, 3):
+            ttt.adapt_group(np.arange(5, 9))
+    assert tracing() == graphs

@@ -1,0 +1,243 @@
+"""A run that was killed or lost goes on by the command in its log: the short form of tests/faults.py."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import faults
+import pytest
+from conftest import ROOT, environment, events, open_run, run_here, settings, summary, tg
+from faults import KILL, Bench
+
+from tools import make_record
+from tools.common import load_run
+
+LONG = dict(ITERATIONS=100_000, WARMUP_STEPS=0, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    return Bench(tmp_path_factory.mktemp("kills"))
+
+
+@pytest.fixture(scope="module")
+def killed(bench):
+    """The folder that a run has left which was killed in training."""
+    job = bench.start("killed", 1, **LONG)
+    job.wait_for("average")
+    job.wait_for_step(3)
+    faults.send(job.family(), KILL)
+    assert job.wait(60) == 137
+    shutil.copytree(job.folder, bench.folder / "kept")
+    return bench.folder / "kept"
+
+
+@pytest.fixture
+def left(killed, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(killed, tmp_path / "left")
+
+
+def now(folder):
+    """When its last file was written."""
+    return max(path.stat().st_mtime for path in folder.rglob("*"))
+
+
+def test_all_that_a_killed_run_has_left_can_be_read(left):
+    assert faults.doing(left) == f"in training, step {faults.steps_of(left)}"
+    assert faults.unreadable(left) == faults.lost(left, now(left)) == []
+
+
+def test_it_goes_on_by_the_command_in_its_log(bench, killed):
+    command = events(killed, "go_on")[-1]["command"]
+    assert faults.way_of(command) == "average" and "ITERATIONS=100000" in command
+    job = bench.follow(command, "killed")
+    assert job.wait(120) == 0, job.err
+    assert job.out.splitlines()[-1].startswith("final val_bpb=") and "Traceback" not in job.err
+    assert faults.unreadable(job.folder) == faults.leftovers(job.folder) == []
+    assert 0 < summary(job.folder)["steps"] <= faults.steps_of(killed)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+SPOILS = {
+    "average.pt cannot be read": lambda folder: flip(folder / tg.AVERAGE),
+    "metrics.jsonl cannot be read": lambda folder: (folder / "metrics.jsonl").write_text("{}\n{\n"),
+    "NaN in JSON": lambda folder: (folder / "metrics.jsonl").write_text('{"event": NaN}\n'),
+    "summary.json cannot be read": lambda folder: (folder / "summary.json").write_text("{"),
+    "final_model.int6.ptz cannot be read":
+        lambda folder: (folder / tg.ARTIFACT_NAME).write_bytes(b"artifact")}
+
+
+@pytest.mark.parametrize("fault", SPOILS)
+def test_a_file_that_cannot_be_read_is_a_fault(left, fault):
+    SPOILS[fault](left)
+    assert any(fault in found for found in faults.unreadable(left))
+
+
+def test_lost_training_is_a_fault(left):
+    moment = now(left)
+    assert "s old" in faults.lost(left, moment + faults.MOST_LOST + 60)[0]
+    (left / tg.AVERAGE).unlink()
+    assert "there is no average" in faults.lost(left, moment)[0]
+
+
+def test_a_bad_end_is_a_fault(left, monkeypatch):
+    job = faults.Job(["sh", "-c", "echo Traceback >&2; exit 1"], dict(os.environ), left)
+    case = faults.generate(12, 0)[1]
+    assert case.signal == faults.TERM and case.ranks == 1
+    found = faults.judge_end(case, job, job.wait(60), ended=False)
+    assert found == ["exit status 1, not 143", "a stack trace on stderr"]
+    with open(left / "metrics.jsonl", "a") as log:
+        log.write(json.dumps({"event": "go_on", "command": "the last"}) + "\n")
+    assert faults.next_command(job, "the start") == "the last"
+
+
+# --- a run that is lost when its evaluation begins
+
+
+SHORT = dict(ITERATIONS=2, WARMUP_STEPS=0, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0)
+
+
+@pytest.fixture(scope="module")
+def lost(data, tmp_path_factory):
+    """A run that was lost when its artifact was written and its evaluation began: folder, stderr, status."""
+    folder, patch = tmp_path_factory.mktemp("lost") / "a run", pytest.MonkeyPatch()
+    said = []
+    with patch.context() as patched:
+        patched.setattr(tg, "log_probes", lambda *_: (_ for _ in ()).throw(RuntimeError("lost\npod")))
+        patched.setattr(tg, "tell", said.append)
+        patched.setattr(tg.sys, "argv", ["train_gpt.py"])
+        status, _ = run_here(environment(data, ARTIFACT_DIR=folder, **SHORT))
+    return folder, said, status
+
+
+def command_environment(line: str) -> dict:
+    """The settings that a printed command sets, beside those that every process here has."""
+    words = shlex.split(line.removeprefix("to go on: "))
+    assert words[-2:] == ["python", "train_gpt.py"]
+    return {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", **dict(w.split("=", 1) for w in words[:-2])}
+
+
+def test_an_unexpected_end_is_two_lines_and_its_trace_is_in_the_log(lost):
+    folder, said, status = lost
+    assert status == 1 and said[0] == "error: RuntimeError: lost pod" and len(said) == 2
+    assert "Traceback" in events(folder, "error")[0]["trace"]
+    restarts = [shlex.split(event["command"])[-3] for event in events(folder, "go_on")]
+    artifact = f"EVAL_ONLY_QUANTIZED_PATH={folder / tg.ARTIFACT_NAME}"
+    assert restarts[-2:] == [f"EVAL_ONLY_PATH={folder / tg.WEIGHTS_NAME}", artifact]
+    assert said[1] == f"to go on: {events(folder, 'go_on')[-1]['command']}"
+
+
+def test_going_on_by_the_printed_command_makes_a_record(lost, data, tmp_path, monkeypatch, capsys):
+    folder, said, _ = lost
+    before = summary(folder)
+
+    def broken(*_):
+        raise ValueError("no such text")
+
+    monkeypatch.setattr(tg, "closest_system", broken)          # what decorates fails
+    monkeypatch.setattr(tg.Ledger, "profiles", broken)
+    monkeypatch.setattr(tg, "run_probes", lambda *_: [])
+    assert run_here({**command_environment(said[1]), "EVAL_STRIDE": "32"})[0] == 0
+    after = summary(folder)
+    assert after["val_bpb"] > 0 and after["compliant"]
+    for key in ("steps", "step_ms", "train_seconds", "artifact_digest"):
+        assert after[key] == before[key] is not None, key
+    assert after["evaluation_runs"] == 2 and after["quantising_runs"] == 1
+    assert after["not_as_in_training"] == {"EVAL_STRIDE": [32, 16]}
+    warnings = [event["text"] for event in events(folder, "warning")]
+    assert any("EVAL_STRIDE=32 here, 16 there" in text for text in warnings)
+    assert sum("no such text" in text for text in warnings) == 2
+    assert len(events(folder, "train_end")) == 1 and len(events(folder, "final")) == 1
+    assert load_run(folder).source() == (ROOT / "train_gpt.py").read_bytes()
+    made = make_record.main([str(folder), "--name", "again", "--track", "non_record", "--date", "2026-01-01",
+                             "--out", str(tmp_path), "--skip-run", "a test"])
+    readme = (tmp_path / "track_non_record_16mb" / "2026-01-01_again" / "README.md").read_text()
+    assert made == 0 and "the evaluation was run 2 times" in readme and "EVAL_STRIDE=16 in training" in readme
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_run_into_head_with_its_log_on_a_full_disk(lost, data, tmp_path):
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    artifact = lost[0] / tg.ARTIFACT_NAME
+    env = environment(data, ARTIFACT_DIR=tmp_path, EVAL_ONLY_QUANTIZED_PATH=artifact, **SHORT)
+    done = subprocess.run(["bash", "-c", f"{sys.executable} train_gpt.py | head -3; exit ${{PIPESTATUS[0]}}"],
+                          env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert summary(tmp_path)["val_bpb"] > 0 and len(done.stdout.splitlines()) == 3
+    assert len(events(tmp_path, "warning")) == 2 and events(tmp_path, "final")
+
+
+def test_an_artifact_that_is_not_the_one_written_is_refused(lost, tmp_path, monkeypatch, data):
+    folder, said, _ = lost
+    path = folder / tg.ARTIFACT_NAME
+    blob = path.read_bytes()
+    try:
+        path.write_bytes(tg.marked(blob, "another one"))
+        assert run_here(command_environment(said[1]))[0] == 2
+        assert "is not the artifact that this run wrote" in events(folder, "error")[-1]["text"]
+    finally:
+        path.write_bytes(blob)
+
+
+def test_an_artifact_is_scored_on_the_text_of_its_run(lost, data):
+    """Another text, or other bytes behind the same tokens, would give another score without a word."""
+    folder = lost[0]
+    s = settings(DATA_PATH=data, ARTIFACT_DIR=folder, EVAL_ONLY_QUANTIZED_PATH=folder / tg.ARTIFACT_NAME)
+    run = tg.Run(s, tg.World())
+    try:
+        run.summary["val_fingerprint"] = "another"
+        with pytest.raises(tg.UserError, match="are not those of the run"):
+            tg.check_same_text(run, tg.Validation(s))
+    finally:
+        run.close()
+
+
+# --- what a going-on run takes over
+
+
+def test_quantising_goes_on_with_the_training_clock(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps({"training_not_compliant_because": ["it was late"]}))
+    facts = {"steps": 7, "train_seconds": 500.0, "step_ms": 3.5, "stopped": "average of step 7"}
+    run = open_run(tmp_path, EVAL_ONLY_PATH=tmp_path / "checkpoint" / "average.pt")
+    clock = tg.take_over(run.s, run, facts)
+    assert run.time_known and 500 <= clock.elapsed() < 510
+    assert run.summary["steps"] == 7 and run.summary["stopped"] == "average of step 7"
+    assert events(tmp_path, "train_end")[0]["seconds"] == 500
+    assert run.summary["not_compliant_because"] == ["it was late"]      # nothing washes it out
+    elsewhere = open_run(tmp_path / "b", EVAL_ONLY_PATH=tmp_path / "checkpoint" / "average.pt")
+    assert tg.take_over(elsewhere.s, elsewhere, facts).elapsed() < 10 and not elsewhere.time_known
+
+
+def test_the_way_on_is_the_best_that_is_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(tg.sys, "argv", ["some/train_gpt.py"])
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    run = open_run(Path("run"), TRAIN_SEQ_SCHEDULE="32@0.5, 64@1", TRAIN_LOADER="stream")
+    commands = []
+    for name in ("", "checkpoint/average.pt", "checkpoint/resume.3.0.pt", "final_model.pt", tg.ARTIFACT_NAME):
+        if name:
+            (tmp_path / "run" / name).write_bytes(b"x")
+        commands.append(run.go_on())
+    assert all("TRAIN_SEQ_SCHEDULE='32@0.5, 64@1'" in command for command in commands)
+    assert all(command.endswith("python some/train_gpt.py") for command in commands)
+    restarts = ["EVAL_ONLY_PATH=run/checkpoint/average.pt", "RESUME=1", "EVAL_ONLY_PATH=run/final_model.pt",
+            "EVAL_ONLY_QUANTIZED_PATH=run/final_model.int6.ptz"]
+    assert [restart in command for restart, command in zip(restarts, commands[1:], strict=True)] == [True] * 4
+    assert not any(restart in commands[0] for restart in restarts)
+    run.close()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    fresh = open_run(Path("other"), MAX_WALLCLOCK_SECONDS=100)
+    assert fresh.go_on().endswith("torchrun --nnodes=2 … --nproc_per_node=4 some/train_gpt.py")
