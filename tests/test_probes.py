@@ -191,7 +191,8 @@ def test_one_layer_shows_what_is_read_from_the_targets(one_layer, ahead, monkeyp
 def with_losses(patch, change):
     """GPT.losses with change(logits (B, T, V) float32, targets (B, T)) in place of the cross-entropy."""
     def losses(self, ids, targets, plan, layout=None, adapter=None, hook=None, cache=None):
-        return change(self.logits(self.final_hidden(ids, plan, layout, adapter, hook, cache), adapter), targets)
+        hidden = self.final_hidden(ids, plan, layout, adapter, hook, cache)
+        return change(self.logits(hidden, adapter), targets)
     patch.setattr(tg.GPT, "losses", losses)
 
 
