@@ -731,19 +731,6 @@ class Settings:
         return []
 
 
-def chunk_steps(s: Settings) -> list[tuple[float, int]]:
-    """(position, or length of a group's longest document, up to which; chunk); the
-    last bound is infinite."""
-    steps, text = [], s.first_chunks
-    for part in listed(text.replace("=", ":")):
-        step = whole_numbers(part.replace(":", ",", 1))
-        if len(step) != 2 or min(step) < 1:
-            raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, "
-                            "as 256:8,2000:24")
-        steps.append((step[0], step[1]))
-    return sorted(steps) + [(math.inf, s.ttt_chunk_size)]
-
-
 def schedule(text: str, otherwise, kind: type = int) -> list[tuple[float, float]]:
     """Stages (progress at which it ends, value) of "value@progress, …", by rising
     progress; the last one goes on to the end. Without text one stage of `otherwise`.
@@ -2801,22 +2788,33 @@ class Ledger:
         target_bytes = self.val.target_bytes[self.expected].sum()
         return Score(float(self.total.sum()), float(target_bytes), int(self.expected.sum()))
 
+    def amounts_between(self, cuts: np.ndarray) -> dict[str, np.ndarray]:
+        """Targets, bytes and nats (n, m) from one of n rows' input positions (n, m + 1)
+        to the next."""
+        amounts = {"tokens": np.diff(cuts)}
+        for name, values in (("bytes", self.val.target_bytes), ("nats", self.total)):
+            before = np.append(0, values.cumsum())
+            amounts[name] = np.diff(before[cuts])
+        return amounts
+
     def profiles(self) -> Iterator[dict]:
         """After close(): sums by position in a document, and by a document's length."""
         start, length = self.val.documents.start, self.val.documents.length - 1
         edges = [*PROFILE_EDGES, 1 << 62]
         cuts = start[:, None] + np.minimum(length[:, None], edges)
-        parts = {"tokens": np.diff(cuts)}      # each (documents, buckets)
-        for name, values in (("bytes", self.val.target_bytes), ("nats", self.total)):
-            parts[name] = np.diff(np.append(0, values.cumsum())[cuts])
+        amounts = self.amounts_between(cuts)       # each (documents, buckets)
+        reached = amounts["tokens"] > 0
+        by_position = {"documents": reached.sum(0).tolist()}
+        for name, x in amounts.items():
+            by_position[name] = x.sum(0).tolist()
+        yield {"by": "position", "edges": PROFILE_EDGES, **by_position}
+        buckets = len(PROFILE_EDGES)
         bucket = np.searchsorted(PROFILE_EDGES, length, "right") - 1
-        belongs = np.eye(len(PROFILE_EDGES), dtype=int)[bucket]
-        whole = {name: x.sum(1, keepdims=True) * belongs for name, x in parts.items()}
-        for by, tables in (("position", parts), ("length", whole)):
-            documents = (tables["tokens"] > 0).sum(0)
-            sums = {name: x.sum(0).tolist() for name, x in tables.items()}
-            yield {"by": by, "edges": PROFILE_EDGES,
-                   "documents": documents.tolist(), **sums}
+        by_length = {"documents": np.bincount(bucket[length > 0], minlength=buckets).tolist()}
+        for name, x in amounts.items():
+            whole = x.sum(1)
+            by_length[name] = [whole[bucket == i].sum().item() for i in range(buckets)]
+        yield {"by": "length", "edges": PROFILE_EDGES, **by_length}
 
 
 Window = tuple[int, int, int]       # positions: begin, end, first scored
@@ -2880,16 +2878,11 @@ class Scorer:
     def score_cached(self, val: Validation, documents: np.ndarray, stride: int,
                      ledger: Ledger) -> None:
         """Compute documents once, `stride` tokens at a time, on the keys a window
-        reaches."""
+        reaches: what chapter 8 does with a chunk, but nothing adapts."""
         s = dataclasses.replace(
             self.s, ttt_eval_seq_len=self.s.eval_seq_len, ttt_chunk_size=stride,
             ttt_short_score_first_enabled=False, ttt_cache_lambda=0)
-        still = PhasedTTT(s, self.world, self.model, val, ledger=ledger)
-        still.level = NO_ADAPTATION
-        self.model.requires_grad_(False)       # as in adaptation, for the same graphs
-        for group in still.own_share(grouped(s, documents, still.lengths)):
-            still.adapt_group(group)
-        self.model.requires_grad_(True)
+        PhasedTTT(s, self.world, self.model, val, ledger=ledger).score_only(documents)
 
     def score_row(self, row: list[Window], val: Validation, plan: Plan,
                   ledger: Ledger) -> None:
@@ -2922,7 +2915,7 @@ class Scorer:
 
 def check_adapt(s: Settings) -> None:
     """Refuse adaptation that could not work, or would let later text reach earlier."""
-    largest = max(chunk for _, chunk in chunk_steps(s))
+    largest = max(rule.chunk for rule in chunk_rules(s))
     if largest > s.ttt_eval_seq_len:
         raise UserError(f"TTT_CHUNK_SIZE={s.ttt_chunk_size}, or a chunk of "
                         f"TTT_SHORT_SCORE_FIRST_STEPS={s.first_chunks}, exceeds TTT_EVAL_SEQ_LEN="
@@ -3051,23 +3044,31 @@ class Adapter:
 
 class KeyCache:
     """Keys and values that earlier forwards of B documents left behind, cut from
-    their graph: per slot (B, P, K, D). The next forward sees `seen` of them, up to
-    index `end`; beyond lies the suffix, which it runs again and overwrites. position:
-    the document's tokens before the forward; last (B, 2): the nearest of them.
-    states: slot STATES keeps final hidden states (B, P, D) of length 1 and the tokens
-    that came next (B, P)."""
-    STATES = -1
+    their graph: per slot (B, P, K, Dh), oldest first. For the next forward:
+
+        a document's tokens   ... out of sight | seen | suffix | chunk ...
+        kept keys             ... ---------------------------->
+        the forward's inputs                          |-------------->
+
+    It sees `seen` old keys, up to index `end`, and makes those of the suffix anew.
+    position: the document's tokens ahead of its inputs; last (B, 2): the nearest of
+    them. states: final hidden states are kept as well."""
+    STATES = -1      # their slot: (B, P, D), of length 1, and the tokens that came next (B, P)
 
     def __init__(self, window: int, states: bool = False):
         self.window = window
         self.states = states
+        self.new: dict[int, tuple[Tensor, Tensor]] = {}
+        self.sealed: tuple[Tensor, dict] | None = None
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """The next forward sees no keys but its own, as at a document's beginning."""
         self.position = 0
         self.seen = 0
         self.end = 0
         self.last: Tensor | None = None
         self.old: dict[int, tuple[Tensor, Tensor]] = {}
-        self.new: dict[int, tuple[Tensor, Tensor]] = {}
-        self.sealed: tuple[Tensor, dict] | None = None
 
     def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values that a forward's queries may see, its own last."""
@@ -3086,25 +3087,29 @@ class KeyCache:
         self.new = {}
 
     def advance(self, chunk: int, suffix: int = 0) -> int:
-        """The chunk is over. The next forward runs the newest `suffix` tokens again,
-        and then `chunk` new ones, on the older keys that the window holds beside
-        them; returns how many again. Where fewer than two lie ahead of the suffix,
-        all are run, on the graph of a document's beginning; any other length of the
-        suffix shares one graph."""
-        ids, self.old = self.sealed
+        """The chunk is over: the next forward runs the newest `suffix` tokens again, if
+        the window has room for them beside `chunk` new ones. Returns how many it runs
+        again: all where fewer than two keys lie ahead of the suffix, as a document's
+        beginning has a graph already; any other suffix shares one graph."""
+        ids, old = self.sealed
         self.sealed = None
-        text = ids if self.last is None else torch.cat((self.last, ids), dim=1)
         keys = self.seen + ids.size(1)
         room = self.window - chunk
         again = min(suffix, room)
-        self.end = keys - again
-        self.seen = min(self.end, room - again)
-        self.position += ids.size(1) - again
-        if self.seen < 2:
-            self.position, self.seen, self.last, self.old = 0, 0, None, {}
+        seen = min(keys, room) - again
+        if seen < 2:
+            self.begin_again()
             return min(keys, room)
-        self.last = text[:, :text.size(1) - again][:, -2:].contiguous()
+        self.slide(ids, again)
+        self.old, self.end, self.seen = old, keys - again, seen
         return again
+
+    def slide(self, ids: Tensor, again: int) -> None:
+        """The next inputs begin `again` tokens before the end of the scored ids (B, T)."""
+        self.position += ids.size(1) - again
+        text = ids if self.last is None else torch.cat((self.last, ids), dim=1)
+        ahead = text[:, :text.size(1) - again]
+        self.last = ahead[:, -2:].contiguous()
 
     def keep(self, rows: slice) -> None:
         """Go on with these documents only."""
@@ -3136,34 +3141,62 @@ class ChunkWindow(NamedTuple):
     width: int
 
 
-def chunk_window(s: Settings, targets: np.ndarray, begin: int, end: int,
-                 again: int | None) -> ChunkWindow:
-    """The chunk [begin, end) of documents of `targets` (B,), with `again` inputs
-    before it. None, without cached keys: what TTT_EVAL_SEQ_LEN reaches from the
-    chunk's end; in the field's order from the document's, where that comes first."""
-    last = np.minimum(end, targets)
-    count = np.maximum(last - begin, 0)
-    if again is None:
-        known_end = last if s.ttt_doc_order == "length" else end
-        first = np.maximum(known_end - s.ttt_eval_seq_len, 0)
-        width = min(end, s.ttt_eval_seq_len)
-    else:
-        first = begin - again
-        width = end - first
+def chunk_window(targets: np.ndarray, begin: int, end: int, again: int) -> ChunkWindow:
+    """The chunk [begin, end) of documents of `targets` (B,), on cached keys: the
+    forward takes `again` inputs before it as well."""
+    first = np.full_like(targets, begin - again)
+    return window_from(first, targets, begin, end, end - begin + again)
+
+
+def whole_window(s: Settings, targets: np.ndarray, begin: int, end: int) -> ChunkWindow:
+    """The same without cached keys: the forward takes all that TTT_EVAL_SEQ_LEN
+    reaches back from the chunk's end; in the field's order from the document's, where
+    that comes first."""
+    last = np.full_like(targets, end)
+    if s.ttt_doc_order == "length":
+        last = np.minimum(end, targets)
+    first = np.maximum(last - s.ttt_eval_seq_len, 0)
+    return window_from(first, targets, begin, end, min(end, s.ttt_eval_seq_len))
+
+
+def window_from(first: np.ndarray, targets: np.ndarray, begin: int, end: int,
+                width: int) -> ChunkWindow:
+    """The chunk [begin, end) in rows of `width` whose inputs begin at first (B,)."""
+    count = np.maximum(np.minimum(end, targets) - begin, 0)
     first = np.where(count > 0, first, 0)
     offset = np.where(count > 0, begin - first, 0)
     return ChunkWindow(first, offset, count, width)
+
+
+class ChunkRule(NamedTuple):
+    """Up to the position `until` in a document (TTT_DOC_ORDER=length: in groups whose
+    longest document has at most so many tokens) chunks have `chunk` tokens."""
+    until: float
+    chunk: int
+
+
+def chunk_rules(s: Settings) -> list[ChunkRule]:
+    """By rising `until`; the last has no end and is TTT_CHUNK_SIZE."""
+    rules, text = [], s.first_chunks
+    for part in listed(text.replace("=", ":")):
+        rule = whole_numbers(part.replace(":", ",", 1))
+        if len(rule) != 2 or min(rule) < 1:
+            raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, "
+                            "as 256:8,2000:24")
+        rules.append(ChunkRule(*rule))
+    return sorted(rules) + [ChunkRule(math.inf, s.ttt_chunk_size)]
 
 
 def chunk_bounds(s: Settings, length: int) -> list[int]:
     """Where the chunks of a group begin whose longest document has `length` tokens,
     and the last one's end. In stream order sizes go by position, so that no later
     document has a say in how an earlier one is cut; in the field's by `length`."""
-    steps, bounds = chunk_steps(s), [0]
+    rules, bounds = chunk_rules(s), [0]
     if s.ttt_doc_order == "length":
-        steps = [(math.inf, next(chunk for bound, chunk in steps if length <= bound))]
-    for bound, chunk in steps:
-        while bounds[-1] < min(bound, length - 1):
+        chunk = next(rule.chunk for rule in rules if length <= rule.until)
+        rules = [ChunkRule(math.inf, chunk)]
+    for until, chunk in rules:
+        while bounds[-1] < min(until, length - 1):
             bounds.append(bounds[-1] + min(chunk, s.ttt_eval_seq_len))
     return bounds
 
@@ -3206,27 +3239,36 @@ def grouped(s: Settings, documents: np.ndarray, lengths: np.ndarray) -> list[np.
 
 
 def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
-    """The groups of all documents, cut at the phases. TTT_DOC_ORDER=stream: round i
-    holds the i-th part of the stream's first documents, so that none is influenced by
-    a later one. length: as in the field the longest come first, and a phase trains on
-    the shortest groups scored so far."""
+    """The groups of all documents, cut at the phases: each follows so many scored
+    documents as its bound says."""
     phases = s.phased_ttt_num_phases if s.phased_ttt_prefix_docs else 0
     bounds = [s.phased_ttt_prefix_docs * (i + 1) // phases for i in range(phases)]
-    everything, rounds = np.arange(len(lengths)), []
     if s.ttt_doc_order == "stream":
-        begin = 0
-        for end in bounds:
-            if begin < end <= len(lengths):
-                rounds.append(Round(grouped(s, everything[begin:end], lengths), everything[:end]))
-                begin = end
-        return rounds + [Round(grouped(s, everything[begin:], lengths), None)]
-    current, done = [], []
-    for group in grouped(s, everything, lengths):
+        return rounds_by_stream(s, lengths, bounds)
+    return rounds_by_length(s, lengths, bounds)
+
+
+def rounds_by_stream(s: Settings, lengths: np.ndarray, bounds: list[int]) -> list[Round]:
+    """Round i holds the i-th part of the stream's first documents, so that none is
+    influenced by a later one."""
+    everything, rounds, begin = np.arange(len(lengths)), [], 0
+    for end in bounds:
+        if begin < end <= len(lengths):
+            rounds.append(Round(grouped(s, everything[begin:end], lengths), everything[:end]))
+            begin = end
+    return rounds + [Round(grouped(s, everything[begin:], lengths), None)]
+
+
+def rounds_by_length(s: Settings, lengths: np.ndarray, bounds: list[int]) -> list[Round]:
+    """As in the field the longest come first, and a phase trains on the shortest
+    groups scored so far."""
+    rounds, current, done = [], [], []
+    for group in grouped(s, np.arange(len(lengths)), lengths):
         current.append(group)
         done.append(group)
-        if len(rounds) < phases and sum(map(len, done)) >= bounds[len(rounds)]:
-            by_length = np.concatenate(sorted(done, key=lambda g: lengths[g].max()))
-            rounds.append(Round(current, by_length[:bounds[len(rounds)]]))
+        if len(rounds) < len(bounds) and sum(map(len, done)) >= bounds[len(rounds)]:
+            shortest_first = np.concatenate(sorted(done, key=lambda g: lengths[g].max()))
+            rounds.append(Round(current, shortest_first[:bounds[len(rounds)]]))
             current = []
     return rounds + [Round(current, None)]
 
@@ -3294,6 +3336,26 @@ def suffixes(s: Settings) -> tuple[int, ...]:
     return s.ttt_suffix, s.ttt_suffix, s.ttt_suffix // 3, 0, 0
 
 
+@dataclass
+class GroupRows:
+    """A group's documents that are not over, a row each, the longest last: where they
+    begin in the stream, their targets, and what goes with a row. adapter None: they
+    are scored only; cache None: every chunk's context is encoded again."""
+    starts: np.ndarray
+    targets: np.ndarray
+    adapter: Adapter | None
+    optimiser: torch.optim.Optimizer | None
+    cache: KeyCache | None
+
+    def keep_last(self, rows: int) -> None:
+        """Go on with the longest documents only."""
+        last = slice(-rows, None)
+        self.starts, self.targets = self.starts[last], self.targets[last]
+        for part in (self.adapter, self.cache):
+            if part is not None:
+                part.keep(last)
+
+
 class PhasedTTT:
     """Score-first phased test-time training: each document has its own adapter, which
     booked chunks alone adapt; between rounds the base weights are trained on whole
@@ -3341,7 +3403,8 @@ class PhasedTTT:
         """Score every document once; the weights stay as the last phase left them."""
         rounds = ttt_rounds(self.s, self.lengths)
         shares = [self.own_share(r.groups) for r in rounds]
-        self.left = sum(map(self.costs, itertools.chain(*shares)), self.left)
+        for group in itertools.chain(*shares):
+            self.left = self.left + self.costs(group)
         self.phase_tokens = sum(int(self.lengths[r.train_on].sum()) for r in rounds[:-1])
         self.model.requires_grad_(False)        # but in a phase
         for r, share in zip(rounds, shares):
@@ -3360,13 +3423,21 @@ class PhasedTTT:
                        "gain and were shortened: lower TTT_LORA_LR, or set TTT_STEP_NATS=0.5")
         return self.ledger.close(self.world)
 
+    def score_only(self, documents: np.ndarray) -> None:
+        """Book these documents without adapting to them."""
+        self.level = NO_ADAPTATION
+        self.model.requires_grad_(False)       # as in adaptation, for the same graphs
+        for group in self.own_share(grouped(self.s, documents, self.lengths)):
+            self.adapt_group(group)
+        self.model.requires_grad_(True)
+
     def begin_round(self) -> None:
         """Nothing passes from round to round; within one, A may."""
         self.kept = None
         if self.s.ttt_doc_order == "length" and not self.s.ttt_shared_a:
             self.kept = self.adapter_for(self.s.ttt_batch_size)
 
-    def watch(self) -> None:
+    def check_time(self) -> None:
         """Give up as little as lets the predicted end lie within EVAL_MAX_SECONDS."""
         if self.clock is None or not self.clock.budget:
             return
@@ -3390,7 +3461,7 @@ class PhasedTTT:
         self.spent += since.elapsed()
         self.done += work[self.level]
         self.left = self.left - work
-        self.watch()
+        self.check_time()
 
     def adapter_for(self, rows: int) -> Adapter:
         """The kept one, reset, where it has as many rows; else a fresh one."""
@@ -3414,39 +3485,55 @@ class PhasedTTT:
 
     def adapt_group(self, group: np.ndarray) -> None:
         """Score a group's documents chunk by chunk, adapting those that go on."""
-        self.watch()
-        s, learns = self.s, self.level < NO_ADAPTATION
-        starts, targets = self.val.documents.start[group], self.lengths[group] - 1
-        if len(group) == 1 < s.ttt_batch_size:      # an empty row beside it: a graph less
-            starts, targets = np.repeat(starts, 2), np.append(0, targets)
-        adapter = self.adapter_for(len(starts)) if learns else None
-        optimiser = self.optimiser(adapter) if learns else None
-        cached = s.ttt_kv_reuse or not learns
-        cache = KeyCache(s.ttt_eval_seq_len, states=s.ttt_cache_lambda > 0) if cached else None
-        shrinks = cached and optimiser is None and (s.ttt_shared_a or not learns)
-        bounds = chunk_bounds(s, int(self.lengths[group].max()))
+        self.check_time()
+        rows = self.open_rows(group)
+        bounds = chunk_bounds(self.s, int(self.lengths[group].max()))
         costs, counted, since = self.costs(group), 0, Clock()
         for n, (begin, end) in enumerate(zip(bounds, bounds[1:]), start=1):
             self.world.beat(f"adapting to chunk {n} of {len(group)} documents")
-            again = 0 if cached else None
-            if cached and begin:
-                again = cache.advance(end - begin, suffixes(s)[self.level])
-            live = int((targets > begin).sum())
-            kept = rows_kept_for(s.ttt_batch_size, live)
-            if shrinks and kept < len(targets):         # the longest documents come last
-                rows = slice(-kept, None)
-                starts, targets = starts[rows], targets[rows]
-                for keeper in (cache,) if adapter is None else (cache, adapter):
-                    keeper.keep(rows)
-            with torch.set_grad_enabled(adapter is not None):       # at every level: a graph less
-                window = chunk_window(s, targets, begin, end, again)
-                scored = self.score_chunk(starts, window, adapter, cache)
-                later = trained_rows(s, targets, end)
-                if later.any() and self.level < NO_ADAPTATION:
-                    self.adapt(adapter, optimiser, scored, self.on_device(later))
+            self.adapt_chunk(rows, begin, end)
             if n % WATCH_EVERY == 0 or end == bounds[-1]:
                 self.count_work(costs * (end - counted) / bounds[-1], since)
                 counted, since = end, Clock()
+
+    def open_rows(self, group: np.ndarray) -> GroupRows:
+        """A row for each document of a group, nothing learnt yet."""
+        s = self.s
+        starts, targets = self.val.documents.start[group], self.lengths[group] - 1
+        if len(group) == 1 < s.ttt_batch_size:      # an empty row beside it: a graph less
+            starts, targets = np.repeat(starts, 2), np.append(0, targets)
+        adapter = optimiser = cache = None
+        if self.level < NO_ADAPTATION:
+            adapter = self.adapter_for(len(starts))
+            optimiser = self.optimiser(adapter)
+        if s.ttt_kv_reuse or adapter is None:
+            cache = KeyCache(s.ttt_eval_seq_len, states=s.ttt_cache_lambda > 0)
+        return GroupRows(starts, targets, adapter, optimiser, cache)
+
+    def shrink_to_live(self, rows: GroupRows, begin: int) -> None:
+        """Drop documents that end by `begin`, where no state ties them to the others."""
+        live = int((rows.targets > begin).sum())
+        kept = rows_kept_for(self.s.ttt_batch_size, live)
+        tied = rows.adapter is not None and not self.s.ttt_shared_a
+        can_shrink = rows.cache is not None and rows.optimiser is None and not tied
+        if can_shrink and kept < len(rows.targets):
+            rows.keep_last(kept)
+
+    def adapt_chunk(self, rows: GroupRows, begin: int, end: int) -> None:
+        """Score the chunk [begin, end) of every row; those that go on learn from it."""
+        s, cache, again = self.s, rows.cache, 0
+        if cache is not None and begin:
+            again = cache.advance(end - begin, suffixes(s)[self.level])
+        self.shrink_to_live(rows, begin)
+        if cache is not None:
+            window = chunk_window(rows.targets, begin, end, again)
+        else:
+            window = whole_window(s, rows.targets, begin, end)
+        with torch.set_grad_enabled(rows.adapter is not None):      # at every level: a graph less
+            scored = self.score_chunk(rows.starts, window, rows.adapter, cache)
+            later = trained_rows(s, rows.targets, end)
+            if later.any() and self.level < NO_ADAPTATION:
+                self.adapt(rows.adapter, rows.optimiser, scored, self.on_device(later))
 
     def on_device(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(self.world.device)
@@ -3572,13 +3659,16 @@ def phase_steps(s: Settings, tokens: int) -> list[tuple[int, int, int]]:
 
 # --- beside the adapters
 
+MOST_OF_CACHE = 0.6     # largest weight of earlier places beside the model's own probability
+
+
 @torch.no_grad()
 def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
     """Losses (B, T) once the model's probability p is mixed with what earlier places
     of the document say. Place i says the token that came after it, with weight a_i =
-    exp(TTT_CACHE_THETA (cos(h_i, h_t) - 1)); all together count w = min(0.6,
-    TTT_CACHE_LAMBDA max a_i): (1 - w) p + w sum(a_i [i's token is the target]) /
-    sum(a_i), which sums to 1 over the vocabulary."""
+    exp(TTT_CACHE_THETA (cos(h_i, h_t) - 1)); all together count w =
+    min(MOST_OF_CACHE, TTT_CACHE_LAMBDA max a_i): (1 - w) p + w sum(a_i [i's token is
+    the target]) / sum(a_i), which sums to 1 over the vocabulary."""
     past, said = cache.new[cache.STATES]
     h, targets = (x[:, -losses.size(1):] for x in (past, said))
     place = torch.arange(past.size(1), device=h.device)
@@ -3586,7 +3676,7 @@ def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
     a = torch.exp(s.ttt_cache_theta * (h.float() @ past.float().mT - 1)) * earlier
     agrees = said[:, None] == targets[..., None]
     chance = (a * agrees).sum(-1) / a.sum(-1).clamp(min=1e-30)
-    w = (s.ttt_cache_lambda * a.amax(-1)).clamp(max=0.6)
+    w = (s.ttt_cache_lambda * a.amax(-1)).clamp(max=MOST_OF_CACHE)
     return -torch.log((1 - w) * torch.exp(-losses) + w * chance)
 
 
@@ -7541,7 +7631,7 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
     threads = torch.get_num_threads()
     if not compiles(s, world.device):
         # windows of eight chunks show the same; threads would only wait for each other
-        window = max(8 * chunk_steps(s)[0][1] + s.ttt_suffix, s.eval_stride)
+        window = max(8 * chunk_rules(s)[0].chunk + s.ttt_suffix, s.eval_stride)
         s = dataclasses.replace(s, eval_seq_len=min(window, s.eval_seq_len),
                                 ttt_eval_seq_len=min(window, s.ttt_eval_seq_len))
         torch.set_num_threads(1)
@@ -7598,7 +7688,7 @@ def probe_causality(s: Settings, world: World, model: GPT,
                     booked: list[int]) -> Iterator[Finding]:
     """C1: earlier scores stay the same, to the bit, whatever comes later. booked:
     targets per evaluation."""
-    shortest = min(size for _, size in chunk_steps(s))
+    shortest = min(rule.chunk for rule in chunk_rules(s))
     row = min(s.eval_seq_len, 4 * shortest)      # of a phase's training
     ttt = dataclasses.replace(
         s, ttt_batch_size=4, phased_ttt_num_phases=1, phased_ttt_prefix_docs=1,
@@ -7675,7 +7765,7 @@ def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
     first is a phase's; fourth and fifth are adapted together, then the rest. In a row
     windows of later documents lie right ahead of earlier ones."""
     longest, stride = max(s.eval_seq_len, s.ttt_eval_seq_len), s.eval_stride
-    chunk = next(size for bound, size in chunk_steps(s) if longest + 2 * stride <= bound)
+    chunk = next(rule.chunk for rule in chunk_rules(s) if longest + 2 * stride <= rule.until)
     chunks = (longest + stride) // chunk + 1
     lengths = [
         s.eval_seq_len + stride // 4 + 1,

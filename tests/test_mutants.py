@@ -570,8 +570,8 @@ def test_dropped_last_window(s, monkeypatch):
 
 def test_dropped_last_chunk(s, monkeypatch):
     def make(real):
-        def window(s, targets, begin, end, again):
-            w, whole = real(s, targets, begin, end, again), np.minimum(end, targets) == end
+        def window(targets, begin, end, again):
+            w, whole = real(targets, begin, end, again), np.minimum(end, targets) == end
             return w._replace(count=np.where(whole, w.count, 0)) if whole.any() else w
         return window
     replace(monkeypatch, tg, "chunk_window", make)

@@ -329,7 +329,7 @@ def test_rounds_hold_every_document_once_and_train_on_scored_ones(s):
 
 def test_chunks_by_length_or_by_position():
     s = settings(TTT_SHORT_SCORE_FIRST_STEPS="60=32, 10:4,", TTT_CHUNK_SIZE=48)
-    assert tg.chunk_steps(s) == [(10, 4), (60, 32), (float("inf"), 48)]
+    assert tg.chunk_rules(s) == [(10, 4), (60, 32), (float("inf"), 48)]
     assert tg.chunk_bounds(s, 150) == [0, 4, 8, 12, 44, 76, 124, 172]
     assert tg.chunk_bounds(s, 13) == [0, 4, 8, 12]
     field = changed(s, ttt_doc_order="length")
@@ -370,7 +370,7 @@ def test_the_watchdog_predicts_from_adaptation_alone(s, spent, level):
                        tg.Clock(100, now=iter([0.0, 50.0]).__next__))
     group = np.arange(4)
     ttt.spent, ttt.done, ttt.left = spent, ttt.costs(group)[0], 10 * ttt.costs(group)
-    ttt.watch()
+    ttt.check_time()
     assert ttt.level == level and len(given_up) == (level > 0)
 
 
@@ -384,7 +384,7 @@ def test_the_watchdog_shortens_the_suffix_before_it_gives_up_adapting(s, level, 
     left = sum(map(ttt.costs, np.arange(14)[:, None]))
     assert left[0] == left[1] > left[2] > left[3] > left[4]
     ttt.spent, ttt.done, ttt.left = 49 / left[level], 1.0, left
-    ttt.watch()
+    ttt.check_time()
     assert ttt.level == level
     ttt.clock = None
     ttt.run()
@@ -471,7 +471,7 @@ def test_the_watchdog_gives_up_within_a_group(s):
 def test_the_watchdog_gives_up_before_the_first_group_once_time_is_over(s):
     ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s),
                        clock=tg.Clock(100, now=iter([0.0, 100.0]).__next__))
-    ttt.watch()
+    ttt.check_time()
     assert ttt.level == tg.NO_ADAPTATION
 
 
@@ -481,7 +481,7 @@ def test_the_watchdog_counts_the_phases_to_come(s, tokens, level):
     ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s),
                        clock=tg.Clock(100, now=iter([0.0, 50.0]).__next__))
     ttt.phase_pace, ttt.phase_tokens = 0.1, tokens
-    ttt.watch()
+    ttt.check_time()
     assert ttt.level == level
 
 
