@@ -2803,17 +2803,17 @@ class Ledger:
         edges = [*PROFILE_EDGES, 1 << 62]
         cuts = start[:, None] + np.minimum(length[:, None], edges)
         amounts = self.amounts_between(cuts)       # each (documents, buckets)
-        reached = amounts["tokens"] > 0
-        by_position = {"documents": reached.sum(0).tolist()}
-        for name, x in amounts.items():
-            by_position[name] = x.sum(0).tolist()
-        yield {"by": "position", "edges": PROFILE_EDGES, **by_position}
         buckets = len(PROFILE_EDGES)
-        bucket = np.searchsorted(PROFILE_EDGES, length, "right") - 1
-        by_length = {"documents": np.bincount(bucket[length > 0], minlength=buckets).tolist()}
+        bucket = np.searchsorted(PROFILE_EDGES, length, "right") - 1     # of the whole document
+        reached = amounts["tokens"] > 0
+        holding = np.bincount(bucket[length > 0], minlength=buckets)
+        by_position = {"documents": reached.sum(0).tolist()}
+        by_length = {"documents": holding.tolist()}
         for name, x in amounts.items():
             whole = x.sum(1)
+            by_position[name] = x.sum(0).tolist()
             by_length[name] = [whole[bucket == i].sum().item() for i in range(buckets)]
+        yield {"by": "position", "edges": PROFILE_EDGES, **by_position}
         yield {"by": "length", "edges": PROFILE_EDGES, **by_length}
 
 
@@ -2951,12 +2951,13 @@ def log_adaptation(s: Settings, run: Run, val: Validation, clock: Clock) -> None
     if steps:
         which = {"stream": "first", "length": "longest"}[s.ttt_doc_order]
         learn_from = f"the {which} {len(phases[-1].train_on):,} documents"
+    hints = 0 if val.hints is None else len(val.hints.at)
     run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
-            base_weights_learn_from=learn_from, base_weight_steps=steps,
-            ngram_hints=0 if val.hints is None else len(val.hints.at), elapsed=clock.elapsed())
+            base_weights_learn_from=learn_from, base_weight_steps=steps, ngram_hints=hints,
+            elapsed=clock.elapsed())
     if s.phased_ttt_prefix_docs and len(phases) < s.phased_ttt_num_phases:
-        run.log("settings_without_effect", PHASED_TTT_NUM_PHASES=f"{len(lengths):,} documents make "
-                f"{len(phases)} phases of {s.phased_ttt_num_phases}")
+        few = f"{len(lengths):,} documents make {len(phases)} phases of {s.phased_ttt_num_phases}"
+        run.log("settings_without_effect", PHASED_TTT_NUM_PHASES=few)
 
 
 ADAPTED = ("q", "k", "v", "o", "mlp", "head")       # what a TTT_*_LORA switches
@@ -3022,7 +3023,8 @@ class Adapter:
         """Fresh A, drawn on the CPU: every device starts from the same numbers."""
         generator = torch.Generator().manual_seed(self.s.seed)
         for a in self.a.values():
-            drawn = torch.empty(a.size(0), *a.shape[-2:]).uniform_(-1, 1, generator=generator)
+            drawn = torch.empty(a.size(0), *a.shape[-2:])
+            drawn.uniform_(-1, 1, generator=generator)
             drawn = drawn / math.sqrt(a.size(-1))
             a.copy_(drawn if self.s.ttt_shared_a else drawn[:, None])
 
@@ -3053,7 +3055,7 @@ class KeyCache:
     It sees `seen` old keys, up to index `end`, and makes those of the suffix anew.
     position: the document's tokens ahead of its inputs; last (B, 2): the nearest of
     them. states: final hidden states are kept as well."""
-    STATES = -1      # their slot: (B, P, D), of length 1, and the tokens that came next (B, P)
+    STATES = -1      # the slot of states (B, P, D), of length 1, and of tokens after them (B, P)
 
     def __init__(self, window: int, states: bool = False):
         self.window = window
@@ -3234,8 +3236,11 @@ def grouped(s: Settings, documents: np.ndarray, lengths: np.ndarray) -> list[np.
         return []
     order = documents[np.argsort(lengths[documents], kind="stable")]
     size = s.ttt_batch_size
-    cuts = range(size, len(order), size) if s.ttt_doc_order == "length" else -(-len(order) // size)
-    return sorted(np.array_split(order, cuts), key=lambda group: -lengths[group].max())
+    if s.ttt_doc_order == "length":
+        groups = np.array_split(order, range(size, len(order), size))
+    else:
+        groups = np.array_split(order, math.ceil(len(order) / size))
+    return sorted(groups, key=lambda group: -lengths[group].max())
 
 
 def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
@@ -3275,9 +3280,9 @@ def rounds_by_length(s: Settings, lengths: np.ndarray, bounds: list[int]) -> lis
 
 # --- one step
 
-# Nats off its own chunk's loss beyond which a step's promise is not believed, and what it is then cut to.
-# A trained 135M model on cached keys gained most at .3 to .6 and lost from 2 on; encoded exactly, by AdamW,
-# it still gained at 2.7.
+# Nats off its own chunk's loss beyond which a step's promise is not believed, and what
+# it is then cut to. A trained 135M model on cached keys gained most at .3 to .6 and lost
+# from 2 on; encoded exactly, by AdamW, it still gained at 2.7.
 MOST_NATS, MOST_NATS_ADAM, SAFE_NATS = 1.25, 4.0, 0.3
 MOST_RATE = 0.01       # of TTT_STEP_NATS, where gradients vanish; toy models liked .008
 
@@ -3325,8 +3330,13 @@ def optimiser_step(optimiser: torch.optim.Optimizer, params: list[Tensor]) -> Te
 # --- the evaluation
 
 # What the watchdog gives up, more at each level, when the evaluation would outlast its budget.
-GIVE_UP = ("nothing", "further phases on the base weights", "phases and two thirds of TTT_SUFFIX",
-           "phases and TTT_SUFFIX", "phases and adaptation")
+GIVE_UP = (
+    "nothing",
+    "further phases on the base weights",
+    "phases and two thirds of TTT_SUFFIX",
+    "phases and TTT_SUFFIX",
+    "phases and adaptation",
+)
 NO_ADAPTATION = len(GIVE_UP) - 1
 WATCH_EVERY = 8             # chunks between two looks at the clock
 
@@ -3363,8 +3373,9 @@ class PhasedTTT:
     in time. trace(event, **values) observes: lora, reset, chunk, sgd_step, phase,
     give_up, warning."""
 
-    def __init__(self, s: Settings, world: World, model: GPT, val: Validation, trace: Callable | None = None,
-                 clock: Clock | None = None, ledger: Ledger | None = None):
+    def __init__(self, s: Settings, world: World, model: GPT, val: Validation,
+                 trace: Callable | None = None, clock: Clock | None = None,
+                 ledger: Ledger | None = None):
         self.s, self.world, self.model, self.val = s, world, model, val
         self.trace = trace or (lambda event, **values: None)
         self.clock = clock
@@ -3411,7 +3422,7 @@ class PhasedTTT:
             self.begin_round()
             for group in share:
                 self.adapt_group(group)
-            level = max(self.world.gather(self.level))      # all take part in a phase or none
+            level = max(self.world.gather(self.level))      # a phase is for all ranks or none
             if level > self.level:
                 self.give_up(level, by="another rank")
             if r.train_on is not None and self.level == 0:
@@ -3419,8 +3430,9 @@ class PhasedTTT:
         self.model.requires_grad_(True)
         shortened = int(self.world.total(self.shortened))
         if shortened:
-            self.trace("warning", text=f"{shortened:,} adapter steps promised more than this model can "
-                       "gain and were shortened: lower TTT_LORA_LR, or set TTT_STEP_NATS=0.5")
+            self.trace("warning", text=f"{shortened:,} adapter steps promised more than this "
+                       "model can gain and were shortened: lower TTT_LORA_LR, or set "
+                       "TTT_STEP_NATS=0.5")
         return self.ledger.close(self.world)
 
     def score_only(self, documents: np.ndarray) -> None:
@@ -3478,10 +3490,13 @@ class PhasedTTT:
         s = self.s
         if s.ttt_optimizer == "normalised":
             return None
-        lr = s.ttt_lora_lr * s.ttt_local_lr_mult
-        fused = self.world.device.type == "cuda"
-        return torch.optim.AdamW(adapter.trained(), lr, (s.ttt_beta1, s.ttt_beta2), eps=1e-10,
-                                 weight_decay=s.ttt_weight_decay, fused=fused)
+        return torch.optim.AdamW(
+            adapter.trained(),
+            lr=s.ttt_lora_lr * s.ttt_local_lr_mult,
+            betas=(s.ttt_beta1, s.ttt_beta2),
+            eps=1e-10,
+            weight_decay=s.ttt_weight_decay,
+            fused=self.world.device.type == "cuda")
 
     def adapt_group(self, group: np.ndarray) -> None:
         """Score a group's documents chunk by chunk, adapting those that go on."""
@@ -3559,12 +3574,12 @@ class PhasedTTT:
         self.ledger.book(positions, booked.flatten()[keep])
         if cache is not None:      # of the forward that was scored, whatever the steps do
             cache.seal(x)
-        self.trace("chunk", x=x, y=y, losses=booked.detach(), offsets=w.offset, counts=w.count, width=w.width,
-                   at=at, counted=counted)
+        self.trace("chunk", x=x, y=y, losses=booked.detach(), offsets=w.offset,
+                   counts=w.count, width=w.width, at=at, counted=counted)
         return Scored(losses, int(w.count.max()), positions, forward)
 
-    def adapt(self, adapter: Adapter, optimiser: torch.optim.Optimizer | None, scored: Scored,
-              later: Tensor) -> None:
+    def adapt(self, adapter: Adapter, optimiser: torch.optim.Optimizer | None,
+              scored: Scored, later: Tensor) -> None:
         """TTT_GRAD_STEPS steps of the documents in `later` on their booked chunk."""
         self.ledger.require(scored.positions)
         losses, trained = scored.losses, adapter.trained()
@@ -3594,7 +3609,7 @@ class PhasedTTT:
     def global_phase(self, booked: Booked) -> None:
         """SGD on all base weights over booked documents."""
         tokens = booked.tokens
-        chunks = -(-(len(tokens) - 1) // self.s.global_ttt_chunk_tokens)
+        chunks = math.ceil((len(tokens) - 1) / self.s.global_ttt_chunk_tokens)
         params = self.model.requires_grad_(True).parameters()
         optimiser = torch.optim.SGD(params, momentum=self.s.global_ttt_momentum)
         for c, begin, end in phase_steps(self.s, len(tokens)):
@@ -3618,14 +3633,15 @@ class PhasedTTT:
         loss = torch.zeros((), device=world.device)
         if end > begin:
             batch = self.rows_of(tokens[begin:end + 1]).to(world.device)
-            losses = self.model.losses(batch.x, batch.y, self.plan, batch.layout(batch.max_seqlen))
+            layout = batch.layout(batch.max_seqlen)
+            losses = self.model.losses(batch.x, batch.y, self.plan, layout)
             loss = losses.sum() / total
             loss.backward()
         norm = total_gradients(world, self.model, s.global_ttt_grad_clip)
         optimiser.step()
         optimiser.zero_grad()
-        self.trace("sgd_step", loss=world.total(loss.detach().clone()), n_tokens=total, grad_norm=norm,
-                   lr=optimiser.param_groups[0]["lr"])
+        self.trace("sgd_step", loss=world.total(loss.detach().clone()), n_tokens=total,
+                   grad_norm=norm, lr=optimiser.param_groups[0]["lr"])
 
     def row_starts(self, tokens: np.ndarray) -> np.ndarray:
         """Where a run of tokens may be cut for the ranks: at its documents."""
@@ -3648,7 +3664,7 @@ def phase_steps(s: Settings, tokens: int) -> list[tuple[int, int, int]]:
     """The steps of the base weights in a phase over so many tokens: chunk, first
     input, end. As published the last chunk is left out, unless it is alone."""
     size, length, steps = s.global_ttt_chunk_tokens, s.eval_seq_len, []
-    chunks = -(-(tokens - 1) // size)
+    chunks = math.ceil((tokens - 1) / size)
     for c in range(max(chunks - 1, 1)):
         rows = min(size, tokens - 1 - c * size) // length
         firsts = list(range(0, rows, s.global_ttt_batch_seqs))
@@ -3672,7 +3688,7 @@ def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
     past, said = cache.new[cache.STATES]
     h, targets = (x[:, -losses.size(1):] for x in (past, said))
     place = torch.arange(past.size(1), device=h.device)
-    earlier = place < place[-h.size(1):, None]          # what came after t itself is the target
+    earlier = place < place[-h.size(1):, None]      # what came after t itself is the target
     a = torch.exp(s.ttt_cache_theta * (h.float() @ past.float().mT - 1)) * earlier
     agrees = said[:, None] == targets[..., None]
     chance = (a * agrees).sum(-1) / a.sum(-1).clamp(min=1e-30)
