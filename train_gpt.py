@@ -586,8 +586,9 @@ class Settings:
     ttt_lora_rank: int = knob(80, "rank of the adapters", 1, 65536)
     ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank", 0)
     ttt_lora_lr: float = knob(8e-5, "learning rate of the adapters", 0)
-    ttt_step_nats: float = knob(
-        0.0, "nats that a step's rate promises to take off its chunk's loss; 0: TTT_LORA_LR", 0, 1)
+    ttt_step_share: float = knob(
+        0.0, "share of its chunk's loss that a step's rate promises to take off; 0: the rate is "
+        "TTT_LORA_LR", 0, 0.5)
     ttt_q_lora: bool = knob(True, "adapt queries")
     ttt_k_lora: bool = knob(True, "adapt keys")
     ttt_v_lora: bool = knob(True, "adapt values")
@@ -2937,8 +2938,8 @@ def check_adapt(s: Settings) -> None:
     if s.ttt_suffix and not s.ttt_kv_reuse:
         raise UserError(f"TTT_SUFFIX={s.ttt_suffix} needs cached keys, not TTT_KV_REUSE=0: "
                         "set it to 1")
-    if s.ttt_step_nats and s.ttt_optimizer != "normalised":
-        raise UserError(f"TTT_STEP_NATS={s.ttt_step_nats:g} needs TTT_OPTIMIZER=normalised, not "
+    if s.ttt_step_share and s.ttt_optimizer != "normalised":
+        raise UserError(f"TTT_STEP_SHARE={s.ttt_step_share:g} needs TTT_OPTIMIZER=normalised, not "
                         f"{s.ttt_optimizer}: set one of them")
 
 
@@ -3097,20 +3098,20 @@ class KeyCache:
         self.sealed = None
         keys = self.seen + ids.size(1)
         room = self.window - chunk
-        again = min(suffix, room)
-        seen = min(keys, room) - again
+        rerun = min(suffix, room)
+        seen = min(keys, room) - rerun
         if seen < 2:
             self.begin_again()
             return min(keys, room)
-        self.slide(ids, again)
-        self.old, self.end, self.seen = old, keys - again, seen
-        return again
+        self.slide(ids, rerun)
+        self.old, self.end, self.seen = old, keys - rerun, seen
+        return rerun
 
-    def slide(self, ids: Tensor, again: int) -> None:
-        """The next inputs begin `again` tokens before the end of the scored ids (B, T)."""
-        self.position += ids.size(1) - again
+    def slide(self, ids: Tensor, rerun: int) -> None:
+        """The next inputs begin `rerun` tokens before the end of the scored ids (B, T)."""
+        self.position += ids.size(1) - rerun
         text = ids if self.last is None else torch.cat((self.last, ids), dim=1)
-        ahead = text[:, :text.size(1) - again]
+        ahead = text[:, :text.size(1) - rerun]
         self.last = ahead[:, -2:].contiguous()
 
     def keep(self, rows: slice) -> None:
@@ -3143,11 +3144,11 @@ class ChunkWindow(NamedTuple):
     width: int
 
 
-def chunk_window(targets: np.ndarray, begin: int, end: int, again: int) -> ChunkWindow:
+def chunk_window(targets: np.ndarray, begin: int, end: int, rerun: int) -> ChunkWindow:
     """The chunk [begin, end) of documents of `targets` (B,), on cached keys: the
-    forward takes `again` inputs before it as well."""
-    first = np.full_like(targets, begin - again)
-    return window_from(first, targets, begin, end, end - begin + again)
+    forward takes `rerun` inputs before it as well."""
+    first = np.full_like(targets, begin - rerun)
+    return window_from(first, targets, begin, end, end - begin + rerun)
 
 
 def whole_window(s: Settings, targets: np.ndarray, begin: int, end: int) -> ChunkWindow:
@@ -3280,76 +3281,95 @@ def rounds_by_length(s: Settings, lengths: np.ndarray, bounds: list[int]) -> lis
 
 # --- one step
 
-# Nats off its own chunk's loss beyond which a step's promise is not believed, and what
-# it is then cut to. A trained 135M model on cached keys gained most at .3 to .6 and lost
-# from 2 on; encoded exactly, by AdamW, it still gained at 2.7.
-MOST_NATS, MOST_NATS_ADAM, SAFE_NATS = 1.25, 4.0, 0.3
-MOST_RATE = 0.01       # of TTT_STEP_NATS, where gradients vanish; toy models liked .008
+MOST_SHARE = 0.3          # of its chunk's loss that a step at a fixed rate may promise to take off
+MOST_NATS = 4.0           # from which on an optimiser's promise is not believed; 2.7 still gained
+SAFE_NATS = 0.3           # what is left of promises far beyond that
+MOST_RATE = 0.01          # of TTT_STEP_SHARE, where gradients vanish; toy models liked .008
+
+
+def step_rates(s: Settings, promised: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """(rate of every document's step, whether it is less than was asked for), (rows,)
+    each. promised: how much of its loss a rate of 1 takes off, to first order."""
+    lr = s.ttt_lora_lr * s.ttt_local_lr_mult
+    for_all = losses / promised.clamp(min=1e-30)      # the rate that promises the whole loss
+    if s.ttt_step_share and lr:      # a rate of 0 adapts nothing, here too
+        rates = (s.ttt_step_share * for_all).clamp(max=MOST_RATE)
+        return rates, torch.zeros_like(rates, dtype=torch.bool)
+    most = MOST_SHARE * for_all
+    return most.clamp(max=lr), (promised > 0) & (most < lr)
 
 
 @torch.no_grad()
 def normalised_step(s: Settings, params: list[Tensor], losses: Tensor) -> Tensor:
     """A step of every document's matrices (S, rows, R, C), each along its gradient
     over the gradient's RMS: no state. To first order a rate of 1 lowers the document's
-    loss (rows,) by the sum of N * RMS over its matrices of N entries. The rate is
-    TTT_LORA_LR, or what promises TTT_STEP_NATS, though no more than a quarter of the
-    loss. Returns which rows (bool) were shortened."""
+    loss (rows,) by the sum of N * RMS over its matrices of N entries. A document whose
+    gradient is not finite takes none. Returns whose step was shortened (rows,)."""
     sizes = [p.grad.square().mean(dim=(-2, -1)).sqrt() for p in params]
     promised = torch.zeros_like(losses)
     for p, size in zip(params, sizes):
         promised += p.size(-2) * p.size(-1) * size.sum(0)
-    if s.ttt_step_nats:
-        fall = (losses / 4).clamp(max=s.ttt_step_nats)
-        rates = (fall / promised.clamp(min=1e-30)).clamp(max=MOST_RATE)
-        shortened = torch.zeros_like(promised, dtype=torch.bool)
-    else:
-        lr = s.ttt_lora_lr * s.ttt_local_lr_mult
-        shortened = lr * promised > MOST_NATS
-        rates = torch.where(shortened, SAFE_NATS / promised, lr)
+    rates, shortened = step_rates(s, promised, losses)
+    broken = ~(promised.isfinite() & losses.isfinite())
+    rates = rates.masked_fill(broken, 0)
     for p, size in zip(params, sizes):
+        p.grad.masked_fill_(broken[:, None, None], 0)
+        per_entry = (rates / (size + 1e-12)).masked_fill(broken, 0)
         p.mul_(1 - rates[:, None, None] * s.ttt_weight_decay)
-        p.addcmul_(p.grad, (rates / (size + 1e-12))[..., None, None], value=-1)
-    return shortened
+        p.addcmul_(p.grad, per_entry[..., None, None], value=-1)
+    return shortened | broken
 
 
 @torch.no_grad()
 def optimiser_step(optimiser: torch.optim.Optimizer, params: list[Tensor]) -> Tensor:
-    """The optimiser's step, to the bit; but where it promises a document more than
-    MOST_NATS_ADAM, the part of it that promises SAFE_NATS. Returns where (rows,)."""
+    """The optimiser's step, to the bit; but what it promises a document beyond
+    MOST_NATS is taken off them, down to SAFE_NATS; and gradients that are not finite
+    count as none. Returns whose step was shortened (rows,)."""
+    squares = torch.stack([p.grad.square().sum(dim=(0, 2, 3)) for p in params])
+    broken = ~squares.sum(0).isfinite()
     before = [p.clone() for p in params]
+    for p in params:
+        p.grad.masked_fill_(broken[:, None, None], 0)
     optimiser.step()
-    moves = [((old - p) * p.grad).sum(dim=(0, 2, 3)) for p, old in zip(params, before)]
-    promise = torch.stack(moves).sum(0)
-    shortened = promise > MOST_NATS_ADAM
-    part = (SAFE_NATS / promise)[:, None, None]
+    promises = [((old - p) * p.grad).sum(dim=(0, 2, 3)) for p, old in zip(params, before)]
+    promised = torch.stack(promises).sum(0)
+    shortened = promised > MOST_NATS
+    believed = (2 * MOST_NATS - promised).clamp(min=SAFE_NATS)
+    part = (believed / promised)[:, None, None]
     for p, old in zip(params, before):
         p.copy_(torch.where(shortened[:, None, None], torch.lerp(old, p, part), p))
-    return shortened
+    return shortened | broken
 
 
 # --- the evaluation
 
-# What the watchdog gives up, more at each level, when the evaluation would outlast its budget.
-GIVE_UP = (
-    "nothing",
-    "further phases on the base weights",
-    "phases and two thirds of TTT_SUFFIX",
-    "phases and TTT_SUFFIX",
-    "phases and adaptation",
+class Level(NamedTuple):
+    """What the watchdog gives up when the evaluation would outlast its budget; thirds
+    of TTT_SUFFIX that are left."""
+    given_up: str
+    suffix_thirds: int
+
+
+LEVELS = (
+    Level("nothing", 3),
+    Level("further phases on the base weights", 3),
+    Level("phases and two thirds of TTT_SUFFIX", 1),
+    Level("phases and TTT_SUFFIX", 0),
+    Level("phases and adaptation", 0),
 )
-NO_ADAPTATION = len(GIVE_UP) - 1
+NO_PHASES, NO_ADAPTATION = 1, len(LEVELS) - 1
 WATCH_EVERY = 8             # chunks between two looks at the clock
 
 
-def suffixes(s: Settings) -> tuple[int, ...]:
-    """Tokens that are run again at every level of GIVE_UP."""
-    return s.ttt_suffix, s.ttt_suffix, s.ttt_suffix // 3, 0, 0
+def suffix_at(s: Settings, level: int) -> int:
+    """Tokens that are run again."""
+    return s.ttt_suffix * LEVELS[level].suffix_thirds // 3
 
 
 @dataclass
 class GroupRows:
-    """A group's documents that are not over, a row each, the longest last: where they
-    begin in the stream, their targets, and what goes with a row. adapter None: they
+    """A group's documents, a row each, the longest last: where they begin in the
+    stream, how many targets they have, and what is kept of them. adapter None: they
     are scored only; cache None: every chunk's context is encoded again."""
     starts: np.ndarray
     targets: np.ndarray
@@ -3388,7 +3408,7 @@ class PhasedTTT:
         self.shortened = torch.zeros((), dtype=torch.int64, device=world.device)
         self.spent = 0.0            # seconds of adaptation, without phases and waiting
         self.done = 0.0             # token-passes in them
-        self.left = np.zeros(len(GIVE_UP))      # those still to do, at every level
+        self.left = np.zeros(len(LEVELS))       # those still to do, at every level
         self.phase_pace = 0.0       # seconds a token of a phase
         self.phase_tokens = 0       # still to train on
 
@@ -3397,12 +3417,12 @@ class PhasedTTT:
         s, longest = self.s, int(self.lengths[group].max())
         bounds = np.array(chunk_bounds(s, longest))
         window = np.minimum(bounds[1:], s.ttt_eval_seq_len)
-        columns = np.tile(window, (len(GIVE_UP), 1))
-        if s.ttt_kv_reuse:
-            columns = np.minimum(window, np.diff(bounds) + np.array(suffixes(s))[:, None])
-        passes = 3.0 * columns.sum(1)
-        passes[NO_ADAPTATION] = longest
-        return len(group) * passes
+        passes = []
+        for level in range(NO_ADAPTATION):
+            inputs = np.diff(bounds) + suffix_at(s, level)
+            columns = np.minimum(window, inputs) if s.ttt_kv_reuse else window
+            passes.append(3.0 * columns.sum())
+        return len(group) * np.array([*passes, longest])
 
     def own_share(self, groups: list[np.ndarray]) -> list[np.ndarray]:
         """This rank's share of the groups."""
@@ -3422,18 +3442,31 @@ class PhasedTTT:
             self.begin_round()
             for group in share:
                 self.adapt_group(group)
-            level = max(self.world.gather(self.level))      # a phase is for all ranks or none
-            if level > self.level:
-                self.give_up(level, by="another rank")
-            if r.train_on is not None and self.level == 0:
+            if r.train_on is not None and self.all_have_time():
                 self.phase(r.train_on)
         self.model.requires_grad_(True)
-        shortened = int(self.world.total(self.shortened))
-        if shortened:
-            self.trace("warning", text=f"{shortened:,} adapter steps promised more than this "
-                       "model can gain and were shortened: lower TTT_LORA_LR, or set "
-                       "TTT_STEP_NATS=0.5")
+        self.warn_of_shortened_steps()
         return self.ledger.close(self.world)
+
+    def all_have_time(self) -> bool:
+        """Whether there is a phase: with all ranks, or none of them from here on."""
+        if max(self.world.gather(self.level)) and not self.level:
+            self.give_up(NO_PHASES, by="another rank")
+        return self.level < NO_PHASES
+
+    def warn_of_shortened_steps(self) -> None:
+        """Into the log, at the end, with the remedy."""
+        s, shortened = self.s, int(self.world.total(self.shortened))
+        if not shortened:
+            return
+        most, remedy = f"{MOST_NATS:g} nats", "lower TTT_LORA_LR"
+        if s.ttt_optimizer == "normalised":
+            most = f"{MOST_SHARE:g} of the loss"
+            remedy = "lower TTT_LORA_LR, or set TTT_STEP_SHARE=0.2"
+        if s.ttt_step_share:
+            remedy = f"lower TTT_STEP_SHARE={s.ttt_step_share:g}"
+        self.trace("warning", text=f"{shortened:,} adapter steps promised more than {most}, or had "
+                   f"gradients that are not finite, and were shortened: {remedy}")
 
     def score_only(self, documents: np.ndarray) -> None:
         """Book these documents without adapting to them."""
@@ -3463,8 +3496,8 @@ class PhasedTTT:
             self.give_up(level, elapsed=now, predicted_end=ends[self.level])
 
     def give_up(self, level: int, **why) -> None:
-        """From now on do without what GIVE_UP names at this level."""
-        self.trace("give_up", what=GIVE_UP[level], **why)
+        """From now on do without what LEVELS names at this level."""
+        self.trace("give_up", what=LEVELS[level].given_up, **why)
         self.level = level
 
     def count_work(self, work: np.ndarray, since: Clock) -> None:
@@ -3526,7 +3559,8 @@ class PhasedTTT:
         return GroupRows(starts, targets, adapter, optimiser, cache)
 
     def shrink_to_live(self, rows: GroupRows, begin: int) -> None:
-        """Drop documents that end by `begin`, where no state ties them to the others."""
+        """Drop documents that end by `begin`. An optimiser's state, and an A per row,
+        which the next group starts from, keep all of them."""
         live = int((rows.targets > begin).sum())
         kept = rows_kept_for(self.s.ttt_batch_size, live)
         tied = rows.adapter is not None and not self.s.ttt_shared_a
@@ -3536,12 +3570,15 @@ class PhasedTTT:
 
     def adapt_chunk(self, rows: GroupRows, begin: int, end: int) -> None:
         """Score the chunk [begin, end) of every row; those that go on learn from it."""
-        s, cache, again = self.s, rows.cache, 0
-        if cache is not None and begin:
-            again = cache.advance(end - begin, suffixes(s)[self.level])
+        s, rerun = self.s, 0
+        if rows.cache is None and self.level == NO_ADAPTATION:
+            rerun = self.stop_adapting(rows, begin, end)
+        elif rows.cache is not None and begin:
+            rerun = rows.cache.advance(end - begin, suffix_at(s, self.level))
         self.shrink_to_live(rows, begin)
+        cache = rows.cache
         if cache is not None:
-            window = chunk_window(rows.targets, begin, end, again)
+            window = chunk_window(rows.targets, begin, end, rerun)
         else:
             window = whole_window(s, rows.targets, begin, end)
         with torch.set_grad_enabled(rows.adapter is not None):      # at every level: a graph less
@@ -3549,6 +3586,16 @@ class PhasedTTT:
             later = trained_rows(s, rows.targets, end)
             if later.any() and self.level < NO_ADAPTATION:
                 self.adapt(rows.adapter, rows.optimiser, scored, self.on_device(later))
+                if cache is not None:
+                    cache.new = {}      # of forwards after a step
+
+    def stop_adapting(self, rows: GroupRows, begin: int, end: int) -> int:
+        """Only score what is left of a group that was encoded again for every chunk: on
+        cached keys, which the graphs compiled for that take. Returns how much of the
+        context the next chunk runs again to make them."""
+        rows.adapter = rows.optimiser = None
+        rows.cache = KeyCache(self.s.ttt_eval_seq_len)
+        return min(begin, self.s.ttt_eval_seq_len - (end - begin))
 
     def on_device(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(self.world.device)
@@ -3586,6 +3633,7 @@ class PhasedTTT:
         for step in range(self.s.ttt_grad_steps):
             if step:
                 losses = scored.again()
+            # rows that go on have the whole chunk, and it ends their inputs
             of_chunk = losses[:, -scored.chunk:].mean(dim=1) * later
             of_chunk.sum().backward(inputs=trained)
             if optimiser is None:
@@ -7736,7 +7784,9 @@ def probe_causality(s: Settings, world: World, model: GPT,
         if s.ttt_doc_order == "stream":
             variants += shortened_stream(ttt, one)
         if compiles(s, world.device):      # the graphs that the watchdog may fall back on
-            by_adapting(Validation.of(one), NO_ADAPTATION)
+            first = NO_PHASES + 1 if s.ttt_suffix else NO_ADAPTATION
+            for level in range(first, len(LEVELS)):
+                by_adapting(Validation.of(one), level)
         yield change("C1 test-time training", by_adapting, one, variants)
 
 

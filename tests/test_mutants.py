@@ -383,7 +383,7 @@ def test_training_on_the_last_chunk_before_scoring_it(s, monkeypatch):
 
 def with_suffix(s):
     """The newest cached tokens are run again in front of every chunk."""
-    return dataclasses.replace(s, ttt_suffix=24, ttt_step_nats=0.3)
+    return dataclasses.replace(s, ttt_suffix=24, ttt_step_share=0.1)
 
 
 @once
@@ -570,11 +570,11 @@ def test_dropped_last_window(s, monkeypatch):
 
 def test_dropped_last_chunk(s, monkeypatch):
     def make(real):
-        def window(targets, begin, end, again):
-            w, whole = real(targets, begin, end, again), np.minimum(end, targets) == end
+        def window(first, targets, begin, end, width):
+            w, whole = real(first, targets, begin, end, width), np.minimum(end, targets) == end
             return w._replace(count=np.where(whole, w.count, 0)) if whole.any() else w
         return window
-    replace(monkeypatch, tg, "chunk_window", make)
+    replace(monkeypatch, tg, "window_from", make)
     s = dataclasses.replace(s, phased_ttt_prefix_docs=0)
     with pytest.raises(RuntimeError, match="coverage is broken"):
         tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s)).run()
