@@ -618,8 +618,9 @@ class Settings:
     ttt_lora_rank: int = knob(80, "rank of the adapters", 1, 65536)
     ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank", 0)
     ttt_lora_lr: float = knob(8e-5, "learning rate of the adapters", 0)
-    ttt_step_nats: float = knob(
-        0.0, "nats that a step's rate promises to take off its chunk's loss; 0: TTT_LORA_LR", 0, 1)
+    ttt_step_share: float = knob(
+        0.0, "share of its chunk's loss that a step's rate promises to take off; 0: the rate is "
+        "TTT_LORA_LR", 0, 0.5)
     ttt_q_lora: bool = knob(True, "adapt queries")
     ttt_k_lora: bool = knob(True, "adapt keys")
     ttt_v_lora: bool = knob(True, "adapt values")
@@ -762,19 +763,6 @@ class Settings:
     def beyond_the_system(self) -> list[str]:
         """Names of settings that ask for more than parts one and two have: a seam."""
         return []
-
-
-def chunk_steps(s: Settings) -> list[tuple[float, int]]:
-    """(position, or length of a group's longest document, up to which; chunk); the
-    last bound is infinite."""
-    steps, text = [], s.first_chunks
-    for part in listed(text.replace("=", ":")):
-        step = whole_numbers(part.replace(":", ",", 1))
-        if len(step) != 2 or min(step) < 1:
-            raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, "
-                            "as 256:8,2000:24")
-        steps.append((step[0], step[1]))
-    return sorted(steps) + [(math.inf, s.ttt_chunk_size)]
 
 
 def schedule(text: str, otherwise, kind: type = int) -> list[tuple[float, float]]:
@@ -2990,22 +2978,33 @@ class Ledger:
         target_bytes = self.val.target_bytes[self.expected].sum()
         return Score(float(self.total.sum()), float(target_bytes), int(self.expected.sum()))
 
+    def amounts_between(self, cuts: np.ndarray) -> dict[str, np.ndarray]:
+        """Targets, bytes and nats (n, m) from one of n rows' input positions (n, m + 1)
+        to the next."""
+        amounts = {"tokens": np.diff(cuts)}
+        for name, values in (("bytes", self.val.target_bytes), ("nats", self.total)):
+            before = np.append(0, values.cumsum())
+            amounts[name] = np.diff(before[cuts])
+        return amounts
+
     def profiles(self) -> Iterator[dict]:
         """After close(): sums by position in a document, and by a document's length."""
         start, length = self.val.documents.start, self.val.documents.length - 1
         edges = [*PROFILE_EDGES, 1 << 62]
         cuts = start[:, None] + np.minimum(length[:, None], edges)
-        parts = {"tokens": np.diff(cuts)}      # each (documents, buckets)
-        for name, values in (("bytes", self.val.target_bytes), ("nats", self.total)):
-            parts[name] = np.diff(np.append(0, values.cumsum())[cuts])
-        bucket = np.searchsorted(PROFILE_EDGES, length, "right") - 1
-        belongs = np.eye(len(PROFILE_EDGES), dtype=int)[bucket]
-        whole = {name: x.sum(1, keepdims=True) * belongs for name, x in parts.items()}
-        for by, tables in (("position", parts), ("length", whole)):
-            documents = (tables["tokens"] > 0).sum(0)
-            sums = {name: x.sum(0).tolist() for name, x in tables.items()}
-            yield {"by": by, "edges": PROFILE_EDGES,
-                   "documents": documents.tolist(), **sums}
+        amounts = self.amounts_between(cuts)       # each (documents, buckets)
+        buckets = len(PROFILE_EDGES)
+        bucket = np.searchsorted(PROFILE_EDGES, length, "right") - 1     # of the whole document
+        reached = amounts["tokens"] > 0
+        holding = np.bincount(bucket[length > 0], minlength=buckets)
+        by_position = {"documents": reached.sum(0).tolist()}
+        by_length = {"documents": holding.tolist()}
+        for name, x in amounts.items():
+            whole = x.sum(1)
+            by_position[name] = x.sum(0).tolist()
+            by_length[name] = [whole[bucket == i].sum().item() for i in range(buckets)]
+        yield {"by": "position", "edges": PROFILE_EDGES, **by_position}
+        yield {"by": "length", "edges": PROFILE_EDGES, **by_length}
 
 
 Window = tuple[int, int, int]       # positions: begin, end, first scored
@@ -3069,16 +3068,11 @@ class Scorer:
     def score_cached(self, val: Validation, documents: np.ndarray, stride: int,
                      ledger: Ledger) -> None:
         """Compute documents once, `stride` tokens at a time, on the keys a window
-        reaches."""
+        reaches: what chapter 8 does with a chunk, but nothing adapts."""
         s = dataclasses.replace(
             self.s, ttt_eval_seq_len=self.s.eval_seq_len, ttt_chunk_size=stride,
             ttt_short_score_first_enabled=False, ttt_cache_lambda=0)
-        still = PhasedTTT(s, self.world, self.model, val, ledger=ledger)
-        still.level = NO_ADAPTATION
-        self.model.requires_grad_(False)       # as in adaptation, for the same graphs
-        for group in still.own_share(grouped(s, documents, still.lengths)):
-            still.adapt_group(group)
-        self.model.requires_grad_(True)
+        PhasedTTT(s, self.world, self.model, val, ledger=ledger).score_only(documents)
 
     def score_row(self, row: list[Window], val: Validation, plan: Plan,
                   ledger: Ledger) -> None:
@@ -3111,7 +3105,7 @@ class Scorer:
 
 def check_adapt(s: Settings) -> None:
     """Refuse adaptation that could not work, or would let later text reach earlier."""
-    largest = max(chunk for _, chunk in chunk_steps(s))
+    largest = max(rule.chunk for rule in chunk_rules(s))
     if largest > s.ttt_eval_seq_len:
         raise UserError(f"TTT_CHUNK_SIZE={s.ttt_chunk_size}, or a chunk of "
                         f"TTT_SHORT_SCORE_FIRST_STEPS={s.first_chunks}, exceeds TTT_EVAL_SEQ_LEN="
@@ -3133,8 +3127,8 @@ def check_adapt(s: Settings) -> None:
     if s.ttt_suffix and not s.ttt_kv_reuse:
         raise UserError(f"TTT_SUFFIX={s.ttt_suffix} needs cached keys, not TTT_KV_REUSE=0: "
                         "set it to 1")
-    if s.ttt_step_nats and s.ttt_optimizer != "normalised":
-        raise UserError(f"TTT_STEP_NATS={s.ttt_step_nats:g} needs TTT_OPTIMIZER=normalised, not "
+    if s.ttt_step_share and s.ttt_optimizer != "normalised":
+        raise UserError(f"TTT_STEP_SHARE={s.ttt_step_share:g} needs TTT_OPTIMIZER=normalised, not "
                         f"{s.ttt_optimizer}: set one of them")
 
 
@@ -3147,12 +3141,13 @@ def log_adaptation(s: Settings, run: Run, val: Validation, clock: Clock) -> None
     if steps:
         which = {"stream": "first", "length": "longest"}[s.ttt_doc_order]
         learn_from = f"the {which} {len(phases[-1].train_on):,} documents"
+    hints = 0 if val.hints is None else len(val.hints.at)
     run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
-            base_weights_learn_from=learn_from, base_weight_steps=steps,
-            ngram_hints=0 if val.hints is None else len(val.hints.at), elapsed=clock.elapsed())
+            base_weights_learn_from=learn_from, base_weight_steps=steps, ngram_hints=hints,
+            elapsed=clock.elapsed())
     if s.phased_ttt_prefix_docs and len(phases) < s.phased_ttt_num_phases:
-        run.log("settings_without_effect", PHASED_TTT_NUM_PHASES=f"{len(lengths):,} documents make "
-                f"{len(phases)} phases of {s.phased_ttt_num_phases}")
+        few = f"{len(lengths):,} documents make {len(phases)} phases of {s.phased_ttt_num_phases}"
+        run.log("settings_without_effect", PHASED_TTT_NUM_PHASES=few)
 
 
 ADAPTED = ("q", "k", "v", "o", "mlp", "head")       # what a TTT_*_LORA switches
@@ -3218,7 +3213,8 @@ class Adapter:
         """Fresh A, drawn on the CPU: every device starts from the same numbers."""
         generator = torch.Generator().manual_seed(self.s.seed)
         for a in self.a.values():
-            drawn = torch.empty(a.size(0), *a.shape[-2:]).uniform_(-1, 1, generator=generator)
+            drawn = torch.empty(a.size(0), *a.shape[-2:])
+            drawn.uniform_(-1, 1, generator=generator)
             drawn = drawn / math.sqrt(a.size(-1))
             a.copy_(drawn if self.s.ttt_shared_a else drawn[:, None])
 
@@ -3240,23 +3236,31 @@ class Adapter:
 
 class KeyCache:
     """Keys and values that earlier forwards of B documents left behind, cut from
-    their graph: per slot (B, P, K, D). The next forward sees `seen` of them, up to
-    index `end`; beyond lies the suffix, which it runs again and overwrites. position:
-    the document's tokens before the forward; last (B, 2): the nearest of them.
-    states: slot STATES keeps final hidden states (B, P, D) of length 1 and the tokens
-    that came next (B, P)."""
-    STATES = -1
+    their graph: per slot (B, P, K, Dh), oldest first. For the next forward:
+
+        a document's tokens   ... out of sight | seen | suffix | chunk ...
+        kept keys             ... ---------------------------->
+        the forward's inputs                          |-------------->
+
+    It sees `seen` old keys, up to index `end`, and makes those of the suffix anew.
+    position: the document's tokens ahead of its inputs; last (B, 2): the nearest of
+    them. states: final hidden states are kept as well."""
+    STATES = -1      # the slot of states (B, P, D), of length 1, and of tokens after them (B, P)
 
     def __init__(self, window: int, states: bool = False):
         self.window = window
         self.states = states
+        self.new: dict[int, tuple[Tensor, Tensor]] = {}
+        self.sealed: tuple[Tensor, dict] | None = None
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """The next forward sees no keys but its own, as at a document's beginning."""
         self.position = 0
         self.seen = 0
         self.end = 0
         self.last: Tensor | None = None
         self.old: dict[int, tuple[Tensor, Tensor]] = {}
-        self.new: dict[int, tuple[Tensor, Tensor]] = {}
-        self.sealed: tuple[Tensor, dict] | None = None
 
     def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values that a forward's queries may see, its own last."""
@@ -3279,25 +3283,29 @@ class KeyCache:
         self.new = {}
 
     def advance(self, chunk: int, suffix: int = 0) -> int:
-        """The chunk is over. The next forward runs the newest `suffix` tokens again,
-        and then `chunk` new ones, on the older keys that the window holds beside
-        them; returns how many again. Where fewer than two lie ahead of the suffix,
-        all are run, on the graph of a document's beginning; any other length of the
-        suffix shares one graph."""
-        ids, self.old = self.sealed
+        """The chunk is over: the next forward runs the newest `suffix` tokens again, if
+        the window has room for them beside `chunk` new ones. Returns how many it runs
+        again: all where fewer than two keys lie ahead of the suffix, as a document's
+        beginning has a graph already; any other suffix shares one graph."""
+        ids, old = self.sealed
         self.sealed = None
-        text = ids if self.last is None else torch.cat((self.last, ids), dim=1)
         keys = self.seen + ids.size(1)
         room = self.window - chunk
-        again = min(suffix, room)
-        self.end = keys - again
-        self.seen = min(self.end, room - again)
-        self.position += ids.size(1) - again
-        if self.seen < 2:
-            self.position, self.seen, self.last, self.old = 0, 0, None, {}
+        rerun = min(suffix, room)
+        seen = min(keys, room) - rerun
+        if seen < 2:
+            self.begin_again()
             return min(keys, room)
-        self.last = text[:, :text.size(1) - again][:, -2:].contiguous()
-        return again
+        self.slide(ids, rerun)
+        self.old, self.end, self.seen = old, keys - rerun, seen
+        return rerun
+
+    def slide(self, ids: Tensor, rerun: int) -> None:
+        """The next inputs begin `rerun` tokens before the end of the scored ids (B, T)."""
+        self.position += ids.size(1) - rerun
+        text = ids if self.last is None else torch.cat((self.last, ids), dim=1)
+        ahead = text[:, :text.size(1) - rerun]
+        self.last = ahead[:, -2:].contiguous()
 
     def keep(self, rows: slice) -> None:
         """Go on with these documents only."""
@@ -3329,34 +3337,62 @@ class ChunkWindow(NamedTuple):
     width: int
 
 
-def chunk_window(s: Settings, targets: np.ndarray, begin: int, end: int,
-                 again: int | None) -> ChunkWindow:
-    """The chunk [begin, end) of documents of `targets` (B,), with `again` inputs
-    before it. None, without cached keys: what TTT_EVAL_SEQ_LEN reaches from the
-    chunk's end; in the field's order from the document's, where that comes first."""
-    last = np.minimum(end, targets)
-    count = np.maximum(last - begin, 0)
-    if again is None:
-        known_end = last if s.ttt_doc_order == "length" else end
-        first = np.maximum(known_end - s.ttt_eval_seq_len, 0)
-        width = min(end, s.ttt_eval_seq_len)
-    else:
-        first = begin - again
-        width = end - first
+def chunk_window(targets: np.ndarray, begin: int, end: int, rerun: int) -> ChunkWindow:
+    """The chunk [begin, end) of documents of `targets` (B,), on cached keys: the
+    forward takes `rerun` inputs before it as well."""
+    first = np.full_like(targets, begin - rerun)
+    return window_from(first, targets, begin, end, end - begin + rerun)
+
+
+def whole_window(s: Settings, targets: np.ndarray, begin: int, end: int) -> ChunkWindow:
+    """The same without cached keys: the forward takes all that TTT_EVAL_SEQ_LEN
+    reaches back from the chunk's end; in the field's order from the document's, where
+    that comes first."""
+    last = np.full_like(targets, end)
+    if s.ttt_doc_order == "length":
+        last = np.minimum(end, targets)
+    first = np.maximum(last - s.ttt_eval_seq_len, 0)
+    return window_from(first, targets, begin, end, min(end, s.ttt_eval_seq_len))
+
+
+def window_from(first: np.ndarray, targets: np.ndarray, begin: int, end: int,
+                width: int) -> ChunkWindow:
+    """The chunk [begin, end) in rows of `width` whose inputs begin at first (B,)."""
+    count = np.maximum(np.minimum(end, targets) - begin, 0)
     first = np.where(count > 0, first, 0)
     offset = np.where(count > 0, begin - first, 0)
     return ChunkWindow(first, offset, count, width)
+
+
+class ChunkRule(NamedTuple):
+    """Up to the position `until` in a document (TTT_DOC_ORDER=length: in groups whose
+    longest document has at most so many tokens) chunks have `chunk` tokens."""
+    until: float
+    chunk: int
+
+
+def chunk_rules(s: Settings) -> list[ChunkRule]:
+    """By rising `until`; the last has no end and is TTT_CHUNK_SIZE."""
+    rules, text = [], s.first_chunks
+    for part in listed(text.replace("=", ":")):
+        rule = whole_numbers(part.replace(":", ",", 1))
+        if len(rule) != 2 or min(rule) < 1:
+            raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, "
+                            "as 256:8,2000:24")
+        rules.append(ChunkRule(*rule))
+    return sorted(rules) + [ChunkRule(math.inf, s.ttt_chunk_size)]
 
 
 def chunk_bounds(s: Settings, length: int) -> list[int]:
     """Where the chunks of a group begin whose longest document has `length` tokens,
     and the last one's end. In stream order sizes go by position, so that no later
     document has a say in how an earlier one is cut; in the field's by `length`."""
-    steps, bounds = chunk_steps(s), [0]
+    rules, bounds = chunk_rules(s), [0]
     if s.ttt_doc_order == "length":
-        steps = [(math.inf, next(chunk for bound, chunk in steps if length <= bound))]
-    for bound, chunk in steps:
-        while bounds[-1] < min(bound, length - 1):
+        chunk = next(rule.chunk for rule in rules if length <= rule.until)
+        rules = [ChunkRule(math.inf, chunk)]
+    for until, chunk in rules:
+        while bounds[-1] < min(until, length - 1):
             bounds.append(bounds[-1] + min(chunk, s.ttt_eval_seq_len))
     return bounds
 
@@ -3394,97 +3430,153 @@ def grouped(s: Settings, documents: np.ndarray, lengths: np.ndarray) -> list[np.
         return []
     order = documents[np.argsort(lengths[documents], kind="stable")]
     size = s.ttt_batch_size
-    cuts = range(size, len(order), size) if s.ttt_doc_order == "length" else -(-len(order) // size)
-    return sorted(np.array_split(order, cuts), key=lambda group: -lengths[group].max())
+    if s.ttt_doc_order == "length":
+        groups = np.array_split(order, range(size, len(order), size))
+    else:
+        groups = np.array_split(order, math.ceil(len(order) / size))
+    return sorted(groups, key=lambda group: -lengths[group].max())
 
 
 def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
-    """The groups of all documents, cut at the phases. TTT_DOC_ORDER=stream: round i
-    holds the i-th part of the stream's first documents, so that none is influenced by
-    a later one. length: as in the field the longest come first, and a phase trains on
-    the shortest groups scored so far."""
+    """The groups of all documents, cut at the phases: each follows so many scored
+    documents as its bound says."""
     phases = s.phased_ttt_num_phases if s.phased_ttt_prefix_docs else 0
     bounds = [s.phased_ttt_prefix_docs * (i + 1) // phases for i in range(phases)]
-    everything, rounds = np.arange(len(lengths)), []
     if s.ttt_doc_order == "stream":
-        begin = 0
-        for end in bounds:
-            if begin < end <= len(lengths):
-                rounds.append(Round(grouped(s, everything[begin:end], lengths), everything[:end]))
-                begin = end
-        return rounds + [Round(grouped(s, everything[begin:], lengths), None)]
-    current, done = [], []
-    for group in grouped(s, everything, lengths):
+        return rounds_by_stream(s, lengths, bounds)
+    return rounds_by_length(s, lengths, bounds)
+
+
+def rounds_by_stream(s: Settings, lengths: np.ndarray, bounds: list[int]) -> list[Round]:
+    """Round i holds the i-th part of the stream's first documents, so that none is
+    influenced by a later one."""
+    everything, rounds, begin = np.arange(len(lengths)), [], 0
+    for end in bounds:
+        if begin < end <= len(lengths):
+            rounds.append(Round(grouped(s, everything[begin:end], lengths), everything[:end]))
+            begin = end
+    return rounds + [Round(grouped(s, everything[begin:], lengths), None)]
+
+
+def rounds_by_length(s: Settings, lengths: np.ndarray, bounds: list[int]) -> list[Round]:
+    """As in the field the longest come first, and a phase trains on the shortest
+    groups scored so far."""
+    rounds, current, done = [], [], []
+    for group in grouped(s, np.arange(len(lengths)), lengths):
         current.append(group)
         done.append(group)
-        if len(rounds) < phases and sum(map(len, done)) >= bounds[len(rounds)]:
-            by_length = np.concatenate(sorted(done, key=lambda g: lengths[g].max()))
-            rounds.append(Round(current, by_length[:bounds[len(rounds)]]))
+        if len(rounds) < len(bounds) and sum(map(len, done)) >= bounds[len(rounds)]:
+            shortest_first = np.concatenate(sorted(done, key=lambda g: lengths[g].max()))
+            rounds.append(Round(current, shortest_first[:bounds[len(rounds)]]))
             current = []
     return rounds + [Round(current, None)]
 
 
 # --- one step
 
-# Nats off its own chunk's loss beyond which a step's promise is not believed, and what it is then cut to.
-# A trained 135M model on cached keys gained most at .3 to .6 and lost from 2 on; encoded exactly, by AdamW,
-# it still gained at 2.7.
-MOST_NATS, MOST_NATS_ADAM, SAFE_NATS = 1.25, 4.0, 0.3
-MOST_RATE = 0.01       # of TTT_STEP_NATS, where gradients vanish; toy models liked .008
+MOST_SHARE = 0.3          # of its chunk's loss that a step at a fixed rate may promise to take off
+MOST_NATS = 4.0           # from which on an optimiser's promise is not believed; 2.7 still gained
+SAFE_NATS = 0.3           # what is left of promises far beyond that
+MOST_RATE = 0.01          # of TTT_STEP_SHARE, where gradients vanish; toy models liked .008
+
+
+def step_rates(s: Settings, promised: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """(rate of every document's step, whether it is less than was asked for), (rows,)
+    each. promised: how much of its loss a rate of 1 takes off, to first order."""
+    lr = s.ttt_lora_lr * s.ttt_local_lr_mult
+    for_all = losses / promised.clamp(min=1e-30)      # the rate that promises the whole loss
+    if s.ttt_step_share and lr:      # a rate of 0 adapts nothing, here too
+        rates = (s.ttt_step_share * for_all).clamp(max=MOST_RATE)
+        return rates, torch.zeros_like(rates, dtype=torch.bool)
+    most = MOST_SHARE * for_all
+    return most.clamp(max=lr), (promised > 0) & (most < lr)
 
 
 @torch.no_grad()
 def normalised_step(s: Settings, params: list[Tensor], losses: Tensor) -> Tensor:
     """A step of every document's matrices (S, rows, R, C), each along its gradient
     over the gradient's RMS: no state. To first order a rate of 1 lowers the document's
-    loss (rows,) by the sum of N * RMS over its matrices of N entries. The rate is
-    TTT_LORA_LR, or what promises TTT_STEP_NATS, though no more than a quarter of the
-    loss. Returns which rows (bool) were shortened."""
+    loss (rows,) by the sum of N * RMS over its matrices of N entries. A document whose
+    gradient is not finite takes none. Returns whose step was shortened (rows,)."""
     sizes = [p.grad.square().mean(dim=(-2, -1)).sqrt() for p in params]
     promised = torch.zeros_like(losses)
     for p, size in zip(params, sizes):
         promised += p.size(-2) * p.size(-1) * size.sum(0)
-    if s.ttt_step_nats:
-        fall = (losses / 4).clamp(max=s.ttt_step_nats)
-        rates = (fall / promised.clamp(min=1e-30)).clamp(max=MOST_RATE)
-        shortened = torch.zeros_like(promised, dtype=torch.bool)
-    else:
-        lr = s.ttt_lora_lr * s.ttt_local_lr_mult
-        shortened = lr * promised > MOST_NATS
-        rates = torch.where(shortened, SAFE_NATS / promised, lr)
+    rates, shortened = step_rates(s, promised, losses)
+    broken = ~(promised.isfinite() & losses.isfinite())
+    rates = rates.masked_fill(broken, 0)
     for p, size in zip(params, sizes):
+        p.grad.masked_fill_(broken[:, None, None], 0)
+        per_entry = (rates / (size + 1e-12)).masked_fill(broken, 0)
         p.mul_(1 - rates[:, None, None] * s.ttt_weight_decay)
-        p.addcmul_(p.grad, (rates / (size + 1e-12))[..., None, None], value=-1)
-    return shortened
+        p.addcmul_(p.grad, per_entry[..., None, None], value=-1)
+    return shortened | broken
 
 
 @torch.no_grad()
 def optimiser_step(optimiser: torch.optim.Optimizer, params: list[Tensor]) -> Tensor:
-    """The optimiser's step, to the bit; but where it promises a document more than
-    MOST_NATS_ADAM, the part of it that promises SAFE_NATS. Returns where (rows,)."""
+    """The optimiser's step, to the bit; but what it promises a document beyond
+    MOST_NATS is taken off them, down to SAFE_NATS; and gradients that are not finite
+    count as none. Returns whose step was shortened (rows,)."""
+    squares = torch.stack([p.grad.square().sum(dim=(0, 2, 3)) for p in params])
+    broken = ~squares.sum(0).isfinite()
     before = [p.clone() for p in params]
+    for p in params:
+        p.grad.masked_fill_(broken[:, None, None], 0)
     optimiser.step()
-    moves = [((old - p) * p.grad).sum(dim=(0, 2, 3)) for p, old in zip(params, before)]
-    promise = torch.stack(moves).sum(0)
-    shortened = promise > MOST_NATS_ADAM
-    part = (SAFE_NATS / promise)[:, None, None]
+    promises = [((old - p) * p.grad).sum(dim=(0, 2, 3)) for p, old in zip(params, before)]
+    promised = torch.stack(promises).sum(0)
+    shortened = promised > MOST_NATS
+    believed = (2 * MOST_NATS - promised).clamp(min=SAFE_NATS)
+    part = (believed / promised)[:, None, None]
     for p, old in zip(params, before):
         p.copy_(torch.where(shortened[:, None, None], torch.lerp(old, p, part), p))
-    return shortened
+    return shortened | broken
 
 
 # --- the evaluation
 
-# What the watchdog gives up, more at each level, when the evaluation would outlast its budget.
-GIVE_UP = ("nothing", "further phases on the base weights", "phases and two thirds of TTT_SUFFIX",
-           "phases and TTT_SUFFIX", "phases and adaptation")
-NO_ADAPTATION = len(GIVE_UP) - 1
+class Level(NamedTuple):
+    """What the watchdog gives up when the evaluation would outlast its budget; thirds
+    of TTT_SUFFIX that are left."""
+    given_up: str
+    suffix_thirds: int
+
+
+LEVELS = (
+    Level("nothing", 3),
+    Level("further phases on the base weights", 3),
+    Level("phases and two thirds of TTT_SUFFIX", 1),
+    Level("phases and TTT_SUFFIX", 0),
+    Level("phases and adaptation", 0),
+)
+NO_PHASES, NO_ADAPTATION = 1, len(LEVELS) - 1
 WATCH_EVERY = 8             # chunks between two looks at the clock
 
 
-def suffixes(s: Settings) -> tuple[int, ...]:
-    """Tokens that are run again at every level of GIVE_UP."""
-    return s.ttt_suffix, s.ttt_suffix, s.ttt_suffix // 3, 0, 0
+def suffix_at(s: Settings, level: int) -> int:
+    """Tokens that are run again."""
+    return s.ttt_suffix * LEVELS[level].suffix_thirds // 3
+
+
+@dataclass
+class GroupRows:
+    """A group's documents, a row each, the longest last: where they begin in the
+    stream, how many targets they have, and what is kept of them. adapter None: they
+    are scored only; cache None: every chunk's context is encoded again."""
+    starts: np.ndarray
+    targets: np.ndarray
+    adapter: Adapter | None
+    optimiser: torch.optim.Optimizer | None
+    cache: KeyCache | None
+
+    def keep_last(self, rows: int) -> None:
+        """Go on with the longest documents only."""
+        last = slice(-rows, None)
+        self.starts, self.targets = self.starts[last], self.targets[last]
+        for part in (self.adapter, self.cache):
+            if part is not None:
+                part.keep(last)
 
 
 class PhasedTTT:
@@ -3494,8 +3586,9 @@ class PhasedTTT:
     in time. trace(event, **values) observes: lora, reset, chunk, sgd_step, phase,
     give_up, warning."""
 
-    def __init__(self, s: Settings, world: World, model: GPT, val: Validation, trace: Callable | None = None,
-                 clock: Clock | None = None, ledger: Ledger | None = None):
+    def __init__(self, s: Settings, world: World, model: GPT, val: Validation,
+                 trace: Callable | None = None, clock: Clock | None = None,
+                 ledger: Ledger | None = None):
         self.s, self.world, self.model, self.val = s, world, model, val
         self.trace = trace or (lambda event, **values: None)
         self.clock = clock
@@ -3508,7 +3601,7 @@ class PhasedTTT:
         self.shortened = torch.zeros((), dtype=torch.int64, device=world.device)
         self.spent = 0.0            # seconds of adaptation, without phases and waiting
         self.done = 0.0             # token-passes in them
-        self.left = np.zeros(len(GIVE_UP))      # those still to do, at every level
+        self.left = np.zeros(len(LEVELS))       # those still to do, at every level
         self.phase_pace = 0.0       # seconds a token of a phase
         self.phase_tokens = 0       # still to train on
 
@@ -3517,12 +3610,12 @@ class PhasedTTT:
         s, longest = self.s, int(self.lengths[group].max())
         bounds = np.array(chunk_bounds(s, longest))
         window = np.minimum(bounds[1:], s.ttt_eval_seq_len)
-        columns = np.tile(window, (len(GIVE_UP), 1))
-        if s.ttt_kv_reuse:
-            columns = np.minimum(window, np.diff(bounds) + np.array(suffixes(s))[:, None])
-        passes = 3.0 * columns.sum(1)
-        passes[NO_ADAPTATION] = longest
-        return len(group) * passes
+        passes = []
+        for level in range(NO_ADAPTATION):
+            inputs = np.diff(bounds) + suffix_at(s, level)
+            columns = np.minimum(window, inputs) if s.ttt_kv_reuse else window
+            passes.append(3.0 * columns.sum())
+        return len(group) * np.array([*passes, longest])
 
     def own_share(self, groups: list[np.ndarray]) -> list[np.ndarray]:
         """This rank's share of the groups."""
@@ -3534,24 +3627,47 @@ class PhasedTTT:
         """Score every document once; the weights stay as the last phase left them."""
         rounds = ttt_rounds(self.s, self.lengths)
         shares = [self.own_share(r.groups) for r in rounds]
-        self.left = sum(map(self.costs, itertools.chain(*shares)), self.left)
+        for group in itertools.chain(*shares):
+            self.left = self.left + self.costs(group)
         self.phase_tokens = sum(int(self.lengths[r.train_on].sum()) for r in rounds[:-1])
         self.model.requires_grad_(False)        # but in a phase
         for r, share in zip(rounds, shares):
             self.begin_round()
             for group in share:
                 self.adapt_group(group)
-            level = max(self.world.gather(self.level))      # all take part in a phase or none
-            if level > self.level:
-                self.give_up(level, by="another rank")
-            if r.train_on is not None and self.level == 0:
+            if r.train_on is not None and self.all_have_time():
                 self.phase(r.train_on)
         self.model.requires_grad_(True)
-        shortened = int(self.world.total(self.shortened))
-        if shortened:
-            self.trace("warning", text=f"{shortened:,} adapter steps promised more than this model can "
-                       "gain and were shortened: lower TTT_LORA_LR, or set TTT_STEP_NATS=0.5")
+        self.warn_of_shortened_steps()
         return self.ledger.close(self.world)
+
+    def all_have_time(self) -> bool:
+        """Whether there is a phase: with all ranks, or none of them from here on."""
+        if max(self.world.gather(self.level)) and not self.level:
+            self.give_up(NO_PHASES, by="another rank")
+        return self.level < NO_PHASES
+
+    def warn_of_shortened_steps(self) -> None:
+        """Into the log, at the end, with the remedy."""
+        s, shortened = self.s, int(self.world.total(self.shortened))
+        if not shortened:
+            return
+        most, remedy = f"{MOST_NATS:g} nats", "lower TTT_LORA_LR"
+        if s.ttt_optimizer == "normalised":
+            most = f"{MOST_SHARE:g} of the loss"
+            remedy = "lower TTT_LORA_LR, or set TTT_STEP_SHARE=0.2"
+        if s.ttt_step_share:
+            remedy = f"lower TTT_STEP_SHARE={s.ttt_step_share:g}"
+        self.trace("warning", text=f"{shortened:,} adapter steps promised more than {most}, or had "
+                   f"gradients that are not finite, and were shortened: {remedy}")
+
+    def score_only(self, documents: np.ndarray) -> None:
+        """Book these documents without adapting to them."""
+        self.level = NO_ADAPTATION
+        self.model.requires_grad_(False)       # as in adaptation, for the same graphs
+        for group in self.own_share(grouped(self.s, documents, self.lengths)):
+            self.adapt_group(group)
+        self.model.requires_grad_(True)
 
     def begin_round(self) -> None:
         """Nothing passes from round to round; within one, A may."""
@@ -3559,7 +3675,7 @@ class PhasedTTT:
         if self.s.ttt_doc_order == "length" and not self.s.ttt_shared_a:
             self.kept = self.adapter_for(self.s.ttt_batch_size)
 
-    def watch(self) -> None:
+    def check_time(self) -> None:
         """Give up as little as lets the predicted end lie within EVAL_MAX_SECONDS."""
         if self.clock is None or not self.clock.budget:
             return
@@ -3573,8 +3689,8 @@ class PhasedTTT:
             self.give_up(level, elapsed=now, predicted_end=ends[self.level])
 
     def give_up(self, level: int, **why) -> None:
-        """From now on do without what GIVE_UP names at this level."""
-        self.trace("give_up", what=GIVE_UP[level], **why)
+        """From now on do without what LEVELS names at this level."""
+        self.trace("give_up", what=LEVELS[level].given_up, **why)
         self.level = level
 
     def count_work(self, work: np.ndarray, since: Clock) -> None:
@@ -3583,7 +3699,7 @@ class PhasedTTT:
         self.spent += since.elapsed()
         self.done += work[self.level]
         self.left = self.left - work
-        self.watch()
+        self.check_time()
 
     def adapter_for(self, rows: int) -> Adapter:
         """The kept one, reset, where it has as many rows; else a fresh one."""
@@ -3600,46 +3716,79 @@ class PhasedTTT:
         s = self.s
         if s.ttt_optimizer == "normalised":
             return None
-        lr = s.ttt_lora_lr * s.ttt_local_lr_mult
-        fused = self.world.device.type == "cuda"
-        return torch.optim.AdamW(adapter.trained(), lr, (s.ttt_beta1, s.ttt_beta2), eps=1e-10,
-                                 weight_decay=s.ttt_weight_decay, fused=fused)
+        return torch.optim.AdamW(
+            adapter.trained(),
+            lr=s.ttt_lora_lr * s.ttt_local_lr_mult,
+            betas=(s.ttt_beta1, s.ttt_beta2),
+            eps=1e-10,
+            weight_decay=s.ttt_weight_decay,
+            fused=self.world.device.type == "cuda")
 
     def adapt_group(self, group: np.ndarray) -> None:
         """Score a group's documents chunk by chunk, adapting those that go on."""
-        self.watch()
-        s, learns = self.s, self.level < NO_ADAPTATION
-        starts, targets = self.val.documents.start[group], self.lengths[group] - 1
-        if len(group) == 1 < s.ttt_batch_size:      # an empty row beside it: a graph less
-            starts, targets = np.repeat(starts, 2), np.append(0, targets)
-        adapter = self.adapter_for(len(starts)) if learns else None
-        optimiser = self.optimiser(adapter) if learns else None
-        cached = s.ttt_kv_reuse or not learns
-        cache = KeyCache(s.ttt_eval_seq_len, states=s.ttt_cache_lambda > 0) if cached else None
-        shrinks = cached and optimiser is None and (s.ttt_shared_a or not learns)
-        bounds = chunk_bounds(s, int(self.lengths[group].max()))
+        self.check_time()
+        rows = self.open_rows(group)
+        bounds = chunk_bounds(self.s, int(self.lengths[group].max()))
         costs, counted, since = self.costs(group), 0, Clock()
         for n, (begin, end) in enumerate(zip(bounds, bounds[1:]), start=1):
             self.world.beat(f"adapting to chunk {n} of {len(group)} documents")
-            again = 0 if cached else None
-            if cached and begin:
-                again = cache.advance(end - begin, suffixes(s)[self.level])
-            live = int((targets > begin).sum())
-            kept = rows_kept_for(s.ttt_batch_size, live)
-            if shrinks and kept < len(targets):         # the longest documents come last
-                rows = slice(-kept, None)
-                starts, targets = starts[rows], targets[rows]
-                for keeper in (cache,) if adapter is None else (cache, adapter):
-                    keeper.keep(rows)
-            with torch.set_grad_enabled(adapter is not None):       # at every level: a graph less
-                window = chunk_window(s, targets, begin, end, again)
-                scored = self.score_chunk(starts, window, adapter, cache)
-                later = trained_rows(s, targets, end)
-                if later.any() and self.level < NO_ADAPTATION:
-                    self.adapt(adapter, optimiser, scored, self.on_device(later))
+            self.adapt_chunk(rows, begin, end)
             if n % WATCH_EVERY == 0 or end == bounds[-1]:
                 self.count_work(costs * (end - counted) / bounds[-1], since)
                 counted, since = end, Clock()
+
+    def open_rows(self, group: np.ndarray) -> GroupRows:
+        """A row for each document of a group, nothing learnt yet."""
+        s = self.s
+        starts, targets = self.val.documents.start[group], self.lengths[group] - 1
+        if len(group) == 1 < s.ttt_batch_size:      # an empty row beside it: a graph less
+            starts, targets = np.repeat(starts, 2), np.append(0, targets)
+        adapter = optimiser = cache = None
+        if self.level < NO_ADAPTATION:
+            adapter = self.adapter_for(len(starts))
+            optimiser = self.optimiser(adapter)
+        if s.ttt_kv_reuse or adapter is None:
+            cache = KeyCache(s.ttt_eval_seq_len, states=s.ttt_cache_lambda > 0)
+        return GroupRows(starts, targets, adapter, optimiser, cache)
+
+    def shrink_to_live(self, rows: GroupRows, begin: int) -> None:
+        """Drop documents that end by `begin`. An optimiser's state, and an A per row,
+        which the next group starts from, keep all of them."""
+        live = int((rows.targets > begin).sum())
+        kept = rows_kept_for(self.s.ttt_batch_size, live)
+        tied = rows.adapter is not None and not self.s.ttt_shared_a
+        can_shrink = rows.cache is not None and rows.optimiser is None and not tied
+        if can_shrink and kept < len(rows.targets):
+            rows.keep_last(kept)
+
+    def adapt_chunk(self, rows: GroupRows, begin: int, end: int) -> None:
+        """Score the chunk [begin, end) of every row; those that go on learn from it."""
+        s, rerun = self.s, 0
+        if rows.cache is None and self.level == NO_ADAPTATION:
+            rerun = self.stop_adapting(rows, begin, end)
+        elif rows.cache is not None and begin:
+            rerun = rows.cache.advance(end - begin, suffix_at(s, self.level))
+        self.shrink_to_live(rows, begin)
+        cache = rows.cache
+        if cache is not None:
+            window = chunk_window(rows.targets, begin, end, rerun)
+        else:
+            window = whole_window(s, rows.targets, begin, end)
+        with torch.set_grad_enabled(rows.adapter is not None):      # at every level: a graph less
+            scored = self.score_chunk(rows.starts, window, rows.adapter, cache)
+            later = trained_rows(s, rows.targets, end)
+            if later.any() and self.level < NO_ADAPTATION:
+                self.adapt(rows.adapter, rows.optimiser, scored, self.on_device(later))
+                if cache is not None:
+                    cache.new = {}      # of forwards after a step
+
+    def stop_adapting(self, rows: GroupRows, begin: int, end: int) -> int:
+        """Only score what is left of a group that was encoded again for every chunk: on
+        cached keys, which the graphs compiled for that take. Returns how much of the
+        context the next chunk runs again to make them."""
+        rows.adapter = rows.optimiser = None
+        rows.cache = KeyCache(self.s.ttt_eval_seq_len)
+        return min(begin, self.s.ttt_eval_seq_len - (end - begin))
 
     def on_device(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(self.world.device)
@@ -3665,18 +3814,19 @@ class PhasedTTT:
         self.ledger.book(positions, booked.flatten()[keep])
         if cache is not None:      # of the forward that was scored, whatever the steps do
             cache.seal(x)
-        self.trace("chunk", x=x, y=y, losses=booked.detach(), offsets=w.offset, counts=w.count, width=w.width,
-                   at=at, counted=counted)
+        self.trace("chunk", x=x, y=y, losses=booked.detach(), offsets=w.offset,
+                   counts=w.count, width=w.width, at=at, counted=counted)
         return Scored(losses, int(w.count.max()), positions, forward)
 
-    def adapt(self, adapter: Adapter, optimiser: torch.optim.Optimizer | None, scored: Scored,
-              later: Tensor) -> None:
+    def adapt(self, adapter: Adapter, optimiser: torch.optim.Optimizer | None,
+              scored: Scored, later: Tensor) -> None:
         """TTT_GRAD_STEPS steps of the documents in `later` on their booked chunk."""
         self.ledger.require(scored.positions)
         losses, trained = scored.losses, adapter.trained()
         for step in range(self.s.ttt_grad_steps):
             if step:
                 losses = scored.again()
+            # rows that go on have the whole chunk, and it ends their inputs
             of_chunk = losses[:, -scored.chunk:].mean(dim=1) * later
             of_chunk.sum().backward(inputs=trained)
             if optimiser is None:
@@ -3700,7 +3850,7 @@ class PhasedTTT:
     def global_phase(self, booked: Booked) -> None:
         """SGD on all base weights over booked documents."""
         tokens = booked.tokens
-        chunks = -(-(len(tokens) - 1) // self.s.global_ttt_chunk_tokens)
+        chunks = math.ceil((len(tokens) - 1) / self.s.global_ttt_chunk_tokens)
         params = self.model.requires_grad_(True).parameters()
         optimiser = torch.optim.SGD(params, momentum=self.s.global_ttt_momentum)
         for c, begin, end in phase_steps(self.s, len(tokens)):
@@ -3724,14 +3874,15 @@ class PhasedTTT:
         loss = torch.zeros((), device=world.device)
         if end > begin:
             batch = self.rows_of(tokens[begin:end + 1]).to(world.device)
-            losses = self.model.losses(batch.x, batch.y, self.plan, batch.layout(batch.max_seqlen))
+            layout = batch.layout(batch.max_seqlen)
+            losses = self.model.losses(batch.x, batch.y, self.plan, layout)
             loss = losses.sum() / total
             loss.backward()
         norm = total_gradients(world, self.model, s.global_ttt_grad_clip)
         optimiser.step()
         optimiser.zero_grad()
-        self.trace("sgd_step", loss=world.total(loss.detach().clone()), n_tokens=total, grad_norm=norm,
-                   lr=optimiser.param_groups[0]["lr"])
+        self.trace("sgd_step", loss=world.total(loss.detach().clone()), n_tokens=total,
+                   grad_norm=norm, lr=optimiser.param_groups[0]["lr"])
 
     def row_starts(self, tokens: np.ndarray) -> np.ndarray:
         """Where a run of tokens may be cut for the ranks: at its documents."""
@@ -3754,7 +3905,7 @@ def phase_steps(s: Settings, tokens: int) -> list[tuple[int, int, int]]:
     """The steps of the base weights in a phase over so many tokens: chunk, first
     input, end. As published the last chunk is left out, unless it is alone."""
     size, length, steps = s.global_ttt_chunk_tokens, s.eval_seq_len, []
-    chunks = -(-(tokens - 1) // size)
+    chunks = math.ceil((tokens - 1) / size)
     for c in range(max(chunks - 1, 1)):
         rows = min(size, tokens - 1 - c * size) // length
         firsts = list(range(0, rows, s.global_ttt_batch_seqs))
@@ -3765,21 +3916,24 @@ def phase_steps(s: Settings, tokens: int) -> list[tuple[int, int, int]]:
 
 # --- beside the adapters
 
+MOST_OF_CACHE = 0.6     # largest weight of earlier places beside the model's own probability
+
+
 @torch.no_grad()
 def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
     """Losses (B, T) once the model's probability p is mixed with what earlier places
     of the document say. Place i says the token that came after it, with weight a_i =
-    exp(TTT_CACHE_THETA (cos(h_i, h_t) - 1)); all together count w = min(0.6,
-    TTT_CACHE_LAMBDA max a_i): (1 - w) p + w sum(a_i [i's token is the target]) /
-    sum(a_i), which sums to 1 over the vocabulary."""
+    exp(TTT_CACHE_THETA (cos(h_i, h_t) - 1)); all together count w =
+    min(MOST_OF_CACHE, TTT_CACHE_LAMBDA max a_i): (1 - w) p + w sum(a_i [i's token is
+    the target]) / sum(a_i), which sums to 1 over the vocabulary."""
     past, said = cache.new[cache.STATES]
     h, targets = (x[:, -losses.size(1):] for x in (past, said))
     place = torch.arange(past.size(1), device=h.device)
-    earlier = place < place[-h.size(1):, None]          # what came after t itself is the target
+    earlier = place < place[-h.size(1):, None]      # what came after t itself is the target
     a = torch.exp(s.ttt_cache_theta * (h.float() @ past.float().mT - 1)) * earlier
     agrees = said[:, None] == targets[..., None]
     chance = (a * agrees).sum(-1) / a.sum(-1).clamp(min=1e-30)
-    w = (s.ttt_cache_lambda * a.amax(-1)).clamp(max=0.6)
+    w = (s.ttt_cache_lambda * a.amax(-1)).clamp(max=MOST_OF_CACHE)
     return -torch.log((1 - w) * torch.exp(-losses) + w * chance)
 
 
@@ -7812,7 +7966,7 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
     threads = torch.get_num_threads()
     if not compiles(s, world.device):
         # windows of eight chunks show the same; threads would only wait for each other
-        window = max(8 * chunk_steps(s)[0][1] + s.ttt_suffix, s.eval_stride)
+        window = max(8 * chunk_rules(s)[0].chunk + s.ttt_suffix, s.eval_stride)
         s = dataclasses.replace(s, eval_seq_len=min(window, s.eval_seq_len),
                                 ttt_eval_seq_len=min(window, s.ttt_eval_seq_len))
         torch.set_num_threads(1)
@@ -7869,7 +8023,7 @@ def probe_causality(s: Settings, world: World, model: GPT,
                     booked: list[int]) -> Iterator[Finding]:
     """C1: earlier scores stay the same, to the bit, whatever comes later. booked:
     targets per evaluation."""
-    shortest = min(size for _, size in chunk_steps(s))
+    shortest = min(rule.chunk for rule in chunk_rules(s))
     row = min(s.eval_seq_len, 4 * shortest)      # of a phase's training
     ttt = dataclasses.replace(
         s, ttt_batch_size=4, phased_ttt_num_phases=1, phased_ttt_prefix_docs=1,
@@ -7901,7 +8055,9 @@ def probe_causality(s: Settings, world: World, model: GPT,
         if s.ttt_doc_order == "stream":
             variants += shortened_stream(ttt, one)
         if compiles(s, world.device):      # the graphs that the watchdog may fall back on
-            by_adapting(Validation.of(one), NO_ADAPTATION)
+            first = NO_PHASES + 1 if s.ttt_suffix else NO_ADAPTATION
+            for level in range(first, len(LEVELS)):
+                by_adapting(Validation.of(one), level)
         yield change("C1 test-time training", by_adapting, one, variants)
 
 
@@ -7946,7 +8102,7 @@ def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
     first is a phase's; fourth and fifth are adapted together, then the rest. In a row
     windows of later documents lie right ahead of earlier ones."""
     longest, stride = max(s.eval_seq_len, s.ttt_eval_seq_len), s.eval_stride
-    chunk = next(size for bound, size in chunk_steps(s) if longest + 2 * stride <= bound)
+    chunk = next(rule.chunk for rule in chunk_rules(s) if longest + 2 * stride <= rule.until)
     chunks = (longest + stride) // chunk + 1
     lengths = [
         s.eval_seq_len + stride // 4 + 1,

@@ -1330,7 +1330,7 @@ def check_chunks(fx: Fixture) -> None:
     """Chunk of a batch by its longest document."""
     for name, case in fx.meta["cases"].items():
         table = case.pop("chunk_for_longest_document_of_batch")
-        steps = tg.chunk_steps(fx.settings(**case))
+        steps = tg.chunk_rules(fx.settings(**case))
         got = {length: next(c for bound, c in steps if int(length) <= bound) for length in table}
         fx.equal(name, list(got.values()), list(table.values()))
     for text in fx.meta.get("rejected", ()):

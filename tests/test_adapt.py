@@ -9,7 +9,7 @@ import torch
 from conftest import documents, settings, sine_model, tg
 
 EXACT = dict(ttt_kv_reuse=False, ttt_shared_a=False, ttt_optimizer="adam", ttt_doc_order="length")
-FORMS = dict(fast={}, exact=EXACT, suffix=dict(ttt_suffix=20, ttt_step_nats=0.3))
+FORMS = dict(fast={}, exact=EXACT, suffix=dict(ttt_suffix=20, ttt_step_share=0.1))
 every_form = pytest.mark.parametrize("s", FORMS, indirect=True)
 fast_form = pytest.mark.parametrize("s", ["fast"], indirect=True)
 
@@ -197,7 +197,7 @@ def test_cached_keys_end_at_the_window(s):
 def test_a_suffix_over_the_whole_window_is_exact_encoding(s):
     """The same chunks and steps, in documents of up to twice the window."""
     s = changed(s, phased_ttt_prefix_docs=0)
-    for steps in (dict(ttt_lora_lr=0.001), dict(ttt_step_nats=0.3)):
+    for steps in (dict(ttt_lora_lr=0.001), dict(ttt_step_share=0.1)):
         exact, _ = run(changed(s, ttt_kv_reuse=False, **steps))
         covering, _ = run(changed(s, ttt_suffix=64, **steps))
         partial, _ = run(changed(s, ttt_suffix=20, **steps))
@@ -242,32 +242,62 @@ def stepped(params, losses, **changes):
 
 
 def test_a_step_promises_what_was_asked_for():
-    """The second document has no gradient; of a loss of 0.8 no more than a quarter is promised."""
+    """A share of each document's own loss; the second has no gradient. A rate of 0 is none."""
     params = gradients()
     before = [p.clone() for p in params]
     for p in params:
         p.grad[:, 1] = 0
-    promised, shortened = stepped(params, [3.0, 3.0, 0.8], TTT_STEP_NATS=0.5)
-    assert promised == pytest.approx([0.5, 0, 0.2], rel=1e-5) and not any(shortened)
+    for rate in (dict(TTT_STEP_SHARE=0.2, TTT_LORA_LR=0), dict(TTT_LORA_LR=0)):
+        assert stepped(params, [3.0, 3.0, 0.8], **rate) == ([0, 0, 0], [False] * 3)
+    promised, shortened = stepped(params, [3.0, 3.0, 0.8], TTT_STEP_SHARE=0.2)
+    assert promised == pytest.approx([0.6, 0, 0.16], rel=1e-5) and not any(shortened)
     assert all(torch.equal(p[:, 1], old[:, 1]) for p, old in zip(params, before))
     for p in params:
         p.grad *= 1e-6
     total = sum(p.grad[0, 0].numel() * p.grad.square().mean((-2, -1)).sqrt().sum(0) for p in params)
-    assert stepped(params, [3.0] * 3, TTT_STEP_NATS=0.5)[0] == pytest.approx(
+    assert stepped(params, [3.0] * 3, TTT_STEP_SHARE=0.2)[0] == pytest.approx(
         (tg.MOST_RATE * total).tolist(), rel=1e-4)
-    with pytest.raises(tg.UserError, match="TTT_STEP_NATS=0.5 needs TTT_OPTIMIZER=normalised, not adam"):
-        settings(TTT_STEP_NATS=0.5, TTT_OPTIMIZER="adam")
+    with pytest.raises(tg.UserError, match="TTT_STEP_SHARE=0.2 needs TTT_OPTIMIZER=normalised, not adam"):
+        settings(TTT_STEP_SHARE=0.2, TTT_OPTIMIZER="adam")
     with pytest.raises(tg.UserError, match="TTT_SUFFIX=8 needs cached keys, not TTT_KV_REUSE=0"):
         settings(TTT_SUFFIX=8, TTT_KV_REUSE=0)
 
 
 def test_a_step_that_promises_too_much_is_shortened():
-    params = gradients()
-    usual, shortened = stepped(params, [3.0] * 3, TTT_LORA_LR=0.005)
-    assert max(usual) < tg.MOST_NATS and not any(shortened)
-    assert stepped(params, [3.0] * 3, TTT_LORA_LR=0.01)[0] == pytest.approx([2 * x for x in usual], rel=1e-4)
-    promised, shortened = stepped(params, [3.0] * 3, TTT_LORA_LR=10)
-    assert promised == pytest.approx([tg.SAFE_NATS] * 3, rel=1e-4) and all(shortened)
+    """To the most that it may promise of its own loss, so that more of a rate never means less of a step."""
+    params, losses = gradients(), [3.0, 3.0, 0.3]
+    usual, shortened = stepped(params, losses, TTT_LORA_LR=0.004)
+    most = [tg.MOST_SHARE * loss for loss in losses]
+    assert usual[0] < most[0] and usual[1] < most[1] and shortened == [False, False, True]
+    assert stepped(params, losses, TTT_LORA_LR=0.008)[0] == pytest.approx(
+        [2 * usual[0], 2 * usual[1], most[2]], rel=1e-4)
+    promised, shortened = stepped(params, losses, TTT_LORA_LR=10)
+    assert promised == pytest.approx(most, rel=1e-4) and all(shortened)
+
+
+RULES = {
+    "rate": lambda params: tg.normalised_step(settings(TTT_LORA_LR=0.004), params, torch.ones(3)),
+    "share": lambda params: tg.normalised_step(settings(TTT_STEP_SHARE=0.2), params, torch.ones(3)),
+    "AdamW": lambda params: tg.optimiser_step(torch.optim.AdamW(params, lr=0.05), params),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("worse", [1e4, float("nan"), float("inf")])
+def test_a_documents_gradient_moves_no_other(rule, worse):
+    """However wrong it is; one that is not finite adapts nothing."""
+    params, twins = gradients(), gradients()
+    before = [p[:, 1].clone() for p in params]
+    for p in params:
+        p.grad[:, 1] *= worse
+        p.grad[0, 1, 0, 0] *= 2
+    shortened = RULES[rule](params)
+    usual = RULES[rule](twins)
+    assert shortened[0] == usual[0] and shortened[2] == usual[2]
+    for p, twin, old in zip(params, twins, before):
+        assert torch.equal(p[:, [0, 2]], twin[:, [0, 2]]) and p.isfinite().all()
+        if not np.isfinite(worse):
+            assert shortened[1] and torch.allclose(p[:, 1], old, rtol=1e-3)
 
 
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
@@ -276,23 +306,33 @@ def test_an_optimisers_step_is_its_own_unless_it_promises_too_much(make):
     tg.optimiser_step(make(params, lr=0.01), params)
     make(twins, lr=0.01).step()
     assert all(torch.equal(p, twin) for p, twin in zip(params, twins))
-    before = [p.clone() for p in params]
-    for p in params:
+    before, twins = ([p.clone() for p in params] for _ in range(2))
+    for p, twin in zip(params, twins):
         p.grad *= torch.tensor([1.0, 0, 1.0])[:, None, None]
-    assert tg.optimiser_step(make(params, lr=100, weight_decay=0), params).tolist() == [True, False, True]
+        twin.grad = p.grad.clone()
+    make(twins, lr=1, weight_decay=0).step()
+    asked = falls(twins, before)
+    assert min(asked[0], asked[2]) > 2 * tg.MOST_NATS
+    assert tg.optimiser_step(make(params, lr=1, weight_decay=0), params).tolist() == [True, False, True]
     assert falls(params, before) == pytest.approx([tg.SAFE_NATS, 0, tg.SAFE_NATS], rel=1e-3)
+    for p, old in zip(params, before):
+        p.copy_(old)
+    lr = 5 / asked[0]       # a nat more than is believed
+    tg.optimiser_step(make(params, lr=lr, weight_decay=0), params)
+    assert falls(params, before)[0] == pytest.approx(tg.MOST_NATS - 1, rel=1e-3)
 
 
 @pytest.mark.parametrize("lr", [0.1, 1.0])
-def test_a_rate_far_too_large_does_no_harm(s, lr):
-    """The best is 0.001."""
+def test_a_rate_far_too_large_does_little_harm(s, lr):
+    """The best is 0.001. What a step may promise was measured on models that have learnt more."""
     warnings = []
     s = changed(s, phased_ttt_prefix_docs=0)
     _, still = run(changed(s, ttt_lora_lr=0.0))
     _, adapted = run(changed(s, ttt_lora_lr=lr),
                      trace=lambda event, **v: warnings.append(v["text"]) if event == "warning" else None)
-    assert adapted.loss < still.loss + 0.01
+    assert adapted.loss < still.loss + 0.3
     assert len(warnings) == 1 and "lower TTT_LORA_LR" in warnings[0]
+    assert ("TTT_STEP_SHARE" in warnings[0]) == (s.ttt_optimizer == "normalised")
 
 
 @every_form
@@ -328,7 +368,7 @@ def test_rounds_hold_every_document_once_and_train_on_scored_ones(s):
 
 def test_chunks_by_length_or_by_position():
     s = settings(TTT_SHORT_SCORE_FIRST_STEPS="60=32, 10:4,", TTT_CHUNK_SIZE=48)
-    assert tg.chunk_steps(s) == [(10, 4), (60, 32), (float("inf"), 48)]
+    assert tg.chunk_rules(s) == [(10, 4), (60, 32), (float("inf"), 48)]
     assert tg.chunk_bounds(s, 150) == [0, 4, 8, 12, 44, 76, 124, 172]
     assert tg.chunk_bounds(s, 13) == [0, 4, 8, 12]
     field = changed(s, ttt_doc_order="length")
@@ -369,7 +409,7 @@ def test_the_watchdog_predicts_from_adaptation_alone(s, spent, level):
                        tg.Clock(100, now=iter([0.0, 50.0]).__next__))
     group = np.arange(4)
     ttt.spent, ttt.done, ttt.left = spent, ttt.costs(group)[0], 10 * ttt.costs(group)
-    ttt.watch()
+    ttt.check_time()
     assert ttt.level == level and len(given_up) == (level > 0)
 
 
@@ -383,7 +423,7 @@ def test_the_watchdog_shortens_the_suffix_before_it_gives_up_adapting(s, level, 
     left = sum(map(ttt.costs, np.arange(14)[:, None]))
     assert left[0] == left[1] > left[2] > left[3] > left[4]
     ttt.spent, ttt.done, ttt.left = 49 / left[level], 1.0, left
-    ttt.watch()
+    ttt.check_time()
     assert ttt.level == level
     ttt.clock = None
     ttt.run()
@@ -406,7 +446,7 @@ def test_the_watchdog_scores_everything_in_time(s, budget, given_up):
 @every_form
 def test_a_cache_mixture_is_what_it_says(s):
     """Against one made place by place from all earlier hidden states, with nothing learned."""
-    s = changed(s, ttt_kv_reuse=True, ttt_lora_lr=0.0, ttt_step_nats=0.0, phased_ttt_prefix_docs=0,
+    s = changed(s, ttt_kv_reuse=True, ttt_lora_lr=0.0, phased_ttt_prefix_docs=0,
                 ttt_eval_seq_len=256, ttt_cache_lambda=0.4, ttt_cache_theta=3.0)
     ttt, _ = run(s)
     model, documents = sine_model(s), ttt.val.documents
@@ -457,20 +497,38 @@ def test_the_watchdog_gives_up_within_a_group(s):
     """All documents are one group of many chunks; the clock runs out while it is adapted."""
     s = changed(s, ttt_batch_size=64, phased_ttt_prefix_docs=0, ttt_chunk_size=4,
                 ttt_short_score_first_enabled=False)
-    steps, ticks = [], iter(range(10**9))
+    steps, widths, ticks = [], [], iter(range(10**9))
+
+    def trace(event, **values):
+        if event == "chunk":
+            widths.append(values["width"])
+
     with pytest.MonkeyPatch.context() as patch:
         real = tg.PhasedTTT.adapt
         patch.setattr(tg.PhasedTTT, "adapt", lambda self, *a: (steps.append(1), real(self, *a)))
         clock = tg.Clock(2, now=lambda: float(next(ticks)))      # a second per look
-        ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s), clock=clock)
+        ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s), trace, clock)
         assert ttt.run().tokens == len(ttt.val.tokens) - 1
     assert ttt.level == tg.NO_ADAPTATION and len(steps) == tg.WATCH_EVERY
+    assert set(widths[tg.WATCH_EVERY + 1:]) == {4}       # on cached keys, after one that fills them
+
+
+@pytest.mark.parametrize("levels, after", [((0, 0), (0, 0)), ((0, 3), (1, 3)), ((2, 0), (2, 1))])
+def test_a_slow_rank_costs_the_others_the_phases_alone(s, levels, after):
+    def have_time(world):
+        ttt = tg.PhasedTTT(s, world, sine_model(s), tg.Validation(s))
+        ttt.level = levels[world.rank]
+        return ttt.all_have_time(), ttt.level
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(have_time, ranks_as_threads(2)))
+    assert found == [(max(levels) == 0, level) for level in after]
 
 
 def test_the_watchdog_gives_up_before_the_first_group_once_time_is_over(s):
     ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s),
                        clock=tg.Clock(100, now=iter([0.0, 100.0]).__next__))
-    ttt.watch()
+    ttt.check_time()
     assert ttt.level == tg.NO_ADAPTATION
 
 
@@ -480,7 +538,7 @@ def test_the_watchdog_counts_the_phases_to_come(s, tokens, level):
     ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s),
                        clock=tg.Clock(100, now=iter([0.0, 50.0]).__next__))
     ttt.phase_pace, ttt.phase_tokens = 0.1, tokens
-    ttt.watch()
+    ttt.check_time()
     assert ttt.level == level
 
 

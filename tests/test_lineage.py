@@ -80,9 +80,9 @@ def test_what_only_older_systems_have_needs_the_whole_script(name):
 def test_the_older_form_of_short_chunks_needs_it_where_it_is_in_force():
     """Without steps the older form gives one by default; the lean script has none."""
     s = settings(TTT_SHORT_SCORE_FIRST_STEPS="", CODE_FORM="auto")
-    assert tg.chunk_steps(s)[0] == (2000, 24) and tg.shipped_form(s) == "packed"
+    assert tg.chunk_rules(s)[0] == (2000, 24) and tg.shipped_form(s) == "packed"
     s = settings(TTT_SHORT_SCORE_FIRST_STEPS="", TTT_SHORT_SCORE_FIRST_ENABLED=0, CODE_FORM="auto")
-    assert len(tg.chunk_steps(s)) == 1 and tg.shipped_form(s) == "lean_packed"
+    assert len(tg.chunk_rules(s)) == 1 and tg.shipped_form(s) == "lean_packed"
 
 
 def test_what_the_system_has_does_not(cut):

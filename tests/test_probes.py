@@ -314,11 +314,11 @@ def test_dropped_last_window(s, monkeypatch):
 
 def test_dropped_last_chunk(s, monkeypatch):
     def make(real):
-        def window(s, targets, begin, end, again):
-            w, whole = real(s, targets, begin, end, again), np.minimum(end, targets) == end
+        def window(first, targets, begin, end, width):
+            w, whole = real(first, targets, begin, end, width), np.minimum(end, targets) == end
             return w._replace(count=np.where(whole, w.count, 0)) if whole.any() else w
         return window
-    replace(monkeypatch, tg, "chunk_window", make)
+    replace(monkeypatch, tg, "window_from", make)
     s = dataclasses.replace(s, phased_ttt_prefix_docs=0)
     with pytest.raises(RuntimeError, match="coverage is broken"):
         tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s)).run()

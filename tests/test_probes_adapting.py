@@ -64,7 +64,7 @@ def test_training_on_the_last_chunk_before_scoring_it(s, monkeypatch):
 
 def with_suffix(s):
     """The newest cached tokens are run again in front of every chunk."""
-    return dataclasses.replace(s, ttt_suffix=24, ttt_step_nats=0.3)
+    return dataclasses.replace(s, ttt_suffix=24, ttt_step_share=0.1)
 
 
 @once

@@ -36,7 +36,7 @@ def test_rows_are_measured_once_and_compared(data, tmp_path, monkeypatch, capsys
     assert adapt.main([*call, "--reference", "none"]) == 0
     measured = []
     monkeypatch.setattr(adapt, "measure", lambda tg, s, *more: measured.append(s) or real(tg, s, *more))
-    call[2] = "fast: NGRAM_TILT_ENABLED=1 TTT_SUFFIX=20 TTT_STEP_NATS=0.3"
+    call[2] = "fast: NGRAM_TILT_ENABLED=1 TTT_SUFFIX=20 TTT_STEP_SHARE=0.1"
     assert adapt.main(call) == 0 and [s.ngram_tilt_enabled for s in measured] == [True]
     assert capsys.readouterr().out != first
     assert adapt.main(call) == 0 and len(measured) == 1

@@ -238,7 +238,7 @@ def optimiser_cases(tg, torch, s, device, share: int) -> list[Case]:
 def ttt_cases(tg, torch, s, device, documents: int) -> list[Case]:
     """One step of test-time training: a chunk of `documents` scored over a full cache,
     and its backward."""
-    plan, chunk = tg.layer_plan(s, True), tg.chunk_steps(s)[0][1]
+    plan, chunk = tg.layer_plan(s, True), tg.chunk_rules(s)[0][1]
     model = tg.GPT(s).to(device).requires_grad_(False)
     model.compute_dtype = torch.bfloat16
     adapter = tg.Adapter(s, plan, documents, device)

@@ -2,7 +2,7 @@
 
     python tools/adapt.py runs/demo/final_model.int6.ptz --out runs/adapt \\
         'none: TTT_LORA_LR=0' 'fast: TTT_LORA_LR=1e-3' 'exact: TTT_KV_REUSE=0' \\
-        'suffix: TTT_SUFFIX=24 TTT_STEP_NATS=0.5'
+        'suffix: TTT_SUFFIX=24 TTT_STEP_SHARE=0.2'
 
 Settings are the environment's, each row changes some of them; TTT_ENABLED=0 is a row of
 sliding windows at EVAL_STRIDE. Documents come from the validation shards of DATA_PATH:
