@@ -4791,7 +4791,9 @@ class Run:
                 self.open_journals(fresh=False)
         self.log(event, quiet=True, text=line, **({"trace": trace} if trace else {}))
         with self.guarded("the command to go on"):
-            if again or self.restart_setting():
+            restart = self.restart_setting()
+            same = self.s.resume and "RESUME" in restart      # it would fail again
+            if again or restart and not same:
                 tell(f"to go on: {self.go_on()}")
 
     def hung(self, line: str) -> None:

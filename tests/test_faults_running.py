@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,6 +93,48 @@ def test_a_stopped_rank_is_named_and_the_job_ends(data, tmp_path):
     root_cause = output.partition("Root Cause")[2]
     assert f"(pid: {pid})" in root_cause                # and torchrun blames the right one
     assert events(tmp_path, "error")[0]["text"] in said
+
+
+def test_a_mistake_that_all_ranks_see_is_said_once(data, tmp_path):
+    """The launcher ends those that leave it to rank 0: no reason for a stack trace."""
+    env = environment(data, ARTIFACT_DIR=tmp_path, DATA_PATH=tmp_path / "nowhere")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, str(ROOT / "train_gpt.py")], env=env, capture_output=True, text=True)
+    assert done.stderr.count("error: ") == 1 and "Interrupted" not in done.stderr, done.stderr
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """Send the script a SIGTERM, as from now on, in place of the function of this name."""
+    monkeypatch.setattr(tg, "SIGNALS", tg.Signals())
+
+    def during(module, name):
+        monkeypatch.setattr(module, name, lambda *_: tg.SIGNALS.receive(signal.SIGTERM, None))
+
+    return during
+
+
+def test_a_signal_while_a_run_ends_changes_nothing(tmp_path, signalled, monkeypatch, capsys):
+    run = open_run(tmp_path)
+    signalled(tg.time, "sleep")
+    assert tg.end_early(tg.UserError("a mistake"), run, 1) == 143      # of the rank that waits in silence
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(tg, "SIGNALS", tg.Signals())
+    signalled(tg, "tell")
+    assert tg.end_early(tg.UserError("a mistake"), run, 0) == 2
+    assert events(tmp_path, "error")[0]["text"] == "a mistake"
+    assert tg.end_early(tg.UserError("not finite"), run, 0) == 2      # the signal is no better reason
+
+
+def test_a_signal_after_the_last_stage_changes_nothing(tmp_path, signalled, monkeypatch):
+    stages = ("log_start", "check_before_start", "build_model", "Validation", "check_same_text",
+              "make_artifact", "score_artifact")
+    for name in stages:
+        monkeypatch.setattr(tg, name, lambda *_: None)
+    signalled(tg, "closing_block")
+    run = open_run(tmp_path)
+    tg.pipeline(run.s, run.world, run, "")
+    assert tg.SIGNALS.number and (tmp_path / "summary.json").exists()
 
 
 class Store(dict):
@@ -221,6 +264,44 @@ def test_a_summary_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
     assert "I/O error" in events(tmp_path, "warning")[0]["text"]
 
 
+def test_what_finds_another_place_makes_a_record_in_its_folder(tmp_path, s, monkeypatch):
+    """The folder's disk is full from the first step on; later it has space again."""
+    folder, model, write = tmp_path / "run", tg.GPT(s), tg.write_atomic
+    monkeypatch.chdir(tmp_path)
+    run = open_run(folder)
+    run.save_summary()
+
+    def full(path, data):
+        if path.parent == folder:
+            raise tg.UserError(f"cannot write {path}: No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(tg, "write_atomic", full)
+    facts = {**tg.weight_facts(s, run.world, 7, 70.0, "")}
+    tg.save_weights(run, model, facts)
+    rescued = tmp_path / f"final_model.{run.id}.pt"
+    assert run.restart_setting() == {"EVAL_ONLY_PATH": str(rescued)}
+    tg.write_artifact(run.s, run, tg.artifact_to_bytes({}, {}), tg.Clock())
+    assert run.artifact == tmp_path / f"final_model.{run.id}.int6.ptz" and run.artifact.exists()
+    assert run.restart_setting() == {"EVAL_ONLY_PATH": str(rescued)}      # the summary could not be written
+    run.close()
+    monkeypatch.setattr(tg, "write_atomic", write)
+    again = open_run(folder, EVAL_ONLY_PATH=rescued)
+    assert tg.take_over(again.s, again, tg.read_weights(str(rescued), model)).elapsed() >= 70
+    assert again.time_known and again.summary["steps"] == 7
+    elsewhere = open_run(tmp_path / "other", EVAL_ONLY_PATH=rescued)
+    assert not elsewhere.goes_on()
+
+
+def test_a_line_that_a_kill_tore_does_not_spoil_the_log(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"event": "whole"}\n{"event": "to')
+    (tmp_path / "train.log").write_text("whole\nto")
+    run = open_run(tmp_path, EVAL_ONLY_QUANTIZED_PATH=tmp_path / tg.ARTIFACT_NAME)
+    run.log("next")
+    assert events(tmp_path, "whole") and events(tmp_path, "next")
+    assert (tmp_path / "train.log").read_text().startswith("whole\nto\nnext\n")
+
+
 @pytest.mark.parametrize("fault", [
     BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError(errno.EIO, "I/O error"),
     ValueError("I/O operation on closed file")])
@@ -290,6 +371,38 @@ def test_where_nothing_can_be_locked_it_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(tg.fcntl, "flock", unsupported)
     open_run(tmp_path)
     assert "cannot be locked" in events(tmp_path, "warning")[0]["text"]
+
+
+def test_a_lock_that_is_always_another_file_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(tg.os, "fstat", lambda _: SimpleNamespace(st_ino=-1, st_mtime_ns=0))
+    assert tg.lock_folder(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", [".lock", "train.log", "metrics.jsonl"])
+def test_a_pipe_in_place_of_a_file_is_one_line(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(tg.UserError, match=f"{name} is a pipe: move it away"):
+        open_run(tmp_path)
+
+
+def test_names_in_a_folder_that_are_taken(tmp_path):
+    (tmp_path / ".final_model.pt.abcd1234").mkdir()      # like a leftover, but not to be removed
+    open_run(tmp_path).close()
+    (tmp_path / "checkpoint").write_text("")
+    with pytest.raises(tg.UserError, match="checkpoint is no folder: move it away"):
+        open_run(tmp_path)
+
+
+@pytest.mark.parametrize("name, setting", [
+    (tg.AVERAGE, "EVAL_ONLY_PATH="), ("checkpoint/resume.3.0.pt", "RESUME=1"),
+    (tg.WEIGHTS_NAME, "EVAL_ONLY_PATH="), (tg.ARTIFACT_NAME, "EVAL_ONLY_QUANTIZED_PATH=")])
+def test_what_an_earlier_run_has_kept_is_not_overwritten(tmp_path, name, setting):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / name).write_text("")
+    (tmp_path / "train.log").write_text("its log")
+    with pytest.raises(tg.UserError, match=f"an earlier run has kept: .* set {setting}"):
+        open_run(tmp_path)
+    assert (tmp_path / "train.log").read_text() == "its log"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", "5", "[" * 100_000], ids=lambda text: text[:6])
@@ -445,6 +558,8 @@ def test_quantising_goes_on_with_the_training_clock(tmp_path):
     assert run.summary["steps"] == 7 and run.summary["stopped"] == "average of step 7"
     assert events(tmp_path, "train_end")[0]["seconds"] == 500
     assert run.summary["not_compliant_because"] == ["it was late"]      # nothing washes it out
+    tg.take_over(run.s, run, {**facts, "stopped": ""})      # weights of a training that was not
+    assert run.summary["stopped"] is None
     elsewhere = open_run(tmp_path / "b", EVAL_ONLY_PATH=tmp_path / "checkpoint" / "average.pt")
     assert tg.take_over(elsewhere.s, elsewhere, facts).elapsed() < 10 and not elsewhere.time_known
 
@@ -472,6 +587,76 @@ def test_the_way_on_is_the_best_that_is_on_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     fresh = open_run(Path("other"), MAX_WALLCLOCK_SECONDS=100)
     assert fresh.go_on().endswith("torchrun --nnodes=2 … --nproc_per_node=4 some/train_gpt.py")
+
+
+def test_a_resumed_run_offers_no_artifact_of_before_on_any_rank(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    for name in (tg.ARTIFACT_NAME, tg.AVERAGE, "checkpoint/resume.3.0.pt"):
+        (tmp_path / name).write_text("")
+        os.utime(tmp_path / name, (1, 1))
+    said = []
+
+    class First(tg.World):
+        def agree(self, value):
+            said.append(value)
+            return value
+
+    class Second(tg.World):
+        def agree(self, value):
+            return said.pop(0)
+
+    runs = [open_run(tmp_path, First(0, 2), RESUME=1), open_run(tmp_path, Second(1, 2), RESUME=1)]
+    for run in runs:
+        assert run.restart_setting() == {"RESUME": "1"}
+        run.checkpoint_fits = False
+        assert run.restart_setting() == {"EVAL_ONLY_PATH": str(tmp_path / tg.AVERAGE)}
+
+
+def test_an_error_after_resume_does_not_advise_the_same_command(tmp_path, capsys):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "resume.3.0.pt").write_text("")
+    run = open_run(tmp_path, RESUME=1)
+    run.failed("a mistake", again=False)
+    assert "to go on" not in capsys.readouterr().err
+    run.checkpoint_fits = False
+    (tmp_path / tg.AVERAGE).write_text("")
+    run.failed("a mistake", again=False)
+    assert "EVAL_ONLY_PATH=" in capsys.readouterr().err
+
+
+def test_training_goes_on_with_its_own_data(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps({"data_fingerprint": "its own"}))
+    run = open_run(tmp_path, RESUME=1)
+    tg.check_same_data(run.s, run, "its own")
+    with pytest.raises(tg.UserError, match="the data .another. are not those of the training"):
+        tg.check_same_data(run.s, run, "another")
+    tg.check_same_data(settings(EVAL_ONLY_PATH="x"), run, "another")
+    assert "(another)" in events(tmp_path, "warning")[0]["text"]
+
+
+def test_a_score_stays_until_there_is_another(tmp_path):
+    before = {"val_bpb": 1.5, "compliant": False, "evaluation_runs": 1}
+    (tmp_path / "summary.json").write_text(json.dumps(before))
+    run = open_run(tmp_path, EVAL_ONLY_QUANTIZED_PATH=tmp_path / tg.ARTIFACT_NAME)
+    tg.count_up(run, "evaluation_runs")
+    run.save_summary()
+    assert summary(tmp_path) == {**before, "evaluation_runs": 2}
+    text = SimpleNamespace(documents=[], rule="table")
+    tg.book_result(run.s, run, text, tg.Score(10.0, 5.0, 5), tg.Clock())
+    assert summary(tmp_path)["compliant"] and summary(tmp_path)["val_bpb"] != 1.5
+
+
+def test_scoring_an_artifact_needs_space_for_its_log_alone(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tg, "check_disk", lambda folder, need: asked.append(need))
+    for changes in ({"EVAL_ONLY_QUANTIZED_PATH": tmp_path / "x"}, {}):
+        tg.run_checks(settings(DATA_PATH=tmp_path, **changes), tg.World(), tmp_path, "plain")
+    assert asked[0] == tg.LOG_BYTES < asked[1]
+
+
+def test_a_checkpoint_is_no_file_of_weights():
+    with pytest.raises(tg.UserError, match="is a checkpoint: set RESUME=1"):
+        tg.check_made_before(settings(EVAL_ONLY_PATH="run/checkpoint/resume.3.0.pt"))
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"),
