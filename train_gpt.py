@@ -4554,10 +4554,16 @@ class Journal:
         self.path = path
         self.file = open(path, "ab", buffering=0)
         self.unwritten = b""
+        self.lock = threading.Lock()      # averages are written by a thread
 
     def write(self, line: str) -> str:
         """Append the line, or keep it and say why."""
-        self.unwritten += f"{line}\n".encode("utf-8", "replace")
+        with self.lock:
+            return self.append(f"{line}\n".encode("utf-8", "replace"))
+
+    def append(self, data: bytes) -> str:
+        """The same with the lock held."""
+        self.unwritten += data
         try:
             while self.unwritten:
                 written = self.file.write(self.unwritten)
@@ -5102,6 +5108,7 @@ class AverageKeeper:
             previous.unlink(missing_ok=True)
             os.link(path, previous)
         write_atomic(path, data)
+        self.run.note_go_on()      # at once: a kill may come before the next line
         return facts["stopped"]
 
     def finish(self) -> None:
