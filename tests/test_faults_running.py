@@ -277,7 +277,7 @@ def test_what_finds_another_place_makes_a_record_in_its_folder(tmp_path, s, monk
         write(path, data)
 
     monkeypatch.setattr(tg, "write_atomic", full)
-    facts = {**tg.weight_facts(s, run.world, 7, 70.0, "")}
+    facts = tg.weight_facts(s, run.world, 7, 70.0, "")
     tg.save_weights(run, model, facts)
     rescued = tmp_path / f"final_model.{run.id}.pt"
     assert run.restart_setting() == {"EVAL_ONLY_PATH": str(rescued)}
