@@ -195,8 +195,9 @@ def pipeline(s: Settings, world: World, run: Run, attention_reason: str) -> None
     if not s.eval_only_quantized_path:
         make_artifact(s, world, run, model, val)
     if not (s.quantize_only or s.prequant_only):
-        path = Path(s.eval_only_quantized_path or run.dir / ARTIFACT_NAME)
+        path = Path(s.eval_only_quantized_path or run.artifact)
         score_artifact(s, world, run, model, val, path)
+    SIGNALS.waits = True      # all is done: there is nothing left to interrupt
     closing_block(run)
     run.save_summary()
 
@@ -335,7 +336,7 @@ def log_train_end(s: Settings, run: Run, facts: dict, epochs: float) -> None:
     steps, step_ms = facts["steps"], facts["step_ms"]
     run.log("train_end", steps=steps, seconds=facts["train_seconds"], step_ms=step_ms,
             epochs=epochs, tokens=steps * s.train_batch_tokens)
-    run.summary.update(steps=steps, step_ms=step_ms)
+    run.summary.update(steps=steps, step_ms=step_ms, stopped=facts["stopped"] or None)
 
 
 def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next_batch: Callable) -> None:
@@ -421,6 +422,7 @@ def book_result(s: Settings, run: Run, val: Validation, score: Score, clock: Clo
             complete=True, seconds_off_the_clock=clock.excluded)
     run.summary.update(val_bpb=score.bpb, val_loss=score.loss, eval_seconds=seconds,
                        tokens_scored=score.tokens, bytes_scored=scored_bytes, byte_rule=val.rule)
+    run.scored_before = {}
     run.save_summary()
     with run.guarded("the score by decodable bytes"):
         log_decodable_score(s, run, score)
@@ -4615,10 +4617,11 @@ class Signals:
     def __init__(self):
         self.number = 0        # of the first signal
         self.when = 0.0        # it came, by the monotonic clock
-        self.waits = False     # inside held()
+        self.waits = False     # only remember it: inside held(), and at the end of a run
 
     def install(self) -> None:
         """Listen from now on; only a process's main thread can."""
+        self.waits = False
         if threading.current_thread() is not threading.main_thread():
             return
         signal.signal(signal.SIGINT, self.receive)
@@ -4799,9 +4802,9 @@ SUMMARY_KEYS = ("val_bpb val_loss sliding_val_bpb quantized_val_bpb prequant_val
                 "code_bytes total_bytes steps step_ms train_seconds eval_seconds tokens_scored "
                 "bytes_scored").split()
 # What a summary keeps when quantising or evaluation is run again in the folder of a training.
-TRAINING_KEYS = ("steps step_ms train_seconds stopped seed world_size device torch model_params "
-                 "code_sha256 untrained_val_bpb prequant_val_bpb data_fingerprint val_fingerprint "
-                 "training_not_compliant_because artifact_digest quantising_runs "
+TRAINING_KEYS = ("run_id steps step_ms train_seconds stopped seed world_size device torch "
+                 "model_params code_sha256 untrained_val_bpb prequant_val_bpb data_fingerprint "
+                 "val_fingerprint training_not_compliant_because artifact_digest quantising_runs "
                  "evaluation_runs").split()
 # Files of writes that were killed.
 LEFTOVER = re.compile(r"\.(.+\.(pt|ptz|json)(\.\w{8})+|space\.\d+|ballast)")
@@ -4830,7 +4833,7 @@ def lock_folder(folder: Path):
     """The open file whose lock says that this run owns the folder, until the process
     ends. None where the disk knows no locks. UserError when another live run has it."""
     path = folder / ".lock"
-    while True:
+    for _ in range(10):
         file = open(path, "a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -4849,17 +4852,42 @@ def lock_folder(folder: Path):
                 file.flush()
                 return file
         file.close()      # the run that had it has just removed the file: take a new one
+    return None
 
 
 def home_of(s: Settings) -> Path | None:
     """The folder of the run whose training, weights or artifact this one goes on with,
-    if any."""
+    if any: where the file lies, or ARTIFACT_DIR if it was saved elsewhere by its run."""
     if s.resume:
         return Path(s.artifact_dir)
     path = Path(s.eval_only_path or s.eval_only_quantized_path)
     if not path.name:
         return None
+    run_id = read_summary(Path(s.artifact_dir)).get("run_id") if s.artifact_dir else None
+    if run_id and path.name in (name_elsewhere(n, run_id) for n in (WEIGHTS_NAME, ARTIFACT_NAME)):
+        return Path(s.artifact_dir)
     return path.parent.parent if path.parent.name == "checkpoint" else path.parent
+
+
+def name_elsewhere(name: str, run_id: str) -> str:
+    """What a file of a run's folder is called in another: final_model.<id>.pt."""
+    stem, _, suffix = name.partition(".")
+    return f"{stem}.{run_id}.{suffix}"
+
+
+def write_somewhere(run: Run, name: str, data: bytes, form: str = "{}") -> Path | None:
+    """Write a result into the run's folder, or where there is space: the path of this
+    name there, else None. form: of the name that it is written under for now."""
+    elsewhere = name_elsewhere(name, run.summary["run_id"])
+    temporary = Path(tempfile.gettempdir()) / elsewhere
+    for path in (run.dir / name, Path(elsewhere), temporary):
+        try:
+            write_atomic(path.with_name(form.format(path.name)), data)
+        except UserError as error:
+            run.warn(f"{name} cannot be saved there ({plain(error, 300)})")
+            continue
+        return path if path.name == name else path.absolute()
+    return None
 
 
 class Journal:
@@ -4873,10 +4901,16 @@ class Journal:
         self.path = path
         self.file = open(path, "ab", buffering=0)
         self.unwritten = b""
+        self.lock = threading.Lock()      # averages are written by a thread
 
     def write(self, line: str) -> str:
         """Append the line, or keep it and say why."""
-        self.unwritten += f"{line}\n".encode("utf-8", "replace")
+        with self.lock:
+            return self.append(f"{line}\n".encode("utf-8", "replace"))
+
+    def append(self, data: bytes) -> str:
+        """The same with the lock held."""
+        self.unwritten += data
         try:
             while self.unwritten:
                 written = self.file.write(self.unwritten)
@@ -4887,6 +4921,16 @@ class Journal:
             return str(error)
         return ""
 
+    def mend(self, cut: bool) -> None:
+        """The last line, if a kill tore it: cut it off, else end it."""
+        with contextlib.suppress(OSError):
+            data = self.path.read_bytes() if self.path.is_file() else b""
+            whole = data.rfind(b"\n") + 1
+            if whole < len(data) and cut:
+                os.truncate(self.path, whole)
+            elif whole < len(data):
+                self.unwritten = b"\n"
+
 
 class Run:
     """The run's folder and its one voice: text to train.log and the screen, JSON
@@ -4896,26 +4940,31 @@ class Run:
         name = s.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
         self.s, self.world, self.id = s, world, world.agree(name)
         self.dir = Path(s.artifact_dir or Path("runs") / self.id)
-        self.home = home_of(s)
+        self.home = world.agree(home_of(s) if world.main else None)
+        self.weights, self.artifact = self.dir / WEIGHTS_NAME, self.dir / ARTIFACT_NAME
         self.live = sys.stdout.isatty() and world.main
         self.summary = dict.fromkeys(SUMMARY_KEYS)
-        self.summary.update(compliant=True, not_compliant_because=[])
+        self.summary.update(compliant=True, not_compliant_because=[], run_id=self.id)
         self.text = self.metrics = self.lock = None
         self.warned = set()         # what was warned of, and is not again
         self.time_known = True      # that of training, which quantising goes on with
+        self.scored_before = {}     # the summary on disk, until there is a new score
+        self.checkpoint_fits = True     # one that RESUME begins with
+        self.summary_kept = True    # what is known is on disk
         self.command = ""           # the last one that was logged, to go on
         self.started = 0            # by the disk's clock in ns: files written before are another run's
         if world.heartbeat is not None:
             world.heartbeat.tell = self.hung
-        if not world.main:
-            return
         try:
-            self.open_folder()
+            if world.main:
+                self.open_folder()
         except UserError:
             self.close()
             raise
         except OSError as error:
-            raise UserError(f"cannot write into ARTIFACT_DIR={self.dir}: {error.strerror}") from error
+            raise UserError(f"cannot write into ARTIFACT_DIR={self.dir}: "
+                            f"{error.strerror or error}") from error
+        self.started = world.agree(self.started)
 
     # --- the folder
 
@@ -4923,19 +4972,25 @@ class Run:
         """Lock, journals, and what the summary says of a training that goes on.
         UserError unless this run may write there."""
         self.dir.mkdir(parents=True, exist_ok=True)
+        check_folder(self.dir)
         self.lock = lock_folder(self.dir)
-        if self.lock is not None and not self.s.resume:
+        earlier = self.check_earlier_run()
+        if self.lock is not None:
             self.started = os.fstat(self.lock.fileno()).st_mtime_ns
-        earlier = self.check_folder()
         self.open_journals(fresh=self.home is None)
+        self.text.mend(cut=False)
+        self.metrics.mend(cut=True)
         if self.lock is None:
             self.warn(f"{self.dir} cannot be locked: start no other run in it")
         else:
             for path in [*self.dir.glob(".*"), *self.dir.glob("checkpoint/.*")]:
                 if LEFTOVER.fullmatch(path.name):
-                    path.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):
+                        path.unlink()
         if self.goes_on():
             self.summary.update(of_training(earlier, self.dir / "summary.json"))
+            if self.s.eval_only_quantized_path and earlier.get("val_bpb") is not None:
+                self.scored_before = earlier
             for reason in self.summary.get("training_not_compliant_because", ()):
                 self.not_compliant(reason)
 
@@ -4948,16 +5003,13 @@ class Run:
         """Whether this folder's own training, weights or artifact is gone on with."""
         return self.home is not None and self.home.resolve() == self.dir.resolve()
 
-    def check_folder(self) -> dict:
+    def check_earlier_run(self) -> dict:
         """The summary in the folder, of a run gone on with; UserError unless this run
         may write there."""
-        for name in ("summary.json", WEIGHTS_NAME, ARTIFACT_NAME):
-            if (self.dir / name).is_dir():
-                raise UserError(f"{self.dir / name} is a folder: move it away")
         if self.home is None:
-            if (self.dir / WEIGHTS_NAME).exists():
-                raise UserError(f"ARTIFACT_DIR={self.dir} holds the weights of an earlier run: "
-                                "choose another; to score those, set EVAL_ONLY_PATH as well")
+            for name, value in self.restart_setting().items():      # at most one
+                raise UserError(f"ARTIFACT_DIR={self.dir} holds what an earlier run has kept: "
+                                f"choose another; to go on with it, set {name}={value} as well")
             return {}
         earlier = read_summary(self.dir)
         if earlier.get("steps") is not None and not self.goes_on():
@@ -4975,9 +5027,15 @@ class Run:
 
     def save_summary(self) -> None:
         """What is known so far: after every stage, so that a crash loses no score."""
-        if self.world.main:
-            with self.guarded("the summary"):
-                write_atomic(self.dir / "summary.json", to_json(self.summary, indent=1).encode())
+        if not self.world.main:
+            return
+        summary = self.summary
+        if self.scored_before:
+            summary = {**self.scored_before, "evaluation_runs": summary.get("evaluation_runs")}
+        self.summary_kept = False
+        with self.guarded("the summary"):
+            write_atomic(self.dir / "summary.json", to_json(summary, indent=1).encode())
+            self.summary_kept = True
 
     # --- the log and the screen
 
@@ -5044,14 +5102,16 @@ class Run:
     def restart_setting(self) -> dict[str, str]:
         """The setting that goes on from the best file that this run has written, if
         any."""
-        files = [("EVAL_ONLY_QUANTIZED_PATH", self.dir / ARTIFACT_NAME),
-                 ("EVAL_ONLY_PATH", self.dir / WEIGHTS_NAME)]
-        if not self.s.max_wallclock_seconds:
+        files = [("EVAL_ONLY_PATH", self.weights)]
+        if self.summary_kept:      # else only the weights say how they were trained
+            files.insert(0, ("EVAL_ONLY_QUANTIZED_PATH", self.artifact))
+        if not self.s.max_wallclock_seconds and self.checkpoint_fits:
             files += [("RESUME", path) for path in self.dir.glob("checkpoint/resume.*.0.pt")]
         files.append(("EVAL_ONLY_PATH", self.dir / AVERAGE))
         for name, path in files:
+            own = self.s.resume and path.parent.name == "checkpoint"      # it goes on with them
             with contextlib.suppress(OSError):
-                if path.stat().st_mtime_ns >= self.started:
+                if own or path.stat().st_mtime_ns >= self.started:
                     return {name: "1" if name == "RESUME" else str(path)}
         return {}
 
@@ -5084,7 +5144,9 @@ class Run:
                 self.open_journals(fresh=False)
         self.log(event, quiet=True, text=line, **({"trace": trace} if trace else {}))
         with self.guarded("the command to go on"):
-            if again or self.restart_setting():
+            restart = self.restart_setting()
+            same = self.s.resume and "RESUME" in restart      # it would fail again
+            if again or restart and not same:
                 tell(f"to go on: {self.go_on()}")
 
     def hung(self, line: str) -> None:
@@ -5316,7 +5378,7 @@ class FiniteWatch:
         """What ends a run whose loss or gradient was not finite at this step."""
         return UserError(f"the loss or the gradient is not finite at step {step}: lower "
                          "MATRIX_LR or SCALAR_LR, or look for the cause with COMPUTE_DTYPE="
-                         "float32; checkpoint/ holds a finite average of an earlier step")
+                         "float32")
 
 
 def off_the_clock(world: World, clock: Clock, work: Callable[[], None]) -> None:
@@ -5394,6 +5456,7 @@ class AverageKeeper:
             previous.unlink(missing_ok=True)
             os.link(path, previous)
         write_atomic(path, data)
+        self.run.note_go_on()      # at once: a kill may come before the next line
         return facts["stopped"]
 
     def finish(self) -> None:
@@ -5463,7 +5526,7 @@ class Checkpoints:
         fault = world.agree(fault)
         world.beat(before)
         if fault:
-            return self.run.warn(f"no checkpoint at step {step}: {fault}")
+            return self.run.warn(f"no checkpoint at step {step}: {fault}", once="checkpoint")
         self.run.log("checkpoint", quiet=True, step=step)
         remove_checkpoints(self.run, keep=step)
 
@@ -5538,12 +5601,15 @@ def training_settings(s: Settings, world: World) -> dict:
 
 def read_checkpoint(s: Settings, world: World, run: Run) -> dict:
     """This rank's part of the newest checkpoint; UserError when none fits."""
+    run.checkpoint_fits = False
     again = "start anew without RESUME, in another ARTIFACT_DIR"
+    if (run.dir / AVERAGE).is_file():
+        again += f", or quantise by EVAL_ONLY_PATH={run.dir / AVERAGE}"
     step = world.agree(max(checkpoint_steps(run), default=0))
     if not step:
         raise UserError(f"RESUME=1 finds no checkpoint in {run.dir / 'checkpoint'}: {again}")
     path = checkpoint_path(run, step)
-    state = unsealed(path, 5 * bytes_of_weights(s) + (16 << 20), f"RESUME=1: {path}")
+    state = unsealed(path, 5 * bytes_of_weights(s) + (16 << 20), f"RESUME=1: {path}", again)
     theirs = state.get("settings", {})
     differing = []
     for name, here in training_settings(s, world).items():
@@ -5552,6 +5618,7 @@ def read_checkpoint(s: Settings, world: World, run: Run) -> dict:
     if differing:
         raise UserError(f"RESUME=1: {path.name} is of another training: "
                         f"{'; '.join(differing[:4])}; {again}")
+    run.checkpoint_fits = True
     run.log("resume", step=step, seconds=state["seconds"])
     return state
 
@@ -5587,10 +5654,10 @@ def seal_of(body: bytes) -> bytes:
     return SEAL + hashlib.blake2b(body, digest_size=32).hexdigest().encode()
 
 
-def unsealed(path: Path, most: int, what: str) -> dict:
+def unsealed(path: Path, most: int, what: str, remedy: str = AS_WRITTEN) -> dict:
     """What sealed() wrote to a file of at most `most` bytes. UserError for all else,
     at once: nothing is unpickled before its digest fits."""
-    with refused(what, AS_WRITTEN):
+    with refused(what, remedy):
         data = read_bounded(path, most, "a file that a run wrote")
         if data[-SEAL_BYTES:] != seal_of(data[:-SEAL_BYTES]):
             raise ValueError("it is damaged, or not as train_gpt.sealed writes it")
@@ -5607,23 +5674,17 @@ def weights_to_bytes(s: Settings, params: Mapping[str, Tensor], facts: dict) -> 
 def save_weights(run: Run, model: GPT, facts: dict) -> None:
     """The averaged weights to disk, the moment training ends. Without space in the
     run's folder other places are tried; without any the run goes on all the same."""
-    if not run.world.main:
-        return
-    drop_ballast(run)
-    data = weights_to_bytes(model.s, dict(model.named_parameters()), facts)
-    elsewhere = f"final_model.{run.id}.pt"
-    temporary = Path(tempfile.gettempdir()) / elsewhere
-    for path in (run.dir / WEIGHTS_NAME, Path(elsewhere), temporary):
-        try:
-            write_atomic(path, data)
-        except UserError as error:
-            run.warn(f"the weights cannot be saved there ({plain(error, 300)})")
-            continue
-        if path.name == elsewhere:
-            path = path.absolute()
-            run.warn(f"the weights were saved as {path}: EVAL_ONLY_PATH={path} goes on")
-        return
-    run.warn("the weights could not be saved anywhere: they are only in memory")
+    path = None
+    if run.world.main:
+        drop_ballast(run)
+        data = weights_to_bytes(model.s, dict(model.named_parameters()), facts)
+        path = write_somewhere(run, WEIGHTS_NAME, data)
+        if path is None:
+            run.warn("the weights could not be saved anywhere: they are only in memory")
+        elif path != run.weights:
+            run.warn(f"the weights were saved as {path}: EVAL_ONLY_PATH={path} "
+                     f"ARTIFACT_DIR={run.dir} goes on")
+    run.weights = run.world.agree(path) or run.weights
 
 
 def read_weights(path: str, model: GPT) -> dict:
@@ -5657,7 +5718,7 @@ def take_over(s: Settings, run: Run, facts: Mapping) -> Clock:
         of_steps = {k: facts[k] for k in ("steps", "step_ms", "stopped") if facts[k] != ""}
         if run.summary.get("steps") is None:      # killed in training: nothing has said it yet
             run.log("train_end", seconds=seconds, **of_steps)
-        run.summary.update(of_steps)
+        run.summary.update({"stopped": None, **of_steps})
         run.log("going_on", train_seconds=seconds, **of_steps)
     return clock
 
@@ -5689,9 +5750,12 @@ def write_artifact(s: Settings, run: Run, blob: bytes, clock: Clock) -> tuple[fl
     """Put the artifact on disk, on rank 0; seconds of training's clock, and bytes. It
     is judged when its bytes are on disk, and gets its name only when mark and summary
     say the verdict: no kill comes between."""
-    unjudged = run.dir / f".{ARTIFACT_NAME}.unjudged"
     count_up(run, "quantising_runs")
-    write_atomic(unjudged, blob)
+    path = write_somewhere(run, ARTIFACT_NAME, blob, ".{}.unjudged")
+    if path is None:
+        raise UserError("the artifact could not be saved anywhere: free space in ARTIFACT_DIR="
+                        f"{run.dir}, which needs {len(blob):,} bytes")
+    unjudged = path.with_name(f".{path.name}.unjudged")
     seconds = clock.elapsed()
     if not run.time_known:
         run.not_compliant("the weights come from EVAL_ONLY_PATH: their training time is not "
@@ -5709,7 +5773,10 @@ def write_artifact(s: Settings, run: Run, blob: bytes, clock: Clock) -> tuple[fl
         total_bytes=len(blob) + code_bytes(shipped_form(s)), train_seconds=seconds,
         training_not_compliant_because=of_training)
     run.save_summary()
-    os.replace(unjudged, run.dir / ARTIFACT_NAME)
+    os.replace(unjudged, path)
+    if path != run.artifact:
+        run.warn(f"the artifact was saved as {path}")
+        run.artifact = path
     return seconds, len(blob)
 
 
@@ -5805,7 +5872,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def end_early(error: BaseException, run: Run | None, rank: int) -> int:
     """Say in one line why the run ends, and how to go on; the exit status."""
-    if SIGNALS.number and not isinstance(error, Interrupted):
+    SIGNALS.waits = True      # a signal cannot end the end
+    if SIGNALS.number and not isinstance(error, (UserError, Interrupted)):
         # a collective broke because another rank obeyed first
         error = SIGNALS.error("the run was interrupted")
     pulse = run.world.pulse if run is not None else Pulse()
@@ -5813,14 +5881,14 @@ def end_early(error: BaseException, run: Run | None, rank: int) -> int:
         time.sleep(2)     # rank 0 says it, unless it alone did not see the mistake
     if pulse.ending:      # the heartbeat has said why and is about to end this process
         time.sleep(60)
+    if rank and SIGNALS.number:      # rank 0 has said it, and the launcher ends the others
+        return 128 + SIGNALS.number
     if isinstance(error, BrokenPipeError) and run is None:      # as in --help | head
         sys.stdout = open(os.devnull, "w")
         return 0
     event, status, line, trace = "error", 2, str(error), ""
     if isinstance(error, Interrupted):
         event, status = "interrupted", error.status
-        if rank:      # rank 0 has said it
-            return status
     elif is_out_of_memory(error):
         less = LESS_MEMORY.get(pulse.doing.split()[0], LESS_IN_TRAINING)
         line = (f"out of memory at \"{pulse.doing}\" on rank {rank} "
@@ -7914,7 +7982,7 @@ def check_before_start(s: Settings, world: World, run: Run, attention_reason: st
         if not finding.ok:
             raise UserError(finding.figure)
         if finding.name == "data fingerprint":
-            run.summary.setdefault("data_fingerprint", finding.figure)
+            check_same_data(s, run, finding.figure)
     run.save_summary()
 
 
@@ -8238,7 +8306,7 @@ def check_command(which: str) -> int:
 def run_checks(s: Settings, world: World, folder: Path,
                attention_why: str = "") -> list[Finding]:
     """Every check of the mode, in the order a user would fix them."""
-    written = bytes_of_results(s)
+    written = LOG_BYTES if s.eval_only_quantized_path else bytes_of_results(s)
     if not (s.eval_only_path or s.eval_only_quantized_path):
         written += 3 * bytes_of_weights(s)      # two averages, and one being written
     checks = {
@@ -8319,6 +8387,18 @@ def check_same_text(run: Run, val: Validation) -> None:
         raise UserError(f"the validation text or its bytes ({fingerprint}) are not those of the "
                         f"run in {run.dir} ({before}): set DATA_PATH to its own, or another "
                         "ARTIFACT_DIR")
+
+
+def check_same_data(s: Settings, run: Run, fingerprint: str) -> None:
+    """The data's fingerprint into the summary: RESUME goes on with its own, weights may
+    be calibrated on others."""
+    before = run.summary.setdefault("data_fingerprint", fingerprint)
+    if before == fingerprint or s.eval_only_quantized_path:
+        return
+    text = f"the data ({fingerprint}) are not those of the training in {run.dir} ({before})"
+    if s.resume:
+        raise UserError(f"{text}: set DATA_PATH to its own, or another ARTIFACT_DIR")
+    run.warn(text)
 
 
 def check_byte_rule(s: Settings, val: Validation) -> None:
@@ -8448,16 +8528,24 @@ def check_temporary_folder() -> None:
 
 
 def check_folder(folder: Path) -> str:
-    """The names of a run's files are free."""
-    for name in ("train.log", "metrics.jsonl", "summary.json", WEIGHTS_NAME, ARTIFACT_NAME):
-        if (folder / name).is_dir():
-            raise UserError(f"{folder / name} is a folder: move it away or set ARTIFACT_DIR")
+    """The names of a run's files are free: a folder cannot be replaced, a pipe would
+    wait for a reader."""
+    files = (".lock", "train.log", "metrics.jsonl", "summary.json", WEIGHTS_NAME, ARTIFACT_NAME)
+    faults = {name: "a folder" for name in files if (folder / name).is_dir()}
+    faults |= {name: "a pipe" for name in files if (folder / name).is_fifo()}
+    if (folder / "checkpoint").exists() and not (folder / "checkpoint").is_dir():
+        faults["checkpoint"] = "no folder"
+    for name, fault in faults.items():
+        raise UserError(f"{folder / name} is {fault}: move it away or set ARTIFACT_DIR")
     return str(folder)
 
 
 def check_made_before(s: Settings) -> str:
     """The weights or the artifact that the run begins with."""
     if s.eval_only_path:
+        if Path(s.eval_only_path).name.startswith("resume."):
+            raise UserError(f"EVAL_ONLY_PATH={s.eval_only_path} is a checkpoint: set RESUME=1 and "
+                            "ARTIFACT_DIR of its run instead")
         size = file_size(Path(s.eval_only_path), 16 * MOST_WEIGHTS, "a run's final_model.pt")
         return f"EVAL_ONLY_PATH, {size:,} bytes"
     path = Path(s.eval_only_quantized_path)
@@ -8508,9 +8596,12 @@ def bytes_of_weights(s: Settings) -> int:
     return 4 * sum(map(math.prod, GPT.shapes(s).values()))
 
 
+LOG_BYTES = 8 << 20      # of a long run
+
+
 def bytes_of_results(s: Settings) -> int:
     """Weights, artifact twice, logs."""
-    return bytes_of_weights(s) + 2 * ARTIFACT_LIMIT + (8 << 20)
+    return bytes_of_weights(s) + 2 * ARTIFACT_LIMIT + LOG_BYTES
 
 
 FULL_BATCH = 1 << 19      # tokens of a step from which on only a GPU is fast enough

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import faults
 import pytest
@@ -214,6 +215,8 @@ def test_quantising_goes_on_with_the_training_clock(tmp_path):
     assert run.summary["steps"] == 7 and run.summary["stopped"] == "average of step 7"
     assert events(tmp_path, "train_end")[0]["seconds"] == 500
     assert run.summary["not_compliant_because"] == ["it was late"]      # nothing washes it out
+    tg.take_over(run.s, run, {**facts, "stopped": ""})      # weights of a training that was not
+    assert run.summary["stopped"] is None
     elsewhere = open_run(tmp_path / "b", EVAL_ONLY_PATH=tmp_path / "checkpoint" / "average.pt")
     assert tg.take_over(elsewhere.s, elsewhere, facts).elapsed() < 10 and not elsewhere.time_known
 
@@ -241,3 +244,73 @@ def test_the_way_on_is_the_best_that_is_on_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     fresh = open_run(Path("other"), MAX_WALLCLOCK_SECONDS=100)
     assert fresh.go_on().endswith("torchrun --nnodes=2 … --nproc_per_node=4 some/train_gpt.py")
+
+
+def test_a_resumed_run_offers_no_artifact_of_before_on_any_rank(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    for name in (tg.ARTIFACT_NAME, tg.AVERAGE, "checkpoint/resume.3.0.pt"):
+        (tmp_path / name).write_text("")
+        os.utime(tmp_path / name, (1, 1))
+    said = []
+
+    class First(tg.World):
+        def agree(self, value):
+            said.append(value)
+            return value
+
+    class Second(tg.World):
+        def agree(self, value):
+            return said.pop(0)
+
+    runs = [open_run(tmp_path, First(0, 2), RESUME=1), open_run(tmp_path, Second(1, 2), RESUME=1)]
+    for run in runs:
+        assert run.restart_setting() == {"RESUME": "1"}
+        run.checkpoint_fits = False
+        assert run.restart_setting() == {"EVAL_ONLY_PATH": str(tmp_path / tg.AVERAGE)}
+
+
+def test_an_error_after_resume_does_not_advise_the_same_command(tmp_path, capsys):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "resume.3.0.pt").write_text("")
+    run = open_run(tmp_path, RESUME=1)
+    run.failed("a mistake", again=False)
+    assert "to go on" not in capsys.readouterr().err
+    run.checkpoint_fits = False
+    (tmp_path / tg.AVERAGE).write_text("")
+    run.failed("a mistake", again=False)
+    assert "EVAL_ONLY_PATH=" in capsys.readouterr().err
+
+
+def test_training_goes_on_with_its_own_data(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps({"data_fingerprint": "its own"}))
+    run = open_run(tmp_path, RESUME=1)
+    tg.check_same_data(run.s, run, "its own")
+    with pytest.raises(tg.UserError, match="the data .another. are not those of the training"):
+        tg.check_same_data(run.s, run, "another")
+    tg.check_same_data(settings(EVAL_ONLY_PATH="x"), run, "another")
+    assert "(another)" in events(tmp_path, "warning")[0]["text"]
+
+
+def test_a_score_stays_until_there_is_another(tmp_path):
+    before = {"val_bpb": 1.5, "compliant": False, "evaluation_runs": 1}
+    (tmp_path / "summary.json").write_text(json.dumps(before))
+    run = open_run(tmp_path, EVAL_ONLY_QUANTIZED_PATH=tmp_path / tg.ARTIFACT_NAME)
+    tg.count_up(run, "evaluation_runs")
+    run.save_summary()
+    assert summary(tmp_path) == {**before, "evaluation_runs": 2}
+    text = SimpleNamespace(documents=[], rule="table")
+    tg.book_result(run.s, run, text, tg.Score(10.0, 5.0, 5), tg.Clock())
+    assert summary(tmp_path)["compliant"] and summary(tmp_path)["val_bpb"] != 1.5
+
+
+def test_scoring_an_artifact_needs_space_for_its_log_alone(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tg, "check_disk", lambda folder, need: asked.append(need))
+    for changes in ({"EVAL_ONLY_QUANTIZED_PATH": tmp_path / "x"}, {}):
+        tg.run_checks(settings(DATA_PATH=tmp_path, **changes), tg.World(), tmp_path, "plain")
+    assert asked[0] == tg.LOG_BYTES < asked[1]
+
+
+def test_a_checkpoint_is_no_file_of_weights():
+    with pytest.raises(tg.UserError, match="is a checkpoint: set RESUME=1"):
+        tg.check_made_before(settings(EVAL_ONLY_PATH="run/checkpoint/resume.3.0.pt"))

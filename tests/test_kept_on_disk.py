@@ -9,6 +9,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -340,3 +341,73 @@ def test_a_broken_summary_is_named(make, tmp_path):
     make(tmp_path / "summary.json")
     with pytest.raises(tg.UserError, match="summary.json"):
         tg.Run(settings(ARTIFACT_DIR=tmp_path, EVAL_ONLY_PATH="x"), tg.World())
+
+
+def test_what_finds_another_place_makes_a_record_in_its_folder(tmp_path, s, monkeypatch):
+    """The folder's disk is full from the first step on; later it has space again."""
+    folder, model, write = tmp_path / "run", tg.GPT(s), tg.write_atomic
+    monkeypatch.chdir(tmp_path)
+    run = open_run(folder)
+    run.save_summary()
+
+    def full(path, data):
+        if path.parent == folder:
+            raise tg.UserError(f"cannot write {path}: No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(tg, "write_atomic", full)
+    facts = tg.weight_facts(s, run.world, 7, 70.0, "")
+    tg.save_weights(run, model, facts)
+    rescued = tmp_path / f"final_model.{run.id}.pt"
+    assert run.restart_setting() == {"EVAL_ONLY_PATH": str(rescued)}
+    tg.write_artifact(run.s, run, tg.artifact_to_bytes({}, {}), tg.Clock())
+    assert run.artifact == tmp_path / f"final_model.{run.id}.int6.ptz" and run.artifact.exists()
+    assert run.restart_setting() == {"EVAL_ONLY_PATH": str(rescued)}      # the summary could not be written
+    run.close()
+    monkeypatch.setattr(tg, "write_atomic", write)
+    again = open_run(folder, EVAL_ONLY_PATH=rescued)
+    assert tg.take_over(again.s, again, tg.read_weights(str(rescued), model)).elapsed() >= 70
+    assert again.time_known and again.summary["steps"] == 7
+    elsewhere = open_run(tmp_path / "other", EVAL_ONLY_PATH=rescued)
+    assert not elsewhere.goes_on()
+
+
+def test_a_line_that_a_kill_tore_does_not_spoil_the_log(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"event": "whole"}\n{"event": "to')
+    (tmp_path / "train.log").write_text("whole\nto")
+    run = open_run(tmp_path, EVAL_ONLY_QUANTIZED_PATH=tmp_path / tg.ARTIFACT_NAME)
+    run.log("next")
+    assert events(tmp_path, "whole") and events(tmp_path, "next")
+    assert (tmp_path / "train.log").read_text().startswith("whole\nto\nnext\n")
+
+
+def test_a_lock_that_is_always_another_file_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(tg.os, "fstat", lambda _: SimpleNamespace(st_ino=-1, st_mtime_ns=0))
+    assert tg.lock_folder(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", [".lock", "train.log", "metrics.jsonl"])
+def test_a_pipe_in_place_of_a_file_is_one_line(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(tg.UserError, match=f"{name} is a pipe: move it away"):
+        open_run(tmp_path)
+
+
+def test_names_in_a_folder_that_are_taken(tmp_path):
+    (tmp_path / ".final_model.pt.abcd1234").mkdir()      # like a leftover, but not to be removed
+    open_run(tmp_path).close()
+    (tmp_path / "checkpoint").write_text("")
+    with pytest.raises(tg.UserError, match="checkpoint is no folder: move it away"):
+        open_run(tmp_path)
+
+
+@pytest.mark.parametrize("name, setting", [
+    (tg.AVERAGE, "EVAL_ONLY_PATH="), ("checkpoint/resume.3.0.pt", "RESUME=1"),
+    (tg.WEIGHTS_NAME, "EVAL_ONLY_PATH="), (tg.ARTIFACT_NAME, "EVAL_ONLY_QUANTIZED_PATH=")])
+def test_what_an_earlier_run_has_kept_is_not_overwritten(tmp_path, name, setting):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / name).write_text("")
+    (tmp_path / "train.log").write_text("its log")
+    with pytest.raises(tg.UserError, match=f"an earlier run has kept: .* set {setting}"):
+        open_run(tmp_path)
+    assert (tmp_path / "train.log").read_text() == "its log"

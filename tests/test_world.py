@@ -298,3 +298,45 @@ def test_what_launchers_say(env, ranks):
 def test_a_start_with_a_bad_launcher_ends_at_once(data):
     status, shown = run_script(environment(data, RANK="abc", WORLD_SIZE=""))
     assert status == 2 and shown.startswith("error: WORLD_SIZE= must be") and shown.count("\n") == 1
+
+
+def test_a_mistake_that_all_ranks_see_is_said_once(data, tmp_path):
+    """The launcher ends those that leave it to rank 0: no reason for a stack trace."""
+    env = environment(data, ARTIFACT_DIR=tmp_path, DATA_PATH=tmp_path / "nowhere")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, str(ROOT / "train_gpt.py")], env=env, capture_output=True, text=True)
+    assert done.stderr.count("error: ") == 1 and "Interrupted" not in done.stderr, done.stderr
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """Send the script a SIGTERM, as from now on, in place of the function of this name."""
+    monkeypatch.setattr(tg, "SIGNALS", tg.Signals())
+
+    def during(module, name):
+        monkeypatch.setattr(module, name, lambda *_: tg.SIGNALS.receive(signal.SIGTERM, None))
+
+    return during
+
+
+def test_a_signal_while_a_run_ends_changes_nothing(tmp_path, signalled, monkeypatch, capsys):
+    run = open_run(tmp_path)
+    signalled(tg.time, "sleep")
+    assert tg.end_early(tg.UserError("a mistake"), run, 1) == 143      # of the rank that waits in silence
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(tg, "SIGNALS", tg.Signals())
+    signalled(tg, "tell")
+    assert tg.end_early(tg.UserError("a mistake"), run, 0) == 2
+    assert events(tmp_path, "error")[0]["text"] == "a mistake"
+    assert tg.end_early(tg.UserError("not finite"), run, 0) == 2      # the signal is no better reason
+
+
+def test_a_signal_after_the_last_stage_changes_nothing(tmp_path, signalled, monkeypatch):
+    stages = ("log_start", "check_before_start", "build_model", "Validation", "check_same_text",
+              "make_artifact", "score_artifact")
+    for name in stages:
+        monkeypatch.setattr(tg, name, lambda *_: None)
+    signalled(tg, "closing_block")
+    run = open_run(tmp_path)
+    tg.pipeline(run.s, run.world, run, "")
+    assert tg.SIGNALS.number and (tmp_path / "summary.json").exists()
