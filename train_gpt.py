@@ -606,7 +606,8 @@ class Settings:
     ttt_eval_seq_len: int = knob(2048, "context of TTT, in tokens", 2, 2 ** 24)
     ttt_kv_reuse: bool = knob(
         True, "keep earlier keys and values; 0: encode the context again")
-    ttt_suffix: int = knob(0, "newest cached tokens run again, with gradient, before a chunk", 0)
+    ttt_suffix: int = knob(
+        72, "newest cached tokens run again, with gradient, before a chunk", 0)
     ttt_shared_a: bool = knob(True, "one frozen A for all documents, only B is adapted")
     ttt_doc_order: str = choice(
         "stream length", "adapt in the stream's order; or longest first, as the field")
@@ -621,8 +622,8 @@ class Settings:
     ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank", 0)
     ttt_lora_lr: float = knob(8e-5, "learning rate of the adapters", 0)
     ttt_step_share: float = knob(
-        0.0, "share of its chunk's loss that a step's rate promises to take off; 0: the rate is "
-        "TTT_LORA_LR", 0, 0.5)
+        0.25, "share of its chunk's loss that a step of the normalised optimizer promises to "
+        "take off; 0: the rate is TTT_LORA_LR", 0, 0.5)
     ttt_q_lora: bool = knob(True, "adapt queries")
     ttt_k_lora: bool = knob(True, "adapt keys")
     ttt_v_lora: bool = knob(True, "adapt values")
@@ -3126,12 +3127,6 @@ def check_adapt(s: Settings) -> None:
     if s.ttt_cache_lambda and not s.ttt_kv_reuse:
         raise UserError(f"TTT_CACHE_LAMBDA={s.ttt_cache_lambda:g} needs cached keys, not "
                         "TTT_KV_REUSE=0: set it to 1")
-    if s.ttt_suffix and not s.ttt_kv_reuse:
-        raise UserError(f"TTT_SUFFIX={s.ttt_suffix} needs cached keys, not TTT_KV_REUSE=0: "
-                        "set it to 1")
-    if s.ttt_step_share and s.ttt_optimizer != "normalised":
-        raise UserError(f"TTT_STEP_SHARE={s.ttt_step_share:g} needs TTT_OPTIMIZER=normalised, not "
-                        f"{s.ttt_optimizer}: set one of them")
 
 
 def log_adaptation(s: Settings, run: Run, val: Validation, clock: Clock) -> None:
@@ -3557,8 +3552,8 @@ WATCH_EVERY = 8             # chunks between two looks at the clock
 
 
 def suffix_at(s: Settings, level: int) -> int:
-    """Tokens that are run again."""
-    return s.ttt_suffix * LEVELS[level].suffix_thirds // 3
+    """Tokens that are run again; none where all are, for want of a cache."""
+    return s.ttt_suffix * LEVELS[level].suffix_thirds // 3 if s.ttt_kv_reuse else 0
 
 
 @dataclass
@@ -3657,9 +3652,9 @@ class PhasedTTT:
         most, remedy = f"{MOST_NATS:g} nats", "lower TTT_LORA_LR"
         if s.ttt_optimizer == "normalised":
             most = f"{MOST_SHARE:g} of the loss"
-            remedy = "lower TTT_LORA_LR, or set TTT_STEP_SHARE=0.2"
-        if s.ttt_step_share:
-            remedy = f"lower TTT_STEP_SHARE={s.ttt_step_share:g}"
+            remedy = "lower TTT_LORA_LR, or set TTT_STEP_SHARE=0.25"
+            if s.ttt_step_share:
+                remedy = f"lower TTT_STEP_SHARE={s.ttt_step_share:g}"
         self.trace("warning", text=f"{shortened:,} adapter steps promised more than {most}, or had "
                    f"gradients that are not finite, and were shortened: {remedy}")
 
@@ -8034,7 +8029,7 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
     threads = torch.get_num_threads()
     if not compiles(s, world.device):
         # windows of eight chunks show the same; threads would only wait for each other
-        window = max(8 * chunk_rules(s)[0].chunk + s.ttt_suffix, s.eval_stride)
+        window = max(8 * chunk_rules(s)[0].chunk + suffix_at(s, 0), s.eval_stride)
         s = dataclasses.replace(s, eval_seq_len=min(window, s.eval_seq_len),
                                 ttt_eval_seq_len=min(window, s.ttt_eval_seq_len))
         torch.set_num_threads(1)
@@ -8123,7 +8118,7 @@ def probe_causality(s: Settings, world: World, model: GPT,
         if s.ttt_doc_order == "stream":
             variants += shortened_stream(ttt, one)
         if compiles(s, world.device):      # the graphs that the watchdog may fall back on
-            first = NO_PHASES + 1 if s.ttt_suffix else NO_ADAPTATION
+            first = NO_PHASES + 1 if suffix_at(s, 0) else NO_ADAPTATION
             for level in range(first, len(LEVELS)):
                 by_adapting(Validation.of(one), level)
         yield change("C1 test-time training", by_adapting, one, variants)
