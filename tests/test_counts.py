@@ -96,7 +96,7 @@ def test_hints_change_the_score_but_not_what_adapters_learn_from(s, data):
     for hints in (None, tg.Hints.for_adapting(s, tg.World(), val)):
         chunks, val.hints = [], hints
         ttt = tg.PhasedTTT(s, tg.World(), model, val, lambda event, chunks=chunks, **v: chunks.append(v))
-        window = tg.chunk_window(np.array([16, 16]), 0, 16, again=0)
+        window = tg.chunk_window(np.array([16, 16]), 0, 16, rerun=0)
         scored = ttt.score_chunk(val.documents.start[:2], window, None, tg.KeyCache(64))
         losses[hints is None] = scored.losses, ttt.ledger.loss[:16].clone()
     assert torch.equal(losses[True][0], losses[False][0])

@@ -441,7 +441,7 @@ FAULTS = {
     "first BOS gone": (lambda f: rewrite(f / VAL0, set_value(0, 50)), VAL0, "token 0: id 50 instead of BOS",
                        f"{VAL0} starts with token 50, not BOS"),
     "one BOS gone": (lambda f: rewrite(f / VAL0, lambda v: set_value(np.flatnonzero(v == BOS)[2], 50)(v)), "",
-                     "BOS tokens on the val side", "documents .BOS tokens., the manifest says"),
+                     "BOS tokens on the val side", "documents, the manifest says"),
     "vocabulary": (lambda f: rewrite(f / VAL0, set_value(123, 340)), VAL0,
                    "token 123: id 340 .* vocabulary of 340",
                    f"{VAL0} holds token 340 at position 123 but VOCAB_SIZE=340"),
