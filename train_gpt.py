@@ -6498,6 +6498,7 @@ def ce_backward(dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, cap
 
 @ce_backward.register_fake
 def ce_backward_shape(dloss, logits, *_):
+    """The gradient's shape, that of logits (N, V)."""
     return logits.new_empty(logits.shape)
 
 
@@ -6514,11 +6515,13 @@ def ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Ten
 
 @ce_forward.register_fake
 def per_row(logits, *_):
+    """Shapes of loss and log-sum-exp: (N,) float32 of logits (N, V)."""
     loss = logits.new_empty(logits.shape[0], dtype=torch.float32)
     return loss, torch.empty_like(loss)
 
 
 def ce_gradient(ctx, dloss, _):
+    """Gradient of the logits alone."""
     logits, targets, _, lse = ctx.saved_tensors
     return ce_backward(dloss, logits, targets, lse, ctx.number), None, None
 
@@ -6577,6 +6580,7 @@ def mlp_dh(dy: Tensor, down: Tensor, h: Tensor, slope: float) -> Tensor:
 
 @mlp_dh.register_fake
 def mlp_dh_shape(dy, down, h, slope):
+    """The gradient's shape, that of h."""
     return torch.empty_like(h)
 
 
@@ -6741,6 +6745,7 @@ def fa4_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None,
 
 @fa4_backward.register_fake
 def fa4_backward_shapes(dy, q, k, v, *_):
+    """Shapes of the three gradients, those of q, k, v."""
     return [x.new_empty(x.shape) for x in (q, k, v)]
 
 
@@ -6755,11 +6760,13 @@ def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None,
 
 @fa4_forward.register_fake
 def fa4_forward_shapes(q, *_):
+    """Shapes of the output, q's, and of the log-sum-exp (…, H, T) float32."""
     *rows, T, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((*rows, H, T), dtype=torch.float32)
 
 
 def fa4_gradient(ctx, dy, _):
+    """Gradients of q, k, v alone."""
     return *fa4_backward(dy, *ctx.saved_tensors, ctx.number), None, None
 
 
@@ -8451,6 +8458,7 @@ def check_manifest(s: Settings) -> str:
 
 
 def sha256_of(path: Path, most: int) -> str:
+    """Of a file of at most `most` bytes, in hexadecimal; UserError if it is larger."""
     return hashlib.sha256(read_bounded(path, most, A_MODEL)).hexdigest()
 
 
