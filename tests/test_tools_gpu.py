@@ -23,6 +23,12 @@ def day_of(out, *names, account=None, minutes=1.0, again=False):
     return gpu_day.Day(out, gpu_day.chosen_parts(names), minutes, True, again, account or {})
 
 
+def lab_of(day):
+    """What the first part of a day works with."""
+    record = gpu_day.Record(day.file(day.parts[0]), rehearsal=gpu_day.REHEARSAL)
+    return gpu_day.Lab(day.parts[0], record)
+
+
 def rehearsed(day, monkeypatch):
     """Every part of a day in this process: {name: its record}."""
     monkeypatch.setattr(tg, "SMALL_TENSOR", tg.SMALL_TENSOR)      # a part lowers it
@@ -55,8 +61,8 @@ def test_training_parts_rehearsed(tmp_path, monkeypatch):
     with_loops = found["profile"]["cases"][-1]
     assert with_loops["ms"] == pytest.approx(sum(k["ms"] for k in with_loops["kinds"].values()))
     for row in found["steps_plain"]["steps"]:
-        assert row["steps"] == gpu_day.STEPS and row["fastest"] <= row["ms"] <= row["slowest"]
-        assert row["tokens_per_second"] == pytest.approx(1024e3 / row["ms"])
+        assert row["steps"] == gpu_day.ROUNDS and row["fastest"] <= row["ms"] <= row["slowest"]
+        assert row["tokens_per_second"] == pytest.approx(512e3 / row["ms"])
     caches = [found[name]["startup"]["cache"] for name in names[1:]]
     assert caches == ["fresh", "reused", "reused"]
     page = gpu_day.page(day)
@@ -182,9 +188,7 @@ def test_a_cold_start_is_not_measured_twice(tmp_path):
 @pytest.mark.parametrize("wrong", [1.001, 0.0, float("nan")])
 def test_a_kernel_that_errs_is_named(tmp_path, wrong):
     """A stand-in kernel whose gradient is off, zero or NaN, beside one that is right."""
-    day = day_of(tmp_path / "out", "selftest")
-    record = gpu_day.Record(tmp_path / "out" / "01_selftest.json", rehearsal=gpu_day.REHEARSAL)
-    lab = gpu_day.Lab(day.parts[0], record)
+    lab = lab_of(day_of(tmp_path / "out", "selftest"))
 
     def doubled(tg, x, kernel):
         a, b = x.drawn("a", 4, 3), x.drawn("b", 4, 3)
@@ -193,17 +197,20 @@ def test_a_kernel_that_errs_is_named(tmp_path, wrong):
     assert gpu_day.compare_twins(lab, doubled)["fault"] == ""
     row = gpu_day.compare_twins(lab, lambda tg, x, kernel: doubled(tg, x, "wrong" if kernel else ""))
     assert row["fault"].startswith("forward is off by") or row["fault"].startswith("backward is off by")
-    record.put(kernels=[row])
-    assert json.loads(record.path.read_text(), parse_constant=pytest.fail)["kernels"]
+    lab.record.put(kernels=[row])
+    assert json.loads(lab.record.path.read_text(), parse_constant=pytest.fail)["kernels"]
 
 
 def test_a_profiler_without_kernels_ends_nothing_else(tmp_path, monkeypatch):
-    day = day_of(tmp_path / "out", "profile")
     monkeypatch.setattr(gpu_day, "read_trace", lambda *args: 1 / 0)
-    gpu_day.run_part(day.parts[0], day.out)
-    data = gpu_day.read_record(day.file(day.parts[0]))
-    assert data["state"] == "done" and len(data["cases"]) == 3
-    assert all(case["wall_ms"] > 0 and "ZeroDivisionError" in case["fault"] for case in data["cases"])
+    day = day_of(tmp_path / "out", "profile")
+    lab = lab_of(day)
+    for case in gpu_day.PLANS:
+        gpu_day.profile_case(lab, case, lambda: time.sleep(0.001))
+    cases = gpu_day.read_record(day.file(day.parts[0]))["cases"]
+    assert [case["case"] for case in cases] == list(gpu_day.PLANS)
+    assert all(case["wall_ms"] >= 1 and "ZeroDivisionError" in case["fault"] for case in cases)
+    lab.record.put(state="done", error="", machine=MACHINE)
     assert "ZeroDivisionError: division by zero" in gpu_day.page(day)
 
 
