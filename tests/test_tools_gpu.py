@@ -151,11 +151,44 @@ def test_a_part_that_fails_hangs_or_dies_ends_alone(tmp_path, stand_ins, monkeyp
     assert (day.out / "01_selftest.json.runs").read_text() == "xx"
 
 
+def test_a_command_that_is_ended_still_tells(tmp_path, stand_ins, monkeypatch):
+    def ended(*args):
+        raise SystemExit(143)
+
+    day = day_of(tmp_path / "out", "quantise", "ttt")
+    path = day.file(day.parts[0])
+    monkeypatch.setattr(gpu_day, "launch", ended)
+    with pytest.raises(SystemExit):
+        gpu_day.run_day(day, time.monotonic())
+    assert gpu_day.read_record(path)["state"] == "cut" and not day.file(day.parts[1]).exists()
+    assert "the command was ended" in (day.out / gpu_day.PAGE).read_text()
+
+
 def test_a_page_that_cannot_be_made_ends_nothing(tmp_path, stand_ins, monkeypatch):
     monkeypatch.setattr(gpu_day, "page", lambda day: 1 / 0)
     day = day_of(tmp_path / "out", "selftest")
     assert gpu_day.run_day(day, time.monotonic()) == 0
     assert "ZeroDivisionError" in (day.out / gpu_day.PAGE).read_text()
+
+
+def test_settings_and_batches_of_full_size(tmp_path):
+    """What no rehearsal makes: the competition's size, in every combination that a part asks for."""
+    lab = lab_of(day_of(tmp_path / "out", "ttt"))
+    lab.rehearse = False
+    for form in gpu_day.FORMS:
+        for compiling in ("0", "auto"):
+            s = lab.settings(COMPILE=compiling, **form.changes)
+            assert s.ttt_batch_size == 64 and s.ttt_eval_seq_len == 2048
+    for backend in ("auto", *gpu_day.BACKENDS):
+        s = lab.settings(ATTN_BACKEND=backend, GPTQ_CALIBRATION_BATCHES=2)
+        assert (s.num_layers, s.model_dim, s.vocab_size) == (11, 512, 8192)
+    assert not lab.settings(QUANT_TRELLIS=0).quant_trellis
+    first, second = lab.batches(s, 2)
+    assert first.x.shape == (1, 98304) and not first.x.equal(second.x)
+    assert 500 < gpu_day.mean_context(first) < 800 and first.x.max() < 8192
+    lengths = gpu_day.document_lengths(64, 2048)
+    val = tg.Validation.of(lab.text(lengths, s.vocab_size))
+    assert (val.documents.length - 1).tolist() == lengths
 
 
 def test_time_is_shared_among_the_parts_that_wait(tmp_path):

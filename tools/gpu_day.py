@@ -974,7 +974,11 @@ def run_process(day: Day, part: Part, limit: float) -> None:
     if part.name == "startup_cold":
         shutil.rmtree(day.cache, ignore_errors=True)
     begin, log = time.monotonic(), day.file(part, "log")
-    status = launch(command_of(part, day), log, limit, day.environment())
+    try:
+        status = launch(command_of(part, day), log, limit, day.environment())
+    except BaseException:  # Ctrl-C, or asked to end
+        book(day, part, state="cut", error="the command was ended", seconds=time.monotonic() - begin)
+        raise
     seconds = time.monotonic() - begin
     if read_record(day.file(part)).get("state") in (None, "running"):
         book(day, part, seconds=seconds, **how_it_ended(status, seconds, log))
@@ -988,10 +992,12 @@ def run_day(day: Day, started: float) -> int:
     for part in day.parts:
         if day.finished(part) and not day.again:
             print(f"{part.name}: done before", flush=True)
-        else:
+            continue
+        try:
             do_part(day, part, deadline)
-        write_json(day.out / MEMORY, memory_of_parts(day))
-        write_page(day)
+        finally:
+            write_json(day.out / MEMORY, memory_of_parts(day))
+            write_page(day)
     print(f"\n{write_page(day)}\nwrote {relative(day.out / PAGE)}")
     states = [read_record(day.file(part)).get("state") for part in day.parts]
     return 0 if all(state in ("done", "skipped") for state in states) else 1
