@@ -4,6 +4,7 @@
     python tools/bench.py ngram gptq               # some of them
     python tools/bench.py --rounds 9 --json bench.json
     python tools/bench.py --account --size full    # FLOPs, bytes, floors; on a GPU also times
+    python tools/bench.py --gpu --help             # the day a GPU is there: tools/gpu_day.py
     # bytes and seconds of five coders:
     python tools/bench.py --coders runs/NAME/final_model.int6.ptz
 
@@ -682,6 +683,8 @@ def parse(arguments) -> argparse.Namespace:
     add("--coders", metavar="FILE",
         help="five coders on the codes of an artifact, a final_model.pt, or `full`")
     add("--json", metavar="FILE", help="write the figures there, too")
+    add("--gpu", action="store_true",
+        help="everything that waits for a GPU, within 8 minutes: see --gpu --help")
     args = parser.parse_args(arguments)
     unknown = [g for g in args.groups if g not in GROUPS]
     if unknown:
@@ -717,7 +720,12 @@ def as_json(b: Bench, rows: list[Row]) -> str:
 
 def main(arguments=None) -> int:
     """Entry."""
-    args = parse(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if "--gpu" in words:
+        from tools import gpu_day  # it takes sizes from here
+
+        return gpu_day.main([word for word in words if word != "--gpu"])
+    args = parse(words)
     small = {"auto": None, "small": True, "full": False}[args.size]
     b = Bench(args.rounds, small)
     size = "small" if b.small else "full"
