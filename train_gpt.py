@@ -923,10 +923,8 @@ def layer_plan(s: Settings, looping: bool) -> Plan:
 
 class LayerWeights(NamedTuple):
     """One layer's weights in the activations' dtype; None: it has none of that kind."""
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
+    qkv: Tensor              # rows of queries, keys and values: one product reads their input once
+    o: Tensor                # with attn_scale in it, as down has mlp_scale
     up: Tensor
     down: Tensor
     attn_scale: Tensor
@@ -954,26 +952,12 @@ class Forward:
         if self.hook is not None:
             self.hook(kind, layer, x)
 
-    def adapted(self, y: Tensor, kind: str, slot: int, x: Tensor) -> Tensor:
-        """y with the adapter's delta for this slot, which reads x, if there is one."""
+    def adapted(self, y: Tensor, kind: str, slot: int, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """y with the adapter's delta for this slot, which reads x, if there is one;
+        scale (channels of y): what y was multiplied by."""
         if self.adapter is None:
             return y
-        return self.adapter.add(y, kind, slot, x)
-
-
-def rms(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis; no learned scale."""
-    return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of the first 2 x (table width) channels. x (B, T, heads, Dh)."""
-    cos, sin = (table[:, None, :].to(x.dtype) for table in rope)
-    half = cos.size(-1)
-    first = x[..., :half]
-    second = x[..., half:2 * half]
-    rest = x[..., 2 * half:]
-    return torch.cat((first * cos + second * sin, second * cos - first * sin, rest), dim=-1)
+        return self.adapter.add(y, kind, slot, x, scale)
 
 
 def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
@@ -1065,10 +1049,11 @@ class GPT(nn.Module):
 
     # --- pieces
 
-    def unbound(self, name: str) -> Sequence[Tensor | None]:
-        """A stacked parameter by layer, in the activations' dtype. Unbound once in a
-        forward: its gradient is then one stack, not a sum of zeros."""
-        p = getattr(self, name, None)
+    def unbound(self, stack: Tensor | str) -> Sequence[Tensor | None]:
+        """A stacked parameter, or the one of this name, by layer, in the activations'
+        dtype. Unbound once in a forward: its gradient is then one stack, not a sum of
+        zeros."""
+        p = getattr(self, stack, None) if isinstance(stack, str) else stack
         if p is None:
             return [None] * self.s.num_layers
         return p.to(self.compute_dtype).unbind(0)
@@ -1076,15 +1061,13 @@ class GPT(nn.Module):
     def layer_weights(self) -> list[LayerWeights]:
         """The weights of every layer."""
         layers = self.s.num_layers
-        qo = self.unbound("qo_bank")
-        kv = self.unbound("kv_bank")
+        q, o = self.qo_bank.chunk(2)
+        k, v = self.kv_bank.chunk(2)
         stacks = dict(
-            q=qo[:layers],
-            o=qo[layers:],
-            k=kv[:layers],
-            v=kv[layers:],
+            qkv=self.unbound(torch.cat((q, k, v), dim=1)),
+            o=self.unbound(self.attn_scale[:, :, None] * o),
             up=self.unbound("mlp_up_bank"),
-            down=self.unbound("mlp_down_bank"),
+            down=self.unbound(self.mlp_scale[:, :, None] * self.mlp_down_bank),
             attn_scale=self.unbound("attn_scale"),
             mlp_scale=self.unbound("mlp_scale"),
             resid_mix=self.unbound("resid_mix"),
@@ -1160,8 +1143,8 @@ class GPT(nn.Module):
         s, weights = self.s, forward.layers[layer]
         q_flat, k, v = self.project(forward, layer, slot, x)
         q, k, v = (flat.unflatten(2, (-1, s.head_dim)) for flat in (q_flat, k, v))
-        q = rotate(rms(q), forward.rope) * weights.q_gain[:, None]
-        k = rotate(rms(k), forward.rope)
+        q = normed_rotated(q, forward.rope, weights.q_gain)
+        k = normed_rotated(k, forward.rope)
         keys, values = (k, v) if forward.cache is None else forward.cache.extend(slot, k, v)
         y = attention(q, keys, values, forward.layout)
         if layer >= s.num_layers - s.xsa_last_n:
@@ -1171,16 +1154,18 @@ class GPT(nn.Module):
         y = y.flatten(2)
         forward.observe("heads", layer, y)
         # the adapter of the output reads the block input, not the heads
-        out = forward.adapted(F.linear(y, weights.o), "o", slot, x)
+        out = forward.adapted(F.linear(y, weights.o), "o", slot, x, weights.attn_scale)
         forward.observe("attn_out", layer, out)
         return out
 
     def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, T, H·Dh), keys and values (B, T, K·Dh) of a layer's input x."""
-        weights = forward.layers[layer]
-        q = forward.adapted(F.linear(x, weights.q), "q", slot, x)
-        k = forward.adapted(F.linear(x, weights.k), "k", slot, x)
-        v = forward.adapted(F.linear(x, weights.v), "v", slot, x)
+        s = self.s
+        qkv = F.linear(x, forward.layers[layer].qkv)
+        q, k, v = qkv.split((s.model_dim, s.kv_dim, s.kv_dim), dim=-1)
+        q = forward.adapted(q, "q", slot, x)
+        k = forward.adapted(k, "k", slot, x)
+        v = forward.adapted(v, "v", slot, x)
         for kind, seen in (("attn_in", x), ("q_out", q), ("k_out", k), ("v_out", v)):
             forward.observe(kind, layer, seen)
         return q, k, v
@@ -1203,35 +1188,31 @@ class GPT(nn.Module):
             out = F.linear(act, weights.down)
             for kind, seen in (("mlp_in", x), ("up_out", up), ("mlp_act", act), ("mlp_out", out)):
                 forward.observe(kind, layer, seen)
-        return forward.adapted(out, "mlp", slot, x)
+        return forward.adapted(out, "mlp", slot, x, weights.mlp_scale)
 
     def block(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor:
         """A layer on the one residual stream x (B, T, D)."""
         weights, scale = forward.layers[layer], self.depth_scale(layer)
-        x = weights.resid_mix[0] * x + weights.resid_mix[1] * forward.x0
-        x = x + weights.attn_scale * self.attend(forward, layer, slot, rms(x) * scale)
-        return x + weights.mlp_scale * self.feed_forward(forward, layer, slot, rms(x) * scale)
+        x = blend((x, weights.resid_mix[0]), (forward.x0, weights.resid_mix[1]))
+        x = x + self.attend(forward, layer, slot, rms(x, scale))
+        return x + self.feed_forward(forward, layer, slot, rms(x, scale))
 
     def branches(self, forward: Forward, layer: int, slot: int, lane0: Tensor,
                  lane1: Tensor) -> tuple[Tensor, ...]:
         """Lane 0 mixed with x0 (for part three's lanes), what attention makes of it,
         what the MLP of lane 1."""
         weights, scale = forward.layers[layer], self.depth_scale(layer)
-        mixed = weights.resid_mix[0] * lane0 + weights.resid_mix[1] * forward.x0
-        attended = weights.attn_scale * self.attend(forward, layer, slot, rms(mixed) * scale)
-        fed = weights.mlp_scale * self.feed_forward(forward, layer, slot, rms(lane1) * scale)
+        mixed = blend((lane0, weights.resid_mix[0]), (forward.x0, weights.resid_mix[1]))
+        attended = self.attend(forward, layer, slot, rms(mixed, scale))
+        fed = self.feed_forward(forward, layer, slot, rms(lane1, scale))
         return mixed, attended, fed
 
     def lanes(self, forward: Forward, layer: int, slot: int, lane0: Tensor,
               lane1: Tensor) -> tuple[Tensor, Tensor]:
         """Attention reads lane 0, the MLP lane 1; each writes to both."""
         _, attended, fed = self.branches(forward, layer, slot, lane0, lane1)
-        keep0, keep1 = forward.layers[layer].resid
-        attended_to, fed_to = forward.layers[layer].post
-        attended_to0, attended_to1 = attended_to
-        fed_to0, fed_to1 = fed_to
-        return (keep0 * lane0 + attended_to0 * attended + fed_to0 * fed,
-                keep1 * lane1 + attended_to1 * attended + fed_to1 * fed)
+        weights = forward.layers[layer]
+        return mix_lanes(lane0, lane1, attended, fed, weights.resid, weights.post)
 
     def depth_scale(self, layer: int) -> float:
         """Factor on the input of both branches of a layer."""
@@ -1239,8 +1220,8 @@ class GPT(nn.Module):
 
     def merge_skip(self, j: int, x: Tensor, skip: Tensor) -> Tensor:
         """U-Net skip number j into the stream x; a gate of 1 keeps the stream."""
-        skip = self.skip_weights[j].to(x.dtype) * skip
-        return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[j].to(x.dtype)))
+        gate = torch.sigmoid(self.skip_gates[j])
+        return blend((x, gate), (skip, (1 - gate) * self.skip_weights[j]))
 
     # --- the forward
 
@@ -3156,14 +3137,15 @@ class BoundAdapter(NamedTuple):
     b: dict
     scale: float
 
-    def add(self, y: Tensor, kind: str, slot: int, x: Tensor) -> Tensor:
+    def add(self, y: Tensor, kind: str, slot: int, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """y (B, T, out) + scale * x A' B' for x (B, T, in); y itself when this kind
-        is not adapted."""
+        is not adapted. scale (out): times this as well, a seam of the model."""
         if kind not in self.a:
             return y
         a = self.a[kind][slot]
         low = F.linear(x, a) if a.dim() == 2 else torch.bmm(x, a.mT)
-        return y + self.scale * torch.bmm(low, self.b[kind][slot].mT)
+        delta = self.scale * torch.bmm(low, self.b[kind][slot].mT)
+        return y + (delta if scale is None else scale * delta)
 
 
 class Adapter:
@@ -6535,6 +6517,148 @@ def capped_ce(logits: Tensor, targets: Tensor, cap: float, kernel: bool | None =
     if use_triton(kernel, logits.is_cuda):
         return ce_forward(logits, targets, float(cap))[0]
     return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
+
+
+# --- norms and rotation: with a backward of their own, which reads little again
+
+class ScaledNorm(torch.autograd.Function):
+    """The gradient is made from the output: the input need not be kept."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        wide = x.float()
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_EPS)
+        y = (wide * (scale * inverse)).to(x.dtype)
+        ctx.scale = scale
+        ctx.save_for_backward(y, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        y, inverse = ctx.saved_tensors
+        normed = y.float() / ctx.scale
+        wide = dy.float()
+        along = (wide * normed).mean(-1, keepdim=True)
+        return ((wide - along * normed) * (ctx.scale * inverse)).to(dy.dtype), None
+
+
+def rms(x: Tensor, scale: float = 1.0) -> Tensor:
+    """scale · x / sqrt(mean(x^2) + eps) over the last axis; nothing in it is learnt."""
+    return ScaledNorm.apply(x, scale)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, T, heads, Dh) with channel c and c + half of the first 2·half turned by an
+    angle of the token; cos, sin (T, half)."""
+    width, half = x.size(-1), cos.size(-1)
+    groups = -(-width // (2 * half))
+    channel = torch.arange(width, device=x.device)
+    turned = channel < 2 * half
+    sign = torch.where(channel % (2 * half) < half, 1, -1)
+    cos = torch.where(turned, cos.repeat(1, 2 * groups)[:, :width], 1)
+    sin = torch.where(turned, sign * sin.repeat(1, 2 * groups)[:, :width], 0)
+    padded = F.pad(x, (0, 2 * half * groups - width))
+    # the halves of every 2·half channels exchanged: a view for the compiler, where a cat is a kernel
+    partner = padded.unflatten(-1, (groups, 2, half)).flip(-2).flatten(-3)[..., :width]
+    return x * cos[:, None] + partner * sin[:, None]
+
+
+class NormedRotated(torch.autograd.Function):
+    """All in float32, and the gain's gradient from sums over a head that the norm's
+    gradient needs anyway."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, gain):
+        normed = x.float()
+        normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + RMS_EPS)
+        y = rotate(normed, cos, sin)
+        ctx.save_for_backward(x, cos, sin, gain)
+        return (y if gain is None else y * gain[:, None]).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, cos, sin, gain = ctx.saved_tensors
+        wide = x.float()
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_EPS)
+        normed = wide * inverse
+        turned_back = rotate(dy.float(), cos, -sin)
+        along = (turned_back * normed).mean(-1, keepdim=True)
+        dx = (turned_back - along * normed) * inverse
+        if gain is None:
+            return dx.to(x.dtype), None, None, None
+        d_gain = x.size(-1) * along.sum((0, 1, 3))
+        return (dx * gain[:, None]).to(x.dtype), None, None, d_gain.to(gain.dtype)
+
+
+def normed_rotated(x: Tensor, rope: tuple[Tensor, Tensor], gain: Tensor | None = None) -> Tensor:
+    """Queries or keys x (B, T, heads, Dh): each head over its RMS, turned by rotary
+    embedding, times its gain (heads)."""
+    return NormedRotated.apply(x, *rope, gain)
+
+
+# --- sums of streams: the factors' gradients from one more reading of what was summed
+
+class Blend(torch.autograd.Function):
+    """Half of the arguments are streams (B, T, D), the other half their factors (D)."""
+
+    @staticmethod
+    def forward(ctx, *streams_and_factors):
+        ctx.save_for_backward(*streams_and_factors)
+        half = len(streams_and_factors) // 2
+        total = 0
+        for stream, factor in zip(streams_and_factors[:half], streams_and_factors[half:]):
+            total = total + stream.float() * factor.float()
+        return total.to(streams_and_factors[0].dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        half = len(ctx.saved_tensors) // 2
+        streams = ctx.saved_tensors[:half]
+        factors = ctx.saved_tensors[half:]
+        wide = dy.float()
+        d_streams = [(wide * factor.float()).to(dy.dtype) for factor in factors]
+        d_factors = [(wide * stream.float()).sum((0, 1)).to(factor.dtype)
+                     for stream, factor in zip(streams, factors)]
+        return *d_streams, *d_factors
+
+
+def blend(*terms: tuple[Tensor, Tensor]) -> Tensor:
+    """The sum of streams (B, T, D), each times its factor (D)."""
+    streams, factors = zip(*terms)
+    return Blend.apply(*streams, *factors)
+
+
+class MixLanes(torch.autograd.Function):
+    """Eight gradients from one reading of two lanes, two branches and what comes back."""
+
+    @staticmethod
+    def forward(ctx, lane0, lane1, attended, fed, keep, post):
+        ctx.save_for_backward(lane0, lane1, attended, fed, keep, post)
+        mixed0 = keep[0] * lane0 + post[0, 0] * attended + post[1, 0] * fed
+        mixed1 = keep[1] * lane1 + post[0, 1] * attended + post[1, 1] * fed
+        return mixed0, mixed1
+
+    @staticmethod
+    def backward(ctx, d_mixed0, d_mixed1):
+        lane0, lane1, attended, fed, keep, post = ctx.saved_tensors
+
+        def total(dy, x):
+            return (dy.float() * x.float()).sum()
+
+        d_keep = torch.stack((total(d_mixed0, lane0), total(d_mixed1, lane1)))
+        d_post = torch.stack((total(d_mixed0, attended), total(d_mixed1, attended),
+                              total(d_mixed0, fed), total(d_mixed1, fed))).view(2, 2)
+        d_attended = post[0, 0] * d_mixed0 + post[0, 1] * d_mixed1
+        d_fed = post[1, 0] * d_mixed0 + post[1, 1] * d_mixed1
+        return (keep[0] * d_mixed0, keep[1] * d_mixed1, d_attended, d_fed,
+                d_keep.to(keep.dtype), d_post.to(post.dtype))
+
+
+def mix_lanes(lane0: Tensor, lane1: Tensor, attended: Tensor, fed: Tensor, keep: Tensor,
+              post: Tensor) -> tuple[Tensor, Tensor]:
+    """Both lanes (B, T, D), kept by keep (2), after attention and MLP have written
+    their branches to both, by post (2 branches, 2 lanes)."""
+    return MixLanes.apply(lane0, lane1, attended, fed, keep, post)
 
 
 # --- leaky-ReLU² MLP
