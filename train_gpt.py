@@ -960,15 +960,6 @@ class Forward:
         return self.adapter.add(y, kind, slot, x, scale)
 
 
-def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: attention output y (B, T, H, Dh) minus its projection on the token's own v
-    (B, T, K, Dh)."""
-    direction = F.normalize(v, dim=-1, eps=1e-12)[:, :, :, None]
-    grouped = y.unflatten(2, (v.size(2), -1))
-    length = (grouped * direction).sum(-1, keepdim=True)
-    return (grouped - length * direction).flatten(2, 3)
-
-
 def soft_cap(z: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
     """cap · tanh(z / cap), with one cap for positive and one for negative z."""
     cap = torch.where(z > 0, pos, neg)
@@ -1138,8 +1129,10 @@ class GPT(nn.Module):
         mixed = x[:, 1:] + gate * self.smear_lambda.to(x.dtype) * last
         return torch.cat((x[:, :1], mixed), dim=1)
 
-    def attend(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor:
-        """Attention branch of a layer on its normalised input x (B, T, D)."""
+    def attend(self, forward: Forward, layer: int, slot: int, x: Tensor,
+               onto: Tensor | None = None) -> Tensor:
+        """Attention branch of a layer on its normalised input x (B, T, D), added onto
+        the stream, if that is given."""
         s, weights = self.s, forward.layers[layer]
         q_flat, k, v = self.project(forward, layer, slot, x)
         q, k, v = (flat.unflatten(2, (-1, s.head_dim)) for flat in (q_flat, k, v))
@@ -1147,16 +1140,19 @@ class GPT(nn.Module):
         k = normed_rotated(k, forward.rope)
         keys, values = (k, v) if forward.cache is None else forward.cache.extend(slot, k, v)
         y = attention(q, keys, values, forward.layout)
+        gate = None if weights.gate is None else self.head_gate(weights.gate, x, q_flat)
         if layer >= s.num_layers - s.xsa_last_n:
-            y = remove_own_value(y, v)
-        if weights.gate is not None:
-            y = y * self.head_gate(weights.gate, x, q_flat)[..., None]
+            y = remove_own_value(y, v, gate)
+        elif gate is not None:
+            y = y * gate[..., None]
         y = y.flatten(2)
         forward.observe("heads", layer, y)
         # the adapter of the output reads the block input, not the heads
-        out = forward.adapted(F.linear(y, weights.o), "o", slot, x, weights.attn_scale)
+        out = F.linear(y, weights.o) if onto is None or forward.hook else add_product(onto, y, weights.o)
         forward.observe("attn_out", layer, out)
-        return out
+        if forward.hook and onto is not None:
+            out = onto + out
+        return forward.adapted(out, "o", slot, x, weights.attn_scale)
 
     def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, T, H·Dh), keys and values (B, T, K·Dh) of a layer's input x."""
@@ -1176,26 +1172,30 @@ class GPT(nn.Module):
         logit = F.linear(x[..., :weight.size(-1)], weight)
         return torch.sigmoid(self.s.sparse_attn_gate_scale * logit)
 
-    def feed_forward(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor:
-        """MLP branch of a layer on its normalised input x (B, T, D)."""
+    def feed_forward(self, forward: Forward, layer: int, slot: int, x: Tensor,
+                     onto: Tensor | None = None) -> Tensor:
+        """MLP branch of a layer on its normalised input x (B, T, D), added onto the
+        stream, if that is given."""
         weights, slope = forward.layers[layer], self.s.negative_slope
         if forward.hook is None:
             rows = x.flatten(0, 1)
-            out = leaky_square_mlp(rows, weights.up, weights.down, slope).view(x.shape)
+            stream = None if onto is None else onto.flatten(0, 1)
+            out = leaky_square_mlp(rows, weights.up, weights.down, slope, stream).view(x.shape)
         else:      # the same in steps that can be seen
             up = F.linear(x, weights.up)
             act = F.leaky_relu(up, slope).square()
             out = F.linear(act, weights.down)
             for kind, seen in (("mlp_in", x), ("up_out", up), ("mlp_act", act), ("mlp_out", out)):
                 forward.observe(kind, layer, seen)
+            out = out if onto is None else onto + out
         return forward.adapted(out, "mlp", slot, x, weights.mlp_scale)
 
     def block(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor:
         """A layer on the one residual stream x (B, T, D)."""
         weights, scale = forward.layers[layer], self.depth_scale(layer)
         x = blend((x, weights.resid_mix[0]), (forward.x0, weights.resid_mix[1]))
-        x = x + self.attend(forward, layer, slot, rms(x, scale))
-        return x + self.feed_forward(forward, layer, slot, rms(x, scale))
+        x = self.attend(forward, layer, slot, rms(x, scale), onto=x)
+        return self.feed_forward(forward, layer, slot, rms(x, scale), onto=x)
 
     def branches(self, forward: Forward, layer: int, slot: int, lane0: Tensor,
                  lane1: Tensor) -> tuple[Tensor, ...]:
@@ -6458,6 +6458,57 @@ if triton is not None:
             out = leaky * leaky
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
+    @triton.jit
+    def own_value_kernel(y_ptr, v_ptr, gate_ptr, out_ptr, N, v_stride, HEADS: tl.constexpr,
+                         GROUP: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+        """Tokens of one key head a program: out = gate · (y - <y, u> u) for its GROUP
+        query heads, u the direction of the token's own value."""
+        rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+        key_head = tl.program_id(1)
+        channel = tl.arange(0, BW)
+        inside = (rows < N)[:, None] & (channel < WIDTH)[None, :]
+        v_at = rows[:, None] * v_stride + key_head * WIDTH + channel[None, :]
+        v = tl.load(v_ptr + v_at, mask=inside, other=0.0).to(tl.float32)
+        u = v / tl.maximum(tl.sqrt(tl.sum(v * v, 1)), 1e-12)[:, None]
+        for member in tl.static_range(GROUP):
+            head = rows * HEADS + key_head * GROUP + member
+            at = head[:, None] * WIDTH + channel[None, :]
+            y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            gate = tl.load(gate_ptr + head, mask=rows < N, other=0.0).to(tl.float32)
+            out = gate[:, None] * (y - tl.sum(y * u, 1)[:, None] * u)
+            tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def own_value_backward_kernel(dout_ptr, y_ptr, v_ptr, gate_ptr, dy_ptr, dv_ptr, dgate_ptr, N,
+                                  v_stride, HEADS: tl.constexpr, GROUP: tl.constexpr,
+                                  WIDTH: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+        """The gradients of y, v (rows of KEY_HEADS · WIDTH) and gate, tiles as above."""
+        rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+        key_head = tl.program_id(1)
+        channel = tl.arange(0, BW)
+        inside = (rows < N)[:, None] & (channel < WIDTH)[None, :]
+        v_at = rows[:, None] * v_stride + key_head * WIDTH + channel[None, :]
+        v = tl.load(v_ptr + v_at, mask=inside, other=0.0).to(tl.float32)
+        length = tl.maximum(tl.sqrt(tl.sum(v * v, 1)), 1e-12)
+        u = v / length[:, None]
+        du = tl.zeros((BN, BW), dtype=tl.float32)
+        for member in tl.static_range(GROUP):
+            head = rows * HEADS + key_head * GROUP + member
+            at = head[:, None] * WIDTH + channel[None, :]
+            y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            dout = tl.load(dout_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            gate = tl.load(gate_ptr + head, mask=rows < N, other=0.0).to(tl.float32)
+            along_y = tl.sum(y * u, 1)
+            along_dout = tl.sum(dout * u, 1)
+            dgate = tl.sum(dout * y, 1) - along_y * along_dout
+            tl.store(dgate_ptr + head, dgate.to(dgate_ptr.dtype.element_ty), mask=rows < N)
+            dy = gate[:, None] * (dout - along_dout[:, None] * u)
+            tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=inside)
+            du -= gate[:, None] * (along_dout[:, None] * y + along_y[:, None] * dout)
+        dv = (du - tl.sum(du * u, 1)[:, None] * u) / length[:, None]
+        dv_at = (rows * (HEADS // GROUP) + key_head)[:, None] * WIDTH + channel[None, :]
+        tl.store(dv_ptr + dv_at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+
 
 # --- softcapped cross-entropy
 
@@ -6605,19 +6656,18 @@ class Blend(torch.autograd.Function):
     def forward(ctx, *streams_and_factors):
         ctx.save_for_backward(*streams_and_factors)
         half = len(streams_and_factors) // 2
-        total = 0
-        for stream, factor in zip(streams_and_factors[:half], streams_and_factors[half:]):
-            total = total + stream.float() * factor.float()
-        return total.to(streams_and_factors[0].dtype)
+        terms = [stream * factor.to(stream.dtype)
+                 for stream, factor in zip(streams_and_factors[:half], streams_and_factors[half:])]
+        return sum(terms[1:], start=terms[0])
 
     @staticmethod
     def backward(ctx, dy):
         half = len(ctx.saved_tensors) // 2
         streams = ctx.saved_tensors[:half]
         factors = ctx.saved_tensors[half:]
-        wide = dy.float()
-        d_streams = [(wide * factor.float()).to(dy.dtype) for factor in factors]
-        d_factors = [(wide * stream.float()).sum((0, 1)).to(factor.dtype)
+        # no cast to float32 before the sums: the compiler would write what it has cast
+        d_streams = [dy * factor.to(dy.dtype) for factor in factors]
+        d_factors = [(dy * stream).sum((0, 1), dtype=torch.float32).to(factor.dtype)
                      for stream, factor in zip(streams, factors)]
         return *d_streams, *d_factors
 
@@ -6625,7 +6675,8 @@ class Blend(torch.autograd.Function):
 def blend(*terms: tuple[Tensor, Tensor]) -> Tensor:
     """The sum of streams (B, T, D), each times its factor (D)."""
     streams, factors = zip(*terms)
-    return Blend.apply(*streams, *factors)
+    views = [stream.view_as(stream) for stream in streams]     # dynamo refuses one tensor given twice
+    return Blend.apply(*views, *factors)
 
 
 class MixLanes(torch.autograd.Function):
@@ -6641,13 +6692,13 @@ class MixLanes(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_mixed0, d_mixed1):
         lane0, lane1, attended, fed, keep, post = ctx.saved_tensors
-
-        def total(dy, x):
-            return (dy.float() * x.float()).sum()
-
-        d_keep = torch.stack((total(d_mixed0, lane0), total(d_mixed1, lane1)))
-        d_post = torch.stack((total(d_mixed0, attended), total(d_mixed1, attended),
-                              total(d_mixed0, fed), total(d_mixed1, fed))).view(2, 2)
+        products = (d_mixed0 * lane0, d_mixed1 * lane1,
+                    d_mixed0 * attended, d_mixed1 * attended, d_mixed0 * fed, d_mixed1 * fed)
+        # a token's sums first: they join the kernel that has its row at hand
+        rows = torch.stack([product.sum(-1, dtype=torch.float32).flatten() for product in products])
+        totals = rows.sum(-1)
+        d_keep = totals[:2]
+        d_post = totals[2:].view(2, 2)
         d_attended = post[0, 0] * d_mixed0 + post[0, 1] * d_mixed1
         d_fed = post[1, 0] * d_mixed0 + post[1, 1] * d_mixed1
         return (keep[0] * d_mixed0, keep[1] * d_mixed1, d_attended, d_fed,
@@ -6658,7 +6709,83 @@ def mix_lanes(lane0: Tensor, lane1: Tensor, attended: Tensor, fed: Tensor, keep:
               post: Tensor) -> tuple[Tensor, Tensor]:
     """Both lanes (B, T, D), kept by keep (2), after attention and MLP have written
     their branches to both, by post (2 branches, 2 lanes)."""
-    return MixLanes.apply(lane0, lane1, attended, fed, keep, post)
+    view = lane0.view_as(lane0)     # both may be the stream that has just been split, see blend
+    return MixLanes.apply(view, lane1, attended, fed, keep, post)
+
+
+# --- attention without the token's own value
+
+def own_value_launch(kernel, y: Tensor, v: Tensor, *pointers: Tensor) -> None:
+    """Run a kernel above on y (B, T, H, Dh), v (B, T, K, Dh), whose rows of K · Dh lie
+    at equal distances, and what else it reads and writes, in its order."""
+    heads, width = y.shape[2:]
+    rows, key_heads = y.shape[0] * y.shape[1], v.shape[2]
+    if rows:
+        block = 32
+        kernel[(triton.cdiv(rows, block), key_heads)](
+            *pointers, rows, v.stride(1), HEADS=heads, GROUP=heads // key_heads, WIDTH=width,
+            BN=block, BW=triton.next_power_of_2(width), num_warps=4)
+
+
+def in_rows(v: Tensor) -> Tensor:
+    """v (B, T, K, Dh) as own_value_launch reads it: a slice of a wider row stays one."""
+    regular = v.stride(3) == 1 and v.stride(2) == v.size(3)
+    regular = regular and (v.size(0) == 1 or v.stride(0) == v.size(1) * v.stride(1))
+    return v if regular else v.contiguous()
+
+
+@operator
+def own_value_removed(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """y (B, T, H, Dh), v (B, T, K, Dh), gate (B, T, H) -> like y."""
+    y, v, gate = y.contiguous(), in_rows(v), gate.contiguous()
+    out = torch.empty_like(y)
+    own_value_launch(own_value_kernel, y, v, y, v, gate, out)
+    return out
+
+
+@own_value_removed.register_fake
+def own_value_removed_shape(y, v, gate):
+    """The output's shape, that of y."""
+    return y.new_empty(y.shape)
+
+
+@operator
+def own_value_gradients(dout: Tensor, y: Tensor, v: Tensor,
+                        gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dout (B, T, H, Dh) -> the gradients of y, v and gate."""
+    dout, y, v, gate = dout.contiguous(), y.contiguous(), in_rows(v), gate.contiguous()
+    dy, dv, dgate = own_value_gradients_shapes(dout, y, v, gate)
+    own_value_launch(own_value_backward_kernel, y, v, dout, y, v, gate, dy, dv, dgate)
+    return dy, dv, dgate
+
+
+@own_value_gradients.register_fake
+def own_value_gradients_shapes(dout, y, v, gate):
+    """Room for the three gradients."""
+    return y.new_empty(y.shape), v.new_empty(v.shape), gate.new_empty(gate.shape)
+
+
+def keep_inputs(ctx, inputs, output):
+    """What the gradient of own_value_removed needs."""
+    ctx.save_for_backward(*inputs)
+
+
+own_value_removed.register_autograd(
+    lambda ctx, dout: own_value_gradients(dout, *ctx.saved_tensors), setup_context=keep_inputs)
+
+
+def remove_own_value(y: Tensor, v: Tensor, gate: Tensor | None = None,
+                     kernel: bool | None = None) -> Tensor:
+    """XSA: attention output y (B, T, H, Dh) minus its projection on the token's own v
+    (B, T, K, Dh), times the heads' gate (B, T, H)."""
+    if use_triton(kernel, y.is_cuda):
+        gate = y.new_ones(y.shape[:3]) if gate is None else gate
+        return own_value_removed(y, v, gate)
+    direction = F.normalize(v, dim=-1, eps=1e-12)[:, :, :, None]
+    grouped = y.unflatten(2, (v.size(2), -1))
+    along = (grouped * direction).sum(-1, keepdim=True)
+    rest = (grouped - along * direction).flatten(2, 3)
+    return rest if gate is None else rest * gate[..., None]
 
 
 # --- leaky-ReLU² MLP
@@ -6714,33 +6841,42 @@ class LeakySquareMLP(torch.autograd.Function):
     an (N, m) matrix, without h the sign of h is lost."""
 
     @staticmethod
-    def forward(ctx, x, up, down, slope):
+    def forward(ctx, x, up, down, slope, onto):
         h, a = mlp_up(x, up, slope, True)
         ctx.save_for_backward(x, up, down, h, a)
         ctx.slope = slope
-        return a @ down.mT
+        return a @ down.mT if onto is None else torch.addmm(onto, a, down.mT)
 
     @staticmethod
     def backward(ctx, dy):
         x, up, down, h, a = ctx.saved_tensors
-        need_x, need_up, need_down, _ = ctx.needs_input_grad    # adaptation freezes the weights
+        need_x, need_up, need_down, _, need_onto = ctx.needs_input_grad    # adaptation freezes the weights
         dh = mlp_dh(dy, down, h, ctx.slope) if need_x or need_up else None
         return (dh @ up if need_x else None,
                 dh.mT @ x if need_up else None,
                 dy.mT @ a if need_down else None,
-                None)
+                None,
+                dy if need_onto else None)
 
 
-def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float,
+def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, onto: Tensor | None = None,
                      kernel: bool | None = None) -> Tensor:
     """leaky_relu(x @ upᵀ, slope)² @ downᵀ: x (N, d), up (m, d), down (d, m) of one
-    dtype -> (N, d). Triton fuses the activation (in backward, its derivative) into
-    the matrix product before it; the other products are cuBLAS's."""
+    dtype -> (N, d), added onto (N, d) if that is given. Triton fuses the activation (in
+    backward, its derivative) into the matrix product before it; the other products are
+    cuBLAS's."""
     if not use_triton(kernel, x.is_cuda and x.dtype in HALF):
-        return F.leaky_relu(x @ up.mT, slope).square() @ down.mT
-    if torch.is_grad_enabled() and (x.requires_grad or up.requires_grad or down.requires_grad):
-        return LeakySquareMLP.apply(x, up, down, float(slope))
-    return mlp_up(x, up, float(slope), False)[1] @ down.mT
+        hidden = F.leaky_relu(x @ up.mT, slope).square()
+    elif torch.is_grad_enabled() and (x.requires_grad or up.requires_grad or down.requires_grad):
+        return LeakySquareMLP.apply(x, up, down, float(slope), onto)
+    else:
+        hidden = mlp_up(x, up, float(slope), False)[1]
+    return hidden @ down.mT if onto is None else torch.addmm(onto, hidden, down.mT)
+
+
+def add_product(onto: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """onto (B, T, out) + x (B, T, in) @ weightᵀ: the product adds it while it writes."""
+    return torch.addmm(onto.flatten(0, 1), x.flatten(0, 1), weight.mT).view(onto.shape)
 
 
 # --- attention
