@@ -924,7 +924,7 @@ def layer_plan(s: Settings, looping: bool) -> Plan:
 class LayerWeights(NamedTuple):
     """One layer's weights in the activations' dtype; None: it has none of that kind."""
     qkv: Tensor              # rows of queries, keys and values: one product reads their input once
-    o: Tensor                # with attn_scale in it, as down has mlp_scale
+    o: Tensor                # attn_scale is in it, as mlp_scale is in down, where no hook looks on
     up: Tensor
     down: Tensor
     attn_scale: Tensor
@@ -1049,16 +1049,21 @@ class GPT(nn.Module):
             return [None] * self.s.num_layers
         return p.to(self.compute_dtype).unbind(0)
 
-    def layer_weights(self) -> list[LayerWeights]:
-        """The weights of every layer."""
+    def layer_weights(self, scaled: bool) -> list[LayerWeights]:
+        """The weights of every layer; scaled: the branches' output matrices hold their
+        scales, so that no scaled output is written."""
         layers = self.s.num_layers
         q, o = self.qo_bank.chunk(2)
         k, v = self.kv_bank.chunk(2)
+        down = self.mlp_down_bank
+        if scaled:
+            o = self.attn_scale[:, :, None] * o
+            down = self.mlp_scale[:, :, None] * down
         stacks = dict(
             qkv=self.unbound(torch.cat((q, k, v), dim=1)),
-            o=self.unbound(self.attn_scale[:, :, None] * o),
+            o=self.unbound(o),
             up=self.unbound("mlp_up_bank"),
-            down=self.unbound(self.mlp_scale[:, :, None] * self.mlp_down_bank),
+            down=self.unbound(down),
             attn_scale=self.unbound("attn_scale"),
             mlp_scale=self.unbound("mlp_scale"),
             resid_mix=self.unbound("resid_mix"),
@@ -1148,10 +1153,12 @@ class GPT(nn.Module):
         y = y.flatten(2)
         forward.observe("heads", layer, y)
         # the adapter of the output reads the block input, not the heads
-        out = F.linear(y, weights.o) if onto is None or forward.hook else add_product(onto, y, weights.o)
-        forward.observe("attn_out", layer, out)
-        if forward.hook and onto is not None:
-            out = onto + out
+        if forward.hook is None:
+            out = product_onto(onto, y, weights.o)
+        else:      # the same in steps that can be seen
+            plain = F.linear(y, weights.o)
+            forward.observe("attn_out", layer, plain)
+            out = add_scaled(onto, weights.attn_scale, plain)
         return forward.adapted(out, "o", slot, x, weights.attn_scale)
 
     def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -1184,10 +1191,10 @@ class GPT(nn.Module):
         else:      # the same in steps that can be seen
             up = F.linear(x, weights.up)
             act = F.leaky_relu(up, slope).square()
-            out = F.linear(act, weights.down)
-            for kind, seen in (("mlp_in", x), ("up_out", up), ("mlp_act", act), ("mlp_out", out)):
+            plain = F.linear(act, weights.down)
+            for kind, seen in (("mlp_in", x), ("up_out", up), ("mlp_act", act), ("mlp_out", plain)):
                 forward.observe(kind, layer, seen)
-            out = out if onto is None else onto + out
+            out = add_scaled(onto, weights.mlp_scale, plain)
         return forward.adapted(out, "mlp", slot, x, weights.mlp_scale)
 
     def block(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor:
@@ -1233,7 +1240,8 @@ class GPT(nn.Module):
         x = self.embed(ids, layout, cache.last if start else None, hook)
         rope = self.rope(ids.size(1), ids.device, start, window)
         bound = None if adapter is None else adapter.bind(x.dtype)
-        return Forward(self.layer_weights(), x, rope, layout, bound, hook, cache)
+        weights = self.layer_weights(scaled=hook is None)
+        return Forward(weights, x, rope, layout, bound, hook, cache)
 
     def final_hidden(self, ids: Tensor, plan: Plan, layout: Layout | None = None,
                      adapter: Adapter | None = None, hook: Callable | None = None,
@@ -1319,13 +1327,19 @@ class GPT(nn.Module):
         place (N, B, T), of which only the first have a graph. training: as published,
         without the two caps."""
         hidden = self.final_hidden(ids, plan, layout, adapter, hook, cache)
-        if self.scores_plain_logits(adapter, training):
+        cap = self.s.logit_softcap
+        kernel = None if self.s.fused_ce_enabled else False      # None: where it can run
+        plain = self.scores_plain_logits(adapter, training)
+        if training and not plain:
+            head = self.head_weight().to(hidden.dtype)
+            scored = head_losses(hidden.flatten(0, 1), head, targets.flatten(), cap, kernel)
+            return scored.view(targets.shape)
+        if plain:
             z = self.logits(hidden, adapter)
             loss = functools.partial(F.cross_entropy, reduction="none")
         else:
             z = self.raw_logits(hidden, adapter)
-            kernel = None if self.s.fused_ce_enabled else False      # None: where it can run
-            loss = functools.partial(capped_ce, cap=self.s.logit_softcap, kernel=kernel)
+            loss = functools.partial(capped_ce, cap=cap, kernel=kernel)
         candidates = targets if targets.dim() > ids.dim() else targets[None]
         if cache is not None and cache.states:
             cache.remember(hidden, candidates[0])
@@ -6378,9 +6392,18 @@ def save_all(ctx, inputs, output):
 
 if triton is not None:
     @triton.jit
-    def ce_forward_kernel(logits_ptr, targets_ptr, loss_ptr, lse_ptr, cap, V, BLOCK: tl.constexpr):
+    def ce_slope(x, is_target, lse, cap):
+        """(softmax(s) - onehot) · ds/dx, where ds/dx = 4u(1 - u) for u = sigmoid(-2x/cap)."""
+        u = 1 / (1 + tl.exp(x * (2 / cap)))
+        p = tl.exp(-2 * cap * u - lse) - tl.where(is_target, 1.0, 0.0)
+        return p * (4 * u * (1 - u))
+
+    @triton.jit
+    def ce_forward_kernel(logits_ptr, targets_ptr, loss_ptr, lse_ptr, grad_ptr, cap, V,
+                          BLOCK: tl.constexpr, GRADIENT: tl.constexpr):
         """One row a program: loss and log Σ exp of s = cap·tanh(x/cap) - cap =
-        -2·cap·sigmoid(-2x/cap). The shift by cap cancels in the loss."""
+        -2·cap·sigmoid(-2x/cap). The shift by cap cancels in the loss. GRADIENT: also
+        d loss / d logits, from a second reading of the row, which is in the cache yet."""
         row = tl.program_id(0).to(tl.int64)     # N·V passes 2**31 at 262,144 tokens of 8,192
         logits_ptr += row * V
         peak, total = -float("inf"), 0.0
@@ -6396,12 +6419,17 @@ if triton is not None:
         x = tl.load(logits_ptr + target).to(tl.float32)
         tl.store(lse_ptr + row, lse)
         tl.store(loss_ptr + row, lse + 2 * cap / (1 + tl.exp(x * (2 / cap))))
+        if GRADIENT:
+            for start in range(0, V, BLOCK):
+                cols = start + tl.arange(0, BLOCK)
+                x = tl.load(logits_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
+                grad = ce_slope(x, cols == target, lse, cap)
+                tl.store(grad_ptr + row * V + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < V)
 
     @triton.jit
     def ce_backward_kernel(logits_ptr, targets_ptr, lse_ptr, dloss_ptr, grad_ptr, cap, V,
                            BLOCK: tl.constexpr):
-        """grad = dloss · (softmax(s) - onehot) · ds/dx, where ds/dx = 4u(1 - u) for u
-        = sigmoid(-2x/cap)."""
+        """grad = dloss · d loss / d logits."""
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(targets_ptr + row)
         lse = tl.load(lse_ptr + row)
@@ -6409,9 +6437,7 @@ if triton is not None:
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             x = tl.load(logits_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
-            u = 1 / (1 + tl.exp(x * (2 / cap)))
-            p = tl.exp(-2 * cap * u - lse) - tl.where(cols == target, 1.0, 0.0)
-            grad = dloss * p * (4 * u * (1 - u))
+            grad = dloss * ce_slope(x, cols == target, lse, cap)
             tl.store(grad_ptr + row * V + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < V)
 
     @triton.jit
@@ -6541,8 +6567,8 @@ def ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Ten
     N, V = logits.shape
     loss, lse = per_row(logits)
     if N:
-        ce_forward_kernel[(N,)](logits.contiguous(), targets.contiguous(), loss, lse, cap, V,
-                                **ce_launch(V))
+        ce_forward_kernel[(N,)](logits.contiguous(), targets.contiguous(), loss, lse, logits, cap, V,
+                                GRADIENT=False, **ce_launch(V))
     return loss, lse
 
 
@@ -6568,6 +6594,52 @@ def capped_ce(logits: Tensor, targets: Tensor, cap: float, kernel: bool | None =
     if use_triton(kernel, logits.is_cuda):
         return ce_forward(logits, targets, float(cap))[0]
     return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
+
+
+@operator
+def ce_with_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """logits (N, V), targets (N) int64 -> losses (N) float32 and their gradient (N, V)
+    in the logits' dtype."""
+    N, V = logits.shape
+    loss, lse = per_row(logits)
+    grad = torch.empty_like(logits)
+    if N:
+        ce_forward_kernel[(N,)](logits.contiguous(), targets.contiguous(), loss, lse, grad, cap, V,
+                                GRADIENT=True, **ce_launch(V))
+    return loss, grad
+
+
+@ce_with_gradient.register_fake
+def loss_and_gradient(logits, *_):
+    """Shapes of losses and gradient."""
+    return per_row(logits)[0], logits.new_empty(logits.shape)
+
+
+class HeadLosses(torch.autograd.Function):
+    """Head and cross-entropy as one node: the gradient is written while the logits are
+    at hand, and what comes back multiplies rows of the small factors."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, cap):
+        losses, gradient = ce_with_gradient(hidden @ weight.mT, targets, cap)
+        ctx.save_for_backward(hidden, weight, gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx, d_losses):
+        hidden, weight, gradient = ctx.saved_tensors
+        d_losses = d_losses[:, None].to(hidden.dtype)
+        d_hidden = d_losses * (gradient @ weight)
+        d_weight = gradient.mT @ (d_losses * hidden)
+        return d_hidden, d_weight, None, None
+
+
+def head_losses(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float,
+                kernel: bool | None = None) -> Tensor:
+    """capped_ce of the logits hidden (N, d) @ weight (V, d)ᵀ, in training."""
+    if use_triton(kernel, hidden.is_cuda) and torch.is_grad_enabled():
+        return HeadLosses.apply(hidden, weight, targets, float(cap))
+    return capped_ce(F.linear(hidden, weight), targets, cap, kernel)
 
 
 # --- norms and rotation: with a backward of their own, which reads little again
@@ -6874,9 +6946,17 @@ def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, onto: Te
     return hidden @ down.mT if onto is None else torch.addmm(onto, hidden, down.mT)
 
 
-def add_product(onto: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """onto (B, T, out) + x (B, T, in) @ weightᵀ: the product adds it while it writes."""
+def product_onto(onto: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
+    """x (B, T, in) @ weightᵀ, onto a stream (B, T, out) if that is given: the product
+    adds it while it writes."""
+    if onto is None:
+        return F.linear(x, weight)
     return torch.addmm(onto.flatten(0, 1), x.flatten(0, 1), weight.mT).view(onto.shape)
+
+
+def add_scaled(onto: Tensor | None, scale: Tensor, x: Tensor) -> Tensor:
+    """scale · x, onto a stream if that is given."""
+    return scale * x if onto is None else onto + scale * x
 
 
 # --- attention
@@ -9234,8 +9314,8 @@ class LineageGPT(GPT):
         if self.s.ve_enabled:
             self.ve_embed.normal_(0, 0.01, generator=generator)
 
-    def layer_weights(self) -> list[LayerWeights]:
-        layers = super().layer_weights()
+    def layer_weights(self, scaled: bool) -> list[LayerWeights]:
+        layers = super().layer_weights(scaled)
         if not self.s.attn_out_gate_enabled:
             return layers
         gates = self.unbound("attn_gate_proj")

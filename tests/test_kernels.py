@@ -124,6 +124,25 @@ def test_ce_kernel_through_torch_compile():
     assert gap(got[0], want[0]) < 1e-6 and gap(got[1], want[1]) < 2e-6
 
 
+@needs_triton
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("V", [1000, 20000])
+def test_head_losses_are_the_head_and_the_twin(V, dtype, bound):
+    """Whatever comes back for each loss multiplies the gradient that was written on the way."""
+    hidden, weight = random((6, 24), (V, 24), dtype=dtype)
+    _, targets, d_losses = ce_problem(6, V, dtype)
+
+    def losses(kernel):
+        return lambda hidden, weight: kernels.head_losses(hidden, weight, targets, 30.0, kernel=kernel)
+
+    compiled = torch.compile(losses(True), fullgraph=True, backend="aot_eager")
+    want = graded(losses(False), [x.detach().float().requires_grad_() for x in (hidden, weight)], d_losses)
+    for function in (losses(True), compiled):
+        got = graded(function, [hidden, weight], d_losses)
+        assert got[0].dtype == torch.float32 and got[1].dtype == dtype
+        assert all(gap(a, b) < bound for a, b in zip(got, want))
+
+
 def test_ce_twin_is_the_definition():
     logits, targets, _ = ce_problem(9, 50, torch.float32)
     p = (30 * torch.tanh(logits / 30)).softmax(-1)
