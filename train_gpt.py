@@ -923,10 +923,8 @@ def layer_plan(s: Settings, looping: bool) -> Plan:
 
 class LayerWeights(NamedTuple):
     """One layer's weights in the activations' dtype; None: it has none of that kind."""
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
+    qkv: Tensor              # rows of queries, keys and values: one product reads their input once
+    o: Tensor                # attn_scale is in it, as mlp_scale is in down, where no hook looks on
     up: Tensor
     down: Tensor
     attn_scale: Tensor
@@ -954,35 +952,12 @@ class Forward:
         if self.hook is not None:
             self.hook(kind, layer, x)
 
-    def adapted(self, y: Tensor, kind: str, slot: int, x: Tensor) -> Tensor:
-        """y with the adapter's delta for this slot, which reads x, if there is one."""
+    def adapted(self, y: Tensor, kind: str, slot: int, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """y with the adapter's delta for this slot, which reads x, if there is one;
+        scale (channels of y): what y was multiplied by."""
         if self.adapter is None:
             return y
-        return self.adapter.add(y, kind, slot, x)
-
-
-def rms(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis; no learned scale."""
-    return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of the first 2 x (table width) channels. x (B, T, heads, Dh)."""
-    cos, sin = (table[:, None, :].to(x.dtype) for table in rope)
-    half = cos.size(-1)
-    first = x[..., :half]
-    second = x[..., half:2 * half]
-    rest = x[..., 2 * half:]
-    return torch.cat((first * cos + second * sin, second * cos - first * sin, rest), dim=-1)
-
-
-def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: attention output y (B, T, H, Dh) minus its projection on the token's own v
-    (B, T, K, Dh)."""
-    direction = F.normalize(v, dim=-1, eps=1e-12)[:, :, :, None]
-    grouped = y.unflatten(2, (v.size(2), -1))
-    length = (grouped * direction).sum(-1, keepdim=True)
-    return (grouped - length * direction).flatten(2, 3)
+        return self.adapter.add(y, kind, slot, x, scale)
 
 
 def soft_cap(z: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
@@ -1065,26 +1040,30 @@ class GPT(nn.Module):
 
     # --- pieces
 
-    def unbound(self, name: str) -> Sequence[Tensor | None]:
-        """A stacked parameter by layer, in the activations' dtype. Unbound once in a
-        forward: its gradient is then one stack, not a sum of zeros."""
-        p = getattr(self, name, None)
+    def unbound(self, stack: Tensor | str) -> Sequence[Tensor | None]:
+        """A stacked parameter, or the one of this name, by layer, in the activations'
+        dtype. Unbound once in a forward: its gradient is then one stack, not a sum of
+        zeros."""
+        p = getattr(self, stack, None) if isinstance(stack, str) else stack
         if p is None:
             return [None] * self.s.num_layers
         return p.to(self.compute_dtype).unbind(0)
 
-    def layer_weights(self) -> list[LayerWeights]:
-        """The weights of every layer."""
+    def layer_weights(self, scaled: bool) -> list[LayerWeights]:
+        """The weights of every layer; scaled: the branches' output matrices hold their
+        scales, so that no scaled output is written."""
         layers = self.s.num_layers
-        qo = self.unbound("qo_bank")
-        kv = self.unbound("kv_bank")
+        q, o = self.qo_bank.chunk(2)
+        k, v = self.kv_bank.chunk(2)
+        down = self.mlp_down_bank
+        if scaled:
+            o = self.attn_scale[:, :, None] * o
+            down = self.mlp_scale[:, :, None] * down
         stacks = dict(
-            q=qo[:layers],
-            o=qo[layers:],
-            k=kv[:layers],
-            v=kv[layers:],
+            qkv=self.unbound(torch.cat((q, k, v), dim=1)),
+            o=self.unbound(o),
             up=self.unbound("mlp_up_bank"),
-            down=self.unbound("mlp_down_bank"),
+            down=self.unbound(down),
             attn_scale=self.unbound("attn_scale"),
             mlp_scale=self.unbound("mlp_scale"),
             resid_mix=self.unbound("resid_mix"),
@@ -1155,32 +1134,41 @@ class GPT(nn.Module):
         mixed = x[:, 1:] + gate * self.smear_lambda.to(x.dtype) * last
         return torch.cat((x[:, :1], mixed), dim=1)
 
-    def attend(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor:
-        """Attention branch of a layer on its normalised input x (B, T, D)."""
+    def attend(self, forward: Forward, layer: int, slot: int, x: Tensor,
+               onto: Tensor | None = None) -> Tensor:
+        """Attention branch of a layer on its normalised input x (B, T, D), added onto
+        the stream, if that is given."""
         s, weights = self.s, forward.layers[layer]
         q_flat, k, v = self.project(forward, layer, slot, x)
         q, k, v = (flat.unflatten(2, (-1, s.head_dim)) for flat in (q_flat, k, v))
-        q = rotate(rms(q), forward.rope) * weights.q_gain[:, None]
-        k = rotate(rms(k), forward.rope)
+        q = normed_rotated(q, forward.rope, weights.q_gain)
+        k = normed_rotated(k, forward.rope)
         keys, values = (k, v) if forward.cache is None else forward.cache.extend(slot, k, v)
         y = attention(q, keys, values, forward.layout)
+        gate = None if weights.gate is None else self.head_gate(weights.gate, x, q_flat)
         if layer >= s.num_layers - s.xsa_last_n:
-            y = remove_own_value(y, v)
-        if weights.gate is not None:
-            y = y * self.head_gate(weights.gate, x, q_flat)[..., None]
+            y = remove_own_value(y, v, gate)
+        elif gate is not None:
+            y = y * gate[..., None]
         y = y.flatten(2)
         forward.observe("heads", layer, y)
         # the adapter of the output reads the block input, not the heads
-        out = forward.adapted(F.linear(y, weights.o), "o", slot, x)
-        forward.observe("attn_out", layer, out)
-        return out
+        if forward.hook is None:
+            out = product_onto(onto, y, weights.o)
+        else:      # the same in steps that can be seen
+            plain = F.linear(y, weights.o)
+            forward.observe("attn_out", layer, plain)
+            out = add_scaled(onto, weights.attn_scale, plain)
+        return forward.adapted(out, "o", slot, x, weights.attn_scale)
 
     def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, T, H·Dh), keys and values (B, T, K·Dh) of a layer's input x."""
-        weights = forward.layers[layer]
-        q = forward.adapted(F.linear(x, weights.q), "q", slot, x)
-        k = forward.adapted(F.linear(x, weights.k), "k", slot, x)
-        v = forward.adapted(F.linear(x, weights.v), "v", slot, x)
+        s = self.s
+        qkv = F.linear(x, forward.layers[layer].qkv)
+        q, k, v = qkv.split((s.model_dim, s.kv_dim, s.kv_dim), dim=-1)
+        q = forward.adapted(q, "q", slot, x)
+        k = forward.adapted(k, "k", slot, x)
+        v = forward.adapted(v, "v", slot, x)
         for kind, seen in (("attn_in", x), ("q_out", q), ("k_out", k), ("v_out", v)):
             forward.observe(kind, layer, seen)
         return q, k, v
@@ -1191,47 +1179,47 @@ class GPT(nn.Module):
         logit = F.linear(x[..., :weight.size(-1)], weight)
         return torch.sigmoid(self.s.sparse_attn_gate_scale * logit)
 
-    def feed_forward(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor:
-        """MLP branch of a layer on its normalised input x (B, T, D)."""
+    def feed_forward(self, forward: Forward, layer: int, slot: int, x: Tensor,
+                     onto: Tensor | None = None) -> Tensor:
+        """MLP branch of a layer on its normalised input x (B, T, D), added onto the
+        stream, if that is given."""
         weights, slope = forward.layers[layer], self.s.negative_slope
         if forward.hook is None:
             rows = x.flatten(0, 1)
-            out = leaky_square_mlp(rows, weights.up, weights.down, slope).view(x.shape)
+            stream = None if onto is None else onto.flatten(0, 1)
+            out = leaky_square_mlp(rows, weights.up, weights.down, slope, stream).view(x.shape)
         else:      # the same in steps that can be seen
             up = F.linear(x, weights.up)
             act = F.leaky_relu(up, slope).square()
-            out = F.linear(act, weights.down)
-            for kind, seen in (("mlp_in", x), ("up_out", up), ("mlp_act", act), ("mlp_out", out)):
+            plain = F.linear(act, weights.down)
+            for kind, seen in (("mlp_in", x), ("up_out", up), ("mlp_act", act), ("mlp_out", plain)):
                 forward.observe(kind, layer, seen)
-        return forward.adapted(out, "mlp", slot, x)
+            out = add_scaled(onto, weights.mlp_scale, plain)
+        return forward.adapted(out, "mlp", slot, x, weights.mlp_scale)
 
     def block(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor:
         """A layer on the one residual stream x (B, T, D)."""
         weights, scale = forward.layers[layer], self.depth_scale(layer)
-        x = weights.resid_mix[0] * x + weights.resid_mix[1] * forward.x0
-        x = x + weights.attn_scale * self.attend(forward, layer, slot, rms(x) * scale)
-        return x + weights.mlp_scale * self.feed_forward(forward, layer, slot, rms(x) * scale)
+        x = blend((x, weights.resid_mix[0]), (forward.x0, weights.resid_mix[1]))
+        x = self.attend(forward, layer, slot, rms(x, scale), onto=x)
+        return self.feed_forward(forward, layer, slot, rms(x, scale), onto=x)
 
     def branches(self, forward: Forward, layer: int, slot: int, lane0: Tensor,
                  lane1: Tensor) -> tuple[Tensor, ...]:
         """Lane 0 mixed with x0 (for part three's lanes), what attention makes of it,
         what the MLP of lane 1."""
         weights, scale = forward.layers[layer], self.depth_scale(layer)
-        mixed = weights.resid_mix[0] * lane0 + weights.resid_mix[1] * forward.x0
-        attended = weights.attn_scale * self.attend(forward, layer, slot, rms(mixed) * scale)
-        fed = weights.mlp_scale * self.feed_forward(forward, layer, slot, rms(lane1) * scale)
+        mixed = blend((lane0, weights.resid_mix[0]), (forward.x0, weights.resid_mix[1]))
+        attended = self.attend(forward, layer, slot, rms(mixed, scale))
+        fed = self.feed_forward(forward, layer, slot, rms(lane1, scale))
         return mixed, attended, fed
 
     def lanes(self, forward: Forward, layer: int, slot: int, lane0: Tensor,
               lane1: Tensor) -> tuple[Tensor, Tensor]:
         """Attention reads lane 0, the MLP lane 1; each writes to both."""
         _, attended, fed = self.branches(forward, layer, slot, lane0, lane1)
-        keep0, keep1 = forward.layers[layer].resid
-        attended_to, fed_to = forward.layers[layer].post
-        attended_to0, attended_to1 = attended_to
-        fed_to0, fed_to1 = fed_to
-        return (keep0 * lane0 + attended_to0 * attended + fed_to0 * fed,
-                keep1 * lane1 + attended_to1 * attended + fed_to1 * fed)
+        weights = forward.layers[layer]
+        return mix_lanes(lane0, lane1, attended, fed, weights.resid, weights.post)
 
     def depth_scale(self, layer: int) -> float:
         """Factor on the input of both branches of a layer."""
@@ -1239,8 +1227,8 @@ class GPT(nn.Module):
 
     def merge_skip(self, j: int, x: Tensor, skip: Tensor) -> Tensor:
         """U-Net skip number j into the stream x; a gate of 1 keeps the stream."""
-        skip = self.skip_weights[j].to(x.dtype) * skip
-        return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[j].to(x.dtype)))
+        gate = torch.sigmoid(self.skip_gates[j])
+        return blend((x, gate), (skip, (1 - gate) * self.skip_weights[j]))
 
     # --- the forward
 
@@ -1252,7 +1240,8 @@ class GPT(nn.Module):
         x = self.embed(ids, layout, cache.last if start else None, hook)
         rope = self.rope(ids.size(1), ids.device, start, window)
         bound = None if adapter is None else adapter.bind(x.dtype)
-        return Forward(self.layer_weights(), x, rope, layout, bound, hook, cache)
+        weights = self.layer_weights(scaled=hook is None)
+        return Forward(weights, x, rope, layout, bound, hook, cache)
 
     def final_hidden(self, ids: Tensor, plan: Plan, layout: Layout | None = None,
                      adapter: Adapter | None = None, hook: Callable | None = None,
@@ -1338,13 +1327,19 @@ class GPT(nn.Module):
         place (N, B, T), of which only the first have a graph. training: as published,
         without the two caps."""
         hidden = self.final_hidden(ids, plan, layout, adapter, hook, cache)
-        if self.scores_plain_logits(adapter, training):
+        cap = self.s.logit_softcap
+        kernel = None if self.s.fused_ce_enabled else False      # None: where it can run
+        plain = self.scores_plain_logits(adapter, training)
+        if training and not plain:
+            head = self.head_weight().to(hidden.dtype)
+            scored = head_losses(hidden.flatten(0, 1), head, targets.flatten(), cap, kernel)
+            return scored.view(targets.shape)
+        if plain:
             z = self.logits(hidden, adapter)
             loss = functools.partial(F.cross_entropy, reduction="none")
         else:
             z = self.raw_logits(hidden, adapter)
-            kernel = None if self.s.fused_ce_enabled else False      # None: where it can run
-            loss = functools.partial(capped_ce, cap=self.s.logit_softcap, kernel=kernel)
+            loss = functools.partial(capped_ce, cap=cap, kernel=kernel)
         candidates = targets if targets.dim() > ids.dim() else targets[None]
         if cache is not None and cache.states:
             cache.remember(hidden, candidates[0])
@@ -3156,14 +3151,15 @@ class BoundAdapter(NamedTuple):
     b: dict
     scale: float
 
-    def add(self, y: Tensor, kind: str, slot: int, x: Tensor) -> Tensor:
+    def add(self, y: Tensor, kind: str, slot: int, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """y (B, T, out) + scale * x A' B' for x (B, T, in); y itself when this kind
-        is not adapted."""
+        is not adapted. scale (out): times this as well, a seam of the model."""
         if kind not in self.a:
             return y
         a = self.a[kind][slot]
         low = F.linear(x, a) if a.dim() == 2 else torch.bmm(x, a.mT)
-        return y + self.scale * torch.bmm(low, self.b[kind][slot].mT)
+        delta = self.scale * torch.bmm(low, self.b[kind][slot].mT)
+        return y + (delta if scale is None else scale * delta)
 
 
 class Adapter:
@@ -6396,9 +6392,18 @@ def save_all(ctx, inputs, output):
 
 if triton is not None:
     @triton.jit
-    def ce_forward_kernel(logits_ptr, targets_ptr, loss_ptr, lse_ptr, cap, V, BLOCK: tl.constexpr):
+    def ce_slope(x, is_target, lse, cap):
+        """(softmax(s) - onehot) · ds/dx, where ds/dx = 4u(1 - u) for u = sigmoid(-2x/cap)."""
+        u = 1 / (1 + tl.exp(x * (2 / cap)))
+        p = tl.exp(-2 * cap * u - lse) - tl.where(is_target, 1.0, 0.0)
+        return p * (4 * u * (1 - u))
+
+    @triton.jit
+    def ce_forward_kernel(logits_ptr, targets_ptr, loss_ptr, lse_ptr, grad_ptr, cap, V,
+                          BLOCK: tl.constexpr, GRADIENT: tl.constexpr):
         """One row a program: loss and log Σ exp of s = cap·tanh(x/cap) - cap =
-        -2·cap·sigmoid(-2x/cap). The shift by cap cancels in the loss."""
+        -2·cap·sigmoid(-2x/cap). The shift by cap cancels in the loss. GRADIENT: also
+        d loss / d logits, from a second reading of the row, which is in the cache yet."""
         row = tl.program_id(0).to(tl.int64)     # N·V passes 2**31 at 262,144 tokens of 8,192
         logits_ptr += row * V
         peak, total = -float("inf"), 0.0
@@ -6414,12 +6419,17 @@ if triton is not None:
         x = tl.load(logits_ptr + target).to(tl.float32)
         tl.store(lse_ptr + row, lse)
         tl.store(loss_ptr + row, lse + 2 * cap / (1 + tl.exp(x * (2 / cap))))
+        if GRADIENT:
+            for start in range(0, V, BLOCK):
+                cols = start + tl.arange(0, BLOCK)
+                x = tl.load(logits_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
+                grad = ce_slope(x, cols == target, lse, cap)
+                tl.store(grad_ptr + row * V + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < V)
 
     @triton.jit
     def ce_backward_kernel(logits_ptr, targets_ptr, lse_ptr, dloss_ptr, grad_ptr, cap, V,
                            BLOCK: tl.constexpr):
-        """grad = dloss · (softmax(s) - onehot) · ds/dx, where ds/dx = 4u(1 - u) for u
-        = sigmoid(-2x/cap)."""
+        """grad = dloss · d loss / d logits."""
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(targets_ptr + row)
         lse = tl.load(lse_ptr + row)
@@ -6427,9 +6437,7 @@ if triton is not None:
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             x = tl.load(logits_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
-            u = 1 / (1 + tl.exp(x * (2 / cap)))
-            p = tl.exp(-2 * cap * u - lse) - tl.where(cols == target, 1.0, 0.0)
-            grad = dloss * p * (4 * u * (1 - u))
+            grad = dloss * ce_slope(x, cols == target, lse, cap)
             tl.store(grad_ptr + row * V + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < V)
 
     @triton.jit
@@ -6476,6 +6484,57 @@ if triton is not None:
             out = leaky * leaky
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
+    @triton.jit
+    def own_value_kernel(y_ptr, v_ptr, gate_ptr, out_ptr, N, v_stride, HEADS: tl.constexpr,
+                         GROUP: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+        """Tokens of one key head a program: out = gate · (y - <y, u> u) for its GROUP
+        query heads, u the direction of the token's own value."""
+        rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+        key_head = tl.program_id(1)
+        channel = tl.arange(0, BW)
+        inside = (rows < N)[:, None] & (channel < WIDTH)[None, :]
+        v_at = rows[:, None] * v_stride + key_head * WIDTH + channel[None, :]
+        v = tl.load(v_ptr + v_at, mask=inside, other=0.0).to(tl.float32)
+        u = v / tl.maximum(tl.sqrt(tl.sum(v * v, 1)), 1e-12)[:, None]
+        for member in tl.static_range(GROUP):
+            head = rows * HEADS + key_head * GROUP + member
+            at = head[:, None] * WIDTH + channel[None, :]
+            y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            gate = tl.load(gate_ptr + head, mask=rows < N, other=0.0).to(tl.float32)
+            out = gate[:, None] * (y - tl.sum(y * u, 1)[:, None] * u)
+            tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def own_value_backward_kernel(dout_ptr, y_ptr, v_ptr, gate_ptr, dy_ptr, dv_ptr, dgate_ptr, N,
+                                  v_stride, HEADS: tl.constexpr, GROUP: tl.constexpr,
+                                  WIDTH: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+        """The gradients of y, v (rows of KEY_HEADS · WIDTH) and gate, tiles as above."""
+        rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+        key_head = tl.program_id(1)
+        channel = tl.arange(0, BW)
+        inside = (rows < N)[:, None] & (channel < WIDTH)[None, :]
+        v_at = rows[:, None] * v_stride + key_head * WIDTH + channel[None, :]
+        v = tl.load(v_ptr + v_at, mask=inside, other=0.0).to(tl.float32)
+        length = tl.maximum(tl.sqrt(tl.sum(v * v, 1)), 1e-12)
+        u = v / length[:, None]
+        du = tl.zeros((BN, BW), dtype=tl.float32)
+        for member in tl.static_range(GROUP):
+            head = rows * HEADS + key_head * GROUP + member
+            at = head[:, None] * WIDTH + channel[None, :]
+            y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            dout = tl.load(dout_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            gate = tl.load(gate_ptr + head, mask=rows < N, other=0.0).to(tl.float32)
+            along_y = tl.sum(y * u, 1)
+            along_dout = tl.sum(dout * u, 1)
+            dgate = tl.sum(dout * y, 1) - along_y * along_dout
+            tl.store(dgate_ptr + head, dgate.to(dgate_ptr.dtype.element_ty), mask=rows < N)
+            dy = gate[:, None] * (dout - along_dout[:, None] * u)
+            tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=inside)
+            du -= gate[:, None] * (along_dout[:, None] * y + along_y[:, None] * dout)
+        dv = (du - tl.sum(du * u, 1)[:, None] * u) / length[:, None]
+        dv_at = (rows * (HEADS // GROUP) + key_head)[:, None] * WIDTH + channel[None, :]
+        tl.store(dv_ptr + dv_at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+
 
 # --- softcapped cross-entropy
 
@@ -6508,8 +6567,8 @@ def ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Ten
     N, V = logits.shape
     loss, lse = per_row(logits)
     if N:
-        ce_forward_kernel[(N,)](logits.contiguous(), targets.contiguous(), loss, lse, cap, V,
-                                **ce_launch(V))
+        ce_forward_kernel[(N,)](logits.contiguous(), targets.contiguous(), loss, lse, logits, cap, V,
+                                GRADIENT=False, **ce_launch(V))
     return loss, lse
 
 
@@ -6535,6 +6594,270 @@ def capped_ce(logits: Tensor, targets: Tensor, cap: float, kernel: bool | None =
     if use_triton(kernel, logits.is_cuda):
         return ce_forward(logits, targets, float(cap))[0]
     return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
+
+
+@operator
+def ce_with_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """logits (N, V), targets (N) int64 -> losses (N) float32 and their gradient (N, V)
+    in the logits' dtype."""
+    N, V = logits.shape
+    loss, lse = per_row(logits)
+    grad = torch.empty_like(logits)
+    if N:
+        ce_forward_kernel[(N,)](logits.contiguous(), targets.contiguous(), loss, lse, grad, cap, V,
+                                GRADIENT=True, **ce_launch(V))
+    return loss, grad
+
+
+@ce_with_gradient.register_fake
+def loss_and_gradient(logits, *_):
+    """Shapes of losses and gradient."""
+    return per_row(logits)[0], logits.new_empty(logits.shape)
+
+
+class HeadLosses(torch.autograd.Function):
+    """Head and cross-entropy as one node: the gradient is written while the logits are
+    at hand, and what comes back multiplies rows of the small factors."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, cap):
+        losses, gradient = ce_with_gradient(hidden @ weight.mT, targets, cap)
+        ctx.save_for_backward(hidden, weight, gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx, d_losses):
+        hidden, weight, gradient = ctx.saved_tensors
+        d_losses = d_losses[:, None].to(hidden.dtype)
+        d_hidden = d_losses * (gradient @ weight)
+        d_weight = gradient.mT @ (d_losses * hidden)
+        return d_hidden, d_weight, None, None
+
+
+def head_losses(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float,
+                kernel: bool | None = None) -> Tensor:
+    """capped_ce of the logits hidden (N, d) @ weight (V, d)ᵀ, in training."""
+    if use_triton(kernel, hidden.is_cuda) and torch.is_grad_enabled():
+        return HeadLosses.apply(hidden, weight, targets, float(cap))
+    return capped_ce(F.linear(hidden, weight), targets, cap, kernel)
+
+
+# --- norms and rotation: with a backward of their own, which reads little again
+
+class ScaledNorm(torch.autograd.Function):
+    """The gradient is made from the output: the input need not be kept."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        wide = x.float()
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_EPS)
+        y = (wide * (scale * inverse)).to(x.dtype)
+        ctx.scale = scale
+        ctx.save_for_backward(y, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        y, inverse = ctx.saved_tensors
+        normed = y.float() / ctx.scale
+        wide = dy.float()
+        along = (wide * normed).mean(-1, keepdim=True)
+        return ((wide - along * normed) * (ctx.scale * inverse)).to(dy.dtype), None
+
+
+def rms(x: Tensor, scale: float = 1.0) -> Tensor:
+    """scale · x / sqrt(mean(x^2) + eps) over the last axis; nothing in it is learnt."""
+    return ScaledNorm.apply(x, scale)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, T, heads, Dh) with channel c and c + half of the first 2·half turned by an
+    angle of the token; cos, sin (T, half)."""
+    width, half = x.size(-1), cos.size(-1)
+    groups = -(-width // (2 * half))
+    channel = torch.arange(width, device=x.device)
+    turned = channel < 2 * half
+    sign = torch.where(channel % (2 * half) < half, 1, -1)
+    cos = torch.where(turned, cos.repeat(1, 2 * groups)[:, :width], 1)
+    sin = torch.where(turned, sign * sin.repeat(1, 2 * groups)[:, :width], 0)
+    padded = F.pad(x, (0, 2 * half * groups - width))
+    # the halves of every 2·half channels exchanged: a view for the compiler, where a cat is a kernel
+    partner = padded.unflatten(-1, (groups, 2, half)).flip(-2).flatten(-3)[..., :width]
+    return x * cos[:, None] + partner * sin[:, None]
+
+
+class NormedRotated(torch.autograd.Function):
+    """All in float32, and the gain's gradient from sums over a head that the norm's
+    gradient needs anyway."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, gain):
+        normed = x.float()
+        normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + RMS_EPS)
+        y = rotate(normed, cos, sin)
+        ctx.save_for_backward(x, cos, sin, gain)
+        return (y if gain is None else y * gain[:, None]).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, cos, sin, gain = ctx.saved_tensors
+        wide = x.float()
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_EPS)
+        normed = wide * inverse
+        turned_back = rotate(dy.float(), cos, -sin)
+        along = (turned_back * normed).mean(-1, keepdim=True)
+        dx = (turned_back - along * normed) * inverse
+        if gain is None:
+            return dx.to(x.dtype), None, None, None
+        d_gain = x.size(-1) * along.sum((0, 1, 3))
+        return (dx * gain[:, None]).to(x.dtype), None, None, d_gain.to(gain.dtype)
+
+
+def normed_rotated(x: Tensor, rope: tuple[Tensor, Tensor], gain: Tensor | None = None) -> Tensor:
+    """Queries or keys x (B, T, heads, Dh): each head over its RMS, turned by rotary
+    embedding, times its gain (heads)."""
+    return NormedRotated.apply(x, *rope, gain)
+
+
+# --- sums of streams: the factors' gradients from one more reading of what was summed
+
+class Blend(torch.autograd.Function):
+    """Half of the arguments are streams (B, T, D), the other half their factors (D)."""
+
+    @staticmethod
+    def forward(ctx, *streams_and_factors):
+        ctx.save_for_backward(*streams_and_factors)
+        half = len(streams_and_factors) // 2
+        terms = [stream * factor.to(stream.dtype)
+                 for stream, factor in zip(streams_and_factors[:half], streams_and_factors[half:])]
+        return sum(terms[1:], start=terms[0])
+
+    @staticmethod
+    def backward(ctx, dy):
+        half = len(ctx.saved_tensors) // 2
+        streams = ctx.saved_tensors[:half]
+        factors = ctx.saved_tensors[half:]
+        # no cast to float32 before the sums: the compiler would write what it has cast
+        d_streams = [dy * factor.to(dy.dtype) for factor in factors]
+        d_factors = [(dy * stream).sum((0, 1), dtype=torch.float32).to(factor.dtype)
+                     for stream, factor in zip(streams, factors)]
+        return *d_streams, *d_factors
+
+
+def blend(*terms: tuple[Tensor, Tensor]) -> Tensor:
+    """The sum of streams (B, T, D), each times its factor (D)."""
+    streams, factors = zip(*terms)
+    views = [stream.view_as(stream) for stream in streams]     # dynamo refuses one tensor given twice
+    return Blend.apply(*views, *factors)
+
+
+class MixLanes(torch.autograd.Function):
+    """Eight gradients from one reading of two lanes, two branches and what comes back."""
+
+    @staticmethod
+    def forward(ctx, lane0, lane1, attended, fed, keep, post):
+        ctx.save_for_backward(lane0, lane1, attended, fed, keep, post)
+        mixed0 = keep[0] * lane0 + post[0, 0] * attended + post[1, 0] * fed
+        mixed1 = keep[1] * lane1 + post[0, 1] * attended + post[1, 1] * fed
+        return mixed0, mixed1
+
+    @staticmethod
+    def backward(ctx, d_mixed0, d_mixed1):
+        lane0, lane1, attended, fed, keep, post = ctx.saved_tensors
+        products = (d_mixed0 * lane0, d_mixed1 * lane1,
+                    d_mixed0 * attended, d_mixed1 * attended, d_mixed0 * fed, d_mixed1 * fed)
+        # a token's sums first: they join the kernel that has its row at hand
+        rows = torch.stack([product.sum(-1, dtype=torch.float32).flatten() for product in products])
+        totals = rows.sum(-1)
+        d_keep = totals[:2]
+        d_post = totals[2:].view(2, 2)
+        d_attended = post[0, 0] * d_mixed0 + post[0, 1] * d_mixed1
+        d_fed = post[1, 0] * d_mixed0 + post[1, 1] * d_mixed1
+        return (keep[0] * d_mixed0, keep[1] * d_mixed1, d_attended, d_fed,
+                d_keep.to(keep.dtype), d_post.to(post.dtype))
+
+
+def mix_lanes(lane0: Tensor, lane1: Tensor, attended: Tensor, fed: Tensor, keep: Tensor,
+              post: Tensor) -> tuple[Tensor, Tensor]:
+    """Both lanes (B, T, D), kept by keep (2), after attention and MLP have written
+    their branches to both, by post (2 branches, 2 lanes)."""
+    view = lane0.view_as(lane0)     # both may be the stream that has just been split, see blend
+    return MixLanes.apply(view, lane1, attended, fed, keep, post)
+
+
+# --- attention without the token's own value
+
+def own_value_launch(kernel, y: Tensor, v: Tensor, *pointers: Tensor) -> None:
+    """Run a kernel above on y (B, T, H, Dh), v (B, T, K, Dh), whose rows of K · Dh lie
+    at equal distances, and what else it reads and writes, in its order."""
+    heads, width = y.shape[2:]
+    rows, key_heads = y.shape[0] * y.shape[1], v.shape[2]
+    if rows:
+        block = 32
+        kernel[(triton.cdiv(rows, block), key_heads)](
+            *pointers, rows, v.stride(1), HEADS=heads, GROUP=heads // key_heads, WIDTH=width,
+            BN=block, BW=triton.next_power_of_2(width), num_warps=4)
+
+
+def in_rows(v: Tensor) -> Tensor:
+    """v (B, T, K, Dh) as own_value_launch reads it: a slice of a wider row stays one."""
+    regular = v.stride(3) == 1 and v.stride(2) == v.size(3)
+    regular = regular and (v.size(0) == 1 or v.stride(0) == v.size(1) * v.stride(1))
+    return v if regular else v.contiguous()
+
+
+@operator
+def own_value_removed(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """y (B, T, H, Dh), v (B, T, K, Dh), gate (B, T, H) -> like y."""
+    y, v, gate = y.contiguous(), in_rows(v), gate.contiguous()
+    out = torch.empty_like(y)
+    own_value_launch(own_value_kernel, y, v, y, v, gate, out)
+    return out
+
+
+@own_value_removed.register_fake
+def own_value_removed_shape(y, v, gate):
+    """The output's shape, that of y."""
+    return y.new_empty(y.shape)
+
+
+@operator
+def own_value_gradients(dout: Tensor, y: Tensor, v: Tensor,
+                        gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dout (B, T, H, Dh) -> the gradients of y, v and gate."""
+    dout, y, v, gate = dout.contiguous(), y.contiguous(), in_rows(v), gate.contiguous()
+    dy, dv, dgate = own_value_gradients_shapes(dout, y, v, gate)
+    own_value_launch(own_value_backward_kernel, y, v, dout, y, v, gate, dy, dv, dgate)
+    return dy, dv, dgate
+
+
+@own_value_gradients.register_fake
+def own_value_gradients_shapes(dout, y, v, gate):
+    """Room for the three gradients."""
+    return y.new_empty(y.shape), v.new_empty(v.shape), gate.new_empty(gate.shape)
+
+
+def keep_inputs(ctx, inputs, output):
+    """What the gradient of own_value_removed needs."""
+    ctx.save_for_backward(*inputs)
+
+
+own_value_removed.register_autograd(
+    lambda ctx, dout: own_value_gradients(dout, *ctx.saved_tensors), setup_context=keep_inputs)
+
+
+def remove_own_value(y: Tensor, v: Tensor, gate: Tensor | None = None,
+                     kernel: bool | None = None) -> Tensor:
+    """XSA: attention output y (B, T, H, Dh) minus its projection on the token's own v
+    (B, T, K, Dh), times the heads' gate (B, T, H)."""
+    if use_triton(kernel, y.is_cuda):
+        gate = y.new_ones(y.shape[:3]) if gate is None else gate
+        return own_value_removed(y, v, gate)
+    direction = F.normalize(v, dim=-1, eps=1e-12)[:, :, :, None]
+    grouped = y.unflatten(2, (v.size(2), -1))
+    along = (grouped * direction).sum(-1, keepdim=True)
+    rest = (grouped - along * direction).flatten(2, 3)
+    return rest if gate is None else rest * gate[..., None]
 
 
 # --- leaky-ReLU² MLP
@@ -6590,33 +6913,50 @@ class LeakySquareMLP(torch.autograd.Function):
     an (N, m) matrix, without h the sign of h is lost."""
 
     @staticmethod
-    def forward(ctx, x, up, down, slope):
+    def forward(ctx, x, up, down, slope, onto):
         h, a = mlp_up(x, up, slope, True)
         ctx.save_for_backward(x, up, down, h, a)
         ctx.slope = slope
-        return a @ down.mT
+        return a @ down.mT if onto is None else torch.addmm(onto, a, down.mT)
 
     @staticmethod
     def backward(ctx, dy):
         x, up, down, h, a = ctx.saved_tensors
-        need_x, need_up, need_down, _ = ctx.needs_input_grad    # adaptation freezes the weights
+        need_x, need_up, need_down, _, need_onto = ctx.needs_input_grad    # adaptation freezes the weights
         dh = mlp_dh(dy, down, h, ctx.slope) if need_x or need_up else None
         return (dh @ up if need_x else None,
                 dh.mT @ x if need_up else None,
                 dy.mT @ a if need_down else None,
-                None)
+                None,
+                dy if need_onto else None)
 
 
-def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float,
+def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, onto: Tensor | None = None,
                      kernel: bool | None = None) -> Tensor:
     """leaky_relu(x @ upᵀ, slope)² @ downᵀ: x (N, d), up (m, d), down (d, m) of one
-    dtype -> (N, d). Triton fuses the activation (in backward, its derivative) into
-    the matrix product before it; the other products are cuBLAS's."""
+    dtype -> (N, d), added onto (N, d) if that is given. Triton fuses the activation (in
+    backward, its derivative) into the matrix product before it; the other products are
+    cuBLAS's."""
     if not use_triton(kernel, x.is_cuda and x.dtype in HALF):
-        return F.leaky_relu(x @ up.mT, slope).square() @ down.mT
-    if torch.is_grad_enabled() and (x.requires_grad or up.requires_grad or down.requires_grad):
-        return LeakySquareMLP.apply(x, up, down, float(slope))
-    return mlp_up(x, up, float(slope), False)[1] @ down.mT
+        hidden = F.leaky_relu(x @ up.mT, slope).square()
+    elif torch.is_grad_enabled() and (x.requires_grad or up.requires_grad or down.requires_grad):
+        return LeakySquareMLP.apply(x, up, down, float(slope), onto)
+    else:
+        hidden = mlp_up(x, up, float(slope), False)[1]
+    return hidden @ down.mT if onto is None else torch.addmm(onto, hidden, down.mT)
+
+
+def product_onto(onto: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
+    """x (B, T, in) @ weightᵀ, onto a stream (B, T, out) if that is given: the product
+    adds it while it writes."""
+    if onto is None:
+        return F.linear(x, weight)
+    return torch.addmm(onto.flatten(0, 1), x.flatten(0, 1), weight.mT).view(onto.shape)
+
+
+def add_scaled(onto: Tensor | None, scale: Tensor, x: Tensor) -> Tensor:
+    """scale · x, onto a stream if that is given."""
+    return scale * x if onto is None else onto + scale * x
 
 
 # --- attention
@@ -8974,8 +9314,8 @@ class LineageGPT(GPT):
         if self.s.ve_enabled:
             self.ve_embed.normal_(0, 0.01, generator=generator)
 
-    def layer_weights(self) -> list[LayerWeights]:
-        layers = super().layer_weights()
+    def layer_weights(self, scaled: bool) -> list[LayerWeights]:
+        layers = super().layer_weights(scaled)
         if not self.s.attn_out_gate_enabled:
             return layers
         gates = self.unbound("attn_gate_proj")

@@ -124,11 +124,138 @@ def test_ce_kernel_through_torch_compile():
     assert gap(got[0], want[0]) < 1e-6 and gap(got[1], want[1]) < 2e-6
 
 
+@needs_triton
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("V", [1000, 20000])
+def test_head_losses_are_the_head_and_the_twin(V, dtype, bound):
+    """Whatever comes back for each loss multiplies the gradient that was written on the way."""
+    hidden, weight = random((6, 24), (V, 24), dtype=dtype)
+    _, targets, d_losses = ce_problem(6, V, dtype)
+
+    def losses(kernel):
+        return lambda hidden, weight: kernels.head_losses(hidden, weight, targets, 30.0, kernel=kernel)
+
+    compiled = torch.compile(losses(True), fullgraph=True, backend="aot_eager")
+    want = graded(losses(False), [x.detach().float().requires_grad_() for x in (hidden, weight)], d_losses)
+    for function in (losses(True), compiled):
+        got = graded(function, [hidden, weight], d_losses)
+        assert got[0].dtype == torch.float32 and got[1].dtype == dtype
+        assert all(gap(a, b) < bound for a, b in zip(got, want))
+
+
 def test_ce_twin_is_the_definition():
     logits, targets, _ = ce_problem(9, 50, torch.float32)
     p = (30 * torch.tanh(logits / 30)).softmax(-1)
     want = -p[torch.arange(9), targets].log()
     assert torch.allclose(capped_ce(logits, targets, 30.0, kernel=False), want, atol=1e-5)
+
+
+# ------------------------------------------------- norms, rotation, sums of streams: their own backward
+def plain_norm(x, scale):
+    return scale * torch.nn.functional.rms_norm(x, (x.size(-1),), eps=kernels.RMS_EPS)
+
+
+def plain_rotation(x, cos, sin):
+    half = cos.size(-1)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((first * cos + second * sin, second * cos - first * sin, rest), dim=-1)
+
+
+def plain_lanes(lane0, lane1, attended, fed, keep, post):
+    return torch.stack([
+        keep[lane] * x + post[0, lane] * attended + post[1, lane] * fed
+        for lane, x in enumerate((lane0, lane1))
+    ])
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+def test_norm_has_the_gradient_of_the_formula(dtype, bound):
+    x, dy = random((2, 5, 24), (2, 5, 24))
+    got = graded(lambda x: kernels.rms(x.to(dtype), 0.4).float(), [x], dy)
+    want = graded(lambda x: plain_norm(x, 0.4), [x], dy)
+    assert all(gap(a, b) < bound for a, b in zip(got, want))
+    assert kernels.rms(torch.zeros(1, 4, dtype=dtype)).eq(0).all()
+
+
+@pytest.mark.parametrize("width, rotated", [(16, 4), (16, 16), (12, 8), (6, 2)])
+@pytest.mark.parametrize("with_gain", [True, False])
+def test_normed_rotation_has_the_gradient_of_the_formula(width, rotated, with_gain):
+    x, gain, angle, dy = random((2, 7, 3, width), (3,), (7, rotated // 2), (2, 7, 3, width))
+    cos, sin = angle.detach().cos(), angle.detach().sin()
+    leaves = [x, gain] if with_gain else [x]
+
+    def plain(x, gain=None):
+        y = plain_rotation(plain_norm(x, 1.0), cos, sin)
+        return y if gain is None else y * gain[:, None]
+
+    got = graded(lambda x, gain=None: kernels.normed_rotated(x, (cos, sin), gain), leaves, dy)
+    want = graded(plain, leaves, dy)
+    assert all(gap(a, b) < 2e-6 for a, b in zip(got, want))
+
+
+def test_blend_has_the_gradient_of_the_formula():
+    leaves = random((2, 7, 12), (2, 7, 12), (2, 7, 12), (12,), (12,), (12,))
+    (dy,) = random((2, 7, 12), seed=1)
+    got = graded(lambda a, b, c, f, g, h: kernels.blend((a, f), (b, g), (c, h)), leaves, dy)
+    want = graded(lambda a, b, c, f, g, h: a * f + b * g + c * h, leaves, dy)
+    assert all(gap(a, b) < 2e-6 for a, b in zip(got, want))
+
+
+def test_lanes_have_the_gradient_of_the_formula():
+    leaves = random(*[(2, 7, 12)] * 4, (2,), (2, 2))
+    (dy,) = random((2, 2, 7, 12), seed=1)
+    got = graded(lambda *leaves: torch.stack(kernels.mix_lanes(*leaves)), leaves, dy)
+    want = graded(plain_lanes, leaves, dy)
+    assert all(gap(a, b) < 2e-6 for a, b in zip(got, want))
+
+
+# ----------------------------------------------------------------- attention without the own value
+@needs_triton
+@pytest.mark.parametrize("rows, T, H, K, width", [(1, 40, 4, 2, 16), (3, 7, 6, 2, 12), (2, 33, 2, 2, 64)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 3e-6), (torch.bfloat16, 1e-2)])
+def test_own_value_kernel_is_its_twin(rows, T, H, K, width, dtype, bound):
+    """Values are a slice of a wider row, as the joined product leaves them."""
+    y, wide, gate, dout = random(
+        (rows, T, H, width), (rows, T, K * width + 8), (rows, T, H), (rows, T, H, width), dtype=dtype
+    )
+
+    def removed(kernel):
+        return lambda y, wide, gate: kernels.remove_own_value(
+            y, wide[..., 8:].unflatten(2, (K, width)), gate, kernel=kernel
+        )
+
+    got = graded(removed(True), [y, wide, gate], dout)
+    leaves = [x.detach().float().requires_grad_() for x in (y, wide, gate)]
+    want = graded(removed(False), leaves, dout.float())
+    assert got[0].dtype == dtype
+    assert all(gap(a, b) < bound for a, b in zip(got, want))
+
+
+@needs_triton
+def test_own_value_kernel_meets_no_value_no_gate_and_no_token():
+    y, v = random((1, 5, 2, 16), (1, 5, 1, 16))
+    v = (v.detach() * torch.tensor([1, 0, 1, 1, 1.0], device=DEVICE)[None, :, None, None]).requires_grad_()
+    dy = torch.ones_like(y)
+    got = graded(lambda y, v: kernels.remove_own_value(y, v, kernel=True), [y, v], dy)
+    want = graded(lambda y, v: kernels.remove_own_value(y, v, kernel=False), [y, v], dy)
+    assert torch.equal(got[0][:, 1], y[:, 1])  # nothing to take away
+    kept = [0, 2, 3, 4]
+    assert gap(got[2][:, kept], want[2][:, kept]) < 3e-6 and got[2].isfinite().all()
+    assert kernels.remove_own_value(y[:, :0], v[:, :0], kernel=True).shape == (1, 0, 2, 16)
+
+
+@needs_triton
+def test_own_value_kernel_through_torch_compile():
+    y, v, gate, dy = random((1, 9, 4, 16), (1, 9, 2, 16), (1, 9, 4), (1, 9, 4, 16))
+
+    def gated(kernel):
+        return lambda y, v, gate: kernels.remove_own_value(y * 1.5, v, gate.sigmoid(), kernel=kernel)
+
+    compiled = torch.compile(gated(True), fullgraph=True, backend="aot_eager")
+    got = graded(compiled, [y, v, gate], dy)
+    want = graded(gated(False), [y, v, gate], dy)
+    assert all(gap(a, b) < 3e-6 for a, b in zip(got, want))
 
 
 # --------------------------------------------------------------------------------- leaky-ReLU² MLP
