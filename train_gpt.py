@@ -8049,7 +8049,8 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
     best, over, under = b"", 0.0, math.inf      # base steps: too fine, coarse enough
     for attempt in range(MOST_TRIES):
         base_step = base_step_for(deviations, cap - margin / 2 - overhead, finest)
-        if not over < base_step < under:
+        creeps = not best and attempt > MOST_TRIES // 2      # the estimate is no guide here
+        if creeps or not over < base_step < under:
             base_step = over * 2 ** attempt      # while nothing fits: far beyond
             if best:
                 base_step = math.sqrt(max(over, finest) * under)

@@ -138,6 +138,11 @@ def test_fits_of_degenerate_models_end_well():
     assert not set(ends) - {"fitted", "refused"} and ends["fitted"] > 4, ends
 
 
+def test_a_fit_whose_estimate_is_no_guide_ends_within_the_limit():
+    """Low-rank repairs of everything: the file hardly shrinks until the steps are huge."""
+    assert fault_fits.one_fit(82) == "fitted"
+
+
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
 def test_low_rank_is_the_best_approximation(shape):
     e = torch.randn(shape, generator=torch.Generator().manual_seed(3))
