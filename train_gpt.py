@@ -130,6 +130,7 @@ class Interrupted(BaseException):
 
 # Where to look. A token enters train_loop from the stream and becomes a loss in GPT.losses. Curriculum
 # decides the context, the loop and the rate of every step; layer_plan makes of the loop an order of layers.
+# Calibration and every evaluation loop always.
 #
 # The 600 s of training run from the barrier in train_loop until compress has written the artifact. All in
 # between counts (steps, files of weights, waiting for ranks, reports, summaries, studies), validations alone
@@ -620,7 +621,8 @@ class Settings:
     ttt_batch_size: int = knob(64, "documents adapted side by side", 1, 65536)
     ttt_lora_rank: int = knob(80, "rank of the adapters", 1, 65536)
     ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank", 0)
-    ttt_lora_lr: float = knob(8e-5, "learning rate of the adapters", 0)
+    ttt_lora_lr: float = knob(
+        8e-5, "learning rate of the adapters where TTT_STEP_SHARE=0; 0: they learn nothing", 0)
     ttt_step_share: float = knob(
         0.25, "share of its chunk's loss that a step of the normalised optimizer promises to "
         "take off; 0: the rate is TTT_LORA_LR", 0, 0.5)
@@ -979,8 +981,7 @@ def candidate_losses(loss: Callable, z: Tensor, candidates: Tensor) -> Tensor:
 class GPT(nn.Module):
     """The depth-recurrent GPT. Parameters are stacked over layers and kept in
     float32; `compute_dtype` is the activations'. Every forward takes a Plan, so
-    recurrence is an argument, not a state. Seams: rope_base, project, head_gate,
-    branches, depth_scale, join, head_name, head_weight."""
+    recurrence is an argument, not a state."""
 
     def __init__(self, s: Settings, generator: torch.Generator | None = None):
         super().__init__()
@@ -2119,8 +2120,7 @@ EMBEDDINGS = {"tok_emb.weight"}      # tables that are looked up
 
 
 def precision_of(s: Settings, name: str, w: Tensor) -> Precision:
-    """By its kind. What is looked up, and projections of it, have no Hessian: GPTQ
-    then rounds each code by itself."""
+    """By its kind. A weight without a Hessian is rounded code by code."""
     gate = name.endswith("attn_gate_w") and w.dim() == 2
     if gate and w.numel() in GATE_SIZES and s.gated_attn_quant_gate:
         return Precision("gate_int8_row")
@@ -3137,6 +3137,10 @@ def log_adaptation(s: Settings, run: Run, val: Validation, clock: Clock) -> None
     run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
             base_weights_learn_from=learn_from, base_weight_steps=steps, ngram_hints=hints,
             elapsed=clock.elapsed())
+    ignored = set(s.changed()) & {"TTT_LORA_LR", "TTT_LOCAL_LR_MULT"}
+    if s.ttt_step_share and s.ttt_lora_lr and ignored:
+        why = f"TTT_STEP_SHARE={s.ttt_step_share:g} sets each step's rate: set it to 0 for a fixed one"
+        run.log("settings_without_effect", **dict.fromkeys(sorted(ignored), why))
     if s.phased_ttt_prefix_docs and len(phases) < s.phased_ttt_num_phases:
         few = f"{len(lengths):,} documents make {len(phases)} phases of {s.phased_ttt_num_phases}"
         run.log("settings_without_effect", PHASED_TTT_NUM_PHASES=few)
@@ -8634,7 +8638,8 @@ def check_command(which: str) -> int:
         print(f"warn  {name}: {what}")
     if which == "settings":
         return 0
-    findings = run_checks(s, World.join({}), Path(s.artifact_dir or "runs"))
+    folder = Path(s.artifact_dir or "runs")
+    findings = run_checks(s, World.join({}), folder, ranks=ranks.size)
     if which == "data":
         of_data = "training shards", "validation shards", "tokenizer", "data fingerprint"
         findings = [f for f in findings if f.name in of_data]
@@ -8647,8 +8652,10 @@ def check_command(which: str) -> int:
 
 
 def run_checks(s: Settings, world: World, folder: Path,
-               attention_why: str = "") -> list[Finding]:
-    """Every check of the mode, in the order a user would fix them."""
+               attention_why: str = "", ranks: int = 0) -> list[Finding]:
+    """Every check of the mode, in the order a user would fix them. ranks: of the run,
+    if they are not yet there."""
+    ranks = ranks or world.size
     written = LOG_BYTES if s.eval_only_quantized_path else bytes_of_results(s)
     if not (s.eval_only_path or s.eval_only_quantized_path):
         written += 3 * bytes_of_weights(s)      # two averages, and one being written
@@ -8658,9 +8665,9 @@ def run_checks(s: Settings, world: World, folder: Path,
         "attention": lambda: (
             attention_why or resolve_attention(s.attn_backend, world.device)[1]),
         "batch": lambda: "{} ranks x {} micro-batches of {:,} tokens".format(
-            world.size, *s.batch_shape(world.size)),
+            ranks, *s.batch_shape(ranks)),
         "folder": lambda: check_folder(folder),
-        "disk": lambda: check_disk(folder, written),
+        "disk": lambda: check_disk(folder, written) if world.main else "rank 0 looks",
         "size": lambda: expected_size(s),
         "training shards": lambda: check_train_shards(s),
         "validation shards": lambda: check_validation(s),
@@ -9080,7 +9087,7 @@ class LineageSettings(Settings):
     tie_embeddings: bool = knob(True, "the embedding is the output projection")
     embed_lr: float = knob(0.6, "learning rate of an untied embedding", 0, group="optimiser")
     head_lr: float = knob(0.008, "learning rate of an untied head", 0)
-    muon_backend_steps: int = knob(5, "Newton-Schulz iterations, at most 5", 1)
+    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", 1, 5)
     muon_row_normalize: bool = knob(True, "normalise rows before Newton-Schulz")
     muon_coefficients: str = choice("polar quintic", "Polar Express; or one for all iterations")
     matrix_lr_early: float = knob(0.0, "MATRIX_LR before layer BANK_SPLIT; 0: no split", 0)
@@ -9269,7 +9276,7 @@ class LineageGPT(GPT):
 
     def __init__(self, s: Settings, generator: torch.Generator | None = None):
         super().__init__(s, generator)
-        self.rope_length = 0                     # of the longest row so far
+        self.rope_length = 0                     # of a longer row that came before, for whoever knows of one
         self.sharpness: Tensor | None = None     # of soft rounding, in late training
 
     @classmethod
@@ -9299,7 +9306,8 @@ class LineageGPT(GPT):
             shapes["attn_gate_w"] = (layers, s.num_heads, d)
         if s.attn_out_gate_enabled:
             shapes["attn_gate_proj"] = (layers, s.num_heads, s.gate_window)
-        return {name: shapes[name] for name in PARAMETER_ORDER if name in shapes}
+        in_order = {name: shapes[name] for name in PARAMETER_ORDER if name in shapes}
+        return in_order | shapes
 
     def initial_values(self) -> dict[str, Any]:
         return super().initial_values() | dict(
@@ -9323,7 +9331,7 @@ class LineageGPT(GPT):
         return [w._replace(gate=gate) for w, gate in zip(layers, gates)]
 
     def rope_base(self, longest: int) -> float:
-        """With ROPE_YARN the base grows with the longest row so far."""
+        """With ROPE_YARN the base grows with the row, or with rope_length."""
         s = self.s
         longest = max(longest, self.rope_length)
         if not s.rope_yarn or longest <= s.train_seq_len:

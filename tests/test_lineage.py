@@ -32,6 +32,12 @@ def settings_of(script, **changes):
 
 # --- the cut
 
+def test_a_parameter_added_to_the_system_is_in_the_whole_script_too(monkeypatch):
+    """As the recipe in the story adds one."""
+    shapes = tg.GPT.shapes.__func__
+    monkeypatch.setattr(tg.GPT, "shapes", classmethod(lambda cls, s: shapes(cls, s) | {"new_gate": (3,)}))
+    assert tg.LineageGPT.shapes(settings())["new_gate"] == (3,)
+
 
 def test_cutting_again_cuts_nothing():
     assert tg.lean(LEAN) == LEAN and len(LEAN) < 0.95 * len(SOURCE)
