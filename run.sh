@@ -58,10 +58,6 @@ install() {
     "$PYTHON" -m pip install -q --disable-pip-version-check $list || die "pip could not install the packages above"
 }
 
-# On a shared CPU a spinning thread only slows the others, and freed activations are better kept than faulted in again.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-33554432} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-17179869184}
-
 # The demo only where no shards are: a damaged or mismatched data folder must be reported, not replaced.
 no_shards() {
     folder=$("$PYTHON" -c 'import os, train_gpt as t; print(t.Settings.from_env(os.environ).shards)') \

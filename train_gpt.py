@@ -25,6 +25,7 @@ P cached tokens, W tokens of a chunk with its context, n and N any number of thi
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import decimal
 import difflib
@@ -62,8 +63,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
-if __name__ == "__main__":      # Ctrl-C while torch is imported ends in silence, not in a trace
+if __name__ == "__main__":
+    # Ctrl-C while torch is imported ends in silence, not in a trace
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # a thread that waits must not spin on a core that others want; torch reads it while it is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
@@ -4003,9 +4007,11 @@ def set_up(s: Settings, world: World) -> str:
     global ATTENTION
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high" if world.device.type == "cuda" else "highest")
-    if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        neighbours = launcher_ranks(os.environ).local_size
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
+    if world.device.type == "cpu":
+        keep_freed_memory()
+        if "OMP_NUM_THREADS" not in os.environ:
+            neighbours = launcher_ranks(os.environ).local_size
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
     # plans, grad modes and batch shapes share one code object
     torch._dynamo.config.recompile_limit = 64
     # sizes that are equal by chance stay apart
@@ -4016,6 +4022,21 @@ def set_up(s: Settings, world: World) -> str:
         raise UserError(f"the ranks would use different attention kernels {names}; this one: "
                         f"{why}. Set ATTN_BACKEND to one that runs everywhere")
     return why
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3     # of glibc's malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed activations: giving them back and faulting them in again
+    takes longer than what is computed with them. MALLOC_* of the environment win; another
+    C library goes its own way."""
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)     # the largest that it takes
+        mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
 
 
 def pick_dtype(choice: str, device: torch.device,

@@ -575,7 +575,7 @@ def write_folder(record: Record, folder: Path, checked: str) -> None:
 def eval_environment(run: RunFiles, out: Path) -> dict:
     """The run's settings for scoring its artifact again. Logs hold no paths: where the data lie is taken from
     the environment, as for a run in the present folder."""
-    env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **as_environment(run.summary["settings"])}
+    env = {**os.environ, **as_environment(run.summary["settings"])}
     for key, usual in (("DATA_PATH", ""), ("TOKENIZER_PATH", ""), ("DATA_DIR", "data")):
         if place := os.environ.get(key, usual):
             env[key] = str(Path(place).resolve())
