@@ -6447,8 +6447,8 @@ if triton is not None:
         if GRADIENT:
             for start in range(0, V, BLOCK):
                 cols = start + tl.arange(0, BLOCK)
-                x = tl.load(logits_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
-                grad = ce_slope(x, cols == target, lse, cap)
+                logit = tl.load(logits_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
+                grad = ce_slope(logit, cols == target, lse, cap)
                 tl.store(grad_ptr + row * V + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < V)
 
     @triton.jit
@@ -6514,50 +6514,56 @@ if triton is not None:
                          GROUP: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
         """Tokens of one key head a program: out = gate · (y - <y, u> u) for its GROUP
         query heads, u the direction of the token's own value."""
-        rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+        # a tile's origin is one int64 scalar, the rest int32: fewer registers
+        origin = tl.program_id(0).to(tl.int64) * BN
         key_head = tl.program_id(1)
+        row = tl.arange(0, BN)
         channel = tl.arange(0, BW)
-        inside = (rows < N)[:, None] & (channel < WIDTH)[None, :]
-        v_at = rows[:, None] * v_stride + key_head * WIDTH + channel[None, :]
-        v = tl.load(v_ptr + v_at, mask=inside, other=0.0).to(tl.float32)
+        present = row < N - origin
+        inside = present[:, None] & (channel < WIDTH)[None, :]
+        v_ptr += origin * v_stride + key_head * WIDTH
+        v = tl.load(v_ptr + row[:, None] * v_stride + channel[None, :], mask=inside, other=0.0).to(tl.float32)
         u = v / tl.maximum(tl.sqrt(tl.sum(v * v, 1)), 1e-12)[:, None]
+        at = row[:, None] * (HEADS * WIDTH) + channel[None, :]
         for member in tl.static_range(GROUP):
-            head = rows * HEADS + key_head * GROUP + member
-            at = head[:, None] * WIDTH + channel[None, :]
-            y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            gate = tl.load(gate_ptr + head, mask=rows < N, other=0.0).to(tl.float32)
+            first = origin * HEADS + key_head * GROUP + member
+            y = tl.load(y_ptr + first * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
+            gate = tl.load(gate_ptr + first + row * HEADS, mask=present, other=0.0).to(tl.float32)
             out = gate[:, None] * (y - tl.sum(y * u, 1)[:, None] * u)
-            tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(out_ptr + first * WIDTH + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
     @triton.jit
     def own_value_backward_kernel(dout_ptr, y_ptr, v_ptr, gate_ptr, dy_ptr, dv_ptr, dgate_ptr, N,
                                   v_stride, HEADS: tl.constexpr, GROUP: tl.constexpr,
                                   WIDTH: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
         """The gradients of y, v (rows of KEY_HEADS · WIDTH) and gate, tiles as above."""
-        rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+        origin = tl.program_id(0).to(tl.int64) * BN
         key_head = tl.program_id(1)
+        row = tl.arange(0, BN)
         channel = tl.arange(0, BW)
-        inside = (rows < N)[:, None] & (channel < WIDTH)[None, :]
-        v_at = rows[:, None] * v_stride + key_head * WIDTH + channel[None, :]
-        v = tl.load(v_ptr + v_at, mask=inside, other=0.0).to(tl.float32)
+        present = row < N - origin
+        inside = present[:, None] & (channel < WIDTH)[None, :]
+        v_ptr += origin * v_stride + key_head * WIDTH
+        v = tl.load(v_ptr + row[:, None] * v_stride + channel[None, :], mask=inside, other=0.0).to(tl.float32)
         length = tl.maximum(tl.sqrt(tl.sum(v * v, 1)), 1e-12)
         u = v / length[:, None]
         du = tl.zeros((BN, BW), dtype=tl.float32)
+        at = row[:, None] * (HEADS * WIDTH) + channel[None, :]
         for member in tl.static_range(GROUP):
-            head = rows * HEADS + key_head * GROUP + member
-            at = head[:, None] * WIDTH + channel[None, :]
-            y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            dout = tl.load(dout_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            gate = tl.load(gate_ptr + head, mask=rows < N, other=0.0).to(tl.float32)
+            first = origin * HEADS + key_head * GROUP + member
+            y = tl.load(y_ptr + first * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
+            dout = tl.load(dout_ptr + first * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
+            gate = tl.load(gate_ptr + first + row * HEADS, mask=present, other=0.0).to(tl.float32)
             along_y = tl.sum(y * u, 1)
             along_dout = tl.sum(dout * u, 1)
             dgate = tl.sum(dout * y, 1) - along_y * along_dout
-            tl.store(dgate_ptr + head, dgate.to(dgate_ptr.dtype.element_ty), mask=rows < N)
+            tl.store(dgate_ptr + first + row * HEADS, dgate.to(dgate_ptr.dtype.element_ty), mask=present)
             dy = gate[:, None] * (dout - along_dout[:, None] * u)
-            tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=inside)
+            tl.store(dy_ptr + first * WIDTH + at, dy.to(dy_ptr.dtype.element_ty), mask=inside)
             du -= gate[:, None] * (along_dout[:, None] * y + along_y[:, None] * dout)
         dv = (du - tl.sum(du * u, 1)[:, None] * u) / length[:, None]
-        dv_at = (rows * (HEADS // GROUP) + key_head)[:, None] * WIDTH + channel[None, :]
+        dv_ptr += (origin * (HEADS // GROUP) + key_head) * WIDTH
+        dv_at = row[:, None] * (HEADS // GROUP * WIDTH) + channel[None, :]
         tl.store(dv_ptr + dv_at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
 
@@ -6818,10 +6824,10 @@ def own_value_launch(kernel, y: Tensor, v: Tensor, *pointers: Tensor) -> None:
     heads, width = y.shape[2:]
     rows, key_heads = y.shape[0] * y.shape[1], v.shape[2]
     if rows:
-        block = 32
+        block = 16
         kernel[(triton.cdiv(rows, block), key_heads)](
             *pointers, rows, v.stride(1), HEADS=heads, GROUP=heads // key_heads, WIDTH=width,
-            BN=block, BW=triton.next_power_of_2(width), num_warps=4)
+            BN=block, BW=triton.next_power_of_2(width), num_warps=8)
 
 
 def in_rows(v: Tensor) -> Tensor:

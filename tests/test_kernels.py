@@ -1,6 +1,8 @@
 """Every kernel against its plain twin, forward and backward; without a GPU, Triton runs interpreted."""
 
 import os
+import subprocess
+import sys
 import time
 from functools import partial
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined, so before the import
 
+from conftest import ROOT
 from conftest import tg as kernels
 
 from train_gpt import UserError, attention, capped_ce, leaky_square_mlp, resolve_attention
@@ -256,6 +259,48 @@ def test_own_value_kernel_through_torch_compile():
     got = graded(compiled, [y, v, gate], dy)
     want = graded(gated(False), [y, v, gate], dy)
     assert all(gap(a, b) < 3e-6 for a, b in zip(got, want))
+
+
+# -------------------------------------------------------------------------- compiled, without a GPU
+FOR_HOPPER = """
+import sys, train_gpt as tg
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+def compiled(kernel, constants, num_warps, **integers):
+    types = {}
+    for name in kernel.arg_names:
+        half = "*fp32" if name in ("loss_ptr", "lse_ptr", "dloss_ptr") else "*bf16"
+        pointer = "*i64" if name == "targets_ptr" else half
+        number = "fp32" if name in ("cap", "slope") else "i32"
+        types[name] = pointer if name.endswith("_ptr") else number
+        if name in constants:
+            types[name] = "constexpr"
+    source = ASTSource(kernel, signature=types, constexprs=constants)
+    compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=num_warps))
+
+value = dict(HEADS=8, GROUP=2, WIDTH=64, BN=16, BW=64)
+compiled(tg.own_value_kernel, value, 8)
+compiled(tg.own_value_backward_kernel, value, 8)
+compiled(tg.ce_forward_kernel, dict(BLOCK=8192, GRADIENT=False), 8)
+compiled(tg.ce_forward_kernel, dict(BLOCK=8192, GRADIENT=True), 8)
+compiled(tg.ce_backward_kernel, dict(BLOCK=8192), 8)
+tile = {k: v for k, v in tg.MLP_TILE.items() if k.isupper()}
+for backward in (False, True):
+    compiled(tg.mlp_kernel, dict(BACKWARD=backward, KEEP_H=True, **tile), tg.MLP_TILE["num_warps"])
+print("all compiled")
+"""
+
+
+@needs_triton
+@pytest.mark.long
+def test_kernels_compile_for_a_hopper_gpu():
+    """The interpreter takes what the compiler refuses."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", FOR_HOPPER]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert "all compiled" in done.stdout, done.stderr[-2000:]
 
 
 # --------------------------------------------------------------------------------- leaky-ReLU² MLP
