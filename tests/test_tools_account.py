@@ -163,6 +163,8 @@ def test_ratios_of_two_accounts(tmp_path, capsys):
     assert lines[2][-8:] == ["0", "0.000", "0.000", "0.000", "0.000", "-", "0.000", "0.000"]
     assert lines[3] == ["sum", "4", "1.000", "5.000", "0.833", "2.000", "1.000", "7.000", "0.700"]
     assert len(lines) == 4      # of the case that both have
+    with pytest.raises(ToolError, match="none of the cases score, only step: choose"):
+        account.main(["--case", "score", "--against", str(theirs)])
 
 
 def test_the_peers_account_is_of_this_shape():

@@ -18,10 +18,11 @@ The trainer's own Trainer, PhasedTTT and Scorer call the compiled model, dynamo,
 AOTAutograd, the partitioner and Inductor's Triton back end run to their end, and the
 kernels they would launch are counted instead of compiled.
 
-Counted     kernels; bytes: each kernel reads what it loads of a buffer once and writes
-            what it stores once, within itself it passes on for nothing; FLOPs of products,
-            attention and the MLP's own kernels by their shapes; what the forward keeps for
-            the backward, without parameters and inputs.
+Counted     kernels: the parts of Inductor's schedule (the generated code ends some of
+            them by small launches more); bytes: each kernel reads what it loads of a
+            buffer once and writes what it stores once, within itself it passes on for
+            nothing; FLOPs of products, attention and the MLP's own kernels by their
+            shapes; what the forward keeps for the backward, without parameters and inputs.
 Modelled    a kernel's ms = the larger of bytes / (0.85 x 3.35 TB/s) and
             FLOPs / (0.75 x 989 TFLOP/s); packed documents let a query see 480 keys on
             average. No gaps between kernels, no cache hits from one to the next, no second
@@ -186,6 +187,7 @@ def summary(recorder: Recorder, top: int) -> dict:
     kinds = {kind: sums(kernels) for kind, kernels in by_kind.items()}
     kinds = dict(sorted(kinds.items(), key=lambda item: -item[1]["ms"]))
     return sums(recorder.kernels) | {
+        "launches": recorder.launches,
         "kept_gb": recorder.kept / 1e9,
         "trace_seconds": recorder.trace_seconds,
         "lower_seconds": recorder.lower_seconds,
@@ -200,9 +202,10 @@ def show_case(name: str, case: dict) -> str:
     for kind, part in (*case["kinds"].items(), ("sum", case)):
         rows.append([kind, part["kernels"], *(f"{part[key]:.3f}" for key in ("gb", "tflop", "ms"))])
     lines = [f"\n{name}", table(["kind", "kernels", "GB", "TFLOP", "ms"], rows)]
-    if "trace_seconds" in case:
+    if "launches" in case:  # not in another program's account
         seconds = f"{case['trace_seconds']:.0f} s to trace, {case['lower_seconds']:.0f} s to lower"
-        lines.append(f"kept for the backward: {case['kept_gb']:.2f} GB; {seconds}")
+        lines.append(f"launches of the generated code: {case['launches']}; kept for the backward: "
+                     f"{case['kept_gb']:.2f} GB; {seconds}")
     if case.get("largest"):
         head = ["times", "ms", "read MB", "written MB", "GFLOP", "graph", "kind", "kernel", "of"]
         lines.append(table(head, map(kernel_row, case["largest"])))
@@ -236,18 +239,29 @@ def read_account(path: str) -> dict:
 
 
 def named_alike(case: dict) -> dict:
-    """A case with this tool's names of kinds; its figures are looked up, so that a missing one shows."""
+    """A case with this tool's names of kinds; all is looked up once, so that what is missing shows."""
     kinds = {KIND_NAMES.get(kind, kind): part for kind, part in case["kinds"].items()}
     for part in (case, *kinds.values()):
         for key in ("kernels", "gb", "tflop", "ms"):
             float(part[key])
+    for kernel in case.get("largest", ()):
+        kernel_row(kernel)
     return case | {"kinds": kinds}
+
+
+def shared_cases(ours, theirs, name: str) -> list[str]:
+    """The cases that both have; ToolError when there is none."""
+    shared = [case for case in ours if case in theirs]
+    if not shared:
+        raise ToolError(f"{name} has none of the cases {', '.join(ours)}, only {', '.join(theirs)}: choose "
+                        "another file, or by --case")
+    return shared
 
 
 def compare(ours: dict, theirs: dict, name: str) -> str:
     """Our figures over theirs, case by case and kind by kind; "-" where one side has none."""
     lines = []
-    for case in (case for case in ours if case in theirs):
+    for case in shared_cases(ours, theirs, name):
         mine, other = ours[case], theirs[case]
         rows = []
         for kind in dict.fromkeys([*mine["kinds"], *other["kinds"]]):
@@ -255,9 +269,6 @@ def compare(ours: dict, theirs: dict, name: str) -> str:
         rows.append(["sum", *ratios(mine, other)])
         head = ["kind", "kernels", "ratio", "GB", "ratio", "TFLOP", "ratio", "ms", "ratio"]
         lines += [f"\n{case}, against {name}", table(head, rows)]
-    if not lines:
-        known = ", ".join(theirs)
-        raise ToolError(f"{name} has none of the cases {', '.join(ours)}, only {known}: choose by --case")
     return "\n".join(lines)
 
 
@@ -312,7 +323,7 @@ def parse(arguments) -> argparse.Namespace:
     return args
 
 
-def measure(args: argparse.Namespace) -> dict:
+def measure(args: argparse.Namespace, wanted: list[str]) -> dict:
     """Lower the cases one after the other, printing each; the account as it is written."""
     env = environment(args.config)
     torch = pretend.begin()
@@ -323,7 +334,7 @@ def measure(args: argparse.Namespace) -> dict:
         s = tg.Settings.from_env(env)
         subject = Subject(tg, torch, s)
         cases = {}
-        for name in args.case or CASES:
+        for name in wanted:
             folder = Path(args.code) / name if args.code else None
             recorder = lower(functools.partial(CASES[name], subject), folder)
             cases[name] = summary(recorder, args.top)
@@ -340,17 +351,23 @@ def measure(args: argparse.Namespace) -> dict:
     }
 
 
+def show_file(path: str, wanted, top: int) -> dict:
+    """The account in a file, cut to the wanted cases; they are printed."""
+    account = read_account(path)
+    account["cases"] = {name: case for name, case in account["cases"].items() if name in wanted}
+    for name, case in account["cases"].items():
+        print(show_case(name, case | {"largest": case.get("largest", [])[:top]}))
+    return account
+
+
 def main(arguments=None) -> int:
     """Entry."""
     args = parse(arguments)
+    wanted = args.case or list(CASES)
     other = read_account(args.against) if args.against else None
-    if args.read:
-        account = read_account(args.read)
-        account["cases"] = {k: v for k, v in account["cases"].items() if k in (args.case or CASES)}
-        for name, case in account["cases"].items():
-            print(show_case(name, case | {"largest": case.get("largest", [])[:args.top]}))
-    else:
-        account = measure(args)
+    if other is not None:
+        shared_cases(wanted, other["cases"], relative(args.against))
+    account = show_file(args.read, wanted, args.top) if args.read else measure(args, wanted)
     if args.json:
         write_atomic(Path(args.json), json.dumps(account, indent=1) + "\n")
         print(f"wrote {relative(args.json)}")

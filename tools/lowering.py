@@ -280,6 +280,8 @@ class Recorder:
             return None
         if isinstance(node, scheduler.ExternKernelSchedulerNode):
             return operator_kernel(graph, node, direction)
+        if node.get_device().type == "cpu":  # a number that becomes a tensor
+            return None
         parts = node.get_nodes()
         kind = "reduction" if any(part.is_reduction() for part in parts) else "pointwise"
         name = next((self.names[p.get_name()] for p in parts if p.get_name() in self.names), "unnamed")
@@ -305,11 +307,19 @@ class Recorder:
             yield
 
 
+LAUNCHES = (
+    r"\.run\(",  # Triton kernels
+    r"\bextern_kernels\.\w+\(",
+    r"\btorch\.ops\.[\w.]+\(",
+    r"\.sum\(dim=0\)",  # ends a reduction over both axes, with a cast
+    r"\.to\(torch\.",
+)
+
+
 def launches_in(code: str) -> int:
-    """Kernels that the text of a wrapper launches."""
+    """Launches in the text of a wrapper, the small ones too that are no part of the schedule."""
     body = code[code.find("def call("):]
-    patterns = (r"\.run\(", r"\bextern_kernels\.\w+\(", r"\btorch\.ops\.[\w.]+\(")
-    return sum(len(re.findall(pattern, body)) for pattern in patterns)
+    return sum(len(re.findall(pattern, body)) for pattern in LAUNCHES)
 
 
 def held_by_outputs(graph) -> list[tuple[str, float]]:
