@@ -221,6 +221,7 @@ class Recorder:
 
         def timed_run(graph, *inputs):
             self.lowering_since = time.perf_counter()
+            self.names.clear()  # every graph counts its nodes from 0
             return run(graph, *inputs)
 
         with (

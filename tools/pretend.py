@@ -26,6 +26,7 @@ from types import ModuleType, SimpleNamespace
 from tools.common import ToolError
 
 TORCH = "2.13"  # whose inner parts are put in place of here, and read in tools/account.py
+TRITON = "pip install triton==3.7.1"  # with which it was tried; a CPU build does not bring one
 CPU_BUILD = f"pip install torch=={TORCH}.0 --index-url https://download.pytorch.org/whl/cpu"
 
 LIBRARY = r"""
@@ -104,7 +105,7 @@ def check_machine(version: str, folder: Path) -> None:
     if shutil.which("g++") is None:
         raise ToolError("g++ is not on the PATH; it compiles the pretended device: apt-get install g++")
     if importlib.util.find_spec("triton") is None:
-        raise ToolError("Triton is missing, for which Inductor writes its kernels: pip install triton")
+        raise ToolError(f"Triton is missing, for which Inductor writes its kernels: {TRITON}")
 
 
 def begin():
