@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from tools import account, bench
+from tools import bench
 from tools.common import ToolError
 
 
@@ -76,34 +76,3 @@ def test_coders_agree_on_an_artifact(tmp_path, monkeypatch):
     lines = [line.split("|") for line in bench.coders(b, str(path)).splitlines() if line.startswith("| ")]
     sizes = {line[1].strip(): int(line[2].replace(",", "")) for line in lines[2:]}
     assert len(sizes) >= 4 and min(sizes, key=sizes.get) == "ours, side bytes counted"
-
-
-def test_account_counts_what_the_formulas_say():
-    b = bench.Bench(1, True)
-    s, n = b.settings, 512
-    lines = {line.name: line for line in (account.count(b.torch, case)
-                                          for case in account.train_cases(b.tg, b.torch, s, b.torch.device(
-                                              "meta"), n, 8))}
-    d, m, v = s.model_dim, s.hidden_dim, s.vocab_size
-    assert lines["MLP"].flops == 12 * n * d * m and lines["head product"].flops == 6 * n * d * v
-    assert lines["Q, K, V projections"].flops == 6 * n * d * (d + 2 * s.kv_dim)
-    # one kernel for x + scale * branch reads both and the scale, writes the sum; the backward reads them and
-    # the sum's gradient, writes three gradients: bf16
-    assert lines["scale and add"].least == 2 * (2 * (2 * n * d + d) + 2 * n * d + 2 * n * d + d)
-    for line in lines.values():
-        assert line.unfused >= 0.99 * line.least > 0, line
-        assert math.isclose(line.floor(1e12, 2e12), 1e-9 * max(line.flops, line.least / 2))
-    slots = b.tg.layer_plan(s, True).slots
-    model = b.tg.GPT(s).flops_per_token(b.tg.layer_plan(s, True), 0) * 3 * n
-    gates = 6 * n * slots * s.gate_window * s.num_heads + 4 * (n - 1) * s.gate_window   # heads and smear
-    other = ("attention", "Muon's direction")
-    products = sum(x.flops * x.times[1] for name, x in lines.items() if name not in other)
-    assert products == model + gates
-
-
-def test_account_prints_every_table(capsys):
-    assert bench.main(["--account", "--size", "small", "--rounds", "1"]) == 0
-    shown = capsys.readouterr().out
-    for what in ("training step, without loops", "training step, with loops", "test-time training", "GPTQ"):
-        assert f"\n{what}\n" in shown
-    assert shown.count("\nsum ") == 4

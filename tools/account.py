@@ -1,349 +1,380 @@
-"""Where a step's time must go: FLOPs and bytes by group of operators, and their floor.
+"""What torch.compile would run of the trainer's steps on an H100, counted on a machine without one.
 
-    python tools/bench.py --account
+    python tools/account.py                            # all cases, of the environment's settings
+    python tools/account.py configs/best.env --case step --case step-loops --top 20
+    python tools/account.py configs/best.env --json now.json --against docs/figures/account_1855.json
+    python tools/account.py --read now.json --against before.json      # lowers nothing
 
-The groups call the trainer's own functions. On the meta device every operator is seen,
-none is run: products give FLOPs, and each tensor read or written gives bytes. Two sums
-of bytes bracket what a compiled step moves:
+Cases, at the size of one of 8 ranks:
 
-    least      what one perfect kernel for the group would move: inputs, outputs and
-               their gradients
-    unfused    every operator's inputs and outputs, as the framework would run them
-               one by one
+    step          forward and backward of a training micro-batch, without loops
+    step-loops    the same with loops
+    chunk         a chunk of adaptation: TTT_BATCH_SIZE documents in the middle of a full
+                  window of cached keys, TTT_SUFFIX tokens run again, forward (which
+                  scores) and backward compiled, the adapters' step operator by operator
+    score         one packed row of sliding-window scoring, forward only
 
-The floor is the larger of FLOPs / peak and least bytes / bandwidth; "unfused" the same
-with the other sum.
+The trainer's own Trainer, PhasedTTT and Scorer call the compiled model, dynamo,
+AOTAutograd, the partitioner and Inductor's Triton back end run to their end, and the
+kernels they would launch are counted instead of compiled.
+
+Counted     kernels: the parts of Inductor's schedule (the generated code ends some of
+            them by small launches more); bytes: each kernel reads what it loads of a
+            buffer once and writes what it stores once, within itself it passes on for
+            nothing; FLOPs of products, attention and the MLP's own kernels by their
+            shapes; what the forward keeps for the backward, without parameters and inputs.
+Modelled    a kernel's ms = the larger of bytes / (0.85 x 3.35 TB/s) and
+            FLOPs / (0.75 x 989 TFLOP/s); packed documents let a query see 480 keys on
+            average. No gaps between kernels, no cache hits from one to the next, no second
+            reading by reductions that loop.
+Left out    the optimiser, traffic between GPUs, hints of earlier text.
+
+A sum of ms is for comparing two forms of a step, not for predicting one. It needs g++,
+Triton and a CPU build of the PyTorch in requirements.txt; a case takes one to five minutes
+of a core and less than 1 GB.
 """
+
 from __future__ import annotations
 
+import argparse
 import functools
-import itertools
-from dataclasses import dataclass
-from typing import Callable, NamedTuple
+import hashlib
+import json
+import os
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 
-from tools.common import table
+if __package__ in (None, ""):  # run as a script: make `tools` importable
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-H100 = (989e12, 3.35e12)  # dense bf16 FLOP/s, bytes/s of the SXM part, by its data sheet
-CONTEXT = 480  # mean keys a query sees: documents as in FineWeb, cut at 2,048 tokens
+from tools import pretend
+from tools.common import ROOT, SCRIPT, ToolError, command_line, relative, run_cli, table, write_atomic
+from tools.lowering import Job, Kernel, Recorder, lower
 
-
-class Case(NamedTuple):
-    """One group of operators, ready to be counted or timed."""
-    name: str
-    times: tuple[int, int]  # how often a step runs it, without and with loops
-    call: Callable  # () -> output tensors
-    inputs: list  # what it reads; differentiated where they require a gradient
-    flops: float = 0.0  # given for attention: the meta device has no fused kernels
-
-
-@dataclass
-class Line:
-    """A group's counts per call, and its milliseconds where it was run."""
-    name: str
-    times: tuple[int, int]
-    flops: float
-    least: float
-    unfused: float
-    ms: float = float("nan")
-
-    def floor(self, peak: float, bandwidth: float) -> float:
-        return 1e3 * max(self.flops / peak, self.least / bandwidth)
-
-    def bound(self, peak: float, bandwidth: float) -> float:
-        return 1e3 * max(self.flops / peak, self.unfused / bandwidth)
+RANKS = 8  # of the run whose micro-batch is counted
+DOCUMENT = 800  # tokens of a made-up document: about FineWeb's mean
 
 
-def size(tensors) -> float:
-    return float(sum(t.numel() * t.element_size() for t in tensors))
+# --- the cases: the trainer's own functions, up to the compiled call
 
 
-def counter(torch):
-    """A dispatch mode that sums FLOPs of products and bytes of every operator that is
-    no view."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-    from torch.utils.flop_counter import flop_registry
+class Subject:
+    """The trainer at its real size on the pretended GPU; a method a case, each to be called among fake
+    tensors."""
 
-    class Counter(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.flops = self.bytes = 0.0
+    def __init__(self, tg, torch, s):
+        self.tg, self.torch, self.s = tg, torch, s
+        self.device = torch.device("cuda", 0)
+        self.world = tg.World(device=self.device)
+        tg.self_test = lambda name, device: ""  # of attention: it would run kernels
+        tg.set_up(s, self.world)
+        if not tg.compiles(s, self.device):
+            raise ToolError(f"with COMPILE={s.compile}, COMPUTE_DTYPE={s.compute_dtype} and ATTN_BACKEND="
+                            f"{s.attn_backend} nothing is compiled: leave them at auto")
 
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            out = op(*args, **(kwargs or {}))
-            leaves = tree_leaves((args, kwargs, out))
-            tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-            makes = any(isinstance(x, torch.Tensor) for x in tree_leaves(out))
-            name = op.overloadpacket
-            if name in flop_registry:
-                self.flops += flop_registry[name](*args, **(kwargs or {}), out_val=out)
-            idle = name in (torch.ops.aten.detach, torch.ops.aten.empty)
-            if makes and not op.is_view and not idle:
-                self.bytes += size(tensors)
-            return out
+    def model(self):
+        """The model with its parameters on the GPU; fake ones cannot be moved, only made there."""
+        model = self.tg.GPT(self.s)
+        for module in model.modules():
+            for name, p in module.named_parameters(recurse=False):
+                placed = self.torch.empty_like(p, device=self.device)
+                setattr(module, name, self.torch.nn.Parameter(placed))
+        model.compute_dtype = self.tg.pick_dtype(self.s.compute_dtype, self.device)
+        return model
 
-    return Counter()
+    def step(self, looping: bool) -> Job:
+        """A training micro-batch."""
+        tg, torch, s = self.tg, self.torch, self.s
+        _, tokens = s.batch_shape(RANKS)
+        trainer = tg.Trainer(s, self.world, self.model())
+        with self.device:
+            x, y = (torch.zeros((1, tokens), dtype=torch.int64) for _ in range(2))
+            buckets = tokens // DOCUMENT // 64 + 1  # of document starts, padded as the loader does
+            starts = torch.zeros(64 * buckets, dtype=torch.int32)
+        batch = tg.Batch(x, y, starts, s.train_seq_len)
+        if tg.LOADERS[s.train_loader].windowed:
+            batch = batch.rows(s.train_seq_len)
+        return Job(lambda: trainer.micro_step(batch, tg.layer_plan(s, looping)))
 
+    def validation(self, documents: int, length: int):
+        """A stand-in for Validation: so many documents of `length` tokens."""
+        np = self.tg.np
+        starts = np.arange(documents) * length
+        tokens = np.zeros(documents * length + 1, np.uint16)
+        lengths = np.full(documents, length)
+        return SimpleNamespace(tokens=tokens, targets=tokens, target_bytes=tokens, hints=None, ledgers=0,
+                               documents=SimpleNamespace(start=starts, length=lengths))
 
-def run(torch, case: Case) -> float:
-    """One call, forward and, where inputs are differentiated, backward; returns the
-    least bytes to move."""
-    out = case.call()
-    least = moved = size(case.inputs) + size(out)
-    leaves = [x for x in case.inputs if x.requires_grad]
-    if leaves:  # backward reads inputs and the outputs' gradients, writes the inputs'
-        ones = [torch.ones_like(y) for y in out]
-        grads = torch.autograd.grad(out, leaves, ones, allow_unused=True)
-        least += moved + size(g for g in grads if g is not None)
-    return least
+    def chunk(self) -> Job:
+        """A chunk of adaptation at full size, the window before it full."""
+        tg, torch, s = self.tg, self.torch, self.s
+        *_, begin, end = tg.chunk_bounds(s, s.ttt_eval_seq_len + 2)
+        val = self.validation(s.ttt_batch_size, 2 * end)
+        model = self.model().requires_grad_(False)
+        ttt = tg.PhasedTTT(s, self.world, model, val)
+        compiled, ttt.losses = ttt.losses, model.losses
+        ttt.adapt = lambda *_: None  # the step is counted by itself, below
+        ttt.begin_round()
+        rows = ttt.open_rows(tg.np.arange(s.ttt_batch_size))
+        ttt.adapt_chunk(rows, 0, begin)  # not compiled: it only fills the cache
+        ttt.losses = compiled
 
+        def step():
+            trained = rows.adapter.trained()
+            for p in trained:
+                p.grad = torch.empty_like(p)
+            losses = torch.empty(s.ttt_batch_size, device=self.device)
+            if rows.optimiser is None:
+                tg.normalised_step(s, trained, losses)
+            else:
+                tg.optimiser_step(rows.optimiser, trained)
 
-def count(torch, case: Case) -> Line:
-    """Counts of one call whose tensors are on the meta device. A fused attention moves
-    the least bytes."""
-    with counter(torch) as mode:
-        least = run(torch, case)
-    unfused = least if case.flops else mode.bytes
-    return Line(case.name, case.times, case.flops or mode.flops, least, unfused)
+        return Job(lambda: ttt.adapt_chunk(rows, begin, end), step)
 
+    def score(self) -> Job:
+        """A packed row of documents, scored."""
+        tg, s = self.tg, self.s
+        scorer = tg.Scorer(s, self.world, self.model())
+        length = min(DOCUMENT, s.eval_seq_len)
+        count = scorer.capacity // length
+        row = [(i * length, (i + 1) * length, i * length) for i in range(count)]
+        val, plan = self.validation(count, length), tg.layer_plan(s, True)
 
-def train_cases(tg, torch, s, device, tokens: int, share: int) -> list[Case]:
-    """The groups of one rank's training step.
+        def scored():
+            with self.torch.no_grad():
+                scorer.score_row(row, val, plan, None)
 
-    tokens: of one micro-batch; share: this rank has 1/share of Muon's matrices.
-    """
-    half, d = torch.bfloat16, s.model_dim
-    plans = [tg.layer_plan(s, looping) for looping in (False, True)]
-    slots = tuple(plan.slots for plan in plans)
-    skips = tuple(min(len(p.encoder), len(p.decoder)) for p in plans)
-    both = tuple(2 * n for n in slots)
-
-    def leaf(*shape):
-        return torch.zeros(shape, dtype=half, device=device, requires_grad=True)
-
-    model = tg.GPT(s).to(device)
-    model.compute_dtype = half
-    ids = torch.zeros((1, tokens), dtype=torch.int64, device=device)
-    x, x0, branch, n, skip = (leaf(1, tokens, d) for _ in range(5))
-    mix, scale = leaf(2, d), leaf(d)
-    up, down = leaf(s.hidden_dim, d), leaf(d, s.hidden_dim)
-    flat, logits = leaf(tokens, d), leaf(tokens, s.vocab_size)
-
-    def embedded():
-        return [model.embed(ids, None)]
-
-    def mixed():
-        z = mix[0] * x + mix[1] * x0
-        return [z, tg.rms(z) * 0.5]
-
-    def mlp():
-        return [tg.leaky_square_mlp(flat, up, down, 0.5)]
-
-    def losses():
-        return [tg.capped_ce(logits, ids[0], 30.0)]
-
-    once = (1, 1)
-    head_inputs = [n, model.tok_emb]
-    return [
-        Case("embedding, smear, norm", once, embedded, [model.tok_emb]),
-        Case("residual mix and norm", slots, mixed, [x, x0, mix]),
-        Case("norm before the MLP", slots, lambda: [tg.rms(x) * 0.5], [x]),
-        *attention_cases(tg, s, model, leaf, n, slots),
-        Case("scale and add", both, lambda: [x + scale * branch], [x, scale, branch]),
-        Case("MLP", slots, mlp, [flat, up, down]),
-        Case("U-Net skips", skips, lambda: [model.merge_skip(0, x, skip)], [x, skip]),
-        Case("head product", once, lambda: [model.raw_logits(n)], head_inputs),
-        Case("cross-entropy", once, losses, [logits]),
-        *optimiser_cases(tg, torch, s, device, share),
-    ]
+        return Job(scored)
 
 
-def attention_cases(tg, s, model, leaf: Callable, n, slots: tuple) -> list[Case]:
-    """The groups of one attention; n (1, tokens, D): its normalised input."""
-    tokens, d, kv = n.size(1), s.model_dim, s.kv_dim
-    rope = model.rope(tokens, n.device)
-    heads = (1, tokens, -1, s.head_dim)
-    y, q = (leaf(1, tokens, s.num_heads, s.head_dim) for _ in range(2))
-    k, v = (leaf(1, tokens, s.num_kv_heads, s.head_dim) for _ in range(2))
-    wq, wk, wv, wo = leaf(d, d), leaf(kv, d), leaf(kv, d), leaf(d, d)
-    gain, gate = leaf(s.num_heads), leaf(s.num_heads, s.gate_window)
-    scores = 4 * tokens * CONTEXT * d  # two products forward; backward has five of them
-
-    def projected():
-        return [tg.F.linear(n, w) for w in (wq, wk, wv)]
-
-    def rotated():
-        queries = tg.rotate(tg.rms(q.view(heads)), rope) * gain[:, None]
-        return [queries, tg.rotate(tg.rms(k.view(heads)), rope)]
-
-    def attended():
-        return [tg.attention(q, k, v)]
-
-    def gated():
-        return [tg.remove_own_value(y, v) * model.head_gate(gate, n, n)[..., None]]
-
-    return [
-        Case("Q, K, V projections", slots, projected, [n, wq, wk, wv]),
-        Case("q/k norm, rotary, gain", slots, rotated, [q, k, gain]),
-        Case("attention", slots, attended, [q, k, v], flops=3.5 * scores),
-        Case("XSA and head gate", slots, gated, [y, v, n, gate]),
-        Case("attention output", slots, lambda: [tg.F.linear(n, wo)], [n, wo]),
-    ]
+CASES = {
+    "step": lambda subject: subject.step(False),
+    "step-loops": lambda subject: subject.step(True),
+    "chunk": Subject.chunk,
+    "score": Subject.score,
+}
 
 
-def optimiser_cases(tg, torch, s, device, share: int) -> list[Case]:
-    """Muon on this rank's share of the banks, its step on all, Adam and the average."""
-    shapes = tg.GPT.shapes(s)
-    banks = [shape for name, shape in shapes.items() if tg.ROLES[name] == "matrix"]
-    every = sum(tg.math.prod(shape) for shape in shapes.values())
-    rest = every - sum(tg.math.prod(shape) for shape in banks)
-
-    def zeros(shape, dtype=torch.float32):
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    own = [(-(-shape[0] // share), *shape[1:]) for shape in banks]
-    g = [zeros(shape, torch.bfloat16) for shape in own]
-    buf = [torch.zeros_like(x) for x in g]
-    weights = [zeros(shape) for shape in banks]
-    u = [zeros(shape, torch.bfloat16) for shape in banks]
-    small = torch.nn.Parameter(zeros((rest,)))
-    small.grad = zeros((rest,))
-    adam = torch.optim.AdamW([small], foreach=False)
-    average, params = zeros((every,)), zeros((every,))
-
-    def directions():
-        return [tg.muon_direction(a, b, 0.95) for a, b in zip(g, buf, strict=True)]
-
-    def apply():
-        for p, a in zip(weights, u, strict=True):
-            tg.muon_apply(p, a, 0.01, 0.1)
-        return weights
-
-    def adam_step():
-        adam.step()
-        return [small.detach()] * 3          # it writes the parameter and two moments
-
-    def averaged():
-        return [average.lerp_(params, 0.01)]
-
-    once, no_grad = (1, 1), torch.no_grad()
-    return [
-        Case("Muon's direction", once, no_grad(directions), g + buf),
-        Case("Muon's step", once, no_grad(apply), weights + u),
-        Case("AdamW", once, adam_step, [small.detach()] * 4),
-        Case("average", once, no_grad(averaged), [average, params]),
-    ]
+# --- sums, tables and files
 
 
-def ttt_cases(tg, torch, s, device, documents: int) -> list[Case]:
-    """One step of test-time training: a chunk of `documents` scored over a full cache,
-    and its backward."""
-    plan, chunk = tg.layer_plan(s, True), tg.chunk_rules(s)[0][1]
-    model = tg.GPT(s).to(device).requires_grad_(False)
-    model.compute_dtype = torch.bfloat16
-    adapter = tg.Adapter(s, plan, documents, device)
-    cache = tg.KeyCache(s.ttt_eval_seq_len)
-    held = s.ttt_eval_seq_len - chunk
-    keys = (documents, held, s.num_kv_heads, s.head_dim)
-    for slot in range(plan.slots):
-        pair = (torch.zeros(keys, dtype=torch.bfloat16, device=device) for _ in range(2))
-        cache.old[slot] = tuple(pair)
-    cache.position = cache.seen = cache.end = held
-    cache.last = torch.zeros((documents, 2), dtype=torch.int64, device=device)
-    ids = torch.zeros((documents, chunk), dtype=torch.int64, device=device)
-
-    def losses():
-        return [model.losses(ids, ids, plan, None, adapter, None, cache)]
-
-    chunk_losses = torch.ones(documents, device=device)
-
-    def step():
-        for p in adapter.trained():
-            p.grad = torch.zeros_like(p)
-        tg.normalised_step(s, adapter.trained(), chunk_losses)
-        return [p.detach() for p in adapter.trained()]
-
-    name = f"score and adapt {documents} x {chunk} tokens, {held:,} cached keys"
-    cached = itertools.chain.from_iterable(cache.old.values())
-    read = [*adapter.trained(), *model.parameters(), *cached]
-    trained = [p.detach() for p in adapter.trained()]
-    return [
-        Case(name, (1, 1), losses, read),
-        Case("step of all B", (1, 1), step, trained * 2),
-    ]
+def sums(kernels: list[Kernel]) -> dict:
+    """Kernels, GB, TFLOP and modelled ms."""
+    read, written = (sum(getattr(k, side) for k in kernels) / 1e9 for side in ("read", "written"))
+    tflop = sum(k.flops for k in kernels) / 1e12
+    return dict(kernels=len(kernels), gb=read + written, read_gb=read, written_gb=written, tflop=tflop,
+                ms=sum(k.ms for k in kernels))
 
 
-def gptq_cases(tg, torch, s, device) -> list[Case]:
-    """Hessians of one micro-batch's inputs are products; here the rounding itself, per
-    shape of matrix."""
-    shapes = {"queries and outputs": (2 * s.num_layers, s.model_dim, s.model_dim),
-              "keys and values": (2 * s.num_layers, s.kv_dim, s.model_dim),
-              "MLP up": (s.num_layers, s.hidden_dim, s.model_dim),
-              "MLP down": (s.num_layers, s.model_dim, s.hidden_dim),
-              "embedding": (1, s.vocab_size, s.model_dim)}
-
-    def rounds(count, rows, columns):
-        w = torch.ones((count, rows, columns), device=device)
-        h = torch.eye(columns, device=device).expand(count, columns, columns)
-        step = torch.ones((count, rows), device=device)
-
-        def gptq():
-            order, u, dead, _ = tg.hessian_factor(h)
-            return [tg.round_in_order(w, step, order, u, dead, 31)]
-        return Case("", (1, 1), gptq, [w, h, step])
-
-    return [rounds(*shape)._replace(name=f"GPTQ, {name}") for name, shape in shapes.items()]
+def largest(kernels: list[Kernel], most: int) -> list[dict]:
+    """The kernels that take longest together with their likes: `times` launches of `ms` each."""
+    alike: dict[tuple, list[Kernel]] = {}
+    for kernel in kernels:
+        key = (kernel.graph, kernel.name, kernel.read, kernel.written)
+        alike.setdefault(key, []).append(kernel)
+    order = sorted(alike.values(), key=lambda some: -sum(k.ms for k in some))
+    return [{"times": len(some), "ms": some[0].ms} | asdict(some[0]) for some in order[:most]]
 
 
-def show(lines: list[Line], peak: float, bandwidth: float, looping: bool) -> str:
-    """The table of one step; counts and times are those of all calls of a group, the
-    last row their sums."""
-    rows, sums = [], [0.0] * 7
-    for line in lines:
-        n = line.times[looping]
-        floor = line.floor(peak, bandwidth)
-        unfused = line.bound(peak, bandwidth)
-        counts = [line.flops / 1e9, line.least / 1e9, line.unfused / 1e9]
-        each = [*counts, floor, unfused, unfused - floor, line.ms]
-        figures = [n * x for x in each]
-        sums = [a + b for a, b in zip(sums, figures, strict=True)]
-        rows.append([line.name, n, *figures])
-    rows.append(["sum", "", *sums])
-    head = ["group", "times", "GFLOP", "least GB", "unfused GB", "floor ms"]
-    head += ["unfused ms", "gap ms", "measured ms"]
-    cells = []
-    for name, times, gflop, *rest in rows:
-        shown = ["" if x != x else f"{x:,.3f}" for x in rest]
-        cells.append([name, times, f"{gflop:,.1f}", *shown])
-    return table(head, cells)
-
-
-def account(b, counts_only: bool) -> str:
-    """The tables of a training step, of a step of test-time training, and of GPTQ. b:
-    tools.bench.Bench."""
-    tg, torch, s, meta = b.tg, b.torch, b.settings, b.torch.device("meta")
-    tokens, documents = s.train_batch_tokens, s.ttt_batch_size
-    peak, bandwidth = H100
-    steps = {
-        "training step": lambda device: train_cases(tg, torch, s, device, tokens, 8),
-        "test-time training": lambda device: ttt_cases(tg, torch, s, device, documents),
-        "GPTQ": lambda device: gptq_cases(tg, torch, s, device),
+def summary(recorder: Recorder, top: int) -> dict:
+    """The figures of one case as they are written; kinds by falling ms."""
+    by_kind: dict[str, list[Kernel]] = {}
+    for kernel in recorder.kernels:
+        by_kind.setdefault(kernel.kind, []).append(kernel)
+    kinds = {kind: sums(kernels) for kind, kernels in by_kind.items()}
+    kinds = dict(sorted(kinds.items(), key=lambda item: -item[1]["ms"]))
+    return sums(recorder.kernels) | {
+        "launches": recorder.launches,
+        "kept_gb": recorder.kept / 1e9,
+        "trace_seconds": recorder.trace_seconds,
+        "lower_seconds": recorder.lower_seconds,
+        "kinds": kinds,
+        "largest": largest(recorder.kernels, top),
     }
-    speeds = f"{peak / 1e12:.0f} TFLOP/s and {bandwidth / 1e12:.2f} TB/s"
-    parts = [f"floors at {speeds} (H100), {tokens:,} tokens"]
-    for what, cases in steps.items():
-        lines = [count(torch, case) for case in cases(meta)]
-        if not counts_only:
-            for line, case in zip(lines, cases(b.device), strict=True):
-                fast = case
-                if b.cuda:
-                    fast = case._replace(call=torch.compile(case.call))
-                run(torch, fast)
-                once = functools.partial(b.once, functools.partial(run, torch, fast))
-                line.ms = min(once() for _ in range(b.rounds))
-        names = {what: True}
-        if what == "training step":
-            names = {f"{what}, without loops": False, f"{what}, with loops": True}
-        for name, looping in names.items():
-            parts.append(f"\n{name}\n{show(lines, peak, bandwidth, looping)}")
-    return "\n".join(parts)
+
+
+def show_case(name: str, case: dict) -> str:
+    """The table of one case, and its largest kernels."""
+    rows = []
+    for kind, part in (*case["kinds"].items(), ("sum", case)):
+        rows.append([kind, part["kernels"], *(f"{part[key]:.3f}" for key in ("gb", "tflop", "ms"))])
+    lines = [f"\n{name}", table(["kind", "kernels", "GB", "TFLOP", "ms"], rows)]
+    if "launches" in case:  # not in another program's account
+        seconds = f"{case['trace_seconds']:.0f} s to trace, {case['lower_seconds']:.0f} s to lower"
+        lines.append(f"launches of the generated code: {case['launches']}; kept for the backward: "
+                     f"{case['kept_gb']:.2f} GB; {seconds}")
+    if case.get("largest"):
+        head = ["times", "ms", "read MB", "written MB", "GFLOP", "graph", "kind", "kernel", "of"]
+        lines.append(table(head, map(kernel_row, case["largest"])))
+    return "\n".join(lines)
+
+
+def kernel_row(kernel: dict) -> list[str]:
+    figures = [str(kernel["times"]), f"{kernel['ms']:.3f}"]
+    for key, unit in (("read", 1e6), ("written", 1e6), ("flops", 1e9)):
+        figures.append(f"{kernel[key] / unit:.1f}")
+    return [*figures, kernel["graph"], kernel["kind"], kernel["name"][:48], kernel["what"][:90]]
+
+
+CASE_NAMES = {"without loops": "step", "with loops": "step-loops"}  # other accounts' names
+KIND_NAMES = {
+    "linear_leaky_relu_square": "MLP, own kernel",
+    "softcapped_ce": "cross-entropy, own kernel",
+}
+
+
+def read_account(path: str) -> dict:
+    """A file of --json, or another account of its shape: {"cases": {case: {"kernels", "gb", "tflop", "ms",
+    "kinds": {kind: the same}}}}."""
+    try:
+        data = json.loads(Path(path).read_text())
+        cases = {CASE_NAMES.get(name, name): named_alike(case) for name, case in data["cases"].items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ToolError(f"{relative(path)} is no account ({type(error).__name__}: {error}): give a file that "
+                        "python tools/account.py --json wrote") from None
+    return data | {"cases": cases}
+
+
+def named_alike(case: dict) -> dict:
+    """A case with this tool's names of kinds; all is looked up once, so that what is missing shows."""
+    kinds = {KIND_NAMES.get(kind, kind): part for kind, part in case["kinds"].items()}
+    for part in (case, *kinds.values()):
+        for key in ("kernels", "gb", "tflop", "ms"):
+            float(part[key])
+    for kernel in case.get("largest", ()):
+        kernel_row(kernel)
+    return case | {"kinds": kinds}
+
+
+def shared_cases(ours, theirs, name: str) -> list[str]:
+    """The cases that both have; ToolError when there is none."""
+    shared = [case for case in ours if case in theirs]
+    if not shared:
+        raise ToolError(f"{name} has none of the cases {', '.join(ours)}, only {', '.join(theirs)}: choose "
+                        "another file, or by --case")
+    return shared
+
+
+def compare(ours: dict, theirs: dict, name: str) -> str:
+    """Our figures over theirs, case by case and kind by kind; "-" where one side has none."""
+    lines = []
+    for case in shared_cases(ours, theirs, name):
+        mine, other = ours[case], theirs[case]
+        rows = []
+        for kind in dict.fromkeys([*mine["kinds"], *other["kinds"]]):
+            rows.append([kind, *ratios(mine["kinds"].get(kind), other["kinds"].get(kind))])
+        rows.append(["sum", *ratios(mine, other)])
+        head = ["kind", "kernels", "ratio", "GB", "ratio", "TFLOP", "ratio", "ms", "ratio"]
+        lines += [f"\n{case}, against {name}", table(head, rows)]
+    return "\n".join(lines)
+
+
+def ratios(mine: dict | None, other: dict | None) -> list[str]:
+    """For each figure ours, and ours over theirs."""
+    cells = []
+    for key, form in (("kernels", "d"), ("gb", ".3f"), ("tflop", ".3f"), ("ms", ".3f")):
+        own, their = (mine or {}).get(key, 0), (other or {}).get(key, 0)
+        cells += [format(own, form), f"{own / their:.3f}" if their else "-"]
+    return cells
+
+
+# --- the command
+
+
+def environment(config: str | None) -> dict[str, str]:
+    """The environment's settings, with those of an env file over them."""
+    env = dict(os.environ)
+    if config is None:
+        return env
+    for number, line in enumerate(Path(config).read_text().splitlines(), start=1):
+        for word in shlex.split(line, comments=True):
+            name, equals, value = word.partition("=")
+            if not equals or not name.isidentifier():
+                raise ToolError(f"{relative(config)}, line {number}: {word!r} is no NAME=VALUE: give a file "
+                                "such as configs/best.env")
+            env[name] = value
+    return env
+
+
+def parse(arguments) -> argparse.Namespace:
+    """Command line."""
+    parser = command_line(__doc__)
+    add = parser.add_argument
+    add("config", nargs="?", metavar="CONFIG.env", help="settings (default: the environment's)")
+    add("--case", action="append", metavar="NAME",
+        help=f"any of {', '.join(CASES)}; may be repeated (default: all)")
+    add("--top", type=int, default=10, metavar="N",
+        help="show and write the N kernels that take longest with their likes (default 10)")
+    add("--json", metavar="FILE", help="write the figures there")
+    add("--against", metavar="FILE", help="print ratios to such a file")
+    add("--read", metavar="FILE", help="take the figures from such a file instead of lowering")
+    add("--code", metavar="FOLDER", help="write the generated code of every case there")
+    args = parser.parse_args(arguments)
+    for name in args.case or ():
+        if name not in CASES:
+            raise ToolError(f"--case {name} is unknown: choose from {', '.join(CASES)}")
+    if args.top < 0:
+        raise ToolError(f"--top {args.top} must be at least 0")
+    if args.read and (args.config or args.json or args.code):
+        raise ToolError("--read lowers nothing: leave CONFIG.env, --json and --code out")
+    return args
+
+
+def measure(args: argparse.Namespace, wanted: list[str]) -> dict:
+    """Lower the cases one after the other, printing each; the account as it is written."""
+    env = environment(args.config)
+    torch = pretend.begin()
+    sys.path.insert(0, str(ROOT))
+    import train_gpt as tg
+
+    try:
+        s = tg.Settings.from_env(env)
+        subject = Subject(tg, torch, s)
+        cases = {}
+        for name in wanted:
+            folder = Path(args.code) / name if args.code else None
+            recorder = lower(functools.partial(CASES[name], subject), folder)
+            cases[name] = summary(recorder, args.top)
+            print(show_case(name, cases[name]), flush=True)
+    except tg.UserError as error:
+        raise ToolError(str(error)) from None
+    return {
+        "what": f"{args.config or 'the settings of the environment'}, one of {RANKS} ranks, counted by "
+                "tools/account.py",
+        "torch": torch.__version__,
+        "script": hashlib.sha256(SCRIPT.read_bytes()).hexdigest()[:16],
+        "settings": tg.public_settings(tg.changed_environment(s)),
+        "cases": cases,
+    }
+
+
+def show_file(path: str, wanted, top: int) -> dict:
+    """The account in a file, cut to the wanted cases; they are printed."""
+    account = read_account(path)
+    account["cases"] = {name: case for name, case in account["cases"].items() if name in wanted}
+    for name, case in account["cases"].items():
+        print(show_case(name, case | {"largest": case.get("largest", [])[:top]}))
+    return account
+
+
+def main(arguments=None) -> int:
+    """Entry."""
+    args = parse(arguments)
+    wanted = args.case or list(CASES)
+    other = read_account(args.against) if args.against else None
+    if other is not None:
+        shared_cases(wanted, other["cases"], relative(args.against))
+    account = show_file(args.read, wanted, args.top) if args.read else measure(args, wanted)
+    if args.json:
+        write_atomic(Path(args.json), json.dumps(account, indent=1) + "\n")
+        print(f"wrote {relative(args.json)}")
+    if other is not None:
+        print(compare(account["cases"], other["cases"], relative(args.against)))
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

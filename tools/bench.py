@@ -3,7 +3,6 @@
     python tools/bench.py                          # every group
     python tools/bench.py ngram gptq               # some of them
     python tools/bench.py --rounds 9 --json bench.json
-    python tools/bench.py --account --size full    # FLOPs, bytes, floors; on a GPU also times
     python tools/bench.py --gpu --help             # the day a GPU is there: tools/gpu_day.py
     # bytes and seconds of five coders:
     python tools/bench.py --coders runs/NAME/final_model.int6.ptz
@@ -34,7 +33,6 @@ from typing import Callable
 if __package__ in (None, ""):  # run as a script: make `tools` importable
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from tools.account import account
 from tools.common import (
     ROOT,
     ToolError,
@@ -678,8 +676,6 @@ def parse(arguments) -> argparse.Namespace:
         help="times each contender runs (default 7)")
     add("--size", choices=("auto", "small", "full"), default="auto",
         help="auto: full on a GPU")
-    add("--account", action="store_true",
-        help="FLOPs, bytes and floors of every operator group instead")
     add("--coders", metavar="FILE",
         help="five coders on the codes of an artifact, a final_model.pt, or `full`")
     add("--json", metavar="FILE", help="write the figures there, too")
@@ -733,9 +729,6 @@ def main(arguments=None) -> int:
           f"{args.rounds} rounds", flush=True)
     if args.coders:
         print(coders(b, args.coders))
-        return 0
-    if args.account:
-        print(account(b, counts_only=not (b.cuda or b.small)))
         return 0
     rows = []
     for name in args.groups or GROUPS:
