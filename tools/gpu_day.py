@@ -254,7 +254,12 @@ TWINS: dict[str, Callable] = {
         x.drawn("logits", x.tokens, x.vocab, scale=4), x.ids(), 30.0, kernel),
     "LeakyReLU² MLP": lambda tg, x, kernel: tg.leaky_square_mlp(
         x.drawn("x", x.tokens, x.dim), x.drawn("up", x.hidden, x.dim, scale=x.dim**-0.5),
-        x.drawn("down", x.dim, x.hidden, scale=x.hidden**-0.5), 0.5, kernel),
+        x.drawn("down", x.dim, x.hidden, scale=x.hidden**-0.5), 0.5, kernel=kernel),
+    "head and cross-entropy": lambda tg, x, kernel: tg.head_losses(
+        x.drawn("hidden", x.tokens, x.dim), x.drawn("head", x.vocab, x.dim), x.ids(), 30.0, kernel),
+    "attention without the own value": lambda tg, x, kernel: tg.remove_own_value(
+        x.drawn("y", 1, x.tokens, 8, 64), x.drawn("v", 1, x.tokens, 4, 64), x.drawn("gate", 1, x.tokens, 8),
+        kernel),
 }
 
 

@@ -99,7 +99,8 @@ def mlp_dh_flops(inputs: Shapes, outputs: Shapes) -> float:
     return 2.0 * math.prod(inputs[0]) * inputs[1][1]
 
 
-MLP, CROSS_ENTROPY, OTHER = "MLP, own kernel", "cross-entropy, own kernel", "other operator"
+MLP, CROSS_ENTROPY = "MLP, own kernel", "cross-entropy, own kernel"
+OWN_VALUE, OTHER = "own value, own kernel", "other operator"
 EAGER = "eager"  # kind and graph of what is not compiled
 RULES = (
     Rule(r"\b(mm|addmm|bmm|baddbmm)\b", "product", product_flops),
@@ -107,7 +108,8 @@ RULES = (
     Rule("flash_attn_backward", "attention", attention_backward_flops),
     Rule("mlp_up", MLP, mlp_up_flops),
     Rule("mlp_dh", MLP, mlp_dh_flops),
-    Rule(r"\bce_(for|back)ward", CROSS_ENTROPY, no_flops),
+    Rule(r"\bce_(forward|backward|with_gradient)", CROSS_ENTROPY, no_flops),
+    Rule("own_value", OWN_VALUE, no_flops),
 )
 
 
