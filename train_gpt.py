@@ -331,14 +331,6 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
     return Trained(clock, stream, facts, stop)
 
 
-def log_train_end(s: Settings, run: Run, facts: dict, epochs: float) -> None:
-    """Length and speed of a training, into log and summary."""
-    steps, step_ms = facts["steps"], facts["step_ms"]
-    run.log("train_end", steps=steps, seconds=facts["train_seconds"], step_ms=step_ms,
-            epochs=epochs, tokens=steps * s.train_batch_tokens)
-    run.summary.update(steps=steps, step_ms=step_ms, stopped=facts["stopped"] or None)
-
-
 def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next_batch: Callable) -> None:
     """Calibrate, quantise, pack and write the artifact, still on the training clock."""
     begin = clock.elapsed()
@@ -768,31 +760,6 @@ class Settings:
         return []
 
 
-def schedule(text: str, otherwise, kind: type = int) -> list[tuple[float, float]]:
-    """Stages (progress at which it ends, value) of "value@progress, …", by rising
-    progress; the last one goes on to the end. Without text one stage of `otherwise`.
-    UserError unless values and shares are above 0."""
-    stages = []
-    for part in listed(text):
-        value, _, end = part.partition("@")
-        good = is_number(value) and is_number(end) and 0 < float(end) <= 1
-        if not good or float(value) <= 0 or kind(float(value)) != float(value):
-            raise UserError(f"the stage {part} must be value@progress with 0 < progress <= 1, "
-                            "as 1024@0.1")
-        stages.append((float(end), kind(float(value))))
-    if not stages:
-        return [(1.0, otherwise)]
-    stages.sort()
-    if stages[-1][0] < 1:
-        stages.append((1.0, stages[-1][1]))
-    return stages
-
-
-def listed(text: str) -> list[str]:
-    """The entries of "a, b, …"; empty ones are left out."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def context_stages(s: Settings) -> list[tuple[float, int]]:
     """Longest segment of training, by share of the budget."""
     return schedule(s.train_seq_schedule, s.train_seq_len)
@@ -801,39 +768,6 @@ def context_stages(s: Settings) -> list[tuple[float, int]]:
 # ============================================================================================================
 # 3  Model: one forward for training, scoring and adaptation
 # ============================================================================================================
-
-def check_model(s: Settings) -> None:
-    """Refuse sizes that do not fit together."""
-    if s.model_dim % s.num_heads:
-        raise UserError(f"MODEL_DIM={s.model_dim} is not divisible by NUM_HEADS={s.num_heads}: "
-                        f"choose a multiple of {s.num_heads}")
-    if s.num_heads % s.num_kv_heads:
-        raise UserError(f"NUM_HEADS={s.num_heads} is not divisible by NUM_KV_HEADS="
-                        f"{s.num_kv_heads}: choose a divisor")
-    if s.head_dim % 2:
-        raise UserError(f"MODEL_DIM={s.model_dim} over NUM_HEADS={s.num_heads} is odd: "
-                        "rotary embedding needs it even")
-    if s.rope_dims % 2 or s.rope_dims > s.head_dim:
-        raise UserError(f"ROPE_DIMS={s.rope_dims} does not fit: it must be even and at most "
-                        f"the head width {s.head_dim}")
-    if s.gate_window > s.model_dim:
-        raise UserError(f"GATE_WINDOW={s.gate_window} exceeds MODEL_DIM={s.model_dim}: lower it")
-    if s.hidden_dim < 1:
-        raise UserError(f"MLP_MULT={s.mlp_mult:g} leaves no hidden unit of MODEL_DIM="
-                        f"{s.model_dim}: raise it")
-    if s.num_loops and not s.loop_start <= s.loop_end < s.num_layers:
-        raise UserError(f"LOOP_START={s.loop_start} <= LOOP_END={s.loop_end} < NUM_LAYERS="
-                        f"{s.num_layers} does not hold: correct them, or set NUM_LOOPS=0")
-    slots = s.num_layers + s.num_loops * (s.loop_end - s.loop_start + 1)
-    if slots > MOST_SLOTS:
-        raise UserError(f"NUM_LOOPS={s.num_loops} makes {slots} executed layers: "
-                        f"at most {MOST_SLOTS}, lower it")
-    weights = sum(map(math.prod, GPT.shapes(s).values()))
-    if weights > MOST_WEIGHTS:
-        raise UserError(f"MODEL_DIM={s.model_dim}, NUM_LAYERS={s.num_layers}, MLP_MULT="
-                        f"{s.mlp_mult:g} and VOCAB_SIZE={s.vocab_size} make {weights:,} "
-                        f"weights: at most {MOST_WEIGHTS:,}, lower them")
-
 
 # Role of every parameter; one without a role stops the run. matrix: Muon trains it; embed, small: AdamW;
 # cap: nothing does.
@@ -1532,25 +1466,6 @@ class Optimiser:
 # 5  Training: schedule, warm-up and rewind, average
 # ============================================================================================================
 
-def check_training(s: Settings) -> None:
-    """Refuse a schedule without its longest stage, and a reserve that leaves no time."""
-    longest = max(length for _, length in context_stages(s))
-    if longest != s.train_seq_len:
-        raise UserError(f"TRAIN_SEQ_LEN={s.train_seq_len} is not {longest}, the longest stage of "
-                        f"TRAIN_SEQ_SCHEDULE={s.train_seq_schedule}: make them equal")
-    if s.train_seq_schedule and LOADERS[s.train_loader].windowed:
-        raise UserError(f"TRAIN_LOADER={s.train_loader} has windows of one length: "
-                        "TRAIN_SEQ_SCHEDULE needs stream or docpack")
-    reserve, budget = s.gptq_reserve_seconds, s.max_wallclock_seconds
-    if reserve == "auto":
-        return
-    if not is_number(reserve) or float(reserve) < 0:
-        raise UserError(f"GPTQ_RESERVE_SECONDS={reserve} must be a number of seconds >= 0, or auto")
-    if 0 < budget <= float(reserve):
-        raise UserError(f"GPTQ_RESERVE_SECONDS={reserve} leaves nothing of MAX_WALLCLOCK_SECONDS="
-                        f"{budget:g} to train in: lower it")
-
-
 def stage_at(stages: list[tuple[float, float]], progress: float):
     """The value of the first stage that has not ended."""
     return next(value for end, value in stages if min(progress, 1.0) <= end)
@@ -1786,14 +1701,6 @@ def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
 # 6  Quantise: Hessians, GPTQ, low-rank repair
 # ============================================================================================================
 
-def check_quantise(s: Settings) -> None:
-    """Refuse what has no effect on steps by curvature."""
-    if s.awq_lite_enabled and s.quant_allocation != "hand":
-        raise UserError("AWQ_LITE_ENABLED=1 changes steps that are set by hand, "
-                        f"not by QUANT_ALLOCATION={s.quant_allocation}: "
-                        "set QUANT_ALLOCATION=hand or leave it out")
-
-
 # --- calibration: what training data says about the matrices
 
 class Curvature(NamedTuple):
@@ -1916,25 +1823,6 @@ def drawn_gradient(model: GPT, hidden: Tensor,
 CALIBRATION_TOKENS = 16384    # in a pass with a graph: they hold about 11 GB
 
 
-def pieces(batch: Batch, most: int) -> Iterator[Batch]:
-    """Inputs of a batch, at most `most` tokens each: rows, or a packed row cut at
-    segments, if it can be where documents begin: then nothing is lost."""
-    cu, begin, total = batch.cu_seqlens, 0, batch.x.size(1)
-    if cu is None:
-        for x in batch.x.split(max(1, most // total)):
-            yield Batch(x, x, None, total)
-        return
-    bounds = cu.unique().tolist()
-    while begin < total:
-        later = [b for b in bounds if b > begin]
-        near = [b for b in later if b <= begin + most] or later[:1]
-        documents = [b for b in near if b == total or batch.x[0, b] == BOS]
-        end = max(documents or near)
-        x = batch.x[:, begin:end]
-        yield Batch(x, x, cu[(cu >= begin) & (cu <= end)] - begin, batch.max_seqlen)
-        begin = end
-
-
 def calibrate(s: Settings, world: World, model: GPT,
               next_batch: Callable[[], Batch]) -> Curvature:
     """Over GPTQ_CALIBRATION_BATCHES training micro-batches of all ranks, loops on."""
@@ -1974,18 +1862,6 @@ def to_eighths(log2: Tensor) -> Tensor:
 def to_half(x: Tensor) -> Tensor:
     """float16; beyond its range its largest number: no artifact holds infinities."""
     return x.float().clamp(-HALF_LARGEST, HALF_LARGEST).half()
-
-
-def row_scales(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-    """fp16 step of every row of w (…, R, C): clip_sigmas deviations span the codes.
-    As published, 0 for a row without spread."""
-    return to_half(clip_sigmas * w.float().std(dim=-1) / (2 ** (bits - 1) - 1))
-
-
-def row_steps(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-    """row_scales, but a row without spread has its largest magnitude as step."""
-    step = row_scales(w, bits, clip_sigmas)
-    return torch.where(step > 0, step, to_half(w.abs().amax(dim=-1)))
 
 
 def quantise_rows(w: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
@@ -2139,263 +2015,9 @@ def precision_of(s: Settings, name: str, w: Tensor) -> Precision:
     return Precision(form, bits, clip_sigmas)
 
 
-def stored_shape(s: Settings, shape: Sequence[int], letters: str) -> tuple[int, ...]:
-    """A tensor's shape by letters: a weight's R and C, its factors' rank k, the
-    groups g of their values. ValueError where only a matrix has such."""
-    if letters == "all":
-        return tuple(shape)
-    rows, columns = shape
-    rank = min(s.lqer_rank, rows, columns)
-    groups = rank * columns // s.lqer_asym_group
-    sizes = {"R": rows, "C": columns, "k": rank, "g": groups, "1": 1}
-    return tuple(sizes[letter] for letter in letters)
-
-
-def stored_tensors(s: Settings, forms: Mapping[str, str]) -> dict[str, dict[str, tuple]]:
-    """{stream: {tensor: shape}} in the file's order; ValueError for other weights."""
-    streams: dict[str, dict] = {CODE_STREAM: {}, HALF_STREAM: {}, BYTE_STREAM: {}}
-    views = blank_views(s)
-    if set(forms) != set(views):
-        raise ValueError(f"other tensors: {sorted(set(forms) ^ set(views))[:3]}")
-    for name, w in views.items():
-        parts = forms[name].split("+")
-        if len(set(parts)) < len(parts):
-            raise ValueError(f"{name} as {forms[name]}")
-        for form in parts:
-            storage = STORAGE[form]
-            for key, (_, stream, letters) in zip(storage.keys(name), storage.tensors):
-                streams[stream][key] = stored_shape(s, w.shape, letters)
-    return streams
-
-
-def blank_views(s: Settings) -> dict[str, Tensor]:
-    """The model's weights as they are named in files, without memory."""
-    shapes = GPT.shapes(s)
-    return matrix_views({n: torch.empty(shapes[n], device="meta") for n in shapes})
-
-
 def input_of(name: str) -> str:
     """The first matrix of this input: they share a Hessian and columns' steps."""
     return name.replace("attn.c_k", "attn.c_q").replace("attn.c_v", "attn.c_q")
-
-
-# --- GPTQ (Frantar et al. 2022): columns are rounded in turn, later ones take up the errors
-
-DAMPING = 0.01            # of a Hessian, as a share of its mean diagonal
-MOST_DAMPING = 100.0      # columns are then all but alone
-SMALLEST_HALVED = 512     # columns of a Hessian that is factored by halves
-
-
-def inverse_factor(h: Tensor) -> Tensor:
-    """Upper U (n, C, C) with U'U = inverse of h, by halves: h = F F', U = inverse of
-    F."""
-    half = h.size(-1) // 2
-    if h.size(-1) < SMALLEST_HALVED:
-        factor = torch.linalg.cholesky(h.flip(-2, -1)).flip(-2, -1)
-        eye = torch.eye(h.size(-1), dtype=h.dtype, device=h.device).expand_as(h)
-        return torch.linalg.solve_triangular(factor, eye, upper=True)
-    u, after = torch.zeros_like(h), inverse_factor(h[:, half:, half:])
-    x = h[:, :half, half:] @ after.mT
-    before = inverse_factor(h[:, :half, :half] - x @ x.mT)
-    u[:, :half, :half] = before
-    u[:, half:, half:] = after
-    u[:, :half, half:] = -(before @ x) @ after
-    return u
-
-
-def hessian_factor(h: Tensor, damp: float = DAMPING,
-                   falling: bool = True) -> tuple[Tensor, ...]:
-    """For H (n, C, C), damped by a share of its mean diagonal: the columns' order (by
-    falling diagonal, or as they are), upper U with U'U = inverse of H in that order,
-    the dead columns, and the U_jj of the falling order: the inverse deviation of a
-    column's input given those after it. float64 on a GPU: float32 may be TF32."""
-    h = h.double() if h.is_cuda else h.clone()
-    diag = h.diagonal(dim1=-2, dim2=-1)          # a view: writing it writes h
-    dead = diag == 0
-    diag[dead] = 1
-    diag += damp * diag.mean(dim=-1, keepdim=True)
-    order = diag.argsort(dim=-1, descending=True, stable=True)
-    u = inverse_factor(torch.stack([m[o][:, o] for m, o in zip(h, order)]))
-    ratio = torch.empty_like(diag).scatter_(-1, order, u.diagonal(dim1=-2, dim2=-1))
-    if not falling:
-        u, order = inverse_factor(h), order.sort().values
-    return order, u.float(), dead, ratio.float()
-
-
-def damped_factor(h: Tensor, damp: float = DAMPING,
-                  falling: bool = True) -> tuple[tuple[Tensor, ...], list[float]]:
-    """hessian_factor of h (n, C, C), and each one's damping: ten times more until it
-    can be factored; infinite where nothing helps and the identity stands for it."""
-    try:
-        parts = hessian_factor(h, damp, falling)
-        finite = all(part.isfinite().all() for part in parts)
-        ratio = parts[-1]
-        if finite and ratio.min() > 0:
-            return parts, [damp] * len(h)
-    except torch.linalg.LinAlgError:
-        pass
-    if len(h) > 1:
-        parts, damps = zip(*(damped_factor(m, damp, falling) for m in h.split(1)))
-        return tuple(torch.cat(part) for part in zip(*parts)), sum(damps, [])
-    if damp < MOST_DAMPING:
-        return damped_factor(h, 10 * damp, falling)
-    eye = torch.eye(h.size(-1), dtype=h.dtype, device=h.device)[None]
-    return hessian_factor(eye, 0.0, falling), [math.inf]
-
-
-@torch.no_grad()
-def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tensor,
-                   top: int, trellis: bool = False, block: int = 128) -> Tensor:
-    """Codes (n, R, C) int8 within ±top of w under steps (n, R). order (n, C),
-    u (n, C, C), dead (n, C) are hessian_factor's; where columns have steps too, w and
-    u come divided by them."""
-    zero = dead[:, None] | (step == 0)[..., None]
-    w, step = w.masked_fill(zero, 0), step[:, None].clamp_min(1e-30)
-    t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R)
-    # an error e costs (e / diag)^2, and later columns take up feedback times it
-    diag = u.diagonal(dim1=-2, dim2=-1)[..., None]
-    feedback = u / diag
-    codes = torch.empty_like(t, dtype=torch.int8)
-    state = torch.zeros_like(t[:, 0], dtype=torch.long)
-    for begin in range(0, t.size(1), block):
-        end = min(begin + block, t.size(1))
-        x, inner = t[:, begin:end], feedback[:, begin:end, begin:end]
-        if trellis:
-            slope = diag[:, begin:end] ** -2
-            q, error, state = trellis_block(x / step, inner, slope, state)
-            error *= step
-        else:
-            q, error = plain_block(x, step, inner, top)
-        codes[:, begin:end] = q
-        t[:, end:] -= feedback[:, begin:end, end:].mT @ error
-    return torch.stack([c[o].mT for c, o in zip(codes, order.argsort(dim=-1))])
-
-
-def plain_block(t: Tensor, step: Tensor, feedback: Tensor, top: int,
-                tile: int = 16) -> tuple[Tensor, Tensor]:
-    """Round columns t (n, C, R), which is used up, in turn: (codes, errors)."""
-    codes, error = torch.empty_like(t), torch.empty_like(t)
-    for left in range(0, t.size(1), tile):
-        right = min(left + tile, t.size(1))
-        for j in range(left, right):
-            column = t[:, j:j + 1]
-            q = (column / step).round().clamp_(-top, top)
-            e = column - q * step
-            codes[:, j:j + 1] = q
-            error[:, j:j + 1] = e
-            t[:, j + 1:right] -= feedback[:, j, j + 1:right, None] * e
-        t[:, right:] -= feedback[:, left:right, right:].mT @ error[:, left:right]
-    return codes, error
-
-
-# Trellis-coded quantisation (Marcellin and Fischer 1990), Ungerboeck's 8 states. In state s a code k
-# means k + (s & 1) / 2 steps, and its parity chooses the next state: a row's path sees a grid of half
-# steps at the rate of whole ones.
-TRELLIS = np.array([                  # next state, of an even and of an odd code
-    [0, 2], [5, 7], [1, 3], [4, 6], [2, 0], [7, 5], [3, 1], [6, 4]], np.uint8)
-# two edges into every state: (edge, state before or parity, state)
-ARRIVALS = np.stack([np.argwhere(TRELLIS == state) for state in range(8)], axis=-1)
-
-
-def half_steps(codes: np.ndarray) -> np.ndarray:
-    """Which of the codes (R, C) stand half a step higher: rows start in state 0."""
-    return state_bits(np.ascontiguousarray(codes.T)).T
-
-
-class Arrival(NamedTuple):
-    """The best path into every state, (n, 8, R) each: its whole cost, its last code
-    and error, in steps, and the state before."""
-    cost: Tensor
-    code: Tensor
-    error: Tensor
-    parent: Tensor
-
-
-def trellis_edges(like: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The two edges into every state: the state before (8), the half step there
-    (8, 1) and half the code's parity (8, 1)."""
-    edges = []
-    for source, parity in torch.from_numpy(ARRIVALS).to(like.device):
-        half, odd = ((x.to(like.dtype) / 2)[:, None] for x in (source & 1, parity))
-        edges.append((source, half, odd))
-    return edges
-
-
-def trellis_block(t: Tensor, feedback: Tensor, slope: Tensor, state: Tensor,
-                  tile: int = 16) -> tuple[Tensor, Tensor, Tensor]:
-    """The cheapest path through columns t (n, C, R), in steps, from state (n, R):
-    (codes, errors, end state). slope (n, C, 1): cost of a squared error. Each state
-    keeps its best path, and what that path's feedback made of later columns."""
-    edges = trellis_edges(t)
-    cost = torch.full((t.size(0), 8, t.size(2)), torch.inf, device=t.device)
-    cost.scatter_(1, state[:, None], 0)
-    rest = t[:, :, None].expand(-1, -1, 8, -1)          # (n, C, 8, R)
-    tiles = []
-    for left in range(0, t.size(1), tile):
-        right = min(left + tile, t.size(1))
-        x, path = rest[:, :tile], []
-        for j in range(left, right):
-            arrival = extend_survivors(edges, x[:, 0], cost, slope[:, j, None])
-            path.append(arrival)
-            cost = arrival.cost
-            x = of_parents(x[:, 1:], arrival.parent)
-            x -= feedback[:, j, j + 1:right, None, None] * arrival.error[:, None]
-        codes, errors, start = trace_back(path)
-        tiles.append((codes, errors, start))
-        rest = of_parents(rest[:, tile:], start)
-        passed_on = feedback[:, left:right, right:].mT @ errors.flatten(2)
-        rest = rest - passed_on.view_as(rest)
-    end = cost.argmin(1, keepdim=True)
-    codes, errors = join_tiles(tiles, end)
-    return codes, errors, end[:, 0]
-
-
-def extend_survivors(edges: Sequence[tuple], column: Tensor, cost: Tensor,
-                     slope: Tensor) -> Arrival:
-    """The cheaper of the two edges into every state, through a column (n, 8, R) as
-    each state's path left it, after costs (n, 8, R)."""
-    arrivals = []
-    for source, half, odd in edges:
-        y = column.index_select(1, source) - half
-        pair = (y / 2 - odd).round_().clamp_(-TOP_CODE // 2, TOP_CODE // 2 - 1)
-        code = pair.add_(odd).mul_(2)      # of this edge's parity
-        error = y - code
-        total = torch.addcmul(cost[:, source], error, error * slope)
-        arrivals.append(Arrival(total, code, error, source[:, None]))
-    first, second = arrivals
-    better = second.cost < first.cost
-    return Arrival(*(torch.where(better, b, a) for a, b in zip(first, second)))
-
-
-def of_parents(columns: Tensor, parent: Tensor) -> Tensor:
-    """Columns (n, C, 8, R) as the states' parents (n, 8, R) hold them."""
-    return columns.gather(2, parent[:, None].expand_as(columns))
-
-
-def trace_back(path: Sequence[Arrival]) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes and errors (n, tile, 8, R) of the paths that end in each state, and the
-    states (n, 8, R) where they began."""
-    states = torch.arange(8, device=path[0].cost.device)
-    at = states[:, None].expand_as(path[0].cost)
-    codes, errors = [], []
-    for arrival in reversed(path):
-        codes.append(arrival.code.gather(1, at))
-        errors.append(arrival.error.gather(1, at))
-        at = arrival.parent.gather(1, at)
-    return torch.stack(codes[::-1], 1), torch.stack(errors[::-1], 1), at
-
-
-def join_tiles(tiles: Sequence[tuple[Tensor, Tensor, Tensor]],
-               end: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and errors (n, C, R) of the one path that ends in states `end`
-    (n, 1, R), from trace_back's of every tile."""
-    codes, errors, at = [], [], end
-    for tile_codes, tile_errors, start in reversed(tiles):
-        pick = at[:, None].expand(-1, tile_codes.size(1), -1, -1)
-        codes.append(tile_codes.gather(2, pick)[:, :, 0])
-        errors.append(tile_errors.gather(2, pick)[:, :, 0])
-        at = start.gather(1, at)
-    return torch.cat(codes[::-1], 1), torch.cat(errors[::-1], 1)
 
 
 # --- the whole model
@@ -2678,213 +2300,9 @@ def count_levels(power: Tensor) -> np.ndarray:
     return level.bincount(minlength=DEVIATION_BINS).cpu().numpy()
 
 
-# --- finer codes for the columns that matter most: AWQ-lite
-
-def input_rms(s: Settings, name: str, h: Tensor, tokens: int = 1) -> Tensor:
-    """rms (C) of a matrix's input, from its Hessian: a mean over so many tokens."""
-    slots = sum(layer_plan(s, True), ())
-    visits = slots.count(int(name.split(".")[1])) if name.startswith("blocks.") else 1
-    return (h.diagonal() / (visits * tokens)).sqrt()
-
-
-def group_scores(w: Tensor, rms: Tensor, size: int) -> Tensor:
-    """rms of input · mean |w|, of each whole group of columns of w (R, C)."""
-    score = rms * w.float().abs().mean(dim=0)
-    whole = len(rms) // size * size
-    return score[:whole].view(-1, size).sum(dim=1)
-
-
-@torch.no_grad()
-def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor],
-                   bits: tuple[int, int], fine: Tensor) -> Tensor:
-    """GPTQ's codes (R, C) int8 of one matrix, with the second steps and bits in the
-    columns `fine` (C)."""
-    order, u, dead, _ = (part[0] for part in damped_factor(h.float()[None])[0])
-    w = w.float().masked_fill(dead | (steps[0] == 0)[:, None], 0)
-    t, codes = w[:, order].mT.contiguous(), torch.empty_like(w.mT)
-    for j, column in enumerate(order.tolist()):
-        kind = int(fine[column])
-        step, top = steps[kind].float().clamp_min(1e-30), 2 ** (bits[kind] - 1) - 1
-        q = (t[j] / step).round().clamp_(-top, top)
-        codes[column] = q
-        t[j + 1:] -= (u[j, j + 1:] / u[j, j])[:, None] * (t[j] - q * step)
-    return codes.mT.to(torch.int8).contiguous()
-
-
-# --- low-rank repair of rounding errors: LQER
-
-@torch.no_grad()
-def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best a (R, k) = U S, b (k, C) = V' of an error matrix, by the smaller Gram
-    matrix. The sign of a pair is a rule, not LAPACK's: a column's largest number is
-    negative."""
-    e = error.double()
-    if e.size(0) < e.size(1):
-        u = torch.linalg.eigh(e @ e.mT).eigenvectors[:, -rank:].flip(1)
-        b = u.mT @ e
-        length = b.norm(dim=1)
-        a, b = u * length, b / length.clamp_min(1e-300)[:, None]
-    else:
-        v = torch.linalg.eigh(e.mT @ e).eigenvectors[:, -rank:].flip(1)
-        a, b = e @ v, v.mT
-    largest = a.gather(0, a.abs().argmax(0, keepdim=True))
-    sign = torch.where(largest > 0, -1.0, 1.0)
-    return (a * sign).float(), (b * sign.mT).float().contiguous()
-
-
-def symmetric_factors(a: Tensor, b: Tensor,
-                      bits: int = 4) -> tuple[str, Sequence[Tensor]]:
-    """Form and tensors of factors with one step for each of their rows."""
-    return "lqer", (*quantise_rows(a, bits), *quantise_rows(b, bits))
-
-
-def lqer_asym(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, ...]:
-    """a (R, k) in 2 bits, one step; b (k, C) in 4, a step per `group` values. Codes
-    reach from -2 to 1 and from -8 to 7: the largest number is half way between."""
-    scale_a = to_half(a.float().abs().amax() / 1.5)[None]
-    flat = b.float().reshape(-1, group)
-    scale_b = to_half(flat.abs().amax(dim=1) / 7.5)
-    qb = divide_round(flat, scale_b[:, None], -8, 7).view(b.shape)
-    return divide_round(a, scale_a, -2, 1), scale_a, qb, scale_b
-
-
-def asym_values(qa: Tensor, sa: Tensor, qb: Tensor,
-                sb: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors (R, k), (k, C) float32 that these codes and steps stand for."""
-    b = qb.float().view(len(sb), -1) * sb.float()[:, None]
-    return qa * sa.float(), b.view(qb.shape)
-
-
-def asym_signs(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Factors a (R, k), b (k, C), each pair with the sign that lqer_asym stores with
-    the smaller error: its codes reach further down than up."""
-    costs = []
-    for sign in (1, -1):
-        stored = asym_values(*lqer_asym(sign * a, sign * b, group))
-        x, y = (part.double() for part in stored)
-        # the true pair's part in the stored one
-        shared = (x * a * sign).sum(0) * (y * b * sign).sum(1)
-        costs.append(x.square().sum(0) * y.square().sum(1) - 2 * shared)
-    sign = torch.where(costs[1] < costs[0], -1.0, 1.0)
-    return a * sign, b * sign[:, None]
-
-
-@torch.no_grad()
-def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str,
-                 names: Callable = matrix_views) -> None:
-    """Copy weights, named as by `names`, into the model; UserError unless they fit."""
-    views = names({n: p.data for n, p in model.named_parameters()})
-    wrong = sorted(set(views) ^ set(weights))
-    if not wrong:
-        wrong = [n for n in views if views[n].shape != weights[n].shape]
-    if wrong:
-        raise UserError(f"{origin} does not fit the settings' model: "
-                        f"{len(wrong)} tensors differ ({', '.join(wrong[:3])}…); "
-                        "use the settings it was made with")
-    for name, view in views.items():
-        view.copy_(weights[name])
-
-
-# --- logit calibration: scaled and shifted by what a token looks like
-
-CATEGORIES = 14                       # of token_categories
-CALIBRATION_STREAM = "calibration"    # in the artifact: 1 + CATEGORIES float32
-CALIBRATION_REACH = 0.5               # most that a category adds to logits
-
-
-@functools.cache
-def token_categories(path: Path, vocab_size: int) -> Tensor:
-    """(V, CATEGORIES) of 0 and 1: length in bytes, leading space, kind of letters."""
-    sp, rows = load_tokenizer(path), []
-    for i in range(vocab_size):
-        nothing = sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
-        piece = "" if nothing else sp.id_to_piece(i)
-        text = chr(int(piece[3:5], 16)) if sp.is_byte(i) else piece.lstrip("\u2581")
-        size = 1 if sp.is_byte(i) else len(text.encode())
-        rows.append([size == 1, size == 2, size == 3, size == 4, 5 <= size <= 8, size >= 9,
-                     piece[:1] == "\u2581",
-                     "\n" in text or "\r" in text,
-                     any(c.isdigit() for c in text),
-                     bool(text) and not any(c.isalnum() or c.isspace() for c in text),
-                     any(c.isalpha() for c in text),
-                     text.islower(),
-                     text.isupper(),
-                     text[:1].isupper() and text[1:].islower()])
-    return torch.tensor(rows, dtype=torch.float32)
-
-
-def calibrated_by(s: Settings, raw: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale () in 0.9…1.1 and bias (V) of capped logits that raw (15) stands for."""
-    bias = token_categories(s.tokenizer, s.vocab_size).to(raw.device) @ raw[1:]
-    return 0.9 + 0.2 * torch.sigmoid(raw[0]), bias
-
-
-def fit_calibration(s: Settings, model: GPT, tokens: np.ndarray) -> tuple[Tensor, Tensor]:
-    """The 15 numbers that serve the model best on training tokens (N,), and the
-    losses. A window scores LOGIT_CALIB_STRIDE tokens, after what fits before."""
-    device, stride = model.tok_emb.device, s.logit_calib_stride
-    losses = []
-    raw = torch.zeros(1 + CATEGORIES, device=device, requires_grad=True)
-    optimiser = torch.optim.AdamW([raw], lr=s.logit_calib_lr, weight_decay=0)
-    total = min(s.logit_calib_tokens, len(tokens) - 1)
-    blocks = np.arange(0, total, stride)
-    batch = s.logit_calib_batch_seqs
-    for i in [*range(0, len(blocks), batch)] * s.logit_calib_epochs:
-        first = blocks[i:i + batch, None]
-        begin = np.maximum(first - s.eval_seq_len + stride, 0)
-        at = begin + np.arange(s.eval_seq_len)
-        scored = (at >= first) & (at < np.minimum(first + stride, total))
-        pairs = tokens[np.minimum(np.stack((at, at + 1)), len(tokens) - 1)]
-        x, y = torch.from_numpy(pairs.astype(np.int64)).to(device)
-        scored = torch.from_numpy(scored).to(device)
-        with torch.no_grad():
-            hidden = model.final_hidden(x, layer_plan(s, True))
-            z = model.logits(hidden[scored])
-        scale, bias = calibrated_by(s, raw)
-        loss = F.cross_entropy(scale * z + bias, y[scored])
-        losses.append(loss)
-        penalty = raw[1:].square().mean() + (scale - 1) ** 2
-        optimiser.zero_grad()
-        (loss + s.logit_calib_l2 * penalty).backward()
-        optimiser.step()
-        with torch.no_grad():
-            raw[1:].clamp_(-CALIBRATION_REACH, CALIBRATION_REACH)
-    return raw.detach(), torch.stack(losses).detach()
-
-
-def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
-    """The artifact with its model's calibration; as it was without room."""
-    values = None
-    if world.main:
-        model = build_model(s, world)
-        artifact = read_artifact(s, blob, ARTIFACT_NAME)
-        load_weights(model, artifact.weights, ARTIFACT_NAME)
-        first = list_shards(s.shards, "train")[0]
-        raw, losses = fit_calibration(s, model, read_shard(first))
-        values = raw.cpu().numpy().astype("<f4").tobytes()
-        run.log("logit_calibration", steps=len(losses),
-                train_loss=losses.mean().item(), values=raw.tolist())
-    header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
-    streams[CALIBRATION_STREAM] = world.agree(values)
-    whole = artifact_to_bytes(header, streams)
-    script = code_bytes(shipped_form(s)) + LZMA_SLACK
-    if len(whole) + script + MARK_BYTES <= ARTIFACT_LIMIT:
-        return whole
-    run.log("settings_without_effect",
-            LOGIT_CALIB_ENABLED="no room for it in the artifact")
-    return blob
-
-
 # ============================================================================================================
 # 7  Score: the ledger and sliding windows
 # ============================================================================================================
-
-def check_scoring(s: Settings) -> None:
-    """Refuse windows that would leave targets out."""
-    if s.eval_stride > s.eval_seq_len:
-        raise UserError(f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}: "
-                        "lower it")
-
 
 class Score(NamedTuple):
     """Sums over scored targets: nats, bytes, targets."""
@@ -3100,47 +2518,6 @@ class Scorer:
 # ============================================================================================================
 # 8  Adapt: score-first test-time training
 # ============================================================================================================
-
-def check_adapt(s: Settings) -> None:
-    """Refuse adaptation that could not work, or would let later text reach earlier."""
-    largest = max(rule.chunk for rule in chunk_rules(s))
-    if largest > s.ttt_eval_seq_len:
-        raise UserError(f"TTT_CHUNK_SIZE={s.ttt_chunk_size}, or a chunk of "
-                        f"TTT_SHORT_SCORE_FIRST_STEPS={s.first_chunks}, exceeds TTT_EVAL_SEQ_LEN="
-                        f"{s.ttt_eval_seq_len}: lower it")
-    if s.ttt_doc_order == "stream" and s.ttt_warm_start_a and not s.ttt_shared_a:
-        raise UserError("TTT_DOC_ORDER=stream, TTT_WARM_START_A=1 and TTT_SHARED_A=0 let A carry "
-                        "what later documents taught it to earlier ones: set TTT_WARM_START_A=0 "
-                        "or TTT_DOC_ORDER=length")
-    if s.ttt_doc_order == "stream" and s.ttt_train_min_doc_len:
-        raise UserError(f"TTT_TRAIN_MIN_DOC_LEN={s.ttt_train_min_doc_len} asks where a document "
-                        "ends before it is read, which TTT_DOC_ORDER=stream does not allow: set "
-                        "TTT_TRAIN_MIN_DOC_LEN=0 or TTT_DOC_ORDER=length")
-    if s.ttt_enabled and not any(getattr(s, f"ttt_{kind}_lora") for kind in ADAPTED):
-        raise UserError("TTT_ENABLED=1 has nothing to adapt: set a TTT_*_LORA to 1, "
-                        "or TTT_ENABLED=0")
-    if s.ttt_cache_lambda and not s.ttt_kv_reuse:
-        raise UserError(f"TTT_CACHE_LAMBDA={s.ttt_cache_lambda:g} needs cached keys, not "
-                        "TTT_KV_REUSE=0: set it to 1")
-
-
-def log_adaptation(s: Settings, run: Run, val: Validation, clock: Clock) -> None:
-    """What adapts to what, into the log."""
-    lengths = val.documents.length
-    *phases, _ = ttt_rounds(s, lengths)
-    steps = sum(len(phase_steps(s, int(lengths[phase.train_on].sum()))) for phase in phases)
-    learn_from = "none, no step is taken"
-    if steps:
-        which = {"stream": "first", "length": "longest"}[s.ttt_doc_order]
-        learn_from = f"the {which} {len(phases[-1].train_on):,} documents"
-    hints = 0 if val.hints is None else len(val.hints.at)
-    run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
-            base_weights_learn_from=learn_from, base_weight_steps=steps, ngram_hints=hints,
-            elapsed=clock.elapsed())
-    if s.phased_ttt_prefix_docs and len(phases) < s.phased_ttt_num_phases:
-        few = f"{len(lengths):,} documents make {len(phases)} phases of {s.phased_ttt_num_phases}"
-        run.log("settings_without_effect", PHASED_TTT_NUM_PHASES=few)
-
 
 ADAPTED = ("q", "k", "v", "o", "mlp", "head")       # what a TTT_*_LORA switches
 
@@ -3907,29 +3284,6 @@ def phase_steps(s: Settings, tokens: int) -> list[tuple[int, int, int]]:
     return steps
 
 
-# --- beside the adapters
-
-MOST_OF_CACHE = 0.6     # largest weight of earlier places beside the model's own probability
-
-
-@torch.no_grad()
-def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
-    """Losses (B, T) once the model's probability p is mixed with what earlier places
-    of the document say. Place i says the token that came after it, with weight a_i =
-    exp(TTT_CACHE_THETA (cos(h_i, h_t) - 1)); all together count w =
-    min(MOST_OF_CACHE, TTT_CACHE_LAMBDA max a_i): (1 - w) p + w sum(a_i [i's token is
-    the target]) / sum(a_i), which sums to 1 over the vocabulary."""
-    past, said = cache.new[cache.STATES]
-    h, targets = (x[:, -losses.size(1):] for x in (past, said))
-    place = torch.arange(past.size(1), device=h.device)
-    earlier = place < place[-h.size(1):, None]      # what came after t itself is the target
-    a = torch.exp(s.ttt_cache_theta * (h.float() @ past.float().mT - 1)) * earlier
-    agrees = said[:, None] == targets[..., None]
-    chance = (a * agrees).sum(-1) / a.sum(-1).clamp(min=1e-30)
-    w = (s.ttt_cache_lambda * a.amax(-1)).clamp(max=MOST_OF_CACHE)
-    return -torch.log((1 - w) * torch.exp(-losses) + w * chance)
-
-
 # ============================================================================================================
 # PART TWO: machinery behind plain doors. A reader may stop before it.
 # ============================================================================================================
@@ -4269,6 +3623,123 @@ def print_help() -> None:
     for name, (only, why) in NO_SETTINGS.items():
         if why != CUT_OFF:
             print(f"  {name:34} {'no effect' if only is None else f'only {only}'}: {why}")
+
+
+def schedule(text: str, otherwise, kind: type = int) -> list[tuple[float, float]]:
+    """Stages (progress at which it ends, value) of "value@progress, …", by rising
+    progress; the last one goes on to the end. Without text one stage of `otherwise`.
+    UserError unless values and shares are above 0."""
+    stages = []
+    for part in listed(text):
+        value, _, end = part.partition("@")
+        good = is_number(value) and is_number(end) and 0 < float(end) <= 1
+        if not good or float(value) <= 0 or kind(float(value)) != float(value):
+            raise UserError(f"the stage {part} must be value@progress with 0 < progress <= 1, "
+                            "as 1024@0.1")
+        stages.append((float(end), kind(float(value))))
+    if not stages:
+        return [(1.0, otherwise)]
+    stages.sort()
+    if stages[-1][0] < 1:
+        stages.append((1.0, stages[-1][1]))
+    return stages
+
+
+def listed(text: str) -> list[str]:
+    """The entries of "a, b, …"; empty ones are left out."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+# --- settings that do not go together
+
+def check_model(s: Settings) -> None:
+    """Refuse sizes that do not fit together."""
+    if s.model_dim % s.num_heads:
+        raise UserError(f"MODEL_DIM={s.model_dim} is not divisible by NUM_HEADS={s.num_heads}: "
+                        f"choose a multiple of {s.num_heads}")
+    if s.num_heads % s.num_kv_heads:
+        raise UserError(f"NUM_HEADS={s.num_heads} is not divisible by NUM_KV_HEADS="
+                        f"{s.num_kv_heads}: choose a divisor")
+    if s.head_dim % 2:
+        raise UserError(f"MODEL_DIM={s.model_dim} over NUM_HEADS={s.num_heads} is odd: "
+                        "rotary embedding needs it even")
+    if s.rope_dims % 2 or s.rope_dims > s.head_dim:
+        raise UserError(f"ROPE_DIMS={s.rope_dims} does not fit: it must be even and at most "
+                        f"the head width {s.head_dim}")
+    if s.gate_window > s.model_dim:
+        raise UserError(f"GATE_WINDOW={s.gate_window} exceeds MODEL_DIM={s.model_dim}: lower it")
+    if s.hidden_dim < 1:
+        raise UserError(f"MLP_MULT={s.mlp_mult:g} leaves no hidden unit of MODEL_DIM="
+                        f"{s.model_dim}: raise it")
+    if s.num_loops and not s.loop_start <= s.loop_end < s.num_layers:
+        raise UserError(f"LOOP_START={s.loop_start} <= LOOP_END={s.loop_end} < NUM_LAYERS="
+                        f"{s.num_layers} does not hold: correct them, or set NUM_LOOPS=0")
+    slots = s.num_layers + s.num_loops * (s.loop_end - s.loop_start + 1)
+    if slots > MOST_SLOTS:
+        raise UserError(f"NUM_LOOPS={s.num_loops} makes {slots} executed layers: "
+                        f"at most {MOST_SLOTS}, lower it")
+    weights = sum(map(math.prod, GPT.shapes(s).values()))
+    if weights > MOST_WEIGHTS:
+        raise UserError(f"MODEL_DIM={s.model_dim}, NUM_LAYERS={s.num_layers}, MLP_MULT="
+                        f"{s.mlp_mult:g} and VOCAB_SIZE={s.vocab_size} make {weights:,} "
+                        f"weights: at most {MOST_WEIGHTS:,}, lower them")
+
+
+def check_training(s: Settings) -> None:
+    """Refuse a schedule without its longest stage, and a reserve that leaves no time."""
+    longest = max(length for _, length in context_stages(s))
+    if longest != s.train_seq_len:
+        raise UserError(f"TRAIN_SEQ_LEN={s.train_seq_len} is not {longest}, the longest stage of "
+                        f"TRAIN_SEQ_SCHEDULE={s.train_seq_schedule}: make them equal")
+    if s.train_seq_schedule and LOADERS[s.train_loader].windowed:
+        raise UserError(f"TRAIN_LOADER={s.train_loader} has windows of one length: "
+                        "TRAIN_SEQ_SCHEDULE needs stream or docpack")
+    reserve, budget = s.gptq_reserve_seconds, s.max_wallclock_seconds
+    if reserve == "auto":
+        return
+    if not is_number(reserve) or float(reserve) < 0:
+        raise UserError(f"GPTQ_RESERVE_SECONDS={reserve} must be a number of seconds >= 0, or auto")
+    if 0 < budget <= float(reserve):
+        raise UserError(f"GPTQ_RESERVE_SECONDS={reserve} leaves nothing of MAX_WALLCLOCK_SECONDS="
+                        f"{budget:g} to train in: lower it")
+
+
+def check_quantise(s: Settings) -> None:
+    """Refuse what has no effect on steps by curvature."""
+    if s.awq_lite_enabled and s.quant_allocation != "hand":
+        raise UserError("AWQ_LITE_ENABLED=1 changes steps that are set by hand, "
+                        f"not by QUANT_ALLOCATION={s.quant_allocation}: "
+                        "set QUANT_ALLOCATION=hand or leave it out")
+
+
+def check_scoring(s: Settings) -> None:
+    """Refuse windows that would leave targets out."""
+    if s.eval_stride > s.eval_seq_len:
+        raise UserError(f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}: "
+                        "lower it")
+
+
+def check_adapt(s: Settings) -> None:
+    """Refuse adaptation that could not work, or would let later text reach earlier."""
+    largest = max(rule.chunk for rule in chunk_rules(s))
+    if largest > s.ttt_eval_seq_len:
+        raise UserError(f"TTT_CHUNK_SIZE={s.ttt_chunk_size}, or a chunk of "
+                        f"TTT_SHORT_SCORE_FIRST_STEPS={s.first_chunks}, exceeds TTT_EVAL_SEQ_LEN="
+                        f"{s.ttt_eval_seq_len}: lower it")
+    if s.ttt_doc_order == "stream" and s.ttt_warm_start_a and not s.ttt_shared_a:
+        raise UserError("TTT_DOC_ORDER=stream, TTT_WARM_START_A=1 and TTT_SHARED_A=0 let A carry "
+                        "what later documents taught it to earlier ones: set TTT_WARM_START_A=0 "
+                        "or TTT_DOC_ORDER=length")
+    if s.ttt_doc_order == "stream" and s.ttt_train_min_doc_len:
+        raise UserError(f"TTT_TRAIN_MIN_DOC_LEN={s.ttt_train_min_doc_len} asks where a document "
+                        "ends before it is read, which TTT_DOC_ORDER=stream does not allow: set "
+                        "TTT_TRAIN_MIN_DOC_LEN=0 or TTT_DOC_ORDER=length")
+    if s.ttt_enabled and not any(getattr(s, f"ttt_{kind}_lora") for kind in ADAPTED):
+        raise UserError("TTT_ENABLED=1 has nothing to adapt: set a TTT_*_LORA to 1, "
+                        "or TTT_ENABLED=0")
+    if s.ttt_cache_lambda and not s.ttt_kv_reuse:
+        raise UserError(f"TTT_CACHE_LAMBDA={s.ttt_cache_lambda:g} needs cached keys, not "
+                        "TTT_KV_REUSE=0: set it to 1")
 
 
 # --- the ranks
@@ -5714,6 +5185,22 @@ def take_over(s: Settings, run: Run, facts: Mapping) -> Clock:
     return clock
 
 
+@torch.no_grad()
+def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str,
+                 names: Callable = matrix_views) -> None:
+    """Copy weights, named as by `names`, into the model; UserError unless they fit."""
+    views = names({n: p.data for n, p in model.named_parameters()})
+    wrong = sorted(set(views) ^ set(weights))
+    if not wrong:
+        wrong = [n for n in views if views[n].shape != weights[n].shape]
+    if wrong:
+        raise UserError(f"{origin} does not fit the settings' model: "
+                        f"{len(wrong)} tensors differ ({', '.join(wrong[:3])}…); "
+                        "use the settings it was made with")
+    for name, view in views.items():
+        view.copy_(weights[name])
+
+
 # --- the artifact, its verdict and its scores
 
 def check_budget(run: Run, what: str, seconds: float, name: str, setting: float) -> None:
@@ -5834,6 +5321,32 @@ def closing_block(run: Run) -> None:
     keys = ("val_bpb", "sliding_val_bpb", "quantized_val_bpb", "total_bytes", "steps",
             "train_seconds", "eval_seconds", "tokens_scored", "seed")
     run.log("final", **{k: summary[k] for k in keys if k in summary})
+
+
+def log_train_end(s: Settings, run: Run, facts: dict, epochs: float) -> None:
+    """Length and speed of a training, into log and summary."""
+    steps, step_ms = facts["steps"], facts["step_ms"]
+    run.log("train_end", steps=steps, seconds=facts["train_seconds"], step_ms=step_ms,
+            epochs=epochs, tokens=steps * s.train_batch_tokens)
+    run.summary.update(steps=steps, step_ms=step_ms, stopped=facts["stopped"] or None)
+
+
+def log_adaptation(s: Settings, run: Run, val: Validation, clock: Clock) -> None:
+    """What adapts to what, into the log."""
+    lengths = val.documents.length
+    *phases, _ = ttt_rounds(s, lengths)
+    steps = sum(len(phase_steps(s, int(lengths[phase.train_on].sum()))) for phase in phases)
+    learn_from = "none, no step is taken"
+    if steps:
+        which = {"stream": "first", "length": "longest"}[s.ttt_doc_order]
+        learn_from = f"the {which} {len(phases[-1].train_on):,} documents"
+    hints = 0 if val.hints is None else len(val.hints.at)
+    run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
+            base_weights_learn_from=learn_from, base_weight_steps=steps, ngram_hints=hints,
+            elapsed=clock.elapsed())
+    if s.phased_ttt_prefix_docs and len(phases) < s.phased_ttt_num_phases:
+        few = f"{len(lengths):,} documents make {len(phases)} phases of {s.phased_ttt_num_phases}"
+        run.log("settings_without_effect", PHASED_TTT_NUM_PHASES=few)
 
 
 # --- the end of a process
@@ -6094,6 +5607,25 @@ def packed_batch(tokens: np.ndarray, max_len: int) -> Batch:
     bos = np.flatnonzero(tokens[:-1] == BOS)
     bounds, longest = segment_bounds(bos, len(tokens) - 1, max_len)
     return Batch(t[None, :-1], t[None, 1:], torch.from_numpy(bounds), longest, max_len, tokens)
+
+
+def pieces(batch: Batch, most: int) -> Iterator[Batch]:
+    """Inputs of a batch, at most `most` tokens each: rows, or a packed row cut at
+    segments, if it can be where documents begin: then nothing is lost."""
+    cu, begin, total = batch.cu_seqlens, 0, batch.x.size(1)
+    if cu is None:
+        for x in batch.x.split(max(1, most // total)):
+            yield Batch(x, x, None, total)
+        return
+    bounds = cu.unique().tolist()
+    while begin < total:
+        later = [b for b in bounds if b > begin]
+        near = [b for b in later if b <= begin + most] or later[:1]
+        documents = [b for b in near if b == total or batch.x[0, b] == BOS]
+        end = max(documents or near)
+        x = batch.x[:, begin:end]
+        yield Batch(x, x, cu[(cu >= begin) & (cu <= end)] - begin, batch.max_seqlen)
+        begin = end
 
 
 class Stream:
@@ -7865,6 +7397,41 @@ def read_calibration(streams: Mapping[str, bytes]) -> Tensor | None:
     return raw
 
 
+def stored_shape(s: Settings, shape: Sequence[int], letters: str) -> tuple[int, ...]:
+    """A tensor's shape by letters: a weight's R and C, its factors' rank k, the
+    groups g of their values. ValueError where only a matrix has such."""
+    if letters == "all":
+        return tuple(shape)
+    rows, columns = shape
+    rank = min(s.lqer_rank, rows, columns)
+    groups = rank * columns // s.lqer_asym_group
+    sizes = {"R": rows, "C": columns, "k": rank, "g": groups, "1": 1}
+    return tuple(sizes[letter] for letter in letters)
+
+
+def stored_tensors(s: Settings, forms: Mapping[str, str]) -> dict[str, dict[str, tuple]]:
+    """{stream: {tensor: shape}} in the file's order; ValueError for other weights."""
+    streams: dict[str, dict] = {CODE_STREAM: {}, HALF_STREAM: {}, BYTE_STREAM: {}}
+    views = blank_views(s)
+    if set(forms) != set(views):
+        raise ValueError(f"other tensors: {sorted(set(forms) ^ set(views))[:3]}")
+    for name, w in views.items():
+        parts = forms[name].split("+")
+        if len(set(parts)) < len(parts):
+            raise ValueError(f"{name} as {forms[name]}")
+        for form in parts:
+            storage = STORAGE[form]
+            for key, (_, stream, letters) in zip(storage.keys(name), storage.tensors):
+                streams[stream][key] = stored_shape(s, w.shape, letters)
+    return streams
+
+
+def blank_views(s: Settings) -> dict[str, Tensor]:
+    """The model's weights as they are named in files, without memory."""
+    shapes = GPT.shapes(s)
+    return matrix_views({n: torch.empty(shapes[n], device="meta") for n in shapes})
+
+
 # --- the script as it is shipped
 
 def self_extracting(source: bytes) -> bytes:
@@ -8306,6 +7873,29 @@ def tilted_losses(s: Settings, losses: Callable, ids: Tensor, targets: Tensor,
     hint, confidence = hints.find(at, ids.device)
     every = losses(ids, torch.cat((targets[None], hint)))
     return every[0], tilt(s, every.detach(), targets, hint, confidence)
+
+
+# --- what followed like hidden states in the same document
+
+MOST_OF_CACHE = 0.6     # largest weight of earlier places beside the model's own probability
+
+
+@torch.no_grad()
+def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
+    """Losses (B, T) once the model's probability p is mixed with what earlier places
+    of the document say. Place i says the token that came after it, with weight a_i =
+    exp(TTT_CACHE_THETA (cos(h_i, h_t) - 1)); all together count w =
+    min(MOST_OF_CACHE, TTT_CACHE_LAMBDA max a_i): (1 - w) p + w sum(a_i [i's token is
+    the target]) / sum(a_i), which sums to 1 over the vocabulary."""
+    past, said = cache.new[cache.STATES]
+    h, targets = (x[:, -losses.size(1):] for x in (past, said))
+    place = torch.arange(past.size(1), device=h.device)
+    earlier = place < place[-h.size(1):, None]      # what came after t itself is the target
+    a = torch.exp(s.ttt_cache_theta * (h.float() @ past.float().mT - 1)) * earlier
+    agrees = said[:, None] == targets[..., None]
+    chance = (a * agrees).sum(-1) / a.sum(-1).clamp(min=1e-30)
+    w = (s.ttt_cache_lambda * a.amax(-1)).clamp(max=MOST_OF_CACHE)
+    return -torch.log((1 - w) * torch.exp(-losses) + w * chance)
 
 
 # ============================================================================================================
@@ -9042,6 +8632,428 @@ def rehearse_calibration(s: Settings, world: World, model: GPT,
         passes = s.logit_calib_epochs * max(1, s.logit_calib_tokens / few)
         seconds += clock.elapsed() * passes
     return seconds, curvature
+
+
+# ============================================================================================================
+# 15  Rounding: GPTQ and the trellis, column by column
+# ============================================================================================================
+
+# GPTQ (Frantar et al. 2022): columns are rounded in turn, later ones take up the errors.
+
+DAMPING = 0.01            # of a Hessian, as a share of its mean diagonal
+MOST_DAMPING = 100.0      # columns are then all but alone
+SMALLEST_HALVED = 512     # columns of a Hessian that is factored by halves
+
+
+def inverse_factor(h: Tensor) -> Tensor:
+    """Upper U (n, C, C) with U'U = inverse of h, by halves: h = F F', U = inverse of
+    F."""
+    half = h.size(-1) // 2
+    if h.size(-1) < SMALLEST_HALVED:
+        factor = torch.linalg.cholesky(h.flip(-2, -1)).flip(-2, -1)
+        eye = torch.eye(h.size(-1), dtype=h.dtype, device=h.device).expand_as(h)
+        return torch.linalg.solve_triangular(factor, eye, upper=True)
+    u, after = torch.zeros_like(h), inverse_factor(h[:, half:, half:])
+    x = h[:, :half, half:] @ after.mT
+    before = inverse_factor(h[:, :half, :half] - x @ x.mT)
+    u[:, :half, :half] = before
+    u[:, half:, half:] = after
+    u[:, :half, half:] = -(before @ x) @ after
+    return u
+
+
+def hessian_factor(h: Tensor, damp: float = DAMPING,
+                   falling: bool = True) -> tuple[Tensor, ...]:
+    """For H (n, C, C), damped by a share of its mean diagonal: the columns' order (by
+    falling diagonal, or as they are), upper U with U'U = inverse of H in that order,
+    the dead columns, and the U_jj of the falling order: the inverse deviation of a
+    column's input given those after it. float64 on a GPU: float32 may be TF32."""
+    h = h.double() if h.is_cuda else h.clone()
+    diag = h.diagonal(dim1=-2, dim2=-1)          # a view: writing it writes h
+    dead = diag == 0
+    diag[dead] = 1
+    diag += damp * diag.mean(dim=-1, keepdim=True)
+    order = diag.argsort(dim=-1, descending=True, stable=True)
+    u = inverse_factor(torch.stack([m[o][:, o] for m, o in zip(h, order)]))
+    ratio = torch.empty_like(diag).scatter_(-1, order, u.diagonal(dim1=-2, dim2=-1))
+    if not falling:
+        u, order = inverse_factor(h), order.sort().values
+    return order, u.float(), dead, ratio.float()
+
+
+def damped_factor(h: Tensor, damp: float = DAMPING,
+                  falling: bool = True) -> tuple[tuple[Tensor, ...], list[float]]:
+    """hessian_factor of h (n, C, C), and each one's damping: ten times more until it
+    can be factored; infinite where nothing helps and the identity stands for it."""
+    try:
+        parts = hessian_factor(h, damp, falling)
+        finite = all(part.isfinite().all() for part in parts)
+        ratio = parts[-1]
+        if finite and ratio.min() > 0:
+            return parts, [damp] * len(h)
+    except torch.linalg.LinAlgError:
+        pass
+    if len(h) > 1:
+        parts, damps = zip(*(damped_factor(m, damp, falling) for m in h.split(1)))
+        return tuple(torch.cat(part) for part in zip(*parts)), sum(damps, [])
+    if damp < MOST_DAMPING:
+        return damped_factor(h, 10 * damp, falling)
+    eye = torch.eye(h.size(-1), dtype=h.dtype, device=h.device)[None]
+    return hessian_factor(eye, 0.0, falling), [math.inf]
+
+
+@torch.no_grad()
+def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tensor,
+                   top: int, trellis: bool = False, block: int = 128) -> Tensor:
+    """Codes (n, R, C) int8 within ±top of w under steps (n, R). order (n, C),
+    u (n, C, C), dead (n, C) are hessian_factor's; where columns have steps too, w and
+    u come divided by them."""
+    zero = dead[:, None] | (step == 0)[..., None]
+    w, step = w.masked_fill(zero, 0), step[:, None].clamp_min(1e-30)
+    t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R)
+    # an error e costs (e / diag)^2, and later columns take up feedback times it
+    diag = u.diagonal(dim1=-2, dim2=-1)[..., None]
+    feedback = u / diag
+    codes = torch.empty_like(t, dtype=torch.int8)
+    state = torch.zeros_like(t[:, 0], dtype=torch.long)
+    for begin in range(0, t.size(1), block):
+        end = min(begin + block, t.size(1))
+        x, inner = t[:, begin:end], feedback[:, begin:end, begin:end]
+        if trellis:
+            slope = diag[:, begin:end] ** -2
+            q, error, state = trellis_block(x / step, inner, slope, state)
+            error *= step
+        else:
+            q, error = plain_block(x, step, inner, top)
+        codes[:, begin:end] = q
+        t[:, end:] -= feedback[:, begin:end, end:].mT @ error
+    return torch.stack([c[o].mT for c, o in zip(codes, order.argsort(dim=-1))])
+
+
+def plain_block(t: Tensor, step: Tensor, feedback: Tensor, top: int,
+                tile: int = 16) -> tuple[Tensor, Tensor]:
+    """Round columns t (n, C, R), which is used up, in turn: (codes, errors)."""
+    codes, error = torch.empty_like(t), torch.empty_like(t)
+    for left in range(0, t.size(1), tile):
+        right = min(left + tile, t.size(1))
+        for j in range(left, right):
+            column = t[:, j:j + 1]
+            q = (column / step).round().clamp_(-top, top)
+            e = column - q * step
+            codes[:, j:j + 1] = q
+            error[:, j:j + 1] = e
+            t[:, j + 1:right] -= feedback[:, j, j + 1:right, None] * e
+        t[:, right:] -= feedback[:, left:right, right:].mT @ error[:, left:right]
+    return codes, error
+
+
+# Trellis-coded quantisation (Marcellin and Fischer 1990), Ungerboeck's 8 states. In state s a code k
+# means k + (s & 1) / 2 steps, and its parity chooses the next state: a row's path sees a grid of half
+# steps at the rate of whole ones.
+TRELLIS = np.array([                  # next state, of an even and of an odd code
+    [0, 2], [5, 7], [1, 3], [4, 6], [2, 0], [7, 5], [3, 1], [6, 4]], np.uint8)
+# two edges into every state: (edge, state before or parity, state)
+ARRIVALS = np.stack([np.argwhere(TRELLIS == state) for state in range(8)], axis=-1)
+
+
+def half_steps(codes: np.ndarray) -> np.ndarray:
+    """Which of the codes (R, C) stand half a step higher: rows start in state 0."""
+    return state_bits(np.ascontiguousarray(codes.T)).T
+
+
+class Arrival(NamedTuple):
+    """The best path into every state, (n, 8, R) each: its whole cost, its last code
+    and error, in steps, and the state before."""
+    cost: Tensor
+    code: Tensor
+    error: Tensor
+    parent: Tensor
+
+
+def trellis_edges(like: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The two edges into every state: the state before (8), the half step there
+    (8, 1) and half the code's parity (8, 1)."""
+    edges = []
+    for source, parity in torch.from_numpy(ARRIVALS).to(like.device):
+        half, odd = ((x.to(like.dtype) / 2)[:, None] for x in (source & 1, parity))
+        edges.append((source, half, odd))
+    return edges
+
+
+def trellis_block(t: Tensor, feedback: Tensor, slope: Tensor, state: Tensor,
+                  tile: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    """The cheapest path through columns t (n, C, R), in steps, from state (n, R):
+    (codes, errors, end state). slope (n, C, 1): cost of a squared error. Each state
+    keeps its best path, and what that path's feedback made of later columns."""
+    edges = trellis_edges(t)
+    cost = torch.full((t.size(0), 8, t.size(2)), torch.inf, device=t.device)
+    cost.scatter_(1, state[:, None], 0)
+    rest = t[:, :, None].expand(-1, -1, 8, -1)          # (n, C, 8, R)
+    tiles = []
+    for left in range(0, t.size(1), tile):
+        right = min(left + tile, t.size(1))
+        x, path = rest[:, :tile], []
+        for j in range(left, right):
+            arrival = extend_survivors(edges, x[:, 0], cost, slope[:, j, None])
+            path.append(arrival)
+            cost = arrival.cost
+            x = of_parents(x[:, 1:], arrival.parent)
+            x -= feedback[:, j, j + 1:right, None, None] * arrival.error[:, None]
+        codes, errors, start = trace_back(path)
+        tiles.append((codes, errors, start))
+        rest = of_parents(rest[:, tile:], start)
+        passed_on = feedback[:, left:right, right:].mT @ errors.flatten(2)
+        rest = rest - passed_on.view_as(rest)
+    end = cost.argmin(1, keepdim=True)
+    codes, errors = join_tiles(tiles, end)
+    return codes, errors, end[:, 0]
+
+
+def extend_survivors(edges: Sequence[tuple], column: Tensor, cost: Tensor,
+                     slope: Tensor) -> Arrival:
+    """The cheaper of the two edges into every state, through a column (n, 8, R) as
+    each state's path left it, after costs (n, 8, R)."""
+    arrivals = []
+    for source, half, odd in edges:
+        y = column.index_select(1, source) - half
+        pair = (y / 2 - odd).round_().clamp_(-TOP_CODE // 2, TOP_CODE // 2 - 1)
+        code = pair.add_(odd).mul_(2)      # of this edge's parity
+        error = y - code
+        total = torch.addcmul(cost[:, source], error, error * slope)
+        arrivals.append(Arrival(total, code, error, source[:, None]))
+    first, second = arrivals
+    better = second.cost < first.cost
+    return Arrival(*(torch.where(better, b, a) for a, b in zip(first, second)))
+
+
+def of_parents(columns: Tensor, parent: Tensor) -> Tensor:
+    """Columns (n, C, 8, R) as the states' parents (n, 8, R) hold them."""
+    return columns.gather(2, parent[:, None].expand_as(columns))
+
+
+def trace_back(path: Sequence[Arrival]) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and errors (n, tile, 8, R) of the paths that end in each state, and the
+    states (n, 8, R) where they began."""
+    states = torch.arange(8, device=path[0].cost.device)
+    at = states[:, None].expand_as(path[0].cost)
+    codes, errors = [], []
+    for arrival in reversed(path):
+        codes.append(arrival.code.gather(1, at))
+        errors.append(arrival.error.gather(1, at))
+        at = arrival.parent.gather(1, at)
+    return torch.stack(codes[::-1], 1), torch.stack(errors[::-1], 1), at
+
+
+def join_tiles(tiles: Sequence[tuple[Tensor, Tensor, Tensor]],
+               end: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and errors (n, C, R) of the one path that ends in states `end`
+    (n, 1, R), from trace_back's of every tile."""
+    codes, errors, at = [], [], end
+    for tile_codes, tile_errors, start in reversed(tiles):
+        pick = at[:, None].expand(-1, tile_codes.size(1), -1, -1)
+        codes.append(tile_codes.gather(2, pick)[:, :, 0])
+        errors.append(tile_errors.gather(2, pick)[:, :, 0])
+        at = start.gather(1, at)
+    return torch.cat(codes[::-1], 1), torch.cat(errors[::-1], 1)
+
+
+# ============================================================================================================
+# 16  Quantising as the records do: steps by hand, finer columns, low-rank repair, calibrated logits
+# ============================================================================================================
+
+# --- steps by hand
+
+def row_scales(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
+    """fp16 step of every row of w (…, R, C): clip_sigmas deviations span the codes.
+    As published, 0 for a row without spread."""
+    return to_half(clip_sigmas * w.float().std(dim=-1) / (2 ** (bits - 1) - 1))
+
+
+def row_steps(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
+    """row_scales, but a row without spread has its largest magnitude as step."""
+    step = row_scales(w, bits, clip_sigmas)
+    return torch.where(step > 0, step, to_half(w.abs().amax(dim=-1)))
+
+
+# --- finer codes for the columns that matter most: AWQ-lite
+
+def input_rms(s: Settings, name: str, h: Tensor, tokens: int = 1) -> Tensor:
+    """rms (C) of a matrix's input, from its Hessian: a mean over so many tokens."""
+    slots = sum(layer_plan(s, True), ())
+    visits = slots.count(int(name.split(".")[1])) if name.startswith("blocks.") else 1
+    return (h.diagonal() / (visits * tokens)).sqrt()
+
+
+def group_scores(w: Tensor, rms: Tensor, size: int) -> Tensor:
+    """rms of input · mean |w|, of each whole group of columns of w (R, C)."""
+    score = rms * w.float().abs().mean(dim=0)
+    whole = len(rms) // size * size
+    return score[:whole].view(-1, size).sum(dim=1)
+
+
+@torch.no_grad()
+def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor],
+                   bits: tuple[int, int], fine: Tensor) -> Tensor:
+    """GPTQ's codes (R, C) int8 of one matrix, with the second steps and bits in the
+    columns `fine` (C)."""
+    order, u, dead, _ = (part[0] for part in damped_factor(h.float()[None])[0])
+    w = w.float().masked_fill(dead | (steps[0] == 0)[:, None], 0)
+    t, codes = w[:, order].mT.contiguous(), torch.empty_like(w.mT)
+    for j, column in enumerate(order.tolist()):
+        kind = int(fine[column])
+        step, top = steps[kind].float().clamp_min(1e-30), 2 ** (bits[kind] - 1) - 1
+        q = (t[j] / step).round().clamp_(-top, top)
+        codes[column] = q
+        t[j + 1:] -= (u[j, j + 1:] / u[j, j])[:, None] * (t[j] - q * step)
+    return codes.mT.to(torch.int8).contiguous()
+
+
+# --- low-rank repair of rounding errors: LQER
+
+@torch.no_grad()
+def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best a (R, k) = U S, b (k, C) = V' of an error matrix, by the smaller Gram
+    matrix. The sign of a pair is a rule, not LAPACK's: a column's largest number is
+    negative."""
+    e = error.double()
+    if e.size(0) < e.size(1):
+        u = torch.linalg.eigh(e @ e.mT).eigenvectors[:, -rank:].flip(1)
+        b = u.mT @ e
+        length = b.norm(dim=1)
+        a, b = u * length, b / length.clamp_min(1e-300)[:, None]
+    else:
+        v = torch.linalg.eigh(e.mT @ e).eigenvectors[:, -rank:].flip(1)
+        a, b = e @ v, v.mT
+    largest = a.gather(0, a.abs().argmax(0, keepdim=True))
+    sign = torch.where(largest > 0, -1.0, 1.0)
+    return (a * sign).float(), (b * sign.mT).float().contiguous()
+
+
+def symmetric_factors(a: Tensor, b: Tensor,
+                      bits: int = 4) -> tuple[str, Sequence[Tensor]]:
+    """Form and tensors of factors with one step for each of their rows."""
+    return "lqer", (*quantise_rows(a, bits), *quantise_rows(b, bits))
+
+
+def lqer_asym(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, ...]:
+    """a (R, k) in 2 bits, one step; b (k, C) in 4, a step per `group` values. Codes
+    reach from -2 to 1 and from -8 to 7: the largest number is half way between."""
+    scale_a = to_half(a.float().abs().amax() / 1.5)[None]
+    flat = b.float().reshape(-1, group)
+    scale_b = to_half(flat.abs().amax(dim=1) / 7.5)
+    qb = divide_round(flat, scale_b[:, None], -8, 7).view(b.shape)
+    return divide_round(a, scale_a, -2, 1), scale_a, qb, scale_b
+
+
+def asym_values(qa: Tensor, sa: Tensor, qb: Tensor,
+                sb: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors (R, k), (k, C) float32 that these codes and steps stand for."""
+    b = qb.float().view(len(sb), -1) * sb.float()[:, None]
+    return qa * sa.float(), b.view(qb.shape)
+
+
+def asym_signs(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Factors a (R, k), b (k, C), each pair with the sign that lqer_asym stores with
+    the smaller error: its codes reach further down than up."""
+    costs = []
+    for sign in (1, -1):
+        stored = asym_values(*lqer_asym(sign * a, sign * b, group))
+        x, y = (part.double() for part in stored)
+        # the true pair's part in the stored one
+        shared = (x * a * sign).sum(0) * (y * b * sign).sum(1)
+        costs.append(x.square().sum(0) * y.square().sum(1) - 2 * shared)
+    sign = torch.where(costs[1] < costs[0], -1.0, 1.0)
+    return a * sign, b * sign[:, None]
+
+
+# --- logit calibration: scaled and shifted by what a token looks like
+
+CATEGORIES = 14                       # of token_categories
+CALIBRATION_STREAM = "calibration"    # in the artifact: 1 + CATEGORIES float32
+CALIBRATION_REACH = 0.5               # most that a category adds to logits
+
+
+@functools.cache
+def token_categories(path: Path, vocab_size: int) -> Tensor:
+    """(V, CATEGORIES) of 0 and 1: length in bytes, leading space, kind of letters."""
+    sp, rows = load_tokenizer(path), []
+    for i in range(vocab_size):
+        nothing = sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
+        piece = "" if nothing else sp.id_to_piece(i)
+        text = chr(int(piece[3:5], 16)) if sp.is_byte(i) else piece.lstrip("\u2581")
+        size = 1 if sp.is_byte(i) else len(text.encode())
+        rows.append([size == 1, size == 2, size == 3, size == 4, 5 <= size <= 8, size >= 9,
+                     piece[:1] == "\u2581",
+                     "\n" in text or "\r" in text,
+                     any(c.isdigit() for c in text),
+                     bool(text) and not any(c.isalnum() or c.isspace() for c in text),
+                     any(c.isalpha() for c in text),
+                     text.islower(),
+                     text.isupper(),
+                     text[:1].isupper() and text[1:].islower()])
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def calibrated_by(s: Settings, raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale () in 0.9…1.1 and bias (V) of capped logits that raw (15) stands for."""
+    bias = token_categories(s.tokenizer, s.vocab_size).to(raw.device) @ raw[1:]
+    return 0.9 + 0.2 * torch.sigmoid(raw[0]), bias
+
+
+def fit_calibration(s: Settings, model: GPT, tokens: np.ndarray) -> tuple[Tensor, Tensor]:
+    """The 15 numbers that serve the model best on training tokens (N,), and the
+    losses. A window scores LOGIT_CALIB_STRIDE tokens, after what fits before."""
+    device, stride = model.tok_emb.device, s.logit_calib_stride
+    losses = []
+    raw = torch.zeros(1 + CATEGORIES, device=device, requires_grad=True)
+    optimiser = torch.optim.AdamW([raw], lr=s.logit_calib_lr, weight_decay=0)
+    total = min(s.logit_calib_tokens, len(tokens) - 1)
+    blocks = np.arange(0, total, stride)
+    batch = s.logit_calib_batch_seqs
+    for i in [*range(0, len(blocks), batch)] * s.logit_calib_epochs:
+        first = blocks[i:i + batch, None]
+        begin = np.maximum(first - s.eval_seq_len + stride, 0)
+        at = begin + np.arange(s.eval_seq_len)
+        scored = (at >= first) & (at < np.minimum(first + stride, total))
+        pairs = tokens[np.minimum(np.stack((at, at + 1)), len(tokens) - 1)]
+        x, y = torch.from_numpy(pairs.astype(np.int64)).to(device)
+        scored = torch.from_numpy(scored).to(device)
+        with torch.no_grad():
+            hidden = model.final_hidden(x, layer_plan(s, True))
+            z = model.logits(hidden[scored])
+        scale, bias = calibrated_by(s, raw)
+        loss = F.cross_entropy(scale * z + bias, y[scored])
+        losses.append(loss)
+        penalty = raw[1:].square().mean() + (scale - 1) ** 2
+        optimiser.zero_grad()
+        (loss + s.logit_calib_l2 * penalty).backward()
+        optimiser.step()
+        with torch.no_grad():
+            raw[1:].clamp_(-CALIBRATION_REACH, CALIBRATION_REACH)
+    return raw.detach(), torch.stack(losses).detach()
+
+
+def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
+    """The artifact with its model's calibration; as it was without room."""
+    values = None
+    if world.main:
+        model = build_model(s, world)
+        artifact = read_artifact(s, blob, ARTIFACT_NAME)
+        load_weights(model, artifact.weights, ARTIFACT_NAME)
+        first = list_shards(s.shards, "train")[0]
+        raw, losses = fit_calibration(s, model, read_shard(first))
+        values = raw.cpu().numpy().astype("<f4").tobytes()
+        run.log("logit_calibration", steps=len(losses),
+                train_loss=losses.mean().item(), values=raw.tolist())
+    header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
+    streams[CALIBRATION_STREAM] = world.agree(values)
+    whole = artifact_to_bytes(header, streams)
+    script = code_bytes(shipped_form(s)) + LZMA_SLACK
+    if len(whole) + script + MARK_BYTES <= ARTIFACT_LIMIT:
+        return whole
+    run.log("settings_without_effect",
+            LOGIT_CALIB_ENABLED="no room for it in the artifact")
+    return blob
 
 
 # ============================================================================================================
