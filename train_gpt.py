@@ -303,7 +303,7 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
         progress = pace.progress(step)
         length, looping, rate_share = curriculum.advance(step, progress)
         plan = layer_plan(s, looping)
-        trainer.measure(progress)
+        trainer.times.measure(progress)
         losses = [trainer.micro_step(stream.next(length), plan) for _ in range(trainer.accum)]
         world.beat(f"{beat} {step + 1}")
         norm = trainer.update(rate_share, muon_momentum(s, step))
@@ -708,32 +708,13 @@ class Settings:
 
     @property
     def shards(self) -> Path:
-        """DATA_PATH, else the folder that data/fetch.py makes, else the field's place
-        for it."""
-        if self.data_path:
-            return Path(self.data_path)
-        folder, name = Path(self.data_dir), f"sp{self.vocab_size}"
-        fetched = folder / (f"{name}_caseops" if self.caseops_enabled else name)
-        if fetched.is_dir():
-            return fetched
-        if not self.caseops_enabled:
-            return folder / "datasets" / f"fineweb10B_{name}"
-        return (folder / f"datasets/fineweb10B_{name}_caseops/datasets/datasets"
-                / f"fineweb10B_{name}_lossless_caps_caseops_v1_reserved")
+        """The folder of the shards."""
+        return Path(self.data_path) if self.data_path else default_shards(self)
 
     @property
     def tokenizer(self) -> Path:
-        """TOKENIZER_PATH, else the one beside the shards, else the field's place for
-        it."""
-        if self.tokenizer_path:
-            return Path(self.tokenizer_path)
-        beside, folder, v = self.shards / "tokenizer.model", Path(self.data_dir), self.vocab_size
-        if beside.is_file():
-            return beside
-        if not self.caseops_enabled:
-            return folder / "tokenizers" / f"fineweb_{v}_bpe.model"
-        return (folder / f"datasets/fineweb10B_sp{v}_caseops/datasets/tokenizers"
-                / f"fineweb_{v}_bpe_lossless_caps_caseops_v1_reserved.model")
+        """The tokenizer's model."""
+        return Path(self.tokenizer_path) if self.tokenizer_path else default_tokenizer(self)
 
     @property
     def first_chunks(self) -> str:
@@ -1442,26 +1423,6 @@ class Optimiser:
             return full
         return arrived
 
-    def never_trained(self) -> list[str]:
-        """Parameters, or rows, that no gradient reached: their moment is still 0."""
-        touched = {}
-        for p, buf in zip(self.banks, self.momentum):
-            touched[p] = self.gather(buf.flatten(1).any(1).byte())()[:len(p)]
-        for p in self.small:
-            moment = self.adam.state[p]["exp_avg_sq"]
-            touched[p] = moment.flatten() if p.dim() < 2 else moment.flatten(1).any(1)
-        # parameters that are in no optimiser at all, then those with rows that never moved
-        untouched = [name for p, name in self.names.items() if p not in touched]
-        for p, rows in touched.items():
-            idle = (rows == 0).nonzero().flatten().tolist()
-            if len(idle) == len(rows) > 0:
-                untouched.append(self.names[p])
-            elif idle:
-                some = f"{len(idle)} of {len(rows)} rows, the first {idle[:20]}"
-                untouched.append(f"{self.names[p]} {some}")
-        return untouched
-
-
 # ============================================================================================================
 # 5  Training: schedule, warm-up and rewind, average
 # ============================================================================================================
@@ -1570,8 +1531,7 @@ class Trainer:
         self.s, self.world, self.model = s, world, model
         self.accum, self.tokens = s.batch_shape(world.size)
         self.losses = compiled(s, world.device, model.losses, fullgraph=True)
-        self.to_measure = [0.1, 0.5, 0.9]              # shares of training whose next step is timed
-        self.parts: dict[str, float] | None = None     # on a measured step: ms by part
+        self.times = StepTimes(world)
         self.rewind()
 
     def rewind(self) -> None:
@@ -1582,39 +1542,25 @@ class Trainer:
 
     def micro_step(self, batch: Batch, plan: Plan) -> Tensor:
         """Forward and backward of one micro-batch; its mean loss, nats per token."""
-        self.charge("data")
+        self.times.charge("data")
         if batch.cu_seqlens is not None and compiles(self.s, self.world.device):
             torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
         layout = batch.layout(batch.cut or self.s.train_seq_len)
         loss = self.losses(batch.x, batch.y, plan, layout, training=True).mean()
-        self.charge("forward")
+        self.times.charge("forward")
         (loss / self.accum).backward()
-        self.charge("backward")
+        self.times.charge("backward")
         return loss.detach()
 
     def update(self, rate_share: float, momentum: float) -> Tensor:
         """Step at a share of the peak rate, then average; the norm before clipping."""
         norm = self.optimiser.step(rate_share, momentum)
-        self.charge("optimiser")
+        self.times.charge("optimiser")
         weights = [p.detach() for p in self.model.parameters()]
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.values()), weights, 1 - self.s.ema_decay)
-        self.charge("average")
+        self.times.charge("average")
         return norm
-
-    def measure(self, progress: float) -> None:
-        """Make the next step a measured one, when it is time."""
-        if self.to_measure and progress >= self.to_measure[0]:
-            self.to_measure = [share for share in self.to_measure if share > progress]
-            sync(self.world.device)
-            self.parts, self.stopwatch = {}, Clock()
-
-    def charge(self, part: str) -> None:
-        """On a measured step: charge the ms since the last call to this part."""
-        if self.parts is not None:
-            sync(self.world.device)
-            self.parts[part] = self.parts.get(part, 0.0) + 1e3 * self.stopwatch.elapsed()
-            self.stopwatch = Clock()
 
     def warm_up(self) -> float:
         """Compile and run every graph on random tokens, undo it; the seconds it took."""
@@ -1655,20 +1601,9 @@ class Trainer:
                 "average": self.ema, "momentum": self.optimiser.momentum,
                 "adam": self.optimiser.adam.state_dict()}
 
-    @torch.no_grad()
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what tensors() gave; UserError when it is of another model."""
-        own = self.tensors()
-        try:
-            for part in ("weights", "average"):
-                for name, tensor in own[part].items():
-                    tensor.copy_(state[part][name])
-            for buf, saved in zip(own["momentum"], state["momentum"], strict=True):
-                buf.copy_(saved)
-            self.optimiser.adam.load_state_dict(state["adam"])
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"the checkpoint does not fit this model ({type(error).__name__}: "
-                            f"{plain(error, 100)}): start anew without RESUME") from error
+        restore_tensors(self.tensors(), self.optimiser.adam, state)
 
 
 class Trained(NamedTuple):
@@ -1677,24 +1612,6 @@ class Trained(NamedTuple):
     stream: Prefetch
     facts: dict            # see weight_facts
     signal: int            # the number of a signal that asked for the end of the run; 0: none did
-
-
-def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
-    """Seconds of the budget kept for quantising and packing, and a warning or "". As
-    rehearsed, but at most half: a slow machine still trains, and reports the overrun.
-    At least what is asked for; the field's commands ask for too little."""
-    budget = s.max_wallclock_seconds
-    if not budget:
-        return 0.0, ""
-    auto = s.gptq_reserve_seconds == "auto"
-    asked = 0.0 if auto else float(s.gptq_reserve_seconds)
-    kept = max(asked, min(rehearsed, budget / 2))
-    need = f"quantising and packing were rehearsed in {rehearsed:.1f} s: {kept:.1f} s are kept"
-    if kept < rehearsed:
-        return kept, f"{need}, for MAX_WALLCLOCK_SECONDS={budget:g} is less than twice that"
-    if auto or asked >= kept:
-        return kept, ""
-    return kept, f"{need}, not GPTQ_RESERVE_SECONDS={asked:g}"
 
 
 # ============================================================================================================
@@ -1844,7 +1761,7 @@ def calibrate(s: Settings, world: World, model: GPT,
 
 # A weight is a code times a step. By the default, "gptq (trellis)", the step is one base step of the file
 # times 2^(row / 8) times 2^(column / 8), row and column of a matrix being int8; every second state of the
-# trellis adds half a step (see GPTQ, below). By hand, a row's step is a float16.
+# trellis adds half a step (see chapter 15).
 OCTAVE = 8                # stored int8 steps are eighths of an octave
 HALF_LARGEST = 65504.0    # float16's
 
@@ -1958,23 +1875,7 @@ STORAGE = {
     "gptq (trellis)": Storage(
         CURVATURE,
         lambda w, base, codes, *steps: by_curvature(base, on_trellis(codes), *steps)),
-    "lqer_asym": Storage(
-        ((".lqA_a", BYTE_STREAM, "Rk"), (".lqAs_a", HALF_STREAM, "1"),
-         (".lqB_a", BYTE_STREAM, "kC"), (".lqBs_a", HALF_STREAM, "g")),
-        lambda w, base, *tensors: w + torch.matmul(*asym_values(*tensors))),
-    "lqer": Storage(
-        ((".lqA", BYTE_STREAM, "Rk"), (".lqAs", HALF_STREAM, "R"),
-         (".lqB", BYTE_STREAM, "kC"), (".lqBs", HALF_STREAM, "k")),
-        lambda w, base, a, sa, b, sb: w + by_rows(a, sa) @ by_rows(b, sb)),
 }
-for bits in range(2, 9):
-    STORAGE[f"gptq (int{bits})"] = Storage(
-        (CODES, (".scale", HALF_STREAM, "R")),
-        lambda w, base, codes, steps: by_rows(codes, steps))
-    STORAGE[f"awqgrpint{bits}"] = Storage(      # finer codes in marked columns
-        (CODES, (".awqg_s_hi", HALF_STREAM, "R"), (".awqg_fine", BYTE_STREAM, "C")),
-        lambda w, base, codes, steps, fine:
-            torch.where(fine != 0, by_rows(codes, steps), w))
 
 
 class Precision(NamedTuple):
@@ -2002,17 +1903,9 @@ def precision_of(s: Settings, name: str, w: Tensor) -> Precision:
         return Precision("gate_int8_row")
     if w.numel() <= SMALL_TENSOR:
         return Precision("passthrough (float16)")
-    bits, clip_sigmas = s.matrix_bits, s.matrix_clip_sigmas
-    if name in EMBEDDINGS:
-        bits, clip_sigmas = s.embed_bits, s.embed_clip_sigmas
-    elif ".mlp." in name:
-        clip_sigmas = s.mlp_clip_sigmas
-    elif ".attn." in name:
-        clip_sigmas = s.attn_clip_sigmas
-    form = f"gptq (int{bits})"
-    if s.quant_allocation == "fisher":
-        form = "gptq (trellis)" if s.quant_trellis else "gptq (fisher)"
-    return Precision(form, bits, clip_sigmas)
+    if s.quant_allocation == "hand":
+        return precision_by_hand(s, name)
+    return Precision("gptq (trellis)" if s.quant_trellis else "gptq (fisher)")
 
 
 def input_of(name: str) -> str:
@@ -2050,8 +1943,7 @@ class Quantiser:
         self.s, self.weights, self.world = s, weights, world or World()
         self.precision = {n: precision_of(s, n, w) for n, w in weights.items()}
         self.names = [n for n, p in self.precision.items() if p.coded]
-        self.fisher = s.quant_allocation == "fisher" and bool(self.names)
-        self.trellis = self.fisher and s.quant_trellis
+        self.trellis = any(p.form == "gptq (trellis)" for p in self.precision.values())
         # what calibration left that is not used as it is: matrix -> what is done instead
         self.unusual: dict[str, str] = {}
         fisher = self.finite(
@@ -2063,7 +1955,7 @@ class Quantiser:
         # by input: order, u and dead of round_in_order
         self.factors: dict[str, tuple[Tensor, ...]] = {}
         ratios = self.factor_hessians()
-        self.steps = self.allocate(fisher, ratios) if self.fisher else {}
+        self.steps = self.allocate(fisher, ratios) if self.names else {}
         deviations = sum(map(self.deviations_of, self.own), NO_DEVIATIONS)
         self.deviations = sum(self.world.gather(deviations))
         self.finest = self.finest_step()
@@ -2141,17 +2033,17 @@ class Quantiser:
 
     def columns_of(self, name: str) -> Tensor:
         """Step of every column (C) against the others."""
-        w = self.weights[name]
-        if not self.fisher:
-            return torch.ones(w.size(1), device=w.device)
-        return octaves(self.steps[input_of(name) + ".col"]).to(w.device)
+        steps = self.steps[input_of(name) + ".col"]
+        return octaves(steps).to(self.weights[name].device)
+
+    def planned_rows(self, name: str) -> Tensor:
+        """Step of every row (R) at base step 1, as allocated."""
+        return octaves(self.steps[name + ".row"])
 
     def rows_of(self, name: str, base_step: float) -> Tensor:
-        """Stored steps of rows (R): fp16 by hand; int8 such that no code is over the
-        top."""
-        w, precision = self.weights[name].float(), self.precision[name]
-        if not self.fisher:
-            return row_steps(w, precision.bits, precision.clip_sigmas * base_step)
+        """Stored steps of rows (R): the allocated ones, or larger, such that no code is
+        over the top."""
+        w = self.weights[name].float()
         largest = (w / self.columns_of(name)).abs().amax(1)
         least = (largest / (LARGEST_CODE * base_step)).clamp_min(1e-9).log2()
         least = to_eighths((OCTAVE * least).ceil() / OCTAVE)
@@ -2160,12 +2052,8 @@ class Quantiser:
     def deviations_of(self, name: str) -> np.ndarray:
         """How many codes have which deviation at base step 1: counts by eighths of an
         octave. The middle one is an eighth below 1: size forecasts err upwards."""
-        if self.fisher:
-            rows = octaves(self.steps[name + ".row"])
-        else:
-            rows = self.rows_of(name, 1.0).float()
         w = self.weights[name].float() / self.columns_of(name)
-        rows = rows.to(w.device)[:, None]
+        rows = self.planned_rows(name).to(w.device)[:, None]
         power = (w / rows.clamp_min(1e-30)).square().clamp_max(1e30)
         power = power.masked_fill(rows == 0, 0)
         row_counts = count_levels(power.mean(1))
@@ -2175,8 +2063,8 @@ class Quantiser:
 
     def finest_step(self) -> float:
         """The base step below which most rows' steps stay, their codes being at the
-        top. By hand 1, the settings' steps."""
-        if not self.fisher:
+        top."""
+        if not self.names:
             return 1.0
         below = self.deviations.cumsum()
         level = np.searchsorted(below, ROWS_LEFT_OUT * below[-1]) - len(below) // 2
@@ -2185,7 +2073,7 @@ class Quantiser:
     @torch.no_grad()
     def __call__(self, base_step: float = 1.0) -> Quantised:
         """The whole model on every rank, all steps times `base_step`."""
-        q = Quantised({}, {}, base_step if self.fisher else 1.0)
+        q = Quantised({}, {}, base_step if self.names else 1.0)
         rounded = {}
         for part in self.world.gather(self.round_own(base_step)):
             rounded.update(part)
@@ -2193,18 +2081,16 @@ class Quantiser:
             form = self.precision[name].form
             if form == "gate_int8_row":
                 tensors = quantise_rows(w)
-            elif name not in rounded:
-                tensors = [to_half(w)]
-            elif self.fisher:
-                tensors = *rounded[name], self.steps[input_of(name) + ".col"]
+            elif name in rounded:
+                tensors = *rounded[name], *self.stored_columns(name)
             else:
-                tensors = rounded[name]
+                tensors = [to_half(w)]
             q.add(name, form, tensors)
-        if self.s.awq_lite_enabled:
-            self.protect(q, base_step)
-        if self.s.lqer_enabled:
-            self.repair(q)
         return q
+
+    def stored_columns(self, name: str) -> list[Tensor]:
+        """Steps of columns, as they are stored beside a matrix's codes and rows' steps."""
+        return [self.steps[input_of(name) + ".col"]]
 
     def round_own(self, base_step: float) -> dict[str, tuple[Tensor, Tensor]]:
         """Codes and rows' steps of this rank's matrices, on the CPU."""
@@ -2212,85 +2098,33 @@ class Quantiser:
             return self.weights[name].shape, self.precision[name].bits
 
         rounded = {}
-        for (shape, bits), names in names_by(kind, self.own).items():
+        for (shape, _), names in names_by(kind, self.own).items():
             count = max(1, BATCH_ROWS // shape[0])
             for begin in range(0, len(names), count):
                 batch = names[begin:begin + count]
-                codes, rows = self.round(batch, bits, base_step)
+                codes, rows = self.round(batch, base_step)
                 for name, *views in zip(batch, codes.cpu(), rows.cpu()):
                     # without the memory of the whole stack
                     rounded[name] = [x.clone() for x in views]
         return rounded
 
-    def round(self, names: list[str], bits: int,
-              base_step: float) -> tuple[Tensor, Tensor]:
-        """Codes (n, R, C) and rows' steps (n, R) of equally shaped matrices."""
+    def stacked(self, names: list[str], base_step: float) -> tuple[Tensor, ...]:
+        """Of equally shaped matrices w (n, R, C) and rows' steps (n, R); order, u and
+        dead of their Hessians."""
         w = torch.stack([self.weights[n].float() for n in names])
-        factors = zip(*(self.factors[input_of(n)] for n in names))
-        order, u, dead = (torch.stack(part) for part in factors)
         rows = torch.stack([self.rows_of(n, base_step) for n in names])
-        if not self.fisher:
-            return self.round_by_hand(w, rows, (order, u, dead), bits, base_step)
+        factors = zip(*(self.factors[input_of(n)] for n in names))
+        return w, rows, *(torch.stack(part) for part in factors)
+
+    def round(self, names: list[str], base_step: float) -> tuple[Tensor, Tensor]:
+        """Codes (n, R, C) and rows' steps (n, R) of equally shaped matrices."""
+        w, rows, order, u, dead = self.stacked(names, base_step)
         columns = torch.stack([self.columns_of(n) for n in names])
         w = w / columns[:, None]
         u = u / columns.gather(1, order)[:, None]
         steps = octaves(rows) * base_step
         codes = round_in_order(w, steps, order, u, dead, TOP_CODE, self.trellis)
         return codes, rows
-
-    def round_by_hand(self, w: Tensor, rows: Tensor, factors: Sequence[Tensor], bits: int,
-                      base_step: float) -> tuple[Tensor, Tensor]:
-        """Codes of w (n, R, C), and the steps rows (n, R) that settings gave."""
-        return round_in_order(w, rows.float(), *factors, 2 ** (bits - 1) - 1), rows
-
-    def protect(self, q: Quantised, base_step: float) -> None:
-        """AWQ-lite: groups of columns with the highest scores get AWQ_LITE_BITS."""
-        s, weights = self.s, self.weights
-        size, high_bits = s.awq_lite_group_size, s.awq_lite_bits
-        groups = []      # (score, matrix, first column)
-        for name in self.names:
-            h = self.hessians.get(input_of(name))
-            if h is not None and self.precision[name].bits < high_bits:
-                scores = group_scores(weights[name], input_rms(s, name, h), size)
-                for i, score in enumerate(scores.tolist()):
-                    groups.append((score, name, i * size))
-        groups.sort(key=lambda group: -group[0])
-        # (C) int8: 1 in the columns that are chosen
-        fine: dict[str, Tensor] = {}
-        for _, name, begin in groups[:s.awq_lite_group_top_k]:
-            columns = torch.zeros(weights[name].size(1), dtype=torch.int8)
-            fine.setdefault(name, columns)[begin:begin + size] = 1
-        for name, chosen in fine.items():
-            w, precision = weights[name].float(), self.precision[name]
-            high = row_steps(w, high_bits, precision.clip_sigmas * base_step)
-            steps = q.tensors[name + ".scale"].to(w.device), high
-            h, bits = self.hessians[input_of(name)], (precision.bits, high_bits)
-            codes = gptq_protected(w, h, steps, bits, chosen)
-            q.add(name, f"awqgrpint{high_bits}", [codes, high, chosen])
-
-    def repair(self, q: Quantised) -> None:
-        """LQER: low-rank factors for matrices with the largest rounding errors."""
-        decoded, errors = dequantise(q), {}
-        for name in self.names:
-            w = self.weights[name]
-            errors[name] = w.float() - decoded[name].to(w.device)
-        for name in self.to_repair(errors):
-            q.add(name, *self.pack_factors(*low_rank(errors[name], self.s.lqer_rank)))
-
-    def to_repair(self, errors: Mapping[str, Tensor]) -> list[str]:
-        """The LQER_TOP_K matrices of the largest errors (R, C)."""
-        sizes = {name: error.norm().item() for name, error in errors.items()}
-        largest = sorted(sizes, key=lambda name: -sizes[name])
-        return [name for name in largest[:self.s.lqer_top_k] if sizes[name] > 0]
-
-    def pack_factors(self, a: Tensor, b: Tensor) -> tuple[str, Sequence[Tensor]]:
-        """Form and tensors of the factors a (R, k), b (k, C) of a matrix: asymmetric
-        where b falls into whole groups of LQER_ASYM_GROUP values."""
-        group = self.s.lqer_asym_group
-        if b.numel() % group:
-            return symmetric_factors(a, b)
-        return "lqer_asym", lqer_asym(*asym_signs(a, b, group), group)
-
 
 def count_levels(power: Tensor) -> np.ndarray:
     """Counts (DEVIATION_BINS) of mean squares (N) by deviation, in eighths of an
@@ -2326,8 +2160,6 @@ class Booked:
     them."""
     tokens: np.ndarray
 
-
-PROFILE_EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096)
 
 EARLY = "an adapter step on a target that is not scored yet would break the rules"
 
@@ -2393,34 +2225,6 @@ class Ledger:
         self.val.ledgers -= 1
         target_bytes = self.val.target_bytes[self.expected].sum()
         return Score(float(self.total.sum()), float(target_bytes), int(self.expected.sum()))
-
-    def amounts_between(self, cuts: np.ndarray) -> dict[str, np.ndarray]:
-        """Targets, bytes and nats (n, m) from one of n rows' input positions (n, m + 1)
-        to the next."""
-        amounts = {"tokens": np.diff(cuts)}
-        for name, values in (("bytes", self.val.target_bytes), ("nats", self.total)):
-            before = np.append(0, values.cumsum())
-            amounts[name] = np.diff(before[cuts])
-        return amounts
-
-    def profiles(self) -> Iterator[dict]:
-        """After close(): sums by position in a document, and by a document's length."""
-        start, length = self.val.documents.start, self.val.documents.length - 1
-        edges = [*PROFILE_EDGES, 1 << 62]
-        cuts = start[:, None] + np.minimum(length[:, None], edges)
-        amounts = self.amounts_between(cuts)       # each (documents, buckets)
-        buckets = len(PROFILE_EDGES)
-        bucket = np.searchsorted(PROFILE_EDGES, length, "right") - 1     # of the whole document
-        reached = amounts["tokens"] > 0
-        holding = np.bincount(bucket[length > 0], minlength=buckets)
-        by_position = {"documents": reached.sum(0).tolist()}
-        by_length = {"documents": holding.tolist()}
-        for name, x in amounts.items():
-            whole = x.sum(1)
-            by_position[name] = x.sum(0).tolist()
-            by_length[name] = [whole[bucket == i].sum().item() for i in range(buckets)]
-        yield {"by": "position", "edges": PROFILE_EDGES, **by_position}
-        yield {"by": "length", "edges": PROFILE_EDGES, **by_length}
 
 
 Window = tuple[int, int, int]       # positions: begin, end, first scored
@@ -4756,10 +4560,10 @@ class Progress:
             self.epochs = int(stream.epoch)
             tokens = step * self.s.train_batch_tokens
             self.run.log("epoch_end", epoch=self.epochs, step=step, tokens=tokens)
-        if trainer.parts:
+        if trainer.times.parts:
             self.run.log("step_time", quiet=True, step=step, looping=looping,
-                         parts=trainer.parts)
-            trainer.parts = None
+                         parts=trainer.times.parts)
+            trainer.times.parts = None
 
     def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, rate_share: float,
                plan: Plan) -> None:
@@ -4860,9 +4664,52 @@ def end_of_steps(world: World, trainer: Trainer, watch: FiniteWatch, step: int) 
 def training_reports(run: Run, trainer: Trainer, trained: Trained) -> None:
     """What was idle in training, into the log, after the weights are saved."""
     with run.guarded("the report on parameters without gradients"):
-        untouched = trainer.optimiser.never_trained() if trained.facts["steps"] else []
+        untouched = never_trained(trainer.optimiser) if trained.facts["steps"] else []
         if untouched:
             run.log("never_trained", parameters=untouched)
+
+
+def never_trained(optimiser: Optimiser) -> list[str]:
+    """Parameters, or rows, that no gradient reached: their moment is still 0."""
+    touched = {}
+    for p, buf in zip(optimiser.banks, optimiser.momentum):
+        touched[p] = optimiser.gather(buf.flatten(1).any(1).byte())()[:len(p)]
+    for p in optimiser.small:
+        moment = optimiser.adam.state[p]["exp_avg_sq"]
+        touched[p] = moment.flatten() if p.dim() < 2 else moment.flatten(1).any(1)
+    # parameters that are in no optimiser at all, then those with rows that never moved
+    untouched = [name for p, name in optimiser.names.items() if p not in touched]
+    for p, rows in touched.items():
+        idle = (rows == 0).nonzero().flatten().tolist()
+        if len(idle) == len(rows) > 0:
+            untouched.append(optimiser.names[p])
+        elif idle:
+            some = f"{len(idle)} of {len(rows)} rows, the first {idle[:20]}"
+            untouched.append(f"{optimiser.names[p]} {some}")
+    return untouched
+
+
+class StepTimes:
+    """Where the time of some steps of a training goes."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.to_measure = [0.1, 0.5, 0.9]              # shares of training whose next step is timed
+        self.parts: dict[str, float] | None = None     # on a measured step: ms by part
+
+    def measure(self, progress: float) -> None:
+        """Make the next step a measured one, when it is time."""
+        if self.to_measure and progress >= self.to_measure[0]:
+            self.to_measure = [share for share in self.to_measure if share > progress]
+            sync(self.world.device)
+            self.parts, self.stopwatch = {}, Clock()
+
+    def charge(self, part: str) -> None:
+        """On a measured step: charge the ms since the last call to this part."""
+        if self.parts is not None:
+            sync(self.world.device)
+            self.parts[part] = self.parts.get(part, 0.0) + 1e3 * self.stopwatch.elapsed()
+            self.stopwatch = Clock()
 
 
 # --- averages beside training
@@ -5095,6 +4942,22 @@ def go_on_from(state: Mapping[str, Any], trainer: Trainer, curriculum: Curriculu
     return state["step"]
 
 
+@torch.no_grad()
+def restore_tensors(own: Mapping[str, Any], adam: torch.optim.Optimizer,
+                    state: Mapping[str, Any]) -> None:
+    """Copy a checkpoint's state into own, a Trainer's tensors(), and its AdamW."""
+    try:
+        for part in ("weights", "average"):
+            for name, tensor in own[part].items():
+                tensor.copy_(state[part][name])
+        for buf, saved in zip(own["momentum"], state["momentum"], strict=True):
+            buf.copy_(saved)
+        adam.load_state_dict(state["adam"])
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"the checkpoint does not fit this model ({type(error).__name__}: "
+                        f"{plain(error, 100)}): start anew without RESUME") from error
+
+
 # --- files of weights
 
 SEAL = b"blake2b:"     # then 64 hexadecimal digits: the comment that ends a sealed archive
@@ -5282,7 +5145,7 @@ def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) 
     with clock.exclude():
         run.save_summary()
         with run.guarded(f"the profiles of {stage}"):
-            for profile in ledger.profiles():
+            for profile in profiles(ledger):
                 run.log("profile", quiet=True, stage=stage, **profile)
 
 
@@ -5321,6 +5184,39 @@ def closing_block(run: Run) -> None:
     keys = ("val_bpb", "sliding_val_bpb", "quantized_val_bpb", "total_bytes", "steps",
             "train_seconds", "eval_seconds", "tokens_scored", "seed")
     run.log("final", **{k: summary[k] for k in keys if k in summary})
+
+
+PROFILE_EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def amounts_between(ledger: Ledger, cuts: np.ndarray) -> dict[str, np.ndarray]:
+    """Targets, bytes and nats (n, m) from one of n rows' input positions (n, m + 1)
+    to the next."""
+    amounts = {"tokens": np.diff(cuts)}
+    for name, values in (("bytes", ledger.val.target_bytes), ("nats", ledger.total)):
+        before = np.append(0, values.cumsum())
+        amounts[name] = np.diff(before[cuts])
+    return amounts
+
+
+def profiles(ledger: Ledger) -> Iterator[dict]:
+    """Of closed books: sums by position in a document, and by a document's length."""
+    start, length = ledger.val.documents.start, ledger.val.documents.length - 1
+    edges = [*PROFILE_EDGES, 1 << 62]
+    cuts = start[:, None] + np.minimum(length[:, None], edges)
+    amounts = amounts_between(ledger, cuts)       # each (documents, buckets)
+    buckets = len(PROFILE_EDGES)
+    bucket = np.searchsorted(PROFILE_EDGES, length, "right") - 1     # of the whole document
+    reached = amounts["tokens"] > 0
+    holding = np.bincount(bucket[length > 0], minlength=buckets)
+    by_position = {"documents": reached.sum(0).tolist()}
+    by_length = {"documents": holding.tolist()}
+    for name, x in amounts.items():
+        whole = x.sum(1)
+        by_position[name] = x.sum(0).tolist()
+        by_length[name] = [whole[bucket == i].sum().item() for i in range(buckets)]
+    yield {"by": "position", "edges": PROFILE_EDGES, **by_position}
+    yield {"by": "length", "edges": PROFILE_EDGES, **by_length}
 
 
 def log_train_end(s: Settings, run: Run, facts: dict, epochs: float) -> None:
@@ -5440,6 +5336,30 @@ def read_shard(path: Path) -> np.ndarray:
     if fault:
         raise UserError(f"{path} {fault}; {AGAIN}")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
+
+
+def default_shards(s: Settings) -> Path:
+    """Without DATA_PATH: the folder that data/fetch.py makes, else the field's place for
+    it."""
+    folder, name = Path(s.data_dir), f"sp{s.vocab_size}"
+    fetched = folder / (f"{name}_caseops" if s.caseops_enabled else name)
+    if fetched.is_dir():
+        return fetched
+    if not s.caseops_enabled:
+        return folder / "datasets" / f"fineweb10B_{name}"
+    return (folder / f"datasets/fineweb10B_{name}_caseops/datasets/datasets"
+            / f"fineweb10B_{name}_lossless_caps_caseops_v1_reserved")
+
+
+def default_tokenizer(s: Settings) -> Path:
+    """Without TOKENIZER_PATH: the one beside the shards, else the field's place for it."""
+    beside, folder, v = s.shards / "tokenizer.model", Path(s.data_dir), s.vocab_size
+    if beside.is_file():
+        return beside
+    if not s.caseops_enabled:
+        return folder / "tokenizers" / f"fineweb_{v}_bpe.model"
+    return (folder / f"datasets/fineweb10B_sp{v}_caseops/datasets/tokenizers"
+            / f"fineweb_{v}_bpe_lossless_caps_caseops_v1_reserved.model")
 
 
 def list_shards(folder: Path, kind: str) -> list[Path]:
@@ -8577,6 +8497,24 @@ def listed_gpus() -> int:
 
 # --- the rehearsal: what follows training, before the first step
 
+def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
+    """Seconds of the budget kept for quantising and packing, and a warning or "". As
+    rehearsed, but at most half: a slow machine still trains, and reports the overrun.
+    At least what is asked for; the field's commands ask for too little."""
+    budget = s.max_wallclock_seconds
+    if not budget:
+        return 0.0, ""
+    auto = s.gptq_reserve_seconds == "auto"
+    asked = 0.0 if auto else float(s.gptq_reserve_seconds)
+    kept = max(asked, min(rehearsed, budget / 2))
+    need = f"quantising and packing were rehearsed in {rehearsed:.1f} s: {kept:.1f} s are kept"
+    if kept < rehearsed:
+        return kept, f"{need}, for MAX_WALLCLOCK_SECONDS={budget:g} is less than twice that"
+    if auto or asked >= kept:
+        return kept, ""
+    return kept, f"{need}, not GPTQ_RESERVE_SECONDS={asked:g}"
+
+
 def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     """A dry run on random weights of what follows training; the seconds to reserve."""
     begin, model = Clock(), trainer.model
@@ -8861,7 +8799,39 @@ def join_tiles(tiles: Sequence[tuple[Tensor, Tensor, Tensor]],
 # 16  Quantising as the records do: steps by hand, finer columns, low-rank repair, calibrated logits
 # ============================================================================================================
 
+# --- what is stored: steps of rows as float16, finer codes in marked columns, low-rank repairs
+
+for bits in range(2, 9):
+    STORAGE[f"gptq (int{bits})"] = Storage(
+        (CODES, (".scale", HALF_STREAM, "R")),
+        lambda w, base, codes, steps: by_rows(codes, steps))
+    STORAGE[f"awqgrpint{bits}"] = Storage(
+        (CODES, (".awqg_s_hi", HALF_STREAM, "R"), (".awqg_fine", BYTE_STREAM, "C")),
+        lambda w, base, codes, steps, fine:
+            torch.where(fine != 0, by_rows(codes, steps), w))
+STORAGE["lqer_asym"] = Storage(
+    ((".lqA_a", BYTE_STREAM, "Rk"), (".lqAs_a", HALF_STREAM, "1"),
+     (".lqB_a", BYTE_STREAM, "kC"), (".lqBs_a", HALF_STREAM, "g")),
+    lambda w, base, *tensors: w + torch.matmul(*asym_values(*tensors)))
+STORAGE["lqer"] = Storage(
+    ((".lqA", BYTE_STREAM, "Rk"), (".lqAs", HALF_STREAM, "R"),
+     (".lqB", BYTE_STREAM, "kC"), (".lqBs", HALF_STREAM, "k")),
+    lambda w, base, a, sa, b, sb: w + by_rows(a, sa) @ by_rows(b, sb))
+
+
 # --- steps by hand
+
+def precision_by_hand(s: Settings, name: str) -> Precision:
+    """Bits and range of a matrix by its kind."""
+    bits, clip_sigmas = s.matrix_bits, s.matrix_clip_sigmas
+    if name in EMBEDDINGS:
+        bits, clip_sigmas = s.embed_bits, s.embed_clip_sigmas
+    elif ".mlp." in name:
+        clip_sigmas = s.mlp_clip_sigmas
+    elif ".attn." in name:
+        clip_sigmas = s.attn_clip_sigmas
+    return Precision(f"gptq (int{bits})", bits, clip_sigmas)
+
 
 def row_scales(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
     """fp16 step of every row of w (…, R, C): clip_sigmas deviations span the codes.
@@ -8873,6 +8843,117 @@ def row_steps(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
     """row_scales, but a row without spread has its largest magnitude as step."""
     step = row_scales(w, bits, clip_sigmas)
     return torch.where(step > 0, step, to_half(w.abs().amax(dim=-1)))
+
+
+class RecordQuantiser(Quantiser):
+    """Steps by hand (QUANT_ALLOCATION=hand), finer codes in some columns, and low-rank
+    repair. Seams: round_by_hand, to_repair, pack_factors."""
+
+    @property
+    def by_hand(self) -> bool:
+        return self.s.quant_allocation == "hand"
+
+    def allocate(self, fisher: Mapping[str, Tensor],
+                 ratios: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {} if self.by_hand else super().allocate(fisher, ratios)
+
+    def columns_of(self, name: str) -> Tensor:
+        """By hand all columns are alike."""
+        if not self.by_hand:
+            return super().columns_of(name)
+        w = self.weights[name]
+        return torch.ones(w.size(1), device=w.device)
+
+    def stored_columns(self, name: str) -> list[Tensor]:
+        return [] if self.by_hand else super().stored_columns(name)
+
+    def rows_of(self, name: str, base_step: float) -> Tensor:
+        """By hand fp16 steps."""
+        if not self.by_hand:
+            return super().rows_of(name, base_step)
+        precision = self.precision[name]
+        return row_steps(self.weights[name].float(), precision.bits,
+                         precision.clip_sigmas * base_step)
+
+    def planned_rows(self, name: str) -> Tensor:
+        return self.rows_of(name, 1.0).float() if self.by_hand else super().planned_rows(name)
+
+    def finest_step(self) -> float:
+        """By hand 1: the settings' steps."""
+        return 1.0 if self.by_hand else super().finest_step()
+
+    @torch.no_grad()
+    def __call__(self, base_step: float = 1.0) -> Quantised:
+        q = super().__call__(base_step)
+        if self.by_hand:
+            q.base_step = 1.0      # it is in the rows' steps
+        if self.s.awq_lite_enabled:
+            self.protect(q, base_step)
+        if self.s.lqer_enabled:
+            self.repair(q)
+        return q
+
+    def round(self, names: list[str], base_step: float) -> tuple[Tensor, Tensor]:
+        if not self.by_hand:
+            return super().round(names, base_step)
+        w, rows, *factors = self.stacked(names, base_step)
+        return self.round_by_hand(w, rows, factors, self.precision[names[0]].bits, base_step)
+
+    def round_by_hand(self, w: Tensor, rows: Tensor, factors: Sequence[Tensor], bits: int,
+                      base_step: float) -> tuple[Tensor, Tensor]:
+        """Codes of w (n, R, C), and the steps rows (n, R) that settings gave."""
+        return round_in_order(w, rows.float(), *factors, 2 ** (bits - 1) - 1), rows
+
+    def protect(self, q: Quantised, base_step: float) -> None:
+        """AWQ-lite: groups of columns with the highest scores get AWQ_LITE_BITS."""
+        s, weights = self.s, self.weights
+        size, high_bits = s.awq_lite_group_size, s.awq_lite_bits
+        groups = []      # (score, matrix, first column)
+        for name in self.names:
+            h = self.hessians.get(input_of(name))
+            if h is not None and self.precision[name].bits < high_bits:
+                scores = group_scores(weights[name], input_rms(s, name, h), size)
+                for i, score in enumerate(scores.tolist()):
+                    groups.append((score, name, i * size))
+        groups.sort(key=lambda group: -group[0])
+        # (C) int8: 1 in the columns that are chosen
+        fine: dict[str, Tensor] = {}
+        for _, name, begin in groups[:s.awq_lite_group_top_k]:
+            columns = torch.zeros(weights[name].size(1), dtype=torch.int8)
+            fine.setdefault(name, columns)[begin:begin + size] = 1
+        for name, chosen in fine.items():
+            w, precision = weights[name].float(), self.precision[name]
+            high = row_steps(w, high_bits, precision.clip_sigmas * base_step)
+            steps = q.tensors[name + ".scale"].to(w.device), high
+            h, bits = self.hessians[input_of(name)], (precision.bits, high_bits)
+            codes = gptq_protected(w, h, steps, bits, chosen)
+            q.add(name, f"awqgrpint{high_bits}", [codes, high, chosen])
+
+    def repair(self, q: Quantised) -> None:
+        """LQER: low-rank factors for matrices with the largest rounding errors."""
+        decoded, errors = dequantise(q), {}
+        for name in self.names:
+            w = self.weights[name]
+            errors[name] = w.float() - decoded[name].to(w.device)
+        for name in self.to_repair(errors):
+            q.add(name, *self.pack_factors(*low_rank(errors[name], self.s.lqer_rank)))
+
+    def to_repair(self, errors: Mapping[str, Tensor]) -> list[str]:
+        """The LQER_TOP_K matrices of the largest errors (R, C)."""
+        sizes = {name: error.norm().item() for name, error in errors.items()}
+        largest = sorted(sizes, key=lambda name: -sizes[name])
+        return [name for name in largest[:self.s.lqer_top_k] if sizes[name] > 0]
+
+    def pack_factors(self, a: Tensor, b: Tensor) -> tuple[str, Sequence[Tensor]]:
+        """Form and tensors of the factors a (R, k), b (k, C) of a matrix: asymmetric
+        where b falls into whole groups of LQER_ASYM_GROUP values."""
+        group = self.s.lqer_asym_group
+        if b.numel() % group:
+            return symmetric_factors(a, b)
+        return "lqer_asym", lqer_asym(*asym_signs(a, b, group), group)
+
+
+Quantiser = RecordQuantiser
 
 
 # --- finer codes for the columns that matter most: AWQ-lite
