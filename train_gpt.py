@@ -152,8 +152,8 @@ class Interrupted(BaseException):
 #   Hints        guesses of n-gram counts that scores are tilted by; None: they are not
 #   Study        a mode that breaks the rules and says so (NON-COMPLIANT)
 #
-# Seams: a small method that seems to decide nothing, or an argument that nothing reads, is there for part
-# three to override.
+# Seams: a small method that seems to decide nothing, or an argument that nothing reads, is there for
+# subclasses further down.
 
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     """Entry: 0 when all went well, 1 when --check found something or the script
@@ -728,7 +728,7 @@ class Settings:
 
     def to_be_stored(self, values: Mapping) -> dict:
         """Of settings and values those that a file names; one that it does not had
-        its default. A seam: part three leaves out what is off."""
+        its default. A seam."""
         return dict(values)
 
     def changed(self) -> dict:
@@ -894,8 +894,7 @@ def candidate_losses(loss: Callable, z: Tensor, candidates: Tensor) -> Tensor:
 class GPT(nn.Module):
     """The depth-recurrent GPT. Parameters are stacked over layers and kept in
     float32; `compute_dtype` is the activations'. Every forward takes a Plan, so
-    recurrence is an argument, not a state. Seams: rope_base, project, head_gate,
-    branches, depth_scale, join, head_name, head_weight."""
+    recurrence is an argument, not a state."""
 
     def __init__(self, s: Settings, generator: torch.Generator | None = None):
         super().__init__()
@@ -1010,7 +1009,7 @@ class GPT(nn.Module):
               hook: Callable | None = None) -> Tensor:
         """Normalised embeddings (B, T, D), mixed with those of the tokens before.
         before (B, 2): the tokens ahead of ids, where the rows go on from a cache; the
-        nearest is mixed in (the other one serves part three's bigrams)."""
+        nearest is mixed in."""
         length = ids.size(1)
         if before is not None:
             ids = torch.cat((before[:, -1:], ids), dim=1)
@@ -1121,8 +1120,7 @@ class GPT(nn.Module):
 
     def branches(self, forward: Forward, layer: int, slot: int, lane0: Tensor,
                  lane1: Tensor) -> tuple[Tensor, ...]:
-        """Lane 0 mixed with x0 (for part three's lanes), what attention makes of it,
-        what the MLP of lane 1."""
+        """Lane 0 mixed with x0, what attention makes of it, what the MLP of lane 1."""
         weights, scale = forward.layers[layer], self.depth_scale(layer)
         mixed = blend((lane0, weights.resid_mix[0]), (forward.x0, weights.resid_mix[1]))
         attended = self.attend(forward, layer, slot, rms(mixed, scale))
@@ -1317,8 +1315,7 @@ class Optimiser:
     """Owns all gradient traffic of training. Each rank orthogonalises its part of
     every bank: reduce-scatter of all banks -> norm and clip of the averaged gradient
     -> direction of the own matrices, gathered while the next bank is worked on ->
-    every rank applies the same update. Small gradients travel as one tensor. Seams:
-    adam_rates, direction, apply."""
+    every rank applies the same update. Small gradients travel as one tensor."""
 
     def __init__(self, s: Settings, world: World, params: Mapping[str, nn.Parameter], dtype: torch.dtype):
         self.s, self.world = s, world
@@ -1423,6 +1420,7 @@ class Optimiser:
             return full
         return arrived
 
+
 # ============================================================================================================
 # 5  Training: schedule, warm-up and rewind, average
 # ============================================================================================================
@@ -1481,8 +1479,7 @@ class Pace:
 
 
 class Curriculum:
-    """What changes while training goes on: longest segment, loop, learning rate.
-    Seams: rate_share, loops."""
+    """What changes while training goes on: longest segment, loop, learning rate."""
 
     def __init__(self, s: Settings):
         self.s, self.stages = s, context_stages(s)
@@ -1921,8 +1918,6 @@ TOP_CODE = 126         # the coder's escapes are above
 LARGEST_CODE = 0.9 * TOP_CODE        # of a row's largest weight: feedback may add to it
 LARGEST_DEVIATION = TOP_CODE / 4     # of codes: few Gaussian ones are over the top
 ROWS_LEFT_OUT = 0.1    # share of codes that a base step below the finest would change
-DEVIATION_BINS = 256   # of rows and of columns: eighths of an octave around 1
-NO_DEVIATIONS = np.zeros(2 * DEVIATION_BINS - 1)
 
 
 def names_by(kind: Callable, names: Sequence[str] | Mapping) -> dict[Any, list[str]]:
@@ -1956,8 +1951,7 @@ class Quantiser:
         self.factors: dict[str, tuple[Tensor, ...]] = {}
         ratios = self.factor_hessians()
         self.steps = self.allocate(fisher, ratios) if self.names else {}
-        deviations = sum(map(self.deviations_of, self.own), NO_DEVIATIONS)
-        self.deviations = sum(self.world.gather(deviations))
+        self.deviations = code_deviations(self)
         self.finest = self.finest_step()
 
     def finite(self, tensors: Mapping[str, Tensor],
@@ -2049,18 +2043,6 @@ class Quantiser:
         least = to_eighths((OCTAVE * least).ceil() / OCTAVE)
         return torch.maximum(self.steps[name + ".row"].to(w.device), least)
 
-    def deviations_of(self, name: str) -> np.ndarray:
-        """How many codes have which deviation at base step 1: counts by eighths of an
-        octave. The middle one is an eighth below 1: size forecasts err upwards."""
-        w = self.weights[name].float() / self.columns_of(name)
-        rows = self.planned_rows(name).to(w.device)[:, None]
-        power = (w / rows.clamp_min(1e-30)).square().clamp_max(1e30)
-        power = power.masked_fill(rows == 0, 0)
-        row_counts = count_levels(power.mean(1))
-        column_counts = count_levels(power.mean(0) / power.mean().clamp_min(1e-20))
-        # taken as a row's times a column's: logarithms add, so their counts convolve
-        return np.convolve(row_counts, column_counts)
-
     def finest_step(self) -> float:
         """The base step below which most rows' steps stay, their codes being at the
         top."""
@@ -2125,13 +2107,6 @@ class Quantiser:
         steps = octaves(rows) * base_step
         codes = round_in_order(w, steps, order, u, dead, TOP_CODE, self.trellis)
         return codes, rows
-
-def count_levels(power: Tensor) -> np.ndarray:
-    """Counts (DEVIATION_BINS) of mean squares (N) by deviation, in eighths of an
-    octave; bin DEVIATION_BINS // 2 is 1."""
-    level = (OCTAVE / 2 * power.clamp_min(1e-20).log2()).round() + DEVIATION_BINS // 2
-    level = level.clamp(0, DEVIATION_BINS - 1).int()
-    return level.bincount(minlength=DEVIATION_BINS).cpu().numpy()
 
 
 # ============================================================================================================
@@ -2344,10 +2319,9 @@ class BoundAdapter(NamedTuple):
 
 
 class Adapter:
-    """Low-rank adapters for `rows` documents side by side: per kind A (S, rows, r,
-    in) uniform(±1/sqrt(in)), the same for each, and B (S, rows, out, r) zero: a fresh
-    one changes nothing. S counts executed slots; the head has one. With TTT_SHARED_A
-    A is (S, r, in) and frozen."""
+    """Low-rank adapters for `rows` documents side by side: per kind A (S, r, in)
+    uniform(±1/sqrt(in)), frozen and the same for each, and B (S, rows, out, r) zero: a
+    fresh one changes nothing. S counts executed slots; the head has one."""
 
     def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu"):
         self.s = s
@@ -2361,9 +2335,7 @@ class Adapter:
             if not getattr(s, f"ttt_{kind}_lora"):
                 continue
             slots = 1 if kind == "head" else plan.slots
-            each = (slots,) if s.ttt_shared_a else (slots, rows)
-            self.a[kind] = torch.empty(*each, s.ttt_lora_rank, s.model_dim, device=device,
-                                       requires_grad=not s.ttt_shared_a)
+            self.a[kind] = torch.empty(slots, s.ttt_lora_rank, s.model_dim, device=device)
             self.b[kind] = torch.zeros(slots, rows, out, s.ttt_lora_rank, device=device,
                                        requires_grad=True)
         self.draw_a()
@@ -2377,7 +2349,7 @@ class Adapter:
 
     @torch.no_grad()
     def keep(self, rows: slice) -> None:
-        """Go on with these documents only (A is shared)."""
+        """Go on with these documents only."""
         for kind, b in self.b.items():
             kept = b[:, rows].clone(memory_format=torch.contiguous_format)
             self.b[kind] = kept.requires_grad_()
@@ -2390,15 +2362,7 @@ class Adapter:
             drawn = torch.empty(a.size(0), *a.shape[-2:])
             drawn.uniform_(-1, 1, generator=generator)
             drawn = drawn / math.sqrt(a.size(-1))
-            a.copy_(drawn if self.s.ttt_shared_a else drawn[:, None])
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Start new documents: B back to zero; A kept (warm start) or drawn anew."""
-        for b in self.b.values():
-            b.zero_()
-        if not self.s.ttt_warm_start_a:
-            self.draw_a()
+            a.copy_(drawn if a.dim() == drawn.dim() else drawn[:, None])
 
     def bind(self, dtype: torch.dtype, head: bool = False) -> BoundAdapter:
         """For one forward: the trunk's, or the head's."""
@@ -2406,87 +2370,6 @@ class Adapter:
             wanted = [kind for kind in side if (kind == "head") == head]
             return {kind: side[kind].to(dtype).unbind(0) for kind in wanted}
         return BoundAdapter(unbound(self.a), unbound(self.b), self.scale)
-
-
-class KeyCache:
-    """Keys and values that earlier forwards of B documents left behind, cut from
-    their graph: per slot (B, P, K, Dh), oldest first. For the next forward:
-
-        a document's tokens   ... out of sight | seen | suffix | chunk ...
-        kept keys             ... ---------------------------->
-        the forward's inputs                          |-------------->
-
-    It sees `seen` old keys, up to index `end`, and makes those of the suffix anew.
-    position: the document's tokens ahead of its inputs; last (B, 2): the nearest of
-    them. states: final hidden states are kept as well."""
-    STATES = -1      # the slot of states (B, P, D), of length 1, and of tokens after them (B, P)
-
-    def __init__(self, window: int, states: bool = False):
-        self.window = window
-        self.states = states
-        self.new: dict[int, tuple[Tensor, Tensor]] = {}
-        self.sealed: tuple[Tensor, dict] | None = None
-        self.begin_again()
-
-    def begin_again(self) -> None:
-        """The next forward sees no keys but its own, as at a document's beginning."""
-        self.position = 0
-        self.seen = 0
-        self.end = 0
-        self.last: Tensor | None = None
-        self.old: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values that a forward's queries may see, its own last."""
-        if slot in self.old:      # cut here: views would need other graphs
-            old_k, old_v = self.old[slot]
-            first = self.end - self.seen
-            k = torch.cat((old_k.narrow(1, first, self.seen), k), dim=1)
-            v = torch.cat((old_v.narrow(1, first, self.seen), v), dim=1)
-        self.new[slot] = (k.detach(), v.detach())
-        return k, v
-
-    def remember(self, hidden: Tensor, tokens: Tensor) -> None:
-        """Keep final hidden states (B, T, D) and the tokens (B, T) that follow them."""
-        self.extend(self.STATES, F.normalize(hidden, dim=-1), tokens)
-
-    def seal(self, ids: Tensor) -> None:
-        """The forward over tokens ids (B, T) was scored: the keys it saw are those to
-        keep."""
-        self.sealed = (ids, self.new)
-        self.new = {}
-
-    def advance(self, chunk: int, suffix: int = 0) -> int:
-        """The chunk is over: the next forward runs the newest `suffix` tokens again, if
-        the window has room for them beside `chunk` new ones. Returns how many it runs
-        again: all where fewer than two keys lie ahead of the suffix, as a document's
-        beginning has a graph already; any other suffix shares one graph."""
-        ids, old = self.sealed
-        self.sealed = None
-        keys = self.seen + ids.size(1)
-        room = self.window - chunk
-        rerun = min(suffix, room)
-        seen = min(keys, room) - rerun
-        if seen < 2:
-            self.begin_again()
-            return min(keys, room)
-        self.slide(ids, rerun)
-        self.old, self.end, self.seen = old, keys - rerun, seen
-        return rerun
-
-    def slide(self, ids: Tensor, rerun: int) -> None:
-        """The next inputs begin `rerun` tokens before the end of the scored ids (B, T)."""
-        self.position += ids.size(1) - rerun
-        text = ids if self.last is None else torch.cat((self.last, ids), dim=1)
-        ahead = text[:, :text.size(1) - rerun]
-        self.last = ahead[:, -2:].contiguous()
-
-    def keep(self, rows: slice) -> None:
-        """Go on with these documents only."""
-        for slot, (k, v) in self.old.items():
-            self.old[slot] = (k[rows].clone(), v[rows].clone())
-        if self.last is not None:
-            self.last = self.last[rows]
 
 
 @dataclass(frozen=True)
@@ -2518,17 +2401,6 @@ def chunk_window(targets: np.ndarray, begin: int, end: int, rerun: int) -> Chunk
     return window_from(first, targets, begin, end, end - begin + rerun)
 
 
-def whole_window(s: Settings, targets: np.ndarray, begin: int, end: int) -> ChunkWindow:
-    """The same without cached keys: the forward takes all that TTT_EVAL_SEQ_LEN
-    reaches back from the chunk's end; in the field's order from the document's, where
-    that comes first."""
-    last = np.full_like(targets, end)
-    if s.ttt_doc_order == "length":
-        last = np.minimum(end, targets)
-    first = np.maximum(last - s.ttt_eval_seq_len, 0)
-    return window_from(first, targets, begin, end, min(end, s.ttt_eval_seq_len))
-
-
 def window_from(first: np.ndarray, targets: np.ndarray, begin: int, end: int,
                 width: int) -> ChunkWindow:
     """The chunk [begin, end) in rows of `width` whose inputs begin at first (B,)."""
@@ -2543,18 +2415,6 @@ class ChunkRule(NamedTuple):
     longest document has at most so many tokens) chunks have `chunk` tokens."""
     until: float
     chunk: int
-
-
-def chunk_rules(s: Settings) -> list[ChunkRule]:
-    """By rising `until`; the last has no end and is TTT_CHUNK_SIZE."""
-    rules, text = [], s.first_chunks
-    for part in listed(text.replace("=", ":")):
-        rule = whole_numbers(part.replace(":", ",", 1))
-        if len(rule) != 2 or min(rule) < 1:
-            raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, "
-                            "as 256:8,2000:24")
-        rules.append(ChunkRule(*rule))
-    return sorted(rules) + [ChunkRule(math.inf, s.ttt_chunk_size)]
 
 
 def chunk_bounds(s: Settings, length: int) -> list[int]:
@@ -2632,25 +2492,9 @@ def rounds_by_stream(s: Settings, lengths: np.ndarray, bounds: list[int]) -> lis
     return rounds + [Round(grouped(s, everything[begin:], lengths), None)]
 
 
-def rounds_by_length(s: Settings, lengths: np.ndarray, bounds: list[int]) -> list[Round]:
-    """As in the field the longest come first, and a phase trains on the shortest
-    groups scored so far."""
-    rounds, current, done = [], [], []
-    for group in grouped(s, np.arange(len(lengths)), lengths):
-        current.append(group)
-        done.append(group)
-        if len(rounds) < len(bounds) and sum(map(len, done)) >= bounds[len(rounds)]:
-            shortest_first = np.concatenate(sorted(done, key=lambda g: lengths[g].max()))
-            rounds.append(Round(current, shortest_first[:bounds[len(rounds)]]))
-            current = []
-    return rounds + [Round(current, None)]
-
-
 # --- one step
 
 MOST_SHARE = 0.3          # of its chunk's loss that a step at a fixed rate may promise to take off
-MOST_NATS = 4.0           # from which on an optimiser's promise is not believed; 2.7 still gained
-SAFE_NATS = 0.3           # what is left of promises far beyond that
 MOST_RATE = 0.01          # of TTT_STEP_SHARE, where gradients vanish; toy models liked .008
 
 
@@ -2687,51 +2531,7 @@ def normalised_step(s: Settings, params: list[Tensor], losses: Tensor) -> Tensor
     return shortened | broken
 
 
-@torch.no_grad()
-def optimiser_step(optimiser: torch.optim.Optimizer, params: list[Tensor]) -> Tensor:
-    """The optimiser's step, to the bit; but what it promises a document beyond
-    MOST_NATS is taken off them, down to SAFE_NATS; and gradients that are not finite
-    count as none. Returns whose step was shortened (rows,)."""
-    squares = torch.stack([p.grad.square().sum(dim=(0, 2, 3)) for p in params])
-    broken = ~squares.sum(0).isfinite()
-    before = [p.clone() for p in params]
-    for p in params:
-        p.grad.masked_fill_(broken[:, None, None], 0)
-    optimiser.step()
-    promises = [((old - p) * p.grad).sum(dim=(0, 2, 3)) for p, old in zip(params, before)]
-    promised = torch.stack(promises).sum(0)
-    shortened = promised > MOST_NATS
-    believed = (2 * MOST_NATS - promised).clamp(min=SAFE_NATS)
-    part = (believed / promised)[:, None, None]
-    for p, old in zip(params, before):
-        p.copy_(torch.where(shortened[:, None, None], torch.lerp(old, p, part), p))
-    return shortened | broken
-
-
 # --- the evaluation
-
-class Level(NamedTuple):
-    """What the watchdog gives up when the evaluation would outlast its budget; thirds
-    of TTT_SUFFIX that are left."""
-    given_up: str
-    suffix_thirds: int
-
-
-LEVELS = (
-    Level("nothing", 3),
-    Level("further phases on the base weights", 3),
-    Level("phases and two thirds of TTT_SUFFIX", 1),
-    Level("phases and TTT_SUFFIX", 0),
-    Level("phases and adaptation", 0),
-)
-NO_PHASES, NO_ADAPTATION = 1, len(LEVELS) - 1
-WATCH_EVERY = 8             # chunks between two looks at the clock
-
-
-def suffix_at(s: Settings, level: int) -> int:
-    """Tokens that are run again; none where all are, for want of a cache."""
-    return s.ttt_suffix * LEVELS[level].suffix_thirds // 3 if s.ttt_kv_reuse else 0
-
 
 @dataclass
 class GroupRows:
@@ -2765,35 +2565,16 @@ class PhasedTTT:
                  ledger: Ledger | None = None):
         self.s, self.world, self.model, self.val = s, world, model, val
         self.trace = trace or (lambda event, **values: None)
-        self.clock = clock
         self.plan = layer_plan(s, True)
         self.lengths = val.documents.length
+        self.watch = Watchdog(s, world, self.lengths, clock, self.trace)
         self.losses = compiled(s, world.device, model.losses, fullgraph=True, dynamic=True)
         self.ledger = ledger or Ledger(val, world.device)
-        self.level = 0
-        self.kept: Adapter | None = None
         self.shortened = torch.zeros((), dtype=torch.int64, device=world.device)
-        self.spent = 0.0            # seconds of adaptation, without phases and waiting
-        self.done = 0.0             # token-passes in them
-        self.left = np.zeros(len(LEVELS))       # those still to do, at every level
-        self.phase_pace = 0.0       # seconds a token of a phase
-        self.phase_tokens = 0       # still to train on
-
-    def costs(self, group: np.ndarray) -> np.ndarray:
-        """Predicted token-passes of a group at every level; a backward is two."""
-        s, longest = self.s, int(self.lengths[group].max())
-        bounds = np.array(chunk_bounds(s, longest))
-        window = np.minimum(bounds[1:], s.ttt_eval_seq_len)
-        passes = []
-        for level in range(NO_ADAPTATION):
-            inputs = np.diff(bounds) + suffix_at(s, level)
-            columns = np.minimum(window, inputs) if s.ttt_kv_reuse else window
-            passes.append(3.0 * columns.sum())
-        return len(group) * np.array([*passes, longest])
 
     def own_share(self, groups: list[np.ndarray]) -> list[np.ndarray]:
         """This rank's share of the groups."""
-        costs = [self.costs(group)[self.level] for group in groups]
+        costs = [self.watch.costs(group)[self.watch.level] for group in groups]
         share = share_out(costs, self.world.size)[self.world.rank]
         return [groups[i] for i in sorted(share)]
 
@@ -2801,114 +2582,50 @@ class PhasedTTT:
         """Score every document once; the weights stay as the last phase left them."""
         rounds = ttt_rounds(self.s, self.lengths)
         shares = [self.own_share(r.groups) for r in rounds]
-        for group in itertools.chain(*shares):
-            self.left = self.left + self.costs(group)
-        self.phase_tokens = sum(int(self.lengths[r.train_on].sum()) for r in rounds[:-1])
+        self.watch.expect(itertools.chain(*shares), [r.train_on for r in rounds[:-1]])
         self.model.requires_grad_(False)        # but in a phase
         for r, share in zip(rounds, shares):
             self.begin_round()
             for group in share:
                 self.adapt_group(group)
-            if r.train_on is not None and self.all_have_time():
+            if r.train_on is not None and self.watch.all_have_time():
                 self.phase(r.train_on)
         self.model.requires_grad_(True)
-        self.warn_of_shortened_steps()
+        warn_of_shortened_steps(self.s, int(self.world.total(self.shortened)), self.trace)
         return self.ledger.close(self.world)
-
-    def all_have_time(self) -> bool:
-        """Whether there is a phase: with all ranks, or none of them from here on."""
-        if max(self.world.gather(self.level)) and not self.level:
-            self.give_up(NO_PHASES, by="another rank")
-        return self.level < NO_PHASES
-
-    def warn_of_shortened_steps(self) -> None:
-        """Into the log, at the end, with the remedy."""
-        s, shortened = self.s, int(self.world.total(self.shortened))
-        if not shortened:
-            return
-        most, remedy = f"{MOST_NATS:g} nats", "lower TTT_LORA_LR"
-        if s.ttt_optimizer == "normalised":
-            most = f"{MOST_SHARE:g} of the loss"
-            remedy = "lower TTT_LORA_LR, or set TTT_STEP_SHARE=0.25"
-            if s.ttt_step_share:
-                remedy = f"lower TTT_STEP_SHARE={s.ttt_step_share:g}"
-        self.trace("warning", text=f"{shortened:,} adapter steps promised more than {most}, or had "
-                   f"gradients that are not finite, and were shortened: {remedy}")
 
     def score_only(self, documents: np.ndarray) -> None:
         """Book these documents without adapting to them."""
-        self.level = NO_ADAPTATION
+        self.watch.level = NO_ADAPTATION
         self.model.requires_grad_(False)       # as in adaptation, for the same graphs
         for group in self.own_share(grouped(self.s, documents, self.lengths)):
             self.adapt_group(group)
         self.model.requires_grad_(True)
 
     def begin_round(self) -> None:
-        """Nothing passes from round to round; within one, A may."""
-        self.kept = None
-        if self.s.ttt_doc_order == "length" and not self.s.ttt_shared_a:
-            self.kept = self.adapter_for(self.s.ttt_batch_size)
-
-    def check_time(self) -> None:
-        """Give up as little as lets the predicted end lie within EVAL_MAX_SECONDS."""
-        if self.clock is None or not self.clock.budget:
-            return
-        now = self.clock.elapsed()
-        pace = self.spent / self.done if self.done else 0.0
-        ends = now + pace * self.left
-        ends[0] += self.phase_pace * self.phase_tokens
-        fits = (i for i in range(self.level, NO_ADAPTATION) if ends[i] < self.clock.budget)
-        level = next(fits, NO_ADAPTATION)
-        if level > self.level:
-            self.give_up(level, elapsed=now, predicted_end=ends[self.level])
-
-    def give_up(self, level: int, **why) -> None:
-        """From now on do without what LEVELS names at this level."""
-        self.trace("give_up", what=LEVELS[level].given_up, **why)
-        self.level = level
-
-    def count_work(self, work: np.ndarray, since: Clock) -> None:
-        """Work of these costs is done: update the prediction and act on it."""
-        sync(self.world.device)
-        self.spent += since.elapsed()
-        self.done += work[self.level]
-        self.left = self.left - work
-        self.check_time()
+        """Nothing passes from round to round."""
 
     def adapter_for(self, rows: int) -> Adapter:
-        """The kept one, reset, where it has as many rows; else a fresh one."""
-        if self.kept is not None and rows == self.s.ttt_batch_size:
-            self.kept.reset()
-            self.trace("reset", adapter=self.kept)
-            return self.kept
+        """A fresh one for so many documents."""
         adapter = Adapter(self.s, self.plan, rows, self.world.device)
         self.trace("lora", adapter=adapter)
         return adapter
 
     def optimiser(self, adapter: Adapter) -> torch.optim.Optimizer | None:
-        """AdamW over a group's adapters; none for the stateless rule."""
-        s = self.s
-        if s.ttt_optimizer == "normalised":
-            return None
-        return torch.optim.AdamW(
-            adapter.trained(),
-            lr=s.ttt_lora_lr * s.ttt_local_lr_mult,
-            betas=(s.ttt_beta1, s.ttt_beta2),
-            eps=1e-10,
-            weight_decay=s.ttt_weight_decay,
-            fused=self.world.device.type == "cuda")
+        """Of a group's adapters; None: normalised_step, which has no state."""
+        return None
 
     def adapt_group(self, group: np.ndarray) -> None:
         """Score a group's documents chunk by chunk, adapting those that go on."""
-        self.check_time()
+        self.watch.check_time()
         rows = self.open_rows(group)
         bounds = chunk_bounds(self.s, int(self.lengths[group].max()))
-        costs, counted, since = self.costs(group), 0, Clock()
+        costs, counted, since = self.watch.costs(group), 0, Clock()
         for n, (begin, end) in enumerate(zip(bounds, bounds[1:]), start=1):
             self.world.beat(f"adapting to chunk {n} of {len(group)} documents")
             self.adapt_chunk(rows, begin, end)
             if n % WATCH_EVERY == 0 or end == bounds[-1]:
-                self.count_work(costs * (end - counted) / bounds[-1], since)
+                self.watch.count_work(costs * (end - counted) / bounds[-1], since)
                 counted, since = end, Clock()
 
     def open_rows(self, group: np.ndarray) -> GroupRows:
@@ -2917,52 +2634,39 @@ class PhasedTTT:
         starts, targets = self.val.documents.start[group], self.lengths[group] - 1
         if len(group) == 1 < s.ttt_batch_size:      # an empty row beside it: a graph less
             starts, targets = np.repeat(starts, 2), np.append(0, targets)
-        adapter = optimiser = cache = None
-        if self.level < NO_ADAPTATION:
+        adapter = optimiser = None
+        if self.watch.level < NO_ADAPTATION:
             adapter = self.adapter_for(len(starts))
             optimiser = self.optimiser(adapter)
-        if s.ttt_kv_reuse or adapter is None:
-            cache = KeyCache(s.ttt_eval_seq_len, states=s.ttt_cache_lambda > 0)
+        cache = KeyCache(s.ttt_eval_seq_len, states=s.ttt_cache_lambda > 0)
         return GroupRows(starts, targets, adapter, optimiser, cache)
 
     def shrink_to_live(self, rows: GroupRows, begin: int) -> None:
-        """Drop documents that end by `begin`. An optimiser's state, and an A per row,
-        which the next group starts from, keep all of them."""
+        """Drop documents that end by `begin`."""
         live = int((rows.targets > begin).sum())
         kept = rows_kept_for(self.s.ttt_batch_size, live)
-        tied = rows.adapter is not None and not self.s.ttt_shared_a
-        can_shrink = rows.cache is not None and rows.optimiser is None and not tied
-        if can_shrink and kept < len(rows.targets):
+        if kept < len(rows.targets):
             rows.keep_last(kept)
+
+    def next_window(self, rows: GroupRows, begin: int, end: int) -> ChunkWindow:
+        """What the forward over the chunk [begin, end) takes in."""
+        rerun = 0
+        if begin:
+            rerun = rows.cache.advance(end - begin, suffix_at(self.s, self.watch.level))
+        self.shrink_to_live(rows, begin)
+        return chunk_window(rows.targets, begin, end, rerun)
 
     def adapt_chunk(self, rows: GroupRows, begin: int, end: int) -> None:
         """Score the chunk [begin, end) of every row; those that go on learn from it."""
-        s, rerun = self.s, 0
-        if rows.cache is None and self.level == NO_ADAPTATION:
-            rerun = self.stop_adapting(rows, begin, end)
-        elif rows.cache is not None and begin:
-            rerun = rows.cache.advance(end - begin, suffix_at(s, self.level))
-        self.shrink_to_live(rows, begin)
+        window = self.next_window(rows, begin, end)
         cache = rows.cache
-        if cache is not None:
-            window = chunk_window(rows.targets, begin, end, rerun)
-        else:
-            window = whole_window(s, rows.targets, begin, end)
         with torch.set_grad_enabled(rows.adapter is not None):      # at every level: a graph less
             scored = self.score_chunk(rows.starts, window, rows.adapter, cache)
-            later = trained_rows(s, rows.targets, end)
-            if later.any() and self.level < NO_ADAPTATION:
+            later = trained_rows(self.s, rows.targets, end)
+            if later.any() and self.watch.level < NO_ADAPTATION:
                 self.adapt(rows.adapter, rows.optimiser, scored, self.on_device(later))
                 if cache is not None:
                     cache.new = {}      # of forwards after a step
-
-    def stop_adapting(self, rows: GroupRows, begin: int, end: int) -> int:
-        """Only score what is left of a group that was encoded again for every chunk: on
-        cached keys, which the graphs compiled for that take. Returns how much of the
-        context the next chunk runs again to make them."""
-        rows.adapter = rows.optimiser = None
-        rows.cache = KeyCache(self.s.ttt_eval_seq_len)
-        return min(begin, self.s.ttt_eval_seq_len - (end - begin))
 
     def on_device(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(self.world.device)
@@ -3018,8 +2722,8 @@ class PhasedTTT:
         booked, clock = self.ledger.booked(documents, self.world), Clock()
         self.global_phase(booked)
         sync(self.world.device)
-        self.phase_pace = clock.elapsed() / len(booked.tokens)
-        self.phase_tokens -= int(self.lengths[documents].sum())
+        self.watch.phase_pace = clock.elapsed() / len(booked.tokens)
+        self.watch.phase_tokens -= int(self.lengths[documents].sum())
 
     def global_phase(self, booked: Booked) -> None:
         """SGD on all base weights over booked documents."""
@@ -3452,6 +3156,18 @@ def schedule(text: str, otherwise, kind: type = int) -> list[tuple[float, float]
 def listed(text: str) -> list[str]:
     """The entries of "a, b, …"; empty ones are left out."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def chunk_rules(s: Settings) -> list[ChunkRule]:
+    """By rising `until`; the last has no end and is TTT_CHUNK_SIZE."""
+    rules, text = [], s.first_chunks
+    for part in listed(text.replace("=", ":")):
+        rule = whole_numbers(part.replace(":", ",", 1))
+        if len(rule) != 2 or min(rule) < 1:
+            raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, "
+                            "as 256:8,2000:24")
+        rules.append(ChunkRule(*rule))
+    return sorted(rules) + [ChunkRule(math.inf, s.ttt_chunk_size)]
 
 
 # --- settings that do not go together
@@ -7444,10 +7160,40 @@ FIRST_OVERHEAD = 0.001       # share of the size beyond its estimate; then the l
 SLOWEST_TRY = 1.2            # a try's time, by that of the one before
 HALF_BYTES = 1.7   # of a float16 number in the file; measured on the demo: 1.69
 GUESSED = 0.93     # what guesses leave of an embedding's codes; measured: 0.92, 0.94
+DEVIATION_BINS = 256   # of rows and of columns: eighths of an octave around 1
+
+
+def code_deviations(quantiser: Quantiser) -> np.ndarray:
+    """deviations_of summed over all matrices of all ranks."""
+    counts = np.zeros(2 * DEVIATION_BINS - 1)
+    for name in quantiser.own:
+        counts = counts + deviations_of(quantiser, name)
+    return sum(quantiser.world.gather(counts))
+
+
+def deviations_of(quantiser: Quantiser, name: str) -> np.ndarray:
+    """How many codes of a matrix have which deviation at base step 1: counts by eighths of an
+    octave. The middle one is an eighth below 1: size forecasts err upwards."""
+    w = quantiser.weights[name].float() / quantiser.columns_of(name)
+    rows = quantiser.planned_rows(name).to(w.device)[:, None]
+    power = (w / rows.clamp_min(1e-30)).square().clamp_max(1e30)
+    power = power.masked_fill(rows == 0, 0)
+    row_counts = count_levels(power.mean(1))
+    column_counts = count_levels(power.mean(0) / power.mean().clamp_min(1e-20))
+    # taken as a row's times a column's: logarithms add, so their counts convolve
+    return np.convolve(row_counts, column_counts)
+
+
+def count_levels(power: Tensor) -> np.ndarray:
+    """Counts (DEVIATION_BINS) of mean squares (N) by deviation, in eighths of an
+    octave; bin DEVIATION_BINS // 2 is 1."""
+    level = (OCTAVE / 2 * power.clamp_min(1e-20).log2()).round() + DEVIATION_BINS // 2
+    level = level.clamp(0, DEVIATION_BINS - 1).int()
+    return level.bincount(minlength=DEVIATION_BINS).cpu().numpy()
 
 
 def estimate_bytes(deviations: Array, base_step: float = 1.0) -> float:
-    """Bytes of codes of these deviations (see Quantiser), coded as Gaussians."""
+    """Bytes of codes of these deviations (see deviations_of), coded as Gaussians."""
     level = np.arange(len(deviations)) - len(deviations) // 2
     octave = level / OCTAVE - math.log2(base_step)
     sigma = np.exp2(np.minimum(octave, math.log2(LARGEST_DEVIATION)))
@@ -9135,6 +8881,338 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
     run.log("settings_without_effect",
             LOGIT_CALIB_ENABLED="no room for it in the artifact")
     return blob
+
+
+# ============================================================================================================
+# 17  Economy: keys that earlier forwards left behind, and a watchdog over the evaluation's budget
+# ============================================================================================================
+
+class KeyCache:
+    """Keys and values that earlier forwards of B documents left behind, cut from
+    their graph: per slot (B, P, K, Dh), oldest first. For the next forward:
+
+        a document's tokens   ... out of sight | seen | suffix | chunk ...
+        kept keys             ... ---------------------------->
+        the forward's inputs                          |-------------->
+
+    It sees `seen` old keys, up to index `end`, and makes those of the suffix anew.
+    position: the document's tokens ahead of its inputs; last (B, 2): the nearest of
+    them. states: final hidden states are kept as well."""
+    STATES = -1      # the slot of states (B, P, D), of length 1, and of tokens after them (B, P)
+
+    def __init__(self, window: int, states: bool = False):
+        self.window = window
+        self.states = states
+        self.new: dict[int, tuple[Tensor, Tensor]] = {}
+        self.sealed: tuple[Tensor, dict] | None = None
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """The next forward sees no keys but its own, as at a document's beginning."""
+        self.position = 0
+        self.seen = 0
+        self.end = 0
+        self.last: Tensor | None = None
+        self.old: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values that a forward's queries may see, its own last."""
+        if slot in self.old:      # cut here: views would need other graphs
+            old_k, old_v = self.old[slot]
+            first = self.end - self.seen
+            k = torch.cat((old_k.narrow(1, first, self.seen), k), dim=1)
+            v = torch.cat((old_v.narrow(1, first, self.seen), v), dim=1)
+        self.new[slot] = (k.detach(), v.detach())
+        return k, v
+
+    def remember(self, hidden: Tensor, tokens: Tensor) -> None:
+        """Keep final hidden states (B, T, D) and the tokens (B, T) that follow them."""
+        self.extend(self.STATES, F.normalize(hidden, dim=-1), tokens)
+
+    def seal(self, ids: Tensor) -> None:
+        """The forward over tokens ids (B, T) was scored: the keys it saw are those to
+        keep."""
+        self.sealed = (ids, self.new)
+        self.new = {}
+
+    def advance(self, chunk: int, suffix: int = 0) -> int:
+        """The chunk is over: the next forward runs the newest `suffix` tokens again, if
+        the window has room for them beside `chunk` new ones. Returns how many it runs
+        again: all where fewer than two keys lie ahead of the suffix, as a document's
+        beginning has a graph already; any other suffix shares one graph."""
+        ids, old = self.sealed
+        self.sealed = None
+        keys = self.seen + ids.size(1)
+        room = self.window - chunk
+        rerun = min(suffix, room)
+        seen = min(keys, room) - rerun
+        if seen < 2:
+            self.begin_again()
+            return min(keys, room)
+        self.slide(ids, rerun)
+        self.old, self.end, self.seen = old, keys - rerun, seen
+        return rerun
+
+    def slide(self, ids: Tensor, rerun: int) -> None:
+        """The next inputs begin `rerun` tokens before the end of the scored ids (B, T)."""
+        self.position += ids.size(1) - rerun
+        text = ids if self.last is None else torch.cat((self.last, ids), dim=1)
+        ahead = text[:, :text.size(1) - rerun]
+        self.last = ahead[:, -2:].contiguous()
+
+    def keep(self, rows: slice) -> None:
+        """Go on with these documents only."""
+        for slot, (k, v) in self.old.items():
+            self.old[slot] = (k[rows].clone(), v[rows].clone())
+        if self.last is not None:
+            self.last = self.last[rows]
+
+
+# --- the watchdog
+
+class Level(NamedTuple):
+    """What the watchdog gives up when the evaluation would outlast its budget; thirds
+    of TTT_SUFFIX that are left."""
+    given_up: str
+    suffix_thirds: int
+
+
+LEVELS = (
+    Level("nothing", 3),
+    Level("further phases on the base weights", 3),
+    Level("phases and two thirds of TTT_SUFFIX", 1),
+    Level("phases and TTT_SUFFIX", 0),
+    Level("phases and adaptation", 0),
+)
+NO_PHASES, NO_ADAPTATION = 1, len(LEVELS) - 1
+WATCH_EVERY = 8             # chunks between two looks at the clock
+
+
+def suffix_at(s: Settings, level: int) -> int:
+    """Tokens that are run again; none where all are, for want of a cache."""
+    return s.ttt_suffix * LEVELS[level].suffix_thirds // 3 if s.ttt_kv_reuse else 0
+
+
+class Watchdog:
+    """Keeps adaptation within the evaluation's budget: predicts its end, and gives up as
+    little as it can. trace(event, **values) hears of it."""
+
+    def __init__(self, s: Settings, world: World, lengths: np.ndarray, clock: Clock | None,
+                 trace: Callable):
+        self.s, self.world, self.lengths, self.clock, self.trace = s, world, lengths, clock, trace
+        self.level = 0
+        self.spent = 0.0            # seconds of adaptation, without phases and waiting
+        self.done = 0.0             # token-passes in them
+        self.left = np.zeros(len(LEVELS))       # those still to do, at every level
+        self.phase_pace = 0.0       # seconds a token of a phase
+        self.phase_tokens = 0       # still to train on
+
+    def expect(self, groups: Iterator[np.ndarray], phases: list[np.ndarray]) -> None:
+        """All that is to do: this rank's groups, and documents that phases train on."""
+        for group in groups:
+            self.left = self.left + self.costs(group)
+        self.phase_tokens = sum(int(self.lengths[documents].sum()) for documents in phases)
+
+    def costs(self, group: np.ndarray) -> np.ndarray:
+        """Predicted token-passes of a group at every level; a backward is two."""
+        s, longest = self.s, int(self.lengths[group].max())
+        bounds = np.array(chunk_bounds(s, longest))
+        window = np.minimum(bounds[1:], s.ttt_eval_seq_len)
+        passes = []
+        for level in range(NO_ADAPTATION):
+            inputs = np.diff(bounds) + suffix_at(s, level)
+            columns = np.minimum(window, inputs) if s.ttt_kv_reuse else window
+            passes.append(3.0 * columns.sum())
+        return len(group) * np.array([*passes, longest])
+
+    def all_have_time(self) -> bool:
+        """Whether there is a phase: with all ranks, or none of them from here on."""
+        if max(self.world.gather(self.level)) and not self.level:
+            self.give_up(NO_PHASES, by="another rank")
+        return self.level < NO_PHASES
+
+    def check_time(self) -> None:
+        """Give up as little as lets the predicted end lie within EVAL_MAX_SECONDS."""
+        if self.clock is None or not self.clock.budget:
+            return
+        now = self.clock.elapsed()
+        pace = self.spent / self.done if self.done else 0.0
+        ends = now + pace * self.left
+        ends[0] += self.phase_pace * self.phase_tokens
+        fits = (i for i in range(self.level, NO_ADAPTATION) if ends[i] < self.clock.budget)
+        level = next(fits, NO_ADAPTATION)
+        if level > self.level:
+            self.give_up(level, elapsed=now, predicted_end=ends[self.level])
+
+    def give_up(self, level: int, **why) -> None:
+        """From now on do without what LEVELS names at this level."""
+        self.trace("give_up", what=LEVELS[level].given_up, **why)
+        self.level = level
+
+    def count_work(self, work: np.ndarray, since: Clock) -> None:
+        """Work of these costs is done: update the prediction and act on it."""
+        sync(self.world.device)
+        self.spent += since.elapsed()
+        self.done += work[self.level]
+        self.left = self.left - work
+        self.check_time()
+
+
+def warn_of_shortened_steps(s: Settings, shortened: int, trace: Callable) -> None:
+    """Into the log, at the end of an adaptation, with the remedy."""
+    if not shortened:
+        return
+    most, remedy = f"{MOST_NATS:g} nats", "lower TTT_LORA_LR"
+    if s.ttt_optimizer == "normalised":
+        most = f"{MOST_SHARE:g} of the loss"
+        remedy = "lower TTT_LORA_LR, or set TTT_STEP_SHARE=0.25"
+        if s.ttt_step_share:
+            remedy = f"lower TTT_STEP_SHARE={s.ttt_step_share:g}"
+    trace("warning", text=f"{shortened:,} adapter steps promised more than {most}, or had "
+          f"gradients that are not finite, and were shortened: {remedy}")
+
+
+# ============================================================================================================
+# 18  Adapting as the records do: AdamW, an A for every document, longest first, without cached keys
+# ============================================================================================================
+
+class RecordAdapter(Adapter):
+    """Without TTT_SHARED_A every document has an A (S, rows, r, in) of its own, which
+    learns as well."""
+
+    def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu"):
+        super().__init__(s, plan, rows, device)
+        if s.ttt_shared_a:
+            return
+        for kind, a in self.a.items():
+            each = a[:, None].repeat(1, rows, 1, 1)
+            self.a[kind] = each.requires_grad_()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Start new documents: B back to zero; A kept (warm start) or drawn anew."""
+        for b in self.b.values():
+            b.zero_()
+        if not self.s.ttt_warm_start_a:
+            self.draw_a()
+
+
+def whole_window(s: Settings, targets: np.ndarray, begin: int, end: int) -> ChunkWindow:
+    """The same without cached keys: the forward takes all that TTT_EVAL_SEQ_LEN
+    reaches back from the chunk's end; in the field's order from the document's, where
+    that comes first."""
+    last = np.full_like(targets, end)
+    if s.ttt_doc_order == "length":
+        last = np.minimum(end, targets)
+    first = np.maximum(last - s.ttt_eval_seq_len, 0)
+    return window_from(first, targets, begin, end, min(end, s.ttt_eval_seq_len))
+
+
+def rounds_by_length(s: Settings, lengths: np.ndarray, bounds: list[int]) -> list[Round]:
+    """As in the field the longest come first, and a phase trains on the shortest
+    groups scored so far."""
+    rounds, current, done = [], [], []
+    for group in grouped(s, np.arange(len(lengths)), lengths):
+        current.append(group)
+        done.append(group)
+        if len(rounds) < len(bounds) and sum(map(len, done)) >= bounds[len(rounds)]:
+            shortest_first = np.concatenate(sorted(done, key=lambda g: lengths[g].max()))
+            rounds.append(Round(current, shortest_first[:bounds[len(rounds)]]))
+            current = []
+    return rounds + [Round(current, None)]
+
+
+MOST_NATS = 4.0           # from which on an optimiser's promise is not believed; 2.7 still gained
+SAFE_NATS = 0.3           # what is left of promises far beyond that
+
+
+@torch.no_grad()
+def optimiser_step(optimiser: torch.optim.Optimizer, params: list[Tensor]) -> Tensor:
+    """The optimiser's step, to the bit; but what it promises a document beyond
+    MOST_NATS is taken off them, down to SAFE_NATS; and gradients that are not finite
+    count as none. Returns whose step was shortened (rows,)."""
+    squares = torch.stack([p.grad.square().sum(dim=(0, 2, 3)) for p in params])
+    broken = ~squares.sum(0).isfinite()
+    before = [p.clone() for p in params]
+    for p in params:
+        p.grad.masked_fill_(broken[:, None, None], 0)
+    optimiser.step()
+    promises = [((old - p) * p.grad).sum(dim=(0, 2, 3)) for p, old in zip(params, before)]
+    promised = torch.stack(promises).sum(0)
+    shortened = promised > MOST_NATS
+    believed = (2 * MOST_NATS - promised).clamp(min=SAFE_NATS)
+    part = (believed / promised)[:, None, None]
+    for p, old in zip(params, before):
+        p.copy_(torch.where(shortened[:, None, None], torch.lerp(old, p, part), p))
+    return shortened | broken
+
+
+class RecordTTT(PhasedTTT):
+    """Adaptation with an optimiser's state, with an A that documents hand on, or without
+    cached keys."""
+    kept: Adapter | None = None      # what the groups of a round hand on
+
+    def begin_round(self) -> None:
+        """Within a round A may pass from group to group."""
+        super().begin_round()
+        self.kept = None
+        if self.s.ttt_doc_order == "length" and not self.s.ttt_shared_a:
+            self.kept = self.adapter_for(self.s.ttt_batch_size)
+
+    def adapter_for(self, rows: int) -> Adapter:
+        """The kept one, reset, where it has as many rows; else a fresh one."""
+        if self.kept is None or rows != self.s.ttt_batch_size:
+            return super().adapter_for(rows)
+        self.kept.reset()
+        self.trace("reset", adapter=self.kept)
+        return self.kept
+
+    def optimiser(self, adapter: Adapter) -> torch.optim.Optimizer | None:
+        """AdamW over a group's adapters; none for the stateless rule."""
+        s = self.s
+        if s.ttt_optimizer == "normalised":
+            return super().optimiser(adapter)
+        return torch.optim.AdamW(
+            adapter.trained(),
+            lr=s.ttt_lora_lr * s.ttt_local_lr_mult,
+            betas=(s.ttt_beta1, s.ttt_beta2),
+            eps=1e-10,
+            weight_decay=s.ttt_weight_decay,
+            fused=self.world.device.type == "cuda")
+
+    def open_rows(self, group: np.ndarray) -> GroupRows:
+        rows = super().open_rows(group)
+        if rows.adapter is not None and not self.s.ttt_kv_reuse:
+            rows.cache = None
+        return rows
+
+    def shrink_to_live(self, rows: GroupRows, begin: int) -> None:
+        """An optimiser's state, and an A per row, which the next group starts from, keep
+        all documents."""
+        tied = rows.adapter is not None and not self.s.ttt_shared_a
+        if rows.optimiser is None and not tied:
+            super().shrink_to_live(rows, begin)
+
+    def next_window(self, rows: GroupRows, begin: int, end: int) -> ChunkWindow:
+        if rows.cache is not None:
+            return super().next_window(rows, begin, end)
+        if self.watch.level < NO_ADAPTATION:
+            return whole_window(self.s, rows.targets, begin, end)
+        rerun = self.stop_adapting(rows, begin, end)
+        self.shrink_to_live(rows, begin)
+        return chunk_window(rows.targets, begin, end, rerun)
+
+    def stop_adapting(self, rows: GroupRows, begin: int, end: int) -> int:
+        """Only score what is left of a group that was encoded again for every chunk: on
+        cached keys, which the graphs compiled for that take. Returns how much of the
+        context the next chunk runs again to make them."""
+        rows.adapter = rows.optimiser = None
+        rows.cache = KeyCache(self.s.ttt_eval_seq_len)
+        return min(begin, self.s.ttt_eval_seq_len - (end - begin))
+
+
+Adapter = RecordAdapter
+PhasedTTT = RecordTTT
 
 
 # ============================================================================================================
