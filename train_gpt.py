@@ -13,7 +13,8 @@ test-time training (TTT). Environment variables are the only configuration.
 Chapters    PART ONE, the system     1 Story  2 Settings  3 Model  4 Optimiser
                                      5 Training  6 Quantise  7 Score  8 Adapt
             PART TWO, machinery      9 World  10 Data  11 Kernels  12 Pack  13 Counts
-                                     14 Probes
+                                     14 Probes  15 Rounding  17 Economy
+                                     16, 18 Quantising, adapting as the records do
             PART THREE, lineage      what the older systems did differently: it only
                                      adds, and can be cut off
 
