@@ -1947,10 +1947,13 @@ class Quantiser:
             "sensitivities that are not finite: as fine as the others on average")
         self.hessians = self.finite(
             curvature.hessians, "a Hessian that is not finite: the identity instead")
-        self.own = self.share_matrices()
-        # by input: order, u and dead of round_in_order
-        self.factors: dict[str, tuple[Tensor, ...]] = {}
-        ratios = self.factor_hessians()
+        self.own = share_matrices(weights, self.names, self.world)
+        # factors: by input order, u and dead of round_in_order
+        self.factors, ratios, damped = factor_hessians(
+            weights, self.hessians, self.own, falling=not self.trellis)
+        self.unusual.update(damped)
+        for part in self.world.gather(self.unusual):
+            self.unusual.update(part)
         self.steps = self.allocate(fisher, ratios) if self.names else {}
         self.deviations = code_deviations(self)
         self.finest = self.finest_step()
@@ -1961,39 +1964,6 @@ class Quantiser:
         out = {name: x for name, x in tensors.items() if x.isfinite().all()}
         self.unusual.update((name, instead) for name in tensors if name not in out)
         return out
-
-    def share_matrices(self) -> list[str]:
-        """This rank's: those of one Hessian together, costs shared evenly."""
-        groups = list(names_by(input_of, self.names).values())
-        costs = []
-        for group in groups:
-            columns = self.weights[group[0]].size(1)
-            rows = sum(len(self.weights[name]) for name in group)
-            # a row takes C^2 to round, a Hessian C^3 / 3 to factor
-            costs.append((rows + len(group) * columns / 3) * columns ** 2)
-        own = share_out(costs, self.world.size)[self.world.rank]
-        return sum((groups[i] for i in sorted(own)), [])
-
-    def factor_hessians(self) -> dict[str, Tensor]:
-        """Factor this rank's Hessians, all of one width at once, the identity where
-        there is none. Inverse deviations (C) of each input, given the columns that
-        GPTQ rounds later."""
-        inputs = names_by(input_of, self.own)
-        by_width = names_by(lambda key: self.weights[key].size(1), inputs)
-        ratios = {}
-        for columns, keys in by_width.items():
-            eye = torch.eye(columns, device=self.weights[keys[0]].device)
-            h = torch.stack([self.hessians.get(key, eye) for key in keys])
-            (*factors, ratio), damps = damped_factor(h, falling=not self.trellis)
-            self.factors.update(zip(keys, zip(*factors)))
-            ratios.update(zip(keys, ratio))
-            for key, damp in zip(keys, damps):
-                if damp > DAMPING:
-                    self.unusual[key] = ("a Hessian that cannot be factored: damping "
-                                         f"{damp:g} instead of {DAMPING:g}")
-        for part in self.world.gather(self.unusual):
-            self.unusual.update(part)
-        return ratios
 
     def allocate(self, fisher: Mapping[str, Tensor],
                  ratios: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -8385,6 +8355,42 @@ def damped_factor(h: Tensor, damp: float = DAMPING,
         return damped_factor(h, 10 * damp, falling)
     eye = torch.eye(h.size(-1), dtype=h.dtype, device=h.device)[None]
     return hessian_factor(eye, 0.0, falling), [math.inf]
+
+
+def share_matrices(weights: Mapping[str, Tensor], names: list[str],
+                   world: World) -> list[str]:
+    """Names of this rank's matrices: those of one Hessian together, costs shared
+    evenly."""
+    groups = list(names_by(input_of, names).values())
+    costs = []
+    for group in groups:
+        columns = weights[group[0]].size(1)
+        rows = sum(len(weights[name]) for name in group)
+        # a row takes C^2 to round, a Hessian C^3 / 3 to factor
+        costs.append((rows + len(group) * columns / 3) * columns ** 2)
+    own = share_out(costs, world.size)[world.rank]
+    return sum((groups[i] for i in sorted(own)), [])
+
+
+def factor_hessians(weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
+                    own: list[str], falling: bool) -> tuple[dict, dict, dict]:
+    """damped_factor of the Hessians of the matrices `own`, all of one width at once, the
+    identity where there is none. By input (order, u, dead); the inverse deviations (C)
+    given the columns that GPTQ rounds later; what was done where damping was not enough."""
+    factors, ratios, damped = {}, {}, {}
+    inputs = names_by(input_of, own)
+    by_width = names_by(lambda key: weights[key].size(1), inputs)
+    for columns, keys in by_width.items():
+        eye = torch.eye(columns, device=weights[keys[0]].device)
+        h = torch.stack([hessians.get(key, eye) for key in keys])
+        (*parts, ratio), damps = damped_factor(h, falling=falling)
+        factors.update(zip(keys, zip(*parts)))
+        ratios.update(zip(keys, ratio))
+        for key, damp in zip(keys, damps):
+            if damp > DAMPING:
+                damped[key] = ("a Hessian that cannot be factored: damping "
+                               f"{damp:g} instead of {DAMPING:g}")
+    return factors, ratios, damped
 
 
 @torch.no_grad()
