@@ -13,7 +13,8 @@ test-time training (TTT). Environment variables are the only configuration.
 Chapters    PART ONE, the system     1 Story  2 Settings  3 Model  4 Optimiser
                                      5 Training  6 Quantise  7 Score  8 Adapt
             PART TWO, machinery      9 World  10 Data  11 Kernels  12 Pack  13 Counts
-                                     14 Probes
+                                     14 Probes  15 Rounding  17 Economy
+                                     16, 18 Quantising, adapting as the records do
             PART THREE, lineage      what the older systems did differently: it only
                                      adds, and can be cut off
 
@@ -157,8 +158,8 @@ class Interrupted(BaseException):
 #   Hints        guesses of n-gram counts that scores are tilted by; None: they are not
 #   Study        a mode that breaks the rules and says so (NON-COMPLIANT)
 #
-# Seams: a small method that seems to decide nothing, or an argument that nothing reads, is there for part
-# three to override.
+# Seams: a small method that seems to decide nothing, or an argument that nothing reads, is there for
+# subclasses further down.
 
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     """Entry: 0 when all went well, 1 when --check found something or the script
@@ -308,7 +309,7 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
         progress = pace.progress(step)
         length, looping, rate_share = curriculum.advance(step, progress)
         plan = layer_plan(s, looping)
-        trainer.measure(progress)
+        trainer.times.measure(progress)
         losses = [trainer.micro_step(stream.next(length), plan) for _ in range(trainer.accum)]
         world.beat(f"{beat} {step + 1}")
         norm = trainer.update(rate_share, muon_momentum(s, step))
@@ -334,14 +335,6 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
     facts = weight_facts(s, world, step, seconds, stopped)
     log_train_end(s, run, facts, stream.epoch)
     return Trained(clock, stream, facts, stop)
-
-
-def log_train_end(s: Settings, run: Run, facts: dict, epochs: float) -> None:
-    """Length and speed of a training, into log and summary."""
-    steps, step_ms = facts["steps"], facts["step_ms"]
-    run.log("train_end", steps=steps, seconds=facts["train_seconds"], step_ms=step_ms,
-            epochs=epochs, tokens=steps * s.train_batch_tokens)
-    run.summary.update(steps=steps, step_ms=step_ms, stopped=facts["stopped"] or None)
 
 
 def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next_batch: Callable) -> None:
@@ -722,32 +715,13 @@ class Settings:
 
     @property
     def shards(self) -> Path:
-        """DATA_PATH, else the folder that data/fetch.py makes, else the field's place
-        for it."""
-        if self.data_path:
-            return Path(self.data_path)
-        folder, name = Path(self.data_dir), f"sp{self.vocab_size}"
-        fetched = folder / (f"{name}_caseops" if self.caseops_enabled else name)
-        if fetched.is_dir():
-            return fetched
-        if not self.caseops_enabled:
-            return folder / "datasets" / f"fineweb10B_{name}"
-        return (folder / f"datasets/fineweb10B_{name}_caseops/datasets/datasets"
-                / f"fineweb10B_{name}_lossless_caps_caseops_v1_reserved")
+        """The folder of the shards."""
+        return Path(self.data_path) if self.data_path else default_shards(self)
 
     @property
     def tokenizer(self) -> Path:
-        """TOKENIZER_PATH, else the one beside the shards, else the field's place for
-        it."""
-        if self.tokenizer_path:
-            return Path(self.tokenizer_path)
-        beside, folder, v = self.shards / "tokenizer.model", Path(self.data_dir), self.vocab_size
-        if beside.is_file():
-            return beside
-        if not self.caseops_enabled:
-            return folder / "tokenizers" / f"fineweb_{v}_bpe.model"
-        return (folder / f"datasets/fineweb10B_sp{v}_caseops/datasets/tokenizers"
-                / f"fineweb_{v}_bpe_lossless_caps_caseops_v1_reserved.model")
+        """The tokenizer's model."""
+        return Path(self.tokenizer_path) if self.tokenizer_path else default_tokenizer(self)
 
     @property
     def first_chunks(self) -> str:
@@ -761,7 +735,7 @@ class Settings:
 
     def to_be_stored(self, values: Mapping) -> dict:
         """Of settings and values those that a file names; one that it does not had
-        its default. A seam: part three leaves out what is off."""
+        its default. A seam."""
         return dict(values)
 
     def changed(self) -> dict:
@@ -774,31 +748,6 @@ class Settings:
         return []
 
 
-def schedule(text: str, otherwise, kind: type = int) -> list[tuple[float, float]]:
-    """Stages (progress at which it ends, value) of "value@progress, …", by rising
-    progress; the last one goes on to the end. Without text one stage of `otherwise`.
-    UserError unless values and shares are above 0."""
-    stages = []
-    for part in listed(text):
-        value, _, end = part.partition("@")
-        good = is_number(value) and is_number(end) and 0 < float(end) <= 1
-        if not good or float(value) <= 0 or kind(float(value)) != float(value):
-            raise UserError(f"the stage {part} must be value@progress with 0 < progress <= 1, "
-                            "as 1024@0.1")
-        stages.append((float(end), kind(float(value))))
-    if not stages:
-        return [(1.0, otherwise)]
-    stages.sort()
-    if stages[-1][0] < 1:
-        stages.append((1.0, stages[-1][1]))
-    return stages
-
-
-def listed(text: str) -> list[str]:
-    """The entries of "a, b, …"; empty ones are left out."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def context_stages(s: Settings) -> list[tuple[float, int]]:
     """Longest segment of training, by share of the budget."""
     return schedule(s.train_seq_schedule, s.train_seq_len)
@@ -807,39 +756,6 @@ def context_stages(s: Settings) -> list[tuple[float, int]]:
 # ============================================================================================================
 # 3  Model: one forward for training, scoring and adaptation
 # ============================================================================================================
-
-def check_model(s: Settings) -> None:
-    """Refuse sizes that do not fit together."""
-    if s.model_dim % s.num_heads:
-        raise UserError(f"MODEL_DIM={s.model_dim} is not divisible by NUM_HEADS={s.num_heads}: "
-                        f"choose a multiple of {s.num_heads}")
-    if s.num_heads % s.num_kv_heads:
-        raise UserError(f"NUM_HEADS={s.num_heads} is not divisible by NUM_KV_HEADS="
-                        f"{s.num_kv_heads}: choose a divisor")
-    if s.head_dim % 2:
-        raise UserError(f"MODEL_DIM={s.model_dim} over NUM_HEADS={s.num_heads} is odd: "
-                        "rotary embedding needs it even")
-    if s.rope_dims % 2 or s.rope_dims > s.head_dim:
-        raise UserError(f"ROPE_DIMS={s.rope_dims} does not fit: it must be even and at most "
-                        f"the head width {s.head_dim}")
-    if s.gate_window > s.model_dim:
-        raise UserError(f"GATE_WINDOW={s.gate_window} exceeds MODEL_DIM={s.model_dim}: lower it")
-    if s.hidden_dim < 1:
-        raise UserError(f"MLP_MULT={s.mlp_mult:g} leaves no hidden unit of MODEL_DIM="
-                        f"{s.model_dim}: raise it")
-    if s.num_loops and not s.loop_start <= s.loop_end < s.num_layers:
-        raise UserError(f"LOOP_START={s.loop_start} <= LOOP_END={s.loop_end} < NUM_LAYERS="
-                        f"{s.num_layers} does not hold: correct them, or set NUM_LOOPS=0")
-    slots = s.num_layers + s.num_loops * (s.loop_end - s.loop_start + 1)
-    if slots > MOST_SLOTS:
-        raise UserError(f"NUM_LOOPS={s.num_loops} makes {slots} executed layers: "
-                        f"at most {MOST_SLOTS}, lower it")
-    weights = sum(map(math.prod, GPT.shapes(s).values()))
-    if weights > MOST_WEIGHTS:
-        raise UserError(f"MODEL_DIM={s.model_dim}, NUM_LAYERS={s.num_layers}, MLP_MULT="
-                        f"{s.mlp_mult:g} and VOCAB_SIZE={s.vocab_size} make {weights:,} "
-                        f"weights: at most {MOST_WEIGHTS:,}, lower them")
-
 
 # Role of every parameter; one without a role stops the run. matrix: Muon trains it; embed, small: AdamW;
 # cap: nothing does.
@@ -1100,7 +1016,7 @@ class GPT(nn.Module):
               hook: Callable | None = None) -> Tensor:
         """Normalised embeddings (B, T, D), mixed with those of the tokens before.
         before (B, 2): the tokens ahead of ids, where the rows go on from a cache; the
-        nearest is mixed in (the other one serves part three's bigrams)."""
+        nearest is mixed in."""
         length = ids.size(1)
         if before is not None:
             ids = torch.cat((before[:, -1:], ids), dim=1)
@@ -1211,8 +1127,7 @@ class GPT(nn.Module):
 
     def branches(self, forward: Forward, layer: int, slot: int, lane0: Tensor,
                  lane1: Tensor) -> tuple[Tensor, ...]:
-        """Lane 0 mixed with x0 (for part three's lanes), what attention makes of it,
-        what the MLP of lane 1."""
+        """Lane 0 mixed with x0, what attention makes of it, what the MLP of lane 1."""
         weights, scale = forward.layers[layer], self.depth_scale(layer)
         mixed = blend((lane0, weights.resid_mix[0]), (forward.x0, weights.resid_mix[1]))
         attended = self.attend(forward, layer, slot, rms(mixed, scale))
@@ -1407,8 +1322,7 @@ class Optimiser:
     """Owns all gradient traffic of training. Each rank orthogonalises its part of
     every bank: reduce-scatter of all banks -> norm and clip of the averaged gradient
     -> direction of the own matrices, gathered while the next bank is worked on ->
-    every rank applies the same update. Small gradients travel as one tensor. Seams:
-    adam_rates, direction, apply."""
+    every rank applies the same update. Small gradients travel as one tensor."""
 
     def __init__(self, s: Settings, world: World, params: Mapping[str, nn.Parameter], dtype: torch.dtype):
         self.s, self.world = s, world
@@ -1513,48 +1427,10 @@ class Optimiser:
             return full
         return arrived
 
-    def never_trained(self) -> list[str]:
-        """Parameters, or rows, that no gradient reached: their moment is still 0."""
-        touched = {}
-        for p, buf in zip(self.banks, self.momentum):
-            touched[p] = self.gather(buf.flatten(1).any(1).byte())()[:len(p)]
-        for p in self.small:
-            moment = self.adam.state[p]["exp_avg_sq"]
-            touched[p] = moment.flatten() if p.dim() < 2 else moment.flatten(1).any(1)
-        # parameters that are in no optimiser at all, then those with rows that never moved
-        untouched = [name for p, name in self.names.items() if p not in touched]
-        for p, rows in touched.items():
-            idle = (rows == 0).nonzero().flatten().tolist()
-            if len(idle) == len(rows) > 0:
-                untouched.append(self.names[p])
-            elif idle:
-                some = f"{len(idle)} of {len(rows)} rows, the first {idle[:20]}"
-                untouched.append(f"{self.names[p]} {some}")
-        return untouched
-
 
 # ============================================================================================================
 # 5  Training: schedule, warm-up and rewind, average
 # ============================================================================================================
-
-def check_training(s: Settings) -> None:
-    """Refuse a schedule without its longest stage, and a reserve that leaves no time."""
-    longest = max(length for _, length in context_stages(s))
-    if longest != s.train_seq_len:
-        raise UserError(f"TRAIN_SEQ_LEN={s.train_seq_len} is not {longest}, the longest stage of "
-                        f"TRAIN_SEQ_SCHEDULE={s.train_seq_schedule}: make them equal")
-    if s.train_seq_schedule and LOADERS[s.train_loader].windowed:
-        raise UserError(f"TRAIN_LOADER={s.train_loader} has windows of one length: "
-                        "TRAIN_SEQ_SCHEDULE needs stream or docpack")
-    reserve, budget = s.gptq_reserve_seconds, s.max_wallclock_seconds
-    if reserve == "auto":
-        return
-    if not is_number(reserve) or float(reserve) < 0:
-        raise UserError(f"GPTQ_RESERVE_SECONDS={reserve} must be a number of seconds >= 0, or auto")
-    if 0 < budget <= float(reserve):
-        raise UserError(f"GPTQ_RESERVE_SECONDS={reserve} leaves nothing of MAX_WALLCLOCK_SECONDS="
-                        f"{budget:g} to train in: lower it")
-
 
 def stage_at(stages: list[tuple[float, float]], progress: float):
     """The value of the first stage that has not ended."""
@@ -1610,8 +1486,7 @@ class Pace:
 
 
 class Curriculum:
-    """What changes while training goes on: longest segment, loop, learning rate.
-    Seams: rate_share, loops."""
+    """What changes while training goes on: longest segment, loop, learning rate."""
 
     def __init__(self, s: Settings):
         self.s, self.stages = s, context_stages(s)
@@ -1660,8 +1535,7 @@ class Trainer:
         self.s, self.world, self.model = s, world, model
         self.accum, self.tokens = s.batch_shape(world.size)
         self.losses = compiled(s, world.device, model.losses, fullgraph=True)
-        self.to_measure = [0.1, 0.5, 0.9]              # shares of training whose next step is timed
-        self.parts: dict[str, float] | None = None     # on a measured step: ms by part
+        self.times = StepTimes(world)
         self.rewind()
 
     def rewind(self) -> None:
@@ -1672,39 +1546,25 @@ class Trainer:
 
     def micro_step(self, batch: Batch, plan: Plan) -> Tensor:
         """Forward and backward of one micro-batch; its mean loss, nats per token."""
-        self.charge("data")
+        self.times.charge("data")
         if batch.cu_seqlens is not None and compiles(self.s, self.world.device):
             torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
         layout = batch.layout(batch.cut or self.s.train_seq_len)
         loss = self.losses(batch.x, batch.y, plan, layout, training=True).mean()
-        self.charge("forward")
+        self.times.charge("forward")
         (loss / self.accum).backward()
-        self.charge("backward")
+        self.times.charge("backward")
         return loss.detach()
 
     def update(self, rate_share: float, momentum: float) -> Tensor:
         """Step at a share of the peak rate, then average; the norm before clipping."""
         norm = self.optimiser.step(rate_share, momentum)
-        self.charge("optimiser")
+        self.times.charge("optimiser")
         weights = [p.detach() for p in self.model.parameters()]
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.values()), weights, 1 - self.s.ema_decay)
-        self.charge("average")
+        self.times.charge("average")
         return norm
-
-    def measure(self, progress: float) -> None:
-        """Make the next step a measured one, when it is time."""
-        if self.to_measure and progress >= self.to_measure[0]:
-            self.to_measure = [share for share in self.to_measure if share > progress]
-            sync(self.world.device)
-            self.parts, self.stopwatch = {}, Clock()
-
-    def charge(self, part: str) -> None:
-        """On a measured step: charge the ms since the last call to this part."""
-        if self.parts is not None:
-            sync(self.world.device)
-            self.parts[part] = self.parts.get(part, 0.0) + 1e3 * self.stopwatch.elapsed()
-            self.stopwatch = Clock()
 
     def warm_up(self) -> float:
         """Compile and run every graph on random tokens, undo it; the seconds it took."""
@@ -1745,20 +1605,9 @@ class Trainer:
                 "average": self.ema, "momentum": self.optimiser.momentum,
                 "adam": self.optimiser.adam.state_dict()}
 
-    @torch.no_grad()
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what tensors() gave; UserError when it is of another model."""
-        own = self.tensors()
-        try:
-            for part in ("weights", "average"):
-                for name, tensor in own[part].items():
-                    tensor.copy_(state[part][name])
-            for buf, saved in zip(own["momentum"], state["momentum"], strict=True):
-                buf.copy_(saved)
-            self.optimiser.adam.load_state_dict(state["adam"])
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"the checkpoint does not fit this model ({type(error).__name__}: "
-                            f"{plain(error, 100)}): start anew without RESUME") from error
+        restore_tensors(self.tensors(), self.optimiser.adam, state)
 
 
 class Trained(NamedTuple):
@@ -1769,35 +1618,9 @@ class Trained(NamedTuple):
     signal: int            # the number of a signal that asked for the end of the run; 0: none did
 
 
-def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
-    """Seconds of the budget kept for quantising and packing, and a warning or "". As
-    rehearsed, but at most half: a slow machine still trains, and reports the overrun.
-    At least what is asked for; the field's commands ask for too little."""
-    budget = s.max_wallclock_seconds
-    if not budget:
-        return 0.0, ""
-    auto = s.gptq_reserve_seconds == "auto"
-    asked = 0.0 if auto else float(s.gptq_reserve_seconds)
-    kept = max(asked, min(rehearsed, budget / 2))
-    need = f"quantising and packing were rehearsed in {rehearsed:.1f} s: {kept:.1f} s are kept"
-    if kept < rehearsed:
-        return kept, f"{need}, for MAX_WALLCLOCK_SECONDS={budget:g} is less than twice that"
-    if auto or asked >= kept:
-        return kept, ""
-    return kept, f"{need}, not GPTQ_RESERVE_SECONDS={asked:g}"
-
-
 # ============================================================================================================
 # 6  Quantise: Hessians, GPTQ, low-rank repair
 # ============================================================================================================
-
-def check_quantise(s: Settings) -> None:
-    """Refuse what has no effect on steps by curvature."""
-    if s.awq_lite_enabled and s.quant_allocation != "hand":
-        raise UserError("AWQ_LITE_ENABLED=1 changes steps that are set by hand, "
-                        f"not by QUANT_ALLOCATION={s.quant_allocation}: "
-                        "set QUANT_ALLOCATION=hand or leave it out")
-
 
 # --- calibration: what training data says about the matrices
 
@@ -1921,25 +1744,6 @@ def drawn_gradient(model: GPT, hidden: Tensor,
 CALIBRATION_TOKENS = 16384    # in a pass with a graph: they hold about 11 GB
 
 
-def pieces(batch: Batch, most: int) -> Iterator[Batch]:
-    """Inputs of a batch, at most `most` tokens each: rows, or a packed row cut at
-    segments, if it can be where documents begin: then nothing is lost."""
-    cu, begin, total = batch.cu_seqlens, 0, batch.x.size(1)
-    if cu is None:
-        for x in batch.x.split(max(1, most // total)):
-            yield Batch(x, x, None, total)
-        return
-    bounds = cu.unique().tolist()
-    while begin < total:
-        later = [b for b in bounds if b > begin]
-        near = [b for b in later if b <= begin + most] or later[:1]
-        documents = [b for b in near if b == total or batch.x[0, b] == BOS]
-        end = max(documents or near)
-        x = batch.x[:, begin:end]
-        yield Batch(x, x, cu[(cu >= begin) & (cu <= end)] - begin, batch.max_seqlen)
-        begin = end
-
-
 def calibrate(s: Settings, world: World, model: GPT,
               next_batch: Callable[[], Batch]) -> Curvature:
     """Over GPTQ_CALIBRATION_BATCHES training micro-batches of all ranks, loops on."""
@@ -1961,7 +1765,7 @@ def calibrate(s: Settings, world: World, model: GPT,
 
 # A weight is a code times a step. By the default, "gptq (trellis)", the step is one base step of the file
 # times 2^(row / 8) times 2^(column / 8), row and column of a matrix being int8; every second state of the
-# trellis adds half a step (see GPTQ, below). By hand, a row's step is a float16.
+# trellis adds half a step (see chapter 15).
 OCTAVE = 8                # stored int8 steps are eighths of an octave
 HALF_LARGEST = 65504.0    # float16's
 
@@ -1979,18 +1783,6 @@ def to_eighths(log2: Tensor) -> Tensor:
 def to_half(x: Tensor) -> Tensor:
     """float16; beyond its range its largest number: no artifact holds infinities."""
     return x.float().clamp(-HALF_LARGEST, HALF_LARGEST).half()
-
-
-def row_scales(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-    """fp16 step of every row of w (…, R, C): clip_sigmas deviations span the codes.
-    As published, 0 for a row without spread."""
-    return to_half(clip_sigmas * w.float().std(dim=-1) / (2 ** (bits - 1) - 1))
-
-
-def row_steps(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-    """row_scales, but a row without spread has its largest magnitude as step."""
-    step = row_scales(w, bits, clip_sigmas)
-    return torch.where(step > 0, step, to_half(w.abs().amax(dim=-1)))
 
 
 def quantise_rows(w: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
@@ -2087,23 +1879,7 @@ STORAGE = {
     "gptq (trellis)": Storage(
         CURVATURE,
         lambda w, base, codes, *steps: by_curvature(base, on_trellis(codes), *steps)),
-    "lqer_asym": Storage(
-        ((".lqA_a", BYTE_STREAM, "Rk"), (".lqAs_a", HALF_STREAM, "1"),
-         (".lqB_a", BYTE_STREAM, "kC"), (".lqBs_a", HALF_STREAM, "g")),
-        lambda w, base, *tensors: w + torch.matmul(*asym_values(*tensors))),
-    "lqer": Storage(
-        ((".lqA", BYTE_STREAM, "Rk"), (".lqAs", HALF_STREAM, "R"),
-         (".lqB", BYTE_STREAM, "kC"), (".lqBs", HALF_STREAM, "k")),
-        lambda w, base, a, sa, b, sb: w + by_rows(a, sa) @ by_rows(b, sb)),
 }
-for bits in range(2, 9):
-    STORAGE[f"gptq (int{bits})"] = Storage(
-        (CODES, (".scale", HALF_STREAM, "R")),
-        lambda w, base, codes, steps: by_rows(codes, steps))
-    STORAGE[f"awqgrpint{bits}"] = Storage(      # finer codes in marked columns
-        (CODES, (".awqg_s_hi", HALF_STREAM, "R"), (".awqg_fine", BYTE_STREAM, "C")),
-        lambda w, base, codes, steps, fine:
-            torch.where(fine != 0, by_rows(codes, steps), w))
 
 
 class Precision(NamedTuple):
@@ -2130,276 +1906,14 @@ def precision_of(s: Settings, name: str, w: Tensor) -> Precision:
         return Precision("gate_int8_row")
     if w.numel() <= SMALL_TENSOR:
         return Precision("passthrough (float16)")
-    bits, clip_sigmas = s.matrix_bits, s.matrix_clip_sigmas
-    if name in EMBEDDINGS:
-        bits, clip_sigmas = s.embed_bits, s.embed_clip_sigmas
-    elif ".mlp." in name:
-        clip_sigmas = s.mlp_clip_sigmas
-    elif ".attn." in name:
-        clip_sigmas = s.attn_clip_sigmas
-    form = f"gptq (int{bits})"
-    if s.quant_allocation == "fisher":
-        form = "gptq (trellis)" if s.quant_trellis else "gptq (fisher)"
-    return Precision(form, bits, clip_sigmas)
-
-
-def stored_shape(s: Settings, shape: Sequence[int], letters: str) -> tuple[int, ...]:
-    """A tensor's shape by letters: a weight's R and C, its factors' rank k, the
-    groups g of their values. ValueError where only a matrix has such."""
-    if letters == "all":
-        return tuple(shape)
-    rows, columns = shape
-    rank = min(s.lqer_rank, rows, columns)
-    groups = rank * columns // s.lqer_asym_group
-    sizes = {"R": rows, "C": columns, "k": rank, "g": groups, "1": 1}
-    return tuple(sizes[letter] for letter in letters)
-
-
-def stored_tensors(s: Settings, forms: Mapping[str, str]) -> dict[str, dict[str, tuple]]:
-    """{stream: {tensor: shape}} in the file's order; ValueError for other weights."""
-    streams: dict[str, dict] = {CODE_STREAM: {}, HALF_STREAM: {}, BYTE_STREAM: {}}
-    views = blank_views(s)
-    if set(forms) != set(views):
-        raise ValueError(f"other tensors: {sorted(set(forms) ^ set(views))[:3]}")
-    for name, w in views.items():
-        parts = forms[name].split("+")
-        if len(set(parts)) < len(parts):
-            raise ValueError(f"{name} as {forms[name]}")
-        for form in parts:
-            storage = STORAGE[form]
-            for key, (_, stream, letters) in zip(storage.keys(name), storage.tensors):
-                streams[stream][key] = stored_shape(s, w.shape, letters)
-    return streams
-
-
-def blank_views(s: Settings) -> dict[str, Tensor]:
-    """The model's weights as they are named in files, without memory."""
-    shapes = GPT.shapes(s)
-    return matrix_views({n: torch.empty(shapes[n], device="meta") for n in shapes})
+    if s.quant_allocation == "hand":
+        return precision_by_hand(s, name)
+    return Precision("gptq (trellis)" if s.quant_trellis else "gptq (fisher)")
 
 
 def input_of(name: str) -> str:
     """The first matrix of this input: they share a Hessian and columns' steps."""
     return name.replace("attn.c_k", "attn.c_q").replace("attn.c_v", "attn.c_q")
-
-
-# --- GPTQ (Frantar et al. 2022): columns are rounded in turn, later ones take up the errors
-
-DAMPING = 0.01            # of a Hessian, as a share of its mean diagonal
-MOST_DAMPING = 100.0      # columns are then all but alone
-SMALLEST_HALVED = 512     # columns of a Hessian that is factored by halves
-
-
-def inverse_factor(h: Tensor) -> Tensor:
-    """Upper U (n, C, C) with U'U = inverse of h, by halves: h = F F', U = inverse of
-    F."""
-    half = h.size(-1) // 2
-    if h.size(-1) < SMALLEST_HALVED:
-        factor = torch.linalg.cholesky(h.flip(-2, -1)).flip(-2, -1)
-        eye = torch.eye(h.size(-1), dtype=h.dtype, device=h.device).expand_as(h)
-        return torch.linalg.solve_triangular(factor, eye, upper=True)
-    u, after = torch.zeros_like(h), inverse_factor(h[:, half:, half:])
-    x = h[:, :half, half:] @ after.mT
-    before = inverse_factor(h[:, :half, :half] - x @ x.mT)
-    u[:, :half, :half] = before
-    u[:, half:, half:] = after
-    u[:, :half, half:] = -(before @ x) @ after
-    return u
-
-
-def hessian_factor(h: Tensor, damp: float = DAMPING,
-                   falling: bool = True) -> tuple[Tensor, ...]:
-    """For H (n, C, C), damped by a share of its mean diagonal: the columns' order (by
-    falling diagonal, or as they are), upper U with U'U = inverse of H in that order,
-    the dead columns, and the U_jj of the falling order: the inverse deviation of a
-    column's input given those after it. float64 on a GPU: float32 may be TF32."""
-    h = h.double() if h.is_cuda else h.clone()
-    diag = h.diagonal(dim1=-2, dim2=-1)          # a view: writing it writes h
-    dead = diag == 0
-    diag[dead] = 1
-    diag += damp * diag.mean(dim=-1, keepdim=True)
-    order = diag.argsort(dim=-1, descending=True, stable=True)
-    u = inverse_factor(torch.stack([m[o][:, o] for m, o in zip(h, order)]))
-    ratio = torch.empty_like(diag).scatter_(-1, order, u.diagonal(dim1=-2, dim2=-1))
-    if not falling:
-        u, order = inverse_factor(h), order.sort().values
-    return order, u.float(), dead, ratio.float()
-
-
-def damped_factor(h: Tensor, damp: float = DAMPING,
-                  falling: bool = True) -> tuple[tuple[Tensor, ...], list[float]]:
-    """hessian_factor of h (n, C, C), and each one's damping: ten times more until it
-    can be factored; infinite where nothing helps and the identity stands for it."""
-    try:
-        parts = hessian_factor(h, damp, falling)
-        finite = all(part.isfinite().all() for part in parts)
-        ratio = parts[-1]
-        if finite and ratio.min() > 0:
-            return parts, [damp] * len(h)
-    except torch.linalg.LinAlgError:
-        pass
-    if len(h) > 1:
-        parts, damps = zip(*(damped_factor(m, damp, falling) for m in h.split(1)))
-        return tuple(torch.cat(part) for part in zip(*parts)), sum(damps, [])
-    if damp < MOST_DAMPING:
-        return damped_factor(h, 10 * damp, falling)
-    eye = torch.eye(h.size(-1), dtype=h.dtype, device=h.device)[None]
-    return hessian_factor(eye, 0.0, falling), [math.inf]
-
-
-@torch.no_grad()
-def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tensor,
-                   top: int, trellis: bool = False, block: int = 128) -> Tensor:
-    """Codes (n, R, C) int8 within ±top of w under steps (n, R). order (n, C),
-    u (n, C, C), dead (n, C) are hessian_factor's; where columns have steps too, w and
-    u come divided by them."""
-    zero = dead[:, None] | (step == 0)[..., None]
-    w, step = w.masked_fill(zero, 0), step[:, None].clamp_min(1e-30)
-    t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R)
-    # an error e costs (e / diag)^2, and later columns take up feedback times it
-    diag = u.diagonal(dim1=-2, dim2=-1)[..., None]
-    feedback = u / diag
-    codes = torch.empty_like(t, dtype=torch.int8)
-    state = torch.zeros_like(t[:, 0], dtype=torch.long)
-    for begin in range(0, t.size(1), block):
-        end = min(begin + block, t.size(1))
-        x, inner = t[:, begin:end], feedback[:, begin:end, begin:end]
-        if trellis:
-            slope = diag[:, begin:end] ** -2
-            q, error, state = trellis_block(x / step, inner, slope, state)
-            error *= step
-        else:
-            q, error = plain_block(x, step, inner, top)
-        codes[:, begin:end] = q
-        t[:, end:] -= feedback[:, begin:end, end:].mT @ error
-    return torch.stack([c[o].mT for c, o in zip(codes, order.argsort(dim=-1))])
-
-
-def plain_block(t: Tensor, step: Tensor, feedback: Tensor, top: int,
-                tile: int = 16) -> tuple[Tensor, Tensor]:
-    """Round columns t (n, C, R), which is used up, in turn: (codes, errors)."""
-    codes, error = torch.empty_like(t), torch.empty_like(t)
-    for left in range(0, t.size(1), tile):
-        right = min(left + tile, t.size(1))
-        for j in range(left, right):
-            column = t[:, j:j + 1]
-            q = (column / step).round().clamp_(-top, top)
-            e = column - q * step
-            codes[:, j:j + 1] = q
-            error[:, j:j + 1] = e
-            t[:, j + 1:right] -= feedback[:, j, j + 1:right, None] * e
-        t[:, right:] -= feedback[:, left:right, right:].mT @ error[:, left:right]
-    return codes, error
-
-
-# Trellis-coded quantisation (Marcellin and Fischer 1990), Ungerboeck's 8 states. In state s a code k
-# means k + (s & 1) / 2 steps, and its parity chooses the next state: a row's path sees a grid of half
-# steps at the rate of whole ones.
-TRELLIS = np.array([                  # next state, of an even and of an odd code
-    [0, 2], [5, 7], [1, 3], [4, 6], [2, 0], [7, 5], [3, 1], [6, 4]], np.uint8)
-# two edges into every state: (edge, state before or parity, state)
-ARRIVALS = np.stack([np.argwhere(TRELLIS == state) for state in range(8)], axis=-1)
-
-
-def half_steps(codes: np.ndarray) -> np.ndarray:
-    """Which of the codes (R, C) stand half a step higher: rows start in state 0."""
-    return state_bits(np.ascontiguousarray(codes.T)).T
-
-
-class Arrival(NamedTuple):
-    """The best path into every state, (n, 8, R) each: its whole cost, its last code
-    and error, in steps, and the state before."""
-    cost: Tensor
-    code: Tensor
-    error: Tensor
-    parent: Tensor
-
-
-def trellis_edges(like: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The two edges into every state: the state before (8), the half step there
-    (8, 1) and half the code's parity (8, 1)."""
-    edges = []
-    for source, parity in torch.from_numpy(ARRIVALS).to(like.device):
-        half, odd = ((x.to(like.dtype) / 2)[:, None] for x in (source & 1, parity))
-        edges.append((source, half, odd))
-    return edges
-
-
-def trellis_block(t: Tensor, feedback: Tensor, slope: Tensor, state: Tensor,
-                  tile: int = 16) -> tuple[Tensor, Tensor, Tensor]:
-    """The cheapest path through columns t (n, C, R), in steps, from state (n, R):
-    (codes, errors, end state). slope (n, C, 1): cost of a squared error. Each state
-    keeps its best path, and what that path's feedback made of later columns."""
-    edges = trellis_edges(t)
-    cost = torch.full((t.size(0), 8, t.size(2)), torch.inf, device=t.device)
-    cost.scatter_(1, state[:, None], 0)
-    rest = t[:, :, None].expand(-1, -1, 8, -1)          # (n, C, 8, R)
-    tiles = []
-    for left in range(0, t.size(1), tile):
-        right = min(left + tile, t.size(1))
-        x, path = rest[:, :tile], []
-        for j in range(left, right):
-            arrival = extend_survivors(edges, x[:, 0], cost, slope[:, j, None])
-            path.append(arrival)
-            cost = arrival.cost
-            x = of_parents(x[:, 1:], arrival.parent)
-            x -= feedback[:, j, j + 1:right, None, None] * arrival.error[:, None]
-        codes, errors, start = trace_back(path)
-        tiles.append((codes, errors, start))
-        rest = of_parents(rest[:, tile:], start)
-        passed_on = feedback[:, left:right, right:].mT @ errors.flatten(2)
-        rest = rest - passed_on.view_as(rest)
-    end = cost.argmin(1, keepdim=True)
-    codes, errors = join_tiles(tiles, end)
-    return codes, errors, end[:, 0]
-
-
-def extend_survivors(edges: Sequence[tuple], column: Tensor, cost: Tensor,
-                     slope: Tensor) -> Arrival:
-    """The cheaper of the two edges into every state, through a column (n, 8, R) as
-    each state's path left it, after costs (n, 8, R)."""
-    arrivals = []
-    for source, half, odd in edges:
-        y = column.index_select(1, source) - half
-        pair = (y / 2 - odd).round_().clamp_(-TOP_CODE // 2, TOP_CODE // 2 - 1)
-        code = pair.add_(odd).mul_(2)      # of this edge's parity
-        error = y - code
-        total = torch.addcmul(cost[:, source], error, error * slope)
-        arrivals.append(Arrival(total, code, error, source[:, None]))
-    first, second = arrivals
-    better = second.cost < first.cost
-    return Arrival(*(torch.where(better, b, a) for a, b in zip(first, second)))
-
-
-def of_parents(columns: Tensor, parent: Tensor) -> Tensor:
-    """Columns (n, C, 8, R) as the states' parents (n, 8, R) hold them."""
-    return columns.gather(2, parent[:, None].expand_as(columns))
-
-
-def trace_back(path: Sequence[Arrival]) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes and errors (n, tile, 8, R) of the paths that end in each state, and the
-    states (n, 8, R) where they began."""
-    states = torch.arange(8, device=path[0].cost.device)
-    at = states[:, None].expand_as(path[0].cost)
-    codes, errors = [], []
-    for arrival in reversed(path):
-        codes.append(arrival.code.gather(1, at))
-        errors.append(arrival.error.gather(1, at))
-        at = arrival.parent.gather(1, at)
-    return torch.stack(codes[::-1], 1), torch.stack(errors[::-1], 1), at
-
-
-def join_tiles(tiles: Sequence[tuple[Tensor, Tensor, Tensor]],
-               end: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and errors (n, C, R) of the one path that ends in states `end`
-    (n, 1, R), from trace_back's of every tile."""
-    codes, errors, at = [], [], end
-    for tile_codes, tile_errors, start in reversed(tiles):
-        pick = at[:, None].expand(-1, tile_codes.size(1), -1, -1)
-        codes.append(tile_codes.gather(2, pick)[:, :, 0])
-        errors.append(tile_errors.gather(2, pick)[:, :, 0])
-        at = start.gather(1, at)
-    return torch.cat(codes[::-1], 1), torch.cat(errors[::-1], 1)
 
 
 # --- the whole model
@@ -2410,8 +1924,6 @@ TOP_CODE = 126         # the coder's escapes are above
 LARGEST_CODE = 0.9 * TOP_CODE        # of a row's largest weight: feedback may add to it
 LARGEST_DEVIATION = TOP_CODE / 4     # of codes: few Gaussian ones are over the top
 ROWS_LEFT_OUT = 0.1    # share of codes that a base step below the finest would change
-DEVIATION_BINS = 256   # of rows and of columns: eighths of an octave around 1
-NO_DEVIATIONS = np.zeros(2 * DEVIATION_BINS - 1)
 
 
 def names_by(kind: Callable, names: Sequence[str] | Mapping) -> dict[Any, list[str]]:
@@ -2432,8 +1944,7 @@ class Quantiser:
         self.s, self.weights, self.world = s, weights, world or World()
         self.precision = {n: precision_of(s, n, w) for n, w in weights.items()}
         self.names = [n for n, p in self.precision.items() if p.coded]
-        self.fisher = s.quant_allocation == "fisher" and bool(self.names)
-        self.trellis = self.fisher and s.quant_trellis
+        self.trellis = any(p.form == "gptq (trellis)" for p in self.precision.values())
         # what calibration left that is not used as it is: matrix -> what is done instead
         self.unusual: dict[str, str] = {}
         fisher = self.finite(
@@ -2441,13 +1952,15 @@ class Quantiser:
             "sensitivities that are not finite: as fine as the others on average")
         self.hessians = self.finite(
             curvature.hessians, "a Hessian that is not finite: the identity instead")
-        self.own = self.share_matrices()
-        # by input: order, u and dead of round_in_order
-        self.factors: dict[str, tuple[Tensor, ...]] = {}
-        ratios = self.factor_hessians()
-        self.steps = self.allocate(fisher, ratios) if self.fisher else {}
-        deviations = sum(map(self.deviations_of, self.own), NO_DEVIATIONS)
-        self.deviations = sum(self.world.gather(deviations))
+        self.own = share_matrices(weights, self.names, self.world)
+        # factors: by input order, u and dead of round_in_order
+        self.factors, ratios, damped = factor_hessians(
+            weights, self.hessians, self.own, falling=not self.trellis)
+        self.unusual.update(damped)
+        for part in self.world.gather(self.unusual):
+            self.unusual.update(part)
+        self.steps = self.allocate(fisher, ratios) if self.names else {}
+        self.deviations = code_deviations(self)
         self.finest = self.finest_step()
 
     def finite(self, tensors: Mapping[str, Tensor],
@@ -2456,39 +1969,6 @@ class Quantiser:
         out = {name: x for name, x in tensors.items() if x.isfinite().all()}
         self.unusual.update((name, instead) for name in tensors if name not in out)
         return out
-
-    def share_matrices(self) -> list[str]:
-        """This rank's: those of one Hessian together, costs shared evenly."""
-        groups = list(names_by(input_of, self.names).values())
-        costs = []
-        for group in groups:
-            columns = self.weights[group[0]].size(1)
-            rows = sum(len(self.weights[name]) for name in group)
-            # a row takes C^2 to round, a Hessian C^3 / 3 to factor
-            costs.append((rows + len(group) * columns / 3) * columns ** 2)
-        own = share_out(costs, self.world.size)[self.world.rank]
-        return sum((groups[i] for i in sorted(own)), [])
-
-    def factor_hessians(self) -> dict[str, Tensor]:
-        """Factor this rank's Hessians, all of one width at once, the identity where
-        there is none. Inverse deviations (C) of each input, given the columns that
-        GPTQ rounds later."""
-        inputs = names_by(input_of, self.own)
-        by_width = names_by(lambda key: self.weights[key].size(1), inputs)
-        ratios = {}
-        for columns, keys in by_width.items():
-            eye = torch.eye(columns, device=self.weights[keys[0]].device)
-            h = torch.stack([self.hessians.get(key, eye) for key in keys])
-            (*factors, ratio), damps = damped_factor(h, falling=not self.trellis)
-            self.factors.update(zip(keys, zip(*factors)))
-            ratios.update(zip(keys, ratio))
-            for key, damp in zip(keys, damps):
-                if damp > DAMPING:
-                    self.unusual[key] = ("a Hessian that cannot be factored: damping "
-                                         f"{damp:g} instead of {DAMPING:g}")
-        for part in self.world.gather(self.unusual):
-            self.unusual.update(part)
-        return ratios
 
     def allocate(self, fisher: Mapping[str, Tensor],
                  ratios: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -2523,42 +2003,26 @@ class Quantiser:
 
     def columns_of(self, name: str) -> Tensor:
         """Step of every column (C) against the others."""
-        w = self.weights[name]
-        if not self.fisher:
-            return torch.ones(w.size(1), device=w.device)
-        return octaves(self.steps[input_of(name) + ".col"]).to(w.device)
+        steps = self.steps[input_of(name) + ".col"]
+        return octaves(steps).to(self.weights[name].device)
+
+    def planned_rows(self, name: str) -> Tensor:
+        """Step of every row (R) at base step 1, as allocated."""
+        return octaves(self.steps[name + ".row"])
 
     def rows_of(self, name: str, base_step: float) -> Tensor:
-        """Stored steps of rows (R): fp16 by hand; int8 such that no code is over the
-        top."""
-        w, precision = self.weights[name].float(), self.precision[name]
-        if not self.fisher:
-            return row_steps(w, precision.bits, precision.clip_sigmas * base_step)
+        """Stored steps of rows (R): the allocated ones, or larger, such that no code is
+        over the top."""
+        w = self.weights[name].float()
         largest = (w / self.columns_of(name)).abs().amax(1)
         least = (largest / (LARGEST_CODE * base_step)).clamp_min(1e-9).log2()
         least = to_eighths((OCTAVE * least).ceil() / OCTAVE)
         return torch.maximum(self.steps[name + ".row"].to(w.device), least)
 
-    def deviations_of(self, name: str) -> np.ndarray:
-        """How many codes have which deviation at base step 1: counts by eighths of an
-        octave. The middle one is an eighth below 1: size forecasts err upwards."""
-        if self.fisher:
-            rows = octaves(self.steps[name + ".row"])
-        else:
-            rows = self.rows_of(name, 1.0).float()
-        w = self.weights[name].float() / self.columns_of(name)
-        rows = rows.to(w.device)[:, None]
-        power = (w / rows.clamp_min(1e-30)).square().clamp_max(1e30)
-        power = power.masked_fill(rows == 0, 0)
-        row_counts = count_levels(power.mean(1))
-        column_counts = count_levels(power.mean(0) / power.mean().clamp_min(1e-20))
-        # taken as a row's times a column's: logarithms add, so their counts convolve
-        return np.convolve(row_counts, column_counts)
-
     def finest_step(self) -> float:
         """The base step below which most rows' steps stay, their codes being at the
-        top. By hand 1, the settings' steps."""
-        if not self.fisher:
+        top."""
+        if not self.names:
             return 1.0
         below = self.deviations.cumsum()
         level = np.searchsorted(below, ROWS_LEFT_OUT * below[-1]) - len(below) // 2
@@ -2567,7 +2031,7 @@ class Quantiser:
     @torch.no_grad()
     def __call__(self, base_step: float = 1.0) -> Quantised:
         """The whole model on every rank, all steps times `base_step`."""
-        q = Quantised({}, {}, base_step if self.fisher else 1.0)
+        q = Quantised({}, {}, base_step if self.names else 1.0)
         rounded = {}
         for part in self.world.gather(self.round_own(base_step)):
             rounded.update(part)
@@ -2575,18 +2039,16 @@ class Quantiser:
             form = self.precision[name].form
             if form == "gate_int8_row":
                 tensors = quantise_rows(w)
-            elif name not in rounded:
-                tensors = [to_half(w)]
-            elif self.fisher:
-                tensors = *rounded[name], self.steps[input_of(name) + ".col"]
+            elif name in rounded:
+                tensors = *rounded[name], *self.stored_columns(name)
             else:
-                tensors = rounded[name]
+                tensors = [to_half(w)]
             q.add(name, form, tensors)
-        if self.s.awq_lite_enabled:
-            self.protect(q, base_step)
-        if self.s.lqer_enabled:
-            self.repair(q)
         return q
+
+    def stored_columns(self, name: str) -> list[Tensor]:
+        """Steps of columns, as they are stored beside a matrix's codes and rows' steps."""
+        return [self.steps[input_of(name) + ".col"]]
 
     def round_own(self, base_step: float) -> dict[str, tuple[Tensor, Tensor]]:
         """Codes and rows' steps of this rank's matrices, on the CPU."""
@@ -2594,25 +2056,27 @@ class Quantiser:
             return self.weights[name].shape, self.precision[name].bits
 
         rounded = {}
-        for (shape, bits), names in names_by(kind, self.own).items():
+        for (shape, _), names in names_by(kind, self.own).items():
             count = max(1, BATCH_ROWS // shape[0])
             for begin in range(0, len(names), count):
                 batch = names[begin:begin + count]
-                codes, rows = self.round(batch, bits, base_step)
+                codes, rows = self.round(batch, base_step)
                 for name, *views in zip(batch, codes.cpu(), rows.cpu()):
                     # without the memory of the whole stack
                     rounded[name] = [x.clone() for x in views]
         return rounded
 
-    def round(self, names: list[str], bits: int,
-              base_step: float) -> tuple[Tensor, Tensor]:
-        """Codes (n, R, C) and rows' steps (n, R) of equally shaped matrices."""
+    def stacked(self, names: list[str], base_step: float) -> tuple[Tensor, ...]:
+        """Of equally shaped matrices w (n, R, C) and rows' steps (n, R); order, u and
+        dead of their Hessians."""
         w = torch.stack([self.weights[n].float() for n in names])
-        factors = zip(*(self.factors[input_of(n)] for n in names))
-        order, u, dead = (torch.stack(part) for part in factors)
         rows = torch.stack([self.rows_of(n, base_step) for n in names])
-        if not self.fisher:
-            return self.round_by_hand(w, rows, (order, u, dead), bits, base_step)
+        factors = zip(*(self.factors[input_of(n)] for n in names))
+        return w, rows, *(torch.stack(part) for part in factors)
+
+    def round(self, names: list[str], base_step: float) -> tuple[Tensor, Tensor]:
+        """Codes (n, R, C) and rows' steps (n, R) of equally shaped matrices."""
+        w, rows, order, u, dead = self.stacked(names, base_step)
         columns = torch.stack([self.columns_of(n) for n in names])
         w = w / columns[:, None]
         u = u / columns.gather(1, order)[:, None]
@@ -2620,275 +2084,10 @@ class Quantiser:
         codes = round_in_order(w, steps, order, u, dead, TOP_CODE, self.trellis)
         return codes, rows
 
-    def round_by_hand(self, w: Tensor, rows: Tensor, factors: Sequence[Tensor], bits: int,
-                      base_step: float) -> tuple[Tensor, Tensor]:
-        """Codes of w (n, R, C), and the steps rows (n, R) that settings gave."""
-        return round_in_order(w, rows.float(), *factors, 2 ** (bits - 1) - 1), rows
-
-    def protect(self, q: Quantised, base_step: float) -> None:
-        """AWQ-lite: groups of columns with the highest scores get AWQ_LITE_BITS."""
-        s, weights = self.s, self.weights
-        size, high_bits = s.awq_lite_group_size, s.awq_lite_bits
-        groups = []      # (score, matrix, first column)
-        for name in self.names:
-            h = self.hessians.get(input_of(name))
-            if h is not None and self.precision[name].bits < high_bits:
-                scores = group_scores(weights[name], input_rms(s, name, h), size)
-                for i, score in enumerate(scores.tolist()):
-                    groups.append((score, name, i * size))
-        groups.sort(key=lambda group: -group[0])
-        # (C) int8: 1 in the columns that are chosen
-        fine: dict[str, Tensor] = {}
-        for _, name, begin in groups[:s.awq_lite_group_top_k]:
-            columns = torch.zeros(weights[name].size(1), dtype=torch.int8)
-            fine.setdefault(name, columns)[begin:begin + size] = 1
-        for name, chosen in fine.items():
-            w, precision = weights[name].float(), self.precision[name]
-            high = row_steps(w, high_bits, precision.clip_sigmas * base_step)
-            steps = q.tensors[name + ".scale"].to(w.device), high
-            h, bits = self.hessians[input_of(name)], (precision.bits, high_bits)
-            codes = gptq_protected(w, h, steps, bits, chosen)
-            q.add(name, f"awqgrpint{high_bits}", [codes, high, chosen])
-
-    def repair(self, q: Quantised) -> None:
-        """LQER: low-rank factors for matrices with the largest rounding errors."""
-        decoded, errors = dequantise(q), {}
-        for name in self.names:
-            w = self.weights[name]
-            errors[name] = w.float() - decoded[name].to(w.device)
-        for name in self.to_repair(errors):
-            q.add(name, *self.pack_factors(*low_rank(errors[name], self.s.lqer_rank)))
-
-    def to_repair(self, errors: Mapping[str, Tensor]) -> list[str]:
-        """The LQER_TOP_K matrices of the largest errors (R, C)."""
-        sizes = {name: error.norm().item() for name, error in errors.items()}
-        largest = sorted(sizes, key=lambda name: -sizes[name])
-        return [name for name in largest[:self.s.lqer_top_k] if sizes[name] > 0]
-
-    def pack_factors(self, a: Tensor, b: Tensor) -> tuple[str, Sequence[Tensor]]:
-        """Form and tensors of the factors a (R, k), b (k, C) of a matrix: asymmetric
-        where b falls into whole groups of LQER_ASYM_GROUP values."""
-        group = self.s.lqer_asym_group
-        if b.numel() % group:
-            return symmetric_factors(a, b)
-        return "lqer_asym", lqer_asym(*asym_signs(a, b, group), group)
-
-
-def count_levels(power: Tensor) -> np.ndarray:
-    """Counts (DEVIATION_BINS) of mean squares (N) by deviation, in eighths of an
-    octave; bin DEVIATION_BINS // 2 is 1."""
-    level = (OCTAVE / 2 * power.clamp_min(1e-20).log2()).round() + DEVIATION_BINS // 2
-    level = level.clamp(0, DEVIATION_BINS - 1).int()
-    return level.bincount(minlength=DEVIATION_BINS).cpu().numpy()
-
-
-# --- finer codes for the columns that matter most: AWQ-lite
-
-def input_rms(s: Settings, name: str, h: Tensor, tokens: int = 1) -> Tensor:
-    """rms (C) of a matrix's input, from its Hessian: a mean over so many tokens."""
-    slots = sum(layer_plan(s, True), ())
-    visits = slots.count(int(name.split(".")[1])) if name.startswith("blocks.") else 1
-    return (h.diagonal() / (visits * tokens)).sqrt()
-
-
-def group_scores(w: Tensor, rms: Tensor, size: int) -> Tensor:
-    """rms of input · mean |w|, of each whole group of columns of w (R, C)."""
-    score = rms * w.float().abs().mean(dim=0)
-    whole = len(rms) // size * size
-    return score[:whole].view(-1, size).sum(dim=1)
-
-
-@torch.no_grad()
-def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor],
-                   bits: tuple[int, int], fine: Tensor) -> Tensor:
-    """GPTQ's codes (R, C) int8 of one matrix, with the second steps and bits in the
-    columns `fine` (C)."""
-    order, u, dead, _ = (part[0] for part in damped_factor(h.float()[None])[0])
-    w = w.float().masked_fill(dead | (steps[0] == 0)[:, None], 0)
-    t, codes = w[:, order].mT.contiguous(), torch.empty_like(w.mT)
-    for j, column in enumerate(order.tolist()):
-        kind = int(fine[column])
-        step, top = steps[kind].float().clamp_min(1e-30), 2 ** (bits[kind] - 1) - 1
-        q = (t[j] / step).round().clamp_(-top, top)
-        codes[column] = q
-        t[j + 1:] -= (u[j, j + 1:] / u[j, j])[:, None] * (t[j] - q * step)
-    return codes.mT.to(torch.int8).contiguous()
-
-
-# --- low-rank repair of rounding errors: LQER
-
-@torch.no_grad()
-def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best a (R, k) = U S, b (k, C) = V' of an error matrix, by the smaller Gram
-    matrix. The sign of a pair is a rule, not LAPACK's: a column's largest number is
-    negative."""
-    e = error.double()
-    if e.size(0) < e.size(1):
-        u = torch.linalg.eigh(e @ e.mT).eigenvectors[:, -rank:].flip(1)
-        b = u.mT @ e
-        length = b.norm(dim=1)
-        a, b = u * length, b / length.clamp_min(1e-300)[:, None]
-    else:
-        v = torch.linalg.eigh(e.mT @ e).eigenvectors[:, -rank:].flip(1)
-        a, b = e @ v, v.mT
-    largest = a.gather(0, a.abs().argmax(0, keepdim=True))
-    sign = torch.where(largest > 0, -1.0, 1.0)
-    return (a * sign).float(), (b * sign.mT).float().contiguous()
-
-
-def symmetric_factors(a: Tensor, b: Tensor,
-                      bits: int = 4) -> tuple[str, Sequence[Tensor]]:
-    """Form and tensors of factors with one step for each of their rows."""
-    return "lqer", (*quantise_rows(a, bits), *quantise_rows(b, bits))
-
-
-def lqer_asym(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, ...]:
-    """a (R, k) in 2 bits, one step; b (k, C) in 4, a step per `group` values. Codes
-    reach from -2 to 1 and from -8 to 7: the largest number is half way between."""
-    scale_a = to_half(a.float().abs().amax() / 1.5)[None]
-    flat = b.float().reshape(-1, group)
-    scale_b = to_half(flat.abs().amax(dim=1) / 7.5)
-    qb = divide_round(flat, scale_b[:, None], -8, 7).view(b.shape)
-    return divide_round(a, scale_a, -2, 1), scale_a, qb, scale_b
-
-
-def asym_values(qa: Tensor, sa: Tensor, qb: Tensor,
-                sb: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors (R, k), (k, C) float32 that these codes and steps stand for."""
-    b = qb.float().view(len(sb), -1) * sb.float()[:, None]
-    return qa * sa.float(), b.view(qb.shape)
-
-
-def asym_signs(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Factors a (R, k), b (k, C), each pair with the sign that lqer_asym stores with
-    the smaller error: its codes reach further down than up."""
-    costs = []
-    for sign in (1, -1):
-        stored = asym_values(*lqer_asym(sign * a, sign * b, group))
-        x, y = (part.double() for part in stored)
-        # the true pair's part in the stored one
-        shared = (x * a * sign).sum(0) * (y * b * sign).sum(1)
-        costs.append(x.square().sum(0) * y.square().sum(1) - 2 * shared)
-    sign = torch.where(costs[1] < costs[0], -1.0, 1.0)
-    return a * sign, b * sign[:, None]
-
-
-@torch.no_grad()
-def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str,
-                 names: Callable = matrix_views) -> None:
-    """Copy weights, named as by `names`, into the model; UserError unless they fit."""
-    views = names({n: p.data for n, p in model.named_parameters()})
-    wrong = sorted(set(views) ^ set(weights))
-    if not wrong:
-        wrong = [n for n in views if views[n].shape != weights[n].shape]
-    if wrong:
-        raise UserError(f"{origin} does not fit the settings' model: "
-                        f"{len(wrong)} tensors differ ({', '.join(wrong[:3])}…); "
-                        "use the settings it was made with")
-    for name, view in views.items():
-        view.copy_(weights[name])
-
-
-# --- logit calibration: scaled and shifted by what a token looks like
-
-CATEGORIES = 14                       # of token_categories
-CALIBRATION_STREAM = "calibration"    # in the artifact: 1 + CATEGORIES float32
-CALIBRATION_REACH = 0.5               # most that a category adds to logits
-
-
-@functools.cache
-def token_categories(path: Path, vocab_size: int) -> Tensor:
-    """(V, CATEGORIES) of 0 and 1: length in bytes, leading space, kind of letters."""
-    sp, rows = load_tokenizer(path), []
-    for i in range(vocab_size):
-        nothing = sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
-        piece = "" if nothing else sp.id_to_piece(i)
-        text = chr(int(piece[3:5], 16)) if sp.is_byte(i) else piece.lstrip("\u2581")
-        size = 1 if sp.is_byte(i) else len(text.encode())
-        rows.append([size == 1, size == 2, size == 3, size == 4, 5 <= size <= 8, size >= 9,
-                     piece[:1] == "\u2581",
-                     "\n" in text or "\r" in text,
-                     any(c.isdigit() for c in text),
-                     bool(text) and not any(c.isalnum() or c.isspace() for c in text),
-                     any(c.isalpha() for c in text),
-                     text.islower(),
-                     text.isupper(),
-                     text[:1].isupper() and text[1:].islower()])
-    return torch.tensor(rows, dtype=torch.float32)
-
-
-def calibrated_by(s: Settings, raw: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale () in 0.9…1.1 and bias (V) of capped logits that raw (15) stands for."""
-    bias = token_categories(s.tokenizer, s.vocab_size).to(raw.device) @ raw[1:]
-    return 0.9 + 0.2 * torch.sigmoid(raw[0]), bias
-
-
-def fit_calibration(s: Settings, model: GPT, tokens: np.ndarray) -> tuple[Tensor, Tensor]:
-    """The 15 numbers that serve the model best on training tokens (N,), and the
-    losses. A window scores LOGIT_CALIB_STRIDE tokens, after what fits before."""
-    device, stride = model.tok_emb.device, s.logit_calib_stride
-    losses = []
-    raw = torch.zeros(1 + CATEGORIES, device=device, requires_grad=True)
-    optimiser = torch.optim.AdamW([raw], lr=s.logit_calib_lr, weight_decay=0)
-    total = min(s.logit_calib_tokens, len(tokens) - 1)
-    blocks = np.arange(0, total, stride)
-    batch = s.logit_calib_batch_seqs
-    for i in [*range(0, len(blocks), batch)] * s.logit_calib_epochs:
-        first = blocks[i:i + batch, None]
-        begin = np.maximum(first - s.eval_seq_len + stride, 0)
-        at = begin + np.arange(s.eval_seq_len)
-        scored = (at >= first) & (at < np.minimum(first + stride, total))
-        pairs = tokens[np.minimum(np.stack((at, at + 1)), len(tokens) - 1)]
-        x, y = torch.from_numpy(pairs.astype(np.int64)).to(device)
-        scored = torch.from_numpy(scored).to(device)
-        with torch.no_grad():
-            hidden = model.final_hidden(x, layer_plan(s, True))
-            z = model.logits(hidden[scored])
-        scale, bias = calibrated_by(s, raw)
-        loss = F.cross_entropy(scale * z + bias, y[scored])
-        losses.append(loss)
-        penalty = raw[1:].square().mean() + (scale - 1) ** 2
-        optimiser.zero_grad()
-        (loss + s.logit_calib_l2 * penalty).backward()
-        optimiser.step()
-        with torch.no_grad():
-            raw[1:].clamp_(-CALIBRATION_REACH, CALIBRATION_REACH)
-    return raw.detach(), torch.stack(losses).detach()
-
-
-def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
-    """The artifact with its model's calibration; as it was without room."""
-    values = None
-    if world.main:
-        model = build_model(s, world)
-        artifact = read_artifact(s, blob, ARTIFACT_NAME)
-        load_weights(model, artifact.weights, ARTIFACT_NAME)
-        first = list_shards(s.shards, "train")[0]
-        raw, losses = fit_calibration(s, model, read_shard(first))
-        values = raw.cpu().numpy().astype("<f4").tobytes()
-        run.log("logit_calibration", steps=len(losses),
-                train_loss=losses.mean().item(), values=raw.tolist())
-    header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
-    streams[CALIBRATION_STREAM] = world.agree(values)
-    whole = artifact_to_bytes(header, streams)
-    script = code_bytes(shipped_form(s)) + LZMA_SLACK
-    if len(whole) + script + MARK_BYTES <= ARTIFACT_LIMIT:
-        return whole
-    run.log("settings_without_effect",
-            LOGIT_CALIB_ENABLED="no room for it in the artifact")
-    return blob
-
 
 # ============================================================================================================
 # 7  Score: the ledger and sliding windows
 # ============================================================================================================
-
-def check_scoring(s: Settings) -> None:
-    """Refuse windows that would leave targets out."""
-    if s.eval_stride > s.eval_seq_len:
-        raise UserError(f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}: "
-                        "lower it")
-
 
 class Score(NamedTuple):
     """Sums over scored targets: nats, bytes, targets."""
@@ -2912,8 +2111,6 @@ class Booked:
     them."""
     tokens: np.ndarray
 
-
-PROFILE_EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096)
 
 EARLY = "an adapter step on a target that is not scored yet would break the rules"
 
@@ -2979,34 +2176,6 @@ class Ledger:
         self.val.ledgers -= 1
         target_bytes = self.val.target_bytes[self.expected].sum()
         return Score(float(self.total.sum()), float(target_bytes), int(self.expected.sum()))
-
-    def amounts_between(self, cuts: np.ndarray) -> dict[str, np.ndarray]:
-        """Targets, bytes and nats (n, m) from one of n rows' input positions (n, m + 1)
-        to the next."""
-        amounts = {"tokens": np.diff(cuts)}
-        for name, values in (("bytes", self.val.target_bytes), ("nats", self.total)):
-            before = np.append(0, values.cumsum())
-            amounts[name] = np.diff(before[cuts])
-        return amounts
-
-    def profiles(self) -> Iterator[dict]:
-        """After close(): sums by position in a document, and by a document's length."""
-        start, length = self.val.documents.start, self.val.documents.length - 1
-        edges = [*PROFILE_EDGES, 1 << 62]
-        cuts = start[:, None] + np.minimum(length[:, None], edges)
-        amounts = self.amounts_between(cuts)       # each (documents, buckets)
-        buckets = len(PROFILE_EDGES)
-        bucket = np.searchsorted(PROFILE_EDGES, length, "right") - 1     # of the whole document
-        reached = amounts["tokens"] > 0
-        holding = np.bincount(bucket[length > 0], minlength=buckets)
-        by_position = {"documents": reached.sum(0).tolist()}
-        by_length = {"documents": holding.tolist()}
-        for name, x in amounts.items():
-            whole = x.sum(1)
-            by_position[name] = x.sum(0).tolist()
-            by_length[name] = [whole[bucket == i].sum().item() for i in range(buckets)]
-        yield {"by": "position", "edges": PROFILE_EDGES, **by_position}
-        yield {"by": "length", "edges": PROFILE_EDGES, **by_length}
 
 
 Window = tuple[int, int, int]       # positions: begin, end, first scored
@@ -3105,51 +2274,6 @@ class Scorer:
 # 8  Adapt: score-first test-time training
 # ============================================================================================================
 
-def check_adapt(s: Settings) -> None:
-    """Refuse adaptation that could not work, or would let later text reach earlier."""
-    largest = max(rule.chunk for rule in chunk_rules(s))
-    if largest > s.ttt_eval_seq_len:
-        raise UserError(f"TTT_CHUNK_SIZE={s.ttt_chunk_size}, or a chunk of "
-                        f"TTT_SHORT_SCORE_FIRST_STEPS={s.first_chunks}, exceeds TTT_EVAL_SEQ_LEN="
-                        f"{s.ttt_eval_seq_len}: lower it")
-    if s.ttt_doc_order == "stream" and s.ttt_warm_start_a and not s.ttt_shared_a:
-        raise UserError("TTT_DOC_ORDER=stream, TTT_WARM_START_A=1 and TTT_SHARED_A=0 let A carry "
-                        "what later documents taught it to earlier ones: set TTT_WARM_START_A=0 "
-                        "or TTT_DOC_ORDER=length")
-    if s.ttt_doc_order == "stream" and s.ttt_train_min_doc_len:
-        raise UserError(f"TTT_TRAIN_MIN_DOC_LEN={s.ttt_train_min_doc_len} asks where a document "
-                        "ends before it is read, which TTT_DOC_ORDER=stream does not allow: set "
-                        "TTT_TRAIN_MIN_DOC_LEN=0 or TTT_DOC_ORDER=length")
-    if s.ttt_enabled and not any(getattr(s, f"ttt_{kind}_lora") for kind in ADAPTED):
-        raise UserError("TTT_ENABLED=1 has nothing to adapt: set a TTT_*_LORA to 1, "
-                        "or TTT_ENABLED=0")
-    if s.ttt_cache_lambda and not s.ttt_kv_reuse:
-        raise UserError(f"TTT_CACHE_LAMBDA={s.ttt_cache_lambda:g} needs cached keys, not "
-                        "TTT_KV_REUSE=0: set it to 1")
-
-
-def log_adaptation(s: Settings, run: Run, val: Validation, clock: Clock) -> None:
-    """What adapts to what, into the log."""
-    lengths = val.documents.length
-    *phases, _ = ttt_rounds(s, lengths)
-    steps = sum(len(phase_steps(s, int(lengths[phase.train_on].sum()))) for phase in phases)
-    learn_from = "none, no step is taken"
-    if steps:
-        which = {"stream": "first", "length": "longest"}[s.ttt_doc_order]
-        learn_from = f"the {which} {len(phases[-1].train_on):,} documents"
-    hints = 0 if val.hints is None else len(val.hints.at)
-    run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
-            base_weights_learn_from=learn_from, base_weight_steps=steps, ngram_hints=hints,
-            elapsed=clock.elapsed())
-    ignored = set(s.changed()) & {"TTT_LORA_LR", "TTT_LOCAL_LR_MULT"}
-    if s.ttt_step_share and s.ttt_lora_lr and ignored:
-        why = f"TTT_STEP_SHARE={s.ttt_step_share:g} sets each step's rate: set it to 0 for a fixed one"
-        run.log("settings_without_effect", **dict.fromkeys(sorted(ignored), why))
-    if s.phased_ttt_prefix_docs and len(phases) < s.phased_ttt_num_phases:
-        few = f"{len(lengths):,} documents make {len(phases)} phases of {s.phased_ttt_num_phases}"
-        run.log("settings_without_effect", PHASED_TTT_NUM_PHASES=few)
-
-
 ADAPTED = ("q", "k", "v", "o", "mlp", "head")       # what a TTT_*_LORA switches
 
 
@@ -3171,10 +2295,9 @@ class BoundAdapter(NamedTuple):
 
 
 class Adapter:
-    """Low-rank adapters for `rows` documents side by side: per kind A (S, rows, r,
-    in) uniform(±1/sqrt(in)), the same for each, and B (S, rows, out, r) zero: a fresh
-    one changes nothing. S counts executed slots; the head has one. With TTT_SHARED_A
-    A is (S, r, in) and frozen."""
+    """Low-rank adapters for `rows` documents side by side: per kind A (S, r, in)
+    uniform(±1/sqrt(in)), frozen and the same for each, and B (S, rows, out, r) zero: a
+    fresh one changes nothing. S counts executed slots; the head has one."""
 
     def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu"):
         self.s = s
@@ -3188,9 +2311,7 @@ class Adapter:
             if not getattr(s, f"ttt_{kind}_lora"):
                 continue
             slots = 1 if kind == "head" else plan.slots
-            each = (slots,) if s.ttt_shared_a else (slots, rows)
-            self.a[kind] = torch.empty(*each, s.ttt_lora_rank, s.model_dim, device=device,
-                                       requires_grad=not s.ttt_shared_a)
+            self.a[kind] = torch.empty(slots, s.ttt_lora_rank, s.model_dim, device=device)
             self.b[kind] = torch.zeros(slots, rows, out, s.ttt_lora_rank, device=device,
                                        requires_grad=True)
         self.draw_a()
@@ -3204,7 +2325,7 @@ class Adapter:
 
     @torch.no_grad()
     def keep(self, rows: slice) -> None:
-        """Go on with these documents only (A is shared)."""
+        """Go on with these documents only."""
         for kind, b in self.b.items():
             kept = b[:, rows].clone(memory_format=torch.contiguous_format)
             self.b[kind] = kept.requires_grad_()
@@ -3217,15 +2338,7 @@ class Adapter:
             drawn = torch.empty(a.size(0), *a.shape[-2:])
             drawn.uniform_(-1, 1, generator=generator)
             drawn = drawn / math.sqrt(a.size(-1))
-            a.copy_(drawn if self.s.ttt_shared_a else drawn[:, None])
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Start new documents: B back to zero; A kept (warm start) or drawn anew."""
-        for b in self.b.values():
-            b.zero_()
-        if not self.s.ttt_warm_start_a:
-            self.draw_a()
+            a.copy_(drawn if a.dim() == drawn.dim() else drawn[:, None])
 
     def bind(self, dtype: torch.dtype, head: bool = False) -> BoundAdapter:
         """For one forward: the trunk's, or the head's."""
@@ -3233,87 +2346,6 @@ class Adapter:
             wanted = [kind for kind in side if (kind == "head") == head]
             return {kind: side[kind].to(dtype).unbind(0) for kind in wanted}
         return BoundAdapter(unbound(self.a), unbound(self.b), self.scale)
-
-
-class KeyCache:
-    """Keys and values that earlier forwards of B documents left behind, cut from
-    their graph: per slot (B, P, K, Dh), oldest first. For the next forward:
-
-        a document's tokens   ... out of sight | seen | suffix | chunk ...
-        kept keys             ... ---------------------------->
-        the forward's inputs                          |-------------->
-
-    It sees `seen` old keys, up to index `end`, and makes those of the suffix anew.
-    position: the document's tokens ahead of its inputs; last (B, 2): the nearest of
-    them. states: final hidden states are kept as well."""
-    STATES = -1      # the slot of states (B, P, D), of length 1, and of tokens after them (B, P)
-
-    def __init__(self, window: int, states: bool = False):
-        self.window = window
-        self.states = states
-        self.new: dict[int, tuple[Tensor, Tensor]] = {}
-        self.sealed: tuple[Tensor, dict] | None = None
-        self.begin_again()
-
-    def begin_again(self) -> None:
-        """The next forward sees no keys but its own, as at a document's beginning."""
-        self.position = 0
-        self.seen = 0
-        self.end = 0
-        self.last: Tensor | None = None
-        self.old: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values that a forward's queries may see, its own last."""
-        if slot in self.old:      # cut here: views would need other graphs
-            old_k, old_v = self.old[slot]
-            first = self.end - self.seen
-            k = torch.cat((old_k.narrow(1, first, self.seen), k), dim=1)
-            v = torch.cat((old_v.narrow(1, first, self.seen), v), dim=1)
-        self.new[slot] = (k.detach(), v.detach())
-        return k, v
-
-    def remember(self, hidden: Tensor, tokens: Tensor) -> None:
-        """Keep final hidden states (B, T, D) and the tokens (B, T) that follow them."""
-        self.extend(self.STATES, F.normalize(hidden, dim=-1), tokens)
-
-    def seal(self, ids: Tensor) -> None:
-        """The forward over tokens ids (B, T) was scored: the keys it saw are those to
-        keep."""
-        self.sealed = (ids, self.new)
-        self.new = {}
-
-    def advance(self, chunk: int, suffix: int = 0) -> int:
-        """The chunk is over: the next forward runs the newest `suffix` tokens again, if
-        the window has room for them beside `chunk` new ones. Returns how many it runs
-        again: all where fewer than two keys lie ahead of the suffix, as a document's
-        beginning has a graph already; any other suffix shares one graph."""
-        ids, old = self.sealed
-        self.sealed = None
-        keys = self.seen + ids.size(1)
-        room = self.window - chunk
-        rerun = min(suffix, room)
-        seen = min(keys, room) - rerun
-        if seen < 2:
-            self.begin_again()
-            return min(keys, room)
-        self.slide(ids, rerun)
-        self.old, self.end, self.seen = old, keys - rerun, seen
-        return rerun
-
-    def slide(self, ids: Tensor, rerun: int) -> None:
-        """The next inputs begin `rerun` tokens before the end of the scored ids (B, T)."""
-        self.position += ids.size(1) - rerun
-        text = ids if self.last is None else torch.cat((self.last, ids), dim=1)
-        ahead = text[:, :text.size(1) - rerun]
-        self.last = ahead[:, -2:].contiguous()
-
-    def keep(self, rows: slice) -> None:
-        """Go on with these documents only."""
-        for slot, (k, v) in self.old.items():
-            self.old[slot] = (k[rows].clone(), v[rows].clone())
-        if self.last is not None:
-            self.last = self.last[rows]
 
 
 @dataclass(frozen=True)
@@ -3345,17 +2377,6 @@ def chunk_window(targets: np.ndarray, begin: int, end: int, rerun: int) -> Chunk
     return window_from(first, targets, begin, end, end - begin + rerun)
 
 
-def whole_window(s: Settings, targets: np.ndarray, begin: int, end: int) -> ChunkWindow:
-    """The same without cached keys: the forward takes all that TTT_EVAL_SEQ_LEN
-    reaches back from the chunk's end; in the field's order from the document's, where
-    that comes first."""
-    last = np.full_like(targets, end)
-    if s.ttt_doc_order == "length":
-        last = np.minimum(end, targets)
-    first = np.maximum(last - s.ttt_eval_seq_len, 0)
-    return window_from(first, targets, begin, end, min(end, s.ttt_eval_seq_len))
-
-
 def window_from(first: np.ndarray, targets: np.ndarray, begin: int, end: int,
                 width: int) -> ChunkWindow:
     """The chunk [begin, end) in rows of `width` whose inputs begin at first (B,)."""
@@ -3370,18 +2391,6 @@ class ChunkRule(NamedTuple):
     longest document has at most so many tokens) chunks have `chunk` tokens."""
     until: float
     chunk: int
-
-
-def chunk_rules(s: Settings) -> list[ChunkRule]:
-    """By rising `until`; the last has no end and is TTT_CHUNK_SIZE."""
-    rules, text = [], s.first_chunks
-    for part in listed(text.replace("=", ":")):
-        rule = whole_numbers(part.replace(":", ",", 1))
-        if len(rule) != 2 or min(rule) < 1:
-            raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, "
-                            "as 256:8,2000:24")
-        rules.append(ChunkRule(*rule))
-    return sorted(rules) + [ChunkRule(math.inf, s.ttt_chunk_size)]
 
 
 def chunk_bounds(s: Settings, length: int) -> list[int]:
@@ -3459,25 +2468,9 @@ def rounds_by_stream(s: Settings, lengths: np.ndarray, bounds: list[int]) -> lis
     return rounds + [Round(grouped(s, everything[begin:], lengths), None)]
 
 
-def rounds_by_length(s: Settings, lengths: np.ndarray, bounds: list[int]) -> list[Round]:
-    """As in the field the longest come first, and a phase trains on the shortest
-    groups scored so far."""
-    rounds, current, done = [], [], []
-    for group in grouped(s, np.arange(len(lengths)), lengths):
-        current.append(group)
-        done.append(group)
-        if len(rounds) < len(bounds) and sum(map(len, done)) >= bounds[len(rounds)]:
-            shortest_first = np.concatenate(sorted(done, key=lambda g: lengths[g].max()))
-            rounds.append(Round(current, shortest_first[:bounds[len(rounds)]]))
-            current = []
-    return rounds + [Round(current, None)]
-
-
 # --- one step
 
 MOST_SHARE = 0.3          # of its chunk's loss that a step at a fixed rate may promise to take off
-MOST_NATS = 4.0           # from which on an optimiser's promise is not believed; 2.7 still gained
-SAFE_NATS = 0.3           # what is left of promises far beyond that
 MOST_RATE = 0.01          # of TTT_STEP_SHARE, where gradients vanish; toy models liked .008
 
 
@@ -3514,51 +2507,7 @@ def normalised_step(s: Settings, params: list[Tensor], losses: Tensor) -> Tensor
     return shortened | broken
 
 
-@torch.no_grad()
-def optimiser_step(optimiser: torch.optim.Optimizer, params: list[Tensor]) -> Tensor:
-    """The optimiser's step, to the bit; but what it promises a document beyond
-    MOST_NATS is taken off them, down to SAFE_NATS; and gradients that are not finite
-    count as none. Returns whose step was shortened (rows,)."""
-    squares = torch.stack([p.grad.square().sum(dim=(0, 2, 3)) for p in params])
-    broken = ~squares.sum(0).isfinite()
-    before = [p.clone() for p in params]
-    for p in params:
-        p.grad.masked_fill_(broken[:, None, None], 0)
-    optimiser.step()
-    promises = [((old - p) * p.grad).sum(dim=(0, 2, 3)) for p, old in zip(params, before)]
-    promised = torch.stack(promises).sum(0)
-    shortened = promised > MOST_NATS
-    believed = (2 * MOST_NATS - promised).clamp(min=SAFE_NATS)
-    part = (believed / promised)[:, None, None]
-    for p, old in zip(params, before):
-        p.copy_(torch.where(shortened[:, None, None], torch.lerp(old, p, part), p))
-    return shortened | broken
-
-
 # --- the evaluation
-
-class Level(NamedTuple):
-    """What the watchdog gives up when the evaluation would outlast its budget; thirds
-    of TTT_SUFFIX that are left."""
-    given_up: str
-    suffix_thirds: int
-
-
-LEVELS = (
-    Level("nothing", 3),
-    Level("further phases on the base weights", 3),
-    Level("phases and two thirds of TTT_SUFFIX", 1),
-    Level("phases and TTT_SUFFIX", 0),
-    Level("phases and adaptation", 0),
-)
-NO_PHASES, NO_ADAPTATION = 1, len(LEVELS) - 1
-WATCH_EVERY = 8             # chunks between two looks at the clock
-
-
-def suffix_at(s: Settings, level: int) -> int:
-    """Tokens that are run again; none where all are, for want of a cache."""
-    return s.ttt_suffix * LEVELS[level].suffix_thirds // 3 if s.ttt_kv_reuse else 0
-
 
 @dataclass
 class GroupRows:
@@ -3592,35 +2541,16 @@ class PhasedTTT:
                  ledger: Ledger | None = None):
         self.s, self.world, self.model, self.val = s, world, model, val
         self.trace = trace or (lambda event, **values: None)
-        self.clock = clock
         self.plan = layer_plan(s, True)
         self.lengths = val.documents.length
+        self.watch = Watchdog(s, world, self.lengths, clock, self.trace)
         self.losses = compiled(s, world.device, model.losses, fullgraph=True, dynamic=True)
         self.ledger = ledger or Ledger(val, world.device)
-        self.level = 0
-        self.kept: Adapter | None = None
         self.shortened = torch.zeros((), dtype=torch.int64, device=world.device)
-        self.spent = 0.0            # seconds of adaptation, without phases and waiting
-        self.done = 0.0             # token-passes in them
-        self.left = np.zeros(len(LEVELS))       # those still to do, at every level
-        self.phase_pace = 0.0       # seconds a token of a phase
-        self.phase_tokens = 0       # still to train on
-
-    def costs(self, group: np.ndarray) -> np.ndarray:
-        """Predicted token-passes of a group at every level; a backward is two."""
-        s, longest = self.s, int(self.lengths[group].max())
-        bounds = np.array(chunk_bounds(s, longest))
-        window = np.minimum(bounds[1:], s.ttt_eval_seq_len)
-        passes = []
-        for level in range(NO_ADAPTATION):
-            inputs = np.diff(bounds) + suffix_at(s, level)
-            columns = np.minimum(window, inputs) if s.ttt_kv_reuse else window
-            passes.append(3.0 * columns.sum())
-        return len(group) * np.array([*passes, longest])
 
     def own_share(self, groups: list[np.ndarray]) -> list[np.ndarray]:
         """This rank's share of the groups."""
-        costs = [self.costs(group)[self.level] for group in groups]
+        costs = [self.watch.costs(group)[self.watch.level] for group in groups]
         share = share_out(costs, self.world.size)[self.world.rank]
         return [groups[i] for i in sorted(share)]
 
@@ -3628,114 +2558,50 @@ class PhasedTTT:
         """Score every document once; the weights stay as the last phase left them."""
         rounds = ttt_rounds(self.s, self.lengths)
         shares = [self.own_share(r.groups) for r in rounds]
-        for group in itertools.chain(*shares):
-            self.left = self.left + self.costs(group)
-        self.phase_tokens = sum(int(self.lengths[r.train_on].sum()) for r in rounds[:-1])
+        self.watch.expect(itertools.chain(*shares), [r.train_on for r in rounds[:-1]])
         self.model.requires_grad_(False)        # but in a phase
         for r, share in zip(rounds, shares):
             self.begin_round()
             for group in share:
                 self.adapt_group(group)
-            if r.train_on is not None and self.all_have_time():
+            if r.train_on is not None and self.watch.all_have_time():
                 self.phase(r.train_on)
         self.model.requires_grad_(True)
-        self.warn_of_shortened_steps()
+        warn_of_shortened_steps(self.s, int(self.world.total(self.shortened)), self.trace)
         return self.ledger.close(self.world)
-
-    def all_have_time(self) -> bool:
-        """Whether there is a phase: with all ranks, or none of them from here on."""
-        if max(self.world.gather(self.level)) and not self.level:
-            self.give_up(NO_PHASES, by="another rank")
-        return self.level < NO_PHASES
-
-    def warn_of_shortened_steps(self) -> None:
-        """Into the log, at the end, with the remedy."""
-        s, shortened = self.s, int(self.world.total(self.shortened))
-        if not shortened:
-            return
-        most, remedy = f"{MOST_NATS:g} nats", "lower TTT_LORA_LR"
-        if s.ttt_optimizer == "normalised":
-            most = f"{MOST_SHARE:g} of the loss"
-            remedy = "lower TTT_LORA_LR, or set TTT_STEP_SHARE=0.25"
-            if s.ttt_step_share:
-                remedy = f"lower TTT_STEP_SHARE={s.ttt_step_share:g}"
-        self.trace("warning", text=f"{shortened:,} adapter steps promised more than {most}, or had "
-                   f"gradients that are not finite, and were shortened: {remedy}")
 
     def score_only(self, documents: np.ndarray) -> None:
         """Book these documents without adapting to them."""
-        self.level = NO_ADAPTATION
+        self.watch.level = NO_ADAPTATION
         self.model.requires_grad_(False)       # as in adaptation, for the same graphs
         for group in self.own_share(grouped(self.s, documents, self.lengths)):
             self.adapt_group(group)
         self.model.requires_grad_(True)
 
     def begin_round(self) -> None:
-        """Nothing passes from round to round; within one, A may."""
-        self.kept = None
-        if self.s.ttt_doc_order == "length" and not self.s.ttt_shared_a:
-            self.kept = self.adapter_for(self.s.ttt_batch_size)
-
-    def check_time(self) -> None:
-        """Give up as little as lets the predicted end lie within EVAL_MAX_SECONDS."""
-        if self.clock is None or not self.clock.budget:
-            return
-        now = self.clock.elapsed()
-        pace = self.spent / self.done if self.done else 0.0
-        ends = now + pace * self.left
-        ends[0] += self.phase_pace * self.phase_tokens
-        fits = (i for i in range(self.level, NO_ADAPTATION) if ends[i] < self.clock.budget)
-        level = next(fits, NO_ADAPTATION)
-        if level > self.level:
-            self.give_up(level, elapsed=now, predicted_end=ends[self.level])
-
-    def give_up(self, level: int, **why) -> None:
-        """From now on do without what LEVELS names at this level."""
-        self.trace("give_up", what=LEVELS[level].given_up, **why)
-        self.level = level
-
-    def count_work(self, work: np.ndarray, since: Clock) -> None:
-        """Work of these costs is done: update the prediction and act on it."""
-        sync(self.world.device)
-        self.spent += since.elapsed()
-        self.done += work[self.level]
-        self.left = self.left - work
-        self.check_time()
+        """Nothing passes from round to round."""
 
     def adapter_for(self, rows: int) -> Adapter:
-        """The kept one, reset, where it has as many rows; else a fresh one."""
-        if self.kept is not None and rows == self.s.ttt_batch_size:
-            self.kept.reset()
-            self.trace("reset", adapter=self.kept)
-            return self.kept
+        """A fresh one for so many documents."""
         adapter = Adapter(self.s, self.plan, rows, self.world.device)
         self.trace("lora", adapter=adapter)
         return adapter
 
     def optimiser(self, adapter: Adapter) -> torch.optim.Optimizer | None:
-        """AdamW over a group's adapters; none for the stateless rule."""
-        s = self.s
-        if s.ttt_optimizer == "normalised":
-            return None
-        return torch.optim.AdamW(
-            adapter.trained(),
-            lr=s.ttt_lora_lr * s.ttt_local_lr_mult,
-            betas=(s.ttt_beta1, s.ttt_beta2),
-            eps=1e-10,
-            weight_decay=s.ttt_weight_decay,
-            fused=self.world.device.type == "cuda")
+        """Of a group's adapters; None: normalised_step, which has no state."""
+        return None
 
     def adapt_group(self, group: np.ndarray) -> None:
         """Score a group's documents chunk by chunk, adapting those that go on."""
-        self.check_time()
+        self.watch.check_time()
         rows = self.open_rows(group)
         bounds = chunk_bounds(self.s, int(self.lengths[group].max()))
-        costs, counted, since = self.costs(group), 0, Clock()
+        costs, counted, since = self.watch.costs(group), 0, Clock()
         for n, (begin, end) in enumerate(zip(bounds, bounds[1:]), start=1):
             self.world.beat(f"adapting to chunk {n} of {len(group)} documents")
             self.adapt_chunk(rows, begin, end)
             if n % WATCH_EVERY == 0 or end == bounds[-1]:
-                self.count_work(costs * (end - counted) / bounds[-1], since)
+                self.watch.count_work(costs * (end - counted) / bounds[-1], since)
                 counted, since = end, Clock()
 
     def open_rows(self, group: np.ndarray) -> GroupRows:
@@ -3744,52 +2610,39 @@ class PhasedTTT:
         starts, targets = self.val.documents.start[group], self.lengths[group] - 1
         if len(group) == 1 < s.ttt_batch_size:      # an empty row beside it: a graph less
             starts, targets = np.repeat(starts, 2), np.append(0, targets)
-        adapter = optimiser = cache = None
-        if self.level < NO_ADAPTATION:
+        adapter = optimiser = None
+        if self.watch.level < NO_ADAPTATION:
             adapter = self.adapter_for(len(starts))
             optimiser = self.optimiser(adapter)
-        if s.ttt_kv_reuse or adapter is None:
-            cache = KeyCache(s.ttt_eval_seq_len, states=s.ttt_cache_lambda > 0)
+        cache = KeyCache(s.ttt_eval_seq_len, states=s.ttt_cache_lambda > 0)
         return GroupRows(starts, targets, adapter, optimiser, cache)
 
     def shrink_to_live(self, rows: GroupRows, begin: int) -> None:
-        """Drop documents that end by `begin`. An optimiser's state, and an A per row,
-        which the next group starts from, keep all of them."""
+        """Drop documents that end by `begin`."""
         live = int((rows.targets > begin).sum())
         kept = rows_kept_for(self.s.ttt_batch_size, live)
-        tied = rows.adapter is not None and not self.s.ttt_shared_a
-        can_shrink = rows.cache is not None and rows.optimiser is None and not tied
-        if can_shrink and kept < len(rows.targets):
+        if kept < len(rows.targets):
             rows.keep_last(kept)
+
+    def next_window(self, rows: GroupRows, begin: int, end: int) -> ChunkWindow:
+        """What the forward over the chunk [begin, end) takes in."""
+        rerun = 0
+        if begin:
+            rerun = rows.cache.advance(end - begin, suffix_at(self.s, self.watch.level))
+        self.shrink_to_live(rows, begin)
+        return chunk_window(rows.targets, begin, end, rerun)
 
     def adapt_chunk(self, rows: GroupRows, begin: int, end: int) -> None:
         """Score the chunk [begin, end) of every row; those that go on learn from it."""
-        s, rerun = self.s, 0
-        if rows.cache is None and self.level == NO_ADAPTATION:
-            rerun = self.stop_adapting(rows, begin, end)
-        elif rows.cache is not None and begin:
-            rerun = rows.cache.advance(end - begin, suffix_at(s, self.level))
-        self.shrink_to_live(rows, begin)
+        window = self.next_window(rows, begin, end)
         cache = rows.cache
-        if cache is not None:
-            window = chunk_window(rows.targets, begin, end, rerun)
-        else:
-            window = whole_window(s, rows.targets, begin, end)
         with torch.set_grad_enabled(rows.adapter is not None):      # at every level: a graph less
             scored = self.score_chunk(rows.starts, window, rows.adapter, cache)
-            later = trained_rows(s, rows.targets, end)
-            if later.any() and self.level < NO_ADAPTATION:
+            later = trained_rows(self.s, rows.targets, end)
+            if later.any() and self.watch.level < NO_ADAPTATION:
                 self.adapt(rows.adapter, rows.optimiser, scored, self.on_device(later))
                 if cache is not None:
                     cache.new = {}      # of forwards after a step
-
-    def stop_adapting(self, rows: GroupRows, begin: int, end: int) -> int:
-        """Only score what is left of a group that was encoded again for every chunk: on
-        cached keys, which the graphs compiled for that take. Returns how much of the
-        context the next chunk runs again to make them."""
-        rows.adapter = rows.optimiser = None
-        rows.cache = KeyCache(self.s.ttt_eval_seq_len)
-        return min(begin, self.s.ttt_eval_seq_len - (end - begin))
 
     def on_device(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(self.world.device)
@@ -3845,8 +2698,8 @@ class PhasedTTT:
         booked, clock = self.ledger.booked(documents, self.world), Clock()
         self.global_phase(booked)
         sync(self.world.device)
-        self.phase_pace = clock.elapsed() / len(booked.tokens)
-        self.phase_tokens -= int(self.lengths[documents].sum())
+        self.watch.phase_pace = clock.elapsed() / len(booked.tokens)
+        self.watch.phase_tokens -= int(self.lengths[documents].sum())
 
     def global_phase(self, booked: Booked) -> None:
         """SGD on all base weights over booked documents."""
@@ -3913,29 +2766,6 @@ def phase_steps(s: Settings, tokens: int) -> list[tuple[int, int, int]]:
         cuts = [c * size + row * length for row in (*firsts, rows)]
         steps += s.global_ttt_epochs * [(c, *pair) for pair in zip(cuts, cuts[1:])]
     return steps
-
-
-# --- beside the adapters
-
-MOST_OF_CACHE = 0.6     # largest weight of earlier places beside the model's own probability
-
-
-@torch.no_grad()
-def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
-    """Losses (B, T) once the model's probability p is mixed with what earlier places
-    of the document say. Place i says the token that came after it, with weight a_i =
-    exp(TTT_CACHE_THETA (cos(h_i, h_t) - 1)); all together count w =
-    min(MOST_OF_CACHE, TTT_CACHE_LAMBDA max a_i): (1 - w) p + w sum(a_i [i's token is
-    the target]) / sum(a_i), which sums to 1 over the vocabulary."""
-    past, said = cache.new[cache.STATES]
-    h, targets = (x[:, -losses.size(1):] for x in (past, said))
-    place = torch.arange(past.size(1), device=h.device)
-    earlier = place < place[-h.size(1):, None]      # what came after t itself is the target
-    a = torch.exp(s.ttt_cache_theta * (h.float() @ past.float().mT - 1)) * earlier
-    agrees = said[:, None] == targets[..., None]
-    chance = (a * agrees).sum(-1) / a.sum(-1).clamp(min=1e-30)
-    w = (s.ttt_cache_lambda * a.amax(-1)).clamp(max=MOST_OF_CACHE)
-    return -torch.log((1 - w) * torch.exp(-losses) + w * chance)
 
 
 # ============================================================================================================
@@ -4294,6 +3124,135 @@ def print_help() -> None:
     for name, (only, why) in NO_SETTINGS.items():
         if why != CUT_OFF:
             print(f"  {name:34} {'no effect' if only is None else f'only {only}'}: {why}")
+
+
+def schedule(text: str, otherwise, kind: type = int) -> list[tuple[float, float]]:
+    """Stages (progress at which it ends, value) of "value@progress, …", by rising
+    progress; the last one goes on to the end. Without text one stage of `otherwise`.
+    UserError unless values and shares are above 0."""
+    stages = []
+    for part in listed(text):
+        value, _, end = part.partition("@")
+        good = is_number(value) and is_number(end) and 0 < float(end) <= 1
+        if not good or float(value) <= 0 or kind(float(value)) != float(value):
+            raise UserError(f"the stage {part} must be value@progress with 0 < progress <= 1, "
+                            "as 1024@0.1")
+        stages.append((float(end), kind(float(value))))
+    if not stages:
+        return [(1.0, otherwise)]
+    stages.sort()
+    if stages[-1][0] < 1:
+        stages.append((1.0, stages[-1][1]))
+    return stages
+
+
+def listed(text: str) -> list[str]:
+    """The entries of "a, b, …"; empty ones are left out."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def chunk_rules(s: Settings) -> list[ChunkRule]:
+    """By rising `until`; the last has no end and is TTT_CHUNK_SIZE."""
+    rules, text = [], s.first_chunks
+    for part in listed(text.replace("=", ":")):
+        rule = whole_numbers(part.replace(":", ",", 1))
+        if len(rule) != 2 or min(rule) < 1:
+            raise UserError(f"TTT_SHORT_SCORE_FIRST_STEPS={text} must be length:chunk, "
+                            "as 256:8,2000:24")
+        rules.append(ChunkRule(*rule))
+    return sorted(rules) + [ChunkRule(math.inf, s.ttt_chunk_size)]
+
+
+# --- settings that do not go together
+
+def check_model(s: Settings) -> None:
+    """Refuse sizes that do not fit together."""
+    if s.model_dim % s.num_heads:
+        raise UserError(f"MODEL_DIM={s.model_dim} is not divisible by NUM_HEADS={s.num_heads}: "
+                        f"choose a multiple of {s.num_heads}")
+    if s.num_heads % s.num_kv_heads:
+        raise UserError(f"NUM_HEADS={s.num_heads} is not divisible by NUM_KV_HEADS="
+                        f"{s.num_kv_heads}: choose a divisor")
+    if s.head_dim % 2:
+        raise UserError(f"MODEL_DIM={s.model_dim} over NUM_HEADS={s.num_heads} is odd: "
+                        "rotary embedding needs it even")
+    if s.rope_dims % 2 or s.rope_dims > s.head_dim:
+        raise UserError(f"ROPE_DIMS={s.rope_dims} does not fit: it must be even and at most "
+                        f"the head width {s.head_dim}")
+    if s.gate_window > s.model_dim:
+        raise UserError(f"GATE_WINDOW={s.gate_window} exceeds MODEL_DIM={s.model_dim}: lower it")
+    if s.hidden_dim < 1:
+        raise UserError(f"MLP_MULT={s.mlp_mult:g} leaves no hidden unit of MODEL_DIM="
+                        f"{s.model_dim}: raise it")
+    if s.num_loops and not s.loop_start <= s.loop_end < s.num_layers:
+        raise UserError(f"LOOP_START={s.loop_start} <= LOOP_END={s.loop_end} < NUM_LAYERS="
+                        f"{s.num_layers} does not hold: correct them, or set NUM_LOOPS=0")
+    slots = s.num_layers + s.num_loops * (s.loop_end - s.loop_start + 1)
+    if slots > MOST_SLOTS:
+        raise UserError(f"NUM_LOOPS={s.num_loops} makes {slots} executed layers: "
+                        f"at most {MOST_SLOTS}, lower it")
+    weights = sum(map(math.prod, GPT.shapes(s).values()))
+    if weights > MOST_WEIGHTS:
+        raise UserError(f"MODEL_DIM={s.model_dim}, NUM_LAYERS={s.num_layers}, MLP_MULT="
+                        f"{s.mlp_mult:g} and VOCAB_SIZE={s.vocab_size} make {weights:,} "
+                        f"weights: at most {MOST_WEIGHTS:,}, lower them")
+
+
+def check_training(s: Settings) -> None:
+    """Refuse a schedule without its longest stage, and a reserve that leaves no time."""
+    longest = max(length for _, length in context_stages(s))
+    if longest != s.train_seq_len:
+        raise UserError(f"TRAIN_SEQ_LEN={s.train_seq_len} is not {longest}, the longest stage of "
+                        f"TRAIN_SEQ_SCHEDULE={s.train_seq_schedule}: make them equal")
+    if s.train_seq_schedule and LOADERS[s.train_loader].windowed:
+        raise UserError(f"TRAIN_LOADER={s.train_loader} has windows of one length: "
+                        "TRAIN_SEQ_SCHEDULE needs stream or docpack")
+    reserve, budget = s.gptq_reserve_seconds, s.max_wallclock_seconds
+    if reserve == "auto":
+        return
+    if not is_number(reserve) or float(reserve) < 0:
+        raise UserError(f"GPTQ_RESERVE_SECONDS={reserve} must be a number of seconds >= 0, or auto")
+    if 0 < budget <= float(reserve):
+        raise UserError(f"GPTQ_RESERVE_SECONDS={reserve} leaves nothing of MAX_WALLCLOCK_SECONDS="
+                        f"{budget:g} to train in: lower it")
+
+
+def check_quantise(s: Settings) -> None:
+    """Refuse what has no effect on steps by curvature."""
+    if s.awq_lite_enabled and s.quant_allocation != "hand":
+        raise UserError("AWQ_LITE_ENABLED=1 changes steps that are set by hand, "
+                        f"not by QUANT_ALLOCATION={s.quant_allocation}: "
+                        "set QUANT_ALLOCATION=hand or leave it out")
+
+
+def check_scoring(s: Settings) -> None:
+    """Refuse windows that would leave targets out."""
+    if s.eval_stride > s.eval_seq_len:
+        raise UserError(f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}: "
+                        "lower it")
+
+
+def check_adapt(s: Settings) -> None:
+    """Refuse adaptation that could not work, or would let later text reach earlier."""
+    largest = max(rule.chunk for rule in chunk_rules(s))
+    if largest > s.ttt_eval_seq_len:
+        raise UserError(f"TTT_CHUNK_SIZE={s.ttt_chunk_size}, or a chunk of "
+                        f"TTT_SHORT_SCORE_FIRST_STEPS={s.first_chunks}, exceeds TTT_EVAL_SEQ_LEN="
+                        f"{s.ttt_eval_seq_len}: lower it")
+    if s.ttt_doc_order == "stream" and s.ttt_warm_start_a and not s.ttt_shared_a:
+        raise UserError("TTT_DOC_ORDER=stream, TTT_WARM_START_A=1 and TTT_SHARED_A=0 let A carry "
+                        "what later documents taught it to earlier ones: set TTT_WARM_START_A=0 "
+                        "or TTT_DOC_ORDER=length")
+    if s.ttt_doc_order == "stream" and s.ttt_train_min_doc_len:
+        raise UserError(f"TTT_TRAIN_MIN_DOC_LEN={s.ttt_train_min_doc_len} asks where a document "
+                        "ends before it is read, which TTT_DOC_ORDER=stream does not allow: set "
+                        "TTT_TRAIN_MIN_DOC_LEN=0 or TTT_DOC_ORDER=length")
+    if s.ttt_enabled and not any(getattr(s, f"ttt_{kind}_lora") for kind in ADAPTED):
+        raise UserError("TTT_ENABLED=1 has nothing to adapt: set a TTT_*_LORA to 1, "
+                        "or TTT_ENABLED=0")
+    if s.ttt_cache_lambda and not s.ttt_kv_reuse:
+        raise UserError(f"TTT_CACHE_LAMBDA={s.ttt_cache_lambda:g} needs cached keys, not "
+                        "TTT_KV_REUSE=0: set it to 1")
 
 
 # --- the ranks
@@ -5310,10 +4269,10 @@ class Progress:
             self.epochs = int(stream.epoch)
             tokens = step * self.s.train_batch_tokens
             self.run.log("epoch_end", epoch=self.epochs, step=step, tokens=tokens)
-        if trainer.parts:
+        if trainer.times.parts:
             self.run.log("step_time", quiet=True, step=step, looping=looping,
-                         parts=trainer.parts)
-            trainer.parts = None
+                         parts=trainer.times.parts)
+            trainer.times.parts = None
 
     def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, rate_share: float,
                plan: Plan) -> None:
@@ -5414,9 +4373,52 @@ def end_of_steps(world: World, trainer: Trainer, watch: FiniteWatch, step: int) 
 def training_reports(run: Run, trainer: Trainer, trained: Trained) -> None:
     """What was idle in training, into the log, after the weights are saved."""
     with run.guarded("the report on parameters without gradients"):
-        untouched = trainer.optimiser.never_trained() if trained.facts["steps"] else []
+        untouched = never_trained(trainer.optimiser) if trained.facts["steps"] else []
         if untouched:
             run.log("never_trained", parameters=untouched)
+
+
+def never_trained(optimiser: Optimiser) -> list[str]:
+    """Parameters, or rows, that no gradient reached: their moment is still 0."""
+    touched = {}
+    for p, buf in zip(optimiser.banks, optimiser.momentum):
+        touched[p] = optimiser.gather(buf.flatten(1).any(1).byte())()[:len(p)]
+    for p in optimiser.small:
+        moment = optimiser.adam.state[p]["exp_avg_sq"]
+        touched[p] = moment.flatten() if p.dim() < 2 else moment.flatten(1).any(1)
+    # parameters that are in no optimiser at all, then those with rows that never moved
+    untouched = [name for p, name in optimiser.names.items() if p not in touched]
+    for p, rows in touched.items():
+        idle = (rows == 0).nonzero().flatten().tolist()
+        if len(idle) == len(rows) > 0:
+            untouched.append(optimiser.names[p])
+        elif idle:
+            some = f"{len(idle)} of {len(rows)} rows, the first {idle[:20]}"
+            untouched.append(f"{optimiser.names[p]} {some}")
+    return untouched
+
+
+class StepTimes:
+    """Where the time of some steps of a training goes."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.to_measure = [0.1, 0.5, 0.9]              # shares of training whose next step is timed
+        self.parts: dict[str, float] | None = None     # on a measured step: ms by part
+
+    def measure(self, progress: float) -> None:
+        """Make the next step a measured one, when it is time."""
+        if self.to_measure and progress >= self.to_measure[0]:
+            self.to_measure = [share for share in self.to_measure if share > progress]
+            sync(self.world.device)
+            self.parts, self.stopwatch = {}, Clock()
+
+    def charge(self, part: str) -> None:
+        """On a measured step: charge the ms since the last call to this part."""
+        if self.parts is not None:
+            sync(self.world.device)
+            self.parts[part] = self.parts.get(part, 0.0) + 1e3 * self.stopwatch.elapsed()
+            self.stopwatch = Clock()
 
 
 # --- averages beside training
@@ -5649,6 +4651,22 @@ def go_on_from(state: Mapping[str, Any], trainer: Trainer, curriculum: Curriculu
     return state["step"]
 
 
+@torch.no_grad()
+def restore_tensors(own: Mapping[str, Any], adam: torch.optim.Optimizer,
+                    state: Mapping[str, Any]) -> None:
+    """Copy a checkpoint's state into own, a Trainer's tensors(), and its AdamW."""
+    try:
+        for part in ("weights", "average"):
+            for name, tensor in own[part].items():
+                tensor.copy_(state[part][name])
+        for buf, saved in zip(own["momentum"], state["momentum"], strict=True):
+            buf.copy_(saved)
+        adam.load_state_dict(state["adam"])
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"the checkpoint does not fit this model ({type(error).__name__}: "
+                        f"{plain(error, 100)}): start anew without RESUME") from error
+
+
 # --- files of weights
 
 SEAL = b"blake2b:"     # then 64 hexadecimal digits: the comment that ends a sealed archive
@@ -5739,6 +4757,22 @@ def take_over(s: Settings, run: Run, facts: Mapping) -> Clock:
     return clock
 
 
+@torch.no_grad()
+def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str,
+                 names: Callable = matrix_views) -> None:
+    """Copy weights, named as by `names`, into the model; UserError unless they fit."""
+    views = names({n: p.data for n, p in model.named_parameters()})
+    wrong = sorted(set(views) ^ set(weights))
+    if not wrong:
+        wrong = [n for n in views if views[n].shape != weights[n].shape]
+    if wrong:
+        raise UserError(f"{origin} does not fit the settings' model: "
+                        f"{len(wrong)} tensors differ ({', '.join(wrong[:3])}…); "
+                        "use the settings it was made with")
+    for name, view in views.items():
+        view.copy_(weights[name])
+
+
 # --- the artifact, its verdict and its scores
 
 def check_budget(run: Run, what: str, seconds: float, name: str, setting: float) -> None:
@@ -5820,7 +4854,7 @@ def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) 
     with clock.exclude():
         run.save_summary()
         with run.guarded(f"the profiles of {stage}"):
-            for profile in ledger.profiles():
+            for profile in profiles(ledger):
                 run.log("profile", quiet=True, stage=stage, **profile)
 
 
@@ -5859,6 +4893,69 @@ def closing_block(run: Run) -> None:
     keys = ("val_bpb", "sliding_val_bpb", "quantized_val_bpb", "total_bytes", "steps",
             "train_seconds", "eval_seconds", "tokens_scored", "seed")
     run.log("final", **{k: summary[k] for k in keys if k in summary})
+
+
+PROFILE_EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def amounts_between(ledger: Ledger, cuts: np.ndarray) -> dict[str, np.ndarray]:
+    """Targets, bytes and nats (n, m) from one of n rows' input positions (n, m + 1)
+    to the next."""
+    amounts = {"tokens": np.diff(cuts)}
+    for name, values in (("bytes", ledger.val.target_bytes), ("nats", ledger.total)):
+        before = np.append(0, values.cumsum())
+        amounts[name] = np.diff(before[cuts])
+    return amounts
+
+
+def profiles(ledger: Ledger) -> Iterator[dict]:
+    """Of closed books: sums by position in a document, and by a document's length."""
+    start, length = ledger.val.documents.start, ledger.val.documents.length - 1
+    edges = [*PROFILE_EDGES, 1 << 62]
+    cuts = start[:, None] + np.minimum(length[:, None], edges)
+    amounts = amounts_between(ledger, cuts)       # each (documents, buckets)
+    buckets = len(PROFILE_EDGES)
+    bucket = np.searchsorted(PROFILE_EDGES, length, "right") - 1     # of the whole document
+    reached = amounts["tokens"] > 0
+    holding = np.bincount(bucket[length > 0], minlength=buckets)
+    by_position = {"documents": reached.sum(0).tolist()}
+    by_length = {"documents": holding.tolist()}
+    for name, x in amounts.items():
+        whole = x.sum(1)
+        by_position[name] = x.sum(0).tolist()
+        by_length[name] = [whole[bucket == i].sum().item() for i in range(buckets)]
+    yield {"by": "position", "edges": PROFILE_EDGES, **by_position}
+    yield {"by": "length", "edges": PROFILE_EDGES, **by_length}
+
+
+def log_train_end(s: Settings, run: Run, facts: dict, epochs: float) -> None:
+    """Length and speed of a training, into log and summary."""
+    steps, step_ms = facts["steps"], facts["step_ms"]
+    run.log("train_end", steps=steps, seconds=facts["train_seconds"], step_ms=step_ms,
+            epochs=epochs, tokens=steps * s.train_batch_tokens)
+    run.summary.update(steps=steps, step_ms=step_ms, stopped=facts["stopped"] or None)
+
+
+def log_adaptation(s: Settings, run: Run, val: Validation, clock: Clock) -> None:
+    """What adapts to what, into the log."""
+    lengths = val.documents.length
+    *phases, _ = ttt_rounds(s, lengths)
+    steps = sum(len(phase_steps(s, int(lengths[phase.train_on].sum()))) for phase in phases)
+    learn_from = "none, no step is taken"
+    if steps:
+        which = {"stream": "first", "length": "longest"}[s.ttt_doc_order]
+        learn_from = f"the {which} {len(phases[-1].train_on):,} documents"
+    hints = 0 if val.hints is None else len(val.hints.at)
+    run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
+            base_weights_learn_from=learn_from, base_weight_steps=steps, ngram_hints=hints,
+            elapsed=clock.elapsed())
+    ignored = set(s.changed()) & {"TTT_LORA_LR", "TTT_LOCAL_LR_MULT"}
+    if s.ttt_step_share and s.ttt_lora_lr and ignored:
+        why = f"TTT_STEP_SHARE={s.ttt_step_share:g} sets each step's rate: set it to 0 for a fixed one"
+        run.log("settings_without_effect", **dict.fromkeys(sorted(ignored), why))
+    if s.phased_ttt_prefix_docs and len(phases) < s.phased_ttt_num_phases:
+        few = f"{len(lengths):,} documents make {len(phases)} phases of {s.phased_ttt_num_phases}"
+        run.log("settings_without_effect", PHASED_TTT_NUM_PHASES=few)
 
 
 # --- the end of a process
@@ -5952,6 +5049,30 @@ def read_shard(path: Path) -> np.ndarray:
     if fault:
         raise UserError(f"{path} {fault}; {AGAIN}")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
+
+
+def default_shards(s: Settings) -> Path:
+    """Without DATA_PATH: the folder that data/fetch.py makes, else the field's place for
+    it."""
+    folder, name = Path(s.data_dir), f"sp{s.vocab_size}"
+    fetched = folder / (f"{name}_caseops" if s.caseops_enabled else name)
+    if fetched.is_dir():
+        return fetched
+    if not s.caseops_enabled:
+        return folder / "datasets" / f"fineweb10B_{name}"
+    return (folder / f"datasets/fineweb10B_{name}_caseops/datasets/datasets"
+            / f"fineweb10B_{name}_lossless_caps_caseops_v1_reserved")
+
+
+def default_tokenizer(s: Settings) -> Path:
+    """Without TOKENIZER_PATH: the one beside the shards, else the field's place for it."""
+    beside, folder, v = s.shards / "tokenizer.model", Path(s.data_dir), s.vocab_size
+    if beside.is_file():
+        return beside
+    if not s.caseops_enabled:
+        return folder / "tokenizers" / f"fineweb_{v}_bpe.model"
+    return (folder / f"datasets/fineweb10B_sp{v}_caseops/datasets/tokenizers"
+            / f"fineweb_{v}_bpe_lossless_caps_caseops_v1_reserved.model")
 
 
 def list_shards(folder: Path, kind: str) -> list[Path]:
@@ -6119,6 +5240,25 @@ def packed_batch(tokens: np.ndarray, max_len: int) -> Batch:
     bos = np.flatnonzero(tokens[:-1] == BOS)
     bounds, longest = segment_bounds(bos, len(tokens) - 1, max_len)
     return Batch(t[None, :-1], t[None, 1:], torch.from_numpy(bounds), longest, max_len, tokens)
+
+
+def pieces(batch: Batch, most: int) -> Iterator[Batch]:
+    """Inputs of a batch, at most `most` tokens each: rows, or a packed row cut at
+    segments, if it can be where documents begin: then nothing is lost."""
+    cu, begin, total = batch.cu_seqlens, 0, batch.x.size(1)
+    if cu is None:
+        for x in batch.x.split(max(1, most // total)):
+            yield Batch(x, x, None, total)
+        return
+    bounds = cu.unique().tolist()
+    while begin < total:
+        later = [b for b in bounds if b > begin]
+        near = [b for b in later if b <= begin + most] or later[:1]
+        documents = [b for b in near if b == total or batch.x[0, b] == BOS]
+        end = max(documents or near)
+        x = batch.x[:, begin:end]
+        yield Batch(x, x, cu[(cu >= begin) & (cu <= end)] - begin, batch.max_seqlen)
+        begin = end
 
 
 class Stream:
@@ -7896,6 +7036,41 @@ def read_calibration(streams: Mapping[str, bytes]) -> Tensor | None:
     return raw
 
 
+def stored_shape(s: Settings, shape: Sequence[int], letters: str) -> tuple[int, ...]:
+    """A tensor's shape by letters: a weight's R and C, its factors' rank k, the
+    groups g of their values. ValueError where only a matrix has such."""
+    if letters == "all":
+        return tuple(shape)
+    rows, columns = shape
+    rank = min(s.lqer_rank, rows, columns)
+    groups = rank * columns // s.lqer_asym_group
+    sizes = {"R": rows, "C": columns, "k": rank, "g": groups, "1": 1}
+    return tuple(sizes[letter] for letter in letters)
+
+
+def stored_tensors(s: Settings, forms: Mapping[str, str]) -> dict[str, dict[str, tuple]]:
+    """{stream: {tensor: shape}} in the file's order; ValueError for other weights."""
+    streams: dict[str, dict] = {CODE_STREAM: {}, HALF_STREAM: {}, BYTE_STREAM: {}}
+    views = blank_views(s)
+    if set(forms) != set(views):
+        raise ValueError(f"other tensors: {sorted(set(forms) ^ set(views))[:3]}")
+    for name, w in views.items():
+        parts = forms[name].split("+")
+        if len(set(parts)) < len(parts):
+            raise ValueError(f"{name} as {forms[name]}")
+        for form in parts:
+            storage = STORAGE[form]
+            for key, (_, stream, letters) in zip(storage.keys(name), storage.tensors):
+                streams[stream][key] = stored_shape(s, w.shape, letters)
+    return streams
+
+
+def blank_views(s: Settings) -> dict[str, Tensor]:
+    """The model's weights as they are named in files, without memory."""
+    shapes = GPT.shapes(s)
+    return matrix_views({n: torch.empty(shapes[n], device="meta") for n in shapes})
+
+
 # --- the script as it is shipped
 
 def self_extracting(source: bytes) -> bytes:
@@ -7988,10 +7163,40 @@ FIRST_OVERHEAD = 0.001       # share of the size beyond its estimate; then the l
 SLOWEST_TRY = 1.2            # a try's time, by that of the one before
 HALF_BYTES = 1.7   # of a float16 number in the file; measured on the demo: 1.69
 GUESSED = 0.93     # what guesses leave of an embedding's codes; measured: 0.92, 0.94
+DEVIATION_BINS = 256   # of rows and of columns: eighths of an octave around 1
+
+
+def code_deviations(quantiser: Quantiser) -> np.ndarray:
+    """deviations_of summed over all matrices of all ranks."""
+    counts = np.zeros(2 * DEVIATION_BINS - 1)
+    for name in quantiser.own:
+        counts = counts + deviations_of(quantiser, name)
+    return sum(quantiser.world.gather(counts))
+
+
+def deviations_of(quantiser: Quantiser, name: str) -> np.ndarray:
+    """How many codes of a matrix have which deviation at base step 1: counts by eighths of an
+    octave. The middle one is an eighth below 1: size forecasts err upwards."""
+    w = quantiser.weights[name].float() / quantiser.columns_of(name)
+    rows = quantiser.planned_rows(name).to(w.device)[:, None]
+    power = (w / rows.clamp_min(1e-30)).square().clamp_max(1e30)
+    power = power.masked_fill(rows == 0, 0)
+    row_counts = count_levels(power.mean(1))
+    column_counts = count_levels(power.mean(0) / power.mean().clamp_min(1e-20))
+    # taken as a row's times a column's: logarithms add, so their counts convolve
+    return np.convolve(row_counts, column_counts)
+
+
+def count_levels(power: Tensor) -> np.ndarray:
+    """Counts (DEVIATION_BINS) of mean squares (N) by deviation, in eighths of an
+    octave; bin DEVIATION_BINS // 2 is 1."""
+    level = (OCTAVE / 2 * power.clamp_min(1e-20).log2()).round() + DEVIATION_BINS // 2
+    level = level.clamp(0, DEVIATION_BINS - 1).int()
+    return level.bincount(minlength=DEVIATION_BINS).cpu().numpy()
 
 
 def estimate_bytes(deviations: Array, base_step: float = 1.0) -> float:
-    """Bytes of codes of these deviations (see Quantiser), coded as Gaussians."""
+    """Bytes of codes of these deviations (see deviations_of), coded as Gaussians."""
     level = np.arange(len(deviations)) - len(deviations) // 2
     octave = level / OCTAVE - math.log2(base_step)
     sigma = np.exp2(np.minimum(octave, math.log2(LARGEST_DEVIATION)))
@@ -8337,6 +7542,29 @@ def tilted_losses(s: Settings, losses: Callable, ids: Tensor, targets: Tensor,
     hint, confidence = hints.find(at, ids.device)
     every = losses(ids, torch.cat((targets[None], hint)))
     return every[0], tilt(s, every.detach(), targets, hint, confidence)
+
+
+# --- what followed like hidden states in the same document
+
+MOST_OF_CACHE = 0.6     # largest weight of earlier places beside the model's own probability
+
+
+@torch.no_grad()
+def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
+    """Losses (B, T) once the model's probability p is mixed with what earlier places
+    of the document say. Place i says the token that came after it, with weight a_i =
+    exp(TTT_CACHE_THETA (cos(h_i, h_t) - 1)); all together count w =
+    min(MOST_OF_CACHE, TTT_CACHE_LAMBDA max a_i): (1 - w) p + w sum(a_i [i's token is
+    the target]) / sum(a_i), which sums to 1 over the vocabulary."""
+    past, said = cache.new[cache.STATES]
+    h, targets = (x[:, -losses.size(1):] for x in (past, said))
+    place = torch.arange(past.size(1), device=h.device)
+    earlier = place < place[-h.size(1):, None]      # what came after t itself is the target
+    a = torch.exp(s.ttt_cache_theta * (h.float() @ past.float().mT - 1)) * earlier
+    agrees = said[:, None] == targets[..., None]
+    chance = (a * agrees).sum(-1) / a.sum(-1).clamp(min=1e-30)
+    w = (s.ttt_cache_lambda * a.amax(-1)).clamp(max=MOST_OF_CACHE)
+    return -torch.log((1 - w) * torch.exp(-losses) + w * chance)
 
 
 # ============================================================================================================
@@ -9021,6 +8249,24 @@ def listed_gpus() -> int:
 
 # --- the rehearsal: what follows training, before the first step
 
+def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
+    """Seconds of the budget kept for quantising and packing, and a warning or "". As
+    rehearsed, but at most half: a slow machine still trains, and reports the overrun.
+    At least what is asked for; the field's commands ask for too little."""
+    budget = s.max_wallclock_seconds
+    if not budget:
+        return 0.0, ""
+    auto = s.gptq_reserve_seconds == "auto"
+    asked = 0.0 if auto else float(s.gptq_reserve_seconds)
+    kept = max(asked, min(rehearsed, budget / 2))
+    need = f"quantising and packing were rehearsed in {rehearsed:.1f} s: {kept:.1f} s are kept"
+    if kept < rehearsed:
+        return kept, f"{need}, for MAX_WALLCLOCK_SECONDS={budget:g} is less than twice that"
+    if auto or asked >= kept:
+        return kept, ""
+    return kept, f"{need}, not GPTQ_RESERVE_SECONDS={asked:g}"
+
+
 def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     """A dry run on random weights of what follows training; the seconds to reserve."""
     begin, model = Clock(), trainer.model
@@ -9076,6 +8322,939 @@ def rehearse_calibration(s: Settings, world: World, model: GPT,
         passes = s.logit_calib_epochs * max(1, s.logit_calib_tokens / few)
         seconds += clock.elapsed() * passes
     return seconds, curvature
+
+
+# ============================================================================================================
+# 15  Rounding: GPTQ and the trellis, column by column
+# ============================================================================================================
+
+# GPTQ (Frantar et al. 2022): columns are rounded in turn, later ones take up the errors.
+
+DAMPING = 0.01            # of a Hessian, as a share of its mean diagonal
+MOST_DAMPING = 100.0      # columns are then all but alone
+SMALLEST_HALVED = 512     # columns of a Hessian that is factored by halves
+
+
+def inverse_factor(h: Tensor) -> Tensor:
+    """Upper U (n, C, C) with U'U = inverse of h, by halves: h = F F', U = inverse of
+    F."""
+    half = h.size(-1) // 2
+    if h.size(-1) < SMALLEST_HALVED:
+        factor = torch.linalg.cholesky(h.flip(-2, -1)).flip(-2, -1)
+        eye = torch.eye(h.size(-1), dtype=h.dtype, device=h.device).expand_as(h)
+        return torch.linalg.solve_triangular(factor, eye, upper=True)
+    u, after = torch.zeros_like(h), inverse_factor(h[:, half:, half:])
+    x = h[:, :half, half:] @ after.mT
+    before = inverse_factor(h[:, :half, :half] - x @ x.mT)
+    u[:, :half, :half] = before
+    u[:, half:, half:] = after
+    u[:, :half, half:] = -(before @ x) @ after
+    return u
+
+
+def hessian_factor(h: Tensor, damp: float = DAMPING,
+                   falling: bool = True) -> tuple[Tensor, ...]:
+    """For H (n, C, C), damped by a share of its mean diagonal: the columns' order (by
+    falling diagonal, or as they are), upper U with U'U = inverse of H in that order,
+    the dead columns, and the U_jj of the falling order: the inverse deviation of a
+    column's input given those after it. float64 on a GPU: float32 may be TF32."""
+    h = h.double() if h.is_cuda else h.clone()
+    diag = h.diagonal(dim1=-2, dim2=-1)          # a view: writing it writes h
+    dead = diag == 0
+    diag[dead] = 1
+    diag += damp * diag.mean(dim=-1, keepdim=True)
+    order = diag.argsort(dim=-1, descending=True, stable=True)
+    u = inverse_factor(torch.stack([m[o][:, o] for m, o in zip(h, order)]))
+    ratio = torch.empty_like(diag).scatter_(-1, order, u.diagonal(dim1=-2, dim2=-1))
+    if not falling:
+        u, order = inverse_factor(h), order.sort().values
+    return order, u.float(), dead, ratio.float()
+
+
+def damped_factor(h: Tensor, damp: float = DAMPING,
+                  falling: bool = True) -> tuple[tuple[Tensor, ...], list[float]]:
+    """hessian_factor of h (n, C, C), and each one's damping: ten times more until it
+    can be factored; infinite where nothing helps and the identity stands for it."""
+    try:
+        parts = hessian_factor(h, damp, falling)
+        finite = all(part.isfinite().all() for part in parts)
+        ratio = parts[-1]
+        if finite and ratio.min() > 0:
+            return parts, [damp] * len(h)
+    except torch.linalg.LinAlgError:
+        pass
+    if len(h) > 1:
+        parts, damps = zip(*(damped_factor(m, damp, falling) for m in h.split(1)))
+        return tuple(torch.cat(part) for part in zip(*parts)), sum(damps, [])
+    if damp < MOST_DAMPING:
+        return damped_factor(h, 10 * damp, falling)
+    eye = torch.eye(h.size(-1), dtype=h.dtype, device=h.device)[None]
+    return hessian_factor(eye, 0.0, falling), [math.inf]
+
+
+def share_matrices(weights: Mapping[str, Tensor], names: list[str],
+                   world: World) -> list[str]:
+    """Names of this rank's matrices: those of one Hessian together, costs shared
+    evenly."""
+    groups = list(names_by(input_of, names).values())
+    costs = []
+    for group in groups:
+        columns = weights[group[0]].size(1)
+        rows = sum(len(weights[name]) for name in group)
+        # a row takes C^2 to round, a Hessian C^3 / 3 to factor
+        costs.append((rows + len(group) * columns / 3) * columns ** 2)
+    own = share_out(costs, world.size)[world.rank]
+    return sum((groups[i] for i in sorted(own)), [])
+
+
+def factor_hessians(weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
+                    own: list[str], falling: bool) -> tuple[dict, dict, dict]:
+    """damped_factor of the Hessians of the matrices `own`, all of one width at once, the
+    identity where there is none. By input (order, u, dead); the inverse deviations (C)
+    given the columns that GPTQ rounds later; what was done where damping was not enough."""
+    factors, ratios, damped = {}, {}, {}
+    inputs = names_by(input_of, own)
+    by_width = names_by(lambda key: weights[key].size(1), inputs)
+    for columns, keys in by_width.items():
+        eye = torch.eye(columns, device=weights[keys[0]].device)
+        h = torch.stack([hessians.get(key, eye) for key in keys])
+        (*parts, ratio), damps = damped_factor(h, falling=falling)
+        factors.update(zip(keys, zip(*parts)))
+        ratios.update(zip(keys, ratio))
+        for key, damp in zip(keys, damps):
+            if damp > DAMPING:
+                damped[key] = ("a Hessian that cannot be factored: damping "
+                               f"{damp:g} instead of {DAMPING:g}")
+    return factors, ratios, damped
+
+
+@torch.no_grad()
+def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tensor,
+                   top: int, trellis: bool = False, block: int = 128) -> Tensor:
+    """Codes (n, R, C) int8 within ±top of w under steps (n, R). order (n, C),
+    u (n, C, C), dead (n, C) are hessian_factor's; where columns have steps too, w and
+    u come divided by them."""
+    zero = dead[:, None] | (step == 0)[..., None]
+    w, step = w.masked_fill(zero, 0), step[:, None].clamp_min(1e-30)
+    t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R)
+    # an error e costs (e / diag)^2, and later columns take up feedback times it
+    diag = u.diagonal(dim1=-2, dim2=-1)[..., None]
+    feedback = u / diag
+    codes = torch.empty_like(t, dtype=torch.int8)
+    state = torch.zeros_like(t[:, 0], dtype=torch.long)
+    for begin in range(0, t.size(1), block):
+        end = min(begin + block, t.size(1))
+        x, inner = t[:, begin:end], feedback[:, begin:end, begin:end]
+        if trellis:
+            slope = diag[:, begin:end] ** -2
+            q, error, state = trellis_block(x / step, inner, slope, state)
+            error *= step
+        else:
+            q, error = plain_block(x, step, inner, top)
+        codes[:, begin:end] = q
+        t[:, end:] -= feedback[:, begin:end, end:].mT @ error
+    return torch.stack([c[o].mT for c, o in zip(codes, order.argsort(dim=-1))])
+
+
+def plain_block(t: Tensor, step: Tensor, feedback: Tensor, top: int,
+                tile: int = 16) -> tuple[Tensor, Tensor]:
+    """Round columns t (n, C, R), which is used up, in turn: (codes, errors)."""
+    codes, error = torch.empty_like(t), torch.empty_like(t)
+    for left in range(0, t.size(1), tile):
+        right = min(left + tile, t.size(1))
+        for j in range(left, right):
+            column = t[:, j:j + 1]
+            q = (column / step).round().clamp_(-top, top)
+            e = column - q * step
+            codes[:, j:j + 1] = q
+            error[:, j:j + 1] = e
+            t[:, j + 1:right] -= feedback[:, j, j + 1:right, None] * e
+        t[:, right:] -= feedback[:, left:right, right:].mT @ error[:, left:right]
+    return codes, error
+
+
+# Trellis-coded quantisation (Marcellin and Fischer 1990), Ungerboeck's 8 states. In state s a code k
+# means k + (s & 1) / 2 steps, and its parity chooses the next state: a row's path sees a grid of half
+# steps at the rate of whole ones.
+TRELLIS = np.array([                  # next state, of an even and of an odd code
+    [0, 2], [5, 7], [1, 3], [4, 6], [2, 0], [7, 5], [3, 1], [6, 4]], np.uint8)
+# two edges into every state: (edge, state before or parity, state)
+ARRIVALS = np.stack([np.argwhere(TRELLIS == state) for state in range(8)], axis=-1)
+
+
+def half_steps(codes: np.ndarray) -> np.ndarray:
+    """Which of the codes (R, C) stand half a step higher: rows start in state 0."""
+    return state_bits(np.ascontiguousarray(codes.T)).T
+
+
+class Arrival(NamedTuple):
+    """The best path into every state, (n, 8, R) each: its whole cost, its last code
+    and error, in steps, and the state before."""
+    cost: Tensor
+    code: Tensor
+    error: Tensor
+    parent: Tensor
+
+
+def trellis_edges(like: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The two edges into every state: the state before (8), the half step there
+    (8, 1) and half the code's parity (8, 1)."""
+    edges = []
+    for source, parity in torch.from_numpy(ARRIVALS).to(like.device):
+        half, odd = ((x.to(like.dtype) / 2)[:, None] for x in (source & 1, parity))
+        edges.append((source, half, odd))
+    return edges
+
+
+def trellis_block(t: Tensor, feedback: Tensor, slope: Tensor, state: Tensor,
+                  tile: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    """The cheapest path through columns t (n, C, R), in steps, from state (n, R):
+    (codes, errors, end state). slope (n, C, 1): cost of a squared error. Each state
+    keeps its best path, and what that path's feedback made of later columns."""
+    edges = trellis_edges(t)
+    cost = torch.full((t.size(0), 8, t.size(2)), torch.inf, device=t.device)
+    cost.scatter_(1, state[:, None], 0)
+    rest = t[:, :, None].expand(-1, -1, 8, -1)          # (n, C, 8, R)
+    tiles = []
+    for left in range(0, t.size(1), tile):
+        right = min(left + tile, t.size(1))
+        x, path = rest[:, :tile], []
+        for j in range(left, right):
+            arrival = extend_survivors(edges, x[:, 0], cost, slope[:, j, None])
+            path.append(arrival)
+            cost = arrival.cost
+            x = of_parents(x[:, 1:], arrival.parent)
+            x -= feedback[:, j, j + 1:right, None, None] * arrival.error[:, None]
+        codes, errors, start = trace_back(path)
+        tiles.append((codes, errors, start))
+        rest = of_parents(rest[:, tile:], start)
+        passed_on = feedback[:, left:right, right:].mT @ errors.flatten(2)
+        rest = rest - passed_on.view_as(rest)
+    end = cost.argmin(1, keepdim=True)
+    codes, errors = join_tiles(tiles, end)
+    return codes, errors, end[:, 0]
+
+
+def extend_survivors(edges: Sequence[tuple], column: Tensor, cost: Tensor,
+                     slope: Tensor) -> Arrival:
+    """The cheaper of the two edges into every state, through a column (n, 8, R) as
+    each state's path left it, after costs (n, 8, R)."""
+    arrivals = []
+    for source, half, odd in edges:
+        y = column.index_select(1, source) - half
+        pair = (y / 2 - odd).round_().clamp_(-TOP_CODE // 2, TOP_CODE // 2 - 1)
+        code = pair.add_(odd).mul_(2)      # of this edge's parity
+        error = y - code
+        total = torch.addcmul(cost[:, source], error, error * slope)
+        arrivals.append(Arrival(total, code, error, source[:, None]))
+    first, second = arrivals
+    better = second.cost < first.cost
+    return Arrival(*(torch.where(better, b, a) for a, b in zip(first, second)))
+
+
+def of_parents(columns: Tensor, parent: Tensor) -> Tensor:
+    """Columns (n, C, 8, R) as the states' parents (n, 8, R) hold them."""
+    return columns.gather(2, parent[:, None].expand_as(columns))
+
+
+def trace_back(path: Sequence[Arrival]) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and errors (n, tile, 8, R) of the paths that end in each state, and the
+    states (n, 8, R) where they began."""
+    states = torch.arange(8, device=path[0].cost.device)
+    at = states[:, None].expand_as(path[0].cost)
+    codes, errors = [], []
+    for arrival in reversed(path):
+        codes.append(arrival.code.gather(1, at))
+        errors.append(arrival.error.gather(1, at))
+        at = arrival.parent.gather(1, at)
+    return torch.stack(codes[::-1], 1), torch.stack(errors[::-1], 1), at
+
+
+def join_tiles(tiles: Sequence[tuple[Tensor, Tensor, Tensor]],
+               end: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and errors (n, C, R) of the one path that ends in states `end`
+    (n, 1, R), from trace_back's of every tile."""
+    codes, errors, at = [], [], end
+    for tile_codes, tile_errors, start in reversed(tiles):
+        pick = at[:, None].expand(-1, tile_codes.size(1), -1, -1)
+        codes.append(tile_codes.gather(2, pick)[:, :, 0])
+        errors.append(tile_errors.gather(2, pick)[:, :, 0])
+        at = start.gather(1, at)
+    return torch.cat(codes[::-1], 1), torch.cat(errors[::-1], 1)
+
+
+# ============================================================================================================
+# 16  Quantising as the records do: steps by hand, finer columns, low-rank repair, calibrated logits
+# ============================================================================================================
+
+# --- what is stored: steps of rows as float16, finer codes in marked columns, low-rank repairs
+
+for bits in range(2, 9):
+    STORAGE[f"gptq (int{bits})"] = Storage(
+        (CODES, (".scale", HALF_STREAM, "R")),
+        lambda w, base, codes, steps: by_rows(codes, steps))
+    STORAGE[f"awqgrpint{bits}"] = Storage(
+        (CODES, (".awqg_s_hi", HALF_STREAM, "R"), (".awqg_fine", BYTE_STREAM, "C")),
+        lambda w, base, codes, steps, fine:
+            torch.where(fine != 0, by_rows(codes, steps), w))
+STORAGE["lqer_asym"] = Storage(
+    ((".lqA_a", BYTE_STREAM, "Rk"), (".lqAs_a", HALF_STREAM, "1"),
+     (".lqB_a", BYTE_STREAM, "kC"), (".lqBs_a", HALF_STREAM, "g")),
+    lambda w, base, *tensors: w + torch.matmul(*asym_values(*tensors)))
+STORAGE["lqer"] = Storage(
+    ((".lqA", BYTE_STREAM, "Rk"), (".lqAs", HALF_STREAM, "R"),
+     (".lqB", BYTE_STREAM, "kC"), (".lqBs", HALF_STREAM, "k")),
+    lambda w, base, a, sa, b, sb: w + by_rows(a, sa) @ by_rows(b, sb))
+
+
+# --- steps by hand
+
+def precision_by_hand(s: Settings, name: str) -> Precision:
+    """Bits and range of a matrix by its kind."""
+    bits, clip_sigmas = s.matrix_bits, s.matrix_clip_sigmas
+    if name in EMBEDDINGS:
+        bits, clip_sigmas = s.embed_bits, s.embed_clip_sigmas
+    elif ".mlp." in name:
+        clip_sigmas = s.mlp_clip_sigmas
+    elif ".attn." in name:
+        clip_sigmas = s.attn_clip_sigmas
+    return Precision(f"gptq (int{bits})", bits, clip_sigmas)
+
+
+def row_scales(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
+    """fp16 step of every row of w (…, R, C): clip_sigmas deviations span the codes.
+    As published, 0 for a row without spread."""
+    return to_half(clip_sigmas * w.float().std(dim=-1) / (2 ** (bits - 1) - 1))
+
+
+def row_steps(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
+    """row_scales, but a row without spread has its largest magnitude as step."""
+    step = row_scales(w, bits, clip_sigmas)
+    return torch.where(step > 0, step, to_half(w.abs().amax(dim=-1)))
+
+
+class RecordQuantiser(Quantiser):
+    """Steps by hand (QUANT_ALLOCATION=hand), finer codes in some columns, and low-rank
+    repair. Seams: round_by_hand, to_repair, pack_factors."""
+
+    @property
+    def by_hand(self) -> bool:
+        return self.s.quant_allocation == "hand"
+
+    def allocate(self, fisher: Mapping[str, Tensor],
+                 ratios: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {} if self.by_hand else super().allocate(fisher, ratios)
+
+    def columns_of(self, name: str) -> Tensor:
+        """By hand all columns are alike."""
+        if not self.by_hand:
+            return super().columns_of(name)
+        w = self.weights[name]
+        return torch.ones(w.size(1), device=w.device)
+
+    def stored_columns(self, name: str) -> list[Tensor]:
+        return [] if self.by_hand else super().stored_columns(name)
+
+    def rows_of(self, name: str, base_step: float) -> Tensor:
+        """By hand fp16 steps."""
+        if not self.by_hand:
+            return super().rows_of(name, base_step)
+        precision = self.precision[name]
+        return row_steps(self.weights[name].float(), precision.bits,
+                         precision.clip_sigmas * base_step)
+
+    def planned_rows(self, name: str) -> Tensor:
+        return self.rows_of(name, 1.0).float() if self.by_hand else super().planned_rows(name)
+
+    def finest_step(self) -> float:
+        """By hand 1: the settings' steps."""
+        return 1.0 if self.by_hand else super().finest_step()
+
+    @torch.no_grad()
+    def __call__(self, base_step: float = 1.0) -> Quantised:
+        q = super().__call__(base_step)
+        if self.by_hand:
+            q.base_step = 1.0      # it is in the rows' steps
+        if self.s.awq_lite_enabled:
+            self.protect(q, base_step)
+        if self.s.lqer_enabled:
+            self.repair(q)
+        return q
+
+    def round(self, names: list[str], base_step: float) -> tuple[Tensor, Tensor]:
+        if not self.by_hand:
+            return super().round(names, base_step)
+        w, rows, *factors = self.stacked(names, base_step)
+        return self.round_by_hand(w, rows, factors, self.precision[names[0]].bits, base_step)
+
+    def round_by_hand(self, w: Tensor, rows: Tensor, factors: Sequence[Tensor], bits: int,
+                      base_step: float) -> tuple[Tensor, Tensor]:
+        """Codes of w (n, R, C), and the steps rows (n, R) that settings gave."""
+        return round_in_order(w, rows.float(), *factors, 2 ** (bits - 1) - 1), rows
+
+    def protect(self, q: Quantised, base_step: float) -> None:
+        """AWQ-lite: groups of columns with the highest scores get AWQ_LITE_BITS."""
+        s, weights = self.s, self.weights
+        size, high_bits = s.awq_lite_group_size, s.awq_lite_bits
+        groups = []      # (score, matrix, first column)
+        for name in self.names:
+            h = self.hessians.get(input_of(name))
+            if h is not None and self.precision[name].bits < high_bits:
+                scores = group_scores(weights[name], input_rms(s, name, h), size)
+                for i, score in enumerate(scores.tolist()):
+                    groups.append((score, name, i * size))
+        groups.sort(key=lambda group: -group[0])
+        # (C) int8: 1 in the columns that are chosen
+        fine: dict[str, Tensor] = {}
+        for _, name, begin in groups[:s.awq_lite_group_top_k]:
+            columns = torch.zeros(weights[name].size(1), dtype=torch.int8)
+            fine.setdefault(name, columns)[begin:begin + size] = 1
+        for name, chosen in fine.items():
+            w, precision = weights[name].float(), self.precision[name]
+            high = row_steps(w, high_bits, precision.clip_sigmas * base_step)
+            steps = q.tensors[name + ".scale"].to(w.device), high
+            h, bits = self.hessians[input_of(name)], (precision.bits, high_bits)
+            codes = gptq_protected(w, h, steps, bits, chosen)
+            q.add(name, f"awqgrpint{high_bits}", [codes, high, chosen])
+
+    def repair(self, q: Quantised) -> None:
+        """LQER: low-rank factors for matrices with the largest rounding errors."""
+        decoded, errors = dequantise(q), {}
+        for name in self.names:
+            w = self.weights[name]
+            errors[name] = w.float() - decoded[name].to(w.device)
+        for name in self.to_repair(errors):
+            q.add(name, *self.pack_factors(*low_rank(errors[name], self.s.lqer_rank)))
+
+    def to_repair(self, errors: Mapping[str, Tensor]) -> list[str]:
+        """The LQER_TOP_K matrices of the largest errors (R, C)."""
+        sizes = {name: error.norm().item() for name, error in errors.items()}
+        largest = sorted(sizes, key=lambda name: -sizes[name])
+        return [name for name in largest[:self.s.lqer_top_k] if sizes[name] > 0]
+
+    def pack_factors(self, a: Tensor, b: Tensor) -> tuple[str, Sequence[Tensor]]:
+        """Form and tensors of the factors a (R, k), b (k, C) of a matrix: asymmetric
+        where b falls into whole groups of LQER_ASYM_GROUP values."""
+        group = self.s.lqer_asym_group
+        if b.numel() % group:
+            return symmetric_factors(a, b)
+        return "lqer_asym", lqer_asym(*asym_signs(a, b, group), group)
+
+
+Quantiser = RecordQuantiser
+
+
+# --- finer codes for the columns that matter most: AWQ-lite
+
+def input_rms(s: Settings, name: str, h: Tensor, tokens: int = 1) -> Tensor:
+    """rms (C) of a matrix's input, from its Hessian: a mean over so many tokens."""
+    slots = sum(layer_plan(s, True), ())
+    visits = slots.count(int(name.split(".")[1])) if name.startswith("blocks.") else 1
+    return (h.diagonal() / (visits * tokens)).sqrt()
+
+
+def group_scores(w: Tensor, rms: Tensor, size: int) -> Tensor:
+    """rms of input · mean |w|, of each whole group of columns of w (R, C)."""
+    score = rms * w.float().abs().mean(dim=0)
+    whole = len(rms) // size * size
+    return score[:whole].view(-1, size).sum(dim=1)
+
+
+@torch.no_grad()
+def gptq_protected(w: Tensor, h: Tensor, steps: tuple[Tensor, Tensor],
+                   bits: tuple[int, int], fine: Tensor) -> Tensor:
+    """GPTQ's codes (R, C) int8 of one matrix, with the second steps and bits in the
+    columns `fine` (C)."""
+    order, u, dead, _ = (part[0] for part in damped_factor(h.float()[None])[0])
+    w = w.float().masked_fill(dead | (steps[0] == 0)[:, None], 0)
+    t, codes = w[:, order].mT.contiguous(), torch.empty_like(w.mT)
+    for j, column in enumerate(order.tolist()):
+        kind = int(fine[column])
+        step, top = steps[kind].float().clamp_min(1e-30), 2 ** (bits[kind] - 1) - 1
+        q = (t[j] / step).round().clamp_(-top, top)
+        codes[column] = q
+        t[j + 1:] -= (u[j, j + 1:] / u[j, j])[:, None] * (t[j] - q * step)
+    return codes.mT.to(torch.int8).contiguous()
+
+
+# --- low-rank repair of rounding errors: LQER
+
+@torch.no_grad()
+def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best a (R, k) = U S, b (k, C) = V' of an error matrix, by the smaller Gram
+    matrix. The sign of a pair is a rule, not LAPACK's: a column's largest number is
+    negative."""
+    e = error.double()
+    if e.size(0) < e.size(1):
+        u = torch.linalg.eigh(e @ e.mT).eigenvectors[:, -rank:].flip(1)
+        b = u.mT @ e
+        length = b.norm(dim=1)
+        a, b = u * length, b / length.clamp_min(1e-300)[:, None]
+    else:
+        v = torch.linalg.eigh(e.mT @ e).eigenvectors[:, -rank:].flip(1)
+        a, b = e @ v, v.mT
+    largest = a.gather(0, a.abs().argmax(0, keepdim=True))
+    sign = torch.where(largest > 0, -1.0, 1.0)
+    return (a * sign).float(), (b * sign.mT).float().contiguous()
+
+
+def symmetric_factors(a: Tensor, b: Tensor,
+                      bits: int = 4) -> tuple[str, Sequence[Tensor]]:
+    """Form and tensors of factors with one step for each of their rows."""
+    return "lqer", (*quantise_rows(a, bits), *quantise_rows(b, bits))
+
+
+def lqer_asym(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, ...]:
+    """a (R, k) in 2 bits, one step; b (k, C) in 4, a step per `group` values. Codes
+    reach from -2 to 1 and from -8 to 7: the largest number is half way between."""
+    scale_a = to_half(a.float().abs().amax() / 1.5)[None]
+    flat = b.float().reshape(-1, group)
+    scale_b = to_half(flat.abs().amax(dim=1) / 7.5)
+    qb = divide_round(flat, scale_b[:, None], -8, 7).view(b.shape)
+    return divide_round(a, scale_a, -2, 1), scale_a, qb, scale_b
+
+
+def asym_values(qa: Tensor, sa: Tensor, qb: Tensor,
+                sb: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors (R, k), (k, C) float32 that these codes and steps stand for."""
+    b = qb.float().view(len(sb), -1) * sb.float()[:, None]
+    return qa * sa.float(), b.view(qb.shape)
+
+
+def asym_signs(a: Tensor, b: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Factors a (R, k), b (k, C), each pair with the sign that lqer_asym stores with
+    the smaller error: its codes reach further down than up."""
+    costs = []
+    for sign in (1, -1):
+        stored = asym_values(*lqer_asym(sign * a, sign * b, group))
+        x, y = (part.double() for part in stored)
+        # the true pair's part in the stored one
+        shared = (x * a * sign).sum(0) * (y * b * sign).sum(1)
+        costs.append(x.square().sum(0) * y.square().sum(1) - 2 * shared)
+    sign = torch.where(costs[1] < costs[0], -1.0, 1.0)
+    return a * sign, b * sign[:, None]
+
+
+# --- logit calibration: scaled and shifted by what a token looks like
+
+CATEGORIES = 14                       # of token_categories
+CALIBRATION_STREAM = "calibration"    # in the artifact: 1 + CATEGORIES float32
+CALIBRATION_REACH = 0.5               # most that a category adds to logits
+
+
+@functools.cache
+def token_categories(path: Path, vocab_size: int) -> Tensor:
+    """(V, CATEGORIES) of 0 and 1: length in bytes, leading space, kind of letters."""
+    sp, rows = load_tokenizer(path), []
+    for i in range(vocab_size):
+        nothing = sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
+        piece = "" if nothing else sp.id_to_piece(i)
+        text = chr(int(piece[3:5], 16)) if sp.is_byte(i) else piece.lstrip("\u2581")
+        size = 1 if sp.is_byte(i) else len(text.encode())
+        rows.append([size == 1, size == 2, size == 3, size == 4, 5 <= size <= 8, size >= 9,
+                     piece[:1] == "\u2581",
+                     "\n" in text or "\r" in text,
+                     any(c.isdigit() for c in text),
+                     bool(text) and not any(c.isalnum() or c.isspace() for c in text),
+                     any(c.isalpha() for c in text),
+                     text.islower(),
+                     text.isupper(),
+                     text[:1].isupper() and text[1:].islower()])
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def calibrated_by(s: Settings, raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale () in 0.9…1.1 and bias (V) of capped logits that raw (15) stands for."""
+    bias = token_categories(s.tokenizer, s.vocab_size).to(raw.device) @ raw[1:]
+    return 0.9 + 0.2 * torch.sigmoid(raw[0]), bias
+
+
+def fit_calibration(s: Settings, model: GPT, tokens: np.ndarray) -> tuple[Tensor, Tensor]:
+    """The 15 numbers that serve the model best on training tokens (N,), and the
+    losses. A window scores LOGIT_CALIB_STRIDE tokens, after what fits before."""
+    device, stride = model.tok_emb.device, s.logit_calib_stride
+    losses = []
+    raw = torch.zeros(1 + CATEGORIES, device=device, requires_grad=True)
+    optimiser = torch.optim.AdamW([raw], lr=s.logit_calib_lr, weight_decay=0)
+    total = min(s.logit_calib_tokens, len(tokens) - 1)
+    blocks = np.arange(0, total, stride)
+    batch = s.logit_calib_batch_seqs
+    for i in [*range(0, len(blocks), batch)] * s.logit_calib_epochs:
+        first = blocks[i:i + batch, None]
+        begin = np.maximum(first - s.eval_seq_len + stride, 0)
+        at = begin + np.arange(s.eval_seq_len)
+        scored = (at >= first) & (at < np.minimum(first + stride, total))
+        pairs = tokens[np.minimum(np.stack((at, at + 1)), len(tokens) - 1)]
+        x, y = torch.from_numpy(pairs.astype(np.int64)).to(device)
+        scored = torch.from_numpy(scored).to(device)
+        with torch.no_grad():
+            hidden = model.final_hidden(x, layer_plan(s, True))
+            z = model.logits(hidden[scored])
+        scale, bias = calibrated_by(s, raw)
+        loss = F.cross_entropy(scale * z + bias, y[scored])
+        losses.append(loss)
+        penalty = raw[1:].square().mean() + (scale - 1) ** 2
+        optimiser.zero_grad()
+        (loss + s.logit_calib_l2 * penalty).backward()
+        optimiser.step()
+        with torch.no_grad():
+            raw[1:].clamp_(-CALIBRATION_REACH, CALIBRATION_REACH)
+    return raw.detach(), torch.stack(losses).detach()
+
+
+def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
+    """The artifact with its model's calibration; as it was without room."""
+    values = None
+    if world.main:
+        model = build_model(s, world)
+        artifact = read_artifact(s, blob, ARTIFACT_NAME)
+        load_weights(model, artifact.weights, ARTIFACT_NAME)
+        first = list_shards(s.shards, "train")[0]
+        raw, losses = fit_calibration(s, model, read_shard(first))
+        values = raw.cpu().numpy().astype("<f4").tobytes()
+        run.log("logit_calibration", steps=len(losses),
+                train_loss=losses.mean().item(), values=raw.tolist())
+    header, streams = artifact_from_bytes(blob, ARTIFACT_NAME)
+    streams[CALIBRATION_STREAM] = world.agree(values)
+    whole = artifact_to_bytes(header, streams)
+    script = code_bytes(shipped_form(s)) + LZMA_SLACK
+    if len(whole) + script + MARK_BYTES <= ARTIFACT_LIMIT:
+        return whole
+    run.log("settings_without_effect",
+            LOGIT_CALIB_ENABLED="no room for it in the artifact")
+    return blob
+
+
+# ============================================================================================================
+# 17  Economy: keys that earlier forwards left behind, and a watchdog over the evaluation's budget
+# ============================================================================================================
+
+class KeyCache:
+    """Keys and values that earlier forwards of B documents left behind, cut from
+    their graph: per slot (B, P, K, Dh), oldest first. For the next forward:
+
+        a document's tokens   ... out of sight | seen | suffix | chunk ...
+        kept keys             ... ---------------------------->
+        the forward's inputs                          |-------------->
+
+    It sees `seen` old keys, up to index `end`, and makes those of the suffix anew.
+    position: the document's tokens ahead of its inputs; last (B, 2): the nearest of
+    them. states: final hidden states are kept as well."""
+    STATES = -1      # the slot of states (B, P, D), of length 1, and of tokens after them (B, P)
+
+    def __init__(self, window: int, states: bool = False):
+        self.window = window
+        self.states = states
+        self.new: dict[int, tuple[Tensor, Tensor]] = {}
+        self.sealed: tuple[Tensor, dict] | None = None
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """The next forward sees no keys but its own, as at a document's beginning."""
+        self.position = 0
+        self.seen = 0
+        self.end = 0
+        self.last: Tensor | None = None
+        self.old: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values that a forward's queries may see, its own last."""
+        if slot in self.old:      # cut here: views would need other graphs
+            old_k, old_v = self.old[slot]
+            first = self.end - self.seen
+            k = torch.cat((old_k.narrow(1, first, self.seen), k), dim=1)
+            v = torch.cat((old_v.narrow(1, first, self.seen), v), dim=1)
+        self.new[slot] = (k.detach(), v.detach())
+        return k, v
+
+    def remember(self, hidden: Tensor, tokens: Tensor) -> None:
+        """Keep final hidden states (B, T, D) and the tokens (B, T) that follow them."""
+        self.extend(self.STATES, F.normalize(hidden, dim=-1), tokens)
+
+    def seal(self, ids: Tensor) -> None:
+        """The forward over tokens ids (B, T) was scored: the keys it saw are those to
+        keep."""
+        self.sealed = (ids, self.new)
+        self.new = {}
+
+    def advance(self, chunk: int, suffix: int = 0) -> int:
+        """The chunk is over: the next forward runs the newest `suffix` tokens again, if
+        the window has room for them beside `chunk` new ones. Returns how many it runs
+        again: all where fewer than two keys lie ahead of the suffix, as a document's
+        beginning has a graph already; any other suffix shares one graph."""
+        ids, old = self.sealed
+        self.sealed = None
+        keys = self.seen + ids.size(1)
+        room = self.window - chunk
+        rerun = min(suffix, room)
+        seen = min(keys, room) - rerun
+        if seen < 2:
+            self.begin_again()
+            return min(keys, room)
+        self.slide(ids, rerun)
+        self.old, self.end, self.seen = old, keys - rerun, seen
+        return rerun
+
+    def slide(self, ids: Tensor, rerun: int) -> None:
+        """The next inputs begin `rerun` tokens before the end of the scored ids (B, T)."""
+        self.position += ids.size(1) - rerun
+        text = ids if self.last is None else torch.cat((self.last, ids), dim=1)
+        ahead = text[:, :text.size(1) - rerun]
+        self.last = ahead[:, -2:].contiguous()
+
+    def keep(self, rows: slice) -> None:
+        """Go on with these documents only."""
+        for slot, (k, v) in self.old.items():
+            self.old[slot] = (k[rows].clone(), v[rows].clone())
+        if self.last is not None:
+            self.last = self.last[rows]
+
+
+# --- the watchdog
+
+class Level(NamedTuple):
+    """What the watchdog gives up when the evaluation would outlast its budget; thirds
+    of TTT_SUFFIX that are left."""
+    given_up: str
+    suffix_thirds: int
+
+
+LEVELS = (
+    Level("nothing", 3),
+    Level("further phases on the base weights", 3),
+    Level("phases and two thirds of TTT_SUFFIX", 1),
+    Level("phases and TTT_SUFFIX", 0),
+    Level("phases and adaptation", 0),
+)
+NO_PHASES, NO_ADAPTATION = 1, len(LEVELS) - 1
+WATCH_EVERY = 8             # chunks between two looks at the clock
+
+
+def suffix_at(s: Settings, level: int) -> int:
+    """Tokens that are run again; none where all are, for want of a cache."""
+    return s.ttt_suffix * LEVELS[level].suffix_thirds // 3 if s.ttt_kv_reuse else 0
+
+
+class Watchdog:
+    """Keeps adaptation within the evaluation's budget: predicts its end, and gives up as
+    little as it can. trace(event, **values) hears of it."""
+
+    def __init__(self, s: Settings, world: World, lengths: np.ndarray, clock: Clock | None,
+                 trace: Callable):
+        self.s, self.world, self.lengths, self.clock, self.trace = s, world, lengths, clock, trace
+        self.level = 0
+        self.spent = 0.0            # seconds of adaptation, without phases and waiting
+        self.done = 0.0             # token-passes in them
+        self.left = np.zeros(len(LEVELS))       # those still to do, at every level
+        self.phase_pace = 0.0       # seconds a token of a phase
+        self.phase_tokens = 0       # still to train on
+
+    def expect(self, groups: Iterator[np.ndarray], phases: list[np.ndarray]) -> None:
+        """All that is to do: this rank's groups, and documents that phases train on."""
+        for group in groups:
+            self.left = self.left + self.costs(group)
+        self.phase_tokens = sum(int(self.lengths[documents].sum()) for documents in phases)
+
+    def costs(self, group: np.ndarray) -> np.ndarray:
+        """Predicted token-passes of a group at every level; a backward is two."""
+        s, longest = self.s, int(self.lengths[group].max())
+        bounds = np.array(chunk_bounds(s, longest))
+        window = np.minimum(bounds[1:], s.ttt_eval_seq_len)
+        passes = []
+        for level in range(NO_ADAPTATION):
+            inputs = np.diff(bounds) + suffix_at(s, level)
+            columns = np.minimum(window, inputs) if s.ttt_kv_reuse else window
+            passes.append(3.0 * columns.sum())
+        return len(group) * np.array([*passes, longest])
+
+    def all_have_time(self) -> bool:
+        """Whether there is a phase: with all ranks, or none of them from here on."""
+        if max(self.world.gather(self.level)) and not self.level:
+            self.give_up(NO_PHASES, by="another rank")
+        return self.level < NO_PHASES
+
+    def check_time(self) -> None:
+        """Give up as little as lets the predicted end lie within EVAL_MAX_SECONDS."""
+        if self.clock is None or not self.clock.budget:
+            return
+        now = self.clock.elapsed()
+        pace = self.spent / self.done if self.done else 0.0
+        ends = now + pace * self.left
+        ends[0] += self.phase_pace * self.phase_tokens
+        fits = (i for i in range(self.level, NO_ADAPTATION) if ends[i] < self.clock.budget)
+        level = next(fits, NO_ADAPTATION)
+        if level > self.level:
+            self.give_up(level, elapsed=now, predicted_end=ends[self.level])
+
+    def give_up(self, level: int, **why) -> None:
+        """From now on do without what LEVELS names at this level."""
+        self.trace("give_up", what=LEVELS[level].given_up, **why)
+        self.level = level
+
+    def count_work(self, work: np.ndarray, since: Clock) -> None:
+        """Work of these costs is done: update the prediction and act on it."""
+        sync(self.world.device)
+        self.spent += since.elapsed()
+        self.done += work[self.level]
+        self.left = self.left - work
+        self.check_time()
+
+
+def warn_of_shortened_steps(s: Settings, shortened: int, trace: Callable) -> None:
+    """Into the log, at the end of an adaptation, with the remedy."""
+    if not shortened:
+        return
+    most, remedy = f"{MOST_NATS:g} nats", "lower TTT_LORA_LR"
+    if s.ttt_optimizer == "normalised":
+        most = f"{MOST_SHARE:g} of the loss"
+        remedy = "lower TTT_LORA_LR, or set TTT_STEP_SHARE=0.25"
+        if s.ttt_step_share:
+            remedy = f"lower TTT_STEP_SHARE={s.ttt_step_share:g}"
+    trace("warning", text=f"{shortened:,} adapter steps promised more than {most}, or had "
+          f"gradients that are not finite, and were shortened: {remedy}")
+
+
+# ============================================================================================================
+# 18  Adapting as the records do: AdamW, an A for every document, longest first, without cached keys
+# ============================================================================================================
+
+class RecordAdapter(Adapter):
+    """Without TTT_SHARED_A every document has an A (S, rows, r, in) of its own, which
+    learns as well."""
+
+    def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu"):
+        super().__init__(s, plan, rows, device)
+        if s.ttt_shared_a:
+            return
+        for kind, a in self.a.items():
+            each = a[:, None].repeat(1, rows, 1, 1)
+            self.a[kind] = each.requires_grad_()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Start new documents: B back to zero; A kept (warm start) or drawn anew."""
+        for b in self.b.values():
+            b.zero_()
+        if not self.s.ttt_warm_start_a:
+            self.draw_a()
+
+
+def whole_window(s: Settings, targets: np.ndarray, begin: int, end: int) -> ChunkWindow:
+    """The same without cached keys: the forward takes all that TTT_EVAL_SEQ_LEN
+    reaches back from the chunk's end; in the field's order from the document's, where
+    that comes first."""
+    last = np.full_like(targets, end)
+    if s.ttt_doc_order == "length":
+        last = np.minimum(end, targets)
+    first = np.maximum(last - s.ttt_eval_seq_len, 0)
+    return window_from(first, targets, begin, end, min(end, s.ttt_eval_seq_len))
+
+
+def rounds_by_length(s: Settings, lengths: np.ndarray, bounds: list[int]) -> list[Round]:
+    """As in the field the longest come first, and a phase trains on the shortest
+    groups scored so far."""
+    rounds, current, done = [], [], []
+    for group in grouped(s, np.arange(len(lengths)), lengths):
+        current.append(group)
+        done.append(group)
+        if len(rounds) < len(bounds) and sum(map(len, done)) >= bounds[len(rounds)]:
+            shortest_first = np.concatenate(sorted(done, key=lambda g: lengths[g].max()))
+            rounds.append(Round(current, shortest_first[:bounds[len(rounds)]]))
+            current = []
+    return rounds + [Round(current, None)]
+
+
+MOST_NATS = 4.0           # from which on an optimiser's promise is not believed; 2.7 still gained
+SAFE_NATS = 0.3           # what is left of promises far beyond that
+
+
+@torch.no_grad()
+def optimiser_step(optimiser: torch.optim.Optimizer, params: list[Tensor]) -> Tensor:
+    """The optimiser's step, to the bit; but what it promises a document beyond
+    MOST_NATS is taken off them, down to SAFE_NATS; and gradients that are not finite
+    count as none. Returns whose step was shortened (rows,)."""
+    squares = torch.stack([p.grad.square().sum(dim=(0, 2, 3)) for p in params])
+    broken = ~squares.sum(0).isfinite()
+    before = [p.clone() for p in params]
+    for p in params:
+        p.grad.masked_fill_(broken[:, None, None], 0)
+    optimiser.step()
+    promises = [((old - p) * p.grad).sum(dim=(0, 2, 3)) for p, old in zip(params, before)]
+    promised = torch.stack(promises).sum(0)
+    shortened = promised > MOST_NATS
+    believed = (2 * MOST_NATS - promised).clamp(min=SAFE_NATS)
+    part = (believed / promised)[:, None, None]
+    for p, old in zip(params, before):
+        p.copy_(torch.where(shortened[:, None, None], torch.lerp(old, p, part), p))
+    return shortened | broken
+
+
+class RecordTTT(PhasedTTT):
+    """Adaptation with an optimiser's state, with an A that documents hand on, or without
+    cached keys."""
+    kept: Adapter | None = None      # what the groups of a round hand on
+
+    def begin_round(self) -> None:
+        """Within a round A may pass from group to group."""
+        super().begin_round()
+        self.kept = None
+        if self.s.ttt_doc_order == "length" and not self.s.ttt_shared_a:
+            self.kept = self.adapter_for(self.s.ttt_batch_size)
+
+    def adapter_for(self, rows: int) -> Adapter:
+        """The kept one, reset, where it has as many rows; else a fresh one."""
+        if self.kept is None or rows != self.s.ttt_batch_size:
+            return super().adapter_for(rows)
+        self.kept.reset()
+        self.trace("reset", adapter=self.kept)
+        return self.kept
+
+    def optimiser(self, adapter: Adapter) -> torch.optim.Optimizer | None:
+        """AdamW over a group's adapters; none for the stateless rule."""
+        s = self.s
+        if s.ttt_optimizer == "normalised":
+            return super().optimiser(adapter)
+        return torch.optim.AdamW(
+            adapter.trained(),
+            lr=s.ttt_lora_lr * s.ttt_local_lr_mult,
+            betas=(s.ttt_beta1, s.ttt_beta2),
+            eps=1e-10,
+            weight_decay=s.ttt_weight_decay,
+            fused=self.world.device.type == "cuda")
+
+    def open_rows(self, group: np.ndarray) -> GroupRows:
+        rows = super().open_rows(group)
+        if rows.adapter is not None and not self.s.ttt_kv_reuse:
+            rows.cache = None
+        return rows
+
+    def shrink_to_live(self, rows: GroupRows, begin: int) -> None:
+        """An optimiser's state, and an A per row, which the next group starts from, keep
+        all documents."""
+        tied = rows.adapter is not None and not self.s.ttt_shared_a
+        if rows.optimiser is None and not tied:
+            super().shrink_to_live(rows, begin)
+
+    def next_window(self, rows: GroupRows, begin: int, end: int) -> ChunkWindow:
+        if rows.cache is not None:
+            return super().next_window(rows, begin, end)
+        if self.watch.level < NO_ADAPTATION:
+            return whole_window(self.s, rows.targets, begin, end)
+        rerun = self.stop_adapting(rows, begin, end)
+        self.shrink_to_live(rows, begin)
+        return chunk_window(rows.targets, begin, end, rerun)
+
+    def stop_adapting(self, rows: GroupRows, begin: int, end: int) -> int:
+        """Only score what is left of a group that was encoded again for every chunk: on
+        cached keys, which the graphs compiled for that take. Returns how much of the
+        context the next chunk runs again to make them."""
+        rows.adapter = rows.optimiser = None
+        rows.cache = KeyCache(self.s.ttt_eval_seq_len)
+        return min(begin, self.s.ttt_eval_seq_len - (end - begin))
+
+
+Adapter = RecordAdapter
+PhasedTTT = RecordTTT
 
 
 # ============================================================================================================

@@ -409,9 +409,10 @@ def test_the_watchdog_predicts_from_adaptation_alone(s, spent, level):
     ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s), lambda event, **v: given_up.append(v),
                        tg.Clock(100, now=iter([0.0, 50.0]).__next__))
     group = np.arange(4)
-    ttt.spent, ttt.done, ttt.left = spent, ttt.costs(group)[0], 10 * ttt.costs(group)
-    ttt.check_time()
-    assert ttt.level == level and len(given_up) == (level > 0)
+    watch, costs = ttt.watch, ttt.watch.costs(group)
+    watch.spent, watch.done, watch.left = spent, costs[0], 10 * costs
+    watch.check_time()
+    assert watch.level == level and len(given_up) == (level > 0)
 
 
 @fast_form
@@ -421,12 +422,12 @@ def test_the_watchdog_shortens_the_suffix_before_it_gives_up_adapting(s, level, 
     s = changed(s, ttt_suffix=21, phased_ttt_prefix_docs=0)
     ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s),
                        clock=tg.Clock(100, now=iter([0.0, 50.0]).__next__))
-    left = sum(map(ttt.costs, np.arange(14)[:, None]))
+    left = sum(map(ttt.watch.costs, np.arange(14)[:, None]))
     assert left[0] == left[1] > left[2] > left[3] > left[4]
-    ttt.spent, ttt.done, ttt.left = 49 / left[level], 1.0, left
-    ttt.check_time()
-    assert ttt.level == level
-    ttt.clock = None
+    ttt.watch.spent, ttt.watch.done, ttt.watch.left = 49 / left[level], 1.0, left
+    ttt.watch.check_time()
+    assert ttt.watch.level == level
+    ttt.watch.clock = None
     ttt.run()
     assert torch.equal(ttt.ledger.loss, run(changed(s, ttt_suffix=suffix))[0].ledger.loss)
 
@@ -510,7 +511,7 @@ def test_the_watchdog_gives_up_within_a_group(s):
         clock = tg.Clock(2, now=lambda: float(next(ticks)))      # a second per look
         ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s), trace, clock)
         assert ttt.run().tokens == len(ttt.val.tokens) - 1
-    assert ttt.level == tg.NO_ADAPTATION and len(steps) == tg.WATCH_EVERY
+    assert ttt.watch.level == tg.NO_ADAPTATION and len(steps) == tg.WATCH_EVERY
     assert set(widths[tg.WATCH_EVERY + 1:]) == {4}       # on cached keys, after one that fills them
 
 
@@ -518,8 +519,8 @@ def test_the_watchdog_gives_up_within_a_group(s):
 def test_a_slow_rank_costs_the_others_the_phases_alone(s, levels, after):
     def have_time(world):
         ttt = tg.PhasedTTT(s, world, sine_model(s), tg.Validation(s))
-        ttt.level = levels[world.rank]
-        return ttt.all_have_time(), ttt.level
+        ttt.watch.level = levels[world.rank]
+        return ttt.watch.all_have_time(), ttt.watch.level
 
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(have_time, ranks_as_threads(2)))
@@ -529,8 +530,8 @@ def test_a_slow_rank_costs_the_others_the_phases_alone(s, levels, after):
 def test_the_watchdog_gives_up_before_the_first_group_once_time_is_over(s):
     ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s),
                        clock=tg.Clock(100, now=iter([0.0, 100.0]).__next__))
-    ttt.check_time()
-    assert ttt.level == tg.NO_ADAPTATION
+    ttt.watch.check_time()
+    assert ttt.watch.level == tg.NO_ADAPTATION
 
 
 @pytest.mark.parametrize("tokens, level", [(400, 0), (600, 1)])
@@ -538,15 +539,15 @@ def test_the_watchdog_counts_the_phases_to_come(s, tokens, level):
     """Half of 100 s is left, and phases take 0.1 s a token."""
     ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s),
                        clock=tg.Clock(100, now=iter([0.0, 50.0]).__next__))
-    ttt.phase_pace, ttt.phase_tokens = 0.1, tokens
-    ttt.check_time()
-    assert ttt.level == level
+    ttt.watch.phase_pace, ttt.watch.phase_tokens = 0.1, tokens
+    ttt.watch.check_time()
+    assert ttt.watch.level == level
 
 
 def test_phases_are_timed_for_the_watchdog(s):
     ttt, _ = run(s)
-    assert ttt.phase_pace > 0 and ttt.phase_tokens == 0
-    assert np.allclose(ttt.left, 0) and ttt.spent > 0 and ttt.done > 0
+    assert ttt.watch.phase_pace > 0 and ttt.watch.phase_tokens == 0
+    assert np.allclose(ttt.watch.left, 0) and ttt.watch.spent > 0 and ttt.watch.done > 0
 
 
 @pytest.mark.parametrize("order", ["stream", "length"])

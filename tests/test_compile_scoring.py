@@ -23,7 +23,7 @@ def test_evaluation_meets_no_graph_that_its_probes_have_not(tracing):
     def scores(s):
         scorer = tg.Scorer(s, world, model)
         hurried = tg.PhasedTTT(s, world, model, val)
-        hurried.level = tg.NO_ADAPTATION
+        hurried.watch.level = tg.NO_ADAPTATION
         with tg.weights_kept(model):
             return [scorer.windows(val, s.eval_seq_len).loss, scorer.windows(val, s.eval_stride).loss,
                     hurried.run().loss, adapted(s, model, val)]
@@ -51,6 +51,6 @@ def test_adaptation_needs_few_graphs(changes, graphs, tracing):
     ttt.run()
     if s.ttt_suffix:
         ttt.model.requires_grad_(False)
-        for ttt.level in (2, 3):
+        for ttt.watch.level in (2, 3):
             ttt.adapt_group(np.arange(5, 9))
     assert tracing() == graphs

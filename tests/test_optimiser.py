@@ -97,11 +97,11 @@ def test_split_rate_scales_the_step_of_early_layers_and_the_published_form_does_
 def test_report_names_what_no_gradient_reached():
     s = settings(**LANES, SKIP_INTO_LANES=0, NUM_LOOPS=0)
     trainer, _ = train_steps(s)
-    idle = dict(entry.partition(" ")[::2] for entry in trainer.optimiser.never_trained())
+    idle = dict(entry.partition(" ")[::2] for entry in tg.never_trained(trainer.optimiser))
     assert idle["skip_weights"] == idle["skip_gates"] == "1 of 2 rows, the first [1]"
     assert not {"qo_bank", "kv_bank", "resid_mix", "lane_merge"} & set(idle)
 
 
 def test_report_names_what_no_optimiser_has():
     trainer, _ = train_steps(settings(ASYM_LOGIT_RESCALE=1))
-    assert {"softcap_pos", "softcap_neg"} <= set(trainer.optimiser.never_trained())
+    assert {"softcap_pos", "softcap_neg"} <= set(tg.never_trained(trainer.optimiser))

@@ -72,7 +72,7 @@ def test_profiles_are_sums_over_documents_and_positions(s):
                 amounts = 1, int(val.target_bytes[start + i]), float(books.loss[start + i])
                 for k, amount in zip(("tokens", "bytes", "nats"), amounts):
                     expected[by][k][bucket] += amount
-    for profile in books.profiles():
+    for profile in tg.profiles(books):
         by = profile["by"]
         assert profile["documents"] == [len(x) for x in seen[by]] and min(profile["documents"][:2]) > 0
         for k, x in expected[by].items():

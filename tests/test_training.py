@@ -254,7 +254,7 @@ def test_a_report_that_fails_is_a_warning_after_the_weights(data, tmp_path, monk
         assert (tmp_path / "final_model.pt").exists()
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(tg.Optimiser, "never_trained", broken)
+    monkeypatch.setattr(tg, "never_trained", broken)
     learn(data, tmp_path)
     assert "out of luck" in events(tmp_path, "warning")[0]["text"]
 
