@@ -119,14 +119,14 @@ class Interrupted(BaseException):
         self.status = 128 + number
 
 
-# ============================================================================================================
+# ========================================
 # PART ONE: the system. What a competitor reads and changes.
-# ============================================================================================================
+# ========================================
 
 
-# ============================================================================================================
+# ========================================
 # 1  Story: the whole run, told straight down
-# ============================================================================================================
+# ========================================
 
 # Where to look. A token enters train_loop from the stream and becomes a loss in GPT.losses. Curriculum
 # decides the context, the loop and the rate of every step; layer_plan makes of the loop an order of layers.
@@ -428,9 +428,9 @@ def book_result(s: Settings, run: Run, val: Validation, score: Score, clock: Clo
         log_decodable_score(s, run, score)
 
 
-# ============================================================================================================
+# ========================================
 # 2  Settings: one frozen table, read once from the environment
-# ============================================================================================================
+# ========================================
 
 # Bounds of settings that have none of their own; of text: its characters.
 MOST = {int: 10 ** 9, float: 1e6, str: 1000}
@@ -798,9 +798,9 @@ def context_stages(s: Settings) -> list[tuple[float, int]]:
     return schedule(s.train_seq_schedule, s.train_seq_len)
 
 
-# ============================================================================================================
+# ========================================
 # 3  Model: one forward for training, scoring and adaptation
-# ============================================================================================================
+# ========================================
 
 def check_model(s: Settings) -> None:
     """Refuse sizes that do not fit together."""
@@ -1354,9 +1354,9 @@ class GPT(nn.Module):
         return 2 * (layers + s.vocab_size * s.model_dim)
 
 
-# ============================================================================================================
+# ========================================
 # 4  Optimiser: Muon for the banks, AdamW for the rest
-# ============================================================================================================
+# ========================================
 
 POLAR_EXPRESS = (   # (a, b, c) of X <- aX + (bA + cA^2)X with A = XX', one triple per iteration
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -1528,9 +1528,9 @@ class Optimiser:
         return untouched
 
 
-# ============================================================================================================
+# ========================================
 # 5  Training: schedule, warm-up and rewind, average
-# ============================================================================================================
+# ========================================
 
 def check_training(s: Settings) -> None:
     """Refuse a schedule without its longest stage, and a reserve that leaves no time."""
@@ -1782,9 +1782,9 @@ def reserved(s: Settings, rehearsed: float) -> tuple[float, str]:
     return kept, f"{need}, not GPTQ_RESERVE_SECONDS={asked:g}"
 
 
-# ============================================================================================================
+# ========================================
 # 6  Quantise: Hessians, GPTQ, low-rank repair
-# ============================================================================================================
+# ========================================
 
 def check_quantise(s: Settings) -> None:
     """Refuse what has no effect on steps by curvature."""
@@ -2875,9 +2875,9 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
     return blob
 
 
-# ============================================================================================================
+# ========================================
 # 7  Score: the ledger and sliding windows
-# ============================================================================================================
+# ========================================
 
 def check_scoring(s: Settings) -> None:
     """Refuse windows that would leave targets out."""
@@ -3097,9 +3097,9 @@ class Scorer:
         ledger.book(booked, losses[torch.from_numpy(scored).to(device)])
 
 
-# ============================================================================================================
+# ========================================
 # 8  Adapt: score-first test-time training
-# ============================================================================================================
+# ========================================
 
 def check_adapt(s: Settings) -> None:
     """Refuse adaptation that could not work, or would let later text reach earlier."""
@@ -3930,14 +3930,14 @@ def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
     return -torch.log((1 - w) * torch.exp(-losses) + w * chance)
 
 
-# ============================================================================================================
+# ========================================
 # PART TWO: machinery behind plain doors. A reader may stop before it.
-# ============================================================================================================
+# ========================================
 
 
-# ============================================================================================================
+# ========================================
 # 9  World, clocks, log, and what is kept on disk
-# ============================================================================================================
+# ========================================
 
 def check_run(s: Settings) -> None:
     """Refuse stages that exclude each other, and to go on where it cannot be done."""
@@ -5897,9 +5897,9 @@ def end_early(error: BaseException, run: Run | None, rank: int) -> int:
     return status
 
 
-# ============================================================================================================
+# ========================================
 # 10  Data: shards, training streams, validation documents, bytes per token
-# ============================================================================================================
+# ========================================
 
 # A shard is 256 little-endian int32, then uint16 tokens.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
@@ -6361,9 +6361,9 @@ class Validation:
         return val
 
 
-# ============================================================================================================
+# ========================================
 # 11  Kernels: each beside its plain twin
-# ============================================================================================================
+# ========================================
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -7172,9 +7172,9 @@ def resolve_attention(choice: str, device) -> tuple[str, str]:
                     f"Install {PACKAGES[choice][1]}, or set ATTN_BACKEND=auto")
 
 
-# ============================================================================================================
+# ========================================
 # 12  Pack: the artifact is one file of checked streams, without pickle
-# ============================================================================================================
+# ========================================
 
 def check_code_form(s: Settings) -> None:
     """Refuse to ship the script without what its settings need."""
@@ -8082,9 +8082,9 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
     return best
 
 
-# ============================================================================================================
+# ========================================
 # 13  Counts of earlier text: the score leans towards what followed the same context before
-# ============================================================================================================
+# ========================================
 
 def check_counts(s: Settings) -> None:
     """Refuse a tilt by which no expert ever speaks."""
@@ -8308,9 +8308,9 @@ def tilted_losses(s: Settings, losses: Callable, ids: Tensor, targets: Tensor,
     return every[0], tilt(s, every.detach(), targets, hint, confidence)
 
 
-# ============================================================================================================
+# ========================================
 # 14  Probes and checks: what is proved before the first step and before the evaluation clock
-# ============================================================================================================
+# ========================================
 
 def check_before_start(s: Settings, world: World, run: Run, attention_reason: str) -> None:
     """All that can be checked before anything is spent, into the log; UserError at the
@@ -9044,9 +9044,9 @@ def rehearse_calibration(s: Settings, world: World, model: GPT,
     return seconds, curvature
 
 
-# ============================================================================================================
+# ========================================
 # PART THREE: lineage. What the older systems did differently; all above runs, and is the same, without it.
-# ============================================================================================================
+# ========================================
 
 # --- settings
 
