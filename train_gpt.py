@@ -101,9 +101,10 @@ class UserError(Exception):
         super().__init__(one_line(text))
 
 
-def one_line(text: str, most: int = 480) -> str:
-    """The text as one printable line; of more than `most` characters the middle is
-    left out."""
+def one_line(value, most: int = 480) -> str:
+    """A value as one printable line; of more than `most` characters the middle is left
+    out."""
+    text = str(value)
     plain = "".join(c if c.isprintable() else "?" for c in text[:most] + text[most:][-most:])
     half = most // 2 - 2
     return plain if len(plain) <= most else f"{plain[:half]} … {plain[-half:]}"
@@ -276,7 +277,8 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
     checkpoint to go on from. UserError when loss or gradient stop being finite."""
     curriculum, pace = Curriculum(s), Pace(s, reserve)
     step = go_on_from(state, trainer, curriculum) if state else 0
-    stream = open_stream(s, world, trainer.tokens, state["batches"] if state else 0)
+    given = state["batches"] if state else 0
+    stream = Prefetch(open_train_stream(s, world, trainer.tokens), world.device, given)
     reports = Progress(s, world, run, trainer.model, pace.budget, int(stream.epoch))
     last = max(step - 1, 0)      # a validation scores by the loops of the step before it
     looping = curriculum.loops(last, pace.progress(last))
@@ -351,7 +353,7 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
     blob = quantise_to_fit(s, world, run, weights, curvature, clock if run.time_known else None)
     if s.logit_calib_enabled:
         blob = calibrate_logits(s, world, run, blob)
-    seconds, size = world.agree(write_artifact(s, run, blob, clock) if world.main else None)
+    seconds, size = world.from_main(write_artifact, s, run, blob, clock)
     run.log("artifact", bytes=size, total=check_size(size, shipped_form(s)), train_seconds=seconds,
             calibrate_s=calibrated - begin, quantise_and_pack_s=seconds - calibrated)
     run.note_go_on()
@@ -1753,7 +1755,7 @@ class Trainer:
             self.optimiser.adam.load_state_dict(state["adam"])
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(f"the checkpoint does not fit this model ({type(error).__name__}: "
-                            f"{plain(error, 100)}): start anew without RESUME") from error
+                            f"{error}): start anew without RESUME") from error
 
 
 class Trained(NamedTuple):
@@ -3966,8 +3968,7 @@ def check_run(s: Settings) -> None:
 
 
 def without_old_names(env: Mapping[str, str], known: Mapping) -> dict[str, str]:
-    """The variables under today's names; without empty ones (but where an empty text
-    means something) and without those that set nothing here."""
+    """The variables under today's names, without those that set nothing here."""
     env = {k: v for k, v in env.items() if v or (k in known and is_free_text(known[k]))}
     for name, (only, why) in NO_SETTINGS.items():
         value = env.pop(name, "")
@@ -3985,8 +3986,7 @@ def without_old_names(env: Mapping[str, str], known: Mapping) -> dict[str, str]:
 
 
 def refuse_misspelt(env: Mapping[str, str], known: Mapping) -> None:
-    """UserError for a variable that must have been meant for this script, with the
-    nearest right name."""
+    """UserError, with the right name, for a variable that is meant for this script."""
     for name in env:
         if name not in known and (nearest := looks_like_ours(name, known)) is not None:
             raise UserError(f"unknown setting {name}: the nearest known one is {nearest} "
@@ -4016,8 +4016,7 @@ def set_up(s: Settings, world: World) -> str:
 
 def pick_dtype(choice: str, device: torch.device,
                default: torch.dtype | None = None) -> torch.dtype:
-    """The dtype a setting names. auto: `default`, else bfloat16 on a GPU and float32
-    on a CPU."""
+    """The dtype a setting names. auto: `default`, else by the device."""
     if choice == "auto":
         return default or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     return getattr(torch, choice)
@@ -4097,8 +4096,7 @@ def parse_setting(f, text: str):
 
 
 def parse_text(name: str, text: str, most: int) -> str:
-    """A setting that is text, a path with ~ expanded; UserError for what no file or
-    log line can be named."""
+    """A setting that is text, of a path with ~ expanded."""
     rule = ""
     if len(text) > most or not text.isprintable():
         rule = f"be at most {most:,} printable characters"
@@ -4218,8 +4216,8 @@ def our_words() -> set[str]:
 
 
 def looks_like_ours(name: str, known: Mapping) -> str | None:
-    """The nearest known setting when `name` must have been meant for this script: it
-    is nearly a setting's, or made of our words alone. Else None."""
+    """The known setting that `name` must have been meant for: it is nearly that, or
+    made of our words alone. Else None."""
     words = name.lower().split("_")
     if name in OTHER_NAMES or {"port", "service"} & set(words[1:]):      # or of a scheduler's services
         return None
@@ -4235,7 +4233,7 @@ def looks_like_ours(name: str, known: Mapping) -> str | None:
 
 def stray_names(env: Mapping[str, str]) -> dict[str, str]:
     """Variables like settings that nothing here reads, and what to say of each; twenty
-    at most. from_env refuses those that must have been meant."""
+    at most."""
     known = {f.name.upper() for f in fields(Settings)}
     first_words = our_words() | COMMON_WORDS
     strays = {}
@@ -4274,11 +4272,10 @@ def print_help() -> None:
 # --- the ranks
 
 class Ranks(NamedTuple):
-    """What the launcher tells a process: its number, how many there are, and both on
-    this machine."""
+    """What the launcher tells a process."""
     rank: int
     size: int
-    local: int
+    local: int           # rank among those on this machine
     local_size: int
 
 
@@ -4295,8 +4292,7 @@ def launcher_number(env: Mapping[str, str], name: str, default: int, lo: int, hi
 
 
 def launcher_ranks(env: Mapping[str, str]) -> Ranks:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process without them.
-    UserError when they do not fit together."""
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process without them."""
     size = launcher_number(env, "WORLD_SIZE", 1, 1, 65536)
     local_size = launcher_number(env, "LOCAL_WORLD_SIZE", 1, 1, size)
     most_local = local_size if "LOCAL_WORLD_SIZE" in env else size
@@ -4310,9 +4306,8 @@ def launcher_ranks(env: Mapping[str, str]) -> Ranks:
     return Ranks(rank, size, local, local_size)
 
 
-# First word of what a rank does -> seconds without progress of any rank, and seconds of
-# waiting in a collective, after which something hangs: the latter more, for it is not known
-# who is to blame. In evaluation a rank may wait long for those that have more to score.
+# First word of what a rank does -> seconds without progress of any rank, and of waiting in a
+# collective (where nobody knows who is to blame), after which something hangs.
 PATIENCE = {
     "step": (45.0, 60.0),
     "scoring": (250.0, 1800.0),
@@ -4360,8 +4355,7 @@ class World:
 
     @classmethod
     def join(cls, env: Mapping[str, str]) -> World:
-        """Join the launcher's process group: NCCL (and gloo for host values) on GPUs,
-        gloo on a CPU."""
+        """Join the launcher's process group."""
         rank, size, local, _ = launcher_ranks(env)
         world = cls(rank, size)
         if gpus := torch.cuda.device_count():
@@ -4425,10 +4419,13 @@ class World:
             dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
+    def from_main(self, make: Callable, *args):
+        """What make(*args) gives on rank 0, on every rank."""
+        return self.agree(make(*args) if self.main else None)
+
     def agree_step(self, elapsed: float, stop: int, bad_step: int) -> tuple[float, int, int]:
-        """What all ranks must know before a step: rank 0's seconds, the number of a
-        signal that any rank received (0: none), the first step that went wrong on any
-        rank (0: none)."""
+        """Before a step, for all ranks: rank 0's seconds, the number of a signal and the
+        first step that went wrong, on any rank (0: none)."""
         if self.size == 1:
             return elapsed, stop, bad_step
         never = -math.inf
@@ -4474,10 +4471,9 @@ def process_state(pid: int) -> tuple[str, str]:
 
 
 class Heartbeat(threading.Thread):
-    """Gives the other ranks signs that this process lives, and what it does; ends the
-    job when one of them falls silent or nothing goes on. The rendezvous store carries
-    the signs: torchrun's agent keeps it, so that any rank may hang. tell(line) says
-    why, on one rank."""
+    """Gives the other ranks signs of life, and ends the job when one falls silent or
+    nothing goes on. The rendezvous store carries the signs: torchrun's agent keeps it, so
+    that any rank may hang. tell(line) says why, on one rank."""
 
     def __init__(self, world: World, env: Mapping[str, str]):
         super().__init__(name="heartbeat", daemon=True)
@@ -4563,8 +4559,8 @@ class Heartbeat(threading.Thread):
         return "; ".join(text.format(rank, **self.signs[rank]) for rank in stuck)
 
     def end_job(self, stuck: Sequence[int]) -> None:
-        """Say it, on one rank; end what is stopped, then this process: later than the
-        ranks that are to blame, so that the launcher names them."""
+        """Say it, on one rank; end what is stopped, then this process: after the ranks
+        to blame, so that the launcher names them."""
         self.world.pulse.ending = True
         rank = self.world.rank
         healthy = set(range(self.world.size)) - set(stuck)
@@ -4597,13 +4593,10 @@ def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
 # --- signals and clocks
 
 class Signals:
-    """What SIGINT (Ctrl-C) and SIGTERM do: the first ends training after the step
-    under way, anything else by Interrupted; a second ends the process at once, unless
-    it follows within a second (by torchrun one request often arrives twice).
-
-    SIGHUP, of a terminal that is gone, is ignored. Under torchrun, which kills its
-    ranks 30 s later, it counts as SIGTERM; to train on there, start it by nohup with
-    TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT."""
+    """The first SIGINT (Ctrl-C) or SIGTERM ends training after the step under way, all
+    else by Interrupted; a second ends the process, unless it follows within a second (by
+    torchrun one request often arrives twice). SIGHUP, of a terminal that is gone, is
+    ignored, but under torchrun, which kills its ranks 30 s later, it counts as SIGTERM."""
 
     def __init__(self):
         self.number = 0        # of the first signal
@@ -4655,9 +4648,8 @@ SIGNALS = Signals()
 
 
 class Clock:
-    """Seconds since its start against a budget. Training: every step, calibration,
-    GPTQ, packing, up to the file on disk. Evaluation: from opening it to the last
-    byte scored. `excluded`: seconds not charged."""
+    """Seconds since its start against a budget. Training: all up to the artifact on disk.
+    Evaluation: from opening it to the last byte scored. `excluded`: not charged."""
 
     def __init__(self, budget: float = 0.0, now: Callable[[], float] = time.perf_counter):
         self.now = now
@@ -4704,19 +4696,17 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def refused(what: str, remedy: str):
-    """Inside, whatever a foreign file makes its reader raise becomes one UserError
-    line: `what`, why, and the remedy."""
+    """Inside, whatever a foreign file makes its reader raise becomes a UserError."""
     try:
         yield
     except Exception as error:
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"{what}: {plain(why, 160)}; {remedy}") from error
+        raise UserError(f"{what}: {one_line(why, 160)}; {remedy}") from error
 
 
 def file_size(path: Path, most: int, what: str) -> int:
-    """Bytes of a regular file of at most `most`, known before it is opened: a pipe
-    would wait for ever, a device never end. UserError for anything else; what: what
-    it should be."""
+    """Bytes of a regular file of at most `most`; UserError for anything else, before it
+    is opened: a pipe would wait for ever, a device never end. what: it should be."""
     with refused(f"{path} cannot be read", f"it should be {what}"):
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
@@ -4761,13 +4751,7 @@ def to_json(value, **options) -> str:
 
 def in_a_line(error: BaseException) -> str:
     """Type and text of an exception, on one line of bounded length."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def plain(value, most: int) -> str:
-    """A value as one line of at most `most` characters of printable ASCII."""
-    text = re.sub("[^ -~]", "?", f"{value!s:.{most + 1}}")
-    return text if len(text) <= most else text[:most - 3] + "..."
+    return f"{type(error).__name__}: {one_line(' '.join(str(error).split()), 300)}"
 
 
 def human(value) -> str:
@@ -4809,20 +4793,20 @@ def read_summary(folder: Path) -> dict:
 
 
 def of_training(summary: Mapping, path: Path) -> dict:
-    """What a run that goes on keeps of the summary at path."""
+    """What a run that goes on keeps of the summary at path; UserError if it is damaged."""
     kept = {k: summary[k] for k in TRAINING_KEYS if summary.get(k) is not None}
     for name, value in kept.items():
         good = isinstance(value, int if name.endswith("_runs") else (int, float, str))
         if name == "training_not_compliant_because":
             good = isinstance(value, list) and all(isinstance(x, str) for x in value)
         if not good:
-            raise UserError(f"{path} is damaged: {name} is {plain(value, 40)}; move it away")
+            raise UserError(f"{path} is damaged: {name} is {value}; move it away")
     return kept
 
 
 def lock_folder(folder: Path):
-    """The open file whose lock says that this run owns the folder, until the process
-    ends. None where the disk knows no locks. UserError when another live run has it."""
+    """The open file whose lock says that this run owns the folder; None where the disk
+    knows no locks. UserError when another live run has it."""
     path = folder / ".lock"
     for _ in range(10):
         file = open(path, "a+", encoding="utf-8")
@@ -4848,36 +4832,32 @@ def lock_folder(folder: Path):
 
 def home_of(s: Settings) -> Path | None:
     """The folder of the run whose training, weights or artifact this one goes on with,
-    if any: where the file lies, or ARTIFACT_DIR if it was saved elsewhere by its run."""
+    if any: where the file lies, or ARTIFACT_DIR if write_somewhere put it elsewhere."""
     if s.resume:
         return Path(s.artifact_dir)
     path = Path(s.eval_only_path or s.eval_only_quantized_path)
     if not path.name:
         return None
     run_id = read_summary(Path(s.artifact_dir)).get("run_id") if s.artifact_dir else None
-    if run_id and path.name in (name_elsewhere(n, run_id) for n in (WEIGHTS_NAME, ARTIFACT_NAME)):
+    if run_id and path.parent == elsewhere(run_id):
         return Path(s.artifact_dir)
     return path.parent.parent if path.parent.name == "checkpoint" else path.parent
 
 
-def name_elsewhere(name: str, run_id: str) -> str:
-    """What a file of a run's folder is called in another: final_model.<id>.pt."""
-    stem, _, suffix = name.partition(".")
-    return f"{stem}.{run_id}.{suffix}"
+def elsewhere(run_id: str) -> Path:
+    """The folder for a run's results when its own is full."""
+    return Path(tempfile.gettempdir()).absolute() / f"run-{run_id}"
 
 
 def write_somewhere(run: Run, name: str, data: bytes, form: str = "{}") -> Path | None:
-    """Write a result into the run's folder, or where there is space: the path of this
-    name there, else None. form: of the name that it is written under for now."""
-    elsewhere = name_elsewhere(name, run.summary["run_id"])
-    temporary = Path(tempfile.gettempdir()) / elsewhere
-    for path in (run.dir / name, Path(elsewhere), temporary):
+    """Write a result into the run's folder, or elsewhere: the path of this name there;
+    None: nowhere. form: of the name that it is written under for now."""
+    for folder in (run.dir, elsewhere(run.summary["run_id"])):
         try:
-            write_atomic(path.with_name(form.format(path.name)), data)
+            write_atomic(folder / form.format(name), data)
+            return folder / name
         except UserError as error:
-            run.warn(f"{name} cannot be saved there ({plain(error, 300)})")
-            continue
-        return path if path.name == name else path.absolute()
+            run.warn(f"{name} cannot be saved there ({error})")
     return None
 
 
@@ -4897,19 +4877,15 @@ class Journal:
     def write(self, line: str) -> str:
         """Append the line, or keep it and say why."""
         with self.lock:
-            return self.append(f"{line}\n".encode("utf-8", "replace"))
-
-    def append(self, data: bytes) -> str:
-        """The same with the lock held."""
-        self.unwritten += data
-        try:
-            while self.unwritten:
-                written = self.file.write(self.unwritten)
-                self.unwritten = self.unwritten[written:]
-        except (OSError, ValueError) as error:
-            if len(self.unwritten) > self.MOST:
-                self.unwritten = self.unwritten[-self.MOST // 2:].partition(b"\n")[2]
-            return str(error)
+            self.unwritten += f"{line}\n".encode("utf-8", "replace")
+            try:
+                while self.unwritten:
+                    written = self.file.write(self.unwritten)
+                    self.unwritten = self.unwritten[written:]
+            except (OSError, ValueError) as error:
+                if len(self.unwritten) > self.MOST:
+                    self.unwritten = self.unwritten[-self.MOST // 2:].partition(b"\n")[2]
+                return str(error)
         return ""
 
     def mend(self, cut: bool) -> None:
@@ -4931,7 +4907,7 @@ class Run:
         name = s.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
         self.s, self.world, self.id = s, world, world.agree(name)
         self.dir = Path(s.artifact_dir or Path("runs") / self.id)
-        self.home = world.agree(home_of(s) if world.main else None)
+        self.home = world.from_main(home_of, s)
         self.weights, self.artifact = self.dir / WEIGHTS_NAME, self.dir / ARTIFACT_NAME
         self.live = sys.stdout.isatty() and world.main
         self.summary = dict.fromkeys(SUMMARY_KEYS)
@@ -4995,8 +4971,7 @@ class Run:
         return self.home is not None and self.home.resolve() == self.dir.resolve()
 
     def check_earlier_run(self) -> dict:
-        """The summary in the folder, of a run gone on with; UserError unless this run
-        may write there."""
+        """The summary of a run gone on with; UserError unless this run may write there."""
         if self.home is None:
             for name, value in self.restart_setting().items():      # at most one
                 raise UserError(f"ARTIFACT_DIR={self.dir} holds what an earlier run has kept: "
@@ -5091,8 +5066,7 @@ class Run:
     # --- going on after an early end
 
     def restart_setting(self) -> dict[str, str]:
-        """The setting that goes on from the best file that this run has written, if
-        any."""
+        """The setting that goes on from the best file of this run, if any."""
         files = [("EVAL_ONLY_PATH", self.weights)]
         if self.summary_kept:      # else only the weights say how they were trained
             files.insert(0, ("EVAL_ONLY_QUANTIZED_PATH", self.artifact))
@@ -5108,7 +5082,7 @@ class Run:
 
     def go_on(self) -> str:
         """The command that goes on from what is on disk, else that starts anew."""
-        changed = changed_environment(self.s)
+        changed = {k: str(int(v) if type(v) is bool else v) for k, v in self.s.changed().items()}
         restart = self.restart_setting()
         if not restart:
             return starting_command(changed)
@@ -5127,8 +5101,8 @@ class Run:
 
     def failed(self, line: str, trace: str = "", again: bool = True,
                event: str = "error") -> None:
-        """The last words of a run, on any rank: the error, its trace in the log alone,
-        and the command to go on. again: whether to start anew may help."""
+        """The last words of a run: the error, its trace in the log alone, the command to
+        go on. again: whether to start anew may help."""
         tell(f"{event}: {line}")
         if self.text is None:      # not rank 0: beside its lines, where the folder is shared
             with contextlib.suppress(OSError):
@@ -5144,11 +5118,6 @@ class Run:
         """What the heartbeat calls before it ends this process."""
         with contextlib.suppress(Exception):
             self.failed(line)
-
-
-def changed_environment(s: Settings) -> dict[str, str]:
-    """The settings that differ from their defaults as a shell would set them."""
-    return {k: str(int(v) if type(v) is bool else v) for k, v in s.changed().items()}
 
 
 def starting_command(changed: Mapping[str, str]) -> str:
@@ -5177,8 +5146,7 @@ def public_settings(values: Mapping) -> dict:
 
 
 def closest_system(s: Settings) -> tuple[str, dict] | None:
-    """The configurations beside this script nearest to the settings, and what differs
-    as [here, there]."""
+    """The nearest configurations beside this script; what differs as [here, there]."""
     here = s.as_env()
     systems = {}
     for path in sorted(Path(__file__).parent.glob("configs/pr*.env")):
@@ -5232,9 +5200,8 @@ MAY_DIFFER = ("RUN_ID", "QUANTIZE_ONLY", "PREQUANT_ONLY", "RESUME", "settings", 
 
 
 def compare_with_training(run: Run, here: dict) -> None:
-    """Facts and settings into the summary; a warning of those that are not as in the
-    summary beside the weights or artifact gone on with. In a run's own folder the
-    summary keeps what was true of its training."""
+    """Facts and settings into the summary, and a warning of those that training did not
+    have. In a run's own folder the summary keeps what was true of its training."""
     differing = {}
     with run.guarded("the comparison with training"):
         there = in_training(run)
@@ -5333,8 +5300,8 @@ class Progress:
 
 
 class FiniteWatch:
-    """Notices the first step whose loss or gradient is not finite, without waiting for
-    the GPU: flags are read once they have arrived on the host, a few steps late."""
+    """Notices the first step whose loss or gradient is not finite, a few steps late: flags
+    are read once they have arrived on the host."""
 
     def __init__(self):
         self.flying = deque()
@@ -5397,10 +5364,8 @@ def training_reports(run: Run, trainer: Trainer, trained: Trained) -> None:
 # --- averages beside training
 
 class AverageKeeper:
-    """Keeps a finite average of the weights on disk while training goes on: rank 0
-    copies it on the device, a thread beside training checks and writes it. The newest
-    two stay until the artifact is written: final_model.pt may be damaged, or lie
-    elsewhere, as long as nothing has been made of it."""
+    """Keeps a finite average of the weights on disk: rank 0 copies it on the device, a
+    thread checks and writes it. The newest two stay until the artifact is written."""
 
     SECONDS = 25.0         # between two copies: the newest is then less than a minute old
 
@@ -5529,7 +5494,7 @@ class Checkpoints:
             data = sealed(self.state(step, curriculum, stream))
             write_atomic(checkpoint_path(self.run, step), data)
         except (UserError, ValueError, RuntimeError, MemoryError) as error:
-            return plain(error, 200)
+            return one_line(error, 200)
         return ""
 
     def state(self, step: int, curriculum: Curriculum, stream: Prefetch) -> dict:
@@ -5605,7 +5570,7 @@ def read_checkpoint(s: Settings, world: World, run: Run) -> dict:
     differing = []
     for name, here in training_settings(s, world).items():
         if theirs.get(name) != here:
-            differing.append(f"{name}={plain(theirs.get(name), 40)} there, {here} here")
+            differing.append(f"{name}={one_line(theirs.get(name), 40)} there, {here} here")
     if differing:
         raise UserError(f"RESUME=1: {path.name} is of another training: "
                         f"{'; '.join(differing[:4])}; {again}")
@@ -5681,7 +5646,7 @@ def save_weights(run: Run, model: GPT, facts: dict) -> None:
 def read_weights(path: str, model: GPT) -> dict:
     """A file of averaged weights into the model; its facts (see weight_facts).
     UserError, one short line, for anything else."""
-    what = f"EVAL_ONLY_PATH={plain(path, 80)}"
+    what = f"EVAL_ONLY_PATH={path}"
     box = unsealed(Path(path), bytes_of_weights(model.s) + (16 << 20), what)
     with refused(what, AS_WRITTEN):
         weights, facts = box["weights"], box["facts"]
@@ -5778,8 +5743,7 @@ def count_up(run: Run, key: str) -> None:
 
 def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> tuple[int, str, str]:
     """The weights of the artifact at path into the model; its size, mark and digest."""
-    blob = read_bounded(path, MOST_ARTIFACT, f"a run's {ARTIFACT_NAME}") if world.main else None
-    blob = world.agree(blob)
+    blob = world.from_main(read_bounded, path, MOST_ARTIFACT, f"a run's {ARTIFACT_NAME}")
     artifact = read_artifact(s, blob, path.name)
     load_weights(model, artifact.weights, path.name)
     raw = artifact.calibration
@@ -5804,7 +5768,7 @@ def log_decodable_score(s: Settings, run: Run, score: Score) -> None:
     rule counts."""
     decodable = read_manifest(s).get("decodable_val_bytes")
     if decodable and s.val_doc_fraction == 1:
-        bpb = run.summary["val_bpb_decodable"] = score.loss_sum / LN2 / decodable
+        bpb = run.summary["val_bpb_decodable"] = score._replace(byte_sum=decodable).bpb
         run.log("honest_bytes", counted=int(score.byte_sum), decodable=decodable,
                 val_bpb_decodable=bpb)
 
@@ -6191,18 +6155,12 @@ def open_train_stream(s: Settings, world: World, tokens: int) -> Stream:
         max_len=s.train_seq_len, vocab_size=s.vocab_size)
 
 
-def open_stream(s: Settings, world: World, tokens: int, given: int) -> Prefetch:
-    """The training stream, read ahead, after so many batches of this rank."""
-    stream = open_train_stream(s, world, tokens)
-    stream.skip(given)
-    return Prefetch(stream, world.device, given)
-
-
 class Prefetch:
     """Batches read ahead in one thread, in the stream's order. given: how many were
     given out, also before an interruption; epoch: of the last of them."""
 
     def __init__(self, stream: Stream, device: torch.device, given: int = 0, depth: int = 4):
+        stream.skip(given)
         self.stream, self.device, self.given, self.epoch = stream, device, given, stream.epoch
         self.reader = ThreadPoolExecutor(1)
         self.ahead = deque(self.reader.submit(self.read) for _ in range(depth))
@@ -7759,13 +7717,13 @@ def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
     for name, there in {**architecture(Settings()), **theirs}.items():
         here = ours.get(name, "unknown")
         if there != here and (name in ours or there):
-            wrong.append(f"{plain(name, 40)}={plain(there, 24)} there, {here} here")
+            wrong.append(f"{one_line(name, 40)}={one_line(there, 24)} there, {here} here")
     if not theirs:
         wrong = ["it names no settings"]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{what} of another configuration: "
-                        f"{plain('; '.join(wrong[:3]), 150)}{more}; "
+                        f"{'; '.join(wrong[:3])}{more}; "
                         "use the settings it was made with")
 
 
@@ -8026,7 +7984,7 @@ def quantise_once(run: Run, quantiser: Quantiser,
     watch = Clock()
     q = quantiser(base_step)
     quantised = watch.elapsed()
-    blob = world.agree(pack_model(s, q) if world.main else None)
+    blob = world.from_main(pack_model, s, q)
     script = code_bytes(shipped_form(s))
     run.log("pack", bytes=len(blob), code_bytes=script, total=len(blob) + script,
             base_step=base_step, quantise_s=quantised,
@@ -8216,7 +8174,7 @@ class Hints:
 
     @classmethod
     def of(cls, s: Settings, tokens: Array) -> Hints:
-        """For the targets tokens[1:], counted in this order."""
+        """For the targets tokens[1:]."""
         guesses = ngram_experts(s, tokens).values()
         hint, confidence = map(np.stack, zip(*guesses))
         for row, (least, _) in zip(confidence, experts_in_use(s).values()):
@@ -8226,8 +8184,10 @@ class Hints:
 
     @classmethod
     def for_windows(cls, s: Settings, world: World, val: Validation) -> Hints | None:
-        """Counted in the stream's order; None where nothing is tilted."""
-        return cls.from_main(s, world, val, np.arange(len(val.documents)))
+        """Counted in the stream's order, by rank 0; None where nothing is tilted."""
+        if not s.ngram_tilt_enabled:
+            return None
+        return world.from_main(cls.in_order, s, val, np.arange(len(val.documents)))
 
     @classmethod
     def for_adapting(cls, s: Settings, world: World, val: Validation) -> Hints | None:
@@ -8237,20 +8197,12 @@ class Hints:
         groups = []
         for ttt_round in ttt_rounds(s, val.documents.length):
             groups += ttt_round.groups
-        return cls.from_main(s, world, val, np.concatenate(groups))
+        return world.from_main(cls.in_order, s, val, np.concatenate(groups))
 
     @staticmethod
     def orders_differ(s: Settings) -> bool:
         """Whether TTT counts the documents in another order than the windows do."""
         return s.ngram_tilt_enabled and "stream" not in (s.ttt_doc_order, s.ngram_doc_order)
-
-    @classmethod
-    def from_main(cls, s: Settings, world: World, val: Validation,
-                  order: Array) -> Hints | None:
-        """Counted by rank 0, the same on all; None where nothing is tilted."""
-        if not s.ngram_tilt_enabled:
-            return None
-        return world.agree(cls.in_order(s, val, order) if world.main else None)
 
     @classmethod
     def in_order(cls, s: Settings, val: Validation, order: Array) -> Hints:
@@ -8397,14 +8349,8 @@ def probe_conditions(s: Settings, world: World, model: GPT) -> list[Finding]:
         findings.extend(probe_normalisation(s, world, model))
     except LedgerError as error:
         refusal = str(error)
-    return [*findings, probe_ledger(booked, refusal)]
-
-
-def probe_ledger(booked: list[int], refusal: str) -> Finding:
-    """C3 and C4: the books of every evaluation took each target once, and no step was
-    made on one that was not on them."""
     figure = f"{sum(booked):,} targets booked once each, before any step on them"
-    return Finding("C3 C4 ledger", not refusal, refusal or figure)
+    return [*findings, Finding("C3 C4 ledger", not refusal, refusal or figure)]
 
 
 def log_probes(s: Settings, world: World, run: Run, model: GPT) -> None:
@@ -9002,7 +8948,7 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     room = ARTIFACT_LIMIT - code_bytes(shipped_form(s))
     q = quantiser(base_step_for(quantiser.deviations, 0.99 * room, quantiser.finest))
     quantised = clock.elapsed()
-    blob = world.agree(pack_model(s, q) if world.main else None)
+    blob = world.from_main(pack_model, s, q)
     packed = clock.elapsed()
     # the fitter takes about three tries; weights are saved at 100 MB/s; a quarter to spare
     need = calibrating + 3 * packed - 2 * setting_up + bytes_of_weights(s) / 1e8

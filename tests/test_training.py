@@ -213,12 +213,9 @@ def test_the_space_for_the_weights_is_kept_until_they_are_written(data, tmp_path
     assert not (tmp_path / tg.BALLAST).exists()
 
 
-@pytest.mark.parametrize("full, place", [(1, "here"), (2, "temp"), (3, None)])
-def test_weights_find_another_place_when_the_disk_is_full(data, tmp_path, monkeypatch, full, place):
-    for name in ("here", "temp"):
-        (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(tg.tempfile, "gettempdir", lambda: str(tmp_path / "temp"))
+@pytest.mark.parametrize("full", [1, 2])
+def test_weights_find_another_place_when_the_disk_is_full(data, tmp_path, monkeypatch, full):
+    monkeypatch.setattr(tg.tempfile, "gettempdir", lambda: str(tmp_path))
     write, failed = tg.write_atomic, []
 
     def no_space(path, content):
@@ -231,10 +228,10 @@ def test_weights_find_another_place_when_the_disk_is_full(data, tmp_path, monkey
     model, _, _ = learn(data, tmp_path / "run")      # the run goes on in any case
     warned = " ".join(e["text"] for e in events(tmp_path / "run", "warning"))
     assert warned.count("No space left") == full
-    if place is None:
+    if full == 2:
         assert "only in memory" in warned
         return
-    (found,) = (tmp_path / place).glob("final_model.*.pt")
+    (found,) = tmp_path.glob("run-*/final_model.pt")
     assert f"EVAL_ONLY_PATH={found}" in warned
     twin = tg.GPT(settings())
     tg.read_weights(str(found), twin)
