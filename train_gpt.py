@@ -5071,7 +5071,7 @@ class Run:
         if self.summary_kept:      # else only the weights say how they were trained
             files.insert(0, ("EVAL_ONLY_QUANTIZED_PATH", self.artifact))
         if not self.s.max_wallclock_seconds and self.checkpoint_fits:
-            files += [("RESUME", path) for path in self.dir.glob("checkpoint/resume.*.0.pt")]
+            files += [("RESUME", path) for path in self.dir.glob("checkpoint/resume.*.pt")]
         files.append(("EVAL_ONLY_PATH", self.dir / AVERAGE))
         for name, path in files:
             own = self.s.resume and path.parent.name == "checkpoint"      # it goes on with them
@@ -5446,15 +5446,12 @@ def weight_facts(s: Settings, world: World, steps: int, seconds: float, stopped:
 # --- checkpoints to go on from, for runs without a time budget
 
 class Checkpoints:
-    """Writes all that a training must know to go on to the bit: every rank its own
-    file, so that no shared disk is needed. Rank 0 writes last: where its file is, the
-    checkpoint is whole."""
+    """Writes all that a training must know to go on to the bit; rank 0 alone does."""
 
     def __init__(self, s: Settings, world: World, run: Run, trainer: Trainer, watch: FiniteWatch,
                  clock: Clock):
         self.s, self.world, self.run, self.trainer = s, world, run, trainer
-        self.watch = watch
-        self.clock = clock
+        self.watch, self.clock = watch, clock
         self.last = None
         self.wanted = s.checkpoint_every_seconds > 0 and not s.max_wallclock_seconds
 
@@ -5467,81 +5464,66 @@ class Checkpoints:
             self.last = elapsed
 
     def write(self, step: int, curriculum: Curriculum, stream: Prefetch) -> None:
-        """Write one, on all ranks; without space, or with weights that are not
-        finite, the last one stays."""
+        """Write one; without space, or with weights that are not finite, the last stays."""
         if not self.wanted or not step:
             return
-        world, fault = self.world, ""
-        before = world.pulse.doing
-        world.beat(f"saving a checkpoint of step {step}")
-        if not world.main:
-            fault = self.write_part(step, curriculum, stream)
-        faults = list(filter(None, world.gather(fault)))
-        if world.main:
-            fault = faults[0] if faults else self.write_part(step, curriculum, stream)
-        fault = world.agree(fault)
-        world.beat(before)
-        if fault:
-            return self.run.warn(f"no checkpoint at step {step}: {fault}", once="checkpoint")
-        self.run.log("checkpoint", quiet=True, step=step)
-        remove_checkpoints(self.run, keep=step)
-
-    def write_part(self, step: int, curriculum: Curriculum, stream: Prefetch) -> str:
-        """Write this rank's file; why it cannot be, else nothing."""
-        try:
-            if self.watch.first_bad(wait=True) or not self.trainer.finite():
-                return "weights that are not finite"
-            data = sealed(self.state(step, curriculum, stream))
-            write_atomic(checkpoint_path(self.run, step), data)
-        except (UserError, ValueError, RuntimeError, MemoryError) as error:
-            return one_line(error, 200)
-        return ""
-
-    def state(self, step: int, curriculum: Curriculum, stream: Prefetch) -> dict:
-        """All that this rank must know to go on after this step."""
-        device = self.world.device
-        on_gpu = device.type == "cuda"
-        return {
+        before = self.world.pulse.doing
+        self.world.beat(f"saving a checkpoint of step {step}")
+        own = [part.cpu() for part in self.trainer.optimiser.momentum]
+        state = {
             **self.trainer.tensors(),
+            "momentum": self.world.gather(own),
             "settings": training_settings(self.s, self.world),
             "step": step,
             "seconds": self.clock.elapsed(),
             "batches": stream.given,
             "curriculum": curriculum.state(),
-            "untrained_val_bpb": self.run.summary.get("untrained_val_bpb"),
-            "random": torch.get_rng_state(),
-            "random_gpu": torch.cuda.get_rng_state(device) if on_gpu else None}
+            "untrained_val_bpb": self.run.summary.get("untrained_val_bpb")}
+        fault = self.world.from_main(self.write_file, state)
+        self.world.beat(before)
+        if fault:
+            return self.run.warn(f"no checkpoint at step {step}: {fault}", once="checkpoint")
+        self.run.log("checkpoint", quiet=True, step=step)
+        remove_checkpoints(self.run, keep=step)
+
+    def write_file(self, state: dict) -> str:
+        """Why it cannot be written, else nothing."""
+        try:
+            if self.watch.first_bad(wait=True) or not self.trainer.finite():
+                return "weights that are not finite"
+            write_atomic(checkpoint_path(self.run, state["step"]), sealed(state))
+        except (UserError, ValueError, RuntimeError, MemoryError) as error:
+            return one_line(error, 200)
+        return ""
 
 
 def checkpoint_path(run: Run, step: int) -> Path:
-    """The file of this rank's checkpoint after a step."""
-    return run.dir / "checkpoint" / f"resume.{step}.{run.world.rank}.pt"
+    """The file of the checkpoint after a step."""
+    return run.dir / "checkpoint" / f"resume.{step}.pt"
 
 
 def checkpoint_steps(run: Run) -> list[int]:
-    """The steps after which this rank has a checkpoint."""
-    paths = run.dir.glob(f"checkpoint/resume.*.{run.world.rank}.pt")
-    steps = [path.name.split(".")[1] for path in paths]
+    """The steps after which there is a checkpoint."""
+    steps = [path.name.split(".")[1] for path in run.dir.glob("checkpoint/resume.*.pt")]
     return [int(step) for step in steps if step.isdecimal()]
 
 
 def remove_checkpoints(run: Run, keep: int = -1) -> None:
-    """Remove this rank's checkpoints but that of one step."""
-    for step in checkpoint_steps(run):
+    """Remove, on rank 0, all checkpoints but that of one step."""
+    for step in checkpoint_steps(run) if run.world.main else ():
         if step != keep:
             with contextlib.suppress(OSError):
                 checkpoint_path(run, step).unlink()
 
 
 def remove_safety_copies(run: Run) -> None:
-    """Remove averages and checkpoints, once artifact and weights are there."""
-    if not run.world.agree((run.dir / WEIGHTS_NAME).is_file()):
+    """Remove, on rank 0, averages and checkpoints, once the weights are there."""
+    if not run.world.main or not (run.dir / WEIGHTS_NAME).is_file():
         return
     remove_checkpoints(run)
     with contextlib.suppress(OSError):
-        if run.world.main:
-            for path in run.dir.glob("checkpoint/average*.pt"):
-                path.unlink()
+        for path in run.dir.glob("checkpoint/average*.pt"):
+            path.unlink()
         (run.dir / "checkpoint").rmdir()      # unless files of others are in it
 
 
@@ -5556,12 +5538,21 @@ def training_settings(s: Settings, world: World) -> dict:
 
 
 def read_checkpoint(s: Settings, world: World, run: Run) -> dict:
-    """This rank's part of the newest checkpoint; UserError when none fits."""
+    """The newest checkpoint, with this rank's momentum; UserError when none fits."""
     run.checkpoint_fits = False
+    state = world.from_main(newest_checkpoint, s, world, run)
+    state["momentum"] = state["momentum"][world.rank]
+    run.checkpoint_fits = True
+    run.log("resume", step=state["step"], seconds=state["seconds"])
+    return state
+
+
+def newest_checkpoint(s: Settings, world: World, run: Run) -> dict:
+    """What Checkpoints wrote last in this run's folder."""
     again = "start anew without RESUME, in another ARTIFACT_DIR"
     if (run.dir / AVERAGE).is_file():
         again += f", or quantise by EVAL_ONLY_PATH={run.dir / AVERAGE}"
-    step = world.agree(max(checkpoint_steps(run), default=0))
+    step = max(checkpoint_steps(run), default=0)
     if not step:
         raise UserError(f"RESUME=1 finds no checkpoint in {run.dir / 'checkpoint'}: {again}")
     path = checkpoint_path(run, step)
@@ -5574,8 +5565,6 @@ def read_checkpoint(s: Settings, world: World, run: Run) -> dict:
     if differing:
         raise UserError(f"RESUME=1: {path.name} is of another training: "
                         f"{'; '.join(differing[:4])}; {again}")
-    run.checkpoint_fits = True
-    run.log("resume", step=step, seconds=state["seconds"])
     return state
 
 
@@ -5583,9 +5572,6 @@ def go_on_from(state: Mapping[str, Any], trainer: Trainer, curriculum: Curriculu
     """Put everything where the checkpoint had it; the step to go on after."""
     trainer.restore(state)
     vars(curriculum).update(state["curriculum"])
-    torch.set_rng_state(state["random"])
-    if state["random_gpu"] is not None:
-        torch.cuda.set_rng_state(state["random_gpu"], trainer.world.device)
     return state["step"]
 
 

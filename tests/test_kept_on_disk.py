@@ -402,7 +402,7 @@ def test_names_in_a_folder_that_are_taken(tmp_path):
 
 
 @pytest.mark.parametrize("name, setting", [
-    (tg.AVERAGE, "EVAL_ONLY_PATH="), ("checkpoint/resume.3.0.pt", "RESUME=1"),
+    (tg.AVERAGE, "EVAL_ONLY_PATH="), ("checkpoint/resume.3.pt", "RESUME=1"),
     (tg.WEIGHTS_NAME, "EVAL_ONLY_PATH="), (tg.ARTIFACT_NAME, "EVAL_ONLY_QUANTIZED_PATH=")])
 def test_what_an_earlier_run_has_kept_is_not_overwritten(tmp_path, name, setting):
     (tmp_path / "checkpoint").mkdir()
