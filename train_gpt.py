@@ -668,8 +668,7 @@ class Settings:
         """Read and check every setting; a name nothing reads stops the run with the
         nearest right one."""
         known = {f.name.upper(): f for f in fields(cls)}
-        env = without_old_names(env, known)
-        refuse_misspelt(env, known)
+        env = own_variables(env, known)
         values = {f.name: parse_setting(f, env[name]) for name, f in known.items() if name in env}
         s = cls(**values)
         s.check_consistency()
@@ -3967,8 +3966,9 @@ def check_run(s: Settings) -> None:
         raise UserError("RESUME=1 goes on in a folder: set ARTIFACT_DIR to that of the run")
 
 
-def without_old_names(env: Mapping[str, str], known: Mapping) -> dict[str, str]:
-    """The variables under today's names, without those that set nothing here."""
+def own_variables(env: Mapping[str, str], known: Mapping) -> dict[str, str]:
+    """The variables under today's names, without those that set nothing here. UserError
+    for one that must have been meant for this script."""
     env = {k: v for k, v in env.items() if v or (k in known and is_free_text(known[k]))}
     for name, (only, why) in NO_SETTINGS.items():
         value = env.pop(name, "")
@@ -3982,16 +3982,12 @@ def without_old_names(env: Mapping[str, str], known: Mapping) -> dict[str, str]:
             env = {**meant, **env}      # a setting's own name counts
     if any(env.get(name, idle) != idle for name, idle in BY_HAND.items()):
         env.setdefault("QUANT_ALLOCATION", "hand")
-    return env
-
-
-def refuse_misspelt(env: Mapping[str, str], known: Mapping) -> None:
-    """UserError, with the right name, for a variable that is meant for this script."""
     for name in env:
         if name not in known and (nearest := looks_like_ours(name, known)) is not None:
             raise UserError(f"unknown setting {name}: the nearest known one is {nearest} "
                             "(python train_gpt.py --help lists all); if it is of another program, "
                             f"start this one by: env -u {name} python train_gpt.py")
+    return env
 
 
 def set_up(s: Settings, world: World) -> str:
@@ -4120,7 +4116,7 @@ MOST_WEIGHTS = 2 ** 31        # of a model
 BY_HAND = {"AWQ_LITE_ENABLED": "0"}     # what changes steps that are set by hand -> its idle value
 LEFT_OUT = "left out: no published system gained by it"
 CUT_OFF = "older systems need more, which a lean script leaves out: run the whole one"
-# Names of the field's commands that set nothing here: (the one value they may have, None: any; why).
+# The field's names that set nothing here: (the one value they may have, None: any; why).
 NO_SETTINGS = {name: (only, why) for only, why, names in (
     (None, "lossless all of them: our own coder takes their place", "COMPRESSOR"),
     (None, "always so: all targets are scored, by the calibrated loss, with graphs warmed up", """
@@ -4565,7 +4561,8 @@ class Heartbeat(threading.Thread):
         rank = self.world.rank
         healthy = set(range(self.world.size)) - set(stuck)
         if rank == min(healthy, default=0):
-            self.tell(self.describe(stuck))
+            with contextlib.suppress(Exception):
+                self.tell(self.describe(stuck))
             self.kill_stopped(stuck)
         time.sleep((2 if rank in stuck else 3) * TICK)
         self.kill_stopped(stuck)
@@ -4921,7 +4918,7 @@ class Run:
         self.command = ""           # the last one that was logged, to go on
         self.started = 0            # by the disk's clock in ns: files written before are another run's
         if world.heartbeat is not None:
-            world.heartbeat.tell = self.hung
+            world.heartbeat.tell = self.failed
         try:
             if world.main:
                 self.open_folder()
@@ -5113,12 +5110,6 @@ class Run:
             same = self.s.resume and "RESUME" in restart      # it would fail again
             if again or restart and not same:
                 tell(f"to go on: {self.go_on()}")
-
-    def hung(self, line: str) -> None:
-        """What the heartbeat calls before it ends this process."""
-        with contextlib.suppress(Exception):
-            self.failed(line)
-
 
 def starting_command(changed: Mapping[str, str]) -> str:
     """The command that starts this script as it was started, under these settings."""
@@ -5956,30 +5947,19 @@ def read_manifest(s: Settings) -> dict:
     manifest = read_json(path, f"the data tools' manifest: {AGAIN}")
     if not {"files", "fingerprint"} <= set(manifest):
         return {}
-    if fault := manifest_fault(manifest):
-        raise UserError(f"{path} is damaged ({fault}): {AGAIN}")
+    with refused(f"{path} is damaged", AGAIN):
+        texts = [manifest["fingerprint"]]
+        counts = [manifest.get("decodable_val_bytes") or 0]
+        objects = [manifest.get("split") or {}, manifest.get("tokenizer") or {}]
+        for entry in manifest["files"]:
+            texts += entry["name"], entry["kind"]
+            counts += [entry.get(key, 0) for key in ("size", "tokens", "documents", "text_bytes")]
+        wrong = [x for x in texts if not isinstance(x, str)]
+        wrong += [x for x in counts if type(x) is not int or not 0 <= x < 2 ** 63]
+        wrong += [x for x in objects if not isinstance(x, dict)]
+        if wrong:
+            raise ValueError(f"{wrong[0]} in it is not what it should be")
     return manifest
-
-
-def manifest_fault(manifest: Mapping) -> str:
-    """What in a manifest is not as the data tools write it; empty: nothing."""
-    if not isinstance(manifest["files"], list) or not isinstance(manifest["fingerprint"], str):
-        return "files is no list, or the fingerprint no text"
-    counts = {"decodable_val_bytes": manifest.get("decodable_val_bytes") or 0}
-    for i, entry in enumerate(manifest["files"]):
-        if not isinstance(entry, dict):
-            return f"file {i} is no object"
-        if not all(isinstance(entry.get(key), str) for key in ("name", "kind")):
-            return f"file {i} has no name or no kind"
-        for key in ("size", "tokens", "documents", "text_bytes"):
-            counts[f"{key} of file {i}"] = entry.get(key, 0)
-    for key in ("split", "tokenizer"):      # no tokenizer: null
-        if not isinstance(manifest.get(key) or {}, dict):
-            return f"{key} is no object"
-    for name, count in counts.items():
-        if type(count) is not int or not 0 <= count < 2 ** 63:
-            return f"{name} is no whole number"
-    return ""
 
 
 def manifest_total(s: Settings, kind: str, what: str) -> int | None:
@@ -6323,9 +6303,20 @@ def use_triton(wanted: bool | None, sensible: bool) -> bool:
 OPERATORS = "golf_" + re.sub(r"\W", "_", __name__).strip("_")
 
 
-def operator(function: Callable) -> Callable:
-    """The function as an operator that torch.compile keeps whole."""
-    return torch.library.custom_op(f"{OPERATORS}::{function.__name__}", function, mutates_args=())
+def operator(shapes: Callable) -> Callable:
+    """Makes of a function an operator that torch.compile keeps whole. shapes(the same
+    arguments): room for its results, by which the compiler plans."""
+    def made(function: Callable) -> Callable:
+        name = f"{OPERATORS}::{function.__name__}"
+        made_of_it = torch.library.custom_op(name, function, mutates_args=())
+        made_of_it.register_fake(shapes)
+        return made_of_it
+    return made
+
+
+def room(x: Tensor) -> Tensor:
+    """For a result like x, contiguous."""
+    return x.new_empty(x.shape)
 
 
 def save_all(ctx, inputs, output):
@@ -6488,43 +6479,42 @@ def ce_launch(V: int) -> dict:
     return dict(BLOCK=block, num_warps=min(8, max(1, block // 256)))
 
 
-@operator
+@operator(lambda dloss, logits, *_: room(logits))
 def ce_backward(dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, cap: float) -> Tensor:
     """dloss (N) -> gradient (N, V) in the logits' dtype; the softmax is recomputed."""
     N, V = logits.shape
-    grad = torch.empty((N, V), device=logits.device, dtype=logits.dtype)
+    grad = room(logits)
     if N:
         ce_backward_kernel[(N,)](logits.contiguous(), targets.contiguous(), lse,
                                  dloss.contiguous(), grad, cap, V, **ce_launch(V))
     return grad
 
 
-@ce_backward.register_fake
-def ce_backward_shape(dloss, logits, *_):
-    """The gradient's shape, that of logits (N, V)."""
-    return logits.new_empty(logits.shape)
+def room_per_row(logits, *_):
+    """Loss and log-sum-exp: (N,) float32 of logits (N, V)."""
+    loss = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    return loss, room(loss)
 
 
-@operator
-def ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """logits (N, V), targets (N) int64 -> losses and log Σ exp, (N) float32."""
+def ce_rows(logits: Tensor, targets: Tensor, cap: float, grad: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Run ce_forward_kernel: losses and log Σ exp; into grad (N, V), if given, the slope."""
     N, V = logits.shape
-    loss, lse = per_row(logits)
+    loss, lse = room_per_row(logits)
     if N:
-        ce_forward_kernel[(N,)](logits.contiguous(), targets.contiguous(), loss, lse, logits, cap, V,
-                                GRADIENT=False, **ce_launch(V))
+        out = logits if grad is None else grad
+        ce_forward_kernel[(N,)](logits.contiguous(), targets.contiguous(), loss, lse, out, cap, V,
+                                GRADIENT=grad is not None, **ce_launch(V))
     return loss, lse
 
 
-@ce_forward.register_fake
-def per_row(logits, *_):
-    """Shapes of loss and log-sum-exp: (N,) float32 of logits (N, V)."""
-    loss = logits.new_empty(logits.shape[0], dtype=torch.float32)
-    return loss, torch.empty_like(loss)
+@operator(room_per_row)
+def ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """logits (N, V), targets (N) int64 -> losses and log Σ exp, (N) float32."""
+    return ce_rows(logits, targets, cap, None)
 
 
 def ce_gradient(ctx, dloss, _):
-    """Gradient of the logits alone."""
+    """Of the logits alone."""
     logits, targets, _, lse = ctx.saved_tensors
     return ce_backward(dloss, logits, targets, lse, ctx.number), None, None
 
@@ -6540,23 +6530,12 @@ def capped_ce(logits: Tensor, targets: Tensor, cap: float, kernel: bool | None =
     return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
 
 
-@operator
+@operator(lambda logits, *_: (room_per_row(logits)[0], room(logits)))
 def ce_with_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """logits (N, V), targets (N) int64 -> losses (N) float32 and their gradient (N, V)
     in the logits' dtype."""
-    N, V = logits.shape
-    loss, lse = per_row(logits)
-    grad = torch.empty_like(logits)
-    if N:
-        ce_forward_kernel[(N,)](logits.contiguous(), targets.contiguous(), loss, lse, grad, cap, V,
-                                GRADIENT=True, **ce_launch(V))
-    return loss, grad
-
-
-@ce_with_gradient.register_fake
-def loss_and_gradient(logits, *_):
-    """Shapes of losses and gradient."""
-    return per_row(logits)[0], logits.new_empty(logits.shape)
+    grad = room(logits)
+    return ce_rows(logits, targets, cap, grad)[0], grad
 
 
 class HeadLosses(torch.autograd.Function):
@@ -6750,35 +6729,23 @@ def in_rows(v: Tensor) -> Tensor:
     return v if regular else v.contiguous()
 
 
-@operator
+@operator(lambda y, v, gate: room(y))
 def own_value_removed(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     """y (B, T, H, Dh), v (B, T, K, Dh), gate (B, T, H) -> like y."""
     y, v, gate = y.contiguous(), in_rows(v), gate.contiguous()
-    out = torch.empty_like(y)
+    out = room(y)
     own_value_launch(own_value_kernel, y, v, y, v, gate, out)
     return out
 
 
-@own_value_removed.register_fake
-def own_value_removed_shape(y, v, gate):
-    """The output's shape, that of y."""
-    return y.new_empty(y.shape)
-
-
-@operator
+@operator(lambda dout, y, v, gate: (room(y), room(v), room(gate)))
 def own_value_gradients(dout: Tensor, y: Tensor, v: Tensor,
                         gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dout (B, T, H, Dh) -> the gradients of y, v and gate."""
     dout, y, v, gate = dout.contiguous(), y.contiguous(), in_rows(v), gate.contiguous()
-    dy, dv, dgate = own_value_gradients_shapes(dout, y, v, gate)
+    dy, dv, dgate = room(y), room(v), room(gate)
     own_value_launch(own_value_backward_kernel, y, v, dout, y, v, gate, dy, dv, dgate)
     return dy, dv, dgate
-
-
-@own_value_gradients.register_fake
-def own_value_gradients_shapes(dout, y, v, gate):
-    """Room for the three gradients."""
-    return y.new_empty(y.shape), v.new_empty(v.shape), gate.new_empty(gate.shape)
 
 
 def keep_inputs(ctx, inputs, output):
@@ -6821,34 +6788,27 @@ def mlp_launch(a, b, h, out, slope, backward=False, keep_h=False) -> None:
                              BACKWARD=backward, KEEP_H=keep_h, **MLP_TILE)
 
 
-@operator
-def mlp_up(x: Tensor, up: Tensor, slope: float, keep_h: bool) -> tuple[Tensor, Tensor]:
-    """x (N, d), up (m, d) -> h = x @ upᵀ (N, m), or (0, m) unless keep_h, and a =
-    leaky(h)² (N, m)."""
-    h, a = hidden_pair(x, up, slope, keep_h)
-    mlp_launch(x.contiguous(), up.mT, h, a, slope, keep_h=keep_h)
-    return h, a
-
-
-@mlp_up.register_fake
-def hidden_pair(x, up, slope, keep_h):
-    """Room for h, without rows unless it is kept, and for a (N, m)."""
+def room_for_hidden(x, up, slope, keep_h):
+    """h, without rows unless it is kept, and a (N, m)."""
     N, m = x.shape[0], up.shape[0]
     return x.new_empty(N if keep_h else 0, m), x.new_empty(N, m)
 
 
-@operator
+@operator(room_for_hidden)
+def mlp_up(x: Tensor, up: Tensor, slope: float, keep_h: bool) -> tuple[Tensor, Tensor]:
+    """x (N, d), up (m, d) -> h = x @ upᵀ (N, m), or (0, m) unless keep_h, and a =
+    leaky(h)² (N, m)."""
+    h, a = room_for_hidden(x, up, slope, keep_h)
+    mlp_launch(x.contiguous(), up.mT, h, a, slope, keep_h=keep_h)
+    return h, a
+
+
+@operator(lambda dy, down, h, slope: torch.empty_like(h))
 def mlp_dh(dy: Tensor, down: Tensor, h: Tensor, slope: float) -> Tensor:
     """dy (N, d), down (d, m), h (N, m) -> dh = (dy @ down) · act'(h) (N, m)."""
     dh = torch.empty_like(h)
     mlp_launch(dy.contiguous(), down, h, dh, slope, backward=True)
     return dh
-
-
-@mlp_dh.register_fake
-def mlp_dh_shape(dy, down, h, slope):
-    """The gradient's shape, that of h."""
-    return torch.empty_like(h)
 
 
 class LeakySquareMLP(torch.autograd.Function):
@@ -7019,7 +6979,7 @@ def fa4_call(name: str, *tensors, cu, longest):
     return function(*tensors, **{key: value for key, value in options.items() if key in known})
 
 
-@operator
+@operator(lambda dy, q, k, v, *_: [room(q), room(k), room(v)])
 def fa4_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, y: Tensor,
                  lse: Tensor, longest: int) -> list[Tensor]:
     """dy, q, y (…, H, D), k, v (…, K, D) -> dq, dk, dv."""
@@ -7027,26 +6987,19 @@ def fa4_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None,
     return [g.contiguous() for g in grads[:3]]
 
 
-@fa4_backward.register_fake
-def fa4_backward_shapes(dy, q, k, v, *_):
-    """Shapes of the three gradients, those of q, k, v."""
-    return [x.new_empty(x.shape) for x in (q, k, v)]
+def fa4_room(q, *_):
+    """The output, like q, and its log-sum-exp (…, H, T) float32."""
+    *rows, T, H, _ = q.shape
+    return room(q), q.new_empty((*rows, H, T), dtype=torch.float32)
 
 
-@operator
+@operator(fa4_room)
 def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None,
                 longest: int) -> tuple[Tensor, Tensor]:
     """Rows (B, T, H, Dh) with cu None, or packed (N, H, Dh) -> y like q, and log Σ exp
     (B, H, T) or (H, N)."""
     y, lse = fa4_call("_flash_attn_fwd", q, k, v, cu=cu, longest=longest)[:2]
     return y.contiguous(), lse.contiguous()
-
-
-@fa4_forward.register_fake
-def fa4_forward_shapes(q, *_):
-    """Shapes of the output, q's, and of the log-sum-exp (…, H, T) float32."""
-    *rows, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((*rows, H, T), dtype=torch.float32)
 
 
 def fa4_gradient(ctx, dy, _):
