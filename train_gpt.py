@@ -9114,8 +9114,8 @@ PARAMETER_ORDER = """
 
 def pair_rows(ids: Tensor, rows: int, same_segment: Tensor | None = None) -> Tensor:
     """Row of a hashed table for each token of ids (B, T) and the one before it; the
-    last row where same_segment (1, T - 1) parts them. int32, wrapping."""
-    ids = ids.int()
+    last row where same_segment (1, T - 1) parts them."""
+    ids = ids.int()      # products wrap
     row = (36313 * ids[:, 1:] ^ 27191 * ids[:, :-1]) % (rows - 1)
     if same_segment is not None:
         row = row.where(same_segment, rows - 1)
@@ -9128,15 +9128,13 @@ def look_up(ids: Tensor, table: Tensor, proj: Tensor | None, scale: Tensor, dtyp
     there is a sharpness."""
     x = F.embedding(ids, table).to(dtype)
     if proj is not None:
-        if sharpness is not None:
-            proj = soft_round(proj, sharpness)
-        x = F.linear(x, proj.to(dtype))
+        rounded = proj if sharpness is None else soft_round(proj, sharpness)
+        x = F.linear(x, rounded.to(dtype))
     return x * scale.to(dtype)
 
 
 def soft_round(w: Tensor, sharpness: Tensor) -> Tensor:
-    """w (R, C) near its six-bit grid: a sigmoid of this slope in place of each step. A
-    row's step is its largest magnitude over 31, but at least 1/31."""
+    """w (R, C) near its six-bit grid: a sigmoid of this slope in place of each step."""
     step = (w.abs().amax(dim=-1, keepdim=True) / 31).clamp_min(1 / 31)
     z = w / step
     low = z.floor()
@@ -9209,10 +9207,9 @@ class LineageGPT(GPT):
 
     def rope_base(self, longest: int) -> float:
         """With ROPE_YARN the base grows with the longest row so far."""
-        s = self.s
-        longest = max(longest, self.rope_length)
+        s, longest = self.s, max(longest, self.rope_length)
         if not s.rope_yarn or longest <= s.train_seq_len:
-            return s.rope_base
+            return super().rope_base(longest)
         dims = s.rope_dims or s.head_dim
         return s.rope_base * (longest / s.train_seq_len) ** (dims / (dims - 2))
 
@@ -9231,16 +9228,13 @@ class LineageGPT(GPT):
             proj = getattr(self, "bigram_proj", None)
             x = x + look_up(rows, self.bigram_embed, proj, self.bigram_scale,
                             self.compute_dtype, self.sharpness)
-        if channels:
-            x = self.smear(rms(x), self.smears_into(ids, layout))
-        elif s.smear_gate_enabled:
-            x = rms(self.smear(x, self.smears_into(ids, layout)))
-        else:
-            x = rms(x)
+        x = rms(x) if channels else x
+        if s.smear_gate_enabled:
+            x = self.smear(x, self.smears_into(ids, layout))
+        x = x if channels else rms(x)
         return x if before is None else x[:, -length:]
 
     def smear(self, x: Tensor, into: Tensor | None) -> Tensor:
-        """With SMEAR_GATE_KIND=channels: one strength for each channel."""
         if self.s.smear_gate_kind == "window":
             return super().smear(x, into)
         last = x[:, :-1] if into is None else x[:, :-1] * into[..., None]
@@ -9252,50 +9246,50 @@ class LineageGPT(GPT):
         dtype, proj = self.compute_dtype, getattr(self, "ve_proj", None)
         shared = look_up(ids, self.ve_embed, proj, self.ve_scale, dtype, self.sharpness)
         scales = self.ve_layer_scales.to(dtype)
-        return {i: shared * scale for i, scale in zip(self.s.value_layers, scales)}
+        return {layer: shared * scale for layer, scale in zip(self.s.value_layers, scales)}
 
     def begin(self, ids: Tensor, *context) -> Forward:
-        c = super().begin(ids, *context)
+        f = super().begin(ids, *context)
         if not self.s.ve_enabled:
-            return c
-        return LineageForward(c.layers, c.x0, c.rope, c.layout, c.adapter, c.hook, c.cache,
-                              self.token_values(ids))
+            return f
+        values = self.token_values(ids)
+        return LineageForward(f.layers, f.x0, f.rope, f.layout, f.adapter, f.hook, f.cache, values)
 
-    def project(self, c: Forward, i: int, slot: int, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().project(c, i, slot, n)
-        if self.s.ve_enabled and i in c.values:
-            v = v + c.values[i]
+    def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().project(forward, layer, slot, x)
+        if self.s.ve_enabled and layer in forward.values:
+            v = v + forward.values[layer]
         return q, k, v
 
-    def head_gate(self, weight: Tensor, n: Tensor, q_raw: Tensor) -> Tensor:
+    def head_gate(self, weight: Tensor, x: Tensor, q_flat: Tensor) -> Tensor:
         s = self.s
         if s.attn_out_gate_enabled:
-            source = q_raw if s.attn_out_gate_src == "q" else n
+            source = q_flat if s.attn_out_gate_src == "q" else x
             return 2 * torch.sigmoid(F.linear(source[..., :weight.size(-1)], weight))
         if s.gated_attn_enabled:
-            return torch.sigmoid(F.linear(n, weight))
-        return super().head_gate(weight, n, q_raw)
+            return torch.sigmoid(F.linear(x, weight))
+        return super().head_gate(weight, x, q_flat)
 
-    def decode(self, c: Forward, plan: Plan, x: Tensor, skips: list[Tensor]) -> Tensor:
+    def decode(self, forward: Forward, plan: Plan, x: Tensor, skips: list[Tensor]) -> Tensor:
         """With PARALLEL_LANES=separate a first skip is in both lanes, later ones join
         lane 0 or are lost."""
         if self.s.parallel_lanes == "mixed":
-            return super().decode(c, plan, x, skips)
+            return super().decode(forward, plan, x, skips)
         lanes = None
-        for j, i in enumerate(plan.decoder):
+        for j, layer in enumerate(plan.decoder):
             slot = len(plan.encoder) + j
             if skips and j < len(self.skip_weights):
                 skip = skips.pop()
                 if lanes is None:
                     x = self.merge_skip(j, x, skip)
-                elif self.is_parallel(i) and self.s.skip_into_lanes:
+                elif self.is_parallel(layer) and self.s.skip_into_lanes:
                     lanes = self.merge_skip(j, lanes[0], skip), lanes[1]
-            if self.is_parallel(i):
+            if self.is_parallel(layer):
                 lane0, lane1 = lanes or (x, x)
-                mixed, attended, fed = self.branches(c, i, slot, lane0, lane1)
+                mixed, attended, fed = self.branches(forward, layer, slot, lane0, lane1)
                 lanes = mixed + attended, lane1 + fed
             elif lanes is None:
-                x = self.block(c, i, slot, x)
+                x = self.block(forward, layer, slot, x)
         return x if lanes is None else self.join(*lanes)
 
     def join(self, lane0: Tensor, lane1: Tensor) -> Tensor:
@@ -9305,8 +9299,8 @@ class LineageGPT(GPT):
             return super().join(lane0, lane1)
         return lane1 if self.s.parallel_final_lane == "mlp" else lane0
 
-    def depth_scale(self, i: int) -> float:
-        return super().depth_scale(i) if self.s.ln_scale else 1.0
+    def depth_scale(self, layer: int) -> float:
+        return super().depth_scale(layer) if self.s.ln_scale else 1.0
 
     def merge_skip(self, j: int, x: Tensor, skip: Tensor) -> Tensor:
         if self.s.skip_gates_enabled:
@@ -9330,8 +9324,7 @@ class LineageGPT(GPT):
 
 
 def table_shapes(table: str, rows: int, width: int, out: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a table, of its scale, and of its projection where it is not as wide
-    as `out`."""
+    """Of a table, its scale, and its projection where it is not as wide as `out`."""
     shapes = {f"{table}_embed": (rows, width), f"{table}_scale": ()}
     if width != out:
         shapes[f"{table}_proj"] = (out, width)
@@ -9357,8 +9350,8 @@ class Corrector:
         return order, *self.history[max(len(self.history) - order + 1, 0):]
 
     def bias(self) -> np.ndarray:
-        """Added to the logits (V,): alpha log q of the unigrams and, of tokens that
-        followed a context, alpha times the log of their share there over q."""
+        """Added to the logits (V,): alpha log q of the unigrams; for tokens that followed
+        a context before, alpha log(their share there / q) more."""
         log_q = np.log(self.counts / self.counts.sum())
         bias = self.alpha * log_q
         for order in self.orders if self.history else ():
@@ -9417,7 +9410,6 @@ class LineageTTT(PhasedTTT):
         return adapter
 
     def global_lr(self, c: int, chunks: int) -> float:
-        """After GLOBAL_TTT_WARMUP_CHUNKS of a linear warm-up."""
         s, warm = self.s, self.s.global_ttt_warmup_chunks
         if c >= warm:
             return super().global_lr(c - warm, chunks - warm)
@@ -9459,8 +9451,7 @@ QUINTIC = 5 * ((3.4445, -4.7750, 2.0315),)
 
 
 def split_rates(s: Settings, bank: Tensor) -> Tensor | None:
-    """Factor (n, 1, 1) on MATRIX_LR of each matrix of a bank, by its layer; None
-    without a split."""
+    """Factor on MATRIX_LR of each matrix of a bank (n, 1, 1); None without a split."""
     if not s.matrix_lr_early:
         return None
     layers = torch.arange(len(bank), device=bank.device) % s.num_layers
@@ -9494,11 +9485,11 @@ class LineageOptimiser(Optimiser):
         return muon_direction(g, buf, momentum, s.muon_row_normalize,
                               coefficients[:s.muon_backend_steps])
 
-    def apply(self, bank: int, u: Tensor, lr: float) -> None:
+    def apply(self, bank: int, update: Tensor, lr: float) -> None:
         split = self.split[bank]
         if split is not None and self.s.split_lr_target == "update":
-            u = u * split
-        super().apply(bank, u, lr)
+            update = update * split
+        super().apply(bank, update, lr)
 
 
 Optimiser = LineageOptimiser
@@ -9516,21 +9507,17 @@ class LineageCurriculum(Curriculum):
         return s.num_loops > 0 and step >= s.recur_start_step
 
     def rate_share(self, progress: float) -> float:
-        """At most the value of the last point of MIDRUN_CAP_SCHEDULE that is passed,
-        before: of its first."""
-        share = super().rate_share(progress)
-        if not self.s.midrun_cap_schedule:
-            return share
-        points = schedule(self.s.midrun_cap_schedule, 1.0, float)
+        """At most the last cap of MIDRUN_CAP_SCHEDULE that is passed, before: its first."""
+        points = schedule(self.s.midrun_cap_schedule, math.inf, float)
         caps = [points[0][1]]
         caps += [cap for at, cap in points[:-1] if at <= progress]
-        return min(share, caps[-1])
+        return min(super().rate_share(progress), caps[-1])
 
     def graphs(self) -> list[tuple[int, bool]]:
         if not self.s.recur_start_step:
             return super().graphs()
-        lengths = [length for _, length in self.stages]      # by the clock, loops by the step: any pair
-        return list(itertools.product(lengths, (False, True)))
+        lengths = [length for _, length in self.stages]
+        return list(itertools.product(lengths, (False, True)))      # any pair may come
 
 
 class LineageTrainer(Trainer):
@@ -9573,13 +9560,11 @@ class LineageTrainer(Trainer):
 
     def warm_graph(self, length: int, plan: Plan, generator: torch.Generator) -> None:
         super().warm_graph(length, plan, generator)
-        if not self.s.late_qat_threshold:
-            return
-        for _ in range(self.s.warmup_steps):
+        if self.s.late_qat_threshold:
+            self.began = self.steps
             self.set_sharpness(1.0)
-            for _ in range(self.accum):
-                self.micro_step(self.random_batch(generator, length), plan)
-            self.update(1.0, self.s.muon_momentum)
+            super().warm_graph(length, plan, generator)
+            self.began, self.sharpness = None, None
 
     def tensors(self) -> dict[str, Any]:
         began = -1 if self.began is None else self.began
@@ -9602,14 +9587,13 @@ Trainer = LineageTrainer
 @torch.no_grad()
 def clip_search(w: Tensor, order: Tensor, u: Tensor, dead: Tensor, bits: int,
                 coarser: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(codes, fp16 steps (n, R)) of matrices w (n, R, C): of five percentiles of
-    |row| as largest code, each with a pass of GPTQ, the one with the least squared
-    error. As published no step is below 1 / top."""
+    """(codes, fp16 steps (n, R)) of matrices w (n, R, C): of five percentiles of |row| as
+    largest code, the one that GPTQ rounds with the least squared error."""
     top = 2 ** (bits - 1) - 1
     tried = []
     for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
         largest = w.abs().quantile(share, dim=-1)
-        scale = to_half((largest / top).clamp_min(1 / top) * coarser)
+        scale = to_half((largest / top).clamp_min(1 / top) * coarser)      # as published
         codes = round_in_order(w, scale.float(), order, u, dead, top)
         error = w - codes * scale[..., None].float()
         tried.append((error.square().mean(dim=(-2, -1)), codes, scale))
@@ -9619,7 +9603,7 @@ def clip_search(w: Tensor, order: Tensor, u: Tensor, dead: Tensor, bits: int,
 
 
 class LineageQuantiser(Quantiser):
-    """Steps by a search over percentiles, other choices and another form of repairs."""
+    """Steps by a search over percentiles, other repairs."""
 
     def round_by_hand(self, w: Tensor, rows: Tensor, factors: Sequence[Tensor], bits: int,
                       base_step: float) -> tuple[Tensor, Tensor]:
@@ -9642,7 +9626,6 @@ class LineageQuantiser(Quantiser):
         return [name for name in best[:s.lqer_top_k] if gains[name] > 0]
 
     def pack_factors(self, a: Tensor, b: Tensor) -> tuple[str, Sequence[Tensor]]:
-        """With LQER_ASYM_ENABLED=0 all are symmetric."""
         if self.s.lqer_asym_enabled and b.numel() % self.s.lqer_asym_group == 0:
             return super().pack_factors(a, b)
         return symmetric_factors(a, b, self.s.lqer_factor_bits)
@@ -9676,8 +9659,7 @@ def span_keys(x: Array, first: Array, end: Array) -> Array:
 
 def counted(targets: Array, items: Array, keys: Array, learns: Array,
             asks: Array) -> Guesses:
-    """Hint and confidence (n,) of the targets (n,) by online_counts of some items; 0
-    unless one `asks`."""
+    """online_counts of some of the targets (n,); 0 for those that do not ask."""
     hint = np.zeros(len(targets), targets.dtype)
     confidence = np.zeros(len(targets), np.float32)
     hint[items], confidence[items] = online_counts(keys, targets[items], learns[items])
@@ -9685,13 +9667,11 @@ def counted(targets: Array, items: Array, keys: Array, learns: Array,
 
 
 class Words(NamedTuple):
-    """Where words lie among the targets (n,). begins, opened, outside: the target
-    begins a word; one is open before it; it belongs to none. start: target at which
-    its word begins."""
-    begins: Array
-    opened: Array
-    outside: Array
-    start: Array
+    """Where words lie among the targets (n,)."""
+    begins: Array       # the target begins a word
+    opened: Array       # one is open before it
+    outside: Array      # it belongs to none
+    start: Array        # target at which its word begins
 
     @classmethod
     def of(cls, s: Settings, targets: Array) -> Words:
@@ -9745,8 +9725,7 @@ EXPERTS["word"] = Expert("word_tau", "word_boost", count_words)
 
 
 def open_words(s: Settings, targets: Array, w: Words) -> Array:
-    """A number (n,) for the normalised text of the word open after each target; 0:
-    there is none."""
+    """A number (n,) for the text of the word open after each target; 0: there is none."""
     decode = word_pieces(s.tokenizer, s.vocab_size)[2]
     items = np.flatnonzero(~w.outside)
     keys = span_keys(scramble(targets), w.start[items], items + 1)
@@ -9773,9 +9752,7 @@ class LineageHints(Hints):
 
     @staticmethod
     def choose(s: Settings, q: Tensor, hints: Tensor, confidences: Tensor) -> tuple[Tensor, ...]:
-        """Of E experts' hints the one that promises most: it (…), -1 where no gate is
-        open, the model's probability of it and its boost in nats. q (E, …): the
-        model's probability of every hint."""
+        """The same, of E experts' hints the one that promises most."""
         q, p = q.double(), confidences.double()
         best = torch.full_like(q[0], -math.inf)
         hint = torch.full_like(hints[0], -1)
@@ -9816,8 +9793,7 @@ PREQUANT = ("PREQUANT_TTT_ENABLED=1: the weights were trained on validation toke
 
 
 def prequant_batches(s: Settings, tokens: int, world: World) -> list[np.ndarray]:
-    """Rows (by number, TRAIN_SEQ_LEN targets each) of this rank's batches; every rank
-    has as many."""
+    """Rows (by number) of this rank's batches; every rank has as many."""
     rows, size = (tokens - 1) // s.train_seq_len, s.prequant_ttt_batch_seqs
     if s.prequant_ttt_form == "overlapping":
         # As published, the last row begins a batch only if tokens are left over behind it.
@@ -9937,10 +9913,9 @@ class ShuffledStream(WindowStream):
 
 
 class CoprimeStream(WindowStream):
-    """Windows from many shards at once: each is walked in blocks of max_len by a stride
-    coprime to their number; shards are drawn by what they have left, more of them as
-    training goes on. All ranks draw the same batch and take every world_size-th
-    window; `windows` has those of all ranks."""
+    """Windows from many shards, each walked in blocks of max_len by a stride coprime to
+    their number; shards are drawn by what they have left. All ranks draw the same batch
+    and take every world_size-th window; `windows` has those of all ranks."""
 
     def __init__(self, files, **shape):
         super().__init__(files, **shape)
