@@ -3991,7 +3991,7 @@ def own_variables(env: Mapping[str, str], known: Mapping) -> dict[str, str]:
 
 
 def set_up(s: Settings, world: World) -> str:
-    """Seeds, arithmetic and attention of this process. Returns why this attention."""
+    """Seeds, arithmetic and attention of this process; why this attention."""
     global ATTENTION
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high" if world.device.type == "cuda" else "highest")
@@ -4042,7 +4042,7 @@ def build_model(s: Settings, world: World) -> GPT:
 # --- reading settings
 
 def is_free_text(f) -> bool:
-    """Whether an empty value means something: not for numbers, flags and choices."""
+    """Whether an empty value means something."""
     return type(f.default) is str and not f.metadata["choices"]
 
 
@@ -4063,7 +4063,7 @@ def whole_number(text: str) -> int | None:
 
 
 def whole_numbers(text: str) -> list[int]:
-    """The numbers of "9,10", at most 64; none when the text is anything else."""
+    """The numbers of "9,10", at most 64; none of any other text."""
     parts = text.replace(" ", "").split(",")
     good = len(parts) <= 64 and all(re.fullmatch("[0-9]{1,9}", part) for part in parts)
     return [int(part) for part in parts] if good else []
@@ -4228,8 +4228,7 @@ def looks_like_ours(name: str, known: Mapping) -> str | None:
 
 
 def stray_names(env: Mapping[str, str]) -> dict[str, str]:
-    """Variables like settings that nothing here reads, and what to say of each; twenty
-    at most."""
+    """Variables like settings that nothing reads, and what to say of each; at most 20."""
     known = {f.name.upper() for f in fields(Settings)}
     first_words = our_words() | COMMON_WORDS
     strays = {}
@@ -4243,7 +4242,6 @@ def stray_names(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def print_help() -> None:
-    """Every setting with default, range and meaning."""
     print(__doc__.split("Chapters")[0])
     for f in fields(Settings):
         meta = f.metadata
@@ -4280,7 +4278,7 @@ LAUNCH = ("start by torchrun, or without them: env -u RANK -u WORLD_SIZE -u LOCA
 
 
 def launcher_number(env: Mapping[str, str], name: str, default: int, lo: int, hi: int) -> int:
-    """A number that the launcher sets; UserError unless it lies in lo … hi."""
+    """A number that the launcher sets, from lo to hi."""
     text = env.get(name, str(default))
     if not re.fullmatch("[0-9]{1,9}", text) or not lo <= int(text) <= hi:
         raise UserError(f"{name}={text[:40]} must be a whole number from {lo} to {hi}: {LAUNCH}")
@@ -4445,7 +4443,7 @@ class World:
         self.agree(None)
 
     def leave(self) -> None:
-        """This rank is done: the others need not watch it any more."""
+        """The others need not watch this rank any more."""
         if self.heartbeat is not None:
             self.heartbeat.leave()
         if self.size > 1 and dist.is_initialized():
@@ -4528,14 +4526,14 @@ class Heartbeat(threading.Thread):
             self.signs[rank] = sign
 
     def state_here(self, rank: int) -> str:
-        """State letter of a rank's process if it runs on this machine, else nothing."""
+        """State letter of a rank's process; empty if it runs elsewhere."""
         sign = self.signs[rank]
         state, begun = process_state(sign["pid"])
         return state if (sign["host"], sign["begun"]) == (platform.node(), begun) else ""
 
     def stuck(self, now: float) -> list[int]:
-        """The ranks that hold up the job: silent ones, or when nobody makes progress
-        the least far of those that wait for no other."""
+        """The ranks that hold up the job: silent ones, or when nobody makes progress the
+        least far of those that wait for no other."""
         at_work = {rank: sign for rank, sign in self.signs.items() if "left" not in sign}
         patience = {"T": STOPPED, "t": STOPPED, "": SILENT}
         silent = [rank for rank in at_work
@@ -4569,7 +4567,7 @@ class Heartbeat(threading.Thread):
         os._exit(1)
 
     def kill_stopped(self, stuck: Sequence[int]) -> None:
-        """SIGKILL to those of these ranks that are stopped, on this machine."""
+        """SIGKILL to those of them that are stopped, on this machine."""
         for rank in stuck:
             if self.state_here(rank) in ("T", "t"):
                 with contextlib.suppress(OSError):
@@ -4612,7 +4610,7 @@ class Signals:
             signal.signal(signal.SIGHUP, self.receive if launched else signal.SIG_IGN)
 
     def receive(self, number: int, frame) -> None:
-        """The handler of a signal, between two instructions of the main thread."""
+        """The handler."""
         number = signal.SIGTERM if number == signal.SIGHUP else number
         if self.number:
             if time.monotonic() - self.when > 1:
@@ -4659,7 +4657,7 @@ class Clock:
 
     @contextlib.contextmanager
     def exclude(self):
-        """Time spent inside is not charged, but kept in `excluded` for the log."""
+        """Time spent inside is not charged, but kept for the log."""
         begin = self.now()
         yield
         self.excluded += self.now() - begin
@@ -4731,7 +4729,7 @@ def read_json(path: Path, what: str) -> dict:
 
 
 def finite_only(value):
-    """The value with None in place of every float that JSON cannot say."""
+    """The value with None for every float that JSON cannot say."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -4747,7 +4745,7 @@ def to_json(value, **options) -> str:
 
 
 def in_a_line(error: BaseException) -> str:
-    """Type and text of an exception, on one line of bounded length."""
+    """Type and text of an exception, bounded."""
     return f"{type(error).__name__}: {one_line(' '.join(str(error).split()), 300)}"
 
 
@@ -4859,8 +4857,8 @@ def write_somewhere(run: Run, name: str, data: bytes, form: str = "{}") -> Path 
 
 
 class Journal:
-    """A file of lines that never ends a run: what cannot be written waits in memory,
-    at most MOST bytes of it, and is tried again with every line."""
+    """A file of lines that never ends a run: what cannot be written waits in memory and
+    is tried again with every line."""
     MOST = 8 << 20
 
     def __init__(self, path: Path, fresh: bool = False):
@@ -4897,8 +4895,8 @@ class Journal:
 
 
 class Run:
-    """The run's folder and its one voice: text to train.log and the screen, JSON
-    lines to metrics.jsonl. Nothing that cannot be written or shown ends the run."""
+    """The run's folder and its one voice: text to train.log and the screen, JSON lines to
+    metrics.jsonl. Nothing that cannot be written or shown ends the run."""
 
     def __init__(self, s: Settings, world: World):
         name = s.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
@@ -4933,8 +4931,8 @@ class Run:
     # --- the folder
 
     def open_folder(self) -> None:
-        """Lock, journals, and what the summary says of a training that goes on.
-        UserError unless this run may write there."""
+        """Lock, journals, and what the summary says of a training that goes on. UserError
+        unless this run may write there."""
         self.dir.mkdir(parents=True, exist_ok=True)
         check_folder(self.dir)
         self.lock = lock_folder(self.dir)
@@ -4981,7 +4979,6 @@ class Run:
         return earlier
 
     def close(self) -> None:
-        """Give the folder back."""
         if self.lock is not None:
             with contextlib.suppress(OSError):
                 (self.dir / ".lock").unlink()
@@ -5017,7 +5014,6 @@ class Run:
             self.note_go_on()      # a checkpoint may have come
 
     def write(self, journal: Journal, line: str) -> None:
-        """A line into one of the journals."""
         if fault := journal.write(line):
             self.warn(f"{journal.path} cannot be written ({fault}): its lines wait in memory "
                       "and are tried again; the run goes on", once=journal)
@@ -5046,7 +5042,7 @@ class Run:
             self.log("warning", text=text)
 
     def not_compliant(self, reason: str) -> None:
-        """Mark the run: its log, summary and closing block say why it is no result."""
+        """Mark the run: log, summary and closing block say why it is no result."""
         if reason not in self.summary["not_compliant_because"]:
             self.summary["compliant"] = False
             self.summary["not_compliant_because"].append(reason)
@@ -5238,7 +5234,7 @@ class Progress:
         self.peak = world.size * next(peaks, 0.0)
 
     def events(self, step: int, stream: Prefetch, trainer: Trainer, looping: bool) -> None:
-        """Log the end of an epoch, and where the time of a measured step went."""
+        """Log the end of an epoch, and the parts of a measured step."""
         if int(stream.epoch) > self.epochs:
             self.epochs = int(stream.epoch)
             tokens = step * self.s.train_batch_tokens
@@ -5250,8 +5246,8 @@ class Progress:
 
     def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, rate_share: float,
                plan: Plan) -> None:
-        """A line in the log (ten steps, then every TRAIN_LOG_EVERY), else on a
-        terminal, two a second."""
+        """A line in the log (ten steps, then every TRAIN_LOG_EVERY), else on a terminal,
+        two a second."""
         s = self.s
         logged = step <= 10 or (s.train_log_every and step % s.train_log_every == 0)
         if not logged and not (self.run.live and clock.elapsed() - self.last[1] > 0.5):
@@ -5519,7 +5515,7 @@ def remove_safety_copies(run: Run) -> None:
 
 
 def training_settings(s: Settings, world: World) -> dict:
-    """The settings on which a step depends: they must be the same to go on."""
+    """The settings on which a step depends."""
     names = ["SEED", "ITERATIONS", "COMPUTE_DTYPE", "MUON_DTYPE"]
     for group in ("data", "model", "optimiser"):
         names += group_names(group)
@@ -5539,7 +5535,7 @@ def read_checkpoint(s: Settings, world: World, run: Run) -> dict:
 
 
 def newest_checkpoint(s: Settings, world: World, run: Run) -> dict:
-    """What Checkpoints wrote last in this run's folder."""
+    """What Checkpoints wrote last."""
     again = "start anew without RESUME, in another ARTIFACT_DIR"
     if (run.dir / AVERAGE).is_file():
         again += f", or quantise by EVAL_ONLY_PATH={run.dir / AVERAGE}"
@@ -5574,8 +5570,8 @@ AS_WRITTEN = "give the file as a run wrote it"
 
 
 def sealed(box: dict) -> bytes:
-    """torch.save's archive of `box`, with a digest of all of it as the archive's
-    comment, which torch.load passes over: torch does not check an archive's sums."""
+    """torch.save's archive of `box`, which does not check its sums, with a digest of it
+    as its comment, which torch.load passes over."""
     out = io.BytesIO()
     torch.save(box, out)
     body = out.getvalue()[:-2] + struct.pack("<H", SEAL_BYTES)
@@ -5588,8 +5584,8 @@ def seal_of(body: bytes) -> bytes:
 
 
 def unsealed(path: Path, most: int, what: str, remedy: str = AS_WRITTEN) -> dict:
-    """What sealed() wrote to a file of at most `most` bytes. UserError for all else,
-    at once: nothing is unpickled before its digest fits."""
+    """What sealed() wrote to a file of at most `most` bytes. UserError for all else, at
+    once: nothing is unpickled before its digest fits."""
     with refused(what, remedy):
         data = read_bounded(path, most, "a file that a run wrote")
         if data[-SEAL_BYTES:] != seal_of(data[:-SEAL_BYTES]):
@@ -5605,8 +5601,8 @@ def weights_to_bytes(s: Settings, params: Mapping[str, Tensor], facts: dict) -> 
 
 
 def save_weights(run: Run, model: GPT, facts: dict) -> None:
-    """The averaged weights to disk, the moment training ends. Without space in the
-    run's folder other places are tried; without any the run goes on all the same."""
+    """The averaged weights to disk, the moment training ends. Without space for them the
+    run goes on all the same."""
     path = None
     if run.world.main:
         drop_ballast(run)
@@ -5621,8 +5617,7 @@ def save_weights(run: Run, model: GPT, facts: dict) -> None:
 
 
 def read_weights(path: str, model: GPT) -> dict:
-    """A file of averaged weights into the model; its facts (see weight_facts).
-    UserError, one short line, for anything else."""
+    """A file of averaged weights into the model; its facts (see weight_facts)."""
     what = f"EVAL_ONLY_PATH={path}"
     box = unsealed(Path(path), bytes_of_weights(model.s) + (16 << 20), what)
     with refused(what, AS_WRITTEN):
@@ -5641,8 +5636,8 @@ def read_weights(path: str, model: GPT) -> dict:
 
 
 def take_over(s: Settings, run: Run, facts: Mapping) -> Clock:
-    """The training clock that quantising goes on with. Only in the folder of the run
-    that trained is the time known: it is what the weights say."""
+    """The training clock that quantising goes on with. Only in the folder of the run that
+    trained is the time known: it is what the weights say."""
     clock = Clock(s.max_wallclock_seconds)
     run.time_known = run.goes_on()
     if run.time_known:
@@ -5680,9 +5675,9 @@ def plain_mark(text: str) -> str:
 
 
 def write_artifact(s: Settings, run: Run, blob: bytes, clock: Clock) -> tuple[float, int]:
-    """Put the artifact on disk, on rank 0; seconds of training's clock, and bytes. It
-    is judged when its bytes are on disk, and gets its name only when mark and summary
-    say the verdict: no kill comes between."""
+    """On rank 0: seconds of training's clock, and bytes. The artifact is judged when its
+    bytes are on disk, and gets its name only when mark and summary say the verdict: no
+    kill comes between."""
     count_up(run, "quantising_runs")
     path = write_somewhere(run, ARTIFACT_NAME, blob, ".{}.unjudged")
     if path is None:
@@ -5741,8 +5736,7 @@ def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) 
 
 
 def log_decodable_score(s: Settings, run: Run, score: Score) -> None:
-    """The score by the bytes that the text has: normalising tokenizers lose some that the
-    rule counts."""
+    """The score by the bytes that the text has: normalising tokenizers lose some."""
     decodable = read_manifest(s).get("decodable_val_bytes")
     if decodable and s.val_doc_fraction == 1:
         bpb = run.summary["val_bpb_decodable"] = score._replace(byte_sum=decodable).bpb
@@ -5848,8 +5842,8 @@ AGAIN = "fetch or build the data again"
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Tokens of one shard, (N,) uint16, mapped not loaded. UserError when it is
-    missing, foreign or cut."""
+    """Tokens of one shard, (N,) uint16, mapped. UserError when it is missing, foreign or
+    cut."""
     path = Path(path)
     fault = ""
     size = file_size(path, 1 << 40, f"a token shard: {AGAIN}")
@@ -5871,8 +5865,7 @@ def read_shard(path: Path) -> np.ndarray:
 
 
 def list_shards(folder: Path, kind: str) -> list[Path]:
-    """Sorted `fineweb_<kind>_*.bin` of a folder; kind is train or val. UserError when
-    none."""
+    """Sorted `fineweb_<kind>_*.bin` of a folder; kind is train or val."""
     folder = Path(folder)
     if kind == "val" and Validation.sealed:
         raise RuntimeError(SEALED)
@@ -5885,8 +5878,8 @@ def list_shards(folder: Path, kind: str) -> list[Path]:
 
 def read_tokens(s: Settings, kind: str, most: int | None = None) -> dict[Path, np.ndarray]:
     """Tokens of all shards of a kind, by path, mapped. Refused unless each holds
-    documents, the first of them whole (published shards are cut anywhere), and the
-    first `most` tokens are of the vocabulary."""
+    documents, the first of them whole (published shards are cut anywhere), and the first
+    `most` tokens are of the vocabulary."""
     shards = {}
     block = 1_000_000
     for path in list_shards(s.shards, kind):
@@ -5914,8 +5907,7 @@ def check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
 
 
 def read_sidecars(s: Settings, shards: Mapping[Path, np.ndarray]) -> np.ndarray | None:
-    """Bytes of every token (N,) int64 of these shards by their sidecars; None where
-    there are no sidecars."""
+    """Bytes of every token (N,) int64 of these shards; None without sidecars."""
     paths = [path.with_name(path.name.replace("_val_", "_val_bytes_")) for path in shards]
     if not any(path.exists() for path in paths):
         return None
@@ -5939,8 +5931,8 @@ def read_sidecars(s: Settings, shards: Mapping[Path, np.ndarray]) -> np.ndarray 
 
 
 def read_manifest(s: Settings) -> dict:
-    """The folder's manifest.json, written by the data tools; empty when there is
-    none, or one of another program. UserError when it is damaged."""
+    """The folder's manifest.json, written by the data tools; empty when there is none, or
+    one of another program."""
     path = s.shards / "manifest.json"
     if not path.exists():
         return {}
@@ -6006,8 +5998,8 @@ class Batch(NamedTuple):
 def segment_bounds(bos: np.ndarray, total: int, max_len: int,
                    bucket: int = 64) -> tuple[np.ndarray, int]:
     """Attention segments of a row of `total` tokens: (cu_seqlens int32, padded with
-    `total` to whole `bucket`s; longest segment). A segment starts at 0, at each BOS,
-    and every max_len (0: never) tokens of a document."""
+    `total` to whole `bucket`s; longest). One starts at 0, at each BOS, and every max_len
+    (0: never) tokens of a document."""
     starts = np.unique(np.append(0, bos)).astype(np.int64)
     if max_len > 0:
         ends = np.append(starts[1:], total)
@@ -6027,8 +6019,7 @@ def packed_batch(tokens: np.ndarray, max_len: int) -> Batch:
 
 
 class Stream:
-    """Micro-batches of one rank, in an order that the files fix. max_len: of a
-    segment or a window."""
+    """Micro-batches of one rank, in an order that the files fix."""
     windowed = False      # rows of whole windows, without document bounds
 
     def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int,
@@ -6060,8 +6051,8 @@ class Stream:
 
 
 class TokenStream(Stream):
-    """All shards as one endless stream, for any number of ranks: every target once
-    per epoch, in order."""
+    """All shards as one endless stream: every target once per epoch, in order, on any
+    number of ranks."""
 
     def __init__(self, files, **shape):
         super().__init__(files, **shape)
@@ -6088,8 +6079,8 @@ class TokenStream(Stream):
 
 
 class DocPackStream(Stream):
-    """The field's: ranks cut a span of (tokens + 1) x world_size from a shard; a
-    shorter rest is dropped."""
+    """The field's: ranks cut a span of (tokens + 1) x world_size from a shard; a shorter
+    rest is dropped."""
 
     def __init__(self, files, **shape):
         super().__init__(files, **shape)
@@ -6135,8 +6126,8 @@ class Prefetch:
         return self.stream.next().to(self.device), self.stream.epoch
 
     def next(self, cut: int = 0) -> Batch:
-        """The next batch; a packed one cut at `cut` tokens, also where it was read
-        ahead with another."""
+        """The next batch; a packed one cut at `cut` tokens, even if it was read with
+        another."""
         if cut:
             self.stream.max_len = cut
         batch, self.epoch = self.ahead.popleft().result()      # raises what the thread raised
@@ -6195,8 +6186,8 @@ def load_tokenizer(path: Path):
 
 
 class Documents:
-    """Documents of a token stream: each runs from its BOS to, and including, the next
-    BOS (its last target). start, length (n,) int64; length - 1 targets."""
+    """Documents of a token stream, from BOS to next BOS (the last target). start, length
+    (n,) int64; length - 1 targets."""
 
     def __init__(self, tokens: np.ndarray):
         starts = np.flatnonzero(tokens == BOS)
@@ -6267,8 +6258,7 @@ class Validation:
                             f"predicted; {AGAIN}, or raise VAL_DOC_FRACTION")
 
     def open_for_study(self, run: Run, why: str) -> np.ndarray:
-        """The one door past the seal: marks the run NON-COMPLIANT, then hands out the
-        tokens."""
+        """The one door past the seal: marks the run NON-COMPLIANT."""
         run.not_compliant(why)
         return self.stream
 
@@ -6523,8 +6513,8 @@ ce_forward.register_autograd(ce_gradient, setup_context=save_all)
 
 
 def capped_ce(logits: Tensor, targets: Tensor, cap: float, kernel: bool | None = None) -> Tensor:
-    """Cross-entropy of cap·tanh(logits/cap): logits (N, V) bf16 or f32, targets (N)
-    int64 -> (N) float32. The kernel writes nothing of the logits' size."""
+    """Cross-entropy of cap·tanh(logits/cap): logits (N, V) bf16 or f32, targets (N) int64
+    -> (N) float32. The kernel writes nothing of the logits' size."""
     if use_triton(kernel, logits.is_cuda):
         return ce_forward(logits, targets, float(cap))[0]
     return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
@@ -6539,8 +6529,8 @@ def ce_with_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tenso
 
 
 class HeadLosses(torch.autograd.Function):
-    """Head and cross-entropy as one node: the gradient is written while the logits are
-    at hand, and what comes back multiplies rows of the small factors."""
+    """Head and cross-entropy as one node: the gradient is written while the logits are at
+    hand, and what comes back multiplies rows of the small factors."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, cap):
@@ -6711,8 +6701,8 @@ def mix_lanes(lane0: Tensor, lane1: Tensor, attended: Tensor, fed: Tensor, keep:
 # --- attention without the token's own value
 
 def own_value_launch(kernel, y: Tensor, v: Tensor, *pointers: Tensor) -> None:
-    """Run a kernel above on y (B, T, H, Dh), v (B, T, K, Dh), whose rows of K · Dh lie
-    at equal distances, and what else it reads and writes, in its order."""
+    """Run a kernel above on y (B, T, H, Dh), v (B, T, K, Dh) as in_rows leaves it, and
+    what else it reads and writes, in its order."""
     heads, width = y.shape[2:]
     rows, key_heads = y.shape[0] * y.shape[1], v.shape[2]
     if rows:
@@ -6723,7 +6713,8 @@ def own_value_launch(kernel, y: Tensor, v: Tensor, *pointers: Tensor) -> None:
 
 
 def in_rows(v: Tensor) -> Tensor:
-    """v (B, T, K, Dh) as own_value_launch reads it: a slice of a wider row stays one."""
+    """v (B, T, K, Dh) with rows of K · Dh at equal distances: a slice of a wider row
+    stays one."""
     regular = v.stride(3) == 1 and v.stride(2) == v.size(3)
     regular = regular and (v.size(0) == 1 or v.stride(0) == v.size(1) * v.stride(1))
     return v if regular else v.contiguous()
@@ -6812,9 +6803,9 @@ def mlp_dh(dy: Tensor, down: Tensor, h: Tensor, slope: float) -> Tensor:
 
 
 class LeakySquareMLP(torch.autograd.Function):
-    """The whole MLP as one node: dh = (dy @ down) · act'(h) is only fused where dy is
-    at hand. Both h and a are kept for backward: without a there is a ninth pass over
-    an (N, m) matrix, without h the sign of h is lost."""
+    """The whole MLP as one node: dh = (dy @ down) · act'(h) is only fused where dy is at
+    hand. Without a, backward would need a ninth pass over an (N, m) matrix, without h its
+    sign."""
 
     @staticmethod
     def forward(ctx, x, up, down, slope, onto):
@@ -6837,10 +6828,9 @@ class LeakySquareMLP(torch.autograd.Function):
 
 def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, onto: Tensor | None = None,
                      kernel: bool | None = None) -> Tensor:
-    """leaky_relu(x @ upᵀ, slope)² @ downᵀ: x (N, d), up (m, d), down (d, m) of one
-    dtype -> (N, d), added onto (N, d) if that is given. Triton fuses the activation (in
-    backward, its derivative) into the matrix product before it; the other products are
-    cuBLAS's."""
+    """leaky_relu(x @ upᵀ, slope)² @ downᵀ: x (N, d), up (m, d), down (d, m) of one dtype
+    -> (N, d), added onto (N, d) if that is given. Triton fuses the activation into the
+    matrix product before it."""
     if not use_triton(kernel, x.is_cuda and x.dtype in HALF):
         hidden = F.leaky_relu(x @ up.mT, slope).square()
     elif torch.is_grad_enabled() and (x.requires_grad or up.requires_grad or down.requires_grad):
@@ -6851,8 +6841,7 @@ def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, onto: Te
 
 
 def product_onto(onto: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
-    """x (B, T, in) @ weightᵀ, onto a stream (B, T, out) if that is given: the product
-    adds it while it writes."""
+    """x (B, T, in) @ weightᵀ, onto a stream (B, T, out) if that is given."""
     if onto is None:
         return F.linear(x, weight)
     return torch.addmm(onto.flatten(0, 1), x.flatten(0, 1), weight.mT).view(onto.shape)
@@ -6878,13 +6867,10 @@ PACKAGES = {            # backend name -> (names that its module goes by, how to
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> Tensor:
-    """Causal attention: q (B, T, H, Dh), k, v (B, T', K, Dh), H a multiple of K ->
-    (B, T, H, Dh).
-
-    Without a layout each row is one document, the queries the last T of its T'
-    positions (cached keys). With one the rows, laid end to end, are cut at its
-    cu_seqlens (int32, the end padded with the total) into documents of at most
-    max_seqlen, and nothing is seen across a cut."""
+    """Causal attention: q (B, T, H, Dh), k, v (B, T', K, Dh) -> (B, T, H, Dh). Without a
+    layout each row is one document, the queries the last T of its T' positions (cached
+    keys). With one the rows, laid end to end, are cut at its cu_seqlens into documents;
+    nothing is seen across a cut."""
     if k.shape[1] < q.shape[1] or (layout is not None and k.shape[1] != q.shape[1]):
         raise UserError(f"attention got {q.shape[1]} queries and {k.shape[1]} keys a row: under a "
                         "layout they must be equal; pass layout=None with cached keys")
@@ -6918,8 +6904,7 @@ def attend_fa4(q, k, v, cu, longest):
 
 
 def attend_torch(q, k, v, cu, longest):
-    """PyTorch's own kernels: SDPA for plain causal squares, else the FlashAttention-2
-    inside varlen_attn."""
+    """PyTorch's own kernels: SDPA for plain squares, else the varlen FlashAttention-2."""
     (B, T, H, _), keys = q.shape, k.shape[1]
     if cu is None and T == keys:
         return plain_rows(q, k, v)
@@ -6934,8 +6919,7 @@ def attend_torch(q, k, v, cu, longest):
 
 
 def attend_plain(q, k, v, cu, longest):
-    """The twin the others are held to: SDPA on any device and dtype, one document at
-    a time where packed."""
+    """The twin the others are held to: SDPA, document by document where packed."""
     if cu is None:
         return plain_rows(q, k, v)
     q_rows, k_rows, v_rows = (x.flatten(0, 1)[None] for x in (q, k, v))
@@ -6969,8 +6953,7 @@ signature = functools.cache(inspect.signature)    # reading one takes longer tha
 
 
 def fa4_call(name: str, *tensors, cu, longest):
-    """_flash_attn_fwd or _flash_attn_bwd with what the installed release knows of our
-    options."""
+    """_flash_attn_fwd or _flash_attn_bwd with those of our options that it knows."""
     function = getattr(FLASH["fa4"], name)
     options = dict(causal=True, return_lse=True)
     if cu is not None:
@@ -7003,7 +6986,7 @@ def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None,
 
 
 def fa4_gradient(ctx, dy, _):
-    """Gradients of q, k, v alone."""
+    """Of q, k, v alone."""
     return *fa4_backward(dy, *ctx.saved_tensors, ctx.number), None, None
 
 
@@ -7011,9 +6994,9 @@ fa4_forward.register_autograd(fa4_gradient, setup_context=save_all)
 
 
 def self_test(name: str, device: torch.device) -> str:
-    """How a loaded backend fails, empty if it does not: forward and backward against
-    the plain twin, packed with a padded end, square, with cached keys, and compiled
-    without graph breaks, as the model would meet them in its first step."""
+    """How a loaded backend fails, empty if it does not: forward and backward against the
+    plain twin, packed with a padded end, square, with cached keys, and compiled as in the
+    model."""
     backend = torch.compile(BACKENDS[name], fullgraph=True, dynamic=False, backend="aot_eager")
     for keys, bounds in ((128, [0, 40, 41, 128, 128]), (128, None), (192, None)):
         random = torch.Generator().manual_seed(0)
@@ -7036,7 +7019,7 @@ def self_test(name: str, device: torch.device) -> str:
 
 
 def attention_fault(name: str, device: torch.device) -> str:
-    """Why a backend cannot run on `device`; empty if it can: it is in FLASH then."""
+    """Why a backend cannot run on `device`; empty: it can, and is in FLASH."""
     if name == "plain":
         return ""
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -7053,8 +7036,8 @@ def attention_fault(name: str, device: torch.device) -> str:
 
 
 def resolve_attention(choice: str, device) -> tuple[str, str]:
-    """ATTN_BACKEND -> (the backend that runs on `device`, why in one line); auto: the
-    first without a fault."""
+    """ATTN_BACKEND -> (the backend that runs on `device`, why); auto: the first without a
+    fault."""
     if choice not in ("auto", *BACKENDS):
         names = ", ".join(BACKENDS)
         raise UserError(f"ATTN_BACKEND={choice} is unknown; choose one of auto, {names}")
@@ -7106,8 +7089,7 @@ def artifact_to_bytes(header: dict, streams: Mapping[str, bytes]) -> bytes:
 
 
 def artifact_from_bytes(blob: bytes, origin: str) -> tuple[dict, dict[str, bytes]]:
-    """artifact_to_bytes' (header, streams); UserError for what is foreign, cut or
-    altered. Nothing is allocated beyond the blob's own size."""
+    """artifact_to_bytes' (header, streams); UserError for what is foreign, cut or altered."""
     def refuse(what):
         raise UserError(f"{origin}: {what}; copy it again, or write it again")
 
@@ -7159,8 +7141,7 @@ def brotli_pack(data: bytes, stride: int = 1) -> bytes:
 
 
 def brotli_unpack(blob: bytes, size: int, stride: int = 1) -> bytes:
-    """Inverse of brotli_pack; UserError unless it gives `size` bytes: no more is
-    expanded."""
+    """Inverse of brotli_pack; UserError unless it gives `size` bytes: no more is expanded."""
     reader = brotli.Decompressor()
     try:
         data = reader.process(blob, output_buffer_limit=size + 1)
@@ -7195,7 +7176,7 @@ def code_level(codes: Array, axis: int | None = None) -> Array:
 
 def code_levels(codes: Array, rows: Array, columns: Array) -> Array:
     """Of codes (R, C), int8 (1 + R + C): the level of all; by how many quarters of an
-    octave rows and columns differ from what rows (R), columns (C) predict."""
+    octave rows and columns differ from what is predicted of rows (R), columns (C)."""
     parts = [code_level(codes)[None]]
     for axis, predicted in ((1, rows), (0, columns)):
         excess = code_level(codes, axis) - predicted
@@ -7315,8 +7296,8 @@ def fold(count: Array, rare: Array) -> Array:
 
 
 def fitted_table(count: Array) -> Array:
-    """Frequencies (256), PROB_ONE in all, for counts (256). Rare codes get none: a
-    slot costs the others 1 / PROB_ONE, listing a code apart a byte."""
+    """Frequencies (256), PROB_ONE in all, for counts (256). Rare codes get none: a slot
+    costs the others 1 / PROB_ONE, listing a code apart a byte."""
     count = fold(count, listed_apart(6 * PROB_ONE * count >= count.sum()))
     freq = np.maximum(count * PROB_ONE // count.sum(), count > 0)
     while (excess := freq.sum() - PROB_ONE) != 0:
@@ -7335,8 +7316,8 @@ def listed_apart(freq: Array) -> Array:
 
 
 def choose_table(count: Array, odd: int) -> tuple[int, Array]:
-    """(level, frequencies) of the normal table nearest to counts (256); OWN_TABLE
-    where their own is worth the six bits that a frequency takes."""
+    """(level, frequencies) of the normal table nearest to counts (256); OWN_TABLE where
+    their own is worth the six bits that a frequency takes."""
     def bits(freq):
         rare = listed_apart(freq)
         each = PROB_BITS - np.log2(np.maximum(freq, 1))
@@ -7442,9 +7423,9 @@ def rans_encode(lanes: Array, index: Array, freq: Array, start: Array) -> list[A
 
 def encode_codes(codes: Sequence[Array], sides: Sequence[Sides], trellis: bool = False,
                  factors: Mapping[int, Array] = {}) -> bytes:
-    """Codes [int8 (R, C), …] -> bytes; nothing may be empty. A code's context is the
-    sum of its sides, 0…255; with a trellis twice that (0…127) plus the state's low
-    bit. factors: by number, of tensors whose residues are coded."""
+    """Codes [int8 (R, C), …] -> bytes; nothing may be empty. A code's context is the sum
+    of its sides, 0…255; with a trellis twice that plus the state's low bit. factors: by
+    number, of tensors whose residues are coded."""
     count = count_contexts(sides, trellis)
     lanes = lane_count(sum(matrix.size for matrix in codes))
     batches = []  # (C, n) uint16: context << 8 | code as uint8
@@ -7551,8 +7532,8 @@ def read_tables(levels: bytes, front: bytes, listed: int,
 
 def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: bool = False,
                  factors: Mapping[int, Array] = {}) -> list[Array]:
-    """Inverse of encode_codes. UserError for anything else: all words must be used up
-    and all states be back where the encoder began."""
+    """Inverse of encode_codes; UserError for anything else: all words must be used up and
+    all states be back where the encoder began."""
     count = count_contexts(sides, trellis)
     size = sum(len(rows) * len(columns) for rows, columns in sides)
     head = CODES_HEAD.unpack(blob[:CODES_HEAD.size].ljust(CODES_HEAD.size, b"\0"))
@@ -7650,8 +7631,8 @@ def group_names(group: str) -> list[str]:
 
 
 def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
-    """Refuse weights of another architecture(). A setting that the file does not name
-    had its default; one that only the file names must be off."""
+    """Refuse weights of another architecture(). A setting that the file does not name had
+    its default; one that only the file names must be off."""
     ours, wrong = architecture(s), []
     for name, there in {**architecture(Settings()), **theirs}.items():
         here = ours.get(name, "unknown")
@@ -7667,8 +7648,8 @@ def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
 
 
 def coding_plan(q: Quantised, shapes: Mapping[str, tuple]) -> tuple[Predicted, bool]:
-    """What coder and decoder know of the codes `<name>.q`: how large steps let expect
-    them to be, and whether they walk the trellis."""
+    """What coder and decoder know of the codes `<name>.q`: how large they are expected to
+    be, by their steps, and whether they walk the trellis."""
     predicted, names = [], [key.removesuffix(".q") for key in shapes]
     for name, (rows, columns) in zip(names, shapes.values()):
         steps = (q.tensors.get(name + ".row", torch.zeros(rows)),
@@ -7693,7 +7674,7 @@ def pack_model(s: Settings, q: Quantised) -> bytes:
 
 
 def read_model(s: Settings, header: Mapping, streams: Mapping[str, bytes]) -> Quantised:
-    """The Quantised model of an artifact's header and streams."""
+    """Its inverse, of an artifact's header and streams."""
     sizes, base_step = header["sizes"], header["base_step"]
     tall = header["factors"]
     whole = all(type(x) is int and x > 0 for x in sizes.values())
@@ -7731,7 +7712,7 @@ class Artifact(NamedTuple):
 
 def read_artifact(s: Settings, blob: bytes, origin: str) -> Artifact:
     """What an artifact's bytes hold; UserError when they are damaged, of another
-    configuration or nonsense: all is checked before memory or time is spent on it."""
+    configuration or nonsense, before memory or time is spent on them."""
     header, streams = artifact_from_bytes(blob, origin)
     try:
         theirs = header.get("architecture", {})
@@ -7751,8 +7732,7 @@ def read_artifact(s: Settings, blob: bytes, origin: str) -> Artifact:
 
 
 def read_calibration(streams: Mapping[str, bytes]) -> Tensor | None:
-    """An artifact's calibration (15), within fit_calibration's bounds; None:
-    without."""
+    """An artifact's calibration (15), within fit_calibration's bounds, if any."""
     if CALIBRATION_STREAM not in streams:
         return None
     raw = torch.tensor(np.frombuffer(streams[CALIBRATION_STREAM], "<f4"))
@@ -7765,8 +7745,8 @@ def read_calibration(streams: Mapping[str, bytes]) -> Tensor | None:
 # --- the script as it is shipped
 
 def self_extracting(source: bytes) -> bytes:
-    """A script that runs `source` from its compressed form, a latin-1 string, in
-    which five bytes need an escape. linecache is filled for Triton and tracebacks."""
+    """A script that runs `source` from its compressed form, a latin-1 string with
+    escapes. linecache is filled for Triton and tracebacks."""
     packed = lzma.compress(source, format=lzma.FORMAT_RAW, filters=SCRIPT_FILTERS)
     escapes = {b"\\": b"\\\\", b'"': b'\\"', b"\n": b"\\n", b"\r": b"\\r",
                b"\0": b"\\x00"}
@@ -7784,8 +7764,8 @@ SCRIPT_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME,
 
 
 def lean(source: bytes) -> bytes:
-    """A script without part three, from the bar above its banner to the closing
-    block; its settings' names stay, each with its default alone."""
+    """A script without part three, up to the closing block; its settings' names stay,
+    each with its default alone."""
     part = re.search(rb"(?ms)^# =+\n# PART THREE.*?(?=^if __name__ ==)", source)
     if part is None:
         return source
@@ -7933,9 +7913,9 @@ def quantise_once(run: Run, quantiser: Quantiser,
 
 def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, Tensor],
                     curvature: Curvature, clock: Clock | None = None) -> bytes:
-    """Quantise and pack as finely as the limit allows, less at most a margin: the
-    artifact, on every rank. UserError for a size that no step reaches. clock:
-    training's; once something fits, no try that would pass its budget."""
+    """The artifact, on every rank: as fine as the limit allows, less at most a margin.
+    UserError for a size that no step reaches. clock: training's; once something fits, no
+    try that would pass its budget."""
     quantiser = Quantiser(s, weights, curvature, world)
     for instead in sorted(set(quantiser.unusual.values())):
         matrices = [name for name, x in quantiser.unusual.items() if x == instead]
@@ -8005,8 +7985,8 @@ def scramble(x: Array) -> Array:
 
 
 def earlier_in_group(keys: Array, learns: Array) -> tuple[Array, Array]:
-    """Of items sorted by key: how many of its key with `learns` come before each
-    one, and whether it is the first."""
+    """Of items sorted by key: how many of its key with `learns` come before each, and
+    whether it is the first."""
     new = np.append(np.ones(min(len(keys), 1), bool), keys[1:] != keys[:-1])
     begin = np.flatnonzero(new)
     earlier = np.cumsum(learns) - learns
@@ -8044,9 +8024,9 @@ def leading_tokens(keys: Array, tokens: Array, learns: Array) -> Guesses:
 
 
 def online_counts(keys: Array, tokens: Array, learns: Array) -> Guesses:
-    """Before each of n items, in this order: the token that followed its context
-    (key) most often, and its share of them. The first to reach a count keeps it.
-    Only items with `learns` are counted."""
+    """Before each of n items, in this order: the token that followed its context (key)
+    most often, and its share of them; the first to reach a count keeps it. Only items
+    with `learns` are counted."""
     hint = np.zeros(len(keys), tokens.dtype)
     confidence = np.zeros(len(keys), np.float32)
 
@@ -8099,7 +8079,7 @@ def experts_in_use(s: Settings) -> dict[str, tuple[float, float]]:
 
 
 def ngram_experts(s: Settings, tokens: Array) -> dict[str, Guesses]:
-    """Of every expert in use, for the targets tokens[1:], from earlier tokens."""
+    """Of every expert in use, for the targets tokens[1:]."""
     return {name: EXPERTS[name].count(s, tokens) for name in experts_in_use(s)}
 
 
@@ -8171,7 +8151,7 @@ class Hints:
     def choose(s: Settings, q: Tensor, hints: Tensor,
                confidences: Tensor) -> tuple[Tensor, ...]:
         """The hint (…), -1 where the expert is silent, its probability in the model and
-        its boost in nats. hints, confidences and q, of the hints, are (1, …)."""
+        its boost in nats, of hints, confidences and q (1, …)."""
         speaks = confidences[0] > 0
         boost = s.token_boost * speaks.double()
         return hints[0].where(speaks, -1), q[0].double() * speaks, boost
@@ -8204,8 +8184,7 @@ def tilted_losses(s: Settings, losses: Callable, ids: Tensor, targets: Tensor,
 # ========================================
 
 def check_before_start(s: Settings, world: World, run: Run, attention_reason: str) -> None:
-    """All that can be checked before anything is spent, into the log; UserError at the
-    first that fails."""
+    """All that can be checked before anything is spent, into the log."""
     for reason in study_reasons(s):
         run.not_compliant(reason)
     if world.device.type == "cpu" and not s.eval_only_quantized_path and (slow := slow_batch(s)):
@@ -8228,8 +8207,7 @@ class Finding(NamedTuple):
 
 
 class Study:
-    """A mode that breaks the rules, for study only: every run of it is marked
-    NON-COMPLIANT."""
+    """A mode that breaks the rules: every run of it is marked NON-COMPLIANT."""
 
     def reason(self, s: Settings) -> str:
         """Why a score with these settings is no result; empty if it may be one."""
@@ -8263,8 +8241,8 @@ def study_reasons(s: Settings) -> list[str]:
 # --- probes: evidence for the four conditions, from the functions that score
 
 def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
-    """C1-C4 on made-up tokens, through Scorer and PhasedTTT as the settings have
-    them: C1 on every rank, C2 by all together."""
+    """C1-C4 on made-up tokens, through Scorer and PhasedTTT as the settings have them: C1
+    on every rank, C2 by all together."""
     threads = torch.get_num_threads()
     if not compiles(s, world.device):
         # windows of eight chunks show the same; threads would only wait for each other
@@ -8393,10 +8371,9 @@ def probe_change(model: GPT, booked: list[int], name: str, evaluate: Callable,
 
 
 def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
-    """Lengths of six documents, and two tokens of the fourth after which streams
-    differ: inside a chunk in its middle, and in its last one, past every window. The
-    first is a phase's; fourth and fifth are adapted together, then the rest. In a row
-    windows of later documents lie right ahead of earlier ones."""
+    """Lengths of six documents, and two tokens of the fourth after which streams differ:
+    in a chunk in its middle, and in its last one, past every window. The first is a
+    phase's; fourth and fifth are adapted together, then the rest."""
     longest, stride = max(s.eval_seq_len, s.ttt_eval_seq_len), s.eval_stride
     chunk = next(rule.chunk for rule in chunk_rules(s) if longest + 2 * stride <= rule.until)
     chunks = (longest + stride) // chunk + 1
@@ -8413,8 +8390,8 @@ def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
 
 def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[Variant]]:
     """A made-up stream, and a variant for each cut. order=length: later are the
-    document's own tokens and shorter documents. The last place before a cut is
-    scored on the first stream's token: a look at it shows at full strength."""
+    document's own tokens and shorter documents. The last place before a cut is scored on
+    the first stream's token: a look at it shows at full strength."""
     lengths, cuts = probe_documents(s)
     rng = np.random.default_rng(s.seed)
     phrase = rng.integers(4, s.vocab_size, 7)
@@ -8442,8 +8419,8 @@ def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[Variant]]:
 
 
 def shortened_stream(s: Settings, one: np.ndarray) -> list[Variant]:
-    """A variant whose fourth document ends earlier, within its last chunk: every
-    group has the same chunks. None where chunks are too short for that."""
+    """A variant whose fourth document ends earlier, within its last chunk; none where
+    chunks are too short for that."""
     lengths, cuts = probe_documents(s)
     end, cut = sum(lengths[:4]), lengths[3] - 1 - cuts[1]
     other = np.delete(one, np.s_[end - cut:end])
@@ -8451,9 +8428,9 @@ def shortened_stream(s: Settings, one: np.ndarray) -> list[Variant]:
 
 
 def probe_normalisation(s: Settings, world: World, model: GPT) -> Iterator[Finding]:
-    """C2: exp(-loss) of every possible next token, as the books have it, sums to 1:
-    one document per token of the vocabulary, scored by windows and by adapters that
-    have learnt from its first two targets, over hidden states equal to the bit."""
+    """C2: exp(-loss) of every possible next token, as the books have it, sums to 1: one
+    document per token, scored by windows and by adapters that have learnt from its first
+    two targets, over hidden states equal to the bit."""
     tokens = np.tile(np.array([BOS, 4, 5, 6, 7]), s.vocab_size + 1)[:-4]
     tokens[4::5] = np.arange(s.vocab_size)
     val = Validation.of(tokens)
@@ -8486,8 +8463,8 @@ def probe_sum(name: str, ledger: Ledger) -> Finding:
 
 
 def probe_hints(s: Settings) -> tuple[Hints, bool]:
-    """Hints for the documents BOS 4 5 6 v, each as if it alone followed a text that
-    repeats BOS 4 5 6 7; and whether they are the same for every token v."""
+    """Hints for the documents BOS 4 5 6 v, each as if it alone followed repeats of BOS 4
+    5 6 7; and whether they are the same for every token v."""
     text = np.tile(np.array([BOS, 4, 5, 6, 7], np.uint16), s.token_order // 5 + 4)
     begin, documents = len(text) - 5, []
     for v in range(s.vocab_size):
@@ -8569,7 +8546,6 @@ def run_checks(s: Settings, world: World, folder: Path,
 
 
 def check_tokenizer(s: Settings) -> str:
-    """A SentencePiece model of VOCAB_SIZE tokens."""
     table = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
     return f"{s.tokenizer.name}, {len(table.base)} tokens"
 
@@ -8618,8 +8594,7 @@ def check_same_text(run: Run, val: Validation) -> None:
 
 
 def check_same_data(s: Settings, run: Run, fingerprint: str) -> None:
-    """The data's fingerprint into the summary: RESUME goes on with its own, weights may
-    be calibrated on others."""
+    """The data's fingerprint into the summary: RESUME goes on with its own."""
     before = run.summary.setdefault("data_fingerprint", fingerprint)
     if before == fingerprint or s.eval_only_quantized_path:
         return
@@ -8630,9 +8605,9 @@ def check_same_data(s: Settings, run: Run, fingerprint: str) -> None:
 
 
 def check_byte_rule(s: Settings, val: Validation) -> None:
-    """The counted bytes against the text that they decode to: by the table at most
-    1 % more (the published rule takes three bytes for a U+2581 within a piece), by
-    sidecars at most half as much again (a tokenizer that normalises loses some)."""
+    """The counted bytes against the text that they decode to: by the table at most 1 %
+    more (the published rule takes three bytes for a U+2581 within a piece), by sidecars
+    at most half as much again (a tokenizer that normalises loses some)."""
     counted, text = int(val.target_bytes.sum()), decoded_bytes(s, val)
     if counted > (1.01 if val.rule == "table" else 1.5) * text:
         raise UserError(f"the byte rule counts {counted:,} bytes in {text:,}: scores would be "
@@ -8705,8 +8680,8 @@ def check_files(s: Settings, files: Mapping, present: Mapping[str, Path]) -> Non
 
 
 def check_overlap(s: Settings) -> None:
-    """No validation document is among the training documents, by stored hashes of
-    their text; without those by hashes of their tokens."""
+    """No validation document is among the training documents, by stored hashes of their
+    text, else of their tokens."""
     stored = {kind: s.shards / f"document_hashes_{kind}.bin" for kind in ("train", "val")}
     hashes = {}
     if all(p.is_file() for p in stored.values()):
@@ -8723,8 +8698,8 @@ def check_overlap(s: Settings) -> None:
 
 
 def shared_documents(s: Settings) -> list[str]:
-    """Where validation documents are in the training shard next to the split or,
-    with DATA_CHECK=full, in any."""
+    """Where validation documents are in the training shard next to the split, or in any
+    with DATA_CHECK=full."""
     known = set()
     for path in list_shards(s.shards, "val"):
         known.update(value for _, value in document_hashes(read_shard(path)))
@@ -8757,8 +8732,7 @@ def check_temporary_folder() -> None:
 
 
 def check_folder(folder: Path) -> str:
-    """The names of a run's files are free: a folder cannot be replaced, a pipe would
-    wait for a reader."""
+    """The names of a run's files are free: a pipe would wait for a reader."""
     files = (".lock", "train.log", "metrics.jsonl", "summary.json", WEIGHTS_NAME, ARTIFACT_NAME)
     faults = {name: "a folder" for name in files if (folder / name).is_dir()}
     faults |= {name: "a pipe" for name in files if (folder / name).is_fifo()}
@@ -8787,8 +8761,8 @@ def check_made_before(s: Settings) -> str:
 
 
 def check_disk(folder: Path, need: int, ballast: bool = False) -> str:
-    """The folder really has `need` bytes: they are reserved, then given back, or kept
-    as ballast until there is something to write in their place."""
+    """The folder really has `need` bytes: they are reserved, then given back, or kept as
+    ballast until there is something to write in their place."""
     reserved_file = folder / (BALLAST if ballast else f".space.{os.getpid()}")
     kept = False
     try:
@@ -8814,7 +8788,7 @@ BALLAST = ".ballast"     # in the run's folder: what the weights will take
 
 
 def drop_ballast(run: Run) -> None:
-    """Give back the space that check_disk keeps, for what is written next."""
+    """Give that space back."""
     if run.world.main:
         with contextlib.suppress(OSError):
             (run.dir / BALLAST).unlink(missing_ok=True)
