@@ -7090,32 +7090,25 @@ def artifact_to_bytes(header: dict, streams: Mapping[str, bytes]) -> bytes:
 
 def artifact_from_bytes(blob: bytes, origin: str) -> tuple[dict, dict[str, bytes]]:
     """artifact_to_bytes' (header, streams); UserError for what is foreign, cut or altered."""
-    def refuse(what):
-        raise UserError(f"{origin}: {what}; copy it again, or write it again")
-
-    if blob[:8] != MAGIC or len(blob) < PREFIX.size:
-        refuse("no artifact of this trainer "
-               f"(starts with {blob[:8]!r}, not {MAGIC!r}), or cut off")
-    _, version, begin, digest = PREFIX.unpack_from(blob)
-    body = blob[PREFIX.size:]
-    if version != ARTIFACT_VERSION:
-        refuse(f"has format version {version}, this script reads {ARTIFACT_VERSION}")
-    if digest_of(body) != digest:
-        refuse(f"is cut off or damaged ({len(blob):,} bytes, checksum)")
-    streams = {}
-    try:
-        root = json.loads(body[:begin])
+    with refused(f"{origin} is no whole artifact", "copy it again, or write it again"):
+        if blob[:8] != MAGIC or len(blob) < PREFIX.size:
+            raise ValueError(f"it starts with {blob[:8]!r}, not {MAGIC!r}, or is cut off")
+        _, version, begin, digest = PREFIX.unpack_from(blob)
+        body = blob[PREFIX.size:]
+        if version != ARTIFACT_VERSION:
+            raise ValueError(f"its format is {version}, this script reads {ARTIFACT_VERSION}")
+        if digest_of(body) != digest:
+            raise ValueError(f"its {len(blob):,} bytes are not those of its checksum")
+        root, streams = json.loads(body[:begin]), {}
         for name, size in root["streams"]:
             end = begin + int(size)
             if not begin <= end <= len(body):
-                raise ValueError("beyond the file")
+                raise ValueError(f"the stream {name} ends beyond the file")
             streams[str(name)] = body[begin:end]
             begin = end
         if begin != len(body):
-            raise ValueError("bytes too many")
+            raise ValueError("it has bytes too many")
         return dict(root["header"]), streams
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        refuse(f"has a header that cannot be read ({type(error).__name__})")
 
 
 # --- bytes
@@ -7141,16 +7134,11 @@ def brotli_pack(data: bytes, stride: int = 1) -> bytes:
 
 
 def brotli_unpack(blob: bytes, size: int, stride: int = 1) -> bytes:
-    """Inverse of brotli_pack; UserError unless it gives `size` bytes: no more is expanded."""
+    """Inverse of brotli_pack, for `size` bytes: no more is expanded."""
     reader = brotli.Decompressor()
-    try:
-        data = reader.process(blob, output_buffer_limit=size + 1)
-        if len(data) != size or not reader.is_finished():
-            raise brotli.error(f"{len(data)} bytes came")
-    except brotli.error as error:
-        raise UserError(f"compressed stream ({len(blob)} bytes, for {size}): "
-                        f"{error}: damaged or of other settings; "
-                        "write the file again") from error
+    data = reader.process(blob, output_buffer_limit=size + 1)
+    if len(data) != size or not reader.is_finished():
+        raise ValueError(f"a stream of {len(blob)} bytes gives {len(data)}, not {size}")
     return byte_unshuffle(data, stride)
 
 
@@ -7345,12 +7333,6 @@ LOW, LANES = 1 << 16, 1024
 CODES_HEAD = struct.Struct("<HHII")  # lanes, contexts, listed codes, bytes in front
 
 
-def code_fault(what: str) -> UserError:
-    """What a decoder raises."""
-    return UserError(f"weight codes: {what}: damaged or other settings; "
-                     "write the file again")
-
-
 def lane_count(size: int) -> int:
     """Lanes for so many codes."""
     return min(LANES, 1 + (size >> 14))
@@ -7486,7 +7468,7 @@ class Decoder:
             low = np.flatnonzero(x < LOW)
             escaped = np.flatnonzero((code == ESCAPES[0]) | (code == ESCAPES[1]))
             if low.size > self.words.size or escaped.size > self.listed.size:
-                raise code_fault("they end too soon")
+                raise ValueError("the codes end too soon")
             x[low] = x[low] << 16 | self.words[:low.size]
             code[escaped] = self.listed[:escaped.size]
             self.words = self.words[low.size:]
@@ -7526,13 +7508,13 @@ def read_tables(levels: bytes, front: bytes, listed: int,
             tables.append(normal_table(level, i & trellis))
     freq = np.stack(tables)
     if (freq.sum(1) != PROB_ONE).any():
-        raise code_fault(f"a table does not sum to {PROB_ONE}")
+        raise ValueError(f"a table of codes does not sum to {PROB_ONE}")
     return freq, np.frombuffer(data, np.uint8)[own_size:]
 
 
 def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: bool = False,
                  factors: Mapping[int, Array] = {}) -> list[Array]:
-    """Inverse of encode_codes; UserError for anything else: all words must be used up and
+    """Inverse of encode_codes; ValueError for anything else: all words must be used up and
     all states be back where the encoder began."""
     count = count_contexts(sides, trellis)
     size = sum(len(rows) * len(columns) for rows, columns in sides)
@@ -7544,8 +7526,7 @@ def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: bool = False,
     rest = len(blob) - words
     expected = lanes == lane_count(size) and stored == count and n_listed <= size
     if not expected or rest < 0 or rest % 2:
-        raise code_fault(f"header {head} for {count} contexts, {size} codes, "
-                         f"{len(blob)} bytes")
+        raise ValueError(f"header {head} for {count} contexts, {size} codes, {len(blob)} bytes")
     levels = blob[CODES_HEAD.size:front]
     freq, listed = read_tables(levels, blob[front:states], n_listed, trellis)
     decoder = Decoder(
@@ -7561,7 +7542,7 @@ def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: bool = False,
         for t, i in enumerate(stack.ids):
             out[i] = codes[stack.owner == t].view(np.int8)
     if decoder.words.size or decoder.listed.size or (decoder.lanes != LOW).any():
-        raise code_fault("states do not return to the start")
+        raise ValueError("the coder's states do not return to the start")
     return [out[i] for i in range(len(sides))]
 
 
@@ -7591,7 +7572,7 @@ def pack_codes(codes: Sequence[Array], predicted: Predicted,
 
 def unpack_codes(streams: Mapping[str, bytes], tall: Sequence[int], predicted: Predicted,
                  trellis: bool = False) -> list[Array]:
-    """Inverse of pack_codes, `tall` having factors; UserError for anything else."""
+    """Inverse of pack_codes, `tall` having factors."""
     sizes = [RANK * len(predicted[i][1]) for i in tall]
     flat = split_bytes(streams[FACTOR_STREAM], sizes)
     factors = {i: x.reshape(RANK, -1) for i, x in zip(tall, flat)}
@@ -7634,6 +7615,7 @@ def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
     """Refuse weights of another architecture(). A setting that the file does not name had
     its default; one that only the file names must be off."""
     ours, wrong = architecture(s), []
+    theirs = theirs if isinstance(theirs, dict) else {}
     for name, there in {**architecture(Settings()), **theirs}.items():
         here = ours.get(name, "unknown")
         if there != here and (name in ours or there):
@@ -7714,9 +7696,8 @@ def read_artifact(s: Settings, blob: bytes, origin: str) -> Artifact:
     """What an artifact's bytes hold; UserError when they are damaged, of another
     configuration or nonsense, before memory or time is spent on them."""
     header, streams = artifact_from_bytes(blob, origin)
-    try:
-        theirs = header.get("architecture", {})
-        check_architecture(s, theirs, f"{origin} is an artifact")
+    check_architecture(s, header.get("architecture"), f"{origin} is an artifact")
+    with refused(f"{origin} has contents that do not fit together", "write it again"):
         q = read_model(s, header, streams)
         mark = header.get("not_compliant", "")
         weights = dequantise(q)
@@ -7724,11 +7705,6 @@ def read_artifact(s: Settings, blob: bytes, origin: str) -> Artifact:
         if not finite or not isinstance(mark, str):
             raise ValueError("weights that are not finite, or a mark that is no text")
         return Artifact(q, weights, read_calibration(streams), plain_mark(mark))
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError,
-            RuntimeError, MemoryError) as error:      # well-formed, but not ours
-        raise UserError(f"{origin} has contents that do not fit together "
-                        f"({type(error).__name__}: {error!s:.200}): "
-                        "write it again") from error
 
 
 def read_calibration(streams: Mapping[str, bytes]) -> Tensor | None:
@@ -8754,9 +8730,7 @@ def check_made_before(s: Settings) -> str:
     path = Path(s.eval_only_quantized_path)
     blob = read_bounded(path, MOST_ARTIFACT, "a run's final_model.int6.ptz")
     header, _ = artifact_from_bytes(blob, path.name)
-    theirs = header.get("architecture")
-    theirs = theirs if isinstance(theirs, dict) else {}
-    check_architecture(s, theirs, f"{path.name} is an artifact")
+    check_architecture(s, header.get("architecture"), f"{path.name} is an artifact")
     return f"EVAL_ONLY_QUANTIZED_PATH, {len(blob):,} bytes"
 
 
