@@ -83,7 +83,7 @@ except ImportError:               # the plain twins are complete without it
     triton = None
 
 ARTIFACT_LIMIT = 16_000_000   # bytes: this script as shipped + the packed model
-MOST_ARTIFACT = 1 << 26       # bytes of a file that is read as one
+MOST_READ = 1 << 26           # bytes of a file that is read as one
 CANONICAL_VAL_DOCS = 50_000   # documents of FineWeb's validation split
 BUDGET_SECONDS = 600.0        # for all up to the artifact, and as many for the evaluation
 BOS = 1                       # begins every document, in every tokenizer of the field
@@ -4685,8 +4685,13 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; free space or set "
                         "ARTIFACT_DIR") from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Delete a file if it is there and that works."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 @contextlib.contextmanager
@@ -4720,7 +4725,7 @@ def read_bounded(path: Path, most: int, what: str) -> bytes:
 
 def read_json(path: Path, what: str) -> dict:
     """The object in a JSON file; UserError when it holds anything else."""
-    data = read_bounded(path, 1 << 26, what)
+    data = read_bounded(path, MOST_READ, what)
     with refused(f"{path} is damaged", f"it should be {what}"):
         value = json.loads(data)
         if not isinstance(value, dict):
@@ -4947,8 +4952,7 @@ class Run:
         else:
             for path in [*self.dir.glob(".*"), *self.dir.glob("checkpoint/.*")]:
                 if LEFTOVER.fullmatch(path.name):
-                    with contextlib.suppress(OSError):
-                        path.unlink()
+                    remove(path)
         if self.goes_on():
             self.summary.update(of_training(earlier, self.dir / "summary.json"))
             if self.s.eval_only_quantized_path and earlier.get("val_bpb") is not None:
@@ -4980,8 +4984,7 @@ class Run:
 
     def close(self) -> None:
         if self.lock is not None:
-            with contextlib.suppress(OSError):
-                (self.dir / ".lock").unlink()
+            remove(self.dir / ".lock")
             self.lock.close()
             self.lock = None
 
@@ -5395,8 +5398,8 @@ class AverageKeeper:
         path = self.run.dir / AVERAGE
         previous = path.with_name("average.previous.pt")
         data = weights_to_bytes(self.s, tensors, facts)
+        remove(previous)
         with contextlib.suppress(OSError):     # no average yet, or a file system without hard links
-            previous.unlink(missing_ok=True)
             os.link(path, previous)
         write_atomic(path, data)
         self.run.note_go_on()      # at once: a kill may come before the next line
@@ -5471,46 +5474,39 @@ class Checkpoints:
         if fault:
             return self.run.warn(f"no checkpoint at step {step}: {fault}", once="checkpoint")
         self.run.log("checkpoint", quiet=True, step=step)
-        remove_checkpoints(self.run, keep=step)
 
     def write_file(self, state: dict) -> str:
         """Why it cannot be written, else nothing."""
         try:
             if self.watch.first_bad(wait=True) or not self.trainer.finite():
                 return "weights that are not finite"
-            write_atomic(checkpoint_path(self.run, state["step"]), sealed(state))
+            path = self.run.dir / "checkpoint" / f"resume.{state['step']}.pt"
+            write_atomic(path, sealed(state))
         except (UserError, ValueError, RuntimeError, MemoryError) as error:
             return one_line(error, 200)
+        for older in checkpoints_of(self.run).values():
+            if older != path:
+                remove(older)
         return ""
 
 
-def checkpoint_path(run: Run, step: int) -> Path:
-    """The file of the checkpoint after a step."""
-    return run.dir / "checkpoint" / f"resume.{step}.pt"
-
-
-def checkpoint_steps(run: Run) -> list[int]:
-    """The steps after which there is a checkpoint."""
-    steps = [path.name.split(".")[1] for path in run.dir.glob("checkpoint/resume.*.pt")]
-    return [int(step) for step in steps if step.isdecimal()]
-
-
-def remove_checkpoints(run: Run, keep: int = -1) -> None:
-    """Remove, on rank 0, all checkpoints but that of one step."""
-    for step in checkpoint_steps(run) if run.world.main else ():
-        if step != keep:
-            with contextlib.suppress(OSError):
-                checkpoint_path(run, step).unlink()
+def checkpoints_of(run: Run) -> dict[int, Path]:
+    """The checkpoints in the run's folder, by step."""
+    found = {}
+    for path in run.dir.glob("checkpoint/resume.*.pt"):
+        step = path.name.split(".")[1]
+        if step.isdecimal():
+            found[int(step)] = path
+    return found
 
 
 def remove_safety_copies(run: Run) -> None:
     """Remove, on rank 0, averages and checkpoints, once the weights are there."""
     if not run.world.main or not (run.dir / WEIGHTS_NAME).is_file():
         return
-    remove_checkpoints(run)
+    for path in [*checkpoints_of(run).values(), *run.dir.glob("checkpoint/average*.pt")]:
+        remove(path)
     with contextlib.suppress(OSError):
-        for path in run.dir.glob("checkpoint/average*.pt"):
-            path.unlink()
         (run.dir / "checkpoint").rmdir()      # unless files of others are in it
 
 
@@ -5539,11 +5535,12 @@ def newest_checkpoint(s: Settings, world: World, run: Run) -> dict:
     again = "start anew without RESUME, in another ARTIFACT_DIR"
     if (run.dir / AVERAGE).is_file():
         again += f", or quantise by EVAL_ONLY_PATH={run.dir / AVERAGE}"
-    step = max(checkpoint_steps(run), default=0)
-    if not step:
+    found = checkpoints_of(run)
+    if not found:
         raise UserError(f"RESUME=1 finds no checkpoint in {run.dir / 'checkpoint'}: {again}")
-    path = checkpoint_path(run, step)
-    state = unsealed(path, 5 * bytes_of_weights(s) + (16 << 20), f"RESUME=1: {path}", again)
+    path = found[max(found)]
+    most = CHECKPOINT_COPIES * bytes_of_weights(s) + SMALL_PARTS
+    state = unsealed(path, most, f"RESUME=1: {path}", again)
     theirs = state.get("settings", {})
     differing = []
     for name, here in training_settings(s, world).items():
@@ -5567,6 +5564,8 @@ def go_on_from(state: Mapping[str, Any], trainer: Trainer, curriculum: Curriculu
 SEAL = b"blake2b:"     # then 64 hexadecimal digits: the comment that ends a sealed archive
 SEAL_BYTES = len(SEAL) + 64
 AS_WRITTEN = "give the file as a run wrote it"
+SMALL_PARTS = 16 << 20     # bytes that a file of weights may have beside them
+CHECKPOINT_COPIES = 5      # of the weights: they, average, momentum and AdamW's moments
 
 
 def sealed(box: dict) -> bytes:
@@ -5619,7 +5618,7 @@ def save_weights(run: Run, model: GPT, facts: dict) -> None:
 def read_weights(path: str, model: GPT) -> dict:
     """A file of averaged weights into the model; its facts (see weight_facts)."""
     what = f"EVAL_ONLY_PATH={path}"
-    box = unsealed(Path(path), bytes_of_weights(model.s) + (16 << 20), what)
+    box = unsealed(Path(path), bytes_of_weights(model.s) + SMALL_PARTS, what)
     with refused(what, AS_WRITTEN):
         weights, facts = box["weights"], box["facts"]
         check_architecture(model.s, box["architecture"], "it holds weights")
@@ -5715,7 +5714,7 @@ def count_up(run: Run, key: str) -> None:
 
 def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> tuple[int, str, str]:
     """The weights of the artifact at path into the model; its size, mark and digest."""
-    blob = world.from_main(read_bounded, path, MOST_ARTIFACT, f"a run's {ARTIFACT_NAME}")
+    blob = world.from_main(read_bounded, path, MOST_READ, f"a run's {ARTIFACT_NAME}")
     artifact = read_artifact(s, blob, path.name)
     load_weights(model, artifact.weights, path.name)
     raw = artifact.calibration
@@ -5838,6 +5837,7 @@ def end_early(error: BaseException, run: Run | None, rank: int) -> int:
 
 # A shard is 256 little-endian int32, then uint16 tokens.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
+MOST_OF_A_SHARD = 1 << 40     # bytes
 AGAIN = "fetch or build the data again"
 
 
@@ -5845,22 +5845,19 @@ def read_shard(path: Path) -> np.ndarray:
     """Tokens of one shard, (N,) uint16, mapped. UserError when it is missing, foreign or
     cut."""
     path = Path(path)
-    fault = ""
-    size = file_size(path, 1 << 40, f"a token shard: {AGAIN}")
-    with refused(f"{path} cannot be read", AGAIN):
+    size = file_size(path, MOST_OF_A_SHARD, f"a token shard: {AGAIN}")
+    with refused(f"{path} is no token shard", AGAIN):
         header = np.fromfile(path, dtype="<u4", count=SHARD_HEADER)
-    magic, version, count = header[:3].tolist() if len(header) == SHARD_HEADER else (0, 0, 0)
-    expected = 4 * SHARD_HEADER + 2 * count
-    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        fault = (f"is no token shard: it starts with {header[:2].tolist()}, expected "
-                 f"[{SHARD_MAGIC}, {SHARD_VERSION}]")
-    elif size != expected:
-        fault = (f"has {size:,} bytes but its header promises {expected:,}: "
-                 f"{'truncated' if size < expected else 'too long'}")
-    elif count < 2:
-        fault = f"holds {count} tokens: at least 2 are needed"
-    if fault:
-        raise UserError(f"{path} {fault}; {AGAIN}")
+        begins = header[:2].tolist()
+        if begins != [SHARD_MAGIC, SHARD_VERSION]:
+            raise ValueError(f"it starts with {begins}, not [{SHARD_MAGIC}, {SHARD_VERSION}]")
+        count = int(header[2])
+        expected = 4 * SHARD_HEADER + 2 * count
+        if size != expected:
+            fault = "truncated" if size < expected else "too long"
+            raise ValueError(f"it has {size:,} bytes but its header promises {expected:,}: {fault}")
+        if count < 2:
+            raise ValueError(f"it holds {count} tokens: at least 2 are needed")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
 
 
@@ -6172,7 +6169,7 @@ class ByteTable:
         return self.base[target].astype(np.int64) + (self.lead[target] & ~self.boundary[prev])
 
 
-MOST_MODEL, A_MODEL = 1 << 26, "the SentencePiece model of the shards"
+A_MODEL = "the SentencePiece model of the shards"
 
 
 def load_tokenizer(path: Path):
@@ -6180,7 +6177,7 @@ def load_tokenizer(path: Path):
     import sentencepiece
     if not Path(path).exists():
         raise UserError(f"TOKENIZER_PATH={path} does not exist: see data/README.md, or set it")
-    model = read_bounded(Path(path), MOST_MODEL, A_MODEL)
+    model = read_bounded(Path(path), MOST_READ, A_MODEL)
     with refused(f"TOKENIZER_PATH={path} is damaged", f"set it to {A_MODEL}"):
         return sentencepiece.SentencePieceProcessor(model_proto=model or b"empty")
 
@@ -8526,9 +8523,6 @@ def check_tokenizer(s: Settings) -> str:
     return f"{s.tokenizer.name}, {len(table.base)} tokens"
 
 
-AGAIN = "fetch or build the data again"
-
-
 def check_train_shards(s: Settings) -> str:
     """Headers and first tokens of all training shards; DATA_CHECK=full: all tokens."""
     shards = read_tokens(s, "train", None if s.data_check == "full" else 1_000_000)
@@ -8622,7 +8616,7 @@ def check_manifest(s: Settings) -> str:
         check_files(s, files, present)
     expected = (manifest.get("tokenizer") or {}).get("sha256")
     if expected and s.tokenizer.is_file():
-        if sha256_of(s.tokenizer, MOST_MODEL) != expected:
+        if sha256_of(s.tokenizer, MOST_READ) != expected:
             raise UserError(f"TOKENIZER_PATH={s.tokenizer} is not the tokenizer of {s.shards}: "
                             "set it to its own")
     if not s.eval_only_quantized_path:
@@ -8728,7 +8722,7 @@ def check_made_before(s: Settings) -> str:
         size = file_size(Path(s.eval_only_path), 16 * MOST_WEIGHTS, "a run's final_model.pt")
         return f"EVAL_ONLY_PATH, {size:,} bytes"
     path = Path(s.eval_only_quantized_path)
-    blob = read_bounded(path, MOST_ARTIFACT, "a run's final_model.int6.ptz")
+    blob = read_bounded(path, MOST_READ, "a run's final_model.int6.ptz")
     header, _ = artifact_from_bytes(blob, path.name)
     check_architecture(s, header.get("architecture"), f"{path.name} is an artifact")
     return f"EVAL_ONLY_QUANTIZED_PATH, {len(blob):,} bytes"
@@ -8753,8 +8747,7 @@ def check_disk(folder: Path, need: int, ballast: bool = False) -> str:
                         f"{free:,} free): free space or set it to another disk") from error
     finally:
         if not kept:
-            with contextlib.suppress(OSError):
-                reserved_file.unlink()
+            remove(reserved_file)
     return f"{need:,} bytes can be written"
 
 
@@ -8764,8 +8757,7 @@ BALLAST = ".ballast"     # in the run's folder: what the weights will take
 def drop_ballast(run: Run) -> None:
     """Give that space back."""
     if run.world.main:
-        with contextlib.suppress(OSError):
-            (run.dir / BALLAST).unlink(missing_ok=True)
+        remove(run.dir / BALLAST)
 
 
 def bytes_of_weights(s: Settings) -> int:
@@ -9468,6 +9460,9 @@ class LineageCurriculum(Curriculum):
         return list(itertools.product(lengths, (False, True)))      # any pair may come
 
 
+SHARPEST, SHARPENING_STEPS = 16, 500      # of soft rounding, as published
+
+
 class LineageTrainer(Trainer):
     """Late in training the projections of the token tables are rounded softly."""
 
@@ -9491,7 +9486,7 @@ class LineageTrainer(Trainer):
             self.began = steps
         if self.began is None:
             return None
-        return 1 + 15 * min((steps - self.began) / 500, 1.0)
+        return 1 + (SHARPEST - 1) * min((steps - self.began) / SHARPENING_STEPS, 1.0)
 
     def micro_step(self, batch: Batch, plan: Plan) -> Tensor:
         self.model.sharpness = self.sharpness
