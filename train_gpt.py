@@ -5850,7 +5850,7 @@ def read_shard(path: Path) -> np.ndarray:
         header = np.fromfile(path, dtype="<u4", count=SHARD_HEADER)
         begins = header[:2].tolist()
         if begins != [SHARD_MAGIC, SHARD_VERSION]:
-            raise ValueError(f"it starts with {begins}, not [{SHARD_MAGIC}, {SHARD_VERSION}]")
+            raise ValueError(f"it starts with {begins}, expected [{SHARD_MAGIC}, {SHARD_VERSION}]")
         count = int(header[2])
         expected = 4 * SHARD_HEADER + 2 * count
         if size != expected:
