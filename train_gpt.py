@@ -7869,9 +7869,8 @@ def room_for_model(s: Settings) -> int:
     return room - LZMA_SLACK if form.endswith("packed") else room
 
 
-def quantise_once(run: Run, quantiser: Quantiser,
-                  base_step: float) -> tuple[Quantised, bytes]:
-    """The model at one base step, and its artifact, on every rank."""
+def quantise_once(run: Run, quantiser: Quantiser, base_step: float) -> bytes:
+    """The artifact of one base step, on every rank."""
     s, world = quantiser.s, quantiser.world
     watch = Clock()
     q = quantiser(base_step)
@@ -7881,7 +7880,7 @@ def quantise_once(run: Run, quantiser: Quantiser,
     run.log("pack", bytes=len(blob), code_bytes=script, total=len(blob) + script,
             base_step=base_step, quantise_s=quantised,
             pack_s=watch.elapsed() - quantised)
-    return q, blob
+    return blob
 
 
 def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, Tensor],
@@ -7906,7 +7905,7 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
                 base_step = math.sqrt(max(over, finest) * under)
         watch = Clock()
         world.beat(f"quantising try {attempt + 1}")
-        q, blob = quantise_once(run, quantiser, base_step)
+        blob = quantise_once(run, quantiser, base_step)
         overhead = len(blob) - estimate_bytes(deviations, base_step)
         if len(blob) > cap:
             over = max(over, base_step)
@@ -7920,15 +7919,10 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
             late = 0 < clock.budget < next_ends
         if best and world.agree(late):
             break
-    for setting, mark in (("AWQ_LITE_ENABLED", "awqgrp"), ("LQER_ENABLED", "lqer")):
-        used = any(mark in form for form in q.forms.values())
-        if getattr(s, setting.lower()) and not used:
-            run.log("settings_without_effect", **{setting: "no matrix qualifies"})
-    check_size(len(best or blob), shipped_form(s))
     if not best:
-        raise UserError(f"the artifact of {len(blob):,} bytes is over the {cap:,} that "
-                        "script, calibration and packing leave of the limit: "
-                        "make the model smaller, or LOGIT_CALIB_ENABLED=0")
+        raise UserError(f"the artifact of {len(blob):,} bytes is over the limit, of which script, "
+                        f"calibration and packing leave {cap:,}: make the model smaller, or set "
+                        "LOGIT_CALIB_ENABLED=0")
     return best
 
 
@@ -8160,8 +8154,6 @@ def check_before_start(s: Settings, world: World, run: Run, attention_reason: st
     """All that can be checked before anything is spent, into the log."""
     for reason in study_reasons(s):
         run.not_compliant(reason)
-    if world.device.type == "cpu" and not s.eval_only_quantized_path and (slow := slow_batch(s)):
-        run.warn(slow)
     world.beat("checking")
     for finding in run_checks(s, world, run.dir, attention_reason):
         run.log("check", what=finding.name, detail=finding.figure)
@@ -8624,8 +8616,7 @@ def check_manifest(s: Settings) -> str:
     if manifest:
         return manifest["fingerprint"][:16]
     sizes = "".join(f"{name} {path.stat().st_size}\n" for name, path in present.items())
-    digest = hashlib.sha256(sizes.encode()).hexdigest()
-    return f"sizes-{digest[:16]} (no manifest.json)"
+    return f"sizes-{hashlib.sha256(sizes.encode()).hexdigest()[:16]} (no manifest.json)"
 
 
 def sha256_of(path: Path, most: int) -> str:
@@ -8675,9 +8666,7 @@ def shared_documents(s: Settings) -> list[str]:
         known.update(value for _, value in document_hashes(read_shard(path)))
     shared = []
     searched = list_shards(s.shards, "train")
-    if s.data_check != "full":
-        del searched[1:]
-    for path in searched:
+    for path in searched if s.data_check == "full" else searched[:1]:
         for at, value in document_hashes(read_shard(path)):
             if value in known:
                 shared.append(f"{path.name} at token {at:,}")
@@ -8688,9 +8677,9 @@ def document_hashes(tokens: np.ndarray) -> Iterator[tuple[int, bytes]]:
     """(position of its BOS, 64-bit hash) of every document with a token."""
     starts = np.flatnonzero(tokens == BOS)
     raw = memoryview(np.ascontiguousarray(tokens)).cast("B")
-    for a, b in zip(starts.tolist(), np.append(starts[1:], len(tokens)).tolist()):
+    for a, b in itertools.pairwise([*starts.tolist(), len(tokens)]):
         if b - a > 1:
-            yield a, hashlib.blake2b(raw[2 * a + 2:2 * b], digest_size=8).digest()
+            yield a, digest_of(raw[2 * a + 2:2 * b])
 
 
 def check_temporary_folder() -> None:
@@ -8776,14 +8765,6 @@ def bytes_of_results(s: Settings) -> int:
 FULL_BATCH = 1 << 19      # tokens of a step from which on only a GPU is fast enough
 
 
-def slow_batch(s: Settings) -> str:
-    """What to say of a GPU's batch on a CPU; nothing of a small one."""
-    if s.train_batch_tokens < FULL_BATCH:
-        return ""
-    return (f"TRAIN_BATCH_TOKENS={s.train_batch_tokens:,} on a CPU: a step may take "
-            "minutes; for a small run use configs/demo.env")
-
-
 def check_device(s: Settings, world: World) -> str:
     """Where it runs: not on a CPU beside GPUs that torch does not see."""
     text = f"{world.device_name}, {torch.get_num_threads()} host threads"
@@ -8794,9 +8775,9 @@ def check_device(s: Settings, world: World) -> str:
         raise UserError(f"nvidia-smi lists {gpus} GPUs but torch {torch.__version__} sees none: "
                         "install a torch build for this driver, or set CUDA_VISIBLE_DEVICES= "
                         "to use the CPU")
-    slow = slow_batch(s)
-    if slow and not s.eval_only_quantized_path:
-        text += f"; WARNING: {slow}"
+    if s.train_batch_tokens >= FULL_BATCH and not s.eval_only_quantized_path:
+        text += (f"; WARNING: TRAIN_BATCH_TOKENS={s.train_batch_tokens:,} on a CPU: a step may "
+                 "take minutes; for a small run use configs/demo.env")
     return text
 
 
