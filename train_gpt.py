@@ -4322,7 +4322,6 @@ class Pulse:
         self.wait = 0.0                         # the collectives' time limit in force, in seconds
 
     def beat(self, doing: str) -> None:
-        """Progress was made; `doing` follows."""
         now = time.monotonic()
         word = doing.split()[0]
         if word == self.doing.split()[0]:
@@ -4501,7 +4500,6 @@ class Heartbeat(threading.Thread):
         return self.stuck(now)
 
     def leave(self) -> None:
-        """This rank ends as it should."""
         self.over.set()
         with contextlib.suppress(RuntimeError):
             self.store.set(str(self.world.rank), json.dumps({"left": True}))
@@ -4610,7 +4608,6 @@ class Signals:
             signal.signal(signal.SIGHUP, self.receive if launched else signal.SIG_IGN)
 
     def receive(self, number: int, frame) -> None:
-        """The handler."""
         number = signal.SIGTERM if number == signal.SIGHUP else number
         if self.number:
             if time.monotonic() - self.when > 1:
@@ -4961,7 +4958,6 @@ class Run:
                 self.not_compliant(reason)
 
     def open_journals(self, fresh: bool) -> None:
-        """train.log and metrics.jsonl, anew or to be appended to."""
         self.text = Journal(self.dir / "train.log", fresh)
         self.metrics = Journal(self.dir / "metrics.jsonl", fresh)
 
@@ -5109,6 +5105,7 @@ class Run:
             same = self.s.resume and "RESUME" in restart      # it would fail again
             if again or restart and not same:
                 tell(f"to go on: {self.go_on()}")
+
 
 def starting_command(changed: Mapping[str, str]) -> str:
     """The command that starts this script as it was started, under these settings."""
@@ -5323,7 +5320,6 @@ class FiniteWatch:
 
     @staticmethod
     def error(step: int) -> UserError:
-        """What ends a run whose loss or gradient was not finite at this step."""
         return UserError(f"the loss or the gradient is not finite at step {step}: lower "
                          "MATRIX_LR or SCALAR_LR, or look for the cause with COMPUTE_DTYPE="
                          "float32")
@@ -5593,7 +5589,6 @@ def unsealed(path: Path, most: int, what: str, remedy: str = AS_WRITTEN) -> dict
 
 
 def weights_to_bytes(s: Settings, params: Mapping[str, Tensor], facts: dict) -> bytes:
-    """The file of weights, with their architecture and facts of their training."""
     weights = {n: p.detach().cpu() for n, p in field_views(dict(params)).items()}
     made_with = s.to_be_stored(architecture(s))
     return sealed({"architecture": made_with, "weights": weights, "facts": facts})
@@ -5744,7 +5739,6 @@ def log_decodable_score(s: Settings, run: Run, score: Score) -> None:
 
 
 def check_score(stage: str, score: Score) -> None:
-    """A score that is not finite is none."""
     if not math.isfinite(score.bpb):
         raise UserError(f"the score of the stage {stage} is {score.bpb}: the weights are of no "
                         "use (too large a learning rate?); train again, with a lower MATRIX_LR")
@@ -5788,7 +5782,6 @@ def open_screens() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether host or GPU had no more memory to give."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     words = re.search("out of memory|can(no|')t allocate memory", str(error), re.IGNORECASE)
@@ -5896,7 +5889,6 @@ def read_tokens(s: Settings, kind: str, most: int | None = None) -> dict[Path, n
 
 
 def check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
-    """Refuse tokens of a shard that are not of the vocabulary."""
     if tokens.max() >= vocab_size:
         at = int(np.argmax(tokens >= vocab_size))
         raise UserError(f"{path} holds token {tokens[at]} at position {at} but VOCAB_SIZE="
@@ -6103,7 +6095,6 @@ LOADERS: dict[str, type[Stream]] = {"stream": TokenStream, "docpack": DocPackStr
 
 
 def open_train_stream(s: Settings, world: World, tokens: int) -> Stream:
-    """The stream that TRAIN_LOADER names, for micro-batches of `tokens` tokens."""
     return LOADERS[s.train_loader](
         list_shards(s.shards, "train"), world_size=world.size, rank=world.rank, tokens=tokens,
         max_len=s.train_seq_len, vocab_size=s.vocab_size)
@@ -7331,7 +7322,6 @@ CODES_HEAD = struct.Struct("<HHII")  # lanes, contexts, listed codes, bytes in f
 
 
 def lane_count(size: int) -> int:
-    """Lanes for so many codes."""
     return min(LANES, 1 + (size >> 14))
 
 
@@ -7638,7 +7628,6 @@ def coding_plan(q: Quantised, shapes: Mapping[str, tuple]) -> tuple[Predicted, b
 
 
 def pack_model(s: Settings, q: Quantised) -> bytes:
-    """A quantised model as the bytes of an artifact."""
     stored = stored_tensors(s, q.forms)
     codes = [q.tensors[key].numpy() for key in stored[CODE_STREAM]]
     streams, tall = pack_codes(codes, *coding_plan(q, stored[CODE_STREAM]))
@@ -7682,7 +7671,6 @@ def read_model(s: Settings, header: Mapping, streams: Mapping[str, bytes]) -> Qu
 
 
 class Artifact(NamedTuple):
-    """What an artifact holds."""
     model: Quantised
     weights: dict[str, Tensor]       # what it stands for, by name
     calibration: Tensor | None       # the 15 numbers of calibrated_by
@@ -8188,7 +8176,6 @@ class Study:
 
 
 class PartOfValidation(Study):
-    """Only a share of the documents is scored."""
 
     def reason(self, s: Settings) -> str:
         share = s.val_doc_fraction
@@ -8933,7 +8920,6 @@ class LineageSettings(Settings):
 
     @property
     def value_layers(self) -> tuple[int, ...]:
-        """VE_LAYERS as numbers."""
         return tuple(whole_numbers(self.ve_layers))
 
     @property
@@ -9491,14 +9477,11 @@ class LineageTrainer(Trainer):
             self.began, self.sharpness = None, None
 
     def tensors(self) -> dict[str, Any]:
-        began = -1 if self.began is None else self.began
-        return super().tensors() | {"rounding": torch.tensor([self.steps, began])}
+        return super().tensors() | {"rounding": [self.steps, self.began]}
 
-    @torch.no_grad()
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
-        self.steps, began = state["rounding"].tolist()
-        self.began = None if began < 0 else began
+        self.steps, self.began = state["rounding"]
         self.set_sharpness(self.sharpness_after(self.steps, 1.0))
 
 
