@@ -1275,13 +1275,18 @@ class GPT(nn.Module):
             slot = len(plan.encoder) + j
             skip = skips.pop() if skips and j < len(self.skip_weights) else None
             if self.is_parallel(layer):
-                lane0, lane1 = lanes or (x, x)
-                lane0 = lane0 if skip is None else self.merge_skip(j, lane0, skip)
-                lanes = self.lanes(forward, layer, slot, lane0, lane1)
+                lanes = self.enter_lanes(j, x, lanes, skip)
+                lanes = self.lanes(forward, layer, slot, *lanes)
             elif lanes is None:
                 x = x if skip is None else self.merge_skip(j, x, skip)
                 x = self.block(forward, layer, slot, x)
         return x if lanes is None else self.join(*lanes)
+
+    def enter_lanes(self, j: int, x: Tensor, lanes: tuple[Tensor, Tensor] | None,
+                    skip: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Both lanes, at first the stream x, with skip number j in lane 0."""
+        lane0, lane1 = lanes or (x, x)
+        return lane0 if skip is None else self.merge_skip(j, lane0, skip), lane1
 
     def join(self, lane0: Tensor, lane1: Tensor) -> Tensor:
         """The stream that two lanes leave behind."""
@@ -3996,8 +4001,7 @@ def set_up(s: Settings, world: World) -> str:
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high" if world.device.type == "cuda" else "highest")
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        neighbours = launcher_ranks(os.environ).local_size
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.neighbours))
     # plans, grad modes and batch shapes share one code object
     torch._dynamo.config.recompile_limit = 64
     # sizes that are equal by chance stay apart
@@ -4343,14 +4347,15 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    neighbours: int = 1      # on this machine, with this one
     pulse: Pulse = field(default_factory=Pulse, compare=False, repr=False)
     heartbeat: Heartbeat | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def join(cls, env: Mapping[str, str]) -> World:
         """Join the launcher's process group."""
-        rank, size, local, _ = launcher_ranks(env)
-        world = cls(rank, size)
+        rank, size, local, neighbours = launcher_ranks(env)
+        world = cls(rank, size, neighbours=neighbours)
         if gpus := torch.cuda.device_count():
             if local >= gpus:
                 raise UserError(f"LOCAL_RANK={local} but there are {gpus} GPUs here: lower "
@@ -9177,27 +9182,23 @@ class LineageGPT(GPT):
             return torch.sigmoid(F.linear(x, weight))
         return super().head_gate(weight, x, q_flat)
 
-    def decode(self, forward: Forward, plan: Plan, x: Tensor, skips: list[Tensor]) -> Tensor:
+    def enter_lanes(self, j: int, x: Tensor, lanes: tuple[Tensor, Tensor] | None,
+                    skip: Tensor | None) -> tuple[Tensor, Tensor]:
         """With PARALLEL_LANES=separate a first skip is in both lanes, later ones join
         lane 0 or are lost."""
         if self.s.parallel_lanes == "mixed":
-            return super().decode(forward, plan, x, skips)
-        lanes = None
-        for j, layer in enumerate(plan.decoder):
-            slot = len(plan.encoder) + j
-            if skips and j < len(self.skip_weights):
-                skip = skips.pop()
-                if lanes is None:
-                    x = self.merge_skip(j, x, skip)
-                elif self.is_parallel(layer) and self.s.skip_into_lanes:
-                    lanes = self.merge_skip(j, lanes[0], skip), lanes[1]
-            if self.is_parallel(layer):
-                lane0, lane1 = lanes or (x, x)
-                mixed, attended, fed = self.branches(forward, layer, slot, lane0, lane1)
-                lanes = mixed + attended, lane1 + fed
-            elif lanes is None:
-                x = self.block(forward, layer, slot, x)
-        return x if lanes is None else self.join(*lanes)
+            return super().enter_lanes(j, x, lanes, skip)
+        if lanes is not None:
+            return super().enter_lanes(j, x, lanes, skip if self.s.skip_into_lanes else None)
+        x = x if skip is None else self.merge_skip(j, x, skip)
+        return x, x
+
+    def lanes(self, forward: Forward, layer: int, slot: int, lane0: Tensor,
+              lane1: Tensor) -> tuple[Tensor, Tensor]:
+        if self.s.parallel_lanes == "mixed":
+            return super().lanes(forward, layer, slot, lane0, lane1)
+        mixed, attended, fed = self.branches(forward, layer, slot, lane0, lane1)
+        return mixed + attended, lane1 + fed
 
     def join(self, lane0: Tensor, lane1: Tensor) -> Tensor:
         if self.s.parallel_lanes == "separate":
