@@ -410,7 +410,7 @@ def test_a_well_formed_file_of_nonsense_is_refused(packed, what):
     header, streams = copy.deepcopy(packed)
     tg.read_artifact(s, tg.artifact_to_bytes(header, streams), "test")
     NONSENSE[what](header)
-    with pytest.raises(UserError, match="again"):
+    with pytest.raises(UserError, match="again|it names no settings"):
         tg.read_artifact(s, tg.artifact_to_bytes(header, streams), "test")
 
 
