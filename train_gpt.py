@@ -7931,8 +7931,6 @@ def check_counts(s: Settings) -> None:
                         f"lower {thresholds} to at most 1")
 
 
-# --- n-gram tilt: the score leans towards what followed the same context earlier
-
 ODD = np.uint64(0x9E3779B97F4A7C15)     # products with it spread over the upper bits
 COUNT_IN_PARTS = 1 << 20                # from so many items on: threads share the work
 Guesses = tuple[Array, Array]           # hint (n,) and confidence (n,) float32; 0, 0: none
