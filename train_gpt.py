@@ -6308,150 +6308,159 @@ def save_all(ctx, inputs, output):
     ctx.save_for_backward(*tensors, *output)
 
 
-if triton is not None:
-    @triton.jit
-    def ce_slope(x, is_target, lse, cap):
-        """(softmax(s) - onehot) · ds/dx, where ds/dx = 4u(1 - u) for u = sigmoid(-2x/cap)."""
-        u = 1 / (1 + tl.exp(x * (2 / cap)))
-        p = tl.exp(-2 * cap * u - lse) - tl.where(is_target, 1.0, 0.0)
-        return p * (4 * u * (1 - u))
+def jit(kernel: Callable) -> Callable:
+    """A kernel as Triton compiles it; without Triton nothing calls it."""
+    return kernel if triton is None else triton.jit(kernel)
 
-    @triton.jit
-    def ce_forward_kernel(logits_ptr, targets_ptr, loss_ptr, lse_ptr, grad_ptr, cap, V,
-                          BLOCK: tl.constexpr, GRADIENT: tl.constexpr):
-        """One row a program: loss and log Σ exp of s = cap·tanh(x/cap) - cap =
-        -2·cap·sigmoid(-2x/cap). The shift by cap cancels in the loss. GRADIENT: also
-        d loss / d logits, from a second reading of the row, which is in the cache yet."""
-        row = tl.program_id(0).to(tl.int64)     # N·V passes 2**31 at 262,144 tokens of 8,192
-        logits_ptr += row * V
-        peak, total = -float("inf"), 0.0
+
+@jit
+def ce_slope(x, is_target, lse, cap):
+    """(softmax(s) - onehot) · ds/dx, where ds/dx = 4u(1 - u) for u = sigmoid(-2x/cap)."""
+    u = 1 / (1 + tl.exp(x * (2 / cap)))
+    p = tl.exp(-2 * cap * u - lse) - tl.where(is_target, 1.0, 0.0)
+    return p * (4 * u * (1 - u))
+
+
+@jit
+def ce_forward_kernel(logits_ptr, targets_ptr, loss_ptr, lse_ptr, grad_ptr, cap, V,
+                      BLOCK: tl.constexpr, GRADIENT: tl.constexpr):
+    """One row a program: loss and log Σ exp of s = cap·tanh(x/cap) - cap =
+    -2·cap·sigmoid(-2x/cap). The shift by cap cancels in the loss. GRADIENT: also
+    d loss / d logits, from a second reading of the row, which is in the cache yet."""
+    row = tl.program_id(0).to(tl.int64)     # N·V passes 2**31 at 262,144 tokens of 8,192
+    logits_ptr += row * V
+    peak, total = -float("inf"), 0.0
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
+        s = tl.where(cols < V, -2 * cap / (1 + tl.exp(x * (2 / cap))), -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(s, 0))
+        total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(s - new_peak), 0)
+        peak = new_peak
+    lse = peak + tl.log(total)
+    target = tl.load(targets_ptr + row)
+    x = tl.load(logits_ptr + target).to(tl.float32)
+    tl.store(lse_ptr + row, lse)
+    tl.store(loss_ptr + row, lse + 2 * cap / (1 + tl.exp(x * (2 / cap))))
+    if GRADIENT:
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             x = tl.load(logits_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
-            s = tl.where(cols < V, -2 * cap / (1 + tl.exp(x * (2 / cap))), -float("inf"))
-            new_peak = tl.maximum(peak, tl.max(s, 0))
-            total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(s - new_peak), 0)
-            peak = new_peak
-        lse = peak + tl.log(total)
-        target = tl.load(targets_ptr + row)
-        x = tl.load(logits_ptr + target).to(tl.float32)
-        tl.store(lse_ptr + row, lse)
-        tl.store(loss_ptr + row, lse + 2 * cap / (1 + tl.exp(x * (2 / cap))))
-        if GRADIENT:
-            for start in range(0, V, BLOCK):
-                cols = start + tl.arange(0, BLOCK)
-                x = tl.load(logits_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
-                grad = ce_slope(x, cols == target, lse, cap)
-                tl.store(grad_ptr + row * V + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < V)
-
-    @triton.jit
-    def ce_backward_kernel(logits_ptr, targets_ptr, lse_ptr, dloss_ptr, grad_ptr, cap, V,
-                           BLOCK: tl.constexpr):
-        """grad = dloss · d loss / d logits."""
-        row = tl.program_id(0).to(tl.int64)
-        target = tl.load(targets_ptr + row)
-        lse = tl.load(lse_ptr + row)
-        dloss = tl.load(dloss_ptr + row)
-        for start in range(0, V, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            x = tl.load(logits_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
-            grad = dloss * ce_slope(x, cols == target, lse, cap)
+            grad = ce_slope(x, cols == target, lse, cap)
             tl.store(grad_ptr + row * V + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < V)
 
-    @triton.jit
-    def mlp_kernel(a_ptr, b_ptr, h_ptr, out_ptr, M, N, K, b_stride_k, b_stride_n, slope,
-                   BACKWARD: tl.constexpr, KEEP_H: tl.constexpr, BM: tl.constexpr,
-                   BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
-        """A (M, K), B (K, N) -> out (M, N) = act(A@B), h = A@B if KEEP_H; if
-        BACKWARD, out = (A@B)·act'(h). Programs run down GROUP row tiles before the
-        next column tile: tiles of A and B are met again in L2."""
-        pid = tl.program_id(0)
-        tiles_m = tl.cdiv(M, BM)
-        tiles_n = tl.cdiv(N, BN)
-        first = pid // (GROUP * tiles_n) * GROUP
-        height = min(tiles_m - first, GROUP)
-        tile_m = first + pid % (GROUP * tiles_n) % height
-        tile_n = pid % (GROUP * tiles_n) // height
-        rows = tl.arange(0, BM)
-        cols = tile_n * BN + tl.arange(0, BN)
-        inner = tl.arange(0, BK)
-        # the tile's origin is one int64 scalar (M·N may pass 2**31), the rest int32: fewer registers
-        below = M - tile_m * BM
-        origin = (tile_m * BM).to(tl.int64)
-        # rows and columns out of range wrap round, never stored: only the K loop needs a mask
-        a_ptrs = a_ptr + origin * K + (rows % below)[:, None] * K + inner[None, :]
-        b_ptrs = b_ptr + inner[:, None] * b_stride_k + (cols % N)[None, :] * b_stride_n
-        acc = tl.zeros((BM, BN), dtype=tl.float32)
-        for k in range(0, K, BK):
-            a = tl.load(a_ptrs, mask=inner[None, :] < K - k, other=0.0)
-            b = tl.load(b_ptrs, mask=inner[:, None] < K - k, other=0.0)
-            acc = tl.dot(a, b, acc, input_precision="ieee")
-            a_ptrs += BK
-            b_ptrs += BK * b_stride_k
-        h_ptr += origin * N
-        out_ptr += origin * N
-        at = rows[:, None] * N + cols[None, :]
-        inside = (rows < below)[:, None] & (cols < N)[None, :]
-        if BACKWARD:
-            h = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            out = acc * tl.where(h > 0, 2 * h, 2 * slope * slope * h)
-        else:
-            if KEEP_H:
-                tl.store(h_ptr + at, acc.to(h_ptr.dtype.element_ty), mask=inside)
-            leaky = tl.where(acc > 0, acc, slope * acc)
-            out = leaky * leaky
+
+@jit
+def ce_backward_kernel(logits_ptr, targets_ptr, lse_ptr, dloss_ptr, grad_ptr, cap, V,
+                       BLOCK: tl.constexpr):
+    """grad = dloss · d loss / d logits."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    lse = tl.load(lse_ptr + row)
+    dloss = tl.load(dloss_ptr + row)
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
+        grad = dloss * ce_slope(x, cols == target, lse, cap)
+        tl.store(grad_ptr + row * V + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < V)
+
+
+@jit
+def mlp_kernel(a_ptr, b_ptr, h_ptr, out_ptr, M, N, K, b_stride_k, b_stride_n, slope,
+               BACKWARD: tl.constexpr, KEEP_H: tl.constexpr, BM: tl.constexpr,
+               BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
+    """A (M, K), B (K, N) -> out (M, N) = act(A@B), h = A@B if KEEP_H; if
+    BACKWARD, out = (A@B)·act'(h). Programs run down GROUP row tiles before the
+    next column tile: tiles of A and B are met again in L2."""
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BM)
+    tiles_n = tl.cdiv(N, BN)
+    first = pid // (GROUP * tiles_n) * GROUP
+    height = min(tiles_m - first, GROUP)
+    tile_m = first + pid % (GROUP * tiles_n) % height
+    tile_n = pid % (GROUP * tiles_n) // height
+    rows = tl.arange(0, BM)
+    cols = tile_n * BN + tl.arange(0, BN)
+    inner = tl.arange(0, BK)
+    # the tile's origin is one int64 scalar (M·N may pass 2**31), the rest int32: fewer registers
+    below = M - tile_m * BM
+    origin = (tile_m * BM).to(tl.int64)
+    # rows and columns out of range wrap round, never stored: only the K loop needs a mask
+    a_ptrs = a_ptr + origin * K + (rows % below)[:, None] * K + inner[None, :]
+    b_ptrs = b_ptr + inner[:, None] * b_stride_k + (cols % N)[None, :] * b_stride_n
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for k in range(0, K, BK):
+        a = tl.load(a_ptrs, mask=inner[None, :] < K - k, other=0.0)
+        b = tl.load(b_ptrs, mask=inner[:, None] < K - k, other=0.0)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+        a_ptrs += BK
+        b_ptrs += BK * b_stride_k
+    h_ptr += origin * N
+    out_ptr += origin * N
+    at = rows[:, None] * N + cols[None, :]
+    inside = (rows < below)[:, None] & (cols < N)[None, :]
+    if BACKWARD:
+        h = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        out = acc * tl.where(h > 0, 2 * h, 2 * slope * slope * h)
+    else:
+        if KEEP_H:
+            tl.store(h_ptr + at, acc.to(h_ptr.dtype.element_ty), mask=inside)
+        leaky = tl.where(acc > 0, acc, slope * acc)
+        out = leaky * leaky
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def own_value_kernel(y_ptr, v_ptr, gate_ptr, out_ptr, N, v_stride, HEADS: tl.constexpr,
+                     GROUP: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+    """Tokens of one key head a program: out = gate · (y - <y, u> u) for its GROUP
+    query heads, u the direction of the token's own value."""
+    rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    key_head = tl.program_id(1)
+    channel = tl.arange(0, BW)
+    inside = (rows < N)[:, None] & (channel < WIDTH)[None, :]
+    v_at = rows[:, None] * v_stride + key_head * WIDTH + channel[None, :]
+    v = tl.load(v_ptr + v_at, mask=inside, other=0.0).to(tl.float32)
+    u = v / tl.maximum(tl.sqrt(tl.sum(v * v, 1)), 1e-12)[:, None]
+    for member in tl.static_range(GROUP):
+        head = rows * HEADS + key_head * GROUP + member
+        at = head[:, None] * WIDTH + channel[None, :]
+        y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + head, mask=rows < N, other=0.0).to(tl.float32)
+        out = gate[:, None] * (y - tl.sum(y * u, 1)[:, None] * u)
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
-    @triton.jit
-    def own_value_kernel(y_ptr, v_ptr, gate_ptr, out_ptr, N, v_stride, HEADS: tl.constexpr,
-                         GROUP: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
-        """Tokens of one key head a program: out = gate · (y - <y, u> u) for its GROUP
-        query heads, u the direction of the token's own value."""
-        rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-        key_head = tl.program_id(1)
-        channel = tl.arange(0, BW)
-        inside = (rows < N)[:, None] & (channel < WIDTH)[None, :]
-        v_at = rows[:, None] * v_stride + key_head * WIDTH + channel[None, :]
-        v = tl.load(v_ptr + v_at, mask=inside, other=0.0).to(tl.float32)
-        u = v / tl.maximum(tl.sqrt(tl.sum(v * v, 1)), 1e-12)[:, None]
-        for member in tl.static_range(GROUP):
-            head = rows * HEADS + key_head * GROUP + member
-            at = head[:, None] * WIDTH + channel[None, :]
-            y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            gate = tl.load(gate_ptr + head, mask=rows < N, other=0.0).to(tl.float32)
-            out = gate[:, None] * (y - tl.sum(y * u, 1)[:, None] * u)
-            tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
-    @triton.jit
-    def own_value_backward_kernel(dout_ptr, y_ptr, v_ptr, gate_ptr, dy_ptr, dv_ptr, dgate_ptr, N,
-                                  v_stride, HEADS: tl.constexpr, GROUP: tl.constexpr,
-                                  WIDTH: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
-        """The gradients of y, v (rows of KEY_HEADS · WIDTH) and gate, tiles as above."""
-        rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-        key_head = tl.program_id(1)
-        channel = tl.arange(0, BW)
-        inside = (rows < N)[:, None] & (channel < WIDTH)[None, :]
-        v_at = rows[:, None] * v_stride + key_head * WIDTH + channel[None, :]
-        v = tl.load(v_ptr + v_at, mask=inside, other=0.0).to(tl.float32)
-        length = tl.maximum(tl.sqrt(tl.sum(v * v, 1)), 1e-12)
-        u = v / length[:, None]
-        du = tl.zeros((BN, BW), dtype=tl.float32)
-        for member in tl.static_range(GROUP):
-            head = rows * HEADS + key_head * GROUP + member
-            at = head[:, None] * WIDTH + channel[None, :]
-            y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            dout = tl.load(dout_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            gate = tl.load(gate_ptr + head, mask=rows < N, other=0.0).to(tl.float32)
-            along_y = tl.sum(y * u, 1)
-            along_dout = tl.sum(dout * u, 1)
-            dgate = tl.sum(dout * y, 1) - along_y * along_dout
-            tl.store(dgate_ptr + head, dgate.to(dgate_ptr.dtype.element_ty), mask=rows < N)
-            dy = gate[:, None] * (dout - along_dout[:, None] * u)
-            tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=inside)
-            du -= gate[:, None] * (along_dout[:, None] * y + along_y[:, None] * dout)
-        dv = (du - tl.sum(du * u, 1)[:, None] * u) / length[:, None]
-        dv_at = (rows * (HEADS // GROUP) + key_head)[:, None] * WIDTH + channel[None, :]
-        tl.store(dv_ptr + dv_at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+@jit
+def own_value_backward_kernel(dout_ptr, y_ptr, v_ptr, gate_ptr, dy_ptr, dv_ptr, dgate_ptr, N,
+                              v_stride, HEADS: tl.constexpr, GROUP: tl.constexpr,
+                              WIDTH: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+    """The gradients of y, v (rows of KEY_HEADS · WIDTH) and gate, tiles as above."""
+    rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    key_head = tl.program_id(1)
+    channel = tl.arange(0, BW)
+    inside = (rows < N)[:, None] & (channel < WIDTH)[None, :]
+    v_at = rows[:, None] * v_stride + key_head * WIDTH + channel[None, :]
+    v = tl.load(v_ptr + v_at, mask=inside, other=0.0).to(tl.float32)
+    length = tl.maximum(tl.sqrt(tl.sum(v * v, 1)), 1e-12)
+    u = v / length[:, None]
+    du = tl.zeros((BN, BW), dtype=tl.float32)
+    for member in tl.static_range(GROUP):
+        head = rows * HEADS + key_head * GROUP + member
+        at = head[:, None] * WIDTH + channel[None, :]
+        y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dout = tl.load(dout_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + head, mask=rows < N, other=0.0).to(tl.float32)
+        along_y = tl.sum(y * u, 1)
+        along_dout = tl.sum(dout * u, 1)
+        dgate = tl.sum(dout * y, 1) - along_y * along_dout
+        tl.store(dgate_ptr + head, dgate.to(dgate_ptr.dtype.element_ty), mask=rows < N)
+        dy = gate[:, None] * (dout - along_dout[:, None] * u)
+        tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=inside)
+        du -= gate[:, None] * (along_dout[:, None] * y + along_y[:, None] * dout)
+    dv = (du - tl.sum(du * u, 1)[:, None] * u) / length[:, None]
+    dv_at = (rows * (HEADS // GROUP) + key_head)[:, None] * WIDTH + channel[None, :]
+    tl.store(dv_ptr + dv_at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
 
 # --- softcapped cross-entropy
