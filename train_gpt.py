@@ -6339,9 +6339,9 @@ def ce_forward_kernel(logits_ptr, targets_ptr, loss_ptr, lse_ptr, grad_ptr, cap,
         peak = new_peak
     lse = peak + tl.log(total)
     target = tl.load(targets_ptr + row)
-    x = tl.load(logits_ptr + target).to(tl.float32)
+    score = tl.load(logits_ptr + target).to(tl.float32)      # no x: in loops a name keeps its shape
     tl.store(lse_ptr + row, lse)
-    tl.store(loss_ptr + row, lse + 2 * cap / (1 + tl.exp(x * (2 / cap))))
+    tl.store(loss_ptr + row, lse + 2 * cap / (1 + tl.exp(score * (2 / cap))))
     if GRADIENT:
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
