@@ -1,6 +1,8 @@
 """Every kernel against its plain twin, forward and backward; without a GPU, Triton runs interpreted."""
 
 import os
+import subprocess
+import sys
 import time
 from functools import partial
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined, so before the import
 
+from conftest import ROOT
 from conftest import tg as kernels
 
 from train_gpt import UserError, attention, capped_ce, leaky_square_mlp, resolve_attention
@@ -19,6 +22,39 @@ from train_gpt import UserError, attention, capped_ce, leaky_square_mlp, resolve
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="needs triton (pip install triton)")
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
+
+
+COMPILE = """
+import train_gpt as tg, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TYPES = dict(targets_ptr="*i64", cap="fp32", slope="fp32")
+TYPES.update(dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr"), "*fp32"))
+TILE = dict(BM=64, BN=64, BK=32, GROUP=8)
+HEADS = dict(HEADS=8, GROUP=2, WIDTH=64, BN=32, BW=64)
+for kernel, sizes in (
+        (tg.ce_forward_kernel, dict(BLOCK=1024, GRADIENT=False)),
+        (tg.ce_forward_kernel, dict(BLOCK=1024, GRADIENT=True)),
+        (tg.ce_backward_kernel, dict(BLOCK=1024)),
+        (tg.mlp_kernel, dict(BACKWARD=False, KEEP_H=True, **TILE)),
+        (tg.mlp_kernel, dict(BACKWARD=True, KEEP_H=False, **TILE)),
+        (tg.own_value_kernel, HEADS), (tg.own_value_backward_kernel, HEADS)):
+    types = {}
+    for name in kernel.arg_names:
+        types[name] = TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
+    types.update(dict.fromkeys(sizes, "constexpr"))
+    values = {(kernel.arg_names.index(name),): value for name, value in sizes.items()}
+    triton.compile(ASTSource(kernel, types, values), target=GPUTarget("cuda", 90, 32))
+"""
+
+
+@needs_triton
+def test_every_kernel_compiles_for_a_hopper_gpu():
+    """The interpreter takes what the compiler does not, such as a name that changes its shape in a loop."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 class Layout(NamedTuple):
