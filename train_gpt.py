@@ -6289,12 +6289,12 @@ OPERATORS = "golf_" + re.sub(r"\W", "_", __name__).strip("_")
 def operator(shapes: Callable) -> Callable:
     """Makes of a function an operator that torch.compile keeps whole. shapes(the same
     arguments): room for its results, by which the compiler plans."""
-    def made(function: Callable) -> Callable:
+    def decorate(function: Callable) -> Callable:
         name = f"{OPERATORS}::{function.__name__}"
-        made_of_it = torch.library.custom_op(name, function, mutates_args=())
-        made_of_it.register_fake(shapes)
-        return made_of_it
-    return made
+        made = torch.library.custom_op(name, function, mutates_args=())
+        made.register_fake(shapes)
+        return made
+    return decorate
 
 
 def room(x: Tensor) -> Tensor:
