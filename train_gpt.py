@@ -88,7 +88,7 @@ except ImportError:               # the plain twins are complete without it
     triton = None
 
 ARTIFACT_LIMIT = 16_000_000   # bytes: this script as shipped + the packed model
-MOST_ARTIFACT = 1 << 26       # bytes of a file that is read as one
+MOST_READ = 1 << 26           # bytes of a file that is read as one
 CANONICAL_VAL_DOCS = 50_000   # documents of FineWeb's validation split
 BUDGET_SECONDS = 600.0        # for all up to the artifact, and as many for the evaluation
 BOS = 1                       # begins every document, in every tokenizer of the field
@@ -106,9 +106,10 @@ class UserError(Exception):
         super().__init__(one_line(text))
 
 
-def one_line(text: str, most: int = 480) -> str:
-    """The text as one printable line; of more than `most` characters the middle is
-    left out."""
+def one_line(value, most: int = 480) -> str:
+    """A value as one printable line; of more than `most` characters the middle is left
+    out."""
+    text = str(value)
     plain = "".join(c if c.isprintable() else "?" for c in text[:most] + text[most:][-most:])
     half = most // 2 - 2
     return plain if len(plain) <= most else f"{plain[:half]} … {plain[-half:]}"
@@ -124,14 +125,14 @@ class Interrupted(BaseException):
         self.status = 128 + number
 
 
-# ============================================================================================================
+# ========================================
 # PART ONE: the system. What a competitor reads and changes.
-# ============================================================================================================
+# ========================================
 
 
-# ============================================================================================================
+# ========================================
 # 1  Story: the whole run, told straight down
-# ============================================================================================================
+# ========================================
 
 # Where to look. A token enters train_loop from the stream and becomes a loss in GPT.losses. Curriculum
 # decides the context, the loop and the rate of every step; layer_plan makes of the loop an order of layers.
@@ -282,7 +283,8 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
     checkpoint to go on from. UserError when loss or gradient stop being finite."""
     curriculum, pace = Curriculum(s), Pace(s, reserve)
     step = go_on_from(state, trainer, curriculum) if state else 0
-    stream = open_stream(s, world, trainer.tokens, state["batches"] if state else 0)
+    given = state["batches"] if state else 0
+    stream = Prefetch(open_train_stream(s, world, trainer.tokens), world.device, given)
     reports = Progress(s, world, run, trainer.model, pace.budget, int(stream.epoch))
     last = max(step - 1, 0)      # a validation scores by the loops of the step before it
     looping = curriculum.loops(last, pace.progress(last))
@@ -349,7 +351,7 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
     blob = quantise_to_fit(s, world, run, weights, curvature, clock if run.time_known else None)
     if s.logit_calib_enabled:
         blob = calibrate_logits(s, world, run, blob)
-    seconds, size = world.agree(write_artifact(s, run, blob, clock) if world.main else None)
+    seconds, size = world.from_main(write_artifact, s, run, blob, clock)
     run.log("artifact", bytes=size, total=check_size(size, shipped_form(s)), train_seconds=seconds,
             calibrate_s=calibrated - begin, quantise_and_pack_s=seconds - calibrated)
     run.note_go_on()
@@ -426,9 +428,9 @@ def book_result(s: Settings, run: Run, val: Validation, score: Score, clock: Clo
         log_decodable_score(s, run, score)
 
 
-# ============================================================================================================
+# ========================================
 # 2  Settings: one frozen table, read once from the environment
-# ============================================================================================================
+# ========================================
 
 # Bounds of settings that have none of their own; of text: its characters.
 MOST = {int: 10 ** 9, float: 1e6, str: 1000}
@@ -665,8 +667,7 @@ class Settings:
         """Read and check every setting; a name nothing reads stops the run with the
         nearest right one."""
         known = {f.name.upper(): f for f in fields(cls)}
-        env = without_old_names(env, known)
-        refuse_misspelt(env, known)
+        env = own_variables(env, known)
         values = {f.name: parse_setting(f, env[name]) for name, f in known.items() if name in env}
         s = cls(**values)
         s.check_consistency()
@@ -753,9 +754,9 @@ def context_stages(s: Settings) -> list[tuple[float, int]]:
     return schedule(s.train_seq_schedule, s.train_seq_len)
 
 
-# ============================================================================================================
+# ========================================
 # 3  Model: one forward for training, scoring and adaptation
-# ============================================================================================================
+# ========================================
 
 # Role of every parameter; one without a role stops the run. matrix: Muon trains it; embed, small: AdamW;
 # cap: nothing does.
@@ -1194,13 +1195,18 @@ class GPT(nn.Module):
             slot = len(plan.encoder) + j
             skip = skips.pop() if skips and j < len(self.skip_weights) else None
             if self.is_parallel(layer):
-                lane0, lane1 = lanes or (x, x)
-                lane0 = lane0 if skip is None else self.merge_skip(j, lane0, skip)
-                lanes = self.lanes(forward, layer, slot, lane0, lane1)
+                lanes = self.enter_lanes(j, x, lanes, skip)
+                lanes = self.lanes(forward, layer, slot, *lanes)
             elif lanes is None:
                 x = x if skip is None else self.merge_skip(j, x, skip)
                 x = self.block(forward, layer, slot, x)
         return x if lanes is None else self.join(*lanes)
+
+    def enter_lanes(self, j: int, x: Tensor, lanes: tuple[Tensor, Tensor] | None,
+                    skip: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Both lanes, at first the stream x, with skip number j in lane 0."""
+        lane0, lane1 = lanes or (x, x)
+        return lane0 if skip is None else self.merge_skip(j, lane0, skip), lane1
 
     def join(self, lane0: Tensor, lane1: Tensor) -> Tensor:
         """The stream that two lanes leave behind."""
@@ -1274,9 +1280,9 @@ class GPT(nn.Module):
         return 2 * (layers + s.vocab_size * s.model_dim)
 
 
-# ============================================================================================================
+# ========================================
 # 4  Optimiser: Muon for the banks, AdamW for the rest
-# ============================================================================================================
+# ========================================
 
 POLAR_EXPRESS = (   # (a, b, c) of X <- aX + (bA + cA^2)X with A = XX', one triple per iteration
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -1428,9 +1434,9 @@ class Optimiser:
         return arrived
 
 
-# ============================================================================================================
+# ========================================
 # 5  Training: schedule, warm-up and rewind, average
-# ============================================================================================================
+# ========================================
 
 def stage_at(stages: list[tuple[float, float]], progress: float):
     """The value of the first stage that has not ended."""
@@ -1618,9 +1624,9 @@ class Trained(NamedTuple):
     signal: int            # the number of a signal that asked for the end of the run; 0: none did
 
 
-# ============================================================================================================
+# ========================================
 # 6  Quantise: Hessians, GPTQ, low-rank repair
-# ============================================================================================================
+# ========================================
 
 # --- calibration: what training data says about the matrices
 
@@ -2085,9 +2091,9 @@ class Quantiser:
         return codes, rows
 
 
-# ============================================================================================================
+# ========================================
 # 7  Score: the ledger and sliding windows
-# ============================================================================================================
+# ========================================
 
 class Score(NamedTuple):
     """Sums over scored targets: nats, bytes, targets."""
@@ -2270,9 +2276,9 @@ class Scorer:
         ledger.book(booked, losses[torch.from_numpy(scored).to(device)])
 
 
-# ============================================================================================================
+# ========================================
 # 8  Adapt: score-first test-time training
-# ============================================================================================================
+# ========================================
 
 ADAPTED = ("q", "k", "v", "o", "mlp", "head")       # what a TTT_*_LORA switches
 
@@ -2768,14 +2774,14 @@ def phase_steps(s: Settings, tokens: int) -> list[tuple[int, int, int]]:
     return steps
 
 
-# ============================================================================================================
+# ========================================
 # PART TWO: machinery behind plain doors. A reader may stop before it.
-# ============================================================================================================
+# ========================================
 
 
-# ============================================================================================================
+# ========================================
 # 9  World, clocks, log, and what is kept on disk
-# ============================================================================================================
+# ========================================
 
 def check_run(s: Settings) -> None:
     """Refuse stages that exclude each other, and to go on where it cannot be done."""
@@ -2803,9 +2809,9 @@ def check_run(s: Settings) -> None:
         raise UserError("RESUME=1 goes on in a folder: set ARTIFACT_DIR to that of the run")
 
 
-def without_old_names(env: Mapping[str, str], known: Mapping) -> dict[str, str]:
-    """The variables under today's names; without empty ones (but where an empty text
-    means something) and without those that set nothing here."""
+def own_variables(env: Mapping[str, str], known: Mapping) -> dict[str, str]:
+    """The variables under today's names, without those that set nothing here. UserError
+    for one that must have been meant for this script."""
     env = {k: v for k, v in env.items() if v or (k in known and is_free_text(known[k]))}
     for name, (only, why) in NO_SETTINGS.items():
         value = env.pop(name, "")
@@ -2819,29 +2825,23 @@ def without_old_names(env: Mapping[str, str], known: Mapping) -> dict[str, str]:
             env = {**meant, **env}      # a setting's own name counts
     if any(env.get(name, idle) != idle for name, idle in BY_HAND.items()):
         env.setdefault("QUANT_ALLOCATION", "hand")
-    return env
-
-
-def refuse_misspelt(env: Mapping[str, str], known: Mapping) -> None:
-    """UserError for a variable that must have been meant for this script, with the
-    nearest right name."""
     for name in env:
         if name not in known and (nearest := looks_like_ours(name, known)) is not None:
             raise UserError(f"unknown setting {name}: the nearest known one is {nearest} "
                             "(python train_gpt.py --help lists all); if it is of another program, "
                             f"start this one by: env -u {name} python train_gpt.py")
+    return env
 
 
 def set_up(s: Settings, world: World) -> str:
-    """Seeds, arithmetic and attention of this process. Returns why this attention."""
+    """Seeds, arithmetic and attention of this process; why this attention."""
     global ATTENTION
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high" if world.device.type == "cuda" else "highest")
     if world.device.type == "cpu":
         keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
-            neighbours = launcher_ranks(os.environ).local_size
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.neighbours))
     # plans, grad modes and batch shapes share one code object
     torch._dynamo.config.recompile_limit = 64
     # sizes that are equal by chance stay apart
@@ -2871,8 +2871,7 @@ def keep_freed_memory() -> None:
 
 def pick_dtype(choice: str, device: torch.device,
                default: torch.dtype | None = None) -> torch.dtype:
-    """The dtype a setting names. auto: `default`, else bfloat16 on a GPU and float32
-    on a CPU."""
+    """The dtype a setting names. auto: `default`, else by the device."""
     if choice == "auto":
         return default or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     return getattr(torch, choice)
@@ -2902,7 +2901,7 @@ def build_model(s: Settings, world: World) -> GPT:
 # --- reading settings
 
 def is_free_text(f) -> bool:
-    """Whether an empty value means something: not for numbers, flags and choices."""
+    """Whether an empty value means something."""
     return type(f.default) is str and not f.metadata["choices"]
 
 
@@ -2923,7 +2922,7 @@ def whole_number(text: str) -> int | None:
 
 
 def whole_numbers(text: str) -> list[int]:
-    """The numbers of "9,10", at most 64; none when the text is anything else."""
+    """The numbers of "9,10", at most 64; none of any other text."""
     parts = text.replace(" ", "").split(",")
     good = len(parts) <= 64 and all(re.fullmatch("[0-9]{1,9}", part) for part in parts)
     return [int(part) for part in parts] if good else []
@@ -2952,8 +2951,7 @@ def parse_setting(f, text: str):
 
 
 def parse_text(name: str, text: str, most: int) -> str:
-    """A setting that is text, a path with ~ expanded; UserError for what no file or
-    log line can be named."""
+    """A setting that is text, of a path with ~ expanded."""
     rule = ""
     if len(text) > most or not text.isprintable():
         rule = f"be at most {most:,} printable characters"
@@ -2977,7 +2975,7 @@ MOST_WEIGHTS = 2 ** 31        # of a model
 BY_HAND = {"AWQ_LITE_ENABLED": "0"}     # what changes steps that are set by hand -> its idle value
 LEFT_OUT = "left out: no published system gained by it"
 CUT_OFF = "older systems need more, which a lean script leaves out: run the whole one"
-# Names of the field's commands that set nothing here: (the one value they may have, None: any; why).
+# The field's names that set nothing here: (the one value they may have, None: any; why).
 NO_SETTINGS = {name: (only, why) for only, why, names in (
     (None, "lossless all of them: our own coder takes their place", "COMPRESSOR"),
     (None, "always so: all targets are scored, by the calibrated loss, with graphs warmed up", """
@@ -3073,8 +3071,8 @@ def our_words() -> set[str]:
 
 
 def looks_like_ours(name: str, known: Mapping) -> str | None:
-    """The nearest known setting when `name` must have been meant for this script: it
-    is nearly a setting's, or made of our words alone. Else None."""
+    """The known setting that `name` must have been meant for: it is nearly that, or
+    made of our words alone. Else None."""
     words = name.lower().split("_")
     if name in OTHER_NAMES or {"port", "service"} & set(words[1:]):      # or of a scheduler's services
         return None
@@ -3089,8 +3087,7 @@ def looks_like_ours(name: str, known: Mapping) -> str | None:
 
 
 def stray_names(env: Mapping[str, str]) -> dict[str, str]:
-    """Variables like settings that nothing here reads, and what to say of each; twenty
-    at most. from_env refuses those that must have been meant."""
+    """Variables like settings that nothing reads, and what to say of each; at most 20."""
     known = {f.name.upper() for f in fields(Settings)}
     first_words = our_words() | COMMON_WORDS
     strays = {}
@@ -3104,7 +3101,6 @@ def stray_names(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def print_help() -> None:
-    """Every setting with default, range and meaning."""
     print(__doc__.split("Chapters")[0])
     for f in fields(Settings):
         meta = f.metadata
@@ -3258,11 +3254,10 @@ def check_adapt(s: Settings) -> None:
 # --- the ranks
 
 class Ranks(NamedTuple):
-    """What the launcher tells a process: its number, how many there are, and both on
-    this machine."""
+    """What the launcher tells a process."""
     rank: int
     size: int
-    local: int
+    local: int           # rank among those on this machine
     local_size: int
 
 
@@ -3271,7 +3266,7 @@ LAUNCH = ("start by torchrun, or without them: env -u RANK -u WORLD_SIZE -u LOCA
 
 
 def launcher_number(env: Mapping[str, str], name: str, default: int, lo: int, hi: int) -> int:
-    """A number that the launcher sets; UserError unless it lies in lo … hi."""
+    """A number that the launcher sets, from lo to hi."""
     text = env.get(name, str(default))
     if not re.fullmatch("[0-9]{1,9}", text) or not lo <= int(text) <= hi:
         raise UserError(f"{name}={text[:40]} must be a whole number from {lo} to {hi}: {LAUNCH}")
@@ -3279,8 +3274,7 @@ def launcher_number(env: Mapping[str, str], name: str, default: int, lo: int, hi
 
 
 def launcher_ranks(env: Mapping[str, str]) -> Ranks:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process without them.
-    UserError when they do not fit together."""
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process without them."""
     size = launcher_number(env, "WORLD_SIZE", 1, 1, 65536)
     local_size = launcher_number(env, "LOCAL_WORLD_SIZE", 1, 1, size)
     most_local = local_size if "LOCAL_WORLD_SIZE" in env else size
@@ -3294,9 +3288,8 @@ def launcher_ranks(env: Mapping[str, str]) -> Ranks:
     return Ranks(rank, size, local, local_size)
 
 
-# First word of what a rank does -> seconds without progress of any rank, and seconds of
-# waiting in a collective, after which something hangs: the latter more, for it is not known
-# who is to blame. In evaluation a rank may wait long for those that have more to score.
+# First word of what a rank does -> seconds without progress of any rank, and of waiting in a
+# collective (where nobody knows who is to blame), after which something hangs.
 PATIENCE = {
     "step": (45.0, 60.0),
     "scoring": (250.0, 1800.0),
@@ -3317,7 +3310,6 @@ class Pulse:
         self.wait = 0.0                         # the collectives' time limit in force, in seconds
 
     def beat(self, doing: str) -> None:
-        """Progress was made; `doing` follows."""
         now = time.monotonic()
         word = doing.split()[0]
         if word == self.doing.split()[0]:
@@ -3339,15 +3331,15 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    neighbours: int = 1      # on this machine, with this one
     pulse: Pulse = field(default_factory=Pulse, compare=False, repr=False)
     heartbeat: Heartbeat | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def join(cls, env: Mapping[str, str]) -> World:
-        """Join the launcher's process group: NCCL (and gloo for host values) on GPUs,
-        gloo on a CPU."""
-        rank, size, local, _ = launcher_ranks(env)
-        world = cls(rank, size)
+        """Join the launcher's process group."""
+        rank, size, local, neighbours = launcher_ranks(env)
+        world = cls(rank, size, neighbours=neighbours)
         if gpus := torch.cuda.device_count():
             if local >= gpus:
                 raise UserError(f"LOCAL_RANK={local} but there are {gpus} GPUs here: lower "
@@ -3409,10 +3401,13 @@ class World:
             dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
+    def from_main(self, make: Callable, *args):
+        """What make(*args) gives on rank 0, on every rank."""
+        return self.agree(make(*args) if self.main else None)
+
     def agree_step(self, elapsed: float, stop: int, bad_step: int) -> tuple[float, int, int]:
-        """What all ranks must know before a step: rank 0's seconds, the number of a
-        signal that any rank received (0: none), the first step that went wrong on any
-        rank (0: none)."""
+        """Before a step, for all ranks: rank 0's seconds, the number of a signal and the
+        first step that went wrong, on any rank (0: none)."""
         if self.size == 1:
             return elapsed, stop, bad_step
         never = -math.inf
@@ -3436,7 +3431,7 @@ class World:
         self.agree(None)
 
     def leave(self) -> None:
-        """This rank is done: the others need not watch it any more."""
+        """The others need not watch this rank any more."""
         if self.heartbeat is not None:
             self.heartbeat.leave()
         if self.size > 1 and dist.is_initialized():
@@ -3458,10 +3453,9 @@ def process_state(pid: int) -> tuple[str, str]:
 
 
 class Heartbeat(threading.Thread):
-    """Gives the other ranks signs that this process lives, and what it does; ends the
-    job when one of them falls silent or nothing goes on. The rendezvous store carries
-    the signs: torchrun's agent keeps it, so that any rank may hang. tell(line) says
-    why, on one rank."""
+    """Gives the other ranks signs of life, and ends the job when one falls silent or
+    nothing goes on. The rendezvous store carries the signs: torchrun's agent keeps it, so
+    that any rank may hang. tell(line) says why, on one rank."""
 
     def __init__(self, world: World, env: Mapping[str, str]):
         super().__init__(name="heartbeat", daemon=True)
@@ -3495,7 +3489,6 @@ class Heartbeat(threading.Thread):
         return self.stuck(now)
 
     def leave(self) -> None:
-        """This rank ends as it should."""
         self.over.set()
         with contextlib.suppress(RuntimeError):
             self.store.set(str(self.world.rank), json.dumps({"left": True}))
@@ -3520,14 +3513,14 @@ class Heartbeat(threading.Thread):
             self.signs[rank] = sign
 
     def state_here(self, rank: int) -> str:
-        """State letter of a rank's process if it runs on this machine, else nothing."""
+        """State letter of a rank's process; empty if it runs elsewhere."""
         sign = self.signs[rank]
         state, begun = process_state(sign["pid"])
         return state if (sign["host"], sign["begun"]) == (platform.node(), begun) else ""
 
     def stuck(self, now: float) -> list[int]:
-        """The ranks that hold up the job: silent ones, or when nobody makes progress
-        the least far of those that wait for no other."""
+        """The ranks that hold up the job: silent ones, or when nobody makes progress the
+        least far of those that wait for no other."""
         at_work = {rank: sign for rank, sign in self.signs.items() if "left" not in sign}
         patience = {"T": STOPPED, "t": STOPPED, "": SILENT}
         silent = [rank for rank in at_work
@@ -3547,20 +3540,21 @@ class Heartbeat(threading.Thread):
         return "; ".join(text.format(rank, **self.signs[rank]) for rank in stuck)
 
     def end_job(self, stuck: Sequence[int]) -> None:
-        """Say it, on one rank; end what is stopped, then this process: later than the
-        ranks that are to blame, so that the launcher names them."""
+        """Say it, on one rank; end what is stopped, then this process: after the ranks
+        to blame, so that the launcher names them."""
         self.world.pulse.ending = True
         rank = self.world.rank
         healthy = set(range(self.world.size)) - set(stuck)
         if rank == min(healthy, default=0):
-            self.tell(self.describe(stuck))
+            with contextlib.suppress(Exception):
+                self.tell(self.describe(stuck))
             self.kill_stopped(stuck)
         time.sleep((2 if rank in stuck else 3) * TICK)
         self.kill_stopped(stuck)
         os._exit(1)
 
     def kill_stopped(self, stuck: Sequence[int]) -> None:
-        """SIGKILL to those of these ranks that are stopped, on this machine."""
+        """SIGKILL to those of them that are stopped, on this machine."""
         for rank in stuck:
             if self.state_here(rank) in ("T", "t"):
                 with contextlib.suppress(OSError):
@@ -3581,13 +3575,10 @@ def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
 # --- signals and clocks
 
 class Signals:
-    """What SIGINT (Ctrl-C) and SIGTERM do: the first ends training after the step
-    under way, anything else by Interrupted; a second ends the process at once, unless
-    it follows within a second (by torchrun one request often arrives twice).
-
-    SIGHUP, of a terminal that is gone, is ignored. Under torchrun, which kills its
-    ranks 30 s later, it counts as SIGTERM; to train on there, start it by nohup with
-    TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT."""
+    """The first SIGINT (Ctrl-C) or SIGTERM ends training after the step under way, all
+    else by Interrupted; a second ends the process, unless it follows within a second (by
+    torchrun one request often arrives twice). SIGHUP, of a terminal that is gone, is
+    ignored, but under torchrun, which kills its ranks 30 s later, it counts as SIGTERM."""
 
     def __init__(self):
         self.number = 0        # of the first signal
@@ -3606,7 +3597,6 @@ class Signals:
             signal.signal(signal.SIGHUP, self.receive if launched else signal.SIG_IGN)
 
     def receive(self, number: int, frame) -> None:
-        """The handler of a signal, between two instructions of the main thread."""
         number = signal.SIGTERM if number == signal.SIGHUP else number
         if self.number:
             if time.monotonic() - self.when > 1:
@@ -3639,9 +3629,8 @@ SIGNALS = Signals()
 
 
 class Clock:
-    """Seconds since its start against a budget. Training: every step, calibration,
-    GPTQ, packing, up to the file on disk. Evaluation: from opening it to the last
-    byte scored. `excluded`: seconds not charged."""
+    """Seconds since its start against a budget. Training: all up to the artifact on disk.
+    Evaluation: from opening it to the last byte scored. `excluded`: not charged."""
 
     def __init__(self, budget: float = 0.0, now: Callable[[], float] = time.perf_counter):
         self.now = now
@@ -3654,7 +3643,7 @@ class Clock:
 
     @contextlib.contextmanager
     def exclude(self):
-        """Time spent inside is not charged, but kept in `excluded` for the log."""
+        """Time spent inside is not charged, but kept for the log."""
         begin = self.now()
         yield
         self.excluded += self.now() - begin
@@ -3682,25 +3671,28 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; free space or set "
                         "ARTIFACT_DIR") from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Delete a file if it is there and that works."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 @contextlib.contextmanager
 def refused(what: str, remedy: str):
-    """Inside, whatever a foreign file makes its reader raise becomes one UserError
-    line: `what`, why, and the remedy."""
+    """Inside, whatever a foreign file makes its reader raise becomes a UserError."""
     try:
         yield
     except Exception as error:
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"{what}: {plain(why, 160)}; {remedy}") from error
+        raise UserError(f"{what}: {one_line(why, 160)}; {remedy}") from error
 
 
 def file_size(path: Path, most: int, what: str) -> int:
-    """Bytes of a regular file of at most `most`, known before it is opened: a pipe
-    would wait for ever, a device never end. UserError for anything else; what: what
-    it should be."""
+    """Bytes of a regular file of at most `most`; UserError for anything else, before it
+    is opened: a pipe would wait for ever, a device never end. what: it should be."""
     with refused(f"{path} cannot be read", f"it should be {what}"):
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
@@ -3719,7 +3711,7 @@ def read_bounded(path: Path, most: int, what: str) -> bytes:
 
 def read_json(path: Path, what: str) -> dict:
     """The object in a JSON file; UserError when it holds anything else."""
-    data = read_bounded(path, 1 << 26, what)
+    data = read_bounded(path, MOST_READ, what)
     with refused(f"{path} is damaged", f"it should be {what}"):
         value = json.loads(data)
         if not isinstance(value, dict):
@@ -3728,7 +3720,7 @@ def read_json(path: Path, what: str) -> dict:
 
 
 def finite_only(value):
-    """The value with None in place of every float that JSON cannot say."""
+    """The value with None for every float that JSON cannot say."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -3744,14 +3736,8 @@ def to_json(value, **options) -> str:
 
 
 def in_a_line(error: BaseException) -> str:
-    """Type and text of an exception, on one line of bounded length."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def plain(value, most: int) -> str:
-    """A value as one line of at most `most` characters of printable ASCII."""
-    text = re.sub("[^ -~]", "?", f"{value!s:.{most + 1}}")
-    return text if len(text) <= most else text[:most - 3] + "..."
+    """Type and text of an exception, bounded."""
+    return f"{type(error).__name__}: {one_line(' '.join(str(error).split()), 300)}"
 
 
 def human(value) -> str:
@@ -3793,20 +3779,20 @@ def read_summary(folder: Path) -> dict:
 
 
 def of_training(summary: Mapping, path: Path) -> dict:
-    """What a run that goes on keeps of the summary at path."""
+    """What a run that goes on keeps of the summary at path; UserError if it is damaged."""
     kept = {k: summary[k] for k in TRAINING_KEYS if summary.get(k) is not None}
     for name, value in kept.items():
         good = isinstance(value, int if name.endswith("_runs") else (int, float, str))
         if name == "training_not_compliant_because":
             good = isinstance(value, list) and all(isinstance(x, str) for x in value)
         if not good:
-            raise UserError(f"{path} is damaged: {name} is {plain(value, 40)}; move it away")
+            raise UserError(f"{path} is damaged: {name} is {value}; move it away")
     return kept
 
 
 def lock_folder(folder: Path):
-    """The open file whose lock says that this run owns the folder, until the process
-    ends. None where the disk knows no locks. UserError when another live run has it."""
+    """The open file whose lock says that this run owns the folder; None where the disk
+    knows no locks. UserError when another live run has it."""
     path = folder / ".lock"
     for _ in range(10):
         file = open(path, "a+", encoding="utf-8")
@@ -3832,42 +3818,38 @@ def lock_folder(folder: Path):
 
 def home_of(s: Settings) -> Path | None:
     """The folder of the run whose training, weights or artifact this one goes on with,
-    if any: where the file lies, or ARTIFACT_DIR if it was saved elsewhere by its run."""
+    if any: where the file lies, or ARTIFACT_DIR if write_somewhere put it elsewhere."""
     if s.resume:
         return Path(s.artifact_dir)
     path = Path(s.eval_only_path or s.eval_only_quantized_path)
     if not path.name:
         return None
     run_id = read_summary(Path(s.artifact_dir)).get("run_id") if s.artifact_dir else None
-    if run_id and path.name in (name_elsewhere(n, run_id) for n in (WEIGHTS_NAME, ARTIFACT_NAME)):
+    if run_id and path.parent == elsewhere(run_id):
         return Path(s.artifact_dir)
     return path.parent.parent if path.parent.name == "checkpoint" else path.parent
 
 
-def name_elsewhere(name: str, run_id: str) -> str:
-    """What a file of a run's folder is called in another: final_model.<id>.pt."""
-    stem, _, suffix = name.partition(".")
-    return f"{stem}.{run_id}.{suffix}"
+def elsewhere(run_id: str) -> Path:
+    """The folder for a run's results when its own is full."""
+    return Path(tempfile.gettempdir()).absolute() / f"run-{run_id}"
 
 
 def write_somewhere(run: Run, name: str, data: bytes, form: str = "{}") -> Path | None:
-    """Write a result into the run's folder, or where there is space: the path of this
-    name there, else None. form: of the name that it is written under for now."""
-    elsewhere = name_elsewhere(name, run.summary["run_id"])
-    temporary = Path(tempfile.gettempdir()) / elsewhere
-    for path in (run.dir / name, Path(elsewhere), temporary):
+    """Write a result into the run's folder, or elsewhere: the path of this name there;
+    None: nowhere. form: of the name that it is written under for now."""
+    for folder in (run.dir, elsewhere(run.summary["run_id"])):
         try:
-            write_atomic(path.with_name(form.format(path.name)), data)
+            write_atomic(folder / form.format(name), data)
+            return folder / name
         except UserError as error:
-            run.warn(f"{name} cannot be saved there ({plain(error, 300)})")
-            continue
-        return path if path.name == name else path.absolute()
+            run.warn(f"{name} cannot be saved there ({error})")
     return None
 
 
 class Journal:
-    """A file of lines that never ends a run: what cannot be written waits in memory,
-    at most MOST bytes of it, and is tried again with every line."""
+    """A file of lines that never ends a run: what cannot be written waits in memory and
+    is tried again with every line."""
     MOST = 8 << 20
 
     def __init__(self, path: Path, fresh: bool = False):
@@ -3881,19 +3863,15 @@ class Journal:
     def write(self, line: str) -> str:
         """Append the line, or keep it and say why."""
         with self.lock:
-            return self.append(f"{line}\n".encode("utf-8", "replace"))
-
-    def append(self, data: bytes) -> str:
-        """The same with the lock held."""
-        self.unwritten += data
-        try:
-            while self.unwritten:
-                written = self.file.write(self.unwritten)
-                self.unwritten = self.unwritten[written:]
-        except (OSError, ValueError) as error:
-            if len(self.unwritten) > self.MOST:
-                self.unwritten = self.unwritten[-self.MOST // 2:].partition(b"\n")[2]
-            return str(error)
+            self.unwritten += f"{line}\n".encode("utf-8", "replace")
+            try:
+                while self.unwritten:
+                    written = self.file.write(self.unwritten)
+                    self.unwritten = self.unwritten[written:]
+            except (OSError, ValueError) as error:
+                if len(self.unwritten) > self.MOST:
+                    self.unwritten = self.unwritten[-self.MOST // 2:].partition(b"\n")[2]
+                return str(error)
         return ""
 
     def mend(self, cut: bool) -> None:
@@ -3908,14 +3886,14 @@ class Journal:
 
 
 class Run:
-    """The run's folder and its one voice: text to train.log and the screen, JSON
-    lines to metrics.jsonl. Nothing that cannot be written or shown ends the run."""
+    """The run's folder and its one voice: text to train.log and the screen, JSON lines to
+    metrics.jsonl. Nothing that cannot be written or shown ends the run."""
 
     def __init__(self, s: Settings, world: World):
         name = s.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
         self.s, self.world, self.id = s, world, world.agree(name)
         self.dir = Path(s.artifact_dir or Path("runs") / self.id)
-        self.home = world.agree(home_of(s) if world.main else None)
+        self.home = world.from_main(home_of, s)
         self.weights, self.artifact = self.dir / WEIGHTS_NAME, self.dir / ARTIFACT_NAME
         self.live = sys.stdout.isatty() and world.main
         self.summary = dict.fromkeys(SUMMARY_KEYS)
@@ -3929,7 +3907,7 @@ class Run:
         self.command = ""           # the last one that was logged, to go on
         self.started = 0            # by the disk's clock in ns: files written before are another run's
         if world.heartbeat is not None:
-            world.heartbeat.tell = self.hung
+            world.heartbeat.tell = self.failed
         try:
             if world.main:
                 self.open_folder()
@@ -3944,8 +3922,8 @@ class Run:
     # --- the folder
 
     def open_folder(self) -> None:
-        """Lock, journals, and what the summary says of a training that goes on.
-        UserError unless this run may write there."""
+        """Lock, journals, and what the summary says of a training that goes on. UserError
+        unless this run may write there."""
         self.dir.mkdir(parents=True, exist_ok=True)
         check_folder(self.dir)
         self.lock = lock_folder(self.dir)
@@ -3960,8 +3938,7 @@ class Run:
         else:
             for path in [*self.dir.glob(".*"), *self.dir.glob("checkpoint/.*")]:
                 if LEFTOVER.fullmatch(path.name):
-                    with contextlib.suppress(OSError):
-                        path.unlink()
+                    remove(path)
         if self.goes_on():
             self.summary.update(of_training(earlier, self.dir / "summary.json"))
             if self.s.eval_only_quantized_path and earlier.get("val_bpb") is not None:
@@ -3970,7 +3947,6 @@ class Run:
                 self.not_compliant(reason)
 
     def open_journals(self, fresh: bool) -> None:
-        """train.log and metrics.jsonl, anew or to be appended to."""
         self.text = Journal(self.dir / "train.log", fresh)
         self.metrics = Journal(self.dir / "metrics.jsonl", fresh)
 
@@ -3979,8 +3955,7 @@ class Run:
         return self.home is not None and self.home.resolve() == self.dir.resolve()
 
     def check_earlier_run(self) -> dict:
-        """The summary in the folder, of a run gone on with; UserError unless this run
-        may write there."""
+        """The summary of a run gone on with; UserError unless this run may write there."""
         if self.home is None:
             for name, value in self.restart_setting().items():      # at most one
                 raise UserError(f"ARTIFACT_DIR={self.dir} holds what an earlier run has kept: "
@@ -3993,10 +3968,8 @@ class Run:
         return earlier
 
     def close(self) -> None:
-        """Give the folder back."""
         if self.lock is not None:
-            with contextlib.suppress(OSError):
-                (self.dir / ".lock").unlink()
+            remove(self.dir / ".lock")
             self.lock.close()
             self.lock = None
 
@@ -4029,7 +4002,6 @@ class Run:
             self.note_go_on()      # a checkpoint may have come
 
     def write(self, journal: Journal, line: str) -> None:
-        """A line into one of the journals."""
         if fault := journal.write(line):
             self.warn(f"{journal.path} cannot be written ({fault}): its lines wait in memory "
                       "and are tried again; the run goes on", once=journal)
@@ -4058,7 +4030,7 @@ class Run:
             self.log("warning", text=text)
 
     def not_compliant(self, reason: str) -> None:
-        """Mark the run: its log, summary and closing block say why it is no result."""
+        """Mark the run: log, summary and closing block say why it is no result."""
         if reason not in self.summary["not_compliant_because"]:
             self.summary["compliant"] = False
             self.summary["not_compliant_because"].append(reason)
@@ -4075,13 +4047,12 @@ class Run:
     # --- going on after an early end
 
     def restart_setting(self) -> dict[str, str]:
-        """The setting that goes on from the best file that this run has written, if
-        any."""
+        """The setting that goes on from the best file of this run, if any."""
         files = [("EVAL_ONLY_PATH", self.weights)]
         if self.summary_kept:      # else only the weights say how they were trained
             files.insert(0, ("EVAL_ONLY_QUANTIZED_PATH", self.artifact))
         if not self.s.max_wallclock_seconds and self.checkpoint_fits:
-            files += [("RESUME", path) for path in self.dir.glob("checkpoint/resume.*.0.pt")]
+            files += [("RESUME", path) for path in self.dir.glob("checkpoint/resume.*.pt")]
         files.append(("EVAL_ONLY_PATH", self.dir / AVERAGE))
         for name, path in files:
             own = self.s.resume and path.parent.name == "checkpoint"      # it goes on with them
@@ -4092,7 +4063,7 @@ class Run:
 
     def go_on(self) -> str:
         """The command that goes on from what is on disk, else that starts anew."""
-        changed = changed_environment(self.s)
+        changed = {k: str(int(v) if type(v) is bool else v) for k, v in self.s.changed().items()}
         restart = self.restart_setting()
         if not restart:
             return starting_command(changed)
@@ -4111,8 +4082,8 @@ class Run:
 
     def failed(self, line: str, trace: str = "", again: bool = True,
                event: str = "error") -> None:
-        """The last words of a run, on any rank: the error, its trace in the log alone,
-        and the command to go on. again: whether to start anew may help."""
+        """The last words of a run: the error, its trace in the log alone, the command to
+        go on. again: whether to start anew may help."""
         tell(f"{event}: {line}")
         if self.text is None:      # not rank 0: beside its lines, where the folder is shared
             with contextlib.suppress(OSError):
@@ -4123,16 +4094,6 @@ class Run:
             same = self.s.resume and "RESUME" in restart      # it would fail again
             if again or restart and not same:
                 tell(f"to go on: {self.go_on()}")
-
-    def hung(self, line: str) -> None:
-        """What the heartbeat calls before it ends this process."""
-        with contextlib.suppress(Exception):
-            self.failed(line)
-
-
-def changed_environment(s: Settings) -> dict[str, str]:
-    """The settings that differ from their defaults as a shell would set them."""
-    return {k: str(int(v) if type(v) is bool else v) for k, v in s.changed().items()}
 
 
 def starting_command(changed: Mapping[str, str]) -> str:
@@ -4161,8 +4122,7 @@ def public_settings(values: Mapping) -> dict:
 
 
 def closest_system(s: Settings) -> tuple[str, dict] | None:
-    """The configurations beside this script nearest to the settings, and what differs
-    as [here, there]."""
+    """The nearest configurations beside this script; what differs as [here, there]."""
     here = s.as_env()
     systems = {}
     for path in sorted(Path(__file__).parent.glob("configs/pr*.env")):
@@ -4216,9 +4176,8 @@ MAY_DIFFER = ("RUN_ID", "QUANTIZE_ONLY", "PREQUANT_ONLY", "RESUME", "settings", 
 
 
 def compare_with_training(run: Run, here: dict) -> None:
-    """Facts and settings into the summary; a warning of those that are not as in the
-    summary beside the weights or artifact gone on with. In a run's own folder the
-    summary keeps what was true of its training."""
+    """Facts and settings into the summary, and a warning of those that training did not
+    have. In a run's own folder the summary keeps what was true of its training."""
     differing = {}
     with run.guarded("the comparison with training"):
         there = in_training(run)
@@ -4264,7 +4223,7 @@ class Progress:
         self.peak = world.size * next(peaks, 0.0)
 
     def events(self, step: int, stream: Prefetch, trainer: Trainer, looping: bool) -> None:
-        """Log the end of an epoch, and where the time of a measured step went."""
+        """Log the end of an epoch, and the parts of a measured step."""
         if int(stream.epoch) > self.epochs:
             self.epochs = int(stream.epoch)
             tokens = step * self.s.train_batch_tokens
@@ -4276,8 +4235,8 @@ class Progress:
 
     def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, rate_share: float,
                plan: Plan) -> None:
-        """A line in the log (ten steps, then every TRAIN_LOG_EVERY), else on a
-        terminal, two a second."""
+        """A line in the log (ten steps, then every TRAIN_LOG_EVERY), else on a terminal,
+        two a second."""
         s = self.s
         logged = step <= 10 or (s.train_log_every and step % s.train_log_every == 0)
         if not logged and not (self.run.live and clock.elapsed() - self.last[1] > 0.5):
@@ -4317,8 +4276,8 @@ class Progress:
 
 
 class FiniteWatch:
-    """Notices the first step whose loss or gradient is not finite, without waiting for
-    the GPU: flags are read once they have arrived on the host, a few steps late."""
+    """Notices the first step whose loss or gradient is not finite, a few steps late: flags
+    are read once they have arrived on the host."""
 
     def __init__(self):
         self.flying = deque()
@@ -4350,7 +4309,6 @@ class FiniteWatch:
 
     @staticmethod
     def error(step: int) -> UserError:
-        """What ends a run whose loss or gradient was not finite at this step."""
         return UserError(f"the loss or the gradient is not finite at step {step}: lower "
                          "MATRIX_LR or SCALAR_LR, or look for the cause with COMPUTE_DTYPE="
                          "float32")
@@ -4424,10 +4382,8 @@ class StepTimes:
 # --- averages beside training
 
 class AverageKeeper:
-    """Keeps a finite average of the weights on disk while training goes on: rank 0
-    copies it on the device, a thread beside training checks and writes it. The newest
-    two stay until the artifact is written: final_model.pt may be damaged, or lie
-    elsewhere, as long as nothing has been made of it."""
+    """Keeps a finite average of the weights on disk: rank 0 copies it on the device, a
+    thread checks and writes it. The newest two stay until the artifact is written."""
 
     SECONDS = 25.0         # between two copies: the newest is then less than a minute old
 
@@ -4470,8 +4426,8 @@ class AverageKeeper:
         path = self.run.dir / AVERAGE
         previous = path.with_name("average.previous.pt")
         data = weights_to_bytes(self.s, tensors, facts)
+        remove(previous)
         with contextlib.suppress(OSError):     # no average yet, or a file system without hard links
-            previous.unlink(missing_ok=True)
             os.link(path, previous)
         write_atomic(path, data)
         self.run.note_go_on()      # at once: a kill may come before the next line
@@ -4508,15 +4464,12 @@ def weight_facts(s: Settings, world: World, steps: int, seconds: float, stopped:
 # --- checkpoints to go on from, for runs without a time budget
 
 class Checkpoints:
-    """Writes all that a training must know to go on to the bit: every rank its own
-    file, so that no shared disk is needed. Rank 0 writes last: where its file is, the
-    checkpoint is whole."""
+    """Writes all that a training must know to go on to the bit; rank 0 alone does."""
 
     def __init__(self, s: Settings, world: World, run: Run, trainer: Trainer, watch: FiniteWatch,
                  clock: Clock):
         self.s, self.world, self.run, self.trainer = s, world, run, trainer
-        self.watch = watch
-        self.clock = clock
+        self.watch, self.clock = watch, clock
         self.last = None
         self.wanted = s.checkpoint_every_seconds > 0 and not s.max_wallclock_seconds
 
@@ -4529,86 +4482,64 @@ class Checkpoints:
             self.last = elapsed
 
     def write(self, step: int, curriculum: Curriculum, stream: Prefetch) -> None:
-        """Write one, on all ranks; without space, or with weights that are not
-        finite, the last one stays."""
+        """Write one; without space, or with weights that are not finite, the last stays."""
         if not self.wanted or not step:
             return
-        world, fault = self.world, ""
-        before = world.pulse.doing
-        world.beat(f"saving a checkpoint of step {step}")
-        if not world.main:
-            fault = self.write_part(step, curriculum, stream)
-        faults = list(filter(None, world.gather(fault)))
-        if world.main:
-            fault = faults[0] if faults else self.write_part(step, curriculum, stream)
-        fault = world.agree(fault)
-        world.beat(before)
-        if fault:
-            return self.run.warn(f"no checkpoint at step {step}: {fault}", once="checkpoint")
-        self.run.log("checkpoint", quiet=True, step=step)
-        remove_checkpoints(self.run, keep=step)
-
-    def write_part(self, step: int, curriculum: Curriculum, stream: Prefetch) -> str:
-        """Write this rank's file; why it cannot be, else nothing."""
-        try:
-            if self.watch.first_bad(wait=True) or not self.trainer.finite():
-                return "weights that are not finite"
-            data = sealed(self.state(step, curriculum, stream))
-            write_atomic(checkpoint_path(self.run, step), data)
-        except (UserError, ValueError, RuntimeError, MemoryError) as error:
-            return plain(error, 200)
-        return ""
-
-    def state(self, step: int, curriculum: Curriculum, stream: Prefetch) -> dict:
-        """All that this rank must know to go on after this step."""
-        device = self.world.device
-        on_gpu = device.type == "cuda"
-        return {
+        before = self.world.pulse.doing
+        self.world.beat(f"saving a checkpoint of step {step}")
+        own = [part.cpu() for part in self.trainer.optimiser.momentum]
+        state = {
             **self.trainer.tensors(),
+            "momentum": self.world.gather(own),
             "settings": training_settings(self.s, self.world),
             "step": step,
             "seconds": self.clock.elapsed(),
             "batches": stream.given,
             "curriculum": curriculum.state(),
-            "untrained_val_bpb": self.run.summary.get("untrained_val_bpb"),
-            "random": torch.get_rng_state(),
-            "random_gpu": torch.cuda.get_rng_state(device) if on_gpu else None}
+            "untrained_val_bpb": self.run.summary.get("untrained_val_bpb")}
+        fault = self.world.from_main(self.write_file, state)
+        self.world.beat(before)
+        if fault:
+            return self.run.warn(f"no checkpoint at step {step}: {fault}", once="checkpoint")
+        self.run.log("checkpoint", quiet=True, step=step)
+
+    def write_file(self, state: dict) -> str:
+        """Why it cannot be written, else nothing."""
+        try:
+            if self.watch.first_bad(wait=True) or not self.trainer.finite():
+                return "weights that are not finite"
+            path = self.run.dir / "checkpoint" / f"resume.{state['step']}.pt"
+            write_atomic(path, sealed(state))
+        except (UserError, ValueError, RuntimeError, MemoryError) as error:
+            return one_line(error, 200)
+        for older in checkpoints_of(self.run).values():
+            if older != path:
+                remove(older)
+        return ""
 
 
-def checkpoint_path(run: Run, step: int) -> Path:
-    """The file of this rank's checkpoint after a step."""
-    return run.dir / "checkpoint" / f"resume.{step}.{run.world.rank}.pt"
-
-
-def checkpoint_steps(run: Run) -> list[int]:
-    """The steps after which this rank has a checkpoint."""
-    paths = run.dir.glob(f"checkpoint/resume.*.{run.world.rank}.pt")
-    steps = [path.name.split(".")[1] for path in paths]
-    return [int(step) for step in steps if step.isdecimal()]
-
-
-def remove_checkpoints(run: Run, keep: int = -1) -> None:
-    """Remove this rank's checkpoints but that of one step."""
-    for step in checkpoint_steps(run):
-        if step != keep:
-            with contextlib.suppress(OSError):
-                checkpoint_path(run, step).unlink()
+def checkpoints_of(run: Run) -> dict[int, Path]:
+    """The checkpoints in the run's folder, by step."""
+    found = {}
+    for path in run.dir.glob("checkpoint/resume.*.pt"):
+        step = path.name.split(".")[1]
+        if step.isdecimal():
+            found[int(step)] = path
+    return found
 
 
 def remove_safety_copies(run: Run) -> None:
-    """Remove averages and checkpoints, once artifact and weights are there."""
-    if not run.world.agree((run.dir / WEIGHTS_NAME).is_file()):
+    """Remove, on rank 0, averages and checkpoints, once the weights are there."""
+    if not run.world.main or not (run.dir / WEIGHTS_NAME).is_file():
         return
-    remove_checkpoints(run)
+    for path in [*checkpoints_of(run).values(), *run.dir.glob("checkpoint/average*.pt")]:
+        remove(path)
     with contextlib.suppress(OSError):
-        if run.world.main:
-            for path in run.dir.glob("checkpoint/average*.pt"):
-                path.unlink()
         (run.dir / "checkpoint").rmdir()      # unless files of others are in it
 
 
 def training_settings(s: Settings, world: World) -> dict:
-    """The settings on which a step depends: they must be the same to go on."""
+    """The settings on which a step depends."""
     names = ["SEED", "ITERATIONS", "COMPUTE_DTYPE", "MUON_DTYPE"]
     for group in ("data", "model", "optimiser"):
         names += group_names(group)
@@ -4618,26 +4549,34 @@ def training_settings(s: Settings, world: World) -> dict:
 
 
 def read_checkpoint(s: Settings, world: World, run: Run) -> dict:
-    """This rank's part of the newest checkpoint; UserError when none fits."""
+    """The newest checkpoint, with this rank's momentum; UserError when none fits."""
     run.checkpoint_fits = False
+    state = world.from_main(newest_checkpoint, s, world, run)
+    state["momentum"] = state["momentum"][world.rank]
+    run.checkpoint_fits = True
+    run.log("resume", step=state["step"], seconds=state["seconds"])
+    return state
+
+
+def newest_checkpoint(s: Settings, world: World, run: Run) -> dict:
+    """What Checkpoints wrote last."""
     again = "start anew without RESUME, in another ARTIFACT_DIR"
     if (run.dir / AVERAGE).is_file():
         again += f", or quantise by EVAL_ONLY_PATH={run.dir / AVERAGE}"
-    step = world.agree(max(checkpoint_steps(run), default=0))
-    if not step:
+    found = checkpoints_of(run)
+    if not found:
         raise UserError(f"RESUME=1 finds no checkpoint in {run.dir / 'checkpoint'}: {again}")
-    path = checkpoint_path(run, step)
-    state = unsealed(path, 5 * bytes_of_weights(s) + (16 << 20), f"RESUME=1: {path}", again)
+    path = found[max(found)]
+    most = CHECKPOINT_COPIES * bytes_of_weights(s) + SMALL_PARTS
+    state = unsealed(path, most, f"RESUME=1: {path}", again)
     theirs = state.get("settings", {})
     differing = []
     for name, here in training_settings(s, world).items():
         if theirs.get(name) != here:
-            differing.append(f"{name}={plain(theirs.get(name), 40)} there, {here} here")
+            differing.append(f"{name}={one_line(theirs.get(name), 40)} there, {here} here")
     if differing:
         raise UserError(f"RESUME=1: {path.name} is of another training: "
                         f"{'; '.join(differing[:4])}; {again}")
-    run.checkpoint_fits = True
-    run.log("resume", step=step, seconds=state["seconds"])
     return state
 
 
@@ -4645,9 +4584,6 @@ def go_on_from(state: Mapping[str, Any], trainer: Trainer, curriculum: Curriculu
     """Put everything where the checkpoint had it; the step to go on after."""
     trainer.restore(state)
     vars(curriculum).update(state["curriculum"])
-    torch.set_rng_state(state["random"])
-    if state["random_gpu"] is not None:
-        torch.cuda.set_rng_state(state["random_gpu"], trainer.world.device)
     return state["step"]
 
 
@@ -4664,7 +4600,7 @@ def restore_tensors(own: Mapping[str, Any], adam: torch.optim.Optimizer,
         adam.load_state_dict(state["adam"])
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"the checkpoint does not fit this model ({type(error).__name__}: "
-                        f"{plain(error, 100)}): start anew without RESUME") from error
+                        f"{error}): start anew without RESUME") from error
 
 
 # --- files of weights
@@ -4672,11 +4608,13 @@ def restore_tensors(own: Mapping[str, Any], adam: torch.optim.Optimizer,
 SEAL = b"blake2b:"     # then 64 hexadecimal digits: the comment that ends a sealed archive
 SEAL_BYTES = len(SEAL) + 64
 AS_WRITTEN = "give the file as a run wrote it"
+SMALL_PARTS = 16 << 20     # bytes that a file of weights may have beside them
+CHECKPOINT_COPIES = 5      # of the weights: they, average, momentum and AdamW's moments
 
 
 def sealed(box: dict) -> bytes:
-    """torch.save's archive of `box`, with a digest of all of it as the archive's
-    comment, which torch.load passes over: torch does not check an archive's sums."""
+    """torch.save's archive of `box`, which does not check its sums, with a digest of it
+    as its comment, which torch.load passes over."""
     out = io.BytesIO()
     torch.save(box, out)
     body = out.getvalue()[:-2] + struct.pack("<H", SEAL_BYTES)
@@ -4689,8 +4627,8 @@ def seal_of(body: bytes) -> bytes:
 
 
 def unsealed(path: Path, most: int, what: str, remedy: str = AS_WRITTEN) -> dict:
-    """What sealed() wrote to a file of at most `most` bytes. UserError for all else,
-    at once: nothing is unpickled before its digest fits."""
+    """What sealed() wrote to a file of at most `most` bytes. UserError for all else, at
+    once: nothing is unpickled before its digest fits."""
     with refused(what, remedy):
         data = read_bounded(path, most, "a file that a run wrote")
         if data[-SEAL_BYTES:] != seal_of(data[:-SEAL_BYTES]):
@@ -4699,15 +4637,14 @@ def unsealed(path: Path, most: int, what: str, remedy: str = AS_WRITTEN) -> dict
 
 
 def weights_to_bytes(s: Settings, params: Mapping[str, Tensor], facts: dict) -> bytes:
-    """The file of weights, with their architecture and facts of their training."""
     weights = {n: p.detach().cpu() for n, p in field_views(dict(params)).items()}
     made_with = s.to_be_stored(architecture(s))
     return sealed({"architecture": made_with, "weights": weights, "facts": facts})
 
 
 def save_weights(run: Run, model: GPT, facts: dict) -> None:
-    """The averaged weights to disk, the moment training ends. Without space in the
-    run's folder other places are tried; without any the run goes on all the same."""
+    """The averaged weights to disk, the moment training ends. Without space for them the
+    run goes on all the same."""
     path = None
     if run.world.main:
         drop_ballast(run)
@@ -4722,10 +4659,9 @@ def save_weights(run: Run, model: GPT, facts: dict) -> None:
 
 
 def read_weights(path: str, model: GPT) -> dict:
-    """A file of averaged weights into the model; its facts (see weight_facts).
-    UserError, one short line, for anything else."""
-    what = f"EVAL_ONLY_PATH={plain(path, 80)}"
-    box = unsealed(Path(path), bytes_of_weights(model.s) + (16 << 20), what)
+    """A file of averaged weights into the model; its facts (see weight_facts)."""
+    what = f"EVAL_ONLY_PATH={path}"
+    box = unsealed(Path(path), bytes_of_weights(model.s) + SMALL_PARTS, what)
     with refused(what, AS_WRITTEN):
         weights, facts = box["weights"], box["facts"]
         check_architecture(model.s, box["architecture"], "it holds weights")
@@ -4742,8 +4678,8 @@ def read_weights(path: str, model: GPT) -> dict:
 
 
 def take_over(s: Settings, run: Run, facts: Mapping) -> Clock:
-    """The training clock that quantising goes on with. Only in the folder of the run
-    that trained is the time known: it is what the weights say."""
+    """The training clock that quantising goes on with. Only in the folder of the run that
+    trained is the time known: it is what the weights say."""
     clock = Clock(s.max_wallclock_seconds)
     run.time_known = run.goes_on()
     if run.time_known:
@@ -4797,9 +4733,9 @@ def plain_mark(text: str) -> str:
 
 
 def write_artifact(s: Settings, run: Run, blob: bytes, clock: Clock) -> tuple[float, int]:
-    """Put the artifact on disk, on rank 0; seconds of training's clock, and bytes. It
-    is judged when its bytes are on disk, and gets its name only when mark and summary
-    say the verdict: no kill comes between."""
+    """On rank 0: seconds of training's clock, and bytes. The artifact is judged when its
+    bytes are on disk, and gets its name only when mark and summary say the verdict: no
+    kill comes between."""
     count_up(run, "quantising_runs")
     path = write_somewhere(run, ARTIFACT_NAME, blob, ".{}.unjudged")
     if path is None:
@@ -4837,8 +4773,7 @@ def count_up(run: Run, key: str) -> None:
 
 def open_artifact(s: Settings, world: World, model: GPT, path: Path) -> tuple[int, str, str]:
     """The weights of the artifact at path into the model; its size, mark and digest."""
-    blob = read_bounded(path, MOST_ARTIFACT, f"a run's {ARTIFACT_NAME}") if world.main else None
-    blob = world.agree(blob)
+    blob = world.from_main(read_bounded, path, MOST_READ, f"a run's {ARTIFACT_NAME}")
     artifact = read_artifact(s, blob, path.name)
     load_weights(model, artifact.weights, path.name)
     raw = artifact.calibration
@@ -4859,17 +4794,15 @@ def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) 
 
 
 def log_decodable_score(s: Settings, run: Run, score: Score) -> None:
-    """The score by the bytes that the text has: normalising tokenizers lose some that the
-    rule counts."""
+    """The score by the bytes that the text has: normalising tokenizers lose some."""
     decodable = read_manifest(s).get("decodable_val_bytes")
     if decodable and s.val_doc_fraction == 1:
-        bpb = run.summary["val_bpb_decodable"] = score.loss_sum / LN2 / decodable
+        bpb = run.summary["val_bpb_decodable"] = score._replace(byte_sum=decodable).bpb
         run.log("honest_bytes", counted=int(score.byte_sum), decodable=decodable,
                 val_bpb_decodable=bpb)
 
 
 def check_score(stage: str, score: Score) -> None:
-    """A score that is not finite is none."""
     if not math.isfinite(score.bpb):
         raise UserError(f"the score of the stage {stage} is {score.bpb}: the weights are of no "
                         "use (too large a learning rate?); train again, with a lower MATRIX_LR")
@@ -4976,7 +4909,6 @@ def open_screens() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether host or GPU had no more memory to give."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     words = re.search("out of memory|can(no|')t allocate memory", str(error), re.IGNORECASE)
@@ -5019,35 +4951,33 @@ def end_early(error: BaseException, run: Run | None, rank: int) -> int:
     return status
 
 
-# ============================================================================================================
+# ========================================
 # 10  Data: shards, training streams, validation documents, bytes per token
-# ============================================================================================================
+# ========================================
 
 # A shard is 256 little-endian int32, then uint16 tokens.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
+MOST_OF_A_SHARD = 1 << 40     # bytes
 AGAIN = "fetch or build the data again"
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Tokens of one shard, (N,) uint16, mapped not loaded. UserError when it is
-    missing, foreign or cut."""
+    """Tokens of one shard, (N,) uint16, mapped. UserError when it is missing, foreign or
+    cut."""
     path = Path(path)
-    fault = ""
-    size = file_size(path, 1 << 40, f"a token shard: {AGAIN}")
-    with refused(f"{path} cannot be read", AGAIN):
+    size = file_size(path, MOST_OF_A_SHARD, f"a token shard: {AGAIN}")
+    with refused(f"{path} is no token shard", AGAIN):
         header = np.fromfile(path, dtype="<u4", count=SHARD_HEADER)
-    magic, version, count = header[:3].tolist() if len(header) == SHARD_HEADER else (0, 0, 0)
-    expected = 4 * SHARD_HEADER + 2 * count
-    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        fault = (f"is no token shard: it starts with {header[:2].tolist()}, expected "
-                 f"[{SHARD_MAGIC}, {SHARD_VERSION}]")
-    elif size != expected:
-        fault = (f"has {size:,} bytes but its header promises {expected:,}: "
-                 f"{'truncated' if size < expected else 'too long'}")
-    elif count < 2:
-        fault = f"holds {count} tokens: at least 2 are needed"
-    if fault:
-        raise UserError(f"{path} {fault}; {AGAIN}")
+        begins = header[:2].tolist()
+        if begins != [SHARD_MAGIC, SHARD_VERSION]:
+            raise ValueError(f"it starts with {begins}, expected [{SHARD_MAGIC}, {SHARD_VERSION}]")
+        count = int(header[2])
+        expected = 4 * SHARD_HEADER + 2 * count
+        if size != expected:
+            fault = "truncated" if size < expected else "too long"
+            raise ValueError(f"it has {size:,} bytes but its header promises {expected:,}: {fault}")
+        if count < 2:
+            raise ValueError(f"it holds {count} tokens: at least 2 are needed")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
 
 
@@ -5076,8 +5006,7 @@ def default_tokenizer(s: Settings) -> Path:
 
 
 def list_shards(folder: Path, kind: str) -> list[Path]:
-    """Sorted `fineweb_<kind>_*.bin` of a folder; kind is train or val. UserError when
-    none."""
+    """Sorted `fineweb_<kind>_*.bin` of a folder; kind is train or val."""
     folder = Path(folder)
     if kind == "val" and Validation.sealed:
         raise RuntimeError(SEALED)
@@ -5090,8 +5019,8 @@ def list_shards(folder: Path, kind: str) -> list[Path]:
 
 def read_tokens(s: Settings, kind: str, most: int | None = None) -> dict[Path, np.ndarray]:
     """Tokens of all shards of a kind, by path, mapped. Refused unless each holds
-    documents, the first of them whole (published shards are cut anywhere), and the
-    first `most` tokens are of the vocabulary."""
+    documents, the first of them whole (published shards are cut anywhere), and the first
+    `most` tokens are of the vocabulary."""
     shards = {}
     block = 1_000_000
     for path in list_shards(s.shards, kind):
@@ -5111,7 +5040,6 @@ def read_tokens(s: Settings, kind: str, most: int | None = None) -> dict[Path, n
 
 
 def check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
-    """Refuse tokens of a shard that are not of the vocabulary."""
     if tokens.max() >= vocab_size:
         at = int(np.argmax(tokens >= vocab_size))
         raise UserError(f"{path} holds token {tokens[at]} at position {at} but VOCAB_SIZE="
@@ -5119,8 +5047,7 @@ def check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
 
 
 def read_sidecars(s: Settings, shards: Mapping[Path, np.ndarray]) -> np.ndarray | None:
-    """Bytes of every token (N,) int64 of these shards by their sidecars; None where
-    there are no sidecars."""
+    """Bytes of every token (N,) int64 of these shards; None without sidecars."""
     paths = [path.with_name(path.name.replace("_val_", "_val_bytes_")) for path in shards]
     if not any(path.exists() for path in paths):
         return None
@@ -5144,38 +5071,27 @@ def read_sidecars(s: Settings, shards: Mapping[Path, np.ndarray]) -> np.ndarray 
 
 
 def read_manifest(s: Settings) -> dict:
-    """The folder's manifest.json, written by the data tools; empty when there is
-    none, or one of another program. UserError when it is damaged."""
+    """The folder's manifest.json, written by the data tools; empty when there is none, or
+    one of another program."""
     path = s.shards / "manifest.json"
     if not path.exists():
         return {}
     manifest = read_json(path, f"the data tools' manifest: {AGAIN}")
     if not {"files", "fingerprint"} <= set(manifest):
         return {}
-    if fault := manifest_fault(manifest):
-        raise UserError(f"{path} is damaged ({fault}): {AGAIN}")
+    with refused(f"{path} is damaged", AGAIN):
+        texts = [manifest["fingerprint"]]
+        counts = [manifest.get("decodable_val_bytes") or 0]
+        objects = [manifest.get("split") or {}, manifest.get("tokenizer") or {}]
+        for entry in manifest["files"]:
+            texts += entry["name"], entry["kind"]
+            counts += [entry.get(key, 0) for key in ("size", "tokens", "documents", "text_bytes")]
+        wrong = [x for x in texts if not isinstance(x, str)]
+        wrong += [x for x in counts if type(x) is not int or not 0 <= x < 2 ** 63]
+        wrong += [x for x in objects if not isinstance(x, dict)]
+        if wrong:
+            raise ValueError(f"{wrong[0]} in it is not what it should be")
     return manifest
-
-
-def manifest_fault(manifest: Mapping) -> str:
-    """What in a manifest is not as the data tools write it; empty: nothing."""
-    if not isinstance(manifest["files"], list) or not isinstance(manifest["fingerprint"], str):
-        return "files is no list, or the fingerprint no text"
-    counts = {"decodable_val_bytes": manifest.get("decodable_val_bytes") or 0}
-    for i, entry in enumerate(manifest["files"]):
-        if not isinstance(entry, dict):
-            return f"file {i} is no object"
-        if not all(isinstance(entry.get(key), str) for key in ("name", "kind")):
-            return f"file {i} has no name or no kind"
-        for key in ("size", "tokens", "documents", "text_bytes"):
-            counts[f"{key} of file {i}"] = entry.get(key, 0)
-    for key in ("split", "tokenizer"):      # no tokenizer: null
-        if not isinstance(manifest.get(key) or {}, dict):
-            return f"{key} is no object"
-    for name, count in counts.items():
-        if type(count) is not int or not 0 <= count < 2 ** 63:
-            return f"{name} is no whole number"
-    return ""
 
 
 def manifest_total(s: Settings, kind: str, what: str) -> int | None:
@@ -5222,8 +5138,8 @@ class Batch(NamedTuple):
 def segment_bounds(bos: np.ndarray, total: int, max_len: int,
                    bucket: int = 64) -> tuple[np.ndarray, int]:
     """Attention segments of a row of `total` tokens: (cu_seqlens int32, padded with
-    `total` to whole `bucket`s; longest segment). A segment starts at 0, at each BOS,
-    and every max_len (0: never) tokens of a document."""
+    `total` to whole `bucket`s; longest). One starts at 0, at each BOS, and every max_len
+    (0: never) tokens of a document."""
     starts = np.unique(np.append(0, bos)).astype(np.int64)
     if max_len > 0:
         ends = np.append(starts[1:], total)
@@ -5262,8 +5178,7 @@ def pieces(batch: Batch, most: int) -> Iterator[Batch]:
 
 
 class Stream:
-    """Micro-batches of one rank, in an order that the files fix. max_len: of a
-    segment or a window."""
+    """Micro-batches of one rank, in an order that the files fix."""
     windowed = False      # rows of whole windows, without document bounds
 
     def __init__(self, files, *, world_size: int, rank: int, tokens: int, max_len: int,
@@ -5295,8 +5210,8 @@ class Stream:
 
 
 class TokenStream(Stream):
-    """All shards as one endless stream, for any number of ranks: every target once
-    per epoch, in order."""
+    """All shards as one endless stream: every target once per epoch, in order, on any
+    number of ranks."""
 
     def __init__(self, files, **shape):
         super().__init__(files, **shape)
@@ -5323,8 +5238,8 @@ class TokenStream(Stream):
 
 
 class DocPackStream(Stream):
-    """The field's: ranks cut a span of (tokens + 1) x world_size from a shard; a
-    shorter rest is dropped."""
+    """The field's: ranks cut a span of (tokens + 1) x world_size from a shard; a shorter
+    rest is dropped."""
 
     def __init__(self, files, **shape):
         super().__init__(files, **shape)
@@ -5350,17 +5265,9 @@ LOADERS: dict[str, type[Stream]] = {"stream": TokenStream, "docpack": DocPackStr
 
 
 def open_train_stream(s: Settings, world: World, tokens: int) -> Stream:
-    """The stream that TRAIN_LOADER names, for micro-batches of `tokens` tokens."""
     return LOADERS[s.train_loader](
         list_shards(s.shards, "train"), world_size=world.size, rank=world.rank, tokens=tokens,
         max_len=s.train_seq_len, vocab_size=s.vocab_size)
-
-
-def open_stream(s: Settings, world: World, tokens: int, given: int) -> Prefetch:
-    """The training stream, read ahead, after so many batches of this rank."""
-    stream = open_train_stream(s, world, tokens)
-    stream.skip(given)
-    return Prefetch(stream, world.device, given)
 
 
 class Prefetch:
@@ -5368,6 +5275,7 @@ class Prefetch:
     given out, also before an interruption; epoch: of the last of them."""
 
     def __init__(self, stream: Stream, device: torch.device, given: int = 0, depth: int = 4):
+        stream.skip(given)
         self.stream, self.device, self.given, self.epoch = stream, device, given, stream.epoch
         self.reader = ThreadPoolExecutor(1)
         self.ahead = deque(self.reader.submit(self.read) for _ in range(depth))
@@ -5376,8 +5284,8 @@ class Prefetch:
         return self.stream.next().to(self.device), self.stream.epoch
 
     def next(self, cut: int = 0) -> Batch:
-        """The next batch; a packed one cut at `cut` tokens, also where it was read
-        ahead with another."""
+        """The next batch; a packed one cut at `cut` tokens, even if it was read with
+        another."""
         if cut:
             self.stream.max_len = cut
         batch, self.epoch = self.ahead.popleft().result()      # raises what the thread raised
@@ -5422,7 +5330,7 @@ class ByteTable:
         return self.base[target].astype(np.int64) + (self.lead[target] & ~self.boundary[prev])
 
 
-MOST_MODEL, A_MODEL = 1 << 26, "the SentencePiece model of the shards"
+A_MODEL = "the SentencePiece model of the shards"
 
 
 def load_tokenizer(path: Path):
@@ -5430,14 +5338,14 @@ def load_tokenizer(path: Path):
     import sentencepiece
     if not Path(path).exists():
         raise UserError(f"TOKENIZER_PATH={path} does not exist: see data/README.md, or set it")
-    model = read_bounded(Path(path), MOST_MODEL, A_MODEL)
+    model = read_bounded(Path(path), MOST_READ, A_MODEL)
     with refused(f"TOKENIZER_PATH={path} is damaged", f"set it to {A_MODEL}"):
         return sentencepiece.SentencePieceProcessor(model_proto=model or b"empty")
 
 
 class Documents:
-    """Documents of a token stream: each runs from its BOS to, and including, the next
-    BOS (its last target). start, length (n,) int64; length - 1 targets."""
+    """Documents of a token stream, from BOS to next BOS (the last target). start, length
+    (n,) int64; length - 1 targets."""
 
     def __init__(self, tokens: np.ndarray):
         starts = np.flatnonzero(tokens == BOS)
@@ -5508,8 +5416,7 @@ class Validation:
                             f"predicted; {AGAIN}, or raise VAL_DOC_FRACTION")
 
     def open_for_study(self, run: Run, why: str) -> np.ndarray:
-        """The one door past the seal: marks the run NON-COMPLIANT, then hands out the
-        tokens."""
+        """The one door past the seal: marks the run NON-COMPLIANT."""
         run.not_compliant(why)
         return self.stream
 
@@ -5526,9 +5433,9 @@ class Validation:
         return val
 
 
-# ============================================================================================================
+# ========================================
 # 11  Kernels: each beside its plain twin
-# ============================================================================================================
+# ========================================
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -5544,9 +5451,20 @@ def use_triton(wanted: bool | None, sensible: bool) -> bool:
 OPERATORS = "golf_" + re.sub(r"\W", "_", __name__).strip("_")
 
 
-def operator(function: Callable) -> Callable:
-    """The function as an operator that torch.compile keeps whole."""
-    return torch.library.custom_op(f"{OPERATORS}::{function.__name__}", function, mutates_args=())
+def operator(shapes: Callable) -> Callable:
+    """Makes of a function an operator that torch.compile keeps whole. shapes(the same
+    arguments): room for its results, by which the compiler plans."""
+    def decorate(function: Callable) -> Callable:
+        name = f"{OPERATORS}::{function.__name__}"
+        made = torch.library.custom_op(name, function, mutates_args=())
+        made.register_fake(shapes)
+        return made
+    return decorate
+
+
+def room(x: Tensor) -> Tensor:
+    """For a result like x, contiguous."""
+    return x.new_empty(x.shape)
 
 
 def save_all(ctx, inputs, output):
@@ -5555,156 +5473,164 @@ def save_all(ctx, inputs, output):
     ctx.save_for_backward(*tensors, *output)
 
 
-if triton is not None:
-    @triton.jit
-    def ce_slope(x, is_target, lse, cap):
-        """(softmax(s) - onehot) · ds/dx, where ds/dx = 4u(1 - u) for u = sigmoid(-2x/cap)."""
-        u = 1 / (1 + tl.exp(x * (2 / cap)))
-        p = tl.exp(-2 * cap * u - lse) - tl.where(is_target, 1.0, 0.0)
-        return p * (4 * u * (1 - u))
+def jit(kernel: Callable) -> Callable:
+    """A kernel as Triton compiles it; without Triton nothing calls it."""
+    return kernel if triton is None else triton.jit(kernel)
 
-    @triton.jit
-    def ce_forward_kernel(logits_ptr, targets_ptr, loss_ptr, lse_ptr, grad_ptr, cap, V,
-                          BLOCK: tl.constexpr, GRADIENT: tl.constexpr):
-        """One row a program: loss and log Σ exp of s = cap·tanh(x/cap) - cap =
-        -2·cap·sigmoid(-2x/cap). The shift by cap cancels in the loss. GRADIENT: also
-        d loss / d logits, from a second reading of the row, which is in the cache yet."""
-        row = tl.program_id(0).to(tl.int64)     # N·V passes 2**31 at 262,144 tokens of 8,192
-        logits_ptr += row * V
-        peak, total = -float("inf"), 0.0
+
+@jit
+def ce_slope(x, is_target, lse, cap):
+    """(softmax(s) - onehot) · ds/dx, where ds/dx = 4u(1 - u) for u = sigmoid(-2x/cap)."""
+    u = 1 / (1 + tl.exp(x * (2 / cap)))
+    p = tl.exp(-2 * cap * u - lse) - tl.where(is_target, 1.0, 0.0)
+    return p * (4 * u * (1 - u))
+
+
+@jit
+def ce_forward_kernel(logits_ptr, targets_ptr, loss_ptr, lse_ptr, grad_ptr, cap, V,
+                      BLOCK: tl.constexpr, GRADIENT: tl.constexpr):
+    """One row a program: loss and log Σ exp of s = cap·tanh(x/cap) - cap =
+    -2·cap·sigmoid(-2x/cap). The shift by cap cancels in the loss. GRADIENT: also
+    d loss / d logits, from a second reading of the row, which is in the cache yet."""
+    row = tl.program_id(0).to(tl.int64)     # N·V passes 2**31 at 262,144 tokens of 8,192
+    logits_ptr += row * V
+    peak, total = -float("inf"), 0.0
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
+        s = tl.where(cols < V, -2 * cap / (1 + tl.exp(x * (2 / cap))), -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(s, 0))
+        total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(s - new_peak), 0)
+        peak = new_peak
+    lse = peak + tl.log(total)
+    target = tl.load(targets_ptr + row)
+    score = tl.load(logits_ptr + target).to(tl.float32)      # a name that a loop has keeps its shape
+    tl.store(lse_ptr + row, lse)
+    tl.store(loss_ptr + row, lse + 2 * cap / (1 + tl.exp(score * (2 / cap))))
+    if GRADIENT:
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             x = tl.load(logits_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
-            s = tl.where(cols < V, -2 * cap / (1 + tl.exp(x * (2 / cap))), -float("inf"))
-            new_peak = tl.maximum(peak, tl.max(s, 0))
-            total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(s - new_peak), 0)
-            peak = new_peak
-        lse = peak + tl.log(total)
-        target = tl.load(targets_ptr + row)
-        x = tl.load(logits_ptr + target).to(tl.float32)
-        tl.store(lse_ptr + row, lse)
-        tl.store(loss_ptr + row, lse + 2 * cap / (1 + tl.exp(x * (2 / cap))))
-        if GRADIENT:
-            for start in range(0, V, BLOCK):
-                cols = start + tl.arange(0, BLOCK)
-                logit = tl.load(logits_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
-                grad = ce_slope(logit, cols == target, lse, cap)
-                tl.store(grad_ptr + row * V + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < V)
-
-    @triton.jit
-    def ce_backward_kernel(logits_ptr, targets_ptr, lse_ptr, dloss_ptr, grad_ptr, cap, V,
-                           BLOCK: tl.constexpr):
-        """grad = dloss · d loss / d logits."""
-        row = tl.program_id(0).to(tl.int64)
-        target = tl.load(targets_ptr + row)
-        lse = tl.load(lse_ptr + row)
-        dloss = tl.load(dloss_ptr + row)
-        for start in range(0, V, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            x = tl.load(logits_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
-            grad = dloss * ce_slope(x, cols == target, lse, cap)
+            grad = ce_slope(x, cols == target, lse, cap)
             tl.store(grad_ptr + row * V + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < V)
 
-    @triton.jit
-    def mlp_kernel(a_ptr, b_ptr, h_ptr, out_ptr, M, N, K, b_stride_k, b_stride_n, slope,
-                   BACKWARD: tl.constexpr, KEEP_H: tl.constexpr, BM: tl.constexpr,
-                   BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
-        """A (M, K), B (K, N) -> out (M, N) = act(A@B), h = A@B if KEEP_H; if
-        BACKWARD, out = (A@B)·act'(h). Programs run down GROUP row tiles before the
-        next column tile: tiles of A and B are met again in L2."""
-        pid = tl.program_id(0)
-        tiles_m = tl.cdiv(M, BM)
-        tiles_n = tl.cdiv(N, BN)
-        first = pid // (GROUP * tiles_n) * GROUP
-        height = min(tiles_m - first, GROUP)
-        tile_m = first + pid % (GROUP * tiles_n) % height
-        tile_n = pid % (GROUP * tiles_n) // height
-        rows = tl.arange(0, BM)
-        cols = tile_n * BN + tl.arange(0, BN)
-        inner = tl.arange(0, BK)
-        # the tile's origin is one int64 scalar (M·N may pass 2**31), the rest int32: fewer registers
-        below = M - tile_m * BM
-        origin = (tile_m * BM).to(tl.int64)
-        # rows and columns out of range wrap round, never stored: only the K loop needs a mask
-        a_ptrs = a_ptr + origin * K + (rows % below)[:, None] * K + inner[None, :]
-        b_ptrs = b_ptr + inner[:, None] * b_stride_k + (cols % N)[None, :] * b_stride_n
-        acc = tl.zeros((BM, BN), dtype=tl.float32)
-        for k in range(0, K, BK):
-            a = tl.load(a_ptrs, mask=inner[None, :] < K - k, other=0.0)
-            b = tl.load(b_ptrs, mask=inner[:, None] < K - k, other=0.0)
-            acc = tl.dot(a, b, acc, input_precision="ieee")
-            a_ptrs += BK
-            b_ptrs += BK * b_stride_k
-        h_ptr += origin * N
-        out_ptr += origin * N
-        at = rows[:, None] * N + cols[None, :]
-        inside = (rows < below)[:, None] & (cols < N)[None, :]
-        if BACKWARD:
-            h = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            out = acc * tl.where(h > 0, 2 * h, 2 * slope * slope * h)
-        else:
-            if KEEP_H:
-                tl.store(h_ptr + at, acc.to(h_ptr.dtype.element_ty), mask=inside)
-            leaky = tl.where(acc > 0, acc, slope * acc)
-            out = leaky * leaky
-        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
-    @triton.jit
-    def own_value_kernel(y_ptr, v_ptr, gate_ptr, out_ptr, N, v_stride, HEADS: tl.constexpr,
-                         GROUP: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
-        """Tokens of one key head a program: out = gate · (y - <y, u> u) for its GROUP
-        query heads, u the direction of the token's own value."""
-        # a tile's origin is one int64 scalar, the rest int32: fewer registers
-        origin = tl.program_id(0).to(tl.int64) * BN
-        key_head = tl.program_id(1)
-        row = tl.arange(0, BN)
-        channel = tl.arange(0, BW)
-        present = row < N - origin
-        inside = present[:, None] & (channel < WIDTH)[None, :]
-        v_ptr += origin * v_stride + key_head * WIDTH
-        v = tl.load(v_ptr + row[:, None] * v_stride + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-        u = v / tl.maximum(tl.sqrt(tl.sum(v * v, 1)), 1e-12)[:, None]
-        at = row[:, None] * (HEADS * WIDTH) + channel[None, :]
-        for member in tl.static_range(GROUP):
-            first = origin * HEADS + key_head * GROUP + member
-            y = tl.load(y_ptr + first * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
-            gate = tl.load(gate_ptr + first + row * HEADS, mask=present, other=0.0).to(tl.float32)
-            out = gate[:, None] * (y - tl.sum(y * u, 1)[:, None] * u)
-            tl.store(out_ptr + first * WIDTH + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+@jit
+def ce_backward_kernel(logits_ptr, targets_ptr, lse_ptr, dloss_ptr, grad_ptr, cap, V,
+                       BLOCK: tl.constexpr):
+    """grad = dloss · d loss / d logits."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    lse = tl.load(lse_ptr + row)
+    dloss = tl.load(dloss_ptr + row)
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
+        grad = dloss * ce_slope(x, cols == target, lse, cap)
+        tl.store(grad_ptr + row * V + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < V)
 
-    @triton.jit
-    def own_value_backward_kernel(dout_ptr, y_ptr, v_ptr, gate_ptr, dy_ptr, dv_ptr, dgate_ptr, N,
-                                  v_stride, HEADS: tl.constexpr, GROUP: tl.constexpr,
-                                  WIDTH: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
-        """The gradients of y, v (rows of KEY_HEADS · WIDTH) and gate, tiles as above."""
-        origin = tl.program_id(0).to(tl.int64) * BN
-        key_head = tl.program_id(1)
-        row = tl.arange(0, BN)
-        channel = tl.arange(0, BW)
-        present = row < N - origin
-        inside = present[:, None] & (channel < WIDTH)[None, :]
-        v_ptr += origin * v_stride + key_head * WIDTH
-        v = tl.load(v_ptr + row[:, None] * v_stride + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-        length = tl.maximum(tl.sqrt(tl.sum(v * v, 1)), 1e-12)
-        u = v / length[:, None]
-        du = tl.zeros((BN, BW), dtype=tl.float32)
-        at = row[:, None] * (HEADS * WIDTH) + channel[None, :]
-        for member in tl.static_range(GROUP):
-            first = origin * HEADS + key_head * GROUP + member
-            y = tl.load(y_ptr + first * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
-            dout = tl.load(dout_ptr + first * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
-            gate = tl.load(gate_ptr + first + row * HEADS, mask=present, other=0.0).to(tl.float32)
-            along_y = tl.sum(y * u, 1)
-            along_dout = tl.sum(dout * u, 1)
-            dgate = tl.sum(dout * y, 1) - along_y * along_dout
-            tl.store(dgate_ptr + first + row * HEADS, dgate.to(dgate_ptr.dtype.element_ty), mask=present)
-            dy = gate[:, None] * (dout - along_dout[:, None] * u)
-            tl.store(dy_ptr + first * WIDTH + at, dy.to(dy_ptr.dtype.element_ty), mask=inside)
-            du -= gate[:, None] * (along_dout[:, None] * y + along_y[:, None] * dout)
-        dv = (du - tl.sum(du * u, 1)[:, None] * u) / length[:, None]
-        dv_ptr += (origin * (HEADS // GROUP) + key_head) * WIDTH
-        dv_at = row[:, None] * (HEADS // GROUP * WIDTH) + channel[None, :]
-        tl.store(dv_ptr + dv_at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+
+@jit
+def mlp_kernel(a_ptr, b_ptr, h_ptr, out_ptr, M, N, K, b_stride_k, b_stride_n, slope,
+               BACKWARD: tl.constexpr, KEEP_H: tl.constexpr, BM: tl.constexpr,
+               BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
+    """A (M, K), B (K, N) -> out (M, N) = act(A@B), h = A@B if KEEP_H; if
+    BACKWARD, out = (A@B)·act'(h). Programs run down GROUP row tiles before the
+    next column tile: tiles of A and B are met again in L2."""
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BM)
+    tiles_n = tl.cdiv(N, BN)
+    first = pid // (GROUP * tiles_n) * GROUP
+    height = min(tiles_m - first, GROUP)
+    tile_m = first + pid % (GROUP * tiles_n) % height
+    tile_n = pid % (GROUP * tiles_n) // height
+    rows = tl.arange(0, BM)
+    cols = tile_n * BN + tl.arange(0, BN)
+    inner = tl.arange(0, BK)
+    # the tile's origin is one int64 scalar (M·N may pass 2**31), the rest int32: fewer registers
+    below = M - tile_m * BM
+    origin = (tile_m * BM).to(tl.int64)
+    # rows and columns out of range wrap round, never stored: only the K loop needs a mask
+    a_ptrs = a_ptr + origin * K + (rows % below)[:, None] * K + inner[None, :]
+    b_ptrs = b_ptr + inner[:, None] * b_stride_k + (cols % N)[None, :] * b_stride_n
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for k in range(0, K, BK):
+        a = tl.load(a_ptrs, mask=inner[None, :] < K - k, other=0.0)
+        b = tl.load(b_ptrs, mask=inner[:, None] < K - k, other=0.0)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+        a_ptrs += BK
+        b_ptrs += BK * b_stride_k
+    h_ptr += origin * N
+    out_ptr += origin * N
+    at = rows[:, None] * N + cols[None, :]
+    inside = (rows < below)[:, None] & (cols < N)[None, :]
+    if BACKWARD:
+        h = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        out = acc * tl.where(h > 0, 2 * h, 2 * slope * slope * h)
+    else:
+        if KEEP_H:
+            tl.store(h_ptr + at, acc.to(h_ptr.dtype.element_ty), mask=inside)
+        leaky = tl.where(acc > 0, acc, slope * acc)
+        out = leaky * leaky
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def own_value_kernel(y_ptr, v_ptr, gate_ptr, out_ptr, N, v_stride, HEADS: tl.constexpr,
+                     GROUP: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+    """Tokens of one key head a program: out = gate · (y - <y, u> u) for its GROUP
+    query heads, u the direction of the token's own value."""
+    # a tile's origin is one int64 scalar, the rest int32: fewer registers
+    origin = tl.program_id(0).to(tl.int64) * BN
+    key_head = tl.program_id(1)
+    row = tl.arange(0, BN)
+    channel = tl.arange(0, BW)
+    present = row < N - origin
+    inside = present[:, None] & (channel < WIDTH)[None, :]
+    v_ptr += origin * v_stride + key_head * WIDTH
+    v = tl.load(v_ptr + row[:, None] * v_stride + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    u = v / tl.maximum(tl.sqrt(tl.sum(v * v, 1)), 1e-12)[:, None]
+    at = row[:, None] * (HEADS * WIDTH) + channel[None, :]
+    for member in tl.static_range(GROUP):
+        first = origin * HEADS + key_head * GROUP + member
+        y = tl.load(y_ptr + first * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + first + row * HEADS, mask=present, other=0.0).to(tl.float32)
+        out = gate[:, None] * (y - tl.sum(y * u, 1)[:, None] * u)
+        tl.store(out_ptr + first * WIDTH + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+@jit
+def own_value_backward_kernel(dout_ptr, y_ptr, v_ptr, gate_ptr, dy_ptr, dv_ptr, dgate_ptr, N,
+                              v_stride, HEADS: tl.constexpr, GROUP: tl.constexpr,
+                              WIDTH: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+    """The gradients of y, v (rows of KEY_HEADS · WIDTH) and gate, tiles as above."""
+    origin = tl.program_id(0).to(tl.int64) * BN
+    key_head = tl.program_id(1)
+    row = tl.arange(0, BN)
+    channel = tl.arange(0, BW)
+    present = row < N - origin
+    inside = present[:, None] & (channel < WIDTH)[None, :]
+    v_ptr += origin * v_stride + key_head * WIDTH
+    v = tl.load(v_ptr + row[:, None] * v_stride + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    length = tl.maximum(tl.sqrt(tl.sum(v * v, 1)), 1e-12)
+    u = v / length[:, None]
+    du = tl.zeros((BN, BW), dtype=tl.float32)
+    at = row[:, None] * (HEADS * WIDTH) + channel[None, :]
+    for member in tl.static_range(GROUP):
+        first = origin * HEADS + key_head * GROUP + member
+        y = tl.load(y_ptr + first * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
+        dout = tl.load(dout_ptr + first * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + first + row * HEADS, mask=present, other=0.0).to(tl.float32)
+        along_y = tl.sum(y * u, 1)
+        along_dout = tl.sum(dout * u, 1)
+        dgate = tl.sum(dout * y, 1) - along_y * along_dout
+        tl.store(dgate_ptr + first + row * HEADS, dgate.to(dgate_ptr.dtype.element_ty), mask=present)
+        dy = gate[:, None] * (dout - along_dout[:, None] * u)
+        tl.store(dy_ptr + first * WIDTH + at, dy.to(dy_ptr.dtype.element_ty), mask=inside)
+        du -= gate[:, None] * (along_dout[:, None] * y + along_y[:, None] * dout)
+    dv = (du - tl.sum(du * u, 1)[:, None] * u) / length[:, None]
+    dv_ptr += (origin * (HEADS // GROUP) + key_head) * WIDTH
+    dv_at = row[:, None] * (HEADS // GROUP * WIDTH) + channel[None, :]
+    tl.store(dv_ptr + dv_at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
 
 # --- softcapped cross-entropy
@@ -5715,43 +5641,42 @@ def ce_launch(V: int) -> dict:
     return dict(BLOCK=block, num_warps=min(8, max(1, block // 256)))
 
 
-@operator
+@operator(lambda dloss, logits, *_: room(logits))
 def ce_backward(dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, cap: float) -> Tensor:
     """dloss (N) -> gradient (N, V) in the logits' dtype; the softmax is recomputed."""
     N, V = logits.shape
-    grad = torch.empty((N, V), device=logits.device, dtype=logits.dtype)
+    grad = room(logits)
     if N:
         ce_backward_kernel[(N,)](logits.contiguous(), targets.contiguous(), lse,
                                  dloss.contiguous(), grad, cap, V, **ce_launch(V))
     return grad
 
 
-@ce_backward.register_fake
-def ce_backward_shape(dloss, logits, *_):
-    """The gradient's shape, that of logits (N, V)."""
-    return logits.new_empty(logits.shape)
+def room_per_row(logits, *_):
+    """Loss and log-sum-exp: (N,) float32 of logits (N, V)."""
+    loss = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    return loss, room(loss)
 
 
-@operator
-def ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """logits (N, V), targets (N) int64 -> losses and log Σ exp, (N) float32."""
+def ce_rows(logits: Tensor, targets: Tensor, cap: float, grad: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Run ce_forward_kernel: losses and log Σ exp; into grad (N, V), if given, the slope."""
     N, V = logits.shape
-    loss, lse = per_row(logits)
+    loss, lse = room_per_row(logits)
     if N:
-        ce_forward_kernel[(N,)](logits.contiguous(), targets.contiguous(), loss, lse, logits, cap, V,
-                                GRADIENT=False, **ce_launch(V))
+        out = logits if grad is None else grad
+        ce_forward_kernel[(N,)](logits.contiguous(), targets.contiguous(), loss, lse, out, cap, V,
+                                GRADIENT=grad is not None, **ce_launch(V))
     return loss, lse
 
 
-@ce_forward.register_fake
-def per_row(logits, *_):
-    """Shapes of loss and log-sum-exp: (N,) float32 of logits (N, V)."""
-    loss = logits.new_empty(logits.shape[0], dtype=torch.float32)
-    return loss, torch.empty_like(loss)
+@operator(room_per_row)
+def ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """logits (N, V), targets (N) int64 -> losses and log Σ exp, (N) float32."""
+    return ce_rows(logits, targets, cap, None)
 
 
 def ce_gradient(ctx, dloss, _):
-    """Gradient of the logits alone."""
+    """Of the logits alone."""
     logits, targets, _, lse = ctx.saved_tensors
     return ce_backward(dloss, logits, targets, lse, ctx.number), None, None
 
@@ -5760,35 +5685,24 @@ ce_forward.register_autograd(ce_gradient, setup_context=save_all)
 
 
 def capped_ce(logits: Tensor, targets: Tensor, cap: float, kernel: bool | None = None) -> Tensor:
-    """Cross-entropy of cap·tanh(logits/cap): logits (N, V) bf16 or f32, targets (N)
-    int64 -> (N) float32. The kernel writes nothing of the logits' size."""
+    """Cross-entropy of cap·tanh(logits/cap): logits (N, V) bf16 or f32, targets (N) int64
+    -> (N) float32. The kernel writes nothing of the logits' size."""
     if use_triton(kernel, logits.is_cuda):
         return ce_forward(logits, targets, float(cap))[0]
     return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
 
 
-@operator
+@operator(lambda logits, *_: (room_per_row(logits)[0], room(logits)))
 def ce_with_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """logits (N, V), targets (N) int64 -> losses (N) float32 and their gradient (N, V)
     in the logits' dtype."""
-    N, V = logits.shape
-    loss, lse = per_row(logits)
-    grad = torch.empty_like(logits)
-    if N:
-        ce_forward_kernel[(N,)](logits.contiguous(), targets.contiguous(), loss, lse, grad, cap, V,
-                                GRADIENT=True, **ce_launch(V))
-    return loss, grad
-
-
-@ce_with_gradient.register_fake
-def loss_and_gradient(logits, *_):
-    """Shapes of losses and gradient."""
-    return per_row(logits)[0], logits.new_empty(logits.shape)
+    grad = room(logits)
+    return ce_rows(logits, targets, cap, grad)[0], grad
 
 
 class HeadLosses(torch.autograd.Function):
-    """Head and cross-entropy as one node: the gradient is written while the logits are
-    at hand, and what comes back multiplies rows of the small factors."""
+    """Head and cross-entropy as one node: the gradient is written while the logits are at
+    hand, and what comes back multiplies rows of the small factors."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, cap):
@@ -5959,8 +5873,8 @@ def mix_lanes(lane0: Tensor, lane1: Tensor, attended: Tensor, fed: Tensor, keep:
 # --- attention without the token's own value
 
 def own_value_launch(kernel, y: Tensor, v: Tensor, *pointers: Tensor) -> None:
-    """Run a kernel above on y (B, T, H, Dh), v (B, T, K, Dh), whose rows of K · Dh lie
-    at equal distances, and what else it reads and writes, in its order."""
+    """Run a kernel above on y (B, T, H, Dh), v (B, T, K, Dh) as in_rows leaves it, and
+    what else it reads and writes, in its order."""
     heads, width = y.shape[2:]
     rows, key_heads = y.shape[0] * y.shape[1], v.shape[2]
     if rows:
@@ -5971,41 +5885,30 @@ def own_value_launch(kernel, y: Tensor, v: Tensor, *pointers: Tensor) -> None:
 
 
 def in_rows(v: Tensor) -> Tensor:
-    """v (B, T, K, Dh) as own_value_launch reads it: a slice of a wider row stays one."""
+    """v (B, T, K, Dh) with rows of K · Dh at equal distances: a slice of a wider row
+    stays one."""
     regular = v.stride(3) == 1 and v.stride(2) == v.size(3)
     regular = regular and (v.size(0) == 1 or v.stride(0) == v.size(1) * v.stride(1))
     return v if regular else v.contiguous()
 
 
-@operator
+@operator(lambda y, v, gate: room(y))
 def own_value_removed(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     """y (B, T, H, Dh), v (B, T, K, Dh), gate (B, T, H) -> like y."""
     y, v, gate = y.contiguous(), in_rows(v), gate.contiguous()
-    out = torch.empty_like(y)
+    out = room(y)
     own_value_launch(own_value_kernel, y, v, y, v, gate, out)
     return out
 
 
-@own_value_removed.register_fake
-def own_value_removed_shape(y, v, gate):
-    """The output's shape, that of y."""
-    return y.new_empty(y.shape)
-
-
-@operator
+@operator(lambda dout, y, v, gate: (room(y), room(v), room(gate)))
 def own_value_gradients(dout: Tensor, y: Tensor, v: Tensor,
                         gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dout (B, T, H, Dh) -> the gradients of y, v and gate."""
     dout, y, v, gate = dout.contiguous(), y.contiguous(), in_rows(v), gate.contiguous()
-    dy, dv, dgate = own_value_gradients_shapes(dout, y, v, gate)
+    dy, dv, dgate = room(y), room(v), room(gate)
     own_value_launch(own_value_backward_kernel, y, v, dout, y, v, gate, dy, dv, dgate)
     return dy, dv, dgate
-
-
-@own_value_gradients.register_fake
-def own_value_gradients_shapes(dout, y, v, gate):
-    """Room for the three gradients."""
-    return y.new_empty(y.shape), v.new_empty(v.shape), gate.new_empty(gate.shape)
 
 
 def keep_inputs(ctx, inputs, output):
@@ -6048,23 +5951,22 @@ def mlp_launch(a, b, h, out, slope, backward=False, keep_h=False) -> None:
                              BACKWARD=backward, KEEP_H=keep_h, **MLP_TILE)
 
 
-@operator
-def mlp_up(x: Tensor, up: Tensor, slope: float, keep_h: bool) -> tuple[Tensor, Tensor]:
-    """x (N, d), up (m, d) -> h = x @ upᵀ (N, m), or (0, m) unless keep_h, and a =
-    leaky(h)² (N, m)."""
-    h, a = hidden_pair(x, up, slope, keep_h)
-    mlp_launch(x.contiguous(), up.mT, h, a, slope, keep_h=keep_h)
-    return h, a
-
-
-@mlp_up.register_fake
-def hidden_pair(x, up, slope, keep_h):
-    """Room for h, without rows unless it is kept, and for a (N, m)."""
+def room_for_hidden(x, up, slope, keep_h):
+    """h, without rows unless it is kept, and a (N, m)."""
     N, m = x.shape[0], up.shape[0]
     return x.new_empty(N if keep_h else 0, m), x.new_empty(N, m)
 
 
-@operator
+@operator(room_for_hidden)
+def mlp_up(x: Tensor, up: Tensor, slope: float, keep_h: bool) -> tuple[Tensor, Tensor]:
+    """x (N, d), up (m, d) -> h = x @ upᵀ (N, m), or (0, m) unless keep_h, and a =
+    leaky(h)² (N, m)."""
+    h, a = room_for_hidden(x, up, slope, keep_h)
+    mlp_launch(x.contiguous(), up.mT, h, a, slope, keep_h=keep_h)
+    return h, a
+
+
+@operator(lambda dy, down, h, slope: torch.empty_like(h))
 def mlp_dh(dy: Tensor, down: Tensor, h: Tensor, slope: float) -> Tensor:
     """dy (N, d), down (d, m), h (N, m) -> dh = (dy @ down) · act'(h) (N, m)."""
     dh = torch.empty_like(h)
@@ -6072,16 +5974,10 @@ def mlp_dh(dy: Tensor, down: Tensor, h: Tensor, slope: float) -> Tensor:
     return dh
 
 
-@mlp_dh.register_fake
-def mlp_dh_shape(dy, down, h, slope):
-    """The gradient's shape, that of h."""
-    return torch.empty_like(h)
-
-
 class LeakySquareMLP(torch.autograd.Function):
-    """The whole MLP as one node: dh = (dy @ down) · act'(h) is only fused where dy is
-    at hand. Both h and a are kept for backward: without a there is a ninth pass over
-    an (N, m) matrix, without h the sign of h is lost."""
+    """The whole MLP as one node: dh = (dy @ down) · act'(h) is only fused where dy is at
+    hand. Without a, backward would need a ninth pass over an (N, m) matrix, without h its
+    sign."""
 
     @staticmethod
     def forward(ctx, x, up, down, slope, onto):
@@ -6104,10 +6000,9 @@ class LeakySquareMLP(torch.autograd.Function):
 
 def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, onto: Tensor | None = None,
                      kernel: bool | None = None) -> Tensor:
-    """leaky_relu(x @ upᵀ, slope)² @ downᵀ: x (N, d), up (m, d), down (d, m) of one
-    dtype -> (N, d), added onto (N, d) if that is given. Triton fuses the activation (in
-    backward, its derivative) into the matrix product before it; the other products are
-    cuBLAS's."""
+    """leaky_relu(x @ upᵀ, slope)² @ downᵀ: x (N, d), up (m, d), down (d, m) of one dtype
+    -> (N, d), added onto (N, d) if that is given. Triton fuses the activation into the
+    matrix product before it."""
     if not use_triton(kernel, x.is_cuda and x.dtype in HALF):
         hidden = F.leaky_relu(x @ up.mT, slope).square()
     elif torch.is_grad_enabled() and (x.requires_grad or up.requires_grad or down.requires_grad):
@@ -6118,8 +6013,7 @@ def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, onto: Te
 
 
 def product_onto(onto: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
-    """x (B, T, in) @ weightᵀ, onto a stream (B, T, out) if that is given: the product
-    adds it while it writes."""
+    """x (B, T, in) @ weightᵀ, onto a stream (B, T, out) if that is given."""
     if onto is None:
         return F.linear(x, weight)
     return torch.addmm(onto.flatten(0, 1), x.flatten(0, 1), weight.mT).view(onto.shape)
@@ -6145,13 +6039,10 @@ PACKAGES = {            # backend name -> (names that its module goes by, how to
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> Tensor:
-    """Causal attention: q (B, T, H, Dh), k, v (B, T', K, Dh), H a multiple of K ->
-    (B, T, H, Dh).
-
-    Without a layout each row is one document, the queries the last T of its T'
-    positions (cached keys). With one the rows, laid end to end, are cut at its
-    cu_seqlens (int32, the end padded with the total) into documents of at most
-    max_seqlen, and nothing is seen across a cut."""
+    """Causal attention: q (B, T, H, Dh), k, v (B, T', K, Dh) -> (B, T, H, Dh). Without a
+    layout each row is one document, the queries the last T of its T' positions (cached
+    keys). With one the rows, laid end to end, are cut at its cu_seqlens into documents;
+    nothing is seen across a cut."""
     if k.shape[1] < q.shape[1] or (layout is not None and k.shape[1] != q.shape[1]):
         raise UserError(f"attention got {q.shape[1]} queries and {k.shape[1]} keys a row: under a "
                         "layout they must be equal; pass layout=None with cached keys")
@@ -6185,8 +6076,7 @@ def attend_fa4(q, k, v, cu, longest):
 
 
 def attend_torch(q, k, v, cu, longest):
-    """PyTorch's own kernels: SDPA for plain causal squares, else the FlashAttention-2
-    inside varlen_attn."""
+    """PyTorch's own kernels: SDPA for plain squares, else the varlen FlashAttention-2."""
     (B, T, H, _), keys = q.shape, k.shape[1]
     if cu is None and T == keys:
         return plain_rows(q, k, v)
@@ -6201,8 +6091,7 @@ def attend_torch(q, k, v, cu, longest):
 
 
 def attend_plain(q, k, v, cu, longest):
-    """The twin the others are held to: SDPA on any device and dtype, one document at
-    a time where packed."""
+    """The twin the others are held to: SDPA, document by document where packed."""
     if cu is None:
         return plain_rows(q, k, v)
     q_rows, k_rows, v_rows = (x.flatten(0, 1)[None] for x in (q, k, v))
@@ -6236,8 +6125,7 @@ signature = functools.cache(inspect.signature)    # reading one takes longer tha
 
 
 def fa4_call(name: str, *tensors, cu, longest):
-    """_flash_attn_fwd or _flash_attn_bwd with what the installed release knows of our
-    options."""
+    """_flash_attn_fwd or _flash_attn_bwd with those of our options that it knows."""
     function = getattr(FLASH["fa4"], name)
     options = dict(causal=True, return_lse=True)
     if cu is not None:
@@ -6246,7 +6134,7 @@ def fa4_call(name: str, *tensors, cu, longest):
     return function(*tensors, **{key: value for key, value in options.items() if key in known})
 
 
-@operator
+@operator(lambda dy, q, k, v, *_: [room(q), room(k), room(v)])
 def fa4_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, y: Tensor,
                  lse: Tensor, longest: int) -> list[Tensor]:
     """dy, q, y (…, H, D), k, v (…, K, D) -> dq, dk, dv."""
@@ -6254,13 +6142,13 @@ def fa4_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None,
     return [g.contiguous() for g in grads[:3]]
 
 
-@fa4_backward.register_fake
-def fa4_backward_shapes(dy, q, k, v, *_):
-    """Shapes of the three gradients, those of q, k, v."""
-    return [x.new_empty(x.shape) for x in (q, k, v)]
+def fa4_room(q, *_):
+    """The output, like q, and its log-sum-exp (…, H, T) float32."""
+    *rows, T, H, _ = q.shape
+    return room(q), q.new_empty((*rows, H, T), dtype=torch.float32)
 
 
-@operator
+@operator(fa4_room)
 def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None,
                 longest: int) -> tuple[Tensor, Tensor]:
     """Rows (B, T, H, Dh) with cu None, or packed (N, H, Dh) -> y like q, and log Σ exp
@@ -6269,15 +6157,8 @@ def fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None,
     return y.contiguous(), lse.contiguous()
 
 
-@fa4_forward.register_fake
-def fa4_forward_shapes(q, *_):
-    """Shapes of the output, q's, and of the log-sum-exp (…, H, T) float32."""
-    *rows, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((*rows, H, T), dtype=torch.float32)
-
-
 def fa4_gradient(ctx, dy, _):
-    """Gradients of q, k, v alone."""
+    """Of q, k, v alone."""
     return *fa4_backward(dy, *ctx.saved_tensors, ctx.number), None, None
 
 
@@ -6285,9 +6166,9 @@ fa4_forward.register_autograd(fa4_gradient, setup_context=save_all)
 
 
 def self_test(name: str, device: torch.device) -> str:
-    """How a loaded backend fails, empty if it does not: forward and backward against
-    the plain twin, packed with a padded end, square, with cached keys, and compiled
-    without graph breaks, as the model would meet them in its first step."""
+    """How a loaded backend fails, empty if it does not: forward and backward against the
+    plain twin, packed with a padded end, square, with cached keys, and compiled as in the
+    model."""
     backend = torch.compile(BACKENDS[name], fullgraph=True, dynamic=False, backend="aot_eager")
     for keys, bounds in ((128, [0, 40, 41, 128, 128]), (128, None), (192, None)):
         random = torch.Generator().manual_seed(0)
@@ -6310,7 +6191,7 @@ def self_test(name: str, device: torch.device) -> str:
 
 
 def attention_fault(name: str, device: torch.device) -> str:
-    """Why a backend cannot run on `device`; empty if it can: it is in FLASH then."""
+    """Why a backend cannot run on `device`; empty: it can, and is in FLASH."""
     if name == "plain":
         return ""
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -6327,8 +6208,8 @@ def attention_fault(name: str, device: torch.device) -> str:
 
 
 def resolve_attention(choice: str, device) -> tuple[str, str]:
-    """ATTN_BACKEND -> (the backend that runs on `device`, why in one line); auto: the
-    first without a fault."""
+    """ATTN_BACKEND -> (the backend that runs on `device`, why); auto: the first without a
+    fault."""
     if choice not in ("auto", *BACKENDS):
         names = ", ".join(BACKENDS)
         raise UserError(f"ATTN_BACKEND={choice} is unknown; choose one of auto, {names}")
@@ -6343,9 +6224,9 @@ def resolve_attention(choice: str, device) -> tuple[str, str]:
                     f"Install {PACKAGES[choice][1]}, or set ATTN_BACKEND=auto")
 
 
-# ============================================================================================================
+# ========================================
 # 12  Pack: the artifact is one file of checked streams, without pickle
-# ============================================================================================================
+# ========================================
 
 def check_code_form(s: Settings) -> None:
     """Refuse to ship the script without what its settings need."""
@@ -6380,34 +6261,26 @@ def artifact_to_bytes(header: dict, streams: Mapping[str, bytes]) -> bytes:
 
 
 def artifact_from_bytes(blob: bytes, origin: str) -> tuple[dict, dict[str, bytes]]:
-    """artifact_to_bytes' (header, streams); UserError for what is foreign, cut or
-    altered. Nothing is allocated beyond the blob's own size."""
-    def refuse(what):
-        raise UserError(f"{origin}: {what}; copy it again, or write it again")
-
-    if blob[:8] != MAGIC or len(blob) < PREFIX.size:
-        refuse("no artifact of this trainer "
-               f"(starts with {blob[:8]!r}, not {MAGIC!r}), or cut off")
-    _, version, begin, digest = PREFIX.unpack_from(blob)
-    body = blob[PREFIX.size:]
-    if version != ARTIFACT_VERSION:
-        refuse(f"has format version {version}, this script reads {ARTIFACT_VERSION}")
-    if digest_of(body) != digest:
-        refuse(f"is cut off or damaged ({len(blob):,} bytes, checksum)")
-    streams = {}
-    try:
-        root = json.loads(body[:begin])
+    """artifact_to_bytes' (header, streams); UserError for what is foreign, cut or altered."""
+    with refused(f"{origin} is no whole artifact", "copy it again, or write it again"):
+        if blob[:8] != MAGIC or len(blob) < PREFIX.size:
+            raise ValueError(f"it starts with {blob[:8]!r}, not {MAGIC!r}, or is cut off")
+        _, version, begin, digest = PREFIX.unpack_from(blob)
+        body = blob[PREFIX.size:]
+        if version != ARTIFACT_VERSION:
+            raise ValueError(f"its format is {version}, this script reads {ARTIFACT_VERSION}")
+        if digest_of(body) != digest:
+            raise ValueError(f"its {len(blob):,} bytes are not those of its checksum")
+        root, streams = json.loads(body[:begin]), {}
         for name, size in root["streams"]:
             end = begin + int(size)
             if not begin <= end <= len(body):
-                raise ValueError("beyond the file")
+                raise ValueError(f"the stream {name} ends beyond the file")
             streams[str(name)] = body[begin:end]
             begin = end
         if begin != len(body):
-            raise ValueError("bytes too many")
+            raise ValueError("it has bytes too many")
         return dict(root["header"]), streams
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        refuse(f"has a header that cannot be read ({type(error).__name__})")
 
 
 # --- bytes
@@ -6433,17 +6306,11 @@ def brotli_pack(data: bytes, stride: int = 1) -> bytes:
 
 
 def brotli_unpack(blob: bytes, size: int, stride: int = 1) -> bytes:
-    """Inverse of brotli_pack; UserError unless it gives `size` bytes: no more is
-    expanded."""
+    """Inverse of brotli_pack, for `size` bytes: no more is expanded."""
     reader = brotli.Decompressor()
-    try:
-        data = reader.process(blob, output_buffer_limit=size + 1)
-        if len(data) != size or not reader.is_finished():
-            raise brotli.error(f"{len(data)} bytes came")
-    except brotli.error as error:
-        raise UserError(f"compressed stream ({len(blob)} bytes, for {size}): "
-                        f"{error}: damaged or of other settings; "
-                        "write the file again") from error
+    data = reader.process(blob, output_buffer_limit=size + 1)
+    if len(data) != size or not reader.is_finished():
+        raise ValueError(f"a stream of {len(blob)} bytes gives {len(data)}, not {size}")
     return byte_unshuffle(data, stride)
 
 
@@ -6469,7 +6336,7 @@ def code_level(codes: Array, axis: int | None = None) -> Array:
 
 def code_levels(codes: Array, rows: Array, columns: Array) -> Array:
     """Of codes (R, C), int8 (1 + R + C): the level of all; by how many quarters of an
-    octave rows and columns differ from what rows (R), columns (C) predict."""
+    octave rows and columns differ from what is predicted of rows (R), columns (C)."""
     parts = [code_level(codes)[None]]
     for axis, predicted in ((1, rows), (0, columns)):
         excess = code_level(codes, axis) - predicted
@@ -6589,8 +6456,8 @@ def fold(count: Array, rare: Array) -> Array:
 
 
 def fitted_table(count: Array) -> Array:
-    """Frequencies (256), PROB_ONE in all, for counts (256). Rare codes get none: a
-    slot costs the others 1 / PROB_ONE, listing a code apart a byte."""
+    """Frequencies (256), PROB_ONE in all, for counts (256). Rare codes get none: a slot
+    costs the others 1 / PROB_ONE, listing a code apart a byte."""
     count = fold(count, listed_apart(6 * PROB_ONE * count >= count.sum()))
     freq = np.maximum(count * PROB_ONE // count.sum(), count > 0)
     while (excess := freq.sum() - PROB_ONE) != 0:
@@ -6609,8 +6476,8 @@ def listed_apart(freq: Array) -> Array:
 
 
 def choose_table(count: Array, odd: int) -> tuple[int, Array]:
-    """(level, frequencies) of the normal table nearest to counts (256); OWN_TABLE
-    where their own is worth the six bits that a frequency takes."""
+    """(level, frequencies) of the normal table nearest to counts (256); OWN_TABLE where
+    their own is worth the six bits that a frequency takes."""
     def bits(freq):
         rare = listed_apart(freq)
         each = PROB_BITS - np.log2(np.maximum(freq, 1))
@@ -6638,14 +6505,7 @@ LOW, LANES = 1 << 16, 1024
 CODES_HEAD = struct.Struct("<HHII")  # lanes, contexts, listed codes, bytes in front
 
 
-def code_fault(what: str) -> UserError:
-    """What a decoder raises."""
-    return UserError(f"weight codes: {what}: damaged or other settings; "
-                     "write the file again")
-
-
 def lane_count(size: int) -> int:
-    """Lanes for so many codes."""
     return min(LANES, 1 + (size >> 14))
 
 
@@ -6716,9 +6576,9 @@ def rans_encode(lanes: Array, index: Array, freq: Array, start: Array) -> list[A
 
 def encode_codes(codes: Sequence[Array], sides: Sequence[Sides], trellis: bool = False,
                  factors: Mapping[int, Array] = {}) -> bytes:
-    """Codes [int8 (R, C), …] -> bytes; nothing may be empty. A code's context is the
-    sum of its sides, 0…255; with a trellis twice that (0…127) plus the state's low
-    bit. factors: by number, of tensors whose residues are coded."""
+    """Codes [int8 (R, C), …] -> bytes; nothing may be empty. A code's context is the sum
+    of its sides, 0…255; with a trellis twice that plus the state's low bit. factors: by
+    number, of tensors whose residues are coded."""
     count = count_contexts(sides, trellis)
     lanes = lane_count(sum(matrix.size for matrix in codes))
     batches = []  # (C, n) uint16: context << 8 | code as uint8
@@ -6779,7 +6639,7 @@ class Decoder:
             low = np.flatnonzero(x < LOW)
             escaped = np.flatnonzero((code == ESCAPES[0]) | (code == ESCAPES[1]))
             if low.size > self.words.size or escaped.size > self.listed.size:
-                raise code_fault("they end too soon")
+                raise ValueError("the codes end too soon")
             x[low] = x[low] << 16 | self.words[:low.size]
             code[escaped] = self.listed[:escaped.size]
             self.words = self.words[low.size:]
@@ -6819,14 +6679,14 @@ def read_tables(levels: bytes, front: bytes, listed: int,
             tables.append(normal_table(level, i & trellis))
     freq = np.stack(tables)
     if (freq.sum(1) != PROB_ONE).any():
-        raise code_fault(f"a table does not sum to {PROB_ONE}")
+        raise ValueError(f"a table of codes does not sum to {PROB_ONE}")
     return freq, np.frombuffer(data, np.uint8)[own_size:]
 
 
 def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: bool = False,
                  factors: Mapping[int, Array] = {}) -> list[Array]:
-    """Inverse of encode_codes. UserError for anything else: all words must be used up
-    and all states be back where the encoder began."""
+    """Inverse of encode_codes; ValueError for anything else: all words must be used up and
+    all states be back where the encoder began."""
     count = count_contexts(sides, trellis)
     size = sum(len(rows) * len(columns) for rows, columns in sides)
     head = CODES_HEAD.unpack(blob[:CODES_HEAD.size].ljust(CODES_HEAD.size, b"\0"))
@@ -6837,8 +6697,7 @@ def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: bool = False,
     rest = len(blob) - words
     expected = lanes == lane_count(size) and stored == count and n_listed <= size
     if not expected or rest < 0 or rest % 2:
-        raise code_fault(f"header {head} for {count} contexts, {size} codes, "
-                         f"{len(blob)} bytes")
+        raise ValueError(f"header {head} for {count} contexts, {size} codes, {len(blob)} bytes")
     levels = blob[CODES_HEAD.size:front]
     freq, listed = read_tables(levels, blob[front:states], n_listed, trellis)
     decoder = Decoder(
@@ -6854,7 +6713,7 @@ def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: bool = False,
         for t, i in enumerate(stack.ids):
             out[i] = codes[stack.owner == t].view(np.int8)
     if decoder.words.size or decoder.listed.size or (decoder.lanes != LOW).any():
-        raise code_fault("states do not return to the start")
+        raise ValueError("the coder's states do not return to the start")
     return [out[i] for i in range(len(sides))]
 
 
@@ -6884,7 +6743,7 @@ def pack_codes(codes: Sequence[Array], predicted: Predicted,
 
 def unpack_codes(streams: Mapping[str, bytes], tall: Sequence[int], predicted: Predicted,
                  trellis: bool = False) -> list[Array]:
-    """Inverse of pack_codes, `tall` having factors; UserError for anything else."""
+    """Inverse of pack_codes, `tall` having factors."""
     sizes = [RANK * len(predicted[i][1]) for i in tall]
     flat = split_bytes(streams[FACTOR_STREAM], sizes)
     factors = {i: x.reshape(RANK, -1) for i, x in zip(tall, flat)}
@@ -6924,25 +6783,26 @@ def group_names(group: str) -> list[str]:
 
 
 def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
-    """Refuse weights of another architecture(). A setting that the file does not name
-    had its default; one that only the file names must be off."""
+    """Refuse weights of another architecture(). A setting that the file does not name had
+    its default; one that only the file names must be off."""
     ours, wrong = architecture(s), []
+    theirs = theirs if isinstance(theirs, dict) else {}
     for name, there in {**architecture(Settings()), **theirs}.items():
         here = ours.get(name, "unknown")
         if there != here and (name in ours or there):
-            wrong.append(f"{plain(name, 40)}={plain(there, 24)} there, {here} here")
+            wrong.append(f"{one_line(name, 40)}={one_line(there, 24)} there, {here} here")
     if not theirs:
         wrong = ["it names no settings"]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{what} of another configuration: "
-                        f"{plain('; '.join(wrong[:3]), 150)}{more}; "
+                        f"{'; '.join(wrong[:3])}{more}; "
                         "use the settings it was made with")
 
 
 def coding_plan(q: Quantised, shapes: Mapping[str, tuple]) -> tuple[Predicted, bool]:
-    """What coder and decoder know of the codes `<name>.q`: how large steps let expect
-    them to be, and whether they walk the trellis."""
+    """What coder and decoder know of the codes `<name>.q`: how large they are expected to
+    be, by their steps, and whether they walk the trellis."""
     predicted, names = [], [key.removesuffix(".q") for key in shapes]
     for name, (rows, columns) in zip(names, shapes.values()):
         steps = (q.tensors.get(name + ".row", torch.zeros(rows)),
@@ -6952,7 +6812,6 @@ def coding_plan(q: Quantised, shapes: Mapping[str, tuple]) -> tuple[Predicted, b
 
 
 def pack_model(s: Settings, q: Quantised) -> bytes:
-    """A quantised model as the bytes of an artifact."""
     stored = stored_tensors(s, q.forms)
     codes = [q.tensors[key].numpy() for key in stored[CODE_STREAM]]
     streams, tall = pack_codes(codes, *coding_plan(q, stored[CODE_STREAM]))
@@ -6967,7 +6826,7 @@ def pack_model(s: Settings, q: Quantised) -> bytes:
 
 
 def read_model(s: Settings, header: Mapping, streams: Mapping[str, bytes]) -> Quantised:
-    """The Quantised model of an artifact's header and streams."""
+    """Its inverse, of an artifact's header and streams."""
     sizes, base_step = header["sizes"], header["base_step"]
     tall = header["factors"]
     whole = all(type(x) is int and x > 0 for x in sizes.values())
@@ -6996,7 +6855,6 @@ def read_model(s: Settings, header: Mapping, streams: Mapping[str, bytes]) -> Qu
 
 
 class Artifact(NamedTuple):
-    """What an artifact holds."""
     model: Quantised
     weights: dict[str, Tensor]       # what it stands for, by name
     calibration: Tensor | None       # the 15 numbers of calibrated_by
@@ -7005,11 +6863,10 @@ class Artifact(NamedTuple):
 
 def read_artifact(s: Settings, blob: bytes, origin: str) -> Artifact:
     """What an artifact's bytes hold; UserError when they are damaged, of another
-    configuration or nonsense: all is checked before memory or time is spent on it."""
+    configuration or nonsense, before memory or time is spent on them."""
     header, streams = artifact_from_bytes(blob, origin)
-    try:
-        theirs = header.get("architecture", {})
-        check_architecture(s, theirs, f"{origin} is an artifact")
+    check_architecture(s, header.get("architecture"), f"{origin} is an artifact")
+    with refused(f"{origin} has contents that do not fit together", "write it again"):
         q = read_model(s, header, streams)
         mark = header.get("not_compliant", "")
         weights = dequantise(q)
@@ -7017,16 +6874,10 @@ def read_artifact(s: Settings, blob: bytes, origin: str) -> Artifact:
         if not finite or not isinstance(mark, str):
             raise ValueError("weights that are not finite, or a mark that is no text")
         return Artifact(q, weights, read_calibration(streams), plain_mark(mark))
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError,
-            RuntimeError, MemoryError) as error:      # well-formed, but not ours
-        raise UserError(f"{origin} has contents that do not fit together "
-                        f"({type(error).__name__}: {error!s:.200}): "
-                        "write it again") from error
 
 
 def read_calibration(streams: Mapping[str, bytes]) -> Tensor | None:
-    """An artifact's calibration (15), within fit_calibration's bounds; None:
-    without."""
+    """An artifact's calibration (15), within fit_calibration's bounds, if any."""
     if CALIBRATION_STREAM not in streams:
         return None
     raw = torch.tensor(np.frombuffer(streams[CALIBRATION_STREAM], "<f4"))
@@ -7074,8 +6925,8 @@ def blank_views(s: Settings) -> dict[str, Tensor]:
 # --- the script as it is shipped
 
 def self_extracting(source: bytes) -> bytes:
-    """A script that runs `source` from its compressed form, a latin-1 string, in
-    which five bytes need an escape. linecache is filled for Triton and tracebacks."""
+    """A script that runs `source` from its compressed form, a latin-1 string with
+    escapes. linecache is filled for Triton and tracebacks."""
     packed = lzma.compress(source, format=lzma.FORMAT_RAW, filters=SCRIPT_FILTERS)
     escapes = {b"\\": b"\\\\", b'"': b'\\"', b"\n": b"\\n", b"\r": b"\\r",
                b"\0": b"\\x00"}
@@ -7093,8 +6944,8 @@ SCRIPT_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME,
 
 
 def lean(source: bytes) -> bytes:
-    """A script without part three, from the bar above its banner to the closing
-    block; its settings' names stay, each with its default alone."""
+    """A script without part three, up to the closing block; its settings' names stay,
+    each with its default alone."""
     part = re.search(rb"(?ms)^# =+\n# PART THREE.*?(?=^if __name__ ==)", source)
     if part is None:
         return source
@@ -7255,26 +7106,25 @@ def room_for_model(s: Settings) -> int:
     return room - LZMA_SLACK if form.endswith("packed") else room
 
 
-def quantise_once(run: Run, quantiser: Quantiser,
-                  base_step: float) -> tuple[Quantised, bytes]:
-    """The model at one base step, and its artifact, on every rank."""
+def quantise_once(run: Run, quantiser: Quantiser, base_step: float) -> bytes:
+    """The artifact of one base step, on every rank."""
     s, world = quantiser.s, quantiser.world
     watch = Clock()
     q = quantiser(base_step)
     quantised = watch.elapsed()
-    blob = world.agree(pack_model(s, q) if world.main else None)
+    blob = world.from_main(pack_model, s, q)
     script = code_bytes(shipped_form(s))
     run.log("pack", bytes=len(blob), code_bytes=script, total=len(blob) + script,
             base_step=base_step, quantise_s=quantised,
             pack_s=watch.elapsed() - quantised)
-    return q, blob
+    return blob
 
 
 def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, Tensor],
                     curvature: Curvature, clock: Clock | None = None) -> bytes:
-    """Quantise and pack as finely as the limit allows, less at most a margin: the
-    artifact, on every rank. UserError for a size that no step reaches. clock:
-    training's; once something fits, no try that would pass its budget."""
+    """The artifact, on every rank: as fine as the limit allows, less at most a margin.
+    UserError for a size that no step reaches. clock: training's; once something fits, no
+    try that would pass its budget."""
     quantiser = Quantiser(s, weights, curvature, world)
     for instead in sorted(set(quantiser.unusual.values())):
         matrices = [name for name, x in quantiser.unusual.items() if x == instead]
@@ -7292,7 +7142,7 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
                 base_step = math.sqrt(max(over, finest) * under)
         watch = Clock()
         world.beat(f"quantising try {attempt + 1}")
-        q, blob = quantise_once(run, quantiser, base_step)
+        blob = quantise_once(run, quantiser, base_step)
         overhead = len(blob) - estimate_bytes(deviations, base_step)
         if len(blob) > cap:
             over = max(over, base_step)
@@ -7306,21 +7156,16 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
             late = 0 < clock.budget < next_ends
         if best and world.agree(late):
             break
-    for setting, mark in (("AWQ_LITE_ENABLED", "awqgrp"), ("LQER_ENABLED", "lqer")):
-        used = any(mark in form for form in q.forms.values())
-        if getattr(s, setting.lower()) and not used:
-            run.log("settings_without_effect", **{setting: "no matrix qualifies"})
-    check_size(len(best or blob), shipped_form(s))
     if not best:
-        raise UserError(f"the artifact of {len(blob):,} bytes is over the {cap:,} that "
-                        "script, calibration and packing leave of the limit: "
-                        "make the model smaller, or LOGIT_CALIB_ENABLED=0")
+        raise UserError(f"the artifact of {len(blob):,} bytes is over the limit, of which script, "
+                        f"calibration and packing leave {cap:,}: make the model smaller, or set "
+                        "LOGIT_CALIB_ENABLED=0")
     return best
 
 
-# ============================================================================================================
+# ========================================
 # 13  Counts of earlier text: the score leans towards what followed the same context before
-# ============================================================================================================
+# ========================================
 
 def check_counts(s: Settings) -> None:
     """Refuse a tilt by which no expert ever speaks."""
@@ -7329,8 +7174,6 @@ def check_counts(s: Settings) -> None:
         raise UserError("NGRAM_TILT_ENABLED=1 has no expert in use: "
                         f"lower {thresholds} to at most 1")
 
-
-# --- n-gram tilt: the score leans towards what followed the same context earlier
 
 ODD = np.uint64(0x9E3779B97F4A7C15)     # products with it spread over the upper bits
 COUNT_IN_PARTS = 1 << 20                # from so many items on: threads share the work
@@ -7344,8 +7187,8 @@ def scramble(x: Array) -> Array:
 
 
 def earlier_in_group(keys: Array, learns: Array) -> tuple[Array, Array]:
-    """Of items sorted by key: how many of its key with `learns` come before each
-    one, and whether it is the first."""
+    """Of items sorted by key: how many of its key with `learns` come before each, and
+    whether it is the first."""
     new = np.append(np.ones(min(len(keys), 1), bool), keys[1:] != keys[:-1])
     begin = np.flatnonzero(new)
     earlier = np.cumsum(learns) - learns
@@ -7383,9 +7226,9 @@ def leading_tokens(keys: Array, tokens: Array, learns: Array) -> Guesses:
 
 
 def online_counts(keys: Array, tokens: Array, learns: Array) -> Guesses:
-    """Before each of n items, in this order: the token that followed its context
-    (key) most often, and its share of them. The first to reach a count keeps it.
-    Only items with `learns` are counted."""
+    """Before each of n items, in this order: the token that followed its context (key)
+    most often, and its share of them; the first to reach a count keeps it. Only items
+    with `learns` are counted."""
     hint = np.zeros(len(keys), tokens.dtype)
     confidence = np.zeros(len(keys), np.float32)
 
@@ -7438,7 +7281,7 @@ def experts_in_use(s: Settings) -> dict[str, tuple[float, float]]:
 
 
 def ngram_experts(s: Settings, tokens: Array) -> dict[str, Guesses]:
-    """Of every expert in use, for the targets tokens[1:], from earlier tokens."""
+    """Of every expert in use, for the targets tokens[1:]."""
     return {name: EXPERTS[name].count(s, tokens) for name in experts_in_use(s)}
 
 
@@ -7452,7 +7295,7 @@ class Hints:
 
     @classmethod
     def of(cls, s: Settings, tokens: Array) -> Hints:
-        """For the targets tokens[1:], counted in this order."""
+        """For the targets tokens[1:]."""
         guesses = ngram_experts(s, tokens).values()
         hint, confidence = map(np.stack, zip(*guesses))
         for row, (least, _) in zip(confidence, experts_in_use(s).values()):
@@ -7462,8 +7305,10 @@ class Hints:
 
     @classmethod
     def for_windows(cls, s: Settings, world: World, val: Validation) -> Hints | None:
-        """Counted in the stream's order; None where nothing is tilted."""
-        return cls.from_main(s, world, val, np.arange(len(val.documents)))
+        """Counted in the stream's order, by rank 0; None where nothing is tilted."""
+        if not s.ngram_tilt_enabled:
+            return None
+        return world.from_main(cls.in_order, s, val, np.arange(len(val.documents)))
 
     @classmethod
     def for_adapting(cls, s: Settings, world: World, val: Validation) -> Hints | None:
@@ -7473,20 +7318,12 @@ class Hints:
         groups = []
         for ttt_round in ttt_rounds(s, val.documents.length):
             groups += ttt_round.groups
-        return cls.from_main(s, world, val, np.concatenate(groups))
+        return world.from_main(cls.in_order, s, val, np.concatenate(groups))
 
     @staticmethod
     def orders_differ(s: Settings) -> bool:
         """Whether TTT counts the documents in another order than the windows do."""
         return s.ngram_tilt_enabled and "stream" not in (s.ttt_doc_order, s.ngram_doc_order)
-
-    @classmethod
-    def from_main(cls, s: Settings, world: World, val: Validation,
-                  order: Array) -> Hints | None:
-        """Counted by rank 0, the same on all; None where nothing is tilted."""
-        if not s.ngram_tilt_enabled:
-            return None
-        return world.agree(cls.in_order(s, val, order) if world.main else None)
 
     @classmethod
     def in_order(cls, s: Settings, val: Validation, order: Array) -> Hints:
@@ -7516,7 +7353,7 @@ class Hints:
     def choose(s: Settings, q: Tensor, hints: Tensor,
                confidences: Tensor) -> tuple[Tensor, ...]:
         """The hint (…), -1 where the expert is silent, its probability in the model and
-        its boost in nats. hints, confidences and q, of the hints, are (1, …)."""
+        its boost in nats, of hints, confidences and q (1, …)."""
         speaks = confidences[0] > 0
         boost = s.token_boost * speaks.double()
         return hints[0].where(speaks, -1), q[0].double() * speaks, boost
@@ -7567,17 +7404,14 @@ def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
     return -torch.log((1 - w) * torch.exp(-losses) + w * chance)
 
 
-# ============================================================================================================
+# ========================================
 # 14  Probes and checks: what is proved before the first step and before the evaluation clock
-# ============================================================================================================
+# ========================================
 
 def check_before_start(s: Settings, world: World, run: Run, attention_reason: str) -> None:
-    """All that can be checked before anything is spent, into the log; UserError at the
-    first that fails."""
+    """All that can be checked before anything is spent, into the log."""
     for reason in study_reasons(s):
         run.not_compliant(reason)
-    if world.device.type == "cpu" and not s.eval_only_quantized_path and (slow := slow_batch(s)):
-        run.warn(slow)
     world.beat("checking")
     for finding in run_checks(s, world, run.dir, attention_reason):
         run.log("check", what=finding.name, detail=finding.figure)
@@ -7596,8 +7430,7 @@ class Finding(NamedTuple):
 
 
 class Study:
-    """A mode that breaks the rules, for study only: every run of it is marked
-    NON-COMPLIANT."""
+    """A mode that breaks the rules: every run of it is marked NON-COMPLIANT."""
 
     def reason(self, s: Settings) -> str:
         """Why a score with these settings is no result; empty if it may be one."""
@@ -7613,7 +7446,6 @@ class Study:
 
 
 class PartOfValidation(Study):
-    """Only a share of the documents is scored."""
 
     def reason(self, s: Settings) -> str:
         share = s.val_doc_fraction
@@ -7631,8 +7463,8 @@ def study_reasons(s: Settings) -> list[str]:
 # --- probes: evidence for the four conditions, from the functions that score
 
 def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
-    """C1-C4 on made-up tokens, through Scorer and PhasedTTT as the settings have
-    them: C1 on every rank, C2 by all together."""
+    """C1-C4 on made-up tokens, through Scorer and PhasedTTT as the settings have them: C1
+    on every rank, C2 by all together."""
     threads = torch.get_num_threads()
     if not compiles(s, world.device):
         # windows of eight chunks show the same; threads would only wait for each other
@@ -7656,14 +7488,8 @@ def probe_conditions(s: Settings, world: World, model: GPT) -> list[Finding]:
         findings.extend(probe_normalisation(s, world, model))
     except LedgerError as error:
         refusal = str(error)
-    return [*findings, probe_ledger(booked, refusal)]
-
-
-def probe_ledger(booked: list[int], refusal: str) -> Finding:
-    """C3 and C4: the books of every evaluation took each target once, and no step was
-    made on one that was not on them."""
     figure = f"{sum(booked):,} targets booked once each, before any step on them"
-    return Finding("C3 C4 ledger", not refusal, refusal or figure)
+    return [*findings, Finding("C3 C4 ledger", not refusal, refusal or figure)]
 
 
 def log_probes(s: Settings, world: World, run: Run, model: GPT) -> None:
@@ -7767,10 +7593,9 @@ def probe_change(model: GPT, booked: list[int], name: str, evaluate: Callable,
 
 
 def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
-    """Lengths of six documents, and two tokens of the fourth after which streams
-    differ: inside a chunk in its middle, and in its last one, past every window. The
-    first is a phase's; fourth and fifth are adapted together, then the rest. In a row
-    windows of later documents lie right ahead of earlier ones."""
+    """Lengths of six documents, and two tokens of the fourth after which streams differ:
+    in a chunk in its middle, and in its last one, past every window. The first is a
+    phase's; fourth and fifth are adapted together, then the rest."""
     longest, stride = max(s.eval_seq_len, s.ttt_eval_seq_len), s.eval_stride
     chunk = next(rule.chunk for rule in chunk_rules(s) if longest + 2 * stride <= rule.until)
     chunks = (longest + stride) // chunk + 1
@@ -7787,8 +7612,8 @@ def probe_documents(s: Settings) -> tuple[list[int], list[int]]:
 
 def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[Variant]]:
     """A made-up stream, and a variant for each cut. order=length: later are the
-    document's own tokens and shorter documents. The last place before a cut is
-    scored on the first stream's token: a look at it shows at full strength."""
+    document's own tokens and shorter documents. The last place before a cut is scored on
+    the first stream's token: a look at it shows at full strength."""
     lengths, cuts = probe_documents(s)
     rng = np.random.default_rng(s.seed)
     phrase = rng.integers(4, s.vocab_size, 7)
@@ -7816,8 +7641,8 @@ def probe_streams(s: Settings, order: str) -> tuple[np.ndarray, list[Variant]]:
 
 
 def shortened_stream(s: Settings, one: np.ndarray) -> list[Variant]:
-    """A variant whose fourth document ends earlier, within its last chunk: every
-    group has the same chunks. None where chunks are too short for that."""
+    """A variant whose fourth document ends earlier, within its last chunk; none where
+    chunks are too short for that."""
     lengths, cuts = probe_documents(s)
     end, cut = sum(lengths[:4]), lengths[3] - 1 - cuts[1]
     other = np.delete(one, np.s_[end - cut:end])
@@ -7825,9 +7650,9 @@ def shortened_stream(s: Settings, one: np.ndarray) -> list[Variant]:
 
 
 def probe_normalisation(s: Settings, world: World, model: GPT) -> Iterator[Finding]:
-    """C2: exp(-loss) of every possible next token, as the books have it, sums to 1:
-    one document per token of the vocabulary, scored by windows and by adapters that
-    have learnt from its first two targets, over hidden states equal to the bit."""
+    """C2: exp(-loss) of every possible next token, as the books have it, sums to 1: one
+    document per token, scored by windows and by adapters that have learnt from its first
+    two targets, over hidden states equal to the bit."""
     tokens = np.tile(np.array([BOS, 4, 5, 6, 7]), s.vocab_size + 1)[:-4]
     tokens[4::5] = np.arange(s.vocab_size)
     val = Validation.of(tokens)
@@ -7860,8 +7685,8 @@ def probe_sum(name: str, ledger: Ledger) -> Finding:
 
 
 def probe_hints(s: Settings) -> tuple[Hints, bool]:
-    """Hints for the documents BOS 4 5 6 v, each as if it alone followed a text that
-    repeats BOS 4 5 6 7; and whether they are the same for every token v."""
+    """Hints for the documents BOS 4 5 6 v, each as if it alone followed repeats of BOS 4
+    5 6 7; and whether they are the same for every token v."""
     text = np.tile(np.array([BOS, 4, 5, 6, 7], np.uint16), s.token_order // 5 + 4)
     begin, documents = len(text) - 5, []
     for v in range(s.vocab_size):
@@ -7946,12 +7771,8 @@ def run_checks(s: Settings, world: World, folder: Path,
 
 
 def check_tokenizer(s: Settings) -> str:
-    """A SentencePiece model of VOCAB_SIZE tokens."""
     table = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
     return f"{s.tokenizer.name}, {len(table.base)} tokens"
-
-
-AGAIN = "fetch or build the data again"
 
 
 def check_train_shards(s: Settings) -> str:
@@ -7995,8 +7816,7 @@ def check_same_text(run: Run, val: Validation) -> None:
 
 
 def check_same_data(s: Settings, run: Run, fingerprint: str) -> None:
-    """The data's fingerprint into the summary: RESUME goes on with its own, weights may
-    be calibrated on others."""
+    """The data's fingerprint into the summary: RESUME goes on with its own."""
     before = run.summary.setdefault("data_fingerprint", fingerprint)
     if before == fingerprint or s.eval_only_quantized_path:
         return
@@ -8007,9 +7827,9 @@ def check_same_data(s: Settings, run: Run, fingerprint: str) -> None:
 
 
 def check_byte_rule(s: Settings, val: Validation) -> None:
-    """The counted bytes against the text that they decode to: by the table at most
-    1 % more (the published rule takes three bytes for a U+2581 within a piece), by
-    sidecars at most half as much again (a tokenizer that normalises loses some)."""
+    """The counted bytes against the text that they decode to: by the table at most 1 %
+    more (the published rule takes three bytes for a U+2581 within a piece), by sidecars
+    at most half as much again (a tokenizer that normalises loses some)."""
     counted, text = int(val.target_bytes.sum()), decoded_bytes(s, val)
     if counted > (1.01 if val.rule == "table" else 1.5) * text:
         raise UserError(f"the byte rule counts {counted:,} bytes in {text:,}: scores would be "
@@ -8048,7 +7868,7 @@ def check_manifest(s: Settings) -> str:
         check_files(s, files, present)
     expected = (manifest.get("tokenizer") or {}).get("sha256")
     if expected and s.tokenizer.is_file():
-        if sha256_of(s.tokenizer, MOST_MODEL) != expected:
+        if sha256_of(s.tokenizer, MOST_READ) != expected:
             raise UserError(f"TOKENIZER_PATH={s.tokenizer} is not the tokenizer of {s.shards}: "
                             "set it to its own")
     if not s.eval_only_quantized_path:
@@ -8056,8 +7876,7 @@ def check_manifest(s: Settings) -> str:
     if manifest:
         return manifest["fingerprint"][:16]
     sizes = "".join(f"{name} {path.stat().st_size}\n" for name, path in present.items())
-    digest = hashlib.sha256(sizes.encode()).hexdigest()
-    return f"sizes-{digest[:16]} (no manifest.json)"
+    return f"sizes-{hashlib.sha256(sizes.encode()).hexdigest()[:16]} (no manifest.json)"
 
 
 def sha256_of(path: Path, most: int) -> str:
@@ -8082,8 +7901,8 @@ def check_files(s: Settings, files: Mapping, present: Mapping[str, Path]) -> Non
 
 
 def check_overlap(s: Settings) -> None:
-    """No validation document is among the training documents, by stored hashes of
-    their text; without those by hashes of their tokens."""
+    """No validation document is among the training documents, by stored hashes of their
+    text, else of their tokens."""
     stored = {kind: s.shards / f"document_hashes_{kind}.bin" for kind in ("train", "val")}
     hashes = {}
     if all(p.is_file() for p in stored.values()):
@@ -8100,16 +7919,14 @@ def check_overlap(s: Settings) -> None:
 
 
 def shared_documents(s: Settings) -> list[str]:
-    """Where validation documents are in the training shard next to the split or,
-    with DATA_CHECK=full, in any."""
+    """Where validation documents are in the training shard next to the split, or in any
+    with DATA_CHECK=full."""
     known = set()
     for path in list_shards(s.shards, "val"):
         known.update(value for _, value in document_hashes(read_shard(path)))
     shared = []
     searched = list_shards(s.shards, "train")
-    if s.data_check != "full":
-        del searched[1:]
-    for path in searched:
+    for path in searched if s.data_check == "full" else searched[:1]:
         for at, value in document_hashes(read_shard(path)):
             if value in known:
                 shared.append(f"{path.name} at token {at:,}")
@@ -8120,9 +7937,9 @@ def document_hashes(tokens: np.ndarray) -> Iterator[tuple[int, bytes]]:
     """(position of its BOS, 64-bit hash) of every document with a token."""
     starts = np.flatnonzero(tokens == BOS)
     raw = memoryview(np.ascontiguousarray(tokens)).cast("B")
-    for a, b in zip(starts.tolist(), np.append(starts[1:], len(tokens)).tolist()):
+    for a, b in itertools.pairwise([*starts.tolist(), len(tokens)]):
         if b - a > 1:
-            yield a, hashlib.blake2b(raw[2 * a + 2:2 * b], digest_size=8).digest()
+            yield a, digest_of(raw[2 * a + 2:2 * b])
 
 
 def check_temporary_folder() -> None:
@@ -8134,8 +7951,7 @@ def check_temporary_folder() -> None:
 
 
 def check_folder(folder: Path) -> str:
-    """The names of a run's files are free: a folder cannot be replaced, a pipe would
-    wait for a reader."""
+    """The names of a run's files are free: a pipe would wait for a reader."""
     files = (".lock", "train.log", "metrics.jsonl", "summary.json", WEIGHTS_NAME, ARTIFACT_NAME)
     faults = {name: "a folder" for name in files if (folder / name).is_dir()}
     faults |= {name: "a pipe" for name in files if (folder / name).is_fifo()}
@@ -8155,17 +7971,15 @@ def check_made_before(s: Settings) -> str:
         size = file_size(Path(s.eval_only_path), 16 * MOST_WEIGHTS, "a run's final_model.pt")
         return f"EVAL_ONLY_PATH, {size:,} bytes"
     path = Path(s.eval_only_quantized_path)
-    blob = read_bounded(path, MOST_ARTIFACT, "a run's final_model.int6.ptz")
+    blob = read_bounded(path, MOST_READ, "a run's final_model.int6.ptz")
     header, _ = artifact_from_bytes(blob, path.name)
-    theirs = header.get("architecture")
-    theirs = theirs if isinstance(theirs, dict) else {}
-    check_architecture(s, theirs, f"{path.name} is an artifact")
+    check_architecture(s, header.get("architecture"), f"{path.name} is an artifact")
     return f"EVAL_ONLY_QUANTIZED_PATH, {len(blob):,} bytes"
 
 
 def check_disk(folder: Path, need: int, ballast: bool = False) -> str:
-    """The folder really has `need` bytes: they are reserved, then given back, or kept
-    as ballast until there is something to write in their place."""
+    """The folder really has `need` bytes: they are reserved, then given back, or kept as
+    ballast until there is something to write in their place."""
     reserved_file = folder / (BALLAST if ballast else f".space.{os.getpid()}")
     kept = False
     try:
@@ -8182,8 +7996,7 @@ def check_disk(folder: Path, need: int, ballast: bool = False) -> str:
                         f"{free:,} free): free space or set it to another disk") from error
     finally:
         if not kept:
-            with contextlib.suppress(OSError):
-                reserved_file.unlink()
+            remove(reserved_file)
     return f"{need:,} bytes can be written"
 
 
@@ -8191,10 +8004,9 @@ BALLAST = ".ballast"     # in the run's folder: what the weights will take
 
 
 def drop_ballast(run: Run) -> None:
-    """Give back the space that check_disk keeps, for what is written next."""
+    """Give that space back."""
     if run.world.main:
-        with contextlib.suppress(OSError):
-            (run.dir / BALLAST).unlink(missing_ok=True)
+        remove(run.dir / BALLAST)
 
 
 def bytes_of_weights(s: Settings) -> int:
@@ -8213,14 +8025,6 @@ def bytes_of_results(s: Settings) -> int:
 FULL_BATCH = 1 << 19      # tokens of a step from which on only a GPU is fast enough
 
 
-def slow_batch(s: Settings) -> str:
-    """What to say of a GPU's batch on a CPU; nothing of a small one."""
-    if s.train_batch_tokens < FULL_BATCH:
-        return ""
-    return (f"TRAIN_BATCH_TOKENS={s.train_batch_tokens:,} on a CPU: a step may take "
-            "minutes; for a small run use configs/demo.env")
-
-
 def check_device(s: Settings, world: World) -> str:
     """Where it runs: not on a CPU beside GPUs that torch does not see."""
     text = f"{world.device_name}, {torch.get_num_threads()} host threads"
@@ -8231,9 +8035,9 @@ def check_device(s: Settings, world: World) -> str:
         raise UserError(f"nvidia-smi lists {gpus} GPUs but torch {torch.__version__} sees none: "
                         "install a torch build for this driver, or set CUDA_VISIBLE_DEVICES= "
                         "to use the CPU")
-    slow = slow_batch(s)
-    if slow and not s.eval_only_quantized_path:
-        text += f"; WARNING: {slow}"
+    if s.train_batch_tokens >= FULL_BATCH and not s.eval_only_quantized_path:
+        text += (f"; WARNING: TRAIN_BATCH_TOKENS={s.train_batch_tokens:,} on a CPU: a step may "
+                 "take minutes; for a small run use configs/demo.env")
     return text
 
 
@@ -8282,7 +8086,7 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     room = ARTIFACT_LIMIT - code_bytes(shipped_form(s))
     q = quantiser(base_step_for(quantiser.deviations, 0.99 * room, quantiser.finest))
     quantised = clock.elapsed()
-    blob = world.agree(pack_model(s, q) if world.main else None)
+    blob = world.from_main(pack_model, s, q)
     packed = clock.elapsed()
     # the fitter takes about three tries; weights are saved at 100 MB/s; a quarter to spare
     need = calibrating + 3 * packed - 2 * setting_up + bytes_of_weights(s) / 1e8
@@ -8324,9 +8128,9 @@ def rehearse_calibration(s: Settings, world: World, model: GPT,
     return seconds, curvature
 
 
-# ============================================================================================================
+# ========================================
 # 15  Rounding: GPTQ and the trellis, column by column
-# ============================================================================================================
+# ========================================
 
 # GPTQ (Frantar et al. 2022): columns are rounded in turn, later ones take up the errors.
 
@@ -8583,9 +8387,9 @@ def join_tiles(tiles: Sequence[tuple[Tensor, Tensor, Tensor]],
     return torch.cat(codes[::-1], 1), torch.cat(errors[::-1], 1)
 
 
-# ============================================================================================================
+# ========================================
 # 16  Quantising as the records do: steps by hand, finer columns, low-rank repair, calibrated logits
-# ============================================================================================================
+# ========================================
 
 # --- what is stored: steps of rows as float16, finer codes in marked columns, low-rank repairs
 
@@ -8925,9 +8729,9 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
     return blob
 
 
-# ============================================================================================================
+# ========================================
 # 17  Economy: keys that earlier forwards left behind, and a watchdog over the evaluation's budget
-# ============================================================================================================
+# ========================================
 
 class KeyCache:
     """Keys and values that earlier forwards of B documents left behind, cut from
@@ -9114,9 +8918,9 @@ def warn_of_shortened_steps(s: Settings, shortened: int, trace: Callable) -> Non
           f"gradients that are not finite, and were shortened: {remedy}")
 
 
-# ============================================================================================================
+# ========================================
 # 18  Adapting as the records do: AdamW, an A for every document, longest first, without cached keys
-# ============================================================================================================
+# ========================================
 
 class RecordAdapter(Adapter):
     """Without TTT_SHARED_A every document has an A (S, rows, r, in) of its own, which
@@ -9257,9 +9061,9 @@ Adapter = RecordAdapter
 PhasedTTT = RecordTTT
 
 
-# ============================================================================================================
+# ========================================
 # PART THREE: lineage. What the older systems did differently; all above runs, and is the same, without it.
-# ============================================================================================================
+# ========================================
 
 # --- settings
 
@@ -9340,7 +9144,6 @@ class LineageSettings(Settings):
 
     @property
     def value_layers(self) -> tuple[int, ...]:
-        """VE_LAYERS as numbers."""
         return tuple(whole_numbers(self.ve_layers))
 
     @property
@@ -9442,8 +9245,8 @@ PARAMETER_ORDER = """
 
 def pair_rows(ids: Tensor, rows: int, same_segment: Tensor | None = None) -> Tensor:
     """Row of a hashed table for each token of ids (B, T) and the one before it; the
-    last row where same_segment (1, T - 1) parts them. int32, wrapping."""
-    ids = ids.int()
+    last row where same_segment (1, T - 1) parts them."""
+    ids = ids.int()      # products wrap
     row = (36313 * ids[:, 1:] ^ 27191 * ids[:, :-1]) % (rows - 1)
     if same_segment is not None:
         row = row.where(same_segment, rows - 1)
@@ -9456,15 +9259,13 @@ def look_up(ids: Tensor, table: Tensor, proj: Tensor | None, scale: Tensor, dtyp
     there is a sharpness."""
     x = F.embedding(ids, table).to(dtype)
     if proj is not None:
-        if sharpness is not None:
-            proj = soft_round(proj, sharpness)
-        x = F.linear(x, proj.to(dtype))
+        rounded = proj if sharpness is None else soft_round(proj, sharpness)
+        x = F.linear(x, rounded.to(dtype))
     return x * scale.to(dtype)
 
 
 def soft_round(w: Tensor, sharpness: Tensor) -> Tensor:
-    """w (R, C) near its six-bit grid: a sigmoid of this slope in place of each step. A
-    row's step is its largest magnitude over 31, but at least 1/31."""
+    """w (R, C) near its six-bit grid: a sigmoid of this slope in place of each step."""
     step = (w.abs().amax(dim=-1, keepdim=True) / 31).clamp_min(1 / 31)
     z = w / step
     low = z.floor()
@@ -9541,7 +9342,7 @@ class LineageGPT(GPT):
         s = self.s
         longest = max(longest, self.rope_length)
         if not s.rope_yarn or longest <= s.train_seq_len:
-            return s.rope_base
+            return super().rope_base(longest)
         dims = s.rope_dims or s.head_dim
         return s.rope_base * (longest / s.train_seq_len) ** (dims / (dims - 2))
 
@@ -9560,16 +9361,13 @@ class LineageGPT(GPT):
             proj = getattr(self, "bigram_proj", None)
             x = x + look_up(rows, self.bigram_embed, proj, self.bigram_scale,
                             self.compute_dtype, self.sharpness)
-        if channels:
-            x = self.smear(rms(x), self.smears_into(ids, layout))
-        elif s.smear_gate_enabled:
-            x = rms(self.smear(x, self.smears_into(ids, layout)))
-        else:
-            x = rms(x)
+        x = rms(x) if channels else x
+        if s.smear_gate_enabled:
+            x = self.smear(x, self.smears_into(ids, layout))
+        x = x if channels else rms(x)
         return x if before is None else x[:, -length:]
 
     def smear(self, x: Tensor, into: Tensor | None) -> Tensor:
-        """With SMEAR_GATE_KIND=channels: one strength for each channel."""
         if self.s.smear_gate_kind == "window":
             return super().smear(x, into)
         last = x[:, :-1] if into is None else x[:, :-1] * into[..., None]
@@ -9581,51 +9379,47 @@ class LineageGPT(GPT):
         dtype, proj = self.compute_dtype, getattr(self, "ve_proj", None)
         shared = look_up(ids, self.ve_embed, proj, self.ve_scale, dtype, self.sharpness)
         scales = self.ve_layer_scales.to(dtype)
-        return {i: shared * scale for i, scale in zip(self.s.value_layers, scales)}
+        return {layer: shared * scale for layer, scale in zip(self.s.value_layers, scales)}
 
     def begin(self, ids: Tensor, *context) -> Forward:
-        c = super().begin(ids, *context)
+        f = super().begin(ids, *context)
         if not self.s.ve_enabled:
-            return c
-        return LineageForward(c.layers, c.x0, c.rope, c.layout, c.adapter, c.hook, c.cache,
-                              self.token_values(ids))
+            return f
+        values = self.token_values(ids)
+        return LineageForward(f.layers, f.x0, f.rope, f.layout, f.adapter, f.hook, f.cache, values)
 
-    def project(self, c: Forward, i: int, slot: int, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().project(c, i, slot, n)
-        if self.s.ve_enabled and i in c.values:
-            v = v + c.values[i]
+    def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().project(forward, layer, slot, x)
+        if self.s.ve_enabled and layer in forward.values:
+            v = v + forward.values[layer]
         return q, k, v
 
-    def head_gate(self, weight: Tensor, n: Tensor, q_raw: Tensor) -> Tensor:
+    def head_gate(self, weight: Tensor, x: Tensor, q_flat: Tensor) -> Tensor:
         s = self.s
         if s.attn_out_gate_enabled:
-            source = q_raw if s.attn_out_gate_src == "q" else n
+            source = q_flat if s.attn_out_gate_src == "q" else x
             return 2 * torch.sigmoid(F.linear(source[..., :weight.size(-1)], weight))
         if s.gated_attn_enabled:
-            return torch.sigmoid(F.linear(n, weight))
-        return super().head_gate(weight, n, q_raw)
+            return torch.sigmoid(F.linear(x, weight))
+        return super().head_gate(weight, x, q_flat)
 
-    def decode(self, c: Forward, plan: Plan, x: Tensor, skips: list[Tensor]) -> Tensor:
+    def enter_lanes(self, j: int, x: Tensor, lanes: tuple[Tensor, Tensor] | None,
+                    skip: Tensor | None) -> tuple[Tensor, Tensor]:
         """With PARALLEL_LANES=separate a first skip is in both lanes, later ones join
         lane 0 or are lost."""
         if self.s.parallel_lanes == "mixed":
-            return super().decode(c, plan, x, skips)
-        lanes = None
-        for j, i in enumerate(plan.decoder):
-            slot = len(plan.encoder) + j
-            if skips and j < len(self.skip_weights):
-                skip = skips.pop()
-                if lanes is None:
-                    x = self.merge_skip(j, x, skip)
-                elif self.is_parallel(i) and self.s.skip_into_lanes:
-                    lanes = self.merge_skip(j, lanes[0], skip), lanes[1]
-            if self.is_parallel(i):
-                lane0, lane1 = lanes or (x, x)
-                mixed, attended, fed = self.branches(c, i, slot, lane0, lane1)
-                lanes = mixed + attended, lane1 + fed
-            elif lanes is None:
-                x = self.block(c, i, slot, x)
-        return x if lanes is None else self.join(*lanes)
+            return super().enter_lanes(j, x, lanes, skip)
+        if lanes is not None:
+            return super().enter_lanes(j, x, lanes, skip if self.s.skip_into_lanes else None)
+        x = x if skip is None else self.merge_skip(j, x, skip)
+        return x, x
+
+    def lanes(self, forward: Forward, layer: int, slot: int, lane0: Tensor,
+              lane1: Tensor) -> tuple[Tensor, Tensor]:
+        if self.s.parallel_lanes == "mixed":
+            return super().lanes(forward, layer, slot, lane0, lane1)
+        mixed, attended, fed = self.branches(forward, layer, slot, lane0, lane1)
+        return mixed + attended, lane1 + fed
 
     def join(self, lane0: Tensor, lane1: Tensor) -> Tensor:
         if self.s.parallel_lanes == "separate":
@@ -9634,8 +9428,8 @@ class LineageGPT(GPT):
             return super().join(lane0, lane1)
         return lane1 if self.s.parallel_final_lane == "mlp" else lane0
 
-    def depth_scale(self, i: int) -> float:
-        return super().depth_scale(i) if self.s.ln_scale else 1.0
+    def depth_scale(self, layer: int) -> float:
+        return super().depth_scale(layer) if self.s.ln_scale else 1.0
 
     def merge_skip(self, j: int, x: Tensor, skip: Tensor) -> Tensor:
         if self.s.skip_gates_enabled:
@@ -9659,8 +9453,7 @@ class LineageGPT(GPT):
 
 
 def table_shapes(table: str, rows: int, width: int, out: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a table, of its scale, and of its projection where it is not as wide
-    as `out`."""
+    """Of a table, its scale, and its projection where it is not as wide as `out`."""
     shapes = {f"{table}_embed": (rows, width), f"{table}_scale": ()}
     if width != out:
         shapes[f"{table}_proj"] = (out, width)
@@ -9686,8 +9479,8 @@ class Corrector:
         return order, *self.history[max(len(self.history) - order + 1, 0):]
 
     def bias(self) -> np.ndarray:
-        """Added to the logits (V,): alpha log q of the unigrams and, of tokens that
-        followed a context, alpha times the log of their share there over q."""
+        """Added to the logits (V,): alpha log q of the unigrams; for tokens that followed
+        a context before, alpha log(their share there / q) more."""
         log_q = np.log(self.counts / self.counts.sum())
         bias = self.alpha * log_q
         for order in self.orders if self.history else ():
@@ -9746,7 +9539,6 @@ class LineageTTT(PhasedTTT):
         return adapter
 
     def global_lr(self, c: int, chunks: int) -> float:
-        """After GLOBAL_TTT_WARMUP_CHUNKS of a linear warm-up."""
         s, warm = self.s, self.s.global_ttt_warmup_chunks
         if c >= warm:
             return super().global_lr(c - warm, chunks - warm)
@@ -9788,8 +9580,7 @@ QUINTIC = 5 * ((3.4445, -4.7750, 2.0315),)
 
 
 def split_rates(s: Settings, bank: Tensor) -> Tensor | None:
-    """Factor (n, 1, 1) on MATRIX_LR of each matrix of a bank, by its layer; None
-    without a split."""
+    """Factor on MATRIX_LR of each matrix of a bank (n, 1, 1); None without a split."""
     if not s.matrix_lr_early:
         return None
     layers = torch.arange(len(bank), device=bank.device) % s.num_layers
@@ -9823,11 +9614,11 @@ class LineageOptimiser(Optimiser):
         return muon_direction(g, buf, momentum, s.muon_row_normalize,
                               coefficients[:s.muon_backend_steps])
 
-    def apply(self, bank: int, u: Tensor, lr: float) -> None:
+    def apply(self, bank: int, update: Tensor, lr: float) -> None:
         split = self.split[bank]
         if split is not None and self.s.split_lr_target == "update":
-            u = u * split
-        super().apply(bank, u, lr)
+            update = update * split
+        super().apply(bank, update, lr)
 
 
 Optimiser = LineageOptimiser
@@ -9845,21 +9636,20 @@ class LineageCurriculum(Curriculum):
         return s.num_loops > 0 and step >= s.recur_start_step
 
     def rate_share(self, progress: float) -> float:
-        """At most the value of the last point of MIDRUN_CAP_SCHEDULE that is passed,
-        before: of its first."""
-        share = super().rate_share(progress)
-        if not self.s.midrun_cap_schedule:
-            return share
-        points = schedule(self.s.midrun_cap_schedule, 1.0, float)
+        """At most the last cap of MIDRUN_CAP_SCHEDULE that is passed, before: its first."""
+        points = schedule(self.s.midrun_cap_schedule, math.inf, float)
         caps = [points[0][1]]
         caps += [cap for at, cap in points[:-1] if at <= progress]
-        return min(share, caps[-1])
+        return min(super().rate_share(progress), caps[-1])
 
     def graphs(self) -> list[tuple[int, bool]]:
         if not self.s.recur_start_step:
             return super().graphs()
-        lengths = [length for _, length in self.stages]      # by the clock, loops by the step: any pair
-        return list(itertools.product(lengths, (False, True)))
+        lengths = [length for _, length in self.stages]
+        return list(itertools.product(lengths, (False, True)))      # any pair may come
+
+
+SHARPEST, SHARPENING_STEPS = 16, 500      # of soft rounding, as published
 
 
 class LineageTrainer(Trainer):
@@ -9885,7 +9675,7 @@ class LineageTrainer(Trainer):
             self.began = steps
         if self.began is None:
             return None
-        return 1 + 15 * min((steps - self.began) / 500, 1.0)
+        return 1 + (SHARPEST - 1) * min((steps - self.began) / SHARPENING_STEPS, 1.0)
 
     def micro_step(self, batch: Batch, plan: Plan) -> Tensor:
         self.model.sharpness = self.sharpness
@@ -9902,23 +9692,18 @@ class LineageTrainer(Trainer):
 
     def warm_graph(self, length: int, plan: Plan, generator: torch.Generator) -> None:
         super().warm_graph(length, plan, generator)
-        if not self.s.late_qat_threshold:
-            return
-        for _ in range(self.s.warmup_steps):
+        if self.s.late_qat_threshold:
+            self.began = self.steps
             self.set_sharpness(1.0)
-            for _ in range(self.accum):
-                self.micro_step(self.random_batch(generator, length), plan)
-            self.update(1.0, self.s.muon_momentum)
+            super().warm_graph(length, plan, generator)
+            self.began, self.sharpness = None, None
 
     def tensors(self) -> dict[str, Any]:
-        began = -1 if self.began is None else self.began
-        return super().tensors() | {"rounding": torch.tensor([self.steps, began])}
+        return super().tensors() | {"rounding": [self.steps, self.began]}
 
-    @torch.no_grad()
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
-        self.steps, began = state["rounding"].tolist()
-        self.began = None if began < 0 else began
+        self.steps, self.began = state["rounding"]
         self.set_sharpness(self.sharpness_after(self.steps, 1.0))
 
 
@@ -9931,14 +9716,13 @@ Trainer = LineageTrainer
 @torch.no_grad()
 def clip_search(w: Tensor, order: Tensor, u: Tensor, dead: Tensor, bits: int,
                 coarser: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(codes, fp16 steps (n, R)) of matrices w (n, R, C): of five percentiles of
-    |row| as largest code, each with a pass of GPTQ, the one with the least squared
-    error. As published no step is below 1 / top."""
+    """(codes, fp16 steps (n, R)) of matrices w (n, R, C): of five percentiles of |row| as
+    largest code, the one that GPTQ rounds with the least squared error."""
     top = 2 ** (bits - 1) - 1
     tried = []
     for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
         largest = w.abs().quantile(share, dim=-1)
-        scale = to_half((largest / top).clamp_min(1 / top) * coarser)
+        scale = to_half((largest / top).clamp_min(1 / top) * coarser)      # as published
         codes = round_in_order(w, scale.float(), order, u, dead, top)
         error = w - codes * scale[..., None].float()
         tried.append((error.square().mean(dim=(-2, -1)), codes, scale))
@@ -9948,7 +9732,7 @@ def clip_search(w: Tensor, order: Tensor, u: Tensor, dead: Tensor, bits: int,
 
 
 class LineageQuantiser(Quantiser):
-    """Steps by a search over percentiles, other choices and another form of repairs."""
+    """Steps by a search over percentiles, other repairs."""
 
     def round_by_hand(self, w: Tensor, rows: Tensor, factors: Sequence[Tensor], bits: int,
                       base_step: float) -> tuple[Tensor, Tensor]:
@@ -9971,7 +9755,6 @@ class LineageQuantiser(Quantiser):
         return [name for name in best[:s.lqer_top_k] if gains[name] > 0]
 
     def pack_factors(self, a: Tensor, b: Tensor) -> tuple[str, Sequence[Tensor]]:
-        """With LQER_ASYM_ENABLED=0 all are symmetric."""
         if self.s.lqer_asym_enabled and b.numel() % self.s.lqer_asym_group == 0:
             return super().pack_factors(a, b)
         return symmetric_factors(a, b, self.s.lqer_factor_bits)
@@ -10005,8 +9788,7 @@ def span_keys(x: Array, first: Array, end: Array) -> Array:
 
 def counted(targets: Array, items: Array, keys: Array, learns: Array,
             asks: Array) -> Guesses:
-    """Hint and confidence (n,) of the targets (n,) by online_counts of some items; 0
-    unless one `asks`."""
+    """online_counts of some of the targets (n,); 0 for those that do not ask."""
     hint = np.zeros(len(targets), targets.dtype)
     confidence = np.zeros(len(targets), np.float32)
     hint[items], confidence[items] = online_counts(keys, targets[items], learns[items])
@@ -10014,13 +9796,11 @@ def counted(targets: Array, items: Array, keys: Array, learns: Array,
 
 
 class Words(NamedTuple):
-    """Where words lie among the targets (n,). begins, opened, outside: the target
-    begins a word; one is open before it; it belongs to none. start: target at which
-    its word begins."""
-    begins: Array
-    opened: Array
-    outside: Array
-    start: Array
+    """Where words lie among the targets (n,)."""
+    begins: Array       # the target begins a word
+    opened: Array       # one is open before it
+    outside: Array      # it belongs to none
+    start: Array        # target at which its word begins
 
     @classmethod
     def of(cls, s: Settings, targets: Array) -> Words:
@@ -10074,8 +9854,7 @@ EXPERTS["word"] = Expert("word_tau", "word_boost", count_words)
 
 
 def open_words(s: Settings, targets: Array, w: Words) -> Array:
-    """A number (n,) for the normalised text of the word open after each target; 0:
-    there is none."""
+    """A number (n,) for the text of the word open after each target; 0: there is none."""
     decode = word_pieces(s.tokenizer, s.vocab_size)[2]
     items = np.flatnonzero(~w.outside)
     keys = span_keys(scramble(targets), w.start[items], items + 1)
@@ -10102,9 +9881,7 @@ class LineageHints(Hints):
 
     @staticmethod
     def choose(s: Settings, q: Tensor, hints: Tensor, confidences: Tensor) -> tuple[Tensor, ...]:
-        """Of E experts' hints the one that promises most: it (…), -1 where no gate is
-        open, the model's probability of it and its boost in nats. q (E, …): the
-        model's probability of every hint."""
+        """The same, of E experts' hints the one that promises most."""
         q, p = q.double(), confidences.double()
         best = torch.full_like(q[0], -math.inf)
         hint = torch.full_like(hints[0], -1)
@@ -10145,8 +9922,7 @@ PREQUANT = ("PREQUANT_TTT_ENABLED=1: the weights were trained on validation toke
 
 
 def prequant_batches(s: Settings, tokens: int, world: World) -> list[np.ndarray]:
-    """Rows (by number, TRAIN_SEQ_LEN targets each) of this rank's batches; every rank
-    has as many."""
+    """Rows (by number) of this rank's batches; every rank has as many."""
     rows, size = (tokens - 1) // s.train_seq_len, s.prequant_ttt_batch_seqs
     if s.prequant_ttt_form == "overlapping":
         # As published, the last row begins a batch only if tokens are left over behind it.
@@ -10266,10 +10042,9 @@ class ShuffledStream(WindowStream):
 
 
 class CoprimeStream(WindowStream):
-    """Windows from many shards at once: each is walked in blocks of max_len by a stride
-    coprime to their number; shards are drawn by what they have left, more of them as
-    training goes on. All ranks draw the same batch and take every world_size-th
-    window; `windows` has those of all ranks."""
+    """Windows from many shards, each walked in blocks of max_len by a stride coprime to
+    their number; shards are drawn by what they have left. All ranks draw the same batch
+    and take every world_size-th window; `windows` has those of all ranks."""
 
     def __init__(self, files, **shape):
         super().__init__(files, **shape)

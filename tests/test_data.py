@@ -132,6 +132,9 @@ def test_prefetch_keeps_the_order_and_hands_errors_over(shards):
     class Broken:
         epoch = 0.0
 
+        def skip(self, batches):
+            assert batches == 0
+
         def next(self):
             raise tg.UserError("the disk went away")
 

@@ -418,9 +418,9 @@ VAL9 = "fineweb_val_000009.bin"
 # name: what to do to a folder; the file that data/check.py names, and its message; the trainer's message
 FAULTS = {
     "truncated": (lambda f: os.truncate(f / VAL0, 2000), VAL0, "truncated: the header promises",
-                  f"{VAL0} has 2,000 bytes but its header promises .* truncated"),
+                  f"{VAL0} .*has 2,000 bytes but its header promises .* truncated"),
     "truncated training": (lambda f: os.truncate(f / TRAIN1, 2000), TRAIN1, "truncated: the header promises",
-                           f"{TRAIN1} has 2,000 bytes but its header promises .* truncated"),
+                           f"{TRAIN1} .*has 2,000 bytes but its header promises .* truncated"),
     "too short": (lambda f: os.truncate(f / VAL0, 100), VAL0, "shorter than the 1024-byte header",
                   f"{VAL0} is no token shard"),
     "magic": (lambda f: (f / VAL0).write_bytes(b"\0\0\0\0" + (f / VAL0).read_bytes()[4:]), VAL0, "magic 0",

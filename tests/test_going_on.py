@@ -228,7 +228,7 @@ def test_the_way_on_is_the_best_that_is_on_disk(tmp_path, monkeypatch):
     (tmp_path / "run" / "checkpoint").mkdir(parents=True)
     run = open_run(Path("run"), TRAIN_SEQ_SCHEDULE="32@0.5, 64@1", TRAIN_LOADER="stream")
     commands = []
-    for name in ("", "checkpoint/average.pt", "checkpoint/resume.3.0.pt", "final_model.pt", tg.ARTIFACT_NAME):
+    for name in ("", "checkpoint/average.pt", "checkpoint/resume.3.pt", "final_model.pt", tg.ARTIFACT_NAME):
         if name:
             (tmp_path / "run" / name).write_bytes(b"x")
         commands.append(run.go_on())
@@ -248,7 +248,7 @@ def test_the_way_on_is_the_best_that_is_on_disk(tmp_path, monkeypatch):
 
 def test_a_resumed_run_offers_no_artifact_of_before_on_any_rank(tmp_path):
     (tmp_path / "checkpoint").mkdir()
-    for name in (tg.ARTIFACT_NAME, tg.AVERAGE, "checkpoint/resume.3.0.pt"):
+    for name in (tg.ARTIFACT_NAME, tg.AVERAGE, "checkpoint/resume.3.pt"):
         (tmp_path / name).write_text("")
         os.utime(tmp_path / name, (1, 1))
     said = []
@@ -271,7 +271,7 @@ def test_a_resumed_run_offers_no_artifact_of_before_on_any_rank(tmp_path):
 
 def test_an_error_after_resume_does_not_advise_the_same_command(tmp_path, capsys):
     (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "resume.3.0.pt").write_text("")
+    (tmp_path / "checkpoint" / "resume.3.pt").write_text("")
     run = open_run(tmp_path, RESUME=1)
     run.failed("a mistake", again=False)
     assert "to go on" not in capsys.readouterr().err
@@ -313,4 +313,4 @@ def test_scoring_an_artifact_needs_space_for_its_log_alone(tmp_path, monkeypatch
 
 def test_a_checkpoint_is_no_file_of_weights():
     with pytest.raises(tg.UserError, match="is a checkpoint: set RESUME=1"):
-        tg.check_made_before(settings(EVAL_ONLY_PATH="run/checkpoint/resume.3.0.pt"))
+        tg.check_made_before(settings(EVAL_ONLY_PATH="run/checkpoint/resume.3.pt"))

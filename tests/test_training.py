@@ -213,12 +213,9 @@ def test_the_space_for_the_weights_is_kept_until_they_are_written(data, tmp_path
     assert not (tmp_path / tg.BALLAST).exists()
 
 
-@pytest.mark.parametrize("full, place", [(1, "here"), (2, "temp"), (3, None)])
-def test_weights_find_another_place_when_the_disk_is_full(data, tmp_path, monkeypatch, full, place):
-    for name in ("here", "temp"):
-        (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(tg.tempfile, "gettempdir", lambda: str(tmp_path / "temp"))
+@pytest.mark.parametrize("full", [1, 2])
+def test_weights_find_another_place_when_the_disk_is_full(data, tmp_path, monkeypatch, full):
+    monkeypatch.setattr(tg.tempfile, "gettempdir", lambda: str(tmp_path))
     write, failed = tg.write_atomic, []
 
     def no_space(path, content):
@@ -231,10 +228,10 @@ def test_weights_find_another_place_when_the_disk_is_full(data, tmp_path, monkey
     model, _, _ = learn(data, tmp_path / "run")      # the run goes on in any case
     warned = " ".join(e["text"] for e in events(tmp_path / "run", "warning"))
     assert warned.count("No space left") == full
-    if place is None:
+    if full == 2:
         assert "only in memory" in warned
         return
-    (found,) = (tmp_path / place).glob("final_model.*.pt")
+    (found,) = tmp_path.glob("run-*/final_model.pt")
     assert f"EVAL_ONLY_PATH={found}" in warned
     twin = tg.GPT(settings())
     tg.read_weights(str(found), twin)
@@ -313,7 +310,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(data, tmp_pa
     write, killed = tg.write_atomic, []
 
     def deadly(path, content):
-        if path.name == "resume.5.0.pt":
+        if path.name == "resume.5.pt":
             killed.append(path)
             raise KeyboardInterrupt
         write(path, content)
@@ -325,12 +322,12 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(data, tmp_pa
     assert killed and tg.read_checkpoint(s, tg.World(), run)["step"] == 4
 
 
-def test_a_checkpoint_that_one_rank_cannot_write_is_none(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(tg.World, "gather", lambda self, fault: [fault, "rank 1: No space left"])
+def test_a_checkpoint_that_cannot_be_written_is_none(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(tg.Checkpoints, "write_file", lambda self, state: "No space left")
     learn(data, tmp_path, **{**GOING_ON, "ITERATIONS": 3})
     assert not list(tmp_path.glob("checkpoint/resume.*"))
     said = [event["text"] for event in events(tmp_path, "warning")]
-    assert said == ["no checkpoint at step 1: rank 1: No space left"]      # once
+    assert said == ["no checkpoint at step 1: No space left"]      # once
 
 
 def test_resume_is_refused_where_it_cannot_go_on(data, tmp_path, monkeypatch):
@@ -348,7 +345,7 @@ def test_resume_is_refused_where_it_cannot_go_on(data, tmp_path, monkeypatch):
                           (dict(ITERATIONS=99), "ITERATIONS=8 there")):
         with pytest.raises(tg.UserError, match=word):
             learn(data, tmp_path / "r", RESUME=1, **{**GOING_ON, **changes})
-    whole = tmp_path / "r" / "checkpoint" / "resume.2.0.pt"
+    whole = tmp_path / "r" / "checkpoint" / "resume.2.pt"
     box = torch.load(whole, weights_only=True)
     box["settings"]["WORLD_SIZE"] = 2
     whole.write_bytes(tg.sealed(box))
@@ -357,7 +354,7 @@ def test_resume_is_refused_where_it_cannot_go_on(data, tmp_path, monkeypatch):
     whole.write_bytes(whole.read_bytes()[:-1])
     s, run, _ = start(data, tmp_path / "r", RESUME=1, **GOING_ON)
     average = f"EVAL_ONLY_PATH={tmp_path / 'r' / tg.AVERAGE}"
-    with pytest.raises(tg.UserError, match=f"resume.2.0.pt: it is damaged.*quantise by {average}"):
+    with pytest.raises(tg.UserError, match=f"resume.2.pt: it is damaged.*quantise by {average}"):
         tg.read_checkpoint(s, tg.World(), run)
     assert average in run.go_on() and "RESUME" not in run.go_on()
 
