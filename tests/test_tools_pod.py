@@ -196,6 +196,18 @@ def test_a_seed_that_was_deleted_is_run_again_and_all_that_tells_of_it(place):
     assert calls(place, "record ends") == calls(place, "compare begins") == 2
 
 
+def test_on_another_machine_the_doctor_is_asked_again_and_nothing_else(place, monkeypatch):
+    assert pod.main(words(place)) == 0
+    monkeypatch.setattr(pod, "machine", lambda: "another")
+    assert pod.main(words(place)) == 0
+    assert calls(place, "doctor ends") == 2 and trained(place) == [1, 1, 1] and calls(place, "record ends") == 1
+
+
+def test_a_seed_is_estimated_by_the_last_whole_one(place, capsys):
+    pod.main(words(place))
+    assert "[5/10] seed 8: about < 1 min, $0.00 (as seed 7 took)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("more, env, text", [
     (["--seeds", "7,8"], {}, "--seeds was .7, 8, 9. when this pod began"),
     ([], {"TTT_ENABLED": "0"}, "began with settings .* now it is .*TTT_ENABLED"),
@@ -227,6 +239,8 @@ def test_the_plan_is_an_estimate_and_begins_nothing(place, capsys):
 
 
 @pytest.mark.parametrize("arguments, text", [(["--track", "non_record"], "--name ''"),
+                                             (["--name", "x", "--vs", "pr9"], "no folder, no figure"),
+                                             (["--name", "x", "--lineage", "pr9"], "--lineage pr9 is none"),
                                              (["--rehearse", "--seeds", "1,1"], "every seed once"),
                                              (["--rehearse", "--price", "-1"], "must be at least 0")])
 def test_mistakes_are_one_clear_line(arguments, text, tmp_path):

@@ -233,13 +233,17 @@ def check_size(record: Record) -> None:
             )
 
 
+def check_lineage(word: str) -> None:
+    """ToolError unless it is empty, a published system, or a sentence."""
+    if word and word.lower().replace("#", "pr") not in published() and len(word) < 12:
+        raise ToolError(f"--lineage {word} is none of {', '.join(published())}: or describe it in a sentence")
+
+
 def gather(args: argparse.Namespace) -> Record:
     """Read the runs and check everything that can be checked without running."""
     if not re.fullmatch(r"[\w.+-]+", args.name):
         raise ToolError(f"--name {args.name} must be letters, digits, _ . + -: it becomes a folder's name")
-    if args.lineage and args.lineage.lower().replace("#", "pr") not in published() and len(args.lineage) < 12:
-        raise ToolError(
-            f"--lineage {args.lineage} is none of {', '.join(published())}: or describe it in a sentence")
+    check_lineage(args.lineage)
     runs = [load_run(folder) for folder in args.runs]
     for run in runs:
         check_files(run)

@@ -28,6 +28,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -42,7 +43,7 @@ if __package__ in (None, ""):  # run as a script: make `tools` importable
 
 from data.shards import MANIFEST, TRAIN, DataError, read_manifest
 from data.variants import by_name
-from tools import doctor, make_record
+from tools import compare, doctor, make_record
 from tools.common import (
     ARTIFACT,
     ROOT,
@@ -83,7 +84,7 @@ DEFAULTS = {
     "github": "",
     "blurb": "",
     "lineage": "",
-    "vs": "pr2135",
+    "vs": "",
     "price": 22.0,
 }
 FIXED = ("name", "seeds", "track", "train_shards", "nproc")  # of a pod that has begun
@@ -190,10 +191,12 @@ class Children:
         come free."""
         with open(self.path, "w") as lock:
             end = time.monotonic() + PATIENCE_SECONDS
+            if not take(lock):
+                echo(b"waiting for what an earlier, killed pod has left running ...\n", True)
             while not take(lock):
                 if time.monotonic() > end:
                     raise Failed("a program of an earlier, killed pod still runs",
-                                 f"see what holds {relative(self.path)} (fuser), end it, start again")
+                                 f"see what holds {self.path} (fuser), end it, start again")
                 time.sleep(LOOK_SECONDS)
             yield lock
 
@@ -317,7 +320,7 @@ class Pod:
             for name, was in known["identity"].items():
                 if now.get(name) != was:
                     raise ToolError(
-                        f"{relative(self.out)} began with {name} {shown(was)}, now it is "
+                        f"{self.out} began with {name} {shown(was)}, now it is "
                         f"{shown(now.get(name))}: make it as it was, or choose another --out")
             self.state = known
         self.state.update(options=self.options, identity=now)
@@ -338,6 +341,8 @@ class Pod:
         """The step was finished, and what it made has not been deleted since."""
         if "seconds" not in self.state["steps"].get(step, {}):
             return False
+        if step == "doctor":
+            return self.state["steps"][step].get("machine") == machine()
         if step == "fetch":
             return fetched(self)
         return not step.startswith("seed ") or finished(self.seed_folder(int(step.split()[1])))
@@ -356,6 +361,12 @@ class Pod:
         self.state["steps"].setdefault(step, {}).update(facts)
         self.save()
 
+    def spend(self, step: str, seconds: float) -> None:
+        """Book the time of a try, whatever came of it."""
+        spent = self.state.setdefault("spent", {})
+        spent[step] = round(spent.get(step, 0.0) + seconds, 1)
+        self.save()
+
     def say(self, text: str) -> None:
         """A line for the screen and for logs/pod.log."""
         echo(f"{text}\n".encode(), True)
@@ -371,8 +382,9 @@ class Pod:
         log = self.log(step)
         status = self.children.run(command, log, {**self.env, **env}, show)
         if status not in fine:
+            without = f", or add --skip {step}" if step in MAY_BE_SKIPPED else ""
             raise Failed(f"exit status {status}: {error_line(log.read_text(errors='replace'))}",
-                         f"mend that (all of it: {relative(log)}); the same command then goes on")
+                         f"mend that (all of it: {log}){without}; the same command then goes on")
         return status
 
 
@@ -383,7 +395,7 @@ def read_state(out: Path) -> dict:
     except FileNotFoundError:
         return {}
     if state is None or "steps" not in state:
-        raise ToolError(f"{relative(out / STATE)} is damaged: delete it; finished seeds are taken up again")
+        raise ToolError(f"{out / STATE} is damaged: delete it; finished seeds are taken up again")
     return state
 
 
@@ -420,6 +432,13 @@ def read_settings(env: dict):
 
 
 # --- the steps
+
+
+def machine() -> str:
+    """What tells this machine from another: a pod may go on elsewhere, from its disk."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    name = f"{socket.gethostname()} {boot.read_text().strip() if boot.is_file() else ''}"
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def bad(what: str, found: str, remedy: str) -> doctor.Finding:
@@ -483,6 +502,7 @@ def run_doctor(pod: Pod) -> str:
     for finding in findings:
         if finding.state == doctor.FAIL:
             raise Failed(f"{finding.what}: {finding.found}", finding.remedy)
+    pod.note("doctor", machine=machine())
     return f"{len(findings)} findings, none of them FAIL"
 
 
@@ -526,15 +546,24 @@ def run_check(pod: Pod) -> str:
 
 def run_compare(pod: Pod) -> str:
     """Whether it is a win, into compare.txt."""
-    if len(pod.options["seeds"]) < 2:
-        return "left out: a comparison needs two seeds"
+    other = others_of(pod)
+    if not other or len(pod.options["seeds"]) < 2:
+        return "left out: it needs two seeds, and --vs with something to compare them with"
     log = pod.log("compare")
     log.unlink(missing_ok=True)
-    other = [demo_record(), "--unlike"] if pod.rehearse else [pod.options["vs"]]
+    other += ["--unlike"] * pod.rehearse
     pod.call("compare", ["compare", *pod.seed_folders(), "--vs", *other], fine=(0, 1))
     said = log.read_text()
     write_atomic(pod.out / "compare.txt", said)
     return said.splitlines()[0] if said else "nothing said"
+
+
+def others_of(pod: Pod) -> list[str]:
+    """What the seeds are compared with: --vs, else the record; none elsewhere."""
+    if pod.rehearse:
+        return [demo_record()]
+    usual = "pr2135" if pod.options["track"] == "record" else ""
+    return shlex.split(pod.options["vs"] or usual)
 
 
 def demo_record() -> str:
@@ -547,7 +576,7 @@ def run_report(pod: Pod) -> str:
     """The page about all seeds."""
     page = pod.out / "report.html"
     pod.call("report", ["report", *pod.seed_folders(), "--out", pod.place(page)])
-    return f"{relative(page)} opens offline"
+    return f"{page} opens offline"
 
 
 def run_record(pod: Pod) -> str:
@@ -557,7 +586,7 @@ def run_record(pod: Pod) -> str:
     words = ["record", *pod.seed_folders(), "--name", pod.options["name"], "--track", pod.options["track"],
              "--date", pod.options["date"], "--out", pod.place(pod.out / "records"), "--force", *told]
     pod.call("record", words)
-    return f"record folder in {relative(pod.out / 'records')}"
+    return f"record folder in {pod.out / 'records'}"
 
 
 # --- a seed
@@ -602,7 +631,7 @@ def parse_command(command: str) -> tuple[dict[str, str], list[str]]:
 
 def way_on(settings: dict[str, str], folder: Path) -> str:
     """By what a run goes on, in words; empty when it begins anew."""
-    anew = f"to train it anew instead: delete {relative(folder)}"
+    anew = f"to train it anew instead: delete {folder}"
     if settings.get("EVAL_ONLY_QUANTIZED_PATH"):
         return "goes on: scores the artifact that it has packed"
     if settings.get("RESUME"):
@@ -625,18 +654,21 @@ def run_seed(pod: Pod, seed: int) -> str:
     """One run of the trainer, begun or gone on with; refused when no record takes it."""
     folder, step = pod.seed_folder(seed), f"seed {seed}"
     log = pod.log(step)
+    whole = False
     if not finished(folder):
+        whole = True
         settings, words = {"SEED": str(seed), "ARTIFACT_DIR": pod.place(folder)}, train_words(pod)
         if command := go_on_command(folder, log):
             settings, words = parse_command(command)
             if way := way_on(settings, folder):
+                whole = False
                 pod.say(f"{step} ended early and {way}")
         status = pod.children.run(words, log, {**pod.env, **settings})
         if not finished(folder):
             said = error_line(log.read_text(errors="replace"))
             raise Failed(f"exit status {status}: {said}",
                          "mend that; the same command then goes on with what the run has kept "
-                         f"(or delete {relative(folder)} to train this seed anew)")
+                         f"(or delete {folder} to train this seed anew)")
     run = load_run(folder)
     try:
         make_record.check_files(run)
@@ -645,8 +677,9 @@ def run_seed(pod: Pod, seed: int) -> str:
             make_record.check_record_run(run)
     except ToolError as error:
         raise Failed(f"no record would take it: {error}",
-                     f"no further seed is paid for; mend the cause and delete {relative(folder)}, "
+                     f"no further seed is paid for; mend the cause and delete {folder}, "
                      "or begin another pod with --track non_record") from None
+    pod.note(step, whole=whole)  # its time tells what the next seed will take
     s = run.summary
     return f"{s['val_bpb']:.6f} BPB, {s['artifact_bytes']:,} bytes of artifact"
 
@@ -676,7 +709,7 @@ def write_archive(pod: Pod) -> str:
     finally:
         temporary.unlink(missing_ok=True)
     size = pod.archive.stat().st_size / 1e6
-    return (f"{relative(pod.archive)} ({size:.1f} MB) has record folder, logs, summaries, artifacts "
+    return (f"{pod.archive} ({size:.1f} MB) has record folder, logs, summaries, artifacts "
             "and report; shards and unpacked weights stay here")
 
 
@@ -710,7 +743,8 @@ def estimate_check(pod: Pod) -> Estimate:
 
 def estimate_seed(pod: Pod) -> Estimate:
     """As the last finished seed took, else the two budgets and an assumed start."""
-    done = [f"seed {seed}" for seed in pod.options["seeds"] if pod.is_done(f"seed {seed}")]
+    names = [f"seed {seed}" for seed in pod.options["seeds"]]
+    done = [name for name in names if pod.is_done(name) and pod.state["steps"][name].get("whole")]
     if done:
         return Estimate(pod.seconds_of(done[-1]) / 60, f"as {done[-1]} took")
     if pod.rehearse:
@@ -783,16 +817,17 @@ def go(pod: Pod, steps: list[Step]) -> None:
         e = step.estimate()
         size = f"{e.gigabytes:.1f} GB, " if e.gigabytes else ""
         pod.say(f"{label}: {size}about {e.time()}, {e.money(pod.options['price'])} ({e.source})")
-        if step.name not in AFTER_SEEDS:
-            pod.forget(AFTER_SEEDS)  # they would tell of other runs
-        pod.note(step.name, tries=pod.state["steps"].get(step.name, {}).get("tries", 0) + 1)
+        if step.name.startswith("seed "):
+            pod.forget(AFTER_SEEDS)  # they would tell of another run
         begin = time.monotonic()
         try:
             said = step.run()
         except Failed as error:
             pod.say(f"FAIL  {step.name}: {error}\n      -> {error.remedy}")
             raise
-        seconds = time.monotonic() - begin
+        finally:
+            seconds = time.monotonic() - begin
+            pod.spend(step.name, seconds)
         pod.note(step.name, seconds=round(seconds, 1), said=said)
         cost = seconds / 3600 * pod.options["price"]
         pod.say(f"OK    {step.name}: {said} ({seconds_text(seconds)}, ${cost:.2f})")
@@ -809,10 +844,10 @@ def drive(pod: Pod, command: str) -> int:
     """Go the whole way; the exit status. command: what goes on after an early end."""
     with open(pod.out / ".lock", "w") as lock:
         if not take(lock):
-            raise ToolError(f"another pod runs in {relative(pod.out)}: wait for it, or choose another --out")
+            raise ToolError(f"another pod runs in {pod.out}: wait for it, or choose another --out")
         pod.load()
         steps = steps_of(pod)
-        pod.say(f"{len(pod.options['seeds'])} seeds on {pod.nproc} processes, into {relative(pod.out)}\n"
+        pod.say(f"{len(pod.options['seeds'])} seeds on {pod.nproc} processes, into {pod.out}\n"
                 f"{plan_text(pod, steps)}")
         try:
             go(pod, steps)
@@ -823,9 +858,10 @@ def drive(pod: Pod, command: str) -> int:
         except KeyboardInterrupt:
             pod.say(f"interrupted; to go on: {command}")
             return 130
-        total = sum(pod.seconds_of(step.name) for step in steps)
-        pod.say(f"done: copy {relative(pod.archive)} home, then give the machine back "
-                f"(steps took {seconds_text(total)}, ${total / 3600 * pod.options['price']:.2f})")
+        total = sum(pod.state["spent"].values())
+        pod.say(f"done: copy {pod.archive} home, then give the machine back "
+                f"(all tries together took {seconds_text(total)}, "
+                f"${total / 3600 * pod.options['price']:.2f}; a killed one is not counted)")
     return 0
 
 
@@ -845,7 +881,7 @@ def parse(arguments) -> argparse.Namespace:
     add("--github", help="their GitHub id")
     add("--blurb", help="one or two sentences: what is new")
     add("--lineage", help="the published system it stands on, or a sentence")
-    add("--vs", help="what it is compared with (default pr2135)")
+    add("--vs", help="what it is compared with (default pr2135, of non_record none)")
     add("--price", type=float, help="dollars an hour of the whole machine (default 22)")
     add("--train-shards", type=int, help="of 100 M tokens (default 80, which is all)")
     add("--nproc", type=int, help="processes of a run (default: one per GPU)")
@@ -878,6 +914,13 @@ def options_of(args: argparse.Namespace, known: dict) -> dict:
     return options
 
 
+def check_words(pod: Pod) -> None:
+    """ToolError where a later step would refuse a word of the command line."""
+    make_record.check_lineage(pod.options["lineage"])
+    if other := others_of(pod):
+        compare.read_group(other, "--vs")
+
+
 @contextmanager
 def signals():
     """Inside, SIGTERM ends the pod as Ctrl-C does, and a dropped terminal ends nothing."""
@@ -904,6 +947,7 @@ def main(arguments=None) -> int:
         pod.state = {**pod.state, **read_state(out)}
         print(plan_text(pod, steps_of(pod)))
         return 0
+    check_words(pod)
     pod.log("pod").parent.mkdir(parents=True, exist_ok=True)
     with signals():
         return drive(pod, f"./run.sh pod {shlex.join(words)}".strip())
