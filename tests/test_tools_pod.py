@@ -200,7 +200,8 @@ def test_on_another_machine_the_doctor_is_asked_again_and_nothing_else(place, mo
     assert pod.main(words(place)) == 0
     monkeypatch.setattr(pod, "machine", lambda: "another")
     assert pod.main(words(place)) == 0
-    assert calls(place, "doctor ends") == 2 and trained(place) == [1, 1, 1] and calls(place, "record ends") == 1
+    assert calls(place, "doctor ends") == 2
+    assert trained(place) == [1, 1, 1] and calls(place, "record ends") == 1
 
 
 def test_a_seed_is_estimated_by_the_last_whole_one(place, capsys):
