@@ -206,7 +206,7 @@ def test_on_another_machine_the_doctor_is_asked_again_and_nothing_else(place, mo
 
 def test_a_seed_is_estimated_by_the_last_whole_one(place, capsys):
     pod.main(words(place))
-    assert "[5/10] seed 8: about < 1 min, $0.00 (as seed 7 took)" in capsys.readouterr().out
+    assert "[5/10] seed 8: < 1 min, $0.00 (as seed 7 took)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("more, env, text", [
@@ -222,6 +222,34 @@ def test_what_must_stay_as_it_was(more, env, text, place, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ToolError, match=text):
         pod.main(words(place, *more))
+
+
+def test_whatever_goes_wrong_in_a_step_is_a_failure_with_a_remedy(place, capsys, monkeypatch):
+    monkeypatch.setattr(pod, "write_archive", lambda made: open(place / "none" / "file"))
+    assert pod.main(words(place)) == 1
+    said = capsys.readouterr().out
+    assert "FAIL  archive: No such file" in said and "then goes on" in said
+    assert "to go on: ./run.sh pod" in said
+
+
+def test_a_program_that_does_not_end_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(pod, "PATIENCE_SECONDS", 0.2)
+    stubborn = ("import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+                "print(1, flush=True); time.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout.read(2) == b"1\n"
+    pod.Children(tmp_path).end(process)
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_what_a_killed_pod_has_left_running_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(pod, "PATIENCE_SECONDS", 0.2)
+    children = pod.Children(tmp_path)
+    with open(children.path, "w") as lock:
+        assert pod.take(lock)
+        with pytest.raises(pod.Failed, match="still runs"):
+            children.run(["true"], tmp_path / "log", {})
+    assert children.run([sys.executable, "-c", "exit(3)"], tmp_path / "log", {}) == 3
 
 
 def test_two_pods_do_not_share_a_folder(place):

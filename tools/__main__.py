@@ -46,7 +46,7 @@ COMMANDS = (
 
 def main() -> int:
     """Print the list."""
-    if sys.argv[1:]:
+    if sys.argv[1:] not in ([], ["-h"], ["--help"]):
         print(f"error: {sys.argv[1]!r} is not asked for here: python -m tools lists the commands, "
               "each has its own --help", file=sys.stderr)
         return 2

@@ -154,8 +154,8 @@ class Estimate:
     def time(self) -> str:
         """The minutes, as they are shown."""
         if self.minutes is None:
-            return "?"
-        return "< 1 min" if self.minutes < 1 else f"{self.minutes:.0f} min"
+            return "an unknown time"
+        return "< 1 min" if self.minutes < 1 else f"about {self.minutes:.0f} min"
 
 
 @dataclass(frozen=True)
@@ -800,12 +800,23 @@ def plan_text(pod: Pod, steps: list[Step]) -> str:
         minutes += e.minutes or 0.0
         size = f"{e.gigabytes:.1f}" if e.gigabytes else ""
         rows.append([number, step.name, size, e.time(), e.money(price), e.source])
-    head = ["", "step", "GB", "about", f"at ${price:g}/h", "where the figure is from"]
+    head = ["", "step", "GB", "takes", f"at ${price:g}/h", "where the figure is from"]
     left = f"left: about {minutes:.0f} min, ${minutes / 60 * price:.2f}: an estimate, not measured"
     return f"{table(head, rows)}\n{left}"
 
 
 # --- all of it
+
+
+def outcome(step: Step) -> str:
+    """What a step has to say at its end; Failed, whatever went wrong in it."""
+    try:
+        return step.run()
+    except ToolError as error:
+        raise Failed(str(error), "the same command then goes on") from None
+    except OSError as error:
+        raise Failed(f"{error.strerror or error} ({error.filename or 'no file named'})",
+                     "free space or mend the rights; the same command then goes on") from None
 
 
 def go(pod: Pod, steps: list[Step]) -> None:
@@ -816,12 +827,12 @@ def go(pod: Pod, steps: list[Step]) -> None:
             continue
         e = step.estimate()
         size = f"{e.gigabytes:.1f} GB, " if e.gigabytes else ""
-        pod.say(f"{label}: {size}about {e.time()}, {e.money(pod.options['price'])} ({e.source})")
+        pod.say(f"{label}: {size}{e.time()}, {e.money(pod.options['price'])} ({e.source})")
         if step.name.startswith("seed "):
             pod.forget(AFTER_SEEDS)  # they would tell of another run
         begin = time.monotonic()
         try:
-            said = step.run()
+            said = outcome(step)
         except Failed as error:
             pod.say(f"FAIL  {step.name}: {error}\n      -> {error.remedy}")
             raise
