@@ -33,6 +33,8 @@ def given(option):
     return Path(words[words.index(option) + 1])
 
 count("begins")
+with open(here / "words", "a") as given_words:
+    print(name, os.environ.get("DATA_CHECK", ""), *words, file=given_words)
 time.sleep(float(os.environ.get("NAP", "0")))
 if os.environ.get("BREAK") == name:
     print("Traceback (most recent call last):")
@@ -119,6 +121,32 @@ def test_the_whole_way(place, capsys):
     # again: nothing is run a second time
     assert pod.main(words(place)) == 0
     assert trained(place) == [1, 1, 1] and calls(place, "record ends") == 1
+
+
+def test_the_record_track_on_eight_gpus(place, monkeypatch, capsys):
+    from test_tools_doctor import H100
+
+    launched = []
+    monkeypatch.setattr(pod.doctor, "gpu_rows", lambda: [{**H100, "index": str(i)} for i in range(8)])
+    monkeypatch.setattr(pod, "launcher", lambda nproc: launched.append(nproc) or [sys.executable])
+    monkeypatch.setattr(pod, "fetched", lambda made: (place / "words").read_text().count("fetch ") > 0)
+    (place / "words").write_text("")
+    arguments = ["--name", "idea", "--seeds", "7,8,9", "--out", str(place / "out"), "--author", "A. Name"]
+    assert pod.main(arguments) == 0
+    said = (place / "words").read_text()
+    assert "fetch  sp8192_caseops --train-shards 80 --out data/sp8192_caseops" in said
+    assert launched == [8, 8, 8] and "--vs pr2135" in said and "--unlike" not in said
+    record = [line for line in said.splitlines() if line.startswith("record ")]
+    assert len(record) == 1 and "--name idea --track record" in record[0] and "--author=A. Name" in record[0]
+    assert "at $22/h" in capsys.readouterr().out and (place / "out" / "idea.tar.gz").is_file()
+
+
+def test_shards_of_ones_own_are_not_fetched_and_read_whole(place, monkeypatch):
+    monkeypatch.setenv("DATA_PATH", str(place))
+    arguments = ["--name", "own", "--track", "non_record", "--seeds", "7,8,9", "--out", str(place / "out")]
+    assert pod.main(arguments) == 0
+    said = (place / "words").read_text()
+    assert "trainer full --check" in said and "fetch" not in said and "compare" not in said
 
 
 def test_killed_at_random_moments_it_goes_on(place):
@@ -236,7 +264,8 @@ def test_a_program_that_does_not_end_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(pod, "PATIENCE_SECONDS", 0.2)
     stubborn = ("import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
                 "print(1, flush=True); time.sleep(60)")
-    process = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE, start_new_session=True)
+    command = [sys.executable, "-c", stubborn]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout.read(2) == b"1\n"
     pod.Children(tmp_path).end(process)
     assert process.returncode == -signal.SIGKILL
