@@ -59,6 +59,7 @@ def test_a_run_and_a_configuration(tmp_path, capsys):
 
 @pytest.mark.parametrize("name, text, words", [("x.env", "MATRIX LR\n", "line 1 of .* is no NAME=VALUE"),
                                                ("x.env", "MATRIX_LRR=1\n", "MATRIX_LR"),
+                                               ("x.env", "A='1\n", "line 1 of .* is no NAME=VALUE"),
                                                ("x.json", "[]", "no summary of a run"),
                                                ("x.txt", "", "is no folder, no .env and no .json")])
 def test_mistakes_are_one_clear_line(name, text, words, tmp_path):
@@ -67,6 +68,8 @@ def test_mistakes_are_one_clear_line(name, text, words, tmp_path):
         diff.main([str(tmp_path / name), str(tmp_path / name)])
 
 
-def test_a_folder_without_a_run_is_named(tmp_path):
+def test_what_is_not_there_is_named(tmp_path):
+    with pytest.raises(ToolError, match="none.env does not exist"):
+        diff.main([str(tmp_path / "none.env"), str(tmp_path)])
     with pytest.raises(ToolError, match="metrics.jsonl.*give the folder of a run"):
         diff.main([str(tmp_path), str(tmp_path)])

@@ -104,7 +104,8 @@ def seed_summary(folder: Path, seed: str) -> dict:
 
 def facts_of(summary: dict, script: str) -> dict:
     """What a summary knows of a run besides its score. script: its SHA-256."""
-    settings = summary.get("settings") or {}
+    settings = summary.get("settings")
+    settings = settings if isinstance(settings, dict) else {}
     facts = {"script": script[:12], "data": summary.get("data_fingerprint"), "settings": settings}
     if device := summary.get("device"):
         kind = "H100" if "H100" in device else device

@@ -71,6 +71,8 @@ class Side:
 def read_side(word: str) -> Side:
     """A run's folder, a summary, or a configuration."""
     path = Path(word)
+    if path.suffix in (".env", ".json") and not path.is_file():
+        raise ToolError(f"{word} does not exist: give a run's folder, a summary, or a configuration")
     if path.is_dir():
         run = load_run(path, finished=False)
         if not run.summary:
@@ -80,7 +82,7 @@ def read_side(word: str) -> Side:
         return Side(relative(path), configured(path), {}, {})
     if path.suffix == ".json":
         summary = json_object(path.read_bytes())
-        if not summary or "settings" not in summary:
+        if not summary or not isinstance(summary.get("settings"), dict):
             raise ToolError(f"{relative(path)} is no summary of a run: give one that has settings")
         return side_of(relative(path), summary, "")
     raise ToolError(f"{word} is no folder, no .env and no .json: give a run's folder, such as runs/NAME, "
@@ -92,21 +94,27 @@ def side_of(name: str, summary: dict, script: str) -> Side:
     facts = {"script sha256": (script or summary.get("code_sha256") or "")[:16]}
     for label, key in FACTS:
         facts[label] = as_text(summary.get(key))
-    settings = as_environment(summary.get("settings") or {})
-    figures = {label: summary[key] for label, key in FIGURES if summary.get(key) is not None}
+    given = summary.get("settings")
+    settings = as_environment(given if isinstance(given, dict) else {})
+    numbers = {label: summary.get(key) for label, key in FIGURES}
+    figures = {label: value for label, value in numbers.items() if isinstance(value, (int, float))}
     return Side(name, settings, facts, figures)
 
 
 def configured(path: Path) -> dict[str, str]:
     """A configuration's settings with the script's defaults, as text."""
     given = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        words = shlex.split(line, comments=True)
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:  # a quote that is not closed
+            words = ["?"]
         if not words:
             continue
         name, equals, value = words[-1].partition("=")
         if not equals or not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
-            raise ToolError(f"line {number} of {relative(path)} is no NAME=VALUE: {line.strip()[:60]}")
+            raise ToolError(f"line {number} of {relative(path)} is no NAME=VALUE: {line.strip()[:60]}; "
+                            "correct it")
         given[name] = value
     from tools import doctor  # it can import the script
 

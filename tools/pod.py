@@ -907,8 +907,8 @@ def options_of(args: argparse.Namespace, known: dict) -> dict:
     """What was given now, else what the pod began with, else the defaults; checked."""
     given = {key: getattr(args, key, None) for key in DEFAULTS if getattr(args, key, None) is not None}
     for key in FIXED:
-        if key in given and known and given[key] != known[key]:
-            raise ToolError(f"--{key.replace('_', '-')} was {known[key]} when this pod began, now it is "
+        if key in given and known and given[key] != known.get(key):
+            raise ToolError(f"--{key.replace('_', '-')} was {known.get(key)} when this pod began, now it is "
                             f"{given[key]}: leave it, or choose another --out")
     rehearsal = {"name": "rehearsal", "track": "non_record", "price": 0.0} if args.rehearse else {}
     options = {**DEFAULTS, **rehearsal, **known, **given}
