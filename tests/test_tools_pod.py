@@ -188,6 +188,17 @@ def test_a_seed_that_ended_early_goes_on_by_its_own_command(place, capsys, monke
     assert trained(place) == [0, 1, 1]
 
 
+def test_commands_to_go_on_as_they_are_logged():
+    command = ("SEED=1 NAME='a b' EVAL_ONLY_PATH=x/checkpoint/average.pt "
+               "torchrun --standalone --nproc_per_node=8 t.py")
+    settings, words = pod.parse_command(command)
+    assert settings == {"SEED": "1", "NAME": "a b", "EVAL_ONLY_PATH": "x/checkpoint/average.pt"}
+    assert words == [*pod.launcher(8), "t.py"]
+    assert "its training stays short" in pod.way_on(settings, pod.Path("runs/x"))
+    with pytest.raises(pod.Failed, match="cannot be started here"):
+        pod.parse_command("RANK=… WORLD_SIZE=2 torchrun --nnodes=2 … --nproc_per_node=8 t.py")
+
+
 def test_a_bad_machine_stops_it_with_the_remedy_before_anything_is_paid(place, capsys, monkeypatch):
     monkeypatch.setenv("DOCTOR", "FAIL")
     assert pod.main(words(place)) == 1
