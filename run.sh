@@ -2,9 +2,16 @@
 # ./run.sh         set up, then run the main job: the full configuration where GPUs and FineWeb shards are, else the demo
 # ./run.sh test    set up, then pass the tests; ./run.sh test quick passes those of tests/quick.txt
 # ./run.sh doctor  set up, then say whether this machine will complete a run
+# ./run.sh pod     set up, then go from a bare rented machine to a packed record; --rehearse on a CPU
+# ./run.sh help    list every command of this repository
 set -euo pipefail
 cd "$(dirname "$0")"
 die() { echo "error: $*" >&2; exit 2; }
+
+if [ "${1:-}" = help ]; then
+    command -v python3 >/dev/null || die "python3 is not installed: Python 3.10 or later is needed"
+    exec python3 tools
+fi
 
 # --- python: the active environment, else our own
 if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
@@ -87,8 +94,12 @@ doctor)
     if [ "$GPUS" -eq 0 ] && no_shards; then use_demo checking; fi
     exec "$PYTHON" tools/doctor.py "${@:2}"
     ;;
+pod)
+    install requirements.txt data/requirements.txt tools/requirements.txt
+    exec "$PYTHON" tools/pod.py "${@:2}"
+    ;;
 "") ;;
-*) die "unknown command '$1': use ./run.sh, ./run.sh test or ./run.sh doctor" ;;
+*) die "unknown command '$1': use ./run.sh, or one of test, doctor, pod, help: ./run.sh help" ;;
 esac
 
 install requirements.txt

@@ -81,6 +81,8 @@ def test_a_refusal_ends_the_study_with_its_reason(tmp_path, monkeypatch):
     assert folder.is_dir() and not (tmp_path / "scored").exists()
 
 
-def test_a_failing_run_leaves_its_log_and_no_result(tmp_path):
+def test_a_failing_run_leaves_its_log_and_no_result_and_says_why(tmp_path, capsys):
     assert ablate.run(tmp_path, "MODEL_DIM=7") is None
     assert "error: MODEL_DIM=7" in (tmp_path / "output.log").read_text()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("FAILED ") and "exit status 2: error: MODEL_DIM=7" in said[0]

@@ -7,6 +7,17 @@ from tools import common
 from tools.common import ToolError
 
 
+@pytest.mark.parametrize("said, why", [
+    ("step 1\nerror: MODEL_DIM=7 must be even\nto go on: python x.py\n", "error: MODEL_DIM=7 must be even"),
+    ("Traceback (most recent call last):\n[rank3]: torch.OutOfMemoryError: CUDA\nw.ChildFailedError: \n",
+     "torch.OutOfMemoryError: CUDA"),
+    ("error: first\nerror: second\nValueError: other\nbye\n", "error: second"),
+    ("interrupted: the run was interrupted by SIGTERM\n", "interrupted: the run was interrupted by SIGTERM"),
+    ("progress 1\rprogress 2\nkilled", "killed"), ("", "it said nothing")])
+def test_why_a_program_failed(said, why):
+    assert common.error_line(said) == why
+
+
 def test_source_in_the_log_is_the_script(runs):
     assert common.load_run(runs[0]).source() == SCRIPT
 

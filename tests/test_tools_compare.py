@@ -8,6 +8,8 @@ import pytest
 
 stats = pytest.importorskip("scipy.stats", reason="scipy is missing: pip install -r tools/requirements.txt")
 
+from made_runs import make_run  # noqa: E402
+
 from tools import compare  # noqa: E402
 from tools.common import ToolError  # noqa: E402
 
@@ -86,8 +88,11 @@ def test_run_folders_are_read_and_other_text_is_said(tmp_path, capsys):
                                                          "bytes_scored": 1000, "compliant": True}))
         (folder / "metrics.jsonl").write_text('{"event": "final"}\n')
         words.append(str(folder))
-    assert compare.main([*words, "--vs", "pr1855"]) == 1
-    assert "did not score the same" in capsys.readouterr().out
+    with pytest.raises(ToolError, match="unlike runs: .*did not score the same .* or --unlike"):
+        compare.main([*words, "--vs", "pr1855"])
+    assert compare.main([*words, "--vs", "pr1855", "--unlike"]) == 1
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("WARNING: A is worse by 0.9889 BPB") and "did not score the same" in first
     with pytest.raises(ToolError, match="twice"):
         compare.main([words[0], words[0], "--vs", "pr1855"])
     with pytest.raises(ToolError, match="A names .*r1 twice"):
@@ -99,6 +104,41 @@ def test_run_folders_are_read_and_other_text_is_said(tmp_path, capsys):
     with pytest.raises(ToolError, match="A has seed 1 twice .record/1, 2.00000000 BPB, and r1, "):
         compare.main([str(record), words[0], "--vs", "pr1855"])
     assert len(compare.read_group([str(record), words[1]], "A")) == 3
+
+
+def made(tmp_path, name, scores, **changes):
+    """Three made-up runs of a side."""
+    return [str(make_run(tmp_path / f"{name}{i}", i, bpb, **changes)) for i, bpb in enumerate(scores)]
+
+
+@pytest.mark.parametrize("scores, answer", [
+    ((40, 41, 42), "A is better by 0.0200 BPB, p = 8.2e-06: the record rule is met."),
+    ((52, 54, 57), "A is better by 0.0067 BPB, p = 0.015: not yet a record, 2 more seeds of A."),
+    ((59, 60, 61), "A is better by 0.0010 BPB, p = 0.14: less than the 0.005 nats"),
+    ((62, 63, 64), "A is worse by 0.0020 BPB, p = 0.96: no gain."),
+])
+def test_the_first_line_is_the_answer(scores, answer, tmp_path, capsys):
+    a = made(tmp_path, "a", scores, settings={"MATRIX_LR": 0.03})      # a new setting is no fault
+    compare.main([*a, "--vs", *made(tmp_path, "b", (60, 61, 62))])
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert first.startswith(answer) and second == ""
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"settings": {"MATRIX_LR": 0.03}}, "A: a0 has MATRIX_LR=0.026, a9 has 0.03"),
+    ({"script": b"print(1)\n"}, "A: a0 and a9 ran different scripts"),
+    ({"device": "NVIDIA A100"}, "hardware: 8 x H100, 8 x NVIDIA A100 and 8 x H100"),
+    ({"data_fingerprint": "abc"}, "data: abc and def"),
+    ({"settings": {"MAX_WALLCLOCK_SECONDS": 900.0}}, "training seconds: 600.0, 900.0 and 600.0"),
+])
+def test_unlike_runs_are_refused_unless_told(changes, words, tmp_path, capsys):
+    a = [*made(tmp_path, "a", (40, 41)), str(make_run(tmp_path / "a9", 9, 42, **changes))]
+    both = [*a, "--vs", *made(tmp_path, "b", (60, 61, 62), data_fingerprint="def")]
+    with pytest.raises(ToolError, match="unlike runs: ") as refused:
+        compare.main(both)
+    assert words in str(refused.value) and "--unlike" in str(refused.value)
+    compare.main([*both, "--unlike"])
+    assert capsys.readouterr().out.startswith("WARNING: A is better by 0.0200 BPB")
 
 
 def test_published_systems_may_be_put_together_but_not_named_twice():

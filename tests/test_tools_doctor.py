@@ -6,6 +6,7 @@ import sys
 import types
 
 import pytest
+from conftest import environment, run_here
 
 from tools import doctor
 from tools.doctor import FAIL, OK, WARN, Finding
@@ -126,3 +127,11 @@ def test_quick_on_this_machine():
     found = {f["what"]: f["state"] for f in json.loads(done.stdout)["findings"]}
     assert found["python"] == OK and {"torch", "memory", "attention", "settings"} <= set(found)
     assert done.returncode == int("FAIL" in found.values())
+
+
+def test_without_data_nothing_is_said_of_them(tmp_path, monkeypatch):
+    _, said = run_here(environment(tmp_path / "none"), "--check")
+    rows = [row for row in map(doctor.read_check_line, said.splitlines()) if row]
+    assert {row.what for row in rows if row.state == FAIL} == set(doctor.OF_DATA)
+    monkeypatch.setattr(doctor, "CHECKS", {"all": lambda: rows})
+    assert states(doctor.examine(quick=True, data=False)) == [OK] * (len(rows) - len(doctor.OF_DATA))

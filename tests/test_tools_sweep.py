@@ -143,8 +143,10 @@ def test_a_failed_trial_keeps_its_last_lines_and_is_not_repeated(place, capsys):
     states = {t.params["FAIL"]: t for t in study(place).trials}
     assert len(study(place).trials) == 4 and set(states) == {"0", "1"}
     assert states["1"].state.name == "FAIL" and "out of memory" in states["1"].user_attrs["error"]
-    assert ("the trainer says" in states["1"].user_attrs["error"]
-            and "out of memory" in capsys.readouterr().out)
+    assert "the trainer says" in states["1"].user_attrs["error"]
+    shown = capsys.readouterr().out
+    assert "exit status 1: error: out of memory" in shown and "last log lines" not in shown
+    assert "last log lines: " in (place / "out" / "results.csv").read_text()
 
 
 def test_the_same_command_goes_on(place, capsys):

@@ -8,7 +8,8 @@ TRAINED are trained and scored by their averaged weights (prequant_val_bpb); row
 SCORED start from the weights of the base and are scored by the artifact (val_bpb).
 Finished runs of the same settings are taken up again, others are run anew; a folder
 with a finished run of other settings is refused. The table shows the paired difference
-over seeds with its standard error: negative means that the change helps.
+over seeds with its standard error: negative means that the change helps. A run that
+fails is named at once, with the error in its log.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tools.common import (
     SCRIPT,
     ToolError,
     command_line,
+    error_line,
     load_run,
     relative,
     run_cli,
@@ -112,10 +114,19 @@ def run(folder: Path, changes: str, **more: str) -> dict | None:
         with open(folder / "output.log", "w") as log:
             done = subprocess.run(command, env=env, stdout=log, stderr=log)
         if done.returncode:
+            tell_why(folder, done.returncode)
             return None
         given = given_settings(folder, env)
         write_atomic(folder / DONE, json.dumps(given, indent=1))
     return load_run(folder).summary
+
+
+def tell_why(folder: Path, status: int) -> None:
+    """A line about a run that has failed, by the error in its log."""
+    log = folder / "output.log"
+    reason = error_line(log.read_text(errors="replace"))
+    print(f"FAILED {relative(folder)}: exit status {status}: {reason} (all of it: {relative(log)})",
+          file=sys.stderr, flush=True)
 
 
 def settings_in(changes: str) -> dict[str, str]:

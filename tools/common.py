@@ -24,6 +24,7 @@ SCRIPT = ROOT / "train_gpt.py"
 ARTIFACT = "final_model.int6.ptz"
 ARTIFACT_LIMIT = 16_000_000  # bytes of script and artifact together, the competition's cap
 OWN_TO_EACH_RUN = ("SEED", "RUN_ID", "ARTIFACT_DIR", "DATA_DIR", "DATA_PATH", "TOKENIZER_PATH")
+UNLIKE_IS_FINE = {*OWN_TO_EACH_RUN, "TRAIN_LOG_EVERY", "EVAL_ONLY_PATH", "EVAL_ONLY_QUANTIZED_PATH"}
 STAGES = (  # what is scored in the course of a run, and its key in summary.json
     ("averaged weights", "prequant_val_bpb"),
     ("quantised", "quantized_val_bpb"),
@@ -49,6 +50,9 @@ def run_cli(main) -> None:
     except ToolError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # as in … | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:
         place = f" ({relative(error.filename)})" if error.filename else ""
         print(f"error: {error.strerror}{place}", file=sys.stderr)
@@ -65,6 +69,18 @@ def need(module: str, purpose: str):
     except ImportError as error:
         raise ToolError(f"{purpose} needs the package {module.split('.')[0]} ({error}): "
                         "pip install -r tools/requirements.txt") from None
+
+
+def error_line(text: str) -> str:
+    """Why a program failed, by what it said: its last `error: …` line, else its last
+    exception, else its last line. torchrun's own account of a failed rank tells less."""
+    lines = [line.split("\r")[-1].strip() for line in text.splitlines()]
+    lines = [re.sub(r"^\[rank\d+\]: ?", "", line) for line in lines if line]
+    own = [line for line in lines if re.match(r"(error|interrupted): |(FAIL|WRONG) ", line)]
+    raised = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception|Exit|Interrupt)\b(: |$)", line)
+              and "ChildFailedError" not in line]
+    best = (own or raised or lines or ["it said nothing"])[-1]
+    return best[:300]
 
 
 def write_atomic(path: Path, data: str | bytes) -> Path:

@@ -6,10 +6,14 @@
     python tools/compare.py --list
 
 A and B are run folders, record folders, published systems (see --list), or plain
-figures in bits per byte. The competition's written rule asks for a gain of at least
-0.005 nats at p < 0.01. It is judged strictly (the tested hypothesis is that the gain is
-below 0.005) and as many read it (a mean gain of 0.005, and p < 0.01 of being better at
-all). The leaderboard's later practice is one-sided p < 0.25 of being better at all.
+figures in bits per byte. Its first line is the answer. What cannot be compared is
+refused: a side of several configurations or scripts, or two sides that differ in
+validation text, data, hardware or time budgets; --unlike compares it all the same.
+
+The competition's written rule asks for a gain of at least 0.005 nats at p < 0.01. It is
+judged strictly (the tested hypothesis is that the gain is below 0.005) and as many read
+it (a mean gain of 0.005, and p < 0.01 of being better at all). The leaderboard's later
+practice is one-sided p < 0.25 of being better at all.
 Exit status: 0 when the strict rule is met, 1 when it is not, 2 on a mistake.
 """
 
@@ -19,15 +23,17 @@ import json
 import math
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: make `tools` importable
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from tools.common import (
+    UNLIKE_IS_FINE,
     ToolError,
     command_line,
+    json_object,
     load_run,
     need,
     published,
@@ -41,6 +47,9 @@ RULE_P = 0.01
 PRACTICE_P = 0.25
 DEFAULT_RATIO = 2.18837  # nats per token / bits per byte of CaseOps text (published logs)
 MOST_SEEDS = 100
+BUDGETS = {"training seconds": "MAX_WALLCLOCK_SECONDS", "evaluation seconds": "EVAL_MAX_SECONDS"}
+OF_PUBLISHED = {"hardware": "8 x H100", "training seconds": 600.0, "evaluation seconds": 600.0}
+SAME_ON_BOTH_SIDES = ("data", "hardware", *BUDGETS)
 FULL_TEXT = 100_000_000  # bytes; fewer are not the competition's 50,000 documents
 
 
@@ -53,6 +62,7 @@ class Result:
     bpb: float
     nats: float | None
     text: int | None = None  # bytes of the validation text that was scored
+    facts: dict = field(default_factory=dict)  # what else is known of the run
 
 
 @dataclass(frozen=True)
@@ -78,11 +88,31 @@ def record_results(folder: Path) -> list[Result]:
         for seed, scores in known["seed_results"].items():
             label = f"{folder.name}/{seed}"
             bpb, nats = scores["val_bpb"], scores.get("val_loss")
-            results.append(Result(label, int(seed), bpb, nats, text))
+            facts = facts_of(seed_summary(folder, seed), known.get("code_sha256", ""))
+            results.append(Result(label, int(seed), bpb, nats, text, facts))
     except (OSError, ValueError, KeyError, AttributeError) as error:
         reason = f"has no readable seed_results ({error})"
         raise ToolError(f"{relative(path)} {reason}") from None
     return results
+
+
+def seed_summary(folder: Path, seed: str) -> dict:
+    """A seed's summary in a record folder; empty where there is none."""
+    path = folder / f"summary_seed{seed}.json"
+    return (json_object(path.read_bytes()) or {}) if path.is_file() else {}
+
+
+def facts_of(summary: dict, script: str) -> dict:
+    """What a summary knows of a run besides its score. script: its SHA-256."""
+    settings = summary.get("settings")
+    settings = settings if isinstance(settings, dict) else {}
+    facts = {"script": script[:12], "data": summary.get("data_fingerprint"), "settings": settings}
+    if device := summary.get("device"):
+        kind = "H100" if "H100" in device else device
+        facts["hardware"] = f"{summary.get('world_size', 1)} x {kind}"
+    for label, key in BUDGETS.items():
+        facts[label] = settings.get(key)
+    return {key: value for key, value in facts.items() if value not in (None, "", {})}
 
 
 def system_name(word: str) -> str:
@@ -102,7 +132,8 @@ def run_result(folder: Path) -> Result:
         print(f"warning: {relative(folder)} is NON-COMPLIANT; "
               "the comparison says nothing about a submission", file=sys.stderr)
     text = scores.get("bytes_scored")
-    return Result(run.name, scores["seed"], scores["val_bpb"], scores.get("val_loss"), text)
+    facts = facts_of(scores, run.last("code").get("sha256", ""))
+    return Result(run.name, scores["seed"], scores["val_bpb"], scores.get("val_loss"), text, facts)
 
 
 def figure_result(word: str) -> Result | None:
@@ -122,7 +153,8 @@ def system_results(name: str) -> list[Result]:
     results = []
     for run in published()[name]["runs"]:
         seed = run["seed"]
-        results.append(Result(f"{name}/{seed}", seed, run["val_bpb"], run.get("val_loss")))
+        label, facts = f"{name}/{seed}", OF_PUBLISHED
+        results.append(Result(label, seed, run["val_bpb"], run.get("val_loss"), facts=facts))
     return results
 
 
@@ -169,17 +201,56 @@ def read_group(words: list[str], name: str) -> list[Result]:
     return group
 
 
-def text_warning(a: list[Result], b: list[Result]) -> str:
-    """A line when A and B scored unlike texts; published systems scored all of it."""
+def unlike_text(a: list[Result], b: list[Result]) -> str:
+    """How the texts differ that A and B scored; published systems scored all of it."""
     left = {r.text for r in a if r.text}
     right = {r.text for r in b if r.text}
     unlike = bool(left and right) and left != right
     partial = any(size < FULL_TEXT for size in left | right)
     if not unlike and not (partial and any(r.text is None for r in a + b)):
         return ""
-    return ("WARNING: the two sides did not score the same validation text "
-            f"({sorted(left) or '?'} and {sorted(right) or '?'} bytes): "
-            "this comparison means nothing")
+    return ("the two sides did not score the same validation text "
+            f"({sorted(left) or '?'} and {sorted(right) or '?'} bytes)")
+
+
+def unlike_sides(a: list[Result], b: list[Result]) -> list[str]:
+    """In what the two sides differ that a comparison needs to be the same."""
+    found = [text] if (text := unlike_text(a, b)) else []
+    for name in SAME_ON_BOTH_SIDES:
+        left = {r.facts[name] for r in a if name in r.facts}
+        right = {r.facts[name] for r in b if name in r.facts}
+        if left and right and left != right:
+            found.append(f"{name}: {join(left)} and {join(right)}")
+    return found
+
+
+def unlike_within(group: list[Result], name: str) -> list[str]:
+    """In what the runs of one side differ that a mean needs to be the same."""
+    known = [r for r in group if "settings" in r.facts]
+    found = []
+    for run in known[1:]:
+        first, script = known[0], run.facts.get("script")
+        if script and script != first.facts.get("script", script):
+            found.append(f"{name}: {first.label} and {run.label} ran different scripts")
+        for key, value in run.facts["settings"].items():
+            other = first.facts["settings"].get(key, value)
+            if value != other and key not in UNLIKE_IS_FINE:
+                found.append(f"{name}: {first.label} has {key}={other}, {run.label} has {value}")
+    return found
+
+
+def join(values: set) -> str:
+    """Values of a set, in order."""
+    return ", ".join(sorted(map(str, values)))
+
+
+def check_alike(a: list[Result], b: list[Result]) -> None:
+    """ToolError where the comparison would mean nothing."""
+    within = unlike_within(a, "A") + unlike_within(b, "B")
+    if found := within + unlike_sides(a, b):
+        more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ToolError(f"unlike runs: {'; '.join(found[:3])}{more}; sort them "
+                        "(python tools/diff.py A B shows all), or --unlike to compare all the same")
 
 
 def ratio_of(group: list[Result]) -> float | None:
@@ -339,9 +410,7 @@ def gain_row(unit: str, v: Verdict) -> list:
 
 def describe(a: list[Result], b: list[Result], r: dict) -> str:
     """The comparison as text."""
-    lines = []
-    if warning := text_warning(a, b):
-        lines += [warning, ""]
+    lines = [headline(a, b, r), ""]
     head = ["side", "seeds", "mean BPB", "std", "mean nats", "bits per byte by seed"]
     lines += [table(head, [side_row("A", a), side_row("B", b)]), ""]
     head = ["B - A", "gain of A", "95 % interval", "t", "df"]
@@ -360,6 +429,32 @@ def describe(a: list[Result], b: list[Result], r: dict) -> str:
             f"gain {gain:+.6f} BPB, p = {p:.3g}, correlation {correlation:+.2f} "
             "(a pair only where both draw the same data and weights)")
     return "\n".join([*lines, "", *verdicts(a, b, r)])
+
+
+def headline(a: list[Result], b: list[Result], r: dict) -> str:
+    """The answer in one sentence."""
+    v = r["bpb"]
+    within = unlike_within(a, "A") + unlike_within(b, "B")
+    unlike = "; ".join([*within[:1], *unlike_sides(a, b)])
+    word = "better" if v.gain > 0 else "worse"
+    found = f"A is {word} by {abs(v.gain):.4f} BPB, p = {v.p:.2g}"
+    if unlike:
+        return f"WARNING: {found}, but this comparison means nothing: {unlike}."
+    return f"{found}: {judgement(len(a), min(len(a), len(b)), r)}."
+
+
+def judgement(have: int, fewest: int, r: dict) -> str:
+    """What the gain is worth by the written rule, in words. have: seeds of A."""
+    if r["bpb"].gain <= 0:
+        return "no gain"
+    if r["nats"].gain < RULE_NATS:
+        return f"less than the {RULE_NATS} nats that the record rule asks for"
+    if r["rule"]:
+        return "the record rule is met" if fewest >= 3 else "enough, but the rules ask for three seeds"
+    more = (r["need_rule"] or 0) - have
+    if r["need_rule"] is None:
+        return "not yet a record, and more seeds of A alone would not make it one"
+    return f"not yet a record, {more} more seed{'s' * (more != 1)} of A" if more > 0 else "not yet a record"
 
 
 def verdicts(a: list[Result], b: list[Result], r: dict) -> list[str]:
@@ -402,6 +497,7 @@ def main(arguments=None) -> int:
     add = parser.add_argument
     add("a", nargs="*", metavar="A", help="results of the new system")
     add("--vs", nargs="+", metavar="B", default=[], help="what it is compared with")
+    add("--unlike", action="store_true", help="compare what cannot be compared, with a warning")
     add("--list", action="store_true", help="show the published systems and stop")
     add("--json", action="store_true", help="print the figures as JSON")
     args = parser.parse_args(arguments)
@@ -412,6 +508,8 @@ def main(arguments=None) -> int:
         raise ToolError("two sides are needed: "
                         "python tools/compare.py A… --vs B…   (see --help)")
     a, b = read_group(args.a, "A"), read_group(args.vs, "B")
+    if not args.unlike:
+        check_alike(a, b)
     result = analyse(a, b)
     if args.json:
         verdict = {unit: vars(result[unit]) for unit in ("bpb", "nats")}

@@ -2,6 +2,7 @@
 
     python tools/doctor.py            # everything, with the settings of the environment
     python tools/doctor.py --quick    # without the rehearsal of a whole tiny run
+    python tools/doctor.py --no-data  # before the shards are fetched
     python tools/doctor.py --json     # the same for programs
 
 Looked at: Python and packages, GPUs (count, kind, clock, temperature, other users),
@@ -64,6 +65,7 @@ LINK_GBPS = 150  # bus bandwidth of an all-reduce over NVLink
 HOT_CELSIUS = 83  # warm but not throttled
 HOST_BYTES_PER_RANK = 6 << 30
 REHEARSAL_SECONDS = 45
+OF_DATA = ("training shards", "validation shards", "tokenizer", "data fingerprint")  # rows
 TINY = dict(
     NUM_LAYERS=4, MODEL_DIM=128, NUM_HEADS=2, NUM_KV_HEADS=1, MLP_MULT=2, VOCAB_SIZE=300,
     LOOP_START=1, LOOP_END=2, NUM_LOOPS=1, PARALLEL_START_LAYER=3, XSA_LAST_N=4,
@@ -507,8 +509,8 @@ CHECKS: dict[str, Callable] = {
 }
 
 
-def examine(quick: bool) -> list[Finding]:
-    """Every check; one that breaks is itself a finding."""
+def examine(quick: bool, data: bool = True) -> list[Finding]:
+    """Every check; one that breaks is itself a finding. data: judge the shards, too."""
     out = []
     for what, check in CHECKS.items():
         if quick and what in ("rehearsal", "links", "speed"):
@@ -521,7 +523,7 @@ def examine(quick: bool) -> list[Finding]:
         except Exception as error:  # whatever breaks here would break a run
             found = f"{type(error).__name__}: {brief(error)}"
             out.append(Finding(FAIL, what, found, "repair this first"))
-    return out
+    return [finding for finding in out if data or finding.what not in OF_DATA]
 
 
 def shown(finding: Finding, coloured: bool) -> str:
@@ -542,13 +544,14 @@ def main(arguments=None) -> int:
     add = parser.add_argument
     add("--quick", action="store_true",
         help="only what takes a few seconds: no speed, no rehearsal")
+    add("--no-data", action="store_true", help="without shards and tokenizer")
     add("--json", action="store_true", help="print JSON")
     args = parser.parse_args(arguments)
     if not SCRIPT.is_file():
         raise ToolError(f"{SCRIPT.name} is not beside tools/: "
                         "run the doctor of a whole checkout")
     begin = time.perf_counter()
-    findings = examine(args.quick)
+    findings = examine(args.quick, not args.no_data)
     states = [f.state for f in findings]
     count = {state: states.count(state) for state in (OK, WARN, FAIL)}
     if args.json:

@@ -46,6 +46,7 @@ from tools.common import (
     ROOT,
     SOURCE_END,
     STAGES,
+    UNLIKE_IS_FINE,
     RunFiles,
     ToolError,
     as_environment,
@@ -60,7 +61,6 @@ from tools.common import (
 
 TRACKS = {"record": "track_10min_16mb", "non_record": "track_non_record_16mb"}
 BUDGET_SECONDS, SEEDS_NEEDED, VAL_DOCUMENTS = 600.0, 3, 50_000
-UNLIKE_IS_FINE = {*OWN_TO_EACH_RUN, "TRAIN_LOG_EVERY", "EVAL_ONLY_PATH", "EVAL_ONLY_QUANTIZED_PATH"}
 ABSOLUTE = re.compile(r"(?<![\w.:/<])/(?:[\w.+@~-]+/)+[\w.+@~-]*")
 PACKED_START = b"# coding: latin-1\n"  # how a self-extracting script begins
 FORMS = {  # what a run may have counted as its script, and what the README calls it
@@ -193,26 +193,31 @@ def check_record_track(runs: list[RunFiles]) -> None:
             f"{len(runs)} runs: the record track needs {SEEDS_NEEDED} seeds; run more, or --track non_record",
         )
     for run in runs:
-        s, settings = run.summary, run.summary["settings"]
-        if not s.get("compliant"):
-            refuse(
-                [run],
-                "NON-COMPLIANT: the run used a mode that breaks the rules; only --track non_record takes it",
-            )
-        if s["world_size"] != 8 or "H100" not in s["device"]:
-            refuse([run], f"it ran on {s['world_size']} x {s['device']}: the record track is 8 x H100; "
-                   "use --track non_record")
-        failed = [e.get("name", "?") for e in run.of("probe") if e.get("ok") is False]
-        if failed:
-            refuse([run], f"the probe {failed[0]} failed: the log itself says that a rule was broken")
-        for key, budget in (("train_seconds", "MAX_WALLCLOCK_SECONDS"), ("eval_seconds", "EVAL_MAX_SECONDS")):
-            if s[key] > BUDGET_SECONDS or not 0 < settings.get(budget, 0) <= BUDGET_SECONDS:
-                refuse([run], f"{key} is {s[key]:.2f} with {budget}={settings.get(budget)}: over the "
-                       f"{BUDGET_SECONDS:g} s of the record track")
-        documents = run.last("coverage").get("documents")
-        if documents != VAL_DOCUMENTS:
-            refuse([run], f"{documents:,} documents were scored: the competition's validation set has "
-                   f"{VAL_DOCUMENTS:,}; use --track non_record")
+        check_record_run(run)
+
+
+def check_record_run(run: RunFiles) -> None:
+    """What the record track asks of every run."""
+    s, settings = run.summary, run.summary["settings"]
+    if not s.get("compliant"):
+        refuse(
+            [run],
+            "NON-COMPLIANT: the run used a mode that breaks the rules; only --track non_record takes it",
+        )
+    if s["world_size"] != 8 or "H100" not in s["device"]:
+        refuse([run], f"it ran on {s['world_size']} x {s['device']}: the record track is 8 x H100; "
+               "use --track non_record")
+    failed = [e.get("name", "?") for e in run.of("probe") if e.get("ok") is False]
+    if failed:
+        refuse([run], f"the probe {failed[0]} failed: the log itself says that a rule was broken")
+    for key, budget in (("train_seconds", "MAX_WALLCLOCK_SECONDS"), ("eval_seconds", "EVAL_MAX_SECONDS")):
+        if s[key] > BUDGET_SECONDS or not 0 < settings.get(budget, 0) <= BUDGET_SECONDS:
+            refuse([run], f"{key} is {s[key]:.2f} with {budget}={settings.get(budget)}: over the "
+                   f"{BUDGET_SECONDS:g} s of the record track")
+    documents = run.last("coverage").get("documents")
+    if documents != VAL_DOCUMENTS:
+        refuse([run], f"{documents:,} documents were scored: the competition's validation set has "
+               f"{VAL_DOCUMENTS:,}; use --track non_record")
 
 
 def check_size(record: Record) -> None:
@@ -228,13 +233,17 @@ def check_size(record: Record) -> None:
             )
 
 
+def check_lineage(word: str) -> None:
+    """ToolError unless it is empty, a published system, or a sentence."""
+    if word and word.lower().replace("#", "pr") not in published() and len(word) < 12:
+        raise ToolError(f"--lineage {word} is none of {', '.join(published())}: or describe it in a sentence")
+
+
 def gather(args: argparse.Namespace) -> Record:
     """Read the runs and check everything that can be checked without running."""
     if not re.fullmatch(r"[\w.+-]+", args.name):
         raise ToolError(f"--name {args.name} must be letters, digits, _ . + -: it becomes a folder's name")
-    if args.lineage and args.lineage.lower().replace("#", "pr") not in published() and len(args.lineage) < 12:
-        raise ToolError(
-            f"--lineage {args.lineage} is none of {', '.join(published())}: or describe it in a sentence")
+    check_lineage(args.lineage)
     runs = [load_run(folder) for folder in args.runs]
     for run in runs:
         check_files(run)

@@ -15,9 +15,9 @@ SPACE is a text file, one setting per line (# starts a comment):
 The study lives in a database (SQLite beside the trials, or any Optuna storage URL)
 under --study: the same command again goes on where it stopped. A trial is one run per
 seed (--seeds), its value is the mean of --metric in summary.json; with --prune a
-hopeless trial is stopped early by its metrics.jsonl. A trial that fails is kept with
-its last log lines; one whose worker was killed is kept, too, and its settings run again
-(--retries).
+hopeless trial is stopped early by its metrics.jsonl. A trial that fails is shown with
+the error in its log, and kept with the log's last lines (results.csv); one whose worker
+was killed is kept, too, and its settings run again (--retries).
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from tools.common import (
     SCRIPT,
     ToolError,
     command_line,
+    error_line,
     need,
     read_events,
     relative,
@@ -63,6 +64,7 @@ BEAT_SECONDS = 10  # between two signs of life
 GRACE_SECONDS = 60
 POLL_SECONDS = 0.5
 LOG_LINES = 12
+LAST_LINES = "last log lines: "
 MAX_RESPAWNS = 20
 RANGES = ("log", "uniform", "int", "logint")  # kinds of a setting that lies in LO … HI
 MACHINE = socket.gethostname()
@@ -355,7 +357,7 @@ def last_lines(trial) -> str:
     except OSError:
         return f"its log {path or '(none yet)'} is not on this machine"
     lines = [line.split("\r")[-1] for line in text.splitlines() if line.strip()]
-    return "last log lines: " + " | ".join(lines[-LOG_LINES:])[-1500:]
+    return LAST_LINES + " | ".join(lines[-LOG_LINES:])[-1500:]
 
 
 # --- one trial
@@ -447,7 +449,8 @@ def run_seed(
         finally:
             stop(process)
     if process.returncode:
-        raise Failed(f"exit status {process.returncode}")
+        said = error_line(log.read_text(errors="replace"))
+        raise Failed(f"exit status {process.returncode}: {said}")
     return metric_of(folder, args.metric)
 
 
@@ -640,8 +643,9 @@ def show(value) -> str:
 
 
 def shortened(cell: str) -> str:
-    """A cell for the screen: its middle is left out where it is long."""
-    return cell if len(cell) <= 76 else cell[:26] + " … " + cell[-47:]
+    """A cell for the screen: a reason without the log behind it, and not too long."""
+    cell = cell.split(f"; {LAST_LINES}")[0]
+    return cell if len(cell) <= 100 else cell[:50] + " … " + cell[-47:]
 
 
 def csv_line(cells: list[str]) -> str:
