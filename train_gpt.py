@@ -3071,8 +3071,7 @@ def our_words() -> set[str]:
 
 
 def looks_like_ours(name: str, known: Mapping) -> str | None:
-    """The known setting that `name` must have been meant for: it is nearly that, or
-    made of our words alone. Else None."""
+    """The setting that `name` must have been meant for, by likeness or by words of ours."""
     words = name.lower().split("_")
     if name in OTHER_NAMES or {"port", "service"} & set(words[1:]):      # or of a scheduler's services
         return None
@@ -3988,8 +3987,8 @@ class Run:
     # --- the log and the screen
 
     def log(self, event: str, quiet: bool = False, **values) -> None:
-        """A line `event key=value …` on screen and in train.log, an object in
-        metrics.jsonl; rank 0 only."""
+        """A line `event key=value …` on screen and in train.log, JSON to metrics.jsonl;
+        rank 0."""
         if self.text is None:
             return
         moment = round(time.time(), 3)
@@ -4235,8 +4234,8 @@ class Progress:
 
     def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, rate_share: float,
                plan: Plan) -> None:
-        """A line in the log (ten steps, then every TRAIN_LOG_EVERY), else on a terminal,
-        two a second."""
+        """A line in the log (ten steps, then every TRAIN_LOG_EVERY), or two a second on a
+        terminal."""
         s = self.s
         logged = step <= 10 or (s.train_log_every and step % s.train_log_every == 0)
         if not logged and not (self.run.live and clock.elapsed() - self.last[1] > 0.5):
@@ -4643,8 +4642,7 @@ def weights_to_bytes(s: Settings, params: Mapping[str, Tensor], facts: dict) -> 
 
 
 def save_weights(run: Run, model: GPT, facts: dict) -> None:
-    """The averaged weights to disk, the moment training ends. Without space for them the
-    run goes on all the same."""
+    """The averaged weights to disk; without space for them the run goes on all the same."""
     path = None
     if run.world.main:
         drop_ballast(run)
@@ -4962,8 +4960,7 @@ AGAIN = "fetch or build the data again"
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Tokens of one shard, (N,) uint16, mapped. UserError when it is missing, foreign or
-    cut."""
+    """Tokens of one shard, (N,) uint16, mapped; UserError when it is missing or damaged."""
     path = Path(path)
     size = file_size(path, MOST_OF_A_SHARD, f"a token shard: {AGAIN}")
     with refused(f"{path} is no token shard", AGAIN):
@@ -5071,8 +5068,7 @@ def read_sidecars(s: Settings, shards: Mapping[Path, np.ndarray]) -> np.ndarray 
 
 
 def read_manifest(s: Settings) -> dict:
-    """The folder's manifest.json, written by the data tools; empty when there is none, or
-    one of another program."""
+    """The folder's manifest.json; empty when there is none, or one of another program."""
     path = s.shards / "manifest.json"
     if not path.exists():
         return {}
@@ -5110,8 +5106,7 @@ class Layout:
 
 
 class Batch(NamedTuple):
-    """x, y (B, T) int64; of a packed row: segment bounds, its longest piece, the cut,
-    its tokens."""
+    """x, y (B, T) int64; of a packed row: bounds, its longest piece, the cut, its tokens."""
     x: Tensor
     y: Tensor
     cu_seqlens: Tensor | None
@@ -5210,8 +5205,8 @@ class Stream:
 
 
 class TokenStream(Stream):
-    """All shards as one endless stream: every target once per epoch, in order, on any
-    number of ranks."""
+    """All shards as one endless stream: every target once per epoch, on any number of
+    ranks."""
 
     def __init__(self, files, **shape):
         super().__init__(files, **shape)
@@ -5238,8 +5233,8 @@ class TokenStream(Stream):
 
 
 class DocPackStream(Stream):
-    """The field's: ranks cut a span of (tokens + 1) x world_size from a shard; a shorter
-    rest is dropped."""
+    """The field's: ranks cut (tokens + 1) x world_size from a shard; a short rest is
+    dropped."""
 
     def __init__(self, files, **shape):
         super().__init__(files, **shape)
@@ -5284,8 +5279,7 @@ class Prefetch:
         return self.stream.next().to(self.device), self.stream.epoch
 
     def next(self, cut: int = 0) -> Batch:
-        """The next batch; a packed one cut at `cut` tokens, even if it was read with
-        another."""
+        """The next batch; a packed one cut at `cut` tokens, even if it was read otherwise."""
         if cut:
             self.stream.max_len = cut
         batch, self.epoch = self.ahead.popleft().result()      # raises what the thread raised
@@ -5694,8 +5688,8 @@ def capped_ce(logits: Tensor, targets: Tensor, cap: float, kernel: bool | None =
 
 @operator(lambda logits, *_: (room_per_row(logits)[0], room(logits)))
 def ce_with_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """logits (N, V), targets (N) int64 -> losses (N) float32 and their gradient (N, V)
-    in the logits' dtype."""
+    """logits (N, V), targets (N) int64 -> losses (N) float32, and their gradient like
+    logits."""
     grad = room(logits)
     return ce_rows(logits, targets, cap, grad)[0], grad
 
@@ -5885,8 +5879,7 @@ def own_value_launch(kernel, y: Tensor, v: Tensor, *pointers: Tensor) -> None:
 
 
 def in_rows(v: Tensor) -> Tensor:
-    """v (B, T, K, Dh) with rows of K · Dh at equal distances: a slice of a wider row
-    stays one."""
+    """v (B, T, K, Dh) with rows of K · Dh at equal distances; a slice of wider rows is."""
     regular = v.stride(3) == 1 and v.stride(2) == v.size(3)
     regular = regular and (v.size(0) == 1 or v.stride(0) == v.size(1) * v.stride(1))
     return v if regular else v.contiguous()
@@ -6208,8 +6201,7 @@ def attention_fault(name: str, device: torch.device) -> str:
 
 
 def resolve_attention(choice: str, device) -> tuple[str, str]:
-    """ATTN_BACKEND -> (the backend that runs on `device`, why); auto: the first without a
-    fault."""
+    """ATTN_BACKEND -> (what runs on `device`, why); auto: the first without a fault."""
     if choice not in ("auto", *BACKENDS):
         names = ", ".join(BACKENDS)
         raise UserError(f"ATTN_BACKEND={choice} is unknown; choose one of auto, {names}")
@@ -6944,8 +6936,7 @@ SCRIPT_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME,
 
 
 def lean(source: bytes) -> bytes:
-    """A script without part three, up to the closing block; its settings' names stay,
-    each with its default alone."""
+    """A script without part three; its settings' names stay, each with its default alone."""
     part = re.search(rb"(?ms)^# =+\n# PART THREE.*?(?=^if __name__ ==)", source)
     if part is None:
         return source
@@ -7065,8 +7056,8 @@ def base_step_for(deviations: Array, size: float, finest: float) -> float:
 
 
 def expected_size(s: Settings) -> str:
-    """What the artifact will weigh, by the settings, as if all weights were Gaussian.
-    UserError below two bits a code."""
+    """What the artifact will weigh, if all weights were Gaussian. UserError below two
+    bits a code."""
     views = blank_views(s)
     precision = {name: precision_of(s, name, w) for name, w in views.items()}
     stored = stored_tensors(s, {name: p.form for name, p in precision.items()})
@@ -7197,8 +7188,8 @@ def earlier_in_group(keys: Array, learns: Array) -> tuple[Array, Array]:
 
 
 def repeated(keys: Array, items: Array) -> Array:
-    """Items whose key may come twice, sorted by it, then in time. Long contexts rarely
-    do."""
+    """Items whose key may come twice (long contexts rarely do), sorted by it, then in
+    time."""
     bits = np.uint64(63 - len(items).bit_length())
     bucket = keys[items] << np.uint64(5) >> bits
     bucket = bucket.astype(np.int64)
@@ -7517,8 +7508,7 @@ def weights_kept(model: GPT):
 
 def probe_causality(s: Settings, world: World, model: GPT,
                     booked: list[int]) -> Iterator[Finding]:
-    """C1: earlier scores stay the same, to the bit, whatever comes later. booked:
-    targets per evaluation."""
+    """C1: earlier scores stay the same, to the bit. booked: targets per evaluation."""
     shortest = min(rule.chunk for rule in chunk_rules(s))
     row = min(s.eval_seq_len, 4 * shortest)      # of a phase's training
     ttt = dataclasses.replace(
@@ -7919,8 +7909,8 @@ def check_overlap(s: Settings) -> None:
 
 
 def shared_documents(s: Settings) -> list[str]:
-    """Where validation documents are in the training shard next to the split, or in any
-    with DATA_CHECK=full."""
+    """Where validation documents are in the training shard next to the split; full: in
+    any."""
     known = set()
     for path in list_shards(s.shards, "val"):
         known.update(value for _, value in document_hashes(read_shard(path)))
@@ -9256,7 +9246,7 @@ def pair_rows(ids: Tensor, rows: int, same_segment: Tensor | None = None) -> Ten
 def look_up(ids: Tensor, table: Tensor, proj: Tensor | None, scale: Tensor, dtype: torch.dtype,
             sharpness: Tensor | None = None) -> Tensor:
     """scale · proj table[ids], (B, T, out); proj (out, w) or None, softly rounded if
-    there is a sharpness."""
+    sharpness."""
     x = F.embedding(ids, table).to(dtype)
     if proj is not None:
         rounded = proj if sharpness is None else soft_round(proj, sharpness)
@@ -9405,8 +9395,7 @@ class LineageGPT(GPT):
 
     def enter_lanes(self, j: int, x: Tensor, lanes: tuple[Tensor, Tensor] | None,
                     skip: Tensor | None) -> tuple[Tensor, Tensor]:
-        """With PARALLEL_LANES=separate a first skip is in both lanes, later ones join
-        lane 0 or are lost."""
+        """separate: a first skip is in both lanes, later ones join lane 0 or are lost."""
         if self.s.parallel_lanes == "mixed":
             return super().enter_lanes(j, x, lanes, skip)
         if lanes is not None:
@@ -9997,8 +9986,8 @@ STUDIES.append(PrequantTTT())
 # --- data: loaders of whole windows
 
 class WindowStream(Stream):
-    """Rows of max_len tokens, across documents. windows: (file, first token) of the
-    last batch's."""
+    """Rows of max_len tokens, across documents. windows: the last batch's (file, first
+    token)."""
     windowed = True
 
     def phase(self, i: int) -> tuple[int, int]:
