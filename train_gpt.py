@@ -7678,7 +7678,7 @@ def probe_causality(s: Settings, world: World, model: GPT,
     def by_adapting(val: Validation, level: int = 0) -> Ledger:
         val.hints = Hints.for_adapting(ttt, world, val)
         evaluation = PhasedTTT(ttt, world, model, val)
-        evaluation.level = level
+        evaluation.watch.level = level
         evaluation.run()
         return evaluation.ledger
 
