@@ -150,6 +150,7 @@ class Interrupted(BaseException):
 #   Batch        tokens x, targets y (B, T); layout() says who in a packed row may see whom (Layout)
 #   Validation   the validation text: tokens, documents, bytes; sealed while a run trains
 #   Scorer       scores by windows, as PhasedTTT does while it adapts: each target once, in a Ledger
+#   KeyCache, Watchdog   what adaptation keeps of earlier tokens; what it gives up to end in time
 #   Hints        guesses of n-gram counts that scores are tilted by; None: they are not
 #   Study        a mode that breaks the rules and says so (NON-COMPLIANT)
 #
