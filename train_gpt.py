@@ -1614,7 +1614,7 @@ class Trained(NamedTuple):
 
 
 # ============================================================================================================
-# 6  Quantise: Hessians, GPTQ, low-rank repair
+# 6  Quantise: Hessians, steps by curvature, what is stored
 # ============================================================================================================
 
 # --- calibration: what training data says about the matrices
