@@ -156,6 +156,7 @@ class Interrupted(BaseException):
 #   Batch        tokens x, targets y (B, T); layout() says who in a packed row may see whom (Layout)
 #   Validation   the validation text: tokens, documents, bytes; sealed while a run trains
 #   Scorer       scores by windows, as PhasedTTT does while it adapts: each target once, in a Ledger
+#   KeyCache, Watchdog   what adaptation keeps of earlier tokens; what it gives up to end in time
 #   Hints        guesses of n-gram counts that scores are tilted by; None: they are not
 #   Study        a mode that breaks the rules and says so (NON-COMPLIANT)
 #
@@ -1625,7 +1626,7 @@ class Trained(NamedTuple):
 
 
 # ========================================
-# 6  Quantise: Hessians, GPTQ, low-rank repair
+# 6  Quantise: Hessians, steps by curvature, what is stored
 # ========================================
 
 # --- calibration: what training data says about the matrices
@@ -7526,7 +7527,7 @@ def probe_causality(s: Settings, world: World, model: GPT,
     def by_adapting(val: Validation, level: int = 0) -> Ledger:
         val.hints = Hints.for_adapting(ttt, world, val)
         evaluation = PhasedTTT(ttt, world, model, val)
-        evaluation.level = level
+        evaluation.watch.level = level
         evaluation.run()
         return evaluation.ledger
 

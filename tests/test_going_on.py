@@ -146,7 +146,7 @@ def test_going_on_by_the_printed_command_makes_a_record(lost, data, tmp_path, mo
         raise ValueError("no such text")
 
     monkeypatch.setattr(tg, "closest_system", broken)          # what decorates fails
-    monkeypatch.setattr(tg.Ledger, "profiles", broken)
+    monkeypatch.setattr(tg, "profiles", broken)
     monkeypatch.setattr(tg, "run_probes", lambda *_: [])
     assert run_here({**command_environment(said[1]), "EVAL_STRIDE": "32"})[0] == 0
     after = summary(folder)

@@ -8,7 +8,8 @@ from conftest import ROOT
 
 from tools.__main__ import COMMANDS
 
-PARTS = {"__init__", "__main__", "common", "gpu_day", "account"}  # of other tools: no commands of their own
+# of other tools: no commands of their own
+PARTS = {"__init__", "__main__", "common", "gpu_day", "lowering", "pretend"}
 LISTED = [command for _, commands in COMMANDS for command, _ in commands]
 
 

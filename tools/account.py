@@ -346,7 +346,7 @@ def measure(args: argparse.Namespace, wanted: list[str]) -> dict:
                 "tools/account.py",
         "torch": torch.__version__,
         "script": hashlib.sha256(SCRIPT.read_bytes()).hexdigest()[:16],
-        "settings": tg.public_settings(tg.changed_environment(s)),
+        "settings": tg.public_settings(s.changed()),
         "cases": cases,
     }
 
