@@ -32,7 +32,7 @@ COMMANDS = (
     )),
     ("Look at speed and figures", (
         ("python tools/bench.py", "are the fast roads fast? --gpu: all that waits for one"),
-        ("python tools/account.py", "kernels, bytes and FLOPs of a step on an H100, counted without one"),
+        ("python tools/account.py", "a step on an H100, counted without one"),
         ("python tools/plots.py", "the pictures of docs/, from the CSV files beside them"),
     )),
     ("Data", (
