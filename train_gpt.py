@@ -318,7 +318,6 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
         norm = trainer.update(rate_share, muon_momentum(s, step))
         step += 1
         loss = sum(losses) / trainer.accum
-        # what is kept and logged of it
         finite_watch.record(step, loss, norm)
         keeper.offer(step)
         world.beat(f"{beat} {step}")
@@ -781,47 +780,6 @@ ROLES = {
     "softcap_pos": "cap",
     "softcap_neg": "cap",
 }
-# The field's names: one tensor per layer, where ours are stacked.
-PER_LAYER = {
-    "attn_scale": "blocks.{}.attn_scale",
-    "mlp_scale": "blocks.{}.mlp_scale",
-    "resid_mix": "blocks.{}.resid_mix",
-    "q_gain": "blocks.{}.attn.q_gain",
-    "attn_gate_w": "blocks.{}.attn.attn_gate_w",
-}
-WHOLE = {"tok_emb": "tok_emb.weight", "smear_gate": "smear_gate.weight"}
-BANKS = {   # bank -> field's names of its first and second half (or of all its layers)
-    "qo_bank": ("attn.c_q.weight", "attn.proj.weight"),
-    "kv_bank": ("attn.c_k.weight", "attn.c_v.weight"),
-    "mlp_up_bank": ("mlp.fc.weight",),
-    "mlp_down_bank": ("mlp.proj.weight",),
-}
-
-
-def field_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under the field's names (`blocks.3.attn.q_gain`,
-    `tok_emb.weight`, …), as views."""
-    views = {}
-    for name, p in params.items():
-        if name in PER_LAYER:
-            for layer in range(len(p)):
-                views[PER_LAYER[name].format(layer)] = p[layer]
-        else:
-            views[WHOLE.get(name, name)] = p
-    return views
-
-
-def matrix_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """field_views with the banks split into matrices (`blocks.3.mlp.fc.weight`)."""
-    views = field_views(params)
-    for bank, names in BANKS.items():
-        if bank not in views:
-            continue
-        parts = views.pop(bank).chunk(len(names))
-        for name, part in zip(names, parts):
-            for layer in range(len(part)):
-                views[f"blocks.{layer}.{name}"] = part[layer]
-    return views
 
 
 class Plan(NamedTuple):
@@ -1273,17 +1231,10 @@ class GPT(nn.Module):
         scored = candidate_losses(loss, z.flatten(0, 1), candidates.flatten(1))
         return scored.view(targets.shape)
 
-    def flops_per_token(self, plan: Plan, context: float) -> float:
-        """FLOPs of one token's forward, with attention over `context` tokens."""
-        s = self.s
-        matrices = 2 * s.model_dim * (s.model_dim + s.kv_dim + s.hidden_dim)
-        layers = plan.slots * (matrices + 2 * s.model_dim * context)
-        return 2 * (layers + s.vocab_size * s.model_dim)
-
-
 # ========================================
 # 4  Optimiser: Muon for the banks, AdamW for the rest
 # ========================================
+
 
 POLAR_EXPRESS = (   # (a, b, c) of X <- aX + (bA + cA^2)X with A = XX', one triple per iteration
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -4211,6 +4162,13 @@ PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e
               "A100": 312e12, "L40": 181e12, "RTX 4090": 165e12}
 
 
+def flops_per_token(s: Settings, plan: Plan, context: float) -> float:
+    """FLOPs of one token's forward, with attention over `context` tokens."""
+    matrices = 2 * s.model_dim * (s.model_dim + s.kv_dim + s.hidden_dim)
+    layers = plan.slots * (matrices + 2 * s.model_dim * context)
+    return 2 * (layers + s.vocab_size * s.model_dim)
+
+
 class Progress:
     """Says how training goes: in the log now and then, on a terminal all the time."""
 
@@ -4270,7 +4228,7 @@ class Progress:
                 "eta": elapsed * (1 / max(used, 1e-9) - 1)}
         if self.peak:
             # backward costs two forwards; in documents a query sees half the window at most
-            flops = 3 * self.model.flops_per_token(plan, self.s.train_seq_len / 2)
+            flops = 3 * flops_per_token(self.s, plan, self.s.train_seq_len / 2)
             pace["mfu"] = rate * flops / self.peak
         return pace
 
@@ -4601,6 +4559,51 @@ def restore_tensors(own: Mapping[str, Any], adam: torch.optim.Optimizer,
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"the checkpoint does not fit this model ({type(error).__name__}: "
                         f"{error}): start anew without RESUME") from error
+
+
+# --- the field's names of weights
+
+# The field's names: one tensor per layer, where ours are stacked.
+PER_LAYER = {
+    "attn_scale": "blocks.{}.attn_scale",
+    "mlp_scale": "blocks.{}.mlp_scale",
+    "resid_mix": "blocks.{}.resid_mix",
+    "q_gain": "blocks.{}.attn.q_gain",
+    "attn_gate_w": "blocks.{}.attn.attn_gate_w",
+}
+WHOLE = {"tok_emb": "tok_emb.weight", "smear_gate": "smear_gate.weight"}
+BANKS = {   # bank -> field's names of its first and second half (or of all its layers)
+    "qo_bank": ("attn.c_q.weight", "attn.proj.weight"),
+    "kv_bank": ("attn.c_k.weight", "attn.c_v.weight"),
+    "mlp_up_bank": ("mlp.fc.weight",),
+    "mlp_down_bank": ("mlp.proj.weight",),
+}
+
+
+def field_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under the field's names (`blocks.3.attn.q_gain`,
+    `tok_emb.weight`, …), as views."""
+    views = {}
+    for name, p in params.items():
+        if name in PER_LAYER:
+            for layer in range(len(p)):
+                views[PER_LAYER[name].format(layer)] = p[layer]
+        else:
+            views[WHOLE.get(name, name)] = p
+    return views
+
+
+def matrix_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """field_views with the banks split into matrices (`blocks.3.mlp.fc.weight`)."""
+    views = field_views(params)
+    for bank, names in BANKS.items():
+        if bank not in views:
+            continue
+        parts = views.pop(bank).chunk(len(names))
+        for name, part in zip(names, parts):
+            for layer in range(len(part)):
+                views[f"blocks.{layer}.{name}"] = part[layer]
+    return views
 
 
 # --- files of weights
@@ -5592,6 +5595,7 @@ def own_value_kernel(y_ptr, v_ptr, gate_ptr, out_ptr, N, v_stride, HEADS: tl.con
         gate = tl.load(gate_ptr + first + row * HEADS, mask=present, other=0.0).to(tl.float32)
         out = gate[:, None] * (y - tl.sum(y * u, 1)[:, None] * u)
         tl.store(out_ptr + first * WIDTH + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
 
 @jit
 def own_value_backward_kernel(dout_ptr, y_ptr, v_ptr, gate_ptr, dy_ptr, dv_ptr, dgate_ptr, N,
@@ -8759,7 +8763,8 @@ class KeyCache:
             first = self.end - self.seen
             k = torch.cat((old_k.narrow(1, first, self.seen), k), dim=1)
             v = torch.cat((old_v.narrow(1, first, self.seen), v), dim=1)
-        self.new[slot] = (k.detach(), v.detach())
+        # a first forward's values are a slice of one product: kept so, they would need other graphs
+        self.new[slot] = (k.detach(), v.detach().contiguous())
         return k, v
 
     def remember(self, hidden: Tensor, tokens: Tensor) -> None:

@@ -603,7 +603,7 @@ def time_steps(lab: Lab, trainer, batches: list, name: str) -> dict:
     ms = statistics.median(times)
     context = statistics.mean(mean_context(batch) for batch in batches)
     rate = trainer.tokens / ms * 1e3
-    flops = 3 * trainer.model.flops_per_token(plan, context)  # backward costs two forwards
+    flops = 3 * lab.tg.flops_per_token(trainer.s, plan, context)  # backward costs two forwards
     peak = peak_flops(lab)
     return dict(ms=ms, fastest=min(times), slowest=max(times), steps=len(losses),
                 tokens_per_second=rate, context=context, loss=loss,

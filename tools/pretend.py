@@ -27,7 +27,7 @@ from tools.common import ToolError
 
 TORCH = "2.13"  # whose inner parts are put in place of here, and read in tools/account.py
 TRITON = "pip install triton==3.7.1"  # with which it was tried; a CPU build does not bring one
-CPU_BUILD = f"pip install torch=={TORCH}.0 --index-url https://download.pytorch.org/whl/cpu"
+CPU_BUILD = f"install PyTorch {TORCH}.0 built for CPUs"
 
 LIBRARY = r"""
 #include <ATen/detail/CUDAHooksInterface.h>
