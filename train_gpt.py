@@ -3052,6 +3052,7 @@ def stray_names(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def print_help() -> None:
+    """Every setting with default, range and meaning."""
     print(__doc__.split("Chapters")[0])
     for f in fields(Settings):
         meta = f.metadata
@@ -4640,6 +4641,7 @@ def unsealed(path: Path, most: int, what: str, remedy: str = AS_WRITTEN) -> dict
 
 
 def weights_to_bytes(s: Settings, params: Mapping[str, Tensor], facts: dict) -> bytes:
+    """The file of weights, with their architecture and facts of their training."""
     weights = {n: p.detach().cpu() for n, p in field_views(dict(params)).items()}
     made_with = s.to_be_stored(architecture(s))
     return sealed({"architecture": made_with, "weights": weights, "facts": facts})
@@ -4805,6 +4807,7 @@ def log_decodable_score(s: Settings, run: Run, score: Score) -> None:
 
 
 def check_score(stage: str, score: Score) -> None:
+    """UserError for a score that is not finite."""
     if not math.isfinite(score.bpb):
         raise UserError(f"the score of the stage {stage} is {score.bpb}: the weights are of no "
                         "use (too large a learning rate?); train again, with a lower MATRIX_LR")
@@ -4911,6 +4914,7 @@ def open_screens() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Whether host or GPU had no more memory to give."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     words = re.search("out of memory|can(no|')t allocate memory", str(error), re.IGNORECASE)
@@ -5041,6 +5045,7 @@ def read_tokens(s: Settings, kind: str, most: int | None = None) -> dict[Path, n
 
 
 def check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
+    """Refuse tokens of a shard that are not of the vocabulary."""
     if tokens.max() >= vocab_size:
         at = int(np.argmax(tokens >= vocab_size))
         raise UserError(f"{path} holds token {tokens[at]} at position {at} but VOCAB_SIZE="
@@ -5264,6 +5269,7 @@ LOADERS: dict[str, type[Stream]] = {"stream": TokenStream, "docpack": DocPackStr
 
 
 def open_train_stream(s: Settings, world: World, tokens: int) -> Stream:
+    """The stream that TRAIN_LOADER names, for micro-batches of `tokens` tokens."""
     return LOADERS[s.train_loader](
         list_shards(s.shards, "train"), world_size=world.size, rank=world.rank, tokens=tokens,
         max_len=s.train_seq_len, vocab_size=s.vocab_size)
@@ -6503,6 +6509,7 @@ CODES_HEAD = struct.Struct("<HHII")  # lanes, contexts, listed codes, bytes in f
 
 
 def lane_count(size: int) -> int:
+    """Lanes for so many codes."""
     return min(LANES, 1 + (size >> 14))
 
 
@@ -6809,6 +6816,7 @@ def coding_plan(q: Quantised, shapes: Mapping[str, tuple]) -> tuple[Predicted, b
 
 
 def pack_model(s: Settings, q: Quantised) -> bytes:
+    """A quantised model as the bytes of an artifact."""
     stored = stored_tensors(s, q.forms)
     codes = [q.tensors[key].numpy() for key in stored[CODE_STREAM]]
     streams, tall = pack_codes(codes, *coding_plan(q, stored[CODE_STREAM]))
@@ -6852,6 +6860,7 @@ def read_model(s: Settings, header: Mapping, streams: Mapping[str, bytes]) -> Qu
 
 
 class Artifact(NamedTuple):
+    """What an artifact holds."""
     model: Quantised
     weights: dict[str, Tensor]       # what it stands for, by name
     calibration: Tensor | None       # the 15 numbers of calibrated_by
@@ -7442,6 +7451,7 @@ class Study:
 
 
 class PartOfValidation(Study):
+    """Only a share of the documents is scored."""
 
     def reason(self, s: Settings) -> str:
         share = s.val_doc_fraction
@@ -7766,6 +7776,7 @@ def run_checks(s: Settings, world: World, folder: Path,
 
 
 def check_tokenizer(s: Settings) -> str:
+    """A SentencePiece model of VOCAB_SIZE tokens: its name and size."""
     table = ByteTable.from_sentencepiece(s.tokenizer, s.vocab_size)
     return f"{s.tokenizer.name}, {len(table.base)} tokens"
 
