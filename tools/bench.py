@@ -212,7 +212,7 @@ def mlp(b: Bench) -> list[Row]:
     down = b.random(d, m, grad=True)
 
     def output(kernel):
-        return b.tg.leaky_square_mlp(x, up, down, 0.5, kernel)
+        return b.tg.leaky_square_mlp(x, up, down, 0.5, kernel=kernel)
 
     return twins(b, "MLP", output, (x, up, down))
 
