@@ -315,8 +315,9 @@ def test_mlp_kernel_is_its_twin(N, d, m, dtype, bound, slope):
 def test_mlp_adds_onto_a_stream():
     """The stream's gradient is what comes back, and the other gradients do not notice it."""
     x, up, down, onto, dy = random((9, 16), (32, 16), (16, 32), (9, 16), (9, 16))
-    got = graded(lambda x, u, d, o: leaky_square_mlp(x, u, d, 0.5, o, kernel=True), [x, up, down, onto], dy)
-    want = graded(lambda x, u, d, o: o + leaky_square_mlp(x, u, d, 0.5, kernel=False), [x, up, down, onto], dy)
+    leaves = [x, up, down, onto]
+    got = graded(lambda x, u, d, o: leaky_square_mlp(x, u, d, 0.5, o, kernel=True), leaves, dy)
+    want = graded(lambda x, u, d, o: o + leaky_square_mlp(x, u, d, 0.5, kernel=False), leaves, dy)
     assert all(gap(a, b) < 3e-6 for a, b in zip(got, want))
     with torch.no_grad():
         assert gap(leaky_square_mlp(x, up, down, 0.5, onto, kernel=True), want[0]) < 3e-6
