@@ -1,6 +1,7 @@
 """tools/common.py: what it reads of a run, and how it refuses what is damaged."""
 
 import pytest
+from conftest import tg
 from made_runs import SCRIPT, change
 
 from tools import common
@@ -20,6 +21,16 @@ def test_why_a_program_failed(said, why):
 
 def test_source_in_the_log_is_the_script(runs):
     assert common.load_run(runs[0]).source() == SCRIPT
+
+
+@pytest.mark.parametrize("old, new", [(b"import lzma,", b"import evil,lzma,"), (b'".enc', b'"+evil()+"".enc'),
+                                      (b"s=lzma.decompress(\"", b"s=lzma.decompress(\"\\x07"),
+                                      (b",'exec'))\n", b",'exec'))\nevil()\n")])
+def test_a_packed_script_of_another_form_is_not_unpacked(old, new):
+    packed = tg.self_extracting(SCRIPT)
+    assert common.unpack_script(packed) == SCRIPT and packed.count(old) == 1
+    with pytest.raises(ToolError, match="not of the form"):
+        common.unpack_script(packed.replace(old, new))
 
 
 def test_a_last_line_still_being_written_is_left_out(runs):

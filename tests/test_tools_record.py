@@ -10,7 +10,7 @@ import pytest
 from made_runs import SCRIPT, change, make_run
 
 from tools import make_record
-from tools.common import ARTIFACT, ROOT, ToolError
+from tools.common import ARTIFACT, ROOT, ToolError, unpack_script
 
 KEYS = {"author", "github_id", "name", "blurb", "date", "track", "val_loss", "val_bpb", "val_loss_std",
         "val_bpb_std", "seeds", "seed_results", "artifact_bytes_mean", "artifact_bytes_max", "bytes_total",
@@ -78,7 +78,7 @@ def test_no_word_about_the_packed_size_where_it_is_the_counted_one(runs, tmp_pat
 @pytest.mark.parametrize("counted", [True, False])
 def test_a_lean_script_is_shipped_where_it_was_counted_or_asked_for(tmp_path, form, counted):
     shipped = make_record.script_in_form(SCRIPT, form)
-    inside = make_record.unpack_script(shipped)
+    inside = unpack_script(shipped)
     assert inside == SCRIPT.replace(b"# of older systems\n", b"") != SCRIPT
     run = make_run(tmp_path / "r", 1)
     if counted:
@@ -116,7 +116,7 @@ def test_a_packed_script_that_ran_cannot_become_lean(tmp_path):
 @pytest.mark.parametrize("ran_packed", [False, True])
 def test_a_packed_script_is_called_so_and_its_source_is_named(tmp_path, ran_packed):
     packed = make_record.script_in_form(SCRIPT, "packed")
-    assert make_record.unpack_script(packed) == SCRIPT == make_record.unpack_script(SCRIPT)
+    assert unpack_script(packed) == SCRIPT == unpack_script(SCRIPT)
     run = make_run(tmp_path / "r", 1, script=packed if ran_packed else SCRIPT)
     assert make([run], tmp_path / "records", "--track", "non_record", "--packed") == 0
     readme = (tmp_path / "records" / "track_non_record_16mb" / "2026-05-01_test" / "README.md").read_text()

@@ -28,7 +28,6 @@ import argparse
 import ast
 import functools
 import hashlib
-import lzma
 import math
 import os
 import re
@@ -51,6 +50,7 @@ from tools.common import (
     relative,
     run_cli,
     script_module,
+    unpack_script,
     write_atomic,
 )
 from tools.make_record import counted_form, script_in_form
@@ -187,37 +187,6 @@ def judged(tg, s, world, model) -> list[Check]:
 # --- the script against this repository's
 
 
-def shell_of(source: bytes) -> tuple[str, str]:
-    """(a self-extracting script's code without its longest text, that text)."""
-    tree = ast.parse(source)
-    constants = [n for n in ast.walk(tree) if isinstance(n, ast.Constant)]
-    texts = [n for n in constants if isinstance(n.value, str)]
-    longest = max(texts, key=lambda n: len(n.value))
-    text = longest.value
-    longest.value = ""
-    return ast.dump(tree), text
-
-
-def unpacked(source: bytes) -> bytes:
-    """The readable script inside a self-extracting one, of which nothing is run.
-
-    Others come back as they are, also those inside another unpacker than ours.
-    """
-    if not source.startswith(b"# coding: latin-1\n"):
-        return source
-    with script_module(SCRIPT.read_bytes(), "trusted_script") as trusted:
-        our_shell = shell_of(trusted.self_extracting(b"x" * 999))[0]
-        filters = trusted.SCRIPT_FILTERS
-    try:
-        shell, text = shell_of(source)
-        if shell == our_shell:
-            packed = text.encode("latin-1")
-            return lzma.decompress(packed, lzma.FORMAT_RAW, None, filters)
-    except (ValueError, SyntaxError, lzma.LZMAError):
-        pass
-    return source
-
-
 def without_docstrings(tree: ast.Module) -> ast.Module:
     """The same syntax tree; its docstrings are gone."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -329,7 +298,10 @@ def script_rows(script: bytes, read: list[str]) -> list[Check]:
 
     read: names of those that somebody has read by eye.
     """
-    source = unpacked(script)
+    try:
+        source = unpack_script(script)
+    except ToolError:  # another unpacker than ours: read as it stands
+        source = script
     ours, guards = definitions_like(source), definitions_here()[1]
     theirs = Definitions(source)
     names = dict.fromkeys([*ours.syntax, *theirs.syntax])

@@ -7,9 +7,11 @@ summary.json; final_model.int6.ptz is the artifact. See train_gpt.py for who wri
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
 import importlib.util
 import json
+import lzma
 import os
 import re
 import sys
@@ -32,6 +34,12 @@ STAGES = (  # what is scored in the course of a run, and its key in summary.json
     ("final", "val_bpb"),
 )
 SOURCE_END = "\n" + "=" * 100 + "\n"
+PACKED_START = b"# coding: latin-1\n"  # how a self-extracting script begins
+PACKED_FORM = re.compile(  # all of it: the compressed text and its filters are literals
+    re.escape(PACKED_START.decode() + "import lzma,linecache\n")
+    + r"""s=lzma\.decompress\((".*")\.encode\('latin-1'\),3,None,(\[.*\])\)\.decode\(\)\n"""
+    + re.escape("n=__file__+'#'\nlinecache.cache[n]=(len(s),None,s.splitlines(True),n)\n"
+                "exec(compile(s,n,'exec'))\n"))
 
 
 class ToolError(Exception):
@@ -172,7 +180,7 @@ class RunFiles:
             raise ToolError(f"{relative(self.folder / 'train.log')} does not hold the script's source: "
                             "it is cut or of another script")
         text = self.log[begin.end() : end]
-        return text.encode("latin-1" if text.startswith("# coding: latin-1") else "utf-8")
+        return text.encode("latin-1" if text.startswith(PACKED_START.decode()) else "utf-8")
 
 
 def read_events(path: Path) -> tuple[dict, ...]:
@@ -262,6 +270,23 @@ def script_module(source: bytes, name: str):
             yield module
         finally:
             del sys.modules[name]
+
+
+def unpack_script(script: bytes) -> bytes:
+    """The readable source inside a self-extracting script, of which nothing is run; a readable one
+    is its own. Raises ToolError for any other unpacker than the one train_gpt.py writes."""
+    if not script.startswith(PACKED_START):
+        return script
+    refusal = ToolError("the packed script is not of the form that train_gpt.py writes: "
+                        "run the readable one")
+    found = PACKED_FORM.fullmatch(script.decode("latin-1"))
+    if not found:
+        raise refusal
+    try:
+        packed, filters = map(ast.literal_eval, found.groups())
+        return lzma.decompress(packed.encode("latin-1"), lzma.FORMAT_RAW, None, filters)
+    except (ValueError, SyntaxError, TypeError, lzma.LZMAError):
+        raise refusal from None
 
 
 def write_shard(tg, path: Path, values) -> None:

@@ -19,11 +19,9 @@ coverage.
 from __future__ import annotations
 
 import argparse
-import ast
 import datetime
 import hashlib
 import json
-import lzma
 import os
 import re
 import shlex
@@ -43,6 +41,7 @@ from tools.common import (
     ARTIFACT,
     ARTIFACT_LIMIT,
     OWN_TO_EACH_RUN,
+    PACKED_START,
     ROOT,
     SOURCE_END,
     STAGES,
@@ -56,13 +55,13 @@ from tools.common import (
     relative,
     run_cli,
     table,
+    unpack_script,
     write_atomic,
 )
 
 TRACKS = {"record": "track_10min_16mb", "non_record": "track_non_record_16mb"}
 BUDGET_SECONDS, SEEDS_NEEDED, VAL_DOCUMENTS = 600.0, 3, 50_000
 ABSOLUTE = re.compile(r"(?<![\w.:/<])/(?:[\w.+@~-]+/)+[\w.+@~-]*")
-PACKED_START = b"# coding: latin-1\n"  # how a self-extracting script begins
 FORMS = {  # what a run may have counted as its script, and what the README calls it
     "readable": "readable script",
     "packed": "self-extracting form of the script",
@@ -318,18 +317,6 @@ def script_in_form(source: bytes, form: str) -> bytes:
         raise ToolError(f"the script could not make its {form} form: "
                         f"{done.stderr.decode(errors='replace').strip()[-300:]}")
     return done.stdout
-
-
-def unpack_script(script: bytes) -> bytes:
-    """The readable source inside a self-extracting script; a readable one is its own."""
-    if not script.startswith(PACKED_START):
-        return script
-    found = re.search(r'^s=lzma\.decompress\((".*")\.encode\(.latin-1.\),3,None,(\[.*\])\)\.decode\(\)$',
-                      script.decode("latin-1"), re.M)
-    if not found:
-        raise ToolError("the packed script is not of the form that train_gpt.py writes: run the readable one")
-    packed, filters = map(ast.literal_eval, found.groups())
-    return lzma.decompress(packed.encode("latin-1"), lzma.FORMAT_RAW, None, filters)
 
 
 # --- what is written
