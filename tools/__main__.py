@@ -28,7 +28,7 @@ COMMANDS = (
     ("Find what is better", (
         ("python tools/sweep.py SPACE --trials 20", "which settings are best? on one machine or many"),
         ("python tools/ablate.py OUT --seeds 1 2 3", "what each mechanism is worth"),
-        ("python tools/adapt.py ARTIFACT --out DIR ROW…", "which way of adapting, on one trained artifact"),
+        ("python tools/ablate.py OUT --artifact FILE", "which way of adapting, on one trained artifact"),
     )),
     ("Look at speed and figures", (
         ("python tools/bench.py", "are the fast roads fast? --gpu: all that waits for one"),

@@ -1,45 +1,71 @@
-"""What each mechanism is worth: runs unlike one configuration in one thing, by seed.
+"""Rows that differ from one configuration in one thing: paired differences, with errors.
 
     set -a; . configs/best.env; . my_sizes.env; set +a
-    python tools/ablate.py runs/ablation --seeds 1 2 3
+    python tools/ablate.py runs/study --seeds 1 2 3
+    python tools/ablate.py runs/study "no XSA" "hot: MATRIX_LR=0.05" --part trained
+    python tools/ablate.py runs/study --artifact runs/demo/final_model.int6.ptz \\
+        "none: TTT_LORA_LR=0" "fast: TTT_LORA_LR=1e-3" "exact: TTT_KV_REUSE=0"
 
-The environment is the configuration, and every row changes what it names. Rows of
-TRAINED are trained and scored by their averaged weights (prequant_val_bpb); rows of
-SCORED start from the weights of the base and are scored by the artifact (val_bpb).
-Finished runs of the same settings are taken up again, others are run anew; a folder
-with a finished run of other settings is refused. The table shows the paired difference
-over seeds with its standard error: negative means that the change helps. A run that
-fails is named at once, with the error in its log.
+The environment is the configuration, and every row changes some of its settings. A row
+is "name: SETTING=value …", or a part of the name of a row known here; without any, all
+known ones are run. Where they start:
+
+--part trained   each trains anew; its averaged weights are scored (prequant_val_bpb).
+--part scored    the weights of the configuration; the artifact is scored (val_bpb).
+--artifact FILE  a trained artifact, which every row adapts to the same documents of
+                 DATA_PATH's validation shards; TTT_ENABLED=0 is a row of sliding windows
+                 at EVAL_STRIDE. To choose a learning rate, point DATA_PATH at held-out
+                 training documents. The two halves are the even and the odd documents:
+                 what is chosen on one can be reported on the other.
+
+The table shows a row's difference to the configuration (with --artifact: to the first
+row), paired over seeds (documents), with its standard error: negative means that the
+change helps. A row that fails is named at once, with the error in its log. What is
+finished is read, not run again: a folder with a run of other settings is refused, rows
+on an artifact are kept by artifact, settings and documents.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
+import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean, stdev
+from typing import NamedTuple
+
+import numpy as np
 
 if __package__ in (None, ""):  # run as a script: make `tools` importable
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from tools.common import (
     SCRIPT,
+    Seeds,
     ToolError,
     command_line,
     error_line,
     load_run,
+    need,
     relative,
     run_cli,
+    table,
     write_atomic,
 )
 
 DONE = "ablate.json"  # in a run's folder once it has succeeded: the settings it was given
 BASE = "the configuration"  # the row that the others are compared with
+OWN_ROW = re.compile(r"([^:]+):((?:\s*[A-Z0-9_]+=\S*)*)\s*")  # name: SETTING=value …
+LENGTHS = (0, 128, 256, 512, 1024, 2048, 10**9)
+POSITIONS = (0, 48, 144, 336, 720, 1440, 10**9)
 
 BIGRAM = "BIGRAM_VOCAB_SIZE=2048 BIGRAM_DIM=64"
 GROWING = "TRAIN_SEQ_SCHEDULE=128@0.3,256@0.7,512@1"
@@ -99,12 +125,46 @@ PARTS = (  # part of the study, its rows, and the score in summary.json that it 
     ("trained", TRAINED, "prequant_val_bpb"),
     ("scored", SCORED, "val_bpb"),
 )
+KNOWN = {**TRAINED, **SCORED}
 
 
-def run(folder: Path, changes: str, **more: str) -> dict | None:
+# --- the rows
+
+
+def chosen_rows(texts: list[str]) -> dict[str, str]:
+    """{name: changes}: rows that are written out and known ones that are named; all known by default."""
+    rows = {} if texts else dict(KNOWN)
+    for text in texts:
+        if own := OWN_ROW.fullmatch(text):
+            found = {own[1].strip(): own[2].strip()}
+        else:
+            found = {name: changes for name, changes in KNOWN.items() if text in name}
+        if not found:
+            raise ToolError(f"'{text}' is no row: write 'name: SETTING=value …', or a part of "
+                            f"one of these names: {', '.join(KNOWN)}")
+        for name, changes in found.items():
+            if rows.setdefault(name, changes) != changes:
+                raise ToolError(f"the row {name} is given twice: choose another name")
+    return rows
+
+
+def settings_in(changes: str) -> dict[str, str]:
+    """"A=1 B=2" -> {"A": "1", "B": "2"}"""
+    return dict(change.split("=", 1) for change in changes.split())
+
+
+def label_of(name: str) -> str:
+    """A row's folder."""
+    return "base" if name == BASE else re.sub(r"[^\w.-]+", "_", name)
+
+
+# --- one run
+
+
+def run(folder: Path, changes: str, **more: str) -> dict:
     """The summary of one run, run now unless it is there.
 
-    changes: "SETTING=value …". None when it failed; its log stays.
+    changes: "SETTING=value …". {"error": why} when it failed; its log stays.
     """
     env = {**os.environ, **settings_in(changes), **more, "ARTIFACT_DIR": str(folder)}
     if not is_done(folder, env):
@@ -114,24 +174,19 @@ def run(folder: Path, changes: str, **more: str) -> dict | None:
         with open(folder / "output.log", "w") as log:
             done = subprocess.run(command, env=env, stdout=log, stderr=log)
         if done.returncode:
-            tell_why(folder, done.returncode)
-            return None
+            return {"error": why_it_failed(folder, done.returncode)}
         given = given_settings(folder, env)
         write_atomic(folder / DONE, json.dumps(given, indent=1))
     return load_run(folder).summary
 
 
-def tell_why(folder: Path, status: int) -> None:
-    """A line about a run that has failed, by the error in its log."""
+def why_it_failed(folder: Path, status: int) -> str:
+    """The error in a failed run's log, in a line that is also said at once."""
     log = folder / "output.log"
-    reason = error_line(log.read_text(errors="replace"))
-    print(f"FAILED {relative(folder)}: exit status {status}: {reason} (all of it: {relative(log)})",
-          file=sys.stderr, flush=True)
-
-
-def settings_in(changes: str) -> dict[str, str]:
-    """"A=1 B=2" -> {"A": "1", "B": "2"}"""
-    return dict(change.split("=", 1) for change in changes.split())
+    said = error_line(log.read_text(errors="replace"))
+    reason = f"exit status {status}: {said} (all of it: {relative(log)})"
+    print(f"FAILED {relative(folder)}: {reason}", file=sys.stderr, flush=True)
+    return reason
 
 
 def given_settings(folder: Path, env: dict) -> dict[str, str]:
@@ -161,48 +216,18 @@ def is_done(folder: Path, env: dict) -> bool:
     return True
 
 
-def table(results: dict, base: str, key: str, seeds: list[int]) -> list[str]:
-    """Markdown: score of the base, then every row's paired difference ± standard error.
-
-    results: {row: a summary, or None, for every seed}.
-    """
-    of_base = results[base]
-    lines = ["| change | BPB | difference | seeds |", "|---|---|---|---|"]
-    for name, runs in results.items():
-        values, differences = [], []
-        for summary, other in zip(runs, of_base):
-            value = (summary or {}).get(key)
-            reference = (other or {}).get(key)
-            if value is not None and reference is not None:
-                values.append(value)
-                differences.append(value - reference)
-        count = f"{len(values)} of {len(seeds)}"
-        if not values:
-            lines.append(f"| {name} | failed | | {count} |")
-            continue
-        shown = "" if name == base else mean_and_error(differences)
-        lines.append(f"| {name} | {mean(values):.4f} | {shown} | {count} |")
-    return lines
+# --- trained and scored, by seed
 
 
-def mean_and_error(differences: list[float]) -> str:
-    """Mean ± standard error, the latter where there are two."""
-    count = len(differences)
-    if count == 1:
-        return f"{differences[0]:+.4f}"
-    error = stdev(differences) / count**0.5
-    return f"{mean(differences):+.4f} ± {error:.4f}"
-
-
-def study_part(part: str, rows: dict, args: argparse.Namespace, pool) -> dict:
-    """Run one part's rows: {row: a summary by seed, None where a run failed}.
+def run_part(part: str, rows: dict, args: argparse.Namespace, pool) -> dict[str, list[dict]]:
+    """Run one part's rows: {row: a summary by seed}.
 
     Seed by seed, so that an interrupted study has whole rows.
     """
     weights = args.out / "trained" / "base"
     trained = part == "trained"
 
-    def train(seed: int) -> dict | None:
+    def train(seed: int) -> dict:
         return run(weights / str(seed), "", SEED=str(seed), PREQUANT_ONLY="1")
 
     if not trained:  # every seed's weights first
@@ -215,8 +240,7 @@ def study_part(part: str, rows: dict, args: argparse.Namespace, pool) -> dict:
         else:
             given["EVAL_ONLY_PATH"] = str(weights / str(seed) / "final_model.pt")
         for name, changes in rows.items():
-            label = "base" if name == BASE else name.replace(" ", "_").replace(",", "")
-            folder = args.out / part / label / str(seed)
+            folder = args.out / part / label_of(name) / str(seed)
             jobs[name].append(pool.submit(run, folder, changes, **given))
     results = {}
     for name, row in jobs.items():
@@ -224,38 +248,253 @@ def study_part(part: str, rows: dict, args: argparse.Namespace, pool) -> dict:
     return results
 
 
-def study(args: argparse.Namespace, pool: ThreadPoolExecutor) -> None:
-    """Run what is asked for and print the tables."""
+def seeds_report(results: dict[str, list[dict]], key: str, args: argparse.Namespace) -> str:
+    """The table of one part, and why runs failed. results: {row: a summary by seed}."""
+    rows, failures = [], []
+    for name, summaries in results.items():
+        rows.append(Row(name, np.array([summary.get(key, np.nan) for summary in summaries])))
+        failed = [f"{name}: {summary['error']}" for summary in summaries if "error" in summary]
+        failures += failed[:1]
+    pairs = [np.isfinite(row.scores - rows[0].scores).sum() for row in rows]
+    counts = [f"{count} of {len(args.seeds)}" for count in pairs]
+    lengths = np.ones(len(args.seeds), int)
+    shown = paired_table(rows, lengths, args.reference, {}, {"seeds": counts})
+    return "\n\n".join([key, shown, *failures])
+
+
+def study(args: argparse.Namespace, pool: ThreadPoolExecutor) -> list[str]:
+    """Run the parts that are asked for; their tables, which are printed as they come."""
+    chosen = chosen_rows(args.rows)
+    folders = [label_of(name) for name in (BASE, *chosen)]
+    twice = [folder for folder in folders if folders.count(folder) > 1]
+    if twice:
+        raise ToolError(f"two rows would share the folder {twice[0]}: choose another name")
+    reports = []
     for part, known, key in PARTS:
-        if args.part not in (part, "both"):
-            continue
         rows = {BASE: ""}
-        for name, changes in known.items():
-            if not args.rows or any(word in name for word in args.rows):
+        for name, changes in chosen.items():
+            if name in known or name not in KNOWN:
                 rows[name] = changes
-        results = study_part(part, rows, args, pool)
-        lines = [f"\n{key}", *table(results, BASE, key, args.seeds)]
-        print("\n".join(lines), flush=True)
+        if args.part not in (part, "both") or len(rows) == 1:
+            continue
+        results = run_part(part, rows, args, pool)
+        reports.append(seeds_report(results, key, args))
+        print("\n" + reports[-1], flush=True)
+    return reports
 
 
-def main() -> int:
+# --- on one artifact, by document
+
+
+def measure(tg, s, args: argparse.Namespace) -> dict:
+    """Losses (targets,) in stream order under settings s, the documents' lengths in
+    targets, and the processor seconds it took."""
+    world = tg.World.join({})
+    tg.set_up(s, world)
+    model = tg.build_model(s, world)
+    val = tg.Validation(s)
+    tg.open_artifact(s, world, model, args.artifact)
+    documents = val.documents
+    fits = (documents.length >= args.min_tokens) & (documents.length <= args.max_tokens)
+    chosen = np.flatnonzero(fits)[: args.documents]
+    if len(chosen) < 2:
+        raise ToolError(f"{len(chosen)} documents have {args.min_tokens} to {args.max_tokens} "
+                        "tokens: raise --max-tokens")
+    documents.start = documents.start[chosen]
+    documents.length = documents.length[chosen]
+    begin = time.process_time()
+    count = tg.Hints.for_adapting if s.ttt_enabled else tg.Hints.for_windows
+    val.hints = count(s, world, val)
+    if s.ttt_enabled:
+        books = tg.PhasedTTT(s, world, model, val)
+        books.run()
+    else:
+        books = tg.Scorer(s, world, model)
+        books.windows(val, s.eval_stride)
+    seconds = time.process_time() - begin
+    losses = books.ledger.loss.cpu().numpy()[books.ledger.expected]
+    return {"losses": losses, "lengths": documents.length - 1, "seconds": seconds}
+
+
+def measured(tg, name: str, changes: str, seed: int | None, args: argparse.Namespace) -> dict:
+    """What `measure` says of a row, read back where it is there."""
+    env = {**os.environ, **settings_in(changes), "EVAL_MAX_SECONDS": "0"}
+    if seed is not None:
+        env["SEED"] = str(seed)
+    try:
+        s = tg.Settings.from_env(env)
+        choices = s, args.documents, args.min_tokens, args.max_tokens
+        identity = hashlib.sha256(args.artifact.read_bytes() + repr(choices).encode())
+        folder = args.out / "adapted" / label_of(name)
+        path = folder / f"{s.seed}-{identity.hexdigest()[:16]}.npz"
+        if not path.is_file():
+            figures = io.BytesIO()
+            np.savez(figures, **measure(tg, s, args))
+            write_atomic(path, figures.getvalue())
+    except tg.UserError as error:
+        raise ToolError(f"row {name}: {error}") from None
+    return dict(np.load(path))
+
+
+def adapt(args: argparse.Namespace) -> str:
+    """Measure the rows on the artifact. Three tables: the whole with its halves, by document length,
+    by position in it."""
+    need("torch", "--artifact")
+    import train_gpt as tg
+
+    rows, lengths = [], None
+    speeds: dict[str, list[str]] = {"CPU s": [], "targets/s": []}
+    for name, changes in chosen_rows(args.rows).items():
+        by_seed = [measured(tg, name, changes, seed, args) for seed in args.seeds or [None]]
+        for figures in by_seed:
+            lengths = figures["lengths"] if lengths is None else lengths
+            if not np.array_equal(lengths, figures["lengths"]):
+                raise ToolError(f"row {name} was measured on other documents: "
+                                "keep the data settings the same")
+        losses = np.mean([figures["losses"].astype(np.float64) for figures in by_seed], 0)
+        seconds = sum(float(figures["seconds"]) for figures in by_seed)
+        rows.append(Row(name, losses))
+        speeds["CPU s"].append(f"{seconds:.0f}")
+        speeds["targets/s"].append(f"{len(by_seed) * len(losses) / seconds:.0f}")
+        print(f"{name}: {losses.mean():.4f} nats, {seconds:.1f} CPU s", flush=True)
+    even = np.arange(len(lengths)).repeat(lengths) % 2 == 0
+    halves = {"even half": even, "odd half": ~even}
+    length = lengths.repeat(lengths)
+    position = np.arange(lengths.sum()) - starts_of(lengths).repeat(lengths)
+    return "\n\n".join([
+        f"{len(lengths)} documents, {lengths.sum():,} targets; nats a target",
+        paired_table(rows, lengths, args.reference, halves, speeds),
+        curve_table("length", length, LENGTHS, rows, lengths),
+        curve_table("position", position, POSITIONS, rows, lengths),
+    ])
+
+
+# --- paired differences
+
+
+class Row(NamedTuple):
+    """A row's scores (targets,): nats of each target, document after document; or BPB of
+    each seed, NaN where a run failed."""
+
+    name: str
+    scores: np.ndarray
+
+
+def starts_of(lengths: np.ndarray) -> np.ndarray:
+    """Where documents of these lengths begin in the stream of their targets."""
+    return np.cumsum(lengths) - lengths
+
+
+def paired(difference: np.ndarray, lengths: np.ndarray) -> tuple[float, float]:
+    """Mean per target of a difference (targets,); its standard error over documents
+    (seeds, each of one target), NaN where there is only one."""
+    sums = np.add.reduceat(difference, starts_of(lengths))
+    targets, documents = lengths.sum(), len(lengths)
+    mean = sums.sum() / targets
+    if documents == 1:
+        return mean, np.nan
+    spread = np.square(sums - mean * lengths).sum() * documents / (documents - 1)
+    return mean, float(np.sqrt(spread)) / targets
+
+
+def paired_text(row: Row, other: Row, lengths: np.ndarray, pick: np.ndarray) -> str:
+    """Paired difference of two rows over those picked targets (bool) that both have:
+    mean ± error."""
+    difference = row.scores - other.scores
+    pick = pick & np.isfinite(difference)
+    inside = np.add.reduceat(pick.astype(int), starts_of(lengths))
+    if not pick.any():
+        return ""
+    mean, error = paired(difference[pick], inside[inside > 0])
+    return f"{mean:+.4f}" if np.isnan(error) else f"{mean:+.4f} ± {error:.4f}"
+
+
+def paired_table(
+    rows: list[Row], lengths: np.ndarray, reference: str | None, halves: dict, columns: dict
+) -> str:
+    """Markdown: every row's score, and its differences to the first row and to `reference`, if there.
+
+    halves: {heading: which targets (bool)}; columns: {heading: more cells by row}.
+    """
+    first = rows[0]
+    named = {row.name: row for row in rows}
+    others = [name for name in dict.fromkeys([first.name, reference]) if name in named]
+    every = np.ones(len(first.scores), bool)
+    picks = {"": every, **halves}
+    head = ["row", "score"]
+    head += [heading or f"against {other}" for other in others for heading in picks]
+    lines = []
+    for number, row in enumerate(rows):
+        common = row.scores[np.isfinite(row.scores - first.scores)]
+        line = [row.name, f"{common.mean():.4f}" if len(common) else "failed"]
+        for other in others:
+            for pick in picks.values():
+                shown = paired_text(row, named[other], lengths, pick)
+                line.append("" if row.name == other else shown)
+        lines.append([*line, *(cells[number] for cells in columns.values())])
+    return table([*head, *columns], lines, markdown=True)
+
+
+def curve_table(
+    what: str, of: np.ndarray, bounds: tuple, rows: list[Row], lengths: np.ndarray
+) -> str:
+    """Gains over the first row where a figure `of` each target lies within two bounds."""
+    first, others = rows[0], rows[1:]
+    document = np.arange(len(lengths)).repeat(lengths)
+    cells = []
+    for low, high in itertools.pairwise(bounds):
+        pick = (of >= low) & (of < high)
+        if not pick.any():
+            continue
+        span = f"{low}-" if high == bounds[-1] else f"{low}-{high}"
+        count = len(np.unique(document[pick]))
+        gains = [paired_text(row, first, lengths, pick) for row in others]
+        cells.append([span, count, *gains])
+    return table([what, "documents", *(r.name for r in others)], cells, markdown=True)
+
+
+# --- the command
+
+
+def parse(arguments) -> argparse.Namespace:
     """Command line."""
     parser = command_line(__doc__)
     add = parser.add_argument
-    add("out", type=Path, help="folder of the runs")
-    add("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    add("--workers", type=int, default=1, help="runs side by side")
+    add("out", type=Path, help="folder that keeps what was run")
+    add("rows", nargs="*", help="'name: SETTING=value …', or a part of a known row's name")
+    add("--seeds", nargs="+", action=Seeds,
+        help="repeats of every row: 1 2 3 (the default) or 1,2,3; an artifact's: the environment's")
+    add("--reference", metavar="ROW", help="differences to this row, too")
     add("--part", choices=("trained", "scored", "both"), default="both")
-    add("--rows", nargs="*", help="only rows whose name contains one of these")
-    args = parser.parse_args()
+    add("--workers", type=int, default=1, help="runs side by side")
+    add("--artifact", type=Path, help="a run's final_model.int6.ptz, to adapt")
+    add("--documents", type=int, default=200, help="how many, from the stream's start")
+    add("--min-tokens", type=int, default=2, help="shortest document")
+    add("--max-tokens", type=int, default=10**9, help="longest document")
+    return parser.parse_intermixed_args(arguments)  # rows may follow options
 
-    with ThreadPoolExecutor(args.workers) as pool:
-        try:
-            study(args, pool)
-        except ToolError:
-            # what has begun ends, the rest is not begun
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+
+def main(arguments=None) -> int:
+    """Entry."""
+    args = parse(arguments)
+    if args.artifact and not args.rows:
+        raise ToolError("--artifact needs rows, such as 'none: TTT_LORA_LR=0' 'fast:'")
+    names = [*([] if args.artifact else [BASE]), *chosen_rows(args.rows)]
+    if args.reference not in (None, *names):
+        raise ToolError(f"--reference {args.reference} is none of the rows {', '.join(names)}")
+    if args.artifact:
+        reports = [adapt(args)]
+        print(reports[0])
+    else:
+        args.seeds = args.seeds or [1, 2, 3]
+        with ThreadPoolExecutor(args.workers) as pool:
+            try:
+                reports = study(args, pool)
+            except ToolError:
+                # what has begun ends, the rest is not begun
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    write_atomic(args.out / "report.md", "\n\n".join(reports) + "\n")
     return 0
 
 

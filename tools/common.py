@@ -51,6 +51,16 @@ def command_line(text: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+class Seeds(argparse.Action):
+    """The option --seeds 1 2 3, or 1,2,3, as a list of int; give it nargs="+"."""
+
+    def __call__(self, parser, namespace, values, option=None):
+        words = ",".join(values).split(",")
+        if not all(re.fullmatch(r"\d+", word) for word in words) or len(set(words)) < len(words):
+            raise ToolError(f"{option} {' '.join(values)}: give every seed once, as 1 2 3 or 1,2,3")
+        setattr(namespace, self.dest, [int(word) for word in words])
+
+
 def run_cli(main) -> None:
     """Run `main()` as a command: a ToolError or an OSError becomes one line and status 2, Ctrl-C 130."""
     try:

@@ -48,6 +48,7 @@ from tools.common import (
     ARTIFACT,
     ROOT,
     SCRIPT,
+    Seeds,
     ToolError,
     command_line,
     error_line,
@@ -876,17 +877,12 @@ def drive(pod: Pod, command: str) -> int:
     return 0
 
 
-def whole_numbers(text: str) -> list[int]:
-    """1,2,3 -> [1, 2, 3]"""
-    return [int(part) for part in text.split(",")]
-
-
 def parse(arguments) -> argparse.Namespace:
     """Command line; what is not given is None, and then as before or a default."""
     parser = command_line(__doc__)
     add = parser.add_argument
     add("--name", help="of the record's folder and the archive")
-    add("--seeds", type=whole_numbers, help="default 42,314,999")
+    add("--seeds", nargs="+", action=Seeds, help="default 42 314 999")
     add("--track", choices=sorted(make_record.TRACKS), help="default record: 8 x H100, 600 s, three seeds")
     add("--author", help="who submits it")
     add("--github", help="their GitHub id")
@@ -916,8 +912,6 @@ def options_of(args: argparse.Namespace, known: dict) -> dict:
     if not re.fullmatch(r"[\w.+-]+", options["name"]) and not args.plan:
         raise ToolError(f"--name {options['name']!r}: give one of letters, digits, _ . + -: "
                         "the record's folder and the archive are called so")
-    if len(set(options["seeds"])) < len(options["seeds"]):
-        raise ToolError(f"--seeds {','.join(map(str, options['seeds']))}: every seed once")
     least = {"train_shards": 1, "nproc": 0, "price": 0}
     for key, bound in least.items():
         if options[key] < bound:

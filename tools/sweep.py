@@ -48,6 +48,7 @@ if __package__ in (None, ""):  # run as a script: make `tools` importable
 
 from tools.common import (
     SCRIPT,
+    Seeds,
     ToolError,
     command_line,
     error_line,
@@ -722,11 +723,6 @@ def setting_panel(go, trials: list, name: str):
     )
 
 
-def whole_numbers(text: str) -> list[int]:
-    """1,2,3 -> [1, 2, 3]"""
-    return [int(part) for part in text.split(",")]
-
-
 def parse(arguments) -> argparse.Namespace:
     """Command line."""
     parser = command_line(__doc__)
@@ -736,8 +732,8 @@ def parse(arguments) -> argparse.Namespace:
         help="points the study shall have in all (default 20)")
     add("--workers", type=int, default=1, help="trials at a time on this machine")
     add("--nproc", type=int, default=1, help="processes (GPUs) of one run")
-    add("--seeds", type=whole_numbers, default=[1337],
-        help="e.g. 1,2,3: repeats of a trial")
+    add("--seeds", nargs="+", action=Seeds, default=[1337],
+        help="1 2 3, or 1,2,3: repeats of a trial")
     add("--metric", default="val_bpb", help="key of summary.json to minimise")
     add("--study", default="", help="its name (default: the space file's)")
     add("--storage", default="", help="Optuna storage URL (default: SQLite in --out)")
