@@ -1,5 +1,7 @@
-"""tools/sweep.py: spaces, a sweep whose worker is killed, failures, pruning, many machines on PostgreSQL."""
+"""tools/sweep.py: spaces, a sweep that is ended, failures, pruning, many machines on PostgreSQL."""
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -9,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -61,18 +64,25 @@ def check_points(found, count):
     assert sorted(t.user_attrs["point"] for t in complete) == list(range(count))
     assert all(t.state.name in ("COMPLETE", "FAIL") for t in found.trials)
     dead = [t for t in found.trials if t.state.name == "FAIL"]
-    assert sorted(t.user_attrs["retry_of"] for t in complete if "retry_of" in t.user_attrs) == [
-        t.number for t in dead]
+    retried = [t.system_attrs["retry_history"][-1] for t in complete if "retry_history" in t.system_attrs]
+    assert sorted(retried) == [t.number for t in dead]
     return complete, dead
 
 
-def kill_a_worker(found, deadline):
-    """SIGKILL the worker of a running trial."""
-    while time.monotonic() < deadline:
-        for t in found.get_trials(deepcopy=False):
-            if t.state.name == "RUNNING" and "log" in t.user_attrs:
-                os.kill(int(t.user_attrs["worker"].split(":")[1]), signal.SIGKILL)
-                return t.number
+def silence(place):
+    """The last sign of life of every running trial was long ago."""
+    with sqlite3.connect(place / "out" / "study.db") as database:
+        database.execute("update trial_heartbeats set heartbeat = datetime('now', '-1 hour')")
+
+
+def end_in_the_middle(process, found, sign, deadline, completed=0):
+    """End a sweep while a trial runs and some are complete; the trials that it leaves behind."""
+    while time.monotonic() < deadline and process.poll() is None:
+        states = [t.state.name for t in found.get_trials(deepcopy=False) if "log" in t.user_attrs]
+        if "RUNNING" in states and states.count("COMPLETE") >= completed:
+            os.kill(process.pid, sign)
+            process.wait(60)
+            return [t.number for t in found.trials if t.state.name == "RUNNING"]
         time.sleep(0.05)
     raise AssertionError("no trial ran")
 
@@ -117,23 +127,27 @@ def has_study(path):
         return False
 
 
-def test_a_killed_worker_loses_and_doubles_nothing(place):
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_a_sweep_that_is_ended_loses_and_doubles_nothing(place, sign, capsys):
     (place / "space.txt").write_text("MATRIX_LR log 0.001 0.1\nNAP = 0.15\n")
-    done = subprocess.Popen([sys.executable, sweep.__file__,
-                             *words(place, "--trials", 5, "--workers", 2, "--seeds", "1,2")],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = words(place, "--trials", 4, "--workers", 2, "--seeds", "1", "2")
+    first = subprocess.Popen([sys.executable, sweep.__file__, *command], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
-    while not has_study(place / "out" / "study.db"):
-        assert time.monotonic() < deadline and done.poll() is None
+    database = place / "out" / "study.db"
+    while not has_study(database):
+        assert time.monotonic() < deadline and first.poll() is None
         time.sleep(0.1)
-    killed = kill_a_worker(study(place), deadline)
-    said, _ = done.communicate(timeout=600)
-    assert done.returncode == 0, said
-    complete, dead = check_points(study(place), 5)
-    assert [t.number for t in dead] == [killed] and "last log lines" in dead[0].user_attrs["error"]
+    left = end_in_the_middle(first, study(place), sign, deadline)
+    assert left and first.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}[sign]
+    silence(place)
+    assert sweep.main(command) == 0
+    complete, dead = check_points(study(place), 4)
+    assert [t.number for t in dead] == left
     for t in complete:
         assert t.value == pytest.approx((t.params["MATRIX_LR"] - 0.03) ** 2 + 1.5e-6)
-    assert "5 complete, 1 fail" in said and (place / "out" / "results.csv").read_text().count("\n") == 7
+    said, csv = capsys.readouterr().out, (place / "out" / "results.csv").read_text()
+    assert f"4 complete, {len(dead)} fail" in said and csv.count("\n") == 1 + 4 + len(dead)
+    assert csv.count("its sweep was killed or fell silent; last log lines: ") == len(dead)
     assert "plotly" in (place / "out" / "results.html").read_text()[:5_000_000]
 
 
@@ -170,39 +184,54 @@ def test_two_machines_may_make_the_tables_at_once(place, monkeypatch):
 
     monkeypatch.setattr(optuna.storages, "RDBStorage", Late)
     monkeypatch.setattr(sweep.time, "sleep", lambda seconds: None)
-    assert sweep.Study(sweep.parse(words(place))).plan(2) == 2 and len(calls) == 3
+    assert sweep.plan(sweep.open_study(sweep.parse(words(place))), 2) == 2 and len(calls) == 3
 
 
-def test_only_one_process_takes_a_trial_and_double_retries_are_dropped(place):
+def test_only_one_process_takes_a_trial_and_none_makes_its_own(place):
     args = sweep.parse(words(place))
-    one, two = sweep.Study(args), sweep.Study(args)
-    one.plan(1)
-    trial = one.take()
-    assert trial is not None and two.take() is None
-    one.end(trial._trial_id, one.states.FAIL, died="killed", error="gone")
-    one.revive(1)
-    two.revive(1)
-    assert len(one.trials(one.states.WAITING)) == 1
-    one.study.enqueue_trial(
-        {}, user_attrs={"point": 0, "retry_of": 0, "attempt": 1}
-    )  # as two machines at once would
-    assert two.take().number == 1 and one.take() is None
-    assert [t.state.name for t in one.trials()] == ["FAIL", "RUNNING", "FAIL"]
+    one, two = sweep.open_study(args), sweep.open_study(args)
+    sweep.plan(one, 1)
+    assert one.ask().number == 0
+    for known in (one, two):
+        with pytest.raises(sweep.NothingWaits):
+            known.ask()
+    assert [t.state.name for t in one.trials] == ["RUNNING"]
 
 
-def test_a_hopeless_trial_is_pruned(place):
+def test_many_processes_share_the_trials_of_one_file(place):
+    """Each is taken once, and each dead one is retried once, though all look at the same time."""
+    args = sweep.parse(words(place))
+    sweep.plan(sweep.open_study(args), 20)
+
+    def take_all(_):
+        known, taken = sweep.open_study(args), []
+        with contextlib.suppress(sweep.NothingWaits):
+            while True:
+                taken.append(known.ask().number)
+        return taken
+
+    with ThreadPoolExecutor(4) as pool:
+        taken = itertools.chain(*pool.map(take_all, range(4)))
+    assert sorted(taken) == list(range(20))
+    known = [sweep.open_study(args) for _ in range(4)]
+    for t in known[0].trials:
+        known[0]._storage.record_heartbeat(t._trial_id)
+    silence(place)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(optuna.storages.fail_stale_trials, known))
+    retried = [t.system_attrs["retry_history"] for t in known[0].trials if t.state.name == "WAITING"]
+    assert sorted(retried) == [[number] for number in range(20)]
+
+
+def test_a_hopeless_trial_is_pruned(place, capsys):
     (place / "space.txt").write_text("MATRIX_LR uniform 0.001 0.002\nNAP = 0.3\n")
-    args = sweep.parse(words(place, "--prune", "--prune-after", 10))
-    known = sweep.Study(args)
+    sweep.open_study(sweep.parse(words(place)))
     for _ in range(5):  # five good trials of the past
-        t = known.study.ask()
-        for used in (20, 40, 60, 80, 100):
-            t.report(1e-6, used)
-        known.study.tell(t, 1e-6)
-    known.plan(6)
-    trial = known.take()
-    assert sweep.run_trial(known, trial, sweep.read_space(place / "space.txt"), args) == "pruned"
-    assert known.trials()[-1].state.name == "PRUNED"
+        steps = {used: 1e-6 for used in (20, 40, 60, 80, 100)}
+        study(place).add_trial(optuna.create_trial(value=1e-6, intermediate_values=steps))
+    assert sweep.main(words(place, "--trials", 6, "--prune", "--prune-after", 10)) == 0
+    assert study(place).trials[-1].state.name == "PRUNED"
+    assert "5 complete, 1 pruned" in capsys.readouterr().out
 
 
 def test_storage_that_cannot_be_used(place):
@@ -225,10 +254,10 @@ def tiny_environment(tmp_path, data):
 
 
 def real_sweep(tmp_path, env, *more, url=None):
-    """8 trials, 2 workers, one worker killed in the middle."""
+    """8 trials, 2 workers; the sweep is killed in the middle and goes on."""
     (tmp_path / "real.txt").write_text("MATRIX_LR log 0.005 0.1\nTTT_LORA_RANK choice 2 4\n")
     command = [sys.executable, str(Path(sweep.__file__)), str(tmp_path / "real.txt"), "--out",
-               str(tmp_path / "out"), "--trials", "8", "--workers", "2", *more]
+               str(tmp_path / "out"), "--trials", "8", "--workers", "2", "--grace", "30", *more]
     with open(tmp_path / "sweep.log", "w") as log:
         process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 120
@@ -239,13 +268,11 @@ def real_sweep(tmp_path, env, *more, url=None):
                 found = study(tmp_path, storage, "real")
             except Exception:
                 time.sleep(0.5)
-        while sum(t.state.name == "COMPLETE" for t in found.trials) < 2:  # then it is in the middle
-            assert process.poll() is None, (tmp_path / "sweep.log").read_text()
-            time.sleep(0.5)
-        killed = kill_a_worker(found, time.monotonic() + 60)
-        assert process.wait(900) == 0, (tmp_path / "sweep.log").read_text()
+        left = end_in_the_middle(process, found, signal.SIGKILL, time.monotonic() + 600, completed=2)
+        again = subprocess.run(command, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=900)
+    assert again.returncode == 0, (tmp_path / "sweep.log").read_text()
     complete, dead = check_points(found, 8)
-    assert [t.number for t in dead] == [killed] and len(complete) == 8
+    assert [t.number for t in dead] == left and len(complete) == 8
     for t in complete:
         summary = json.loads((tmp_path / "out" / f"trial_{t.number:04d}_seed1337"
                               / "summary.json").read_text())
@@ -254,7 +281,7 @@ def real_sweep(tmp_path, env, *more, url=None):
 
 
 @pytest.mark.long
-def test_eight_real_trials_two_workers_one_killed_sqlite(tmp_path, tiny_environment):
+def test_eight_real_trials_in_a_sweep_that_is_killed_sqlite(tmp_path, tiny_environment):
     real_sweep(tmp_path, tiny_environment)
 
 
@@ -298,7 +325,7 @@ def postgres(tmp_path_factory):
 
 
 @pytest.mark.long
-def test_eight_real_trials_two_workers_one_killed_postgres(tmp_path, tiny_environment, postgres):
+def test_eight_real_trials_in_a_sweep_that_is_killed_postgres(tmp_path, tiny_environment, postgres):
     real_sweep(tmp_path, tiny_environment, "--storage", postgres.replace("+psycopg2", ""), url=postgres)
 
 

@@ -16,8 +16,9 @@ The study lives in a database (SQLite beside the trials, or any Optuna storage U
 under --study: the same command again goes on where it stopped. A trial is one run per
 seed (--seeds), its value is the mean of --metric in summary.json; with --prune a
 hopeless trial is stopped early by its metrics.jsonl. A trial that fails is shown with
-the error in its log, and kept with the log's last lines (results.csv); one whose worker
-was killed is kept, too, and its settings run again (--retries).
+the error in its log, and kept with the log's last lines (results.csv); one whose sweep
+was killed or interrupted is kept, too, and its settings run again (--retries) by
+whichever machine works on the study.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ import threading
 import time
 import warnings
 import zlib
-from contextlib import contextmanager
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,15 +63,12 @@ from tools.common import (
 )
 
 LAUNCH = "{python} -m torch.distributed.run --standalone --nproc_per_node={nproc}"
-BEAT_SECONDS = 10  # between two signs of life
 GRACE_SECONDS = 60
 POLL_SECONDS = 0.5
 LOG_LINES = 12
 LAST_LINES = "last log lines: "
-MAX_RESPAWNS = 20
 RANGES = ("log", "uniform", "int", "logint")  # kinds of a setting that lies in LO … HI
 MACHINE = socket.gethostname()
-HOST = f"{MACHINE}:{os.getpid()}"
 
 
 @dataclass(frozen=True)
@@ -177,161 +176,119 @@ def check_space(space: list[Setting], args: argparse.Namespace) -> None:
 # --- the study
 
 
-class Study:
-    """The database's view of the sweep.
+class NothingWaits(Exception):
+    """Every point of the study is taken."""
 
-    A point is a WAITING trial until a worker takes it; only one can.
-    """
 
-    def __init__(self, args: argparse.Namespace, create: bool = True):
-        self.args = args
-        self.optuna = need("optuna", "sweep")
-        experimental = self.optuna.exceptions.ExperimentalWarning
-        warnings.filterwarnings("ignore", category=experimental)
-        self.optuna.logging.set_verbosity(self.optuna.logging.ERROR)
-        self.states = self.optuna.trial.TrialState
-        url = storage_url(args)
-        if not args.storage:
-            Path(args.out).mkdir(parents=True, exist_ok=True)
+def open_study(args: argparse.Namespace, create: bool = True):
+    """The study in its database, made when it is not there and `create`. It runs points that
+    wait (see `plan`), and makes none of its own: two processes never share or add one."""
+    optuna = need("optuna", "sweep")
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+    class Study(optuna.Study):
+        def _pop_waiting_trial_id(self) -> int:
+            trial_id = super()._pop_waiting_trial_id()
+            if trial_id is None:
+                raise NothingWaits
+            number = self._storage.get_trial_number_from_id(trial_id)
+            self.sampler = sampler_of(optuna.samplers, number, args)
+            return trial_id
+
+    url = storage_url(args)
+    if not args.storage:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    try:
+        storage = open_storage(optuna.storages, url, args)
+        if create:
+            optuna.create_study(storage=storage, study_name=args.study, load_if_exists=True)
+        return Study(args.study, storage, pruner=pruner_of(optuna.pruners, args))
+    except KeyError:
+        raise ToolError(f"there is no study {args.study} in that storage: "
+                        "start it without --join or --show") from None
+    except Exception as error:  # every database driver raises its own
+        reason = str(error).splitlines()[0][:200]
+        raise ToolError(f"cannot use the storage {hide_password(url)}: "
+                        f"{type(error).__name__}: {reason}") from None
+
+
+def open_storage(storages, url: str, args: argparse.Namespace):
+    """The database; tables that another process makes just now are waited for."""
+    options = {"pool_pre_ping": True}
+    if url.startswith("sqlite"):
+        options = {"connect_args": {"timeout": 60}}
+    for attempt in range(10):
         try:
-            self.storage = self.open_storage(url)
-            self.study = self.open_study(create)
-            self.id = self.storage.get_study_id_from_name(args.study)
-        except KeyError:
-            raise ToolError(f"there is no study {args.study} in that storage: "
-                            "start it without --join or --show") from None
+            storage = storages.RDBStorage(
+                url,
+                engine_kwargs=options,
+                heartbeat_interval=max(1, args.grace // 6),
+                grace_period=args.grace,
+                failed_trial_callback=storages.RetryFailedTrialCallback(args.retries),
+            )
+            if url.startswith("sqlite"):
+                lock_before_reading(storage.engine)
+            return storage
         except Exception as error:  # every database driver raises its own
-            reason = str(error).splitlines()[0][:200]
-            raise ToolError(f"cannot use the storage {hide_password(url)}: "
-                            f"{type(error).__name__}: {reason}") from None
+            passing = re.search("already exists|duplicate key|locked", str(error))
+            if attempt == 9 or not passing:
+                raise
+            time.sleep(1)
 
-    def open_storage(self, url: str):
-        """The database; tables that another process makes just now are waited for."""
-        options = {"pool_pre_ping": True}
-        if url.startswith("sqlite"):
-            options = {"connect_args": {"timeout": 60}}
-        for attempt in range(10):
-            try:
-                return self.optuna.storages.RDBStorage(
-                    url,
-                    engine_kwargs=options,
-                    heartbeat_interval=BEAT_SECONDS,
-                    grace_period=self.args.grace,
-                )
-            except Exception as error:  # every database driver raises its own
-                passing = re.search("already exists|duplicate key|locked", str(error))
-                if attempt == 9 or not passing:
-                    raise
-                time.sleep(1)
 
-    def open_study(self, create: bool):
-        """Optuna's study in the database; made when it is not there and `create`."""
-        args, pruners = self.args, self.optuna.pruners
-        pruner = pruners.NopPruner()
-        if args.prune:
-            warm_up = args.prune_after
-            pruner = pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=warm_up)
-        options = {"study_name": args.study, "storage": self.storage, "pruner": pruner}
-        if not create:
-            return self.optuna.load_study(**options)
-        options |= {"direction": "minimize", "load_if_exists": True}
-        return self.optuna.create_study(**options)
+def lock_before_reading(engine) -> None:
+    """SQLite's transactions take its lock when they begin. By default they take it when they
+    first write: two workers could both read that a trial waits, and both run it."""
+    event = need("sqlalchemy", "sweep").event
 
-    def sampler(self, number: int):
-        """A trial's sampler: --sampler-seed ties its draws to its number."""
-        args, samplers = self.args, self.optuna.samplers
-        seed = None
-        if args.sampler_seed is not None:
-            seed = zlib.crc32(f"{args.sampler_seed}/{number}".encode())
-        if args.sampler == "random":
-            return samplers.RandomSampler(seed)
-        return samplers.TPESampler(
-            seed=seed,
-            multivariate=True,
-            constant_liar=True,
-            n_startup_trials=args.startup,
-        )
+    @event.listens_for(engine, "connect")
+    def begin_is_ours(connection, _):
+        connection.isolation_level = None
 
-    def trials(self, *states) -> list:
-        """Trials in these states, all when none are given."""
-        return self.study.get_trials(deepcopy=False, states=states or None)
+    @event.listens_for(engine, "begin")
+    def begin(connection):
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
-    def plan(self, count: int) -> int:
-        """Enqueue points until the study has `count`; returns how many were added.
+    engine.dispose()  # connections from before
 
-        Retries of a point do not count.
-        """
-        have = sum("retry_of" not in t.user_attrs for t in self.trials())
-        for i in range(have, count):
-            self.study.enqueue_trial({}, user_attrs={"point": i})
-        return max(count - have, 0)
 
-    def take(self):
-        """A waiting trial for this process alone, or None: the database sees to that."""
-        for waiting in self.trials(self.states.WAITING):
-            if self.is_double(waiting):
-                continue
-            trial_id, running = waiting._trial_id, self.states.RUNNING
-            if self.storage.set_trial_state_values(trial_id, state=running):
-                self.storage.record_heartbeat(trial_id)
-                self.study.sampler = self.sampler(waiting.number)
-                trial = self.optuna.trial.Trial(self.study, trial_id)
-                trial.set_user_attr("worker", HOST)
-                return trial
-        return None
+def pruner_of(pruners, args: argparse.Namespace):
+    """What stops trials early."""
+    if args.prune:
+        return pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=args.prune_after)
+    return pruners.NopPruner()
 
-    def is_double(self, waiting) -> bool:
-        """A second retry of a dead trial (two machines saw it die): dropped, unrun."""
-        of = waiting.user_attrs.get("retry_of")
-        if of is None:
-            return False
-        retries = [t for t in self.trials() if t.user_attrs.get("retry_of") == of]
-        older = [t for t in retries if t.number < waiting.number]
-        if older:
-            reason = f"dropped: trial {older[0].number} is the same retry"
-            self.end(waiting._trial_id, self.states.FAIL, error=reason)
-        return bool(older)
 
-    def end(self, trial_id: int, state, value: float | None = None, **attributes) -> bool:
-        """Finish a trial, with attributes; False when another process was first."""
-        values = None if value is None else [value]
-        try:
-            for key, text in attributes.items():
-                self.storage.set_trial_user_attr(trial_id, key, text)
-            return self.storage.set_trial_state_values(trial_id, state, values)
-        except self.optuna.exceptions.UpdateFinishedTrialError:
-            return False
+def sampler_of(samplers, number: int, args: argparse.Namespace):
+    """A trial's sampler: --sampler-seed ties its draws to its number."""
+    seed = None
+    if args.sampler_seed is not None:
+        seed = zlib.crc32(f"{args.sampler_seed}/{number}".encode())
+    if args.sampler == "random":
+        return samplers.RandomSampler(seed)
+    return samplers.TPESampler(
+        seed=seed,
+        multivariate=True,
+        constant_liar=True,
+        n_startup_trials=args.startup,
+    )
 
-    def bury(self, worker: str, why: str, died: str = "killed") -> None:
-        """A worker of this machine is gone: fail its trial with its last log lines."""
-        for t in self.trials(self.states.RUNNING):
-            if t.user_attrs.get("worker") == worker:
-                error = f"{why}; {last_lines(t)}"
-                self.end(t._trial_id, self.states.FAIL, died=died, error=error)
 
-    def revive(self, retries: int) -> None:
-        """Fail trials whose worker, on any machine, is silent; run dead ones again."""
-        self.optuna.storages.fail_stale_trials(self.study)
-        trials = self.trials()
-        replaced = {t.user_attrs.get("retry_of") for t in trials}
-        for t in trials:
-            notes = t.user_attrs
-            lost = t.state == self.states.FAIL and ("died" in notes or "error" not in notes)
-            attempt = notes.get("attempt", 0) + (notes.get("died") != "interrupted")
-            if not lost or t.number in replaced or attempt > retries:
-                continue
-            silent = f"its worker stopped answering; {last_lines(t)}"
-            retry = {
-                "point": notes.get("point"),
-                "retry_of": t.number,
-                "attempt": attempt,
-                "died_with": notes.get("error") or silent,
-            }
-            self.study.enqueue_trial(t.params, user_attrs=retry)
+def plan(study, count: int) -> int:
+    """Enqueue points until the study has `count`; returns how many were added.
 
-    def open(self) -> int:
-        """Trials that wait or run."""
-        return len(self.trials(self.states.WAITING, self.states.RUNNING))
+    Retries of a point do not count.
+    """
+    have = sum("failed_trial" not in t.system_attrs for t in study.trials)
+    for i in range(have, count):
+        study.enqueue_trial({}, user_attrs={"point": i})
+    return max(count - have, 0)
+
+
+def in_state(study, *names: str) -> list:
+    """The study's trials in these states."""
+    return [t for t in study.get_trials(deepcopy=False) if t.state.name in names]
 
 
 def storage_url(args: argparse.Namespace) -> str:
@@ -410,51 +367,6 @@ def progress_of(folder: Path) -> tuple[int, float] | None:
     return used, statistics.fmean(e["loss"] for e in train[-5:])
 
 
-def watch(process: subprocess.Popen, folder: Path, study: Study, trial) -> None:
-    """Wait for a run and report its progress; TrialPruned when it is hopeless."""
-    reported = 0
-    while process.poll() is None:
-        time.sleep(POLL_SECONDS)
-        used, score = progress_of(folder) or (0, math.nan)
-        if used > reported and math.isfinite(score):
-            reported = used
-            trial.report(score, used)
-            if trial.should_prune():
-                raise study.optuna.TrialPruned
-
-
-def run_seed(
-    study: Study, trial, settings: dict, seed: int, args, prune: bool
-) -> float:
-    """One run of the trainer; its metric. Raises Failed, or TrialPruned."""
-    folder = Path(args.out) / f"trial_{trial.number:04d}_seed{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "worker.log"
-    trial.set_user_attr("log", str(log))
-    env = {**os.environ, **settings, "SEED": str(seed)}
-    env |= {"ARTIFACT_DIR": str(folder), "RUN_ID": folder.name}
-    launch = args.launch.format(python=sys.executable, nproc=args.nproc)
-    command = [*shlex.split(launch), args.script]
-    with open(log, "wb") as out:
-        process = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=env,
-            preexec_fn=die_with_parent,
-        )
-        try:
-            if prune:
-                watch(process, folder, study, trial)
-            process.wait()
-        finally:
-            stop(process)
-    if process.returncode:
-        said = error_line(log.read_text(errors="replace"))
-        raise Failed(f"exit status {process.returncode}: {said}")
-    return metric_of(folder, args.metric)
-
-
 def metric_of(folder: Path, metric: str) -> float:
     """A finished run's metric; Failed when it has none, or none that is finite."""
     try:
@@ -468,58 +380,103 @@ def metric_of(folder: Path, metric: str) -> float:
     return value
 
 
-def run_trial(study: Study, trial, space: list[Setting], args) -> str:
-    """Run a trial to its end in the database. Returns what to say about it."""
-    settings = {s.name: s.draw(trial) for s in space}
-    trial_id, states = trial._trial_id, study.states
-    values = []
-    try:
-        for seed in args.seeds:
-            prune = args.prune and not values  # by the first seed alone
-            values.append(run_seed(study, trial, settings, seed, args, prune))
-            trial.set_user_attr(f"{args.metric}_seed{seed}", values[-1])
-    except study.optuna.TrialPruned:
-        reason = f"{trial.number}: behind the median"
-        study.end(trial_id, states.PRUNED, pruned_at=reason)
-        return "pruned"
-    except Failed as error:
-        lines = last_lines(study.storage.get_trial(trial_id))
-        study.end(trial_id, states.FAIL, error=f"{error}; {lines}")
-        return f"FAILED: {error}"
-    mean = statistics.fmean(values)
-    study.end(trial_id, states.COMPLETE, mean)
-    spread = f" ± {statistics.stdev(values):.6f}" if len(values) > 1 else ""
-    return f"{args.metric} {mean:.6f}{spread}"
+@dataclass(frozen=True)
+class Worker:
+    """Runs one trial at a time, on the GPUs that `devices` names."""
 
+    args: argparse.Namespace
+    space: list[Setting]
+    devices: dict[str, str]
+    stopping: threading.Event  # set: the sweep ends, and its trials with it
 
-@contextmanager
-def heartbeat(study: Study, trial):
-    """Tell other machines, as long as the block runs, that the trial's worker lives."""
-    done = threading.Event()
+    def work(self) -> None:
+        """Run waiting trials until none waits or runs, on any machine."""
+        study = open_study(self.args, create=False)
+        while not self.stopping.is_set() and in_state(study, "WAITING", "RUNNING"):
+            try:
+                study.optimize(self.run_trial, n_trials=1, catch=(Failed,))
+            except NothingWaits:
+                time.sleep(POLL_SECONDS)
 
-    def beat():
-        while not done.wait(BEAT_SECONDS):
-            study.storage.record_heartbeat(trial._trial_id)
-
-    threading.Thread(target=beat, daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
-
-
-def worker(args: argparse.Namespace) -> int:
-    """Take waiting trials until none waits."""
-    study = Study(args, create=False)
-    space = read_space(args.space)
-    while (trial := study.take()) is not None:
-        label = f"[{HOST}] trial {trial.number}"
-        drawn = [f"{s.name}={s.draw(trial)}" for s in space if s.kind != "="]
+    def run_trial(self, trial) -> float:
+        """The mean metric of a trial's seeds. Raises Failed, or TrialPruned."""
+        label = f"[{MACHINE}] trial {trial.number}"
+        settings = {s.name: s.draw(trial) for s in self.space}
+        drawn = [f"{s.name}={settings[s.name]}" for s in self.space if s.kind != "="]
         print(f"{label} starts: {' '.join(drawn)}", flush=True)
-        with heartbeat(study, trial):
-            said = run_trial(study, trial, space, args)
-        print(f"{label} {said}", flush=True)
-    return 0
+        trial.set_user_attr("worker", f"{MACHINE}:{os.getpid()}")
+        metric = self.args.metric
+        values = []
+        try:
+            for seed in self.args.seeds:
+                prune = self.args.prune and not values  # by the first seed alone
+                values.append(self.run_seed(trial, settings, seed, prune))
+                trial.set_user_attr(f"{metric}_seed{seed}", values[-1])
+        except Failed as error:
+            trial.set_user_attr("error", f"{error}; {last_lines(trial)}")
+            print(f"{label} FAILED: {error}", flush=True)
+            raise
+        mean = statistics.fmean(values)
+        spread = f" ± {statistics.stdev(values):.6f}" if len(values) > 1 else ""
+        print(f"{label} {metric} {mean:.6f}{spread}", flush=True)
+        return mean
+
+    def run_seed(self, trial, settings: dict, seed: int, prune: bool) -> float:
+        """One run of the trainer; its metric. Raises Failed, or TrialPruned."""
+        args = self.args
+        folder = Path(args.out) / f"trial_{trial.number:04d}_seed{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "worker.log"
+        trial.set_user_attr("log", str(log))
+        env = {**os.environ, **self.devices, **settings, "SEED": str(seed)}
+        env |= {"ARTIFACT_DIR": str(folder), "RUN_ID": folder.name}
+        launch = args.launch.format(python=sys.executable, nproc=args.nproc)
+        command = [*shlex.split(launch), args.script]
+        with open(log, "wb") as out:
+            process = subprocess.Popen(
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=env,
+                preexec_fn=die_with_parent,
+            )
+            try:
+                self.watch(process, folder, trial if prune else None)
+            finally:
+                stop(process)
+        if process.returncode:
+            said = error_line(log.read_text(errors="replace"))
+            raise Failed(f"exit status {process.returncode}: {said}")
+        return metric_of(folder, args.metric)
+
+    def watch(self, process: subprocess.Popen, folder: Path, trial) -> None:
+        """Wait for a run's end, and report its progress to a trial that may be pruned.
+
+        Raises TrialPruned when it is hopeless; SystemExit when the sweep ends, which leaves
+        the trial to be run again.
+        """
+        reported = 0
+        while not has_ended(process, POLL_SECONDS):
+            if self.stopping.is_set():
+                raise SystemExit
+            if trial is None:
+                continue
+            used, score = progress_of(folder) or (0, math.nan)
+            if used > reported and math.isfinite(score):
+                reported = used
+                trial.report(score, used)
+                if trial.should_prune():
+                    print(f"[{MACHINE}] trial {trial.number} pruned at {used} %", flush=True)
+                    raise need("optuna", "sweep").TrialPruned
+
+
+def has_ended(process: subprocess.Popen, seconds: float) -> bool:
+    """Whether a process ends within these seconds."""
+    try:
+        process.wait(seconds)
+        return True
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def visible_gpus() -> list[str]:
@@ -549,66 +506,44 @@ def devices_of(slot: int, args: argparse.Namespace) -> dict:
     return {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
 
 
-def bury_dead(study: Study, slots: dict[int, subprocess.Popen]) -> None:
-    """Free the slots of workers that have ended; fail the trials of those that died."""
-    for slot, process in list(slots.items()):
-        status = process.poll()
-        if status is None:
-            continue
-        if status:
-            name = f"{MACHINE}:{process.pid}"
-            print(f"worker {name} died (status {status}); its trial is run again",
-                  flush=True)
-            study.bury(name, f"worker {name} died with status {status}")
-        del slots[slot]
-
-
-def coordinate(args: argparse.Namespace, words: list[str]) -> None:
-    """Keep --workers workers busy until no trial waits or runs; replace dead ones."""
-    study = Study(args)
+def coordinate(args: argparse.Namespace, space: list[Setting]) -> None:
+    """Keep --workers workers busy until no trial waits or runs."""
+    devices = [devices_of(slot, args) for slot in range(args.workers)]
+    study = open_study(args, create=not args.join)
     if not args.join:
-        added = study.plan(args.trials)
-        count = len(study.trials())
-        print(f"study {args.study}: {count} trials, {added} new", flush=True)
-    study.revive(args.retries)
-    command = [sys.executable, str(Path(__file__).resolve()), *words, "--worker"]
-    slots: dict[int, subprocess.Popen] = {}
-    started = 0
-    try:
-        while True:
-            bury_dead(study, slots)
-            study.revive(args.retries)
-            waiting = len(study.trials(study.states.WAITING))
-            free = [i for i in range(args.workers) if i not in slots]
-            for slot in free[:waiting]:
-                started += 1
-                if started > args.workers + MAX_RESPAWNS + args.trials:
-                    raise ToolError("workers die faster than they finish trials: "
-                                    "--show has their last lines")
-                env = {**os.environ, **devices_of(slot, args)}
-                process = subprocess.Popen(command, env=env, preexec_fn=die_with_parent)
-                slots[slot] = process
-            if not slots and not study.open():
-                return
-            time.sleep(POLL_SECONDS)
-    finally:
-        for process in slots.values():
-            stop(process)
-            name = f"{MACHINE}:{process.pid}"
-            study.bury(name, "the sweep was interrupted", "interrupted")
+        added = plan(study, args.trials)
+        print(f"study {args.study}: {len(study.trials)} trials, {added} new", flush=True)
+    if in_state(study, "RUNNING"):
+        print(f"trials of another sweep are waited for; after {args.grace} s without a sign "
+              "of life they are run again", flush=True)
+    stopping = threading.Event()
+    with ThreadPoolExecutor(args.workers) as pool:
+        working = [pool.submit(Worker(args, space, own, stopping).work) for own in devices]
+        try:
+            for worker in as_completed(working):
+                worker.result()
+        except BaseException:  # an error, or Ctrl-C
+            stopping.set()
+            raise
 
 
-def row_of(study: Study, trial, names: list[str], metric: str) -> list[str]:
+# --- results
+
+
+def row_of(trial, names: list[str], metric: str) -> list[str]:
     """A trial's row of the table."""
     notes = trial.user_attrs
-    done = trial.value is not None and trial.state == study.states.COMPLETE
+    state = trial.state.name
+    done = trial.value is not None and state == "COMPLETE"
     by_seed = [v for k, v in notes.items() if k.startswith(f"{metric}_seed")]
     note = notes.get("error", "")
-    if "retry_of" in notes:
-        note = f"retry of trial {notes['retry_of']}. {note}".strip()
+    if state == "FAIL" and not note:
+        note = f"its sweep was killed or fell silent; {last_lines(trial)}"
+    if history := trial.system_attrs.get("retry_history"):
+        note = f"retry of trial {history[-1]}. {note}".strip()
     return [
         str(trial.number),
-        trial.state.name,
+        state,
         f"{trial.value:.6f}" if done else "",
         f"{statistics.stdev(by_seed):.6f}" if len(by_seed) > 1 else "",
         *(show(trial.params.get(name, "")) for name in names),
@@ -621,21 +556,16 @@ def names_in(trials: list) -> list[str]:
     return sorted(set().union(*(t.params for t in trials)))
 
 
-# --- results
-
-
-def rows_of(
-    study: Study, args: argparse.Namespace
-) -> tuple[list[str], list[list[str]]]:
+def rows_of(study, args: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
     """The table: finished trials by value, then the rest."""
 
     def best_first(trial) -> tuple:
         return trial.value is None, trial.value or 0.0, trial.number
 
-    trials = sorted(study.trials(), key=best_first)
+    trials = sorted(study.trials, key=best_first)
     names = names_in(trials)
     head = ["trial", "state", args.metric, "std", *names, "note"]
-    return head, [row_of(study, trial, names, args.metric) for trial in trials]
+    return head, [row_of(trial, names, args.metric) for trial in trials]
 
 
 def show(value) -> str:
@@ -661,23 +591,21 @@ def csv_line(cells: list[str]) -> str:
 
 def results(args: argparse.Namespace) -> str:
     """Print the table; write results.csv and results.html. Returns the last line."""
-    study = Study(args, create=False)
+    study = open_study(args, create=False)
     head, rows = rows_of(study, args)
     print(table(head, [list(map(shortened, row)) for row in rows]))
     csv, page = Path(args.out) / "results.csv", Path(args.out) / "results.html"
     write_atomic(csv, "".join(map(csv_line, [head, *rows])))
     write_atomic(page, plots(study, args))
-    counts = []
-    for state in study.states:
-        if count := len(study.trials(state)):
-            counts.append(f"{count} {state.name.lower()}")
+    states = Counter(t.state.name.lower() for t in study.trials)
+    counts = [f"{count} {state}" for state, count in sorted(states.items())]
     return f"{', '.join(counts)}; {relative(csv)}, {relative(page)}"
 
 
-def plots(study: Study, args: argparse.Namespace) -> str:
+def plots(study, args: argparse.Namespace) -> str:
     """History, and a panel per setting, on an offline page; later trials are darker."""
     go = need("plotly.graph_objects", "sweep")
-    done = study.trials(study.states.COMPLETE)
+    done = in_state(study, "COMPLETE")
     if not done:
         return "<!doctype html><meta charset=utf-8><p>No trial has finished yet."
     names = names_in(done)
@@ -745,17 +673,16 @@ def parse(arguments) -> argparse.Namespace:
     add("--sampler", choices=("tpe", "random"), default="tpe")
     add("--sampler-seed", type=int, help="makes a single worker's draws repeatable")
     add("--startup", type=int, default=10, help="random points before TPE proposes")
-    add("--retries", type=int, default=1,
-        help="how often a point whose worker died is run again")
+    add("--retries", type=int, default=3,
+        help="how often a point whose sweep was killed or interrupted is run again")
     add("--grace", type=int, default=GRACE_SECONDS,
-        help="seconds without a sign after which a worker elsewhere counts as dead")
+        help="seconds without a sign of life after which a sweep counts as dead")
     add("--launch", default=LAUNCH, help="what starts the script")
     add("--script", default=str(SCRIPT), help="the trainer")
     add("--out", default="", help="folder of the trials (default: runs/<study>)")
     add("--show", action="store_true", help="only the results so far")
-    add("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    least = {"trials": 1, "workers": 1, "nproc": 1, "grace": 1, "retries": 0}
+    least = {"trials": 1, "workers": 1, "nproc": 1, "grace": 6, "retries": 0}
     for name, bound in least.items():
         if getattr(args, name) < bound:
             raise ToolError(f"--{name} {getattr(args, name)} must be at least {bound}")
@@ -766,13 +693,11 @@ def parse(arguments) -> argparse.Namespace:
 
 def main(arguments=None) -> int:
     """Entry."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    args = parse(words)
-    if args.worker:
-        return worker(args)
+    args = parse(arguments)
     if not args.show:
-        check_space(read_space(args.space), args)
-        coordinate(args, words)
+        space = read_space(args.space)
+        check_space(space, args)
+        coordinate(args, space)
     print(results(args))
     return 0
 
