@@ -46,15 +46,16 @@ def test_both_clip_modes_agree_on_one_rank():
     assert torch.allclose(*ends, atol=1e-6)
 
 
-@pytest.mark.parametrize("tied", [0, 1])
-def test_every_parameter_moves_and_head_is_trained_when_untied(tied):
-    s = settings(TIE_EMBEDDINGS=tied)
+@pytest.mark.parametrize("tied, head_lr", [(1, 0.008), (0, 0.008), (0, 0)])
+def test_every_parameter_moves_and_head_is_trained_when_untied(tied, head_lr):
+    s = settings(TIE_EMBEDDINGS=tied, HEAD_LR=head_lr)
     model = sine_model(s)
     optimiser = tg.Optimiser(s, tg.World(), dict(model.named_parameters()), torch.float32)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     gradients(model)
     optimiser.step(1.0, 0.9)
-    assert [n for n, p in model.named_parameters() if torch.equal(p, before[n])] == []
+    still = [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
+    assert still == ([] if head_lr else ["lm_head"])
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -105,3 +106,17 @@ def test_report_names_what_no_gradient_reached():
 def test_report_names_what_no_optimiser_has():
     trainer, _ = train_steps(settings(ASYM_LOGIT_RESCALE=1))
     assert {"softcap_pos", "softcap_neg"} <= set(tg.never_trained(trainer.optimiser))
+
+
+@pytest.mark.parametrize("changes, shares", [({}, [1, 0.55]), ({"PREQUANT_TTT_COSINE_DECAY": 0}, [1, 1]),
+                                             ({"PREQUANT_TTT_GRAD_CLIP": 1e-9}, [1, 0.55])])
+def test_training_before_quantising_lowers_its_rate_and_clips(changes, shares):
+    """AdamW's step does not go with the gradient's size, until its epsilon weighs more."""
+    s = settings(PREQUANT_TTT_ENABLED=1, PREQUANT_TTT_EPOCHS=2, PREQUANT_TTT_LR=1e-3, TRAIN_SEQ_LEN=32,
+                 PREQUANT_TTT_FREEZE_BLOCKS=0, **changes)
+    model, rates = sine_model(s), []
+    before = model.tok_emb.detach().clone()
+    tg.prequant_ttt(s, tg.World(), model, tokens(97).numpy(), lambda lr, **_: rates.append(lr / 1e-3))
+    assert rates == pytest.approx(shares)
+    moved = (model.tok_emb - before).abs().max().item()
+    assert 1e-9 < moved < 1e-4 if "PREQUANT_TTT_GRAD_CLIP" in changes else 5e-4 < moved < 5e-3
