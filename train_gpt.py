@@ -205,7 +205,7 @@ def pipeline(s: Settings, world: World, run: Run, attention_reason: str) -> None
     if not (s.quantize_only or s.prequant_only):
         path = Path(s.eval_only_quantized_path or run.artifact)
         score_artifact(s, world, run, model, val, path)
-    SIGNALS.waits = True      # all is done: there is nothing left to interrupt
+    SIGNALS.wait()      # all is done: nothing is left to interrupt
     closing_block(run)
     run.save_summary()
 
@@ -842,9 +842,10 @@ class Forward:
         return self.adapter.add(y, kind, slot, x, scale)
 
 
-def soft_cap(z: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
-    """cap · tanh(z / cap), with one cap for positive and one for negative z."""
-    cap = torch.where(z > 0, pos, neg)
+def soft_cap(z: Tensor, cap: float | Tensor, below: Tensor | None = None) -> Tensor:
+    """cap · tanh(z / cap); below: the cap of negative z."""
+    if below is not None:
+        cap = torch.where(z > 0, cap, below)
     return cap * torch.tanh(z / cap)
 
 
@@ -1190,10 +1191,10 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor, adapter: Adapter | None = None) -> Tensor:
         """Logits (B, T, V) float32 as they are scored: capped and calibrated."""
         z = self.raw_logits(hidden, adapter).float()
+        caps = [self.s.logit_softcap]
         if self.s.asym_logit_rescale:      # as published, nothing trains the two caps
-            z = soft_cap(z, self.softcap_pos.detach(), self.softcap_neg.detach())
-        else:
-            z = self.s.logit_softcap * torch.tanh(z / self.s.logit_softcap)
+            caps = [self.softcap_pos.detach(), self.softcap_neg.detach()]
+        z = soft_cap(z, *caps)
         if self.calibration is None:
             return z
         scale, bias = self.calibration
@@ -3565,10 +3566,14 @@ class Signals:
         number = number or self.number
         return Interrupted(f"{what} by {signal.Signals(number).name}", number)
 
+    def wait(self) -> None:
+        """From now on a signal only sets `number`."""
+        self.waits = True
+
     @contextlib.contextmanager
     def held(self):
-        """Inside, a signal only sets `number`; the end raises what was not obeyed."""
-        self.waits = True
+        """Inside, a signal waits; the end raises what was not obeyed."""
+        self.wait()
         try:
             yield
         finally:
@@ -4923,7 +4928,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def end_early(error: BaseException, run: Run | None, rank: int) -> int:
     """Say in one line why the run ends, and how to go on; the exit status."""
-    SIGNALS.waits = True      # a signal cannot end the end
+    SIGNALS.wait()      # a signal cannot end the end
     if SIGNALS.number and not isinstance(error, (UserError, Interrupted)):
         # a collective broke because another rank obeyed first
         error = SIGNALS.error("the run was interrupted")
@@ -5694,7 +5699,7 @@ def capped_ce(logits: Tensor, targets: Tensor, cap: float, kernel: bool | None =
     -> (N) float32. The kernel writes nothing of the logits' size."""
     if use_triton(kernel, logits.is_cuda):
         return ce_forward(logits, targets, float(cap))[0]
-    return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
+    return F.cross_entropy(soft_cap(logits.float(), cap), targets, reduction="none")
 
 
 @operator(lambda logits, *_: (room_per_row(logits)[0], room(logits)))
