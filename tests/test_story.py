@@ -1,6 +1,8 @@
 """Story: the script as a user runs it, end to end, its modes, and every mistake it must name."""
 
+import ast
 import hashlib
+import re
 import shutil
 import signal
 import subprocess
@@ -264,3 +266,52 @@ def test_an_artifact_over_the_limit_is_never_written(s, monkeypatch):
     monkeypatch.setattr(tg, "ARTIFACT_LIMIT", tg.code_bytes() + 100)
     with pytest.raises(tg.UserError, match="over the limit"):
         tg.check_size(200)
+
+
+# --- the house only gets smaller: each bound is a figure of the script as it is, with a little room.
+# Whoever adds takes as much away; whoever takes away lowers the bound.
+
+MOST_BYTES = {"PART TWO": 130_000, "PART THREE": 423_500, "the end": 473_000}     # of what stands before it
+MOST_LINES = 60     # of a function
+MOST_COLUMNS = 52   # of a line of code, on average
+MOST_WIDE = 0.01    # share of lines of code over 100 columns
+MOST_LOOPS = 3      # lines of code with two `for`
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The script's text, and its syntax."""
+    text = (ROOT / "train_gpt.py").read_text()
+    return text, ast.parse(text)
+
+
+def code_lines(text, tree):
+    """Lines without blank ones, comments and docstrings."""
+    told = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            told.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return [line for number, line in lines if number not in told and re.match(r"\s*[^\s#]", line)]
+
+
+def test_its_parts_keep_their_bytes(script):
+    text, _ = script
+    for mark, most in MOST_BYTES.items():
+        above = text if mark == "the end" else text[:re.search(f"^# {mark}", text, re.M).start()]
+        assert len(above.encode()) <= most, f"{len(above.encode()):,} bytes above {mark}"
+
+
+def test_its_functions_fit_a_screen(script):
+    functions = [node for node in ast.walk(script[1]) if isinstance(node, ast.FunctionDef)]
+    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions}
+    assert {name: lines for name, lines in long.items() if lines > MOST_LINES} == {}
+
+
+def test_its_lines_are_not_packed(script):
+    code = code_lines(*script)
+    statements = [node.lineno for node in ast.walk(script[1]) if isinstance(node, ast.stmt)]
+    assert sum(map(len, code)) / len(code) <= MOST_COLUMNS
+    assert sum(len(line) > 100 for line in code) / len(code) <= MOST_WIDE
+    assert sum(len(re.findall(r"\bfor\b", line)) > 1 for line in code) <= MOST_LOOPS
+    assert len(set(statements)) == len(statements)
