@@ -182,9 +182,10 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
         rank = launcher_ranks(os.environ).rank
         s = Settings.from_env(os.environ)
         world = World.join(os.environ)
-        attention_reason = set_up(s, world)
-        run = Run(s, world)
-        pipeline(s, world, run, attention_reason)
+        findings = check_before_start(s, world, set_up(s, world))
+        model, val = build_model(s, world), Validation(s)
+        run = Run(s, world)      # only now is there a folder
+        pipeline(s, world, run, model, val, findings)
         run.close()
         world.leave()
         return 0
@@ -192,13 +193,11 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
         return end_early(error, run, rank)
 
 
-def pipeline(s: Settings, world: World, run: Run, attention_reason: str) -> None:
+def pipeline(s: Settings, world: World, run: Run, model: GPT, val: Validation,
+             findings: Sequence[Finding]) -> None:
     """train -> average -> quantise -> pack -> read back -> score: the whole story."""
     log_start(s, world, run)
-    check_before_start(s, world, run, attention_reason)
-    world.beat("set-up")
-    model = build_model(s, world)
-    val = Validation(s)
+    log_checks(s, run, findings)
     check_same_text(run, val)
     if not s.eval_only_quantized_path:
         make_artifact(s, world, run, model, val)
@@ -870,7 +869,8 @@ class GPT(nn.Module):
         self.calibration: tuple[Tensor, Tensor] | None = None      # of capped logits: scale (), bias (V,)
         for name, shape in self.shapes(s).items():
             setattr(self, name, nn.Parameter(torch.zeros(shape)))
-        self.init_weights(generator)
+        with one_thread():
+            self.init_weights(generator)
 
     @classmethod
     def shapes(cls, s: Settings) -> dict[str, tuple[int, ...]]:
@@ -2821,6 +2821,18 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
 
 
+@contextlib.contextmanager
+def one_thread():
+    """Inside, torch computes on one thread: many small products and factorisations only wait
+    for the others, and their last bits hang on how many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def pick_dtype(choice: str, device: torch.device,
                default: torch.dtype | None = None) -> torch.dtype:
     """The dtype a setting names. auto: `default`, else by the device."""
@@ -3837,6 +3849,11 @@ class Journal:
                 self.unwritten = b"\n"
 
 
+def folder_of(s: Settings, run_id: str) -> Path:
+    """The folder of the files of the run of this name."""
+    return Path(s.artifact_dir or Path("runs") / run_id)
+
+
 class Run:
     """The run's folder and its one voice: text to train.log and the screen, JSON lines to
     metrics.jsonl. Nothing that cannot be written or shown ends the run."""
@@ -3844,7 +3861,7 @@ class Run:
     def __init__(self, s: Settings, world: World):
         name = s.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
         self.s, self.world, self.id = s, world, world.agree(name)
-        self.dir = Path(s.artifact_dir or Path("runs") / self.id)
+        self.dir = folder_of(s, self.id)
         self.home = world.from_main(home_of, s)
         self.weights, self.artifact = self.dir / WEIGHTS_NAME, self.dir / ARTIFACT_NAME
         self.live = sys.stdout.isatty() and world.main
@@ -7413,15 +7430,28 @@ def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
 # 14  Probes and checks: what is proved before the first step and before the evaluation clock
 # ========================================
 
-def check_before_start(s: Settings, world: World, run: Run, attention_reason: str) -> None:
-    """All that can be checked before anything is spent, into the log."""
-    for reason in study_reasons(s):
-        run.not_compliant(reason)
+def check_before_start(s: Settings, world: World, attention_reason: str) -> list[Finding]:
+    """All that can be checked before a model or a folder is made; UserError for the first
+    thing that is wrong."""
     world.beat("checking")
-    for finding in run_checks(s, world, run.dir, attention_reason):
-        run.log("check", what=finding.name, detail=finding.figure)
+    if world.main:
+        with contextlib.suppress(OSError, ValueError):
+            print("checking settings, machine and data", flush=True)
+    findings = run_checks(s, world, folder_of(s, s.run_id), attention_reason)
+    for finding in findings:
         if not finding.ok:
             raise UserError(finding.figure)
+    world.beat("set-up")
+    return findings
+
+
+def log_checks(s: Settings, run: Run, findings: Sequence[Finding]) -> None:
+    """What was found, and how the run breaks the rules, into the log. UserError when it goes
+    on with other data than its own."""
+    for reason in study_reasons(s):
+        run.not_compliant(reason)
+    for finding in findings:
+        run.log("check", what=finding.name, detail=finding.figure)
         if finding.name == "data fingerprint":
             check_same_data(s, run, finding.figure)
     run.save_summary()
@@ -7471,18 +7501,14 @@ def study_reasons(s: Settings) -> list[str]:
 def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
     """C1-C4 on made-up tokens, through Scorer and PhasedTTT as the settings have them: C1
     on every rank, C2 by all together."""
-    threads = torch.get_num_threads()
-    if not compiles(s, world.device):
-        # windows of eight chunks show the same; threads would only wait for each other
+    small = not compiles(s, world.device)
+    if small:
+        # windows of eight chunks show the same
         window = max(8 * chunk_rules(s)[0].chunk + suffix_at(s, 0), s.eval_stride)
         s = dataclasses.replace(s, eval_seq_len=min(window, s.eval_seq_len),
                                 ttt_eval_seq_len=min(window, s.ttt_eval_seq_len))
-        torch.set_num_threads(1)
-    try:
-        with weights_kept(model):
-            return probe_conditions(s, world, model)
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread() if small else contextlib.nullcontext(), weights_kept(model):
+        return probe_conditions(s, world, model)
 
 
 def probe_conditions(s: Settings, world: World, model: GPT) -> list[Finding]:
@@ -7723,7 +7749,7 @@ def check_command(which: str) -> int:
         print(f"warn  {name}: {what}")
     if which == "settings":
         return 0
-    folder = Path(s.artifact_dir or "runs")
+    folder = folder_of(s, s.run_id)
     findings = run_checks(s, World.join({}), folder, ranks=ranks.size)
     if which == "data":
         of_data = "training shards", "validation shards", "tokenizer", "data fingerprint"
@@ -7958,6 +7984,8 @@ def check_temporary_folder() -> None:
 
 def check_folder(folder: Path) -> str:
     """The names of a run's files are free: a pipe would wait for a reader."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"ARTIFACT_DIR={folder} is no folder: choose another")
     files = (".lock", "train.log", "metrics.jsonl", "summary.json", WEIGHTS_NAME, ARTIFACT_NAME)
     faults = {name: "a folder" for name in files if (folder / name).is_dir()}
     faults |= {name: "a pipe" for name in files if (folder / name).is_fifo()}
@@ -7985,19 +8013,22 @@ def check_made_before(s: Settings) -> str:
 
 def check_disk(folder: Path, need: int, ballast: bool = False) -> str:
     """The folder really has `need` bytes: they are reserved, then given back, or kept as
-    ballast until there is something to write in their place."""
-    reserved_file = folder / (BALLAST if ballast else f".space.{os.getpid()}")
+    ballast until there is something to write in their place. A folder that is not there is
+    not made: the nearest above it is on the same disk."""
+    place = folder
+    while not os.path.isdir(place) and place != place.parent:
+        place = place.parent
+    reserved_file = place / (BALLAST if ballast else f".space.{os.getpid()}")
     kept = False
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with open(reserved_file, "wb") as f:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(f.fileno(), 0, need)
                 kept = ballast
-            elif shutil.disk_usage(folder).free < need:
+            elif shutil.disk_usage(place).free < need:
                 raise OSError(28, "No space left on device")
     except OSError as error:
-        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+        free = shutil.disk_usage(place).free
         raise UserError(f"ARTIFACT_DIR={folder} cannot take {need:,} bytes ({error.strerror}; "
                         f"{free:,} free): free space or set it to another disk") from error
     finally:

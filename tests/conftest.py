@@ -287,6 +287,13 @@ def open_run(folder: Path, world=None, **changes) -> tg.Run:
     return tg.Run(settings(ARTIFACT_DIR=folder, **changes), world or tg.World())
 
 
+def whole_run(s: tg.Settings, script=tg) -> None:
+    """A run in this process, as main() has it behind the checks."""
+    world = script.World()
+    model, val = script.build_model(s, world), script.Validation(s)
+    script.pipeline(s, world, script.Run(s, world), model, val, [])
+
+
 def facts_of(path: Path) -> dict:
     """What a file of weights says of its training."""
     return torch.load(path, weights_only=True)["facts"]

@@ -4,7 +4,7 @@ import importlib.util
 import sys
 
 import pytest
-from conftest import TINY, environment, load_config, run_script, settings, summary, tg
+from conftest import TINY, environment, load_config, run_script, settings, summary, tg, whole_run
 
 LATE = ("best", "pr1855", "pr1924", "pr2014", "pr2135")
 COMMON = {f.name for f in tg.fields(tg.Settings.__base__)}
@@ -132,8 +132,7 @@ def test_a_run_of_the_lean_script_is_the_run(cut, data, tmp_path):
     for script, folder in ((tg, tmp_path / "whole"), (cut, tmp_path / "lean")):
         s = settings_of(script, DATA_PATH=data, TOKENIZER_PATH=data / "tokenizer.model",
                         ARTIFACT_DIR=folder, CODE_FORM="lean", ITERATIONS=2, **BRIEF)
-        world = script.World()
-        script.pipeline(s, world, script.Run(s, world), "test")
+        whole_run(s, script)
         found = summary(folder)
         assert found["code_form"] == "lean" and found["code_bytes"] == len(LEAN)
         assert found["total_bytes"] == found["artifact_bytes"] + len(LEAN)

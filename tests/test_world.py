@@ -332,11 +332,10 @@ def test_a_signal_while_a_run_ends_changes_nothing(tmp_path, signalled, monkeypa
 
 
 def test_a_signal_after_the_last_stage_changes_nothing(tmp_path, signalled, monkeypatch):
-    stages = ("log_start", "check_before_start", "build_model", "Validation", "check_same_text",
-              "make_artifact", "score_artifact")
+    stages = ("log_start", "log_checks", "check_same_text", "make_artifact", "score_artifact")
     for name in stages:
         monkeypatch.setattr(tg, name, lambda *_: None)
     signalled(tg, "closing_block")
     run = open_run(tmp_path)
-    tg.pipeline(run.s, run.world, run, "")
+    tg.pipeline(run.s, run.world, run, None, None, [])
     assert tg.SIGNALS.number and (tmp_path / "summary.json").exists()
