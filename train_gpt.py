@@ -143,9 +143,7 @@ class Interrupted(BaseException):
 # do not. Those of the evaluation run from the clock in score_artifact, which then reads the artifact, to the
 # last score.
 #
-# A new gate per layer needs its switch in Settings, its shape in GPT.shapes, its start in GPT.initial_values
-# (if not 0), a role in ROLES, the field's name in PER_LAYER, a field of LayerWeights that GPT.layer_weights
-# fills, and its use in GPT.attend. It is stored as float16; as int8 if its name ends in attn_gate_w.
+# A new parameter needs a setting, a row of PARAMETERS and its use: CONTRIBUTING.md adds one.
 #
 # What the story takes from later chapters:
 #   World        this rank among the others: sums, barriers, agree (all hear rank 0), beat (a sign of life)
@@ -714,6 +712,11 @@ class Settings:
         return int(self.mlp_mult * self.model_dim)
 
     @property
+    def num_skips(self) -> int:
+        plan = layer_plan(self, True)
+        return min(len(plan.encoder), len(plan.decoder))
+
+    @property
     def shards(self) -> Path:
         """The folder of the shards."""
         return Path(self.data_path) if self.data_path else default_shards(self)
@@ -757,27 +760,56 @@ def context_stages(s: Settings) -> list[tuple[float, int]]:
 # 3  Model: one forward for training, scoring and adaptation
 # ========================================
 
-# Role of every parameter; one without a role stops the run. matrix: Muon trains it; embed, small: AdamW;
-# cap: nothing does.
-ROLES = {
-    "tok_emb": "embed",
-    "qo_bank": "matrix",
-    "kv_bank": "matrix",
-    "mlp_up_bank": "matrix",
-    "mlp_down_bank": "matrix",
-    "attn_scale": "small",
-    "mlp_scale": "small",
-    "resid_mix": "small",
-    "q_gain": "small",
-    "attn_gate_w": "small",
-    "skip_weights": "small",
-    "skip_gates": "small",
-    "parallel_post_lambdas": "small",
-    "parallel_resid_lambdas": "small",
-    "smear_gate": "small",
-    "smear_lambda": "small",
-    "softcap_pos": "cap",
-    "softcap_neg": "cap",
+class Parameter(NamedTuple):
+    """A parameter, declared once: all that walks over a model's weights goes by it."""
+    shape: str            # sizes, as settings name them: "2*num_layers model_dim"
+    role: str = "small"   # matrix: Muon trains it; embed, small: AdamW; cap: nothing does
+    start: Any = 0        # a number, broadcast; the name of a setting; what draws it
+    names: str = ""       # the field's, of every layer by {}, of a bank's parts; none: ours
+    on: str = ""          # the setting without which there is none
+    stored: str = ""      # gate: as GATED_ATTN_QUANT_GATE says; else by size
+
+    @property
+    def of_layer(self) -> bool:
+        return self.role == "small" and self.shape.split()[:1] == ["num_layers"]
+
+
+def draw_orthogonal(p: Tensor, s: Settings, generator: torch.Generator | None) -> None:
+    for matrix in p:
+        nn.init.orthogonal_(matrix, generator=generator)
+
+
+# Inputs are orthogonal and outputs zero: at the start no branch adds anything to the stream.
+PARAMETERS = {
+    "tok_emb": Parameter(
+        "vocab_size model_dim", "embed", names="tok_emb.weight",
+        start=lambda p, s, generator: p.normal_(0, s.tied_embed_init_std, generator=generator)),
+    "qo_bank": Parameter(
+        "2*num_layers model_dim model_dim", "matrix",
+        lambda p, s, generator: draw_orthogonal(p[:s.num_layers], s, generator),
+        "blocks.{}.attn.c_q.weight blocks.{}.attn.proj.weight"),
+    "kv_bank": Parameter("2*num_layers kv_dim model_dim", "matrix", draw_orthogonal,
+                         "blocks.{}.attn.c_k.weight blocks.{}.attn.c_v.weight"),
+    "mlp_up_bank": Parameter("num_layers hidden_dim model_dim", "matrix", draw_orthogonal,
+                             "blocks.{}.mlp.fc.weight"),
+    "mlp_down_bank": Parameter("num_layers model_dim hidden_dim", "matrix",
+                               names="blocks.{}.mlp.proj.weight"),
+    "attn_scale": Parameter("num_layers model_dim", start=1, names="blocks.{}.attn_scale"),
+    "mlp_scale": Parameter("num_layers model_dim", start=1, names="blocks.{}.mlp_scale"),
+    # of the stream and x0: at first only the stream
+    "resid_mix": Parameter("num_layers 2 model_dim", start=((1,), (0,)), names="blocks.{}.resid_mix"),
+    "q_gain": Parameter("num_layers num_heads", start="qk_gain_init", names="blocks.{}.attn.q_gain"),
+    "skip_weights": Parameter("num_skips model_dim", start=1),
+    # by how much attention, and the MLP, write to each lane; by how much each is kept
+    "parallel_post_lambdas": Parameter("num_layers 2 2", start=1),
+    "parallel_resid_lambdas": Parameter("num_layers 2", start=1.1),
+    "skip_gates": Parameter("num_skips model_dim"),
+    "smear_gate": Parameter("1 gate_window", names="smear_gate.weight", on="smear_gate_enabled"),
+    "smear_lambda": Parameter("1", on="smear_gate_enabled"),
+    "softcap_pos": Parameter("", "cap", "logit_softcap", on="asym_logit_rescale"),
+    "softcap_neg": Parameter("", "cap", "logit_softcap", on="asym_logit_rescale"),
+    "attn_gate_w": Parameter("num_layers num_heads gate_window", on="sparse_attn_gate_enabled",
+                             names="blocks.{}.attn.attn_gate_w", stored="gate"),
 }
 
 
@@ -802,25 +834,10 @@ def layer_plan(s: Settings, looping: bool) -> Plan:
     return Plan(order[:half], order[half:])
 
 
-class LayerWeights(NamedTuple):
-    """One layer's weights in the activations' dtype; None: it has none of that kind."""
-    qkv: Tensor              # rows of queries, keys and values: one product reads their input once
-    o: Tensor                # attn_scale is in it, as mlp_scale is in down, where no hook looks on
-    up: Tensor
-    down: Tensor
-    attn_scale: Tensor
-    mlp_scale: Tensor
-    resid_mix: Tensor
-    q_gain: Tensor
-    post: Tensor | None      # (2, 2): by how much attention, and the MLP, write to each lane
-    resid: Tensor | None     # (2,): by how much each lane is kept
-    gate: Tensor | None
-
-
 @dataclass
 class Forward:
     """What the layers of one forward share."""
-    layers: list[LayerWeights]
+    layers: list[dict[str, Tensor]]  # see GPT.layer_weights
     x0: Tensor                       # (B, T, D): the embeddings, which every layer may mix in
     rope: tuple[Tensor, Tensor]      # cos, sin (T, rotated channels / 2)
     layout: Layout | None            # documents of a packed row; None: rows are causal
@@ -869,94 +886,49 @@ class GPT(nn.Module):
         self.calibration: tuple[Tensor, Tensor] | None = None      # of capped logits: scale (), bias (V,)
         for name, shape in self.shapes(s).items():
             setattr(self, name, nn.Parameter(torch.zeros(shape)))
+        self.of_layers = [name for name in self.shapes(s) if PARAMETERS[name].of_layer]
         with one_thread():
             self.init_weights(generator)
 
     @classmethod
     def shapes(cls, s: Settings) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter, by name; what is off has no parameter."""
-        d, layers = s.model_dim, s.num_layers
-        plan = layer_plan(s, True)
-        skips = min(len(plan.encoder), len(plan.decoder))
-        shapes = dict(
-            tok_emb=(s.vocab_size, d),
-            qo_bank=(2 * layers, d, d),
-            kv_bank=(2 * layers, s.kv_dim, d),
-            mlp_up_bank=(layers, s.hidden_dim, d),
-            mlp_down_bank=(layers, d, s.hidden_dim),
-            attn_scale=(layers, d),
-            mlp_scale=(layers, d),
-            resid_mix=(layers, 2, d),
-            q_gain=(layers, s.num_heads),
-            skip_weights=(skips, d),
-            parallel_post_lambdas=(layers, 2, 2),
-            parallel_resid_lambdas=(layers, 2),
-            skip_gates=(skips, d))
-        if s.smear_gate_enabled:
-            shapes.update(smear_gate=(1, s.gate_window), smear_lambda=(1,))
-        if s.asym_logit_rescale:
-            shapes.update(softcap_pos=(), softcap_neg=())
-        if s.sparse_attn_gate_enabled:
-            shapes["attn_gate_w"] = (layers, s.num_heads, s.gate_window)
-        return shapes
-
-    def initial_values(self) -> dict[str, Any]:
-        """Where parameters begin, broadcast; the others begin at 0 or are drawn."""
-        cap = self.s.logit_softcap
-        only_the_stream = ((1,), (0,))      # of the stream and x0
-        return dict(
-            attn_scale=1, mlp_scale=1, resid_mix=only_the_stream, q_gain=self.s.qk_gain_init,
-            skip_weights=1, parallel_post_lambdas=1, parallel_resid_lambdas=1.1,
-            softcap_pos=cap, softcap_neg=cap)
+        there = {name: p for name, p in PARAMETERS.items() if not p.on or getattr(s, p.on)}
+        return {name: declared_shape(s, p.shape) for name, p in there.items()}
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None) -> None:
-        """Orthogonal inputs, zero outputs: at the start no branch adds anything."""
-        self.tok_emb.normal_(0, self.s.tied_embed_init_std, generator=generator)
-        for matrix in (*self.qo_bank[:self.s.num_layers], *self.kv_bank, *self.mlp_up_bank):
-            nn.init.orthogonal_(matrix, generator=generator)
-        for name, value in self.initial_values().items():
-            if hasattr(self, name):
-                getattr(self, name).copy_(torch.tensor(value))
+        """As declared, in that order."""
+        for name, p in self.named_parameters():
+            start = PARAMETERS[name].start
+            if callable(start):
+                start(p, self.s, generator)
+            else:
+                start = getattr(self.s, start) if isinstance(start, str) else start
+                p.copy_(torch.tensor(start))
 
     # --- pieces
 
-    def unbound(self, stack: Tensor | str) -> Sequence[Tensor | None]:
-        """A stacked parameter, or the one of this name, by layer, in the activations'
-        dtype. Unbound once in a forward: its gradient is then one stack, not a sum of
-        zeros."""
-        p = getattr(self, stack, None) if isinstance(stack, str) else stack
-        if p is None:
-            return [None] * self.s.num_layers
-        return p.to(self.compute_dtype).unbind(0)
-
-    def layer_weights(self, scaled: bool) -> list[LayerWeights]:
-        """The weights of every layer; scaled: the branches' output matrices hold their
-        scales, so that no scaled output is written."""
-        layers = self.s.num_layers
+    def layer_weights(self, scaled: bool) -> list[dict[str, Tensor]]:
+        """The weights of every layer in the activations' dtype: its parameters by name, and
+        the matrices qkv, o, up, down. scaled: o and down hold attn_scale and mlp_scale, so
+        that no scaled output is written. Unbound once in a forward: the gradient of a stack
+        is then one stack, not a sum of zeros."""
         q, o = self.qo_bank.chunk(2)
         k, v = self.kv_bank.chunk(2)
         down = self.mlp_down_bank
         if scaled:
             o = self.attn_scale[:, :, None] * o
             down = self.mlp_scale[:, :, None] * down
-        stacks = dict(
-            qkv=self.unbound(torch.cat((q, k, v), dim=1)),
-            o=self.unbound(o),
-            up=self.unbound("mlp_up_bank"),
-            down=self.unbound(down),
-            attn_scale=self.unbound("attn_scale"),
-            mlp_scale=self.unbound("mlp_scale"),
-            resid_mix=self.unbound("resid_mix"),
-            q_gain=self.unbound("q_gain"),
-            post=self.unbound("parallel_post_lambdas"),
-            resid=self.unbound("parallel_resid_lambdas"),
-            gate=self.unbound("attn_gate_w"))
-        weights = []
-        for layer in range(layers):
-            own = {name: stack[layer] for name, stack in stacks.items()}
-            weights.append(LayerWeights(**own))
-        return weights
+        # one product of qkv reads the input once
+        stacks = dict(qkv=torch.cat((q, k, v), dim=1), o=o, up=self.mlp_up_bank, down=down)
+        for name in self.of_layers:
+            stacks[name] = getattr(self, name)
+        layers: list[dict] = [{} for _ in range(self.s.num_layers)]
+        for name, stack in stacks.items():
+            for weights, own in zip(layers, stack.to(self.compute_dtype).unbind(0)):
+                weights[name] = own
+        return layers
 
     def rope(self, length: int, device, start: int = 0, context: int = 0) -> tuple[Tensor, Tensor]:
         """cos, sin (length, rotated channels / 2) of positions from start on; context:
@@ -1022,11 +994,11 @@ class GPT(nn.Module):
         s, weights = self.s, forward.layers[layer]
         q_flat, k, v = self.project(forward, layer, slot, x)
         q, k, v = (flat.unflatten(2, (-1, s.head_dim)) for flat in (q_flat, k, v))
-        q = normed_rotated(q, forward.rope, weights.q_gain)
+        q = normed_rotated(q, forward.rope, weights["q_gain"])
         k = normed_rotated(k, forward.rope)
         keys, values = (k, v) if forward.cache is None else forward.cache.extend(slot, k, v)
         y = attention(q, keys, values, forward.layout)
-        gate = None if weights.gate is None else self.head_gate(weights.gate, x, q_flat)
+        gate = self.head_gate(weights, x, q_flat)
         if layer >= s.num_layers - s.xsa_last_n:
             y = remove_own_value(y, v, gate)
         elif gate is not None:
@@ -1035,17 +1007,17 @@ class GPT(nn.Module):
         forward.observe("heads", layer, y)
         # the adapter of the output reads the block input, not the heads
         if forward.hook is None:
-            out = product_onto(onto, y, weights.o)
+            out = product_onto(onto, y, weights["o"])
         else:      # the same in steps that can be seen
-            plain = F.linear(y, weights.o)
+            plain = F.linear(y, weights["o"])
             forward.observe("attn_out", layer, plain)
-            out = add_scaled(onto, weights.attn_scale, plain)
-        return forward.adapted(out, "o", slot, x, weights.attn_scale)
+            out = add_scaled(onto, weights["attn_scale"], plain)
+        return forward.adapted(out, "o", slot, x, weights["attn_scale"])
 
     def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, T, H·Dh), keys and values (B, T, K·Dh) of a layer's input x."""
         s = self.s
-        qkv = F.linear(x, forward.layers[layer].qkv)
+        qkv = F.linear(x, forward.layers[layer]["qkv"])
         q, k, v = qkv.split((s.model_dim, s.kv_dim, s.kv_dim), dim=-1)
         q = forward.adapted(q, "q", slot, x)
         k = forward.adapted(k, "k", slot, x)
@@ -1054,9 +1026,12 @@ class GPT(nn.Module):
             forward.observe(kind, layer, seen)
         return q, k, v
 
-    def head_gate(self, weight: Tensor, x: Tensor, q_flat: Tensor) -> Tensor:
-        """Gate (B, T, H) of the heads by the first channels of x; 1/2 at the start.
-        q_flat: a seam."""
+    def head_gate(self, weights: dict[str, Tensor], x: Tensor, q_flat: Tensor) -> Tensor | None:
+        """Gate (B, T, H) of the heads by the first channels of x, if there is one; 1/2 at the
+        start. q_flat: a seam."""
+        weight = weights.get("attn_gate_w")
+        if weight is None:
+            return None
         logit = F.linear(x[..., :weight.size(-1)], weight)
         return torch.sigmoid(self.s.sparse_attn_gate_scale * logit)
 
@@ -1068,20 +1043,20 @@ class GPT(nn.Module):
         if forward.hook is None:
             rows = x.flatten(0, 1)
             stream = None if onto is None else onto.flatten(0, 1)
-            out = leaky_square_mlp(rows, weights.up, weights.down, slope, stream).view(x.shape)
+            out = leaky_square_mlp(rows, weights["up"], weights["down"], slope, stream).view(x.shape)
         else:      # the same in steps that can be seen
-            up = F.linear(x, weights.up)
+            up = F.linear(x, weights["up"])
             act = F.leaky_relu(up, slope).square()
-            plain = F.linear(act, weights.down)
+            plain = F.linear(act, weights["down"])
             for kind, seen in (("mlp_in", x), ("up_out", up), ("mlp_act", act), ("mlp_out", plain)):
                 forward.observe(kind, layer, seen)
-            out = add_scaled(onto, weights.mlp_scale, plain)
-        return forward.adapted(out, "mlp", slot, x, weights.mlp_scale)
+            out = add_scaled(onto, weights["mlp_scale"], plain)
+        return forward.adapted(out, "mlp", slot, x, weights["mlp_scale"])
 
     def block(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor:
         """A layer on the one residual stream x (B, T, D)."""
         weights, scale = forward.layers[layer], self.depth_scale(layer)
-        x = blend((x, weights.resid_mix[0]), (forward.x0, weights.resid_mix[1]))
+        x = blend((x, weights["resid_mix"][0]), (forward.x0, weights["resid_mix"][1]))
         x = self.attend(forward, layer, slot, rms(x, scale), onto=x)
         return self.feed_forward(forward, layer, slot, rms(x, scale), onto=x)
 
@@ -1089,7 +1064,7 @@ class GPT(nn.Module):
                  lane1: Tensor) -> tuple[Tensor, ...]:
         """Lane 0 mixed with x0, what attention makes of it, what the MLP of lane 1."""
         weights, scale = forward.layers[layer], self.depth_scale(layer)
-        mixed = blend((lane0, weights.resid_mix[0]), (forward.x0, weights.resid_mix[1]))
+        mixed = blend((lane0, weights["resid_mix"][0]), (forward.x0, weights["resid_mix"][1]))
         attended = self.attend(forward, layer, slot, rms(mixed, scale))
         fed = self.feed_forward(forward, layer, slot, rms(lane1, scale))
         return mixed, attended, fed
@@ -1099,7 +1074,8 @@ class GPT(nn.Module):
         """Attention reads lane 0, the MLP lane 1; each writes to both."""
         _, attended, fed = self.branches(forward, layer, slot, lane0, lane1)
         weights = forward.layers[layer]
-        return mix_lanes(lane0, lane1, attended, fed, weights.resid, weights.post)
+        return mix_lanes(lane0, lane1, attended, fed, weights["parallel_resid_lambdas"],
+                         weights["parallel_post_lambdas"])
 
     def depth_scale(self, layer: int) -> float:
         """Factor on the input of both branches of a layer."""
@@ -1284,11 +1260,9 @@ class Optimiser:
 
     def __init__(self, s: Settings, world: World, params: Mapping[str, nn.Parameter], dtype: torch.dtype):
         self.s, self.world = s, world
-        if strangers := [name for name in params if name not in ROLES]:
-            raise UserError(f"parameters {strangers} have no role: add a row to ROLES")
-        by_role: dict[str, list] = {role: [] for role in ROLES.values()}
+        by_role: dict[str, list] = {parameter.role: [] for parameter in PARAMETERS.values()}
         for name, p in params.items():
-            by_role[ROLES[name]].append(p)
+            by_role[PARAMETERS[name].role].append(p)
         self.names = {p: name for name, p in params.items()}
         self.banks = sorted(by_role["matrix"], key=lambda p: -p.numel())
         groups, self.small = [], []
@@ -1854,12 +1828,11 @@ class Precision(NamedTuple):
 
 SMALL_TENSOR = 65536                 # of no more elements: stored as float16
 GATE_SIZES = range(32, 8193)         # elements of gates that GATED_ATTN_QUANT_GATE means
-EMBEDDINGS = {"tok_emb.weight"}      # tables that are looked up
 
 
 def precision_of(s: Settings, name: str, w: Tensor) -> Precision:
     """By its kind. A weight without a Hessian is rounded code by code."""
-    gate = name.endswith("attn_gate_w") and w.dim() == 2
+    gate = parameter_of(name).stored == "gate" and w.dim() == 2
     if gate and w.numel() in GATE_SIZES and s.gated_attn_quant_gate:
         return Precision("gate_int8_row")
     if w.numel() <= SMALL_TENSOR:
@@ -4545,7 +4518,8 @@ def newest_checkpoint(s: Settings, world: World, run: Run) -> dict:
     path = found[max(found)]
     most = CHECKPOINT_COPIES * bytes_of_weights(s) + SMALL_PARTS
     state = unsealed(path, most, f"RESUME=1: {path}", again)
-    theirs = state.get("settings", {})
+    # a setting that was not there yet had its default
+    theirs = {**training_settings(Settings(), world), **state.get("settings", {})}
     differing = []
     for name, here in training_settings(s, world).items():
         if theirs.get(name) != here:
@@ -4579,49 +4553,53 @@ def restore_tensors(own: Mapping[str, Any], adam: torch.optim.Optimizer,
                         f"{error}): start anew without RESUME") from error
 
 
-# --- the field's names of weights
+# --- what is declared of parameters
 
-# The field's names: one tensor per layer, where ours are stacked.
-PER_LAYER = {
-    "attn_scale": "blocks.{}.attn_scale",
-    "mlp_scale": "blocks.{}.mlp_scale",
-    "resid_mix": "blocks.{}.resid_mix",
-    "q_gain": "blocks.{}.attn.q_gain",
-    "attn_gate_w": "blocks.{}.attn.attn_gate_w",
-}
-WHOLE = {"tok_emb": "tok_emb.weight", "smear_gate": "smear_gate.weight"}
-BANKS = {   # bank -> field's names of its first and second half (or of all its layers)
-    "qo_bank": ("attn.c_q.weight", "attn.proj.weight"),
-    "kv_bank": ("attn.c_k.weight", "attn.c_v.weight"),
-    "mlp_up_bank": ("mlp.fc.weight",),
-    "mlp_down_bank": ("mlp.proj.weight",),
-}
+def declared_shape(s: Settings, shape: str) -> tuple[int, ...]:
+    """A Parameter's shape under these settings."""
+    sizes = []
+    for size in shape.split():
+        factors = [int(x) if x.isdigit() else getattr(s, x) for x in size.split("*")]
+        sizes.append(math.prod(factors))
+    return tuple(sizes)
 
 
 def field_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under the field's names (`blocks.3.attn.q_gain`,
-    `tok_emb.weight`, …), as views."""
+    `tok_emb.weight`, …), as views: one per layer, where ours are stacked."""
     views = {}
     for name, p in params.items():
-        if name in PER_LAYER:
+        parameter = PARAMETERS[name]
+        if parameter.role == "matrix":
+            views[name] = p
+        elif "{}" in parameter.names:
             for layer in range(len(p)):
-                views[PER_LAYER[name].format(layer)] = p[layer]
+                views[parameter.names.format(layer)] = p[layer]
         else:
-            views[WHOLE.get(name, name)] = p
+            views[parameter.names or name] = p
     return views
 
 
 def matrix_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """field_views with the banks split into matrices (`blocks.3.mlp.fc.weight`)."""
     views = field_views(params)
-    for bank, names in BANKS.items():
-        if bank not in views:
-            continue
+    for bank in [name for name in params if PARAMETERS[name].role == "matrix"]:
+        names = PARAMETERS[bank].names.split()
         parts = views.pop(bank).chunk(len(names))
         for name, part in zip(names, parts):
             for layer in range(len(part)):
-                views[f"blocks.{layer}.{name}"] = part[layer]
+                views[name.format(layer)] = part[layer]
     return views
+
+
+@functools.cache
+def parameter_of(view: str) -> Parameter:
+    """The declaration behind a name of matrix_views."""
+    pattern = re.sub(r"\.\d+\b", ".{}", view)
+    for name, parameter in PARAMETERS.items():
+        if pattern in (parameter.names or name).split():
+            return parameter
+    raise KeyError(f"{view} is of no row of PARAMETERS")
 
 
 # --- files of weights
@@ -8453,7 +8431,7 @@ STORAGE["lqer"] = Storage(
 def precision_by_hand(s: Settings, name: str) -> Precision:
     """Bits and range of a matrix by its kind."""
     bits, clip_sigmas = s.matrix_bits, s.matrix_clip_sigmas
-    if name in EMBEDDINGS:
+    if parameter_of(name).role in ("embed", "head"):      # tables
         bits, clip_sigmas = s.embed_bits, s.embed_clip_sigmas
     elif ".mlp." in name:
         clip_sigmas = s.mlp_clip_sigmas
@@ -9184,6 +9162,52 @@ class LineageSettings(Settings):
     def value_layers(self) -> tuple[int, ...]:
         return tuple(whole_numbers(self.ve_layers))
 
+    # sizes and switches of parameters
+
+    @property
+    def num_value_layers(self) -> int:
+        return len(self.value_layers)
+
+    @property
+    def num_skips(self) -> int:
+        return self.num_layers // 2 if self.skip_rows == "physical" else super().num_skips
+
+    @property
+    def untied(self) -> bool:
+        return not self.tie_embeddings
+
+    @property
+    def mixes_lanes(self) -> bool:
+        return self.parallel_lanes == "mixed"
+
+    @property
+    def merges_lanes(self) -> bool:
+        return not self.mixes_lanes and 0 < self.parallel_start_layer < self.num_layers
+
+    @property
+    def smears_channels(self) -> bool:
+        return self.smear_gate_enabled and self.smear_gate_kind == "channels"
+
+    @property
+    def smears_by_window(self) -> bool:
+        return self.smear_gate_enabled and not self.smears_channels
+
+    @property
+    def projects_pairs(self) -> bool:
+        return bool(self.bigram_vocab_size) and self.bigram_dim != self.model_dim
+
+    @property
+    def projects_token_values(self) -> bool:
+        return self.ve_enabled and self.ve_dim != self.kv_dim
+
+    @property
+    def gates_block_inputs(self) -> bool:
+        return self.sparse_attn_gate_enabled or self.gated_attn_enabled
+
+    @property
+    def gate_inputs(self) -> int:
+        return self.model_dim if self.gated_attn_enabled else self.gate_window
+
     @property
     def first_chunks(self) -> str:
         """The older form has one step, of TTT_SHORT_DOC_LEN."""
@@ -9245,40 +9269,45 @@ Settings = LineageSettings
 
 # --- model
 
-ROLES.update(
-    lm_head="head",
-    bigram_embed="embed",
-    ve_embed="embed",
-    attn_gate_proj="small",
-    lane_merge="small",
-    smear_channels="small",
-    bigram_proj="small",
-    bigram_scale="small",
-    ve_proj="small",
-    ve_scale="small",
-    ve_layer_scales="small",
+def draw_token_values(p: Tensor, s: Settings, generator: torch.Generator | None) -> None:
+    p.normal_(0, 0.01, generator=generator)
+
+
+def draw_pair_projection(p: Tensor, s: Settings, generator: torch.Generator | None) -> None:
+    """With the table at 0 as well both would stay there."""
+    nn.init.orthogonal_(p, generator=generator)
+
+
+PARAMETERS.update(
+    lm_head=Parameter("vocab_size model_dim", "head", names="lm_head.weight", on="untied"),
+    lane_merge=Parameter("", start=0.5, on="merges_lanes"),
+    smear_channels=Parameter("model_dim", names="smear.gate", on="smears_channels"),
+    bigram_embed=Parameter("bigram_vocab_size bigram_dim", "embed", names="bigram.embed.weight",
+                           on="bigram_vocab_size"),
+    bigram_scale=Parameter("", start=0.05, names="bigram.scale", on="bigram_vocab_size"),
+    bigram_proj=Parameter("model_dim bigram_dim", "small", draw_pair_projection, "bigram.proj.weight",
+                          on="projects_pairs"),
+    ve_embed=Parameter("vocab_size ve_dim", "embed", draw_token_values, "ve_shared.embed.weight",
+                       on="ve_enabled"),
+    ve_scale=Parameter("", start=0.1, names="ve_shared.scale", on="ve_enabled"),
+    ve_proj=Parameter("kv_dim ve_dim", names="ve_shared.proj.weight", on="projects_token_values"),
+    ve_layer_scales=Parameter("num_value_layers 1", start=1, names="ve_layer_scales.{}", on="ve_enabled"),
+    attn_gate_proj=Parameter("num_layers num_heads gate_window", on="attn_out_gate_enabled",
+                             names="blocks.{}.attn.attn_gate_proj.weight"),
+    attn_gate_w=PARAMETERS["attn_gate_w"]._replace(
+        shape="num_layers num_heads gate_inputs", on="gates_block_inputs"),
 )
-PER_LAYER.update(
-    ve_layer_scales="ve_layer_scales.{}",
-    attn_gate_proj="blocks.{}.attn.attn_gate_proj.weight",
-)
-WHOLE.update(
-    lm_head="lm_head.weight",
-    smear_channels="smear.gate",
-    bigram_embed="bigram.embed.weight",
-    bigram_proj="bigram.proj.weight",
-    bigram_scale="bigram.scale",
-    ve_embed="ve_shared.embed.weight",
-    ve_proj="ve_shared.proj.weight",
-    ve_scale="ve_shared.scale",
-)
-EMBEDDINGS.update(("lm_head.weight", "bigram.embed.weight", "ve_shared.embed.weight"))
-# Parameters in the order of their making: sums over all of them are taken in it.
-PARAMETER_ORDER = """
+for on, names in {"skip_gates_enabled": ["skip_gates"], "smears_by_window": ["smear_gate", "smear_lambda"],
+                  "mixes_lanes": ["parallel_post_lambdas", "parallel_resid_lambdas"]}.items():
+    for name in names:
+        PARAMETERS[name] = PARAMETERS[name]._replace(on=on)
+# In the order of their making: sums over all of them are taken in it, and files are written.
+in_order = """
     tok_emb qo_bank kv_bank mlp_up_bank mlp_down_bank attn_scale mlp_scale resid_mix q_gain
     skip_weights parallel_post_lambdas parallel_resid_lambdas lane_merge lm_head skip_gates
     smear_gate smear_lambda smear_channels bigram_embed bigram_scale bigram_proj ve_embed
     ve_scale ve_proj ve_layer_scales softcap_pos softcap_neg attn_gate_w attn_gate_proj""".split()
+PARAMETERS = {name: PARAMETERS[name] for name in in_order} | PARAMETERS
 
 
 def pair_rows(ids: Tensor, rows: int, same_segment: Tensor | None = None) -> Tensor:
@@ -9324,56 +9353,11 @@ class LineageGPT(GPT):
         self.rope_length = 0                     # of a longer row that came before, for whoever knows of one
         self.sharpness: Tensor | None = None     # of soft rounding, in late training
 
-    @classmethod
-    def shapes(cls, s: Settings) -> dict[str, tuple[int, ...]]:
-        shapes = super().shapes(s)
-        d, layers = s.model_dim, s.num_layers
-        if s.skip_rows == "physical":
-            for name in ("skip_weights", "skip_gates"):
-                shapes[name] = (layers // 2, d)
-        if not s.skip_gates_enabled:
-            del shapes["skip_gates"]
-        if s.parallel_lanes == "separate":
-            del shapes["parallel_post_lambdas"], shapes["parallel_resid_lambdas"]
-            if 0 < s.parallel_start_layer < layers:
-                shapes["lane_merge"] = ()
-        if not s.tie_embeddings:
-            shapes["lm_head"] = (s.vocab_size, d)
-        if s.smear_gate_enabled and s.smear_gate_kind == "channels":
-            del shapes["smear_gate"], shapes["smear_lambda"]
-            shapes["smear_channels"] = (d,)
-        if s.bigram_vocab_size:
-            shapes.update(table_shapes("bigram", s.bigram_vocab_size, s.bigram_dim, d))
-        if s.ve_enabled:
-            shapes.update(table_shapes("ve", s.vocab_size, s.ve_dim, s.kv_dim))
-            shapes["ve_layer_scales"] = (len(s.value_layers), 1)
-        if s.gated_attn_enabled:
-            shapes["attn_gate_w"] = (layers, s.num_heads, d)
-        if s.attn_out_gate_enabled:
-            shapes["attn_gate_proj"] = (layers, s.num_heads, s.gate_window)
-        in_order = {name: shapes[name] for name in PARAMETER_ORDER if name in shapes}
-        return in_order | shapes
-
-    def initial_values(self) -> dict[str, Any]:
-        return super().initial_values() | dict(
-            lane_merge=0.5, bigram_scale=0.05, ve_scale=0.1, ve_layer_scales=1)
-
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None) -> None:
         super().init_weights(generator)
         if self.s.gated_attn_enabled:
             self.attn_gate_w.normal_(0, 0.01, generator=generator)
-        if hasattr(self, "bigram_proj"):      # with the table at 0 as well both would stay there
-            nn.init.orthogonal_(self.bigram_proj, generator=generator)
-        if self.s.ve_enabled:
-            self.ve_embed.normal_(0, 0.01, generator=generator)
-
-    def layer_weights(self, scaled: bool) -> list[LayerWeights]:
-        layers = super().layer_weights(scaled)
-        if not self.s.attn_out_gate_enabled:
-            return layers
-        gates = self.unbound("attn_gate_proj")
-        return [w._replace(gate=gate) for w, gate in zip(layers, gates)]
 
     def rope_base(self, longest: int) -> float:
         """With ROPE_YARN the base grows with the row, or with rope_length."""
@@ -9387,7 +9371,7 @@ class LineageGPT(GPT):
     def embed(self, ids: Tensor, layout: Layout | None, before: Tensor | None = None,
               hook: Callable | None = None) -> Tensor:
         s, length = self.s, ids.size(1)
-        channels = s.smear_gate_enabled and s.smear_gate_kind == "channels"
+        channels = s.smears_channels
         if not channels and not s.bigram_vocab_size:
             return super().embed(ids, layout, before, hook)
         if before is not None:      # two tokens: a bigram of the last one may be smeared
@@ -9432,14 +9416,14 @@ class LineageGPT(GPT):
             v = v + forward.values[layer]
         return q, k, v
 
-    def head_gate(self, weight: Tensor, x: Tensor, q_flat: Tensor) -> Tensor:
+    def head_gate(self, weights: dict[str, Tensor], x: Tensor, q_flat: Tensor) -> Tensor | None:
         s = self.s
         if s.attn_out_gate_enabled:
             source = q_flat if s.attn_out_gate_src == "q" else x
-            return 2 * torch.sigmoid(F.linear(source[..., :weight.size(-1)], weight))
+            return 2 * torch.sigmoid(F.linear(source[..., :s.gate_window], weights["attn_gate_proj"]))
         if s.gated_attn_enabled:
-            return torch.sigmoid(F.linear(x, weight))
-        return super().head_gate(weight, x, q_flat)
+            return torch.sigmoid(F.linear(x, weights["attn_gate_w"]))
+        return super().head_gate(weights, x, q_flat)
 
     def enter_lanes(self, j: int, x: Tensor, lanes: tuple[Tensor, Tensor] | None,
                     skip: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -9487,14 +9471,6 @@ class LineageGPT(GPT):
     def scores_plain_logits(self, adapter: Adapter | None, training: bool) -> bool:
         corrected = adapter is not None and adapter.bias is not None
         return corrected or super().scores_plain_logits(adapter, training)
-
-
-def table_shapes(table: str, rows: int, width: int, out: int) -> dict[str, tuple[int, ...]]:
-    """Of a table, its scale, and its projection where it is not as wide as `out`."""
-    shapes = {f"{table}_embed": (rows, width), f"{table}_scale": ()}
-    if width != out:
-        shapes[f"{table}_proj"] = (out, width)
-    return shapes
 
 
 GPT = LineageGPT

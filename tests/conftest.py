@@ -2,6 +2,7 @@
 readers of what it leaves."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -97,7 +98,21 @@ def load_config(*names: str) -> dict:
 
 def settings(**changes) -> tg.Settings:
     """The tiny settings with some changed."""
-    return tg.Settings.from_env({k: str(v) for k, v in {**TINY, **changes}.items()})
+    return settings_of(tg, **changes)
+
+
+def settings_of(script, **changes):
+    """The tiny settings as a script reads them."""
+    return script.Settings.from_env({k: str(v) for k, v in {**TINY, **changes}.items()})
+
+
+def imported(path: Path):
+    """Another form of the script, as a module."""
+    name = f"script_{path.parent.name}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    script = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
 def sine_model(s: tg.Settings) -> tg.GPT:
