@@ -291,9 +291,10 @@ def test_every_name_of_a_configuration_is_known(name):
 def test_best_is_the_default_and_names_every_choice():
     best, default = load_config("best"), tg.Settings()
     assert tg.Settings.from_env(best) == default
+    # an idea that is off needs no line
     choices = {f.name.upper() for f in tg.fields(default) if f.name.endswith("_enabled") and f.default}
     choices |= set(tg.closest_system(default)[1])
-    assert choices <= set(best) | {"FUSED_CE_ENABLED", "LQER_ASYM_ENABLED"}      # an idea that is off needs no line
+    assert choices <= set(best) | {"FUSED_CE_ENABLED", "LQER_ASYM_ENABLED"}
 
 
 def test_systems_with_equal_settings_are_named_together():
