@@ -900,12 +900,7 @@ class GPT(nn.Module):
     def init_weights(self, generator: torch.Generator | None) -> None:
         """As declared, in that order."""
         for name, p in self.named_parameters():
-            start = PARAMETERS[name].start
-            if callable(start):
-                start(p, self.s, generator)
-            else:
-                start = getattr(self.s, start) if isinstance(start, str) else start
-                p.copy_(torch.tensor(start))
+            begin_as(PARAMETERS[name].start, p, self.s, generator)
 
     # --- pieces
 
@@ -1503,7 +1498,7 @@ class Trainer:
         s, clock = self.s, Clock()
         generator = torch.Generator().manual_seed(s.seed + self.world.rank)
         with weights_kept(self.model):
-            for length, looping in Curriculum(s).graphs():
+            for length, looping in self.world.each("warm-up of graph", Curriculum(s).graphs()):
                 self.warm_graph(length, layer_plan(s, looping), generator)
         self.rewind()
         sync(self.world.device)
@@ -1682,7 +1677,7 @@ def calibrate(s: Settings, world: World, model: GPT,
     hook, plan = HessianHook(s), layer_plan(s, True)
     fisher = s.quant_allocation == "fisher"
     generator = torch.Generator(world.device).manual_seed(s.seed + world.rank)
-    for _ in range(-(-s.gptq_calibration_batches // world.size)):
+    for _ in world.each("calibrating on batch", range(-(-s.gptq_calibration_batches // world.size))):
         for part in pieces(next_batch().to(world.device), CALIBRATION_TOKENS):
             with torch.set_grad_enabled(fisher):
                 layout = part.layout(s.train_seq_len)
@@ -1986,15 +1981,15 @@ class Quantiser:
         def kind(name):
             return self.weights[name].shape, self.precision[name].bits
 
-        rounded = {}
+        rounded, batches = {}, []
         for (shape, _), names in names_by(kind, self.own).items():
             count = max(1, BATCH_ROWS // shape[0])
-            for begin in range(0, len(names), count):
-                batch = names[begin:begin + count]
-                codes, rows = self.round(batch, base_step)
-                for name, *views in zip(batch, codes.cpu(), rows.cpu()):
-                    # without the memory of the whole stack
-                    rounded[name] = [x.clone() for x in views]
+            batches += [names[begin:begin + count] for begin in range(0, len(names), count)]
+        for batch in self.world.each("quantising batch", batches):
+            codes, rows = self.round(batch, base_step)
+            for name, *views in zip(batch, codes.cpu(), rows.cpu()):
+                # without the memory of the whole stack
+                rounded[name] = [x.clone() for x in views]
         return rounded
 
     def stacked(self, names: list[str], base_step: float) -> tuple[Tensor, ...]:
@@ -2160,8 +2155,8 @@ class Scorer:
         widths = []
         for row in rows:
             widths.append(sum(end - begin for begin, end, _ in row))
-        for i in share_out(widths, self.world.size)[self.world.rank]:
-            self.world.beat(f"scoring row {i}")
+        own = share_out(widths, self.world.size)[self.world.rank]
+        for i in self.world.each("scoring row", own):
             self.score_row(rows[i], val, plan, ledger)
         if cached.any():
             self.score_cached(val, np.flatnonzero(cached), stride, ledger)
@@ -2505,7 +2500,9 @@ class PhasedTTT:
         """Book these documents without adapting to them."""
         self.watch.level = NO_ADAPTATION
         self.model.requires_grad_(False)       # as in adaptation, for the same graphs
-        for group in self.own_share(grouped(self.s, documents, self.lengths)):
+        own = self.own_share(grouped(self.s, documents, self.lengths))
+        self.watch.expect(own, [])
+        for group in own:
             self.adapt_group(group)
         self.model.requires_grad_(True)
 
@@ -2529,7 +2526,7 @@ class PhasedTTT:
         bounds = chunk_bounds(self.s, int(self.lengths[group].max()))
         costs, counted, since = self.watch.costs(group), 0, Clock()
         for n, (begin, end) in enumerate(zip(bounds, bounds[1:]), start=1):
-            self.world.beat(f"adapting to chunk {n} of {len(group)} documents")
+            self.world.beat(f"adapting to chunk {n} of {len(group)} documents", self.watch.share())
             self.adapt_chunk(rows, begin, end)
             if n % WATCH_EVERY == 0 or end == bounds[-1]:
                 self.watch.count_work(costs * (end - counted) / bounds[-1], since)
@@ -2638,8 +2635,8 @@ class PhasedTTT:
         chunks = math.ceil((len(tokens) - 1) / self.s.global_ttt_chunk_tokens)
         params = self.model.requires_grad_(True).parameters()
         optimiser = torch.optim.SGD(params, momentum=self.s.global_ttt_momentum)
-        for c, begin, end in phase_steps(self.s, len(tokens)):
-            self.world.beat(f"adapting the base weights, chunk {c + 1}")
+        steps = phase_steps(self.s, len(tokens))
+        for c, begin, end in self.world.each("adapting the base weights, step", steps):
             optimiser.param_groups[0]["lr"] = self.global_lr(c, chunks)
             self.global_step(tokens[begin:end + 1], optimiser)
         self.model.requires_grad_(False)
@@ -3245,6 +3242,7 @@ class Pulse:
         self.waiting = False                    # in a collective
         self.ending = False                     # the heartbeat is about to end this process
         self.wait = 0.0                         # the collectives' time limit in force, in seconds
+        self.show: Callable[[str, float], None] | None = None      # hears what is done, and what share of it
 
     def beat(self, doing: str) -> None:
         now = time.monotonic()
@@ -3298,14 +3296,23 @@ class World:
         world.heartbeat.start()
         return world
 
-    def beat(self, doing: str) -> None:
-        """Progress was made; `doing`, such as "step 812", follows."""
+    def beat(self, doing: str, done: float = 0.0) -> None:
+        """Progress was made; `doing`, such as "step 812", follows. done: the share of it all
+        that is done, if it is known."""
         self.pulse.beat(doing)
+        if self.pulse.show is not None:
+            self.pulse.show(doing, done)
         wait = self.pulse.limits()[1]
         set_wait = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
         if set_wait and wait != self.pulse.wait and dist.is_initialized():
             self.pulse.wait = wait
             set_wait(timedelta(seconds=wait))
+
+    def each(self, doing: str, items: Sequence) -> Iterator:
+        """The items one by one, a beat ahead of each."""
+        for n, item in enumerate(items):
+            self.beat(f"{doing} {n + 1} of {len(items)}", n / len(items))
+            yield item
 
     @contextlib.contextmanager
     def waiting(self):
@@ -3848,6 +3855,8 @@ class Run:
         self.summary_kept = True    # what is known is on disk
         self.command = ""           # the last one that was logged, to go on
         self.started = 0            # by the disk's clock in ns: files written before are another run's
+        if world.main:
+            world.pulse.show = Stages(self)
         if world.heartbeat is not None:
             world.heartbeat.tell = self.failed
         try:
@@ -4222,6 +4231,36 @@ class Progress:
             flops = 3 * flops_per_token(self.s, plan, self.s.train_seq_len / 2)
             pace["mfu"] = rate * flops / self.peak
         return pace
+
+
+class Stages:
+    """Says how far a stage is that has no lines of its own: on a terminal all the time, in
+    the log now and then."""
+    LOG_EVERY, SHOW_EVERY = 30.0, 0.5      # seconds
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.stage = ""
+        self.begun, self.before = 0.0, 0.0      # when, and what share was done by then
+        self.done = 0.0
+        self.logged = self.shown = 0.0
+
+    def __call__(self, doing: str, done: float) -> None:
+        now = time.monotonic()
+        stage = re.sub(r"\d", "", doing)
+        if stage != self.stage or done < self.done:
+            self.stage, self.begun, self.before = stage, now, done
+            self.logged = now
+        self.done = done
+        if done <= self.before or now - self.shown < self.SHOW_EVERY:
+            return
+        self.shown = now
+        left = (1 - done) * (now - self.begun) / (done - self.before)
+        if now - self.logged >= self.LOG_EVERY:
+            self.logged = now
+            self.run.log("progress", doing=doing, done=done, seconds_left=left)
+        else:
+            self.run.progress(f"{doing}  {done:4.0%}, {left:.0f} s left")
 
 
 class FiniteWatch:
@@ -4600,6 +4639,14 @@ def parameter_of(view: str) -> Parameter:
         if pattern in (parameter.names or name).split():
             return parameter
     raise KeyError(f"{view} is of no row of PARAMETERS")
+
+
+def begin_as(start, p: Tensor, s: Settings, generator: torch.Generator | None) -> None:
+    """Give a parameter its first values, by Parameter.start."""
+    if callable(start):
+        start(p, s, generator)
+    else:
+        p.copy_(torch.tensor(getattr(s, start) if isinstance(start, str) else start))
 
 
 # --- files of weights
@@ -7492,7 +7539,7 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
 def probe_conditions(s: Settings, world: World, model: GPT) -> list[Finding]:
     """One after the other; a ledger that refuses something ends them."""
     findings, booked, refusal = [], [], ""
-    alone = World(device=world.device)
+    alone = World(device=world.device, pulse=world.pulse)
     try:
         findings.extend(probe_causality(s, alone, model, booked))
         findings.extend(probe_normalisation(s, world, model))
@@ -8886,6 +8933,11 @@ class Watchdog:
             columns = np.minimum(window, inputs) if s.ttt_kv_reuse else window
             passes.append(3.0 * columns.sum())
         return len(group) * np.array([*passes, longest])
+
+    def share(self) -> float:
+        """What share of all there is to do, at the present level, is done."""
+        left = max(self.left[self.level], 0.0)
+        return self.done / (self.done + left) if self.done else 0.0
 
     def all_have_time(self) -> bool:
         """Whether there is a phase: with all ranks, or none of them from here on."""
