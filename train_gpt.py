@@ -7111,6 +7111,12 @@ def base_step_for(deviations: Array, size: float, finest: float) -> float:
     return base_step
 
 
+def fitter_tries(quantiser: Quantiser, room: int) -> int:
+    """How often a model is packed until it fits, about: once where as fine as it can be it is
+    far under the limit."""
+    return 1 if estimate_bytes(quantiser.deviations, quantiser.finest) < 0.9 * room else 3
+
+
 def expected_size(s: Settings) -> str:
     """What the artifact will weigh, if all weights were Gaussian. UserError below two
     bits a code."""
@@ -8150,8 +8156,9 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     quantised = clock.elapsed()
     blob = world.from_main(pack_model, s, q)
     packed = clock.elapsed()
-    # the fitter takes about three tries; weights are saved at 100 MB/s; a quarter to spare
-    need = calibrating + 3 * packed - 2 * setting_up + bytes_of_weights(s) / 1e8
+    tries = fitter_tries(quantiser, room)
+    # weights are saved at 100 MB/s; a quarter to spare
+    need = calibrating + setting_up + tries * (packed - setting_up) + bytes_of_weights(s) / 1e8
     back = read_artifact(s, blob, "the rehearsal's artifact").weights
     if s.logit_calib_enabled:      # it works on a second model, read back from the artifact
         load_weights(build_model(s, world), back, "the rehearsal's artifact")
