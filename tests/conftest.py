@@ -190,7 +190,7 @@ def write_manifest(folder: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-# --- order and fixtures
+# --- order, failures and fixtures
 
 # The longest begin: at the end no worker waits for another's last file.
 FIRST = ("test_parity.py", "test_story.py", "test_ranks.py", "test_tools_audit.py", "test_probes_adapting.py",
@@ -199,6 +199,24 @@ FIRST = ("test_parity.py", "test_story.py", "test_ranks.py", "test_tools_audit.p
 
 def pytest_collection_modifyitems(items: list) -> None:
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
+class FailuresAtOnce:
+    """Names a test that failed when it fails, not when all are over."""
+
+    def __init__(self, terminal):
+        self.terminal = terminal
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.failed:
+            self.terminal.ensure_newline()
+            self.terminal.write_line(f"FAILED {report.nodeid}")
+
+
+def pytest_configure(config) -> None:
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None:      # a worker has none
+        config.pluginmanager.register(FailuresAtOnce(terminal))
 
 
 @pytest.fixture(scope="session")
