@@ -213,6 +213,7 @@ class FailuresAtOnce:
             self.terminal.write_line(f"FAILED {report.nodeid}")
 
 
+@pytest.hookimpl(trylast=True)      # after the terminal is there
 def pytest_configure(config) -> None:
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     if terminal is not None:      # a worker has none
