@@ -764,7 +764,7 @@ class Parameter(NamedTuple):
     """A parameter, declared once: all that walks over a model's weights goes by it."""
     shape: str            # sizes, as settings name them: "2*num_layers model_dim"
     role: str = "small"   # matrix: Muon trains it; embed, small: AdamW; cap: nothing does
-    start: Any = 0        # a number, broadcast; the name of a setting; what draws it
+    start: Any = 0        # a number, broadcast; a setting's name; or what draws it
     names: str = ""       # the field's, of every layer by {}, of a bank's parts; none: ours
     on: str = ""          # the setting without which there is none
     stored: str = ""      # gate: as GATED_ATTN_QUANT_GATE says; else by size
@@ -884,9 +884,10 @@ class GPT(nn.Module):
         self.s = s
         self.compute_dtype = torch.float32
         self.calibration: tuple[Tensor, Tensor] | None = None      # of capped logits: scale (), bias (V,)
-        for name, shape in self.shapes(s).items():
+        shapes = self.shapes(s)
+        for name, shape in shapes.items():
             setattr(self, name, nn.Parameter(torch.zeros(shape)))
-        self.of_layers = [name for name in self.shapes(s) if PARAMETERS[name].of_layer]
+        self.of_layers = [name for name in shapes if PARAMETERS[name].of_layer]
         with one_thread():
             self.init_weights(generator)
 
@@ -4603,6 +4604,14 @@ def declared_shape(s: Settings, shape: str) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def begin_as(start, p: Tensor, s: Settings, generator: torch.Generator | None) -> None:
+    """Give a parameter its first values, by Parameter.start."""
+    if callable(start):
+        start(p, s, generator)
+    else:
+        p.copy_(torch.tensor(getattr(s, start) if isinstance(start, str) else start))
+
+
 def field_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under the field's names (`blocks.3.attn.q_gain`,
     `tok_emb.weight`, …), as views: one per layer, where ours are stacked."""
@@ -4639,14 +4648,6 @@ def parameter_of(view: str) -> Parameter:
         if pattern in (parameter.names or name).split():
             return parameter
     raise KeyError(f"{view} is of no row of PARAMETERS")
-
-
-def begin_as(start, p: Tensor, s: Settings, generator: torch.Generator | None) -> None:
-    """Give a parameter its first values, by Parameter.start."""
-    if callable(start):
-        start(p, s, generator)
-    else:
-        p.copy_(torch.tensor(getattr(s, start) if isinstance(start, str) else start))
 
 
 # --- files of weights
