@@ -796,7 +796,7 @@ PARAMETERS = {
                                names="blocks.{}.mlp.proj.weight"),
     "attn_scale": Parameter("num_layers model_dim", start=1, names="blocks.{}.attn_scale"),
     "mlp_scale": Parameter("num_layers model_dim", start=1, names="blocks.{}.mlp_scale"),
-    # of the stream and x0: at first only the stream
+    # at first only the stream, not x0
     "resid_mix": Parameter("num_layers 2 model_dim", start=((1,), (0,)), names="blocks.{}.resid_mix"),
     "q_gain": Parameter("num_layers num_heads", start="qk_gain_init", names="blocks.{}.attn.q_gain"),
     "skip_weights": Parameter("num_skips model_dim", start=1),
