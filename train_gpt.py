@@ -837,7 +837,7 @@ def layer_plan(s: Settings, looping: bool) -> Plan:
 @dataclass
 class Forward:
     """What the layers of one forward share."""
-    layers: list[dict[str, Tensor]]  # see GPT.layer_weights
+    layers: list[dict[str, Tensor]]  # GPT.layer_weights
     x0: Tensor                       # (B, T, D): the embeddings, which every layer may mix in
     rope: tuple[Tensor, Tensor]      # cos, sin (T, rotated channels / 2)
     layout: Layout | None            # documents of a packed row; None: rows are causal
