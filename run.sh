@@ -61,8 +61,10 @@ install() {
     local list; list=$(missing "$@")
     [ -z "$list" ] && return
     echo "installing: $(echo "$list" | tr '\n' ' ')"
+    local quiet=-q
+    [ -t 1 ] && quiet=                           # on a terminal pip shows how far it is
     # shellcheck disable=SC2086
-    "$PYTHON" -m pip install -q --disable-pip-version-check $list || die "pip could not install the packages above"
+    "$PYTHON" -m pip install $quiet --disable-pip-version-check $list || die "pip could not install the packages above"
 }
 
 # The demo only where no shards are: a damaged or mismatched data folder must be reported, not replaced.
@@ -112,4 +114,8 @@ if no_shards; then
     use_demo running
     GPUS=$((GPUS > 0))
 fi
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node=$((GPUS > 0 ? GPUS : 1)) train_gpt.py
+# one process needs no launcher, whose trace would bury the line that says what is wrong
+if [ "$GPUS" -le 1 ]; then
+    exec "$PYTHON" train_gpt.py
+fi
+exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$GPUS" train_gpt.py

@@ -143,9 +143,7 @@ class Interrupted(BaseException):
 # do not. Those of the evaluation run from the clock in score_artifact, which then reads the artifact, to the
 # last score.
 #
-# A new gate per layer needs its switch in Settings, its shape in GPT.shapes, its start in GPT.initial_values
-# (if not 0), a role in ROLES, the field's name in PER_LAYER, a field of LayerWeights that GPT.layer_weights
-# fills, and its use in GPT.attend. It is stored as float16; as int8 if its name ends in attn_gate_w.
+# A new parameter needs a setting, a row of PARAMETERS and its use: CONTRIBUTING.md adds one.
 #
 # What the story takes from later chapters:
 #   World        this rank among the others: sums, barriers, agree (all hear rank 0), beat (a sign of life)
@@ -182,9 +180,10 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
         rank = launcher_ranks(os.environ).rank
         s = Settings.from_env(os.environ)
         world = World.join(os.environ)
-        attention_reason = set_up(s, world)
-        run = Run(s, world)
-        pipeline(s, world, run, attention_reason)
+        findings = check_before_start(s, world, set_up(s, world))
+        model, val = build_model(s, world), Validation(s)
+        run = Run(s, world)      # only now is there a folder
+        pipeline(s, world, run, model, val, findings)
         run.close()
         world.leave()
         return 0
@@ -192,13 +191,11 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
         return end_early(error, run, rank)
 
 
-def pipeline(s: Settings, world: World, run: Run, attention_reason: str) -> None:
+def pipeline(s: Settings, world: World, run: Run, model: GPT, val: Validation,
+             findings: Sequence[Finding]) -> None:
     """train -> average -> quantise -> pack -> read back -> score: the whole story."""
     log_start(s, world, run)
-    check_before_start(s, world, run, attention_reason)
-    world.beat("set-up")
-    model = build_model(s, world)
-    val = Validation(s)
+    log_checks(s, run, findings)
     check_same_text(run, val)
     if not s.eval_only_quantized_path:
         make_artifact(s, world, run, model, val)
@@ -715,6 +712,11 @@ class Settings:
         return int(self.mlp_mult * self.model_dim)
 
     @property
+    def num_skips(self) -> int:
+        plan = layer_plan(self, True)
+        return min(len(plan.encoder), len(plan.decoder))
+
+    @property
     def shards(self) -> Path:
         """The folder of the shards."""
         return Path(self.data_path) if self.data_path else default_shards(self)
@@ -758,27 +760,56 @@ def context_stages(s: Settings) -> list[tuple[float, int]]:
 # 3  Model: one forward for training, scoring and adaptation
 # ========================================
 
-# Role of every parameter; one without a role stops the run. matrix: Muon trains it; embed, small: AdamW;
-# cap: nothing does.
-ROLES = {
-    "tok_emb": "embed",
-    "qo_bank": "matrix",
-    "kv_bank": "matrix",
-    "mlp_up_bank": "matrix",
-    "mlp_down_bank": "matrix",
-    "attn_scale": "small",
-    "mlp_scale": "small",
-    "resid_mix": "small",
-    "q_gain": "small",
-    "attn_gate_w": "small",
-    "skip_weights": "small",
-    "skip_gates": "small",
-    "parallel_post_lambdas": "small",
-    "parallel_resid_lambdas": "small",
-    "smear_gate": "small",
-    "smear_lambda": "small",
-    "softcap_pos": "cap",
-    "softcap_neg": "cap",
+class Parameter(NamedTuple):
+    """A parameter, declared once: all that walks over a model's weights goes by it."""
+    shape: str            # sizes, as settings name them: "2*num_layers model_dim"
+    role: str = "small"   # matrix: Muon trains it; embed, small: AdamW; cap: nothing does
+    start: Any = 0        # a number, broadcast; a setting's name; or what draws it
+    names: str = ""       # the field's, of every layer by {}, of a bank's parts; none: ours
+    on: str = ""          # the setting without which there is none
+    stored: str = ""      # gate: as GATED_ATTN_QUANT_GATE says; else by size
+
+    @property
+    def of_layer(self) -> bool:
+        return self.role == "small" and self.shape.split()[:1] == ["num_layers"]
+
+
+def draw_orthogonal(p: Tensor, s: Settings, generator: torch.Generator | None) -> None:
+    for matrix in p:
+        nn.init.orthogonal_(matrix, generator=generator)
+
+
+# Inputs are orthogonal and outputs zero: at the start no branch adds anything to the stream.
+PARAMETERS = {
+    "tok_emb": Parameter(
+        "vocab_size model_dim", "embed", names="tok_emb.weight",
+        start=lambda p, s, generator: p.normal_(0, s.tied_embed_init_std, generator=generator)),
+    "qo_bank": Parameter(
+        "2*num_layers model_dim model_dim", "matrix",
+        lambda p, s, generator: draw_orthogonal(p[:s.num_layers], s, generator),
+        "blocks.{}.attn.c_q.weight blocks.{}.attn.proj.weight"),
+    "kv_bank": Parameter("2*num_layers kv_dim model_dim", "matrix", draw_orthogonal,
+                         "blocks.{}.attn.c_k.weight blocks.{}.attn.c_v.weight"),
+    "mlp_up_bank": Parameter("num_layers hidden_dim model_dim", "matrix", draw_orthogonal,
+                             "blocks.{}.mlp.fc.weight"),
+    "mlp_down_bank": Parameter("num_layers model_dim hidden_dim", "matrix",
+                               names="blocks.{}.mlp.proj.weight"),
+    "attn_scale": Parameter("num_layers model_dim", start=1, names="blocks.{}.attn_scale"),
+    "mlp_scale": Parameter("num_layers model_dim", start=1, names="blocks.{}.mlp_scale"),
+    # at first only the stream, not x0
+    "resid_mix": Parameter("num_layers 2 model_dim", start=((1,), (0,)), names="blocks.{}.resid_mix"),
+    "q_gain": Parameter("num_layers num_heads", start="qk_gain_init", names="blocks.{}.attn.q_gain"),
+    "skip_weights": Parameter("num_skips model_dim", start=1),
+    # by how much attention, and the MLP, write to each lane; by how much each is kept
+    "parallel_post_lambdas": Parameter("num_layers 2 2", start=1),
+    "parallel_resid_lambdas": Parameter("num_layers 2", start=1.1),
+    "skip_gates": Parameter("num_skips model_dim"),
+    "smear_gate": Parameter("1 gate_window", names="smear_gate.weight", on="smear_gate_enabled"),
+    "smear_lambda": Parameter("1", on="smear_gate_enabled"),
+    "softcap_pos": Parameter("", "cap", "logit_softcap", on="asym_logit_rescale"),
+    "softcap_neg": Parameter("", "cap", "logit_softcap", on="asym_logit_rescale"),
+    "attn_gate_w": Parameter("num_layers num_heads gate_window", on="sparse_attn_gate_enabled",
+                             names="blocks.{}.attn.attn_gate_w", stored="gate"),
 }
 
 
@@ -803,25 +834,10 @@ def layer_plan(s: Settings, looping: bool) -> Plan:
     return Plan(order[:half], order[half:])
 
 
-class LayerWeights(NamedTuple):
-    """One layer's weights in the activations' dtype; None: it has none of that kind."""
-    qkv: Tensor              # rows of queries, keys and values: one product reads their input once
-    o: Tensor                # attn_scale is in it, as mlp_scale is in down, where no hook looks on
-    up: Tensor
-    down: Tensor
-    attn_scale: Tensor
-    mlp_scale: Tensor
-    resid_mix: Tensor
-    q_gain: Tensor
-    post: Tensor | None      # (2, 2): by how much attention, and the MLP, write to each lane
-    resid: Tensor | None     # (2,): by how much each lane is kept
-    gate: Tensor | None
-
-
 @dataclass
 class Forward:
     """What the layers of one forward share."""
-    layers: list[LayerWeights]
+    layers: list[dict[str, Tensor]]  # GPT.layer_weights
     x0: Tensor                       # (B, T, D): the embeddings, which every layer may mix in
     rope: tuple[Tensor, Tensor]      # cos, sin (T, rotated channels / 2)
     layout: Layout | None            # documents of a packed row; None: rows are causal
@@ -869,95 +885,47 @@ class GPT(nn.Module):
         self.s = s
         self.compute_dtype = torch.float32
         self.calibration: tuple[Tensor, Tensor] | None = None      # of capped logits: scale (), bias (V,)
-        for name, shape in self.shapes(s).items():
+        shapes = self.shapes(s)
+        for name, shape in shapes.items():
             setattr(self, name, nn.Parameter(torch.zeros(shape)))
-        self.init_weights(generator)
+        self.of_layers = [name for name in shapes if PARAMETERS[name].of_layer]
+        with one_thread():
+            self.init_weights(generator)
 
     @classmethod
     def shapes(cls, s: Settings) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter, by name; what is off has no parameter."""
-        d, layers = s.model_dim, s.num_layers
-        plan = layer_plan(s, True)
-        skips = min(len(plan.encoder), len(plan.decoder))
-        shapes = dict(
-            tok_emb=(s.vocab_size, d),
-            qo_bank=(2 * layers, d, d),
-            kv_bank=(2 * layers, s.kv_dim, d),
-            mlp_up_bank=(layers, s.hidden_dim, d),
-            mlp_down_bank=(layers, d, s.hidden_dim),
-            attn_scale=(layers, d),
-            mlp_scale=(layers, d),
-            resid_mix=(layers, 2, d),
-            q_gain=(layers, s.num_heads),
-            skip_weights=(skips, d),
-            parallel_post_lambdas=(layers, 2, 2),
-            parallel_resid_lambdas=(layers, 2),
-            skip_gates=(skips, d))
-        if s.smear_gate_enabled:
-            shapes.update(smear_gate=(1, s.gate_window), smear_lambda=(1,))
-        if s.asym_logit_rescale:
-            shapes.update(softcap_pos=(), softcap_neg=())
-        if s.sparse_attn_gate_enabled:
-            shapes["attn_gate_w"] = (layers, s.num_heads, s.gate_window)
-        return shapes
-
-    def initial_values(self) -> dict[str, Any]:
-        """Where parameters begin, broadcast; the others begin at 0 or are drawn."""
-        cap = self.s.logit_softcap
-        only_the_stream = ((1,), (0,))      # of the stream and x0
-        return dict(
-            attn_scale=1, mlp_scale=1, resid_mix=only_the_stream, q_gain=self.s.qk_gain_init,
-            skip_weights=1, parallel_post_lambdas=1, parallel_resid_lambdas=1.1,
-            softcap_pos=cap, softcap_neg=cap)
+        there = {name: p for name, p in PARAMETERS.items() if not p.on or getattr(s, p.on)}
+        return {name: declared_shape(s, p.shape) for name, p in there.items()}
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None) -> None:
-        """Orthogonal inputs, zero outputs: at the start no branch adds anything."""
-        self.tok_emb.normal_(0, self.s.tied_embed_init_std, generator=generator)
-        for matrix in (*self.qo_bank[:self.s.num_layers], *self.kv_bank, *self.mlp_up_bank):
-            nn.init.orthogonal_(matrix, generator=generator)
-        for name, value in self.initial_values().items():
-            if hasattr(self, name):
-                getattr(self, name).copy_(torch.tensor(value))
+        """As declared, in that order."""
+        for name, p in self.named_parameters():
+            begin_as(PARAMETERS[name].start, p, self.s, generator)
 
     # --- pieces
 
-    def unbound(self, stack: Tensor | str) -> Sequence[Tensor | None]:
-        """A stacked parameter, or the one of this name, by layer, in the activations'
-        dtype. Unbound once in a forward: its gradient is then one stack, not a sum of
-        zeros."""
-        p = getattr(self, stack, None) if isinstance(stack, str) else stack
-        if p is None:
-            return [None] * self.s.num_layers
-        return p.to(self.compute_dtype).unbind(0)
-
-    def layer_weights(self, scaled: bool) -> list[LayerWeights]:
-        """The weights of every layer; scaled: the branches' output matrices hold their
-        scales, so that no scaled output is written."""
-        layers = self.s.num_layers
+    def layer_weights(self, scaled: bool) -> list[dict[str, Tensor]]:
+        """The weights of every layer in the activations' dtype: its parameters by name, and
+        the matrices qkv, o, up, down. scaled: o and down hold attn_scale and mlp_scale, so
+        that no scaled output is written. Unbound once in a forward: the gradient of a stack
+        is then one stack, not a sum of zeros."""
         q, o = self.qo_bank.chunk(2)
         k, v = self.kv_bank.chunk(2)
         down = self.mlp_down_bank
         if scaled:
             o = self.attn_scale[:, :, None] * o
             down = self.mlp_scale[:, :, None] * down
-        stacks = dict(
-            qkv=self.unbound(torch.cat((q, k, v), dim=1)),
-            o=self.unbound(o),
-            up=self.unbound("mlp_up_bank"),
-            down=self.unbound(down),
-            attn_scale=self.unbound("attn_scale"),
-            mlp_scale=self.unbound("mlp_scale"),
-            resid_mix=self.unbound("resid_mix"),
-            q_gain=self.unbound("q_gain"),
-            post=self.unbound("parallel_post_lambdas"),
-            resid=self.unbound("parallel_resid_lambdas"),
-            gate=self.unbound("attn_gate_w"))
-        weights = []
-        for layer in range(layers):
-            own = {name: stack[layer] for name, stack in stacks.items()}
-            weights.append(LayerWeights(**own))
-        return weights
+        # one product of qkv reads the input once
+        stacks = dict(qkv=torch.cat((q, k, v), dim=1), o=o, up=self.mlp_up_bank, down=down)
+        for name in self.of_layers:
+            stacks[name] = getattr(self, name)
+        layers: list[dict] = [{} for _ in range(self.s.num_layers)]
+        for name, stack in stacks.items():
+            for weights, own in zip(layers, stack.to(self.compute_dtype).unbind(0)):
+                weights[name] = own
+        return layers
 
     def rope(self, length: int, device, start: int = 0, context: int = 0) -> tuple[Tensor, Tensor]:
         """cos, sin (length, rotated channels / 2) of positions from start on; context:
@@ -1023,11 +991,11 @@ class GPT(nn.Module):
         s, weights = self.s, forward.layers[layer]
         q_flat, k, v = self.project(forward, layer, slot, x)
         q, k, v = (flat.unflatten(2, (-1, s.head_dim)) for flat in (q_flat, k, v))
-        q = normed_rotated(q, forward.rope, weights.q_gain)
+        q = normed_rotated(q, forward.rope, weights["q_gain"])
         k = normed_rotated(k, forward.rope)
         keys, values = (k, v) if forward.cache is None else forward.cache.extend(slot, k, v)
         y = attention(q, keys, values, forward.layout)
-        gate = None if weights.gate is None else self.head_gate(weights.gate, x, q_flat)
+        gate = self.head_gate(weights, x, q_flat)
         if layer >= s.num_layers - s.xsa_last_n:
             y = remove_own_value(y, v, gate)
         elif gate is not None:
@@ -1036,17 +1004,17 @@ class GPT(nn.Module):
         forward.observe("heads", layer, y)
         # the adapter of the output reads the block input, not the heads
         if forward.hook is None:
-            out = product_onto(onto, y, weights.o)
+            out = product_onto(onto, y, weights["o"])
         else:      # the same in steps that can be seen
-            plain = F.linear(y, weights.o)
+            plain = F.linear(y, weights["o"])
             forward.observe("attn_out", layer, plain)
-            out = add_scaled(onto, weights.attn_scale, plain)
-        return forward.adapted(out, "o", slot, x, weights.attn_scale)
+            out = add_scaled(onto, weights["attn_scale"], plain)
+        return forward.adapted(out, "o", slot, x, weights["attn_scale"])
 
     def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, T, H·Dh), keys and values (B, T, K·Dh) of a layer's input x."""
         s = self.s
-        qkv = F.linear(x, forward.layers[layer].qkv)
+        qkv = F.linear(x, forward.layers[layer]["qkv"])
         q, k, v = qkv.split((s.model_dim, s.kv_dim, s.kv_dim), dim=-1)
         q = forward.adapted(q, "q", slot, x)
         k = forward.adapted(k, "k", slot, x)
@@ -1055,9 +1023,12 @@ class GPT(nn.Module):
             forward.observe(kind, layer, seen)
         return q, k, v
 
-    def head_gate(self, weight: Tensor, x: Tensor, q_flat: Tensor) -> Tensor:
-        """Gate (B, T, H) of the heads by the first channels of x; 1/2 at the start.
-        q_flat: a seam."""
+    def head_gate(self, weights: dict[str, Tensor], x: Tensor, q_flat: Tensor) -> Tensor | None:
+        """Gate (B, T, H) of the heads by the first channels of x, if there is one; 1/2 at the
+        start. q_flat: a seam."""
+        weight = weights.get("attn_gate_w")
+        if weight is None:
+            return None
         logit = F.linear(x[..., :weight.size(-1)], weight)
         return torch.sigmoid(self.s.sparse_attn_gate_scale * logit)
 
@@ -1069,20 +1040,20 @@ class GPT(nn.Module):
         if forward.hook is None:
             rows = x.flatten(0, 1)
             stream = None if onto is None else onto.flatten(0, 1)
-            out = leaky_square_mlp(rows, weights.up, weights.down, slope, stream).view(x.shape)
+            out = leaky_square_mlp(rows, weights["up"], weights["down"], slope, stream).view(x.shape)
         else:      # the same in steps that can be seen
-            up = F.linear(x, weights.up)
+            up = F.linear(x, weights["up"])
             act = F.leaky_relu(up, slope).square()
-            plain = F.linear(act, weights.down)
+            plain = F.linear(act, weights["down"])
             for kind, seen in (("mlp_in", x), ("up_out", up), ("mlp_act", act), ("mlp_out", plain)):
                 forward.observe(kind, layer, seen)
-            out = add_scaled(onto, weights.mlp_scale, plain)
-        return forward.adapted(out, "mlp", slot, x, weights.mlp_scale)
+            out = add_scaled(onto, weights["mlp_scale"], plain)
+        return forward.adapted(out, "mlp", slot, x, weights["mlp_scale"])
 
     def block(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor:
         """A layer on the one residual stream x (B, T, D)."""
         weights, scale = forward.layers[layer], self.depth_scale(layer)
-        x = blend((x, weights.resid_mix[0]), (forward.x0, weights.resid_mix[1]))
+        x = blend((x, weights["resid_mix"][0]), (forward.x0, weights["resid_mix"][1]))
         x = self.attend(forward, layer, slot, rms(x, scale), onto=x)
         return self.feed_forward(forward, layer, slot, rms(x, scale), onto=x)
 
@@ -1090,7 +1061,7 @@ class GPT(nn.Module):
                  lane1: Tensor) -> tuple[Tensor, ...]:
         """Lane 0 mixed with x0, what attention makes of it, what the MLP of lane 1."""
         weights, scale = forward.layers[layer], self.depth_scale(layer)
-        mixed = blend((lane0, weights.resid_mix[0]), (forward.x0, weights.resid_mix[1]))
+        mixed = blend((lane0, weights["resid_mix"][0]), (forward.x0, weights["resid_mix"][1]))
         attended = self.attend(forward, layer, slot, rms(mixed, scale))
         fed = self.feed_forward(forward, layer, slot, rms(lane1, scale))
         return mixed, attended, fed
@@ -1100,7 +1071,8 @@ class GPT(nn.Module):
         """Attention reads lane 0, the MLP lane 1; each writes to both."""
         _, attended, fed = self.branches(forward, layer, slot, lane0, lane1)
         weights = forward.layers[layer]
-        return mix_lanes(lane0, lane1, attended, fed, weights.resid, weights.post)
+        return mix_lanes(lane0, lane1, attended, fed, weights["parallel_resid_lambdas"],
+                         weights["parallel_post_lambdas"])
 
     def depth_scale(self, layer: int) -> float:
         """Factor on the input of both branches of a layer."""
@@ -1285,11 +1257,9 @@ class Optimiser:
 
     def __init__(self, s: Settings, world: World, params: Mapping[str, nn.Parameter], dtype: torch.dtype):
         self.s, self.world = s, world
-        if strangers := [name for name in params if name not in ROLES]:
-            raise UserError(f"parameters {strangers} have no role: add a row to ROLES")
-        by_role: dict[str, list] = {role: [] for role in ROLES.values()}
+        by_role: dict[str, list] = {parameter.role: [] for parameter in PARAMETERS.values()}
         for name, p in params.items():
-            by_role[ROLES[name]].append(p)
+            by_role[PARAMETERS[name].role].append(p)
         self.names = {p: name for name, p in params.items()}
         self.banks = sorted(by_role["matrix"], key=lambda p: -p.numel())
         groups, self.small = [], []
@@ -1530,7 +1500,7 @@ class Trainer:
         s, clock = self.s, Clock()
         generator = torch.Generator().manual_seed(s.seed + self.world.rank)
         with weights_kept(self.model):
-            for length, looping in Curriculum(s).graphs():
+            for length, looping in self.world.each("warm-up of graph", Curriculum(s).graphs()):
                 self.warm_graph(length, layer_plan(s, looping), generator)
         self.rewind()
         sync(self.world.device)
@@ -1709,7 +1679,7 @@ def calibrate(s: Settings, world: World, model: GPT,
     hook, plan = HessianHook(s), layer_plan(s, True)
     fisher = s.quant_allocation == "fisher"
     generator = torch.Generator(world.device).manual_seed(s.seed + world.rank)
-    for _ in range(-(-s.gptq_calibration_batches // world.size)):
+    for _ in world.each("calibrating on batch", range(-(-s.gptq_calibration_batches // world.size))):
         for part in pieces(next_batch().to(world.device), CALIBRATION_TOKENS):
             with torch.set_grad_enabled(fisher):
                 layout = part.layout(s.train_seq_len)
@@ -1855,12 +1825,11 @@ class Precision(NamedTuple):
 
 SMALL_TENSOR = 65536                 # of no more elements: stored as float16
 GATE_SIZES = range(32, 8193)         # elements of gates that GATED_ATTN_QUANT_GATE means
-EMBEDDINGS = {"tok_emb.weight"}      # tables that are looked up
 
 
 def precision_of(s: Settings, name: str, w: Tensor) -> Precision:
     """By its kind. A weight without a Hessian is rounded code by code."""
-    gate = name.endswith("attn_gate_w") and w.dim() == 2
+    gate = parameter_of(name).stored == "gate" and w.dim() == 2
     if gate and w.numel() in GATE_SIZES and s.gated_attn_quant_gate:
         return Precision("gate_int8_row")
     if w.numel() <= SMALL_TENSOR:
@@ -2014,15 +1983,15 @@ class Quantiser:
         def kind(name):
             return self.weights[name].shape, self.precision[name].bits
 
-        rounded = {}
+        rounded, batches = {}, []
         for (shape, _), names in names_by(kind, self.own).items():
             count = max(1, BATCH_ROWS // shape[0])
-            for begin in range(0, len(names), count):
-                batch = names[begin:begin + count]
-                codes, rows = self.round(batch, base_step)
-                for name, *views in zip(batch, codes.cpu(), rows.cpu()):
-                    # without the memory of the whole stack
-                    rounded[name] = [x.clone() for x in views]
+            batches += [names[begin:begin + count] for begin in range(0, len(names), count)]
+        for batch in self.world.each("quantising batch", batches):
+            codes, rows = self.round(batch, base_step)
+            for name, *views in zip(batch, codes.cpu(), rows.cpu()):
+                # without the memory of the whole stack
+                rounded[name] = [x.clone() for x in views]
         return rounded
 
     def stacked(self, names: list[str], base_step: float) -> tuple[Tensor, ...]:
@@ -2188,8 +2157,8 @@ class Scorer:
         widths = []
         for row in rows:
             widths.append(sum(end - begin for begin, end, _ in row))
-        for i in share_out(widths, self.world.size)[self.world.rank]:
-            self.world.beat(f"scoring row {i}")
+        own = share_out(widths, self.world.size)[self.world.rank]
+        for i in self.world.each("scoring row", own):
             self.score_row(rows[i], val, plan, ledger)
         if cached.any():
             self.score_cached(val, np.flatnonzero(cached), stride, ledger)
@@ -2533,7 +2502,9 @@ class PhasedTTT:
         """Book these documents without adapting to them."""
         self.watch.level = NO_ADAPTATION
         self.model.requires_grad_(False)       # as in adaptation, for the same graphs
-        for group in self.own_share(grouped(self.s, documents, self.lengths)):
+        own = self.own_share(grouped(self.s, documents, self.lengths))
+        self.watch.expect(own, [])
+        for group in own:
             self.adapt_group(group)
         self.model.requires_grad_(True)
 
@@ -2557,7 +2528,7 @@ class PhasedTTT:
         bounds = chunk_bounds(self.s, int(self.lengths[group].max()))
         costs, counted, since = self.watch.costs(group), 0, Clock()
         for n, (begin, end) in enumerate(zip(bounds, bounds[1:]), start=1):
-            self.world.beat(f"adapting to chunk {n} of {len(group)} documents")
+            self.world.beat(f"adapting to chunk {n} of {len(group)} documents", self.watch.share())
             self.adapt_chunk(rows, begin, end)
             if n % WATCH_EVERY == 0 or end == bounds[-1]:
                 self.watch.count_work(costs * (end - counted) / bounds[-1], since)
@@ -2666,8 +2637,8 @@ class PhasedTTT:
         chunks = math.ceil((len(tokens) - 1) / self.s.global_ttt_chunk_tokens)
         params = self.model.requires_grad_(True).parameters()
         optimiser = torch.optim.SGD(params, momentum=self.s.global_ttt_momentum)
-        for c, begin, end in phase_steps(self.s, len(tokens)):
-            self.world.beat(f"adapting the base weights, chunk {c + 1}")
+        steps = phase_steps(self.s, len(tokens))
+        for c, begin, end in self.world.each("adapting the base weights, step", steps):
             optimiser.param_groups[0]["lr"] = self.global_lr(c, chunks)
             self.global_step(tokens[begin:end + 1], optimiser)
         self.model.requires_grad_(False)
@@ -2820,6 +2791,18 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, 32 << 20)     # the largest that it takes
         mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Inside, torch computes on one thread: many small products and factorisations only wait
+    for the others, and their last bits hang on how many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def pick_dtype(choice: str, device: torch.device,
@@ -3261,6 +3244,7 @@ class Pulse:
         self.waiting = False                    # in a collective
         self.ending = False                     # the heartbeat is about to end this process
         self.wait = 0.0                         # the collectives' time limit in force, in seconds
+        self.show: Callable[[str, float], None] | None = None      # hears what is done, and what share of it
 
     def beat(self, doing: str) -> None:
         now = time.monotonic()
@@ -3314,14 +3298,23 @@ class World:
         world.heartbeat.start()
         return world
 
-    def beat(self, doing: str) -> None:
-        """Progress was made; `doing`, such as "step 812", follows."""
+    def beat(self, doing: str, done: float = 0.0) -> None:
+        """Progress was made; `doing`, such as "step 812", follows. done: the share of it all
+        that is done, if it is known."""
         self.pulse.beat(doing)
+        if self.pulse.show is not None:
+            self.pulse.show(doing, done)
         wait = self.pulse.limits()[1]
         set_wait = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
         if set_wait and wait != self.pulse.wait and dist.is_initialized():
             self.pulse.wait = wait
             set_wait(timedelta(seconds=wait))
+
+    def each(self, doing: str, items: Sequence) -> Iterator:
+        """The items one by one, a beat ahead of each."""
+        for n, item in enumerate(items):
+            self.beat(f"{doing} {n + 1} of {len(items)}", n / len(items))
+            yield item
 
     @contextlib.contextmanager
     def waiting(self):
@@ -3842,6 +3835,11 @@ class Journal:
                 self.unwritten = b"\n"
 
 
+def folder_of(s: Settings, run_id: str) -> Path:
+    """The folder of the files of the run of this name."""
+    return Path(s.artifact_dir or Path("runs") / run_id)
+
+
 class Run:
     """The run's folder and its one voice: text to train.log and the screen, JSON lines to
     metrics.jsonl. Nothing that cannot be written or shown ends the run."""
@@ -3849,7 +3847,7 @@ class Run:
     def __init__(self, s: Settings, world: World):
         name = s.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
         self.s, self.world, self.id = s, world, world.agree(name)
-        self.dir = Path(s.artifact_dir or Path("runs") / self.id)
+        self.dir = folder_of(s, self.id)
         self.home = world.from_main(home_of, s)
         self.weights, self.artifact = self.dir / WEIGHTS_NAME, self.dir / ARTIFACT_NAME
         self.live = sys.stdout.isatty() and world.main
@@ -3863,6 +3861,8 @@ class Run:
         self.summary_kept = True    # what is known is on disk
         self.command = ""           # the last one that was logged, to go on
         self.started = 0            # by the disk's clock in ns: files written before are another run's
+        if world.main:
+            world.pulse.show = Stages(self)
         if world.heartbeat is not None:
             world.heartbeat.tell = self.failed
         try:
@@ -4239,6 +4239,36 @@ class Progress:
         return pace
 
 
+class Stages:
+    """Says how far a stage is that has no lines of its own: on a terminal all the time, in
+    the log now and then."""
+    LOG_EVERY, SHOW_EVERY = 30.0, 0.5      # seconds
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.stage = ""
+        self.begun, self.before = 0.0, 0.0      # when, and what share was done by then
+        self.done = 0.0
+        self.logged = self.shown = 0.0
+
+    def __call__(self, doing: str, done: float) -> None:
+        now = time.monotonic()
+        stage = re.sub(r"\d", "", doing)
+        if stage != self.stage or done < self.done:
+            self.stage, self.begun, self.before = stage, now, done
+            self.logged = now
+        self.done = done
+        if done <= self.before or now - self.shown < self.SHOW_EVERY:
+            return
+        self.shown = now
+        left = (1 - done) * (now - self.begun) / (done - self.before)
+        if now - self.logged >= self.LOG_EVERY:
+            self.logged = now
+            self.run.log("progress", doing=doing, done=done, seconds_left=left)
+        else:
+            self.run.progress(f"{doing}  {done:4.0%}, {left:.0f} s left")
+
+
 class FiniteWatch:
     """Notices the first step whose loss or gradient is not finite, a few steps late: flags
     are read once they have arrived on the host."""
@@ -4533,7 +4563,8 @@ def newest_checkpoint(s: Settings, world: World, run: Run) -> dict:
     path = found[max(found)]
     most = CHECKPOINT_COPIES * bytes_of_weights(s) + SMALL_PARTS
     state = unsealed(path, most, f"RESUME=1: {path}", again)
-    theirs = state.get("settings", {})
+    # a setting that was not there yet had its default
+    theirs = {**training_settings(Settings(), world), **state.get("settings", {})}
     differing = []
     for name, here in training_settings(s, world).items():
         if theirs.get(name) != here:
@@ -4567,49 +4598,61 @@ def restore_tensors(own: Mapping[str, Any], adam: torch.optim.Optimizer,
                         f"{error}): start anew without RESUME") from error
 
 
-# --- the field's names of weights
+# --- what is declared of parameters
 
-# The field's names: one tensor per layer, where ours are stacked.
-PER_LAYER = {
-    "attn_scale": "blocks.{}.attn_scale",
-    "mlp_scale": "blocks.{}.mlp_scale",
-    "resid_mix": "blocks.{}.resid_mix",
-    "q_gain": "blocks.{}.attn.q_gain",
-    "attn_gate_w": "blocks.{}.attn.attn_gate_w",
-}
-WHOLE = {"tok_emb": "tok_emb.weight", "smear_gate": "smear_gate.weight"}
-BANKS = {   # bank -> field's names of its first and second half (or of all its layers)
-    "qo_bank": ("attn.c_q.weight", "attn.proj.weight"),
-    "kv_bank": ("attn.c_k.weight", "attn.c_v.weight"),
-    "mlp_up_bank": ("mlp.fc.weight",),
-    "mlp_down_bank": ("mlp.proj.weight",),
-}
+def declared_shape(s: Settings, shape: str) -> tuple[int, ...]:
+    """A Parameter's shape under these settings."""
+    sizes = []
+    for size in shape.split():
+        factors = [int(x) if x.isdigit() else getattr(s, x) for x in size.split("*")]
+        sizes.append(math.prod(factors))
+    return tuple(sizes)
+
+
+def begin_as(start, p: Tensor, s: Settings, generator: torch.Generator | None) -> None:
+    """Give a parameter its first values, by Parameter.start."""
+    if callable(start):
+        start(p, s, generator)
+    else:
+        p.copy_(torch.tensor(getattr(s, start) if isinstance(start, str) else start))
 
 
 def field_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under the field's names (`blocks.3.attn.q_gain`,
-    `tok_emb.weight`, …), as views."""
+    `tok_emb.weight`, …), as views: one per layer, where ours are stacked."""
     views = {}
     for name, p in params.items():
-        if name in PER_LAYER:
+        parameter = PARAMETERS[name]
+        if parameter.role == "matrix":
+            views[name] = p
+        elif "{}" in parameter.names:
             for layer in range(len(p)):
-                views[PER_LAYER[name].format(layer)] = p[layer]
+                views[parameter.names.format(layer)] = p[layer]
         else:
-            views[WHOLE.get(name, name)] = p
+            views[parameter.names or name] = p
     return views
 
 
 def matrix_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """field_views with the banks split into matrices (`blocks.3.mlp.fc.weight`)."""
     views = field_views(params)
-    for bank, names in BANKS.items():
-        if bank not in views:
-            continue
+    for bank in [name for name in params if PARAMETERS[name].role == "matrix"]:
+        names = PARAMETERS[bank].names.split()
         parts = views.pop(bank).chunk(len(names))
         for name, part in zip(names, parts):
             for layer in range(len(part)):
-                views[f"blocks.{layer}.{name}"] = part[layer]
+                views[name.format(layer)] = part[layer]
     return views
+
+
+@functools.cache
+def parameter_of(view: str) -> Parameter:
+    """The declaration behind a name of matrix_views."""
+    pattern = re.sub(r"\.\d+\b", ".{}", view)
+    for name, parameter in PARAMETERS.items():
+        if pattern in (parameter.names or name).split():
+            return parameter
+    raise KeyError(f"{view} is of no row of PARAMETERS")
 
 
 # --- files of weights
@@ -7074,6 +7117,12 @@ def base_step_for(deviations: Array, size: float, finest: float) -> float:
     return base_step
 
 
+def fitter_tries(quantiser: Quantiser, room: int) -> int:
+    """How often a model is packed until it fits, about: once where as fine as it can be it is
+    far under the limit."""
+    return 1 if estimate_bytes(quantiser.deviations, quantiser.finest) < 0.9 * room else 3
+
+
 def expected_size(s: Settings) -> str:
     """What the artifact will weigh, if all weights were Gaussian. UserError below two
     bits a code."""
@@ -7418,15 +7467,28 @@ def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
 # 14  Probes and checks: what is proved before the first step and before the evaluation clock
 # ========================================
 
-def check_before_start(s: Settings, world: World, run: Run, attention_reason: str) -> None:
-    """All that can be checked before anything is spent, into the log."""
-    for reason in study_reasons(s):
-        run.not_compliant(reason)
+def check_before_start(s: Settings, world: World, attention_reason: str) -> list[Finding]:
+    """All that can be checked before a model or a folder is made; UserError for the first
+    thing that is wrong."""
     world.beat("checking")
-    for finding in run_checks(s, world, run.dir, attention_reason):
-        run.log("check", what=finding.name, detail=finding.figure)
+    if world.main:
+        with contextlib.suppress(OSError, ValueError):
+            print("checking settings, machine and data", flush=True)
+    findings = run_checks(s, world, folder_of(s, s.run_id), attention_reason)
+    for finding in findings:
         if not finding.ok:
             raise UserError(finding.figure)
+    world.beat("set-up")
+    return findings
+
+
+def log_checks(s: Settings, run: Run, findings: Sequence[Finding]) -> None:
+    """What was found, and how the run breaks the rules, into the log. UserError when it goes
+    on with other data than its own."""
+    for reason in study_reasons(s):
+        run.not_compliant(reason)
+    for finding in findings:
+        run.log("check", what=finding.name, detail=finding.figure)
         if finding.name == "data fingerprint":
             check_same_data(s, run, finding.figure)
     run.save_summary()
@@ -7476,24 +7538,20 @@ def study_reasons(s: Settings) -> list[str]:
 def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
     """C1-C4 on made-up tokens, through Scorer and PhasedTTT as the settings have them: C1
     on every rank, C2 by all together."""
-    threads = torch.get_num_threads()
-    if not compiles(s, world.device):
-        # windows of eight chunks show the same; threads would only wait for each other
+    small = not compiles(s, world.device)
+    if small:
+        # windows of eight chunks show the same
         window = max(8 * chunk_rules(s)[0].chunk + suffix_at(s, 0), s.eval_stride)
         s = dataclasses.replace(s, eval_seq_len=min(window, s.eval_seq_len),
                                 ttt_eval_seq_len=min(window, s.ttt_eval_seq_len))
-        torch.set_num_threads(1)
-    try:
-        with weights_kept(model):
-            return probe_conditions(s, world, model)
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread() if small else contextlib.nullcontext(), weights_kept(model):
+        return probe_conditions(s, world, model)
 
 
 def probe_conditions(s: Settings, world: World, model: GPT) -> list[Finding]:
     """One after the other; a ledger that refuses something ends them."""
     findings, booked, refusal = [], [], ""
-    alone = World(device=world.device)
+    alone = World(device=world.device, pulse=world.pulse)
     try:
         findings.extend(probe_causality(s, alone, model, booked))
         findings.extend(probe_normalisation(s, world, model))
@@ -7728,7 +7786,7 @@ def check_command(which: str) -> int:
         print(f"warn  {name}: {what}")
     if which == "settings":
         return 0
-    folder = Path(s.artifact_dir or "runs")
+    folder = folder_of(s, s.run_id)
     findings = run_checks(s, World.join({}), folder, ranks=ranks.size)
     if which == "data":
         of_data = "training shards", "validation shards", "tokenizer", "data fingerprint"
@@ -7963,6 +8021,8 @@ def check_temporary_folder() -> None:
 
 def check_folder(folder: Path) -> str:
     """The names of a run's files are free: a pipe would wait for a reader."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"ARTIFACT_DIR={folder} is no folder: choose another")
     files = (".lock", "train.log", "metrics.jsonl", "summary.json", WEIGHTS_NAME, ARTIFACT_NAME)
     faults = {name: "a folder" for name in files if (folder / name).is_dir()}
     faults |= {name: "a pipe" for name in files if (folder / name).is_fifo()}
@@ -7990,19 +8050,22 @@ def check_made_before(s: Settings) -> str:
 
 def check_disk(folder: Path, need: int, ballast: bool = False) -> str:
     """The folder really has `need` bytes: they are reserved, then given back, or kept as
-    ballast until there is something to write in their place."""
-    reserved_file = folder / (BALLAST if ballast else f".space.{os.getpid()}")
+    ballast until there is something to write in their place. A folder that is not there is
+    not made: the nearest above it is on the same disk."""
+    place = folder
+    while not os.path.isdir(place) and place != place.parent:
+        place = place.parent
+    reserved_file = place / (BALLAST if ballast else f".space.{os.getpid()}")
     kept = False
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with open(reserved_file, "wb") as f:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(f.fileno(), 0, need)
                 kept = ballast
-            elif shutil.disk_usage(folder).free < need:
+            elif shutil.disk_usage(place).free < need:
                 raise OSError(28, "No space left on device")
     except OSError as error:
-        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+        free = shutil.disk_usage(place).free
         raise UserError(f"ARTIFACT_DIR={folder} cannot take {need:,} bytes ({error.strerror}; "
                         f"{free:,} free): free space or set it to another disk") from error
     finally:
@@ -8099,8 +8162,9 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     quantised = clock.elapsed()
     blob = world.from_main(pack_model, s, q)
     packed = clock.elapsed()
-    # the fitter takes about three tries; weights are saved at 100 MB/s; a quarter to spare
-    need = calibrating + 3 * packed - 2 * setting_up + bytes_of_weights(s) / 1e8
+    tries = fitter_tries(quantiser, room)
+    # weights are saved at 100 MB/s; a quarter to spare
+    need = calibrating + setting_up + tries * (packed - setting_up) + bytes_of_weights(s) / 1e8
     back = read_artifact(s, blob, "the rehearsal's artifact").weights
     if s.logit_calib_enabled:      # it works on a second model, read back from the artifact
         load_weights(build_model(s, world), back, "the rehearsal's artifact")
@@ -8427,7 +8491,7 @@ STORAGE["lqer"] = Storage(
 def precision_by_hand(s: Settings, name: str) -> Precision:
     """Bits and range of a matrix by its kind."""
     bits, clip_sigmas = s.matrix_bits, s.matrix_clip_sigmas
-    if name in EMBEDDINGS:
+    if parameter_of(name).role in ("embed", "head"):      # tables
         bits, clip_sigmas = s.embed_bits, s.embed_clip_sigmas
     elif ".mlp." in name:
         clip_sigmas = s.mlp_clip_sigmas
@@ -8883,6 +8947,11 @@ class Watchdog:
             passes.append(3.0 * columns.sum())
         return len(group) * np.array([*passes, longest])
 
+    def share(self) -> float:
+        """What share of all there is to do, at the present level, is done."""
+        left = max(self.left[self.level], 0.0)
+        return self.done / (self.done + left) if self.done else 0.0
+
     def all_have_time(self) -> bool:
         """Whether there is a phase: with all ranks, or none of them from here on."""
         if max(self.world.gather(self.level)) and not self.level:
@@ -9158,6 +9227,52 @@ class LineageSettings(Settings):
     def value_layers(self) -> tuple[int, ...]:
         return tuple(whole_numbers(self.ve_layers))
 
+    # sizes and switches of parameters
+
+    @property
+    def num_value_layers(self) -> int:
+        return len(self.value_layers)
+
+    @property
+    def num_skips(self) -> int:
+        return self.num_layers // 2 if self.skip_rows == "physical" else super().num_skips
+
+    @property
+    def untied(self) -> bool:
+        return not self.tie_embeddings
+
+    @property
+    def mixes_lanes(self) -> bool:
+        return self.parallel_lanes == "mixed"
+
+    @property
+    def merges_lanes(self) -> bool:
+        return not self.mixes_lanes and 0 < self.parallel_start_layer < self.num_layers
+
+    @property
+    def smears_channels(self) -> bool:
+        return self.smear_gate_enabled and self.smear_gate_kind == "channels"
+
+    @property
+    def smears_by_window(self) -> bool:
+        return self.smear_gate_enabled and not self.smears_channels
+
+    @property
+    def projects_pairs(self) -> bool:
+        return bool(self.bigram_vocab_size) and self.bigram_dim != self.model_dim
+
+    @property
+    def projects_token_values(self) -> bool:
+        return self.ve_enabled and self.ve_dim != self.kv_dim
+
+    @property
+    def gates_block_inputs(self) -> bool:
+        return self.sparse_attn_gate_enabled or self.gated_attn_enabled
+
+    @property
+    def gate_inputs(self) -> int:
+        return self.model_dim if self.gated_attn_enabled else self.gate_window
+
     @property
     def first_chunks(self) -> str:
         """The older form has one step, of TTT_SHORT_DOC_LEN."""
@@ -9219,40 +9334,45 @@ Settings = LineageSettings
 
 # --- model
 
-ROLES.update(
-    lm_head="head",
-    bigram_embed="embed",
-    ve_embed="embed",
-    attn_gate_proj="small",
-    lane_merge="small",
-    smear_channels="small",
-    bigram_proj="small",
-    bigram_scale="small",
-    ve_proj="small",
-    ve_scale="small",
-    ve_layer_scales="small",
+def draw_token_values(p: Tensor, s: Settings, generator: torch.Generator | None) -> None:
+    p.normal_(0, 0.01, generator=generator)
+
+
+def draw_pair_projection(p: Tensor, s: Settings, generator: torch.Generator | None) -> None:
+    """With the table at 0 as well both would stay there."""
+    nn.init.orthogonal_(p, generator=generator)
+
+
+PARAMETERS.update(
+    lm_head=Parameter("vocab_size model_dim", "head", names="lm_head.weight", on="untied"),
+    lane_merge=Parameter("", start=0.5, on="merges_lanes"),
+    smear_channels=Parameter("model_dim", names="smear.gate", on="smears_channels"),
+    bigram_embed=Parameter("bigram_vocab_size bigram_dim", "embed", names="bigram.embed.weight",
+                           on="bigram_vocab_size"),
+    bigram_scale=Parameter("", start=0.05, names="bigram.scale", on="bigram_vocab_size"),
+    bigram_proj=Parameter("model_dim bigram_dim", "small", draw_pair_projection, "bigram.proj.weight",
+                          on="projects_pairs"),
+    ve_embed=Parameter("vocab_size ve_dim", "embed", draw_token_values, "ve_shared.embed.weight",
+                       on="ve_enabled"),
+    ve_scale=Parameter("", start=0.1, names="ve_shared.scale", on="ve_enabled"),
+    ve_proj=Parameter("kv_dim ve_dim", names="ve_shared.proj.weight", on="projects_token_values"),
+    ve_layer_scales=Parameter("num_value_layers 1", start=1, names="ve_layer_scales.{}", on="ve_enabled"),
+    attn_gate_proj=Parameter("num_layers num_heads gate_window", on="attn_out_gate_enabled",
+                             names="blocks.{}.attn.attn_gate_proj.weight"),
+    attn_gate_w=PARAMETERS["attn_gate_w"]._replace(
+        shape="num_layers num_heads gate_inputs", on="gates_block_inputs"),
 )
-PER_LAYER.update(
-    ve_layer_scales="ve_layer_scales.{}",
-    attn_gate_proj="blocks.{}.attn.attn_gate_proj.weight",
-)
-WHOLE.update(
-    lm_head="lm_head.weight",
-    smear_channels="smear.gate",
-    bigram_embed="bigram.embed.weight",
-    bigram_proj="bigram.proj.weight",
-    bigram_scale="bigram.scale",
-    ve_embed="ve_shared.embed.weight",
-    ve_proj="ve_shared.proj.weight",
-    ve_scale="ve_shared.scale",
-)
-EMBEDDINGS.update(("lm_head.weight", "bigram.embed.weight", "ve_shared.embed.weight"))
-# Parameters in the order of their making: sums over all of them are taken in it.
-PARAMETER_ORDER = """
+for on, names in {"skip_gates_enabled": ["skip_gates"], "smears_by_window": ["smear_gate", "smear_lambda"],
+                  "mixes_lanes": ["parallel_post_lambdas", "parallel_resid_lambdas"]}.items():
+    for name in names:
+        PARAMETERS[name] = PARAMETERS[name]._replace(on=on)
+# In the order of their making: sums over all of them are taken in it, and files are written.
+in_order = """
     tok_emb qo_bank kv_bank mlp_up_bank mlp_down_bank attn_scale mlp_scale resid_mix q_gain
     skip_weights parallel_post_lambdas parallel_resid_lambdas lane_merge lm_head skip_gates
     smear_gate smear_lambda smear_channels bigram_embed bigram_scale bigram_proj ve_embed
     ve_scale ve_proj ve_layer_scales softcap_pos softcap_neg attn_gate_w attn_gate_proj""".split()
+PARAMETERS = {name: PARAMETERS[name] for name in in_order} | PARAMETERS
 
 
 def pair_rows(ids: Tensor, rows: int, same_segment: Tensor | None = None) -> Tensor:
@@ -9298,56 +9418,11 @@ class LineageGPT(GPT):
         self.rope_length = 0                     # of a longer row that came before, for whoever knows of one
         self.sharpness: Tensor | None = None     # of soft rounding, in late training
 
-    @classmethod
-    def shapes(cls, s: Settings) -> dict[str, tuple[int, ...]]:
-        shapes = super().shapes(s)
-        d, layers = s.model_dim, s.num_layers
-        if s.skip_rows == "physical":
-            for name in ("skip_weights", "skip_gates"):
-                shapes[name] = (layers // 2, d)
-        if not s.skip_gates_enabled:
-            del shapes["skip_gates"]
-        if s.parallel_lanes == "separate":
-            del shapes["parallel_post_lambdas"], shapes["parallel_resid_lambdas"]
-            if 0 < s.parallel_start_layer < layers:
-                shapes["lane_merge"] = ()
-        if not s.tie_embeddings:
-            shapes["lm_head"] = (s.vocab_size, d)
-        if s.smear_gate_enabled and s.smear_gate_kind == "channels":
-            del shapes["smear_gate"], shapes["smear_lambda"]
-            shapes["smear_channels"] = (d,)
-        if s.bigram_vocab_size:
-            shapes.update(table_shapes("bigram", s.bigram_vocab_size, s.bigram_dim, d))
-        if s.ve_enabled:
-            shapes.update(table_shapes("ve", s.vocab_size, s.ve_dim, s.kv_dim))
-            shapes["ve_layer_scales"] = (len(s.value_layers), 1)
-        if s.gated_attn_enabled:
-            shapes["attn_gate_w"] = (layers, s.num_heads, d)
-        if s.attn_out_gate_enabled:
-            shapes["attn_gate_proj"] = (layers, s.num_heads, s.gate_window)
-        in_order = {name: shapes[name] for name in PARAMETER_ORDER if name in shapes}
-        return in_order | shapes
-
-    def initial_values(self) -> dict[str, Any]:
-        return super().initial_values() | dict(
-            lane_merge=0.5, bigram_scale=0.05, ve_scale=0.1, ve_layer_scales=1)
-
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None) -> None:
         super().init_weights(generator)
         if self.s.gated_attn_enabled:
             self.attn_gate_w.normal_(0, 0.01, generator=generator)
-        if hasattr(self, "bigram_proj"):      # with the table at 0 as well both would stay there
-            nn.init.orthogonal_(self.bigram_proj, generator=generator)
-        if self.s.ve_enabled:
-            self.ve_embed.normal_(0, 0.01, generator=generator)
-
-    def layer_weights(self, scaled: bool) -> list[LayerWeights]:
-        layers = super().layer_weights(scaled)
-        if not self.s.attn_out_gate_enabled:
-            return layers
-        gates = self.unbound("attn_gate_proj")
-        return [w._replace(gate=gate) for w, gate in zip(layers, gates)]
 
     def rope_base(self, longest: int) -> float:
         """With ROPE_YARN the base grows with the row, or with rope_length."""
@@ -9361,7 +9436,7 @@ class LineageGPT(GPT):
     def embed(self, ids: Tensor, layout: Layout | None, before: Tensor | None = None,
               hook: Callable | None = None) -> Tensor:
         s, length = self.s, ids.size(1)
-        channels = s.smear_gate_enabled and s.smear_gate_kind == "channels"
+        channels = s.smears_channels
         if not channels and not s.bigram_vocab_size:
             return super().embed(ids, layout, before, hook)
         if before is not None:      # two tokens: a bigram of the last one may be smeared
@@ -9406,14 +9481,14 @@ class LineageGPT(GPT):
             v = v + forward.values[layer]
         return q, k, v
 
-    def head_gate(self, weight: Tensor, x: Tensor, q_flat: Tensor) -> Tensor:
+    def head_gate(self, weights: dict[str, Tensor], x: Tensor, q_flat: Tensor) -> Tensor | None:
         s = self.s
         if s.attn_out_gate_enabled:
             source = q_flat if s.attn_out_gate_src == "q" else x
-            return 2 * torch.sigmoid(F.linear(source[..., :weight.size(-1)], weight))
+            return 2 * torch.sigmoid(F.linear(source[..., :s.gate_window], weights["attn_gate_proj"]))
         if s.gated_attn_enabled:
-            return torch.sigmoid(F.linear(x, weight))
-        return super().head_gate(weight, x, q_flat)
+            return torch.sigmoid(F.linear(x, weights["attn_gate_w"]))
+        return super().head_gate(weights, x, q_flat)
 
     def enter_lanes(self, j: int, x: Tensor, lanes: tuple[Tensor, Tensor] | None,
                     skip: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -9461,14 +9536,6 @@ class LineageGPT(GPT):
     def scores_plain_logits(self, adapter: Adapter | None, training: bool) -> bool:
         corrected = adapter is not None and adapter.bias is not None
         return corrected or super().scores_plain_logits(adapter, training)
-
-
-def table_shapes(table: str, rows: int, width: int, out: int) -> dict[str, tuple[int, ...]]:
-    """Of a table, its scale, and its projection where it is not as wide as `out`."""
-    shapes = {f"{table}_embed": (rows, width), f"{table}_scale": ()}
-    if width != out:
-        shapes[f"{table}_proj"] = (out, width)
-    return shapes
 
 
 GPT = LineageGPT

@@ -2,6 +2,7 @@
 readers of what it leaves."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -97,7 +98,21 @@ def load_config(*names: str) -> dict:
 
 def settings(**changes) -> tg.Settings:
     """The tiny settings with some changed."""
-    return tg.Settings.from_env({k: str(v) for k, v in {**TINY, **changes}.items()})
+    return settings_of(tg, **changes)
+
+
+def settings_of(script, **changes):
+    """The tiny settings as a script reads them."""
+    return script.Settings.from_env({k: str(v) for k, v in {**TINY, **changes}.items()})
+
+
+def imported(path: Path):
+    """Another form of the script, as a module."""
+    name = f"script_{path.parent.name}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    script = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
 def sine_model(s: tg.Settings) -> tg.GPT:
@@ -175,7 +190,7 @@ def write_manifest(folder: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-# --- order and fixtures
+# --- order, failures and fixtures
 
 # The longest begin: at the end no worker waits for another's last file.
 FIRST = ("test_parity.py", "test_story.py", "test_ranks.py", "test_tools_audit.py", "test_probes_adapting.py",
@@ -184,6 +199,25 @@ FIRST = ("test_parity.py", "test_story.py", "test_ranks.py", "test_tools_audit.p
 
 def pytest_collection_modifyitems(items: list) -> None:
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
+class FailuresAtOnce:
+    """Names a test that failed when it fails, not when all are over."""
+
+    def __init__(self, terminal):
+        self.terminal = terminal
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.failed:
+            self.terminal.ensure_newline()
+            self.terminal.write_line(f"FAILED {report.nodeid}")
+
+
+@pytest.hookimpl(trylast=True)      # after the terminal is there
+def pytest_configure(config) -> None:
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None:      # a worker has none
+        config.pluginmanager.register(FailuresAtOnce(terminal))
 
 
 @pytest.fixture(scope="session")
@@ -285,6 +319,13 @@ def events(folder: Path, kind: str) -> list[dict]:
 def open_run(folder: Path, world=None, **changes) -> tg.Run:
     """A run in a folder, with the tiny settings."""
     return tg.Run(settings(ARTIFACT_DIR=folder, **changes), world or tg.World())
+
+
+def whole_run(s: tg.Settings, script=tg) -> None:
+    """A run in this process, as main() has it behind the checks."""
+    world = script.World()
+    model, val = script.build_model(s, world), script.Validation(s)
+    script.pipeline(s, world, script.Run(s, world), model, val, [])
 
 
 def facts_of(path: Path) -> dict:

@@ -269,6 +269,18 @@ def test_a_resumed_run_offers_no_artifact_of_before_on_any_rank(tmp_path):
         assert run.restart_setting() == {"EVAL_ONLY_PATH": str(tmp_path / tg.AVERAGE)}
 
 
+def test_a_checkpoint_from_before_a_setting_was_made_had_its_default(tmp_path):
+    run = open_run(tmp_path, RESUME=1)
+    (tmp_path / "checkpoint").mkdir()
+    made_with = tg.training_settings(run.s, run.world)
+    del made_with["SMEAR_GATE_BOS_FIX"]
+    (tmp_path / "checkpoint" / "resume.3.pt").write_bytes(tg.sealed({"settings": made_with}))
+    assert tg.newest_checkpoint(run.s, run.world, run)["settings"] == made_with
+    other = settings(RESUME=1, ARTIFACT_DIR=tmp_path, SMEAR_GATE_BOS_FIX=0)
+    with pytest.raises(tg.UserError, match="SMEAR_GATE_BOS_FIX=True there, False here"):
+        tg.newest_checkpoint(other, run.world, run)
+
+
 def test_an_error_after_resume_does_not_advise_the_same_command(tmp_path, capsys):
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "resume.3.pt").write_text("")

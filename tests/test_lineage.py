@@ -1,10 +1,17 @@
 """Lineage: without part three, in the lean script, all else runs and gives the same bytes and scores."""
 
-import importlib.util
-import sys
-
 import pytest
-from conftest import TINY, environment, load_config, run_script, settings, summary, tg
+from conftest import (
+    environment,
+    imported,
+    load_config,
+    run_script,
+    settings,
+    settings_of,
+    summary,
+    tg,
+    whole_run,
+)
 
 LATE = ("best", "pr1855", "pr1924", "pr2014", "pr2135")
 COMMON = {f.name for f in tg.fields(tg.Settings.__base__)}
@@ -19,24 +26,15 @@ def cut(tmp_path_factory):
     """The lean script, imported."""
     path = tmp_path_factory.mktemp("lean") / "train_gpt.py"
     path.write_bytes(LEAN)
-    spec = importlib.util.spec_from_file_location("lean_script", path)
-    module = sys.modules["lean_script"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def settings_of(script, **changes):
-    """The tiny settings as a script reads them."""
-    return script.Settings.from_env({k: str(v) for k, v in {**TINY, **changes}.items()})
+    return imported(path)
 
 
 # --- the cut
 
 def test_a_parameter_added_to_the_system_is_in_the_whole_script_too(monkeypatch):
-    """As the recipe in the story adds one."""
-    shapes = tg.GPT.shapes.__func__
-    monkeypatch.setattr(tg.GPT, "shapes", classmethod(lambda cls, s: shapes(cls, s) | {"new_gate": (3,)}))
-    assert tg.LineageGPT.shapes(settings())["new_gate"] == (3,)
+    monkeypatch.setitem(tg.PARAMETERS, "new_gate", tg.Parameter("num_layers 3"))
+    s = settings()
+    assert list(tg.LineageGPT.shapes(s).items())[-1] == ("new_gate", (s.num_layers, 3))
 
 
 def test_cutting_again_cuts_nothing():
@@ -132,8 +130,7 @@ def test_a_run_of_the_lean_script_is_the_run(cut, data, tmp_path):
     for script, folder in ((tg, tmp_path / "whole"), (cut, tmp_path / "lean")):
         s = settings_of(script, DATA_PATH=data, TOKENIZER_PATH=data / "tokenizer.model",
                         ARTIFACT_DIR=folder, CODE_FORM="lean", ITERATIONS=2, **BRIEF)
-        world = script.World()
-        script.pipeline(s, world, script.Run(s, world), "test")
+        whole_run(s, script)
         found = summary(folder)
         assert found["code_form"] == "lean" and found["code_bytes"] == len(LEAN)
         assert found["total_bytes"] == found["artifact_bytes"] + len(LEAN)

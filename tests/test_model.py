@@ -97,8 +97,14 @@ def test_taps_do_not_change_the_forward():
 
 
 def test_same_seed_same_weights():
-    s = settings()
-    a, b = (tg.GPT(s, torch.Generator().manual_seed(7)) for _ in range(2))
+    s = settings(MODEL_DIM=128)
+    models = []
+    for threads in (1, 2):      # nor do they hang on how many compute
+        torch.set_num_threads(threads)
+        models.append(tg.GPT(s, torch.Generator().manual_seed(7)))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(1)
+    a, b = models
     c = tg.GPT(s, torch.Generator().manual_seed(8))
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
     assert not torch.equal(a.tok_emb, c.tok_emb)

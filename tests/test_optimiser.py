@@ -59,9 +59,9 @@ def test_every_parameter_moves_and_head_is_trained_when_untied(tied, head_lr):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_parameter_without_a_role_stops_the_run():
+def test_a_parameter_that_is_not_declared_stops_the_run():
     model = sine_model(settings())
-    with pytest.raises(tg.UserError, match="newcomer"):
+    with pytest.raises(KeyError, match="newcomer"):
         tg.Optimiser(
             settings(),
             tg.World(),

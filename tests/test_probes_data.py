@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import settings, tg, write_shard
+from conftest import settings, tg, whole_run, write_shard
 from mutants import in_form, replace
 
 from data import build, shards
@@ -172,7 +172,7 @@ def readers(patch):
 
 def pipeline(s, folder):
     s = dataclasses.replace(s, artifact_dir=str(folder), ttt_enabled=False, sliding_window_enabled=False)
-    tg.pipeline(s, tg.World(), tg.Run(s, tg.World()), "test")
+    whole_run(s)
 
 
 @pytest.mark.parametrize("reader", ["fresh", "own", "files"])

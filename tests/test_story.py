@@ -134,19 +134,19 @@ def refused(env, *words, args=()):
         assert word in lines[0], lines[0]
 
 
-def test_missing_data_and_wrong_settings(data, tmp_path):
-    refused(
-        environment(data, DATA_PATH=tmp_path / "nowhere", ARTIFACT_DIR=tmp_path),
-        "DATA_PATH",
-        "does not exist",
-    )
-    refused(environment(data, DATA_PATH=tmp_path, ARTIFACT_DIR=tmp_path), "no fineweb_train_")
+def test_missing_data_and_wrong_settings(data, tmp_path, monkeypatch):
+    """Said before a model or a folder is made."""
+    monkeypatch.setattr(tg, "build_model", None)
+    new = dict(ARTIFACT_DIR=tmp_path / "not" / "yet")
+    refused(environment(data, DATA_PATH=tmp_path / "nowhere", **new), "DATA_PATH", "does not exist")
+    refused(environment(data, DATA_PATH=tmp_path, **new), "no fineweb_train_")
     refused(environment(data, ITERATOINS=3), "ITERATOINS", "ITERATIONS")
     refused(environment(data, MODEL_DIM=63), "MODEL_DIM=63", "NUM_HEADS=2")
-    refused(environment(data, VOCAB_SIZE=299, ARTIFACT_DIR=tmp_path), "VOCAB_SIZE=299")
-    refused(environment(data, VOCAB_SIZE=400, ARTIFACT_DIR=tmp_path), "has 300 tokens but VOCAB_SIZE=400")
-    refused(environment(data, TOKENIZER_PATH=tmp_path / "no.model", ARTIFACT_DIR=tmp_path), "TOKENIZER_PATH")
+    refused(environment(data, VOCAB_SIZE=299, **new), "VOCAB_SIZE=299")
+    refused(environment(data, VOCAB_SIZE=400, **new), "has 300 tokens but VOCAB_SIZE=400")
+    refused(environment(data, TOKENIZER_PATH=tmp_path / "no.model", **new), "TOKENIZER_PATH")
     refused(environment(data), "--wrong", args=("--wrong",))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("file", ["fineweb_train_000001.bin", "fineweb_val_000000.bin"])
@@ -168,6 +168,7 @@ def test_bad_shards(data, tmp_path, file, fault, words):
     else:
         write_shard(bad, np.where(np.arange(len(tokens)) == 9, 5000, tokens))
     refused(environment(data, DATA_PATH=tmp_path / "d", ARTIFACT_DIR=tmp_path / "r"), words, file)
+    assert not (tmp_path / "r").exists()
 
 
 def test_no_space_left(data, tmp_path, monkeypatch):

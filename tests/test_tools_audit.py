@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, settings, tg
+from conftest import ROOT, settings, tg, whole_run
 from made_runs import change
 
 from data import check as data_check
@@ -32,7 +32,7 @@ def finished(data, tmp_path_factory):
     """A whole tiny run (do not change it; see `run`)."""
     folder = tmp_path_factory.mktemp("audit") / "run"
     s = settings(DATA_PATH=data, TOKENIZER_PATH=data / "tokenizer.model", ARTIFACT_DIR=folder, ITERATIONS=2)
-    tg.pipeline(s, tg.World(), tg.Run(s, tg.World()), "test")
+    whole_run(s)
     return folder
 
 

@@ -1,6 +1,7 @@
 """World and clocks: ranks that hang, memory and devices that are not there, signals, launchers."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment, events, facts_of, open_run, run_script, settings, tg
+from conftest import (
+    ROOT,
+    documents,
+    environment,
+    events,
+    facts_of,
+    open_run,
+    run_script,
+    settings,
+    sine_model,
+    tg,
+)
 
 # --- what hangs
 
@@ -332,11 +344,50 @@ def test_a_signal_while_a_run_ends_changes_nothing(tmp_path, signalled, monkeypa
 
 
 def test_a_signal_after_the_last_stage_changes_nothing(tmp_path, signalled, monkeypatch):
-    stages = ("log_start", "check_before_start", "build_model", "Validation", "check_same_text",
-              "make_artifact", "score_artifact")
+    stages = ("log_start", "log_checks", "check_same_text", "make_artifact", "score_artifact")
     for name in stages:
         monkeypatch.setattr(tg, name, lambda *_: None)
     signalled(tg, "closing_block")
     run = open_run(tmp_path)
-    tg.pipeline(run.s, run.world, run, "")
+    tg.pipeline(run.s, run.world, run, None, None, [])
     assert tg.SIGNALS.number and (tmp_path / "summary.json").exists()
+
+
+# --- how far it is
+
+
+def test_every_long_stage_says_how_far_it_is(monkeypatch):
+    monkeypatch.setattr(tg, "SMALL_TENSOR", 1000)
+    s = settings(QUANT_ALLOCATION="fisher", TTT_KV_REUSE=1, PHASED_TTT_PREFIX_DOCS=2)
+    world, heard = tg.World(), {}
+
+    def hear(doing, done):
+        heard.setdefault(re.sub(r"\d+( of \d+)?", "N", doing), []).append(done)
+
+    world.pulse.show = hear
+    model, val = sine_model(s), tg.Validation.of(documents(9, 1))
+    tg.Scorer(s, world, model).windows(val, s.eval_stride)
+    tg.PhasedTTT(s, world, model, val).run()
+    batch = tg.packed_batch(documents(9, 2)[:513], s.train_seq_len)
+    curvature = tg.calibrate(s, world, model, lambda: batch)
+    tg.Quantiser(s, tg.matrix_views(dict(model.named_parameters())), curvature, world)()
+    tg.Trainer(s, world, model).warm_up()
+    assert set(heard) == {"scoring row N", "adapting to chunk N documents", "calibrating on batch N",
+                          "adapting the base weights, step N", "quantising batch N", "warm-up of graph N"}
+    assert all(0 <= done < 1 for shares in heard.values() for done in shares)
+    assert all(shares == sorted(shares) for shares in heard.values())
+    assert max(heard["adapting to chunk N documents"]) > 0.3
+
+
+def test_a_stage_is_logged_twice_a_minute_with_the_seconds_that_are_left(tmp_path, monkeypatch):
+    run, now = open_run(tmp_path), [100.0]
+    monkeypatch.setattr(tg.time, "monotonic", lambda: now[0])
+    for n in range(80):
+        run.world.beat(f"scoring row {n}", 0.2 + n / 100)
+        now[0] += 1
+    run.world.beat("scoring row 0", 0.0)      # of another evaluation
+    now[0] += 40
+    run.world.beat("scoring row 1", 0.5)
+    said = [(e["doing"], e["done"], e["seconds_left"]) for e in events(tmp_path, "progress")]
+    assert said == [("scoring row 30", 0.5, pytest.approx(50)), ("scoring row 60", 0.8, pytest.approx(20)),
+                    ("scoring row 1", 0.5, pytest.approx(40))]
