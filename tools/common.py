@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt.py"
 ARTIFACT = "final_model.int6.ptz"
 ARTIFACT_LIMIT = 16_000_000  # bytes of script and artifact together, the competition's cap
+FULL_TEXT = 100_000_000  # bytes; fewer are not the competition's 50,000 documents
 OWN_TO_EACH_RUN = ("SEED", "RUN_ID", "ARTIFACT_DIR", "DATA_DIR", "DATA_PATH", "TOKENIZER_PATH")
 UNLIKE_IS_FINE = {*OWN_TO_EACH_RUN, "TRAIN_LOG_EVERY", "EVAL_ONLY_PATH", "EVAL_ONLY_QUANTIZED_PATH"}
 STAGES = (  # what is scored in the course of a run, and its key in summary.json
