@@ -24,8 +24,10 @@ FONT = "system-ui, -apple-system, Segoe UI, Roboto, Helvetica Neue, Arial, sans-
 INK, LINE = "#1e293b", "#dbe2ec"
 AXIS = {
     "gridcolor": LINE,
-    "zerolinecolor": LINE,
-    "linecolor": LINE,
+    "zeroline": False,
+    "ticks": "outside",  # unseen: room between axis and words
+    "ticklen": 5,
+    "tickcolor": "rgba(0,0,0,0)",
     "automargin": True,
     "title": {"font": {"size": 12}, "standoff": 8},
 }
@@ -87,7 +89,7 @@ class Card(NamedTuple):
 
 
 class Key(NamedTuple):
-    """An entry of a legend. look: box, line, dash, dot or star."""
+    """An entry of a legend. look: box, disc, star, or solid, dash or dot and "line"."""
 
     name: str
     colour: str
@@ -125,6 +127,14 @@ class Table(NamedTuple):
     words: bool = False  # cells are aligned to the left
 
 
+class Group(NamedTuple):
+    """Meters under a heading, on one scale; `run`: the key of the run, if all are of one."""
+
+    heading: str
+    meters: list[Meter]
+    run: str = ""
+
+
 class Folded(NamedTuple):
     """Text that a click unfolds: [(heading, lines), …]."""
 
@@ -144,13 +154,13 @@ class Section(NamedTuple):
     missing: str
     legend: list[Key] = []
     panels: list[Panel] = []
-    groups: list[tuple[str, list[Meter]]] = []  # meters under a heading, on one scale
+    groups: list[Group] = []
     table: Table | None = None
     folded: Folded | None = None
 
     @property
     def is_empty(self) -> bool:
-        meters = any(meters for _, meters in self.groups)
+        meters = any(group.meters for group in self.groups)
         return not (self.panels or meters or self.table)
 
     @property

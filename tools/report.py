@@ -48,6 +48,7 @@ from tools.page import (
     Card,
     Cell,
     Folded,
+    Group,
     Key,
     Meter,
     Panel,
@@ -65,6 +66,7 @@ PHASES = {  # phase of a run -> colour
     "train": "#1a8a4a", "calibrate": "#4fa66f", "quantise": "#7fbf8e", "pack": "#aed7b4",
     "sliding windows": "#a99af0", "test-time training": "#6a55d8",
     "compile and warm-up": "#5f6f86", "rehearsal": "#8d9bb0", "probes": "#b7c1cf",
+    "rest": "#c8bfa8",
 }
 PARTS = ("#8fb3c9", "#3f87ad", "#1f5f86", "#d39b3c", "#97a1ae", "#c9ced6")  # of a step
 KINDS = {  # kind of a tensor -> colour
@@ -75,6 +77,8 @@ KINDS = {  # kind of a tensor -> colour
     "other": "#7d6b8a",
 }
 CLOCKS = ("training budget", "evaluation budget", "outside the clocks")
+BUDGETS = dict(zip(CLOCKS, ("MAX_WALLCLOCK_SECONDS", "EVAL_MAX_SECONDS")))
+SECONDS = dict(zip(CLOCKS, ("train_seconds", "eval_seconds")))  # keys of summary.json
 PROFILED = {  # stage of a profile event -> name, colour, dash
     "quantized": ("plain windows", "#7a8699", "dot"),
     "sliding": ("sliding windows", "#a99af0", "dash"),
@@ -97,6 +101,7 @@ TABLE = (  # key of summary.json, label, format
     ("tokens_scored", "tokens", ",d"),
 )
 MOST_POINTS = 500  # of a curve; more steps are put together
+LONG_RUN = 300  # steps; the curves of longer ones are first shown without their beginning
 
 
 class Box(NamedTuple):
@@ -204,23 +209,19 @@ def reasons_against(run: RunFiles) -> list[str]:
     return reasons
 
 
-def last_words(run: RunFiles) -> str:
-    """The error or the signal that ended the last run in the log; empty if there was none."""
+def last_words(run: RunFiles) -> dict:
+    """The event of an error or a signal that ended the last run in the log; else empty."""
     last = runs_in_log(run)[-1]
-    for event in reversed(last.events):
-        if event.get("event") in ("error", "interrupted"):
-            return event.get("text", "")
-        if event.get("event") == "final":
-            return ""
-    return ""
+    ends = [e for e in last.events if e.get("event") in ("error", "interrupted", "final")]
+    return ends[-1] if ends and ends[-1]["event"] != "final" else {}
 
 
 def verdict(run: RunFiles) -> tuple[str, str]:
     """In a word, and how it looks: good, bad or open."""
     if reasons_against(run):
         return "NON-COMPLIANT", "bad"
-    if last_words(run):
-        return "FAILED", "bad"
+    if words := last_words(run):
+        return ("FAILED", "bad") if words["event"] == "error" else ("STOPPED", "open")
     return ("COMPLIANT", "good") if "val_bpb" in run.summary else ("UNFINISHED", "open")
 
 
@@ -264,10 +265,11 @@ def notes_of(run: RunFiles) -> list[tuple[str, str]]:
     """(look, text) of what speaks against a run, of its probes, and of what else to know."""
     notes = [("bad", reason) for reason in reasons_against(run)]
     if words := last_words(run):
-        notes.append(("bad", words))
+        notes.append(("bad", words.get("text", "")))
     probes = probes_of(run)
     if probes and not failed_probes(run):
-        notes.append(("good", f"{len(probes)} of {len(probes)} probes passed"))
+        passed = f"all {len(probes)} probes passed" if len(probes) > 1 else "its probe passed"
+        notes.append(("good", passed))
     elif "val_bpb" in run.summary and not probes:
         notes.append(("open", "no probe was logged"))
     notes += [("open", text) for text in against_targets(run)]
@@ -291,15 +293,29 @@ def bytes_meter(run: RunFiles) -> list[Meter]:
     return [Meter("bytes", f"{summary['total_bytes']:,}", parts, ARTIFACT_LIMIT, of)]
 
 
-def clock_meter(run: RunFiles, clock: str, setting: str, key: str) -> list[Meter]:
-    """The phases on one clock against its budget."""
+def segments_of(run: RunFiles, clock: str) -> list[Segment]:
+    """The phases of one clock that took any time, and what the clock has beyond them."""
     segments = [Segment(name, s, PHASES[name]) for name, s in phases(run)[clock] if s > 0]
+    charged = run.summary.get(SECONDS.get(clock, ""), 0.0)
+    rest = charged - sum(segment.amount for segment in segments)
+    if rest > 0.05:
+        segments.append(Segment("rest", rest, PHASES["rest"]))
+    return segments
+
+
+def budget_of(run: RunFiles, clock: str) -> float:
+    """Seconds that a run may take on one clock; 0: as many as it likes."""
+    return settings_of(run).get(BUDGETS.get(clock, "")) or 0.0
+
+
+def clock_meter(run: RunFiles, clock: str) -> list[Meter]:
+    """The phases on one clock against its budget."""
+    segments = segments_of(run, clock)
     if not segments:
         return []
-    budget = settings_of(run).get(setting) or 0.0
-    seconds = run.summary.get(key) or sum(segment.amount for segment in segments)
-    of = f"of {budget:g} s" if budget else "no budget"
-    return [Meter(clock.split()[0], f"{seconds:.1f} s", segments, budget, of)]
+    budget = budget_of(run, clock)
+    seconds = f"{sum(segment.amount for segment in segments):.1f} s"
+    return [Meter(clock.split()[0], seconds, segments, budget, f"of {budget:g} s" if budget else "")]
 
 
 def card_of(page: Page, run: RunFiles) -> Card:
@@ -308,8 +324,8 @@ def card_of(page: Page, run: RunFiles) -> Card:
     name = run.name + (f", seed {run.seed}" if "seed" in run.summary else "")
     meters = [
         *bytes_meter(run),
-        *clock_meter(run, CLOCKS[0], "MAX_WALLCLOCK_SECONDS", "train_seconds"),
-        *clock_meter(run, CLOCKS[1], "EVAL_MAX_SECONDS", "eval_seconds"),
+        *clock_meter(run, CLOCKS[0]),
+        *clock_meter(run, CLOCKS[1]),
     ]
     figure, caption = figure_of(run)
     colour = page.colour[id(run)] if page.many else ""
@@ -413,6 +429,22 @@ def validation_points(run: RunFiles) -> tuple[list[int], list[float]]:
     return steps, [short(points[step]) for step in steps]
 
 
+def padded(low: float, high: float) -> list[float]:
+    """The range of an axis with some room at both ends."""
+    room = 0.06 * (high - low) or 0.01 * abs(high)
+    return [short(low - room), short(high + room)]
+
+
+def after_the_start(traces: list[dict]) -> dict:
+    """The range of y without the steep first tenth of many steps; empty for few."""
+    points = [(x, y) for trace in traces for x, y in zip(trace["x"], trace["y"])]
+    last = max((x for x, _ in points), default=0)
+    later = [y for x, y in points if x >= last / 10]
+    if last < LONG_RUN or not later:
+        return {}
+    return {"range": padded(min(later), max(later))}
+
+
 def target_lines(page: Page, ends: tuple, upright: bool = False) -> list[dict]:
     """Dashed lines at published results, from one end to the other."""
     lines = []
@@ -434,7 +466,7 @@ def target_lines(page: Page, ends: tuple, upright: bool = False) -> list[dict]:
 
 def target_keys(page: Page) -> list[Key]:
     """The legend of those lines."""
-    return [Key(f"{TARGETS[name][0]}: {value:.5f}", TARGETS[name][1], "dash")
+    return [Key(f"{TARGETS[name][0]}: {value:.5f}", TARGETS[name][1], "dash line")
             for name, value in targets(page.runs).items()]
 
 
@@ -465,9 +497,10 @@ def stepped_panel(key: str, title: str, traces: list[dict], **y) -> list[Panel]:
 def curves(page: Page) -> list[Panel]:
     """Training loss and validation BPB."""
     losses = [trace for run in page.runs for trace in loss_curves(page, run)]
+    scored = validation_curves(page)
     return [
-        *stepped_panel("loss", "training loss, nats per token", losses),
-        *stepped_panel("validation", "validation, bits per byte", validation_curves(page)),
+        *stepped_panel("loss", "training loss, nats per token", losses, **after_the_start(losses)),
+        *stepped_panel("validation", "validation, bits per byte", scored, **after_the_start(scored)),
     ]
 
 
@@ -515,7 +548,8 @@ def scores(page: Page) -> list[Panel]:
     if not traces:
         return []
     traces += target_lines(page, (labels[0], labels[-1]), upright=True)
-    x = {"title": "bits per byte (lower is better)"}
+    drawn = [value for trace in traces for value in trace["x"]]
+    x = {"title": "bits per byte (lower is better)", "range": padded(min(drawn), max(drawn))}
     y = {"categoryorder": "array", "categoryarray": labels[::-1]}
     margin = {"l": 46, "r": 34, "t": 16, "b": 40}
     return [plot("stages", "", traces, 210 + 6 * len(page.runs), x, y, margin=margin)]
@@ -557,18 +591,15 @@ def phases(run: RunFiles) -> dict[str, list[tuple[str, float]]]:
     return dict(zip(CLOCKS, (in_training, in_evaluation, outside)))
 
 
-def timeline(page: Page) -> list[tuple[str, list[Meter]]]:
+def timeline(page: Page) -> list[Group]:
     """Per clock a bar of phases for every run, against the budget."""
-    budgets = {CLOCKS[0]: "MAX_WALLCLOCK_SECONDS", CLOCKS[1]: "EVAL_MAX_SECONDS"}
     groups = []
     for clock in CLOCKS:
         meters = []
         for run in page.runs:
-            parts = [Segment(name, s, PHASES[name]) for name, s in phases(run)[clock] if s > 0]
-            budget = settings_of(run).get(budgets.get(clock, "")) or 0.0
-            if parts:
-                meters.append(bar_of(page, run, run.name, parts, "s", budget))
-        groups.append((clock, meters))
+            if parts := segments_of(run, clock):
+                meters.append(bar_of(page, run, run.name, parts, "s", budget_of(run, clock)))
+        groups.append(Group(clock, meters))
     return groups
 
 
@@ -586,7 +617,7 @@ def colours_of_parts(page: Page) -> dict[str, str]:
     return dict(zip(dict.fromkeys(name for e in timed for name in e["parts"]), itertools.cycle(PARTS)))
 
 
-def step_parts(page: Page) -> list[tuple[str, list[Meter]]]:
+def step_parts(page: Page) -> list[Group]:
     """Where a step's time goes, per run, from the event step_time."""
     colours = colours_of_parts(page)
     groups = []
@@ -596,13 +627,14 @@ def step_parts(page: Page) -> list[tuple[str, list[Meter]]]:
             label = f"step {event['step']:,}{', looping' if event.get('looping') else ''}"
             parts = [Segment(name, ms, colours[name]) for name, ms in event["parts"].items()]
             meters.append(bar_of(page, run, label, parts, "ms"))
-        groups.append((run.name if page.many else "", meters))
+        groups.append(Group(run.name if page.many else "", meters, page.key[id(run)]))
     return groups
 
 
-def keys_of(colours: dict[str, str], groups: list[tuple[str, list[Meter]]]) -> list[Key]:
+def keys_of(colours: dict[str, str], groups: list[Group]) -> list[Key]:
     """A legend of what the bars have."""
-    there = {part.name for _, meters in groups for meter in meters for part in meter.segments}
+    meters = [meter for group in groups for meter in group.meters]
+    there = {part.name for meter in meters for part in meter.segments}
     return [Key(name, colour) for name, colour in colours.items() if name in there]
 
 
@@ -650,15 +682,15 @@ def treemap_of(page: Page, run: RunFiles, boxes: list[Box]) -> Panel:
     trace = {
         "type": "treemap",
         "ids": ["all", *kinds, *(f"{box.kind}/{box.name}" for box in boxes)],
-        "labels": ["all", *kinds, *(box.name for box in boxes)],
+        "labels": ["artifact and script", *kinds, *(box.name for box in boxes)],
         "parents": ["", *["all"] * len(kinds), *(box.kind for box in boxes)],
         "values": [sum(sums.values()), *sums.values(), *(box.amount for box in boxes)],
         "customdata": ["", *[""] * len(kinds), *(box.how for box in boxes)],
         "branchvalues": "total",
         "texttemplate": shown,
         "hovertemplate": shown + ", %{percentRoot:.1%}<br>%{customdata}<extra></extra>",
-        "textfont": {"size": 12, "color": "#ffffff"},
-        "marker": {"colors": ["rgba(127,127,127,0.15)", *colours], "line": {"width": 0}},
+        "textfont": {"size": 12, "color": ["#7a8699", *["#ffffff"] * len(colours)]},
+        "marker": {"colors": ["rgba(127,127,127,0.15)", *colours], "line": {"width": 1, "color": "#c9d3e0"}},
         "root": {"color": "rgba(0,0,0,0)"},
         "tiling": {"pad": 2},
         "pathbar": {"visible": False},
@@ -774,12 +806,10 @@ def profiles(page: Page) -> list[Panel]:
 def profile_keys(page: Page) -> list[Key]:
     """Stages by colour; with many runs these have the colours, and stages are dashed."""
     there = {e["stage"] for run in page.runs for e in run.of("profile")}
-    keys = []
-    for stage, (name, colour, dash) in PROFILED.items():
-        if stage in there:
-            shown = "#7a8699" if page.many else colour
-            keys.append(Key(name, shown, "line" if dash == "solid" else dash))
-    return keys
+    return [
+        Key(name, "#7a8699" if page.many else colour, f"{dash} line")
+        for stage, (name, colour, dash) in PROFILED.items() if stage in there
+    ]
 
 
 # --- bytes and rounding error per tensor, from the run's own files
@@ -911,7 +941,8 @@ def differing_settings(runs: list[RunFiles]) -> dict[str, list[str]]:
     out = {}
     for name in names:
         values = [settings.get(name, "–") for settings in told]
-        if not all(same(values[0], value) for value in values[1:]):
+        known = [value for value, settings in zip(values, told) if settings]
+        if not all(same(known[0], value) for value in known[1:]):
             out[name] = values
     return out
 
@@ -960,7 +991,7 @@ def sections(page: Page) -> list[Section]:
         Section(
             "runs", "Runs", "", "", table=summary_table(page), folded=details(page)),
         Section(
-            "settings", "Settings that differ", "Places apart.",
+            "settings", "Settings that differ", "Those that only name a place or the run are left out.",
             "of one run nothing differs" if not page.many else "none differs",
             table=settings_table(page) if page.many else None),
         Section(
@@ -970,7 +1001,8 @@ def sections(page: Page) -> list[Section]:
         Section(
             "curves", "Learning curves",
             "The loss of every step, faint, and its running mean; a diamond where the loop's "
-            "extra passes begin. The last validation is of the averaged weights.",
+            "extra passes begin. The last validation is of the averaged weights. A double click "
+            "shows a long run's first tenth, too.",
             "no progress lines", legend=target_keys(page), panels=curves(page)),
         Section(
             "pace", "Learning rate and pace",
@@ -997,7 +1029,8 @@ def sections(page: Page) -> list[Section]:
             "‖W − Ŵ‖ / ‖W‖ of every matrix that GPTQ rounded; "
             "diamonds have a low-rank repair. Left out after pre-quantisation TTT: "
             "the saved weights are those before it.",
-            "artifact and its weights are not both there", panels=rounding(page, tensors)),
+            "no matrix was rounded, or artifact and weights are not both there",
+            panels=rounding(page, tensors)),
         Section(
             "profiles", "Score by document length and by position",
             "With and without test-time training; "
@@ -1010,13 +1043,10 @@ def machine_text(page: Page) -> str:
     """The line under the title: runs, their mean, machine, model."""
     first = page.runs[0].last("start")
     count = f"{len(page.runs)} run{'s' if page.many else ''}"
-    size, device = first.get("world_size", "?"), first.get("device", "unknown device")
-    words = [
-        f"{count} on {size} × {device}",
-        f"{first.get('parameters', 0):,} parameters",
-        f"attention {first.get('attention', '?')}",
-        f"torch {first.get('torch', '?')}",
-    ]
+    words = [f"{count} on {first.get('world_size', '?')} × {first.get('device', 'unknown device')}"]
+    if "parameters" in first:
+        words.append(f"{first['parameters']:,} parameters")
+    words += [f"{key} {first[key]}" for key in ("attention", "torch") if key in first]
     scored = summary_values(page.runs, "val_bpb")
     if len(scored) > 1:
         mean, spread = statistics.fmean(scored), statistics.stdev(scored)
@@ -1055,7 +1085,7 @@ def main(arguments=None) -> int:
     page = Page(runs)
     parts = sections(page)
     cards = [card_of(page, run) for run in runs]
-    keys = [(page.key[id(run)], Key(run.name, page.colour[id(run)], "dot")) for run in runs]
+    keys = [(page.key[id(run)], Key(run.name, page.colour[id(run)], "disc")) for run in runs]
     title = args.title or shared_title(runs)
     text = render(title, machine_text(page), cards, parts, keys if page.many else ())
     out = Path(args.out) if args.out else runs[0].folder / "report.html"
