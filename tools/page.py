@@ -84,7 +84,7 @@ class Card(NamedTuple):
     figure: str
     caption: str
     meters: list[Meter] = []
-    notes: list[tuple[str, str]] = []  # (look, text)
+    notes: list[tuple[str, str]] = []  # (look, or plain, text)
     run: str = ""
 
 

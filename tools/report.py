@@ -272,11 +272,11 @@ def notes_of(run: RunFiles) -> list[tuple[str, str]]:
         notes.append(("good", passed))
     elif "val_bpb" in run.summary and not probes:
         notes.append(("open", "no probe was logged"))
-    notes += [("open", text) for text in against_targets(run)]
+    notes += [("plain", text) for text in against_targets(run)]
     last = run.events[-1] if run.events else {}
     if "val_bpb" not in run.summary and "time" in last:
         moment = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(last["time"]))
-        notes.append(("open", f"last sign of life at {moment}"))
+        notes.append(("plain", f"last sign of life at {moment}"))
     if count := len(run.of("warning")):
         notes.append(("open", f"{count} warning{'s' if count > 1 else ''}, see below"))
     return notes
