@@ -15,7 +15,7 @@ import pytest
 
 optuna = pytest.importorskip("optuna", reason="optuna is missing: pip install -r tools/requirements.txt")
 
-from tools import sweep  # noqa: E402
+from tools import page, sweep  # noqa: E402
 from tools.common import ROOT, ToolError  # noqa: E402
 
 # A stand-in for the trainer: its score is a formula of a setting; it refuses, fails or lingers when told to.
@@ -108,6 +108,11 @@ def test_the_trainer_is_asked_before_anything_starts(place):
     assert not (place / "out").exists()
 
 
+def style_of(html):
+    """The style sheet of a page."""
+    return html.split("<style>")[1].split("</style>")[0]
+
+
 def has_study(path):
     """Whether a sweep has made its study, by reading alone: opened by Optuna it would get tables as well."""
     try:
@@ -134,7 +139,9 @@ def test_a_killed_worker_loses_and_doubles_nothing(place):
     for t in complete:
         assert t.value == pytest.approx((t.params["MATRIX_LR"] - 0.03) ** 2 + 1.5e-6)
     assert "5 complete, 1 fail" in said and (place / "out" / "results.csv").read_text().count("\n") == 7
-    assert "plotly" in (place / "out" / "results.html").read_text()[:5_000_000]
+    html = (place / "out" / "results.html").read_text()
+    assert "BEST OF 5" in html and 'id="plot-setting-MATRIX_LR"' in html and len(html) < 5_000_000
+    assert style_of(html) == style_of(page.render("a report", "", [], []))
 
 
 def test_a_failed_trial_keeps_its_last_lines_and_is_not_repeated(place, capsys):

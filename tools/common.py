@@ -156,6 +156,14 @@ class RunFiles:
         """The last event of one kind; empty when there is none."""
         return next((e for e in reversed(self.events) if e.get("event") == event), {})
 
+    def losses(self) -> dict[int, float]:
+        """The loss of every step that the events have, by step; without those that are not finite."""
+        found = {}
+        for event in self.of("losses"):
+            first = event["step"] - len(event["losses"]) + 1
+            found.update((first + i, x) for i, x in enumerate(event["losses"]) if x is not None)
+        return found
+
     @functools.cached_property
     def log(self) -> str:
         """train.log, or a ToolError."""

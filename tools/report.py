@@ -222,7 +222,10 @@ def verdict(run: RunFiles) -> tuple[str, str]:
         return "NON-COMPLIANT", "bad"
     if words := last_words(run):
         return ("FAILED", "bad") if words["event"] == "error" else ("STOPPED", "open")
-    return ("COMPLIANT", "good") if "val_bpb" in run.summary else ("UNFINISHED", "open")
+    if "val_bpb" in run.summary:
+        return "COMPLIANT", "good"
+    ended = runs_in_log(run)[-1].of("final")  # as it was told to, before the score
+    return ("NOT SCORED" if ended else "UNFINISHED"), "open"
 
 
 def figure_of(run: RunFiles) -> tuple[str, str]:
@@ -359,11 +362,7 @@ def clock_of(run: RunFiles) -> Callable[[int], float]:
 
 def losses_of(run: RunFiles) -> tuple[list[int], list[float]]:
     """(steps, losses) of every step; of the logged ones, where a script logged no more."""
-    found = dict(zip(*series(run.of("train"), "loss")))
-    for event in run.of("losses"):
-        first = event["step"] - len(event["losses"]) + 1
-        numbers = {first + i: x for i, x in enumerate(event["losses"]) if is_number(x)}
-        found.update(numbers)
+    found = run.losses() or dict(zip(*series(run.of("train"), "loss")))
     steps = sorted(found)
     return steps, [found[step] for step in steps]
 
@@ -985,15 +984,23 @@ def details(page: Page) -> Folded:
 def sections(page: Page) -> list[Section]:
     """The page in reading order."""
     tensors = all_tensors(page.runs)
-    times, parts = timeline(page), step_parts(page)
+    return [*tables(page), *course(page), *bars(page), *insides(page, tensors)]
+
+
+def tables(page: Page) -> list[Section]:
+    """The runs, and their settings where these may differ."""
+    runs = Section("runs", "Runs", "", "", table=summary_table(page), folded=details(page))
+    settings = Section(
+        "settings", "Settings that differ",
+        "Between the runs; those that only name a place or the run are left out.",
+        "none", table=settings_table(page))
+    return [runs, settings] if page.many else [runs]
+
+
+def course(page: Page) -> list[Section]:
+    """Scores and curves."""
     other_text = "" if targets(page.runs) else " Published results are of another text: no lines."
     return [
-        Section(
-            "runs", "Runs", "", "", table=summary_table(page), folded=details(page)),
-        Section(
-            "settings", "Settings that differ", "Those that only name a place or the run are left out.",
-            "of one run nothing differs" if not page.many else "none differs",
-            table=settings_table(page) if page.many else None),
         Section(
             "scores", "Score by stage",
             "What quantising, windows and test-time training did to the score." + other_text,
@@ -1008,6 +1015,13 @@ def sections(page: Page) -> list[Section]:
             "pace", "Learning rate and pace",
             "Step time from line to line, not the running mean: drift shows.",
             "no progress lines", panels=pace(page)),
+    ]
+
+
+def bars(page: Page) -> list[Section]:
+    """Where the time went."""
+    times, parts = timeline(page), step_parts(page)
+    return [
         Section(
             "step_time", "Where a step's time goes",
             "Steps early, halfway and late, timed part by part, "
@@ -1018,6 +1032,12 @@ def sections(page: Page) -> list[Section]:
             "Seconds by phase; a red line is the budget. "
             "What is outside the clocks is not charged.",
             "no phase was logged", legend=keys_of(PHASES, times), groups=times),
+    ]
+
+
+def insides(page: Page, tensors: dict) -> list[Section]:
+    """What the artifact holds, and which text it predicts well."""
+    return [
         Section(
             "treemap", "Bytes by tensor",
             "Click to zoom. Tensors share coded streams: "
