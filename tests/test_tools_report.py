@@ -1,6 +1,7 @@
 """tools/report.py and tools/page.py: the page holds the runs' figures and a verdict, stands alone, and draws
 in a real browser."""
 
+import html
 import json
 import re
 import shutil
@@ -94,7 +95,7 @@ def test_missing_events_are_named_and_the_rest_is_drawn(runs, capsys):
     assert "not shown: Where a step's time goes (no step_time events)" in said.out
     assert "no bytes per tensor" in said.err
     page = (runs[0] / "report.html").read_text()
-    assert "Not shown: Where a step&#x27;s time goes (no step_time events)" in page
+    assert "Not shown: Where a step's time goes (no step_time events)" in html.unescape(page)
     assert 'id="curves"' in page
 
 
@@ -130,7 +131,7 @@ def test_a_run_without_a_score_says_how_it_ended(runs):
     for run, last in zip(runs, ({"event": "error", "text": "no memory"}, {"event": "interrupted"}, {})):
         (run / "summary.json").unlink()
         lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-        (run / "metrics.jsonl").write_text("".join(lines[:12]) + json.dumps(last))
+        (run / "metrics.jsonl").write_text("".join(lines[:13]) + json.dumps(last))
     page = report_on(*runs)
     assert verdicts(page) == ["FAILED", "STOPPED", "UNFINISHED"]
     assert '<li class="bad">no memory' in page and "step 1,000 <small>20% of training" in page
@@ -160,14 +161,14 @@ def test_the_loss_of_every_step_is_drawn_over_steps_and_seconds(runs):
                {"event": "losses", "step": 4000, "losses": [*every[2000:3998], None, every[-1]]})
     page = report_on(runs[0])
     raw, mean, loop = figures(page)["loss"]["data"]
-    assert len(raw["x"]) == look_at(raw) == report.MOST_POINTS and raw["x"][-1] == 4000
+    assert len(raw["x"]) == points_of(raw) == report.MOST_POINTS and raw["x"][-1] == 4000
     assert raw["y"][0] == pytest.approx(7 - 0.0045, abs=1e-4)      # of the first eight steps
     assert raw["meta"]["seconds"][-1] == pytest.approx(4000 * 0.12)
     assert max(abs(a - b) for a, b in zip(raw["y"], mean["y"])) < 1e-3      # a straight line stays one
     assert loop["x"] == [2000] and 'data-axis="seconds"' in page
 
 
-def look_at(trace):
+def points_of(trace):
     """Points of a curve that have step, second and value."""
     return len(set(zip(trace["x"], trace["meta"]["seconds"], trace["y"])))
 

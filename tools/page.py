@@ -7,6 +7,7 @@ A plot is what plotly.js takes, as dictionaries; the library lies in the page, c
 from __future__ import annotations
 
 import base64
+import functools
 import gzip
 import json
 from pathlib import Path
@@ -185,6 +186,7 @@ def not_shown(sections: list[Section]) -> list[str]:
     return [f"{s.title} ({s.missing})" for s in sections if s.is_empty]
 
 
+@functools.cache
 def packed_library() -> str:
     """plotly.js as base64 of gzip: 1.9 of its 4.8 MB."""
     source = need("plotly.offline", "the page").get_plotlyjs()
