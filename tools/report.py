@@ -84,7 +84,7 @@ PROFILED = {  # stage of a profile event -> name, colour, dash
     "sliding": ("sliding windows", "#a99af0", "dash"),
     "ttt": ("test-time training", "#6a55d8", "solid"),
 }
-TARGETS = {"pr2135": ("the record, #2135", "#b7860b"), "pr1855": ("its base, #1855", "#8a7f6a")}
+TARGETS = {"pr2135": ("the record, #2135", "#b7860b"), "pr1855": ("the base, #1855", "#8a7f6a")}
 TABLE = (  # key of summary.json, label, format
     ("val_bpb", "final BPB", ".8f"),
     ("val_loss", "nats/token", ".5f"),
