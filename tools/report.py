@@ -869,9 +869,14 @@ def rounding_errors(tg, s, run: RunFiles, q) -> dict[str, float]:
     path = run.folder / "final_model.pt"
     if not path.is_file():
         return {}
-    with tg.torch.device("meta"):  # no values: all are read
-        model = tg.GPT(s)
-    model.to_empty(device="cpu")
+
+    class Blank(tg.GPT):
+        """A model that is not initialised: all of its weights are read."""
+
+        def init_weights(self, generator):
+            pass
+
+    model = Blank(s)
     with tg.torch.no_grad():
         tg.read_weights(str(path), model)
     weights = {name: p.detach().float() for name, p in model.named_parameters()}
