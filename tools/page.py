@@ -49,6 +49,12 @@ class Segment(NamedTuple):
     amount: float
     colour: str
 
+    @property
+    def shown(self) -> str:
+        """Its name, and its amount to three digits or more."""
+        amount = f"{self.amount:,.0f}" if self.amount >= 100 else f"{self.amount:.3g}"
+        return f"{self.name} {amount}"
+
 
 class Meter(NamedTuple):
     """A bar of segments, with its limit where there is one; `text` says its sum."""
@@ -134,6 +140,11 @@ class Group(NamedTuple):
     heading: str
     meters: list[Meter]
     run: str = ""
+
+    @property
+    def longest(self) -> float:
+        """The length of the scale."""
+        return max(max(meter.total, meter.limit) for meter in self.meters)
 
 
 class Folded(NamedTuple):

@@ -605,9 +605,9 @@ def timeline(page: Page) -> list[Group]:
 def bar_of(page: Page, run: RunFiles, label: str, parts: list[Segment], unit: str,
            limit: float = 0.0) -> Meter:
     """A bar whose parts are listed in its text."""
-    amounts = [f"{part.name} {part.amount:,.4g}" for part in parts]
-    text = f"{sum(part.amount for part in parts):,.4g} {unit}"
-    return Meter(label, text, parts, limit, f"= {' + '.join(amounts)}", page.key[id(run)])
+    text = f"{sum(part.amount for part in parts):,.1f} {unit}"
+    amounts = " + ".join(part.shown for part in parts)
+    return Meter(label, text, parts, limit, f"= {amounts}", page.key[id(run)])
 
 
 def colours_of_parts(page: Page) -> dict[str, str]:
@@ -796,7 +796,7 @@ def profiles(page: Page) -> list[Panel]:
             latest = {e["stage"]: e for e in run.of("profile") if e["by"] == side}
             traces += [profile_curve(page, run, event) for event in latest.values()]
         if traces:
-            x = {"type": "category", "tickangle": 0, "tickfont": {"size": 10}}
+            x = {"type": "category", "tickfont": {"size": 10}}
             y = {"title": "bits per byte"}
             panels.append(plot(f"profile-{side}", title, traces, 300, x, y))
     return panels
