@@ -182,14 +182,20 @@ class Section(NamedTuple):
 
 
 def plot(key: str, title: str, traces: list[dict], height: int = 260, x: dict | None = None,
-         y: dict | None = None, **more) -> Panel:
-    """A panel in the page's style; x and y: of its axes, what is not as usual."""
-    axes = {}
-    for name, own in (("xaxis", x or {}), ("yaxis", y or {})):
-        words = {"title": {**AXIS["title"], "text": own["title"]}} if "title" in own else {}
-        axes[name] = {**AXIS, **own, **words}
-    panel = {"switch": more.pop("switch", False), "run": more.pop("run", "")}
-    return Panel(key, title, traces, {**LAYOUT, "height": height, **axes, **more}, **panel)
+         y: dict | None = None, margin: dict | None = None, switch: bool = False, run: str = "") -> Panel:
+    """A panel in the page's style; x, y, margin: what is not as usual. height: in pixels."""
+    layout = {**LAYOUT, "height": height, "xaxis": axis_of(x or {}), "yaxis": axis_of(y or {})}
+    if margin:
+        layout["margin"] = margin
+    return Panel(key, title, traces, layout, switch, run)
+
+
+def axis_of(own: dict) -> dict:
+    """An axis in the page's style; its title is given as text."""
+    axis = {**AXIS, **own}
+    if "title" in own:
+        axis["title"] = {**AXIS["title"], "text": own["title"]}
+    return axis
 
 
 def not_shown(sections: list[Section]) -> list[str]:

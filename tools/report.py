@@ -420,8 +420,7 @@ def validation_points(run: RunFiles) -> tuple[list[int], list[float]]:
     points = {}
     if "untrained_val_bpb" in run.summary:
         points[0] = run.summary["untrained_val_bpb"]
-    for event in run.of("validation"):
-        points[event["step"]] = event["val_bpb"]
+    points.update(zip(*series(run.of("validation"), "val_bpb")))
     if "prequant_val_bpb" in run.summary:  # what counts in the end
         points[run.summary.get("steps", 0)] = run.summary["prequant_val_bpb"]
     steps = sorted(points)
