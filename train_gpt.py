@@ -325,7 +325,7 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
     sync(world.device)
     seconds = clock.elapsed()
     stopped = "" if ended else f"stopped at step {step}"
-    bad = end_of_steps(world, trainer, finite_watch, step)
+    bad = reports.end(trainer, finite_watch, step)
     keeper.close(step, "" if bad else stopped)
     if bad:
         raise finite_watch.error(bad)
@@ -4182,6 +4182,7 @@ class Progress:
                  epochs: int):
         self.s, self.world, self.run, self.model, self.budget = s, world, run, model, budget
         self.last = (0, 0.0)               # step and seconds of the line before
+        self.losses: list[Tensor] = []     # of the steps since then, on the device
         self.epochs = epochs               # that have ended
         peaks = (flops for part, flops in PEAK_FLOPS.items() if part in world.device_name)
         self.peak = world.size * next(peaks, 0.0)
@@ -4202,10 +4203,11 @@ class Progress:
         """A line in the log (ten steps, then every TRAIN_LOG_EVERY), or two a second on a
         terminal."""
         s = self.s
+        self.losses.append(loss)
         logged = step <= 10 or (s.train_log_every and step % s.train_log_every == 0)
         if not logged and not (self.run.live and clock.elapsed() - self.last[1] > 0.5):
             return
-        loss = self.world.total(loss.clone()).item() / self.world.size if logged else loss.item()
+        loss = self.log_losses(step) if logged else loss.item()
         if not math.isfinite(loss) or not math.isfinite(norm):
             return                     # FiniteWatch ends the run; JSON has no word for it
         looping = plan.slots > s.num_layers
@@ -4221,6 +4223,21 @@ class Progress:
         self.run.log("train", quiet=True, step=step, loss=loss, norm=norm.item(),
                      lr=rate_share, looping=looping, **pace)
         self.run.say(line)
+
+    def log_losses(self, step: int) -> float:
+        """Log the loss of every step since the line before, mean over the ranks; that of
+        this step, the last of them."""
+        losses = (self.world.total(torch.stack(self.losses)) / self.world.size).tolist()
+        self.losses = []
+        self.run.log("losses", quiet=True, step=step, losses=[round(x, 4) for x in losses])
+        return losses[-1]
+
+    def end(self, trainer: Trainer, watch: FiniteWatch, step: int) -> int:
+        """After the last step, which is logged: the first that went wrong on any rank; 0: none."""
+        if self.losses:
+            self.log_losses(step)
+        bad = watch.first_bad(wait=True) or (0 if trainer.finite() else step)
+        return self.world.agree_step(0.0, 0, bad)[2]
 
     def pace(self, step: int, elapsed: float, plan: Plan) -> dict[str, float]:
         """Speed since the line before, and how far the training is."""
@@ -4314,12 +4331,6 @@ def off_the_clock(world: World, clock: Clock, work: Callable[[], None]) -> None:
     with clock.exclude():
         work()
         sync(world.device)
-
-
-def end_of_steps(world: World, trainer: Trainer, watch: FiniteWatch, step: int) -> int:
-    """After the last step, the first that went wrong on any rank; 0: none."""
-    bad = watch.first_bad(wait=True) or (0 if trainer.finite() else step)
-    return world.agree_step(0.0, 0, bad)[2]
 
 
 def training_reports(run: Run, trainer: Trainer, trained: Trained) -> None:

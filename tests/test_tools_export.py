@@ -88,10 +88,13 @@ def test_the_stand_in_takes_what_the_library_takes():
 
 
 def test_curves_to_tensorboard(run, tensorboard, tmp_path, capsys):
+    with open(run / "metrics.jsonl", "a") as log:
+        log.write(json.dumps({"event": "losses", "step": 12, "losses": [6.5, None, 6.25]}) + "\n")
     assert export.main([str(run), "--tensorboard", str(tmp_path / "tb")]) == 0
     scalars = tensorboard[str(tmp_path / "tb" / "mine")]
     assert ("train/loss", 6.0, 1000, 1.7e9 + 12) in scalars and scalars[-1] == "closed"
     assert ("validation/val_bpb", 1.09, 4000, 1.7e9 + 16) in scalars
+    assert [s[1:3] for s in scalars if s[0] == "losses/loss"] == [(6.5, 10), (6.25, 12)]
     assert [s[:3] for s in scalars if s[0] == "final/val_bpb"] == [("final/val_bpb", 1.06, 4000)]
     assert "probe" not in str(scalars) and "tensorboard --logdir" in capsys.readouterr().out
     (tmp_path / "tb" / "mine").mkdir(parents=True)

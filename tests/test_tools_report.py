@@ -1,5 +1,7 @@
-"""tools/report.py: the page holds the runs' figures, stands alone, and draws in a real browser."""
+"""tools/report.py and tools/page.py: the page holds the runs' figures and a verdict, stands alone, and draws
+in a real browser."""
 
+import html
 import json
 import re
 import shutil
@@ -10,6 +12,7 @@ from made_runs import change, make_run
 
 pytest.importorskip("plotly", reason="plotly is missing: pip install -r tools/requirements.txt")
 
+from tools import page as look  # noqa: E402
 from tools import report  # noqa: E402
 from tools.common import ToolError, load_run, run_cli  # noqa: E402
 
@@ -46,6 +49,23 @@ def cells(page: str) -> dict:
                                                     page)}
 
 
+def verdicts(page: str) -> list[str]:
+    """The word over every run."""
+    return re.findall(r'<span class="badge">([^<]*)</span>', page)
+
+
+def figures(page: str) -> dict:
+    """The plots of a page by their key, as plotly.js takes them."""
+    return json.loads(re.search(r'<script id="figures"[^>]*>(.*?)</script>', page, re.S)[1])
+
+
+def report_on(*folders) -> str:
+    """The page of some runs."""
+    out = folders[0].parent / "page.html"
+    assert report.main([*map(str, folders), "--out", str(out)]) == 0
+    return out.read_text()
+
+
 def agree(page: str, folders) -> int:
     """How many cells equal summary.json, all of them."""
     shown = cells(page)
@@ -63,8 +83,9 @@ def test_the_page_shows_the_figures_of_summary_json(whole, tmp_path):
     assert agree(page, whole) == 3 * len(report.TABLE)
     for key in ("scores", "curves", "pace", "step_time", "timeline", "treemap", "rounding", "profiles"):
         assert f'id="{key}"' in page, key
-    outside = re.sub(r"<script>.*?</script>", "", page, flags=re.S)
-    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|@import|url\(""", outside)
+    library = look.packed_library()
+    assert page.count(library) == 1 and len(page) < 5_000_000
+    assert not re.search(r"""https?:|(src|href)\s*=\s*["']?//|@import|url\(""", page.replace(library, ""))
     assert str(tmp_path) not in page
 
 
@@ -74,7 +95,7 @@ def test_missing_events_are_named_and_the_rest_is_drawn(runs, capsys):
     assert "not shown: Where a step's time goes (no step_time events)" in said.out
     assert "no bytes per tensor" in said.err
     page = (runs[0] / "report.html").read_text()
-    assert "Not shown: Where a step&#x27;s time goes (no step_time events)" in page
+    assert "Not shown: Where a step's time goes (no step_time events)" in html.unescape(page)
     assert 'id="curves"' in page
 
 
@@ -95,16 +116,74 @@ def test_a_damaged_log_is_one_line(runs, capsys):
     assert end.value.code == 2 and said.startswith("error: line ") and said.count("\n") == 1
 
 
-def test_non_compliant_is_said(runs):
-    change(runs[0], "summary", compliant=False)
-    report.main([str(runs[0])])
-    assert "NON-COMPLIANT" in (runs[0] / "report.html").read_text()
+def test_the_verdict_is_that_of_summary_probes_and_bytes(runs):
+    assert verdicts(report_on(*runs)) == ["COMPLIANT"] * 3
+    change(runs[0], "summary", compliant=False, not_compliant_because=["training took 601.0 s of 600 s"])
+    change(runs[1], "probe", ok=False, figure="0.013 leaks")
+    change(runs[2], "summary", total_bytes=16_000_001)
+    page = report_on(*runs)
+    assert verdicts(page) == ["NON-COMPLIANT"] * 3
+    for reason in ("training took 601.0 s of 600 s", "probe C1: 0.013 leaks", "16,000,001 bytes are over"):
+        assert f'<li class="bad">{reason}' in page
+
+
+def test_a_run_without_a_score_says_how_it_ended(runs):
+    for run, last in zip(runs, ({"event": "error", "text": "no memory"}, {"event": "interrupted"}, {})):
+        (run / "summary.json").unlink()
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (run / "metrics.jsonl").write_text("".join(lines[:13]) + json.dumps(last))
+    page = report_on(*runs)
+    assert verdicts(page) == ["FAILED", "STOPPED", "UNFINISHED"]
+    assert '<li class="bad">no memory' in page and "step 1,000 <small>20% of training" in page
+
+
+def test_settings_that_differ_are_named_and_no_others(runs):
+    settings = json.loads((runs[0] / "summary.json").read_text())["settings"]
+    change(runs[0], "summary", settings={**settings, "MATRIX_LR": 0.05, "ARTIFACT_DIR": "elsewhere"})
+    found = re.findall(r'data-setting="(\w+)" data-run="s42">([^<]*)', report_on(*runs))
+    assert found == [("MATRIX_LR", "0.05"), ("SEED", "42")]
+
+
+def test_published_results_are_drawn_for_their_own_text_alone(runs):
+    def names(page):
+        return {trace.get("name") for trace in figures(page)["stages"]["data"]}
+
+    page = report_on(runs[0])
+    assert "the record, #2135" in names(page) and "0.0035 above the record, #2135 (1.0565)" in page
+    change(runs[0], "summary", bytes_scored=80_000)
+    page = report_on(runs[0])
+    assert names(page) == {"s42"} and "#2135" not in page and "another text" in page
+
+
+def test_the_loss_of_every_step_is_drawn_over_steps_and_seconds(runs):
+    every = [7 - step / 1000 for step in range(1, 4001)]
+    add_events(runs[0], {"event": "losses", "step": 2000, "losses": every[:2000]},
+               {"event": "losses", "step": 4000, "losses": [*every[2000:3998], None, every[-1]]})
+    page = report_on(runs[0])
+    raw, mean, loop = figures(page)["loss"]["data"]
+    assert len(raw["x"]) == points_of(raw) == report.MOST_POINTS and raw["x"][-1] == 4000
+    assert raw["y"][0] == pytest.approx(7 - 0.0045, abs=1e-4)      # of the first eight steps
+    assert raw["meta"]["seconds"][-1] == pytest.approx(4000 * 0.12)
+    assert max(abs(a - b) for a, b in zip(raw["y"], mean["y"])) < 1e-3      # a straight line stays one
+    assert loop["x"] == [2000] and 'data-axis="seconds"' in page
+
+
+def points_of(trace):
+    """Points of a curve that have step, second and value."""
+    return len(set(zip(trace["x"], trace["meta"]["seconds"], trace["y"])))
+
+
+def test_colours_tell_runs_from_phases_and_kinds():
+    others = [*report.PHASES.values(), *report.PARTS, *report.KINDS.values()]
+    assert len({*look.RUN_COLOURS, *report.PHASES.values()}) == len(look.RUN_COLOURS) + len(report.PHASES)
+    assert not set(look.RUN_COLOURS) & set(others)
 
 
 def test_names_are_escaped(tmp_path):
     run = make_run(tmp_path / "a<b>&", 1)
     report.main([str(run)])
-    assert "a<b>" not in (run / "report.html").read_text().split("<main>")[1].split("<section>")[0]
+    page = (run / "report.html").read_text()
+    assert "a<b>" not in page and "a&lt;b&gt;&amp;" in page
 
 
 def test_phases_add_up(runs):
@@ -122,6 +201,15 @@ def test_phases_of_a_log_with_an_eval_only_run_behind(runs):
     assert both["training budget"] == alone["training budget"]
     assert both["evaluation budget"] == [("sliding windows", 90.0), ("test-time training", 390.0)]
     assert ("probes", 3.0) in both["outside the clocks"]
+
+
+def test_each_run_has_a_treemap_of_its_bytes(whole):
+    plots = figures(report_on(*whole))
+    for i, run in enumerate(whole):
+        tree = plots[f"bytes-run{i}"]["data"][0]
+        size = json.loads((run / "summary.json").read_text())["code_bytes"]
+        assert tree["values"][tree["labels"].index("train_gpt.py")] == size
+        assert tree["values"][0] == sum(v for v, p in zip(tree["values"], tree["parents"]) if p == "all")
 
 
 def test_too_many_runs(runs):
@@ -150,7 +238,7 @@ def test_in_a_real_browser(whole, tmp_path):
     }, 3000)</script></body>"""))
     dom = browse(watched, "--dump-dom").stdout
     assert agree(dom, whole) == 3 * len(report.TABLE)
-    assert dom.count("js-plotly-plot") >= 8 and dom.count("main-svg") >= 8
+    assert dom.count("js-plotly-plot") == len(figures(out.read_text())) and dom.count("main-svg") >= 8
     assert 'data-asked=""' in dom
     browse(out, f"--screenshot={picture}")
     assert int.from_bytes(picture.read_bytes()[16:20], "big") == 1280

@@ -18,7 +18,7 @@ import pytest
 
 optuna = pytest.importorskip("optuna", reason="optuna is missing: pip install -r tools/requirements.txt")
 
-from tools import sweep  # noqa: E402
+from tools import page, sweep  # noqa: E402
 from tools.common import ROOT, ToolError  # noqa: E402
 
 # A stand-in for the trainer: its score is a formula of a setting; it refuses, fails or lingers when told to.
@@ -118,6 +118,11 @@ def test_the_trainer_is_asked_before_anything_starts(place):
     assert not (place / "out").exists()
 
 
+def style_of(html):
+    """The style sheet of a page."""
+    return html.split("<style>")[1].split("</style>")[0]
+
+
 def has_study(path):
     """Whether a sweep has made its study, by reading alone: opened by Optuna it would get tables as well."""
     try:
@@ -148,7 +153,9 @@ def test_a_sweep_that_is_ended_loses_and_doubles_nothing(place, sign, capsys):
     said, csv = capsys.readouterr().out, (place / "out" / "results.csv").read_text()
     assert f"4 complete, {len(dead)} fail" in said and csv.count("\n") == 1 + 4 + len(dead)
     assert csv.count("its sweep was killed or fell silent; last log lines: ") == len(dead)
-    assert "plotly" in (place / "out" / "results.html").read_text()[:5_000_000]
+    html = (place / "out" / "results.html").read_text()
+    assert "BEST OF 4" in html and 'id="plot-setting-MATRIX_LR"' in html and len(html) < 5_000_000
+    assert style_of(html) == style_of(page.render("a report", "", [], []))
 
 
 def test_a_failed_trial_keeps_its_last_lines_and_is_not_repeated(place, capsys):

@@ -76,6 +76,10 @@ def test_a_step_that_is_not_finite_ends_training_and_is_named(data, tmp_path, mo
         learn(data, tmp_path, ITERATIONS=13)
     assert len(steps) == (13 if last else 12) and not (tmp_path / "final_model.pt").exists()
     assert len(events(tmp_path, "train")) == 10
+    logged = events(tmp_path, "losses")
+    assert [len(e["losses"]) for e in logged] == [1] * 10 + [len(steps) - 10]
+    assert logged[-1]["step"] == len(steps) and logged[9]["losses"] == [pytest.approx(
+        events(tmp_path, "train")[9]["loss"], abs=5e-5)]
     tg.read_weights(str(tmp_path / tg.AVERAGE), tg.GPT(settings()))
 
 

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt.py"
 ARTIFACT = "final_model.int6.ptz"
 ARTIFACT_LIMIT = 16_000_000  # bytes of script and artifact together, the competition's cap
+FULL_TEXT = 100_000_000  # bytes; fewer are not the competition's 50,000 documents
 OWN_TO_EACH_RUN = ("SEED", "RUN_ID", "ARTIFACT_DIR", "DATA_DIR", "DATA_PATH", "TOKENIZER_PATH")
 UNLIKE_IS_FINE = {*OWN_TO_EACH_RUN, "TRAIN_LOG_EVERY", "EVAL_ONLY_PATH", "EVAL_ONLY_QUANTIZED_PATH"}
 STAGES = (  # what is scored in the course of a run, and its key in summary.json
@@ -172,6 +173,14 @@ class RunFiles:
     def last(self, event: str) -> dict:
         """The last event of one kind; empty when there is none."""
         return next((e for e in reversed(self.events) if e.get("event") == event), {})
+
+    def losses(self) -> dict[int, float]:
+        """The loss of every step that the events have, by step; without those that are not finite."""
+        found = {}
+        for event in self.of("losses"):
+            first = event["step"] - len(event["losses"]) + 1
+            found.update((first + i, x) for i, x in enumerate(event["losses"]) if x is not None)
+        return found
 
     @functools.cached_property
     def log(self) -> str:

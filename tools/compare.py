@@ -30,6 +30,7 @@ if __package__ in (None, ""):  # run as a script: make `tools` importable
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from tools.common import (
+    FULL_TEXT,
     UNLIKE_IS_FINE,
     ToolError,
     command_line,
@@ -50,7 +51,6 @@ MOST_SEEDS = 100
 BUDGETS = {"training seconds": "MAX_WALLCLOCK_SECONDS", "evaluation seconds": "EVAL_MAX_SECONDS"}
 OF_PUBLISHED = {"hardware": "8 x H100", "training seconds": 600.0, "evaluation seconds": 600.0}
 SAME_ON_BOTH_SIDES = ("data", "hardware", *BUDGETS)
-FULL_TEXT = 100_000_000  # bytes; fewer are not the competition's 50,000 documents
 
 
 @dataclass(frozen=True)

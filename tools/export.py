@@ -81,6 +81,7 @@ def points(run: RunFiles) -> list[Point]:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if number and name not in ("step", "time", "seed"):
                 out.append(Point(f"{kind}/{name}", step, float(value), event.get("time")))
+    out += [Point("losses/loss", step, loss, None) for step, loss in run.losses().items()]
     if not out:
         raise ToolError(f"{relative(run.folder)} has no figures in its metrics.jsonl: "
                         "give the folder of a run that has trained or scored")

@@ -93,7 +93,7 @@ OF_ONE_RUN = (  # settings that the pod gives itself, or that would leave a stag
     "SEED", "RUN_ID", "ARTIFACT_DIR", "RESUME", "EVAL_ONLY_PATH", "EVAL_ONLY_QUANTIZED_PATH",
     "QUANTIZE_ONLY", "PREQUANT_ONLY",
 )
-PACKAGES = {"scipy": "compare", "plotly": "report"}  # and which step needs it
+PACKAGES = {"scipy": "compare", "plotly": "report", "jinja2": "report"}  # and which step needs it
 MAY_BE_SKIPPED = ("doctor", "check", "compare", "report")
 AFTER_SEEDS = ("compare", "report", "record", "archive")
 OF_A_SEED = ("train.log", "metrics.jsonl", "summary.json", ARTIFACT)  # in the archive

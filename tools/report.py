@@ -2,23 +2,25 @@
 
     python tools/report.py runs/demo                        # writes runs/demo/report.html
     python tools/report.py runs/seed_* --out report.html    # several runs, overlaid
-    python tools/report.py runs/demo --png    # also one PNG per figure (needs Chromium)
+    python tools/report.py runs/demo --png    # also one PNG per plot (needs Chromium)
 
-Curves come from metrics.jsonl, figures from summary.json; bytes and rounding error per
+On top a verdict per run: score, bytes and seconds against their limits, probes, compliant or
+not. Curves come from metrics.jsonl, figures from summary.json; bytes and rounding error per
 tensor from the run's artifact and weights, read by the run's own script. What a run did
 not log is named and left out.
 """
 
 from __future__ import annotations
 
-import html
+import bisect
 import itertools
 import math
 import os
 import statistics
 import sys
+import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 if __package__ in (None, ""):  # run as a script: make `tools` importable
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -26,6 +28,7 @@ if __package__ in (None, ""):  # run as a script: make `tools` importable
 from tools.common import (
     ARTIFACT,
     ARTIFACT_LIMIT,
+    FULL_TEXT,
     OWN_TO_EACH_RUN,
     STAGES,
     RunFiles,
@@ -33,44 +36,55 @@ from tools.common import (
     as_environment,
     command_line,
     load_run,
-    need,
+    published,
     relative,
     run_cli,
     script_module,
     write_atomic,
 )
-
-# They carry white text and stand on white: contrast of at least 4.5 (two greys aside).
-RUN_COLOURS = (
-    "#2563eb", "#b45309", "#0f766e", "#9333ea", "#be123c", "#4d7c0f", "#475569", "#0369a1",
+from tools.diff import OF_A_PLACE, same
+from tools.page import (
+    RUN_COLOURS,
+    Card,
+    Cell,
+    Folded,
+    Group,
+    Key,
+    Meter,
+    Panel,
+    Section,
+    Segment,
+    Table,
+    not_shown,
+    picture,
+    plot,
+    render,
 )
+
+# Green: on the training clock; violet: on that of evaluation; grey: on neither.
 PHASES = {  # phase of a run -> colour
-    "train": "#2563eb", "calibrate": "#0f766e", "quantise": "#b45309", "pack": "#854d0e",
-    "sliding windows": "#9333ea", "test-time training": "#be123c",
-    "compile and warm-up": "#64748b", "rehearsal": "#94a3b8", "probes": "#cbd5e1",
+    "train": "#1a8a4a", "calibrate": "#4fa66f", "quantise": "#7fbf8e", "pack": "#aed7b4",
+    "sliding windows": "#a99af0", "test-time training": "#6a55d8",
+    "compile and warm-up": "#5f6f86", "rehearsal": "#8d9bb0", "probes": "#b7c1cf",
+    "rest": "#c8bfa8",
 }
+PARTS = ("#8fb3c9", "#3f87ad", "#1f5f86", "#d39b3c", "#97a1ae", "#c9ced6")  # of a step
 KINDS = {  # kind of a tensor -> colour
-    "attention": "#2563eb",
-    "MLP": "#0f766e",
-    "embedding": "#b45309",
-    "script": "#475569",
-    "other": "#64748b",
+    "attention": "#34699a",
+    "MLP": "#2c7a6b",
+    "embedding": "#a0702a",
+    "script": "#5b6473",
+    "other": "#7d6b8a",
 }
 CLOCKS = ("training budget", "evaluation budget", "outside the clocks")
+BUDGETS = dict(zip(CLOCKS, ("MAX_WALLCLOCK_SECONDS", "EVAL_MAX_SECONDS")))
+SECONDS = dict(zip(CLOCKS, ("train_seconds", "eval_seconds")))  # keys of summary.json
 PROFILED = {  # stage of a profile event -> name, colour, dash
-    "quantized": ("plain windows", "#64748b", "dot"),
-    "sliding": ("sliding windows", "#9333ea", "dash"),
-    "ttt": ("test-time training", "#be123c", "solid"),
+    "quantized": ("plain windows", "#7a8699", "dot"),
+    "sliding": ("sliding windows", "#a99af0", "dash"),
+    "ttt": ("test-time training", "#6a55d8", "solid"),
 }
-LEGEND_BELOW = {
-    "orientation": "h",
-    "yref": "container",
-    "y": 0,
-    "yanchor": "bottom",
-    "x": 0.5,
-    "xanchor": "center",
-    "traceorder": "normal",
-}
+TARGETS = {"pr2135": ("the record, #2135", "#b7860b"), "pr1855": ("the base, #1855", "#8a7f6a")}
 TABLE = (  # key of summary.json, label, format
     ("val_bpb", "final BPB", ".8f"),
     ("val_loss", "nats/token", ".5f"),
@@ -86,36 +100,8 @@ TABLE = (  # key of summary.json, label, format
     ("total_bytes", "total B", ",d"),
     ("tokens_scored", "tokens", ",d"),
 )
-FONT = "system-ui, Segoe UI, Roboto, Helvetica Neue, Arial, sans-serif"
-QUIET = {"displaylogo": False, "responsive": True, "displayModeBar": False}
-STYLE = """
-*{box-sizing:border-box} :root{color-scheme:light}
-body{margin:0;background:#f1f5f9;color:#0f172a;font:15px/1.5 FONT}
-main{max-width:1200px;margin:0 auto;padding:28px 20px 60px} h1{font-size:26px;margin:0 0 2px}
-.sub{color:#475569;margin:0 0 18px} h2{font-size:18px;margin:0 0 2px}
-p.what{color:#475569;margin:0 0 8px;max-width:100ch}
-section{background:#fff;border:1px solid #e2e8f0;border-radius:10px;padding:18px 20px;margin:16px 0}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:12px;margin:0 0 16px}
-.tile{background:#fff;border:1px solid #e2e8f0;border-radius:10px;padding:12px 16px}
-.tile b{display:block;font-size:20px;white-space:nowrap;line-height:1.25;font-variant-numeric:tabular-nums}
-.tile span{color:#475569;font-size:13px} .bad{background:#fef2f2;border-color:#fca5a5;color:#991b1b}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-size:12px;font-variant-numeric:tabular-nums}
-th,td{text-align:right;padding:5px 4px;border-bottom:1px solid #e2e8f0;white-space:nowrap}
-th{color:#475569;font-weight:600} th:first-child,td:first-child{text-align:left}
-.dot{display:inline-block;width:10px;height:10px;border-radius:5px;margin-right:7px}
-tr.mean td{font-weight:600}
-details{margin-top:8px} summary{cursor:pointer;color:#475569}
-pre{font-size:12px;white-space:pre-wrap;overflow-wrap:anywhere;margin:6px 0} .none{color:#475569}
-""".replace("FONT", FONT)
-
-
-class Bar(NamedTuple):
-    """A part of a horizontal bar: the bar's label, the part's name and its size."""
-
-    label: str
-    part: str
-    amount: float
+MOST_POINTS = 500  # of a curve; more steps are put together
+LONG_RUN = 300  # steps; the curves of longer ones are first shown without their beginning
 
 
 class Box(NamedTuple):
@@ -127,214 +113,55 @@ class Box(NamedTuple):
     amount: int
 
 
-class Section(NamedTuple):
-    """A part of the page; without a figure, `missing` says what no run has logged."""
-
-    key: str
-    title: str
-    sentence: str
-    figure: object
-    missing: str
-
-
 class Page:
-    """The runs, their colours, and the plotting library."""
+    """The runs, with the colour and the key of each."""
 
     def __init__(self, runs: list[RunFiles]):
         self.runs = runs
         self.many = len(runs) > 1
-        self.go = need("plotly.graph_objects", "report")
-        self.subplots = need("plotly.subplots", "report").make_subplots
-        colours = itertools.cycle(RUN_COLOURS)
-        self.colour = {id(run): colour for run, colour in zip(runs, colours)}
+        self.colour = {id(run): colour for run, colour in zip(runs, RUN_COLOURS)}
+        self.key = {id(run): f"run{i}" for i, run in enumerate(runs)}
 
-    def figure(
-        self, height: int, titles=("",), rows: int = 1, legend: bool | None = None, **options
-    ):
-        """An empty figure in the page's style: a panel per title in `rows` rows."""
-        legend = self.many if legend is None else legend
-        columns = -(-len(titles) // rows)
-        shown_titles = titles if any(titles) else None
-        fig = self.subplots(rows, columns, subplot_titles=shown_titles, **options)
-        top = 34 if shown_titles else 12
-        bottom = 84 if legend else 48
-        fig.update_layout(
-            height=height + top + bottom,
-            template="plotly_white",
-            margin={"l": 64, "r": 24, "t": top, "b": bottom},
-            font={"family": FONT, "size": 13, "color": "#0f172a"},
-            hovermode="closest",
-            legend=LEGEND_BELOW,
-        )
-        fig.update_annotations(font={"size": 14})
-        fig.update_xaxes(title_font_size=13)
-        fig.update_yaxes(title_font_size=13, automargin=True)
-        return fig
-
-    def add(
-        self, fig, run: RunFiles, x, y, column: int = 1, row: int = 1, **options
-    ) -> None:
-        """A run's curve; its legend entry is for all panels, shown with the first one."""
+    def curve(self, run: RunFiles, x: list, y: list, **options) -> dict:
+        """A run's curve, as plotly.js takes it."""
         line = {"color": self.colour[id(run)], "width": 2, **options.pop("line", {})}
         defaults = {
+            "type": "scatter",
             "name": run.name,
-            "legendgroup": run.name,
+            "legendgroup": self.key[id(run)],
             "marker": {"size": 5},
             "mode": "lines+markers" if len(x) < 40 else "lines",
-            "showlegend": self.many and (row, column) == (1, 1),
         }
-        curve = self.go.Scatter(x=x, y=y, line=line, **{**defaults, **options})
-        fig.add_trace(curve, row=row, col=column)
+        return {"x": x, "y": y, "line": line, **defaults, **options}
+
+    def over_steps(self, run: RunFiles, steps: list, values: list, shown: str, **options) -> dict:
+        """A run's curve over its steps, which can be drawn over its seconds as well."""
+        second_at = clock_of(run)
+        meta = {"seconds": [second_at(step) for step in steps]}
+        hover = f"step %{{x}}: {shown}<extra>{escaped(run.name)}</extra>"
+        return self.curve(run, steps, values, meta=meta, hovertemplate=hover, **options)
+
+
+def escaped(text: str) -> str:
+    """Text for a plot, which knows a few tags."""
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def short(value: float) -> float:
+    """A figure with six digits: more cannot be seen in a plot."""
+    return float(f"{value:.6g}")
 
 
 def is_number(value) -> bool:
     """An event's figure can be drawn."""
-    return isinstance(value, (int, float))
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def series(events, key: str) -> tuple[list, list]:
     """(steps, values) of the events that have a step and a number under the key."""
     drawn = [e for e in events if "step" in e and is_number(e.get(key))]
     steps = [e["step"] for e in drawn]
-    return steps, [e[key] for e in drawn]
-
-
-# --- the figures: each returns a figure, or None when no run logged what it needs
-
-
-def scores(page: Page):
-    """BPB after each stage."""
-    fig = page.figure(170 + 10 * len(page.runs))
-    for run in page.runs:
-        scored = {label: run.summary[key] for label, key in STAGES if key in run.summary}
-        if not scored:
-            continue
-        values = list(scored.values())
-        page.add(
-            fig,
-            run,
-            values,
-            list(scored),
-            cliponaxis=False,
-            mode="lines+markers" if page.many else "lines+markers+text",
-            marker={"size": 11},
-            text=[f"{value:.4f}" for value in values],
-            textposition="top center",
-            line={"width": 1.5},
-            hovertemplate="%{y}: %{x:.5f} BPB",
-        )
-    last_stage_below = [label for label, _ in reversed(STAGES)]
-    fig.update_yaxes(categoryorder="array", categoryarray=last_stage_below)
-    fig.update_xaxes(title_text="bits per byte (lower is better)")
-    return fig if fig.data else None
-
-
-def validation_points(run: RunFiles) -> tuple[list[int], list[float]]:
-    """(steps, BPB) of the untrained model, in training, and of the averaged weights."""
-    points = {}
-    if "untrained_val_bpb" in run.summary:
-        points[0] = run.summary["untrained_val_bpb"]
-    if "prequant_val_bpb" in run.summary:
-        points[run.summary.get("steps", 0)] = run.summary["prequant_val_bpb"]
-    for event in run.of("validation"):
-        points[event["step"]] = event["val_bpb"]
-    steps = sorted(points)
-    return steps, [points[step] for step in steps]
-
-
-def has_points(fig) -> bool:
-    """Some curve of the figure is not empty."""
-    return any(len(trace.x) for trace in fig.data)
-
-
-def curves(page: Page):
-    """Training loss and validation BPB over steps; a dotted line where the loop starts."""
-    titles = ("training loss, nats per token", "validation, bits per byte")
-    fig = page.figure(250, titles)
-    for run in page.runs:
-        train = run.of("train")
-        shown = "step %{x}: %{y:.4f} nats"
-        page.add(fig, run, *series(train, "loss"), hovertemplate=shown)
-        shown = "step %{x}: %{y:.5f} BPB"
-        page.add(fig, run, *validation_points(run), column=2, hovertemplate=shown)
-        stepped = [*train, *run.of("step_time")]
-        start = min((e["step"] for e in stepped if e.get("looping")), default=0)
-        if start > 1:
-            dotted = {"color": page.colour[id(run)], "dash": "dot", "width": 1}
-            fig.add_vline(x=start, line=dotted, row=1, col=1)
-    fig.update_xaxes(title_text="step")
-    return fig if has_points(fig) else None
-
-
-def pace(page: Page):
-    """Learning rate and step time."""
-    titles = ("learning rate, share of the peak", "ms per step since the line before")
-    fig = page.figure(210, titles)
-    for run in page.runs:
-        train = run.of("train")
-        page.add(fig, run, *series(train, "lr"), line={"shape": "hv"})
-        shown = "step %{x}: %{y:.1f} ms"
-        page.add(fig, run, *series(train, "ms"), column=2, hovertemplate=shown)
-    fig.update_xaxes(title_text="step")
-    fig.update_yaxes(rangemode="tozero")
-    return fig if has_points(fig) else None
-
-
-def bar_text(amount: float) -> str:
-    """An amount as it stands in a bar: three digits."""
-    return f"{amount:,.3g}" if amount < 100 else f"{amount:,.0f}"
-
-
-def stacked(
-    page: Page, fig, bars: list[Bar], colours: dict, unit: str, column: int = 1
-) -> None:
-    """Horizontal bars of parts; a part is in the legend once."""
-    in_legend = {trace.name for trace in fig.data}
-    parts = dict.fromkeys(bar.part for bar in bars)
-    for part in parts:
-        mine = [bar for bar in bars if bar.part == part]
-        trace = page.go.Bar(
-            y=[bar.label for bar in mine],
-            x=[bar.amount for bar in mine],
-            name=part,
-            orientation="h",
-            legendgroup=part,
-            showlegend=part not in in_legend,
-            marker={"color": colours[part]},
-            text=[bar_text(bar.amount) for bar in mine],
-            textposition="inside",
-            insidetextanchor="middle",
-            textangle=0,
-            hovertemplate=f"{part}: %{{x:.1f}} {unit}<extra>%{{y}}</extra>",
-        )
-        fig.add_trace(trace, row=1, col=column)
-    fig.update_layout(barmode="stack", uniformtext={"minsize": 10, "mode": "hide"})
-    fig.update_xaxes(title_text=unit, rangemode="tozero")
-    fig.update_yaxes(autorange="reversed")
-
-
-def timed_parts(run: RunFiles, prefix: str) -> list[Bar]:
-    """The parts of the steps that a run timed."""
-    bars = []
-    for event in run.of("step_time"):
-        looping = ", looping" if event.get("looping") else ""
-        label = f"{prefix}step {event['step']}{looping} "
-        bars += [Bar(label, part, ms) for part, ms in event["parts"].items()]
-    return bars
-
-
-def step_parts(page: Page):
-    """Where a step's time goes, from the event step_time."""
-    bars = []
-    for run in page.runs:
-        bars += timed_parts(run, f"{run.name}, " if page.many else "")
-    if not bars:
-        return None
-    fig = page.figure(20 + 30 * len({bar.label for bar in bars}), legend=True)
-    parts = dict.fromkeys(bar.part for bar in bars)
-    colours = dict(zip(parts, RUN_COLOURS))
-    stacked(page, fig, bars, colours, "ms")
-    return fig
+    return steps, [short(e[key]) for e in drawn]
 
 
 def runs_in_log(run: RunFiles) -> list[RunFiles]:
@@ -345,6 +172,388 @@ def runs_in_log(run: RunFiles) -> list[RunFiles]:
     for begin, end in itertools.pairwise(bounds):
         runs.append(RunFiles(run.folder, run.summary, run.events[begin:end]))
     return runs
+
+
+def settings_of(run: RunFiles) -> dict:
+    """All settings of a run; from its log, where it has no summary yet."""
+    if "settings" in run.summary:
+        return run.summary["settings"]
+    return {k: v for k, v in run.last("settings").items() if k not in ("event", "time")}
+
+
+# --- a run's verdict
+
+
+def failed_probes(run: RunFiles) -> dict[str, str]:
+    """What the probes that failed have said."""
+    return {name: found["figure"] for name, found in probes_of(run).items() if not found["ok"]}
+
+
+def probes_of(run: RunFiles) -> dict[str, dict]:
+    """ok and figure of every probe of the run's last evaluation."""
+    last = runs_in_log(run)[-1]
+    logged = {e["name"]: e for e in last.of("probe")}
+    return logged or run.summary.get("probes", {})
+
+
+def reasons_against(run: RunFiles) -> list[str]:
+    """Why a run is NON-COMPLIANT; empty when nothing speaks against it so far."""
+    summary = run.summary
+    reasons = list(summary.get("not_compliant_because", ()))
+    for name, figure in failed_probes(run).items():
+        reasons.append(f"probe {name}: {figure}")
+    if summary.get("total_bytes", 0) > ARTIFACT_LIMIT:
+        reasons.append(f"{summary['total_bytes']:,} bytes are over the limit of {ARTIFACT_LIMIT:,}")
+    if not reasons and not summary.get("compliant", "val_bpb" not in summary):
+        reasons.append("its summary does not say that it is compliant")
+    return reasons
+
+
+def last_words(run: RunFiles) -> dict:
+    """The event of an error or a signal that ended the last run in the log; else empty."""
+    last = runs_in_log(run)[-1]
+    ends = [e for e in last.events if e.get("event") in ("error", "interrupted", "final")]
+    return ends[-1] if ends and ends[-1]["event"] != "final" else {}
+
+
+def verdict(run: RunFiles) -> tuple[str, str]:
+    """In a word, and how it looks: good, bad or open."""
+    if reasons_against(run):
+        return "NON-COMPLIANT", "bad"
+    if words := last_words(run):
+        return ("FAILED", "bad") if words["event"] == "error" else ("STOPPED", "open")
+    if "val_bpb" in run.summary:
+        return "COMPLIANT", "good"
+    ended = runs_in_log(run)[-1].of("final")  # as it was told to, before the score
+    return ("NOT SCORED" if ended else "UNFINISHED"), "open"
+
+
+def figure_of(run: RunFiles) -> tuple[str, str]:
+    """The best known of a run: its score, else that of a stage, else where training is."""
+    for label, key in reversed(STAGES):
+        if key in run.summary:
+            what = "bits per byte" if key == "val_bpb" else f"bits per byte, {label}"
+            return f"{run.summary[key]:.4f}", what
+    progress = run.last("train")
+    if not progress:
+        return "–", "before the first step"
+    loss = f"loss {progress['loss']:.3f}" if is_number(progress.get("loss")) else "no loss"
+    return f"step {progress['step']:,}", f"{progress.get('used', 0.0):.0%} of training, {loss}"
+
+
+def against_targets(run: RunFiles) -> list[str]:
+    """How far a run is from published results; empty where it has scored another text."""
+    notes = []
+    for name, value in targets([run]).items():
+        if "val_bpb" in run.summary:
+            gap = run.summary["val_bpb"] - value
+            side = "above" if gap > 0 else "below"
+            notes.append(f"{abs(gap):.4f} {side} {TARGETS[name][0]} ({value:.4f})")
+    return notes
+
+
+def targets(runs: list[RunFiles]) -> dict[str, float]:
+    """Means of published systems, where all of the competition's text was scored."""
+    texts = [run.summary["bytes_scored"] for run in runs if "bytes_scored" in run.summary]
+    if not texts or min(texts) < FULL_TEXT:
+        return {}
+    systems = published()
+    return {
+        name: statistics.fmean(seed["val_bpb"] for seed in systems[name]["runs"])
+        for name in TARGETS
+    }
+
+
+def notes_of(run: RunFiles) -> list[tuple[str, str]]:
+    """(look, text) of what speaks against a run, of its probes, and of what else to know."""
+    notes = [("bad", reason) for reason in reasons_against(run)]
+    if words := last_words(run):
+        notes.append(("bad", words.get("text", "")))
+    probes = probes_of(run)
+    if probes and not failed_probes(run):
+        passed = f"all {len(probes)} probes passed" if len(probes) > 1 else "its probe passed"
+        notes.append(("good", passed))
+    elif "val_bpb" in run.summary and not probes:
+        notes.append(("open", "no probe was logged"))
+    notes += [("plain", text) for text in against_targets(run)]
+    last = run.events[-1] if run.events else {}
+    if "val_bpb" not in run.summary and "time" in last:
+        moment = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(last["time"]))
+        notes.append(("plain", f"last sign of life at {moment}"))
+    if count := len(run.of("warning")):
+        notes.append(("open", f"{count} warning{'s' if count > 1 else ''}, see below"))
+    return notes
+
+
+def bytes_meter(run: RunFiles) -> list[Meter]:
+    """Artifact and script against the limit."""
+    summary = run.summary
+    if "total_bytes" not in summary:
+        return []
+    parts = [Segment("artifact", summary["artifact_bytes"], KINDS["attention"]),
+             Segment("script", summary["code_bytes"], KINDS["script"])]
+    of = f"of {ARTIFACT_LIMIT:,}"
+    return [Meter("bytes", f"{summary['total_bytes']:,}", parts, ARTIFACT_LIMIT, of)]
+
+
+def segments_of(run: RunFiles, clock: str) -> list[Segment]:
+    """The phases of one clock that took any time, and what the clock has beyond them."""
+    segments = [Segment(name, s, PHASES[name]) for name, s in phases(run)[clock] if s > 0]
+    charged = run.summary.get(SECONDS.get(clock, ""), 0.0)
+    rest = charged - sum(segment.amount for segment in segments)
+    if rest > 0.05:
+        segments.append(Segment("rest", rest, PHASES["rest"]))
+    return segments
+
+
+def budget_of(run: RunFiles, clock: str) -> float:
+    """Seconds that a run may take on one clock; 0: as many as it likes."""
+    return settings_of(run).get(BUDGETS.get(clock, "")) or 0.0
+
+
+def clock_meter(run: RunFiles, clock: str) -> list[Meter]:
+    """The phases on one clock against its budget."""
+    segments = segments_of(run, clock)
+    if not segments:
+        return []
+    budget = budget_of(run, clock)
+    seconds = f"{sum(segment.amount for segment in segments):.1f} s"
+    return [Meter(clock.split()[0], seconds, segments, budget, f"of {budget:g} s" if budget else "")]
+
+
+def card_of(page: Page, run: RunFiles) -> Card:
+    """The verdict over a run."""
+    word, look = verdict(run)
+    name = run.name + (f", seed {run.seed}" if "seed" in run.summary else "")
+    meters = [
+        *bytes_meter(run),
+        *clock_meter(run, CLOCKS[0]),
+        *clock_meter(run, CLOCKS[1]),
+    ]
+    figure, caption = figure_of(run)
+    colour = page.colour[id(run)] if page.many else ""
+    return Card(word, look, name, colour, figure, caption, meters, notes_of(run), page.key[id(run)])
+
+
+# --- curves over steps and seconds
+
+
+def clock_of(run: RunFiles) -> Callable[[int], float]:
+    """The training second at a step: straight lines between those that were logged."""
+    known = {0: 0.0}
+    for event in run.of("train"):
+        if is_number(event.get("elapsed")):
+            known[event["step"]] = event["elapsed"]
+    end = run.last("train_end")
+    if end.get("steps"):
+        known[end["steps"]] = end["seconds"]
+    steps = sorted(known)
+
+    def second_at(step: int) -> float:
+        i = min(max(bisect.bisect_left(steps, step), 1), len(steps) - 1)
+        if not i:
+            return 0.0
+        left, right = steps[i - 1], steps[i]
+        pace = (known[right] - known[left]) / (right - left)
+        return short(known[left] + (step - left) * pace)
+
+    return second_at
+
+
+def losses_of(run: RunFiles) -> tuple[list[int], list[float]]:
+    """(steps, losses) of every step; of the logged ones, where a script logged no more."""
+    found = run.losses() or dict(zip(*series(run.of("train"), "loss")))
+    steps = sorted(found)
+    return steps, [found[step] for step in steps]
+
+
+def thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
+    """At most MOST_POINTS: each is the mean of as many steps, at the last of them."""
+    size = -(-len(steps) // MOST_POINTS)
+    if size <= 1:
+        return steps, values
+    begins = range(0, len(steps), size)
+    ends = [min(begin + size, len(steps)) for begin in begins]
+    means = [short(statistics.fmean(values[b:e])) for b, e in zip(begins, ends)]
+    return [steps[end - 1] for end in ends], means
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Means over a twelfth of the curve around every point, less near its ends."""
+    out = []
+    for i in range(len(values)):
+        reach = min(len(values) // 24, i, len(values) - 1 - i)
+        out.append(short(statistics.fmean(values[i - reach : i + reach + 1])))
+    return out
+
+
+def loop_start(run: RunFiles) -> int:
+    """The first logged step with the loop's extra passes; 0: none, or all."""
+    logged = [*run.of("train"), *run.of("step_time")]
+    start = min((e["step"] for e in logged if e.get("looping")), default=0)
+    return start if start > 1 else 0
+
+
+def loss_curves(page: Page, run: RunFiles) -> list[dict]:
+    """The loss of every step, faint; its running mean; a mark where the loop begins."""
+    steps, losses = thinned(*losses_of(run))
+    if not steps:
+        return []
+    shown = "%{y:.4f} nats"
+    if len(steps) < 24:
+        return [page.over_steps(run, steps, losses, shown)]
+    raw = page.over_steps(
+        run, steps, losses, shown, mode="lines", opacity=0.35, line={"width": 1}, showlegend=False)
+    mean = smoothed(losses)
+    traces = [raw, page.over_steps(run, steps, mean, shown + ", running mean", mode="lines")]
+    if start := loop_start(run):
+        at = min(bisect.bisect_left(steps, start), len(steps) - 1)
+        mark = {"size": 11, "symbol": "diamond", "line": {"width": 1.5, "color": "#ffffff"}}
+        traces.append(page.over_steps(
+            run, [steps[at]], [mean[at]], "the loop's extra passes begin", mode="markers",
+            marker={**mark, "color": page.colour[id(run)]}, showlegend=False))
+    return traces
+
+
+def validation_points(run: RunFiles) -> tuple[list[int], list[float]]:
+    """(steps, BPB) of the untrained model, in training, and of the averaged weights."""
+    points = {}
+    if "untrained_val_bpb" in run.summary:
+        points[0] = run.summary["untrained_val_bpb"]
+    points.update(zip(*series(run.of("validation"), "val_bpb")))
+    if "prequant_val_bpb" in run.summary:  # what counts in the end
+        points[run.summary.get("steps", 0)] = run.summary["prequant_val_bpb"]
+    steps = sorted(points)
+    return steps, [short(points[step]) for step in steps]
+
+
+def padded(low: float, high: float) -> list[float]:
+    """The range of an axis with some room at both ends."""
+    room = 0.06 * (high - low) or 0.01 * abs(high)
+    return [short(low - room), short(high + room)]
+
+
+def after_the_start(traces: list[dict]) -> dict:
+    """The range of y without the steep first tenth of many steps; empty for few."""
+    points = [(x, y) for trace in traces for x, y in zip(trace["x"], trace["y"])]
+    last = max((x for x, _ in points), default=0)
+    later = [y for x, y in points if x >= last / 10]
+    if last < LONG_RUN or not later:
+        return {}
+    return {"range": padded(min(later), max(later))}
+
+
+def target_lines(page: Page, ends: tuple, upright: bool = False) -> list[dict]:
+    """Dashed lines at published results, from one end to the other."""
+    lines = []
+    for name, value in targets(page.runs).items():
+        label, colour = TARGETS[name]
+        across, along = [value, value], list(ends)
+        x, y = (across, along) if upright else (along, across)
+        lines.append({
+            "type": "scatter",
+            "x": x,
+            "y": y,
+            "mode": "lines",
+            "name": label,
+            "line": {"color": colour, "width": 1.5, "dash": "dash"},
+            "hovertemplate": f"{label}: {value:.5f} BPB<extra></extra>",
+        })
+    return lines
+
+
+def target_keys(page: Page) -> list[Key]:
+    """The legend of those lines."""
+    return [Key(f"{TARGETS[name][0]}: {value:.5f}", TARGETS[name][1], "dash line")
+            for name, value in targets(page.runs).items()]
+
+
+def validation_curves(page: Page) -> list[dict]:
+    """Validation of every run, and the published results."""
+    traces = []
+    last = 0
+    for run in page.runs:
+        steps, values = validation_points(run)
+        if steps:
+            traces.append(page.over_steps(
+                run, steps, values, "%{y:.5f} BPB", mode="lines+markers", marker={"size": 7}))
+            last = max(last, steps[-1])
+    if traces:
+        longest = max(trace["meta"]["seconds"][-1] for trace in traces)
+        for line in target_lines(page, (0, last)):
+            traces.append({**line, "meta": {"seconds": [0, longest]}})
+    return traces
+
+
+def stepped_panel(key: str, title: str, traces: list[dict], **y) -> list[Panel]:
+    """A panel over steps; none without a curve."""
+    if not any(trace["x"] for trace in traces):
+        return []
+    return [plot(key, title, traces, x={"title": "step", "rangemode": "tozero"}, y=y, switch=True)]
+
+
+def curves(page: Page) -> list[Panel]:
+    """Training loss and validation BPB."""
+    losses = [trace for run in page.runs for trace in loss_curves(page, run)]
+    scored = validation_curves(page)
+    return [
+        *stepped_panel("loss", "training loss, nats per token", losses, **after_the_start(losses)),
+        *stepped_panel("validation", "validation, bits per byte", scored, **after_the_start(scored)),
+    ]
+
+
+def pace(page: Page) -> list[Panel]:
+    """Learning rate, step time and the gradient's norm."""
+    drawn = (
+        ("lr", "learning rate, share of the peak", "%{y:.3f}", {"shape": "hv"}),
+        ("ms", "ms per step since the line before", "%{y:.1f} ms", {}),
+        ("norm", "norm of the gradient before clipping", "%{y:.3f}", {}),
+    )
+    panels = []
+    for key, title, shown, line in drawn:
+        traces = []
+        for run in page.runs:
+            steps, values = series(run.of("train"), key)
+            traces.append(page.over_steps(run, steps, values, shown, line=line))
+        panels += stepped_panel(key, title, traces, rangemode="tozero")
+    return panels
+
+
+# --- scores by stage
+
+
+def scores(page: Page) -> list[Panel]:
+    """BPB after each stage."""
+    labels = [label for label, _ in STAGES]
+    traces = []
+    for run in page.runs:
+        scored = {label: run.summary[key] for label, key in STAGES if key in run.summary}
+        if not scored:
+            continue
+        values = list(scored.values())
+        traces.append(page.curve(
+            run,
+            values,
+            list(scored),
+            mode="lines+markers" if page.many else "lines+markers+text",
+            marker={"size": 10},
+            text=[f"{value:.4f}" for value in values],
+            textposition="top center",
+            cliponaxis=False,
+            line={"width": 1.5},
+            hovertemplate=f"%{{y}}: %{{x:.5f}} BPB<extra>{escaped(run.name)}</extra>",
+        ))
+    if not traces:
+        return []
+    traces += target_lines(page, (labels[0], labels[-1]), upright=True)
+    drawn = [value for trace in traces for value in trace["x"]]
+    x = {"title": "bits per byte (lower is better)", "range": padded(min(drawn), max(drawn))}
+    y = {"categoryorder": "array", "categoryarray": labels[::-1]}
+    margin = {"l": 46, "r": 34, "t": 16, "b": 40}
+    return [plot("stages", "", traces, 210 + 6 * len(page.runs), x, y, margin=margin)]
+
+
+# --- bars of time
 
 
 def phases(run: RunFiles) -> dict[str, list[tuple[str, float]]]:
@@ -380,28 +589,54 @@ def phases(run: RunFiles) -> dict[str, list[tuple[str, float]]]:
     return dict(zip(CLOCKS, (in_training, in_evaluation, outside)))
 
 
-def phase_bars(runs: list[RunFiles], clock: str) -> list[Bar]:
-    """The phases of one clock that took any time."""
-    bars = []
-    for run in runs:
-        bars += [Bar(f"{run.name} ", *p) for p in phases(run)[clock] if p[1] > 0]
-    return bars
+def timeline(page: Page) -> list[Group]:
+    """Per clock a bar of phases for every run, against the budget."""
+    groups = []
+    for clock in CLOCKS:
+        meters = []
+        for run in page.runs:
+            if parts := segments_of(run, clock):
+                meters.append(bar_of(page, run, run.name, parts, "s", budget_of(run, clock)))
+        groups.append(Group(clock, meters))
+    return groups
 
 
-def timeline(page: Page):
-    """Seconds by phase against the two budgets."""
-    height = 20 + 34 * len(page.runs)
-    panels = {"horizontal_spacing": 0.04, "shared_yaxes": True}
-    fig = page.figure(height, CLOCKS, legend=True, **panels)
-    for column, clock in enumerate(CLOCKS, 1):
-        stacked(page, fig, phase_bars(page.runs, clock), PHASES, "s", column)
-    dashed = {"color": "#b91c1c", "width": 2, "dash": "dash"}
-    settings = [run.summary.get("settings", {}) for run in page.runs]
-    for column, key in ((1, "MAX_WALLCLOCK_SECONDS"), (2, "EVAL_MAX_SECONDS")):
-        budgets = {s.get(key) for s in settings} - {None, 0, 0.0}
-        for budget in budgets:
-            fig.add_vline(x=budget, line=dashed, row=1, col=column)
-    return fig if fig.data else None
+def bar_of(page: Page, run: RunFiles, label: str, parts: list[Segment], unit: str,
+           limit: float = 0.0) -> Meter:
+    """A bar whose parts are listed in its text."""
+    text = f"{sum(part.amount for part in parts):,.1f} {unit}"
+    amounts = " + ".join(part.shown for part in parts)
+    return Meter(label, text, parts, limit, f"= {amounts}", page.key[id(run)])
+
+
+def colours_of_parts(page: Page) -> dict[str, str]:
+    """The parts of a timed step, by colour."""
+    timed = [e for run in page.runs for e in run.of("step_time")]
+    return dict(zip(dict.fromkeys(name for e in timed for name in e["parts"]), itertools.cycle(PARTS)))
+
+
+def step_parts(page: Page) -> list[Group]:
+    """Where a step's time goes, per run, from the event step_time."""
+    colours = colours_of_parts(page)
+    groups = []
+    for run in page.runs:
+        meters = []
+        for event in run.of("step_time"):
+            label = f"step {event['step']:,}{', looping' if event.get('looping') else ''}"
+            parts = [Segment(name, ms, colours[name]) for name, ms in event["parts"].items()]
+            meters.append(bar_of(page, run, label, parts, "ms"))
+        groups.append(Group(run.name if page.many else "", meters, page.key[id(run)]))
+    return groups
+
+
+def keys_of(colours: dict[str, str], groups: list[Group]) -> list[Key]:
+    """A legend of what the bars have."""
+    meters = [meter for group in groups for meter in group.meters]
+    there = {part.name for meter in meters for part in meter.segments}
+    return [Key(name, colour) for name, colour in colours.items() if name in there]
+
+
+# --- bytes and rounding error
 
 
 def kind_of(name: str) -> str:
@@ -426,36 +661,43 @@ def boxes_of(run: RunFiles, tensors: list[dict]) -> list[Box]:
     return boxes
 
 
-def treemap(page: Page, tensors: dict):
-    """Bytes of one artifact by tensor, and the script."""
-    run = next((r for r in page.runs if tensors.get(r.folder)), None)
-    if run is None:
-        return None
-    boxes = boxes_of(run, tensors[run.folder])
+def treemap(page: Page, tensors: dict) -> list[Panel]:
+    """Per run, bytes of its artifact by tensor, and of the script."""
+    return [
+        treemap_of(page, run, boxes_of(run, tensors[run.folder]))
+        for run in page.runs if tensors.get(run.folder)
+    ]
+
+
+def treemap_of(page: Page, run: RunFiles, boxes: list[Box]) -> Panel:
+    """One run's treemap."""
     sums = dict.fromkeys(sorted({box.kind for box in boxes}), 0)
     for box in boxes:
         sums[box.kind] += box.amount
     kinds = list(sums)
-    kind_of_each = kinds + [box.kind for box in boxes]
-    colours = ["#e2e8f0", *(KINDS[kind] for kind in kind_of_each)]
-    white = ["#ffffff"] * (len(colours) - 1)
-    root = f"artifact and script of {html.escape(run.name)}"
+    colours = [KINDS[kind] for kind in [*kinds, *(box.kind for box in boxes)]]
     shown = "%{label}<br>%{value:,.0f} B"
-    fig = page.figure(500, legend=False)
-    fig.add_trace(page.go.Treemap(
-        ids=["all", *kinds, *(f"{box.kind}/{box.name}" for box in boxes)],
-        labels=[root, *kinds, *(box.name for box in boxes)],
-        parents=["", *["all"] * len(kinds), *(box.kind for box in boxes)],
-        branchvalues="total",
-        values=[sum(sums.values()), *sums.values(), *(box.amount for box in boxes)],
-        texttemplate=shown,
-        customdata=["", *[""] * len(kinds), *(box.how for box in boxes)],
-        marker={"colors": colours, "line": {"color": "#fff", "width": 1}},
-        hovertemplate=shown + ", %{percentRoot:.1%}<br>%{customdata}<extra></extra>",
-        textfont={"size": 13, "color": ["#0f172a", *white]},
-    ))
-    fig.update_layout(margin={"l": 4, "r": 4, "t": 8, "b": 4}, height=520)
-    return fig
+    trace = {
+        "type": "treemap",
+        "ids": ["all", *kinds, *(f"{box.kind}/{box.name}" for box in boxes)],
+        "labels": ["artifact and script", *kinds, *(box.name for box in boxes)],
+        "parents": ["", *["all"] * len(kinds), *(box.kind for box in boxes)],
+        "values": [sum(sums.values()), *sums.values(), *(box.amount for box in boxes)],
+        "customdata": ["", *[""] * len(kinds), *(box.how for box in boxes)],
+        "branchvalues": "total",
+        "texttemplate": shown,
+        "hovertemplate": shown + ", %{percentRoot:.1%}<br>%{customdata}<extra></extra>",
+        "textfont": {"size": 12, "color": ["#7a8699", *["#ffffff"] * len(colours)]},
+        "marker": {"colors": ["rgba(127,127,127,0.15)", *colours], "line": {"width": 1, "color": "#c9d3e0"}},
+        "root": {"color": "rgba(0,0,0,0)"},
+        "tiling": {"pad": 2},
+        "pathbar": {"visible": False},
+    }
+    total = f"{sum(sums.values()):,} bytes"
+    title = f"{run.name}: {total}" if page.many else total
+    margin = {"l": 0, "r": 0, "t": 0, "b": 0}
+    key = f"bytes-{page.key[id(run)]}"
+    return plot(key, title, [trace], 420, margin=margin, run=page.key[id(run)])
 
 
 def place_of(name: str) -> tuple[str, int | None]:
@@ -481,43 +723,38 @@ def errors_by_layer(tensors: list[dict]) -> dict[str, list[tuple]]:
     return points
 
 
-def rounding(page: Page, tensors: dict):
-    """Relative rounding error of every quantised matrix, by layer."""
+def rounding(page: Page, tensors: dict) -> list[Panel]:
+    """Relative rounding error of every quantised matrix, by layer: a panel per kind."""
     matrices = {id(r): errors_by_layer(tensors.get(r.folder) or []) for r in page.runs}
     kinds = sorted(set().union(*matrices.values()))
-    if not kinds:
-        return None
-    columns = min(3, len(kinds))
-    rows = -(-len(kinds) // columns)
-    titles = kinds + [""] * (rows * columns - len(kinds))
-    panels = {"shared_yaxes": True, "vertical_spacing": 0.4 / rows}
-    fig = page.figure(190 * rows, titles, rows, horizontal_spacing=0.04, **panels)
-    last_layer = 0
-    for i, kind in enumerate(kinds):
+    top = max((e for of in matrices.values() for rows in of.values() for _, e, _ in rows), default=1)
+    panels = []
+    for kind in kinds:
+        traces = []
         for run in page.runs:
             points = sorted(matrices[id(run)].get(kind, ()))
-            layers = [layer for layer, _, _ in points]
             ways = [how for _, _, how in points]
             marks = ["diamond" if "lqer" in how else "circle" for how in ways]
-            page.add(
-                fig,
+            traces.append(page.curve(
                 run,
-                layers,
-                [error for _, error, _ in points],
-                column=1 + i % columns,
-                row=1 + i // columns,
+                [layer for layer, _, _ in points],
+                [short(error) for _, error, _ in points],
                 text=ways,
-                marker={"size": 8, "symbol": marks},
-                hovertemplate="layer %{x}: %{y:.2f} %<br>%{text}",
-            )
-            last_layer = max([last_layer, *layers])
-    fig.update_xaxes(dtick=1 if last_layer < 16 else None)
-    fig.update_xaxes(title_text="layer", row=rows)
-    fig.update_yaxes(rangemode="tozero", ticksuffix=" %")
-    return fig
+                mode="lines+markers",
+                marker={"size": 7, "symbol": marks},
+                hovertemplate="layer %{x}: %{y:.2f} %<br>%{text}"
+                              f"<extra>{escaped(run.name)}</extra>",
+            ))
+        whole_layers = {"title": "layer", "dtick": 1} if len(traces[0]["x"]) < 16 else {"title": "layer"}
+        y = {"range": [0, 1.1 * top], "ticksuffix": " %"}
+        panels.append(plot(f"rounding-{kind}", kind, traces, 190, whole_layers, y))
+    return panels
 
 
-def add_profile(page: Page, fig, run: RunFiles, event: dict, column: int) -> None:
+# --- the score by document
+
+
+def profile_curve(page: Page, run: RunFiles, event: dict) -> dict:
     """One profile event as a curve over its bins; empty bins are left out."""
     labels, values, counts = [], [], []
     edges, nbytes = event["edges"], event["bytes"]
@@ -529,47 +766,48 @@ def add_profile(page: Page, fig, run: RunFiles, event: dict, column: int) -> Non
         if i + 1 < len(edges):
             span = f"{edges[i]}–{edges[i + 1] - 1}"
         labels.append(f"{span}<br><i>{size / total:.0%}</i>")
-        values.append(event["nats"][i] / math.log(2) / size)
+        values.append(short(event["nats"][i] / math.log(2) / size))
         counts.append([event["tokens"][i], event["documents"][i]])
     stage, colour, dash = PROFILED[event["stage"]]
-    line = {"dash": dash}
-    if not page.many:
-        line["color"] = colour
-    counted = "%{customdata[0]:,} tokens, %{customdata[1]:,} documents"
-    page.add(
-        fig,
+    line = {"dash": dash} if page.many else {"dash": dash, "color": colour}
+    hover = "%{y:.4f} BPB<br>%{customdata[0]:,} tokens, %{customdata[1]:,} documents"
+    return page.curve(
         run,
         labels,
         values,
-        column,
         name=f"{run.name}, {stage}" if page.many else stage,
-        legendgroup=f"{id(run)}{stage}",
-        showlegend=column == 1,
         line=line,
         customdata=counts,
-        hovertemplate="%{y:.4f} BPB<br>" + counted,
+        hovertemplate=f"{hover}<extra>{stage}</extra>",
     )
 
 
-def profiles(page: Page):
+def profiles(page: Page) -> list[Panel]:
     """BPB by document length and by position in the document, per scoring stage."""
     titles = {
         "length": "by length of the document, tokens",
         "position": "by position in the document, tokens",
     }
-    found = []
-    for run in page.runs:
-        found += [(run, event) for event in run.of("profile")]
-    logged = {event["by"] for _, event in found}
-    sides = [side for side in titles if side in logged]
-    if not sides:
-        return None
-    fig = page.figure(290, [titles[side] for side in sides], legend=True)
-    for run, event in found:
-        add_profile(page, fig, run, event, 1 + sides.index(event["by"]))
-    fig.update_yaxes(title_text="bits per byte", col=1)
-    fig.update_xaxes(type="category", tickangle=0, tickfont_size=11)
-    return fig
+    panels = []
+    for side, title in titles.items():
+        traces = []
+        for run in page.runs:
+            latest = {e["stage"]: e for e in run.of("profile") if e["by"] == side}
+            traces += [profile_curve(page, run, event) for event in latest.values()]
+        if traces:
+            x = {"type": "category", "tickfont": {"size": 10}}
+            y = {"title": "bits per byte"}
+            panels.append(plot(f"profile-{side}", title, traces, 300, x, y))
+    return panels
+
+
+def profile_keys(page: Page) -> list[Key]:
+    """Stages by colour; with many runs these have the colours, and stages are dashed."""
+    there = {e["stage"] for run in page.runs for e in run.of("profile")}
+    return [
+        Key(name, "#7a8699" if page.many else colour, f"{dash} line")
+        for stage, (name, colour, dash) in PROFILED.items() if stage in there
+    ]
 
 
 # --- bytes and rounding error per tensor, from the run's own files
@@ -630,7 +868,14 @@ def rounding_errors(tg, s, run: RunFiles, q) -> dict[str, float]:
     path = run.folder / "final_model.pt"
     if not path.is_file():
         return {}
-    model = tg.GPT(s)
+
+    class Blank(tg.GPT):
+        """A model that is not initialised: all of its weights are read."""
+
+        def init_weights(self, generator):
+            pass
+
+    model = Blank(s)
     with tg.torch.no_grad():
         tg.read_weights(str(path), model)
     weights = {name: p.detach().float() for name, p in model.named_parameters()}
@@ -661,93 +906,57 @@ def summary_values(runs: list[RunFiles], key: str) -> list:
     return [run.summary[key] for run in runs if key in run.summary]
 
 
-def budget_text(runs: list[RunFiles], setting: str) -> str:
-    """"of 600 s " where all runs have the same budget, else nothing."""
-    settings = summary_values(runs, "settings")
-    budgets = {values.get(setting) for values in settings}
-    if len(budgets) != 1 or None in budgets:
-        return ""
-    return f"of {budgets.pop():g} s "
+# --- tables
 
 
-def tile_texts(page: Page) -> list[tuple[str, str]]:
-    """(figure, what it is) of every tile."""
-    runs = page.runs
-    many = ", mean of runs" if page.many else ""
-    longest = ", the longest run" if page.many else ""
-    cells = []
-    if scored := summary_values(runs, "val_bpb"):
-        spread = f" ± {statistics.stdev(scored):.4f}" if len(scored) > 1 else ""
-        mean = statistics.fmean(scored)
-        cells.append((f"{mean:.4f}{spread}", "bits per byte" + many))
-    if total := max(summary_values(runs, "total_bytes"), default=0):
-        spare = f"{ARTIFACT_LIMIT - total:,} to spare"
-        cells.append((f"{total:,} B", f"artifact and script; {spare}"))
-    if seconds := max(summary_values(runs, "train_seconds"), default=0.0):
-        bound = budget_text(runs, "MAX_WALLCLOCK_SECONDS")
-        cells.append((f"{seconds:.1f} s", f"{bound}for training{longest}"))
-    if seconds := max(summary_values(runs, "eval_seconds"), default=0.0):
-        bound = budget_text(runs, "EVAL_MAX_SECONDS")
-        cells.append((f"{seconds:.1f} s", f"{bound}for evaluation{longest}"))
-    steps = summary_values(runs, "steps")
-    step_ms = summary_values(runs, "step_ms")
-    if steps and step_ms:
-        pace_text = f"steps of {statistics.fmean(step_ms):,.0f} ms{many}"
-        cells.append((f"{statistics.fmean(steps):,.0f}", pace_text))
+def run_row(page: Page, run: RunFiles, columns: list) -> list[Cell]:
+    """A run's row of the table."""
+    state = f"seed {run.seed}" if "val_bpb" in run.summary else "unfinished"
+    cells = [Cell(f"{run.name} ({state})", page.colour[id(run)] if page.many else "")]
+    for key, _, form in columns:
+        value = format(run.summary[key], form) if key in run.summary else "–"
+        cells.append(Cell(value, marks={"run": run.name, "key": key}))
     return cells
 
 
-# --- the page
-
-
-def tiles(page: Page) -> str:
-    """The figures one looks at first, and a banner over runs that break a rule."""
-    parts = []
-    bad = [run.name for run in page.runs if run.summary.get("compliant") is False]
-    if bad:
-        names = html.escape(", ".join(bad))
-        parts.append(f'<section class="bad"><b>NON-COMPLIANT</b>: {names}</section>')
-    parts.append('<div class="tiles">')
-    for figure, what in tile_texts(page):
-        shown = f"<b>{html.escape(figure)}</b><span>{html.escape(what)}</span>"
-        parts.append(f'<div class="tile">{shown}</div>')
-    parts.append("</div>")
-    return "".join(parts)
-
-
-def run_row(page: Page, run: RunFiles, columns: list) -> str:
-    """A run's row of the table."""
-    state = f"seed {run.seed}" if "val_bpb" in run.summary else "unfinished"
-    name = html.escape(run.name)
-    dot = f'<span class="dot" style="background:{page.colour[id(run)]}"></span>'
-    cells = [f"<td>{dot}{name} ({state})</td>"]
-    for key, _, form in columns:
-        value = format(run.summary[key], form) if key in run.summary else "–"
-        cells.append(f'<td data-run="{name}" data-key="{key}">{value}</td>')
-    return f"<tr>{''.join(cells)}</tr>"
-
-
-def mean_row(runs: list[RunFiles], columns: list) -> str:
+def mean_row(runs: list[RunFiles], columns: list) -> list[Cell]:
     """The row of means; whole numbers are rounded."""
-    cells = ["<td>mean</td>"]
+    cells = [Cell("mean")]
     for key, _, form in columns:
         mean = statistics.fmean(summary_values(runs, key))
-        shown = round(mean) if form == ",d" else mean
-        cells.append(f"<td>{format(shown, form)}</td>")
-    return f'<tr class="mean">{"".join(cells)}</tr>'
+        cells.append(Cell(format(round(mean) if form == ",d" else mean, form)))
+    return cells
 
 
-def summary_table(page: Page) -> str:
+def summary_table(page: Page) -> Table | None:
     """Every run's figures, equal to summary.json."""
     columns = [row for row in TABLE if summary_values(page.runs, row[0])]
-    labels = ["run", *(label for _, label, _ in columns)]
-    head = "".join(f"<th>{html.escape(label)}</th>" for label in labels)
-    rows = [f"<tr>{head}</tr>"]
-    rows += [run_row(page, run, columns) for run in page.runs]
-    if page.many:
+    rows = [run_row(page, run, columns) for run in page.runs]
+    if page.many and columns:
         rows.append(mean_row(page.runs, columns))
-    shown = f'<div class="scroll"><table>{"".join(rows)}</table></div>'
-    return f"<section><h2>Runs</h2>{shown}{details(page)}</section>"
+    return Table(["run", *(label for _, label, _ in columns)], rows, mean=page.many)
+
+
+def differing_settings(runs: list[RunFiles]) -> dict[str, list[str]]:
+    """Settings that are not the same in all runs: name -> a value per run."""
+    told = [as_environment(settings_of(run)) for run in runs]
+    names = sorted({name for settings in told for name in settings} - set(OF_A_PLACE))
+    out = {}
+    for name in names:
+        values = [settings.get(name, "–") for settings in told]
+        known = [value for value, settings in zip(values, told) if settings]
+        if not all(same(known[0], value) for value in known[1:]):
+            out[name] = values
+    return out
+
+
+def settings_table(page: Page) -> Table | None:
+    """A row per setting that differs, a column per run."""
+    rows = []
+    for name, values in differing_settings(page.runs).items():
+        marks = [{"setting": name, "run": run.name} for run in page.runs]
+        rows.append([Cell(name), *(Cell(v or "(empty)", marks=m) for v, m in zip(values, marks))])
+    return Table(["setting", *(run.name for run in page.runs)], rows) if rows else None
 
 
 def detail_lines(run: RunFiles) -> list[str]:
@@ -757,141 +966,122 @@ def detail_lines(run: RunFiles) -> list[str]:
     for values in (run.last("start"), run.last("changed_settings")):
         pairs = [f"{k}={v}" for k, v in values.items() if k not in left_out]
         lines.append(" ".join(pairs))
-    lines += [f"{e['what']}: {e['detail']}" for e in run.of("check")]
+    lines += [f"{e['what']}: {e['detail']}" for e in run.of("check") if e["what"] != "folder"]
+    lines += [f"probe {name}: {found['figure']}" for name, found in probes_of(run).items()]
     lines += [f"WARNING {e.get('text', '')}" for e in run.of("warning")]
     lines += [f"NON-COMPLIANT: {e.get('reason', '')}" for e in run.of("NON-COMPLIANT")]
     return [line for line in lines if line]
 
 
-def details(page: Page) -> str:
-    """Settings that differ from the defaults, checks and warnings, folded away."""
-    parts = []
-    for run in page.runs:
-        text = html.escape("\n".join(detail_lines(run)))
-        parts.append(f"<b>{html.escape(run.name)}</b><pre>{text}</pre>")
+def details(page: Page) -> Folded:
+    """Settings that differ from the defaults, checks, probes and warnings, folded away."""
     warnings = sum(len(run.of("warning")) for run in page.runs)
-    label = "machine, settings, checks"
+    title = "machine, settings, checks, probes"
     if warnings:
-        label += f" and {warnings} warning(s)"
-    return f"<details><summary>{label}</summary>{''.join(parts)}</details>"
+        title += f" and {warnings} warning(s)"
+    return Folded(title, [(run.name, "\n".join(detail_lines(run))) for run in page.runs])
+
+
+# --- the page
 
 
 def sections(page: Page) -> list[Section]:
-    """The figures in reading order."""
+    """The page in reading order."""
     tensors = all_tensors(page.runs)
+    return [*tables(page), *course(page), *bars(page), *insides(page, tensors)]
+
+
+def tables(page: Page) -> list[Section]:
+    """The runs, and their settings where these may differ."""
+    runs = Section("runs", "Runs", "", "", table=summary_table(page), folded=details(page))
+    settings = Section(
+        "settings", "Settings that differ",
+        "Between the runs; those that only name a place or the run are left out.",
+        "none", table=settings_table(page))
+    return [runs, settings] if page.many else [runs]
+
+
+def course(page: Page) -> list[Section]:
+    """Scores and curves."""
+    other_text = "" if targets(page.runs) else " Published results are of another text: no lines."
     return [
         Section(
             "scores", "Score by stage",
-            "What quantising, windows and test-time training did to the score.",
-            scores(page), "no run was scored"),
+            "What quantising, windows and test-time training did to the score." + other_text,
+            "no run was scored", legend=target_keys(page), panels=scores(page)),
         Section(
             "curves", "Learning curves",
-            "A dotted line: the first logged step with the loop's extra passes.",
-            curves(page), "no progress lines"),
+            "The loss of every step, faint, and its running mean; a diamond where the loop's "
+            "extra passes begin. The last validation is of the averaged weights. A double click "
+            "shows a long run's first tenth, too.",
+            "no progress lines", legend=target_keys(page), panels=curves(page)),
         Section(
             "pace", "Learning rate and pace",
             "Step time from line to line, not the running mean: drift shows.",
-            pace(page), "no progress lines"),
+            "no progress lines", panels=pace(page)),
+    ]
+
+
+def bars(page: Page) -> list[Section]:
+    """Where the time went."""
+    times, parts = timeline(page), step_parts(page)
+    return [
         Section(
             "step_time", "Where a step's time goes",
             "Steps early, halfway and late, timed part by part, "
             "waiting for the device after each part.",
-            step_parts(page), "no step_time events"),
+            "no step_time events", legend=keys_of(colours_of_parts(page), parts), groups=parts),
         Section(
             "timeline", "Budgets",
-            "Seconds by phase; the dashed line is the budget. "
+            "Seconds by phase; a red line is the budget. "
             "What is outside the clocks is not charged.",
-            timeline(page), "no phase was logged"),
+            "no phase was logged", legend=keys_of(PHASES, times), groups=times),
+    ]
+
+
+def insides(page: Page, tensors: dict) -> list[Section]:
+    """What the artifact holds, and which text it predicts well."""
+    return [
         Section(
             "treemap", "Bytes by tensor",
             "Click to zoom. Tensors share coded streams: "
             "each has its share of the stream's real length.",
-            treemap(page, tensors), "the artifact is not there"),
+            "the artifact is not there",
+            legend=[Key(*kind) for kind in KINDS.items()], panels=treemap(page, tensors)),
         Section(
             "rounding", "Rounding error by layer",
             "‖W − Ŵ‖ / ‖W‖ of every matrix that GPTQ rounded; "
             "diamonds have a low-rank repair. Left out after pre-quantisation TTT: "
             "the saved weights are those before it.",
-            rounding(page, tensors), "artifact and its weights are not both there"),
+            "no matrix was rounded, or artifact and weights are not both there",
+            panels=rounding(page, tensors)),
         Section(
             "profiles", "Score by document length and by position",
             "With and without test-time training; "
             "in italics the share of the text's bytes.",
-            profiles(page), "no profile events"),
+            "no profile events", legend=profile_keys(page), panels=profiles(page)),
     ]
-
-
-def section_html(section: Section) -> str:
-    """A section with its figure."""
-    title = html.escape(section.title)
-    sentence = html.escape(section.sentence)
-    drawing = section.figure.to_html(
-        full_html=False, include_plotlyjs=False, div_id=section.key, config=QUIET)
-    head = f'<h2>{title}</h2><p class="what">{sentence}</p>'
-    return f"<section>{head}{drawing}</section>"
-
-
-def not_shown(parts: list[Section]) -> list[str]:
-    """The titles of sections without a figure, with the reason."""
-    return [f"{p.title} ({p.missing})" for p in parts if p.figure is None]
 
 
 def machine_text(page: Page) -> str:
-    """The line under the title: runs, machine, model."""
+    """The line under the title: runs, their mean, machine, model."""
     first = page.runs[0].last("start")
     count = f"{len(page.runs)} run{'s' if page.many else ''}"
-    size, device = first.get("world_size", "?"), first.get("device", "unknown device")
-    return ", ".join([
-        f"{count} on {size} × {device}",
-        f"{first.get('parameters', 0):,} parameters",
-        f"attention {first.get('attention', '?')}",
-        f"torch {first.get('torch', '?')}",
-    ])
-
-
-def build(page: Page, title: str, parts: list[Section]) -> str:
-    """The whole page; nothing in it points outside."""
-    title = html.escape(title)
-    library = need("plotly.offline", "report").get_plotlyjs()
-    pieces = [
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-        f"<title>{title}</title>",
-        '<meta name="viewport" content="width=device-width">',
-        '<link rel="icon" href="data:,">',
-        f"<style>{STYLE}</style><script>{library}</script></head>",
-        f"<body><main><h1>{title}</h1>",
-        f'<p class="sub">{html.escape(machine_text(page))}</p>',
-        tiles(page),
-        summary_table(page),
-    ]
-    pieces += [section_html(part) for part in parts if part.figure is not None]
-    if missing := not_shown(parts):
-        pieces.append(f'<p class="none">Not shown: {html.escape("; ".join(missing))}.</p>')
-    pieces.append("</main></body></html>")
-    return "".join(pieces)
+    words = [f"{count} on {first.get('world_size', '?')} × {first.get('device', 'unknown device')}"]
+    if "parameters" in first:
+        words.append(f"{first['parameters']:,} parameters")
+    words += [f"{key} {first[key]}" for key in ("attention", "torch") if key in first]
+    scored = summary_values(page.runs, "val_bpb")
+    if len(scored) > 1:
+        mean, spread = statistics.fmean(scored), statistics.stdev(scored)
+        words.append(f"{len(scored)} scored {mean:.4f} ± {spread:.4f} BPB")
+    return ", ".join(words)
 
 
 def write_pngs(parts: list[Section], folder: Path) -> list[Path]:
-    """One PNG per figure."""
-    need("kaleido", "--png")
-    out = []
-    for part in parts:
-        fig = part.figure
-        if fig is None:
-            continue
-        title = {"text": part.title, "x": 0.01}
-        top = fig.layout.margin.t + 44  # room for the title
-        height = fig.layout.height + 44
-        fig.update_layout(title=title, margin={"t": top}, height=height)
-        try:
-            image = fig.to_image("png", width=1160, scale=2)
-        except Exception as error:  # kaleido raises its own types without a browser
-            raise ToolError(
-                f"no PNG could be drawn ({type(error).__name__}): "
-                "--png needs Chrome or Chromium (apt-get install chromium); "
-                "the HTML page is complete without it") from None
-        out.append(write_atomic(folder / f"report_{part.key}.png", image))
-    return out
+    """One PNG per plot."""
+    panels = [panel for part in parts for panel in part.panels]
+    return [write_atomic(folder / f"report_{p.key}.png", picture(p)) for p in panels]
 
 
 def shared_title(runs: list[RunFiles]) -> str:
@@ -909,7 +1099,7 @@ def main(arguments=None) -> int:
     add("runs", nargs="+", metavar="RUN", help="folders of runs, finished or not")
     add("--out", help="the page (default: report.html in the first run's folder)")
     add("--title", default="", help="its title (default: what the runs' names share)")
-    add("--png", action="store_true", help="also write one PNG per figure beside it")
+    add("--png", action="store_true", help="also write one PNG per plot beside it")
     args = parser.parse_args(arguments)
     most = len(RUN_COLOURS)
     if len(args.runs) > most:
@@ -918,8 +1108,12 @@ def main(arguments=None) -> int:
     runs = [load_run(folder, finished=False) for folder in args.runs]
     page = Page(runs)
     parts = sections(page)
+    cards = [card_of(page, run) for run in runs]
+    keys = [(page.key[id(run)], Key(run.name, page.colour[id(run)], "disc")) for run in runs]
+    title = args.title or shared_title(runs)
+    text = render(title, machine_text(page), cards, parts, keys if page.many else ())
     out = Path(args.out) if args.out else runs[0].folder / "report.html"
-    made = [write_atomic(out, build(page, args.title or shared_title(runs), parts))]
+    made = [write_atomic(out, text)]
     if args.png:
         made += write_pngs(parts, out.parent)
     said = f"made {', '.join(map(relative, made))}"

@@ -48,6 +48,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: make `tools` importable
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from tools import page
 from tools.common import (
     SCRIPT,
     Seeds,
@@ -68,6 +69,11 @@ POLL_SECONDS = 0.5
 LOG_LINES = 12
 LAST_LINES = "last log lines: "
 RANGES = ("log", "uniform", "int", "logint")  # kinds of a setting that lies in LO … HI
+STATES = {  # state of a trial -> colour
+    "complete": "#1a8a4a", "running": "#2f6fed", "pruned": "#d39b3c", "waiting": "#97a1ae",
+    "fail": "#cf3457",
+}
+DOT, BEST = "#2f6fed", "#d17a00"  # colours of a trial, and of the best
 MACHINE = socket.gethostname()
 
 
@@ -594,61 +600,127 @@ def results(args: argparse.Namespace) -> str:
     study = open_study(args, create=False)
     head, rows = rows_of(study, args)
     print(table(head, [list(map(shortened, row)) for row in rows]))
-    csv, page = Path(args.out) / "results.csv", Path(args.out) / "results.html"
+    csv, html = Path(args.out) / "results.csv", Path(args.out) / "results.html"
     write_atomic(csv, "".join(map(csv_line, [head, *rows])))
-    write_atomic(page, plots(study, args))
-    states = Counter(t.state.name.lower() for t in study.trials)
-    counts = [f"{count} {state}" for state, count in sorted(states.items())]
-    return f"{', '.join(counts)}; {relative(csv)}, {relative(page)}"
+    write_atomic(html, results_page(study, args))
+    counts = [f"{count} {state}" for state, count in counts_of(study).items()]
+    return f"{', '.join(counts)}; {relative(csv)}, {relative(html)}"
 
 
-def plots(study, args: argparse.Namespace) -> str:
-    """History, and a panel per setting, on an offline page; later trials are darker."""
-    go = need("plotly.graph_objects", "sweep")
+def counts_of(study) -> dict[str, int]:
+    """How many trials are in each state that any is in."""
+    return dict(sorted(Counter(t.state.name.lower() for t in study.trials).items()))
+
+
+# --- the page
+
+
+def results_page(study, args: argparse.Namespace) -> str:
+    """The best trial, the history, a plot per setting, and every trial, on an offline page."""
     done = in_state(study, "COMPLETE")
+    metric = args.metric
+    parts = [
+        page.Section(
+            "history", "Trials in order", "The line is the best so far; the star is the best of all.",
+            "no trial has finished", panels=history_panels(done, metric)),
+        page.Section(
+            "settings", "By setting", "A trial per dot; later ones are darker, the star is the best.",
+            "no trial has finished",
+            panels=[setting_panel(done, name, metric) for name in names_in(done)]),
+        page.Section(
+            "trials", "Every trial", "Finished ones by value. results.csv has the notes in full.",
+            "there is none", table=trial_table(study, args)),
+    ]
+    sentence = f"{metric} of {len(done)} finished trials, lower is better"
+    return page.render(args.study, sentence, [best_card(study, done, args)], parts)
+
+
+def best_card(study, done: list, args: argparse.Namespace) -> page.Card:
+    """The best trial with its settings, and how far the sweep is."""
+    counts = counts_of(study)
+    segments = [page.Segment(state, count, STATES[state]) for state, count in counts.items()]
+    text = ", ".join(f"{count} {state}" for state, count in counts.items())
+    meters = [page.Meter("trials", text, segments)]
     if not done:
-        return "<!doctype html><meta charset=utf-8><p>No trial has finished yet."
-    names = names_in(done)
-    panel_rows = -(-len(names) // 3)
-    fig = need("plotly.subplots", "sweep").make_subplots(
-        rows=1 + panel_rows,
-        cols=3,
-        subplot_titles=["trials in order; the line is the best so far", *names],
-        vertical_spacing=0.12,
-        specs=[[{"colspan": 3}, None, None], *([{}, {}, {}] for _ in range(panel_rows))],
-    )
+        return page.Card("NO RESULT YET", "open", args.study, "", "–", args.metric, meters)
+    best = best_of(done)
+    notes = [("plain", f"{name}={show(value)}") for name, value in sorted(best.params.items())]
+    name, figure = f"trial {best.number}", f"{best.value:.5f}"
+    return page.Card(f"BEST OF {len(done)}", "good", name, "", figure, args.metric, meters, notes)
+
+
+def best_of(done: list):
+    """The trial of the least value."""
+    return min(done, key=lambda trial: trial.value)
+
+
+def star(x, best) -> dict:
+    """A mark over the best trial."""
+    return {
+        "type": "scatter",
+        "x": [x],
+        "y": [best.value],
+        "mode": "markers",
+        "marker": {"symbol": "star", "size": 15, "color": BEST},
+        "hovertemplate": f"trial {best.number}, the best: %{{y:.6f}}<extra></extra>",
+    }
+
+
+def history_panels(done: list, metric: str) -> list[page.Panel]:
+    """Values in the order of the trials, and the best so far; none without a trial."""
+    if not done:
+        return []
     numbers = [t.number for t in done]
     values = [t.value for t in done]
-    best = list(itertools.accumulate(values, min))
-    fig.add_trace(go.Scatter(x=numbers, y=values, mode="markers"), row=1, col=1)
-    steps = go.Scatter(x=numbers, y=best, mode="lines", line={"shape": "hv"})
-    fig.add_trace(steps, row=1, col=1)
-    for i, name in enumerate(names):
-        place = {"row": 2 + i // 3, "col": 1 + i % 3}
-        drawn = [t for t in done if name in t.params]
-        fig.add_trace(setting_panel(go, drawn, name), **place)
-        if getattr(drawn[0].distributions[name], "log", False):
-            fig.update_xaxes(type="log", **place)
-    fig.update_layout(
-        template="plotly_white",
-        showlegend=False,
-        height=320 + 260 * panel_rows,
-        title=f"{args.study}: {args.metric} of {len(done)} trials",
-    )
-    return fig.to_html(include_plotlyjs=True, config={"displaylogo": False})
+    shown = "trial %{x}: %{y:.6f}<extra></extra>"
+    traces = [
+        {
+            "type": "scatter", "x": numbers, "y": list(itertools.accumulate(values, min)),
+            "mode": "lines", "line": {"shape": "hv", "color": BEST, "width": 2}, "hoverinfo": "skip",
+        },
+        {
+            "type": "scatter", "x": numbers, "y": values, "mode": "markers",
+            "marker": {"size": 8, "color": DOT}, "hovertemplate": shown,
+        },
+        star(best_of(done).number, best_of(done)),
+    ]
+    return [page.plot("history", "", traces, 280, {"title": "trial"}, {"title": metric})]
 
 
-def setting_panel(go, trials: list, name: str):
+def setting_panel(done: list, name: str, metric: str) -> page.Panel:
     """Value over one setting; later trials are darker."""
-    numbers = [t.number for t in trials]
-    light_to_dark = [[0, "#93c5fd"], [1, "#1e3a8a"]]
-    return go.Scatter(
-        x=[t.params[name] for t in trials],
-        y=[t.value for t in trials],
-        mode="markers",
-        text=[f"trial {number}" for number in numbers],
-        marker={"color": numbers, "colorscale": light_to_dark},
-    )
+    drawn = [t for t in done if name in t.params]
+    numbers = [t.number for t in drawn]
+    newest = max(numbers)
+    traces = [{
+        "type": "scatter",
+        "x": [t.params[name] for t in drawn],
+        "y": [t.value for t in drawn],
+        "mode": "markers",
+        "text": [f"trial {number}" for number in numbers],
+        "marker": {
+            "size": 9,
+            "color": DOT,
+            "opacity": [0.3 + 0.7 * number / max(newest, 1) for number in numbers],
+        },
+        "hovertemplate": "%{text}: %{y:.6f}<br>" + name + "=%{x}<extra></extra>",
+    }]
+    best = best_of(drawn)
+    traces.append(star(best.params[name], best))
+    x = {}
+    drawn_from = best.distributions[name]
+    if choices := getattr(drawn_from, "choices", None):
+        x = {"type": "category", "categoryorder": "array", "categoryarray": list(choices)}
+    elif drawn_from.log:
+        x = {"type": "log"}
+    return page.plot(f"setting-{name}", name, traces, 240, x, {"title": metric})
+
+
+def trial_table(study, args: argparse.Namespace) -> page.Table | None:
+    """The table of results; reasons are shortened."""
+    head, rows = rows_of(study, args)
+    cells = [[page.Cell(shortened(text)) for text in row] for row in rows]
+    return page.Table(head, cells, words=True) if rows else None
 
 
 def parse(arguments) -> argparse.Namespace:
