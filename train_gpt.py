@@ -1024,8 +1024,10 @@ class GPT(nn.Module):
         q, k, v = (flat.unflatten(2, (-1, s.head_dim)) for flat in (q_flat, k, v))
         q = normed_rotated(q, forward.rope, weights.q_gain)
         k = normed_rotated(k, forward.rope)
-        keys, values = (k, v) if forward.cache is None else forward.cache.extend(slot, k, v)
-        y = attention(q, keys, values, forward.layout)
+        if forward.cache is None:
+            y = attention(q, k, v, forward.layout)
+        else:
+            y = forward.cache.attend(slot, q, k, v)
         gate = None if weights.gate is None else self.head_gate(weights.gate, x, q_flat)
         if layer >= s.num_layers - s.xsa_last_n:
             y = remove_own_value(y, v, gate)
@@ -5638,6 +5640,149 @@ def own_value_backward_kernel(dout_ptr, y_ptr, v_ptr, gate_ptr, dy_ptr, dv_ptr, 
     tl.store(dv_ptr + dv_at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
 
+@jit
+def see_keys(q, k_ptr, v_ptr, count, newest, peak, total, acc, scale, KEY_WIDTH: tl.constexpr,
+             WIDTH: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+    """Online softmax of queries (rows, BW) over `count` keys, each up to its `newest`."""
+    channel = tl.arange(0, BW)
+    for start in range(0, count, BN):
+        key = start + tl.arange(0, BN)
+        inside = (key < count)[:, None] & (channel < WIDTH)[None, :]
+        at = key[:, None] * KEY_WIDTH + channel[None, :]
+        k = tl.load(k_ptr + at, mask=inside, other=0.0)
+        v = tl.load(v_ptr + at, mask=inside, other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        seen = (key < count)[None, :] & (key[None, :] <= newest[:, None])
+        score = tl.where(seen, score, -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(score, 1))
+        p = tl.exp(score - new_peak[:, None])
+        shrunk = tl.exp(peak - new_peak)
+        total = total * shrunk + tl.sum(p, 1)
+        acc = acc * shrunk[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        peak = new_peak
+    return peak, total, acc
+
+
+@jit
+def kept_keys_kernel(q_ptr, k_ptr, v_ptr, old_k_ptr, old_v_ptr, y_ptr, lse_ptr, T, room, first, seen,
+                     scale, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+                     BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+    """Queries of one document that share a key head, BM a program: over `seen` kept keys from
+    `first` on, then causally over the forward's own."""
+    document = tl.program_id(1).to(tl.int64) // KEY_HEADS
+    key_head = tl.program_id(1) % KEY_HEADS
+    KEY_WIDTH: tl.constexpr = KEY_HEADS * WIDTH
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    token = row // GROUP
+    query = token * (KEY_HEADS * GROUP) + key_head * GROUP + row % GROUP
+    channel = tl.arange(0, BW)
+    inside = (token < T)[:, None] & (channel < WIDTH)[None, :]
+    queries_before = document * T * (KEY_HEADS * GROUP)
+    at = query[:, None] * WIDTH + channel[None, :]
+    q = tl.load(q_ptr + queries_before * WIDTH + at, mask=inside, other=0.0)
+    old = (document * room + first) * KEY_WIDTH + key_head * WIDTH
+    own = document * T * KEY_WIDTH + key_head * WIDTH
+    peak = tl.full((BM,), -float("inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, BW), tl.float32)
+    peak, total, acc = see_keys(q, old_k_ptr + old, old_v_ptr + old, seen, token + seen, peak, total, acc,
+                                scale, KEY_WIDTH, WIDTH, BN, BW)
+    peak, total, acc = see_keys(q, k_ptr + own, v_ptr + own, T, token, peak, total, acc,
+                                scale, KEY_WIDTH, WIDTH, BN, BW)
+    y = acc / total[:, None]
+    tl.store(y_ptr + queries_before * WIDTH + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(lse_ptr + queries_before + query, peak + tl.log(total), mask=token < T)
+
+
+@jit
+def query_gradient(q, dy, lse, along, k_ptr, v_ptr, count, newest, dq, scale, KEY_WIDTH: tl.constexpr,
+                   WIDTH: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+    """dq (rows, BW) with what `count` keys add; along: <dy, y> of each row."""
+    channel = tl.arange(0, BW)
+    for start in range(0, count, BN):
+        key = start + tl.arange(0, BN)
+        inside = (key < count)[:, None] & (channel < WIDTH)[None, :]
+        at = key[:, None] * KEY_WIDTH + channel[None, :]
+        k = tl.load(k_ptr + at, mask=inside, other=0.0)
+        v = tl.load(v_ptr + at, mask=inside, other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        seen = (key < count)[None, :] & (key[None, :] <= newest[:, None])
+        p = tl.where(seen, tl.exp(score - lse[:, None]), 0.0)
+        dp = tl.dot(dy, tl.trans(v), input_precision="ieee")
+        d_score = p * (dp - along[:, None]) * scale
+        dq += tl.dot(d_score.to(k.dtype), k, input_precision="ieee")
+    return dq
+
+
+@jit
+def kept_keys_dq_kernel(dy_ptr, q_ptr, k_ptr, v_ptr, old_k_ptr, old_v_ptr, y_ptr, lse_ptr, dq_ptr, T,
+                        room, first, seen, scale, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr,
+                        WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+    """The gradient of the queries, tiles as above."""
+    document = tl.program_id(1).to(tl.int64) // KEY_HEADS
+    key_head = tl.program_id(1) % KEY_HEADS
+    KEY_WIDTH: tl.constexpr = KEY_HEADS * WIDTH
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    token = row // GROUP
+    query = token * (KEY_HEADS * GROUP) + key_head * GROUP + row % GROUP
+    channel = tl.arange(0, BW)
+    inside = (token < T)[:, None] & (channel < WIDTH)[None, :]
+    queries_before = document * T * (KEY_HEADS * GROUP)
+    at = queries_before * WIDTH + query[:, None] * WIDTH + channel[None, :]
+    q = tl.load(q_ptr + at, mask=inside, other=0.0)
+    dy = tl.load(dy_ptr + at, mask=inside, other=0.0)
+    y = tl.load(y_ptr + at, mask=inside, other=0.0)
+    along = tl.sum(y.to(tl.float32) * dy.to(tl.float32), 1)
+    lse = tl.load(lse_ptr + queries_before + query, mask=token < T, other=0.0)
+    old = (document * room + first) * KEY_WIDTH + key_head * WIDTH
+    own = document * T * KEY_WIDTH + key_head * WIDTH
+    dq = tl.zeros((BM, BW), tl.float32)
+    dq = query_gradient(q, dy, lse, along, old_k_ptr + old, old_v_ptr + old, seen, token + seen, dq,
+                        scale, KEY_WIDTH, WIDTH, BN, BW)
+    dq = query_gradient(q, dy, lse, along, k_ptr + own, v_ptr + own, T, token, dq,
+                        scale, KEY_WIDTH, WIDTH, BN, BW)
+    tl.store(dq_ptr + at, dq.to(dq_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def own_keys_gradient_kernel(dy_ptr, q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, dk_ptr, dv_ptr, T, scale,
+                             KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+                             BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+    """The gradients of the forward's own keys and values, BN a program; kept ones have none."""
+    document = tl.program_id(1).to(tl.int64) // KEY_HEADS
+    key_head = tl.program_id(1) % KEY_HEADS
+    key = tl.program_id(0) * BN + tl.arange(0, BN)
+    channel = tl.arange(0, BW)
+    inside_keys = (key < T)[:, None] & (channel < WIDTH)[None, :]
+    at_keys = (document * T * KEY_HEADS + key_head) * WIDTH
+    at_keys = at_keys + key[:, None] * (KEY_HEADS * WIDTH) + channel[None, :]
+    k = tl.load(k_ptr + at_keys, mask=inside_keys, other=0.0)
+    v = tl.load(v_ptr + at_keys, mask=inside_keys, other=0.0)
+    queries_before = document * T * (KEY_HEADS * GROUP)
+    dk = tl.zeros((BN, BW), tl.float32)
+    dv = tl.zeros((BN, BW), tl.float32)
+    for start in range(0, T * GROUP, BM):
+        row = start + tl.arange(0, BM)
+        token = row // GROUP
+        query = token * (KEY_HEADS * GROUP) + key_head * GROUP + row % GROUP
+        inside = (token < T)[:, None] & (channel < WIDTH)[None, :]
+        at = queries_before * WIDTH + query[:, None] * WIDTH + channel[None, :]
+        q = tl.load(q_ptr + at, mask=inside, other=0.0)
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0)
+        y = tl.load(y_ptr + at, mask=inside, other=0.0)
+        along = tl.sum(y.to(tl.float32) * dy.to(tl.float32), 1)
+        lse = tl.load(lse_ptr + queries_before + query, mask=token < T, other=0.0)
+        score = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
+        seen = (token < T)[None, :] & (key[:, None] <= token[None, :])
+        p = tl.where(seen, tl.exp(score - lse[None, :]), 0.0)
+        dv += tl.dot(p.to(dy.dtype), dy, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(dy), input_precision="ieee")
+        d_score = p * (dp - along[None, :]) * scale
+        dk += tl.dot(d_score.to(q.dtype), q, input_precision="ieee")
+    tl.store(dk_ptr + at_keys, dk.to(dk_ptr.dtype.element_ty), mask=inside_keys)
+    tl.store(dv_ptr + at_keys, dv.to(dv_ptr.dtype.element_ty), mask=inside_keys)
+
+
 # --- softcapped cross-entropy
 
 def ce_launch(V: int) -> dict:
@@ -6121,6 +6266,79 @@ def plain_rows(q, k, v) -> Tensor:
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                        enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2)
+
+
+# --- attention on kept keys, which are read where they lie: neither joined with new ones, nor given gradients
+
+KEPT_KEYS_TILE = dict(BM=64, BN=64, num_warps=4)
+
+
+def kept_keys_launch(kernel, rows: int, q: Tensor, key_heads: int, *arguments) -> None:
+    """Run a kernel above on tiles of `rows` rows (BM or BN of them each), for every document
+    and key head."""
+    B, T, heads, width = q.shape
+    if B * T:
+        tiles = triton.cdiv(rows, KEPT_KEYS_TILE["BM"])
+        kernel[(tiles, B * key_heads)](
+            *arguments, width ** -0.5, KEY_HEADS=key_heads, GROUP=heads // key_heads, WIDTH=width,
+            BW=triton.next_power_of_2(width), **KEPT_KEYS_TILE)
+
+
+@operator(lambda q, *_: (room(q), q.new_empty(q.shape[:3], dtype=torch.float32)))
+def kept_keys_forward(q: Tensor, k: Tensor, v: Tensor, old_k: Tensor, old_v: Tensor, first: int,
+                      seen: int) -> tuple[Tensor, Tensor]:
+    """q (B, T, H, Dh), k, v (B, T, K, Dh), old_k, old_v (B, P, K, Dh), of which `seen` from
+    `first` on are seen -> y like q, log Σ exp (B, T, H) float32."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    y, lse = room(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    T, heads, key_heads = q.shape[1], q.shape[2], k.shape[2]
+    kept_keys_launch(kept_keys_kernel, T * (heads // key_heads), q, key_heads, q, k, v, old_k, old_v, y,
+                     lse, T, old_k.shape[1], first, seen)
+    return y, lse
+
+
+@operator(lambda dy, q, k, v, *_: (room(q), room(k), room(v)))
+def kept_keys_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, old_k: Tensor, old_v: Tensor,
+                       y: Tensor, lse: Tensor, first: int, seen: int) -> tuple[Tensor, Tensor, Tensor]:
+    """dy, y (B, T, H, Dh) -> the gradients of q, k and v."""
+    dy, q, k, v = dy.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
+    dq, dk, dv = room(q), room(k), room(v)
+    T, heads, key_heads = q.shape[1], q.shape[2], k.shape[2]
+    kept_keys_launch(kept_keys_dq_kernel, T * (heads // key_heads), q, key_heads, dy, q, k, v, old_k,
+                     old_v, y, lse, dq, T, old_k.shape[1], first, seen)
+    kept_keys_launch(own_keys_gradient_kernel, T, q, key_heads, dy, q, k, v, y, lse, dk, dv, T)
+    return dq, dk, dv
+
+
+def keep_seen(ctx, inputs, output):
+    """What the gradient of kept_keys_forward needs."""
+    *tensors, ctx.first, ctx.seen = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def kept_keys_gradient(ctx, dy, _):
+    """Of q, k and v."""
+    gradients = kept_keys_backward(dy, *ctx.saved_tensors, ctx.first, ctx.seen)
+    return *gradients, None, None, None, None
+
+
+kept_keys_forward.register_autograd(kept_keys_gradient, setup_context=keep_seen)
+
+
+def joined(k: Tensor, v: Tensor, old_k: Tensor, old_v: Tensor, first: int,
+           seen: int) -> tuple[Tensor, Tensor]:
+    """k, v (B, T, …) behind `seen` of old_k, old_v (B, P, …) from `first` on."""
+    return (torch.cat((old_k.narrow(1, first, seen), k), dim=1),
+            torch.cat((old_v.narrow(1, first, seen), v), dim=1))
+
+
+def attention_on_kept(q: Tensor, k: Tensor, v: Tensor, old_k: Tensor, old_v: Tensor, first: int,
+                      seen: int, kernel: bool | None = None) -> Tensor:
+    """Causal attention of q (B, T, H, Dh) on k, v (B, T, K, Dh) and, ahead of them, `seen`
+    of the kept old_k, old_v (B, P, K, Dh) from `first` on, which have no gradient."""
+    if use_triton(kernel, q.is_cuda and q.dtype in HALF):
+        return kept_keys_forward(q, k, v, old_k, old_v, first, seen)[0]
+    return attention(q, *joined(k, v, old_k, old_v, first, seen))
 
 
 # FlashAttention-4 registers no custom ops, and PyTorch 2.13's activate_flash_attention_impl
@@ -7398,7 +7616,7 @@ def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
     exp(TTT_CACHE_THETA (cos(h_i, h_t) - 1)); all together count w =
     min(MOST_OF_CACHE, TTT_CACHE_LAMBDA max a_i): (1 - w) p + w sum(a_i [i's token is
     the target]) / sum(a_i), which sums to 1 over the vocabulary."""
-    past, said = cache.new[cache.STATES]
+    past, said = cache.remembered()
     h, targets = (x[:, -losses.size(1):] for x in (past, said))
     place = torch.arange(past.size(1), device=h.device)
     earlier = place < place[-h.size(1):, None]      # what came after t itself is the target
@@ -8741,13 +8959,14 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
 
 class KeyCache:
     """Keys and values that earlier forwards of B documents left behind, cut from
-    their graph: per slot (B, P, K, Dh), oldest first. For the next forward:
+    their graph: per slot (B, P, K, Dh), oldest first, with room for more at the end.
+    For the next forward:
 
         a document's tokens   ... out of sight | seen | suffix | chunk ...
         kept keys             ... ---------------------------->
         the forward's inputs                          |-------------->
 
-    It sees `seen` old keys, up to index `end`, and makes those of the suffix anew.
+    It sees `seen` kept keys, up to index `end`, and makes those of the suffix anew.
     position: the document's tokens ahead of its inputs; last (B, 2): the nearest of
     them. states: final hidden states are kept as well."""
     STATES = -1      # the slot of states (B, P, D), of length 1, and of tokens after them (B, P)
@@ -8765,22 +8984,26 @@ class KeyCache:
         self.seen = 0
         self.end = 0
         self.last: Tensor | None = None
-        self.old: dict[int, tuple[Tensor, Tensor]] = {}
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values that a forward's queries may see, its own last."""
-        if slot in self.old:      # cut here: views would need other graphs
-            old_k, old_v = self.old[slot]
-            first = self.end - self.seen
-            k = torch.cat((old_k.narrow(1, first, self.seen), k), dim=1)
-            v = torch.cat((old_v.narrow(1, first, self.seen), v), dim=1)
-        # a first forward's values are a slice of one product: kept so, they would need other graphs
-        self.new[slot] = (k.detach(), v.detach().contiguous())
-        return k, v
+    def attend(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of a forward's queries on all keys that they may see, its own last."""
+        self.new[slot] = (k.detach(), v.detach())
+        if slot not in self.kept:
+            return attention(q, k, v)
+        # whole, and cut there: views would need other graphs
+        return attention_on_kept(q, k, v, *self.kept[slot], self.end - self.seen, self.seen)
 
     def remember(self, hidden: Tensor, tokens: Tensor) -> None:
         """Keep final hidden states (B, T, D) and the tokens (B, T) that follow them."""
-        self.extend(self.STATES, F.normalize(hidden, dim=-1), tokens)
+        self.new[self.STATES] = (F.normalize(hidden.detach(), dim=-1), tokens)
+
+    def remembered(self) -> tuple[Tensor, Tensor]:
+        """The states and tokens that a forward may see, its own last."""
+        states, tokens = self.new[self.STATES]
+        if self.STATES not in self.kept:
+            return states, tokens
+        return joined(states, tokens, *self.kept[self.STATES], self.end - self.seen, self.seen)
 
     def seal(self, ids: Tensor) -> None:
         """The forward over tokens ids (B, T) was scored: the keys it saw are those to
@@ -8793,7 +9016,7 @@ class KeyCache:
         the window has room for them beside `chunk` new ones. Returns how many it runs
         again: all where fewer than two keys lie ahead of the suffix, as a document's
         beginning has a graph already; any other suffix shares one graph."""
-        ids, old = self.sealed
+        ids, new = self.sealed
         self.sealed = None
         keys = self.seen + ids.size(1)
         room = self.window - chunk
@@ -8803,8 +9026,25 @@ class KeyCache:
             self.begin_again()
             return min(keys, room)
         self.slide(ids, rerun)
-        self.old, self.end, self.seen = old, keys - rerun, seen
+        self.write(new, ids.size(1))
+        self.end += ids.size(1) - rerun
+        self.seen = seen
         return rerun
+
+    def write(self, new: dict, length: int) -> None:
+        """Put a forward's keys behind those that it saw, which move to the front where
+        the room is used up: seldom, so that hardly a key is copied."""
+        room = 2 * self.window
+        begin = self.end - self.seen
+        end = self.end if self.end + length <= room else self.seen
+        for slot, pair in new.items():
+            if slot not in self.kept:
+                self.kept[slot] = tuple(x.new_empty(x.size(0), room, *x.shape[2:]) for x in pair)
+            for kept, x in zip(self.kept[slot], pair):
+                if end < self.end:
+                    kept[:, :end] = kept[:, begin:self.end].clone()
+                kept[:, end:end + length] = x
+        self.end = end
 
     def slide(self, ids: Tensor, rerun: int) -> None:
         """The next inputs begin `rerun` tokens before the end of the scored ids (B, T)."""
@@ -8815,8 +9055,8 @@ class KeyCache:
 
     def keep(self, rows: slice) -> None:
         """Go on with these documents only."""
-        for slot, (k, v) in self.old.items():
-            self.old[slot] = (k[rows].clone(), v[rows].clone())
+        for slot, (k, v) in self.kept.items():
+            self.kept[slot] = (k[rows].clone(), v[rows].clone())
         if self.last is not None:
             self.last = self.last[rows]
 

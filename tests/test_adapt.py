@@ -188,7 +188,8 @@ def test_cached_keys_end_at_the_window(s):
             cache.seal(tokens[:, c:c + 8])
             cache.advance(8)
         assert cache.position == 64 and cache.seen == 16
-        assert all(k.size(1) == 24 for k, _ in cache.old.values())
+        assert cache.end == 16 + 8 + 8  # moved to the front for the seventh
+        assert all(k.size(1) == 48 for k, _ in cache.kept.values())
         return loss
     assert torch.equal(last_chunk(x), last_chunk(other))
 
