@@ -2257,24 +2257,30 @@ class BoundAdapter(NamedTuple):
 class Adapter:
     """Low-rank adapters for `rows` documents side by side: per kind A (S, r, in)
     uniform(±1/sqrt(in)), frozen and the same for each, and B (S, rows, out, r) zero: a
-    fresh one changes nothing. S counts executed slots; the head has one."""
+    fresh one changes nothing. S counts executed slots; the head has one. Forwards read B
+    in `dtype`; steps add up in exact_b, float32."""
 
-    def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu"):
-        self.s = s
+    def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu", dtype=torch.float32):
+        self.s, self.dtype = s, dtype
         self.scale = s.ttt_lora_alpha / s.ttt_lora_rank
         outputs = dict.fromkeys(ADAPTED, s.model_dim)
         outputs.update(k=s.kv_dim, v=s.kv_dim, head=s.vocab_size)
         # no nn.Parameters: torch.compile would make a graph for every number of rows
         self.a: dict[str, Tensor] = {}
         self.b: dict[str, Tensor] = {}
+        self.exact_b: dict[str, Tensor] = {}
         for kind, out in outputs.items():
             if not getattr(s, f"ttt_{kind}_lora"):
                 continue
             slots = 1 if kind == "head" else plan.slots
             self.a[kind] = torch.empty(slots, s.ttt_lora_rank, s.model_dim, device=device)
-            self.b[kind] = torch.zeros(slots, rows, out, s.ttt_lora_rank, device=device,
-                                       requires_grad=True)
+            self.hold(kind, torch.zeros(slots, rows, out, s.ttt_lora_rank, device=device))
         self.draw_a()
+
+    def hold(self, kind: str, b: Tensor) -> None:
+        """Take B (S, rows, out, r) float32; in float32 forwards read the same memory."""
+        self.exact_b[kind] = b
+        self.b[kind] = b.to(self.dtype).detach().requires_grad_()
 
     def parameters(self) -> list[Tensor]:
         return [*self.a.values(), *self.b.values()]
@@ -2283,12 +2289,14 @@ class Adapter:
         """What a step changes, each (S, rows, …)."""
         return [p for p in self.parameters() if p.requires_grad]
 
-    @torch.no_grad()
+    def exact(self) -> list[Tensor]:
+        """The same in float32."""
+        return [a.detach() for a in self.a.values() if a.requires_grad] + [*self.exact_b.values()]
+
     def keep(self, rows: slice) -> None:
         """Go on with these documents only."""
-        for kind, b in self.b.items():
-            kept = b[:, rows].clone(memory_format=torch.contiguous_format)
-            self.b[kind] = kept.requires_grad_()
+        for kind, b in self.exact_b.items():
+            self.hold(kind, b[:, rows].clone(memory_format=torch.contiguous_format))
 
     @torch.no_grad()
     def draw_a(self) -> None:
@@ -2447,23 +2455,26 @@ def step_rates(s: Settings, promised: Tensor, losses: Tensor) -> tuple[Tensor, T
 
 
 @torch.no_grad()
-def normalised_step(s: Settings, params: list[Tensor], losses: Tensor) -> Tensor:
+def normalised_step(s: Settings, params: list[Tensor], exact: list[Tensor], losses: Tensor) -> Tensor:
     """A step of every document's matrices (S, rows, R, C), each along its gradient
     over the gradient's RMS: no state. To first order a rate of 1 lowers the document's
     loss (rows,) by the sum of N * RMS over its matrices of N entries. A document whose
-    gradient is not finite takes none. Returns whose step was shortened (rows,)."""
-    sizes = [p.grad.square().mean(dim=(-2, -1)).sqrt() for p in params]
+    gradient is not finite takes none. exact: the same matrices in float32. Returns whose
+    step was shortened (rows,)."""
+    sizes = [p.grad.float().square().mean(dim=(-2, -1)).sqrt() for p in params]
     promised = torch.zeros_like(losses)
     for p, size in zip(params, sizes):
         promised += p.size(-2) * p.size(-1) * size.sum(0)
     rates, shortened = step_rates(s, promised, losses)
     broken = ~(promised.isfinite() & losses.isfinite())
     rates = rates.masked_fill(broken, 0)
-    for p, size in zip(params, sizes):
-        p.grad.masked_fill_(broken[:, None, None], 0)
+    for p, wide, size in zip(params, exact, sizes):
+        gradient = p.grad.float().masked_fill(broken[:, None, None], 0)
         per_entry = (rates / (size + 1e-12)).masked_fill(broken, 0)
-        p.mul_(1 - rates[:, None, None] * s.ttt_weight_decay)
-        p.addcmul_(p.grad, per_entry[..., None, None], value=-1)
+        wide.mul_(1 - rates[:, None, None] * s.ttt_weight_decay)
+        wide.addcmul_(gradient, per_entry[..., None, None], value=-1)
+        if p.dtype != wide.dtype:      # else they are the same memory
+            p.copy_(wide)
     return shortened | broken
 
 
@@ -2505,6 +2516,7 @@ class PhasedTTT:
         self.lengths = val.documents.length
         self.watch = Watchdog(s, world, self.lengths, clock, self.trace)
         self.losses = compiled(s, world.device, model.losses, fullgraph=True, dynamic=True)
+        self.step = compiled(s, world.device, normalised_step, fullgraph=True, dynamic=True)
         self.ledger = ledger or Ledger(val, world.device)
         self.shortened = torch.zeros((), dtype=torch.int64, device=world.device)
 
@@ -2543,7 +2555,7 @@ class PhasedTTT:
 
     def adapter_for(self, rows: int) -> Adapter:
         """A fresh one for so many documents."""
-        adapter = Adapter(self.s, self.plan, rows, self.world.device)
+        adapter = Adapter(self.s, self.plan, rows, self.world.device, self.model.compute_dtype)
         self.trace("lora", adapter=adapter)
         return adapter
 
@@ -2644,7 +2656,7 @@ class PhasedTTT:
             of_chunk = losses[:, -scored.chunk:].mean(dim=1) * later
             of_chunk.sum().backward(inputs=trained)
             if optimiser is None:
-                shortened = normalised_step(self.s, trained, of_chunk.detach())
+                shortened = self.step(self.s, trained, adapter.exact(), of_chunk.detach())
             else:
                 shortened = optimiser_step(optimiser, trained)
             self.shortened += shortened.sum()
@@ -2705,27 +2717,6 @@ class PhasedTTT:
     def rows_of(self, tokens: np.ndarray) -> Batch:
         """The batch of a rank's tokens: packed documents of at most EVAL_SEQ_LEN."""
         return packed_batch(tokens, self.s.eval_seq_len)
-
-
-def total_gradients(world: World, model: GPT, clip: float) -> Tensor:
-    """Sum all gradients over the ranks and clip their norm (0: no clipping); returns
-    the norm before."""
-    for p in model.parameters():
-        p.grad = world.total(torch.zeros_like(p) if p.grad is None else p.grad)
-    return nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
-
-
-def phase_steps(s: Settings, tokens: int) -> list[tuple[int, int, int]]:
-    """The steps of the base weights in a phase over so many tokens: chunk, first
-    input, end. As published the last chunk is left out, unless it is alone."""
-    size, length, steps = s.global_ttt_chunk_tokens, s.eval_seq_len, []
-    chunks = math.ceil((tokens - 1) / size)
-    for c in range(max(chunks - 1, 1)):
-        rows = min(size, tokens - 1 - c * size) // length
-        firsts = list(range(0, rows, s.global_ttt_batch_seqs))
-        cuts = [c * size + row * length for row in (*firsts, rows)]
-        steps += s.global_ttt_epochs * [(c, *pair) for pair in zip(cuts, cuts[1:])]
-    return steps
 
 
 # ========================================
@@ -2850,6 +2841,14 @@ def build_model(s: Settings, world: World) -> GPT:
     model = GPT(s, torch.Generator().manual_seed(s.seed)).to(world.device)
     model.compute_dtype = pick_dtype(s.compute_dtype, world.device)
     return model
+
+
+def total_gradients(world: World, model: GPT, clip: float) -> Tensor:
+    """Sum all gradients over the ranks and clip their norm (0: no clipping); returns
+    the norm before."""
+    for p in model.parameters():
+        p.grad = world.total(torch.zeros_like(p) if p.grad is None else p.grad)
+    return nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
 
 
 # --- reading settings
@@ -9171,10 +9170,12 @@ def warn_of_shortened_steps(s: Settings, shortened: int, trace: Callable) -> Non
 
 class RecordAdapter(Adapter):
     """Without TTT_SHARED_A every document has an A (S, rows, r, in) of its own, which
-    learns as well."""
+    learns as well. An optimiser with a state trains float32."""
 
-    def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu"):
-        super().__init__(s, plan, rows, device)
+    def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu", dtype=torch.float32):
+        if s.ttt_optimizer != "normalised":
+            dtype = torch.float32
+        super().__init__(s, plan, rows, device, dtype)
         if s.ttt_shared_a:
             return
         for kind, a in self.a.items():
@@ -9184,7 +9185,7 @@ class RecordAdapter(Adapter):
     @torch.no_grad()
     def reset(self) -> None:
         """Start new documents: B back to zero; A kept (warm start) or drawn anew."""
-        for b in self.b.values():
+        for b in (*self.b.values(), *self.exact_b.values()):
             b.zero_()
         if not self.s.ttt_warm_start_a:
             self.draw_a()
@@ -9213,6 +9214,19 @@ def rounds_by_length(s: Settings, lengths: np.ndarray, bounds: list[int]) -> lis
             rounds.append(Round(current, shortest_first[:bounds[len(rounds)]]))
             current = []
     return rounds + [Round(current, None)]
+
+
+def phase_steps(s: Settings, tokens: int) -> list[tuple[int, int, int]]:
+    """The steps of the base weights in a phase over so many tokens: chunk, first
+    input, end. As published the last chunk is left out, unless it is alone."""
+    size, length, steps = s.global_ttt_chunk_tokens, s.eval_seq_len, []
+    chunks = math.ceil((tokens - 1) / size)
+    for c in range(max(chunks - 1, 1)):
+        rows = min(size, tokens - 1 - c * size) // length
+        firsts = list(range(0, rows, s.global_ttt_batch_seqs))
+        cuts = [c * size + row * length for row in (*firsts, rows)]
+        steps += s.global_ttt_epochs * [(c, *pair) for pair in zip(cuts, cuts[1:])]
+    return steps
 
 
 MOST_NATS = 4.0           # from which on an optimiser's promise is not believed; 2.7 still gained
@@ -9750,8 +9764,8 @@ class Corrector:
 class LineageAdapter(Adapter):
     """An adapter whose rows have counts of earlier text."""
 
-    def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu"):
-        super().__init__(s, plan, rows, device)
+    def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu", dtype=torch.float32):
+        super().__init__(s, plan, rows, device, dtype)
         self.correctors: list[Corrector] = []
         self.bias: Tensor | None = None     # of a chunk's logits, (rows, 1, V) bfloat16
 

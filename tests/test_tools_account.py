@@ -58,7 +58,7 @@ def counted(function, *shapes, dtype=torch.bfloat16):
         compiled = torch.compile(function, fullgraph=True)
         if function is not head:
             tensors = [t.detach() for t in tensors]
-        return Job(lambda: compiled(*tensors), lambda: tensors[0].detach().mul(2).sum())
+        return Job([lambda: compiled(*tensors)], lambda: tensors[0].detach().mul(2).sum())
     recorder = lower(prepare)
     kernels = [[k.graph, k.kind, k.read, k.written, k.flops] for k in recorder.kernels]
     return dict(kernels=kernels, kept=recorder.kept, launches=recorder.launches)
