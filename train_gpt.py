@@ -6269,7 +6269,7 @@ def plain_rows(q, k, v) -> Tensor:
 
 # --- attention on kept keys, which are read where they lie: neither joined with new ones, nor given gradients
 
-KEPT_KEYS_TILE = dict(BM=64, BN=64, num_warps=4)
+KEPT_KEYS_TILE = dict(BM=64, BN=64, num_warps=4, num_stages=3)
 
 
 def kept_keys_launch(kernel, rows: int, q: Tensor, key_heads: int, *arguments) -> None:

@@ -283,6 +283,26 @@ def test_a_step_that_promises_too_much_is_shortened():
     assert promised == pytest.approx(most, rel=1e-4) and all(shortened)
 
 
+def test_steps_add_up_in_float32():
+    """Forwards in bfloat16 read what the same steps make of a float32 adapter, rounded; after rows have left,
+    too."""
+    s, random = settings(TTT_STEP_SHARE=0.25), torch.Generator().manual_seed(0)
+    wide, narrow = (tg.Adapter(s, tg.layer_plan(s, True), 5, dtype=dtype)
+                    for dtype in (torch.float32, torch.bfloat16))
+    for rows in (slice(None), slice(-3, None)):
+        for adapter in (wide, narrow):
+            adapter.keep(rows)
+        for kind, p in narrow.b.items():
+            p.grad = torch.randn(p.shape, generator=random).bfloat16()
+            wide.b[kind].grad = p.grad.float()
+        for adapter in (wide, narrow):
+            losses = torch.ones(adapter.b["q"].size(1))
+            tg.normalised_step(s, adapter.trained(), adapter.exact(), losses)
+        for kind, p in narrow.b.items():
+            assert torch.equal(narrow.exact_b[kind], wide.b[kind]) and p.any()
+            assert torch.equal(p, wide.b[kind].bfloat16())
+
+
 RULES = {
     "rate": lambda params: tg.normalised_step(
         settings(TTT_LORA_LR=0.004), params, exact(params), torch.ones(3)),
