@@ -2278,9 +2278,9 @@ class Adapter:
         self.draw_a()
 
     def hold(self, kind: str, b: Tensor) -> None:
-        """Take B (S, rows, out, r) float32; in float32 forwards read the same memory."""
-        self.exact_b[kind] = b
+        """Take B (S, rows, out, r) float32."""
         self.b[kind] = b.to(self.dtype).detach().requires_grad_()
+        self.exact_b[kind] = self.b[kind] if self.dtype == b.dtype else b
 
     def parameters(self) -> list[Tensor]:
         return [*self.a.values(), *self.b.values()]
@@ -2290,9 +2290,10 @@ class Adapter:
         return [p for p in self.parameters() if p.requires_grad]
 
     def exact(self) -> list[Tensor]:
-        """The same in float32."""
-        return [a.detach() for a in self.a.values() if a.requires_grad] + [*self.exact_b.values()]
+        """The same in float32; what is float32 anyway is the same tensor."""
+        return [a for a in self.a.values() if a.requires_grad] + [*self.exact_b.values()]
 
+    @torch.no_grad()
     def keep(self, rows: slice) -> None:
         """Go on with these documents only."""
         for kind, b in self.exact_b.items():
@@ -2473,7 +2474,7 @@ def normalised_step(s: Settings, params: list[Tensor], exact: list[Tensor], loss
         per_entry = (rates / (size + 1e-12)).masked_fill(broken, 0)
         wide.mul_(1 - rates[:, None, None] * s.ttt_weight_decay)
         wide.addcmul_(gradient, per_entry[..., None, None], value=-1)
-        if p.dtype != wide.dtype:      # else they are the same memory
+        if p.dtype != wide.dtype:      # else they are the same
             p.copy_(wide)
     return shortened | broken
 
