@@ -993,8 +993,10 @@ class GPT(nn.Module):
         q, k, v = (flat.unflatten(2, (-1, s.head_dim)) for flat in (q_flat, k, v))
         q = normed_rotated(q, forward.rope, weights["q_gain"])
         k = normed_rotated(k, forward.rope)
-        keys, values = (k, v) if forward.cache is None else forward.cache.extend(slot, k, v)
-        y = attention(q, keys, values, forward.layout)
+        if forward.cache is None:
+            y = attention(q, k, v, forward.layout)
+        else:
+            y = forward.cache.attend(slot, q, k, v)
         gate = self.head_gate(weights, x, q_flat)
         if layer >= s.num_layers - s.xsa_last_n:
             y = remove_own_value(y, v, gate)
@@ -2225,24 +2227,30 @@ class BoundAdapter(NamedTuple):
 class Adapter:
     """Low-rank adapters for `rows` documents side by side: per kind A (S, r, in)
     uniform(±1/sqrt(in)), frozen and the same for each, and B (S, rows, out, r) zero: a
-    fresh one changes nothing. S counts executed slots; the head has one."""
+    fresh one changes nothing. S counts executed slots; the head has one. Forwards read B
+    in `dtype`; steps add up in exact_b, float32."""
 
-    def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu"):
-        self.s = s
+    def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu", dtype=torch.float32):
+        self.s, self.dtype = s, dtype
         self.scale = s.ttt_lora_alpha / s.ttt_lora_rank
         outputs = dict.fromkeys(ADAPTED, s.model_dim)
         outputs.update(k=s.kv_dim, v=s.kv_dim, head=s.vocab_size)
         # no nn.Parameters: torch.compile would make a graph for every number of rows
         self.a: dict[str, Tensor] = {}
         self.b: dict[str, Tensor] = {}
+        self.exact_b: dict[str, Tensor] = {}
         for kind, out in outputs.items():
             if not getattr(s, f"ttt_{kind}_lora"):
                 continue
             slots = 1 if kind == "head" else plan.slots
             self.a[kind] = torch.empty(slots, s.ttt_lora_rank, s.model_dim, device=device)
-            self.b[kind] = torch.zeros(slots, rows, out, s.ttt_lora_rank, device=device,
-                                       requires_grad=True)
+            self.hold(kind, torch.zeros(slots, rows, out, s.ttt_lora_rank, device=device))
         self.draw_a()
+
+    def hold(self, kind: str, b: Tensor) -> None:
+        """Take B (S, rows, out, r) float32."""
+        self.b[kind] = b.to(self.dtype).detach().requires_grad_()
+        self.exact_b[kind] = self.b[kind] if self.dtype == b.dtype else b
 
     def parameters(self) -> list[Tensor]:
         return [*self.a.values(), *self.b.values()]
@@ -2251,12 +2259,15 @@ class Adapter:
         """What a step changes, each (S, rows, …)."""
         return [p for p in self.parameters() if p.requires_grad]
 
+    def exact(self) -> list[Tensor]:
+        """The same in float32; what is float32 anyway is the same tensor."""
+        return [a for a in self.a.values() if a.requires_grad] + [*self.exact_b.values()]
+
     @torch.no_grad()
     def keep(self, rows: slice) -> None:
         """Go on with these documents only."""
-        for kind, b in self.b.items():
-            kept = b[:, rows].clone(memory_format=torch.contiguous_format)
-            self.b[kind] = kept.requires_grad_()
+        for kind, b in self.exact_b.items():
+            self.hold(kind, b[:, rows].clone(memory_format=torch.contiguous_format))
 
     @torch.no_grad()
     def draw_a(self) -> None:
@@ -2415,23 +2426,26 @@ def step_rates(s: Settings, promised: Tensor, losses: Tensor) -> tuple[Tensor, T
 
 
 @torch.no_grad()
-def normalised_step(s: Settings, params: list[Tensor], losses: Tensor) -> Tensor:
+def normalised_step(s: Settings, params: list[Tensor], exact: list[Tensor], losses: Tensor) -> Tensor:
     """A step of every document's matrices (S, rows, R, C), each along its gradient
     over the gradient's RMS: no state. To first order a rate of 1 lowers the document's
     loss (rows,) by the sum of N * RMS over its matrices of N entries. A document whose
-    gradient is not finite takes none. Returns whose step was shortened (rows,)."""
-    sizes = [p.grad.square().mean(dim=(-2, -1)).sqrt() for p in params]
+    gradient is not finite takes none. exact: the same matrices in float32. Returns whose
+    step was shortened (rows,)."""
+    sizes = [p.grad.float().square().mean(dim=(-2, -1)).sqrt() for p in params]
     promised = torch.zeros_like(losses)
     for p, size in zip(params, sizes):
         promised += p.size(-2) * p.size(-1) * size.sum(0)
     rates, shortened = step_rates(s, promised, losses)
     broken = ~(promised.isfinite() & losses.isfinite())
     rates = rates.masked_fill(broken, 0)
-    for p, size in zip(params, sizes):
-        p.grad.masked_fill_(broken[:, None, None], 0)
+    for p, wide, size in zip(params, exact, sizes):
+        gradient = p.grad.float().masked_fill(broken[:, None, None], 0)
         per_entry = (rates / (size + 1e-12)).masked_fill(broken, 0)
-        p.mul_(1 - rates[:, None, None] * s.ttt_weight_decay)
-        p.addcmul_(p.grad, per_entry[..., None, None], value=-1)
+        wide.mul_(1 - rates[:, None, None] * s.ttt_weight_decay)
+        wide.addcmul_(gradient, per_entry[..., None, None], value=-1)
+        if p.dtype != wide.dtype:      # else they are the same
+            p.copy_(wide)
     return shortened | broken
 
 
@@ -2473,6 +2487,7 @@ class PhasedTTT:
         self.lengths = val.documents.length
         self.watch = Watchdog(s, world, self.lengths, clock, self.trace)
         self.losses = compiled(s, world.device, model.losses, fullgraph=True, dynamic=True)
+        self.step = compiled(s, world.device, normalised_step, fullgraph=True, dynamic=True)
         self.ledger = ledger or Ledger(val, world.device)
         self.shortened = torch.zeros((), dtype=torch.int64, device=world.device)
 
@@ -2513,7 +2528,7 @@ class PhasedTTT:
 
     def adapter_for(self, rows: int) -> Adapter:
         """A fresh one for so many documents."""
-        adapter = Adapter(self.s, self.plan, rows, self.world.device)
+        adapter = Adapter(self.s, self.plan, rows, self.world.device, self.model.compute_dtype)
         self.trace("lora", adapter=adapter)
         return adapter
 
@@ -2614,7 +2629,7 @@ class PhasedTTT:
             of_chunk = losses[:, -scored.chunk:].mean(dim=1) * later
             of_chunk.sum().backward(inputs=trained)
             if optimiser is None:
-                shortened = normalised_step(self.s, trained, of_chunk.detach())
+                shortened = self.step(self.s, trained, adapter.exact(), of_chunk.detach())
             else:
                 shortened = optimiser_step(optimiser, trained)
             self.shortened += shortened.sum()
@@ -2675,27 +2690,6 @@ class PhasedTTT:
     def rows_of(self, tokens: np.ndarray) -> Batch:
         """The batch of a rank's tokens: packed documents of at most EVAL_SEQ_LEN."""
         return packed_batch(tokens, self.s.eval_seq_len)
-
-
-def total_gradients(world: World, model: GPT, clip: float) -> Tensor:
-    """Sum all gradients over the ranks and clip their norm (0: no clipping); returns
-    the norm before."""
-    for p in model.parameters():
-        p.grad = world.total(torch.zeros_like(p) if p.grad is None else p.grad)
-    return nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
-
-
-def phase_steps(s: Settings, tokens: int) -> list[tuple[int, int, int]]:
-    """The steps of the base weights in a phase over so many tokens: chunk, first
-    input, end. As published the last chunk is left out, unless it is alone."""
-    size, length, steps = s.global_ttt_chunk_tokens, s.eval_seq_len, []
-    chunks = math.ceil((tokens - 1) / size)
-    for c in range(max(chunks - 1, 1)):
-        rows = min(size, tokens - 1 - c * size) // length
-        firsts = list(range(0, rows, s.global_ttt_batch_seqs))
-        cuts = [c * size + row * length for row in (*firsts, rows)]
-        steps += s.global_ttt_epochs * [(c, *pair) for pair in zip(cuts, cuts[1:])]
-    return steps
 
 
 # ========================================
@@ -2832,6 +2826,14 @@ def build_model(s: Settings, world: World) -> GPT:
     model = GPT(s, torch.Generator().manual_seed(s.seed)).to(world.device)
     model.compute_dtype = pick_dtype(s.compute_dtype, world.device)
     return model
+
+
+def total_gradients(world: World, model: GPT, clip: float) -> Tensor:
+    """Sum all gradients over the ranks and clip their norm (0: no clipping); returns
+    the norm before."""
+    for p in model.parameters():
+        p.grad = world.total(torch.zeros_like(p) if p.grad is None else p.grad)
+    return nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
 
 
 # --- reading settings
@@ -5697,6 +5699,149 @@ def own_value_backward_kernel(dout_ptr, y_ptr, v_ptr, gate_ptr, dy_ptr, dv_ptr, 
     tl.store(dv_ptr + dv_at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
 
+@jit
+def see_keys(q, k_ptr, v_ptr, count, newest, peak, total, acc, scale, KEY_WIDTH: tl.constexpr,
+             WIDTH: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+    """Online softmax of queries (rows, BW) over `count` keys, each up to its `newest`."""
+    channel = tl.arange(0, BW)
+    for start in range(0, count, BN):
+        key = start + tl.arange(0, BN)
+        inside = (key < count)[:, None] & (channel < WIDTH)[None, :]
+        at = key[:, None] * KEY_WIDTH + channel[None, :]
+        k = tl.load(k_ptr + at, mask=inside, other=0.0)
+        v = tl.load(v_ptr + at, mask=inside, other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        seen = (key < count)[None, :] & (key[None, :] <= newest[:, None])
+        score = tl.where(seen, score, -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(score, 1))
+        p = tl.exp(score - new_peak[:, None])
+        shrunk = tl.exp(peak - new_peak)
+        total = total * shrunk + tl.sum(p, 1)
+        acc = acc * shrunk[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        peak = new_peak
+    return peak, total, acc
+
+
+@jit
+def kept_keys_kernel(q_ptr, k_ptr, v_ptr, old_k_ptr, old_v_ptr, y_ptr, lse_ptr, T, room, first, seen,
+                     scale, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+                     BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+    """Queries of one document that share a key head, BM a program: over `seen` kept keys from
+    `first` on, then causally over the forward's own."""
+    document = tl.program_id(1).to(tl.int64) // KEY_HEADS
+    key_head = tl.program_id(1) % KEY_HEADS
+    KEY_WIDTH: tl.constexpr = KEY_HEADS * WIDTH
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    token = row // GROUP
+    query = token * (KEY_HEADS * GROUP) + key_head * GROUP + row % GROUP
+    channel = tl.arange(0, BW)
+    inside = (token < T)[:, None] & (channel < WIDTH)[None, :]
+    queries_before = document * T * (KEY_HEADS * GROUP)
+    at = query[:, None] * WIDTH + channel[None, :]
+    q = tl.load(q_ptr + queries_before * WIDTH + at, mask=inside, other=0.0)
+    old = (document * room + first) * KEY_WIDTH + key_head * WIDTH
+    own = document * T * KEY_WIDTH + key_head * WIDTH
+    peak = tl.full((BM,), -float("inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, BW), tl.float32)
+    peak, total, acc = see_keys(q, old_k_ptr + old, old_v_ptr + old, seen, token + seen, peak, total, acc,
+                                scale, KEY_WIDTH, WIDTH, BN, BW)
+    peak, total, acc = see_keys(q, k_ptr + own, v_ptr + own, T, token, peak, total, acc,
+                                scale, KEY_WIDTH, WIDTH, BN, BW)
+    y = acc / total[:, None]
+    tl.store(y_ptr + queries_before * WIDTH + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(lse_ptr + queries_before + query, peak + tl.log(total), mask=token < T)
+
+
+@jit
+def query_gradient(q, dy, lse, along, k_ptr, v_ptr, count, newest, dq, scale, KEY_WIDTH: tl.constexpr,
+                   WIDTH: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+    """dq (rows, BW) with what `count` keys add; along: <dy, y> of each row."""
+    channel = tl.arange(0, BW)
+    for start in range(0, count, BN):
+        key = start + tl.arange(0, BN)
+        inside = (key < count)[:, None] & (channel < WIDTH)[None, :]
+        at = key[:, None] * KEY_WIDTH + channel[None, :]
+        k = tl.load(k_ptr + at, mask=inside, other=0.0)
+        v = tl.load(v_ptr + at, mask=inside, other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        seen = (key < count)[None, :] & (key[None, :] <= newest[:, None])
+        p = tl.where(seen, tl.exp(score - lse[:, None]), 0.0)
+        dp = tl.dot(dy, tl.trans(v), input_precision="ieee")
+        d_score = p * (dp - along[:, None]) * scale
+        dq += tl.dot(d_score.to(k.dtype), k, input_precision="ieee")
+    return dq
+
+
+@jit
+def kept_keys_dq_kernel(dy_ptr, q_ptr, k_ptr, v_ptr, old_k_ptr, old_v_ptr, y_ptr, lse_ptr, dq_ptr, T,
+                        room, first, seen, scale, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr,
+                        WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+    """The gradient of the queries, tiles as above."""
+    document = tl.program_id(1).to(tl.int64) // KEY_HEADS
+    key_head = tl.program_id(1) % KEY_HEADS
+    KEY_WIDTH: tl.constexpr = KEY_HEADS * WIDTH
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    token = row // GROUP
+    query = token * (KEY_HEADS * GROUP) + key_head * GROUP + row % GROUP
+    channel = tl.arange(0, BW)
+    inside = (token < T)[:, None] & (channel < WIDTH)[None, :]
+    queries_before = document * T * (KEY_HEADS * GROUP)
+    at = queries_before * WIDTH + query[:, None] * WIDTH + channel[None, :]
+    q = tl.load(q_ptr + at, mask=inside, other=0.0)
+    dy = tl.load(dy_ptr + at, mask=inside, other=0.0)
+    y = tl.load(y_ptr + at, mask=inside, other=0.0)
+    along = tl.sum(y.to(tl.float32) * dy.to(tl.float32), 1)
+    lse = tl.load(lse_ptr + queries_before + query, mask=token < T, other=0.0)
+    old = (document * room + first) * KEY_WIDTH + key_head * WIDTH
+    own = document * T * KEY_WIDTH + key_head * WIDTH
+    dq = tl.zeros((BM, BW), tl.float32)
+    dq = query_gradient(q, dy, lse, along, old_k_ptr + old, old_v_ptr + old, seen, token + seen, dq,
+                        scale, KEY_WIDTH, WIDTH, BN, BW)
+    dq = query_gradient(q, dy, lse, along, k_ptr + own, v_ptr + own, T, token, dq,
+                        scale, KEY_WIDTH, WIDTH, BN, BW)
+    tl.store(dq_ptr + at, dq.to(dq_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def own_keys_gradient_kernel(dy_ptr, q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, dk_ptr, dv_ptr, T, scale,
+                             KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+                             BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+    """The gradients of the forward's own keys and values, BN a program; kept ones have none."""
+    document = tl.program_id(1).to(tl.int64) // KEY_HEADS
+    key_head = tl.program_id(1) % KEY_HEADS
+    key = tl.program_id(0) * BN + tl.arange(0, BN)
+    channel = tl.arange(0, BW)
+    inside_keys = (key < T)[:, None] & (channel < WIDTH)[None, :]
+    at_keys = (document * T * KEY_HEADS + key_head) * WIDTH
+    at_keys = at_keys + key[:, None] * (KEY_HEADS * WIDTH) + channel[None, :]
+    k = tl.load(k_ptr + at_keys, mask=inside_keys, other=0.0)
+    v = tl.load(v_ptr + at_keys, mask=inside_keys, other=0.0)
+    queries_before = document * T * (KEY_HEADS * GROUP)
+    dk = tl.zeros((BN, BW), tl.float32)
+    dv = tl.zeros((BN, BW), tl.float32)
+    for start in range(0, T * GROUP, BM):
+        row = start + tl.arange(0, BM)
+        token = row // GROUP
+        query = token * (KEY_HEADS * GROUP) + key_head * GROUP + row % GROUP
+        inside = (token < T)[:, None] & (channel < WIDTH)[None, :]
+        at = queries_before * WIDTH + query[:, None] * WIDTH + channel[None, :]
+        q = tl.load(q_ptr + at, mask=inside, other=0.0)
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0)
+        y = tl.load(y_ptr + at, mask=inside, other=0.0)
+        along = tl.sum(y.to(tl.float32) * dy.to(tl.float32), 1)
+        lse = tl.load(lse_ptr + queries_before + query, mask=token < T, other=0.0)
+        score = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
+        seen = (token < T)[None, :] & (key[:, None] <= token[None, :])
+        p = tl.where(seen, tl.exp(score - lse[None, :]), 0.0)
+        dv += tl.dot(p.to(dy.dtype), dy, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(dy), input_precision="ieee")
+        d_score = p * (dp - along[None, :]) * scale
+        dk += tl.dot(d_score.to(q.dtype), q, input_precision="ieee")
+    tl.store(dk_ptr + at_keys, dk.to(dk_ptr.dtype.element_ty), mask=inside_keys)
+    tl.store(dv_ptr + at_keys, dv.to(dv_ptr.dtype.element_ty), mask=inside_keys)
+
+
 # --- softcapped cross-entropy
 
 def ce_launch(V: int) -> dict:
@@ -6180,6 +6325,79 @@ def plain_rows(q, k, v) -> Tensor:
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                        enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2)
+
+
+# --- attention on kept keys, which are read where they lie: neither joined with new ones, nor given gradients
+
+KEPT_KEYS_TILE = dict(BM=64, BN=64, num_warps=4, num_stages=3)
+
+
+def kept_keys_launch(kernel, rows: int, q: Tensor, key_heads: int, *arguments) -> None:
+    """Run a kernel above on tiles of `rows` rows (BM or BN of them each), for every document
+    and key head."""
+    B, T, heads, width = q.shape
+    if B * T:
+        tiles = triton.cdiv(rows, KEPT_KEYS_TILE["BM"])
+        kernel[(tiles, B * key_heads)](
+            *arguments, width ** -0.5, KEY_HEADS=key_heads, GROUP=heads // key_heads, WIDTH=width,
+            BW=triton.next_power_of_2(width), **KEPT_KEYS_TILE)
+
+
+@operator(lambda q, *_: (room(q), q.new_empty(q.shape[:3], dtype=torch.float32)))
+def kept_keys_forward(q: Tensor, k: Tensor, v: Tensor, old_k: Tensor, old_v: Tensor, first: int,
+                      seen: int) -> tuple[Tensor, Tensor]:
+    """q (B, T, H, Dh), k, v (B, T, K, Dh), old_k, old_v (B, P, K, Dh), of which `seen` from
+    `first` on are seen -> y like q, log Σ exp (B, T, H) float32."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    y, lse = room(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    T, heads, key_heads = q.shape[1], q.shape[2], k.shape[2]
+    kept_keys_launch(kept_keys_kernel, T * (heads // key_heads), q, key_heads, q, k, v, old_k, old_v, y,
+                     lse, T, old_k.shape[1], first, seen)
+    return y, lse
+
+
+@operator(lambda dy, q, k, v, *_: (room(q), room(k), room(v)))
+def kept_keys_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, old_k: Tensor, old_v: Tensor,
+                       y: Tensor, lse: Tensor, first: int, seen: int) -> tuple[Tensor, Tensor, Tensor]:
+    """dy, y (B, T, H, Dh) -> the gradients of q, k and v."""
+    dy, q, k, v = dy.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
+    dq, dk, dv = room(q), room(k), room(v)
+    T, heads, key_heads = q.shape[1], q.shape[2], k.shape[2]
+    kept_keys_launch(kept_keys_dq_kernel, T * (heads // key_heads), q, key_heads, dy, q, k, v, old_k,
+                     old_v, y, lse, dq, T, old_k.shape[1], first, seen)
+    kept_keys_launch(own_keys_gradient_kernel, T, q, key_heads, dy, q, k, v, y, lse, dk, dv, T)
+    return dq, dk, dv
+
+
+def keep_seen(ctx, inputs, output):
+    """What the gradient of kept_keys_forward needs."""
+    *tensors, ctx.first, ctx.seen = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def kept_keys_gradient(ctx, dy, _):
+    """Of q, k and v."""
+    gradients = kept_keys_backward(dy, *ctx.saved_tensors, ctx.first, ctx.seen)
+    return *gradients, None, None, None, None
+
+
+kept_keys_forward.register_autograd(kept_keys_gradient, setup_context=keep_seen)
+
+
+def joined(k: Tensor, v: Tensor, old_k: Tensor, old_v: Tensor, first: int,
+           seen: int) -> tuple[Tensor, Tensor]:
+    """k, v (B, T, …) behind `seen` of old_k, old_v (B, P, …) from `first` on."""
+    return (torch.cat((old_k.narrow(1, first, seen), k), dim=1),
+            torch.cat((old_v.narrow(1, first, seen), v), dim=1))
+
+
+def attention_on_kept(q: Tensor, k: Tensor, v: Tensor, old_k: Tensor, old_v: Tensor, first: int,
+                      seen: int, kernel: bool | None = None) -> Tensor:
+    """Causal attention of q (B, T, H, Dh) on k, v (B, T, K, Dh) and, ahead of them, `seen`
+    of the kept old_k, old_v (B, P, K, Dh) from `first` on, which have no gradient."""
+    if use_triton(kernel, q.is_cuda and q.dtype in HALF):
+        return kept_keys_forward(q, k, v, old_k, old_v, first, seen)[0]
+    return attention(q, *joined(k, v, old_k, old_v, first, seen))
 
 
 # FlashAttention-4 registers no custom ops, and PyTorch 2.13's activate_flash_attention_impl
@@ -7463,7 +7681,7 @@ def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
     exp(TTT_CACHE_THETA (cos(h_i, h_t) - 1)); all together count w =
     min(MOST_OF_CACHE, TTT_CACHE_LAMBDA max a_i): (1 - w) p + w sum(a_i [i's token is
     the target]) / sum(a_i), which sums to 1 over the vocabulary."""
-    past, said = cache.new[cache.STATES]
+    past, said = cache.remembered()
     h, targets = (x[:, -losses.size(1):] for x in (past, said))
     place = torch.arange(past.size(1), device=h.device)
     earlier = place < place[-h.size(1):, None]      # what came after t itself is the target
@@ -8821,13 +9039,14 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
 
 class KeyCache:
     """Keys and values that earlier forwards of B documents left behind, cut from
-    their graph: per slot (B, P, K, Dh), oldest first. For the next forward:
+    their graph: per slot (B, P, K, Dh), oldest first, with room for more at the end.
+    For the next forward:
 
         a document's tokens   ... out of sight | seen | suffix | chunk ...
         kept keys             ... ---------------------------->
         the forward's inputs                          |-------------->
 
-    It sees `seen` old keys, up to index `end`, and makes those of the suffix anew.
+    It sees `seen` kept keys, up to index `end`, and makes those of the suffix anew.
     position: the document's tokens ahead of its inputs; last (B, 2): the nearest of
     them. states: final hidden states are kept as well."""
     STATES = -1      # the slot of states (B, P, D), of length 1, and of tokens after them (B, P)
@@ -8845,22 +9064,26 @@ class KeyCache:
         self.seen = 0
         self.end = 0
         self.last: Tensor | None = None
-        self.old: dict[int, tuple[Tensor, Tensor]] = {}
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values that a forward's queries may see, its own last."""
-        if slot in self.old:      # cut here: views would need other graphs
-            old_k, old_v = self.old[slot]
-            first = self.end - self.seen
-            k = torch.cat((old_k.narrow(1, first, self.seen), k), dim=1)
-            v = torch.cat((old_v.narrow(1, first, self.seen), v), dim=1)
-        # a first forward's values are a slice of one product: kept so, they would need other graphs
-        self.new[slot] = (k.detach(), v.detach().contiguous())
-        return k, v
+    def attend(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of a forward's queries on all keys that they may see, its own last."""
+        self.new[slot] = (k.detach(), v.detach())
+        if slot not in self.kept:
+            return attention(q, k, v)
+        # whole, and cut there: views would need other graphs
+        return attention_on_kept(q, k, v, *self.kept[slot], self.end - self.seen, self.seen)
 
     def remember(self, hidden: Tensor, tokens: Tensor) -> None:
         """Keep final hidden states (B, T, D) and the tokens (B, T) that follow them."""
-        self.extend(self.STATES, F.normalize(hidden, dim=-1), tokens)
+        self.new[self.STATES] = (F.normalize(hidden.detach(), dim=-1), tokens)
+
+    def remembered(self) -> tuple[Tensor, Tensor]:
+        """The states and tokens that a forward may see, its own last."""
+        states, tokens = self.new[self.STATES]
+        if self.STATES not in self.kept:
+            return states, tokens
+        return joined(states, tokens, *self.kept[self.STATES], self.end - self.seen, self.seen)
 
     def seal(self, ids: Tensor) -> None:
         """The forward over tokens ids (B, T) was scored: the keys it saw are those to
@@ -8873,7 +9096,7 @@ class KeyCache:
         the window has room for them beside `chunk` new ones. Returns how many it runs
         again: all where fewer than two keys lie ahead of the suffix, as a document's
         beginning has a graph already; any other suffix shares one graph."""
-        ids, old = self.sealed
+        ids, new = self.sealed
         self.sealed = None
         keys = self.seen + ids.size(1)
         room = self.window - chunk
@@ -8883,8 +9106,25 @@ class KeyCache:
             self.begin_again()
             return min(keys, room)
         self.slide(ids, rerun)
-        self.old, self.end, self.seen = old, keys - rerun, seen
+        self.write(new, ids.size(1))
+        self.end += ids.size(1) - rerun
+        self.seen = seen
         return rerun
+
+    def write(self, new: dict, length: int) -> None:
+        """Put a forward's keys behind those that it saw, which move to the front where
+        the room is used up: seldom, so that hardly a key is copied."""
+        room = 2 * self.window
+        begin = self.end - self.seen
+        end = self.end if self.end + length <= room else self.seen
+        for slot, pair in new.items():
+            if slot not in self.kept:
+                self.kept[slot] = tuple(x.new_empty(x.size(0), room, *x.shape[2:]) for x in pair)
+            for kept, x in zip(self.kept[slot], pair):
+                if end < self.end:
+                    kept[:, :end] = kept[:, begin:self.end].clone()
+                kept[:, end:end + length] = x
+        self.end = end
 
     def slide(self, ids: Tensor, rerun: int) -> None:
         """The next inputs begin `rerun` tokens before the end of the scored ids (B, T)."""
@@ -8895,8 +9135,8 @@ class KeyCache:
 
     def keep(self, rows: slice) -> None:
         """Go on with these documents only."""
-        for slot, (k, v) in self.old.items():
-            self.old[slot] = (k[rows].clone(), v[rows].clone())
+        for slot, (k, v) in self.kept.items():
+            self.kept[slot] = (k[rows].clone(), v[rows].clone())
         if self.last is not None:
             self.last = self.last[rows]
 
@@ -9016,10 +9256,12 @@ def warn_of_shortened_steps(s: Settings, shortened: int, trace: Callable) -> Non
 
 class RecordAdapter(Adapter):
     """Without TTT_SHARED_A every document has an A (S, rows, r, in) of its own, which
-    learns as well."""
+    learns as well. An optimiser with a state trains float32."""
 
-    def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu"):
-        super().__init__(s, plan, rows, device)
+    def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu", dtype=torch.float32):
+        if s.ttt_optimizer != "normalised":
+            dtype = torch.float32
+        super().__init__(s, plan, rows, device, dtype)
         if s.ttt_shared_a:
             return
         for kind, a in self.a.items():
@@ -9029,7 +9271,7 @@ class RecordAdapter(Adapter):
     @torch.no_grad()
     def reset(self) -> None:
         """Start new documents: B back to zero; A kept (warm start) or drawn anew."""
-        for b in self.b.values():
+        for b in (*self.b.values(), *self.exact_b.values()):
             b.zero_()
         if not self.s.ttt_warm_start_a:
             self.draw_a()
@@ -9058,6 +9300,19 @@ def rounds_by_length(s: Settings, lengths: np.ndarray, bounds: list[int]) -> lis
             rounds.append(Round(current, shortest_first[:bounds[len(rounds)]]))
             current = []
     return rounds + [Round(current, None)]
+
+
+def phase_steps(s: Settings, tokens: int) -> list[tuple[int, int, int]]:
+    """The steps of the base weights in a phase over so many tokens: chunk, first
+    input, end. As published the last chunk is left out, unless it is alone."""
+    size, length, steps = s.global_ttt_chunk_tokens, s.eval_seq_len, []
+    chunks = math.ceil((tokens - 1) / size)
+    for c in range(max(chunks - 1, 1)):
+        rows = min(size, tokens - 1 - c * size) // length
+        firsts = list(range(0, rows, s.global_ttt_batch_seqs))
+        cuts = [c * size + row * length for row in (*firsts, rows)]
+        steps += s.global_ttt_epochs * [(c, *pair) for pair in zip(cuts, cuts[1:])]
+    return steps
 
 
 MOST_NATS = 4.0           # from which on an optimiser's promise is not believed; 2.7 still gained
@@ -9593,8 +9848,8 @@ class Corrector:
 class LineageAdapter(Adapter):
     """An adapter whose rows have counts of earlier text."""
 
-    def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu"):
-        super().__init__(s, plan, rows, device)
+    def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu", dtype=torch.float32):
+        super().__init__(s, plan, rows, device, dtype)
         self.correctors: list[Corrector] = []
         self.bias: Tensor | None = None     # of a chunk's logits, (rows, 1, V) bfloat16
 

@@ -188,7 +188,8 @@ def test_cached_keys_end_at_the_window(s):
             cache.seal(tokens[:, c:c + 8])
             cache.advance(8)
         assert cache.position == 64 and cache.seen == 16
-        assert all(k.size(1) == 24 for k, _ in cache.old.values())
+        assert cache.end == 16 + 8 + 8  # moved to the front for the seventh
+        assert all(k.size(1) == 48 for k, _ in cache.kept.values())
         return loss
     assert torch.equal(last_chunk(x), last_chunk(other))
 
@@ -237,7 +238,8 @@ def falls(params, before) -> list[float]:
 def stepped(params, losses, **changes):
     """What a step promised, and which rows were shortened."""
     before = [p.clone() for p in params]
-    shortened = tg.normalised_step(settings(TTT_WEIGHT_DECAY=0, **changes), params, torch.tensor(losses))
+    s = settings(TTT_WEIGHT_DECAY=0, **changes)
+    shortened = tg.normalised_step(s, params, params, torch.tensor(losses))
     return falls(params, before), shortened.tolist()
 
 
@@ -276,9 +278,31 @@ def test_a_step_that_promises_too_much_is_shortened():
     assert promised == pytest.approx(most, rel=1e-4) and all(shortened)
 
 
+def test_steps_add_up_in_float32():
+    """Forwards in bfloat16 read what the same steps make of a float32 adapter, rounded; after rows have left,
+    too."""
+    s, random = settings(TTT_STEP_SHARE=0.25), torch.Generator().manual_seed(0)
+    wide, narrow = (tg.Adapter(s, tg.layer_plan(s, True), 5, dtype=dtype)
+                    for dtype in (torch.float32, torch.bfloat16))
+    for rows in (slice(None), slice(-3, None)):
+        for adapter in (wide, narrow):
+            adapter.keep(rows)
+        for kind, p in narrow.b.items():
+            p.grad = torch.randn(p.shape, generator=random).bfloat16()
+            wide.b[kind].grad = p.grad.float()
+        for adapter in (wide, narrow):
+            losses = torch.ones(adapter.b["q"].size(1))
+            tg.normalised_step(s, adapter.trained(), adapter.exact(), losses)
+        for kind, p in narrow.b.items():
+            assert torch.equal(narrow.exact_b[kind], wide.b[kind]) and p.any()
+            assert torch.equal(p, wide.b[kind].bfloat16())
+
+
 RULES = {
-    "rate": lambda params: tg.normalised_step(settings(TTT_LORA_LR=0.004), params, torch.ones(3)),
-    "share": lambda params: tg.normalised_step(settings(TTT_STEP_SHARE=0.2), params, torch.ones(3)),
+    "rate": lambda params: tg.normalised_step(
+        settings(TTT_LORA_LR=0.004), params, params, torch.ones(3)),
+    "share": lambda params: tg.normalised_step(
+        settings(TTT_STEP_SHARE=0.2), params, params, torch.ones(3)),
     "AdamW": lambda params: tg.optimiser_step(torch.optim.AdamW(params, lr=0.05), params),
 }
 

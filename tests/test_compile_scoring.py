@@ -35,10 +35,10 @@ def test_evaluation_meets_no_graph_that_its_probes_have_not(tracing):
 
 
 @pytest.mark.parametrize("changes, graphs", [
-    # a document's beginning, and what goes on from cached keys
+    # a document's beginning, what goes on from cached keys, and the step
     pytest.param(
-        dict(TTT_CACHE_LAMBDA=0.3, CORRECTOR_ALPHA=0.3, CORRECTOR_ORDERS="2,3"), 2, marks=pytest.mark.long),
-    (dict(TTT_SUFFIX=20, TTT_STEP_SHARE=0.1), 2),
+        dict(TTT_CACHE_LAMBDA=0.3, CORRECTOR_ALPHA=0.3, CORRECTOR_ORDERS="2,3"), 3, marks=pytest.mark.long),
+    (dict(TTT_SUFFIX=20, TTT_STEP_SHARE=0.1), 3),
     pytest.param(
         dict(TTT_KV_REUSE=0, TTT_SHARED_A=0, TTT_OPTIMIZER="adam", TTT_DOC_ORDER="length"), 1,
         marks=pytest.mark.long),

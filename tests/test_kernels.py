@@ -29,17 +29,19 @@ import train_gpt as tg, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TYPES = dict(targets_ptr="*i64", cap="fp32", slope="fp32")
+TYPES = dict(targets_ptr="*i64", cap="fp32", slope="fp32", scale="fp32")
 TYPES.update(dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr"), "*fp32"))
 TILE = dict(BM=64, BN=64, BK=32, GROUP=8)
 HEADS = dict(HEADS=8, GROUP=2, WIDTH=64, BN=16, BW=64)
+KEPT = dict(KEY_HEADS=4, GROUP=2, WIDTH=64, BM=64, BN=64, BW=64)
 for kernel, sizes in (
         (tg.ce_forward_kernel, dict(BLOCK=1024, GRADIENT=False)),
         (tg.ce_forward_kernel, dict(BLOCK=1024, GRADIENT=True)),
         (tg.ce_backward_kernel, dict(BLOCK=1024)),
         (tg.mlp_kernel, dict(BACKWARD=False, KEEP_H=True, **TILE)),
         (tg.mlp_kernel, dict(BACKWARD=True, KEEP_H=False, **TILE)),
-        (tg.own_value_kernel, HEADS), (tg.own_value_backward_kernel, HEADS)):
+        (tg.own_value_kernel, HEADS), (tg.own_value_backward_kernel, HEADS),
+        (tg.kept_keys_kernel, KEPT), (tg.kept_keys_dq_kernel, KEPT), (tg.own_keys_gradient_kernel, KEPT)):
     types = {}
     for name in kernel.arg_names:
         types[name] = TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
@@ -292,6 +294,31 @@ def test_own_value_kernel_through_torch_compile():
     got = graded(compiled, [y, v, gate], dy)
     want = graded(gated(False), [y, v, gate], dy)
     assert all(gap(a, b) < 3e-6 for a, b in zip(got, want))
+
+
+# ----------------------------------------------------------------------- attention on kept keys
+def on_kept(kernel, old_k, old_v, first, seen):
+    return lambda q, k, v: kernels.attention_on_kept(q, k, v, old_k, old_v, first, seen, kernel=kernel)
+
+
+@needs_triton
+@pytest.mark.parametrize("B, T, H, K, width, first, seen", [
+    (2, 70, 4, 2, 16, 3, 90), (1, 5, 6, 2, 12, 0, 2), (3, 33, 2, 2, 64, 40, 64),
+])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 3e-6), (torch.bfloat16, 1.5e-2)])
+def test_attention_on_kept_keys_is_its_twin(B, T, H, K, width, first, seen, dtype, bound):
+    """Nothing of what lies around the keys that are seen has a part in it."""
+    leaves = random((B, T, H, width), (B, T, K, width), (B, T, K, width), dtype=dtype)
+    old_k, old_v, dy = random(*[(B, first + seen + 9, K, width)] * 2, (B, T, H, width), dtype=dtype, seed=1,
+                              grad=False)
+    exact = [x.detach().float().requires_grad_() for x in leaves]
+    want = graded(on_kept(False, old_k.float(), old_v.float(), first, seen), exact, dy.float())
+    for old in (old_k, old_v):
+        old[:, :first] = old[:, first + seen:] = float("nan")
+    compiled = torch.compile(on_kept(True, old_k, old_v, first, seen), fullgraph=True, backend="aot_eager")
+    for function in (on_kept(True, old_k, old_v, first, seen), compiled):
+        got = graded(function, leaves, dy)
+        assert all(a.dtype == dtype and gap(a, b) < bound for a, b in zip(got, want))
 
 
 # --------------------------------------------------------------------------------- leaky-ReLU² MLP

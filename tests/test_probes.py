@@ -293,13 +293,11 @@ def test_cache_mixture_of_seen_tokens_only(s, monkeypatch):
 def test_cache_mixture_one_ahead(s, monkeypatch):
     """Every place says the token after the next one: the last place before the target says the target."""
     def make(real):
-        def extend(self, slot, k, v):
-            keys, values = real(self, slot, k, v)
-            if slot == self.STATES:
-                self.new[slot] = keys, values.roll(-1, 1)
-            return keys, values
-        return extend
-    replace(monkeypatch, tg.KeyCache, "extend", make)
+        def remembered(self):
+            states, tokens = real(self)
+            return states, tokens.roll(-1, 1)
+        return remembered
+    replace(monkeypatch, tg.KeyCache, "remembered", make)
     assert_caught(mixing(s), TTT_SUM)
 
 

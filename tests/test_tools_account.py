@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tools import account, pretend
 from tools.common import ToolError
-from tools.lowering import BANDWIDTH, PEAK, Kernel, rule_for
+from tools.lowering import BANDWIDTH, PEAK, Kernel, rule_for, shapes_seen
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,7 +59,7 @@ def counted(function, *shapes, dtype=torch.bfloat16):
         compiled = torch.compile(function, fullgraph=True)
         if function is not head:
             tensors = [t.detach() for t in tensors]
-        return Job(lambda: compiled(*tensors), lambda: tensors[0].detach().mul(2).sum())
+        return Job([lambda: compiled(*tensors)], lambda: tensors[0].detach().mul(2).sum())
     recorder = lower(prepare)
     kernels = [[k.graph, k.kind, k.read, k.written, k.flops] for k in recorder.kernels]
     return dict(kernels=kernels, kept=recorder.kept, launches=recorder.launches)
@@ -113,10 +114,11 @@ def test_the_trainers_own_cases_are_lowered():
     assert list(cases) == ["step", "chunk", "score"]
     for name, case in cases.items():
         ways = 1 if name == "score" else 2      # a kernel for each way, forward and backward
-        assert case["kinds"]["attention"]["kernels"] == ways * 2       # two layers
+        attention = "attention on kept keys, own kernel" if name == "chunk" else "attention"
+        assert case["kinds"][attention]["kernels"] == ways * 2       # two layers
         assert case["kinds"]["MLP, own kernel"]["kernels"] == ways * 2
         assert case["kinds"]["cross-entropy, own kernel"]["kernels"] == ways
-        assert ("eager" in case["kinds"]) == (name == "chunk")
+        assert "eager" not in case["kinds"]
         assert (case["kept_gb"] > 0) == (name != "score") and case["lower_seconds"] > 0
         assert case["gb"] == pytest.approx(sum(kind["gb"] for kind in case["kinds"].values()))
         assert len(case["largest"]) == 1
@@ -139,7 +141,22 @@ def test_flops_of_operators_by_their_shapes():
     forward = flops("flash_attn_3::_flash_attn_forward", [q, k, k], [q])
     assert forward == sum(4 * 4 * 8 * 64 * keys for keys in range(15, 21))
     assert flops("flash_attn_3::_flash_attn_backward", [q, q, k, k], []) == 2.5 * forward
+    own, kept = [4, 6, 4, 64], [4, 14, 4, 64]       # the same keys, of which 14 were there before
+    assert flops("golf_train_gpt::kept_keys_forward", [q, own, own, kept, kept], [q]) == forward
+    on_own = sum(4 * 4 * 8 * 64 * keys for keys in range(1, 7))
+    assert flops("golf_train_gpt::kept_keys_backward", [q, q, own, own, kept, kept], []) == (
+        1.5 * forward + 2 * on_own)
     assert rule_for("golf_train_gpt::something_new").kind == "other operator"
+
+
+def test_of_kept_keys_only_those_that_are_seen_are_read():
+    graph = SimpleNamespace(sizevars=SimpleNamespace(optimization_hint=lambda size, fallback: size))
+    names = [SimpleNamespace(name=name) for name in ("q", "old_k", "first", "seen")]
+    overload = SimpleNamespace(_schema=SimpleNamespace(arguments=names))
+    operator = SimpleNamespace(op_overload=overload, constant_args=[3, 14])
+    tensors = [SimpleNamespace(get_size=lambda size=size: size) for size in ([4, 6, 8, 64], [4, 40, 4, 64])]
+    assert shapes_seen(graph, operator, tensors) == [[4, 6, 8, 64], [4, 14, 4, 64]]
+    assert shapes_seen(graph, SimpleNamespace(), tensors) == [[4, 6, 8, 64], [4, 40, 4, 64]]
 
 
 def an_account(**kinds) -> dict:

@@ -11,7 +11,8 @@ Cases, at the size of one of 8 ranks:
     step-loops    the same with loops
     chunk         a chunk of adaptation: TTT_BATCH_SIZE documents in the middle of a full
                   window of cached keys, TTT_SUFFIX tokens run again, forward (which
-                  scores) and backward compiled, the adapters' step operator by operator
+                  scores), backward and the adapters' step compiled; the step of an optimiser
+                  with a state operator by operator
     score         one packed row of sliding-window scoring, forward only
 
 The trainer's own Trainer, PhasedTTT and Scorer call the compiled model, dynamo,
@@ -97,7 +98,7 @@ class Subject:
         batch = tg.Batch(x, y, starts, s.train_seq_len)
         if tg.LOADERS[s.train_loader].windowed:
             batch = batch.rows(s.train_seq_len)
-        return Job(lambda: trainer.micro_step(batch, tg.layer_plan(s, looping)))
+        return Job([lambda: trainer.micro_step(batch, tg.layer_plan(s, looping))])
 
     def validation(self, documents: int, length: int):
         """A stand-in for Validation: so many documents of `length` tokens."""
@@ -128,11 +129,14 @@ class Subject:
                 p.grad = torch.empty_like(p)
             losses = torch.empty(s.ttt_batch_size, device=self.device)
             if rows.optimiser is None:
-                tg.normalised_step(s, trained, losses)
+                ttt.step(s, trained, rows.adapter.exact(), losses)
             else:
                 tg.optimiser_step(rows.optimiser, trained)
 
-        return Job(lambda: ttt.adapt_chunk(rows, begin, end), step)
+        forward = functools.partial(ttt.adapt_chunk, rows, begin, end)
+        if rows.optimiser is None:
+            return Job([forward, step])
+        return Job([forward], step)
 
     def score(self) -> Job:
         """A packed row of documents, scored."""
@@ -147,7 +151,7 @@ class Subject:
             with self.torch.no_grad():
                 scorer.score_row(row, val, plan, None)
 
-        return Job(scored)
+        return Job([scored])
 
 
 CASES = {

@@ -260,6 +260,9 @@ TWINS: dict[str, Callable] = {
     "attention without the own value": lambda tg, x, kernel: tg.remove_own_value(
         x.drawn("y", 1, x.tokens, 8, 64), x.drawn("v", 1, x.tokens, 4, 64), x.drawn("gate", 1, x.tokens, 8),
         kernel),
+    "attention on kept keys": lambda tg, x, kernel: tg.attention_on_kept(
+        x.drawn("q", 4, 96, 8, 64), x.drawn("k", 4, 96, 4, 64), x.drawn("v", 4, 96, 4, 64),
+        x.fixed("old_k", 4, 2048, 4, 64), x.fixed("old_v", 4, 2048, 4, 64), 60, 1952, kernel),
 }
 
 
@@ -287,6 +290,12 @@ class Inputs:
         if name not in self.leaves:
             self.leaves[name] = self.normal(name, shape, scale).requires_grad_()
         return self.leaves[name]
+
+    def fixed(self, name: str, *shape):
+        """An input without a gradient; drawn once."""
+        if name not in self.others:
+            self.others[name] = self.normal(name, shape, 1.0)
+        return self.others[name]
 
     def gradient(self, y):
         """One for the output y; drawn once."""

@@ -89,6 +89,19 @@ def attention_backward_flops(inputs: Shapes, outputs: Shapes) -> float:
     return 2.5 * attention_flops(inputs[1:], outputs)
 
 
+def kept_keys_flops(inputs: Shapes, outputs: Shapes) -> float:
+    """Two products of every query with the kept keys that are seen and its own; inputs: q, k, v, and of the
+    kept ones what is seen."""
+    q, _, _, kept, _ = inputs
+    return 4.0 * math.prod(q) * (kept[1] + (q[1] + 1) / 2)
+
+
+def kept_keys_backward_flops(inputs: Shapes, outputs: Shapes) -> float:
+    """Three products for dq, four with its own keys for theirs; inputs: dy, and those of the forward."""
+    q = inputs[1]
+    return 1.5 * kept_keys_flops(inputs[1:6], outputs) + 8.0 * math.prod(q) * (q[1] + 1) / 2
+
+
 def mlp_up_flops(inputs: Shapes, outputs: Shapes) -> float:
     """x (N, d), up (m, d)."""
     return 2.0 * math.prod(inputs[0]) * inputs[1][0]
@@ -101,6 +114,7 @@ def mlp_dh_flops(inputs: Shapes, outputs: Shapes) -> float:
 
 MLP, CROSS_ENTROPY = "MLP, own kernel", "cross-entropy, own kernel"
 OWN_VALUE, OTHER = "own value, own kernel", "other operator"
+KEPT_KEYS = "attention on kept keys, own kernel"
 EAGER = "eager"  # kind and graph of what is not compiled
 RULES = (
     Rule(r"\b(mm|addmm|bmm|baddbmm)\b", "product", product_flops),
@@ -110,6 +124,8 @@ RULES = (
     Rule("mlp_dh", MLP, mlp_dh_flops),
     Rule(r"\bce_(forward|backward|with_gradient)", CROSS_ENTROPY, no_flops),
     Rule("own_value", OWN_VALUE, no_flops),
+    Rule("kept_keys_forward", KEPT_KEYS, kept_keys_flops),
+    Rule("kept_keys_backward", KEPT_KEYS, kept_keys_backward_flops),
 )
 
 
@@ -403,20 +419,35 @@ def operator_kernel(graph, node, direction: str) -> Kernel:
         name = op.get_kernel_and_metadata()[0].fn.__name__
     inputs = [x for x in flat(op.inputs) if hasattr(x, "get_size") and hasattr(x, "get_name")]
     outputs, changed = outputs_of(node)
+    given = shapes_seen(graph, op, inputs)
     passed = {}
-    for x in inputs:
-        passed[x.get_name(), tuple(x.get_size()), x.get_layout().offset] = x
+    for x, shape in zip(inputs, given):
+        key = x.get_name(), tuple(x.get_size()), x.get_layout().offset
+        passed[key] = math.prod(shape) * x.get_dtype().itemsize
     read, written = 0.0, sum(bytes_of(graph, x) for x in outputs)
-    for (buffer, *_), x in passed.items():
+    for (buffer, *_), moved in passed.items():
         if buffer in changed:
-            written += bytes_of(graph, x)
+            written += moved
         else:
-            read += bytes_of(graph, x)
-    given = [shape_of(graph, x) for x in inputs]
+            read += moved
     made = [shape_of(graph, x) for x in outputs]
     rule = rule_for(name)
     flops = rule.flops(given, made)
     return Kernel(direction, rule.kind, name, read, written, flops, f"{given} -> {made}")
+
+
+def shapes_seen(graph, op, inputs: list) -> Shapes:
+    """Shapes of an operator's inputs; of kept keys, `old_…`, of which it is told how many are `seen`, those of
+    this part."""
+    shapes = [shape_of(graph, x) for x in inputs]
+    schema = getattr(getattr(op, "op_overload", None), "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema else []
+    if "seen" in names:
+        seen = graph.sizevars.optimization_hint(op.constant_args[-1], fallback=128)
+        for name, shape in zip(names, shapes):
+            if name.startswith("old_"):
+                shape[1] = seen
+    return shapes
 
 
 def outputs_of(node) -> tuple[list, set[str]]:
@@ -458,7 +489,7 @@ def eager_kernel(op, inputs, out) -> Kernel | None:
 class Job(NamedTuple):
     """A case, made ready among fake tensors."""
 
-    compiled: Callable[[], object]  # a call that reaches what torch.compile has made, and ends there
+    compiled: list[Callable[[], object]]  # calls that reach what torch.compile has made, and end there
     eager: Callable[[], object] | None = None  # what is run beside it, operator by operator
 
 
@@ -472,12 +503,13 @@ def lower(prepare: Callable[[], Job], folder: Path | None = None) -> Recorder:
     with FakeTensorMode(allow_non_fake_inputs=True), recorder.installed():
         job = prepare()
         begin = time.perf_counter()
-        try:
-            job.compiled()
-        except Lowered:
-            recorder.trace_seconds = time.perf_counter() - begin - recorder.lower_seconds
-        else:
-            raise ToolError("nothing was compiled: leave COMPILE at auto")
+        for call in job.compiled:
+            try:
+                call()
+            except Lowered:
+                recorder.trace_seconds = time.perf_counter() - begin - recorder.lower_seconds
+            else:
+                raise ToolError("nothing was compiled: leave COMPILE at auto")
         if job.eager is not None:
             with recorder.eager():
                 job.eager()
