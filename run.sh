@@ -108,8 +108,15 @@ if [ "$GPUS" -gt 0 ]; then
         || die "nvidia-smi lists $GPUS GPUs but torch cannot use them: install a torch build for this driver"
     GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 fi
+demo=
 if no_shards; then
     use_demo running
+    demo=1
     GPUS=$((GPUS > 0))
+    export RUN_ID=${RUN_ID:-demo-$(date +%Y%m%d-%H%M%S)}
+    export ARTIFACT_DIR=${ARTIFACT_DIR:-runs/$RUN_ID}
 fi
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node=$((GPUS > 0 ? GPUS : 1)) train_gpt.py
+train=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node=$((GPUS > 0 ? GPUS : 1)) train_gpt.py)
+[ -n "$demo" ] || exec "${train[@]}"
+"${train[@]}"
+exec "$PYTHON" data/demo.py --judge "$ARTIFACT_DIR"
