@@ -26,7 +26,7 @@ def test_demo(tmp_path):
     # a run with it is judged by what text compressors make of the same text
     run = tmp_path / "run"
     run.mkdir()
-    for score, verdict in ((1.0, " better than"), (4.0, "not better than"), (None, "no val_bpb")):
+    for score, verdict in ((1.0, "byte, better"), (4.0, "byte, not better"), (None, "no val_bpb")):
         (run / "summary.json").write_text(json.dumps({"val_bpb": score}))
         line = demo.judge(run, tmp_path / "demo")
         assert verdict in line and "\n" not in line
