@@ -1,6 +1,7 @@
 """Make the demo corpus: real English from the Python installation, as shards.
 
     python data/demo.py [--out DIR] [--vocab N]
+    python data/demo.py --judge RUN      # a run's score beside those of text compressors
 
 Documentation topics, docstrings and long comments of the standard library are cut into
 documents, cleaned of duplicates and of what is not prose, split by document hash, and
@@ -12,6 +13,8 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import json
+import lzma
 import os
 import re
 import shutil
@@ -185,7 +188,11 @@ def documents() -> list[str]:
 
 
 def split(docs: list[str]) -> tuple[dict[str, list[str]], float]:
-    """({TRAIN: documents, VAL: documents}, the share of the latter), by their hashes."""
+    """({TRAIN: documents, VAL: documents}, the share of the latter), by their hashes.
+
+    Also in the order of their hashes: a module's documents follow one another, and a
+    training batch of them alone would say little.
+    """
     size = sum(len(doc.encode()) for doc in docs)
     if size < 300_000:
         raise DataError(f"only {size:,} bytes of prose in this Python installation "
@@ -193,7 +200,7 @@ def split(docs: list[str]) -> tuple[dict[str, list[str]], float]:
                         "use another Python, or data/build.py on own texts")
     share = min(VAL_SHARE, VAL_BYTES_MAX / size)
     sides = {TRAIN: [], VAL: []}
-    for doc in docs:
+    for doc in sorted(docs, key=lambda doc: text_hash(doc.encode())):
         held_out = hash_in_validation(text_hash(doc.encode()), share)
         sides[VAL if held_out else TRAIN].append(doc)
     return sides, share
@@ -221,6 +228,17 @@ def write_side(folder: Path, kind: str, docs: list[str], tokenizer) -> list[dict
     return entries
 
 
+def compressors(docs: list[str]) -> dict[str, float]:
+    """Bits a byte that text compressors need for these documents, laid end to end."""
+    brotli = tokens.need("brotli", "the demo corpus")
+    text = "".join(docs).encode()
+    packed = {
+        "brotli-11": brotli.compress(text, quality=11, lgwin=24),
+        "xz -9e": lzma.compress(text, preset=9 | lzma.PRESET_EXTREME),
+    }
+    return {name: 8 * len(blob) / len(text) for name, blob in packed.items()}
+
+
 def build(folder: Path, vocab: int, key: str) -> dict:
     """Write the demo into an empty folder; returns the manifest."""
     sides, share = split(documents())
@@ -236,6 +254,7 @@ def build(folder: Path, vocab: int, key: str) -> dict:
         "files": files,
         "tokenizer": tokenizer.describe(info),
         "split": {"rule": "hash", "share": share},
+        "compressors": compressors(sides[VAL]),
     })
 
 
@@ -282,6 +301,23 @@ def make_demo(out, vocab: int = 1024) -> bool:
     return True
 
 
+def judge(run: Path, folder: Path) -> str:
+    """One line: the score of a run beside those of text compressors."""
+    try:
+        score = json.loads((run / "summary.json").read_text(encoding="utf-8")).get("val_bpb")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{run} holds no summary.json of a run: {error}") from None
+    if score is None:
+        return f"demo: no val_bpb in {run}: the run was not scored to its end"
+    manifest = read_manifest(folder)
+    if not manifest or "compressors" not in manifest:
+        raise DataError(f"{folder} is not a demo folder: python data/demo.py makes it")
+    others = manifest["compressors"]
+    listed = ", ".join(f"{name} {bits:.3f}" for name, bits in others.items())
+    verdict = "better" if score < min(others.values()) else "not better"
+    return f"demo: {score:.3f} bits a byte, {verdict} than text compressors on the same text: {listed}"
+
+
 def main(arguments=None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -289,7 +325,11 @@ def main(arguments=None) -> int:
     folder = Path(__file__).resolve().parent / "demo"
     add("--out", default=str(folder), help="folder to make")
     add("--vocab", type=int, default=1024, help="size of the tokenizer (default 1024)")
+    add("--judge", metavar="RUN", help="folder of a run with this demo; makes nothing")
     args = parser.parse_args(arguments)
+    if args.judge:
+        print(judge(Path(args.judge), Path(args.out)))
+        return 0
     made = make_demo(args.out, args.vocab)
     shown = []
     for f in read_manifest(args.out)["files"]:

@@ -1,11 +1,13 @@
 """data/demo.py: a small corpus made here, checked, and made again where it is damaged."""
 
+import json
 import os
 import time
 
 import pytest
-from conftest import contents
+from conftest import ROOT, contents
 
+import train_gpt as tg
 from data import check, demo
 from data.shards import DataError
 
@@ -21,6 +23,34 @@ def test_demo(tmp_path):
     assert not report.findings and report.counted_bytes == report.decodable_bytes <= 200_000
     assert 0.01 < report.documents["val"] / report.documents["train"] < 0.1
     assert [p.name for p in tmp_path.iterdir()] == ["demo"]
+    # a run with it is judged by what text compressors make of the same text
+    run = tmp_path / "run"
+    run.mkdir()
+    for score, verdict in ((1.0, "byte, better"), (4.0, "byte, not better"), (None, "no val_bpb")):
+        (run / "summary.json").write_text(json.dumps({"val_bpb": score}))
+        line = demo.judge(run, tmp_path / "demo")
+        assert verdict in line and "\n" not in line
+    packed = demo.read_manifest(tmp_path / "demo")["compressors"]
+    assert 2 < packed["brotli-11"] < packed["xz -9e"] < 3.5
+    with pytest.raises(DataError, match="no summary.json"):
+        demo.judge(tmp_path, tmp_path / "demo")
+
+
+def test_the_documents_order_is_that_of_their_hashes():
+    docs = [f"{i} " * 500 for i in range(500)]
+    sides, share = demo.split(docs)
+    assert demo.split(docs[::-1]) == (sides, share)
+    assert sides["train"] != [doc for doc in docs if doc in sides["train"]]
+
+
+def test_a_busy_machine_trains_the_demo_as_long_as_a_quiet_one():
+    lines = (ROOT / "configs" / "demo.env").read_text().splitlines()
+    settings = tg.Settings.from_env(dict(line.split("=") for line in lines if "=" in line and line[0] != "#"))
+    pace = tg.Pace(settings, reserve=0.0)
+    half = settings.iterations // 2
+    pace.observe(half, elapsed=1e5)
+    assert pace.progress(half) == 0.5 and not pace.ended(half) and pace.ended(2 * half)
+    assert settings.eval_max_seconds == 0           # else the watchdog of adaptation looks at the clock
 
 
 def test_a_damaged_demo_is_made_again_and_equally(tmp_path, monkeypatch):

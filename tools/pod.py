@@ -103,6 +103,7 @@ REHEARSAL = {  # on top of configs/demo.env: every stage, little of it
     "NUM_LAYERS": 4,
     "MODEL_DIM": 64,
     "NUM_HEADS": 2,
+    "NUM_LOOPS": 1,
     "LOOP_START": 1,
     "LOOP_END": 2,
     "PARALLEL_START_LAYER": 3,
