@@ -348,7 +348,8 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
     calibrated = clock.elapsed()
     world.beat("quantising")
     weights = matrix_views({n: p.detach() for n, p in model.named_parameters()})
-    blob = quantise_to_fit(s, world, run, weights, curvature, clock if run.time_known else None)
+    measure = Measure.of(s, world, model, next_batch)
+    blob = quantise_to_fit(s, world, run, weights, curvature, clock if run.time_known else None, measure)
     if s.logit_calib_enabled:
         blob = calibrate_logits(s, world, run, blob)
     seconds, size = world.from_main(write_artifact, s, run, blob, clock)
@@ -561,6 +562,8 @@ class Settings:
         "fisher hand", "steps by curvature; or by bits, sigmas", group="quantise")
     quant_trellis: bool = knob(
         True, "trellis-coded quantisation, 8 states, with fisher steps")
+    quant_rescale: bool = knob(
+        True, "steps of each kind of matrix by its KL, measured on training text (fisher)")
     matrix_bits: int = knob(6, "bits of the matrices (hand)", 2, 8)
     embed_bits: int = knob(7, "bits of the embedding (hand)", 2, 8)
     matrix_clip_sigmas: float = knob(
@@ -1757,9 +1760,15 @@ def divide_round(w: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     return ratio.round().clamp(low, high).to(torch.int8)
 
 
+def narrow(codes: Tensor) -> Tensor:
+    """As int8 where all of them are, as most are."""
+    short = codes.to(torch.int8)
+    return short if torch.equal(short.to(codes.dtype), codes) else codes
+
+
 # --- what is stored of a weight: quantiser, packer, reader and size forecast go by this table
 
-CODE_STREAM = "codes"     # of the artifact: int8, entropy-coded
+CODE_STREAM = "codes"     # of the artifact: int8 or int16, entropy-coded
 HALF_STREAM = "half"      # float16
 BYTE_STREAM = "bytes"     # int8
 
@@ -1869,6 +1878,11 @@ def precision_of(s: Settings, name: str, w: Tensor) -> Precision:
     return Precision("gptq (trellis)" if s.quant_trellis else "gptq (fisher)")
 
 
+def kind_of(name: str) -> str:
+    """`attn.c_q.weight` of any layer's."""
+    return re.sub(r"^blocks\.\d+\.", "", name)
+
+
 def input_of(name: str) -> str:
     """The first matrix of this input: they share a Hessian and columns' steps."""
     return name.replace("attn.c_k", "attn.c_q").replace("attn.c_v", "attn.c_q")
@@ -1878,7 +1892,7 @@ def input_of(name: str) -> str:
 
 FISHER_FLOOR = 0.03    # a row's smallest sensitivity, by its matrix's mean
 BATCH_ROWS = 8192      # rows of equal matrices that are rounded together
-TOP_CODE = 126         # the coder's escapes are above
+TOP_CODE = 32766       # int16; trellis codes come in pairs
 LARGEST_CODE = 0.9 * TOP_CODE        # of a row's largest weight: feedback may add to it
 LARGEST_DEVIATION = TOP_CODE / 4     # of codes: few Gaussian ones are over the top
 ROWS_LEFT_OUT = 0.1    # share of codes that a base step below the finest would change
@@ -1905,19 +1919,24 @@ class Quantiser:
         self.trellis = any(p.form == "gptq (trellis)" for p in self.precision.values())
         # what calibration left that is not used as it is: matrix -> what is done instead
         self.unusual: dict[str, str] = {}
-        fisher = self.finite(
+        self.fisher = self.finite(
             curvature.fisher,
             "sensitivities that are not finite: as fine as the others on average")
         self.hessians = self.finite(
             curvature.hessians, "a Hessian that is not finite: the identity instead")
         self.own = share_matrices(weights, self.names, self.world)
         # factors: by input order, u and dead of round_in_order
-        self.factors, ratios, damped = factor_hessians(
+        self.factors, self.ratios, damped = factor_hessians(
             weights, self.hessians, self.own, falling=not self.trellis)
         self.unusual.update(damped)
         for part in self.world.gather(self.unusual):
             self.unusual.update(part)
-        self.steps = self.allocate(fisher, ratios) if self.names else {}
+        self.plan()
+
+    def plan(self, levels: Mapping[str, float] = {}) -> None:
+        """Allocate all steps; levels: by kind, what sensitivities are multiplied by."""
+        fisher = {n: g * levels.get(kind_of(n), 1.0) for n, g in self.fisher.items()}
+        self.steps = self.allocate(fisher, self.ratios) if self.names else {}
         self.deviations = code_deviations(self)
         self.finest = self.finest_step()
 
@@ -2021,7 +2040,7 @@ class Quantiser:
                 codes, rows = self.round(batch, base_step)
                 for name, *views in zip(batch, codes.cpu(), rows.cpu()):
                     # without the memory of the whole stack
-                    rounded[name] = [x.clone() for x in views]
+                    rounded[name] = [narrow(x).clone() for x in views]
         return rounded
 
     def stacked(self, names: list[str], base_step: float) -> tuple[Tensor, ...]:
@@ -6244,7 +6263,7 @@ Array = np.ndarray
 # --- container
 
 MAGIC = b"\x93PGOLF\r\n"             # copies in text mode are noticed
-ARTIFACT_VERSION = 4
+ARTIFACT_VERSION = 5
 PREFIX = struct.Struct("<8sHI8s")    # magic, version, bytes of JSON, digest of the rest
 
 
@@ -6557,7 +6576,7 @@ def state_bits(codes: Array) -> Array:
     """The trellis states' low bits before each of the codes (C, n), from state 0."""
     bits = np.empty(codes.shape, np.uint8)
     state = np.zeros(codes.shape[1], np.uint8)
-    for bit, column in zip(bits, codes.view(np.uint8)):
+    for bit, column in zip(bits, codes):
         bit[:] = state & 1
         state = next_state(state, column)
     return bits
@@ -6721,6 +6740,47 @@ def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: bool = False,
     return [out[i] for i in range(len(sides))]
 
 
+# A row whose codes are not all int8 is wide: its lowest bits are stored as they are, for nothing can be told
+# of them, and what is left is coded.
+MOST_LOW_BITS = 8
+
+
+def low_bits(codes: Array) -> Array:
+    """How many low bits of each row of codes (R, C) are not coded, int8 (R)."""
+    largest = np.maximum(codes.max(1), ~codes.min(1))
+    needed = np.frexp(largest.astype(float))[1]      # bits without the sign
+    return np.maximum(needed - 7, 0).astype(np.int8)
+
+
+def bit_planes(low: Sequence[Array]) -> Iterator[tuple[int, int, Array]]:
+    """(matrix, bit, its rows that have it), the lowest bit first, of low_bits' [(R), …]."""
+    for i, counts in enumerate(low):
+        for bit in range(counts.max()):
+            yield i, bit, np.flatnonzero(counts > bit)
+
+
+def take_low_bits(codes: Sequence[Array], low: Sequence[Array]) -> bytes:
+    """The low bits of codes [(R, C), …], so many of every row, plane by plane."""
+    planes = [np.packbits(codes[i][rows] >> bit & 1) for i, bit, rows in bit_planes(low)]
+    return b"".join(plane.tobytes() for plane in planes)
+
+
+def give_low_bits(codes: Sequence[Array], low: Sequence[Array], data: bytes) -> list[Array]:
+    """The codes again, int16 where rows are wide, of what was coded of them [int8 (R, C), …]."""
+    whole, begin = [], 0
+    for part, counts in zip(codes, low):
+        whole.append(part.astype(np.int16) << counts[:, None] if counts.any() else part)
+    for i, bit, rows in bit_planes(low):
+        count = len(rows) * codes[i].shape[1]
+        plane = np.frombuffer(data[begin:begin + -(-count // 8)], np.uint8)
+        plane = np.unpackbits(plane, count=count).reshape(len(rows), -1)
+        whole[i][rows] |= plane.astype(np.int16) << bit
+        begin += -(-count // 8)
+    if begin != len(data):
+        raise ValueError(f"{len(data)} bytes of low bits, not {begin}")
+    return whole
+
+
 # of each matrix, for rows (R) and columns (C): how large codes are expected to be against each other, in
 # eighths of an octave, by what the decoder has
 Predicted = Sequence[tuple[Array, Array]]
@@ -6728,7 +6788,11 @@ Predicted = Sequence[tuple[Array, Array]]
 
 def pack_codes(codes: Sequence[Array], predicted: Predicted,
                trellis: bool = False) -> tuple[dict[str, bytes], list[int]]:
-    """Codes [int8 (R, C), …] as streams, and which matrices have factors."""
+    """Codes [int8 or int16 (R, C), …] as streams, and which matrices have factors."""
+    low = [low_bits(matrix) for matrix in codes]
+    bits = take_low_bits(codes, low)
+    codes = [(x >> n[:, None]).astype(np.int8) for x, n in zip(codes, low)]
+    predicted = without_low_bits(predicted, low)
     factors, levels = {}, []
     for i, matrix in enumerate(codes):
         shared = shared_factors(matrix)
@@ -6737,12 +6801,20 @@ def pack_codes(codes: Sequence[Array], predicted: Predicted,
         levels.append(code_levels(residues(matrix, shared), *predicted[i]))
     sides = [scale_contexts(x, *p) for x, p in zip(levels, predicted)]
     streams = {}
-    for stream, arrays in ((FACTOR_STREAM, factors.values()), (LEVEL_STREAM, levels)):
+    for stream, arrays in ((FACTOR_STREAM, factors.values()), (LEVEL_STREAM, levels),
+                           (WIDE_STREAM, low)):
         streams[stream] = brotli_pack(b"".join(x.tobytes() for x in arrays))
+    streams[LOW_STREAM] = bits
     streams[CODE_STREAM] = b""
     if codes:
         streams[CODE_STREAM] = encode_codes(codes, sides, trellis, factors)
     return streams, list(factors)
+
+
+def without_low_bits(predicted: Predicted, low: Sequence[Array]) -> Predicted:
+    """What is expected of the part of the codes that is coded."""
+    return [(rows - OCTAVE * counts, columns)
+            for (rows, columns), counts in zip(predicted, low)]
 
 
 def unpack_codes(streams: Mapping[str, bytes], tall: Sequence[int], predicted: Predicted,
@@ -6751,17 +6823,23 @@ def unpack_codes(streams: Mapping[str, bytes], tall: Sequence[int], predicted: P
     sizes = [RANK * len(predicted[i][1]) for i in tall]
     flat = split_bytes(streams[FACTOR_STREAM], sizes)
     factors = {i: x.reshape(RANK, -1) for i, x in zip(tall, flat)}
+    low = split_bytes(streams[WIDE_STREAM], [len(rows) for rows, _ in predicted])
+    if any(counts.min() < 0 or counts.max() > MOST_LOW_BITS for counts in low if counts.size):
+        raise ValueError("rows of codes that are wider than any")
+    predicted = without_low_bits(predicted, low)
     sizes = [1 + len(rows) + len(columns) for rows, columns in predicted]
     levels = split_bytes(streams[LEVEL_STREAM], sizes)
     sides = [scale_contexts(x, *p) for x, p in zip(levels, predicted)]
     if not sides:
         return []
-    return decode_codes(streams[CODE_STREAM], sides, trellis, factors)
+    codes = decode_codes(streams[CODE_STREAM], sides, trellis, factors)
+    return give_low_bits(codes, low, streams[LOW_STREAM])
 
 
 # --- the model in the container
 
 LEVEL_STREAM, FACTOR_STREAM = "levels", "factors"
+WIDE_STREAM, LOW_STREAM = "wide", "low_bits"
 PLAIN_STREAMS = {HALF_STREAM: "<f2", BYTE_STREAM: "i1"}      # for brotli
 SIZES = ("lqer_rank", "lqer_asym_group")      # settings that a file says for itself
 
@@ -7019,7 +7097,7 @@ FIRST_OVERHEAD = 0.001       # share of the size beyond its estimate; then the l
 SLOWEST_TRY = 1.2            # a try's time, by that of the one before
 HALF_BYTES = 1.7   # of a float16 number in the file; measured on the demo: 1.69
 GUESSED = 0.93     # what guesses leave of an embedding's codes; measured: 0.92, 0.94
-DEVIATION_BINS = 256   # of rows and of columns: eighths of an octave around 1
+DEVIATION_BINS = 255   # of rows and of columns: eighths of an octave around 1
 
 
 def code_deviations(quantiser: Quantiser) -> np.ndarray:
@@ -7032,7 +7110,7 @@ def code_deviations(quantiser: Quantiser) -> np.ndarray:
 
 def deviations_of(quantiser: Quantiser, name: str) -> np.ndarray:
     """How many codes of a matrix have which deviation at base step 1: counts by eighths of an
-    octave. The middle one is an eighth below 1: size forecasts err upwards."""
+    octave around 1."""
     w = quantiser.weights[name].float() / quantiser.columns_of(name)
     rows = quantiser.planned_rows(name).to(w.device)[:, None]
     power = (w / rows.clamp_min(1e-30)).square().clamp_max(1e30)
@@ -7126,15 +7204,19 @@ def quantise_once(run: Run, quantiser: Quantiser, base_step: float) -> bytes:
 
 
 def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, Tensor],
-                    curvature: Curvature, clock: Clock | None = None) -> bytes:
+                    curvature: Curvature, clock: Clock | None = None,
+                    measure: Measure | None = None) -> bytes:
     """The artifact, on every rank: as fine as the limit allows, less at most a margin.
     UserError for a size that no step reaches. clock: training's; once something fits, no
-    try that would pass its budget."""
+    try that would pass its budget. measure: for rescale_kinds."""
     quantiser = Quantiser(s, weights, curvature, world)
     for instead in sorted(set(quantiser.unusual.values())):
         matrices = [name for name, x in quantiser.unusual.items() if x == instead]
         run.log("curvature", used=instead, matrices=matrices)
     cap, margin = room_for_model(s), s.fit_margin_bytes
+    if measure:
+        world.beat("measuring kinds")
+        run.log("rescale", **rescale_kinds(quantiser, measure, cap))
     finest, deviations = quantiser.finest, quantiser.deviations
     overhead = FIRST_OVERHEAD * cap      # bytes beyond the estimate
     best, over, under = b"", 0.0, math.inf      # base steps: too fine, coarse enough
@@ -8241,7 +8323,7 @@ def factor_hessians(weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor
 @torch.no_grad()
 def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tensor,
                    top: int, trellis: bool = False, block: int = 128) -> Tensor:
-    """Codes (n, R, C) int8 within ±top of w under steps (n, R). order (n, C),
+    """Codes (n, R, C), int8 or int16, within ±top of w under steps (n, R). order (n, C),
     u (n, C, C), dead (n, C) are hessian_factor's; where columns have steps too, w and
     u come divided by them."""
     zero = dead[:, None] | (step == 0)[..., None]
@@ -8250,7 +8332,7 @@ def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tens
     # an error e costs (e / diag)^2, and later columns take up feedback times it
     diag = u.diagonal(dim1=-2, dim2=-1)[..., None]
     feedback = u / diag
-    codes = torch.empty_like(t, dtype=torch.int8)
+    codes = torch.empty_like(t, dtype=torch.int8 if top < 128 else torch.int16)
     state = torch.zeros_like(t[:, 0], dtype=torch.long)
     for begin in range(0, t.size(1), block):
         end = min(begin + block, t.size(1))
@@ -8391,6 +8473,108 @@ def join_tiles(tiles: Sequence[tuple[Tensor, Tensor, Tensor]],
         errors.append(tile_errors.gather(2, pick)[:, :, 0])
         at = start.gather(1, at)
     return torch.cat(codes[::-1], 1), torch.cat(errors[::-1], 1)
+
+
+# --- steps of kinds of matrices, by what they do to the predictions
+
+# Curvature is a local and separable picture of the loss: of the error of all matrices of a kind, it is right
+# up to a factor. The factor is measured.
+MEASURED_TOKENS = 8192      # of each rank; as many others judge
+LARGEST_LEVEL = 8.0         # that a measurement may change a sensitivity by
+
+
+class Measure:
+    """How far predictions on training text move when weights are replaced."""
+
+    def __init__(self, s: Settings, world: World, model: GPT, batches: Sequence[Batch]):
+        self.s, self.world, self.model = s, world, model
+        self.views = matrix_views({n: p.detach() for n, p in model.named_parameters()})
+        self.parts = [next(pieces(batch.to(world.device), MEASURED_TOKENS))
+                      for batch in batches]
+        self.expected = [self.log_probs(part) for part in self.parts]
+
+    @classmethod
+    def of(cls, s: Settings, world: World, model: GPT,
+           next_batch: Callable[[], Batch]) -> Measure | None:
+        """On two batches, the second for judging; None where nothing is rescaled."""
+        if not s.quant_rescale or s.quant_allocation != "fisher":
+            return None
+        return cls(s, world, model, [next_batch(), next_batch()])
+
+    @torch.no_grad()
+    def log_probs(self, part: Batch) -> Tensor:
+        """What the model expects after every token, (tokens, V)."""
+        layout = part.layout(self.s.train_seq_len)
+        hidden = self.model.final_hidden(part.x, layer_plan(self.s, True), layout)
+        return self.model.logits(hidden).flatten(0, 1).log_softmax(-1)
+
+    def kl(self, weights: Mapping[str, Tensor], part: int) -> float:
+        """nats per token of all ranks' text `part`, with these weights in the model's
+        place; the model is left as it was."""
+        kept = {name: self.views[name].clone() for name in weights}
+        for name, w in weights.items():
+            self.views[name].copy_(w)
+        moved = self.log_probs(self.parts[part])
+        for name, w in kept.items():
+            self.views[name].copy_(w)
+        expected = self.expected[part]
+        total = (expected.exp() * (expected - moved)).sum().item()
+        totals, tokens = zip(*self.world.gather((total, len(expected))))
+        return math.fsum(totals) / sum(tokens)
+
+
+def rescale_kinds(quantiser: Quantiser, measure: Measure, size: int) -> dict[str, Any]:
+    """Plan the steps of `size` bytes again, every kind's sensitivities times its share of
+    the measured KL by its share of the expected loss, and keep the plan if it leaves less
+    KL on other text. What was found, for the log."""
+    def rounded() -> dict[str, Tensor]:
+        base_step = base_step_for(quantiser.deviations, size, quantiser.finest)
+        weights = dequantise(quantiser(base_step))
+        return {name: weights[name] for name in quantiser.names}
+
+    if estimate_bytes(quantiser.deviations, quantiser.finest) <= size:
+        return {"used": False, "why": "all codes are at their finest"}
+    weights = rounded()
+    losses = expected_losses(quantiser, weights)
+    measured, expected = {}, {}
+    for kind, names in names_by(kind_of, quantiser.names).items():
+        measured[kind] = measure.kl({name: weights[name] for name in names}, 0)
+        expected[kind] = math.fsum(losses[name] for name in names)
+    before = measure.kl(weights, 1)
+    levels = kind_levels(measured, expected)
+    quantiser.plan(levels)
+    after = measure.kl(rounded(), 1)
+    if not after < before:
+        quantiser.plan()
+    return {"used": after < before, "kl_before": before, "kl_after": after,
+            "levels": levels, "kl": measured}
+
+
+def expected_losses(quantiser: Quantiser, weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """Of each matrix, what curvature lets expect of its error: 1/2 sum_r g_r E_r H E_r'."""
+    losses = {}
+    for name in quantiser.own:
+        w = quantiser.weights[name].float()
+        error = weights[name].to(w.device) - w
+        h = quantiser.hessians.get(input_of(name))
+        cost = (error if h is None else error @ h).mul_(error).sum(1)
+        if name in quantiser.fisher:
+            cost = cost * quantiser.fisher[name]
+        losses[name] = cost.double().sum().item() / 2
+    for part in quantiser.world.gather(losses):
+        losses.update(part)
+    return losses
+
+
+def kind_levels(measured: Mapping[str, float], expected: Mapping[str, float]) -> dict[str, float]:
+    """By kind, its share of the measured KL by its share of the expected loss; 1 where a
+    share is no positive number."""
+    levels = {}
+    for kind in measured:
+        level = measured[kind] / sum(measured.values())
+        level /= expected[kind] / sum(expected.values())
+        levels[kind] = level
+    return levels
 
 
 # ========================================
