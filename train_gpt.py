@@ -562,8 +562,9 @@ class Settings:
         "fisher hand", "steps by curvature; or by bits, sigmas", group="quantise")
     quant_trellis: bool = knob(
         True, "trellis-coded quantisation, 8 states, with fisher steps")
-    quant_rescale: bool = knob(
-        True, "steps of each kind of matrix by its KL, measured on training text (fisher)")
+    quant_measured: bool = knob(
+        True, "steps by KL measured on training text, kind by kind of matrix; errors passed on "
+        "among rows where that wins (fisher)")
     matrix_bits: int = knob(6, "bits of the matrices (hand)", 2, 8)
     embed_bits: int = knob(7, "bits of the embedding (hand)", 2, 8)
     matrix_clip_sigmas: float = knob(
@@ -1592,6 +1593,8 @@ class Curvature(NamedTuple):
     hessians: Mapping[str, Tensor]
     # g (R): mean (dL/dy)^2; absent: all alike
     fisher: Mapping[str, Tensor] = {}
+    # G (R, R): mean dL/dy' dL/dy, where errors are passed on among rows
+    outputs: Mapping[str, Tensor] = {}
 
 
 class HessianHook:
@@ -1606,6 +1609,7 @@ class HessianHook:
         self.head = GPT.head_name(s)
         self.sums: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
+        self.products: dict[str, Tensor] | None = {} if s.quant_measured else None
         self.outputs: list[tuple[str, Tensor]] = []
         self.batches = self.tokens = 0
 
@@ -1615,11 +1619,7 @@ class HessianHook:
             name = self.head
             if kind != "head_in":
                 name = f"blocks.{layer}.{self.INPUTS[kind]}.weight"
-            flat = x.detach().flatten(0, -2).float()
-            if name in self.sums:
-                self.sums[name].addmm_(flat.mT, flat)
-            else:
-                self.sums[name] = flat.mT @ flat
+            add_product(self.sums, name, x.detach().flatten(0, -2).float())
         if x.requires_grad and kind in self.OUTPUTS:
             self.outputs.append((f"blocks.{layer}.{self.OUTPUTS[kind]}.weight", x))
         elif x.requires_grad and kind == "embedding":
@@ -1636,12 +1636,15 @@ class HessianHook:
         squares = {self.head: expected}
         names, outputs = zip(*self.outputs)
         for name, dy in zip(names, torch.autograd.grad(hidden, outputs, d_hidden)):
-            square = dy.flatten(0, 1).float().square()
+            dy = dy.flatten(0, 1).float()
+            square = dy.square()
             if name == "embedding":      # of rows as looked up
                 rows = square.new_zeros(len(model.tok_emb))
                 square = rows.index_add_(0, ids.flatten(), square.mean(1))
             else:
                 square = square.sum(0) / names.count(name)
+                if self.products is not None:
+                    add_product(self.products, name, dy / names.count(name) ** 0.5)
             squares[name] = squares.get(name, 0) + square
         for name, square in squares.items():
             self.squares[name] = self.squares.get(name, 0) + square
@@ -1658,6 +1661,9 @@ class HessianHook:
             hessians[name] = world.total(h).div_(batches)
         for name, squares in self.squares.items():
             fisher[name] = world.total(squares).div_(tokens)
+        outputs = {}
+        for name, product in (self.products or {}).items():
+            outputs[name] = world.total(product).div_(tokens)
         if not fisher:
             return Curvature(hessians)
         # of a micro-batch, like H
@@ -1666,7 +1672,15 @@ class HessianHook:
             h, written = hessians[self.head], fisher[self.head]
             hessians[self.head], read = tied_curvature(h, written, read)
         fisher["tok_emb.weight"] = read
-        return Curvature(hessians, fisher)
+        return Curvature(hessians, fisher, outputs)
+
+
+def add_product(sums: dict[str, Tensor], name: str, x: Tensor) -> None:
+    """Add x'x of rows x (tokens, C)."""
+    if name in sums:
+        sums[name].addmm_(x.mT, x)
+    else:
+        sums[name] = x.mT @ x
 
 
 def tied_curvature(h: Tensor, written: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
@@ -1924,6 +1938,7 @@ class Quantiser:
             "sensitivities that are not finite: as fine as the others on average")
         self.hessians = self.finite(
             curvature.hessians, "a Hessian that is not finite: the identity instead")
+        self.outputs = curvature.outputs
         self.own = share_matrices(weights, self.names, self.world)
         # factors: by input order, u and dead of round_in_order
         self.factors, self.ratios, damped = factor_hessians(
@@ -1933,10 +1948,9 @@ class Quantiser:
             self.unusual.update(part)
         self.plan()
 
-    def plan(self, levels: Mapping[str, float] = {}) -> None:
-        """Allocate all steps; levels: by kind, what sensitivities are multiplied by."""
-        fisher = {n: g * levels.get(kind_of(n), 1.0) for n, g in self.fisher.items()}
-        self.steps = self.allocate(fisher, self.ratios) if self.names else {}
+    def plan(self) -> None:
+        """Allocate all steps."""
+        self.steps = self.allocate(self.fisher, self.ratios) if self.names else {}
         self.deviations = code_deviations(self)
         self.finest = self.finest_step()
 
@@ -2029,11 +2043,8 @@ class Quantiser:
 
     def round_own(self, base_step: float) -> dict[str, tuple[Tensor, Tensor]]:
         """Codes and rows' steps of this rank's matrices, on the CPU."""
-        def kind(name):
-            return self.weights[name].shape, self.precision[name].bits
-
         rounded = {}
-        for (shape, _), names in names_by(kind, self.own).items():
+        for (shape, *_), names in names_by(self.batch_of, self.own).items():
             count = max(1, BATCH_ROWS // shape[0])
             for begin in range(0, len(names), count):
                 batch = names[begin:begin + count]
@@ -2042,6 +2053,10 @@ class Quantiser:
                     # without the memory of the whole stack
                     rounded[name] = [narrow(x).clone() for x in views]
         return rounded
+
+    def batch_of(self, name: str) -> tuple:
+        """Shape, and what else is alike in matrices that are rounded together."""
+        return self.weights[name].shape, self.precision[name].bits
 
     def stacked(self, names: list[str], base_step: float) -> tuple[Tensor, ...]:
         """Of equally shaped matrices w (n, R, C) and rows' steps (n, R); order, u and
@@ -2058,8 +2073,11 @@ class Quantiser:
         w = w / columns[:, None]
         u = u / columns.gather(1, order)[:, None]
         steps = octaves(rows) * base_step
-        codes = round_in_order(w, steps, order, u, dead, TOP_CODE, self.trellis)
-        return codes, rows
+        return self.codes_of(names, w, steps, order, u, dead), rows
+
+    def codes_of(self, names: list[str], w: Tensor, steps: Tensor, *factors: Tensor) -> Tensor:
+        """round_in_order's codes of what the matrices are in steps of columns."""
+        return round_in_order(w, steps, *factors, TOP_CODE, self.trellis)
 
 
 # ========================================
@@ -7208,7 +7226,7 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
                     measure: Measure | None = None) -> bytes:
     """The artifact, on every rank: as fine as the limit allows, less at most a margin.
     UserError for a size that no step reaches. clock: training's; once something fits, no
-    try that would pass its budget. measure: for rescale_kinds."""
+    try that would pass its budget. measure: for plan_by_measure."""
     quantiser = Quantiser(s, weights, curvature, world)
     for instead in sorted(set(quantiser.unusual.values())):
         matrices = [name for name, x in quantiser.unusual.items() if x == instead]
@@ -7216,7 +7234,7 @@ def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, T
     cap, margin = room_for_model(s), s.fit_margin_bytes
     if measure:
         world.beat("measuring kinds")
-        run.log("rescale", **rescale_kinds(quantiser, measure, cap))
+        run.log("kinds", **plan_by_measure(quantiser, measure, cap))
     finest, deviations = quantiser.finest, quantiser.deviations
     overhead = FIRST_OVERHEAD * cap      # bytes beyond the estimate
     best, over, under = b"", 0.0, math.inf      # base steps: too fine, coarse enough
@@ -8170,9 +8188,12 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     calibrating, curvature = rehearse_calibration(s, world, model, batch)
     clock = Clock()
     quantiser = Quantiser(s, matrix_views(weights), curvature, world)
+    size = 0.99 * (ARTIFACT_LIMIT - code_bytes(shipped_form(s)))
+    measure = Measure.of(s, world, model, lambda: batch)
+    if measure:
+        plan_by_measure(quantiser, measure, size)
     setting_up = clock.elapsed()
-    room = ARTIFACT_LIMIT - code_bytes(shipped_form(s))
-    q = quantiser(base_step_for(quantiser.deviations, 0.99 * room, quantiser.finest))
+    q = quantiser(base_step_for(quantiser.deviations, size, quantiser.finest))
     quantised = clock.elapsed()
     blob = world.from_main(pack_model, s, q)
     packed = clock.elapsed()
@@ -8497,7 +8518,7 @@ class Measure:
     def of(cls, s: Settings, world: World, model: GPT,
            next_batch: Callable[[], Batch]) -> Measure | None:
         """On two batches, the second for judging; None where nothing is rescaled."""
-        if not s.quant_rescale or s.quant_allocation != "fisher":
+        if not s.quant_measured or s.quant_allocation != "fisher":
             return None
         return cls(s, world, model, [next_batch(), next_batch()])
 
@@ -8523,58 +8544,170 @@ class Measure:
         return math.fsum(totals) / sum(tokens)
 
 
-def rescale_kinds(quantiser: Quantiser, measure: Measure, size: int) -> dict[str, Any]:
-    """Plan the steps of `size` bytes again, every kind's sensitivities times its share of
-    the measured KL by its share of the expected loss, and keep the plan if it leaves less
-    KL on other text. What was found, for the log."""
-    def rounded() -> dict[str, Tensor]:
-        base_step = base_step_for(quantiser.deviations, size, quantiser.finest)
-        weights = dequantise(quantiser(base_step))
-        return {name: weights[name] for name in quantiser.names}
+def plan_by_measure(quantiser: MeasuredQuantiser, measure: Measure, size: float) -> dict[str, Any]:
+    """Plan the steps of a file of `size` bytes again by the KL of every kind of matrices,
+    and keep the plan if it leaves less KL on other text. What was found, for the log."""
+    def kl(weights: Mapping[str, Tensor], kind: str) -> float:
+        return measure.kl({n: weights[n] for n in names if kind_of(n) == kind}, 0)
 
+    names = quantiser.names
     if estimate_bytes(quantiser.deviations, quantiser.finest) <= size:
         return {"used": False, "why": "all codes are at their finest"}
-    weights = rounded()
-    losses = expected_losses(quantiser, weights)
-    measured, expected = {}, {}
-    for kind, names in names_by(kind_of, quantiser.names).items():
-        measured[kind] = measure.kl({name: weights[name] for name in names}, 0)
-        expected[kind] = math.fsum(losses[name] for name in names)
-    before = measure.kl(weights, 1)
-    levels = kind_levels(measured, expected)
-    quantiser.plan(levels)
-    after = measure.kl(rounded(), 1)
+    counts = {}
+    for kind, members in names_by(kind_of, names).items():
+        counts[kind] = sum(quantiser.weights[n].numel() for n in members)
+    alone = quantiser.sketch(size)
+    found = {kind: kl(alone, kind) for kind in counts}
+    before = measure.kl(alone, 1)
+    candidates = sorted({kind_of(n) for n in quantiser.outputs} & counts.keys())
+    in_turns = []
+    if candidates:
+        quantiser.plan(in_turns=candidates)
+        taken_up = quantiser.sketch(size)
+        for kind in candidates:
+            less = kl(taken_up, kind)
+            if less < found[kind]:
+                found[kind] = less
+                in_turns.append(kind)
+    levels = kind_levels(found, counts)
+    quantiser.plan(levels, in_turns)
+    after = measure.kl(quantiser.sketch(size), 1)
     if not after < before:
         quantiser.plan()
     return {"used": after < before, "kl_before": before, "kl_after": after,
-            "levels": levels, "kl": measured}
+            "levels": levels, "in_turns": in_turns}
 
 
-def expected_losses(quantiser: Quantiser, weights: Mapping[str, Tensor]) -> dict[str, float]:
-    """Of each matrix, what curvature lets expect of its error: 1/2 sum_r g_r E_r H E_r'."""
-    losses = {}
-    for name in quantiser.own:
-        w = quantiser.weights[name].float()
-        error = weights[name].to(w.device) - w
-        h = quantiser.hessians.get(input_of(name))
-        cost = (error if h is None else error @ h).mul_(error).sum(1)
-        if name in quantiser.fisher:
-            cost = cost * quantiser.fisher[name]
-        losses[name] = cost.double().sum().item() / 2
-    for part in quantiser.world.gather(losses):
-        losses.update(part)
-    return losses
-
-
-def kind_levels(measured: Mapping[str, float], expected: Mapping[str, float]) -> dict[str, float]:
-    """By kind, its share of the measured KL by its share of the expected loss; 1 where a
-    share is no positive number."""
+def kind_levels(found: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, float]:
+    """By kind: its share of the KL by its share of the weights, for at the best steps all
+    weights cost the same."""
+    mean = sum(found.values()) / sum(counts.values())
     levels = {}
-    for kind in measured:
-        level = measured[kind] / sum(measured.values())
-        level /= expected[kind] / sum(expected.values())
-        levels[kind] = level
+    for kind, kl in found.items():
+        level = kl / counts[kind] / mean if mean > 0 else 1.0
+        levels[kind] = min(max(level, 1 / LARGEST_LEVEL), LARGEST_LEVEL)
     return levels
+
+
+# --- feedback among rows
+
+# Errors of a row are made good by later rows as errors of a column by later columns, through the Fisher
+# matrix of outputs (as in YAQA, arXiv 2505.22988). Rows of one turn are rounded at once.
+ROW_TURNS = 8          # each has every eighth row: neighbours are the most alike
+ROWS_APART = 0.2       # shrinks what an estimate says of two different rows
+
+
+class RowFeedback(NamedTuple):
+    """How rows of a matrix take up errors of others."""
+    mix: Tensor             # (R, R), of round_in_turns
+    sensitivity: Tensor     # (R), of errors that later rows take up
+
+
+def row_feedback(g: Tensor) -> RowFeedback:
+    """For G (R, R), tr(E' G E) being the cost of rows' errors E in a column. With
+    G = F F', F upper in the order of the turns, a turn b costs
+    |F_bb' (E_b + mix E_before)|^2."""
+    g = g.double()
+    g = torch.lerp(g, g.diagonal().diag(), ROWS_APART)
+    least = max(FISHER_FLOOR * g.diagonal().mean().item(), 1e-30)
+    g.diagonal().clamp_min_(least)
+    turns = torch.arange(len(g), device=g.device) % ROW_TURNS
+    order = turns.argsort(stable=True)
+    factor = torch.linalg.cholesky(g[order][:, order].flip(-2, -1)).flip(-2, -1)
+    mix, sensitivity, begin = torch.zeros_like(g), torch.empty_like(g[0]), 0
+    for count in turns.bincount().tolist():
+        end = begin + count
+        own, before = factor[begin:end, begin:end], factor[:begin, begin:end]
+        mixed = torch.linalg.solve_triangular(own.mT, before.mT, upper=False)
+        mix[order[begin:end, None], order[:begin]] = mixed
+        sensitivity[order[begin:end]] = own.square().sum(1)
+        begin = end
+    return RowFeedback(mix.float(), sensitivity.float())
+
+
+def round_in_turns(w: Tensor, step: Tensor, mix: Tensor, order: Tensor, u: Tensor,
+                   dead: Tensor, trellis: bool) -> Tensor:
+    """round_in_order's codes (n, R, C), one turn of rows after the other, with the errors
+    of those before taken up by mix (n, R, R)."""
+    codes, error = torch.empty_like(w, dtype=torch.int16), torch.zeros_like(w)
+    for first in range(min(ROW_TURNS, w.size(1))):
+        rows = slice(first, None, ROW_TURNS)
+        target = w[:, rows] + mix[:, rows] @ error
+        turn = round_in_order(target, step[:, rows], order, u, dead, TOP_CODE, trellis)
+        codes[:, rows] = turn
+        if trellis:
+            turn = on_trellis(turn.flatten(0, 1).cpu()).view(turn.shape).to(w.device)
+        error[:, rows] = w[:, rows] - turn * step[:, rows, None]
+    return codes
+
+
+class MeasuredQuantiser(Quantiser):
+    """Steps can be planned again, and matrices of some kinds be rounded in turns."""
+
+    levels: Mapping[str, float] = {}      # by kind, what sensitivities are multiplied by
+    in_turns: Sequence[str] = ()          # kinds
+
+    def plan(self, levels: Mapping[str, float] = {}, in_turns: Sequence[str] = ()) -> None:
+        self.levels, self.in_turns = levels, in_turns
+        super().plan()
+
+    @functools.cached_property
+    def feedback(self) -> dict[str, RowFeedback]:
+        """Of this rank's matrices; sensitivities as large, by kind, as those of rows that
+        are alone: kinds keep their share of the bytes."""
+        usable = {n for n, g in self.outputs.items() if g.isfinite().all()}
+        usable &= self.fisher.keys()
+        found = {n: row_feedback(self.outputs[n]) for n in self.own if n in usable}
+        ratios = {}
+        for name, feedback in found.items():
+            ratio = self.fisher[name].clamp_min(1e-30) / feedback.sensitivity
+            ratios[name] = ratio.log2().mean().item()
+        for part in self.world.gather(ratios):
+            ratios.update(part)
+        for kind, names in names_by(kind_of, sorted(ratios)).items():
+            scale = 2 ** (math.fsum(ratios[n] for n in names) / len(names))
+            for name in found.keys() & set(names):
+                mix, sensitivity = found[name]
+                found[name] = RowFeedback(mix, sensitivity * scale)
+        return found
+
+    def takes_turns(self, name: str) -> bool:
+        """Whether its rows do."""
+        return kind_of(name) in self.in_turns and name in self.feedback
+
+    def allocate(self, fisher: Mapping[str, Tensor],
+                 ratios: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        scaled = {}
+        for name, g in fisher.items():
+            if self.takes_turns(name):
+                g = self.feedback[name].sensitivity
+            scaled[name] = g * self.levels.get(kind_of(name), 1.0)
+        return super().allocate(scaled, ratios)
+
+    def batch_of(self, name: str) -> tuple:
+        return *super().batch_of(name), self.takes_turns(name)
+
+    def codes_of(self, names: list[str], w: Tensor, steps: Tensor, *factors: Tensor) -> Tensor:
+        if not self.takes_turns(names[0]):
+            return super().codes_of(names, w, steps, *factors)
+        mix = torch.stack([self.feedback[n].mix for n in names])
+        return round_in_turns(w, steps, mix, *factors, self.trellis)
+
+    @torch.no_grad()
+    def sketch(self, size: float) -> dict[str, Tensor]:
+        """The float32 weights of a file of about `size` bytes, rounded without a trellis:
+        good enough to compare plans by."""
+        base_step = base_step_for(self.deviations, size, self.finest)
+        self.trellis, walks = False, self.trellis
+        parts = self.world.gather(self.round_own(base_step))
+        self.trellis = walks
+        weights = {}
+        for name, (codes, rows) in itertools.chain(*(part.items() for part in parts)):
+            weights[name] = by_curvature(base_step, codes, rows, *self.stored_columns(name))
+        return weights
+
+
+Quantiser = MeasuredQuantiser
 
 
 # ========================================
