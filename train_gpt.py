@@ -1675,29 +1675,6 @@ class HessianHook:
         return Curvature(hessians, fisher, outputs)
 
 
-def add_product(sums: dict[str, Tensor], name: str, x: Tensor) -> None:
-    """Add x'x of rows x (tokens, C)."""
-    if name in sums:
-        sums[name].addmm_(x.mT, x)
-    else:
-        sums[name] = x.mT @ x
-
-
-def tied_curvature(h: Tensor, written: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
-    """H' (C, C) and g' (V) of an embedding that is the head as well. An error E of
-    row v costs written_v E H E' at the head and read_v |E|^2, alike in all columns,
-    where it is looked up. One product g'_v E H' E' stands for both: the shape of H'
-    is that of the mean row, and each row's mean over columns is its own.
-
-        H'   = H + I mean(read) / mean(written)
-        g'_v = (written_v mean(diag H) + read_v) / mean(diag H')
-    """
-    tied = h.clone()
-    tied.diagonal().add_(read.mean() / written.mean())
-    both = written * h.diagonal().mean() + read
-    return tied, both / tied.diagonal().mean()
-
-
 def drawn_gradient(model: GPT, hidden: Tensor,
                    generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """dL/dlogits (N, V) for drawn labels, and the sum of expected squares (V)."""
@@ -1772,12 +1749,6 @@ def divide_round(w: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     scale = scale.float()
     ratio = torch.where(scale > 0, w.float() / scale, 0.0)
     return ratio.round().clamp(low, high).to(torch.int8)
-
-
-def narrow(codes: Tensor) -> Tensor:
-    """As int8 where all of them are, as most are."""
-    short = codes.to(torch.int8)
-    return short if torch.equal(short.to(codes.dtype), codes) else codes
 
 
 # --- what is stored of a weight: quantiser, packer, reader and size forecast go by this table
@@ -1892,11 +1863,6 @@ def precision_of(s: Settings, name: str, w: Tensor) -> Precision:
     return Precision("gptq (trellis)" if s.quant_trellis else "gptq (fisher)")
 
 
-def kind_of(name: str) -> str:
-    """`attn.c_q.weight` of any layer's."""
-    return re.sub(r"^blocks\.\d+\.", "", name)
-
-
 def input_of(name: str) -> str:
     """The first matrix of this input: they share a Hessian and columns' steps."""
     return name.replace("attn.c_k", "attn.c_q").replace("attn.c_v", "attn.c_q")
@@ -1909,7 +1875,6 @@ BATCH_ROWS = 8192      # rows of equal matrices that are rounded together
 TOP_CODE = 32766       # int16; trellis codes come in pairs
 LARGEST_CODE = 0.9 * TOP_CODE        # of a row's largest weight: feedback may add to it
 LARGEST_DEVIATION = TOP_CODE / 4     # of codes: few Gaussian ones are over the top
-ROWS_LEFT_OUT = 0.1    # share of codes that a base step below the finest would change
 
 
 def names_by(kind: Callable, names: Sequence[str] | Mapping) -> dict[Any, list[str]]:
@@ -1952,7 +1917,7 @@ class Quantiser:
         """Allocate all steps."""
         self.steps = self.allocate(self.fisher, self.ratios) if self.names else {}
         self.deviations = code_deviations(self)
-        self.finest = self.finest_step()
+        self.finest = finest_step(self.deviations)
 
     def finite(self, tensors: Mapping[str, Tensor],
                instead: str) -> dict[str, Tensor]:
@@ -2009,15 +1974,6 @@ class Quantiser:
         least = (largest / (LARGEST_CODE * base_step)).clamp_min(1e-9).log2()
         least = to_eighths((OCTAVE * least).ceil() / OCTAVE)
         return torch.maximum(self.steps[name + ".row"].to(w.device), least)
-
-    def finest_step(self) -> float:
-        """The base step below which most rows' steps stay, their codes being at the
-        top."""
-        if not self.names:
-            return 1.0
-        below = self.deviations.cumsum()
-        level = np.searchsorted(below, ROWS_LEFT_OUT * below[-1]) - len(below) // 2
-        return 2 ** (level / OCTAVE) / LARGEST_DEVIATION
 
     @torch.no_grad()
     def __call__(self, base_step: float = 1.0) -> Quantised:
@@ -7115,6 +7071,7 @@ FIRST_OVERHEAD = 0.001       # share of the size beyond its estimate; then the l
 SLOWEST_TRY = 1.2            # a try's time, by that of the one before
 HALF_BYTES = 1.7   # of a float16 number in the file; measured on the demo: 1.69
 GUESSED = 0.93     # what guesses leave of an embedding's codes; measured: 0.92, 0.94
+ROWS_LEFT_OUT = 0.1    # share of codes that a base step below the finest would change
 DEVIATION_BINS = 255   # of rows and of columns: eighths of an octave around 1
 
 
@@ -7145,6 +7102,15 @@ def count_levels(power: Tensor) -> np.ndarray:
     level = (OCTAVE / 2 * power.clamp_min(1e-20).log2()).round() + DEVIATION_BINS // 2
     level = level.clamp(0, DEVIATION_BINS - 1).int()
     return level.bincount(minlength=DEVIATION_BINS).cpu().numpy()
+
+
+def finest_step(deviations: Array) -> float:
+    """The base step below which most rows' steps stay, their codes being at the top."""
+    if not deviations.any():
+        return 1.0
+    below = deviations.cumsum()
+    level = np.searchsorted(below, ROWS_LEFT_OUT * below[-1]) - len(below) // 2
+    return 2 ** (level / OCTAVE) / LARGEST_DEVIATION
 
 
 def estimate_bytes(deviations: Array, base_step: float = 1.0) -> float:
@@ -8241,10 +8207,38 @@ def rehearse_calibration(s: Settings, world: World, model: GPT,
 # 15  Rounding: GPTQ and the trellis, column by column
 # ========================================
 
+# --- curvature
+
+def add_product(sums: dict[str, Tensor], name: str, x: Tensor) -> None:
+    """Add x'x of rows x (tokens, C)."""
+    if name in sums:
+        sums[name].addmm_(x.mT, x)
+    else:
+        sums[name] = x.mT @ x
+
+
+def tied_curvature(h: Tensor, written: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
+    """H' (C, C) and g' (V) of an embedding that is the head as well. An error E of
+    row v costs written_v E H E' at the head and read_v |E|^2, alike in all columns,
+    where it is looked up. One product g'_v E H' E' stands for both: the shape of H'
+    is that of the mean row, and each row's mean over columns is its own.
+
+        H'   = H + I mean(read) / mean(written)
+        g'_v = (written_v mean(diag H) + read_v) / mean(diag H')
+    """
+    tied = h.clone()
+    tied.diagonal().add_(read.mean() / written.mean())
+    both = written * h.diagonal().mean() + read
+    return tied, both / tied.diagonal().mean()
+
+
+# --- columns in turn
+
 # GPTQ (Frantar et al. 2022): columns are rounded in turn, later ones take up the errors.
 
 DAMPING = 0.01            # of a Hessian, as a share of its mean diagonal
 MOST_DAMPING = 100.0      # columns are then all but alone
+COLUMNS_AT_ONCE = 128     # beyond them errors are passed on together
 SMALLEST_HALVED = 512     # columns of a Hessian that is factored by halves
 
 
@@ -8305,6 +8299,12 @@ def damped_factor(h: Tensor, damp: float = DAMPING,
     return hessian_factor(eye, 0.0, falling), [math.inf]
 
 
+def narrow(codes: Tensor) -> Tensor:
+    """As int8 where all of them are, as most are."""
+    short = codes.to(torch.int8)
+    return short if torch.equal(short.to(codes.dtype), codes) else codes
+
+
 def share_matrices(weights: Mapping[str, Tensor], names: list[str],
                    world: World) -> list[str]:
     """Names of this rank's matrices: those of one Hessian together, costs shared
@@ -8343,16 +8343,11 @@ def factor_hessians(weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor
 
 @torch.no_grad()
 def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tensor,
-                   top: int, trellis: bool = False, block: int = 128) -> Tensor:
+                   top: int, trellis: bool = False, block: int = COLUMNS_AT_ONCE) -> Tensor:
     """Codes (n, R, C), int8 or int16, within ±top of w under steps (n, R). order (n, C),
     u (n, C, C), dead (n, C) are hessian_factor's; where columns have steps too, w and
     u come divided by them."""
-    zero = dead[:, None] | (step == 0)[..., None]
-    w, step = w.masked_fill(zero, 0), step[:, None].clamp_min(1e-30)
-    t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R)
-    # an error e costs (e / diag)^2, and later columns take up feedback times it
-    diag = u.diagonal(dim1=-2, dim2=-1)[..., None]
-    feedback = u / diag
+    t, step, diag, feedback = in_order(w, step, order, u, dead)
     codes = torch.empty_like(t, dtype=torch.int8 if top < 128 else torch.int16)
     state = torch.zeros_like(t[:, 0], dtype=torch.long)
     for begin in range(0, t.size(1), block):
@@ -8366,6 +8361,23 @@ def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tens
             q, error = plain_block(x, step, inner, top)
         codes[:, begin:end] = q
         t[:, end:] -= feedback[:, begin:end, end:].mT @ error
+    return as_they_were(codes, order)
+
+
+def in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor,
+             dead: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For rounding: columns (n, C, R) in their order, steps (n, 1, R), diag (n, C, 1) and
+    feedback (n, C, C): an error e of a column costs (e / diag)^2, and later ones take up
+    feedback times it."""
+    zero = dead[:, None] | (step == 0)[..., None]
+    w, step = w.masked_fill(zero, 0), step[:, None].clamp_min(1e-30)
+    t = torch.stack([m[:, o].mT for m, o in zip(w, order)])
+    diag = u.diagonal(dim1=-2, dim2=-1)[..., None]
+    return t, step, diag, u / diag
+
+
+def as_they_were(codes: Tensor, order: Tensor) -> Tensor:
+    """Codes (n, R, C) of in_order's columns."""
     return torch.stack([c[o].mT for c, o in zip(codes, order.argsort(dim=-1))])
 
 
@@ -8498,6 +8510,11 @@ def join_tiles(tiles: Sequence[tuple[Tensor, Tensor, Tensor]],
 
 # --- steps of kinds of matrices, by what they do to the predictions
 
+def kind_of(name: str) -> str:
+    """`attn.c_q.weight` of any layer's."""
+    return re.sub(r"^blocks\.\d+\.", "", name)
+
+
 # Curvature is a local and separable picture of the loss: of the error of all matrices of a kind, it is right
 # up to a factor. The factor is measured.
 MEASURED_TOKENS = 8192      # of each rank; as many others judge
@@ -8562,7 +8579,7 @@ def plan_by_measure(quantiser: MeasuredQuantiser, measure: Measure, size: float)
     candidates = sorted({kind_of(n) for n in quantiser.outputs} & counts.keys())
     in_turns = []
     if candidates:
-        quantiser.plan(in_turns=candidates)
+        quantiser.plan({}, candidates)
         taken_up = quantiser.sketch(size)
         for kind in candidates:
             less = kl(taken_up, kind)
@@ -8625,20 +8642,44 @@ def row_feedback(g: Tensor) -> RowFeedback:
     return RowFeedback(mix.float(), sensitivity.float())
 
 
-def round_in_turns(w: Tensor, step: Tensor, mix: Tensor, order: Tensor, u: Tensor,
-                   dead: Tensor, trellis: bool) -> Tensor:
-    """round_in_order's codes (n, R, C), one turn of rows after the other, with the errors
-    of those before taken up by mix (n, R, R)."""
-    codes, error = torch.empty_like(w, dtype=torch.int16), torch.zeros_like(w)
-    for first in range(min(ROW_TURNS, w.size(1))):
-        rows = slice(first, None, ROW_TURNS)
-        target = w[:, rows] + mix[:, rows] @ error
-        turn = round_in_order(target, step[:, rows], order, u, dead, TOP_CODE, trellis)
-        codes[:, rows] = turn
+@torch.no_grad()
+def round_in_turns(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tensor,
+                   mix: Tensor, trellis: bool) -> Tensor:
+    """round_in_order's codes (n, R, C), every turn of rows taking up the errors of those
+    before it by mix (n, R, R). A turn is a block of columns behind the one before:
+    they are rounded at the same time, as one batch."""
+    t, step, diag, feedback = in_order(w, step, order, u, dead)
+    block = largest_divisor(t.size(1), COLUMNS_AT_ONCE)
+    count, source, error = t.size(1) // block, t.clone(), torch.zeros_like(t)
+    codes = torch.empty_like(t, dtype=torch.int16)
+    state = torch.zeros_like(t[:, 0], dtype=torch.long)
+    for wave in range(count + ROW_TURNS - 1):
+        places, parts = [], []
+        for turn in range(max(0, wave - count + 1), min(ROW_TURNS, wave + 1)):
+            begin, rows = (wave - turn) * block, slice(turn, None, ROW_TURNS)
+            columns = slice(begin, begin + block)
+            x = t[:, columns, rows] + error[:, columns] @ mix[:, rows].mT
+            places.append((columns, rows))
+            parts.append((x, step[..., rows], feedback[:, columns, columns],
+                          diag[:, columns], state[:, rows]))
+        x, steps, inner, diags, states = (torch.cat(part) for part in zip(*parts))
         if trellis:
-            turn = on_trellis(turn.flatten(0, 1).cpu()).view(turn.shape).to(w.device)
-        error[:, rows] = w[:, rows] - turn * step[:, rows, None]
-    return codes
+            q, e, states = trellis_block(x / steps, inner, diags ** -2, states)
+            e *= steps
+        else:
+            q, e = plain_block(x.clone(), steps, inner, TOP_CODE)
+        value = x - inner.mT @ e
+        for (columns, rows), *parts in zip(places, *(y.split(len(t)) for y in (q, e, value, states))):
+            codes[:, columns, rows], passed_on, part, state[:, rows] = parts
+            error[:, columns, rows] = source[:, columns, rows] - part
+            later = slice(columns.stop, None)
+            t[:, later, rows] -= feedback[:, columns, later].mT @ passed_on
+    return as_they_were(codes, order)
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """Of a number, up to `most`."""
+    return max(d for d in range(1, most + 1) if number % d == 0)
 
 
 class MeasuredQuantiser(Quantiser):
@@ -8655,7 +8696,8 @@ class MeasuredQuantiser(Quantiser):
     def feedback(self) -> dict[str, RowFeedback]:
         """Of this rank's matrices; sensitivities as large, by kind, as those of rows that
         are alone: kinds keep their share of the bytes."""
-        usable = {n for n, g in self.outputs.items() if g.isfinite().all()}
+        usable = {n for n, g in self.outputs.items()
+                  if g.isfinite().all() and len(g) % ROW_TURNS == 0}
         usable &= self.fisher.keys()
         found = {n: row_feedback(self.outputs[n]) for n in self.own if n in usable}
         ratios = {}
@@ -8672,7 +8714,7 @@ class MeasuredQuantiser(Quantiser):
         return found
 
     def takes_turns(self, name: str) -> bool:
-        """Whether its rows do."""
+        """Whether its rows do: as many in every turn."""
         return kind_of(name) in self.in_turns and name in self.feedback
 
     def allocate(self, fisher: Mapping[str, Tensor],
@@ -8691,7 +8733,7 @@ class MeasuredQuantiser(Quantiser):
         if not self.takes_turns(names[0]):
             return super().codes_of(names, w, steps, *factors)
         mix = torch.stack([self.feedback[n].mix for n in names])
-        return round_in_turns(w, steps, mix, *factors, self.trellis)
+        return round_in_turns(w, steps, *factors, mix, self.trellis)
 
     @torch.no_grad()
     def sketch(self, size: float) -> dict[str, Tensor]:
@@ -8793,9 +8835,11 @@ class RecordQuantiser(Quantiser):
     def planned_rows(self, name: str) -> Tensor:
         return self.rows_of(name, 1.0).float() if self.by_hand else super().planned_rows(name)
 
-    def finest_step(self) -> float:
-        """By hand 1: the settings' steps."""
-        return 1.0 if self.by_hand else super().finest_step()
+    def plan(self, *changes) -> None:
+        """By hand the settings' steps are the finest."""
+        super().plan(*changes)
+        if self.by_hand:
+            self.finest = 1.0
 
     @torch.no_grad()
     def __call__(self, base_step: float = 1.0) -> Quantised:
