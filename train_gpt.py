@@ -6715,7 +6715,7 @@ def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: bool = False,
 
 
 # A row whose codes are not all int8 is wide: its lowest bits are stored as they are, for nothing can be told
-# of them, and what is left is coded.
+# of them, and what is left is coded, as if that were its codes.
 MOST_LOW_BITS = 8
 
 
@@ -8158,6 +8158,7 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     measure = Measure.of(s, world, model, lambda: batch)
     if measure:
         plan_by_measure(quantiser, measure, size)
+        quantiser.plan({}, [*map(kind_of, quantiser.outputs)])      # the slowest
     setting_up = clock.elapsed()
     q = quantiser(base_step_for(quantiser.deviations, size, quantiser.finest))
     quantised = clock.elapsed()
@@ -8517,27 +8518,32 @@ def kind_of(name: str) -> str:
 
 # Curvature is a local and separable picture of the loss: of the error of all matrices of a kind, it is right
 # up to a factor. The factor is measured.
-MEASURED_TOKENS = 8192      # of each rank; as many others judge
+MEASURED_BATCHES = 8        # training micro-batches of all ranks; as many others judge
+MEASURED_TOKENS = 2048      # of each
 LARGEST_LEVEL = 8.0         # that a measurement may change a sensitivity by
 
 
 class Measure:
-    """How far predictions on training text move when weights are replaced."""
+    """How far predictions on training text move when weights are replaced. Two texts: the
+    second is for judging."""
 
-    def __init__(self, s: Settings, world: World, model: GPT, batches: Sequence[Batch]):
+    def __init__(self, s: Settings, world: World, model: GPT, next_batch: Callable[[], Batch]):
         self.s, self.world, self.model = s, world, model
         self.views = matrix_views({n: p.detach() for n, p in model.named_parameters()})
-        self.parts = [next(pieces(batch.to(world.device), MEASURED_TOKENS))
-                      for batch in batches]
-        self.expected = [self.log_probs(part) for part in self.parts]
+        # this rank's pieces of each, with what the model expects of them
+        self.texts: list[list[tuple[Batch, Tensor]]] = []
+        for _ in range(2):
+            batches = [next_batch() for _ in range(-(-MEASURED_BATCHES // world.size))]
+            parts = [next(pieces(batch.to(world.device), MEASURED_TOKENS)) for batch in batches]
+            self.texts.append([(part, self.log_probs(part)) for part in parts])
 
     @classmethod
     def of(cls, s: Settings, world: World, model: GPT,
            next_batch: Callable[[], Batch]) -> Measure | None:
-        """On two batches, the second for judging; None where nothing is rescaled."""
+        """None where nothing is planned by it."""
         if not s.quant_measured or s.quant_allocation != "fisher":
             return None
-        return cls(s, world, model, [next_batch(), next_batch()])
+        return cls(s, world, model, next_batch)
 
     @torch.no_grad()
     def log_probs(self, part: Batch) -> Tensor:
@@ -8546,18 +8552,19 @@ class Measure:
         hidden = self.model.final_hidden(part.x, layer_plan(self.s, True), layout)
         return self.model.logits(hidden).flatten(0, 1).log_softmax(-1)
 
-    def kl(self, weights: Mapping[str, Tensor], part: int) -> float:
-        """nats per token of all ranks' text `part`, with these weights in the model's
-        place; the model is left as it was."""
+    def kl(self, weights: Mapping[str, Tensor], text: int) -> float:
+        """nats per token of all ranks' text 0 or 1, with these weights in the place of the
+        model's; the model is left as it was."""
         kept = {name: self.views[name].clone() for name in weights}
         for name, w in weights.items():
             self.views[name].copy_(w)
-        moved = self.log_probs(self.parts[part])
+        found = []
+        for part, expected in self.texts[text]:
+            moved = self.log_probs(part)
+            found.append(((expected.exp() * (expected - moved)).sum().item(), len(expected)))
         for name, w in kept.items():
             self.views[name].copy_(w)
-        expected = self.expected[part]
-        total = (expected.exp() * (expected - moved)).sum().item()
-        totals, tokens = zip(*self.world.gather((total, len(expected))))
+        totals, tokens = zip(*itertools.chain(*self.world.gather(found)))
         return math.fsum(totals) / sum(tokens)
 
 
@@ -8686,7 +8693,7 @@ class MeasuredQuantiser(Quantiser):
     """Steps can be planned again, and matrices of some kinds be rounded in turns."""
 
     levels: Mapping[str, float] = {}      # by kind, what sensitivities are multiplied by
-    in_turns: Sequence[str] = ()          # kinds
+    in_turns: Sequence[str] = ()        # kinds
 
     def plan(self, levels: Mapping[str, float] = {}, in_turns: Sequence[str] = ()) -> None:
         self.levels, self.in_turns = levels, in_turns

@@ -58,7 +58,7 @@ def test_what_is_beyond_half_precision_is_its_largest_number():
 def test_fits_of_degenerate_models_end_well():
     """Within the limit and read back bit for bit, or refused because no step would do."""
     ends = fault_fits.fits(8, seed=6)
-    assert not set(ends) - {"fitted", "refused"} and ends["fitted"] > 4, ends
+    assert not set(ends) - {"fitted", "refused", "short"} and ends["fitted"] > 4, ends
 
 
 def test_a_fit_whose_estimate_is_no_guide_ends_within_the_limit():
@@ -362,7 +362,7 @@ def test_a_plan_that_does_not_win_is_dropped(monkeypatch):
     quantiser, measure = measured_model(monkeypatch)
     steps, size = quantiser.steps, quantiser.deviations.sum() * 3 / 8
     real, judged = measure.kl, iter((1.0, 1.5))
-    monkeypatch.setattr(measure, "kl", lambda weights, part: next(judged) if part else real(weights, part))
+    monkeypatch.setattr(measure, "kl", lambda weights, text: next(judged) if text else real(weights, text))
     found = tg.plan_by_measure(quantiser, measure, size)
     assert not found["used"] and (found["kl_before"], found["kl_after"]) == (1.0, 1.5)
     assert all(torch.equal(x, steps[key]) for key, x in quantiser.steps.items()) and not quantiser.in_turns
