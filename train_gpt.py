@@ -8693,7 +8693,7 @@ class MeasuredQuantiser(Quantiser):
     """Steps can be planned again, and matrices of some kinds be rounded in turns."""
 
     levels: Mapping[str, float] = {}      # by kind, what sensitivities are multiplied by
-    in_turns: Sequence[str] = ()        # kinds
+    in_turns: Sequence[str] = ()          # kinds whose rows take turns
 
     def plan(self, levels: Mapping[str, float] = {}, in_turns: Sequence[str] = ()) -> None:
         self.levels, self.in_turns = levels, in_turns

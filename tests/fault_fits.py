@@ -125,7 +125,8 @@ def case(seed: int):
             size = rng.choice((0.0, 1e-30, 1.0, 1.0, 1e30, float("inf")))
             fisher[name] = size * torch.rand(len(w), generator=generator)
     codes = sum(w.numel() for w in weights.values() if w.dim() == 2)
-    return s, weights, tg.Curvature(hessians, fisher), int(codes * rng.choice((0.15, 0.3, 0.5, 0.8, 1.5, 2.5)))
+    size = int(codes * rng.choice((0.15, 0.3, 0.5, 0.8, 1.5, 2.5)))
+    return s, weights, tg.Curvature(hessians, fisher), size
 
 
 class Tries:

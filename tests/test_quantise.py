@@ -362,7 +362,7 @@ def test_a_plan_that_does_not_win_is_dropped(monkeypatch):
     quantiser, measure = measured_model(monkeypatch)
     steps, size = quantiser.steps, quantiser.deviations.sum() * 3 / 8
     real, judged = measure.kl, iter((1.0, 1.5))
-    monkeypatch.setattr(measure, "kl", lambda weights, text: next(judged) if text else real(weights, text))
+    monkeypatch.setattr(measure, "kl", lambda w, text: next(judged) if text else real(w, text))
     found = tg.plan_by_measure(quantiser, measure, size)
     assert not found["used"] and (found["kl_before"], found["kl_after"]) == (1.0, 1.5)
     assert all(torch.equal(x, steps[key]) for key, x in quantiser.steps.items()) and not quantiser.in_turns
