@@ -2005,9 +2005,9 @@ class Quantiser:
             for begin in range(0, len(names), count):
                 batch = names[begin:begin + count]
                 codes, rows = self.round(batch, base_step)
-                for name, *views in zip(batch, codes.cpu(), rows.cpu()):
+                for name, part, steps in zip(batch, codes.cpu(), rows.cpu()):
                     # without the memory of the whole stack
-                    rounded[name] = [narrow(x).clone() for x in views]
+                    rounded[name] = narrow(part).clone(), steps.clone()
         return rounded
 
     def batch_of(self, name: str) -> tuple:
