@@ -345,7 +345,8 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
     calibrated = clock.elapsed()
     world.beat("quantising")
     weights = matrix_views({n: p.detach() for n, p in model.named_parameters()})
-    blob = quantise_to_fit(s, world, run, weights, curvature, clock if run.time_known else None)
+    measure = Measure.of(s, world, model, next_batch)
+    blob = quantise_to_fit(s, world, run, weights, curvature, clock if run.time_known else None, measure)
     if s.logit_calib_enabled:
         blob = calibrate_logits(s, world, run, blob)
     seconds, size = world.from_main(write_artifact, s, run, blob, clock)
@@ -558,6 +559,9 @@ class Settings:
         "fisher hand", "steps by curvature; or by bits, sigmas", group="quantise")
     quant_trellis: bool = knob(
         True, "trellis-coded quantisation, 8 states, with fisher steps")
+    quant_measured: bool = knob(
+        True, "steps by KL measured on training text, kind by kind of matrix; errors passed on "
+        "among rows where that wins (fisher)")
     matrix_bits: int = knob(6, "bits of the matrices (hand)", 2, 8)
     embed_bits: int = knob(7, "bits of the embedding (hand)", 2, 8)
     matrix_clip_sigmas: float = knob(
@@ -1562,6 +1566,8 @@ class Curvature(NamedTuple):
     hessians: Mapping[str, Tensor]
     # g (R): mean (dL/dy)^2; absent: all alike
     fisher: Mapping[str, Tensor] = {}
+    # G (R, R): mean dL/dy' dL/dy, where errors are passed on among rows
+    outputs: Mapping[str, Tensor] = {}
 
 
 class HessianHook:
@@ -1576,6 +1582,7 @@ class HessianHook:
         self.head = GPT.head_name(s)
         self.sums: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
+        self.products: dict[str, Tensor] | None = {} if s.quant_measured else None
         self.outputs: list[tuple[str, Tensor]] = []
         self.batches = self.tokens = 0
 
@@ -1585,11 +1592,7 @@ class HessianHook:
             name = self.head
             if kind != "head_in":
                 name = f"blocks.{layer}.{self.INPUTS[kind]}.weight"
-            flat = x.detach().flatten(0, -2).float()
-            if name in self.sums:
-                self.sums[name].addmm_(flat.mT, flat)
-            else:
-                self.sums[name] = flat.mT @ flat
+            add_product(self.sums, name, x.detach().flatten(0, -2).float())
         if x.requires_grad and kind in self.OUTPUTS:
             self.outputs.append((f"blocks.{layer}.{self.OUTPUTS[kind]}.weight", x))
         elif x.requires_grad and kind == "embedding":
@@ -1606,12 +1609,15 @@ class HessianHook:
         squares = {self.head: expected}
         names, outputs = zip(*self.outputs)
         for name, dy in zip(names, torch.autograd.grad(hidden, outputs, d_hidden)):
-            square = dy.flatten(0, 1).float().square()
+            dy = dy.flatten(0, 1).float()
+            square = dy.square()
             if name == "embedding":      # of rows as looked up
                 rows = square.new_zeros(len(model.tok_emb))
                 square = rows.index_add_(0, ids.flatten(), square.mean(1))
             else:
                 square = square.sum(0) / names.count(name)
+                if self.products is not None:
+                    add_product(self.products, name, dy / names.count(name) ** 0.5)
             squares[name] = squares.get(name, 0) + square
         for name, square in squares.items():
             self.squares[name] = self.squares.get(name, 0) + square
@@ -1628,6 +1634,9 @@ class HessianHook:
             hessians[name] = world.total(h).div_(batches)
         for name, squares in self.squares.items():
             fisher[name] = world.total(squares).div_(tokens)
+        outputs = {}
+        for name, product in (self.products or {}).items():
+            outputs[name] = world.total(product).div_(tokens)
         if not fisher:
             return Curvature(hessians)
         # of a micro-batch, like H
@@ -1636,22 +1645,7 @@ class HessianHook:
             h, written = hessians[self.head], fisher[self.head]
             hessians[self.head], read = tied_curvature(h, written, read)
         fisher["tok_emb.weight"] = read
-        return Curvature(hessians, fisher)
-
-
-def tied_curvature(h: Tensor, written: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
-    """H' (C, C) and g' (V) of an embedding that is the head as well. An error E of
-    row v costs written_v E H E' at the head and read_v |E|^2, alike in all columns,
-    where it is looked up. One product g'_v E H' E' stands for both: the shape of H'
-    is that of the mean row, and each row's mean over columns is its own.
-
-        H'   = H + I mean(read) / mean(written)
-        g'_v = (written_v mean(diag H) + read_v) / mean(diag H')
-    """
-    tied = h.clone()
-    tied.diagonal().add_(read.mean() / written.mean())
-    both = written * h.diagonal().mean() + read
-    return tied, both / tied.diagonal().mean()
+        return Curvature(hessians, fisher, outputs)
 
 
 def drawn_gradient(model: GPT, hidden: Tensor,
@@ -1732,7 +1726,7 @@ def divide_round(w: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 
 # --- what is stored of a weight: quantiser, packer, reader and size forecast go by this table
 
-CODE_STREAM = "codes"     # of the artifact: int8, entropy-coded
+CODE_STREAM = "codes"     # of the artifact: int8 or int16, entropy-coded
 HALF_STREAM = "half"      # float16
 BYTE_STREAM = "bytes"     # int8
 
@@ -1850,10 +1844,9 @@ def input_of(name: str) -> str:
 
 FISHER_FLOOR = 0.03    # a row's smallest sensitivity, by its matrix's mean
 BATCH_ROWS = 8192      # rows of equal matrices that are rounded together
-TOP_CODE = 126         # the coder's escapes are above
+TOP_CODE = 32766       # int16; trellis codes come in pairs
 LARGEST_CODE = 0.9 * TOP_CODE        # of a row's largest weight: feedback may add to it
 LARGEST_DEVIATION = TOP_CODE / 4     # of codes: few Gaussian ones are over the top
-ROWS_LEFT_OUT = 0.1    # share of codes that a base step below the finest would change
 
 
 def names_by(kind: Callable, names: Sequence[str] | Mapping) -> dict[Any, list[str]]:
@@ -1877,21 +1870,26 @@ class Quantiser:
         self.trellis = any(p.form == "gptq (trellis)" for p in self.precision.values())
         # what calibration left that is not used as it is: matrix -> what is done instead
         self.unusual: dict[str, str] = {}
-        fisher = self.finite(
+        self.fisher = self.finite(
             curvature.fisher,
             "sensitivities that are not finite: as fine as the others on average")
         self.hessians = self.finite(
             curvature.hessians, "a Hessian that is not finite: the identity instead")
+        self.outputs = curvature.outputs
         self.own = share_matrices(weights, self.names, self.world)
         # factors: by input order, u and dead of round_in_order
-        self.factors, ratios, damped = factor_hessians(
+        self.factors, self.ratios, damped = factor_hessians(
             weights, self.hessians, self.own, falling=not self.trellis)
         self.unusual.update(damped)
         for part in self.world.gather(self.unusual):
             self.unusual.update(part)
-        self.steps = self.allocate(fisher, ratios) if self.names else {}
+        self.plan()
+
+    def plan(self) -> None:
+        """Allocate all steps."""
+        self.steps = self.allocate(self.fisher, self.ratios) if self.names else {}
         self.deviations = code_deviations(self)
-        self.finest = self.finest_step()
+        self.finest = finest_step(self.deviations)
 
     def finite(self, tensors: Mapping[str, Tensor],
                instead: str) -> dict[str, Tensor]:
@@ -1949,15 +1947,6 @@ class Quantiser:
         least = to_eighths((OCTAVE * least).ceil() / OCTAVE)
         return torch.maximum(self.steps[name + ".row"].to(w.device), least)
 
-    def finest_step(self) -> float:
-        """The base step below which most rows' steps stay, their codes being at the
-        top."""
-        if not self.names:
-            return 1.0
-        below = self.deviations.cumsum()
-        level = np.searchsorted(below, ROWS_LEFT_OUT * below[-1]) - len(below) // 2
-        return 2 ** (level / OCTAVE) / LARGEST_DEVIATION
-
     @torch.no_grad()
     def __call__(self, base_step: float = 1.0) -> Quantised:
         """The whole model on every rank, all steps times `base_step`."""
@@ -1982,19 +1971,20 @@ class Quantiser:
 
     def round_own(self, base_step: float) -> dict[str, tuple[Tensor, Tensor]]:
         """Codes and rows' steps of this rank's matrices, on the CPU."""
-        def kind(name):
-            return self.weights[name].shape, self.precision[name].bits
-
         rounded, batches = {}, []
-        for (shape, _), names in names_by(kind, self.own).items():
+        for (shape, *_), names in names_by(self.batch_of, self.own).items():
             count = max(1, BATCH_ROWS // shape[0])
             batches += [names[begin:begin + count] for begin in range(0, len(names), count)]
         for batch in self.world.each("quantising batch", batches):
             codes, rows = self.round(batch, base_step)
-            for name, *views in zip(batch, codes.cpu(), rows.cpu()):
+            for name, part, steps in zip(batch, codes.cpu(), rows.cpu()):
                 # without the memory of the whole stack
-                rounded[name] = [x.clone() for x in views]
+                rounded[name] = narrow(part).clone(), steps.clone()
         return rounded
+
+    def batch_of(self, name: str) -> tuple:
+        """Shape, and what else is alike in matrices that are rounded together."""
+        return self.weights[name].shape, self.precision[name].bits
 
     def stacked(self, names: list[str], base_step: float) -> tuple[Tensor, ...]:
         """Of equally shaped matrices w (n, R, C) and rows' steps (n, R); order, u and
@@ -2011,8 +2001,11 @@ class Quantiser:
         w = w / columns[:, None]
         u = u / columns.gather(1, order)[:, None]
         steps = octaves(rows) * base_step
-        codes = round_in_order(w, steps, order, u, dead, TOP_CODE, self.trellis)
-        return codes, rows
+        return self.codes_of(names, w, steps, order, u, dead), rows
+
+    def codes_of(self, names: list[str], w: Tensor, steps: Tensor, *factors: Tensor) -> Tensor:
+        """round_in_order's codes of what the matrices are in steps of columns."""
+        return round_in_order(w, steps, *factors, TOP_CODE, self.trellis)
 
 
 # ========================================
@@ -6521,7 +6514,7 @@ Array = np.ndarray
 # --- container
 
 MAGIC = b"\x93PGOLF\r\n"             # copies in text mode are noticed
-ARTIFACT_VERSION = 4
+ARTIFACT_VERSION = 5
 PREFIX = struct.Struct("<8sHI8s")    # magic, version, bytes of JSON, digest of the rest
 
 
@@ -6834,7 +6827,7 @@ def state_bits(codes: Array) -> Array:
     """The trellis states' low bits before each of the codes (C, n), from state 0."""
     bits = np.empty(codes.shape, np.uint8)
     state = np.zeros(codes.shape[1], np.uint8)
-    for bit, column in zip(bits, codes.view(np.uint8)):
+    for bit, column in zip(bits, codes):
         bit[:] = state & 1
         state = next_state(state, column)
     return bits
@@ -6998,6 +6991,47 @@ def decode_codes(blob: bytes, sides: Sequence[Sides], trellis: bool = False,
     return [out[i] for i in range(len(sides))]
 
 
+# A row whose codes are not all int8 is wide: its lowest bits are stored as they are, for nothing can be told
+# of them, and what is left is coded, as if that were its codes.
+MOST_LOW_BITS = 8
+
+
+def low_bits(codes: Array) -> Array:
+    """How many low bits of each row of codes (R, C) are not coded, int8 (R)."""
+    largest = np.maximum(codes.max(1), ~codes.min(1))
+    needed = np.frexp(largest.astype(float))[1]      # bits without the sign
+    return np.maximum(needed - 7, 0).astype(np.int8)
+
+
+def bit_planes(low: Sequence[Array]) -> Iterator[tuple[int, int, Array]]:
+    """(matrix, bit, its rows that have it), the lowest bit first, of low_bits' [(R), …]."""
+    for i, counts in enumerate(low):
+        for bit in range(counts.max()):
+            yield i, bit, np.flatnonzero(counts > bit)
+
+
+def take_low_bits(codes: Sequence[Array], low: Sequence[Array]) -> bytes:
+    """The low bits of codes [(R, C), …], so many of every row, plane by plane."""
+    planes = [np.packbits(codes[i][rows] >> bit & 1) for i, bit, rows in bit_planes(low)]
+    return b"".join(plane.tobytes() for plane in planes)
+
+
+def give_low_bits(codes: Sequence[Array], low: Sequence[Array], data: bytes) -> list[Array]:
+    """The codes again, int16 where rows are wide, of what was coded of them [int8 (R, C), …]."""
+    whole, begin = [], 0
+    for part, counts in zip(codes, low):
+        whole.append(part.astype(np.int16) << counts[:, None] if counts.any() else part)
+    for i, bit, rows in bit_planes(low):
+        count = len(rows) * codes[i].shape[1]
+        plane = np.frombuffer(data[begin:begin + -(-count // 8)], np.uint8)
+        plane = np.unpackbits(plane, count=count).reshape(len(rows), -1)
+        whole[i][rows] |= plane.astype(np.int16) << bit
+        begin += -(-count // 8)
+    if begin != len(data):
+        raise ValueError(f"{len(data)} bytes of low bits, not {begin}")
+    return whole
+
+
 # of each matrix, for rows (R) and columns (C): how large codes are expected to be against each other, in
 # eighths of an octave, by what the decoder has
 Predicted = Sequence[tuple[Array, Array]]
@@ -7005,7 +7039,11 @@ Predicted = Sequence[tuple[Array, Array]]
 
 def pack_codes(codes: Sequence[Array], predicted: Predicted,
                trellis: bool = False) -> tuple[dict[str, bytes], list[int]]:
-    """Codes [int8 (R, C), …] as streams, and which matrices have factors."""
+    """Codes [int8 or int16 (R, C), …] as streams, and which matrices have factors."""
+    low = [low_bits(matrix) for matrix in codes]
+    bits = take_low_bits(codes, low)
+    codes = [(x >> n[:, None]).astype(np.int8) for x, n in zip(codes, low)]
+    predicted = without_low_bits(predicted, low)
     factors, levels = {}, []
     for i, matrix in enumerate(codes):
         shared = shared_factors(matrix)
@@ -7014,12 +7052,20 @@ def pack_codes(codes: Sequence[Array], predicted: Predicted,
         levels.append(code_levels(residues(matrix, shared), *predicted[i]))
     sides = [scale_contexts(x, *p) for x, p in zip(levels, predicted)]
     streams = {}
-    for stream, arrays in ((FACTOR_STREAM, factors.values()), (LEVEL_STREAM, levels)):
+    for stream, arrays in ((FACTOR_STREAM, factors.values()), (LEVEL_STREAM, levels),
+                           (WIDE_STREAM, low)):
         streams[stream] = brotli_pack(b"".join(x.tobytes() for x in arrays))
+    streams[LOW_STREAM] = bits
     streams[CODE_STREAM] = b""
     if codes:
         streams[CODE_STREAM] = encode_codes(codes, sides, trellis, factors)
     return streams, list(factors)
+
+
+def without_low_bits(predicted: Predicted, low: Sequence[Array]) -> Predicted:
+    """What is expected of the part of the codes that is coded."""
+    return [(rows - OCTAVE * counts, columns)
+            for (rows, columns), counts in zip(predicted, low)]
 
 
 def unpack_codes(streams: Mapping[str, bytes], tall: Sequence[int], predicted: Predicted,
@@ -7028,17 +7074,23 @@ def unpack_codes(streams: Mapping[str, bytes], tall: Sequence[int], predicted: P
     sizes = [RANK * len(predicted[i][1]) for i in tall]
     flat = split_bytes(streams[FACTOR_STREAM], sizes)
     factors = {i: x.reshape(RANK, -1) for i, x in zip(tall, flat)}
+    low = split_bytes(streams[WIDE_STREAM], [len(rows) for rows, _ in predicted])
+    if any(counts.min() < 0 or counts.max() > MOST_LOW_BITS for counts in low if counts.size):
+        raise ValueError("rows of codes that are wider than any")
+    predicted = without_low_bits(predicted, low)
     sizes = [1 + len(rows) + len(columns) for rows, columns in predicted]
     levels = split_bytes(streams[LEVEL_STREAM], sizes)
     sides = [scale_contexts(x, *p) for x, p in zip(levels, predicted)]
     if not sides:
         return []
-    return decode_codes(streams[CODE_STREAM], sides, trellis, factors)
+    codes = decode_codes(streams[CODE_STREAM], sides, trellis, factors)
+    return give_low_bits(codes, low, streams[LOW_STREAM])
 
 
 # --- the model in the container
 
 LEVEL_STREAM, FACTOR_STREAM = "levels", "factors"
+WIDE_STREAM, LOW_STREAM = "wide", "low_bits"
 PLAIN_STREAMS = {HALF_STREAM: "<f2", BYTE_STREAM: "i1"}      # for brotli
 SIZES = ("lqer_rank", "lqer_asym_group")      # settings that a file says for itself
 
@@ -7296,7 +7348,8 @@ FIRST_OVERHEAD = 0.001       # share of the size beyond its estimate; then the l
 SLOWEST_TRY = 1.2            # a try's time, by that of the one before
 HALF_BYTES = 1.7   # of a float16 number in the file; measured on the demo: 1.69
 GUESSED = 0.93     # what guesses leave of an embedding's codes; measured: 0.92, 0.94
-DEVIATION_BINS = 256   # of rows and of columns: eighths of an octave around 1
+ROWS_LEFT_OUT = 0.1    # share of codes that a base step below the finest would change
+DEVIATION_BINS = 255   # of rows and of columns: eighths of an octave around 1
 
 
 def code_deviations(quantiser: Quantiser) -> np.ndarray:
@@ -7309,7 +7362,7 @@ def code_deviations(quantiser: Quantiser) -> np.ndarray:
 
 def deviations_of(quantiser: Quantiser, name: str) -> np.ndarray:
     """How many codes of a matrix have which deviation at base step 1: counts by eighths of an
-    octave. The middle one is an eighth below 1: size forecasts err upwards."""
+    octave around 1."""
     w = quantiser.weights[name].float() / quantiser.columns_of(name)
     rows = quantiser.planned_rows(name).to(w.device)[:, None]
     power = (w / rows.clamp_min(1e-30)).square().clamp_max(1e30)
@@ -7326,6 +7379,15 @@ def count_levels(power: Tensor) -> np.ndarray:
     level = (OCTAVE / 2 * power.clamp_min(1e-20).log2()).round() + DEVIATION_BINS // 2
     level = level.clamp(0, DEVIATION_BINS - 1).int()
     return level.bincount(minlength=DEVIATION_BINS).cpu().numpy()
+
+
+def finest_step(deviations: Array) -> float:
+    """The base step below which most rows' steps stay, their codes being at the top."""
+    if not deviations.any():
+        return 1.0
+    below = deviations.cumsum()
+    level = np.searchsorted(below, ROWS_LEFT_OUT * below[-1]) - len(below) // 2
+    return 2 ** (level / OCTAVE) / LARGEST_DEVIATION
 
 
 def estimate_bytes(deviations: Array, base_step: float = 1.0) -> float:
@@ -7409,15 +7471,19 @@ def quantise_once(run: Run, quantiser: Quantiser, base_step: float) -> bytes:
 
 
 def quantise_to_fit(s: Settings, world: World, run: Run, weights: Mapping[str, Tensor],
-                    curvature: Curvature, clock: Clock | None = None) -> bytes:
+                    curvature: Curvature, clock: Clock | None = None,
+                    measure: Measure | None = None) -> bytes:
     """The artifact, on every rank: as fine as the limit allows, less at most a margin.
     UserError for a size that no step reaches. clock: training's; once something fits, no
-    try that would pass its budget."""
+    try that would pass its budget. measure: for plan_by_measure."""
     quantiser = Quantiser(s, weights, curvature, world)
     for instead in sorted(set(quantiser.unusual.values())):
         matrices = [name for name, x in quantiser.unusual.items() if x == instead]
         run.log("curvature", used=instead, matrices=matrices)
     cap, margin = room_for_model(s), s.fit_margin_bytes
+    if measure:
+        world.beat("measuring kinds")
+        run.log("kinds", **plan_by_measure(quantiser, measure, cap))
     finest, deviations = quantiser.finest, quantiser.deviations
     overhead = FIRST_OVERHEAD * cap      # bytes beyond the estimate
     best, over, under = b"", 0.0, math.inf      # base steps: too fine, coarse enough
@@ -8385,9 +8451,13 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     calibrating, curvature = rehearse_calibration(s, world, model, batch)
     clock = Clock()
     quantiser = Quantiser(s, matrix_views(weights), curvature, world)
+    size = 0.99 * (ARTIFACT_LIMIT - code_bytes(shipped_form(s)))
+    measure = Measure.of(s, world, model, lambda: batch)
+    if measure:
+        plan_by_measure(quantiser, measure, size)
+        quantiser.plan({}, [*map(kind_of, quantiser.outputs)])      # the slowest
     setting_up = clock.elapsed()
-    room = ARTIFACT_LIMIT - code_bytes(shipped_form(s))
-    q = quantiser(base_step_for(quantiser.deviations, 0.99 * room, quantiser.finest))
+    q = quantiser(base_step_for(quantiser.deviations, size, quantiser.finest))
     quantised = clock.elapsed()
     blob = world.from_main(pack_model, s, q)
     packed = clock.elapsed()
@@ -8436,10 +8506,38 @@ def rehearse_calibration(s: Settings, world: World, model: GPT,
 # 15  Rounding: GPTQ and the trellis, column by column
 # ========================================
 
+# --- curvature
+
+def add_product(sums: dict[str, Tensor], name: str, x: Tensor) -> None:
+    """Add x'x of rows x (tokens, C)."""
+    if name in sums:
+        sums[name].addmm_(x.mT, x)
+    else:
+        sums[name] = x.mT @ x
+
+
+def tied_curvature(h: Tensor, written: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
+    """H' (C, C) and g' (V) of an embedding that is the head as well. An error E of
+    row v costs written_v E H E' at the head and read_v |E|^2, alike in all columns,
+    where it is looked up. One product g'_v E H' E' stands for both: the shape of H'
+    is that of the mean row, and each row's mean over columns is its own.
+
+        H'   = H + I mean(read) / mean(written)
+        g'_v = (written_v mean(diag H) + read_v) / mean(diag H')
+    """
+    tied = h.clone()
+    tied.diagonal().add_(read.mean() / written.mean())
+    both = written * h.diagonal().mean() + read
+    return tied, both / tied.diagonal().mean()
+
+
+# --- columns in turn
+
 # GPTQ (Frantar et al. 2022): columns are rounded in turn, later ones take up the errors.
 
 DAMPING = 0.01            # of a Hessian, as a share of its mean diagonal
 MOST_DAMPING = 100.0      # columns are then all but alone
+COLUMNS_AT_ONCE = 128     # beyond them errors are passed on together
 SMALLEST_HALVED = 512     # columns of a Hessian that is factored by halves
 
 
@@ -8500,6 +8598,12 @@ def damped_factor(h: Tensor, damp: float = DAMPING,
     return hessian_factor(eye, 0.0, falling), [math.inf]
 
 
+def narrow(codes: Tensor) -> Tensor:
+    """As int8 where all of them are, as most are."""
+    short = codes.to(torch.int8)
+    return short if torch.equal(short.to(codes.dtype), codes) else codes
+
+
 def share_matrices(weights: Mapping[str, Tensor], names: list[str],
                    world: World) -> list[str]:
     """Names of this rank's matrices: those of one Hessian together, costs shared
@@ -8538,17 +8642,12 @@ def factor_hessians(weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor
 
 @torch.no_grad()
 def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tensor,
-                   top: int, trellis: bool = False, block: int = 128) -> Tensor:
-    """Codes (n, R, C) int8 within ±top of w under steps (n, R). order (n, C),
+                   top: int, trellis: bool = False, block: int = COLUMNS_AT_ONCE) -> Tensor:
+    """Codes (n, R, C), int8 or int16, within ±top of w under steps (n, R). order (n, C),
     u (n, C, C), dead (n, C) are hessian_factor's; where columns have steps too, w and
     u come divided by them."""
-    zero = dead[:, None] | (step == 0)[..., None]
-    w, step = w.masked_fill(zero, 0), step[:, None].clamp_min(1e-30)
-    t = torch.stack([m[:, o].mT for m, o in zip(w, order)])      # (n, C, R)
-    # an error e costs (e / diag)^2, and later columns take up feedback times it
-    diag = u.diagonal(dim1=-2, dim2=-1)[..., None]
-    feedback = u / diag
-    codes = torch.empty_like(t, dtype=torch.int8)
+    t, step, diag, feedback = in_order(w, step, order, u, dead)
+    codes = torch.empty_like(t, dtype=torch.int8 if top < 128 else torch.int16)
     state = torch.zeros_like(t[:, 0], dtype=torch.long)
     for begin in range(0, t.size(1), block):
         end = min(begin + block, t.size(1))
@@ -8561,6 +8660,23 @@ def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tens
             q, error = plain_block(x, step, inner, top)
         codes[:, begin:end] = q
         t[:, end:] -= feedback[:, begin:end, end:].mT @ error
+    return as_they_were(codes, order)
+
+
+def in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor,
+             dead: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For rounding: columns (n, C, R) in their order, steps (n, 1, R), diag (n, C, 1) and
+    feedback (n, C, C): an error e of a column costs (e / diag)^2, and later ones take up
+    feedback times it."""
+    zero = dead[:, None] | (step == 0)[..., None]
+    w, step = w.masked_fill(zero, 0), step[:, None].clamp_min(1e-30)
+    t = torch.stack([m[:, o].mT for m, o in zip(w, order)])
+    diag = u.diagonal(dim1=-2, dim2=-1)[..., None]
+    return t, step, diag, u / diag
+
+
+def as_they_were(codes: Tensor, order: Tensor) -> Tensor:
+    """Codes (n, R, C) of in_order's columns."""
     return torch.stack([c[o].mT for c, o in zip(codes, order.argsort(dim=-1))])
 
 
@@ -8691,6 +8807,256 @@ def join_tiles(tiles: Sequence[tuple[Tensor, Tensor, Tensor]],
     return torch.cat(codes[::-1], 1), torch.cat(errors[::-1], 1)
 
 
+# --- steps of kinds of matrices, by what they do to the predictions
+
+def kind_of(name: str) -> str:
+    """`attn.c_q.weight` of any layer's."""
+    return re.sub(r"^blocks\.\d+\.", "", name)
+
+
+# Curvature is a local and separable picture of the loss: of the error of all matrices of a kind, it is right
+# up to a factor. The factor is measured.
+MEASURED_BATCHES = 8        # training micro-batches of all ranks; as many others judge
+MEASURED_TOKENS = 2048      # of each
+LARGEST_LEVEL = 8.0         # that a measurement may change a sensitivity by
+
+
+class Measure:
+    """How far predictions on training text move when weights are replaced. Two texts: the
+    second is for judging."""
+
+    def __init__(self, s: Settings, world: World, model: GPT, next_batch: Callable[[], Batch]):
+        self.s, self.world, self.model = s, world, model
+        self.views = matrix_views({n: p.detach() for n, p in model.named_parameters()})
+        # this rank's pieces of each, with what the model expects of them
+        self.texts: list[list[tuple[Batch, Tensor]]] = []
+        for _ in range(2):
+            batches = [next_batch() for _ in range(-(-MEASURED_BATCHES // world.size))]
+            parts = [next(pieces(batch.to(world.device), MEASURED_TOKENS)) for batch in batches]
+            self.texts.append([(part, self.log_probs(part)) for part in parts])
+
+    @classmethod
+    def of(cls, s: Settings, world: World, model: GPT,
+           next_batch: Callable[[], Batch]) -> Measure | None:
+        """None where nothing is planned by it."""
+        if not s.quant_measured or s.quant_allocation != "fisher":
+            return None
+        return cls(s, world, model, next_batch)
+
+    @torch.no_grad()
+    def log_probs(self, part: Batch) -> Tensor:
+        """What the model expects after every token, (tokens, V)."""
+        layout = part.layout(self.s.train_seq_len)
+        hidden = self.model.final_hidden(part.x, layer_plan(self.s, True), layout)
+        return self.model.logits(hidden).flatten(0, 1).log_softmax(-1)
+
+    def kl(self, weights: Mapping[str, Tensor], text: int) -> float:
+        """nats per token of all ranks' text 0 or 1, with these weights in the place of the
+        model's; the model is left as it was."""
+        kept = {name: self.views[name].clone() for name in weights}
+        for name, w in weights.items():
+            self.views[name].copy_(w)
+        found = []
+        for part, expected in self.texts[text]:
+            moved = self.log_probs(part)
+            found.append(((expected.exp() * (expected - moved)).sum().item(), len(expected)))
+        for name, w in kept.items():
+            self.views[name].copy_(w)
+        totals, tokens = zip(*itertools.chain(*self.world.gather(found)))
+        return math.fsum(totals) / sum(tokens)
+
+
+def plan_by_measure(quantiser: MeasuredQuantiser, measure: Measure, size: float) -> dict[str, Any]:
+    """Plan the steps of a file of `size` bytes again by the KL of every kind of matrices,
+    and keep the plan if it leaves less KL on other text. What was found, for the log."""
+    def kl(weights: Mapping[str, Tensor], kind: str) -> float:
+        return measure.kl({n: weights[n] for n in names if kind_of(n) == kind}, 0)
+
+    names = quantiser.names
+    if estimate_bytes(quantiser.deviations, quantiser.finest) <= size:
+        return {"used": False, "why": "all codes are at their finest"}
+    counts = {}
+    for kind, members in names_by(kind_of, names).items():
+        counts[kind] = sum(quantiser.weights[n].numel() for n in members)
+    alone = quantiser.sketch(size)
+    found = {kind: kl(alone, kind) for kind in counts}
+    before = measure.kl(alone, 1)
+    candidates = sorted({kind_of(n) for n in quantiser.outputs} & counts.keys())
+    in_turns = []
+    if candidates:
+        quantiser.plan({}, candidates)
+        taken_up = quantiser.sketch(size)
+        for kind in candidates:
+            less = kl(taken_up, kind)
+            if less < found[kind]:
+                found[kind] = less
+                in_turns.append(kind)
+    levels = kind_levels(found, counts)
+    quantiser.plan(levels, in_turns)
+    after = measure.kl(quantiser.sketch(size), 1)
+    if not after < before:
+        quantiser.plan()
+    return {"used": after < before, "kl_before": before, "kl_after": after,
+            "levels": levels, "in_turns": in_turns}
+
+
+def kind_levels(found: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, float]:
+    """By kind: its share of the KL by its share of the weights, for at the best steps all
+    weights cost the same."""
+    mean = sum(found.values()) / sum(counts.values())
+    levels = {}
+    for kind, kl in found.items():
+        level = kl / counts[kind] / mean if mean > 0 else 1.0
+        levels[kind] = min(max(level, 1 / LARGEST_LEVEL), LARGEST_LEVEL)
+    return levels
+
+
+# --- feedback among rows
+
+# Errors of a row are made good by later rows as errors of a column by later columns, through the Fisher
+# matrix of outputs (as in YAQA, arXiv 2505.22988). Rows of one turn are rounded at once.
+ROW_TURNS = 8          # each has every eighth row: neighbours are the most alike
+ROWS_APART = 0.2       # shrinks what an estimate says of two different rows
+
+
+class RowFeedback(NamedTuple):
+    """How rows of a matrix take up errors of others."""
+    mix: Tensor             # (R, R), of round_in_turns
+    sensitivity: Tensor     # (R), of errors that later rows take up
+
+
+def row_feedback(g: Tensor) -> RowFeedback:
+    """For G (R, R), tr(E' G E) being the cost of rows' errors E in a column. With
+    G = F F', F upper in the order of the turns, a turn b costs
+    |F_bb' (E_b + mix E_before)|^2."""
+    g = g.double()
+    g = torch.lerp(g, g.diagonal().diag(), ROWS_APART)
+    least = max(FISHER_FLOOR * g.diagonal().mean().item(), 1e-30)
+    g.diagonal().clamp_min_(least)
+    turns = torch.arange(len(g), device=g.device) % ROW_TURNS
+    order = turns.argsort(stable=True)
+    factor = torch.linalg.cholesky(g[order][:, order].flip(-2, -1)).flip(-2, -1)
+    mix, sensitivity, begin = torch.zeros_like(g), torch.empty_like(g[0]), 0
+    for count in turns.bincount().tolist():
+        end = begin + count
+        own, before = factor[begin:end, begin:end], factor[:begin, begin:end]
+        mixed = torch.linalg.solve_triangular(own.mT, before.mT, upper=False)
+        mix[order[begin:end, None], order[:begin]] = mixed
+        sensitivity[order[begin:end]] = own.square().sum(1)
+        begin = end
+    return RowFeedback(mix.float(), sensitivity.float())
+
+
+@torch.no_grad()
+def round_in_turns(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tensor,
+                   mix: Tensor, trellis: bool) -> Tensor:
+    """round_in_order's codes (n, R, C), every turn of rows taking up the errors of those
+    before it by mix (n, R, R). A turn is a block of columns behind the one before:
+    they are rounded at the same time, as one batch."""
+    t, step, diag, feedback = in_order(w, step, order, u, dead)
+    block = largest_divisor(t.size(1), COLUMNS_AT_ONCE)
+    count, source, error = t.size(1) // block, t.clone(), torch.zeros_like(t)
+    codes = torch.empty_like(t, dtype=torch.int16)
+    state = torch.zeros_like(t[:, 0], dtype=torch.long)
+    for wave in range(count + ROW_TURNS - 1):
+        places, parts = [], []
+        for turn in range(max(0, wave - count + 1), min(ROW_TURNS, wave + 1)):
+            begin, rows = (wave - turn) * block, slice(turn, None, ROW_TURNS)
+            columns = slice(begin, begin + block)
+            x = t[:, columns, rows] + error[:, columns] @ mix[:, rows].mT
+            places.append((columns, rows))
+            parts.append((x, step[..., rows], feedback[:, columns, columns],
+                          diag[:, columns], state[:, rows]))
+        x, steps, inner, diags, states = (torch.cat(part) for part in zip(*parts))
+        if trellis:
+            q, e, states = trellis_block(x / steps, inner, diags ** -2, states)
+            e *= steps
+        else:
+            q, e = plain_block(x.clone(), steps, inner, TOP_CODE)
+        value = x - inner.mT @ e
+        for (columns, rows), *parts in zip(places, *(y.split(len(t)) for y in (q, e, value, states))):
+            codes[:, columns, rows], passed_on, part, state[:, rows] = parts
+            error[:, columns, rows] = source[:, columns, rows] - part
+            later = slice(columns.stop, None)
+            t[:, later, rows] -= feedback[:, columns, later].mT @ passed_on
+    return as_they_were(codes, order)
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """Of a number, up to `most`."""
+    return max(d for d in range(1, most + 1) if number % d == 0)
+
+
+class MeasuredQuantiser(Quantiser):
+    """Steps can be planned again, and matrices of some kinds be rounded in turns."""
+
+    levels: Mapping[str, float] = {}      # by kind, what sensitivities are multiplied by
+    in_turns: Sequence[str] = ()          # kinds whose rows take turns
+
+    def plan(self, levels: Mapping[str, float] = {}, in_turns: Sequence[str] = ()) -> None:
+        self.levels, self.in_turns = levels, in_turns
+        super().plan()
+
+    @functools.cached_property
+    def feedback(self) -> dict[str, RowFeedback]:
+        """Of this rank's matrices; sensitivities as large, by kind, as those of rows that
+        are alone: kinds keep their share of the bytes."""
+        usable = {n for n, g in self.outputs.items()
+                  if g.isfinite().all() and len(g) % ROW_TURNS == 0}
+        usable &= self.fisher.keys()
+        found = {n: row_feedback(self.outputs[n]) for n in self.own if n in usable}
+        ratios = {}
+        for name, feedback in found.items():
+            ratio = self.fisher[name].clamp_min(1e-30) / feedback.sensitivity
+            ratios[name] = ratio.log2().mean().item()
+        for part in self.world.gather(ratios):
+            ratios.update(part)
+        for kind, names in names_by(kind_of, sorted(ratios)).items():
+            scale = 2 ** (math.fsum(ratios[n] for n in names) / len(names))
+            for name in found.keys() & set(names):
+                mix, sensitivity = found[name]
+                found[name] = RowFeedback(mix, sensitivity * scale)
+        return found
+
+    def takes_turns(self, name: str) -> bool:
+        """Whether its rows do: as many in every turn."""
+        return kind_of(name) in self.in_turns and name in self.feedback
+
+    def allocate(self, fisher: Mapping[str, Tensor],
+                 ratios: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        scaled = {}
+        for name, g in fisher.items():
+            if self.takes_turns(name):
+                g = self.feedback[name].sensitivity
+            scaled[name] = g * self.levels.get(kind_of(name), 1.0)
+        return super().allocate(scaled, ratios)
+
+    def batch_of(self, name: str) -> tuple:
+        return *super().batch_of(name), self.takes_turns(name)
+
+    def codes_of(self, names: list[str], w: Tensor, steps: Tensor, *factors: Tensor) -> Tensor:
+        if not self.takes_turns(names[0]):
+            return super().codes_of(names, w, steps, *factors)
+        mix = torch.stack([self.feedback[n].mix for n in names])
+        return round_in_turns(w, steps, *factors, mix, self.trellis)
+
+    @torch.no_grad()
+    def sketch(self, size: float) -> dict[str, Tensor]:
+        """The float32 weights of a file of about `size` bytes, rounded without a trellis:
+        good enough to compare plans by."""
+        base_step = base_step_for(self.deviations, size, self.finest)
+        self.trellis, walks = False, self.trellis
+        parts = self.world.gather(self.round_own(base_step))
+        self.trellis = walks
+        weights = {}
+        for name, (codes, rows) in itertools.chain(*(part.items() for part in parts)):
+            weights[name] = by_curvature(base_step, codes, rows, *self.stored_columns(name))
+        return weights
+
+
+Quantiser = MeasuredQuantiser
+
+
 # ========================================
 # 16  Quantising as the records do: steps by hand, finer columns, low-rank repair, calibrated logits
 # ========================================
@@ -8774,9 +9140,11 @@ class RecordQuantiser(Quantiser):
     def planned_rows(self, name: str) -> Tensor:
         return self.rows_of(name, 1.0).float() if self.by_hand else super().planned_rows(name)
 
-    def finest_step(self) -> float:
-        """By hand 1: the settings' steps."""
-        return 1.0 if self.by_hand else super().finest_step()
+    def plan(self, *changes) -> None:
+        """By hand the settings' steps are the finest."""
+        super().plan(*changes)
+        if self.by_hand:
+            self.finest = 1.0
 
     @torch.no_grad()
     def __call__(self, base_step: float = 1.0) -> Quantised:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import resource
+import types
 
 import brotli
 import numpy as np
@@ -122,6 +123,28 @@ def test_what_rows_share_is_guessed(walk):
     with pytest.raises(DAMAGED):
         tg.decode_codes(blob, sides, walk)
     assert tg.shared_factors(gaussian([(1500, 64)], 2.4)[0]) is None
+
+
+@pytest.mark.parametrize("trellis", [False, True])
+def test_codes_are_as_wide_as_they_need(trellis):
+    """Rows beyond int8 come back and cost what a Gaussian does; the others as if they were alone."""
+    rng = np.random.default_rng(0)
+    narrow = gaussian([(64, 96)], 3.0)[0]
+    sigma = np.array([3, 30, 100, 900, 7000] * 60)[:, None]
+    wide = np.rint(sigma * rng.standard_normal((300, 256))).clip(-32768, 32767).astype(np.int16)
+    codes = [narrow, wide, np.array([[-32768, 32767, 0]], np.int16)]
+    predicted = [(np.zeros(len(c), int), np.zeros(c.shape[1], int)) for c in codes]
+    streams, tall = tg.pack_codes(codes, predicted, trellis)
+    for a, b in zip(codes, tg.unpack_codes(streams, tall, predicted, trellis), strict=True):
+        assert a.dtype == b.dtype and np.array_equal(a, b)
+    bits = wide.size * np.log2(sigma * np.sqrt(2 * np.pi * np.e)).mean() + narrow.size * 3.6
+    assert 8 * sum(map(len, streams.values())) == pytest.approx(bits, rel=0.03)
+    for change in (lambda x: x[:-1], lambda x: x + b"0"):
+        with pytest.raises(DAMAGED):
+            tg.unpack_codes({**streams, "low_bits": change(streams["low_bits"])}, tall, predicted, trellis)
+    impossible = tg.brotli_pack(bytes([9]) * sum(map(len, codes)))
+    with pytest.raises(DAMAGED, match="wider than any"):
+        tg.unpack_codes({**streams, "wide": impossible}, tall, predicted, trellis)
 
 
 def test_residues_wrap_and_escapes_are_guessed_through():
@@ -578,6 +601,12 @@ def test_a_mark_fits_into_the_room_that_the_fitter_leaves(before):
 def test_the_estimate_is_what_a_gaussian_costs(sigma):
     codes, spread = gaussian([(512, 512)], sigma), np.zeros(511)
     spread[255] = codes[0].size
+    weights = {"w": torch.from_numpy(codes[0] / sigma).float()}
+    quantiser = types.SimpleNamespace(weights=weights, columns_of=lambda name: torch.ones(512),
+                                      planned_rows=lambda name: torch.ones(512))
+    counted = tg.deviations_of(quantiser, "w")      # all of a deviation about 1, in the middle
+    assert counted.sum() == spread.sum()
+    assert tg.estimate_bytes(counted, 1 / sigma) == pytest.approx(entropy_bytes(codes), rel=0.02)
     assert tg.estimate_bytes(spread, 1 / sigma) == pytest.approx(entropy_bytes(codes), rel=0.01)
     base_step = tg.base_step_for(spread, 0.4 * codes[0].size, 1e-3)
     assert tg.estimate_bytes(spread, base_step) == pytest.approx(0.4 * codes[0].size, rel=1e-3)

@@ -135,3 +135,25 @@ def test_trellis_beats_rounding_at_the_same_step():
         error.append((t[0].mT - value).square().mean().item())
         assert codes.float().std() == pytest.approx(4, rel=0.05)
     assert error[0] == pytest.approx(1 / 12, rel=0.05) and error[1] < 0.81 * error[0]
+
+
+@pytest.mark.parametrize("trellis", [False, True])
+def test_rows_in_turns_take_up_the_errors_of_others(monkeypatch, trellis):
+    """tr(E' G E H) falls under the G that they go by, and nothing changes where rows do not interact."""
+    monkeypatch.setattr(tg, "COLUMNS_AT_ONCE", 32)      # three blocks: turns overlap
+    (w, h), rows = problem(rows=40), torch.randn(200, 40, generator=torch.Generator().manual_seed(1))
+    mixed = rows @ torch.randn(40, 40, generator=torch.Generator().manual_seed(2)) / 40**0.5
+    w, step = w[None], torch.full((1, 40), 0.4)
+    order, u, dead, _ = tg.hessian_factor(h[None], falling=not trellis)
+    alone = tg.round_in_order(w, step, order, u, dead, tg.TOP_CODE, trellis, block=32)
+
+    def cost(codes, g):
+        e = w[0] - 0.4 * (tg.on_trellis(codes[0]) if trellis else codes[0].float())
+        return ((g @ e @ h) * e).sum()
+
+    for g, share in ((mixed.mT @ mixed / 200, 0.85), (torch.diag(1 + torch.rand(40)), 1.0)):
+        feedback = tg.row_feedback(g)
+        codes = tg.round_in_turns(w, step, order, u, dead, feedback.mix[None], trellis)
+        assert cost(codes, g) <= share * cost(alone, g)
+        assert (feedback.sensitivity <= g.diagonal() * 1.0001).all()
+    assert (codes == alone).float().mean() > 0.9      # last bits decide some
