@@ -8646,7 +8646,7 @@ def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tens
     """Codes (n, R, C), int8 or int16, within ±top of w under steps (n, R). order (n, C),
     u (n, C, C), dead (n, C) are hessian_factor's; where columns have steps too, w and
     u come divided by them."""
-    t, step, diag, feedback = in_order(w, step, order, u, dead)
+    t, step, diag, feedback = columns_in_order(w, step, order, u, dead)
     codes = torch.empty_like(t, dtype=torch.int8 if top < 128 else torch.int16)
     state = torch.zeros_like(t[:, 0], dtype=torch.long)
     for begin in range(0, t.size(1), block):
@@ -8663,7 +8663,7 @@ def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tens
     return as_they_were(codes, order)
 
 
-def in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor,
+def columns_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor,
              dead: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For rounding: columns (n, C, R) in their order, steps (n, 1, R), diag (n, C, 1) and
     feedback (n, C, C): an error e of a column costs (e / diag)^2, and later ones take up
@@ -8676,7 +8676,7 @@ def in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor,
 
 
 def as_they_were(codes: Tensor, order: Tensor) -> Tensor:
-    """Codes (n, R, C) of in_order's columns."""
+    """Codes (n, R, C) of columns_in_order."""
     return torch.stack([c[o].mT for c, o in zip(codes, order.argsort(dim=-1))])
 
 
@@ -8953,7 +8953,7 @@ def round_in_turns(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tens
     """round_in_order's codes (n, R, C), every turn of rows taking up the errors of those
     before it by mix (n, R, R). A turn is a block of columns behind the one before:
     they are rounded at the same time, as one batch."""
-    t, step, diag, feedback = in_order(w, step, order, u, dead)
+    t, step, diag, feedback = columns_in_order(w, step, order, u, dead)
     block = largest_divisor(t.size(1), COLUMNS_AT_ONCE)
     count, source, error = t.size(1) // block, t.clone(), torch.zeros_like(t)
     codes = torch.empty_like(t, dtype=torch.int16)
