@@ -8664,7 +8664,7 @@ def round_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tens
 
 
 def columns_in_order(w: Tensor, step: Tensor, order: Tensor, u: Tensor,
-             dead: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                     dead: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For rounding: columns (n, C, R) in their order, steps (n, 1, R), diag (n, C, 1) and
     feedback (n, C, C): an error e of a column costs (e / diag)^2, and later ones take up
     feedback times it."""
