@@ -7408,10 +7408,10 @@ def base_step_for(deviations: Array, size: float, finest: float) -> float:
     return base_step
 
 
-def fitter_tries(quantiser: Quantiser, room: int) -> int:
+def fitter_tries(quantiser: Quantiser, size: float) -> int:
     """How often a model is packed until it fits, about: once where as fine as it can be it is
     far under the limit."""
-    return 1 if estimate_bytes(quantiser.deviations, quantiser.finest) < 0.9 * room else 3
+    return 1 if estimate_bytes(quantiser.deviations, quantiser.finest) < 0.9 * size else 3
 
 
 def expected_size(s: Settings) -> str:
@@ -8461,7 +8461,7 @@ def rehearse(s: Settings, world: World, run: Run, trainer: Trainer) -> float:
     quantised = clock.elapsed()
     blob = world.from_main(pack_model, s, q)
     packed = clock.elapsed()
-    tries = fitter_tries(quantiser, room)
+    tries = fitter_tries(quantiser, size)
     # weights are saved at 100 MB/s; a quarter to spare
     need = calibrating + setting_up + tries * (packed - setting_up) + bytes_of_weights(s) / 1e8
     back = read_artifact(s, blob, "the rehearsal's artifact").weights
