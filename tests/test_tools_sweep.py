@@ -50,7 +50,7 @@ def place(tmp_path):
 
 def words(place, *more):
     return [str(place / "space.txt"), "--out", str(place / "out"), "--script", str(place / "trainer.py"),
-            "--launch", "{python}", *map(str, more)]
+            *map(str, more)]
 
 
 def study(place, url=None, name="space"):

@@ -63,7 +63,8 @@ from tools.common import (
     write_atomic,
 )
 
-LAUNCH = "{python} -m torch.distributed.run --standalone --nproc_per_node={nproc}"
+ALONE = "{python}"  # one process needs no launcher, whose trace would bury its error
+SEVERAL = "{python} -m torch.distributed.run --standalone --nproc_per_node={nproc}"
 GRACE_SECONDS = 60
 POLL_SECONDS = 0.5
 LOG_LINES = 12
@@ -749,7 +750,7 @@ def parse(arguments) -> argparse.Namespace:
         help="how often a point whose sweep was killed or interrupted is run again")
     add("--grace", type=int, default=GRACE_SECONDS,
         help="seconds without a sign of life after which a sweep counts as dead")
-    add("--launch", default=LAUNCH, help="what starts the script")
+    add("--launch", help="what starts the script (python; torchrun where --nproc is more than 1)")
     add("--script", default=str(SCRIPT), help="the trainer")
     add("--out", default="", help="folder of the trials (default: runs/<study>)")
     add("--show", action="store_true", help="only the results so far")
@@ -758,6 +759,7 @@ def parse(arguments) -> argparse.Namespace:
     for name, bound in least.items():
         if getattr(args, name) < bound:
             raise ToolError(f"--{name} {getattr(args, name)} must be at least {bound}")
+    args.launch = args.launch or (ALONE if args.nproc == 1 else SEVERAL)
     args.study = args.study or Path(args.space).stem
     args.out = args.out or str(Path("runs") / args.study)
     return args
