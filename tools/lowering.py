@@ -437,8 +437,8 @@ def operator_kernel(graph, node, direction: str) -> Kernel:
 
 
 def shapes_seen(graph, op, inputs: list) -> Shapes:
-    """Shapes of an operator's inputs; of kept keys, `old_…`, of which it is told how many are
-    `seen`, those of this part."""
+    """Shapes of an operator's inputs; of kept keys, `old_…`, of which it is told how many are `seen`, of that
+    part."""
     shapes = [shape_of(graph, x) for x in inputs]
     schema = getattr(getattr(op, "op_overload", None), "_schema", None)
     names = [argument.name for argument in schema.arguments] if schema else []
