@@ -4642,7 +4642,9 @@ def field_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def matrix_views(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """field_views with the banks split into matrices (`blocks.3.mlp.fc.weight`)."""
     views = field_views(params)
-    for bank in [name for name in params if PARAMETERS[name].role == "matrix"]:
+    for bank in params:
+        if PARAMETERS[bank].role != "matrix":
+            continue
         names = PARAMETERS[bank].names.split()
         parts = views.pop(bank).chunk(len(names))
         for name, part in zip(names, parts):
@@ -8974,7 +8976,9 @@ def round_in_turns(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tens
         else:
             q, e = plain_block(x.clone(), steps, inner, TOP_CODE)
         value = x - inner.mT @ e
-        for (columns, rows), *parts in zip(places, *(y.split(len(t)) for y in (q, e, value, states))):
+        n = len(t)
+        found = q.split(n), e.split(n), value.split(n), states.split(n)
+        for (columns, rows), *parts in zip(places, *found):
             codes[:, columns, rows], passed_on, part, state[:, rows] = parts
             error[:, columns, rows] = source[:, columns, rows] - part
             later = slice(columns.stop, None)
@@ -9046,10 +9050,12 @@ class MeasuredQuantiser(Quantiser):
         good enough to compare plans by."""
         base_step = base_step_for(self.deviations, size, self.finest)
         self.trellis, walks = False, self.trellis
-        parts = self.world.gather(self.round_own(base_step))
+        rounded = {}
+        for part in self.world.gather(self.round_own(base_step)):
+            rounded |= part
         self.trellis = walks
         weights = {}
-        for name, (codes, rows) in itertools.chain(*(part.items() for part in parts)):
+        for name, (codes, rows) in rounded.items():
             weights[name] = by_curvature(base_step, codes, rows, *self.stored_columns(name))
         return weights
 
