@@ -110,18 +110,12 @@ if [ "$GPUS" -gt 0 ]; then
         || die "nvidia-smi lists $GPUS GPUs but torch cannot use them: install a torch build for this driver"
     GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 fi
-demo=
 if no_shards; then
     use_demo running
-    demo=1
     GPUS=$((GPUS > 0))
-    export RUN_ID=${RUN_ID:-demo-$(date +%Y%m%d-%H%M%S)}
-    export ARTIFACT_DIR=${ARTIFACT_DIR:-runs/$RUN_ID}
 fi
 if [ "$GPUS" -gt 1 ]; then
     exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$GPUS" train_gpt.py
 fi
 # one process needs no launcher, whose trace would bury the line that says what is wrong
-[ -n "$demo" ] || exec "$PYTHON" train_gpt.py
-"$PYTHON" train_gpt.py
-exec "$PYTHON" data/demo.py --judge "$ARTIFACT_DIR"
+exec "$PYTHON" train_gpt.py

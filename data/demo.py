@@ -1,7 +1,6 @@
 """Make the demo corpus: real English from the Python installation, as shards.
 
     python data/demo.py [--out DIR] [--vocab N]
-    python data/demo.py --judge RUN      # a run's score beside those of text compressors
 
 Documentation topics, docstrings and long comments of the standard library are cut into
 documents, cleaned of duplicates and of what is not prose, split by document hash, and
@@ -13,7 +12,6 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
-import json
 import lzma
 import os
 import re
@@ -301,23 +299,6 @@ def make_demo(out, vocab: int = 1024) -> bool:
     return True
 
 
-def judge(run: Path, folder: Path) -> str:
-    """One line: the score of a run beside those of text compressors."""
-    try:
-        score = json.loads((run / "summary.json").read_text(encoding="utf-8")).get("val_bpb")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{run} holds no summary.json of a run: {error}") from None
-    if score is None:
-        return f"demo: no val_bpb in {run}: the run was not scored to its end"
-    manifest = read_manifest(folder)
-    if not manifest or "compressors" not in manifest:
-        raise DataError(f"{folder} is not a demo folder: python data/demo.py makes it")
-    others = manifest["compressors"]
-    listed = ", ".join(f"{name} {bits:.3f}" for name, bits in others.items())
-    verdict = "better" if score < min(others.values()) else "not better"
-    return f"demo: {score:.3f} bits a byte, {verdict} than text compressors on the same text: {listed}"
-
-
 def main(arguments=None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -325,18 +306,17 @@ def main(arguments=None) -> int:
     folder = Path(__file__).resolve().parent / "demo"
     add("--out", default=str(folder), help="folder to make")
     add("--vocab", type=int, default=1024, help="size of the tokenizer (default 1024)")
-    add("--judge", metavar="RUN", help="folder of a run with this demo; makes nothing")
     args = parser.parse_args(arguments)
-    if args.judge:
-        print(judge(Path(args.judge), Path(args.out)))
-        return 0
     made = make_demo(args.out, args.vocab)
+    manifest = read_manifest(args.out)
     shown = []
-    for f in read_manifest(args.out)["files"]:
+    for f in manifest["files"]:
         if f["kind"] in (TRAIN, VAL):
             shown.append(f"{f['kind']} {f['documents']:,} documents, "
                          f"{f['tokens']:,} tokens, {f['text_bytes']:,} bytes")
     print(f"{'made' if made else 'found'} demo: {'; '.join(shown)}")
+    packed = ", ".join(f"{name} {bits:.3f}" for name, bits in manifest["compressors"].items())
+    print(f"the validation text alone, by text compressors, in bits a byte: {packed}")
     return 0
 
 
