@@ -58,7 +58,8 @@ class Seeds(argparse.Action):
     def __call__(self, parser, namespace, values, option=None):
         words = ",".join(values).split(",")
         if not all(re.fullmatch(r"\d+", word) for word in words) or len(set(words)) < len(words):
-            raise ToolError(f"{option} {' '.join(values)}: give every seed once, as 1 2 3 or 1,2,3")
+            raise ToolError(f"{option} {' '.join(values)}: give every seed once, as 1 2 3 or 1,2,3, "
+                            "and put other words before the option")
         setattr(namespace, self.dest, [int(word) for word in words])
 
 

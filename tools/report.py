@@ -849,17 +849,34 @@ def tensors_of(run: RunFiles) -> list[dict]:
     return rows
 
 
+def without_low_bits(tg, codes) -> tuple:
+    """What is coded of a code matrix (R, C), and the bytes of it that are stored as they
+    are: low bits of wide rows, which scripts before artifact version 5 did not have."""
+    if not hasattr(tg, "low_bits"):
+        return codes, 0.0
+    low = tg.low_bits(codes)
+    return codes >> low[:, None], float(low.sum()) * codes.shape[1] / 8
+
+
 def stream_shares(tg, s, q) -> dict[str, dict[str, float]]:
     """Per coded stream of a quantised model: what each tensor puts into it, uncoded."""
     shares: dict[str, dict[str, float]] = {}
+    low_bits: dict[str, float] = {}
     for stream, shapes in tg.stored_tensors(s, q.forms).items():
         parts = shares.setdefault(stream, {})
         for key in shapes:
             owners = [name for name in q.forms if key == name or key.startswith(name + ".")]
             owner = max(owners, key=len)
             array = q.tensors[key].numpy()
-            amount = entropy_bytes(array) if stream == tg.CODE_STREAM else array.nbytes
+            amount = array.nbytes
+            if stream == tg.CODE_STREAM:
+                array, low = without_low_bits(tg, array)
+                if low:
+                    low_bits[owner] = low_bits.get(owner, 0.0) + low
+                amount = entropy_bytes(array)
             parts[owner] = parts.get(owner, 0.0) + amount
+    if low_bits:
+        shares[tg.LOW_STREAM] = low_bits
     return shares
 
 
