@@ -343,9 +343,9 @@ def compress(s: Settings, world: World, run: Run, model: GPT, clock: Clock, next
     curvature = calibrate(s, world, model, next_batch)
     sync(world.device)
     calibrated = clock.elapsed()
-    world.beat("quantising")
     weights = matrix_views({n: p.detach() for n, p in model.named_parameters()})
     measure = Measure.of(s, world, model, next_batch)
+    world.beat("quantising")
     blob = quantise_to_fit(s, world, run, weights, curvature, clock if run.time_known else None, measure)
     if s.logit_calib_enabled:
         blob = calibrate_logits(s, world, run, blob)
@@ -1255,6 +1255,13 @@ def muon_apply(p: Tensor, update: Tensor, lr: float, weight_decay: float) -> Non
     p.add_(update.to(p.dtype), alpha=-lr * longer)
 
 
+def role_of(name: str) -> str:
+    """What trains a parameter; UserError if it is not declared."""
+    if name not in PARAMETERS:
+        raise UserError(f"the parameter {name} is not declared: add a row to PARAMETERS")
+    return PARAMETERS[name].role
+
+
 class Optimiser:
     """Owns all gradient traffic of training. Each rank orthogonalises its part of
     every bank: reduce-scatter of all banks -> norm and clip of the averaged gradient
@@ -1265,7 +1272,7 @@ class Optimiser:
         self.s, self.world = s, world
         by_role: dict[str, list] = {parameter.role: [] for parameter in PARAMETERS.values()}
         for name, p in params.items():
-            by_role[PARAMETERS[name].role].append(p)
+            by_role[role_of(name)].append(p)
         self.names = {p: name for name, p in params.items()}
         self.banks = sorted(by_role["matrix"], key=lambda p: -p.numel())
         groups, self.small = [], []
@@ -4956,7 +4963,7 @@ def log_adaptation(s: Settings, run: Run, val: Validation, clock: Clock) -> None
 
 # What takes less memory, by the first word of what a rank was doing.
 LESS_MEMORY = {"scoring": "lower VAL_BATCH_TOKENS", "adapting": "lower TTT_BATCH_SIZE",
-               "quantising": "free memory on the host"}
+               "measuring": "set QUANT_MEASURED=0", "quantising": "free memory on the host"}
 LESS_IN_TRAINING = "raise GRAD_ACCUM_STEPS, or lower TRAIN_BATCH_TOKENS"
 
 
@@ -5538,6 +5545,13 @@ def jit(kernel: Callable) -> Callable:
     return kernel if triton is None else triton.jit(kernel)
 
 
+def jit_for_any(*names: str) -> Callable:
+    """jit of a kernel that is not compiled anew by what divides these numbers."""
+    def decorate(kernel: Callable) -> Callable:
+        return kernel if triton is None else triton.jit(kernel, do_not_specialize=names)
+    return decorate
+
+
 @jit
 def ce_slope(x, is_target, lse, cap):
     """(softmax(s) - onehot) · ds/dx, where ds/dx = 4u(1 - u) for u = sigmoid(-2x/cap)."""
@@ -5717,7 +5731,7 @@ def see_keys(q, k_ptr, v_ptr, count, newest, peak, total, acc, scale, KEY_WIDTH:
     return peak, total, acc
 
 
-@jit
+@jit_for_any("T", "room", "first", "seen")
 def kept_keys_kernel(q_ptr, k_ptr, v_ptr, old_k_ptr, old_v_ptr, y_ptr, lse_ptr, T, room, first, seen,
                      scale, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
                      BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
@@ -5768,7 +5782,7 @@ def query_gradient(q, dy, lse, along, k_ptr, v_ptr, count, newest, dq, scale, KE
     return dq
 
 
-@jit
+@jit_for_any("T", "room", "first", "seen")
 def kept_keys_dq_kernel(dy_ptr, q_ptr, k_ptr, v_ptr, old_k_ptr, old_v_ptr, y_ptr, lse_ptr, dq_ptr, T,
                         room, first, seen, scale, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr,
                         WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
@@ -5798,7 +5812,7 @@ def kept_keys_dq_kernel(dy_ptr, q_ptr, k_ptr, v_ptr, old_k_ptr, old_v_ptr, y_ptr
     tl.store(dq_ptr + at, dq.to(dq_ptr.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit_for_any("T")
 def own_keys_gradient_kernel(dy_ptr, q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, dk_ptr, dv_ptr, T, scale,
                              KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
                              BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
@@ -6390,7 +6404,7 @@ def attention_on_kept(q: Tensor, k: Tensor, v: Tensor, old_k: Tensor, old_v: Ten
                       seen: int, kernel: bool | None = None) -> Tensor:
     """Causal attention of q (B, T, H, Dh) on k, v (B, T, K, Dh) and, ahead of them, `seen`
     of the kept old_k, old_v (B, P, K, Dh) from `first` on, which have no gradient."""
-    if use_triton(kernel, q.is_cuda and q.dtype in HALF):
+    if use_triton(kernel, q.is_cuda and q.dtype in HALF and ATTENTION != "plain"):
         return kept_keys_forward(q, k, v, old_k, old_v, first, seen)[0]
     return attention(q, *joined(k, v, old_k, old_v, first, seen))
 
@@ -6821,7 +6835,7 @@ def count_contexts(sides: Sequence[Sides], trellis: bool) -> int:
 
 
 def next_state(state: Array, codes: Array) -> Array:
-    """Next trellis states (n) after codes (n) uint8, by their parity."""
+    """Next trellis states (n) after codes (n), by their parity."""
     return TRELLIS.take(state << 1 | codes & 1)
 
 
@@ -7841,8 +7855,11 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
         window = max(8 * chunk_rules(s)[0].chunk + suffix_at(s, 0), s.eval_stride)
         s = dataclasses.replace(s, eval_seq_len=min(window, s.eval_seq_len),
                                 ttt_eval_seq_len=min(window, s.ttt_eval_seq_len))
+    longest = dict(world.pulse.longest)
     with one_thread() if small else contextlib.nullcontext(), weights_kept(model):
-        return probe_conditions(s, world, model)
+        findings = probe_conditions(s, world, model)
+    world.pulse.longest = longest      # what compiling took here is no measure of an evaluation
+    return findings
 
 
 def probe_conditions(s: Settings, world: World, model: GPT) -> list[Finding]:
@@ -8356,6 +8373,8 @@ def check_disk(folder: Path, need: int, ballast: bool = False) -> str:
     kept = False
     try:
         with open(reserved_file, "wb") as f:
+            if not ballast:
+                remove(reserved_file)      # a process that is killed leaves nothing
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(f.fileno(), 0, need)
                 kept = ballast
@@ -8843,6 +8862,7 @@ class Measure:
         """None where nothing is planned by it."""
         if not s.quant_measured or s.quant_allocation != "fisher":
             return None
+        world.beat("measuring kinds")
         return cls(s, world, model, next_batch)
 
     @torch.no_grad()
@@ -8999,6 +9019,8 @@ class MeasuredQuantiser(Quantiser):
 
     def plan(self, levels: Mapping[str, float] = {}, in_turns: Sequence[str] = ()) -> None:
         self.levels, self.in_turns = levels, in_turns
+        if in_turns:
+            self.feedback      # here, for the ranks gather in it
         super().plan()
 
     @functools.cached_property

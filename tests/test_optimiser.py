@@ -61,7 +61,7 @@ def test_every_parameter_moves_and_head_is_trained_when_untied(tied, head_lr):
 
 def test_a_parameter_that_is_not_declared_stops_the_run():
     model = sine_model(settings())
-    with pytest.raises(KeyError, match="newcomer"):
+    with pytest.raises(tg.UserError, match="newcomer is not declared: add a row to PARAMETERS"):
         tg.Optimiser(
             settings(),
             tg.World(),

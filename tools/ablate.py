@@ -265,13 +265,13 @@ def seeds_report(results: dict[str, list[dict]], key: str, args: argparse.Namesp
 def study(args: argparse.Namespace, pool: ThreadPoolExecutor) -> list[str]:
     """Run the parts that are asked for; their tables, which are printed as they come."""
     chosen = chosen_rows(args.rows)
-    own = [name for name in chosen if name not in KNOWN]
-    if own and args.part == "both":
-        raise ToolError(f"the row {own[0]} is your own: say --part trained or --part scored")
     folders = [label_of(name) for name in (BASE, *chosen)]
     twice = [folder for folder in folders if folders.count(folder) > 1]
     if twice:
         raise ToolError(f"two rows would share the folder {twice[0]}: choose another name")
+    own = [name for name in chosen if name not in KNOWN]
+    if own and args.part == "both":
+        raise ToolError(f"the row {own[0]} is your own: say --part trained or --part scored")
     reports = []
     for part, known, key in PARTS:
         rows = {BASE: ""}
