@@ -322,10 +322,11 @@ def open_run(folder: Path, world=None, **changes) -> tg.Run:
 
 
 def whole_run(s: tg.Settings, script=tg) -> None:
-    """A run in this process, as main() has it behind the checks."""
+    """A run in this process, as main() has it."""
     world = script.World()
+    findings = script.check_before_start(s, world, "test")
     model, val = script.build_model(s, world), script.Validation(s)
-    script.pipeline(s, world, script.Run(s, world), model, val, [])
+    script.pipeline(s, world, script.Run(s, world), model, val, findings)
 
 
 def facts_of(path: Path) -> dict:
