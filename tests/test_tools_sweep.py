@@ -230,6 +230,46 @@ def test_many_processes_share_the_trials_of_one_file(place):
     assert sorted(retried) == [[number] for number in range(20)]
 
 
+def test_a_trial_that_another_sweep_gave_up_does_not_end_this_one(place, monkeypatch, capsys):
+    metric_of, retried = sweep.metric_of, []
+
+    def lose_first(*given):
+        if not retried:  # the other sweep: it found no sign of life
+            silence(place)
+            other = sweep.open_study(sweep.parse(words(place)))
+            optuna.storages.fail_stale_trials(other)
+            retried.extend(t.number for t in other.trials if t.state.name == "WAITING")
+        return metric_of(*given)
+
+    monkeypatch.setattr(sweep, "metric_of", lose_first)
+    assert sweep.main(words(place, "--trials", 2)) == 0
+    _, dead = check_points(study(place), 2)
+    assert len(dead) == 1 and retried
+    said = capsys.readouterr().out
+    assert "trial 0 was given up by another sweep; its result is dropped" in said
+    assert "2 complete, 1 fail" in said
+
+
+@pytest.mark.parametrize("failures", [sweep.STORAGE_TRIES - 1, sweep.STORAGE_TRIES])
+def test_a_storage_may_be_away_for_a_moment(place, monkeypatch, failures):
+    look_for_silent, left = optuna.storages.fail_stale_trials, [None] * failures
+
+    def away(known):
+        if left:
+            left.pop()
+            raise optuna.exceptions.StorageInternalError("the server is gone")
+        look_for_silent(known)
+
+    monkeypatch.setattr(sweep, "STORAGE_SECONDS", 0)
+    monkeypatch.setattr(optuna.storages, "fail_stale_trials", away)
+    goes_on = contextlib.nullcontext()
+    ends = pytest.raises(ToolError, match="failed 5 times on end .the server is gone")
+    with ends if failures == sweep.STORAGE_TRIES else goes_on:
+        sweep.main(words(place, "--trials", 1))
+    completed = [t.state.name for t in study(place).trials] == ["COMPLETE"]
+    assert completed == (failures < sweep.STORAGE_TRIES)
+
+
 def test_a_hopeless_trial_is_pruned(place, capsys):
     (place / "space.txt").write_text("MATRIX_LR uniform 0.001 0.002\nNAP = 0.3\n")
     sweep.open_study(sweep.parse(words(place)))

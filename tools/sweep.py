@@ -67,6 +67,7 @@ ALONE = "{python}"  # one process needs no launcher, whose trace would bury its 
 SEVERAL = "{python} -m torch.distributed.run --standalone --nproc_per_node={nproc}"
 GRACE_SECONDS = 60
 POLL_SECONDS = 0.5
+STORAGE_TRIES, STORAGE_SECONDS = 5, 5  # a database may be away for a moment
 LOG_LINES = 12
 LAST_LINES = "last log lines: "
 RANGES = ("log", "uniform", "int", "logint")  # kinds of a setting that lies in LO … HI
@@ -195,10 +196,13 @@ def open_study(args: argparse.Namespace, create: bool = True):
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
     class Study(optuna.Study):
+        taken = None  # ID of the newest trial that this process took
+
         def _pop_waiting_trial_id(self) -> int:
             trial_id = super()._pop_waiting_trial_id()
             if trial_id is None:
                 raise NothingWaits
+            self.taken = trial_id
             number = self._storage.get_trial_number_from_id(trial_id)
             self.sampler = sampler_of(optuna.samplers, number, args)
             return trial_id
@@ -399,11 +403,51 @@ class Worker:
     def work(self) -> None:
         """Run waiting trials until none waits or runs, on any machine."""
         study = open_study(self.args, create=False)
-        while not self.stopping.is_set() and in_state(study, "WAITING", "RUNNING"):
+        failures = 0  # of the storage, one after the other
+        while not self.stopping.is_set():
             try:
-                study.optimize(self.run_trial, n_trials=1, catch=(Failed,))
+                if not in_state(study, "WAITING", "RUNNING"):
+                    return
+                self.run_next(study)
+                failures = 0
             except NothingWaits:
+                failures = 0
                 time.sleep(POLL_SECONDS)
+            except Exception as error:
+                if not is_of_storage(error):
+                    raise
+                failures += 1
+                if failures == STORAGE_TRIES:
+                    raise ToolError(
+                        f"the storage failed {failures} times on end ({error_line(str(error))}): "
+                        "the same command goes on once it answers") from None
+                print(f"[{MACHINE}] the storage failed; once more in {STORAGE_SECONDS} s", flush=True)
+                self.stopping.wait(STORAGE_SECONDS)
+
+    def run_next(self, study) -> None:
+        """Run one waiting trial. Raises NothingWaits, and what is wrong with the run or the storage."""
+        own_errors = []
+
+        def objective(trial) -> float:
+            try:
+                return self.run_trial(trial)
+            except Exception as error:
+                own_errors.append(error)
+                raise
+
+        study.taken = None
+        try:
+            study.optimize(objective, n_trials=1, catch=(Failed,))
+        except Exception as error:
+            # Optuna hands on the run's own error once it has noted it. Any other one means that
+            # it could note nothing: mostly as the trial has ended in the storage already.
+            if study.taken is None or error in own_errors:
+                raise
+            trial = study._storage.get_trial(study.taken)
+            if not trial.state.is_finished():
+                raise
+            print(f"[{MACHINE}] trial {trial.number} was given up by another sweep; its result is dropped",
+                  flush=True)
 
     def run_trial(self, trial) -> float:
         """The mean metric of a trial's seeds. Raises Failed, or TrialPruned."""
@@ -484,6 +528,19 @@ def has_ended(process: subprocess.Popen, seconds: float) -> bool:
         return True
     except subprocess.TimeoutExpired:
         return False
+
+
+def is_of_storage(error: BaseException | None) -> bool:
+    """Whether an error is the database's, or was raised while one was handled."""
+    kinds = (
+        need("optuna", "sweep").exceptions.StorageInternalError,
+        need("sqlalchemy", "sweep").exc.OperationalError,
+    )
+    while error is not None:
+        if isinstance(error, kinds):
+            return True
+        error = error.__context__
+    return False
 
 
 def visible_gpus() -> list[str]:
