@@ -205,6 +205,15 @@ def test_only_one_process_takes_a_trial_and_none_makes_its_own(place):
     assert [t.state.name for t in one.trials] == ["RUNNING"]
 
 
+def test_a_trial_is_run_again_whose_sweep_ended_as_it_took_it(place):
+    known = sweep.open_study(sweep.parse(words(place)))
+    sweep.plan(known, 1)
+    known.ask()
+    silence(place)
+    optuna.storages.fail_stale_trials(known)
+    assert [t.state.name for t in known.trials] == ["FAIL", "WAITING"]
+
+
 def test_many_processes_share_the_trials_of_one_file(place):
     """Each is taken once, and each dead one is retried once, though all look at the same time."""
     args = sweep.parse(words(place))
@@ -221,8 +230,6 @@ def test_many_processes_share_the_trials_of_one_file(place):
         taken = itertools.chain(*pool.map(take_all, range(4)))
     assert sorted(taken) == list(range(20))
     known = [sweep.open_study(args) for _ in range(4)]
-    for t in known[0].trials:
-        known[0]._storage.record_heartbeat(t._trial_id)
     silence(place)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(optuna.storages.fail_stale_trials, known))

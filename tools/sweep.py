@@ -203,6 +203,8 @@ def open_study(args: argparse.Namespace, create: bool = True):
             if trial_id is None:
                 raise NothingWaits
             self.taken = trial_id
+            # Optuna's first sign of life comes later; without one a trial never counts as silent.
+            self._storage.record_heartbeat(trial_id)
             number = self._storage.get_trial_number_from_id(trial_id)
             self.sampler = sampler_of(optuna.samplers, number, args)
             return trial_id
