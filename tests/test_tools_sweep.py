@@ -179,6 +179,23 @@ def test_the_same_command_goes_on(place, capsys):
     assert capsys.readouterr().out.count("COMPLETE") == 1 + 2 + 2 + 2
 
 
+@pytest.mark.parametrize("earlier, now, reason", [
+    ("choice 0.01 0.02", "choice 0.01 0.03", "was choice 0.01 0.02 in study space, now choice"),
+    ("log 0.01 0.1", "uniform 0.01 0.1", "was log .* now uniform"),
+    ("int 1 3", "uniform 1 3", "was int .* now uniform"),
+    ("logint 1 3", "int 1 3", "was logint .* now int"),
+    ("uniform 1 3", "uniform 2 5 step 1", ""), ("choice 1 2", "choice 1 2", "")])
+def test_a_study_draws_a_setting_in_one_way(place, earlier, now, reason):
+    (place / "space.txt").write_text(f"MATRIX_LR {earlier}\n")
+    known = sweep.open_study(sweep.parse(words(place)))
+    sweep.plan(known, 1)
+    sweep.read_space(place / "space.txt")[0].draw(known.ask())
+    (place / "space.txt").write_text(f"MATRIX_LR {now}\n")
+    goes_on = contextlib.nullcontext()
+    with pytest.raises(ToolError, match=f"MATRIX_LR {reason}.*another --study") if reason else goes_on:
+        sweep.check_kinds(known, sweep.read_space(place / "space.txt"))
+
+
 def test_two_machines_may_make_the_tables_at_once(place, monkeypatch):
     calls = []
 

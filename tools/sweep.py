@@ -288,6 +288,31 @@ def sampler_of(samplers, number: int, args: argparse.Namespace):
     )
 
 
+def check_kinds(study, space: list[Setting]) -> None:
+    """Refuse a space that draws a setting otherwise than the study's trials did, beyond its bounds."""
+    for trial in study.get_trials(deepcopy=False):
+        for setting in space:
+            if setting.kind == "=" or setting.name not in trial.distributions:
+                continue
+            earlier = kind_of(trial.distributions[setting.name])
+            now = setting.kind
+            if now == "choice":
+                now = shlex.join(["choice", *setting.values])
+            if earlier != now:
+                raise ToolError(f"{setting.name} was {earlier} in study {study.study_name}, now {now}: "
+                                "kind and choices cannot change in a study; give another --study")
+
+
+def kind_of(distribution) -> str:
+    """How a trial drew a setting, in the words of a space: its kind, and the choices."""
+    kind = type(distribution).__name__
+    if kind == "CategoricalDistribution":
+        return shlex.join(["choice", *distribution.choices])
+    if kind == "IntDistribution":
+        return "logint" if distribution.log else "int"
+    return "log" if distribution.log else "uniform"
+
+
 def plan(study, count: int) -> int:
     """Enqueue points until the study has `count`; returns how many were added.
 
@@ -576,6 +601,7 @@ def coordinate(args: argparse.Namespace, space: list[Setting]) -> None:
     """Keep --workers workers busy until no trial waits or runs."""
     devices = [devices_of(slot, args) for slot in range(args.workers)]
     study = open_study(args, create=not args.join)
+    check_kinds(study, space)
     if not args.join:
         added = plan(study, args.trials)
         print(f"study {args.study}: {len(study.trials)} trials, {added} new", flush=True)
