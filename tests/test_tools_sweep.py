@@ -10,6 +10,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -229,6 +230,27 @@ def test_a_trial_is_run_again_whose_sweep_ended_as_it_took_it(place):
     silence(place)
     optuna.storages.fail_stale_trials(known)
     assert [t.state.name for t in known.trials] == ["FAIL", "WAITING"]
+
+
+def test_interruptions_are_not_counted_as_retries(place, capsys):
+    """With one retry a point is given up at the second kill; what was interrupted in between is free."""
+    (place / "space.txt").write_text("MATRIX_LR log 0.001 0.1\nNAP = 9\n")
+    known = sweep.open_study(sweep.parse(words(place, "--retries", 1)))
+    sweep.plan(known, 1)
+    stopping = threading.Event()
+    stopping.set()
+    space = sweep.read_space(place / "space.txt")
+    worker = sweep.Worker(sweep.parse(words(place)), space, {}, stopping)
+    for interrupted in (True, False, True, False):
+        trial = known.ask()
+        if interrupted:
+            with pytest.raises(SystemExit):
+                worker.run_trial(trial)
+        assert "was given up" not in capsys.readouterr().out
+        silence(place)
+        optuna.storages.fail_stale_trials(known)
+    assert [t.state.name for t in known.trials] == ["FAIL"] * 4
+    assert "point 0 was given up: its sweep died 2 times" in capsys.readouterr().out
 
 
 def test_many_processes_share_the_trials_of_one_file(place):

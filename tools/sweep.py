@@ -17,7 +17,7 @@ under --study: the same command again goes on where it stopped. A trial is one r
 seed (--seeds), its value is the mean of --metric in summary.json; with --prune a
 hopeless trial is stopped early by its metrics.jsonl. A trial that fails is shown with
 the error in its log, and kept with the log's last lines (results.csv); one whose sweep
-was killed or interrupted is kept, too, and its settings run again (--retries) by
+was killed (--retries) or interrupted is kept, too, and its settings run again by
 whichever machine works on the study.
 """
 
@@ -238,7 +238,7 @@ def open_storage(storages, url: str, args: argparse.Namespace):
                 engine_kwargs=options,
                 heartbeat_interval=max(1, args.grace // 6),
                 grace_period=args.grace,
-                failed_trial_callback=storages.RetryFailedTrialCallback(args.retries),
+                failed_trial_callback=retry_of(storages, args.retries),
             )
             if url.startswith("sqlite"):
                 lock_before_reading(storage.engine)
@@ -248,6 +248,23 @@ def open_storage(storages, url: str, args: argparse.Namespace):
             if attempt == 9 or not passing:
                 raise
             time.sleep(1)
+
+
+def retry_of(storages, retries: int):
+    """What enqueues the point of a dead trial again: --retries times, those not counted that
+    an interrupted sweep left behind."""
+    run_again = storages.RetryFailedTrialCallback()
+
+    def retry(study, trial) -> None:
+        history = [*trial.system_attrs.get("retry_history", []), trial.number]
+        deaths = set(history) - set(trial.user_attrs.get("interrupted", []))
+        if len(deaths) <= retries:
+            run_again(study, trial)
+            return
+        point = trial.user_attrs.get("point", trial.number)
+        print(f"[{MACHINE}] point {point} was given up: its sweep died {len(deaths)} times", flush=True)
+
+    return retry
 
 
 def lock_before_reading(engine) -> None:
@@ -493,6 +510,10 @@ class Worker:
         except Failed as error:
             trial.set_user_attr("error", f"{error}; {last_lines(trial)}")
             print(f"{label} FAILED: {error}", flush=True)
+            raise
+        except SystemExit:
+            interrupted = trial.user_attrs.get("interrupted", [])  # earlier runs of the point
+            trial.set_user_attr("interrupted", [*interrupted, trial.number])
             raise
         mean = statistics.fmean(values)
         spread = f" ± {statistics.stdev(values):.6f}" if len(values) > 1 else ""
@@ -832,7 +853,7 @@ def parse(arguments) -> argparse.Namespace:
     add("--sampler-seed", type=int, help="makes a single worker's draws repeatable")
     add("--startup", type=int, default=10, help="random points before TPE proposes")
     add("--retries", type=int, default=3,
-        help="how often a point whose sweep was killed or interrupted is run again")
+        help="how often a point whose sweep was killed is run again (interruptions do not count)")
     add("--grace", type=int, default=GRACE_SECONDS,
         help="seconds without a sign of life after which a sweep counts as dead")
     add("--launch", help="what starts the script (python; torchrun where --nproc is more than 1)")
