@@ -10,6 +10,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -179,6 +180,23 @@ def test_the_same_command_goes_on(place, capsys):
     assert capsys.readouterr().out.count("COMPLETE") == 1 + 2 + 2 + 2
 
 
+@pytest.mark.parametrize("earlier, now, reason", [
+    ("choice 0.01 0.02", "choice 0.01 0.03", "was choice 0.01 0.02 in study space, now choice"),
+    ("log 0.01 0.1", "uniform 0.01 0.1", "was log .* now uniform"),
+    ("int 1 3", "uniform 1 3", "was int .* now uniform"),
+    ("logint 1 3", "int 1 3", "was logint .* now int"),
+    ("uniform 1 3", "uniform 2 5 step 1", ""), ("choice 1 2", "choice 1 2", "")])
+def test_a_study_draws_a_setting_in_one_way(place, earlier, now, reason):
+    (place / "space.txt").write_text(f"MATRIX_LR {earlier}\n")
+    known = sweep.open_study(sweep.parse(words(place)))
+    sweep.plan(known, 1)
+    sweep.read_space(place / "space.txt")[0].draw(known.ask())
+    (place / "space.txt").write_text(f"MATRIX_LR {now}\n")
+    goes_on = contextlib.nullcontext()
+    with pytest.raises(ToolError, match=f"MATRIX_LR {reason}.*another --study") if reason else goes_on:
+        sweep.check_kinds(known, sweep.read_space(place / "space.txt"))
+
+
 def test_two_machines_may_make_the_tables_at_once(place, monkeypatch):
     calls = []
 
@@ -205,6 +223,36 @@ def test_only_one_process_takes_a_trial_and_none_makes_its_own(place):
     assert [t.state.name for t in one.trials] == ["RUNNING"]
 
 
+def test_a_trial_is_run_again_whose_sweep_ended_as_it_took_it(place):
+    known = sweep.open_study(sweep.parse(words(place)))
+    sweep.plan(known, 1)
+    known.ask()
+    silence(place)
+    optuna.storages.fail_stale_trials(known)
+    assert [t.state.name for t in known.trials] == ["FAIL", "WAITING"]
+
+
+def test_interruptions_are_not_counted_as_retries(place, capsys):
+    """With one retry a point is given up at the second kill; what was interrupted in between is free."""
+    (place / "space.txt").write_text("MATRIX_LR log 0.001 0.1\nNAP = 9\n")
+    known = sweep.open_study(sweep.parse(words(place, "--retries", 1)))
+    sweep.plan(known, 1)
+    stopping = threading.Event()
+    stopping.set()
+    space = sweep.read_space(place / "space.txt")
+    worker = sweep.Worker(sweep.parse(words(place)), space, {}, stopping)
+    for interrupted in (True, False, True, False):
+        trial = known.ask()
+        if interrupted:
+            with pytest.raises(SystemExit):
+                worker.run_trial(trial)
+        assert "was given up" not in capsys.readouterr().out
+        silence(place)
+        optuna.storages.fail_stale_trials(known)
+    assert [t.state.name for t in known.trials] == ["FAIL"] * 4
+    assert "point 0 was given up: its sweep died 2 times" in capsys.readouterr().out
+
+
 def test_many_processes_share_the_trials_of_one_file(place):
     """Each is taken once, and each dead one is retried once, though all look at the same time."""
     args = sweep.parse(words(place))
@@ -221,13 +269,51 @@ def test_many_processes_share_the_trials_of_one_file(place):
         taken = itertools.chain(*pool.map(take_all, range(4)))
     assert sorted(taken) == list(range(20))
     known = [sweep.open_study(args) for _ in range(4)]
-    for t in known[0].trials:
-        known[0]._storage.record_heartbeat(t._trial_id)
     silence(place)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(optuna.storages.fail_stale_trials, known))
     retried = [t.system_attrs["retry_history"] for t in known[0].trials if t.state.name == "WAITING"]
     assert sorted(retried) == [[number] for number in range(20)]
+
+
+def test_a_trial_that_another_sweep_gave_up_does_not_end_this_one(place, monkeypatch, capsys):
+    metric_of, retried = sweep.metric_of, []
+
+    def lose_first(*given):
+        if not retried:  # the other sweep: it found no sign of life
+            silence(place)
+            other = sweep.open_study(sweep.parse(words(place)))
+            optuna.storages.fail_stale_trials(other)
+            retried.extend(t.number for t in other.trials if t.state.name == "WAITING")
+        return metric_of(*given)
+
+    monkeypatch.setattr(sweep, "metric_of", lose_first)
+    assert sweep.main(words(place, "--trials", 2)) == 0
+    _, dead = check_points(study(place), 2)
+    assert len(dead) == 1 and retried
+    said = capsys.readouterr().out
+    assert "trial 0 was given up by another sweep; its result is dropped" in said
+    assert "2 complete, 1 fail" in said
+
+
+@pytest.mark.parametrize("failures", [sweep.STORAGE_TRIES - 1, sweep.STORAGE_TRIES])
+def test_a_storage_may_be_away_for_a_moment(place, monkeypatch, failures):
+    look_for_silent, left = optuna.storages.fail_stale_trials, [None] * failures
+
+    def away(known):
+        if left:
+            left.pop()
+            raise optuna.exceptions.StorageInternalError("the server is gone")
+        look_for_silent(known)
+
+    monkeypatch.setattr(sweep, "STORAGE_SECONDS", 0)
+    monkeypatch.setattr(optuna.storages, "fail_stale_trials", away)
+    goes_on = contextlib.nullcontext()
+    ends = pytest.raises(ToolError, match="failed 5 times on end .the server is gone")
+    with ends if failures == sweep.STORAGE_TRIES else goes_on:
+        sweep.main(words(place, "--trials", 1))
+    completed = [t.state.name for t in study(place).trials] == ["COMPLETE"]
+    assert completed == (failures < sweep.STORAGE_TRIES)
 
 
 def test_a_hopeless_trial_is_pruned(place, capsys):

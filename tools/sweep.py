@@ -17,7 +17,7 @@ under --study: the same command again goes on where it stopped. A trial is one r
 seed (--seeds), its value is the mean of --metric in summary.json; with --prune a
 hopeless trial is stopped early by its metrics.jsonl. A trial that fails is shown with
 the error in its log, and kept with the log's last lines (results.csv); one whose sweep
-was killed or interrupted is kept, too, and its settings run again (--retries) by
+was killed (--retries) or interrupted is kept, too, and its settings run again by
 whichever machine works on the study.
 """
 
@@ -67,6 +67,7 @@ ALONE = "{python}"  # one process needs no launcher, whose trace would bury its 
 SEVERAL = "{python} -m torch.distributed.run --standalone --nproc_per_node={nproc}"
 GRACE_SECONDS = 60
 POLL_SECONDS = 0.5
+STORAGE_TRIES, STORAGE_SECONDS = 5, 5  # a database may be away for a moment
 LOG_LINES = 12
 LAST_LINES = "last log lines: "
 RANGES = ("log", "uniform", "int", "logint")  # kinds of a setting that lies in LO … HI
@@ -195,10 +196,15 @@ def open_study(args: argparse.Namespace, create: bool = True):
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
     class Study(optuna.Study):
+        taken = None  # ID of the newest trial that this process took
+
         def _pop_waiting_trial_id(self) -> int:
             trial_id = super()._pop_waiting_trial_id()
             if trial_id is None:
                 raise NothingWaits
+            self.taken = trial_id
+            # Optuna's first sign of life comes later; without one a trial never counts as silent.
+            self._storage.record_heartbeat(trial_id)
             number = self._storage.get_trial_number_from_id(trial_id)
             self.sampler = sampler_of(optuna.samplers, number, args)
             return trial_id
@@ -232,7 +238,7 @@ def open_storage(storages, url: str, args: argparse.Namespace):
                 engine_kwargs=options,
                 heartbeat_interval=max(1, args.grace // 6),
                 grace_period=args.grace,
-                failed_trial_callback=storages.RetryFailedTrialCallback(args.retries),
+                failed_trial_callback=retry_of(storages, args.retries),
             )
             if url.startswith("sqlite"):
                 lock_before_reading(storage.engine)
@@ -242,6 +248,23 @@ def open_storage(storages, url: str, args: argparse.Namespace):
             if attempt == 9 or not passing:
                 raise
             time.sleep(1)
+
+
+def retry_of(storages, retries: int):
+    """What enqueues the point of a dead trial again: --retries times, those not counted that
+    an interrupted sweep left behind."""
+    run_again = storages.RetryFailedTrialCallback()
+
+    def retry(study, trial) -> None:
+        history = [*trial.system_attrs.get("retry_history", []), trial.number]
+        deaths = set(history) - set(trial.user_attrs.get("interrupted", []))
+        if len(deaths) <= retries:
+            run_again(study, trial)
+            return
+        point = trial.user_attrs.get("point", trial.number)
+        print(f"[{MACHINE}] point {point} was given up: its sweep died {len(deaths)} times", flush=True)
+
+    return retry
 
 
 def lock_before_reading(engine) -> None:
@@ -280,6 +303,31 @@ def sampler_of(samplers, number: int, args: argparse.Namespace):
         constant_liar=True,
         n_startup_trials=args.startup,
     )
+
+
+def check_kinds(study, space: list[Setting]) -> None:
+    """Refuse a space that draws a setting otherwise than the study's trials did, beyond its bounds."""
+    for trial in study.get_trials(deepcopy=False):
+        for setting in space:
+            if setting.kind == "=" or setting.name not in trial.distributions:
+                continue
+            earlier = kind_of(trial.distributions[setting.name])
+            now = setting.kind
+            if now == "choice":
+                now = shlex.join(["choice", *setting.values])
+            if earlier != now:
+                raise ToolError(f"{setting.name} was {earlier} in study {study.study_name}, now {now}: "
+                                "kind and choices cannot change in a study; give another --study")
+
+
+def kind_of(distribution) -> str:
+    """How a trial drew a setting, in the words of a space: its kind, and the choices."""
+    kind = type(distribution).__name__
+    if kind == "CategoricalDistribution":
+        return shlex.join(["choice", *distribution.choices])
+    if kind == "IntDistribution":
+        return "logint" if distribution.log else "int"
+    return "log" if distribution.log else "uniform"
 
 
 def plan(study, count: int) -> int:
@@ -399,11 +447,51 @@ class Worker:
     def work(self) -> None:
         """Run waiting trials until none waits or runs, on any machine."""
         study = open_study(self.args, create=False)
-        while not self.stopping.is_set() and in_state(study, "WAITING", "RUNNING"):
+        failures = 0  # of the storage, one after the other
+        while not self.stopping.is_set():
             try:
-                study.optimize(self.run_trial, n_trials=1, catch=(Failed,))
+                if not in_state(study, "WAITING", "RUNNING"):
+                    return
+                self.run_next(study)
+                failures = 0
             except NothingWaits:
+                failures = 0
                 time.sleep(POLL_SECONDS)
+            except Exception as error:
+                if not is_of_storage(error):
+                    raise
+                failures += 1
+                if failures == STORAGE_TRIES:
+                    raise ToolError(
+                        f"the storage failed {failures} times on end ({error_line(str(error))}): "
+                        "the same command goes on once it answers") from None
+                print(f"[{MACHINE}] the storage failed; once more in {STORAGE_SECONDS} s", flush=True)
+                self.stopping.wait(STORAGE_SECONDS)
+
+    def run_next(self, study) -> None:
+        """Run one waiting trial. Raises NothingWaits, and what is wrong with the run or the storage."""
+        own_errors = []
+
+        def objective(trial) -> float:
+            try:
+                return self.run_trial(trial)
+            except Exception as error:
+                own_errors.append(error)
+                raise
+
+        study.taken = None
+        try:
+            study.optimize(objective, n_trials=1, catch=(Failed,))
+        except Exception as error:
+            # Optuna hands on the run's own error once it has noted it. Any other one means that
+            # it could note nothing: mostly as the trial has ended in the storage already.
+            if study.taken is None or error in own_errors:
+                raise
+            trial = study._storage.get_trial(study.taken)
+            if not trial.state.is_finished():
+                raise
+            print(f"[{MACHINE}] trial {trial.number} was given up by another sweep; its result is dropped",
+                  flush=True)
 
     def run_trial(self, trial) -> float:
         """The mean metric of a trial's seeds. Raises Failed, or TrialPruned."""
@@ -422,6 +510,10 @@ class Worker:
         except Failed as error:
             trial.set_user_attr("error", f"{error}; {last_lines(trial)}")
             print(f"{label} FAILED: {error}", flush=True)
+            raise
+        except SystemExit:
+            interrupted = trial.user_attrs.get("interrupted", [])  # earlier runs of the point
+            trial.set_user_attr("interrupted", [*interrupted, trial.number])
             raise
         mean = statistics.fmean(values)
         spread = f" ± {statistics.stdev(values):.6f}" if len(values) > 1 else ""
@@ -486,6 +578,19 @@ def has_ended(process: subprocess.Popen, seconds: float) -> bool:
         return False
 
 
+def is_of_storage(error: BaseException | None) -> bool:
+    """Whether an error is the database's, or was raised while one was handled."""
+    kinds = (
+        need("optuna", "sweep").exceptions.StorageInternalError,
+        need("sqlalchemy", "sweep").exc.OperationalError,
+    )
+    while error is not None:
+        if isinstance(error, kinds):
+            return True
+        error = error.__context__
+    return False
+
+
 def visible_gpus() -> list[str]:
     """The GPUs of CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -517,6 +622,7 @@ def coordinate(args: argparse.Namespace, space: list[Setting]) -> None:
     """Keep --workers workers busy until no trial waits or runs."""
     devices = [devices_of(slot, args) for slot in range(args.workers)]
     study = open_study(args, create=not args.join)
+    check_kinds(study, space)
     if not args.join:
         added = plan(study, args.trials)
         print(f"study {args.study}: {len(study.trials)} trials, {added} new", flush=True)
@@ -747,7 +853,7 @@ def parse(arguments) -> argparse.Namespace:
     add("--sampler-seed", type=int, help="makes a single worker's draws repeatable")
     add("--startup", type=int, default=10, help="random points before TPE proposes")
     add("--retries", type=int, default=3,
-        help="how often a point whose sweep was killed or interrupted is run again")
+        help="how often a point whose sweep was killed is run again (interruptions do not count)")
     add("--grace", type=int, default=GRACE_SECONDS,
         help="seconds without a sign of life after which a sweep counts as dead")
     add("--launch", help="what starts the script (python; torchrun where --nproc is more than 1)")
