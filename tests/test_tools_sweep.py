@@ -119,6 +119,14 @@ def test_the_trainer_is_asked_before_anything_starts(place):
     assert not (place / "out").exists()
 
 
+@pytest.mark.parametrize("module", ["jinja2", "plotly.offline"])
+def test_what_the_page_needs_is_looked_for_before_anything_starts(place, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ToolError, match="the page of results needs the package"):
+        sweep.main(words(place))
+    assert not (place / "out").exists()
+
+
 def style_of(html):
     """The style sheet of a page."""
     return html.split("<style>")[1].split("</style>")[0]

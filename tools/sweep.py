@@ -877,6 +877,8 @@ def main(arguments=None) -> int:
     if not args.show:
         space = read_space(args.space)
         check_space(space, args)
+        for module in ("jinja2", "plotly.offline"):  # not looked for after hours of trials only
+            need(module, "the page of results")
         coordinate(args, space)
     print(results(args))
     return 0
