@@ -9,7 +9,7 @@ from conftest import ROOT
 from tools.__main__ import COMMANDS
 
 # of other tools: no commands of their own
-PARTS = {"__init__", "__main__", "common", "gpu_day", "lowering", "pretend"}
+PARTS = {"__init__", "__main__", "common", "gpu_day", "lowering", "page", "pretend"}
 LISTED = [command for _, commands in COMMANDS for command, _ in commands]
 
 
