@@ -779,6 +779,7 @@ class Parameter(NamedTuple):
 
 
 def draw_orthogonal(p: Tensor, s: Settings, generator: torch.Generator | None) -> None:
+    """Of a bank (matrices, out, in)."""
     for matrix in p:
         nn.init.orthogonal_(matrix, generator=generator)
 
@@ -9997,6 +9998,7 @@ Settings = LineageSettings
 # --- model
 
 def draw_token_values(p: Tensor, s: Settings, generator: torch.Generator | None) -> None:
+    """Of a table (tokens, width)."""
     p.normal_(0, 0.01, generator=generator)
 
 
