@@ -5606,12 +5606,12 @@ def ce_backward_kernel(logits_ptr, targets_ptr, lse_ptr, dloss_ptr, grad_ptr, ca
 
 
 @jit
-def mlp_kernel(a_ptr, b_ptr, h_ptr, out_ptr, M, N, K, b_stride_k, b_stride_n, slope,
-               BACKWARD: tl.constexpr, KEEP_H: tl.constexpr, BM: tl.constexpr,
+def mlp_kernel(a_ptr, b_ptr, act_ptr, signs_ptr, out_ptr, M, N, K, b_stride_k, b_stride_n, slope,
+               BACKWARD: tl.constexpr, KEEP_SIGNS: tl.constexpr, BM: tl.constexpr,
                BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
-    """A (M, K), B (K, N) -> out (M, N) = act(A@B), h = A@B if KEEP_H; if
-    BACKWARD, out = (A@B)·act'(h). Programs run down GROUP row tiles before the
-    next column tile: tiles of A and B are met again in L2."""
+    """A (M, K), B (K, N) -> out (M, N) = act(h) of h = A@B, and its signs if KEEP_SIGNS; if
+    BACKWARD, out = (A@B)·act'(h), h from act(h) and signs. Programs run down GROUP row tiles
+    before the next column tile: tiles of A and B are met again in L2."""
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
@@ -5635,19 +5635,26 @@ def mlp_kernel(a_ptr, b_ptr, h_ptr, out_ptr, M, N, K, b_stride_k, b_stride_n, sl
         acc = tl.dot(a, b, acc, input_precision="ieee")
         a_ptrs += BK
         b_ptrs += BK * b_stride_k
-    h_ptr += origin * N
-    out_ptr += origin * N
     at = rows[:, None] * N + cols[None, :]
     inside = (rows < below)[:, None] & (cols < N)[None, :]
+    # a byte has the signs of columns BN / 8 apart: those lie in one thread
+    width = tiles_n * (BN // 8)
+    byte = tile_n * (BN // 8) + tl.arange(0, BN // 8)
+    signs_ptrs = signs_ptr + origin * width + rows[:, None] * width + byte[None, :]
+    bit = tl.arange(0, 8)[None, :, None]
     if BACKWARD:
-        h = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        out = acc * tl.where(h > 0, 2 * h, 2 * slope * slope * h)
+        signs = tl.load(signs_ptrs, mask=(rows < below)[:, None], other=0).to(tl.int32)
+        positive = (signs[:, None, :] >> bit & 1) == 1
+        acc = tl.reshape(tl.reshape(acc, (BM, 8, BN // 8)) * tl.where(positive, 2.0, -2 * slope), (BM, BN))
+        act = tl.load(act_ptr + origin * N + at, mask=inside, other=0.0).to(tl.float32)
+        out = acc * tl.sqrt(act)
     else:
-        if KEEP_H:
-            tl.store(h_ptr + at, acc.to(h_ptr.dtype.element_ty), mask=inside)
+        if KEEP_SIGNS:
+            positive = tl.reshape(acc > 0, (BM, 8, BN // 8)).to(tl.int32)
+            tl.store(signs_ptrs, tl.sum(positive << bit, 1).to(tl.uint8), mask=(rows < below)[:, None])
         leaky = tl.where(acc > 0, acc, slope * acc)
         out = leaky * leaky
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + origin * N + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -6159,56 +6166,58 @@ def remove_own_value(y: Tensor, v: Tensor, gate: Tensor | None = None,
 MLP_TILE = dict(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3)
 
 
-def mlp_launch(a, b, h, out, slope, backward=False, keep_h=False) -> None:
+def mlp_launch(a, b, act, signs, out, slope, backward=False, keep_signs=False) -> None:
     """Run mlp_kernel on A = a (M, K) contiguous and B = b (K, N) of any strides."""
     M, K = a.shape
     N = b.shape[1]
     tiles = triton.cdiv(M, MLP_TILE["BM"]) * triton.cdiv(N, MLP_TILE["BN"])
     if tiles:
-        mlp_kernel[(tiles,)](a, b, h, out, M, N, K, *b.stride(), slope,
-                             BACKWARD=backward, KEEP_H=keep_h, **MLP_TILE)
+        mlp_kernel[(tiles,)](a, b, act, signs, out, M, N, K, *b.stride(), slope,
+                             BACKWARD=backward, KEEP_SIGNS=keep_signs, **MLP_TILE)
 
 
-def room_for_hidden(x, up, slope, keep_h):
-    """h, without rows unless it is kept, and a (N, m)."""
+def room_for_hidden(x, up, slope, keep_signs):
+    """a (N, m) and signs, eight a byte, for whole tiles; without rows unless they are kept."""
     N, m = x.shape[0], up.shape[0]
-    return x.new_empty(N if keep_h else 0, m), x.new_empty(N, m)
+    tile = MLP_TILE["BN"]
+    signs = x.new_empty(N if keep_signs else 0, -(-m // tile) * tile // 8, dtype=torch.uint8)
+    return x.new_empty(N, m), signs
 
 
 @operator(room_for_hidden)
-def mlp_up(x: Tensor, up: Tensor, slope: float, keep_h: bool) -> tuple[Tensor, Tensor]:
-    """x (N, d), up (m, d) -> h = x @ upᵀ (N, m), or (0, m) unless keep_h, and a =
-    leaky(h)² (N, m)."""
-    h, a = room_for_hidden(x, up, slope, keep_h)
-    mlp_launch(x.contiguous(), up.mT, h, a, slope, keep_h=keep_h)
-    return h, a
+def mlp_up(x: Tensor, up: Tensor, slope: float, keep_signs: bool) -> tuple[Tensor, Tensor]:
+    """x (N, d), up (m, d) -> a = leaky(h)² (N, m) of h = x @ upᵀ, and h's signs, if they
+    are kept."""
+    a, signs = room_for_hidden(x, up, slope, keep_signs)
+    mlp_launch(x.contiguous(), up.mT, a, signs, a, slope, keep_signs=keep_signs)
+    return a, signs
 
 
-@operator(lambda dy, down, h, slope: torch.empty_like(h))
-def mlp_dh(dy: Tensor, down: Tensor, h: Tensor, slope: float) -> Tensor:
-    """dy (N, d), down (d, m), h (N, m) -> dh = (dy @ down) · act'(h) (N, m)."""
-    dh = torch.empty_like(h)
-    mlp_launch(dy.contiguous(), down, h, dh, slope, backward=True)
+@operator(lambda dy, down, a, *_: room(a))
+def mlp_dh(dy: Tensor, down: Tensor, a: Tensor, signs: Tensor, slope: float) -> Tensor:
+    """dy (N, d), down (d, m), what mlp_up made -> dh = (dy @ down) · act'(h) (N, m)."""
+    dh = room(a)
+    mlp_launch(dy.contiguous(), down, a, signs, dh, slope, backward=True)
     return dh
 
 
 class LeakySquareMLP(torch.autograd.Function):
     """The whole MLP as one node: dh = (dy @ down) · act'(h) is only fused where dy is at
-    hand. Without a, backward would need a ninth pass over an (N, m) matrix, without h its
-    sign."""
+    hand. For act'(h) = ±2·slope·sqrt(a) the signs of h do: the root of a rounded a is nearer
+    than a rounded h."""
 
     @staticmethod
     def forward(ctx, x, up, down, slope, onto):
-        h, a = mlp_up(x, up, slope, True)
-        ctx.save_for_backward(x, up, down, h, a)
+        a, signs = mlp_up(x, up, slope, True)
+        ctx.save_for_backward(x, up, down, a, signs)
         ctx.slope = slope
         return a @ down.mT if onto is None else torch.addmm(onto, a, down.mT)
 
     @staticmethod
     def backward(ctx, dy):
-        x, up, down, h, a = ctx.saved_tensors
+        x, up, down, a, signs = ctx.saved_tensors
         need_x, need_up, need_down, _, need_onto = ctx.needs_input_grad    # adaptation freezes the weights
-        dh = mlp_dh(dy, down, h, ctx.slope) if need_x or need_up else None
+        dh = mlp_dh(dy, down, a, signs, ctx.slope) if need_x or need_up else None
         return (dh @ up if need_x else None,
                 dh.mT @ x if need_up else None,
                 dy.mT @ a if need_down else None,
@@ -6226,7 +6235,7 @@ def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, onto: Te
     elif torch.is_grad_enabled() and (x.requires_grad or up.requires_grad or down.requires_grad):
         return LeakySquareMLP.apply(x, up, down, float(slope), onto)
     else:
-        hidden = mlp_up(x, up, float(slope), False)[1]
+        hidden = mlp_up(x, up, float(slope), False)[0]
     return hidden @ down.mT if onto is None else torch.addmm(onto, hidden, down.mT)
 
 

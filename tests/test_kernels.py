@@ -29,7 +29,7 @@ import train_gpt as tg, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TYPES = dict(targets_ptr="*i64", cap="fp32", slope="fp32", scale="fp32")
+TYPES = dict(targets_ptr="*i64", signs_ptr="*u8", cap="fp32", slope="fp32", scale="fp32")
 TYPES.update(dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr"), "*fp32"))
 TILE = dict(BM=64, BN=64, BK=32, GROUP=8)
 HEADS = dict(HEADS=8, GROUP=2, WIDTH=64, BN=16, BW=64)
@@ -38,8 +38,8 @@ for kernel, sizes in (
         (tg.ce_forward_kernel, dict(BLOCK=1024, GRADIENT=False)),
         (tg.ce_forward_kernel, dict(BLOCK=1024, GRADIENT=True)),
         (tg.ce_backward_kernel, dict(BLOCK=1024)),
-        (tg.mlp_kernel, dict(BACKWARD=False, KEEP_H=True, **TILE)),
-        (tg.mlp_kernel, dict(BACKWARD=True, KEEP_H=False, **TILE)),
+        (tg.mlp_kernel, dict(BACKWARD=False, KEEP_SIGNS=True, **TILE)),
+        (tg.mlp_kernel, dict(BACKWARD=True, KEEP_SIGNS=False, **TILE)),
         (tg.own_value_kernel, HEADS), (tg.own_value_backward_kernel, HEADS),
         (tg.kept_keys_kernel, KEPT), (tg.kept_keys_dq_kernel, KEPT), (tg.own_keys_gradient_kernel, KEPT)):
     types = {}
@@ -351,11 +351,11 @@ def test_mlp_adds_onto_a_stream():
 
 
 @needs_triton
-def test_mlp_without_gradient_keeps_no_h_and_frozen_weights_get_none():
+def test_mlp_without_gradient_keeps_no_signs_and_frozen_weights_get_none():
     x, up, down, dy = random((20, 32), (48, 32), (32, 48), (20, 32))
     with torch.no_grad():
         y = leaky_square_mlp(x, up, down, 0.5, kernel=True)
-    assert kernels.mlp_up(x, up, 0.5, False)[0].shape == (0, 48)
+    assert len(kernels.mlp_up(x, up, 0.5, False)[1]) == 0
     frozen = [up.detach(), down.detach()]
     got = graded(lambda t: leaky_square_mlp(t, *frozen, 0.5, kernel=True), [x], dy)
     want = graded(lambda t: leaky_square_mlp(t, *frozen, 0.5, kernel=False), [x], dy)
