@@ -5554,19 +5554,9 @@ def jit_for_any(*names: str) -> Callable:
 
 
 @jit
-def ce_slope(x, is_target, lse, cap):
-    """(softmax(s) - onehot) · ds/dx, where ds/dx = 4u(1 - u) for u = sigmoid(-2x/cap)."""
-    u = 1 / (1 + tl.exp(x * (2 / cap)))
-    p = tl.exp(-2 * cap * u - lse) - tl.where(is_target, 1.0, 0.0)
-    return p * (4 * u * (1 - u))
-
-
-@jit
-def ce_forward_kernel(logits_ptr, targets_ptr, loss_ptr, lse_ptr, grad_ptr, cap, V,
-                      BLOCK: tl.constexpr, GRADIENT: tl.constexpr):
+def ce_forward_kernel(logits_ptr, targets_ptr, loss_ptr, lse_ptr, cap, V, BLOCK: tl.constexpr):
     """One row a program: loss and log Σ exp of s = cap·tanh(x/cap) - cap =
-    -2·cap·sigmoid(-2x/cap). The shift by cap cancels in the loss. GRADIENT: also
-    d loss / d logits, from a second reading of the row, which is in the cache yet."""
+    -2·cap·sigmoid(-2x/cap). The shift by cap cancels in the loss."""
     row = tl.program_id(0).to(tl.int64)     # N·V passes 2**31 at 262,144 tokens of 8,192
     logits_ptr += row * V
     peak, total = -float("inf"), 0.0
@@ -5578,22 +5568,16 @@ def ce_forward_kernel(logits_ptr, targets_ptr, loss_ptr, lse_ptr, grad_ptr, cap,
         total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(s - new_peak), 0)
         peak = new_peak
     lse = peak + tl.log(total)
-    target = tl.load(targets_ptr + row)
-    score = tl.load(logits_ptr + target).to(tl.float32)      # a name that a loop has keeps its shape
+    score = tl.load(logits_ptr + tl.load(targets_ptr + row)).to(tl.float32)
     tl.store(lse_ptr + row, lse)
     tl.store(loss_ptr + row, lse + 2 * cap / (1 + tl.exp(score * (2 / cap))))
-    if GRADIENT:
-        for start in range(0, V, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            x = tl.load(logits_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
-            grad = ce_slope(x, cols == target, lse, cap)
-            tl.store(grad_ptr + row * V + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < V)
 
 
 @jit
 def ce_backward_kernel(logits_ptr, targets_ptr, lse_ptr, dloss_ptr, grad_ptr, cap, V,
                        BLOCK: tl.constexpr):
-    """grad = dloss · d loss / d logits."""
+    """grad = dloss · (softmax(s) - onehot) · ds/dx, where ds/dx = 4u(1 - u) for u =
+    sigmoid(-2x/cap)."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     lse = tl.load(lse_ptr + row)
@@ -5601,17 +5585,18 @@ def ce_backward_kernel(logits_ptr, targets_ptr, lse_ptr, dloss_ptr, grad_ptr, ca
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
-        grad = dloss * ce_slope(x, cols == target, lse, cap)
+        u = 1 / (1 + tl.exp(x * (2 / cap)))
+        p = tl.exp(-2 * cap * u - lse) - tl.where(cols == target, 1.0, 0.0)
+        grad = dloss * p * (4 * u * (1 - u))
         tl.store(grad_ptr + row * V + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < V)
 
 
 @jit
-def mlp_kernel(a_ptr, b_ptr, act_ptr, signs_ptr, out_ptr, M, N, K, b_stride_k, b_stride_n, slope,
-               BACKWARD: tl.constexpr, KEEP_SIGNS: tl.constexpr, BM: tl.constexpr,
-               BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
-    """A (M, K), B (K, N) -> out (M, N) = act(h) of h = A@B, and its signs if KEEP_SIGNS; if
-    BACKWARD, out = (A@B)·act'(h), h from act(h) and signs. Programs run down GROUP row tiles
-    before the next column tile: tiles of A and B are met again in L2."""
+def product_tile(a_ptr, b_ptr, M, N, K, b_stride_k, b_stride_n, BM: tl.constexpr, BN: tl.constexpr,
+                 BK: tl.constexpr, GROUP: tl.constexpr):
+    """Of A (M, K) @ B (K, N) this program's tile, float32; its number down and across.
+    Programs run down GROUP row tiles before the next column tile: tiles of A and B are met
+    again in L2."""
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
@@ -5623,10 +5608,9 @@ def mlp_kernel(a_ptr, b_ptr, act_ptr, signs_ptr, out_ptr, M, N, K, b_stride_k, b
     cols = tile_n * BN + tl.arange(0, BN)
     inner = tl.arange(0, BK)
     # the tile's origin is one int64 scalar (M·N may pass 2**31), the rest int32: fewer registers
-    below = M - tile_m * BM
     origin = (tile_m * BM).to(tl.int64)
     # rows and columns out of range wrap round, never stored: only the K loop needs a mask
-    a_ptrs = a_ptr + origin * K + (rows % below)[:, None] * K + inner[None, :]
+    a_ptrs = a_ptr + origin * K + (rows % (M - tile_m * BM))[:, None] * K + inner[None, :]
     b_ptrs = b_ptr + inner[:, None] * b_stride_k + (cols % N)[None, :] * b_stride_n
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for k in range(0, K, BK):
@@ -5635,10 +5619,24 @@ def mlp_kernel(a_ptr, b_ptr, act_ptr, signs_ptr, out_ptr, M, N, K, b_stride_k, b
         acc = tl.dot(a, b, acc, input_precision="ieee")
         a_ptrs += BK
         b_ptrs += BK * b_stride_k
+    return acc, tile_m, tile_n
+
+
+@jit
+def mlp_kernel(a_ptr, b_ptr, act_ptr, signs_ptr, out_ptr, M, N, K, b_stride_k, b_stride_n, slope,
+               BACKWARD: tl.constexpr, KEEP_SIGNS: tl.constexpr, BM: tl.constexpr,
+               BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
+    """A (M, K), B (K, N) -> out (M, N) = act(h) of h = A@B, and its signs if KEEP_SIGNS; if
+    BACKWARD, out = (A@B)·act'(h), h from act(h) and signs."""
+    acc, tile_m, tile_n = product_tile(a_ptr, b_ptr, M, N, K, b_stride_k, b_stride_n, BM, BN, BK, GROUP)
+    rows = tl.arange(0, BM)
+    cols = tile_n * BN + tl.arange(0, BN)
+    below = M - tile_m * BM
+    origin = (tile_m * BM).to(tl.int64)
     at = rows[:, None] * N + cols[None, :]
     inside = (rows < below)[:, None] & (cols < N)[None, :]
     # a byte has the signs of columns BN / 8 apart: those lie in one thread
-    width = tiles_n * (BN // 8)
+    width = tl.cdiv(N, BN) * (BN // 8)
     byte = tile_n * (BN // 8) + tl.arange(0, BN // 8)
     signs_ptrs = signs_ptr + origin * width + rows[:, None] * width + byte[None, :]
     bit = tl.arange(0, 8)[None, :, None]
@@ -5655,6 +5653,30 @@ def mlp_kernel(a_ptr, b_ptr, act_ptr, signs_ptr, out_ptr, M, N, K, b_stride_k, b
         leaky = tl.where(acc > 0, acc, slope * acc)
         out = leaky * leaky
     tl.store(out_ptr + origin * N + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def head_kernel(hidden_ptr, head_ptr, targets_ptr, grad_ptr, total_ptr, target_ptr, M, N, K, stride_k,
+                stride_n, cap, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                GROUP: tl.constexpr):
+    """Hidden (M, K), head (K, N) -> of the logits x of a tile, which are not written, e^s · ds/dx for
+    s = cap·tanh(x/cap); every row's sum of e^s over the tile; the target's x, where it is here."""
+    x, tile_m, tile_n = product_tile(hidden_ptr, head_ptr, M, N, K, stride_k, stride_n, BM, BN, BK, GROUP)
+    rows = tl.arange(0, BM)
+    cols = tl.arange(0, BN)
+    inside_m = rows < M - tile_m * BM
+    inside_n = cols < N - tile_n * BN
+    origin = (tile_m * BM).to(tl.int64)
+    targets = tl.load(targets_ptr + origin + rows, mask=inside_m, other=-1) - tile_n * BN
+    chosen = tl.sum(tl.where(cols[None, :] == targets[:, None], x, 0.0), 1)
+    tl.store(target_ptr + origin + rows, chosen, mask=inside_m & (targets >= 0) & (targets < BN))
+    u = 1 / (1 + tl.exp(x * (2 / cap)))
+    power = tl.where(inside_n[None, :], tl.exp(cap - 2 * cap * u), 0.0)
+    tiles_n = tl.cdiv(N, BN)
+    tl.store(total_ptr + (origin + rows) * tiles_n + tile_n, tl.sum(power, 1), mask=inside_m)
+    grad = power * (4 * u * (1 - u))
+    at = origin * N + tile_n * BN + rows[:, None] * N + cols[None, :]
+    tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside_m[:, None] & inside_n[None, :])
 
 
 @jit
@@ -5859,6 +5881,11 @@ def own_keys_gradient_kernel(dy_ptr, q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, dk_ptr
     tl.store(dv_ptr + at_keys, dv.to(dv_ptr.dtype.element_ty), mask=inside_keys)
 
 
+# of product_tile: 128×256 tiles keep 128 accumulators a thread; 3 stages take 144 of an H100's 227 KB of shared
+# memory. Autotuning would let the last bits of a run depend on timing.
+PRODUCT_TILE = dict(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3)
+
+
 # --- softcapped cross-entropy
 
 def ce_launch(V: int) -> dict:
@@ -5884,21 +5911,14 @@ def room_per_row(logits, *_):
     return loss, room(loss)
 
 
-def ce_rows(logits: Tensor, targets: Tensor, cap: float, grad: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Run ce_forward_kernel: losses and log Σ exp; into grad (N, V), if given, the slope."""
-    N, V = logits.shape
-    loss, lse = room_per_row(logits)
-    if N:
-        out = logits if grad is None else grad
-        ce_forward_kernel[(N,)](logits.contiguous(), targets.contiguous(), loss, lse, out, cap, V,
-                                GRADIENT=grad is not None, **ce_launch(V))
-    return loss, lse
-
-
 @operator(room_per_row)
 def ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """logits (N, V), targets (N) int64 -> losses and log Σ exp, (N) float32."""
-    return ce_rows(logits, targets, cap, None)
+    N, V = logits.shape
+    loss, lse = room_per_row(logits)
+    if N:
+        ce_forward_kernel[(N,)](logits.contiguous(), targets.contiguous(), loss, lse, cap, V, **ce_launch(V))
+    return loss, lse
 
 
 def ce_gradient(ctx, dloss, _):
@@ -5918,39 +5938,59 @@ def capped_ce(logits: Tensor, targets: Tensor, cap: float, kernel: bool | None =
     return F.cross_entropy(soft_cap(logits.float(), cap), targets, reduction="none")
 
 
-@operator(lambda logits, *_: (room_per_row(logits)[0], room(logits)))
-def ce_with_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """logits (N, V), targets (N) int64 -> losses (N) float32, and their gradient like
-    logits."""
-    grad = room(logits)
-    return ce_rows(logits, targets, cap, grad)[0], grad
+def room_for_head(hidden, head, *_):
+    """Losses and Σ e^s (N) float32, and what is of the logits' size (N, V)."""
+    return *room_per_row(hidden), hidden.new_empty(hidden.shape[0], head.shape[0])
+
+
+@operator(room_for_head)
+def ce_of_head(hidden: Tensor, head: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (N, d), head (V, d), targets (N) int64 -> losses, Σ e^s, and Σ e^s · d loss /
+    d logits (N, V) like hidden."""
+    losses, score, grad = room_for_head(hidden, head)
+    N, V = grad.shape
+    tiles = triton.cdiv(V, PRODUCT_TILE["BN"])
+    parts = score.new_empty(N, tiles)
+    if N:
+        head_kernel[(triton.cdiv(N, PRODUCT_TILE["BM"]) * tiles,)](
+            hidden.contiguous(), head.mT, targets, grad, parts, score, N, V, hidden.shape[1],
+            *head.mT.stride(), cap, **PRODUCT_TILE)
+    total = parts.sum(1)
+    s = soft_cap(score, cap)
+    losses = total.log() - s
+    # the target's entry in its exact form: p - 1 may be small
+    at_target = (s.exp() - total) * (1 - (s / cap).square())
+    grad.scatter_(1, targets[:, None], at_target[:, None].to(grad.dtype))
+    return losses, total, grad
 
 
 class HeadLosses(torch.autograd.Function):
-    """Head and cross-entropy as one node: the gradient is written while the logits are at
-    hand, and what comes back multiplies rows of the small factors."""
+    """Head and cross-entropy as one node, whose logits are never written: their gradient is,
+    while they are at hand, and what comes back multiplies rows of the small factors."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, cap):
-        losses, gradient = ce_with_gradient(hidden @ weight.mT, targets, cap)
-        ctx.save_for_backward(hidden, weight, gradient)
+    def forward(ctx, hidden, head, targets, cap):
+        losses, total, gradient = ce_of_head(hidden, head, targets, cap)
+        ctx.save_for_backward(hidden, head, total, gradient)
         return losses
 
     @staticmethod
     def backward(ctx, d_losses):
-        hidden, weight, gradient = ctx.saved_tensors
-        d_losses = d_losses[:, None].to(hidden.dtype)
-        d_hidden = d_losses * (gradient @ weight)
-        d_weight = gradient.mT @ (d_losses * hidden)
-        return d_hidden, d_weight, None, None
+        hidden, head, total, gradient = ctx.saved_tensors
+        share = (d_losses / total)[:, None]
+        d_hidden = (share * (gradient @ head)).to(hidden.dtype)
+        d_head = gradient.mT @ (share * hidden).to(hidden.dtype)
+        return d_hidden, d_head, None, None
 
 
-def head_losses(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float,
+def head_losses(hidden: Tensor, head: Tensor, targets: Tensor, cap: float,
                 kernel: bool | None = None) -> Tensor:
-    """capped_ce of the logits hidden (N, d) @ weight (V, d)ᵀ, in training."""
-    if use_triton(kernel, hidden.is_cuda) and torch.is_grad_enabled():
-        return HeadLosses.apply(hidden, weight, targets, float(cap))
-    return capped_ce(F.linear(hidden, weight), targets, cap, kernel)
+    """capped_ce of the logits hidden (N, d) @ head (V, d)ᵀ, in training."""
+    # e^cap has to be a number of the gradient's dtype
+    sensible = hidden.is_cuda and hidden.dtype != torch.float16 and cap < 70
+    if use_triton(kernel, sensible) and torch.is_grad_enabled():
+        return HeadLosses.apply(hidden, head, targets, float(cap))
+    return capped_ce(F.linear(hidden, head), targets, cap, kernel)
 
 
 # --- norms and rotation: with a backward of their own, which reads little again
@@ -6161,25 +6201,20 @@ def remove_own_value(y: Tensor, v: Tensor, gate: Tensor | None = None,
 
 # --- leaky-ReLU² MLP
 
-# 128×256 tiles keep 128 accumulators a thread; 3 stages take 144 of an H100's 227 KB of shared
-# memory. Autotuning would let the last bits of a run depend on timing.
-MLP_TILE = dict(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3)
-
-
 def mlp_launch(a, b, act, signs, out, slope, backward=False, keep_signs=False) -> None:
     """Run mlp_kernel on A = a (M, K) contiguous and B = b (K, N) of any strides."""
     M, K = a.shape
     N = b.shape[1]
-    tiles = triton.cdiv(M, MLP_TILE["BM"]) * triton.cdiv(N, MLP_TILE["BN"])
+    tiles = triton.cdiv(M, PRODUCT_TILE["BM"]) * triton.cdiv(N, PRODUCT_TILE["BN"])
     if tiles:
         mlp_kernel[(tiles,)](a, b, act, signs, out, M, N, K, *b.stride(), slope,
-                             BACKWARD=backward, KEEP_SIGNS=keep_signs, **MLP_TILE)
+                             BACKWARD=backward, KEEP_SIGNS=keep_signs, **PRODUCT_TILE)
 
 
 def room_for_hidden(x, up, slope, keep_signs):
     """a (N, m) and signs, eight a byte, for whole tiles; without rows unless they are kept."""
     N, m = x.shape[0], up.shape[0]
-    tile = MLP_TILE["BN"]
+    tile = PRODUCT_TILE["BN"]
     signs = x.new_empty(N if keep_signs else 0, -(-m // tile) * tile // 8, dtype=torch.uint8)
     return x.new_empty(N, m), signs
 

@@ -30,16 +30,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TYPES = dict(targets_ptr="*i64", signs_ptr="*u8", cap="fp32", slope="fp32", scale="fp32")
-TYPES.update(dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr"), "*fp32"))
+TYPES.update(dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr", "total_ptr", "target_ptr"), "*fp32"))
 TILE = dict(BM=64, BN=64, BK=32, GROUP=8)
 HEADS = dict(HEADS=8, GROUP=2, WIDTH=64, BN=16, BW=64)
 KEPT = dict(KEY_HEADS=4, GROUP=2, WIDTH=64, BM=64, BN=64, BW=64)
 for kernel, sizes in (
-        (tg.ce_forward_kernel, dict(BLOCK=1024, GRADIENT=False)),
-        (tg.ce_forward_kernel, dict(BLOCK=1024, GRADIENT=True)),
+        (tg.ce_forward_kernel, dict(BLOCK=1024)),
         (tg.ce_backward_kernel, dict(BLOCK=1024)),
         (tg.mlp_kernel, dict(BACKWARD=False, KEEP_SIGNS=True, **TILE)),
         (tg.mlp_kernel, dict(BACKWARD=True, KEEP_SIGNS=False, **TILE)),
+        (tg.head_kernel, TILE),
         (tg.own_value_kernel, HEADS), (tg.own_value_backward_kernel, HEADS),
         (tg.kept_keys_kernel, KEPT), (tg.kept_keys_dq_kernel, KEPT), (tg.own_keys_gradient_kernel, KEPT)):
     types = {}
@@ -682,6 +682,6 @@ def test_kernels_at_training_size(monkeypatch):
         print(f"{call.__name__}: Triton {fused:.2f} ms, compiled twin {plain:.2f} ms, errors {errors}")
         assert max(errors) < bound
     for BM, BN, num_stages in ((128, 256, 3), (128, 256, 4), (256, 128, 3), (128, 128, 3), (128, 128, 4)):
-        tile = dict(kernels.MLP_TILE, BM=BM, BN=BN, num_stages=num_stages)
-        monkeypatch.setattr(kernels, "MLP_TILE", tile)
+        tile = dict(kernels.PRODUCT_TILE, BM=BM, BN=BN, num_stages=num_stages)
+        monkeypatch.setattr(kernels, "PRODUCT_TILE", tile)
         print(f"{tile}: {milliseconds(lambda: graded(mlp, [x, *weights], dy)):.2f} ms")
