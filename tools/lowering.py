@@ -102,8 +102,8 @@ def kept_keys_backward_flops(inputs: Shapes, outputs: Shapes) -> float:
     return 1.5 * kept_keys_flops(inputs[1:6], outputs) + 8.0 * math.prod(q) * (q[1] + 1) / 2
 
 
-def mlp_up_flops(inputs: Shapes, outputs: Shapes) -> float:
-    """x (N, d), up (m, d)."""
+def by_rows_flops(inputs: Shapes, outputs: Shapes) -> float:
+    """One product of x (N, d) and rows (m, d)."""
     return 2.0 * math.prod(inputs[0]) * inputs[1][0]
 
 
@@ -120,9 +120,10 @@ RULES = (
     Rule(r"\b(mm|addmm|bmm|baddbmm)\b", "product", product_flops),
     Rule("flash_attn_forward", "attention", attention_flops),
     Rule("flash_attn_backward", "attention", attention_backward_flops),
-    Rule("mlp_up", MLP, mlp_up_flops),
+    Rule("mlp_up", MLP, by_rows_flops),
     Rule("mlp_dh", MLP, mlp_dh_flops),
-    Rule(r"\bce_(forward|backward|with_gradient)", CROSS_ENTROPY, no_flops),
+    Rule(r"\bce_of_head", CROSS_ENTROPY, by_rows_flops),
+    Rule(r"\bce_(forward|backward)", CROSS_ENTROPY, no_flops),
     Rule("own_value", OWN_VALUE, no_flops),
     Rule("kept_keys_forward", KEPT_KEYS, kept_keys_flops),
     Rule("kept_keys_backward", KEPT_KEYS, kept_keys_backward_flops),
