@@ -1039,30 +1039,30 @@ class GPT(nn.Module):
         logit = F.linear(x[..., :weight.size(-1)], weight)
         return torch.sigmoid(self.s.sparse_attn_gate_scale * logit)
 
-    def feed_forward(self, forward: Forward, layer: int, slot: int, x: Tensor,
-                     onto: Tensor | None = None) -> Tensor:
-        """MLP branch of a layer on its normalised input x (B, T, D), added onto the
-        stream, if that is given."""
-        weights, slope = forward.layers[layer], self.s.negative_slope
+    def feed_forward(self, forward: Forward, layer: int, slot: int, x: Tensor, add: bool = False) -> Tensor:
+        """MLP branch of a layer on x (B, T, D), which it normalises; add: onto x."""
+        weights, slope, scale = forward.layers[layer], self.s.negative_slope, self.depth_scale(layer)
         if forward.hook is None:
             rows = x.flatten(0, 1)
-            stream = None if onto is None else onto.flatten(0, 1)
-            out = leaky_square_mlp(rows, weights["up"], weights["down"], slope, stream).view(x.shape)
+            out = leaky_square_mlp(rows, weights["up"], weights["down"], slope, scale, add).view(x.shape)
         else:      # the same in steps that can be seen
-            up = F.linear(x, weights["up"])
+            normed = rms(x, scale)
+            up = F.linear(normed, weights["up"])
             act = F.leaky_relu(up, slope).square()
             plain = F.linear(act, weights["down"])
-            for kind, seen in (("mlp_in", x), ("up_out", up), ("mlp_act", act), ("mlp_out", plain)):
+            for kind, seen in (("mlp_in", normed), ("up_out", up), ("mlp_act", act), ("mlp_out", plain)):
                 forward.observe(kind, layer, seen)
-            out = add_scaled(onto, weights["mlp_scale"], plain)
-        return forward.adapted(out, "mlp", slot, x, weights["mlp_scale"])
+            out = add_scaled(x if add else None, weights["mlp_scale"], plain)
+        if forward.adapter is None:
+            return out
+        return forward.adapted(out, "mlp", slot, rms(x, scale), weights["mlp_scale"])
 
     def block(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor:
         """A layer on the one residual stream x (B, T, D)."""
         weights, scale = forward.layers[layer], self.depth_scale(layer)
         x = blend((x, weights["resid_mix"][0]), (forward.x0, weights["resid_mix"][1]))
         x = self.attend(forward, layer, slot, rms(x, scale), onto=x)
-        return self.feed_forward(forward, layer, slot, rms(x, scale), onto=x)
+        return self.feed_forward(forward, layer, slot, x, add=True)
 
     def branches(self, forward: Forward, layer: int, slot: int, lane0: Tensor,
                  lane1: Tensor) -> tuple[Tensor, ...]:
@@ -1070,7 +1070,7 @@ class GPT(nn.Module):
         weights, scale = forward.layers[layer], self.depth_scale(layer)
         mixed = blend((lane0, weights["resid_mix"][0]), (forward.x0, weights["resid_mix"][1]))
         attended = self.attend(forward, layer, slot, rms(mixed, scale))
-        fed = self.feed_forward(forward, layer, slot, rms(lane1, scale))
+        fed = self.feed_forward(forward, layer, slot, lane1)
         return mixed, attended, fed
 
     def lanes(self, forward: Forward, layer: int, slot: int, lane0: Tensor,
@@ -5623,16 +5623,17 @@ def product_tile(a_ptr, b_ptr, M, N, K, b_stride_k, b_stride_n, BM: tl.constexpr
 
 
 @jit
-def mlp_kernel(a_ptr, b_ptr, act_ptr, signs_ptr, out_ptr, M, N, K, b_stride_k, b_stride_n, slope,
-               BACKWARD: tl.constexpr, KEEP_SIGNS: tl.constexpr, BM: tl.constexpr,
+def mlp_kernel(a_ptr, b_ptr, factor_ptr, act_ptr, signs_ptr, out_ptr, M, N, K, b_stride_k, b_stride_n,
+               slope, BACKWARD: tl.constexpr, KEEP_SIGNS: tl.constexpr, BM: tl.constexpr,
                BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
-    """A (M, K), B (K, N) -> out (M, N) = act(h) of h = A@B, and its signs if KEEP_SIGNS; if
-    BACKWARD, out = (A@B)·act'(h), h from act(h) and signs."""
+    """A (M, K), B (K, N), P = factor · A@B, one a row -> out (M, N) = act(P), and P's signs if
+    KEEP_SIGNS; if BACKWARD, out = P·act'(h), h from act(h) and signs."""
     acc, tile_m, tile_n = product_tile(a_ptr, b_ptr, M, N, K, b_stride_k, b_stride_n, BM, BN, BK, GROUP)
     rows = tl.arange(0, BM)
     cols = tile_n * BN + tl.arange(0, BN)
     below = M - tile_m * BM
     origin = (tile_m * BM).to(tl.int64)
+    acc *= tl.load(factor_ptr + origin + rows, mask=rows < below, other=0.0)[:, None]
     at = rows[:, None] * N + cols[None, :]
     inside = (rows < below)[:, None] & (cols < N)[None, :]
     # a byte has the signs of columns BN / 8 apart: those lie in one thread
@@ -5995,14 +5996,18 @@ def head_losses(hidden: Tensor, head: Tensor, targets: Tensor, cap: float,
 
 # --- norms and rotation: with a backward of their own, which reads little again
 
+def inverse_rms(x: Tensor) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last axis, which stays, in float32."""
+    return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + RMS_EPS)
+
+
 class ScaledNorm(torch.autograd.Function):
     """The gradient is made from the output: the input need not be kept."""
 
     @staticmethod
     def forward(ctx, x, scale):
-        wide = x.float()
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_EPS)
-        y = (wide * (scale * inverse)).to(x.dtype)
+        inverse = inverse_rms(x)
+        y = (x.float() * (scale * inverse)).to(x.dtype)
         ctx.scale = scale
         ctx.save_for_backward(y, inverse)
         return y
@@ -6043,18 +6048,15 @@ class NormedRotated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, cos, sin, gain):
-        normed = x.float()
-        normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + RMS_EPS)
-        y = rotate(normed, cos, sin)
+        y = rotate(x.float() * inverse_rms(x), cos, sin)
         ctx.save_for_backward(x, cos, sin, gain)
         return (y if gain is None else y * gain[:, None]).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
         x, cos, sin, gain = ctx.saved_tensors
-        wide = x.float()
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_EPS)
-        normed = wide * inverse
+        inverse = inverse_rms(x)
+        normed = x.float() * inverse
         turned_back = rotate(dy.float(), cos, -sin)
         along = (turned_back * normed).mean(-1, keepdim=True)
         dx = (turned_back - along * normed) * inverse
@@ -6201,17 +6203,17 @@ def remove_own_value(y: Tensor, v: Tensor, gate: Tensor | None = None,
 
 # --- leaky-ReLU² MLP
 
-def mlp_launch(a, b, act, signs, out, slope, backward=False, keep_signs=False) -> None:
+def mlp_launch(a, b, factor, act, signs, out, slope, backward=False, keep_signs=False) -> None:
     """Run mlp_kernel on A = a (M, K) contiguous and B = b (K, N) of any strides."""
     M, K = a.shape
     N = b.shape[1]
     tiles = triton.cdiv(M, PRODUCT_TILE["BM"]) * triton.cdiv(N, PRODUCT_TILE["BN"])
     if tiles:
-        mlp_kernel[(tiles,)](a, b, act, signs, out, M, N, K, *b.stride(), slope,
+        mlp_kernel[(tiles,)](a, b, factor.contiguous(), act, signs, out, M, N, K, *b.stride(), slope,
                              BACKWARD=backward, KEEP_SIGNS=keep_signs, **PRODUCT_TILE)
 
 
-def room_for_hidden(x, up, slope, keep_signs):
+def room_for_hidden(x, up, factor, slope, keep_signs):
     """a (N, m) and signs, eight a byte, for whole tiles; without rows unless they are kept."""
     N, m = x.shape[0], up.shape[0]
     tile = PRODUCT_TILE["BN"]
@@ -6220,58 +6222,66 @@ def room_for_hidden(x, up, slope, keep_signs):
 
 
 @operator(room_for_hidden)
-def mlp_up(x: Tensor, up: Tensor, slope: float, keep_signs: bool) -> tuple[Tensor, Tensor]:
-    """x (N, d), up (m, d) -> a = leaky(h)² (N, m) of h = x @ upᵀ, and h's signs, if they
-    are kept."""
-    a, signs = room_for_hidden(x, up, slope, keep_signs)
-    mlp_launch(x.contiguous(), up.mT, a, signs, a, slope, keep_signs=keep_signs)
+def mlp_up(x: Tensor, up: Tensor, factor: Tensor, slope: float, keep_signs: bool) -> tuple[Tensor, Tensor]:
+    """x (N, d), up (m, d), factor (N, 1) float32 -> a = leaky(h)² (N, m) of h = factor · x
+    @ upᵀ, and h's signs, if they are kept."""
+    a, signs = room_for_hidden(x, up, factor, slope, keep_signs)
+    mlp_launch(x.contiguous(), up.mT, factor, a, signs, a, slope, keep_signs=keep_signs)
     return a, signs
 
 
-@operator(lambda dy, down, a, *_: room(a))
-def mlp_dh(dy: Tensor, down: Tensor, a: Tensor, signs: Tensor, slope: float) -> Tensor:
-    """dy (N, d), down (d, m), what mlp_up made -> dh = (dy @ down) · act'(h) (N, m)."""
+@operator(lambda dy, down, factor, a, *_: room(a))
+def mlp_dh(dy: Tensor, down: Tensor, factor: Tensor, a: Tensor, signs: Tensor, slope: float) -> Tensor:
+    """dy (N, d), down (d, m), what mlp_up read and made -> factor · (dy @ down) · act'(h)
+    (N, m)."""
     dh = room(a)
-    mlp_launch(dy.contiguous(), down, a, signs, dh, slope, backward=True)
+    mlp_launch(dy.contiguous(), down, factor, a, signs, dh, slope, backward=True)
     return dh
 
 
 class LeakySquareMLP(torch.autograd.Function):
-    """The whole MLP as one node: dh = (dy @ down) · act'(h) is only fused where dy is at
-    hand. For act'(h) = ±2·slope·sqrt(a) the signs of h do: the root of a rounded a is nearer
-    than a rounded h."""
+    """Norm and MLP as one node: dh = (dy @ down) · act'(h) is only fused where dy is at hand.
+    For act'(h) = ±2·slope·sqrt(a) the signs of h do: the root of a rounded a is nearer than a
+    rounded h. The norm's factor stands behind the product: nothing normalised is written."""
 
     @staticmethod
-    def forward(ctx, x, up, down, slope, onto):
-        a, signs = mlp_up(x, up, slope, True)
-        ctx.save_for_backward(x, up, down, a, signs)
-        ctx.slope = slope
-        return a @ down.mT if onto is None else torch.addmm(onto, a, down.mT)
+    def forward(ctx, x, up, down, slope, scale, add):
+        inverse = inverse_rms(x)
+        a, signs = mlp_up(x, up, scale * inverse, slope, True)
+        ctx.save_for_backward(x, inverse, up, down, a, signs)
+        ctx.numbers = slope, scale, add
+        return torch.addmm(x, a, down.mT) if add else a @ down.mT
 
     @staticmethod
     def backward(ctx, dy):
-        x, up, down, a, signs = ctx.saved_tensors
-        need_x, need_up, need_down, _, need_onto = ctx.needs_input_grad    # adaptation freezes the weights
-        dh = mlp_dh(dy, down, a, signs, ctx.slope) if need_x or need_up else None
-        return (dh @ up if need_x else None,
+        x, inverse, up, down, a, signs = ctx.saved_tensors
+        slope, scale, add = ctx.numbers
+        need_x, need_up, need_down, *_ = ctx.needs_input_grad    # adaptation freezes the weights
+        dh = mlp_dh(dy, down, scale * inverse, a, signs, slope)
+        dx = None
+        if need_x:
+            wide = (dh @ up).float()
+            along = (wide * x).mean(-1, keepdim=True) * inverse.square()
+            dx = wide - along * x
+            dx = (dx + dy if add else dx).to(x.dtype)
+        return (dx,
                 dh.mT @ x if need_up else None,
                 dy.mT @ a if need_down else None,
-                None,
-                dy if need_onto else None)
+                None, None, None)
 
 
-def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, onto: Tensor | None = None,
-                     kernel: bool | None = None) -> Tensor:
-    """leaky_relu(x @ upᵀ, slope)² @ downᵀ: x (N, d), up (m, d), down (d, m) of one dtype
-    -> (N, d), added onto (N, d) if that is given. Triton fuses the activation into the
-    matrix product before it."""
+def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, scale: float = 1.0,
+                     add: bool = False, kernel: bool | None = None) -> Tensor:
+    """leaky_relu(rms(x, scale) @ upᵀ, slope)² @ downᵀ: x (N, d), up (m, d), down (d, m) of one
+    dtype -> (N, d), onto x if add. Triton fuses the norm's factor and the activation into the
+    matrix product between them."""
     if not use_triton(kernel, x.is_cuda and x.dtype in HALF):
-        hidden = F.leaky_relu(x @ up.mT, slope).square()
+        hidden = F.leaky_relu(rms(x, scale) @ up.mT, slope).square()
     elif torch.is_grad_enabled() and (x.requires_grad or up.requires_grad or down.requires_grad):
-        return LeakySquareMLP.apply(x, up, down, float(slope), onto)
+        return LeakySquareMLP.apply(x, up, down, float(slope), scale, add)
     else:
-        hidden = mlp_up(x, up, float(slope), False)[0]
-    return hidden @ down.mT if onto is None else torch.addmm(onto, hidden, down.mT)
+        hidden = mlp_up(x, up, scale * inverse_rms(x), float(slope), False)[0]
+    return torch.addmm(x, hidden, down.mT) if add else hidden @ down.mT
 
 
 def product_onto(onto: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:

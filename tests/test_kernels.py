@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TYPES = dict(targets_ptr="*i64", signs_ptr="*u8", cap="fp32", slope="fp32", scale="fp32")
-TYPES.update(dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr", "total_ptr", "target_ptr"), "*fp32"))
+TYPES.update(dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr", "total_ptr", "target_ptr", "factor_ptr"), "*fp32"))
 TILE = dict(BM=64, BN=64, BK=32, GROUP=8)
 HEADS = dict(HEADS=8, GROUP=2, WIDTH=64, BN=16, BW=64)
 KEPT = dict(KEY_HEADS=4, GROUP=2, WIDTH=64, BM=64, BN=64, BW=64)
@@ -322,16 +322,21 @@ def test_attention_on_kept_keys_is_its_twin(B, T, H, K, width, first, seen, dtyp
 
 
 # --------------------------------------------------------------------------------- leaky-ReLU² MLP
+def plain_mlp(x, up, down, slope, scale=1.0):
+    return torch.nn.functional.leaky_relu(plain_norm(x, scale) @ up.mT, slope).square() @ down.mT
+
+
 @needs_triton
 @pytest.mark.parametrize("N, d, m", [(130, 64, 256), (33, 40, 72), (1, 16, 300)])
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 3e-6), (torch.bfloat16, 1.2e-2)])
 @pytest.mark.parametrize("slope", [0.5, 0.3, 0.0])
 def test_mlp_kernel_is_its_twin(N, d, m, dtype, bound, slope):
+    """bfloat16: the signs and what the activation made of h tell as much of its slope as h itself would."""
     x, up, down, dy = random((N, d), (m, d), (d, m), (N, d), dtype=dtype)
     leaves = [x, up, down]
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    got = graded(lambda *t: leaky_square_mlp(*t, slope, kernel=True), leaves, dy)
-    want = graded(lambda *t: leaky_square_mlp(*t, slope, kernel=False), exact, dy.double())
+    got = graded(lambda *t: leaky_square_mlp(*t, slope, 0.6, kernel=True), leaves, dy)
+    want = graded(lambda *t: plain_mlp(*t, slope, 0.6), exact, dy.double())
     for a, b in zip(got, want):
         assert a.dtype == dtype and (
             gap(a, b) < bound or float((a - b).abs().max()) < 1e-5
@@ -339,15 +344,15 @@ def test_mlp_kernel_is_its_twin(N, d, m, dtype, bound, slope):
 
 
 @needs_triton
-def test_mlp_adds_onto_a_stream():
-    """The stream's gradient is what comes back, and the other gradients do not notice it."""
-    x, up, down, onto, dy = random((9, 16), (32, 16), (16, 32), (9, 16), (9, 16))
-    leaves = [x, up, down, onto]
-    got = graded(lambda x, u, d, o: leaky_square_mlp(x, u, d, 0.5, o, kernel=True), leaves, dy)
-    want = graded(lambda x, u, d, o: o + leaky_square_mlp(x, u, d, 0.5, kernel=False), leaves, dy)
+@pytest.mark.parametrize("kernel", [True, False])
+def test_mlp_adds_onto_the_stream(kernel):
+    leaves = random((9, 16), (32, 16), (16, 32))
+    (dy,) = random((9, 16), seed=1)
+    got = graded(lambda *t: leaky_square_mlp(*t, 0.5, 0.6, add=True, kernel=kernel), leaves, dy)
+    want = graded(lambda x, *w: x + plain_mlp(x, *w, 0.5, 0.6), leaves, dy)
     assert all(gap(a, b) < 3e-6 for a, b in zip(got, want))
     with torch.no_grad():
-        assert gap(leaky_square_mlp(x, up, down, 0.5, onto, kernel=True), want[0]) < 3e-6
+        assert gap(leaky_square_mlp(*leaves, 0.5, 0.6, add=True, kernel=kernel), want[0]) < 3e-6
 
 
 @needs_triton
@@ -355,10 +360,10 @@ def test_mlp_without_gradient_keeps_no_signs_and_frozen_weights_get_none():
     x, up, down, dy = random((20, 32), (48, 32), (32, 48), (20, 32))
     with torch.no_grad():
         y = leaky_square_mlp(x, up, down, 0.5, kernel=True)
-    assert len(kernels.mlp_up(x, up, 0.5, False)[1]) == 0
+    assert len(kernels.mlp_up(x, up, torch.ones(20, 1, device=DEVICE), 0.5, False)[1]) == 0
     frozen = [up.detach(), down.detach()]
     got = graded(lambda t: leaky_square_mlp(t, *frozen, 0.5, kernel=True), [x], dy)
-    want = graded(lambda t: leaky_square_mlp(t, *frozen, 0.5, kernel=False), [x], dy)
+    want = graded(lambda t: plain_mlp(t, *frozen, 0.5), [x], dy)
     assert gap(y, want[0]) < 1e-6 and all(gap(a, b) < 1e-6 for a, b in zip(got, want))
 
 
@@ -366,10 +371,10 @@ def test_mlp_without_gradient_keeps_no_signs_and_frozen_weights_get_none():
 def test_mlp_kernel_through_torch_compile():
     x, up, down, dy = random((20, 32), (48, 32), (32, 48), (20, 32))
     compiled = torch.compile(
-        lambda *t: leaky_square_mlp(*t, 0.5, kernel=True) + 1, fullgraph=True, backend="aot_eager"
+        lambda *t: leaky_square_mlp(*t, 0.5, add=True, kernel=True) + 1, fullgraph=True, backend="aot_eager"
     )
     got = graded(compiled, [x, up, down], dy)
-    want = graded(lambda *t: leaky_square_mlp(*t, 0.5, kernel=False) + 1, [x, up, down], dy)
+    want = graded(lambda x, *w: x + plain_mlp(x, *w, 0.5) + 1, [x, up, down], dy)
     assert all(gap(a, b) < 2e-6 for a, b in zip(got, want))
 
 
