@@ -1059,17 +1059,17 @@ class GPT(nn.Module):
 
     def block(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor:
         """A layer on the one residual stream x (B, T, D)."""
-        weights, scale = forward.layers[layer], self.depth_scale(layer)
+        weights = forward.layers[layer]
         x = blend((x, weights["resid_mix"][0]), (forward.x0, weights["resid_mix"][1]))
-        x = self.attend(forward, layer, slot, rms(x, scale), onto=x)
+        x = self.attend(forward, layer, slot, rms(x, self.depth_scale(layer)), onto=x)
         return self.feed_forward(forward, layer, slot, x, add=True)
 
     def branches(self, forward: Forward, layer: int, slot: int, lane0: Tensor,
                  lane1: Tensor) -> tuple[Tensor, ...]:
         """Lane 0 mixed with x0, what attention makes of it, what the MLP of lane 1."""
-        weights, scale = forward.layers[layer], self.depth_scale(layer)
+        weights = forward.layers[layer]
         mixed = blend((lane0, weights["resid_mix"][0]), (forward.x0, weights["resid_mix"][1]))
-        attended = self.attend(forward, layer, slot, rms(mixed, scale))
+        attended = self.attend(forward, layer, slot, rms(mixed, self.depth_scale(layer)))
         fed = self.feed_forward(forward, layer, slot, lane1)
         return mixed, attended, fed
 
@@ -5595,9 +5595,8 @@ def ce_backward_kernel(logits_ptr, targets_ptr, lse_ptr, dloss_ptr, grad_ptr, ca
 @jit
 def product_tile(a_ptr, b_ptr, M, N, K, b_stride_k, b_stride_n, BM: tl.constexpr, BN: tl.constexpr,
                  BK: tl.constexpr, GROUP: tl.constexpr):
-    """Of A (M, K) @ B (K, N) this program's tile, float32; its number down and across.
-    Programs run down GROUP row tiles before the next column tile: tiles of A and B are met
-    again in L2."""
+    """Of A (M, K) @ B (K, N) this program's tile, and its number down and across. Programs run
+    down GROUP row tiles before the next column tile: tiles of A and B are met again in L2."""
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
@@ -5627,7 +5626,7 @@ def product_tile(a_ptr, b_ptr, M, N, K, b_stride_k, b_stride_n, BM: tl.constexpr
 def mlp_kernel(a_ptr, b_ptr, factor_ptr, act_ptr, signs_ptr, out_ptr, M, N, K, b_stride_k, b_stride_n,
                slope, BACKWARD: tl.constexpr, KEEP_SIGNS: tl.constexpr, BM: tl.constexpr,
                BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
-    """A (M, K), B (K, N), P = factor · A@B, one a row -> out (M, N) = act(P), and P's signs if
+    """A (M, K), B (K, N), factor (M), P = factor · A@B -> out (M, N) = act(P), and P's signs if
     KEEP_SIGNS; if BACKWARD, out = P·act'(h), h from act(h) and signs."""
     acc, tile_m, tile_n = product_tile(a_ptr, b_ptr, M, N, K, b_stride_k, b_stride_n, BM, BN, BK, GROUP)
     rows = tl.arange(0, BM)
@@ -5636,14 +5635,15 @@ def mlp_kernel(a_ptr, b_ptr, factor_ptr, act_ptr, signs_ptr, out_ptr, M, N, K, b
     origin = (tile_m * BM).to(tl.int64)
     acc *= tl.load(factor_ptr + origin + rows, mask=rows < below, other=0.0)[:, None]
     at = rows[:, None] * N + cols[None, :]
-    inside = (rows < below)[:, None] & (cols < N)[None, :]
+    inside_m = (rows < below)[:, None]
+    inside = inside_m & (cols < N)[None, :]
     # a byte has the signs of columns BN / 8 apart: those lie in one thread
     width = tl.cdiv(N, BN) * (BN // 8)
     byte = tile_n * (BN // 8) + tl.arange(0, BN // 8)
     signs_ptrs = signs_ptr + origin * width + rows[:, None] * width + byte[None, :]
     bit = tl.arange(0, 8)[None, :, None]
     if BACKWARD:
-        signs = tl.load(signs_ptrs, mask=(rows < below)[:, None], other=0).to(tl.int32)
+        signs = tl.load(signs_ptrs, mask=inside_m, other=0).to(tl.int32)
         positive = (signs[:, None, :] >> bit & 1) == 1
         acc = tl.reshape(tl.reshape(acc, (BM, 8, BN // 8)) * tl.where(positive, 2.0, -2 * slope), (BM, BN))
         act = tl.load(act_ptr + origin * N + at, mask=inside, other=0.0).to(tl.float32)
@@ -5651,7 +5651,7 @@ def mlp_kernel(a_ptr, b_ptr, factor_ptr, act_ptr, signs_ptr, out_ptr, M, N, K, b
     else:
         if KEEP_SIGNS:
             positive = tl.reshape(acc > 0, (BM, 8, BN // 8)).to(tl.int32)
-            tl.store(signs_ptrs, tl.sum(positive << bit, 1).to(tl.uint8), mask=(rows < below)[:, None])
+            tl.store(signs_ptrs, tl.sum(positive << bit, 1).to(tl.uint8), mask=inside_m)
         leaky = tl.where(acc > 0, acc, slope * acc)
         out = leaky * leaky
     tl.store(out_ptr + origin * N + at, out.to(out_ptr.dtype.element_ty), mask=inside)
@@ -5661,24 +5661,23 @@ def mlp_kernel(a_ptr, b_ptr, factor_ptr, act_ptr, signs_ptr, out_ptr, M, N, K, b
 def head_kernel(hidden_ptr, head_ptr, targets_ptr, grad_ptr, total_ptr, target_ptr, M, N, K, stride_k,
                 stride_n, cap, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                 GROUP: tl.constexpr):
-    """Hidden (M, K), head (K, N) -> of the logits x of a tile, which are not written, e^s · ds/dx for
-    s = cap·tanh(x/cap); every row's sum of e^s over the tile; the target's x, where it is here."""
+    """Of logits x = hidden (M, K) @ head (K, N), which are not written, and s = cap·tanh(x/cap):
+    e^s · ds/dx (M, N), each row's total of e^s in a tile, the target's x."""
     x, tile_m, tile_n = product_tile(hidden_ptr, head_ptr, M, N, K, stride_k, stride_n, BM, BN, BK, GROUP)
-    rows = tl.arange(0, BM)
-    cols = tl.arange(0, BN)
-    inside_m = rows < M - tile_m * BM
-    inside_n = cols < N - tile_n * BN
     origin = (tile_m * BM).to(tl.int64)
-    targets = tl.load(targets_ptr + origin + rows, mask=inside_m, other=-1) - tile_n * BN
-    chosen = tl.sum(tl.where(cols[None, :] == targets[:, None], x, 0.0), 1)
-    tl.store(target_ptr + origin + rows, chosen, mask=inside_m & (targets >= 0) & (targets < BN))
-    u = 1 / (1 + tl.exp(x * (2 / cap)))
-    power = tl.where(inside_n[None, :], tl.exp(cap - 2 * cap * u), 0.0)
-    tiles_n = tl.cdiv(N, BN)
-    tl.store(total_ptr + (origin + rows) * tiles_n + tile_n, tl.sum(power, 1), mask=inside_m)
-    grad = power * (4 * u * (1 - u))
-    at = origin * N + tile_n * BN + rows[:, None] * N + cols[None, :]
-    tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside_m[:, None] & inside_n[None, :])
+    row = tl.arange(0, BM)
+    col = tl.arange(0, BN)
+    inside_m = row < M - tile_m * BM
+    inside_n = (col < N - tile_n * BN)[None, :]
+    target = (tl.load(targets_ptr + origin + row, mask=inside_m, other=-1) - tile_n * BN).to(tl.int32)
+    chosen = tl.sum(tl.where(col[None, :] == target[:, None], x, 0.0), 1)
+    tl.store(target_ptr + origin + row, chosen, mask=inside_m & (target >= 0) & (target < BN))
+    tanh = 1 - 2 / (1 + tl.exp(x * (2 / cap)))
+    power = tl.where(inside_n, tl.exp(cap * tanh), 0.0)
+    tl.store(total_ptr + (origin + row) * tl.cdiv(N, BN) + tile_n, tl.sum(power, 1), mask=inside_m)
+    grad = (power * (1 - tanh * tanh)).to(grad_ptr.dtype.element_ty)
+    at = origin * N + tile_n * BN + row[:, None] * N + col[None, :]
+    tl.store(grad_ptr + at, grad, mask=inside_m[:, None] & inside_n)
 
 
 @jit
@@ -5883,7 +5882,7 @@ def own_keys_gradient_kernel(dy_ptr, q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, dk_ptr
     tl.store(dv_ptr + at_keys, dv.to(dv_ptr.dtype.element_ty), mask=inside_keys)
 
 
-# of product_tile: 128×256 tiles keep 128 accumulators a thread; 3 stages take 144 of an H100's 227 KB of shared
+# 128×256 tiles keep 128 accumulators a thread; 3 stages take 144 of an H100's 227 KB of shared
 # memory. Autotuning would let the last bits of a run depend on timing.
 PRODUCT_TILE = dict(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3)
 
@@ -5940,30 +5939,24 @@ def capped_ce(logits: Tensor, targets: Tensor, cap: float, kernel: bool | None =
     return F.cross_entropy(soft_cap(logits.float(), cap), targets, reduction="none")
 
 
-def room_for_head(hidden, head, *_):
-    """Losses and Σ e^s (N) float32, and what is of the logits' size (N, V)."""
-    return *room_per_row(hidden), hidden.new_empty(hidden.shape[0], head.shape[0])
-
-
-@operator(room_for_head)
+@operator(lambda hidden, head, *_: (*room_per_row(hidden), hidden.new_empty(len(hidden), len(head))))
 def ce_of_head(hidden: Tensor, head: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
     """hidden (N, d), head (V, d), targets (N) int64 -> losses, Σ e^s, and Σ e^s · d loss /
     d logits (N, V) like hidden."""
-    losses, score, grad = room_for_head(hidden, head)
-    N, V = grad.shape
+    (N, d), V = hidden.shape, len(head)
     tiles = triton.cdiv(V, PRODUCT_TILE["BN"])
-    parts = score.new_empty(N, tiles)
+    grad, score = hidden.new_empty(N, V), room_per_row(hidden)[0]
+    totals = score.new_empty(N, tiles)
     if N:
         head_kernel[(triton.cdiv(N, PRODUCT_TILE["BM"]) * tiles,)](
-            hidden.contiguous(), head.mT, targets, grad, parts, score, N, V, hidden.shape[1],
+            hidden.contiguous(), head.mT, targets.contiguous(), grad, totals, score, N, V, d,
             *head.mT.stride(), cap, **PRODUCT_TILE)
-    total = parts.sum(1)
+    total = totals.sum(1)
     s = soft_cap(score, cap)
-    losses = total.log() - s
-    # the target's entry in its exact form: p - 1 may be small
+    # not a difference of rounded numbers: p - 1 may be small
     at_target = (s.exp() - total) * (1 - (s / cap).square())
     grad.scatter_(1, targets[:, None], at_target[:, None].to(grad.dtype))
-    return losses, total, grad
+    return total.log() - s, total, grad
 
 
 class HeadLosses(torch.autograd.Function):
@@ -5988,9 +5981,8 @@ class HeadLosses(torch.autograd.Function):
 def head_losses(hidden: Tensor, head: Tensor, targets: Tensor, cap: float,
                 kernel: bool | None = None) -> Tensor:
     """capped_ce of the logits hidden (N, d) @ head (V, d)ᵀ, in training."""
-    # e^cap has to be a number of the gradient's dtype
-    sensible = hidden.is_cuda and hidden.dtype != torch.float16 and cap < 70
-    if use_triton(kernel, sensible) and torch.is_grad_enabled():
+    e_cap_is_finite = cap < 70 and hidden.dtype != torch.float16
+    if e_cap_is_finite and use_triton(kernel, hidden.is_cuda) and torch.is_grad_enabled():
         return HeadLosses.apply(hidden, head, targets, float(cap))
     return capped_ce(F.linear(hidden, head), targets, cap, kernel)
 
@@ -6210,7 +6202,7 @@ def mlp_launch(a, b, factor, act, signs, out, slope, backward=False, keep_signs=
     N = b.shape[1]
     tiles = triton.cdiv(M, PRODUCT_TILE["BM"]) * triton.cdiv(N, PRODUCT_TILE["BN"])
     if tiles:
-        mlp_kernel[(tiles,)](a, b, factor.contiguous(), act, signs, out, M, N, K, *b.stride(), slope,
+        mlp_kernel[(tiles,)](a, b, factor, act, signs, out, M, N, K, *b.stride(), slope,
                              BACKWARD=backward, KEEP_SIGNS=keep_signs, **PRODUCT_TILE)
 
 
@@ -6224,8 +6216,8 @@ def room_for_hidden(x, up, factor, slope, keep_signs):
 
 @operator(room_for_hidden)
 def mlp_up(x: Tensor, up: Tensor, factor: Tensor, slope: float, keep_signs: bool) -> tuple[Tensor, Tensor]:
-    """x (N, d), up (m, d), factor (N, 1) float32 -> a = leaky(h)² (N, m) of h = factor · x
-    @ upᵀ, and h's signs, if they are kept."""
+    """x (N, d), up (m, d), factor (N, 1) float32, h = factor · x @ upᵀ -> a = leaky(h)² (N, m)
+    and h's signs."""
     a, signs = room_for_hidden(x, up, factor, slope, keep_signs)
     mlp_launch(x.contiguous(), up.mT, factor, a, signs, a, slope, keep_signs=keep_signs)
     return a, signs
@@ -6233,8 +6225,7 @@ def mlp_up(x: Tensor, up: Tensor, factor: Tensor, slope: float, keep_signs: bool
 
 @operator(lambda dy, down, factor, a, *_: room(a))
 def mlp_dh(dy: Tensor, down: Tensor, factor: Tensor, a: Tensor, signs: Tensor, slope: float) -> Tensor:
-    """dy (N, d), down (d, m), what mlp_up read and made -> factor · (dy @ down) · act'(h)
-    (N, m)."""
+    """dy (N, d), down (d, m), mlp_up's factor and results -> factor · (dy @ down) · act'(h)."""
     dh = room(a)
     mlp_launch(dy.contiguous(), down, factor, a, signs, dh, slope, backward=True)
     return dh
@@ -6242,8 +6233,8 @@ def mlp_dh(dy: Tensor, down: Tensor, factor: Tensor, a: Tensor, signs: Tensor, s
 
 class LeakySquareMLP(torch.autograd.Function):
     """Norm and MLP as one node: dh = (dy @ down) · act'(h) is only fused where dy is at hand.
-    For act'(h) = ±2·slope·sqrt(a) the signs of h do: the root of a rounded a is nearer than a
-    rounded h. The norm's factor stands behind the product: nothing normalised is written."""
+    Of h its signs are kept; the root of a rounded a is nearer to |leaky(h)| than a rounded h.
+    The norm's factor stands behind the product: nothing normalised is written."""
 
     @staticmethod
     def forward(ctx, x, up, down, slope, scale, add):
@@ -6257,15 +6248,11 @@ class LeakySquareMLP(torch.autograd.Function):
     def backward(ctx, dy):
         x, inverse, up, down, a, signs = ctx.saved_tensors
         slope, scale, add = ctx.numbers
-        need_x, need_up, need_down, *_ = ctx.needs_input_grad    # adaptation freezes the weights
+        _, need_up, need_down, *_ = ctx.needs_input_grad    # adaptation freezes the weights
         dh = mlp_dh(dy, down, scale * inverse, a, signs, slope)
-        dx = None
-        if need_x:
-            wide = (dh @ up).float()
-            along = (wide * x).mean(-1, keepdim=True) * inverse.square()
-            dx = wide - along * x
-            dx = (dx + dy if add else dx).to(x.dtype)
-        return (dx,
+        wide = (dh @ up).float()
+        dx = wide - x * inverse.square() * (wide * x).mean(-1, keepdim=True)
+        return ((dx + dy if add else dx).to(x.dtype),
                 dh.mT @ x if need_up else None,
                 dy.mT @ a if need_down else None,
                 None, None, None)
@@ -6274,8 +6261,7 @@ class LeakySquareMLP(torch.autograd.Function):
 def leaky_square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, scale: float = 1.0,
                      add: bool = False, kernel: bool | None = None) -> Tensor:
     """leaky_relu(rms(x, scale) @ upᵀ, slope)² @ downᵀ: x (N, d), up (m, d), down (d, m) of one
-    dtype -> (N, d), onto x if add. Triton fuses the norm's factor and the activation into the
-    matrix product between them."""
+    dtype -> (N, d), onto x if add. Triton fuses norm and activation into the product between."""
     if not use_triton(kernel, x.is_cuda and x.dtype in HALF):
         hidden = F.leaky_relu(rms(x, scale) @ up.mT, slope).square()
     elif torch.is_grad_enabled() and (x.requires_grad or up.requires_grad or down.requires_grad):
