@@ -5637,7 +5637,7 @@ def mlp_kernel(a_ptr, b_ptr, factor_ptr, act_ptr, signs_ptr, out_ptr, M, N, K, b
     at = rows[:, None] * N + cols[None, :]
     inside_m = (rows < below)[:, None]
     inside = inside_m & (cols < N)[None, :]
-    # a byte has the signs of columns BN / 8 apart: those lie in one thread
+    # a byte's signs are of columns BN / 8 apart: one thread has them
     width = tl.cdiv(N, BN) * (BN // 8)
     byte = tile_n * (BN // 8) + tl.arange(0, BN // 8)
     signs_ptrs = signs_ptr + origin * width + rows[:, None] * width + byte[None, :]
@@ -5960,8 +5960,8 @@ def ce_of_head(hidden: Tensor, head: Tensor, targets: Tensor, cap: float) -> tup
 
 
 class HeadLosses(torch.autograd.Function):
-    """Head and cross-entropy as one node, whose logits are never written: their gradient is,
-    while they are at hand, and what comes back multiplies rows of the small factors."""
+    """Head and cross-entropy as one node: in place of the logits their gradient is written;
+    what comes back multiplies rows of the small factors."""
 
     @staticmethod
     def forward(ctx, hidden, head, targets, cap):
