@@ -183,6 +183,22 @@ def test_head_losses_are_the_head_and_the_twin(V, cap, dtype, bound):
         assert all(gap(a, b) < bound * cap / 30 for a, b in zip(got, want))
 
 
+@needs_triton
+def test_head_gradient_is_near_where_the_target_is_nearly_sure():
+    """p - 1 is 5e-4 there, and the power beside it in bfloat16 is rounded by more."""
+    hidden, weight, d_losses = random((4, 16), (50, 16), (4,), dtype=torch.bfloat16)
+    with torch.no_grad():
+        weight[:4] = 12 * hidden / hidden.square().sum(1, keepdim=True)
+        weight[4:] *= 0.1
+
+    def losses(kernel):
+        return lambda h, w: kernels.head_losses(h, w, torch.arange(4, device=DEVICE), 30.0, kernel=kernel)
+
+    got = graded(losses(True), [hidden, weight], d_losses)
+    want = graded(losses(False), [x.detach().float().requires_grad_() for x in (hidden, weight)], d_losses)
+    assert want[0].max() < 0.05 and all(gap(a, b) < 2e-2 for a, b in zip(got, want))
+
+
 def test_ce_twin_is_the_definition():
     logits, targets, _ = ce_problem(9, 50, torch.float32)
     p = (30 * torch.tanh(logits / 30)).softmax(-1)
