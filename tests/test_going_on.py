@@ -124,7 +124,7 @@ def lost(data, tmp_path_factory):
 def command_environment(line: str) -> dict:
     """The settings that a printed command sets, beside those that every process here has."""
     words = shlex.split(line.removeprefix("to go on: "))
-    assert words[-2:] == ["python", "train_gpt.py"]
+    assert words[-2:] == [tg.this_python(), "train_gpt.py"]
     return {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", **dict(w.split("=", 1) for w in words[:-2])}
 
 
@@ -234,6 +234,8 @@ def test_the_way_on_is_the_best_that_is_on_disk(tmp_path, monkeypatch):
         commands.append(run.go_on())
     assert all("TRAIN_SEQ_SCHEDULE='32@0.5, 64@1'" in command for command in commands)
     assert all(command.endswith("python some/train_gpt.py") for command in commands)
+    monkeypatch.setattr(tg.sys, "executable", f"{os.getcwd()}/my env/python")     # not the shell's
+    assert run.go_on().endswith("'my env/python' some/train_gpt.py")
     restarts = ["EVAL_ONLY_PATH=run/checkpoint/average.pt", "RESUME=1", "EVAL_ONLY_PATH=run/final_model.pt",
             "EVAL_ONLY_QUANTIZED_PATH=run/final_model.int6.ptz"]
     assert [restart in command for restart, command in zip(restarts, commands[1:], strict=True)] == [True] * 4
@@ -243,6 +245,9 @@ def test_the_way_on_is_the_best_that_is_on_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     fresh = open_run(Path("other"), MAX_WALLCLOCK_SECONDS=100)
+    assert fresh.go_on().endswith("'my env/python' -m torch.distributed.run --nnodes=2 … --nproc_per_node=4 "
+                                  "some/train_gpt.py")
+    monkeypatch.setattr(tg.shutil, "which", lambda name: f"{os.getcwd()}/my env/{name}")
     assert fresh.go_on().endswith("torchrun --nnodes=2 … --nproc_per_node=4 some/train_gpt.py")
 
 
