@@ -2,6 +2,7 @@
 readers of what it leaves."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
@@ -115,6 +116,11 @@ def imported(path: Path):
     script = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     return script
+
+
+def shallow(s: tg.Settings) -> tg.Settings:
+    """The same settings with two layers."""
+    return dataclasses.replace(s, **{name.lower(): value for name, value in SHALLOW.items()})
 
 
 def sine_model(s: tg.Settings) -> tg.GPT:

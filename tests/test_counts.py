@@ -5,7 +5,18 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, environment, load_config, run_here, settings, sine_model, summary, tg, without
+from conftest import (
+    CONFIGS,
+    environment,
+    load_config,
+    run_here,
+    settings,
+    shallow,
+    sine_model,
+    summary,
+    tg,
+    without,
+)
 
 WORDS = dict(within_tau=0.45, within_boost=0.75, word_tau=0.65, word_boost=0.75, agree_add_boost=0.5)
 FIELD = dict(ttt_kv_reuse=False, ttt_shared_a=False, ttt_optimizer="adam", ttt_doc_order="length")
@@ -13,7 +24,7 @@ FIELD = dict(ttt_kv_reuse=False, ttt_shared_a=False, ttt_optimizer="adam", ttt_d
 
 @pytest.fixture
 def s(s):
-    return dataclasses.replace(s, ngram_tilt_enabled=True)
+    return dataclasses.replace(shallow(s), ngram_tilt_enabled=True)
 
 
 def one_by_one(tokens, order):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import settings, sine_model, tg
+from conftest import SHALLOW, TINY, sine_model, tg
 from mutants import (
     LEDGER,
     SLIDING,
@@ -39,10 +39,8 @@ def s(request, s):
 @pytest.mark.parametrize("changes", [
     {}, dict(eval_kv_reuse=False, ttt_enabled=False), dict(eval_stride=64, val_batch_tokens=64)], ids=str)
 def test_the_script_as_it_is_passes(s, changes):
-    tiny = settings()
-    depth = {name: getattr(tiny, name) for name in ("num_layers", "loop_start", "loop_end",
-                                                    "parallel_start_layer", "xsa_last_n")}
-    s = dataclasses.replace(scoring(s, ttt=True), **depth, **changes)
+    deep = {name.lower(): TINY[name] for name in SHALLOW}
+    s = dataclasses.replace(scoring(s, ttt=True), **deep, **changes)
     model = sine_model(s)
     before = [p.detach().clone() for p in model.parameters()]
     probes = tg.run_probes(s, tg.World(), model)
