@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import faults
 import pytest
-from conftest import ROOT, environment, events, open_run, run_here, settings, summary, tg
+from conftest import ROOT, SHALLOW, environment, events, open_run, run_here, settings, summary, tg, without
 from faults import KILL, Bench
 
 from tools import make_record
@@ -105,7 +105,7 @@ def test_a_bad_end_is_a_fault(left, monkeypatch):
 # --- a run that is lost when its evaluation begins
 
 
-SHORT = dict(ITERATIONS=2, WARMUP_STEPS=0, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0)
+SHORT = dict(SHALLOW, ITERATIONS=2, WARMUP_STEPS=0, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def lost(data, tmp_path_factory):
     """A run that was lost when its artifact was written and its evaluation began: folder, stderr, status."""
     folder, patch = tmp_path_factory.mktemp("lost") / "a run", pytest.MonkeyPatch()
     said = []
-    with patch.context() as patched:
+    with patch.context() as patched, without("rehearse"):
         patched.setattr(tg, "log_probes", lambda *_: (_ for _ in ()).throw(RuntimeError("lost\npod")))
         patched.setattr(tg, "tell", said.append)
         patched.setattr(tg.sys, "argv", ["train_gpt.py"])
