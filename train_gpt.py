@@ -33,7 +33,7 @@ import difflib
 import fcntl
 import functools
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -67,8 +67,10 @@ from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 if __name__ == "__main__":
     # Ctrl-C while torch is imported ends in silence, not in a trace
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # a thread that waits must not spin on a core that others want; torch reads it while it is imported
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if importlib.util.find_spec("torch") is None:
+        print(f"error: {sys.executable} has no torch: . .venv/bin/activate, or pip install -r "
+              "requirements.txt", file=sys.stderr)
+        sys.exit(2)
 
 import numpy as np
 import torch
@@ -4057,18 +4059,28 @@ class Run:
                 tell(f"to go on: {self.go_on()}")
 
 
+def this_python() -> str:
+    """How a shell calls this Python: by its name where that finds it, else by its path."""
+    found = shutil.which("python")
+    if found and os.path.dirname(found) == os.path.dirname(sys.executable):
+        return "python"
+    return shlex.quote(sys.executable.removeprefix(f"{os.getcwd()}/"))
+
+
 def starting_command(changed: Mapping[str, str]) -> str:
     """The command that starts this script as it was started, under these settings."""
     env = os.environ
     script = "train_gpt.py"
     if sys.argv[0].endswith(".py"):
         script = shlex.quote(sys.argv[0].removeprefix(f"{os.getcwd()}/"))
-    start = f"python {script}"
+    python = this_python()
+    start = f"{python} {script}"
     size = env.get("WORLD_SIZE", "1")
     if "TORCHELASTIC_RUN_ID" in env:
         nodes, local = env.get("GROUP_WORLD_SIZE", "1"), env.get("LOCAL_WORLD_SIZE", "1")
         where = "--standalone" if nodes == "1" else f"--nnodes={nodes} …"
-        start = f"torchrun {where} --nproc_per_node={local} {script}"
+        launcher = "torchrun" if python == "python" else f"{python} -m torch.distributed.run"
+        start = f"{launcher} {where} --nproc_per_node={local} {script}"
     elif size != "1":
         start = f"RANK=… WORLD_SIZE={size} MASTER_ADDR=… MASTER_PORT=… {start}"
     words = [f"{name}={shlex.quote(value)}" for name, value in changed.items()]

@@ -73,8 +73,8 @@ def need(module: str, purpose: str):
         package = module.split(".")[0]
         raise DataError(
             f"{purpose} needs the Python package {package}, "
-            f"which cannot be imported ({error}); run: pip install {package}   "
-            "(or: pip install -r data/requirements.txt)") from None
+            f"which cannot be imported ({error}); run: . .venv/bin/activate, where ./run.sh has made it, "
+            f"or pip install {package} (or -r data/requirements.txt)") from None
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 readers of what it leaves."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
@@ -77,9 +78,11 @@ TABLES = dict(
 
 LANES = dict(PARALLEL_LANES="separate", PARALLEL_START_LAYER=2, SKIP_ROWS="physical")
 
-# Few layers: what is traced takes its time by the layer.
-FEW_LAYERS = dict(NUM_LAYERS=2, LOOP_START=0, LOOP_END=0, PARALLEL_START_LAYER=1, XSA_LAST_N=2,
-             TTT_BATCH_SIZE=8, TTT_SHORT_SCORE_FIRST_STEPS="32:8", TTT_LORA_LR=0.001)
+# Two layers, one in a loop and one with parallel lanes, where the number of layers plays no part.
+SHALLOW = dict(NUM_LAYERS=2, LOOP_START=0, LOOP_END=0, PARALLEL_START_LAYER=1, XSA_LAST_N=2)
+
+# What is traced takes its time by the layer.
+FEW_LAYERS = dict(SHALLOW, TTT_BATCH_SIZE=8, TTT_SHORT_SCORE_FIRST_STEPS="32:8", TTT_LORA_LR=0.001)
 
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.env") if p.stem not in ("demo", "small"))
 
@@ -113,6 +116,11 @@ def imported(path: Path):
     script = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     return script
+
+
+def shallow(s: tg.Settings) -> tg.Settings:
+    """The same settings with two layers."""
+    return dataclasses.replace(s, **{name.lower(): value for name, value in SHALLOW.items()})
 
 
 def sine_model(s: tg.Settings) -> tg.GPT:
@@ -280,6 +288,16 @@ def run_script(
 
 def summary(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text())
+
+
+@contextlib.contextmanager
+def without(*names: str):
+    """Inside, the script leaves out "rehearse" or "run_probes": seconds of every run."""
+    idle = {"rehearse": 0.0, "run_probes": []}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(tg, name, lambda *_, result=idle[name]: result)
+        yield
 
 
 def run_here(env: dict, *args: str):

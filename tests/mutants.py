@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import sine_model, tg
+from conftest import shallow, sine_model, tg
 
 WINDOWS, SLIDING, TTT = "C1 windows", "C1 sliding windows", "C1 test-time training"
 WINDOWS_SUM, TTT_SUM = "C2 windows", "C2 test-time training"
@@ -15,8 +15,9 @@ FIELD = dict(ttt_kv_reuse=False, ttt_shared_a=False, ttt_optimizer="adam", ttt_d
 
 
 def in_form(s, name: str):
-    """The default way of adapting, "stream", or the "field"'s, without sliding windows (see `scoring`)."""
-    s = dataclasses.replace(s, sliding_window_enabled=False)
+    """The default way of adapting, "stream", or the "field"'s, without sliding windows (see `scoring`). Of
+    few layers: a mutant changes what stands around them, or each of them."""
+    s = dataclasses.replace(shallow(s), sliding_window_enabled=False)
     return s if name == "stream" else dataclasses.replace(s, **FIELD)
 
 

@@ -51,14 +51,15 @@ def test_the_kernels_of_a_gpu_are_traced_whole(kernel, tracing, monkeypatch):
         assert tracing() == 2 and model.qo_bank.grad.shape == model.qo_bank.shape
         model.requires_grad_(False)
         adapting = torch.compile(model.losses, fullgraph=True, dynamic=True, backend="eager")
+        plan = tg.layer_plan(s, False)      # a layer that is traced again makes no other graph
         for rows in (slice(None), slice(3, None)):
-            adapter, cache = tg.Adapter(s, tg.layer_plan(s, True), 8), tg.KeyCache(64)
+            adapter, cache = tg.Adapter(s, plan, 8), tg.KeyCache(64)
             adapter.keep(rows)
-            for begin, end in zip((0, 8, 16, 32, 48), (8, 16, 32, 48, 64)):
+            for begin, end in zip((0, 8, 16), (8, 16, 32)):
                 if begin:
                     cache.advance(end - begin)
                 ids = torch.zeros((adapter.b["q"].size(1), end - begin), dtype=torch.int64)
-                loss = adapting(ids, ids, tg.layer_plan(s, True), None, adapter, None, cache)
+                loss = adapting(ids, ids, plan, None, adapter, None, cache)
                 cache.seal(ids)
                 loss.sum().backward(inputs=adapter.trained())
                 for p in adapter.trained():

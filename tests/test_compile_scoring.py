@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from conftest import FEW_LAYERS, documents, settings, sine_model, tg
 
+ONCE = dict(FEW_LAYERS, NUM_LOOPS=0)      # a layer that is traced again makes no other graph
+
 
 def adapted(s, model, val) -> float:
     return tg.PhasedTTT(s, tg.World(), model, val).run().loss
@@ -14,7 +16,7 @@ def test_evaluation_meets_no_graph_that_its_probes_have_not(tracing):
     """Five documents in rounds of two, two and one; cached keys, of which a suffix is run again; the
     watchdog's way out."""
     default_steps = dict(TTT_SUFFIX="8", TTT_STEP_SHARE="0.25")
-    s, world = settings(**FEW_LAYERS, **default_steps, SLIDING_WINDOW_ENABLED=0), tg.World()
+    s, world = settings(**ONCE, **default_steps, SLIDING_WINDOW_ENABLED=0), tg.World()
     model, val = sine_model(s), tg.Validation.of(documents(5, 3, lo=5, hi=200))
     assert tg.Scorer(s, world, model).windows(val, s.eval_seq_len) and tracing() == 1
     assert all(p.ok for p in tg.run_probes(s, world, model))
@@ -30,7 +32,7 @@ def test_evaluation_meets_no_graph_that_its_probes_have_not(tracing):
 
     compiled = scores(s)
     assert tracing() == known
-    plain = scores(settings(**FEW_LAYERS, **default_steps, COMPILE="0"))
+    plain = scores(settings(**ONCE, **default_steps, COMPILE="0"))
     assert np.allclose(compiled, plain, rtol=0, atol=1e-4)
 
 
@@ -46,7 +48,7 @@ def test_evaluation_meets_no_graph_that_its_probes_have_not(tracing):
 def test_adaptation_needs_few_graphs(changes, graphs, tracing):
     """21 documents in groups of 8 and two phases: fewer rows, other chunks and suffixes and new weights need
     no graph."""
-    s = settings(**FEW_LAYERS, **changes)
+    s = settings(**ONCE, **changes)
     ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation.of(documents(21, 5, lo=5, hi=200)))
     ttt.run()
     if s.ttt_suffix:

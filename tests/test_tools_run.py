@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import ROOT, environment, run_here, tg
+from conftest import ROOT, SHALLOW, environment, run_here, tg
 
 from tools import compare, make_record, report
 from tools.common import ARTIFACT, load_run
@@ -14,7 +14,7 @@ from tools.common import ROOT as TOOLS_ROOT
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    code, said = run_here(environment(data, ARTIFACT_DIR=folder, VAL_LOSS_EVERY=2))
+    code, said = run_here(environment(data, ARTIFACT_DIR=folder, VAL_LOSS_EVERY=2, **SHALLOW))
     assert code == 0, said
     return folder
 

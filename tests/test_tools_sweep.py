@@ -23,6 +23,7 @@ from tools import page, sweep  # noqa: E402
 from tools.common import ROOT, ToolError  # noqa: E402
 
 # A stand-in for the trainer: its score is a formula of a setting; it refuses, fails or lingers when told to.
+# While there is a file `hold`, no trial but the first goes on.
 TRAINER = """import json, os, sys, time
 from pathlib import Path
 if "--check" in sys.argv:
@@ -31,6 +32,10 @@ if "--check" in sys.argv:
     sys.exit(0)
 x = float(os.environ.get("MATRIX_LR", "1"))
 out = Path(os.environ["ARTIFACT_DIR"])
+for _ in range(3000):
+    if out.name.startswith("trial_0000") or not (out.parents[1] / "hold").exists():
+        break
+    time.sleep(0.02)
 with open(out / "metrics.jsonl", "w", buffering=1) as f:
     for n in range(1, 6):
         f.write(json.dumps({"event": "train", "step": n, "used": n / 5, "loss": (x - 0.03) ** 2}) + chr(10))
@@ -143,7 +148,7 @@ def has_study(path):
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_a_sweep_that_is_ended_loses_and_doubles_nothing(place, sign, capsys):
-    (place / "space.txt").write_text("MATRIX_LR log 0.001 0.1\nNAP = 0.15\n")
+    (place / "hold").touch()
     command = words(place, "--trials", 4, "--workers", 2, "--seeds", "1", "2")
     first = subprocess.Popen([sys.executable, sweep.__file__, *command], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
@@ -151,7 +156,8 @@ def test_a_sweep_that_is_ended_loses_and_doubles_nothing(place, sign, capsys):
     while not has_study(database):
         assert time.monotonic() < deadline and first.poll() is None
         time.sleep(0.1)
-    left = end_in_the_middle(first, study(place), sign, deadline)
+    left = end_in_the_middle(first, study(place), sign, deadline, completed=1)
+    (place / "hold").unlink()
     assert left and first.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}[sign]
     silence(place)
     assert sweep.main(command) == 0

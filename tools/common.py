@@ -88,7 +88,7 @@ def need(module: str, purpose: str):
         return importlib.import_module(module)
     except ImportError as error:
         raise ToolError(f"{purpose} needs the package {module.split('.')[0]} ({error}): "
-                        "pip install -r tools/requirements.txt") from None
+                        ". .venv/bin/activate, or pip install -r tools/requirements.txt") from None
 
 
 def error_line(text: str) -> str:

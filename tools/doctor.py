@@ -64,7 +64,7 @@ FAR_TOO_SLOW = 0.75  # below it FAIL
 LINK_GBPS = 150  # bus bandwidth of an all-reduce over NVLink
 HOT_CELSIUS = 83  # warm but not throttled
 HOST_BYTES_PER_RANK = 6 << 30
-REHEARSAL_SECONDS = 45
+REHEARSAL_SECONDS = 150
 OF_DATA = ("training shards", "validation shards", "tokenizer", "data fingerprint")  # rows
 TINY = dict(
     NUM_LAYERS=4, MODEL_DIM=128, NUM_HEADS=2, NUM_KV_HEADS=1, MLP_MULT=2, VOCAB_SIZE=300,

@@ -599,8 +599,10 @@ def train_words(pod: Pod) -> list[str]:
     return [*launcher(pod.nproc), pod.place(PROGRAMS["trainer"])]
 
 
-def launcher(nproc: int | str) -> list[str]:
-    """This Python's torchrun."""
+def launcher(nproc: int) -> list[str]:
+    """This Python's torchrun; one process needs none, whose trace would bury what the script says."""
+    if nproc == 1:
+        return [sys.executable]
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
 
 
@@ -625,10 +627,11 @@ def parse_command(command: str) -> tuple[dict[str, str], list[str]]:
         name, _, value = words.pop(0).partition("=")
         settings[name] = value
     programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
-    if not words or words[0] not in programs or "…" in words:
+    name = re.sub(r"^python[\d.]*$", "python", Path(words[0]).name) if words else ""
+    if name not in programs or "…" in words:
         raise Failed(f"its command to go on cannot be started here: {command}",
                      "give it by hand, in the repository; then the same pod command goes on")
-    return settings, [*programs[words[0]], *words[1:]]
+    return settings, [*programs[name], *words[1:]]
 
 
 def way_on(settings: dict[str, str], folder: Path) -> str:
