@@ -2760,7 +2760,9 @@ def set_up(s: Settings, world: World) -> str:
     if world.device.type == "cpu":
         keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.neighbours))
+            # more wait for the slowest of them in every operation: beside one busy program two
+            # take three times as long as one; and the last bits hang on how many there are
+            torch.set_num_threads(1)
     # plans, grad modes and batch shapes share one code object
     torch._dynamo.config.recompile_limit = 64
     # sizes that are equal by chance stay apart
@@ -3271,15 +3273,14 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
-    neighbours: int = 1      # on this machine, with this one
     pulse: Pulse = field(default_factory=Pulse, compare=False, repr=False)
     heartbeat: Heartbeat | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def join(cls, env: Mapping[str, str]) -> World:
         """Join the launcher's process group."""
-        rank, size, local, neighbours = launcher_ranks(env)
-        world = cls(rank, size, neighbours=neighbours)
+        rank, size, local, _ = launcher_ranks(env)
+        world = cls(rank, size)
         if gpus := torch.cuda.device_count():
             if local >= gpus:
                 raise UserError(f"LOCAL_RANK={local} but there are {gpus} GPUs here: lower "
@@ -8418,7 +8419,7 @@ FULL_BATCH = 1 << 19      # tokens of a step from which on only a GPU is fast en
 
 def check_device(s: Settings, world: World) -> str:
     """Where it runs: not on a CPU beside GPUs that torch does not see."""
-    text = f"{world.device_name}, {torch.get_num_threads()} host threads"
+    text = f"{world.device_name}, {torch.get_num_threads()} host thread(s)"
     if world.device.type != "cpu":
         return text
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip()

@@ -96,6 +96,17 @@ def test_taps_do_not_change_the_forward():
     assert [layer for kind, layer in seen if kind == "attn_in"] == list(plan.encoder + plan.decoder)
 
 
+def test_a_cpu_computes_on_one_thread_unless_told(monkeypatch):
+    for told, threads in ({}, 1), ({"OMP_NUM_THREADS": "2"}, 2):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        for name, value in told.items():
+            monkeypatch.setenv(name, value)
+        torch.set_num_threads(2)
+        tg.set_up(settings(), tg.World())
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(1)
+
+
 def test_same_seed_same_weights():
     s = settings(MODEL_DIM=128)
     models = []

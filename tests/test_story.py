@@ -316,3 +316,17 @@ def test_its_lines_are_not_packed(script):
     assert sum(len(line) > 100 for line in code) / len(code) <= MOST_WIDE
     assert sum(len(re.findall(r"\bfor\b", line)) > 1 for line in code) <= MOST_LOOPS
     assert len(set(statements)) == len(statements)
+
+
+def test_nothing_is_defined_twice(script):
+    """A class of a later part may take the place of the one that it extends: `GPT = LineageGPT`."""
+    body = script[1].body
+    defined = [node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    bases = {node.name: [ast.unparse(base) for base in node.bases]
+             for node in body if isinstance(node, ast.ClassDef)}
+    for node in body:
+        if isinstance(node, ast.Assign):
+            value = ast.unparse(node.value)
+            names = [ast.unparse(target) for target in node.targets]
+            defined += [name for name in names if name not in bases.get(value, ()) and name not in value]
+    assert sorted(name for name in set(defined) if defined.count(name) > 1) == []

@@ -54,6 +54,14 @@ def test_rows_are_written_out_or_named():
         ablate.main(["nowhere", "base: MATRIX_LR=0.05"])
 
 
+def test_an_option_of_the_other_kind_of_study_is_refused():
+    for words, option, where in (["--artifact", "x", "--part", "scored"], "part", "without"), (
+        ["--min-tokens", "9"], "min-tokens", "with"
+    ):
+        with pytest.raises(ToolError, match=f"--{option} acts only {where} --artifact"):
+            ablate.parse(["out", *words])
+
+
 def test_seeds_are_written_either_way():
     assert [ablate.parse(["out", "--seeds", *words]).seeds for words in (["1", "2"], ["1,2"])] == [[1, 2]] * 2
     for words in (["1,2,", "3"], ["1", "1"], ["x"]):

@@ -284,6 +284,13 @@ def test_many_processes_share_the_trials_of_one_file(place):
     assert sorted(retried) == [[number] for number in range(20)]
 
 
+def test_a_trial_without_the_score_says_which_it_has(tmp_path):
+    (tmp_path / "summary.json").write_text('{"val_bpb": null, "prequant_val_bpb": 1.5}')
+    with pytest.raises(sweep.Failed, match="no val_bpb, but prequant_val_bpb: choose --metric"):
+        sweep.metric_of(tmp_path, "val_bpb")
+    assert sweep.metric_of(tmp_path, "prequant_val_bpb") == 1.5
+
+
 def test_a_trial_that_another_sweep_gave_up_does_not_end_this_one(place, monkeypatch, capsys):
     metric_of, retried = sweep.metric_of, []
 

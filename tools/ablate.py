@@ -458,6 +458,9 @@ def curve_table(
 
 # --- the command
 
+WITH_ARTIFACT = ("documents", "min_tokens", "max_tokens")  # options that act there only
+WITHOUT_ARTIFACT = ("part", "workers")
+
 
 def parse(arguments) -> argparse.Namespace:
     """Command line."""
@@ -474,7 +477,12 @@ def parse(arguments) -> argparse.Namespace:
     add("--documents", type=int, default=200, help="how many, from the stream's start")
     add("--min-tokens", type=int, default=2, help="shortest document")
     add("--max-tokens", type=int, default=10**9, help="longest document")
-    return parser.parse_intermixed_args(arguments)  # rows may follow options
+    args = parser.parse_intermixed_args(arguments)  # rows may follow options
+    for name in WITHOUT_ARTIFACT if args.artifact else WITH_ARTIFACT:
+        if getattr(args, name) != parser.get_default(name):
+            where = "without" if args.artifact else "with"
+            raise ToolError(f"--{name.replace('_', '-')} acts only {where} --artifact: leave it out")
+    return args
 
 
 def main(arguments=None) -> int:

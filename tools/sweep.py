@@ -426,10 +426,12 @@ def metric_of(folder: Path, metric: str) -> float:
     """A finished run's metric; Failed when it has none, or none that is finite."""
     try:
         summary = json.loads((folder / "summary.json").read_text())
-        value = float(summary[metric])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"no {metric} in summary.json ({type(error).__name__})"
-        raise Failed(reason) from None
+        value = summary.get(metric)
+    except (OSError, ValueError, AttributeError):
+        raise Failed("no readable summary.json") from None
+    if not isinstance(value, (int, float)):
+        scores = [name for name in summary if name.endswith("_bpb") and summary[name] is not None]
+        raise Failed(f"no {metric}, but {', '.join(scores) or 'no score at all'}: choose --metric")
     if not math.isfinite(value):
         raise Failed(f"{metric} is {value}")
     return value
