@@ -1592,7 +1592,7 @@ class HessianHook:
         self.head = GPT.head_name(s)
         self.sums: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
-        self.products: dict[str, Tensor] | None = {} if s.quant_measured else None
+        self.products: dict[str, Tensor] | None = {} if Measure.wanted(s) else None
         self.outputs: list[tuple[str, Tensor]] = []
         self.batches = self.tokens = 0
 
@@ -8882,23 +8882,23 @@ def join_tiles(tiles: Sequence[tuple[Tensor, Tensor, Tensor]],
     return torch.cat(codes[::-1], 1), torch.cat(errors[::-1], 1)
 
 
-# --- steps of kinds of matrices, by what they do to the predictions
+# --- steps of kinds of matrices, by what they do to predictions
 
 def kind_of(name: str) -> str:
     """`attn.c_q.weight` of any layer's."""
     return re.sub(r"^blocks\.\d+\.", "", name)
 
 
-# Curvature is a local and separable picture of the loss: of the error of all matrices of a kind, it is right
-# up to a factor. The factor is measured.
+# Curvature is a local and separable picture of the loss: of all matrices of a kind, it is right up to a
+# factor. That is measured.
 MEASURED_BATCHES = 8        # training micro-batches of all ranks; as many others judge
 MEASURED_TOKENS = 2048      # of each
-LARGEST_LEVEL = 8.0         # that a measurement may change a sensitivity by
+LARGEST_LEVEL = 8.0         # by which a sensitivity may change
 
 
 class Measure:
-    """How far predictions on training text move when weights are replaced. Two texts: the
-    second is for judging."""
+    """How far predictions on training text move when weights are replaced. The second
+    of two texts is for judging."""
 
     def __init__(self, s: Settings, world: World, model: GPT, next_batch: Callable[[], Batch]):
         self.s, self.world, self.model = s, world, model
@@ -8913,15 +8913,22 @@ class Measure:
     @classmethod
     def of(cls, s: Settings, world: World, model: GPT,
            next_batch: Callable[[], Batch]) -> Measure | None:
-        """None where nothing is planned by it."""
-        if not s.quant_measured or s.quant_allocation != "fisher":
+        """None where it is not wanted."""
+        if not cls.wanted(s):
             return None
         world.beat("measuring kinds")
         return cls(s, world, model, next_batch)
 
+    @staticmethod
+    def wanted(s: Settings) -> bool:
+        """Not where all codes, int16 at most, fit at their finest."""
+        codes = sum(w.numel() for n, w in blank_views(s).items() if precision_of(s, n, w).coded)
+        tight = 2 * codes > room_for_model(s)
+        return tight and s.quant_measured and s.quant_allocation == "fisher"
+
     @torch.no_grad()
     def log_probs(self, part: Batch) -> Tensor:
-        """What the model expects after every token, (tokens, V)."""
+        """What the model expects after tokens, (tokens, V)."""
         layout = part.layout(self.s.train_seq_len)
         hidden = self.model.final_hidden(part.x, layer_plan(self.s, True), layout)
         return self.model.logits(hidden).flatten(0, 1).log_softmax(-1)

@@ -1,9 +1,13 @@
 """Quantising: calibration, steps, low-rank repair, and the whole model there and back."""
 
+import multiprocessing
+import warnings
+
 import fault_fits
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import settings, sine_model, tg
 from test_rounding import NOT_DEFINITE, problem
 
@@ -323,26 +327,37 @@ def test_a_document_longer_than_a_piece_is_cut_at_its_segments():
 # ---- kinds of matrices, measured
 
 
-def measured_model(monkeypatch):
-    """A tiny model whose curvature thinks far too much of an MLP's first matrix; (quantiser, measure)."""
+def random_batch(seed: int) -> tg.Batch:
+    x = torch.randint(4, 96, (4, 64), generator=torch.Generator().manual_seed(seed))
+    return tg.Batch(x, x, None, 64)
+
+
+def matrices_of(model) -> dict:
+    return tg.matrix_views({n: p.detach() for n, p in model.named_parameters()})
+
+
+def wrong_curvature(monkeypatch, **changes):
+    """(settings, curvature) of a tiny sine_model without room for its finest codes; the curvature thinks far
+    too much of an MLP's first matrix."""
     monkeypatch.setattr(tg, "SMALL_TENSOR", 500)
-    s = settings(**fault_fits.SMALL, GPTQ_CALIBRATION_BATCHES=1)
-    model, generator = sine_model(s), torch.Generator().manual_seed(0)
-
-    def next_batch():
-        x = torch.randint(4, 96, (4, 64), generator=generator)
-        return tg.Batch(x, x, None, 64)
-
-    curvature = tg.calibrate(s, tg.World(), model, next_batch)
+    s = settings(**fault_fits.SMALL, GPTQ_CALIBRATION_BATCHES=1, **changes)
+    monkeypatch.setattr(tg, "ARTIFACT_LIMIT", tg.code_bytes(tg.shipped_form(s)))
+    curvature = tg.calibrate(s, tg.World(), sine_model(s), lambda: random_batch(0))
     for name, g in curvature.outputs.items():
         assert torch.allclose(g.diagonal(), curvature.fisher[name], rtol=1e-4)
     for name, g in curvature.fisher.items():
         if name.endswith("mlp.fc.weight"):
             g *= 256
             curvature.outputs[name].mul_(256)
-    weights = tg.matrix_views({n: p.detach() for n, p in model.named_parameters()})
-    quantiser = tg.Quantiser(s, weights, curvature)
-    return quantiser, tg.Measure.of(s, tg.World(), model, next_batch)
+    return s, curvature
+
+
+def measured_model(monkeypatch):
+    """(quantiser, measure) of wrong_curvature's model."""
+    s, curvature = wrong_curvature(monkeypatch)
+    model, seeds = sine_model(s), iter(range(1, 99))
+    measure = tg.Measure.of(s, tg.World(), model, lambda: random_batch(next(seeds)))
+    return tg.Quantiser(s, matrices_of(model), curvature), measure
 
 
 def test_kinds_are_planned_by_what_they_do_to_predictions(monkeypatch):
@@ -366,6 +381,50 @@ def test_a_plan_that_does_not_win_is_dropped(monkeypatch):
     found = tg.plan_by_measure(quantiser, measure, size)
     assert not found["used"] and (found["kl_before"], found["kl_after"]) == (1.0, 1.5)
     assert all(torch.equal(x, steps[key]) for key, x in quantiser.steps.items()) and not quantiser.in_turns
-    # with room for everything there is nothing to measure
-    assert "finest" in tg.plan_by_measure(quantiser, None, 1e9)["why"]
-    assert tg.Measure.of(settings(QUANT_MEASURED=0), tg.World(), None, None) is None
+
+
+def test_with_room_for_everything_nothing_is_measured(monkeypatch):
+    quantiser, measure = measured_model(monkeypatch)
+    assert "finest" in tg.plan_by_measure(quantiser, measure, 1e9)["why"]
+    monkeypatch.setattr(tg, "ARTIFACT_LIMIT", 16_000_000)
+    s = quantiser.s
+    assert tg.Measure.of(s, tg.World(), sine_model(s), None) is None
+    assert not tg.calibrate(s, tg.World(), sine_model(s), lambda: random_batch(0)).outputs
+
+
+def in_ranks(count: int, work, folder) -> list:
+    """[work(world) of rank 0, of rank 1, …], each in a process of its own."""
+    def rank(number: int) -> None:
+        torch.set_num_threads(1)      # a fork's OpenMP has lost its threads
+        dist.init_process_group("gloo", f"file://{folder}/meet", rank=number, world_size=count)
+        torch.save(work(tg.World(number, count)), folder / f"{number}.pt")
+        dist.destroy_process_group()
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=rank, args=(number,), daemon=True) for number in range(count)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)      # a fork beside torch's threads
+        for process in processes:
+            process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * count
+    return [torch.load(folder / f"{number}.pt") for number in range(count)]
+
+
+def test_ranks_measure_kinds_together(monkeypatch, tmp_path):
+    """Two write the artifact that one does, from a plan by the same KL of the same text."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    s, curvature = wrong_curvature(monkeypatch, QUANT_TRELLIS=0)
+    batches = [random_batch(seed) for seed in range(1, 17)]
+
+    def artifact(world):
+        own, model = iter(batches[world.rank::world.size]), sine_model(s)
+        measure = tg.Measure.of(s, world, model, lambda: next(own))
+        quantiser = tg.Quantiser(s, matrices_of(model), curvature, world)
+        found = tg.plan_by_measure(quantiser, measure, 12_000)
+        return found, tg.quantise_once(Log(), quantiser, 0.04)
+
+    one, two = artifact(tg.World()), in_ranks(2, artifact, tmp_path)
+    assert one[0]["used"] and one[0]["in_turns"]
+    assert two == [one, one]
