@@ -104,8 +104,10 @@ pod)
 *) die "unknown command '$1': use ./run.sh, or one of test, doctor, pod, help: ./run.sh help" ;;
 esac
 
-install requirements.txt
-if [ "$GPUS" -gt 0 ]; then
+if [ "$GPUS" -eq 0 ]; then
+    install requirements.txt data/requirements.txt tools/requirements.txt     # to look at what the demo made
+else
+    install requirements.txt
     "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
         || die "nvidia-smi lists $GPUS GPUs but torch cannot use them: install a torch build for this driver"
     GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')

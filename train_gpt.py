@@ -4232,7 +4232,8 @@ class Progress:
                 f"(mean {pace['ms_mean']:.1f})  {pace['tok_s']:,} tok/s")
         if "mfu" in pace:
             line += f" mfu {pace['mfu']:.0%}"
-        line += f"  {pace['used']:4.0%} of budget, {pace['eta']:.0f} s left"
+        of = "budget" if s.max_wallclock_seconds else "the steps"
+        line += f"  {pace['used']:4.0%} of {of}, {pace['eta']:.0f} s left"
         line += "  looping" * looping
         if not logged:
             return self.run.progress(line)
@@ -8441,7 +8442,7 @@ def check_disk(folder: Path, need: int, ballast: bool = False) -> str:
     finally:
         if not kept:
             remove(reserved_file)
-    return f"{need:,} bytes can be written"
+    return f"room for {need:,} bytes"
 
 
 BALLAST = ".ballast"     # in the run's folder: what the weights will take

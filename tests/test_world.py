@@ -39,7 +39,7 @@ for step in range(100_000):      # of a training that takes no time
     world.beat(f"step {{step}}")
     world.agree(float(step))
     time.sleep(0.05)
-    if step == 30 and world.main:
+    if step == 100 and world.main:      # each has given a sign of life
         print("ready", flush=True)
 """
 

@@ -447,6 +447,8 @@ def judgement(have: int, fewest: int, r: dict) -> str:
     """What the gain is worth by the written rule, in words. have: seeds of A."""
     if r["bpb"].gain <= 0:
         return "no gain"
+    if r["bpb"].p >= 0.25:
+        return "no difference is shown"
     if r["nats"].gain < RULE_NATS:
         return f"less than the {RULE_NATS} nats that the record rule asks for"
     if r["rule"]:

@@ -529,12 +529,14 @@ def readme(record: Record, checked: str) -> str:
     other = ("" if args.track == "record" else f"**Non-record track**, run on {s['hardware']}; trained on "
              f"{train}, scored on {val}: not comparable with the competition's leaderboard.\n\n")
     settings = ", ".join(f"`{k}={v}`" for k, v in changed_settings(record).items()) or "none"
+    spread = "one seed"
+    if len(record.runs) > 1:
+        spread = f"mean of {len(record.runs)} seeds, standard deviation {s['val_bpb_std']:.5f}"
     parts = [
         f"# {s['name']}",
         other + (args.blurb or "No description was given."),
-        f"**{s['val_bpb']:.5f} BPB** (mean of {len(record.runs)} seeds, standard deviation "
-        f"{s['val_bpb_std']:.5f}), {s['val_loss']:.5f} nats per token, at most {s['bytes_total']:,} bytes, "
-        f"on {s['hardware']}.",
+        f"**{s['val_bpb']:.5f} BPB** ({spread}), {s['val_loss']:.5f} nats per token, "
+        f"at most {s['bytes_total']:,} bytes, on {s['hardware']}.",
         "## Results", *tables(record, s),
         "## Lineage", lineage(record),
         "## Data", data,

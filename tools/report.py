@@ -318,7 +318,8 @@ def clock_meter(run: RunFiles, clock: str) -> list[Meter]:
         return []
     budget = budget_of(run, clock)
     seconds = f"{sum(segment.amount for segment in segments):.1f} s"
-    return [Meter(clock.split()[0], seconds, segments, budget, f"of {budget:g} s" if budget else "")]
+    limit = f"of {budget:g} s" if budget else "no budget is set"
+    return [Meter(clock.split()[0], seconds, segments, budget, limit)]
 
 
 def card_of(page: Page, run: RunFiles) -> Card:
@@ -379,12 +380,10 @@ def thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[floa
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Means over a twelfth of the curve around every point, less near its ends."""
-    out = []
-    for i in range(len(values)):
-        reach = min(len(values) // 24, i, len(values) - 1 - i)
-        out.append(short(statistics.fmean(values[i - reach : i + reach + 1])))
-    return out
+    """Means over a twelfth of the curve around every point, what there is of it near the ends."""
+    reach = len(values) // 24
+    around = [values[max(i - reach, 0) : i + reach + 1] for i in range(len(values))]
+    return [short(statistics.fmean(near)) for near in around]
 
 
 def loop_start(run: RunFiles) -> int:
@@ -505,7 +504,7 @@ def curves(page: Page) -> list[Panel]:
 def pace(page: Page) -> list[Panel]:
     """Learning rate, step time and the gradient's norm."""
     drawn = (
-        ("lr", "learning rate, share of the peak", "%{y:.3f}", {"shape": "hv"}),
+        ("lr", "learning rate, share of the peak", "%{y:.3f}", {}),
         ("ms", "ms per step since the line before", "%{y:.1f} ms", {}),
         ("norm", "norm of the gradient before clipping", "%{y:.3f}", {}),
     )
