@@ -380,10 +380,12 @@ def thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[floa
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Means over a twelfth of the curve around every point, what there is of it near the ends."""
-    reach = len(values) // 24
-    around = [values[max(i - reach, 0) : i + reach + 1] for i in range(len(values))]
-    return [short(statistics.fmean(near)) for near in around]
+    """Means over a twelfth of the curve around every point, less near its ends."""
+    out = []
+    for i in range(len(values)):
+        reach = min(len(values) // 24, i, len(values) - 1 - i)
+        out.append(short(statistics.fmean(values[i - reach : i + reach + 1])))
+    return out
 
 
 def loop_start(run: RunFiles) -> int:
