@@ -6719,7 +6719,8 @@ def shared_factors(codes: Array) -> Array | None:
     power = np.square(codes, dtype=np.float32).mean(1, keepdims=True)
     rms = np.sqrt(power).clip(0.25)
     size, axes = np.linalg.eigh((codes / rms).T @ (codes / rms))
-    excess = np.maximum(size[-RANK:] / size[:-RANK].mean() - 1, 0)
+    noise = size[:-RANK].mean().clip(1e-9)      # codes may all be 0
+    excess = np.maximum(size[-RANK:] / noise - 1, 0)
     factors = np.rint(np.sqrt(RIDGE * excess) * axes[:, -RANK:]).T
     factors = factors.clip(-127, 127).astype(np.int8)
     before = np.square(codes / rms).mean(0) + 1e-9

@@ -123,6 +123,8 @@ def test_what_rows_share_is_guessed(walk):
     with pytest.raises(DAMAGED):
         tg.decode_codes(blob, sides, walk)
     assert tg.shared_factors(gaussian([(1500, 64)], 2.4)[0]) is None
+    with np.errstate(all="raise"):
+        assert tg.shared_factors(np.zeros((1500, 64), np.int8)) is None
 
 
 @pytest.mark.parametrize("trellis", [False, True])
