@@ -2762,8 +2762,8 @@ def set_up(s: Settings, world: World) -> str:
     if world.device.type == "cpu":
         keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
-            # more wait for the slowest of them in every operation: beside one busy program two
-            # take three times as long as one; and the last bits hang on how many there are
+            # more wait for the slowest of them in every operation, long where another program
+            # is busy; and the last bits hang on how many there are
             torch.set_num_threads(1)
     # plans, grad modes and batch shapes share one code object
     torch._dynamo.config.recompile_limit = 64
@@ -4061,10 +4061,16 @@ class Run:
 
 def this_python() -> str:
     """How a shell calls this Python: by its name where that finds it, else by its path."""
-    found = shutil.which("python")
-    if found and os.path.dirname(found) == os.path.dirname(sys.executable):
+    same = os.path.realpath(shutil.which("python") or "") == os.path.realpath(sys.executable)
+    if same and beside(sys.executable, "python"):
         return "python"
     return shlex.quote(sys.executable.removeprefix(f"{os.getcwd()}/"))
+
+
+def beside(program: str, name: str) -> bool:
+    """Whether a shell finds what it calls by this name in a program's folder."""
+    found = shutil.which(name)
+    return bool(found) and os.path.dirname(found) == os.path.dirname(program)
 
 
 def starting_command(changed: Mapping[str, str]) -> str:
@@ -4079,7 +4085,9 @@ def starting_command(changed: Mapping[str, str]) -> str:
     if "TORCHELASTIC_RUN_ID" in env:
         nodes, local = env.get("GROUP_WORLD_SIZE", "1"), env.get("LOCAL_WORLD_SIZE", "1")
         where = "--standalone" if nodes == "1" else f"--nnodes={nodes} …"
-        launcher = "torchrun" if python == "python" else f"{python} -m torch.distributed.run"
+        launcher = "torchrun"
+        if not beside(sys.executable, launcher):
+            launcher = f"{python} -m torch.distributed.run"
         start = f"{launcher} {where} --nproc_per_node={local} {script}"
     elif size != "1":
         start = f"RANK=… WORLD_SIZE={size} MASTER_ADDR=… MASTER_PORT=… {start}"
@@ -5952,11 +5960,11 @@ def capped_ce(logits: Tensor, targets: Tensor, cap: float, kernel: bool | None =
     return F.cross_entropy(soft_cap(logits.float(), cap), targets, reduction="none")
 
 
-@operator(lambda hidden, head, *_: (*room_per_row(hidden), hidden.new_empty(len(hidden), len(head))))
+@operator(lambda hidden, head, *_: (*room_per_row(hidden), hidden.new_empty(hidden.shape[0], head.shape[0])))
 def ce_of_head(hidden: Tensor, head: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
     """hidden (N, d), head (V, d), targets (N) int64 -> losses, Σ e^s, and Σ e^s · d loss /
     d logits (N, V) like hidden."""
-    (N, d), V = hidden.shape, len(head)
+    (N, d), V = hidden.shape, head.shape[0]
     tiles = triton.cdiv(V, PRODUCT_TILE["BN"])
     grad, score = hidden.new_empty(N, V), room_per_row(hidden)[0]
     totals = score.new_empty(N, tiles)
@@ -5995,7 +6003,8 @@ def head_losses(hidden: Tensor, head: Tensor, targets: Tensor, cap: float,
                 kernel: bool | None = None) -> Tensor:
     """capped_ce of the logits hidden (N, d) @ head (V, d)ᵀ, in training."""
     e_cap_is_finite = cap < 70 and hidden.dtype != torch.float16
-    if e_cap_is_finite and use_triton(kernel, hidden.is_cuda) and torch.is_grad_enabled():
+    fits = hidden.dtype == torch.bfloat16      # a tile of float32 is too large for some GPUs
+    if e_cap_is_finite and use_triton(kernel, hidden.is_cuda and fits) and torch.is_grad_enabled():
         return HeadLosses.apply(hidden, head, targets, float(cap))
     return capped_ce(F.linear(hidden, head), targets, cap, kernel)
 
