@@ -5614,7 +5614,7 @@ def ce_backward_kernel(logits_ptr, targets_ptr, lse_ptr, dloss_ptr, grad_ptr, ca
 
 
 @jit
-def product_tile(a_ptr, b_ptr, M, N, K, b_stride_k, b_stride_n, BM: tl.constexpr, BN: tl.constexpr,
+def product_tile(a_ptr, b_ptr, M, N, K, stride_k, stride_n, BM: tl.constexpr, BN: tl.constexpr,
                  BK: tl.constexpr, GROUP: tl.constexpr):
     """Of A (M, K) @ B (K, N) this program's tile, and its number down and across. Programs run
     down GROUP row tiles before the next column tile: tiles of A and B are met again in L2."""
@@ -5632,24 +5632,24 @@ def product_tile(a_ptr, b_ptr, M, N, K, b_stride_k, b_stride_n, BM: tl.constexpr
     origin = (tile_m * BM).to(tl.int64)
     # rows and columns out of range wrap round, never stored: only the K loop needs a mask
     a_ptrs = a_ptr + origin * K + (rows % (M - tile_m * BM))[:, None] * K + inner[None, :]
-    b_ptrs = b_ptr + inner[:, None] * b_stride_k + (cols % N)[None, :] * b_stride_n
+    b_ptrs = b_ptr + inner[:, None] * stride_k + (cols % N)[None, :] * stride_n
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for k in range(0, K, BK):
         a = tl.load(a_ptrs, mask=inner[None, :] < K - k, other=0.0)
         b = tl.load(b_ptrs, mask=inner[:, None] < K - k, other=0.0)
         acc = tl.dot(a, b, acc, input_precision="ieee")
         a_ptrs += BK
-        b_ptrs += BK * b_stride_k
+        b_ptrs += BK * stride_k
     return acc, tile_m, tile_n
 
 
 @jit
-def mlp_kernel(a_ptr, b_ptr, factor_ptr, act_ptr, signs_ptr, out_ptr, M, N, K, b_stride_k, b_stride_n,
+def mlp_kernel(a_ptr, b_ptr, factor_ptr, act_ptr, signs_ptr, out_ptr, M, N, K, stride_k, stride_n,
                slope, BACKWARD: tl.constexpr, KEEP_SIGNS: tl.constexpr, BM: tl.constexpr,
                BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
     """A (M, K), B (K, N), factor (M), P = factor · A@B -> out (M, N) = act(P), and P's signs if
     KEEP_SIGNS; if BACKWARD, out = P·act'(h), h from act(h) and signs."""
-    acc, tile_m, tile_n = product_tile(a_ptr, b_ptr, M, N, K, b_stride_k, b_stride_n, BM, BN, BK, GROUP)
+    acc, tile_m, tile_n = product_tile(a_ptr, b_ptr, M, N, K, stride_k, stride_n, BM, BN, BK, GROUP)
     rows = tl.arange(0, BM)
     cols = tile_n * BN + tl.arange(0, BN)
     below = M - tile_m * BM
@@ -5783,25 +5783,34 @@ def see_keys(q, k_ptr, v_ptr, count, newest, peak, total, acc, scale, KEY_WIDTH:
     return peak, total, acc
 
 
+@jit
+def places(T, room, first, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+           BM: tl.constexpr, BW: tl.constexpr):
+    """Of a program's BM queries: token, number, channels (rows, BW) and which are there; of their
+    document's kept keys from `first` on, and of its own, where this head begins."""
+    document = tl.program_id(1).to(tl.int64) // KEY_HEADS
+    key_head = tl.program_id(1) % KEY_HEADS
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    token = row // GROUP
+    number = token * (KEY_HEADS * GROUP) + key_head * GROUP + row % GROUP
+    channel = tl.arange(0, BW)
+    inside = (token < T)[:, None] & (channel < WIDTH)[None, :]
+    queries_before = document * T * (KEY_HEADS * GROUP)
+    at = queries_before * WIDTH + number[:, None] * WIDTH + channel[None, :]
+    old = ((document * room + first) * KEY_HEADS + key_head) * WIDTH
+    own = (document * T * KEY_HEADS + key_head) * WIDTH
+    return token, queries_before + number, at, inside, old, own
+
+
 @jit_for_any("T", "room", "first", "seen")
 def kept_keys_kernel(q_ptr, k_ptr, v_ptr, old_k_ptr, old_v_ptr, y_ptr, lse_ptr, T, room, first, seen,
                      scale, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
                      BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
     """Queries of one document that share a key head, BM a program: over `seen` kept keys from
     `first` on, then causally over the forward's own."""
-    document = tl.program_id(1).to(tl.int64) // KEY_HEADS
-    key_head = tl.program_id(1) % KEY_HEADS
     KEY_WIDTH: tl.constexpr = KEY_HEADS * WIDTH
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    token = row // GROUP
-    query = token * (KEY_HEADS * GROUP) + key_head * GROUP + row % GROUP
-    channel = tl.arange(0, BW)
-    inside = (token < T)[:, None] & (channel < WIDTH)[None, :]
-    queries_before = document * T * (KEY_HEADS * GROUP)
-    at = query[:, None] * WIDTH + channel[None, :]
-    q = tl.load(q_ptr + queries_before * WIDTH + at, mask=inside, other=0.0)
-    old = (document * room + first) * KEY_WIDTH + key_head * WIDTH
-    own = document * T * KEY_WIDTH + key_head * WIDTH
+    token, query, at, inside, old, own = places(T, room, first, KEY_HEADS, GROUP, WIDTH, BM, BW)
+    q = tl.load(q_ptr + at, mask=inside, other=0.0)
     peak = tl.full((BM,), -float("inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BW), tl.float32)
@@ -5810,8 +5819,8 @@ def kept_keys_kernel(q_ptr, k_ptr, v_ptr, old_k_ptr, old_v_ptr, y_ptr, lse_ptr, 
     peak, total, acc = see_keys(q, k_ptr + own, v_ptr + own, T, token, peak, total, acc,
                                 scale, KEY_WIDTH, WIDTH, BN, BW)
     y = acc / total[:, None]
-    tl.store(y_ptr + queries_before * WIDTH + at, y.to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(lse_ptr + queries_before + query, peak + tl.log(total), mask=token < T)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(lse_ptr + query, peak + tl.log(total), mask=token < T)
 
 
 @jit
@@ -5839,23 +5848,13 @@ def kept_keys_dq_kernel(dy_ptr, q_ptr, k_ptr, v_ptr, old_k_ptr, old_v_ptr, y_ptr
                         room, first, seen, scale, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr,
                         WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
     """The gradient of the queries, tiles as above."""
-    document = tl.program_id(1).to(tl.int64) // KEY_HEADS
-    key_head = tl.program_id(1) % KEY_HEADS
     KEY_WIDTH: tl.constexpr = KEY_HEADS * WIDTH
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    token = row // GROUP
-    query = token * (KEY_HEADS * GROUP) + key_head * GROUP + row % GROUP
-    channel = tl.arange(0, BW)
-    inside = (token < T)[:, None] & (channel < WIDTH)[None, :]
-    queries_before = document * T * (KEY_HEADS * GROUP)
-    at = queries_before * WIDTH + query[:, None] * WIDTH + channel[None, :]
+    token, query, at, inside, old, own = places(T, room, first, KEY_HEADS, GROUP, WIDTH, BM, BW)
     q = tl.load(q_ptr + at, mask=inside, other=0.0)
     dy = tl.load(dy_ptr + at, mask=inside, other=0.0)
     y = tl.load(y_ptr + at, mask=inside, other=0.0)
     along = tl.sum(y.to(tl.float32) * dy.to(tl.float32), 1)
-    lse = tl.load(lse_ptr + queries_before + query, mask=token < T, other=0.0)
-    old = (document * room + first) * KEY_WIDTH + key_head * WIDTH
-    own = document * T * KEY_WIDTH + key_head * WIDTH
+    lse = tl.load(lse_ptr + query, mask=token < T, other=0.0)
     dq = tl.zeros((BM, BW), tl.float32)
     dq = query_gradient(q, dy, lse, along, old_k_ptr + old, old_v_ptr + old, seen, token + seen, dq,
                         scale, KEY_WIDTH, WIDTH, BN, BW)

@@ -65,3 +65,15 @@ def test_the_kernels_of_a_gpu_are_traced_whole(kernel, tracing, monkeypatch):
                 for p in adapter.trained():
                     p.grad = None
     assert tracing() == 4
+
+
+def test_the_heads_loss_has_one_graph_for_all_numbers_of_tokens(tracing):
+    """The operator keeps a number of tokens that is a symbol: its room is no fixed number of rows."""
+    losses = torch.compile(tg.ce_of_head, fullgraph=True, dynamic=True, backend="eager")
+    with FakeTensorMode():
+        head = torch.zeros(300, 16, dtype=torch.bfloat16)
+        for tokens in (24, 40):
+            hidden = torch.zeros(tokens, 16, dtype=torch.bfloat16)
+            _, total, gradient = losses(hidden, head, torch.zeros(tokens, dtype=torch.int64), 30.0)
+            assert total.shape == (tokens,) and gradient.shape == (tokens, 300)
+    assert tracing() == 1

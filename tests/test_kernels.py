@@ -25,6 +25,7 @@ needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
 
 
 COMPILE = """
+import subprocess, tempfile
 import train_gpt as tg, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -32,32 +33,50 @@ from triton.compiler import ASTSource
 TYPES = dict(targets_ptr="*i64", signs_ptr="*u8", cap="fp32", slope="fp32", scale="fp32")
 FLOATS = "loss_ptr lse_ptr dloss_ptr total_ptr target_ptr factor_ptr"
 TYPES.update(dict.fromkeys(FLOATS.split(), "*fp32"))
-TILE = dict(BM=64, BN=64, BK=32, GROUP=8)
-HEADS = dict(HEADS=8, GROUP=2, WIDTH=64, BN=16, BW=64)
-KEPT = dict(KEY_HEADS=4, GROUP=2, WIDTH=64, BM=64, BN=64, BW=64)
-for kernel, sizes in (
-        (tg.ce_forward_kernel, dict(BLOCK=1024)),
-        (tg.ce_backward_kernel, dict(BLOCK=1024)),
-        (tg.mlp_kernel, dict(BACKWARD=False, KEEP_SIGNS=True, **TILE)),
-        (tg.mlp_kernel, dict(BACKWARD=True, KEEP_SIGNS=False, **TILE)),
-        (tg.head_kernel, TILE),
+UP = dict(stride_k=1, **tg.PRODUCT_TILE)
+DOWN = dict(stride_n=1, **tg.PRODUCT_TILE)
+HEADS = dict(HEADS=8, GROUP=2, WIDTH=64, BN=16, BW=64, num_warps=8)
+KEPT = dict(KEY_HEADS=4, GROUP=2, WIDTH=64, BW=64, **tg.KEPT_KEYS_TILE)
+for kernel, launch in (
+        (tg.ce_forward_kernel, tg.ce_launch(8192)),
+        (tg.ce_backward_kernel, tg.ce_launch(8192)),
+        (tg.mlp_kernel, dict(BACKWARD=False, KEEP_SIGNS=True, **UP)),
+        (tg.mlp_kernel, dict(BACKWARD=True, KEEP_SIGNS=False, **DOWN)),
+        (tg.head_kernel, UP),
         (tg.own_value_kernel, HEADS), (tg.own_value_backward_kernel, HEADS),
         (tg.kept_keys_kernel, KEPT), (tg.kept_keys_dq_kernel, KEPT), (tg.own_keys_gradient_kernel, KEPT)):
-    types = {}
-    for name in kernel.arg_names:
+    options = {name: launch[name] for name in ("num_warps", "num_stages") if name in launch}
+    types, values, divisible = {}, {}, {}
+    for at, name in enumerate(kernel.arg_names):
+        if name in launch:      # a size, or a stride of 1
+            types[name], values[at,] = "constexpr", launch[name]
+            continue
         types[name] = TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
-    types.update(dict.fromkeys(sizes, "constexpr"))
-    values = {(kernel.arg_names.index(name),): value for name, value in sizes.items()}
-    triton.compile(ASTSource(kernel, types, values), target=GPUTarget("cuda", 90, 32))
+        if name.endswith("_ptr") or name in "M N K stride_k stride_n v_stride".split():
+            divisible[at,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, types, values, divisible)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, text=True, capture_output=True).stdout
+    used = dict(part.split(":") for part in text.split() if part.count(":") == 1)
+    print(kernel.__name__, made.metadata.shared, used["REG"], used["STACK"])
 """
+SHARED_MEMORY = 227 * 1024  # bytes of it that a program may have on a Hopper GPU
 
 
 @needs_triton
 def test_every_kernel_compiles_for_a_hopper_gpu():
-    """The interpreter takes what the compiler does not, such as a name that changes its shape in a loop."""
+    """The interpreter takes what the compiler does not, such as a name that changes its shape in a loop. As
+    it is launched at full size, each kernel has room in shared memory and spills no register."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
+    for line in done.stdout.splitlines():
+        _, shared, _, stack = line.split()
+        assert int(shared) <= SHARED_MEMORY and int(stack) == 0, line
 
 
 class Layout(NamedTuple):
