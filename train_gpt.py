@@ -991,20 +991,15 @@ class GPT(nn.Module):
         mixed = x[:, 1:] + gate * self.smear_lambda.to(x.dtype) * last
         return torch.cat((x[:, :1], mixed), dim=1)
 
-    def attend(self, forward: Forward, layer: int, slot: int, x: Tensor,
-               onto: Tensor | None = None) -> Tensor:
-        """Attention branch of a layer on its normalised input x (B, T, D), added onto
-        the stream, if that is given."""
-        s, weights = self.s, forward.layers[layer]
-        q_flat, k, v = self.project(forward, layer, slot, x)
-        q, k, v = (flat.unflatten(2, (-1, s.head_dim)) for flat in (q_flat, k, v))
-        q = normed_rotated(q, forward.rope, weights["q_gain"])
-        k = normed_rotated(k, forward.rope)
+    def attend(self, forward: Forward, layer: int, slot: int, x: Tensor, add: bool = False) -> Tensor:
+        """Attention branch of a layer on x (B, T, D), which it normalises; add: onto x."""
+        s, weights, onto = self.s, forward.layers[layer], x if add else None
+        q, k, v, normed = self.project(forward, layer, slot, x)
         if forward.cache is None:
             y = attention(q, k, v, forward.layout)
         else:
             y = forward.cache.attend(slot, q, k, v)
-        gate = self.head_gate(weights, x, q_flat)
+        gate = self.head_gate(forward, layer, slot, normed)
         if layer >= s.num_layers - s.xsa_last_n:
             y = remove_own_value(y, v, gate)
         elif gate is not None:
@@ -1018,24 +1013,26 @@ class GPT(nn.Module):
             plain = F.linear(y, weights["o"])
             forward.observe("attn_out", layer, plain)
             out = add_scaled(onto, weights["attn_scale"], plain)
-        return forward.adapted(out, "o", slot, x, weights["attn_scale"])
+        return forward.adapted(out, "o", slot, normed, weights["attn_scale"])
 
-    def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, T, H·Dh), keys and values (B, T, K·Dh) of a layer's input x."""
-        s = self.s
-        qkv = F.linear(x, forward.layers[layer]["qkv"])
-        q, k, v = qkv.split((s.model_dim, s.kv_dim, s.kv_dim), dim=-1)
-        q = forward.adapted(q, "q", slot, x)
-        k = forward.adapted(k, "k", slot, x)
-        v = forward.adapted(v, "v", slot, x)
-        for kind, seen in (("attn_in", x), ("q_out", q), ("k_out", k), ("v_out", v)):
-            forward.observe(kind, layer, seen)
-        return q, k, v
+    def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, ...]:
+        """For attention: queries (B, T, H, Dh), keys and values (B, T, K, Dh) of x (B, T, D), and
+        x normalised: all of it for an adapter, else maybe what gates read."""
+        def parts(normed: Tensor, *flat: Tensor) -> list[Tensor]:
+            out = [forward.adapted(part, kind, slot, normed) for kind, part in zip("qkv", flat)]
+            for kind, seen in zip(("attn_in", "q_out", "k_out", "v_out"), (normed, *out)):
+                forward.observe(kind, layer, seen)
+            return out
 
-    def head_gate(self, weights: dict[str, Tensor], x: Tensor, q_flat: Tensor) -> Tensor | None:
+        weights, scale = forward.layers[layer], self.depth_scale(layer)
+        plain = forward.hook is None and forward.adapter is None
+        return queries_keys_values(x, weights["qkv"], weights["q_gain"], forward.rope, scale,
+                                   self.s.gate_window, None if plain else parts)
+
+    def head_gate(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor | None:
         """Gate (B, T, H) of the heads by the first channels of x, if there is one; 1/2 at the
-        start. q_flat: a seam."""
-        weight = weights.get("attn_gate_w")
+        start."""
+        weight = forward.layers[layer].get("attn_gate_w")
         if weight is None:
             return None
         logit = F.linear(x[..., :weight.size(-1)], weight)
@@ -1063,7 +1060,7 @@ class GPT(nn.Module):
         """A layer on the one residual stream x (B, T, D)."""
         weights = forward.layers[layer]
         x = blend((x, weights["resid_mix"][0]), (forward.x0, weights["resid_mix"][1]))
-        x = self.attend(forward, layer, slot, rms(x, self.depth_scale(layer)), onto=x)
+        x = self.attend(forward, layer, slot, x, add=True)
         return self.feed_forward(forward, layer, slot, x, add=True)
 
     def branches(self, forward: Forward, layer: int, slot: int, lane0: Tensor,
@@ -1071,7 +1068,7 @@ class GPT(nn.Module):
         """Lane 0 mixed with x0, what attention makes of it, what the MLP of lane 1."""
         weights = forward.layers[layer]
         mixed = blend((lane0, weights["resid_mix"][0]), (forward.x0, weights["resid_mix"][1]))
-        attended = self.attend(forward, layer, slot, rms(mixed, self.depth_scale(layer)))
+        attended = self.attend(forward, layer, slot, mixed)
         fed = self.feed_forward(forward, layer, slot, lane1)
         return mixed, attended, fed
 
@@ -5679,6 +5676,42 @@ def mlp_kernel(a_ptr, b_ptr, factor_ptr, act_ptr, signs_ptr, out_ptr, M, N, K, s
 
 
 @jit
+def heads_kernel(x_ptr, qkv_ptr, factor_ptr, cos_ptr, sin_ptr, gain_ptr, out_ptr, slope_ptr, M, N, K,
+                 stride_k, stride_n, T, eps, GAINED: tl.constexpr, NORMED: tl.constexpr,
+                 WIDTH: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                 BK: tl.constexpr, GROUP: tl.constexpr):
+    """Heads of P = factor · x (M, K) @ qkv (K, N) -> out (M, N): the first NORMED over their RMS, then
+    turned, the first GAINED times gain. slope (M, NORMED): factor over RMS."""
+    acc, tile_m, tile_n = product_tile(x_ptr, qkv_ptr, M, N, K, stride_k, stride_n, BM, BN, BK, GROUP)
+    origin = (tile_m * BM).to(tl.int64)
+    row = tl.arange(0, BM)
+    inside_m = row < M - tile_m * BM
+    factor = tl.load(factor_ptr + origin + row, mask=inside_m, other=0.0)
+    acc *= factor[:, None]
+    head = tile_n * (BN // WIDTH) + tl.arange(0, BN // WIDTH)
+    x = tl.reshape(acc, (BM, BN // WIDTH, WIDTH))
+    normed = (head < NORMED)[None, :]
+    inverse = tl.where(normed, tl.rsqrt(tl.sum(x * x, 2) / WIDTH + eps), 1.0)
+    slope_ptrs = slope_ptr + origin * NORMED + row[:, None] * NORMED + head[None, :]
+    tl.store(slope_ptrs, factor[:, None] * inverse, mask=inside_m[:, None] & normed)
+    gain = tl.load(gain_ptr + head, mask=head < GAINED, other=1.0).to(tl.float32)
+    x *= (inverse * gain[None, :])[:, :, None]
+    # channel c and c + HALF are one pair; a head's first HALF pairs are turned
+    pairs = tl.permute(tl.reshape(x, (BM, BN // (2 * HALF), 2, HALF)), (0, 1, 3, 2))
+    first, second = tl.split(pairs)
+    channel = tile_n * BN + 2 * HALF * tl.arange(0, BN // (2 * HALF))
+    turned = ((channel % WIDTH == 0) & (channel < NORMED * WIDTH))[None, :, None]
+    angle = ((origin + row) % T)[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    cos = tl.where(turned, tl.load(cos_ptr + angle)[:, None, :], 1.0)
+    sin = tl.where(turned, tl.load(sin_ptr + angle)[:, None, :], 0.0)
+    pairs = tl.join(first * cos + second * sin, second * cos - first * sin)
+    out = tl.reshape(tl.permute(pairs, (0, 1, 3, 2)), (BM, BN))
+    col = tile_n * BN + tl.arange(0, BN)
+    out_ptrs = out_ptr + origin * N + row[:, None] * N + col[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside_m[:, None] & (col < N)[None, :])
+
+
+@jit
 def head_kernel(hidden_ptr, head_ptr, targets_ptr, grad_ptr, total_ptr, target_ptr, M, N, K, stride_k,
                 stride_n, cap, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                 GROUP: tl.constexpr):
@@ -6056,34 +6089,113 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + partner * sin[:, None]
 
 
+def heads_gradient(dy: Tensor, y: Tensor, gain: Tensor, slope: Tensor, cos: Tensor,
+                   sin: Tensor) -> tuple[Tensor, Tensor]:
+    """y (B, T, heads, Dh): heads over their RMS, turned, times gain (heads); slope (B, T, heads, 1):
+    what an input was multiplied by before -> the gradients of input and gain, 0 of a gain of 0."""
+    gains = gain.float()[:, None]
+    wide = rotate(dy.float(), cos, -sin)
+    normed = rotate(y.float(), cos, -sin) / torch.where(gains == 0, 1, gains)
+    along = (wide * normed).mean(-1, keepdim=True)
+    dx = (wide - along * normed) * (gains * slope)
+    return dx.to(y.dtype), (y.size(-1) * along.sum((0, 1, 3))).to(gain.dtype)
+
+
 class NormedRotated(torch.autograd.Function):
-    """All in float32, and the gain's gradient from sums over a head that the norm's
-    gradient needs anyway."""
+    """All in float32; the gradient is made from the output: the input need not be kept."""
 
     @staticmethod
     def forward(ctx, x, cos, sin, gain):
-        y = rotate(x.float() * inverse_rms(x), cos, sin)
-        ctx.save_for_backward(x, cos, sin, gain)
-        return (y if gain is None else y * gain[:, None]).to(x.dtype)
+        inverse = inverse_rms(x)
+        y = (rotate(x.float() * inverse, cos, sin) * gain[:, None]).to(x.dtype)
+        ctx.save_for_backward(y, gain, inverse, cos, sin)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, cos, sin, gain = ctx.saved_tensors
-        inverse = inverse_rms(x)
-        normed = x.float() * inverse
-        turned_back = rotate(dy.float(), cos, -sin)
-        along = (turned_back * normed).mean(-1, keepdim=True)
-        dx = (turned_back - along * normed) * inverse
-        if gain is None:
-            return dx.to(x.dtype), None, None, None
-        d_gain = x.size(-1) * along.sum((0, 1, 3))
-        return (dx * gain[:, None]).to(x.dtype), None, None, d_gain.to(gain.dtype)
+        dx, d_gain = heads_gradient(dy, *ctx.saved_tensors)
+        return dx, None, None, d_gain
 
 
 def normed_rotated(x: Tensor, rope: tuple[Tensor, Tensor], gain: Tensor | None = None) -> Tensor:
     """Queries or keys x (B, T, heads, Dh): each head over its RMS, turned by rotary
     embedding, times its gain (heads)."""
-    return NormedRotated.apply(x, *rope, gain)
+    return NormedRotated.apply(x, *rope, x.new_ones(x.size(2)) if gain is None else gain)
+
+
+# --- queries, keys and values: the input's norm, the product, and what its heads go through
+
+def room_for_heads(x, qkv, factor, cos, sin, gain):
+    """Heads (B, T, all, Dh), and slope (B, T, query and key heads) float32."""
+    width = x.shape[2] // gain.shape[0]
+    every = qkv.shape[0] // width
+    normed = (gain.shape[0] + every) // 2
+    return x.new_empty(*x.shape[:2], every, width), factor.new_empty(*x.shape[:2], normed)
+
+
+@operator(room_for_heads)
+def heads_product(x: Tensor, qkv: Tensor, factor: Tensor, cos: Tensor, sin: Tensor,
+                  gain: Tensor) -> tuple[Tensor, Tensor]:
+    """x (B, T, d), qkv (n, d), factor (B, T, 1) float32, cos, sin (T, half), gain (query heads) ->
+    what heads_kernel makes of them."""
+    out, slope = room_for_heads(x, qkv, factor, cos, sin, gain)
+    (B, T, d), n = x.shape, qkv.shape[0]
+    tiles = triton.cdiv(B * T, PRODUCT_TILE["BM"]) * triton.cdiv(n, PRODUCT_TILE["BN"])
+    if tiles:
+        heads_kernel[(tiles,)](
+            x.contiguous(), qkv.mT, factor, cos, sin, gain, out, slope, B * T, n, d, *qkv.mT.stride(), T,
+            RMS_EPS, GAINED=gain.shape[0], NORMED=slope.shape[2], WIDTH=out.shape[3], HALF=cos.shape[1],
+            **PRODUCT_TILE)
+    return out, slope
+
+
+class HeadsOfInput(torch.autograd.Function):
+    """The norm's factor stands behind the product, as in the MLP; gradients are made from heads as
+    attention reads them. front: so many normalised channels are written."""
+
+    @staticmethod
+    def forward(ctx, x, qkv, gain, cos, sin, scale, front):
+        inverse = inverse_rms(x)
+        factor = scale * inverse
+        heads, slope = heads_product(x, qkv, factor, cos, sin, gain)
+        ctx.scale = scale
+        ctx.save_for_backward(x, qkv, inverse, heads, gain, slope, cos, sin)
+        q, k, v = heads.tensor_split((gain.size(0), slope.size(2)), dim=2)
+        return q, k, v, (x[..., :front] * factor).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv, d_front):
+        x, qkv, inverse, heads, gain, slope, cos, sin = ctx.saved_tensors
+        factor = ctx.scale * inverse
+        gains = torch.cat((gain, gain.new_ones(dk.size(2))))
+        normed = heads[:, :, :slope.size(2)]
+        d_heads = torch.cat((dq, dk), dim=2)
+        d_heads, d_gain = heads_gradient(d_heads, normed, gains, slope[..., None], cos, sin)
+        dv = (dv * factor[..., None]).to(x.dtype)
+        d_heads = torch.cat((d_heads, dv), dim=2).flatten(2)
+        wide = (d_heads @ qkv).float() + F.pad(d_front * factor, (0, x.size(-1) - d_front.size(-1)))
+        dx = wide - x * inverse.square() * (wide * x).mean(-1, keepdim=True)
+        d_qkv = d_heads.flatten(0, 1).mT @ x.flatten(0, 1)
+        return dx.to(x.dtype), d_qkv, d_gain[:gain.size(0)], None, None, None, None
+
+
+def queries_keys_values(x: Tensor, qkv: Tensor, gain: Tensor, rope: tuple[Tensor, Tensor], scale: float,
+                        front: int, parts: Callable | None = None,
+                        kernel: bool | None = None) -> tuple[Tensor, ...]:
+    """x (B, T, d), qkv (n, d) -> of rms(x, scale) @ qkvᵀ queries (B, T, H, Dh), normed, rotated, times gain
+    (H), keys (B, T, K, Dh), normed, rotated, values; and rms(x, scale), maybe only `front` channels.
+    parts(rms(x, scale), the product's three parts): what to make of them first."""
+    width = x.size(-1) // gain.size(0)
+    fits = PRODUCT_TILE["BN"] % width == 0 and width % (2 * rope[0].size(-1)) == 0
+    if parts is None and fits and use_triton(kernel, x.is_cuda and x.dtype in HALF):
+        return HeadsOfInput.apply(x, qkv, gain, *rope, scale, front)
+    normed = rms(x, scale)
+    kv = (qkv.size(0) - x.size(-1)) // 2
+    flat = F.linear(normed, qkv).split((x.size(-1), kv, kv), dim=-1)
+    if parts is not None:
+        flat = parts(normed, *flat)
+    q, k, v = (part.unflatten(2, (-1, width)) for part in flat)
+    return normed_rotated(q, rope, gain), normed_rotated(k, rope), v, normed
 
 
 # --- sums of streams: the factors' gradients from one more reading of what was summed
@@ -9999,6 +10111,10 @@ class LineageSettings(Settings):
         return self.ve_enabled and self.ve_dim != self.kv_dim
 
     @property
+    def gates_read_all(self) -> bool:
+        return self.gated_attn_enabled or (self.attn_out_gate_enabled and self.attn_out_gate_src == "q")
+
+    @property
     def gates_block_inputs(self) -> bool:
         return self.sparse_attn_gate_enabled or self.gated_attn_enabled
 
@@ -10209,20 +10325,24 @@ class LineageGPT(GPT):
         values = self.token_values(ids)
         return LineageForward(f.layers, f.x0, f.rope, f.layout, f.adapter, f.hook, f.cache, values)
 
-    def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().project(forward, layer, slot, x)
+    def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, normed = super().project(forward, layer, slot, x)
         if self.s.ve_enabled and layer in forward.values:
-            v = v + forward.values[layer]
-        return q, k, v
+            v = v + forward.values[layer].view(v.shape)
+        if normed.size(-1) < x.size(-1) and self.s.gates_read_all:
+            normed = rms(x, self.depth_scale(layer))
+        return q, k, v, normed
 
-    def head_gate(self, weights: dict[str, Tensor], x: Tensor, q_flat: Tensor) -> Tensor | None:
-        s = self.s
+    def head_gate(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor | None:
+        s, weights = self.s, forward.layers[layer]
         if s.attn_out_gate_enabled:
-            source = q_flat if s.attn_out_gate_src == "q" else x
+            source = x
+            if s.attn_out_gate_src == "q":
+                source = forward.adapted(F.linear(x, weights["qkv"][:s.model_dim]), "q", slot, x)
             return 2 * torch.sigmoid(F.linear(source[..., :s.gate_window], weights["attn_gate_proj"]))
         if s.gated_attn_enabled:
             return torch.sigmoid(F.linear(x, weights["attn_gate_w"]))
-        return super().head_gate(weights, x, q_flat)
+        return super().head_gate(forward, layer, slot, x)
 
     def enter_lanes(self, j: int, x: Tensor, lanes: tuple[Tensor, Tensor] | None,
                     skip: Tensor | None) -> tuple[Tensor, Tensor]:

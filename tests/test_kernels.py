@@ -30,8 +30,8 @@ import train_gpt as tg, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TYPES = dict(targets_ptr="*i64", signs_ptr="*u8", cap="fp32", slope="fp32", scale="fp32")
-FLOATS = "loss_ptr lse_ptr dloss_ptr total_ptr target_ptr factor_ptr"
+TYPES = dict(targets_ptr="*i64", signs_ptr="*u8", cap="fp32", slope="fp32", scale="fp32", eps="fp32")
+FLOATS = "loss_ptr lse_ptr dloss_ptr total_ptr target_ptr factor_ptr cos_ptr sin_ptr slope_ptr"
 TYPES.update(dict.fromkeys(FLOATS.split(), "*fp32"))
 UP = dict(stride_k=1, **tg.PRODUCT_TILE)
 DOWN = dict(stride_n=1, **tg.PRODUCT_TILE)
@@ -43,6 +43,7 @@ for kernel, launch in (
         (tg.mlp_kernel, dict(BACKWARD=False, KEEP_SIGNS=True, **UP)),
         (tg.mlp_kernel, dict(BACKWARD=True, KEEP_SIGNS=False, **DOWN)),
         (tg.head_kernel, UP),
+        (tg.heads_kernel, dict(GAINED=8, NORMED=12, WIDTH=64, HALF=8, **UP)),
         (tg.own_value_kernel, HEADS), (tg.own_value_backward_kernel, HEADS),
         (tg.kept_keys_kernel, KEPT), (tg.kept_keys_dq_kernel, KEPT), (tg.own_keys_gradient_kernel, KEPT)):
     options = {name: launch[name] for name in ("num_warps", "num_stages") if name in launch}
@@ -283,6 +284,30 @@ def test_lanes_have_the_gradient_of_the_formula():
     got = graded(lambda *leaves: torch.stack(kernels.mix_lanes(*leaves)), leaves, dy)
     want = graded(plain_lanes, leaves, dy)
     assert all(gap(a, b) < 2e-6 for a, b in zip(got, want))
+
+
+# ------------------------------------------------------------------------- queries, keys and values
+@needs_triton
+@pytest.mark.parametrize("rows, T, H, K, width, half", [(2, 70, 4, 2, 16, 4), (1, 5, 16, 8, 16, 8), (3, 3, 2, 1, 8, 2)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
+def test_queries_keys_values_of_the_kernel_are_their_twins(rows, T, H, K, width, half, dtype, bound):
+    """Rows end within tiles, and positions begin anew in every row; a gain of 0 has a gradient of 0."""
+    x, qkv, gain = random((rows, T, H * width), ((H + 2 * K) * width, H * width), (H,), dtype=dtype)
+    (angle,) = random((T, half), grad=False)
+    d_out = random((rows, T, (H + 2 * K) * width + 3), seed=1)[0].detach()
+    gain.data[0] = 0
+
+    def results(kernel):
+        def flat(x, qkv, gain):
+            rope = angle.cos(), angle.sin()
+            *heads, normed = kernels.queries_keys_values(x, qkv, gain, rope, 0.4, 3, kernel=kernel)
+            return torch.cat([y.flatten(2) for y in heads] + [normed[..., :3]], dim=-1)
+        return flat
+
+    got = graded(results(True), [x, qkv, gain], d_out)
+    want = graded(results(False), [y.detach().float().requires_grad_() for y in (x, qkv, gain)], d_out)
+    assert got[0].dtype == dtype and got[3][0] == 0
+    assert all(gap(a, b) < bound for a, b in zip(got, want))
 
 
 # ----------------------------------------------------------------- attention without the own value

@@ -247,6 +247,15 @@ def no_gpu(version: str) -> str:
 
 # --- 1 self tests
 
+def heads_side_by_side(tg, x, kernel):
+    """Queries, keys and values of the model's widths: (1, tokens, 16, 64)."""
+    angle = x.fixed("angle", x.tokens, 8).float()
+    *heads, _ = tg.queries_keys_values(
+        x.drawn("x", 1, x.tokens, 512), x.drawn("qkv", 1024, 512, scale=512**-0.5), x.drawn("gain", 8),
+        (angle.cos(), angle.sin()), 1.0, 12, kernel=kernel)
+    return x.lab.torch.cat(heads, dim=2)
+
+
 # Every kernel with a plain twin: name -> output, of the trainer's module, inputs and
 # whether by the kernel. One entry more is all that a new kernel needs.
 TWINS: dict[str, Callable] = {
@@ -257,6 +266,7 @@ TWINS: dict[str, Callable] = {
         x.drawn("down", x.dim, x.hidden, scale=x.hidden**-0.5), 0.5, kernel=kernel),
     "head and cross-entropy": lambda tg, x, kernel: tg.head_losses(
         x.drawn("hidden", x.tokens, x.dim), x.drawn("head", x.vocab, x.dim), x.ids(), 30.0, kernel),
+    "queries, keys and values": heads_side_by_side,
     "attention without the own value": lambda tg, x, kernel: tg.remove_own_value(
         x.drawn("y", 1, x.tokens, 8, 64), x.drawn("v", 1, x.tokens, 4, 64), x.drawn("gate", 1, x.tokens, 8),
         kernel),
