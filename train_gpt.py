@@ -925,7 +925,8 @@ class GPT(nn.Module):
             o = self.attn_scale[:, :, None] * o
             down = self.mlp_scale[:, :, None] * down
         # one product of qkv reads the input once
-        stacks = dict(qkv=torch.cat((q, k, v), dim=1), o=o, up=self.mlp_up_bank, down=down)
+        stacks = dict(qkv=torch.cat((q, k, v), dim=1), o=o, up=self.mlp_up_bank, down=down,
+                      qk_gain=F.pad(self.q_gain, (0, self.s.num_kv_heads), value=1))
         for name in self.of_layers:
             stacks[name] = getattr(self, name)
         layers: list[dict] = [{} for _ in range(self.s.num_layers)]
@@ -1018,16 +1019,19 @@ class GPT(nn.Module):
     def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, ...]:
         """For attention: queries (B, T, H, Dh), keys and values (B, T, K, Dh) of x (B, T, D), and
         x normalised: all of it for an adapter, else maybe what gates read."""
-        def parts(normed: Tensor, *flat: Tensor) -> list[Tensor]:
-            out = [forward.adapted(part, kind, slot, normed) for kind, part in zip("qkv", flat)]
-            for kind, seen in zip(("attn_in", "q_out", "k_out", "v_out"), (normed, *out)):
-                forward.observe(kind, layer, seen)
-            return out
+        def changed(normed: Tensor, rows: Tensor) -> Tensor:
+            forward.observe("attn_in", layer, normed)
+            parts = []
+            for kind, part in zip("qkv", rows.split((s.model_dim, s.kv_dim, s.kv_dim), dim=-1)):
+                parts.append(forward.adapted(part, kind, slot, normed))
+                forward.observe(f"{kind}_out", layer, parts[-1])
+            return torch.cat(parts, dim=-1)
 
-        weights, scale = forward.layers[layer], self.depth_scale(layer)
+        s, weights, scale = self.s, forward.layers[layer], self.depth_scale(layer)
         plain = forward.hook is None and forward.adapter is None
-        return queries_keys_values(x, weights["qkv"], weights["q_gain"], forward.rope, scale,
-                                   self.s.gate_window, None if plain else parts)
+        qk, v, normed = normed_heads(x, weights["qkv"], weights["qk_gain"], forward.rope, s.head_dim, scale,
+                                     s.gate_window, None if plain else changed)
+        return *qk.split((s.num_heads, s.num_kv_heads), dim=2), v, normed
 
     def head_gate(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor | None:
         """Gate (B, T, H) of the heads by the first channels of x, if there is one; 1/2 at the
@@ -5641,9 +5645,9 @@ def product_tile(a_ptr, b_ptr, M, N, K, stride_k, stride_n, BM: tl.constexpr, BN
 
 
 @jit
-def mlp_kernel(a_ptr, b_ptr, factor_ptr, act_ptr, signs_ptr, out_ptr, M, N, K, stride_k, stride_n,
-               slope, BACKWARD: tl.constexpr, KEEP_SIGNS: tl.constexpr, BM: tl.constexpr,
-               BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
+def mlp_kernel(a_ptr, b_ptr, factor_ptr, act_ptr, signs_ptr, out_ptr, slope, M, N, K, stride_k, stride_n,
+               BACKWARD: tl.constexpr, KEEP_SIGNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+               BK: tl.constexpr, GROUP: tl.constexpr):
     """A (M, K), B (K, N), factor (M), P = factor · A@B -> out (M, N) = act(P), and P's signs if
     KEEP_SIGNS; if BACKWARD, out = P·act'(h), h from act(h) and signs."""
     acc, tile_m, tile_n = product_tile(a_ptr, b_ptr, M, N, K, stride_k, stride_n, BM, BN, BK, GROUP)
@@ -5676,12 +5680,11 @@ def mlp_kernel(a_ptr, b_ptr, factor_ptr, act_ptr, signs_ptr, out_ptr, M, N, K, s
 
 
 @jit
-def heads_kernel(x_ptr, qkv_ptr, factor_ptr, cos_ptr, sin_ptr, gain_ptr, out_ptr, slope_ptr, M, N, K,
-                 stride_k, stride_n, T, eps, GAINED: tl.constexpr, NORMED: tl.constexpr,
-                 WIDTH: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                 BK: tl.constexpr, GROUP: tl.constexpr):
-    """Heads of P = factor · x (M, K) @ qkv (K, N) -> out (M, N): the first NORMED over their RMS, then
-    turned, the first GAINED times gain. slope (M, NORMED): factor over RMS."""
+def heads_kernel(x_ptr, qkv_ptr, factor_ptr, gain_ptr, cos_ptr, sin_ptr, out_ptr, slope_ptr, T, eps, M, N, K,
+                 stride_k, stride_n, NORMED: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
+                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
+    """Heads of P = factor · x (M, K) @ qkv (K, N) -> out (M, N): the first NORMED over their RMS, times
+    gain, turned. slope (M, NORMED): factor over RMS."""
     acc, tile_m, tile_n = product_tile(x_ptr, qkv_ptr, M, N, K, stride_k, stride_n, BM, BN, BK, GROUP)
     origin = (tile_m * BM).to(tl.int64)
     row = tl.arange(0, BM)
@@ -5689,18 +5692,17 @@ def heads_kernel(x_ptr, qkv_ptr, factor_ptr, cos_ptr, sin_ptr, gain_ptr, out_ptr
     factor = tl.load(factor_ptr + origin + row, mask=inside_m, other=0.0)
     acc *= factor[:, None]
     head = tile_n * (BN // WIDTH) + tl.arange(0, BN // WIDTH)
-    x = tl.reshape(acc, (BM, BN // WIDTH, WIDTH))
     normed = (head < NORMED)[None, :]
+    x = tl.reshape(acc, (BM, BN // WIDTH, WIDTH))
     inverse = tl.where(normed, tl.rsqrt(tl.sum(x * x, 2) / WIDTH + eps), 1.0)
     slope_ptrs = slope_ptr + origin * NORMED + row[:, None] * NORMED + head[None, :]
     tl.store(slope_ptrs, factor[:, None] * inverse, mask=inside_m[:, None] & normed)
-    gain = tl.load(gain_ptr + head, mask=head < GAINED, other=1.0).to(tl.float32)
+    gain = tl.load(gain_ptr + head, mask=head < NORMED, other=1.0).to(tl.float32)
     x *= (inverse * gain[None, :])[:, :, None]
-    # channel c and c + HALF are one pair; a head's first HALF pairs are turned
-    pairs = tl.permute(tl.reshape(x, (BM, BN // (2 * HALF), 2, HALF)), (0, 1, 3, 2))
-    first, second = tl.split(pairs)
-    channel = tile_n * BN + 2 * HALF * tl.arange(0, BN // (2 * HALF))
-    turned = ((channel % WIDTH == 0) & (channel < NORMED * WIDTH))[None, :, None]
+    # channels c and c + HALF are a pair; the first HALF pairs of a head are turned
+    first, second = tl.split(tl.permute(tl.reshape(x, (BM, BN // (2 * HALF), 2, HALF)), (0, 1, 3, 2)))
+    col = tile_n * BN + 2 * HALF * tl.arange(0, BN // (2 * HALF))
+    turned = ((col % WIDTH == 0) & (col < NORMED * WIDTH))[None, :, None]
     angle = ((origin + row) % T)[:, None] * HALF + tl.arange(0, HALF)[None, :]
     cos = tl.where(turned, tl.load(cos_ptr + angle)[:, None, :], 1.0)
     sin = tl.where(turned, tl.load(sin_ptr + angle)[:, None, :], 0.0)
@@ -5712,9 +5714,8 @@ def heads_kernel(x_ptr, qkv_ptr, factor_ptr, cos_ptr, sin_ptr, gain_ptr, out_ptr
 
 
 @jit
-def head_kernel(hidden_ptr, head_ptr, targets_ptr, grad_ptr, total_ptr, target_ptr, M, N, K, stride_k,
-                stride_n, cap, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                GROUP: tl.constexpr):
+def head_kernel(hidden_ptr, head_ptr, targets_ptr, grad_ptr, total_ptr, target_ptr, cap, M, N, K, stride_k,
+                stride_n, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
     """Of logits x = hidden (M, K) @ head (K, N), which are not written, and s = cap·tanh(x/cap):
     e^s · ds/dx (M, N), each row's total of e^s in a tile, the target's x."""
     x, tile_m, tile_n = product_tile(hidden_ptr, head_ptr, M, N, K, stride_k, stride_n, BM, BN, BK, GROUP)
@@ -5940,6 +5941,14 @@ def own_keys_gradient_kernel(dy_ptr, q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, dk_ptr
 PRODUCT_TILE = dict(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3)
 
 
+def product_launch(kernel, a: Tensor, b: Tensor, *arguments, **sizes) -> None:
+    """Run a kernel above on the tiles of A = a (M, K) and B = b (K, N) of any strides."""
+    (M, K), N = a.shape, b.shape[1]
+    tiles = triton.cdiv(M, PRODUCT_TILE["BM"]) * triton.cdiv(N, PRODUCT_TILE["BN"])
+    if tiles:
+        kernel[(tiles,)](a.contiguous(), b, *arguments, M, N, K, *b.stride(), **sizes, **PRODUCT_TILE)
+
+
 # --- softcapped cross-entropy
 
 def ce_launch(V: int) -> dict:
@@ -5992,18 +6001,18 @@ def capped_ce(logits: Tensor, targets: Tensor, cap: float, kernel: bool | None =
     return F.cross_entropy(soft_cap(logits.float(), cap), targets, reduction="none")
 
 
-@operator(lambda hidden, head, *_: (*room_per_row(hidden), hidden.new_empty(hidden.shape[0], head.shape[0])))
+def room_for_head(hidden, head, *_):
+    """Loss and Σ e^s of every row, and the logits' gradient."""
+    return *room_per_row(hidden), hidden.new_empty(hidden.shape[0], head.shape[0])
+
+
+@operator(room_for_head)
 def ce_of_head(hidden: Tensor, head: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
     """hidden (N, d), head (V, d), targets (N) int64 -> losses, Σ e^s, and Σ e^s · d loss /
     d logits (N, V) like hidden."""
-    (N, d), V = hidden.shape, head.shape[0]
-    tiles = triton.cdiv(V, PRODUCT_TILE["BN"])
-    grad, score = hidden.new_empty(N, V), room_per_row(hidden)[0]
-    totals = score.new_empty(N, tiles)
-    if N:
-        head_kernel[(triton.cdiv(N, PRODUCT_TILE["BM"]) * tiles,)](
-            hidden.contiguous(), head.mT, targets.contiguous(), grad, totals, score, N, V, d,
-            *head.mT.stride(), cap, **PRODUCT_TILE)
+    score, _, grad = room_for_head(hidden, head)
+    totals = score.new_empty(len(score), triton.cdiv(head.shape[0], PRODUCT_TILE["BN"]))
+    product_launch(head_kernel, hidden, head.mT, targets.contiguous(), grad, totals, score, cap)
     total = totals.sum(1)
     s = soft_cap(score, cap)
     # not a difference of rounded numbers: p - 1 may be small
@@ -6093,19 +6102,18 @@ def heads_gradient(dy: Tensor, y: Tensor, gain: Tensor, slope: Tensor, cos: Tens
                    sin: Tensor) -> tuple[Tensor, Tensor]:
     """y (B, T, heads, Dh): heads over their RMS, turned, times gain (heads); slope (B, T, heads, 1):
     what an input was multiplied by before -> the gradients of input and gain, 0 of a gain of 0."""
-    gains = gain.float()[:, None]
+    gain = gain.float()[:, None]
     wide = rotate(dy.float(), cos, -sin)
-    normed = rotate(y.float(), cos, -sin) / torch.where(gains == 0, 1, gains)
+    normed = rotate(y.float(), cos, -sin) / torch.where(gain == 0, 1, gain)
     along = (wide * normed).mean(-1, keepdim=True)
-    dx = (wide - along * normed) * (gains * slope)
-    return dx.to(y.dtype), (y.size(-1) * along.sum((0, 1, 3))).to(gain.dtype)
+    return ((wide - along * normed) * (gain * slope)).to(y.dtype), y.size(-1) * along.sum((0, 1, 3))
 
 
 class NormedRotated(torch.autograd.Function):
     """All in float32; the gradient is made from the output: the input need not be kept."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin, gain):
+    def forward(ctx, x, gain, cos, sin):
         inverse = inverse_rms(x)
         y = (rotate(x.float() * inverse, cos, sin) * gain[:, None]).to(x.dtype)
         ctx.save_for_backward(y, gain, inverse, cos, sin)
@@ -6114,88 +6122,69 @@ class NormedRotated(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         dx, d_gain = heads_gradient(dy, *ctx.saved_tensors)
-        return dx, None, None, d_gain
-
-
-def normed_rotated(x: Tensor, rope: tuple[Tensor, Tensor], gain: Tensor | None = None) -> Tensor:
-    """Queries or keys x (B, T, heads, Dh): each head over its RMS, turned by rotary
-    embedding, times its gain (heads)."""
-    return NormedRotated.apply(x, *rope, x.new_ones(x.size(2)) if gain is None else gain)
+        return dx, d_gain.to(dy.dtype), None, None
 
 
 # --- queries, keys and values: the input's norm, the product, and what its heads go through
 
-def room_for_heads(x, qkv, factor, cos, sin, gain):
-    """Heads (B, T, all, Dh), and slope (B, T, query and key heads) float32."""
-    width = x.shape[2] // gain.shape[0]
-    every = qkv.shape[0] // width
-    normed = (gain.shape[0] + every) // 2
-    return x.new_empty(*x.shape[:2], every, width), factor.new_empty(*x.shape[:2], normed)
+def room_for_heads(x, qkv, factor, gain, cos, sin, width):
+    """Heads (B, T, n / width, width), and the normed ones' slope float32."""
+    heads = x.new_empty(*x.shape[:2], qkv.shape[0] // width, width)
+    return heads, factor.new_empty(*x.shape[:2], gain.shape[0])
 
 
 @operator(room_for_heads)
-def heads_product(x: Tensor, qkv: Tensor, factor: Tensor, cos: Tensor, sin: Tensor,
-                  gain: Tensor) -> tuple[Tensor, Tensor]:
-    """x (B, T, d), qkv (n, d), factor (B, T, 1) float32, cos, sin (T, half), gain (query heads) ->
-    what heads_kernel makes of them."""
-    out, slope = room_for_heads(x, qkv, factor, cos, sin, gain)
-    (B, T, d), n = x.shape, qkv.shape[0]
-    tiles = triton.cdiv(B * T, PRODUCT_TILE["BM"]) * triton.cdiv(n, PRODUCT_TILE["BN"])
-    if tiles:
-        heads_kernel[(tiles,)](
-            x.contiguous(), qkv.mT, factor, cos, sin, gain, out, slope, B * T, n, d, *qkv.mT.stride(), T,
-            RMS_EPS, GAINED=gain.shape[0], NORMED=slope.shape[2], WIDTH=out.shape[3], HALF=cos.shape[1],
-            **PRODUCT_TILE)
-    return out, slope
+def heads_product(x: Tensor, qkv: Tensor, factor: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
+                  width: int) -> tuple[Tensor, Tensor]:
+    """x (B, T, d), qkv (n, d), factor (B, T, 1) float32, gain (heads that are normed), cos, sin
+    (T, half) -> what heads_kernel makes of them."""
+    heads, slope = room_for_heads(x, qkv, factor, gain, cos, sin, width)
+    product_launch(heads_kernel, x.flatten(0, 1), qkv.mT, factor, gain, cos, sin, heads, slope, x.shape[1],
+                   RMS_EPS, NORMED=gain.shape[0], WIDTH=width, HALF=cos.shape[1])
+    return heads, slope
 
 
-class HeadsOfInput(torch.autograd.Function):
+class NormedHeads(torch.autograd.Function):
     """The norm's factor stands behind the product, as in the MLP; gradients are made from heads as
     attention reads them. front: so many normalised channels are written."""
 
     @staticmethod
-    def forward(ctx, x, qkv, gain, cos, sin, scale, front):
+    def forward(ctx, x, qkv, gain, cos, sin, width, scale, front):
         inverse = inverse_rms(x)
-        factor = scale * inverse
-        heads, slope = heads_product(x, qkv, factor, cos, sin, gain)
+        heads, slope = heads_product(x, qkv, scale * inverse, gain, cos, sin, width)
         ctx.scale = scale
         ctx.save_for_backward(x, qkv, inverse, heads, gain, slope, cos, sin)
-        q, k, v = heads.tensor_split((gain.size(0), slope.size(2)), dim=2)
-        return q, k, v, (x[..., :front] * factor).to(x.dtype)
+        normed, values = heads.tensor_split((gain.size(0),), dim=2)
+        return normed, values, (x[..., :front] * (scale * inverse)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, dq, dk, dv, d_front):
+    def backward(ctx, d_normed, d_values, d_front):
         x, qkv, inverse, heads, gain, slope, cos, sin = ctx.saved_tensors
         factor = ctx.scale * inverse
-        gains = torch.cat((gain, gain.new_ones(dk.size(2))))
-        normed = heads[:, :, :slope.size(2)]
-        d_heads = torch.cat((dq, dk), dim=2)
-        d_heads, d_gain = heads_gradient(d_heads, normed, gains, slope[..., None], cos, sin)
-        dv = (dv * factor[..., None]).to(x.dtype)
-        d_heads = torch.cat((d_heads, dv), dim=2).flatten(2)
-        wide = (d_heads @ qkv).float() + F.pad(d_front * factor, (0, x.size(-1) - d_front.size(-1)))
+        d_normed, d_gain = heads_gradient(
+            d_normed, heads[:, :, :gain.size(0)], gain, slope[..., None], cos, sin)
+        d_values = (d_values * factor[..., None]).to(x.dtype)
+        d_rows = torch.cat((d_normed, d_values), dim=2).flatten(2)
+        wide = (d_rows @ qkv).float() + F.pad(d_front * factor, (0, x.size(-1) - d_front.size(-1)))
         dx = wide - x * inverse.square() * (wide * x).mean(-1, keepdim=True)
-        d_qkv = d_heads.flatten(0, 1).mT @ x.flatten(0, 1)
-        return dx.to(x.dtype), d_qkv, d_gain[:gain.size(0)], None, None, None, None
+        d_qkv = d_rows.flatten(0, 1).mT @ x.flatten(0, 1)
+        return dx.to(x.dtype), d_qkv, d_gain.to(gain.dtype), None, None, None, None, None
 
 
-def queries_keys_values(x: Tensor, qkv: Tensor, gain: Tensor, rope: tuple[Tensor, Tensor], scale: float,
-                        front: int, parts: Callable | None = None,
-                        kernel: bool | None = None) -> tuple[Tensor, ...]:
-    """x (B, T, d), qkv (n, d) -> of rms(x, scale) @ qkvᵀ queries (B, T, H, Dh), normed, rotated, times gain
-    (H), keys (B, T, K, Dh), normed, rotated, values; and rms(x, scale), maybe only `front` channels.
-    parts(rms(x, scale), the product's three parts): what to make of them first."""
-    width = x.size(-1) // gain.size(0)
+def normed_heads(x: Tensor, qkv: Tensor, gain: Tensor, rope: tuple[Tensor, Tensor], width: int, scale: float,
+                 front: int, changed: Callable | None = None, kernel: bool | None = None) -> tuple[Tensor, ...]:
+    """Of x (B, T, d), qkv (n, d) the heads of rms(x, scale) @ qkvᵀ: those with a gain (heads, of queries and
+    keys) normed, rotated, times gain, the others (B, T, ·, width), and rms(x, scale), of which maybe only
+    `front` channels. changed(rms(x, scale), product): what is made of it first."""
     fits = PRODUCT_TILE["BN"] % width == 0 and width % (2 * rope[0].size(-1)) == 0
-    if parts is None and fits and use_triton(kernel, x.is_cuda and x.dtype in HALF):
-        return HeadsOfInput.apply(x, qkv, gain, *rope, scale, front)
+    if changed is None and fits and use_triton(kernel, x.is_cuda and x.dtype in HALF):
+        return NormedHeads.apply(x, qkv, gain, *rope, width, scale, front)
     normed = rms(x, scale)
-    kv = (qkv.size(0) - x.size(-1)) // 2
-    flat = F.linear(normed, qkv).split((x.size(-1), kv, kv), dim=-1)
-    if parts is not None:
-        flat = parts(normed, *flat)
-    q, k, v = (part.unflatten(2, (-1, width)) for part in flat)
-    return normed_rotated(q, rope, gain), normed_rotated(k, rope), v, normed
+    rows = F.linear(normed, qkv)
+    if changed is not None:
+        rows = changed(normed, rows)
+    heads, values = rows.unflatten(2, (-1, width)).tensor_split((gain.size(0),), dim=2)
+    return NormedRotated.apply(heads, gain, *rope), values, normed
 
 
 # --- sums of streams: the factors' gradients from one more reading of what was summed
@@ -6329,16 +6318,6 @@ def remove_own_value(y: Tensor, v: Tensor, gate: Tensor | None = None,
 
 # --- leaky-ReLU² MLP
 
-def mlp_launch(a, b, factor, act, signs, out, slope, backward=False, keep_signs=False) -> None:
-    """Run mlp_kernel on A = a (M, K) contiguous and B = b (K, N) of any strides."""
-    M, K = a.shape
-    N = b.shape[1]
-    tiles = triton.cdiv(M, PRODUCT_TILE["BM"]) * triton.cdiv(N, PRODUCT_TILE["BN"])
-    if tiles:
-        mlp_kernel[(tiles,)](a, b, factor, act, signs, out, M, N, K, *b.stride(), slope,
-                             BACKWARD=backward, KEEP_SIGNS=keep_signs, **PRODUCT_TILE)
-
-
 def room_for_hidden(x, up, factor, slope, keep_signs):
     """a (N, m) and signs, eight a byte, for whole tiles; without rows unless they are kept."""
     N, m = x.shape[0], up.shape[0]
@@ -6352,7 +6331,7 @@ def mlp_up(x: Tensor, up: Tensor, factor: Tensor, slope: float, keep_signs: bool
     """x (N, d), up (m, d), factor (N, 1) float32, h = factor · x @ upᵀ -> a = leaky(h)² (N, m)
     and h's signs."""
     a, signs = room_for_hidden(x, up, factor, slope, keep_signs)
-    mlp_launch(x.contiguous(), up.mT, factor, a, signs, a, slope, keep_signs=keep_signs)
+    product_launch(mlp_kernel, x, up.mT, factor, a, signs, a, slope, BACKWARD=False, KEEP_SIGNS=keep_signs)
     return a, signs
 
 
@@ -6360,7 +6339,7 @@ def mlp_up(x: Tensor, up: Tensor, factor: Tensor, slope: float, keep_signs: bool
 def mlp_dh(dy: Tensor, down: Tensor, factor: Tensor, a: Tensor, signs: Tensor, slope: float) -> Tensor:
     """dy (N, d), down (d, m), mlp_up's factor and results -> factor · (dy @ down) · act'(h)."""
     dh = room(a)
-    mlp_launch(dy.contiguous(), down, factor, a, signs, dh, slope, backward=True)
+    product_launch(mlp_kernel, dy, down, factor, a, signs, dh, slope, BACKWARD=True, KEEP_SIGNS=False)
     return dh
 
 

@@ -43,7 +43,7 @@ for kernel, launch in (
         (tg.mlp_kernel, dict(BACKWARD=False, KEEP_SIGNS=True, **UP)),
         (tg.mlp_kernel, dict(BACKWARD=True, KEEP_SIGNS=False, **DOWN)),
         (tg.head_kernel, UP),
-        (tg.heads_kernel, dict(GAINED=8, NORMED=12, WIDTH=64, HALF=8, **UP)),
+        (tg.heads_kernel, dict(NORMED=12, WIDTH=64, HALF=8, **UP)),
         (tg.own_value_kernel, HEADS), (tg.own_value_backward_kernel, HEADS),
         (tg.kept_keys_kernel, KEPT), (tg.kept_keys_dq_kernel, KEPT), (tg.own_keys_gradient_kernel, KEPT)):
     options = {name: launch[name] for name in ("num_warps", "num_stages") if name in launch}
