@@ -4912,6 +4912,7 @@ def closing_block(run: Run) -> None:
     if summary.get("artifact_bytes"):
         run.say(f"{'artifact + script':28} {summary['artifact_bytes']:,} + "
                 f"{summary['code_bytes']:,} = {summary['total_bytes']:,} of {ARTIFACT_LIMIT:,} bytes")
+    run.say(f"{'files':28} {run.dir}")
     for reason in summary["not_compliant_because"]:
         run.say(f"NON-COMPLIANT: {reason}")
     run.say("-" * 72)

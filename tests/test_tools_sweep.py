@@ -146,7 +146,7 @@ def has_study(path):
         return False
 
 
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
 def test_a_sweep_that_is_ended_loses_and_doubles_nothing(place, sign, capsys):
     (place / "hold").touch()
     command = words(place, "--trials", 4, "--workers", 2, "--seeds", "1", "2")
@@ -158,7 +158,7 @@ def test_a_sweep_that_is_ended_loses_and_doubles_nothing(place, sign, capsys):
         time.sleep(0.1)
     left = end_in_the_middle(first, study(place), sign, deadline, completed=1)
     (place / "hold").unlink()
-    assert left and first.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}[sign]
+    assert left and first.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 130}[sign]
     silence(place)
     assert sweep.main(command) == 0
     complete, dead = check_points(study(place), 4)

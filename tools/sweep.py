@@ -67,6 +67,7 @@ ALONE = "{python}"  # one process needs no launcher, whose trace would bury its 
 SEVERAL = "{python} -m torch.distributed.run --standalone --nproc_per_node={nproc}"
 GRACE_SECONDS = 60
 POLL_SECONDS = 0.5
+PROGRESS_PERCENT = 25  # a run's training, between two lines on the screen
 STORAGE_TRIES, STORAGE_SECONDS = 5, 5  # a database may be away for a moment
 LOG_LINES = 12
 LAST_LINES = "last log lines: "
@@ -542,7 +543,7 @@ class Worker:
                 preexec_fn=die_with_parent,
             )
             try:
-                self.watch(process, folder, trial if prune else None)
+                self.watch(process, folder, trial, prune)
             finally:
                 stop(process)
         if process.returncode:
@@ -550,24 +551,26 @@ class Worker:
             raise Failed(f"exit status {process.returncode}: {said}")
         return metric_of(folder, args.metric)
 
-    def watch(self, process: subprocess.Popen, folder: Path, trial) -> None:
-        """Wait for a run's end, and report its progress to a trial that may be pruned.
+    def watch(self, process: subprocess.Popen, folder: Path, trial, prune: bool) -> None:
+        """Wait for a run's end, show how far it is, and report that to a trial that may be pruned.
 
         Raises TrialPruned when it is hopeless; SystemExit when the sweep ends, which leaves
         the trial to be run again.
         """
-        reported = 0
+        label = f"[{MACHINE}] trial {trial.number}"
+        shown = reported = 0
         while not has_ended(process, POLL_SECONDS):
             if self.stopping.is_set():
                 raise SystemExit
-            if trial is None:
-                continue
             used, score = progress_of(folder) or (0, math.nan)
-            if used > reported and math.isfinite(score):
+            if used >= shown + PROGRESS_PERCENT:
+                shown = used - used % PROGRESS_PERCENT
+                print(f"{label}: {used} % of its training, {score:.4f}", flush=True)
+            if prune and used > reported and math.isfinite(score):
                 reported = used
                 trial.report(score, used)
                 if trial.should_prune():
-                    print(f"[{MACHINE}] trial {trial.number} pruned at {used} %", flush=True)
+                    print(f"{label} pruned at {used} %", flush=True)
                     raise need("optuna", "sweep").TrialPruned
 
 
@@ -637,9 +640,11 @@ def coordinate(args: argparse.Namespace, space: list[Setting]) -> None:
         try:
             for worker in as_completed(working):
                 worker.result()
-        except BaseException:  # an error, or Ctrl-C
-            stopping.set()
+        except KeyboardInterrupt:  # or SIGTERM
+            print("stopping: the same command goes on later", file=sys.stderr, flush=True)
             raise
+        finally:
+            stopping.set()
 
 
 # --- results
@@ -887,4 +892,5 @@ def main(arguments=None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     run_cli(main)
