@@ -1017,21 +1017,17 @@ class GPT(nn.Module):
         return forward.adapted(out, "o", slot, normed, weights["attn_scale"])
 
     def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, ...]:
-        """For attention: queries (B, T, H, Dh), keys and values (B, T, K, Dh) of x (B, T, D), and
-        x normalised: all of it for an adapter, else maybe what gates read."""
-        def changed(normed: Tensor, rows: Tensor) -> Tensor:
-            forward.observe("attn_in", layer, normed)
-            parts = []
-            for kind, part in zip("qkv", rows.split((s.model_dim, s.kv_dim, s.kv_dim), dim=-1)):
-                parts.append(forward.adapted(part, kind, slot, normed))
-                forward.observe(f"{kind}_out", layer, parts[-1])
+        """Queries (B, T, H, Dh), keys and values (B, T, K, Dh) of x (B, T, D), for attention; x
+        normed, maybe only what gates read."""
+        def change(normed: Tensor, *parts: Tensor) -> Tensor:
+            parts = [forward.adapted(part, kind, slot, normed) for kind, part in zip("qkv", parts)]
+            for kind, seen in zip(("attn_in", "q_out", "k_out", "v_out"), (normed, *parts)):
+                forward.observe(kind, layer, seen)
             return torch.cat(parts, dim=-1)
 
-        s, weights, scale = self.s, forward.layers[layer], self.depth_scale(layer)
         plain = forward.hook is None and forward.adapter is None
-        qk, v, normed = normed_heads(x, weights["qkv"], weights["qk_gain"], forward.rope, s.head_dim, scale,
-                                     s.gate_window, None if plain else changed)
-        return *qk.split((s.num_heads, s.num_kv_heads), dim=2), v, normed
+        return normed_heads(x, forward.layers[layer], forward.rope, self.depth_scale(layer),
+                            self.s.gate_window, None if plain else change)
 
     def head_gate(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor | None:
         """Gate (B, T, H) of the heads by the first channels of x, if there is one; 1/2 at the
@@ -5689,29 +5685,28 @@ def heads_kernel(x_ptr, qkv_ptr, factor_ptr, gain_ptr, cos_ptr, sin_ptr, out_ptr
     acc, tile_m, tile_n = product_tile(x_ptr, qkv_ptr, M, N, K, stride_k, stride_n, BM, BN, BK, GROUP)
     origin = (tile_m * BM).to(tl.int64)
     row = tl.arange(0, BM)
-    inside_m = row < M - tile_m * BM
-    factor = tl.load(factor_ptr + origin + row, mask=inside_m, other=0.0)
-    acc *= factor[:, None]
-    head = tile_n * (BN // WIDTH) + tl.arange(0, BN // WIDTH)
-    normed = (head < NORMED)[None, :]
-    x = tl.reshape(acc, (BM, BN // WIDTH, WIDTH))
-    inverse = tl.where(normed, tl.rsqrt(tl.sum(x * x, 2) / WIDTH + eps), 1.0)
-    slope_ptrs = slope_ptr + origin * NORMED + row[:, None] * NORMED + head[None, :]
-    tl.store(slope_ptrs, factor[:, None] * inverse, mask=inside_m[:, None] & normed)
-    gain = tl.load(gain_ptr + head, mask=head < NORMED, other=1.0).to(tl.float32)
-    x *= (inverse * gain[None, :])[:, :, None]
-    # channels c and c + HALF are a pair; the first HALF pairs of a head are turned
-    first, second = tl.split(tl.permute(tl.reshape(x, (BM, BN // (2 * HALF), 2, HALF)), (0, 1, 3, 2)))
-    col = tile_n * BN + 2 * HALF * tl.arange(0, BN // (2 * HALF))
-    turned = ((col % WIDTH == 0) & (col < NORMED * WIDTH))[None, :, None]
-    angle = ((origin + row) % T)[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    cos = tl.where(turned, tl.load(cos_ptr + angle)[:, None, :], 1.0)
-    sin = tl.where(turned, tl.load(sin_ptr + angle)[:, None, :], 0.0)
+    inside = (row < M - tile_m * BM)[:, None]
+    factor = tl.load(factor_ptr + origin + row[:, None], mask=inside, other=0.0)
+    HEADS: tl.constexpr = BN // WIDTH
+    head = tile_n * HEADS + tl.arange(0, HEADS)[None, :]
+    x = tl.reshape(factor * acc, (BM, HEADS, WIDTH))
+    inverse = tl.where(head < NORMED, tl.rsqrt(tl.sum(x * x, 2) / WIDTH + eps), 1.0)
+    at = row[:, None] * NORMED + head
+    tl.store(slope_ptr + origin * NORMED + at, factor * inverse, mask=inside & (head < NORMED))
+    inverse *= tl.load(gain_ptr + head, mask=head < NORMED, other=1.0).to(tl.float32)
+    # channels c and c + HALF are a pair; a head's first HALF pairs are turned
+    PAIRS: tl.constexpr = BN // (2 * HALF)
+    pairs = tl.reshape(x * inverse[:, :, None], (BM, PAIRS, 2, HALF))
+    first, second = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+    col = tile_n * BN + 2 * HALF * tl.arange(0, PAIRS)[:, None]
+    turned = (col % WIDTH == 0) & (col < NORMED * WIDTH)
+    angle = ((origin + row) % T)[:, None, None] * HALF + tl.arange(0, HALF)
+    cos = tl.where(turned, tl.load(cos_ptr + angle), 1.0)
+    sin = tl.where(turned, tl.load(sin_ptr + angle), 0.0)
     pairs = tl.join(first * cos + second * sin, second * cos - first * sin)
-    out = tl.reshape(tl.permute(pairs, (0, 1, 3, 2)), (BM, BN))
+    out = tl.reshape(tl.permute(pairs, (0, 1, 3, 2)), (BM, BN)).to(out_ptr.dtype.element_ty)
     col = tile_n * BN + tl.arange(0, BN)
-    out_ptrs = out_ptr + origin * N + row[:, None] * N + col[None, :]
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside_m[:, None] & (col < N)[None, :])
+    tl.store(out_ptr + origin * N + row[:, None] * N + col, out, mask=inside & (col < N))
 
 
 @jit
@@ -6099,19 +6094,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + partner * sin[:, None]
 
 
-def heads_gradient(dy: Tensor, y: Tensor, gain: Tensor, slope: Tensor, cos: Tensor,
-                   sin: Tensor) -> tuple[Tensor, Tensor]:
-    """y (B, T, heads, Dh): heads over their RMS, turned, times gain (heads); slope (B, T, heads, 1):
-    what an input was multiplied by before -> the gradients of input and gain, 0 of a gain of 0."""
+def heads_gradient(dy, y, gain, slope, cos, sin):
+    """y (B, T, heads, Dh): heads over their RMS, turned, times gain (heads); slope (B, T, heads, 1): what x
+    was multiplied by before -> gradients of x and gain, 0 of a gain of 0."""
     gain = gain.float()[:, None]
     wide = rotate(dy.float(), cos, -sin)
     normed = rotate(y.float(), cos, -sin) / torch.where(gain == 0, 1, gain)
     along = (wide * normed).mean(-1, keepdim=True)
-    return ((wide - along * normed) * (gain * slope)).to(y.dtype), y.size(-1) * along.sum((0, 1, 3))
+    dx = (wide - along * normed) * (gain * slope)
+    return dx.to(y.dtype), (y.size(-1) * along.sum((0, 1, 3))).to(y.dtype)
 
 
 class NormedRotated(torch.autograd.Function):
-    """All in float32; the gradient is made from the output: the input need not be kept."""
+    """Heads (B, T, heads, Dh) over their RMS, turned, times gain (heads), in float32. Their gradient is
+    made from the output: the input need not be kept."""
 
     @staticmethod
     def forward(ctx, x, gain, cos, sin):
@@ -6122,8 +6118,7 @@ class NormedRotated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        dx, d_gain = heads_gradient(dy, *ctx.saved_tensors)
-        return dx, d_gain.to(dy.dtype), None, None
+        return *heads_gradient(dy, *ctx.saved_tensors), None, None
 
 
 # --- queries, keys and values: the input's norm, the product, and what its heads go through
@@ -6137,8 +6132,8 @@ def room_for_heads(x, qkv, factor, gain, cos, sin, width):
 @operator(room_for_heads)
 def heads_product(x: Tensor, qkv: Tensor, factor: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
                   width: int) -> tuple[Tensor, Tensor]:
-    """x (B, T, d), qkv (n, d), factor (B, T, 1) float32, gain (heads that are normed), cos, sin
-    (T, half) -> what heads_kernel makes of them."""
+    """x (B, T, d), qkv (n, d), factor (B, T, 1) float32, gain (normed heads), cos, sin (T, half) ->
+    what heads_kernel makes of them."""
     heads, slope = room_for_heads(x, qkv, factor, gain, cos, sin, width)
     product_launch(heads_kernel, x.flatten(0, 1), qkv.mT, factor, gain, cos, sin, heads, slope, x.shape[1],
                    RMS_EPS, NORMED=gain.shape[0], WIDTH=width, HALF=cos.shape[1])
@@ -6146,8 +6141,8 @@ def heads_product(x: Tensor, qkv: Tensor, factor: Tensor, gain: Tensor, cos: Ten
 
 
 class NormedHeads(torch.autograd.Function):
-    """The norm's factor stands behind the product, as in the MLP; gradients are made from heads as
-    attention reads them. front: so many normalised channels are written."""
+    """The input's norm stands behind the product, as in the MLP; the gradient is made from what
+    attention reads."""
 
     @staticmethod
     def forward(ctx, x, qkv, gain, cos, sin, width, scale, front):
@@ -6155,37 +6150,40 @@ class NormedHeads(torch.autograd.Function):
         heads, slope = heads_product(x, qkv, scale * inverse, gain, cos, sin, width)
         ctx.scale = scale
         ctx.save_for_backward(x, qkv, inverse, heads, gain, slope, cos, sin)
-        normed, values = heads.tensor_split((gain.size(0),), dim=2)
-        return normed, values, (x[..., :front] * (scale * inverse)).to(x.dtype)
+        return *heads.tensor_split((len(gain),), 2), (x[..., :front] * (scale * inverse)).to(x.dtype)
 
     @staticmethod
     def backward(ctx, d_normed, d_values, d_front):
         x, qkv, inverse, heads, gain, slope, cos, sin = ctx.saved_tensors
         factor = ctx.scale * inverse
-        d_normed, d_gain = heads_gradient(
-            d_normed, heads[:, :, :gain.size(0)], gain, slope[..., None], cos, sin)
+        d_normed, d_gain = heads_gradient(d_normed, heads[:, :, :len(gain)], gain, slope[..., None], cos, sin)
         d_values = (d_values * factor[..., None]).to(x.dtype)
-        d_rows = torch.cat((d_normed, d_values), dim=2).flatten(2)
+        d_rows = torch.cat((d_normed, d_values), 2).flatten(2)
         wide = (d_rows @ qkv).float() + F.pad(d_front * factor, (0, x.size(-1) - d_front.size(-1)))
         dx = wide - x * inverse.square() * (wide * x).mean(-1, keepdim=True)
         d_qkv = d_rows.flatten(0, 1).mT @ x.flatten(0, 1)
-        return dx.to(x.dtype), d_qkv, d_gain.to(gain.dtype), None, None, None, None, None
+        return dx.to(x.dtype), d_qkv, d_gain, None, None, None, None, None
 
 
-def normed_heads(x: Tensor, qkv: Tensor, gain: Tensor, rope: tuple[Tensor, Tensor], width: int, scale: float,
-                 front: int, changed: Callable | None = None, kernel: bool | None = None) -> tuple[Tensor, ...]:
-    """Of x (B, T, d), qkv (n, d) the heads of rms(x, scale) @ qkvᵀ: those with a gain (heads, of queries and
-    keys) normed, rotated, times gain, the others (B, T, ·, width), and rms(x, scale), of which maybe only
-    `front` channels. changed(rms(x, scale), product): what is made of it first."""
+def normed_heads(x: Tensor, weights: dict[str, Tensor], rope: tuple[Tensor, Tensor], scale: float, front: int,
+                 change: Callable | None = None, kernel: bool | None = None) -> tuple[Tensor, ...]:
+    """Of rms(x, scale), x (B, T, d), a layer's queries (B, T, H, Dh) and keys (B, T, K, Dh), each head over
+    its RMS, turned, times its gain, and values; and rms(x, scale), maybe only `front` channels.
+    change(rms(x, scale), three products): what goes on in their place, joined."""
+    qkv, gain, heads = weights["qkv"], weights["qk_gain"], len(weights["q_gain"])
+    width = x.size(-1) // heads
     fits = PRODUCT_TILE["BN"] % width == 0 and width % (2 * rope[0].size(-1)) == 0
-    if changed is None and fits and use_triton(kernel, x.is_cuda and x.dtype in HALF):
-        return NormedHeads.apply(x, qkv, gain, *rope, width, scale, front)
-    normed = rms(x, scale)
-    rows = F.linear(normed, qkv)
-    if changed is not None:
-        rows = changed(normed, rows)
-    heads, values = rows.unflatten(2, (-1, width)).tensor_split((gain.size(0),), dim=2)
-    return NormedRotated.apply(heads, gain, *rope), values, normed
+    if change is None and fits and use_triton(kernel, x.is_cuda and x.dtype in HALF):
+        qk, v, normed = NormedHeads.apply(x, qkv, gain, *rope, width, scale, front)
+    else:
+        normed = rms(x, scale)
+        rows = F.linear(normed, qkv)
+        if change is not None:
+            kv = width * (len(gain) - heads)
+            rows = change(normed, *rows.split((x.size(-1), kv, kv), dim=-1))
+        qk, v = rows.unflatten(2, (-1, width)).tensor_split((len(gain),), dim=2)
+        qk = NormedRotated.apply(qk, gain, *rope)
+    return *qk.tensor_split((heads,), dim=2), v, normed
 
 
 # --- sums of streams: the factors' gradients from one more reading of what was summed

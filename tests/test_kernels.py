@@ -255,18 +255,11 @@ def test_norm_has_the_gradient_of_the_formula(dtype, bound):
 
 
 @pytest.mark.parametrize("width, rotated", [(16, 4), (16, 16), (12, 8), (6, 2)])
-@pytest.mark.parametrize("with_gain", [True, False])
-def test_normed_rotation_has_the_gradient_of_the_formula(width, rotated, with_gain):
+def test_normed_rotation_has_the_gradient_of_the_formula(width, rotated):
     x, gain, angle, dy = random((2, 7, 3, width), (3,), (7, rotated // 2), (2, 7, 3, width))
     cos, sin = angle.detach().cos(), angle.detach().sin()
-    leaves = [x, gain] if with_gain else [x]
-
-    def plain(x, gain=None):
-        y = plain_rotation(plain_norm(x, 1.0), cos, sin)
-        return y if gain is None else y * gain[:, None]
-
-    got = graded(lambda x, gain=None: kernels.normed_rotated(x, (cos, sin), gain), leaves, dy)
-    want = graded(plain, leaves, dy)
+    got = graded(lambda x, gain: kernels.NormedRotated.apply(x, gain, cos, sin), [x, gain], dy)
+    want = graded(lambda x, gain: plain_rotation(plain_norm(x, 1.0), cos, sin) * gain[:, None], [x, gain], dy)
     assert all(gap(a, b) < 2e-6 for a, b in zip(got, want))
 
 
@@ -288,20 +281,21 @@ def test_lanes_have_the_gradient_of_the_formula():
 
 # ------------------------------------------------------------------------- queries, keys and values
 @needs_triton
-@pytest.mark.parametrize("rows, T, H, K, width, half", [(2, 70, 4, 2, 16, 4), (1, 5, 16, 8, 16, 8), (3, 3, 2, 1, 8, 2)])
+@pytest.mark.parametrize("rows, T, H, K, width, half", [(2, 70, 4, 2, 16, 4), (1, 5, 16, 8, 16, 8)])
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
-def test_queries_keys_values_of_the_kernel_are_their_twins(rows, T, H, K, width, half, dtype, bound):
-    """Rows end within tiles, and positions begin anew in every row; a gain of 0 has a gradient of 0."""
-    x, qkv, gain = random((rows, T, H * width), ((H + 2 * K) * width, H * width), (H,), dtype=dtype)
-    (angle,) = random((T, half), grad=False)
-    d_out = random((rows, T, (H + 2 * K) * width + 3), seed=1)[0].detach()
+def test_normed_heads_of_the_kernel_are_their_twins(rows, T, H, K, width, half, dtype, bound):
+    """Tiles end within heads and rows, positions begin anew in every row; a gain of 0 has a gradient of 0."""
+    x, qkv, gain = random((rows, T, H * width), ((H + 2 * K) * width, H * width), (H + K,), dtype=dtype)
+    angle, d_out = random((T, half), (rows, T, (H + 2 * K) * width + 3), seed=1, grad=False)
     gain.data[0] = 0
 
     def results(kernel):
         def flat(x, qkv, gain):
+            weights = dict(qkv=qkv, qk_gain=gain, q_gain=gain[:H])
             rope = angle.cos(), angle.sin()
-            *heads, normed = kernels.queries_keys_values(x, qkv, gain, rope, 0.4, 3, kernel=kernel)
-            return torch.cat([y.flatten(2) for y in heads] + [normed[..., :3]], dim=-1)
+            *heads, normed = kernels.normed_heads(x, weights, rope, 0.4, 3, kernel=kernel)
+            return torch.cat([*(y.flatten(2) for y in heads), normed[..., :3]], dim=-1)
+
         return flat
 
     got = graded(results(True), [x, qkv, gain], d_out)
