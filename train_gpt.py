@@ -1019,11 +1019,11 @@ class GPT(nn.Module):
     def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, ...]:
         """Queries (B, T, H, Dh), keys and values (B, T, K, Dh) of x (B, T, D), for attention; x
         normed, maybe only what gates read."""
-        def change(normed: Tensor, *parts: Tensor) -> Tensor:
+        def change(normed: Tensor, *parts: Tensor) -> list[Tensor]:
             parts = [forward.adapted(part, kind, slot, normed) for kind, part in zip("qkv", parts)]
             for kind, seen in zip(("attn_in", "q_out", "k_out", "v_out"), (normed, *parts)):
                 forward.observe(kind, layer, seen)
-            return torch.cat(parts, dim=-1)
+            return parts
 
         plain = forward.hook is None and forward.adapter is None
         return normed_heads(x, forward.layers[layer], forward.rope, self.depth_scale(layer),
@@ -6169,21 +6169,21 @@ def normed_heads(x: Tensor, weights: dict[str, Tensor], rope: tuple[Tensor, Tens
                  change: Callable | None = None, kernel: bool | None = None) -> tuple[Tensor, ...]:
     """Of rms(x, scale), x (B, T, d), a layer's queries (B, T, H, Dh) and keys (B, T, K, Dh), each head over
     its RMS, turned, times its gain, and values; and rms(x, scale), maybe only `front` channels.
-    change(rms(x, scale), three products): what goes on in their place, joined."""
+    change(rms(x, scale), three products): what goes on in the products' place."""
     qkv, gain, heads = weights["qkv"], weights["qk_gain"], len(weights["q_gain"])
     width = x.size(-1) // heads
     fits = PRODUCT_TILE["BN"] % width == 0 and width % (2 * rope[0].size(-1)) == 0
     if change is None and fits and use_triton(kernel, x.is_cuda and x.dtype in HALF):
         qk, v, normed = NormedHeads.apply(x, qkv, gain, *rope, width, scale, front)
-    else:
-        normed = rms(x, scale)
-        rows = F.linear(normed, qkv)
-        if change is not None:
-            kv = width * (len(gain) - heads)
-            rows = change(normed, *rows.split((x.size(-1), kv, kv), dim=-1))
-        qk, v = rows.unflatten(2, (-1, width)).tensor_split((len(gain),), dim=2)
-        qk = NormedRotated.apply(qk, gain, *rope)
-    return *qk.tensor_split((heads,), dim=2), v, normed
+        return *qk.tensor_split((heads,), 2), v, normed
+    normed = rms(x, scale)
+    kv = width * (len(gain) - heads)
+    parts = F.linear(normed, qkv).split((x.size(-1), kv, kv), dim=-1)
+    if change is not None:
+        parts = change(normed, *parts)
+    q, k, v = (part.unflatten(2, (-1, width)) for part in parts)
+    q = NormedRotated.apply(q, gain[:heads], *rope)
+    return q, NormedRotated.apply(k, gain[heads:], *rope), v, normed
 
 
 # --- sums of streams: the factors' gradients from one more reading of what was summed
