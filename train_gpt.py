@@ -6150,19 +6150,25 @@ class NormedHeads(torch.autograd.Function):
         heads, slope = heads_product(x, qkv, scale * inverse, gain, cos, sin, width)
         ctx.scale = scale
         ctx.save_for_backward(x, qkv, inverse, heads, gain, slope, cos, sin)
-        return *heads.tensor_split((len(gain),), 2), (x[..., :front] * (scale * inverse)).to(x.dtype)
+        q, k, v = heads.tensor_split((x.size(-1) // width, len(gain)), 2)
+        return q, k, v, (x[..., :front] * (scale * inverse)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, d_normed, d_values, d_front):
+    def backward(ctx, dq, dk, dv, d_front):
         x, qkv, inverse, heads, gain, slope, cos, sin = ctx.saved_tensors
+        parts, d_gain = [], []
+        for dy, first in ((dq, 0), (dk, dq.size(2))):
+            own = slice(first, first + dy.size(2))
+            part, sums = heads_gradient(dy, heads[:, :, own], gain[own], slope[:, :, own, None], cos, sin)
+            parts.append(part)
+            d_gain.append(sums)
         factor = ctx.scale * inverse
-        d_normed, d_gain = heads_gradient(d_normed, heads[:, :, :len(gain)], gain, slope[..., None], cos, sin)
-        d_values = (d_values * factor[..., None]).to(x.dtype)
-        d_rows = torch.cat((d_normed, d_values), 2).flatten(2)
+        parts.append((dv * factor[..., None]).to(x.dtype))
+        d_rows = torch.cat(parts, 2).flatten(2)
         wide = (d_rows @ qkv).float() + F.pad(d_front * factor, (0, x.size(-1) - d_front.size(-1)))
         dx = wide - x * inverse.square() * (wide * x).mean(-1, keepdim=True)
         d_qkv = d_rows.flatten(0, 1).mT @ x.flatten(0, 1)
-        return dx.to(x.dtype), d_qkv, d_gain, None, None, None, None, None
+        return dx.to(x.dtype), d_qkv, torch.cat(d_gain), None, None, None, None, None
 
 
 def normed_heads(x: Tensor, weights: dict[str, Tensor], rope: tuple[Tensor, Tensor], scale: float, front: int,
@@ -6174,8 +6180,7 @@ def normed_heads(x: Tensor, weights: dict[str, Tensor], rope: tuple[Tensor, Tens
     width = x.size(-1) // heads
     fits = PRODUCT_TILE["BN"] % width == 0 and width % (2 * rope[0].size(-1)) == 0
     if change is None and fits and use_triton(kernel, x.is_cuda and x.dtype in HALF):
-        qk, v, normed = NormedHeads.apply(x, qkv, gain, *rope, width, scale, front)
-        return *qk.tensor_split((heads,), 2), v, normed
+        return NormedHeads.apply(x, qkv, gain, *rope, width, scale, front)
     normed = rms(x, scale)
     kv = width * (len(gain) - heads)
     parts = F.linear(normed, qkv).split((x.size(-1), kv, kv), dim=-1)
