@@ -6146,29 +6146,29 @@ class NormedHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, qkv, gain, cos, sin, width, scale, front):
-        inverse = inverse_rms(x)
-        heads, slope = heads_product(x, qkv, scale * inverse, gain, cos, sin, width)
+        factor = scale * inverse_rms(x)
+        heads, slope = heads_product(x, qkv, factor, gain, cos, sin, width)
         ctx.scale = scale
-        ctx.save_for_backward(x, qkv, inverse, heads, gain, slope, cos, sin)
-        q, k, v = heads.tensor_split((x.size(-1) // width, len(gain)), 2)
-        return q, k, v, (x[..., :front] * (scale * inverse)).to(x.dtype)
+        ctx.save_for_backward(x, qkv, factor, heads, gain, slope, cos, sin)
+        return *heads.tensor_split((x.size(-1) // width, len(gain)), 2), (x[..., :front] * factor).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dq, dk, dv, d_front):
-        x, qkv, inverse, heads, gain, slope, cos, sin = ctx.saved_tensors
+        x, qkv, factor, heads, gain, slope, cos, sin = ctx.saved_tensors
         parts, d_gain = [], []
-        for dy, first in ((dq, 0), (dk, dq.size(2))):
-            own = slice(first, first + dy.size(2))
+        for dy, own in ((dq, slice(dq.size(2))), (dk, slice(dq.size(2), len(gain)))):
             part, sums = heads_gradient(dy, heads[:, :, own], gain[own], slope[:, :, own, None], cos, sin)
             parts.append(part)
             d_gain.append(sums)
-        factor = ctx.scale * inverse
         parts.append((dv * factor[..., None]).to(x.dtype))
         d_rows = torch.cat(parts, 2).flatten(2)
-        wide = (d_rows @ qkv).float() + F.pad(d_front * factor, (0, x.size(-1) - d_front.size(-1)))
-        dx = wide - x * inverse.square() * (wide * x).mean(-1, keepdim=True)
+        d = x.size(-1)
+        wide = (d_rows @ qkv).float() + F.pad(d_front * factor, (0, d - d_front.size(-1)))
+        # few operations on a channel: with more the compiler would write this before it adds to it
+        normed = x * factor
+        along = (wide * normed / (d * ctx.scale ** 2)).sum(-1, keepdim=True)
         d_qkv = d_rows.flatten(0, 1).mT @ x.flatten(0, 1)
-        return dx.to(x.dtype), d_qkv, torch.cat(d_gain), None, None, None, None, None
+        return (wide - along * normed).to(x.dtype), d_qkv, torch.cat(d_gain), None, None, None, None, None
 
 
 def normed_heads(x: Tensor, weights: dict[str, Tensor], rope: tuple[Tensor, Tensor], scale: float, front: int,
