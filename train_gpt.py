@@ -926,7 +926,7 @@ class GPT(nn.Module):
             down = self.mlp_scale[:, :, None] * down
         # one product of qkv reads the input once
         stacks = dict(qkv=torch.cat((q, k, v), dim=1), o=o, up=self.mlp_up_bank, down=down,
-                      qk_gain=F.pad(self.q_gain, (0, self.s.num_kv_heads), value=1))
+                      qk_gain=F.pad(self.q_gain.detach(), (0, self.s.num_kv_heads), value=1))
         for name in self.of_layers:
             stacks[name] = getattr(self, name)
         layers: list[dict] = [{} for _ in range(self.s.num_layers)]
@@ -5681,7 +5681,7 @@ def heads_kernel(x_ptr, qkv_ptr, factor_ptr, gain_ptr, cos_ptr, sin_ptr, out_ptr
                  stride_k, stride_n, NORMED: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
     """Heads of P = factor · x (M, K) @ qkv (K, N) -> out (M, N): the first NORMED over their RMS, times
-    gain, turned. slope (M, NORMED): factor over RMS."""
+    gain, turned. slope (M, NORMED): what x @ qkv was multiplied by."""
     acc, tile_m, tile_n = product_tile(x_ptr, qkv_ptr, M, N, K, stride_k, stride_n, BM, BN, BK, GROUP)
     origin = (tile_m * BM).to(tl.int64)
     row = tl.arange(0, BM)
@@ -5690,13 +5690,13 @@ def heads_kernel(x_ptr, qkv_ptr, factor_ptr, gain_ptr, cos_ptr, sin_ptr, out_ptr
     HEADS: tl.constexpr = BN // WIDTH
     head = tile_n * HEADS + tl.arange(0, HEADS)[None, :]
     x = tl.reshape(factor * acc, (BM, HEADS, WIDTH))
-    inverse = tl.where(head < NORMED, tl.rsqrt(tl.sum(x * x, 2) / WIDTH + eps), 1.0)
+    gain = tl.load(gain_ptr + head, mask=head < NORMED, other=1.0).to(tl.float32)
+    gain *= tl.where(head < NORMED, tl.rsqrt(tl.sum(x * x, 2) / WIDTH + eps), 1.0)
     at = row[:, None] * NORMED + head
-    tl.store(slope_ptr + origin * NORMED + at, factor * inverse, mask=inside & (head < NORMED))
-    inverse *= tl.load(gain_ptr + head, mask=head < NORMED, other=1.0).to(tl.float32)
+    tl.store(slope_ptr + origin * NORMED + at, factor * gain, mask=inside & (head < NORMED))
     # channels c and c + HALF are a pair; a head's first HALF pairs are turned
     PAIRS: tl.constexpr = BN // (2 * HALF)
-    pairs = tl.reshape(x * inverse[:, :, None], (BM, PAIRS, 2, HALF))
+    pairs = tl.reshape(x * gain[:, :, None], (BM, PAIRS, 2, HALF))
     first, second = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
     col = tile_n * BN + 2 * HALF * tl.arange(0, PAIRS)[:, None]
     turned = (col % WIDTH == 0) & (col < NORMED * WIDTH)
@@ -6095,25 +6095,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def heads_gradient(dy, y, gain, slope, cos, sin):
-    """y (B, T, heads, Dh): heads over their RMS, turned, times gain (heads); slope (B, T, heads, 1): what x
+    """y (B, T, heads, Dh): heads over their RMS, times gain (heads), turned; slope (B, T, heads, 1): what x
     was multiplied by before -> gradients of x and gain, 0 of a gain of 0."""
     gain = gain.float()[:, None]
     wide = rotate(dy.float(), cos, -sin)
     normed = rotate(y.float(), cos, -sin) / torch.where(gain == 0, 1, gain)
     along = (wide * normed).mean(-1, keepdim=True)
-    dx = (wide - along * normed) * (gain * slope)
-    return dx.to(y.dtype), (y.size(-1) * along.sum((0, 1, 3))).to(y.dtype)
+    return ((wide - along * normed) * slope).to(y.dtype), (y.size(-1) * along.sum((0, 1, 3))).to(y.dtype)
 
 
 class NormedRotated(torch.autograd.Function):
-    """Heads (B, T, heads, Dh) over their RMS, turned, times gain (heads), in float32. Their gradient is
+    """Heads x (B, T, heads, Dh) over their RMS, times gain (heads), turned, in float32. Their gradient is
     made from the output: the input need not be kept."""
 
     @staticmethod
     def forward(ctx, x, gain, cos, sin):
-        inverse = inverse_rms(x)
-        y = (rotate(x.float() * inverse, cos, sin) * gain[:, None]).to(x.dtype)
-        ctx.save_for_backward(y, gain, inverse, cos, sin)
+        slope = inverse_rms(x) * gain[:, None]
+        y = rotate(x.float() * slope, cos, sin).to(x.dtype)
+        ctx.save_for_backward(y, gain, slope, cos, sin)
         return y
 
     @staticmethod
@@ -6145,30 +6144,28 @@ class NormedHeads(torch.autograd.Function):
     attention reads."""
 
     @staticmethod
-    def forward(ctx, x, qkv, gain, cos, sin, width, scale, front):
+    def forward(ctx, x, qkv, q_gain, gain, cos, sin, scale, front):
         factor = scale * inverse_rms(x)
-        heads, slope = heads_product(x, qkv, factor, gain, cos, sin, width)
+        heads, slope = heads_product(x, qkv, factor, gain, cos, sin, x.size(-1) // len(q_gain))
         ctx.scale = scale
-        ctx.save_for_backward(x, qkv, factor, heads, gain, slope, cos, sin)
-        return *heads.tensor_split((x.size(-1) // width, len(gain)), 2), (x[..., :front] * factor).to(x.dtype)
+        ctx.save_for_backward(x, qkv, factor, heads, q_gain, gain, slope, cos, sin)
+        return *heads.tensor_split((len(q_gain), len(gain)), 2), (x[..., :front] * factor).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dq, dk, dv, d_front):
-        x, qkv, factor, heads, gain, slope, cos, sin = ctx.saved_tensors
-        parts, d_gain = [], []
-        for dy, own in ((dq, slice(dq.size(2))), (dk, slice(dq.size(2), len(gain)))):
-            part, sums = heads_gradient(dy, heads[:, :, own], gain[own], slope[:, :, own, None], cos, sin)
-            parts.append(part)
-            d_gain.append(sums)
-        parts.append((dv * factor[..., None]).to(x.dtype))
-        d_rows = torch.cat(parts, 2).flatten(2)
-        d = x.size(-1)
-        wide = (d_rows @ qkv).float() + F.pad(d_front * factor, (0, d - d_front.size(-1)))
-        # few operations on a channel: with more the compiler would write this before it adds to it
+        x, qkv, factor, heads, q_gain, gain, slope, cos, sin = ctx.saved_tensors
+        q, k, _ = heads.tensor_split((len(q_gain), len(gain)), 2)
+        slope_q, slope_k = slope[..., None].tensor_split((len(q_gain),), 2)
+        dq, d_gain = heads_gradient(dq, q, q_gain, slope_q, cos, sin)
+        dk, _ = heads_gradient(dk, k, gain[len(q_gain):], slope_k, cos, sin)
+        dv = (dv * factor[..., None]).to(x.dtype)
+        d_rows = torch.cat((dq, dk, dv), 2).flatten(2)
+        wide = (d_rows @ qkv).float() + F.pad(d_front * factor, (0, x.size(-1) - d_front.size(-1)))
+        # few operations on a channel: with more the compiler would write dx before it adds to it
         normed = x * factor
-        along = (wide * normed / (d * ctx.scale ** 2)).sum(-1, keepdim=True)
+        along = (wide * normed / (x.size(-1) * ctx.scale ** 2)).sum(-1, keepdim=True)
         d_qkv = d_rows.flatten(0, 1).mT @ x.flatten(0, 1)
-        return (wide - along * normed).to(x.dtype), d_qkv, torch.cat(d_gain), None, None, None, None, None
+        return (wide - along * normed).to(x.dtype), d_qkv, d_gain, None, None, None, None, None
 
 
 def normed_heads(x: Tensor, weights: dict[str, Tensor], rope: tuple[Tensor, Tensor], scale: float, front: int,
@@ -6176,19 +6173,18 @@ def normed_heads(x: Tensor, weights: dict[str, Tensor], rope: tuple[Tensor, Tens
     """Of rms(x, scale), x (B, T, d), a layer's queries (B, T, H, Dh) and keys (B, T, K, Dh), each head over
     its RMS, turned, times its gain, and values; and rms(x, scale), maybe only `front` channels.
     change(rms(x, scale), three products): what goes on in the products' place."""
-    qkv, gain, heads = weights["qkv"], weights["qk_gain"], len(weights["q_gain"])
-    width = x.size(-1) // heads
+    qkv, q_gain, gain = weights["qkv"], weights["q_gain"], weights["qk_gain"]
+    width = x.size(-1) // len(q_gain)
     fits = PRODUCT_TILE["BN"] % width == 0 and width % (2 * rope[0].size(-1)) == 0
     if change is None and fits and use_triton(kernel, x.is_cuda and x.dtype in HALF):
-        return NormedHeads.apply(x, qkv, gain, *rope, width, scale, front)
+        return NormedHeads.apply(x, qkv, q_gain, gain, *rope, scale, front)
     normed = rms(x, scale)
-    kv = width * (len(gain) - heads)
-    parts = F.linear(normed, qkv).split((x.size(-1), kv, kv), dim=-1)
+    parts = F.linear(normed, qkv).tensor_split((x.size(-1), len(gain) * width), dim=-1)
     if change is not None:
         parts = change(normed, *parts)
     q, k, v = (part.unflatten(2, (-1, width)) for part in parts)
-    q = NormedRotated.apply(q, gain[:heads], *rope)
-    return q, NormedRotated.apply(k, gain[heads:], *rope), v, normed
+    k = NormedRotated.apply(k, gain[len(q_gain):], *rope)
+    return NormedRotated.apply(q, q_gain, *rope), k, v, normed
 
 
 # --- sums of streams: the factors' gradients from one more reading of what was summed

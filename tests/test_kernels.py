@@ -285,13 +285,13 @@ def test_lanes_have_the_gradient_of_the_formula():
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
 def test_normed_heads_of_the_kernel_are_their_twins(rows, T, H, K, width, half, dtype, bound):
     """Tiles end within heads and rows, positions begin anew in every row; a gain of 0 has a gradient of 0."""
-    x, qkv, gain = random((rows, T, H * width), ((H + 2 * K) * width, H * width), (H + K,), dtype=dtype)
+    x, qkv, gain = random((rows, T, H * width), ((H + 2 * K) * width, H * width), (H,), dtype=dtype)
     angle, d_out = random((T, half), (rows, T, (H + 2 * K) * width + 3), seed=1, grad=False)
     gain.data[0] = 0
 
     def results(kernel):
         def flat(x, qkv, gain):
-            weights = dict(qkv=qkv, qk_gain=gain, q_gain=gain[:H])
+            weights = dict(qkv=qkv, q_gain=gain, qk_gain=torch.cat((gain.detach(), gain.new_ones(K))))
             rope = angle.cos(), angle.sin()
             *heads, normed = kernels.normed_heads(x, weights, rope, 0.4, 3, kernel=kernel)
             return torch.cat([*(y.flatten(2) for y in heads), normed[..., :3]], dim=-1)
