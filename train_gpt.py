@@ -1030,8 +1030,7 @@ class GPT(nn.Module):
                             self.s.gate_window, None if plain else change)
 
     def head_gate(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor | None:
-        """Gate (B, T, H) of the heads by the first channels of x, if there is one; 1/2 at the
-        start."""
+        """Gate (B, T, H) of the heads by the first channels of x, if there is one; 1/2 at the start."""
         weight = forward.layers[layer].get("attn_gate_w")
         if weight is None:
             return None
@@ -6131,8 +6130,7 @@ def room_for_heads(x, qkv, factor, gain, cos, sin, width):
 @operator(room_for_heads)
 def heads_product(x: Tensor, qkv: Tensor, factor: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
                   width: int) -> tuple[Tensor, Tensor]:
-    """x (B, T, d), qkv (n, d), factor (B, T, 1) float32, gain (normed heads), cos, sin (T, half) ->
-    what heads_kernel makes of them."""
+    """heads_kernel of x (B, T, d), qkv (n, d), factor (B, T, 1), gain (normed heads), cos, sin (T, half)."""
     heads, slope = room_for_heads(x, qkv, factor, gain, cos, sin, width)
     product_launch(heads_kernel, x.flatten(0, 1), qkv.mT, factor, gain, cos, sin, heads, slope, x.shape[1],
                    RMS_EPS, NORMED=gain.shape[0], WIDTH=width, HALF=cos.shape[1])
@@ -6140,8 +6138,7 @@ def heads_product(x: Tensor, qkv: Tensor, factor: Tensor, gain: Tensor, cos: Ten
 
 
 class NormedHeads(torch.autograd.Function):
-    """The input's norm stands behind the product, as in the MLP; the gradient is made from what
-    attention reads."""
+    """As in the MLP the input's norm stands behind the product; gradients come from what attention reads."""
 
     @staticmethod
     def forward(ctx, x, qkv, q_gain, gain, cos, sin, scale, front):
@@ -6161,7 +6158,7 @@ class NormedHeads(torch.autograd.Function):
         dv = (dv * factor[..., None]).to(x.dtype)
         d_rows = torch.cat((dq, dk, dv), 2).flatten(2)
         wide = (d_rows @ qkv).float() + F.pad(d_front * factor, (0, x.size(-1) - d_front.size(-1)))
-        # few operations on a channel: with more the compiler would write dx before it adds to it
+        # of more operations on a channel the compiler would write the result before it adds to it
         normed = x * factor
         along = (wide * normed / (x.size(-1) * ctx.scale ** 2)).sum(-1, keepdim=True)
         d_qkv = d_rows.flatten(0, 1).mT @ x.flatten(0, 1)
@@ -6170,9 +6167,9 @@ class NormedHeads(torch.autograd.Function):
 
 def normed_heads(x: Tensor, weights: dict[str, Tensor], rope: tuple[Tensor, Tensor], scale: float, front: int,
                  change: Callable | None = None, kernel: bool | None = None) -> tuple[Tensor, ...]:
-    """Of rms(x, scale), x (B, T, d), a layer's queries (B, T, H, Dh) and keys (B, T, K, Dh), each head over
-    its RMS, turned, times its gain, and values; and rms(x, scale), maybe only `front` channels.
-    change(rms(x, scale), three products): what goes on in the products' place."""
+    """Of rms(x, scale), x (B, T, d), a layer's queries (B, T, H, Dh) and keys (B, T, K, Dh), over their
+    heads' RMS and turned, values; and itself, maybe `front` channels alone. change(itself, three
+    products): what goes on in the products' place."""
     qkv, q_gain, gain = weights["qkv"], weights["q_gain"], weights["qk_gain"]
     width = x.size(-1) // len(q_gain)
     fits = PRODUCT_TILE["BN"] % width == 0 and width % (2 * rope[0].size(-1)) == 0
@@ -10090,10 +10087,6 @@ class LineageSettings(Settings):
         return self.ve_enabled and self.ve_dim != self.kv_dim
 
     @property
-    def gates_read_all(self) -> bool:
-        return self.gated_attn_enabled or (self.attn_out_gate_enabled and self.attn_out_gate_src == "q")
-
-    @property
     def gates_block_inputs(self) -> bool:
         return self.sparse_attn_gate_enabled or self.gated_attn_enabled
 
@@ -10308,7 +10301,7 @@ class LineageGPT(GPT):
         q, k, v, normed = super().project(forward, layer, slot, x)
         if self.s.ve_enabled and layer in forward.values:
             v = v + forward.values[layer].view(v.shape)
-        if normed.size(-1) < x.size(-1) and self.s.gates_read_all:
+        if self.s.gated_attn_enabled or self.s.attn_out_gate_enabled:      # which may read all of it
             normed = rms(x, self.depth_scale(layer))
         return q, k, v, normed
 
