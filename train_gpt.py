@@ -518,7 +518,7 @@ class Settings:
         False, "in evaluation, two caps: for positive and negative logits")
     rope_base: float = knob(10000.0, "rotary base", 1, 1e12)
     rope_dims: int = knob(16, "rotated channels of a head; 0: all", 0)
-    qk_gain_init: float = knob(5.0, "initial gain of the normalised queries, per head")
+    qk_gain_init: float = knob(5.0, "initial gain of the normalised queries, per head", 0.01)
     xsa_last_n: int = knob(
         11, "last layers whose attention output is made orthogonal to its value", 0)
     num_loops: int = knob(2, "extra passes over layers LOOP_START..LOOP_END", 0, 1000)
@@ -1017,8 +1017,8 @@ class GPT(nn.Module):
         return forward.adapted(out, "o", slot, normed, weights["attn_scale"])
 
     def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries (B, T, H, Dh), keys and values (B, T, K, Dh) of x (B, T, D), for attention; x
-        normed, maybe only what gates read."""
+        """Queries (B, T, H, Dh), keys and values (B, T, K, Dh) of x (B, T, D) for attention; x
+        normed, maybe what gates read."""
         def change(normed: Tensor, *parts: Tensor) -> list[Tensor]:
             parts = [forward.adapted(part, kind, slot, normed) for kind, part in zip("qkv", parts)]
             for kind, seen in zip(("attn_in", "q_out", "k_out", "v_out"), (normed, *parts)):
