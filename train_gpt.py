@@ -995,12 +995,12 @@ class GPT(nn.Module):
     def attend(self, forward: Forward, layer: int, slot: int, x: Tensor, add: bool = False) -> Tensor:
         """Attention branch of a layer on x (B, T, D), which it normalises; add: onto x."""
         s, weights, onto = self.s, forward.layers[layer], x if add else None
-        q, k, v, normed = self.project(forward, layer, slot, x)
+        q, k, v, logits, normed = self.project(forward, layer, slot, x)
         if forward.cache is None:
             y = attention(q, k, v, forward.layout)
         else:
             y = forward.cache.attend(slot, q, k, v)
-        gate = self.head_gate(forward, layer, slot, normed)
+        gate = self.head_gate(logits)
         if layer >= s.num_layers - s.xsa_last_n:
             y = remove_own_value(y, v, gate)
         elif gate is not None:
@@ -1014,11 +1014,11 @@ class GPT(nn.Module):
             plain = F.linear(y, weights["o"])
             forward.observe("attn_out", layer, plain)
             out = add_scaled(onto, weights["attn_scale"], plain)
-        return forward.adapted(out, "o", slot, normed, weights["attn_scale"])
+        return out if normed is None else forward.adapted(out, "o", slot, normed, weights["attn_scale"])
 
     def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries (B, T, H, Dh), keys and values (B, T, K, Dh) of x (B, T, D) for attention; x
-        normed, maybe what gates read."""
+        """Queries (B, T, H, Dh), keys and values (B, T, K, Dh) of x (B, T, D) for attention, logits
+        (B, T, H) of the heads' gates; x normed for an adapter."""
         def change(normed: Tensor, *parts: Tensor) -> list[Tensor]:
             parts = [forward.adapted(part, kind, slot, normed) for kind, part in zip("qkv", parts)]
             for kind, seen in zip(("attn_in", "q_out", "k_out", "v_out"), (normed, *parts)):
@@ -1027,15 +1027,11 @@ class GPT(nn.Module):
 
         plain = forward.hook is None and forward.adapter is None
         return normed_heads(x, forward.layers[layer], forward.rope, self.depth_scale(layer),
-                            self.s.gate_window, None if plain else change)
+                            None if plain else change)
 
-    def head_gate(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor | None:
-        """Gate (B, T, H) of the heads by the first channels of x, if there is one; 1/2 at the start."""
-        weight = forward.layers[layer].get("attn_gate_w")
-        if weight is None:
-            return None
-        logit = F.linear(x[..., :weight.size(-1)], weight)
-        return torch.sigmoid(self.s.sparse_attn_gate_scale * logit)
+    def head_gate(self, logits: Tensor | None) -> Tensor | None:
+        """Gate (B, T, H) of the heads, if there is one; 1/2 at the start."""
+        return None if logits is None else torch.sigmoid(self.s.sparse_attn_gate_scale * logits)
 
     def feed_forward(self, forward: Forward, layer: int, slot: int, x: Tensor, add: bool = False) -> Tensor:
         """MLP branch of a layer on x (B, T, D), which it normalises; add: onto x."""
@@ -6141,47 +6137,55 @@ class NormedHeads(torch.autograd.Function):
     """As in the MLP the input's norm stands behind the product; gradients come from what attention reads."""
 
     @staticmethod
-    def forward(ctx, x, qkv, q_gain, gain, cos, sin, scale, front):
+    def forward(ctx, x, qkv, gate, q_gain, gain, cos, sin, scale):
         factor = scale * inverse_rms(x)
         heads, slope = heads_product(x, qkv, factor, gain, cos, sin, x.size(-1) // len(q_gain))
+        logits = (F.linear(x[..., :gate.size(1)], gate) * factor).to(x.dtype)
         ctx.scale = scale
-        ctx.save_for_backward(x, qkv, factor, heads, q_gain, gain, slope, cos, sin)
-        return *heads.tensor_split((len(q_gain), len(gain)), 2), (x[..., :front] * factor).to(x.dtype)
+        ctx.save_for_backward(x, qkv, gate, factor, heads, q_gain, gain, slope, cos, sin)
+        return *heads.tensor_split((len(q_gain), len(gain)), 2), logits
 
     @staticmethod
-    def backward(ctx, dq, dk, dv, d_front):
-        x, qkv, factor, heads, q_gain, gain, slope, cos, sin = ctx.saved_tensors
+    def backward(ctx, dq, dk, dv, d_logits):
+        x, qkv, gate, factor, heads, q_gain, gain, slope, cos, sin = ctx.saved_tensors
         q, k, _ = heads.tensor_split((len(q_gain), len(gain)), 2)
         slope_q, slope_k = slope[..., None].tensor_split((len(q_gain),), 2)
         dq, d_gain = heads_gradient(dq, q, q_gain, slope_q, cos, sin)
         dk, _ = heads_gradient(dk, k, gain[len(q_gain):], slope_k, cos, sin)
-        dv = (dv * factor[..., None]).to(x.dtype)
-        d_rows = torch.cat((dq, dk, dv), 2).flatten(2)
-        wide = (d_rows @ qkv).float() + F.pad(d_front * factor, (0, x.size(-1) - d_front.size(-1)))
-        # of more operations on a channel the compiler would write the result before it adds to it
+        dv = (dv.flatten(2) * factor).to(x.dtype)
+        d_logits = (d_logits * factor).to(x.dtype)
+        # gates as more columns: on more operations the compiler writes dx before it adds to it
+        columns = torch.cat((dq.flatten(2), dk.flatten(2), dv, d_logits), -1)
+        rows = torch.cat((qkv, F.pad(gate, (0, x.size(-1) - gate.size(1)))))
+        wide = (columns @ rows).float()
         normed = x * factor
         along = (wide * normed / (x.size(-1) * ctx.scale ** 2)).sum(-1, keepdim=True)
-        d_qkv = d_rows.flatten(0, 1).mT @ x.flatten(0, 1)
-        return (wide - along * normed).to(x.dtype), d_qkv, d_gain, None, None, None, None, None
+        d_qkv, d_gate = (columns.flatten(0, 1).mT @ x.flatten(0, 1)).tensor_split((len(qkv),))
+        d_gate = d_gate[:, :gate.size(1)]
+        return (wide - along * normed).to(x.dtype), d_qkv, d_gate, d_gain, None, None, None, None
 
 
-def normed_heads(x: Tensor, weights: dict[str, Tensor], rope: tuple[Tensor, Tensor], scale: float, front: int,
-                 change: Callable | None = None, kernel: bool | None = None) -> tuple[Tensor, ...]:
+def normed_heads(x: Tensor, weights: dict[str, Tensor], rope: tuple[Tensor, Tensor], scale: float,
+                 change: Callable | None = None, kernel: bool | None = None) -> tuple[Tensor | None, ...]:
     """Of rms(x, scale), x (B, T, d), a layer's queries (B, T, H, Dh) and keys (B, T, K, Dh), over their
-    heads' RMS and turned, values; and itself, maybe `front` channels alone. change(itself, three
-    products): what goes on in the products' place."""
+    heads' RMS and turned, values, logits (B, T, H) of gates or None, and itself, where it is made.
+    change(itself, three products): what goes on in the products' place."""
     qkv, q_gain, gain = weights["qkv"], weights["q_gain"], weights["qk_gain"]
+    gate = weights.get("attn_gate_w")
     width = x.size(-1) // len(q_gain)
     fits = PRODUCT_TILE["BN"] % width == 0 and width % (2 * rope[0].size(-1)) == 0
     if change is None and fits and use_triton(kernel, x.is_cuda and x.dtype in HALF):
-        return NormedHeads.apply(x, qkv, q_gain, gain, *rope, scale, front)
+        read = qkv.new_zeros(8, 8) if gate is None else gate
+        *heads, logits = NormedHeads.apply(x, qkv, read, q_gain, gain, *rope, scale)
+        return *heads, None if gate is None else logits, None
     normed = rms(x, scale)
     parts = F.linear(normed, qkv).tensor_split((x.size(-1), len(gain) * width), dim=-1)
     if change is not None:
         parts = change(normed, *parts)
     q, k, v = (part.unflatten(2, (-1, width)) for part in parts)
+    q = NormedRotated.apply(q, q_gain, *rope)
     k = NormedRotated.apply(k, gain[len(q_gain):], *rope)
-    return NormedRotated.apply(q, q_gain, *rope), k, v, normed
+    return q, k, v, None if gate is None else F.linear(normed[..., :gate.size(1)], gate), normed
 
 
 # --- sums of streams: the factors' gradients from one more reading of what was summed
@@ -10298,23 +10302,21 @@ class LineageGPT(GPT):
         return LineageForward(f.layers, f.x0, f.rope, f.layout, f.adapter, f.hook, f.cache, values)
 
     def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, normed = super().project(forward, layer, slot, x)
-        if self.s.ve_enabled and layer in forward.values:
-            v = v + forward.values[layer].view(v.shape)
-        if self.s.gated_attn_enabled or self.s.attn_out_gate_enabled:      # which may read all of it
-            normed = rms(x, self.depth_scale(layer))
-        return q, k, v, normed
-
-    def head_gate(self, forward: Forward, layer: int, slot: int, x: Tensor) -> Tensor | None:
         s, weights = self.s, forward.layers[layer]
+        q, k, v, logits, normed = super().project(forward, layer, slot, x)
+        if s.ve_enabled and layer in forward.values:
+            v = v + forward.values[layer].view(v.shape)
         if s.attn_out_gate_enabled:
-            source = x
+            source = rms(x, self.depth_scale(layer))
             if s.attn_out_gate_src == "q":
-                source = forward.adapted(F.linear(x, weights["qkv"][:s.model_dim]), "q", slot, x)
-            return 2 * torch.sigmoid(F.linear(source[..., :s.gate_window], weights["attn_gate_proj"]))
-        if s.gated_attn_enabled:
-            return torch.sigmoid(F.linear(x, weights["attn_gate_w"]))
-        return super().head_gate(forward, layer, slot, x)
+                source = forward.adapted(F.linear(source, weights["qkv"][:s.model_dim]), "q", slot, source)
+            logits = F.linear(source[..., :s.gate_window], weights["attn_gate_proj"])
+        return q, k, v, logits, normed
+
+    def head_gate(self, logits: Tensor | None) -> Tensor | None:
+        if self.s.attn_out_gate_enabled:
+            return 2 * torch.sigmoid(logits)
+        return torch.sigmoid(logits) if self.s.gated_attn_enabled else super().head_gate(logits)
 
     def enter_lanes(self, j: int, x: Tensor, lanes: tuple[Tensor, Tensor] | None,
                     skip: Tensor | None) -> tuple[Tensor, Tensor]:

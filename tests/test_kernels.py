@@ -285,21 +285,24 @@ def test_lanes_have_the_gradient_of_the_formula():
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
 def test_normed_heads_of_the_kernel_are_their_twins(rows, T, H, K, width, half, dtype, bound):
     """Tiles end within heads and rows, positions begin anew in every row; a gain of 0 has a gradient of 0."""
-    x, qkv, gain = random((rows, T, H * width), ((H + 2 * K) * width, H * width), (H,), dtype=dtype)
-    angle, d_out = random((T, half), (rows, T, (H + 2 * K) * width + 3), seed=1, grad=False)
+    shapes = (rows, T, H * width), ((H + 2 * K) * width, H * width), (H,), (H, 3)
+    x, qkv, gain, gate = random(*shapes, dtype=dtype)
+    angle, d_out = random((T, half), (rows, T, (H + 2 * K) * width + H), seed=1, grad=False)
     gain.data[0] = 0
 
     def results(kernel):
-        def flat(x, qkv, gain):
-            weights = dict(qkv=qkv, q_gain=gain, qk_gain=torch.cat((gain.detach(), gain.new_ones(K))))
+        def flat(x, qkv, gain, gate):
+            weights = dict(qkv=qkv, q_gain=gain, attn_gate_w=gate)
+            weights["qk_gain"] = torch.cat((gain.detach(), gain.new_ones(K)))
             rope = angle.cos(), angle.sin()
-            *heads, normed = kernels.normed_heads(x, weights, rope, 0.4, 3, kernel=kernel)
-            return torch.cat([*(y.flatten(2) for y in heads), normed[..., :3]], dim=-1)
+            *heads, logits, _ = kernels.normed_heads(x, weights, rope, 0.4, kernel=kernel)
+            return torch.cat([*(y.flatten(2) for y in heads), logits], dim=-1)
 
         return flat
 
-    got = graded(results(True), [x, qkv, gain], d_out)
-    want = graded(results(False), [y.detach().float().requires_grad_() for y in (x, qkv, gain)], d_out)
+    leaves = [x, qkv, gain, gate]
+    got = graded(results(True), leaves, d_out)
+    want = graded(results(False), [y.detach().float().requires_grad_() for y in leaves], d_out)
     assert got[0].dtype == dtype and got[3][0] == 0
     assert all(gap(a, b) < bound for a, b in zip(got, want))
 
