@@ -5534,12 +5534,12 @@ def use_triton(wanted: bool | None, sensible: bool) -> bool:
 OPERATORS = "golf_" + re.sub(r"\W", "_", __name__).strip("_")
 
 
-def operator(shapes: Callable) -> Callable:
+def operator(shapes: Callable, **options) -> Callable:
     """Makes of a function an operator that torch.compile keeps whole. shapes(the same
     arguments): room for its results, by which the compiler plans."""
     def decorate(function: Callable) -> Callable:
         name = f"{OPERATORS}::{function.__name__}"
-        made = torch.library.custom_op(name, function, mutates_args=())
+        made = torch.library.custom_op(name, function, mutates_args=(), **options)
         made.register_fake(shapes)
         return made
     return decorate
@@ -6123,13 +6123,15 @@ def room_for_heads(x, qkv, factor, gain, cos, sin, width):
     return heads, factor.new_empty(*x.shape[:2], gain.shape[0])
 
 
-@operator(room_for_heads)
+# in whatever layout: else the compiler makes cos and sin anew for every layer
+@operator(room_for_heads, tags=(torch.Tag.flexible_layout,))
 def heads_product(x: Tensor, qkv: Tensor, factor: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
                   width: int) -> tuple[Tensor, Tensor]:
     """heads_kernel of x (B, T, d), qkv (n, d), factor (B, T, 1), gain (normed heads), cos, sin (T, half)."""
     heads, slope = room_for_heads(x, qkv, factor, gain, cos, sin, width)
-    product_launch(heads_kernel, x.flatten(0, 1), qkv.mT, factor, gain, cos, sin, heads, slope, x.shape[1],
-                   RMS_EPS, NORMED=gain.shape[0], WIDTH=width, HALF=cos.shape[1])
+    rows = [y.contiguous() for y in (factor, gain, cos, sin)]
+    product_launch(heads_kernel, x.flatten(0, 1), qkv.mT, *rows, heads, slope, x.shape[1], RMS_EPS,
+                   NORMED=gain.shape[0], WIDTH=width, HALF=cos.shape[1])
     return heads, slope
 
 
