@@ -13,7 +13,7 @@ test-time training (TTT). Environment variables are the only configuration.
 Chapters    PART ONE, the system     1 Story  2 Settings  3 Model  4 Optimiser
                                      5 Training  6 Quantise  7 Score  8 Adapt
             PART TWO, machinery      9 World  10 Data  11 Kernels  12 Pack  13 Counts
-                                     14 Probes  15 Rounding  17 Economy
+                                     14 Probes  15 Rounding  17 Key cache, watchdog
                                      16, 18 Quantising, adapting as the records do
             PART THREE, lineage      what the older systems did differently: it only
                                      adds, and can be cut off
@@ -164,8 +164,8 @@ class Interrupted(BaseException):
 # subclasses further down.
 
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
-    """Entry: 0 when all went well, 1 when --check found something or the script
-    failed, 2 on a user's mistake, 130 or 143 when interrupted."""
+    """Entry; the story is `pipeline`. 0 when all went well, 1 when --check found something
+    or the script failed, 2 on a user's mistake, 130 or 143 when interrupted."""
     rank, run = 0, None
     SIGNALS.install()
     open_screens()
@@ -240,8 +240,7 @@ def train(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
     state = read_checkpoint(s, world, run) if s.resume else None
     if state:
         run.summary["untrained_val_bpb"] = state["untrained_val_bpb"]
-    if world.main:
-        check_disk(run.dir, bytes_of_results(s), ballast=True)
+    world.from_main(check_disk, run.dir, bytes_of_results(s), True)
 
     # before the clock starts: compile every graph, and see how long packing takes
     trainer = Trainer(s, world, model)
@@ -292,8 +291,7 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
     beat = "step" if s.warmup_steps or not compiles(s, world.device) else "compiling-step"
     world.beat(f"{beat} {step}")
     world.barrier()
-    clock = Clock(s.max_wallclock_seconds)
-    clock.start -= state["seconds"] if state else 0.0
+    clock = Clock(s.max_wallclock_seconds, state["seconds"] if state else 0.0)
     finite_watch = FiniteWatch()
     keeper = AverageKeeper(s, world, run, trainer, clock)
     checkpoints = Checkpoints(s, world, run, trainer, finite_watch, clock)
@@ -571,8 +569,7 @@ class Settings:
     attn_clip_sigmas: float = knob(13.0, "the same for attention matrices", 0.1)
     mlp_clip_sigmas: float = knob(11.5, "the same for MLP matrices", 0.1)
     embed_clip_sigmas: float = knob(14.0, "the same for the embedding", 0.1)
-    awq_lite_enabled: bool = knob(False, "finer codes for the columns that matter most")
-    awq_lite_bits: int = knob(8, "their bits", 2, 8)
+    awq_lite_enabled: bool = knob(False, "8-bit codes for the columns that matter most")
     awq_lite_group_size: int = knob(64, "columns of a group", 1)
     awq_lite_group_top_k: int = knob(1, "groups, over all matrices", 1)
     gated_attn_quant_gate: bool = knob(True, "attention gates as int8 per row, not float16")
@@ -1180,12 +1177,12 @@ class GPT(nn.Module):
         return two_caps or self.calibration is not None
 
     def losses(self, ids: Tensor, targets: Tensor, plan: Plan, layout: Layout | None = None,
-               adapter: Adapter | None = None, hook: Callable | None = None, cache: KeyCache | None = None,
+               adapter: Adapter | None = None, cache: KeyCache | None = None,
                training: bool = False) -> Tensor:
         """Cross-entropy in nats, float32, of the targets (B, T), or of N candidates a
         place (N, B, T), of which only the first have a graph. training: as published,
         without the two caps."""
-        hidden = self.final_hidden(ids, plan, layout, adapter, hook, cache)
+        hidden = self.final_hidden(ids, plan, layout, adapter, cache=cache)
         cap = self.s.logit_softcap
         kernel = None if self.s.fused_ce_enabled else False      # None: where it can run
         plain = self.scores_plain_logits(adapter, training)
@@ -2597,7 +2594,7 @@ class PhasedTTT:
                 for tokens in (self.val.tokens, self.val.targets))
 
         def forward(x: Tensor = x, y: Tensor = y) -> Tensor:
-            return self.losses(x, y, self.plan, None, adapter, None, cache)
+            return self.losses(x, y, self.plan, None, adapter, cache)
 
         losses, booked = tilted_losses(self.s, forward, x, y, at, self.val.hints)
         if cache is not None and cache.states:
@@ -2935,6 +2932,7 @@ NO_SETTINGS = {name: (only, why) for only, why, names in (
     (1, "built in", "GPTQ_ENABLED USE_GPTQ SDCLIP_ENABLED TTT_UPDATE_EVERY"),
     (0, "built in", "SPARSE_ATTN_GATE_INIT_STD"),
     (0.01, "built in", "GATED_ATTN_INIT_STD"),
+    (8, "built in", "AWQ_LITE_BITS"),
     (512, "embeddings are as wide as the model", "EMBEDDING_DIM"),
     ("wallclock", "always by the training budget", "TRAIN_SEQ_SCHEDULE_MODE"),
 ) for name in names.split()}
@@ -3580,9 +3578,10 @@ class Clock:
     """Seconds since its start against a budget. Training: all up to the artifact on disk.
     Evaluation: from opening it to the last byte scored. `excluded`: not charged."""
 
-    def __init__(self, budget: float = 0.0, now: Callable[[], float] = time.perf_counter):
+    def __init__(self, budget: float = 0.0, spent: float = 0.0,
+                 now: Callable[[], float] = time.perf_counter):
         self.now = now
-        self.start = now()
+        self.start = now() - spent
         self.budget = budget
         self.excluded = 0.0
 
@@ -4762,11 +4761,10 @@ def read_weights(path: str, model: GPT) -> dict:
 def take_over(s: Settings, run: Run, facts: Mapping) -> Clock:
     """The training clock that quantising goes on with. Only in the folder of the run that
     trained is the time known: it is what the weights say."""
-    clock = Clock(s.max_wallclock_seconds)
     run.time_known = run.goes_on()
+    seconds = facts["train_seconds"] if run.time_known else 0.0
+    clock = Clock(s.max_wallclock_seconds, seconds)
     if run.time_known:
-        seconds = facts["train_seconds"]
-        clock.start -= seconds
         of_steps = {k: facts[k] for k in ("steps", "step_ms", "stopped") if facts[k] != ""}
         if run.summary.get("steps") is None:      # killed in training: nothing has said it yet
             run.log("train_end", seconds=seconds, **of_steps)
@@ -9300,6 +9298,9 @@ def row_steps(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
     return torch.where(step > 0, step, to_half(w.abs().amax(dim=-1)))
 
 
+AWQ_BITS = 8      # as published
+
+
 class RecordQuantiser(Quantiser):
     """Steps by hand (QUANT_ALLOCATION=hand), finer codes in some columns, and low-rank
     repair. Seams: round_by_hand, to_repair, pack_factors."""
@@ -9362,9 +9363,9 @@ class RecordQuantiser(Quantiser):
         return round_in_order(w, rows.float(), *factors, 2 ** (bits - 1) - 1), rows
 
     def protect(self, q: Quantised, base_step: float) -> None:
-        """AWQ-lite: groups of columns with the highest scores get AWQ_LITE_BITS."""
+        """AWQ-lite: groups of columns with the highest scores get AWQ_BITS."""
         s, weights = self.s, self.weights
-        size, high_bits = s.awq_lite_group_size, s.awq_lite_bits
+        size, high_bits = s.awq_lite_group_size, AWQ_BITS
         groups = []      # (score, matrix, first column)
         for name in self.names:
             h = self.hessians.get(input_of(name))
@@ -9595,7 +9596,7 @@ def calibrate_logits(s: Settings, world: World, run: Run, blob: bytes) -> bytes:
 
 
 # ========================================
-# 17  Economy: keys that earlier forwards left behind, and a watchdog over the evaluation's budget
+# 17  Key cache: keys that earlier forwards left behind; a watchdog over the evaluation's budget
 # ========================================
 
 class KeyCache:

@@ -64,6 +64,14 @@ def test_the_order_of_the_stream_does_not_depend_on_the_ranks(shards):
         assert same(two.next(), second) and not same(first, second) and one.epoch == two.epoch
 
 
+def test_shards_are_looked_for_in_data_dir(tmp_path):
+    s = settings(DATA_DIR=tmp_path)
+    assert s.shards.is_relative_to(tmp_path) and s.tokenizer.is_relative_to(tmp_path)
+    fetched = tmp_path / f"sp{s.vocab_size}"
+    fetched.mkdir()
+    assert s.shards == fetched and s.tokenizer.is_relative_to(tmp_path)
+
+
 @pytest.mark.parametrize("kind", STREAMS)
 def test_an_epoch_is_the_tokens_of_all_shards(shards, kind):
     stream = kind(shards, world_size=1, rank=0, **STREAMS[kind])

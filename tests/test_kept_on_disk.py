@@ -297,9 +297,7 @@ def test_a_folder_in_place_of_a_file_is_one_line(tmp_path, name):
 
 
 def late_clock(seconds: float) -> tg.Clock:
-    clock = tg.Clock(600.0)
-    clock.start -= seconds
-    return clock
+    return tg.Clock(600.0, seconds)
 
 
 def test_a_late_artifact_is_marked_before_it_has_its_name(tmp_path, monkeypatch):

@@ -191,8 +191,8 @@ def test_one_layer_shows_what_is_read_from_the_targets(one_layer, ahead, monkeyp
 
 def with_losses(patch, change):
     """GPT.losses with change(logits (B, T, V) float32, targets (B, T)) in place of the cross-entropy."""
-    def losses(self, ids, targets, plan, layout=None, adapter=None, hook=None, cache=None):
-        hidden = self.final_hidden(ids, plan, layout, adapter, hook, cache)
+    def losses(self, ids, targets, plan, layout=None, adapter=None, cache=None):
+        hidden = self.final_hidden(ids, plan, layout, adapter, cache=cache)
         return change(self.logits(hidden, adapter), targets)
     patch.setattr(tg.GPT, "losses", losses)
 
@@ -261,11 +261,11 @@ def test_tilt_at_the_books(s, monkeypatch):
 def test_the_better_of_adapted_and_plain(s, monkeypatch):
     """Two forwards, the smaller loss is booked: a selection that depends on the target."""
     def make(real):
-        def losses(self, ids, targets, plan, layout=None, adapter=None, hook=None, cache=None):
-            plain = real(self, ids, targets, plan, layout, None, hook, cache)
+        def losses(self, ids, targets, plan, layout=None, adapter=None, cache=None):
+            plain = real(self, ids, targets, plan, layout, None, cache)
             if adapter is None:
                 return plain
-            return torch.minimum(plain, real(self, ids, targets, plan, layout, adapter, hook, cache))
+            return torch.minimum(plain, real(self, ids, targets, plan, layout, adapter, cache))
         return losses
     replace(monkeypatch, tg.GPT, "losses", make)
     assert_caught(s, TTT_SUM)

@@ -385,6 +385,8 @@ def test_a_plan_that_does_not_win_is_dropped(monkeypatch):
 
 def test_with_room_for_everything_nothing_is_measured(monkeypatch):
     quantiser, measure = measured_model(monkeypatch)
+    off = tg.dataclasses.replace(quantiser.s, quant_measured=False)
+    assert tg.Measure.wanted(quantiser.s) and not tg.Measure.wanted(off)
     assert "finest" in tg.plan_by_measure(quantiser, measure, 1e9)["why"]
     monkeypatch.setattr(tg, "ARTIFACT_LIMIT", 16_000_000)
     s = quantiser.s
