@@ -6154,14 +6154,14 @@ class NormedHeads(torch.autograd.Function):
         dk, _ = heads_gradient(dk, k, gain[len(q_gain):], slope_k, cos, sin)
         dv = (dv.flatten(2) * factor).to(x.dtype)
         d_logits = (d_logits * factor).to(x.dtype)
-        # gates as more columns: on more operations the compiler writes dx before it adds to it
-        columns = torch.cat((dq.flatten(2), dk.flatten(2), dv, d_logits), -1)
-        rows = torch.cat((qkv, F.pad(gate, (0, x.size(-1) - gate.size(1)))))
-        wide = (columns @ rows).float()
+        d_rows = torch.cat((dq.flatten(2), dk.flatten(2), dv), -1)
+        # of more operations on a channel the compiler would write the result before it adds to it
+        wide = (d_rows @ qkv).float() + F.pad(d_logits @ gate, (0, x.size(-1) - gate.size(1)))
         normed = x * factor
         along = (wide * normed / (x.size(-1) * ctx.scale ** 2)).sum(-1, keepdim=True)
-        d_qkv, d_gate = (columns.flatten(0, 1).mT @ x.flatten(0, 1)).tensor_split((len(qkv),))
-        d_gate = d_gate[:, :gate.size(1)]
+        rows = x.flatten(0, 1)
+        d_qkv = d_rows.flatten(0, 1).mT @ rows
+        d_gate = d_logits.flatten(0, 1).mT @ rows[:, :gate.size(1)]
         return (wide - along * normed).to(x.dtype), d_qkv, d_gate, d_gain, None, None, None, None
 
 
