@@ -60,7 +60,7 @@ PY
 install() {
     local list; list=$(missing "$@")
     [ -z "$list" ] && return
-    echo "installing: $(echo "$list" | tr '\n' ' ')"
+    echo "installing, which takes a few minutes and, with torch, 1 GB or more: $(echo "$list" | tr '\n' ' ')"
     local quiet=-q
     [ -t 1 ] && quiet=                           # on a terminal pip shows how far it is
     # shellcheck disable=SC2086

@@ -2535,7 +2535,7 @@ class PhasedTTT:
         bounds = chunk_bounds(self.s, int(self.lengths[group].max()))
         costs, counted, since = self.watch.costs(group), 0, Clock()
         for n, (begin, end) in enumerate(zip(bounds, bounds[1:]), start=1):
-            self.world.beat(f"adapting to chunk {n} of {len(group)} documents", self.watch.share())
+            self.world.beat(f"adapting to chunk {n} of {len(bounds) - 1}", self.watch.share())
             self.adapt_chunk(rows, begin, end)
             if n % WATCH_EVERY == 0 or end == bounds[-1]:
                 self.watch.count_work(costs * (end - counted) / bounds[-1], since)
@@ -4901,7 +4901,7 @@ def closing_block(run: Run) -> None:
     if summary.get("artifact_bytes"):
         run.say(f"{'artifact + script':28} {summary['artifact_bytes']:,} + "
                 f"{summary['code_bytes']:,} = {summary['total_bytes']:,} of {ARTIFACT_LIMIT:,} bytes")
-    run.say(f"{'files':28} {run.dir}")
+    run.say(f"{'files for report.py':28} {run.dir}")
     for reason in summary["not_compliant_because"]:
         run.say(f"NON-COMPLIANT: {reason}")
     run.say("-" * 72)

@@ -372,11 +372,11 @@ def test_every_long_stage_says_how_far_it_is(monkeypatch):
     curvature = tg.calibrate(s, world, model, lambda: batch)
     tg.Quantiser(s, tg.matrix_views(dict(model.named_parameters())), curvature, world)()
     tg.Trainer(s, world, model).warm_up()
-    assert set(heard) == {"scoring row N", "adapting to chunk N documents", "calibrating on batch N",
+    assert set(heard) == {"scoring row N", "adapting to chunk N", "calibrating on batch N",
                           "adapting the base weights, step N", "quantising batch N", "warm-up of graph N"}
     assert all(0 <= done < 1 for shares in heard.values() for done in shares)
     assert all(shares == sorted(shares) for shares in heard.values())
-    assert max(heard["adapting to chunk N documents"]) > 0.3
+    assert max(heard["adapting to chunk N"]) > 0.3
 
 
 def test_a_stage_is_logged_twice_a_minute_with_the_seconds_that_are_left(tmp_path, monkeypatch):

@@ -565,7 +565,7 @@ class Worker:
             used, score = progress_of(folder) or (0, math.nan)
             if used >= shown + PROGRESS_PERCENT:
                 shown = used - used % PROGRESS_PERCENT
-                print(f"{label}: {used} % of its training, {score:.4f}", flush=True)
+                print(f"{label}: {used} % of its training, loss or BPB {score:.4f}", flush=True)
             if prune and used > reported and math.isfinite(score):
                 reported = used
                 trial.report(score, used)
@@ -717,6 +717,8 @@ def results(args: argparse.Namespace) -> str:
     csv, html = Path(args.out) / "results.csv", Path(args.out) / "results.html"
     write_atomic(csv, "".join(map(csv_line, [head, *rows])))
     write_atomic(html, results_page(study, args))
+    if len(args.seeds) == 1:
+        print("one seed a trial: small differences may be noise; --seeds 1 2 3 repeats every trial")
     counts = [f"{count} {state}" for state, count in counts_of(study).items()]
     return f"{', '.join(counts)}; {relative(csv)}, {relative(html)}"
 
