@@ -1687,7 +1687,7 @@ class TableModel(tg.GPT):
     def init_weights(self, generator=None):
         """Nothing: no weight is used."""
 
-    def final_hidden(self, ids, *rest):
+    def final_hidden(self, ids, *rest, **named):
         return ids
 
     def raw_logits(self, hidden, adapter=None):
