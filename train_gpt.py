@@ -516,7 +516,7 @@ class Settings:
         False, "in evaluation, two caps: for positive and negative logits")
     rope_base: float = knob(10000.0, "rotary base", 1, 1e12)
     rope_dims: int = knob(16, "rotated channels of a head; 0: all", 0)
-    qk_gain_init: float = knob(5.0, "initial gain of the normalised queries, per head")
+    qk_gain_init: float = knob(5.0, "initial gain of the normalised queries, per head", 0.01)
     xsa_last_n: int = knob(
         11, "last layers whose attention output is made orthogonal to its value", 0)
     num_loops: int = knob(2, "extra passes over layers LOOP_START..LOOP_END", 0, 1000)
@@ -922,7 +922,8 @@ class GPT(nn.Module):
             o = self.attn_scale[:, :, None] * o
             down = self.mlp_scale[:, :, None] * down
         # one product of qkv reads the input once
-        stacks = dict(qkv=torch.cat((q, k, v), dim=1), o=o, up=self.mlp_up_bank, down=down)
+        stacks = dict(qkv=torch.cat((q, k, v), dim=1), o=o, up=self.mlp_up_bank, down=down,
+                      qk_gain=F.pad(self.q_gain.detach(), (0, self.s.num_kv_heads), value=1))
         for name in self.of_layers:
             stacks[name] = getattr(self, name)
         layers: list[dict] = [{} for _ in range(self.s.num_layers)]
@@ -988,20 +989,15 @@ class GPT(nn.Module):
         mixed = x[:, 1:] + gate * self.smear_lambda.to(x.dtype) * last
         return torch.cat((x[:, :1], mixed), dim=1)
 
-    def attend(self, forward: Forward, layer: int, slot: int, x: Tensor,
-               onto: Tensor | None = None) -> Tensor:
-        """Attention branch of a layer on its normalised input x (B, T, D), added onto
-        the stream, if that is given."""
-        s, weights = self.s, forward.layers[layer]
-        q_flat, k, v = self.project(forward, layer, slot, x)
-        q, k, v = (flat.unflatten(2, (-1, s.head_dim)) for flat in (q_flat, k, v))
-        q = normed_rotated(q, forward.rope, weights["q_gain"])
-        k = normed_rotated(k, forward.rope)
+    def attend(self, forward: Forward, layer: int, slot: int, x: Tensor, add: bool = False) -> Tensor:
+        """Attention branch of a layer on x (B, T, D), which it normalises; add: onto x."""
+        s, weights, onto = self.s, forward.layers[layer], x if add else None
+        q, k, v, logits, normed = self.project(forward, layer, slot, x)
         if forward.cache is None:
             y = attention(q, k, v, forward.layout)
         else:
             y = forward.cache.attend(slot, q, k, v)
-        gate = self.head_gate(weights, x, q_flat)
+        gate = self.head_gate(logits)
         if layer >= s.num_layers - s.xsa_last_n:
             y = remove_own_value(y, v, gate)
         elif gate is not None:
@@ -1015,28 +1011,24 @@ class GPT(nn.Module):
             plain = F.linear(y, weights["o"])
             forward.observe("attn_out", layer, plain)
             out = add_scaled(onto, weights["attn_scale"], plain)
-        return forward.adapted(out, "o", slot, x, weights["attn_scale"])
+        return out if normed is None else forward.adapted(out, "o", slot, normed, weights["attn_scale"])
 
-    def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, T, H·Dh), keys and values (B, T, K·Dh) of a layer's input x."""
-        s = self.s
-        qkv = F.linear(x, forward.layers[layer]["qkv"])
-        q, k, v = qkv.split((s.model_dim, s.kv_dim, s.kv_dim), dim=-1)
-        q = forward.adapted(q, "q", slot, x)
-        k = forward.adapted(k, "k", slot, x)
-        v = forward.adapted(v, "v", slot, x)
-        for kind, seen in (("attn_in", x), ("q_out", q), ("k_out", k), ("v_out", v)):
-            forward.observe(kind, layer, seen)
-        return q, k, v
+    def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries (B, T, H, Dh), keys and values (B, T, K, Dh) of x (B, T, D) for attention, logits
+        (B, T, H) of the heads' gates; x normed for an adapter."""
+        def change(normed: Tensor, *parts: Tensor) -> list[Tensor]:
+            parts = [forward.adapted(part, kind, slot, normed) for kind, part in zip("qkv", parts)]
+            for kind, seen in zip(("attn_in", "q_out", "k_out", "v_out"), (normed, *parts)):
+                forward.observe(kind, layer, seen)
+            return parts
 
-    def head_gate(self, weights: dict[str, Tensor], x: Tensor, q_flat: Tensor) -> Tensor | None:
-        """Gate (B, T, H) of the heads by the first channels of x, if there is one; 1/2 at the
-        start. q_flat: a seam."""
-        weight = weights.get("attn_gate_w")
-        if weight is None:
-            return None
-        logit = F.linear(x[..., :weight.size(-1)], weight)
-        return torch.sigmoid(self.s.sparse_attn_gate_scale * logit)
+        plain = forward.hook is None and forward.adapter is None
+        return normed_heads(x, forward.layers[layer], forward.rope, self.depth_scale(layer),
+                            None if plain else change)
+
+    def head_gate(self, logits: Tensor | None) -> Tensor | None:
+        """Gate (B, T, H) of the heads, if there is one; 1/2 at the start."""
+        return None if logits is None else torch.sigmoid(self.s.sparse_attn_gate_scale * logits)
 
     def feed_forward(self, forward: Forward, layer: int, slot: int, x: Tensor, add: bool = False) -> Tensor:
         """MLP branch of a layer on x (B, T, D), which it normalises; add: onto x."""
@@ -1060,7 +1052,7 @@ class GPT(nn.Module):
         """A layer on the one residual stream x (B, T, D)."""
         weights = forward.layers[layer]
         x = blend((x, weights["resid_mix"][0]), (forward.x0, weights["resid_mix"][1]))
-        x = self.attend(forward, layer, slot, rms(x, self.depth_scale(layer)), onto=x)
+        x = self.attend(forward, layer, slot, x, add=True)
         return self.feed_forward(forward, layer, slot, x, add=True)
 
     def branches(self, forward: Forward, layer: int, slot: int, lane0: Tensor,
@@ -1068,7 +1060,7 @@ class GPT(nn.Module):
         """Lane 0 mixed with x0, what attention makes of it, what the MLP of lane 1."""
         weights = forward.layers[layer]
         mixed = blend((lane0, weights["resid_mix"][0]), (forward.x0, weights["resid_mix"][1]))
-        attended = self.attend(forward, layer, slot, rms(mixed, self.depth_scale(layer)))
+        attended = self.attend(forward, layer, slot, mixed)
         fed = self.feed_forward(forward, layer, slot, lane1)
         return mixed, attended, fed
 
@@ -5540,12 +5532,12 @@ def use_triton(wanted: bool | None, sensible: bool) -> bool:
 OPERATORS = "golf_" + re.sub(r"\W", "_", __name__).strip("_")
 
 
-def operator(shapes: Callable) -> Callable:
+def operator(shapes: Callable, **options) -> Callable:
     """Makes of a function an operator that torch.compile keeps whole. shapes(the same
     arguments): room for its results, by which the compiler plans."""
     def decorate(function: Callable) -> Callable:
         name = f"{OPERATORS}::{function.__name__}"
-        made = torch.library.custom_op(name, function, mutates_args=())
+        made = torch.library.custom_op(name, function, mutates_args=(), **options)
         made.register_fake(shapes)
         return made
     return decorate
@@ -5613,7 +5605,7 @@ def ce_backward_kernel(logits_ptr, targets_ptr, lse_ptr, dloss_ptr, grad_ptr, ca
 
 
 @jit
-def product_tile(a_ptr, b_ptr, M, N, K, b_stride_k, b_stride_n, BM: tl.constexpr, BN: tl.constexpr,
+def product_tile(a_ptr, b_ptr, M, N, K, stride_k, stride_n, BM: tl.constexpr, BN: tl.constexpr,
                  BK: tl.constexpr, GROUP: tl.constexpr):
     """Of A (M, K) @ B (K, N) this program's tile, and its number down and across. Programs run
     down GROUP row tiles before the next column tile: tiles of A and B are met again in L2."""
@@ -5631,24 +5623,24 @@ def product_tile(a_ptr, b_ptr, M, N, K, b_stride_k, b_stride_n, BM: tl.constexpr
     origin = (tile_m * BM).to(tl.int64)
     # rows and columns out of range wrap round, never stored: only the K loop needs a mask
     a_ptrs = a_ptr + origin * K + (rows % (M - tile_m * BM))[:, None] * K + inner[None, :]
-    b_ptrs = b_ptr + inner[:, None] * b_stride_k + (cols % N)[None, :] * b_stride_n
+    b_ptrs = b_ptr + inner[:, None] * stride_k + (cols % N)[None, :] * stride_n
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for k in range(0, K, BK):
         a = tl.load(a_ptrs, mask=inner[None, :] < K - k, other=0.0)
         b = tl.load(b_ptrs, mask=inner[:, None] < K - k, other=0.0)
         acc = tl.dot(a, b, acc, input_precision="ieee")
         a_ptrs += BK
-        b_ptrs += BK * b_stride_k
+        b_ptrs += BK * stride_k
     return acc, tile_m, tile_n
 
 
 @jit
-def mlp_kernel(a_ptr, b_ptr, factor_ptr, act_ptr, signs_ptr, out_ptr, M, N, K, b_stride_k, b_stride_n,
-               slope, BACKWARD: tl.constexpr, KEEP_SIGNS: tl.constexpr, BM: tl.constexpr,
-               BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
+def mlp_kernel(a_ptr, b_ptr, factor_ptr, act_ptr, signs_ptr, out_ptr, slope, M, N, K, stride_k, stride_n,
+               BACKWARD: tl.constexpr, KEEP_SIGNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+               BK: tl.constexpr, GROUP: tl.constexpr):
     """A (M, K), B (K, N), factor (M), P = factor · A@B -> out (M, N) = act(P), and P's signs if
     KEEP_SIGNS; if BACKWARD, out = P·act'(h), h from act(h) and signs."""
-    acc, tile_m, tile_n = product_tile(a_ptr, b_ptr, M, N, K, b_stride_k, b_stride_n, BM, BN, BK, GROUP)
+    acc, tile_m, tile_n = product_tile(a_ptr, b_ptr, M, N, K, stride_k, stride_n, BM, BN, BK, GROUP)
     rows = tl.arange(0, BM)
     cols = tile_n * BN + tl.arange(0, BN)
     below = M - tile_m * BM
@@ -5678,9 +5670,41 @@ def mlp_kernel(a_ptr, b_ptr, factor_ptr, act_ptr, signs_ptr, out_ptr, M, N, K, b
 
 
 @jit
-def head_kernel(hidden_ptr, head_ptr, targets_ptr, grad_ptr, total_ptr, target_ptr, M, N, K, stride_k,
-                stride_n, cap, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                GROUP: tl.constexpr):
+def heads_kernel(x_ptr, qkv_ptr, factor_ptr, gain_ptr, cos_ptr, sin_ptr, out_ptr, slope_ptr, T, eps, M, N, K,
+                 stride_k, stride_n, NORMED: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
+                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
+    """Heads of P = factor · x (M, K) @ qkv (K, N) -> out (M, N): the first NORMED over their RMS, times
+    gain, turned. slope (M, NORMED): what x @ qkv was multiplied by."""
+    acc, tile_m, tile_n = product_tile(x_ptr, qkv_ptr, M, N, K, stride_k, stride_n, BM, BN, BK, GROUP)
+    origin = (tile_m * BM).to(tl.int64)
+    row = tl.arange(0, BM)
+    inside = (row < M - tile_m * BM)[:, None]
+    factor = tl.load(factor_ptr + origin + row[:, None], mask=inside, other=0.0)
+    HEADS: tl.constexpr = BN // WIDTH
+    head = tile_n * HEADS + tl.arange(0, HEADS)[None, :]
+    x = tl.reshape(factor * acc, (BM, HEADS, WIDTH))
+    gain = tl.load(gain_ptr + head, mask=head < NORMED, other=1.0).to(tl.float32)
+    gain *= tl.where(head < NORMED, tl.rsqrt(tl.sum(x * x, 2) / WIDTH + eps), 1.0)
+    at = row[:, None] * NORMED + head
+    tl.store(slope_ptr + origin * NORMED + at, factor * gain, mask=inside & (head < NORMED))
+    # channels c and c + HALF are a pair; a head's first HALF pairs are turned
+    PAIRS: tl.constexpr = BN // (2 * HALF)
+    pairs = tl.reshape(x * gain[:, :, None], (BM, PAIRS, 2, HALF))
+    first, second = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+    col = tile_n * BN + 2 * HALF * tl.arange(0, PAIRS)[:, None]
+    turned = (col % WIDTH == 0) & (col < NORMED * WIDTH)
+    angle = ((origin + row) % T)[:, None, None] * HALF + tl.arange(0, HALF)
+    cos = tl.where(turned, tl.load(cos_ptr + angle), 1.0)
+    sin = tl.where(turned, tl.load(sin_ptr + angle), 0.0)
+    pairs = tl.join(first * cos + second * sin, second * cos - first * sin)
+    out = tl.reshape(tl.permute(pairs, (0, 1, 3, 2)), (BM, BN)).to(out_ptr.dtype.element_ty)
+    col = tile_n * BN + tl.arange(0, BN)
+    tl.store(out_ptr + origin * N + row[:, None] * N + col, out, mask=inside & (col < N))
+
+
+@jit
+def head_kernel(hidden_ptr, head_ptr, targets_ptr, grad_ptr, total_ptr, target_ptr, cap, M, N, K, stride_k,
+                stride_n, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
     """Of logits x = hidden (M, K) @ head (K, N), which are not written, and s = cap·tanh(x/cap):
     e^s · ds/dx (M, N), each row's total of e^s in a tile, the target's x."""
     x, tile_m, tile_n = product_tile(hidden_ptr, head_ptr, M, N, K, stride_k, stride_n, BM, BN, BK, GROUP)
@@ -5782,25 +5806,34 @@ def see_keys(q, k_ptr, v_ptr, count, newest, peak, total, acc, scale, KEY_WIDTH:
     return peak, total, acc
 
 
+@jit
+def places(T, room, first, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+           BM: tl.constexpr, BW: tl.constexpr):
+    """Of a program's BM queries: token, number, channels (rows, BW) and which are there; of their
+    document's kept keys from `first` on, and of its own, where this head begins."""
+    document = tl.program_id(1).to(tl.int64) // KEY_HEADS
+    key_head = tl.program_id(1) % KEY_HEADS
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    token = row // GROUP
+    number = token * (KEY_HEADS * GROUP) + key_head * GROUP + row % GROUP
+    channel = tl.arange(0, BW)
+    inside = (token < T)[:, None] & (channel < WIDTH)[None, :]
+    queries_before = document * T * (KEY_HEADS * GROUP)
+    at = queries_before * WIDTH + number[:, None] * WIDTH + channel[None, :]
+    old = ((document * room + first) * KEY_HEADS + key_head) * WIDTH
+    own = (document * T * KEY_HEADS + key_head) * WIDTH
+    return token, queries_before + number, at, inside, old, own
+
+
 @jit_for_any("T", "room", "first", "seen")
 def kept_keys_kernel(q_ptr, k_ptr, v_ptr, old_k_ptr, old_v_ptr, y_ptr, lse_ptr, T, room, first, seen,
                      scale, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
                      BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
     """Queries of one document that share a key head, BM a program: over `seen` kept keys from
     `first` on, then causally over the forward's own."""
-    document = tl.program_id(1).to(tl.int64) // KEY_HEADS
-    key_head = tl.program_id(1) % KEY_HEADS
     KEY_WIDTH: tl.constexpr = KEY_HEADS * WIDTH
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    token = row // GROUP
-    query = token * (KEY_HEADS * GROUP) + key_head * GROUP + row % GROUP
-    channel = tl.arange(0, BW)
-    inside = (token < T)[:, None] & (channel < WIDTH)[None, :]
-    queries_before = document * T * (KEY_HEADS * GROUP)
-    at = query[:, None] * WIDTH + channel[None, :]
-    q = tl.load(q_ptr + queries_before * WIDTH + at, mask=inside, other=0.0)
-    old = (document * room + first) * KEY_WIDTH + key_head * WIDTH
-    own = document * T * KEY_WIDTH + key_head * WIDTH
+    token, query, at, inside, old, own = places(T, room, first, KEY_HEADS, GROUP, WIDTH, BM, BW)
+    q = tl.load(q_ptr + at, mask=inside, other=0.0)
     peak = tl.full((BM,), -float("inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BW), tl.float32)
@@ -5809,8 +5842,8 @@ def kept_keys_kernel(q_ptr, k_ptr, v_ptr, old_k_ptr, old_v_ptr, y_ptr, lse_ptr, 
     peak, total, acc = see_keys(q, k_ptr + own, v_ptr + own, T, token, peak, total, acc,
                                 scale, KEY_WIDTH, WIDTH, BN, BW)
     y = acc / total[:, None]
-    tl.store(y_ptr + queries_before * WIDTH + at, y.to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(lse_ptr + queries_before + query, peak + tl.log(total), mask=token < T)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(lse_ptr + query, peak + tl.log(total), mask=token < T)
 
 
 @jit
@@ -5838,23 +5871,13 @@ def kept_keys_dq_kernel(dy_ptr, q_ptr, k_ptr, v_ptr, old_k_ptr, old_v_ptr, y_ptr
                         room, first, seen, scale, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr,
                         WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
     """The gradient of the queries, tiles as above."""
-    document = tl.program_id(1).to(tl.int64) // KEY_HEADS
-    key_head = tl.program_id(1) % KEY_HEADS
     KEY_WIDTH: tl.constexpr = KEY_HEADS * WIDTH
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    token = row // GROUP
-    query = token * (KEY_HEADS * GROUP) + key_head * GROUP + row % GROUP
-    channel = tl.arange(0, BW)
-    inside = (token < T)[:, None] & (channel < WIDTH)[None, :]
-    queries_before = document * T * (KEY_HEADS * GROUP)
-    at = queries_before * WIDTH + query[:, None] * WIDTH + channel[None, :]
+    token, query, at, inside, old, own = places(T, room, first, KEY_HEADS, GROUP, WIDTH, BM, BW)
     q = tl.load(q_ptr + at, mask=inside, other=0.0)
     dy = tl.load(dy_ptr + at, mask=inside, other=0.0)
     y = tl.load(y_ptr + at, mask=inside, other=0.0)
     along = tl.sum(y.to(tl.float32) * dy.to(tl.float32), 1)
-    lse = tl.load(lse_ptr + queries_before + query, mask=token < T, other=0.0)
-    old = (document * room + first) * KEY_WIDTH + key_head * WIDTH
-    own = document * T * KEY_WIDTH + key_head * WIDTH
+    lse = tl.load(lse_ptr + query, mask=token < T, other=0.0)
     dq = tl.zeros((BM, BW), tl.float32)
     dq = query_gradient(q, dy, lse, along, old_k_ptr + old, old_v_ptr + old, seen, token + seen, dq,
                         scale, KEY_WIDTH, WIDTH, BN, BW)
@@ -5905,6 +5928,14 @@ def own_keys_gradient_kernel(dy_ptr, q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, dk_ptr
 # 128×256 tiles keep 128 accumulators a thread; 3 stages take 144 of an H100's 227 KB of shared
 # memory. Autotuning would let the last bits of a run depend on timing.
 PRODUCT_TILE = dict(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3)
+
+
+def product_launch(kernel, a: Tensor, b: Tensor, *arguments, **sizes) -> None:
+    """Run a kernel above on the tiles of A = a (M, K) and B = b (K, N) of any strides."""
+    (M, K), N = a.shape, b.shape[1]
+    tiles = triton.cdiv(M, PRODUCT_TILE["BM"]) * triton.cdiv(N, PRODUCT_TILE["BN"])
+    if tiles:
+        kernel[(tiles,)](a.contiguous(), b, *arguments, M, N, K, *b.stride(), **sizes, **PRODUCT_TILE)
 
 
 # --- softcapped cross-entropy
@@ -5959,18 +5990,18 @@ def capped_ce(logits: Tensor, targets: Tensor, cap: float, kernel: bool | None =
     return F.cross_entropy(soft_cap(logits.float(), cap), targets, reduction="none")
 
 
-@operator(lambda hidden, head, *_: (*room_per_row(hidden), hidden.new_empty(hidden.shape[0], head.shape[0])))
+def room_for_head(hidden, head, *_):
+    """Loss and Σ e^s of every row, and the logits' gradient."""
+    return *room_per_row(hidden), hidden.new_empty(hidden.shape[0], head.shape[0])
+
+
+@operator(room_for_head)
 def ce_of_head(hidden: Tensor, head: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
     """hidden (N, d), head (V, d), targets (N) int64 -> losses, Σ e^s, and Σ e^s · d loss /
     d logits (N, V) like hidden."""
-    (N, d), V = hidden.shape, head.shape[0]
-    tiles = triton.cdiv(V, PRODUCT_TILE["BN"])
-    grad, score = hidden.new_empty(N, V), room_per_row(hidden)[0]
-    totals = score.new_empty(N, tiles)
-    if N:
-        head_kernel[(triton.cdiv(N, PRODUCT_TILE["BM"]) * tiles,)](
-            hidden.contiguous(), head.mT, targets.contiguous(), grad, totals, score, N, V, d,
-            *head.mT.stride(), cap, **PRODUCT_TILE)
+    score, _, grad = room_for_head(hidden, head)
+    totals = score.new_empty(len(score), triton.cdiv(head.shape[0], PRODUCT_TILE["BN"]))
+    product_launch(head_kernel, hidden, head.mT, targets.contiguous(), grad, totals, score, cap)
     total = totals.sum(1)
     s = soft_cap(score, cap)
     # not a difference of rounded numbers: p - 1 may be small
@@ -6056,34 +6087,105 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + partner * sin[:, None]
 
 
+def heads_gradient(dy, y, gain, slope, cos, sin):
+    """y (B, T, heads, Dh): heads over their RMS, times gain (heads), turned; slope (B, T, heads, 1): what x
+    was multiplied by before -> gradients of x and gain, 0 of a gain of 0."""
+    gain = gain.float()[:, None]
+    wide = rotate(dy.float(), cos, -sin)
+    normed = rotate(y.float(), cos, -sin) / torch.where(gain == 0, 1, gain)
+    along = (wide * normed).mean(-1, keepdim=True)
+    return ((wide - along * normed) * slope).to(y.dtype), (y.size(-1) * along.sum((0, 1, 3))).to(y.dtype)
+
+
 class NormedRotated(torch.autograd.Function):
-    """All in float32, and the gain's gradient from sums over a head that the norm's
-    gradient needs anyway."""
+    """Heads x (B, T, heads, Dh) over their RMS, times gain (heads), turned, in float32. Their gradient is
+    made from the output: the input need not be kept."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin, gain):
-        y = rotate(x.float() * inverse_rms(x), cos, sin)
-        ctx.save_for_backward(x, cos, sin, gain)
-        return (y if gain is None else y * gain[:, None]).to(x.dtype)
+    def forward(ctx, x, gain, cos, sin):
+        slope = inverse_rms(x) * gain[:, None]
+        y = rotate(x.float() * slope, cos, sin).to(x.dtype)
+        ctx.save_for_backward(y, gain, slope, cos, sin)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, cos, sin, gain = ctx.saved_tensors
-        inverse = inverse_rms(x)
-        normed = x.float() * inverse
-        turned_back = rotate(dy.float(), cos, -sin)
-        along = (turned_back * normed).mean(-1, keepdim=True)
-        dx = (turned_back - along * normed) * inverse
-        if gain is None:
-            return dx.to(x.dtype), None, None, None
-        d_gain = x.size(-1) * along.sum((0, 1, 3))
-        return (dx * gain[:, None]).to(x.dtype), None, None, d_gain.to(gain.dtype)
+        return *heads_gradient(dy, *ctx.saved_tensors), None, None
 
 
-def normed_rotated(x: Tensor, rope: tuple[Tensor, Tensor], gain: Tensor | None = None) -> Tensor:
-    """Queries or keys x (B, T, heads, Dh): each head over its RMS, turned by rotary
-    embedding, times its gain (heads)."""
-    return NormedRotated.apply(x, *rope, gain)
+# --- queries, keys and values: the input's norm, the product, and what its heads go through
+
+def room_for_heads(x, qkv, factor, gain, cos, sin, width):
+    """Heads (B, T, n / width, width), and the normed ones' slope float32."""
+    heads = x.new_empty(*x.shape[:2], qkv.shape[0] // width, width)
+    return heads, factor.new_empty(*x.shape[:2], gain.shape[0])
+
+
+# in whatever layout: else the compiler makes cos and sin anew for every layer
+@operator(room_for_heads, tags=(torch.Tag.flexible_layout,))
+def heads_product(x: Tensor, qkv: Tensor, factor: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
+                  width: int) -> tuple[Tensor, Tensor]:
+    """heads_kernel of x (B, T, d), qkv (n, d), factor (B, T, 1), gain (normed heads), cos, sin (T, half)."""
+    heads, slope = room_for_heads(x, qkv, factor, gain, cos, sin, width)
+    rows = [y.contiguous() for y in (factor, gain, cos, sin)]
+    product_launch(heads_kernel, x.flatten(0, 1), qkv.mT, *rows, heads, slope, x.shape[1], RMS_EPS,
+                   NORMED=gain.shape[0], WIDTH=width, HALF=cos.shape[1])
+    return heads, slope
+
+
+class NormedHeads(torch.autograd.Function):
+    """As in the MLP the input's norm stands behind the product; gradients come from what attention reads."""
+
+    @staticmethod
+    def forward(ctx, x, qkv, gate, q_gain, gain, cos, sin, scale):
+        factor = scale * inverse_rms(x)
+        heads, slope = heads_product(x, qkv, factor, gain, cos, sin, x.size(-1) // len(q_gain))
+        logits = (F.linear(x[..., :gate.size(1)], gate) * factor).to(x.dtype)
+        ctx.scale = scale
+        ctx.save_for_backward(x, qkv, gate, factor, heads, q_gain, gain, slope, cos, sin)
+        return *heads.tensor_split((len(q_gain), len(gain)), 2), logits
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv, d_logits):
+        x, qkv, gate, factor, heads, q_gain, gain, slope, cos, sin = ctx.saved_tensors
+        q, k, _ = heads.tensor_split((len(q_gain), len(gain)), 2)
+        slope_q, slope_k = slope[..., None].tensor_split((len(q_gain),), 2)
+        dq, d_gain = heads_gradient(dq, q, q_gain, slope_q, cos, sin)
+        dk, _ = heads_gradient(dk, k, gain[len(q_gain):], slope_k, cos, sin)
+        dv = (dv.flatten(2) * factor).to(x.dtype)
+        d_logits = (d_logits * factor).to(x.dtype)
+        d_rows = torch.cat((dq.flatten(2), dk.flatten(2), dv), -1)
+        # of more operations on a channel the compiler would write the result before it adds to it
+        wide = (d_rows @ qkv).float() + F.pad(d_logits @ gate, (0, x.size(-1) - gate.size(1)))
+        normed = x * factor
+        along = (wide * normed / (x.size(-1) * ctx.scale ** 2)).sum(-1, keepdim=True)
+        rows = x.flatten(0, 1)
+        d_qkv = d_rows.flatten(0, 1).mT @ rows
+        d_gate = d_logits.flatten(0, 1).mT @ rows[:, :gate.size(1)]
+        return (wide - along * normed).to(x.dtype), d_qkv, d_gate, d_gain, None, None, None, None
+
+
+def normed_heads(x: Tensor, weights: dict[str, Tensor], rope: tuple[Tensor, Tensor], scale: float,
+                 change: Callable | None = None, kernel: bool | None = None) -> tuple[Tensor | None, ...]:
+    """Of rms(x, scale), x (B, T, d), a layer's queries (B, T, H, Dh) and keys (B, T, K, Dh), over their
+    heads' RMS and turned, values, logits (B, T, H) of gates or None, and itself, where it is made.
+    change(itself, three products): what goes on in the products' place."""
+    qkv, q_gain, gain = weights["qkv"], weights["q_gain"], weights["qk_gain"]
+    gate = weights.get("attn_gate_w")
+    width = x.size(-1) // len(q_gain)
+    fits = PRODUCT_TILE["BN"] % width == 0 and width % (2 * rope[0].size(-1)) == 0
+    if change is None and fits and use_triton(kernel, x.is_cuda and x.dtype in HALF):
+        read = qkv.new_zeros(8, 8) if gate is None else gate
+        *heads, logits = NormedHeads.apply(x, qkv, read, q_gain, gain, *rope, scale)
+        return *heads, None if gate is None else logits, None
+    normed = rms(x, scale)
+    parts = F.linear(normed, qkv).tensor_split((x.size(-1), len(gain) * width), dim=-1)
+    if change is not None:
+        parts = change(normed, *parts)
+    q, k, v = (part.unflatten(2, (-1, width)) for part in parts)
+    q = NormedRotated.apply(q, q_gain, *rope)
+    k = NormedRotated.apply(k, gain[len(q_gain):], *rope)
+    return q, k, v, None if gate is None else F.linear(normed[..., :gate.size(1)], gate), normed
 
 
 # --- sums of streams: the factors' gradients from one more reading of what was summed
@@ -6217,16 +6319,6 @@ def remove_own_value(y: Tensor, v: Tensor, gate: Tensor | None = None,
 
 # --- leaky-ReLU² MLP
 
-def mlp_launch(a, b, factor, act, signs, out, slope, backward=False, keep_signs=False) -> None:
-    """Run mlp_kernel on A = a (M, K) contiguous and B = b (K, N) of any strides."""
-    M, K = a.shape
-    N = b.shape[1]
-    tiles = triton.cdiv(M, PRODUCT_TILE["BM"]) * triton.cdiv(N, PRODUCT_TILE["BN"])
-    if tiles:
-        mlp_kernel[(tiles,)](a, b, factor, act, signs, out, M, N, K, *b.stride(), slope,
-                             BACKWARD=backward, KEEP_SIGNS=keep_signs, **PRODUCT_TILE)
-
-
 def room_for_hidden(x, up, factor, slope, keep_signs):
     """a (N, m) and signs, eight a byte, for whole tiles; without rows unless they are kept."""
     N, m = x.shape[0], up.shape[0]
@@ -6240,7 +6332,7 @@ def mlp_up(x: Tensor, up: Tensor, factor: Tensor, slope: float, keep_signs: bool
     """x (N, d), up (m, d), factor (N, 1) float32, h = factor · x @ upᵀ -> a = leaky(h)² (N, m)
     and h's signs."""
     a, signs = room_for_hidden(x, up, factor, slope, keep_signs)
-    mlp_launch(x.contiguous(), up.mT, factor, a, signs, a, slope, keep_signs=keep_signs)
+    product_launch(mlp_kernel, x, up.mT, factor, a, signs, a, slope, BACKWARD=False, KEEP_SIGNS=keep_signs)
     return a, signs
 
 
@@ -6248,7 +6340,7 @@ def mlp_up(x: Tensor, up: Tensor, factor: Tensor, slope: float, keep_signs: bool
 def mlp_dh(dy: Tensor, down: Tensor, factor: Tensor, a: Tensor, signs: Tensor, slope: float) -> Tensor:
     """dy (N, d), down (d, m), mlp_up's factor and results -> factor · (dy @ down) · act'(h)."""
     dh = room(a)
-    mlp_launch(dy.contiguous(), down, factor, a, signs, dh, slope, backward=True)
+    product_launch(mlp_kernel, dy, down, factor, a, signs, dh, slope, BACKWARD=True, KEEP_SIGNS=False)
     return dh
 
 
@@ -10212,20 +10304,22 @@ class LineageGPT(GPT):
         values = self.token_values(ids)
         return LineageForward(f.layers, f.x0, f.rope, f.layout, f.adapter, f.hook, f.cache, values)
 
-    def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().project(forward, layer, slot, x)
-        if self.s.ve_enabled and layer in forward.values:
-            v = v + forward.values[layer]
-        return q, k, v
-
-    def head_gate(self, weights: dict[str, Tensor], x: Tensor, q_flat: Tensor) -> Tensor | None:
-        s = self.s
+    def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, ...]:
+        s, weights = self.s, forward.layers[layer]
+        q, k, v, logits, normed = super().project(forward, layer, slot, x)
+        if s.ve_enabled and layer in forward.values:
+            v = v + forward.values[layer].view(v.shape)
         if s.attn_out_gate_enabled:
-            source = q_flat if s.attn_out_gate_src == "q" else x
-            return 2 * torch.sigmoid(F.linear(source[..., :s.gate_window], weights["attn_gate_proj"]))
-        if s.gated_attn_enabled:
-            return torch.sigmoid(F.linear(x, weights["attn_gate_w"]))
-        return super().head_gate(weights, x, q_flat)
+            source = rms(x, self.depth_scale(layer))
+            if s.attn_out_gate_src == "q":
+                source = forward.adapted(F.linear(source, weights["qkv"][:s.model_dim]), "q", slot, source)
+            logits = F.linear(source[..., :s.gate_window], weights["attn_gate_proj"])
+        return q, k, v, logits, normed
+
+    def head_gate(self, logits: Tensor | None) -> Tensor | None:
+        if self.s.attn_out_gate_enabled:
+            return 2 * torch.sigmoid(logits)
+        return torch.sigmoid(logits) if self.s.gated_attn_enabled else super().head_gate(logits)
 
     def enter_lanes(self, j: int, x: Tensor, lanes: tuple[Tensor, Tensor] | None,
                     skip: Tensor | None) -> tuple[Tensor, Tensor]:

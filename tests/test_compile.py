@@ -65,3 +65,21 @@ def test_the_kernels_of_a_gpu_are_traced_whole(kernel, tracing, monkeypatch):
                 for p in adapter.trained():
                     p.grad = None
     assert tracing() == 4
+
+
+def test_operators_of_products_have_one_graph_for_all_numbers_of_tokens(tracing):
+    """They keep a number of tokens that is a symbol: their room is no fixed number of rows."""
+    def both(hidden, weight, targets, factor, gain, angles):
+        losses = tg.ce_of_head(hidden[0], weight, targets, 30.0)
+        return *losses, *tg.heads_product(hidden, weight, factor, gain, angles, angles, 4)
+
+    compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="eager")
+    with FakeTensorMode():
+        weight, gain = torch.zeros(32, 16, dtype=torch.bfloat16), torch.zeros(6)
+        for tokens in (24, 40):
+            hidden = torch.zeros(1, tokens, 16, dtype=torch.bfloat16)
+            targets = torch.zeros(tokens, dtype=torch.int64)
+            made = compiled(hidden, weight, targets, hidden[..., :1].float(), gain, torch.zeros(tokens, 2))
+            shapes = [tuple(x.shape) for x in made[1:]]
+            assert shapes == [(tokens,), (tokens, 32), (1, tokens, 8, 4), (1, tokens, 6)]
+    assert tracing() == 1

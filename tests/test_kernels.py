@@ -25,39 +25,59 @@ needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
 
 
 COMPILE = """
+import subprocess, tempfile
 import train_gpt as tg, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TYPES = dict(targets_ptr="*i64", signs_ptr="*u8", cap="fp32", slope="fp32", scale="fp32")
-FLOATS = "loss_ptr lse_ptr dloss_ptr total_ptr target_ptr factor_ptr"
+TYPES = dict(targets_ptr="*i64", signs_ptr="*u8", cap="fp32", slope="fp32", scale="fp32", eps="fp32")
+FLOATS = "loss_ptr lse_ptr dloss_ptr total_ptr target_ptr factor_ptr cos_ptr sin_ptr slope_ptr"
 TYPES.update(dict.fromkeys(FLOATS.split(), "*fp32"))
-TILE = dict(BM=64, BN=64, BK=32, GROUP=8)
-HEADS = dict(HEADS=8, GROUP=2, WIDTH=64, BN=16, BW=64)
-KEPT = dict(KEY_HEADS=4, GROUP=2, WIDTH=64, BM=64, BN=64, BW=64)
-for kernel, sizes in (
-        (tg.ce_forward_kernel, dict(BLOCK=1024)),
-        (tg.ce_backward_kernel, dict(BLOCK=1024)),
-        (tg.mlp_kernel, dict(BACKWARD=False, KEEP_SIGNS=True, **TILE)),
-        (tg.mlp_kernel, dict(BACKWARD=True, KEEP_SIGNS=False, **TILE)),
-        (tg.head_kernel, TILE),
+UP = dict(stride_k=1, **tg.PRODUCT_TILE)
+DOWN = dict(stride_n=1, **tg.PRODUCT_TILE)
+HEADS = dict(HEADS=8, GROUP=2, WIDTH=64, BN=16, BW=64, num_warps=8)
+KEPT = dict(KEY_HEADS=4, GROUP=2, WIDTH=64, BW=64, **tg.KEPT_KEYS_TILE)
+for kernel, launch in (
+        (tg.ce_forward_kernel, tg.ce_launch(8192)),
+        (tg.ce_backward_kernel, tg.ce_launch(8192)),
+        (tg.mlp_kernel, dict(BACKWARD=False, KEEP_SIGNS=True, **UP)),
+        (tg.mlp_kernel, dict(BACKWARD=True, KEEP_SIGNS=False, **DOWN)),
+        (tg.head_kernel, UP),
+        (tg.heads_kernel, dict(NORMED=12, WIDTH=64, HALF=8, **UP)),
         (tg.own_value_kernel, HEADS), (tg.own_value_backward_kernel, HEADS),
         (tg.kept_keys_kernel, KEPT), (tg.kept_keys_dq_kernel, KEPT), (tg.own_keys_gradient_kernel, KEPT)):
-    types = {}
-    for name in kernel.arg_names:
+    options = {name: launch[name] for name in ("num_warps", "num_stages") if name in launch}
+    types, values, divisible = {}, {}, {}
+    for at, name in enumerate(kernel.arg_names):
+        if name in launch:      # a size, or a stride of 1
+            types[name], values[at,] = "constexpr", launch[name]
+            continue
         types[name] = TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
-    types.update(dict.fromkeys(sizes, "constexpr"))
-    values = {(kernel.arg_names.index(name),): value for name, value in sizes.items()}
-    triton.compile(ASTSource(kernel, types, values), target=GPUTarget("cuda", 90, 32))
+        if name.endswith("_ptr") or name in "M N K stride_k stride_n v_stride".split():
+            divisible[at,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, types, values, divisible)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, text=True, capture_output=True).stdout
+    used = dict(part.split(":") for part in text.split() if part.count(":") == 1)
+    print(kernel.__name__, made.metadata.shared, used["REG"], used["STACK"])
 """
+SHARED_MEMORY = 227 * 1024  # bytes of it that a program may have on a Hopper GPU
 
 
 @needs_triton
 def test_every_kernel_compiles_for_a_hopper_gpu():
-    """The interpreter takes what the compiler does not, such as a name that changes its shape in a loop."""
+    """The interpreter takes what the compiler does not, such as a name that changes its shape in a loop. As
+    it is launched at full size, each kernel has room in shared memory and spills no register."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
+    for line in done.stdout.splitlines():
+        _, shared, _, stack = line.split()
+        assert int(shared) <= SHARED_MEMORY and int(stack) == 0, line
 
 
 class Layout(NamedTuple):
@@ -235,18 +255,11 @@ def test_norm_has_the_gradient_of_the_formula(dtype, bound):
 
 
 @pytest.mark.parametrize("width, rotated", [(16, 4), (16, 16), (12, 8), (6, 2)])
-@pytest.mark.parametrize("with_gain", [True, False])
-def test_normed_rotation_has_the_gradient_of_the_formula(width, rotated, with_gain):
+def test_normed_rotation_has_the_gradient_of_the_formula(width, rotated):
     x, gain, angle, dy = random((2, 7, 3, width), (3,), (7, rotated // 2), (2, 7, 3, width))
     cos, sin = angle.detach().cos(), angle.detach().sin()
-    leaves = [x, gain] if with_gain else [x]
-
-    def plain(x, gain=None):
-        y = plain_rotation(plain_norm(x, 1.0), cos, sin)
-        return y if gain is None else y * gain[:, None]
-
-    got = graded(lambda x, gain=None: kernels.normed_rotated(x, (cos, sin), gain), leaves, dy)
-    want = graded(plain, leaves, dy)
+    got = graded(lambda x, gain: kernels.NormedRotated.apply(x, gain, cos, sin), [x, gain], dy)
+    want = graded(lambda x, gain: plain_rotation(plain_norm(x, 1.0), cos, sin) * gain[:, None], [x, gain], dy)
     assert all(gap(a, b) < 2e-6 for a, b in zip(got, want))
 
 
@@ -264,6 +277,34 @@ def test_lanes_have_the_gradient_of_the_formula():
     got = graded(lambda *leaves: torch.stack(kernels.mix_lanes(*leaves)), leaves, dy)
     want = graded(plain_lanes, leaves, dy)
     assert all(gap(a, b) < 2e-6 for a, b in zip(got, want))
+
+
+# ------------------------------------------------------------------------- queries, keys and values
+@needs_triton
+@pytest.mark.parametrize("rows, T, H, K, width, half", [(2, 70, 4, 2, 16, 4), (1, 5, 16, 8, 16, 8)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
+def test_normed_heads_of_the_kernel_are_their_twins(rows, T, H, K, width, half, dtype, bound):
+    """Tiles end within heads and rows, positions begin anew in every row; a gain of 0 has a gradient of 0."""
+    shapes = (rows, T, H * width), ((H + 2 * K) * width, H * width), (H,), (H, 3)
+    x, qkv, gain, gate = random(*shapes, dtype=dtype)
+    angle, d_out = random((T, half), (rows, T, (H + 2 * K) * width + H), seed=1, grad=False)
+    gain.data[0] = 0
+
+    def results(kernel):
+        def flat(x, qkv, gain, gate):
+            weights = dict(qkv=qkv, q_gain=gain, attn_gate_w=gate)
+            weights["qk_gain"] = torch.cat((gain.detach(), gain.new_ones(K)))
+            rope = angle.cos(), angle.sin()
+            *heads, logits, _ = kernels.normed_heads(x, weights, rope, 0.4, kernel=kernel)
+            return torch.cat([*(y.flatten(2) for y in heads), logits], dim=-1)
+
+        return flat
+
+    leaves = [x, qkv, gain, gate]
+    got = graded(results(True), leaves, d_out)
+    want = graded(results(False), [y.detach().float().requires_grad_() for y in leaves], d_out)
+    assert got[0].dtype == dtype and got[3][0] == 0
+    assert all(gap(a, b) < bound for a, b in zip(got, want))
 
 
 # ----------------------------------------------------------------- attention without the own value

@@ -247,6 +247,17 @@ def no_gpu(version: str) -> str:
 
 # --- 1 self tests
 
+def heads_side_by_side(tg, x, kernel):
+    """Queries, keys and values, (1, tokens, 16, 64)."""
+    angle = x.fixed("angle", x.tokens, 8).float()
+    gain = x.drawn("gain", 8)
+    weights = dict(qkv=x.drawn("qkv", 1024, 512, scale=512**-0.5), q_gain=gain,
+                   qk_gain=x.lab.torch.cat((gain.detach(), gain.new_ones(4))))
+    rope = angle.cos(), angle.sin()
+    heads = tg.normed_heads(x.drawn("x", 1, x.tokens, 512), weights, rope, 1.0, kernel=kernel)
+    return x.lab.torch.cat(heads[:3], dim=2)
+
+
 # Every kernel with a plain twin: name -> output, of the trainer's module, inputs and
 # whether by the kernel. One entry more is all that a new kernel needs.
 TWINS: dict[str, Callable] = {
@@ -257,6 +268,7 @@ TWINS: dict[str, Callable] = {
         x.drawn("down", x.dim, x.hidden, scale=x.hidden**-0.5), 0.5, kernel=kernel),
     "head and cross-entropy": lambda tg, x, kernel: tg.head_losses(
         x.drawn("hidden", x.tokens, x.dim), x.drawn("head", x.vocab, x.dim), x.ids(), 30.0, kernel),
+    "queries, keys and values": heads_side_by_side,
     "attention without the own value": lambda tg, x, kernel: tg.remove_own_value(
         x.drawn("y", 1, x.tokens, 8, 64), x.drawn("v", 1, x.tokens, 4, 64), x.drawn("gate", 1, x.tokens, 8),
         kernel),

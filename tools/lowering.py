@@ -114,6 +114,7 @@ def mlp_dh_flops(inputs: Shapes, outputs: Shapes) -> float:
 
 MLP, CROSS_ENTROPY = "MLP, own kernel", "cross-entropy, own kernel"
 OWN_VALUE, OTHER = "own value, own kernel", "other operator"
+HEADS = "queries, keys and values, own kernel"
 KEPT_KEYS = "attention on kept keys, own kernel"
 EAGER = "eager"  # kind and graph of what is not compiled
 RULES = (
@@ -125,6 +126,7 @@ RULES = (
     Rule(r"\bce_of_head", CROSS_ENTROPY, by_rows_flops),
     Rule(r"\bce_(forward|backward)", CROSS_ENTROPY, no_flops),
     Rule("own_value", OWN_VALUE, no_flops),
+    Rule("heads_product", HEADS, by_rows_flops),
     Rule("kept_keys_forward", KEPT_KEYS, kept_keys_flops),
     Rule("kept_keys_backward", KEPT_KEYS, kept_keys_backward_flops),
 )
