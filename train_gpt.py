@@ -6087,30 +6087,28 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + partner * sin[:, None]
 
 
-def heads_gradient(dy, y, gain, slope, cos, sin):
-    """y (B, T, heads, Dh): heads over their RMS, times gain (heads), turned; slope (B, T, heads, 1): what x
-    was multiplied by before -> gradients of x and gain, 0 of a gain of 0."""
-    gain = gain.float()[:, None]
-    wide = rotate(dy.float(), cos, -sin)
-    normed = rotate(y.float(), cos, -sin) / torch.where(gain == 0, 1, gain)
-    along = (wide * normed).mean(-1, keepdim=True)
-    return ((wide - along * normed) * slope).to(y.dtype), (y.size(-1) * along.sum((0, 1, 3))).to(y.dtype)
-
-
 class NormedRotated(torch.autograd.Function):
-    """Heads x (B, T, heads, Dh) over their RMS, times gain (heads), turned, in float32. Their gradient is
-    made from the output: the input need not be kept."""
+    """All in float32, and the gain's gradient from sums over a head that the norm's
+    gradient needs anyway."""
 
     @staticmethod
-    def forward(ctx, x, gain, cos, sin):
-        slope = inverse_rms(x) * gain[:, None]
-        y = rotate(x.float() * slope, cos, sin).to(x.dtype)
-        ctx.save_for_backward(y, gain, slope, cos, sin)
-        return y
+    def forward(ctx, x, cos, sin, gain):
+        y = rotate(x.float() * inverse_rms(x), cos, sin)
+        ctx.save_for_backward(x, cos, sin, gain)
+        return (y if gain is None else y * gain[:, None]).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
-        return *heads_gradient(dy, *ctx.saved_tensors), None, None
+        x, cos, sin, gain = ctx.saved_tensors
+        inverse = inverse_rms(x)
+        normed = x.float() * inverse
+        turned_back = rotate(dy.float(), cos, -sin)
+        along = (turned_back * normed).mean(-1, keepdim=True)
+        dx = (turned_back - along * normed) * inverse
+        if gain is None:
+            return dx.to(x.dtype), None, None, None
+        d_gain = x.size(-1) * along.sum((0, 1, 3))
+        return (dx * gain[:, None]).to(x.dtype), None, None, d_gain.to(gain.dtype)
 
 
 # --- queries, keys and values: the input's norm, the product, and what its heads go through
@@ -6131,6 +6129,16 @@ def heads_product(x: Tensor, qkv: Tensor, factor: Tensor, gain: Tensor, cos: Ten
     product_launch(heads_kernel, x.flatten(0, 1), qkv.mT, *rows, heads, slope, x.shape[1], RMS_EPS,
                    NORMED=gain.shape[0], WIDTH=width, HALF=cos.shape[1])
     return heads, slope
+
+
+def heads_gradient(dy, y, gain, slope, cos, sin):
+    """y (B, T, heads, Dh): heads over their RMS, times gain (heads), turned; slope (B, T, heads, 1): what x
+    was multiplied by before -> gradients of x and gain, 0 of a gain of 0."""
+    gain = gain.float()[:, None]
+    wide = rotate(dy.float(), cos, -sin)
+    normed = rotate(y.float(), cos, -sin) / torch.where(gain == 0, 1, gain)
+    along = (wide * normed).mean(-1, keepdim=True)
+    return ((wide - along * normed) * slope).to(y.dtype), (y.size(-1) * along.sum((0, 1, 3))).to(y.dtype)
 
 
 class NormedHeads(torch.autograd.Function):
@@ -6183,8 +6191,8 @@ def normed_heads(x: Tensor, weights: dict[str, Tensor], rope: tuple[Tensor, Tens
     if change is not None:
         parts = change(normed, *parts)
     q, k, v = (part.unflatten(2, (-1, width)) for part in parts)
-    q = NormedRotated.apply(q, q_gain, *rope)
-    k = NormedRotated.apply(k, gain[len(q_gain):], *rope)
+    q = NormedRotated.apply(q, *rope, q_gain)
+    k = NormedRotated.apply(k, *rope, None)
     return q, k, v, None if gate is None else F.linear(normed[..., :gate.size(1)], gate), normed
 
 
