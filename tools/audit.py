@@ -64,7 +64,7 @@ JUDGES = (  # this repository's own, as is every probe_*
 # Whatever these chapters of train_gpt.py, and these sections of its part three, define
 # guards the rules: no probe of an artifact can speak for it.
 CHAPTERS = ("Story", "Training", "Score", "Adapt", "World", "Data", "Counts", "Probes",
-            "Economy", "Adapting")
+            "Key cache", "Adapting")
 SECTIONS = ("training", "adaptation", "data", "counts")
 GUARDS = (
     "calibrate", "calibrate_logits", "fit_calibration", "quantise_to_fit", "code_bytes",
