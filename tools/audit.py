@@ -61,10 +61,10 @@ PATHS = ("DATA_DIR", "DATA_PATH", "TOKENIZER_PATH")
 JUDGES = (  # this repository's own, as is every probe_*
     "Booked", "LedgerError", "Ledger", "Finding", "run_probes", "weights_kept",
 )
-# Whatever these chapters of train_gpt.py, and these sections of its part three, define
+# Whatever these chapters of train_gpt.py (the first words of their titles), and these sections of its part three, define
 # guards the rules: no probe of an artifact can speak for it.
 CHAPTERS = ("Story", "Training", "Score", "Adapt", "World", "Data", "Counts", "Probes",
-            "Key cache", "Adapting")
+            "Key", "Adapting")
 SECTIONS = ("training", "adaptation", "data", "counts")
 GUARDS = (
     "calibrate", "calibrate_logits", "fit_calibration", "quantise_to_fit", "code_bytes",
