@@ -61,8 +61,8 @@ PATHS = ("DATA_DIR", "DATA_PATH", "TOKENIZER_PATH")
 JUDGES = (  # this repository's own, as is every probe_*
     "Booked", "LedgerError", "Ledger", "Finding", "run_probes", "weights_kept",
 )
-# Whatever these chapters of train_gpt.py (the first words of their titles), and these sections of its part three, define
-# guards the rules: no probe of an artifact can speak for it.
+# Whatever these chapters of train_gpt.py (the first words of their titles), and these sections of its
+# part three, define guards the rules: no probe of an artifact can speak for it.
 CHAPTERS = ("Story", "Training", "Score", "Adapt", "World", "Data", "Counts", "Probes",
             "Key", "Adapting")
 SECTIONS = ("training", "adaptation", "data", "counts")
