@@ -800,7 +800,8 @@ def history_panels(done: list, metric: str) -> list[page.Panel]:
         },
         star(best_of(done).number, best_of(done)),
     ]
-    return [page.plot("history", "", traces, 280, {"title": "trial"}, {"title": metric})]
+    x = {"title": "trial", "dtick": 1} if max(numbers) < 16 else {"title": "trial"}
+    return [page.plot("history", "", traces, 280, x, {"title": metric})]
 
 
 def setting_panel(done: list, name: str, metric: str) -> page.Panel:
@@ -828,7 +829,7 @@ def setting_panel(done: list, name: str, metric: str) -> page.Panel:
     if choices := getattr(drawn_from, "choices", None):
         x = {"type": "category", "categoryorder": "array", "categoryarray": list(choices)}
     elif drawn_from.log:
-        x = {"type": "log"}
+        x = {"type": "log", "title": "logarithmic"}
     return page.plot(f"setting-{name}", name, traces, 240, x, {"title": metric})
 
 
