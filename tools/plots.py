@@ -201,7 +201,7 @@ STAGES = (  # of a run: name, what it does in two lines, and the colour of its c
     ("Read back", "only this file is", "scored from here on", "cool"),
     ("Score", "sliding windows over", "every document", "cool"),
     ("Adapt", "score a piece, then learn", "from it; next piece", "cool"),
-    ("Result", "bits per byte: lower wins;", "log, summary, verdict", "page"),
+    ("Result", "bits per byte: lower wins;", "log, summary, limits kept?", "page"),
 )
 
 
