@@ -195,13 +195,13 @@ def curves(name: str, title: str, axis: str) -> str:
 
 STAGES = (  # of a run: name, what it does in two lines, and the colour of its clock
     ("Try everything", "checks, and a rehearsal", "of all later stages", "page"),
-    ("Train", "until the clock says", "stop; keep an average", "warm"),
+    ("Train", "until the clock says", "stop; average weights", "warm"),
     ("Quantise", "36 million weights to", "about 3.5 bits each", "warm"),
     ("Pack", "one file under 16 MB,", "script included", "warm"),
     ("Read back", "only this file is", "scored from here on", "cool"),
     ("Score", "sliding windows over", "every document", "cool"),
     ("Adapt", "score a piece, then learn", "from it; next piece", "cool"),
-    ("Result", "bits per byte: lower wins;", "log, summary, limits kept?", "page"),
+    ("Result", "bits per byte: lower wins;", "log, summary, limit check", "page"),
 )
 
 
