@@ -587,7 +587,8 @@ def run_inside(record: Record, folder: Path, run: RunFiles) -> str:
     world, tolerance = record.args.nproc or run.summary["world_size"], record.args.tolerance
     launcher = ([] if world == 1 else ["-m", "torch.distributed.run", "--standalone",
                                        f"--nproc_per_node={world}"])
-    print(f"scoring {relative(run.folder)} again with the packaged script, inside its folder …", flush=True)
+    print(f"scoring {relative(run.folder)} again with the packaged script, inside its folder; the run's own "
+          f"evaluation took {run.summary['eval_seconds']:.0f} s, checks come before it …", flush=True)
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as out:
         done = subprocess.run([sys.executable, *launcher, "train_gpt.py"], cwd=folder, capture_output=True,
@@ -668,6 +669,8 @@ def main(arguments=None) -> int:
     except ValueError:
         raise ToolError(f"--date {args.date} must be a day as YYYY-MM-DD") from None
     folder = build(gather(args))
+    if not args.author or not args.blurb:
+        print("note: --author or --blurb is empty: a record to hand in needs both")
     print(f"made {relative(folder)}: " + ", ".join(sorted(p.name for p in folder.iterdir())))
     return 0
 

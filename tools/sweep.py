@@ -404,8 +404,8 @@ def stop(process: subprocess.Popen) -> None:
             return
 
 
-def progress_of(folder: Path) -> tuple[int, float] | None:
-    """(per cent of the budget used, score) of a run under way.
+def progress_of(folder: Path) -> tuple[int, str, float] | None:
+    """(per cent of the budget used, kind of score, score) of a run under way.
 
     The score is the validation's BPB where it is logged, else the loss.
     """
@@ -419,8 +419,8 @@ def progress_of(folder: Path) -> tuple[int, float] | None:
         return None
     used = round(100 * train[-1]["used"])
     if validated:
-        return used, validated[-1]["val_bpb"]
-    return used, statistics.fmean(e["loss"] for e in train[-5:])
+        return used, "BPB", validated[-1]["val_bpb"]
+    return used, "loss", statistics.fmean(e["loss"] for e in train[-5:])
 
 
 def metric_of(folder: Path, metric: str) -> float:
@@ -562,10 +562,11 @@ class Worker:
         while not has_ended(process, POLL_SECONDS):
             if self.stopping.is_set():
                 raise SystemExit
-            used, score = progress_of(folder) or (0, math.nan)
+            used, kind, score = progress_of(folder) or (0, "loss", math.nan)
             if used >= shown + PROGRESS_PERCENT:
                 shown = used - used % PROGRESS_PERCENT
-                print(f"{label}: {used} % of its training, loss or BPB {score:.4f}", flush=True)
+                doing = f"{used} % of its training" if used < 100 else "trained, now it quantises and scores"
+                print(f"{label}: {doing}, {kind} {score:.4f}", flush=True)
             if prune and used > reported and math.isfinite(score):
                 reported = used
                 trial.report(score, used)
