@@ -38,7 +38,7 @@ def test_the_kernels_of_a_gpu_are_traced_whole(kernel, tracing, monkeypatch):
     training, two for adaptation that goes on, whatever the rows and chunks."""
     monkeypatch.setitem(tg.FLASH, "torch", importlib.import_module("torch.nn.attention.varlen"))
     monkeypatch.setitem(tg.BACKENDS, "plain", tg.BACKENDS[kernel])
-    monkeypatch.setattr(tg, "use_triton", lambda wanted, sensible: True)
+    monkeypatch.setattr(tg, "use_triton", lambda kernel, wanted, sensible: True)
     s = settings(**FEW_LAYERS)
     with FakeTensorMode():
         model = tg.GPT(s)
@@ -71,11 +71,11 @@ def test_operators_of_products_have_one_graph_for_all_numbers_of_tokens(tracing)
     """They keep a number of tokens that is a symbol: their room is no fixed number of rows."""
     def both(hidden, weight, targets, factor, gain, angles):
         losses = tg.ce_of_head(hidden[0], weight, targets, 30.0)
-        return *losses, *tg.heads_product(hidden, weight, factor, gain, angles, angles, 4)
+        return *losses, *tg.qkv_product(hidden, weight, factor, gain, angles, angles)
 
     compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="eager")
     with FakeTensorMode():
-        weight, gain = torch.zeros(32, 16, dtype=torch.bfloat16), torch.zeros(6)
+        weight, gain = torch.zeros(32, 16, dtype=torch.bfloat16), torch.zeros(4)
         for tokens in (24, 40):
             hidden = torch.zeros(1, tokens, 16, dtype=torch.bfloat16)
             targets = torch.zeros(tokens, dtype=torch.int64)

@@ -43,7 +43,7 @@ for kernel, launch in (
         (tg.mlp_kernel, dict(BACKWARD=False, KEEP_SIGNS=True, **UP)),
         (tg.mlp_kernel, dict(BACKWARD=True, KEEP_SIGNS=False, **DOWN)),
         (tg.head_kernel, UP),
-        (tg.heads_kernel, dict(NORMED=12, WIDTH=64, HALF=8, **UP)),
+        (tg.qkv_kernel, dict(GAINED=8, NORMED=12, WIDTH=64, ANGLES=8, **UP)),
         (tg.own_value_kernel, HEADS), (tg.own_value_backward_kernel, HEADS),
         (tg.kept_keys_kernel, KEPT), (tg.kept_keys_dq_kernel, KEPT), (tg.own_keys_gradient_kernel, KEPT)):
     options = {name: launch[name] for name in ("num_warps", "num_stages") if name in launch}
@@ -293,7 +293,6 @@ def test_normed_heads_of_the_kernel_are_their_twins(rows, T, H, K, width, half, 
     def results(kernel):
         def flat(x, qkv, gain, gate):
             weights = dict(qkv=qkv, q_gain=gain, attn_gate_w=gate)
-            weights["qk_gain"] = torch.cat((gain.detach(), gain.new_ones(K)))
             rope = angle.cos(), angle.sin()
             *heads, logits, _ = kernels.normed_heads(x, weights, rope, 0.4, kernel=kernel)
             return torch.cat([*(y.flatten(2) for y in heads), logits], dim=-1)
@@ -664,6 +663,39 @@ def test_self_test_passes_a_right_backend_and_names_a_wrong_one(monkeypatch):
         monkeypatch.setitem(kernels.FLASH, "fa3", module)
         fault = kernels.self_test("fa3", torch.device("cpu"))
         assert fault.startswith(verdict) and bool(fault) == bool(verdict)
+
+
+def test_kernels_are_tried_before_they_are_used(monkeypatch):
+    """All six against their twins; one that is wrong, and one that raises, is named and done without."""
+    monkeypatch.setattr(kernels, "use_triton", lambda name, wanted, sensible: False)
+    right = kernels.remove_own_value
+
+    def wrong(*inputs, kernel):
+        return right(*inputs, kernel=kernel) * (1.1 if kernel else 1)
+
+    def broken(*inputs, kernel):
+        raise RuntimeError("out of resource")
+
+    device = torch.device("cpu")
+    assert kernels.kernel_faults(device) == {}
+    monkeypatch.setattr(kernels, "remove_own_value", wrong)
+    monkeypatch.setattr(kernels, "capped_ce", broken)
+    faults = kernels.kernel_faults(device)
+    assert set(faults) == {"own value", "cross-entropy", "head"}      # the head's twin is capped_ce's
+    assert "differs from the plain twin by 10" in faults["own value"]
+    assert faults["cross-entropy"] == "RuntimeError: out of resource"
+
+
+def test_a_faulty_kernel_is_not_used(monkeypatch):
+    monkeypatch.setattr(kernels, "triton", kernels.triton or object())
+    monkeypatch.setitem(kernels.FAULTY, "MLP", "differs")
+    assert not kernels.use_triton("MLP", None, True) and kernels.use_triton("head", None, True)
+    assert kernels.use_triton("MLP", True, False)      # the caller knows better
+
+
+@needs_triton
+def test_no_kernel_is_faulty():
+    assert kernels.kernel_faults(torch.device(DEVICE)) == {}
 
 
 def test_resolve_attention_says_why():

@@ -250,9 +250,7 @@ def no_gpu(version: str) -> str:
 def heads_side_by_side(tg, x, kernel):
     """Queries, keys and values, (1, tokens, 16, 64)."""
     angle = x.fixed("angle", x.tokens, 8).float()
-    gain = x.drawn("gain", 8)
-    weights = dict(qkv=x.drawn("qkv", 1024, 512, scale=512**-0.5), q_gain=gain,
-                   qk_gain=x.lab.torch.cat((gain.detach(), gain.new_ones(4))))
+    weights = dict(qkv=x.drawn("qkv", 1024, 512, scale=512**-0.5), q_gain=x.drawn("gain", 8))
     rope = angle.cos(), angle.sin()
     heads = tg.normed_heads(x.drawn("x", 1, x.tokens, 512), weights, rope, 1.0, kernel=kernel)
     return x.lab.torch.cat(heads[:3], dim=2)

@@ -126,7 +126,7 @@ RULES = (
     Rule(r"\bce_of_head", CROSS_ENTROPY, by_rows_flops),
     Rule(r"\bce_(forward|backward)", CROSS_ENTROPY, no_flops),
     Rule("own_value", OWN_VALUE, no_flops),
-    Rule("heads_product", HEADS, by_rows_flops),
+    Rule("qkv_product", HEADS, by_rows_flops),
     Rule("kept_keys_forward", KEPT_KEYS, kept_keys_flops),
     Rule("kept_keys_backward", KEPT_KEYS, kept_keys_backward_flops),
 )
