@@ -623,18 +623,18 @@ class Settings:
     ttt_lora_lr: float = knob(
         8e-5, "learning rate of the adapters where TTT_STEP_SHARE=0; 0: they learn nothing", 0)
     ttt_step_share: float = knob(
-        0.25, "share of its chunk's loss that a step of the normalised optimizer promises to "
-        "take off; 0: the rate is TTT_LORA_LR", 0, 0.5)
+        0.25, "share of its chunk's loss that a normalised step promises to take off; "
+        "0: the rate is TTT_LORA_LR", 0, 0.5)
     ttt_q_lora: bool = knob(True, "adapt queries")
     ttt_k_lora: bool = knob(True, "adapt keys")
     ttt_v_lora: bool = knob(True, "adapt values")
     ttt_o_lora: bool = knob(True, "adapt the attention output (from the block input)")
     ttt_mlp_lora: bool = knob(True, "adapt the MLP")
     ttt_head_lora: bool = knob(True, "adapt the output head")
-    ttt_optimizer: str = choice("normalised adam", "steps: gradient over its RMS; or AdamW")
+    ttt_optimizer: str = choice("normalised adam", "gradient over its running RMS; or AdamW")
     ttt_local_lr_mult: float = knob(1.0, "factor on TTT_LORA_LR", 0)
     ttt_beta1: float = knob(0.0, "AdamW's first moment, or SGD's momentum", 0, 0.999999)
-    ttt_beta2: float = knob(0.99, "AdamW's second moment", 0, 0.999999)
+    ttt_beta2: float = knob(0.99, "how far back the gradients' RMS reaches", 0, 0.999999)
     ttt_weight_decay: float = knob(0.5, "weight decay of the adapters", 0)
     ttt_grad_steps: int = knob(1, "adapter steps per chunk", 1)
     ttt_train_min_doc_len: int = knob(
@@ -2219,7 +2219,8 @@ class Adapter:
     """Low-rank adapters for `rows` documents side by side: per kind A (S, r, in)
     uniform(±1/sqrt(in)), frozen and the same for each, and B (S, rows, out, r) zero: a
     fresh one changes nothing. S counts executed slots; the head has one. Forwards read B
-    in `dtype`; steps add up in exact_b, float32."""
+    in `dtype`; steps add up in exact_b, float32. squares: sums of the squares of `steps`
+    gradients, which fade by TTT_BETA2."""
 
     def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu", dtype=torch.float32):
         self.s, self.dtype = s, dtype
@@ -2230,6 +2231,8 @@ class Adapter:
         self.a: dict[str, Tensor] = {}
         self.b: dict[str, Tensor] = {}
         self.exact_b: dict[str, Tensor] = {}
+        self.squares: list[Tensor] = []
+        self.steps = torch.zeros((), device=device)
         for kind, out in outputs.items():
             if not getattr(s, f"ttt_{kind}_lora"):
                 continue
@@ -2251,22 +2254,27 @@ class Adapter:
         return [p for p in self.parameters() if p.requires_grad]
 
     def exact(self) -> list[Tensor]:
-        """The same in float32; what is float32 anyway is the same tensor."""
+        """The same in float32."""
         return [a for a in self.a.values() if a.requires_grad] + [*self.exact_b.values()]
+
+    def sums(self) -> list[Tensor]:
+        """squares, like exact()."""
+        self.squares = self.squares or [torch.zeros_like(p) for p in self.exact()]
+        return self.squares
 
     @torch.no_grad()
     def keep(self, rows: slice) -> None:
         """Go on with these documents only."""
         for kind, b in self.exact_b.items():
             self.hold(kind, b[:, rows].clone(memory_format=torch.contiguous_format))
+        self.squares = [square[:, rows].contiguous() for square in self.squares]
 
     @torch.no_grad()
     def draw_a(self) -> None:
         """Fresh A, drawn on the CPU: every device starts from the same numbers."""
         generator = torch.Generator().manual_seed(self.s.seed)
         for a in self.a.values():
-            drawn = torch.empty(a.size(0), *a.shape[-2:])
-            drawn.uniform_(-1, 1, generator=generator)
+            drawn = torch.empty(a.size(0), *a.shape[-2:]).uniform_(-1, 1, generator=generator)
             drawn = drawn / math.sqrt(a.size(-1))
             a.copy_(drawn if a.dim() == drawn.dim() else drawn[:, None])
 
@@ -2400,15 +2408,15 @@ def rounds_by_stream(s: Settings, lengths: np.ndarray, bounds: list[int]) -> lis
 
 # --- one step
 
-MOST_SHARE = 0.3          # of its chunk's loss that a step at a fixed rate may promise to take off
-MOST_RATE = 0.01          # of TTT_STEP_SHARE, where gradients vanish; toy models liked .008
+MOST_SHARE = 0.3          # of its chunk's loss that a step at a fixed rate may promise
+MOST_RATE = 0.01          # of TTT_STEP_SHARE, where gradients vanish
 
 
 def step_rates(s: Settings, promised: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
-    """(rate of every document's step, whether it is less than was asked for), (rows,)
-    each. promised: how much of its loss a rate of 1 takes off, to first order."""
+    """(rate of every document's step, whether less than was asked for), (rows,) each.
+    promised: what a rate of 1 takes off its loss, to first order."""
     lr = s.ttt_lora_lr * s.ttt_local_lr_mult
-    for_all = losses / promised.clamp(min=1e-30)      # the rate that promises the whole loss
+    for_all = losses / promised.clamp(min=1e-30)      # promises the whole loss
     if s.ttt_step_share and lr:      # a rate of 0 adapts nothing, here too
         rates = (s.ttt_step_share * for_all).clamp(max=MOST_RATE)
         return rates, torch.zeros_like(rates, dtype=torch.bool)
@@ -2417,24 +2425,28 @@ def step_rates(s: Settings, promised: Tensor, losses: Tensor) -> tuple[Tensor, T
 
 
 @torch.no_grad()
-def normalised_step(s: Settings, params: list[Tensor], exact: list[Tensor], losses: Tensor) -> Tensor:
-    """A step of every document's matrices (S, rows, R, C), each along its gradient
-    over the gradient's RMS: no state. To first order a rate of 1 lowers the document's
-    loss (rows,) by the sum of N * RMS over its matrices of N entries. A document whose
-    gradient is not finite takes none. exact: the same matrices in float32. Returns whose
-    step was shortened (rows,)."""
-    sizes = [p.grad.float().square().mean(dim=(-2, -1)).sqrt() for p in params]
+def normalised_step(s: Settings, params: list[Tensor], exact: list[Tensor], squares: list[Tensor],
+                    steps: Tensor, losses: Tensor) -> Tensor:
+    """A step of every document's matrices (S, rows, R, C) along their gradients, each entry over its
+    running RMS. To first order a rate of 1 lowers the document's loss (rows,) by gradient times
+    direction. A document whose gradient is not finite takes none. exact: the matrices in float32;
+    squares, steps: see Adapter. Returns whose step was shortened (rows,)."""
+    steps.mul_(s.ttt_beta2).add_(1)
+
+    def rms_of(sums: Tensor) -> Tensor:
+        return (sums / steps).sqrt() + 1e-12
+
     promised = torch.zeros_like(losses)
-    for p, size in zip(params, sizes):
-        promised += p.size(-2) * p.size(-1) * size.sum(0)
+    for p, square in zip(params, squares):
+        now = p.grad.float().square()
+        promised += (now / rms_of(s.ttt_beta2 * square + now)).sum(dim=(0, 2, 3))
     rates, shortened = step_rates(s, promised, losses)
     broken = ~(promised.isfinite() & losses.isfinite())
-    rates = rates.masked_fill(broken, 0)
-    for p, wide, size in zip(params, exact, sizes):
+    rates = rates.masked_fill(broken, 0)[:, None, None]
+    for p, wide, square in zip(params, exact, squares):
         gradient = p.grad.float().masked_fill(broken[:, None, None], 0)
-        per_entry = (rates / (size + 1e-12)).masked_fill(broken, 0)
-        wide.mul_(1 - rates[:, None, None] * s.ttt_weight_decay)
-        wide.addcmul_(gradient, per_entry[..., None, None], value=-1)
+        square.mul_(s.ttt_beta2).addcmul_(gradient, gradient)
+        wide.mul_(1 - rates * s.ttt_weight_decay).sub_(rates * gradient / rms_of(square))
         if p.dtype != wide.dtype:      # else they are the same
             p.copy_(wide)
     return shortened | broken
@@ -2445,8 +2457,8 @@ def normalised_step(s: Settings, params: list[Tensor], exact: list[Tensor], loss
 @dataclass
 class GroupRows:
     """A group's documents, a row each, the longest last: where they begin in the
-    stream, how many targets they have, and what is kept of them. adapter None: they
-    are scored only; cache None: every chunk's context is encoded again."""
+    stream, how many targets they have. adapter None: they are scored only; cache None:
+    every chunk's context is encoded again."""
     starts: np.ndarray
     targets: np.ndarray
     adapter: Adapter | None
@@ -2524,11 +2536,11 @@ class PhasedTTT:
         return adapter
 
     def optimiser(self, adapter: Adapter) -> torch.optim.Optimizer | None:
-        """Of a group's adapters; None: normalised_step, which has no state."""
+        """Of a group's adapters; None: normalised_step."""
         return None
 
     def adapt_group(self, group: np.ndarray) -> None:
-        """Score a group's documents chunk by chunk, adapting those that go on."""
+        """Score a group's documents by chunks, adapting those that go on."""
         self.watch.check_time()
         rows = self.open_rows(group)
         bounds = chunk_bounds(self.s, int(self.lengths[group].max()))
@@ -2620,7 +2632,8 @@ class PhasedTTT:
             of_chunk = losses[:, -scored.chunk:].mean(dim=1) * later
             of_chunk.sum().backward(inputs=trained)
             if optimiser is None:
-                shortened = self.step(self.s, trained, adapter.exact(), of_chunk.detach())
+                shortened = self.step(self.s, trained, adapter.exact(), adapter.sums(),
+                                      adapter.steps, of_chunk.detach())
             else:
                 shortened = optimiser_step(optimiser, trained)
             self.shortened += shortened.sum()
@@ -2665,8 +2678,7 @@ class PhasedTTT:
         if end > begin:
             batch = self.rows_of(tokens[begin:end + 1]).to(world.device)
             layout = batch.layout(batch.max_seqlen)
-            losses = self.model.losses(batch.x, batch.y, self.plan, layout)
-            loss = losses.sum() / total
+            loss = self.model.losses(batch.x, batch.y, self.plan, layout).sum() / total
             loss.backward()
         norm = total_gradients(world, self.model, s.global_ttt_grad_clip)
         optimiser.step()
@@ -9911,7 +9923,7 @@ class RecordAdapter(Adapter):
     @torch.no_grad()
     def reset(self) -> None:
         """Start new documents: B back to zero; A kept (warm start) or drawn anew."""
-        for b in (*self.b.values(), *self.exact_b.values()):
+        for b in (*self.b.values(), *self.exact_b.values(), *self.squares, self.steps):
             b.zero_()
         if not self.s.ttt_warm_start_a:
             self.draw_a()
@@ -10063,7 +10075,7 @@ ALIASES["MUONEQ_R"] = "MUON_ROW_NORMALIZE"
 class LineageSettings(Settings):
     """The settings of older systems beside the others."""
     train_loader: str = choice("stream docpack shuffled coprime", "every target once; or the field's")
-    ttt_optimizer: str = choice("normalised adam sgd", "the gradient over its RMS, AdamW, SGD")
+    ttt_optimizer: str = choice("normalised adam sgd", "gradient over its running RMS; AdamW; SGD")
     parallel_lanes: str = choice("mixed separate", "lanes write to both; or are blended last",
                                  group="model")
     ln_scale: bool = knob(True, "block inputs are scaled by 1 / sqrt(layer + 1)")

@@ -130,7 +130,8 @@ class Subject:
                 p.grad = torch.empty_like(p)
             losses = torch.empty(s.ttt_batch_size, device=self.device)
             if rows.optimiser is None:
-                ttt.step(s, trained, rows.adapter.exact(), losses)
+                adapter = rows.adapter
+                ttt.step(s, trained, adapter.exact(), adapter.sums(), adapter.steps, losses)
             else:
                 tg.optimiser_step(rows.optimiser, trained)
 
