@@ -2258,8 +2258,12 @@ class Adapter:
         return [a for a in self.a.values() if a.requires_grad] + [*self.exact_b.values()]
 
     def sums(self) -> list[Tensor]:
-        """squares, like exact()."""
-        self.squares = self.squares or [torch.zeros_like(p) for p in self.exact()]
+        """squares, like exact(); for the head's B the mean of its entries: the rows of
+        unseen tokens have next to no gradient, and none should make a full step."""
+        head = self.exact_b.get("head")
+        if not self.squares:
+            self.squares = [p.new_zeros((*p.shape[:2], 1, 1) if p is head else p.shape)
+                            for p in self.exact()]
         return self.squares
 
     @torch.no_grad()
@@ -2267,7 +2271,8 @@ class Adapter:
         """Go on with these documents only."""
         for kind, b in self.exact_b.items():
             self.hold(kind, b[:, rows].clone(memory_format=torch.contiguous_format))
-        self.squares = [square[:, rows].contiguous() for square in self.squares]
+        kept = [square[:, rows] for square in self.squares]
+        self.squares = [x.clone(memory_format=torch.contiguous_format) for x in kept]
 
     @torch.no_grad()
     def draw_a(self) -> None:
@@ -2408,44 +2413,35 @@ def rounds_by_stream(s: Settings, lengths: np.ndarray, bounds: list[int]) -> lis
 
 # --- one step
 
-MOST_SHARE = 0.3          # of its chunk's loss that a step at a fixed rate may promise
-MOST_RATE = 0.01          # of TTT_STEP_SHARE, where gradients vanish
-
-
-def step_rates(s: Settings, promised: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
-    """(rate of every document's step, whether less than was asked for), (rows,) each.
-    promised: what a rate of 1 takes off its loss, to first order."""
-    lr = s.ttt_lora_lr * s.ttt_local_lr_mult
-    for_all = losses / promised.clamp(min=1e-30)      # promises the whole loss
-    if s.ttt_step_share and lr:      # a rate of 0 adapts nothing, here too
-        rates = (s.ttt_step_share * for_all).clamp(max=MOST_RATE)
-        return rates, torch.zeros_like(rates, dtype=torch.bool)
-    most = MOST_SHARE * for_all
-    return most.clamp(max=lr), (promised > 0) & (most < lr)
-
-
 @torch.no_grad()
 def normalised_step(s: Settings, params: list[Tensor], exact: list[Tensor], squares: list[Tensor],
                     steps: Tensor, losses: Tensor) -> Tensor:
-    """A step of every document's matrices (S, rows, R, C) along their gradients, each entry over its
-    running RMS. To first order a rate of 1 lowers the document's loss (rows,) by gradient times
+    """A step of every document's matrices (S, rows, R, C) along their gradients, over the running
+    RMS. To first order a rate of 1 lowers the document's loss (rows,) by gradient times
     direction. A document whose gradient is not finite takes none. exact: the matrices in float32;
     squares, steps: see Adapter. Returns whose step was shortened (rows,)."""
     steps.mul_(s.ttt_beta2).add_(1)
 
-    def rms_of(sums: Tensor) -> Tensor:
-        return (sums / steps).sqrt() + 1e-12
+    def with_now(square: Tensor, gradient: Tensor) -> Tensor:
+        now = gradient.square()
+        if square.shape != now.shape:
+            now = now.mean((-2, -1), keepdim=True)
+        return s.ttt_beta2 * square + now
+
+    def rms_of(square: Tensor) -> Tensor:
+        return (square / steps).sqrt() + 1e-12
 
     promised = torch.zeros_like(losses)
     for p, square in zip(params, squares):
-        now = p.grad.float().square()
-        promised += (now / rms_of(s.ttt_beta2 * square + now)).sum(dim=(0, 2, 3))
+        gradient = p.grad.float()
+        along = gradient.square() / rms_of(with_now(square, gradient))
+        promised += along.sum(dim=(0, 2, 3))
     rates, shortened = step_rates(s, promised, losses)
     broken = ~(promised.isfinite() & losses.isfinite())
     rates = rates.masked_fill(broken, 0)[:, None, None]
     for p, wide, square in zip(params, exact, squares):
         gradient = p.grad.float().masked_fill(broken[:, None, None], 0)
-        square.mul_(s.ttt_beta2).addcmul_(gradient, gradient)
+        square.copy_(with_now(square, gradient))
         wide.mul_(1 - rates * s.ttt_weight_decay).sub_(rates * gradient / rms_of(square))
         if p.dtype != wide.dtype:      # else they are the same
             p.copy_(wide)
@@ -6671,11 +6667,11 @@ def self_test(name: str, device: torch.device) -> str:
 
 @torch.no_grad()
 def unlike_twin(results: Sequence[Tensor], twins: Sequence[Tensor]) -> str:
-    """How far results in bfloat16 are off; empty: no farther than rounding takes them, 0.5 %."""
+    """How far results in bfloat16 are off; empty: no farther than rounding takes them, 0.7 %."""
     errors = [float((x.float() - twin.float()).norm() / twin.float().norm())
               for x, twin in zip(results, twins)]
-    good = all(error < 0.03 for error in errors)     # NaN is not
-    return "" if good else f"differs from the plain twin by {max(errors):.1%} (bound 3%)"
+    worst = max(errors, key=lambda error: (error != error, error))     # NaN is
+    return "" if worst < 0.03 else f"differs from the plain twin by {worst:.1%} (bound 3%)"
 
 
 def kernel_faults(device: torch.device) -> dict[str, str]:
@@ -6691,7 +6687,7 @@ def kernel_faults(device: torch.device) -> dict[str, str]:
         weights = dict(qkv=qkv, q_gain=q_gain)
         return torch.cat(normed_heads(x, weights, rope, 1.0, kernel=kernel)[:3], dim=2)
 
-    rows, width, vocab = 256, 512, 1024
+    rows, width, vocab = 200, 512, 8192
     ids = torch.randint(vocab, (rows,), generator=random).to(device)
     angle = torch.randn(rows, 8, generator=random).to(device)
     rope = angle.cos(), angle.sin()
@@ -9888,6 +9884,22 @@ class Watchdog:
         self.check_time()
 
 
+MOST_SHARE = 0.3          # of its chunk's loss that a step at a fixed rate may promise
+MOST_RATE = 0.01          # of TTT_STEP_SHARE, where gradients vanish
+
+
+def step_rates(s: Settings, promised: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """(rate of every document's step, whether less than was asked for), (rows,) each.
+    promised: what a rate of 1 takes off its loss, to first order."""
+    lr = s.ttt_lora_lr * s.ttt_local_lr_mult
+    for_all = losses / promised.clamp(min=1e-30)      # promises the whole loss
+    if s.ttt_step_share and lr:      # a rate of 0 adapts nothing, here too
+        rates = (s.ttt_step_share * for_all).clamp(max=MOST_RATE)
+        return rates, torch.zeros_like(rates, dtype=torch.bool)
+    most = MOST_SHARE * for_all
+    return most.clamp(max=lr), (promised > 0) & (most < lr)
+
+
 def warn_of_shortened_steps(s: Settings, shortened: int, trace: Callable) -> None:
     """Into the log, at the end of an adaptation, with the remedy."""
     if not shortened:
@@ -10013,7 +10025,7 @@ class RecordTTT(PhasedTTT):
         return self.kept
 
     def optimiser(self, adapter: Adapter) -> torch.optim.Optimizer | None:
-        """AdamW over a group's adapters; none for the stateless rule."""
+        """AdamW over a group's adapters; none for normalised_step."""
         s = self.s
         if s.ttt_optimizer == "normalised":
             return super().optimiser(adapter)

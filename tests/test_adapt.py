@@ -331,7 +331,7 @@ def test_a_documents_gradient_moves_no_other(rule, worse):
 def test_the_rms_reaches_back_and_leaves_a_gradient_out_that_is_not_finite():
     """At a fixed rate two steps are AdamW's without momentum; a document with a gradient that is not finite
     goes on afterwards as if it had been none."""
-    s = settings(TTT_LORA_LR=1e-4, TTT_BETA2=0.9)
+    s = settings(TTT_LORA_LR=1e-4, TTT_BETA2=0.9, TTT_HEAD_LORA=0)
     adapter = tg.Adapter(s, tg.layer_plan(s, True), 2)
     twin = [p.detach().clone().requires_grad_() for p in adapter.trained()]
     adam = torch.optim.AdamW(twin, lr=1e-4, betas=(0.0, 0.9), eps=1e-12, weight_decay=s.ttt_weight_decay)
@@ -347,6 +347,22 @@ def test_the_rms_reaches_back_and_leaves_a_gradient_out_that_is_not_finite():
     for p, other in zip(adapter.trained(), twin):
         assert torch.allclose(p[:, 0], other[:, 0], rtol=1e-5, atol=1e-9)
         assert p.isfinite().all() and torch.allclose(p[:, 1], other[:, 1], rtol=1e-3, atol=1e-8)
+
+
+def test_the_heads_steps_are_by_matrix():
+    """A row with a thousandth of the others' gradient takes a thousandth of their step; elsewhere a full
+    one."""
+    s = settings(TTT_LORA_LR=1e-4, TTT_WEIGHT_DECAY=0)
+    adapter = tg.Adapter(s, tg.layer_plan(s, True), 2)
+    for p in adapter.trained():
+        p.grad = torch.ones_like(p)
+        p.grad[:, :, 0] = 1e-3
+    losses = torch.full((2,), 1e9)      # no step promises too much of them
+    tg.normalised_step(s, adapter.trained(), adapter.exact(), adapter.sums(), adapter.steps, losses)
+    for kind, b in adapter.b.items():
+        expected = 1e-3 if kind == "head" else 1.0
+        share = b[:, :, 0].mean() / b[:, :, 1].mean()
+        assert float(share.detach()) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
