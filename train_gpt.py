@@ -608,7 +608,6 @@ class Settings:
         True, "keep earlier keys and values; 0: encode the context again")
     ttt_suffix: int = knob(
         72, "newest cached tokens run again, with gradient, before a chunk", 0)
-    ttt_shared_a: bool = knob(True, "one frozen A for all documents, only B is adapted")
     ttt_doc_order: str = choice(
         "stream length", "adapt in the stream's order; or longest first, as the field")
     ttt_chunk_size: int = knob(48, "tokens scored between two adapter steps", 1)
@@ -623,7 +622,7 @@ class Settings:
     ttt_lora_lr: float = knob(
         8e-5, "learning rate of the adapters where TTT_STEP_SHARE=0; 0: they learn nothing", 0)
     ttt_step_share: float = knob(
-        0.25, "share of its chunk's loss that a normalised step promises to take off; "
+        0.3, "share of its chunk's loss that a normalised step promises to take off; "
         "0: the rate is TTT_LORA_LR", 0, 0.5)
     ttt_q_lora: bool = knob(True, "adapt queries")
     ttt_k_lora: bool = knob(True, "adapt keys")
@@ -644,7 +643,7 @@ class Settings:
     ttt_cache_lambda: float = knob(
         0.0, "weight in scores of what followed like hidden states before; 0: none", 0, 1)
     ttt_cache_theta: float = knob(36.0, "how fast a state's say falls with its distance", 0)
-    ttt_warm_start_a: bool = knob(True, "keep A from document to document; B restarts at 0")
+    ttt_warm_start_a: bool = knob(False, "keep A from document to document; B restarts at 0")
     phased_ttt_prefix_docs: int = knob(
         2500, "documents that, once scored, adapt the base weights", 0)
     phased_ttt_num_phases: int = knob(3, "in how many phases", 1)
@@ -2209,17 +2208,16 @@ class BoundAdapter(NamedTuple):
         is not adapted. scale (out): times this as well, a seam of the model."""
         if kind not in self.a:
             return y
-        a = self.a[kind][slot]
-        low = F.linear(x, a) if a.dim() == 2 else torch.bmm(x, a.mT)
+        low = torch.bmm(x, self.a[kind][slot].mT)
         delta = self.scale * torch.bmm(low, self.b[kind][slot].mT)
         return y + (delta if scale is None else scale * delta)
 
 
 class Adapter:
-    """Low-rank adapters for `rows` documents side by side: per kind A (S, r, in)
-    uniform(±1/sqrt(in)), frozen and the same for each, and B (S, rows, out, r) zero: a
-    fresh one changes nothing. S counts executed slots; the head has one. Forwards read B
-    in `dtype`; steps add up in exact_b, float32. squares: sums of the squares of `steps`
+    """Low-rank adapters for `rows` documents side by side: per kind A (S, rows, r, in),
+    at first uniform(±1/sqrt(in)) and the same for each, and B (S, rows, out, r), at first
+    zero: a fresh one changes nothing. S counts executed slots; the head has one. Forwards
+    read both in `dtype`; steps add up in float32. squares: sums of the squares of `steps`
     gradients, which fade by TTT_BETA2."""
 
     def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu", dtype=torch.float32):
@@ -2230,6 +2228,7 @@ class Adapter:
         # no nn.Parameters: torch.compile would make a graph for every number of rows
         self.a: dict[str, Tensor] = {}
         self.b: dict[str, Tensor] = {}
+        self.exact_a: dict[str, Tensor] = {}
         self.exact_b: dict[str, Tensor] = {}
         self.squares: list[Tensor] = []
         self.steps = torch.zeros((), device=device)
@@ -2237,25 +2236,24 @@ class Adapter:
             if not getattr(s, f"ttt_{kind}_lora"):
                 continue
             slots = 1 if kind == "head" else plan.slots
-            self.a[kind] = torch.empty(slots, s.ttt_lora_rank, s.model_dim, device=device)
-            self.hold(kind, torch.zeros(slots, rows, out, s.ttt_lora_rank, device=device))
+            a = torch.empty(slots, rows, s.ttt_lora_rank, s.model_dim, device=device)
+            b = torch.zeros(slots, rows, out, s.ttt_lora_rank, device=device)
+            self.hold(kind, a, b)
         self.draw_a()
 
-    def hold(self, kind: str, b: Tensor) -> None:
-        """Take B (S, rows, out, r) float32."""
+    def hold(self, kind: str, a: Tensor, b: Tensor) -> None:
+        """Take A and B, float32."""
+        self.exact_a[kind], self.exact_b[kind] = a, b
+        self.a[kind] = a.to(self.dtype).detach().requires_grad_()
         self.b[kind] = b.to(self.dtype).detach().requires_grad_()
-        self.exact_b[kind] = self.b[kind] if self.dtype == b.dtype else b
 
     def parameters(self) -> list[Tensor]:
-        return [*self.a.values(), *self.b.values()]
-
-    def trained(self) -> list[Tensor]:
         """What a step changes, each (S, rows, …)."""
-        return [p for p in self.parameters() if p.requires_grad]
+        return [*self.a.values(), *self.b.values()]
 
     def exact(self) -> list[Tensor]:
         """The same in float32."""
-        return [a for a in self.a.values() if a.requires_grad] + [*self.exact_b.values()]
+        return [*self.exact_a.values(), *self.exact_b.values()]
 
     def sums(self) -> list[Tensor]:
         """squares, like exact(); for the head's B the mean of its entries: the rows of
@@ -2269,19 +2267,20 @@ class Adapter:
     @torch.no_grad()
     def keep(self, rows: slice) -> None:
         """Go on with these documents only."""
-        for kind, b in self.exact_b.items():
-            self.hold(kind, b[:, rows].clone(memory_format=torch.contiguous_format))
-        kept = [square[:, rows] for square in self.squares]
-        self.squares = [x.clone(memory_format=torch.contiguous_format) for x in kept]
+        def kept(x: Tensor) -> Tensor:
+            return x[:, rows].clone(memory_format=torch.contiguous_format)
+        for kind, a in self.exact_a.items():
+            self.hold(kind, kept(a), kept(self.exact_b[kind]))
+        self.squares = [kept(square) for square in self.squares]
 
     @torch.no_grad()
     def draw_a(self) -> None:
         """Fresh A, drawn on the CPU: every device starts from the same numbers."""
         generator = torch.Generator().manual_seed(self.s.seed)
-        for a in self.a.values():
-            drawn = torch.empty(a.size(0), *a.shape[-2:]).uniform_(-1, 1, generator=generator)
-            drawn = drawn / math.sqrt(a.size(-1))
-            a.copy_(drawn if a.dim() == drawn.dim() else drawn[:, None])
+        for kind, a in self.exact_a.items():
+            drawn = torch.empty(a.size(0), 1, *a.shape[-2:]).uniform_(-1, 1, generator=generator)
+            a.copy_(drawn / math.sqrt(a.size(-1)))
+            self.a[kind].copy_(a)
 
     def bind(self, dtype: torch.dtype, head: bool = False) -> BoundAdapter:
         """For one forward: the trunk's, or the head's."""
@@ -2620,7 +2619,7 @@ class PhasedTTT:
               scored: Scored, later: Tensor) -> None:
         """TTT_GRAD_STEPS steps of the documents in `later` on their booked chunk."""
         self.ledger.require(scored.positions)
-        losses, trained = scored.losses, adapter.trained()
+        losses, trained = scored.losses, adapter.parameters()
         for step in range(self.s.ttt_grad_steps):
             if step:
                 losses = scored.again()
@@ -3178,10 +3177,10 @@ def check_adapt(s: Settings) -> None:
         raise UserError(f"TTT_CHUNK_SIZE={s.ttt_chunk_size}, or a chunk of "
                         f"TTT_SHORT_SCORE_FIRST_STEPS={s.first_chunks}, exceeds TTT_EVAL_SEQ_LEN="
                         f"{s.ttt_eval_seq_len}: lower it")
-    if s.ttt_doc_order == "stream" and s.ttt_warm_start_a and not s.ttt_shared_a:
-        raise UserError("TTT_DOC_ORDER=stream, TTT_WARM_START_A=1 and TTT_SHARED_A=0 let A carry "
-                        "what later documents taught it to earlier ones: set TTT_WARM_START_A=0 "
-                        "or TTT_DOC_ORDER=length")
+    if s.ttt_doc_order == "stream" and s.ttt_warm_start_a:
+        raise UserError("TTT_DOC_ORDER=stream and TTT_WARM_START_A=1 let A carry what later "
+                        "documents taught it to earlier ones: set TTT_WARM_START_A=0 or "
+                        "TTT_DOC_ORDER=length")
     if s.ttt_doc_order == "stream" and s.ttt_train_min_doc_len:
         raise UserError(f"TTT_TRAIN_MIN_DOC_LEN={s.ttt_train_min_doc_len} asks where a document "
                         "ends before it is read, which TTT_DOC_ORDER=stream does not allow: set "
@@ -9915,22 +9914,16 @@ def warn_of_shortened_steps(s: Settings, shortened: int, trace: Callable) -> Non
 
 
 # ========================================
-# 18  Adapting as the records do: AdamW, an A for every document, longest first, without cached keys
+# 18  Adapting as the records do: AdamW, an A that is handed on, longest first, without cached keys
 # ========================================
 
 class RecordAdapter(Adapter):
-    """Without TTT_SHARED_A every document has an A (S, rows, r, in) of its own, which
-    learns as well. An optimiser with a state trains float32."""
+    """An optimiser with a state trains float32; a warm start keeps A."""
 
     def __init__(self, s: Settings, plan: Plan, rows: int, device="cpu", dtype=torch.float32):
         if s.ttt_optimizer != "normalised":
             dtype = torch.float32
         super().__init__(s, plan, rows, device, dtype)
-        if s.ttt_shared_a:
-            return
-        for kind, a in self.a.items():
-            each = a[:, None].repeat(1, rows, 1, 1)
-            self.a[kind] = each.requires_grad_()
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -10013,7 +10006,7 @@ class RecordTTT(PhasedTTT):
         """Within a round A may pass from group to group."""
         super().begin_round()
         self.kept = None
-        if self.s.ttt_doc_order == "length" and not self.s.ttt_shared_a:
+        if self.s.ttt_doc_order == "length":
             self.kept = self.adapter_for(self.s.ttt_batch_size)
 
     def adapter_for(self, rows: int) -> Adapter:
@@ -10030,7 +10023,7 @@ class RecordTTT(PhasedTTT):
         if s.ttt_optimizer == "normalised":
             return super().optimiser(adapter)
         return torch.optim.AdamW(
-            adapter.trained(),
+            adapter.parameters(),
             lr=s.ttt_lora_lr * s.ttt_local_lr_mult,
             betas=(s.ttt_beta1, s.ttt_beta2),
             eps=1e-10,
@@ -10044,10 +10037,9 @@ class RecordTTT(PhasedTTT):
         return rows
 
     def shrink_to_live(self, rows: GroupRows, begin: int) -> None:
-        """An optimiser's state, and an A per row, which the next group starts from, keep
-        all documents."""
-        tied = rows.adapter is not None and not self.s.ttt_shared_a
-        if rows.optimiser is None and not tied:
+        """An optimiser's state, and adapters that the next group takes over, keep all
+        documents."""
+        if rows.optimiser is None and self.kept is None:
             super().shrink_to_live(rows, begin)
 
     def next_window(self, rows: GroupRows, begin: int, end: int) -> ChunkWindow:
@@ -10536,7 +10528,7 @@ class LineageTTT(PhasedTTT):
         s = self.s
         if s.ttt_optimizer != "sgd":
             return super().optimiser(adapter)
-        return torch.optim.SGD(adapter.trained(), s.ttt_lora_lr * s.ttt_local_lr_mult,
+        return torch.optim.SGD(adapter.parameters(), s.ttt_lora_lr * s.ttt_local_lr_mult,
                                momentum=s.ttt_beta1, weight_decay=s.ttt_weight_decay)
 
     def adapter_for(self, rows: int) -> Adapter:

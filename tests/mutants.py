@@ -11,7 +11,7 @@ WINDOWS, SLIDING, TTT = "C1 windows", "C1 sliding windows", "C1 test-time traini
 WINDOWS_SUM, TTT_SUM = "C2 windows", "C2 test-time training"
 LEDGER = "C3 C4 ledger"
 once = pytest.mark.parametrize("s", ["stream"], indirect=True)      # where adapting plays no part
-FIELD = dict(ttt_kv_reuse=False, ttt_shared_a=False, ttt_optimizer="adam", ttt_doc_order="length")
+FIELD = dict(ttt_kv_reuse=False, ttt_warm_start_a=True, ttt_optimizer="adam", ttt_doc_order="length")
 
 
 def in_form(s, name: str):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import documents, settings, sine_model, tg
 
-EXACT = dict(ttt_kv_reuse=False, ttt_shared_a=False, ttt_optimizer="adam", ttt_doc_order="length")
+EXACT = dict(ttt_kv_reuse=False, ttt_warm_start_a=True, ttt_optimizer="adam", ttt_doc_order="length")
 FORMS = dict(fast={}, exact=EXACT, suffix=dict(ttt_suffix=20, ttt_step_share=0.1))
 every_form = pytest.mark.parametrize("s", FORMS, indirect=True)
 fast_form = pytest.mark.parametrize("s", ["fast"], indirect=True)
@@ -292,12 +292,12 @@ def test_steps_add_up_in_float32():
     for rows in (slice(None), slice(-3, None)):
         for adapter in (wide, narrow):
             adapter.keep(rows)
-        for kind, p in narrow.b.items():
+        for p, twin in zip(narrow.parameters(), wide.parameters()):
             p.grad = torch.randn(p.shape, generator=random).bfloat16()
-            wide.b[kind].grad = p.grad.float()
+            twin.grad = p.grad.float()
         for adapter in (wide, narrow):
             losses = torch.ones(adapter.b["q"].size(1))
-            tg.normalised_step(s, adapter.trained(), adapter.exact(), adapter.sums(), adapter.steps, losses)
+            tg.normalised_step(s, adapter.parameters(), adapter.exact(), adapter.sums(), adapter.steps, losses)
         for kind, p in narrow.b.items():
             assert torch.equal(narrow.exact_b[kind], wide.b[kind]) and p.any()
             assert torch.equal(p, wide.b[kind].bfloat16())
@@ -333,18 +333,18 @@ def test_the_rms_reaches_back_and_leaves_a_gradient_out_that_is_not_finite():
     goes on afterwards as if it had been none."""
     s = settings(TTT_LORA_LR=1e-4, TTT_BETA2=0.9, TTT_HEAD_LORA=0)
     adapter = tg.Adapter(s, tg.layer_plan(s, True), 2)
-    twin = [p.detach().clone().requires_grad_() for p in adapter.trained()]
+    twin = [p.detach().clone().requires_grad_() for p in adapter.parameters()]
     adam = torch.optim.AdamW(twin, lr=1e-4, betas=(0.0, 0.9), eps=1e-12, weight_decay=s.ttt_weight_decay)
     random = torch.Generator().manual_seed(0)
     for spoilt in (False, True, False):
-        for p, other in zip(adapter.trained(), twin):
+        for p, other in zip(adapter.parameters(), twin):
             p.grad = torch.randn(p.shape, generator=random)
             p.grad[:, 1] *= float("nan") if spoilt else 1
             other.grad = p.grad.nan_to_num(nan=0.0)
         adam.step()
         losses = torch.full((2,), 1e9)      # no step promises too much of them
-        tg.normalised_step(s, adapter.trained(), adapter.exact(), adapter.sums(), adapter.steps, losses)
-    for p, other in zip(adapter.trained(), twin):
+        tg.normalised_step(s, adapter.parameters(), adapter.exact(), adapter.sums(), adapter.steps, losses)
+    for p, other in zip(adapter.parameters(), twin):
         assert torch.allclose(p[:, 0], other[:, 0], rtol=1e-5, atol=1e-9)
         assert p.isfinite().all() and torch.allclose(p[:, 1], other[:, 1], rtol=1e-3, atol=1e-8)
 
@@ -354,11 +354,11 @@ def test_the_heads_steps_are_by_matrix():
     one."""
     s = settings(TTT_LORA_LR=1e-4, TTT_WEIGHT_DECAY=0)
     adapter = tg.Adapter(s, tg.layer_plan(s, True), 2)
-    for p in adapter.trained():
+    for p in adapter.parameters():
         p.grad = torch.ones_like(p)
         p.grad[:, :, 0] = 1e-3
     losses = torch.full((2,), 1e9)      # no step promises too much of them
-    tg.normalised_step(s, adapter.trained(), adapter.exact(), adapter.sums(), adapter.steps, losses)
+    tg.normalised_step(s, adapter.parameters(), adapter.exact(), adapter.sums(), adapter.steps, losses)
     for kind, b in adapter.b.items():
         expected = 1e-3 if kind == "head" else 1.0
         share = b[:, :, 0].mean() / b[:, :, 1].mean()
@@ -402,7 +402,7 @@ def test_a_rate_far_too_large_does_little_harm(s, lr):
 
 @every_form
 def test_a_documents_score_does_not_depend_on_its_group(s):
-    s = changed(s, ttt_warm_start_a=False, phased_ttt_prefix_docs=0, ttt_shared_a=True, ttt_kv_reuse=True,
+    s = changed(s, ttt_warm_start_a=False, phased_ttt_prefix_docs=0, ttt_kv_reuse=True,
                 ttt_optimizer="normalised")
     a, _ = run(s)
     b, _ = run(changed(s, ttt_batch_size=1))
@@ -411,7 +411,7 @@ def test_a_documents_score_does_not_depend_on_its_group(s):
 
 @every_form
 def test_in_stream_order_nothing_later_influences_an_earlier_document(s):
-    s = changed(s, ttt_doc_order="stream", ttt_shared_a=True, ttt_kv_reuse=True, ttt_optimizer="normalised")
+    s = changed(s, ttt_doc_order="stream", ttt_warm_start_a=False, ttt_kv_reuse=True, ttt_optimizer="normalised")
     val, other = tg.Validation(s), tg.Validation(s)
     cut = int(val.documents.start[9])
     other.stream = val.tokens.copy()

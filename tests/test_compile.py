@@ -61,8 +61,8 @@ def test_the_kernels_of_a_gpu_are_traced_whole(kernel, tracing, monkeypatch):
                 ids = torch.zeros((adapter.b["q"].size(1), end - begin), dtype=torch.int64)
                 loss = adapting(ids, ids, plan, None, adapter, cache)
                 cache.seal(ids)
-                loss.sum().backward(inputs=adapter.trained())
-                for p in adapter.trained():
+                loss.sum().backward(inputs=adapter.parameters())
+                for p in adapter.parameters():
                     p.grad = None
     assert tracing() == 4
 

@@ -19,7 +19,7 @@ from conftest import (
 )
 
 WORDS = dict(within_tau=0.45, within_boost=0.75, word_tau=0.65, word_boost=0.75, agree_add_boost=0.5)
-FIELD = dict(ttt_kv_reuse=False, ttt_shared_a=False, ttt_optimizer="adam", ttt_doc_order="length")
+FIELD = dict(ttt_kv_reuse=False, ttt_warm_start_a=True, ttt_optimizer="adam", ttt_doc_order="length")
 
 
 @pytest.fixture

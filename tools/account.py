@@ -125,7 +125,7 @@ class Subject:
         ttt.losses = compiled
 
         def step():
-            trained = rows.adapter.trained()
+            trained = rows.adapter.parameters()
             for p in trained:
                 p.grad = torch.empty_like(p)
             losses = torch.empty(s.ttt_batch_size, device=self.device)
