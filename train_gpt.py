@@ -643,7 +643,8 @@ class Settings:
     ttt_cache_lambda: float = knob(
         0.0, "weight in scores of what followed like hidden states before; 0: none", 0, 1)
     ttt_cache_theta: float = knob(36.0, "how fast a state's say falls with its distance", 0)
-    ttt_warm_start_a: bool = knob(False, "keep A from document to document; B restarts at 0")
+    ttt_warm_start_a: bool = knob(
+        True, "with order length: keep A from document to document; B restarts at 0")
     phased_ttt_prefix_docs: int = knob(
         2500, "documents that, once scored, adapt the base weights", 0)
     phased_ttt_num_phases: int = knob(3, "in how many phases", 1)
@@ -3177,10 +3178,6 @@ def check_adapt(s: Settings) -> None:
         raise UserError(f"TTT_CHUNK_SIZE={s.ttt_chunk_size}, or a chunk of "
                         f"TTT_SHORT_SCORE_FIRST_STEPS={s.first_chunks}, exceeds TTT_EVAL_SEQ_LEN="
                         f"{s.ttt_eval_seq_len}: lower it")
-    if s.ttt_doc_order == "stream" and s.ttt_warm_start_a:
-        raise UserError("TTT_DOC_ORDER=stream and TTT_WARM_START_A=1 let A carry what later "
-                        "documents taught it to earlier ones: set TTT_WARM_START_A=0 or "
-                        "TTT_DOC_ORDER=length")
     if s.ttt_doc_order == "stream" and s.ttt_train_min_doc_len:
         raise UserError(f"TTT_TRAIN_MIN_DOC_LEN={s.ttt_train_min_doc_len} asks where a document "
                         "ends before it is read, which TTT_DOC_ORDER=stream does not allow: set "

@@ -84,7 +84,6 @@ def test_full_size_model_has_the_published_parameters():
         ({"QUANTIZE_ONLY": "1", "PREQUANT_ONLY": "1"}, ["QUANTIZE_ONLY=1", "PREQUANT_ONLY=1", "keep one"]),
         ({"RESUME": "1"}, ["RESUME=1", "MAX_WALLCLOCK_SECONDS=600", "EVAL_ONLY_PATH"]),
         ({"CHECKPOINT_EVERY_SECONDS": "60"}, ["CHECKPOINT_EVERY_SECONDS=60", "MAX_WALLCLOCK_SECONDS=600"]),
-        ({"TTT_WARM_START_A": "1"}, ["TTT_WARM_START_A=1", "TTT_WARM_START_A=0", "TTT_DOC_ORDER=length"]),
         ({"TTT_CACHE_LAMBDA": "0.5", "TTT_KV_REUSE": "0"}, ["TTT_CACHE_LAMBDA=0.5", "TTT_KV_REUSE=0"]),
         ({"TRAIN_SEQ_SCHEDULE": "512@0.5"}, ["TRAIN_SEQ_LEN=2048", "TRAIN_SEQ_SCHEDULE=512@0.5", "512,"]),
         ({"AWQ_LITE_ENABLED": "1", "QUANT_ALLOCATION": "fisher"}, ["AWQ_LITE_ENABLED=1", "=hand"]),
