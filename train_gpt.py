@@ -9225,8 +9225,12 @@ def round_in_turns(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tens
     before it by mix (n, R, R). A turn is a block of columns behind the one before:
     they are rounded at the same time, as one batch."""
     t, step, diag, feedback = columns_in_order(w, step, order, u, dead)
-    block = largest_divisor(t.size(1), COLUMNS_AT_ONCE)
-    count, source, error = t.size(1) // block, t.clone(), torch.zeros_like(t)
+    count = -(-t.size(1) // COLUMNS_AT_ONCE)
+    block = -(-t.size(1) // count)
+    more = count * block - t.size(1)      # columns of no cost fill the last block
+    t, diag = F.pad(t, (0, 0, 0, more)), F.pad(diag, (0, 0, 0, more), value=torch.inf)
+    feedback = F.pad(feedback, (0, more, 0, more))
+    source, error = t.clone(), torch.zeros_like(t)
     codes = torch.empty_like(t, dtype=torch.int16)
     state = torch.zeros_like(t[:, 0], dtype=torch.long)
     for wave in range(count + ROW_TURNS - 1):
@@ -9252,12 +9256,7 @@ def round_in_turns(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tens
             error[:, columns, rows] = source[:, columns, rows] - part
             later = slice(columns.stop, None)
             t[:, later, rows] -= feedback[:, columns, later].mT @ passed_on
-    return as_they_were(codes, order)
-
-
-def largest_divisor(number: int, most: int) -> int:
-    """Of a number, up to `most`."""
-    return max(d for d in range(1, most + 1) if number % d == 0)
+    return as_they_were(codes[:, :order.size(1)], order)
 
 
 class MeasuredQuantiser(Quantiser):
