@@ -347,10 +347,9 @@ def wrong_curvature(monkeypatch, **changes):
     curvature = tg.calibrate(s, tg.World(), sine_model(s), lambda: random_batch(0))
     for name, g in curvature.outputs.items():
         assert torch.allclose(g.diagonal(), curvature.fisher[name], rtol=1e-4)
-    for name, g in curvature.fisher.items():
+    for name, g in (*curvature.fisher.items(), *curvature.outputs.items()):
         if name.endswith("mlp.fc.weight"):
             g *= 256
-            curvature.outputs[name].mul_(256)
     return s, curvature
 
 
@@ -396,6 +395,24 @@ def test_with_room_for_everything_nothing_is_measured(monkeypatch):
     assert not tg.calibrate(s, tg.World(), sine_model(s), lambda: random_batch(0)).outputs
 
 
+@pytest.mark.parametrize("why", ["131 rows", "G that is not finite"])
+def test_only_kinds_that_can_take_turns_are_tried_in_turns(monkeypatch, why):
+    kind = "mlp.fc.weight"
+    s, curvature = wrong_curvature(monkeypatch, MLP_MULT=4.1 if why == "131 rows" else 4)
+    of_kind = [g for n, g in curvature.outputs.items() if tg.kind_of(n) == kind]
+    assert bool(of_kind) == (s.hidden_dim % tg.ROW_TURNS == 0)      # else none is summed
+    for g in of_kind:
+        g[0, 1] = torch.nan
+    model, seeds, falling = sine_model(s), iter(range(1, 99)), iter(range(99, 0, -1))
+    measure = tg.Measure.of(s, tg.World(), model, lambda: random_batch(next(seeds)))
+    monkeypatch.setattr(measure, "kl", lambda weights, text: next(falling))      # whatever is tried is kept
+    quantiser = tg.Quantiser(s, matrices_of(model), curvature)
+    found = tg.plan_by_measure(quantiser, measure, quantiser.deviations.sum() * 3 / 8)
+    others = {tg.kind_of(n) for n in curvature.outputs} - {kind}
+    assert found["in_turns"] == sorted(others) and len(others) == 5
+    assert {tg.kind_of(n) for n in quantiser.names if quantiser.takes_turns(n)} == others
+
+
 def in_ranks(count: int, work, folder) -> list:
     """[work(world) of rank 0, of rank 1, …], each in a process of its own."""
     def rank(number: int) -> None:
@@ -417,9 +434,10 @@ def in_ranks(count: int, work, folder) -> list:
 
 
 def test_ranks_measure_kinds_together(monkeypatch, tmp_path):
-    """Two write the artifact that one does, from a plan by the same KL of the same text."""
+    """Two write the artifact that one does, from a plan by the same KL of the same text. A kind of 131 rows
+    takes no turns."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    s, curvature = wrong_curvature(monkeypatch, QUANT_TRELLIS=0)
+    s, curvature = wrong_curvature(monkeypatch, QUANT_TRELLIS=0, MLP_MULT=4.1)
     batches = [random_batch(seed) for seed in range(1, 17)]
 
     def artifact(world):
@@ -430,5 +448,5 @@ def test_ranks_measure_kinds_together(monkeypatch, tmp_path):
         return found, tg.quantise_once(Log(), quantiser, 0.04)
 
     one, two = artifact(tg.World()), in_ranks(2, artifact, tmp_path)
-    assert one[0]["used"] and one[0]["in_turns"]
+    assert one[0]["used"] and one[0]["in_turns"] and "mlp.fc.weight" not in one[0]["in_turns"]
     assert two == [one, one]
