@@ -8866,6 +8866,15 @@ def narrow(codes: Tensor) -> Tensor:
     return short if torch.equal(short.to(codes.dtype), codes) else codes
 
 
+def check_weights(weights: Mapping[str, Tensor]) -> None:
+    """UserError if some are not finite."""
+    for name, w in weights.items():
+        bad = w.numel() - int(w.isfinite().sum())
+        if bad:
+            raise UserError(f"{bad:,} of {w.numel():,} weights of {name} are not finite: train "
+                            "again with a lower MATRIX_LR or SCALAR_LR")
+
+
 def share_matrices(weights: Mapping[str, Tensor], names: list[str],
                    world: World) -> list[str]:
     """Names of this rank's matrices: those of one Hessian together, costs shared
@@ -9266,6 +9275,7 @@ class MeasuredQuantiser(Quantiser):
 
     def __init__(self, s: Settings, weights: Mapping[str, Tensor],
                  curvature: Curvature, world: World | None = None):
+        check_weights(weights)
         super().__init__(s, weights, curvature, world)
         # G of the matrices whose rows can take turns, of all ranks
         self.outputs = {n: g for n, g in curvature.outputs.items()

@@ -59,6 +59,16 @@ def test_what_is_beyond_half_precision_is_its_largest_number():
     assert torch.equal(tg.to_half(huge)[1], huge[1].half())
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["blocks.1.mlp.fc.weight", "skip_weights"])      # codes, float16
+def test_weights_that_are_not_finite_are_named(name, value):
+    s = settings()
+    weights = tg.matrix_views({n: p.detach() for n, p in sine_model(s).named_parameters()})
+    weights[name].view(-1)[3] = value
+    with pytest.raises(tg.UserError, match=f"^1 of .* weights of {name} are not finite: .* MATRIX_LR"):
+        tg.Quantiser(s, weights, tg.Curvature({}))
+
+
 def test_fits_of_degenerate_models_end_well():
     """Within the limit and read back bit for bit, or refused because no step would do."""
     ends = fault_fits.fits(8, seed=6)
