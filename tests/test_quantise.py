@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import settings, sine_model, tg
+from conftest import events, settings, sine_model, tg, without
 from test_rounding import NOT_DEFINITE, problem
 
 
@@ -350,7 +350,7 @@ def matrices_of(model) -> dict:
 
 def wrong_curvature(monkeypatch, **changes):
     """(settings, curvature) of a tiny sine_model without room for its finest codes; the curvature thinks far
-    too much of an MLP's first matrix."""
+    too much of an MLP's first matrix, and that the errors of an attention's output rows all add up."""
     monkeypatch.setattr(tg, "SMALL_TENSOR", 500)
     s = settings(**fault_fits.SMALL, GPTQ_CALIBRATION_BATCHES=1, **changes)
     monkeypatch.setattr(tg, "ARTIFACT_LIMIT", tg.code_bytes(tg.shipped_form(s)))
@@ -360,6 +360,10 @@ def wrong_curvature(monkeypatch, **changes):
     for name, g in (*curvature.fisher.items(), *curvature.outputs.items()):
         if name.endswith("mlp.fc.weight"):
             g *= 256
+    for name, g in curvature.outputs.items():
+        if name.endswith("attn.proj.weight"):
+            alike = torch.outer(g.diagonal().sqrt(), g.diagonal().sqrt())
+            g.copy_(0.1 * g.diagonal().diag() + 0.9 * alike)
     return s, curvature
 
 
@@ -380,6 +384,7 @@ def test_kinds_are_planned_by_what_they_do_to_predictions(monkeypatch):
     assert found["used"] and found["kl_after"] < 0.8 * found["kl_before"], found
     assert found["levels"]["mlp.fc.weight"] == min(found["levels"].values()) < 0.3
     assert found["in_turns"] == list(quantiser.in_turns)
+    assert found["in_turns"] and "attn.proj.weight" not in found["in_turns"]      # it would lose by them
     # a sketch is what the file holds, but for the trellis
     assert measure.kl(tg.dequantise(quantiser(1e-4)), 1) < 1e-3 * found["kl_after"]
 
@@ -421,6 +426,50 @@ def test_only_kinds_that_can_take_turns_are_tried_in_turns(monkeypatch, why):
     others = {tg.kind_of(n) for n in curvature.outputs} - {kind}
     assert found["in_turns"] == sorted(others) and len(others) == 5
     assert {tg.kind_of(n) for n in quantiser.names if quantiser.takes_turns(n)} == others
+
+
+def test_kinds_in_turns_keep_their_share_of_the_bytes(monkeypatch):
+    """The mean logarithm of a kind's sensitivities, and with it of its steps, is that of rows alone."""
+    s, curvature = wrong_curvature(monkeypatch)
+    feedback = tg.Quantiser(s, matrices_of(sine_model(s)), curvature).feedback
+    kinds = tg.names_by(tg.kind_of, feedback)
+    assert len(kinds) == 6
+    for names in kinds.values():
+        alone = torch.cat([curvature.fisher[n] for n in names]).log2()
+        in_turns = torch.cat([feedback[n].sensitivity for n in names]).log2()
+        assert in_turns.mean().item() == pytest.approx(alone.mean().item(), abs=1e-3)
+        assert (in_turns - alone).abs().max() > 0.1
+
+
+def test_a_run_without_room_rehearses_all_kinds_in_turns_and_logs_them(monkeypatch, data, tmp_path):
+    monkeypatch.setattr(tg, "SMALL_TENSOR", 500)
+    monkeypatch.setattr(tg, "ARTIFACT_LIMIT", tg.code_bytes("readable") + tg.MARK_BYTES + 16_000)
+    tiny = {**fault_fits.SMALL, "VOCAB_SIZE": 300, "FIT_MARGIN_BYTES": 1000, "TRAIN_BATCH_TOKENS": 128,
+            "ITERATIONS": 1, "WARMUP_STEPS": 0, "CODE_FORM": "readable", "QUANTIZE_ONLY": 1}
+    s = settings(DATA_PATH=data, ARTIFACT_DIR=tmp_path, **tiny)
+    walked, rehearsed = [], []      # shapes of matrices in turns on the trellis
+
+    def in_turns(w, *args, real=tg.round_in_turns):
+        walked.extend(len(w) * [w.shape[1:]] * args[-1])
+        return real(w, *args)
+
+    def rehearse(*args, real=tg.rehearse):
+        seconds = real(*args)
+        rehearsed.extend(walked)
+        return seconds
+
+    monkeypatch.setattr(tg, "round_in_turns", in_turns)
+    monkeypatch.setattr(tg, "rehearse", rehearse)
+    run, model = tg.Run(s, tg.World()), tg.build_model(s, tg.World())
+    with without("run_probes"):
+        tg.make_artifact(s, tg.World(), run, model, None)
+    run.close()
+    inner = [w.shape for n, w in matrices_of(model).items()
+             if n.startswith("blocks") and tg.precision_of(s, n, w).coded]
+    assert sorted(rehearsed) == sorted(inner)
+    (found,) = events(tmp_path, "kinds")
+    assert found["used"] == (found["kl_after"] < found["kl_before"])
+    assert bool(found["used"] and found["in_turns"]) == (len(walked) > len(rehearsed))
 
 
 def in_ranks(count: int, work, folder) -> list:
