@@ -9194,7 +9194,7 @@ def kind_levels(found: Mapping[str, float], counts: Mapping[str, int]) -> dict[s
 
 # Errors of a row are made good by later rows as errors of a column by later columns, through the Fisher
 # matrix of outputs (as in YAQA, arXiv 2505.22988). Rows of one turn are rounded at once.
-ROW_TURNS = 8          # each has every eighth row: neighbours are the most alike; all as many
+ROW_TURNS = 8          # of as many rows each: every eighth, for neighbours are the most alike
 ROWS_APART = 0.2       # shrinks what an estimate says of two different rows
 
 
