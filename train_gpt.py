@@ -1614,7 +1614,7 @@ class HessianHook:
                 square = rows.index_add_(0, ids.flatten(), square.mean(1))
             else:
                 square = square.sum(0) / names.count(name)
-                if self.products is not None:
+                if self.products is not None and dy.size(1) % ROW_TURNS == 0:
                     add_product(self.products, name, dy / names.count(name) ** 0.5)
             squares[name] = squares.get(name, 0) + square
         for name, square in squares.items():
@@ -1873,7 +1873,6 @@ class Quantiser:
             "sensitivities that are not finite: as fine as the others on average")
         self.hessians = self.finite(
             curvature.hessians, "a Hessian that is not finite: the identity instead")
-        self.outputs = curvature.outputs
         self.own = share_matrices(weights, self.names, self.world)
         # factors: by input order, u and dead of round_in_order
         self.factors, self.ratios, damped = factor_hessians(
@@ -8863,6 +8862,15 @@ def narrow(codes: Tensor) -> Tensor:
     return short if torch.equal(short.to(codes.dtype), codes) else codes
 
 
+def check_weights(weights: Mapping[str, Tensor]) -> None:
+    """UserError if some are not finite."""
+    for name, w in weights.items():
+        bad = w.numel() - int(w.isfinite().sum())
+        if bad:
+            raise UserError(f"{bad:,} of {w.numel():,} weights of {name} are not finite: train "
+                            "again with a lower MATRIX_LR or SCALAR_LR")
+
+
 def share_matrices(weights: Mapping[str, Tensor], names: list[str],
                    world: World) -> list[str]:
     """Names of this rank's matrices: those of one Hessian together, costs shared
@@ -9148,7 +9156,7 @@ def plan_by_measure(quantiser: MeasuredQuantiser, measure: Measure, size: float)
     alone = quantiser.sketch(size)
     found = {kind: kl(alone, kind) for kind in counts}
     before = measure.kl(alone, 1)
-    candidates = sorted({kind_of(n) for n in quantiser.outputs} & counts.keys())
+    candidates = sorted({kind_of(n) for n in names if n in quantiser.outputs})
     in_turns = []
     if candidates:
         quantiser.plan({}, candidates)
@@ -9182,7 +9190,7 @@ def kind_levels(found: Mapping[str, float], counts: Mapping[str, int]) -> dict[s
 
 # Errors of a row are made good by later rows as errors of a column by later columns, through the Fisher
 # matrix of outputs (as in YAQA, arXiv 2505.22988). Rows of one turn are rounded at once.
-ROW_TURNS = 8          # each has every eighth row: neighbours are the most alike
+ROW_TURNS = 8          # of as many rows each: every eighth, for neighbours are the most alike
 ROWS_APART = 0.2       # shrinks what an estimate says of two different rows
 
 
@@ -9221,8 +9229,12 @@ def round_in_turns(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tens
     before it by mix (n, R, R). A turn is a block of columns behind the one before:
     they are rounded at the same time, as one batch."""
     t, step, diag, feedback = columns_in_order(w, step, order, u, dead)
-    block = largest_divisor(t.size(1), COLUMNS_AT_ONCE)
-    count, source, error = t.size(1) // block, t.clone(), torch.zeros_like(t)
+    count = -(-t.size(1) // COLUMNS_AT_ONCE)
+    block = -(-t.size(1) // count)
+    more = count * block - t.size(1)      # columns of no cost fill the last block
+    t, diag = F.pad(t, (0, 0, 0, more)), F.pad(diag, (0, 0, 0, more), value=torch.inf)
+    feedback = F.pad(feedback, (0, more, 0, more))
+    source, error = t.clone(), torch.zeros_like(t)
     codes = torch.empty_like(t, dtype=torch.int16)
     state = torch.zeros_like(t[:, 0], dtype=torch.long)
     for wave in range(count + ROW_TURNS - 1):
@@ -9248,12 +9260,7 @@ def round_in_turns(w: Tensor, step: Tensor, order: Tensor, u: Tensor, dead: Tens
             error[:, columns, rows] = source[:, columns, rows] - part
             later = slice(columns.stop, None)
             t[:, later, rows] -= feedback[:, columns, later].mT @ passed_on
-    return as_they_were(codes, order)
-
-
-def largest_divisor(number: int, most: int) -> int:
-    """Of a number, up to `most`."""
-    return max(d for d in range(1, most + 1) if number % d == 0)
+    return as_they_were(codes[:, :order.size(1)], order)
 
 
 class MeasuredQuantiser(Quantiser):
@@ -9261,6 +9268,14 @@ class MeasuredQuantiser(Quantiser):
 
     levels: Mapping[str, float] = {}      # by kind, what sensitivities are multiplied by
     in_turns: Sequence[str] = ()          # kinds whose rows take turns
+
+    def __init__(self, s: Settings, weights: Mapping[str, Tensor],
+                 curvature: Curvature, world: World | None = None):
+        check_weights(weights)
+        super().__init__(s, weights, curvature, world)
+        # G of the matrices whose rows can take turns, of all ranks
+        self.outputs = {n: g for n, g in curvature.outputs.items()
+                        if n in self.fisher and g.isfinite().all()}
 
     def plan(self, levels: Mapping[str, float] = {}, in_turns: Sequence[str] = ()) -> None:
         self.levels, self.in_turns = levels, in_turns
@@ -9272,10 +9287,7 @@ class MeasuredQuantiser(Quantiser):
     def feedback(self) -> dict[str, RowFeedback]:
         """Of this rank's matrices; sensitivities as large, by kind, as those of rows that
         are alone: kinds keep their share of the bytes."""
-        usable = {n for n, g in self.outputs.items()
-                  if g.isfinite().all() and len(g) % ROW_TURNS == 0}
-        usable &= self.fisher.keys()
-        found = {n: row_feedback(self.outputs[n]) for n in self.own if n in usable}
+        found = {n: row_feedback(self.outputs[n]) for n in self.own if n in self.outputs}
         ratios = {}
         for name, feedback in found.items():
             ratio = self.fisher[name].clamp_min(1e-30) / feedback.sensitivity
@@ -9290,7 +9302,7 @@ class MeasuredQuantiser(Quantiser):
         return found
 
     def takes_turns(self, name: str) -> bool:
-        """Whether its rows do: as many in every turn."""
+        """Whether its rows do."""
         return kind_of(name) in self.in_turns and name in self.feedback
 
     def allocate(self, fisher: Mapping[str, Tensor],

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import settings, sine_model, tg
+from conftest import events, settings, sine_model, tg, without
 from test_rounding import NOT_DEFINITE, problem
 
 
@@ -57,6 +57,16 @@ def test_what_is_beyond_half_precision_is_its_largest_number():
     assert all(x.isfinite().all() for x in stored)
     assert tg.to_half(huge)[0].tolist() == [65504, -65504]
     assert torch.equal(tg.to_half(huge)[1], huge[1].half())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["blocks.1.mlp.fc.weight", "skip_weights"])      # codes, float16
+def test_weights_that_are_not_finite_are_named(name, value):
+    s = settings()
+    weights = tg.matrix_views({n: p.detach() for n, p in sine_model(s).named_parameters()})
+    weights[name].view(-1)[3] = value
+    with pytest.raises(tg.UserError, match=f"^1 of .* weights of {name} are not finite: .* MATRIX_LR"):
+        tg.Quantiser(s, weights, tg.Curvature({}))
 
 
 def test_fits_of_degenerate_models_end_well():
@@ -340,17 +350,20 @@ def matrices_of(model) -> dict:
 
 def wrong_curvature(monkeypatch, **changes):
     """(settings, curvature) of a tiny sine_model without room for its finest codes; the curvature thinks far
-    too much of an MLP's first matrix."""
+    too much of an MLP's first matrix, and that the errors of an attention's output rows all add up."""
     monkeypatch.setattr(tg, "SMALL_TENSOR", 500)
     s = settings(**fault_fits.SMALL, GPTQ_CALIBRATION_BATCHES=1, **changes)
     monkeypatch.setattr(tg, "ARTIFACT_LIMIT", tg.code_bytes(tg.shipped_form(s)))
     curvature = tg.calibrate(s, tg.World(), sine_model(s), lambda: random_batch(0))
     for name, g in curvature.outputs.items():
         assert torch.allclose(g.diagonal(), curvature.fisher[name], rtol=1e-4)
-    for name, g in curvature.fisher.items():
+    for name, g in (*curvature.fisher.items(), *curvature.outputs.items()):
         if name.endswith("mlp.fc.weight"):
             g *= 256
-            curvature.outputs[name].mul_(256)
+    for name, g in curvature.outputs.items():
+        if name.endswith("attn.proj.weight"):
+            alike = torch.outer(g.diagonal().sqrt(), g.diagonal().sqrt())
+            g.copy_(0.1 * g.diagonal().diag() + 0.9 * alike)
     return s, curvature
 
 
@@ -371,6 +384,7 @@ def test_kinds_are_planned_by_what_they_do_to_predictions(monkeypatch):
     assert found["used"] and found["kl_after"] < 0.8 * found["kl_before"], found
     assert found["levels"]["mlp.fc.weight"] == min(found["levels"].values()) < 0.3
     assert found["in_turns"] == list(quantiser.in_turns)
+    assert found["in_turns"] and "attn.proj.weight" not in found["in_turns"]      # it would lose by them
     # a sketch is what the file holds, but for the trellis
     assert measure.kl(tg.dequantise(quantiser(1e-4)), 1) < 1e-3 * found["kl_after"]
 
@@ -396,6 +410,68 @@ def test_with_room_for_everything_nothing_is_measured(monkeypatch):
     assert not tg.calibrate(s, tg.World(), sine_model(s), lambda: random_batch(0)).outputs
 
 
+@pytest.mark.parametrize("why", ["131 rows", "G that is not finite"])
+def test_only_kinds_that_can_take_turns_are_tried_in_turns(monkeypatch, why):
+    kind = "mlp.fc.weight"
+    s, curvature = wrong_curvature(monkeypatch, MLP_MULT=4.1 if why == "131 rows" else 4)
+    of_kind = [g for n, g in curvature.outputs.items() if tg.kind_of(n) == kind]
+    assert bool(of_kind) == (s.hidden_dim % tg.ROW_TURNS == 0)      # else none is summed
+    for g in of_kind:
+        g[0, 1] = torch.nan
+    model, seeds, falling = sine_model(s), iter(range(1, 99)), iter(range(99, 0, -1))
+    measure = tg.Measure.of(s, tg.World(), model, lambda: random_batch(next(seeds)))
+    monkeypatch.setattr(measure, "kl", lambda weights, text: next(falling))      # whatever is tried is kept
+    quantiser = tg.Quantiser(s, matrices_of(model), curvature)
+    found = tg.plan_by_measure(quantiser, measure, quantiser.deviations.sum() * 3 / 8)
+    others = {tg.kind_of(n) for n in curvature.outputs} - {kind}
+    assert found["in_turns"] == sorted(others) and len(others) == 5
+    assert {tg.kind_of(n) for n in quantiser.names if quantiser.takes_turns(n)} == others
+
+
+def test_kinds_in_turns_keep_their_share_of_the_bytes(monkeypatch):
+    """The mean logarithm of a kind's sensitivities, and with it of its steps, is that of rows alone."""
+    s, curvature = wrong_curvature(monkeypatch)
+    feedback = tg.Quantiser(s, matrices_of(sine_model(s)), curvature).feedback
+    kinds = tg.names_by(tg.kind_of, feedback)
+    assert len(kinds) == 6
+    for names in kinds.values():
+        alone = torch.cat([curvature.fisher[n] for n in names]).log2()
+        in_turns = torch.cat([feedback[n].sensitivity for n in names]).log2()
+        assert in_turns.mean().item() == pytest.approx(alone.mean().item(), abs=1e-3)
+        assert (in_turns - alone).abs().max() > 0.1
+
+
+def test_a_run_without_room_rehearses_all_kinds_in_turns_and_logs_them(monkeypatch, data, tmp_path):
+    monkeypatch.setattr(tg, "SMALL_TENSOR", 500)
+    monkeypatch.setattr(tg, "ARTIFACT_LIMIT", tg.code_bytes("readable") + tg.MARK_BYTES + 16_000)
+    tiny = {**fault_fits.SMALL, "VOCAB_SIZE": 300, "FIT_MARGIN_BYTES": 1000, "TRAIN_BATCH_TOKENS": 128,
+            "ITERATIONS": 1, "WARMUP_STEPS": 0, "CODE_FORM": "readable", "QUANTIZE_ONLY": 1}
+    s = settings(DATA_PATH=data, ARTIFACT_DIR=tmp_path, **tiny)
+    walked, rehearsed = [], []      # shapes of matrices in turns on the trellis
+
+    def in_turns(w, *args, real=tg.round_in_turns):
+        walked.extend(len(w) * [w.shape[1:]] * args[-1])
+        return real(w, *args)
+
+    def rehearse(*args, real=tg.rehearse):
+        seconds = real(*args)
+        rehearsed.extend(walked)
+        return seconds
+
+    monkeypatch.setattr(tg, "round_in_turns", in_turns)
+    monkeypatch.setattr(tg, "rehearse", rehearse)
+    run, model = tg.Run(s, tg.World()), tg.build_model(s, tg.World())
+    with without("run_probes"):
+        tg.make_artifact(s, tg.World(), run, model, None)
+    run.close()
+    inner = [w.shape for n, w in matrices_of(model).items()
+             if n.startswith("blocks") and tg.precision_of(s, n, w).coded]
+    assert sorted(rehearsed) == sorted(inner)
+    (found,) = events(tmp_path, "kinds")
+    assert found["used"] == (found["kl_after"] < found["kl_before"])
+    assert bool(found["used"] and found["in_turns"]) == (len(walked) > len(rehearsed))
+
+
 def in_ranks(count: int, work, folder) -> list:
     """[work(world) of rank 0, of rank 1, …], each in a process of its own."""
     def rank(number: int) -> None:
@@ -417,9 +493,10 @@ def in_ranks(count: int, work, folder) -> list:
 
 
 def test_ranks_measure_kinds_together(monkeypatch, tmp_path):
-    """Two write the artifact that one does, from a plan by the same KL of the same text."""
+    """Two write the artifact that one does, from a plan by the same KL of the same text. A kind of 131 rows
+    takes no turns."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    s, curvature = wrong_curvature(monkeypatch, QUANT_TRELLIS=0)
+    s, curvature = wrong_curvature(monkeypatch, QUANT_TRELLIS=0, MLP_MULT=4.1)
     batches = [random_batch(seed) for seed in range(1, 17)]
 
     def artifact(world):
@@ -430,5 +507,5 @@ def test_ranks_measure_kinds_together(monkeypatch, tmp_path):
         return found, tg.quantise_once(Log(), quantiser, 0.04)
 
     one, two = artifact(tg.World()), in_ranks(2, artifact, tmp_path)
-    assert one[0]["used"] and one[0]["in_turns"]
+    assert one[0]["used"] and one[0]["in_turns"] and "mlp.fc.weight" not in one[0]["in_turns"]
     assert two == [one, one]

@@ -157,3 +157,16 @@ def test_rows_in_turns_take_up_the_errors_of_others(monkeypatch, trellis):
         assert cost(codes, g) <= share * cost(alone, g)
         assert (feedback.sensitivity <= g.diagonal() * 1.0001).all()
     assert (codes == alone).float().mean() > 0.9      # last bits decide some
+
+
+@pytest.mark.parametrize("trellis", [False, True])
+def test_turns_cost_no_more_at_a_width_that_blocks_do_not_divide(monkeypatch, trellis):
+    """Rows that do not interact, 2 · 37 columns: three even blocks, and the cost of rows rounded at once."""
+    monkeypatch.setattr(tg, "COLUMNS_AT_ONCE", 32)
+    w, h = problem(rows=64, columns=74)
+    step, mix = torch.full((1, 64), 0.4), torch.zeros(1, 64, 64)
+    order, u, dead, _ = tg.hessian_factor(h[None], falling=not trellis)
+    alone = tg.round_in_order(w[None], step, order, u, dead, tg.TOP_CODE, trellis, block=25)
+    codes = tg.round_in_turns(w[None], step, order, u, dead, mix, trellis)
+    costs = [loss(w, tg.on_trellis(c[0]) if trellis else c[0], step[0], h) for c in (codes, alone)]
+    assert codes.shape == alone.shape and costs[0] == pytest.approx(costs[1], rel=0.02), costs
