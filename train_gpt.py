@@ -2919,6 +2919,7 @@ CUT_OFF = "older systems need more, which a lean script leaves out: run the whol
 # The field's names that set nothing here: (the one value they may have, None: any; why).
 NO_SETTINGS = {name: (only, why) for only, why, names in (
     (None, "lossless all of them: our own coder takes their place", "COMPRESSOR"),
+    (0, "every document trains its own A", "TTT_SHARED_A"),
     (None, "always so: all targets are scored, by the calibrated loss, with graphs warmed up", """
      COMPILE_SHAPE_WARMUP COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_LOOP_MODES
      EVAL_INCLUDE_TAIL LOGIT_CALIB_APPLY_TTT_UPDATE NGRAM_HINT_PRECOMPUTE_OUTSIDE"""),
@@ -9915,7 +9916,7 @@ def warn_of_shortened_steps(s: Settings, shortened: int, trace: Callable) -> Non
     most, remedy = f"{MOST_NATS:g} nats", "lower TTT_LORA_LR"
     if s.ttt_optimizer == "normalised":
         most = f"{MOST_SHARE:g} of the loss"
-        remedy = "lower TTT_LORA_LR, or set TTT_STEP_SHARE=0.25"
+        remedy = "lower TTT_LORA_LR, or set TTT_STEP_SHARE=0.3"
         if s.ttt_step_share:
             remedy = f"lower TTT_STEP_SHARE={s.ttt_step_share:g}"
     trace("warning", text=f"{shortened:,} adapter steps promised more than {most}, or had "

@@ -284,24 +284,34 @@ def test_a_step_that_promises_too_much_is_shortened():
 
 
 def test_steps_add_up_in_float32():
-    """Forwards in bfloat16 read what the same steps make of a float32 adapter, rounded; after rows have left,
-    too."""
-    s, random = settings(TTT_STEP_SHARE=0.25), torch.Generator().manual_seed(0)
-    wide, narrow = (tg.Adapter(s, tg.layer_plan(s, True), 5, dtype=dtype)
-                    for dtype in (torch.float32, torch.bfloat16))
-    for rows in (slice(None), slice(-3, None)):
+    """Forwards in bfloat16 read what the same steps make of a float32 adapter, rounded; those of rows that go
+    on are as if they had been alone; a reset forgets the steps."""
+    s, random = settings(TTT_STEP_SHARE=0.25, TTT_WARM_START_A=0), torch.Generator().manual_seed(0)
+    plan = tg.layer_plan(s, True)
+    wide, narrow = (tg.Adapter(s, plan, 5, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    alone, fresh = (tg.Adapter(s, plan, 3) for _ in range(2))
+
+    def compare(*others):
+        for p, exact, *same in zip(narrow.parameters(), narrow.exact(), *others, strict=True):
+            assert torch.equal(p, exact.bfloat16()) and all(torch.equal(exact, x) for x in same)
+
+    compare(wide.parameters())
+    for rows in (slice(None), slice(-3, None), slice(-3, None)):
         for adapter in (wide, narrow):
             adapter.keep(rows)
-        for p, twin in zip(narrow.parameters(), wide.parameters()):
+        for p, *twins in zip(narrow.parameters(), wide.parameters(), alone.parameters()):
             p.grad = torch.randn(p.shape, generator=random).bfloat16()
-            twin.grad = p.grad.float()
-        for adapter in (wide, narrow):
+            for twin in twins:
+                twin.grad = p.grad[:, -twin.size(1):].float()
+        for adapter in (wide, narrow, alone):
             losses = torch.ones(adapter.b["q"].size(1))
             tg.normalised_step(
                 s, adapter.parameters(), adapter.exact(), adapter.sums(), adapter.steps, losses)
-        for p, exact, twin in zip(narrow.parameters(), narrow.exact(), wide.parameters(), strict=True):
-            assert torch.equal(exact, twin) and p.any()
-            assert torch.equal(p, twin.bfloat16())
+        compare(wide.parameters())
+    compare(alone.parameters())
+    assert all(p.any() for p in alone.parameters())
+    narrow.reset()
+    compare(fresh.parameters())
 
 
 RULES = {
