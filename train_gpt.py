@@ -4099,24 +4099,6 @@ def public_settings(values: Mapping) -> dict:
     return {k: v for k, v in values.items() if not k.endswith(("_PATH", "_DIR"))}
 
 
-def closest_system(s: Settings) -> tuple[str, dict] | None:
-    """The nearest configurations beside this script; what differs as [here, there]."""
-    here = s.as_env()
-    systems = {}
-    for path in sorted(Path(__file__).parent.glob("configs/pr*.env")):
-        text = re.sub("#.*", "", path.read_text(encoding="utf-8"))
-        config = dict(re.findall(r"^(\w+)=(.*?)\s*$", text, re.MULTILINE))
-        with contextlib.suppress(UserError):       # written for another version of this script
-            there = Settings.from_env(config).as_env()
-            compared = {*config, *s.changed()} & set(here) - {"RUN_ID", "SEED"}
-            systems[path.stem] = {k: [here[k], there[k]] for k in compared if here[k] != there[k]}
-    if not systems:
-        return None
-    nearest = min(systems.values(), key=len)
-    names = [name for name, differing in systems.items() if differing == nearest]
-    return ", ".join(names), public_settings(nearest)
-
-
 def log_start(s: Settings, world: World, run: Run) -> None:
     """What runs, where: into the log before anything else."""
     parameters = sum(map(math.prod, GPT.shapes(s).values()))
@@ -4131,11 +4113,6 @@ def log_start(s: Settings, world: World, run: Run) -> None:
         run.log("settings_without_effect", **ignored)
     if strays := stray_names(os.environ):
         run.log("unknown_names", **strays)
-    with run.guarded("the search for the closest system"):
-        if closest := closest_system(s):
-            name, differing = closest
-            run.log("closest_system", name=name, differences=len(differing))
-            run.log("differences", quiet=True, **differing)
     source = script_source()
     form = shipped_form(s)
     digest = hashlib.sha256(source).hexdigest()
