@@ -269,7 +269,6 @@ def train(s: Settings, world: World, run: Run, model: GPT, val: Validation) -> t
                 raise SIGNALS.error(f"training was {end}", trained.signal)
     finally:
         drop_ballast(run)
-    training_reports(run, trainer, trained)
     run.save_summary()
     run.note_go_on()
     return trained.clock, trained.stream
@@ -1264,7 +1263,6 @@ class Optimiser:
         by_role: dict[str, list] = {parameter.role: [] for parameter in PARAMETERS.values()}
         for name, p in params.items():
             by_role[role_of(name)].append(p)
-        self.names = {p: name for name, p in params.items()}
         self.banks = sorted(by_role["matrix"], key=lambda p: -p.numel())
         groups, self.small = [], []
         for role, (lr, weight_decay) in self.adam_rates().items():
@@ -4330,34 +4328,6 @@ def off_the_clock(world: World, clock: Clock, work: Callable[[], None]) -> None:
     with clock.exclude():
         work()
         sync(world.device)
-
-
-def training_reports(run: Run, trainer: Trainer, trained: Trained) -> None:
-    """What was idle in training, into the log, after the weights are saved."""
-    with run.guarded("the report on parameters without gradients"):
-        untouched = never_trained(trainer.optimiser) if trained.facts["steps"] else []
-        if untouched:
-            run.log("never_trained", parameters=untouched)
-
-
-def never_trained(optimiser: Optimiser) -> list[str]:
-    """Parameters, or rows, that no gradient reached: their moment is still 0."""
-    touched = {}
-    for p, buf in zip(optimiser.banks, optimiser.momentum):
-        touched[p] = optimiser.gather(buf.flatten(1).any(1).byte())()[:len(p)]
-    for p in optimiser.small:
-        moment = optimiser.adam.state[p]["exp_avg_sq"]
-        touched[p] = moment.flatten() if p.dim() < 2 else moment.flatten(1).any(1)
-    # parameters that are in no optimiser at all, then those with rows that never moved
-    untouched = [name for p, name in optimiser.names.items() if p not in touched]
-    for p, rows in touched.items():
-        idle = (rows == 0).nonzero().flatten().tolist()
-        if len(idle) == len(rows) > 0:
-            untouched.append(optimiser.names[p])
-        elif idle:
-            some = f"{len(idle)} of {len(rows)} rows, the first {idle[:20]}"
-            untouched.append(f"{optimiser.names[p]} {some}")
-    return untouched
 
 
 class StepTimes:

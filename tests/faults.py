@@ -311,8 +311,8 @@ def lost(folder: Path, moment: float) -> list[str]:
 
 
 PROGRESS = {      # the last thing that a log tells of, and what the run does then
-    "final": "at its end", "artifact": "in evaluation", "never_trained": "in quantising",
-    "train": "in training", "rehearsal": "in training", "start": "in set-up"}
+    "final": "at its end", "artifact": "in evaluation", "train": "in training",
+    "rehearsal": "in training", "start": "in set-up"}
 
 
 def doing(folder: Path) -> str:
@@ -320,6 +320,8 @@ def doing(folder: Path) -> str:
     logged = {e["event"] for e in log_of(folder)}
     found = [where for event, where in PROGRESS.items() if event in logged]
     where = found[0] if found else "before its log"
+    if where == "in training" and (folder / tg.WEIGHTS_NAME).exists():
+        where = "in quantising"
     return f"{where}, step {steps_of(folder)}" if where == "in training" else where
 
 

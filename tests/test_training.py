@@ -1,5 +1,5 @@
 """Training: schedules, the budget, the warm-up; and that it cannot be lost: numbers that are not finite,
-averages beside training, full disks, reports that fail, and going on from a checkpoint."""
+averages beside training, full disks, and going on from a checkpoint."""
 
 import json
 import os
@@ -200,7 +200,7 @@ def test_averages_go_once_the_artifact_and_the_weights_are_there(data, tmp_path)
     assert not (tmp_path / "checkpoint").exists()
 
 
-# --- full disks, and reports that fail
+# --- full disks
 
 def test_the_space_for_the_weights_is_kept_until_they_are_written(data, tmp_path, monkeypatch):
     sizes, write = [], tg.write_atomic
@@ -245,19 +245,9 @@ def test_weights_find_another_place_when_the_disk_is_full(data, tmp_path, monkey
 ONE_LAYER = dict(NUM_LAYERS=1, NUM_LOOPS=0, LOOP_START=0, LOOP_END=0, PARALLEL_START_LAYER=0, XSA_LAST_N=1)
 
 
-def test_a_model_of_one_layer_without_skips_is_reported_on(data, tmp_path):
+def test_a_model_of_one_layer_without_skips_is_trained(data, tmp_path):
     learn(data, tmp_path, **ONE_LAYER)
     assert (tmp_path / "final_model.pt").exists() and not events(tmp_path, "warning")
-
-
-def test_a_report_that_fails_is_a_warning_after_the_weights(data, tmp_path, monkeypatch):
-    def broken(self):
-        assert (tmp_path / "final_model.pt").exists()
-        raise RuntimeError("out of luck")
-
-    monkeypatch.setattr(tg, "never_trained", broken)
-    learn(data, tmp_path)
-    assert "out of luck" in events(tmp_path, "warning")[0]["text"]
 
 
 # --- going on from a checkpoint
