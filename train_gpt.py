@@ -283,7 +283,7 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
     step = go_on_from(state, trainer, curriculum) if state else 0
     given = state["batches"] if state else 0
     stream = Prefetch(open_train_stream(s, world, trainer.tokens), world.device, given)
-    reports = Progress(s, world, run, trainer.model, pace.budget, int(stream.epoch))
+    reports = Progress(s, world, run, trainer.times, pace.budget)
     last = max(step - 1, 0)      # a validation scores by the loops of the step before it
     looping = curriculum.loops(last, pace.progress(last))
     # graphs that were not warmed up take minutes in between
@@ -317,7 +317,6 @@ def train_loop(s: Settings, world: World, run: Run, trainer: Trainer, reserve: f
         finite_watch.record(step, loss, norm)
         keeper.offer(step)
         world.beat(f"{beat} {step}")
-        reports.events(step, stream, trainer, looping)
         if pace.near_end():
             sync(world.device)            # the host must not run ahead of the GPU
         reports.report(step, clock, loss, norm, rate_share, plan)
@@ -4159,46 +4158,24 @@ def in_training(run: Run) -> dict:
 
 # --- watching training
 
-# Dense bfloat16 FLOP/s of a GPU, by part of its name.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
-              "A100": 312e12, "L40": 181e12, "RTX 4090": 165e12}
-
-
-def flops_per_token(s: Settings, plan: Plan, context: float) -> float:
-    """FLOPs of one token's forward, with attention over `context` tokens."""
-    matrices = 2 * s.model_dim * (s.model_dim + s.kv_dim + s.hidden_dim)
-    layers = plan.slots * (matrices + 2 * s.model_dim * context)
-    return 2 * (layers + s.vocab_size * s.model_dim)
-
-
 class Progress:
     """Says how training goes: in the log now and then, on a terminal all the time."""
 
-    def __init__(self, s: Settings, world: World, run: Run, model: GPT, budget: float,
-                 epochs: int):
-        self.s, self.world, self.run, self.model, self.budget = s, world, run, model, budget
+    def __init__(self, s: Settings, world: World, run: Run, times: StepTimes, budget: float):
+        self.s, self.world, self.run, self.times, self.budget = s, world, run, times, budget
         self.last = (0, 0.0)               # step and seconds of the line before
         self.losses: list[Tensor] = []     # of the steps since then, on the device
-        self.epochs = epochs               # that have ended
-        peaks = (flops for part, flops in PEAK_FLOPS.items() if part in world.device_name)
-        self.peak = world.size * next(peaks, 0.0)
-
-    def events(self, step: int, stream: Prefetch, trainer: Trainer, looping: bool) -> None:
-        """Log the end of an epoch, and the parts of a measured step."""
-        if int(stream.epoch) > self.epochs:
-            self.epochs = int(stream.epoch)
-            tokens = step * self.s.train_batch_tokens
-            self.run.log("epoch_end", epoch=self.epochs, step=step, tokens=tokens)
-        if trainer.times.parts:
-            self.run.log("step_time", quiet=True, step=step, looping=looping,
-                         parts=trainer.times.parts)
-            trainer.times.parts = None
 
     def report(self, step: int, clock: Clock, loss: Tensor, norm: Tensor, rate_share: float,
                plan: Plan) -> None:
         """A line in the log (ten steps, then every TRAIN_LOG_EVERY), or two a second on a
-        terminal."""
+        terminal; and the parts of a measured step."""
         s = self.s
+        looping = plan.slots > s.num_layers
+        if self.times.parts:
+            self.run.log("step_time", quiet=True, step=step, looping=looping,
+                         parts=self.times.parts)
+            self.times.parts = None
         self.losses.append(loss)
         logged = step <= 10 or (s.train_log_every and step % s.train_log_every == 0)
         if not logged and not (self.run.live and clock.elapsed() - self.last[1] > 0.5):
@@ -4206,14 +4183,11 @@ class Progress:
         loss = self.log_losses(step) if logged else loss.item()
         if not math.isfinite(loss) or not math.isfinite(norm):
             return                     # FiniteWatch ends the run; JSON has no word for it
-        looping = plan.slots > s.num_layers
-        pace = self.pace(step, clock.elapsed(), plan)
+        pace = self.pace(step, clock.elapsed())
+        of = "budget" if self.budget else "the steps"
         line = (f"step {step:5d}  loss {loss:7.4f}  {pace['ms']:7.1f} ms/step "
-                f"(mean {pace['ms_mean']:.1f})  {pace['tok_s']:,} tok/s")
-        if "mfu" in pace:
-            line += f" mfu {pace['mfu']:.0%}"
-        of = "budget" if s.max_wallclock_seconds else "the steps"
-        line += f"  {pace['used']:4.0%} of {of}, {pace['eta']:.0f} s left"
+                f"(mean {pace['ms_mean']:.1f})  {pace['tok_s']:,} tok/s  "
+                f"{pace['used']:4.0%} of {of}, {pace['eta']:.0f} s left")
         line += "  looping" * looping
         if not logged:
             return self.run.progress(line)
@@ -4236,21 +4210,16 @@ class Progress:
         bad = watch.first_bad(wait=True) or (0 if trainer.finite() else step)
         return self.world.agree_step(0.0, 0, bad)[2]
 
-    def pace(self, step: int, elapsed: float, plan: Plan) -> dict[str, float]:
+    def pace(self, step: int, elapsed: float) -> dict[str, float]:
         """Speed since the line before, and how far the training is."""
         steps = step - self.last[0]
         seconds = max(elapsed - self.last[1], 1e-9)
         self.last = (step, elapsed)
         rate = self.s.train_batch_tokens * steps / seconds
-        used = elapsed / self.budget if self.budget else step / max(self.s.iterations, 1)
-        pace = {"ms": 1e3 * seconds / max(steps, 1), "ms_mean": 1e3 * elapsed / step,
+        used = elapsed / self.budget if self.budget else step / self.s.iterations
+        return {"ms": 1e3 * seconds / steps, "ms_mean": 1e3 * elapsed / step,
                 "tok_s": round(rate), "elapsed": elapsed, "used": min(used, 1.0),
-                "eta": elapsed * (1 / max(used, 1e-9) - 1)}
-        if self.peak:
-            # backward costs two forwards; in documents a query sees half the window at most
-            flops = 3 * flops_per_token(self.s, plan, self.s.train_seq_len / 2)
-            pace["mfu"] = rate * flops / self.peak
-        return pace
+                "eta": elapsed * (1 / used - 1)}
 
 
 class Stages:

@@ -81,7 +81,7 @@ def test_an_epoch_is_the_tokens_of_all_shards(shards, kind):
     assert stream.epoch == taken / total > 4
 
 
-def test_the_ends_of_epochs_are_logged(data, tmp_path):
+def test_how_often_the_text_was_seen_is_logged(data, tmp_path):
     s = settings(DATA_PATH=data, TRAIN_BATCH_TOKENS=2048, ITERATIONS=12)
     events, world = [], tg.World()
 
@@ -101,10 +101,6 @@ def test_the_ends_of_epochs_are_logged(data, tmp_path):
     trained = tg.train_loop(s, world, Log(), trainer, 0.0, lambda *_: None)
     trained.stream.close()
     total = sum(len(tg.read_shard(f)) for f in tg.list_shards(data, "train"))
-    ends = [v for event, v in events if event == "epoch_end"]
-    assert [v["epoch"] for v in ends] == [1, 2]
-    for v in ends:
-        assert 0 <= v["tokens"] - v["epoch"] * total < 2048 and v["tokens"] == 2048 * v["step"]
     assert dict(events)["train_end"]["epochs"] == 12 * 2048 / total
 
 

@@ -42,14 +42,14 @@ def learn(data, folder, **changes):
 
 def at_step(monkeypatch, step, act):
     """Do something when a step has been taken."""
-    after = tg.Progress.events
+    after = tg.Progress.report
 
-    def events(self, now, *rest):
+    def report(self, now, *rest):
         after(self, now, *rest)
         if now == step:
             act()
 
-    monkeypatch.setattr(tg.Progress, "events", events)
+    monkeypatch.setattr(tg.Progress, "report", report)
 
 
 def stop_at(monkeypatch, step):
@@ -373,12 +373,12 @@ from test_training import GOING_ON, QUIET, settings
 folder, data = Path(sys.argv[1]), sys.argv[2]
 world = tg.World.join(os.environ)
 tg.rehearse = lambda *a: 0.0
-after = tg.Progress.events
-def events(self, step, *rest):
+after = tg.Progress.report
+def report(self, step, *rest):
     after(self, step, *rest)
     if self.run.dir.name == 'two' and not self.s.resume and step == 5 and world.rank == 1:
         os.kill(os.getpid(), tg.signal.SIGTERM)      # one rank alone is asked to end
-tg.Progress.events = events
+tg.Progress.report = report
 def learn(name, **more):
     s = settings(DATA_PATH=data, ARTIFACT_DIR=folder / name, **{**QUIET, **GOING_ON, **more})
     tg.SIGNALS = tg.Signals()

@@ -201,11 +201,11 @@ def test_screens_that_are_closed_end_nothing():
 PATIENT = """
 import sys; sys.path.insert(0, '.'); import train_gpt as t
 t.rehearse = lambda *a: 0.0
-after = t.Progress.events
-def events(self, step, *rest):
+after = t.Progress.report
+def report(self, step, *rest):
     after(self, step, *rest)
     print('did', step, flush=True)
-t.Progress.events = events
+t.Progress.report = report
 code = t.main([])
 sys.stdout.flush()
 t.os._exit(code)

@@ -587,10 +587,21 @@ def mean_context(batch) -> float:
     return float((lengths * (lengths + 1)).sum() / 2 / lengths.sum())
 
 
+# Dense bfloat16 FLOP/s of a GPU by its data sheet, by part of its name.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
+              "A100": 312e12, "L40": 181e12, "RTX 4090": 165e12}
+
+
 def peak_flops(lab: Lab) -> float:
-    """FLOP/s of the device by its data sheet; 0: unknown."""
-    known = (flops for part, flops in lab.tg.PEAK_FLOPS.items() if part in lab.world.device_name)
-    return next(known, 0.0)
+    """FLOP/s of the device; 0: unknown."""
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in lab.world.device_name), 0.0)
+
+
+def flops_per_token(s, slots: int, context: float) -> float:
+    """FLOPs of one token's forward through `slots` executed layers, with attention over `context` tokens."""
+    matrices = 2 * s.model_dim * (s.model_dim + s.kv_dim + s.hidden_dim)
+    layers = slots * (matrices + 2 * s.model_dim * context)
+    return 2 * (layers + s.vocab_size * s.model_dim)
 
 
 def stepping(lab: Lab) -> None:
@@ -622,7 +633,7 @@ def time_steps(lab: Lab, trainer, batches: list, name: str) -> dict:
     ms = statistics.median(times)
     context = statistics.mean(mean_context(batch) for batch in batches)
     rate = trainer.tokens / ms * 1e3
-    flops = 3 * lab.tg.flops_per_token(trainer.s, plan, context)  # backward costs two forwards
+    flops = 3 * flops_per_token(trainer.s, plan.slots, context)  # backward costs two forwards
     peak = peak_flops(lab)
     return dict(ms=ms, fastest=min(times), slowest=max(times), steps=len(losses),
                 tokens_per_second=rate, context=context, loss=loss,
