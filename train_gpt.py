@@ -420,8 +420,6 @@ def book_result(s: Settings, run: Run, val: Validation, score: Score, clock: Clo
                        tokens_scored=score.tokens, bytes_scored=scored_bytes, byte_rule=val.rule)
     run.scored_before = {}
     run.save_summary()
-    with run.guarded("the score by decodable bytes"):
-        log_decodable_score(s, run, score)
 
 
 # ========================================
@@ -675,7 +673,6 @@ class Settings:
         """Refuse settings that contradict each other; every chapter knows its own."""
         check_model(self)
         check_scoring(self)
-        check_adapt(self)
         check_counts(self)
         check_run(self)
         check_training(self)
@@ -3162,14 +3159,11 @@ def check_quantise(s: Settings) -> None:
 
 
 def check_scoring(s: Settings) -> None:
-    """Refuse windows that would leave targets out."""
+    """Refuse windows that would leave targets out, and adaptation that could not work or
+    would let later text reach earlier."""
     if s.eval_stride > s.eval_seq_len:
         raise UserError(f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}: "
                         "lower it")
-
-
-def check_adapt(s: Settings) -> None:
-    """Refuse adaptation that could not work, or would let later text reach earlier."""
     largest = max(rule.chunk for rule in chunk_rules(s))
     if largest > s.ttt_eval_seq_len:
         raise UserError(f"TTT_CHUNK_SIZE={s.ttt_chunk_size}, or a chunk of "
@@ -3194,7 +3188,6 @@ class Ranks(NamedTuple):
     rank: int
     size: int
     local: int           # rank among those on this machine
-    local_size: int
 
 
 LAUNCH = ("start by torchrun, or without them: env -u RANK -u WORLD_SIZE -u LOCAL_RANK "
@@ -3221,7 +3214,7 @@ def launcher_ranks(env: Mapping[str, str]) -> Ranks:
             raise UserError(f"WORLD_SIZE={size} needs RANK and MASTER_ADDR, by which ranks find "
                             f"each other: {LAUNCH}")
         launcher_number(env, "MASTER_PORT", 0, 1, 65535)
-    return Ranks(rank, size, local, local_size)
+    return Ranks(rank, size, local)
 
 
 # First word of what a rank does -> seconds without progress of any rank, and of waiting in a
@@ -3274,7 +3267,7 @@ class World:
     @classmethod
     def join(cls, env: Mapping[str, str]) -> World:
         """Join the launcher's process group."""
-        rank, size, local, _ = launcher_ranks(env)
+        rank, size, local = launcher_ranks(env)
         world = cls(rank, size)
         if gpus := torch.cuda.device_count():
             if local >= gpus:
@@ -3785,12 +3778,11 @@ def elsewhere(run_id: str) -> Path:
     return Path(tempfile.gettempdir()).absolute() / f"run-{run_id}"
 
 
-def write_somewhere(run: Run, name: str, data: bytes, form: str = "{}") -> Path | None:
-    """Write a result into the run's folder, or elsewhere: the path of this name there;
-    None: nowhere. form: of the name that it is written under for now."""
+def write_somewhere(run: Run, name: str, data: bytes) -> Path | None:
+    """Write a result into the run's folder, or elsewhere: its path; None: nowhere."""
     for folder in (run.dir, elsewhere(run.summary["run_id"])):
         try:
-            write_atomic(folder / form.format(name), data)
+            write_atomic(folder / name, data)
             return folder / name
         except UserError as error:
             run.warn(f"{name} cannot be saved there ({error})")
@@ -3824,15 +3816,11 @@ class Journal:
                 return str(error)
         return ""
 
-    def mend(self, cut: bool) -> None:
-        """The last line, if a kill tore it: cut it off, else end it."""
+    def mend(self) -> None:
+        """Cut off the last line if a kill tore it."""
         with contextlib.suppress(OSError):
-            data = self.path.read_bytes() if self.path.is_file() else b""
-            whole = data.rfind(b"\n") + 1
-            if whole < len(data) and cut:
-                os.truncate(self.path, whole)
-            elif whole < len(data):
-                self.unwritten = b"\n"
+            if self.path.is_file():
+                os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
 
 
 def folder_of(s: Settings, run_id: str) -> Path:
@@ -3888,8 +3876,8 @@ class Run:
         if self.lock is not None:
             self.started = os.fstat(self.lock.fileno()).st_mtime_ns
         self.open_journals(fresh=self.home is None)
-        self.text.mend(cut=False)
-        self.metrics.mend(cut=True)
+        self.text.mend()
+        self.metrics.mend()
         if self.lock is None:
             self.warn(f"{self.dir} cannot be locked: start no other run in it")
         else:
@@ -4009,7 +3997,7 @@ class Run:
         if self.summary_kept:      # else only the weights say how they were trained
             files.insert(0, ("EVAL_ONLY_QUANTIZED_PATH", self.artifact))
         if not self.s.max_wallclock_seconds and self.checkpoint_fits:
-            files += [("RESUME", path) for path in self.dir.glob("checkpoint/resume.*.pt")]
+            files += [("RESUME", path) for path in checkpoints_in(self.dir)]
         files.append(("EVAL_ONLY_PATH", self.dir / AVERAGE))
         for name, path in files:
             own = self.s.resume and path.parent.name == "checkpoint"      # it goes on with them
@@ -4055,34 +4043,23 @@ class Run:
 
 def this_python() -> str:
     """How a shell calls this Python: by its name where that finds it, else by its path."""
-    same = os.path.realpath(shutil.which("python") or "") == os.path.realpath(sys.executable)
-    if same and beside(sys.executable, "python"):
-        return "python"
+    name = os.path.basename(sys.executable)
+    if shutil.which(name) == sys.executable:
+        return name
     return shlex.quote(sys.executable.removeprefix(f"{os.getcwd()}/"))
-
-
-def beside(program: str, name: str) -> bool:
-    """Whether a shell finds what it calls by this name in a program's folder."""
-    found = shutil.which(name)
-    return bool(found) and os.path.dirname(found) == os.path.dirname(program)
 
 
 def starting_command(changed: Mapping[str, str]) -> str:
     """The command that starts this script as it was started, under these settings."""
-    env = os.environ
-    script = "train_gpt.py"
+    env, python, script = os.environ, this_python(), "train_gpt.py"
     if sys.argv[0].endswith(".py"):
         script = shlex.quote(sys.argv[0].removeprefix(f"{os.getcwd()}/"))
-    python = this_python()
     start = f"{python} {script}"
     size = env.get("WORLD_SIZE", "1")
-    if "TORCHELASTIC_RUN_ID" in env:
+    if "TORCHELASTIC_RUN_ID" in env:      # torchrun started it
         nodes, local = env.get("GROUP_WORLD_SIZE", "1"), env.get("LOCAL_WORLD_SIZE", "1")
         where = "--standalone" if nodes == "1" else f"--nnodes={nodes} …"
-        launcher = "torchrun"
-        if not beside(sys.executable, launcher):
-            launcher = f"{python} -m torch.distributed.run"
-        start = f"{launcher} {where} --nproc_per_node={local} {script}"
+        start = f"{python} -m torch.distributed.run {where} --nproc_per_node={local} {script}"
     elif size != "1":
         start = f"RANK=… WORLD_SIZE={size} MASTER_ADDR=… MASTER_PORT=… {start}"
     words = [f"{name}={shlex.quote(value)}" for name, value in changed.items()]
@@ -4414,7 +4391,6 @@ class Checkpoints:
         self.s, self.world, self.run, self.trainer = s, world, run, trainer
         self.watch, self.clock = watch, clock
         self.last = None
-        self.wanted = s.checkpoint_every_seconds > 0 and not s.max_wallclock_seconds
 
     def offer(self, step: int, elapsed: float, curriculum: Curriculum, stream: Prefetch) -> None:
         """Before a step, at `elapsed` seconds: write one when it is time."""
@@ -4426,7 +4402,7 @@ class Checkpoints:
 
     def write(self, step: int, curriculum: Curriculum, stream: Prefetch) -> None:
         """Write one; without space, or with weights that are not finite, the last stays."""
-        if not self.wanted or not step:
+        if not self.s.checkpoint_every_seconds or not step:
             return
         before = self.world.pulse.doing
         self.world.beat(f"saving a checkpoint of step {step}")
@@ -4455,27 +4431,27 @@ class Checkpoints:
             write_atomic(path, sealed(state))
         except (UserError, ValueError, RuntimeError, MemoryError) as error:
             return one_line(error, 200)
-        for older in checkpoints_of(self.run).values():
+        for older in checkpoints_in(self.run.dir):
             if older != path:
                 remove(older)
         return ""
 
 
-def checkpoints_of(run: Run) -> dict[int, Path]:
-    """The checkpoints in the run's folder, by step."""
-    found = {}
-    for path in run.dir.glob("checkpoint/resume.*.pt"):
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder, by rising step."""
+    steps = {}
+    for path in folder.glob("checkpoint/resume.*.pt"):
         step = path.name.split(".")[1]
         if step.isdecimal():
-            found[int(step)] = path
-    return found
+            steps[path] = int(step)
+    return sorted(steps, key=steps.get)
 
 
 def remove_safety_copies(run: Run) -> None:
     """Remove, on rank 0, averages and checkpoints, once the weights are there."""
     if not run.world.main or not (run.dir / WEIGHTS_NAME).is_file():
         return
-    for path in [*checkpoints_of(run).values(), *run.dir.glob("checkpoint/average*.pt")]:
+    for path in [*checkpoints_in(run.dir), *run.dir.glob("checkpoint/average*.pt")]:
         remove(path)
     with contextlib.suppress(OSError):
         (run.dir / "checkpoint").rmdir()      # unless files of others are in it
@@ -4506,10 +4482,10 @@ def newest_checkpoint(s: Settings, world: World, run: Run) -> dict:
     again = "start anew without RESUME, in another ARTIFACT_DIR"
     if (run.dir / AVERAGE).is_file():
         again += f", or quantise by EVAL_ONLY_PATH={run.dir / AVERAGE}"
-    found = checkpoints_of(run)
+    found = checkpoints_in(run.dir)
     if not found:
         raise UserError(f"RESUME=1 finds no checkpoint in {run.dir / 'checkpoint'}: {again}")
-    path = found[max(found)]
+    path = found[-1]
     most = CHECKPOINT_COPIES * bytes_of_weights(s) + SMALL_PARTS
     state = unsealed(path, most, f"RESUME=1: {path}", again)
     # a setting that was not there yet had its default
@@ -4691,7 +4667,6 @@ def take_over(s: Settings, run: Run, facts: Mapping) -> Clock:
         if run.summary.get("steps") is None:      # killed in training: nothing has said it yet
             run.log("train_end", seconds=seconds, **of_steps)
         run.summary.update({"stopped": None, **of_steps})
-        run.log("going_on", train_seconds=seconds, **of_steps)
     return clock
 
 
@@ -4739,11 +4714,11 @@ def write_artifact(s: Settings, run: Run, blob: bytes, clock: Clock) -> tuple[fl
     bytes are on disk, and gets its name only when mark and summary say the verdict: no
     kill comes between."""
     count_up(run, "quantising_runs")
-    path = write_somewhere(run, ARTIFACT_NAME, blob, ".{}.unjudged")
-    if path is None:
+    unjudged = write_somewhere(run, f".{ARTIFACT_NAME}.unjudged", blob)
+    if unjudged is None:
         raise UserError("the artifact could not be saved anywhere: free space in ARTIFACT_DIR="
                         f"{run.dir}, which needs {len(blob):,} bytes")
-    unjudged = path.with_name(f".{path.name}.unjudged")
+    path = unjudged.with_name(ARTIFACT_NAME)
     seconds = clock.elapsed()
     if not run.time_known:
         run.not_compliant("the weights come from EVAL_ONLY_PATH: their training time is not "
@@ -4795,15 +4770,6 @@ def log_score(run: Run, stage: str, score: Score, ledger: Ledger, clock: Clock) 
                 run.log("profile", quiet=True, stage=stage, **profile)
 
 
-def log_decodable_score(s: Settings, run: Run, score: Score) -> None:
-    """The score by the bytes that the text has: normalising tokenizers lose some."""
-    decodable = read_manifest(s).get("decodable_val_bytes")
-    if decodable and s.val_doc_fraction == 1:
-        bpb = run.summary["val_bpb_decodable"] = score._replace(byte_sum=decodable).bpb
-        run.log("honest_bytes", counted=int(score.byte_sum), decodable=decodable,
-                val_bpb_decodable=bpb)
-
-
 def check_score(stage: str, score: Score) -> None:
     """UserError for a score that is not finite."""
     if not math.isfinite(score.bpb):
@@ -4835,34 +4801,23 @@ def closing_block(run: Run) -> None:
 PROFILE_EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-def amounts_between(ledger: Ledger, cuts: np.ndarray) -> dict[str, np.ndarray]:
-    """Targets, bytes and nats (n, m) from one of n rows' input positions (n, m + 1)
-    to the next."""
-    amounts = {"tokens": np.diff(cuts)}
+def profiles(ledger: Ledger) -> Iterator[dict]:
+    """Of closed books: documents, targets, bytes and nats by position in a document, and by
+    a document's length."""
+    start, length = ledger.val.documents.start, ledger.val.documents.length - 1
+    cuts = start[:, None] + np.minimum(length[:, None], [*PROFILE_EDGES, 1 << 62])
+    amounts = {"tokens": np.diff(cuts)}      # each (documents, buckets)
     for name, values in (("bytes", ledger.val.target_bytes), ("nats", ledger.total)):
         before = np.append(0, values.cumsum())
         amounts[name] = np.diff(before[cuts])
-    return amounts
-
-
-def profiles(ledger: Ledger) -> Iterator[dict]:
-    """Of closed books: sums by position in a document, and by a document's length."""
-    start, length = ledger.val.documents.start, ledger.val.documents.length - 1
-    edges = [*PROFILE_EDGES, 1 << 62]
-    cuts = start[:, None] + np.minimum(length[:, None], edges)
-    amounts = amounts_between(ledger, cuts)       # each (documents, buckets)
-    buckets = len(PROFILE_EDGES)
-    bucket = np.searchsorted(PROFILE_EDGES, length, "right") - 1     # of the whole document
     reached = amounts["tokens"] > 0
-    holding = np.bincount(bucket[length > 0], minlength=buckets)
-    by_position = {"documents": reached.sum(0).tolist()}
-    by_length = {"documents": holding.tolist()}
-    for name, x in amounts.items():
-        whole = x.sum(1)
-        by_position[name] = x.sum(0).tolist()
-        by_length[name] = [whole[bucket == i].sum().item() for i in range(buckets)]
-    yield {"by": "position", "edges": PROFILE_EDGES, **by_position}
-    yield {"by": "length", "edges": PROFILE_EDGES, **by_length}
+    sums = {name: x.sum(0).tolist() for name, x in amounts.items()}
+    yield {"by": "position", "edges": PROFILE_EDGES, "documents": reached.sum(0).tolist(), **sums}
+    bucket = np.searchsorted(PROFILE_EDGES, length, "right") - 1     # of the whole document
+    within = bucket[:, None] == np.arange(len(PROFILE_EDGES))
+    sums = {name: (x.sum(1) @ within).tolist() for name, x in amounts.items()}
+    documents = within[length > 0].sum(0).tolist()
+    yield {"by": "length", "edges": PROFILE_EDGES, "documents": documents, **sums}
 
 
 def log_train_end(s: Settings, run: Run, facts: dict, epochs: float) -> None:
@@ -4874,25 +4829,19 @@ def log_train_end(s: Settings, run: Run, facts: dict, epochs: float) -> None:
 
 
 def log_adaptation(s: Settings, run: Run, val: Validation, clock: Clock) -> None:
-    """What adapts to what, into the log."""
+    """How often the base weights learn, and which settings cannot act, into the log."""
     lengths = val.documents.length
     *phases, _ = ttt_rounds(s, lengths)
     steps = sum(len(phase_steps(s, int(lengths[phase.train_on].sum()))) for phase in phases)
-    learn_from = "none, no step is taken"
-    if steps:
-        which = {"stream": "first", "length": "longest"}[s.ttt_doc_order]
-        learn_from = f"the {which} {len(phases[-1].train_on):,} documents"
-    hints = 0 if val.hints is None else len(val.hints.at)
-    run.log("ttt", order=s.ttt_doc_order, kv_reuse=s.ttt_kv_reuse, optimiser=s.ttt_optimizer,
-            base_weights_learn_from=learn_from, base_weight_steps=steps, ngram_hints=hints,
-            elapsed=clock.elapsed())
-    ignored = set(s.changed()) & {"TTT_LORA_LR", "TTT_LOCAL_LR_MULT"}
-    if s.ttt_step_share and s.ttt_lora_lr and ignored:
+    run.log("ttt", phases=len(phases), base_weight_steps=steps, elapsed=clock.elapsed())
+    idle = {}
+    if s.ttt_step_share and s.ttt_lora_lr:
         why = f"TTT_STEP_SHARE={s.ttt_step_share:g} sets each step's rate: set it to 0 for a fixed one"
-        run.log("settings_without_effect", **dict.fromkeys(sorted(ignored), why))
+        idle = {name: why for name in ("TTT_LORA_LR", "TTT_LOCAL_LR_MULT") if name in s.changed()}
     if s.phased_ttt_prefix_docs and len(phases) < s.phased_ttt_num_phases:
-        few = f"{len(lengths):,} documents make {len(phases)} phases of {s.phased_ttt_num_phases}"
-        run.log("settings_without_effect", PHASED_TTT_NUM_PHASES=few)
+        idle["PHASED_TTT_NUM_PHASES"] = f"{len(lengths):,} documents make {len(phases)} phases"
+    if idle:
+        run.log("settings_without_effect", **idle)
 
 
 # --- the end of a process

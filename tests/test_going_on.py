@@ -247,7 +247,8 @@ def test_the_way_on_is_the_best_that_is_on_disk(tmp_path, monkeypatch):
     assert fresh.go_on().endswith("'my env/python' -m torch.distributed.run --nnodes=2 … --nproc_per_node=4 "
                                   "some/train_gpt.py")
     monkeypatch.setattr(tg.shutil, "which", lambda name: f"{os.getcwd()}/my env/{name}")
-    assert fresh.go_on().endswith("torchrun --nnodes=2 … --nproc_per_node=4 some/train_gpt.py")
+    assert fresh.go_on().endswith(" python -m torch.distributed.run --nnodes=2 … --nproc_per_node=4 "
+                                  "some/train_gpt.py")
 
 
 def test_a_resumed_run_offers_no_artifact_of_before_on_any_rank(tmp_path):
