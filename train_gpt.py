@@ -25,6 +25,7 @@ P cached tokens, W tokens of a chunk with its context, n and N any number of thi
 """
 from __future__ import annotations
 
+import ast
 import contextlib
 import ctypes
 import dataclasses
@@ -55,6 +56,7 @@ import sys
 import tempfile
 import threading
 import time
+import tokenize
 import traceback
 import uuid
 from collections import deque
@@ -7376,10 +7378,29 @@ def blank_views(s: Settings) -> dict[str, Tensor]:
 
 # --- the script as it is shipped
 
+def without_comments(source: bytes) -> bytes:
+    """The same program without comments and docstrings, but for the module's. What is
+    left stays in its line, as tracebacks name it."""
+    text = source.decode()
+    lines = text.split("\n")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            said, *others = node.body
+            if others:      # else it is the body
+                for number in range(said.lineno, said.end_lineno + 1):
+                    lines[number - 1] = ""
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            number, column = token.start
+            lines[number - 1] = lines[number - 1][:column].rstrip()
+    return "\n".join(lines).encode()
+
+
 def self_extracting(source: bytes) -> bytes:
-    """A script that runs `source` from its compressed form, a latin-1 string with
-    escapes. linecache is filled for Triton and tracebacks."""
-    packed = lzma.compress(source, format=lzma.FORMAT_RAW, filters=SCRIPT_FILTERS)
+    """A script that runs `source`, less its comments, from its compressed form, a latin-1
+    string with escapes. linecache is filled for Triton and tracebacks."""
+    packed = lzma.compress(without_comments(source), format=lzma.FORMAT_RAW,
+                           filters=SCRIPT_FILTERS)
     escapes = {b"\\": b"\\\\", b'"': b'\\"', b"\n": b"\\n", b"\r": b"\\r",
                b"\0": b"\\x00"}
     for byte, escape in escapes.items():

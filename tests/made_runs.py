@@ -11,11 +11,12 @@ from tools import common
 
 # A stand-in for the trainer: it packs itself, and scores by an artifact's first byte. A line of it is for
 # older systems, which the setting OLDER asks for.
-PACKING = f"""import json, lzma, os, sys
+PACKING = f"""import ast, io, json, lzma, os, sys, tokenize
 from pathlib import Path
 
 PACKED_START, SCRIPT_FILTERS = {tg.PACKED_START!r}, {tg.SCRIPT_FILTERS!r}
 
+{inspect.getsource(tg.without_comments)}
 {inspect.getsource(tg.self_extracting)}
 
 def lean(source):

@@ -1,5 +1,7 @@
 """Lineage: without part three, in the lean script, all else runs and gives the same bytes and scores."""
 
+import ast
+
 import pytest
 from conftest import (
     SHALLOW,
@@ -101,6 +103,38 @@ def test_what_the_system_has_does_not(cut):
 
 
 # --- what is counted
+
+@pytest.mark.parametrize("source", [SOURCE, LEAN])
+def test_a_packed_script_is_the_script_line_by_line_but_for_what_is_not_run(source):
+    """Of a source with comments behind code, in text and in nested definitions, too."""
+    sample = b'''"""Help."""   # kept: the command line shows it
+class A:
+    """Doc."""
+    def f(self):  # why
+        """Two
+        lines."""  # behind it
+        return "# no comment", """text
+# of several lines
+"""
+    def g(self):
+        """The body."""
+'''
+    plain = tg.without_comments(sample)
+    assert b"Help" in plain and b"The body" in plain and b"# no comment" in plain and b"# of several" in plain
+    assert not any(gone in plain for gone in (b"kept", b"Doc", b"why", b"Two", b"lines.", b"behind"))
+    for text in (sample, source):
+        plain = tg.without_comments(text)
+        assert structure(plain) == structure(text) and tg.without_comments(plain) == plain
+    assert len(plain) < 0.8 * len(source)
+
+
+def structure(source: bytes) -> str:
+    """What runs, and in which lines: all but comments, and docstrings beside other statements."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) and node.body[1:]:
+            del node.body[0]
+    return ast.dump(tree, include_attributes=True)
 
 
 def test_forms_are_counted_as_they_are_shipped(cut, tmp_path, monkeypatch):

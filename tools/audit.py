@@ -284,8 +284,8 @@ def lean_definitions_here() -> Definitions:
 
 def definitions_like(script: bytes) -> Definitions:
     """Those of this repository's script, lean where the given one is."""
-    whole = re.search(rb"^# PART THREE", script, re.M)
-    return definitions_here()[0] if whole else lean_definitions_here()
+    lean = re.search(rb"^NO_SETTINGS\.update", script, re.M)      # of the names that are cut off
+    return lean_definitions_here() if lean else definitions_here()[0]
 
 
 def names_match(name: str, names) -> bool:

@@ -293,7 +293,7 @@ def script_module(source: bytes, name: str):
 
 
 def unpack_script(script: bytes) -> bytes:
-    """The readable source inside a self-extracting script, of which nothing is run; a readable one
+    """The source inside a self-extracting script, of which nothing is run; a readable one
     is its own. Raises ToolError for any other unpacker than the one train_gpt.py writes."""
     if not script.startswith(PACKED_START):
         return script

@@ -508,13 +508,11 @@ def about_script(record: Record) -> str:
     inside = unpack_script(record.script)
     if record.source == record.script:
         named = "the self-extracting form" if record.form.endswith("packed") else "it"
-    elif record.source == inside:
-        named = "the source"
     else:
         named = ", ".join(["the whole script", *sized(record.source)])
     if record.form.endswith("packed"):
         size, digest = sized(inside)
-        return f"{text} The readable source inside it, {size}, has {digest}; the logs name {named}."
+        return f"{text} The source inside it, without comments, {size}, has {digest}; the logs name {named}."
     return text if record.form == "readable" else f"{text} The logs name {named}."
 
 
