@@ -1536,7 +1536,7 @@ class Trainer:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what tensors() gave; UserError when it is of another model."""
-        restore_tensors(self.tensors(), self.optimiser.adam, state)
+        restore_tensors(self, state)
 
 
 class Trained(NamedTuple):
@@ -3723,18 +3723,6 @@ def read_summary(folder: Path) -> dict:
     return read_json(path, "the summary of a run") if path.exists() else {}
 
 
-def of_training(summary: Mapping, path: Path) -> dict:
-    """What a run that goes on keeps of the summary at path; UserError if it is damaged."""
-    kept = {k: summary[k] for k in TRAINING_KEYS if summary.get(k) is not None}
-    for name, value in kept.items():
-        good = isinstance(value, int if name.endswith("_runs") else (int, float, str))
-        if name == "training_not_compliant_because":
-            good = isinstance(value, list) and all(isinstance(x, str) for x in value)
-        if not good:
-            raise UserError(f"{path} is damaged: {name} is {value}; move it away")
-    return kept
-
-
 def lock_folder(folder: Path):
     """The open file whose lock says that this run owns the folder; None where the disk
     knows no locks. UserError when another live run has it."""
@@ -3887,7 +3875,8 @@ class Run:
                 if LEFTOVER.fullmatch(path.name):
                     remove(path)
         if self.goes_on():
-            self.summary.update(of_training(earlier, self.dir / "summary.json"))
+            known = {k: earlier[k] for k in TRAINING_KEYS if earlier.get(k) is not None}
+            self.summary.update(known)
             if self.s.eval_only_quantized_path and earlier.get("val_bpb") is not None:
                 self.scored_before = earlier
             for reason in self.summary.get("training_not_compliant_because", ()):
@@ -4409,10 +4398,11 @@ class Checkpoints:
         before = self.world.pulse.doing
         self.world.beat(f"saving a checkpoint of step {step}")
         own = [part.cpu() for part in self.trainer.optimiser.momentum]
+        made_with = self.s.to_be_stored(training_settings(self.s, self.world))
         state = {
             **self.trainer.tensors(),
             "momentum": self.world.gather(own),
-            "settings": training_settings(self.s, self.world),
+            "settings": {**made_with, "WORLD_SIZE": self.world.size},
             "step": step,
             "seconds": self.clock.elapsed(),
             "batches": stream.given,
@@ -4490,15 +4480,8 @@ def newest_checkpoint(s: Settings, world: World, run: Run) -> dict:
     path = found[-1]
     most = CHECKPOINT_COPIES * bytes_of_weights(s) + SMALL_PARTS
     state = unsealed(path, most, f"RESUME=1: {path}", again)
-    # a setting that was not there yet had its default
-    theirs = {**training_settings(Settings(), world), **state.get("settings", {})}
-    differing = []
-    for name, here in training_settings(s, world).items():
-        if theirs.get(name) != here:
-            differing.append(f"{name}={one_line(theirs.get(name), 40)} there, {here} here")
-    if differing:
-        raise UserError(f"RESUME=1: {path.name} is of another training: "
-                        f"{'; '.join(differing[:4])}; {again}")
+    ours, usual = training_settings(s, world), training_settings(Settings(), world)
+    check_made_with(ours, usual, state.get("settings"), f"RESUME=1: {path.name} is", again)
     return state
 
 
@@ -4510,16 +4493,16 @@ def go_on_from(state: Mapping[str, Any], trainer: Trainer, curriculum: Curriculu
 
 
 @torch.no_grad()
-def restore_tensors(own: Mapping[str, Any], adam: torch.optim.Optimizer,
-                    state: Mapping[str, Any]) -> None:
-    """Copy a checkpoint's state into own, a Trainer's tensors(), and its AdamW."""
+def restore_tensors(trainer: Trainer, state: Mapping[str, Any]) -> None:
+    """Copy a checkpoint's state into the trainer's tensors() and its AdamW."""
+    own = trainer.tensors()
     try:
         for part in ("weights", "average"):
             for name, tensor in own[part].items():
                 tensor.copy_(state[part][name])
         for buf, saved in zip(own["momentum"], state["momentum"], strict=True):
             buf.copy_(saved)
-        adam.load_state_dict(state["adam"])
+        trainer.optimiser.adam.load_state_dict(state["adam"])
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"the checkpoint does not fit this model ({type(error).__name__}: "
                         f"{error}): start anew without RESUME") from error
@@ -4848,10 +4831,9 @@ def log_adaptation(s: Settings, run: Run, val: Validation, clock: Clock) -> None
 
 # --- the end of a process
 
-# What takes less memory, by the first word of what a rank was doing.
+# What takes less memory, by the first word of what a rank was doing; else it was training.
 LESS_MEMORY = {"scoring": "lower VAL_BATCH_TOKENS", "adapting": "lower TTT_BATCH_SIZE",
                "measuring": "set QUANT_MEASURED=0", "quantising": "free memory on the host"}
-LESS_IN_TRAINING = "raise GRAD_ACCUM_STEPS, or lower TRAIN_BATCH_TOKENS"
 
 
 def open_screens() -> None:
@@ -4871,6 +4853,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, OSError)) and words is not None
 
 
+def account_of(error: BaseException, doing: str, rank: int) -> tuple[int, str, str]:
+    """Of an error: the exit status, it in a line, and its trace if that is all that is known."""
+    if isinstance(error, Interrupted):
+        return error.status, str(error), ""
+    if isinstance(error, UserError):
+        return 2, str(error), ""
+    if is_out_of_memory(error):
+        less = LESS_MEMORY.get(doing.split()[0], "raise GRAD_ACCUM_STEPS, or lower TRAIN_BATCH_TOKENS")
+        return 2, f"out of memory at \"{doing}\" on rank {rank} ({in_a_line(error):.160}): {less}", ""
+    return 1, in_a_line(error), "".join(traceback.format_exception(error))
+
+
 def end_early(error: BaseException, run: Run | None, rank: int) -> int:
     """Say in one line why the run ends, and how to go on; the exit status."""
     SIGNALS.wait()      # a signal cannot end the end
@@ -4887,16 +4881,8 @@ def end_early(error: BaseException, run: Run | None, rank: int) -> int:
     if isinstance(error, BrokenPipeError) and run is None:      # as in --help | head
         sys.stdout = open(os.devnull, "w")
         return 0
-    event, status, line, trace = "error", 2, str(error), ""
-    if isinstance(error, Interrupted):
-        event, status = "interrupted", error.status
-    elif is_out_of_memory(error):
-        less = LESS_MEMORY.get(pulse.doing.split()[0], LESS_IN_TRAINING)
-        line = (f"out of memory at \"{pulse.doing}\" on rank {rank} "
-                f"({in_a_line(error):.160}): {less}")
-    elif not isinstance(error, UserError):
-        status, line = 1, in_a_line(error)
-        trace = "".join(traceback.format_exception(error))
+    event = "interrupted" if isinstance(error, Interrupted) else "error"
+    status, line, trace = account_of(error, pulse.doing, rank)
     if run is None:
         tell(f"{event}: {line}")
         if trace:      # there is no log yet
@@ -7235,11 +7221,17 @@ def group_names(group: str) -> list[str]:
 
 
 def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
-    """Refuse weights of another architecture(). A setting that the file does not name had
-    its default; one that only the file names must be off."""
-    ours, wrong = architecture(s), []
+    """Refuse weights of another architecture()."""
+    check_made_with(architecture(s), architecture(Settings()), theirs, what,
+                    "use the settings it was made with")
+
+
+def check_made_with(ours: Mapping, usual: Mapping, theirs: Any, what: str, remedy: str) -> None:
+    """Refuse a file of other settings than ours. One that the file does not name had its
+    usual value; one that only the file names must be off."""
+    wrong = []
     theirs = theirs if isinstance(theirs, dict) else {}
-    for name, there in {**architecture(Settings()), **theirs}.items():
+    for name, there in {**usual, **theirs}.items():
         here = ours.get(name, "unknown")
         if there != here and (name in ours or there):
             wrong.append(f"{one_line(name, 40)}={one_line(there, 24)} there, {here} here")
@@ -7247,9 +7239,7 @@ def check_architecture(s: Settings, theirs: Mapping, what: str) -> None:
         wrong = ["it names no settings"]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{what} of another configuration: "
-                        f"{'; '.join(wrong[:3])}{more}; "
-                        "use the settings it was made with")
+        raise UserError(f"{what} of another configuration: {'; '.join(wrong[:3])}{more}; {remedy}")
 
 
 def coding_plan(q: Quantised, shapes: Mapping[str, tuple]) -> tuple[Predicted, bool]:
