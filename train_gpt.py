@@ -3993,7 +3993,7 @@ class Run:
         for name, path in files:
             own = self.s.resume and path.parent.name == "checkpoint"      # it goes on with them
             with contextlib.suppress(OSError):
-                if own or path.stat().st_mtime_ns >= self.started:
+                if path.stat().st_mtime_ns >= self.started or own:
                     return {name: "1" if name == "RESUME" else str(path)}
         return {}
 
@@ -4011,7 +4011,9 @@ class Run:
 
     def note_go_on(self) -> None:
         """Log that command when it has changed: it is read after a kill."""
-        command = self.go_on() if self.text else self.command
+        if self.text is None:
+            return
+        command = self.go_on()
         if command != self.command:
             self.command = command
             self.log("go_on", quiet=True, command=command)

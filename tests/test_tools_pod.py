@@ -197,6 +197,8 @@ def test_commands_to_go_on_as_they_are_logged():
     assert words[1:4] == ["-m", "torch.distributed.run", "--standalone"] and len(pod.launcher(1)) == 1
     for python in ("python", ".venv/bin/python", "'/a b/python3.11'"):
         assert pod.parse_command(f"SEED=2 {python} t.py") == ({"SEED": "2"}, [*pod.launcher(1), "t.py"])
+        several = f"{python} -m torch.distributed.run --standalone --nproc_per_node=8 t.py"
+        assert pod.parse_command(several) == ({}, [*pod.launcher(8), "t.py"])
     assert "its training stays short" in pod.way_on(settings, pod.Path("runs/x"))
     with pytest.raises(pod.Failed, match="cannot be started here"):
         pod.parse_command("RANK=… WORLD_SIZE=2 torchrun --nnodes=2 … --nproc_per_node=8 t.py")
