@@ -5,10 +5,10 @@ GPT (Parameter Golf).
     python train_gpt.py --help        # every setting: default, range, meaning
     python train_gpt.py --check       # all that can be checked without training
 
-600 s of training produce averaged weights; GPTQ rounds them to int6; the packed
-artifact and this script stay under 16,000,000 bytes together; the artifact is read
-back and scored in bits per byte (BPB), first by sliding windows, then by score-first
-test-time training (TTT). Environment variables are the only configuration.
+600 s make the artifact: training, averaging, rounding (GPTQ on a trellis, about 3.5
+bits a weight) and packing. With this script it stays under 16,000,000 bytes; it is
+read back and scored in bits per byte (BPB), first by sliding windows, then by
+score-first test-time training (TTT). Environment variables are the only configuration.
 
 Chapters    PART ONE, the system     1 Story  2 Settings  3 Model  4 Optimiser
                                      5 Training  6 Quantise  7 Score  8 Adapt
@@ -140,12 +140,12 @@ class Interrupted(BaseException):
 
 # Where to look. A token enters train_loop from the stream and becomes a loss in GPT.losses. Curriculum
 # decides the context, the loop and the rate of every step; layer_plan makes of the loop an order of layers.
-# Calibration and every evaluation loop always.
+# Calibration and all evaluations run with the loops on.
 #
-# The 600 s of training run from the barrier in train_loop until compress has written the artifact. All in
-# between counts (steps, files of weights, waiting for ranks, reports, summaries, studies), validations alone
-# do not. Those of the evaluation run from the clock in score_artifact, which then reads the artifact, to the
-# last score.
+# The 600 s of training begin at the barrier in train_loop and end when compress has written the artifact. All
+# in between is charged (steps, files, waiting, reports, studies) but for validations. The 600 s of evaluation
+# begin at the clock in score_artifact, before it reads the artifact, and end with the last score; the score
+# by plain windows, a diagnostic, and reports are not charged.
 #
 # A new parameter needs a setting, a row of PARAMETERS and its use: CONTRIBUTING.md adds one.
 #
@@ -163,7 +163,7 @@ class Interrupted(BaseException):
 #   Study        a mode that breaks the rules and says so (NON-COMPLIANT)
 #
 # Seams: a small method that seems to decide nothing, or an argument that nothing reads, is there for
-# subclasses further down.
+# subclasses further down, which take over the names: what runs as GPT is LineageGPT.
 
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     """Entry; the story is `pipeline`. 0 when all went well, 1 when --check found something
@@ -490,8 +490,8 @@ class Settings:
     vocab_size: int = knob(8192, "tokens in the vocabulary", 2, 65536)
     caseops_enabled: bool = knob(True, "shards of the CaseOps tokenizer, with byte sidecar")
     data_check: str = choice(
-        "quick full", "data before training; full: every byte and document")
-    train_loader: str = choice("stream docpack", "every target once; or the field's")
+        "quick full", "checks of the data; full: every byte and document")
+    train_loader: str = choice("stream docpack", "every target once; or as published")
     train_batch_tokens: int = knob(786432, "tokens of one optimiser step, all ranks", 1)
     train_seq_len: int = knob(2048, "documents are cut to this many tokens", 2, 2 ** 24)
     train_seq_schedule: str = knob(
@@ -630,7 +630,7 @@ class Settings:
     ttt_head_lora: bool = knob(True, "adapt the output head")
     ttt_optimizer: str = choice("normalised adam", "gradient over its running RMS; or AdamW")
     ttt_local_lr_mult: float = knob(1.0, "factor on TTT_LORA_LR", 0)
-    ttt_beta1: float = knob(0.0, "AdamW's first moment, or SGD's momentum", 0, 0.999999)
+    ttt_beta1: float = knob(0.0, "AdamW's first moment", 0, 0.999999)
     ttt_beta2: float = knob(0.99, "how far back the gradients' RMS reaches", 0, 0.999999)
     ttt_weight_decay: float = knob(0.5, "weight decay of the adapters", 0)
     ttt_grad_steps: int = knob(1, "adapter steps per chunk", 1)
@@ -765,9 +765,9 @@ class Parameter(NamedTuple):
     shape: str            # sizes, as settings name them: "2*num_layers model_dim"
     role: str = "small"   # matrix: Muon trains it; embed, small: AdamW; cap: nothing does
     start: Any = 0        # a number, broadcast; a setting's name; or what draws it
-    names: str = ""       # the field's, of every layer by {}, of a bank's parts; none: ours
-    on: str = ""          # the setting without which there is none
-    stored: str = ""      # gate: as GATED_ATTN_QUANT_GATE says; else by size
+    names: str = ""       # in published checkpoints, {} is the layer, a bank has several; "": as here
+    on: str = ""          # the setting that switches it on; "": always there
+    stored: str = ""      # gate: as GATED_ATTN_QUANT_GATE says; "": by size
 
     @property
     def of_layer(self) -> bool:
@@ -775,7 +775,7 @@ class Parameter(NamedTuple):
 
 
 def draw_orthogonal(p: Tensor, s: Settings, generator: torch.Generator | None) -> None:
-    """Of a bank (matrices, out, in)."""
+    """Every matrix of a bank (matrices, out, in)."""
     for matrix in p:
         nn.init.orthogonal_(matrix, generator=generator)
 
@@ -867,8 +867,8 @@ def soft_cap(z: Tensor, cap: float | Tensor, below: Tensor | None = None) -> Ten
 
 
 def candidate_losses(loss: Callable, z: Tensor, candidates: Tensor) -> Tensor:
-    """loss(logits, tokens) of N candidates (N, n) a place, by logits z (n, V); only
-    that of the first ones has a graph."""
+    """Losses (N, n) of N candidate tokens at each of n positions, by logits z (n, V).
+    Only the first candidates, the targets, have a graph."""
     first, *others = candidates.unbind(0)
     scored = [loss(z, first)]
     for tokens in others:
@@ -901,7 +901,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None) -> None:
-        """As declared, in that order."""
+        """Draw them as PARAMETERS says, in its order."""
         for name, p in self.named_parameters():
             begin_as(PARAMETERS[name].start, p, self.s, generator)
 
@@ -1010,8 +1010,9 @@ class GPT(nn.Module):
         return out if normed is None else forward.adapted(out, "o", slot, normed, weights["attn_scale"])
 
     def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries (B, T, H, Dh), keys and values (B, T, K, Dh) of x (B, T, D) for attention, logits
-        (B, T, H) of the heads' gates; x normed for an adapter."""
+        """What attention needs of x (B, T, D): queries (B, T, H, Dh), keys, values (B, T, K, Dh), logits
+        (B, T, H) of the heads' gates or None; rms(x), None where only the kernel needs it. Norms,
+        product, rotation and gain are in normed_heads."""
         def change(normed: Tensor, *parts: Tensor) -> list[Tensor]:
             parts = [forward.adapted(part, kind, slot, normed) for kind, part in zip("qkv", parts)]
             for kind, seen in zip(("attn_in", "q_out", "k_out", "v_out"), (normed, *parts)):
@@ -1032,7 +1033,7 @@ class GPT(nn.Module):
         if forward.hook is None:
             rows = x.flatten(0, 1)
             out = leaky_square_mlp(rows, weights["up"], weights["down"], slope, scale, add).view(x.shape)
-        else:      # the same in steps that can be seen
+        else:      # as above
             normed = rms(x, scale)
             up = F.linear(normed, weights["up"])
             act = F.leaky_relu(up, slope).square()
@@ -1158,7 +1159,7 @@ class GPT(nn.Module):
         """Logits (B, T, V) float32 as they are scored: capped and calibrated."""
         z = self.raw_logits(hidden, adapter).float()
         caps = [self.s.logit_softcap]
-        if self.s.asym_logit_rescale:      # as published, nothing trains the two caps
+        if self.s.asym_logit_rescale:
             caps = [self.softcap_pos.detach(), self.softcap_neg.detach()]
         z = soft_cap(z, *caps)
         if self.calibration is None:
@@ -1175,9 +1176,9 @@ class GPT(nn.Module):
     def losses(self, ids: Tensor, targets: Tensor, plan: Plan, layout: Layout | None = None,
                adapter: Adapter | None = None, cache: KeyCache | None = None,
                training: bool = False) -> Tensor:
-        """Cross-entropy in nats, float32, of the targets (B, T), or of N candidates a
-        place (N, B, T), of which only the first have a graph. training: as published,
-        without the two caps."""
+        """Cross-entropy in nats, float32, of the targets (B, T), or of N candidate tokens at
+        each position (N, B, T), of which only the first have a graph.
+        training: with one cap."""
         hidden = self.final_hidden(ids, plan, layout, adapter, cache=cache)
         cap = self.s.logit_softcap
         kernel = None if self.s.fused_ce_enabled else False      # None: where it can run
@@ -1213,7 +1214,7 @@ POLAR_EXPRESS = (   # (a, b, c) of X <- aX + (bA + cA^2)X with A = XX', one trip
 
 def orthogonalise(g: Tensor, dtype: torch.dtype = torch.bfloat16,
                   coefficients: Sequence[tuple] = POLAR_EXPRESS) -> Tensor:
-    """Matrices g (…, R, C), in `dtype`, with singular values near 1 (0.86 … 1.14)."""
+    """Matrices g (…, R, C), in `dtype`, with singular values near 1: most 0.86 … 1.14."""
     x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
     if tall:
@@ -1634,11 +1635,11 @@ class HessianHook:
         if not fisher:
             return Curvature(hessians)
         # of a micro-batch, like H
-        read = fisher.pop("embedding") * (tokens / batches)
-        if self.head == "tok_emb.weight":
-            h, written = hessians[self.head], fisher[self.head]
-            hessians[self.head], read = tied_curvature(h, written, read)
-        fisher["tok_emb.weight"] = read
+        looked_up = fisher.pop("embedding") * (tokens / batches)
+        if self.head == "tok_emb.weight":      # tied: a product's weight, too
+            h, multiplied = hessians[self.head], fisher[self.head]
+            hessians[self.head], looked_up = tied_curvature(h, multiplied, looked_up)
+        fisher["tok_emb.weight"] = looked_up
         return Curvature(hessians, fisher, outputs)
 
 
@@ -1682,20 +1683,20 @@ def calibrate(s: Settings, world: World, model: GPT,
 
 # --- steps: the distance of two codes
 
-# A weight is a code times a step. By the default, "gptq (trellis)", the step is one base step of the file
-# times 2^(row / 8) times 2^(column / 8), row and column of a matrix being int8; every second state of the
-# trellis adds half a step (see chapter 15).
+# weight = (code + half) * base_step * 2^(row / 8) * 2^(column / 8). Stored: an integer code per weight, an
+# int8 exponent per row and per column, one base_step per file. half is 0 or 1/2: the state of the trellis
+# says which, and follows from the codes before ("gptq (trellis)", the default; chapter 15).
 OCTAVE = 8                # stored int8 steps are eighths of an octave
 HALF_LARGEST = 65504.0    # float16's
 
 
 def octaves(eighths: Tensor) -> Tensor:
-    """Steps float32 from stored int8 ones."""
+    """Factors of steps, 2^(e / 8), float32, of exponents e int8."""
     return torch.exp2(eighths.double() / OCTAVE).float()
 
 
 def to_eighths(log2: Tensor) -> Tensor:
-    """Stored int8 steps from their logarithms."""
+    """Exponents int8, eighths of an octave, of log2 factors."""
     return (OCTAVE * log2).round().clamp(-127, 127).to(torch.int8)
 
 
@@ -1818,7 +1819,7 @@ GATE_SIZES = range(32, 8193)         # elements of gates that GATED_ATTN_QUANT_G
 
 
 def precision_of(s: Settings, name: str, w: Tensor) -> Precision:
-    """By its kind. A weight without a Hessian is rounded code by code."""
+    """How a weight is stored. One without a Hessian is rounded code by code."""
     gate = parameter_of(name).stored == "gate" and w.dim() == 2
     if gate and w.numel() in GATE_SIZES and s.gated_attn_quant_gate:
         return Precision("gate_int8_row")
@@ -1893,9 +1894,9 @@ class Quantiser:
 
     def allocate(self, fisher: Mapping[str, Tensor],
                  ratios: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Stored steps `.row`, `.col`, with step^2 g_row d_col the same for all
-        weights; d: the variance of a column's input given those that GPTQ rounds
-        later, its ratio^-2."""
+        """Exponents `.row`, `.col` that make step^2 g_row d_col equal for all weights; g: a
+        row's Fisher, d: the variance of a column's input given those rounded later,
+        1 / ratio^2."""
         rows, columns, level = {}, {}, {}      # log2, of this rank's matrices
         for name in self.own:
             key = input_of(name)
@@ -2356,8 +2357,8 @@ def trained_rows(s: Settings, targets: np.ndarray, end: int) -> np.ndarray:
 
 
 def rows_kept_for(batch: int, live: int) -> int:
-    """Rows for `live` documents left: `batch` halved while they fit in, but not to 1,
-    a graph of its own."""
+    """Rows for `live` documents left: `batch` halved while they fit in, never down to 1,
+    which would compile another graph."""
     while live <= batch // 2 > 1:
         batch //= 2
     return batch
@@ -2373,7 +2374,7 @@ class Round(NamedTuple):
 def grouped(s: Settings, documents: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     """Documents (their numbers) in groups of at most TTT_BATCH_SIZE of similar
     lengths, longest first. In stream order of about equal size: a single document
-    would need a graph of its own."""
+    would compile another graph."""
     if not len(documents):
         return []
     order = documents[np.argsort(lengths[documents], kind="stable")]
@@ -2411,10 +2412,10 @@ def rounds_by_stream(s: Settings, lengths: np.ndarray, bounds: list[int]) -> lis
 @torch.no_grad()
 def normalised_step(s: Settings, params: list[Tensor], exact: list[Tensor], squares: list[Tensor],
                     steps: Tensor, losses: Tensor) -> Tensor:
-    """A step of every document's matrices (S, rows, R, C) along their gradients, over the running
-    RMS. To first order a rate of 1 lowers the document's loss (rows,) by gradient times
-    direction. A document whose gradient is not finite takes none. exact: the matrices in float32;
-    squares, steps: see Adapter. Returns whose step was shortened (rows,)."""
+    """One step of each document's matrices (S, rows, R, C). Direction: gradient / running RMS.
+    Rate: such that to first order its loss (rows,) falls by TTT_STEP_SHARE of it (at rate 1 it
+    falls by gradient times direction). None where a gradient is not finite. exact: the matrices
+    in float32; squares, steps: see Adapter. Returns whose step was shortened (rows,)."""
     steps.mul_(s.ttt_beta2).add_(1)
 
     def with_now(square: Tensor, gradient: Tensor) -> Tensor:
@@ -2438,7 +2439,7 @@ def normalised_step(s: Settings, params: list[Tensor], exact: list[Tensor], squa
         gradient = p.grad.float().masked_fill(broken[:, None, None], 0)
         square.copy_(with_now(square, gradient))
         wide.mul_(1 - rates * s.ttt_weight_decay).sub_(rates * gradient / rms_of(square))
-        if p.dtype != wide.dtype:      # else they are the same
+        if p.dtype != wide.dtype:      # else one tensor
             p.copy_(wide)
     return shortened | broken
 
@@ -2547,7 +2548,7 @@ class PhasedTTT:
         """A row for each document of a group, nothing learnt yet."""
         s = self.s
         starts, targets = self.val.documents.start[group], self.lengths[group] - 1
-        if len(group) == 1 < s.ttt_batch_size:      # an empty row beside it: a graph less
+        if len(group) == 1 < s.ttt_batch_size:      # 1 row would compile another graph
             starts, targets = np.repeat(starts, 2), np.append(0, targets)
         adapter = optimiser = None
         if self.watch.level < NO_ADAPTATION:
@@ -2575,13 +2576,13 @@ class PhasedTTT:
         """Score the chunk [begin, end) of every row; those that go on learn from it."""
         window = self.next_window(rows, begin, end)
         cache = rows.cache
-        with torch.set_grad_enabled(rows.adapter is not None):      # at every level: a graph less
+        with torch.set_grad_enabled(rows.adapter is not None):      # at every level: one graph
             scored = self.score_chunk(rows.starts, window, rows.adapter, cache)
             later = trained_rows(self.s, rows.targets, end)
             if later.any() and self.watch.level < NO_ADAPTATION:
                 self.adapt(rows.adapter, rows.optimiser, scored, self.on_device(later))
                 if cache is not None:
-                    cache.new = {}      # of forwards after a step
+                    cache.new = {}      # left by forwards after a step
 
     def on_device(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(self.world.device)
@@ -2598,6 +2599,7 @@ class PhasedTTT:
         def forward(x: Tensor = x, y: Tensor = y) -> Tensor:
             return self.losses(x, y, self.plan, None, adapter, cache)
 
+        # to learn from, and to book
         losses, booked = tilted_losses(self.s, forward, x, y, at, self.val.hints)
         if cache is not None and cache.states:
             booked = mixed_with_cache(self.s, booked, cache)
@@ -2605,7 +2607,7 @@ class PhasedTTT:
         positions = self.on_device(at[counted])
         keep = self.on_device(np.flatnonzero(counted))
         self.ledger.book(positions, booked.flatten()[keep])
-        if cache is not None:      # of the forward that was scored, whatever the steps do
+        if cache is not None:      # of the scored forward: steps run more
             cache.seal(x)
         self.trace("chunk", x=x, y=y, losses=booked.detach(), offsets=w.offset,
                    counts=w.count, width=w.width, at=at, counted=counted)
@@ -2628,7 +2630,7 @@ class PhasedTTT:
             else:
                 shortened = optimiser_step(optimiser, trained)
             self.shortened += shortened.sum()
-            for p in trained:      # at once: tensors that have one are a graph more
+            for p in trained:      # at once: with one left the forward would compile again
                 p.grad = None
 
     # --- the base weights
@@ -3050,7 +3052,7 @@ def print_help() -> None:
         if meta["choices"]:
             bounds = f"  [{'|'.join(meta['choices'])}]"
         elif type(default) in (int, float):
-            bounds = f"  [{meta['lo']:g} to {meta['hi']:g}]"
+            bounds = f"  [{meta['lo']} to {meta['hi']}]"
         default = int(default) if type(default) is bool else default
         print(f"  {f.name.upper():34} {default!s:>10}  {meta['doc']}{bounds}")
     print("\nACCEPTED OLD NAMES")
@@ -9966,7 +9968,7 @@ ALIASES["MUONEQ_R"] = "MUON_ROW_NORMALIZE"
 @dataclass(frozen=True)
 class LineageSettings(Settings):
     """The settings of older systems beside the others."""
-    train_loader: str = choice("stream docpack shuffled coprime", "every target once; or the field's")
+    train_loader: str = choice("stream docpack shuffled coprime", "every target once; or as published")
     ttt_optimizer: str = choice("normalised adam sgd", "gradient over its running RMS; AdamW; SGD")
     parallel_lanes: str = choice("mixed separate", "lanes write to both; or are blended last",
                                  group="model")
