@@ -3706,9 +3706,6 @@ def tell(line: str) -> None:
 
 # --- the run's folder and its log
 
-SUMMARY_KEYS = ("val_bpb val_loss sliding_val_bpb quantized_val_bpb prequant_val_bpb artifact_bytes "
-                "code_bytes total_bytes steps step_ms train_seconds eval_seconds tokens_scored "
-                "bytes_scored").split()
 # What a summary keeps when quantising or evaluation is run again in the folder of a training.
 TRAINING_KEYS = ("run_id steps step_ms train_seconds stopped seed world_size device torch "
                  "model_params code_sha256 untrained_val_bpb prequant_val_bpb data_fingerprint "
@@ -3831,8 +3828,8 @@ class Run:
         self.home = world.from_main(home_of, s)
         self.weights, self.artifact = self.dir / WEIGHTS_NAME, self.dir / ARTIFACT_NAME
         self.live = sys.stdout.isatty() and world.main
-        self.summary = dict.fromkeys(SUMMARY_KEYS)
-        self.summary.update(compliant=True, not_compliant_because=[], run_id=self.id)
+        # what is not reached is not in it
+        self.summary = dict(compliant=True, not_compliant_because=[], run_id=self.id)
         self.text = self.metrics = self.lock = None
         self.warned = set()         # what was warned of, and is not again
         self.time_known = True      # that of training, which quantising goes on with

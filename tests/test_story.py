@@ -123,7 +123,7 @@ def test_eval_only_gives_the_same_scores(finished, data, tmp_path):
             assert {k: summary(out)[k] for k in ("val_bpb", "sliding_val_bpb", "quantized_val_bpb")} == {
                 k: whole[k] for k in ("val_bpb", "sliding_val_bpb", "quantized_val_bpb")
             }
-            assert summary(out)["prequant_val_bpb"] is None and "ms/step" not in text
+            assert "prequant_val_bpb" not in summary(out) and "ms/step" not in text
         else:
             assert summary(out)["prequant_val_bpb"] == pytest.approx(whole["prequant_val_bpb"], rel=1e-6)
 
@@ -134,7 +134,7 @@ def test_quantize_only_stops_at_the_artifact(finished, data, tmp_path):
         environment(data, ARTIFACT_DIR=tmp_path, QUANTIZE_ONLY=1, EVAL_ONLY_PATH=folder / "final_model.pt")
     )
     assert status == 0, text
-    assert (tmp_path / "final_model.int6.ptz").exists() and summary(tmp_path)["val_bpb"] is None
+    assert (tmp_path / "final_model.int6.ptz").exists() and "val_bpb" not in summary(tmp_path)
 
 
 def refused(env, *words, args=()):
