@@ -4649,10 +4649,10 @@ def take_over(s: Settings, run: Run, facts: Mapping) -> Clock:
     seconds = facts["train_seconds"] if run.time_known else 0.0
     clock = Clock(s.max_wallclock_seconds, seconds)
     if run.time_known:
-        of_steps = {k: facts[k] for k in ("steps", "step_ms", "stopped") if facts[k] != ""}
-        if run.summary.get("steps") is None:      # killed in training: nothing has said it yet
-            run.log("train_end", seconds=seconds, **of_steps)
-        run.summary.update({"stopped": None, **of_steps})
+        steps, step_ms = facts["steps"], facts["step_ms"]
+        if "steps" not in run.summary:      # killed in training: nothing has said it yet
+            run.log("train_end", steps=steps, seconds=seconds, step_ms=step_ms)
+        run.summary.update(steps=steps, step_ms=step_ms, stopped=facts["stopped"] or None)
     return clock
 
 
