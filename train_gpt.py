@@ -620,7 +620,7 @@ class Settings:
     ttt_lora_lr: float = knob(
         8e-5, "learning rate of the adapters where TTT_STEP_SHARE=0; 0: they learn nothing", 0)
     ttt_step_share: float = knob(
-        0.3, "share of its chunk's loss that a normalised step promises to take off; "
+        0.25, "share of its chunk's loss that a normalised step promises to take off; "
         "0: the rate is TTT_LORA_LR", 0, 0.5)
     ttt_q_lora: bool = knob(True, "adapt queries")
     ttt_k_lora: bool = knob(True, "adapt keys")
@@ -2253,8 +2253,8 @@ class Adapter:
         return [*self.exact_a.values(), *self.exact_b.values()]
 
     def sums(self) -> list[Tensor]:
-        """squares, like exact(); for the head's B the mean of its entries: the rows of
-        unseen tokens have next to no gradient, and none should make a full step."""
+        """squares, like exact(); of the head's B one number, as rows of unseen tokens
+        should make no full step."""
         head = self.exact_b.get("head")
         if not self.squares:
             self.squares = [p.new_zeros((*p.shape[:2], 1, 1) if p is head else p.shape)
@@ -2414,30 +2414,26 @@ def normalised_step(s: Settings, params: list[Tensor], exact: list[Tensor], squa
                     steps: Tensor, losses: Tensor) -> Tensor:
     """One step of each document's matrices (S, rows, R, C). Direction: gradient / running RMS.
     Rate: such that to first order its loss (rows,) falls by TTT_STEP_SHARE of it (at rate 1 it
-    falls by gradient times direction). None where a gradient is not finite. exact: the matrices
-    in float32; squares, steps: see Adapter. Returns whose step was shortened (rows,)."""
+    falls by gradient times direction); what the head's B adds comes on top. None where a gradient
+    is not finite. exact: the matrices in float32; squares, steps: see Adapter. Returns whose step
+    was shortened (rows,)."""
     steps.mul_(s.ttt_beta2).add_(1)
-
-    def with_now(square: Tensor, gradient: Tensor) -> Tensor:
-        now = gradient.square()
-        if square.shape != now.shape:
-            now = now.mean((-2, -1), keepdim=True)
-        return s.ttt_beta2 * square + now
 
     def rms_of(square: Tensor) -> Tensor:
         return (square / steps).sqrt() + 1e-12
 
-    promised = torch.zeros_like(losses)
+    promised, head_alone = torch.zeros_like(losses), len(params) <= 2
     for p, square in zip(params, squares):
         gradient = p.grad.float()
-        along = gradient.square() / rms_of(with_now(square, gradient))
-        promised += along.sum(dim=(0, 2, 3))
+        along = gradient.square() / rms_of(with_squares(s, square, gradient))
+        in_share = square.shape == p.shape or head_alone
+        promised += in_share * along.sum(dim=(0, 2, 3))      # 0 times inf is broken, too
     rates, shortened = step_rates(s, promised, losses)
     broken = ~(promised.isfinite() & losses.isfinite())
     rates = rates.masked_fill(broken, 0)[:, None, None]
     for p, wide, square in zip(params, exact, squares):
         gradient = p.grad.float().masked_fill(broken[:, None, None], 0)
-        square.copy_(with_now(square, gradient))
+        square.copy_(with_squares(s, square, gradient))
         wide.mul_(1 - rates * s.ttt_weight_decay).sub_(rates * gradient / rms_of(square))
         if p.dtype != wide.dtype:      # else one tensor
             p.copy_(wide)
@@ -9770,8 +9766,19 @@ class Watchdog:
         self.check_time()
 
 
+HEAD_ROWS = 1024          # of the head's B that its RMS is of: few tokens are seen in a chunk
 MOST_SHARE = 0.3          # of its chunk's loss that a step at a fixed rate may promise
 MOST_RATE = 0.01          # of TTT_STEP_SHARE, where gradients vanish
+
+
+def with_squares(s: Settings, square: Tensor, gradient: Tensor) -> Tensor:
+    """The faded sum of the squares of gradients (S, rows, R, C), and one gradient more. Of one
+    number a matrix (S, rows, 1, 1), the head's B, as if at most HEAD_ROWS rows had all of it."""
+    now = gradient.square()
+    if square.shape != now.shape:
+        rows = min(HEAD_ROWS, now.size(-2))
+        now = now.sum((-2, -1), keepdim=True) / (rows * now.size(-1))
+    return s.ttt_beta2 * square + now
 
 
 def step_rates(s: Settings, promised: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:

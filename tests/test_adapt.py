@@ -376,6 +376,33 @@ def test_the_heads_steps_are_by_matrix():
         assert float(share.detach()) == pytest.approx(expected, rel=1e-3)
 
 
+def head_step(vocabulary: int, others: int):
+    """A step of share 0.2 of `others` adapters and the head's B, 24 of whose tokens have a gradient: what
+    each of them promises, the head last, and the head's rows of those tokens."""
+    random, s = torch.Generator().manual_seed(0), settings(TTT_STEP_SHARE=0.2, TTT_WEIGHT_DECAY=0)
+    head = torch.zeros(1, 2, vocabulary, 4)
+    head.grad = torch.zeros_like(head)
+    head.grad[:, :, :24] = torch.randn(1, 2, 24, 4, generator=random)
+    params = [torch.zeros(1, 2, 5, 4) for _ in range(others)] + [head]
+    for p in params[:-1]:
+        p.grad = torch.randn(p.shape, generator=random)
+    before = [p.clone() for p in params]
+    squares = [torch.zeros_like(p) for p in params[:-1]] + [torch.zeros(1, 2, 1, 1)]
+    tg.normalised_step(s, params, params, squares, torch.zeros(()), torch.tensor([0.3, 0.05]))
+    promised = [falls([p], [old]) for p, old in zip(params, before)]
+    return np.array(promised), head[:, :, :24]
+
+
+def test_the_heads_step_comes_on_top_and_does_not_grow_with_the_vocabulary():
+    """Others promise the share by themselves; the head does where it is alone (its A has no gradient yet)."""
+    share = pytest.approx([0.06, 0.01], rel=1e-5)
+    promised, seen = head_step(tg.HEAD_ROWS, others=3)
+    assert promised[:-1].sum(0) == share and min(promised[-1]) > 1e-3
+    assert torch.equal(seen, head_step(6 * tg.HEAD_ROWS, others=3)[1])
+    assert not torch.allclose(seen, head_step(tg.HEAD_ROWS // 4, others=3)[1], rtol=0.1)
+    assert head_step(8192, others=0)[0][0] == share
+
+
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
 def test_an_optimisers_step_is_its_own_unless_it_promises_too_much(make):
     params, twins = gradients(), gradients()
