@@ -2422,14 +2422,14 @@ def normalised_step(s: Settings, params: list[Tensor], exact: list[Tensor], squa
     def rms_of(square: Tensor) -> Tensor:
         return (square / steps).sqrt() + 1e-12
 
-    promised, head_alone = torch.zeros_like(losses), len(params) <= 2
+    promised, on_top = torch.zeros_like(losses), torch.zeros_like(losses)
     for p, square in zip(params, squares):
         gradient = p.grad.float()
         along = gradient.square() / rms_of(with_squares(s, square, gradient))
-        in_share = square.shape == p.shape or head_alone
-        promised += in_share * along.sum(dim=(0, 2, 3))      # 0 times inf is broken, too
+        in_share = square.shape == p.shape or len(params) <= 2      # else the head's B
+        (promised if in_share else on_top).add_(along.sum(dim=(0, 2, 3)))
     rates, shortened = step_rates(s, promised, losses)
-    broken = ~(promised.isfinite() & losses.isfinite())
+    broken = ~((promised + on_top).isfinite() & losses.isfinite())
     rates = rates.masked_fill(broken, 0)[:, None, None]
     for p, wide, square in zip(params, exact, squares):
         gradient = p.grad.float().masked_fill(broken[:, None, None], 0)
@@ -9800,7 +9800,7 @@ def warn_of_shortened_steps(s: Settings, shortened: int, trace: Callable) -> Non
     most, remedy = f"{MOST_NATS:g} nats", "lower TTT_LORA_LR"
     if s.ttt_optimizer == "normalised":
         most = f"{MOST_SHARE:g} of the loss"
-        remedy = "lower TTT_LORA_LR, or set TTT_STEP_SHARE=0.3"
+        remedy = "lower TTT_LORA_LR, or set TTT_STEP_SHARE=0.25"
         if s.ttt_step_share:
             remedy = f"lower TTT_STEP_SHARE={s.ttt_step_share:g}"
     trace("warning", text=f"{shortened:,} adapter steps promised more than {most}, or had "

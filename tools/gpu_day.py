@@ -699,6 +699,7 @@ class Form:
 
 FORMS = (  # what is known first if time runs out; the suffixes share a graph
     Form("TTT_SUFFIX=72", {"TTT_SUFFIX": 72}),
+    Form("TTT_SUFFIX=216", {"TTT_SUFFIX": 216}),
     Form("TTT_SUFFIX=24", {"TTT_SUFFIX": 24}),
     Form("TTT_SUFFIX=0", {"TTT_SUFFIX": 0}),
     Form("scoring only", {}, adapts=False),
