@@ -620,8 +620,8 @@ class Settings:
     ttt_lora_lr: float = knob(
         8e-5, "learning rate of the adapters where TTT_STEP_SHARE=0; 0: they learn nothing", 0)
     ttt_step_share: float = knob(
-        0.25, "share of its chunk's loss that a normalised step promises to take off; "
-        "0: the rate is TTT_LORA_LR", 0, 0.5)
+        0.25, "share of its chunk's loss that a normalised step promises to take off, the head "
+        "on top; 0: the rate is TTT_LORA_LR", 0, 0.5)
     ttt_q_lora: bool = knob(True, "adapt queries")
     ttt_k_lora: bool = knob(True, "adapt keys")
     ttt_v_lora: bool = knob(True, "adapt values")
@@ -2428,8 +2428,9 @@ def normalised_step(s: Settings, params: list[Tensor], exact: list[Tensor], squa
         along = gradient.square() / rms_of(with_squares(s, square, gradient))
         in_share = square.shape == p.shape or len(params) <= 2      # else the head's B
         (promised if in_share else on_top).add_(along.sum(dim=(0, 2, 3)))
-    rates, shortened = step_rates(s, promised, losses)
-    broken = ~((promised + on_top).isfinite() & losses.isfinite())
+    whole = promised + on_top
+    rates, shortened = step_rates(s, promised if s.ttt_step_share else whole, losses)
+    broken = ~(whole.isfinite() & losses.isfinite())
     rates = rates.masked_fill(broken, 0)[:, None, None]
     for p, wide, square in zip(params, exact, squares):
         gradient = p.grad.float().masked_fill(broken[:, None, None], 0)

@@ -403,6 +403,70 @@ def test_the_heads_step_comes_on_top_and_does_not_grow_with_the_vocabulary():
     assert head_step(8192, others=0)[0][0] == share
 
 
+def with_gradients(s, rows=2, scale=1.0, seed=0):
+    """Fresh adapters whose every matrix has a gradient."""
+    random, adapter = torch.Generator().manual_seed(seed), tg.Adapter(s, tg.layer_plan(s, True), rows)
+    for p in adapter.parameters():
+        p.grad = scale * torch.randn(p.shape, generator=random)
+    return adapter
+
+def step(s, adapter, losses=3.0):
+    losses = torch.full((adapter.b["head"].size(1),), losses) if isinstance(losses, float) else losses
+    return tg.normalised_step(s, adapter.parameters(), adapter.exact(), adapter.sums(), adapter.steps, losses)
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_head_whose_gradient_is_not_finite_stops_its_document_alone(bad):
+    s = settings(TTT_STEP_SHARE=0.25)
+    adapter, twin = with_gradients(s), with_gradients(s)
+    before = [p.clone() for p in adapter.exact()]
+    adapter.b["head"].grad[0, 1, 7, 0] = bad
+    assert step(s, adapter).tolist() == [False, True]
+    step(s, twin)
+    for p, other, old in zip(adapter.exact(), twin.exact(), before):
+        assert torch.equal(p[:, 0], other[:, 0]) and torch.equal(p[:, 1], old[:, 1])
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_makes_no_step(bad):
+    s = settings(TTT_STEP_SHARE=0.25)
+    adapter = with_gradients(s)
+    before = [p.clone() for p in adapter.exact()]
+    assert step(s, adapter, torch.tensor([3.0, bad])).tolist() == [False, True]
+    for p, old in zip(adapter.exact(), before):
+        assert torch.equal(p[:, 1], old[:, 1]) and p.isfinite().all()
+
+@pytest.mark.parametrize("vocabulary", [300, 1024, 3000])
+def test_the_heads_rms_is_over_1024_rows_and_fades(vocabulary):
+    s = settings(TTT_BETA2=0.5)
+    first, second = torch.ones(1, 2, vocabulary, 4), 3 * torch.ones(1, 2, vocabulary, 4)
+    square = tg.with_squares(s, torch.zeros(1, 2, 1, 1), first)
+    of_one = vocabulary / min(vocabulary, 1024)
+    assert square.flatten().tolist() == pytest.approx([of_one] * 2)
+    assert tg.with_squares(s, square, second).flatten().tolist() == pytest.approx([9.5 * of_one] * 2)
+
+def test_a_reset_forgets_sums_of_squares():
+    s = settings(TTT_STEP_SHARE=0.25, TTT_WARM_START_A=0)
+    used, fresh = with_gradients(s, scale=30.0), with_gradients(s, seed=1)
+    step(s, used)
+    used.reset()
+    for p, other in zip(used.parameters(), fresh.parameters()):
+        p.grad = other.grad.clone()
+    for adapter in (used, fresh):
+        step(s, adapter)
+    assert all(torch.equal(p, other) for p, other in zip(used.exact(), fresh.exact()))
+
+def test_a_rate_far_too_large_is_cut_by_what_the_head_promises_too():
+    """Others' gradients are next to nothing: the head's promise alone passes what is believed."""
+    s = settings(TTT_LORA_LR=1, TTT_WEIGHT_DECAY=0)
+    adapter = with_gradients(s)
+    for p in adapter.parameters():
+        p.grad *= 1.0 if p is adapter.b["head"] else 1e-4
+    before = [p.clone() for p in adapter.exact()]
+    assert step(s, adapter).all()
+    promised = sum(((old - new) * p.grad).sum((0, 2, 3))
+                   for p, old, new in zip(adapter.parameters(), before, adapter.exact()))
+    assert promised.max() <= 1.001 * tg.MOST_SHARE * 3
+
+
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
 def test_an_optimisers_step_is_its_own_unless_it_promises_too_much(make):
     params, twins = gradients(), gradients()

@@ -4,7 +4,7 @@
     python tools/ablate.py runs/study --seeds 1 2 3
     python tools/ablate.py runs/study "no XSA" "hot: MATRIX_LR=0.05" --part trained
     python tools/ablate.py runs/study --artifact runs/demo/final_model.int6.ptz \\
-        "none: TTT_LORA_LR=0" "half: TTT_STEP_SHARE=0.15" "short: TTT_SUFFIX=24"
+        "none: TTT_LORA_LR=0" "half: TTT_STEP_SHARE=0.125" "short: TTT_SUFFIX=24"
 
 The environment is the configuration, and every row changes some of its settings. A row
 is "name: SETTING=value …", or a part of the name of a row known here; without any, all
