@@ -89,6 +89,8 @@ def test_the_older_form_of_short_chunks_needs_it_where_it_is_in_force():
     """Without steps the older form gives one by default; the lean script has none."""
     s = settings(TTT_SHORT_SCORE_FIRST_STEPS="", CODE_FORM="auto")
     assert tg.chunk_rules(s)[0] == (2000, 24) and tg.shipped_form(s) == "packed"
+    s = settings(TTT_SHORT_SCORE_FIRST_STEPS="", TTT_SHORT_DOC_LEN=500, TTT_SHORT_CHUNK_SIZE=8)
+    assert tg.chunk_rules(s)[0] == (500, 8)
     s = settings(TTT_SHORT_SCORE_FIRST_STEPS="", TTT_SHORT_SCORE_FIRST_ENABLED=0, CODE_FORM="auto")
     assert len(tg.chunk_rules(s)) == 1 and tg.shipped_form(s) == "lean_packed"
 
