@@ -1033,7 +1033,7 @@ class GPT(nn.Module):
         if forward.hook is None:
             rows = x.flatten(0, 1)
             out = leaky_square_mlp(rows, weights["up"], weights["down"], slope, scale, add).view(x.shape)
-        else:      # as above
+        else:      # the same, step by step
             normed = rms(x, scale)
             up = F.linear(normed, weights["up"])
             act = F.leaky_relu(up, slope).square()
@@ -3719,6 +3719,18 @@ def read_summary(folder: Path) -> dict:
     return read_json(path, "the summary of a run") if path.exists() else {}
 
 
+def of_training(summary: Mapping, path: Path) -> dict:
+    """What a run that goes on keeps of the summary at path; UserError if it is damaged."""
+    kept = {k: summary[k] for k in TRAINING_KEYS if summary.get(k) is not None}
+    for name, value in kept.items():
+        good = isinstance(value, int if name.endswith("_runs") else (int, float, str))
+        if name == "training_not_compliant_because":
+            good = isinstance(value, list) and all(isinstance(x, str) for x in value)
+        if not good:
+            raise UserError(f"{path} is damaged: {name} is {value}; move it away")
+    return kept
+
+
 def lock_folder(folder: Path):
     """The open file whose lock says that this run owns the folder; None where the disk
     knows no locks. UserError when another live run has it."""
@@ -3871,8 +3883,7 @@ class Run:
                 if LEFTOVER.fullmatch(path.name):
                     remove(path)
         if self.goes_on():
-            known = {k: earlier[k] for k in TRAINING_KEYS if earlier.get(k) is not None}
-            self.summary.update(known)
+            self.summary.update(of_training(earlier, self.dir / "summary.json"))
             if self.s.eval_only_quantized_path and earlier.get("val_bpb") is not None:
                 self.scored_before = earlier
             for reason in self.summary.get("training_not_compliant_because", ()):

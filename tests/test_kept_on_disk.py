@@ -278,7 +278,10 @@ def test_where_nothing_can_be_locked_it_is_said(tmp_path, monkeypatch):
     assert "cannot be locked" in events(tmp_path, "warning")[0]["text"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "null", "5", "[" * 100_000], ids=lambda text: text[:6])
+@pytest.mark.parametrize("text", [
+    "{", "[]", "null", "5", "[" * 100_000, '{"evaluation_runs": "x"}', '{"steps": {}}',
+    '{"training_not_compliant_because": 3}', '{"training_not_compliant_because": [3]}'],
+    ids=lambda text: text[:12])
 def test_a_summary_that_is_none_is_one_line(tmp_path, text):
     (tmp_path / "summary.json").write_text(text)
     with pytest.raises(tg.UserError, match="summary.json is damaged"):
