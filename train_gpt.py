@@ -430,6 +430,7 @@ def book_result(s: Settings, run: Run, val: Validation, score: Score, clock: Clo
 
 # Bounds of settings that have none of their own; of text: its characters.
 MOST = {int: 10 ** 9, float: 1e6, str: 1000}
+GPUS = 8      # of the competition's machine
 
 
 def knob(default, doc, lo=None, hi=None, group=None, choices=()):
@@ -684,7 +685,7 @@ class Settings:
     def batch_shape(self, world_size: int) -> tuple[int, int]:
         """(micro-batches per step and rank, tokens of one micro-batch), checked
         against the ranks."""
-        accum = self.grad_accum_steps or max(1, 8 // world_size)
+        accum = self.grad_accum_steps or max(1, GPUS // world_size)
         batch, parts = self.train_batch_tokens, world_size * accum
         if batch % parts:
             raise UserError(f"TRAIN_BATCH_TOKENS={batch} is not divisible by {world_size} ranks x "
@@ -728,8 +729,7 @@ class Settings:
 
     @property
     def first_chunks(self) -> str:
-        """Chunks of TTT that differ from TTT_CHUNK_SIZE, as length:chunk, …; may be
-        empty."""
+        """Chunks of TTT that differ from TTT_CHUNK_SIZE, as length:chunk, …"""
         return self.ttt_short_score_first_steps if self.ttt_short_score_first_enabled else ""
 
     def as_env(self) -> dict:
@@ -737,8 +737,7 @@ class Settings:
         return {f.name.upper(): getattr(self, f.name) for f in fields(self)}
 
     def to_be_stored(self, values: Mapping) -> dict:
-        """Of settings and values those that a file names; one that it does not had
-        its default. A seam."""
+        """Of settings and values those that a file names; others had their default. A seam."""
         return dict(values)
 
     def changed(self) -> dict:
@@ -1386,16 +1385,19 @@ class Pace:
     """How far training is, and whether another step fits in: by the budget less its
     reserve, or without one by ITERATIONS."""
 
+    FORGET = 0.9      # a step's seconds fall no faster: after a quick one a slow one may come
+    NEAR_END = 10     # steps
+
     def __init__(self, s: Settings, reserve: float):
         self.iterations = s.iterations
         self.budget = s.max_wallclock_seconds - reserve if s.max_wallclock_seconds else 0.0
         self.elapsed = 0.0
-        self.step_seconds = 0.0      # falls slowly: after a quick step a slow one may come
+        self.step_seconds = 0.0
 
     def observe(self, step: int, elapsed: float) -> None:
         """Seconds of training before a step, the same on all ranks."""
         if step:
-            self.step_seconds = max(elapsed - self.elapsed, 0.9 * self.step_seconds)
+            self.step_seconds = max(elapsed - self.elapsed, self.FORGET * self.step_seconds)
         self.elapsed = elapsed
 
     def ended(self, step: int) -> bool:
@@ -1405,8 +1407,8 @@ class Pace:
         return step >= self.iterations
 
     def near_end(self) -> bool:
-        """Whether fewer than ten steps are left."""
-        return 0 < self.budget < self.elapsed + 10 * self.step_seconds
+        """Whether fewer than NEAR_END steps are left."""
+        return 0 < self.budget < self.elapsed + self.NEAR_END * self.step_seconds
 
     def progress(self, step: int) -> float:
         """Share of training that is done, 0 to 1."""
@@ -1838,10 +1840,11 @@ def input_of(name: str) -> str:
 # --- the whole model
 
 FISHER_FLOOR = 0.03    # a row's smallest sensitivity, by its matrix's mean
+NO_FISHER = 1e-30      # in place of a sensitivity of 0
+NO_WEIGHT = 1e-20      # in place of a row's mean square of 0
 BATCH_ROWS = 8192      # rows of equal matrices that are rounded together
 TOP_CODE = 32766       # int16; trellis codes come in pairs
 LARGEST_CODE = 0.9 * TOP_CODE        # of a row's largest weight: feedback may add to it
-LARGEST_DEVIATION = TOP_CODE / 4     # of codes: few Gaussian ones are over the top
 
 
 def names_by(kind: Callable, names: Sequence[str] | Mapping) -> dict[Any, list[str]]:
@@ -1906,7 +1909,7 @@ class Quantiser:
                 columns[key] = (ratio - level[key]).cpu()
             if name in fisher:
                 g = fisher[name].double()
-                g = g.clamp_min(max(FISHER_FLOOR * g.mean().item(), 1e-30))
+                g = g.clamp_min(max(FISHER_FLOOR * g.mean().item(), NO_FISHER))
                 rows[name] = (level[key] - g.log2() / 2).cpu()
         for other_rows, other_columns in self.world.gather((rows, columns)):
             rows.update(other_rows)
@@ -1914,7 +1917,7 @@ class Quantiser:
         sizes = {}      # rms of rows
         for name in self.names:
             power = self.weights[name].double().square().mean(1)
-            sizes[name] = power.clamp_min(1e-20).log2().cpu() / 2
+            sizes[name] = power.clamp_min(NO_WEIGHT).log2().cpu() / 2
         offsets = [(rows[n] - sizes[n]).mean() for n in rows]
         for name in sizes.keys() - rows.keys():      # as fine as the others on average
             rows[name] = sizes[name] + sum(offsets) / max(len(offsets), 1)
@@ -1937,7 +1940,7 @@ class Quantiser:
         over the top."""
         w = self.weights[name].float()
         largest = (w / self.columns_of(name)).abs().amax(1)
-        least = (largest / (LARGEST_CODE * base_step)).clamp_min(1e-9).log2()
+        least = (largest / (LARGEST_CODE * base_step)).clamp_min(NO_WEIGHT).log2()
         least = to_eighths((OCTAVE * least).ceil() / OCTAVE)
         return torch.maximum(self.steps[name + ".row"].to(w.device), least)
 
@@ -2126,7 +2129,7 @@ class Scorer:
         self.s, self.world, self.model = s, world, model
         self.losses = compiled(s, world.device, model.losses, fullgraph=True)
         self.fixed = compiles(s, world.device)      # compiled graphs want one row length
-        self.capacity = max(s.eval_seq_len, s.val_batch_tokens // 8)
+        self.capacity = max(s.eval_seq_len, s.val_batch_tokens // GPUS)
 
     @torch.no_grad()
     def windows(self, val: Validation, stride: int, looping: bool = True) -> Score:
@@ -4782,7 +4785,8 @@ def closing_block(run: Run) -> None:
             run.say(f"{label:28} {summary[f'{stage}_val_bpb']:10.5f} BPB")
     if summary.get("artifact_bytes"):
         run.say(f"{'artifact + script':28} {summary['artifact_bytes']:,} + "
-                f"{summary['code_bytes']:,} = {summary['total_bytes']:,} of {ARTIFACT_LIMIT:,} bytes")
+                f"{summary['code_bytes']:,} = {summary['total_bytes']:,} of {ARTIFACT_LIMIT:,} bytes, "
+                f"script {summary['code_form']}")
     run.say(f"{'files for report.py':28} {run.dir}")
     for reason in summary["not_compliant_because"]:
         run.say(f"NON-COMPLIANT: {reason}")
@@ -7486,6 +7490,7 @@ SLOWEST_TRY = 1.2            # a try's time, by that of the one before
 HALF_BYTES = 1.7   # of a float16 number in the file; measured on the demo: 1.69
 GUESSED = 0.93     # what guesses leave of an embedding's codes; measured: 0.92, 0.94
 ROWS_LEFT_OUT = 0.1    # share of codes that a base step below the finest would change
+LARGEST_DEVIATION = TOP_CODE / 4     # of codes: few Gaussian ones are over the top
 DEVIATION_BINS = 255   # of rows and of columns: eighths of an octave around 1
 
 
@@ -7513,7 +7518,7 @@ def deviations_of(quantiser: Quantiser, name: str) -> np.ndarray:
 def count_levels(power: Tensor) -> np.ndarray:
     """Counts (DEVIATION_BINS) of mean squares (N) by deviation, in eighths of an
     octave; bin DEVIATION_BINS // 2 is 1."""
-    level = (OCTAVE / 2 * power.clamp_min(1e-20).log2()).round() + DEVIATION_BINS // 2
+    level = (OCTAVE / 2 * power.clamp_min(NO_WEIGHT).log2()).round() + DEVIATION_BINS // 2
     level = level.clamp(0, DEVIATION_BINS - 1).int()
     return level.bincount(minlength=DEVIATION_BINS).cpu().numpy()
 
@@ -9092,7 +9097,7 @@ def row_feedback(g: Tensor) -> RowFeedback:
     |F_bb' (E_b + mix E_before)|^2."""
     g = g.double()
     g = torch.lerp(g, g.diagonal().diag(), ROWS_APART)
-    least = max(FISHER_FLOOR * g.diagonal().mean().item(), 1e-30)
+    least = max(FISHER_FLOOR * g.diagonal().mean().item(), NO_FISHER)
     g.diagonal().clamp_min_(least)
     turns = torch.arange(len(g), device=g.device) % ROW_TURNS
     order = turns.argsort(stable=True)
