@@ -621,8 +621,10 @@ class Settings:
     ttt_lora_lr: float = knob(
         8e-5, "learning rate of the adapters where TTT_STEP_SHARE=0; 0: they learn nothing", 0)
     ttt_step_share: float = knob(
-        0.25, "share of its chunk's loss that a normalised step promises to take off, the head "
+        0.35, "share of its chunk's loss that a normalised step promises to take off, the head "
         "on top; 0: the rate is TTT_LORA_LR", 0, 0.5)
+    ttt_base_share: float = knob(
+        0.15, "share of the model without adapters in adapted scores; 0: none", 0, 0.5)
     ttt_q_lora: bool = knob(True, "adapt queries")
     ttt_k_lora: bool = knob(True, "adapt keys")
     ttt_v_lora: bool = knob(True, "adapt values")
@@ -1502,7 +1504,7 @@ class Trainer:
         """Compile and run every graph on random tokens, undo it; the seconds it took."""
         s, clock = self.s, Clock()
         generator = torch.Generator().manual_seed(s.seed + self.world.rank)
-        with weights_kept(self.model):
+        with weights_kept(self.model), self.world.compiling():
             for length, looping in self.world.each("warm-up of graph", Curriculum(s).graphs()):
                 self.warm_graph(length, layer_plan(s, looping), generator)
         self.rewind()
@@ -2359,36 +2361,6 @@ def trained_rows(s: Settings, targets: np.ndarray, end: int) -> np.ndarray:
     return goes_on & (targets + 1 >= s.ttt_train_min_doc_len) & (targets < most)
 
 
-def rows_kept_for(batch: int, live: int) -> int:
-    """Rows for `live` documents left: `batch` halved while they fit in, never down to 1,
-    which would compile another graph."""
-    while live <= batch // 2 > 1:
-        batch //= 2
-    return batch
-
-
-class Round(NamedTuple):
-    """Groups of documents between which no state passes, in the order of work, and
-    those on which the base weights are trained afterwards (none in the last)."""
-    groups: list[np.ndarray]
-    train_on: np.ndarray | None
-
-
-def grouped(s: Settings, documents: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    """Documents (their numbers) in groups of at most TTT_BATCH_SIZE of similar
-    lengths, longest first. In stream order of about equal size: a single document
-    would compile another graph."""
-    if not len(documents):
-        return []
-    order = documents[np.argsort(lengths[documents], kind="stable")]
-    size = s.ttt_batch_size
-    if s.ttt_doc_order == "length":
-        groups = np.array_split(order, range(size, len(order), size))
-    else:
-        groups = np.array_split(order, math.ceil(len(order) / size))
-    return sorted(groups, key=lambda group: -lengths[group].max())
-
-
 def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
     """The groups of all documents, cut at the phases: each follows so many scored
     documents as its bound says."""
@@ -2398,19 +2370,6 @@ def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
         return rounds_by_stream(s, lengths, bounds)
     return rounds_by_length(s, lengths, bounds)
 
-
-def rounds_by_stream(s: Settings, lengths: np.ndarray, bounds: list[int]) -> list[Round]:
-    """Round i holds the i-th part of the stream's first documents, so that none is
-    influenced by a later one."""
-    everything, rounds, begin = np.arange(len(lengths)), [], 0
-    for end in bounds:
-        if begin < end <= len(lengths):
-            rounds.append(Round(grouped(s, everything[begin:end], lengths), everything[:end]))
-            begin = end
-    return rounds + [Round(grouped(s, everything[begin:], lengths), None)]
-
-
-# --- one step
 
 @torch.no_grad()
 def normalised_step(s: Settings, params: list[Tensor], exact: list[Tensor], squares: list[Tensor],
@@ -2450,12 +2409,14 @@ def normalised_step(s: Settings, params: list[Tensor], exact: list[Tensor], squa
 class GroupRows:
     """A group's documents, a row each, the longest last: where they begin in the
     stream, how many targets they have. adapter None: they are scored only; cache None:
-    every chunk's context is encoded again."""
+    every chunk's context is encoded again. base: the same documents without adapters,
+    where TTT_BASE_SHARE wants them."""
     starts: np.ndarray
     targets: np.ndarray
-    adapter: Adapter | None
-    optimiser: torch.optim.Optimizer | None
-    cache: KeyCache | None
+    adapter: Adapter | None = None
+    optimiser: torch.optim.Optimizer | None = None
+    cache: KeyCache | None = None
+    base: GroupRows | None = None
 
     def keep_last(self, rows: int) -> None:
         """Go on with the longest documents only."""
@@ -2550,12 +2511,14 @@ class PhasedTTT:
         starts, targets = self.val.documents.start[group], self.lengths[group] - 1
         if len(group) == 1 < s.ttt_batch_size:      # 1 row would compile another graph
             starts, targets = np.repeat(starts, 2), np.append(0, targets)
-        adapter = optimiser = None
+        rows = GroupRows(starts, targets)
+        rows.cache = KeyCache(s.ttt_eval_seq_len, states=s.ttt_cache_lambda > 0)
         if self.watch.level < NO_ADAPTATION:
-            adapter = self.adapter_for(len(starts))
-            optimiser = self.optimiser(adapter)
-        cache = KeyCache(s.ttt_eval_seq_len, states=s.ttt_cache_lambda > 0)
-        return GroupRows(starts, targets, adapter, optimiser, cache)
+            rows.adapter = self.adapter_for(len(starts))
+            rows.optimiser = self.optimiser(rows.adapter)
+            if s.ttt_base_share:
+                rows.base = GroupRows(starts, targets, cache=KeyCache(s.ttt_eval_seq_len))
+        return rows
 
     def shrink_to_live(self, rows: GroupRows, begin: int) -> None:
         """Drop documents that end by `begin`."""
@@ -2568,16 +2531,18 @@ class PhasedTTT:
         """What the forward over the chunk [begin, end) takes in."""
         rerun = 0
         if begin:
-            rerun = rows.cache.advance(end - begin, suffix_at(self.s, self.watch.level))
+            suffix = suffix_at(self.s, self.watch.level) if rows.adapter is not None else 0
+            rerun = rows.cache.advance(end - begin, suffix)
         self.shrink_to_live(rows, begin)
         return chunk_window(rows.targets, begin, end, rerun)
 
     def adapt_chunk(self, rows: GroupRows, begin: int, end: int) -> None:
         """Score the chunk [begin, end) of every row; those that go on learn from it."""
+        base = self.base_losses(rows, begin, end)
         window = self.next_window(rows, begin, end)
         cache = rows.cache
         with torch.set_grad_enabled(rows.adapter is not None):      # at every level: one graph
-            scored = self.score_chunk(rows.starts, window, rows.adapter, cache)
+            scored = self.score_chunk(rows.starts, window, rows.adapter, cache, base)
             later = trained_rows(self.s, rows.targets, end)
             if later.any() and self.watch.level < NO_ADAPTATION:
                 self.adapt(rows.adapter, rows.optimiser, scored, self.on_device(later))
@@ -2585,16 +2550,39 @@ class PhasedTTT:
                     cache.new = {}      # left by forwards after a step
 
     def on_device(self, x: np.ndarray) -> Tensor:
-        return torch.from_numpy(x).to(self.world.device)
+        return sent(torch.from_numpy(x), self.world.device)
 
-    def score_chunk(self, starts: np.ndarray, w: ChunkWindow, adapter: Adapter | None,
-                    cache: KeyCache | None) -> Scored:
-        """One forward over the chunk and its context; booked before anything learns."""
+    def tokens_of(self, starts: np.ndarray, w: ChunkWindow) -> tuple:
+        """A window's inputs and targets (B, W), their places in the stream, which are scored."""
         column = np.arange(w.width)
         valid = column < (w.offset + w.count)[:, None]
         at = np.where(valid, (starts + w.begin)[:, None] + column, 0)
         x, y = (self.on_device(np.where(valid, tokens[at], 0).astype(np.int64))
                 for tokens in (self.val.tokens, self.val.targets))
+        return x, y, at, valid & (column >= w.offset[:, None])
+
+    def of_scored(self, losses: Tensor, counted: np.ndarray) -> Tensor:
+        """Losses (N,) of the scored targets, row by row, of losses (B, W)."""
+        return losses.detach().flatten()[self.on_device(np.flatnonzero(counted))]
+
+    def base_losses(self, rows: GroupRows, begin: int, end: int) -> Tensor | None:
+        """Losses (N,) of the chunk's targets by the model without adapters, if they count."""
+        base = rows.base
+        if base is None or self.watch.level == NO_ADAPTATION:
+            return None
+        window = self.next_window(base, begin, end)
+        x, y, at, counted = self.tokens_of(base.starts, window)
+        forward = functools.partial(self.losses, plan=self.plan, cache=base.cache)
+        with torch.no_grad():
+            _, losses = tilted_losses(self.s, forward, x, y, at, self.val.hints)
+        base.cache.seal(x)
+        return self.of_scored(losses, counted)
+
+    def score_chunk(self, starts: np.ndarray, w: ChunkWindow, adapter: Adapter | None,
+                    cache: KeyCache | None, base: Tensor | None = None) -> Scored:
+        """One forward over the chunk and its context; booked before anything learns, mixed
+        with what the base model says of the same targets, base (N,)."""
+        x, y, at, counted = self.tokens_of(starts, w)
 
         def forward(x: Tensor = x, y: Tensor = y) -> Tensor:
             return self.losses(x, y, self.plan, None, adapter, cache)
@@ -2603,10 +2591,10 @@ class PhasedTTT:
         losses, booked = tilted_losses(self.s, forward, x, y, at, self.val.hints)
         if cache is not None and cache.states:
             booked = mixed_with_cache(self.s, booked, cache)
-        counted = valid & (column >= w.offset[:, None])
-        positions = self.on_device(at[counted])
-        keep = self.on_device(np.flatnonzero(counted))
-        self.ledger.book(positions, booked.flatten()[keep])
+        positions, scores = self.on_device(at[counted]), self.of_scored(booked, counted)
+        if base is not None:
+            scores = mixed_with_base(self.s, scores, base)
+        self.ledger.book(positions, scores)
         if cache is not None:      # of the scored forward: steps run more
             cache.seal(x)
         self.trace("chunk", x=x, y=y, losses=booked.detach(), offsets=w.offset,
@@ -2760,6 +2748,8 @@ def set_up(s: Settings, world: World) -> str:
             torch.set_num_threads(1)
     # plans, grad modes and batch shapes share one code object
     torch._dynamo.config.recompile_limit = 64
+    # settings that are floats are constants: as symbols they take longer to compile
+    torch._dynamo.config.specialize_float = True
     # sizes that are equal by chance stay apart
     torch.fx.experimental._config.use_duck_shape = False
     ATTENTION, why = resolve_attention(s.attn_backend, world.device)
@@ -3228,8 +3218,10 @@ PATIENCE = {
     "scoring": (250.0, 1800.0),
     "adapting": (250.0, 1800.0),
     "checking": (1500.0, 1800.0),
+    "compiling-step": (900.0, 1200.0),
 }
 USUAL_PATIENCE = (250.0, 300.0)
+COMPILING_PATIENCE = PATIENCE["compiling-step"]     # a large graph gives no sign of life
 
 
 class Pulse:
@@ -3239,6 +3231,7 @@ class Pulse:
         self.doing, self.beats, self.at = "set-up", 0, time.monotonic()
         self.longest: dict[str, float] = {}     # seconds between two beats, by first word
         self.waiting = False                    # in a collective
+        self.compiling = False                  # graphs that are new
         self.ending = False                     # the heartbeat is about to end this process
         self.wait = 0.0                         # the collectives' time limit in force, in seconds
         self.show: Callable[[str, float], None] | None = None      # hears what is done, and what share of it
@@ -3255,6 +3248,8 @@ class Pulse:
         """PATIENCE now; at least ten of the longest so far."""
         word = self.doing.split()[0]
         progress, wait = PATIENCE.get(word, USUAL_PATIENCE)
+        if self.compiling:
+            progress, wait = COMPILING_PATIENCE
         least = 10 * self.longest[word] if word in self.longest else USUAL_PATIENCE[0]
         return max(progress, least), max(wait, 1.2 * least)
 
@@ -3311,6 +3306,13 @@ class World:
         for n, item in enumerate(items):
             self.beat(f"{doing} {n + 1} of {len(items)}", n / len(items))
             yield item
+
+    @contextlib.contextmanager
+    def compiling(self):
+        """Inside, from the next beat on, graphs may be compiled for minutes."""
+        self.pulse.compiling = True
+        yield
+        self.pulse.compiling = False
 
     @contextlib.contextmanager
     def waiting(self):
@@ -5063,6 +5065,12 @@ class Layout:
     isolate: bool = False
 
 
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """x (CPU) on the device, without waiting for what that still computes."""
+    placed = x.device.type == device.type
+    return x if placed else x.pin_memory().to(device, non_blocking=True)
+
+
 class Batch(NamedTuple):
     """x, y (B, T) int64; of a packed row: bounds, its longest piece, the cut, its tokens."""
     x: Tensor
@@ -5074,10 +5082,8 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """A copy on the device; from pinned memory without waiting."""
-        def move(t):
-            placed = t is None or t.device.type == device.type
-            return t if placed else t.pin_memory().to(device, non_blocking=True)
-        return self._replace(x=move(self.x), y=move(self.y), cu_seqlens=move(self.cu_seqlens))
+        cu_seqlens = None if self.cu_seqlens is None else sent(self.cu_seqlens, device)
+        return self._replace(x=sent(self.x, device), y=sent(self.y, device), cu_seqlens=cu_seqlens)
 
     def rows(self, length: int) -> Batch:
         """The same tokens as rows of this length, documents not kept apart."""
@@ -6507,10 +6513,11 @@ fa4_forward.register_autograd(fa4_gradient, setup_context=save_all)
 
 def self_test(name: str, device: torch.device) -> str:
     """How a loaded backend fails, empty if it does not: forward and backward against the
-    plain twin, packed with a padded end, square, with cached keys, and compiled as in the
-    model."""
-    backend = torch.compile(BACKENDS[name], fullgraph=True, dynamic=False, backend="aot_eager")
+    plain twin, packed with a padded end, square, with cached keys, and compiled as in
+    training and adaptation."""
     for keys, bounds in ((128, [0, 40, 41, 128, 128]), (128, None), (192, None)):
+        backend = torch.compile(BACKENDS[name], fullgraph=True, dynamic=bounds is None,
+                                backend="aot_eager")
         random = torch.Generator().manual_seed(0)
         shapes = (128, 8), (keys, 4), (keys, 4), (128, 8)
         q, k, v, dy = (torch.randn(1, *shape, 64, generator=random).to(device, torch.bfloat16)
@@ -7902,6 +7909,14 @@ def mixed_with_cache(s: Settings, losses: Tensor, cache: KeyCache) -> Tensor:
     return -torch.log((1 - w) * torch.exp(-losses) + w * chance)
 
 
+def mixed_with_base(s: Settings, losses: Tensor, base: Tensor) -> Tensor:
+    """Losses (N,) once a target's adapted probability is mixed with the base model's:
+    (1 - TTT_BASE_SHARE) p + TTT_BASE_SHARE p_base, which sums to 1 over the vocabulary.
+    A step that went too far costs less, so steps may be longer."""
+    share = s.ttt_base_share
+    return -torch.logaddexp(math.log1p(-share) - losses, math.log(share) - base)
+
+
 # ========================================
 # 14  Probes and checks: what is proved before the first step and before the evaluation clock
 # ========================================
@@ -7984,7 +7999,8 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
         s = dataclasses.replace(s, eval_seq_len=min(window, s.eval_seq_len),
                                 ttt_eval_seq_len=min(window, s.ttt_eval_seq_len))
     longest = dict(world.pulse.longest)
-    with one_thread() if small else contextlib.nullcontext(), weights_kept(model):
+    patience = one_thread() if small else world.compiling()
+    with patience, weights_kept(model):
         findings = probe_conditions(s, world, model)
     world.pulse.longest = longest      # what compiling took here is no measure of an evaluation
     return findings
@@ -8179,9 +8195,10 @@ def probe_normalisation(s: Settings, world: World, model: GPT) -> Iterator[Findi
     if s.ttt_enabled:
         ttt = dataclasses.replace(
             s, ttt_chunk_size=2, ttt_short_score_first_enabled=False, ttt_batch_size=256,
-            ttt_lora_rank=4, ttt_lora_alpha=8.0, ttt_lora_lr=0.001, ttt_warm_start_a=False,
-            ttt_train_min_doc_len=0, ttt_train_max_doc_len=0, ttt_doc_order="stream",
-            phased_ttt_prefix_docs=0, ttt_cache_theta=min(s.ttt_cache_theta, 1.0))
+            ttt_lora_rank=4, ttt_lora_alpha=4 * s.ttt_lora_alpha / s.ttt_lora_rank,
+            ttt_lora_lr=0.001, ttt_warm_start_a=False, ttt_train_min_doc_len=0,
+            ttt_train_max_doc_len=0, ttt_doc_order="stream", phased_ttt_prefix_docs=0,
+            ttt_cache_theta=min(s.ttt_cache_theta, 1.0))
         evaluation = PhasedTTT(ttt, world, model, val)
         evaluation.run()
         yield probe_sum("C2 test-time training", evaluation.ledger)
@@ -9688,6 +9705,52 @@ class KeyCache:
             self.last = self.last[rows]
 
 
+# --- groups of documents, and rounds of groups
+
+class Round(NamedTuple):
+    """Groups of documents between which no state passes, in the order of work, and
+    those on which the base weights are trained afterwards (none in the last)."""
+    groups: list[np.ndarray]
+    train_on: np.ndarray | None
+
+
+def grouped(s: Settings, documents: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """Documents (their numbers) in groups of at most TTT_BATCH_SIZE of similar
+    lengths, longest first. In stream order of about equal size: a single document
+    would compile another graph."""
+    if not len(documents):
+        return []
+    order = documents[np.argsort(lengths[documents], kind="stable")]
+    size = s.ttt_batch_size
+    if s.ttt_doc_order == "length":
+        groups = np.array_split(order, range(size, len(order), size))
+    else:
+        groups = np.array_split(order, math.ceil(len(order) / size))
+    return sorted(groups, key=lambda group: -lengths[group].max())
+
+
+def rounds_by_stream(s: Settings, lengths: np.ndarray, bounds: list[int]) -> list[Round]:
+    """Round i holds the i-th part of the stream's first documents, so that none is
+    influenced by a later one."""
+    everything, rounds, begin = np.arange(len(lengths)), [], 0
+    for end in bounds:
+        if begin < end <= len(lengths):
+            rounds.append(Round(grouped(s, everything[begin:end], lengths), everything[:end]))
+            begin = end
+    return rounds + [Round(grouped(s, everything[begin:], lengths), None)]
+
+
+# --- one step
+
+
+def rows_kept_for(batch: int, live: int) -> int:
+    """Rows for `live` documents left: `batch` halved while they fit in, never down to 1,
+    which would compile another graph."""
+    while live <= batch // 2 > 1:
+        batch //= 2
+    return batch
+
+
 # --- the watchdog
 
 class Level(NamedTuple):
@@ -9706,6 +9769,7 @@ LEVELS = (
 )
 NO_PHASES, NO_ADAPTATION = 1, len(LEVELS) - 1
 WATCH_EVERY = 8             # chunks between two looks at the clock
+ENDING_SECONDS, ENDING_SHARE = 8.0, 0.05     # of the budget: waiting for other ranks, sums, books
 
 
 def suffix_at(s: Settings, level: int) -> int:
@@ -9742,7 +9806,7 @@ class Watchdog:
         for level in range(NO_ADAPTATION):
             inputs = np.diff(bounds) + suffix_at(s, level)
             columns = np.minimum(window, inputs) if s.ttt_kv_reuse else window
-            passes.append(3.0 * columns.sum())
+            passes.append(3.0 * columns.sum() + (longest if s.ttt_base_share else 0))
         return len(group) * np.array([*passes, longest])
 
     def share(self) -> float:
@@ -9764,7 +9828,8 @@ class Watchdog:
         pace = self.spent / self.done if self.done else 0.0
         ends = now + pace * self.left
         ends[0] += self.phase_pace * self.phase_tokens
-        fits = (i for i in range(self.level, NO_ADAPTATION) if ends[i] < self.clock.budget)
+        latest = self.clock.budget - min(ENDING_SECONDS, ENDING_SHARE * self.clock.budget)
+        fits = (i for i in range(self.level, NO_ADAPTATION) if ends[i] < latest)
         level = next(fits, NO_ADAPTATION)
         if level > self.level:
             self.give_up(level, elapsed=now, predicted_end=ends[self.level])
@@ -10471,13 +10536,13 @@ class LineageTTT(PhasedTTT):
         return batch.rows(self.s.eval_seq_len)
 
     def score_chunk(self, starts: np.ndarray, w: ChunkWindow, adapter: Adapter | None,
-                    cache: KeyCache | None) -> Scored:
+                    cache: KeyCache | None, base: Tensor | None = None) -> Scored:
         if adapter is None or not adapter.correctors:
-            return super().score_chunk(starts, w, adapter, cache)
+            return super().score_chunk(starts, w, adapter, cache, base)
         bias = np.stack([corrector.bias() for corrector in adapter.correctors])
         bias = torch.from_numpy(bias).to(self.world.device, torch.bfloat16)
         adapter.bias = bias[:, None]
-        scored = super().score_chunk(starts, w, adapter, cache)
+        scored = super().score_chunk(starts, w, adapter, cache, base)
         first = starts + w.begin + w.offset + 1
         for corrector, begin, count in zip(adapter.correctors, first, w.count):
             corrector.update(self.val.tokens[begin:begin + count].tolist())

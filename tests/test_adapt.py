@@ -612,10 +612,21 @@ def test_the_watchdog_scores_everything_in_time(s, budget, given_up):
 
 
 @every_form
+def test_a_share_of_the_model_without_adapters_is_mixed_in(s):
+    """Of its probabilities; and what adapters learn does not depend on it."""
+    s = changed(s, ttt_base_share=0, phased_ttt_prefix_docs=0, ttt_eval_seq_len=256)
+    adapted, base, mixed = (run(changed(s, **changes))[0].ledger.loss for changes in (
+        {}, dict(ttt_lora_lr=0, ttt_step_share=0), dict(ttt_base_share=0.3)))
+    assert not torch.allclose(adapted, base, atol=0.01)
+    expected = -(0.7 * torch.exp(-adapted) + 0.3 * torch.exp(-base)).log()
+    assert torch.allclose(mixed, expected, atol=1e-4)
+
+
+@every_form
 def test_a_cache_mixture_is_what_it_says(s):
     """Against one made place by place from all earlier hidden states, with nothing learned."""
     s = changed(s, ttt_kv_reuse=True, ttt_lora_lr=0.0, phased_ttt_prefix_docs=0,
-                ttt_eval_seq_len=256, ttt_cache_lambda=0.4, ttt_cache_theta=3.0)
+                ttt_eval_seq_len=256, ttt_cache_lambda=0.4, ttt_cache_theta=3.0, ttt_base_share=0)
     ttt, _ = run(s)
     model, documents = sine_model(s), ttt.val.documents
     for a, n in zip(documents.start[:4], documents.length):

@@ -37,12 +37,13 @@ def test_evaluation_meets_no_graph_that_its_probes_have_not(tracing):
 
 
 @pytest.mark.parametrize("changes, graphs", [
-    # a document's beginning, what goes on from cached keys, and the step
+    # a document's beginning, what goes on from cached keys, and the step; without adapters two more
     pytest.param(
-        dict(TTT_CACHE_LAMBDA=0.3, CORRECTOR_ALPHA=0.3, CORRECTOR_ORDERS="2,3"), 3, marks=pytest.mark.long),
-    (dict(TTT_SUFFIX=20, TTT_STEP_SHARE=0.1), 3),
+        dict(TTT_CACHE_LAMBDA=0.3, CORRECTOR_ALPHA=0.3, CORRECTOR_ORDERS="2,3"), 5, marks=pytest.mark.long),
+    (dict(TTT_SUFFIX=20, TTT_STEP_SHARE=0.1), 5),
+    (dict(TTT_SUFFIX=20, TTT_STEP_SHARE=0.1, TTT_BASE_SHARE=0), 3),
     pytest.param(
-        dict(TTT_KV_REUSE=0, TTT_WARM_START_A=1, TTT_OPTIMIZER="adam", TTT_DOC_ORDER="length"), 1,
+        dict(TTT_KV_REUSE=0, TTT_WARM_START_A=1, TTT_OPTIMIZER="adam", TTT_DOC_ORDER="length"), 3,
         marks=pytest.mark.long),
 ])
 def test_adaptation_needs_few_graphs(changes, graphs, tracing):

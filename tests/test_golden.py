@@ -96,7 +96,7 @@ def evaluation_numbers():
     plain = tg.Scorer(s, tg.World(), sine_model(s)).windows(val, 16)
     exact = tg.dataclasses.replace(
         s, ttt_kv_reuse=False, ttt_warm_start_a=True, ttt_optimizer="adam", ttt_doc_order="length",
-        ttt_short_score_first_enabled=False,
+        ttt_short_score_first_enabled=False, ttt_base_share=0,
     )
     out = {"sliding": [plain.loss, plain.bpb]}
     for name, how in (("ttt", exact), ("ttt_fast", s)):

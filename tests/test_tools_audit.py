@@ -115,14 +115,14 @@ def books_closed(ttt):
 score_chunk = PhasedTTT.score_chunk
 """
 LEARN_FIRST = BOOKS_CLOSED + """
-def learn_first(self, starts, w, adapter, cache):
+def learn_first(self, starts, w, adapter, cache, base=None):
     ends = self.val.documents.start + self.lengths - 1
     rows = %s
     if adapter is not None and rows.any():
         with books_closed(self), torch.enable_grad():
-            scored = score_chunk(self, starts, w, adapter, cache)
+            scored = score_chunk(self, starts, w, adapter, cache, base)
             self.adapt(adapter, None, scored, torch.from_numpy(rows))
-    return score_chunk(self, starts, w, adapter, cache)
+    return score_chunk(self, starts, w, adapter, cache, base)
 PhasedTTT.score_chunk = learn_first
 """
 UNBOOKED = BOOKS_CLOSED + """
