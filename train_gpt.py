@@ -1468,7 +1468,7 @@ class Trainer:
     def __init__(self, s: Settings, world: World, model: GPT):
         self.s, self.world, self.model = s, world, model
         self.accum, self.tokens = s.batch_shape(world.size)
-        self.losses = compiled(s, world.device, model.losses, fullgraph=True)
+        self.losses = compiled(s, world.device, model.losses, fullgraph=True, dynamic=False)
         self.times = StepTimes(world)
         self.rewind()
 
@@ -1513,16 +1513,17 @@ class Trainer:
 
     def warm_graph(self, length: int, plan: Plan, generator: torch.Generator) -> None:
         """WARMUP_STEPS steps on random tokens, cut at this length."""
-        for _ in range(self.s.warmup_steps):
+        for step in range(self.s.warmup_steps):
+            size = 128 if step % 2 else 1024      # attention has other kernels for many documents
             for _ in range(self.accum):
-                self.micro_step(self.random_batch(generator, length), plan)
+                self.micro_step(self.random_batch(generator, length, size), plan)
             self.update(1.0, self.s.muon_momentum)
 
-    def random_batch(self, generator: torch.Generator, length: int = 0) -> Batch:
-        """Random tokens in the loader's shape, cut at `length` (0: TRAIN_SEQ_LEN)."""
+    def random_batch(self, generator: torch.Generator, length: int = 0, size: int = 1024) -> Batch:
+        """Random documents in the loader's shape, cut at `length` (0: TRAIN_SEQ_LEN)."""
         s = self.s
         tokens = torch.randint(2, s.vocab_size, (self.tokens + 1,), generator=generator).numpy()
-        tokens[::max(2, s.train_seq_len // 2)] = BOS
+        tokens[::size] = BOS
         batch = packed_batch(tokens, length or s.train_seq_len)
         if LOADERS[s.train_loader].windowed:
             batch = batch.rows(s.train_seq_len)
@@ -2129,7 +2130,7 @@ class Scorer:
 
     def __init__(self, s: Settings, world: World, model: GPT):
         self.s, self.world, self.model = s, world, model
-        self.losses = compiled(s, world.device, model.losses, fullgraph=True)
+        self.losses = compiled(s, world.device, model.losses, fullgraph=True, dynamic=False)
         self.fixed = compiles(s, world.device)      # compiled graphs want one row length
         self.capacity = max(s.eval_seq_len, s.val_batch_tokens // GPUS)
 
@@ -2409,8 +2410,8 @@ def normalised_step(s: Settings, params: list[Tensor], exact: list[Tensor], squa
 class GroupRows:
     """A group's documents, a row each, the longest last: where they begin in the
     stream, how many targets they have. adapter None: they are scored only; cache None:
-    every chunk's context is encoded again. base: the same documents without adapters,
-    where TTT_BASE_SHARE wants them."""
+    every chunk's context is encoded again. base: the same without adapters, see
+    TTT_BASE_SHARE."""
     starts: np.ndarray
     targets: np.ndarray
     adapter: Adapter | None = None
@@ -2566,7 +2567,7 @@ class PhasedTTT:
         return losses.detach().flatten()[self.on_device(np.flatnonzero(counted))]
 
     def base_losses(self, rows: GroupRows, begin: int, end: int) -> Tensor | None:
-        """Losses (N,) of the chunk's targets by the model without adapters, if they count."""
+        """Losses (N,) of the chunk's targets without adapters, if they count."""
         base = rows.base
         if base is None or self.watch.level == NO_ADAPTATION:
             return None
@@ -2581,7 +2582,7 @@ class PhasedTTT:
     def score_chunk(self, starts: np.ndarray, w: ChunkWindow, adapter: Adapter | None,
                     cache: KeyCache | None, base: Tensor | None = None) -> Scored:
         """One forward over the chunk and its context; booked before anything learns, mixed
-        with what the base model says of the same targets, base (N,)."""
+        with base (N,)."""
         x, y, at, counted = self.tokens_of(starts, w)
 
         def forward(x: Tensor = x, y: Tensor = y) -> Tensor:
@@ -2752,14 +2753,16 @@ def set_up(s: Settings, world: World) -> str:
     torch._dynamo.config.specialize_float = True
     # sizes that are equal by chance stay apart
     torch.fx.experimental._config.use_duck_shape = False
-    ATTENTION, why = resolve_attention(s.attn_backend, world.device)
-    names = world.gather(ATTENTION)
-    if len(set(names)) > 1:
-        raise UserError(f"the ranks would use different attention kernels {names}; this one: "
-                        f"{why}. Set ATTN_BACKEND to one that runs everywhere")
-    if world.device.type == "cuda" and triton is not None:
-        for faults in world.gather(kernel_faults(world.device)):
-            FAULTY.update(faults)
+    with world.compiling():
+        world.beat("set-up")
+        ATTENTION, why = resolve_attention(s.attn_backend, world.device)
+        names = world.gather(ATTENTION)
+        if len(set(names)) > 1:
+            raise UserError(f"the ranks would use different attention kernels {names}; this one: "
+                            f"{why}. Set ATTN_BACKEND to one that runs everywhere")
+        if world.device.type == "cuda" and triton is not None:
+            for faults in world.gather(kernel_faults(world.device)):
+                FAULTY.update(faults)
     return "; ".join([why, *(f"without the kernel {name}: {fault}" for name, fault in FAULTY.items())])
 
 
@@ -5237,7 +5240,9 @@ class Prefetch:
     def __init__(self, stream: Stream, device: torch.device, given: int = 0, depth: int = 4):
         stream.skip(given)
         self.stream, self.device, self.given, self.epoch = stream, device, given, stream.epoch
-        self.reader = ThreadPoolExecutor(1)
+        # else the thread would begin on the first GPU
+        place = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self.reader = ThreadPoolExecutor(1, initializer=place)
         self.ahead = deque(self.reader.submit(self.read) for _ in range(depth))
 
     def read(self) -> tuple[Batch, float]:
@@ -6515,15 +6520,16 @@ def self_test(name: str, device: torch.device) -> str:
     """How a loaded backend fails, empty if it does not: forward and backward against the
     plain twin, packed with a padded end, square, with cached keys, and compiled as in
     training and adaptation."""
+    backend = torch.compile(BACKENDS[name], fullgraph=True, dynamic=False, backend="aot_eager")
     for keys, bounds in ((128, [0, 40, 41, 128, 128]), (128, None), (192, None)):
-        backend = torch.compile(BACKENDS[name], fullgraph=True, dynamic=bounds is None,
-                                backend="aot_eager")
         random = torch.Generator().manual_seed(0)
         shapes = (128, 8), (keys, 4), (keys, 4), (128, 8)
         q, k, v, dy = (torch.randn(1, *shape, 64, generator=random).to(device, torch.bfloat16)
                        for shape in shapes)
         cu = bounds and torch.tensor(bounds, dtype=torch.int32, device=device)
         leaves = [x.requires_grad_() for x in (q, k, v)]
+        for x in leaves if cu is None else ():      # chunks are of any length
+            torch._dynamo.mark_dynamic(x, 1)
         results = []
         for attend in (backend, attend_plain):
             with torch.enable_grad():
@@ -6610,9 +6616,12 @@ def resolve_attention(choice: str, device) -> tuple[str, str]:
     if choice not in ("auto", *BACKENDS):
         names = ", ".join(BACKENDS)
         raise UserError(f"ATTN_BACKEND={choice} is unknown; choose one of auto, {names}")
-    passed_over = []
+    device, passed_over = torch.device(device), []
     for name in BACKENDS if choice == "auto" else (choice,):
-        fault = attention_fault(name, torch.device(device))
+        fault = attention_fault(name, device)
+        if not fault and (choice, name, device.type) == ("auto", "plain", "cuda"):
+            raise UserError(f"no fast attention runs on this GPU ({'; '.join(passed_over)}): install "
+                            f"{PACKAGES['fa4'][1]}, or set ATTN_BACKEND=plain, many times slower")
         if not fault:
             by = "chosen" if choice == "auto" else "forced"
             return name, "; ".join((f"attention {name} ({by})", *passed_over))
@@ -8076,11 +8085,26 @@ def probe_causality(s: Settings, world: World, model: GPT,
         one, variants = probe_streams(ttt, s.ttt_doc_order)
         if s.ttt_doc_order == "stream":
             variants += shortened_stream(ttt, one)
-        if compiles(s, world.device):      # the graphs that the watchdog may fall back on
+        if compiles(s, world.device):
+            meet_full_groups(s, world, model)
+            # the graphs that the watchdog may fall back on
             first = NO_PHASES + 1 if suffix_at(s, 0) else NO_ADAPTATION
             for level in range(first, len(LEVELS)):
                 by_adapting(Validation.of(one), level)
         yield change("C1 test-time training", by_adapting, one, variants)
+
+
+def meet_full_groups(s: Settings, world: World, model: GPT) -> None:
+    """Adapt to as many made-up documents as a group has: what compiles the graphs of
+    adaptation chooses by the sizes that it meets first."""
+    chunk = chunk_rules(s)[0].chunk
+    length = min(suffix_at(s, 0) + 4 * chunk, s.ttt_eval_seq_len)
+    random = np.random.default_rng(0)
+    tokens = random.integers(4, s.vocab_size, (s.ttt_batch_size, length))
+    tokens[:, 0] = BOS
+    val = Validation.of(tokens.flatten())
+    val.hints = Hints.for_adapting(s, world, val)
+    PhasedTTT(dataclasses.replace(s, phased_ttt_prefix_docs=0), world, model, val).run()
 
 
 class Variant(NamedTuple):
@@ -9882,7 +9906,7 @@ def warn_of_shortened_steps(s: Settings, shortened: int, trace: Callable) -> Non
     most, remedy = f"{MOST_NATS:g} nats", "lower TTT_LORA_LR"
     if s.ttt_optimizer == "normalised":
         most = f"{MOST_SHARE:g} of the loss"
-        remedy = "lower TTT_LORA_LR, or set TTT_STEP_SHARE=0.25"
+        remedy = "lower TTT_LORA_LR, or set TTT_STEP_SHARE=0.35"
         if s.ttt_step_share:
             remedy = f"lower TTT_STEP_SHARE={s.ttt_step_share:g}"
     trace("warning", text=f"{shortened:,} adapter steps promised more than {most}, or had "

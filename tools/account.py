@@ -72,6 +72,7 @@ class Subject:
         self.world = tg.World(device=self.device)
         tg.self_test = lambda name, device: ""  # of attention: it would run kernels
         tg.kernel_faults = lambda device: {}
+        tg.sent = lambda x, device: x.to(device)  # what is made up cannot be pinned
         tg.set_up(s, self.world)
         if not tg.compiles(s, self.device):
             raise ToolError(f"with COMPILE={s.compile}, COMPUTE_DTYPE={s.compute_dtype} and ATTN_BACKEND="
@@ -135,10 +136,16 @@ class Subject:
             else:
                 tg.optimiser_step(rows.optimiser, trained)
 
-        forward = functools.partial(ttt.adapt_chunk, rows, begin, end)
+        def adapted():
+            rows.base = None  # its forward is a graph by itself
+            ttt.adapt_chunk(rows, begin, end)
+
+        forwards = [adapted]
+        if rows.base is not None:
+            forwards.insert(0, functools.partial(ttt.base_losses, rows, begin, end))
         if rows.optimiser is None:
-            return Job([forward, step])
-        return Job([forward], step)
+            return Job([*forwards, step])
+        return Job(forwards, step)
 
     def score(self) -> Job:
         """A packed row of documents, scored."""
