@@ -255,6 +255,7 @@ def _short(value) -> str:
 # The reference's own way of adapting: full windows encoded anew, AdamW or SGD, longest documents first.
 EXACT_ARITHMETIC = {
     "TTT_KV_REUSE": 0,
+    "TTT_BASE_SHARE": 0,
     "TTT_SHORT_SCORE_FIRST_ENABLED": 0,
     "TTT_DOC_ORDER": "length",
     "ATTN_BACKEND": "plain",

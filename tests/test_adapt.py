@@ -584,13 +584,13 @@ def test_the_watchdog_predicts_from_adaptation_alone(s, spent, level):
 @fast_form
 @pytest.mark.parametrize("level, suffix", [(2, 7), (3, 0)])
 def test_the_watchdog_shortens_the_suffix_before_it_gives_up_adapting(s, level, suffix):
-    """Half of 100 s is gone; the other half is enough at this level, whose scores are those of its suffix."""
+    """Half of 100 s is gone; 45 are enough at this level, whose scores are those of its suffix."""
     s = changed(s, ttt_suffix=21, phased_ttt_prefix_docs=0)
     ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s),
                        clock=tg.Clock(100, now=iter([0.0, 50.0]).__next__))
     left = sum(map(ttt.watch.costs, np.arange(14)[:, None]))
     assert left[0] == left[1] > left[2] > left[3] > left[4]
-    ttt.watch.spent, ttt.watch.done, ttt.watch.left = 49 / left[level], 1.0, left
+    ttt.watch.spent, ttt.watch.done, ttt.watch.left = 44 / left[level], 1.0, left
     ttt.watch.check_time()
     assert ttt.watch.level == level
     ttt.watch.clock = None
