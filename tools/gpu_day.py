@@ -703,7 +703,7 @@ FORMS = (  # what is known first if time runs out; the suffixes share a graph
     Form("TTT_SUFFIX=24", {"TTT_SUFFIX": 24}),
     Form("TTT_SUFFIX=0", {"TTT_SUFFIX": 0}),
     Form("scoring only", {}, adapts=False),
-    Form("exact (TTT_KV_REUSE=0)", {"TTT_KV_REUSE": 0}, share=0.25),
+    Form("exact (TTT_KV_REUSE=0)", {"TTT_KV_REUSE": 0, "TTT_BASE_SHARE": 0}, share=0.25),
 )
 
 
