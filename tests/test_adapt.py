@@ -568,9 +568,10 @@ def test_where_later_documents_end_is_nothing_to_earlier_ones(s, at):
     assert gap[:first - 1].max() < 2e-5 < 1e-3 < gap[first - 1:].max()
 
 
-@pytest.mark.parametrize("spent, level", [(1.0, 0), (5.5, tg.NO_ADAPTATION)])
+@pytest.mark.parametrize("spent, level", [(1.0, 0), (4.4, 0), (4.6, tg.NO_ADAPTATION)])
 def test_the_watchdog_predicts_from_adaptation_alone(s, spent, level):
-    """Half of 100 s is gone, most of it in phases and waiting: what counts is the pace of the groups done."""
+    """Half of 100 s is gone, most of it in phases and waiting: what counts is the pace of the groups done. Of
+    what is left 5 s are kept for the end."""
     given_up = []
     ttt = tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s), lambda event, **v: given_up.append(v),
                        tg.Clock(100, now=iter([0.0, 50.0]).__next__))
@@ -579,6 +580,15 @@ def test_the_watchdog_predicts_from_adaptation_alone(s, spent, level):
     watch.spent, watch.done, watch.left = spent, costs[0], 10 * costs
     watch.check_time()
     assert watch.level == level and len(given_up) == (level > 0)
+
+
+def test_a_share_of_the_model_without_adapters_is_a_pass_more(s):
+    group = np.arange(4)
+    with_it, without = (tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s)).watch.costs(group)
+                        for s in (s, changed(s, ttt_base_share=0)))
+    longest = tg.Validation(s).documents.length[group].max()
+    assert (with_it - without)[:tg.NO_ADAPTATION] == pytest.approx([4.0 * longest] * tg.NO_ADAPTATION)
+    assert with_it[tg.NO_ADAPTATION] == without[tg.NO_ADAPTATION]
 
 
 @fast_form

@@ -709,6 +709,13 @@ def test_resolve_attention_says_why():
         resolve_attention("flash", "cpu")
 
 
+def test_a_gpu_without_fast_attention_is_not_used_slowly(monkeypatch):
+    monkeypatch.setattr(kernels, "attention_fault", lambda name, _: "" if name == "plain" else "is broken")
+    with pytest.raises(UserError, match="no fast attention.*not fa3: is broken.*or set ATTN_BACKEND=plain"):
+        resolve_attention("auto", "cuda")
+    assert resolve_attention("plain", "cuda") == ("plain", "attention plain (forced)")
+
+
 # -------------------------------------------------------------------------------------- on a GPU only
 def document_lengths(total, longest=3072):
     """Log-normal lengths like FineWeb's (median 400, mean about 900), cut at `longest`, filling `total`."""

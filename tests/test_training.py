@@ -462,6 +462,19 @@ def test_without_a_budget_iterations_decide():
     assert pace.progress(5) == 0.5 and not pace.ended(9) and pace.ended(10) and not pace.near_end()
 
 
+def test_warm_up_meets_few_and_many_documents(s, monkeypatch):
+    counts, micro_step = [], tg.Trainer.micro_step
+
+    def seen(self, batch, plan):
+        counts.append(int((batch.x == tg.BOS).sum()))
+        return micro_step(self, batch, plan)
+
+    monkeypatch.setattr(tg.Trainer, "micro_step", seen)
+    s = tg.dataclasses.replace(s, warmup_steps=2, train_batch_tokens=2048)
+    tg.Trainer(s, tg.World(), sine_model(s)).warm_up()
+    assert max(counts) >= 4 * min(counts) > 0
+
+
 def test_warm_up_is_undone(s):
     model = sine_model(s)
     trainer = tg.Trainer(s, tg.World(), model)

@@ -150,6 +150,17 @@ def test_a_rank_that_holds_up_the_others_is_found(monkeypatch):
     assert job.pass_time(1000)[1] == [1] and 40 < job.now - begin < 60
 
 
+def test_compiling_may_take_a_quarter_of_an_hour(monkeypatch):
+    job = Job(monkeypatch)
+    with job.beats[0].world.compiling(), job.beats[1].world.compiling():
+        for beat in job.beats:
+            beat.world.beat("warm-up of graph 1 of 2")
+        assert not job.pass_time(850)[1]
+    begin = job.now
+    job.pass_time(2, work={0, 1})
+    assert job.pass_time(2000)[1] == [0, 1] and job.now - begin < 350
+
+
 def test_slow_steps_are_given_ten_times_their_length(monkeypatch):
     job = Job(monkeypatch)
     for _ in range(3):
