@@ -515,6 +515,8 @@ class Settings:
         False, "in evaluation, two caps: for positive and negative logits")
     rope_base: float = knob(10000.0, "rotary base", 1, 1e12)
     rope_dims: int = knob(16, "rotated channels of a head; 0: all", 0)
+    key_offset: bool = knob(
+        False, "the other channels of a key are those of the token before, in its document")
     qk_gain_init: float = knob(5.0, "initial gain of the normalised queries, per head", 0.01)
     xsa_last_n: int = knob(
         11, "last layers whose attention output is made orthogonal to its value", 0)
@@ -846,6 +848,7 @@ class Forward:
     adapter: BoundAdapter | None     # low-rank deltas of TTT
     hook: Callable | None            # hook(kind, layer, x) sees activations
     cache: KeyCache | None           # keys and values of earlier tokens
+    first: Tensor | None = None      # (B or 1, T) bool: tokens that nothing comes before
 
     def observe(self, kind: str, layer: int, x: Tensor) -> None:
         """Hand an activation to the forward hook, if there is one."""
@@ -971,6 +974,13 @@ class GPT(nn.Module):
         starts = torch.zeros(ids.size(1) + 1, dtype=torch.bool, device=ids.device)
         return ~starts.index_fill(0, layout.cu_seqlens.long(), True)[None, 1:-1]
 
+    def first_tokens(self, ids: Tensor, layout: Layout | None) -> Tensor:
+        """(B or 1, T) bool: the token begins its document, or its piece of a packed row."""
+        if layout is None:
+            return ids == BOS
+        starts = torch.zeros(ids.size(1) + 1, dtype=torch.bool, device=ids.device)
+        return starts.index_fill(0, layout.cu_seqlens.long(), True)[None, :-1]
+
     def smears_into(self, ids: Tensor, layout: Layout | None) -> Tensor | None:
         """(B or 1, T - 1) bool: tokens that take in the one before; None: all do."""
         same = self.same_segment(ids, layout)
@@ -990,6 +1000,8 @@ class GPT(nn.Module):
         """Attention branch of a layer on x (B, T, D), which it normalises; add: onto x."""
         s, weights, onto = self.s, forward.layers[layer], x if add else None
         q, k, v, logits, normed = self.project(forward, layer, slot, x)
+        if s.key_offset:
+            k = self.offset_keys(forward, slot, k)
         if forward.cache is None:
             y = attention(q, k, v, forward.layout)
         else:
@@ -1023,6 +1035,15 @@ class GPT(nn.Module):
         untouched = forward.hook is None and forward.adapter is None
         return normed_heads(x, forward.layers[layer], forward.rope, self.depth_scale(layer),
                             None if untouched else change)
+
+    def offset_keys(self, forward: Forward, slot: int, k: Tensor) -> Tensor:
+        """Keys k (B, T, K, Dh), rotated, with the other channels of the token before: what follows
+        a token is then found by that token."""
+        turned, own = k.tensor_split([2 * forward.rope[0].size(-1)], dim=-1)
+        ahead = own[:, :1] if forward.cache is None else forward.cache.key_ahead(slot, own)
+        before = torch.cat((ahead, own[:, :-1]), dim=1)
+        before = torch.where(forward.first[..., None, None], own, before)
+        return torch.cat((turned, before), dim=-1)
 
     def head_gate(self, logits: Tensor | None) -> Tensor | None:
         """Gate (B, T, H) of the heads, if there is one; 1/2 at the start."""
@@ -1090,7 +1111,8 @@ class GPT(nn.Module):
         rope = self.rope(ids.size(1), ids.device, start, window)
         bound = None if adapter is None else adapter.bind(x.dtype)
         weights = self.layer_weights(scaled=hook is None)
-        return Forward(weights, x, rope, layout, bound, hook, cache)
+        first = self.first_tokens(ids, layout) if self.s.key_offset else None
+        return Forward(weights, x, rope, layout, bound, hook, cache, first)
 
     def final_hidden(self, ids: Tensor, plan: Plan, layout: Layout | None = None,
                      adapter: Adapter | None = None, hook: Callable | None = None,
@@ -3109,6 +3131,9 @@ def check_model(s: Settings) -> None:
     if s.rope_dims % 2 or s.rope_dims > s.head_dim:
         raise UserError(f"ROPE_DIMS={s.rope_dims} does not fit: it must be even and at most "
                         f"the head width {s.head_dim}")
+    if s.key_offset and s.rope_dims in (0, s.head_dim):
+        raise UserError(f"KEY_OFFSET=1 finds no channel that ROPE_DIMS={s.rope_dims} does not rotate: "
+                        f"set that between 2 and {s.head_dim - 2}, or KEY_OFFSET=0")
     if s.gate_window > s.model_dim:
         raise UserError(f"GATE_WINDOW={s.gate_window} exceeds MODEL_DIM={s.model_dim}: lower it")
     if s.hidden_dim < 1:
@@ -9636,14 +9661,16 @@ class KeyCache:
 
     It sees `seen` kept keys, up to index `end`, and makes those of the suffix anew.
     position: the document's tokens ahead of its inputs; last (B, 2): the nearest of
-    them. states: final hidden states are kept as well."""
+    them. states: final hidden states are kept as well. ahead: by slot, the channels of the
+    key of the nearest token ahead that an offset hands on."""
     STATES = -1      # the slot of states (B, P, D), of length 1, and of tokens after them (B, P)
 
     def __init__(self, window: int, states: bool = False):
         self.window = window
         self.states = states
         self.new: dict[int, tuple[Tensor, Tensor]] = {}
-        self.sealed: tuple[Tensor, dict] | None = None
+        self.own: dict[int, Tensor] = {}      # by slot, channels before their offset
+        self.sealed: tuple[Tensor, dict, dict] | None = None
         self.begin_again()
 
     def begin_again(self) -> None:
@@ -9652,6 +9679,7 @@ class KeyCache:
         self.seen = 0
         self.end = 0
         self.last: Tensor | None = None
+        self.ahead: dict[int, Tensor] = {}
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attend(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -9661,6 +9689,12 @@ class KeyCache:
             return attention(q, k, v)
         # whole, and cut there: views would need other graphs
         return attention_on_kept(q, k, v, *self.kept[slot], self.end - self.seen, self.seen)
+
+    def key_ahead(self, slot: int, own: Tensor) -> Tensor:
+        """What a key offset hands to a forward's first token, (B, 1, K, channels); own: what
+        the forward's keys hand on."""
+        self.own[slot] = own.detach()
+        return self.ahead.get(slot, own[:, :1])
 
     def remember(self, hidden: Tensor, tokens: Tensor) -> None:
         """Keep final hidden states (B, T, D) and the tokens (B, T) that follow them."""
@@ -9676,15 +9710,15 @@ class KeyCache:
     def seal(self, ids: Tensor) -> None:
         """The forward over tokens ids (B, T) was scored: the keys it saw are those to
         keep."""
-        self.sealed = (ids, self.new)
-        self.new = {}
+        self.sealed = (ids, self.new, self.own)
+        self.new, self.own = {}, {}
 
     def advance(self, chunk: int, suffix: int = 0) -> int:
         """The chunk is over: the next forward runs the newest `suffix` tokens again, if
         the window has room for them beside `chunk` new ones. Returns how many it runs
         again: all where fewer than two keys lie ahead of the suffix, as a document's
         beginning has a graph already; any other suffix shares one graph."""
-        ids, new = self.sealed
+        ids, new, own = self.sealed
         self.sealed = None
         keys = self.seen + ids.size(1)
         room = self.window - chunk
@@ -9697,6 +9731,8 @@ class KeyCache:
         self.write(new, ids.size(1))
         self.end += ids.size(1) - rerun
         self.seen = seen
+        last = ids.size(1) - rerun - 1
+        self.ahead = {slot: x[:, last:last + 1].clone() for slot, x in own.items()}
         return rerun
 
     def write(self, new: dict, length: int) -> None:
@@ -9725,6 +9761,7 @@ class KeyCache:
         """Go on with these documents only."""
         for slot, (k, v) in self.kept.items():
             self.kept[slot] = (k[rows].clone(), v[rows].clone())
+        self.ahead = {slot: x[rows].clone() for slot, x in self.ahead.items()}
         if self.last is not None:
             self.last = self.last[rows]
 
@@ -10396,7 +10433,7 @@ class LineageGPT(GPT):
         if not self.s.ve_enabled:
             return f
         values = self.token_values(ids)
-        return LineageForward(f.layers, f.x0, f.rope, f.layout, f.adapter, f.hook, f.cache, values)
+        return LineageForward(f.layers, f.x0, f.rope, f.layout, f.adapter, f.hook, f.cache, f.first, values)
 
     def project(self, forward: Forward, layer: int, slot: int, x: Tensor) -> tuple[Tensor, ...]:
         s, weights = self.s, forward.layers[layer]

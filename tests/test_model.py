@@ -15,6 +15,7 @@ GATES = [
         TIE_EMBEDDINGS=0,
         PARALLEL_START_LAYER=0,
     ),
+    dict(KEY_OFFSET=1),
 ]
 
 
@@ -41,6 +42,43 @@ def test_packed_documents_score_as_if_alone(changes):
         packed = model.losses(x, y, plan, layout)
         alone = [model.losses(x[:, a:b], y[:, a:b], plan) for a, b in ((0, 17), (17, 40), (40, 48))]
     assert torch.allclose(packed, torch.cat(alone, 1), atol=2e-5)
+
+
+def test_keys_hand_on_what_is_not_rotated_within_a_document():
+    s = settings(KEY_OFFSET=1)
+    model, x = sine_model(s), tokens(2, 12)
+    x[0, [0, 5]] = tg.BOS
+    k = torch.randn(2, 12, 1, 32, generator=torch.Generator().manual_seed(0))
+    forward = model.begin(x, None, None, None, None)
+    shifted = model.offset_keys(forward, 0, k)
+    first, turned = torch.zeros(2, 12, dtype=torch.bool), slice(0, s.rope_dims)
+    first[0, [0, 5]] = first[1, 0] = True
+    assert torch.equal(shifted[..., turned], k[..., turned])
+    own, before = k[..., s.rope_dims:], k.roll(1, 1)[..., s.rope_dims:]
+    assert torch.equal(shifted[..., s.rope_dims:], torch.where(first[..., None, None], own, before))
+    with pytest.raises(tg.UserError, match="KEY_OFFSET=1 finds no channel .* ROPE_DIMS=32"):
+        settings(KEY_OFFSET=1, ROPE_DIMS=32)
+
+
+def test_keys_of_a_suffix_take_what_is_handed_on_from_the_kept_ones():
+    """The suffix is run again by the same weights: chunk by chunk it is the whole row."""
+    s = settings(KEY_OFFSET=1)
+    model, plan, x = sine_model(s), tg.layer_plan(s, True), tokens(2, 40)
+    x[:, 0] = tg.BOS
+    y, cache, parts, rerun = x.roll(-1, 1), tg.KeyCache(96), [], 0
+    with torch.no_grad():
+        whole = model.losses(x, y, plan)
+        for a, b in ((0, 10), (10, 21), (21, 30), (30, 40)):
+            if a:
+                rerun = cache.advance(b - a, suffix=6)
+            if a == 21:      # a document has ended
+                cache.keep(slice(-1, None))
+                x, y, whole = x[-1:], y[-1:], whole[-1:]
+                parts = [part[-1:] for part in parts]
+            inputs = slice(a - rerun, b)
+            parts.append(model.losses(x[:, inputs], y[:, inputs], plan, cache=cache)[:, rerun:])
+            cache.seal(x[:, inputs])
+    assert rerun == 6 and torch.allclose(whole, torch.cat(parts, 1), atol=2e-5)
 
 
 def test_fresh_adapter_changes_nothing_and_rows_are_independent():
@@ -135,7 +173,7 @@ def test_bfloat16_activations_stay_close():
 
 MECHANISMS = (
     TABLES,
-    {**TABLES, "SMEAR_GATE_BOS_FIX": 0, "BIGRAM_DIM": 64, "VE_DIM": 32},
+    {**TABLES, "SMEAR_GATE_BOS_FIX": 0, "KEY_OFFSET": 1, "BIGRAM_DIM": 64, "VE_DIM": 32},
     {**LANES, "SKIP_INTO_LANES": 0},
     {**LANES, "ASYM_LOGIT_RESCALE": 1, "NEGATIVE_SLOPE": 0.3},
 )
