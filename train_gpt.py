@@ -971,11 +971,10 @@ class GPT(nn.Module):
         """(1, T - 1) bool: the token before is of the same segment; None: all are."""
         if layout is None or not layout.isolate:
             return None
-        starts = torch.zeros(ids.size(1) + 1, dtype=torch.bool, device=ids.device)
-        return ~starts.index_fill(0, layout.cu_seqlens.long(), True)[None, 1:-1]
+        return ~self.first_tokens(ids, layout)[:, 1:]
 
     def first_tokens(self, ids: Tensor, layout: Layout | None) -> Tensor:
-        """(B or 1, T) bool: the token begins its document, or its piece of a packed row."""
+        """(B or 1, T) bool: the token begins its document, or its segment of a packed row."""
         if layout is None:
             return ids == BOS
         starts = torch.zeros(ids.size(1) + 1, dtype=torch.bool, device=ids.device)
@@ -1001,7 +1000,7 @@ class GPT(nn.Module):
         s, weights, onto = self.s, forward.layers[layer], x if add else None
         q, k, v, logits, normed = self.project(forward, layer, slot, x)
         if s.key_offset:
-            k = self.offset_keys(forward, slot, k)
+            k = offset_keys(k, forward, slot)
         if forward.cache is None:
             y = attention(q, k, v, forward.layout)
         else:
@@ -1035,15 +1034,6 @@ class GPT(nn.Module):
         untouched = forward.hook is None and forward.adapter is None
         return normed_heads(x, forward.layers[layer], forward.rope, self.depth_scale(layer),
                             None if untouched else change)
-
-    def offset_keys(self, forward: Forward, slot: int, k: Tensor) -> Tensor:
-        """Keys k (B, T, K, Dh), rotated, with the other channels of the token before: what follows
-        a token is then found by that token."""
-        turned, own = k.tensor_split([2 * forward.rope[0].size(-1)], dim=-1)
-        ahead = own[:, :1] if forward.cache is None else forward.cache.key_ahead(slot, own)
-        before = torch.cat((ahead, own[:, :-1]), dim=1)
-        before = torch.where(forward.first[..., None, None], own, before)
-        return torch.cat((turned, before), dim=-1)
 
     def head_gate(self, logits: Tensor | None) -> Tensor | None:
         """Gate (B, T, H) of the heads, if there is one; 1/2 at the start."""
@@ -2372,26 +2362,6 @@ def chunk_bounds(s: Settings, length: int) -> list[int]:
         while bounds[-1] < min(until, length - 1):
             bounds.append(bounds[-1] + min(chunk, s.ttt_eval_seq_len))
     return bounds
-
-
-def trained_rows(s: Settings, targets: np.ndarray, end: int) -> np.ndarray:
-    """(B,) bool: which documents learn from a chunk ending at `end`: those going on,
-    within TTT_TRAIN_*_DOC_LEN; in stream order by the position, as no end is known."""
-    most = s.ttt_train_max_doc_len or math.inf
-    goes_on = targets > end
-    if s.ttt_doc_order == "stream":
-        return goes_on & (end < most)
-    return goes_on & (targets + 1 >= s.ttt_train_min_doc_len) & (targets < most)
-
-
-def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
-    """The groups of all documents, cut at the phases: each follows so many scored
-    documents as its bound says."""
-    phases = s.phased_ttt_num_phases if s.phased_ttt_prefix_docs else 0
-    bounds = [s.phased_ttt_prefix_docs * (i + 1) // phases for i in range(phases)]
-    if s.ttt_doc_order == "stream":
-        return rounds_by_stream(s, lengths, bounds)
-    return rounds_by_length(s, lengths, bounds)
 
 
 @torch.no_grad()
@@ -6118,6 +6088,16 @@ def normed_heads(x: Tensor, weights: dict[str, Tensor], rope: tuple[Tensor, Tens
     return q, k, v, None if gate is None else F.linear(normed[..., :gate.size(1)], gate), normed
 
 
+def offset_keys(k: Tensor, forward: Forward, slot: int) -> Tensor:
+    """Keys k (B, T, K, Dh), turned; the channels that do not turn are those of the token before,
+    in its document: what follows a token is then found by that token."""
+    turned, own = k.tensor_split([2 * forward.rope[0].size(-1)], dim=-1)
+    ahead = own[:, :1] if forward.cache is None else forward.cache.key_ahead(slot, own)
+    before = torch.cat((ahead, own[:, :-1]), dim=1)
+    before = torch.where(forward.first[..., None, None], own, before)
+    return torch.cat((turned, before), dim=-1)
+
+
 # --- sums of streams: the factors' gradients from one more reading of what was summed
 
 class Blend(torch.autograd.Function):
@@ -9775,6 +9755,16 @@ class Round(NamedTuple):
     train_on: np.ndarray | None
 
 
+def ttt_rounds(s: Settings, lengths: np.ndarray) -> list[Round]:
+    """The groups of all documents, cut at the phases: each follows so many scored
+    documents as its bound says."""
+    phases = s.phased_ttt_num_phases if s.phased_ttt_prefix_docs else 0
+    bounds = [s.phased_ttt_prefix_docs * (i + 1) // phases for i in range(phases)]
+    if s.ttt_doc_order == "stream":
+        return rounds_by_stream(s, lengths, bounds)
+    return rounds_by_length(s, lengths, bounds)
+
+
 def grouped(s: Settings, documents: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     """Documents (their numbers) in groups of at most TTT_BATCH_SIZE of similar
     lengths, longest first. In stream order of about equal size: a single document
@@ -9802,6 +9792,16 @@ def rounds_by_stream(s: Settings, lengths: np.ndarray, bounds: list[int]) -> lis
 
 
 # --- one step
+
+
+def trained_rows(s: Settings, targets: np.ndarray, end: int) -> np.ndarray:
+    """(B,) bool: which documents learn from a chunk ending at `end`: those going on,
+    within TTT_TRAIN_*_DOC_LEN; in stream order by the position, as no end is known."""
+    most = s.ttt_train_max_doc_len or math.inf
+    goes_on = targets > end
+    if s.ttt_doc_order == "stream":
+        return goes_on & (end < most)
+    return goes_on & (targets + 1 >= s.ttt_train_min_doc_len) & (targets < most)
 
 
 def rows_kept_for(batch: int, live: int) -> int:

@@ -50,7 +50,7 @@ def test_keys_hand_on_what_is_not_rotated_within_a_document():
     x[0, [0, 5]] = tg.BOS
     k = torch.randn(2, 12, 1, 32, generator=torch.Generator().manual_seed(0))
     forward = model.begin(x, None, None, None, None)
-    shifted = model.offset_keys(forward, 0, k)
+    shifted = tg.offset_keys(k, forward, 0)
     first, turned = torch.zeros(2, 12, dtype=torch.bool), slice(0, s.rope_dims)
     first[0, [0, 5]] = first[1, 0] = True
     assert torch.equal(shifted[..., turned], k[..., turned])
