@@ -483,7 +483,6 @@ class Settings:
         "auto float32 bfloat16", "activations; auto: bfloat16 on GPUs")
     muon_dtype: str = choice(
         "auto float32 bfloat16", "Muon and its traffic; auto: as above")
-    fused_ce_enabled: bool = knob(True, "fused cross-entropy kernel on a GPU")
     # --- data
     data_dir: str = knob("./data/", "folder that the next two default to", group="data")
     data_path: str = knob("", "folder with fineweb_train_*.bin and fineweb_val_*.bin")
@@ -1194,18 +1193,17 @@ class GPT(nn.Module):
         training: with one cap."""
         hidden = self.final_hidden(ids, plan, layout, adapter, cache=cache)
         cap = self.s.logit_softcap
-        kernel = None if self.s.fused_ce_enabled else False      # None: where it can run
         plain = self.scores_plain_logits(adapter, training)
         if training and not plain:
             head = self.head_weight().to(hidden.dtype)
-            scored = head_losses(hidden.flatten(0, 1), head, targets.flatten(), cap, kernel)
+            scored = head_losses(hidden.flatten(0, 1), head, targets.flatten(), cap)
             return scored.view(targets.shape)
         if plain:
             z = self.logits(hidden, adapter)
             loss = functools.partial(F.cross_entropy, reduction="none")
         else:
             z = self.raw_logits(hidden, adapter)
-            loss = functools.partial(capped_ce, cap=cap, kernel=kernel)
+            loss = functools.partial(capped_ce, cap=cap)
         candidates = targets if targets.dim() > ids.dim() else targets[None]
         if cache is not None and cache.states:
             cache.remember(hidden, candidates[0])
@@ -2922,7 +2920,7 @@ NO_SETTINGS = {name: (only, why) for only, why, names in (
     ("sgd", LEFT_OUT, "GLOBAL_TTT_OPTIMIZER"),
     (0, "set EVAL_ONLY_QUANTIZED_PATH to the artifact instead", "TTT_EVAL_ONLY"),
     (0, "set WARMDOWN_FRAC to its share of the steps you expect", "WARMDOWN_ITERS"),
-    (1, "built in", "GPTQ_ENABLED USE_GPTQ SDCLIP_ENABLED TTT_UPDATE_EVERY"),
+    (1, "built in", "FUSED_CE_ENABLED GPTQ_ENABLED USE_GPTQ SDCLIP_ENABLED TTT_UPDATE_EVERY"),
     (0, "built in", "SPARSE_ATTN_GATE_INIT_STD"),
     (0.01, "built in", "GATED_ATTN_INIT_STD"),
     (8, "built in", "AWQ_LITE_BITS"),
@@ -3102,8 +3100,8 @@ def check_model(s: Settings) -> None:
         raise UserError(f"ROPE_DIMS={s.rope_dims} does not fit: it must be even and at most "
                         f"the head width {s.head_dim}")
     if s.key_offset and s.rope_dims in (0, s.head_dim):
-        raise UserError(f"KEY_OFFSET=1 finds no channel that ROPE_DIMS={s.rope_dims} does not rotate: "
-                        f"set that between 2 and {s.head_dim - 2}, or KEY_OFFSET=0")
+        raise UserError(f"KEY_OFFSET=1 finds no channel that ROPE_DIMS={s.rope_dims} does not "
+                        f"rotate: set that between 2 and {s.head_dim - 2}, or KEY_OFFSET=0")
     if s.gate_window > s.model_dim:
         raise UserError(f"GATE_WINDOW={s.gate_window} exceeds MODEL_DIM={s.model_dim}: lower it")
     if s.hidden_dim < 1:
@@ -4785,8 +4783,8 @@ def closing_block(run: Run) -> None:
             run.say(f"{label:28} {summary[f'{stage}_val_bpb']:10.5f} BPB")
     if summary.get("artifact_bytes"):
         run.say(f"{'artifact + script':28} {summary['artifact_bytes']:,} + "
-                f"{summary['code_bytes']:,} = {summary['total_bytes']:,} of {ARTIFACT_LIMIT:,} bytes, "
-                f"script {summary['code_form']}")
+                f"{summary['code_bytes']:,} = {summary['total_bytes']:,} of {ARTIFACT_LIMIT:,} "
+                f"bytes, script {summary['code_form']}")
     run.say(f"{'files for report.py':28} {run.dir}")
     for reason in summary["not_compliant_because"]:
         run.say(f"NON-COMPLIANT: {reason}")
@@ -6625,8 +6623,9 @@ def resolve_attention(choice: str, device) -> tuple[str, str]:
     for name in BACKENDS if choice == "auto" else (choice,):
         fault = attention_fault(name, device)
         if not fault and (choice, name, device.type) == ("auto", "plain", "cuda"):
-            raise UserError(f"no fast attention runs on this GPU ({'; '.join(passed_over)}): install "
-                            f"{PACKAGES['fa4'][1]}, or set ATTN_BACKEND=plain, many times slower")
+            raise UserError(f"no fast attention runs on this GPU ({'; '.join(passed_over)}): "
+                            f"install {PACKAGES['fa4'][1]}, or set ATTN_BACKEND=plain, many "
+                            "times slower")
         if not fault:
             by = "chosen" if choice == "auto" else "forced"
             return name, "; ".join((f"attention {name} ({by})", *passed_over))

@@ -263,7 +263,6 @@ EXACT_ARITHMETIC = {
     "MUON_DTYPE": "float32",
     "QUANT_ALLOCATION": "hand",
     "COMPILE": "0",
-    "FUSED_CE_ENABLED": "0",
 }
 
 

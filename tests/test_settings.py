@@ -294,7 +294,7 @@ def test_best_is_the_default_and_names_every_choice():
     choices = {f.name.upper() for f in tg.fields(default) if f.name.endswith("_enabled") and f.default}
     record = tg.Settings.from_env(load_config("pr1855")).as_env()      # which the defaults start from
     choices |= {name for name, value in default.as_env().items() if value != record[name]}
-    assert choices <= set(best) | {"FUSED_CE_ENABLED", "LQER_ASYM_ENABLED"}
+    assert choices <= set(best) | {"LQER_ASYM_ENABLED"}
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
