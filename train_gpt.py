@@ -1854,7 +1854,7 @@ def input_of(name: str) -> str:
 
 FISHER_FLOOR = 0.03    # a row's smallest sensitivity, by its matrix's mean
 NO_FISHER = 1e-30      # in place of a sensitivity of 0
-NO_WEIGHT = 1e-20      # in place of a row's mean square of 0
+NO_WEIGHT = 1e-20      # in place of 0: a row's mean square, its largest weight in steps
 BATCH_ROWS = 8192      # rows of equal matrices that are rounded together
 TOP_CODE = 32766       # int16; trellis codes come in pairs
 LARGEST_CODE = 0.9 * TOP_CODE        # of a row's largest weight: feedback may add to it
@@ -2361,6 +2361,8 @@ def chunk_bounds(s: Settings, length: int) -> list[int]:
             bounds.append(bounds[-1] + min(chunk, s.ttt_eval_seq_len))
     return bounds
 
+
+# --- one step
 
 @torch.no_grad()
 def normalised_step(s: Settings, params: list[Tensor], exact: list[Tensor], squares: list[Tensor],
@@ -3245,7 +3247,8 @@ class Pulse:
         word = self.doing.split()[0]
         progress, wait = PATIENCE.get(word, USUAL_PATIENCE)
         if self.compiling:
-            progress, wait = COMPILING_PATIENCE
+            progress = max(progress, COMPILING_PATIENCE[0])
+            wait = max(wait, COMPILING_PATIENCE[1])
         least = 10 * self.longest[word] if word in self.longest else USUAL_PATIENCE[0]
         return max(progress, least), max(wait, 1.2 * least)
 
@@ -3306,9 +3309,13 @@ class World:
     @contextlib.contextmanager
     def compiling(self):
         """Inside, from the next beat on, graphs may be compiled for minutes."""
+        before = self.pulse.compiling
         self.pulse.compiling = True
-        yield
-        self.pulse.compiling = False
+        try:
+            yield
+        finally:
+            self.pulse.beat(self.pulse.doing)      # that it has ended is progress
+            self.pulse.compiling = before
 
     @contextlib.contextmanager
     def waiting(self):
@@ -5062,9 +5069,10 @@ class Layout:
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
-    """x (CPU) on the device, without waiting for what that still computes."""
-    placed = x.device.type == device.type
-    return x if placed else x.pin_memory().to(device, non_blocking=True)
+    """x (CPU) on the device, without waiting for the device."""
+    if x.device.type == device.type:
+        return x
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 class Batch(NamedTuple):
@@ -6614,6 +6622,11 @@ def attention_fault(name: str, device: torch.device) -> str:
     return fault
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether it is a GPU of that generation or a later one, for which there are fast kernels."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def resolve_attention(choice: str, device) -> tuple[str, str]:
     """ATTN_BACKEND -> (what runs on `device`, why); auto: the first without a fault."""
     if choice not in ("auto", *BACKENDS):
@@ -6622,7 +6635,7 @@ def resolve_attention(choice: str, device) -> tuple[str, str]:
     device, passed_over = torch.device(device), []
     for name in BACKENDS if choice == "auto" else (choice,):
         fault = attention_fault(name, device)
-        if not fault and (choice, name, device.type) == ("auto", "plain", "cuda"):
+        if not fault and choice == "auto" and name == "plain" and is_hopper(device):
             raise UserError(f"no fast attention runs on this GPU ({'; '.join(passed_over)}): "
                             f"install {PACKAGES['fa4'][1]}, or set ATTN_BACKEND=plain, many "
                             "times slower")
@@ -8012,8 +8025,8 @@ def run_probes(s: Settings, world: World, model: GPT) -> list[Finding]:
         s = dataclasses.replace(s, eval_seq_len=min(window, s.eval_seq_len),
                                 ttt_eval_seq_len=min(window, s.ttt_eval_seq_len))
     longest = dict(world.pulse.longest)
-    patience = one_thread() if small else world.compiling()
-    with patience, weights_kept(model):
+    around = one_thread() if small else world.compiling()
+    with around, weights_kept(model):
         findings = probe_conditions(s, world, model)
     world.pulse.longest = longest      # what compiling took here is no measure of an evaluation
     return findings
@@ -8079,6 +8092,8 @@ def probe_causality(s: Settings, world: World, model: GPT,
         evaluation.run()
         return evaluation.ledger
 
+    if s.ttt_enabled and compiles(s, world.device):
+        meet_full_groups(s, world, model)
     change = functools.partial(probe_change, model, booked)
     streams = probe_streams(s, "stream")
     yield change("C1 windows", by_windows, *streams)
@@ -8089,9 +8104,7 @@ def probe_causality(s: Settings, world: World, model: GPT,
         one, variants = probe_streams(ttt, s.ttt_doc_order)
         if s.ttt_doc_order == "stream":
             variants += shortened_stream(ttt, one)
-        if compiles(s, world.device):
-            meet_full_groups(s, world, model)
-            # the graphs that the watchdog may fall back on
+        if compiles(s, world.device):      # the graphs that the watchdog may fall back on
             first = NO_PHASES + 1 if suffix_at(s, 0) else NO_ADAPTATION
             for level in range(first, len(LEVELS)):
                 by_adapting(Validation.of(one), level)
@@ -8099,8 +8112,8 @@ def probe_causality(s: Settings, world: World, model: GPT,
 
 
 def meet_full_groups(s: Settings, world: World, model: GPT) -> None:
-    """Adapt to as many made-up documents as a group has: what compiles the graphs of
-    adaptation chooses by the sizes that it meets first."""
+    """Adapt to as many made-up documents as a group has: the compiler chooses by
+    the first sizes that a graph meets."""
     chunk = chunk_rules(s)[0].chunk
     length = min(suffix_at(s, 0) + 4 * chunk, s.ttt_eval_seq_len)
     random = np.random.default_rng(0)
@@ -8221,10 +8234,11 @@ def probe_normalisation(s: Settings, world: World, model: GPT) -> Iterator[Findi
     scorer.windows(val, s.eval_seq_len)
     yield probe_sum("C2 windows", scorer.ledger)
     if s.ttt_enabled:
+        rate = s.ttt_lora_lr if s.ttt_step_share else 0.001      # another would be another graph
         ttt = dataclasses.replace(
             s, ttt_chunk_size=2, ttt_short_score_first_enabled=False, ttt_batch_size=256,
             ttt_lora_rank=4, ttt_lora_alpha=4 * s.ttt_lora_alpha / s.ttt_lora_rank,
-            ttt_lora_lr=0.001, ttt_warm_start_a=False, ttt_train_min_doc_len=0,
+            ttt_lora_lr=rate or 0.001, ttt_warm_start_a=False, ttt_train_min_doc_len=0,
             ttt_train_max_doc_len=0, ttt_doc_order="stream", phased_ttt_prefix_docs=0,
             ttt_cache_theta=min(s.ttt_cache_theta, 1.0))
         evaluation = PhasedTTT(ttt, world, model, val)
@@ -9790,9 +9804,6 @@ def rounds_by_stream(s: Settings, lengths: np.ndarray, bounds: list[int]) -> lis
     return rounds + [Round(grouped(s, everything[begin:], lengths), None)]
 
 
-# --- one step
-
-
 def trained_rows(s: Settings, targets: np.ndarray, end: int) -> np.ndarray:
     """(B,) bool: which documents learn from a chunk ending at `end`: those going on,
     within TTT_TRAIN_*_DOC_LEN; in stream order by the position, as no end is known."""
@@ -9881,8 +9892,10 @@ class Watchdog:
         return self.level < NO_PHASES
 
     def check_time(self) -> None:
-        """Give up as little as lets the predicted end lie within EVAL_MAX_SECONDS."""
-        if self.clock is None or not self.clock.budget:
+        """Give up as little as lets the predicted end lie within EVAL_MAX_SECONDS, less
+        what the end takes."""
+        all_scored = self.done and self.left.max() < 0.5
+        if self.clock is None or not self.clock.budget or all_scored:
             return
         now = self.clock.elapsed()
         pace = self.spent / self.done if self.done else 0.0
@@ -9942,7 +9955,7 @@ def warn_of_shortened_steps(s: Settings, shortened: int, trace: Callable) -> Non
     most, remedy = f"{MOST_NATS:g} nats", "lower TTT_LORA_LR"
     if s.ttt_optimizer == "normalised":
         most = f"{MOST_SHARE:g} of the loss"
-        remedy = "lower TTT_LORA_LR, or set TTT_STEP_SHARE=0.35"
+        remedy = "lower TTT_LORA_LR, or set TTT_STEP_SHARE"
         if s.ttt_step_share:
             remedy = f"lower TTT_STEP_SHARE={s.ttt_step_share:g}"
     trace("warning", text=f"{shortened:,} adapter steps promised more than {most}, or had "

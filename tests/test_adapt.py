@@ -582,6 +582,22 @@ def test_the_watchdog_predicts_from_adaptation_alone(s, spent, level):
     assert watch.level == level and len(given_up) == (level > 0)
 
 
+def test_nothing_is_given_up_once_all_is_scored(s):
+    watch = tg.Watchdog(s, tg.World(), np.array([9]), tg.Clock(100, now=iter([0.0, 97.0]).__next__), None)
+    watch.spent, watch.done = 90.0, 1.0
+    watch.check_time()
+    assert watch.level == 0
+
+
+@pytest.mark.parametrize("now, level", [(591.0, 0), (593.0, tg.NO_ADAPTATION)])
+def test_eight_seconds_of_ten_minutes_are_kept(s, now, level):
+    clock = tg.Clock(600, now=iter([0.0, now]).__next__)
+    watch = tg.Watchdog(s, tg.World(), np.array([9]), clock, lambda event, **v: None)
+    watch.done, watch.left = 1.0, np.ones(len(tg.LEVELS))
+    watch.check_time()
+    assert watch.level == level
+
+
 def test_a_share_of_the_model_without_adapters_is_a_pass_more(s):
     group = np.arange(4)
     with_it, without = (tg.PhasedTTT(s, tg.World(), sine_model(s), tg.Validation(s)).watch.costs(group)

@@ -711,6 +711,7 @@ def test_resolve_attention_says_why():
 
 def test_a_gpu_without_fast_attention_is_not_used_slowly(monkeypatch):
     monkeypatch.setattr(kernels, "attention_fault", lambda name, _: "" if name == "plain" else "is broken")
+    monkeypatch.setattr(kernels, "is_hopper", lambda device: device.type == "cuda")
     with pytest.raises(UserError, match="no fast attention.*not fa3: is broken.*or set ATTN_BACKEND=plain"):
         resolve_attention("auto", "cuda")
     assert resolve_attention("plain", "cuda") == ("plain", "attention plain (forced)")

@@ -150,6 +150,25 @@ def test_a_rank_that_holds_up_the_others_is_found(monkeypatch):
     assert job.pass_time(1000)[1] == [1] and 40 < job.now - begin < 60
 
 
+@pytest.mark.parametrize("doing", ["set-up", "warm-up of graph 1 of 1"])
+def test_the_end_of_compiling_is_progress(monkeypatch, doing):
+    job = Job(monkeypatch)
+    with job.beats[0].world.compiling(), job.beats[1].world.compiling():
+        for beat in job.beats:
+            beat.world.beat(doing)
+        assert not job.pass_time(400)[1]
+    assert not job.pass_time(20)[1]
+
+
+@pytest.mark.parametrize("word", tg.PATIENCE)
+def test_compiling_never_shortens_patience(word):
+    pulse = tg.Pulse()
+    pulse.beat(f"{word} 1")
+    progress, wait = pulse.limits()
+    pulse.compiling = True
+    assert pulse.limits()[0] >= progress and pulse.limits()[1] >= wait
+
+
 def test_compiling_may_take_a_quarter_of_an_hour(monkeypatch):
     job = Job(monkeypatch)
     with job.beats[0].world.compiling(), job.beats[1].world.compiling():

@@ -92,7 +92,10 @@ class Bench:
         self.world = train_gpt.World(device=self.device)
         self.half = torch.bfloat16 if self.cuda else torch.float32
         self.settings = self.with_settings()
-        train_gpt.ATTENTION = train_gpt.resolve_attention("auto", self.device)[0]
+        try:
+            train_gpt.ATTENTION = train_gpt.resolve_attention("auto", self.device)[0]
+        except train_gpt.UserError as error:
+            raise ToolError(str(error)) from error
         torch.manual_seed(0)
 
     def with_settings(self, **changes):

@@ -347,7 +347,8 @@ def check_attention() -> list[Finding]:
     try:
         name, why = tg.resolve_attention(wanted, device)
     except tg.UserError as error:
-        return [Finding(FAIL, "attention", brief(error), "ATTN_BACKEND=auto")]
+        remedy = "pip install -r requirements.txt" if wanted == "auto" else "ATTN_BACKEND=auto"
+        return [Finding(FAIL, "attention", brief(error), remedy)]
     if not gpu:
         return [Finding(OK, "attention", f"{name}; the others need a CUDA GPU")]
     fast = name not in ("torch", "plain")
